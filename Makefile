@@ -1,0 +1,46 @@
+# Everything runs in a virtual environment of its own; uv is used where it is installed.
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install test check format lock clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+install: $(VENV)/installed ## make the virtual environment
+
+$(VENV)/installed: requirements.txt pyproject.toml
+ifneq ($(UV),)
+	uv venv --quiet --clear $(VENV)
+	uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.txt
+	uv pip install --quiet --python $(BIN)/python --no-deps -e .
+else
+	python3 -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+endif
+	touch $@
+
+test: install ## run the tests
+	$(BIN)/pytest -q
+
+
+
+check: install ## format, lint, types, imports
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## format and mend what lint can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lock: install ## pin the newest versions with hashes
+	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --no-emit-index-url \
+		--no-emit-find-links --no-emit-trusted-host --group dev -o requirements.txt pyproject.toml
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,158 @@
+"""Dates as text: what moment reads without guessing, and how JavaScript writes it.
+
+moment reads ISO 8601, RFC 2822 (the date of an e-mail) and ASP.NET's Date(...). Any other text it
+hands to JavaScript's own Date, which guesses, ignores the zone and differs between engines: such
+text is no date here.
+"""
+
+from __future__ import annotations
+
+import re
+from calendar import isleap
+from datetime import UTC, date, datetime, time, timedelta
+from re import Match, Pattern
+from zoneinfo import ZoneInfo
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+# JavaScript's \s: without the control characters that Python's takes as well, with the BOM.
+_SPACE = r"[\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"
+
+
+def _iso_style(dash: str, colon: str) -> Pattern[str]:
+    """ISO 8601 in moment's extent. The extended and the basic style are not mixed in one text."""
+    return re.compile(
+        rf"""{_SPACE}*
+        (?P<year>[+-][0-9]{{6}}|[0-9]{{4}})
+        (?: {dash}(?P<month>[0-9]{{2}})(?:{dash}(?P<day>[0-9]{{2}}))?
+          | {dash}W(?P<week>[0-9]{{2}})(?:{dash}(?P<weekday>[0-9]))?
+          | {dash}(?P<ordinal>[0-9]{{3}})
+        )?
+        (?: [T\ ](?P<hour>[0-9]{{2}})
+            (?: {colon}(?P<minute>[0-9]{{2}})
+                (?: {colon}(?P<second>[0-9]{{2}})(?:[.,](?P<fraction>[0-9]+))? )?
+            )?
+            (?P<offset>[+-][0-9]{{2}}(?::?[0-9]{{2}})? | {_SPACE}*Z)?
+        )?""",
+        re.VERBOSE,
+    )
+
+
+_ISO_STYLES = _iso_style("-", ":"), _iso_style("", "")
+
+_ASP_NET = re.compile(r"/?Date\((-?[0-9]+)", re.IGNORECASE | re.ASCII)
+
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_COMMENT = re.compile(r"\([^()]*\)|[\n\t]")
+_SPACES = re.compile(rf"{_SPACE}{{2,}}")
+_ENDS = re.compile(rf"\A{_SPACE}|{_SPACE}\Z")
+_RFC_2822 = re.compile(
+    rf"""(?:(?P<weekday>{"|".join(_WEEKDAYS)}),?{_SPACE})?
+    (?P<day>[0-9]{{1,2}}){_SPACE}(?P<month>{"|".join(_MONTHS)}){_SPACE}(?P<year>[0-9]{{2,4}})
+    {_SPACE}(?P<hour>[0-9]{{2}}):(?P<minute>[0-9]{{2}})(?::(?P<second>[0-9]{{2}}))?
+    {_SPACE}(?P<offset>UT|GMT|[ECMP][SD]T|[Zz]|[+-][0-9]{{4}})""",
+    re.VERBOSE,
+)
+_HOURS_WEST = {"E": 5, "C": 6, "M": 7, "P": 8}
+
+
+def parse(text: str, tz: ZoneInfo) -> datetime | None:
+    """The instant that a text names, in UTC, to the millisecond; without an offset, in the zone.
+
+    ISO 8601 as moment takes it (YYYY, YYYY-MM, YYYY-MM-DD, YYYY-DDD, YYYY-Www, YYYY-Www-D, the
+    basic forms without dashes and colons; after a whole date T or a space and HH, HH:mm, HH:mm:ss,
+    HH:mm:ss.SSS and Z or an offset), RFC 2822, and ASP.NET's /Date(milliseconds)/.
+    A time in a gap moves on by the gap, one that comes twice is the first. None for everything
+    else: what is invalid, what JavaScript's Date would guess at, years outside of 1 to 9999.
+    """
+    try:
+        if match := _ASP_NET.match(text):
+            return _EPOCH + timedelta(milliseconds=int(match[1]))
+        for style in _ISO_STYLES:
+            if match := style.fullmatch(text):
+                return _from_iso(match, tz)
+        if match := _RFC_2822.fullmatch(_without_comments(text)):
+            return _from_rfc_2822(match)
+    except (ValueError, OverflowError):
+        return None  # a number that the calendar or the clock doesn't have
+    return None
+
+
+def format_iso(instant: datetime) -> str:
+    """An instant as JavaScript's toISOString writes it: 2018-06-08T17:49:31.000Z.
+
+    Milliseconds are cut off, not rounded, so that nothing reads as later than it is.
+    """
+    return instant.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+
+
+def _from_iso(match: Match[str], tz: ZoneInfo) -> datetime | None:
+    whole_date = bool(match["day"] or match["weekday"] or match["ordinal"])
+    if match["hour"] and not whole_date:
+        return None
+    if len(match["year"]) > 4 and not match["day"]:
+        return None  # moment takes some of the six digits for the year
+    wall = _iso_day(match)
+    hour, minute, second = (int(match[part] or 0) for part in ("hour", "minute", "second"))
+    millisecond = int(float(f"0.{match['fraction'] or 0}") * 1000)
+    if (hour, minute, second, millisecond) == (24, 0, 0, 0):
+        hour, wall = 0, wall + timedelta(days=1)
+    clock = time(hour, minute, second, millisecond * 1000)
+    if match["offset"] is None:
+        return datetime.combine(wall, clock, tzinfo=tz).astimezone(UTC)
+    return datetime.combine(wall, clock, tzinfo=UTC) - _iso_offset(match["offset"])
+
+
+def _iso_day(match: Match[str]) -> date:
+    year = int(match["year"])
+    if match["week"]:
+        return date.fromisocalendar(year, int(match["week"]), int(match["weekday"] or 1))
+    if match["ordinal"]:
+        ordinal = int(match["ordinal"])
+        if not 1 <= ordinal <= (366 if isleap(year) else 365):
+            raise ValueError
+        return date(year, 1, 1) + timedelta(days=ordinal - 1)
+    return date(year, int(match["month"] or 1), int(match["day"] or 1))
+
+
+def _iso_offset(text: str) -> timedelta:
+    """East of Greenwich. moment 2.31 takes -12:00 to +14:00."""
+    if text.endswith("Z"):
+        return timedelta()
+    minutes = int(text[-2:]) if len(text) > 3 else 0
+    total = int(text[1:3]) * 60 + minutes
+    if minutes > 59 or total > (14 if text[0] == "+" else 12) * 60:
+        raise ValueError
+    return timedelta(minutes=-total if text[0] == "-" else total)
+
+
+def _without_comments(text: str) -> str:
+    return _ENDS.sub("", _SPACES.sub(" ", _COMMENT.sub(" ", text)))
+
+
+def _from_rfc_2822(match: Match[str]) -> datetime:
+    day = date(
+        _whole_year(int(match["year"])), _MONTHS.index(match["month"]) + 1, int(match["day"])
+    )
+    if match["weekday"] and _WEEKDAYS.index(match["weekday"]) != day.weekday():
+        raise ValueError
+    clock = time(int(match["hour"]), int(match["minute"]), int(match["second"] or 0))
+    return datetime.combine(day, clock, tzinfo=UTC) - _rfc_offset(match["offset"])
+
+
+def _whole_year(year: int) -> int:
+    """RFC 2822, 4.3: two digits up to 49 are of this century, other short years of the last."""
+    if year <= 49:
+        return 2000 + year
+    return 1900 + year if year <= 999 else year
+
+
+def _rfc_offset(text: str) -> timedelta:
+    """East of Greenwich: +0200, a zone of North America, or Greenwich itself."""
+    if text[0] in "+-":
+        offset = timedelta(hours=int(text[1:3]), minutes=int(text[3:]))
+        return -offset if text[0] == "-" else offset
+    if text[0] in _HOURS_WEST:
+        return timedelta(hours=(text[1] == "D") - _HOURS_WEST[text[0]])
+    return timedelta()

@@ -1,0 +1,95 @@
+"""The calendar by its rules, by properties, and by moment's recorded answers."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sequencerd.core import dates
+from sequencerd.core.model import DefinitionError, EvaluationError
+
+BERLIN = dates.zone("Europe/Berlin")
+CASES = Path(__file__).parents[1] / "oracle" / "moment-public.jsonl"
+ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu"]
+instants = st.datetimes(datetime(2000, 1, 1), datetime(2036, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 -- hypothesis wants naive bounds
+
+
+def at(text: str) -> datetime:
+    found = dates.parse(text, dates.zone("UTC"))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("start", "amount", "unit", "end"),
+    [
+        ("2018-01-31T12:00:00Z", 1, "months", "2018-02-28T12:00:00.000Z"),
+        ("2024-03-30T01:30:00Z", 1, "days", "2024-03-31T01:30:00.000Z"),  # 02:30 is in the gap
+        ("2024-03-30T12:00:00Z", 1, "days", "2024-03-31T11:00:00.000Z"),
+        ("2024-03-30T12:00:00Z", 24, "hours", "2024-03-31T12:00:00.000Z"),
+    ],
+)
+def test_days_move_the_wall_clock_and_hours_elapse(
+    start: str, amount: float, unit: str, end: str
+) -> None:
+    assert dates.format_iso(dates.add(at(start), amount, unit, BERLIN)) == end
+
+
+def test_an_unknown_unit_is_rejected() -> None:
+    with pytest.raises(DefinitionError, match="fortnight"):
+        dates.normalise_unit("fortnight")
+
+
+def test_an_unknown_zone_is_rejected() -> None:
+    with pytest.raises(DefinitionError, match="Europe/Berlin"):
+        dates.zone("Europe/Berlim")
+
+
+@pytest.mark.parametrize("text", ["June 8, 2018", "", "tomorrow", "2018-13-01", "08/06/2018"])
+def test_a_text_that_needs_guessing_is_no_date(text: str) -> None:
+    assert dates.parse(text, BERLIN) is None
+
+
+def test_an_amount_out_of_range_is_told() -> None:
+    with pytest.raises(EvaluationError):
+        dates.add(at("2024-01-01T00:00:00Z"), 1e6, "years", BERLIN)
+
+
+def test_values_that_never_occur_find_nothing() -> None:
+    assert dates.next_match(at("2024-01-01T00:00:00Z"), "month", [12], BERLIN) is None
+
+
+@given(instants, st.sampled_from(ZONES), st.sampled_from(["hour", "day", "month", "minute"]))
+def test_next_match_is_first_and_not_early(after: datetime, name: str, attribute: str) -> None:
+    tz = dates.zone(name)
+    found = dates.next_match(after, attribute, [1], tz)
+    assert found is not None
+    assert found >= after
+    assert dates.get(found, attribute, tz) == 1
+    for share in range(7):
+        between = after + (found - after) * share / 7
+        assert between == found or dates.get(between, attribute, tz) != 1
+
+
+@given(instants, st.integers(-10_000, 10_000), st.sampled_from(ZONES))
+def test_hours_are_elapsed_time_in_every_zone(start: datetime, hours: int, name: str) -> None:
+    assert dates.add(start, hours, "hours", dates.zone(name)) == start + timedelta(hours=hours)
+
+
+@given(instants)
+def test_format_and_parse_agree_to_the_millisecond(instant: datetime) -> None:
+    assert abs(at(dates.format_iso(instant)) - instant) < timedelta(milliseconds=1)
+
+
+def test_getters_answer_as_moment_did() -> None:
+    cases = [json.loads(line) for line in CASES.read_text("utf-8").split("\n") if line]
+    getters = [case for case in cases if case["op"] == "get" and case["result"] is not None]
+    assert len(getters) > 300
+    for case in getters:
+        tz = dates.zone(case["zone"])
+        assert dates.get(at(case["instant"]), case["attribute"], tz) == case["result"], case

@@ -1,0 +1,385 @@
+"""Templates: handlebars' rules, the helpers, and what bounds a rendering."""
+
+from __future__ import annotations
+
+import html
+import json
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sequencerd.core.model import DefinitionError, EvaluationError
+from sequencerd.core.template import MAX_SOURCE, MAX_TAGS, compile_template, paths
+from sequencerd.core.template_dates import compile_format
+from sequencerd.core.template_values import number_text
+
+CONTEXT: dict[str, object] = {
+    "name": "Ada & Co",
+    "n": 1.0,
+    "zero": 0,
+    "yes": True,
+    "no": False,
+    "nothing": None,
+    "list": ["a", "b"],
+    "empty": [],
+    "object": {"b": 1, "2": 2, "1": 3, "x y": 4},
+    "people": [{"name": "A", "tags": ["x"]}, {"name": "B", "tags": []}],
+    "smile": "a😀",
+    "due": "2024-03-01T23:30:00Z",
+    "timezone": "Europe/Berlin",
+}
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+def render(source: str, context: object = CONTEXT, *, escape: bool = False) -> str:
+    assert isinstance(context, dict)
+    return compile_template(source, escape=escape).render(context)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("plain", "plain"),
+        ("{{name}}", "Ada & Co"),
+        ("{{missing}}{{missing.deeper}}{{nothing}}", ""),
+        ("{{people.0.name}}{{people.[1].name}}", "AB"),
+        ("{{object.[x y]}}", "4"),
+        ("{{list.length}} {{smile.length}} {{name.[0]}}", "2 3 A"),
+        ("{{n}} {{zero}} {{yes}} {{list}} {{object}}", "1 0 true a,b [object Object]"),
+        ('{{"name"}}', "Ada & Co"),
+        ("\\{{name}} \\\\{{n}}", "{{name}} \\1"),
+        ("{{! no }}{{!-- {{no}} --}}yes", "yes"),
+    ],
+)
+def test_a_path_prints_as_in_javascript(source: str, expected: str) -> None:
+    assert render(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{#if zero}}a{{else}}b{{/if}}", "b"),
+        ("{{#if zero includeZero=true}}a{{^}}b{{/if}}", "a"),
+        ("{{#if empty}}a{{else if object}}b{{/if}}", "b"),
+        ("{{#unless no}}a{{/unless}}", "a"),
+        ("{{#with zero}}{{this}}{{/with}}{{#with empty}}a{{else}}b{{/with}}", "0b"),
+        ("{{#each list}}{{@index}}{{this}}{{#unless @last}},{{/unless}}{{/each}}", "0a,1b"),
+        ("{{#each object}}{{@key}}={{this}};{{/each}}", "1=3;2=2;b=1;x y=4;"),
+        ("{{#each empty}}a{{else}}b{{/each}}", "b"),
+        ("{{#each list as |item i|}}{{i}}{{item}}{{/each}}", "0a1b"),
+        ("{{#each people}}{{#if tags}}{{../n}}{{@root.zero}}{{name}}{{/if}}{{/each}}", "10A"),
+        ("{{#each people}}{{#each tags}}{{@../index}}{{../name}}{{/each}}{{/each}}", "0A"),
+        ("{{#people}}{{name}}{{/people}}{{^no}}no{{/no}}{{#yes}}{{n}}{{/yes}}", "ABno1"),
+        ('{{lookup object "x y"}}{{lookup list 1}}{{lookup (lookup people 0) "name"}}', "4bA"),
+    ],
+)
+def test_blocks_follow_handlebars(source: str, expected: str) -> None:
+    assert render(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{#each list}}\n- {{this}}\n{{/each}}\nend", "- a\n- b\nend"),
+        ("{{#each list}} {{this}}{{/each}}", " a b"),
+        ("  {{#if yes}}  \r\n  x\r\n  {{/if}}\r\ny", "  x\r\ny"),
+        ("a\n{{~#if yes~}}\n b \n{{~/if}}\nc", "abc"),
+        ("a {{~n~}} b", "a1b"),
+        ("a\n{{n}}\nb", "a\n1\nb"),
+    ],
+)
+def test_a_block_alone_on_its_line_leaves_no_line(source: str, expected: str) -> None:
+    assert render(source) == expected
+
+
+def test_neighbours_are_written_one_after_the_other() -> None:
+    assert render("{{{a}}}{{{b}}}", {"a": 1, "b": 2}) == "12"
+
+
+def test_only_html_is_escaped() -> None:
+    context = {"x": '<a href="b">\'&`</a>'}
+    escaped = "&lt;a href&#x3D;&quot;b&quot;&gt;&#x27;&amp;&#x60;&lt;/a&gt;"
+    assert render("{{x}}", context, escape=True) == escaped
+    assert render("{{{x}}}{{&x}}", context, escape=True) == context["x"] * 2
+    assert render("{{x}}", context) == context["x"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "name.__class__",
+        "name.upper",
+        "object.items",
+        "object.__dict__",
+        "list.append",
+        "n.real",
+        "@root.__init__",
+        "constructor",
+        "this.__proto__",
+        "@_parent",
+    ],
+)
+def test_only_data_can_be_reached(path: str) -> None:
+    assert render(f"{{{{{path}}}}}") == ""
+    assert render(f'{{{{lookup this "{path}"}}}}') == ""
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{name",
+        "{{name}",
+        "{{name}}}",
+        "{{{name}}",
+        "{{{name}}}}",
+        "{{}}",
+        "{{/}}",
+        "{{/if}}",
+        "{{#if x}}",
+        "{{#if x}}{{/each}}",
+        "{{#if x}}{{else}}{{else}}{{/if}}",
+        "{{#if x}}{{else each list}}{{/if}}",
+        "{{else}}",
+        "{{#if}}{{/if}}",
+        "{{#if a b}}{{/if}}",
+        "{{if a}}",
+        "{{#each list as ||}}{{/each}}",
+        "{{#each list as |a.b|}}{{/each}}",
+        "{{list.0}}",
+        "{{a.this}}",
+        "{{a..b}}",
+        "{{a.}}",
+        "{{a+b}}",
+        "{{a=b}}",
+        "{{ #if a}}{{/if}}",
+        "{{> partial}}",
+        '{{#*inline "a"}}{{/inline}}',
+        "{{{{raw}}}}{{{{/raw}}}}",
+        "{{lookup object}}",
+        "{{default}}{{default name x=1}}",
+        "{{json a b}}",
+        '{{date due form="D"}}',
+        '{{date due format="DDDD"}}',
+        '{{date due zone="Europe/Berlim"}}',
+        "{{#date due}}{{/date}}",
+        '{{default (lookup) "x"}}',
+    ],
+)
+def test_a_malformed_template_is_refused(source: str) -> None:
+    with pytest.raises(DefinitionError):
+        compile_template(source, escape=True)
+
+
+def test_an_unknown_helper_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(DefinitionError, match=r"'dat'.*did you mean date"):
+        compile_template('{{dat due format="D"}}', escape=False)
+
+
+def test_a_malformed_tag_is_shown_with_its_line() -> None:
+    with pytest.raises(DefinitionError, match=r"line 3 .*\{\{name\}"):
+        compile_template("a\nb\n{{name}", escape=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ('{{date due format="D MMMM YYYY"}}', "2 March 2024"),
+        (
+            '{{date due format="dddd, Do MMM YY [at] HH:mm" zone="UTC"}}',
+            "Friday, 1st Mar 24 at 23:30",
+        ),
+        ("{{date due}}", "2024-03-02T00:30:00+01:00"),
+        ('{{#each list}}{{date @root.due format="M/D" zone="UTC"}} {{/each}}', "3/1 3/1 "),
+        ('{{default missing nothing "there"}}', "there"),
+        ('{{default zero "there"}} {{default empty no "there"}}', "0 there"),
+        ("{{json object}}", '{"b":1,"2":2,"1":3,"x y":4}'),
+        ("{{log name}}", ""),
+    ],
+)
+def test_helpers(source: str, expected: str) -> None:
+    assert render(source) == expected
+
+
+def test_a_helpers_name_without_arguments_is_a_field() -> None:
+    assert render("{{date}} {{json}}", {"date": "today", "json": "x"}) == "today x"
+
+
+def test_a_date_without_a_zone_is_in_utc() -> None:
+    assert render('{{date due format="H:mm z"}}', {"due": "2024-03-01T23:30:00Z"}) == "23:30 UTC"
+
+
+@pytest.mark.parametrize("value", [None, "", "soon", "June 8, 2018", 5, ["2024-01-01"], {}])
+def test_what_is_no_date_fails_with_its_path(value: object) -> None:
+    with pytest.raises(EvaluationError, match=r"data\.due") as caught:
+        render('{{date data.due format="D"}}', {"data": {"due": value}})
+    assert caught.value.failure == "bad_data"
+
+
+@given(value=JSON)
+def test_json_is_safe_in_html_and_reads_back(value: object) -> None:
+    in_script = render("{{{json x}}}", {"x": value}, escape=True)
+    in_text = render("{{json x}}", {"x": value}, escape=True)
+    assert not set("<>&") & set(in_script)
+    assert json.loads(in_script) == value
+    assert json.loads(html.unescape(in_text)) == value
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("YYYY-MM-DDTHH:mm:ss.SSSZ", "2024-07-03T00:05:09.042+02:00"),
+        ("YY M D d[ay]", None),
+        ("ddd h:mm A / hh a", "Wed 12:05 AM / 12 am"),
+        ("Do MMM, [Q]Q ZZ z", "3rd Jul, Q3 +0200 CEST"),
+        ("H m s", "0 5 9"),
+    ],
+)
+def test_formats_are_those_of_moment(pattern: str, expected: str | None) -> None:
+    at = datetime(2024, 7, 3, 0, 5, 9, 42_000, tzinfo=ZoneInfo("Europe/Berlin"))
+    if expected is None:
+        with pytest.raises(DefinitionError, match="unknown token"):
+            compile_format(pattern)
+    else:
+        assert compile_format(pattern)(at) == expected
+
+
+@given(at=st.datetimes(timezones=st.just(UTC)))
+def test_the_default_format_is_iso_8601(at: datetime) -> None:
+    written = compile_format("YYYY-MM-DDTHH:mm:ssZ")(at)
+    assert datetime.fromisoformat(written) == at.replace(microsecond=0)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (100.0, "100"),
+        (-0.0, "0"),
+        (1e21, "1e+21"),
+        (123456789012345680000, "123456789012345680000"),
+        (9007199254740993, "9007199254740992"),
+        (0.000001, "0.000001"),
+        (1.5e-7, "1.5e-7"),
+        (10**400, "Infinity"),
+    ],
+)
+def test_numbers_print_as_in_javascript(number: float, expected: str) -> None:
+    assert number_text(number) == expected
+
+
+@given(number=st.floats(allow_nan=False, allow_infinity=False))
+def test_a_printed_number_reads_back(number: float) -> None:
+    assert float(number_text(number)) == number
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x" * (MAX_SOURCE + 1),
+        "{{a}}" * (MAX_TAGS + 1),
+        "{{#if a}}" * 200 + "{{/if}}" * 200,
+        "{{default " + "(default " * 50 + "a" + ")" * 50 + "}}",
+        "{{" + "a." * 1000 + "a}}",
+        "{{" * 1000,
+        '{{"' + '\\"' * 100_000,
+        "{{a " + "(" * 100_000,
+    ],
+)
+def test_an_oversized_template_is_refused(source: str) -> None:
+    with pytest.raises(DefinitionError) as caught:
+        compile_template(source, escape=True)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{#each l}}{{#each @root.l}}{{#each @root.l}}{{/each}}{{/each}}{{/each}}",
+        "{{#each l}}{{@root.text}}{{/each}}",
+        "{{#each l}}{{#if (json @root)}}{{/if}}{{/each}}",
+        "{{#each l}}{{@root.text.length}}{{/each}}",
+        "{{#each l}}" + "{{!}}a" * 4_000 + "{{/each}}",
+        "{{nested}}",
+    ],
+)
+def test_a_rendering_is_bounded(source: str) -> None:
+    nested: list[object] = []
+    for _ in range(200):
+        nested = [nested]
+    context = {"l": list(range(2_000)), "text": "é" * 2_000, "nested": nested}
+    with pytest.raises(EvaluationError) as caught:
+        render(source, context)
+    assert caught.value.failure == "bad_data"
+
+
+def test_the_deepest_template_renders_from_a_deep_stack() -> None:
+    depth = 99
+    context: dict[str, object] = {}
+    context["l"] = [context]
+    source = "{{#each l}}" * depth + "x" + "{{/each}}" * depth
+
+    def from_depth(frames: int) -> str:
+        return render(source, context) if frames == 0 else from_depth(frames - 1)
+
+    assert from_depth(200) == "x"
+
+
+def outcome(source: str, context: dict[str, object]) -> str:
+    """How a template ends: "refused", "rendered", or the failure of the enrollment."""
+    try:
+        compile_template(source, escape=True).render(context)
+    except DefinitionError:
+        return "refused"
+    except EvaluationError as error:
+        return error.failure
+    return "rendered"
+
+
+@given(source=st.text(alphabet=st.sampled_from("{}#/^~!&>@.[]()|\"'\\ \nab0=") | st.characters()))
+def test_any_text_renders_or_is_refused_in_words(source: str) -> None:
+    context: dict[str, object] = {"a": [1, {"b": "x"}], "b": "y"}
+    assert outcome(source, context) in ("refused", "rendered", "bad_data")
+
+
+@given(value=JSON)
+def test_any_data_renders_or_fails_in_words(value: object) -> None:
+    source = "{{x}}{{#each x}}{{@key}}{{this}}{{/each}}{{x.length}}{{#x}}{{a}}{{/x}}{{lookup x x}}"
+    assert outcome(source, {"x": value}) in ("rendered", "bad_data")
+
+
+@given(text=st.text().filter(lambda text: "{{" not in text))
+def test_a_template_without_tags_is_its_own_text(text: str) -> None:
+    template = compile_template(text, escape=True)
+    assert template.is_literal
+    assert template.render({}) == text
+
+
+@given(text=st.text())
+def test_escaped_html_reads_back(text: str) -> None:
+    escaped = render("{{x}}", {"x": text}, escape=True)
+    assert not set("<>\"'`=") & set(escaped)
+    assert html.unescape(escaped) == text
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("none", set()),
+        ("{{data.email}} {{external.plan}}", {"data.email", "external.plan"}),
+        ("{{#each data.list}}{{this}}{{@index}}{{/each}}", {"data.list"}),
+        ("{{#each data.list as |item|}}{{item.price}}{{/each}}", {"data.list"}),
+        ("{{#with data}}{{../external.plan}}{{/with}}", {"data", "external.plan"}),
+        ("{{@root.external}} {{default (lookup data key) 1}}", {"external", "data", "key"}),
+        ("{{json this}}", {"this"}),
+        ("{{lookup @root subject}}", {"this", "subject"}),
+    ],
+)
+def test_the_paths_that_a_template_reads_are_known(source: str, expected: set[str]) -> None:
+    assert paths(source) == expected
