@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check format lock clean
+.PHONY: help install test oracle check format lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
@@ -25,8 +25,10 @@ endif
 
 test: install ## run the tests
 	$(BIN)/pytest -q
+	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
 
-
+oracle: install ## compare with the answers of the original libraries (ORACLE_DIR=... for other cases)
+	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
 
 check: install ## format, lint, types, imports
 	$(BIN)/ruff format --check
