@@ -206,7 +206,7 @@ def includes(collection: object, value: object) -> bool:
 
 def size(value: object) -> float:
     """lodash's _.size."""
-    if isinstance(value, dict) and _is_length(value.get("length")):
+    if isinstance(value, dict) and _has_length(value):
         return to_number(value["length"])
     return len(value) if isinstance(value, str | list | dict) else 0
 
@@ -231,6 +231,15 @@ def _is_whole(value: object) -> bool:
 
 def _is_length(value: object) -> bool:
     return _is_whole(value) and 0 <= to_number(value) < 2**53
+
+
+def _has_length(value: object) -> bool:
+    return isinstance(value, dict) and _is_length(value.get("length"))
+
+
+def _item(value: object, index: int) -> object:
+    items = _units(value) if isinstance(value, str) else value
+    return items[index] if isinstance(items, list) and items else UNDEFINED
 
 
 def _relational(
@@ -258,9 +267,32 @@ _TWO_OPERANDS: dict[str, Callable[[object, object], object]] = {
     "endsWith": ends_with,
 }
 
+# Types that JavaScript has and JSON lacks.
+_NEVER_IN_JSON = (
+    "isArguments",
+    "isArrayBuffer",
+    "isBuffer",
+    "isDate",
+    "isElement",
+    "isError",
+    "isFunction",
+    "isMap",
+    "isNative",
+    "isRegExp",
+    "isSet",
+    "isSymbol",
+    "isTypedArray",
+    "isWeakMap",
+    "isWeakSet",
+)
+
 _ONE_OPERAND: dict[str, Callable[[object], object]] = {
+    "first": lambda value: _item(value, 0),
+    "head": lambda value: _item(value, 0),
     "identity": lambda value: value,
     "isArray": lambda value: isinstance(value, list),
+    "isArrayLike": lambda value: isinstance(value, str | list) or _has_length(value),
+    "isArrayLikeObject": lambda value: isinstance(value, list) or _has_length(value),
     "isBoolean": lambda value: isinstance(value, bool),
     "isEmpty": lambda value: not (isinstance(value, str | list | dict) and value),
     "isFinite": lambda value: is_number(value) and math.isfinite(to_number(value)),
@@ -276,7 +308,10 @@ _ONE_OPERAND: dict[str, Callable[[object], object]] = {
     "isSafeInteger": lambda value: _is_whole(value) and abs(to_number(value)) < 2**53,
     "isString": lambda value: isinstance(value, str),
     "isUndefined": lambda value: value is UNDEFINED,
+    "last": lambda value: _item(value, -1),
     "size": size,
+    "toNumber": to_number,
+    **dict.fromkeys(_NEVER_IN_JSON, lambda _: False),
 }
 
 

@@ -36,6 +36,11 @@ def raw(value: object) -> Operand:
         ("isNil", None, None, True),
         ("isEmpty", 5, None, True),
         ("size", [], None, False),
+        ("first", [[]], None, True),
+        ("last", [1, 0], None, False),
+        ("toNumber", "0x0", None, False),
+        ("isArrayLike", {"length": 3}, None, True),
+        ("isDate", "2018-06-08", None, False),
     ],
 )
 def test_commands(command: str, value: object, other: object, answer: bool) -> None:
