@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -233,6 +234,44 @@ def _is_length(value: object) -> bool:
     return _is_whole(value) and 0 <= to_number(value) < 2**53
 
 
+def in_range(value: object, bound: object) -> bool:
+    """lodash's _.inRange with one bound: between 0 and the bound, whichever is larger."""
+    end = to_number(bound)
+    end = 0.0 if math.isnan(end) else max(min(end, sys.float_info.max), -sys.float_info.max)
+    return min(0.0, end) <= to_number(value) < max(0.0, end)
+
+
+def _arithmetic(
+    operate: Callable[[float, float], float], default: float
+) -> Callable[[object, object], object]:
+    """lodash's rule: a missing operand gives the other one, two missing the default."""
+
+    def calculated(value: object, other: object) -> object:
+        if value is UNDEFINED or other is UNDEFINED:
+            given = other if value is UNDEFINED else value
+            return default if given is UNDEFINED else given
+        if isinstance(value, str) or isinstance(other, str):  # then true is "true", not 1
+            value, other = to_text(value), to_text(other)
+        return operate(to_number(value), to_number(other))
+
+    return calculated
+
+
+def _add(value: object, other: object) -> object:
+    """lodash's _.add: texts are joined."""
+    given = value is not UNDEFINED and other is not UNDEFINED
+    if given and (isinstance(value, str) or isinstance(other, str)):
+        return to_text(value) + to_text(other)
+    return _arithmetic(operator.add, 0)(value, other)
+
+
+def _divided(value: float, other: float) -> float:
+    """JavaScript's division: by zero it is infinite, and 0 / 0 is NaN."""
+    if other:
+        return value / other
+    return math.nan if value == 0 or math.isnan(value) else math.inf
+
+
 def _has_length(value: object) -> bool:
     return isinstance(value, dict) and _is_length(value.get("length"))
 
@@ -265,6 +304,11 @@ _TWO_OPERANDS: dict[str, Callable[[object, object], object]] = {
     "includes": includes,
     "startsWith": starts_with,
     "endsWith": ends_with,
+    "inRange": in_range,
+    "add": _add,
+    "subtract": _arithmetic(operator.sub, 0),
+    "multiply": _arithmetic(operator.mul, 1),
+    "divide": _arithmetic(_divided, 1),
 }
 
 # Types that JavaScript has and JSON lacks.

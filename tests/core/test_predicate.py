@@ -37,6 +37,13 @@ def raw(value: object) -> Operand:
         ("isEmpty", 5, None, True),
         ("size", [], None, False),
         ("first", [[]], None, True),
+        ("inRange", -3, -5, True),
+        ("inRange", 5, 5, False),
+        ("add", "0", 0, True),  # the text "00"
+        ("subtract", "7", 7, False),
+        ("multiply", True, "1", False),  # "true" is no number
+        ("divide", 0, 0, False),  # NaN
+        ("divide", 1, 0, True),  # Infinity
         ("last", [1, 0], None, False),
         ("toNumber", "0x0", None, False),
         ("isArrayLike", {"length": 3}, None, True),
