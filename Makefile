@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test oracle check format lock clean
+.PHONY: help install demo test oracle check format lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
@@ -22,6 +22,9 @@ else
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 endif
 	touch $@
+
+demo: install ## see it work in twenty seconds
+	$(BIN)/sequencerd demo
 
 test: install ## run the tests
 	$(BIN)/pytest -q
@@ -42,7 +45,7 @@ format: install ## format and mend what lint can mend
 
 lock: install ## pin the newest versions with hashes
 	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --no-emit-index-url \
-		--no-emit-find-links --no-emit-trusted-host --group dev -o requirements.txt pyproject.toml
+		--no-emit-find-links --no-emit-trusted-host --all-extras --group dev -o requirements.txt pyproject.toml
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 
 from sequencerd.core.date_text import format_iso, parse
 from sequencerd.core.model import DefinitionError, EvaluationError
-from sequencerd.core.next_match import ATTRIBUTES, aliases, full_name, get, next_match, possible
+from sequencerd.core.next_match import ATTRIBUTES, aliases, full_name, get, impossible, next_match
 from sequencerd.core.zones import OUT_OF_RANGE, to_wall, zone
 
 __all__ = [
@@ -24,10 +24,10 @@ __all__ = [
     "add",
     "format_iso",
     "get",
+    "impossible",
     "next_match",
     "normalise_unit",
     "parse",
-    "possible",
     "zone",
 ]
 

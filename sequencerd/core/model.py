@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, Literal
+
+NEVER = datetime.max.replace(tzinfo=UTC)
+"""The wake time of who is woken by a change alone; PostgreSQL's 'infinity'."""
+
+MAX_MESSAGE = 2000  # characters
+
 
 class DefinitionError(ValueError):
     """A definition that cannot work. The message says what is wrong and what to write instead."""
@@ -13,3 +25,292 @@ class EvaluationError(Exception):
     def __init__(self, failure: str, message: str) -> None:
         super().__init__(message)
         self.failure = failure
+
+
+class Action(StrEnum):
+    """What a step answers for an enrollment, as in the original."""
+
+    NEXT = "next"
+    ALT_NEXT = "altNext"
+    NOOP = "noop"  # wait here, be executed again later
+
+
+# --- definitions
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A step's answer: wait here until then (NEVER: until something changes)."""
+
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """A step's answer: go to that step, of another sequence where one is named."""
+
+    step: str
+    sequence: str | None = None
+
+
+StepAnswer = Action | Stay | Jump
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """What a built-in step without a side effect does: a function of the enrollment and the time.
+
+    It may raise EvaluationError. `met` is set for a goal alone: whether it is reached.
+    """
+
+    answer: Callable[[Moment], StepAnswer]
+    met: Callable[[Moment], bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and how soon a side effect that failed is tried again; times in seconds."""
+
+    attempts: int = 8
+    first_delay: float = 10.0
+    longest_delay: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class SideEffect:
+    """What a runner does: `program` is what the runner made of the config."""
+
+    program: object
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    on_error: Literal["fail", "altNext"] = "fail"
+    at_most_once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a step cannot be executed, in a sentence. Who comes to it fails as `invalid_step`."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A node of a sequence. `behaviour` is what was made of `type` and `config`."""
+
+    sequence: str
+    name: str
+    type: str
+    config: Mapping[str, Any]
+    next_step: str | None
+    alt_next_step: str | None
+    behaviour: Instant | SideEffect | Problem
+    position: int = 0  # the order of the definition: of several goals met the last one wins
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """A named graph of steps. `goals` are its steps of type Goal, the definition's last first."""
+
+    name: str
+    first_step: str
+    timezone: str
+    steps: Mapping[str, Step]
+    paused: bool = False
+    goals: tuple[Step, ...] = ()
+    revision: int = 0  # counted up by the database with every change
+
+
+Definitions = Mapping[str, Sequence]
+
+
+# --- an enrollment
+
+
+@dataclass(frozen=True, slots=True)
+class Enrollment:
+    """A subject's journey: where it is and since when. `entered_at` is None until it has begun."""
+
+    id: int
+    sequence: str
+    step: str
+    subject: str
+    data: str  # JSON text: most moves don't read it
+    timezone: str | None
+    created_at: datetime
+    wake_at: datetime
+    entered_at: datetime | None = None
+    visit: int = 1
+    attempt: int = 0
+    goals_met: tuple[str, ...] = ()
+    retry_at: datetime | None = None  # the side effect is not started before
+    leased_by: str | None = None  # the daemon that executes the side effect until wake_at
+
+    @property
+    def key(self) -> str:
+        """The idempotency key of the side effect of this visit."""
+        return f"{self.id}:{self.visit}"
+
+
+class Moment:
+    """An enrollment at a time: what the steps, goals, templates and runners get to see."""
+
+    __slots__ = ("_view", "enrollment", "now", "timezone")
+
+    def __init__(self, enrollment: Enrollment, now: datetime, timezone: str) -> None:
+        self.enrollment = enrollment
+        self.now = now
+        self.timezone = timezone
+        self._view: dict[str, Any] | None = None
+
+    @property
+    def entered_at(self) -> datetime:
+        """Since when it has been at its step."""
+        return self.enrollment.entered_at or self.now
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """The enrollment as plain JSON data. Raises EvaluationError for data that can't be read."""
+        if self._view is None:
+            self._view = view(self.enrollment, self.timezone, self.entered_at)
+        return self._view
+
+
+def view(enrollment: Enrollment, timezone: str, entered_at: datetime) -> dict[str, Any]:
+    """What `get` paths, templates and custom runners are given; names as in the original."""
+    return {
+        "id": enrollment.id,
+        "subject": enrollment.subject,
+        "dataLookup": enrollment.subject,
+        "sequence": enrollment.sequence,
+        "step": enrollment.step,
+        "data": parse_data(enrollment.data),
+        "external": {},
+        "timezone": timezone,
+        "visit": enrollment.visit,
+        "attempt": enrollment.attempt,
+        "startSequence": iso(enrollment.created_at),
+        "startStep": iso(entered_at),
+    }
+
+
+def parse_data(text: str) -> dict[str, Any]:
+    """An enrollment's data. Raises EvaluationError for what PostgreSQL takes and Python doesn't."""
+    try:
+        data: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError("bad_data", f"data cannot be read: {error}") from error
+    return data
+
+
+def printable(text: str) -> str:
+    """Text that PostgreSQL takes and a terminal shows: no control characters, no endless ones."""
+    text = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def iso(instant: datetime) -> str:
+    """An instant as text: ISO 8601 in UTC with milliseconds, as JavaScript writes it."""
+    return instant.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# --- what a runner is given, and what it answers
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One enrollment for a runner: `key` is its idempotency key, `view` what may be read."""
+
+    key: str
+    view: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The side effect is done, or (NOOP) to be executed again at `wake_at`, if not told later."""
+
+    action: Action = Action.NEXT
+    message: str | None = None
+    data: Mapping[str, Any] | None = None  # merged into the enrollment's data
+    wake_at: datetime | None = None
+    retry_after: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The side effect did not happen, as far as is known.
+
+    A permanent failure is not tried again. `spends_attempt` is False where the fault is not the
+    message's: throttled, interrupted, a server that is down for everybody.
+    """
+
+    message: str
+    permanent: bool = False
+    retry_after: timedelta | None = None
+    spends_attempt: bool = True
+
+
+Result = Answer | Failed
+
+
+# --- decisions
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One row of history."""
+
+    enrollment_id: int
+    at: datetime
+    sequence: str
+    step: str
+    visit: int
+    action: str
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Stays active, to be looked at again at that time."""
+
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Execute:
+    """Needs the side effect of its step."""
+
+    step: Step
+    effect: SideEffect
+    timezone: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Has come to its end."""
+
+    status: Literal["completed"] = "completed"
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Cannot go on: a code and a sentence."""
+
+    failure: str
+    message: str
+
+
+Decision = Wait | Execute | End | Fail
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """Where `advance` has brought an enrollment, what is decided there, and what to record."""
+
+    enrollment: Enrollment
+    decision: Decision
+    events: tuple[Event, ...]
+    data: Mapping[str, Any] | None = None  # to be merged into the row

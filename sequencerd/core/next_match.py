@@ -77,7 +77,7 @@ def get(instant: datetime, attribute: str, tz: ZoneInfo) -> int:
         raise EvaluationError("bad_data", OUT_OF_RANGE) from error
 
 
-def possible(attribute: str, values: Iterable[object]) -> list[object]:
+def impossible(attribute: str, values: Iterable[object]) -> list[object]:
     """Those of `values` that can never occur, for which a definition is to be rejected.
 
     The original compared with `===`: only a number in the getter's range can match, so "1", true

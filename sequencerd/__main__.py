@@ -1,0 +1,5 @@
+"""`python -m sequencerd`."""
+
+from sequencerd.cli import main
+
+main()

@@ -1,0 +1,39 @@
+"""The database's time, by its measured offset from this machine's.
+
+The machine's monotonic clock carries the time on between measurements, so a wall clock that is
+wrong or set while the daemon runs changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Clock:
+    """`now()` is the database's time, at most a round trip behind and never ahead of it."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._offset = (datetime.now(UTC) - _EPOCH).total_seconds() - monotonic()
+
+    def now(self) -> datetime:
+        """The time, aware, in UTC."""
+        return _EPOCH + timedelta(seconds=self._monotonic() + self._offset)
+
+    def seconds_until(self, at: datetime) -> float:
+        """How long until then; negative when it is past."""
+        return (at - self.now()).total_seconds()
+
+    def measured(self, server_time: datetime) -> timedelta:
+        """Takes over the time that a query answered just now. Returns by how much it was off.
+
+        The answer was on its way for a part of the round trip, so the database's clock is a
+        little ahead: what is due by this clock is due by the database's.
+        """
+        off = server_time - self.now()
+        self._offset += off.total_seconds()
+        return off

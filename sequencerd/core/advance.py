@@ -1,0 +1,312 @@
+"""The one function that decides: where an enrollment goes, and what must happen next.
+
+It reads no clock and does no I/O. The daemon, the simulator and the tests all call `advance`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any, assert_never
+
+from sequencerd.core import dates, retry
+from sequencerd.core.model import (
+    NEVER,
+    Action,
+    Advanced,
+    Answer,
+    Decision,
+    DefinitionError,
+    Definitions,
+    End,
+    Enrollment,
+    EvaluationError,
+    Event,
+    Execute,
+    Fail,
+    Failed,
+    Instant,
+    Jump,
+    Moment,
+    Problem,
+    Result,
+    Sequence,
+    SideEffect,
+    Stay,
+    Step,
+    Wait,
+    parse_data,
+    printable,
+)
+
+MAX_MOVES = 100
+"""Within one evaluation; more is a loop."""
+
+NOOP_DELAY = timedelta(minutes=1)
+"""When a runner that answered noop is asked again: the original's cycle."""
+
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def advance(
+    definitions: Definitions,
+    enrollment: Enrollment,
+    now: datetime,
+    result: Result | None = None,
+    jitter: float = 1.0,
+) -> Advanced:
+    """Brings an enrollment as far as it gets at this time.
+
+    `enrollment.wake_at` is ignored but for one that begins. `result` is what the side effect of its
+    step came to, of the attempt that `enrollment.attempt` counts; `jitter` (0 to 1) shortens the
+    wait before the next one.
+
+    First the result moves it, then the goals are looked at, then it follows its steps until one
+    must wait (Wait, Execute), the way ends (End) or can't be gone (Fail). Never raises because of
+    what a definition or an enrollment holds.
+    """
+    way = _Way(definitions, enrollment, now)
+    try:
+        decision = way.begin(result, jitter) or way.follow()
+    except EvaluationError as error:
+        decision = Fail(error.failure, str(error))
+    except DefinitionError as error:
+        decision = Fail("error", str(error))
+    if isinstance(decision, Fail):
+        decision = replace(decision, message=printable(decision.message))
+    match decision:
+        case Fail():
+            way.record("failed", decision.message)
+        case End():
+            way.record("completed")
+    return Advanced(way.at, decision, tuple(way.events), way.merged)
+
+
+class _Way:
+    """One evaluation: where the enrollment is by now, and what has happened."""
+
+    __slots__ = (
+        "_timezone",
+        "at",
+        "definitions",
+        "events",
+        "lapsed",
+        "merged",
+        "moment",
+        "moves",
+        "now",
+    )
+
+    def __init__(self, definitions: Definitions, enrollment: Enrollment, now: datetime) -> None:
+        self.definitions = definitions
+        self.at = enrollment
+        self.now = now
+        self.events: list[Event] = []
+        self.merged: Mapping[str, Any] | None = None
+        self.moves = 0
+        self.lapsed: str | None = None  # the daemon whose lease of this visit has run out
+        self._timezone: str | None = None
+        self.moment: Moment | None = None
+
+    def begin(self, result: Result | None, jitter: float) -> Decision | None:
+        """The start of a journey, or what came of the side effect; None to go on from there."""
+        if self.at.entered_at is None:
+            begun = min(self.at.wake_at, self.now)
+            self.at = replace(self.at, entered_at=begun)
+            self.record("enrolled")
+        lapsed = self.at.leased_by
+        self.at = replace(self.at, leased_by=None)
+        if result is None and lapsed is not None:
+            self.lapsed = lapsed
+            self.record("lapsed", f"attempt {self.at.attempt} by {lapsed} was cut off")
+        match result:
+            case None:
+                return None
+            case Answer():
+                return self._answered(result)
+            case Failed():
+                return self._failed(result, jitter)
+            case _:
+                assert_never(result)
+
+    def follow(self) -> Decision:
+        """Goals first, then step after step."""
+        sequence = self.sequence()
+        if ended := self._pull(sequence):
+            return ended
+        while True:
+            if sequence.paused:
+                return Wait(self.now)
+            step = self._step(sequence)
+            decision = self._execute(step)
+            if decision is not None:
+                return decision
+            if self.moves > MAX_MOVES:
+                message = f"more than {MAX_MOVES} moves without a wait; a cycle needs one"
+                return Fail("loop", message)
+            if self.at.sequence != sequence.name:
+                sequence = self.sequence()
+                if ended := self._pull(sequence):
+                    return ended
+
+    def sequence(self) -> Sequence:
+        """The definition of the sequence that it is in. Raises EvaluationError."""
+        sequence = self.definitions.get(self.at.sequence)
+        if sequence is None:
+            raise EvaluationError("invalid_step", f"sequence {self.at.sequence!r} does not exist")
+        return sequence
+
+    def record(self, action: str, message: str | None = None) -> None:
+        """An event; those of one evaluation are a microsecond apart, so that they sort by time."""
+        at = self.now + len(self.events) * _MICROSECOND
+        here = self.at
+        self.events.append(
+            Event(
+                here.id,
+                at,
+                here.sequence,
+                here.step,
+                here.visit,
+                action,
+                None if message is None else printable(message),
+            )
+        )
+
+    def _look(self) -> Moment:
+        """The enrollment as it is now, for a step or a goal to read."""
+        if self.moment is None or self.moment.enrollment is not self.at:
+            self.moment = Moment(self.at, self.now, self._zone())
+        return self.moment
+
+    def _zone(self) -> str:
+        """Its own zone, else the sequence's; one that does not exist falls back and is told."""
+        own = self.at.timezone
+        if own is None:
+            return self.sequence().timezone
+        if self._timezone is None:
+            try:
+                dates.zone(own)
+                self._timezone = own
+            except DefinitionError as error:
+                self._timezone = self.sequence().timezone
+                self.record("warning", f"{error}; {self._timezone} is used")
+        return self._timezone
+
+    def _step(self, sequence: Sequence) -> Step:
+        step = sequence.steps.get(self.at.step)
+        if step is None:
+            raise EvaluationError("invalid_step", f"step {self.at.step!r} does not exist")
+        return step
+
+    def _pull(self, sequence: Sequence) -> End | None:
+        """Goals that are met and have not pulled before: the last of the definition wins."""
+        met = [
+            goal
+            for goal in sequence.goals
+            if goal.name not in self.at.goals_met
+            and isinstance(goal.behaviour, Instant)
+            and goal.behaviour.met is not None
+            and goal.behaviour.met(self._look())
+        ]
+        if not met:
+            return None
+        names = tuple(goal.name for goal in met)
+        self.at = replace(self.at, goals_met=self.at.goals_met + names)
+        others = f", with {', '.join(names[1:])}" if names[1:] else ""
+        self.record("goal", f"{names[0]} is met{others}")
+        return self._go(met[0].next_step)
+
+    def _execute(self, step: Step) -> Decision | None:
+        """One step; None when it has moved the enrollment on."""
+        match step.behaviour:
+            case Problem(message):
+                return Fail("invalid_step", message)
+            case SideEffect() as effect:
+                return self._start(step, effect)
+            case Instant() as behaviour:
+                answer = behaviour.answer(self._look())
+            case _:
+                assert_never(step.behaviour)
+        match answer:
+            case Stay(until):
+                return Wait(until if until.year < NEVER.year else NEVER)
+            case Action.NEXT:
+                if behaviour.met is not None and step.name not in self.at.goals_met:
+                    self.at = replace(self.at, goals_met=(*self.at.goals_met, step.name))
+                self.record(answer.value)
+                return self._go(step.next_step)
+            case Action.ALT_NEXT:
+                self.record(answer.value)
+                return self._go(step.alt_next_step)
+            case Jump(target, sequence):
+                self.record("jump", f"to {target}" + (f" of {sequence}" if sequence else ""))
+                return self._go(target, sequence)
+            case Action.NOOP:
+                return Wait(self.now + NOOP_DELAY)
+            case _:
+                assert_never(answer)
+
+    def _start(self, step: Step, effect: SideEffect) -> Decision:
+        """The side effect, unless it is too early for it or one try more would be too many."""
+        if self.at.retry_at is not None and self.now < self.at.retry_at:
+            return Wait(self.at.retry_at)
+        if self.lapsed is not None and self.at.attempt > 0:
+            if effect.at_most_once:
+                return Fail(
+                    "outcome_unknown",
+                    f"{self.lapsed} was cut off while it executed this step, which must not be "
+                    "executed twice; look whether it took place, then move the enrollment on",
+                )
+            if self.at.attempt >= effect.retry.attempts:
+                return Fail("error", f"cut off in attempt {self.at.attempt}, the last one")
+        return Execute(step, effect, self._zone())
+
+    def _go(self, target: str | None, sequence: str | None = None) -> End | None:
+        """To another step, or to the end of the way."""
+        if target is None:
+            return End()
+        self.moves += 1
+        self.lapsed = None
+        here = self.at
+        self.at = replace(
+            here,
+            sequence=sequence or here.sequence,
+            step=target,
+            entered_at=self.now,
+            visit=here.visit + 1,
+            attempt=0,
+            retry_at=None,
+        )
+        return None
+
+    def _answered(self, answer: Answer) -> Decision | None:
+        if answer.data:
+            merged = {**parse_data(self.at.data), **answer.data}
+            self.at = replace(self.at, data=json.dumps(merged))
+            self.merged = answer.data
+        step = self._step(self.sequence())
+        if answer.action is Action.NOOP:
+            if answer.message:
+                self.record(answer.action.value, answer.message)
+            wait = NOOP_DELAY if answer.retry_after is None else answer.retry_after
+            again = answer.wake_at or self.now + min(max(wait, timedelta(0)), retry.LONGEST)
+            self.at = replace(self.at, attempt=0, retry_at=again)
+            return None
+        self.record(answer.action.value, answer.message)
+        return self._go(step.next_step if answer.action is Action.NEXT else step.alt_next_step)
+
+    def _failed(self, failed: Failed, jitter: float) -> Decision | None:
+        step = self._step(self.sequence())
+        effect = step.behaviour if isinstance(step.behaviour, SideEffect) else SideEffect(None)
+        if not retry.gives_up(effect.retry, self.at.attempt, failed):
+            wait = retry.delay(effect.retry, self.at.attempt, failed, jitter)
+            attempt = self.at.attempt if failed.spends_attempt else max(self.at.attempt - 1, 0)
+            self.at = replace(self.at, attempt=attempt, retry_at=self.now + wait)
+            self.record("retry", failed.message)
+            return None
+        if effect.on_error == "altNext":
+            self.record(Action.ALT_NEXT.value, failed.message)
+            return self._go(step.alt_next_step)
+        return Fail("error", failed.message)

@@ -1,0 +1,193 @@
+"""The built-in steps without a side effect: their configs, and what they do.
+
+Names and keys are the original's. Each `compile` function makes of a config what the step does,
+checked once when the definition is read. Raises DefinitionError (or pydantic's ValidationError,
+which `compile_step` words).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
+from pydantic.alias_generators import to_camel
+
+from sequencerd.core import dates
+from sequencerd.core.model import (
+    NEVER,
+    Action,
+    DefinitionError,
+    EvaluationError,
+    Instant,
+    Jump,
+    Moment,
+    Stay,
+    StepAnswer,
+)
+from sequencerd.core.predicate import Operand, Predicate, compile_predicate
+from sequencerd.core.template import compile_template
+
+ON_TIME = timedelta(minutes=1)
+"""Who is woken later than this by a WaitForDateComparison has missed the time."""
+
+
+class Config(BaseModel):
+    """A step's config: camelCase keys, no others."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=to_camel, allow_inf_nan=False
+    )
+
+
+class GoToConfig(Config):
+    """GoTo: to its next step, or to the named step, of the named sequence."""
+
+    step: str | None = None
+    sequence: str | None = None
+
+
+class ConditionConfig(Config):
+    """Conditional and Goal: Boolean(_[lodashCommand](value, compareTo))."""
+
+    lodash_command: str
+    value: Operand
+    compare_to: Operand | None = None
+
+    def predicate(self) -> Predicate:
+        """The condition, ready to be asked."""
+        return compile_predicate(self.lodash_command, self.value, self.compare_to)
+
+
+class WaitForDateConfig(Config):
+    """WaitForDate: an ISO 8601 date, or a template that gives one."""
+
+    date: str
+
+
+class WaitForDurationConfig(Config):
+    """WaitForDuration: from the time of arrival on."""
+
+    amount: StrictInt | StrictFloat
+    unit: str
+
+
+class WaitForDateComparisonConfig(Config):
+    """WaitForDateComparison: until moment's getter gives one of the values."""
+
+    attribute: str
+    values: list[Any] = Field(min_length=1)
+    late: Literal["look again", "pass"] = "look again"
+
+
+def _go_to(config: Mapping[str, Any]) -> Instant:
+    parsed = GoToConfig.model_validate(config)
+    if parsed.sequence is not None and parsed.step is None:
+        raise DefinitionError("sequence needs a step: where to go in it")
+    answer = Action.NEXT if parsed.step is None else Jump(parsed.step, parsed.sequence)
+    return Instant(lambda _: answer)
+
+
+def _conditional(config: Mapping[str, Any]) -> Instant:
+    holds = ConditionConfig.model_validate(config).predicate()
+    return Instant(lambda moment: Action.NEXT if holds(moment.view) else Action.ALT_NEXT)
+
+
+def _goal(config: Mapping[str, Any]) -> Instant:
+    holds = ConditionConfig.model_validate(config).predicate()
+
+    def is_met(moment: Moment) -> bool:
+        return holds(moment.view)
+
+    return Instant(lambda moment: Action.NEXT if is_met(moment) else Stay(NEVER), met=is_met)
+
+
+def _wait_for_duration(config: Mapping[str, Any]) -> Instant:
+    parsed = WaitForDurationConfig.model_validate(config)
+    unit = dates.normalise_unit(parsed.unit)
+
+    def answer(moment: Moment) -> StepAnswer:
+        tz = dates.zone(moment.timezone)
+        until = dates.add(moment.entered_at, parsed.amount, unit, tz)
+        return Action.NEXT if until <= moment.now else Stay(until)
+
+    return Instant(answer)
+
+
+def _wait_for_date(config: Mapping[str, Any]) -> Instant:
+    template = compile_template(WaitForDateConfig.model_validate(config).date, escape=False)
+    if template.is_literal and dates.parse(template.source, dates.zone("UTC")) is None:
+        raise DefinitionError(_no_date(template.source))
+
+    def answer(moment: Moment) -> StepAnswer:
+        text = template.source if template.is_literal else template.render(moment.view)
+        until = dates.parse(text.strip(), dates.zone(moment.timezone))
+        if until is None:
+            raise EvaluationError("bad_data", _no_date(text))
+        return Action.NEXT if until <= moment.now else Stay(until)
+
+    return Instant(answer)
+
+
+def _no_date(text: str) -> str:
+    shown = text if len(text) <= 100 else f"{text[:100]}..."
+    return f"date {shown!r} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
+
+
+def _wait_for_date_comparison(config: Mapping[str, Any]) -> Instant:
+    parsed = WaitForDateComparisonConfig.model_validate(config)
+    attribute = parsed.attribute
+    values = parsed.values
+    if never := dates.impossible(attribute, values):
+        raise DefinitionError(f"values: {attribute} is never {never[0]!r}")
+
+    def answer(moment: Moment) -> StepAnswer:
+        # From the arrival on, so that a change elsewhere can't make it miss its time; but a time
+        # that was missed by more than a little counts only where the config says so.
+        since = moment.entered_at
+        if parsed.late == "look again":
+            since = max(since, moment.now - ON_TIME)
+        until = dates.next_match(since, attribute, values, dates.zone(moment.timezone))
+        if until is None:
+            raise EvaluationError(
+                "unsatisfiable", f"{attribute} will not be any of {values} within ten years"
+            )
+        return Action.NEXT if until <= moment.now else Stay(until)
+
+    return Instant(answer)
+
+
+COMPILERS: Mapping[str, Callable[[Mapping[str, Any]], Instant]] = {
+    "GoTo": _go_to,
+    "Conditional": _conditional,
+    "Goal": _goal,
+    "WaitForDate": _wait_for_date,
+    "WaitForDuration": _wait_for_duration,
+    "WaitForDateComparison": _wait_for_date_comparison,
+}
+
+
+def compile_step(type_: str, config: Mapping[str, Any]) -> Instant:
+    """What a built-in step of this type does. Raises DefinitionError."""
+    try:
+        return COMPILERS[type_](config)
+    except ValidationError as error:
+        raise DefinitionError(describe(error)) from error
+
+
+def describe(error: ValidationError) -> str:
+    """pydantic's errors in one line, without the values: they may be secret or long."""
+    parts = []
+    for detail in error.errors(include_url=False, include_input=False):
+        place = ".".join(str(part) for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        parts.append(f"{place}: {message}" if place else message)
+    return "; ".join(parts)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for a name that is not known, as the end of a sentence."""
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"

@@ -1,0 +1,157 @@
+"""The composition root: makes the parts from the settings, and runs them until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NoReturn
+from uuid import uuid4
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd import migrate, store
+from sequencerd.clock import Clock
+from sequencerd.core.model import DefinitionError, Failed, Result, Task
+from sequencerd.definitions import Runners
+from sequencerd.engine import Engine
+from sequencerd.errors import DatabaseError, SettingsError
+from sequencerd.listener import listen
+from sequencerd.runners import Runner
+from sequencerd.runners.email import EmailRunner
+from sequencerd.runners.http import HttpRunner
+from sequencerd.runners.python import load
+from sequencerd.runners.sms import TwilioRunner
+from sequencerd.settings import Settings
+
+CONNECT_TIMEOUT = 10.0  # seconds
+CLOSE_TIMEOUT = 5.0
+
+
+def make_runners(settings: Settings) -> dict[str, Runner]:
+    """Every runner that is installed or set up, by the type of its steps."""
+    email, sms = settings.email, settings.sms
+    runners: dict[str, Runner] = {
+        "Email": EmailRunner(
+            email.url.get_secret_value() if email.url else "smtp://localhost:25",
+            concurrency=email.concurrency,
+            timeout=email.timeout,
+            per_second=email.per_second,
+        )
+    }
+    runners["SMS"] = _NotSetUp("SMS needs an account: set sms.account_sid and sms.auth_token")
+    if sms.account_sid and sms.auth_token:
+        runners["SMS"] = TwilioRunner(
+            sms.account_sid,
+            sms.auth_token.get_secret_value(),
+            base_url=sms.base_url,
+            concurrency=sms.concurrency,
+            timeout=sms.timeout,
+            per_second=sms.per_second,
+        )
+    runners |= load()
+    for name, endpoint in settings.runners.items():
+        runners[name] = HttpRunner(
+            endpoint.url,
+            name=name,
+            timeout=endpoint.timeout,
+            batch_size=endpoint.batch_size,
+            concurrency=endpoint.concurrency,
+            per_second=endpoint.per_second,
+            secret=endpoint.secret.get_secret_value() if endpoint.secret else None,
+            headers={key: value.get_secret_value() for key, value in endpoint.headers.items()},
+        )
+    return runners
+
+
+class _NotSetUp:
+    """Stands for a runner that the settings say too little about: its steps have a problem."""
+
+    batch_size = concurrency = 1
+    timeout = 1.0
+
+    def __init__(self, problem: str) -> None:
+        self._problem = problem
+
+    def compile(self, _config: Mapping[str, Any]) -> NoReturn:
+        raise DefinitionError(self._problem)
+
+    async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        return [Failed(self._problem)] * len(tasks)
+
+    async def close(self) -> None:
+        pass
+
+
+async def connect(url: str) -> asyncpg.Connection:
+    """One connection for a command. Raises DatabaseError without the password in it."""
+    try:
+        connection = await asyncpg.connect(
+            url, timeout=CONNECT_TIMEOUT, server_settings={"application_name": "sequencerd"}
+        )
+    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+        raise DatabaseError(f"cannot connect to the database: {_in_words(error)}") from error
+    except (ValueError, asyncpg.InterfaceError) as error:
+        raise SettingsError("the database's URL is wrong; write postgresql://user@host/name") from (
+            error
+        )
+    await store.set_codecs(connection)
+    return connection
+
+
+def _in_words(error: BaseException) -> str:
+    return str(error) or f"no answer within {CONNECT_TIMEOUT:g} seconds"
+
+
+def daemon_name() -> str:
+    """Who holds a lease: the host and process, for a person, and a part that never comes again."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+
+
+async def run(url: str, settings: Settings, runners: Runners, log: FilteringBoundLogger) -> None:
+    """Runs until SIGTERM or SIGINT. Raises SequencerdError if it can't begin."""
+    connection = await connect(url)
+    try:
+        await migrate.check(connection)
+    finally:
+        await connection.close()
+    async with _pool(url, settings.database.connections) as pool:
+        name = daemon_name()
+        engine = Engine(pool, runners, clock=Clock(), settings=settings.engine, name=name, log=log)
+
+        async def connected() -> None:
+            await engine.sweep()
+            log.info("ready", daemon=name, sequences=len(engine.definitions))
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, engine.stop)
+        try:
+            # whatever dies takes the process down: it is started again, and leases run out
+            async with asyncio.TaskGroup() as group:
+                listener = group.create_task(listen(url, engine.receive, connected, log))
+                await engine.run()
+                listener.cancel()
+        finally:
+            for runner in runners.values():
+                await runner.close()
+    log.info("stopped", daemon=name)
+
+
+@asynccontextmanager
+async def _pool(url: str, size: int) -> AsyncIterator[asyncpg.Pool]:
+    try:
+        pool = await store.connect_pool(url, size)
+    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+        raise DatabaseError(f"cannot connect to the database: {_in_words(error)}") from error
+    try:
+        yield pool
+    finally:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await pool.close()
+        pool.terminate()

@@ -1,0 +1,354 @@
+"""Definitions: rows and YAML files made into sequences, checked as a whole, and applied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import asyncpg
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.alias_generators import to_camel
+
+from sequencerd.core import dates
+from sequencerd.core.model import (
+    DefinitionError,
+    Instant,
+    Problem,
+    RetryPolicy,
+    Sequence,
+    SideEffect,
+    Step,
+)
+from sequencerd.core.steps import COMPILERS, compile_step, describe, nearest
+from sequencerd.errors import FileError
+from sequencerd.runners import Runner
+from sequencerd.store import QUERIES
+
+Runners = Mapping[str, Runner]
+
+
+# --- what is made of a step's type and config
+
+
+class _Retry(BaseModel):
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
+    attempts: int = Field(default=8, ge=1, le=1000)
+    first_delay: float = Field(default=10.0, ge=0, le=86400)
+    longest_delay: float = Field(default=3600.0, ge=0, le=30 * 86400)
+
+
+class _EffectConfig(BaseModel):
+    """The keys that every step with a side effect takes, beside those of its runner."""
+
+    model_config = ConfigDict(alias_generator=to_camel)
+    retry: _Retry = _Retry()
+    on_error: Literal["fail", "altNext"] = "fail"
+    delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
+
+
+_EFFECT_KEYS = frozenset(to_camel(name) for name in _EffectConfig.model_fields)
+
+
+def compile_behaviour(
+    type_: str, config: Mapping[str, Any], runners: Runners
+) -> Instant | SideEffect | Problem:
+    """What a step does, or why it can't."""
+    try:
+        if type_ in COMPILERS:
+            return compile_step(type_, config)
+        if type_ not in runners:
+            known = [*COMPILERS, *runners]
+            raise DefinitionError(f"type {type_!r} is served by no runner; {nearest(type_, known)}")
+        common = _EffectConfig.model_validate({k: config[k] for k in _EFFECT_KEYS & config.keys()})
+        own = {key: value for key, value in config.items() if key not in _EFFECT_KEYS}
+        return SideEffect(
+            program=runners[type_].compile(own),
+            retry=RetryPolicy(**common.retry.model_dump()),
+            on_error=common.on_error,
+            at_most_once=common.delivery == "at_most_once",
+        )
+    except ValidationError as error:
+        return Problem(describe(error))
+    except (DefinitionError, RecursionError) as error:
+        return Problem(str(error))
+
+
+def build(
+    name: str,
+    first_step: str,
+    timezone: str,
+    steps: Iterable[Step],
+    *,
+    paused: bool = False,
+    revision: int = 0,
+) -> Sequence:
+    """A sequence from its steps. What is wrong with the whole becomes the problem of its steps."""
+    ordered = sorted(steps, key=lambda step: step.position)
+    by_name = {step.name: step for step in ordered}
+    for stuck in _never_waiting(by_name):
+        by_name[stuck] = _with_problem(by_name[stuck], "it is part of a cycle that never waits")
+    for step in ordered:
+        target = step.config.get("step")
+        is_local = step.type == "GoTo" and not step.config.get("sequence")
+        if is_local and target is not None and target not in by_name:
+            hint = nearest(str(target), list(by_name))
+            by_name[step.name] = _with_problem(step, f"step {target!r} does not exist; {hint}")
+    try:
+        dates.zone(timezone)
+    except DefinitionError as error:
+        by_name = {key: _with_problem(step, str(error)) for key, step in by_name.items()}
+    goals = tuple(step for step in reversed(ordered) if step.type == "Goal")
+    return Sequence(name, first_step, timezone, by_name, paused, goals, revision)
+
+
+def _with_problem(step: Step, message: str) -> Step:
+    return (
+        step if isinstance(step.behaviour, Problem) else replace(step, behaviour=Problem(message))
+    )
+
+
+def _never_waiting(steps: Mapping[str, Step]) -> set[str]:
+    """Steps from which every way leads round and round without a wait or a side effect.
+
+    The greatest set whose members are GoTo or Conditional and lead only to members.
+    """
+    ways: dict[str, set[str | None]] = {}
+    for step in steps.values():
+        if isinstance(step.behaviour, Problem):
+            continue
+        if step.type == "GoTo" and not step.config.get("sequence"):
+            ways[step.name] = {step.config.get("step") or step.next_step}
+        elif step.type == "Conditional":
+            ways[step.name] = {step.next_step, step.alt_next_step}
+    while leaving := {name for name, targets in ways.items() if not targets <= ways.keys()}:
+        for name in leaving:
+            del ways[name]
+    return set(ways)
+
+
+def from_rows(
+    sequence: asyncpg.Record, steps: Iterable[asyncpg.Record], runners: Runners
+) -> Sequence:
+    """A sequence as the database has it."""
+    made = []
+    for row in steps:
+        config, behaviour = _read_config(row, runners)
+        made.append(
+            Step(
+                sequence=row["sequence"],
+                name=row["name"],
+                type=row["type"],
+                config=config,
+                next_step=row["next_step"],
+                alt_next_step=row["alt_next_step"],
+                behaviour=behaviour,
+                position=row["position"],
+            )
+        )
+    return build(
+        sequence["name"],
+        sequence["first_step"],
+        sequence["timezone"],
+        made,
+        paused=sequence["status"] == "paused",
+        revision=sequence["revision"],
+    )
+
+
+def _read_config(
+    row: asyncpg.Record, runners: Runners
+) -> tuple[dict[str, Any], Instant | SideEffect | Problem]:
+    try:
+        config = json.loads(row["config"])
+    except (ValueError, RecursionError) as error:
+        return {}, Problem(f"config cannot be read: {error}")
+    return config, compile_behaviour(row["type"], config, runners)
+
+
+def problems(sequence: Sequence) -> dict[tuple[str, str], str | None]:
+    """What is wrong with each step; None where nothing is."""
+    return {
+        (step.sequence, step.name): step.behaviour.message
+        if isinstance(step.behaviour, Problem)
+        else None
+        for step in sequence.steps.values()
+    }
+
+
+# --- files
+
+
+class _FileStep(BaseModel):
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, allow_inf_nan=False)
+    name: str = Field(min_length=1, max_length=200)
+    type: str = Field(min_length=1, max_length=200)
+    config: dict[str, Any] = {}
+    next: str | None = None
+    alt_next: str | None = None
+
+
+class _FileSequence(BaseModel):
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
+    name: str = Field(min_length=1, max_length=200)
+    timezone: str = "UTC"
+    status: Literal["active", "paused", "archived"] = "active"
+    reentry: Literal["after_end", "always", "never"] = "after_end"
+    lookup: str | None = None
+    recheck: timedelta = timedelta(minutes=1)
+    steps: list[_FileStep] = Field(min_length=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """One sequence of a file, checked."""
+
+    sequence: Sequence
+    reentry: str
+    status: str
+    lookup: str | None
+    recheck: timedelta
+    place: str = field(compare=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose values are JSON's: dates stay text, yes and no are words, no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that stands twice: the second would silently win."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} must be text, in quotes", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag != "tag:yaml.org,2002:timestamp"
+        and (tag != "tag:yaml.org,2002:bool" or first in "tTfF")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_file(path: Path, runners: Runners) -> list[Definition]:
+    """The sequences of a YAML or JSON file. Raises FileError with everything that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        documents = list(yaml.load_all(text, _Loader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise FileError(f"{path}: {error}") from error
+    found = [_read_document(document, path, runners) for document in documents if document]
+    if not found:
+        raise FileError(f"{path}: no sequence in it")
+    names = [definition.sequence.name for definition in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise FileError(f"{path}: sequence {min(twice)!r} stands twice")
+    return found
+
+
+def _read_document(document: object, path: Path, runners: Runners) -> Definition:
+    try:
+        parsed = _FileSequence.model_validate(document)
+        TypeAdapter(dict[str, Any]).dump_json(parsed.model_dump())
+    except (ValidationError, ValueError) as error:
+        message = describe(error) if isinstance(error, ValidationError) else str(error)
+        raise FileError(f"{path}: {message}") from error
+    place = f"{path}: sequence {parsed.name!r}"
+    names = [step.name for step in parsed.steps]
+    errors = [f"step {name!r} stands twice" for name in sorted(set(names)) if names.count(name) > 1]
+    steps = []
+    for position, step in enumerate(parsed.steps):
+        following = names[position + 1] if position + 1 < len(names) else None
+        next_step = step.next if "next" in step.model_fields_set else following
+        for key, target in (("next", next_step), ("altNext", step.alt_next)):
+            if target is not None and target not in names:
+                hint = nearest(target, names)
+                errors.append(f"step {step.name!r}: {key} {target!r} does not exist; {hint}")
+        steps.append(
+            Step(
+                sequence=parsed.name,
+                name=step.name,
+                type=step.type,
+                config=step.config,
+                next_step=next_step,
+                alt_next_step=step.alt_next,
+                behaviour=compile_behaviour(step.type, step.config, runners),
+                position=position,
+            )
+        )
+    sequence = build(parsed.name, names[0], parsed.timezone, steps)
+    errors += [
+        f"step {name!r}: {message}" for (_, name), message in problems(sequence).items() if message
+    ]
+    if errors:
+        raise FileError("\n".join(f"{place}: {error}" for error in errors))
+    return Definition(sequence, parsed.reentry, parsed.status, parsed.lookup, parsed.recheck, place)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What applying a definition did: names of steps."""
+
+    sequence: str
+    created: bool
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+async def apply(connection: asyncpg.Connection, definition: Definition) -> Applied:
+    """Makes the database's sequence what the definition says; to be called in a transaction.
+
+    Raises FileError where people stand at a step that it no longer has.
+    """
+    sequence = definition.sequence
+    steps = sorted(sequence.steps.values(), key=lambda step: step.position)
+    known = await connection.fetchval(QUERIES["lock_sequence"], sequence.name)
+    try:
+        await connection.execute(
+            QUERIES["apply_sequence"],
+            sequence.name,
+            sequence.first_step,
+            sequence.timezone,
+            definition.status,
+            definition.reentry,
+            definition.lookup,
+            definition.recheck,
+        )
+        written = await connection.fetch(
+            QUERIES["apply_steps"],
+            sequence.name,
+            [step.name for step in steps],
+            [step.position for step in steps],
+            [step.type for step in steps],
+            [json.dumps(step.config) for step in steps],
+            [step.next_step for step in steps],
+            [step.alt_next_step for step in steps],
+        )
+        names = [step.name for step in steps]
+        removed = await connection.fetch(QUERIES["remove_steps"], sequence.name, names)
+    except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
+        raise FileError(f"{definition.place}: {error}") from error
+    return Applied(
+        sequence.name,
+        known is None,
+        tuple(row["name"] for row in written if row["added"]),
+        tuple(row["name"] for row in written if not row["added"]),
+        tuple(row["name"] for row in removed),
+    )

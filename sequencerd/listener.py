@@ -1,0 +1,113 @@
+"""The connection that listens: NOTIFY becomes messages. It reconnects, and probes itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import asyncpg
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from structlog.typing import FilteringBoundLogger
+
+CHANNEL = "sequencer"
+PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10
+PROBE_TIMEOUT = 5.0
+LONGEST_PAUSE = 10.0  # seconds between attempts to connect
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Due(_Message):
+    """From the triggers: somebody at this step (sequence, step) is due soon."""
+
+    due: tuple[str, str]
+
+
+class Changed(_Message):
+    """From the triggers: definitions have changed."""
+
+    definitions: bool
+
+
+class Look(_Message):
+    """From an application: look again at those who wait; with nothing set, at all of them."""
+
+    subject: str | None = None
+    sequence: str | None = None
+    step: str | None = None
+
+
+Message = Due | Changed | Look
+
+_messages: TypeAdapter[Message] = TypeAdapter(Message)
+
+
+def parse(payload: str) -> Message:
+    """A payload of NOTIFY. Raises ValueError for what is none of ours."""
+    if not payload:
+        return Look()
+    try:
+        return _messages.validate_json(payload)
+    except ValidationError as error:
+        raise ValueError(
+            'write NOTIFY sequencer, or {"subject": ...}, {"sequence": ..., "step": ...} as payload'
+        ) from error
+
+
+async def listen(
+    url: str,
+    receive: Callable[[Message], None],
+    connected: Callable[[], Awaitable[None]],
+    log: FilteringBoundLogger,
+    **options: Any,
+) -> None:
+    """Listens for ever. `connected` is awaited after each LISTEN: what was missed before it, is
+    found by looking. Comes back after whatever happens to the connection or the server.
+    """
+    pause = 0.0
+    while True:
+        try:
+            connection = await asyncpg.connect(
+                url,
+                timeout=PROBE_TIMEOUT * 2,
+                server_settings={"application_name": "sequencerd listener"},
+                **options,
+            )
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+            pause = min(max(pause * 2, 0.1), LONGEST_PAUSE)
+            log.warning("listener cannot connect", error=str(error), retry_in=pause)
+            await asyncio.sleep(pause)
+            continue
+        try:
+            await connection.add_listener(CHANNEL, _receiver(receive, log))
+            await connected()
+            pause = 0.0
+            await _probe(connection)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+            log.warning("listener lost its connection", error=str(error) or type(error).__name__)
+        finally:
+            connection.terminate()
+        pause = min(max(pause * 2, 0.1), LONGEST_PAUSE)
+        await asyncio.sleep(pause)
+
+
+async def _probe(connection: asyncpg.Connection) -> None:
+    """Asks now and then, as a quiet connection and a dead one look the same."""
+    while True:
+        await asyncio.sleep(PROBE_INTERVAL)
+        await connection.fetchval("SELECT 1", timeout=PROBE_TIMEOUT)
+
+
+def _receiver(
+    receive: Callable[[Message], None], log: FilteringBoundLogger
+) -> Callable[[object, int, str, object], None]:
+    def on_notify(_connection: object, _pid: int, _channel: str, payload: object) -> None:
+        try:
+            receive(parse(str(payload)))
+        except ValueError as error:
+            log.warning("notification not understood", payload=str(payload)[:200], hint=str(error))
+
+    return on_notify

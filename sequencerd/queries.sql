@@ -1,0 +1,251 @@
+-- Every statement that runs against the database, by name. store.py and migrate.py run them.
+
+-- name: server_time
+-- The database's clock, for the measured offset.
+SELECT clock_timestamp();
+
+-- name: revisions
+-- Which definitions have changed: one number for each sequence.
+SELECT name, revision FROM sequencer.sequences;
+
+-- name: sequences
+SELECT name, first_step, timezone, status, lookup, recheck, revision
+  FROM sequencer.sequences WHERE name = ANY ($1::text[]);
+
+-- name: steps
+SELECT sequence, name, type, config, next_step, alt_next_step, position, problem,
+       retime_from IS NOT NULL AS retime
+  FROM sequencer.steps WHERE sequence = ANY ($1::text[]) ORDER BY sequence, position;
+
+-- name: set_problems
+-- What the daemon found wrong with steps, and what it no longer finds.
+UPDATE sequencer.steps AS s SET problem = p.problem
+  FROM unnest($1::text[], $2::text[], $3::text[]) AS p (sequence, name, problem)
+ WHERE s.sequence = p.sequence AND s.name = p.name AND s.problem IS DISTINCT FROM p.problem;
+
+-- name: first_wakes
+-- The earliest wake time of each step where somebody is: skips from one step to the next in the
+-- index, so it costs the same with ten enrollments as with ten million.
+WITH RECURSIVE place AS (
+    (SELECT sequence, step, wake_at FROM sequencer.enrollments
+      WHERE status = 'active' ORDER BY sequence, step, wake_at LIMIT 1)
+    UNION ALL
+    SELECT following.* FROM place CROSS JOIN LATERAL (
+        SELECT sequence, step, wake_at FROM sequencer.enrollments AS e
+         WHERE e.status = 'active' AND (e.sequence, e.step) > (place.sequence, place.step)
+         ORDER BY sequence, step, wake_at LIMIT 1) AS following
+)
+SELECT sequence, step, wake_at FROM place;
+
+-- name: claim
+-- Due enrollments of one step, the oldest first; none if the definition is not the one known.
+SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at, e.wake_at,
+       e.entered_at, e.visit, e.attempt, e.goals_met, e.retry_at, e.leased_by
+  FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
+   AND EXISTS (SELECT FROM sequencer.sequences AS s
+                WHERE s.name = $1 AND s.revision = $4 AND s.status <> 'paused')
+ ORDER BY e.wake_at LIMIT $5
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: next_wake
+-- When the step is next due after a claim; what was due and locked is another daemon's.
+SELECT wake_at FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at > $3
+ ORDER BY wake_at LIMIT 1;
+
+-- name: lock
+-- Enrollments whose side effects have ended, as they are now. Who holds a lock on one of them is
+-- not waited for.
+SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at, e.wake_at,
+       e.entered_at, e.visit, e.attempt, e.goals_met, e.retry_at, e.leased_by
+  FROM sequencer.enrollments AS e
+ WHERE e.id = ANY ($1::bigint[])
+ ORDER BY e.id
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: existing
+-- Which enrollments there still are: a locked row is not a deleted one.
+SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
+
+-- name: write
+-- Where a batch of enrollments is now.
+UPDATE sequencer.enrollments AS e
+   SET sequence = u.sequence, step = u.step, status = u.status, wake_at = u.wake_at,
+       entered_at = u.entered_at, visit = u.visit, attempt = u.attempt, retry_at = u.retry_at,
+       leased_by = u.leased_by, failure = u.failure, last_error = u.last_error,
+       ended_at = CASE WHEN u.status = 'active' THEN NULL ELSE $13::timestamptz END
+  FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::timestamptz[],
+              $6::timestamptz[], $7::integer[], $8::integer[], $9::timestamptz[], $10::text[],
+              $11::text[], $12::text[])
+       AS u (id, sequence, step, status, wake_at, entered_at, visit, attempt, retry_at, leased_by,
+             failure, last_error)
+ WHERE e.id = u.id;
+
+-- name: write_goals
+UPDATE sequencer.enrollments SET goals_met = $2 WHERE id = $1;
+
+-- name: merge_data
+UPDATE sequencer.enrollments SET data = data || $2 WHERE id = $1;
+
+-- name: extend_leases
+-- The leases of everything that this daemon is executing.
+UPDATE sequencer.enrollments AS e SET wake_at = $3
+  FROM (SELECT id FROM sequencer.enrollments
+         WHERE id = ANY ($1::bigint[]) AND leased_by = $2 AND status = 'active'
+         ORDER BY id FOR UPDATE SKIP LOCKED) AS mine
+ WHERE e.id = mine.id;
+
+-- name: look_again
+-- Makes those due who wait in active sequences: all, or of one subject, sequence or step.
+UPDATE sequencer.enrollments AS e SET wake_at = $1
+  FROM (SELECT id FROM sequencer.enrollments
+         WHERE status = 'active' AND leased_by IS NULL AND entered_at IS NOT NULL
+           AND wake_at > $1
+           AND ($2::text IS NULL OR subject = $2)
+           AND ($3::text IS NULL OR sequence = $3)
+           AND ($4::text IS NULL OR step = $4)
+         LIMIT $5 FOR UPDATE SKIP LOCKED) AS waiting
+ WHERE e.id = waiting.id
+RETURNING e.sequence, e.step;
+
+-- name: retime
+-- A batch of those who wait at a changed step, in the order of their wake times: they are due now,
+-- and evaluated under the step as it is. Those with the last wake time of the batch are all in it.
+WITH step AS (
+    SELECT sequence, name, retime_from FROM sequencer.steps
+     WHERE sequence = $1 AND name = $2 AND retime_from IS NOT NULL FOR UPDATE
+), batch AS (
+    SELECT e.id, e.wake_at FROM sequencer.enrollments AS e, step
+     WHERE e.sequence = step.sequence AND e.step = step.name AND e.status = 'active'
+       AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+       AND e.wake_at > step.retime_from AND e.wake_at > $3
+     ORDER BY e.wake_at FETCH FIRST $4 ROWS WITH TIES
+), due AS (
+    UPDATE sequencer.enrollments AS e SET wake_at = $3 FROM batch
+     WHERE e.id = batch.id AND e.status = 'active' AND e.leased_by IS NULL
+), progress AS (
+    UPDATE sequencer.steps AS s
+       SET retime_from = CASE WHEN (SELECT count(*) FROM batch) >= $4
+                              THEN (SELECT max(wake_at) FROM batch) END
+      FROM step WHERE s.sequence = step.sequence AND s.name = step.name
+)
+SELECT count(*) FROM batch;
+
+-- name: revive
+-- Who failed at a step that could not be executed, and now can be.
+WITH revived AS (
+    UPDATE sequencer.enrollments AS e
+       SET status = 'active', wake_at = $3, ended_at = NULL, failure = NULL, last_error = NULL,
+           attempt = 0, retry_at = NULL, leased_by = NULL
+      FROM unnest($1::text[], $2::text[]) AS mended (sequence, step)
+     WHERE e.sequence = mended.sequence AND e.step = mended.step
+       AND e.status = 'failed' AND e.failure = 'invalid_step'
+    RETURNING e.id, e.sequence, e.step, e.visit
+)
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+SELECT id, $3, sequence, step, visit, 'resumed', 'the step has been mended' FROM revived;
+
+-- name: add_event_partitions
+SELECT sequencer.add_event_partitions();
+
+-- name: try_lock
+-- What only one daemon should do at a time.
+SELECT pg_try_advisory_xact_lock($1);
+
+-- name: status
+SELECT sequence, step, type, status, active, overdue, next_wake_at, failed, problem
+  FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
+
+-- name: list
+SELECT id, sequence, step, subject, status, wake_at, attempt, failure, last_error
+  FROM sequencer.enrollments
+ WHERE ($1::text IS NULL OR sequence = $1) AND ($2::text IS NULL OR step = $2)
+   AND ($3::text IS NULL OR subject = $3) AND ($4::text IS NULL OR status = $4)
+ ORDER BY id LIMIT $5;
+
+-- name: show
+SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e.visit, e.attempt,
+       e.leased_by, e.goals_met, e.failure, e.last_error, e.created_at, e.ended_at, e.retry_at,
+       coalesce(e.timezone, q.timezone) AS timezone, q.status AS sequence_status,
+       s.type, s.next_step, s.alt_next_step, s.problem, e.data
+  FROM sequencer.enrollments AS e
+  LEFT JOIN sequencer.steps AS s ON s.sequence = e.sequence AND s.name = e.step
+  LEFT JOIN sequencer.sequences AS q ON q.name = e.sequence
+ WHERE e.id = $1;
+
+-- name: history
+SELECT at, sequence, step, visit, action, message
+  FROM sequencer.events WHERE enrollment_id = $1 ORDER BY at;
+
+-- name: events_since
+-- For `tail`: a little more than new, as rows are committed in another order than they are made.
+SELECT v.at, v.enrollment_id, e.subject, v.sequence, v.step, v.visit, v.action, v.message
+  FROM sequencer.events AS v LEFT JOIN sequencer.enrollments AS e ON e.id = v.enrollment_id
+ WHERE v.at > $1 AND ($2::text IS NULL OR v.sequence = $2)
+   AND ($3::bigint IS NULL OR v.enrollment_id = $3)
+ ORDER BY v.at, v.enrollment_id;
+
+-- name: enroll
+INSERT INTO sequencer.enrollments (sequence, subject, data, timezone, step, wake_at)
+VALUES ($1, $2, $3::jsonb, $4, $5, coalesce($6::timestamptz, now()))
+ON CONFLICT DO NOTHING RETURNING id;
+
+-- name: apply_sequence
+INSERT INTO sequencer.sequences (name, first_step, timezone, status, reentry, lookup, recheck)
+VALUES ($1, $2, $3, $4, $5, $6, $7)
+ON CONFLICT (name) DO UPDATE
+   SET first_step = excluded.first_step, timezone = excluded.timezone, status = excluded.status,
+       reentry = excluded.reentry, lookup = excluded.lookup, recheck = excluded.recheck
+ WHERE (sequences.first_step, sequences.timezone, sequences.status, sequences.reentry,
+        sequences.lookup, sequences.recheck)
+       IS DISTINCT FROM (excluded.first_step, excluded.timezone, excluded.status,
+                         excluded.reentry, excluded.lookup, excluded.recheck)
+RETURNING revision;
+
+-- name: apply_steps
+-- All steps of a sequence at once; what is as it was is not touched.
+INSERT INTO sequencer.steps (sequence, name, position, type, config, next_step, alt_next_step)
+SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::text[], $5::jsonb[], $6::text[], $7::text[])
+ON CONFLICT (sequence, name) DO UPDATE
+   SET position = excluded.position, type = excluded.type, config = excluded.config,
+       next_step = excluded.next_step, alt_next_step = excluded.alt_next_step
+ WHERE (steps.position, steps.type, steps.config, steps.next_step, steps.alt_next_step)
+       IS DISTINCT FROM (excluded.position, excluded.type, excluded.config, excluded.next_step,
+                         excluded.alt_next_step)
+RETURNING name, xmax = 0 AS added;
+
+-- name: remove_steps
+DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]) RETURNING name;
+
+-- name: lock_sequence
+SELECT name FROM sequencer.sequences WHERE name = $1 FOR UPDATE;
+
+-- name: suppressed
+SELECT channel, address FROM sequencer.suppressions
+ WHERE (channel, address) IN (SELECT * FROM unnest($1::text[], $2::text[]));
+
+-- name: lock_migrations
+-- Until the end of the transaction: two processes that migrate do it one after the other.
+SELECT pg_advisory_xact_lock(7364528, 1);
+
+-- name: create_migrations
+CREATE SCHEMA IF NOT EXISTS sequencer;
+CREATE TABLE IF NOT EXISTS sequencer.migrations (
+    version    integer PRIMARY KEY,
+    name       text NOT NULL,
+    checksum   text NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- name: has_migrations
+SELECT to_regclass('sequencer.migrations') IS NOT NULL;
+
+-- name: migrations
+SELECT version, name, checksum FROM sequencer.migrations ORDER BY version;
+
+-- name: record_migration
+INSERT INTO sequencer.migrations (version, name, checksum) VALUES ($1, $2, $3);
+
+-- name: server_version
+SELECT current_setting('server_version_num')::integer;

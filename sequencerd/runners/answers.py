@@ -1,0 +1,107 @@
+"""What custom runners answer, by HTTP or from Python, made into results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.alias_generators import to_camel
+
+from sequencerd.core.model import Action, Answer, Failed, Result
+from sequencerd.core.steps import describe
+from sequencerd.runners.fields import one_line
+
+LONGEST = 10 * 366 * 86_400  # seconds
+MAX_MESSAGE = 1_000  # characters
+
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+PLAIN: Mapping[object, Answer] = {
+    None: Answer(),
+    **{str(action): Answer(action) for action in Action},
+}
+"""The answers that consist of an action alone; None is `next`."""
+
+
+class Outcome(BaseModel):
+    """One enrollment's answer: the original's action and message, and what we add."""
+
+    model_config = ConfigDict(alias_generator=to_camel, allow_inf_nan=False, strict=True)
+
+    action: Annotated[Action, Field(strict=False)] = Action.NEXT
+    message: str | None = None
+    data: dict[str, Any] | None = None
+    retry_after: Annotated[float, Field(ge=0, le=LONGEST)] | None = None
+    wake_at: datetime | None = None
+
+    @field_validator("wake_at", mode="before")
+    @classmethod
+    def _read_date(cls, value: object) -> object:
+        return datetime.fromisoformat(value) if isinstance(value, str) else value
+
+    @field_validator("wake_at")
+    @classmethod
+    def _check_date(cls, value: datetime | None) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("write the offset, as in 2030-01-01T09:00:00Z")
+        try:
+            return value.astimezone(UTC)
+        except OverflowError as error:
+            raise ValueError("beyond the calendar") from error
+
+    @field_validator("data")
+    @classmethod
+    def _check_data(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            check_json(value)
+        return value
+
+
+def check_json(value: object) -> None:
+    """Raises ValueError for what PostgreSQL's jsonb doesn't take."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {type(error).__name__}: {str(error)[:100]}") from None
+    if _NUL.search(text):
+        raise ValueError("not JSON for PostgreSQL: it holds a NUL character")
+
+
+class StrictOutcome(Outcome):
+    """The same without other keys: in Python they are typing errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+def read_outcome(value: object, model: type[Outcome] = Outcome) -> Result:
+    """The result for an answer: None, an action, or an object with `action` and more.
+
+    What can't be understood is a passing failure: whoever answers it is going to be mended.
+    """
+    if value is None or isinstance(value, str):
+        return PLAIN.get(value) or Failed(
+            f"unknown action {one_line(str(value), 50)!r}: {_EXPECTED}"
+        )
+    if not isinstance(value, Mapping):
+        return Failed(f"the answer is of type {type(value).__name__}: {_EXPECTED}")
+    try:
+        outcome = model.model_validate(value)
+    except ValidationError as error:
+        return Failed(one_line(f"the answer can't be used: {describe(error)}"))
+    return Answer(
+        outcome.action,
+        None if outcome.message is None else one_line(outcome.message, MAX_MESSAGE),
+        outcome.data,
+        outcome.wake_at,
+        None if outcome.retry_after is None else timedelta(seconds=outcome.retry_after),
+    )
+
+
+_EXPECTED = "expected next, altNext or noop"

@@ -1,0 +1,218 @@
+"""The step Email: messages by SMTP."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from typing import Any
+from urllib.parse import quote
+
+from pydantic import Field, model_validator
+
+from sequencerd.core.model import DefinitionError, Failed, Result, Task
+from sequencerd.core.template import Template
+from sequencerd.runners import mime
+from sequencerd.runners.fields import Config, RenderError, compile_field, parse_config, render
+from sequencerd.runners.pace import Pace
+from sequencerd.runners.smtp import Mail, Postman
+
+MAX_RECIPIENTS = 100
+
+HEADERS = ("In-Reply-To", "References", "Precedence", "Auto-Submitted", "Feedback-ID")
+"""The headers that a config may set, next to X-... and List-..."""
+
+_HEADER_NAME = re.compile(rf"(?:X-|List-)[A-Za-z0-9-]+|{'|'.join(HEADERS)}", re.IGNORECASE)
+
+
+class EmailConfig(Config):
+    """Email: who, to whom and what; everything is a template."""
+
+    from_: str = Field(alias="from")
+    to: str | list[str]
+    cc: str | list[str] | None = None
+    bcc: str | list[str] | None = None
+    reply_to: str | list[str] | None = None
+    subject: str
+    text: str | None = None
+    html: str | None = None
+    headers: dict[str, str] = Field(default_factory=dict)
+    list_unsubscribe: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EmailConfig:
+        if self.text is None and self.html is None:
+            raise ValueError("text or html is missing: write one of them, or both")
+        for name in self.headers:
+            if not _HEADER_NAME.fullmatch(name):
+                raise ValueError(
+                    f"headers: {name!r} can't be set here: write X-..., List-..., "
+                    f"{', '.join(HEADERS)}"
+                )
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The templates of a config, by field."""
+
+    addresses: Mapping[str, tuple[Template, ...]]  # from, to, cc, bcc, replyTo
+    subject: Template
+    text: Template | None
+    html: Template | None
+    headers: Mapping[str, Template]
+    list_unsubscribe: Template | None
+
+
+class EmailRunner:
+    """Sends each enrollment of a step a message of its own.
+
+    `url` is explained at `smtp.parse_url`. `timeout` (seconds) is for the whole delivery of a
+    message, `per_second` limits the messages, `list_unsubscribe` is the template of a URL for
+    steps that give none. Raises ValueError for a URL or template that can't work.
+    """
+
+    batch_size = 1  # what has been sent is written at once, so that a crash repeats little
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        concurrency: int = 10,
+        timeout: float = 30.0,
+        per_second: float | None = None,
+        list_unsubscribe: str | None = None,
+    ) -> None:
+        self.concurrency = concurrency
+        self._pace = Pace(per_second)
+        self.timeout = timeout + self._pace.longest_wait(concurrency) + 1
+        self._postman = Postman(url, connections=concurrency, timeout=timeout)
+        self._unsubscribe = (
+            None if list_unsubscribe is None else compile_field("listUnsubscribe", list_unsubscribe)
+        )
+
+    def compile(self, config: Mapping[str, Any]) -> Program:
+        """Compiles all templates; addresses without a tag are checked here. DefinitionError."""
+        parsed = parse_config(EmailConfig, config)
+        fields = {
+            "from": parsed.from_,
+            "to": parsed.to,
+            "cc": parsed.cc,
+            "bcc": parsed.bcc,
+            "replyTo": parsed.reply_to,
+        }
+        addresses = {name: _compile_addresses(name, field) for name, field in fields.items()}
+        unsubscribe = parsed.list_unsubscribe
+        return Program(
+            addresses,
+            compile_field("subject", parsed.subject),
+            None if parsed.text is None else compile_field("text", parsed.text),
+            None if parsed.html is None else compile_field("html", parsed.html, escape=True),
+            {name: compile_field(name, source) for name, source in parsed.headers.items()},
+            self._unsubscribe
+            if unsubscribe is None
+            else compile_field("listUnsubscribe", unsubscribe),
+        )
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        """Sends the messages side by side."""
+        assert isinstance(program, Program)
+        if len(tasks) == 1:
+            return [await self._send(program, tasks[0])]
+        return await asyncio.gather(*(self._send(program, task) for task in tasks))
+
+    async def _send(self, program: Program, task: Task) -> Result:
+        try:
+            mail = write(program, task, datetime.now(UTC))
+        except RenderError as error:
+            return Failed(str(error), permanent=True)
+        await self._pace.turn()
+        return await self._postman.deliver(mail)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._postman.close()
+
+
+def _compile_addresses(name: str, field: str | list[str] | None) -> tuple[Template, ...]:
+    sources = [] if field is None else [field] if isinstance(field, str) else field
+    templates = tuple(compile_field(name, source) for source in sources)
+    try:
+        literal = [t for t in templates if t.is_literal and mime.parse_mailboxes(name, t.source)]
+    except RenderError as error:
+        raise DefinitionError(str(error)) from error
+    if name == "to" and not literal and all(template.is_literal for template in templates):
+        raise DefinitionError("to: no address")
+    return templates
+
+
+def write(program: Program, task: Task, at: datetime) -> Mail:
+    """The message for an enrollment, dated `at`. Raises RenderError."""
+    view = task.view
+    found = {
+        name: [m for t in templates for m in mime.parse_mailboxes(name, render(name, t, view))]
+        for name, templates in program.addresses.items()
+    }
+    if len(found["from"]) != 1:
+        raise RenderError(f"from: {len(found['from'])} addresses instead of one")
+    if not found["to"]:
+        raise RenderError("to: no address")
+    sender = found["from"][0]
+    to = tuple(dict.fromkeys(mailbox.address for mailbox in found["to"]))
+    copies = dict.fromkeys(mailbox.address for mailbox in (*found["cc"], *found["bcc"]))
+    others = tuple(address for address in copies if address not in to)
+    if len(to) + len(others) > MAX_RECIPIENTS:
+        raise RenderError(
+            f"to, cc, bcc: {len(to) + len(others)} addresses, at most {MAX_RECIPIENTS}"
+        )
+    mark = message_mark(task)
+    headers = [
+        mime.address_header("From", found["from"]),
+        mime.address_header("To", found["to"]),
+        *(mime.address_header("Cc", found["cc"]) for _ in found["cc"][:1]),
+        *(mime.address_header("Reply-To", found["replyTo"]) for _ in found["replyTo"][:1]),
+        mime.header("Subject", _header_value("subject", program.subject, view)),
+        f"Date: {format_datetime(at)}",
+        f"Message-ID: <{mark}@sequencerd.{sender.domain}>",
+        *_more_headers(program, view),
+    ]
+    content = mime.message(
+        headers,
+        None if program.text is None else render("text", program.text, view),
+        None if program.html is None else render("html", program.html, view),
+        boundary=f"=_{mark}",  # quoted-printable text never holds =_
+    )
+    utf8 = not all(map(str.isascii, (sender.address, *to, *others, *headers)))
+    return Mail(sender.address, to, others, content, utf8)
+
+
+def message_mark(task: Task) -> str:
+    """What tells this message from all others, the same in every attempt.
+
+    The enrollment, the visit and the time of enrollment: so that a database that was made anew
+    does not count through the same marks, which mail servers take for duplicates.
+    """
+    since = re.sub(r"[^0-9]", "", str(task.view.get("startSequence", "")))
+    return ".".join(filter(None, [re.sub(r"[^A-Za-z0-9]+", ".", task.key), since]))
+
+
+def _more_headers(program: Program, view: Mapping[str, Any]) -> list[str]:
+    headers = []
+    for name, template in program.headers.items():
+        if value := _header_value(name, template, view):
+            headers.append(mime.header(name, value))
+    unsubscribe = program.list_unsubscribe
+    url = "" if unsubscribe is None else _header_value("listUnsubscribe", unsubscribe, view)
+    if url:
+        url = quote(url, safe="%:/?#[]@!$&'()*+,;=~-._")
+        headers.append(mime.header("List-Unsubscribe", f"<{url}>"))
+        if url.lower().startswith("https:"):
+            headers.append("List-Unsubscribe-Post: List-Unsubscribe=One-Click")
+    return headers
+
+
+def _header_value(name: str, template: Template, view: Mapping[str, Any]) -> str:
+    return mime.check_header(name, render(name, template, view).strip())

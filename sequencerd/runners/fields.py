@@ -1,0 +1,64 @@
+"""What the runners share: configs, the rendering of their templates, words for messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
+
+from sequencerd.core.model import DefinitionError, EvaluationError
+from sequencerd.core.steps import describe
+from sequencerd.core.template import Template, compile_template
+
+MAX_SHOWN = 300  # characters of what a server says
+
+# What PostgreSQL's text or a terminal does not take: controls, and halves of characters.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\s]+")
+
+
+class Config(BaseModel):
+    """A step's config: camelCase keys, no others."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=to_camel, allow_inf_nan=False
+    )
+
+
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
+
+
+class RenderError(ValueError):
+    """What was rendered for a message can't be sent. The message names the field."""
+
+
+def parse_config(model: type[ConfigType], config: Mapping[str, Any]) -> ConfigType:
+    """A config as this model. Raises DefinitionError."""
+    try:
+        return model.model_validate(config)
+    except ValidationError as error:
+        raise DefinitionError(describe(error)) from error
+
+
+def compile_field(name: str, source: str, *, escape: bool = False) -> Template:
+    """The template of a field. Raises DefinitionError, which names it."""
+    try:
+        return compile_template(source, escape=escape)
+    except DefinitionError as error:
+        raise DefinitionError(f"{name}: {error}") from error
+
+
+def render(name: str, template: Template, view: Mapping[str, Any]) -> str:
+    """What a field's template gives. Raises RenderError, which names the field."""
+    try:
+        return template.render(view)
+    except EvaluationError as error:
+        raise RenderError(f"{name}: {error}") from error
+
+
+def one_line(text: str, limit: int = MAX_SHOWN) -> str:
+    """A text from elsewhere as it may be shown and stored: one line, printable, not too long."""
+    text = _UNPRINTABLE.sub(" ", text[: limit * 4]).strip()
+    return text if len(text) <= limit else f"{text[:limit]}..."

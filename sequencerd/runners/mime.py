@@ -1,0 +1,169 @@
+"""Addresses and messages as RFC 5322 and MIME write them.
+
+The standard library's EmailMessage is not used to write: it turns long URLs in List-Unsubscribe
+and long lists in References into encoded words, which nobody reads there.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from email.header import Header
+
+import idna
+
+from sequencerd.runners.fields import RenderError, one_line
+
+MAX_HEADER = 10_000  # characters of one header
+MAX_LINE = 78
+MAX_WORD = 900  # a line of more than 998 octets is not accepted everywhere
+
+_ITEM = re.compile(r'(?:"(?:[^"\\]|\\.)*+"|[^",])*+')
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+_HALF = re.compile(r"[\ud800-\udfff]")
+_LOCAL_PART = re.compile(
+    r"[^\s\x00-\x20\x7f-\x9f()<>\[\]:;@\\,.\"]+(?:\.[^\s\x00-\x20\x7f-\x9f()<>\[\]:;@\\,.\"]+)*"
+)
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Mailbox:
+    """`name <address>`; the address's domain is in ASCII."""
+
+    name: str
+    address: str
+
+    @property
+    def domain(self) -> str:
+        """What comes after the @."""
+        return self.address.rpartition("@")[2]
+
+    def __str__(self) -> str:
+        """As it stands in a header."""
+        if not self.name:
+            return self.address
+        if not self.name.isascii() or "=?" in self.name:
+            return f"{_encoded_words(self.name, 10)} <{self.address}>"
+        if _PLAIN_NAME.fullmatch(self.name):
+            return f"{self.name} <{self.address}>"
+        quoted = re.sub(r'(["\\])', r"\\\1", self.name)
+        return f'"{quoted}" <{self.address}>'
+
+
+def parse_mailboxes(field: str, text: str) -> list[Mailbox]:
+    """Reads `a@x, Ada <b@x>, "Lovelace, Ada" <c@x>`; none for an empty text. Raises RenderError."""
+    found = []
+    position = 0
+    check_header(field, text := text.strip())
+    while position < len(text):
+        item = _ITEM.match(text, position)
+        assert item is not None  # it matches nothing at least
+        position = item.end()
+        if text[position : position + 1] == '"':
+            raise RenderError(f"{field}: a quotation mark is not closed in {one_line(text, 100)!r}")
+        position += 1
+        if item[0].strip():
+            found.append(_mailbox(field, item[0].strip()))
+    return found
+
+
+def _mailbox(field: str, text: str) -> Mailbox:
+    name, address = "", text
+    if text.endswith(">"):
+        name, _, address = text[:-1].rpartition("<")
+        name = name.strip()
+        if name.startswith('"') and name.endswith('"') and len(name) > 1:
+            name = re.sub(r"\\(.)", r"\1", name[1:-1])
+        elif re.search(r'[<>"]', name):
+            raise RenderError(f"{field}: {one_line(text, 100)!r} is not an address")
+    return Mailbox(name.strip(), _address(field, address.strip()))
+
+
+def _address(field: str, text: str) -> str:
+    """The address with its domain in ASCII. Raises RenderError."""
+    local, at, domain = text.rpartition("@")
+    bad = RenderError(f"{field}: {one_line(text, 100)!r} is not an address such as ada@example.com")
+    if not at or not _LOCAL_PART.fullmatch(local):
+        raise bad
+    try:
+        domain = domain if domain.isascii() else idna.encode(domain, uts46=True).decode("ascii")
+        long = len(local.encode()) > 64 or len(domain) > 253
+    except ValueError:  # idna's errors, and halves of characters
+        raise bad from None
+    if long or not all(_LABEL.fullmatch(label) for label in domain.split(".")):
+        raise bad
+    return f"{local}@{domain}"
+
+
+def check_header(field: str, text: str) -> str:
+    """The text, if it fits into a header: no line break can add another. Raises RenderError."""
+    if _CONTROL.search(text):
+        raise RenderError(f"{field}: a line break or control character can't be in a header")
+    if _HALF.search(text):
+        raise RenderError(f"{field}: half of a character (a lone surrogate)")
+    if len(text) > MAX_HEADER:
+        raise RenderError(f"{field}: {len(text)} characters are too many, at most {MAX_HEADER}")
+    return text
+
+
+def header(name: str, text: str) -> str:
+    """A header of free text, folded; what is not ASCII becomes encoded words (RFC 2047)."""
+    words = text.split(" ")
+    if not text.isascii() or "=?" in text or max(map(len, words)) > MAX_WORD:
+        return f"{name}: {_encoded_words(text, len(name) + 2)}"
+    lines = [f"{name}:"]
+    for word in words:
+        if word and len(lines[-1]) + 1 + len(word) > MAX_LINE and lines[-1] != f"{name}:":
+            lines.append(f" {word}")
+        else:
+            lines[-1] += f" {word}"
+    return "\r\n".join(lines)
+
+
+def address_header(name: str, mailboxes: Iterable[Mailbox]) -> str:
+    """A header of addresses, folded."""
+    written = [str(mailbox) for mailbox in mailboxes]
+    line = f"{name}: {', '.join(written)}"
+    return line if len(line) <= MAX_LINE else f"{name}: " + ",\r\n ".join(written)
+
+
+def _encoded_words(text: str, used: int) -> str:
+    return Header(text, "utf-8", maxlinelen=75, header_name="x" * used).encode(linesep="\r\n")
+
+
+def message(headers: Iterable[str], text: str | None, html: str | None, boundary: str) -> bytes:
+    """The whole message; at least one of `text` and `html` is given. Raises RenderError."""
+    try:
+        parts = [
+            _part(subtype, content)
+            for subtype, content in (("plain", text), ("html", html))
+            if content is not None
+        ]
+        head = "\r\n".join([*headers, "MIME-Version: 1.0"]).encode()
+    except UnicodeEncodeError:
+        raise RenderError("text, html: half of a character (a lone surrogate)") from None
+    if len(parts) == 1:
+        return head + b"\r\n" + parts[0]
+    mark = boundary.encode()
+    return b"".join(
+        [
+            head,
+            b'\r\nContent-Type: multipart/alternative; boundary="%b"\r\n' % mark,
+            *(b"\r\n--%b\r\n%b" % (mark, part) for part in parts),
+            b"\r\n--%b--\r\n" % mark,
+        ]
+    )
+
+
+def _part(subtype: str, content: str) -> bytes:
+    """Quoted-printable throughout: any server takes it, and no line is too long."""
+    lines = content.replace("\r\n", "\n").replace("\r", "\n").encode()
+    body = binascii.b2a_qp(lines, istext=True).replace(b"\n", b"\r\n")
+    return (
+        b'Content-Type: text/%b; charset="utf-8"\r\n'
+        b"Content-Transfer-Encoding: quoted-printable\r\n\r\n%b\r\n" % (subtype.encode(), body)
+    )

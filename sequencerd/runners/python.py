@@ -1,0 +1,209 @@
+"""Custom runners in Python: functions under the entry point group `sequencerd.runners`.
+
+A runner is a function of a step's config and one enrollment, both as plain JSON data:
+
+    def give_coupon(config, runner):
+        issue(config["percent"], to=runner["subject"], once=runner["idempotencyKey"])
+
+It may be async; else it runs in a thread. What it answers moves the enrollment:
+
+- None or "next" to the next step, "altNext" to the other, "noop": wait here, be executed again
+- {"action": ..., "message": ..., "data": {...}, "retryAfter": seconds, "wakeAt": "2030-01-01T09Z"}
+
+An exception is tried again by the step's retry policy; `sequencerd.runners.Refused` is not.
+With `@runner(...)` it says more of itself: a pydantic model of its config, its limits, and with
+`batch_size` that it takes a list of enrollments and answers a list in the same order, or None.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.runners import Refused, Runner
+from sequencerd.runners.answers import PLAIN, StrictOutcome, read_outcome
+from sequencerd.runners.fields import one_line, parse_config
+
+GROUP = "sequencerd.runners"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a function says of itself; a `batch_size` makes it one that takes lists."""
+
+    config: type[BaseModel] | None = None
+    batch_size: int | None = None
+    concurrency: int = 10
+    timeout: float = 60.0
+
+
+def runner(
+    *,
+    config: type[BaseModel] | None = None,
+    batch_size: int | None = None,
+    concurrency: int = 10,
+    timeout: float = 60.0,
+) -> Callable[[Function], Function]:
+    """Describes a runner function: see the module. `timeout` is in seconds, for one call."""
+    if (batch_size is not None and batch_size < 1) or concurrency < 1 or timeout <= 0:
+        raise ValueError("batch_size, concurrency and timeout must be above 0")
+    options = Options(config, batch_size, concurrency, timeout)
+
+    def describe(function: Function) -> Function:
+        vars(function)["sequencerd_runner"] = options
+        return function
+
+    return describe
+
+
+class PythonRunner:
+    """Calls a function for each enrollment, or for each batch."""
+
+    def __init__(self, function: Callable[..., Any], *, name: str) -> None:
+        options = getattr(function, "sequencerd_runner", Options())
+        assert isinstance(options, Options)
+        self.batch_size = options.batch_size or 1
+        self.concurrency = options.concurrency
+        self.timeout = options.timeout
+        self._function = function
+        self._name = name
+        self._in_batches = options.batch_size is not None
+        self._model = options.config
+        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            type(function).__call__
+        )
+        self._threads = asyncio.Semaphore(options.concurrency)
+
+    def compile(self, config: Mapping[str, Any]) -> object:
+        """The config as the function's model, if it has one. Raises DefinitionError."""
+        return config if self._model is None else parse_config(self._model, config)
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        """Calls the function: once for all, or once for each."""
+        views = [{**task.view, "idempotencyKey": task.key} for task in tasks]
+        if self._in_batches:
+            answer = await self._call(program, views)
+            return self._results(answer, len(tasks))
+        answers = [await self._call(program, view) for view in views]
+        return [self._result(answer) for answer in answers]
+
+    async def _call(self, program: object, argument: object) -> object:
+        """What the function answers, or Failed for what it raises."""
+        if not self._is_async:
+            return await self._call_in_thread(program, argument)
+        try:
+            answer: object = await self._function(program, argument)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return self._failed(error)  # the function's own, nobody has cancelled the call
+        except (Exception, SystemExit) as error:
+            return self._failed(error)
+        return answer
+
+    async def _call_in_thread(self, program: object, argument: object) -> object:
+        """Calls it in a thread of its own.
+
+        The threads that everybody shares are not used: one that hangs (none can be stopped) would
+        take a place there. Here it takes one of this function's own, and ends with the process.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[object] = loop.create_future()
+
+        def finish(answer: object) -> None:
+            self._threads.release()
+            if not done.done():
+                done.set_result(answer)
+
+        def work() -> None:
+            try:
+                answer = self._function(program, argument)
+            except BaseException as error:  # nothing may get lost in a thread
+                answer = self._failed(error)
+            try:
+                loop.call_soon_threadsafe(finish, answer)
+            except RuntimeError:
+                return  # the daemon has ended meanwhile
+
+        await self._threads.acquire()
+        try:
+            threading.Thread(target=work, name=f"runner {self._name}", daemon=True).start()
+        except RuntimeError as error:  # the system allows no more threads
+            finish(self._failed(error))
+        return await done
+
+    def _results(self, answer: object, count: int) -> list[Result]:
+        if answer is None:
+            return [PLAIN[None]] * count
+        if isinstance(answer, Failed):
+            return [answer] * count
+        if not isinstance(answer, list | tuple):
+            answer = Failed(f"{self._name} answered {type(answer).__name__}, not a list or None")
+            return [answer] * count
+        if len(answer) != count:
+            failed = Failed(f"{self._name} answered {len(answer)} items for {count} enrollments")
+            return [failed] * count
+        return [self._result(item) for item in answer]
+
+    def _result(self, answer: object) -> Result:
+        if isinstance(answer, Answer | Failed):
+            return answer
+        result = read_outcome(answer, StrictOutcome)
+        if isinstance(result, Failed):
+            return Failed(f"{self._name}: {result.message}")
+        return result
+
+    def _failed(self, error: BaseException) -> Failed:
+        text = one_line(str(error))
+        if isinstance(error, Refused):
+            return Failed(text or "refused", permanent=True)
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
+        return Failed(f"{self._name}: {type(error).__name__}: {text}{place}")
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+
+def load(group: str = GROUP) -> dict[str, Runner]:
+    """The runners of all installed packages, by step type.
+
+    An entry point names a function, or an object that is a Runner already. Raises ValueError for
+    one that can't be loaded, and for a name that two packages use.
+    """
+    found: dict[str, Runner] = {}
+    for point in entry_points(group=group):
+        if point.name in found:
+            raise ValueError(f"two packages have a Python runner {point.name!r}")
+        try:
+            loaded = point.load()
+        except Exception as error:
+            raise ValueError(
+                f"the Python runner {point.name!r} ({point.value}) can't be loaded: "
+                f"{type(error).__name__}: {one_line(str(error))}"
+            ) from error
+        found[point.name] = as_runner(loaded, name=point.name)
+    return found
+
+
+def as_runner(loaded: Any, *, name: str) -> Runner:
+    """A function, or an object that has all of a Runner, as a Runner. Raises ValueError."""
+    wanted = ("compile", "run", "close", "batch_size", "concurrency", "timeout")
+    if not inspect.isclass(loaded) and all(hasattr(loaded, part) for part in wanted):
+        made: Runner = loaded
+        return made
+    if inspect.isclass(loaded) or not callable(loaded):
+        raise ValueError(f"the Python runner {name!r} is not a function: name one, or an instance")
+    return PythonRunner(loaded, name=name)

@@ -1,0 +1,238 @@
+"""The step SMS: by Twilio's Messages resource, or by any gateway with a JSON API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from sequencerd.core.model import Answer, DefinitionError, Failed, Result, Task
+from sequencerd.core.template import Template
+from sequencerd.runners.fields import (
+    Config,
+    RenderError,
+    compile_field,
+    one_line,
+    parse_config,
+    render,
+)
+from sequencerd.runners.pace import Pace
+from sequencerd.runners.web import (
+    Reply,
+    Unreachable,
+    Web,
+    check_headers,
+    check_url,
+    judge,
+    retry_after,
+)
+
+_NUMBER = re.compile(r"\+[1-9][0-9]{1,14}")  # E.164
+_WRITTEN = re.compile(r"[\s().-]")  # as people write numbers
+
+# Twilio's error codes that say more than the status: https://www.twilio.com/docs/api/errors
+_THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022})
+_PASSING = frozenset({20003, 20005, 30002, 30008})  # the account, or nobody knows what
+
+
+class SmsConfig(Config):
+    """SMS: from, to and message as in the original; everything is a template."""
+
+    from_: str | None = Field(None, alias="from")
+    to: str
+    message: str
+    messaging_service_sid: str | None = None
+    status_callback: str | None = None
+
+
+class TwilioConfig(SmsConfig):
+    """Twilio takes a sender or a messaging service."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TwilioConfig:
+        if (self.from_ is None) == (self.messaging_service_sid is None):
+            raise ValueError("write either from or messagingServiceSid")
+        return self
+
+
+class _Receipt(BaseModel):
+    """What Twilio says of a message, or of an error."""
+
+    sid: str | None = None
+    status: str | int | None = None
+    error_code: int | None = None
+    error_message: str | None = None
+    code: int | None = None
+    message: str | None = None
+
+
+Program = Mapping[str, Template]
+
+
+class _SmsRunner:
+    """What both providers have in common: one message for each enrollment."""
+
+    batch_size = 1  # what has been sent is written at once, so that a crash repeats little
+    model: type[SmsConfig] = SmsConfig
+
+    def __init__(
+        self, *, concurrency: int, timeout: float, per_second: float | None, allow_private: bool
+    ) -> None:
+        self.concurrency = concurrency
+        self._pace = Pace(per_second)
+        self.timeout = timeout + self._pace.longest_wait(concurrency) + 1
+        self._web = Web(timeout=timeout, connections=concurrency, allow_private=allow_private)
+
+    def compile(self, config: Mapping[str, Any]) -> Program:
+        """Compiles all templates; a number without a tag is checked here. DefinitionError."""
+        fields = parse_config(self.model, config).model_dump(by_alias=True, exclude_none=True)
+        program = {name: compile_field(name, source) for name, source in fields.items()}
+        if program["to"].is_literal:
+            try:
+                read_number("to", program["to"].source)
+            except RenderError as error:
+                raise DefinitionError(str(error)) from error
+        return program
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        """Sends the messages side by side."""
+        assert isinstance(program, Mapping)
+        return await asyncio.gather(*(self._send(program, task) for task in tasks))
+
+    async def _send(self, program: Program, task: Task) -> Result:
+        try:
+            values = {name: render(name, field, task.view) for name, field in program.items()}
+            values["to"] = read_number("to", values["to"])
+            if not values["message"].strip():
+                raise RenderError("message: empty")
+            await self._pace.turn()
+            return await self._post(values, task)
+        except RenderError as error:
+            return Failed(str(error), permanent=True)
+        except Unreachable as error:
+            return Failed(str(error))
+
+    async def _post(self, values: Mapping[str, str], task: Task, /) -> Result:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._web.close()
+
+
+class TwilioRunner(_SmsRunner):
+    """Sends by Twilio. `timeout` (seconds) is for one message, `per_second` limits the messages."""
+
+    model = TwilioConfig
+
+    def __init__(
+        self,
+        account_sid: str,
+        auth_token: str,
+        *,
+        base_url: str = "https://api.twilio.com",
+        concurrency: int = 10,
+        timeout: float = 30.0,
+        per_second: float | None = None,
+    ) -> None:
+        super().__init__(
+            concurrency=concurrency, timeout=timeout, per_second=per_second, allow_private=True
+        )
+        self._auth = (account_sid, auth_token)
+        account = quote(account_sid, safe="")
+        self._url = f"{check_url(base_url).rstrip('/')}/2010-04-01/Accounts/{account}/Messages.json"
+
+    async def _post(self, values: Mapping[str, str], _task: Task, /) -> Result:
+        form = {
+            name: values[field]
+            for field, name in (
+                ("to", "To"),
+                ("from", "From"),
+                ("messagingServiceSid", "MessagingServiceSid"),
+                ("message", "Body"),
+                ("statusCallback", "StatusCallback"),
+            )
+            if field in values
+        }
+        reply = await self._web.post(self._url, headers={}, form=form, auth=self._auth)
+        return _judge_twilio(reply, values["to"])
+
+
+def _judge_twilio(reply: Reply, to: str) -> Result:
+    """Twilio's answer: by its error code where there is one, else by the status."""
+    try:
+        receipt = _Receipt.model_validate_json(reply.body)
+    except ValidationError:
+        receipt = _Receipt()
+    code = receipt.code if receipt.code is not None else receipt.error_code
+    text = receipt.message or receipt.error_message or reply.excerpt()
+    message = one_line(f"Twilio refuses {to}: {code or reply.status} {text}")
+    if code in _THROTTLED:
+        return Failed(message, retry_after=retry_after(reply.headers), spends_attempt=False)
+    if code in _PASSING or reply.status in (401, 403):  # the operator's to mend
+        return Failed(message, retry_after=retry_after(reply.headers))
+    failed = judge(reply, message)
+    if failed is None and receipt.status in ("failed", "undelivered"):
+        failed = Failed(message, permanent=code is not None)
+    status = reply.status if receipt.status is None else receipt.status
+    return failed or Answer(message=one_line(f"sent to {to}: {receipt.sid or 'no sid'} {status}"))
+
+
+class HttpSmsRunner(_SmsRunner):
+    """Sends by any gateway that takes JSON.
+
+    `body` is a template of the request's body, which sees `from`, `to`, `message`, `key` and the
+    enrollment as `enrollment`: `{"recipient": {{json to}}, "text": {{json message}}}`.
+    Raises ValueError for a URL or template that can't work.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        body: str,
+        headers: Mapping[str, str] | None = None,
+        concurrency: int = 10,
+        timeout: float = 30.0,
+        per_second: float | None = None,
+        allow_private: bool = False,
+    ) -> None:
+        super().__init__(
+            concurrency=concurrency,
+            timeout=timeout,
+            per_second=per_second,
+            allow_private=allow_private,
+        )
+        self._url = check_url(url)
+        self._body = compile_field("body", body)
+        self._headers = {"Content-Type": "application/json", **check_headers(headers or {})}
+
+    async def _post(self, values: Mapping[str, str], task: Task, /) -> Result:
+        context = {**values, "key": task.key, "enrollment": dict(task.view)}
+        body = render("body", self._body, context)
+        try:
+            json.loads(body)
+        except (ValueError, RecursionError):
+            raise RenderError("body: not JSON (write {{json message}} to quote a value)") from None
+        headers = {**self._headers, "Idempotency-Key": task.key}
+        reply = await self._web.post(self._url, headers=headers, content=body.encode())
+        answer = f"{reply.status} {reply.excerpt()}".rstrip()
+        failed = judge(reply, f"the SMS gateway refuses {values['to']}: {answer}")
+        if failed is not None and reply.status in (401, 403):  # the operator's to mend
+            return Failed(failed.message)
+        return failed or Answer(message=f"sent to {values['to']}: {answer}")
+
+
+def read_number(field: str, text: str) -> str:
+    """A telephone number in E.164 form, +4915112345678. Raises RenderError."""
+    number = _WRITTEN.sub("", text)
+    if not _NUMBER.fullmatch(number):
+        raise RenderError(
+            f"{field}: {one_line(text, 40)!r} is no international number such as +4915112345678"
+        )
+    return number

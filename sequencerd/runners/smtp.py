@@ -1,0 +1,330 @@
+"""Mail over SMTP: connections that are kept and reused, and what a server's answers mean."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+from aiosmtplib import SMTP
+from aiosmtplib.errors import (
+    SMTPAuthenticationError,
+    SMTPConnectError,
+    SMTPDataError,
+    SMTPException,
+    SMTPHeloError,
+    SMTPNotSupported,
+    SMTPRecipientRefused,
+    SMTPResponseException,
+    SMTPSenderRefused,
+)
+
+from sequencerd.core.model import Answer, Failed, Result
+from sequencerd.runners.fields import one_line
+from sequencerd.runners.smtp_url import parse_url
+
+IDLE = 20.0
+"""After so many seconds without a message a connection is closed."""
+
+THROTTLED = timedelta(minutes=1)
+"""A server that throttles names no time: it is asked again after this one."""
+
+SHOWN_ADDRESSES = 10
+
+_LOGIN_CODES = (530, 534, 535, 538)  # the operator's to mend, not the message's fault
+_ENHANCED = re.compile(r"([245])\.\d{1,3}\.\d{1,3}\b")
+_THROTTLED = re.compile(
+    r"throttl|rate.?limit|4\.7\.28\b"
+    r"|too many (concurrent |simultaneous )?(connections|sessions|messages|e?mails|requests)"
+    r"|(daily|hourly|sending|rate).{0,20}(limit|quota|rate).{0,20}exceed"
+    r"|exceed.{0,40}(daily|hourly|sending|rate).{0,20}(limit|quota|rate)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """A message ready to go. `utf8`: an address is not ASCII, so the server must do SMTPUTF8."""
+
+    sender: str
+    to: tuple[str, ...]
+    others: tuple[str, ...]  # cc and bcc
+    content: bytes
+    utf8: bool = False
+
+
+def judge(code: int, text: str) -> Failed:
+    """What a refusal means for the message.
+
+    5xx is permanent, unless it is about our login, about a rate, or its enhanced code (RFC 3463)
+    says otherwise. Throttling spends no attempt.
+    """
+    message = f"{code} {one_line(text)}"
+    if _THROTTLED.search(text):
+        return Failed(message, retry_after=THROTTLED, spends_attempt=False)
+    enhanced = _ENHANCED.match(text)
+    passing = enhanced is not None and enhanced[1] == "4"
+    return Failed(message, permanent=code >= 500 and code not in _LOGIN_CODES and not passing)
+
+
+def unavailable(code: int, text: str) -> Failed:
+    """What it means that the server as such refuses to work: nothing for the message."""
+    failed = replace(judge(code, text), permanent=False)
+    if code == 421:
+        return replace(failed, retry_after=THROTTLED, spends_attempt=False)
+    return failed
+
+
+class Postman:
+    """Delivers mail to one server, over at most `connections` connections at a time."""
+
+    def __init__(self, url: str, *, connections: int, timeout: float, idle: float = IDLE) -> None:
+        self._server = parse_url(url)
+        self._place = f"{self._server.host}:{self._server.port}"
+        self._timeout = timeout
+        self._idle_for = idle
+        self._slots = asyncio.Semaphore(connections)
+        self._idle: list[tuple[SMTP, float]] = []  # with the time of their last use
+        self._timer: asyncio.TimerHandle | None = None
+        self._quitting: set[asyncio.Task[None]] = set()
+        self._name: str | None = None
+
+    async def deliver(self, mail: Mail) -> Result:
+        """Hands a message over to the server. Never raises for what the server does."""
+        attempt = _Attempt()
+        try:
+            async with self._slots, asyncio.timeout(self._timeout):
+                return await self._deliver(mail, attempt)
+        except SMTPResponseException as error:
+            failed = self._judge(error, attempt)
+        except TimeoutError:
+            failed = Failed(f"no answer from {self._place} within {self._timeout:g} s")
+        except SMTPNotSupported as error:
+            failed = Failed(f"{self._place} {error}", permanent=True)
+        except (SMTPException, OSError) as error:
+            failed = Failed(f"{self._place}: {_describe(error)}")
+        finally:
+            attempt.end()
+        message = self._server.hide(one_line(failed.message, 500))
+        if attempt.handed_over and not attempt.answered:
+            message += " (after the message was handed over: it may have been delivered)"
+        return replace(failed, message=message)
+
+    def _judge(self, error: SMTPResponseException, attempt: _Attempt) -> Failed:
+        """What a refusal means; most of them are about the server or our login."""
+        about_message = isinstance(error, SMTPSenderRefused | SMTPDataError)
+        failed = (judge if about_message else unavailable)(error.code, error.message)
+        if error.code == 421 and not attempt.handed_over:
+            failed = unavailable(error.code, error.message)
+        about = self._place
+        if isinstance(error, SMTPSenderRefused):
+            about += f" refuses the sender {error.sender}"
+        elif isinstance(error, SMTPAuthenticationError):
+            about += " refuses the login"
+        return replace(failed, message=f"{about}: {failed.message}")
+
+    async def _deliver(self, mail: Mail, attempt: _Attempt) -> Result:
+        client = attempt.client = self._take()
+        try:
+            if client is None or not await self._begin_again(client, mail):
+                client = attempt.client = self._client()
+                await self._connect(client)
+                await self._begin(client, mail)
+        except (SMTPSenderRefused, SMTPNotSupported):
+            self._give_back(attempt)
+            raise
+        result = await self._transfer(client, mail, attempt)
+        self._give_back(attempt)
+        return result
+
+    async def _begin_again(self, client: SMTP, mail: Mail) -> bool:
+        """Begins on a connection that was idle; False if the server has closed it meanwhile."""
+        try:
+            await self._begin(client, mail)
+        except SMTPNotSupported:
+            raise
+        except (SMTPException, OSError) as error:
+            if isinstance(error, SMTPSenderRefused) and error.code >= 500:
+                raise
+            client.close()  # it may be a limit of the connection, and nothing was sent yet
+            return False
+        return True
+
+    async def _begin(self, client: SMTP, mail: Mail) -> None:
+        if mail.utf8 and not client.supports_extension("smtputf8"):
+            raise SMTPNotSupported("takes ASCII addresses only (no SMTPUTF8)")
+        options = [f"SIZE={len(mail.content)}"] if client.supports_extension("size") else []
+        if mail.utf8:
+            options += ["SMTPUTF8", "BODY=8BITMIME"]
+        await client.mail(mail.sender, options=options, encoding="utf-8")
+
+    async def _transfer(self, client: SMTP, mail: Mail, attempt: _Attempt) -> Result:
+        recipients = (*mail.to, *mail.others)
+        refused: dict[str, Failed] = {}
+        for address in recipients:
+            try:
+                await client.rcpt(address, encoding="utf-8")
+            except SMTPRecipientRefused as error:
+                if error.code == 421:
+                    raise
+                refused[address] = judge(error.code, error.message)
+        addressees = [refused[address] for address in mail.to if address in refused]
+        if len(refused) == len(recipients) or not all(failed.permanent for failed in addressees):
+            # Not sent to anybody yet: an addressee who is refused for now gets it with the rest.
+            await _reset(client)
+            return _refused(refused, everybody=len(refused) == len(recipients))
+        attempt.handed_over = True
+        try:
+            response = await client.data(mail.content)
+        except SMTPDataError:
+            attempt.answered = True
+            await _reset(client)
+            self._give_back(attempt)
+            raise
+        attempt.answered = True
+        taken = [address for address in recipients if address not in refused]
+        answer = one_line(f"{response.code} {response.message}")
+        message = f"sent to {_listed(taken)}: {answer}"
+        if refused:
+            message += f"; refused: {_told(refused)}"
+        return Answer(message=one_line(message, 2000))
+
+    def _client(self) -> SMTP:
+        server = self._server
+        return SMTP(
+            hostname=server.host,
+            port=server.port,
+            username=server.user,
+            password=server.password,
+            local_hostname=self._name,
+            timeout=None,
+            use_tls=server.tls,
+            start_tls=False if server.tls else server.starttls,
+            tls_context=server.context,
+        )
+
+    async def _connect(self, client: SMTP) -> None:
+        await client.connect()
+        self._name = client.local_hostname  # found once: it may take a DNS query
+        if client.is_ehlo_or_helo_needed:
+            try:
+                await client.ehlo()
+            except SMTPHeloError:
+                await client.helo()
+
+    # Keeping connections
+
+    def _take(self) -> SMTP | None:
+        while self._idle:
+            client, since = self._idle.pop()
+            if client.is_connected and _now() - since < self._idle_for:
+                return client
+            self._quit(client)
+        return None
+
+    def _give_back(self, attempt: _Attempt) -> None:
+        client, attempt.client = attempt.client, None
+        if client is not None and client.is_connected:
+            self._idle.append((client, _now()))
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
+
+    def _drop(self) -> None:
+        """Closes what has been idle for too long."""
+        kept = [(c, since) for c, since in self._idle if _now() - since < self._idle_for]
+        for entry in self._idle:
+            if entry not in kept:
+                self._quit(entry[0])
+        self._idle = kept
+        self._timer = None
+        if kept:
+            wait = kept[0][1] + self._idle_for - _now()
+            self._timer = asyncio.get_running_loop().call_later(wait, self._drop)
+
+    def _quit(self, client: SMTP) -> None:
+        task = asyncio.get_running_loop().create_task(_say_goodbye(client))
+        self._quitting.add(task)
+        task.add_done_callback(self._quitting.discard)
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for client, _ in self._idle:
+            self._quit(client)
+        self._idle.clear()
+        await asyncio.gather(*self._quitting)
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """How far a delivery has come."""
+
+    client: SMTP | None = None  # until it is given back
+    handed_over: bool = False  # the message is on its way
+    answered: bool = False  # the server has said what became of it
+
+    def end(self) -> None:
+        """Closes a connection whose state nobody knows."""
+        if self.client is not None:
+            self.client.close()
+
+
+async def _say_goodbye(client: SMTP) -> None:
+    with suppress(SMTPException, OSError):
+        await client.quit(timeout=2)
+    client.close()
+
+
+async def _reset(client: SMTP) -> None:
+    """Forgets the message that was begun, so that the connection can take the next."""
+    try:
+        await client.rset()
+    except (SMTPException, OSError):
+        client.close()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _refused(refused: Mapping[str, Failed], *, everybody: bool) -> Failed:
+    """One failure for all recipients that were refused."""
+    waits = [failed.retry_after for failed in refused.values() if failed.retry_after]
+    return Failed(
+        ("" if everybody else "not sent to anybody yet, ") + f"refused: {_told(refused)}",
+        permanent=all(failed.permanent for failed in refused.values()),
+        retry_after=max(waits, default=None),
+        spends_attempt=any(failed.spends_attempt for failed in refused.values()),
+    )
+
+
+def _told(refused: Mapping[str, Failed]) -> str:
+    shown = list(refused.items())[:SHOWN_ADDRESSES]
+    more = f" and {len(refused) - len(shown)} more" if len(refused) > len(shown) else ""
+    return ", ".join(f"{address} ({failed.message})" for address, failed in shown) + more
+
+
+def _listed(addresses: list[str]) -> str:
+    more = len(addresses) - SHOWN_ADDRESSES
+    shown = ", ".join(addresses[:SHOWN_ADDRESSES])
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _describe(error: Exception) -> str:
+    """An error of the connection, with what helps where one knows it."""
+    if isinstance(error, SMTPConnectError) and isinstance(error.__cause__, OSError):
+        error = error.__cause__  # it says no less, and not the place again
+    text = str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"the certificate is not trusted: {error.verify_message} (see cafile in the SMTP URL)"
+        )
+    if "STARTTLS extension not supported" in text:
+        return "the server offers no STARTTLS, and the SMTP URL asks for it (starttls=never: don't)"
+    return text

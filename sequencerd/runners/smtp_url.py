@@ -1,0 +1,98 @@
+"""The URL of a mail server."""
+
+from __future__ import annotations
+
+import base64
+import ssl
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What a URL says about a server."""
+
+    host: str
+    port: int
+    user: str | None
+    password: str | None = field(repr=False)
+    tls: bool
+    starttls: bool | None  # None: where it is offered
+    context: ssl.SSLContext | None = field(repr=False)
+
+    def hide(self, text: str) -> str:
+        """A text without the password, as such or as it goes over the line."""
+        if self.password:
+            plain = f"\0{self.user}\0{self.password}"
+            for secret in (plain, self.password):
+                text = text.replace(base64.b64encode(secret.encode()).decode(), "***")
+                text = text.replace(secret, "***")
+        return text
+
+
+def parse_url(url: str) -> Server:
+    """Reads smtp://user:password@host:587?starttls=always, or smtps:// (port 465).
+
+    Query: `starttls` is `always`, `auto` (where it is offered) or `never`. By default it is
+    `always` with a password, so that none goes over the line in the clear, except to this machine;
+    there it is `never` without a password, and in all other cases `auto`. `cafile` names a file of
+    certificates to trust, `verify=no` trusts any. Raises ValueError, which never shows the URL.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True))
+    except ValueError:
+        if "?" in url and not url.partition("?")[2]:
+            raise ValueError("the SMTP URL ends with an empty query: leave out the ?") from None
+        raise ValueError(
+            "the SMTP URL can't be read: write smtp://user:password@host:587, with the special "
+            "characters of the password percent-encoded"
+        ) from None
+    if parts.scheme not in ("smtp", "smtps") or not host or parts.path not in ("", "/"):
+        raise ValueError(
+            "the SMTP URL must be smtp://host or smtps://host, with user:password@ before the host "
+            "if needed and special characters percent-encoded"
+        )
+    user = None if parts.username is None else unquote(parts.username)
+    password = None if parts.password is None else unquote(parts.password)
+    tls = parts.scheme == "smtps"
+    mode = query.pop("starttls", "never" if tls else _default_starttls(host, password))
+    verify, cafile = query.pop("verify", "yes"), query.pop("cafile", None)
+    if query:
+        raise ValueError(f"the SMTP URL has the unknown option {next(iter(query))!r}")
+    if mode not in ("always", "auto", "never") or verify not in ("yes", "no"):
+        raise ValueError("the SMTP URL's options are starttls=always|auto|never and verify=yes|no")
+    if tls and mode != "never":
+        raise ValueError("smtps:// is encrypted from the start: leave out starttls")
+    return Server(
+        host,
+        port or (465 if tls else 587 if password else 25),
+        user,
+        password,
+        tls,
+        {"always": True, "auto": None, "never": False}[mode],
+        _context(cafile, verify == "yes") if tls or mode != "never" else None,
+    )
+
+
+def _default_starttls(host: str, password: str | None) -> str:
+    try:
+        local = ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if local:
+        return "auto" if password else "never"
+    return "always" if password else "auto"
+
+
+def _context(cafile: str | None, verify: bool) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=cafile)
+    except OSError as error:
+        raise ValueError(f"the SMTP URL's cafile {cafile!r} can't be read: {error}") from error
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

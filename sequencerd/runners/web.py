@@ -1,0 +1,203 @@
+"""POST over HTTP: bounded, without redirects; what a status means for a side effect."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, timedelta
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+
+import httpx
+
+from sequencerd.core.model import Failed
+from sequencerd.runners.fields import one_line
+
+MAX_ANSWER = 1024 * 1024  # bytes
+LONGEST_WAIT = timedelta(days=366)
+
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HEADER_VALUE = re.compile(r"[ -~]*")
+
+
+class Unreachable(Exception):  # noqa: N818 - it is what has happened
+    """No answer, or none that can be used. The message says why, without the URL's secrets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A server's answer."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+    def excerpt(self) -> str:
+        """The beginning of the body, to be shown."""
+        return one_line(self.body[:1000].decode("utf-8", "replace"), 200)
+
+
+class Web:
+    """A client with connections that are kept and reused.
+
+    A name in the URL that resolves to a private address is refused unless `allow_private`; a URL
+    that names localhost or an address itself says what it wants.
+    """
+
+    def __init__(self, *, timeout: float, connections: int, allow_private: bool) -> None:
+        self._timeout = timeout
+        self._allow_private = allow_private
+        self._client = httpx.AsyncClient(
+            timeout=None,  # noqa: S113 - one time limit is set around the whole call
+            limits=httpx.Limits(max_connections=connections, keepalive_expiry=30),
+            headers={"User-Agent": "sequencerd", "Accept-Encoding": "identity"},
+            follow_redirects=False,
+        )
+
+    async def post(
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        content: bytes | None = None,
+        form: Mapping[str, str] | None = None,
+        auth: tuple[str, str] | None = None,
+    ) -> Reply:
+        """Sends a body or a form. Raises Unreachable."""
+        target = httpx.URL(url)
+        try:
+            async with asyncio.timeout(self._timeout):
+                *others, last = await self._targets(target)
+                for pinned in others:
+                    try:
+                        return await self._send(target, pinned, headers, content, form, auth)
+                    except httpx.ConnectError:
+                        continue  # the host has another address
+                return await self._send(target, last, headers, content, form, auth)
+        except TimeoutError:
+            raise Unreachable(f"no answer from {target.host} within {self._timeout:g} s") from None
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
+            raise Unreachable(f"{target.host}: {_reason(error)}") from error
+
+    async def _send(
+        self,
+        named: httpx.URL,
+        pinned: httpx.URL,
+        headers: Mapping[str, str],
+        content: bytes | None,
+        form: Mapping[str, str] | None,
+        auth: tuple[str, str] | None,
+    ) -> Reply:
+        async with self._client.stream(
+            "POST",
+            pinned,
+            content=content,
+            data=form,
+            auth=auth or httpx.USE_CLIENT_DEFAULT,
+            headers={**headers, "Host": named.netloc.decode("ascii")},
+            extensions={"sni_hostname": named.raw_host.decode("ascii")},
+        ) as response:
+            return Reply(response.status_code, response.headers, await _read(response))
+
+    async def _targets(self, url: httpx.URL) -> list[httpx.URL]:
+        """The URL, or with its host's addresses in it, once they are known to be public."""
+        if self._allow_private or _names_itself(url.host):
+            return [url]
+        port = url.port or (443 if url.scheme == "https" else 80)
+        host = url.raw_host.decode("ascii")
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
+        for address in addresses:
+            if not ip_address(address).is_global:
+                raise Unreachable(
+                    f"{url.host} has the private address {address}: "
+                    "set allow_private if that is meant"
+                )
+        return [url.copy_with(host=address) for address in addresses]
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.aclose()
+
+
+def _names_itself(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, where the client says only that it has failed."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__ or error
+    return one_line(str(error)) or type(error).__name__
+
+
+async def _read(response: httpx.Response) -> bytes:
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > MAX_ANSWER:
+            raise Unreachable(f"the answer has more than {MAX_ANSWER} bytes")
+    return bytes(body)
+
+
+def check_url(url: str) -> str:
+    """The URL, if it can be called. Raises ValueError, which doesn't show it."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        raise ValueError("the URL can't be read: write https://host/path") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError("the URL must begin with https://host or http://host")
+    return url
+
+
+def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers, if they can be sent. Raises ValueError, which doesn't show their values."""
+    for name, value in headers.items():
+        if not _HEADER_NAME.fullmatch(name) or name.lower() in ("host", "content-length"):
+            raise ValueError(f"headers: {name!r} can't be set")
+        if not _HEADER_VALUE.fullmatch(value):
+            raise ValueError(f"headers: the value of {name} must be printable ASCII")
+    return dict(headers)
+
+
+def judge(reply: Reply, message: str) -> Failed | None:
+    """What a status means: None for 2xx.
+
+    4xx is permanent but for 408, 425 and 429; 429, and 503 with Retry-After, spend no attempt.
+    Redirects are not followed: whoever moves an endpoint changes the settings.
+    """
+    if 200 <= reply.status < 300:
+        return None
+    wait = retry_after(reply.headers)
+    throttled = reply.status == 429 or (reply.status == 503 and wait is not None)
+    permanent = 400 <= reply.status < 500 and reply.status not in (408, 425, 429)
+    return Failed(message, permanent, wait, spends_attempt=not throttled)
+
+
+def retry_after(headers: httpx.Headers) -> timedelta | None:
+    """What Retry-After asks for, in seconds or as a date; None if it can't be read."""
+    text = headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            at = parsedate_to_datetime(text)
+        except ValueError:
+            return None
+        at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+        seconds = at.timestamp() - time.time()
+    if not math.isfinite(seconds):
+        return None
+    return min(timedelta(seconds=max(0.0, min(seconds, 1e9))), LONGEST_WAIT)

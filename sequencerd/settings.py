@@ -1,0 +1,174 @@
+"""The daemon's settings: a TOML file and the environment, read once.
+
+`SEQUENCERD_CONFIG` names the file (default: /etc/sequencerd/sequencerd.toml where it exists). Every
+setting of a section can be set as `SEQUENCERD_<SECTION>_<KEY>`, which overrides the file; a secret
+can be read from a file named by `SEQUENCERD_<SECTION>_<KEY>_FILE`. Short: `SEQUENCERD_DATABASE` is
+the database's URL, `SEQUENCERD_SMTP_URL` that of the mail server.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from sequencerd.core.steps import describe
+from sequencerd.errors import SettingsError
+
+DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
+
+_PREFIX = "SEQUENCERD_"
+_SHORT = {"DATABASE": ("database", "url"), "SMTP_URL": ("email", "url")}
+_NO_SETTING = {"CONFIG"}
+
+
+class Section(BaseModel):
+    """Unknown keys are errors: a misspelt setting must not be silently without effect."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Database(Section):
+    """Where the tables are. Without a URL, an embedded PostgreSQL in the user's data folder."""
+
+    url: SecretStr | None = None
+    connections: int = Field(default=4, ge=2, le=100)
+
+
+class Engine(Section):
+    """How the work is done. Times in seconds."""
+
+    batch: int = Field(default=1000, ge=1, le=10_000)
+    lease: float = Field(default=30.0, ge=1, le=3600)
+    sweep: float = Field(default=60.0, ge=0.05, le=3600)
+    stop_timeout: float = Field(default=20.0, ge=0, le=3600)
+
+
+class Email(Section):
+    """The mail server: smtp://user:password@host:587, smtps://... for TLS from the start."""
+
+    url: SecretStr | None = None
+    concurrency: int = Field(default=10, ge=1, le=1000)
+    timeout: float = Field(default=30.0, gt=0, le=600)
+    per_second: float | None = Field(default=None, gt=0)
+
+
+class Sms(Section):
+    """Twilio's account."""
+
+    account_sid: str | None = None
+    auth_token: SecretStr | None = None
+    base_url: str = "https://api.twilio.com"
+    concurrency: int = Field(default=10, ge=1, le=1000)
+    timeout: float = Field(default=30.0, gt=0, le=600)
+    per_second: float | None = Field(default=None, gt=0)
+
+
+class HttpEndpoint(Section):
+    """A custom runner in any language: [runners.NAME]."""
+
+    url: str = Field(pattern=r"^https?://")
+    timeout: float = Field(default=30.0, gt=0, le=3600)
+    batch_size: int = Field(default=100, ge=1, le=1000)
+    concurrency: int = Field(default=4, ge=1, le=1000)
+    per_second: float | None = Field(default=None, gt=0)
+    secret: SecretStr | None = None
+    headers: dict[str, SecretStr] = {}
+
+
+class Log(Section):
+    """What is written to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "text"] = "auto"
+
+
+class Settings(Section):
+    """Everything that can be set."""
+
+    database: Database = Database()
+    engine: Engine = Engine()
+    email: Email = Email()
+    sms: Sms = Sms()
+    runners: dict[str, HttpEndpoint] = {}
+    log: Log = Log()
+
+
+def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
+    """Reads the file and the environment. Raises SettingsError with one line."""
+    if file is None and (named := environment.get(f"{_PREFIX}CONFIG")):
+        file = Path(named)
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = _read(file)
+    elif DEFAULT_FILE.exists():
+        values = _read(DEFAULT_FILE)
+    for name, text in environment.items():
+        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _NO_SETTING:
+            section, key, value = _from_environment(name, text)
+            values.setdefault(section, {})
+            if not isinstance(values[section], dict):
+                raise SettingsError(f"{section} must be a section of the file: [{section}]")
+            values[section][key] = value
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(f"wrong setting: {_with_hint(error)}") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"settings file {file}: {error}") from error
+
+
+def _from_environment(name: str, text: str) -> tuple[str, str, str]:
+    """The section, the key and the value that a variable sets."""
+    short = name.removeprefix(_PREFIX)
+    known = _variables()
+    if short in known:
+        return *known[short], text
+    if short.endswith("_FILE") and (place := known.get(short.removesuffix("_FILE"))):
+        try:
+            return *place, Path(text).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{name}: {error}") from error
+    near = get_close_matches(short, known, n=1)
+    hint = f"; did you mean {_PREFIX}{near[0]}?" if near else ""
+    raise SettingsError(f"{name} is not a setting{hint}")
+
+
+def _variables() -> dict[str, tuple[str, str]]:
+    """What a variable can set: all but the tables of runners, which have names of their own."""
+    places = {
+        f"{section}_{key}".upper(): (section, key)
+        for section, field in Settings.model_fields.items()
+        if isinstance(field.default, Section)
+        for key in type(field.default).model_fields
+    }
+    return places | _SHORT
+
+
+def _with_hint(error: ValidationError) -> str:
+    """pydantic's sentences, and the nearest name for a key that is not known."""
+    text = describe(error)
+    for detail in error.errors(include_url=False, include_input=False):
+        if detail["type"] == "extra_forbidden":
+            key = str(detail["loc"][-1])
+            near = get_close_matches(key, _keys(detail["loc"][:-1]), n=1)
+            return text + (f"; did you mean {near[0]!r}?" if near else "")
+    return text
+
+
+def _keys(section: tuple[int | str, ...]) -> list[str]:
+    if not section:
+        return list(Settings.model_fields)
+    if section[0] == "runners":
+        return list(HttpEndpoint.model_fields)
+    default = Settings.model_fields[str(section[0])].default
+    return list(type(default).model_fields)

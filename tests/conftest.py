@@ -1,0 +1,89 @@
+"""Databases for tests: a real server, a migrated template, a clone of it for each test.
+
+The server is the embedded one, started for the session, or the one that SEQUENCERD_TEST_DATABASE
+names (a superuser's URL).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from sequencerd import embedded, migrate, store
+
+FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+
+def with_database(url: str, name: str) -> str:
+    """The URL of another database of the same server."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    if url := os.environ.get("SEQUENCERD_TEST_DATABASE"):
+        yield url
+        return
+    # not within pytest's folder: root runs the server as a user who can't enter that
+    folder = Path(tempfile.mkdtemp(prefix="sequencerd-"))
+    try:
+        with embedded.running(folder, settings=FAST) as started:
+            yield started.url
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> Iterator[str]:
+    """The name of a database with the schema in it."""
+    name = f"template_{uuid4().hex[:12]}"
+
+    async def make() -> None:
+        await execute(server, f"CREATE DATABASE {name}")
+        connection = await asyncpg.connect(with_database(server, name))
+        await migrate.migrate(connection)
+        await connection.close()
+
+    asyncio.run(make())
+    yield name
+    asyncio.run(execute(server, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+async def database(server: str, template: str) -> AsyncIterator[str]:
+    """The URL of a database of its own for one test."""
+    name = f"test_{uuid4().hex[:12]}"
+    await execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield with_database(server, name)
+    await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def connection(database: str) -> AsyncIterator[asyncpg.Connection]:
+    """An application's connection."""
+    connection = await asyncpg.connect(database)
+    await store.set_codecs(connection)
+    yield connection
+    await connection.close()
+
+
+async def execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+def repository() -> Path:
+    return Path(__file__).parent.parent

@@ -1,0 +1,514 @@
+"""advance(): what it decides, by tables and by properties."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sequencerd.core.advance import MAX_MOVES, advance
+from sequencerd.core.model import (
+    NEVER,
+    Action,
+    Answer,
+    Decision,
+    End,
+    Enrollment,
+    Execute,
+    Fail,
+    Failed,
+    Problem,
+    Result,
+    RetryPolicy,
+    Sequence,
+    SideEffect,
+    Step,
+    Wait,
+)
+from sequencerd.core.steps import compile_step
+
+NOW = datetime(2026, 3, 2, 10, 0, tzinfo=UTC)  # a Monday
+EFFECT = SideEffect(program=None, retry=RetryPolicy(attempts=3, first_delay=10, longest_delay=60))
+PAID = {
+    "lodashCommand": "eq",
+    "value": {"type": "get", "value": "data.paid"},
+    "compareTo": {"type": "raw", "value": True},
+}
+
+
+def step(
+    name: str,
+    type_: str,
+    config: Mapping[str, Any] | None = None,
+    then: str | None = None,
+    otherwise: str | None = None,
+    *,
+    effect: SideEffect = EFFECT,
+) -> Step:
+    behaviour = effect if type_ == "Email" else compile_step(type_, config or {})
+    return Step("s", name, type_, config or {}, then, otherwise, behaviour)
+
+
+def sequence(*steps: Step, name: str = "s", timezone: str = "UTC") -> dict[str, Sequence]:
+    placed = [replace(s, position=n, sequence=name) for n, s in enumerate(steps)]
+    goals = tuple(s for s in reversed(placed) if s.type == "Goal")
+    return {name: Sequence(name, steps[0].name, timezone, {s.name: s for s in placed}, goals=goals)}
+
+
+def at(step: str, data: str = "{}", **values: Any) -> Enrollment:
+    known: dict[str, Any] = {
+        "id": 1,
+        "sequence": "s",
+        "step": step,
+        "subject": "ada",
+        "data": data,
+        "timezone": None,
+        "created_at": NOW,
+        "wake_at": NOW,
+        "entered_at": NOW,
+    }
+    return Enrollment(**(known | values))
+
+
+def actions(
+    definitions: Mapping[str, Sequence], enrollment: Enrollment, **values: Any
+) -> list[str]:
+    return [event.action for event in advance(definitions, enrollment, NOW, **values).events]
+
+
+# --- one step each
+
+
+@pytest.mark.parametrize(
+    ("type_", "config", "data", "expected"),
+    [
+        ("WaitForDuration", {"amount": 3, "unit": "days"}, "{}", Wait(NOW + timedelta(days=3))),
+        ("WaitForDuration", {"amount": 0, "unit": "days"}, "{}", End()),
+        ("WaitForDuration", {"amount": -1, "unit": "hours"}, "{}", End()),
+        (
+            "WaitForDate",
+            {"date": "2026-03-02T12:00:00+01:00"},
+            "{}",
+            Wait(NOW + timedelta(hours=1)),
+        ),
+        ("WaitForDate", {"date": "2026-03-02T11:00:00+01:00"}, "{}", End()),
+        (
+            "WaitForDate",
+            {"date": "{{data.due}}"},
+            '{"due": "2026-03-03"}',
+            Wait(datetime(2026, 3, 3, tzinfo=UTC)),
+        ),
+        ("WaitForDate", {"date": "9999-12-31"}, "{}", Wait(NEVER)),
+        (
+            "WaitForDateComparison",
+            {"attribute": "day", "values": [2]},
+            "{}",
+            Wait(datetime(2026, 3, 3, tzinfo=UTC)),
+        ),
+        ("WaitForDateComparison", {"attribute": "day", "values": [1]}, "{}", End()),
+        ("Goal", PAID, "{}", Wait(NEVER)),
+        ("Goal", PAID, '{"paid": true}', End()),
+        ("GoTo", {}, "{}", End()),
+        ("Conditional", PAID, "{}", End()),
+    ],
+)
+def test_step(type_: str, config: Mapping[str, Any], data: str, expected: Decision) -> None:
+    assert advance(sequence(step("a", type_, config)), at("a", data), NOW).decision == expected
+
+
+@pytest.mark.parametrize(
+    ("type_", "config", "data", "failure", "word"),
+    [
+        ("WaitForDate", {"date": "{{data.due}}"}, "{}", "bad_data", "ISO 8601"),
+        ("WaitForDate", {"date": "{{data.due}}"}, '{"due": "soon"}', "bad_data", "soon"),
+        (
+            "WaitForDateComparison",
+            {"attribute": "year", "values": [2001]},
+            "{}",
+            "unsatisfiable",
+            "year",
+        ),
+    ],
+)
+def test_step_that_cannot_go_on(
+    type_: str, config: Mapping[str, Any], data: str, failure: str, word: str
+) -> None:
+    advanced = advance(sequence(step("a", type_, config)), at("a", data), NOW)
+    assert isinstance(advanced.decision, Fail)
+    assert advanced.decision.failure == failure
+    assert word in advanced.decision.message
+    assert [event.action for event in advanced.events] == ["failed"]
+
+
+def test_conditional_takes_either_way() -> None:
+    definitions = sequence(
+        step("a", "Conditional", PAID, "yes", "no"),
+        step("yes", "Email"),
+        step("no", "Email"),
+    )
+    assert advance(definitions, at("a", '{"paid": true}'), NOW).enrollment.step == "yes"
+    assert advance(definitions, at("a"), NOW).enrollment.step == "no"
+
+
+def test_go_to_names_a_step_of_another_sequence() -> None:
+    definitions = {
+        **sequence(step("a", "GoTo", {"step": "x", "sequence": "other"})),
+        **sequence(step("x", "Email"), name="other"),
+    }
+    advanced = advance(definitions, at("a"), NOW)
+    assert (advanced.enrollment.sequence, advanced.enrollment.step) == ("other", "x")
+    assert advanced.enrollment.visit == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"step": "x", "sequence": "nowhere"}, "nowhere"), ({"step": "nowhere"}, "nowhere")],
+)
+def test_go_to_nowhere_fails(config: Mapping[str, Any], message: str) -> None:
+    decision = advance(sequence(step("a", "GoTo", config)), at("a"), NOW).decision
+    assert isinstance(decision, Fail)
+    assert decision.failure == "invalid_step"
+    assert message in decision.message
+
+
+def test_a_paused_sequence_is_entered_and_no_more() -> None:
+    definitions = {
+        **sequence(step("a", "GoTo", {"step": "x", "sequence": "other"})),
+        "other": replace(
+            sequence(step("x", "GoTo", then=None), name="other")["other"], paused=True
+        ),
+    }
+    advanced = advance(definitions, at("a"), NOW)
+    assert advanced.enrollment.sequence == "other"
+    assert advanced.decision == Wait(NOW)
+
+
+def test_a_problem_fails_who_comes_to_it() -> None:
+    bad = replace(step("b", "GoTo"), behaviour=Problem("amount: is missing"))
+    decision = advance(sequence(step("a", "GoTo", then="b"), bad), at("a"), NOW).decision
+    assert decision == Fail("invalid_step", "amount: is missing")
+
+
+def test_a_loop_ends() -> None:
+    definitions = sequence(
+        step("a", "Conditional", PAID, "b", "b"), step("b", "Conditional", PAID, "a", "a")
+    )
+    advanced = advance(definitions, at("a"), NOW)
+    assert isinstance(advanced.decision, Fail)
+    assert advanced.decision.failure == "loop"
+    assert advanced.enrollment.visit <= MAX_MOVES + 2
+
+
+# --- time
+
+
+def test_begins_at_its_wake_time_even_when_looked_at_late() -> None:
+    planned = NOW - timedelta(hours=2)
+    definitions = sequence(step("a", "WaitForDuration", {"amount": 3, "unit": "hours"}))
+    advanced = advance(definitions, at("a", entered_at=None, wake_at=planned), NOW)
+    assert advanced.enrollment.entered_at == planned
+    assert advanced.decision == Wait(planned + timedelta(hours=3))
+    assert [event.action for event in advanced.events] == ["enrolled"]
+
+
+@pytest.mark.parametrize(
+    ("late", "config", "expected"),
+    [
+        (timedelta(seconds=50), {}, End()),
+        (timedelta(days=1, seconds=70), {}, Wait(datetime(2026, 3, 10, tzinfo=UTC))),
+        (timedelta(days=1, seconds=70), {"late": "pass"}, End()),
+    ],
+)
+def test_woken_late_a_comparison_looks_again(
+    late: timedelta, config: Mapping[str, Any], expected: Decision
+) -> None:
+    tuesday = {"attribute": "day", "values": [2], **config}
+    definitions = sequence(step("a", "WaitForDateComparison", tuesday))
+    woken = datetime(2026, 3, 3, tzinfo=UTC) + late
+    assert advance(definitions, at("a"), woken).decision == expected
+
+
+def test_on_time_to_the_millisecond_counts_a_minute_long() -> None:
+    definitions = sequence(step("a", "WaitForDateComparison", {"attribute": "ms", "values": [5]}))
+    planned = advance(definitions, at("a"), NOW).decision
+    assert planned == Wait(NOW + timedelta(milliseconds=5))
+    assert advance(definitions, at("a"), NOW + timedelta(seconds=30)).decision == End()
+
+
+def test_the_subjects_own_zone_wins_and_a_bad_one_is_told() -> None:
+    midnight = {"date": "2026-03-03T00:00:00"}
+    definitions = sequence(step("a", "WaitForDate", midnight), timezone="Europe/Berlin")
+    berlin, tokyo = datetime(2026, 3, 2, 23, tzinfo=UTC), datetime(2026, 3, 2, 15, tzinfo=UTC)
+    assert advance(definitions, at("a"), NOW).decision == Wait(berlin)
+    own = advance(definitions, at("a", timezone="Asia/Tokyo"), NOW)
+    assert (own.decision, own.events) == (Wait(tokyo), ())
+    bad = advance(definitions, at("a", timezone="Asia/Tokio"), NOW)
+    assert bad.decision == Wait(berlin)
+    assert [(event.action, "Tokyo" in str(event.message)) for event in bad.events] == [
+        ("warning", True)
+    ]
+
+
+# --- goals
+
+GOALS = sequence(
+    step("wait", "WaitForDuration", {"amount": 1, "unit": "year"}, "paid"),
+    step("paid", "Goal", PAID, "thanks"),
+    step("thanks", "WaitForDuration", {"amount": 1, "unit": "year"}, "late"),
+    step("late", "Goal", {**PAID, "value": {"type": "get", "value": "data.late"}}, "end"),
+    step("end", "Email"),
+)
+
+
+def test_a_goal_pulls_from_wherever_it_stands() -> None:
+    advanced = advance(GOALS, at("wait", '{"paid": true}'), NOW)
+    assert advanced.enrollment.step == "thanks"
+    assert advanced.enrollment.goals_met == ("paid",)
+    assert [event.action for event in advanced.events] == ["goal"]
+
+
+def test_of_several_goals_the_last_of_the_definition_wins() -> None:
+    advanced = advance(GOALS, at("wait", '{"paid": true, "late": true}'), NOW)
+    assert advanced.enrollment.step == "end"
+    assert set(advanced.enrollment.goals_met) == {"paid", "late"}
+
+
+def test_a_goal_pulls_once() -> None:
+    met = at("wait", '{"paid": true}', goals_met=("paid",))
+    assert advance(GOALS, met, NOW).enrollment.step == "wait"
+
+
+def test_a_goal_that_was_passed_does_not_pull_back() -> None:
+    passed = advance(GOALS, at("paid", '{"paid": true}'), NOW).enrollment
+    assert passed.step == "thanks"
+    again = advance(GOALS, replace(passed, step="end"), NOW)
+    assert again.enrollment.step == "end"
+
+
+# --- side effects
+
+MAIL = sequence(
+    step("mail", "Email", then="wait", otherwise="other"),
+    step("wait", "WaitForDuration", {"amount": 1, "unit": "day"}),
+    step("other", "WaitForDuration", {"amount": 2, "unit": "day"}),
+    step("paid", "Goal", PAID, "other"),
+)
+
+
+def test_a_side_effect_is_executed() -> None:
+    decision = advance(MAIL, at("mail"), NOW).decision
+    assert isinstance(decision, Execute)
+    assert decision.step.name == "mail"
+
+
+@pytest.mark.parametrize(
+    ("result", "place", "names"),
+    [
+        (Answer(message="sent"), "wait", ["next"]),
+        (Answer(Action.ALT_NEXT), "other", ["altNext"]),
+        (Answer(Action.NOOP), "mail", []),
+        (Answer(Action.NOOP, "not yet"), "mail", ["noop"]),
+        (Failed("refused"), "mail", ["retry"]),
+        (Failed("refused", permanent=True), "mail", ["failed"]),
+    ],
+)
+def test_its_result_moves_it(result: Result, place: str, names: list[str]) -> None:
+    leased = at("mail", attempt=1, leased_by="me")
+    advanced = advance(MAIL, leased, NOW, result)
+    assert advanced.enrollment.step == place
+    assert advanced.enrollment.leased_by is None
+    assert [event.action for event in advanced.events] == names
+
+
+def test_it_is_finished_before_a_goal_pulls() -> None:
+    paid = at("mail", '{"paid": true}', attempt=1, leased_by="me")
+    advanced = advance(MAIL, paid, NOW, Answer(message="sent"))
+    assert advanced.enrollment.step == "other"
+    assert [(e.step, e.action) for e in advanced.events] == [("mail", "next"), ("wait", "goal")]
+
+
+def test_data_from_an_answer_is_merged_and_meets_goals() -> None:
+    leased = at("mail", '{"name": "Ada"}', attempt=1, leased_by="me")
+    advanced = advance(MAIL, leased, NOW, Answer(data={"paid": True}))
+    assert advanced.data == {"paid": True}
+    assert json.loads(advanced.enrollment.data) == {"name": "Ada", "paid": True}
+    assert advanced.enrollment.step == "other"
+
+
+def test_a_failure_is_tried_again_later_each_time_until_the_last() -> None:
+    enrollment = at("mail", attempt=1, leased_by="me")
+    first = advance(MAIL, enrollment, NOW, Failed("down"), jitter=1.0)
+    assert first.decision == Wait(NOW + timedelta(seconds=10))
+    second = advance(MAIL, replace(first.enrollment, attempt=2), NOW, Failed("down"), jitter=1.0)
+    assert second.decision == Wait(NOW + timedelta(seconds=20))
+    last = advance(MAIL, replace(first.enrollment, attempt=3), NOW, Failed("down"), jitter=1.0)
+    assert last.decision == Fail("error", "down")
+
+
+def test_it_is_not_started_before_its_time() -> None:
+    later = NOW + timedelta(minutes=5)
+    assert advance(MAIL, at("mail", retry_at=later), NOW).decision == Wait(later)
+    assert isinstance(advance(MAIL, at("mail", retry_at=later), later).decision, Execute)
+
+
+def test_what_is_not_the_messages_fault_spends_no_attempt() -> None:
+    leased = at("mail", attempt=3, leased_by="me")
+    throttled = Failed("slow down", spends_attempt=False, retry_after=timedelta(seconds=7))
+    advanced = advance(MAIL, leased, NOW, throttled, jitter=0.0)
+    assert advanced.enrollment.attempt == 2
+    assert advanced.decision == Wait(NOW + timedelta(seconds=7))
+    stopped = advance(MAIL, leased, NOW, replace(throttled, retry_after=timedelta(0)))
+    assert isinstance(stopped.decision, Execute)
+
+
+def test_on_error_takes_the_other_way() -> None:
+    kind = replace(EFFECT, on_error="altNext")
+    definitions = sequence(
+        step("mail", "Email", otherwise="other", effect=kind),
+        step("other", "WaitForDuration", {"amount": 2, "unit": "day"}),
+    )
+    refused = Failed("no such address", permanent=True)
+    advanced = advance(definitions, at("mail", attempt=1, leased_by="me"), NOW, refused)
+    assert advanced.enrollment.step == "other"
+    assert [(e.action, e.message) for e in advanced.events] == [("altNext", "no such address")]
+
+
+def test_a_lease_that_ran_out_is_told_and_tried_again() -> None:
+    lapsed = at("mail", attempt=1, leased_by="host:1")
+    advanced = advance(MAIL, lapsed, NOW)
+    assert isinstance(advanced.decision, Execute)
+    assert [event.action for event in advanced.events] == ["lapsed"]
+    assert "host:1" in str(advanced.events[0].message)
+
+
+def test_at_most_once_is_left_to_a_person_after_a_crash() -> None:
+    once = replace(EFFECT, at_most_once=True)
+    definitions = sequence(step("mail", "Email", effect=once))
+    decision = advance(definitions, at("mail", attempt=1, leased_by="host:1"), NOW).decision
+    assert isinstance(decision, Fail)
+    assert decision.failure == "outcome_unknown"
+
+
+def test_a_step_that_kills_the_daemon_is_given_up() -> None:
+    decision = advance(MAIL, at("mail", attempt=3, leased_by="host:1"), NOW).decision
+    assert isinstance(decision, Fail)
+
+
+# --- properties
+
+NAMES = ["a", "b", "c", "d"]
+CONDITION = st.sampled_from(["data.paid", "data.x", "visit", "external"]).map(
+    lambda path: {**PAID, "value": {"type": "get", "value": path}}
+)
+CONFIGS = st.one_of(
+    st.tuples(st.just("GoTo"), st.just({})),
+    st.tuples(st.just("GoTo"), st.sampled_from([*NAMES, "nowhere"]).map(lambda s: {"step": s})),
+    st.tuples(st.sampled_from(["Conditional", "Goal"]), CONDITION),
+    st.tuples(
+        st.just("WaitForDuration"),
+        st.fixed_dictionaries(
+            {
+                "amount": st.integers(-5, 5),
+                "unit": st.sampled_from(["milliseconds", "hours", "days", "months"]),
+            }
+        ),
+    ),
+    st.tuples(
+        st.just("WaitForDate"),
+        st.sampled_from(["2026-03-01", "2027-01-01", "{{data.due}}"]).map(lambda d: {"date": d}),
+    ),
+    st.tuples(
+        st.just("WaitForDateComparison"),
+        st.fixed_dictionaries(
+            {
+                "attribute": st.sampled_from(["day", "hour", "month", "minute"]),
+                "values": st.lists(st.integers(0, 6), min_size=1, max_size=2),
+            }
+        ),
+    ),
+    st.tuples(st.just("Email"), st.just({})),
+)
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> dict[str, Sequence]:
+    where = st.sampled_from([*NAMES, None])
+    steps = []
+    for name in NAMES:
+        type_, config = draw(CONFIGS)
+        steps.append(step(name, type_, config, draw(where), draw(where)))
+    zone = draw(st.sampled_from(["UTC", "Europe/Berlin", "America/New_York"]))
+    return sequence(*steps, timezone=zone)
+
+
+enrollments = st.builds(
+    at,
+    st.sampled_from(NAMES),
+    st.sampled_from(["{}", '{"paid": true}', '{"due": "2026-05-05"}', '{"due": 5, "x": true}']),
+    timezone=st.sampled_from([None, "Asia/Tokyo", "Nowhere/Land"]),
+    entered_at=st.sampled_from([None, NOW, NOW - timedelta(days=40)]),
+    goals_met=st.sampled_from([(), ("a",), ("b", "c")]),
+    attempt=st.integers(0, 3),
+    leased_by=st.sampled_from([None, "host:1"]),
+)
+results = st.sampled_from(
+    [None, Answer(), Answer(Action.NOOP), Answer(Action.ALT_NEXT, data={"paid": True}),
+     Failed("no"), Failed("no", permanent=True), Failed("later", spends_attempt=False)]
+)  # fmt: skip
+
+
+@given(worlds(), enrollments, results)
+def test_it_always_ends_in_a_decision_that_can_be_kept(
+    definitions: dict[str, Sequence], enrollment: Enrollment, result: Result | None
+) -> None:
+    advanced = advance(definitions, enrollment, NOW, result, 0.5)
+    here = advanced.enrollment
+    match advanced.decision:
+        case Wait(until):
+            assert NOW < until <= NEVER
+        case Execute(step):
+            assert step.name == here.step
+        case Fail(failure, message):
+            assert failure
+            assert message
+        case End():
+            assert advanced.events[-1].action == "completed"
+    assert here.entered_at is not None
+    assert here.leased_by is None
+    assert here.visit - enrollment.visit <= MAX_MOVES + 2
+    assert all(a.at < b.at for a, b in zip(advanced.events, advanced.events[1:], strict=False))
+
+
+@given(worlds(), enrollments, st.floats(0, 1, exclude_max=True))
+def test_woken_early_it_changes_nothing(
+    definitions: dict[str, Sequence], enrollment: Enrollment, part: float
+) -> None:
+    first = advance(definitions, enrollment, NOW)
+    if not isinstance(first.decision, Wait):
+        return
+    wait = min(first.decision.until, NOW + timedelta(days=400)) - NOW
+    early = advance(definitions, first.enrollment, NOW + wait * part)
+    assert early.decision == first.decision
+    assert early.enrollment == first.enrollment
+    assert [event.action for event in early.events] in ([], ["warning"])
+
+
+@given(worlds(), enrollments)
+def test_every_goal_pulls_at_most_once(
+    definitions: dict[str, Sequence], enrollment: Enrollment
+) -> None:
+    now, here, pulls = NOW, enrollment, 0
+    for _ in range(6):
+        advanced = advance(definitions, here, now)
+        pulls += sum(event.action == "goal" for event in advanced.events)
+        assert len(set(advanced.enrollment.goals_met)) == len(advanced.enrollment.goals_met)
+        if not isinstance(advanced.decision, Wait) or advanced.decision.until == NEVER:
+            break
+        here, now = advanced.enrollment, advanced.decision.until
+    assert pulls <= len(next(iter(definitions.values())).goals)

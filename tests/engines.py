@@ -1,0 +1,144 @@
+"""Engines for tests, and a runner that records what it is given."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import asyncpg
+import structlog
+
+from sequencerd import store
+from sequencerd.clock import Clock
+from sequencerd.core.model import Answer, DefinitionError, Result, Task
+from sequencerd.daemon import daemon_name
+from sequencerd.engine import Engine
+from sequencerd.listener import listen
+from sequencerd.runners import Runner
+from sequencerd.settings import Engine as Settings
+
+Behaviour = Callable[[Task], Awaitable[Result]]
+
+
+class Recorder:
+    """A runner that keeps the keys it was given, and answers what the test wants."""
+
+    def __init__(
+        self, behaviour: Behaviour | None = None, *, batch_size: int = 10, concurrency: int = 4
+    ) -> None:
+        self.behaviour = behaviour
+        self.batch_size = batch_size
+        self.concurrency = concurrency
+        self.timeout = 10.0
+        self.keys: list[str] = []
+        self.views: list[Mapping[str, Any]] = []
+
+    def compile(self, config: Mapping[str, Any]) -> object:
+        if "bad" in config:
+            raise DefinitionError("bad: this key is not known")
+        return config
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        results = []
+        for task in tasks:
+            self.keys.append(task.key)
+            self.views.append(task.view)
+            results.append(await self.behaviour(task) if self.behaviour else Answer())
+        return results
+
+    async def close(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def running_engine(
+    url: str, runners: Mapping[str, Runner] | None = None, **settings: Any
+) -> AsyncIterator[Engine]:
+    """A daemon in the test's own loop: engine and listener, ready."""
+    pool = await store.connect_pool(url, 4)
+    log = structlog.get_logger()
+    engine = Engine(
+        pool,
+        runners or {},
+        clock=Clock(),
+        settings=Settings(**settings),
+        name=daemon_name(),
+        log=log,
+    )
+    ready = asyncio.Event()
+
+    async def connected() -> None:
+        await engine.sweep()
+        ready.set()
+
+    listener = asyncio.create_task(listen(url, engine.receive, connected, log))
+    working = asyncio.create_task(engine.run())
+    try:
+        async with asyncio.timeout(10):
+            await ready.wait()
+        yield engine
+    finally:
+        engine.stop()
+        await working
+        listener.cancel()
+        with suppress(asyncio.CancelledError):
+            await listener
+        await pool.close()
+
+
+async def until(
+    connection: asyncpg.Connection, query: str, *parameters: object, seconds: float = 20
+) -> None:
+    """Waits until a query answers true; on time-out fails with what there is instead."""
+    try:
+        async with asyncio.timeout(seconds):
+            while not await connection.fetchval(query, *parameters):  # noqa: ASYNC110 - rows set no event
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        rows = await connection.fetch("SELECT * FROM sequencer.enrollments ORDER BY id LIMIT 5")
+        events = await connection.fetch("SELECT * FROM sequencer.events ORDER BY at LIMIT 50")
+        text = "\n".join(map(repr, [*rows, *events]))
+        raise AssertionError(f"not within {seconds} s: {query}\n{text}") from None
+
+
+async def define(
+    connection: asyncpg.Connection, sequence: str, *steps: tuple[str, str, str, str | None]
+) -> None:
+    """A sequence of (name, type, config as JSON, next step)."""
+    async with connection.transaction():
+        await connection.execute(
+            "INSERT INTO sequencer.sequences (name, first_step) VALUES ($1, $2)",
+            sequence,
+            steps[0][0],
+        )
+        await connection.executemany(
+            "INSERT INTO sequencer.steps (sequence, name, type, config, next_step)"
+            " VALUES ($1, $2, $3, $4, $5)",
+            [(sequence, *step) for step in steps],
+        )
+
+
+async def enroll(
+    connection: asyncpg.Connection, sequence: str, subject: str, data: str = "{}"
+) -> int:
+    id_: int = await connection.fetchval(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES ($1, $2, $3)"
+        " RETURNING id",
+        sequence,
+        subject,
+        data,
+    )
+    return id_
+
+
+ALL_ENDED = "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'active')"
+
+
+async def way(connection: asyncpg.Connection, id_: int) -> list[str]:
+    """The history of an enrollment, as "step action"."""
+    rows = await connection.fetch(
+        "SELECT step, action FROM sequencer.events WHERE enrollment_id = $1 ORDER BY at", id_
+    )
+    return [f"{row['step']} {row['action']}" for row in rows]

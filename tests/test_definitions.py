@@ -1,0 +1,180 @@
+"""Definitions: files are read and checked as a whole, and applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from sequencerd import definitions
+from sequencerd.core.model import Problem, SideEffect
+from sequencerd.errors import FileError
+from tests.engines import Recorder, enroll
+
+RUNNERS = {"Note": Recorder()}
+
+GOOD = """
+name: s
+timezone: Europe/Berlin
+steps:
+  - name: hello
+    type: Note
+    config: {on: yes, date: 2018-06-08, retry: {attempts: 2}, onError: altNext}
+    altNext: bye
+  - name: pause
+    type: WaitForDuration
+    config: {amount: 3, unit: days}
+  - name: bye
+    type: Note
+    next: null
+  - name: unreached
+    type: Note
+"""
+
+
+def read(tmp_path: Path, text: str) -> list[definitions.Definition]:
+    file = tmp_path / "file.yaml"
+    file.write_text(text)
+    return definitions.read_file(file, RUNNERS)
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    (definition,) = read(tmp_path, GOOD)
+    steps = definition.sequence.steps
+    assert definition.sequence.first_step == "hello"
+    assert [(s.name, s.next_step, s.alt_next_step) for s in steps.values()] == [
+        ("hello", "pause", "bye"),
+        ("pause", "bye", None),
+        ("bye", None, None),
+        ("unreached", None, None),
+    ]
+    hello = steps["hello"].behaviour
+    assert isinstance(hello, SideEffect)
+    assert hello.program == {"on": "yes", "date": "2018-06-08"}
+    assert (hello.retry.attempts, hello.on_error) == (2, "altNext")
+
+
+def test_json_is_yaml_too_and_a_file_may_hold_several(tmp_path: Path) -> None:
+    one = '{"name": "a", "steps": [{"name": "x", "type": "GoTo"}]}'
+    other = one.replace('"a"', '"b"')
+    found = read(tmp_path, f"{one}\n---\n{other}\n---\n")
+    assert [definition.sequence.name for definition in found] == ["a", "b"]
+
+
+def steps(*lines: str) -> str:
+    return "name: s\nsteps:\n" + "".join(f"  - {{{line}}}\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no sequence"),
+        ("- 1", "dictionary"),
+        ("name: [", "file.yaml"),
+        ("name: s", "steps: Field required"),
+        ("name: s\nsteps: []", "at least 1"),
+        (GOOD.replace("timezone", "timzone"), "timzone: Extra inputs"),
+        (GOOD.replace("Europe/Berlin", "Europe/Berlln"), "did you mean 'Europe/Berlin'"),
+        (GOOD.replace("unit: days", "unit: dayz"), "'pause': 'dayz' is not a unit of time"),
+        (GOOD.replace("amount: 3", "amount: '3'"), "'pause': amount"),
+        (GOOD.replace("altNext: bye", "altNext: buy"), "did you mean 'bye'"),
+        (GOOD.replace("attempts: 2", "attempts: 0"), "'hello': retry.attempts"),
+        (GOOD.replace("name: pause", "name: hello"), "step 'hello' stands twice"),
+        (GOOD + "---\n" + GOOD, "sequence 's' stands twice"),
+        ("name: s\nname: t", "the key 'name' stands twice"),
+        ("1: s", "must be text"),
+        (steps("name: a, type: WaitForDurations"), "did you mean 'WaitForDuration'"),
+        (steps("name: a, type: Note, config: {bad: 1}"), "'a': bad: this key is not known"),
+        (steps("name: a, type: GoTo, config: {step: b}"), "step 'b' does not exist"),
+        (steps("name: a, type: GoTo, next: a"), "never waits"),
+        (
+            steps("name: a, type: GoTo, next: b", "name: b, type: GoTo, next: a"),
+            "'b': it is part of a cycle that never waits",
+        ),
+        (steps("name: a, type: WaitForDate, config: {date: soon}"), "not an ISO 8601 date"),
+        (
+            steps("name: a, type: WaitForDateComparison, config: {attribute: hour, values: [24]}"),
+            "hour is never 24",
+        ),
+        (
+            steps(
+                "name: a, type: Goal, config: {lodashCommand: gtt, value: {type: raw, value: 1}}"
+            ),
+            "did you mean 'gt'",
+        ),
+        (
+            steps("name: a, type: Note, config: {delivery: sometimes}"),
+            "at_most_once",
+        ),
+    ],
+)
+def test_a_wrong_file_is_explained(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(FileError) as wrong:
+        read(tmp_path, text)
+    assert words in str(wrong.value)
+
+
+def test_all_errors_are_told_at_once(tmp_path: Path) -> None:
+    text = steps("name: a, type: Nope", "name: b, type: GoTo, next: zzz", "name: b, type: GoTo")
+    with pytest.raises(FileError) as wrong:
+        read(tmp_path, text)
+    assert len(str(wrong.value).splitlines()) == 3
+
+
+def test_a_cycle_with_a_way_out_is_fine(tmp_path: Path) -> None:
+    condition = "{lodashCommand: eq, value: {type: get, value: data.x}}"
+    (definition,) = read(
+        tmp_path,
+        steps(
+            f"name: a, type: Conditional, config: {condition}, next: b, altNext: null",
+            "name: b, type: GoTo, next: a",
+        ),
+    )
+    behaviours = [step.behaviour for step in definition.sequence.steps.values()]
+    assert not any(isinstance(behaviour, Problem) for behaviour in behaviours)
+
+
+async def apply(connection: asyncpg.Connection, tmp_path: Path, text: str) -> definitions.Applied:
+    (definition,) = read(tmp_path, text)
+    async with connection.transaction():
+        return await definitions.apply(connection, definition)
+
+
+async def test_apply_makes_it_so_and_does_nothing_twice(
+    connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    first = await apply(connection, tmp_path, GOOD)
+    assert (first.created, len(first.added)) == (True, 4)
+    revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
+    second = await apply(connection, tmp_path, GOOD)
+    assert (second.created, second.added, second.changed, second.removed) == (False, (), (), ())
+    assert await connection.fetchval("SELECT revision FROM sequencer.sequences") == revision
+    shorter = GOOD.replace("amount: 3", "amount: 1")
+    shorter = shorter[: shorter.index("  - name: unreached")]
+    third = await apply(connection, tmp_path, shorter)
+    assert (third.added, third.changed, third.removed) == ((), ("pause",), ("unreached",))
+
+
+async def test_a_step_where_somebody_is_stays(
+    connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    await apply(connection, tmp_path, GOOD)
+    await enroll(connection, "s", "ada")
+    without = GOOD.replace("- name: hello", "- name: start")
+    with pytest.raises(FileError, match=r"'hello'.*cannot be deleted: 1 active"):
+        await apply(connection, tmp_path, without)
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.steps") == 4
+
+
+@pytest.mark.parametrize("config", [{"x": "\0"}, {"x": "\ud800"}])
+async def test_what_postgresql_cannot_hold_is_explained(
+    connection: asyncpg.Connection, tmp_path: Path, config: Mapping[str, Any]
+) -> None:
+    (definition,) = read(tmp_path, steps("name: a, type: Note"))
+    definition.sequence.steps["a"].config["x"] = config["x"]  # type: ignore[index]
+    with pytest.raises(FileError):
+        async with connection.transaction():
+            await definitions.apply(connection, definition)

@@ -1,0 +1,487 @@
+"""The engine on a real database."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from datetime import timedelta
+
+import asyncpg
+import pytest
+
+from sequencerd.core.model import Action, Answer, Failed, Result, Task
+from tests.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
+
+PAID = """{
+    "lodashCommand": "eq",
+    "value": {"type": "get", "value": "data.paid"},
+    "compareTo": {"type": "raw", "value": true}
+}"""
+DAYS = '{"amount": 3, "unit": "days"}'
+SHORT = '{"amount": 30, "unit": "milliseconds"}'
+
+
+async def test_everybody_goes_the_whole_way(database: str, connection: asyncpg.Connection) -> None:
+    recorder = Recorder(batch_size=100)
+    await define(
+        connection,
+        "s",
+        ("hello", "Note", "{}", "pause"),
+        ("pause", "WaitForDuration", SHORT, "bye"),
+        ("bye", "Note", "{}", None),
+    )
+    async with running_engine(database, {"Note": recorder}):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, 5000) AS n"
+        )
+        await until(connection, ALL_ENDED)
+    assert set(Counter(recorder.keys).values()) == {1}
+    assert len(recorder.keys) == 10000
+    statuses = await connection.fetch("SELECT DISTINCT status FROM sequencer.enrollments")
+    assert [row["status"] for row in statuses] == ["completed"]
+    assert await way(connection, 1) == [
+        "hello enrolled",
+        "hello next",
+        "pause next",
+        "bye next",
+        "bye completed",
+    ]
+
+
+async def sleeper(connection: asyncpg.Connection, then: str | None = None) -> int:
+    """Somebody who waits three days, in a sequence with the goal of paying."""
+    await define(
+        connection,
+        "s",
+        ("pause", "WaitForDuration", DAYS, then),
+        ("paid", "Goal", PAID, "thanks"),
+        ("thanks", "Note", "{}", None),
+    )
+    return await enroll(connection, "s", "ada")
+
+
+ASLEEP = (
+    "SELECT entered_at IS NOT NULL AND wake_at > now() + interval '1 day'"
+    " FROM sequencer.enrollments"
+)
+ENDED = "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1"
+
+
+async def test_changed_data_are_looked_at_at_once(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}):
+        id_ = await sleeper(connection)
+        await until(connection, ASLEEP)
+        await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
+        await until(connection, ENDED, id_)
+    assert await way(connection, id_) == [
+        "pause enrolled",
+        "pause goal",
+        "thanks next",
+        "thanks completed",
+    ]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "NOTIFY sequencer",
+        "SELECT pg_notify('sequencer', '{\"subject\": \"ada\"}')",
+        'SELECT pg_notify(\'sequencer\', \'{"sequence": "s", "step": "pause"}\')',
+        "SELECT sequencer.reevaluate(subject => 'ada')",
+        "SELECT sequencer.reevaluate(sequence => 's', step => 'pause')",
+    ],
+)
+async def test_another_look_can_be_asked_for(
+    database: str, connection: asyncpg.Connection, statement: str
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}):
+        id_ = await sleeper(connection)
+        await until(connection, ASLEEP)
+        # as if the daemon had not been told: the trigger that looks again is off
+        await connection.execute("ALTER TABLE sequencer.enrollments DISABLE TRIGGER look_again")
+        await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
+        await connection.execute(statement)
+        await until(connection, ENDED, id_)
+
+
+async def test_a_changed_step_re_times_who_waits_there(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}, batch=7):
+        await sleeper(connection)
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, 50) AS n"
+        )
+        await until(connection, f"SELECT bool_and(asleep) FROM ({ASLEEP}) AS e (asleep)")
+        await connection.execute(
+            'UPDATE sequencer.steps SET config = \'{"amount": 5, "unit": "ms"}\''
+            " WHERE name = 'pause'"
+        )
+        await until(connection, ALL_ENDED)
+    assert (
+        await connection.fetchval("SELECT count(*) FROM sequencer.steps WHERE retime_from > now()")
+        == 0
+    )
+    assert await connection.fetchval("SELECT bool_and(retime_from IS NULL) FROM sequencer.steps")
+
+
+async def test_a_new_goal_concerns_everybody(database: str, connection: asyncpg.Connection) -> None:
+    async with running_engine(database, {"Note": Recorder()}):
+        await define(connection, "s", ("pause", "WaitForDuration", DAYS, None))
+        await enroll(connection, "s", "ada", '{"paid": true}')
+        await until(connection, ASLEEP)
+        await connection.execute(
+            "INSERT INTO sequencer.steps (sequence, name, type, config)"
+            " VALUES ('s', 'paid', 'Goal', $1)",
+            PAID,
+        )
+        await until(connection, ALL_ENDED)
+
+
+async def test_without_notifications_the_sweep_finds_everything(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    for table, trigger in (
+        ("enrollments", "notify_on_insert"),
+        ("enrollments", "notify_on_update"),
+        ("sequences", "notify_definitions"),
+    ):
+        await connection.execute(f"DROP TRIGGER {trigger} ON sequencer.{table}")
+    async with running_engine(database, {"Note": Recorder()}, sweep=0.2):
+        id_ = await sleeper(connection)
+        await until(connection, ASLEEP)
+        await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
+        await until(connection, ENDED, id_)
+        other = await enroll(connection, "s", "bob")
+        await until(connection, f"{ASLEEP} WHERE id = $1", other)
+        await connection.execute(
+            'UPDATE sequencer.steps SET config = \'{"amount": 5, "unit": "ms"}\''
+            " WHERE name = 'pause'"
+        )
+        await until(connection, ENDED, other)
+
+
+async def test_a_side_effect_is_finished_before_the_goal_pulls(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(task: Task) -> Result:
+        started.set()
+        await go_on.wait()
+        return Answer(message="done")
+
+    recorder = Recorder(slow)
+    async with running_engine(database, {"Slow": recorder}):
+        await define(
+            connection,
+            "s",
+            ("work", "Slow", "{}", "pause"),
+            ("pause", "WaitForDuration", DAYS, None),
+            ("paid", "Goal", PAID, None),
+        )
+        id_ = await enroll(connection, "s", "ada")
+        await started.wait()
+        await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
+        go_on.set()
+        await until(connection, ENDED, id_)
+    assert recorder.keys == [f"{id_}:1"]
+    assert await way(connection, id_) == [
+        "work enrolled",
+        "work next",
+        "pause goal",
+        "pause completed",
+    ]
+
+
+async def test_what_comes_back_after_a_cancel_is_recorded_and_moves_nothing(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(task: Task) -> Result:
+        started.set()
+        await go_on.wait()
+        return Answer(message="sent to ada")
+
+    async with running_engine(database, {"Slow": Recorder(slow)}):
+        await define(connection, "s", ("work", "Slow", "{}", None))
+        id_ = await enroll(connection, "s", "ada")
+        await started.wait()
+        await connection.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+        go_on.set()
+        await until(
+            connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'late')"
+        )
+    assert await way(connection, id_) == ["work enrolled", "work cancelled", "work late"]
+    late = await connection.fetchval("SELECT message FROM sequencer.events WHERE action = 'late'")
+    assert "sent to ada" in late
+    assert await connection.fetchval("SELECT status FROM sequencer.enrollments") == "cancelled"
+
+
+async def test_a_failure_is_retried_and_at_last_told(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def broken(task: Task) -> Result:
+        if task.view["data"].get("raise"):
+            raise RuntimeError("a bug in the plug-in")
+        return Failed("the server is down")
+
+    retry = '{"retry": {"attempts": 3, "firstDelay": 0.01}}'
+    async with running_engine(database, {"Broken": Recorder(broken)}):
+        await define(connection, "s", ("work", "Broken", retry, None))
+        ids = [
+            await enroll(connection, "s", "ada"),
+            await enroll(connection, "s", "bob", '{"raise": true}'),
+        ]
+        await until(connection, ALL_ENDED)
+    for id_, words in zip(ids, ["the server is down", "a bug in the plug-in"], strict=True):
+        row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+        assert (row["status"], row["failure"], row["attempt"]) == ("failed", "error", 3)
+        assert words in row["last_error"]
+        assert await way(connection, id_) == [
+            "work enrolled",
+            "work retry",
+            "work retry",
+            "work failed",
+        ]
+
+
+async def test_one_that_cannot_be_written_does_not_hold_up_the_others(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}):
+        await define(
+            connection, "s", ("work", "Note", "{}", "leave"),
+            ("leave", "GoTo", '{"step": "x", "sequence": "other"}', None),
+        )  # fmt: skip
+        await define(connection, "other", ("x", "WaitForDuration", DAYS, None))
+        await enroll(connection, "other", "ada")
+        # ada is in "other" already, so her row cannot be moved there a second time
+        ids = [await enroll(connection, "s", name) for name in ("eve", "ada", "bob")]
+        await until(
+            connection,
+            "SELECT count(*) = 0 FROM sequencer.enrollments"
+            " WHERE sequence = 's' AND status = 'active'",
+        )
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", ids[1])
+    assert (row["status"], row["failure"]) == ("failed", "error")
+    assert "one_entry" in row["last_error"]
+    there = await connection.fetch(
+        "SELECT subject FROM sequencer.enrollments"
+        " WHERE sequence = 'other' AND status = 'active' ORDER BY subject"
+    )
+    assert [row["subject"] for row in there] == ["ada", "bob", "eve"]
+
+
+async def test_a_problem_is_told_and_goes_away_when_it_is_mended(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}):
+        await define(
+            connection, "s", ("work", "Note", '{"bad": 1}', "odd"), ("odd", "Nothing", "{}", None)
+        )
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, "SELECT status = 'failed' FROM sequencer.enrollments")
+        row = await connection.fetchrow("SELECT * FROM sequencer.enrollments")
+        assert (row["failure"], row["step"]) == ("invalid_step", "work")
+        assert "bad: this key is not known" in row["last_error"]
+        told = await connection.fetch("SELECT name, problem FROM sequencer.steps ORDER BY name")
+        assert "served by no runner" in told[0]["problem"]
+        await connection.execute("UPDATE sequencer.steps SET type = 'Note', config = '{}'")
+        await until(connection, ENDED, id_)
+    assert await connection.fetchval("SELECT count(problem) FROM sequencer.steps") == 0
+    assert "work resumed" in await way(connection, id_)
+
+
+async def test_paused_nothing_is_executed_resumed_all_go_on(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}, sweep=0.1):
+        await define(connection, "s", ("work", "Note", "{}", None))
+        await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
+        id_ = await enroll(connection, "s", "ada")
+        await asyncio.sleep(0.5)
+        assert recorder.keys == []
+        await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
+        await until(connection, ENDED, id_)
+
+
+async def test_answers_may_bring_data_and_ask_to_come_again(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def twice(task: Task) -> Result:
+        if task.view["data"].get("seen"):
+            return Answer(Action.ALT_NEXT, "seen already")
+        return Answer(
+            Action.NOOP, "first time", data={"seen": True}, retry_after=timedelta(milliseconds=20)
+        )
+
+    async with running_engine(database, {"Twice": Recorder(twice)}):
+        await define(connection, "s", ("work", "Twice", "{}", None))
+        id_ = await enroll(connection, "s", "ada", '{"name": "Ada"}')
+        await until(connection, ENDED, id_)
+    assert json.loads(await connection.fetchval("SELECT data FROM sequencer.enrollments")) == {
+        "name": "Ada",
+        "seen": True,
+    }
+    assert await way(connection, id_) == [
+        "work enrolled",
+        "work noop",
+        "work altNext",
+        "work completed",
+    ]
+
+
+async def test_a_stop_gives_back_what_is_not_done_and_spends_no_attempt(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    started = asyncio.Event()
+
+    async def endless(task: Task) -> Result:
+        started.set()
+        await asyncio.sleep(3600)
+        return Answer()
+
+    await define(connection, "s", ("work", "Slow", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject)"
+        " SELECT 's', 'u' || n FROM generate_series(1, 50) AS n"
+    )
+    slow = Recorder(endless, batch_size=2, concurrency=2)
+    async with running_engine(database, {"Slow": slow}, stop_timeout=0.1):
+        await started.wait()
+    rows = await connection.fetch("SELECT * FROM sequencer.enrollments")
+    assert {(row["status"], row["attempt"], row["leased_by"]) for row in rows} == {
+        ("active", 0, None)
+    }
+    assert await connection.fetchval("SELECT bool_and(wake_at <= now()) FROM sequencer.enrollments")
+    async with running_engine(database, {"Slow": Recorder()}):
+        await until(connection, ALL_ENDED)
+
+
+async def test_several_daemons_share_the_work(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    one, two = Recorder(), Recorder()
+    await define(
+        connection,
+        "s",
+        ("hello", "Note", "{}", "pause"),
+        ("pause", "WaitForDuration", SHORT, "bye"),
+        ("bye", "Note", "{}", None),
+    )
+    async with (
+        running_engine(database, {"Note": one}, batch=50),
+        running_engine(database, {"Note": two}, batch=50),
+    ):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, 2000) AS n"
+        )
+        await until(connection, ALL_ENDED)
+    assert set(Counter(one.keys + two.keys).values()) == {1}
+    assert one.keys
+    assert two.keys
+
+
+async def test_a_stuck_runner_delays_no_other(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def stuck(task: Task) -> Result:
+        await asyncio.sleep(3600)
+        return Answer()
+
+    runners = {"Stuck": Recorder(stuck, batch_size=1), "Note": Recorder()}
+    async with running_engine(database, runners, stop_timeout=0):
+        await define(connection, "stuck", ("work", "Stuck", "{}", None))
+        await define(connection, "s", ("work", "Note", "{}", None))
+        for name in ("stuck", "s"):
+            await connection.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject)"
+                " SELECT $1, 'u' || n FROM generate_series(1, 1000) AS n",
+                name,
+            )
+        await until(
+            connection,
+            "SELECT count(*) = 1000 FROM sequencer.enrollments WHERE status = 'completed'",
+        )
+
+
+async def test_a_lease_is_extended_while_the_work_goes_on(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def slow(task: Task) -> Result:
+        await asyncio.sleep(2.5)
+        return Answer()
+
+    recorder = Recorder(slow)
+    async with running_engine(database, {"Slow": recorder}, lease=1.0):
+        await define(connection, "s", ("work", "Slow", "{}", None))
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, ENDED, id_)
+    assert recorder.keys == [f"{id_}:1"]
+
+
+async def test_a_lease_of_a_dead_daemon_runs_out(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("work", "Note", "{}", None))
+    id_ = await enroll(connection, "s", "ada")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET leased_by = 'dead:1', attempt = 1, entered_at = now(),"
+        " wake_at = now() + interval '0.3 seconds'"
+    )
+    async with running_engine(database, {"Note": Recorder()}):
+        await until(connection, ENDED, id_)
+    assert await way(connection, id_) == ["work lapsed", "work next", "work completed"]
+
+
+async def test_a_row_that_somebody_holds_is_not_waited_for(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(task: Task) -> Result:
+        if task.view["subject"] == "held":
+            started.set()
+            await go_on.wait()
+        return Answer()
+
+    async with running_engine(database, {"Slow": Recorder(slow, batch_size=1)}):
+        await define(connection, "s", ("work", "Slow", "{}", None))
+        held = await enroll(connection, "s", "held")
+        await started.wait()
+        async with connection.transaction():
+            await connection.execute(
+                "SELECT FROM sequencer.enrollments WHERE id = $1 FOR UPDATE", held
+            )
+            go_on.set()
+            other = await asyncpg.connect(database)
+            await enroll(other, "s", "free")
+            await until(
+                other,
+                "SELECT status = 'completed' FROM sequencer.enrollments WHERE subject = 'free'",
+            )
+            await other.close()
+        await until(connection, ENDED, held)
+
+
+async def test_everybody_at_a_step_that_is_gone_is_told(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("work", "Note", "{}", None), ("other", "Note", "{}", None))
+    await enroll(connection, "s", "ada")
+    await connection.execute("ALTER TABLE sequencer.steps DISABLE TRIGGER guard_delete")
+    await connection.execute("DELETE FROM sequencer.steps WHERE name = 'work'")
+    async with running_engine(database, {"Note": Recorder()}):
+        await until(connection, ALL_ENDED)
+    row = await connection.fetchrow("SELECT failure, last_error FROM sequencer.enrollments")
+    assert row["failure"] == "invalid_step"
+    assert "'work' does not exist" in row["last_error"]

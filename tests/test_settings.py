@@ -1,0 +1,82 @@
+"""Settings: where they come from, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sequencerd.errors import SettingsError
+from sequencerd.settings import load
+
+
+def test_nothing_has_to_be_set() -> None:
+    settings = load({})
+    assert settings.database.url is None
+    assert settings.runners == {}
+
+
+def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text(
+        '[database]\nurl = "postgresql://file/x"\nconnections = 7\n'
+        '[runners.Score]\nurl = "http://localhost:9/score"\nsecret = "whsec_c2VjcmV0"\n'
+    )
+    settings = load(
+        {"SEQUENCERD_CONFIG": str(file), "SEQUENCERD_DATABASE": "postgresql://variable/x"}
+    )
+    assert settings.database.url is not None
+    assert settings.database.url.get_secret_value() == "postgresql://variable/x"
+    assert settings.database.connections == 7
+    assert settings.runners["Score"].url == "http://localhost:9/score"
+    assert load({"SEQUENCERD_ENGINE_BATCH": "50"}).engine.batch == 50
+
+
+def test_a_secret_can_be_in_a_file_and_is_never_shown(tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("top-secret\n")
+    settings = load({"SEQUENCERD_SMS_AUTH_TOKEN_FILE": str(secret)})
+    assert settings.sms.auth_token is not None
+    assert settings.sms.auth_token.get_secret_value() == "top-secret"
+    assert "top-secret" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("SEQUENCERD_SMPT_URL", "x", "did you mean SEQUENCERD_SMTP_URL"),
+        ("SEQUENCERD_ENGINE_BATCH", "many", "engine.batch: .*integer"),
+        ("SEQUENCERD_ENGINE_LEASE", "0", "engine.lease: .*greater"),
+        ("SEQUENCERD_LOG_LEVEL", "loud", "log.level: .*'debug'"),
+        ("SEQUENCERD_SMS_AUTH_TOKEN_FILE", "/nowhere/token", "No such file"),
+    ],
+)
+def test_a_wrong_variable_is_named(variable: str, value: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words) as wrong:
+        load({variable: value})
+    assert "\n" not in str(wrong.value)
+    assert wrong.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[database]\nurll = 'x'", "database.urll: .*did you mean 'url'"),
+        ("[databse]\nurl = 'x'", "databse: .*did you mean 'database'"),
+        ("[runners.A]\nurl = 'ftp://x'", "runners.A.url"),
+        ("[runners.A]\ntimeout = 3", "runners.A.url: Field required"),
+        ("[runners.A]\nurl = 'http://x'\nsecrett = 's'", "did you mean 'secret'"),
+        ("nonsense", "settings file"),
+        ("database = 'postgresql://x'", "database"),
+    ],
+)
+def test_a_wrong_file_is_explained(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=words):
+        load({}, file)
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"missing\.toml"):
+        load({}, tmp_path / "missing.toml")
