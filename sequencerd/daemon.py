@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 import asyncpg
+from pydantic import SecretStr
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd import migrate, store
@@ -25,47 +26,78 @@ from sequencerd.runners import Runner
 from sequencerd.runners.email import EmailRunner
 from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.python import load
-from sequencerd.runners.sms import TwilioRunner
-from sequencerd.settings import Settings
+from sequencerd.runners.sms import HttpSmsRunner, TwilioRunner
+from sequencerd.settings import Settings, Sms
+from sequencerd.systemd import notify
 
 CONNECT_TIMEOUT = 10.0  # seconds
 CLOSE_TIMEOUT = 5.0
 
 
 def make_runners(settings: Settings) -> dict[str, Runner]:
-    """Every runner that is installed or set up, by the type of its steps."""
-    email, sms = settings.email, settings.sms
-    runners: dict[str, Runner] = {
-        "Email": EmailRunner(
-            email.url.get_secret_value() if email.url else "smtp://localhost:25",
-            concurrency=email.concurrency,
-            timeout=email.timeout,
-            per_second=email.per_second,
-        )
-    }
-    runners["SMS"] = _NotSetUp("SMS needs an account: set sms.account_sid and sms.auth_token")
-    if sms.account_sid and sms.auth_token:
-        runners["SMS"] = TwilioRunner(
-            sms.account_sid,
-            sms.auth_token.get_secret_value(),
-            base_url=sms.base_url,
+    """Every runner that is installed or set up, by the type of its steps. Raises SettingsError."""
+    email = settings.email
+    try:
+        runners: dict[str, Runner] = {
+            "Email": EmailRunner(
+                _secret(email.url) or "smtp://localhost:25",
+                concurrency=email.concurrency,
+                timeout=email.timeout,
+                per_second=email.per_second,
+                list_unsubscribe=email.list_unsubscribe,
+            ),
+            "SMS": _sms_runner(settings.sms),
+        }
+        runners |= load()
+        for name, endpoint in settings.runners.items():
+            runners[name] = HttpRunner(
+                endpoint.url,
+                name=name,
+                timeout=endpoint.timeout,
+                batch_size=endpoint.batch_size,
+                concurrency=endpoint.concurrency,
+                per_second=endpoint.per_second,
+                secret=_secret(endpoint.secret),
+                headers=_secrets(endpoint.headers),
+                allow_private=endpoint.allow_private,
+            )
+    except ValueError as error:
+        raise SettingsError(f"wrong setting: {error}") from error
+    return runners
+
+
+def _sms_runner(sms: Sms) -> Runner:
+    if sms.provider == "http":
+        if not sms.url or not sms.body:
+            return _NotSetUp("SMS needs a gateway: set sms.url and sms.body")
+        return HttpSmsRunner(
+            sms.url,
+            body=sms.body,
+            headers=_secrets(sms.headers),
             concurrency=sms.concurrency,
             timeout=sms.timeout,
             per_second=sms.per_second,
+            allow_private=sms.allow_private,
         )
-    runners |= load()
-    for name, endpoint in settings.runners.items():
-        runners[name] = HttpRunner(
-            endpoint.url,
-            name=name,
-            timeout=endpoint.timeout,
-            batch_size=endpoint.batch_size,
-            concurrency=endpoint.concurrency,
-            per_second=endpoint.per_second,
-            secret=endpoint.secret.get_secret_value() if endpoint.secret else None,
-            headers={key: value.get_secret_value() for key, value in endpoint.headers.items()},
-        )
-    return runners
+    token = _secret(sms.auth_token)
+    if not sms.account_sid or not token:
+        return _NotSetUp("SMS needs an account: set sms.account_sid and sms.auth_token")
+    return TwilioRunner(
+        sms.account_sid,
+        token,
+        base_url=sms.base_url,
+        concurrency=sms.concurrency,
+        timeout=sms.timeout,
+        per_second=sms.per_second,
+    )
+
+
+def _secret(value: SecretStr | None) -> str | None:
+    return value.get_secret_value() if value else None
+
+
+def _secrets(values: Mapping[str, SecretStr]) -> dict[str, str]:
+    return {key: value.get_secret_value() for key, value in values.items()}
 
 
 class _NotSetUp:
@@ -126,10 +158,15 @@ async def run(url: str, settings: Settings, runners: Runners, log: FilteringBoun
         async def connected() -> None:
             await engine.sweep()
             log.info("ready", daemon=name, sequences=len(engine.definitions))
+            notify("READY=1")
+
+        def stop() -> None:
+            notify("STOPPING=1")
+            engine.stop()
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, engine.stop)
+            loop.add_signal_handler(number, stop)
         try:
             # whatever dies takes the process down: it is started again, and leases run out
             async with asyncio.TaskGroup() as group:

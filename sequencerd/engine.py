@@ -66,6 +66,7 @@ PASSING_ERRORS = (
 POISON = (asyncpg.PostgresError, ValueError, OverflowError)
 """What a value that cannot be written raises."""
 
+MAX_SLEEP = 10.0  # seconds: the watchdog wants to see that the loop turns
 PAUSE = 1.0  # seconds after a passing error
 LOCKED_PAUSE = 0.2  # seconds until a row that somebody else has locked is tried again
 
@@ -91,7 +92,9 @@ class Engine:
         settings: Settings,
         name: str,
         log: FilteringBoundLogger,
+        turned: Callable[[], None] = lambda: None,
     ) -> None:
+        """`turned` is called in every turn of the loop, at least each MAX_SLEEP seconds."""
         self.definitions: dict[str, model.Sequence] = {}
         self._pool = pool
         self._runners = runners
@@ -99,6 +102,7 @@ class Engine:
         self._settings = settings
         self._name = name
         self._log = log
+        self._turned = turned
         self._heap: Heap[Place] = Heap()
         self._lanes = {type_: Lane(runner, self._report) for type_, runner in runners.items()}
         self._leased: dict[int, Leased] = {}
@@ -149,12 +153,13 @@ class Engine:
         while not self._stopping:
             # cleared before looking: what is set while we look is not lost
             self._wake.clear()
+            self._turned()
             for place in self._heap.pop_due(self._clock.now()):
                 self._start(place)
             next_at = self._heap.next_at()
-            seconds = 3600.0 if next_at is None else self._clock.seconds_until(next_at)
+            seconds = MAX_SLEEP if next_at is None else self._clock.seconds_until(next_at)
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(max(seconds, 0.0), 3600.0)):
+                async with asyncio.timeout(min(max(seconds, 0.0), MAX_SLEEP)):
                     await self._wake.wait()
 
     def _start(self, place: Place) -> None:

@@ -55,14 +55,20 @@ class Email(Section):
     concurrency: int = Field(default=10, ge=1, le=1000)
     timeout: float = Field(default=30.0, gt=0, le=600)
     per_second: float | None = Field(default=None, gt=0)
+    list_unsubscribe: str | None = None
 
 
 class Sms(Section):
-    """Twilio's account."""
+    """Twilio's account, or any gateway: a URL and a template of its JSON body."""
 
+    provider: Literal["twilio", "http"] = "twilio"
     account_sid: str | None = None
     auth_token: SecretStr | None = None
     base_url: str = "https://api.twilio.com"
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    body: str | None = None
+    headers: dict[str, SecretStr] = {}
+    allow_private: bool = False
     concurrency: int = Field(default=10, ge=1, le=1000)
     timeout: float = Field(default=30.0, gt=0, le=600)
     per_second: float | None = Field(default=None, gt=0)
@@ -77,6 +83,7 @@ class HttpEndpoint(Section):
     concurrency: int = Field(default=4, ge=1, le=1000)
     per_second: float | None = Field(default=None, gt=0)
     secret: SecretStr | None = None
+    allow_private: bool = False
     headers: dict[str, SecretStr] = {}
 
 

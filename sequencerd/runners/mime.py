@@ -74,11 +74,11 @@ def parse_mailboxes(field: str, text: str) -> list[Mailbox]:
 def _mailbox(field: str, text: str) -> Mailbox:
     name, address = "", text
     if text.endswith(">"):
-        name, _, address = text[:-1].rpartition("<")
+        name, opened, address = text[:-1].rpartition("<")
         name = name.strip()
         if name.startswith('"') and name.endswith('"') and len(name) > 1:
             name = re.sub(r"\\(.)", r"\1", name[1:-1])
-        elif re.search(r'[<>"]', name):
+        elif not opened or re.search(r'[<>"]', name):
             raise RenderError(f"{field}: {one_line(text, 100)!r} is not an address")
     return Mailbox(name.strip(), _address(field, address.strip()))
 

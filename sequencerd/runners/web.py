@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, timedelta
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from ipaddress import ip_address
+from typing import Any
 
 import httpx
 
@@ -52,10 +54,15 @@ class Web:
 
     def __init__(self, *, timeout: float, connections: int, allow_private: bool) -> None:
         self._timeout = timeout
+        self._connections = connections
         self._allow_private = allow_private
-        self._client = httpx.AsyncClient(
+
+    @cached_property
+    def _client(self) -> httpx.AsyncClient:
+        # Made when it is first used: reading the system's certificates takes its time.
+        return httpx.AsyncClient(
             timeout=None,  # noqa: S113 - one time limit is set around the whole call
-            limits=httpx.Limits(max_connections=connections, keepalive_expiry=30),
+            limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=30),
             headers={"User-Agent": "sequencerd", "Accept-Encoding": "identity"},
             follow_redirects=False,
         )
@@ -70,39 +77,30 @@ class Web:
         auth: tuple[str, str] | None = None,
     ) -> Reply:
         """Sends a body or a form. Raises Unreachable."""
-        target = httpx.URL(url)
+        named = httpx.URL(url)
+        request = {
+            "headers": {**headers, "Host": named.netloc.decode("ascii")},
+            "content": content,
+            "data": form,
+            "auth": auth or httpx.USE_CLIENT_DEFAULT,
+            "extensions": {"sni_hostname": named.raw_host.decode("ascii")},
+        }
         try:
             async with asyncio.timeout(self._timeout):
-                *others, last = await self._targets(target)
-                for pinned in others:
+                *others, last = await self._targets(named)
+                for target in others:
                     try:
-                        return await self._send(target, pinned, headers, content, form, auth)
+                        return await self._send(target, request)
                     except httpx.ConnectError:
                         continue  # the host has another address
-                return await self._send(target, last, headers, content, form, auth)
+                return await self._send(last, request)
         except TimeoutError:
-            raise Unreachable(f"no answer from {target.host} within {self._timeout:g} s") from None
+            raise Unreachable(f"no answer from {named.host} within {self._timeout:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
-            raise Unreachable(f"{target.host}: {_reason(error)}") from error
+            raise Unreachable(f"{named.host}: {_reason(error)}") from error
 
-    async def _send(
-        self,
-        named: httpx.URL,
-        pinned: httpx.URL,
-        headers: Mapping[str, str],
-        content: bytes | None,
-        form: Mapping[str, str] | None,
-        auth: tuple[str, str] | None,
-    ) -> Reply:
-        async with self._client.stream(
-            "POST",
-            pinned,
-            content=content,
-            data=form,
-            auth=auth or httpx.USE_CLIENT_DEFAULT,
-            headers={**headers, "Host": named.netloc.decode("ascii")},
-            extensions={"sni_hostname": named.raw_host.decode("ascii")},
-        ) as response:
+    async def _send(self, url: httpx.URL, request: Mapping[str, Any]) -> Reply:
+        async with self._client.stream("POST", url, **request) as response:
             return Reply(response.status_code, response.headers, await _read(response))
 
     async def _targets(self, url: httpx.URL) -> list[httpx.URL]:

@@ -1,0 +1,285 @@
+"""Real servers in the test's own loop, on ports of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import ssl
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email import message_from_bytes, policy
+from email.message import EmailMessage
+from pathlib import Path
+from typing import Any
+
+from aiosmtpd.smtp import SMTP, AuthResult, LoginPassword
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from sequencerd.core.model import Task
+
+HOST = "127.0.0.1"
+
+
+def task(id_: int = 7, **data: Any) -> Task:
+    """A task as the engine makes it."""
+    view = {
+        "id": id_,
+        "subject": f"user-{id_}",
+        "data": data,
+        "startSequence": "2026-01-02T03:04:05.678Z",
+    }
+    return Task(f"{id_}:1", view)
+
+
+# --- SMTP
+
+
+@dataclass
+class Mailbox:
+    """An SMTP server's handler: keeps what arrives, answers as it is told.
+
+    `answers` are used up one by one, by command ("MAIL", "RCPT", "DATA"); with "drop" the
+    connection is cut instead.
+    """
+
+    messages: list[Any] = field(default_factory=list)
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # by recipient
+    connections: int = 0
+    open: set[Any] = field(default_factory=set)
+    hang: bool = False  # keep the client waiting for the answer to DATA
+    hanging: asyncio.Event = field(default_factory=asyncio.Event)
+    alone: asyncio.Event = field(default_factory=asyncio.Event)  # all connections have ended
+    port: int = 0
+
+    def _next(self, command: str, server: Any, usual: str) -> str:
+        answer = self.answers[command].pop(0) if self.answers.get(command) else usual
+        if answer == "drop":
+            server.transport.abort()
+        return answer
+
+    async def handle_MAIL(  # noqa: N802 - aiosmtpd looks for this name
+        self, server: Any, session: Any, envelope: Any, address: str, options: list[str]
+    ) -> str:
+        envelope.mail_from = address
+        envelope.mail_options.extend(options)
+        answer = self._next("MAIL", server, "250 OK")
+        if not answer.startswith("250"):
+            envelope.mail_from = None
+        return answer
+
+    async def handle_RCPT(  # noqa: N802 - aiosmtpd looks for this name
+        self, server: Any, session: Any, envelope: Any, address: str, options: list[str]
+    ) -> str:
+        answer = self.refused.get(address) or self._next("RCPT", server, "250 OK")
+        if answer.startswith("250"):
+            envelope.rcpt_tos.append(address)
+        return answer
+
+    async def handle_DATA(  # noqa: N802 - aiosmtpd looks for this name
+        self, server: Any, session: Any, envelope: Any
+    ) -> str:
+        if self.hang:
+            self.hanging.set()
+            await asyncio.Event().wait()
+        answer = self._next("DATA", server, f"250 2.0.0 queued as {len(self.messages) + 1}")
+        if answer.startswith("250"):
+            self.messages.append(envelope)
+        return answer
+
+    def parsed(self, index: int = 0) -> EmailMessage:
+        """A message as the standard library reads it."""
+        found = message_from_bytes(self.messages[index].content, policy=policy.default)
+        assert isinstance(found, EmailMessage)
+        assert not found.defects
+        return found
+
+    def cut(self) -> None:
+        """Closes all connections, as a server does that restarts."""
+        for server in list(self.open):
+            server.transport.close()
+
+
+class _Server(SMTP):
+    def connection_made(self, transport: Any) -> None:
+        handler = self.event_handler
+        handler.connections += 1
+        handler.open.add(self)
+        super().connection_made(transport)
+
+    def connection_lost(self, error: Any) -> None:
+        self.event_handler.open.discard(self)
+        if not self.event_handler.open:
+            self.event_handler.alone.set()
+        super().connection_lost(error)
+
+
+@asynccontextmanager
+async def smtp_server(
+    *,
+    tls: ssl.SSLContext | None = None,
+    starttls: ssl.SSLContext | None = None,
+    password: str | None = None,
+    utf8: bool = True,
+) -> AsyncIterator[Mailbox]:
+    """An SMTP server; with a password it wants the login `ada`."""
+    handler = Mailbox()
+
+    def check(_: Any, __: Any, ___: Any, ____: str, given: LoginPassword) -> AuthResult:
+        right = given.login == b"ada" and given.password == (password or "").encode()
+        return AuthResult(success=right, handled=False)
+
+    def make() -> _Server:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of a login without TLS, as this one may be
+            return start()
+
+    def start() -> _Server:
+        return _Server(
+            handler,
+            hostname="mail.example",
+            enable_SMTPUTF8=utf8,
+            tls_context=starttls,
+            require_starttls=starttls is not None,
+            authenticator=check if password else None,
+            auth_required=password is not None,
+            auth_require_tls=False,
+            auth_exclude_mechanism=None if password else ["LOGIN", "PLAIN"],
+        )
+
+    server = await asyncio.get_running_loop().create_server(make, HOST, 0, ssl=tls)
+    handler.port = server.sockets[0].getsockname()[1]
+    try:
+        yield handler
+    finally:
+        handler.cut()
+        server.close()
+        await server.wait_closed()
+        await asyncio.sleep(0)
+
+
+def certificate(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """A server's TLS context for 127.0.0.1 and localhost, and the file that lets one trust it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HOST))]
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(datetime.now(UTC) - timedelta(days=1))
+        .not_valid_after(datetime.now(UTC) + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    cert, secret = folder / "cert.pem", folder / "key.pem"
+    cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    secret.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, secret)
+    return context, cert
+
+
+# --- HTTP
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an HTTP server has received."""
+
+    target: str
+    headers: dict[str, str]  # names in lower case
+    body: bytes
+
+
+@dataclass
+class Answer:
+    """What it answers; `raw` bytes are sent as they are, and the connection is closed."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    raw: bytes | None = None
+
+
+Respond = Callable[[Request], Awaitable[Answer]]
+
+
+@dataclass
+class HttpServer:
+    """An HTTP server: keeps what arrives, answers as `respond` says."""
+
+    respond: Respond
+    requests: list[Request] = field(default_factory=list)
+    connections: int = 0
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"http://{HOST}:{self.port}"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        self.connections += 1
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+                pairs = (line.split(": ", 1) for line in head[1:] if line)
+                headers = {name.lower(): value for name, value in pairs}
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                request = Request(head[0].split(" ")[1], headers, body)
+                self.requests.append(request)
+                answer = await self.respond(request)
+                if answer.raw is not None:
+                    writer.write(answer.raw)
+                    await writer.drain()
+                    return
+                lines = [f"HTTP/1.1 {answer.status} X", f"Content-Length: {len(answer.body)}"]
+                lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+                writer.write("\r\n".join([*lines, "", ""]).encode() + answer.body)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return  # the client is done
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def http_server(respond: Respond) -> AsyncIterator[HttpServer]:
+    """An HTTP server."""
+    made = HttpServer(respond)
+    connections: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        connections.add(task)
+        with suppress(asyncio.CancelledError):  # the test is over
+            await made.serve(reader, writer)
+
+    server = await asyncio.start_server(serve, HOST, 0)
+    made.port = server.sockets[0].getsockname()[1]
+    try:
+        yield made
+    finally:
+        server.close()
+        for connection in connections:
+            connection.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+        await server.wait_closed()

@@ -1,0 +1,326 @@
+"""Custom runners by HTTP against a real server with faults by request."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result
+from sequencerd.runners.http import HttpRunner
+from sequencerd.runners.web import MAX_ANSWER, Web
+from tests.runners import servers
+from tests.runners.servers import HttpServer, Request, http_server, task
+
+SECRET = "whsec_" + base64.b64encode(b"a key of some bytes").decode()
+
+
+def fixed(answer: servers.Answer | Sequence[Any]) -> Any:
+    """What answers always the same: an answer, or a list as JSON."""
+    made = answer
+    if not isinstance(answer, servers.Answer):
+        made = servers.Answer(body=json.dumps(answer).encode())
+
+    async def respond(_: Request) -> Any:
+        return made
+
+    return respond
+
+
+async def all_next(request: Request) -> servers.Answer:
+    """Answers `next` for every enrollment."""
+    ids = [view["id"] for view in json.loads(request.body)["runners"]]
+    return servers.Answer(body=json.dumps([{"id": i, "action": "next"} for i in ids]).encode())
+
+
+@asynccontextmanager
+async def runner(server: HttpServer, **options: Any) -> AsyncIterator[HttpRunner]:
+    """A runner for this server, closed at the end."""
+    made = HttpRunner(f"{server.url}/crm", name="Crm", **options)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def run(answer: servers.Answer | Sequence[Any], *ids: int, **options: Any) -> list[Result]:
+    """The results for a server that answers always the same."""
+    async with http_server(fixed(answer)) as server, runner(server, **options) as made:
+        tasks = [task(id_) for id_ in ids or (7,)]
+        return list(await made.run(made.compile({}), tasks))
+
+
+def failed(result: Result) -> Failed:
+    """The result, which is a failure."""
+    assert isinstance(result, Failed), result
+    return result
+
+
+async def test_the_event_and_its_headers() -> None:
+    async with (
+        http_server(all_next) as server,
+        runner(server, secret=SECRET, headers={"Authorization": "Bearer x"}) as made,
+    ):
+        program = made.compile({"list": "news", "nested": {"ü": [1, None]}})
+        one = await made.run(program, [task(7, email="ada@example.com")])
+        two = await made.run(program, [task(7), task(8)])
+        await made.run(program, [task(7), task(8)])
+    assert list(one) == [Answer()]
+    assert list(two) == [Answer(), Answer()]
+    first, second, third = server.requests
+    assert server.connections == 1
+    assert first.target == "/crm"
+    assert first.headers["host"] == server.url.removeprefix("http://")
+    assert first.headers["authorization"] == "Bearer x"
+    assert first.headers["content-type"] == "application/json"
+    event = json.loads(first.body)
+    assert event["config"] == {"list": "news", "nested": {"ü": [1, None]}}
+    assert event["runners"] == [
+        {**task(7, email="ada@example.com").view, "idempotencyKey": "7:1"},
+    ]
+    assert first.headers["idempotency-key"] == first.headers["webhook-id"] == "7:1"
+    assert second.headers["idempotency-key"] == third.headers["idempotency-key"]
+    assert second.headers["idempotency-key"].startswith("batch_")
+    stamp = first.headers["webhook-timestamp"]
+    assert abs(int(stamp) - datetime.now(UTC).timestamp()) < 60
+    signed = b"7:1." + stamp.encode() + b"." + first.body
+    digest = hmac.new(b"a key of some bytes", signed, hashlib.sha256).digest()
+    assert first.headers["webhook-signature"] == "v1," + base64.b64encode(digest).decode()
+
+
+async def test_every_kind_of_answer() -> None:
+    results = await run(
+        [
+            {"id": 1, "action": "altNext", "message": "no\nway\x00", "more": 1},
+            {"id": "2", "action": "noop", "retryAfter": 90},
+            {"id": 3, "action": "noop", "wakeAt": "2030-01-01T09:00:00+01:00", "data": {"a": [1]}},
+            {"id": 4, "action": "next", "message": None, "data": None},
+        ],
+        *(1, 2, 3, 4),
+    )
+    assert results == [
+        Answer(Action.ALT_NEXT, "no way"),
+        Answer(Action.NOOP, retry_after=timedelta(seconds=90)),
+        Answer(Action.NOOP, data={"a": [1]}, wake_at=datetime(2030, 1, 1, 8, tzinfo=UTC)),
+        Answer(),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ({}, "answered nothing for the id 7"),
+        ({"id": 9, "action": "next"}, "answered nothing for the id 7"),
+        ({"id": None, "action": "next"}, "answered nothing for the id 7"),
+        ("next", "answered nothing for the id 7"),
+        ({"id": 7}, "answered no action for the id 7"),
+        ({"id": 7, "action": "jump"}, "action: "),
+        ({"id": 7, "action": ["next"]}, "action: "),
+        ({"id": 7, "action": "next", "message": 5}, "message: "),
+        ({"id": 7, "action": "noop", "retryAfter": "soon"}, "retryAfter: "),
+        ({"id": 7, "action": "noop", "retryAfter": -1}, "retryAfter: "),
+        ({"id": 7, "action": "noop", "retryAfter": 1e300}, "retryAfter: "),
+        ({"id": 7, "action": "noop", "retryAfter": math.inf}, "retryAfter: "),
+        ({"id": 7, "action": "noop", "wakeAt": "tomorrow"}, "wakeAt: "),
+        ({"id": 7, "action": "noop", "wakeAt": 1893456000}, "wakeAt: "),
+        ({"id": 7, "action": "noop", "wakeAt": "2030-01-01T09:00:00"}, "wakeAt: write the offset"),
+        ({"id": 7, "action": "noop", "wakeAt": "0001-01-01T00:00:00+23:59"}, "wakeAt: "),
+        ({"id": 7, "action": "next", "data": [1]}, "data: "),
+        ({"id": 7, "action": "next", "data": {"a": "\x00"}}, "data: "),
+        ({"id": 7, "action": "next", "data": {"a": "\ud800"}}, "data: "),
+        ({"id": 7, "action": "next", "data": {"a": math.inf}}, "data: "),
+    ],
+)
+async def test_a_bad_item_concerns_its_enrollment_only(item: Any, says: str) -> None:
+    results = await run([item, {"id": 8, "action": "next"}], 7, 8)
+    bad = failed(results[0])
+    assert (bad.permanent, bad.spends_attempt) == (False, True)
+    assert says in bad.message
+    assert results[1] == Answer()
+
+
+async def test_an_id_that_comes_twice() -> None:
+    twice = [{"id": 7, "action": "next"}, {"id": 7, "action": "noop"}, {"id": 8, "action": "next"}]
+    results = await run(twice, 7, 8)
+    assert "2 times for the id 7" in failed(results[0]).message
+    assert results[1] == Answer()
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "no JSON list"),
+        (b"<html>hello</html>", "no JSON list: <html>hello</html>"),
+        (b'{"id": 7, "action": "next"}', "no JSON list"),
+        (b"[" * 100_000, "no JSON list"),
+        (b"\xff\xfe\x00", "no JSON list"),
+        (b"[1" + b"0" * 5000 + b"]", "no JSON list"),
+        (b" " * (MAX_ANSWER + 1), "more than"),
+    ],
+)
+async def test_a_body_that_cannot_be_used(body: bytes, says: str) -> None:
+    results = await run(servers.Answer(body=body), 7, 8)
+    assert [failed(result).permanent for result in results] == [False, False]
+    assert all(says in failed(result).message for result in results)
+
+
+@pytest.mark.parametrize(
+    ("status", "permanent", "spends"),
+    [
+        (301, False, True),
+        (307, False, True),
+        (400, True, True),
+        (403, True, True),
+        (404, True, True),
+        (408, False, True),
+        (413, True, True),
+        (425, False, True),
+        (429, False, False),
+        (500, False, True),
+        (503, False, True),
+    ],
+)
+async def test_statuses(status: int, permanent: bool, spends: bool) -> None:
+    answer = servers.Answer(status, b"the reason", {"Location": "http://169.254.169.254/"})
+    for result in await run(answer, 7, 8):
+        bad = failed(result)
+        assert (bad.permanent, bad.spends_attempt) == (permanent, spends)
+        assert bad.message == f"Crm answered {status} the reason"
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most"),
+    [
+        ("120", 120, 120),
+        ("0", 0, 0),
+        ("-5", 0, 0),
+        ("1e300", 86_400, 1e9),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True), 7100, 7201),
+        ("Mon, 01 Jan 2001 00:00:00 GMT", 0, 0),
+    ],
+)
+async def test_retry_after(value: str, least: float, most: float) -> None:
+    for status in (429, 503):
+        (result,) = await run(servers.Answer(status, b"", {"Retry-After": value}))
+        bad = failed(result)
+        assert bad.retry_after is not None
+        assert least <= bad.retry_after.total_seconds() <= most
+        assert not bad.spends_attempt
+
+
+@pytest.mark.parametrize("value", ["soon", "nan", "inf", "Mon, 99 Foo"])
+async def test_a_retry_after_that_says_nothing(value: str) -> None:
+    (result,) = await run(servers.Answer(503, b"", {"Retry-After": value}))
+    assert failed(result).retry_after is None
+    assert failed(result).spends_attempt
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n[", b"220 mail.example ESMTP\r\n"]
+)
+async def test_a_connection_that_breaks(raw: bytes) -> None:
+    (result,) = await run(servers.Answer(raw=raw))
+    assert (failed(result).permanent, failed(result).spends_attempt) == (False, True)
+
+
+async def test_an_endless_answer_is_cut_off() -> None:
+    chunk = b"10000\r\n" + b"x" * 65_536 + b"\r\n"
+    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 100
+    (result,) = await run(servers.Answer(raw=raw))
+    assert "more than" in failed(result).message
+
+
+async def test_an_endpoint_that_hangs() -> None:
+    async def respond(_: Request) -> servers.Answer:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with http_server(respond) as server, runner(server, timeout=0.2) as made:
+        (result,) = await made.run(made.compile({}), [task()])
+    assert failed(result).message == "Crm: no answer from 127.0.0.1 within 0.2 s"
+    assert not failed(result).permanent
+
+
+async def test_nobody_listens_there() -> None:
+    async with http_server(all_next) as server:
+        url = server.url
+    made = HttpRunner(f"{url.replace('//', '//user:hidden@')}/?token=hidden", name="Crm")
+    (result,) = await made.run(made.compile({}), [task()])
+    await made.close()
+    assert not failed(result).permanent
+    assert failed(result).message.startswith("Crm: 127.0.0.1: ")
+    assert "hidden" not in failed(result).message
+
+
+async def test_a_name_that_leads_to_a_private_address() -> None:
+    results: list[Result] = []
+    async with http_server(all_next) as server:
+        url = server.url.replace("127.0.0.1", "127.1")  # not an address, but resolved to one
+        for allow in (False, True):
+            made = HttpRunner(url, name="Crm", allow_private=allow)
+            results += await made.run(made.compile({}), [task()])
+            await made.close()
+    assert "127.1 has the private address 127.0.0.1" in failed(results[0]).message
+    assert results[1] == Answer()
+    assert len(server.requests) == 1
+
+
+async def test_a_public_name_is_called_at_the_address_that_was_looked_at() -> None:
+    web = Web(timeout=1, connections=1, allow_private=False)
+    targets = await web._targets(httpx.URL("https://8.8.2056:8443/x"))
+    await web.close()
+    assert targets == [httpx.URL("https://8.8.8.8:8443/x")]
+
+
+async def test_data_that_json_cannot_hold_concerns_its_enrollment_only() -> None:
+    async with http_server(all_next) as server, runner(server) as made:
+        tasks = [task(7, big=math.inf), task(8)]
+        results = await made.run(made.compile({}), tasks)
+    assert failed(results[0]).permanent
+    assert results[1] == Answer()
+
+
+async def test_calls_are_paced() -> None:
+    async with http_server(all_next) as server, runner(server, per_second=50) as made:
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        await asyncio.gather(*(made.run(made.compile({}), [task(n)]) for n in range(6)))
+        assert loop.time() - begin >= 0.1
+
+
+def test_a_config_that_is_not_json() -> None:
+    made = HttpRunner("https://crm.example.com", name="Crm")
+    with pytest.raises(DefinitionError, match="config"):
+        made.compile({"a": math.nan})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"url": "ftp://crm.example.com"},
+        {"url": "crm.example.com/x"},
+        {"url": "https://"},
+        {"url": "https://crm.example.com:secret"},
+        {"secret": "whsec_"},
+        {"secret": "no base64!"},
+        {"headers": {"X-A": "secret\r\nX-B: c"}},
+        {"headers": {"X A": "b"}},
+        {"headers": {"Host": "b"}},
+        {"per_second": 0},
+    ],
+)
+def test_settings_that_cannot_work(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"URL|secret|headers|per_second") as caught:
+        HttpRunner(**{"url": "https://crm.example.com", "name": "Crm"} | options)
+    assert "secret\r" not in str(caught.value)

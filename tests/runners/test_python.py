@@ -1,0 +1,272 @@
+"""Custom runners in Python."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result
+from sequencerd.runners import Refused
+from sequencerd.runners.python import PythonRunner, as_runner, load, runner
+from tests.runners.servers import task
+
+
+async def run(function: Callable[..., Any], *ids: int, config: Any = None) -> list[Result]:
+    """The results of a function."""
+    made = PythonRunner(function, name="Coupon")
+    results = await made.run(made.compile(config or {}), [task(id_) for id_ in ids or (7,)])
+    await made.close()
+    return list(results)
+
+
+def failed(result: Result) -> Failed:
+    """The result, which is a failure."""
+    assert isinstance(result, Failed), result
+    return result
+
+
+async def test_a_function_sees_the_config_and_the_enrollment() -> None:
+    seen = []
+
+    def coupon(config: Any, runner: Any) -> None:
+        seen.append((config, runner["subject"], runner["idempotencyKey"], threading.get_ident()))
+
+    assert await run(coupon, config={"percent": 5}) == [Answer()]
+    ((config, subject, key, thread),) = seen
+    assert (config, subject, key) == ({"percent": 5}, "user-7", "7:1")
+    assert thread != threading.get_ident()
+
+
+async def test_an_async_function_runs_in_the_loop() -> None:
+    async def coupon(config: Any, runner: Any) -> str:
+        assert asyncio.get_running_loop() is loop
+        return "altNext" if runner["id"] == 7 else "next"
+
+    loop = asyncio.get_running_loop()
+    assert await run(coupon, 7, 8) == [Answer(Action.ALT_NEXT), Answer()]
+
+
+async def test_an_object_that_is_called() -> None:
+    class Coupon:
+        async def __call__(self, config: Any, runner: Any) -> str:
+            return "noop"
+
+    assert await run(Coupon()) == [Answer(Action.NOOP)]
+
+
+@pytest.mark.parametrize(
+    ("answered", "result"),
+    [
+        (None, Answer()),
+        ("next", Answer()),
+        (Action.ALT_NEXT, Answer(Action.ALT_NEXT)),
+        ({"message": "done"}, Answer(message="done")),
+        ({"action": "noop", "retryAfter": 5}, Answer(Action.NOOP, retry_after=timedelta(0, 5))),
+        (
+            {"action": "noop", "wakeAt": datetime(2030, 1, 1, tzinfo=UTC), "data": {"a": 1}},
+            Answer(Action.NOOP, data={"a": 1}, wake_at=datetime(2030, 1, 1, tzinfo=UTC)),
+        ),
+    ],
+)
+async def test_what_it_may_answer(answered: Any, result: Result) -> None:
+    assert await run(lambda config, runner: answered) == [result]
+
+
+@pytest.mark.parametrize(
+    ("answered", "says"),
+    [
+        ("jump", "unknown action 'jump'"),
+        (5, "of type int"),
+        ({"action": "jump"}, "action: "),
+        ({"acton": "next"}, "acton: "),
+        ({"data": {"a": object()}}, "data: not JSON"),
+        ({"wakeAt": datetime(2030, 1, 1)}, "wakeAt: write the offset"),  # noqa: DTZ001 - the point
+    ],
+)
+async def test_what_it_may_not_answer(answered: Any, says: str) -> None:
+    bad = failed((await run(lambda config, runner: answered))[0])
+    assert not bad.permanent
+    assert says in bad.message
+    assert bad.message.startswith("Coupon: ")
+
+
+@pytest.mark.parametrize("error", [ValueError("no\nway"), SystemExit(1), KeyError("x")])
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_what_it_raises_is_tried_again(error: BaseException, is_async: bool) -> None:
+    def coupon(config: Any, runner: Any) -> None:
+        raise error
+
+    async def later(config: Any, runner: Any) -> None:
+        raise error
+
+    results = await run(later if is_async else coupon)
+    assert (failed(results[0]).permanent, failed(results[0]).spends_attempt) == (False, True)
+    assert failed(results[0]).message.startswith(f"Coupon: {type(error).__name__}: ")
+    assert "later, line" in failed(results[0]).message or not is_async
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_refused_is_for_good(is_async: bool) -> None:
+    def coupon(config: Any, runner: Any) -> None:
+        raise Refused("no such customer")
+
+    async def later(config: Any, runner: Any) -> None:
+        coupon(config, runner)
+
+    results = await run(later if is_async else coupon)
+    assert results == [Failed("no such customer", permanent=True)]
+
+
+async def test_a_function_that_cancels_itself_cancels_nothing_else() -> None:
+    async def coupon(config: Any, runner: Any) -> None:
+        raise asyncio.CancelledError
+
+    assert "CancelledError" in failed((await run(coupon))[0]).message
+
+
+async def test_batches() -> None:
+    @runner(batch_size=1000, concurrency=2, timeout=5)
+    async def coupons(config: Any, runners: list[Any]) -> Any:
+        return config["answer"] and [config["answer"]] * (len(runners) - config.get("less", 0))
+
+    made = PythonRunner(coupons, name="Coupon")
+    assert (made.batch_size, made.concurrency, made.timeout) == (1000, 2, 5)
+    assert await run(coupons, 1, 2, config={"answer": "altNext"}) == [Answer(Action.ALT_NEXT)] * 2
+    assert await run(coupons, 1, 2, config={"answer": None}) == [Answer()] * 2
+    short = await run(coupons, 1, 2, config={"answer": "next", "less": 1})
+    assert ["1 items for 2" in failed(result).message for result in short] == [True, True]
+
+
+async def test_a_batch_is_judged_one_by_one() -> None:
+    @runner(batch_size=10)
+    def coupons(config: Any, runners: list[Any]) -> Any:
+        return ["next", 5, {"action": "noop"}]
+
+    results = await run(coupons, 1, 2, 3)
+    assert results[0] == Answer()
+    assert "of type int" in failed(results[1]).message
+    assert results[2] == Answer(Action.NOOP)
+
+
+@pytest.mark.parametrize("answer", ["next", {"1": "next"}, 5])
+async def test_a_batch_that_answers_no_list(answer: Any) -> None:
+    @runner(batch_size=10)
+    def coupons(config: Any, runners: list[Any]) -> Any:
+        return answer
+
+    assert ["not a list" in failed(r).message for r in await run(coupons, 1, 2)] == [True, True]
+
+
+async def test_a_batch_that_raises() -> None:
+    @runner(batch_size=10)
+    async def coupons(config: Any, runners: list[Any]) -> Any:
+        raise Refused("all of you")
+
+    assert await run(coupons, 1, 2) == [Failed("all of you", permanent=True)] * 2
+
+
+async def test_a_config_by_its_model() -> None:
+    class Config(BaseModel):
+        percent: int
+
+    @runner(config=Config)
+    def coupon(config: Config, runner: Any) -> Any:
+        return {"message": f"{config.percent + 1}"}
+
+    assert await run(coupon, config={"percent": 5}) == [Answer(message="6")]
+    with pytest.raises(DefinitionError, match="percent: "):
+        PythonRunner(coupon, name="Coupon").compile({"percent": "much"})
+
+
+async def test_a_thread_that_hangs_takes_no_more_than_its_own_place() -> None:
+    release = threading.Event()
+    started = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    @runner(concurrency=1)
+    def stuck(config: Any, runner: Any) -> None:
+        loop.call_soon_threadsafe(started.set)
+        release.wait()
+
+    made = PythonRunner(stuck, name="Stuck")
+    first = asyncio.create_task(made.run({}, [task(1)]))
+    await started.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    second = asyncio.create_task(made.run({}, [task(2)]))
+    assert await run(lambda config, runner: None) == [Answer()]
+    assert not second.done()
+    release.set()
+    assert list(await second) == [Answer()]
+
+
+# --- entry points
+
+
+def install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, points: str, code: str, name: str = "shop"
+) -> None:
+    """Puts a package with these entry points on the path."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[sequencerd.runners]\n{points}\n")
+    (folder / f"{name}_runners.py").write_text(code)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, f"{name}_runners", raising=False)
+    importlib.invalidate_caches()
+
+
+async def test_runners_of_installed_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "def coupon(config, runner):\n    return 'altNext'\n"
+    install(tmp_path, monkeypatch, "Coupon = shop_runners:coupon", code)
+    made = load()["Coupon"]
+    assert await made.run(made.compile({}), [task()]) == [Answer(Action.ALT_NEXT)]
+
+
+@pytest.mark.parametrize(
+    ("points", "code", "says"),
+    [
+        ("Coupon = shop_runners:missing", "", "'Coupon' .shop_runners:missing. can't be loaded"),
+        ("Coupon = shop_runners:x", "raise OSError('no')", "OSError: no"),
+        ("Coupon = shop_runners:x", "x = 5", "'Coupon' is not a function"),
+        ("Coupon = shop_runners:X", "class X: pass", "'Coupon' is not a function"),
+    ],
+)
+def test_packages_that_cannot_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: str, code: str, says: str
+) -> None:
+    install(tmp_path, monkeypatch, points, code)
+    with pytest.raises(ValueError, match=says):
+        load()
+
+
+def test_two_packages_with_the_same_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "def coupon(config, runner):\n    pass\n"
+    for name in ("shop", "store"):
+        install(tmp_path, monkeypatch, f"Coupon = {name}_runners:coupon", code, name)
+    with pytest.raises(ValueError, match="two packages"):
+        load()
+
+
+def test_an_object_that_is_a_runner_is_taken_as_it_is() -> None:
+    made = PythonRunner(lambda config, runner: None, name="x")
+    assert as_runner(made, name="y") is made
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"concurrency": 0}, {"timeout": 0}])
+def test_limits_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        runner(**wrong)

@@ -1,0 +1,214 @@
+"""The SMS runners against a real HTTP server."""
+
+from __future__ import annotations
+
+import base64
+import json
+from datetime import timedelta
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+
+from sequencerd.core.model import Answer, DefinitionError, Failed, Result
+from sequencerd.runners.sms import HttpSmsRunner, TwilioRunner
+from tests.runners import servers
+from tests.runners.servers import HttpServer, Request, http_server, task
+
+BASIC = {"from": "+11231231234", "to": "{{data.phone}}", "message": "Hello <{{data.name}}>"}
+SENT = servers.Answer(201, json.dumps({"sid": "SM123", "status": "queued"}).encode())
+
+
+def answering(answer: servers.Answer) -> Any:
+    """What answers always the same."""
+
+    async def respond(_: Request) -> servers.Answer:
+        return answer
+
+    return respond
+
+
+async def send(
+    answer: servers.Answer, config: dict[str, Any] | None = None, **data: Any
+) -> tuple[Result, HttpServer]:
+    """Sends one message by a Twilio that answers always the same."""
+    data = {"phone": "+4915112345678", "name": "Ada & Söhne", **data}
+    async with http_server(answering(answer)) as server:
+        made = TwilioRunner("AC1", "the-token", base_url=server.url + "/")
+        (result,) = await made.run(made.compile(config or BASIC), [task(**data)])
+        await made.close()
+    return result, server
+
+
+def failed(result: Result) -> Failed:
+    """The result, which is a failure."""
+    assert isinstance(result, Failed), result
+    return result
+
+
+async def test_a_message_as_twilio_wants_it() -> None:
+    config = {**BASIC, "statusCallback": "https://example.com/{{id}}"}
+    result, server = await send(SENT, config)
+    assert result == Answer(message="sent to +4915112345678: SM123 queued")
+    (request,) = server.requests
+    assert request.target == "/2010-04-01/Accounts/AC1/Messages.json"
+    assert request.headers["content-type"] == "application/x-www-form-urlencoded"
+    login = base64.b64decode(request.headers["authorization"].removeprefix("Basic ")).decode()
+    assert login == "AC1:the-token"
+    assert parse_qs(request.body.decode()) == {
+        "To": ["+4915112345678"],
+        "From": ["+11231231234"],
+        "Body": ["Hello <Ada & Söhne>"],
+        "StatusCallback": ["https://example.com/7"],
+    }
+
+
+async def test_a_messaging_service_instead_of_a_sender() -> None:
+    config = {"to": "+49 (151) 123-456", "message": "x", "messagingServiceSid": "MG1"}
+    _, server = await send(SENT, config)
+    form = parse_qs(server.requests[0].body.decode())
+    assert form == {"To": ["+49151123456"], "Body": ["x"], "MessagingServiceSid": ["MG1"]}
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "permanent", "spends"),
+    [
+        (400, 21211, True, True),  # not a number
+        (400, 21610, True, True),  # unsubscribed
+        (400, 21614, True, True),  # not a mobile number
+        (400, None, True, True),
+        (404, 20404, True, True),
+        (401, 20003, False, True),
+        (403, None, False, True),
+        (408, None, False, True),
+        (429, 20429, False, False),
+        (429, None, False, False),
+        (400, 14107, False, False),
+        (400, 30022, False, False),
+        (500, 20500, False, True),
+        (503, None, False, True),
+    ],
+)
+async def test_refusals(status: int, code: int | None, permanent: bool, spends: bool) -> None:
+    body = {"code": code, "message": "the reason", "status": status}
+    answer = servers.Answer(status, json.dumps(body).encode(), {"Retry-After": "30"})
+    if status == 503:
+        answer.headers = {}
+    bad = failed((await send(answer))[0])
+    assert (bad.permanent, bad.spends_attempt) == (permanent, spends)
+    assert bad.message == f"Twilio refuses +4915112345678: {code or status} the reason"
+    assert bad.retry_after == (None if status == 503 else timedelta(seconds=30))
+    assert "the-token" not in bad.message
+
+
+@pytest.mark.parametrize(
+    ("body", "permanent", "spends"),
+    [
+        ({"sid": "SM1", "status": "failed", "error_code": 30006}, True, True),
+        ({"sid": "SM1", "status": "undelivered", "error_code": 30008}, False, True),
+        ({"sid": "SM1", "status": "failed", "error_code": 30001}, False, False),
+        ({"sid": "SM1", "status": "failed"}, False, True),
+    ],
+)
+async def test_accepted_and_failed_at_once(body: Any, permanent: bool, spends: bool) -> None:
+    bad = failed((await send(servers.Answer(201, json.dumps(body).encode())))[0])
+    assert (bad.permanent, bad.spends_attempt) == (permanent, spends)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sent", "permanent"),
+    [
+        (servers.Answer(201, b"<html>"), True, False),
+        (servers.Answer(502, b"<html>bad gateway"), False, False),
+        (servers.Answer(400, b"[]"), False, True),
+        (servers.Answer(201, b"x" * 2_000_000), False, False),
+        (servers.Answer(raw=b""), False, False),
+    ],
+)
+async def test_no_json_is_judged_by_its_status(
+    answer: servers.Answer, sent: bool, permanent: bool
+) -> None:
+    result, _ = await send(answer)
+    assert isinstance(result, Answer) == sent
+    assert sent or failed(result).permanent == permanent
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"phone": ""}, "to: '' is no international number"),
+        ({"phone": "015112345678"}, "to: "),
+        ({"phone": "+0151"}, "to: "),
+        ({"phone": "+1234567890123456"}, "to: "),
+        ({"phone": "+49x"}, "to: "),
+        ({"phone": "+\u0664\u0669151123"}, "to: "),
+    ],
+)
+async def test_what_is_no_number_is_refused_for_good(data: dict[str, Any], says: str) -> None:
+    result, server = await send(SENT, **data)
+    assert failed(result).permanent
+    assert says in failed(result).message
+    assert server.requests == []
+
+
+async def test_nothing_to_say() -> None:
+    result, server = await send(SENT, {**BASIC, "message": " {{data.nothing}} "})
+    assert failed(result) == Failed("message: empty", permanent=True)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"from": None}, "either from or messagingServiceSid"),
+        ({"messagingServiceSid": "MG1"}, "either from or messagingServiceSid"),
+        ({"to": "0151"}, "to: "),
+        ({"to": None}, "to"),
+        ({"message": "{{#if"}, "message: "),
+        ({"text": "x"}, "text"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(DefinitionError, match=says):
+        TwilioRunner("AC1", "t").compile(BASIC | change)
+
+
+async def test_any_gateway() -> None:
+    body = '{"to": {{json to}}, "text": {{json message}}, "ref": "{{key}} {{enrollment.id}}"}'
+    async with http_server(answering(servers.Answer(202, b"ok"))) as server:
+        made = HttpSmsRunner(f"{server.url}/send", body=body, headers={"X-Key": "k"})
+        program = made.compile({"to": "{{data.phone}}", "message": 'say "hi"\n{{data.name}}'})
+        (result,) = await made.run(program, [task(phone="+49151123456", name="Söhne")])
+        await made.close()
+    assert result == Answer(message="sent to +49151123456: 202 ok")
+    (request,) = server.requests
+    assert json.loads(request.body) == {
+        "to": "+49151123456",
+        "text": 'say "hi"\nSöhne',
+        "ref": "7:1 7",
+    }
+    assert request.headers["x-key"] == "k"
+    assert request.headers["idempotency-key"] == "7:1"
+
+
+@pytest.mark.parametrize(
+    ("status", "permanent", "spends"),
+    [(400, True, True), (401, False, True), (429, False, False), (500, False, True)],
+)
+async def test_a_gateway_that_refuses(status: int, permanent: bool, spends: bool) -> None:
+    async with http_server(answering(servers.Answer(status, b"why"))) as server:
+        made = HttpSmsRunner(server.url, body="{{json to}}")
+        program = made.compile({"to": "+49151123456", "message": "x"})
+        bad = failed((await made.run(program, [task()]))[0])
+        await made.close()
+    assert (bad.permanent, bad.spends_attempt) == (permanent, spends)
+    assert bad.message == f"the SMS gateway refuses +49151123456: {status} why"
+
+
+async def test_a_body_that_is_no_json() -> None:
+    made = HttpSmsRunner("http://127.0.0.1:9", body='{"text": "{{message}}"}')
+    program = made.compile({"to": "+49151123456", "message": '"'})
+    bad = failed((await made.run(program, [task()]))[0])
+    await made.close()
+    assert bad.permanent
+    assert "body: not JSON" in bad.message

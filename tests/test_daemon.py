@@ -1,0 +1,252 @@
+"""The real daemon as a process: signals, crashes, several of them, mail to a real SMTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from email import message_from_bytes
+from typing import Any
+
+import asyncpg
+import pytest
+from aiosmtpd.smtp import SMTP
+
+from tests.engines import ALL_ENDED, define, enroll, until, way
+
+MAIL = (
+    '{"from": "hi@example.com", "to": "{{subject}}@example.com", "subject": "Hello",'
+    ' "text": "Hi {{subject}}"}'
+)
+SHORT = '{"amount": 50, "unit": "milliseconds"}'
+
+
+class Mailbox:
+    """A real SMTP server, and who got a mail how often."""
+
+    def __init__(self) -> None:
+        self.received: Counter[tuple[str, str]] = Counter()  # by address and Message-ID
+        self.seconds = 0.0  # that it takes for each
+
+    async def handle_DATA(self, _server: object, _session: object, envelope: Any) -> str:  # noqa: N802
+        message = message_from_bytes(envelope.content)
+        await asyncio.sleep(self.seconds)
+        self.received[envelope.rcpt_tos[0], message["Message-ID"]] += 1
+        return "250 OK"
+
+
+@pytest.fixture
+async def mailbox() -> AsyncIterator[tuple[Mailbox, str]]:
+    box = Mailbox()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: SMTP(box), "127.0.0.1", 0)
+    yield box, f"smtp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
+
+
+@asynccontextmanager
+async def daemon(url: str, smtp: str, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A daemon that is ready, and has been stopped in good order if it still runs at the end."""
+    variables = {
+        "SEQUENCERD_DATABASE": url,
+        "SEQUENCERD_SMTP_URL": smtp,
+        "SEQUENCERD_LOG_FORMAT": "json",
+        **settings,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "sequencerd",
+        "run",
+        env={**os.environ, **variables},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    async with asyncio.timeout(20):
+        line = b""
+        while b'"ready"' not in line:
+            line = await process.stderr.readline()
+            assert line, f"ended with {await process.wait()}"
+    reader = asyncio.create_task(process.stderr.read())
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        code = await process.wait()
+        errors = (await reader).decode()
+    if code != -signal.SIGKILL:
+        assert code == 0, errors
+        assert '"level": "error"' not in errors, errors
+        assert '"stopped"' in errors
+
+
+async def mail_sequence(connection: asyncpg.Connection, people: int) -> None:
+    await define(
+        connection,
+        "s",
+        ("hello", "Email", MAIL, "pause"),
+        ("pause", "WaitForDuration", SHORT, "bye"),
+        ("bye", "Email", MAIL.replace("Hello", "Bye"), None),
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject)"
+        " SELECT 's', 'u' || n FROM generate_series(1, $1::int) AS n",
+        people,
+    )
+
+
+COMPLETED = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'completed'"
+
+
+async def test_every_mail_arrives_exactly_once(
+    database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
+) -> None:
+    box, smtp = mailbox
+    async with daemon(database, smtp):
+        await mail_sequence(connection, 1000)
+        await until(connection, ALL_ENDED, seconds=60)
+    assert await connection.fetchval(COMPLETED) == 1000
+    assert len(box.received) == 2000
+    assert set(box.received.values()) == {1}
+    for id_ in (1, 1000):
+        assert await way(connection, id_) == [
+            "hello enrolled",
+            "hello next",
+            "pause next",
+            "bye next",
+            "bye completed",
+        ]
+
+
+async def test_a_stop_in_the_middle_loses_and_repeats_nothing(
+    database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
+) -> None:
+    box, smtp = mailbox
+    box.seconds = 0.01
+    async with daemon(database, smtp):
+        await mail_sequence(connection, 300)
+        await until(connection, "SELECT count(*) > 30 FROM sequencer.events WHERE action = 'next'")
+    leased = "SELECT count(*) FROM sequencer.enrollments WHERE leased_by IS NOT NULL"
+    assert await connection.fetchval(leased) == 0
+    assert await connection.fetchval("SELECT max(attempt) FROM sequencer.enrollments") == 0
+    assert not await connection.fetchval(ALL_ENDED)
+    async with daemon(database, smtp):
+        await until(connection, ALL_ENDED)
+    assert len(box.received) == 600
+    assert set(box.received.values()) == {1}
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_a_kill_in_the_middle_loses_nothing(
+    database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str], others: int
+) -> None:
+    box, smtp = mailbox
+    box.seconds = 0.01
+    short = {"SEQUENCERD_ENGINE_LEASE": "1", "SEQUENCERD_ENGINE_SWEEP": "0.5"}
+    async with daemon(database, smtp, **short) as first:
+        if others:
+            async with daemon(database, smtp, **short):
+                await kill_in_the_middle(connection, first)
+                await until(connection, ALL_ENDED)
+        else:
+            await kill_in_the_middle(connection, first)
+    async with daemon(database, smtp, **short):
+        await until(connection, ALL_ENDED)
+    assert await connection.fetchval(COMPLETED) == 300
+    # one mail for each visit; a second only where an event says that a lease ran out
+    assert len(box.received) == 600
+    lapsed = await connection.fetch(
+        "SELECT enrollment_id, visit FROM sequencer.events WHERE action = 'lapsed'"
+    )
+    twice = [key for key, count in box.received.items() if count > 1]
+    assert len(lapsed) > 0
+    assert len(twice) <= len(lapsed)
+    visits = {f"<{row['enrollment_id']}.{row['visit']}." for row in lapsed}
+    for _, message_id in twice:
+        assert any(message_id.startswith(visit) for visit in visits), message_id
+
+
+async def kill_in_the_middle(
+    connection: asyncpg.Connection, process: asyncio.subprocess.Process
+) -> None:
+    await mail_sequence(connection, 300)
+    await until(connection, "SELECT count(*) > 50 FROM sequencer.events WHERE action = 'next'")
+    process.kill()
+    await process.wait()
+
+
+async def test_a_database_that_goes_away_and_comes_back(
+    database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
+) -> None:
+    box, smtp = mailbox
+    async with daemon(database, smtp):
+        await mail_sequence(connection, 100)
+        for _ in range(3):
+            await asyncio.sleep(0.2)
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        await enroll(connection, "s", "late")
+        await until(connection, ALL_ENDED)
+        # it still listens, or listens again
+        id_ = await enroll(connection, "s", "later")
+        await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments"
+                    " WHERE id = $1", id_)  # fmt: skip
+    assert len(box.received) == 204
+    assert set(box.received.values()) == {1}
+
+
+async def test_asleep_it_asks_nothing_but_the_probe(
+    database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
+) -> None:
+    await define(
+        connection, "s", ("pause", "WaitForDuration", '{"amount": 9, "unit": "days"}', None)
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " SELECT 's', 'u' || n, now() + interval '5 days' FROM generate_series(1, 10000) AS n"
+    )
+    last = (
+        "SELECT application_name, max(state_change), max(query) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name LIKE 'sequencerd%'"
+        " GROUP BY application_name ORDER BY application_name"
+    )
+    async with daemon(database, mailbox[1]):
+        await asyncio.sleep(1)
+        (_, before, _), (_, probed, _) = await connection.fetch(last)
+        await asyncio.sleep(7)
+        (_, after, _), (_, again, query) = await connection.fetch(last)
+    assert after == before
+    assert (again > probed, query) == (True, "SELECT 1")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "code", "words"),
+    [
+        ("SEQUENCERD_DATABASE", "nonsense", 2, "URL is wrong"),
+        ("SEQUENCERD_DATABASE", "postgresql://u:hidden@127.0.0.1:1/x", 1, "cannot connect"),
+        ("SEQUENCERD_NOTHING", "x", 2, "SEQUENCERD_NOTHING is not a setting"),
+    ],
+)
+async def test_what_it_cannot_begin_with_is_one_clear_line(
+    variable: str, value: str, code: int, words: str
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "sequencerd",
+        "run",
+        env={**os.environ, variable: value},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, errors = await process.communicate()
+    assert process.returncode == code
+    assert words in errors.decode()
+    assert len(errors.decode().strip().splitlines()) == 1
+    assert "hidden" not in errors.decode()
