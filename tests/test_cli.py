@@ -1,0 +1,164 @@
+"""The command line: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SEQUENCE = """
+name: s
+steps:
+  - {name: first, type: WaitForDuration, config: {amount: 3, unit: days}}
+  - {name: second, type: GoTo}
+"""
+
+
+@pytest.fixture
+def sequencerd(database: str, tmp_path: Path) -> Command:
+    return Command(database, tmp_path)
+
+
+class Command:
+    """Runs `sequencerd` on a test's database."""
+
+    def __init__(self, database: str, folder: Path) -> None:
+        self.variables = {**os.environ, "SEQUENCERD_DATABASE": database}
+        self.folder = folder
+        self.errors = ""
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "sequencerd", *arguments],
+            env=self.variables,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        self.errors = done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def applied(sequencerd: Command, tmp_path: Path) -> Command:
+    (tmp_path / "s.yaml").write_text(SEQUENCE)
+    assert sequencerd("apply", "s.yaml") == "s: added first, second\n"
+    assert sequencerd("apply", "s.yaml") == "s: nothing changed\n"
+    return sequencerd
+
+
+def test_migrate_twice(sequencerd: Command) -> None:
+    assert sequencerd("migrate") == "nothing to apply\n"
+
+
+def test_from_a_file_to_a_history(applied: Command) -> None:
+    id_ = json.loads(applied("enroll", "s", "ada", "--data", '{"name": "[Ada]"}', "--json"))["id"]
+    assert "enrolled as" in applied("enroll", "s", "bob", "--at", "2040-01-01", "--step", "second")
+    assert "first" in applied("status")
+    (first, second) = json.loads(applied("status", "s", "--json"))
+    assert (first["active"], second["active"], second["next_wake_at"]) == (
+        1,
+        1,
+        "2040-01-01T00:00:00+00:00",
+    )
+    assert "ada" in applied("list", "--sequence", "s", "--step", "first")
+    assert json.loads(applied("list", "--status", "failed", "--json")) == []
+    text = applied("show", str(id_))
+    assert '{"name": "[Ada]"}' in text
+    assert "no events yet" in text
+    shown = json.loads(applied("show", str(id_), "--json"))
+    assert (shown["subject"], shown["step"], shown["history"]) == ("ada", "first", [])
+    assert "begins at" in shown["next"]
+
+
+def test_tables_are_not_cut_in_a_pipe(applied: Command) -> None:
+    subject = "long-" * 100
+    applied("enroll", "s", subject)
+    assert subject in applied("list")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["enroll", "s", "ada", "--data", "[1]"], 1, "JSON object"),
+        (["enroll", "s", "ada", "--data", "{"], 1, "not JSON"),
+        (["enroll", "s", "ada", "--at", "soon"], 1, "ISO 8601"),
+        (["enroll", "t", "ada"], 1, "sequence 't' does not exist"),
+        (["enroll", "s", "ada", "--step", "x"], 1, "step 'x' does not exist"),
+        (["show", "999"], 1, "enrollment 999 does not exist"),
+        (["status", "t"], 1, "'t' does not exist"),
+        (["apply", "nowhere.yaml"], 1, "nowhere.yaml"),
+        (["appply"], 2, "invalid choice"),
+        (["--config", "nowhere.toml", "status"], 2, "nowhere.toml"),
+        (["--database", "mysql://x", "status"], 2, "URL is wrong"),
+    ],
+)
+def test_what_cannot_be_is_explained(
+    applied: Command, arguments: list[str], code: int, words: str
+) -> None:
+    assert applied(*arguments, code=code) == ""
+    assert words in applied.errors
+    assert "Traceback" not in applied.errors
+
+
+def test_a_second_time_is_refused(applied: Command) -> None:
+    applied("enroll", "s", "ada")
+    applied("enroll", "s", "ada", code=1)
+    assert "already" in applied.errors
+
+
+async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
+    applied("enroll", "s", "ada")
+    tail = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sequencerd", "tail", "--sequence", "s", "--json",
+        env=applied.variables, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    run = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sequencerd", "run", env=applied.variables
+    )
+    assert tail.stdout is not None
+    try:
+        async with asyncio.timeout(20):
+            event = json.loads(await tail.stdout.readline())
+    finally:
+        run.terminate()
+        assert await run.wait() == 0
+        tail.kill()
+        await tail.wait()
+    assert (event["subject"], event["step"], event["action"]) == ("ada", "first", "enrolled")
+
+
+def test_every_command_has_an_example(sequencerd: Command) -> None:
+    for command in ("run", "migrate", "apply", "enroll", "status", "list", "show", "tail", "demo"):
+        assert "Example: sequencerd " in sequencerd(command, "--help")
+
+
+def test_the_demo_goes_well(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sequencerd", "demo"],
+        env={**os.environ, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in (
+        "mail to ada@example.com: Your trial has ended",
+        "SMS to +15005550011: Bob",
+        "cleo  a-few-days goal: paid is met",
+        "score           next       scored 80",
+        "-- cleo, completed",
+        "demo --psql",
+    ):
+        assert words in done.stdout
+    assert done.stderr == ""
