@@ -189,7 +189,7 @@ async def test_a_local_part_beyond_ascii_needs_a_server_for_it() -> None:
         ({"email": "a b@x.org"}, "to: "),
         ({"email": "ada@x..org"}, "to: "),
         ({"email": "ada@x.org\r\nBcc: eve@x.org"}, "to: a line break"),
-        ({"email": '"ada <ada@x.org>'}, "to: a quotation mark"),
+        ({"email": '"ada <ada@x.org>'}, "to: "),
         ({"email": "<ada@x.org> <eve@x.org>"}, "to: "),
         ({"email": ["ada@x.org"] * 101}, "at most 100"),
         ({"name": "Ada\r\nBcc: eve@x.org"}, "subject: a line break"),

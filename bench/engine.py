@@ -1,0 +1,334 @@
+"""What the engine does with a database, one JSON line for each workload.
+
+    PYTHONPATH=. python bench/engine.py --dsn postgresql://postgres@localhost/postgres
+
+    w1     three no-op tasks in a row, a Python runner each: transitions a second
+    pure   three steps in a row without a side effect
+    limit  what one session reaches with the same batches on a bare table
+    wave   timers that are due at one instant: how late they start
+    wake   INSERT commit to runner start, in an idle daemon, beside a raw NOTIFY
+    goal   UPDATE of data to the goal's step, in an idle daemon
+
+It makes and drops a database "sequencerd_bench". Figures of one run can be compared, the machine's
+noise is the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import structlog
+
+from sequencerd import migrate, store
+from sequencerd.clock import Clock
+from sequencerd.daemon import daemon_name
+from sequencerd.engine import Engine
+from sequencerd.listener import listen
+from sequencerd.runners.python import PythonRunner, runner
+from sequencerd.settings import Engine as Settings
+
+NAME = "sequencerd_bench"
+DATA = json.dumps({"name": "x" * 60, "mail": "y" * 60, "k": 12345, "z": "z" * 40})
+BATCH = 1000
+
+listeners: list[Callable[[Sequence[Any]], None]] = []
+
+
+@runner(batch_size=BATCH, concurrency=2)
+async def no_op(_config: object, runners: Sequence[Any]) -> None:
+    """Does nothing, at a time that somebody may want to know."""
+    for listener in listeners:
+        listener(runners)
+
+
+@asynccontextmanager
+async def fresh(dsn: str) -> AsyncIterator[str]:
+    """The URL of a new database."""
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(f"DROP DATABASE IF EXISTS {NAME} WITH (FORCE)")
+    await connection.execute(f"CREATE DATABASE {NAME}")
+    await connection.execute("CHECKPOINT")
+    try:
+        yield urlunsplit(urlsplit(dsn)._replace(path=f"/{NAME}"))
+    finally:
+        await connection.execute(f"DROP DATABASE {NAME} WITH (FORCE)")
+        await connection.close()
+
+
+@asynccontextmanager
+async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple[str, Any]]:
+    """A database with a sequence of (name, type, config) and a connection."""
+    async with fresh(dsn) as url:
+        connection = await asyncpg.connect(url)
+        await migrate.migrate(connection)
+        names = [name for name, _, _ in steps]
+        async with connection.transaction():
+            await connection.execute(
+                "INSERT INTO sequencer.sequences (name, first_step) VALUES ('s', $1)", names[0]
+            )
+            await connection.executemany(
+                "INSERT INTO sequencer.steps (sequence, name, type, config, next_step)"
+                " VALUES ('s', $1, $2, $3, $4)",
+                [(*step, then) for step, then in zip(steps, [*names[1:], None], strict=True)],
+            )
+        await store.set_codecs(connection)
+        try:
+            yield url, connection
+        finally:
+            await connection.close()
+
+
+@asynccontextmanager
+async def engine(url: str) -> AsyncIterator[None]:
+    """The daemon's engine and listener, ready."""
+    pool = await store.connect_pool(url, 4)
+    log = structlog.get_logger()
+    made = Engine(
+        pool,
+        {"Task": PythonRunner(no_op, name="Task")},
+        clock=Clock(),
+        settings=Settings(batch=BATCH),
+        name=daemon_name(),
+        log=log,
+    )
+    ready = asyncio.Event()
+
+    async def connected() -> None:
+        await made.sweep()
+        ready.set()
+
+    listener = asyncio.create_task(listen(url, made.receive, connected, log))
+    working = asyncio.create_task(made.run())
+    await ready.wait()
+    try:
+        yield
+    finally:
+        made.stop()
+        await working
+        listener.cancel()
+        with suppress(asyncio.CancelledError):
+            await listener
+        await pool.close()
+
+
+async def enroll(connection: Any, count: int, wake_at: datetime | None = None) -> float:
+    begun = time.perf_counter()
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data, wake_at)"
+        " SELECT 's', 'u' || n, $2::jsonb, coalesce($3, now())"
+        " FROM generate_series(1, $1::int) AS n",
+        count,
+        DATA,
+        wake_at,
+    )
+    seconds = time.perf_counter() - begun
+    await connection.execute("ANALYZE sequencer.enrollments")
+    await connection.execute("CHECKPOINT")
+    return seconds
+
+
+async def until(connection: Any, query: str) -> None:
+    """Asks until the answer is true: rows set no event."""
+    while not await connection.fetchval(query):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+
+
+ALL_ENDED = "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'active')"
+
+
+async def steps_in_a_row(dsn: str, subjects: int, work: str, kind: tuple[str, str]) -> None:
+    steps = [(name, *kind) for name in "abc"]
+    async with defined(dsn, *steps) as (url, connection):
+        seconds = await enroll(connection, subjects)
+        begun = time.perf_counter()
+        async with engine(url):
+            await until(connection, ALL_ENDED)
+            took = time.perf_counter() - begun
+        say(work, subjects=subjects, seconds=took, transitions_per_s=3 * subjects / took,
+            enrolled_per_s=subjects / seconds)  # fmt: skip
+
+
+async def limit(dsn: str, subjects: int) -> None:
+    """Claim, update and history of batches in one session, and nothing else."""
+    async with fresh(dsn) as url:
+        connection = await asyncpg.connect(url)
+        await connection.execute(
+            """
+            CREATE TABLE s (
+                id bigint PRIMARY KEY, step int NOT NULL, wake_at timestamptz NOT NULL,
+                status text NOT NULL, attempt int NOT NULL, data jsonb NOT NULL);
+            CREATE TABLE h (
+                id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, sid bigint NOT NULL,
+                step int NOT NULL, at timestamptz NOT NULL, what text NOT NULL);
+            """
+        )
+        now = datetime.now(UTC)
+        await connection.copy_records_to_table(
+            "s", records=[(n, 0, now, "active", 0, DATA) for n in range(subjects)]
+        )
+        await connection.execute("CREATE INDEX ON s (step, wake_at) WHERE status = 'active'")
+        await connection.execute("ANALYZE s")
+        claim = await connection.prepare(
+            "SELECT id, step, attempt, data FROM s WHERE status = 'active' AND step = $1"
+            " AND wake_at <= now() ORDER BY wake_at LIMIT $2 FOR UPDATE SKIP LOCKED"
+        )
+        update = await connection.prepare(
+            "UPDATE s SET step = u.step, wake_at = u.wake_at FROM"
+            " unnest($1::bigint[], $2::int[], $3::timestamptz[]) AS u (id, step, wake_at)"
+            " WHERE s.id = u.id"
+        )
+        begun = time.perf_counter()
+        for step in range(3):
+            while True:
+                async with connection.transaction():
+                    rows = await claim.fetch(step, BATCH)
+                    if not rows:
+                        break
+                    now = datetime.now(UTC)
+                    ids, steps = [row[0] for row in rows], [row[1] + 1 for row in rows]
+                    await update.fetch(ids, steps, [now] * len(rows))
+                    await connection.copy_records_to_table(
+                        "h",
+                        columns=["sid", "step", "at", "what"],
+                        records=[(row[0], row[1], now, "done") for row in rows],
+                    )
+        took = time.perf_counter() - begun
+        say("limit", subjects=subjects, seconds=took, transitions_per_s=3 * subjects / took)
+        await connection.close()
+
+
+async def wave(dsn: str, count: int) -> None:
+    """Everybody begins at one instant; a runner notes when."""
+    async with defined(dsn, ("a", "Task", "{}")) as (url, connection):
+        lateness: list[float] = []
+        async with engine(url):
+            at = datetime.now(UTC) + timedelta(seconds=8)
+
+            def note(runners: Sequence[Any]) -> None:
+                lateness.extend([(datetime.now(UTC) - at).total_seconds()] * len(runners))
+
+            listeners[:] = [note]
+            await enroll(connection, count, at)
+            spare = (at - datetime.now(UTC)).total_seconds()
+            await until(connection, ALL_ENDED)
+            done = (datetime.now(UTC) - at).total_seconds()
+        listeners.clear()
+        say("wave", subjects=count, spare_s=spare, first_s=min(lateness), all_done_s=done,
+            **percentiles(lateness, 1))  # fmt: skip
+
+
+def next_start() -> asyncio.Future[float]:
+    """When the runner is called next."""
+    future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+    listeners[:] = [lambda _: future.set_result(time.perf_counter())]
+    return future
+
+
+async def wake(dsn: str, samples: int) -> None:
+    async with defined(dsn, ("a", "Task", "{}")) as (url, connection):
+        loop = asyncio.get_running_loop()
+        latencies, raw = [], []
+        listening = await asyncpg.connect(url)
+        heard = loop.create_future()
+        await listening.add_listener("raw", lambda *_: heard.set_result(time.perf_counter()))
+        async with engine(url):
+            for n in range(samples):
+                begun = next_start()
+                await connection.execute(
+                    "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', $1)",
+                    f"u{n}",
+                )
+                committed = time.perf_counter()
+                latencies.append(await begun - committed)
+                await asyncio.sleep(0.05)
+                heard = loop.create_future()
+                await connection.execute("NOTIFY raw")
+                committed = time.perf_counter()
+                raw.append(await heard - committed)
+                await asyncio.sleep(0.02)
+        listeners.clear()
+        await listening.close()
+        say("wake", samples=samples, **percentiles(latencies, 1000))
+        say("raw notify", samples=samples, **percentiles(raw, 1000))
+
+
+async def goal(dsn: str, samples: int) -> None:
+    paid = json.dumps({"lodashCommand": "identity", "value": {"type": "get", "value": "data.paid"}})
+    steps = (
+        ("a", "WaitForDuration", '{"amount": 9, "unit": "days"}'),
+        ("g", "Goal", paid),
+        ("b", "Task", "{}"),
+    )
+    async with defined(dsn, *steps) as (url, connection), engine(url):
+        await enroll(connection, samples)
+        asleep = "SELECT bool_and(entered_at IS NOT NULL) FROM sequencer.enrollments"
+        await until(connection, asleep)
+        latencies = []
+        for n in range(samples):
+            begun = next_start()
+            await connection.execute(
+                "UPDATE sequencer.enrollments SET data = data || '{\"paid\": true}'"
+                " WHERE subject = $1",
+                f"u{n + 1}",
+            )
+            committed = time.perf_counter()
+            latencies.append(await begun - committed)
+            await asyncio.sleep(0.02)
+        listeners.clear()
+        say("goal", samples=samples, **percentiles(latencies, 1000))
+
+
+def percentiles(values: list[float], factor: float) -> dict[str, float]:
+    values = sorted(values)
+    unit = {1: "s", 1000: "ms"}[int(factor)]
+    return {
+        f"p{p}_{unit}": factor * values[min(len(values) - 1, len(values) * p // 100)]
+        for p in (50, 99)
+    }
+
+
+def say(work: str, **figures: float) -> None:
+    rounded = {name: round(value, 4) for name, value in figures.items()}
+    print(json.dumps({"work": work, **rounded}), flush=True)
+
+
+async def main(arguments: argparse.Namespace) -> None:
+    dsn, subjects = arguments.dsn, arguments.subjects
+    works = {
+        "w1": lambda: steps_in_a_row(dsn, subjects, "w1", ("Task", "{}")),
+        "pure": lambda: steps_in_a_row(dsn, subjects, "pure", ("GoTo", "{}")),
+        "limit": lambda: limit(dsn, subjects),
+        "wave": lambda: wave(dsn, arguments.wave),
+        "wake": lambda: wake(dsn, arguments.samples),
+        "goal": lambda: goal(dsn, arguments.samples),
+    }
+    for _ in range(arguments.repeat):
+        for work in arguments.works.split(","):
+            await works[work]()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dsn", required=True, help="a superuser's URL")
+    parser.add_argument("--subjects", type=int, default=50_000)
+    parser.add_argument("--wave", type=int, default=20_000)
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--works", default="limit,w1,pure,wave,wake,goal")
+    parser.add_argument("--repeat", type=int, default=1)
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main(parser.parse_args()))
+    else:
+        uvloop.run(main(parser.parse_args()))
