@@ -30,7 +30,7 @@ import structlog
 
 from sequencerd import migrate, store
 from sequencerd.clock import Clock
-from sequencerd.daemon import daemon_name
+from sequencerd.daemon import daemon_name, tune_collector
 from sequencerd.engine import Engine
 from sequencerd.listener import listen
 from sequencerd.runners.python import PythonRunner, runner
@@ -80,7 +80,6 @@ async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple
                 " VALUES ('s', $1, $2, $3, $4)",
                 [(*step, then) for step, then in zip(steps, [*names[1:], None], strict=True)],
             )
-        await store.set_codecs(connection)
         try:
             yield url, connection
         finally:
@@ -90,7 +89,7 @@ async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple
 @asynccontextmanager
 async def engine(url: str) -> AsyncIterator[None]:
     """The daemon's engine and listener, ready."""
-    pool = await store.connect_pool(url, 4)
+    pool = await store.connect_pool(url, 5)
     log = structlog.get_logger()
     made = Engine(
         pool,
@@ -302,6 +301,7 @@ def say(work: str, **figures: float) -> None:
 
 
 async def main(arguments: argparse.Namespace) -> None:
+    tune_collector()
     dsn, subjects = arguments.dsn, arguments.subjects
     works = {
         "w1": lambda: steps_in_a_row(dsn, subjects, "w1", ("Task", "{}")),

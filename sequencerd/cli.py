@@ -221,7 +221,7 @@ def _what_next(row: Mapping[str, Any]) -> str:
         return "nothing while the sequence is paused"
     if row["leased_by"]:
         return f"{row['type']} is being executed by {row['leased_by']}, {then}"
-    if row["wake_at"] == NEVER:
+    if _is_never(row["wake_at"]):
         return f"waits for a change, {then}"
     if row["entered_at"] is None:
         return f"begins at {_text(row['wake_at'])}"
@@ -316,7 +316,7 @@ def _text(value: object) -> str:
         case None:
             return "-"
         case datetime():
-            if value >= NEVER:
+            if _is_never(value):
                 return "never"
             return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
         case list() | tuple():
@@ -327,11 +327,15 @@ def _text(value: object) -> str:
             return str(value)
 
 
+def _is_never(at: datetime) -> bool:
+    """Whether it is what asyncpg makes of PostgreSQL's infinity."""
+    return at.year == NEVER.year
+
+
 def _plain(value: object) -> object:
     """For JSON: times in ISO 8601, "infinity" for never."""
     if isinstance(value, datetime):
-        is_never = value >= NEVER
-        return "infinity" if is_never else value.astimezone(UTC).isoformat()
+        return "infinity" if _is_never(value) else value.astimezone(UTC).isoformat()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 

@@ -15,7 +15,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import assert_never
 
@@ -55,6 +55,7 @@ PASSING_ERRORS = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a connection that is cut in the middle of an answer
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
@@ -66,6 +67,8 @@ PASSING_ERRORS = (
 POISON = (asyncpg.PostgresError, ValueError, OverflowError)
 """What a value that cannot be written raises."""
 
+WRITERS = 3  # one computes while the others wait for the database
+BEHIND = 4  # batches of results that wait to be written
 MAX_SLEEP = 10.0  # seconds: the watchdog wants to see that the loop turns
 PAUSE = 1.0  # seconds after a passing error
 LOCKED_PAUSE = 0.2  # seconds until a row that somebody else has locked is tried again
@@ -125,7 +128,7 @@ class Engine:
             helpers = [
                 group.create_task(self._every(self._settings.sweep, self.sweep)),
                 group.create_task(self._every(self._settings.lease / 3, self._extend_leases)),
-                group.create_task(self._write_results()),
+                *(group.create_task(self._write_results()) for _ in range(WRITERS)),
             ]
             await self._schedule()
             await self._wind_down()
@@ -332,7 +335,7 @@ class Engine:
             return False
         limit = self._settings.batch
         if lane := self._lane(sequence.steps.get(place[1])):
-            limit = min(limit, lane.room)
+            limit = 0 if self._is_behind else min(limit, lane.room)
             if limit <= 0:
                 lane.waiting.add(place)
                 return False
@@ -390,8 +393,8 @@ class Engine:
                 if self._stopping or lane.room <= 0:
                     lane.waiting.add((at.sequence, at.step))
                 else:
-                    leased = replace(
-                        at, attempt=at.attempt + 1, leased_by=self._name, retry_at=None
+                    leased = at._replace(
+                        attempt=at.attempt + 1, leased_by=self._name, retry_at=None
                     )
                     try:
                         task = _task(leased, timezone, now)
@@ -499,8 +502,16 @@ class Engine:
         """From the lanes: side effects have ended."""
         self._finished.extend(results)
         self._has_finished.set()
-        lane = self._lanes[results[0][0].step.type]
-        if lane.waiting and lane.is_roomy:
+        self._call_waiting(self._lanes[results[0][0].step.type])
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether so much waits to be written that no more side effects should be begun."""
+        return len(self._finished) >= BEHIND * self._settings.batch
+
+    def _call_waiting(self, lane: Lane) -> None:
+        """Claims again for a lane that has room again."""
+        if lane.waiting and lane.is_roomy and not self._is_behind:
             for place in lane.waiting:
                 self._push(place, self._clock.now())
             lane.waiting.clear()
@@ -511,12 +522,16 @@ class Engine:
             self._has_finished.clear()
             while self._finished:
                 size = self._settings.batch
+                was_behind = self._is_behind
                 batch, self._finished = self._finished[:size], self._finished[size:]
+                if was_behind:
+                    for lane in self._lanes.values():
+                        self._call_waiting(lane)
                 try:
                     await self._settle_all(batch)
                 except PASSING_ERRORS as error:
                     self._log.warning("results wait for the database", error=str(error))
-                    self._finished = batch + self._finished
+                    self._finished = [*batch, *self._finished]
                     await asyncio.sleep(PAUSE)
 
     async def _settle_all(self, batch: Sequence[tuple[Leased, Result]]) -> None:
@@ -590,7 +605,7 @@ def _failed(
         model.printable(message),
     )
     decision: Decision = Fail(failure, model.printable(message))
-    return Advanced(replace(enrollment, leased_by=None), decision, (event,))
+    return Advanced(enrollment._replace(leased_by=None), decision, (event,))
 
 
 def _late(leased: Enrollment, result: Result, now: datetime) -> Event:

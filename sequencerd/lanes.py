@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 from sequencerd.core.model import Enrollment, Failed, Result, SideEffect, Step, Task
 from sequencerd.runners import Runner
@@ -16,8 +16,7 @@ INTERRUPTED = Failed(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Leased:
+class Leased(NamedTuple):
     """An enrollment whose side effect this daemon executes: as it was written with its lease."""
 
     enrollment: Enrollment

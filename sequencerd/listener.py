@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import asyncpg
@@ -96,8 +97,12 @@ async def listen(
 
 async def _probe(connection: asyncpg.Connection) -> None:
     """Asks now and then, as a quiet connection and a dead one look the same."""
-    while True:
-        await asyncio.sleep(PROBE_INTERVAL)
+    closed = asyncio.Event()
+    connection.add_termination_listener(lambda _: closed.set())
+    while not closed.is_set():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PROBE_INTERVAL):
+                await closed.wait()
         await connection.fetchval("SELECT 1", timeout=PROBE_TIMEOUT)
 
 

@@ -1,4 +1,5 @@
 -- Every statement that runs against the database, by name. store.py and migrate.py run them.
+-- Python's calendar has no infinity: where PostgreSQL says so, it sees the year 9999.
 
 -- name: server_time
 -- The database's clock, for the measured offset.
@@ -35,12 +36,13 @@ WITH RECURSIVE place AS (
          WHERE e.status = 'active' AND (e.sequence, e.step) > (place.sequence, place.step)
          ORDER BY sequence, step, wake_at LIMIT 1) AS following
 )
-SELECT sequence, step, wake_at FROM place;
+SELECT sequence, step, wake_at FROM place WHERE wake_at < 'infinity';
 
 -- name: claim
 -- Due enrollments of one step, the oldest first; none if the definition is not the one known.
-SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at, e.wake_at,
-       e.entered_at, e.visit, e.attempt, e.goals_met, e.retry_at, e.leased_by
+SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
+       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt,
+       e.goals_met, e.retry_at, e.leased_by
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
    AND EXISTS (SELECT FROM sequencer.sequences AS s
@@ -51,14 +53,15 @@ SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at, e.
 -- name: next_wake
 -- When the step is next due after a claim; what was due and locked is another daemon's.
 SELECT wake_at FROM sequencer.enrollments
- WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at > $3
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at > $3 AND wake_at < 'infinity'
  ORDER BY wake_at LIMIT 1;
 
 -- name: lock
 -- Enrollments whose side effects have ended, as they are now. Who holds a lock on one of them is
 -- not waited for.
-SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at, e.wake_at,
-       e.entered_at, e.visit, e.attempt, e.goals_met, e.retry_at, e.leased_by
+SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
+       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt,
+       e.goals_met, e.retry_at, e.leased_by
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[])
  ORDER BY e.id
@@ -69,18 +72,13 @@ SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at, e.
 SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
 
 -- name: write
--- Where a batch of enrollments is now.
-UPDATE sequencer.enrollments AS e
-   SET sequence = u.sequence, step = u.step, status = u.status, wake_at = u.wake_at,
-       entered_at = u.entered_at, visit = u.visit, attempt = u.attempt, retry_at = u.retry_at,
-       leased_by = u.leased_by, failure = u.failure, last_error = u.last_error,
-       ended_at = CASE WHEN u.status = 'active' THEN NULL ELSE $13::timestamptz END
-  FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::timestamptz[],
-              $6::timestamptz[], $7::integer[], $8::integer[], $9::timestamptz[], $10::text[],
-              $11::text[], $12::text[])
-       AS u (id, sequence, step, status, wake_at, entered_at, visit, attempt, retry_at, leased_by,
-             failure, last_error)
- WHERE e.id = u.id;
+-- Where those are now who are at the same place, as most of a batch are.
+UPDATE sequencer.enrollments
+   SET sequence = $2, step = $3, status = $4,
+       wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
+       entered_at = $6, visit = $7, attempt = $8, retry_at = $9, leased_by = $10, failure = $11,
+       last_error = $12, ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $13::timestamptz END
+ WHERE id = ANY ($1::bigint[]);
 
 -- name: write_goals
 UPDATE sequencer.enrollments SET goals_met = $2 WHERE id = $1;

@@ -36,7 +36,7 @@ class Database(Section):
     """Where the tables are. Without a URL, an embedded PostgreSQL in the user's data folder."""
 
     url: SecretStr | None = None
-    connections: int = Field(default=4, ge=2, le=100)
+    connections: int = Field(default=5, ge=2, le=100)
 
 
 class Engine(Section):

@@ -6,14 +6,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import NEVER, Enrollment, Event
+from sequencerd.core.model import Enrollment, Event
 
 Place = tuple[str, str]
 """A step of a sequence: its key in the heap."""
@@ -29,8 +28,7 @@ QUERIES: Mapping[str, str] = _load_queries()
 """The statements by name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """What is written of one enrollment: where it is now."""
 
     enrollment: Enrollment
@@ -48,37 +46,9 @@ async def connect_pool(url: str, size: int, **options: Any) -> asyncpg.Pool:
         url,
         min_size=1,
         max_size=size,
-        init=set_codecs,
         server_settings={"application_name": "sequencerd", "sequencer.notify": "off"},
         **options,
     )
-
-
-async def set_codecs(connection: asyncpg.Connection) -> None:
-    """PostgreSQL's infinity is NEVER; JSON stays text until somebody reads it."""
-    await connection.set_type_codec(
-        "timestamptz",
-        schema="pg_catalog",
-        encoder=_encode_time,
-        decoder=_decode_time,
-        format="tuple",
-    )
-
-
-_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
-_INFINITY = 2**63 - 1
-_MICROSECOND = timedelta(microseconds=1)
-
-
-def _encode_time(at: datetime) -> tuple[int]:
-    return (_INFINITY,) if at >= NEVER else ((at - _EPOCH) // _MICROSECOND,)
-
-
-def _decode_time(value: tuple[int]) -> datetime:
-    try:
-        return _EPOCH + timedelta(microseconds=value[0])
-    except OverflowError:
-        return NEVER if value[0] > 0 else datetime.min.replace(tzinfo=UTC)
 
 
 # --- definitions
@@ -134,37 +104,18 @@ async def claim(
 ) -> list[Enrollment]:
     """Locks due enrollments of a step until the end of the transaction."""
     rows = await connection.fetch(QUERIES["claim"], *place, now, revision, limit)
-    return [_enrollment(row) for row in rows]
+    return [Enrollment(*row) for row in rows]
 
 
 async def lock(connection: asyncpg.Connection, ids: Rows[int]) -> dict[int, Enrollment]:
     """Locks enrollments by id; those that somebody else has locked are left out."""
     rows = await connection.fetch(QUERIES["lock"], ids)
-    return {row["id"]: _enrollment(row) for row in rows}
+    return {row["id"]: Enrollment(*row) for row in rows}
 
 
 async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:
     """Which of the enrollments are not deleted."""
     return {row["id"] for row in await connection.fetch(QUERIES["existing"], ids)}
-
-
-def _enrollment(row: asyncpg.Record) -> Enrollment:
-    return Enrollment(
-        id=row["id"],
-        sequence=row["sequence"],
-        step=row["step"],
-        subject=row["subject"],
-        data=row["data"],
-        timezone=row["timezone"],
-        created_at=row["created_at"],
-        wake_at=row["wake_at"] or NEVER,
-        entered_at=row["entered_at"],
-        visit=row["visit"],
-        attempt=row["attempt"],
-        goals_met=tuple(row["goals_met"]),
-        retry_at=row["retry_at"],
-        leased_by=row["leased_by"],
-    )
 
 
 async def next_wake(
@@ -186,24 +137,15 @@ async def write(
         if row.goals_changed:
             goals = list(row.enrollment.goals_met)
             await connection.execute(QUERIES["write_goals"], row.enrollment.id, goals)
-    if rows:
-        at = [row.enrollment for row in rows]
-        await connection.execute(
-            QUERIES["write"],
-            [e.id for e in at],
-            [e.sequence for e in at],
-            [e.step for e in at],
-            [row.status for row in rows],
-            [row.wake_at for row in rows],
-            [e.entered_at for e in at],
-            [e.visit for e in at],
-            [e.attempt for e in at],
-            [e.retry_at for e in at],
-            [e.leased_by for e in at],
-            [row.failure for row in rows],
-            [row.last_error for row in rows],
-            now,
-        )
+    places: dict[tuple[object, ...], list[int]] = {}
+    for row in rows:
+        e = row.enrollment
+        place = (e.sequence, e.step, row.status, row.wake_at, e.entered_at, e.visit, e.attempt,
+                 e.retry_at, e.leased_by, row.failure, row.last_error)  # fmt: skip
+        places.setdefault(place, []).append(e.id)
+    await connection.executemany(
+        QUERIES["write"], [(ids, *place, now) for place, ids in places.items()]
+    )
     if events:
         await record(connection, events)
 
@@ -213,11 +155,8 @@ async def record(connection: asyncpg.Connection, events: Rows[Event]) -> None:
     await connection.copy_records_to_table(
         "events",
         schema_name="sequencer",
-        columns=["enrollment_id", "at", "sequence", "step", "visit", "action", "message"],
-        records=[
-            (e.enrollment_id, e.at, e.sequence, e.step, e.visit, e.action, e.message)
-            for e in events
-        ],
+        columns=Event._fields,
+        records=events,
     )
 
 

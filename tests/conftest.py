@@ -18,7 +18,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from sequencerd import embedded, migrate, store
+from sequencerd import embedded, migrate
 
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
@@ -71,7 +71,6 @@ async def database(server: str, template: str) -> AsyncIterator[str]:
 async def connection(database: str) -> AsyncIterator[asyncpg.Connection]:
     """An application's connection."""
     connection = await asyncpg.connect(database)
-    await store.set_codecs(connection)
     yield connection
     await connection.close()
 

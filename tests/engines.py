@@ -57,7 +57,7 @@ async def running_engine(
     url: str, runners: Mapping[str, Runner] | None = None, **settings: Any
 ) -> AsyncIterator[Engine]:
     """A daemon in the test's own loop: engine and listener, ready."""
-    pool = await store.connect_pool(url, 4)
+    pool = await store.connect_pool(url, 5)
     log = structlog.get_logger()
     engine = Engine(
         pool,

@@ -16,7 +16,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from sequencerd import migrate, settings, store
+from sequencerd import migrate, settings
 from sequencerd.daemon import make_runners
 from tests.conftest import execute, with_database
 from tests.engines import until
@@ -134,7 +134,6 @@ def run(line: str, home: Path, variables: Mapping[str, str]) -> None:
 
 async def test_the_sql_page_can_be_followed(empty_database: str) -> None:
     connection = await asyncpg.connect(empty_database)
-    await store.set_codecs(connection)
     await migrate.migrate(connection)
     await connection.execute(
         "INSERT INTO sequencer.sequences (name, first_step) VALUES ('trial', 'two-weeks');"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, assert_never
 
@@ -74,11 +73,11 @@ def advance(
         decision = Fail(error.failure, str(error))
     except DefinitionError as error:
         decision = Fail("error", str(error))
-    if isinstance(decision, Fail):
-        decision = replace(decision, message=printable(decision.message))
     match decision:
-        case Fail():
-            way.record("failed", decision.message)
+        case Fail(failure, message):
+            decision = Fail(failure, printable(message))
+            way.at = way.at._replace(leased_by=None)
+            way.record("failed", message)
         case End():
             way.record("completed")
     return Advanced(way.at, decision, tuple(way.events), way.merged)
@@ -113,12 +112,11 @@ class _Way:
     def begin(self, result: Result | None, jitter: float) -> Decision | None:
         """The start of a journey, or what came of the side effect; None to go on from there."""
         if self.at.entered_at is None:
-            begun = min(self.at.wake_at, self.now)
-            self.at = replace(self.at, entered_at=begun)
+            begun = min(self.at.wake_at or self.now, self.now)
+            self.at = self.at._replace(entered_at=begun)
             self.record("enrolled")
-        lapsed = self.at.leased_by
-        self.at = replace(self.at, leased_by=None)
-        if result is None and lapsed is not None:
+        if result is None and (lapsed := self.at.leased_by) is not None:
+            self.at = self.at._replace(leased_by=None)
             self.lapsed = lapsed
             self.record("lapsed", f"attempt {self.at.attempt} by {lapsed} was cut off")
         match result:
@@ -213,7 +211,7 @@ class _Way:
         if not met:
             return None
         names = tuple(goal.name for goal in met)
-        self.at = replace(self.at, goals_met=self.at.goals_met + names)
+        self.at = self.at._replace(goals_met=(*self.at.goals_met, *names))
         others = f", with {', '.join(names[1:])}" if names[1:] else ""
         self.record("goal", f"{names[0]} is met{others}")
         return self._go(met[0].next_step)
@@ -234,7 +232,7 @@ class _Way:
                 return Wait(until if until.year < NEVER.year else NEVER)
             case Action.NEXT:
                 if behaviour.met is not None and step.name not in self.at.goals_met:
-                    self.at = replace(self.at, goals_met=(*self.at.goals_met, step.name))
+                    self.at = self.at._replace(goals_met=(*self.at.goals_met, step.name))
                 self.record(answer.value)
                 return self._go(step.next_step)
             case Action.ALT_NEXT:
@@ -266,25 +264,26 @@ class _Way:
     def _go(self, target: str | None, sequence: str | None = None) -> End | None:
         """To another step, or to the end of the way."""
         if target is None:
+            self.at = self.at._replace(leased_by=None)
             return End()
         self.moves += 1
         self.lapsed = None
         here = self.at
-        self.at = replace(
-            here,
+        self.at = here._replace(
             sequence=sequence or here.sequence,
             step=target,
             entered_at=self.now,
             visit=here.visit + 1,
             attempt=0,
             retry_at=None,
+            leased_by=None,
         )
         return None
 
     def _answered(self, answer: Answer) -> Decision | None:
         if answer.data:
             merged = {**parse_data(self.at.data), **answer.data}
-            self.at = replace(self.at, data=json.dumps(merged))
+            self.at = self.at._replace(data=json.dumps(merged))
             self.merged = answer.data
         step = self._step(self.sequence())
         if answer.action is Action.NOOP:
@@ -292,7 +291,7 @@ class _Way:
                 self.record(answer.action.value, answer.message)
             wait = NOOP_DELAY if answer.retry_after is None else answer.retry_after
             again = answer.wake_at or self.now + min(max(wait, timedelta(0)), retry.LONGEST)
-            self.at = replace(self.at, attempt=0, retry_at=again)
+            self.at = self.at._replace(attempt=0, retry_at=again, leased_by=None)
             return None
         self.record(answer.action.value, answer.message)
         return self._go(step.next_step if answer.action is Action.NEXT else step.alt_next_step)
@@ -303,7 +302,7 @@ class _Way:
         if not retry.gives_up(effect.retry, self.at.attempt, failed):
             wait = retry.delay(effect.retry, self.at.attempt, failed, jitter)
             attempt = self.at.attempt if failed.spends_attempt else max(self.at.attempt - 1, 0)
-            self.at = replace(self.at, attempt=attempt, retry_at=self.now + wait)
+            self.at = self.at._replace(attempt=attempt, retry_at=self.now + wait, leased_by=None)
             self.record("retry", failed.message)
             return None
         if effect.on_error == "altNext":

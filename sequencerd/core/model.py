@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 NEVER = datetime.max.replace(tzinfo=UTC)
 """The wake time of who is woken by a change alone; PostgreSQL's 'infinity'."""
@@ -126,9 +126,12 @@ Definitions = Mapping[str, Sequence]
 # --- an enrollment
 
 
-@dataclass(frozen=True, slots=True)
-class Enrollment:
-    """A subject's journey: where it is and since when. `entered_at` is None until it has begun."""
+class Enrollment(NamedTuple):
+    """A subject's journey: where it is and since when. `entered_at` is None until it has begun.
+
+    A tuple in the order of the columns that are read, as is whatever exists once for each move of
+    each enrollment: tuples are made several times faster than frozen dataclasses.
+    """
 
     id: int
     sequence: str
@@ -137,11 +140,11 @@ class Enrollment:
     data: str  # JSON text: most moves don't read it
     timezone: str | None
     created_at: datetime
-    wake_at: datetime
+    wake_at: datetime | None
     entered_at: datetime | None = None
     visit: int = 1
     attempt: int = 0
-    goals_met: tuple[str, ...] = ()
+    goals_met: tuple[str, ...] | list[str] = ()
     retry_at: datetime | None = None  # the side effect is not started before
     leased_by: str | None = None  # the daemon that executes the side effect until wake_at
 
@@ -213,15 +216,14 @@ def printable(text: str) -> str:
 
 
 def iso(instant: datetime) -> str:
-    """An instant as text: ISO 8601 in UTC with milliseconds, as JavaScript writes it."""
-    return instant.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """An instant (aware, in UTC) as text: ISO 8601 with milliseconds, as JavaScript writes it."""
+    return instant.isoformat(timespec="milliseconds")[:23] + "Z"
 
 
 # --- what a runner is given, and what it answers
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One enrollment for a runner: `key` is its idempotency key, `view` what may be read."""
 
     key: str
@@ -259,9 +261,8 @@ Result = Answer | Failed
 # --- decisions
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One row of history."""
+class Event(NamedTuple):
+    """One row of history, in the order of its columns."""
 
     enrollment_id: int
     at: datetime
@@ -306,8 +307,7 @@ class Fail:
 Decision = Wait | Execute | End | Fail
 
 
-@dataclass(frozen=True, slots=True)
-class Advanced:
+class Advanced(NamedTuple):
     """Where `advance` has brought an enrollment, what is decided there, and what to record."""
 
     enrollment: Enrollment

@@ -287,7 +287,7 @@ def test_a_goal_pulls_once() -> None:
 def test_a_goal_that_was_passed_does_not_pull_back() -> None:
     passed = advance(GOALS, at("paid", '{"paid": true}'), NOW).enrollment
     assert passed.step == "thanks"
-    again = advance(GOALS, replace(passed, step="end"), NOW)
+    again = advance(GOALS, passed._replace(step="end"), NOW)
     assert again.enrollment.step == "end"
 
 
@@ -345,9 +345,9 @@ def test_a_failure_is_tried_again_later_each_time_until_the_last() -> None:
     enrollment = at("mail", attempt=1, leased_by="me")
     first = advance(MAIL, enrollment, NOW, Failed("down"), jitter=1.0)
     assert first.decision == Wait(NOW + timedelta(seconds=10))
-    second = advance(MAIL, replace(first.enrollment, attempt=2), NOW, Failed("down"), jitter=1.0)
+    second = advance(MAIL, first.enrollment._replace(attempt=2), NOW, Failed("down"), jitter=1.0)
     assert second.decision == Wait(NOW + timedelta(seconds=20))
-    last = advance(MAIL, replace(first.enrollment, attempt=3), NOW, Failed("down"), jitter=1.0)
+    last = advance(MAIL, first.enrollment._replace(attempt=3), NOW, Failed("down"), jitter=1.0)
     assert last.decision == Fail("error", "down")
 
 
