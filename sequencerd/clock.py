@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+SMALL = timedelta(seconds=1)
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -18,11 +20,18 @@ class Clock:
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
+        self._last = _EPOCH
         self._offset = (datetime.now(UTC) - _EPOCH).total_seconds() - monotonic()
 
     def now(self) -> datetime:
-        """The time, aware, in UTC."""
-        return _EPOCH + timedelta(seconds=self._monotonic() + self._offset)
+        """The time, aware, in UTC. A small correction makes it stand still, and never go back:
+        what happens later is recorded as later.
+        """
+        now = self._corrected()
+        if timedelta(0) < self._last - now < SMALL:
+            return self._last
+        self._last = now
+        return now
 
     def seconds_until(self, at: datetime) -> float:
         """How long until then; negative when it is past."""
@@ -34,6 +43,9 @@ class Clock:
         The answer was on its way for a part of the round trip, so the database's clock is a
         little ahead: what is due by this clock is due by the database's.
         """
-        off = server_time - self.now()
+        off = server_time - self._corrected()
         self._offset += off.total_seconds()
         return off
+
+    def _corrected(self) -> datetime:
+        return _EPOCH + timedelta(seconds=self._monotonic() + self._offset)

@@ -139,7 +139,7 @@ async def _print_history(connection: asyncpg.Connection) -> None:
         "SELECT id, subject, status FROM sequencer.enrollments ORDER BY id"
     ):
         print(
-            f"\nSELECT * FROM sequencer.events WHERE enrollment_id = {id_} ORDER BY at;"
+            f"\nSELECT * FROM sequencer.events WHERE enrollment_id = {id_} ORDER BY visit, at;"
             f"  -- {subject}, {status}"
         )
         for row in await connection.fetch(QUERIES["history"], id_):

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import assert_never
@@ -39,6 +39,7 @@ from sequencerd.core.model import (
     Execute,
     Fail,
     Failed,
+    Fence,
     Result,
     SideEffect,
     Step,
@@ -223,8 +224,11 @@ class Engine:
         """Waits for what is in flight, and writes it."""
         if self._leased:
             self._log.info("stopping", in_flight=len(self._leased))
-        await asyncio.gather(*self._background, return_exceptions=True)
         timeout = self._settings.stop_timeout
+        if self._background:
+            _, late = await asyncio.wait(self._background, timeout=timeout)
+            for work in late:
+                work.cancel()
         await asyncio.gather(*(lane.stop(timeout) for lane in self._lanes.values()))
         with suppress(TimeoutError):  # the leases run out if the database is away
             async with asyncio.timeout(timeout + PAUSE):
@@ -357,14 +361,12 @@ class Engine:
         self, place: Place, revision: int, limit: int, *, alone: bool = False
     ) -> int:
         now = self._clock.now()
-        async with self._pool.acquire() as connection:
-            async with connection.transaction():
-                claimed = await store.claim(connection, place, now, revision, limit)
-                batch = _Batch()
-                for enrollment in claimed:
-                    self._add(batch, enrollment, self._advance(enrollment, now), now)
-                batch = await self._write(connection, batch, claimed, now, alone=alone)
-            self._written(batch)
+        batch = _Batch()
+        async with self._writing(batch) as connection:
+            claimed = await store.claim(connection, place, now, revision, limit)
+            for enrollment in claimed:
+                self._add(batch, enrollment, self._advance(enrollment, now), now)
+            await self._write(connection, batch, claimed, now, alone=alone)
             if len(claimed) < limit:
                 next_at = await store.next_wake(connection, place, now)
                 self._push(place, next_at or NEVER)
@@ -437,6 +439,37 @@ class Engine:
             )
         )
 
+    @asynccontextmanager
+    async def _writing(self, batch: _Batch) -> AsyncIterator[asyncpg.Connection]:
+        """A transaction that writes a batch; side effects begin after its commit.
+
+        Of a commit whose answer was lost, the rows tell whether it has happened.
+        """
+        try:
+            async with self._pool.acquire() as connection, connection.transaction():
+                yield connection
+        except PASSING_ERRORS:
+            held = await self._held(batch.leased)
+            self._begin(one for one in batch.leased if one.fence in held)
+            self._give_back(one for one in batch.leased if one.fence not in held)
+            raise
+        except BaseException:
+            self._give_back(batch.leased)
+            raise
+        self._begin(batch.leased)
+        self._remember_wakes(batch.rows)
+
+    async def _held(self, leased: Iterable[Leased]) -> set[Fence]:
+        """What is leased to us in the database. Asks until it answers."""
+        ids = [one.enrollment.id for one in leased]
+        while ids:
+            try:
+                async with self._pool.acquire() as connection:
+                    return await store.fences(connection, ids)
+            except PASSING_ERRORS:
+                await asyncio.sleep(PAUSE)
+        return set()
+
     async def _write(
         self,
         connection: asyncpg.Connection,
@@ -445,40 +478,43 @@ class Engine:
         now: datetime,
         *,
         alone: bool,
-    ) -> _Batch:
-        """Writes a batch; on failure its room in the lanes is given back.
-
-        An enrollment that is `alone` and can't be written fails with the database's own words.
+    ) -> None:
+        """Writes a batch. One that is `alone` and can't be written fails in the database's words
+        instead.
         """
+        if not alone:
+            await store.write(connection, batch.rows, batch.events, now)
+            return
         try:
-            if not alone:
-                await store.write(connection, batch.rows, batch.events, now)
-                return batch
             async with connection.transaction():
                 await store.write(connection, batch.rows, batch.events, now)
-                return batch
-        except BaseException as error:
-            for leased in batch.leased:
-                self._lanes[leased.step.type].take(-1)
-            if not alone or isinstance(error, PASSING_ERRORS) or not isinstance(error, POISON):
-                raise
-            failed = _Batch()
+        except PASSING_ERRORS:
+            raise
+        except POISON as error:
+            self._give_back(batch.leased)
+            batch.rows, batch.events, batch.leased = [], [], []
             for enrollment in before:
                 text = f"it cannot be written: {error}"
-                self._add(failed, enrollment, _failed(enrollment, now, text), now)
-            await store.write(connection, failed.rows, failed.events, now)
-            return failed
+                self._add(batch, enrollment, _failed(enrollment, now, text), now)
+            await store.write(connection, batch.rows, batch.events, now)
 
-    def _written(self, batch: _Batch) -> None:
-        """After the commit: starts side effects, and remembers when to look again."""
+    def _give_back(self, leased: Iterable[Leased]) -> None:
+        for one in leased:
+            self._lanes[one.step.type].take(-1)
+
+    def _begin(self, leased: Iterable[Leased]) -> None:
+        """Starts side effects, by step."""
         by_step: dict[Place, list[Leased]] = {}
-        for leased in batch.leased:
-            self._leased[leased.enrollment.id] = leased
-            by_step.setdefault((leased.enrollment.sequence, leased.step.name), []).append(leased)
+        for one in leased:
+            self._leased[one.enrollment.id] = one
+            by_step.setdefault((one.enrollment.sequence, one.step.name), []).append(one)
         for group in by_step.values():
             self._lanes[group[0].step.type].start(group)
+
+    def _remember_wakes(self, rows: Iterable[Row]) -> None:
+        """When to look again at the steps of those who wait."""
         wakes: dict[Place, datetime] = {}
-        for row in batch.rows:
+        for row in rows:
             if row.wake_at is not None and row.enrollment.leased_by is None:
                 place = (row.enrollment.sequence, row.enrollment.step)
                 if place not in wakes or row.wake_at < wakes[place]:
@@ -531,8 +567,12 @@ class Engine:
                     await self._settle_all(batch)
                 except PASSING_ERRORS as error:
                     self._log.warning("results wait for the database", error=str(error))
-                    self._finished = [*batch, *self._finished]
                     await asyncio.sleep(PAUSE)
+                    # what is not held any more was written, only the answer was lost
+                    held = await self._held(leased for leased, _ in batch)
+                    self._forget(leased for leased, _ in batch if leased.fence not in held)
+                    again = [one for one in batch if one[0].fence in held]
+                    self._finished = [*again, *self._finished]
 
     async def _settle_all(self, batch: Sequence[tuple[Leased, Result]]) -> None:
         try:
@@ -551,7 +591,7 @@ class Engine:
         now = self._clock.now()
         ids = sorted({leased.enrollment.id for leased, _ in results})
         batch, locked = _Batch(), []
-        async with self._pool.acquire() as connection, connection.transaction():
+        async with self._writing(batch) as connection:
             rows = await store.lock(connection, ids)
             missing = [id_ for id_ in ids if id_ not in rows]
             exist = await store.existing(connection, missing) if missing else set()
@@ -562,20 +602,22 @@ class Engine:
                     locked.append((leased, result))
                 elif id_ not in rows:
                     self._log.warning("enrollment was deleted", enrollment=id_)
-                elif leased.holds(rows[id_]):
+                elif rows[id_].fence == leased.fence:
                     before.append(rows[id_])
                     self._add(batch, rows[id_], self._advance(rows[id_], now, result), now)
                 else:
                     batch.events.append(_late(leased.enrollment, result, now))
-            batch = await self._write(connection, batch, before, now, alone=alone)
-        for leased, _ in results:
-            if self._leased.get(leased.enrollment.id) is leased:
-                del self._leased[leased.enrollment.id]
-        for leased, _ in locked:
-            self._leased[leased.enrollment.id] = leased
+            await self._write(connection, batch, before, now, alone=alone)
+        wait = {leased.fence for leased, _ in locked}
+        self._forget(leased for leased, _ in results if leased.fence not in wait)
         if locked:
             asyncio.get_running_loop().call_later(LOCKED_PAUSE, self._try_again, locked)
-        self._written(batch)
+
+    def _forget(self, leased: Iterable[Leased]) -> None:
+        """What is no longer ours, unless it was leased anew meanwhile."""
+        for one in leased:
+            if self._leased.get(one.enrollment.id) is one:
+                del self._leased[one.enrollment.id]
 
     def _try_again(self, results: list[tuple[Leased, Result]]) -> None:
         self._finished.extend(results)

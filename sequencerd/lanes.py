@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import NamedTuple
 
-from sequencerd.core.model import Enrollment, Failed, Result, SideEffect, Step, Task
+from sequencerd.core.model import Enrollment, Failed, Fence, Result, SideEffect, Step, Task
 from sequencerd.runners import Runner
 from sequencerd.store import Place
 
@@ -24,10 +24,10 @@ class Leased(NamedTuple):
     effect: SideEffect
     task: Task
 
-    def holds(self, now: Enrollment) -> bool:
-        """The fence: whether the row is still the one that was leased, by this daemon."""
-        then = self.enrollment
-        return (now.visit, now.attempt, now.leased_by) == (then.visit, then.attempt, then.leased_by)
+    @property
+    def fence(self) -> Fence:
+        """What the row shows while it is still leased as it was, to this daemon."""
+        return self.enrollment.fence
 
 
 class Lane:

@@ -67,6 +67,14 @@ SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
  ORDER BY e.id
    FOR UPDATE OF e SKIP LOCKED;
 
+-- name: fences
+-- To whom enrollments are leased now. Waits for a transaction whose end nobody has heard of.
+SELECT e.id, e.visit, e.attempt, e.leased_by
+  FROM sequencer.enrollments AS e
+ WHERE e.id = ANY ($1::bigint[])
+ ORDER BY e.id
+   FOR UPDATE OF e;
+
 -- name: existing
 -- Which enrollments there still are: a locked row is not a deleted one.
 SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
@@ -174,7 +182,7 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
 
 -- name: history
 SELECT at, sequence, step, visit, action, message
-  FROM sequencer.events WHERE enrollment_id = $1 ORDER BY at;
+  FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at;
 
 -- name: events_since
 -- For `tail`: a little more than new, as rows are committed in another order than they are made.

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import Enrollment, Event
+from sequencerd.core.model import Enrollment, Event, Fence
+
+COMMAND_TIMEOUT = 60.0  # seconds: a connection that is silently dead must not hold us for ever
 
 Place = tuple[str, str]
 """A step of a sequence: its key in the heap."""
@@ -46,6 +48,7 @@ async def connect_pool(url: str, size: int, **options: Any) -> asyncpg.Pool:
         url,
         min_size=1,
         max_size=size,
+        command_timeout=COMMAND_TIMEOUT,
         server_settings={"application_name": "sequencerd", "sequencer.notify": "off"},
         **options,
     )
@@ -111,6 +114,12 @@ async def lock(connection: asyncpg.Connection, ids: Rows[int]) -> dict[int, Enro
     """Locks enrollments by id; those that somebody else has locked are left out."""
     rows = await connection.fetch(QUERIES["lock"], ids)
     return {row["id"]: Enrollment(*row) for row in rows}
+
+
+async def fences(connection: asyncpg.Connection, ids: Rows[int]) -> set[Fence]:
+    """To whom enrollments are leased, after every transaction that may still write them."""
+    rows = await connection.fetch(QUERIES["fences"], ids)
+    return {(row["id"], row["visit"], row["attempt"], row["leased_by"]) for row in rows}
 
 
 async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:

@@ -139,6 +139,6 @@ ALL_ENDED = "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE status =
 async def way(connection: asyncpg.Connection, id_: int) -> list[str]:
     """The history of an enrollment, as "step action"."""
     rows = await connection.fetch(
-        "SELECT step, action FROM sequencer.events WHERE enrollment_id = $1 ORDER BY at", id_
+        "SELECT step, action FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at", id_
     )
     return [f"{row['step']} {row['action']}" for row in rows]

@@ -126,6 +126,10 @@ Definitions = Mapping[str, Sequence]
 # --- an enrollment
 
 
+Fence = tuple[int, int, int, str | None]
+"""Of an enrollment: id, visit, attempt and the daemon that leases it."""
+
+
 class Enrollment(NamedTuple):
     """A subject's journey: where it is and since when. `entered_at` is None until it has begun.
 
@@ -152,6 +156,11 @@ class Enrollment(NamedTuple):
     def key(self) -> str:
         """The idempotency key of the side effect of this visit."""
         return f"{self.id}:{self.visit}"
+
+    @property
+    def fence(self) -> Fence:
+        """Unchanged as long as nobody has moved it or leased it anew."""
+        return (self.id, self.visit, self.attempt, self.leased_by)
 
 
 class Moment:
