@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import asyncpg
 import structlog
@@ -86,6 +87,47 @@ async def running_engine(
         with suppress(asyncio.CancelledError):
             await listener
         await pool.close()
+
+
+@asynccontextmanager
+async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
+    """The URL of a proxy to a database. For each item in the list it loses the answer to one
+    COMMIT, and the connection with it.
+    """
+    parts = urlsplit(url)
+    options = parse_qs(parts.query)
+    socket = f"{options['host'][0]}/.s.PGSQL.{options.get('port', ['5432'])[0]}"
+    lose: list[bool] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        above, below = await asyncio.open_unix_connection(socket)
+
+        async def pass_answers() -> None:
+            while data := await above.read(65536):
+                writer.write(data)
+            writer.close()
+
+        answers = asyncio.create_task(pass_answers())
+        while data := await reader.read(65536):
+            is_lost = lose and b"COMMIT;" in data
+            if is_lost:
+                lose.pop()
+                answers.cancel()
+            below.write(data)
+            if is_lost:
+                await asyncio.sleep(0.1)  # the server has done it, and nobody is told
+                break
+        answers.cancel()
+        below.close()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield (
+            urlunsplit(parts._replace(query=f"host=127.0.0.1&port={port}&sslmode=disable")),
+            lose,
+        )
 
 
 async def until(

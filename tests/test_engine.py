@@ -11,7 +11,16 @@ import asyncpg
 import pytest
 
 from sequencerd.core.model import Action, Answer, Failed, Result, Task
-from tests.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
+from tests.engines import (
+    ALL_ENDED,
+    Recorder,
+    define,
+    enroll,
+    losing_answers,
+    running_engine,
+    until,
+    way,
+)
 
 PAID = """{
     "lodashCommand": "eq",
@@ -48,6 +57,31 @@ async def test_everybody_goes_the_whole_way(database: str, connection: asyncpg.C
         "bye next",
         "bye completed",
     ]
+
+
+async def test_a_commit_whose_answer_is_lost_is_found_out(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    await define(connection, "s", ("one", "Note", "{}", "two"), ("two", "Note", "{}", None))
+    async with (
+        losing_answers(database) as (url, lose),
+        running_engine(url, {"Note": recorder}),
+    ):
+        # of a claim, and then of the write of a result that begins the next side effect as well
+        for lost, subject in enumerate(("ada", "bob", "eve", "zoe")):
+            lose.extend([True] * lost)
+            await enroll(connection, "s", subject)
+            await until(connection, ALL_ENDED, seconds=10)  # long before a lease runs out
+            assert not lose
+    assert set(Counter(recorder.keys).values()) == {1}
+    for id_ in range(1, 5):
+        assert await way(connection, id_) == [
+            "one enrolled",
+            "one next",
+            "two next",
+            "two completed",
+        ]
 
 
 async def sleeper(connection: asyncpg.Connection, then: str | None = None) -> int:
