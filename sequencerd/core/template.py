@@ -43,7 +43,7 @@ from sequencerd.core.template_render import (
     write_value,
 )
 from sequencerd.core.template_tags import Part, split
-from sequencerd.core.template_values import is_truthy, number_text
+from sequencerd.core.javascript import is_truthy, number_text
 
 MAX_SOURCE = 256 * 1024  # characters
 MAX_TAGS = 5_000

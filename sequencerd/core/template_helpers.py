@@ -10,7 +10,8 @@ from typing import Final
 from sequencerd.core import dates
 from sequencerd.core.model import DefinitionError, EvaluationError
 from sequencerd.core.template_dates import DEFAULT, compile_format
-from sequencerd.core.template_values import Spend, is_empty, is_truthy, own_property, text
+from sequencerd.core.javascript import is_truthy
+from sequencerd.core.template_values import Spend, is_empty, own_property, text
 
 
 @dataclass(frozen=True, slots=True)
