@@ -374,4 +374,3 @@ def is_array_like(value: object) -> bool:
     if isinstance(value, list | str):
         return True
     return isinstance(value, dict) and is_length(own_property(value, "length"))
-

@@ -12,13 +12,11 @@ from sequencerd.core.javascript import (
     UNDEFINED,
     has_own,
     has_property,
-    is_length,
     is_nil,
     is_number,
     property_of,
     to_number,
     to_string,
-    type_error,
 )
 from sequencerd.core.lodash.calls import call
 
@@ -106,7 +104,7 @@ def get(value: object, path: object) -> object:
 
 
 def has(value: object, path: object) -> object:
-    """_.has: whether the path leads along own properties; indexes below a list's length count."""
+    """_.has: whether the path leads along own properties."""
     return _has_path(value, path, has_own)
 
 
@@ -117,11 +115,10 @@ def has_in(value: object, path: object) -> object:
 
 def _has_path(value: object, path: object, has_key: Callable[[object, str], bool]) -> bool:
     parts = cast_path(path, value)
-    for place, part in enumerate(parts):
+    for part in parts:
         key = to_key(part)
         if is_nil(value) or not has_key(value, key):
-            is_last = place == len(parts) - 1
-            return is_last and isinstance(value, list) and is_index(key, len(value))
+            return False
         value = property_of(value, key)
     return bool(parts)
 
