@@ -26,8 +26,6 @@ class Prototype(dict[str, object]):
         self.name = name
         self.properties: dict[str, object] = {}
 
-    __hash__ = object.__hash__
-
 
 # name, or name:parameters
 _METHODS = {

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from sequencerd.core import dates
+from sequencerd.core.javascript import is_truthy
 from sequencerd.core.model import DefinitionError, EvaluationError
 from sequencerd.core.template_dates import DEFAULT, compile_format
-from sequencerd.core.javascript import is_truthy
 from sequencerd.core.template_values import Spend, is_empty, own_property, text
 
 

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from sequencerd.core.javascript import is_truthy
 from sequencerd.core.model import EvaluationError
 from sequencerd.core.template_helpers import Helper, Request
-from sequencerd.core.javascript import is_truthy
 from sequencerd.core.template_values import entries, is_empty, own_property
 from sequencerd.core.template_values import text as text_of
 

@@ -7,12 +7,13 @@ command changes what it is given. Raises EvaluationError where lodash throws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from sequencerd.core.lodash import array, collection, equality, lang, number, paths, text, util
 from sequencerd.core.lodash import object as object_
+from sequencerd.core.lodash.table import Command
 
-COMMANDS: Mapping[str, Callable[[object, object], object]] = {
+COMMANDS: Mapping[str, Command] = {
     **array.COMMANDS,
     **collection.COMMANDS,
     **equality.COMMANDS,
@@ -28,10 +29,10 @@ COMMANDS: Mapping[str, Callable[[object, object], object]] = {
 _NEEDS_FUNCTIONS = """
     after ary before bind curry curryRight debounce defer delay flip memoize negate once partial
     partialRight rearg rest spread tap throttle thru unary
-""".split()
+"""
 
 LEFT_OUT: Mapping[str, str] = {
-    **dict.fromkeys(_NEEDS_FUNCTIONS, "it needs a function, which a definition can't hold"),
+    **dict.fromkeys(_NEEDS_FUNCTIONS.split(), "it needs a function, which a definition can't hold"),
     **dict.fromkeys(("random", "sample"), "its answer is random"),
     **dict.fromkeys(
         ("mixin", "noConflict", "runInContext"), "it changes lodash itself, not an answer"

@@ -21,9 +21,10 @@ from sequencerd.core.javascript import (
     to_string,
     type_error,
 )
-from sequencerd.core.lodash.collection import Command, gives_array, items_of, with_shorthand
+from sequencerd.core.lodash.collection import items_of, with_shorthand
 from sequencerd.core.lodash.equality import shorthand
 from sequencerd.core.lodash.paths import is_index
+from sequencerd.core.lodash.table import Command, gives_true, named
 
 
 def _length(array: object) -> object:
@@ -217,17 +218,16 @@ COMMANDS: dict[str, Command] = {
     "sortedLastIndex": sorted_last_index,
     "sortedLastIndexBy": sorted_last_index,
     "sortedLastIndexOf": sorted_last_index_of,
-    **dict.fromkeys(
-        ("dropRightWhile", "dropWhile", "takeRightWhile", "takeWhile", "uniqBy", "sortedUniqBy"),
-        with_shorthand,
+    **named(
+        "dropRightWhile dropWhile takeRightWhile takeWhile uniqBy sortedUniqBy", with_shorthand
     ),
-    **dict.fromkeys(
+    **named(
         """
         chunk compact concat difference differenceBy differenceWith drop dropRight fill flatten
         flattenDeep flattenDepth initial intersection intersectionBy intersectionWith slice
         sortedUniq tail take takeRight union unionBy unionWith uniq uniqWith unzip unzipWith
         without xor xorBy xorWith zip zipObject zipObjectDeep zipWith
-        """.split(),
-        gives_array,
+        """,
+        gives_true,
     ),
 }

@@ -18,12 +18,12 @@ from sequencerd.core.javascript import (
 
 # Without arguments. Functions of the same name differ by the prototype that has them.
 _METHODS: dict[tuple[str, str], Callable[[object], object]] = {
-    ("Object", "toString"): lambda owner: "[object Object]",
+    ("Object", "toString"): lambda _: "[object Object]",
     ("Object", "valueOf"): lambda owner: owner,
     ("Array", "concat"): lambda owner: owner,
-    ("Array", "keys"): lambda owner: [],
-    ("Array", "entries"): lambda owner: [],
-    ("Array", "values"): lambda owner: [],
+    ("Array", "keys"): lambda _: [],
+    ("Array", "entries"): lambda _: [],
+    ("Array", "values"): lambda _: [],
     ("Array", "slice"): lambda owner: owner,
     ("Array", "reverse"): lambda owner: owner,
     ("Array", "flat"): lambda owner: owner,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 from sequencerd.core.javascript import (
     MAX_STEPS,
@@ -21,8 +21,8 @@ from sequencerd.core.javascript import (
 )
 from sequencerd.core.lodash.equality import shorthand
 from sequencerd.core.lodash.paths import invoke
+from sequencerd.core.lodash.table import Command, gives_true, named
 
-Command = Callable[[object, object], object]
 Pair = tuple[str, object]
 
 
@@ -33,14 +33,11 @@ def items_of(array: object) -> list[object]:
     if isinstance(array, str):
         return list[object](units(array))
     length = UNDEFINED if is_nil(array) else property_of(array, "length")
-    count = to_number(length) if is_truthy(length) else 0.0
+    count = max(to_number(length), 0.0) if is_truthy(length) else 0.0
     if count > MAX_STEPS:
         raise too_much()
-    return (
-        [property_of(array, str(index)) for index in range(int(-(-max(count, 0) // 1)))]
-        if (count > 0)
-        else []
-    )
+    indexes = range(math.ceil(count) if count > 0 else 0)  # not for NaN
+    return [property_of(array, str(index)) for index in indexes]
 
 
 def pairs_of(collection: object) -> list[Pair]:
@@ -123,7 +120,7 @@ def for_each(collection: object, iteratee: object) -> object:
     return collection
 
 
-def with_shorthand(collection: object, iteratee: object) -> object:
+def with_shorthand(_collection: object, iteratee: object) -> object:
     """filter, map, sortBy and the like give an array or an object, empty or not: true."""
     shorthand(iteratee)
     return True
@@ -144,11 +141,6 @@ def invoke_map(collection: object, path: object) -> object:
     return True
 
 
-def gives_array(value: object, other: object) -> object:
-    """The result is an array or an object, empty or not: true."""
-    return True
-
-
 COMMANDS: dict[str, Command] = {
     "countBy": _keyed,
     "each": for_each,
@@ -166,9 +158,6 @@ COMMANDS: dict[str, Command] = {
     "reduceRight": reduce_right,
     "size": size,
     "some": some,
-    **dict.fromkeys(
-        ("filter", "flatMap", "flatMapDeep", "flatMapDepth", "map", "partition", "reject"),
-        with_shorthand,
-    ),
-    **dict.fromkeys(("orderBy", "sampleSize", "shuffle", "sortBy"), gives_array),
+    **named("filter flatMap flatMapDeep flatMapDepth map partition reject", with_shorthand),
+    **named("orderBy sampleSize shuffle sortBy", gives_true),
 }

@@ -21,6 +21,7 @@ from sequencerd.core.javascript import (
     type_error,
 )
 from sequencerd.core.lodash.paths import compile_get, has_in, is_key, to_key
+from sequencerd.core.lodash.table import Command, gives_true
 
 
 def is_equal(value: object, other: object) -> bool:
@@ -157,13 +158,13 @@ def _matcher(source: object, _: object) -> object:
     return True
 
 
-COMMANDS: dict[str, Callable[[object, object], object]] = {
+COMMANDS: dict[str, Command] = {
     "eq": same_value_zero,
     "isEqual": is_equal,
     "isEqualWith": is_equal,
     "isMatch": is_match,
     "isMatchWith": is_match,
     "iteratee": _matcher,
-    "matches": lambda source, other: True,
+    "matches": gives_true,
     "matchesProperty": lambda path, wanted: bool(matches_property(path, wanted)),
 }

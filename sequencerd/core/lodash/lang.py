@@ -16,19 +16,23 @@ from sequencerd.core.javascript import (
     is_object,
     to_double,
 )
-
-Check = Callable[[object], object]
+from sequencerd.core.lodash.table import Command, gives_true, named, of_value
 
 # Types that JavaScript has and JSON lacks.
 _NEVER_IN_JSON = """
     isArguments isArrayBuffer isBuffer isDate isElement isError isMap isRegExp isSet isSymbol
     isTypedArray isWeakMap isWeakSet
-""".split()
+"""
 
 
 def is_integer(value: object) -> bool:
-    """_.isInteger."""
+    """_.isInteger: a number without a fraction; infinity is none."""
     return is_number(value) and to_double(value).is_integer()
+
+
+def is_safe_integer(value: object) -> bool:
+    """_.isSafeInteger: a whole number of at most 53 bits."""
+    return is_number(value) and is_integer(value) and abs(to_double(value)) < 2**53
 
 
 def is_empty(value: object) -> bool:
@@ -40,7 +44,7 @@ def _is_object_like(value: object) -> bool:
     return isinstance(value, dict | list)
 
 
-_CHECKS: dict[str, Check] = {
+_CHECKS: dict[str, Callable[[object], object]] = {
     "isArray": lambda value: isinstance(value, list),
     "isArrayLike": is_array_like,
     "isArrayLikeObject": lambda value: _is_object_like(value) and is_array_like(value),
@@ -58,24 +62,15 @@ _CHECKS: dict[str, Check] = {
     "isObject": is_object,
     "isObjectLike": _is_object_like,
     "isPlainObject": lambda value: isinstance(value, dict),
-    "isSafeInteger": lambda value: is_integer(value) and abs(to_double(value)) < 2**53,  # type: ignore[arg-type]
+    "isSafeInteger": is_safe_integer,
     "isString": lambda value: isinstance(value, str),
     "isUndefined": lambda value: value is UNDEFINED,
-    "clone": lambda value: value,
-    "cloneDeep": lambda value: value,
-    "cloneDeepWith": lambda value: value,
-    "cloneWith": lambda value: value,
-    "castArray": lambda value: True,
-    "toArray": lambda value: True,
-    "toPlainObject": lambda value: True,
-    **dict.fromkeys(_NEVER_IN_JSON, lambda value: False),
 }
 
 
-def _of_the_first(check: Check) -> Callable[[object, object], object]:
-    return lambda value, _: check(value)
-
-
-COMMANDS: dict[str, Callable[[object, object], object]] = {
-    name: _of_the_first(check) for name, check in _CHECKS.items()
+COMMANDS: dict[str, Command] = {
+    **{name: of_value(check) for name, check in _CHECKS.items()},
+    **named(_NEVER_IN_JSON, lambda _, __: False),
+    **named("clone cloneDeep cloneDeepWith cloneWith", lambda value, _: value),
+    **named("castArray toArray toPlainObject", gives_true),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable
 from decimal import Decimal
 
@@ -20,6 +19,7 @@ from sequencerd.core.javascript import (
     number_text,
     plus,
     property_of,
+    to_double,
     to_finite,
     to_integer,
     to_number,
@@ -27,12 +27,10 @@ from sequencerd.core.javascript import (
 )
 from sequencerd.core.lodash.collection import items_of
 from sequencerd.core.lodash.equality import shorthand
+from sequencerd.core.lodash.table import Command, of_value
 from sequencerd.core.lodash.text import base_to_string, text_of
 
-Command = Callable[[object, object], object]
-_PLAIN = frozenset((int, float))
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-_SIGN_AND_RADIX = re.compile(r"([+-]?)(0[xX])?")
 
 
 def _relational(
@@ -113,9 +111,10 @@ def parse_int(value: object, radix: object) -> float:
     given = 0.0 if is_nil(radix) else to_number(radix)
     base = int(given) if math.isfinite(given) else 0
     base = (base + 2**31) % 2**32 - 2**31  # ToInt32
-    sign, hexadecimal = _SIGN_AND_RADIX.match(text := text_of(value).strip(SPACE)).groups()  # type: ignore[union-attr]
-    text = text[len(sign) :]
-    if hexadecimal and base in (0, 16):
+    text = text_of(value).strip(SPACE)
+    is_negative = text.startswith("-")
+    text = text[1:] if text.startswith(("-", "+")) else text
+    if base in (0, 16) and text.startswith(("0x", "0X")):
         text, base = text[2:], 16
     base = base or 10
     if not 2 <= base <= 36:
@@ -123,7 +122,8 @@ def parse_int(value: object, radix: object) -> float:
     digits = text[: next((i for i, d in enumerate(text) if not _is_digit(d, base)), len(text))]
     if not digits:
         return math.nan
-    return -1.0 if sign == "-" and digits.strip("0") else 1.0 if digits.strip("0") else 0.0
+    number = to_double(int(digits[:1000], base))  # more digits are infinite anyway
+    return -number if is_negative else number
 
 
 def _is_digit(character: str, base: int) -> bool:
@@ -220,16 +220,11 @@ def sum_by(array: object, iteratee: object) -> object:
 
 def mean_by(array: object, iteratee: object) -> float:
     """_.meanBy: the sum by the length."""
-    read_check = shorthand(iteratee)
+    shorthand(iteratee)
     length = UNDEFINED if is_nil(array) else property_of(array, "length")
     if not is_truthy(length):
         return math.nan
-    del read_check
     return divided(to_number(sum_by(array, iteratee)), to_number(length))
-
-
-def _of_the_first(function: Callable[[object], object]) -> Command:
-    return lambda value, _: function(value)
 
 
 COMMANDS: dict[str, Command] = {
@@ -255,9 +250,9 @@ COMMANDS: dict[str, Command] = {
     "subtract": _arithmetic(operator.sub, 0),
     "sum": lambda array, _: sum_by(array, None),
     "sumBy": sum_by,
-    "toFinite": _of_the_first(to_finite),
-    "toInteger": _of_the_first(to_integer),
+    "toFinite": of_value(to_finite),
+    "toInteger": of_value(to_integer),
     "toLength": to_length,
-    "toNumber": _of_the_first(to_number),
+    "toNumber": of_value(to_number),
     "toSafeInteger": to_safe_integer,
 }

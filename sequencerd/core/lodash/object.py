@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from sequencerd.core.javascript import (
     UNDEFINED,
     has_property,
@@ -14,10 +12,9 @@ from sequencerd.core.javascript import (
     property_of,
     type_error,
 )
-from sequencerd.core.lodash.collection import gives_array, with_shorthand
+from sequencerd.core.lodash.collection import with_shorthand
 from sequencerd.core.lodash.equality import shorthand
-
-Command = Callable[[object, object], object]
+from sequencerd.core.lodash.table import Command, gives_true, named
 
 
 def find_key(value: object, predicate: object) -> object:
@@ -69,13 +66,13 @@ COMMANDS: dict[str, Command] = {
     "forOwnRight": for_own,
     "invertBy": map_keys,
     "mapKeys": map_keys,
-    **dict.fromkeys(("mapValues", "omitBy", "pickBy", "transform"), with_shorthand),
-    **dict.fromkeys(
+    **named("mapValues omitBy pickBy transform", with_shorthand),
+    **named(
         """
         assign assignIn assignInWith assignWith at create defaults defaultsDeep entries entriesIn
         extend extendWith functions functionsIn invert keys keysIn merge mergeWith omit pick
         toPairs toPairsIn values valuesIn
-        """.split(),
-        gives_array,
+        """,
+        gives_true,
     ),
 }

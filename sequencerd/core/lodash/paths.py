@@ -19,6 +19,7 @@ from sequencerd.core.javascript import (
     to_string,
 )
 from sequencerd.core.lodash.calls import call
+from sequencerd.core.lodash.table import Command
 
 # A text with none of these is one key, whatever else is in it.
 _DEEP = re.compile(r"\.|\[(?:[^\[\]]*|([\"'])(?:(?!\1)[^\\]|\\[^\n\r\u2028\u2029])*?\1)\]")
@@ -68,7 +69,7 @@ def cast_path(path: object, subject: object) -> list[object]:
 
 
 def compile_get(path: object) -> Callable[[object], object]:
-    """lodash's _.get for one path: "a.b", "a[0].b", "a['b c']", ["a", 0]; UNDEFINED where nothing is.
+    """lodash's _.get for one path: "a.b", "a['b c'][0]", ["a", 0]; UNDEFINED where nothing is.
 
     A key that is spelled like the whole path wins. The function never raises, whatever JSON it is
     given; `compile_get` raises EvaluationError for a path that has no text.
@@ -184,7 +185,7 @@ def property_(path: object, _: object) -> object:
     return True
 
 
-COMMANDS: dict[str, Callable[[object, object], object]] = {
+COMMANDS: dict[str, Command] = {
     "get": get,
     "has": has,
     "hasIn": has_in,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Callable
 
 from sequencerd.core.javascript import (
     MAX_DEPTH,
@@ -13,9 +11,9 @@ from sequencerd.core.javascript import (
     SPACE,
     UNDEFINED,
     has_property,
+    is_nil,
     is_number,
     is_object,
-    is_nil,
     property_of,
     to_integer,
     to_string,
@@ -23,9 +21,8 @@ from sequencerd.core.javascript import (
     type_error,
     units,
 )
-from sequencerd.core.lodash.paths import to_path
-
-Command = Callable[[object, object], object]
+from sequencerd.core.lodash.paths import to_key, to_path
+from sequencerd.core.lodash.table import Command, named, of_value
 
 _JOINER = "\u200d"
 _VARIANTS = "\ufe0e\ufe0f"
@@ -62,7 +59,10 @@ def ends_with(value: object, target: object) -> bool:
 
 
 def symbols(text: str) -> list[str]:
-    """The characters that lodash counts: combining marks and joined emoji belong to the one before."""
+    """The characters that lodash counts: a combining mark belongs to the one before it.
+
+    So does what a zero width joiner joins, such as the parts of an emoji.
+    """
     found: list[str] = []
     for character in text:
         if found and (_combines(character) or found[-1].endswith(_JOINER) or character == _JOINER):
@@ -106,7 +106,7 @@ def _is_mark(letter: str) -> bool:
 
 
 def without_marks(value: object, _: object) -> str:
-    """_.deburr: without combining marks. Accents that are part of a letter stay: only truth counts."""
+    """_.deburr: without combining marks; letters with an accent stay, as a text they are true."""
     return "".join(letter for letter in text_of(value) if not _is_mark(letter))
 
 
@@ -186,11 +186,6 @@ def truncate(value: object, options: object) -> str:
     return kept + omission
 
 
-def first_argument(value: object, _: object) -> str:
-    """_.escape, _.toUpper, _.replace and the like: true if there is any text."""
-    return text_of(value)
-
-
 def texts(value: object, separator: object) -> object:
     """_.split, _.words: an array."""
     text_of(value)
@@ -201,9 +196,7 @@ def texts(value: object, separator: object) -> object:
 
 def to_path_(value: object, _: object) -> object:
     """_.toPath: an array of keys."""
-    return (
-        [to_string(part) for part in value] if isinstance(value, list) else to_path(text_of(value))
-    )
+    return [to_key(part) for part in value] if isinstance(value, list) else to_path(text_of(value))
 
 
 COMMANDS: dict[str, Command] = {
@@ -221,14 +214,12 @@ COMMANDS: dict[str, Command] = {
     "trimStart": trim_start,
     "truncate": truncate,
     "words": texts,
-    **dict.fromkeys(
-        ("camelCase", "kebabCase", "lowerCase", "snakeCase", "startCase", "upperCase"), has_words
-    ),
-    **dict.fromkeys(
+    **named("camelCase kebabCase lowerCase snakeCase startCase upperCase", has_words),
+    **named(
         """
         capitalize escape escapeRegExp lowerFirst replace toLower toString toUpper unescape
         upperFirst
-        """.split(),
-        first_argument,
+        """,
+        of_value(text_of),  # whose truth stays when letters are changed
     ),
 }

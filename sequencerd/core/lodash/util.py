@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from sequencerd.core.inherited import Function
 from sequencerd.core.javascript import (
     MAX_ARRAY_LENGTH,
@@ -12,15 +10,13 @@ from sequencerd.core.javascript import (
     is_nil,
     property_of,
     to_finite,
-    to_string,
     type_error,
 )
-from sequencerd.core.lodash.collection import gives_array, items_of
+from sequencerd.core.lodash.collection import items_of
 from sequencerd.core.lodash.equality import shorthand
 from sequencerd.core.lodash.paths import to_key
+from sequencerd.core.lodash.table import Command, gives_true, named
 from sequencerd.core.lodash.text import text_of
-
-Command = Callable[[object, object], object]
 
 
 def identity(value: object, _: object) -> object:
@@ -79,11 +75,6 @@ def unique_id(prefix: object, _: object) -> object:
     return True
 
 
-def method(path: object, _: object) -> object:
-    """_.method, _.propertyOf and the like make a function, so true."""
-    return True
-
-
 COMMANDS: dict[str, Command] = {
     "bindAll": bind_all,
     "cond": cond,
@@ -91,21 +82,21 @@ COMMANDS: dict[str, Command] = {
     "flow": flow,
     "flowRight": flow,
     "identity": identity,
-    "noop": lambda value, other: UNDEFINED,
+    "noop": lambda _, __: UNDEFINED,
     "range": range_,
     "rangeRight": range_,
-    "stubArray": gives_array,
-    "stubFalse": lambda value, other: False,
-    "stubObject": gives_array,
-    "stubString": lambda value, other: "",
-    "stubTrue": gives_array,
+    "stubArray": gives_true,
+    "stubFalse": lambda _, __: False,
+    "stubObject": gives_true,
+    "stubString": lambda _, __: "",
+    "stubTrue": gives_true,
     "times": times,
     "uniqueId": unique_id,
-    **dict.fromkeys(
+    **named(
         """
         attempt bindKey chain conforms constant method methodOf now nthArg over overArgs
         overEvery overSome propertyOf wrap
-        """.split(),
-        method,
+        """,
+        gives_true,
     ),
 }
