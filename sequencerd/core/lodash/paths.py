@@ -104,12 +104,12 @@ def get(value: object, path: object) -> object:
     return compile_get(path)(value)
 
 
-def has(value: object, path: object) -> object:
+def has(value: object, path: object) -> bool:
     """_.has: whether the path leads along own properties."""
     return _has_path(value, path, has_own)
 
 
-def has_in(value: object, path: object) -> object:
+def has_in(value: object, path: object) -> bool:
     """_.hasIn: whether the path leads along properties, own or inherited."""
     return _has_path(value, path, has_property)
 
