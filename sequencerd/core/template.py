@@ -21,6 +21,7 @@ from dotpromptz_handlebars import Block, Mustache, Node, PartialBlock, TagToken,
 # The package makes blocks from tags that are split already in this function only.
 from dotpromptz_handlebars._render import _parse as parse_blocks
 
+from sequencerd.core.javascript import is_truthy, number_text
 from sequencerd.core.model import DefinitionError, EvaluationError
 from sequencerd.core.template_helpers import HELPERS, check_option
 from sequencerd.core.template_render import (
@@ -43,7 +44,6 @@ from sequencerd.core.template_render import (
     write_value,
 )
 from sequencerd.core.template_tags import Part, split
-from sequencerd.core.template_values import is_truthy, number_text
 
 MAX_SOURCE = 256 * 1024  # characters
 MAX_TAGS = 5_000

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from sequencerd.core import dates
+from sequencerd.core.javascript import is_truthy
 from sequencerd.core.model import DefinitionError, EvaluationError
 from sequencerd.core.template_dates import DEFAULT, compile_format
-from sequencerd.core.template_values import Spend, is_empty, is_truthy, own_property, text
+from sequencerd.core.template_values import Spend, is_empty, own_property, text
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from sequencerd.core.javascript import is_truthy
 from sequencerd.core.model import EvaluationError
 from sequencerd.core.template_helpers import Helper, Request
-from sequencerd.core.template_values import entries, is_empty, is_truthy, own_property
+from sequencerd.core.template_values import entries, is_empty, own_property
 from sequencerd.core.template_values import text as text_of
 
 MAX_WORK = 1024 * 1024  # one per character written and value read, ten per tag and repetition

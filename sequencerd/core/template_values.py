@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from decimal import Decimal
 
+from sequencerd.core.javascript import in_key_order, number_text
 from sequencerd.core.model import EvaluationError
 
 MAX_NESTED_ARRAYS = 100  # arrays within arrays, when printed
@@ -47,21 +47,12 @@ def _text_property(text: str, name: str, spend: Spend) -> object:
 def entries(value: dict[str, object], spend: Spend) -> list[tuple[str, object]]:
     """The pairs of an object in JavaScript's order: array indexes ascending, then as inserted."""
     spend(len(value))
-    indexes = sorted((key for key in value if _INDEX.fullmatch(key)), key=int)
-    if not indexes:
-        return list(value.items())
-    rest = [key for key in value if not _INDEX.fullmatch(key)]
-    return [(key, value[key]) for key in indexes + rest]
+    return [(key, value[key]) for key in in_key_order(value)]
 
 
 def is_empty(value: object) -> bool:
     """handlebars' isEmpty: missing, null, false, "" and []; 0 and {} are not empty."""
     return value is None or value is False or value in ("", [])
-
-
-def is_truthy(value: object) -> bool:
-    """JavaScript's truthiness: arrays and objects are true, empty or not."""
-    return isinstance(value, dict | list) or bool(value)
 
 
 def text(value: object, spend: Spend, depth: int = 0) -> str:
@@ -91,23 +82,3 @@ def text(value: object, spend: Spend, depth: int = 0) -> str:
             raise EvaluationError("bad_data", "an object with the key toString can't be printed")
         case _:
             raise EvaluationError("bad_data", f"a {type(value).__name__} is not a JSON value")
-
-
-def number_text(number: float) -> str:
-    """JavaScript's Number::toString, in base ten (ECMAScript 2024, 6.1.6.1.20)."""
-    if isinstance(number, int) and abs(number) <= 2**53:
-        return str(number)
-    try:
-        rounded = float(number)
-    except OverflowError:
-        return "Infinity" if number > 0 else "-Infinity"
-    shortest = Decimal(repr(rounded))
-    if not shortest.is_finite():
-        return str(shortest)  # Infinity, -Infinity, NaN: JavaScript's own words
-    if rounded == 0:
-        return "0"
-    if 1e-6 <= abs(rounded) < 1e21:
-        fixed = f"{shortest:f}"
-        return fixed.rstrip("0").rstrip(".") if "." in fixed else fixed
-    mantissa, exponent = repr(rounded).split("e")
-    return f"{mantissa}e{exponent[0]}{exponent[1:].lstrip('0')}"

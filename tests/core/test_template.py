@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sequencerd.core.javascript import number_text
 from sequencerd.core.model import DefinitionError, EvaluationError
 from sequencerd.core.template import MAX_SOURCE, MAX_TAGS, compile_template, paths
 from sequencerd.core.template_dates import compile_format
-from sequencerd.core.template_values import number_text
 
 CONTEXT: dict[str, object] = {
     "name": "Ada & Co",
