@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import tracemalloc
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from sequencerd.core.model import DefinitionError, EvaluationError
-from sequencerd.core.predicate import UNDEFINED, Operand, compile_predicate, get
+from sequencerd.core.predicate import COMMANDS, UNDEFINED, Operand, compile_predicate, get
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -86,16 +89,88 @@ def test_an_unknown_command_is_rejected_with_the_nearest() -> None:
         compile_predicate("isEqualTo", raw(1), raw(1))
 
 
-def test_a_path_that_is_no_text_is_rejected() -> None:
-    with pytest.raises(ValidationError, match="needs a path"):
-        Operand(type="get", value=3)
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [(["a", 1, "b"], "deep"), (3, "three"), (None, "nothing"), ([], UNDEFINED), (-0.0, "minus")],
+)
+def test_a_path_is_a_list_of_keys_or_any_key(path: object, found: object) -> None:
+    subject = {"a": [0, {"b": "deep"}], "3": "three", "null": "nothing", "-0": "minus", "0": "plus"}
+    assert get(subject, path) == found
+
+
+def test_a_path_that_has_no_text_is_rejected() -> None:
+    with pytest.raises(DefinitionError, match="no path"):
+        compile_predicate("isNil", Operand(type="get", value={"toString": 1}), None)
+
+
+def test_inherited_names_are_read_as_in_javascript() -> None:
+    for path in ("constructor", "toString", "list.map", "text.trim"):
+        found = compile_predicate("isFunction", Operand(type="get", value=path), None)
+        assert found({"list": [], "text": ""}) is True
+    assert (
+        compile_predicate("has", Operand(type="get", value="list"), raw("map"))({"list": []})
+        is False
+    )
+    assert (
+        compile_predicate("hasIn", Operand(type="get", value="list"), raw("map"))({"list": []})
+        is True
+    )
+
+
+@given(st.sampled_from(sorted(COMMANDS)), json_values, json_values | st.text("ab.[]01"))
+def test_every_command_answers_or_says_why_not(command: str, value: object, other: object) -> None:
+    subject = {"value": value, "other": other}
+    before = copy.deepcopy(subject)
+    predicate = compile_predicate(
+        command, Operand(type="get", value="value"), Operand(type="get", value="other")
+    )
+    with suppress(EvaluationError):
+        assert predicate(subject) in (True, False)
+    assert repr(subject) == repr(before)  # NaN differs from itself
+
+
+@pytest.mark.parametrize(
+    ("command", "value", "other"),
+    [
+        ("repeat", "a", 1e9),
+        ("padStart", "a", 1e9),
+        ("range", 0, 1e15),
+        ("times", 1e15, None),
+        ("chunk", [1], 1e-300),
+        ("fill", {"length": 2**40}, 1),
+        ("toArray", {"length": 2**40}, None),
+        ("every", {"length": 2**40}, None),
+    ],
+)
+def test_no_command_takes_long_or_much(command: str, value: object, other: object) -> None:
+    tracemalloc.start()
+    with suppress(EvaluationError):
+        compile_predicate(command, raw(value), raw(other))({})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50_000_000
+
+
+@pytest.mark.parametrize("command", ["debounce", "template", "sample", "mixin"])
+def test_what_is_left_out_is_told_with_the_reason(command: str) -> None:
+    with pytest.raises(DefinitionError, match="left out, since"):
+        compile_predicate(command, raw(1), raw(1))
+
+
+@pytest.mark.parametrize(
+    ("command", "value", "other"),
+    [("repeat", "a", 1e9), ("bindAll", {"a": 1}, ["a"]), ("toNumber", {"toString": 1}, None)],
+)
+def test_where_lodash_throws_the_reason_is_told(command: str, value: object, other: object) -> None:
+    with pytest.raises(EvaluationError):
+        compile_predicate(command, raw(value), raw(other))({})
 
 
 def test_data_nested_too_deep_is_told() -> None:
-    deep: list[object] = []
+    deep, other = list[object](), list[object]()
     for _ in range(5000):
-        deep = [deep]
+        deep, other = [deep], [other]
     with pytest.raises(EvaluationError, match="deep"):
-        compile_predicate("isEqual", raw(deep), raw(deep))({})
+        compile_predicate("isEqual", raw(deep), raw(other))({})
     with pytest.raises(EvaluationError, match="deep"):
         compile_predicate("gt", raw(deep), raw(1))({})
