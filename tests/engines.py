@@ -131,7 +131,7 @@ async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
 
 
 async def until(
-    connection: asyncpg.Connection, query: str, *parameters: object, seconds: float = 20
+    connection: asyncpg.Connection, query: str, *parameters: object, seconds: float = 60
 ) -> None:
     """Waits until a query answers true; on time-out fails with what there is instead."""
     try:

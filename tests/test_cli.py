@@ -118,7 +118,7 @@ def test_a_second_time_is_refused(applied: Command) -> None:
 async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
     applied("enroll", "s", "ada")
     tail = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sequencerd", "tail", "--sequence", "s", "--json",
+        sys.executable, "-m", "sequencerd", "tail", "--sequence", "s", "--since", "60", "--json",
         env=applied.variables, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     run = await asyncio.create_subprocess_exec(
@@ -126,7 +126,7 @@ async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
     )
     assert tail.stdout is not None
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             event = json.loads(await tail.stdout.readline())
     finally:
         run.terminate()

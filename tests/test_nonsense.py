@@ -16,7 +16,7 @@ NOBODY = "no such thing"
 LONG = "x" * 100_000
 DEEP = '{"a":' * 5000 + "1" + "}" * 5000
 
-VALUES = {
+VALUES: dict[str, list[object]] = {
     "text": ["", " ", NOBODY, LONG, "a\nb\x1b[31m", "'; DROP TABLE x; --", "\u202e", None],
     "text[]": [[], [NOBODY], [""], [LONG], None],
     "jsonb": ["null", "[]", '"x"', "1", "{}", '{"a": 1}', DEEP, '{"amount": "x"}', None],
