@@ -215,7 +215,7 @@ async def test_asleep_it_asks_nothing_but_the_probe(
     )
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
-        " SELECT 's', 'u' || n, now() + interval '5 days' FROM generate_series(1, 10000) AS n"
+        " SELECT 's', 'u' || n, now() + interval '5 days' FROM generate_series(1, 100000) AS n"
     )
     last = (
         "SELECT application_name, max(state_change), max(query) FROM pg_stat_activity"
