@@ -174,3 +174,46 @@ def test_data_nested_too_deep_is_told() -> None:
         compile_predicate("isEqual", raw(deep), raw(other))({})
     with pytest.raises(EvaluationError, match="deep"):
         compile_predicate("gt", raw(deep), raw(1))({})
+
+
+def test_a_long_path_is_not_followed_from_many_items() -> None:
+    ask = compile_predicate("invokeMap", raw("x" * 2_000), raw("a." * 2_000))
+    with pytest.raises(EvaluationError, match="steps"):
+        ask({})
+
+
+@pytest.mark.parametrize(
+    ("command", "value", "other", "answer"),
+    [
+        ("floor", 1e308, 1, False),  # ten times that is infinite, and so NaN
+        ("lastIndexOf", {"length": "x"}, 1, False),  # NaN
+        ("invertBy", {"a": {"toString": 1}}, None, True),
+        ("result", "abc", "charAt", True),
+        ("result", {}, "hasOwnProperty", False),
+        ("set", [1], "length[0]", True),
+    ],
+)
+def test_rarer_commands(command: str, value: object, other: object, answer: bool) -> None:
+    assert compile_predicate(command, raw(value), raw(other))({}) is answer
+
+
+@pytest.mark.parametrize(
+    ("command", "value", "other"),
+    [
+        ("set", [1], "length"),  # to undefined
+        ("take", [1], {"toString": 1}),  # no number
+        ("pick", {"a": 1}, [{"toString": 1}]),  # no path
+        ("unzipWith", [[1]], 1),  # no function
+    ],
+)
+def test_rarer_commands_that_throw(command: str, value: object, other: object) -> None:
+    with pytest.raises(EvaluationError):
+        compile_predicate(command, raw(value), raw(other))({})
+
+
+def test_an_object_of_javascript_s_own_is_plain_only_if_all_inherit_from_it() -> None:
+    def is_plain(path: str) -> bool:
+        return compile_predicate("isPlainObject", Operand(type="get", value=path), None)({"a": []})
+
+    assert is_plain("constructor.prototype") is True
+    assert is_plain("a.__proto__") is False

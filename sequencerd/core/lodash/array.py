@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from sequencerd.core.javascript import (
     UNDEFINED,
+    is_array_like,
     is_nan,
     is_nil,
     is_number,
@@ -59,8 +61,11 @@ def index_of(array: object, value: object) -> int:
     return _first_index(items_of(array), lambda item: same_value_zero(item, value))
 
 
-def last_index_of(array: object, value: object) -> int:
-    """_.lastIndexOf: as indexOf, from the end."""
+def last_index_of(array: object, value: object) -> float:
+    """_.lastIndexOf: as indexOf, from the end; NaN, which is false, if the length is no number."""
+    length = _length(array)
+    if is_truthy(length) and math.isnan(to_number(length)):
+        return math.nan
     return _last_index(items_of(array), lambda item: same_value_zero(item, value))
 
 
@@ -185,6 +190,30 @@ def pull_at(array: object, indexes: object) -> object:
     return True
 
 
+def sized(array: object, count: object) -> object:
+    """_.take, _.drop and the like: an array."""
+    if is_truthy(_length(array)):
+        to_integer(count)
+    return True
+
+
+def unzip_with(array: object, iteratee: object) -> object:
+    """_.unzipWith asks a function, which data can't hold, of each group there is."""
+    groups = items_of(array) if not is_nil(iteratee) else []
+    if any(
+        not isinstance(group, str) and is_array_like(group) and is_truthy(_length(group))
+        for group in groups
+    ):
+        raise type_error("unzipWith needs a function, which data can't hold")
+    return True
+
+
+def chunk(_array: object, size: object) -> object:
+    """_.chunk: an array."""
+    to_integer(size)
+    return True
+
+
 def from_pairs(pairs: object, _: object) -> object:
     """_.fromPairs: an object of [key, value]."""
     for pair in items_of(pairs):
@@ -195,6 +224,7 @@ def from_pairs(pairs: object, _: object) -> object:
 
 
 COMMANDS: dict[str, Command] = {
+    "chunk": chunk,
     "findIndex": find_index,
     "findLastIndex": find_last_index,
     "first": head,
@@ -218,14 +248,16 @@ COMMANDS: dict[str, Command] = {
     "sortedLastIndex": sorted_last_index,
     "sortedLastIndexBy": sorted_last_index,
     "sortedLastIndexOf": sorted_last_index_of,
+    "unzipWith": unzip_with,
+    **named("drop dropRight flattenDepth take takeRight", sized),
     **named(
         "dropRightWhile dropWhile takeRightWhile takeWhile uniqBy sortedUniqBy", with_shorthand
     ),
     **named(
         """
-        chunk compact concat difference differenceBy differenceWith drop dropRight fill flatten
-        flattenDeep flattenDepth initial intersection intersectionBy intersectionWith slice
-        sortedUniq tail take takeRight union unionBy unionWith uniq uniqWith unzip unzipWith
+        compact concat difference differenceBy differenceWith fill flatten
+        flattenDeep initial intersection intersectionBy intersectionWith slice
+        sortedUniq tail union unionBy unionWith uniq uniqWith unzip
         without xor xorBy xorWith zip zipObject zipObjectDeep zipWith
         """,
         gives_true,

@@ -8,45 +8,102 @@ from sequencerd.core.inherited import PROTOTYPES, Function
 from sequencerd.core.javascript import (
     SPACE,
     UNDEFINED,
-    is_number,
-    number_text,
+    has_own,
     property_of,
-    to_double,
+    strict_equals,
     to_string,
     type_error,
 )
 
-# Without arguments. Functions of the same name differ by the prototype that has them.
-_METHODS: dict[tuple[str, str], Callable[[object], object]] = {
-    ("Object", "toString"): lambda _: "[object Object]",
-    ("Object", "valueOf"): lambda owner: owner,
-    ("Array", "concat"): lambda owner: owner,
-    ("Array", "keys"): lambda _: [],
-    ("Array", "entries"): lambda _: [],
-    ("Array", "values"): lambda _: [],
-    ("Array", "slice"): lambda owner: owner,
-    ("Array", "reverse"): lambda owner: owner,
-    ("Array", "flat"): lambda owner: owner,
-    ("Array", "join"): to_string,
-    ("Array", "toString"): to_string,
-    ("Array", "pop"): lambda owner: owner[-1] if isinstance(owner, list) and owner else UNDEFINED,
-    ("Array", "shift"): lambda owner: owner[0] if isinstance(owner, list) and owner else UNDEFINED,
-    ("String", "toString"): lambda owner: owner,
-    ("String", "valueOf"): lambda owner: owner,
-    ("String", "trim"): lambda owner: to_string(owner).strip(SPACE),
-    ("String", "trimStart"): lambda owner: to_string(owner).lstrip(SPACE),
-    ("String", "trimEnd"): lambda owner: to_string(owner).rstrip(SPACE),
-    ("String", "toUpperCase"): lambda owner: to_string(owner).upper(),
-    ("String", "toLowerCase"): lambda owner: to_string(owner).lower(),
-    ("Number", "toString"): to_string,
-    ("Number", "valueOf"): lambda owner: owner,
-    ("Number", "toFixed"): lambda owner: number_text(to_double(owner) if is_number(owner) else 0),
-    ("Boolean", "toString"): to_string,
-    ("Boolean", "valueOf"): lambda owner: owner,
+Method = Callable[[object], object]
+"""A call without arguments: of the owner makes the result, which need be as true only."""
+
+
+def _same(owner: object) -> object:
+    return owner
+
+
+def _has_undefined(owner: object) -> bool:
+    return has_own(owner, "undefined")
+
+
+def _first(owner: object) -> object:
+    return property_of(owner, "0")
+
+
+def _last(owner: object) -> object:
+    return owner[-1] if isinstance(owner, list) and owner else UNDEFINED
+
+
+# Functions of the same name differ by the prototype that has them.
+_METHODS: dict[str, dict[str, Method]] = {
+    "Object": {
+        "hasOwnProperty": _has_undefined,
+        "isPrototypeOf": lambda _: False,
+        "propertyIsEnumerable": _has_undefined,
+        "toLocaleString": to_string,
+        "toString": lambda _: "[object Object]",
+        "valueOf": _same,
+    },
+    "Array": {
+        "at": _first,
+        "includes": lambda owner: (
+            isinstance(owner, list) and any(item is UNDEFINED for item in owner)
+        ),
+        "join": to_string,
+        "pop": _last,
+        "push": lambda owner: property_of(owner, "length"),
+        "shift": _first,
+        "toLocaleString": to_string,
+        "toString": to_string,
+        "unshift": lambda owner: property_of(owner, "length"),
+    },
+    "String": {
+        "at": _first,
+        "charAt": _first,
+        "charCodeAt": lambda owner: not strict_equals(_first(owner), "\0") and bool(owner),
+        "codePointAt": lambda owner: not strict_equals(_first(owner), "\0") and bool(owner),
+        "concat": _same,
+        "endsWith": lambda owner: to_string(owner).endswith("undefined"),
+        "includes": lambda owner: "undefined" in to_string(owner),
+        "normalize": _same,
+        "padEnd": _same,
+        "padStart": _same,
+        "repeat": lambda _: "",
+        "replace": _same,
+        "replaceAll": _same,
+        "slice": _same,
+        "startsWith": lambda owner: to_string(owner).startswith("undefined"),
+        "substr": _same,
+        "substring": _same,
+        "toLocaleLowerCase": _same,
+        "toLocaleUpperCase": _same,
+        "toLowerCase": _same,
+        "toString": _same,
+        "toUpperCase": _same,
+        "trim": lambda owner: to_string(owner).strip(SPACE),
+        "trimEnd": lambda owner: to_string(owner).rstrip(SPACE),
+        "trimStart": lambda owner: to_string(owner).lstrip(SPACE),
+        "valueOf": _same,
+    },
+    "Number": {"toFixed": to_string, "toString": to_string, "valueOf": _same},
+    "Boolean": {"toString": to_string, "valueOf": _same},
 }
+_TRUE_FOR_ARRAYS = """
+    concat copyWithin entries fill flat indexOf keys lastIndexOf reverse slice sort splice
+    toReversed toSorted toSpliced values
+"""
+_TRUE_FOR_TEXTS = """
+    anchor big blink bold fixed fontcolor fontsize italics link match matchAll small split strike
+    sub sup
+"""
+_METHODS["Array"].update(dict.fromkeys(_TRUE_FOR_ARRAYS.split(), lambda _: True))
+_METHODS["String"].update(dict.fromkeys(_TRUE_FOR_TEXTS.split(), lambda _: True))
 
 _CALLS = {
-    id(PROTOTYPES[owner].properties[name]): method for (owner, name), method in _METHODS.items()
+    id(PROTOTYPES[owner].properties[name]): method
+    for owner, methods in _METHODS.items()
+    for name, method in methods.items()
 }
 _CONSTRUCTED: dict[str, object] = {
     "Object": {},

@@ -7,6 +7,7 @@ import math
 from sequencerd.core.javascript import (
     MAX_STEPS,
     UNDEFINED,
+    Steps,
     is_array_like,
     is_nil,
     is_truthy,
@@ -20,7 +21,7 @@ from sequencerd.core.javascript import (
     units,
 )
 from sequencerd.core.lodash.equality import shorthand
-from sequencerd.core.lodash.paths import invoke
+from sequencerd.core.lodash.paths import compile_cast, invoke
 from sequencerd.core.lodash.table import Command, gives_true, named
 
 Pair = tuple[str, object]
@@ -136,8 +137,11 @@ def _keyed(collection: object, iteratee: object) -> object:
 
 def invoke_map(collection: object, path: object) -> object:
     """_.invokeMap: an array of what is called at the path of each item."""
+    cast, steps = compile_cast(path), Steps()
     for item in values_of(collection):
-        invoke(item, path)
+        parts = cast(item)
+        steps.spend(1 + len(parts))
+        invoke(item, parts)
     return True
 
 

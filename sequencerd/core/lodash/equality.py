@@ -20,7 +20,7 @@ from sequencerd.core.javascript import (
     too_deep,
     type_error,
 )
-from sequencerd.core.lodash.paths import compile_get, has_in, is_key, to_key
+from sequencerd.core.lodash.paths import compile_cast, compile_get, has_in, is_key, to_key
 from sequencerd.core.lodash.table import Command, gives_true
 
 
@@ -132,12 +132,12 @@ def matches_property(path: object, wanted: object) -> Callable[[object], bool]:
     """_.matchesProperty: whether the property at the path equals or matches the value."""
     if is_key(path) and not is_object(wanted):
         return _has_value(to_key(path), wanted)
-    read, steps = compile_get(path), Steps()
+    read, cast, steps = compile_get(path), compile_cast(path), Steps()
 
     def matching(item: object) -> bool:
         found = read(item)
         if found is UNDEFINED and wanted is UNDEFINED:
-            return has_in(item, path)
+            return has_in(item, cast(item))
         return _equal(wanted, found, True, 0, steps)
 
     return matching

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from sequencerd.core.inherited import Function
+from sequencerd.core.inherited import Function, Prototype
 from sequencerd.core.javascript import (
     UNDEFINED,
     is_array_like,
@@ -40,6 +40,11 @@ def is_empty(value: object) -> bool:
     return not (isinstance(value, str | list | dict) and value)
 
 
+def is_plain_object(value: object) -> bool:
+    """_.isPlainObject: any object of data; of JavaScript's own only what all inherit from."""
+    return isinstance(value, dict) and not (isinstance(value, Prototype) and value.name != "Object")
+
+
 def _is_object_like(value: object) -> bool:
     return isinstance(value, dict | list)
 
@@ -61,7 +66,7 @@ _CHECKS: dict[str, Callable[[object], object]] = {
     "isNumber": is_number,
     "isObject": is_object,
     "isObjectLike": _is_object_like,
-    "isPlainObject": lambda value: isinstance(value, dict),
+    "isPlainObject": is_plain_object,
     "isSafeInteger": is_safe_integer,
     "isString": lambda value: isinstance(value, str),
     "isUndefined": lambda value: value is UNDEFINED,

@@ -60,10 +60,10 @@ def in_range(value: object, bound: object) -> bool:
 
 def clamp(value: object, upper: object) -> float:
     """_.clamp with one bound: at most that; a bound that is no number is 0."""
+    bound = math.inf if upper is UNDEFINED else to_number(upper)
     number = to_number(value)
-    if upper is UNDEFINED or math.isnan(number):
+    if math.isnan(number):
         return number
-    bound = to_number(upper)
     return min(number, 0.0 if math.isnan(bound) else bound)
 
 
@@ -135,7 +135,7 @@ def _rounded(operate: Callable[[float], float]) -> Command:
 
     def rounded(value: object, precision: object) -> float:
         number = to_number(value)
-        places = 0 if is_nil(precision) else int(min(to_integer(precision), 292))
+        places = 0 if is_nil(precision) else int(max(min(to_integer(precision), 292), -1000))
         if not math.isfinite(number):
             return number
         if not places:
@@ -146,11 +146,9 @@ def _rounded(operate: Callable[[float], float]) -> Command:
 
 
 def _shifted(number: float, places: int) -> float:
-    """A number times ten to the places, by its decimal text: exact."""
-    if not math.isfinite(number) or abs(places) > 1000:
-        return (
-            number if not math.isfinite(number) or not number else math.inf if places > 0 else 0.0
-        )
+    """A number times ten to the places, by its decimal text as lodash does it: infinity is NaN."""
+    if not math.isfinite(number):
+        return math.nan
     return float(Decimal(number_text(number)).scaleb(places))
 
 

@@ -14,6 +14,7 @@ from sequencerd.core.javascript import (
 )
 from sequencerd.core.lodash.collection import with_shorthand
 from sequencerd.core.lodash.equality import shorthand
+from sequencerd.core.lodash.paths import compile_get
 from sequencerd.core.lodash.table import Command, gives_true, named
 
 
@@ -48,8 +49,25 @@ def conforms_to(value: object, source: object) -> object:
     raise type_error("conformsTo needs functions, which data can't hold")
 
 
+def with_paths(value: object, paths: object) -> object:
+    """_.at, _.pick, _.omit: an array or an object, by one path or a list of them."""
+    if not is_nil(value):
+        for path in paths if isinstance(paths, list) else [paths]:
+            compile_get(path)
+    return True
+
+
+def invert_by(value: object, iteratee: object) -> object:
+    """_.invertBy: as mapKeys, but a value without a text of its own is taken for a plain object."""
+    key = shorthand(iteratee)
+    for item in (property_of(value, name) for name in keys_of(value)):
+        has_text = not isinstance(item, dict) or "toString" not in item
+        property_key(key(item if has_text else "[object Object]"))
+    return True
+
+
 def map_keys(value: object, iteratee: object) -> object:
-    """_.mapKeys, _.invertBy: an object by the text of what the shorthand gives."""
+    """_.mapKeys: an object by the text of what the shorthand gives."""
     key = shorthand(iteratee)
     for name in keys_of(value):
         property_key(key(property_of(value, name)))
@@ -64,13 +82,14 @@ COMMANDS: dict[str, Command] = {
     "forInRight": for_own,
     "forOwn": for_own,
     "forOwnRight": for_own,
-    "invertBy": map_keys,
+    "invertBy": invert_by,
     "mapKeys": map_keys,
+    **named("at omit pick", with_paths),
     **named("mapValues omitBy pickBy transform", with_shorthand),
     **named(
         """
-        assign assignIn assignInWith assignWith at create defaults defaultsDeep entries entriesIn
-        extend extendWith functions functionsIn invert keys keysIn merge mergeWith omit pick
+        assign assignIn assignInWith assignWith create defaults defaultsDeep entries entriesIn
+        extend extendWith functions functionsIn invert keys keysIn merge mergeWith
         toPairs toPairsIn values valuesIn
         """,
         gives_true,

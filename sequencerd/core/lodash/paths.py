@@ -9,14 +9,17 @@ from collections.abc import Callable
 from sequencerd.core.inherited import Function
 from sequencerd.core.javascript import (
     INDEX,
+    MAX_ARRAY_LENGTH,
     UNDEFINED,
     has_own,
     has_property,
     is_nil,
     is_number,
+    is_object,
     property_of,
     to_number,
     to_string,
+    type_error,
 )
 from sequencerd.core.lodash.calls import call
 from sequencerd.core.lodash.table import Command
@@ -59,13 +62,23 @@ def is_key(path: object) -> bool:
     return _DEEP.search(to_string(path)) is None
 
 
-def cast_path(path: object, subject: object) -> list[object]:
-    """The keys to follow from a subject: the whole text is one, if the subject has such a key."""
+def compile_cast(path: object) -> Callable[[object], list[object]]:
+    """The keys to follow from a subject: the whole text is one, if the subject has such a key.
+
+    The text is split once, however many subjects are asked.
+    """
     if isinstance(path, list):
-        return path
-    if is_key(path) or has_property(subject, to_string(path)):
-        return [path]
-    return list[object](to_path(to_string(path)))
+        return lambda _: path
+    if is_key(path):
+        return lambda _: [path]
+    whole = to_string(path)
+    parts = list[object](to_path(whole))
+    return lambda subject: [whole] if has_property(subject, whole) else parts
+
+
+def cast_path(path: object, subject: object) -> list[object]:
+    """`compile_cast` for a path that is used once."""
+    return compile_cast(path)(subject)
 
 
 def compile_get(path: object) -> Callable[[object], object]:
@@ -174,9 +187,30 @@ def unset(value: object, path: object) -> object:
 
 def set_(value: object, path: object) -> object:
     """_.set: the object that would be changed; the data stays as it is."""
-    for part in cast_path(path, value) if isinstance(value, dict | list) else ():
-        to_key(part)
+    _check_change(value, path, may_end_at_length=False)
     return value
+
+
+def update(value: object, path: object) -> object:
+    """_.update: the same, after a look at what is there."""
+    if not is_nil(value):
+        get(value, path)
+        _check_change(value, path, may_end_at_length=True)
+    return value
+
+
+def _check_change(value: object, path: object, *, may_end_at_length: bool) -> None:
+    """What would be set is undefined or what is there already: the length of an array can't be."""
+    parts = cast_path(path, value) if is_object(value) else []
+    for place, part in enumerate(parts):
+        key = to_key(part)
+        if not is_object(value) or key in ("__proto__", "constructor", "prototype"):
+            return
+        is_last = place == len(parts) - 1
+        is_allowed = may_end_at_length if is_last else is_index(parts[place + 1], MAX_ARRAY_LENGTH)
+        if isinstance(value, list) and key == "length" and not is_allowed:
+            raise type_error("the length of an array can't be set to that")
+        value = property_of(value, key)
 
 
 def property_(path: object, _: object) -> object:
@@ -195,6 +229,6 @@ COMMANDS: dict[str, Command] = {
     "set": set_,
     "setWith": set_,
     "unset": unset,
-    "update": set_,
-    "updateWith": set_,
+    "update": update,
+    "updateWith": update,
 }
