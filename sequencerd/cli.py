@@ -89,8 +89,7 @@ def _database(settings: Settings) -> Iterator[str]:
 
 
 async def _run_daemon(_: argparse.Namespace, settings: Settings, url: str) -> int:
-    runners = daemon.make_runners(settings)
-    await daemon.run(url, settings, runners, make_log(settings.log))
+    await daemon.run(url, settings, make_log(settings.log))
     return 0
 
 

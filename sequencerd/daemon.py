@@ -19,15 +19,15 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd import migrate, store
 from sequencerd.clock import Clock
 from sequencerd.core.model import DefinitionError, Failed, Result, Task
-from sequencerd.definitions import Runners
-from sequencerd.engine import Engine
+from sequencerd.engine import PASSING_ERRORS, Engine
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.listener import listen
-from sequencerd.runners import Runner
+from sequencerd.runners import NotNow, Runner
 from sequencerd.runners.email import EmailRunner
 from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.python import load
 from sequencerd.runners.sms import HttpSmsRunner, TwilioRunner
+from sequencerd.runners.suppressions import Key, Suppressions
 from sequencerd.settings import Settings, Sms
 from sequencerd.systemd import notify
 
@@ -35,8 +35,11 @@ CONNECT_TIMEOUT = 10.0  # seconds
 CLOSE_TIMEOUT = 5.0
 
 
-def make_runners(settings: Settings) -> dict[str, Runner]:
-    """Every runner that is installed or set up, by the type of its steps. Raises SettingsError."""
+def make_runners(settings: Settings, suppressions: Suppressions | None = None) -> dict[str, Runner]:
+    """Every runner that is installed or set up, by the type of its steps. Raises SettingsError.
+
+    Messages are sent to nobody whom `suppressions` names; without it, definitions can be read.
+    """
     email = settings.email
     try:
         runners: dict[str, Runner] = {
@@ -46,8 +49,9 @@ def make_runners(settings: Settings) -> dict[str, Runner]:
                 timeout=email.timeout,
                 per_second=email.per_second,
                 list_unsubscribe=email.list_unsubscribe,
+                suppressions=suppressions,
             ),
-            "SMS": _sms_runner(settings.sms),
+            "SMS": _sms_runner(settings.sms, suppressions),
         }
         runners |= load()
         for name, endpoint in settings.runners.items():
@@ -67,7 +71,7 @@ def make_runners(settings: Settings) -> dict[str, Runner]:
     return runners
 
 
-def _sms_runner(sms: Sms) -> Runner:
+def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
     if sms.provider == "http":
         if not sms.url or not sms.body:
             return _NotSetUp("SMS needs a gateway: set sms.url and sms.body")
@@ -79,6 +83,7 @@ def _sms_runner(sms: Sms) -> Runner:
             timeout=sms.timeout,
             per_second=sms.per_second,
             allow_private=sms.allow_private,
+            suppressions=suppressions,
         )
     token = _secret(sms.auth_token)
     if not sms.account_sid or not token:
@@ -90,6 +95,7 @@ def _sms_runner(sms: Sms) -> Runner:
         concurrency=sms.concurrency,
         timeout=sms.timeout,
         per_second=sms.per_second,
+        suppressions=suppressions,
     )
 
 
@@ -151,8 +157,17 @@ def daemon_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
 
 
-async def run(url: str, settings: Settings, runners: Runners, log: FilteringBoundLogger) -> None:
+async def run(url: str, settings: Settings, log: FilteringBoundLogger) -> None:
     """Runs until SIGTERM or SIGINT. Raises SequencerdError if it can't begin."""
+
+    async def suppressed(keys: list[Key]) -> set[Key]:
+        try:
+            async with pool.acquire() as connection:
+                return await store.suppressed(connection, keys)
+        except PASSING_ERRORS as error:
+            raise NotNow(f"the suppressions can't be read: {error}") from error
+
+    runners = make_runners(settings, Suppressions(suppressed))
     tune_collector()
     connection = await connect(url)
     try:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import NamedTuple
 
 from sequencerd.core.model import Enrollment, Failed, Fence, Result, SideEffect, Step, Task
-from sequencerd.runners import Runner
+from sequencerd.runners import NotNow, Runner
 from sequencerd.store import Place
 
-INTERRUPTED = Failed(
+NOT_BEGUN = Failed(
     "interrupted: the daemon stopped", retry_after=timedelta(0), spends_attempt=False
 )
+INTERRUPTED = replace(NOT_BEGUN, unknown=True)
 
 
 class Leased(NamedTuple):
@@ -86,15 +88,17 @@ class Lane:
 
     async def _execute(self, batch: Sequence[Leased]) -> None:
         results: Iterable[Result]
+        interrupted = NOT_BEGUN
         try:
             async with self._turn:
                 task = asyncio.current_task()
                 assert task is not None
                 self._queued.discard(task)
                 self._running.add(task)
+                interrupted = INTERRUPTED
                 results = await self._run(batch)
         except asyncio.CancelledError:
-            results = [INTERRUPTED] * len(batch)
+            results = [interrupted] * len(batch)
         self._taken -= len(batch)
         self._report(list(zip(batch, results, strict=True)))
 
@@ -106,10 +110,12 @@ class Lane:
             async with asyncio.timeout(timeout):
                 results = await self._runner.run(batch[0].effect.program, tasks)
         except TimeoutError:
-            return [Failed(f"no answer within {timeout:g} seconds")] * len(batch)
+            return [Failed(f"no answer within {timeout:g} seconds", unknown=True)] * len(batch)
+        except NotNow as error:
+            return [Failed(str(error), spends_attempt=False)] * len(batch)
         except Exception as error:  # whatever a plug-in raises
-            return [Failed(f"{type(error).__name__}: {error}")] * len(batch)
+            return [Failed(f"{type(error).__name__}: {error}", unknown=True)] * len(batch)
         if len(results) != len(batch):
             text = f"the runner answered {len(results)} results for {len(batch)} enrollments"
-            return [Failed(text)] * len(batch)
+            return [Failed(text, unknown=True)] * len(batch)
         return results

@@ -182,7 +182,20 @@ CREATE TABLE sequencer.suppressions (
     PRIMARY KEY (channel, address)
 );
 
-COMMENT ON TABLE sequencer.suppressions IS 'Addresses that get no more messages; e-mail addresses in lower case, numbers in E.164.';
+COMMENT ON TABLE sequencer.suppressions IS 'Addresses and subjects that get no more messages; e-mail addresses are kept in lower case, numbers without what people put between the digits.';
+
+CREATE FUNCTION sequencer.normalise_suppression() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    NEW.address := lower(btrim(NEW.address, E' \t\r\n'));
+    IF NEW.channel = 'sms' AND NEW.address ~ '^[+0-9\s().-]+$' THEN
+        NEW.address := regexp_replace(NEW.address, '[\s().-]', '', 'g');
+    END IF;
+    RETURN NEW;
+END $$;
+
+CREATE TRIGGER normalise_suppression BEFORE INSERT OR UPDATE OF channel, address
+    ON sequencer.suppressions FOR EACH ROW EXECUTE FUNCTION sequencer.normalise_suppression();
 
 
 -- definitions: triggers -------------------------------------------------------------------------

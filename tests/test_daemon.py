@@ -16,7 +16,9 @@ import asyncpg
 import pytest
 from aiosmtpd.smtp import SMTP
 
-from tests.engines import ALL_ENDED, define, enroll, until, way
+from sequencerd.runners.email import EmailRunner
+from sequencerd.runners.http import HttpRunner
+from tests.engines import ALL_ENDED, define, enroll, running_engine, until, way
 
 MAIL = (
     '{"from": "hi@example.com", "to": "{{subject}}@example.com", "subject": "Hello",'
@@ -85,13 +87,13 @@ async def daemon(url: str, smtp: str, **settings: str) -> AsyncIterator[asyncio.
         assert '"stopped"' in errors
 
 
-async def mail_sequence(connection: asyncpg.Connection, people: int) -> None:
+async def mail_sequence(connection: asyncpg.Connection, people: int, mail: str = MAIL) -> None:
     await define(
         connection,
         "s",
-        ("hello", "Email", MAIL, "pause"),
+        ("hello", "Email", mail, "pause"),
         ("pause", "WaitForDuration", SHORT, "bye"),
-        ("bye", "Email", MAIL.replace("Hello", "Bye"), None),
+        ("bye", "Email", mail.replace("Hello", "Bye"), None),
     )
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject)"
@@ -176,10 +178,87 @@ async def test_a_kill_in_the_middle_loses_nothing(
         assert any(message_id.startswith(visit) for visit in visits), message_id
 
 
-async def kill_in_the_middle(
-    connection: asyncpg.Connection, process: asyncio.subprocess.Process
+async def test_at_most_once_a_kill_repeats_nothing_and_says_what_is_unknown(
+    database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
 ) -> None:
-    await mail_sequence(connection, 300)
+    box, smtp = mailbox
+    box.seconds = 0.02
+    short = {"SEQUENCERD_ENGINE_LEASE": "1", "SEQUENCERD_ENGINE_SWEEP": "0.5"}
+    async with daemon(database, smtp, **short) as first:
+        once = MAIL.replace("{", '{"delivery": "at_most_once", ', 1)
+        await kill_in_the_middle(connection, first, once)
+    async with daemon(database, smtp, **short):
+        await until(connection, ALL_ENDED)
+    assert set(box.received.values()) == {1}
+    unknown = await connection.fetch(
+        "SELECT id, visit, last_error FROM sequencer.enrollments WHERE failure = 'outcome_unknown'"
+    )
+    assert unknown
+    assert all("look what came of it" in row["last_error"] for row in unknown)
+    completed = await connection.fetchval(COMPLETED)
+    assert completed + len(unknown) == 300
+    # of those that are unknown some have arrived: nobody but the mail server could tell
+    assert 2 * completed <= len(box.received) <= 2 * 300
+
+
+async def test_the_suppressed_get_nothing_and_go_on(
+    database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
+) -> None:
+    box, smtp = mailbox
+    await connection.execute(
+        "INSERT INTO sequencer.suppressions (channel, address) VALUES ('email', ' U1@Example.com ')"
+    )
+    async with daemon(database, smtp):
+        await mail_sequence(connection, 2)
+        await until(connection, ALL_ENDED)
+    assert {address for address, _ in box.received} == {"u2@example.com"}
+    assert await connection.fetchval(COMPLETED) == 2
+    said = "SELECT message FROM sequencer.events WHERE enrollment_id = 1 AND step = 'hello'"
+    assert (await connection.fetch(said + " AND action = 'next'"))[0]["message"] == (
+        "not sent, suppressed: u1@example.com"
+    )
+
+
+async def test_a_server_that_never_answers_delays_no_mail(
+    database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
+) -> None:
+    asked = 0
+
+    async def never_answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await connection_lost.wait()
+        writer.close()
+
+    connection_lost = asyncio.Event()
+    server = await asyncio.start_server(never_answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    stuck = HttpRunner(f"http://127.0.0.1:{port}/", name="Stuck", allow_private=True)
+    box, smtp = mailbox
+    mail = EmailRunner(smtp)
+    async with running_engine(database, {"Stuck": stuck, "Email": mail}, stop_timeout=0):
+        await define(connection, "stuck", ("work", "Stuck", "{}", None))
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 'stuck', 'u' || n FROM generate_series(1, 1000) AS n"
+        )
+        await until(connection, "SELECT EXISTS (SELECT FROM sequencer.enrollments"
+                    " WHERE leased_by IS NOT NULL)")  # fmt: skip
+        await mail_sequence(connection, 500)
+        await until(connection, "SELECT count(*) = 500 FROM sequencer.enrollments"
+                    " WHERE status = 'completed'")  # fmt: skip
+    assert asked > 0
+    assert len(box.received) == 1000
+    connection_lost.set()
+    server.close()
+    await stuck.close()
+    await mail.close()
+
+
+async def kill_in_the_middle(
+    connection: asyncpg.Connection, process: asyncio.subprocess.Process, mail: str = MAIL
+) -> None:
+    await mail_sequence(connection, 300, mail)
     await until(connection, "SELECT count(*) > 50 FROM sequencer.events WHERE action = 'next'")
     process.kill()
     await process.wait()

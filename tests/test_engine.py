@@ -425,29 +425,6 @@ async def test_several_daemons_share_the_work(
     assert two.keys
 
 
-async def test_a_stuck_runner_delays_no_other(
-    database: str, connection: asyncpg.Connection
-) -> None:
-    async def stuck(task: Task) -> Result:
-        await asyncio.sleep(3600)
-        return Answer()
-
-    runners = {"Stuck": Recorder(stuck, batch_size=1), "Note": Recorder()}
-    async with running_engine(database, runners, stop_timeout=0):
-        await define(connection, "stuck", ("work", "Stuck", "{}", None))
-        await define(connection, "s", ("work", "Note", "{}", None))
-        for name in ("stuck", "s"):
-            await connection.execute(
-                "INSERT INTO sequencer.enrollments (sequence, subject)"
-                " SELECT $1, 'u' || n FROM generate_series(1, 1000) AS n",
-                name,
-            )
-        await until(
-            connection,
-            "SELECT count(*) = 1000 FROM sequencer.enrollments WHERE status = 'completed'",
-        )
-
-
 async def test_a_lease_is_extended_while_the_work_goes_on(
     database: str, connection: asyncpg.Connection
 ) -> None:

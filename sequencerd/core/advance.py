@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, assert_never
 
@@ -46,6 +47,7 @@ MAX_MOVES = 100
 NOOP_DELAY = timedelta(minutes=1)
 """When a runner that answered noop is asked again: the original's cycle."""
 
+_LOOK = "it must not be executed twice, so look what came of it, then move the enrollment on"
 _MICROSECOND = timedelta(microseconds=1)
 
 
@@ -254,8 +256,7 @@ class _Way:
             if effect.at_most_once:
                 return Fail(
                     "outcome_unknown",
-                    f"{self.lapsed} was cut off while it executed this step, which must not be "
-                    "executed twice; look whether it took place, then move the enrollment on",
+                    f"{self.lapsed} was cut off while it executed this step: {_LOOK}",
                 )
             if self.at.attempt >= effect.retry.attempts:
                 return Fail("error", f"cut off in attempt {self.at.attempt}, the last one")
@@ -299,6 +300,10 @@ class _Way:
     def _failed(self, failed: Failed, jitter: float) -> Decision | None:
         step = self._step(self.sequence())
         effect = step.behaviour if isinstance(step.behaviour, SideEffect) else SideEffect(None)
+        if failed.unknown:
+            failed = replace(failed, message=f"{failed.message}; it may have taken place")
+            if effect.at_most_once:
+                return Fail("outcome_unknown", f"{failed.message}: {_LOOK}")
         if not retry.gives_up(effect.retry, self.at.attempt, failed):
             wait = retry.delay(effect.retry, self.at.attempt, failed, jitter)
             attempt = self.at.attempt if failed.spends_attempt else max(self.at.attempt - 1, 0)

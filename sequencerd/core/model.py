@@ -255,13 +255,15 @@ class Failed:
     """The side effect did not happen, as far as is known.
 
     A permanent failure is not tried again. `spends_attempt` is False where the fault is not the
-    message's: throttled, interrupted, a server that is down for everybody.
+    message's: throttled, interrupted, a server that is down for everybody. `unknown`: it may have
+    taken place all the same, as where an answer was lost.
     """
 
     message: str
     permanent: bool = False
     retry_after: timedelta | None = None
     spends_attempt: bool = True
+    unknown: bool = False
 
 
 Result = Answer | Failed

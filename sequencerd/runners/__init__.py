@@ -12,6 +12,10 @@ class Refused(Exception):  # noqa: N818 - what an author raises reads as what ha
     """Raised by a custom runner: this will never work, so it is not tried again."""
 
 
+class NotNow(Exception):  # noqa: N818 - as above
+    """Raised by a runner that could not begin, by nobody's fault: no attempt is spent."""
+
+
 class Runner(Protocol):
     """What executes the steps of one type.
 
@@ -31,8 +35,8 @@ class Runner(Protocol):
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Executes one step for a batch: one result for each task, in their order.
 
-        What it raises counts as a passing failure of every task of the batch. It may be cancelled
-        at any time.
+        What it raises counts as a passing failure of every task of the batch, which may have taken
+        place all the same. It may be cancelled at any time.
         """
         ...
 

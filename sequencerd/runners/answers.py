@@ -83,18 +83,19 @@ class StrictOutcome(Outcome):
 def read_outcome(value: object, model: type[Outcome] = Outcome) -> Result:
     """The result for an answer: None, an action, or an object with `action` and more.
 
-    What can't be understood is a passing failure: whoever answers it is going to be mended.
+    What can't be understood is a passing failure: whoever answers it is going to be mended. What it
+    meant may have taken place.
     """
     if value is None or isinstance(value, str):
         return PLAIN.get(value) or Failed(
-            f"unknown action {one_line(str(value), 50)!r}: {_EXPECTED}"
+            f"unknown action {one_line(str(value), 50)!r}: {_EXPECTED}", unknown=True
         )
     if not isinstance(value, Mapping):
-        return Failed(f"the answer is of type {type(value).__name__}: {_EXPECTED}")
+        return Failed(f"the answer is of type {type(value).__name__}: {_EXPECTED}", unknown=True)
     try:
         outcome = model.model_validate(value)
     except ValidationError as error:
-        return Failed(one_line(f"the answer can't be used: {describe(error)}"))
+        return Failed(one_line(f"the answer can't be used: {describe(error)}"), unknown=True)
     return Answer(
         outcome.action,
         None if outcome.message is None else one_line(outcome.message, MAX_MESSAGE),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
@@ -13,12 +14,20 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
-from sequencerd.core.model import DefinitionError, Failed, Result, Task
+from sequencerd.core.model import Answer, DefinitionError, Failed, Result, Task
 from sequencerd.core.template import Template
 from sequencerd.runners import mime
-from sequencerd.runners.fields import Config, RenderError, compile_field, parse_config, render
+from sequencerd.runners.fields import (
+    Config,
+    RenderError,
+    compile_field,
+    one_line,
+    parse_config,
+    render,
+)
 from sequencerd.runners.pace import Pace
 from sequencerd.runners.smtp import Mail, Postman
+from sequencerd.runners.suppressions import Suppressions
 
 MAX_RECIPIENTS = 100
 
@@ -85,7 +94,9 @@ class EmailRunner:
         timeout: float = 30.0,
         per_second: float | None = None,
         list_unsubscribe: str | None = None,
+        suppressions: Suppressions | None = None,
     ) -> None:
+        self._suppressions = suppressions
         self.concurrency = concurrency
         self._pace = Pace(per_second)
         self.timeout = timeout + self._pace.longest_wait(concurrency) + 1
@@ -127,10 +138,24 @@ class EmailRunner:
     async def _send(self, program: Program, task: Task) -> Result:
         try:
             mail = write(program, task, datetime.now(UTC))
+            await self._pace.turn()
+            if without := await self._suppressed(mail, task):
+                if without >= set(mail.to) or task.view["subject"] in without:
+                    return Answer(message=f"not sent, suppressed: {', '.join(sorted(without))}")
+                mail = write(program, task, datetime.now(UTC), without)
         except RenderError as error:
             return Failed(str(error), permanent=True)
-        await self._pace.turn()
-        return await self._postman.deliver(mail)
+        result = await self._postman.deliver(mail)
+        if without and isinstance(result, Answer):
+            message = f"{result.message}; suppressed: {', '.join(sorted(without))}"
+            return replace(result, message=one_line(message, 2000))
+        return result
+
+    async def _suppressed(self, mail: Mail, task: Task) -> AbstractSet[str]:
+        if self._suppressions is None:
+            return frozenset()
+        subject = str(task.view["subject"])
+        return await self._suppressions.among("email", (*mail.to, *mail.others, subject))
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -149,13 +174,17 @@ def _compile_addresses(name: str, field: str | list[str] | None) -> tuple[Templa
     return templates
 
 
-def write(program: Program, task: Task, at: datetime) -> Mail:
-    """The message for an enrollment, dated `at`. Raises RenderError."""
+def write(
+    program: Program, task: Task, at: datetime, without: AbstractSet[str] = frozenset()
+) -> Mail:
+    """The message for an enrollment, dated `at`, to all but some addresses. Raises RenderError."""
     view = task.view
     found = {
         name: [m for t in templates for m in mime.parse_mailboxes(name, render(name, t, view))]
         for name, templates in program.addresses.items()
     }
+    for name in ("to", "cc", "bcc"):
+        found[name] = [mailbox for mailbox in found[name] if mailbox.address not in without]
     if len(found["from"]) != 1:
         raise RenderError(f"from: {len(found['from'])} addresses instead of one")
     if not found["to"]:

@@ -9,6 +9,7 @@ import hmac
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sequencerd.core.model import DefinitionError, Failed, Result, Task
@@ -69,7 +70,7 @@ class HttpRunner:
             try:
                 reply = await self._call(body, [task.key for task in asked])
             except Unreachable as error:
-                failed: Result = Failed(f"{self._name}: {error}")
+                failed: Result = Failed(f"{self._name}: {error}", unknown=error.sent)
                 answered = {task.key: failed for task in asked}
             else:
                 answered = self._judge(reply, asked)
@@ -98,7 +99,8 @@ class HttpRunner:
             if isinstance(items, list):
                 by_id = _by_id(items)
                 return {task.key: self._result(task, by_id) for task in tasks}
-            failed = Failed(f"{self._name} answered no JSON list: {reply.excerpt()}")
+            text = f"{self._name} answered no JSON list: {reply.excerpt()}"
+            failed = Failed(text, unknown=True)
         return {task.key: failed for task in tasks}
 
     def _result(self, task: Task, by_id: Mapping[str, list[Mapping[str, Any]]]) -> Result:
@@ -106,12 +108,12 @@ class HttpRunner:
         items = by_id.get(id_, [])
         if len(items) != 1:
             said = "nothing" if not items else f"{len(items)} times"
-            return Failed(f"{self._name} answered {said} for the id {id_}")
+            return Failed(f"{self._name} answered {said} for the id {id_}", unknown=True)
         if items[0].get("action") is None:
-            return Failed(f"{self._name} answered no action for the id {id_}")
+            return Failed(f"{self._name} answered no action for the id {id_}", unknown=True)
         result = read_outcome(items[0])
         if isinstance(result, Failed):
-            return Failed(f"{self._name}: {result.message}")
+            return replace(result, message=f"{self._name}: {result.message}")
         return result
 
     async def close(self) -> None:

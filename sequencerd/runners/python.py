@@ -22,7 +22,7 @@ import inspect
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -150,11 +150,11 @@ class PythonRunner:
         if isinstance(answer, Failed):
             return [answer] * count
         if not isinstance(answer, list | tuple):
-            answer = Failed(f"{self._name} answered {type(answer).__name__}, not a list or None")
-            return [answer] * count
+            text = f"{self._name} answered {type(answer).__name__}, not a list or None"
+            return [Failed(text, unknown=True)] * count
         if len(answer) != count:
-            failed = Failed(f"{self._name} answered {len(answer)} items for {count} enrollments")
-            return [failed] * count
+            text = f"{self._name} answered {len(answer)} items for {count} enrollments"
+            return [Failed(text, unknown=True)] * count
         return [self._result(item) for item in answer]
 
     def _result(self, answer: object) -> Result:
@@ -162,7 +162,7 @@ class PythonRunner:
             return answer
         result = read_outcome(answer, StrictOutcome)
         if isinstance(result, Failed):
-            return Failed(f"{self._name}: {result.message}")
+            return replace(result, message=f"{self._name}: {result.message}")
         return result
 
     def _failed(self, error: BaseException) -> Failed:
@@ -171,7 +171,7 @@ class PythonRunner:
             return Failed(text or "refused", permanent=True)
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
-        return Failed(f"{self._name}: {type(error).__name__}: {text}{place}")
+        return Failed(f"{self._name}: {type(error).__name__}: {text}{place}", unknown=True)
 
     async def close(self) -> None:
         """Nothing to give back."""

@@ -22,6 +22,7 @@ from sequencerd.runners.fields import (
     render,
 )
 from sequencerd.runners.pace import Pace
+from sequencerd.runners.suppressions import Suppressions
 from sequencerd.runners.web import (
     Reply,
     Unreachable,
@@ -81,8 +82,15 @@ class _SmsRunner:
     model: type[SmsConfig] = SmsConfig
 
     def __init__(
-        self, *, concurrency: int, timeout: float, per_second: float | None, allow_private: bool
+        self,
+        *,
+        concurrency: int,
+        timeout: float,
+        per_second: float | None,
+        allow_private: bool,
+        suppressions: Suppressions | None,
     ) -> None:
+        self._suppressions = suppressions
         self.concurrency = concurrency
         self._pace = Pace(per_second)
         self.timeout = timeout + self._pace.longest_wait(concurrency) + 1
@@ -111,11 +119,15 @@ class _SmsRunner:
             if not values["message"].strip():
                 raise RenderError("message: empty")
             await self._pace.turn()
+            if self._suppressions is not None:
+                asked = (values["to"], str(task.view["subject"]))
+                if without := await self._suppressions.among("sms", asked):
+                    return Answer(message=f"not sent, suppressed: {', '.join(sorted(without))}")
             return await self._post(values, task)
         except RenderError as error:
             return Failed(str(error), permanent=True)
         except Unreachable as error:
-            return Failed(str(error))
+            return Failed(str(error), unknown=error.sent)
 
     async def _post(self, values: Mapping[str, str], task: Task, /) -> Result:
         raise NotImplementedError
@@ -139,9 +151,14 @@ class TwilioRunner(_SmsRunner):
         concurrency: int = 10,
         timeout: float = 30.0,
         per_second: float | None = None,
+        suppressions: Suppressions | None = None,
     ) -> None:
         super().__init__(
-            concurrency=concurrency, timeout=timeout, per_second=per_second, allow_private=True
+            concurrency=concurrency,
+            timeout=timeout,
+            per_second=per_second,
+            allow_private=True,
+            suppressions=suppressions,
         )
         self._auth = (account_sid, auth_token)
         account = quote(account_sid, safe="")
@@ -201,12 +218,14 @@ class HttpSmsRunner(_SmsRunner):
         timeout: float = 30.0,
         per_second: float | None = None,
         allow_private: bool = False,
+        suppressions: Suppressions | None = None,
     ) -> None:
         super().__init__(
             concurrency=concurrency,
             timeout=timeout,
             per_second=per_second,
             allow_private=allow_private,
+            suppressions=suppressions,
         )
         self._url = check_url(url)
         self._body = compile_field("body", body)

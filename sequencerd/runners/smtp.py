@@ -110,9 +110,9 @@ class Postman:
         finally:
             attempt.end()
         message = self._server.hide(one_line(failed.message, 500))
-        if attempt.handed_over and not attempt.answered:
-            message += " (after the message was handed over: it may have been delivered)"
-        return replace(failed, message=message)
+        return replace(
+            failed, message=message, unknown=attempt.handed_over and not attempt.answered
+        )
 
     def _judge(self, error: SMTPResponseException, attempt: _Attempt) -> Failed:
         """What a refusal means; most of them are about the server or our login."""

@@ -29,7 +29,14 @@ _HEADER_VALUE = re.compile(r"[ -~]*")
 
 
 class Unreachable(Exception):  # noqa: N818 - it is what has happened
-    """No answer, or none that can be used. The message says why, without the URL's secrets."""
+    """No answer, or none that can be used. The message says why, without the URL's secrets.
+
+    `sent`: the request was on its way, so it may have been answered, and done what it asks for.
+    """
+
+    def __init__(self, message: str, *, sent: bool = False) -> None:
+        super().__init__(message)
+        self.sent = sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +85,18 @@ class Web:
     ) -> Reply:
         """Sends a body or a form. Raises Unreachable."""
         named = httpx.URL(url)
+        sent = False
+
+        async def trace(event: str, _details: object) -> None:
+            nonlocal sent
+            sent = sent or event.endswith("send_request_headers.started")
+
         request = {
             "headers": {**headers, "Host": named.netloc.decode("ascii")},
             "content": content,
             "data": form,
             "auth": auth or httpx.USE_CLIENT_DEFAULT,
-            "extensions": {"sni_hostname": named.raw_host.decode("ascii")},
+            "extensions": {"sni_hostname": named.raw_host.decode("ascii"), "trace": trace},
         }
         try:
             async with asyncio.timeout(self._timeout):
@@ -95,9 +108,10 @@ class Web:
                         continue  # the host has another address
                 return await self._send(last, request)
         except TimeoutError:
-            raise Unreachable(f"no answer from {named.host} within {self._timeout:g} s") from None
+            message = f"no answer from {named.host} within {self._timeout:g} s"
+            raise Unreachable(message, sent=sent) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
-            raise Unreachable(f"{named.host}: {_reason(error)}") from error
+            raise Unreachable(f"{named.host}: {_reason(error)}", sent=sent) from error
 
     async def _send(self, url: httpx.URL, request: Mapping[str, Any]) -> Reply:
         async with self._client.stream("POST", url, **request) as response:
@@ -145,7 +159,7 @@ async def _read(response: httpx.Response) -> bytes:
     async for chunk in response.aiter_raw():
         body += chunk
         if len(body) > MAX_ANSWER:
-            raise Unreachable(f"the answer has more than {MAX_ANSWER} bytes")
+            raise Unreachable(f"the answer has more than {MAX_ANSWER} bytes", sent=True)
     return bytes(body)
 
 
@@ -173,7 +187,8 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def judge(reply: Reply, message: str) -> Failed | None:
     """What a status means: None for 2xx.
 
-    4xx is permanent but for 408, 425 and 429; 429, and 503 with Retry-After, spend no attempt.
+    4xx is permanent but for 408, 425 and 429; 429, and 503 with Retry-After, spend no attempt;
+    after 502 and 504, which a gateway answers, it may have taken place.
     Redirects are not followed: whoever moves an endpoint changes the settings.
     """
     if 200 <= reply.status < 300:
@@ -181,7 +196,13 @@ def judge(reply: Reply, message: str) -> Failed | None:
     wait = retry_after(reply.headers)
     throttled = reply.status == 429 or (reply.status == 503 and wait is not None)
     permanent = 400 <= reply.status < 500 and reply.status not in (408, 425, 429)
-    return Failed(message, permanent, wait, spends_attempt=not throttled)
+    return Failed(
+        message,
+        permanent,
+        wait,
+        spends_attempt=not throttled,
+        unknown=reply.status in (502, 504),
+    )
 
 
 def retry_after(headers: httpx.Headers) -> timedelta | None:

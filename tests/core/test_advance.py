@@ -395,6 +395,24 @@ def test_at_most_once_is_left_to_a_person_after_a_crash() -> None:
     assert decision.failure == "outcome_unknown"
 
 
+def test_what_may_have_taken_place_is_told_and_done_again_only_where_it_may() -> None:
+    lost = Failed("no answer", unknown=True)
+    advanced = advance(MAIL, at("mail", attempt=1, leased_by="host:1"), NOW, lost)
+    assert isinstance(advanced.decision, Wait)
+    assert [(e.action, e.message) for e in advanced.events][-1] == (
+        "retry",
+        "no answer; it may have taken place",
+    )
+    once = sequence(step("mail", "Email", effect=replace(EFFECT, at_most_once=True)))
+    decision = advance(once, at("mail", attempt=1, leased_by="host:1"), NOW, lost).decision
+    assert isinstance(decision, Fail)
+    assert decision.failure == "outcome_unknown"
+    # what is known not to have taken place is tried again
+    known = Failed("refused for now")
+    decision = advance(once, at("mail", attempt=1, leased_by="host:1"), NOW, known).decision
+    assert isinstance(decision, Wait)
+
+
 def test_a_step_that_kills_the_daemon_is_given_up() -> None:
     decision = advance(MAIL, at("mail", attempt=3, leased_by="host:1"), NOW).decision
     assert isinstance(decision, Fail)
