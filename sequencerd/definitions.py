@@ -115,7 +115,8 @@ def _with_problem(step: Step, message: str) -> Step:
 def _never_waiting(steps: Mapping[str, Step]) -> set[str]:
     """Steps from which every way leads round and round without a wait or a side effect.
 
-    The greatest set whose members are GoTo or Conditional and lead only to members.
+    The greatest set whose members are GoTo, Conditional, Split or UpdateData and lead only to
+    members.
     """
     ways: dict[str, set[str | None]] = {}
     for step in steps.values():
@@ -123,8 +124,10 @@ def _never_waiting(steps: Mapping[str, Step]) -> set[str]:
             continue
         if step.type == "GoTo" and not step.config.get("sequence"):
             ways[step.name] = {step.config.get("step") or step.next_step}
-        elif step.type == "Conditional":
+        elif step.type in ("Conditional", "Split"):
             ways[step.name] = {step.next_step, step.alt_next_step}
+        elif step.type == "UpdateData":
+            ways[step.name] = {step.next_step}
     while leaving := {name for name, targets in ways.items() if not targets <= ways.keys()}:
         for name in leaving:
             del ways[name]

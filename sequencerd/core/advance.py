@@ -36,6 +36,7 @@ from sequencerd.core.model import (
     SideEffect,
     Stay,
     Step,
+    Update,
     Wait,
     parse_data,
     printable,
@@ -139,14 +140,14 @@ class _Way:
         while True:
             if sequence.paused:
                 return Wait(self.now)
-            step = self._step(sequence)
+            step, data = self._step(sequence), self.at.data
             decision = self._execute(step)
             if decision is not None:
                 return decision
             if self.moves > MAX_MOVES:
                 message = f"more than {MAX_MOVES} moves without a wait; a cycle needs one"
                 return Fail("loop", message)
-            if self.at.sequence != sequence.name:
+            if self.at.sequence != sequence.name or self.at.data is not data:
                 sequence = self.sequence()
                 if ended := self._pull(sequence):
                     return ended
@@ -240,6 +241,10 @@ class _Way:
             case Action.ALT_NEXT:
                 self.record(answer.value)
                 return self._go(step.alt_next_step)
+            case Update(data):
+                self._merge(data)
+                self.record(Action.NEXT.value)
+                return self._go(step.next_step)
             case Jump(target, sequence):
                 self.record("jump", f"to {target}" + (f" of {sequence}" if sequence else ""))
                 return self._go(target, sequence)
@@ -283,9 +288,7 @@ class _Way:
 
     def _answered(self, answer: Answer) -> Decision | None:
         if answer.data:
-            merged = {**parse_data(self.at.data), **answer.data}
-            self.at = self.at._replace(data=json.dumps(merged))
-            self.merged = answer.data
+            self._merge(answer.data)
         step = self._step(self.sequence())
         if answer.action is Action.NOOP:
             if answer.message:
@@ -296,6 +299,11 @@ class _Way:
             return None
         self.record(answer.action.value, answer.message)
         return self._go(step.next_step if answer.action is Action.NEXT else step.alt_next_step)
+
+    def _merge(self, data: Mapping[str, Any]) -> None:
+        merged = {**parse_data(self.at.data), **data}
+        self.at = self.at._replace(data=json.dumps(merged))
+        self.merged = {**(self.merged or {}), **data}
 
     def _failed(self, failed: Failed, jitter: float) -> Decision | None:
         step = self._step(self.sequence())

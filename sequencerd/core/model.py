@@ -53,7 +53,14 @@ class Jump:
     sequence: str | None = None
 
 
-StepAnswer = Action | Stay | Jump
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A step's answer: merge this into the data, and go on."""
+
+    data: Mapping[str, Any]
+
+
+StepAnswer = Action | Stay | Jump | Update
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ which `compile_step` words).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from difflib import get_close_matches
+from hashlib import sha256
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
@@ -26,6 +27,7 @@ from sequencerd.core.model import (
     Moment,
     Stay,
     StepAnswer,
+    Update,
 )
 from sequencerd.core.predicate import Operand, Predicate, compile_predicate
 from sequencerd.core.template import compile_template
@@ -61,17 +63,36 @@ class ConditionConfig(Config):
         return compile_predicate(self.lodash_command, self.value, self.compare_to)
 
 
+class DurationConfig(Config):
+    """An amount of a unit of time, as in WaitForDuration."""
+
+    amount: StrictInt | StrictFloat
+    unit: str
+
+
+class WaitForConditionConfig(ConditionConfig):
+    """WaitForCondition: until it holds, or until the timeout, counted from the arrival, is over."""
+
+    timeout: DurationConfig | None = None
+
+
+class SplitConfig(Config):
+    """Split: the weights of the two ways."""
+
+    next: StrictInt | StrictFloat = Field(ge=0, le=1e9)
+    alt_next: StrictInt | StrictFloat = Field(ge=0, le=1e9)
+
+
+class UpdateDataConfig(Config):
+    """UpdateData: what is merged into the data; its texts are templates."""
+
+    data: dict[str, Any] = Field(min_length=1)
+
+
 class WaitForDateConfig(Config):
     """WaitForDate: an ISO 8601 date, or a template that gives one."""
 
     date: str
-
-
-class WaitForDurationConfig(Config):
-    """WaitForDuration: from the time of arrival on."""
-
-    amount: StrictInt | StrictFloat
-    unit: str
 
 
 class WaitForDateComparisonConfig(Config):
@@ -105,15 +126,74 @@ def _goal(config: Mapping[str, Any]) -> Instant:
 
 
 def _wait_for_duration(config: Mapping[str, Any]) -> Instant:
-    parsed = WaitForDurationConfig.model_validate(config)
-    unit = dates.normalise_unit(parsed.unit)
+    end = _end_of(DurationConfig.model_validate(config))
 
     def answer(moment: Moment) -> StepAnswer:
-        tz = dates.zone(moment.timezone)
-        until = dates.add(moment.entered_at, parsed.amount, unit, tz)
+        until = end(moment)
         return Action.NEXT if until <= moment.now else Stay(until)
 
     return Instant(answer)
+
+
+def _end_of(duration: DurationConfig) -> Callable[[Moment], datetime]:
+    """When a duration that began with the arrival at the step is over."""
+    unit = dates.normalise_unit(duration.unit)
+    return lambda moment: dates.add(
+        moment.entered_at, duration.amount, unit, dates.zone(moment.timezone)
+    )
+
+
+def _wait_for_condition(config: Mapping[str, Any]) -> Instant:
+    parsed = WaitForConditionConfig.model_validate(config)
+    holds = parsed.predicate()
+    end = _end_of(parsed.timeout) if parsed.timeout else lambda _: NEVER
+
+    def answer(moment: Moment) -> StepAnswer:
+        if holds(moment.view):
+            return Action.NEXT
+        until = end(moment)
+        return Action.ALT_NEXT if until <= moment.now else Stay(until)
+
+    return Instant(answer)
+
+
+def _split(config: Mapping[str, Any]) -> Instant:
+    parsed = SplitConfig.model_validate(config)
+    if not parsed.next + parsed.alt_next:
+        raise DefinitionError("next and altNext are weights, of which one must be above 0")
+    share = parsed.next / (parsed.next + parsed.alt_next)
+
+    def answer(moment: Moment) -> StepAnswer:
+        # the same for a subject whenever it comes by, and independent of the other splits
+        here = moment.enrollment
+        key = "\0".join((here.sequence, here.step, here.subject)).encode("utf-8", "replace")
+        place = int.from_bytes(sha256(key).digest()[:6]) / 2**48
+        return Action.NEXT if place < share else Action.ALT_NEXT
+
+    return Instant(answer)
+
+
+def _update_data(config: Mapping[str, Any]) -> Instant:
+    render = _compile_value("data", UpdateDataConfig.model_validate(config).data)
+    return Instant(lambda moment: Update(render(moment.view)))
+
+
+def _compile_value(place: str, value: Any) -> Callable[[Mapping[str, Any]], Any]:
+    """What gives a JSON value with the templates in it rendered."""
+    match value:
+        case str():
+            try:
+                return compile_template(value, escape=False).render
+            except DefinitionError as error:
+                raise DefinitionError(f"{place}: {error}") from error
+        case dict():
+            inner = {key: _compile_value(f"{place}.{key}", item) for key, item in value.items()}
+            return lambda view: {key: render(view) for key, render in inner.items()}
+        case list():
+            items = [_compile_value(f"{place}.{n}", item) for n, item in enumerate(value)]
+            return lambda view: [render(view) for render in items]
+        case _:
+            return lambda _: value
 
 
 def _wait_for_date(config: Mapping[str, Any]) -> Instant:
@@ -166,6 +246,9 @@ COMPILERS: Mapping[str, Callable[[Mapping[str, Any]], Instant]] = {
     "WaitForDate": _wait_for_date,
     "WaitForDuration": _wait_for_duration,
     "WaitForDateComparison": _wait_for_date_comparison,
+    "WaitForCondition": _wait_for_condition,
+    "Split": _split,
+    "UpdateData": _update_data,
 }
 
 

@@ -18,6 +18,7 @@ from sequencerd.core.model import (
     Action,
     Answer,
     Decision,
+    DefinitionError,
     End,
     Enrollment,
     Execute,
@@ -116,6 +117,16 @@ def actions(
         ("Goal", PAID, '{"paid": true}', End()),
         ("GoTo", {}, "{}", End()),
         ("Conditional", PAID, "{}", End()),
+        ("WaitForCondition", PAID, "{}", Wait(NEVER)),
+        ("WaitForCondition", PAID, '{"paid": true}', End()),
+        (
+            "WaitForCondition",
+            {**PAID, "timeout": {"amount": 2, "unit": "days"}},
+            "{}",
+            Wait(NOW + timedelta(days=2)),
+        ),
+        ("Split", {"next": 1, "altNext": 0}, "{}", End()),
+        ("UpdateData", {"data": {"paid": True}}, "{}", End()),
     ],
 )
 def test_step(type_: str, config: Mapping[str, Any], data: str, expected: Decision) -> None:
@@ -418,6 +429,75 @@ def test_a_step_that_kills_the_daemon_is_given_up() -> None:
     assert isinstance(decision, Fail)
 
 
+def test_a_condition_that_does_not_come_true_in_time_takes_the_other_way() -> None:
+    config = {**PAID, "timeout": {"amount": 2, "unit": "days"}}
+    wait = step("wait", "WaitForCondition", config, then="paid", otherwise="late")
+    definitions = sequence(wait, step("paid", "GoTo"), step("late", "GoTo"))
+    two_days = NOW + timedelta(days=2)
+    in_time = advance(definitions, at("wait", '{"paid": true}'), two_days)
+    assert in_time.enrollment.step == "paid"
+    late = advance(definitions, at("wait"), two_days)
+    assert (late.events[0].step, late.events[0].action) == ("wait", "altNext")
+    assert late.enrollment.step == "late"
+
+
+def test_a_split_is_weighted_and_stable_and_independent_of_other_splits() -> None:
+    def half(name: str, subject: str) -> str:
+        config = {"next": 30, "altNext": 70}
+        split = step(name, "Split", config, then="x", otherwise="y")
+        way = advance(
+            sequence(split, step("x", "GoTo"), step("y", "GoTo")), at(name, subject=subject), NOW
+        )
+        return way.enrollment.step
+
+    subjects = [f"u{n}" for n in range(2000)]
+    first = {subject for subject in subjects if half("a", subject) == "x"}
+    assert first == {subject for subject in subjects if half("a", subject) == "x"}
+    assert 500 < len(first) < 700
+    second = {subject for subject in subjects if half("b", subject) == "x"}
+    assert 130 < len(first & second) < 230
+
+
+def test_update_data_merges_templates_and_goals_see_it() -> None:
+    config = {"data": {"paid": True, "note": "for {{subject}}", "list": ["{{id}}", 2]}}
+    definitions = sequence(
+        step("set", "UpdateData", config, then="pause"),
+        step("pause", "WaitForDuration", {"amount": 1, "unit": "days"}),
+        step("goal", "Goal", PAID, then="thanks"),
+        step("thanks", "WaitForDuration", {"amount": 1, "unit": "days"}),
+    )
+    advanced = advance(definitions, at("set", '{"old": 1}'), NOW)
+    assert advanced.data == {"paid": True, "note": "for ada", "list": ["1", 2]}
+    assert json.loads(advanced.enrollment.data) == {"old": 1, **advanced.data}
+    assert advanced.enrollment.step == "thanks"
+    assert [event.action for event in advanced.events] == ["next", "goal"]
+
+
+def test_several_updates_are_all_written() -> None:
+    definitions = sequence(
+        step("one", "UpdateData", {"data": {"a": 1, "b": 1}}, then="two"),
+        step("two", "UpdateData", {"data": {"b": 2}}),
+    )
+    assert advance(definitions, at("one"), NOW).data == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("type_", "config", "words"),
+    [
+        ("WaitForCondition", {**PAID, "timeout": {"amount": 1, "unit": "moons"}}, "moons"),
+        ("WaitForCondition", {"timeout": {"amount": 1, "unit": "day"}}, "lodashCommand"),
+        ("Split", {"next": 0, "altNext": 0}, "weights"),
+        ("Split", {"next": 1}, "altNext"),
+        ("Split", {"next": -1, "altNext": 2}, "next"),
+        ("UpdateData", {"data": {}}, "data"),
+        ("UpdateData", {"data": {"a": ["{{#if}}"]}}, "data.a.0"),
+    ],
+)
+def test_wrong_configs_are_told(type_: str, config: Mapping[str, Any], words: str) -> None:
+    with pytest.raises(DefinitionError, match=words):
+        compile_step(type_, config)
+
+
 # --- properties
 
 NAMES = ["a", "b", "c", "d"]
@@ -427,7 +507,12 @@ CONDITION = st.sampled_from(["data.paid", "data.x", "visit", "external"]).map(
 CONFIGS = st.one_of(
     st.tuples(st.just("GoTo"), st.just({})),
     st.tuples(st.just("GoTo"), st.sampled_from([*NAMES, "nowhere"]).map(lambda s: {"step": s})),
-    st.tuples(st.sampled_from(["Conditional", "Goal"]), CONDITION),
+    st.tuples(st.sampled_from(["Conditional", "Goal", "WaitForCondition"]), CONDITION),
+    st.tuples(st.just("Split"), st.just({"next": 1, "altNext": 1})),
+    st.tuples(
+        st.just("UpdateData"),
+        st.sampled_from([{"paid": True}, {"paid": None}]).map(lambda data: {"data": data}),
+    ),
     st.tuples(
         st.just("WaitForDuration"),
         st.fixed_dictionaries(
