@@ -33,6 +33,7 @@ from sequencerd.clock import Clock
 from sequencerd.daemon import daemon_name, tune_collector
 from sequencerd.engine import Engine
 from sequencerd.listener import listen
+from sequencerd.lookups import Lookups
 from sequencerd.runners.python import PythonRunner, runner
 from sequencerd.settings import Engine as Settings
 
@@ -94,6 +95,7 @@ async def engine(url: str) -> AsyncIterator[None]:
     made = Engine(
         pool,
         {"Task": PythonRunner(no_op, name="Task")},
+        Lookups(pool, {}).get,
         clock=Clock(),
         settings=Settings(batch=BATCH),
         name=daemon_name(),

@@ -18,10 +18,11 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd import migrate, store
 from sequencerd.clock import Clock
-from sequencerd.core.model import DefinitionError, Failed, Result, Task
+from sequencerd.core.model import RETRY, DefinitionError, Failed, Result, Task
 from sequencerd.engine import PASSING_ERRORS, Engine
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.listener import listen
+from sequencerd.lookups import Lookups
 from sequencerd.runners import NotNow, Runner
 from sequencerd.runners.email import EmailRunner
 from sequencerd.runners.http import HttpRunner
@@ -50,6 +51,7 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
                 per_second=email.per_second,
                 list_unsubscribe=email.list_unsubscribe,
                 suppressions=suppressions,
+                retry=email.retry,
             ),
             "SMS": _sms_runner(settings.sms, suppressions),
         }
@@ -65,6 +67,7 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
                 secret=_secret(endpoint.secret),
                 headers=_secrets(endpoint.headers),
                 allow_private=endpoint.allow_private,
+                retry=endpoint.retry,
             )
     except ValueError as error:
         raise SettingsError(f"wrong setting: {error}") from error
@@ -84,6 +87,7 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
             per_second=sms.per_second,
             allow_private=sms.allow_private,
             suppressions=suppressions,
+            retry=sms.retry,
         )
     token = _secret(sms.auth_token)
     if not sms.account_sid or not token:
@@ -96,6 +100,7 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
         timeout=sms.timeout,
         per_second=sms.per_second,
         suppressions=suppressions,
+        retry=sms.retry,
     )
 
 
@@ -112,6 +117,7 @@ class _NotSetUp:
 
     batch_size = concurrency = 1
     timeout = 1.0
+    retry = RETRY
 
     def __init__(self, problem: str) -> None:
         self._problem = problem
@@ -176,9 +182,11 @@ async def run(url: str, settings: Settings, log: FilteringBoundLogger) -> None:
         await connection.close()
     async with _pool(url, settings.database.connections) as pool:
         name = daemon_name()
+        lookups = Lookups(pool, settings.lookups)
         engine = Engine(
             pool,
             runners,
+            lookups.get,
             clock=Clock(),
             settings=settings.engine,
             name=name,
@@ -207,6 +215,7 @@ async def run(url: str, settings: Settings, log: FilteringBoundLogger) -> None:
         finally:
             for runner in runners.values():
                 await runner.close()
+            await lookups.close()
     log.info("stopped", daemon=name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -19,7 +20,6 @@ from sequencerd.core.model import (
     DefinitionError,
     Instant,
     Problem,
-    RetryPolicy,
     Sequence,
     SideEffect,
     Step,
@@ -37,9 +37,9 @@ Runners = Mapping[str, Runner]
 
 class _Retry(BaseModel):
     model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
-    attempts: int = Field(default=8, ge=1, le=1000)
-    first_delay: float = Field(default=10.0, ge=0, le=86400)
-    longest_delay: float = Field(default=3600.0, ge=0, le=30 * 86400)
+    attempts: int | None = Field(default=None, ge=1, le=1000)
+    first_delay: float | None = Field(default=None, ge=0, le=86400)
+    longest_delay: float | None = Field(default=None, ge=0, le=30 * 86400)
 
 
 class _EffectConfig(BaseModel):
@@ -66,9 +66,10 @@ def compile_behaviour(
             raise DefinitionError(f"type {type_!r} is served by no runner; {nearest(type_, known)}")
         common = _EffectConfig.model_validate({k: config[k] for k in _EFFECT_KEYS & config.keys()})
         own = {key: value for key, value in config.items() if key not in _EFFECT_KEYS}
+        runner = runners[type_]
         return SideEffect(
-            program=runners[type_].compile(own),
-            retry=RetryPolicy(**common.retry.model_dump()),
+            program=runner.compile(own),
+            retry=replace(runner.retry, **common.retry.model_dump(exclude_none=True)),
             on_error=common.on_error,
             at_most_once=common.delivery == "at_most_once",
         )
@@ -86,6 +87,8 @@ def build(
     *,
     paused: bool = False,
     revision: int = 0,
+    lookup: str | None = None,
+    recheck: timedelta = timedelta(minutes=1),
 ) -> Sequence:
     """A sequence from its steps. What is wrong with the whole becomes the problem of its steps."""
     ordered = sorted(steps, key=lambda step: step.position)
@@ -103,7 +106,7 @@ def build(
     except DefinitionError as error:
         by_name = {key: _with_problem(step, str(error)) for key, step in by_name.items()}
     goals = tuple(step for step in reversed(ordered) if step.type == "Goal")
-    return Sequence(name, first_step, timezone, by_name, paused, goals, revision)
+    return Sequence(name, first_step, timezone, by_name, paused, goals, revision, lookup, recheck)
 
 
 def _with_problem(step: Step, message: str) -> Step:
@@ -151,6 +154,7 @@ def from_rows(
                 alt_next_step=row["alt_next_step"],
                 behaviour=behaviour,
                 position=row["position"],
+                reads_external=reads_external(config),
             )
         )
     return build(
@@ -160,6 +164,8 @@ def from_rows(
         made,
         paused=sequence["status"] == "paused",
         revision=sequence["revision"],
+        lookup=sequence["lookup"],
+        recheck=sequence["recheck"],
     )
 
 
@@ -171,6 +177,11 @@ def _read_config(
     except (ValueError, RecursionError) as error:
         return {}, Problem(f"config cannot be read: {error}")
     return config, compile_behaviour(row["type"], config, runners)
+
+
+def reads_external(config: Mapping[str, Any]) -> bool:
+    """Whether the word is anywhere in a config: in a path, in a template, as a key."""
+    return re.search(r"\bexternal\b", json.dumps(config)) is not None
 
 
 def problems(sequence: Sequence) -> dict[tuple[str, str], str | None]:
@@ -293,6 +304,7 @@ def _read_document(document: object, path: Path, runners: Runners) -> Definition
                 alt_next_step=step.alt_next,
                 behaviour=compile_behaviour(step.type, step.config, runners),
                 position=position,
+                reads_external=reads_external(step.config),
             )
         )
     sequence = build(parsed.name, names[0], parsed.timezone, steps)

@@ -40,6 +40,8 @@ from sequencerd.core.model import (
     Fail,
     Failed,
     Fence,
+    Found,
+    LookUp,
     Result,
     SideEffect,
     Step,
@@ -47,7 +49,7 @@ from sequencerd.core.model import (
     Wait,
 )
 from sequencerd.definitions import Runners, from_rows, problems
-from sequencerd.lanes import Lane, Leased
+from sequencerd.lanes import Lane, LaneKey, Leased, Work
 from sequencerd.listener import Changed, Due, Look, Message
 from sequencerd.settings import Engine as Settings
 from sequencerd.store import Place, Row
@@ -91,6 +93,7 @@ class Engine:
         self,
         pool: asyncpg.Pool,
         runners: Runners,
+        lookups: Callable[[str], Work],
         *,
         clock: Clock,
         settings: Settings,
@@ -108,7 +111,10 @@ class Engine:
         self._log = log
         self._turned = turned
         self._heap: Heap[Place] = Heap()
-        self._lanes = {type_: Lane(runner, self._report) for type_, runner in runners.items()}
+        self._lookups = lookups
+        self._lanes: dict[LaneKey, Lane] = {
+            type_: Lane(runner, self._report) for type_, runner in runners.items()
+        }
         self._leased: dict[int, Leased] = {}
         self._finished: list[tuple[Leased, Result]] = []
         self._has_finished = asyncio.Event()
@@ -335,7 +341,7 @@ class Engine:
         if place[0] not in self.definitions:
             await self.reload()
         sequence = self.definitions.get(place[0])
-        if sequence is None or sequence.paused:
+        if sequence is None or sequence.paused or self._waits(place):
             return False
         limit = self._settings.batch
         if lane := self._lane(sequence.steps.get(place[1])):
@@ -390,25 +396,29 @@ class Engine:
         match decision:
             case Wait(until):
                 wake_at = until
-            case Execute(step, effect, timezone):
-                lane = self._lanes[step.type]
-                if self._stopping or lane.room <= 0:
-                    lane.waiting.add((at.sequence, at.step))
-                else:
+            case Execute(step, effect, timezone, external):
+                if self._has_room(step.type, at):
                     leased = at._replace(
                         attempt=at.attempt + 1, leased_by=self._name, retry_at=None
                     )
                     try:
-                        task = _task(leased, timezone, now)
+                        view = model.view(leased, timezone, leased.entered_at or now, external)
                     except EvaluationError as error:
                         failed = _failed(at, now, str(error), error.failure)
                         events += failed.events
                         decision = failed.decision
                     else:
-                        lane.take(1)
                         at = leased
-                        batch.leased.append(Leased(at, step, effect, task))
+                        task = Task(at.key, view)
+                        self._lease(batch, Leased(at, step, step.type, effect.program, task))
                         wake_at = now + timedelta(seconds=self._settings.lease)
+            case LookUp(step, lookup):
+                key = ("lookup", lookup)
+                if self._has_room(key, at):
+                    at = at._replace(leased_by=self._name)
+                    task = Task(at.key, {"subject": at.subject})
+                    self._lease(batch, Leased(at, step, key, None, task))
+                    wake_at = now + timedelta(seconds=self._settings.lease)
             case End(status):
                 pass
             case Fail():
@@ -438,6 +448,20 @@ class Engine:
                 data=advanced.data,
             )
         )
+
+    def _has_room(self, key: LaneKey, at: Enrollment) -> bool:
+        """Whether one more can be begun; else its step waits for the lane."""
+        if isinstance(key, tuple) and key not in self._lanes:
+            self._lanes[key] = Lane(self._lookups(key[1]), self._report)
+        lane = self._lanes[key]
+        if not self._stopping and lane.room > 0:
+            return True
+        lane.waiting.add((at.sequence, at.step))
+        return False
+
+    def _lease(self, batch: _Batch, leased: Leased) -> None:
+        self._lanes[leased.lane].take(1)
+        batch.leased.append(leased)
 
     @asynccontextmanager
     async def _writing(self, batch: _Batch) -> AsyncIterator[asyncpg.Connection]:
@@ -500,16 +524,17 @@ class Engine:
 
     def _give_back(self, leased: Iterable[Leased]) -> None:
         for one in leased:
-            self._lanes[one.step.type].take(-1)
+            self._lanes[one.lane].take(-1)
 
     def _begin(self, leased: Iterable[Leased]) -> None:
         """Starts side effects, by step."""
-        by_step: dict[Place, list[Leased]] = {}
+        by_step: dict[tuple[LaneKey, str, str], list[Leased]] = {}
         for one in leased:
             self._leased[one.enrollment.id] = one
-            by_step.setdefault((one.enrollment.sequence, one.step.name), []).append(one)
-        for group in by_step.values():
-            self._lanes[group[0].step.type].start(group)
+            key = (one.lane, one.enrollment.sequence, one.step.name)
+            by_step.setdefault(key, []).append(one)
+        for (lane, _, _), group in by_step.items():
+            self._lanes[lane].start(group)
 
     def _remember_wakes(self, rows: Iterable[Row]) -> None:
         """When to look again at the steps of those who wait."""
@@ -520,17 +545,15 @@ class Engine:
                 if place not in wakes or row.wake_at < wakes[place]:
                     wakes[place] = row.wake_at
         for place, at in wakes.items():
-            lane = self._lanes.get(self._type_of(place))
-            if lane is None or place not in lane.waiting:
+            if not self._waits(place):
                 self._push(place, at)
+
+    def _waits(self, place: Place) -> bool:
+        """Whether a step waits for room in a lane."""
+        return any(place in lane.waiting for lane in self._lanes.values())
 
     def _lane(self, step: Step | None) -> Lane | None:
         return self._lanes[step.type] if step and isinstance(step.behaviour, SideEffect) else None
-
-    def _type_of(self, place: Place) -> str:
-        sequence = self.definitions.get(place[0])
-        step = sequence.steps.get(place[1]) if sequence else None
-        return step.type if step else ""
 
     # --- results
 
@@ -538,7 +561,7 @@ class Engine:
         """From the lanes: side effects have ended."""
         self._finished.extend(results)
         self._has_finished.set()
-        self._call_waiting(self._lanes[results[0][0].step.type])
+        self._call_waiting(self._lanes[results[0][0].lane])
 
     @property
     def _is_behind(self) -> bool:
@@ -604,8 +627,9 @@ class Engine:
                     self._log.warning("enrollment was deleted", enrollment=id_)
                 elif rows[id_].fence == leased.fence:
                     before.append(rows[id_])
-                    self._add(batch, rows[id_], self._advance(rows[id_], now, result), now)
-                else:
+                    found = _of_lookup(result) if isinstance(leased.lane, tuple) else result
+                    self._add(batch, rows[id_], self._advance(rows[id_], now, found), now)
+                elif isinstance(leased.lane, str):
                     batch.events.append(_late(leased.enrollment, result, now))
             await self._write(connection, batch, before, now, alone=alone)
         wait = {leased.fence for leased, _ in locked}
@@ -630,8 +654,9 @@ class Engine:
                 await store.extend_leases(connection, list(self._leased), self._name, until)
 
 
-def _task(leased: Enrollment, timezone: str, now: datetime) -> Task:
-    return Task(leased.key, model.view(leased, timezone, leased.entered_at or now))
+def _of_lookup(result: Result) -> Result:
+    """A lane's own failure, a time-out or a stop, as a lookup's."""
+    return Found(None, result.message) if isinstance(result, Failed) else result
 
 
 def _failed(
@@ -657,6 +682,8 @@ def _late(leased: Enrollment, result: Result, now: datetime) -> Event:
             text = f"{action}: {message}" if message else str(action)
         case Failed(message):
             text = f"failed: {message}"
+        case Found():
+            text = "found"
         case _:
             assert_never(result)
     return Event(

@@ -1,4 +1,4 @@
-"""Side effects in flight: one lane for each type of runner, so that a slow one delays no other."""
+"""Side effects in flight: a lane for each runner and lookup, so that a slow one delays no other."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from sequencerd.core.model import Enrollment, Failed, Fence, Result, SideEffect, Step, Task
-from sequencerd.runners import NotNow, Runner
+from sequencerd.core.model import Enrollment, Failed, Fence, Result, Step, Task
+from sequencerd.runners import NotNow
 from sequencerd.store import Place
 
 NOT_BEGUN = Failed(
@@ -18,12 +18,29 @@ NOT_BEGUN = Failed(
 INTERRUPTED = replace(NOT_BEGUN, unknown=True)
 
 
+LaneKey = str | tuple[str, str]
+"""The type of the steps, or ("lookup", its name)."""
+
+
+class Work(Protocol):
+    """What a lane executes: a runner, or a lookup."""
+
+    batch_size: int
+    concurrency: int
+    timeout: float
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        """One result for each task, in their order."""
+        ...
+
+
 class Leased(NamedTuple):
-    """An enrollment whose side effect this daemon executes: as it was written with its lease."""
+    """An enrollment whose side effect or lookup this daemon executes: as written with its lease."""
 
     enrollment: Enrollment
     step: Step
-    effect: SideEffect
+    lane: LaneKey
+    program: object
     task: Task
 
     @property
@@ -39,7 +56,7 @@ class Lane:
     and no more: what nobody works on is left to other daemons.
     """
 
-    def __init__(self, runner: Runner, report: Callable[[Sequence[tuple[Leased, Result]]], None]):
+    def __init__(self, runner: Work, report: Callable[[Sequence[tuple[Leased, Result]]], None]):
         self.waiting: set[Place] = set()  # steps whose enrollments found no room
         self._runner = runner
         self._report = report
@@ -108,7 +125,7 @@ class Lane:
         tasks = [leased.task for leased in batch]
         try:
             async with asyncio.timeout(timeout):
-                results = await self._runner.run(batch[0].effect.program, tasks)
+                results = await self._runner.run(batch[0].program, tasks)
         except TimeoutError:
             return [Failed(f"no answer within {timeout:g} seconds", unknown=True)] * len(batch)
         except NotNow as error:

@@ -152,6 +152,10 @@ WITH revived AS (
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
 SELECT id, $3, sequence, step, visit, 'resumed', 'the step has been mended' FROM revived;
 
+-- name: look_up
+-- The names are checked before they are put in.
+SELECT l.subject, l.data FROM "{schema}"."{name}"($1::text[]) AS l (subject, data);
+
 -- name: add_event_partitions
 SELECT sequencer.add_event_partitions();
 

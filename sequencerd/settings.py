@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from sequencerd.core.model import RetryPolicy
 from sequencerd.core.steps import describe
 from sequencerd.errors import SettingsError
 
@@ -48,7 +49,20 @@ class Engine(Section):
     stop_timeout: float = Field(default=20.0, ge=0, le=3600)
 
 
-class Email(Section):
+class Retrying(Section):
+    """How often and how soon what failed is tried again, if its step says nothing; in seconds."""
+
+    attempts: int = Field(default=8, ge=1, le=1000)
+    first_delay: float = Field(default=10.0, ge=0, le=86400)
+    longest_delay: float = Field(default=3600.0, ge=0, le=30 * 86400)
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """As steps have it."""
+        return RetryPolicy(self.attempts, self.first_delay, self.longest_delay)
+
+
+class Email(Retrying):
     """The mail server: smtp://user:password@host:587, smtps://... for TLS from the start."""
 
     url: SecretStr | None = None
@@ -58,7 +72,7 @@ class Email(Section):
     list_unsubscribe: str | None = None
 
 
-class Sms(Section):
+class Sms(Retrying):
     """Twilio's account, or any gateway: a URL and a template of its JSON body."""
 
     provider: Literal["twilio", "http"] = "twilio"
@@ -74,7 +88,7 @@ class Sms(Section):
     per_second: float | None = Field(default=None, gt=0)
 
 
-class HttpEndpoint(Section):
+class HttpEndpoint(Retrying):
     """A custom runner in any language: [runners.NAME]."""
 
     url: str = Field(pattern=r"^https?://")
@@ -83,6 +97,17 @@ class HttpEndpoint(Section):
     concurrency: int = Field(default=4, ge=1, le=1000)
     per_second: float | None = Field(default=None, gt=0)
     secret: SecretStr | None = None
+    allow_private: bool = False
+    headers: dict[str, SecretStr] = {}
+
+
+class LookupEndpoint(Section):
+    """A source of external data: [lookups.NAME]."""
+
+    url: str = Field(pattern=r"^https?://")
+    timeout: float = Field(default=30.0, gt=0, le=600)
+    batch_size: int = Field(default=1000, ge=1, le=10_000)
+    concurrency: int = Field(default=2, ge=1, le=100)
     allow_private: bool = False
     headers: dict[str, SecretStr] = {}
 
@@ -102,6 +127,7 @@ class Settings(Section):
     email: Email = Email()
     sms: Sms = Sms()
     runners: dict[str, HttpEndpoint] = {}
+    lookups: dict[str, LookupEndpoint] = {}
     log: Log = Log()
 
 
@@ -177,5 +203,7 @@ def _keys(section: tuple[int | str, ...]) -> list[str]:
         return list(Settings.model_fields)
     if section[0] == "runners":
         return list(HttpEndpoint.model_fields)
+    if section[0] == "lookups":
+        return list(LookupEndpoint.model_fields)
     default = Settings.model_fields[str(section[0])].default
     return list(type(default).model_fields)

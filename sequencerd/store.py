@@ -26,6 +26,8 @@ def _load_queries() -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
+_FUNCTION = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*)")
+
 QUERIES: Mapping[str, str] = _load_queries()
 """The statements by name."""
 
@@ -209,6 +211,25 @@ async def suppressed(
     channels, texts = [a[0] for a in addresses], [a[1] for a in addresses]
     rows = await connection.fetch(QUERIES["suppressed"], channels, texts)
     return {(row["channel"], row["address"]) for row in rows}
+
+
+async def look_up(
+    connection: asyncpg.Connection, function: str, subjects: Rows[str]
+) -> dict[str, Mapping[str, Any]]:
+    """What a function `schema.name(subjects text[])` of the user's own knows, by subject.
+
+    It can't write. Raises ValueError for a name that is none, or of a schema that is not theirs.
+    """
+    name = _FUNCTION.fullmatch(function)
+    if name is None or re.match(r"pg_|information_schema$|sequencer$", name["schema"]):
+        raise ValueError(
+            f"{function!r} is neither set up as [lookups.{function}] nor installed, "
+            "nor an SQL function's name such as app.of_subjects"
+        )
+    query = QUERIES["look_up"].format(**name.groupdict())
+    async with connection.transaction(readonly=True):
+        rows = await connection.fetch(query, subjects)
+    return {row["subject"]: json.loads(row["data"] or "{}") for row in rows}
 
 
 async def add_event_partitions(connection: asyncpg.Connection) -> None:

@@ -48,7 +48,7 @@ COMMENT ON COLUMN sequencer.sequences.first_step IS 'Where an enrollment begins,
 COMMENT ON COLUMN sequencer.sequences.timezone IS 'IANA name; holds for subjects without one of their own.';
 COMMENT ON COLUMN sequencer.sequences.status IS 'paused: clocks run on, nothing is executed. archived: nobody enters, who is inside goes on.';
 COMMENT ON COLUMN sequencer.sequences.reentry IS 'When a subject may enter again: after_end of its journey, always, or never.';
-COMMENT ON COLUMN sequencer.sequences.lookup IS 'The source of external data about subjects.';
+COMMENT ON COLUMN sequencer.sequences.lookup IS 'The source of external data about subjects: an endpoint of the settings, an installed Python function, or an SQL function such as app.plans.';
 COMMENT ON COLUMN sequencer.sequences.recheck IS 'How often goals and conditions that read external data are looked at.';
 COMMENT ON COLUMN sequencer.sequences.revision IS 'Counted up with every change of the sequence or its steps.';
 

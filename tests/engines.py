@@ -13,12 +13,14 @@ import structlog
 
 from sequencerd import store
 from sequencerd.clock import Clock
-from sequencerd.core.model import Answer, DefinitionError, Result, Task
+from sequencerd.core.model import Answer, DefinitionError, Result, RetryPolicy, Task
 from sequencerd.daemon import daemon_name
 from sequencerd.engine import Engine
 from sequencerd.listener import listen
+from sequencerd.lookups import Lookups
 from sequencerd.runners import Runner
 from sequencerd.settings import Engine as Settings
+from sequencerd.settings import LookupEndpoint
 
 Behaviour = Callable[[Task], Awaitable[Result]]
 
@@ -33,6 +35,7 @@ class Recorder:
         self.batch_size = batch_size
         self.concurrency = concurrency
         self.timeout = 10.0
+        self.retry = RetryPolicy()
         self.keys: list[str] = []
         self.views: list[Mapping[str, Any]] = []
 
@@ -55,14 +58,19 @@ class Recorder:
 
 @asynccontextmanager
 async def running_engine(
-    url: str, runners: Mapping[str, Runner] | None = None, **settings: Any
+    url: str,
+    runners: Mapping[str, Runner] | None = None,
+    endpoints: Mapping[str, LookupEndpoint] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Engine]:
     """A daemon in the test's own loop: engine and listener, ready."""
     pool = await store.connect_pool(url, 5)
     log = structlog.get_logger()
+    lookups = Lookups(pool, endpoints or {})
     engine = Engine(
         pool,
         runners or {},
+        lookups.get,
         clock=Clock(),
         settings=Settings(**settings),
         name=daemon_name(),
@@ -86,6 +94,7 @@ async def running_engine(
         listener.cancel()
         with suppress(asyncio.CancelledError):
             await listener
+        await lookups.close()
         await pool.close()
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd import definitions
-from sequencerd.core.model import Problem, SideEffect
+from sequencerd import definitions, settings
+from sequencerd.core.model import Problem, RetryPolicy, SideEffect
+from sequencerd.daemon import make_runners
 from sequencerd.errors import FileError
 from tests.engines import Recorder, enroll
 
@@ -55,6 +56,21 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert isinstance(hello, SideEffect)
     assert hello.program == {"on": "yes", "date": "2018-06-08"}
     assert (hello.retry.attempts, hello.on_error) == (2, "altNext")
+
+
+def test_what_a_step_does_not_say_of_retries_its_runner_does() -> None:
+    runner = Recorder()
+    runner.retry = RetryPolicy(attempts=3, first_delay=1.0, longest_delay=2.0)
+    config = {"retry": {"firstDelay": 0.5}}
+    behaviour = definitions.compile_behaviour("Note", config, {"Note": runner})
+    assert isinstance(behaviour, SideEffect)
+    assert behaviour.retry == RetryPolicy(attempts=3, first_delay=0.5, longest_delay=2.0)
+
+
+def test_the_settings_of_a_runner_say_how_often_it_is_tried_again() -> None:
+    runners = make_runners(settings.load({"SEQUENCERD_EMAIL_ATTEMPTS": "3"}))
+    assert runners["Email"].retry.attempts == 3
+    assert runners["SMS"].retry.attempts == 8
 
 
 def test_json_is_yaml_too_and_a_file_may_hold_several(tmp_path: Path) -> None:

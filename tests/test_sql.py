@@ -30,7 +30,8 @@ async def defined(connection: asyncpg.Connection) -> asyncpg.Connection:
 
 async def test_every_statement_can_be_prepared(connection: asyncpg.Connection) -> None:
     for name, query in QUERIES.items():
-        if name != "create_migrations":  # several statements, run as a script
+        # the one is several statements, the other is completed with a function's name
+        if name not in ("create_migrations", "look_up"):
             await connection.prepare(query)
 
 

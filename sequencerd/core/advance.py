@@ -25,10 +25,13 @@ from sequencerd.core.model import (
     EvaluationError,
     Event,
     Execute,
+    External,
     Fail,
     Failed,
+    Found,
     Instant,
     Jump,
+    LookUp,
     Moment,
     Problem,
     Result,
@@ -44,6 +47,9 @@ from sequencerd.core.model import (
 
 MAX_MOVES = 100
 """Within one evaluation; more is a loop."""
+
+LOOKUP_DELAY = timedelta(minutes=1)
+"""When a lookup that failed is asked again; a random part of the half is taken off."""
 
 NOOP_DELAY = timedelta(minutes=1)
 """When a runner that answered noop is asked again: the original's cycle."""
@@ -63,7 +69,7 @@ def advance(
 
     `enrollment.wake_at` is ignored but for one that begins. `result` is what the side effect of its
     step came to, of the attempt that `enrollment.attempt` counts; `jitter` (0 to 1) shortens the
-    wait before the next one.
+    wait before the next one. Where it decides LookUp, the next `result` is what was found.
 
     First the result moves it, then the goals are looked at, then it follows its steps until one
     must wait (Wait, Execute), the way ends (End) or can't be gone (Fail). Never raises because of
@@ -94,6 +100,7 @@ class _Way:
         "at",
         "definitions",
         "events",
+        "external",
         "lapsed",
         "merged",
         "moment",
@@ -111,6 +118,7 @@ class _Way:
         self.lapsed: str | None = None  # the daemon whose lease of this visit has run out
         self._timezone: str | None = None
         self.moment: Moment | None = None
+        self.external: External | None = None  # of the sequence where it is, once it was looked up
 
     def begin(self, result: Result | None, jitter: float) -> Decision | None:
         """The start of a journey, or what came of the side effect; None to go on from there."""
@@ -129,6 +137,14 @@ class _Way:
                 return self._answered(result)
             case Failed():
                 return self._failed(result, jitter)
+            case Found(None, message):
+                self.at = self.at._replace(leased_by=None)
+                self.record("retry", message)
+                return Wait(self.now + LOOKUP_DELAY * (0.5 + jitter / 2))
+            case Found(external):
+                self.at = self.at._replace(leased_by=None)
+                self.external = external
+                return None
             case _:
                 assert_never(result)
 
@@ -141,13 +157,17 @@ class _Way:
             if sequence.paused:
                 return Wait(self.now)
             step, data = self._step(sequence), self.at.data
-            decision = self._execute(step)
+            decision = self._execute(sequence, step)
+            if isinstance(decision, Wait) and self._rechecks(sequence, step):
+                return Wait(min(decision.until, self.now + sequence.recheck))
             if decision is not None:
                 return decision
             if self.moves > MAX_MOVES:
                 message = f"more than {MAX_MOVES} moves without a wait; a cycle needs one"
                 return Fail("loop", message)
             if self.at.sequence != sequence.name or self.at.data is not data:
+                if self.at.sequence != sequence.name:
+                    self.external = None
                 sequence = self.sequence()
                 if ended := self._pull(sequence):
                     return ended
@@ -178,7 +198,7 @@ class _Way:
     def _look(self) -> Moment:
         """The enrollment as it is now, for a step or a goal to read."""
         if self.moment is None or self.moment.enrollment is not self.at:
-            self.moment = Moment(self.at, self.now, self._zone())
+            self.moment = Moment(self.at, self.now, self._zone(), self.external or {})
         return self.moment
 
     def _zone(self) -> str:
@@ -201,13 +221,30 @@ class _Way:
             raise EvaluationError("invalid_step", f"step {self.at.step!r} does not exist")
         return step
 
-    def _pull(self, sequence: Sequence) -> End | None:
+    def _open_goals(self, sequence: Sequence) -> list[Step]:
+        """Those that have not pulled before."""
+        return [goal for goal in sequence.goals if goal.name not in self.at.goals_met]
+
+    def _rechecks(self, sequence: Sequence, step: Step) -> bool:
+        """Whether it waits for what a lookup alone can tell."""
+        return sequence.lookup is not None and (
+            (step.reads_external and isinstance(step.behaviour, Instant))
+            or any(goal.reads_external for goal in self._open_goals(sequence))
+        )
+
+    def _pull(self, sequence: Sequence) -> End | Fail | LookUp | None:
         """Goals that are met and have not pulled before: the last of the definition wins."""
+        open_goals = self._open_goals(sequence)
+        if sequence.paused:
+            return None
+        if any(goal.reads_external for goal in open_goals) and (
+            missing := self._look_up(sequence, self._step(sequence))
+        ):
+            return missing
         met = [
             goal
-            for goal in sequence.goals
-            if goal.name not in self.at.goals_met
-            and isinstance(goal.behaviour, Instant)
+            for goal in open_goals
+            if isinstance(goal.behaviour, Instant)
             and goal.behaviour.met is not None
             and goal.behaviour.met(self._look())
         ]
@@ -219,14 +256,25 @@ class _Way:
         self.record("goal", f"{names[0]} is met{others}")
         return self._go(met[0].next_step)
 
-    def _execute(self, step: Step) -> Decision | None:
+    def _look_up(self, sequence: Sequence, step: Step) -> Fail | LookUp | None:
+        """What has to be done before external data can be read, if anything."""
+        if sequence.lookup is None or self.external is not None:
+            return None
+        effect = step.behaviour
+        if isinstance(effect, SideEffect) and (cut_off := self._cut_off(effect)):
+            return cut_off  # the lookup's lease would hide that the effect was cut off
+        return LookUp(step, sequence.lookup)
+
+    def _execute(self, sequence: Sequence, step: Step) -> Decision | None:
         """One step; None when it has moved the enrollment on."""
         match step.behaviour:
             case Problem(message):
                 return Fail("invalid_step", message)
             case SideEffect() as effect:
-                return self._start(step, effect)
+                return self._start(sequence, step, effect)
             case Instant() as behaviour:
+                if step.reads_external and (missing := self._look_up(sequence, step)):
+                    return missing
                 answer = behaviour.answer(self._look())
             case _:
                 assert_never(step.behaviour)
@@ -245,18 +293,26 @@ class _Way:
                 self._merge(data)
                 self.record(Action.NEXT.value)
                 return self._go(step.next_step)
-            case Jump(target, sequence):
-                self.record("jump", f"to {target}" + (f" of {sequence}" if sequence else ""))
-                return self._go(target, sequence)
+            case Jump(target, name):
+                self.record("jump", f"to {target}" + (f" of {name}" if name else ""))
+                return self._go(target, name)
             case Action.NOOP:
                 return Wait(self.now + NOOP_DELAY)
             case _:
                 assert_never(answer)
 
-    def _start(self, step: Step, effect: SideEffect) -> Decision:
+    def _start(self, sequence: Sequence, step: Step, effect: SideEffect) -> Decision:
         """The side effect, unless it is too early for it or one try more would be too many."""
         if self.at.retry_at is not None and self.now < self.at.retry_at:
             return Wait(self.at.retry_at)
+        if cut_off := self._cut_off(effect):
+            return cut_off
+        if step.reads_external and (missing := self._look_up(sequence, step)):
+            return missing
+        return Execute(step, effect, self._zone(), self.external or {})
+
+    def _cut_off(self, effect: SideEffect) -> Fail | None:
+        """Whether a side effect that was cut off must not be started again."""
         if self.lapsed is not None and self.at.attempt > 0:
             if effect.at_most_once:
                 return Fail(
@@ -265,7 +321,7 @@ class _Way:
                 )
             if self.at.attempt >= effect.retry.attempts:
                 return Fail("error", f"cut off in attempt {self.at.attempt}, the last one")
-        return Execute(step, effect, self._zone())
+        return None
 
     def _go(self, target: str | None, sequence: str | None = None) -> End | None:
         """To another step, or to the end of the way."""

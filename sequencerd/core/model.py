@@ -83,6 +83,10 @@ class RetryPolicy:
     longest_delay: float = 3600.0
 
 
+RETRY = RetryPolicy()
+"""What holds where nobody says otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class SideEffect:
     """What a runner does: `program` is what the runner made of the config."""
@@ -112,6 +116,7 @@ class Step:
     alt_next_step: str | None
     behaviour: Instant | SideEffect | Problem
     position: int = 0  # the order of the definition: of several goals met the last one wins
+    reads_external: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,10 @@ class Sequence:
     paused: bool = False
     goals: tuple[Step, ...] = ()
     revision: int = 0  # counted up by the database with every change
+    lookup: str | None = None  # the source of external data
+    recheck: timedelta = timedelta(
+        minutes=1
+    )  # how often goals and waits that read it are looked at
 
 
 Definitions = Mapping[str, Sequence]
@@ -170,13 +179,20 @@ class Enrollment(NamedTuple):
         return (self.id, self.visit, self.attempt, self.leased_by)
 
 
+External = Mapping[str, Any]
+"""What a lookup knows of a subject; nothing where there is no lookup."""
+
+
 class Moment:
     """An enrollment at a time: what the steps, goals, templates and runners get to see."""
 
-    __slots__ = ("_view", "enrollment", "now", "timezone")
+    __slots__ = ("_view", "enrollment", "external", "now", "timezone")
 
-    def __init__(self, enrollment: Enrollment, now: datetime, timezone: str) -> None:
+    def __init__(
+        self, enrollment: Enrollment, now: datetime, timezone: str, external: External
+    ) -> None:
         self.enrollment = enrollment
+        self.external = external
         self.now = now
         self.timezone = timezone
         self._view: dict[str, Any] | None = None
@@ -190,11 +206,13 @@ class Moment:
     def view(self) -> dict[str, Any]:
         """The enrollment as plain JSON data. Raises EvaluationError for data that can't be read."""
         if self._view is None:
-            self._view = view(self.enrollment, self.timezone, self.entered_at)
+            self._view = view(self.enrollment, self.timezone, self.entered_at, self.external)
         return self._view
 
 
-def view(enrollment: Enrollment, timezone: str, entered_at: datetime) -> dict[str, Any]:
+def view(
+    enrollment: Enrollment, timezone: str, entered_at: datetime, external: External
+) -> dict[str, Any]:
     """What `get` paths, templates and custom runners are given; names as in the original."""
     return {
         "id": enrollment.id,
@@ -203,7 +221,7 @@ def view(enrollment: Enrollment, timezone: str, entered_at: datetime) -> dict[st
         "sequence": enrollment.sequence,
         "step": enrollment.step,
         "data": parse_data(enrollment.data),
-        "external": {},
+        "external": external,
         "timezone": timezone,
         "visit": enrollment.visit,
         "attempt": enrollment.attempt,
@@ -273,7 +291,15 @@ class Failed:
     unknown: bool = False
 
 
-Result = Answer | Failed
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a lookup has found out. `external` is None where it failed, `message` says why."""
+
+    external: External | None
+    message: str = ""
+
+
+Result = Answer | Failed | Found
 
 
 # --- decisions
@@ -305,6 +331,15 @@ class Execute:
     step: Step
     effect: SideEffect
     timezone: str
+    external: External
+
+
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """Needs what this lookup knows of the subject."""
+
+    step: Step
+    lookup: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +357,7 @@ class Fail:
     message: str
 
 
-Decision = Wait | Execute | End | Fail
+Decision = Wait | Execute | LookUp | End | Fail
 
 
 class Advanced(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from sequencerd.core.model import Result, Task
+from sequencerd.core.model import Result, RetryPolicy, Task
 
 
 class Refused(Exception):  # noqa: N818 - what an author raises reads as what has happened
@@ -21,12 +21,13 @@ class Runner(Protocol):
 
     `batch_size` is how many enrollments one call of `run` gets at most, `concurrency` how many
     calls run at the same time, `timeout` how many seconds a call may take, with the time that it
-    waits for its turn where a rate is limited.
+    waits for its turn where a rate is limited. `retry` holds for steps that say nothing of it.
     """
 
     batch_size: int
     concurrency: int
     timeout: float
+    retry: RetryPolicy
 
     def compile(self, config: Mapping[str, Any]) -> object:
         """Makes of a step's config what `run` needs. Raises DefinitionError."""

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
-from sequencerd.core.model import Answer, DefinitionError, Failed, Result, Task
+from sequencerd.core.model import RETRY, Answer, DefinitionError, Failed, Result, RetryPolicy, Task
 from sequencerd.core.template import Template
 from sequencerd.runners import mime
 from sequencerd.runners.fields import (
@@ -95,7 +95,9 @@ class EmailRunner:
         per_second: float | None = None,
         list_unsubscribe: str | None = None,
         suppressions: Suppressions | None = None,
+        retry: RetryPolicy = RETRY,
     ) -> None:
+        self.retry = retry
         self._suppressions = suppressions
         self.concurrency = concurrency
         self._pace = Pace(per_second)

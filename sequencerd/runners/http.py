@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sequencerd.core.model import DefinitionError, Failed, Result, Task
+from sequencerd.core.model import RETRY, DefinitionError, Failed, Result, RetryPolicy, Task
 from sequencerd.runners.answers import check_json, read_outcome
 from sequencerd.runners.pace import Pace
 from sequencerd.runners.web import Reply, Unreachable, Web, check_headers, check_url, judge
@@ -38,7 +38,9 @@ class HttpRunner:
         secret: str | None = None,
         headers: Mapping[str, str] | None = None,
         allow_private: bool = False,
+        retry: RetryPolicy = RETRY,
     ) -> None:
+        self.retry = retry
         self.batch_size = batch_size
         self.concurrency = concurrency
         self._pace = Pace(per_second)

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.core.model import RETRY, Answer, Failed, Result, RetryPolicy, Task
 from sequencerd.runners import Refused, Runner
 from sequencerd.runners.answers import PLAIN, StrictOutcome, read_outcome
 from sequencerd.runners.fields import one_line, parse_config
@@ -46,6 +46,7 @@ class Options:
     batch_size: int | None = None
     concurrency: int = 10
     timeout: float = 60.0
+    retry: RetryPolicy = RETRY
 
 
 def runner(
@@ -54,11 +55,12 @@ def runner(
     batch_size: int | None = None,
     concurrency: int = 10,
     timeout: float = 60.0,
+    retry: RetryPolicy = RETRY,
 ) -> Callable[[Function], Function]:
     """Describes a runner function: see the module. `timeout` is in seconds, for one call."""
     if (batch_size is not None and batch_size < 1) or concurrency < 1 or timeout <= 0:
         raise ValueError("batch_size, concurrency and timeout must be above 0")
-    options = Options(config, batch_size, concurrency, timeout)
+    options = Options(config, batch_size, concurrency, timeout, retry)
 
     def describe(function: Function) -> Function:
         vars(function)["sequencerd_runner"] = options
@@ -76,6 +78,7 @@ class PythonRunner:
         self.batch_size = options.batch_size or 1
         self.concurrency = options.concurrency
         self.timeout = options.timeout
+        self.retry = options.retry
         self._function = function
         self._name = name
         self._in_batches = options.batch_size is not None
@@ -200,7 +203,7 @@ def load(group: str = GROUP) -> dict[str, Runner]:
 
 def as_runner(loaded: Any, *, name: str) -> Runner:
     """A function, or an object that has all of a Runner, as a Runner. Raises ValueError."""
-    wanted = ("compile", "run", "close", "batch_size", "concurrency", "timeout")
+    wanted = ("compile", "run", "close", "batch_size", "concurrency", "timeout", "retry")
     if not inspect.isclass(loaded) and all(hasattr(loaded, part) for part in wanted):
         made: Runner = loaded
         return made

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from sequencerd.core.model import Answer, DefinitionError, Failed, Result, Task
+from sequencerd.core.model import RETRY, Answer, DefinitionError, Failed, Result, RetryPolicy, Task
 from sequencerd.core.template import Template
 from sequencerd.runners.fields import (
     Config,
@@ -89,7 +89,9 @@ class _SmsRunner:
         per_second: float | None,
         allow_private: bool,
         suppressions: Suppressions | None,
+        retry: RetryPolicy,
     ) -> None:
+        self.retry = retry
         self._suppressions = suppressions
         self.concurrency = concurrency
         self._pace = Pace(per_second)
@@ -152,6 +154,7 @@ class TwilioRunner(_SmsRunner):
         timeout: float = 30.0,
         per_second: float | None = None,
         suppressions: Suppressions | None = None,
+        retry: RetryPolicy = RETRY,
     ) -> None:
         super().__init__(
             concurrency=concurrency,
@@ -159,6 +162,7 @@ class TwilioRunner(_SmsRunner):
             per_second=per_second,
             allow_private=True,
             suppressions=suppressions,
+            retry=retry,
         )
         self._auth = (account_sid, auth_token)
         account = quote(account_sid, safe="")
@@ -219,6 +223,7 @@ class HttpSmsRunner(_SmsRunner):
         per_second: float | None = None,
         allow_private: bool = False,
         suppressions: Suppressions | None = None,
+        retry: RetryPolicy = RETRY,
     ) -> None:
         super().__init__(
             concurrency=concurrency,
@@ -226,6 +231,7 @@ class HttpSmsRunner(_SmsRunner):
             per_second=per_second,
             allow_private=allow_private,
             suppressions=suppressions,
+            retry=retry,
         )
         self._url = check_url(url)
         self._body = compile_field("body", body)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.core.advance import MAX_MOVES, advance
+from sequencerd.core.advance import LOOKUP_DELAY, MAX_MOVES, advance
 from sequencerd.core.model import (
     NEVER,
     Action,
@@ -24,6 +24,8 @@ from sequencerd.core.model import (
     Execute,
     Fail,
     Failed,
+    Found,
+    LookUp,
     Problem,
     Result,
     RetryPolicy,
@@ -427,6 +429,60 @@ def test_what_may_have_taken_place_is_told_and_done_again_only_where_it_may() ->
 def test_a_step_that_kills_the_daemon_is_given_up() -> None:
     decision = advance(MAIL, at("mail", attempt=3, leased_by="host:1"), NOW).decision
     assert isinstance(decision, Fail)
+
+
+EXTERNAL = {**PAID, "value": {"type": "get", "value": "external.paid"}}
+
+
+def looking_up(*steps: Step) -> dict[str, Sequence]:
+    reading = [replace(s, reads_external="external" in json.dumps(s.config)) for s in steps]
+    return {"s": replace(sequence(*reading)["s"], lookup="app.f")}
+
+
+def test_external_data_are_asked_for_where_they_are_read() -> None:
+    definitions = looking_up(
+        step("pause", "WaitForDuration", {"amount": 1, "unit": "days"}, "ask"),
+        step("ask", "Conditional", EXTERNAL, "yes"),
+        step("yes", "WaitForDate", {"date": "2027-01-01"}),
+    )
+    waits = advance(definitions, at("pause"), NOW)
+    assert waits.decision == Wait(NOW + timedelta(days=1))
+    asks = advance(definitions, at("pause"), NOW + timedelta(days=1))
+    assert isinstance(asks.decision, LookUp)
+    assert (asks.decision.lookup, asks.enrollment.step) == ("app.f", "ask")
+    found = advance(definitions, asks.enrollment, NOW, Found({"paid": True}))
+    assert found.enrollment.step == "yes"
+    assert isinstance(advance(definitions, asks.enrollment, NOW, Found({})).decision, End)
+    failed = advance(definitions, asks.enrollment, NOW, Found(None, "it is away"))
+    assert failed.decision == Wait(NOW + LOOKUP_DELAY)
+    assert [(e.action, e.message) for e in failed.events] == [("retry", "it is away")]
+
+
+def test_who_waits_for_external_data_is_looked_at_every_recheck() -> None:
+    definitions = looking_up(
+        step("pause", "WaitForDuration", {"amount": 1, "unit": "days"}),
+        step("goal", "Goal", EXTERNAL, "pause"),
+    )
+    assert isinstance(advance(definitions, at("pause"), NOW).decision, LookUp)
+    minute = Wait(NOW + timedelta(minutes=1))
+    assert advance(definitions, at("pause"), NOW, Found({})).decision == minute
+    pulled = advance(definitions, at("pause"), NOW, Found({"paid": True}))
+    assert pulled.enrollment.goals_met == ("goal",)
+    assert pulled.decision == Wait(NOW + timedelta(days=1))  # nothing more to be asked for
+
+
+def test_a_lookup_does_not_hide_that_a_side_effect_was_cut_off() -> None:
+    once = replace(EFFECT, at_most_once=True)
+    definitions = looking_up(step("mail", "Email", effect=once), step("goal", "Goal", EXTERNAL))
+    cut_off = advance(definitions, at("mail", attempt=1, leased_by="host:1"), NOW)
+    assert isinstance(cut_off.decision, Fail)
+    assert cut_off.decision.failure == "outcome_unknown"
+
+
+def test_nobody_is_asked_about_a_paused_sequence() -> None:
+    definitions = looking_up(step("goal", "Goal", EXTERNAL))
+    paused = {"s": replace(definitions["s"], paused=True)}
+    assert advance(paused, at("goal"), NOW).decision == Wait(NOW)
 
 
 def test_a_condition_that_does_not_come_true_in_time_takes_the_other_way() -> None:

@@ -43,7 +43,11 @@ def test_addresses_that_are_read_can_be_written(name: str, rest: str) -> None:
     written = mime.message([mime.address_header("To", boxes)], "x", None, "=_1")
     message = message_from_bytes(written, policy=policy.default)
     assert message.keys()[:2] == ["To", "MIME-Version"]
-    found = [address.addr_spec for address in message["To"].addresses]
+    # the reader takes headers for ASCII, and keeps the bytes of UTF-8 as halves of characters
+    found = [
+        address.addr_spec.encode("utf-8", "surrogateescape").decode()
+        for address in message["To"].addresses
+    ]
     assert found == [box.address for box in boxes]
 
 

@@ -1,0 +1,205 @@
+"""External data: asked for in batches, only where it is read, and never taken for false."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import asyncpg
+import pytest
+
+from sequencerd import lookups, store
+from sequencerd.settings import LookupEndpoint
+from tests.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
+from tests.runners.servers import Answer, Request, http_server
+
+ACCOUNTS = """
+    CREATE SCHEMA app;
+    CREATE TABLE app.accounts (name text, plan text);
+    CREATE TABLE app.questions (subjects text[]);
+    CREATE FUNCTION app.plans(subjects text[]) RETURNS TABLE (subject text, data jsonb)
+    LANGUAGE sql STABLE AS $$
+        SELECT name, jsonb_build_object('plan', plan) FROM app.accounts WHERE name = ANY (subjects)
+    $$;
+"""
+PRO = json.dumps(
+    {
+        "lodashCommand": "eq",
+        "value": {"type": "get", "value": "external.plan"},
+        "compareTo": {"type": "raw", "value": "pro"},
+    }
+)
+DAYS = '{"amount": 3, "unit": "days"}'
+
+
+async def use(connection: asyncpg.Connection, lookup: str, recheck: str = "1 minute") -> None:
+    await connection.execute(
+        "UPDATE sequencer.sequences SET lookup = $1, recheck = $2::text::interval", lookup, recheck
+    )
+
+
+async def ask_plan(connection: asyncpg.Connection) -> None:
+    """A sequence that asks for the plan, and gives it to a runner where it is "pro"."""
+    await define(
+        connection,
+        "s",
+        ("has-pro", "Conditional", PRO, "tell"),
+        ("tell", "Note", '{"text": "{{external.plan}}"}', "plain"),
+        ("plain", "Note", "{}", None),
+    )
+
+
+async def test_an_sql_function_is_asked_once_for_a_batch(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await connection.execute(ACCOUNTS)
+    await connection.execute(
+        "INSERT INTO app.accounts SELECT 'u' || n, CASE WHEN n <= 10 THEN 'pro' ELSE 'free' END"
+        " FROM generate_series(1, 500) AS n"
+    )
+    recorder = Recorder()
+    await ask_plan(connection)
+    await use(connection, "app.plans")
+    async with running_engine(database, {"Note": recorder}):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, 500) AS n"
+        )
+        await until(connection, ALL_ENDED)
+    told = [view for view in recorder.views if view["step"] == "tell"]
+    assert {view["subject"] for view in told} == {f"u{n}" for n in range(1, 11)}
+    assert all(view["external"] == {"plan": "pro"} for view in told)
+    plain = [view for view in recorder.views if view["step"] == "plain"]
+    assert len(plain) == 10
+    assert all(view["external"] == {} for view in plain)  # it does not read them: nobody asked
+
+
+async def test_a_goal_in_external_data_is_looked_at_again_and_again(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await connection.execute(ACCOUNTS)
+    await define(
+        connection, "s", ("pause", "WaitForDuration", DAYS, None), ("pro", "Goal", PRO, None)
+    )
+    await use(connection, "app.plans", "1 second")
+    async with running_engine(database):
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, "SELECT wake_at > now() AND leased_by IS NULL"
+                    " FROM sequencer.enrollments")  # fmt: skip
+        await connection.execute("INSERT INTO app.accounts VALUES ('ada', 'pro')")
+        await until(connection, ALL_ENDED)
+    assert (await way(connection, id_))[-2:] == ["pause goal", "pause completed"]
+
+
+async def test_a_lookup_that_fails_is_asked_again_and_is_not_false(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await ask_plan(connection)
+    await use(connection, "app.plans")
+    async with running_engine(database, {"Note": Recorder()}):
+        id_ = await enroll(connection, "s", "ada")
+        await until(
+            connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'retry')"
+        )
+        row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+        assert (row["status"], row["step"], row["attempt"]) == ("active", "has-pro", 0)
+        assert "app" in row["last_error"]
+        await connection.execute(ACCOUNTS)
+        await connection.execute("INSERT INTO app.accounts VALUES ('ada', 'pro')")
+        await connection.execute("SELECT sequencer.reevaluate(subject => 'ada')")
+        await until(connection, ALL_ENDED)
+    assert (await way(connection, id_))[-2:] == ["plain next", "plain completed"]
+
+
+async def test_a_function_can_neither_write_nor_be_anybody_elses(
+    connection: asyncpg.Connection,
+) -> None:
+    await connection.execute(ACCOUNTS)
+    await connection.execute(
+        "CREATE FUNCTION app.noting(subjects text[]) RETURNS TABLE (subject text, data jsonb)"
+        " LANGUAGE sql AS $$ INSERT INTO app.questions VALUES ($1) RETURNING 'x', '{}'::jsonb $$"
+    )
+    with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+        await store.look_up(connection, "app.noting", ["ada"])
+    for name in ("plans", "pg_catalog.unnest", "sequencer.enroll", 'app."x"', "app.f(); --"):
+        with pytest.raises(ValueError, match="SQL function"):
+            await store.look_up(connection, name, ["ada"])
+
+
+async def test_an_endpoint_gets_the_ids_and_answers_with_objects(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    asked: list[Any] = []
+
+    async def respond(request: Request) -> Answer:
+        asked.append((json.loads(request.body), request.headers["x-key"]))
+        return Answer(200, json.dumps([{"id": "ada", "plan": "pro"}]).encode())
+
+    recorder = Recorder()
+    await ask_plan(connection)
+    await use(connection, "plans")
+    async with http_server(respond) as server:
+        endpoint = LookupEndpoint.model_validate({"url": server.url, "headers": {"X-Key": "k"}})
+        async with running_engine(database, {"Note": recorder}, {"plans": endpoint}):
+            await enroll(connection, "s", "ada")
+            await enroll(connection, "s", "bob")
+            await until(connection, ALL_ENDED)
+    assert sorted({name for names, _ in asked for name in names}) == ["ada", "bob"]
+    assert {key for _, key in asked} == {"k"}
+    (told,) = [view for view in recorder.views if view["step"] == "tell"]
+    assert told["external"] == {"id": "ada", "plan": "pro"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(500, b"[]"),
+        Answer(404, b"[]"),
+        Answer(200, b"no JSON"),
+        Answer(200, b'{"id": "ada"}'),
+        Answer(200, b'[{"plan": "pro"}]'),
+        Answer(200, b'[{"id": "ada"}, {"id": "ada", "plan": "pro"}]'),
+    ],
+)
+async def test_an_answer_that_cannot_be_used_is_a_failure(
+    database: str, connection: asyncpg.Connection, answer: Answer
+) -> None:
+    async def respond(_: Request) -> Answer:
+        return answer
+
+    await ask_plan(connection)
+    await use(connection, "plans")
+    async with http_server(respond) as server:
+        endpoint = LookupEndpoint(url=server.url)
+        async with running_engine(database, {"Note": Recorder()}, {"plans": endpoint}):
+            await enroll(connection, "s", "ada")
+            await until(connection, "SELECT last_error LIKE 'lookup%' FROM sequencer.enrollments")
+    assert await connection.fetchval("SELECT status FROM sequencer.enrollments") == "active"
+
+
+def of_lists(subjects: list[str]) -> list[dict[str, str]]:
+    return [{"id": subject, "plan": "pro"} for subject in subjects]
+
+
+async def of_mappings(subjects: list[str]) -> Mapping[str, Mapping[str, str]]:
+    return {subject: {"plan": "pro"} for subject in subjects}
+
+
+@pytest.mark.parametrize("function", ["of_lists", "of_mappings"])
+async def test_a_python_function_is_asked(
+    database: str,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+) -> None:
+    point = EntryPoint("plans", f"tests.test_lookups:{function}", lookups.GROUP)
+    monkeypatch.setattr(lookups, "entry_points", lambda group: [point])
+    recorder = Recorder()
+    await ask_plan(connection)
+    await use(connection, "plans")
+    async with running_engine(database, {"Note": recorder}):
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    assert recorder.views[0]["external"]["plan"] == "pro"
