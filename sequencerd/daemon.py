@@ -19,7 +19,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd import migrate, store
 from sequencerd.clock import Clock
 from sequencerd.core.model import RETRY, DefinitionError, Failed, Result, Task
-from sequencerd.engine import PASSING_ERRORS, Engine
+from sequencerd.engine import Engine
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.listener import listen
 from sequencerd.lookups import Lookups
@@ -170,7 +170,7 @@ async def run(url: str, settings: Settings, log: FilteringBoundLogger) -> None:
         try:
             async with pool.acquire() as connection:
                 return await store.suppressed(connection, keys)
-        except PASSING_ERRORS as error:
+        except store.PASSING_ERRORS as error:
             raise NotNow(f"the suppressions can't be read: {error}") from error
 
     runners = make_runners(settings, Suppressions(suppressed))
@@ -196,7 +196,7 @@ async def run(url: str, settings: Settings, log: FilteringBoundLogger) -> None:
 
         async def connected() -> None:
             await engine.sweep()
-            log.info("ready", daemon=name, sequences=len(engine.definitions))
+            log.info("ready", daemon=name, sequences=len(engine.catalog.sequences))
             notify("READY=1")
 
         def stop() -> None:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import date, datetime, timedelta
 from typing import assert_never
 
@@ -23,67 +22,28 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd import store
+from sequencerd.catalog import Catalog
 from sequencerd.clock import Clock
-from sequencerd.core import model
 from sequencerd.core.advance import advance
 from sequencerd.core.heap import Heap
 from sequencerd.core.model import (
     NEVER,
     Advanced,
-    Answer,
-    Decision,
-    End,
     Enrollment,
-    EvaluationError,
-    Event,
-    Execute,
-    Fail,
-    Failed,
-    Fence,
-    Found,
-    LookUp,
     Result,
     SideEffect,
-    Step,
-    Task,
-    Wait,
 )
-from sequencerd.definitions import Runners, from_rows, problems
-from sequencerd.lanes import Lane, LaneKey, Leased, Work
+from sequencerd.definitions import Runners
+from sequencerd.lanes import Lane, Leased, Work
 from sequencerd.listener import Changed, Due, Look, Message
 from sequencerd.settings import Engine as Settings
-from sequencerd.store import Place, Row
-
-PASSING_ERRORS = (
-    OSError,
-    TimeoutError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,  # a connection that is cut in the middle of an answer
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.TransactionRollbackError,
-    asyncpg.InvalidTransactionStateError,
-)
-"""Of the database: the same work is done again a little later."""
-
-POISON = (asyncpg.PostgresError, ValueError, OverflowError)
-"""What a value that cannot be written raises."""
+from sequencerd.store import PASSING_ERRORS, POISON, Place
+from sequencerd.writer import PAUSE, Batch, Writer, failed, late, of_lookup
 
 WRITERS = 3  # one computes while the others wait for the database
 BEHIND = 4  # batches of results that wait to be written
 MAX_SLEEP = 10.0  # seconds: the watchdog wants to see that the loop turns
-PAUSE = 1.0  # seconds after a passing error
 LOCKED_PAUSE = 0.2  # seconds until a row that somebody else has locked is tried again
-
-
-@dataclass(slots=True)
-class _Batch:
-    """What one transaction writes, and what follows from it."""
-
-    rows: list[Row] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    leased: list[Leased] = field(default_factory=list)
 
 
 class Engine:
@@ -102,25 +62,28 @@ class Engine:
         turned: Callable[[], None] = lambda: None,
     ) -> None:
         """`turned` is called in every turn of the loop, at least each MAX_SLEEP seconds."""
-        self.definitions: dict[str, model.Sequence] = {}
         self._pool = pool
-        self._runners = runners
         self._clock = clock
         self._settings = settings
-        self._name = name
         self._log = log
         self._turned = turned
         self._heap: Heap[Place] = Heap()
-        self._lookups = lookups
-        self._lanes: dict[LaneKey, Lane] = {
-            type_: Lane(runner, self._report) for type_, runner in runners.items()
-        }
-        self._leased: dict[int, Leased] = {}
+        self.catalog = Catalog(pool, runners, self._start_retiming, clock=clock, log=log)
+        self._writer = Writer(
+            pool,
+            runners,
+            lookups,
+            self._report,
+            self._push,
+            clock=clock,
+            settings=settings,
+            name=name,
+            log=log,
+        )
         self._finished: list[tuple[Leased, Result]] = []
         self._has_finished = asyncio.Event()
         self._wake = asyncio.Event()
         self._stopping = False
-        self._loading = asyncio.Lock()
         self._busy: set[Place] = set()
         self._again: set[Place] = set()
         self._retiming: set[Place] = set()
@@ -134,7 +97,9 @@ class Engine:
         async with asyncio.TaskGroup() as group:
             helpers = [
                 group.create_task(self._every(self._settings.sweep, self.sweep)),
-                group.create_task(self._every(self._settings.lease / 3, self._extend_leases)),
+                group.create_task(
+                    self._every(self._settings.lease / 3, self._writer.extend_leases)
+                ),
                 *(group.create_task(self._write_results()) for _ in range(WRITERS)),
             ]
             await self._schedule()
@@ -144,7 +109,7 @@ class Engine:
 
     def stop(self) -> None:
         """Claims nothing more; `run` returns when what is in flight is written."""
-        self._stopping = True
+        self._stopping = self._writer.stopping = True
         self._wake.set()
 
     def receive(self, message: Message) -> None:
@@ -228,17 +193,17 @@ class Engine:
 
     async def _wind_down(self) -> None:
         """Waits for what is in flight, and writes it."""
-        if self._leased:
-            self._log.info("stopping", in_flight=len(self._leased))
+        if self._writer.leased:
+            self._log.info("stopping", in_flight=len(self._writer.leased))
         timeout = self._settings.stop_timeout
         if self._background:
             _, late = await asyncio.wait(self._background, timeout=timeout)
             for work in late:
                 work.cancel()
-        await asyncio.gather(*(lane.stop(timeout) for lane in self._lanes.values()))
+        await asyncio.gather(*(lane.stop(timeout) for lane in self._writer.lanes.values()))
         with suppress(TimeoutError):  # the leases run out if the database is away
             async with asyncio.timeout(timeout + PAUSE):
-                while self._leased:
+                while self._writer.leased:
                     self._has_finished.set()
                     await asyncio.sleep(0.01)
 
@@ -266,44 +231,13 @@ class Engine:
 
     async def reload(self) -> None:
         """Reads the definitions that have changed, and looks at those whom it concerns."""
-        async with self._loading, self._pool.acquire() as connection:
-            revisions = await store.revisions(connection)
-            for name in self.definitions.keys() - revisions.keys():
-                del self.definitions[name]
-            changed = [
-                name
-                for name, revision in revisions.items()
-                if name not in self.definitions or self.definitions[name].revision != revision
-            ]
-            if not changed:
-                return
-            await self._load(connection, changed)
-        await self.rebuild()
+        if await self.catalog.reload():
+            await self.rebuild()
 
-    async def _load(self, connection: asyncpg.Connection, names: Sequence[str]) -> None:
-        sequence_rows, step_rows = await store.definitions(connection, names)
-        found: dict[Place, str | None] = {}
-        for row in sequence_rows:
-            steps = [step for step in step_rows if step["sequence"] == row["name"]]
-            sequence = from_rows(row, steps, self._runners)
-            self.definitions[sequence.name] = sequence
-            found |= problems(sequence)
-        known = {(row["sequence"], row["name"]): row["problem"] for row in step_rows}
-        if news := {place: text for place, text in found.items() if text != known[place]}:
-            await store.set_problems(connection, news)
-            for place, text in news.items():
-                if text is not None:
-                    self._log.error(
-                        "step has a problem", sequence=place[0], step=place[1], problem=text
-                    )
-        mended = [place for place, text in found.items() if text is None]
-        if count := await store.revive(connection, mended, self._clock.now()):
-            self._log.info("failed enrollments go on, their steps are mended", count=count)
-        for row in step_rows:
-            place = (row["sequence"], row["name"])
-            if row["retime"] and place not in self._retiming:
-                self._retiming.add(place)
-                self._spawn(self._retime(place))
+    def _start_retiming(self, place: Place) -> None:
+        if place not in self._retiming:
+            self._retiming.add(place)
+            self._spawn(self._retime(place))
 
     async def _retime(self, place: Place) -> None:
         """Looks at everybody who waits at a changed step, a batch at a time."""
@@ -338,13 +272,15 @@ class Engine:
 
     async def _claim(self, place: Place) -> bool:
         """Moves the due enrollments of a step, as many as fit. Whether there may be more."""
-        if place[0] not in self.definitions:
+        if place[0] not in self.catalog.sequences:
             await self.reload()
-        sequence = self.definitions.get(place[0])
-        if sequence is None or sequence.paused or self._waits(place):
+        sequence = self.catalog.sequences.get(place[0])
+        if sequence is None or sequence.paused or self._writer.waits(place):
             return False
         limit = self._settings.batch
-        if lane := self._lane(sequence.steps.get(place[1])):
+        step = sequence.steps.get(place[1])
+        if step and isinstance(step.behaviour, SideEffect):
+            lane = self._writer.lanes[step.type]
             limit = 0 if self._is_behind else min(limit, lane.room)
             if limit <= 0:
                 lane.waiting.add(place)
@@ -367,12 +303,12 @@ class Engine:
         self, place: Place, revision: int, limit: int, *, alone: bool = False
     ) -> int:
         now = self._clock.now()
-        batch = _Batch()
-        async with self._writing(batch) as connection:
+        batch = Batch()
+        async with self._writer.writing(batch) as connection:
             claimed = await store.claim(connection, place, now, revision, limit)
             for enrollment in claimed:
-                self._add(batch, enrollment, self._advance(enrollment, now), now)
-            await self._write(connection, batch, claimed, now, alone=alone)
+                self._writer.add(batch, enrollment, self._advance(enrollment, now), now)
+            await self._writer.write(connection, batch, claimed, now, alone=alone)
             if len(claimed) < limit:
                 next_at = await store.next_wake(connection, place, now)
                 self._push(place, next_at or NEVER)
@@ -383,177 +319,10 @@ class Engine:
     ) -> Advanced:
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
         try:
-            return advance(self.definitions, enrollment, now, result, jitter)
+            return advance(self.catalog.sequences, enrollment, now, result, jitter)
         except Exception as error:
             self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
-            return _failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
-
-    def _add(self, batch: _Batch, before: Enrollment, advanced: Advanced, now: datetime) -> None:
-        """What is to be written of one enrollment; a side effect gets its lease."""
-        at, decision = advanced.enrollment, advanced.decision
-        events = advanced.events
-        status, wake_at = "active", now
-        match decision:
-            case Wait(until):
-                wake_at = until
-            case Execute(step, effect, timezone, external):
-                if self._has_room(step.type, at):
-                    leased = at._replace(
-                        attempt=at.attempt + 1, leased_by=self._name, retry_at=None
-                    )
-                    try:
-                        view = model.view(leased, timezone, leased.entered_at or now, external)
-                    except EvaluationError as error:
-                        failed = _failed(at, now, str(error), error.failure)
-                        events += failed.events
-                        decision = failed.decision
-                    else:
-                        at = leased
-                        task = Task(at.key, view)
-                        self._lease(batch, Leased(at, step, step.type, effect.program, task))
-                        wake_at = now + timedelta(seconds=self._settings.lease)
-            case LookUp(step, lookup):
-                key = ("lookup", lookup)
-                if self._has_room(key, at):
-                    at = at._replace(leased_by=self._name)
-                    task = Task(at.key, {"subject": at.subject})
-                    self._lease(batch, Leased(at, step, key, None, task))
-                    wake_at = now + timedelta(seconds=self._settings.lease)
-            case End(status):
-                pass
-            case Fail():
-                pass
-            case _:
-                assert_never(decision)
-        failure = decision if isinstance(decision, Fail) else None
-        if failure:
-            status = "failed"
-            self._log.warning(
-                "enrollment failed",
-                enrollment=at.id,
-                sequence=at.sequence,
-                step=at.step,
-                failure=failure.failure,
-                error=failure.message,
-            )
-        batch.events.extend(events)
-        batch.rows.append(
-            Row(
-                at,
-                status,
-                wake_at if status == "active" else None,
-                failure.failure if failure else None,
-                failure.message if failure else _last_error(events),
-                goals_changed=at.goals_met != before.goals_met,
-                data=advanced.data,
-            )
-        )
-
-    def _has_room(self, key: LaneKey, at: Enrollment) -> bool:
-        """Whether one more can be begun; else its step waits for the lane."""
-        if isinstance(key, tuple) and key not in self._lanes:
-            self._lanes[key] = Lane(self._lookups(key[1]), self._report)
-        lane = self._lanes[key]
-        if not self._stopping and lane.room > 0:
-            return True
-        lane.waiting.add((at.sequence, at.step))
-        return False
-
-    def _lease(self, batch: _Batch, leased: Leased) -> None:
-        self._lanes[leased.lane].take(1)
-        batch.leased.append(leased)
-
-    @asynccontextmanager
-    async def _writing(self, batch: _Batch) -> AsyncIterator[asyncpg.Connection]:
-        """A transaction that writes a batch; side effects begin after its commit.
-
-        Of a commit whose answer was lost, the rows tell whether it has happened.
-        """
-        try:
-            async with self._pool.acquire() as connection, connection.transaction():
-                yield connection
-        except PASSING_ERRORS:
-            held = await self._held(batch.leased)
-            self._begin(one for one in batch.leased if one.fence in held)
-            self._give_back(one for one in batch.leased if one.fence not in held)
-            raise
-        except BaseException:
-            self._give_back(batch.leased)
-            raise
-        self._begin(batch.leased)
-        self._remember_wakes(batch.rows)
-
-    async def _held(self, leased: Iterable[Leased]) -> set[Fence]:
-        """What is leased to us in the database. Asks until it answers."""
-        ids = [one.enrollment.id for one in leased]
-        while ids:
-            try:
-                async with self._pool.acquire() as connection:
-                    return await store.fences(connection, ids)
-            except PASSING_ERRORS:
-                await asyncio.sleep(PAUSE)
-        return set()
-
-    async def _write(
-        self,
-        connection: asyncpg.Connection,
-        batch: _Batch,
-        before: Iterable[Enrollment],
-        now: datetime,
-        *,
-        alone: bool,
-    ) -> None:
-        """Writes a batch. One that is `alone` and can't be written fails in the database's words
-        instead.
-        """
-        if not alone:
-            await store.write(connection, batch.rows, batch.events, now)
-            return
-        try:
-            async with connection.transaction():
-                await store.write(connection, batch.rows, batch.events, now)
-        except PASSING_ERRORS:
-            raise
-        except POISON as error:
-            self._give_back(batch.leased)
-            batch.rows, batch.events, batch.leased = [], [], []
-            for enrollment in before:
-                text = f"it cannot be written: {error}"
-                self._add(batch, enrollment, _failed(enrollment, now, text), now)
-            await store.write(connection, batch.rows, batch.events, now)
-
-    def _give_back(self, leased: Iterable[Leased]) -> None:
-        for one in leased:
-            self._lanes[one.lane].take(-1)
-
-    def _begin(self, leased: Iterable[Leased]) -> None:
-        """Starts side effects, by step."""
-        by_step: dict[tuple[LaneKey, str, str], list[Leased]] = {}
-        for one in leased:
-            self._leased[one.enrollment.id] = one
-            key = (one.lane, one.enrollment.sequence, one.step.name)
-            by_step.setdefault(key, []).append(one)
-        for (lane, _, _), group in by_step.items():
-            self._lanes[lane].start(group)
-
-    def _remember_wakes(self, rows: Iterable[Row]) -> None:
-        """When to look again at the steps of those who wait."""
-        wakes: dict[Place, datetime] = {}
-        for row in rows:
-            if row.wake_at is not None and row.enrollment.leased_by is None:
-                place = (row.enrollment.sequence, row.enrollment.step)
-                if place not in wakes or row.wake_at < wakes[place]:
-                    wakes[place] = row.wake_at
-        for place, at in wakes.items():
-            if not self._waits(place):
-                self._push(place, at)
-
-    def _waits(self, place: Place) -> bool:
-        """Whether a step waits for room in a lane."""
-        return any(place in lane.waiting for lane in self._lanes.values())
-
-    def _lane(self, step: Step | None) -> Lane | None:
-        return self._lanes[step.type] if step and isinstance(step.behaviour, SideEffect) else None
+            return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
 
     # --- results
 
@@ -561,7 +330,7 @@ class Engine:
         """From the lanes: side effects have ended."""
         self._finished.extend(results)
         self._has_finished.set()
-        self._call_waiting(self._lanes[results[0][0].lane])
+        self._call_waiting(self._writer.lanes[results[0][0].lane])
 
     @property
     def _is_behind(self) -> bool:
@@ -584,7 +353,7 @@ class Engine:
                 was_behind = self._is_behind
                 batch, self._finished = self._finished[:size], self._finished[size:]
                 if was_behind:
-                    for lane in self._lanes.values():
+                    for lane in self._writer.lanes.values():
                         self._call_waiting(lane)
                 try:
                     await self._settle_all(batch)
@@ -592,8 +361,8 @@ class Engine:
                     self._log.warning("results wait for the database", error=str(error))
                     await asyncio.sleep(PAUSE)
                     # what is not held any more was written, only the answer was lost
-                    held = await self._held(leased for leased, _ in batch)
-                    self._forget(leased for leased, _ in batch if leased.fence not in held)
+                    held = await self._writer.held(leased for leased, _ in batch)
+                    self._writer.forget(leased for leased, _ in batch if leased.fence not in held)
                     again = [one for one in batch if one[0].fence in held]
                     self._finished = [*again, *self._finished]
 
@@ -613,8 +382,8 @@ class Engine:
         """Moves enrollments on by the results of their side effects, if they are still theirs."""
         now = self._clock.now()
         ids = sorted({leased.enrollment.id for leased, _ in results})
-        batch, locked = _Batch(), []
-        async with self._writing(batch) as connection:
+        batch, locked = Batch(), []
+        async with self._writer.writing(batch) as connection:
             rows = await store.lock(connection, ids)
             missing = [id_ for id_ in ids if id_ not in rows]
             exist = await store.existing(connection, missing) if missing else set()
@@ -627,76 +396,16 @@ class Engine:
                     self._log.warning("enrollment was deleted", enrollment=id_)
                 elif rows[id_].fence == leased.fence:
                     before.append(rows[id_])
-                    found = _of_lookup(result) if isinstance(leased.lane, tuple) else result
-                    self._add(batch, rows[id_], self._advance(rows[id_], now, found), now)
+                    found = of_lookup(result) if isinstance(leased.lane, tuple) else result
+                    self._writer.add(batch, rows[id_], self._advance(rows[id_], now, found), now)
                 elif isinstance(leased.lane, str):
-                    batch.events.append(_late(leased.enrollment, result, now))
-            await self._write(connection, batch, before, now, alone=alone)
+                    batch.events.append(late(leased.enrollment, result, now))
+            await self._writer.write(connection, batch, before, now, alone=alone)
         wait = {leased.fence for leased, _ in locked}
-        self._forget(leased for leased, _ in results if leased.fence not in wait)
+        self._writer.forget(leased for leased, _ in results if leased.fence not in wait)
         if locked:
             asyncio.get_running_loop().call_later(LOCKED_PAUSE, self._try_again, locked)
-
-    def _forget(self, leased: Iterable[Leased]) -> None:
-        """What is no longer ours, unless it was leased anew meanwhile."""
-        for one in leased:
-            if self._leased.get(one.enrollment.id) is one:
-                del self._leased[one.enrollment.id]
 
     def _try_again(self, results: list[tuple[Leased, Result]]) -> None:
         self._finished.extend(results)
         self._has_finished.set()
-
-    async def _extend_leases(self) -> None:
-        if self._leased:
-            until = self._clock.now() + timedelta(seconds=self._settings.lease)
-            async with self._pool.acquire() as connection:
-                await store.extend_leases(connection, list(self._leased), self._name, until)
-
-
-def _of_lookup(result: Result) -> Result:
-    """A lane's own failure, a time-out or a stop, as a lookup's."""
-    return Found(None, result.message) if isinstance(result, Failed) else result
-
-
-def _failed(
-    enrollment: Enrollment, now: datetime, message: str, failure: str = "error"
-) -> Advanced:
-    event = Event(
-        enrollment.id,
-        now,
-        enrollment.sequence,
-        enrollment.step,
-        enrollment.visit,
-        "failed",
-        model.printable(message),
-    )
-    decision: Decision = Fail(failure, model.printable(message))
-    return Advanced(enrollment._replace(leased_by=None), decision, (event,))
-
-
-def _late(leased: Enrollment, result: Result, now: datetime) -> Event:
-    """The result of a side effect whose enrollment has gone another way meanwhile."""
-    match result:
-        case Answer(action, message):
-            text = f"{action}: {message}" if message else str(action)
-        case Failed(message):
-            text = f"failed: {message}"
-        case Found():
-            text = "found"
-        case _:
-            assert_never(result)
-    return Event(
-        leased.id,
-        now,
-        leased.sequence,
-        leased.step,
-        leased.visit,
-        "late",
-        model.printable(f"attempt {leased.attempt} came too late to move it: {text}"),
-    )
-
-
-def _last_error(events: Iterable[Event]) -> str | None:
-    """Why the last attempt failed, for who is going to try again."""
-    return next((event.message for event in events if event.action == "retry"), None)

@@ -49,6 +49,9 @@ class Leased(NamedTuple):
         return self.enrollment.fence
 
 
+Report = Callable[[Sequence[tuple[Leased, Result]]], None]
+
+
 class Lane:
     """The side effects of one runner. `report` is called with the results, in the event loop.
 
@@ -56,7 +59,7 @@ class Lane:
     and no more: what nobody works on is left to other daemons.
     """
 
-    def __init__(self, runner: Work, report: Callable[[Sequence[tuple[Leased, Result]]], None]):
+    def __init__(self, runner: Work, report: Report) -> None:
         self.waiting: set[Place] = set()  # steps whose enrollments found no room
         self._runner = runner
         self._report = report

@@ -14,6 +14,22 @@ import asyncpg
 
 from sequencerd.core.model import Enrollment, Event, Fence
 
+PASSING_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a connection that is cut in the middle of an answer
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.InvalidTransactionStateError,
+)
+"""Of the database: the same work is done again a little later."""
+
+POISON = (asyncpg.PostgresError, ValueError, OverflowError)
+"""What a value that cannot be written raises."""
+
 COMMAND_TIMEOUT = 60.0  # seconds: a connection that is silently dead must not hold us for ever
 
 Place = tuple[str, str]

@@ -1,0 +1,75 @@
+"""The definitions as the daemon knows them: read anew when they have changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd import store
+from sequencerd.clock import Clock
+from sequencerd.core import model
+from sequencerd.definitions import Runners, from_rows, problems
+from sequencerd.store import Place
+
+
+class Catalog:
+    """The sequences by name. `retime` is told of steps that have changed while people wait."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        runners: Runners,
+        retime: Callable[[Place], None],
+        *,
+        clock: Clock,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self.sequences: dict[str, model.Sequence] = {}
+        self._pool = pool
+        self._runners = runners
+        self._retime = retime
+        self._clock = clock
+        self._log = log
+        self._loading = asyncio.Lock()
+
+    async def reload(self) -> bool:
+        """Reads the definitions that have changed. Whether there are any."""
+        async with self._loading, self._pool.acquire() as connection:
+            revisions = await store.revisions(connection)
+            for name in self.sequences.keys() - revisions.keys():
+                del self.sequences[name]
+            changed = [
+                name
+                for name, revision in revisions.items()
+                if name not in self.sequences or self.sequences[name].revision != revision
+            ]
+            if changed:
+                await self._load(connection, changed)
+            return bool(changed)
+
+    async def _load(self, connection: asyncpg.Connection, names: Sequence[str]) -> None:
+        sequence_rows, step_rows = await store.definitions(connection, names)
+        found: dict[Place, str | None] = {}
+        for row in sequence_rows:
+            steps = [step for step in step_rows if step["sequence"] == row["name"]]
+            sequence = from_rows(row, steps, self._runners)
+            self.sequences[sequence.name] = sequence
+            found |= problems(sequence)
+        known = {(row["sequence"], row["name"]): row["problem"] for row in step_rows}
+        if news := {place: text for place, text in found.items() if text != known[place]}:
+            await store.set_problems(connection, news)
+            for place, text in news.items():
+                if text is not None:
+                    self._log.error(
+                        "step has a problem", sequence=place[0], step=place[1], problem=text
+                    )
+        mended = [place for place, text in found.items() if text is None]
+        if count := await store.revive(connection, mended, self._clock.now()):
+            self._log.info("failed enrollments go on, their steps are mended", count=count)
+        for row in step_rows:
+            place = (row["sequence"], row["name"])
+            if row["retime"]:
+                self._retime(place)

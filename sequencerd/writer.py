@@ -1,0 +1,310 @@
+"""What decisions mean: rows that are written, and side effects that begin when they are.
+
+Whoever comes to a side effect or a lookup is leased in the transaction that brings it there, and
+handed to its lane after the commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import assert_never
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd import store
+from sequencerd.clock import Clock
+from sequencerd.core import model
+from sequencerd.core.model import (
+    Advanced,
+    Answer,
+    Decision,
+    End,
+    Enrollment,
+    EvaluationError,
+    Event,
+    Execute,
+    Fail,
+    Failed,
+    Fence,
+    Found,
+    LookUp,
+    Result,
+    Task,
+    Wait,
+)
+from sequencerd.definitions import Runners
+from sequencerd.lanes import Lane, LaneKey, Leased, Report, Work
+from sequencerd.settings import Engine as Settings
+from sequencerd.store import PASSING_ERRORS, POISON, Place, Row
+
+PAUSE = 1.0  # seconds after a passing error
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one transaction writes, and what follows from it."""
+
+    rows: list[Row] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    leased: list[Leased] = field(default_factory=list)
+
+
+class Writer:
+    """Writes batches of advanced enrollments, and owns the lanes of what they come to.
+
+    `report` gets the results of the lanes, `push` is told when to look at a step again.
+    """
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        runners: Runners,
+        lookups: Callable[[str], Work],
+        report: Report,
+        push: Callable[[Place, datetime], None],
+        *,
+        clock: Clock,
+        settings: Settings,
+        name: str,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self.lanes: dict[LaneKey, Lane] = {
+            type_: Lane(runner, report) for type_, runner in runners.items()
+        }
+        self.leased: dict[int, Leased] = {}
+        self.stopping = False
+        self._lookups = lookups
+        self._report = report
+        self._pool = pool
+        self._push = push
+        self._clock = clock
+        self._settings = settings
+        self._name = name
+        self._log = log
+
+    def add(self, batch: Batch, before: Enrollment, advanced: Advanced, now: datetime) -> None:
+        """What is to be written of one enrollment; a side effect gets its lease."""
+        at, decision = advanced.enrollment, advanced.decision
+        events = advanced.events
+        status, wake_at = "active", now
+        match decision:
+            case Wait(until):
+                wake_at = until
+            case Execute(step, effect, timezone, external):
+                if self._has_room(step.type, at):
+                    leased = at._replace(
+                        attempt=at.attempt + 1, leased_by=self._name, retry_at=None
+                    )
+                    try:
+                        view = model.view(leased, timezone, leased.entered_at or now, external)
+                    except EvaluationError as error:
+                        unable = failed(at, now, str(error), error.failure)
+                        events += unable.events
+                        decision = unable.decision
+                    else:
+                        at = leased
+                        task = Task(at.key, view)
+                        self._lease(batch, Leased(at, step, step.type, effect.program, task))
+                        wake_at = now + timedelta(seconds=self._settings.lease)
+            case LookUp(step, lookup):
+                key = ("lookup", lookup)
+                if self._has_room(key, at):
+                    at = at._replace(leased_by=self._name)
+                    task = Task(at.key, {"subject": at.subject})
+                    self._lease(batch, Leased(at, step, key, None, task))
+                    wake_at = now + timedelta(seconds=self._settings.lease)
+            case End(status):
+                pass
+            case Fail():
+                pass
+            case _:
+                assert_never(decision)
+        failure = decision if isinstance(decision, Fail) else None
+        if failure:
+            status = "failed"
+            self._log.warning(
+                "enrollment failed",
+                enrollment=at.id,
+                sequence=at.sequence,
+                step=at.step,
+                failure=failure.failure,
+                error=failure.message,
+            )
+        batch.events.extend(events)
+        batch.rows.append(
+            Row(
+                at,
+                status,
+                wake_at if status == "active" else None,
+                failure.failure if failure else None,
+                failure.message if failure else _last_error(events),
+                goals_changed=at.goals_met != before.goals_met,
+                data=advanced.data,
+            )
+        )
+
+    def _has_room(self, key: LaneKey, at: Enrollment) -> bool:
+        """Whether one more can be begun; else its step waits for the lane."""
+        if isinstance(key, tuple) and key not in self.lanes:
+            self.lanes[key] = Lane(self._lookups(key[1]), self._report)
+        lane = self.lanes[key]
+        if not self.stopping and lane.room > 0:
+            return True
+        lane.waiting.add((at.sequence, at.step))
+        return False
+
+    def _lease(self, batch: Batch, leased: Leased) -> None:
+        self.lanes[leased.lane].take(1)
+        batch.leased.append(leased)
+
+    @asynccontextmanager
+    async def writing(self, batch: Batch) -> AsyncIterator[asyncpg.Connection]:
+        """A transaction that writes a batch; side effects begin after its commit.
+
+        Of a commit whose answer was lost, the rows tell whether it has happened.
+        """
+        try:
+            async with self._pool.acquire() as connection, connection.transaction():
+                yield connection
+        except PASSING_ERRORS:
+            held = await self.held(batch.leased)
+            self._begin(one for one in batch.leased if one.fence in held)
+            self._give_back(one for one in batch.leased if one.fence not in held)
+            raise
+        except BaseException:
+            self._give_back(batch.leased)
+            raise
+        self._begin(batch.leased)
+        self._remember_wakes(batch.rows)
+
+    async def held(self, leased: Iterable[Leased]) -> set[Fence]:
+        """What is leased to us in the database. Asks until it answers."""
+        ids = [one.enrollment.id for one in leased]
+        while ids:
+            try:
+                async with self._pool.acquire() as connection:
+                    return await store.fences(connection, ids)
+            except PASSING_ERRORS:
+                await asyncio.sleep(PAUSE)
+        return set()
+
+    async def write(
+        self,
+        connection: asyncpg.Connection,
+        batch: Batch,
+        before: Iterable[Enrollment],
+        now: datetime,
+        *,
+        alone: bool,
+    ) -> None:
+        """Writes a batch. One that is `alone` and can't be written fails in the database's words
+        instead.
+        """
+        if not alone:
+            await store.write(connection, batch.rows, batch.events, now)
+            return
+        try:
+            async with connection.transaction():
+                await store.write(connection, batch.rows, batch.events, now)
+        except PASSING_ERRORS:
+            raise
+        except POISON as error:
+            self._give_back(batch.leased)
+            batch.rows, batch.events, batch.leased = [], [], []
+            for enrollment in before:
+                text = f"it cannot be written: {error}"
+                self.add(batch, enrollment, failed(enrollment, now, text), now)
+            await store.write(connection, batch.rows, batch.events, now)
+
+    def _give_back(self, leased: Iterable[Leased]) -> None:
+        for one in leased:
+            self.lanes[one.lane].take(-1)
+
+    def _begin(self, leased: Iterable[Leased]) -> None:
+        """Starts side effects, by step."""
+        by_step: dict[tuple[LaneKey, str, str], list[Leased]] = {}
+        for one in leased:
+            self.leased[one.enrollment.id] = one
+            key = (one.lane, one.enrollment.sequence, one.step.name)
+            by_step.setdefault(key, []).append(one)
+        for (lane, _, _), group in by_step.items():
+            self.lanes[lane].start(group)
+
+    def _remember_wakes(self, rows: Iterable[Row]) -> None:
+        """When to look again at the steps of those who wait."""
+        wakes: dict[Place, datetime] = {}
+        for row in rows:
+            if row.wake_at is not None and row.enrollment.leased_by is None:
+                place = (row.enrollment.sequence, row.enrollment.step)
+                if place not in wakes or row.wake_at < wakes[place]:
+                    wakes[place] = row.wake_at
+        for place, at in wakes.items():
+            if not self.waits(place):
+                self._push(place, at)
+
+    def waits(self, place: Place) -> bool:
+        """Whether a step waits for room in a lane."""
+        return any(place in lane.waiting for lane in self.lanes.values())
+
+    def forget(self, leased: Iterable[Leased]) -> None:
+        """What is no longer ours, unless it was leased anew meanwhile."""
+        for one in leased:
+            if self.leased.get(one.enrollment.id) is one:
+                del self.leased[one.enrollment.id]
+
+    async def extend_leases(self) -> None:
+        if self.leased:
+            until = self._clock.now() + timedelta(seconds=self._settings.lease)
+            async with self._pool.acquire() as connection:
+                await store.extend_leases(connection, list(self.leased), self._name, until)
+
+
+def of_lookup(result: Result) -> Result:
+    """A lane's own failure, a time-out or a stop, as a lookup's."""
+    return Found(None, result.message) if isinstance(result, Failed) else result
+
+
+def failed(enrollment: Enrollment, now: datetime, message: str, failure: str = "error") -> Advanced:
+    event = Event(
+        enrollment.id,
+        now,
+        enrollment.sequence,
+        enrollment.step,
+        enrollment.visit,
+        "failed",
+        model.printable(message),
+    )
+    decision: Decision = Fail(failure, model.printable(message))
+    return Advanced(enrollment._replace(leased_by=None), decision, (event,))
+
+
+def late(leased: Enrollment, result: Result, now: datetime) -> Event:
+    """The result of a side effect whose enrollment has gone another way meanwhile."""
+    match result:
+        case Answer(action, message):
+            text = f"{action}: {message}" if message else str(action)
+        case Failed(message):
+            text = f"failed: {message}"
+        case Found():
+            text = "found"
+        case _:
+            assert_never(result)
+    return Event(
+        leased.id,
+        now,
+        leased.sequence,
+        leased.step,
+        leased.visit,
+        "late",
+        model.printable(f"attempt {leased.attempt} came too late to move it: {text}"),
+    )
+
+
+def _last_error(events: Iterable[Event]) -> str | None:
+    """Why the last attempt failed, for who is going to try again."""
+    return next((event.message for event in events if event.action == "retry"), None)
