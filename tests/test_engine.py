@@ -267,7 +267,7 @@ async def test_a_failure_is_retried_and_at_last_told(
         return Failed("the server is down")
 
     retry = '{"retry": {"attempts": 3, "firstDelay": 0.01}}'
-    async with running_engine(database, {"Broken": Recorder(broken)}):
+    async with running_engine(database, {"Broken": Recorder(broken, batch_size=1)}):
         await define(connection, "s", ("work", "Broken", retry, None))
         ids = [
             await enroll(connection, "s", "ada"),

@@ -1,0 +1,69 @@
+"""The command line: arguments and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from sequencerd import demo, embedded
+from sequencerd.cli import authoring, inspection, operation, service
+from sequencerd.cli.commands import Commands
+from sequencerd.errors import SequencerdError
+from sequencerd.settings import load
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits: 0 done, 1 failed, 2 wrong arguments or settings."""
+    try:
+        code = _main(_parser().parse_args(arguments))
+    except (SequencerdError, embedded.EmbeddedError) as error:
+        print(f"sequencerd: {error}", file=sys.stderr)
+        code = getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # the reader has gone, as `| head` does: not an error, and nothing more to write
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    settings = load(os.environ, arguments.config)
+    if arguments.database:
+        database = settings.database.model_copy(update={"url": SecretStr(arguments.database)})
+        settings = settings.model_copy(update={"database": database})
+    code: int = arguments.run(arguments, settings)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sequencerd",
+        description="Moves enrollments through sequences of steps, on PostgreSQL.",
+    )
+    parser.add_argument("--version", action="version", version=version("sequencerd"))
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings in TOML (or SEQUENCERD_CONFIG)"
+    )
+    parser.add_argument(
+        "--database", metavar="URL", help="postgresql://user@host/name (or SEQUENCERD_DATABASE)"
+    )
+    commands = Commands(parser)
+    for module in (service, authoring, operation, inspection):
+        module.add_to(commands)
+    about = "see it work in twenty seconds, with a database and servers of its own"
+    shown = commands.add("demo", lambda given, _: demo.main(given.psql), about, "demo")
+    shown.add_argument(
+        "--psql",
+        nargs=argparse.REMAINDER,
+        metavar="ARGUMENT",
+        help="open psql on the database that the demo left, with these arguments",
+    )
+    return parser

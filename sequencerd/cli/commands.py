@@ -1,0 +1,113 @@
+"""What every command shares: how it is added, and how it comes to the database."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import asyncpg
+
+from sequencerd import daemon, embedded, migrate
+from sequencerd.settings import Settings
+from sequencerd.store import QUERIES
+
+Command = Callable[[argparse.Namespace, Settings], int]
+"""Does its work and returns the exit code: 0 done, 1 failed."""
+
+DatabaseCommand = Callable[[argparse.Namespace, Settings, str], Coroutine[Any, Any, int]]
+"""The same with the URL of the database."""
+
+
+class Commands:
+    """The commands of the parser."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(self, name: str, run: Command, about: str, example: str) -> argparse.ArgumentParser:
+        """One more command; its arguments are to be added to what is returned."""
+        command = self._parsers.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"Example: sequencerd {example}",
+        )
+        command.set_defaults(run=run)
+        return command
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    """The option that every command has whose output a program may read."""
+    command.add_argument("--json", action="store_true", help="print JSON, for a program")
+
+
+def on_database(run: DatabaseCommand) -> Command:
+    """A command that works on the database that is set, or else on the embedded one."""
+
+    def command(arguments: argparse.Namespace, settings: Settings) -> int:
+        with _database(settings) as url:
+            return _run(run(arguments, settings, url))
+
+    return command
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    """asyncio.run, on uvloop where it is installed."""
+    try:
+        import uvloop  # noqa: PLC0415 - an extra
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)
+
+
+@contextmanager
+def _database(settings: Settings) -> Iterator[str]:
+    """The URL of the database: the one that is set, or of an embedded server, started for us."""
+    if settings.database.url is not None:
+        yield settings.database.url.get_secret_value()
+        return
+    folder = embedded.default_folder()
+    print(f"sequencerd: no database is set, using the embedded one in {folder}", file=sys.stderr)
+    with embedded.running(folder) as server:
+        asyncio.run(apply_migrations(server.url))
+        yield server.url
+
+
+async def apply_migrations(url: str) -> list[migrate.Migration]:
+    """Makes or updates the schema. Returns what was applied."""
+    connection = await daemon.connect(url)
+    try:
+        return await migrate.migrate(connection)
+    finally:
+        await connection.close()
+
+
+async def connect(url: str) -> asyncpg.Connection:
+    """A connection to a database whose schema is ours. Raises SequencerdError."""
+    connection = await daemon.connect(url)
+    try:
+        await migrate.check(connection)
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+async def fetch(url: str, query: str, *parameters: object) -> list[asyncpg.Record]:
+    """The rows of one named query."""
+    connection = await connect(url)
+    try:
+        rows: list[asyncpg.Record] = await connection.fetch(QUERIES[query], *parameters)
+    finally:
+        await connection.close()
+    return rows
+
+
+def with_hint(error: asyncpg.PostgresError) -> str:
+    """What the database refused, and what its hint says to do."""
+    hint = getattr(error, "hint", None)
+    return f"{error.args[0]}; {hint}" if hint else str(error.args[0])

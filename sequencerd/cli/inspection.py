@@ -1,0 +1,159 @@
+"""Commands that look: status, list, show, tail."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+import asyncpg
+from rich.markup import escape
+from rich.table import Table
+
+from sequencerd.cli.commands import Commands, add_json, connect, fetch, on_database
+from sequencerd.cli.output import console, is_never, plain, show, text
+from sequencerd.errors import UsageError
+from sequencerd.settings import Settings
+from sequencerd.store import QUERIES
+
+TAIL_INTERVAL = 0.5  # seconds
+TAIL_OVERLAP = timedelta(seconds=10)
+"""Rows are committed in another order than they are made; this far back is read again."""
+
+
+def add_to(commands: Commands) -> None:
+    """Adds these commands."""
+    status = commands.add(
+        "status", on_database(_status), "show how many are at each step", "status onboarding"
+    )
+    status.add_argument("sequence", nargs="?")
+    add_json(status)
+
+    list_ = commands.add(
+        "list", on_database(_list), "list enrollments", "list --sequence onboarding --status failed"
+    )
+    for option in ("sequence", "step", "subject"):
+        list_.add_argument(f"--{option}")
+    list_.add_argument("--status", choices=["active", "completed", "cancelled", "failed"])
+    list_.add_argument("--limit", type=int, default=100)
+    add_json(list_)
+
+    show = commands.add(
+        "show",
+        on_database(_show_enrollment),
+        "show where an enrollment is, and its history",
+        "show 7",
+    )
+    show.add_argument("id", type=int)
+    add_json(show)
+
+    tail = commands.add(
+        "tail", on_database(_tail), "print events as they happen", "tail --sequence onboarding"
+    )
+    tail.add_argument("--sequence")
+    tail.add_argument("--id", type=int, metavar="ID", help="of one enrollment")
+    tail.add_argument(
+        "--since",
+        type=lambda seconds: timedelta(seconds=float(seconds)),
+        default=timedelta(0),
+        metavar="SECONDS",
+        help="begin with the events of the last seconds",
+    )
+    add_json(tail)
+
+
+async def _status(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+    rows = await fetch(url, "status", arguments.sequence)
+    if arguments.sequence and not rows:
+        raise UsageError(f"sequence {arguments.sequence!r} does not exist or has no steps")
+    show(rows, arguments.json, empty="no sequences yet; sequencerd apply FILE makes some")
+    return 0
+
+
+async def _list(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+    rows = await fetch(
+        url,
+        "list",
+        arguments.sequence,
+        arguments.step,
+        arguments.subject,
+        arguments.status,
+        arguments.limit,
+    )
+    show(rows, arguments.json, empty="no such enrollments")
+    return 0
+
+
+async def _show_enrollment(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+    found = await fetch(url, "show", arguments.id)
+    if not found:
+        raise UsageError(f"enrollment {arguments.id} does not exist")
+    history = [dict(row) for row in await fetch(url, "history", arguments.id)]
+    row = dict(found[0])
+    row["data"] = json.loads(row["data"])
+    row["next"] = _what_next(row)
+    if arguments.json:
+        print(json.dumps({**row, "history": history}, default=plain))
+        return 0
+    table = Table(show_header=False, box=None)
+    for key in ("subject", "sequence", "status", "step", "type", "entered_at", "next", "wake_at"):
+        table.add_row(key, escape(text(row[key])))
+    for key in ("attempt", "failure", "last_error", "goals_met", "timezone", "data"):
+        if row[key]:
+            table.add_row(key, escape(text(row[key])))
+    console().print(table)
+    show(history, as_json=False, empty="no events yet")
+    return 0
+
+
+def _what_next(row: Mapping[str, Any]) -> str:
+    """In words: what an enrollment waits for."""
+    if row["status"] != "active":
+        return f"nothing, it is {row['status']}"
+    then = f"then {row['next_step'] or 'the end'}"
+    if row["sequence_status"] == "paused":
+        return "nothing while the sequence is paused"
+    if row["leased_by"]:
+        return f"{row['type']} is being executed by {row['leased_by']}, {then}"
+    if is_never(row["wake_at"]):
+        return f"waits for a change, {then}"
+    if row["entered_at"] is None:
+        return f"begins at {text(row['wake_at'])}"
+    return f"is looked at again at {text(row['wake_at'])}, {then}"
+
+
+async def _tail(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+    connection = await connect(url)
+    try:
+        since = await connection.fetchval(QUERIES["server_time"]) - arguments.since
+        seen: dict[tuple[Any, ...], datetime] = {}
+        while True:
+            rows = await connection.fetch(
+                QUERIES["events_since"], since, arguments.sequence, arguments.id
+            )
+            for row in rows:
+                key = (row["enrollment_id"], row["at"], row["action"])
+                if key not in seen:
+                    seen[key] = row["at"]
+                    _print_event(row, arguments.json)
+            if rows:
+                since = max(since, rows[-1]["at"] - TAIL_OVERLAP)
+                seen = {key: at for key, at in seen.items() if at > since}
+            await asyncio.sleep(TAIL_INTERVAL)
+    finally:
+        connection.terminate()
+
+
+def _print_event(row: asyncpg.Record, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(dict(row), default=plain), flush=True)
+        return
+    message = f"  {row['message']}" if row["message"] else ""
+    print(
+        f"{text(row['at'])}  {row['enrollment_id']} {row['subject'] or ''}  "
+        f"{row['sequence']}/{row['step']}  {row['action']}{message}",
+        flush=True,
+    )
