@@ -381,30 +381,29 @@ class Engine:
     ) -> None:
         """Moves enrollments on by the results of their side effects, if they are still theirs."""
         now = self._clock.now()
-        ids = sorted({leased.enrollment.id for leased, _ in results})
-        batch, locked = Batch(), []
+        known = [leased.enrollment for leased, _ in results]
+        batch, waiting, before = Batch(), [], []
         async with self._writer.writing(batch) as connection:
-            rows = await store.lock(connection, ids)
-            missing = [id_ for id_ in ids if id_ not in rows]
+            locked, ours = await store.lock(connection, known)
+            missing = [enrollment.id for enrollment in known if enrollment.id not in locked]
             exist = await store.existing(connection, missing) if missing else set()
-            before = []
             for leased, result in results:
-                id_ = leased.enrollment.id
-                if id_ in exist:
-                    locked.append((leased, result))
-                elif id_ not in rows:
-                    self._log.warning("enrollment was deleted", enrollment=id_)
-                elif rows[id_].fence == leased.fence:
-                    before.append(rows[id_])
+                if enrollment := ours.get(leased.fence):
+                    before.append(enrollment)
                     found = of_lookup(result) if isinstance(leased.lane, tuple) else result
-                    self._writer.add(batch, rows[id_], self._advance(rows[id_], now, found), now)
+                    advanced = self._advance(enrollment, now, found)
+                    self._writer.add(batch, enrollment, advanced, now)
+                elif leased.enrollment.id in exist:
+                    waiting.append((leased, result))
+                elif leased.enrollment.id not in locked:
+                    self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
                 elif isinstance(leased.lane, str):
                     batch.events.append(late(leased.enrollment, result, now))
             await self._writer.write(connection, batch, before, now, alone=alone)
-        wait = {leased.fence for leased, _ in locked}
+        wait = {leased.fence for leased, _ in waiting}
         self._writer.forget(leased for leased, _ in results if leased.fence not in wait)
-        if locked:
-            asyncio.get_running_loop().call_later(LOCKED_PAUSE, self._try_again, locked)
+        if waiting:
+            asyncio.get_running_loop().call_later(LOCKED_PAUSE, self._try_again, waiting)
 
     def _try_again(self, results: list[tuple[Leased, Result]]) -> None:
         self._finished.extend(results)

@@ -57,11 +57,10 @@ SELECT wake_at FROM sequencer.enrollments
  ORDER BY wake_at LIMIT 1;
 
 -- name: lock
--- Enrollments whose side effects have ended, as they are now. Who holds a lock on one of them is
--- not waited for.
-SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
-       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt,
-       e.goals_met, e.retry_at, e.leased_by
+-- Enrollments whose side effects have ended: what may have changed meanwhile. Who holds a lock on one
+-- of them is not waited for.
+SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.visit, e.attempt, e.goals_met,
+       e.leased_by
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[])
  ORDER BY e.id

@@ -128,10 +128,39 @@ async def claim(
     return [Enrollment(*row) for row in rows]
 
 
-async def lock(connection: asyncpg.Connection, ids: Rows[int]) -> dict[int, Enrollment]:
-    """Locks enrollments by id; those that somebody else has locked are left out."""
-    rows = await connection.fetch(QUERIES["lock"], ids)
-    return {row["id"]: Enrollment(*row) for row in rows}
+async def lock(
+    connection: asyncpg.Connection, known: Rows[Enrollment]
+) -> tuple[set[int], dict[Fence, Enrollment]]:
+    """Locks enrollments but those that somebody else has locked. Returns the ids of the locked, and
+    of those that are still as they are known in a fence, the enrollment read anew.
+
+    What can't change in a visit is taken as it is known: dates take long to read.
+    """
+    by_fence = {enrollment.fence: enrollment for enrollment in known}
+    ids = sorted({enrollment.id for enrollment in known})
+    locked, now = set(), {}
+    for row in await connection.fetch(QUERIES["lock"], ids):
+        id_, sequence, step, subject, data, timezone, visit, attempt, goals_met, leased_by = row
+        locked.add(id_)
+        fence = (id_, visit, attempt, leased_by)
+        if was := by_fence.get(fence):
+            now[fence] = Enrollment(
+                id_,
+                sequence,
+                step,
+                subject,
+                data,
+                timezone,
+                was.created_at,
+                was.wake_at,
+                was.entered_at,
+                visit,
+                attempt,
+                goals_met,
+                was.retry_at,
+                leased_by,
+            )
+    return locked, now
 
 
 async def fences(connection: asyncpg.Connection, ids: Rows[int]) -> set[Fence]:

@@ -83,7 +83,7 @@ class Writer:
         self._pool = pool
         self._push = push
         self._clock = clock
-        self._settings = settings
+        self._lease_time = timedelta(seconds=settings.lease)
         self._name = name
         self._log = log
 
@@ -97,9 +97,7 @@ class Writer:
                 wake_at = until
             case Execute(step, effect, timezone, external):
                 if self._has_room(step.type, at):
-                    leased = at._replace(
-                        attempt=at.attempt + 1, leased_by=self._name, retry_at=None
-                    )
+                    leased = at.leased_to(self._name)
                     try:
                         view = model.view(leased, timezone, leased.entered_at or now, external)
                     except EvaluationError as error:
@@ -110,14 +108,14 @@ class Writer:
                         at = leased
                         task = Task(at.key, view)
                         self._lease(batch, Leased(at, step, step.type, effect.program, task))
-                        wake_at = now + timedelta(seconds=self._settings.lease)
+                        wake_at = now + self._lease_time
             case LookUp(step, lookup):
                 key = ("lookup", lookup)
                 if self._has_room(key, at):
                     at = at._replace(leased_by=self._name)
                     task = Task(at.key, {"subject": at.subject})
                     self._lease(batch, Leased(at, step, key, None, task))
-                    wake_at = now + timedelta(seconds=self._settings.lease)
+                    wake_at = now + self._lease_time
             case End(status):
                 pass
             case Fail():
@@ -259,7 +257,7 @@ class Writer:
 
     async def extend_leases(self) -> None:
         if self.leased:
-            until = self._clock.now() + timedelta(seconds=self._settings.lease)
+            until = self._clock.now() + self._lease_time
             async with self._pool.acquire() as connection:
                 await store.extend_leases(connection, list(self.leased), self._name, until)
 
@@ -307,4 +305,7 @@ def late(leased: Enrollment, result: Result, now: datetime) -> Event:
 
 def _last_error(events: Iterable[Event]) -> str | None:
     """Why the last attempt failed, for who is going to try again."""
-    return next((event.message for event in events if event.action == "retry"), None)
+    for event in events:
+        if event.action == "retry":
+            return event.message
+    return None

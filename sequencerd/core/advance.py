@@ -330,16 +330,7 @@ class _Way:
             return End()
         self.moves += 1
         self.lapsed = None
-        here = self.at
-        self.at = here._replace(
-            sequence=sequence or here.sequence,
-            step=target,
-            entered_at=self.now,
-            visit=here.visit + 1,
-            attempt=0,
-            retry_at=None,
-            leased_by=None,
-        )
+        self.at = self.at.entering(sequence or self.at.sequence, target, self.now)
         return None
 
     def _answered(self, answer: Answer) -> Decision | None:
