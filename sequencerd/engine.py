@@ -41,7 +41,9 @@ from sequencerd.store import PASSING_ERRORS, POISON, Place
 from sequencerd.writer import PAUSE, Batch, Writer, failed, late, of_lookup
 
 WRITERS = 3  # one computes while the others wait for the database
-BEHIND = 4  # batches of results that wait to be written
+CLAIMERS = 2  # of a step with much to do, for the same reason
+BEHIND = 20  # batches of results that may wait to be written
+HOLD = 1.0  # seconds for which they wait where many others are late to begin
 MAX_SLEEP = 10.0  # seconds: the watchdog wants to see that the loop turns
 LOCKED_PAUSE = 0.2  # seconds until a row that somebody else has locked is tried again
 
@@ -85,6 +87,8 @@ class Engine:
         self._wake = asyncio.Event()
         self._stopping = False
         self._busy: set[Place] = set()
+        self._floods = 0  # steps that are being claimed batch after batch
+        self._hold_until = 0.0  # in the loop's time
         self._again: set[Place] = set()
         self._retiming: set[Place] = set()
         self._partitions_made: date | None = None
@@ -147,8 +151,8 @@ class Engine:
 
     async def _work(self, place: Place) -> None:
         try:
-            while not self._stopping and await self._claim(place):
-                pass
+            if await self._claim(place):
+                await self._claim_many(place)
         except PASSING_ERRORS as error:
             self._log.warning("database error, work is done again", step=place, error=str(error))
             self._push(place, self._clock.now() + timedelta(seconds=PAUSE))
@@ -160,6 +164,27 @@ class Engine:
             if place in self._again:
                 self._again.discard(place)
                 self._push(place, self._clock.now())
+
+    async def _claim_many(self, place: Place) -> None:
+        """Goes on where more than a batch is due: who is late begins before results are written."""
+
+        async def until_none() -> None:
+            while not self._stopping and await self._claim(place, CLAIMERS):
+                pass
+
+        loop = asyncio.get_running_loop()
+        if not self._floods:
+            self._hold_until = loop.time() + HOLD
+            loop.call_later(HOLD, self._has_finished.set)
+        self._floods += 1
+        try:
+            claimers = (until_none() for _ in range(CLAIMERS))
+            for ended in await asyncio.gather(*claimers, return_exceptions=True):
+                if isinstance(ended, BaseException):
+                    raise ended
+        finally:
+            self._floods -= 1
+            self._has_finished.set()
 
     def _push(self, place: Place, at: datetime) -> None:
         if at < NEVER and self._heap.push(place, at):
@@ -270,8 +295,11 @@ class Engine:
 
     # --- claim, advance, write
 
-    async def _claim(self, place: Place) -> bool:
-        """Moves the due enrollments of a step, as many as fit. Whether there may be more."""
+    async def _claim(self, place: Place, claimers: int = 1) -> bool:
+        """Moves the due enrollments of a step, as many as fit. Whether there may be more.
+
+        The room of a lane is shared by the `claimers` that are at it.
+        """
         if place[0] not in self.catalog.sequences:
             await self.reload()
         sequence = self.catalog.sequences.get(place[0])
@@ -281,7 +309,7 @@ class Engine:
         step = sequence.steps.get(place[1])
         if step and isinstance(step.behaviour, SideEffect):
             lane = self._writer.lanes[step.type]
-            limit = 0 if self._is_behind else min(limit, lane.room)
+            limit = 0 if self._is_behind else min(limit, lane.room // claimers)
             if limit <= 0:
                 lane.waiting.add(place)
                 return False
@@ -337,6 +365,10 @@ class Engine:
         """Whether so much waits to be written that no more side effects should be begun."""
         return len(self._finished) >= BEHIND * self._settings.batch
 
+    @property
+    def _holds_results(self) -> bool:
+        return self._floods > 0 and asyncio.get_running_loop().time() < self._hold_until
+
     def _call_waiting(self, lane: Lane) -> None:
         """Claims again for a lane that has room again."""
         if lane.waiting and lane.is_roomy and not self._is_behind:
@@ -348,7 +380,7 @@ class Engine:
         while True:
             await self._has_finished.wait()
             self._has_finished.clear()
-            while self._finished:
+            while self._finished and (self._is_behind or not self._holds_results):
                 size = self._settings.batch
                 was_behind = self._is_behind
                 batch, self._finished = self._finished[:size], self._finished[size:]
