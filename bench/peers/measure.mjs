@@ -1,0 +1,91 @@
+// What the programs of this folder share: arguments, a fresh database, and lines of JSON as
+// bench/engine.py prints them.
+import { parseArgs } from "node:util";
+import pg from "pg";
+
+export const { values: given } = parseArgs({
+  options: {
+    dsn: { type: "string" },
+    subjects: { type: "string", default: "50000" },
+    wave: { type: "string", default: "20000" },
+    works: { type: "string", default: "w1,wave" },
+  },
+});
+
+export const say = (figures) => process.stdout.write(JSON.stringify(figures) + "\n");
+export const sleep = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
+export const now = () => (performance.timeOrigin + performance.now()) / 1000;
+
+const NAME = "sequencerd_bench";
+
+async function onServer(statement) {
+  const client = new pg.Client({ connectionString: given.dsn });
+  await client.connect();
+  await client.query(statement);
+  await client.end();
+}
+
+/** Runs a workload in a new database, and drops it. */
+export async function fresh(work) {
+  await onServer(`DROP DATABASE IF EXISTS ${NAME} WITH (FORCE)`);
+  await onServer(`CREATE DATABASE ${NAME}`);
+  await onServer("CHECKPOINT");
+  const url = new URL(given.dsn);
+  url.pathname = `/${NAME}`;
+  const client = new pg.Client({ connectionString: url.href });
+  await client.connect();
+  try {
+    await work(url.href, client);
+  } finally {
+    await client.end();
+    await onServer(`DROP DATABASE ${NAME} WITH (FORCE)`);
+  }
+}
+
+/** Resolves when a query that counts what is left says 0. */
+export async function untilNone(client, query) {
+  while (Number((await client.query(query)).rows[0].count) > 0) await sleep(0.05);
+}
+
+export function percentiles(values) {
+  values.sort((a, b) => a - b);
+  const at = (p) => values[Math.min(values.length - 1, Math.floor((values.length * p) / 100))];
+  return { p50_s: at(50), p99_s: at(99) };
+}
+
+/** Calls `add` with the numbers from 0 to count, in slices. */
+export async function inSlices(count, add) {
+  for (let low = 0; low < count; low += 5000) {
+    await add(Array.from({ length: Math.min(5000, count - low) }, (_, n) => low + n));
+  }
+}
+
+/** W1: `add` enqueues, `start` starts a worker that calls its argument at every task. */
+export async function inARow(client, add, start, left) {
+  const subjects = Number(given.subjects);
+  await inSlices(subjects, add);
+  await client.query("ANALYZE");
+  await client.query("CHECKPOINT");
+  let begun;
+  const stop = await start(() => (begun ??= now()));
+  await untilNone(client, left);
+  const seconds = now() - begun;
+  await stop();
+  say({ work: "w1", subjects, seconds, transitions_per_s: (3 * subjects) / seconds });
+}
+
+/** W2: `add` enqueues for a time, 20 s ahead; how late do they start? */
+export async function wave(client, add, start, left) {
+  const subjects = Number(given.wave);
+  const late = [];
+  const at = now() + 20;
+  const stop = await start(() => late.push(now() - at));
+  await inSlices(subjects, (numbers) => add(numbers, new Date(1000 * at)));
+  await client.query("ANALYZE");
+  await client.query("CHECKPOINT");
+  await sleep(at - now());
+  await untilNone(client, left);
+  const all_done_s = now() - at;
+  await stop();
+  say({ work: "wave", subjects, all_done_s, first_s: Math.min(...late), ...percentiles(late) });
+}
