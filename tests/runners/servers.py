@@ -25,6 +25,9 @@ from sequencerd.core.model import Task
 
 HOST = "127.0.0.1"
 
+PIPELINING = True
+"""Whether SMTP servers take several commands at once."""
+
 
 def task(id_: int = 7, **data: Any) -> Task:
     """A task as the engine makes it."""
@@ -53,6 +56,7 @@ class Mailbox:
     refused: dict[str, str] = field(default_factory=dict)  # by recipient
     connections: int = 0
     open: set[Any] = field(default_factory=set)
+    pipelining: bool = True
     hang: bool = False  # keep the client waiting for the answer to DATA
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
     alone: asyncio.Event = field(default_factory=asyncio.Event)  # all connections have ended
@@ -63,6 +67,12 @@ class Mailbox:
         if answer == "drop":
             server.transport.abort()
         return answer
+
+    async def handle_EHLO(  # noqa: N802 - aiosmtpd looks for this name
+        self, server: Any, session: Any, envelope: Any, hostname: str, answers: list[str]
+    ) -> list[str]:
+        session.host_name = hostname
+        return [*answers[:-1], *["250-PIPELINING"] * self.pipelining, answers[-1]]
 
     async def handle_MAIL(  # noqa: N802 - aiosmtpd looks for this name
         self, server: Any, session: Any, envelope: Any, address: str, options: list[str]
@@ -129,7 +139,7 @@ async def smtp_server(
     utf8: bool = True,
 ) -> AsyncIterator[Mailbox]:
     """An SMTP server; with a password it wants the login `ada`."""
-    handler = Mailbox()
+    handler = Mailbox(pipelining=PIPELINING)
 
     def check(_: Any, __: Any, ___: Any, ____: str, given: LoginPassword) -> AuthResult:
         right = given.login == b"ada" and given.password == (password or "").encode()

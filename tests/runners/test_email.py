@@ -17,7 +17,14 @@ from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Resul
 from sequencerd.runners.email import EmailRunner
 from sequencerd.runners.smtp import Postman
 from sequencerd.runners.suppressions import Key, Suppressions
-from tests.runners.servers import HOST, Mailbox, certificate, smtp_server, task
+from tests.runners import servers
+from tests.runners.servers import (
+    HOST,
+    Mailbox,
+    certificate,
+    smtp_server,
+    task,
+)
 
 BASIC = {
     "from": "Shop <hi@example.com>",
@@ -25,6 +32,12 @@ BASIC = {
     "subject": "Hello {{data.name}}",
     "text": "Dear {{data.name}}",
 }
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["pipelining", "one by one"])
+def pipelining(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is run with both kinds of servers."""
+    monkeypatch.setattr(servers, "PIPELINING", request.param)
 
 
 @pytest.fixture(scope="module")
