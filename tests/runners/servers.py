@@ -20,6 +20,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import DataReceived, RequestReceived, StreamEnded, StreamReset
 
 from sequencerd.core.model import Task
 
@@ -270,10 +273,84 @@ class HttpServer:
             writer.close()
 
 
+class Http2Server(HttpServer):
+    """The same, speaking HTTP/2 over TLS. With `raw` it cuts the connection."""
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"https://localhost:{self.port}"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, with many requests at a time."""
+        self.connections += 1
+        talk = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
+        talk.initiate_connection()
+        received: dict[int, tuple[dict[str, str], bytearray]] = {}
+        unsent: dict[int, bytes] = {}
+        answering: set[asyncio.Task[None]] = set()
+
+        def flush() -> None:
+            for stream, body in list(unsent.items()):
+                rest = body
+                while (room := talk.local_flow_control_window(stream)) > 0 or not rest:
+                    size = min(room, talk.max_outbound_frame_size)
+                    talk.send_data(stream, rest[:size], end_stream=len(rest) <= size)
+                    rest = rest[size:]
+                    if not rest:
+                        del unsent[stream]
+                        break
+                else:
+                    unsent[stream] = rest
+            writer.write(talk.data_to_send())
+
+        async def answer(stream: int, request: Request) -> None:
+            self.requests.append(request)
+            given = await self.respond(request)
+            if given.raw is not None:
+                writer.transport.abort()
+                return
+            headers = {":status": str(given.status), **given.headers}
+            talk.send_headers(stream, list(headers.items()))
+            unsent[stream] = given.body
+            flush()
+
+        try:
+            while data := await reader.read(65536):
+                for event in talk.receive_data(data):
+                    match event:
+                        case RequestReceived():
+                            pairs = ((str(n), str(v)) for n, v in event.headers)
+                            received[event.stream_id] = dict(pairs), bytearray()
+                        case DataReceived():
+                            received[event.stream_id][1].extend(event.data)
+                            size = event.flow_controlled_length
+                            talk.acknowledge_received_data(size, event.stream_id)
+                        case StreamEnded():
+                            headers, body = received.pop(event.stream_id)
+                            request = Request(headers[":path"], headers, bytes(body))
+                            task = asyncio.create_task(answer(event.stream_id, request))
+                            answering.add(task)
+                            task.add_done_callback(answering.discard)
+                        case StreamReset():
+                            unsent.pop(event.stream_id, None)
+                flush()
+        except ConnectionError:
+            return  # the client is done
+        finally:
+            for task in answering:
+                task.cancel()
+            writer.close()
+
+
 @asynccontextmanager
-async def http_server(respond: Respond) -> AsyncIterator[HttpServer]:
-    """An HTTP server."""
-    made = HttpServer(respond)
+async def http_server(
+    respond: Respond, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[HttpServer]:
+    """An HTTP server; over TLS one for HTTP/2."""
+    made = HttpServer(respond) if tls is None else Http2Server(respond)
+    if tls is not None:
+        tls.set_alpn_protocols(["h2"])
     connections: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -283,7 +360,7 @@ async def http_server(respond: Respond) -> AsyncIterator[HttpServer]:
         with suppress(asyncio.CancelledError):  # the test is over
             await made.serve(reader, writer)
 
-    server = await asyncio.start_server(serve, HOST, 0)
+    server = await asyncio.start_server(serve, HOST, 0, ssl=tls)
     made.port = server.sockets[0].getsockname()[1]
     try:
         yield made
