@@ -38,7 +38,7 @@ SHOWN_ADDRESSES = 10
 _LOGIN_CODES = (530, 534, 535, 538)  # the operator's to mend, not the message's fault
 _ENHANCED = re.compile(r"([245])\.\d{1,3}\.\d{1,3}\b")
 _THROTTLED = re.compile(
-    r"throttl|rate.?limit|4\.7\.28\b"
+    r"throttl|rate.?limit|4\.7\.28\b|too much mail"
     r"|too many (concurrent |simultaneous )?(connections|sessions|messages|e?mails|requests)"
     r"|(daily|hourly|sending|rate).{0,20}(limit|quota|rate).{0,20}exceed"
     r"|exceed.{0,40}(daily|hourly|sending|rate).{0,20}(limit|quota|rate)",

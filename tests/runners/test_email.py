@@ -293,6 +293,7 @@ async def test_a_copy_refused_for_now_does_not_hold_it_back() -> None:
         ("DATA", "451 4.3.0 try later", False, True),
         ("DATA", "421 4.7.0 try later", False, True),
         ("DATA", "454 Throttling failure: Maximum sending rate exceeded.", False, False),
+        ("MAIL", "450 4.7.1 Error: too much mail from 127.0.0.1", False, False),
         ("DATA", "421-4.7.28 unusual rate of mail\r\n421 4.7.28 from you", False, False),
         ("DATA", "550 5.4.5 Daily user sending limit exceeded", False, False),
     ],
