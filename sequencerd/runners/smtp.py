@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,13 +18,13 @@ from aiosmtplib.errors import (
     SMTPException,
     SMTPHeloError,
     SMTPNotSupported,
-    SMTPRecipientRefused,
     SMTPResponseException,
     SMTPSenderRefused,
 )
 
 from sequencerd.core.model import Answer, Failed, Result
 from sequencerd.runners.fields import one_line
+from sequencerd.runners.smtp_dialogue import Dialogue, Reply
 from sequencerd.runners.smtp_url import parse_url
 
 IDLE = 20.0
@@ -38,7 +38,7 @@ SHOWN_ADDRESSES = 10
 _LOGIN_CODES = (530, 534, 535, 538)  # the operator's to mend, not the message's fault
 _ENHANCED = re.compile(r"([245])\.\d{1,3}\.\d{1,3}\b")
 _THROTTLED = re.compile(
-    r"throttl|rate.?limit|4\.7\.28\b"
+    r"throttl|rate.?limit|4\.7\.28\b|too much mail"
     r"|too many (concurrent |simultaneous )?(connections|sessions|messages|e?mails|requests)"
     r"|(daily|hourly|sending|rate).{0,20}(limit|quota|rate).{0,20}exceed"
     r"|exceed.{0,40}(daily|hourly|sending|rate).{0,20}(limit|quota|rate)",
@@ -88,7 +88,7 @@ class Postman:
         self._timeout = timeout
         self._idle_for = idle
         self._slots = asyncio.Semaphore(connections)
-        self._idle: list[tuple[SMTP, float]] = []  # with the time of their last use
+        self._idle: list[tuple[Dialogue, float]] = []  # with the time of their last use
         self._timer: asyncio.TimerHandle | None = None
         self._quitting: set[asyncio.Task[None]] = set()
         self._name: str | None = None
@@ -128,66 +128,60 @@ class Postman:
         return replace(failed, message=f"{about}: {failed.message}")
 
     async def _deliver(self, mail: Mail, attempt: _Attempt) -> Result:
-        client = attempt.client = self._take()
         try:
-            if client is None or not await self._begin_again(client, mail):
-                client = attempt.client = self._client()
-                await self._connect(client)
-                await self._begin(client, mail)
+            dialogue, (sender, *recipients) = await self._open(mail, attempt)
+            if sender.is_refusal:
+                raise SMTPSenderRefused(*sender, mail.sender)
         except (SMTPSenderRefused, SMTPNotSupported):
-            self._give_back(attempt)
+            await self._give_back(attempt)
             raise
-        result = await self._transfer(client, mail, attempt)
-        self._give_back(attempt)
+        result = await self._transfer(dialogue, mail, recipients, attempt)
+        await self._give_back(attempt)
         return result
 
-    async def _begin_again(self, client: SMTP, mail: Mail) -> bool:
-        """Begins on a connection that was idle; False if the server has closed it meanwhile."""
-        try:
-            await self._begin(client, mail)
-        except SMTPNotSupported:
-            raise
-        except (SMTPException, OSError) as error:
-            if isinstance(error, SMTPSenderRefused) and error.code >= 500:
-                raise
-            client.close()  # it may be a limit of the connection, and nothing was sent yet
-            return False
-        return True
-
-    async def _begin(self, client: SMTP, mail: Mail) -> None:
-        if mail.utf8 and not client.supports_extension("smtputf8"):
-            raise SMTPNotSupported("takes ASCII addresses only (no SMTPUTF8)")
-        options = [f"SIZE={len(mail.content)}"] if client.supports_extension("size") else []
-        if mail.utf8:
-            options += ["SMTPUTF8", "BODY=8BITMIME"]
-        await client.mail(mail.sender, options=options, encoding="utf-8")
-
-    async def _transfer(self, client: SMTP, mail: Mail, attempt: _Attempt) -> Result:
-        recipients = (*mail.to, *mail.others)
-        refused: dict[str, Failed] = {}
-        for address in recipients:
+    async def _open(self, mail: Mail, attempt: _Attempt) -> tuple[Dialogue, list[Reply]]:
+        """Names sender and recipients, on a connection that was idle or else on a new one."""
+        while dialogue := self._take():
+            attempt.dialogue = dialogue
             try:
-                await client.rcpt(address, encoding="utf-8")
-            except SMTPRecipientRefused as error:
-                if error.code == 421:
-                    raise
-                refused[address] = judge(error.code, error.message)
+                replies = await _begin(mail, attempt, dialogue)
+                if not 400 <= replies[0].code < 500:
+                    return dialogue, replies
+            except SMTPNotSupported:
+                raise
+            except (SMTPException, OSError):
+                pass
+            dialogue.close()  # a limit of the connection, or given up: nothing was sent yet
+        dialogue = attempt.dialogue = await self._connect()
+        return dialogue, await _begin(mail, attempt, dialogue)
+
+    async def _transfer(
+        self, dialogue: Dialogue, mail: Mail, replies: Sequence[Reply], attempt: _Attempt
+    ) -> Result:
+        refused: dict[str, Failed] = {}
+        recipients = (*mail.to, *mail.others)
+        for address, reply in zip(recipients, replies, strict=True):
+            if reply.code == 421:
+                raise SMTPResponseException(*reply)
+            if reply.is_refusal:
+                refused[address] = judge(*reply)
         addressees = [refused[address] for address in mail.to if address in refused]
         if len(refused) == len(recipients) or not all(failed.permanent for failed in addressees):
             # Not sent to anybody yet: an addressee who is refused for now gets it with the rest.
-            await _reset(client)
             return _refused(refused, everybody=len(refused) == len(recipients))
-        attempt.handed_over = True
-        try:
-            response = await client.data(mail.content)
-        except SMTPDataError:
+        (reply,) = await dialogue.ask("DATA")
+        if not reply.is_refusal:
+            raise SMTPException(f"answers DATA with {reply.code}")
+        if reply.code == 354:
+            attempt.handed_over = True
+            reply = await dialogue.transfer(mail.content)
             attempt.answered = True
-            await _reset(client)
-            self._give_back(attempt)
-            raise
-        attempt.answered = True
+        if reply.is_refusal:
+            await self._give_back(attempt)
+            raise SMTPDataError(*reply)
+        attempt.begun = False
         taken = [address for address in recipients if address not in refused]
-        answer = one_line(f"{response.code} {response.message}")
+        answer = one_line(f"{reply.code} {reply.text}")
         message = f"sent to {_listed(taken)}: {answer}"
         if refused:
             message += f"; refused: {_told(refused)}"
@@ -207,29 +201,44 @@ class Postman:
             tls_context=server.context,
         )
 
-    async def _connect(self, client: SMTP) -> None:
-        await client.connect()
-        self._name = client.local_hostname  # found once: it may take a DNS query
-        if client.is_ehlo_or_helo_needed:
-            try:
-                await client.ehlo()
-            except SMTPHeloError:
-                await client.helo()
+    async def _connect(self) -> Dialogue:
+        client = self._client()
+        try:
+            await client.connect()
+            self._name = client.local_hostname  # found once: it may take a DNS query
+            if client.is_ehlo_or_helo_needed:
+                try:
+                    await client.ehlo()
+                except SMTPHeloError:
+                    await client.helo()
+        except BaseException:
+            client.close()
+            raise
+        return Dialogue(client)
 
     # Keeping connections
 
-    def _take(self) -> SMTP | None:
+    def _take(self) -> Dialogue | None:
         while self._idle:
-            client, since = self._idle.pop()
-            if client.is_connected and _now() - since < self._idle_for:
-                return client
-            self._quit(client)
+            dialogue, since = self._idle.pop()
+            if dialogue.is_open and _now() - since < self._idle_for:
+                return dialogue
+            self._quit(dialogue)
         return None
 
-    def _give_back(self, attempt: _Attempt) -> None:
-        client, attempt.client = attempt.client, None
-        if client is not None and client.is_connected:
-            self._idle.append((client, _now()))
+    async def _give_back(self, attempt: _Attempt) -> None:
+        """Keeps the connection for the next message; one that was begun is forgotten first."""
+        dialogue = attempt.dialogue
+        if dialogue is None:
+            return
+        if attempt.begun:
+            try:
+                await dialogue.ask("RSET")
+            except (SMTPException, OSError):
+                return
+        attempt.dialogue = None
+        if dialogue.is_open:
+            self._idle.append((dialogue, _now()))
             if self._timer is None:
                 self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
 
@@ -245,8 +254,8 @@ class Postman:
             wait = kept[0][1] + self._idle_for - _now()
             self._timer = asyncio.get_running_loop().call_later(wait, self._drop)
 
-    def _quit(self, client: SMTP) -> None:
-        task = asyncio.get_running_loop().create_task(_say_goodbye(client))
+    def _quit(self, dialogue: Dialogue) -> None:
+        task = asyncio.get_running_loop().create_task(_say_goodbye(dialogue))
         self._quitting.add(task)
         task.add_done_callback(self._quitting.discard)
 
@@ -255,8 +264,8 @@ class Postman:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for client, _ in self._idle:
-            self._quit(client)
+        for dialogue, _ in self._idle:
+            self._quit(dialogue)
         self._idle.clear()
         await asyncio.gather(*self._quitting)
 
@@ -265,28 +274,34 @@ class Postman:
 class _Attempt:
     """How far a delivery has come."""
 
-    client: SMTP | None = None  # until it is given back
+    dialogue: Dialogue | None = None  # until it is given back
     handed_over: bool = False  # the message is on its way
     answered: bool = False  # the server has said what became of it
+    begun: bool = False  # the server knows of a message that is not sent yet
 
     def end(self) -> None:
         """Closes a connection whose state nobody knows."""
-        if self.client is not None:
-            self.client.close()
+        if self.dialogue is not None:
+            self.dialogue.close()
 
 
-async def _say_goodbye(client: SMTP) -> None:
+async def _begin(mail: Mail, attempt: _Attempt, dialogue: Dialogue) -> list[Reply]:
+    """Names the sender and the recipients: the replies, in this order."""
+    if mail.utf8 and not dialogue.has_smtputf8:
+        raise SMTPNotSupported("takes ASCII addresses only (no SMTPUTF8)")
+    options = f" SIZE={len(mail.content)}" if dialogue.has_size else ""
+    if mail.utf8:
+        options += " SMTPUTF8 BODY=8BITMIME"
+    recipients = [f"RCPT TO:<{address}>" for address in (*mail.to, *mail.others)]
+    attempt.begun = True
+    return await dialogue.ask(f"MAIL FROM:<{mail.sender}>{options}", *recipients)
+
+
+async def _say_goodbye(dialogue: Dialogue) -> None:
     with suppress(SMTPException, OSError):
-        await client.quit(timeout=2)
-    client.close()
-
-
-async def _reset(client: SMTP) -> None:
-    """Forgets the message that was begun, so that the connection can take the next."""
-    try:
-        await client.rset()
-    except (SMTPException, OSError):
-        client.close()
+        async with asyncio.timeout(2):
+            await dialogue.quit()
+    dialogue.close()
 
 
 def _now() -> float:

@@ -72,6 +72,7 @@ class Web:
             limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=30),
             headers={"User-Agent": "sequencerd", "Accept-Encoding": "identity"},
             follow_redirects=False,
+            http2=True,  # where the server offers it
         )
 
     async def post(

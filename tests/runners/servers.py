@@ -20,10 +20,16 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import DataReceived, RequestReceived, StreamEnded, StreamReset
 
 from sequencerd.core.model import Task
 
 HOST = "127.0.0.1"
+
+PIPELINING = True
+"""Whether SMTP servers take several commands at once."""
 
 
 def task(id_: int = 7, **data: Any) -> Task:
@@ -53,6 +59,7 @@ class Mailbox:
     refused: dict[str, str] = field(default_factory=dict)  # by recipient
     connections: int = 0
     open: set[Any] = field(default_factory=set)
+    pipelining: bool = True
     hang: bool = False  # keep the client waiting for the answer to DATA
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
     alone: asyncio.Event = field(default_factory=asyncio.Event)  # all connections have ended
@@ -63,6 +70,12 @@ class Mailbox:
         if answer == "drop":
             server.transport.abort()
         return answer
+
+    async def handle_EHLO(  # noqa: N802 - aiosmtpd looks for this name
+        self, server: Any, session: Any, envelope: Any, hostname: str, answers: list[str]
+    ) -> list[str]:
+        session.host_name = hostname
+        return [*answers[:-1], *["250-PIPELINING"] * self.pipelining, answers[-1]]
 
     async def handle_MAIL(  # noqa: N802 - aiosmtpd looks for this name
         self, server: Any, session: Any, envelope: Any, address: str, options: list[str]
@@ -129,7 +142,7 @@ async def smtp_server(
     utf8: bool = True,
 ) -> AsyncIterator[Mailbox]:
     """An SMTP server; with a password it wants the login `ada`."""
-    handler = Mailbox()
+    handler = Mailbox(pipelining=PIPELINING)
 
     def check(_: Any, __: Any, ___: Any, ____: str, given: LoginPassword) -> AuthResult:
         right = given.login == b"ada" and given.password == (password or "").encode()
@@ -260,10 +273,84 @@ class HttpServer:
             writer.close()
 
 
+class Http2Server(HttpServer):
+    """The same, speaking HTTP/2 over TLS. With `raw` it cuts the connection."""
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"https://localhost:{self.port}"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, with many requests at a time."""
+        self.connections += 1
+        talk = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
+        talk.initiate_connection()
+        received: dict[int, tuple[dict[str, str], bytearray]] = {}
+        unsent: dict[int, bytes] = {}
+        answering: set[asyncio.Task[None]] = set()
+
+        def flush() -> None:
+            for stream, body in list(unsent.items()):
+                rest = body
+                while (room := talk.local_flow_control_window(stream)) > 0 or not rest:
+                    size = min(room, talk.max_outbound_frame_size)
+                    talk.send_data(stream, rest[:size], end_stream=len(rest) <= size)
+                    rest = rest[size:]
+                    if not rest:
+                        del unsent[stream]
+                        break
+                else:
+                    unsent[stream] = rest
+            writer.write(talk.data_to_send())
+
+        async def answer(stream: int, request: Request) -> None:
+            self.requests.append(request)
+            given = await self.respond(request)
+            if given.raw is not None:
+                writer.transport.abort()
+                return
+            headers = {":status": str(given.status), **given.headers}
+            talk.send_headers(stream, list(headers.items()))
+            unsent[stream] = given.body
+            flush()
+
+        try:
+            while data := await reader.read(65536):
+                for event in talk.receive_data(data):
+                    match event:
+                        case RequestReceived():
+                            pairs = ((str(n), str(v)) for n, v in event.headers)
+                            received[event.stream_id] = dict(pairs), bytearray()
+                        case DataReceived():
+                            received[event.stream_id][1].extend(event.data)
+                            size = event.flow_controlled_length
+                            talk.acknowledge_received_data(size, event.stream_id)
+                        case StreamEnded():
+                            headers, body = received.pop(event.stream_id)
+                            request = Request(headers[":path"], headers, bytes(body))
+                            task = asyncio.create_task(answer(event.stream_id, request))
+                            answering.add(task)
+                            task.add_done_callback(answering.discard)
+                        case StreamReset():
+                            unsent.pop(event.stream_id, None)
+                flush()
+        except ConnectionError:
+            return  # the client is done
+        finally:
+            for task in answering:
+                task.cancel()
+            writer.close()
+
+
 @asynccontextmanager
-async def http_server(respond: Respond) -> AsyncIterator[HttpServer]:
-    """An HTTP server."""
-    made = HttpServer(respond)
+async def http_server(
+    respond: Respond, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[HttpServer]:
+    """An HTTP server; over TLS one for HTTP/2."""
+    made = HttpServer(respond) if tls is None else Http2Server(respond)
+    if tls is not None:
+        tls.set_alpn_protocols(["h2"])
     connections: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -273,7 +360,7 @@ async def http_server(respond: Respond) -> AsyncIterator[HttpServer]:
         with suppress(asyncio.CancelledError):  # the test is over
             await made.serve(reader, writer)
 
-    server = await asyncio.start_server(serve, HOST, 0)
+    server = await asyncio.start_server(serve, HOST, 0, ssl=tls)
     made.port = server.sockets[0].getsockname()[1]
     try:
         yield made

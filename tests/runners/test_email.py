@@ -17,7 +17,14 @@ from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Resul
 from sequencerd.runners.email import EmailRunner
 from sequencerd.runners.smtp import Postman
 from sequencerd.runners.suppressions import Key, Suppressions
-from tests.runners.servers import HOST, Mailbox, certificate, smtp_server, task
+from tests.runners import servers
+from tests.runners.servers import (
+    HOST,
+    Mailbox,
+    certificate,
+    smtp_server,
+    task,
+)
 
 BASIC = {
     "from": "Shop <hi@example.com>",
@@ -25,6 +32,12 @@ BASIC = {
     "subject": "Hello {{data.name}}",
     "text": "Dear {{data.name}}",
 }
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["pipelining", "one by one"])
+def pipelining(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is run with both kinds of servers."""
+    monkeypatch.setattr(servers, "PIPELINING", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +293,7 @@ async def test_a_copy_refused_for_now_does_not_hold_it_back() -> None:
         ("DATA", "451 4.3.0 try later", False, True),
         ("DATA", "421 4.7.0 try later", False, True),
         ("DATA", "454 Throttling failure: Maximum sending rate exceeded.", False, False),
+        ("MAIL", "450 4.7.1 Error: too much mail from 127.0.0.1", False, False),
         ("DATA", "421-4.7.28 unusual rate of mail\r\n421 4.7.28 from you", False, False),
         ("DATA", "550 5.4.5 Daily user sending limit exceeded", False, False),
     ],

@@ -1,0 +1,114 @@
+"""HTTP/2: what holds for HTTP/1.1 holds there as well."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from pathlib import Path
+
+import pytest
+
+from sequencerd.core.model import Answer, Failed, Result
+from sequencerd.runners.http import HttpRunner
+from sequencerd.runners.web import MAX_ANSWER
+from tests.runners import servers
+from tests.runners.servers import HttpServer, Request, certificate, http_server, task
+
+
+@pytest.fixture
+def tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """A server's context, trusted by clients."""
+    context, file = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    return context
+
+
+async def call(server: HttpServer, count: int = 1, *, seconds: float = 60) -> list[Result]:
+    """The results of as many calls at the same time."""
+    made = HttpRunner(server.url, name="Crm", timeout=seconds, allow_private=True)
+    tasks = (task(id_) for id_ in range(count))
+    results = await asyncio.gather(*(made.run(made.compile({}), [one]) for one in tasks))
+    await made.close()
+    return [one for (one,) in results]
+
+
+def answer(request: Request) -> servers.Answer:
+    ids = [one["id"] for one in json.loads(request.body)["runners"]]
+    return servers.Answer(body=json.dumps([{"id": id_, "action": "next"} for id_ in ids]).encode())
+
+
+async def test_requests_share_a_connection(tls: ssl.SSLContext) -> None:
+    together = asyncio.Event()
+
+    async def respond(request: Request) -> servers.Answer:
+        if len(server.requests) == 4:
+            together.set()
+        await together.wait()  # for ever, if they came one after the other
+        return answer(request)
+
+    async with http_server(respond, tls) as server:
+        results = await call(server, 4)
+    assert [isinstance(result, Answer) for result in results] == [True] * 4
+    assert server.connections == 1
+    assert server.requests[0].headers[":authority"] == f"localhost:{server.port}"
+    assert "idempotency-key" in server.requests[0].headers
+
+
+async def test_a_connection_cut_after_the_request_leaves_the_outcome_open(
+    tls: ssl.SSLContext,
+) -> None:
+    async def respond(_: Request) -> servers.Answer:
+        return servers.Answer(raw=b"")
+
+    async with http_server(respond, tls) as server:
+        (result,) = await call(server)
+    assert isinstance(result, Failed)
+    assert (result.unknown, result.permanent) == (True, False)
+
+
+async def test_no_answer_in_time_leaves_the_outcome_open(tls: ssl.SSLContext) -> None:
+    async def respond(_: Request) -> servers.Answer:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with http_server(respond, tls) as server:
+        (result,) = await call(server, seconds=1)
+    assert isinstance(result, Failed)
+    assert result.unknown
+    assert "no answer" in result.message
+
+
+async def test_a_certificate_that_nobody_vouches_for_sends_nothing(
+    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def respond(request: Request) -> servers.Answer:
+        return answer(request)
+
+    monkeypatch.delenv("SSL_CERT_FILE")
+    async with http_server(respond, tls) as server:
+        (result,) = await call(server)
+    assert isinstance(result, Failed)
+    assert not result.unknown
+    assert "certificate" in result.message.lower()
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (servers.Answer(body=b"[" * (MAX_ANSWER + 1)), "more than"),
+        (servers.Answer(302, headers={"location": "https://elsewhere.example"}), "302"),
+    ],
+)
+async def test_answers_are_bounded_and_redirects_not_followed(
+    tls: ssl.SSLContext, given: servers.Answer, words: str
+) -> None:
+    async def respond(_: Request) -> servers.Answer:
+        return given
+
+    async with http_server(respond, tls) as server:
+        (result,) = await call(server)
+    assert isinstance(result, Failed)
+    assert words in result.message
+    assert len(server.requests) == 1
