@@ -1,4 +1,4 @@
-"""Definitions: rows and YAML files made into sequences, checked as a whole, and applied."""
+"""Definitions: rows made into sequences, checked as a whole, and sequences made into rows."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import asyncpg
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, StrictFloat, StrictInt
 from pydantic.alias_generators import to_camel
 
 from sequencerd.core import dates
+from sequencerd.core.config import Config, Faults, nearest, parse_config
 from sequencerd.core.model import (
     DefinitionError,
+    Fault,
     Instant,
     Problem,
     Sequence,
     SideEffect,
     Step,
 )
-from sequencerd.core.steps import COMPILERS, compile_step, describe, nearest
+from sequencerd.core.steps import COMPILERS, compile_step
 from sequencerd.errors import FileError
 from sequencerd.runners import Runner
 from sequencerd.store import QUERIES
@@ -35,23 +36,29 @@ Runners = Mapping[str, Runner]
 # --- what is made of a step's type and config
 
 
-class _Retry(BaseModel):
-    model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
-    attempts: int | None = Field(default=None, ge=1, le=1000)
-    first_delay: float | None = Field(default=None, ge=0, le=86400)
-    longest_delay: float | None = Field(default=None, ge=0, le=30 * 86400)
+class RetryConfig(Config):
+    """How often a side effect that failed is tried again; what is left out, its runner says."""
+
+    attempts: StrictInt | None = Field(default=None, ge=1, le=1000)
+    """How often it is tried, with the first time."""
+    first_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=86400)
+    """Seconds before the second attempt; the delay doubles with each attempt."""
+    longest_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=30 * 86400)
+    """Seconds that the delay grows to."""
 
 
-class _EffectConfig(BaseModel):
+class EffectConfig(Config):
     """The keys that every step with a side effect takes, beside those of its runner."""
 
-    model_config = ConfigDict(alias_generator=to_camel)
-    retry: _Retry = _Retry()
+    retry: RetryConfig = Field(default_factory=RetryConfig)
+    """How often it is tried again."""
     on_error: Literal["fail", "altNext"] = "fail"
+    """What follows on the last failure: the enrollment fails, or goes on to altNext."""
     delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
+    """at_most_once: never started again where it may have taken place; a person decides."""
 
 
-_EFFECT_KEYS = frozenset(to_camel(name) for name in _EffectConfig.model_fields)
+_EFFECT_KEYS = frozenset(to_camel(name) for name in EffectConfig.model_fields)
 
 
 def compile_behaviour(
@@ -62,21 +69,45 @@ def compile_behaviour(
         if type_ in COMPILERS:
             return compile_step(type_, config)
         if type_ not in runners:
-            known = [*COMPILERS, *runners]
-            raise DefinitionError(f"type {type_!r} is served by no runner; {nearest(type_, known)}")
-        common = _EffectConfig.model_validate({k: config[k] for k in _EFFECT_KEYS & config.keys()})
-        own = {key: value for key, value in config.items() if key not in _EFFECT_KEYS}
-        runner = runners[type_]
-        return SideEffect(
-            program=runner.compile(own),
-            retry=replace(runner.retry, **common.retry.model_dump(exclude_none=True)),
-            on_error=common.on_error,
-            at_most_once=common.delivery == "at_most_once",
-        )
-    except ValidationError as error:
-        return Problem(describe(error))
-    except (DefinitionError, RecursionError) as error:
-        return Problem(str(error))
+            raise DefinitionError(_unknown_type(type_, runners))
+        return _compile_effect(config, runners[type_])
+    except DefinitionError as error:
+        return Problem(str(error), error.faults)
+    except RecursionError as error:
+        return Problem(str(error), (Fault((), str(error)),))
+
+
+def _unknown_type(type_: str, runners: Runners) -> str:
+    known = [*COMPILERS, *runners]
+    return (
+        f"type {type_!r} is served by no runner; {nearest(type_, known)}; a runner of your own is "
+        f"set up as [runners.{type_}] in the settings, or installed as a Python package"
+    )
+
+
+def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
+    faults = Faults()
+    with faults.at():
+        common = parse_config(EffectConfig, {k: config[k] for k in _EFFECT_KEYS & config.keys()})
+    with faults.at():
+        program = runner.compile({k: v for k, v in config.items() if k not in _EFFECT_KEYS})
+    faults.found = [_with_hint(fault) for fault in faults.found]
+    faults.check()
+    return SideEffect(
+        program=program,
+        retry=replace(runner.retry, **common.retry.model_dump(exclude_none=True)),
+        on_error=common.on_error,
+        at_most_once=common.delivery == "at_most_once",
+    )
+
+
+def _with_hint(fault: Fault) -> Fault:
+    """A runner doesn't know the keys that every one has: of a key that it refuses, the nearest."""
+    key, *deeper = fault.place or ("",)
+    near = get_close_matches(str(key), _EFFECT_KEYS, n=1, cutoff=0.75)
+    if deeper or not near or key in _EFFECT_KEYS:
+        return fault
+    return Fault(fault.place, f"is not a key of this; did you mean {near[0]!r}?")
 
 
 def build(
@@ -94,25 +125,31 @@ def build(
     ordered = sorted(steps, key=lambda step: step.position)
     by_name = {step.name: step for step in ordered}
     for stuck in _never_waiting(by_name):
-        by_name[stuck] = _with_problem(by_name[stuck], "it is part of a cycle that never waits")
+        by_name[stuck] = _with_problem(
+            by_name[stuck],
+            Fault((), "it is part of a cycle that never waits: put a step that waits into it"),
+        )
     for step in ordered:
+        if step.type != "GoTo" or not isinstance(step.behaviour, Instant):
+            continue
         target = step.config.get("step")
-        is_local = step.type == "GoTo" and not step.config.get("sequence")
-        if is_local and target is not None and target not in by_name:
+        if not step.config.get("sequence") and target is not None and target not in by_name:
             hint = nearest(str(target), list(by_name))
-            by_name[step.name] = _with_problem(step, f"step {target!r} does not exist; {hint}")
+            by_name[step.name] = _with_problem(
+                step, Fault(("step",), f"step {target!r} does not exist; {hint}")
+            )
     try:
         dates.zone(timezone)
     except DefinitionError as error:
-        by_name = {key: _with_problem(step, str(error)) for key, step in by_name.items()}
+        by_name = {key: _with_problem(step, Fault((), str(error))) for key, step in by_name.items()}
     goals = tuple(step for step in reversed(ordered) if step.type == "Goal")
     return Sequence(name, first_step, timezone, by_name, paused, goals, revision, lookup, recheck)
 
 
-def _with_problem(step: Step, message: str) -> Step:
-    return (
-        step if isinstance(step.behaviour, Problem) else replace(step, behaviour=Problem(message))
-    )
+def _with_problem(step: Step, fault: Fault) -> Step:
+    if isinstance(step.behaviour, Problem):
+        return step
+    return replace(step, behaviour=Problem(str(fault), (fault,)))
 
 
 def _never_waiting(steps: Mapping[str, Step]) -> set[str]:
@@ -194,27 +231,7 @@ def problems(sequence: Sequence) -> dict[tuple[str, str], str | None]:
     }
 
 
-# --- files
-
-
-class _FileStep(BaseModel):
-    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, allow_inf_nan=False)
-    name: str = Field(min_length=1, max_length=200)
-    type: str = Field(min_length=1, max_length=200)
-    config: dict[str, Any] = {}
-    next: str | None = None
-    alt_next: str | None = None
-
-
-class _FileSequence(BaseModel):
-    model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
-    name: str = Field(min_length=1, max_length=200)
-    timezone: str = "UTC"
-    status: Literal["active", "paused", "archived"] = "active"
-    reentry: Literal["after_end", "always", "never"] = "after_end"
-    lookup: str | None = None
-    recheck: timedelta = timedelta(minutes=1)
-    steps: list[_FileStep] = Field(min_length=1)
+# --- applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,93 +244,6 @@ class Definition:
     lookup: str | None
     recheck: timedelta
     place: str = field(compare=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose values are JSON's: dates stay text, yes and no are words, no key stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuses a key that stands twice: the second would silently win."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} must be text, in quotes", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag != "tag:yaml.org,2002:timestamp"
-        and (tag != "tag:yaml.org,2002:bool" or first in "tTfF")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def read_file(path: Path, runners: Runners) -> list[Definition]:
-    """The sequences of a YAML or JSON file. Raises FileError with everything that is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        documents = list(yaml.load_all(text, _Loader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise FileError(f"{path}: {error}") from error
-    found = [_read_document(document, path, runners) for document in documents if document]
-    if not found:
-        raise FileError(f"{path}: no sequence in it")
-    names = [definition.sequence.name for definition in found]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise FileError(f"{path}: sequence {min(twice)!r} stands twice")
-    return found
-
-
-def _read_document(document: object, path: Path, runners: Runners) -> Definition:
-    try:
-        parsed = _FileSequence.model_validate(document)
-        TypeAdapter(dict[str, Any]).dump_json(parsed.model_dump())
-    except (ValidationError, ValueError) as error:
-        message = describe(error) if isinstance(error, ValidationError) else str(error)
-        raise FileError(f"{path}: {message}") from error
-    place = f"{path}: sequence {parsed.name!r}"
-    names = [step.name for step in parsed.steps]
-    errors = [f"step {name!r} stands twice" for name in sorted(set(names)) if names.count(name) > 1]
-    steps = []
-    for position, step in enumerate(parsed.steps):
-        following = names[position + 1] if position + 1 < len(names) else None
-        next_step = step.next if "next" in step.model_fields_set else following
-        for key, target in (("next", next_step), ("altNext", step.alt_next)):
-            if target is not None and target not in names:
-                hint = nearest(target, names)
-                errors.append(f"step {step.name!r}: {key} {target!r} does not exist; {hint}")
-        steps.append(
-            Step(
-                sequence=parsed.name,
-                name=step.name,
-                type=step.type,
-                config=step.config,
-                next_step=next_step,
-                alt_next_step=step.alt_next,
-                behaviour=compile_behaviour(step.type, step.config, runners),
-                position=position,
-                reads_external=reads_external(step.config),
-            )
-        )
-    sequence = build(parsed.name, names[0], parsed.timezone, steps)
-    errors += [
-        f"step {name!r}: {message}" for (_, name), message in problems(sequence).items() if message
-    ]
-    if errors:
-        raise FileError("\n".join(f"{place}: {error}" for error in errors))
-    return Definition(sequence, parsed.reentry, parsed.status, parsed.lookup, parsed.recheck, place)
 
 
 @dataclass(frozen=True, slots=True)

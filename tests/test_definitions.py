@@ -9,7 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd import definitions, settings
+from sequencerd import definitions, files, settings
 from sequencerd.core.model import Problem, RetryPolicy, SideEffect
 from sequencerd.daemon import make_runners
 from sequencerd.errors import FileError
@@ -39,7 +39,7 @@ steps:
 def read(tmp_path: Path, text: str) -> list[definitions.Definition]:
     file = tmp_path / "file.yaml"
     file.write_text(text)
-    return definitions.read_file(file, RUNNERS)
+    return files.read_file(file, RUNNERS)
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
@@ -88,27 +88,36 @@ def steps(*lines: str) -> str:
     ("text", "words"),
     [
         ("", "no sequence"),
-        ("- 1", "dictionary"),
+        ("- 1", "file.yaml:1: error: must be a mapping"),
         ("name: [", "file.yaml"),
-        ("name: s", "steps: Field required"),
+        ("name: s", "file.yaml:1: error: s: steps: is missing"),
         ("name: s\nsteps: []", "at least 1"),
-        (GOOD.replace("timezone", "timzone"), "timzone: Extra inputs"),
+        (
+            GOOD.replace("timezone", "timzone"),
+            "file.yaml:3: error: s: timzone: is not a key of this; did you mean 'timezone'?",
+        ),
         (GOOD.replace("Europe/Berlin", "Europe/Berlln"), "did you mean 'Europe/Berlin'"),
-        (GOOD.replace("unit: days", "unit: dayz"), "'pause': 'dayz' is not a unit of time"),
-        (GOOD.replace("amount: 3", "amount: '3'"), "'pause': amount"),
+        (
+            GOOD.replace("unit: days", "unit: dayz"),
+            "file.yaml:11: error: s/pause: unit: 'dayz' is not a unit of time",
+        ),
+        (
+            GOOD.replace("amount: 3", "amount: '3'"),
+            "file.yaml:11: error: s/pause: amount: must be a valid integer or a valid number",
+        ),
         (GOOD.replace("altNext: bye", "altNext: buy"), "did you mean 'bye'"),
-        (GOOD.replace("attempts: 2", "attempts: 0"), "'hello': retry.attempts"),
+        (GOOD.replace("attempts: 2", "attempts: 0"), "s/hello: retry.attempts"),
         (GOOD.replace("name: pause", "name: hello"), "step 'hello' stands twice"),
         (GOOD + "---\n" + GOOD, "sequence 's' stands twice"),
         ("name: s\nname: t", "the key 'name' stands twice"),
         ("1: s", "must be text"),
         (steps("name: a, type: WaitForDurations"), "did you mean 'WaitForDuration'"),
-        (steps("name: a, type: Note, config: {bad: 1}"), "'a': bad: this key is not known"),
+        (steps("name: a, type: Note, config: {bad: 1}"), "s/a: bad: this key is not known"),
         (steps("name: a, type: GoTo, config: {step: b}"), "step 'b' does not exist"),
         (steps("name: a, type: GoTo, next: a"), "never waits"),
         (
             steps("name: a, type: GoTo, next: b", "name: b, type: GoTo, next: a"),
-            "'b': it is part of a cycle that never waits",
+            "file.yaml:4: error: s/b: it is part of a cycle that never waits",
         ),
         (steps("name: a, type: WaitForDate, config: {date: soon}"), "not an ISO 8601 date"),
         (
