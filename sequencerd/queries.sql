@@ -183,6 +183,13 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
   LEFT JOIN sequencer.sequences AS q ON q.name = e.sequence
  WHERE e.id = $1;
 
+-- name: simulated
+-- An enrollment as a claim reads it, and its status.
+SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
+       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt,
+       e.goals_met, e.retry_at, e.leased_by, e.status
+  FROM sequencer.enrollments AS e WHERE e.id = $1;
+
 -- name: history
 SELECT at, sequence, step, visit, action, message
   FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at;

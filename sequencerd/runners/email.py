@@ -162,6 +162,12 @@ class EmailRunner:
         assert subject is not None
         return Program(addresses, subject, text, html, headers, unsubscribe or self._unsubscribe)
 
+    def preview(self, program: object, task: Task) -> Mapping[str, str]:
+        """What `run` would send, field by field. Raises RenderError."""
+        assert isinstance(program, Program)
+        mail = write(program, task, datetime.now(UTC))
+        return {**mime.fields(mail.content), "to": ", ".join((*mail.to, *mail.others))}
+
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Sends the messages side by side."""
         assert isinstance(program, Program)

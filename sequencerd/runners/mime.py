@@ -10,7 +10,9 @@ import binascii
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from email import message_from_bytes
 from email.header import Header
+from email.policy import default
 
 import idna
 
@@ -167,3 +169,14 @@ def _part(subtype: str, content: str) -> bytes:
         b'Content-Type: text/%b; charset="utf-8"\r\n'
         b"Content-Transfer-Encoding: quoted-printable\r\n\r\n%b\r\n" % (subtype.encode(), body)
     )
+
+
+def fields(content: bytes) -> dict[str, str]:
+    """What a reader sees of a message: from, subject, text and html, as far as it has them."""
+    read = message_from_bytes(content, policy=default)
+    found = {"from": str(read["From"]), "subject": str(read["Subject"])}
+    for name, kind in (("text", "plain"), ("html", "html")):
+        part = read.get_body((kind,))
+        if part is not None:
+            found[name] = str(part.get_content()).rstrip("\n")
+    return found

@@ -123,12 +123,18 @@ class _SmsRunner:
         assert isinstance(program, Mapping)
         return await asyncio.gather(*(self._send(program, task) for task in tasks))
 
+    def preview(self, program: object, task: Task) -> Mapping[str, str]:
+        """What `run` would send, field by field. Raises RenderError."""
+        assert isinstance(program, Mapping)
+        values = {name: render(name, field, task.view) for name, field in program.items()}
+        values["to"] = read_number("to", values["to"])
+        if not values["message"].strip():
+            raise RenderError("message: empty")
+        return values
+
     async def _send(self, program: Program, task: Task) -> Result:
         try:
-            values = {name: render(name, field, task.view) for name, field in program.items()}
-            values["to"] = read_number("to", values["to"])
-            if not values["message"].strip():
-                raise RenderError("message: empty")
+            values = self.preview(program, task)
             await self._pace.turn()
             if self._suppressions is not None:
                 asked = (values["to"], str(task.view["subject"]))

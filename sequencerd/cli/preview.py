@@ -1,0 +1,237 @@
+"""Commands that show what would happen: simulate, graph."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+from zoneinfo import ZoneInfo
+
+import asyncpg
+
+from sequencerd import files, graph, store
+from sequencerd.cli.commands import Commands, add_json, connect, on_database
+from sequencerd.cli.output import plain
+from sequencerd.core import dates, model
+from sequencerd.core.model import DefinitionError, Enrollment
+from sequencerd.definitions import from_rows
+from sequencerd.errors import UsageError
+from sequencerd.runners import Runner
+from sequencerd.settings import Settings
+from sequencerd.simulate import Entry, Outcome, Simulation
+from sequencerd.store import QUERIES, Place
+from sequencerd.testing import Sequences, choose, load, make_runners
+
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+
+def add_to(commands: Commands) -> None:
+    """Adds these commands."""
+    simulate = commands.add(
+        "simulate",
+        _simulate,
+        "show what would happen to somebody, for a year",
+        """simulate onboarding.yaml --data '{"email": "ada@example.com"}' --set 'P3D: {"paid": true}'""",
+    )
+    simulate.add_argument("file", nargs="?", type=Path, metavar="FILE", help="YAML or JSON")
+    simulate.add_argument("sequence", nargs="?", help="of several in the file")
+    simulate.add_argument("--data", default="{}", metavar="JSON", help="what its templates read")
+    simulate.add_argument("--subject", default="somebody")
+    simulate.add_argument("--timezone", metavar="ZONE", help="the subject's own")
+    simulate.add_argument("--start", metavar="TIME", help="begin then, ISO 8601 (default: now)")
+    simulate.add_argument("--until", metavar="TIME", help="end then (default: a year later)")
+    simulate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="WHEN: JSON",
+        help="merge data after a duration such as P3D, or at a time; can be repeated",
+    )
+    simulate.add_argument("--external", metavar="JSON", help="what the lookup gives")
+    simulate.add_argument(
+        "--runner",
+        action="append",
+        default=[],
+        metavar="TYPE=OUTCOME",
+        help=f"how its side effects end: {', '.join(OUTCOMES)} (default: next); can be repeated",
+    )
+    simulate.add_argument(
+        "--from-enrollment", type=int, metavar="ID", help="go on from where it is, reading only"
+    )
+    add_json(simulate)
+    shown = commands.add(
+        "graph", _graph, "draw a sequence, with how many are at each step", "graph onboarding"
+    )
+    shown.add_argument("target", metavar="NAME|FILE", help="in the database, or a file")
+    shown.add_argument("sequence", nargs="?", help="of several in the file")
+    shown.add_argument("--format", choices=list(graph.FORMATS), default="text")
+
+
+def _simulate(arguments: argparse.Namespace, settings: Settings) -> int:
+    if arguments.from_enrollment is not None:
+        return on_database(_simulate_enrollment)(arguments, settings)
+    if arguments.file is None:
+        raise UsageError("simulate needs a FILE, or --from-enrollment ID")
+    outcomes = _outcomes(arguments)
+    simulation = load(arguments.file, outcomes=outcomes, settings=settings).simulate(
+        arguments.sequence,
+        start=arguments.start or datetime.now(UTC).replace(microsecond=0),
+        until=arguments.until,
+        data=_json(arguments.data, "--data"),
+        subject=arguments.subject,
+        timezone=_zone(arguments.timezone),
+        changes=_changes(arguments),
+        external=_external(arguments),
+    )
+    _print(simulation, arguments.json)
+    return 0
+
+
+async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+    outcomes = _outcomes(arguments)
+    runners = make_runners(settings, outcomes)
+    connection = await connect(url)
+    try:
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            row = await connection.fetchrow(QUERIES["simulated"], arguments.from_enrollment)
+            definitions = await _definitions(connection, runners)
+            now = await store.server_time(connection)
+    finally:
+        await connection.close()
+    if row is None:
+        raise UsageError(f"enrollment {arguments.from_enrollment} does not exist")
+    *columns, status = row.values()
+    if status != "active":
+        raise UsageError(f"enrollment {arguments.from_enrollment} is {status}")
+    if arguments.file is not None:
+        read = files.read_all([arguments.file], runners)
+        definitions |= {one.sequence.name: one.sequence for one in read}
+    # a side effect that is being executed is begun anew here
+    enrollment = Enrollment(*columns)._replace(leased_by=None)
+    simulation = Sequences(definitions, runners, outcomes).follow(
+        enrollment, now, arguments.until, _changes(arguments), _external(arguments)
+    )
+    _print(simulation, arguments.json)
+    return 0
+
+
+async def _definitions(
+    connection: asyncpg.Connection, runners: Mapping[str, Runner]
+) -> dict[str, model.Sequence]:
+    """All sequences of the database."""
+    names = list(await store.revisions(connection))
+    sequences, steps = await store.definitions(connection, names)
+    return {
+        row["name"]: from_rows(row, [s for s in steps if s["sequence"] == row["name"]], runners)
+        for row in sequences
+    }
+
+
+def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:
+    outcomes: dict[str, Outcome] = {}
+    for given in arguments.runner:
+        type_, _, word = given.partition("=")
+        outcome = next((known for known in OUTCOMES if known == word), None)
+        if not type_ or outcome is None:
+            raise UsageError(f"--runner {given!r}: write TYPE={'|'.join(OUTCOMES)}")
+        outcomes[type_] = outcome
+    return outcomes
+
+
+def _changes(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
+    changes: dict[str, Mapping[str, Any]] = {}
+    for given in arguments.set:
+        when, found, text = given.partition(": ")
+        if not found:
+            raise UsageError(f"--set {given!r}: write for example 'P3D: {{\"paid\": true}}'")
+        changes[when.strip()] = {**changes.get(when.strip(), {}), **_json(text, "--set")}
+    return changes
+
+
+def _external(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    return None if arguments.external is None else _json(arguments.external, "--external")
+
+
+def _json(text: str, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{option} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f'{option} must be a JSON object such as {{"paid": true}}')
+    return value
+
+
+def _zone(name: str | None) -> str | None:
+    if name is not None:
+        try:
+            dates.zone(name)
+        except DefinitionError as error:
+            raise UsageError(f"--timezone: {error}") from error
+    return name
+
+
+def _print(simulation: Simulation, as_json: bool) -> None:
+    if as_json:
+        whole = {
+            "status": simulation.status,
+            "end": simulation.end,
+            "ended_at": simulation.ended_at,
+            "step": simulation.enrollment.step,
+            "data": json.loads(simulation.enrollment.data),
+            "entries": [entry._asdict() for entry in simulation.entries],
+        }
+        print(json.dumps(whole, default=plain, ensure_ascii=False))
+        return
+    zone = ZoneInfo(simulation.timezone)
+    width = max((len(entry.step) for entry in simulation.entries), default=0)
+    for entry in simulation.entries:
+        at = f"{entry.at.astimezone(zone):%a %Y-%m-%d %H:%M:%S}"
+        print(f"{at}  {entry.step:{width}}  {_line(entry)}")
+        for name, text in entry.details.items():
+            for line in text.splitlines() or [""]:
+                print(f"{'':{len(at) + width}}      {name}: {line}")
+    at = f"{simulation.ended_at.astimezone(zone):%a %Y-%m-%d %H:%M:%S}"
+    print(f"{at}  {simulation.enrollment.step:{width}}  {simulation.end} ({simulation.timezone})")
+
+
+def _line(entry: Entry) -> str:
+    action = f"{entry.action} {entry.type}" if entry.action == "execute" else entry.action
+    return f"{action}: {entry.message}" if entry.message else action
+
+
+def _graph(arguments: argparse.Namespace, settings: Settings) -> int:
+    path = Path(arguments.target)
+    is_file = path.suffix in (".yaml", ".yml", ".json") or path.is_file()
+    read = files.read_file(path, make_runners(settings, {})) if is_file else []
+    if is_file and settings.database.url is None:
+        print(_drawn(arguments, {one.sequence.name: one.sequence for one in read}, {}))
+        return 0
+
+    async def with_counts(_: argparse.Namespace, __: Settings, url: str) -> int:
+        connection = await connect(url)
+        try:
+            definitions = await _definitions(connection, make_runners(settings, {}))
+            rows = await connection.fetch(QUERIES["status"], None)
+        finally:
+            await connection.close()
+        if is_file:
+            definitions = {one.sequence.name: one.sequence for one in read}
+        counts = {(row["sequence"], row["step"]): row["active"] for row in rows}
+        print(_drawn(arguments, definitions, counts))
+        return 0
+
+    return on_database(with_counts)(arguments, settings)
+
+
+def _drawn(
+    arguments: argparse.Namespace,
+    definitions: Mapping[str, model.Sequence],
+    counts: Mapping[Place, int],
+) -> str:
+    in_file = Path(arguments.target).is_file()
+    sequence = definitions[choose(definitions, arguments.sequence if in_file else arguments.target)]
+    return graph.FORMATS[arguments.format](sequence, counts)

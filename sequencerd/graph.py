@@ -1,0 +1,133 @@
+"""A sequence drawn: as text, for Mermaid, for Graphviz."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from sequencerd.core.model import Sequence, Step
+
+Counts = Mapping[tuple[str, str], int]
+"""How many are at a step, by sequence and step."""
+
+END = "end"
+
+
+class Edge(NamedTuple):
+    """A way from one step to another, to None for the end, or to a step of another sequence."""
+
+    source: str
+    target: str | None
+    label: str = ""
+    sequence: str | None = None
+
+
+def edges(sequence: Sequence) -> Iterator[Edge]:
+    """The ways in the order of the definition."""
+    for step in sequence.steps.values():
+        jump, elsewhere = _jump(step)
+        if jump is not None:
+            yield Edge(step.name, jump, "", elsewhere)
+        else:
+            yield Edge(step.name, step.next_step)
+        if step.alt_next_step is not None:
+            yield Edge(step.name, step.alt_next_step, "altNext")
+
+
+def _jump(step: Step) -> tuple[str | None, str | None]:
+    target, sequence = step.config.get("step"), step.config.get("sequence")
+    if step.type != "GoTo" or not isinstance(target, str):
+        return None, None
+    return target, sequence if isinstance(sequence, str) else None
+
+
+def text(sequence: Sequence, counts: Counts) -> str:
+    """A line for each step: its count, name and type, and where it leads."""
+    ways = list(edges(sequence))
+    names = [_words(name) for name in sequence.steps]
+    width = max(map(len, names), default=0)
+    kinds = max((len(_words(step.type)) for step in sequence.steps.values()), default=0)
+    lines = []
+    for name, step in sequence.steps.items():
+        targets = ", ".join(
+            f"{way.label or 'next'} {_target(way)}" for way in ways if way.source == name
+        )
+        count = f"{counts.get((sequence.name, name), 0):>8}  " if counts else ""
+        lines.append(f"{count}{_words(name):{width}}  {_words(step.type):{kinds}}  {targets}")
+    return "\n".join(lines)
+
+
+def mermaid(sequence: Sequence, counts: Counts) -> str:
+    """A flowchart for Mermaid."""
+    ids = {name: f"s{n}" for n, name in enumerate(sequence.steps)}
+    lines = ["flowchart TD"]
+    for name, step in sequence.steps.items():
+        left, right = ("{{", "}}") if step.type == "Goal" else ("[", "]")
+        label = "<br/>".join(map(_for_mermaid, _label(sequence, step, counts)))
+        lines.append(f'  {ids[name]}{left}"{label}"{right}')
+    others: dict[str, str] = {}
+    for way in edges(sequence):
+        target = ids.get(way.target or "") if way.sequence is None else None
+        if target is None:
+            shown = _target(way)
+            if shown not in others:
+                others[shown] = f"o{len(others)}"
+                lines.append(f'  {others[shown]}(["{_for_mermaid(shown)}"])')
+            target = others[shown]
+        arrow = f"-- {way.label} -->" if way.label else "-->"
+        lines.append(f"  {ids[way.source]} {arrow} {target}")
+    return "\n".join(lines)
+
+
+def dot(sequence: Sequence, counts: Counts) -> str:
+    """A digraph for Graphviz."""
+    lines = [f"digraph {_for_dot(sequence.name)} {{", "  node [shape=box];"]
+    for name, step in sequence.steps.items():
+        label = _for_dot("\n".join(_label(sequence, step, counts)))
+        shape = ", shape=hexagon" if step.type == "Goal" else ""
+        lines.append(f"  {_for_dot('step ' + name)} [label={label}{shape}];")
+    others = set()
+    for way in edges(sequence):
+        target = f"step {way.target}"
+        if way.target is None or way.sequence is not None:
+            target = f"other {_target(way)}"
+            if target not in others:
+                others.add(target)
+                lines.append(f"  {_for_dot(target)} [label={_for_dot(_target(way))}, shape=oval];")
+        label = f" [label={_for_dot(way.label)}]" if way.label else ""
+        lines.append(f"  {_for_dot('step ' + way.source)} -> {_for_dot(target)}{label};")
+    return "\n".join([*lines, "}"])
+
+
+FORMATS: Mapping[str, Callable[[Sequence, Counts], str]] = {
+    "text": text,
+    "mermaid": mermaid,
+    "dot": dot,
+}
+
+
+def _target(way: Edge) -> str:
+    if way.target is None:
+        return END
+    return _words(f"{way.sequence}/{way.target}" if way.sequence else way.target)
+
+
+def _label(sequence: Sequence, step: Step, counts: Counts) -> list[str]:
+    count = counts.get((sequence.name, step.name), 0)
+    return [_words(step.name), _words(step.type), *([f"{count} here"] if count else [])]
+
+
+def _words(name: str) -> str:
+    """A name in one line."""
+    return " ".join(name.split())
+
+
+def _for_mermaid(name: str) -> str:
+    """Text between quotes: Mermaid reads entities of HTML, and # begins one of its own."""
+    return "".join(c if c.isalnum() or c in " _-.,:/" else f"#{ord(c)};" for c in name)
+
+
+def _for_dot(name: str) -> str:
+    """A quoted string: JSON's, but that Graphviz reads UTF-8 and only the quote is escaped."""
+    return json.dumps(name, ensure_ascii=False).replace("\\\\", "\\\\")
