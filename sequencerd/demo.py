@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from email import message_from_bytes, policy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -23,7 +23,7 @@ from urllib.parse import parse_qs
 import asyncpg
 import yaml
 
-from sequencerd import daemon, definitions, embedded, migrate
+from sequencerd import daemon, definitions, embedded, files, migrate
 from sequencerd.errors import SequencerdError
 from sequencerd.settings import Settings, load
 from sequencerd.store import QUERIES
@@ -98,7 +98,7 @@ def _shortened(scratch: Path) -> Path:
 
 
 async def _apply(connection: asyncpg.Connection, file: Path, settings: Settings) -> None:
-    for definition in definitions.read_file(file, daemon.make_runners(settings)):
+    for definition in files.read_file(file, daemon.make_runners(settings)):
         async with connection.transaction():
             applied = await definitions.apply(connection, definition)
         _say(f"applied {applied.sequence}: {len(applied.added)} steps, waits shortened to seconds")
@@ -106,7 +106,7 @@ async def _apply(connection: asyncpg.Connection, file: Path, settings: Settings)
 
 def _examples() -> Path:
     """Within the installed package, or beside it in a checkout."""
-    packaged = Path(str(files("sequencerd"))) / "examples"
+    packaged = Path(str(resources.files("sequencerd"))) / "examples"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "examples"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd import definitions, settings
+from sequencerd import definitions, files, settings
 from sequencerd.core.model import Problem, RetryPolicy, SideEffect
 from sequencerd.daemon import make_runners
 from sequencerd.errors import FileError
@@ -39,7 +39,7 @@ steps:
 def read(tmp_path: Path, text: str) -> list[definitions.Definition]:
     file = tmp_path / "file.yaml"
     file.write_text(text)
-    return definitions.read_file(file, RUNNERS)
+    return files.read_file(file, RUNNERS)
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sequencerd import daemon, definitions
+from sequencerd import daemon, definitions, files
 from sequencerd.cli.commands import Commands, connect, on_database
 from sequencerd.settings import Settings
 
@@ -20,7 +20,7 @@ def add_to(commands: Commands) -> None:
 
 async def _apply(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
     runners = daemon.make_runners(settings)
-    found = [d for file in arguments.files for d in definitions.read_file(file, runners)]
+    found = [d for file in arguments.files for d in files.read_file(file, runners)]
     connection = await connect(url)
     try:
         async with connection.transaction():
