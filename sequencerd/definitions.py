@@ -10,19 +10,21 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import asyncpg
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, StrictFloat, StrictInt
 from pydantic.alias_generators import to_camel
 
 from sequencerd.core import dates
+from sequencerd.core.config import Config, Faults, nearest, parse_config
 from sequencerd.core.model import (
     DefinitionError,
+    Fault,
     Instant,
     Problem,
     Sequence,
     SideEffect,
     Step,
 )
-from sequencerd.core.steps import COMPILERS, compile_step, describe, nearest
+from sequencerd.core.steps import COMPILERS, compile_step
 from sequencerd.errors import FileError
 from sequencerd.runners import Runner
 from sequencerd.store import QUERIES
@@ -33,23 +35,29 @@ Runners = Mapping[str, Runner]
 # --- what is made of a step's type and config
 
 
-class _Retry(BaseModel):
-    model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
-    attempts: int | None = Field(default=None, ge=1, le=1000)
-    first_delay: float | None = Field(default=None, ge=0, le=86400)
-    longest_delay: float | None = Field(default=None, ge=0, le=30 * 86400)
+class RetryConfig(Config):
+    """How often a side effect that failed is tried again; what is left out, its runner says."""
+
+    attempts: StrictInt | None = Field(default=None, ge=1, le=1000)
+    """How often it is tried, with the first time."""
+    first_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=86400)
+    """Seconds before the second attempt; the delay doubles with each attempt."""
+    longest_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=30 * 86400)
+    """Seconds that the delay grows to."""
 
 
-class _EffectConfig(BaseModel):
+class EffectConfig(Config):
     """The keys that every step with a side effect takes, beside those of its runner."""
 
-    model_config = ConfigDict(alias_generator=to_camel)
-    retry: _Retry = _Retry()
+    retry: RetryConfig = RetryConfig()
+    """How often it is tried again."""
     on_error: Literal["fail", "altNext"] = "fail"
+    """What follows on the last failure: the enrollment fails, or goes on to altNext."""
     delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
+    """at_most_once: never started again where it may have taken place; a person decides."""
 
 
-_EFFECT_KEYS = frozenset(to_camel(name) for name in _EffectConfig.model_fields)
+_EFFECT_KEYS = frozenset(to_camel(name) for name in EffectConfig.model_fields)
 
 
 def compile_behaviour(
@@ -60,21 +68,35 @@ def compile_behaviour(
         if type_ in COMPILERS:
             return compile_step(type_, config)
         if type_ not in runners:
-            known = [*COMPILERS, *runners]
-            raise DefinitionError(f"type {type_!r} is served by no runner; {nearest(type_, known)}")
-        common = _EffectConfig.model_validate({k: config[k] for k in _EFFECT_KEYS & config.keys()})
-        own = {key: value for key, value in config.items() if key not in _EFFECT_KEYS}
-        runner = runners[type_]
-        return SideEffect(
-            program=runner.compile(own),
-            retry=replace(runner.retry, **common.retry.model_dump(exclude_none=True)),
-            on_error=common.on_error,
-            at_most_once=common.delivery == "at_most_once",
-        )
-    except ValidationError as error:
-        return Problem(describe(error))
-    except (DefinitionError, RecursionError) as error:
-        return Problem(str(error))
+            raise DefinitionError(_unknown_type(type_, runners))
+        return _compile_effect(config, runners[type_])
+    except DefinitionError as error:
+        return Problem(str(error), error.faults)
+    except RecursionError as error:
+        return Problem(str(error), (Fault((), str(error)),))
+
+
+def _unknown_type(type_: str, runners: Runners) -> str:
+    known = [*COMPILERS, *runners]
+    return (
+        f"type {type_!r} is served by no runner; {nearest(type_, known)}; a runner of your own is "
+        f"set up as [runners.{type_}] in the settings, or installed as a Python package"
+    )
+
+
+def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
+    faults = Faults()
+    with faults.at():
+        common = parse_config(EffectConfig, {k: config[k] for k in _EFFECT_KEYS & config.keys()})
+    with faults.at():
+        program = runner.compile({k: v for k, v in config.items() if k not in _EFFECT_KEYS})
+    faults.check()
+    return SideEffect(
+        program=program,
+        retry=replace(runner.retry, **common.retry.model_dump(exclude_none=True)),
+        on_error=common.on_error,
+        at_most_once=common.delivery == "at_most_once",
+    )
 
 
 def build(
@@ -92,25 +114,30 @@ def build(
     ordered = sorted(steps, key=lambda step: step.position)
     by_name = {step.name: step for step in ordered}
     for stuck in _never_waiting(by_name):
-        by_name[stuck] = _with_problem(by_name[stuck], "it is part of a cycle that never waits")
+        by_name[stuck] = _with_problem(
+            by_name[stuck],
+            Fault((), "it is part of a cycle that never waits: put a step that waits into it"),
+        )
     for step in ordered:
         target = step.config.get("step")
         is_local = step.type == "GoTo" and not step.config.get("sequence")
         if is_local and target is not None and target not in by_name:
             hint = nearest(str(target), list(by_name))
-            by_name[step.name] = _with_problem(step, f"step {target!r} does not exist; {hint}")
+            by_name[step.name] = _with_problem(
+                step, Fault(("step",), f"step {target!r} does not exist; {hint}")
+            )
     try:
         dates.zone(timezone)
     except DefinitionError as error:
-        by_name = {key: _with_problem(step, str(error)) for key, step in by_name.items()}
+        by_name = {key: _with_problem(step, Fault((), str(error))) for key, step in by_name.items()}
     goals = tuple(step for step in reversed(ordered) if step.type == "Goal")
     return Sequence(name, first_step, timezone, by_name, paused, goals, revision, lookup, recheck)
 
 
-def _with_problem(step: Step, message: str) -> Step:
-    return (
-        step if isinstance(step.behaviour, Problem) else replace(step, behaviour=Problem(message))
-    )
+def _with_problem(step: Step, fault: Fault) -> Step:
+    if isinstance(step.behaviour, Problem):
+        return step
+    return replace(step, behaviour=Problem(str(fault), (fault,)))
 
 
 def _never_waiting(steps: Mapping[str, Step]) -> set[str]:

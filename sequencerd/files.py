@@ -2,129 +2,263 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.alias_generators import to_camel
+from pydantic import AfterValidator, Field, ValidationError
 
-from sequencerd.core.model import Step
-from sequencerd.core.steps import describe, nearest
-from sequencerd.definitions import (
-    Definition,
-    Runners,
-    build,
-    compile_behaviour,
-    problems,
-    reads_external,
-)
+from sequencerd.core import checks, dates
+from sequencerd.core.config import Config, faults, nearest
+from sequencerd.core.model import DefinitionError, Fault, Place, Problem, Step, printable
+from sequencerd.core.steps import COMPILERS
+from sequencerd.definitions import Definition, Runners, build, compile_behaviour, reads_external
+from sequencerd.documents import Document, DocumentError, read_documents
 from sequencerd.errors import FileError
 
+MAX_NAME = 200  # bytes
 
-class _FileStep(BaseModel):
-    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, allow_inf_nan=False)
-    name: str = Field(min_length=1, max_length=200)
-    type: str = Field(min_length=1, max_length=200)
-    config: dict[str, Any] = {}
+
+def _short_enough(name: str) -> str:
+    if len(name.encode()) > MAX_NAME:
+        raise ValueError(f"must have at most {MAX_NAME} bytes")
+    return name
+
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_short_enough)]
+
+
+class FileStep(Config):
+    """A step: what happens, and what comes after it."""
+
+    name: Name
+    """Unique in the sequence."""
+    type: Name
+    """A built-in type, or one that a runner of yours serves."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """What the step's type takes."""
     next: str | None = None
+    """The step that follows; if nothing is said the next one in the file. null ends the journey."""
     alt_next: str | None = None
+    """The step that follows on the other way; null, or nothing, ends the journey there."""
 
 
-class _FileSequence(BaseModel):
-    model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
-    name: str = Field(min_length=1, max_length=200)
+class FileSequence(Config):
+    """A sequence of sequencerd: named steps, in order."""
+
+    name: Name
+    """Unique in the database."""
     timezone: str = "UTC"
+    """IANA name, such as Europe/Berlin; holds for subjects without one of their own."""
     status: Literal["active", "paused", "archived"] = "active"
+    """paused: nothing is executed. archived: nobody enters, who is inside goes on."""
     reentry: Literal["after_end", "always", "never"] = "after_end"
-    lookup: str | None = None
-    recheck: timedelta = timedelta(minutes=1)
-    steps: list[_FileStep] = Field(min_length=1)
+    """When a subject may enter again."""
+    lookup: Annotated[str, Field(min_length=1)] | None = None
+    """Where external data come from: an endpoint, a Python function, or an SQL function's name."""
+    recheck: timedelta = Field(
+        default=timedelta(minutes=1), ge=timedelta(seconds=1), le=timedelta(days=360)
+    )
+    """How often goals and waits that read external data are looked at, such as PT5M."""
+    steps: list[FileStep] = Field(min_length=1)
+    """The first one is where an enrollment begins."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose values are JSON's: dates stay text, yes and no are words, no key stands twice."""
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong at a line of a file, and what to write instead."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuses a key that stands twice: the second would silently win."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} must be text, in quotes", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    path: Path
+    line: int
+    sequence: str | None
+    step: str | None
+    message: str
+    is_error: bool = True
 
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag != "tag:yaml.org,2002:timestamp"
-        and (tag != "tag:yaml.org,2002:bool" or first in "tTfF")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+    def __str__(self) -> str:
+        """In the form that editors and build servers understand."""
+        who = "/".join(name for name in (self.sequence, self.step) if name is not None)
+        text = printable(f"{who}: {self.message}" if who else self.message)
+        text = text.replace("\n", " ").replace("\t", " ")
+        return f"{self.path}:{self.line}: {'error' if self.is_error else 'warning'}: {text}"
 
 
 def read_file(path: Path, runners: Runners) -> list[Definition]:
     """The sequences of a YAML or JSON file. Raises FileError with everything that is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        documents = list(yaml.load_all(text, _Loader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise FileError(f"{path}: {error}") from error
-    found = [_read_document(document, path, runners) for document in documents if document]
-    if not found:
-        raise FileError(f"{path}: no sequence in it")
-    names = [definition.sequence.name for definition in found]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise FileError(f"{path}: sequence {min(twice)!r} stands twice")
-    return found
+    definitions, findings = read_files([path], runners)
+    if errors := [str(finding) for finding in findings if finding.is_error]:
+        raise FileError("\n".join(errors))
+    return definitions
 
 
-def _read_document(document: object, path: Path, runners: Runners) -> Definition:
+def read_files(paths: Iterable[Path], runners: Runners) -> tuple[list[Definition], list[Finding]]:
+    """The sequences without an error, and what is wrong with any, in the order of the files."""
+    definitions, findings = [], []
+    read = {path: _read_sources(path) for path in paths}
+    sources = {
+        source.name: source for found, _ in reversed(read.values()) for source in reversed(found)
+    }
+    for found, unreadable in read.values():
+        for source in found:
+            if (definition := _read_sequence(source, sources, runners)) is not None:
+                definitions.append(definition)
+            findings += sorted(source.findings, key=lambda finding: finding.line)
+        findings += unreadable
+    return definitions, findings
+
+
+class _Source:
+    """One sequence as it is written, and what was found wrong with it so far."""
+
+    def __init__(self, path: Path, document: Document) -> None:
+        self.path = path
+        self.document = document
+        self.name = _text_at(document.value, "name")
+        steps = document.value.get("steps") if isinstance(document.value, dict) else None
+        self.steps: list[Any] = steps if isinstance(steps, list) else []
+        self.step_names = [_text_at(step, "name") for step in self.steps]
+        self.findings: list[Finding] = []
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.document.line(())}"
+
+    def say(self, place: Place, message: str, *, is_error: bool = True) -> None:
+        """Adds a finding; `place` are the keys that lead there from the top of the document."""
+        step, shown = None, place
+        if place[:1] == ("steps",) and len(place) > 1:
+            step, shown = self.step_names[int(place[1])], place[2:]
+            shown = shown[1:] if shown[:1] == ("config",) else shown
+        text = str(Fault(shown, message))
+        line = self.document.line(place)
+        self.findings.append(Finding(self.path, line, self.name, step, text, is_error))
+
+    def jumps(self) -> Iterator[tuple[int, str, str]]:
+        """Where it leads to other sequences: number of the step, name of the sequence, and step."""
+        for number, value in enumerate(self.steps):
+            config = value.get("config") if isinstance(value, dict) else None
+            sequence, step = _text_at(config, "sequence"), _text_at(config, "step")
+            if _text_at(value, "type") == "GoTo" and sequence is not None and step is not None:
+                yield number, sequence, step
+
+
+def _text_at(value: object, key: str) -> str | None:
+    text = value.get(key) if isinstance(value, dict) else None
+    return text if isinstance(text, str) else None
+
+
+def _read_sources(path: Path) -> tuple[list[_Source], list[Finding]]:
+    """The sequences of a file, and what keeps it from being read to its end."""
+    sources: list[_Source] = []
     try:
-        parsed = _FileSequence.model_validate(document)
-        TypeAdapter(dict[str, Any]).dump_json(parsed.model_dump())
-    except (ValidationError, ValueError) as error:
-        message = describe(error) if isinstance(error, ValidationError) else str(error)
-        raise FileError(f"{path}: {message}") from error
-    place = f"{path}: sequence {parsed.name!r}"
-    names = [step.name for step in parsed.steps]
-    errors = [f"step {name!r} stands twice" for name in sorted(set(names)) if names.count(name) > 1]
-    steps = []
-    for position, step in enumerate(parsed.steps):
-        following = names[position + 1] if position + 1 < len(names) else None
-        next_step = step.next if "next" in step.model_fields_set else following
-        for key, target in (("next", next_step), ("altNext", step.alt_next)):
-            if target is not None and target not in names:
-                hint = nearest(target, names)
-                errors.append(f"step {step.name!r}: {key} {target!r} does not exist; {hint}")
-        steps.append(
-            Step(
-                sequence=parsed.name,
-                name=step.name,
-                type=step.type,
-                config=step.config,
-                next_step=next_step,
-                alt_next_step=step.alt_next,
-                behaviour=compile_behaviour(step.type, step.config, runners),
-                position=position,
-                reads_external=reads_external(step.config),
-            )
+        sources.extend(_Source(path, document) for document in read_documents(path))
+    except DocumentError as error:
+        return sources, [Finding(path, error.line, None, None, str(error))]
+    return sources, [] if sources else [Finding(path, 1, None, None, "there is no sequence in it")]
+
+
+def _read_sequence(
+    source: _Source, sources: Mapping[str | None, _Source], runners: Runners
+) -> Definition | None:
+    """The sequence, if there is no error in it."""
+    parsed = _parse(source)
+    _check_names(source, sources)
+    are_ways_known = not source.findings
+    steps = _read_steps(source, runners)
+    if not steps:
+        return None
+    sequence = build(
+        source.name or "",
+        steps[0].name,
+        parsed.timezone if parsed is not None and are_ways_known else "UTC",
+        steps,
+        lookup=_text_at(source.document.value, "lookup"),
+        recheck=parsed.recheck if parsed else timedelta(minutes=1),
+    )
+    for step in steps:
+        built = sequence.steps[step.name].behaviour
+        if isinstance(built, Problem) and built is not step.behaviour:
+            for place, message in built.faults:
+                config = ("config",) if place else ()
+                source.say(("steps", step.position, *config, *place), message)
+    entered = {
+        step for other in sources.values() for _, name, step in other.jumps() if name == source.name
+    }
+    for name, place, message, is_error in checks.check(sequence, entered):
+        if are_ways_known or place:
+            number = sequence.steps[name].position
+            source.say(("steps", number, *place), message, is_error=is_error)
+    if parsed is None or any(finding.is_error for finding in source.findings):
+        return None
+    where = f"{source}: sequence {parsed.name!r}"
+    return Definition(sequence, parsed.reentry, parsed.status, parsed.lookup, parsed.recheck, where)
+
+
+def _parse(source: _Source) -> FileSequence | None:
+    value = source.document.value
+    try:
+        parsed = FileSequence.model_validate(value)
+    except ValidationError as error:
+        for place, message in faults(error, FileSequence, value):
+            source.say(place, message)
+    else:
+        try:
+            dates.zone(parsed.timezone)
+        except DefinitionError as error:
+            source.say(("timezone",), str(error))
+        return parsed
+    return None
+
+
+def _check_names(source: _Source, sources: Mapping[str | None, _Source]) -> None:
+    """That no name stands twice, and that every name that is gone to is there."""
+    first = sources[source.name]
+    if source.name is not None and first is not source:
+        source.say(("name",), f"sequence {source.name!r} stands twice, first in {first}")
+    for number, step in enumerate(source.steps):
+        name = source.step_names[number]
+        if name is not None and source.step_names.index(name) != number:
+            source.say(("steps", number, "name"), f"step {name!r} stands twice")
+        for key in ("next", "altNext"):
+            if (target := _text_at(step, key)) is not None:
+                _check_target(source, ("steps", number, key), target, source)
+    for number, other, target in source.jumps():
+        if other in sources:
+            _check_target(source, ("steps", number, "config", "step"), target, sources[other])
+
+
+def _check_target(source: _Source, place: Place, target: str, there: _Source) -> None:
+    if target not in there.step_names:
+        where = "" if there is source else f" in sequence {there.name!r}"
+        known = [name for name in there.step_names if name is not None]
+        source.say(place, f"step {target!r} does not exist{where}; {nearest(target, known)}")
+
+
+def _read_steps(source: _Source, runners: Runners) -> list[Step]:
+    """The steps that can be read, once each; what is wrong with their configs is told."""
+    steps: dict[str, Step] = {}
+    for number, value in enumerate(source.steps):
+        try:
+            parsed = FileStep.model_validate(value)
+        except ValidationError:
+            continue  # it was told with the whole
+        following = [*source.step_names, None][number + 1]
+        step = Step(
+            sequence=source.name or "",
+            name=parsed.name,
+            type=parsed.type,
+            config=parsed.config,
+            next_step=parsed.next if "next" in parsed.model_fields_set else following,
+            alt_next_step=parsed.alt_next,
+            behaviour=compile_behaviour(parsed.type, parsed.config, runners),
+            position=number,
+            reads_external=reads_external(parsed.config),
         )
-    sequence = build(parsed.name, names[0], parsed.timezone, steps)
-    errors += [
-        f"step {name!r}: {message}" for (_, name), message in problems(sequence).items() if message
-    ]
-    if errors:
-        raise FileError("\n".join(f"{place}: {error}" for error in errors))
-    return Definition(sequence, parsed.reentry, parsed.status, parsed.lookup, parsed.recheck, place)
+        steps.setdefault(step.name, step)
+        if isinstance(step.behaviour, Problem):
+            is_served = parsed.type in COMPILERS or parsed.type in runners
+            for place, message in step.behaviour.faults:
+                key = "config" if is_served else "type"
+                source.say(("steps", number, key, *place), message)
+    return list(steps.values())

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from sequencerd.core.config import describe
 from sequencerd.core.model import RetryPolicy
-from sequencerd.core.steps import describe
 from sequencerd.errors import SettingsError
 
 DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")

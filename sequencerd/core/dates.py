@@ -15,13 +15,22 @@ from zoneinfo import ZoneInfo
 
 from sequencerd.core.date_text import format_iso, parse
 from sequencerd.core.model import DefinitionError, EvaluationError
-from sequencerd.core.next_match import ATTRIBUTES, aliases, full_name, get, impossible, next_match
+from sequencerd.core.next_match import (
+    ATTRIBUTES,
+    aliases,
+    bounds,
+    full_name,
+    get,
+    impossible,
+    next_match,
+)
 from sequencerd.core.zones import OUT_OF_RANGE, to_wall, zone
 
 __all__ = [
     "ATTRIBUTES",
     "UNITS",
     "add",
+    "bounds",
     "format_iso",
     "get",
     "impossible",

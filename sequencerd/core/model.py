@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -16,8 +16,26 @@ NEVER = datetime.max.replace(tzinfo=UTC)
 MAX_MESSAGE = 2000  # characters
 
 
+Place = tuple[str | int, ...]
+"""The keys and indexes that lead to a value."""
+
+
+class Fault(NamedTuple):
+    """What is wrong at one place of a definition, and what to write instead."""
+
+    place: Place
+    message: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.place))}: {self.message}" if self.place else self.message
+
+
 class DefinitionError(ValueError):
-    """A definition that cannot work. The message says what is wrong and what to write instead."""
+    """A definition that cannot work: a sentence, or all the faults that were found."""
+
+    def __init__(self, wrong: str | Iterable[Fault]) -> None:
+        self.faults = (Fault((), wrong),) if isinstance(wrong, str) else tuple(wrong)
+        super().__init__("; ".join(map(str, self.faults)))
 
 
 class EvaluationError(Exception):
@@ -100,9 +118,10 @@ class SideEffect:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a step cannot be executed, in a sentence. Who comes to it fails as `invalid_step`."""
+    """Why a step cannot be executed. Who comes to it fails as `invalid_step`."""
 
     message: str
+    faults: tuple[Fault, ...] = ()  # the same, by the places in the config
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,12 @@ def get(instant: datetime, attribute: str, tz: ZoneInfo) -> int:
         raise EvaluationError("bad_data", OUT_OF_RANGE) from error
 
 
+def bounds(attribute: str) -> tuple[int, int]:
+    """The least and the greatest that the getter can give. Raises DefinitionError."""
+    field = _field(attribute)
+    return field.lowest, field.highest
+
+
 def impossible(attribute: str, values: Iterable[object]) -> list[object]:
     """Those of `values` that can never occur, for which a definition is to be rejected.
 

@@ -12,10 +12,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from sequencerd.core.config import Faults
 from sequencerd.core.javascript import UNDEFINED, is_truthy
 from sequencerd.core.lodash import COMMANDS, LEFT_OUT
-from sequencerd.core.lodash.paths import compile_get, get
-from sequencerd.core.model import DefinitionError, EvaluationError
+from sequencerd.core.lodash.paths import compile_get, first_key, get
+from sequencerd.core.model import DefinitionError, EvaluationError, Fault
 
 __all__ = [
     "COMMANDS",
@@ -24,6 +25,7 @@ __all__ = [
     "Predicate",
     "compile_get",
     "compile_predicate",
+    "first_key",
     "get",
 ]
 
@@ -67,24 +69,31 @@ def compile_predicate(command: str, value: Operand, compare_to: Operand | None) 
 
     Raises DefinitionError for an unknown command and for a path that no key can be made of.
     """
+    faults = Faults()
     function = COMMANDS.get(command)
     if function is None:
-        raise DefinitionError(_unknown(command))
-    try:
-        return Predicate(command, function, _reader(value), _reader(compare_to))
-    except EvaluationError as error:
-        raise DefinitionError(f"the path of a get is no path: {error}") from error
+        faults.found.append(Fault(("lodashCommand",), _unknown(command)))
+    with faults.at("value"):
+        read_value = _reader(value)
+    with faults.at("compareTo"):
+        read_other = _reader(compare_to)
+    faults.check()
+    assert function is not None
+    return Predicate(command, function, read_value, read_other)
 
 
 def _unknown(command: str) -> str:
     if reason := LEFT_OUT.get(command):
-        return f"lodashCommand {command!r} is left out, since {reason}"
+        return f"{command!r} is left out, since {reason}"
     near = get_close_matches(command, COMMANDS, n=1, cutoff=0)
-    return f"lodashCommand {command!r} is not known; did you mean {near[0]!r}?"
+    return f"{command!r} is not known; did you mean {near[0]!r}?"
 
 
 def _reader(operand: Operand | None) -> Callable[[object], object]:
     given = UNDEFINED if operand is None else operand.given()
-    if operand is not None and operand.type == "get":
+    if operand is None or operand.type == "raw":
+        return lambda _: given
+    try:
         return compile_get(given)
-    return lambda _: given
+    except EvaluationError as error:
+        raise DefinitionError([Fault(("value",), f"is no path: {error}")]) from error

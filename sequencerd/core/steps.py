@@ -1,30 +1,30 @@
 """The built-in steps without a side effect: their configs, and what they do.
 
 Names and keys are the original's. Each `compile` function makes of a config what the step does,
-checked once when the definition is read. Raises DefinitionError (or pydantic's ValidationError,
-which `compile_step` words).
+checked once when the definition is read. Raises DefinitionError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from difflib import get_close_matches
 from hashlib import sha256
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
-from pydantic.alias_generators import to_camel
+from pydantic import Field, StrictFloat, StrictInt
 
 from sequencerd.core import dates
+from sequencerd.core.config import Config, Faults, parse_config
 from sequencerd.core.model import (
     NEVER,
     Action,
     DefinitionError,
     EvaluationError,
+    Fault,
     Instant,
     Jump,
     Moment,
+    Place,
     Stay,
     StepAnswer,
     Update,
@@ -34,14 +34,6 @@ from sequencerd.core.template import compile_template
 
 ON_TIME = timedelta(minutes=1)
 """Who is woken later than this by a WaitForDateComparison has missed the time."""
-
-
-class Config(BaseModel):
-    """A step's config: camelCase keys, no others."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=to_camel, allow_inf_nan=False
-    )
 
 
 class GoToConfig(Config):
@@ -104,20 +96,20 @@ class WaitForDateComparisonConfig(Config):
 
 
 def _go_to(config: Mapping[str, Any]) -> Instant:
-    parsed = GoToConfig.model_validate(config)
+    parsed = parse_config(GoToConfig, config)
     if parsed.sequence is not None and parsed.step is None:
-        raise DefinitionError("sequence needs a step: where to go in it")
+        raise DefinitionError([Fault(("sequence",), "needs a step beside it: where to go in it")])
     answer = Action.NEXT if parsed.step is None else Jump(parsed.step, parsed.sequence)
     return Instant(lambda _: answer)
 
 
 def _conditional(config: Mapping[str, Any]) -> Instant:
-    holds = ConditionConfig.model_validate(config).predicate()
+    holds = parse_config(ConditionConfig, config).predicate()
     return Instant(lambda moment: Action.NEXT if holds(moment.view) else Action.ALT_NEXT)
 
 
 def _goal(config: Mapping[str, Any]) -> Instant:
-    holds = ConditionConfig.model_validate(config).predicate()
+    holds = parse_config(ConditionConfig, config).predicate()
 
     def is_met(moment: Moment) -> bool:
         return holds(moment.view)
@@ -126,7 +118,7 @@ def _goal(config: Mapping[str, Any]) -> Instant:
 
 
 def _wait_for_duration(config: Mapping[str, Any]) -> Instant:
-    end = _end_of(DurationConfig.model_validate(config))
+    end = _end_of(parse_config(DurationConfig, config))
 
     def answer(moment: Moment) -> StepAnswer:
         until = end(moment)
@@ -136,17 +128,24 @@ def _wait_for_duration(config: Mapping[str, Any]) -> Instant:
 
 
 def _end_of(duration: DurationConfig) -> Callable[[Moment], datetime]:
-    """When a duration that began with the arrival at the step is over."""
-    unit = dates.normalise_unit(duration.unit)
+    """When a duration that began with the arrival at the step is over. Raises DefinitionError."""
+    faults = Faults()
+    with faults.at("unit"):
+        unit = dates.normalise_unit(duration.unit)
+    faults.check()
     return lambda moment: dates.add(
         moment.entered_at, duration.amount, unit, dates.zone(moment.timezone)
     )
 
 
 def _wait_for_condition(config: Mapping[str, Any]) -> Instant:
-    parsed = WaitForConditionConfig.model_validate(config)
-    holds = parsed.predicate()
-    end = _end_of(parsed.timeout) if parsed.timeout else lambda _: NEVER
+    parsed = parse_config(WaitForConditionConfig, config)
+    faults = Faults()
+    with faults.at():
+        holds = parsed.predicate()
+    with faults.at("timeout"):
+        end = _end_of(parsed.timeout) if parsed.timeout else lambda _: NEVER
+    faults.check()
 
     def answer(moment: Moment) -> StepAnswer:
         if holds(moment.view):
@@ -158,7 +157,7 @@ def _wait_for_condition(config: Mapping[str, Any]) -> Instant:
 
 
 def _split(config: Mapping[str, Any]) -> Instant:
-    parsed = SplitConfig.model_validate(config)
+    parsed = parse_config(SplitConfig, config)
     if not parsed.next + parsed.alt_next:
         raise DefinitionError("next and altNext are weights, of which one must be above 0")
     share = parsed.next / (parsed.next + parsed.alt_next)
@@ -174,38 +173,43 @@ def _split(config: Mapping[str, Any]) -> Instant:
 
 
 def _update_data(config: Mapping[str, Any]) -> Instant:
-    render = _compile_value("data", UpdateDataConfig.model_validate(config).data)
+    faults = Faults()
+    render = _compile_value(("data",), parse_config(UpdateDataConfig, config).data, faults)
+    faults.check()
     return Instant(lambda moment: Update(render(moment.view)))
 
 
-def _compile_value(place: str, value: Any) -> Callable[[Mapping[str, Any]], Any]:
+def _compile_value(place: Place, value: Any, faults: Faults) -> Callable[[Mapping[str, Any]], Any]:
     """What gives a JSON value with the templates in it rendered."""
     match value:
         case str():
-            try:
+            with faults.at(*place):
                 return compile_template(value, escape=False).render
-            except DefinitionError as error:
-                raise DefinitionError(f"{place}: {error}") from error
         case dict():
-            inner = {key: _compile_value(f"{place}.{key}", item) for key, item in value.items()}
+            inner = {
+                key: _compile_value((*place, key), item, faults) for key, item in value.items()
+            }
             return lambda view: {key: render(view) for key, render in inner.items()}
         case list():
-            items = [_compile_value(f"{place}.{n}", item) for n, item in enumerate(value)]
+            items = [_compile_value((*place, n), item, faults) for n, item in enumerate(value)]
             return lambda view: [render(view) for render in items]
-        case _:
-            return lambda _: value
+    return lambda _: value
 
 
 def _wait_for_date(config: Mapping[str, Any]) -> Instant:
-    template = compile_template(WaitForDateConfig.model_validate(config).date, escape=False)
-    if template.is_literal and dates.parse(template.source, dates.zone("UTC")) is None:
-        raise DefinitionError(_no_date(template.source))
+    source = parse_config(WaitForDateConfig, config).date
+    faults = Faults()
+    with faults.at("date"):
+        template = compile_template(source, escape=False)
+        if template.is_literal and dates.parse(source, dates.zone("UTC")) is None:
+            raise DefinitionError(_no_date(source))
+    faults.check()
 
     def answer(moment: Moment) -> StepAnswer:
         text = template.source if template.is_literal else template.render(moment.view)
         until = dates.parse(text.strip(), dates.zone(moment.timezone))
         if until is None:
-            raise EvaluationError("bad_data", _no_date(text))
+            raise EvaluationError("bad_data", f"date {_no_date(text)}")
         return Action.NEXT if until <= moment.now else Stay(until)
 
     return Instant(answer)
@@ -213,15 +217,25 @@ def _wait_for_date(config: Mapping[str, Any]) -> Instant:
 
 def _no_date(text: str) -> str:
     shown = text if len(text) <= 100 else f"{text[:100]}..."
-    return f"date {shown!r} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
+    return f"{shown!r} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
 
 
 def _wait_for_date_comparison(config: Mapping[str, Any]) -> Instant:
-    parsed = WaitForDateComparisonConfig.model_validate(config)
+    parsed = parse_config(WaitForDateComparisonConfig, config)
     attribute = parsed.attribute
     values = parsed.values
-    if never := dates.impossible(attribute, values):
-        raise DefinitionError(f"values: {attribute} is never {never[0]!r}")
+    faults = Faults()
+    with faults.at("attribute"):
+        lowest, highest = dates.bounds(attribute)
+        faults.found += [
+            Fault(
+                ("values", n),
+                f"{attribute} is never {value!r}: write whole numbers, {lowest} to {highest}",
+            )
+            for n, value in enumerate(values)
+            if dates.impossible(attribute, [value])
+        ]
+    faults.check()
 
     def answer(moment: Moment) -> StepAnswer:
         # From the arrival on, so that a change elsewhere can't make it miss its time; but a time
@@ -254,23 +268,4 @@ COMPILERS: Mapping[str, Callable[[Mapping[str, Any]], Instant]] = {
 
 def compile_step(type_: str, config: Mapping[str, Any]) -> Instant:
     """What a built-in step of this type does. Raises DefinitionError."""
-    try:
-        return COMPILERS[type_](config)
-    except ValidationError as error:
-        raise DefinitionError(describe(error)) from error
-
-
-def describe(error: ValidationError) -> str:
-    """pydantic's errors in one line, without the values: they may be secret or long."""
-    parts = []
-    for detail in error.errors(include_url=False, include_input=False):
-        place = ".".join(str(part) for part in detail["loc"])
-        message = detail["msg"].removeprefix("Value error, ")
-        parts.append(f"{place}: {message}" if place else message)
-    return "; ".join(parts)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A hint for a name that is not known, as the end of a sentence."""
-    near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+    return COMPILERS[type_](config)

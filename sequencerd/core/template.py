@@ -58,12 +58,13 @@ class Template:
     """A compiled template.
 
     `is_literal` tells that it has no tags and renders as its source; `reads` is what `paths`
-    answers.
+    answers, and `surely_reads` those of them that are read from the context for certain.
     """
 
     source: str
     is_literal: bool
     reads: frozenset[str]
+    surely_reads: frozenset[str]
     program: Write = field(repr=False, compare=False)
 
     def render(self, context: Mapping[str, object]) -> str:
@@ -92,14 +93,16 @@ def compile_template(source: str, *, escape: bool) -> Template:
             f"the template has {len(source)} characters: write at most {MAX_SOURCE}"
         )
     if "{{" not in source:
-        return Template(source, is_literal=True, reads=frozenset(), program=sequence([]))
+        none = frozenset[str]()
+        return Template(source, True, none, none, sequence([]))
     if source.count("{{") > MAX_TAGS:
         raise DefinitionError(
             f"the template has {source.count('{{')} tags: write at most {MAX_TAGS}"
         )
     compiler = _Compiler(escape)
-    program = compiler.program(_parse(split(source)), _Place((), at_root=True))
-    return Template(source, is_literal=False, reads=frozenset(compiler.reads), program=program)
+    program = compiler.program(_parse(split(source)), _Place((), at_root=True, surely=True))
+    reads, surely_reads = frozenset(compiler.reads), frozenset(compiler.surely_reads)
+    return Template(source, False, reads, surely_reads, program)
 
 
 def paths(source: str) -> frozenset[str]:
@@ -142,6 +145,7 @@ class _Place:
 
     params: tuple[str, ...]  # block parameters in sight
     at_root: bool  # the current value may be the context itself
+    surely: bool  # it is the context itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +242,7 @@ class _Compiler:
     def __init__(self, escape: bool) -> None:
         self.escape = escape
         self.reads: set[str] = set()
+        self.surely_reads: set[str] = set()
 
     def program(self, nodes: Iterable[Node], place: _Place) -> Write:
         return sequence([self.node(node, place) for node in nodes])
@@ -276,6 +281,7 @@ class _Compiler:
         inner = _Place(
             (*place.params, *call.params),
             at_root=place.at_root and name not in ("with", "each"),
+            surely=place.surely and name in ("if", "unless"),
         )
         then, otherwise = self.program(body, inner), self.program(inverse, place)
         if name in _BLOCKS:
@@ -357,9 +363,12 @@ class _Compiler:
         if path.data:
             if parts[:1] == ("root",):
                 self.reads.add(".".join(parts[1:]) or "this")
+                self.surely_reads.add(".".join(parts[1:]) or "this")
             return data_path(path.up, parts)
         if parts or path.up or place.at_root:
             self.reads.add(".".join(parts) or "this")
+        if parts and place.surely and not path.up:
+            self.surely_reads.add(".".join(parts))
         return context_path(path.up, parts)
 
 

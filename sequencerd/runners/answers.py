@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
+from sequencerd.core.config import describe
 from sequencerd.core.model import Action, Answer, Failed, Result
-from sequencerd.core.steps import describe
 from sequencerd.runners.fields import one_line
 
 LONGEST = 10 * 366 * 86_400  # seconds

@@ -14,15 +14,23 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
-from sequencerd.core.model import RETRY, Answer, DefinitionError, Failed, Result, RetryPolicy, Task
+from sequencerd.core.config import Config, Faults, parse_config
+from sequencerd.core.model import (
+    RETRY,
+    Answer,
+    DefinitionError,
+    Failed,
+    Fault,
+    Result,
+    RetryPolicy,
+    Task,
+)
 from sequencerd.core.template import Template
 from sequencerd.runners import mime
 from sequencerd.runners.fields import (
-    Config,
     RenderError,
     compile_field,
     one_line,
-    parse_config,
     render,
 )
 from sequencerd.runners.pace import Pace
@@ -117,18 +125,28 @@ class EmailRunner:
             "bcc": parsed.bcc,
             "replyTo": parsed.reply_to,
         }
-        addresses = {name: _compile_addresses(name, field) for name, field in fields.items()}
-        unsubscribe = parsed.list_unsubscribe
-        return Program(
-            addresses,
-            compile_field("subject", parsed.subject),
-            None if parsed.text is None else compile_field("text", parsed.text),
-            None if parsed.html is None else compile_field("html", parsed.html, escape=True),
-            {name: compile_field(name, source) for name, source in parsed.headers.items()},
-            self._unsubscribe
-            if unsubscribe is None
-            else compile_field("listUnsubscribe", unsubscribe),
-        )
+        faults = Faults()
+        addresses = {}
+        for name, field in fields.items():
+            with faults.at():
+                addresses[name] = _compile_addresses(name, field)
+        headers = {}
+        for name, template in parsed.headers.items():
+            with faults.at("headers"):
+                headers[name] = compile_field(name, template)
+        texts: dict[str, Template | None] = {}
+        for name, source, escape in (
+            ("subject", parsed.subject, False),
+            ("text", parsed.text, False),
+            ("html", parsed.html, True),
+            ("listUnsubscribe", parsed.list_unsubscribe, False),
+        ):
+            with faults.at():
+                texts[name] = None if source is None else compile_field(name, source, escape=escape)
+        faults.check()
+        subject, text, html, unsubscribe = texts.values()
+        assert subject is not None
+        return Program(addresses, subject, text, html, headers, unsubscribe or self._unsubscribe)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Sends the messages side by side."""
@@ -170,9 +188,10 @@ def _compile_addresses(name: str, field: str | list[str] | None) -> tuple[Templa
     try:
         literal = [t for t in templates if t.is_literal and mime.parse_mailboxes(name, t.source)]
     except RenderError as error:
-        raise DefinitionError(str(error)) from error
+        message = str(error).removeprefix(f"{name}: ")
+        raise DefinitionError([Fault((name,), message)]) from error
     if name == "to" and not literal and all(template.is_literal for template in templates):
-        raise DefinitionError("to: no address")
+        raise DefinitionError([Fault(("to",), "no address")])
     return templates
 
 

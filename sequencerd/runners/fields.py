@@ -1,16 +1,12 @@
-"""What the runners share: configs, the rendering of their templates, words for messages."""
+"""What the runners share: the rendering of their templates, words for messages."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic.alias_generators import to_camel
-
-from sequencerd.core.model import DefinitionError, EvaluationError
-from sequencerd.core.steps import describe
+from sequencerd.core.model import DefinitionError, EvaluationError, Fault
 from sequencerd.core.template import Template, compile_template
 
 MAX_SHOWN = 300  # characters of what a server says
@@ -19,27 +15,8 @@ MAX_SHOWN = 300  # characters of what a server says
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\s]+")
 
 
-class Config(BaseModel):
-    """A step's config: camelCase keys, no others."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=to_camel, allow_inf_nan=False
-    )
-
-
-ConfigType = TypeVar("ConfigType", bound=BaseModel)
-
-
 class RenderError(ValueError):
     """What was rendered for a message can't be sent. The message names the field."""
-
-
-def parse_config(model: type[ConfigType], config: Mapping[str, Any]) -> ConfigType:
-    """A config as this model. Raises DefinitionError."""
-    try:
-        return model.model_validate(config)
-    except ValidationError as error:
-        raise DefinitionError(describe(error)) from error
 
 
 def compile_field(name: str, source: str, *, escape: bool = False) -> Template:
@@ -47,7 +24,7 @@ def compile_field(name: str, source: str, *, escape: bool = False) -> Template:
     try:
         return compile_template(source, escape=escape)
     except DefinitionError as error:
-        raise DefinitionError(f"{name}: {error}") from error
+        raise DefinitionError([Fault((name,), str(error))]) from error
 
 
 def render(name: str, template: Template, view: Mapping[str, Any]) -> str:

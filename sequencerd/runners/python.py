@@ -28,10 +28,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from sequencerd.core.config import parse_config
 from sequencerd.core.model import RETRY, Answer, Failed, Result, RetryPolicy, Task
 from sequencerd.runners import Refused, Runner
 from sequencerd.runners.answers import PLAIN, StrictOutcome, read_outcome
-from sequencerd.runners.fields import one_line, parse_config
+from sequencerd.runners.fields import one_line
 
 GROUP = "sequencerd.runners"
 

@@ -11,14 +11,13 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from sequencerd.core.model import RETRY, Answer, DefinitionError, Failed, Result, RetryPolicy, Task
+from sequencerd.core.config import Config, Faults, parse_config
+from sequencerd.core.model import RETRY, Answer, Failed, Fault, Result, RetryPolicy, Task
 from sequencerd.core.template import Template
 from sequencerd.runners.fields import (
-    Config,
     RenderError,
     compile_field,
     one_line,
-    parse_config,
     render,
 )
 from sequencerd.runners.pace import Pace
@@ -101,12 +100,17 @@ class _SmsRunner:
     def compile(self, config: Mapping[str, Any]) -> Program:
         """Compiles all templates; a number without a tag is checked here. DefinitionError."""
         fields = parse_config(self.model, config).model_dump(by_alias=True, exclude_none=True)
-        program = {name: compile_field(name, source) for name, source in fields.items()}
-        if program["to"].is_literal:
+        faults = Faults()
+        program = {}
+        for name, source in fields.items():
+            with faults.at():
+                program[name] = compile_field(name, source)
+        if "to" in program and program["to"].is_literal:
             try:
                 read_number("to", program["to"].source)
             except RenderError as error:
-                raise DefinitionError(str(error)) from error
+                faults.found.append(Fault(("to",), str(error).removeprefix("to: ")))
+        faults.check()
         return program
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:

@@ -112,6 +112,12 @@ def compile_get(path: object) -> Callable[[object], object]:
     return get_path
 
 
+def first_key(path: object) -> str | None:
+    """The key that `compile_get` reads first; None for a path without keys."""
+    keys = path if isinstance(path, list) else cast_path(path, None)
+    return to_key(keys[0]) if keys else None
+
+
 def get(value: object, path: object) -> object:
     """_.get: what is at the path."""
     return compile_get(path)(value)

@@ -1,0 +1,202 @@
+"""What in a sequence that can be executed is a mistake all the same, or looks like one.
+
+Told is only what can be proved from the definition; docs/files.md says what that is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from sequencerd.core.javascript import UNDEFINED
+from sequencerd.core.model import EvaluationError, Instant, Place, Problem, Sequence, Step
+from sequencerd.core.predicate import Operand, first_key
+from sequencerd.core.steps import ConditionConfig, WaitForConditionConfig
+from sequencerd.core.template import compile_template
+
+NAMES = (
+    "id", "subject", "dataLookup", "sequence", "step", "data", "external", "timezone", "visit",
+    "attempt", "startSequence", "startStep",
+)  # fmt: skip
+"""What a path can begin with: the keys of model.view."""
+
+_MESSAGES = ("Email", "SMS")  # everything in their configs is a template
+_CONDITIONS = ("Conditional", "Goal", "WaitForCondition")
+_ONE_WAY = (
+    "GoTo", "Goal", "WaitForDate", "WaitForDuration", "WaitForDateComparison", "UpdateData",
+)  # fmt: skip
+_SHOWN = 60  # characters of an operand
+
+
+class Remark(NamedTuple):
+    """What was found: the step, the place within it, what is wrong and what to write instead."""
+
+    step: str
+    place: Place
+    message: str
+    is_error: bool = False
+
+
+def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]:
+    """All remarks on a sequence; `entered` are the steps to which other sequences lead."""
+    reachable = _reachable(sequence, entered)
+    for step in sequence.steps.values():
+        if step.name not in reachable and step.type != "Goal":
+            yield Remark(step.name, (), "unreachable: no step leads here, write its name as a next")
+        if isinstance(step.behaviour, Problem):
+            continue
+        if step.alt_next_step is not None and not _goes_alt(step):
+            yield Remark(step.name, ("altNext",), _never_alt(step))
+        if step.type in _CONDITIONS:
+            yield from _check_condition(step, sequence)
+        elif not isinstance(step.behaviour, Instant) and step.type not in _MESSAGES:
+            if "external" in step.config and sequence.lookup is None:
+                yield Remark(step.name, ("config", "external"), _NO_LOOKUP)
+        else:
+            yield from _check_templates(step, sequence)
+
+
+# --- ways
+
+
+def _reachable(sequence: Sequence, entered: Collection[str]) -> set[str]:
+    """Where somebody can come: from the first step on, pulled by goals, from other sequences."""
+    found: set[str] = set()
+    goals = [goal.next_step for goal in sequence.goals]
+    ahead = [sequence.first_step, *entered, *(name for name in goals if name is not None)]
+    while ahead:
+        name = ahead.pop()
+        if name not in found and name in sequence.steps:
+            found.add(name)
+            ahead += _ways(sequence.steps[name])
+    return found
+
+
+def _ways(step: Step) -> list[str]:
+    ways: list[str | None] = [step.next_step]
+    if step.type == "GoTo" and "step" in step.config:
+        ways = [None if step.config.get("sequence") else step.config["step"]]
+    if isinstance(step.behaviour, Problem) or _goes_alt(step):
+        ways.append(step.alt_next_step)
+    return [name for name in ways if isinstance(name, str)]
+
+
+def _goes_alt(step: Step) -> bool:
+    """Whether a step may take the other way."""
+    if step.type in _MESSAGES:
+        return step.config.get("onError") == "altNext"
+    if step.type == "WaitForCondition":
+        return step.config.get("timeout") is not None
+    return step.type not in _ONE_WAY
+
+
+def _never_alt(step: Step) -> str:
+    if step.type in _MESSAGES:
+        return 'never taken: write "onError: altNext" into the config, or leave altNext out'
+    if step.type == "WaitForCondition":
+        return "never taken without a timeout: write one into the config, or leave altNext out"
+    return f"never taken by a {step.type}: leave it out"
+
+
+# --- conditions
+
+
+def _check_condition(step: Step, sequence: Sequence) -> Iterator[Remark]:
+    model = WaitForConditionConfig if step.type == "WaitForCondition" else ConditionConfig
+    config = model.model_validate(step.config)
+    for key, operand in (("value", config.value), ("compareTo", config.compare_to)):
+        if operand is not None and operand.type == "get":
+            root = first_key(operand.given())
+            if wrong := _wrong_path(operand.given(), root, sequence):
+                yield Remark(step.name, ("config", key, "value"), wrong)
+    if answer := _always(config, sequence):
+        yield _fixed(step, *answer)
+
+
+def _always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
+    """What the condition answers for everybody, None where it can't be asked; and the reason."""
+    predicate = config.predicate()
+    view: Mapping[str, Any] = {"external": {}}
+    value, other = predicate.operands(view)
+    if config.lodash_command == "eq" and isinstance(other, list | dict):
+        return False, "eq never holds for a list or an object, write isEqual"
+    if not (_is_fixed(config.value, sequence) and _is_fixed(config.compare_to, sequence)):
+        return None
+    asked = f"{config.lodash_command}({_shown(value)}, {_shown(other)})"
+    try:
+        answer = predicate(view)
+    except EvaluationError as error:
+        return None, f"{asked} fails: {error}"
+    return answer, f"{asked} is {str(answer).lower()}, and nothing in it changes"
+
+
+def _is_fixed(operand: Operand | None, sequence: Sequence) -> bool:
+    """Whether an operand is the same for everybody at all times."""
+    if operand is None or operand.type == "raw":
+        return True
+    root = first_key(operand.given())
+    return root not in NAMES or (root == "external" and sequence.lookup is None)
+
+
+def _shown(value: object) -> str:
+    text = "undefined" if value is UNDEFINED else json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _fixed(step: Step, answer: bool | None, why: str) -> Remark:
+    place = ("config",)
+    match step.type, answer:
+        case _, None:
+            return Remark(step.name, place, f"this fails for everybody: {why}", is_error=True)
+        case "Goal", False:
+            return Remark(step.name, place, f"nothing can meet this goal: {why}", is_error=True)
+        case "Goal", _:
+            message = f"everybody meets this goal before the first step: {why}"
+        case "Conditional", _:
+            message = f"always goes to {'next' if answer else 'altNext'}: {why}"
+        case _, True:
+            message = f"never waits: {why}"
+        case _ if step.config.get("timeout") is None:
+            return Remark(step.name, place, f"nobody ever gets past here: {why}", is_error=True)
+        case _:
+            message = f"always waits for the timeout: {why}"
+    return Remark(step.name, place, message)
+
+
+# --- paths and templates
+
+_NO_LOOKUP = "external is always empty: the sequence names no lookup"
+
+
+def _wrong_path(path: object, root: str | None, sequence: Sequence) -> str | None:
+    if root == "external" and sequence.lookup is None:
+        return _NO_LOOKUP
+    if root in NAMES:
+        return None
+    if not root or not isinstance(path, str):
+        return f"no data has this path; it begins with one of {', '.join(NAMES)}"
+    near = get_close_matches(root, NAMES, n=1, cutoff=0.75)
+    meant = path.replace(root, near[0], 1) if near else f"data.{path}"
+    return f"no data has the path {path!r}; did you mean {meant!r}?"
+
+
+def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
+    is_templated = step.type in (*_MESSAGES, "UpdateData", "WaitForDate")
+    for place, source in _texts(("config",), step.config if is_templated else {}):
+        for path in sorted(compile_template(source, escape=False).surely_reads - {"this"}):
+            if wrong := _wrong_path(path, path.split(".")[0], sequence):
+                yield Remark(step.name, place, wrong)
+
+
+def _texts(place: Place, value: object) -> Iterator[tuple[Place, str]]:
+    match value:
+        case str():
+            yield place, value
+        case dict():
+            for key, item in value.items():
+                yield from _texts((*place, key), item)
+        case list():
+            for number, item in enumerate(value):
+                yield from _texts((*place, number), item)

@@ -1,0 +1,124 @@
+"""Configs of steps: their base, how they are read, and how what is wrong with them is worded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
+
+from sequencerd.core.model import DefinitionError, Fault, Place
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Config(BaseModel):
+    """A step's config: camelCase keys, no others. Docstrings are the descriptions of the schema."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        alias_generator=to_camel,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+def parse_config(model: type[Model], config: Mapping[str, Any]) -> Model:
+    """A config as this model. Raises DefinitionError with all of its faults."""
+    try:
+        return model.model_validate(config)
+    except ValidationError as error:
+        raise DefinitionError(faults(error, model, config)) from error
+
+
+class Faults:
+    """Gathers what is wrong with the parts of a config, so that all of it is told at once."""
+
+    def __init__(self) -> None:
+        self.found: list[Fault] = []
+
+    @contextmanager
+    def at(self, *place: str | int) -> Iterator[None]:
+        """Keeps a DefinitionError for `check`: its faults are at this place."""
+        try:
+            yield
+        except DefinitionError as error:
+            self.found += [Fault((*place, *fault.place), fault.message) for fault in error.faults]
+
+    def check(self) -> None:
+        """Raises DefinitionError if anything is wrong."""
+        if self.found:
+            raise DefinitionError(self.found)
+
+
+def faults(error: ValidationError, model: type[BaseModel], value: object) -> list[Fault]:
+    """pydantic's errors by place, without the values: they may be secret or long."""
+    found: dict[Place, list[str]] = {}
+    for detail in error.errors(include_url=False, include_input=False):
+        place, message = _within(detail["loc"], value), detail["msg"].removeprefix("Value error, ")
+        match detail["type"]:
+            case "extra_forbidden":
+                key = str(place[-1])
+                known = _keys(model, place[:-1])
+                message = "is not a key of this" + (f"; {nearest(key, known)}" if known else "")
+            case "missing":
+                place, message = detail["loc"], "is missing"
+            case "model_type" | "dict_type":
+                message = "must be a mapping, key: value"
+            case _:
+                message = message.replace("Input should", "must")
+        texts = found.setdefault(place, [])
+        # what a union of types refuses, it refuses once for each of them
+        message = message.removeprefix("must be ") if texts else message
+        if message not in texts:
+            texts.append(message)
+    return [Fault(place, " or ".join(texts)) for place, texts in found.items()]
+
+
+def _within(location: Place, value: Any) -> Place:
+    """The keys and indexes of a location: pydantic puts the names of types between them."""
+    place: Place = ()
+    for part in location:
+        is_key = isinstance(value, dict) and part in value
+        if is_key or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
+            value = value[part]
+            place = (*place, part)
+    return place
+
+
+def _keys(model: type[BaseModel], place: Place) -> list[str]:
+    """The keys that a model takes there; none where that can't be told."""
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    for part in place:
+        if isinstance(part, str):
+            models = _models(fields[part].annotation) if part in fields else []
+            if len(models) != 1:
+                return []
+            fields = {field.alias or name: field for name, field in models[0].model_fields.items()}
+    return list(fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def describe(error: ValidationError) -> str:
+    """pydantic's errors in one line, without the values: they may be secret or long."""
+    parts = []
+    for detail in error.errors(include_url=False, include_input=False):
+        place = ".".join(str(part) for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        parts.append(f"{place}: {message}" if place else message)
+    return "; ".join(parts)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for a name that is not known, as the end of a sentence."""
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"

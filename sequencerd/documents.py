@@ -1,0 +1,224 @@
+"""YAML and JSON files as plain values, each with the line where it stands.
+
+YAML is read by the core schema of YAML 1.2, of which JSON is a part: dates, times of day, `yes` and
+`no` are texts, `1e3` is a number. Anchors, aliases and merge keys work. What JSON and PostgreSQL
+can't hold is refused, and so is what would take long to read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from sequencerd.core.model import Place
+
+MAX_SIZE = 1024 * 1024  # bytes
+MAX_VALUES = 50_000  # of a file, with those that aliases repeat
+MAX_DEPTH = 50
+
+_TAG = "tag:yaml.org,2002:"
+
+
+class DocumentError(ValueError):
+    """A file that can't be read, with the line where that shows."""
+
+    def __init__(self, message: str, line: int = 1) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of a file: its value, and the line (from 1) of each key and item."""
+
+    value: Any
+    lines: dict[Place, int] = field(repr=False)
+
+    def line(self, place: Place) -> int:
+        """Where a value stands, or else the nearest that it would stand in."""
+        while place not in self.lines:
+            place = place[:-1]
+        return self.lines[place]
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """The documents of a file that are not empty. Raises DocumentError."""
+    text = _read_text(path)
+    try:
+        loader = _Loader(text)
+        while loader.check_node():
+            if (document := loader.document()).value is not None:
+                yield document
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        words = ", ".join(part for part in (error.context, error.problem) if part)
+        raise DocumentError(words, mark.line + 1 if mark else 1) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        shown = f"{ord(text[error.position]):#04x}"
+        raise DocumentError(f"the character {shown} can't stand here", line) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_SIZE + 1)
+    except IsADirectoryError:
+        raise DocumentError(f"is a folder: name its files, such as {path}/*.yaml") from None
+    except (OSError, ValueError) as error:
+        raise DocumentError(f"can't be read: {getattr(error, 'strerror', error)}") from error
+    if len(content) > MAX_SIZE:
+        raise DocumentError(f"has more than {MAX_SIZE} bytes: split it into several files")
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DocumentError("is not in UTF-8: save it in this encoding", line) from error
+    # JSON may be indented by tabs, YAML may not; within JSON's texts there are none
+    return text.replace("\t", " ") if path.suffix == ".json" else text
+
+
+class _Loader(yaml.SafeLoader):
+    """Makes plain values of YAML's nodes, and notes their lines."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._values = 0
+
+    def document(self) -> Document:
+        """The next document."""
+        node = self.get_node()
+        made = Document(None, {(): 1})
+        if node is None:
+            return made
+        made.lines[()] = node.start_mark.line + 1
+        return Document(self._plain(node, (), made.lines), made.lines)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Bounds what is read: each level is a few calls of Python's, each value costs time."""
+        self._depth += 1
+        self._count(self.peek_event().start_mark)  # type: ignore[no-untyped-call] # has no types
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def _count(self, mark: yaml.Mark) -> None:
+        self._values += 1
+        if self._depth > MAX_DEPTH:
+            raise _wrong(f"nested more than {MAX_DEPTH} deep", mark)
+        if self._values > 2 * MAX_VALUES:  # each is counted when it is read, and when it is used
+            raise _wrong(f"more than {MAX_VALUES} values, with those that aliases repeat", mark)
+
+    def _plain(self, node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
+        self._depth += 1
+        self._count(node.start_mark)
+        match node:
+            case yaml.MappingNode(tag=tag) if tag == f"{_TAG}map":
+                value: Any = {}
+                for key_node, value_node in self._items(node):
+                    key = str(_scalar(key_node))
+                    lines[*place, key] = key_node.start_mark.line + 1
+                    value[key] = self._plain(value_node, (*place, key), lines)
+            case yaml.SequenceNode(tag=tag) if tag == f"{_TAG}seq":
+                value = []
+                for number, item in enumerate(node.value):
+                    lines[*place, number] = item.start_mark.line + 1
+                    value.append(self._plain(item, (*place, number), lines))
+            case yaml.ScalarNode():
+                value = _scalar(node)
+            case _:
+                raise _wrong(_unknown(node), node.start_mark)
+        self._depth -= 1
+        return value
+
+    def _items(self, node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
+        """Its own keys, none of them twice, and those of merge keys that it doesn't have."""
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        merged: list[yaml.Node] = []
+        for key_node, value_node in node.value:
+            if key_node.tag == f"{_TAG}merge":
+                is_list = isinstance(value_node, yaml.SequenceNode)
+                merged += value_node.value if is_list else [value_node]
+                continue
+            key = _scalar(key_node)
+            if not isinstance(key, str):
+                shown = f" {key_node.value}" if isinstance(key_node, yaml.ScalarNode) else ""
+                raise _wrong(f"the key{shown} must be text, in quotes", key_node.start_mark)
+            if key in own:
+                raise _wrong(f"the key {key!r} stands twice", key_node.start_mark)
+            own[key] = key_node, value_node
+        for source in merged:
+            if not isinstance(source, yaml.MappingNode):
+                raise _wrong("<< merges a mapping, or a list of some", source.start_mark)
+            self._depth += 1
+            self._count(source.start_mark)
+            for key_node, value_node in self._items(source):
+                own.setdefault(str(_scalar(key_node)), (key_node, value_node))
+            self._depth -= 1
+        return list(own.values())
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _name, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+def _scalar(node: yaml.Node) -> str | int | float | bool | None:
+    if not isinstance(node, yaml.ScalarNode):
+        return None
+    text: str = node.value
+    with suppress(ValueError):  # a tag that the text doesn't fit, a number of 5000 digits
+        match node.tag.removeprefix(_TAG):
+            case "str" | "merge":
+                return _text(text, node.start_mark)
+            case "null":
+                return None
+            case "bool":
+                return text.lower() == "true"
+            case "int":
+                return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+            case "float" if abs(number := float(text)) < float("inf"):
+                return number
+    raise _wrong(_unknown(node), node.start_mark)
+
+
+def _text(text: str, mark: yaml.Mark) -> str:
+    """JSON escapes characters beyond U+FFFF by halves, "\\ud83d\\ude00"; YAML doesn't join them."""
+    try:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise _wrong("the text has half a character, \\ud800 to \\udfff", mark) from None
+    if "\0" in text:
+        raise _wrong("the text has a character that PostgreSQL can't hold, \\u0000", mark)
+    return text
+
+
+def _unknown(node: yaml.Node) -> str:
+    shown = str(node.value)[:40] if isinstance(node, yaml.ScalarNode) else ""
+    if node.tag.startswith(_TAG):
+        return f"{shown!r} is no {node.tag.removeprefix(_TAG)} that JSON has: put it in quotes"
+    return f"the tag {node.tag!r} means nothing here: leave it out"
+
+
+def _wrong(message: str, mark: yaml.Mark) -> ConstructorError:
+    return ConstructorError(None, None, message, mark)
