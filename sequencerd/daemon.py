@@ -18,7 +18,8 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd import migrate, store
 from sequencerd.clock import Clock
-from sequencerd.core.model import RETRY, DefinitionError, Failed, Result, Task
+from sequencerd.core.config import Faults, parse_config
+from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
 from sequencerd.engine import Engine
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.listener import listen
@@ -27,7 +28,7 @@ from sequencerd.runners import NotNow, Runner
 from sequencerd.runners.email import EmailRunner
 from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.python import load
-from sequencerd.runners.sms import HttpSmsRunner, TwilioRunner
+from sequencerd.runners.sms import HttpSmsRunner, SmsConfig, TwilioRunner
 from sequencerd.runners.suppressions import Key, Suppressions
 from sequencerd.settings import Settings, Sms
 from sequencerd.systemd import notify
@@ -113,7 +114,7 @@ def _secrets(values: Mapping[str, SecretStr]) -> dict[str, str]:
 
 
 class _NotSetUp:
-    """Stands for a runner that the settings say too little about: its steps have a problem."""
+    """Stands for the SMS runner where the settings say too little: its steps have a problem."""
 
     batch_size = concurrency = 1
     timeout = 1.0
@@ -122,8 +123,11 @@ class _NotSetUp:
     def __init__(self, problem: str) -> None:
         self._problem = problem
 
-    def compile(self, _config: Mapping[str, Any]) -> NoReturn:
-        raise DefinitionError(self._problem)
+    def compile(self, config: Mapping[str, Any]) -> NoReturn:
+        faults = Faults()
+        with faults.at():
+            parse_config(SmsConfig, config)
+        raise DefinitionError([*faults.found, Fault((), self._problem)])
 
     async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         return [Failed(self._problem)] * len(tasks)

@@ -8,17 +8,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema
 
 from sequencerd.core import checks, dates
 from sequencerd.core.config import Config, faults, nearest
-from sequencerd.core.model import DefinitionError, Fault, Place, Problem, Step, printable
+from sequencerd.core.model import Fault, Place, Problem, Step, printable
 from sequencerd.core.steps import COMPILERS
 from sequencerd.definitions import Definition, Runners, build, compile_behaviour, reads_external
 from sequencerd.documents import Document, DocumentError, read_documents
 from sequencerd.errors import FileError
 
 MAX_NAME = 200  # bytes
+
+
+def _zone(name: str) -> str:
+    dates.zone(name)
+    return name
 
 
 def _short_enough(name: str) -> str:
@@ -28,6 +33,11 @@ def _short_enough(name: str) -> str:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_short_enough)]
+Recheck = Annotated[
+    timedelta,
+    Field(ge=timedelta(seconds=1), le=timedelta(days=360)),
+    WithJsonSchema({"type": ["string", "number"]}),
+]
 
 
 class FileStep(Config):
@@ -50,7 +60,7 @@ class FileSequence(Config):
 
     name: Name
     """Unique in the database."""
-    timezone: str = "UTC"
+    timezone: Annotated[str, AfterValidator(_zone)] = "UTC"
     """IANA name, such as Europe/Berlin; holds for subjects without one of their own."""
     status: Literal["active", "paused", "archived"] = "active"
     """paused: nothing is executed. archived: nobody enters, who is inside goes on."""
@@ -58,9 +68,7 @@ class FileSequence(Config):
     """When a subject may enter again."""
     lookup: Annotated[str, Field(min_length=1)] | None = None
     """Where external data come from: an endpoint, a Python function, or an SQL function's name."""
-    recheck: timedelta = Field(
-        default=timedelta(minutes=1), ge=timedelta(seconds=1), le=timedelta(days=360)
-    )
+    recheck: Recheck = timedelta(minutes=1)
     """How often goals and waits that read external data are looked at, such as PT5M."""
     steps: list[FileStep] = Field(min_length=1)
     """The first one is where an enrollment begins."""
@@ -128,8 +136,9 @@ class _Source:
         """Adds a finding; `place` are the keys that lead there from the top of the document."""
         step, shown = None, place
         if place[:1] == ("steps",) and len(place) > 1:
-            step, shown = self.step_names[int(place[1])], place[2:]
-            shown = shown[1:] if shown[:1] == ("config",) else shown
+            step = self.step_names[int(place[1])]
+            if step is not None:
+                shown = place[3:] if place[2:3] == ("config",) else place[2:]
         text = str(Fault(shown, message))
         line = self.document.line(place)
         self.findings.append(Finding(self.path, line, self.name, step, text, is_error))
@@ -171,7 +180,7 @@ def _read_sequence(
     sequence = build(
         source.name or "",
         steps[0].name,
-        parsed.timezone if parsed is not None and are_ways_known else "UTC",
+        parsed.timezone if parsed else "UTC",
         steps,
         lookup=_text_at(source.document.value, "lookup"),
         recheck=parsed.recheck if parsed else timedelta(minutes=1),
@@ -202,13 +211,8 @@ def _parse(source: _Source) -> FileSequence | None:
     except ValidationError as error:
         for place, message in faults(error, FileSequence, value):
             source.say(place, message)
-    else:
-        try:
-            dates.zone(parsed.timezone)
-        except DefinitionError as error:
-            source.say(("timezone",), str(error))
-        return parsed
-    return None
+        return None
+    return parsed
 
 
 def _check_names(source: _Source, sources: Mapping[str | None, _Source]) -> None:
@@ -260,5 +264,5 @@ def _read_steps(source: _Source, runners: Runners) -> list[Step]:
             is_served = parsed.type in COMPILERS or parsed.type in runners
             for place, message in step.behaviour.faults:
                 key = "config" if is_served else "type"
-                source.say(("steps", number, key, *place), message)
+                source.say(("steps", number, key, *place), message.removeprefix("type "))
     return list(steps.values())

@@ -1,21 +1,64 @@
-"""Commands for who writes sequences: apply."""
+"""Commands for who writes sequences: check, schema, apply."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from sequencerd import daemon, definitions, files
-from sequencerd.cli.commands import Commands, connect, on_database
+from sequencerd import daemon, definitions, files, schema
+from sequencerd.cli.commands import Commands, add_json, connect, on_database
 from sequencerd.settings import Settings
 
 
 def add_to(commands: Commands) -> None:
     """Adds these commands."""
+    check = commands.add(
+        "check", _check, "say what is wrong with files, without a database", "check *.yaml"
+    )
+    check.add_argument("files", nargs="+", type=Path, metavar="FILE", help="YAML or JSON")
+    check.add_argument("--strict", action="store_true", help="fail for warnings, too")
+    add_json(check)
+    commands.add(
+        "schema",
+        _schema,
+        "print the JSON Schema of files, for an editor",
+        "schema > sequencerd.schema.json",
+    )
     apply = commands.add(
         "apply", on_database(_apply), "make the sequences of a file", "apply onboarding.yaml"
     )
     apply.add_argument("files", nargs="+", type=Path, metavar="FILE", help="YAML or JSON")
+
+
+def _check(arguments: argparse.Namespace, settings: Settings) -> int:
+    found, findings = files.read_files(arguments.files, daemon.make_runners(settings))
+    errors = sum(finding.is_error for finding in findings)
+    if arguments.json:
+        print(json.dumps([_plain(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            print(finding)
+        warnings = len(findings) - errors
+        counts = (len(found), "good sequence"), (errors, "error"), (warnings, "warning")
+        print(", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in counts))
+    return 1 if errors or (findings and arguments.strict) else 0
+
+
+def _plain(finding: files.Finding) -> dict[str, object]:
+    return {
+        "file": str(finding.path),
+        "line": finding.line,
+        "severity": "error" if finding.is_error else "warning",
+        "sequence": finding.sequence,
+        "step": finding.step,
+        "message": finding.message,
+    }
+
+
+def _schema(_: argparse.Namespace, __: Settings) -> int:
+    print(json.dumps(schema.make(), indent=2))
+    return 0
 
 
 async def _apply(arguments: argparse.Namespace, settings: Settings, url: str) -> int:

@@ -11,7 +11,15 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from sequencerd.core.javascript import UNDEFINED
-from sequencerd.core.model import EvaluationError, Instant, Place, Problem, Sequence, Step
+from sequencerd.core.model import (
+    DefinitionError,
+    EvaluationError,
+    Instant,
+    Place,
+    Problem,
+    Sequence,
+    Step,
+)
 from sequencerd.core.predicate import Operand, first_key
 from sequencerd.core.steps import ConditionConfig, WaitForConditionConfig
 from sequencerd.core.template import compile_template
@@ -46,6 +54,7 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
         if step.name not in reachable and step.type != "Goal":
             yield Remark(step.name, (), "unreachable: no step leads here, write its name as a next")
         if isinstance(step.behaviour, Problem):
+            yield from _check_rest(step, step.behaviour)
             continue
         if step.alt_next_step is not None and not _goes_alt(step):
             yield Remark(step.name, ("altNext",), _never_alt(step))
@@ -183,11 +192,26 @@ def _wrong_path(path: object, root: str | None, sequence: Sequence) -> str | Non
 
 
 def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
-    is_templated = step.type in (*_MESSAGES, "UpdateData", "WaitForDate")
-    for place, source in _texts(("config",), step.config if is_templated else {}):
+    for place, source in _templates(step):
         for path in sorted(compile_template(source, escape=False).surely_reads - {"this"}):
             if wrong := _wrong_path(path, path.split(".")[0], sequence):
                 yield Remark(step.name, place, wrong)
+
+
+def _check_rest(step: Step, problem: Problem) -> Iterator[Remark]:
+    """The templates of a step whose config was not read far enough to come to them."""
+    told = {("config", *fault.place) for fault in problem.faults if fault.place}
+    for place, source in _templates(step):
+        if not any(place[: len(other)] == other for other in told):
+            try:
+                compile_template(source, escape=False)
+            except DefinitionError as error:
+                yield Remark(step.name, place, str(error), is_error=True)
+
+
+def _templates(step: Step) -> Iterator[tuple[Place, str]]:
+    if step.type in (*_MESSAGES, "UpdateData", "WaitForDate"):
+        yield from _texts(("config",), step.config)
 
 
 def _texts(place: Place, value: object) -> Iterator[tuple[Place, str]]:

@@ -121,4 +121,4 @@ def describe(error: ValidationError) -> str:
 def nearest(name: str, known: list[str]) -> str:
     """A hint for a name that is not known, as the end of a sentence."""
     near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(set(known)))}"

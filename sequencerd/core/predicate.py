@@ -27,6 +27,7 @@ __all__ = [
     "compile_predicate",
     "first_key",
     "get",
+    "known_command",
 ]
 
 
@@ -36,10 +37,12 @@ class Operand(BaseModel):
     A path is a text such as "data.items[0].name", a list of keys, or what else lodash takes.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     type: Literal["get", "raw"]
+    """get reads the enrollment at a path, raw is the value as it stands here."""
     value: object = None
+    """The path, such as data.items[0].name, or the value."""
 
     def given(self) -> object:
         """The value; UNDEFINED where the definition has none."""
@@ -69,24 +72,24 @@ def compile_predicate(command: str, value: Operand, compare_to: Operand | None) 
 
     Raises DefinitionError for an unknown command and for a path that no key can be made of.
     """
+    function = COMMANDS[known_command(command)]
     faults = Faults()
-    function = COMMANDS.get(command)
-    if function is None:
-        faults.found.append(Fault(("lodashCommand",), _unknown(command)))
     with faults.at("value"):
         read_value = _reader(value)
     with faults.at("compareTo"):
         read_other = _reader(compare_to)
     faults.check()
-    assert function is not None
     return Predicate(command, function, read_value, read_other)
 
 
-def _unknown(command: str) -> str:
+def known_command(command: str) -> str:
+    """The command itself. Raises DefinitionError for one that is not known."""
+    if command in COMMANDS:
+        return command
     if reason := LEFT_OUT.get(command):
-        return f"{command!r} is left out, since {reason}"
+        raise DefinitionError(f"{command!r} is left out, since {reason}")
     near = get_close_matches(command, COMMANDS, n=1, cutoff=0)
-    return f"{command!r} is not known; did you mean {near[0]!r}?"
+    raise DefinitionError(f"{command!r} is not known; did you mean {near[0]!r}?")
 
 
 def _reader(operand: Operand | None) -> Callable[[object], object]:

@@ -6,12 +6,13 @@ checked once when the definition is read. Raises DefinitionError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictFloat, StrictInt
+from pydantic import AfterValidator, Field, JsonValue, StrictFloat, StrictInt
+from pydantic.config import JsonDict
 
 from sequencerd.core import dates
 from sequencerd.core.config import Config, Faults, parse_config
@@ -29,70 +30,119 @@ from sequencerd.core.model import (
     StepAnswer,
     Update,
 )
-from sequencerd.core.predicate import Operand, Predicate, compile_predicate
+from sequencerd.core.predicate import COMMANDS, Operand, Predicate, compile_predicate, known_command
 from sequencerd.core.template import compile_template
 
 ON_TIME = timedelta(minutes=1)
 """Who is woken later than this by a WaitForDateComparison has missed the time."""
 
 
+def _spelled(names: Iterable[str]) -> JsonDict:
+    """For the schema: these names, the longer ones with capitals anywhere, as moment takes them."""
+    long = sorted({name.lower() for name in names if len(name) > 3})
+    letters = ("".join(f"[{letter}{letter.upper()}]" for letter in name) for name in long)
+    known: list[JsonValue] = [*sorted(names)]
+    return {"anyOf": [{"enum": known}, {"pattern": f"^(?:{'|'.join(letters)})$"}]}
+
+
+def _unit(name: str) -> str:
+    dates.normalise_unit(name)
+    return name
+
+
+def _attribute(name: str) -> str:
+    dates.bounds(name)
+    return name
+
+
 class GoToConfig(Config):
-    """GoTo: to its next step, or to the named step, of the named sequence."""
+    """Goes to its next step, or to the named step, of the named sequence."""
 
     step: str | None = None
+    """Where to go; its next step if nothing is said."""
     sequence: str | None = None
+    """The sequence that has the step, where it is another one."""
 
 
 class ConditionConfig(Config):
-    """Conditional and Goal: Boolean(_[lodashCommand](value, compareTo))."""
+    """A condition, Boolean(_[lodashCommand](value, compareTo))."""
 
-    lodash_command: str
+    lodash_command: Annotated[str, AfterValidator(known_command)] = Field(
+        json_schema_extra={"enum": [*sorted(COMMANDS)]}
+    )
+    """lodash's command, such as eq, gte, isEqual, includes."""
     value: Operand
+    """The first operand."""
     compare_to: Operand | None = None
+    """The second operand, of those commands that have one."""
 
     def predicate(self) -> Predicate:
         """The condition, ready to be asked."""
         return compile_predicate(self.lodash_command, self.value, self.compare_to)
 
 
+class ConditionalConfig(ConditionConfig):
+    """Goes to next if the condition holds, else to altNext."""
+
+
+class GoalConfig(ConditionConfig):
+    """Pulls to its next from wherever somebody stands, as soon as the condition holds."""
+
+
 class DurationConfig(Config):
-    """An amount of a unit of time, as in WaitForDuration."""
+    """An amount of a unit of time."""
 
     amount: StrictInt | StrictFloat
-    unit: str
+    """How many."""
+    unit: Annotated[str, AfterValidator(_unit)] = Field(json_schema_extra=_spelled(dates.UNITS))
+    """Years to milliseconds. Years to days move the wall clock, the others are elapsed time."""
+
+
+class WaitForDurationConfig(DurationConfig):
+    """Waits from its arrival on."""
 
 
 class WaitForConditionConfig(ConditionConfig):
-    """WaitForCondition: until it holds, or until the timeout, counted from the arrival, is over."""
+    """Waits until the condition holds, then next; when the timeout is over, altNext."""
 
     timeout: DurationConfig | None = None
+    """How long, counted from the arrival; without it for ever."""
 
 
 class SplitConfig(Config):
-    """Split: the weights of the two ways."""
+    """Sends a part of the subjects each way, always the same ones: the weights of the two ways."""
 
     next: StrictInt | StrictFloat = Field(ge=0, le=1e9)
+    """The weight of next."""
     alt_next: StrictInt | StrictFloat = Field(ge=0, le=1e9)
+    """The weight of altNext."""
 
 
 class UpdateDataConfig(Config):
-    """UpdateData: what is merged into the data; its texts are templates."""
+    """Merges into the enrollment's data."""
 
     data: dict[str, Any] = Field(min_length=1)
+    """What is merged; texts are templates."""
 
 
 class WaitForDateConfig(Config):
-    """WaitForDate: an ISO 8601 date, or a template that gives one."""
+    """Waits until a date."""
 
     date: str
+    """An ISO 8601 date, or a template that gives one, such as {{data.due}}."""
 
 
 class WaitForDateComparisonConfig(Config):
-    """WaitForDateComparison: until moment's getter gives one of the values."""
+    """Waits until moment's getter gives one of the values."""
 
-    attribute: str
+    attribute: Annotated[str, AfterValidator(_attribute)] = Field(
+        json_schema_extra=_spelled(dates.ATTRIBUTES)
+    )
+    """The getter, such as hour, day (0 is Sunday), month (0 is January)."""
     values: list[Any] = Field(min_length=1)
+    """Whole numbers that it can give."""
     late: Literal["look again", "pass"] = "look again"
+    """What follows when it is woken late, after an outage."""
 
 
 def _go_to(config: Mapping[str, Any]) -> Instant:
@@ -104,12 +154,12 @@ def _go_to(config: Mapping[str, Any]) -> Instant:
 
 
 def _conditional(config: Mapping[str, Any]) -> Instant:
-    holds = parse_config(ConditionConfig, config).predicate()
+    holds = parse_config(ConditionalConfig, config).predicate()
     return Instant(lambda moment: Action.NEXT if holds(moment.view) else Action.ALT_NEXT)
 
 
 def _goal(config: Mapping[str, Any]) -> Instant:
-    holds = parse_config(ConditionConfig, config).predicate()
+    holds = parse_config(GoalConfig, config).predicate()
 
     def is_met(moment: Moment) -> bool:
         return holds(moment.view)
@@ -118,7 +168,7 @@ def _goal(config: Mapping[str, Any]) -> Instant:
 
 
 def _wait_for_duration(config: Mapping[str, Any]) -> Instant:
-    end = _end_of(parse_config(DurationConfig, config))
+    end = _end_of(parse_config(WaitForDurationConfig, config))
 
     def answer(moment: Moment) -> StepAnswer:
         until = end(moment)
@@ -128,11 +178,8 @@ def _wait_for_duration(config: Mapping[str, Any]) -> Instant:
 
 
 def _end_of(duration: DurationConfig) -> Callable[[Moment], datetime]:
-    """When a duration that began with the arrival at the step is over. Raises DefinitionError."""
-    faults = Faults()
-    with faults.at("unit"):
-        unit = dates.normalise_unit(duration.unit)
-    faults.check()
+    """When a duration that began with the arrival at the step is over."""
+    unit = dates.normalise_unit(duration.unit)
     return lambda moment: dates.add(
         moment.entered_at, duration.amount, unit, dates.zone(moment.timezone)
     )
@@ -140,12 +187,8 @@ def _end_of(duration: DurationConfig) -> Callable[[Moment], datetime]:
 
 def _wait_for_condition(config: Mapping[str, Any]) -> Instant:
     parsed = parse_config(WaitForConditionConfig, config)
-    faults = Faults()
-    with faults.at():
-        holds = parsed.predicate()
-    with faults.at("timeout"):
-        end = _end_of(parsed.timeout) if parsed.timeout else lambda _: NEVER
-    faults.check()
+    holds = parsed.predicate()
+    end = _end_of(parsed.timeout) if parsed.timeout else lambda _: NEVER
 
     def answer(moment: Moment) -> StepAnswer:
         if holds(moment.view):
@@ -224,18 +267,14 @@ def _wait_for_date_comparison(config: Mapping[str, Any]) -> Instant:
     parsed = parse_config(WaitForDateComparisonConfig, config)
     attribute = parsed.attribute
     values = parsed.values
-    faults = Faults()
-    with faults.at("attribute"):
-        lowest, highest = dates.bounds(attribute)
-        faults.found += [
-            Fault(
-                ("values", n),
-                f"{attribute} is never {value!r}: write whole numbers, {lowest} to {highest}",
-            )
-            for n, value in enumerate(values)
-            if dates.impossible(attribute, [value])
-        ]
-    faults.check()
+    lowest, highest = dates.bounds(attribute)
+    hint = f"write whole numbers, {lowest} to {highest}"
+    if never := [
+        Fault(("values", n), f"{attribute} is never {value!r}: {hint}")
+        for n, value in enumerate(values)
+        if dates.impossible(attribute, [value])
+    ]:
+        raise DefinitionError(never)
 
     def answer(moment: Moment) -> StepAnswer:
         # From the arrival on, so that a change elsewhere can't make it miss its time; but a time
@@ -252,6 +291,19 @@ def _wait_for_date_comparison(config: Mapping[str, Any]) -> Instant:
 
     return Instant(answer)
 
+
+CONFIGS: Mapping[str, type[Config]] = {
+    "GoTo": GoToConfig,
+    "Conditional": ConditionalConfig,
+    "Goal": GoalConfig,
+    "WaitForDate": WaitForDateConfig,
+    "WaitForDuration": WaitForDurationConfig,
+    "WaitForDateComparison": WaitForDateComparisonConfig,
+    "WaitForCondition": WaitForConditionConfig,
+    "Split": SplitConfig,
+    "UpdateData": UpdateDataConfig,
+}
+"""The models of the configs, by type."""
 
 COMPILERS: Mapping[str, Callable[[Mapping[str, Any]], Instant]] = {
     "GoTo": _go_to,

@@ -12,7 +12,7 @@ from email.utils import format_datetime
 from typing import Any
 from urllib.parse import quote
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from sequencerd.core.config import Config, Faults, parse_config
 from sequencerd.core.model import (
@@ -46,18 +46,32 @@ _HEADER_NAME = re.compile(rf"(?:X-|List-)[A-Za-z0-9-]+|{'|'.join(HEADERS)}", re.
 
 
 class EmailConfig(Config):
-    """Email: who, to whom and what; everything is a template."""
+    """Sends an e-mail; everything is a template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["text"]}, {"required": ["html"]}]}
+    )
 
     from_: str = Field(alias="from")
+    """The sender, such as Shop <hi@example.com>."""
     to: str | list[str]
+    """Addresses, such as {{data.email}}."""
     cc: str | list[str] | None = None
+    """More addresses; what renders to nothing is left out."""
     bcc: str | list[str] | None = None
+    """Addresses that nobody sees."""
     reply_to: str | list[str] | None = None
+    """Where answers go."""
     subject: str
+    """The subject, in one line."""
     text: str | None = None
+    """The message in plain text; text, html or both."""
     html: str | None = None
+    """The message in HTML, in which {{x}} is escaped."""
     headers: dict[str, str] = Field(default_factory=dict)
+    """Further headers: X-..., List-... and a few more."""
     list_unsubscribe: str | None = None
+    """A URL to unsubscribe at with one click."""
 
     @model_validator(mode="after")
     def _check(self) -> EmailConfig:

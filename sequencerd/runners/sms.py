@@ -41,13 +41,18 @@ _PASSING = frozenset({20003, 20005, 30002, 30008})  # the account, or nobody kno
 
 
 class SmsConfig(Config):
-    """SMS: from, to and message as in the original; everything is a template."""
+    """Sends an SMS; everything is a template."""
 
     from_: str | None = Field(None, alias="from")
+    """The sender's number."""
     to: str
+    """The number, with its country, such as {{data.phone}}."""
     message: str
+    """The text."""
     messaging_service_sid: str | None = None
+    """Twilio's messaging service, instead of a sender."""
     status_callback: str | None = None
+    """A URL that Twilio tells what became of the message."""
 
 
 class TwilioConfig(SmsConfig):
