@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import asyncpg
@@ -49,7 +50,7 @@ class RetryConfig(Config):
 class EffectConfig(Config):
     """The keys that every step with a side effect takes, beside those of its runner."""
 
-    retry: RetryConfig = RetryConfig()
+    retry: RetryConfig = Field(default_factory=RetryConfig)
     """How often it is tried again."""
     on_error: Literal["fail", "altNext"] = "fail"
     """What follows on the last failure: the enrollment fails, or goes on to altNext."""
@@ -90,6 +91,7 @@ def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
         common = parse_config(EffectConfig, {k: config[k] for k in _EFFECT_KEYS & config.keys()})
     with faults.at():
         program = runner.compile({k: v for k, v in config.items() if k not in _EFFECT_KEYS})
+    faults.found = [_with_hint(fault) for fault in faults.found]
     faults.check()
     return SideEffect(
         program=program,
@@ -97,6 +99,15 @@ def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
         on_error=common.on_error,
         at_most_once=common.delivery == "at_most_once",
     )
+
+
+def _with_hint(fault: Fault) -> Fault:
+    """A runner doesn't know the keys that every one has: of a key that it refuses, the nearest."""
+    key, *deeper = fault.place or ("",)
+    near = get_close_matches(str(key), _EFFECT_KEYS, n=1, cutoff=0.75)
+    if deeper or not near or key in _EFFECT_KEYS:
+        return fault
+    return Fault(fault.place, f"is not a key of this; did you mean {near[0]!r}?")
 
 
 def build(

@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from sequencerd.core import checks, dates
 from sequencerd.core.config import Config, faults, nearest
@@ -35,6 +35,7 @@ def _short_enough(name: str) -> str:
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_short_enough)]
 Recheck = Annotated[
     timedelta,
+    BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value),
     Field(ge=timedelta(seconds=1), le=timedelta(days=360)),
     WithJsonSchema({"type": ["string", "number"]}),
 ]

@@ -38,7 +38,7 @@ def make() -> Schema:
         _bind({"not": {"enum": list(configs)}}, "Custom", custom),
     ]
     defs |= {f"{name}Config": config for name, config in {**configs, "Custom": custom}.items()}
-    schema: Schema = _untitled({"$schema": DRAFT, **root, "$defs": defs})
+    schema: Schema = _tidy({"$schema": DRAFT, **root, "$defs": defs})
     return schema
 
 
@@ -63,15 +63,16 @@ def _bind(type_: Schema, name: str, config: Schema) -> Schema:
     return {"if": {"properties": {"type": type_}, "required": ["type"]}, "then": bound}
 
 
-def _untitled(schema: Any) -> Any:
-    """Without the titles, which repeat the keys."""
+def _tidy(schema: Any) -> Any:
+    """Without titles, which repeat the keys, and nulls as defaults, which an editor would write."""
     match schema:
         case dict():
             return {
-                key: _untitled(value)
+                key: _tidy(value)
                 for key, value in schema.items()
-                if key != "title" or not isinstance(value, str)
+                if (key, value) != ("default", None)
+                and not (key == "title" and isinstance(value, str))
             }
         case list():
-            return [_untitled(item) for item in schema]
+            return [_tidy(item) for item in schema]
     return schema

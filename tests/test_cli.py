@@ -137,7 +137,19 @@ async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
 
 
 def test_every_command_has_an_example(sequencerd: Command) -> None:
-    for command in ("run", "migrate", "apply", "enroll", "status", "list", "show", "tail", "demo"):
+    for command in (
+        "run",
+        "migrate",
+        "check",
+        "schema",
+        "apply",
+        "enroll",
+        "status",
+        "list",
+        "show",
+        "tail",
+        "demo",
+    ):
         assert "Example: sequencerd " in sequencerd(command, "--help")
 
 

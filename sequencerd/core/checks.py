@@ -133,7 +133,8 @@ def _always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, s
         return False, "eq never holds for a list or an object, write isEqual"
     if not (_is_fixed(config.value, sequence) and _is_fixed(config.compare_to, sequence)):
         return None
-    asked = f"{config.lodash_command}({_shown(value)}, {_shown(other)})"
+    shown = [_shown(value)] if config.compare_to is None else [_shown(value), _shown(other)]
+    asked = f"{config.lodash_command}({', '.join(shown)})"
     try:
         answer = predicate(view)
     except EvaluationError as error:

@@ -69,8 +69,10 @@ def faults(error: ValidationError, model: type[BaseModel], value: object) -> lis
                 place, message = detail["loc"], "is missing"
             case "model_type" | "dict_type":
                 message = "must be a mapping, key: value"
+            case "time_delta_type" | "time_delta_parsing":
+                message = "must be a duration such as PT5M, or a number of seconds"
             case _:
-                message = message.replace("Input should", "must")
+                message = message.replace("Input should", "must").replace(" after validation", "")
         texts = found.setdefault(place, [])
         # what a union of types refuses, it refuses once for each of them
         message = message.removeprefix("must be ") if texts else message

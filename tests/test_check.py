@@ -1,0 +1,230 @@
+"""`check`: every error and warning of a file, at its line."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from sequencerd.cli import main
+from sequencerd.core.checks import NAMES
+from sequencerd.core.model import Enrollment, view
+from sequencerd.daemon import make_runners
+from sequencerd.documents import DocumentError, read_documents
+from sequencerd.files import Finding, read_files
+from sequencerd.settings import load
+from tests.engines import Recorder
+
+RUNNERS = {
+    **make_runners(load({"SEQUENCERD_SMS_ACCOUNT_SID": "AC1", "SEQUENCERD_SMS_AUTH_TOKEN": "x"})),
+    "Note": Recorder(),
+}
+FILES = Path(__file__).parent / "files"
+
+
+def check(path: Path, text: str) -> list[Finding]:
+    path.write_text(text)
+    return read_files([path], RUNNERS)[1]
+
+
+@pytest.mark.parametrize("name", ["wrong", "doubtful"])
+def test_everything_is_told_at_once_and_at_its_line(name: str) -> None:
+    file = FILES / f"{name}.yaml"
+    expected = [
+        (number, severity, words.strip())
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if "#" in line
+        for severity, words in re.findall(r"(?:# | & )(error|warning): (.*?)(?= & |$)", line)
+    ]
+    found = [str(finding) for finding in read_files([file], RUNNERS)[1]]
+    told = "\n".join(found)
+    for number, severity, words in expected:
+        start = f"{file}:{number}: {severity}: "
+        matches = [line for line in found if line.startswith(start) and words in line]
+        assert matches, f"not told: {number}: {severity}: {words}\n{told}"
+        found.remove(matches[0])
+    assert found == [], "told, and not expected"
+
+
+def test_what_is_known_of_an_enrollment_is_what_paths_may_begin_with() -> None:
+    now = datetime.now(UTC)
+    enrollment = Enrollment(1, "s", "a", "ada", "{}", None, now, now)
+    assert set(view(enrollment, "UTC", now, {})) == set(NAMES)
+
+
+def test_a_sequence_in_another_file_counts(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "name: a\nsteps: [{name: x, type: GoTo, config: {sequence: b, step: z}}]"
+    )
+    (tmp_path / "b.yaml").write_text("name: b\nsteps: [{name: y, type: Note}]")
+    found = read_files([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)[1]
+    assert [finding.message for finding in found] == [
+        "step: step 'z' does not exist in sequence 'b'; known are y"
+    ]
+    assert read_files([tmp_path / "a.yaml"], RUNNERS)[1] == []
+    (tmp_path / "b.yaml").write_text("name: a\nsteps: [{name: y, type: Note}]")
+    (twice,) = read_files([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)[1]
+    assert str(twice).endswith(f"sequence 'a' stands twice, first in {tmp_path}/a.yaml:1")
+
+
+# --- YAML and JSON
+
+
+def documents(tmp_path: Path, content: str | bytes, suffix: str = ".yaml") -> list[object]:
+    file = tmp_path / f"file{suffix}"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [document.value for document in read_documents(file)]
+
+
+def test_values_are_those_of_json(tmp_path: Path) -> None:
+    text = "[1, -2, 1e3, .5, 0x1f, 007, 12:30, 2018-06-08, yes, on, true, ~, null, 1_0, '1', <<]"
+    expected = [
+        1, -2, 1000.0, 0.5, 31, 7, "12:30", "2018-06-08", "yes", "on", True, None, None, "1_0",
+        "1", "<<",
+    ]  # fmt: skip
+    assert documents(tmp_path, text) == [expected]
+
+
+def test_json_is_read_as_json(tmp_path: Path) -> None:
+    value = {"a": "😀\t\\/", "b": [1e3, -0.5, None, True], "c": {"yes": "no"}}
+    text = json.dumps(value, indent="\t")
+    assert "\\ud83d" in text
+    assert documents(tmp_path, text, ".json") == [value]
+
+
+def test_anchors_and_merge_keys(tmp_path: Path) -> None:
+    text = "a: &a {x: 1, y: 1}\nb: {<<: *a, y: 2}\nc: {<<: [{z: 3}, *a], x: 4}\nd: *a"
+    (value,) = documents(tmp_path, text)
+    assert value == {
+        "a": {"x": 1, "y": 1},
+        "b": {"x": 1, "y": 2},
+        "c": {"z": 3, "x": 4, "y": 1},
+        "d": {"x": 1, "y": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbfa: 1", "a: 1".encode("utf-16"), b"a: 1\r\n", b"%YAML 1.2\n---\na: 1"]
+)  # fmt: skip
+def test_encodings(tmp_path: Path, content: bytes) -> None:
+    assert documents(tmp_path, content) == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        ("a: 1\nb: .inf", 2, "'.inf' is no float that JSON has"),
+        ("a: !!python/name:os.system x", 1, "is no python/name"),
+        ("a: !!int x", 1, "'x' is no int"),
+        ("a: !!binary aGk=", 1, "is no binary"),
+        ("\na: !mine {}", 2, "the tag '!mine' means nothing here"),
+        ("a: " + "9" * 5000, 1, "is no int"),
+        ("a: 1\n2: b", 2, "the key 2 must be text"),
+        ("? [a]\n: b", 1, "the key must be text"),
+        ("a: 1\nb: 1\na: 2", 3, "the key 'a' stands twice"),
+        ("<<: 1", 1, "<< merges a mapping"),
+        ('a: "\\0"', 1, "PostgreSQL can't hold"),
+        ('a: "\\ud800"', 1, "half a character"),
+        (b"a: 1\nb: \xff", 2, "not in UTF-8"),
+        (b"a: 1\nb: \x01", 2, "0x01 can't stand here"),
+        ("a:\n\tb: 1", 2, "'\\t'"),
+        ("a: 1\nb: [", 2, "expected the node content"),
+        ("a: 1\nb: *c", 2, "undefined alias 'c'"),
+        ("a: &a [*a]", 1, "nested more than 50 deep"),
+        ("a: &a {<<: *a}", 1, "nested more than 50 deep"),
+        ("[" * 100_000, 1, "nested more than 50 deep"),
+        ("- " * 1000, 1, "nested more than 50 deep"),
+        ("a: 1\n" * 300_000, 1, "more than 1048576 bytes"),
+        ("[" + "1," * 500_000 + "]", 1, "more than 50000 values"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path: Path, content: str | bytes, line: int, words: str) -> None:
+    with pytest.raises(DocumentError) as wrong:
+        documents(tmp_path, content)
+    assert words in str(wrong.value)
+    assert wrong.value.line == line
+
+
+@pytest.mark.parametrize("form", ["[{}]", "{{<<: [{}]}}"], ids=["aliases", "merges"])
+def test_a_billion_laughs_are_few(tmp_path: Path, form: str) -> None:
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{n + 1}: &a{n + 1} {form.format(', '.join([f'*a{n}'] * 9))}" for n in range(20)]
+    began = time.process_time()
+    with pytest.raises(DocumentError, match="more than 50000 values"):
+        documents(tmp_path, "\n".join(lines))
+    assert time.process_time() - began < 60
+
+
+def test_what_is_read_before_a_syntax_error_is_checked(tmp_path: Path) -> None:
+    text = "name: s\nsteps: [{name: a, type: Nope}]\n---\nname: ["
+    found = check(tmp_path / "f.yaml", text)
+    assert [finding.line for finding in found] == [2, 4]
+
+
+# --- the command
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code, capsys.readouterr().out
+
+
+GOOD = "name: s\nsteps: [{name: a, type: GoTo}]"
+DOUBTED = "name: s\nsteps: [{name: a, type: GoTo, next: null}, {name: b, type: GoTo}]"
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(GOOD)
+    assert command(capsys, "check", file) == (0, "1 good sequence, 0 errors, 0 warnings\n")
+    assert command(capsys, "check", "--json", file) == (0, "[]\n")
+    file.write_text(DOUBTED)
+    assert command(capsys, "check", file)[0] == 0
+    assert command(capsys, "check", "--strict", file)[0] == 1
+    file.write_text("name: s")
+    code, out = command(capsys, "check", file)
+    assert (code, out.splitlines()[0]) == (1, f"{file}:1: error: s: steps: is missing")
+
+
+def test_findings_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(DOUBTED)
+    code, out = command(capsys, "check", "--json", file)
+    assert code == 0
+    (finding,) = json.loads(out)
+    assert finding == {
+        "file": str(file),
+        "line": 2,
+        "severity": "warning",
+        "sequence": "s",
+        "step": "b",
+        "message": "unreachable: no step leads here, write its name as a next",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.yaml", "nowhere.yaml:1: error: can't be read: No such file or directory"),
+        (".", "is a folder: name its files, such as"),
+        ("empty.yaml", "there is no sequence in it"),
+    ],
+)
+def test_files_that_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: str
+) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n---\n")
+    code, out = command(capsys, "check", tmp_path / name)
+    assert code == 1
+    assert words in out
+
+
+def test_a_line_is_a_line_whatever_the_names_are(tmp_path: Path) -> None:
+    text = json.dumps({"name": "a\nb\x1b[31m", "steps": [{"name": "x\ty", "type": "Nope"}]})
+    (finding,) = check(tmp_path / "f.json", text)
+    assert str(finding).isprintable()
