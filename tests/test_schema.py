@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from sequencerd import schema
-from sequencerd.core.steps import COMPILERS, CONFIGS
+from sequencerd.core import dates
+from sequencerd.core.model import DefinitionError
+from sequencerd.core.steps import COMPILERS, CONFIGS, compile_step
 from sequencerd.files import read_files
 from tests.test_check import RUNNERS
 
@@ -115,47 +117,110 @@ def test_wrong_files_are_not(document: object) -> None:
     assert not is_valid(document)
 
 
+@pytest.mark.parametrize(
+    ("type_", "key", "names"),
+    [
+        ("WaitForDuration", "unit", dates.UNITS),
+        ("WaitForDateComparison", "attribute", dates.ATTRIBUTES),
+    ],
+)
+def test_names_are_spelled_as_moment_takes_them(type_: str, key: str, names: set[str]) -> None:
+    for name in sorted({*names, "dayz", "ddd", "qs"}):
+        for spelled in (name, name.upper(), name.lower(), name.title(), f"{name}s"):
+            rest: dict[str, Any] = {"amount": 1} if key == "unit" else {"values": [1]}
+            config = {**rest, key: spelled}
+            step = {"name": "a", "type": type_, "config": config}
+            try:
+                compile_step(type_, config)
+            except DefinitionError:
+                assert spelled == "D" or not is_valid(sequence(step)), spelled
+            else:
+                assert is_valid(sequence(step)), spelled
+
+
 def test_a_message_needs_a_text() -> None:
     config = {key: value for key, value in EMAIL.items() if key != "text"}
     assert not is_valid(sequence({"name": "a", "type": "Email", "config": config}))
     assert is_valid(sequence({"name": "a", "type": "Email", "config": {**config, "html": "x"}}))
 
 
-# Good documents with one value changed, removed or added: mostly wrong, sometimes good again.
+# Good documents with some values changed or added, to others that are good there or nonsense.
 
-VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 70), st.floats(-2, 2), st.just([]), st.just({}),
-    st.sampled_from(["a", "", "1", "days", "DAY", "ms", "hour", "PT5M", "eq", "get", "raw", "Goal",
-                     "altNext", "Note", "a@example.com", "2030-01-01", "{{x}}", "UTC", "x" * 201]),
-    st.lists(st.sampled_from(["a", "b@example.com", 1]), max_size=2),
-)  # fmt: skip
-KEYS = st.sampled_from(
-    ["name", "next", "altNext", "type", "config", "retry", "timeout", "late", "lookup", "status",
-     "step", "recheck", "reentry", "timezone", "delivery", "attempts", "firstDelay", "cc", "text"]
-)  # fmt: skip
+NONSENSE: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    70,
+    "",
+    "a",
+    "1",
+    "{{x}}",
+    "x" * 201,
+    [],
+    {},
+    [1],
+    ["a"],
+]
+GOOD: dict[str, list[Any]] = {
+    "name": ["zero", "ü" * 100],
+    "timezone": ["europe/berlin", "UTC"],
+    "status": ["paused", "archived"],
+    "reentry": ["always", "never"],
+    "lookup": [None, "app.plans"],
+    "recheck": [60, 1.5, "PT5M", "1 day", "00:05:00"],
+    "next": [None, "zero"],
+    "altNext": [None, "zero"],
+    "type": ["Note", "Email", "Goal", "GoTo", "Split"],
+    "config": [{}, IS_PRO, EMAIL],
+    "step": [None, "zero"],
+    "sequence": [None, "other"],
+    "lodashCommand": ["isNil", "gte", "toPairsIn"],
+    "value": [{"type": "raw"}, {"type": "get", "value": ["data", 0]}, "data.x"],
+    "compareTo": [None, {"type": "raw", "value": None}],
+    "timeout": [None, {"amount": 0, "unit": "y"}],
+    "amount": [0, -1.5, 10**20],
+    "unit": ["DAY", "ms", "Years", "isoWeek", "Q"],
+    "attribute": ["Day", "hours", "isoWeekday", "DDD"],
+    "values": [[1.0], [2, 3]],
+    "late": ["pass", "look again"],
+    "date": ["{{data.due}}", "2030-W01"],
+    "data": [{"a": None}, {"a": ["{{x}}", {}]}],
+    "retry": [{}, {"attempts": None}, {"firstDelay": 0.5, "longestDelay": 1}],
+    "onError": ["fail"],
+    "delivery": ["at_most_once"],
+    "to": [["a@example.com"], "{{data.email}}, b@example.com"],
+    "cc": [None, "", []],
+    "text": [None, ""],
+    "html": [None, "<p>{{x}}</p>"],
+    "headers": [{}, {"X-A": "b"}],
+    "replyTo": ["a@example.com"],
+    "statusCallback": ["https://example.com/{{id}}"],
+}
+
+
+def mappings(value: Any) -> list[dict[str, Any]]:
+    """Those within a value, itself included."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    own = [value] if isinstance(value, dict) else []
+    return own + [mapping for item in inner for mapping in mappings(item)]
 
 
 @st.composite
 def nearly_good(draw: st.DrawFn) -> dict[str, Any]:
     steps = draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=3, unique_by=id))
-    document = copy.deepcopy(sequence({"name": "zero", "type": "Note"}, *steps))
+    document = copy.deepcopy(sequence(*steps, {"name": "zero", "type": "Note"}))
     for step in document["steps"]:
         for key in ("next", "altNext"):
             step.pop(key, None)
         if step["type"] == "GoTo":
             step.pop("config", None)
     for _ in range(draw(st.integers(0, 2))):
-        at: Any = document
-        while isinstance(at, dict | list) and at:
-            inner = [at[key] for key in at] if isinstance(at, dict) else at
-            deeper = [value for value in inner if isinstance(value, dict | list) and value]
-            if not deeper or draw(st.booleans()):
-                break
-            at = draw(st.sampled_from(deeper))
-        if isinstance(at, dict):
-            at[draw(KEYS | st.sampled_from(sorted(at) or ["a"]))] = draw(VALUES)
-        elif at:
-            at[draw(st.integers(0, len(at) - 1))] = draw(VALUES)
+        mapping = draw(st.sampled_from(mappings(document)))
+        known = sorted(key for key in mapping if key in GOOD) or ["next"]
+        key = draw(st.sampled_from(known) | st.sampled_from(sorted(GOOD)))
+        mapping[key] = copy.deepcopy(draw(st.sampled_from(GOOD[key]) | st.sampled_from(NONSENSE)))
     return document
 
 

@@ -30,6 +30,7 @@ from sequencerd.core.model import (
     StepAnswer,
     Update,
 )
+from sequencerd.core.next_match import full_name
 from sequencerd.core.predicate import COMMANDS, Operand, Predicate, compile_predicate, known_command
 from sequencerd.core.template import compile_template
 
@@ -38,9 +39,9 @@ ON_TIME = timedelta(minutes=1)
 
 
 def _spelled(names: Iterable[str]) -> JsonDict:
-    """For the schema: these names, the longer ones with capitals anywhere, as moment takes them."""
-    long = sorted({name.lower() for name in names if len(name) > 3})
-    letters = ("".join(f"[{letter}{letter.upper()}]" for letter in name) for name in long)
+    """For the schema: moment's names as its manual spells them, or with capitals anywhere."""
+    lower = sorted({name.lower() for name in names if full_name(name.lower())})
+    letters = ("".join(f"[{letter}{letter.upper()}]" for letter in name) for name in lower)
     known: list[JsonValue] = [*sorted(names)]
     return {"anyOf": [{"enum": known}, {"pattern": f"^(?:{'|'.join(letters)})$"}]}
 
