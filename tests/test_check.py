@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 
 from sequencerd.cli import main
 from sequencerd.core.checks import NAMES
@@ -18,6 +23,7 @@ from sequencerd.documents import DocumentError, read_documents
 from sequencerd.files import Finding, read_files
 from sequencerd.settings import load
 from tests.engines import Recorder
+from tests.test_readme import REPOSITORY, blocks
 
 RUNNERS = {
     **make_runners(load({"SEQUENCERD_SMS_ACCOUNT_SID": "AC1", "SEQUENCERD_SMS_AUTH_TOKEN": "x"})),
@@ -228,3 +234,55 @@ def test_a_line_is_a_line_whatever_the_names_are(tmp_path: Path) -> None:
     text = json.dumps({"name": "a\nb\x1b[31m", "steps": [{"name": "x\ty", "type": "Nope"}]})
     (finding,) = check(tmp_path / "f.json", text)
     assert str(finding).isprintable()
+
+
+# --- docs/files.md
+
+SHOWN = """\
+name: trial
+steps:
+  - name: pause
+    type: WaitForDuration
+    config:
+      {amount: 3, unit: dayz}
+    altNext: tips
+  - name: mail
+    type: Email
+    config:
+      from: a@example.com
+      to: "{{email}}"
+      subject: Hello
+      text: Hello
+    next: null
+  - name: lost
+    type: Goal
+    config: {lodashCommand: isNil, value: {type: get, value: data.x}}
+"""
+
+
+def test_the_page_about_files_can_be_followed(tmp_path: Path) -> None:
+    found = blocks(REPOSITORY / "docs/files.md")
+    trial, first_line = [text for language, text in found if language == "yaml"]
+    (tmp_path / "trial.yaml").write_text(first_line + trial)
+    (tmp_path / "wrong.yaml").write_text(SHOWN)
+
+    def run(line: str) -> str:
+        script = f'sequencerd() {{ "{sys.executable}" -m sequencerd "$@"; }}\n{line}'
+        done = subprocess.run(
+            ["bash", "-euc", script],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False,
+            stdout=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+        return f"{done.stdout}{done.returncode}"
+
+    for language, text in found:
+        if language == "sh":
+            good = "" if "schema" in text else "1 good sequence, 0 errors, 0 warnings\n"
+            assert run(text) == f"{good}0"
+        elif language == "text":
+            assert run("sequencerd check wrong.yaml") == f"{text}1"
+    (command,) = [text for language, text in found if "schema" in text and language == "sh"]
+    schema_file = tmp_path / command.split()[-1]
+    assert schema_file.name in first_line
+    schema = json.loads(schema_file.read_text())
+    Draft202012Validator(schema).validate(yaml.safe_load(trial))
