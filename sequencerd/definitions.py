@@ -130,9 +130,10 @@ def build(
             Fault((), "it is part of a cycle that never waits: put a step that waits into it"),
         )
     for step in ordered:
+        if step.type != "GoTo" or not isinstance(step.behaviour, Instant):
+            continue
         target = step.config.get("step")
-        is_local = step.type == "GoTo" and not step.config.get("sequence")
-        if is_local and target is not None and target not in by_name:
+        if not step.config.get("sequence") and target is not None and target not in by_name:
             hint = nearest(str(target), list(by_name))
             by_name[step.name] = _with_problem(
                 step, Fault(("step",), f"step {target!r} does not exist; {hint}")

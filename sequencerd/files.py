@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from sequencerd.documents import Document, DocumentError, read_documents
 from sequencerd.errors import FileError
 
 MAX_NAME = 200  # bytes
+MAX_HINTS = 50
 
 
 def _zone(name: str) -> str:
@@ -109,9 +110,14 @@ def read_files(paths: Iterable[Path], runners: Runners) -> tuple[list[Definition
     sources = {
         source.name: source for found, _ in reversed(read.values()) for source in reversed(found)
     }
+    entered: dict[str, set[str]] = {}
+    for source in sources.values():
+        for _, name, step in source.jumps():
+            entered.setdefault(name, set()).add(step)
     for found, unreadable in read.values():
         for source in found:
-            if (definition := _read_sequence(source, sources, runners)) is not None:
+            ways_in = entered.get(source.name or "", set())
+            if (definition := _read_sequence(source, sources, ways_in, runners)) is not None:
                 definitions.append(definition)
             findings += sorted(source.findings, key=lambda finding: finding.line)
         findings += unreadable
@@ -169,9 +175,9 @@ def _read_sources(path: Path) -> tuple[list[_Source], list[Finding]]:
 
 
 def _read_sequence(
-    source: _Source, sources: Mapping[str | None, _Source], runners: Runners
+    source: _Source, sources: Mapping[str | None, _Source], entered: Set[str], runners: Runners
 ) -> Definition | None:
-    """The sequence, if there is no error in it."""
+    """The sequence, if there is no error in it; `entered` are steps to which others lead."""
     parsed = _parse(source)
     _check_names(source, sources)
     are_ways_known = not source.findings
@@ -192,9 +198,6 @@ def _read_sequence(
             for place, message in built.faults:
                 config = ("config",) if place else ()
                 source.say(("steps", step.position, *config, *place), message)
-    entered = {
-        step for other in sources.values() for _, name, step in other.jumps() if name == source.name
-    }
     for name, place, message, is_error in checks.check(sequence, entered):
         if are_ways_known or place:
             number = sequence.steps[name].position
@@ -237,7 +240,9 @@ def _check_target(source: _Source, place: Place, target: str, there: _Source) ->
     if target not in there.step_names:
         where = "" if there is source else f" in sequence {there.name!r}"
         known = [name for name in there.step_names if name is not None]
-        source.say(place, f"step {target!r} does not exist{where}; {nearest(target, known)}")
+        # a file of which all is wrong must not take minutes
+        hint = f"; {nearest(target, known)}" if len(source.findings) < MAX_HINTS else ""
+        source.say(place, f"step {target!r} does not exist{where}{hint}")
 
 
 def _read_steps(source: _Source, runners: Runners) -> list[Step]:

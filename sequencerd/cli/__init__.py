@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from sequencerd import demo, embedded
 from sequencerd.cli import authoring, inspection, operation, service
 from sequencerd.cli.commands import Commands
-from sequencerd.errors import SequencerdError
+from sequencerd.errors import FileError, SequencerdError
 from sequencerd.settings import load
 
 
@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = _main(_parser().parse_args(arguments))
     except (SequencerdError, embedded.EmbeddedError) as error:
-        print(f"sequencerd: {error}", file=sys.stderr)
+        # what is wrong in a file begins with the file, as editors expect it
+        prefix = "" if isinstance(error, FileError) else "sequencerd: "
+        print(f"{prefix}{error}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         code = 130

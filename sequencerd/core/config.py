@@ -12,6 +12,8 @@ from pydantic.alias_generators import to_camel
 
 from sequencerd.core.model import DefinitionError, Fault, Place
 
+MAX_KNOWN = 20  # names that a hint lists
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -123,4 +125,7 @@ def describe(error: ValidationError) -> str:
 def nearest(name: str, known: list[str]) -> str:
     """A hint for a name that is not known, as the end of a sentence."""
     near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(set(known)))}"
+    if near:
+        return f"did you mean {near[0]!r}?"
+    names = sorted(set(known))
+    return f"known are {', '.join(names[:MAX_KNOWN])}{', ...' if names[MAX_KNOWN:] else ''}"
