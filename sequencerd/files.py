@@ -97,7 +97,12 @@ class Finding:
 
 def read_file(path: Path, runners: Runners) -> list[Definition]:
     """The sequences of a YAML or JSON file. Raises FileError with everything that is wrong."""
-    definitions, findings = read_files([path], runners)
+    return read_all([path], runners)
+
+
+def read_all(paths: Iterable[Path], runners: Runners) -> list[Definition]:
+    """The sequences of some files. Raises FileError with everything that is wrong with them."""
+    definitions, findings = read_files(paths, runners)
     if errors := [str(finding) for finding in findings if finding.is_error]:
         raise FileError("\n".join(errors))
     return definitions

@@ -20,7 +20,8 @@ from sequencerd.core.checks import NAMES
 from sequencerd.core.model import Enrollment, view
 from sequencerd.daemon import make_runners
 from sequencerd.documents import DocumentError, read_documents
-from sequencerd.files import Finding, read_files
+from sequencerd.errors import FileError
+from sequencerd.files import Finding, read_all, read_files
 from sequencerd.settings import load
 from tests.engines import Recorder
 from tests.test_readme import REPOSITORY, blocks
@@ -62,6 +63,18 @@ def test_what_is_known_of_an_enrollment_is_what_paths_may_begin_with() -> None:
     assert set(view(enrollment, "UTC", now, {})) == set(NAMES)
 
 
+def test_the_examples_are_beyond_doubt() -> None:
+    files = sorted(REPOSITORY.glob("examples/*.yaml"))
+    found, findings = read_files(files, {**RUNNERS, "Score": Recorder()})
+    assert (len(found), findings) == (len(files), [])
+
+
+def test_a_runner_of_ones_own_for_messages_need_not_have_our_templates(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text("name: s\nsteps: [{name: a, type: SMS, config: {body: '{{'}}]")
+    assert read_files([file], {"SMS": Recorder()})[1] == []
+
+
 def test_a_sequence_in_another_file_counts(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "name: a\nsteps: [{name: x, type: GoTo, config: {sequence: b, step: z}}]"
@@ -71,6 +84,8 @@ def test_a_sequence_in_another_file_counts(tmp_path: Path) -> None:
     assert [finding.message for finding in found] == [
         "step: step 'z' does not exist in sequence 'b'; known are y"
     ]
+    with pytest.raises(FileError, match="'z' does not exist in sequence 'b'"):
+        read_all([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)
     assert read_files([tmp_path / "a.yaml"], RUNNERS)[1] == []
     (tmp_path / "b.yaml").write_text("name: a\nsteps: [{name: y, type: Note}]")
     (twice,) = read_files([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)[1]

@@ -63,7 +63,7 @@ def _schema(_: argparse.Namespace, __: Settings) -> int:
 
 async def _apply(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
     runners = daemon.make_runners(settings)
-    found = [d for file in arguments.files for d in files.read_file(file, runners)]
+    found = files.read_all(arguments.files, runners)
     connection = await connect(url)
     try:
         async with connection.transaction():

@@ -11,13 +11,14 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from sequencerd.core.javascript import UNDEFINED
+from sequencerd.core.lodash.table import gives_true
 from sequencerd.core.model import (
     DefinitionError,
     EvaluationError,
-    Instant,
     Place,
     Problem,
     Sequence,
+    SideEffect,
     Step,
 )
 from sequencerd.core.predicate import Operand, first_key
@@ -53,18 +54,16 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
     for step in sequence.steps.values():
         if step.name not in reachable and step.type != "Goal":
             yield Remark(step.name, (), "unreachable: no step leads here, write its name as a next")
+        yield from _check_templates(step, sequence)
         if isinstance(step.behaviour, Problem):
-            yield from _check_rest(step, step.behaviour)
             continue
         if step.alt_next_step is not None and not _goes_alt(step):
             yield Remark(step.name, ("altNext",), _never_alt(step))
         if step.type in _CONDITIONS:
             yield from _check_condition(step, sequence)
-        elif not isinstance(step.behaviour, Instant) and step.type not in _MESSAGES:
-            if "external" in step.config and sequence.lookup is None:
-                yield Remark(step.name, ("config", "external"), _NO_LOOKUP)
-        else:
-            yield from _check_templates(step, sequence)
+        is_custom = isinstance(step.behaviour, SideEffect) and step.type not in _MESSAGES
+        if is_custom and "external" in step.config and sequence.lookup is None:
+            yield Remark(step.name, ("config", "external"), _NO_LOOKUP)
 
 
 # --- ways
@@ -131,6 +130,8 @@ def _always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, s
     value, other = predicate.operands(view)
     if config.lodash_command == "eq" and isinstance(other, list | dict):
         return False, "eq never holds for a list or an object, write isEqual"
+    if predicate.function is gives_true:
+        return True, f"what {config.lodash_command} gives is true, even when it is empty"
     if not (_is_fixed(config.value, sequence) and _is_fixed(config.compare_to, sequence)):
         return None
     shown = [_shown(value)] if config.compare_to is None else [_shown(value), _shown(other)]
@@ -193,26 +194,20 @@ def _wrong_path(path: object, root: str | None, sequence: Sequence) -> str | Non
 
 
 def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
-    for place, source in _templates(step):
-        for path in sorted(compile_template(source, escape=False).surely_reads - {"this"}):
+    """Their paths; and, of a config that was not read as far as its templates, their errors."""
+    problem = step.behaviour if isinstance(step.behaviour, Problem) else None
+    told = {("config", *fault.place) for fault in problem.faults if fault.place} if problem else ()
+    is_templated = step.type in (*_MESSAGES, "UpdateData", "WaitForDate")
+    for place, source in _texts(("config",), step.config if is_templated else {}):
+        try:
+            template = compile_template(source, escape=False)
+        except DefinitionError as error:
+            if problem and not any(place[: len(other)] == other for other in told):
+                yield Remark(step.name, place, str(error), is_error=True)
+            continue
+        for path in sorted(template.surely_reads - {"this"}):
             if wrong := _wrong_path(path, path.split(".")[0], sequence):
                 yield Remark(step.name, place, wrong)
-
-
-def _check_rest(step: Step, problem: Problem) -> Iterator[Remark]:
-    """The templates of a step whose config was not read far enough to come to them."""
-    told = {("config", *fault.place) for fault in problem.faults if fault.place}
-    for place, source in _templates(step):
-        if not any(place[: len(other)] == other for other in told):
-            try:
-                compile_template(source, escape=False)
-            except DefinitionError as error:
-                yield Remark(step.name, place, str(error), is_error=True)
-
-
-def _templates(step: Step) -> Iterator[tuple[Place, str]]:
-    if step.type in (*_MESSAGES, "UpdateData", "WaitForDate"):
-        yield from _texts(("config",), step.config)
 
 
 def _texts(place: Place, value: object) -> Iterator[tuple[Place, str]]:
