@@ -129,6 +129,13 @@ def read_files(paths: Iterable[Path], runners: Runners) -> tuple[list[Definition
     return definitions, findings
 
 
+def types(path: Path) -> set[str]:
+    """The types of the steps of a file, whether or not anybody serves them."""
+    sources, _ = _read_sources(path)
+    found = (_text_at(step, "type") for source in sources for step in source.steps)
+    return {type_ for type_ in found if type_ is not None}
+
+
 class _Source:
     """One sequence as it is written, and what was found wrong with it so far."""
 

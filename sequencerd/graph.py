@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -129,5 +128,6 @@ def _for_mermaid(name: str) -> str:
 
 
 def _for_dot(name: str) -> str:
-    """A quoted string: JSON's, but that Graphviz reads UTF-8 and only the quote is escaped."""
-    return json.dumps(name, ensure_ascii=False).replace("\\\\", "\\\\")
+    """A quoted string, in which a line's end is written as \\n."""
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'

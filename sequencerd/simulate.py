@@ -208,12 +208,12 @@ class _Journey:
         """The events, and for branches why: each step sees the data as they were before it."""
         here = before
         for event in events:
-            if event.visit != here.visit:
+            if event.visit != here.visit or here.entered_at is None:
                 here = here._replace(entered_at=now)
             here = here._replace(sequence=event.sequence, step=event.step, visit=event.visit)
             message = event.message
             step = self._step(event)
-            if step and isinstance(step.behaviour, Instant) and here.entered_at is not None:
+            if step and isinstance(step.behaviour, Instant):
                 moment = self._look(here, now)
                 if condition := _condition(step):
                     message = _because(condition, moment)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -136,7 +136,7 @@ def choose(definitions: Mapping[str, model.Sequence], name: str | None) -> str:
     return name
 
 
-def make_runners(settings: Settings, types: Mapping[str, object]) -> dict[str, Runner]:
+def make_runners(settings: Settings, types: Iterable[str]) -> dict[str, Runner]:
     """The runners of the settings, for what they would send; others for further types."""
     sms = settings.sms
     if sms.provider == "twilio" and not (sms.account_sid and sms.auth_token):

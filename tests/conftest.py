@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -86,3 +88,49 @@ async def execute(url: str, statement: str) -> None:
 @pytest.fixture
 def repository() -> Path:
     return Path(__file__).parent.parent
+
+
+# --- the command line
+
+SEQUENCE = """
+name: s
+steps:
+  - {name: first, type: WaitForDuration, config: {amount: 3, unit: days}}
+  - {name: second, type: GoTo}
+"""
+
+
+class Command:
+    """Runs `sequencerd` on a test's database."""
+
+    def __init__(self, database: str, folder: Path) -> None:
+        self.variables = {**os.environ, "SEQUENCERD_DATABASE": database}
+        self.folder = folder
+        self.errors = ""
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "sequencerd", *arguments],
+            env=self.variables,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        self.errors = done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def sequencerd(database: str, tmp_path: Path) -> Command:
+    return Command(database, tmp_path)
+
+
+@pytest.fixture
+def applied(sequencerd: Command, tmp_path: Path) -> Command:
+    (tmp_path / "s.yaml").write_text(SEQUENCE)
+    assert sequencerd("apply", "s.yaml") == "s: added first, second\n"
+    assert sequencerd("apply", "s.yaml") == "s: nothing changed\n"
+    return sequencerd

@@ -11,48 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SEQUENCE = """
-name: s
-steps:
-  - {name: first, type: WaitForDuration, config: {amount: 3, unit: days}}
-  - {name: second, type: GoTo}
-"""
-
-
-@pytest.fixture
-def sequencerd(database: str, tmp_path: Path) -> Command:
-    return Command(database, tmp_path)
-
-
-class Command:
-    """Runs `sequencerd` on a test's database."""
-
-    def __init__(self, database: str, folder: Path) -> None:
-        self.variables = {**os.environ, "SEQUENCERD_DATABASE": database}
-        self.folder = folder
-        self.errors = ""
-
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "sequencerd", *arguments],
-            env=self.variables,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        self.errors = done.stderr
-        return done.stdout
-
-
-@pytest.fixture
-def applied(sequencerd: Command, tmp_path: Path) -> Command:
-    (tmp_path / "s.yaml").write_text(SEQUENCE)
-    assert sequencerd("apply", "s.yaml") == "s: added first, second\n"
-    assert sequencerd("apply", "s.yaml") == "s: nothing changed\n"
-    return sequencerd
+from tests.conftest import Command
 
 
 def test_migrate_twice(sequencerd: Command) -> None:

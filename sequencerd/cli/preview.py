@@ -34,7 +34,7 @@ def add_to(commands: Commands) -> None:
         "simulate",
         _simulate,
         "show what would happen to somebody, for a year",
-        """simulate onboarding.yaml --data '{"email": "ada@example.com"}' --set 'P3D: {"paid": true}'""",
+        """simulate onboarding.yaml --data '{"name": "Ada"}' --set 'P3D: {"paid": true}'""",
     )
     simulate.add_argument("file", nargs="?", type=Path, metavar="FILE", help="YAML or JSON")
     simulate.add_argument("sequence", nargs="?", help="of several in the file")
@@ -192,8 +192,9 @@ def _print(simulation: Simulation, as_json: bool) -> None:
         at = f"{entry.at.astimezone(zone):%a %Y-%m-%d %H:%M:%S}"
         print(f"{at}  {entry.step:{width}}  {_line(entry)}")
         for name, text in entry.details.items():
-            for line in text.splitlines() or [""]:
-                print(f"{'':{len(at) + width}}      {name}: {line}")
+            for n, line in enumerate(text.splitlines()):
+                label = f"{name}:" if n == 0 else ""
+                print(f"{'':{len(at) + width}}      {label:9}{line}".rstrip())
     at = f"{simulation.ended_at.astimezone(zone):%a %Y-%m-%d %H:%M:%S}"
     print(f"{at}  {simulation.enrollment.step:{width}}  {simulation.end} ({simulation.timezone})")
 
@@ -206,7 +207,8 @@ def _line(entry: Entry) -> str:
 def _graph(arguments: argparse.Namespace, settings: Settings) -> int:
     path = Path(arguments.target)
     is_file = path.suffix in (".yaml", ".yml", ".json") or path.is_file()
-    read = files.read_file(path, make_runners(settings, {})) if is_file else []
+    runners = make_runners(settings, files.types(path) if is_file else ())
+    read = files.read_file(path, runners) if is_file else []
     if is_file and settings.database.url is None:
         print(_drawn(arguments, {one.sequence.name: one.sequence for one in read}, {}))
         return 0
@@ -214,7 +216,7 @@ def _graph(arguments: argparse.Namespace, settings: Settings) -> int:
     async def with_counts(_: argparse.Namespace, __: Settings, url: str) -> int:
         connection = await connect(url)
         try:
-            definitions = await _definitions(connection, make_runners(settings, {}))
+            definitions = await _definitions(connection, runners)
             rows = await connection.fetch(QUERIES["status"], None)
         finally:
             await connection.close()

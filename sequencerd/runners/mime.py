@@ -178,5 +178,5 @@ def fields(content: bytes) -> dict[str, str]:
     for name, kind in (("text", "plain"), ("html", "html")):
         part = read.get_body((kind,))
         if part is not None:
-            found[name] = str(part.get_content()).rstrip("\n")
+            found[name] = str(part.get_content()).rstrip("\r\n")
     return found
