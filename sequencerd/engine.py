@@ -173,7 +173,7 @@ class Engine:
                 pass
 
         loop = asyncio.get_running_loop()
-        if not self._floods:
+        if not self._floods and loop.time() >= self._hold_until:
             self._hold_until = loop.time() + HOLD
             loop.call_later(HOLD, self._has_finished.set)
         self._floods += 1
