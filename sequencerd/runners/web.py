@@ -159,8 +159,8 @@ def _names_itself(host: str) -> bool:
 
 def _reason(error: BaseException) -> str:
     """What the system said, where the client says only that it has failed."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__ or error
+    while (below := error.__cause__ or error.__context__) and not isinstance(below, KeyError):
+        error = below  # h2's KeyErrors are how it looks up what it says above them
     return one_line(str(error)) or type(error).__name__
 
 
