@@ -68,6 +68,7 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
                 secret=_secret(endpoint.secret),
                 headers=_secrets(endpoint.headers),
                 allow_private=endpoint.allow_private,
+                http2=endpoint.http2,
                 retry=endpoint.retry,
             )
     except ValueError as error:

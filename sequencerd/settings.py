@@ -98,6 +98,7 @@ class HttpEndpoint(Retrying):
     per_second: float | None = Field(default=None, gt=0)
     secret: SecretStr | None = None
     allow_private: bool = False
+    http2: bool = False
     headers: dict[str, SecretStr] = {}
 
 

@@ -38,6 +38,7 @@ class HttpRunner:
         secret: str | None = None,
         headers: Mapping[str, str] | None = None,
         allow_private: bool = False,
+        http2: bool = False,
         retry: RetryPolicy = RETRY,
     ) -> None:
         self.retry = retry
@@ -49,7 +50,9 @@ class HttpRunner:
         self._name = name
         self._key = None if secret is None else read_secret(secret)
         self._headers = check_headers(headers or {})
-        self._web = Web(timeout=timeout, connections=concurrency, allow_private=allow_private)
+        self._web = Web(
+            timeout=timeout, connections=concurrency, allow_private=allow_private, http2=http2
+        )
 
     def compile(self, config: Mapping[str, Any]) -> str:
         """The config as JSON: the endpoint alone knows what it means. Raises DefinitionError."""

@@ -56,12 +56,12 @@ class SmsConfig(Config):
 
 
 class TwilioConfig(SmsConfig):
-    """Twilio takes a sender or a messaging service."""
+    """Twilio takes a sender, a messaging service, or a sender of a messaging service."""
 
     @model_validator(mode="after")
     def _check(self) -> TwilioConfig:
-        if (self.from_ is None) == (self.messaging_service_sid is None):
-            raise ValueError("write either from or messagingServiceSid")
+        if self.from_ is None and self.messaging_service_sid is None:
+            raise ValueError("write from or messagingServiceSid, or both")
         return self
 
 

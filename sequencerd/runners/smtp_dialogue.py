@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 from aiosmtplib import SMTP
@@ -16,6 +15,9 @@ from aiosmtplib.errors import SMTPException, SMTPServerDisconnected
 
 LONGEST_LINE = 8192  # bytes; RFC 5321 says 512, servers say more
 LONGEST_REPLY = 100  # lines
+GROUP = 100
+"""Commands that are sent before their replies are read. More might fill both directions: then the
+server waits for us to read, and we for it."""
 
 _REPLY = re.compile(rb"([2-5]\d\d)([ -]|$)(.*)", re.DOTALL)
 _LINE_END = re.compile(rb"\r\n|\r|\n")
@@ -59,11 +61,10 @@ class Dialogue:
 
         A 421 is the last that the server says: it holds for the commands behind it too.
         """
-        groups: Sequence[Sequence[str]] = (
-            [commands] if self._pipelining else [(c,) for c in commands]
-        )
+        size = GROUP if self._pipelining else 1
         replies: list[Reply] = []
-        for group in groups:
+        for start in range(0, len(commands), size):
+            group = commands[start : start + size]
             await self._write(b"".join(_line(command) for command in group))
             for _ in group:
                 replies.append(await self._read())

@@ -57,10 +57,19 @@ class Web:
 
     A name in the URL that resolves to a private address is refused unless `allow_private`; a URL
     that names localhost or an address itself says what it wants.
+
+    `http2` is for calls that may come twice. httpx drops the answers under way when a server
+    retires a connection (nginx does after 1,000 requests), since h2 reads nothing after GOAWAY:
+    https://github.com/python-hyper/h2/issues/1181
     """
 
-    def __init__(self, *, timeout: float, connections: int, allow_private: bool) -> None:
+    def __init__(
+        self, *, timeout: float, connections: int, allow_private: bool, http2: bool = False
+    ) -> None:
         self._timeout = timeout
+        self._http2 = http2
+        # Nor does httpx see that a server has closed an idle HTTP/2 connection.
+        self._idle = 2 if http2 else 30
         self._connections = connections
         self._allow_private = allow_private
 
@@ -69,10 +78,10 @@ class Web:
         # Made when it is first used: reading the system's certificates takes its time.
         return httpx.AsyncClient(
             timeout=None,  # noqa: S113 - one time limit is set around the whole call
-            limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=30),
+            limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=self._idle),
             headers={"User-Agent": "sequencerd", "Accept-Encoding": "identity"},
             follow_redirects=False,
-            http2=True,  # where the server offers it
+            http2=self._http2,
         )
 
     async def post(
@@ -150,8 +159,8 @@ def _names_itself(host: str) -> bool:
 
 def _reason(error: BaseException) -> str:
     """What the system said, where the client says only that it has failed."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__ or error
+    while (below := error.__cause__ or error.__context__) and not isinstance(below, KeyError):
+        error = below  # h2's KeyErrors are how it looks up what it says above them
     return one_line(str(error)) or type(error).__name__
 
 

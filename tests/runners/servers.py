@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes, policy
 from email.message import EmailMessage
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -347,18 +348,20 @@ class Http2Server(HttpServer):
 async def http_server(
     respond: Respond, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[HttpServer]:
-    """An HTTP server; over TLS one for HTTP/2."""
+    """An HTTP server; over TLS it offers HTTP/2 as well."""
     made = HttpServer(respond) if tls is None else Http2Server(respond)
     if tls is not None:
-        tls.set_alpn_protocols(["h2"])
+        tls.set_alpn_protocols(["h2", "http/1.1"])
+    plain = partial(HttpServer.serve, made)
     connections: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         connections.add(task)
+        chosen = tls and writer.get_extra_info("ssl_object").selected_alpn_protocol()
         with suppress(asyncio.CancelledError):  # the test is over
-            await made.serve(reader, writer)
+            await (made.serve if chosen == "h2" else plain)(reader, writer)
 
     server = await asyncio.start_server(serve, HOST, 0, ssl=tls)
     made.port = server.sockets[0].getsockname()[1]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +25,12 @@ def tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
     return context
 
 
-async def call(server: HttpServer, count: int = 1, *, seconds: float = 60) -> list[Result]:
+async def call(
+    server: HttpServer, count: int = 1, *, host: str = "localhost", **options: Any
+) -> list[Result]:
     """The results of as many calls at the same time."""
-    made = HttpRunner(server.url, name="Crm", timeout=seconds, allow_private=True)
+    url = server.url.replace("localhost", host)
+    made = HttpRunner(url, name="Crm", **{"timeout": 60, "http2": True} | options)
     tasks = (task(id_) for id_ in range(count))
     results = await asyncio.gather(*(made.run(made.compile({}), [one]) for one in tasks))
     await made.close()
@@ -55,6 +59,27 @@ async def test_requests_share_a_connection(tls: ssl.SSLContext) -> None:
     assert "idempotency-key" in server.requests[0].headers
 
 
+async def test_it_is_spoken_only_if_asked_for(tls: ssl.SSLContext) -> None:
+    async def respond(request: Request) -> servers.Answer:
+        return answer(request)
+
+    async with http_server(respond, tls) as server:
+        await call(server)
+        await call(server, http2=False)
+    assert [":authority" in request.headers for request in server.requests] == [True, False]
+
+
+async def test_a_private_address_is_not_called(tls: ssl.SSLContext) -> None:
+    async def respond(request: Request) -> servers.Answer:
+        return answer(request)
+
+    async with http_server(respond, tls) as server:
+        (result,) = await call(server, host="127.1")
+    assert isinstance(result, Failed)
+    assert "127.1 has the private address 127.0.0.1" in result.message
+    assert server.connections == 0
+
+
 async def test_a_connection_cut_after_the_request_leaves_the_outcome_open(
     tls: ssl.SSLContext,
 ) -> None:
@@ -73,7 +98,7 @@ async def test_no_answer_in_time_leaves_the_outcome_open(tls: ssl.SSLContext) ->
         raise AssertionError
 
     async with http_server(respond, tls) as server:
-        (result,) = await call(server, seconds=1)
+        (result,) = await call(server, timeout=1)
     assert isinstance(result, Failed)
     assert result.unknown
     assert "no answer" in result.message

@@ -68,6 +68,8 @@ async def test_a_messaging_service_instead_of_a_sender() -> None:
     _, server = await send(SENT, config)
     form = parse_qs(server.requests[0].body.decode())
     assert form == {"To": ["+49151123456"], "Body": ["x"], "MessagingServiceSid": ["MG1"]}
+    _, server = await send(SENT, config | {"from": "Shop"})  # one of the service's senders
+    assert parse_qs(server.requests[0].body.decode()) == form | {"From": ["Shop"]}
 
 
 @pytest.mark.parametrize(
@@ -160,8 +162,7 @@ async def test_nothing_to_say() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"from": None}, "either from or messagingServiceSid"),
-        ({"messagingServiceSid": "MG1"}, "either from or messagingServiceSid"),
+        ({"from": None}, "from or messagingServiceSid"),
         ({"to": "0151"}, "to: "),
         ({"to": None}, "to"),
         ({"message": "{{#if"}, "message: "),

@@ -111,6 +111,19 @@ async def test_without_the_extension_each_command_waits_for_its_answer() -> None
         assert isinstance(await deliver(port), Answer)
 
 
+async def test_both_sides_may_have_much_to_say() -> None:
+    """A server that stops reading until its answers are read, as all do when buffers are full."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readline():
+            writer.write(b"250 " + b"x" * 4000 + b"\r\n")
+            await writer.drain()
+
+    async with asyncio.timeout(60), dialogue(talk) as made:
+        replies = await made.ask(*(f"RCPT TO:<{i:01000}@x.org>" for i in range(10_000)))
+    assert len(replies) == 10_000
+
+
 async def test_the_last_word_of_a_server_holds_for_all_commands() -> None:
     async with dialogue(saying(b"421 4.3.2 shutting down\r\n")) as made:
         assert await made.ask("MAIL", "RCPT", "RCPT") == [Reply(421, "4.3.2 shutting down")] * 3
