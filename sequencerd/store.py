@@ -120,6 +120,16 @@ async def first_wakes(connection: asyncpg.Connection) -> list[tuple[Place, datet
     return [((row["sequence"], row["step"]), row["wake_at"]) for row in rows]
 
 
+async def count_due(
+    connection: asyncpg.Connection, places: Iterable[Place], now: datetime, limit: int
+) -> list[tuple[str, str, int, int]]:
+    """Of some steps: the key, how many are due there, and overdue; up to a limit for each."""
+    wanted = list(places)
+    sequences, steps = [place[0] for place in wanted], [place[1] for place in wanted]
+    rows = await connection.fetch(QUERIES["count_due"], sequences, steps, now, limit)
+    return [tuple(row) for row in rows]
+
+
 async def claim(
     connection: asyncpg.Connection, place: Place, now: datetime, revision: int, limit: int
 ) -> list[Enrollment]:

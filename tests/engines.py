@@ -18,6 +18,7 @@ from sequencerd.daemon import daemon_name
 from sequencerd.engine import Engine
 from sequencerd.listener import listen
 from sequencerd.lookups import Lookups
+from sequencerd.metrics import Metrics
 from sequencerd.runners import Runner
 from sequencerd.settings import Engine as Settings
 from sequencerd.settings import LookupEndpoint
@@ -75,6 +76,7 @@ async def running_engine(
         settings=Settings(**settings),
         name=daemon_name(),
         log=log,
+        metrics=Metrics(),
     )
     ready = asyncio.Event()
 

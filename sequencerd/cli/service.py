@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sequencerd import daemon
-from sequencerd.cli.commands import Commands, apply_migrations, on_database
+from sequencerd.cli.commands import Commands, apply_migrations, on_database, read_settings
 from sequencerd.logs import make_log
 from sequencerd.settings import Settings
 
@@ -18,8 +18,8 @@ def add_to(commands: Commands) -> None:
     commands.add("migrate", on_database(_migrate), "make or update the schema", "migrate")
 
 
-async def _run(_: argparse.Namespace, settings: Settings, url: str) -> int:
-    await daemon.run(url, settings, make_log(settings.log))
+async def _run(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+    await daemon.run(url, settings, make_log(settings), lambda: read_settings(arguments))
     return 0
 
 
