@@ -185,7 +185,9 @@ class Engine:
             if await self._claim(place):
                 await self._claim_many(place)
         except PASSING_ERRORS as error:
-            self._log.warning("database error, work is done again", step=place, error=str(error))
+            self._log.warning(
+                "database error, work is done again", step=place, error=store.brief(error)
+            )
             self._push(place, self._clock.now() + timedelta(seconds=PAUSE))
         except Exception:
             # one step must not take the others down; the sweep comes back to it
@@ -232,14 +234,14 @@ class Engine:
             try:
                 await work()
             except PASSING_ERRORS as error:
-                self._log.warning("database error", error=str(error))
+                self._log.warning("database error", error=store.brief(error))
 
     async def _until_done(self, work: Callable[[], Awaitable[None]]) -> None:
         while not self._stopping:
             try:
                 await work()
             except PASSING_ERRORS as error:
-                self._log.warning("database error, tried again", error=str(error))
+                self._log.warning("database error, tried again", error=store.brief(error))
                 await asyncio.sleep(PAUSE)
             except Exception:
                 self._log.exception("internal error")  # the sweep comes back to it
@@ -361,7 +363,7 @@ class Engine:
         except PASSING_ERRORS:
             raise
         except POISON as error:
-            self._log.warning("batch is done one by one", step=place, error=str(error))
+            self._log.warning("batch is done one by one", step=place, error=store.brief(error))
             limit = 1
             count = await self._claim_batch(place, sequence.revision, limit, alone=True)
         if count == limit:
@@ -434,7 +436,7 @@ class Engine:
                 try:
                     await self._settle_all(batch)
                 except PASSING_ERRORS as error:
-                    self._log.warning("results wait for the database", error=str(error))
+                    self._log.warning("results wait for the database", error=store.brief(error))
                     await asyncio.sleep(PAUSE)
                     # what is not held any more was written, only the answer was lost
                     held = await self._writer.held(leased for leased, _ in batch)
@@ -448,7 +450,7 @@ class Engine:
         except PASSING_ERRORS:
             raise
         except POISON as error:
-            self._log.warning("results are written one by one", error=str(error))
+            self._log.warning("results are written one by one", error=store.brief(error))
             for one in batch:
                 await self._settle([one], alone=True)
 

@@ -30,6 +30,15 @@ PASSING_ERRORS = (
 POISON = (asyncpg.PostgresError, ValueError, OverflowError)
 """What a value that cannot be written raises."""
 
+
+def brief(error: BaseException) -> str:
+    """An error of the database for the log: without what it quotes from rows."""
+    name = type(error).__name__
+    if isinstance(error, PASSING_ERRORS):
+        return str(error).partition("\n")[0] or name
+    return f"{name} {getattr(error, 'sqlstate', '')}".rstrip()
+
+
 COMMAND_TIMEOUT = 60.0  # seconds: a connection that is silently dead must not hold us for ever
 
 Place = tuple[str, str]

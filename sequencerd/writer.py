@@ -150,14 +150,9 @@ class Writer:
         failure = decision if isinstance(decision, Fail) else None
         if failure:
             status = "failed"
-            self._log.warning(
-                "enrollment failed",
-                enrollment=at.id,
-                sequence=at.sequence,
-                step=at.step,
-                failure=failure.failure,
-                error=failure.message,
-            )
+            log = self._log.bind(enrollment=at.id, sequence=at.sequence, step=at.step)
+            log.warning("enrollment failed", failure=failure.failure)
+            log.debug("enrollment failed", error=failure.message)
         batch.events.extend(events)
         batch.rows.append(
             Row(
