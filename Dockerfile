@@ -9,9 +9,8 @@ COPY sequencerd ./sequencerd
 COPY sql ./sql
 COPY examples ./examples
 COPY systemd ./systemd
-RUN python -m venv /opt/sequencerd
-RUN /opt/sequencerd/bin/pip install --quiet --no-cache-dir --no-index --find-links wheels ".[uvloop]"
-RUN /opt/sequencerd/bin/pip uninstall --quiet --yes pip
+RUN python -m venv --without-pip /opt/sequencerd
+RUN pip --python /opt/sequencerd/bin/python install --quiet --no-cache-dir --no-index --find-links wheels ".[uvloop]"
 
 FROM python:3.13-slim
 COPY --from=build /opt/sequencerd /opt/sequencerd
