@@ -132,7 +132,9 @@ class Writer:
                     else:
                         at = leased
                         task = Task(at.key, view)
-                        self._lease(batch, Leased(at, step, self.lanes[step.type], effect.program, task))
+                        self._lease(
+                            batch, Leased(at, step, self.lanes[step.type], effect.program, task)
+                        )
                         wake_at = now + self._lease_time
             case LookUp(step, lookup):
                 key = ("lookup", lookup)
