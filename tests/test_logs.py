@@ -63,6 +63,18 @@ async def test_json_where_nobody_watches() -> None:
     assert lines[3]["logger"] == "asyncio"
 
 
+async def test_a_secret_is_hidden_however_it_comes_to_a_line() -> None:
+    lines = await said(
+        "-c",
+        LINES + "log.error(os.environ['SAID'], parts=['whole', os.environ['SEQUENCERD_DATABASE']])",
+        SEQUENCERD_DATABASE="postgresql://app:p%40ss%22word@db/app",
+        SEQUENCERD_SMS_AUTH_TOKEN='Bearer to"ken',
+        SAID='p@ss"word and p%40ss%22word and to"ken',
+    )
+    last = json.loads(lines.splitlines()[-1])
+    assert (last["event"], last["parts"]) == ("*** and *** and ***", ["whole", "***"])
+
+
 async def test_priorities_for_journald() -> None:
     here, there = socket.socketpair()
     with here, there:
