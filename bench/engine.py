@@ -34,6 +34,7 @@ from sequencerd.daemon import daemon_name, tune_collector
 from sequencerd.engine import Engine
 from sequencerd.listener import listen
 from sequencerd.lookups import Lookups
+from sequencerd.metrics import Metrics
 from sequencerd.runners.python import PythonRunner, runner
 from sequencerd.settings import Engine as Settings
 
@@ -100,6 +101,7 @@ async def engine(url: str) -> AsyncIterator[None]:
         settings=Settings(batch=BATCH),
         name=daemon_name(),
         log=log,
+        metrics=Metrics(),
     )
     ready = asyncio.Event()
 

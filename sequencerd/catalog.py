@@ -50,8 +50,27 @@ class Catalog:
                 await self._load(connection, changed)
             return bool(changed)
 
-    async def _load(self, connection: asyncpg.Connection, names: Sequence[str]) -> None:
+    async def use(self, runners: Runners, swap: Callable[[], object]) -> None:
+        """Reads all definitions anew, for other runners. `swap` is called in the same turn of the
+        loop, so that nobody finds a definition without its runner.
+        """
+
+        def begin() -> None:
+            self._runners = runners
+            self.sequences.clear()
+            swap()
+
+        async with self._loading, self._pool.acquire() as connection:
+            await self._load(connection, list(await store.revisions(connection)), begin)
+
+    async def _load(
+        self,
+        connection: asyncpg.Connection,
+        names: Sequence[str],
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
         sequence_rows, step_rows = await store.definitions(connection, names)
+        begin()
         found: dict[Place, str | None] = {}
         for row in sequence_rows:
             steps = [step for step in step_rows if step["sequence"] == row["name"]]

@@ -37,6 +37,10 @@ class Clock:
         """How long until then; negative when it is past."""
         return (at - self.now()).total_seconds()
 
+    def ahead(self) -> timedelta:
+        """How far the database's clock is ahead of this machine's wall clock."""
+        return self._corrected() - datetime.now(UTC)
+
     def measured(self, server_time: datetime) -> timedelta:
         """Takes over the time that a query answered just now. Returns by how much it was off.
 

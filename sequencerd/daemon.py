@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn
 from uuid import uuid4
@@ -22,8 +22,11 @@ from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
 from sequencerd.engine import Engine
 from sequencerd.errors import DatabaseError, SettingsError
+from sequencerd.health import Health
 from sequencerd.listener import listen
+from sequencerd.logs import make_log
 from sequencerd.lookups import Lookups
+from sequencerd.metrics import Metrics
 from sequencerd.runners import NotNow, Runner
 from sequencerd.runners.email import EmailRunner
 from sequencerd.runners.http import HttpRunner
@@ -31,10 +34,14 @@ from sequencerd.runners.python import load
 from sequencerd.runners.sms import HttpSmsRunner, SmsConfig, TwilioRunner
 from sequencerd.runners.suppressions import Key, Suppressions
 from sequencerd.settings import Settings, Sms
-from sequencerd.systemd import notify
+from sequencerd.systemd import notify, notify_reloading
+from sequencerd.web import make_app, serving
 
 CONNECT_TIMEOUT = 10.0  # seconds
 CLOSE_TIMEOUT = 5.0
+
+FIXED = ("database", "engine", "http")
+"""Sections of the settings that hold as long as the process runs."""
 
 
 def make_runners(settings: Settings, suppressions: Suppressions | None = None) -> dict[str, Runner]:
@@ -168,8 +175,51 @@ def daemon_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
 
 
-async def run(url: str, settings: Settings, log: FilteringBoundLogger) -> None:
-    """Runs until SIGTERM or SIGINT. Raises SequencerdError if it can't begin."""
+class Parts:
+    """What can be replaced while the daemon runs: runners and lookups, and the settings of both."""
+
+    def __init__(self, settings: Settings, runners: dict[str, Runner], pool: asyncpg.Pool) -> None:
+        self.settings = settings
+        self.runners = runners
+        self.lookups = Lookups(pool, settings.lookups)
+        self._pool = pool
+
+    def renewed(self, new: Settings, suppressions: Suppressions) -> Parts:
+        """The parts for other settings; what they leave as it is, is kept. Raises SettingsError."""
+        old = self.settings
+        runners = make_runners(new, suppressions)
+        sections = {"Email": (old.email, new.email), "SMS": (old.sms, new.sms)} | {
+            name: (old.runners.get(name), new.runners.get(name))
+            for name in old.runners.keys() | new.runners.keys()
+        }
+        for type_, runner in self.runners.items():
+            before, after = sections.get(type_, (None, None))  # installed ones have none
+            if before == after and type_ in runners:
+                runners[type_] = runner
+        try:
+            parts = Parts(new, runners, self._pool)
+        except ValueError as error:
+            raise SettingsError(f"wrong setting: {error}") from error
+        if old.lookups == new.lookups:
+            parts.lookups = self.lookups
+        return parts
+
+    async def close(self, but: Parts | None = None) -> None:
+        """Closes what is not used by other parts."""
+        kept = [] if but is None else list(but.runners.values())
+        for runner in self.runners.values():
+            if runner not in kept:
+                await runner.close()
+        if but is None or but.lookups is not self.lookups:
+            await self.lookups.close()
+
+
+async def run(
+    url: str, settings: Settings, log: FilteringBoundLogger, read: Callable[[], Settings]
+) -> None:
+    """Runs until SIGTERM or SIGINT; on SIGHUP, `read` gives the settings anew. Raises
+    SequencerdError if it can't begin.
+    """
 
     async def suppressed(keys: list[Key]) -> set[Key]:
         try:
@@ -178,50 +228,124 @@ async def run(url: str, settings: Settings, log: FilteringBoundLogger) -> None:
         except store.PASSING_ERRORS as error:
             raise NotNow(f"the suppressions can't be read: {error}") from error
 
-    runners = make_runners(settings, Suppressions(suppressed))
+    suppressions = Suppressions(suppressed)
+    runners = make_runners(settings, suppressions)
     tune_collector()
+    told_to_reload, told_to_stop = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, told_to_reload.set)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told_to_stop.set)
     connection = await connect(url)
     try:
         await migrate.check(connection)
     finally:
         await connection.close()
     async with _pool(url, settings.database.connections) as pool:
-        name = daemon_name()
-        lookups = Lookups(pool, settings.lookups)
-        engine = Engine(
+        daemon = _Daemon(pool, Parts(settings, runners, pool), suppressions, log, read)
+        try:
+            async with serving(daemon.app, settings.http.listen):
+                await daemon.run(url, told_to_reload, told_to_stop)
+        finally:
+            await daemon.parts.close()
+    log.info("stopped", daemon=daemon.name)
+
+
+class _Daemon:
+    """The engine and what goes on beside it."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        parts: Parts,
+        suppressions: Suppressions,
+        log: FilteringBoundLogger,
+        read: Callable[[], Settings],
+    ) -> None:
+        settings = parts.settings.engine
+        self.name = daemon_name()
+        self.parts = parts
+        self._suppressions = suppressions
+        self._log = log
+        self._read = read
+        self._metrics = Metrics()
+        self._health = Health(self._metrics, self._status, sweep=settings.sweep)
+        self._engine = Engine(
             pool,
-            runners,
-            lookups.get,
+            parts.runners,
+            parts.lookups.get,
             clock=Clock(),
-            settings=settings.engine,
-            name=name,
+            settings=settings,
+            name=self.name,
             log=log,
-            turned=lambda: notify("WATCHDOG=1"),
+            metrics=self._metrics,
+            turned=self._health.turned,
+        )
+        self.app = make_app(
+            self._health.why_not_alive, self._health.why_not_ready, self._metrics.registry
         )
 
-        async def connected() -> None:
-            await engine.sweep()
-            log.info("ready", daemon=name, sequences=len(engine.catalog.sequences))
+    async def run(self, url: str, reload: asyncio.Event, stop: asyncio.Event) -> None:
+        """Works until it is told to stop."""
+        engine = self._engine
+        # whatever dies takes the process down: it is started again, and leases run out
+        async with asyncio.TaskGroup() as group:
+            helpers = [
+                group.create_task(work)
+                for work in (
+                    listen(url, engine.receive, self._connected, self._log, self._health.heard),
+                    self._reload_whenever(reload, group),
+                    self._stop_when(stop),
+                )
+            ]
+            await engine.run()
+            for helper in helpers:
+                helper.cancel()
+
+    async def _connected(self) -> None:
+        await self._engine.sweep()
+        self._log.info("ready", daemon=self.name, sequences=len(self._engine.catalog.sequences))
+        notify("READY=1", f"STATUS={self._status()}")
+
+    def _status(self) -> str:
+        return (
+            f"{len(self._engine.catalog.sequences):,} sequences, "
+            f"{self._metrics.places:,} active steps, {self._metrics.overdue:,} overdue; "
+            f"in flight {self._engine.in_flight:,}"
+        )
+
+    async def _stop_when(self, told: asyncio.Event) -> None:
+        await told.wait()
+        notify("STOPPING=1")
+        self._health.stopping = True
+        self._engine.stop()
+
+    async def _reload_whenever(self, told: asyncio.Event, group: asyncio.TaskGroup) -> None:
+        while await told.wait():
+            told.clear()
+            notify_reloading()
+            try:
+                new = self.parts.renewed(self._reread(), self._suppressions)
+            except SettingsError as error:
+                self._log.error("wrong settings, the old ones stay", error=str(error))
+            else:
+                make_log(new.settings)
+                drained = await self._engine.use(new.runners, new.lookups.get)
+                group.create_task(self._close_when(drained, self.parts, new))
+                self.parts = new
+                self._log.info("settings are taken over")
             notify("READY=1")
 
-        def stop() -> None:
-            notify("STOPPING=1")
-            engine.stop()
+    def _reread(self) -> Settings:
+        """The settings anew; what can't be changed now stays as it is. Raises SettingsError."""
+        old, new = self.parts.settings, self._read()
+        if fixed := old.differences(new, *FIXED):
+            self._log.warning("settings take a restart to change", settings=fixed)
+        return new.model_copy(update={name: getattr(old, name) for name in FIXED})
 
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
-        try:
-            # whatever dies takes the process down: it is started again, and leases run out
-            async with asyncio.TaskGroup() as group:
-                listener = group.create_task(listen(url, engine.receive, connected, log))
-                await engine.run()
-                listener.cancel()
-        finally:
-            for runner in runners.values():
-                await runner.close()
-            await lookups.close()
-    log.info("stopped", daemon=name)
+    async def _close_when(self, drained: Awaitable[object], old: Parts, new: Parts) -> None:
+        await drained
+        await old.close(but=new)
 
 
 @asynccontextmanager

@@ -36,6 +36,7 @@ from sequencerd.core.model import (
 from sequencerd.definitions import Runners
 from sequencerd.lanes import Lane, Leased, Work
 from sequencerd.listener import Changed, Due, Look, Message
+from sequencerd.metrics import Metrics
 from sequencerd.settings import Engine as Settings
 from sequencerd.store import PASSING_ERRORS, POISON, Place
 from sequencerd.writer import PAUSE, Batch, Writer, failed, late, of_lookup
@@ -44,7 +45,8 @@ WRITERS = 3  # one computes while the others wait for the database
 CLAIMERS = 2  # of a step with much to do, for the same reason
 BEHIND = 20  # batches of results that may wait to be written
 HOLD = 1.0  # seconds for which they wait where many others are late to begin
-MAX_SLEEP = 10.0  # seconds: the watchdog wants to see that the loop turns
+MAX_SLEEP = 1.0  # seconds: the watchdog wants to see that the loop turns
+MAX_DUE = 10_000  # so many are counted at each step that is due
 LOCKED_PAUSE = 0.2  # seconds until a row that somebody else has locked is tried again
 
 
@@ -61,6 +63,7 @@ class Engine:
         settings: Settings,
         name: str,
         log: FilteringBoundLogger,
+        metrics: Metrics,
         turned: Callable[[], None] = lambda: None,
     ) -> None:
         """`turned` is called in every turn of the loop, at least each MAX_SLEEP seconds."""
@@ -68,6 +71,7 @@ class Engine:
         self._clock = clock
         self._settings = settings
         self._log = log
+        self._metrics = metrics
         self._turned = turned
         self._heap: Heap[Place] = Heap()
         self.catalog = Catalog(pool, runners, self._start_retiming, clock=clock, log=log)
@@ -81,6 +85,7 @@ class Engine:
             settings=settings,
             name=name,
             log=log,
+            metrics=metrics,
         )
         self._finished: list[tuple[Leased, Result]] = []
         self._has_finished = asyncio.Event()
@@ -115,6 +120,32 @@ class Engine:
         """Claims nothing more; `run` returns when what is in flight is written."""
         self._stopping = self._writer.stopping = True
         self._wake.set()
+
+    @property
+    def in_flight(self) -> int:
+        """How many enrollments are leased to this daemon."""
+        return len(self._writer.leased)
+
+    async def use(self, runners: Runners, lookups: Callable[[str], Work]) -> Awaitable[object]:
+        """Takes over other runners and lookups. What is in flight ends with those that it began
+        with: wait for what this returns before they are closed.
+        """
+        replaced: set[Lane] = set()
+
+        async def take_over() -> None:
+            await self.catalog.use(
+                runners, lambda: replaced.update(self._writer.use(runners, lookups))
+            )
+            await self.rebuild()
+
+        await self._until_done(take_over)
+
+        async def drained() -> None:
+            for lane in replaced:
+                await lane.drained()
+            self._writer.retired -= replaced
+
+        return drained()
 
     def receive(self, message: Message) -> None:
         """What the listener hears."""
@@ -154,7 +185,9 @@ class Engine:
             if await self._claim(place):
                 await self._claim_many(place)
         except PASSING_ERRORS as error:
-            self._log.warning("database error, work is done again", step=place, error=str(error))
+            self._log.warning(
+                "database error, work is done again", step=place, error=store.brief(error)
+            )
             self._push(place, self._clock.now() + timedelta(seconds=PAUSE))
         except Exception:
             # one step must not take the others down; the sweep comes back to it
@@ -201,14 +234,14 @@ class Engine:
             try:
                 await work()
             except PASSING_ERRORS as error:
-                self._log.warning("database error", error=str(error))
+                self._log.warning("database error", error=store.brief(error))
 
     async def _until_done(self, work: Callable[[], Awaitable[None]]) -> None:
         while not self._stopping:
             try:
                 await work()
             except PASSING_ERRORS as error:
-                self._log.warning("database error, tried again", error=str(error))
+                self._log.warning("database error, tried again", error=store.brief(error))
                 await asyncio.sleep(PAUSE)
             except Exception:
                 self._log.exception("internal error")  # the sweep comes back to it
@@ -225,7 +258,8 @@ class Engine:
             _, late = await asyncio.wait(self._background, timeout=timeout)
             for work in late:
                 work.cancel()
-        await asyncio.gather(*(lane.stop(timeout) for lane in self._writer.lanes.values()))
+        lanes = {*self._writer.lanes.values(), *self._writer.retired}
+        await asyncio.gather(*(lane.stop(timeout) for lane in lanes))
         with suppress(TimeoutError):  # the leases run out if the database is away
             async with asyncio.timeout(timeout + PAUSE):
                 while self._writer.leased:
@@ -245,14 +279,25 @@ class Engine:
                 await store.add_event_partitions(connection)
                 self._partitions_made = today
         await self.reload()
-        await self.rebuild()
+        wakes = await self.rebuild()
+        now = self._clock.now()
+        paused = {name for name, known in self.catalog.sequences.items() if known.paused}
+        due = {place: at for place, at in wakes if at <= now and place[0] not in paused}
+        counts = []
+        if due:
+            async with self._pool.acquire() as connection:
+                counts = await store.count_due(connection, due, now, MAX_DUE)
+        oldest = min(due.values(), default=None)
+        self._metrics.clock_offset.set(self._clock.ahead().total_seconds())
+        self._metrics.swept(self._clock.now, len(wakes), oldest, counts)
 
-    async def rebuild(self) -> None:
+    async def rebuild(self) -> list[tuple[Place, datetime]]:
         """Fills the heap from the index. Entries that are too early cost one empty claim."""
         async with self._pool.acquire() as connection:
             wakes = await store.first_wakes(connection)
         for place, at in wakes:
             self._push(place, at)
+        return wakes
 
     async def reload(self) -> None:
         """Reads the definitions that have changed, and looks at those whom it concerns."""
@@ -318,7 +363,7 @@ class Engine:
         except PASSING_ERRORS:
             raise
         except POISON as error:
-            self._log.warning("batch is done one by one", step=place, error=str(error))
+            self._log.warning("batch is done one by one", step=place, error=store.brief(error))
             limit = 1
             count = await self._claim_batch(place, sequence.revision, limit, alone=True)
         if count == limit:
@@ -334,6 +379,7 @@ class Engine:
         batch = Batch()
         async with self._writer.writing(batch) as connection:
             claimed = await store.claim(connection, place, now, revision, limit)
+            self._metrics.claimed(place, claimed, now)
             for enrollment in claimed:
                 self._writer.add(batch, enrollment, self._advance(enrollment, now), now)
             await self._writer.write(connection, batch, claimed, now, alone=alone)
@@ -358,7 +404,7 @@ class Engine:
         """From the lanes: side effects have ended."""
         self._finished.extend(results)
         self._has_finished.set()
-        self._call_waiting(self._writer.lanes[results[0][0].lane])
+        self._call_waiting(results[0][0].lane)
 
     @property
     def _is_behind(self) -> bool:
@@ -390,7 +436,7 @@ class Engine:
                 try:
                     await self._settle_all(batch)
                 except PASSING_ERRORS as error:
-                    self._log.warning("results wait for the database", error=str(error))
+                    self._log.warning("results wait for the database", error=store.brief(error))
                     await asyncio.sleep(PAUSE)
                     # what is not held any more was written, only the answer was lost
                     held = await self._writer.held(leased for leased, _ in batch)
@@ -404,7 +450,7 @@ class Engine:
         except PASSING_ERRORS:
             raise
         except POISON as error:
-            self._log.warning("results are written one by one", error=str(error))
+            self._log.warning("results are written one by one", error=store.brief(error))
             for one in batch:
                 await self._settle([one], alone=True)
 
@@ -422,14 +468,14 @@ class Engine:
             for leased, result in results:
                 if enrollment := ours.get(leased.fence):
                     before.append(enrollment)
-                    found = of_lookup(result) if isinstance(leased.lane, tuple) else result
+                    found = of_lookup(result) if leased.lane.is_lookup else result
                     advanced = self._advance(enrollment, now, found)
                     self._writer.add(batch, enrollment, advanced, now)
                 elif leased.enrollment.id in exist:
                     waiting.append((leased, result))
                 elif leased.enrollment.id not in locked:
                     self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
-                elif isinstance(leased.lane, str):
+                elif not leased.lane.is_lookup:
                     batch.events.append(late(leased.enrollment, result, now))
             await self._writer.write(connection, batch, before, now, alone=alone)
         wait = {leased.fence for leased, _ in waiting}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from sequencerd.core.model import Enrollment, Failed, Fence, Result, Step, Task
+from sequencerd.metrics import Metrics
 from sequencerd.runners import NotNow
 from sequencerd.store import Place
 
@@ -39,7 +41,7 @@ class Leased(NamedTuple):
 
     enrollment: Enrollment
     step: Step
-    lane: LaneKey
+    lane: Lane
     program: object
     task: Task
 
@@ -59,10 +61,13 @@ class Lane:
     and no more: what nobody works on is left to other daemons.
     """
 
-    def __init__(self, runner: Work, report: Report) -> None:
+    def __init__(self, key: LaneKey, runner: Work, report: Report, metrics: Metrics) -> None:
+        self.is_lookup = isinstance(key, tuple)
+        self.runner = runner
         self.waiting: set[Place] = set()  # steps whose enrollments found no room
-        self._runner = runner
+        self._kind = "lookup" if isinstance(key, tuple) else key
         self._report = report
+        self._metrics = metrics
         self._capacity = 2 * runner.concurrency * runner.batch_size
         self._taken = 0
         self._turn = asyncio.Semaphore(runner.concurrency)
@@ -85,13 +90,19 @@ class Lane:
 
     def start(self, leased: Sequence[Leased]) -> None:
         """Executes side effects of one step, in batches of the runner's size."""
-        size = self._runner.batch_size
+        self._metrics.begun(self._kind, len(leased))
+        size = self.runner.batch_size
         for first in range(0, len(leased), size):
             batch = leased[first : first + size]
             task = asyncio.create_task(self._execute(batch))
             self._queued.add(task)
             task.add_done_callback(self._queued.discard)
             task.add_done_callback(self._running.discard)
+
+    async def drained(self) -> None:
+        """Returns when nothing is taken on any more."""
+        while self._taken:  # noqa: ASYNC110 - rare, and each lease would pay for an event
+            await asyncio.sleep(0.1)
 
     async def stop(self, seconds: float) -> None:
         """Gives back what has not begun, waits for the rest, and interrupts what takes longer."""
@@ -107,8 +118,9 @@ class Lane:
                 await asyncio.wait(late)
 
     async def _execute(self, batch: Sequence[Leased]) -> None:
-        results: Iterable[Result]
+        results: Sequence[Result]
         interrupted = NOT_BEGUN
+        begun: float | None = None
         try:
             async with self._turn:
                 task = asyncio.current_task()
@@ -116,19 +128,22 @@ class Lane:
                 self._queued.discard(task)
                 self._running.add(task)
                 interrupted = INTERRUPTED
+                begun = time.monotonic()
                 results = await self._run(batch)
         except asyncio.CancelledError:
             results = [interrupted] * len(batch)
         self._taken -= len(batch)
+        seconds = None if begun is None else time.monotonic() - begun
+        self._metrics.ended(self._kind, results, seconds)
         self._report(list(zip(batch, results, strict=True)))
 
     async def _run(self, batch: Sequence[Leased]) -> Sequence[Result]:
         """One call of the runner. What it does wrong is a failure of the batch, never of ours."""
-        timeout = self._runner.timeout
+        timeout = self.runner.timeout
         tasks = [leased.task for leased in batch]
         try:
             async with asyncio.timeout(timeout):
-                results = await self._runner.run(batch[0].program, tasks)
+                results = await self.runner.run(batch[0].program, tasks)
         except TimeoutError:
             return [Failed(f"no answer within {timeout:g} seconds", unknown=True)] * len(batch)
         except NotNow as error:

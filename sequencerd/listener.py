@@ -63,10 +63,12 @@ async def listen(
     receive: Callable[[Message], None],
     connected: Callable[[], Awaitable[None]],
     log: FilteringBoundLogger,
+    heard: Callable[[bool], None] = lambda _: None,
     **options: Any,
 ) -> None:
     """Listens for ever. `connected` is awaited after each LISTEN: what was missed before it, is
-    found by looking. Comes back after whatever happens to the connection or the server.
+    found by looking. Comes back after whatever happens to the connection or the server. `heard` is
+    told True with each LISTEN and probe that was answered, and False when the connection is lost.
     """
     pause = 0.0
     while True:
@@ -85,17 +87,19 @@ async def listen(
         try:
             await connection.add_listener(CHANNEL, _receiver(receive, log))
             await connected()
+            heard(True)
             pause = 0.0
-            await _probe(connection)
+            await _probe(connection, heard)
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
             log.warning("listener lost its connection", error=str(error) or type(error).__name__)
         finally:
+            heard(False)
             connection.terminate()
         pause = min(max(pause * 2, 0.1), LONGEST_PAUSE)
         await asyncio.sleep(pause)
 
 
-async def _probe(connection: asyncpg.Connection) -> None:
+async def _probe(connection: asyncpg.Connection, heard: Callable[[bool], None]) -> None:
     """Asks now and then, as a quiet connection and a dead one look the same."""
     closed = asyncio.Event()
     connection.add_termination_listener(lambda _: closed.set())
@@ -104,6 +108,7 @@ async def _probe(connection: asyncpg.Connection) -> None:
             async with asyncio.timeout(PROBE_INTERVAL):
                 await closed.wait()
         await connection.fetchval("SELECT 1", timeout=PROBE_TIMEOUT)
+        heard(True)
 
 
 def _receiver(
@@ -113,6 +118,7 @@ def _receiver(
         try:
             receive(parse(str(payload)))
         except ValueError as error:
-            log.warning("notification not understood", payload=str(payload)[:200], hint=str(error))
+            log.warning("notification not understood", length=len(str(payload)), hint=str(error))
+            log.debug("notification not understood", payload=str(payload)[:200])
 
     return on_notify

@@ -1,34 +1,96 @@
-"""Logs by structlog, on standard error: JSON for a machine, columns for a terminal."""
+"""Logs by structlog, on standard error: JSON for a machine, columns for a terminal.
+
+From "info" on, a line names enrollments, sequences and steps, and no person: data, addresses and
+what servers answered is in the history, and here at "debug". No line holds a setting's secret.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from collections.abc import Iterable, Iterator
+from urllib.parse import unquote, urlsplit
 
 import structlog
-from structlog.typing import FilteringBoundLogger, Processor
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
-from sequencerd.settings import Log
+from sequencerd.settings import Settings
+from sequencerd.systemd import is_journal
+
+SHORTEST_SECRET = 4  # characters; what is shorter would blacken every line
+
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 
-def make_log(settings: Log) -> FilteringBoundLogger:
-    """The logger that everything is given."""
-    as_text = settings.format == "text" or (settings.format == "auto" and sys.stderr.isatty())
-    last: list[Processor] = (
-        [structlog.dev.ConsoleRenderer()]
-        if as_text
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    )
+def make_log(settings: Settings) -> FilteringBoundLogger:
+    """The logger that everything is given. Called again, it changes all that were made before."""
+    form = settings.log.format
+    is_terminal = sys.stderr.isatty()
+    render: Processor
+    if form == "text" or (form == "auto" and is_terminal):
+        # not rich's tracebacks: they show what the variables hold
+        plain = structlog.dev.plain_traceback
+        render = structlog.dev.ConsoleRenderer(colors=is_terminal, exception_formatter=plain)
+    else:
+        render = structlog.processors.JSONRenderer(default=str)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *last,
+            *([] if isinstance(render, structlog.dev.ConsoleRenderer) else [_format_exception]),
+            _finish(render, sorted(set(_parts(settings.secrets())), key=len, reverse=True)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(
-            logging.getLevelNamesMapping()[settings.level.upper()]
+            logging.getLevelNamesMapping()[settings.log.level.upper()]
         ),
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )
     log: FilteringBoundLogger = structlog.get_logger()
+    # what libraries say by way of logging: in the same form, if it is a warning
+    logging.basicConfig(handlers=[_Forward()], level=logging.WARNING)
     return log
+
+
+_format_exception = structlog.processors.format_exc_info
+
+
+def _finish(render: Processor, secrets: Iterable[str]) -> Processor:
+    """The last word: renders a line, without secrets, for journald with its priority."""
+    in_journal = is_journal()
+
+    def finish(logger: WrappedLogger, method: str, event: EventDict) -> str:
+        priority = _PRIORITIES[event["level"]]
+        line = str(render(logger, method, event))
+        for secret in secrets:
+            line = line.replace(secret, "***")
+        return f"<{priority}>{line}" if in_journal else line
+
+    return finish
+
+
+def _parts(secrets: Iterable[str]) -> Iterator[str]:
+    """Secrets and their parts that are secret by themselves, in every way that a line has them."""
+    for secret in secrets:
+        parts = {secret, *secret.split(), *_passwords(secret)}
+        for part in parts:
+            if len(part) >= SHORTEST_SECRET and part not in ("Bearer", "Basic"):
+                yield part
+                yield json.dumps(part)[1:-1]
+
+
+def _passwords(url: str) -> Iterator[str]:
+    try:
+        password = urlsplit(url).password
+    except ValueError:
+        return
+    if password:
+        yield password
+        yield unquote(password)
+
+
+class _Forward(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger().log(
+            record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info
+        )

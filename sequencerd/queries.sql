@@ -38,6 +38,20 @@ WITH RECURSIVE place AS (
 )
 SELECT sequence, step, wake_at FROM place WHERE wake_at < 'infinity';
 
+-- name: count_due
+-- How many are due at steps, and for more than a minute. The limit holds for each step, so that a
+-- backlog of millions is not counted through.
+SELECT p.sequence, p.step, d.due, d.overdue
+  FROM unnest($1::text[], $2::text[]) AS p (sequence, step)
+ CROSS JOIN LATERAL (
+    SELECT count(*) AS due,
+           count(*) FILTER (WHERE wake_at < $3::timestamptz - interval '1 minute') AS overdue
+      FROM (SELECT e.wake_at FROM sequencer.enrollments AS e
+             WHERE e.sequence = p.sequence AND e.step = p.step AND e.status = 'active'
+               AND e.wake_at <= $3
+             ORDER BY e.wake_at LIMIT $4) AS first) AS d
+ WHERE d.due > 0;
+
 -- name: claim
 -- Due enrollments of one step, the oldest first; none if the definition is not the one known.
 SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,

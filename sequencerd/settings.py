@@ -2,19 +2,29 @@
 
 `SEQUENCERD_CONFIG` names the file (default: /etc/sequencerd/sequencerd.toml where it exists). Every
 setting of a section can be set as `SEQUENCERD_<SECTION>_<KEY>`, which overrides the file; a secret
-can be read from a file named by `SEQUENCERD_<SECTION>_<KEY>_FILE`. Short: `SEQUENCERD_DATABASE` is
-the database's URL, `SEQUENCERD_SMTP_URL` that of the mail server.
+can be read from a file named by `SEQUENCERD_<SECTION>_<KEY>_FILE`, or in TOML written as
+`{file = "NAME"}`. Short: `SEQUENCERD_DATABASE` is the database's URL, `SEQUENCERD_SMTP_URL` that of
+the mail server.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+)
 
 from sequencerd.core.config import describe
 from sequencerd.core.model import RetryPolicy
@@ -27,6 +37,30 @@ _SHORT = {"DATABASE": ("database", "url"), "SMTP_URL": ("email", "url")}
 _NO_SETTING = {"CONFIG"}
 
 
+def _read_secret(value: object, info: ValidationInfo) -> object:
+    """A secret as it is, or `{file = "NAME"}`."""
+    if not isinstance(value, dict):
+        return value
+    if set(value) != {"file"} or not isinstance(value["file"], str):
+        raise ValueError('write the secret, or {file = "NAME"}')
+    return _contents(value["file"], (info.context or {}).get("folder"))
+
+
+def _contents(name: str, folder: str | None) -> str:
+    """A file's text without the line end. A relative name is one of systemd's credentials."""
+    if not Path(name).is_absolute() and folder is None:
+        raise ValueError(
+            f"{name!r} is no absolute path, and there is no $CREDENTIALS_DIRECTORY to find it in"
+        )
+    try:
+        return Path(folder or "/", name).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from error
+
+
+Secret = Annotated[SecretStr, BeforeValidator(_read_secret)]
+
+
 class Section(BaseModel):
     """Unknown keys are errors: a misspelt setting must not be silently without effect."""
 
@@ -36,7 +70,7 @@ class Section(BaseModel):
 class Database(Section):
     """Where the tables are. Without a URL, an embedded PostgreSQL in the user's data folder."""
 
-    url: SecretStr | None = None
+    url: Secret | None = None
     connections: int = Field(default=5, ge=2, le=100)
 
 
@@ -65,7 +99,7 @@ class Retrying(Section):
 class Email(Retrying):
     """The mail server: smtp://user:password@host:587, smtps://... for TLS from the start."""
 
-    url: SecretStr | None = None
+    url: Secret | None = None
     concurrency: int = Field(default=10, ge=1, le=1000)
     timeout: float = Field(default=30.0, gt=0, le=600)
     per_second: float | None = Field(default=None, gt=0)
@@ -77,11 +111,11 @@ class Sms(Retrying):
 
     provider: Literal["twilio", "http"] = "twilio"
     account_sid: str | None = None
-    auth_token: SecretStr | None = None
+    auth_token: Secret | None = None
     base_url: str = "https://api.twilio.com"
     url: str | None = Field(default=None, pattern=r"^https?://")
     body: str | None = None
-    headers: dict[str, SecretStr] = {}
+    headers: dict[str, Secret] = {}
     allow_private: bool = False
     concurrency: int = Field(default=10, ge=1, le=1000)
     timeout: float = Field(default=30.0, gt=0, le=600)
@@ -96,10 +130,10 @@ class HttpEndpoint(Retrying):
     batch_size: int = Field(default=100, ge=1, le=1000)
     concurrency: int = Field(default=4, ge=1, le=1000)
     per_second: float | None = Field(default=None, gt=0)
-    secret: SecretStr | None = None
+    secret: Secret | None = None
     allow_private: bool = False
     http2: bool = False
-    headers: dict[str, SecretStr] = {}
+    headers: dict[str, Secret] = {}
 
 
 class LookupEndpoint(Section):
@@ -110,7 +144,26 @@ class LookupEndpoint(Section):
     batch_size: int = Field(default=1000, ge=1, le=10_000)
     concurrency: int = Field(default=2, ge=1, le=100)
     allow_private: bool = False
-    headers: dict[str, SecretStr] = {}
+    headers: dict[str, Secret] = {}
+
+
+def _check_address(text: str) -> str:
+    split_address(text)
+    return text
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """The host and port of "127.0.0.1:9187", "[::1]:9187" or "9187", which is loopback's."""
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) < 65536) or text.startswith(":"):
+        raise ValueError('write a host and a port, such as "127.0.0.1:9187"')
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+class Http(Section):
+    """The listener for health checks and metrics; none without an address."""
+
+    listen: Annotated[str, AfterValidator(_check_address)] | None = None
 
 
 class Log(Section):
@@ -129,13 +182,39 @@ class Settings(Section):
     sms: Sms = Sms()
     runners: dict[str, HttpEndpoint] = {}
     lookups: dict[str, LookupEndpoint] = {}
+    http: Http = Http()
     log: Log = Log()
+
+    def secrets(self) -> list[str]:
+        """The values of all secrets, which nobody may see."""
+        return list(_secrets(self))
+
+    def differences(self, other: Settings, *sections: str) -> list[str]:
+        """Which settings of some sections are others there, such as "engine.batch"."""
+        return [
+            f"{name}.{key}"
+            for name in sections
+            for key, value in getattr(self, name)
+            if value != getattr(getattr(other, name), key)
+        ]
+
+
+def _secrets(value: object) -> Iterator[str]:
+    if isinstance(value, SecretStr):
+        yield value.get_secret_value()
+    elif isinstance(value, BaseModel):
+        for _, part in value:
+            yield from _secrets(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _secrets(part)
 
 
 def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
     """Reads the file and the environment. Raises SettingsError with one line."""
     if file is None and (named := environment.get(f"{_PREFIX}CONFIG")):
         file = Path(named)
+    folder = environment.get("CREDENTIALS_DIRECTORY")
     values: dict[str, Any] = {}
     if file is not None:
         values = _read(file)
@@ -143,13 +222,13 @@ def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
         values = _read(DEFAULT_FILE)
     for name, text in environment.items():
         if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _NO_SETTING:
-            section, key, value = _from_environment(name, text)
+            section, key, value = _from_environment(name, text, folder)
             values.setdefault(section, {})
             if not isinstance(values[section], dict):
                 raise SettingsError(f"{section} must be a section of the file: [{section}]")
             values[section][key] = value
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate(values, context={"folder": folder})
     except ValidationError as error:
         raise SettingsError(f"wrong setting: {_with_hint(error)}") from error
 
@@ -161,7 +240,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise SettingsError(f"settings file {file}: {error}") from error
 
 
-def _from_environment(name: str, text: str) -> tuple[str, str, str]:
+def _from_environment(name: str, text: str, folder: str | None) -> tuple[str, str, str]:
     """The section, the key and the value that a variable sets."""
     short = name.removeprefix(_PREFIX)
     known = _variables()
@@ -169,8 +248,8 @@ def _from_environment(name: str, text: str) -> tuple[str, str, str]:
         return *known[short], text
     if short.endswith("_FILE") and (place := known.get(short.removesuffix("_FILE"))):
         try:
-            return *place, Path(text).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            return *place, _contents(text, folder)
+        except ValueError as error:
             raise SettingsError(f"{name}: {error}") from error
     near = get_close_matches(short, known, n=1)
     hint = f"; did you mean {_PREFIX}{near[0]}?" if near else ""

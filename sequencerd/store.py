@@ -30,6 +30,15 @@ PASSING_ERRORS = (
 POISON = (asyncpg.PostgresError, ValueError, OverflowError)
 """What a value that cannot be written raises."""
 
+
+def brief(error: BaseException) -> str:
+    """An error of the database for the log: without what it quotes from rows."""
+    name = type(error).__name__
+    if isinstance(error, PASSING_ERRORS):
+        return str(error).partition("\n")[0] or name
+    return f"{name} {getattr(error, 'sqlstate', '')}".rstrip()
+
+
 COMMAND_TIMEOUT = 60.0  # seconds: a connection that is silently dead must not hold us for ever
 
 Place = tuple[str, str]
@@ -118,6 +127,16 @@ async def first_wakes(connection: asyncpg.Connection) -> list[tuple[Place, datet
     """The earliest wake time of each step where somebody is."""
     rows = await connection.fetch(QUERIES["first_wakes"])
     return [((row["sequence"], row["step"]), row["wake_at"]) for row in rows]
+
+
+async def count_due(
+    connection: asyncpg.Connection, places: Iterable[Place], now: datetime, limit: int
+) -> list[tuple[str, str, int, int]]:
+    """Of some steps: the key, how many are due there, and overdue; up to a limit for each."""
+    wanted = list(places)
+    sequences, steps = [place[0] for place in wanted], [place[1] for place in wanted]
+    rows = await connection.fetch(QUERIES["count_due"], sequences, steps, now, limit)
+    return [tuple(row) for row in rows]
 
 
 async def claim(

@@ -1,14 +1,16 @@
-"""systemd's notification protocol: sd_notify(3). Without systemd it does nothing."""
+"""systemd's notification protocol, sd_notify(3), and journald. Without systemd it does nothing."""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
+import time
 from contextlib import suppress
 
 
-def notify(state: str) -> None:
-    """Tells systemd a state such as "READY=1" or "WATCHDOG=1"."""
+def notify(*states: str) -> None:
+    """Tells systemd states such as "READY=1" or "WATCHDOG=1", in one message."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -16,4 +18,18 @@ def notify(state: str) -> None:
         address = "\0" + address[1:]  # an abstract socket
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, suppress(OSError):
         sock.connect(address)
-        sock.sendall(state.encode())
+        sock.sendall("\n".join(states).encode())
+
+
+def notify_reloading() -> None:
+    """Tells that the settings are read again; READY=1 ends it. systemd wants the time with it."""
+    notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+
+def is_journal() -> bool:
+    """Whether standard error goes to journald: systemd.exec(5) on $JOURNAL_STREAM."""
+    try:
+        there = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"

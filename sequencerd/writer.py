@@ -39,6 +39,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.definitions import Runners
 from sequencerd.lanes import Lane, LaneKey, Leased, Report, Work
+from sequencerd.metrics import Metrics
 from sequencerd.settings import Engine as Settings
 from sequencerd.store import PASSING_ERRORS, POISON, Place, Row
 
@@ -72,10 +73,12 @@ class Writer:
         settings: Settings,
         name: str,
         log: FilteringBoundLogger,
+        metrics: Metrics,
     ) -> None:
         self.lanes: dict[LaneKey, Lane] = {
-            type_: Lane(runner, report) for type_, runner in runners.items()
+            type_: Lane(type_, runner, report, metrics) for type_, runner in runners.items()
         }
+        self.retired: set[Lane] = set()
         self.leased: dict[int, Leased] = {}
         self.stopping = False
         self._lookups = lookups
@@ -86,6 +89,28 @@ class Writer:
         self._lease_time = timedelta(seconds=settings.lease)
         self._name = name
         self._log = log
+        self._metrics = metrics
+
+    def use(self, runners: Runners, lookups: Callable[[str], Work]) -> set[Lane]:
+        """Takes over other runners and lookups. Returns the lanes of those that are replaced:
+        what is in flight there ends as it has begun.
+        """
+        before, self.lanes = self.lanes, {}
+        for type_, runner in runners.items():
+            lane = before.get(type_)
+            if lane is None or lane.runner is not runner:
+                lane = Lane(type_, runner, self._report, self._metrics)
+            self.lanes[type_] = lane
+        if lookups == self._lookups:
+            self.lanes |= {key: lane for key, lane in before.items() if lane.is_lookup}
+        self._lookups = lookups
+        replaced = set(before.values()) - set(self.lanes.values())
+        for lane in replaced:
+            for place in lane.waiting:
+                self._push(place, self._clock.now())
+            lane.waiting.clear()
+        self.retired |= replaced
+        return replaced
 
     def add(self, batch: Batch, before: Enrollment, advanced: Advanced, now: datetime) -> None:
         """What is to be written of one enrollment; a side effect gets its lease."""
@@ -107,14 +132,16 @@ class Writer:
                     else:
                         at = leased
                         task = Task(at.key, view)
-                        self._lease(batch, Leased(at, step, step.type, effect.program, task))
+                        self._lease(
+                            batch, Leased(at, step, self.lanes[step.type], effect.program, task)
+                        )
                         wake_at = now + self._lease_time
             case LookUp(step, lookup):
                 key = ("lookup", lookup)
                 if self._has_room(key, at):
                     at = at._replace(leased_by=self._name)
                     task = Task(at.key, {"subject": at.subject})
-                    self._lease(batch, Leased(at, step, key, None, task))
+                    self._lease(batch, Leased(at, step, self.lanes[key], None, task))
                     wake_at = now + self._lease_time
             case End(status):
                 pass
@@ -125,14 +152,9 @@ class Writer:
         failure = decision if isinstance(decision, Fail) else None
         if failure:
             status = "failed"
-            self._log.warning(
-                "enrollment failed",
-                enrollment=at.id,
-                sequence=at.sequence,
-                step=at.step,
-                failure=failure.failure,
-                error=failure.message,
-            )
+            log = self._log.bind(enrollment=at.id, sequence=at.sequence, step=at.step)
+            log.warning("enrollment failed", failure=failure.failure)
+            log.debug("enrollment failed", error=failure.message)
         batch.events.extend(events)
         batch.rows.append(
             Row(
@@ -149,7 +171,7 @@ class Writer:
     def _has_room(self, key: LaneKey, at: Enrollment) -> bool:
         """Whether one more can be begun; else its step waits for the lane."""
         if isinstance(key, tuple) and key not in self.lanes:
-            self.lanes[key] = Lane(self._lookups(key[1]), self._report)
+            self.lanes[key] = Lane(key, self._lookups(key[1]), self._report, self._metrics)
         lane = self.lanes[key]
         if not self.stopping and lane.room > 0:
             return True
@@ -157,7 +179,7 @@ class Writer:
         return False
 
     def _lease(self, batch: Batch, leased: Leased) -> None:
-        self.lanes[leased.lane].take(1)
+        leased.lane.take(1)
         batch.leased.append(leased)
 
     @asynccontextmanager
@@ -179,6 +201,12 @@ class Writer:
             raise
         self._begin(batch.leased)
         self._remember_wakes(batch.rows)
+        failures = [
+            (row.enrollment.sequence, row.enrollment.step, row.failure)
+            for row in batch.rows
+            if row.failure
+        ]
+        self._metrics.written(len(batch.rows), batch.events, failures)
 
     async def held(self, leased: Iterable[Leased]) -> set[Fence]:
         """What is leased to us in the database. Asks until it answers."""
@@ -221,17 +249,17 @@ class Writer:
 
     def _give_back(self, leased: Iterable[Leased]) -> None:
         for one in leased:
-            self.lanes[one.lane].take(-1)
+            one.lane.take(-1)
 
     def _begin(self, leased: Iterable[Leased]) -> None:
         """Starts side effects, by step."""
-        by_step: dict[tuple[LaneKey, str, str], list[Leased]] = {}
+        by_step: dict[tuple[Lane, str, str], list[Leased]] = {}
         for one in leased:
             self.leased[one.enrollment.id] = one
             key = (one.lane, one.enrollment.sequence, one.step.name)
             by_step.setdefault(key, []).append(one)
         for (lane, _, _), group in by_step.items():
-            self.lanes[lane].start(group)
+            lane.start(group)
 
     def _remember_wakes(self, rows: Iterable[Row]) -> None:
         """When to look again at the steps of those who wait."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
@@ -18,6 +19,7 @@ from sequencerd.daemon import daemon_name
 from sequencerd.engine import Engine
 from sequencerd.listener import listen
 from sequencerd.lookups import Lookups
+from sequencerd.metrics import Metrics
 from sequencerd.runners import Runner
 from sequencerd.settings import Engine as Settings
 from sequencerd.settings import LookupEndpoint
@@ -75,6 +77,7 @@ async def running_engine(
         settings=Settings(**settings),
         name=daemon_name(),
         log=log,
+        metrics=Metrics(),
     )
     ready = asyncio.Event()
 
@@ -193,3 +196,18 @@ async def way(connection: asyncpg.Connection, id_: int) -> list[str]:
         "SELECT step, action FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at", id_
     )
     return [f"{row['step']} {row['action']}" for row in rows]
+
+
+def stuck_package(folder: Path) -> Path:
+    """A runner that blocks the event loop, as no async function should."""
+    package = folder / "site/stuck-1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Name: stuck\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[sequencerd.runners]\nStuck = stuck:run\n")
+    (folder / "site/stuck.py").write_text(
+        "import pathlib, time\n"
+        "async def run(config, runner):\n"
+        "    while not pathlib.Path(config['go']).exists():\n"
+        "        time.sleep(0.1)\n"
+    )
+    return folder / "site"

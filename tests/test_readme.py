@@ -30,6 +30,7 @@ SHIMS = {
     "pip": f'exec "{sys.executable}" -m pip "$@"',
     "sequencerd": f'exec "{sys.executable}" -m sequencerd "$@"',
     "sudo": 'exec env -u PIP_TARGET "$@"',
+    "docker": 'echo "$@" >> "$HOME/docker"',
     "systemctl": 'echo "$@" >> "$HOME/systemctl"',
 }
 
@@ -114,13 +115,15 @@ async def test_the_readme_can_be_followed(empty_database: str, home: Path) -> No
     assert (home / "site/sequencerd/sql/0001_sequencer.sql").exists()
     assert (home / "systemctl").read_text() == "enable --now sequencerd\n"
     unit = (home / "etc/systemd/system/sequencerd.service").read_text()
-    start = re.search(r"^ExecStart=/(\S+)", unit, flags=re.MULTILINE)
+    start = re.search(r"^ExecStart=(\S+) run$", unit, flags=re.MULTILINE)
     assert start
-    run(f"{home / start[1]} --version", home, variables)
+    assert start[1] == f"{home}/opt/sequencerd/bin/sequencerd"
+    run(f"{start[1]} --version", home, variables)
 
 
 def run(line: str, home: Path, variables: Mapping[str, str]) -> None:
     line = line.replace(" /opt/", f" {home}/opt/").replace(" /etc/", f" {home}/etc/")
+    line = line.replace("install-service", f"install-service --to {home}/etc/systemd/system")
     done = subprocess.run(
         ["bash", "-euc", line],
         cwd=home / "clone",
@@ -154,6 +157,30 @@ def test_the_settings_page_shows_settings(tmp_path: Path) -> None:
     file.write_text(text)
     shown = settings.load({}, file)
     assert set(make_runners(shown)) >= {"Email", "SMS", "Score"}
+
+
+def test_the_service_page_can_be_followed(home: Path, tmp_path: Path) -> None:
+    for name in ("database", "smtp", "score", "score-token"):
+        (tmp_path / name).write_text(f"postgresql://{name}/x\n" if name == "database" else "c2Vj")
+    program = home / "opt/sequencerd/bin/sequencerd"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\n{SHIMS['sequencerd']}\n")
+    program.chmod(0o755)
+    shown = ""
+    for language, text in blocks(REPOSITORY / "docs/service.md"):
+        if language == "sh":
+            for line in text.splitlines():
+                run(line, home, environment(home, "postgresql://nowhere/x"))
+        elif language == "toml":
+            file = tmp_path / "sequencerd.toml"
+            file.write_text(text.replace("/run/secrets", str(tmp_path)))
+            shown += repr(settings.load({"CREDENTIALS_DIRECTORY": str(tmp_path)}, file))
+        else:
+            assert text.startswith("[Service]\nLoadCredential=")
+    assert (home / "etc/systemd/system/sequencerd@.service").exists()
+    assert (home / "systemctl").read_text() == "daemon-reload\nenable --now sequencerd\n"
+    assert (home / "docker").read_text() == "compose up --build --detach\n"
+    assert "listen='127.0.0.1:9187'" in shown
 
 
 @pytest.mark.parametrize(

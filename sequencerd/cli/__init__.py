@@ -9,19 +9,17 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from pydantic import SecretStr
-
 from sequencerd import demo, embedded
 from sequencerd.cli import authoring, inspection, operation, preview, service
-from sequencerd.cli.commands import Commands
+from sequencerd.cli.commands import Commands, read_settings
 from sequencerd.errors import FileError, SequencerdError
-from sequencerd.settings import load
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 1 failed, 2 wrong arguments or settings."""
     try:
-        code = _main(_parser().parse_args(arguments))
+        given = _parser().parse_args(arguments)
+        code: int = given.run(given, read_settings(given))
     except (SequencerdError, embedded.EmbeddedError) as error:
         # what is wrong in a file begins with the file, as editors expect it
         prefix = "" if isinstance(error, FileError) else "sequencerd: "
@@ -34,15 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
-
-
-def _main(arguments: argparse.Namespace) -> int:
-    settings = load(os.environ, arguments.config)
-    if arguments.database:
-        database = settings.database.model_copy(update={"url": SecretStr(arguments.database)})
-        settings = settings.model_copy(update={"database": database})
-    code: int = arguments.run(arguments, settings)
-    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import asyncpg
+from pydantic import SecretStr
 
 from sequencerd import daemon, embedded, migrate
-from sequencerd.settings import Settings
+from sequencerd.settings import Settings, load
 from sequencerd.store import QUERIES
 
 Command = Callable[[argparse.Namespace, Settings], int]
@@ -43,6 +45,15 @@ class Commands:
 def add_json(command: argparse.ArgumentParser) -> None:
     """The option that every command has whose output a program may read."""
     command.add_argument("--json", action="store_true", help="print JSON, for a program")
+
+
+def read_settings(arguments: argparse.Namespace) -> Settings:
+    """The settings, with what the command line overrides. Raises SettingsError."""
+    settings = load(os.environ, arguments.config)
+    if arguments.database:
+        database = settings.database.model_copy(update={"url": SecretStr(arguments.database)})
+        settings = settings.model_copy(update={"database": database})
+    return settings
 
 
 def on_database(run: DatabaseCommand) -> Command:

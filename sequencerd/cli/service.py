@@ -1,11 +1,13 @@
-"""Commands for who runs the daemon: run, migrate."""
+"""Commands for who runs the daemon: run, migrate, install-service."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
-from sequencerd import daemon
-from sequencerd.cli.commands import Commands, apply_migrations, on_database
+from sequencerd import daemon, install
+from sequencerd.cli.commands import Commands, apply_migrations, on_database, read_settings
 from sequencerd.logs import make_log
 from sequencerd.settings import Settings
 
@@ -16,10 +18,37 @@ def add_to(commands: Commands) -> None:
         "run", on_database(_run), "run the daemon until SIGTERM", "--config sequencerd.toml run"
     )
     commands.add("migrate", on_database(_migrate), "make or update the schema", "migrate")
+    service = commands.add(
+        "install-service",
+        _install_service,
+        "write systemd's units for this installation",
+        "install-service --user app",
+    )
+    service.add_argument(
+        "--user", metavar="USER", help="run as this user (default: one that systemd makes up)"
+    )
+    service.add_argument(
+        "--to", type=Path, default=install.FOLDER, metavar="FOLDER", help="default: %(default)s"
+    )
+    service.add_argument("--print", action="store_true", help="print the units, write nothing")
 
 
-async def _run(_: argparse.Namespace, settings: Settings, url: str) -> int:
-    await daemon.run(url, settings, make_log(settings.log))
+def _install_service(arguments: argparse.Namespace, _: Settings) -> int:
+    units = install.units(config=arguments.config, user=arguments.user)
+    for warning in install.warnings():
+        print(f"sequencerd: warning: {warning}", file=sys.stderr)
+    if arguments.print:
+        for name, text in units.items():
+            print(f"# {arguments.to / name}\n{text}")
+        return 0
+    for path in install.write(arguments.to, units):
+        print(f"wrote {path}")
+    print("now: systemctl daemon-reload && systemctl enable --now sequencerd")
+    return 0
+
+
+async def _run(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+    await daemon.run(url, settings, make_log(settings), lambda: read_settings(arguments))
     return 0
 
 

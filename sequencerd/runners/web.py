@@ -24,6 +24,11 @@ MAX_ANSWER = 1024 * 1024  # bytes
 LONGEST_WAIT = timedelta(days=366)
 
 
+_PUBLIC = frozenset(
+    {"accept", "content-type", "idempotency-key", "webhook-id", "webhook-timestamp"}
+)
+"""Headers of ours; what others hold, the settings gave, and it may be a secret."""
+
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _HEADER_VALUE = re.compile(r"[ -~]*")
 
@@ -46,10 +51,14 @@ class Reply:
     status: int
     headers: httpx.Headers
     body: bytes
+    secrets: frozenset[str] = frozenset()  # that were sent, and may come back
 
     def excerpt(self) -> str:
         """The beginning of the body, to be shown."""
-        return one_line(self.body[:1000].decode("utf-8", "replace"), 200)
+        text = self.body[:1000].decode("utf-8", "replace")
+        for secret in sorted(self.secrets, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return one_line(text, 200)
 
 
 class Web:
@@ -101,6 +110,7 @@ class Web:
             nonlocal sent
             sent = sent or event.endswith("send_request_headers.started")
 
+        secrets = _secrets(headers, auth)
         request = {
             "headers": {**headers, "Host": named.netloc.decode("ascii")},
             "content": content,
@@ -113,19 +123,21 @@ class Web:
                 *others, last = await self._targets(named)
                 for target in others:
                     try:
-                        return await self._send(target, request)
+                        return await self._send(target, request, secrets)
                     except httpx.ConnectError:
                         continue  # the host has another address
-                return await self._send(last, request)
+                return await self._send(last, request, secrets)
         except TimeoutError:
             message = f"no answer from {named.host} within {self._timeout:g} s"
             raise Unreachable(message, sent=sent) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             raise Unreachable(f"{named.host}: {_reason(error)}", sent=sent) from error
 
-    async def _send(self, url: httpx.URL, request: Mapping[str, Any]) -> Reply:
+    async def _send(
+        self, url: httpx.URL, request: Mapping[str, Any], secrets: frozenset[str]
+    ) -> Reply:
         async with self._client.stream("POST", url, **request) as response:
-            return Reply(response.status_code, response.headers, await _read(response))
+            return Reply(response.status_code, response.headers, await _read(response), secrets)
 
     async def _targets(self, url: httpx.URL) -> list[httpx.URL]:
         """The URL, or with its host's addresses in it, once they are known to be public."""
@@ -230,3 +242,10 @@ def retry_after(headers: httpx.Headers) -> timedelta | None:
     if not math.isfinite(seconds):
         return None
     return min(timedelta(seconds=max(0.0, min(seconds, 1e9))), LONGEST_WAIT)
+
+
+def _secrets(headers: Mapping[str, str], auth: tuple[str, str] | None) -> frozenset[str]:
+    """What must not be shown when a server answers it, whole or without its "Bearer"."""
+    values = [value for name, value in headers.items() if name.lower() not in _PUBLIC]
+    parts = [part for value in values for part in value.split()[1:]]
+    return frozenset(text for text in (*values, *parts, *(auth or ())[1:]) if len(text) > 3)

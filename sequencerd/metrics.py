@@ -1,0 +1,237 @@
+"""What the daemon counts and measures, for Prometheus.
+
+Called once for a batch, never for an enrollment. The numbers of labels are bounded: sequences and
+steps beyond MAX_PLACES are counted together as "other".
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
+from importlib.metadata import version
+from operator import itemgetter
+from typing import assert_never
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from sequencerd.core.model import Answer, Enrollment, Event, Failed, Found, Result
+
+MAX_PLACES = 1000
+OTHER = ("other", "other")
+
+LATE = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0, 3600.0)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+
+_PLACE_AND_ACTION = itemgetter(*map(Event._fields.index, ("sequence", "step", "action")))
+_MOVES = frozenset({"enrolled", "next", "altNext", "goal", "jump", "completed"})
+
+Due = tuple[str, str, int, int]
+"""Of a step, its key and how many are due, and overdue by more than a minute."""
+
+
+class Metrics(Collector):
+    """The daemon's metrics, in a registry of their own.
+
+    Written in the daemon's event loop, read in the thread of the HTTP listener.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.swept_at: float | None = None  # monotonic
+        self.places = 0  # steps where somebody waits, by the last sweep
+        self._due: Sequence[Due] = ()
+        self._oldest: datetime | None = None
+        self._now: Callable[[], datetime] | None = None
+        self._known: dict[tuple[str, str], tuple[str, str]] = {}
+        self._late = [0] * (len(LATE) + 1)
+        self._late_sum = 0.0
+
+        place = ("sequence", "step")
+        self._claims = self._counter("claims", "Due enrollments that were claimed", *place)
+        self._transitions = self._counter(
+            "transitions", "Moves that were written", *place, "action"
+        )
+        self._retries = self._counter("retries", "Side effects and lookups to be retried", *place)
+        self._lapsed = self._counter(
+            "lapsed", "Side effects cut off in mid-air, by a crash", *place
+        )
+        self._failures = self._counter("failures", "Enrollments that failed", *place, "failure")
+        self._effects = self._counter("effects", "Side effects that ended", "type", "outcome")
+        self._latency = Histogram(
+            "sequencerd_effect_latency_seconds",
+            "How long a runner took for a call, which may be for a batch",
+            ["type"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._in_flight = Gauge(
+            "sequencerd_in_flight",
+            "Enrollments whose side effects this daemon has begun or queued",
+            ["type"],
+            registry=self.registry,
+        )
+        self._batch_size = Histogram(
+            "sequencerd_batch_size",
+            "Enrollments in a transaction",
+            buckets=SIZES,
+            registry=self.registry,
+        )
+        self.reconnects = Counter(
+            "sequencerd_listener_reconnects",
+            "How often the connection that listens had to be made again",
+            registry=self.registry,
+        )
+        self.ready = Gauge(
+            "sequencerd_ready", "1 while /readyz would answer 200", registry=self.registry
+        )
+        self.clock_offset = Gauge(
+            "sequencerd_clock_offset_seconds",
+            "How far the database's clock is ahead of this machine's",
+            registry=self.registry,
+        )
+        info = Gauge("sequencerd_info", "This daemon", ["version"], registry=self.registry)
+        info.labels(version("sequencerd")).set(1)
+        self.registry.register(self)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(f"sequencerd_{name}", about, labels, registry=self.registry)
+
+    # --- what the engine tells
+
+    def claimed(self, place: tuple[str, str], claimed: Sequence[Enrollment], now: datetime) -> None:
+        """A claim: enrollments of one step, in the order of their wake times."""
+        if not claimed:
+            return
+        self._claims.labels(*self._place(place)).inc(len(claimed))
+        on_time, late = len(claimed), self._late
+        for n, bound in enumerate(LATE):
+            later = bisect_left(claimed, now - timedelta(seconds=bound), 0, on_time, key=_wake_at)
+            late[n] += on_time - later
+            on_time = later
+        late[-1] += on_time
+        waited = sum((now - _wake_at(enrollment) for enrollment in claimed), timedelta())
+        self._late_sum += waited.total_seconds()
+
+    def written(
+        self, count: int, events: Iterable[Event], failures: Iterable[tuple[str, str, str]]
+    ) -> None:
+        """A transaction that was committed: so many enrollments, what happened to them, and which
+        failures there are of (sequence, step, code).
+        """
+        if count:
+            self._batch_size.observe(count)
+        for (*place, action), times in Tally(map(_PLACE_AND_ACTION, events)).items():
+            known = self._place((place[0], place[1]))
+            if action in _MOVES:
+                self._transitions.labels(*known, action).inc(times)
+            elif action == "retry":
+                self._retries.labels(*known).inc(times)
+            elif action == "lapsed":
+                self._lapsed.labels(*known).inc(times)
+        for (*place, code), times in Tally(failures).items():
+            self._failures.labels(*self._place((place[0], place[1])), code).inc(times)
+
+    def begun(self, kind: str, count: int) -> None:
+        """Side effects of this type of step are in flight, or "lookup"s."""
+        self._in_flight.labels(kind).inc(count)
+
+    def ended(self, kind: str, results: Sequence[Result], seconds: float | None) -> None:
+        """They have ended, after a call that took so long; None if there was none."""
+        self._in_flight.labels(kind).dec(len(results))
+        if seconds is not None:
+            self._latency.labels(kind).observe(seconds)
+        # most results of a batch are one and the same object
+        distinct = {id(result): result for result in results}
+        for key, times in Tally(map(id, results)).items():
+            self._effects.labels(kind, _outcome(distinct[key])).inc(times)
+
+    def swept(
+        self, now: Callable[[], datetime], places: int, oldest: datetime | None, due: Iterable[Due]
+    ) -> None:
+        """What the sweep has found: steps where somebody waits, who is due first, and where."""
+        self._now, self._oldest, self.places = now, oldest, places
+        named: list[Due] = []
+        others = [0, 0]
+        for sequence, step, count, overdue in due:
+            if (known := self._place((sequence, step))) == OTHER:
+                others = [others[0] + count, others[1] + overdue]
+            else:
+                named.append((*known, count, overdue))
+        self._due = [*named, (*OTHER, others[0], others[1])] if any(others) else named
+        self.swept_at = time.monotonic()
+
+    @property
+    def overdue(self) -> int:
+        """How many were due for more than a minute at the last sweep."""
+        return sum(overdue for _, _, _, overdue in self._due)
+
+    def _place(self, place: tuple[str, str]) -> tuple[str, str]:
+        """The labels of a step."""
+        if place not in self._known and len(self._known) >= MAX_PLACES:
+            return OTHER
+        return self._known.setdefault(place, place)
+
+    # --- what the registry asks
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures that are kept here."""
+        place = ("sequence", "step")
+        about = "Enrollments that are due, as of the last sweep; counted up to 10,000 for each step"
+        due = GaugeMetricFamily("sequencerd_due", about, labels=place)
+        about = "Of those, overdue by more than a minute"
+        overdue = GaugeMetricFamily("sequencerd_overdue", about, labels=place)
+        for sequence, step, count, late in self._due:
+            due.add_metric((sequence, step), count)
+            overdue.add_metric((sequence, step), late)
+        yield due
+        yield overdue
+        about = "Since when the enrollment has been due that is due first, as of the last sweep"
+        age = 0.0
+        if self._oldest is not None and self._now is not None:
+            age = max((self._now() - self._oldest).total_seconds(), 0.0)
+        yield GaugeMetricFamily("sequencerd_oldest_overdue_seconds", about, age)
+        about = "How long after their wake time enrollments were claimed"
+        buckets, count = [], 0
+        for bound, times in zip((*map(str, LATE), "+Inf"), self._late, strict=True):
+            count += times
+            buckets.append((bound, float(count)))
+        yield HistogramMetricFamily(
+            "sequencerd_lateness_seconds", about, buckets=buckets, sum_value=self._late_sum
+        )
+
+
+def _wake_at(enrollment: Enrollment) -> datetime:
+    assert enrollment.wake_at is not None, "who is claimed is due"
+    return enrollment.wake_at
+
+
+def _outcome(result: Result) -> str:
+    match result:
+        case Answer(action):
+            return str(action)
+        case Found(external):
+            return "failed" if external is None else "found"
+        case Failed(permanent=True):
+            return "refused"
+        case Failed(spends_attempt=False):
+            return "postponed"
+        case Failed():
+            return "failed"
+        case _:
+            assert_never(result)

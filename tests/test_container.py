@@ -1,0 +1,175 @@
+"""The image and compose.yaml, without an engine: what they run is run here."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from sequencerd import settings
+from sequencerd.cli import _parser
+from tests.test_web import answers, daemon, is_ok
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions, each with its text in one line."""
+    text = re.sub(r"\\\n\s*", " ", (REPOSITORY / "Dockerfile").read_text())
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines)]
+
+
+def one(instruction: str) -> str:
+    """The text of an instruction of the image itself, the last stage."""
+    return [text for word, text in instructions() if word == instruction][-1]
+
+
+def needed(*extras: str) -> set[str]:
+    """The distributions that sequencerd needs, theirs included, by canonical name."""
+    found: set[str] = set()
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    texts = project["dependencies"]
+    for extra in extras:
+        texts = texts + project["optional-dependencies"][extra]
+    wanted: list[tuple[list[str], tuple[str, ...]]] = [(texts, ())]
+    while wanted:
+        texts, of_extras = wanted.pop()
+        for requirement in map(Requirement, texts):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": e}) for e in ("", *of_extras)):
+                other = canonicalize_name(requirement.name)
+                if other not in found:
+                    found.add(other)
+                    more = distribution(other).requires or []
+                    wanted.append((more, tuple(requirement.extras)))
+    return found
+
+
+def test_the_steps_install_what_the_image_runs(tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    build.mkdir()
+    variables = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": sysconfig.get_path("purelib"),  # for what the network would bring
+        "PIP_NO_DEPS": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",  # pip's way to say: build with what is installed
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
+    for word, text in instructions():
+        if word == "COPY" and not text.startswith("--from"):
+            *sources, target = text.split()
+            for source in sources:
+                copy(source, build / target)
+        elif word == "RUN" and text.startswith("pip download"):
+            (build / "wheels").mkdir()  # it takes the network; what it gets is looked at below
+        elif word == "RUN":
+            line = text.replace("/opt/", f"{tmp_path}/opt/")
+            done = subprocess.run(
+                ["sh", "-euc", line], cwd=build, env=variables, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    home = tmp_path / "opt/sequencerd"
+    shown = subprocess.run(
+        [home / "bin/sequencerd", "install-service", "--print"],
+        env=variables, cwd=tmp_path, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert f"ExecStart={home}/bin/sequencerd run" in shown
+    (site,) = home.glob("lib/*/site-packages")
+    assert (site / "sequencerd/sql/0001_sequencer.sql").exists()
+    assert (site / "sequencerd/examples/onboarding.yaml").exists()
+
+
+def copy(source: str, target: Path) -> None:
+    """As the builder does: what .dockerignore leaves out is not there."""
+    allowed = (REPOSITORY / ".dockerignore").read_text().split()
+    assert f"!{source}" in allowed, f"{source} is not sent to the builder"
+    if (REPOSITORY / source).is_dir():
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / source, target, ignore=ignored)
+    else:
+        shutil.copy(REPOSITORY / source, target)
+
+
+def test_the_lock_holds_what_the_image_needs() -> None:
+    (install,) = [text for word, text in instructions() if "--find-links wheels" in text]
+    extras = re.findall(r"\.\[(\w+)\]", install)
+    locked = re.findall(
+        r"^(\S+)==\S+(?: ;.*)? \\\n\s+--hash=",
+        (REPOSITORY / "requirements.txt").read_text(),
+        re.MULTILINE,
+    )
+    assert needed(*extras) <= set(locked), needed(*extras) - set(locked)
+
+
+def test_the_daemon_imports_what_is_installed_with_it() -> None:
+    """Nothing of the packages for development, and of those of an extra only by its feature."""
+    packages = packages_distributions()
+    for file in sorted((REPOSITORY / "sequencerd").rglob("*.py")):
+        allowed = needed("embedded") if file.stem in ("demo", "embedded") else needed("uvloop")
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            for name in {name.partition(".")[0] for name in names} - {"sequencerd"}:
+                if name not in sys.stdlib_module_names:
+                    found = {canonicalize_name(package) for package in packages[name]}
+                    assert found & allowed, f"{file} imports {name}"
+
+
+def test_it_runs_without_rights_and_without_a_shell() -> None:
+    user = one("USER").partition(":")[0]
+    assert int(user) > 0
+    for text in (one("ENTRYPOINT"), one("CMD"), one("HEALTHCHECK").partition(" CMD ")[2]):
+        assert isinstance(json.loads(text), list)  # the exec form: signals reach the daemon
+    assert [*json.loads(one("ENTRYPOINT")), *json.loads(one("CMD"))] == ["sequencerd", "run"]
+
+
+async def test_the_health_check_follows_the_daemon(database: str) -> None:
+    command = json.loads(one("HEALTHCHECK").partition(" CMD ")[2])
+    assert command[0] == "python"
+
+    async def check(address: str) -> int:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *command[1:],
+            env={**os.environ, "SEQUENCERD_HTTP_LISTEN": address}, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        return await process.wait()
+
+    async with daemon(database) as client:
+        await answers(client, "/healthz", is_ok)
+        address = f"{client.base_url.host}:{client.base_url.port}"
+        assert await check(address) == 0
+    assert await check(address) != 0
+
+
+def test_compose_runs_commands_and_sets_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEQUENCERD_CONFIG", raising=False)
+    services = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"]
+    for name in ("migrate", "sequencerd"):
+        service = services[name]
+        assert _parser().parse_args(service["command"])
+        read = settings.load(service["environment"])
+        assert read.database.url is not None
+        assert "@database/" in read.database.url.get_secret_value()
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert set(service["depends_on"]) <= set(services)
+    grace = int(services["sequencerd"]["stop_grace_period"].removesuffix("s"))
+    assert grace > settings.Engine().stop_timeout
