@@ -16,7 +16,7 @@ import asyncpg
 from pydantic import SecretStr
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd import migrate, store
+from sequencerd import migrate, retention, store
 from sequencerd.clock import Clock
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
@@ -187,11 +187,12 @@ async def run(url: str, settings: Settings, log: FilteringBoundLogger) -> None:
     async with _pool(url, settings.database.connections) as pool:
         name = daemon_name()
         lookups = Lookups(pool, settings.lookups)
+        clock = Clock()
         engine = Engine(
             pool,
             runners,
             lookups.get,
-            clock=Clock(),
+            clock=clock,
             settings=settings.engine,
             name=name,
             log=log,
@@ -213,9 +214,15 @@ async def run(url: str, settings: Settings, log: FilteringBoundLogger) -> None:
         try:
             # whatever dies takes the process down: it is started again, and leases run out
             async with asyncio.TaskGroup() as group:
-                listener = group.create_task(listen(url, engine.receive, connected, log))
+                helpers = [
+                    group.create_task(listen(url, engine.receive, connected, log)),
+                    group.create_task(
+                        retention.keep(pool, settings.retention, clock=clock, log=log)
+                    ),
+                ]
                 await engine.run()
-                listener.cancel()
+                for helper in helpers:
+                    helper.cancel()
         finally:
             for runner in runners.values():
                 await runner.close()

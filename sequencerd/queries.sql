@@ -158,9 +158,15 @@ SELECT l.subject, l.data FROM "{schema}"."{name}"($1::text[]) AS l (subject, dat
 -- name: add_event_partitions
 SELECT sequencer.add_event_partitions();
 
--- name: try_lock
+-- name: drop_event_partition
+SELECT sequencer.drop_event_partition($1);
+
+-- name: delete_ended
+SELECT sequencer.delete_ended($1, $2);
+
+-- name: try_lock_retention
 -- What only one daemon should do at a time.
-SELECT pg_try_advisory_xact_lock($1);
+SELECT pg_try_advisory_xact_lock(7364528, 2);
 
 -- name: status
 SELECT sequence, step, type, status, active, overdue, next_wake_at, failed, problem

@@ -10,11 +10,20 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
 
 from sequencerd.core.config import describe
 from sequencerd.core.model import RetryPolicy
@@ -25,6 +34,19 @@ DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
 _PREFIX = "SEQUENCERD_"
 _SHORT = {"DATABASE": ("database", "url"), "SMTP_URL": ("email", "url")}
 _NO_SETTING = {"CONFIG"}
+
+
+def _read_duration(value: object) -> timedelta:
+    try:
+        duration = TypeAdapter(timedelta).validate_python(value)
+    except ValidationError:
+        duration = timedelta(0)
+    if not timedelta(days=1) <= duration <= timedelta(days=36500):
+        raise ValueError('write a duration of a day or more, such as "90 days" or "P1Y"')
+    return duration
+
+
+Duration = Annotated[timedelta, BeforeValidator(_read_duration)]
 
 
 class Section(BaseModel):
@@ -112,6 +134,13 @@ class LookupEndpoint(Section):
     headers: dict[str, SecretStr] = {}
 
 
+class Retention(Section):
+    """How long what is over is kept; without a setting, for ever."""
+
+    events: Duration | None = None
+    ended: Duration | None = None
+
+
 class Log(Section):
     """What is written to standard error."""
 
@@ -128,6 +157,7 @@ class Settings(Section):
     sms: Sms = Sms()
     runners: dict[str, HttpEndpoint] = {}
     lookups: dict[str, LookupEndpoint] = {}
+    retention: Retention = Retention()
     log: Log = Log()
 
 
