@@ -113,6 +113,7 @@ class Command:
             [sys.executable, "-m", "sequencerd", *arguments],
             env=self.variables,
             cwd=self.folder,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,

@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 
 from sequencerd import daemon, embedded, migrate
+from sequencerd.errors import DatabaseError
 from sequencerd.settings import Settings
 from sequencerd.store import QUERIES
 
@@ -45,12 +46,29 @@ def add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON, for a program")
 
 
+def positive(text: str) -> int:
+    """An argument such as an id: what the database has as a bigint, from 1 on."""
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
 def on_database(run: DatabaseCommand) -> Command:
     """A command that works on the database that is set, or else on the embedded one."""
 
     def command(arguments: argparse.Namespace, settings: Settings) -> int:
         with _database(settings) as url:
-            return _run(run(arguments, settings, url))
+            try:
+                return _run(run(arguments, settings, url))
+            except asyncpg.InsufficientPrivilegeError as error:
+                raise DatabaseError(
+                    f"{error}; an administrator can GRANT sequencer_enroller, sequencer_editor or "
+                    "sequencer_daemon to the user"
+                ) from error
+            except asyncpg.PostgresError as error:
+                raise DatabaseError(f"the database refuses it: {with_hint(error)}") from error
+            except (asyncpg.InterfaceError, ConnectionError) as error:
+                raise DatabaseError(f"the connection to the database is lost: {error}") from error
 
     return command
 
