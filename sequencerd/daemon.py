@@ -16,7 +16,7 @@ import asyncpg
 from pydantic import SecretStr
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd import migrate, store
+from sequencerd import migrate, retention, store
 from sequencerd.clock import Clock
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
@@ -265,6 +265,8 @@ class _Daemon:
         settings = parts.settings.engine
         self.name = daemon_name()
         self.parts = parts
+        self._pool = pool
+        self._clock = Clock()
         self._suppressions = suppressions
         self._log = log
         self._read = read
@@ -274,7 +276,7 @@ class _Daemon:
             pool,
             parts.runners,
             parts.lookups.get,
-            clock=Clock(),
+            clock=self._clock,
             settings=settings,
             name=self.name,
             log=log,
@@ -296,6 +298,12 @@ class _Daemon:
                     listen(url, engine.receive, self._connected, self._log, self._health.heard),
                     self._reload_whenever(reload, group),
                     self._stop_when(stop),
+                    retention.keep(
+                        self._pool,
+                        lambda: self.parts.settings.retention,
+                        clock=self._clock,
+                        log=self._log,
+                    ),
                 )
             ]
             await engine.run()

@@ -15,7 +15,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import assert_never
 
 import asyncpg
@@ -96,7 +96,6 @@ class Engine:
         self._hold_until = 0.0  # in the loop's time
         self._again: set[Place] = set()
         self._retiming: set[Place] = set()
-        self._partitions_made: date | None = None
         self._background: set[asyncio.Task[None]] = set()
 
     # --- the loop
@@ -274,10 +273,6 @@ class Engine:
             off = self._clock.measured(await store.server_time(connection))
             if abs(off) > timedelta(seconds=1):
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
-            today = self._clock.now().date()
-            if today != self._partitions_made:
-                await store.add_event_partitions(connection)
-                self._partitions_made = today
         await self.reload()
         wakes = await self.rebuild()
         now = self._clock.now()

@@ -6,6 +6,7 @@
     │   └── MigrationError     the schema is missing, older, newer or changed
     ├── FileError              a file of definitions is wrong
     └── UsageError             a command was asked for what cannot be
+        └── ArgumentError      by its arguments alone
 
 `DefinitionError` and `EvaluationError` belong to the core: core/model.py.
 """
@@ -39,3 +40,9 @@ class FileError(SequencerdError):
 
 class UsageError(SequencerdError):
     """A command was asked for something that cannot be."""
+
+
+class ArgumentError(UsageError):
+    """The arguments of a command don't go together, or say too little."""
+
+    exit_code = 2

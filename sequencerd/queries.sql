@@ -172,20 +172,109 @@ SELECT l.subject, l.data FROM "{schema}"."{name}"($1::text[]) AS l (subject, dat
 -- name: add_event_partitions
 SELECT sequencer.add_event_partitions();
 
--- name: try_lock
+-- name: drop_event_partition
+SELECT sequencer.drop_event_partition($1);
+
+-- name: delete_ended
+SELECT sequencer.delete_ended($1, $2);
+
+-- name: try_lock_retention
 -- What only one daemon should do at a time.
-SELECT pg_try_advisory_xact_lock($1);
+SELECT pg_try_advisory_xact_lock(7364528, 2);
 
 -- name: status
-SELECT sequence, step, type, status, active, overdue, next_wake_at, failed, problem
+SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, problem
   FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
 
 -- name: list
 SELECT id, sequence, step, subject, status, wake_at, attempt, failure, last_error
-  FROM sequencer.enrollments
+  FROM sequencer.enrollments AS e
  WHERE ($1::text IS NULL OR sequence = $1) AND ($2::text IS NULL OR step = $2)
    AND ($3::text IS NULL OR subject = $3) AND ($4::text IS NULL OR status = $4)
- ORDER BY id LIMIT $5;
+   AND ($5::text IS NULL OR failure = $5)
+   AND (NOT $6 OR EXISTS (SELECT FROM sequencer.overdue AS o WHERE o.id = e.id))
+   AND id > $7
+ ORDER BY id LIMIT $8;
+
+-- name: select
+-- Whom an operator means. It is planned for the arguments, so that each finds its index.
+SELECT id FROM sequencer.enrollments
+ WHERE ($1::bigint[] IS NULL OR id = ANY ($1)) AND ($2::text IS NULL OR subject = $2)
+   AND ($3::text IS NULL OR sequence = $3) AND ($4::text IS NULL OR step = $4)
+   AND ($5::text IS NULL OR failure = $5)
+   AND status = ANY ($6::text[]) AND ($7::text IS NULL OR step <> $7)
+ ORDER BY id;
+
+-- name: selected
+SELECT sequence, step, status, failure, count(*)
+  FROM sequencer.enrollments WHERE id = ANY ($1::bigint[])
+ GROUP BY sequence, step, status, failure ORDER BY sequence, step, status, failure;
+
+-- name: with_step
+SELECT sequence FROM sequencer.steps WHERE name = $1 AND sequence = ANY ($2::text[]);
+
+-- name: set_reason
+-- For the events of this transaction.
+SELECT set_config('sequencer.reason', $1, true);
+
+-- name: retry
+WITH locked AS (
+    SELECT id FROM sequencer.enrollments
+     WHERE id = ANY ($1::bigint[]) AND status = 'failed' ORDER BY id FOR UPDATE
+)
+UPDATE sequencer.enrollments AS e SET status = 'active'
+  FROM locked WHERE e.id = locked.id
+RETURNING false AS executing;
+
+-- name: skip
+-- Goes on as if the step at which they failed had answered "next".
+WITH locked AS (
+    SELECT e.id, s.next_step
+      FROM sequencer.enrollments AS e
+      JOIN sequencer.steps AS s ON s.sequence = e.sequence AND s.name = e.step
+     WHERE e.id = ANY ($1::bigint[]) AND e.status = 'failed' ORDER BY e.id FOR UPDATE OF e
+)
+UPDATE sequencer.enrollments AS e
+   SET step = coalesce(locked.next_step, e.step),
+       status = CASE WHEN locked.next_step IS NULL THEN 'completed' ELSE 'active' END
+  FROM locked WHERE e.id = locked.id
+RETURNING false AS executing;
+
+-- name: cancel
+WITH locked AS (
+    SELECT id, leased_by FROM sequencer.enrollments
+     WHERE id = ANY ($1::bigint[]) AND status IN ('active', 'failed') ORDER BY id FOR UPDATE
+)
+UPDATE sequencer.enrollments AS e SET status = 'cancelled'
+  FROM locked WHERE e.id = locked.id
+RETURNING locked.leased_by IS NOT NULL AS executing;
+
+-- name: move
+WITH locked AS (
+    SELECT id, leased_by FROM sequencer.enrollments
+     WHERE id = ANY ($1::bigint[]) AND status IN ('active', 'failed') AND step <> $2
+     ORDER BY id FOR UPDATE
+)
+UPDATE sequencer.enrollments AS e SET step = $2, status = 'active'
+  FROM locked WHERE e.id = locked.id
+RETURNING locked.leased_by IS NOT NULL AS executing;
+
+-- name: reevaluate
+SELECT false AS executing FROM generate_series(1, sequencer.reevaluate(ids => $1::bigint[]));
+
+-- name: set_sequence_status
+-- What sequences were before, and how many are inside.
+WITH before AS (
+    SELECT name, status FROM sequencer.sequences WHERE name = ANY ($1::text[])
+     ORDER BY name FOR UPDATE
+), changed AS (
+    UPDATE sequencer.sequences AS s SET status = $2
+      FROM before WHERE s.name = before.name AND before.status <> $2
+)
+SELECT name, status AS before,
+       (SELECT count(*) FROM sequencer.enrollments AS e
+         WHERE e.sequence = before.name AND e.status = 'active') AS active
+  FROM before;
 
 -- name: show
 SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e.visit, e.attempt,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
 )
@@ -59,6 +61,19 @@ def _contents(name: str, folder: str | None) -> str:
 
 
 Secret = Annotated[SecretStr, BeforeValidator(_read_secret)]
+
+
+def _read_duration(value: object) -> timedelta:
+    try:
+        duration = TypeAdapter(timedelta).validate_python(value)
+    except ValidationError:
+        duration = timedelta(0)
+    if not timedelta(days=1) <= duration <= timedelta(days=36500):
+        raise ValueError('write a duration of a day or more, such as "90 days" or "P1Y"')
+    return duration
+
+
+Duration = Annotated[timedelta, BeforeValidator(_read_duration)]
 
 
 class Section(BaseModel):
@@ -166,6 +181,13 @@ class Http(Section):
     listen: Annotated[str, AfterValidator(_check_address)] | None = None
 
 
+class Retention(Section):
+    """How long what is over is kept; without a setting, for ever."""
+
+    events: Duration | None = None
+    ended: Duration | None = None
+
+
 class Log(Section):
     """What is written to standard error."""
 
@@ -183,6 +205,7 @@ class Settings(Section):
     runners: dict[str, HttpEndpoint] = {}
     lookups: dict[str, LookupEndpoint] = {}
     http: Http = Http()
+    retention: Retention = Retention()
     log: Log = Log()
 
     def secrets(self) -> list[str]:

@@ -296,9 +296,27 @@ async def look_up(
     return {row["subject"]: json.loads(row["data"] or "{}") for row in rows}
 
 
+async def try_lock_retention(connection: asyncpg.Connection) -> bool:
+    """Whether nobody else tidies up; until the end of the transaction nobody else will."""
+    is_alone: bool = await connection.fetchval(QUERIES["try_lock_retention"])
+    return is_alone
+
+
 async def add_event_partitions(connection: asyncpg.Connection) -> None:
     """Makes the partitions of the history that will be needed soon."""
     await connection.execute(QUERIES["add_event_partitions"])
+
+
+async def drop_event_partition(connection: asyncpg.Connection, before: datetime) -> str | None:
+    """Drops the oldest partition of the history, if all of it is older. Returns its name."""
+    name: str | None = await connection.fetchval(QUERIES["drop_event_partition"], before)
+    return name
+
+
+async def delete_ended(connection: asyncpg.Connection, before: datetime, limit: int) -> int:
+    """Deletes a batch of the enrollments that have ended before. Returns how many."""
+    count: int = await connection.fetchval(QUERIES["delete_ended"], before, limit)
+    return count
 
 
 def _count(tag: str) -> int:

@@ -22,7 +22,8 @@
 --
 -- Triggers fill in what an application leaves out, refuse what cannot be, and tell the daemon with
 -- NOTIFY. They notify only for what is due before the daemon's next sweep, so a lost notification
--- delays by a minute at most. SET LOCAL sequencer.notify = off silences them in a bulk load.
+-- delays by a minute at most. SET LOCAL sequencer.notify = off silences them in a bulk load. What is
+-- changed by hand is recorded with the user's name, and with SET LOCAL sequencer.reason = '...'.
 --
 -- Names and subjects compare byte by byte (COLLATE "C"): cheaper than by the rules of a language, and
 -- no update of the system's libraries can break their indexes.
@@ -120,6 +121,9 @@ CREATE INDEX enrollments_due ON sequencer.enrollments (sequence, step, wake_at)
     WHERE status = 'active';
 CREATE INDEX enrollments_failed ON sequencer.enrollments (sequence, step, failure)
     WHERE status = 'failed';
+-- what delete_ended looks for
+CREATE INDEX enrollments_ended ON sequencer.enrollments (ended_at)
+    WHERE ended_at IS NOT NULL AND reentry <> 'never';
 
 COMMENT ON TABLE  sequencer.enrollments IS 'Journeys of subjects through sequences: where each is, since when, when it wakes.';
 COMMENT ON COLUMN sequencer.enrollments.subject IS 'Whose journey it is: a customer, an invoice, a device.';
@@ -152,31 +156,82 @@ CREATE INDEX events_of_enrollment ON sequencer.events (enrollment_id, at);
 CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
-COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; goal; jump; retry, lapsed, late; warning; completed, failed, cancelled, resumed, moved.';
+COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; goal; jump; retry, lapsed, late; warning; completed, failed, cancelled, resumed, moved, reevaluated.';
 
 -- Rows of a month without a partition of its own. None get here while a daemon runs.
 CREATE TABLE sequencer.events_other PARTITION OF sequencer.events DEFAULT;
 
+-- Partitions are attached and dropped beside a daemon that writes: who waits for a lock on the history
+-- holds up everybody, so it waits for a moment only and fails; then it is tried again later.
 CREATE FUNCTION sequencer.add_event_partitions(ahead integer DEFAULT 3) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    SET timezone = 'UTC' SET lock_timeout = '200ms' AS $$
 DECLARE
     month timestamptz;
+    name text;
 BEGIN
     FOR month IN SELECT generate_series(
         date_trunc('month', now()), now() + make_interval(months => least(ahead, 24)), '1 month')
     LOOP
-        IF to_regclass(format('sequencer.events_%s', to_char(month, 'YYYY_MM'))) IS NULL THEN
-            EXECUTE format(
-                'CREATE TABLE sequencer.events_%s PARTITION OF sequencer.events
-                 FOR VALUES FROM (%L) TO (%L)',
-                to_char(month, 'YYYY_MM'), month, month + interval '1 month');
-        END IF;
+        name := 'events_' || to_char(month, 'YYYY_MM');
+        CONTINUE WHEN to_regclass('sequencer.' || name) IS NOT NULL;
+        EXECUTE format('CREATE TABLE sequencer.%I (LIKE sequencer.events INCLUDING ALL)', name);
+        LOCK TABLE sequencer.events_other IN ACCESS EXCLUSIVE MODE;
+        -- what has happened while nobody made partitions
+        EXECUTE format(
+            'WITH moved AS (
+                 DELETE FROM sequencer.events_other WHERE at >= %2$L AND at < %3$L RETURNING *)
+             INSERT INTO sequencer.%1$I SELECT * FROM moved',
+            name, month, month + interval '1 month');
+        EXECUTE format(
+            'ALTER TABLE sequencer.events ATTACH PARTITION sequencer.%I FOR VALUES FROM (%L) TO (%L)',
+            name, month, month + interval '1 month');
     END LOOP;
 END $$;
 
 COMMENT ON FUNCTION sequencer.add_event_partitions IS 'Makes the partitions of this month and those ahead.';
 
 SELECT sequencer.add_event_partitions();
+
+-- One at a time. Whoever may call it can take away past months of the history, and nothing else.
+CREATE FUNCTION sequencer.drop_event_partition(before timestamptz) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    SET timezone = 'UTC' SET lock_timeout = '200ms' AS $$
+DECLARE
+    past timestamptz := least(before, date_trunc('month', now()));
+    oldest text;
+BEGIN
+    SELECT c.relname INTO oldest
+      FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
+     WHERE i.inhparent = 'sequencer.events'::regclass
+       AND to_timestamp(substring(c.relname FROM '^events_(\d{4}_\d\d)$'), 'YYYY_MM')
+           + interval '1 month' <= past
+     ORDER BY c.relname LIMIT 1;
+    IF FOUND THEN
+        EXECUTE format('DROP TABLE sequencer.%I', oldest);
+        RETURN oldest;
+    END IF;
+    DELETE FROM sequencer.events_other WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM sequencer.events_other WHERE at < past LIMIT 10000));
+    RETURN CASE WHEN FOUND THEN 'events_other' END;
+END $$;
+
+COMMENT ON FUNCTION sequencer.drop_event_partition IS 'Drops the oldest month of the history if it was over before that time. Returns its name; NULL if there is none.';
+
+CREATE FUNCTION sequencer.delete_ended(before timestamptz, batch integer) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    count bigint;
+BEGIN
+    DELETE FROM sequencer.enrollments WHERE id = ANY (ARRAY(
+        SELECT id FROM sequencer.enrollments
+         WHERE ended_at < least(before, now()) AND reentry <> 'never'
+         ORDER BY ended_at LIMIT batch FOR UPDATE SKIP LOCKED));
+    GET DIAGNOSTICS count = ROW_COUNT;
+    RETURN count;
+END $$;
+
+COMMENT ON FUNCTION sequencer.delete_ended IS 'Deletes the oldest of the enrollments that ended before that time, and returns how many. Where nobody may enter a second time, the row is what remembers the first, and stays.';
 
 CREATE TABLE sequencer.suppressions (
     channel    text NOT NULL CHECK (channel IN ('email', 'sms')),
@@ -409,6 +464,15 @@ CREATE TRIGGER look_again BEFORE UPDATE OF data, timezone ON sequencer.enrollmen
         AND (OLD.data, OLD.timezone) IS DISTINCT FROM (NEW.data, NEW.timezone))
     EXECUTE FUNCTION sequencer.look_again();
 
+CREATE FUNCTION sequencer.by_whom() RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT 'by ' || session_user || coalesce(': ' || nullif(
+        regexp_replace(left(current_setting('sequencer.reason', true), 500), '[[:cntrl:]]', ' ', 'g'),
+        ''), '')
+$$;
+
+COMMENT ON FUNCTION sequencer.by_whom IS 'Who is at work, and the reason that they set: what events say of changes by hand.';
+
 -- What is set by hand is made whole and recorded. The daemon's own writes are whole already.
 CREATE FUNCTION sequencer.settle_status() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -424,17 +488,20 @@ BEGIN
     ELSE
         NEW.wake_at := NULL;
         NEW.ended_at := now();
+        IF NEW.status <> 'failed' THEN
+            NEW.failure := NULL;
+        END IF;
     END IF;
     INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
     VALUES (NEW.id, clock_timestamp(), NEW.sequence, NEW.step, NEW.visit,
-            CASE NEW.status WHEN 'active' THEN 'resumed' ELSE NEW.status END,
-            format('by %s', session_user));
+            CASE NEW.status WHEN 'active' THEN 'resumed' ELSE NEW.status END, sequencer.by_whom());
     RETURN NEW;
 END $$;
 
 CREATE TRIGGER settle_status BEFORE UPDATE OF status ON sequencer.enrollments
     FOR EACH ROW WHEN (OLD.status <> NEW.status
-        AND (NEW.status = 'active') <> (NEW.wake_at IS NOT NULL))
+        AND ((NEW.status = 'active') <> (NEW.wake_at IS NOT NULL)
+             OR (OLD.status <> 'active' AND NEW.status <> 'active')))
     EXECUTE FUNCTION sequencer.settle_status();
 
 CREATE FUNCTION sequencer.settle_move() RETURNS trigger
@@ -455,12 +522,12 @@ BEGIN
     NEW.attempt := 0;
     NEW.retry_at := NULL;
     NEW.leased_by := NULL;
-    IF NEW.status = 'active' THEN
+    IF OLD.status = 'active' AND NEW.status = 'active' THEN -- else settle_status comes next
         NEW.wake_at := now();
     END IF;
     INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
     VALUES (NEW.id, clock_timestamp(), OLD.sequence, OLD.step, OLD.visit, 'moved',
-            format('to %s by %s', NEW.step, session_user));
+            format('to %s %s', NEW.step, sequencer.by_whom()));
     RETURN NEW;
 END $$;
 
@@ -536,22 +603,34 @@ $$;
 
 COMMENT ON FUNCTION sequencer.enroll IS 'Enrolls and returns the id; NULL where the reentry policy refuses.';
 
+-- In plpgsql, as that is planned for the arguments that are given.
 CREATE FUNCTION sequencer.reevaluate(
-    subject text DEFAULT NULL, sequence text DEFAULT NULL, step text DEFAULT NULL
+    subject text DEFAULT NULL, sequence text DEFAULT NULL, step text DEFAULT NULL,
+    ids bigint[] DEFAULT NULL
 ) RETURNS bigint
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    count bigint;
+BEGIN
     WITH looked AS (
         UPDATE sequencer.enrollments AS e SET wake_at = least(e.wake_at, now())
          WHERE e.status = 'active' AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
            AND (reevaluate.subject IS NULL OR e.subject = reevaluate.subject)
            AND (reevaluate.sequence IS NULL OR e.sequence = reevaluate.sequence)
            AND (reevaluate.step IS NULL OR e.step = reevaluate.step)
-        RETURNING 1
+           AND (reevaluate.ids IS NULL OR e.id = ANY (reevaluate.ids))
+        RETURNING e.id, e.sequence, e.step, e.visit
+    ), recorded AS (
+        INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+        SELECT l.id, clock_timestamp(), l.sequence, l.step, l.visit, 'reevaluated',
+               sequencer.by_whom()
+          FROM looked AS l WHERE current_setting('sequencer.reason', true) <> ''
     )
-    SELECT count(*) FROM looked
-$$;
+    SELECT count(*) INTO count FROM looked;
+    RETURN count;
+END $$;
 
-COMMENT ON FUNCTION sequencer.reevaluate IS 'Asks for another look at who waits, and returns how many. Part of the transaction.';
+COMMENT ON FUNCTION sequencer.reevaluate IS 'Asks for another look at who waits, and returns how many. Part of the transaction; recorded if a reason is set.';
 
 
 -- views -----------------------------------------------------------------------------------------
@@ -559,6 +638,7 @@ COMMENT ON FUNCTION sequencer.reevaluate IS 'Asks for another look at who waits,
 CREATE VIEW sequencer.overview AS
 SELECT s.sequence, s.name AS step, s.type, q.status,
        coalesce(a.active, 0) AS active,
+       coalesce(a.due, 0) AS due,
        coalesce(a.overdue, 0) AS overdue,
        a.next_wake_at,
        coalesce(f.failed, 0) AS failed,
@@ -567,6 +647,7 @@ SELECT s.sequence, s.name AS step, s.type, q.status,
   JOIN sequencer.sequences AS q ON q.name = s.sequence
   LEFT JOIN (
       SELECT sequence, step, count(*) AS active, min(wake_at) AS next_wake_at,
+             count(*) FILTER (WHERE wake_at <= now()) AS due,
              count(*) FILTER (WHERE wake_at < now() - interval '1 minute') AS overdue
         FROM sequencer.enrollments WHERE status = 'active' GROUP BY sequence, step
   ) AS a ON a.sequence = s.sequence AND a.step = s.name
@@ -576,7 +657,7 @@ SELECT s.sequence, s.name AS step, s.type, q.status,
   ) AS f ON f.sequence = s.sequence AND f.step = s.name
  ORDER BY s.sequence, s.position;
 
-COMMENT ON VIEW sequencer.overview IS 'For each step: how many are there, how many overdue, when the next one wakes, how many failed.';
+COMMENT ON VIEW sequencer.overview IS 'For each step: how many are there, how many of them are due, and overdue by a minute, when the next one wakes, how many failed.';
 
 CREATE VIEW sequencer.overdue AS
 SELECT e.id, e.sequence, e.step, e.subject, e.wake_at, now() - e.wake_at AS overdue_by,
@@ -615,7 +696,8 @@ BEGIN
     END LOOP;
 END $$;
 
-REVOKE ALL ON FUNCTION sequencer.reevaluate, sequencer.add_event_partitions FROM PUBLIC;
+REVOKE ALL ON FUNCTION sequencer.reevaluate, sequencer.add_event_partitions,
+    sequencer.drop_event_partition, sequencer.delete_ended FROM PUBLIC;
 
 DO $$
 BEGIN
@@ -638,8 +720,8 @@ BEGIN
         GRANT UPDATE ON sequencer.enrollments TO sequencer_daemon;
         GRANT INSERT ON sequencer.events TO sequencer_daemon;
         GRANT UPDATE (problem, retime_from) ON sequencer.steps TO sequencer_daemon;
-        GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.add_event_partitions
-           TO sequencer_daemon;
+        GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.add_event_partitions,
+              sequencer.drop_event_partition, sequencer.delete_ended TO sequencer_daemon;
     END IF;
 EXCEPTION
     -- made by somebody else, in another database of the cluster: an administrator grants it

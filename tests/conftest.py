@@ -30,9 +30,13 @@ def with_database(url: str, name: str) -> str:
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
 
 
+# taken out of the environment: to the programs that tests start it is no setting
+SERVER = os.environ.pop("SEQUENCERD_TEST_DATABASE", None)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
-    if url := os.environ.get("SEQUENCERD_TEST_DATABASE"):
+    if url := SERVER:
         yield url
         return
     # not within pytest's folder: root runs the server as a user who can't enter that
@@ -113,6 +117,7 @@ class Command:
             [sys.executable, "-m", "sequencerd", *arguments],
             env=self.variables,
             cwd=self.folder,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,

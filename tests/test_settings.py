@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,11 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, words: str) -> Non
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"missing\.toml"):
         load({}, tmp_path / "missing.toml")
+
+
+def test_how_long_what_is_over_is_kept() -> None:
+    kept = load({"SEQUENCERD_RETENTION_EVENTS": "90 days", "SEQUENCERD_RETENTION_ENDED": "P1Y"})
+    assert (kept.retention.events, kept.retention.ended) == (timedelta(90), timedelta(365))
+    for wrong in ("1 year", "1 hour", "PT1H", "P999Y", "90"):
+        with pytest.raises(SettingsError, match=r"retention\.events: .* such as"):
+            load({"SEQUENCERD_RETENTION_EVENTS": wrong})

@@ -14,6 +14,7 @@ import asyncpg
 from pydantic import SecretStr
 
 from sequencerd import daemon, embedded, migrate
+from sequencerd.errors import DatabaseError
 from sequencerd.settings import Settings, load
 from sequencerd.store import QUERIES
 
@@ -56,12 +57,29 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     return settings
 
 
+def positive(text: str) -> int:
+    """An argument such as an id: what the database has as a bigint, from 1 on."""
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
 def on_database(run: DatabaseCommand) -> Command:
     """A command that works on the database that is set, or else on the embedded one."""
 
     def command(arguments: argparse.Namespace, settings: Settings) -> int:
         with _database(settings) as url:
-            return _run(run(arguments, settings, url))
+            try:
+                return _run(run(arguments, settings, url))
+            except asyncpg.InsufficientPrivilegeError as error:
+                raise DatabaseError(
+                    f"{error}; an administrator can GRANT sequencer_enroller, sequencer_editor or "
+                    "sequencer_daemon to the user"
+                ) from error
+            except asyncpg.PostgresError as error:
+                raise DatabaseError(f"the database refuses it: {with_hint(error)}") from error
+            except (asyncpg.InterfaceError, ConnectionError) as error:
+                raise DatabaseError(f"the connection to the database is lost: {error}") from error
 
     return command
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,7 +14,14 @@ import asyncpg
 from rich.markup import escape
 from rich.table import Table
 
-from sequencerd.cli.commands import Commands, add_json, connect, fetch, on_database
+from sequencerd.cli.commands import (
+    Commands,
+    add_json,
+    connect,
+    fetch,
+    on_database,
+    positive,
+)
 from sequencerd.cli.output import console, is_never, plain, show, text
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
@@ -38,7 +46,14 @@ def add_to(commands: Commands) -> None:
     for option in ("sequence", "step", "subject"):
         list_.add_argument(f"--{option}")
     list_.add_argument("--status", choices=["active", "completed", "cancelled", "failed"])
-    list_.add_argument("--limit", type=int, default=100)
+    list_.add_argument("--failure", metavar="CODE", help="who failed with it, such as error")
+    list_.add_argument(
+        "--overdue", action="store_true", help="who should have been looked at a minute ago"
+    )
+    list_.add_argument(
+        "--after", type=positive, default=0, metavar="ID", help="the next page: after this one"
+    )
+    list_.add_argument("--limit", type=positive, default=100, help="default: %(default)s")
     add_json(list_)
 
     show = commands.add(
@@ -47,14 +62,14 @@ def add_to(commands: Commands) -> None:
         "show where an enrollment is, and its history",
         "show 7",
     )
-    show.add_argument("id", type=int)
+    show.add_argument("id", type=positive)
     add_json(show)
 
     tail = commands.add(
         "tail", on_database(_tail), "print events as they happen", "tail --sequence onboarding"
     )
     tail.add_argument("--sequence")
-    tail.add_argument("--id", type=int, metavar="ID", help="of one enrollment")
+    tail.add_argument("--id", type=positive, metavar="ID", help="of one enrollment")
     tail.add_argument(
         "--since",
         type=lambda seconds: timedelta(seconds=float(seconds)),
@@ -81,9 +96,14 @@ async def _list(arguments: argparse.Namespace, _: Settings, url: str) -> int:
         arguments.step,
         arguments.subject,
         arguments.status,
+        arguments.failure,
+        arguments.overdue,
+        arguments.after,
         arguments.limit,
     )
     show(rows, arguments.json, empty="no such enrollments")
+    if len(rows) == arguments.limit and not arguments.json:
+        print(f"there may be more: --after {rows[-1]['id']}", file=sys.stderr)
     return 0
 
 

@@ -1,17 +1,50 @@
-"""Commands that act on enrollments: enroll."""
+"""Commands that change what goes on: enroll; retry, cancel, move, reevaluate; pause, resume,
+archive.
+"""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import asyncpg
+from rich.console import Console
+from rich.progress import Progress
 
-from sequencerd.cli.commands import Commands, add_json, connect, on_database, with_hint
+from sequencerd import bulk
+from sequencerd.bulk import Done, Selection
+from sequencerd.cli.commands import (
+    Commands,
+    add_json,
+    connect,
+    on_database,
+    positive,
+    with_hint,
+)
+from sequencerd.cli.output import show
 from sequencerd.core import dates
-from sequencerd.errors import UsageError
+from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
 from sequencerd.store import QUERIES
+
+
+class Words(NamedTuple):
+    """How a status of sequences is set and told."""
+
+    status: str
+    inside: str
+
+
+SEQUENCE_STATUSES = {
+    "pause": Words("paused", "wait: clocks run on, nothing is executed"),
+    "resume": Words("active", "go on"),
+    "archive": Words("archived", "go on, nobody enters"),
+}
 
 
 def add_to(commands: Commands) -> None:
@@ -29,6 +62,56 @@ def add_to(commands: Commands) -> None:
     enroll.add_argument("--step", help="begin there instead of at the first step")
     enroll.add_argument("--at", metavar="TIME", help="begin then, ISO 8601")
     add_json(enroll)
+
+    retry = _add_change(
+        commands,
+        "retry",
+        "let failed enrollments try again",
+        "retry --sequence onboarding --failure error --reason 'the mail server is back'",
+    )
+    retry.add_argument(
+        "--skip", action="store_true", help="go on at the next step instead of trying this one"
+    )
+    _add_change(commands, "cancel", "end active and failed enrollments", "cancel --subject user-42")
+    move = _add_change(
+        commands,
+        "move",
+        "let active and failed enrollments enter another step now",
+        "move --sequence onboarding --step pause --to nudge",
+    )
+    move.add_argument("--to", required=True, metavar="STEP", help="of the sequence where they are")
+    _add_change(
+        commands,
+        "reevaluate",
+        "look at waiting enrollments again, as data elsewhere have changed",
+        "reevaluate --subject user-42",
+    )
+    for name, about, example in (
+        ("pause", "execute nothing in sequences for a while; clocks run on", "pause onboarding"),
+        ("resume", "let paused and archived sequences go on", "resume onboarding"),
+        ("archive", "let nobody enter sequences; who is inside goes on", "archive onboarding"),
+    ):
+        command = commands.add(name, on_database(_set_status), about, example)
+        command.add_argument("sequences", nargs="+", metavar="SEQUENCE")
+        _add_reason(command)
+        add_json(command)
+
+
+def _add_change(commands: Commands, name: str, about: str, example: str) -> argparse.ArgumentParser:
+    command = commands.add(name, on_database(_change), about, example)
+    command.add_argument("ids", nargs="*", type=positive, metavar="ID")
+    for option in ("subject", "sequence", "step"):
+        command.add_argument(f"--{option}", metavar=option.upper())
+    command.add_argument("--failure", metavar="CODE", help="who failed with it, such as error")
+    command.add_argument("--yes", action="store_true", help="do it without a question")
+    command.add_argument("--dry-run", action="store_true", help="say who it would be, and end")
+    _add_reason(command)
+    add_json(command)
+    return command
+
+
+def _add_reason(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--reason", metavar="TEXT", help="why, for the history")
 
 
 async def _enroll(arguments: argparse.Namespace, _: Settings, url: str) -> int:
@@ -62,4 +145,162 @@ async def _enroll(arguments: argparse.Namespace, _: Settings, url: str) -> int:
             "no second time"
         )
     print(json.dumps({"id": id_}) if arguments.json else f"enrolled as {id_}")
+    return 0
+
+
+# --- many enrollments
+
+
+async def _change(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+    action = "skip" if arguments.command == "retry" and arguments.skip else arguments.command
+    selection = _selection(arguments)
+    to = arguments.to if action == "move" else None
+    connection = await connect(url)
+    try:
+        ids = await bulk.select(connection, action, selection, to)
+        if selection.ids is not None:
+            _check_ids(arguments.command, action, selection.ids, ids)
+        if to is not None:
+            await _check_step(connection, to, ids, selection.sequence)
+        if (len(ids) > 1 or arguments.dry_run) and not arguments.json:
+            rows = await connection.fetch(QUERIES["selected"], ids)
+            show(rows, as_json=False, empty="no such enrollments")
+        if arguments.dry_run:
+            return _report(arguments, len(ids), Done())
+        if len(ids) > 1 and not arguments.yes:
+            _confirm(f"{arguments.command} {_count(len(ids))}?")
+        done = await _in_batches(connection, action, ids, to, arguments.reason)
+    finally:
+        await connection.close()
+    return _report(arguments, len(ids), done)
+
+
+def _selection(arguments: argparse.Namespace) -> Selection:
+    filters = (arguments.subject, arguments.sequence, arguments.step, arguments.failure)
+    is_filtered = any(value is not None for value in filters)
+    if arguments.ids and is_filtered:
+        raise ArgumentError("write either ids or options that choose, not both")
+    if not arguments.ids and not is_filtered:
+        raise ArgumentError(
+            f"{arguments.command} whom? Write ids, --subject, --sequence, --step or --failure"
+        )
+    return Selection(sorted(set(arguments.ids)) or None, *filters)
+
+
+def _check_ids(command: str, action: str, wanted: Sequence[int], found: Sequence[int]) -> None:
+    """Who is named must be there: a script should hear of a wrong number."""
+    if missing := sorted(set(wanted) - set(found)):
+        names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        takes = " and ".join(bulk.STATUSES[action])
+        elsewhere = " that are at another step" if command == "move" else ""
+        raise UsageError(
+            f"{command} takes {takes} enrollments{elsewhere}, not {names}; "
+            f"look: sequencerd show {missing[0]}"
+        )
+
+
+async def _check_step(
+    connection: asyncpg.Connection, step: str, ids: Sequence[int], sequence: str | None
+) -> None:
+    rows = await connection.fetch(QUERIES["selected"], ids)
+    sequences = {row["sequence"] for row in rows} or ({sequence} if sequence else set())
+    known = await connection.fetch(QUERIES["with_step"], step, list(sequences))
+    if missing := sorted(sequences - {row["sequence"] for row in known}):
+        raise UsageError(f"sequence {missing[0]!r} has no step {step!r}")
+
+
+def _confirm(question: str) -> None:
+    """Raises UsageError unless somebody says yes."""
+    if not sys.stdin.isatty():
+        raise ArgumentError(f"{question} Nobody can be asked here: write --yes, or --dry-run")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the loop's waits for us
+    try:
+        answer = sys.stdin.readline()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing was changed")
+
+
+async def _in_batches(
+    connection: asyncpg.Connection,
+    action: str,
+    ids: Sequence[int],
+    to: str | None,
+    reason: str | None,
+) -> Done:
+    total = Done()
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        shown = bar.add_task(action, total=len(ids))
+
+        def progress(done: Done) -> None:
+            nonlocal total
+            total = total.plus(done)
+            bar.advance(shown, bulk.BATCH)
+
+        try:
+            await bulk.change(
+                connection, action, ids, reason=bulk.who(reason), to=to, progress=progress
+            )
+        except asyncio.CancelledError:
+            bar.stop()
+            print(f"interrupted: {total.changed:,} of {_count(len(ids))} done", file=sys.stderr)
+            raise
+        except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
+            raise UsageError(f"{with_hint(error)}; {total.changed:,} are done") from error
+    return total
+
+
+def _report(arguments: argparse.Namespace, selected: int, done: Done) -> int:
+    unchanged = 0 if arguments.dry_run else selected - done.changed - done.entered_again
+    if arguments.json:
+        told = {
+            "action": arguments.command,
+            "dry_run": arguments.dry_run,
+            "selected": selected,
+            **done._asdict(),
+            "unchanged": unchanged,
+        }
+        print(json.dumps(told))
+        return 0
+    if arguments.dry_run:
+        print(f"would {arguments.command} {_count(selected)}")
+        return 0
+    print(f"{arguments.command}: {_count(done.changed)}")
+    if done.executing:
+        print(f"{done.executing:,} were executing a side effect, which is not undone")
+    if done.entered_again:
+        print(f"{done.entered_again:,} stay as they are: the subject is in the sequence again")
+    if unchanged:
+        print(f"{unchanged:,} had gone elsewhere meanwhile, or cannot be changed")
+    return 0
+
+
+def _count(number: int) -> str:
+    return f"{number:,} enrollment{'s' * (number != 1)}"
+
+
+# --- sequences
+
+
+async def _set_status(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+    words = SEQUENCE_STATUSES[arguments.command]
+    names = sorted(set(arguments.sequences))
+    connection = await connect(url)
+    try:
+        async with connection.transaction():
+            await connection.execute(QUERIES["set_reason"], bulk.who(arguments.reason))
+            rows = await connection.fetch(QUERIES["set_sequence_status"], names, words.status)
+            if missing := sorted(set(names) - {row["name"] for row in rows}):
+                raise UsageError(f"sequence {missing[0]!r} does not exist; nothing was changed")
+    finally:
+        await connection.close()
+    if arguments.json:
+        told = [{**row, "status": words.status} for row in rows]
+        print(json.dumps(told))
+        return 0
+    for row in rows:
+        already = " already" if row["before"] == words.status else ""
+        print(f"{row['name']} is {words.status}{already}: {_count(row['active'])} {words.inside}")
     return 0
