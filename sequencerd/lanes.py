@@ -42,6 +42,7 @@ class Leased(NamedTuple):
     lane: LaneKey
     program: object
     task: Task
+    revision: int | None = None  # of the definition that it was begun under
 
     @property
     def fence(self) -> Fence:

@@ -60,7 +60,7 @@ SELECT wake_at FROM sequencer.enrollments
 -- Enrollments whose side effects have ended: what may have changed meanwhile. Who holds a lock on one
 -- of them is not waited for.
 SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.visit, e.attempt, e.goals_met,
-       e.leased_by
+       e.leased_by, (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[])
  ORDER BY e.id
@@ -114,28 +114,52 @@ UPDATE sequencer.enrollments AS e SET wake_at = $1
  WHERE e.id = waiting.id
 RETURNING e.sequence, e.step;
 
--- name: retime
--- A batch of those who wait at a changed step, in the order of their wake times: they are due now,
--- and evaluated under the step as it is. Those with the last wake time of the batch are all in it.
-WITH step AS (
-    SELECT sequence, name, retime_from FROM sequencer.steps
-     WHERE sequence = $1 AND name = $2 AND retime_from IS NOT NULL FOR UPDATE
-), batch AS (
-    SELECT e.id, e.wake_at FROM sequencer.enrollments AS e, step
-     WHERE e.sequence = step.sequence AND e.step = step.name AND e.status = 'active'
-       AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
-       AND e.wake_at > step.retime_from AND e.wake_at > $3
-     ORDER BY e.wake_at FETCH FIRST $4 ROWS WITH TIES
-), due AS (
-    UPDATE sequencer.enrollments AS e SET wake_at = $3 FROM batch
-     WHERE e.id = batch.id AND e.status = 'active' AND e.leased_by IS NULL
-), progress AS (
-    UPDATE sequencer.steps AS s
-       SET retime_from = CASE WHEN (SELECT count(*) FROM batch) >= $4
-                              THEN (SELECT max(wake_at) FROM batch) END
-      FROM step WHERE s.sequence = step.sequence AND s.name = step.name
-)
-SELECT count(*) FROM batch;
+-- name: retiming_from
+SELECT retime_from FROM sequencer.steps WHERE sequence = $1 AND name = $2;
+
+-- name: standing
+-- Who is at a step, by id: what changes nothing as their wake times change.
+SELECT id FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND id >= $3 ORDER BY id LIMIT $4;
+
+-- name: take_retiming
+-- How far it is done, in the transaction that does what follows. What another daemon is at is not
+-- waited for.
+UPDATE sequencer.steps AS s SET retime_from = $4
+  FROM (SELECT sequence, name FROM sequencer.steps
+         WHERE sequence = $1 AND name = $2 AND retime_from = $3
+           AND EXISTS (SELECT FROM sequencer.sequences WHERE name = $1 AND revision = $5)
+           FOR NO KEY UPDATE SKIP LOCKED) AS mine
+ WHERE s.sequence = mine.sequence AND s.name = mine.name
+RETURNING true;
+
+-- name: lock_waiting
+-- Some of those who wait at a changed step. Who is due is evaluated under it anyway.
+SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
+       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt,
+       e.goals_met, e.retry_at, e.leased_by
+  FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
+   AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+ ORDER BY e.id
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: waiting
+-- The same without a lock.
+SELECT e.id FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
+   AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+ ORDER BY e.id;
+
+-- name: retimed
+UPDATE sequencer.steps SET retime_from = $4
+ WHERE sequence = $1 AND name = $2 AND retime_from = $3 RETURNING true;
+
+-- name: next_transaction
+SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+
+-- name: oldest_transaction
+SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
 
 -- name: revive
 -- Who failed at a step that could not be executed, and now can be.
@@ -163,7 +187,7 @@ SELECT sequencer.add_event_partitions();
 SELECT pg_try_advisory_xact_lock($1);
 
 -- name: status
-SELECT sequence, step, type, status, active, overdue, next_wake_at, failed, problem
+SELECT sequence, step, type, status, active, overdue, next_wake_at, failed, retiming, problem
   FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
 
 -- name: list
@@ -191,7 +215,7 @@ SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
   FROM sequencer.enrollments AS e WHERE e.id = $1;
 
 -- name: history
-SELECT at, sequence, step, visit, action, message
+SELECT at, sequence, step, visit, action, message, revision
   FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at;
 
 -- name: events_since
