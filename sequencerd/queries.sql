@@ -240,8 +240,7 @@ ON CONFLICT (name) DO UPDATE
  WHERE (sequences.first_step, sequences.timezone, sequences.status, sequences.reentry,
         sequences.lookup, sequences.recheck)
        IS DISTINCT FROM (excluded.first_step, excluded.timezone, excluded.status,
-                         excluded.reentry, excluded.lookup, excluded.recheck)
-RETURNING revision;
+                         excluded.reentry, excluded.lookup, excluded.recheck);
 
 -- name: apply_steps
 -- All steps of a sequence at once; what is as it was is not touched.
@@ -252,14 +251,71 @@ ON CONFLICT (sequence, name) DO UPDATE
        next_step = excluded.next_step, alt_next_step = excluded.alt_next_step
  WHERE (steps.position, steps.type, steps.config, steps.next_step, steps.alt_next_step)
        IS DISTINCT FROM (excluded.position, excluded.type, excluded.config, excluded.next_step,
-                         excluded.alt_next_step)
-RETURNING name, xmax = 0 AS added;
+                         excluded.alt_next_step);
 
 -- name: remove_steps
-DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]) RETURNING name;
+DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]);
 
--- name: lock_sequence
-SELECT name FROM sequencer.sequences WHERE name = $1 FOR UPDATE;
+-- name: rename_step
+-- Triggers take along who is there, and whatever leads there.
+UPDATE sequencer.steps SET name = $3 WHERE sequence = $1 AND name = $2;
+
+-- name: move_people
+-- From a step that is to be removed, with those who could be tried again; how many.
+WITH moved AS (
+    UPDATE sequencer.enrollments SET step = $3
+     WHERE id IN (SELECT id FROM sequencer.enrollments
+                   WHERE sequence = $1 AND step = $2 AND status = 'active'
+                   UNION ALL
+                  SELECT id FROM sequencer.enrollments
+                   WHERE sequence = $1 AND step = $2 AND status = 'failed')
+    RETURNING 1
+)
+SELECT count(*) FROM moved;
+
+-- name: lock_definitions
+-- Until the end of the transaction: two that apply do it one after the other, and who edits a
+-- sequence by SQL waits.
+SELECT pg_advisory_xact_lock(7364528, 2), (SELECT count(*) FROM (
+    SELECT FROM sequencer.sequences ORDER BY name FOR UPDATE) AS locked);
+
+-- name: documents
+-- All sequences, and what some of them are.
+SELECT name, revision, status, from_file,
+       CASE WHEN name = ANY ($1::text[]) THEN sequencer.document(name) END AS document
+  FROM sequencer.sequences ORDER BY name;
+
+-- name: as_jsonb
+SELECT $1::jsonb;
+
+-- name: count_at
+SELECT count(*) FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active';
+
+-- name: people
+-- Everybody who has begun and is at a step.
+SELECT id, sequence, step, subject, data, timezone, created_at,
+       least(wake_at, '9999-12-31Z') AS wake_at, entered_at, visit, attempt, goals_met, retry_at,
+       leased_by
+  FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND entered_at IS NOT NULL;
+
+-- name: archive
+UPDATE sequencer.sequences SET status = 'archived' WHERE name = ANY ($1::text[]);
+
+-- name: mark_from_file
+UPDATE sequencer.sequences SET from_file = true WHERE name = ANY ($1::text[]) AND NOT from_file;
+
+-- name: revisions_of
+-- Of a sequence, each with the one before it.
+SELECT revision, at, by, document, lag(document) OVER (ORDER BY revision) AS before
+  FROM sequencer.revisions WHERE sequence = $1 ORDER BY revision DESC;
+
+-- name: document
+-- What a sequence is, or was in a revision.
+SELECT CASE WHEN $2::integer IS NULL THEN sequencer.document($1) ELSE (
+    SELECT document FROM sequencer.revisions WHERE sequence = $1 AND revision <= $2
+     ORDER BY revision DESC LIMIT 1) END;
 
 -- name: suppressed
 SELECT channel, address FROM sequencer.suppressions

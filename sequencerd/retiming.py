@@ -18,7 +18,8 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd import store
 from sequencerd.clock import Clock
 from sequencerd.core import model
-from sequencerd.core.model import NEVER, Advanced, Enrollment, Wait
+from sequencerd.core.advance import waits_on
+from sequencerd.core.model import Advanced, Enrollment
 from sequencerd.store import PASSING_ERRORS, POISON, Place
 from sequencerd.writer import PAUSE, Batch, Writer
 
@@ -181,18 +182,3 @@ class Retiming:
                 if await store.oldest_transaction(connection) >= next_transaction:
                     return
             await asyncio.sleep(GRACE_TURN)
-
-
-def waits_on(before: Enrollment, advanced: Advanced) -> bool:
-    """Whether nothing changes for who waits."""
-    decision = advanced.decision
-    return (
-        isinstance(decision, Wait)
-        and before.wake_at is not None
-        and (
-            decision.until == before.wake_at
-            or decision.until.year == before.wake_at.year == NEVER.year
-        )
-        and advanced.enrollment == before
-        and not advanced.events
-    )

@@ -97,6 +97,21 @@ def advance(
     return Advanced(way.at, decision, tuple(way.events), way.merged)
 
 
+def waits_on(before: Enrollment, advanced: Advanced) -> bool:
+    """Whether nothing changes for who waits."""
+    decision = advanced.decision
+    return (
+        isinstance(decision, Wait)
+        and before.wake_at is not None
+        and (
+            decision.until == before.wake_at
+            or decision.until.year == before.wake_at.year == NEVER.year
+        )
+        and advanced.enrollment == before
+        and not advanced.events
+    )
+
+
 class _Way:
     """One evaluation: where the enrollment is by now, and what has happened."""
 
