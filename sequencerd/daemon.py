@@ -233,6 +233,7 @@ async def run(
     tune_collector()
     told_to_reload, told_to_stop = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_tell(log))
     loop.add_signal_handler(signal.SIGHUP, told_to_reload.set)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_stop.set)
@@ -249,6 +250,21 @@ async def run(
         finally:
             await daemon.parts.close()
     log.info("stopped", daemon=daemon.name)
+
+
+def _tell(log: FilteringBoundLogger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What asyncio and asyncpg have to say. Of a lost connection those who used it tell as well, and
+    asyncpg says without an error that a transaction has ended with it.
+    """
+
+    def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if error is None or isinstance(error, store.PASSING_ERRORS):
+            log.warning("a connection was lost", error=str(error or context["message"]))
+        else:
+            loop.default_exception_handler(context)
+
+    return tell
 
 
 class _Daemon:

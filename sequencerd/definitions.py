@@ -26,9 +26,7 @@ from sequencerd.core.model import (
     Step,
 )
 from sequencerd.core.steps import COMPILERS, compile_step
-from sequencerd.errors import FileError
 from sequencerd.runners import Runner
-from sequencerd.store import QUERIES
 
 Runners = Mapping[str, Runner]
 
@@ -231,69 +229,16 @@ def problems(sequence: Sequence) -> dict[tuple[str, str], str | None]:
     }
 
 
-# --- applied
-
-
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """One sequence of a file, checked."""
+    """One sequence of a file, checked. `status` is None where the file leaves a pause as it is;
+    `renames` are former names of steps by their new ones.
+    """
 
     sequence: Sequence
     reentry: str
-    status: str
+    status: str | None
     lookup: str | None
     recheck: timedelta
     place: str = field(compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What applying a definition did: names of steps."""
-
-    sequence: str
-    created: bool
-    added: tuple[str, ...]
-    changed: tuple[str, ...]
-    removed: tuple[str, ...]
-
-
-async def apply(connection: asyncpg.Connection, definition: Definition) -> Applied:
-    """Makes the database's sequence what the definition says; to be called in a transaction.
-
-    Raises FileError where people stand at a step that it no longer has.
-    """
-    sequence = definition.sequence
-    steps = sorted(sequence.steps.values(), key=lambda step: step.position)
-    known = await connection.fetchval(QUERIES["lock_sequence"], sequence.name)
-    try:
-        await connection.execute(
-            QUERIES["apply_sequence"],
-            sequence.name,
-            sequence.first_step,
-            sequence.timezone,
-            definition.status,
-            definition.reentry,
-            definition.lookup,
-            definition.recheck,
-        )
-        written = await connection.fetch(
-            QUERIES["apply_steps"],
-            sequence.name,
-            [step.name for step in steps],
-            [step.position for step in steps],
-            [step.type for step in steps],
-            [json.dumps(step.config) for step in steps],
-            [step.next_step for step in steps],
-            [step.alt_next_step for step in steps],
-        )
-        names = [step.name for step in steps]
-        removed = await connection.fetch(QUERIES["remove_steps"], sequence.name, names)
-    except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
-        raise FileError(f"{definition.place}: {error}") from error
-    return Applied(
-        sequence.name,
-        known is None,
-        tuple(row["name"] for row in written if row["added"]),
-        tuple(row["name"] for row in written if not row["added"]),
-        tuple(row["name"] for row in removed),
-    )
+    renames: Mapping[str, str] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from urllib.parse import parse_qs
 import asyncpg
 import yaml
 
-from sequencerd import daemon, definitions, embedded, files, migrate
+from sequencerd import daemon, embedded, files, migrate, plan
 from sequencerd.errors import SequencerdError
 from sequencerd.settings import Settings, load
 from sequencerd.store import QUERIES
@@ -98,10 +98,13 @@ def _shortened(scratch: Path) -> Path:
 
 
 async def _apply(connection: asyncpg.Connection, file: Path, settings: Settings) -> None:
-    for definition in files.read_file(file, daemon.make_runners(settings)):
-        async with connection.transaction():
-            applied = await definitions.apply(connection, definition)
-        _say(f"applied {applied.sequence}: {len(applied.added)} steps, waits shortened to seconds")
+    runners = daemon.make_runners(settings)
+    found = files.read_file(file, runners)
+    async with connection.transaction():
+        applied = await plan.apply(connection, found, runners)
+    for one in applied.sequences:
+        count = len(one.changes.added)
+        _say(f"applied {one.sequence}: {count} steps, waits shortened to seconds")
 
 
 def _examples() -> Path:

@@ -37,6 +37,7 @@ from sequencerd.definitions import Runners
 from sequencerd.lanes import Lane, Leased, Work
 from sequencerd.listener import Changed, Due, Look, Message
 from sequencerd.metrics import Metrics
+from sequencerd.retiming import Retiming
 from sequencerd.settings import Engine as Settings
 from sequencerd.store import PASSING_ERRORS, POISON, Place
 from sequencerd.writer import PAUSE, Batch, Writer, failed, late, of_lookup
@@ -95,8 +96,17 @@ class Engine:
         self._floods = 0  # steps that are being claimed batch after batch
         self._hold_until = 0.0  # in the loop's time
         self._again: set[Place] = set()
-        self._retiming: set[Place] = set()
         self._background: set[asyncio.Task[None]] = set()
+        self._retiming = Retiming(
+            pool,
+            self.catalog.sequences,
+            self._writer,
+            self._advance,
+            self._spawn,
+            clock=clock,
+            batch=settings.batch,
+            log=log,
+        )
 
     # --- the loop
 
@@ -300,26 +310,7 @@ class Engine:
             await self.rebuild()
 
     def _start_retiming(self, place: Place) -> None:
-        if place not in self._retiming:
-            self._retiming.add(place)
-            self._spawn(self._retime(place))
-
-    async def _retime(self, place: Place) -> None:
-        """Looks at everybody who waits at a changed step, a batch at a time."""
-        size = self._settings.batch
-
-        async def batch_by_batch() -> None:
-            count = size
-            while count >= size and not self._stopping:
-                now = self._clock.now()
-                async with self._pool.acquire() as connection:
-                    count = await store.retime(connection, place, now, size)
-                self._push(place, now)
-
-        try:
-            await self._until_done(batch_by_batch)
-        finally:
-            self._retiming.discard(place)
+        self._retiming.start(place)
 
     async def _look(self, message: Look) -> None:
         """Looks at those who wait, as an application asked by NOTIFY."""
@@ -384,11 +375,17 @@ class Engine:
         return len(claimed)
 
     def _advance(
-        self, enrollment: Enrollment, now: datetime, result: Result | None = None
+        self,
+        enrollment: Enrollment,
+        now: datetime,
+        result: Result | None = None,
+        begun_under: int | None = None,
     ) -> Advanced:
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
         try:
-            return advance(self.catalog.sequences, enrollment, now, result, jitter)
+            return advance(
+                self.catalog.sequences, enrollment, now, result, jitter, begun_under=begun_under
+            )
         except Exception as error:
             self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
             return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
@@ -453,30 +450,42 @@ class Engine:
         self, results: Sequence[tuple[Leased, Result]], *, alone: bool = False
     ) -> None:
         """Moves enrollments on by the results of their side effects, if they are still theirs."""
+        while not await self._settle_under(results, alone=alone):
+            await self.reload()
+
+    async def _settle_under(self, results: Sequence[tuple[Leased, Result]], *, alone: bool) -> bool:
+        """By the definitions that are known; False, and nothing is done, if they have changed."""
         now = self._clock.now()
         known = [leased.enrollment for leased, _ in results]
         batch, waiting, before = Batch(), [], []
         async with self._writer.writing(batch) as connection:
-            locked, ours = await store.lock(connection, known)
+            locked, ours, revisions = await store.lock(connection, known)
+            if any(self._revision(name) != revision for name, revision in revisions.items()):
+                return False
             missing = [enrollment.id for enrollment in known if enrollment.id not in locked]
             exist = await store.existing(connection, missing) if missing else set()
             for leased, result in results:
                 if enrollment := ours.get(leased.fence):
                     before.append(enrollment)
                     found = of_lookup(result) if leased.lane.is_lookup else result
-                    advanced = self._advance(enrollment, now, found)
+                    advanced = self._advance(enrollment, now, found, leased.revision)
                     self._writer.add(batch, enrollment, advanced, now)
                 elif leased.enrollment.id in exist:
                     waiting.append((leased, result))
                 elif leased.enrollment.id not in locked:
                     self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
                 elif not leased.lane.is_lookup:
-                    batch.events.append(late(leased.enrollment, result, now))
+                    batch.events.append(late(leased, result, now))
             await self._writer.write(connection, batch, before, now, alone=alone)
         wait = {leased.fence for leased, _ in waiting}
         self._writer.forget(leased for leased, _ in results if leased.fence not in wait)
         if waiting:
             asyncio.get_running_loop().call_later(LOCKED_PAUSE, self._try_again, waiting)
+        return True
+
+    def _revision(self, name: str) -> int | None:
+        sequence = self.catalog.sequences.get(name)
+        return sequence.revision if sequence else None
 
     def _try_again(self, results: list[tuple[Leased, Result]]) -> None:
         self._finished.extend(results)

@@ -5,6 +5,7 @@
     ├── DatabaseError          the database can't be used: unreachable, refused, too old
     │   └── MigrationError     the schema is missing, older, newer or changed
     ├── FileError              a file of definitions is wrong
+    ├── PlanError              a plan cannot be applied, or holds no longer
     └── UsageError             a command was asked for what cannot be
         └── ArgumentError      by its arguments alone
 
@@ -36,6 +37,10 @@ class MigrationError(DatabaseError):
 
 class FileError(SequencerdError):
     """A file of definitions is wrong."""
+
+
+class PlanError(SequencerdError):
+    """A plan cannot be applied, or holds no longer."""
 
 
 class UsageError(SequencerdError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -55,6 +55,8 @@ class FileStep(Config):
     """The step that follows; if nothing is said the next one in the file. null ends the journey."""
     alt_next: str | None = None
     """The step that follows on the other way; null, or nothing, ends the journey there."""
+    renamed_from: Name | None = None
+    """The step's former name: who is at it stays there. Can be left out once it is applied."""
 
 
 class FileSequence(Config):
@@ -65,7 +67,8 @@ class FileSequence(Config):
     timezone: Annotated[str, AfterValidator(_zone)] = "UTC"
     """IANA name, such as Europe/Berlin; holds for subjects without one of their own."""
     status: Literal["active", "paused", "archived"] = "active"
-    """paused: nothing is executed. archived: nobody enters, who is inside goes on."""
+    """paused: nothing is executed. archived: nobody enters, who is inside goes on. Left out:
+    active, or paused while somebody has paused it by hand."""
     reentry: Literal["after_end", "always", "never"] = "after_end"
     """When a subject may enter again."""
     lookup: Annotated[str, Field(min_length=1)] | None = None
@@ -217,7 +220,15 @@ def _read_sequence(
     if parsed is None or any(finding.is_error for finding in source.findings):
         return None
     where = f"{source}: sequence {parsed.name!r}"
-    return Definition(sequence, parsed.reentry, parsed.status, parsed.lookup, parsed.recheck, where)
+    return Definition(
+        sequence,
+        parsed.reentry,
+        parsed.status if "status" in parsed.model_fields_set else None,
+        parsed.lookup,
+        parsed.recheck,
+        where,
+        {step.name: step.renamed_from for step in parsed.steps if step.renamed_from},
+    )
 
 
 def _parse(source: _Source) -> FileSequence | None:
@@ -243,9 +254,34 @@ def _check_names(source: _Source, sources: Mapping[str | None, _Source]) -> None
         for key in ("next", "altNext"):
             if (target := _text_at(step, key)) is not None:
                 _check_target(source, ("steps", number, key), target, source)
+    former = [_text_at(step, "renamedFrom") for step in source.steps]
+    for number, name in enumerate(former):
+        if name is not None and former.index(name) != number:
+            source.say(
+                ("steps", number, "renamedFrom"), f"another step was renamed from {name!r}, too"
+            )
+        if name is not None and _renamed_in_a_circle(number, source.step_names, former):
+            source.say(
+                ("steps", number, "renamedFrom"),
+                "these steps change names in a circle: rename one of them in a first apply",
+            )
     for number, other, target in source.jumps():
         if other in sources:
             _check_target(source, ("steps", number, "config", "step"), target, sources[other])
+
+
+def _renamed_in_a_circle(
+    number: int, names: Sequence[str | None], former: Sequence[str | None]
+) -> bool:
+    """Whether the former name of a step leads from name to name back to it."""
+    at: str | None = former[number]
+    for _ in names:
+        if at is None or at not in names:
+            return False
+        if at == names[number]:
+            return True
+        at = former[names.index(at)]
+    return False
 
 
 def _check_target(source: _Source, place: Place, target: str, there: _Source) -> None:

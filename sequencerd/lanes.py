@@ -44,6 +44,7 @@ class Leased(NamedTuple):
     lane: Lane
     program: object
     task: Task
+    revision: int | None = None  # of the definition that it was begun under
 
     @property
     def fence(self) -> Fence:

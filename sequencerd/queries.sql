@@ -74,7 +74,7 @@ SELECT wake_at FROM sequencer.enrollments
 -- Enrollments whose side effects have ended: what may have changed meanwhile. Who holds a lock on one
 -- of them is not waited for.
 SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.visit, e.attempt, e.goals_met,
-       e.leased_by
+       e.leased_by, (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[])
  ORDER BY e.id
@@ -128,28 +128,52 @@ UPDATE sequencer.enrollments AS e SET wake_at = $1
  WHERE e.id = waiting.id
 RETURNING e.sequence, e.step;
 
--- name: retime
--- A batch of those who wait at a changed step, in the order of their wake times: they are due now,
--- and evaluated under the step as it is. Those with the last wake time of the batch are all in it.
-WITH step AS (
-    SELECT sequence, name, retime_from FROM sequencer.steps
-     WHERE sequence = $1 AND name = $2 AND retime_from IS NOT NULL FOR UPDATE
-), batch AS (
-    SELECT e.id, e.wake_at FROM sequencer.enrollments AS e, step
-     WHERE e.sequence = step.sequence AND e.step = step.name AND e.status = 'active'
-       AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
-       AND e.wake_at > step.retime_from AND e.wake_at > $3
-     ORDER BY e.wake_at FETCH FIRST $4 ROWS WITH TIES
-), due AS (
-    UPDATE sequencer.enrollments AS e SET wake_at = $3 FROM batch
-     WHERE e.id = batch.id AND e.status = 'active' AND e.leased_by IS NULL
-), progress AS (
-    UPDATE sequencer.steps AS s
-       SET retime_from = CASE WHEN (SELECT count(*) FROM batch) >= $4
-                              THEN (SELECT max(wake_at) FROM batch) END
-      FROM step WHERE s.sequence = step.sequence AND s.name = step.name
-)
-SELECT count(*) FROM batch;
+-- name: retiming_from
+SELECT retime_from FROM sequencer.steps WHERE sequence = $1 AND name = $2;
+
+-- name: standing
+-- Who is at a step, by id: what changes nothing as their wake times change.
+SELECT id FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND id >= $3 ORDER BY id LIMIT $4;
+
+-- name: take_retiming
+-- How far it is done, in the transaction that does what follows. What another daemon is at is not
+-- waited for.
+UPDATE sequencer.steps AS s SET retime_from = $4
+  FROM (SELECT sequence, name FROM sequencer.steps
+         WHERE sequence = $1 AND name = $2 AND retime_from = $3
+           AND EXISTS (SELECT FROM sequencer.sequences WHERE name = $1 AND revision = $5)
+           FOR NO KEY UPDATE SKIP LOCKED) AS mine
+ WHERE s.sequence = mine.sequence AND s.name = mine.name
+RETURNING true;
+
+-- name: lock_waiting
+-- Some of those who wait at a changed step. Who is due is evaluated under it anyway.
+SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
+       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt,
+       e.goals_met, e.retry_at, e.leased_by
+  FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
+   AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+ ORDER BY e.id
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: waiting
+-- The same without a lock.
+SELECT e.id FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
+   AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+ ORDER BY e.id;
+
+-- name: retimed
+UPDATE sequencer.steps SET retime_from = $4
+ WHERE sequence = $1 AND name = $2 AND retime_from = $3 RETURNING true;
+
+-- name: next_transaction
+SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+
+-- name: oldest_transaction
+SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
 
 -- name: revive
 -- Who failed at a step that could not be executed, and now can be.
@@ -183,7 +207,7 @@ SELECT sequencer.delete_ended($1, $2);
 SELECT pg_try_advisory_xact_lock(7364528, 2);
 
 -- name: status
-SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, problem
+SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, retiming, problem
   FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
 
 -- name: list
@@ -294,7 +318,7 @@ SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
   FROM sequencer.enrollments AS e WHERE e.id = $1;
 
 -- name: history
-SELECT at, sequence, step, visit, action, message
+SELECT at, sequence, step, visit, action, message, revision
   FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at;
 
 -- name: events_since
@@ -319,8 +343,7 @@ ON CONFLICT (name) DO UPDATE
  WHERE (sequences.first_step, sequences.timezone, sequences.status, sequences.reentry,
         sequences.lookup, sequences.recheck)
        IS DISTINCT FROM (excluded.first_step, excluded.timezone, excluded.status,
-                         excluded.reentry, excluded.lookup, excluded.recheck)
-RETURNING revision;
+                         excluded.reentry, excluded.lookup, excluded.recheck);
 
 -- name: apply_steps
 -- All steps of a sequence at once; what is as it was is not touched.
@@ -331,14 +354,71 @@ ON CONFLICT (sequence, name) DO UPDATE
        next_step = excluded.next_step, alt_next_step = excluded.alt_next_step
  WHERE (steps.position, steps.type, steps.config, steps.next_step, steps.alt_next_step)
        IS DISTINCT FROM (excluded.position, excluded.type, excluded.config, excluded.next_step,
-                         excluded.alt_next_step)
-RETURNING name, xmax = 0 AS added;
+                         excluded.alt_next_step);
 
 -- name: remove_steps
-DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]) RETURNING name;
+DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]);
 
--- name: lock_sequence
-SELECT name FROM sequencer.sequences WHERE name = $1 FOR UPDATE;
+-- name: rename_step
+-- Triggers take along who is there, and whatever leads there.
+UPDATE sequencer.steps SET name = $3 WHERE sequence = $1 AND name = $2;
+
+-- name: move_people
+-- From a step that is to be removed, with those who could be tried again; how many.
+WITH moved AS (
+    UPDATE sequencer.enrollments SET step = $3
+     WHERE id IN (SELECT id FROM sequencer.enrollments
+                   WHERE sequence = $1 AND step = $2 AND status = 'active'
+                   UNION ALL
+                  SELECT id FROM sequencer.enrollments
+                   WHERE sequence = $1 AND step = $2 AND status = 'failed')
+    RETURNING 1
+)
+SELECT count(*) FROM moved;
+
+-- name: lock_definitions
+-- Until the end of the transaction: two that apply do it one after the other, and who edits a
+-- sequence by SQL waits.
+SELECT pg_advisory_xact_lock(7364528, 2), (SELECT count(*) FROM (
+    SELECT FROM sequencer.sequences ORDER BY name FOR UPDATE) AS locked);
+
+-- name: documents
+-- All sequences, and what some of them are.
+SELECT name, revision, status, from_file,
+       CASE WHEN name = ANY ($1::text[]) THEN sequencer.document(name) END AS document
+  FROM sequencer.sequences ORDER BY name;
+
+-- name: as_jsonb
+SELECT $1::jsonb;
+
+-- name: count_at
+SELECT count(*) FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active';
+
+-- name: people
+-- Everybody who has begun and is at a step.
+SELECT id, sequence, step, subject, data, timezone, created_at,
+       least(wake_at, '9999-12-31Z') AS wake_at, entered_at, visit, attempt, goals_met, retry_at,
+       leased_by
+  FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND entered_at IS NOT NULL;
+
+-- name: archive
+UPDATE sequencer.sequences SET status = 'archived' WHERE name = ANY ($1::text[]);
+
+-- name: mark_from_file
+UPDATE sequencer.sequences SET from_file = true WHERE name = ANY ($1::text[]) AND NOT from_file;
+
+-- name: revisions_of
+-- Of a sequence, each with the one before it.
+SELECT revision, at, by, document, lag(document) OVER (ORDER BY revision) AS before
+  FROM sequencer.revisions WHERE sequence = $1 ORDER BY revision DESC;
+
+-- name: document
+-- What a sequence is, or was in a revision.
+SELECT CASE WHEN $2::integer IS NULL THEN sequencer.document($1) ELSE (
+    SELECT document FROM sequencer.revisions WHERE sequence = $1 AND revision <= $2
+     ORDER BY revision DESC LIMIT 1) END;
 
 -- name: suppressed
 SELECT channel, address FROM sequencer.suppressions

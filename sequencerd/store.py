@@ -149,20 +149,34 @@ async def claim(
 
 async def lock(
     connection: asyncpg.Connection, known: Rows[Enrollment]
-) -> tuple[set[int], dict[Fence, Enrollment]]:
-    """Locks enrollments but those that somebody else has locked. Returns the ids of the locked, and
-    of those that are still as they are known in a fence, the enrollment read anew.
+) -> tuple[set[int], dict[Fence, Enrollment], dict[str, int | None]]:
+    """Locks enrollments but those that somebody else has locked. Returns the ids of the locked; of
+    those that are still as they are known in a fence, the enrollment read anew; and the revisions
+    of their sequences.
 
     What can't change in a visit is taken as it is known: dates take long to read.
     """
     by_fence = {enrollment.fence: enrollment for enrollment in known}
     ids = sorted({enrollment.id for enrollment in known})
-    locked, now = set(), {}
+    locked, now, revisions = set(), {}, {}
     for row in await connection.fetch(QUERIES["lock"], ids):
-        id_, sequence, step, subject, data, timezone, visit, attempt, goals_met, leased_by = row
+        (
+            id_,
+            sequence,
+            step,
+            subject,
+            data,
+            timezone,
+            visit,
+            attempt,
+            goals_met,
+            leased_by,
+            revision,
+        ) = row
         locked.add(id_)
         fence = (id_, visit, attempt, leased_by)
         if was := by_fence.get(fence):
+            revisions[sequence] = revision
             now[fence] = Enrollment(
                 id_,
                 sequence,
@@ -179,7 +193,7 @@ async def lock(
                 was.retry_at,
                 leased_by,
             )
-    return locked, now
+    return locked, now, revisions
 
 
 async def fences(connection: asyncpg.Connection, ids: Rows[int]) -> set[Fence]:
@@ -256,10 +270,62 @@ async def look_again(
     return [(row["sequence"], row["step"]) for row in rows]
 
 
-async def retime(connection: asyncpg.Connection, place: Place, now: datetime, limit: int) -> int:
-    """Makes a batch of those due who wait at a changed step. Returns how many."""
-    count: int = await connection.fetchval(QUERIES["retime"], *place, now, limit)
-    return count
+async def retiming_from(connection: asyncpg.Connection, place: Place) -> int | None:
+    """From which id on those who wait at a step have yet to be looked at; None if nobody has."""
+    since: int | None = await connection.fetchval(QUERIES["retiming_from"], *place)
+    return since
+
+
+async def standing(
+    connection: asyncpg.Connection, place: Place, since: int, limit: int
+) -> list[int]:
+    """Who is at a step, by id, from this one on."""
+    rows = await connection.fetch(QUERIES["standing"], *place, since, limit)
+    return [row["id"] for row in rows]
+
+
+async def take_retiming(
+    connection: asyncpg.Connection, place: Place, since: int, until: int, revision: int
+) -> bool:
+    """Notes how far a changed step is done, until the end of the transaction for us alone.
+
+    Not where another daemon is at it, or the definition is not the one known.
+    """
+    query = QUERIES["take_retiming"]
+    return await connection.fetchval(query, *place, since, until, revision) is not None
+
+
+async def lock_waiting(
+    connection: asyncpg.Connection, place: Place, ids: Rows[int], now: datetime
+) -> tuple[list[Enrollment], list[int]]:
+    """Locks those who wait at a step beyond now, and tells who is locked by somebody else."""
+    rows = await connection.fetch(QUERIES["lock_waiting"], *place, ids, now)
+    waiting = [Enrollment(*row) for row in rows]
+    if len(waiting) == len(ids):
+        return waiting, []
+    ours = {enrollment.id for enrollment in waiting}
+    others = [id_ for id_ in ids if id_ not in ours]
+    rows = await connection.fetch(QUERIES["waiting"], *place, others, now)
+    return waiting, [row["id"] for row in rows]
+
+
+async def retimed(
+    connection: asyncpg.Connection, place: Place, since: int, until: int | None
+) -> bool:
+    """Notes that a changed step is done up to an id, or for everybody; not if it changed again."""
+    return await connection.fetchval(QUERIES["retimed"], *place, since, until) is not None
+
+
+async def next_transaction(connection: asyncpg.Connection) -> int:
+    """The number that the next transaction that writes will get."""
+    number: int = await connection.fetchval(QUERIES["next_transaction"])
+    return number
+
+
+async def oldest_transaction(connection: asyncpg.Connection) -> int:
+    """The number of the oldest transaction that has written and not ended."""
+    number: int = await connection.fetchval(QUERIES["oldest_transaction"])
+    return number
 
 
 async def revive(connection: asyncpg.Connection, places: Rows[Place], now: datetime) -> int:

@@ -120,7 +120,7 @@ class Writer:
         match decision:
             case Wait(until):
                 wake_at = until
-            case Execute(step, effect, timezone, external):
+            case Execute(step, effect, timezone, external, revision):
                 if self._has_room(step.type, at):
                     leased = at.leased_to(self._name)
                     try:
@@ -132,9 +132,8 @@ class Writer:
                     else:
                         at = leased
                         task = Task(at.key, view)
-                        self._lease(
-                            batch, Leased(at, step, self.lanes[step.type], effect.program, task)
-                        )
+                        lane = self.lanes[step.type]
+                        self._lease(batch, Leased(at, step, lane, effect.program, task, revision))
                         wake_at = now + self._lease_time
             case LookUp(step, lookup):
                 key = ("lookup", lookup)
@@ -309,7 +308,7 @@ def failed(enrollment: Enrollment, now: datetime, message: str, failure: str = "
     return Advanced(enrollment._replace(leased_by=None), decision, (event,))
 
 
-def late(leased: Enrollment, result: Result, now: datetime) -> Event:
+def late(leased: Leased, result: Result, now: datetime) -> Event:
     """The result of a side effect whose enrollment has gone another way meanwhile."""
     match result:
         case Answer(action, message):
@@ -320,14 +319,16 @@ def late(leased: Enrollment, result: Result, now: datetime) -> Event:
             text = "found"
         case _:
             assert_never(result)
+    was = leased.enrollment
     return Event(
-        leased.id,
+        was.id,
         now,
-        leased.sequence,
-        leased.step,
-        leased.visit,
+        was.sequence,
+        was.step,
+        was.visit,
         "late",
-        model.printable(f"attempt {leased.attempt} came too late to move it: {text}"),
+        model.printable(f"attempt {was.attempt} came too late to move it: {text}"),
+        leased.revision,
     )
 
 

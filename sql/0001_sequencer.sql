@@ -4,6 +4,7 @@
 --   steps         the nodes of that graph: type, config, and where to go next
 --   enrollments   who is where: one row for each journey of a subject through a sequence
 --   events        what happened: append only, partitioned by month
+--   revisions     what definitions were: a document for each change, by whoever and in whatever way
 --   suppressions  addresses that get no more messages
 --   migrations    which files of sql/ have been applied
 --
@@ -43,7 +44,8 @@ CREATE TABLE sequencer.sequences (
     lookup     text CHECK (lookup <> ''),
     recheck    interval NOT NULL DEFAULT '1 minute'
                CHECK (recheck BETWEEN interval '1 second' AND interval '1 year'),
-    revision   bigint NOT NULL DEFAULT 1,
+    revision   integer NOT NULL DEFAULT 1,
+    from_file  boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT now()
 );
 
@@ -54,7 +56,8 @@ COMMENT ON COLUMN sequencer.sequences.status IS 'paused: clocks run on, nothing 
 COMMENT ON COLUMN sequencer.sequences.reentry IS 'When a subject may enter again: after_end of its journey, always, or never.';
 COMMENT ON COLUMN sequencer.sequences.lookup IS 'The source of external data about subjects: an endpoint of the settings, an installed Python function, or an SQL function such as app.plans.';
 COMMENT ON COLUMN sequencer.sequences.recheck IS 'How often goals and conditions that read external data are looked at.';
-COMMENT ON COLUMN sequencer.sequences.revision IS 'Counted up with every change of the sequence or its steps.';
+COMMENT ON COLUMN sequencer.sequences.revision IS 'Counted up by each transaction that changes the sequence or its steps.';
+COMMENT ON COLUMN sequencer.sequences.from_file IS 'It was applied from a file: where no file has it any more, apply --prune archives it.';
 
 CREATE TABLE sequencer.steps (
     sequence      text COLLATE "C" NOT NULL
@@ -66,7 +69,7 @@ CREATE TABLE sequencer.steps (
     next_step     text,
     alt_next_step text,
     problem       text,
-    retime_from   timestamptz,
+    retime_from   bigint,
     PRIMARY KEY (sequence, name),
     FOREIGN KEY (sequence, next_step) REFERENCES sequencer.steps
         ON UPDATE CASCADE DEFERRABLE INITIALLY DEFERRED,
@@ -79,7 +82,20 @@ COMMENT ON COLUMN sequencer.steps.position IS 'The order of the definition; of s
 COMMENT ON COLUMN sequencer.steps.next_step IS 'Where "next" leads; NULL ends the journey.';
 COMMENT ON COLUMN sequencer.steps.alt_next_step IS 'Where "altNext" leads; NULL ends the journey.';
 COMMENT ON COLUMN sequencer.steps.problem IS 'Written by the daemon: why this step cannot be executed.';
-COMMENT ON COLUMN sequencer.steps.retime_from IS 'The step has changed, and who waits here beyond this time has yet to be looked at.';
+COMMENT ON COLUMN sequencer.steps.retime_from IS 'The step has changed: who waits here, with this id or a greater one, has yet to be looked at.';
+
+CREATE TABLE sequencer.revisions (
+    sequence text COLLATE "C" NOT NULL, -- without a foreign key: they outlive a deleted sequence
+    revision integer NOT NULL,
+    at       timestamptz NOT NULL,
+    by       text NOT NULL,
+    document jsonb NOT NULL,
+    PRIMARY KEY (sequence, revision)
+);
+
+COMMENT ON TABLE  sequencer.revisions IS 'Every definition that ever held, one for each transaction that changed it.';
+COMMENT ON COLUMN sequencer.revisions.by IS 'The user of the database who made the change.';
+COMMENT ON COLUMN sequencer.revisions.document IS 'The sequence and its steps, with the keys of a file.';
 
 
 -- enrollments -----------------------------------------------------------------------------------
@@ -149,7 +165,8 @@ CREATE TABLE sequencer.events (
     step          text NOT NULL,
     visit         integer NOT NULL,
     action        text NOT NULL,
-    message       text
+    message       text,
+    revision      integer
 ) PARTITION BY RANGE (at);
 
 CREATE INDEX events_of_enrollment ON sequencer.events (enrollment_id, at);
@@ -157,6 +174,7 @@ CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
 COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; goal; jump; retry, lapsed, late; warning; completed, failed, cancelled, resumed, moved, reevaluated.';
+COMMENT ON COLUMN sequencer.events.revision IS 'Of the definition that it happened under; what came of a side effect has the one that it began with.';
 
 -- Rows of a month without a partition of its own. None get here while a daemon runs.
 CREATE TABLE sequencer.events_other PARTITION OF sequencer.events DEFAULT;
@@ -270,6 +288,11 @@ BEGIN
             SCHEMA = 'sequencer', TABLE = 'sequences', COLUMN = 'timezone',
             HINT = 'Write an IANA name such as Europe/Berlin; SELECT name FROM pg_timezone_names lists them.';
     END IF;
+    IF TG_OP = 'INSERT' THEN
+        -- who is made again goes on counting: the daemon must not take it for the one it knows
+        SELECT coalesce(max(revision) + 1, 1) INTO NEW.revision
+          FROM sequencer.revisions WHERE sequence = NEW.name;
+    END IF;
     RETURN NEW;
 END $$;
 
@@ -281,7 +304,8 @@ CREATE TRIGGER check_on_update BEFORE UPDATE OF timezone ON sequencer.sequences
 CREATE FUNCTION sequencer.count_revision() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    NEW.revision := OLD.revision + 1;
+    -- once in a transaction, which has made this row version if it was here before
+    NEW.revision := OLD.revision + (OLD.xmin <> pg_current_xact_id()::xid)::integer;
     RETURN NEW;
 END $$;
 
@@ -299,8 +323,7 @@ BEGIN
         SELECT array_agg(DISTINCT sequence), array_agg(DISTINCT sequence) FILTER (WHERE type = 'Goal')
           INTO changed, goals FROM new_steps;
     ELSIF TG_OP = 'DELETE' THEN
-        SELECT array_agg(DISTINCT sequence), array_agg(DISTINCT sequence) FILTER (WHERE type = 'Goal')
-          INTO changed, goals FROM old_steps;
+        SELECT array_agg(DISTINCT sequence) INTO changed FROM old_steps;
     ELSE
         -- without what the daemon writes
         WITH before AS (
@@ -310,8 +333,11 @@ BEGIN
         ), difference AS (
             (TABLE before EXCEPT TABLE after) UNION ALL (TABLE after EXCEPT TABLE before)
         )
-        SELECT array_agg(DISTINCT sequence), array_agg(DISTINCT sequence) FILTER (WHERE type = 'Goal')
-          INTO changed, goals FROM difference;
+        SELECT array_agg(DISTINCT sequence) INTO changed FROM difference;
+        -- a goal that is renamed, moved or leads elsewhere is met by nobody whom it was not before
+        SELECT array_agg(DISTINCT sequence) INTO goals FROM (
+            SELECT sequence, config FROM new_steps WHERE type = 'Goal'
+            EXCEPT SELECT sequence, config FROM old_steps WHERE type = 'Goal') AS other;
     END IF;
     -- the second update fires this trigger again, which then finds nothing changed
     IF changed IS NOT NULL THEN
@@ -319,7 +345,7 @@ BEGIN
     END IF;
     IF goals IS NOT NULL THEN
         -- a goal concerns everybody in the sequence
-        UPDATE sequencer.steps SET retime_from = '-infinity' WHERE sequence = ANY (goals);
+        UPDATE sequencer.steps SET retime_from = 0 WHERE sequence = ANY (goals);
     END IF;
     RETURN NULL;
 END $$;
@@ -334,22 +360,60 @@ CREATE TRIGGER touch_on_delete AFTER DELETE ON sequencer.steps
     REFERENCING OLD TABLE AS old_steps
     FOR EACH STATEMENT EXECUTE FUNCTION sequencer.touch_sequences();
 
+-- The definition as a file would have it: what revisions keep, and `sequencerd plan` compares with.
+CREATE FUNCTION sequencer.document(sequence text) RETURNS jsonb
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT jsonb_build_object(
+        'name', q.name, 'timezone', q.timezone, 'status', q.status, 'reentry', q.reentry,
+        'lookup', q.lookup, 'recheck', extract(epoch FROM q.recheck),
+        'steps', (
+            SELECT coalesce(jsonb_agg(jsonb_build_object(
+                       'name', s.name, 'type', s.type, 'config', s.config,
+                       'next', s.next_step, 'altNext', s.alt_next_step)
+                       ORDER BY s.name <> q.first_step COLLATE "C", s.position), '[]')
+              FROM sequencer.steps AS s WHERE s.sequence = q.name))
+      FROM sequencer.sequences AS q WHERE q.name = document.sequence
+$$;
+
+COMMENT ON FUNCTION sequencer.document IS 'A sequence and its steps, with the keys of a file.';
+
+-- At the end of the transaction, of which each change has queued a call.
+CREATE FUNCTION sequencer.record_revision() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    last jsonb := (SELECT r.document FROM sequencer.revisions AS r
+                    WHERE r.sequence = NEW.name ORDER BY r.revision DESC LIMIT 1);
+    present jsonb := sequencer.document(NEW.name);
+BEGIN
+    IF present IS DISTINCT FROM last AND present IS NOT NULL THEN
+        INSERT INTO sequencer.revisions (sequence, revision, at, by, document)
+        SELECT q.name, q.revision, clock_timestamp(), session_user, present
+          FROM sequencer.sequences AS q WHERE q.name = NEW.name
+        ON CONFLICT (sequence, revision) DO UPDATE SET document = excluded.document;
+    END IF;
+    RETURN NULL;
+END $$;
+
+CREATE CONSTRAINT TRIGGER record_revision AFTER INSERT OR UPDATE ON sequencer.sequences
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION sequencer.record_revision();
+
 CREATE FUNCTION sequencer.mark_retime() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF TG_TABLE_NAME = 'steps' THEN
-        NEW.retime_from := '-infinity';
+        NEW.retime_from := 0;
         RETURN NEW;
     END IF;
-    UPDATE sequencer.steps SET retime_from = '-infinity' WHERE sequence = NEW.name;
+    UPDATE sequencer.steps SET retime_from = 0 WHERE sequence = NEW.name;
     RETURN NULL;
 END $$;
 
 CREATE TRIGGER mark_retime BEFORE UPDATE OF type, config ON sequencer.steps
     FOR EACH ROW WHEN ((OLD.type, OLD.config) IS DISTINCT FROM (NEW.type, NEW.config))
     EXECUTE FUNCTION sequencer.mark_retime();
-CREATE TRIGGER mark_retime AFTER UPDATE OF timezone ON sequencer.sequences
-    FOR EACH ROW WHEN (OLD.timezone <> NEW.timezone)
+CREATE TRIGGER mark_retime AFTER UPDATE OF timezone, lookup, recheck ON sequencer.sequences
+    FOR EACH ROW WHEN ((OLD.timezone, OLD.lookup, OLD.recheck)
+        IS DISTINCT FROM (NEW.timezone, NEW.lookup, NEW.recheck))
     EXECUTE FUNCTION sequencer.mark_retime();
 
 -- Instead of a foreign key on enrollments, whose check would lock the step's row on every move.
@@ -382,9 +446,17 @@ BEGIN
     PERFORM set_config('sequencer.renaming', 'on', true);
     IF TG_TABLE_NAME = 'sequences' THEN
         UPDATE sequencer.enrollments SET sequence = NEW.name WHERE sequence = OLD.name;
+        DELETE FROM sequencer.revisions WHERE sequence = NEW.name;
+        UPDATE sequencer.revisions SET sequence = NEW.name WHERE sequence = OLD.name;
     ELSIF NEW.name <> OLD.name THEN
         UPDATE sequencer.enrollments SET step = NEW.name
          WHERE sequence = NEW.sequence AND step = OLD.name;
+        IF NEW.type = 'Goal' THEN
+            -- or else it would pull a second time
+            UPDATE sequencer.enrollments
+               SET goals_met = array_replace(goals_met, OLD.name, NEW.name)
+             WHERE sequence = NEW.sequence AND OLD.name = ANY (goals_met);
+        END IF;
         UPDATE sequencer.sequences SET first_step = NEW.name
          WHERE name = NEW.sequence AND first_step = OLD.name;
     END IF;
@@ -518,12 +590,14 @@ BEGIN
             HINT = 'SELECT name FROM sequencer.steps WHERE sequence = ... lists those that do.';
     END IF;
     NEW.visit := OLD.visit + 1;
-    NEW.entered_at := now();
     NEW.attempt := 0;
     NEW.retry_at := NULL;
     NEW.leased_by := NULL;
-    IF OLD.status = 'active' AND NEW.status = 'active' THEN -- else settle_status comes next
-        NEW.wake_at := now();
+    IF OLD.entered_at IS NOT NULL THEN -- who has not begun begins when they would have
+        NEW.entered_at := now();
+        IF OLD.status = 'active' AND NEW.status = 'active' THEN -- else settle_status comes next
+            NEW.wake_at := now();
+        END IF;
     END IF;
     INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
     VALUES (NEW.id, clock_timestamp(), OLD.sequence, OLD.step, OLD.visit, 'moved',
@@ -642,6 +716,10 @@ SELECT s.sequence, s.name AS step, s.type, q.status,
        coalesce(a.overdue, 0) AS overdue,
        a.next_wake_at,
        coalesce(f.failed, 0) AS failed,
+       CASE WHEN s.retime_from IS NOT NULL THEN (
+           SELECT count(*) FROM sequencer.enrollments AS e
+            WHERE e.sequence = s.sequence AND e.step = s.name AND e.status = 'active'
+              AND e.id >= s.retime_from) END AS retiming,
        s.problem
   FROM sequencer.steps AS s
   JOIN sequencer.sequences AS q ON q.name = s.sequence
@@ -657,7 +735,7 @@ SELECT s.sequence, s.name AS step, s.type, q.status,
   ) AS f ON f.sequence = s.sequence AND f.step = s.name
  ORDER BY s.sequence, s.position;
 
-COMMENT ON VIEW sequencer.overview IS 'For each step: how many are there, how many of them are due, and overdue by a minute, when the next one wakes, how many failed.';
+COMMENT ON VIEW sequencer.overview IS 'For each step: how many are there, how many of them are due, and overdue by a minute, when the next one wakes, how many failed, and after a change of the step, how many have yet to be looked at.';
 
 CREATE VIEW sequencer.overdue AS
 SELECT e.id, e.sequence, e.step, e.subject, e.wake_at, now() - e.wake_at AS overdue_by,

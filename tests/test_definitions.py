@@ -1,19 +1,16 @@
-"""Definitions: files are read and checked as a whole, and applied."""
+"""Definitions: files are read and checked as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import asyncpg
 import pytest
 
 from sequencerd import definitions, files, settings
 from sequencerd.core.model import Problem, RetryPolicy, SideEffect
 from sequencerd.daemon import make_runners
 from sequencerd.errors import FileError
-from tests.engines import Recorder, enroll
+from tests.engines import Recorder
 
 RUNNERS = {"Note": Recorder()}
 
@@ -160,46 +157,3 @@ def test_a_cycle_with_a_way_out_is_fine(tmp_path: Path) -> None:
     )
     behaviours = [step.behaviour for step in definition.sequence.steps.values()]
     assert not any(isinstance(behaviour, Problem) for behaviour in behaviours)
-
-
-async def apply(connection: asyncpg.Connection, tmp_path: Path, text: str) -> definitions.Applied:
-    (definition,) = read(tmp_path, text)
-    async with connection.transaction():
-        return await definitions.apply(connection, definition)
-
-
-async def test_apply_makes_it_so_and_does_nothing_twice(
-    connection: asyncpg.Connection, tmp_path: Path
-) -> None:
-    first = await apply(connection, tmp_path, GOOD)
-    assert (first.created, len(first.added)) == (True, 4)
-    revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
-    second = await apply(connection, tmp_path, GOOD)
-    assert (second.created, second.added, second.changed, second.removed) == (False, (), (), ())
-    assert await connection.fetchval("SELECT revision FROM sequencer.sequences") == revision
-    shorter = GOOD.replace("amount: 3", "amount: 1")
-    shorter = shorter[: shorter.index("  - name: unreached")]
-    third = await apply(connection, tmp_path, shorter)
-    assert (third.added, third.changed, third.removed) == ((), ("pause",), ("unreached",))
-
-
-async def test_a_step_where_somebody_is_stays(
-    connection: asyncpg.Connection, tmp_path: Path
-) -> None:
-    await apply(connection, tmp_path, GOOD)
-    await enroll(connection, "s", "ada")
-    without = GOOD.replace("- name: hello", "- name: start")
-    with pytest.raises(FileError, match=r"'hello'.*cannot be deleted: 1 active"):
-        await apply(connection, tmp_path, without)
-    assert await connection.fetchval("SELECT count(*) FROM sequencer.steps") == 4
-
-
-@pytest.mark.parametrize("config", [{"x": "\0"}, {"x": "\ud800"}])
-async def test_what_postgresql_cannot_hold_is_explained(
-    connection: asyncpg.Connection, tmp_path: Path, config: Mapping[str, Any]
-) -> None:
-    (definition,) = read(tmp_path, steps("name: a, type: Note"))
-    definition.sequence.steps["a"].config["x"] = config["x"]  # type: ignore[index]
-    with pytest.raises(FileError):
-        async with connection.transaction():
-            await definitions.apply(connection, definition)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sequencerd import demo, embedded
-from sequencerd.cli import authoring, inspection, operation, preview, service
+from sequencerd.cli import authoring, changes, inspection, operation, preview, service
 from sequencerd.cli.commands import Commands, read_settings
 from sequencerd.errors import FileError, SequencerdError
 
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "--database", metavar="URL", help="postgresql://user@host/name (or SEQUENCERD_DATABASE)"
     )
     commands = Commands(parser)
-    for module in (service, authoring, preview, operation, inspection):
+    for module in (service, authoring, changes, preview, operation, inspection):
         module.add_to(commands)
     about = "see it work in twenty seconds, with a database and servers of its own"
     shown = commands.add("demo", lambda given, _: demo.main(given.psql), about, "demo")

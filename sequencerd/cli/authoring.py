@@ -1,4 +1,4 @@
-"""Commands for who writes sequences: check, schema, apply."""
+"""Commands for who writes sequences: check, schema."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from sequencerd import daemon, definitions, files, schema
-from sequencerd.cli.commands import Commands, add_json, connect, on_database
+from sequencerd import daemon, files, schema
+from sequencerd.cli.commands import Commands, add_json
 from sequencerd.settings import Settings
 
 
@@ -25,10 +25,6 @@ def add_to(commands: Commands) -> None:
         "print the JSON Schema of files, for an editor",
         "schema > sequencerd.schema.json",
     )
-    apply = commands.add(
-        "apply", on_database(_apply), "make the sequences of a file", "apply onboarding.yaml"
-    )
-    apply.add_argument("files", nargs="+", type=Path, metavar="FILE", help="YAML or JSON")
 
 
 def _check(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -58,27 +54,4 @@ def _plain(finding: files.Finding) -> dict[str, object]:
 
 def _schema(_: argparse.Namespace, __: Settings) -> int:
     print(json.dumps(schema.make(), indent=2))
-    return 0
-
-
-async def _apply(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
-    runners = daemon.make_runners(settings)
-    found = files.read_all(arguments.files, runners)
-    connection = await connect(url)
-    try:
-        async with connection.transaction():
-            applied = [await definitions.apply(connection, definition) for definition in found]
-    finally:
-        await connection.close()
-    for one in applied:
-        changes = [
-            f"{word} {', '.join(names)}"
-            for word, names in (
-                ("added", one.added),
-                ("changed", one.changed),
-                ("removed", one.removed),
-            )
-            if names
-        ]
-        print(f"{one.sequence}: {'; '.join(changes) or 'nothing changed'}")
     return 0

@@ -64,18 +64,23 @@ def advance(
     now: datetime,
     result: Result | None = None,
     jitter: float = 1.0,
+    *,
+    begun_under: int | None = None,
 ) -> Advanced:
     """Brings an enrollment as far as it gets at this time.
 
     `enrollment.wake_at` is ignored but for one that begins. `result` is what the side effect of its
     step came to, of the attempt that `enrollment.attempt` counts; `jitter` (0 to 1) shortens the
-    wait before the next one. Where it decides LookUp, the next `result` is what was found.
+    wait before the next one; `begun_under` is the revision of the definition with which it began.
+    Where it decides LookUp, the next `result` is what was found.
 
     First the result moves it, then the goals are looked at, then it follows its steps until one
     must wait (Wait, Execute), the way ends (End) or can't be gone (Fail). Never raises because of
     what a definition or an enrollment holds.
     """
     way = _Way(definitions, enrollment, now)
+    if begun_under is not None:
+        way.revision = begun_under
     try:
         decision = way.begin(result, jitter) or way.follow()
     except EvaluationError as error:
@@ -92,6 +97,21 @@ def advance(
     return Advanced(way.at, decision, tuple(way.events), way.merged)
 
 
+def waits_on(before: Enrollment, advanced: Advanced) -> bool:
+    """Whether nothing changes for who waits."""
+    decision = advanced.decision
+    return (
+        isinstance(decision, Wait)
+        and before.wake_at is not None
+        and (
+            decision.until == before.wake_at
+            or decision.until.year == before.wake_at.year == NEVER.year
+        )
+        and advanced.enrollment == before
+        and not advanced.events
+    )
+
+
 class _Way:
     """One evaluation: where the enrollment is by now, and what has happened."""
 
@@ -106,6 +126,7 @@ class _Way:
         "moment",
         "moves",
         "now",
+        "revision",
     )
 
     def __init__(self, definitions: Definitions, enrollment: Enrollment, now: datetime) -> None:
@@ -115,6 +136,8 @@ class _Way:
         self.events: list[Event] = []
         self.merged: Mapping[str, Any] | None = None
         self.moves = 0
+        known = definitions.get(enrollment.sequence)
+        self.revision = known.revision if known else None  # which events are to show
         self.lapsed: str | None = None  # the daemon whose lease of this visit has run out
         self._timezone: str | None = None
         self.moment: Moment | None = None
@@ -151,6 +174,7 @@ class _Way:
     def follow(self) -> Decision:
         """Goals first, then step after step."""
         sequence = self.sequence()
+        self.revision = sequence.revision
         if ended := self._pull(sequence):
             return ended
         while True:
@@ -169,6 +193,7 @@ class _Way:
                 if self.at.sequence != sequence.name:
                     self.external = None
                 sequence = self.sequence()
+                self.revision = sequence.revision
                 if ended := self._pull(sequence):
                     return ended
 
@@ -192,6 +217,7 @@ class _Way:
                 here.visit,
                 action,
                 None if message is None else printable(message),
+                self.revision,
             )
         )
 
@@ -309,7 +335,7 @@ class _Way:
             return cut_off
         if step.reads_external and (missing := self._look_up(sequence, step)):
             return missing
-        return Execute(step, effect, self._zone(), self.external or {})
+        return Execute(step, effect, self._zone(), self.external or {}, sequence.revision)
 
     def _cut_off(self, effect: SideEffect) -> Fail | None:
         """Whether a side effect that was cut off must not be started again."""

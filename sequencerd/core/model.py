@@ -377,6 +377,7 @@ class Event(NamedTuple):
     visit: int
     action: str
     message: str | None = None
+    revision: int | None = None  # of the definition that it happened under
 
 
 class Wait(NamedTuple):
@@ -392,6 +393,7 @@ class Execute(NamedTuple):
     effect: SideEffect
     timezone: str
     external: External
+    revision: int  # of its sequence
 
 
 class LookUp(NamedTuple):

@@ -1,0 +1,130 @@
+"""What differs between two definitions, as documents: what a file says, and what revisions keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Document = Mapping[str, Any]
+"""A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
+
+SETTINGS = ("timezone", "status", "reentry", "lookup", "recheck")
+LONGEST_SHOWN = 40  # characters of a value
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The value of a key, before and after; None where there is none."""
+
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        """Empty where it would be long."""
+        values = [_shown(self.before), _shown(self.after)]
+        return "" if "" in values else f"{values[0]} → {values[1]}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list):
+        return ""
+    text = "none" if value is None else str(value)
+    return text if len(text) <= LONGEST_SHOWN and text.isprintable() else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What makes one definition of another. Steps by name; `renamed` is new name by old."""
+
+    is_new: bool = False
+    settings: Mapping[str, Change] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    added: Mapping[str, str] = field(default_factory=dict)  # with its type
+    changed: Mapping[str, Mapping[str, Change]] = field(default_factory=dict)  # by key
+    removed: tuple[str, ...] = ()
+    is_reordered: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether anything differs."""
+        parts = (self.settings, self.renamed, self.added, self.changed, self.removed)
+        return self.is_new or self.is_reordered or any(parts)
+
+    def lines(self) -> Iterator[str]:
+        """One for each change, in words."""
+        for key, change in self.settings.items():
+            yield f"{key}: {change}"
+        for old, new in self.renamed.items():
+            yield f"renamed {old} → {new}"
+        for name, type_ in self.added.items():
+            yield f"added {name} ({type_})"
+        for name, keys in self.changed.items():
+            told = ", ".join(f"{key} {change}".strip() for key, change in keys.items())
+            yield f"changed {name}: {told}"
+        for name in self.removed:
+            yield f"removed {name}"
+        if self.is_reordered:
+            yield "the order of the steps"
+
+
+def compare(
+    before: Document | None, after: Document, renamed: Mapping[str, str] | None = None
+) -> Changes:
+    """What makes `after` of `before`; `renamed` are new names by old ones."""
+    new_names = dict(renamed or {})
+    if before is None:
+        added = {step["name"]: step["type"] for step in after["steps"]}
+        return Changes(is_new=True, added=added)
+    was = {step["name"]: step for step in (_renamed(s, new_names) for s in before["steps"])}
+    now = {step["name"]: step for step in after["steps"]}
+    settings = {
+        key: Change(before[key], after[key])
+        for key in SETTINGS
+        if not is_same(before[key], after[key])
+    }
+    first_before, first_after = next(iter(was), None), next(iter(now), None)
+    if first_before != first_after:
+        settings["first step"] = Change(first_before, first_after)
+    changed = {name: _keys(was[name], now[name]) for name in now if name in was}
+    return Changes(
+        settings=settings,
+        renamed=new_names,
+        added={name: step["type"] for name, step in now.items() if name not in was},
+        changed={name: keys for name, keys in changed.items() if keys},
+        removed=tuple(name for name in was if name not in now),
+        is_reordered=[n for n in was if n in now] != [n for n in now if n in was],
+    )
+
+
+def _renamed(step: Mapping[str, Any], new_names: Mapping[str, str]) -> Mapping[str, Any]:
+    """As the database makes it of a step when some are renamed."""
+    names = {key: new_names.get(step[key], step[key]) for key in ("name", "next", "altNext")}
+    return {**step, **names}
+
+
+def _keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Change]:
+    """The keys of a step that differ."""
+    was, now = _flat(before), _flat(after)
+    return {
+        key: Change(was.get(key), now.get(key))
+        for key in sorted(was | now, key=lambda key: key in ("next", "altNext"))
+        if not (key in was and key in now and is_same(was[key], now[key]))
+    }
+
+
+def _flat(step: Mapping[str, Any]) -> dict[str, Any]:
+    config = {f"config.{key}": value for key, value in step["config"].items()}
+    return {"type": step["type"], **config, "next": step["next"], "altNext": step["altNext"]}
+
+
+def is_same(one: object, other: object) -> bool:
+    """As PostgreSQL compares jsonb: 1 is 1.0, and true is not 1."""
+    match one, other:
+        case dict(), dict():
+            return one.keys() == other.keys() and all(is_same(one[k], other[k]) for k in one)
+        case list(), list():
+            return len(one) == len(other) and all(map(is_same, one, other))
+        case (bool(), _) | (_, bool()):
+            return one is other
+        case _:
+            return one == other

@@ -1,0 +1,184 @@
+"""Looks again at those who wait at a step that has changed, by the step as it is now.
+
+They are read by id, a page at a time, and evaluated in batches, each in a transaction that also
+notes in the step how far it has come: what a crash interrupts goes on from there, in any daemon.
+Who waits on as before is not written at all. One step is done at a time, on one connection, so
+that everything else goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd import store
+from sequencerd.clock import Clock
+from sequencerd.core import model
+from sequencerd.core.advance import waits_on
+from sequencerd.core.model import Advanced, Enrollment
+from sequencerd.store import PASSING_ERRORS, POISON, Place
+from sequencerd.writer import PAUSE, Batch, Writer
+
+PAGE = 100_000  # ids read at a time: to find them costs a look at everybody who is at the step
+OTHERS_PAUSE = 1.0  # seconds after which we look whether another daemon still goes on
+LOCKED_PAUSE = 0.2  # seconds until who is locked by somebody else is tried again
+GRACE = 5.0  # seconds for transactions that began before the change; they may bring people here
+GRACE_TURN = 0.05
+
+
+class Retiming:
+    """The changed steps that this daemon knows of, and the work on them."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        sequences: Mapping[str, model.Sequence],
+        writer: Writer,
+        advance: Callable[[Enrollment, datetime], Advanced],
+        spawn: Callable[[Awaitable[None]], None],
+        *,
+        clock: Clock,
+        batch: int,
+        log: FilteringBoundLogger,
+    ) -> None:
+        """`sequences` is the catalog's, which changes; `spawn` runs what is not waited for."""
+        self._pool = pool
+        self._sequences = sequences
+        self._writer = writer
+        self._advance = advance
+        self._spawn = spawn
+        self._clock = clock
+        self._size = batch
+        self._log = log
+        self._wanted: dict[Place, None] = {}  # a set that keeps its order
+        self._is_working = False
+        self._others: dict[Place, int] = {}  # how far another daemon had come
+
+    def start(self, place: Place) -> None:
+        """Notes a step that has changed."""
+        self._wanted[place] = None
+        if not self._is_working:
+            self._is_working = True
+            self._spawn(self._work())
+
+    async def _work(self) -> None:
+        try:
+            while self._wanted and not self._writer.stopping:
+                place = next(iter(self._wanted))
+                del self._wanted[place]
+                again = None
+                try:
+                    if not await self._retime(place):
+                        again = OTHERS_PAUSE
+                except PASSING_ERRORS as error:
+                    again = PAUSE
+                    self._log.warning("database error, tried again", error=str(error))
+                except Exception:
+                    again = 60.0
+                    self._log.exception("who waits could not be looked at", step=place)
+                if again is not None:
+                    asyncio.get_running_loop().call_later(again, self.start, place)
+        finally:
+            self._is_working = False
+
+    async def _retime(self, place: Place) -> bool:
+        """Whether there is nothing more to do; False where another daemon is at it."""
+        async with self._pool.acquire() as connection:
+            since = await store.retiming_from(connection, place)
+        if since is None or since == self._others.pop(place, since):
+            return since is None or await self._from(place, since)
+        self._others[place] = since
+        return False
+
+    async def _from(self, place: Place, since: int) -> bool:
+        """The same, from this id on."""
+        await self._outlast_older_transactions()
+        count = 0
+        while not self._writer.stopping:
+            sequence = self._sequences.get(place[0])
+            if sequence is None or sequence.paused:
+                return True  # it is begun again when it is resumed
+            async with self._pool.acquire() as connection:
+                page = await store.standing(connection, place, since, PAGE)
+            for first in range(0, len(page), self._size):
+                waiting = page[first : first + self._size]
+                while waiting and not self._writer.stopping:
+                    taken = await self._take(place, since, waiting, sequence.revision)
+                    if taken is None:
+                        self._others[place] = since
+                        return False
+                    since, waiting = waiting[0], taken
+                    if waiting:
+                        await asyncio.sleep(LOCKED_PAUSE)
+            if self._writer.stopping:
+                break
+            count += len(page)
+            after = page[-1] + 1 if len(page) == PAGE else None
+            async with self._pool.acquire() as connection:
+                if not await store.retimed(connection, place, since, after):
+                    self._others[place] = since
+                    return False
+            if count:
+                self._log.info("who waits at a changed step was looked at", step=place, count=count)
+            if after is None:
+                return True
+            since = after
+        return True
+
+    async def _take(
+        self, place: Place, since: int, ids: list[int], revision: int
+    ) -> list[int] | None:
+        """Evaluates a batch. Returns who was locked by somebody else; None where it is not ours."""
+        try:
+            return await self._evaluate(place, (since, ids[0]), ids, revision)
+        except PASSING_ERRORS:
+            raise
+        except POISON as error:
+            self._log.warning("batch is done one by one", step=place, error=str(error))
+        locked: list[int] = []
+        for id_ in ids:
+            one = await self._evaluate(place, (since, ids[0]), [id_], revision, alone=True)
+            if one is None:
+                return None
+            since = ids[0]
+            locked += one
+        return locked
+
+    async def _evaluate(
+        self,
+        place: Place,
+        done: tuple[int, int],
+        ids: list[int],
+        revision: int,
+        *,
+        alone: bool = False,
+    ) -> list[int] | None:
+        """The same at one go; `done` is how far it was done before, and is by now."""
+        now = self._clock.now()
+        batch = Batch()
+        async with self._writer.writing(batch) as connection:
+            if not await store.take_retiming(connection, place, *done, revision):
+                return None
+            waiting, locked = await store.lock_waiting(connection, place, ids, now)
+            for enrollment in waiting:
+                advanced = self._advance(enrollment, now)
+                if not waits_on(enrollment, advanced):
+                    self._writer.add(batch, enrollment, advanced, now)
+            await self._writer.write(connection, batch, waiting, now, alone=alone)
+        return locked
+
+    async def _outlast_older_transactions(self) -> None:
+        """Those of other daemons may still bring people to a step by how it was."""
+        async with self._pool.acquire() as connection:
+            next_transaction = await store.next_transaction(connection)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + GRACE
+        while loop.time() < until and not self._writer.stopping:
+            async with self._pool.acquire() as connection:
+                if await store.oldest_transaction(connection) >= next_transaction:
+                    return
+            await asyncio.sleep(GRACE_TURN)
