@@ -252,8 +252,10 @@ async def run(
     log.info("stopped", daemon=daemon.name)
 
 
-def _tell(log: FilteringBoundLogger) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """What asyncio and asyncpg have to say. Of a lost connection those who used it tell as well, and
+def _tell(
+    log: FilteringBoundLogger,
+) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What asyncio and asyncpg have to say. Of a lost connection those who used it tell too, and
     asyncpg says without an error that a transaction has ended with it.
     """
 

@@ -136,6 +136,7 @@ def sequencerd(database: str, tmp_path: Path) -> Command:
 @pytest.fixture
 def applied(sequencerd: Command, tmp_path: Path) -> Command:
     (tmp_path / "s.yaml").write_text(SEQUENCE)
-    assert sequencerd("apply", "s.yaml") == "s: added first, second\n"
+    added = "s: new\n  added first (WaitForDuration)\n  added second (GoTo)\n"
+    assert sequencerd("apply", "s.yaml") == added
     assert sequencerd("apply", "s.yaml") == "s: nothing changed\n"
     return sequencerd
