@@ -416,9 +416,12 @@ SELECT revision, at, by, document, lag(document) OVER (ORDER BY revision) AS bef
 
 -- name: document
 -- What a sequence is, or was in a revision.
-SELECT CASE WHEN $2::integer IS NULL THEN sequencer.document($1) ELSE (
-    SELECT document FROM sequencer.revisions WHERE sequence = $1 AND revision <= $2
-     ORDER BY revision DESC LIMIT 1) END;
+SELECT CASE
+    WHEN $2::integer IS NULL THEN sequencer.document($1)
+    WHEN $2 <= greatest((SELECT revision FROM sequencer.sequences WHERE name = $1),
+                        (SELECT max(revision) FROM sequencer.revisions WHERE sequence = $1))
+    THEN (SELECT document FROM sequencer.revisions WHERE sequence = $1 AND revision <= $2
+           ORDER BY revision DESC LIMIT 1) END;
 
 -- name: suppressed
 SELECT channel, address FROM sequencer.suppressions

@@ -39,6 +39,7 @@ class Recorder:
         self.timeout = 10.0
         self.retry = RetryPolicy()
         self.keys: list[str] = []
+        self.programs: list[object] = []
         self.views: list[Mapping[str, Any]] = []
 
     def compile(self, config: Mapping[str, Any]) -> object:
@@ -50,6 +51,7 @@ class Recorder:
         results = []
         for task in tasks:
             self.keys.append(task.key)
+            self.programs.append(program)
             self.views.append(task.view)
             results.append(await self.behaviour(task) if self.behaviour else Answer())
         return results

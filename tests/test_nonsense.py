@@ -96,6 +96,7 @@ def _update(table: str, column: str, type_: str) -> str:
         "sequences": "name = 'victim'",
         "steps": "sequence = 'victim' AND name = 'pause'",
         "enrollments": "sequence = 'victim' AND status = 'active'",
+        "revisions": "sequence = 'victim'",
         "suppressions": "address = 'a@example.com'",
     }[table]
     return f"UPDATE sequencer.{table} SET {column} = $1::text::{type_} WHERE {which}"
@@ -120,6 +121,7 @@ async def _mend(connection: asyncpg.Connection) -> None:
         assert row["last_error"]
     await connection.execute("DELETE FROM sequencer.enrollments WHERE sequence <> 'witness'")
     await connection.execute("DELETE FROM sequencer.sequences WHERE name <> 'witness'")
+    await connection.execute("DELETE FROM sequencer.revisions WHERE sequence <> 'witness'")
     await connection.execute("DELETE FROM sequencer.suppressions")
     await define(
         connection,

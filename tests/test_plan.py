@@ -15,10 +15,8 @@ import pytest
 from sequencerd import files, plan, store
 from sequencerd.changes import compare, is_same
 from sequencerd.errors import FileError, PlanError
-from sequencerd.plan import Plan
-from tests.engines import Recorder, enroll
-
-RUNNERS = {"Note": Recorder()}
+from tests.engines import enroll
+from tests.plans import RUNNERS, Applying
 
 GOOD = """
 name: s
@@ -30,31 +28,6 @@ steps:
 """
 PAID = "{lodashCommand: eq, value: {type: get, value: data.paid}, compareTo: {type: raw, value: 1}}"
 GOAL = f"  - {{name: paid, type: Goal, config: {PAID}}}\n"
-
-
-class Applying:
-    """Plans and applies texts."""
-
-    def __init__(self, connection: asyncpg.Connection, folder: Path) -> None:
-        self.connection = connection
-        self.file = folder / "file.yaml"
-
-    async def plan(self, text: str, **options: Any) -> Plan:
-        self.file.write_text(text)
-        found = files.read_file(self.file, RUNNERS)
-        async with self.connection.transaction(isolation="repeatable_read", readonly=True):
-            return await plan.make(self.connection, found, RUNNERS, **options)
-
-    async def lines(self, text: str, **options: Any) -> list[str]:
-        """What a plan says, without the blanks before it."""
-        planned = await self.plan(text, **options)
-        return [line.strip() for line in planned.lines(done=False)]
-
-    async def __call__(self, text: str, **options: Any) -> Plan:
-        self.file.write_text(text)
-        found = files.read_file(self.file, RUNNERS)
-        async with self.connection.transaction():
-            return await plan.apply(self.connection, found, RUNNERS, **options)
 
 
 @pytest.fixture
