@@ -147,7 +147,7 @@ class HttpEndpoint(Retrying):
     per_second: float | None = Field(default=None, gt=0)
     secret: Secret | None = None
     allow_private: bool = False
-    http2: bool = False
+    http2: bool = True
     headers: dict[str, Secret] = {}
 
 

@@ -38,7 +38,7 @@ class HttpRunner:
         secret: str | None = None,
         headers: Mapping[str, str] | None = None,
         allow_private: bool = False,
-        http2: bool = False,
+        http2: bool = True,
         retry: RetryPolicy = RETRY,
     ) -> None:
         self.retry = retry

@@ -6,8 +6,11 @@ import asyncio
 import math
 import re
 import socket
+import ssl
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, timedelta
 from email.utils import parsedate_to_datetime
@@ -22,6 +25,8 @@ from sequencerd.runners.fields import one_line
 
 MAX_ANSWER = 1024 * 1024  # bytes
 LONGEST_WAIT = timedelta(days=366)
+CALLS = 500  # over an HTTP/2 connection
+IDLE = 4.0  # seconds; httpx does not see that a server has closed HTTP/2, which Node does after 5
 
 
 _PUBLIC = frozenset(
@@ -67,9 +72,10 @@ class Web:
     A name in the URL that resolves to a private address is refused unless `allow_private`; a URL
     that names localhost or an address itself says what it wants.
 
-    `http2` is for calls that may come twice. httpx drops the answers under way when a server
-    retires a connection (nginx does after 1,000 requests), since h2 reads nothing after GOAWAY:
-    https://github.com/python-hyper/h2/issues/1181
+    With `http2`, calls share a connection where the server offers that. httpx drops the answers
+    under way when a server retires a connection, since h2 reads nothing after GOAWAY
+    (https://github.com/python-hyper/h2/issues/1181). So it is given up before the server does:
+    nginx does after 1,000 requests.
     """
 
     def __init__(
@@ -77,17 +83,39 @@ class Web:
     ) -> None:
         self._timeout = timeout
         self._http2 = http2
-        # Nor does httpx see that a server has closed an idle HTTP/2 connection.
-        self._idle = 2 if http2 else 30
         self._connections = connections
         self._allow_private = allow_private
+        self._clients: Counter[httpx.AsyncClient] = Counter()  # with their calls under way
+        self._newest: httpx.AsyncClient | None = None
+        self._calls_left = 0
+
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """The client for a call; one that was given up is closed after its last."""
+        if self._newest is None or (self._http2 and not self._calls_left):
+            self._newest = self._make_client()
+            self._calls_left = CALLS
+        client = self._newest
+        self._calls_left -= 1
+        self._clients[client] += 1
+        try:
+            yield client
+        finally:
+            self._clients[client] -= 1
+            if not self._clients[client] and client is not self._newest:
+                del self._clients[client]
+                await client.aclose()
 
     @cached_property
-    def _client(self) -> httpx.AsyncClient:
-        # Made when it is first used: reading the system's certificates takes its time.
+    def _tls(self) -> ssl.SSLContext:
+        # made when it is first used: reading the system's certificates takes its time
+        return httpx.create_ssl_context()
+
+    def _make_client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
+            verify=self._tls,
             timeout=None,  # noqa: S113 - one time limit is set around the whole call
-            limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=self._idle),
+            limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=IDLE),
             headers={"User-Agent": "sequencerd", "Accept-Encoding": "identity"},
             follow_redirects=False,
             http2=self._http2,
@@ -136,7 +164,7 @@ class Web:
     async def _send(
         self, url: httpx.URL, request: Mapping[str, Any], secrets: frozenset[str]
     ) -> Reply:
-        async with self._client.stream("POST", url, **request) as response:
+        async with self._client() as client, client.stream("POST", url, **request) as response:
             return Reply(response.status_code, response.headers, await _read(response), secrets)
 
     async def _targets(self, url: httpx.URL) -> list[httpx.URL]:
@@ -158,7 +186,8 @@ class Web:
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._client.aclose()
+        for client in list(self._clients):
+            await client.aclose()
 
 
 def _names_itself(host: str) -> bool:

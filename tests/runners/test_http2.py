@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sequencerd.core.model import Answer, Failed, Result
+from sequencerd.runners import web
 from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.web import MAX_ANSWER
 from tests.runners import servers
@@ -30,7 +31,7 @@ async def call(
 ) -> list[Result]:
     """The results of as many calls at the same time."""
     url = server.url.replace("localhost", host)
-    made = HttpRunner(url, name="Crm", **{"timeout": 60, "http2": True} | options)
+    made = HttpRunner(url, name="Crm", **{"timeout": 60} | options)
     tasks = (task(id_) for id_ in range(count))
     results = await asyncio.gather(*(made.run(made.compile({}), [one]) for one in tasks))
     await made.close()
@@ -59,7 +60,25 @@ async def test_requests_share_a_connection(tls: ssl.SSLContext) -> None:
     assert "idempotency-key" in server.requests[0].headers
 
 
-async def test_it_is_spoken_only_if_asked_for(tls: ssl.SSLContext) -> None:
+async def test_a_connection_is_given_up_before_the_server_does(
+    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "CALLS", 2)
+    together = asyncio.Event()
+
+    async def respond(request: Request) -> servers.Answer:
+        if len(server.requests) == 5:
+            together.set()
+        await together.wait()  # calls are under way on each connection
+        return answer(request)
+
+    async with http_server(respond, tls) as server:
+        results = await call(server, 5)
+    assert [isinstance(result, Answer) for result in results] == [True] * 5
+    assert server.connections == 3
+
+
+async def test_it_can_be_turned_off(tls: ssl.SSLContext) -> None:
     async def respond(request: Request) -> servers.Answer:
         return answer(request)
 
