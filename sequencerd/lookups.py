@@ -89,7 +89,7 @@ class Lookups:
 
         async def ask(subjects: list[str]) -> dict[str, External]:
             body = json.dumps(subjects).encode()
-            reply = await web.post(url, headers=headers, content=body)
+            reply = await web.call("POST", url, headers=headers, content=body)
             text = f"it answered {reply.status} {reply.excerpt()}".rstrip()
             if judge(reply, text) is not None:
                 raise Unreachable(text)

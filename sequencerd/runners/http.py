@@ -92,7 +92,7 @@ class HttpRunner:
         }
         if self._key is not None:
             headers |= sign(self._key, id_, int(time.time()), body)
-        return await self._web.post(self._url, headers=headers, content=body)
+        return await self._web.call("POST", self._url, headers=headers, content=body)
 
     def _judge(self, reply: Reply, tasks: Sequence[Task]) -> dict[str, Result]:
         failed = judge(reply, f"{self._name} answered {reply.status} {reply.excerpt()}".rstrip())

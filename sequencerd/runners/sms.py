@@ -195,7 +195,7 @@ class TwilioRunner(_SmsRunner):
             )
             if field in values
         }
-        reply = await self._web.post(self._url, headers={}, form=form, auth=self._auth)
+        reply = await self._web.call("POST", self._url, headers={}, form=form, auth=self._auth)
         return _judge_twilio(reply, values["to"])
 
 
@@ -260,7 +260,7 @@ class HttpSmsRunner(_SmsRunner):
         except (ValueError, RecursionError):
             raise RenderError("body: not JSON (write {{json message}} to quote a value)") from None
         headers = {**self._headers, "Idempotency-Key": task.key}
-        reply = await self._web.post(self._url, headers=headers, content=body.encode())
+        reply = await self._web.call("POST", self._url, headers=headers, content=body.encode())
         answer = f"{reply.status} {reply.excerpt()}".rstrip()
         failed = judge(reply, f"the SMS gateway refuses {values['to']}: {answer}")
         if failed is not None and reply.status in (401, 403):  # the operator's to mend

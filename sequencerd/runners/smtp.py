@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 
 from aiosmtplib import SMTP
 from aiosmtplib.errors import (
@@ -95,10 +96,22 @@ class Postman:
 
     async def deliver(self, mail: Mail) -> Result:
         """Hands a message over to the server. Never raises for what the server does."""
+        return await self._try(partial(self._deliver, mail))
+
+    async def check(self) -> Result:
+        """Connects and logs in, and sends nothing. Never raises for what the server does."""
+        return await self._try(self._greet)
+
+    async def _greet(self, attempt: _Attempt) -> Result:
+        attempt.dialogue = await self._connect()
+        await self._give_back(attempt)
+        return Answer(message=f"{self._place} is ready for mail")
+
+    async def _try(self, work: Callable[[_Attempt], Awaitable[Result]]) -> Result:
         attempt = _Attempt()
         try:
             async with self._slots, asyncio.timeout(self._timeout):
-                return await self._deliver(mail, attempt)
+                return await work(attempt)
         except SMTPResponseException as error:
             failed = self._judge(error, attempt)
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""POST over HTTP: bounded, without redirects; what a status means for a side effect."""
+"""Calls over HTTP: bounded, without redirects; what a status means for a side effect."""
 
 from __future__ import annotations
 
@@ -121,8 +121,9 @@ class Web:
             http2=self._http2,
         )
 
-    async def post(
+    async def call(
         self,
+        method: str,
         url: str,
         *,
         headers: Mapping[str, str],
@@ -130,7 +131,7 @@ class Web:
         form: Mapping[str, str] | None = None,
         auth: tuple[str, str] | None = None,
     ) -> Reply:
-        """Sends a body or a form. Raises Unreachable."""
+        """Sends a body, a form or nothing. Raises Unreachable."""
         named = httpx.URL(url)
         sent = False
 
@@ -140,6 +141,7 @@ class Web:
 
         secrets = _secrets(headers, auth)
         request = {
+            "method": method,
             "headers": {**headers, "Host": named.netloc.decode("ascii")},
             "content": content,
             "data": form,
@@ -164,7 +166,7 @@ class Web:
     async def _send(
         self, url: httpx.URL, request: Mapping[str, Any], secrets: frozenset[str]
     ) -> Reply:
-        async with self._client() as client, client.stream("POST", url, **request) as response:
+        async with self._client() as client, client.stream(url=url, **request) as response:
             return Reply(response.status_code, response.headers, await _read(response), secrets)
 
     async def _targets(self, url: httpx.URL) -> list[httpx.URL]:
