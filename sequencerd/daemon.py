@@ -53,7 +53,7 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
     try:
         runners: dict[str, Runner] = {
             "Email": EmailRunner(
-                _secret(email.url) or "smtp://localhost:25",
+                email.server,
                 concurrency=email.concurrency,
                 timeout=email.timeout,
                 per_second=email.per_second,

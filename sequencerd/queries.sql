@@ -169,8 +169,9 @@ SELECT e.id FROM sequencer.enrollments AS e
 UPDATE sequencer.steps SET retime_from = $4
  WHERE sequence = $1 AND name = $2 AND retime_from = $3 RETURNING true;
 
--- name: next_transaction
-SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+-- name: new_transaction
+-- Not xmax of a snapshot: transactions that are under way may have greater numbers than that.
+SELECT pg_current_xact_id()::text::bigint;
 
 -- name: oldest_transaction
 SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
@@ -451,3 +452,83 @@ INSERT INTO sequencer.migrations (version, name, checksum) VALUES ($1, $2, $3);
 
 -- name: server_version
 SELECT current_setting('server_version_num')::integer;
+
+-- name: server_facts
+SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_standby,
+       pg_backend_pid() AS pid, current_setting('transaction_read_only') = 'on' AS is_read_only;
+
+-- name: present_triggers
+SELECT c.relname::text AS "table", t.tgname::text AS name, t.tgenabled IN ('O', 'A') AS fires
+  FROM pg_trigger AS t JOIN pg_class AS c ON c.oid = t.tgrelid
+ WHERE c.relnamespace = 'sequencer'::regnamespace AND NOT t.tgisinternal AND t.tgparentid = 0;
+
+-- name: missing_roles
+SELECT name FROM unnest($1::text[]) AS name WHERE to_regrole(name) IS NULL;
+
+-- name: missing_grants
+-- What a daemon may do and the present user may not.
+SELECT format('%s ON %s', a.privilege_type, c.oid::regclass) AS missing
+  FROM pg_class AS c CROSS JOIN aclexplode(c.relacl) AS a
+ WHERE c.relnamespace = 'sequencer'::regnamespace AND a.grantee = to_regrole('sequencer_daemon')
+   AND NOT has_table_privilege(c.oid, a.privilege_type);
+
+-- name: is_superuser
+SELECT rolsuper FROM pg_roles WHERE rolname = current_user;
+
+-- name: notify
+SELECT pg_notify($1, '');
+
+-- name: count_daemons
+SELECT count(*) FROM pg_stat_activity
+ WHERE datname = current_database() AND application_name = 'sequencerd listener';
+
+-- name: zones_in_use
+-- Times a month apart, as the server shows them in the zones of sequences.
+SELECT q.timezone, month AS at, month AT TIME ZONE q.timezone AS local
+  FROM (SELECT DISTINCT timezone FROM sequencer.sequences) AS q
+ CROSS JOIN generate_series(date_trunc('month', now()), now() + interval '2 years',
+                            interval '1 month') AS month;
+
+-- name: vacuum_facts
+SELECT current_setting('autovacuum') = 'on' AS is_on, current_setting('track_counts') = 'on' AS counts,
+       coalesce(c.reloptions, '{}')::text[] AS options, s.n_live_tup AS live, s.n_dead_tup AS dead,
+       greatest(s.last_autovacuum, s.last_vacuum) AS last_vacuum
+  FROM pg_class AS c JOIN pg_stat_user_tables AS s ON s.relid = c.oid
+ WHERE c.oid = 'sequencer.enrollments'::regclass;
+
+-- name: old_snapshots
+-- What keeps dead rows from being vacuumed away, and since when.
+SELECT format('process %s of %s (%s)', pid, usename, coalesce(nullif(application_name, ''), state))
+       AS what, now() - xact_start AS age
+  FROM pg_stat_activity
+ WHERE backend_xmin IS NOT NULL AND xact_start < now() - $1::interval
+UNION ALL
+SELECT format('prepared transaction %L', gid), now() - prepared
+  FROM pg_prepared_xacts WHERE prepared < now() - $1::interval
+UNION ALL
+SELECT format('replication slot %s, which nobody reads', slot_name), NULL
+  FROM pg_replication_slots WHERE NOT active AND (xmin IS NOT NULL OR catalog_xmin IS NOT NULL)
+ ORDER BY age DESC NULLS LAST;
+
+-- name: count_overdue
+SELECT count(*), max(overdue_by) AS longest FROM sequencer.overdue;
+
+-- name: failed_by_code
+SELECT failure, count(*) FROM sequencer.enrollments
+ WHERE status = 'failed' GROUP BY failure ORDER BY count(*) DESC;
+
+-- name: problems
+SELECT sequence, name AS step, problem FROM sequencer.steps
+ WHERE problem IS NOT NULL ORDER BY sequence, position;
+
+-- name: partition_facts
+SELECT to_regclass(format('sequencer.events_%s', to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM')))
+       IS NOT NULL AS has_month,
+       EXISTS (SELECT FROM sequencer.events_other) AS has_others;
+
+-- name: types_in_use
+SELECT DISTINCT type FROM sequencer.steps;
+
+-- name: lookups_in_use
+SELECT DISTINCT lookup AS name, to_regprocedure(lookup || '(text[])') IS NOT NULL AS is_function
+  FROM sequencer.sequences WHERE lookup IS NOT NULL;

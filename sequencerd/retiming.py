@@ -174,11 +174,11 @@ class Retiming:
     async def _outlast_older_transactions(self) -> None:
         """Those of other daemons may still bring people to a step by how it was."""
         async with self._pool.acquire() as connection:
-            next_transaction = await store.next_transaction(connection)
+            newest = await store.new_transaction(connection)
         loop = asyncio.get_running_loop()
         until = loop.time() + GRACE
         while loop.time() < until and not self._writer.stopping:
             async with self._pool.acquire() as connection:
-                if await store.oldest_transaction(connection) >= next_transaction:
+                if await store.oldest_transaction(connection) >= newest:
                     return
             await asyncio.sleep(GRACE_TURN)

@@ -120,6 +120,11 @@ class Email(Retrying):
     per_second: float | None = Field(default=None, gt=0)
     list_unsubscribe: str | None = None
 
+    @property
+    def server(self) -> str:
+        """The URL; without a setting, of a mail server on this machine."""
+        return self.url.get_secret_value() if self.url else "smtp://localhost:25"
+
 
 class Sms(Retrying):
     """Twilio's account, or any gateway: a URL and a template of its JSON body."""

@@ -316,9 +316,9 @@ async def retimed(
     return await connection.fetchval(QUERIES["retimed"], *place, since, until) is not None
 
 
-async def next_transaction(connection: asyncpg.Connection) -> int:
-    """The number that the next transaction that writes will get."""
-    number: int = await connection.fetchval(QUERIES["next_transaction"])
+async def new_transaction(connection: asyncpg.Connection) -> int:
+    """A number greater than those of all transactions that have written until now."""
+    number: int = await connection.fetchval(QUERIES["new_transaction"])
     return number
 
 

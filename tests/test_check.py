@@ -11,6 +11,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import asyncpg
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
@@ -275,27 +276,46 @@ steps:
 """
 
 
-def test_the_page_about_files_can_be_followed(tmp_path: Path) -> None:
+async def test_the_page_about_files_can_be_followed(
+    tmp_path: Path, database: str, connection: asyncpg.Connection
+) -> None:
     found = blocks(REPOSITORY / "docs/files.md")
     trial, first_line = [text for language, text in found if language == "yaml"]
     (tmp_path / "trial.yaml").write_text(first_line + trial)
     (tmp_path / "wrong.yaml").write_text(SHOWN)
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SEQUENCERD_DATABASE": database}
 
     def run(line: str) -> str:
         script = f'sequencerd() {{ "{sys.executable}" -m sequencerd "$@"; }}\n{line}'
         done = subprocess.run(
             ["bash", "-euc", script],
-            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False,
+            cwd=tmp_path, env=variables, check=False,
             stdout=subprocess.PIPE, text=True, timeout=60,
         )  # fmt: skip
         return f"{done.stdout}{done.returncode}"
 
-    for language, text in found:
-        if language == "sh":
-            good = "" if "schema" in text else "1 good sequence, 0 errors, 0 warnings\n"
-            assert run(text) == f"{good}0"
-        elif language == "text":
-            assert run("sequencerd check wrong.yaml") == f"{text}1"
+    checked, planned = [text for language, text in found if language == "text"]
+    assert run("sequencerd check wrong.yaml") == f"{checked}1"
+    for text in (text for language, text in found if language == "sh"):
+        said = run(text)
+        if "apply" in text:
+            assert "added two-weeks (WaitForDuration)\n" in said
+        elif "schema" not in text:
+            assert said == "1 good sequence, 0 errors, 0 warnings\n0"
+        assert said.endswith("0")
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, step)"
+        " SELECT 'trial', n, 'two-weeks' FROM generate_series(1, 412) AS n"
+    )
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET entered_at = now() - interval '1 day' *"
+        " CASE WHEN subject::integer <= 37 THEN 12 ELSE 3 END, wake_at = now() + interval '9 days'"
+    )
+    (tmp_path / "trial.yaml").write_text(trial.replace("14", "10"))
+    told, wanted = (
+        text.rpartition(" --plan ")[0] for text in (run("sequencerd plan trial.yaml"), planned)
+    )
+    assert told == wanted
     (command,) = [text for language, text in found if "schema" in text and language == "sh"]
     schema_file = tmp_path / command.split()[-1]
     assert schema_file.name in first_line

@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from sequencerd import store
 from sequencerd.core.model import Answer, Failed, Result, RetryPolicy, Task
 from sequencerd.errors import PlanError
 from tests.conftest import Command
@@ -354,6 +355,21 @@ async def test_who_waits_as_before_is_not_written(
     await apply(SEQUENCE.replace("amount: 3, unit: days", "amount: 72, unit: hours"))
     await until(connection, RETIMED)
     assert await connection.fetchval(version) == before
+
+
+async def test_no_transaction_under_way_is_overlooked(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    """Even one whose number is greater than that of the last that ended."""
+    other = await asyncpg.connect(database)
+    async with connection.transaction():
+        number = int(await connection.fetchval("SELECT pg_current_xact_id()::text"))
+        newer = await store.new_transaction(other)
+        assert newer > number
+        assert await store.oldest_transaction(other) <= number
+    while await store.oldest_transaction(other) < newer:
+        await asyncio.sleep(0.01)  # another database's
+    await other.close()
 
 
 # --- back again

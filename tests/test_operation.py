@@ -392,10 +392,13 @@ async def test_it_asks_before_it_changes_many(on_terminal: Any, many: asyncpg.Co
 async def test_interrupted_it_says_how_many_are_done(
     on_terminal: Any, many: asyncpg.Connection, database: str
 ) -> None:
-    other = await asyncpg.connect(database)
-    transaction = many.transaction()
-    await transaction.start()
-    await many.execute("SELECT FROM sequencer.enrollments WHERE subject = 'u1500' FOR UPDATE")
+    other, last = await asyncpg.connect(database), await asyncpg.connect(database)
+    held, until_the_end = many.transaction(), last.transaction()
+    lock = "SELECT FROM sequencer.enrollments WHERE subject = $1 FOR UPDATE"
+    await held.start()
+    await many.execute(lock, "u1500")
+    await until_the_end.start()  # so that it never gets past what it was told to leave
+    await last.execute(lock, "u2500")
     command = await on_terminal("cancel", "--sequence", "s", "--yes")
     await until(
         other,
@@ -404,9 +407,9 @@ async def test_interrupted_it_says_how_many_are_done(
         " AND datname = current_database())",
     )
     command.process.send_signal(signal.SIGINT)
-    await asyncio.sleep(0.2)
-    await transaction.rollback()
+    await held.rollback()
     assert await command.end() == 130
     assert "interrupted: 2,000 of 2,500 enrollments done" in command.text
     assert await other.fetchval(CANCELLED) == 2000
     await other.close()
+    await last.close()

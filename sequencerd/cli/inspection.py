@@ -1,4 +1,4 @@
-"""Commands that look: status, list, show, tail."""
+"""Commands that look: status, watch, list, show, tail, doctor."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
 import asyncpg
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from sequencerd import doctor
 from sequencerd.cli.commands import (
     Commands,
     add_json,
@@ -22,12 +25,13 @@ from sequencerd.cli.commands import (
     on_database,
     positive,
 )
-from sequencerd.cli.output import console, is_never, plain, show, text
+from sequencerd.cli.output import console, is_never, plain, show, table, text
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.store import QUERIES
 
 TAIL_INTERVAL = 0.5  # seconds
+MOST_SECONDS = 10 * 365 * 86400
 TAIL_OVERLAP = timedelta(seconds=10)
 """Rows are committed in another order than they are made; this far back is read again."""
 
@@ -39,6 +43,18 @@ def add_to(commands: Commands) -> None:
     )
     status.add_argument("sequence", nargs="?")
     add_json(status)
+
+    watch = commands.add(
+        "watch", on_database(_watch), "show the same, again and again", "watch onboarding"
+    )
+    watch.add_argument("sequence", nargs="?")
+    watch.add_argument(
+        "--interval",
+        type=_seconds,
+        default=2.0,
+        metavar="SECONDS",
+        help="default: %(default)g; never less than the last look took",
+    )
 
     list_ = commands.add(
         "list", on_database(_list), "list enrollments", "list --sequence onboarding --status failed"
@@ -72,12 +88,30 @@ def add_to(commands: Commands) -> None:
     tail.add_argument("--id", type=positive, metavar="ID", help="of one enrollment")
     tail.add_argument(
         "--since",
-        type=lambda seconds: timedelta(seconds=float(seconds)),
-        default=timedelta(0),
+        type=_seconds,
+        default=0.0,
         metavar="SECONDS",
         help="begin with the events of the last seconds",
     )
     add_json(tail)
+
+    examine = commands.add(
+        "doctor",
+        on_database(_doctor),
+        "look for what would keep a daemon from its work",
+        "doctor",
+    )
+    add_json(examine)
+
+
+def _seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number of seconds")
+    return seconds
 
 
 async def _status(arguments: argparse.Namespace, _: Settings, url: str) -> int:
@@ -86,6 +120,32 @@ async def _status(arguments: argparse.Namespace, _: Settings, url: str) -> int:
         raise UsageError(f"sequence {arguments.sequence!r} does not exist or has no steps")
     show(rows, arguments.json, empty="no sequences yet; sequencerd apply FILE makes some")
     return 0
+
+
+async def _watch(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+    connection = await connect(url)
+    loop = asyncio.get_running_loop()
+    screen = console()
+    before: dict[tuple[str, str], int] = {}
+    try:
+        with Live(console=screen, auto_refresh=False, screen=screen.is_terminal) as live:
+            while True:
+                begun = loop.time()
+                rows = [
+                    dict(row)
+                    for row in await connection.fetch(QUERIES["status"], arguments.sequence)
+                ]
+                for row in rows:
+                    place = row["sequence"], row["step"]
+                    row["change"] = f"{row['active'] - before.get(place, row['active']):+}"
+                    before[place] = row["active"]
+                if screen.is_terminal:
+                    live.update(table(rows), refresh=True)
+                else:
+                    screen.print(table(rows))
+                await asyncio.sleep(max(arguments.interval, loop.time() - begun))
+    finally:
+        connection.terminate()
 
 
 async def _list(arguments: argparse.Namespace, _: Settings, url: str) -> int:
@@ -118,13 +178,13 @@ async def _show_enrollment(arguments: argparse.Namespace, _: Settings, url: str)
     if arguments.json:
         print(json.dumps({**row, "history": history}, default=plain))
         return 0
-    table = Table(show_header=False, box=None)
+    facts = Table(show_header=False, box=None)
     for key in ("subject", "sequence", "status", "step", "type", "entered_at", "next", "wake_at"):
-        table.add_row(key, escape(text(row[key])))
+        facts.add_row(key, escape(text(row[key])))
     for key in ("attempt", "failure", "last_error", "goals_met", "timezone", "data"):
         if row[key]:
-            table.add_row(key, escape(text(row[key])))
-    console().print(table)
+            facts.add_row(key, escape(text(row[key])))
+    console().print(facts)
     show(history, as_json=False, empty="no events yet")
     return 0
 
@@ -148,7 +208,8 @@ def _what_next(row: Mapping[str, Any]) -> str:
 async def _tail(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     connection = await connect(url)
     try:
-        since = await connection.fetchval(QUERIES["server_time"]) - arguments.since
+        since = await connection.fetchval(QUERIES["server_time"])
+        since -= timedelta(seconds=arguments.since)
         seen: dict[tuple[Any, ...], datetime] = {}
         while True:
             rows = await connection.fetch(
@@ -177,3 +238,17 @@ def _print_event(row: asyncpg.Record, as_json: bool) -> None:
         f"{row['sequence']}/{row['step']}  {row['action']}{message}",
         flush=True,
     )
+
+
+async def _doctor(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+    findings = []
+    async for finding in doctor.examine(url, settings):
+        findings.append(finding)
+        if not arguments.json:
+            mark = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}[finding.level]
+            print(f"{mark}  {finding.about}: {finding.seen}", flush=True)
+            if finding.advice:
+                print(f"         {finding.advice}", flush=True)
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    return int(any(finding.level == "error" for finding in findings))

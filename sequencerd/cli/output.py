@@ -26,12 +26,17 @@ def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:
     elif not rows:
         print(empty)
     else:
-        table = Table(box=None)
-        for name in dict(rows[0]):
-            table.add_column(name, overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(text(value)) for value in dict(row).values()))
-        console().print(table)
+        console().print(table(rows))
+
+
+def table(rows: Sequence[Any]) -> Table:
+    """A row for each, with the first one's keys as headings."""
+    made = Table(box=None)
+    for name in dict(rows[0]) if rows else ():
+        made.add_column(name, overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(text(value)) for value in dict(row).values()))
+    return made
 
 
 def text(value: object) -> str:

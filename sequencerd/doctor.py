@@ -1,0 +1,369 @@
+"""Looks for what would keep a daemon from doing its work in time. It changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import entry_points
+from typing import Literal
+from uuid import uuid4
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import asyncpg
+
+from sequencerd import daemon, lookups, migrate
+from sequencerd.core.model import Failed
+from sequencerd.errors import SequencerdError
+from sequencerd.runners.smtp import Postman
+from sequencerd.runners.web import Unreachable, Web
+from sequencerd.settings import Settings
+from sequencerd.store import QUERIES
+
+Level = Literal["ok", "warning", "error"]
+
+ROLES = ("sequencer_enroller", "sequencer_editor", "sequencer_daemon")
+ROUND_TRIP = 5.0  # seconds for a notification
+PATIENCE = 10.0  # seconds for an endpoint
+LARGEST_OFFSET = timedelta(seconds=1)
+OLD = timedelta(minutes=10)
+SHOWN = 5
+
+_TRIGGER = re.compile(
+    r"^CREATE (?:CONSTRAINT )?TRIGGER (\w+)\s.*?\sON sequencer\.(\w+)", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was looked at, what was seen, and what to do about it."""
+
+    about: str
+    seen: str
+    level: Level = "ok"
+    advice: str = ""
+
+
+Check = Callable[[asyncpg.Connection], Awaitable[Finding]]
+
+
+async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
+    """Everything, one after the other. What can't be looked at is an error of its own."""
+    try:
+        connection = await daemon.connect(url)
+    except SequencerdError as error:
+        yield Finding("database", str(error), "error", "start it, or mend database.url")
+        return
+    try:
+        async for finding in _examine_database(connection, url):
+            yield finding
+            if finding.about == "schema" and finding.level == "error":
+                return  # there is nothing more to look at
+        types = {row["type"] for row in await connection.fetch(QUERIES["types_in_use"])}
+        used = {
+            row["name"]: row["is_function"]
+            for row in await connection.fetch(QUERIES["lookups_in_use"])
+        }
+    finally:
+        await connection.close()
+    async for finding in _examine_endpoints(settings, types, used):
+        yield finding
+
+
+async def _examine_database(connection: asyncpg.Connection, url: str) -> AsyncIterator[Finding]:
+    async def listening(connection: asyncpg.Connection) -> Finding:
+        return await _listening(connection, url)
+
+    checks: dict[str, Check] = {
+        "server": _server,
+        "schema": _schema,
+        "triggers": _triggers,
+        "roles": _roles,
+        "pooler": _pooler,
+        "notifications": listening,
+        "clock": _clock,
+        "time zones": _time_zones,
+        "vacuum": _vacuum,
+        "old transactions": _old_transactions,
+        "history": _history,
+        "daemons": _daemons,
+        "overdue": _overdue,
+        "failed": _failed,
+        "steps": _steps,
+    }
+    for about, check in checks.items():
+        try:
+            yield await check(connection)
+        except asyncpg.PostgresError as error:
+            advice = "ask an administrator for the right to see it"
+            yield Finding(about, f"can't be looked at: {error}", "error", advice)
+
+
+# --- the database
+
+
+async def _server(connection: asyncpg.Connection) -> Finding:
+    row = await connection.fetchrow(QUERIES["server_facts"])
+    version = f"PostgreSQL {row['version']}"
+    if row["is_standby"]:
+        advice = "name all servers in database.url, with ?target_session_attrs=read-write"
+        return Finding("server", f"{version}, a standby: nothing can be written", "error", advice)
+    if row["is_read_only"]:
+        advice = "set default_transaction_read_only = off for this user and database"
+        return Finding("server", f"{version}; transactions are read-only", "error", advice)
+    return Finding("server", version)
+
+
+async def _schema(connection: asyncpg.Connection) -> Finding:
+    try:
+        await migrate.check(connection)
+    except SequencerdError as error:
+        what, _, advice = str(error).partition("; ")
+        return Finding("schema", what, "error", advice)
+    return Finding("schema", f"{migrate.available()[-1].name} is applied")
+
+
+async def _triggers(connection: asyncpg.Connection) -> Finding:
+    wanted = {
+        (table, name)
+        for migration in migrate.available()
+        for name, table in _TRIGGER.findall(migration.sql)
+    }
+    rows = await connection.fetch(QUERIES["present_triggers"])
+    fire = {(row["table"], row["name"]) for row in rows if row["fires"]}
+    if missing := sorted(wanted - fire):
+        named = _some(f"{name} on {table}" for table, name in missing)
+        advice = "ALTER TABLE sequencer.TABLE ENABLE TRIGGER ALL; make anew what was dropped"
+        return Finding("triggers", f"dropped or disabled: {named}", "error", advice)
+    return Finding("triggers", f"all {len(wanted)} fire")
+
+
+async def _roles(connection: asyncpg.Connection) -> Finding:
+    if missing := await connection.fetch(QUERIES["missing_roles"], list(ROLES)):
+        named = _some(row["name"] for row in missing)
+        advice = "let an administrator CREATE ROLE them, and grant as in sql/0001_sequencer.sql"
+        return Finding("roles", f"{named}: no such role", "warning", advice)
+    if lacking := await connection.fetch(QUERIES["missing_grants"]):
+        named = _some(row["missing"] for row in lacking)
+        advice = "GRANT sequencer_daemon TO the user, if a daemon is to run as it"
+        return Finding("roles", f"this user lacks {named}", "warning", advice)
+    if await connection.fetchval(QUERIES["is_superuser"]):
+        advice = "let the daemon log in as a user that has no more than sequencer_daemon"
+        return Finding("roles", "this user is a superuser", "warning", advice)
+    return Finding("roles", "this user has what a daemon needs")
+
+
+async def _pooler(connection: asyncpg.Connection) -> Finding:
+    row = await connection.fetchrow(QUERIES["server_facts"])
+    if row["pid"] != connection.get_server_pid():
+        advice = "give database.url the server's own address, or a pool in session mode"
+        return Finding("pooler", "there is one in the way", "warning", advice)
+    return Finding("pooler", "none is in the way")
+
+
+async def _listening(connection: asyncpg.Connection, url: str) -> Finding:
+    """On a connection of its own, as the daemon does."""
+    channel, heard = f"sequencer_{uuid4().hex}", asyncio.Event()
+    listener = await daemon.connect(url)
+    try:
+        await listener.add_listener(channel, lambda *_: heard.set())
+        begun = time.perf_counter()
+        await connection.execute(QUERIES["notify"], channel)
+        async with asyncio.timeout(ROUND_TRIP):
+            await heard.wait()
+        took = (time.perf_counter() - begun) * 1000
+    except TimeoutError:
+        advice = "LISTEN takes a direct connection; until then everything waits for the next sweep"
+        seen = f"none came within {ROUND_TRIP:g} s"
+        return Finding("notifications", seen, "error", advice)
+    finally:
+        listener.terminate()
+    return Finding("notifications", f"came after {took:.1f} ms")
+
+
+async def _clock(connection: asyncpg.Connection) -> Finding:
+    before = datetime.now(UTC)
+    there = await connection.fetchval(QUERIES["server_time"])
+    offset = there - (before + (datetime.now(UTC) - before) / 2)
+    seen = f"the database's is {abs(offset.total_seconds()):.3f} s " + (
+        "ahead of this machine's" if offset > timedelta(0) else "behind this machine's"
+    )
+    if abs(offset) > LARGEST_OFFSET:
+        advice = "let both be set by NTP; what is due is due by the database's clock"
+        return Finding("clock", seen, "warning", advice)
+    return Finding("clock", seen)
+
+
+async def _time_zones(connection: asyncpg.Connection) -> Finding:
+    unknown, other = set(), set()
+    rows = await connection.fetch(QUERIES["zones_in_use"])
+    for row in rows:
+        name = row["timezone"]
+        try:
+            local = row["at"].astimezone(ZoneInfo(name)).replace(tzinfo=None)
+        except (ZoneInfoNotFoundError, ValueError):
+            unknown.add(name)
+        else:
+            if local != row["local"]:
+                other.add(name)
+    if unknown:
+        advice = "correct the sequence's timezone; the IANA database lists the names"
+        return Finding("time zones", f"unknown here: {_some(sorted(unknown))}", "error", advice)
+    if other:
+        advice = "update the package tzdata here, or the server's; the daemon goes by the one here"
+        seen = f"other rules than the server's for {_some(sorted(other))}"
+        return Finding("time zones", seen, "warning", advice)
+    count = len({row["timezone"] for row in rows})
+    return Finding("time zones", f"the {count} of sequences are known and the same on both sides")
+
+
+async def _vacuum(connection: asyncpg.Connection) -> Finding:
+    row = await connection.fetchrow(QUERIES["vacuum_facts"])
+    if not (row["is_on"] and row["counts"]) or "autovacuum_enabled=false" in row["options"]:
+        advice = "set autovacuum and track_counts on; ALTER TABLE ... RESET (autovacuum_enabled)"
+        return Finding("vacuum", "autovacuum is off for sequencer.enrollments", "error", advice)
+    seen = f"enrollments: {row['live']:,} rows, {row['dead']:,} dead"
+    if row["dead"] > 10_000 and row["dead"] > row["live"]:
+        advice = "VACUUM sequencer.enrollments; look for what holds autovacuum back"
+        return Finding("vacuum", seen, "warning", advice)
+    return Finding("vacuum", seen)
+
+
+async def _old_transactions(connection: asyncpg.Connection) -> Finding:
+    rows = await connection.fetch(QUERIES["old_snapshots"], OLD)
+    if rows:
+        named = _some(
+            row["what"] + (f" for {_rounded(row['age'])}" if row["age"] else "") for row in rows
+        )
+        advice = "end them, or set idle_in_transaction_session_timeout: dead rows pile up meanwhile"
+        return Finding("old transactions", named, "warning", advice)
+    return Finding("old transactions", f"none is older than {_rounded(OLD)}")
+
+
+async def _history(connection: asyncpg.Connection) -> Finding:
+    row = await connection.fetchrow(QUERIES["partition_facts"])
+    if row["has_others"] or not row["has_month"]:
+        advice = "a running daemon makes partitions; or SELECT sequencer.add_event_partitions()"
+        return Finding("history", "this month has no partition of its own", "warning", advice)
+    return Finding("history", "partitions are there")
+
+
+# --- the work
+
+
+async def _daemons(connection: asyncpg.Connection) -> Finding:
+    count = await connection.fetchval(QUERIES["count_daemons"])
+    if not count:
+        return Finding("daemons", "none is connected", "warning", "start one: sequencerd run")
+    return Finding("daemons", f"{count} connected")
+
+
+async def _overdue(connection: asyncpg.Connection) -> Finding:
+    row = await connection.fetchrow(QUERIES["count_overdue"])
+    if row["count"]:
+        seen = f"{row['count']:,} enrollments, the longest for {_rounded(row['longest'])}"
+        advice = "see where: sequencerd status; and why: sequencerd list --overdue"
+        return Finding("overdue", seen, "warning", advice)
+    return Finding("overdue", "nobody")
+
+
+async def _failed(connection: asyncpg.Connection) -> Finding:
+    rows = await connection.fetch(QUERIES["failed_by_code"])
+    if rows:
+        named = _some(f"{row['count']:,} with {row['failure']}" for row in rows)
+        advice = "sequencerd list --status failed; sequencerd retry when the cause is mended"
+        return Finding("failed", named, "warning", advice)
+    return Finding("failed", "nobody")
+
+
+async def _steps(connection: asyncpg.Connection) -> Finding:
+    if rows := await connection.fetch(QUERIES["problems"]):
+        named = _some((f"{r['sequence']}/{r['step']}: {r['problem']}" for r in rows), between="; ")
+        advice = "mend the definition or the settings; who is there goes on by itself"
+        return Finding("steps", named, "error", advice)
+    return Finding("steps", "all can be executed")
+
+
+# --- the endpoints
+
+
+async def _examine_endpoints(
+    settings: Settings, types: set[str], used: Mapping[str, bool]
+) -> AsyncIterator[Finding]:
+    if "Email" in types or settings.email.url:
+        yield await _mail(settings)
+    if settings.sms.provider == "http" and settings.sms.url:
+        yield await _endpoint("SMS", settings.sms.url, settings.sms.allow_private)
+    elif settings.sms.account_sid and settings.sms.auth_token:
+        yield await _twilio(settings)
+    for name, runner in settings.runners.items():
+        yield await _endpoint(f"runner {name}", runner.url, runner.allow_private)
+    for name, lookup in settings.lookups.items():
+        yield await _endpoint(f"lookup {name}", lookup.url, lookup.allow_private)
+    installed = {point.name for point in entry_points(group=lookups.GROUP)}
+    for name, is_function in used.items():
+        if name not in settings.lookups and name not in installed:
+            about = f"lookup {name}"
+            if is_function:
+                yield Finding(about, "is an SQL function")
+            else:
+                advice = f"make the function {name}(text[]), or set up [lookups.{name}]"
+                yield Finding(about, "there is no such function or endpoint", "error", advice)
+
+
+async def _mail(settings: Settings) -> Finding:
+    try:
+        postman = Postman(settings.email.server, connections=1, timeout=PATIENCE)
+    except ValueError as error:
+        return Finding("mail server", str(error), "error", "correct email.url")
+    try:
+        result = await postman.check()
+    finally:
+        await postman.close()
+    if isinstance(result, Failed):
+        return Finding("mail server", result.message, "error", "start it, or correct email.url")
+    return Finding("mail server", getattr(result, "message", None) or "is ready for mail")
+
+
+async def _endpoint(about: str, url: str, allow_private: bool) -> Finding:
+    """A GET, which by RFC 9110 changes nothing: any answer shows that somebody is there."""
+    web = Web(timeout=PATIENCE, connections=1, allow_private=allow_private)
+    try:
+        reply = await web.call("GET", url, headers={})
+    except Unreachable as error:
+        return Finding(about, str(error), "error", "start it, or correct its url")
+    finally:
+        await web.close()
+    return Finding(about, f"is there; it answers a GET with {reply.status}")
+
+
+async def _twilio(settings: Settings) -> Finding:
+    sms = settings.sms
+    account, token = sms.account_sid or "", sms.auth_token
+    url = f"{sms.base_url.rstrip('/')}/2010-04-01/Accounts/{account}.json"
+    web = Web(timeout=PATIENCE, connections=1, allow_private=True)
+    try:
+        auth = (account, token.get_secret_value() if token else "")
+        reply = await web.call("GET", url, headers={}, auth=auth)
+    except Unreachable as error:
+        return Finding("Twilio", str(error), "error", "see status.twilio.com, or sms.base_url")
+    finally:
+        await web.close()
+    if reply.status != 200:
+        advice = "correct sms.account_sid and sms.auth_token"
+        return Finding("Twilio", f"refuses the login with {reply.status}", "error", advice)
+    return Finding("Twilio", "accepts the login")
+
+
+def _some(items: Iterable[str], between: str = ", ") -> str:
+    """The first of them, and how many more there are."""
+    every = list(items)
+    more = f" and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""
+    return between.join(every[:SHOWN]) + more
+
+
+def _rounded(span: timedelta) -> str:
+    return str(timedelta(seconds=round(span.total_seconds())))
