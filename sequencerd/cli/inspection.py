@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
@@ -116,10 +116,14 @@ def _seconds(value: str) -> float:
 
 async def _status(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     rows = await fetch(url, "status", arguments.sequence)
-    if arguments.sequence and not rows:
-        raise UsageError(f"sequence {arguments.sequence!r} does not exist or has no steps")
+    _check_found(rows, arguments.sequence)
     show(rows, arguments.json, empty="no sequences yet; sequencerd apply FILE makes some")
     return 0
+
+
+def _check_found(rows: Sequence[object], sequence: str | None) -> None:
+    if sequence and not rows:
+        raise UsageError(f"sequence {sequence!r} does not exist or has no steps")
 
 
 async def _watch(arguments: argparse.Namespace, _: Settings, url: str) -> int:
@@ -135,6 +139,7 @@ async def _watch(arguments: argparse.Namespace, _: Settings, url: str) -> int:
                     dict(row)
                     for row in await connection.fetch(QUERIES["status"], arguments.sequence)
                 ]
+                _check_found(rows, arguments.sequence)
                 for row in rows:
                     place = row["sequence"], row["step"]
                     row["change"] = f"{row['active'] - before.get(place, row['active']):+}"

@@ -219,6 +219,7 @@ class Request:
     target: str
     headers: dict[str, str]  # names in lower case
     body: bytes
+    method: str = "POST"
 
 
 @dataclass
@@ -257,7 +258,8 @@ class HttpServer:
                 pairs = (line.split(": ", 1) for line in head[1:] if line)
                 headers = {name.lower(): value for name, value in pairs}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
-                request = Request(head[0].split(" ")[1], headers, body)
+                method, target, _ = head[0].split(" ")
+                request = Request(target, headers, body, method)
                 self.requests.append(request)
                 answer = await self.respond(request)
                 if answer.raw is not None:
