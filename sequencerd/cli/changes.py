@@ -1,4 +1,6 @@
-"""Commands that change sequences, and tell how they have changed: plan, apply, history, export."""
+"""Commands that change sequences, and tell how they have changed: plan, apply, history, export,
+import-original.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd import daemon, files, plan
+from sequencerd import daemon, files, original, plan
 from sequencerd.changes import compare
 from sequencerd.cli.commands import Commands, add_json, connect, fetch, on_database
 from sequencerd.cli.output import plain, text
@@ -57,6 +59,27 @@ def add_to(commands: Commands) -> None:
     )
     export.add_argument("sequence")
     export.add_argument("--revision", type=int, metavar="N", help="as it was then")
+
+    brought = commands.add(
+        "import-original",
+        on_database(_import),
+        "bring sequences and people over from the tables of the original Sequencer",
+        "import-original --database postgresql://localhost/old",
+    )
+    brought.add_argument(
+        "--database",
+        dest="original",
+        metavar="URL",
+        help="where those tables are; if not said, beside ours",
+    )
+    brought.add_argument("--schema", default="public", help="default: %(default)s")
+    brought.add_argument(
+        "--lookup", metavar="NAME", help="where sequences that need external data get them from"
+    )
+    brought.add_argument(
+        "--apply", action="store_true", help="do it; without, it is tried and taken back"
+    )
+    add_json(brought)
 
 
 def _add_files(command: argparse.ArgumentParser) -> None:
@@ -160,4 +183,40 @@ async def _export(arguments: argparse.Namespace, _: Settings, url: str) -> int:
         revision = "" if arguments.revision is None else f" in revision {arguments.revision}"
         raise UsageError(f"sequence {arguments.sequence!r} does not exist{revision}")
     print(to_yaml(json.loads(document)), end="")
+    return 0
+
+
+async def _import(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+    runners = daemon.make_runners(settings)
+    ours = await connect(url)
+    there = None
+    try:
+        there = await daemon.connect(arguments.original or url)
+        found = await original.read(
+            there, ours, runners, schema=arguments.schema, lookup=arguments.lookup
+        )
+        transaction = ours.transaction()
+        await transaction.start()
+        try:
+            if not found.errors:
+                await original.apply(there, ours, found, runners, schema=arguments.schema)
+        except BaseException:
+            await transaction.rollback()
+            raise
+        if arguments.apply and not found.errors:
+            await transaction.commit()
+        else:
+            await transaction.rollback()
+    finally:
+        for connection in filter(None, (ours, there)):
+            await connection.close()
+    if arguments.json:
+        print(json.dumps(found.as_dict()))
+    else:
+        for line in found.lines(done=arguments.apply):
+            print(line)
+    if found.errors:
+        raise UsageError("nothing is brought over until the errors are mended")
+    if not (arguments.apply or arguments.json):
+        print("this was a trial: the same with --apply does it, once the original is stopped")
     return 0
