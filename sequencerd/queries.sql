@@ -380,7 +380,7 @@ SELECT count(*) FROM moved;
 -- name: lock_definitions
 -- Until the end of the transaction: two that apply do it one after the other, and who edits a
 -- sequence by SQL waits.
-SELECT pg_advisory_xact_lock(7364528, 2), (SELECT count(*) FROM (
+SELECT pg_advisory_xact_lock(7364528, 3), (SELECT count(*) FROM (
     SELECT FROM sequencer.sequences ORDER BY name FOR UPDATE) AS locked);
 
 -- name: documents

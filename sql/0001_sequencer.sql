@@ -668,7 +668,7 @@ CREATE FUNCTION sequencer.enroll(
     sequence text, subject text, data jsonb DEFAULT '{}', timezone text DEFAULT NULL,
     wake_at timestamptz DEFAULT now(), step text DEFAULT NULL
 ) RETURNS bigint
-LANGUAGE sql AS $$
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     INSERT INTO sequencer.enrollments (sequence, subject, data, timezone, wake_at, step)
     VALUES (enroll.sequence, enroll.subject, enroll.data, enroll.timezone, enroll.wake_at, enroll.step)
     ON CONFLICT DO NOTHING

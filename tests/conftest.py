@@ -30,6 +30,12 @@ def with_database(url: str, name: str) -> str:
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
 
 
+def with_login(url: str, user: str) -> str:
+    """The same URL for another user."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}"))
+
+
 # taken out of the environment: to the programs that tests start it is no setting
 SERVER = os.environ.pop("SEQUENCERD_TEST_DATABASE", None)
 

@@ -18,7 +18,7 @@ from aiosmtpd.controller import Controller
 from sequencerd import doctor, store
 from sequencerd.doctor import Finding
 from sequencerd.settings import Settings
-from tests.conftest import Command
+from tests.conftest import Command, with_login
 from tests.engines import define, enroll, running_engine
 from tests.runners.servers import Answer, Request, http_server
 
@@ -135,7 +135,7 @@ async def test_a_user_who_may_too_little(database: str, connection: asyncpg.Conn
         " EXCEPTION WHEN duplicate_object THEN END $$"
     )
     await connection.execute("GRANT sequencer_enroller TO sequencer_test_nobody")
-    found = await examine(database.replace("postgres@", "sequencer_test_nobody@", 1))
+    found = await examine(with_login(database, "sequencer_test_nobody"))
     assert found["roles"].level == "warning"
     assert "INSERT ON sequencer.events" in found["roles"].seen
     assert "GRANT sequencer_daemon" in found["roles"].advice

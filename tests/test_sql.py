@@ -30,8 +30,8 @@ async def defined(connection: asyncpg.Connection) -> asyncpg.Connection:
 
 async def test_every_statement_can_be_prepared(connection: asyncpg.Connection) -> None:
     for name, query in QUERIES.items():
-        # the one is several statements, the other is completed with a function's name
-        if name not in ("create_migrations", "look_up"):
+        # the one is several statements, others are completed with the names of a user's own
+        if name != "create_migrations" and "{schema}" not in query:
             await connection.prepare(query)
 
 
