@@ -16,7 +16,7 @@ import asyncpg
 from pydantic import SecretStr
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd import migrate, retention, store
+from sequencerd import migrate, retention, store, tracing
 from sequencerd.clock import Clock
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
@@ -244,12 +244,22 @@ async def run(
         await connection.close()
     async with _pool(url, settings.database.connections) as pool:
         daemon = _Daemon(pool, Parts(settings, runners, pool), suppressions, log, read)
+        end_tracing = _trace(log)
         try:
             async with serving(daemon.app, settings.http.listen):
                 await daemon.run(url, told_to_reload, told_to_stop)
         finally:
             await daemon.parts.close()
+            await asyncio.to_thread(end_tracing)
     log.info("stopped", daemon=daemon.name)
+
+
+def _trace(log: FilteringBoundLogger) -> Callable[[], None]:
+    try:
+        return tracing.start(os.environ)
+    except ModuleNotFoundError as error:
+        log.warning("no traces: pip install 'sequencerd[otel]'", error=str(error))
+        return lambda: None
 
 
 def _tell(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import NamedTuple, Protocol
 
+from sequencerd import tracing
 from sequencerd.core.model import Enrollment, Failed, Fence, Result, Step, Task
 from sequencerd.metrics import Metrics
 from sequencerd.runners import NotNow
@@ -130,7 +131,10 @@ class Lane:
                 self._running.add(task)
                 interrupted = INTERRUPTED
                 begun = time.monotonic()
-                results = await self._run(batch)
+                enrollments = () if self.is_lookup else [leased.enrollment for leased in batch]
+                with tracing.executing(self._kind, enrollments) as ended:
+                    results = await self._run(batch)
+                    ended(results)
         except asyncio.CancelledError:
             results = [interrupted] * len(batch)
         self._taken -= len(batch)

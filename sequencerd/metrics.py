@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from operator import itemgetter
-from typing import assert_never
 
 from prometheus_client import (
     CollectorRegistry,
@@ -27,7 +26,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sequencerd.core.model import Answer, Enrollment, Event, Failed, Found, Result
+from sequencerd.core.model import Enrollment, Event, Result, outcome
 
 MAX_PLACES = 1000
 OTHER = ("other", "other")
@@ -159,7 +158,7 @@ class Metrics(Collector):
         # most results of a batch are one and the same object
         distinct = {id(result): result for result in results}
         for key, times in Tally(map(id, results)).items():
-            self._effects.labels(kind, _outcome(distinct[key])).inc(times)
+            self._effects.labels(kind, outcome(distinct[key])).inc(times)
 
     def swept(
         self, now: Callable[[], datetime], places: int, oldest: datetime | None, due: Iterable[Due]
@@ -219,19 +218,3 @@ class Metrics(Collector):
 def _wake_at(enrollment: Enrollment) -> datetime:
     assert enrollment.wake_at is not None, "who is claimed is due"
     return enrollment.wake_at
-
-
-def _outcome(result: Result) -> str:
-    match result:
-        case Answer(action):
-            return str(action)
-        case Found(external):
-            return "failed" if external is None else "found"
-        case Failed(permanent=True):
-            return "refused"
-        case Failed(spends_attempt=False):
-            return "postponed"
-        case Failed():
-            return "failed"
-        case _:
-            assert_never(result)

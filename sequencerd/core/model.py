@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, assert_never
 
 NEVER = datetime.max.replace(tzinfo=UTC)
 """The wake time of who is woken by a change alone; PostgreSQL's 'infinity'."""
@@ -362,6 +362,23 @@ class Found:
 
 
 Result = Answer | Failed | Found
+
+
+def outcome(result: Result) -> str:
+    """In a word, for metrics and traces."""
+    match result:
+        case Answer(action):
+            return str(action)
+        case Found(external):
+            return "failed" if external is None else "found"
+        case Failed(permanent=True):
+            return "refused"
+        case Failed(spends_attempt=False):
+            return "postponed"
+        case Failed():
+            return "failed"
+        case _:
+            assert_never(result)
 
 
 # --- decisions

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sequencerd import tracing
 from sequencerd.core.model import RETRY, DefinitionError, Failed, Result, RetryPolicy, Task
 from sequencerd.runners.answers import check_json, read_outcome
 from sequencerd.runners.pace import Pace
@@ -89,6 +90,7 @@ class HttpRunner:
             "Content-Type": "application/json",
             "Accept": "application/json",
             "Idempotency-Key": id_,
+            **tracing.headers(),
         }
         if self._key is not None:
             headers |= sign(self._key, id_, int(time.time()), body)
