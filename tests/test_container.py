@@ -122,7 +122,8 @@ def test_the_daemon_imports_what_is_installed_with_it() -> None:
     """Nothing of the packages for development, and of those of an extra only by its feature."""
     packages = packages_distributions()
     for file in sorted((REPOSITORY / "sequencerd").rglob("*.py")):
-        allowed = needed("embedded") if file.stem in ("demo", "embedded") else needed("uvloop")
+        extras = {"demo": "embedded", "embedded": "embedded", "tracing": "otel"}
+        allowed = needed(extras.get(file.stem, "uvloop"))
         for node in ast.walk(ast.parse(file.read_text())):
             names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
