@@ -577,11 +577,12 @@ INSERT INTO sequencer.enrollments
 SELECT p.sequence, p.step, p.subject, p.status, p.created_at, p.entered_at, p.ended_at,
        CASE WHEN p.status = 'active' THEN now() END, string_to_array(p.goals_met, E'\n')
   FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::timestamptz[],
-              $6::timestamptz[], $7::timestamptz[], $8::text[])
-       AS p (sequence, step, subject, status, created_at, entered_at, ended_at, goals_met)
+              $6::timestamptz[], $7::timestamptz[], $8::text[]) WITH ORDINALITY
+       AS p (sequence, step, subject, status, created_at, entered_at, ended_at, goals_met, number)
  WHERE NOT EXISTS (
     SELECT FROM sequencer.enrollments AS e
      WHERE e.subject = p.subject AND e.sequence = p.sequence AND e.created_at = p.created_at)
+ ORDER BY p.number
 RETURNING sequence, status
 )
 SELECT sequence, status, count(*) FROM written GROUP BY sequence, status;

@@ -1,0 +1,126 @@
+"""The pages for operators: their commands and SQL run, and their tables are complete."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from sequencerd.settings import Settings
+from tests.conftest import Command
+from tests.engines import define, enroll
+from tests.test_readme import REPOSITORY, blocks, environment, home, run
+
+home = home  # noqa: PLW0127 - a fixture
+
+ENDLESS = ("watch", "tail")
+ASKS = ("retry", "cancel", "move", "reevaluate")
+
+
+async def test_a_day_of_an_operator(
+    sequencerd: Command, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    days = '{"amount": 3, "unit": "days"}'
+    await define(
+        connection,
+        "onboarding",
+        ("hello", "GoTo", "{}", "pause"),
+        ("pause", "WaitForDuration", days, "nudge"),
+        ("nudge", "GoTo", "{}", None),
+    )
+    for subject in ("user-41", "user-40", "user-39", "user-42"):
+        await enroll(connection, "onboarding", subject)
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET status = 'failed', failure = 'error' WHERE id < 3"
+    )
+    (tmp_path / "onboarding.yaml").write_text(sequencerd("export", "onboarding"))
+    for language, text in blocks(REPOSITORY / "docs/operating.md"):
+        assert language == "sh"
+        for line in text.splitlines():
+            command, *arguments = shlex.split(line)[1:]
+            if command in ENDLESS:
+                sequencerd(command, "--help")
+                sequencerd(command, *arguments, "--nonsense", code=2)
+                continue
+            yes = ["--yes"] if command in ASKS else []
+            if "2 --skip" in line:  # who has been retried has failed again
+                await connection.execute(
+                    "UPDATE sequencer.enrollments SET status = 'failed' WHERE id = 2"
+                )
+            sequencerd(command, *arguments, *yes)
+    history = await connection.fetch(
+        "SELECT action FROM sequencer.events ORDER BY at, enrollment_id"
+    )
+    assert {row["action"] for row in history} >= {"resumed", "moved", "cancelled"}
+    statuses = await connection.fetch("SELECT document->>'status' FROM sequencer.revisions")
+    assert {row[0] for row in statuses} == {"active", "paused", "archived"}
+
+
+@pytest.mark.parametrize("page", ["scaling", "security"])
+async def test_the_sql_of_a_page_runs(connection: asyncpg.Connection, page: str) -> None:
+    await define(connection, "onboarding", ("hello", "GoTo", "{}", None))
+    await enroll(connection, "onboarding", {"scaling": "ada", "security": "user-42"}[page])
+    for role in ("shop", "marketing", "sequencerd"):
+        await connection.execute(
+            f"DO $$ BEGIN CREATE ROLE {role};"
+            " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"
+        )
+    for language, text in blocks(REPOSITORY / f"docs/{page}.md"):
+        if language == "sql":
+            await connection.execute(text)
+        else:
+            Settings.model_validate({"database": {"url": text.strip()}})
+    count = await connection.fetchval("SELECT count(*) FROM sequencer.enrollments")
+    assert count == {"scaling": 5001, "security": 0}[page]
+
+
+async def test_installing_can_be_followed(
+    home: Path, connection: asyncpg.Connection, database: str
+) -> None:
+    (home / "bin/apt-get").write_text('#!/bin/sh\necho "$@" >> "$HOME/apt"\n')
+    (home / "bin/apt-get").chmod(0o755)
+    for language, text in blocks(REPOSITORY / "docs/install.md"):
+        if language == "sql":
+            async with connection.transaction():
+                for role in ("sequencerd", "shop"):
+                    await connection.execute(f"DROP ROLE IF EXISTS {role}")
+                await connection.execute(text)
+                granted = await connection.fetchval(
+                    "SELECT pg_has_role('shop', 'sequencer_enroller', 'usage')"
+                )
+                assert granted
+            continue
+        for line in text.splitlines():
+            if "requirements.txt" not in line:  # those come from the network: make test does it
+                run(line, home, environment(home, database))
+    assert (home / "apt").read_text() == "install --yes python3-venv\n"
+    assert len((home / "docker").read_text().splitlines()) == 3
+
+
+def test_every_failure_is_explained() -> None:
+    text = "".join(file.read_text() for file in (REPOSITORY / "sequencerd").rglob("*.py"))
+    codes = set(re.findall(r'\b(?:EvaluationError|Fail|fail)\(\s*"(\w+)",', text))
+    page = (REPOSITORY / "docs/failures.md").read_text()
+    listed, told = page.split("## In the history")
+    assert set(re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE)) == codes
+    assert {"error", "bad_data", "outcome_unknown"} <= codes
+    actions = set(re.findall(r"^\| `(\w+)` \|", told, re.MULTILINE))
+    assert actions <= known_actions()
+
+
+def known_actions() -> set[str]:
+    """As the schema explains them."""
+    sql = (REPOSITORY / "sql/0001_sequencer.sql").read_text()
+    found = re.search(r"COLUMN sequencer.events.action IS '(.*)\.';", sql)
+    assert found
+    return set(re.split(r"[,;] ", found[1]))
+
+
+def test_every_event_is_explained() -> None:
+    page = (REPOSITORY / "docs/sql.md").read_text()
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page, re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"\w+", row)}
+    assert known_actions() <= listed
