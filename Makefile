@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test oracle check format lock clean
+.PHONY: help install demo test oracle chaos check format lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
@@ -32,6 +32,9 @@ test: install ## run the tests
 
 oracle: install ## compare with the answers of the original libraries (ORACLE_DIR=... for other cases)
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
+
+chaos: install ## break everything for ten minutes (CHAOS_SEED=... for other faults)
+	CHAOS_SECONDS=$${CHAOS_SECONDS:-40} $(BIN)/pytest -q tests/chaos
 
 check: install ## format, lint, types, imports
 	$(BIN)/ruff format --check

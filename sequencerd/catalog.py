@@ -37,7 +37,7 @@ class Catalog:
 
     async def reload(self) -> bool:
         """Reads the definitions that have changed. Whether there are any."""
-        async with self._loading, self._pool.acquire() as connection:
+        async with self._loading, store.connection(self._pool) as connection:
             revisions = await store.revisions(connection)
             for name in self.sequences.keys() - revisions.keys():
                 del self.sequences[name]
@@ -60,7 +60,7 @@ class Catalog:
             self.sequences.clear()
             swap()
 
-        async with self._loading, self._pool.acquire() as connection:
+        async with self._loading, store.connection(self._pool) as connection:
             await self._load(connection, list(await store.revisions(connection)), begin)
 
     async def _load(

@@ -223,7 +223,7 @@ async def run(
 
     async def suppressed(keys: list[Key]) -> set[Key]:
         try:
-            async with pool.acquire() as connection:
+            async with store.connection(pool) as connection:
                 return await store.suppressed(connection, keys)
         except store.PASSING_ERRORS as error:
             raise NotNow(f"the suppressions can't be read: {error}") from error
@@ -339,6 +339,8 @@ class _Daemon:
                 helper.cancel()
 
     async def _connected(self) -> None:
+        # after the network was cut, connections that nobody used meanwhile are dead unnoticed
+        await self._pool.expire_connections()
         await self._engine.sweep()
         self._log.info("ready", daemon=self.name, sequences=len(self._engine.catalog.sequences))
         notify("READY=1", f"STATUS={self._status()}")

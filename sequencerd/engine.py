@@ -279,7 +279,7 @@ class Engine:
 
     async def sweep(self) -> None:
         """Finds whatever no notification told: at the start, and regularly after it."""
-        async with self._pool.acquire() as connection:
+        async with store.connection(self._pool) as connection:
             off = self._clock.measured(await store.server_time(connection))
             if abs(off) > timedelta(seconds=1):
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
@@ -290,7 +290,7 @@ class Engine:
         due = {place: at for place, at in wakes if at <= now and place[0] not in paused}
         counts = []
         if due:
-            async with self._pool.acquire() as connection:
+            async with store.connection(self._pool) as connection:
                 counts = await store.count_due(connection, due, now, MAX_DUE)
         oldest = min(due.values(), default=None)
         self._metrics.clock_offset.set(self._clock.ahead().total_seconds())
@@ -298,7 +298,7 @@ class Engine:
 
     async def rebuild(self) -> list[tuple[Place, datetime]]:
         """Fills the heap from the index. Entries that are too early cost one empty claim."""
-        async with self._pool.acquire() as connection:
+        async with store.connection(self._pool) as connection:
             wakes = await store.first_wakes(connection)
         for place, at in wakes:
             self._push(place, at)
@@ -318,7 +318,7 @@ class Engine:
         now = self._clock.now()
         count = size
         while count >= size and not self._stopping:
-            async with self._pool.acquire() as connection:
+            async with store.connection(self._pool) as connection:
                 places = await store.look_again(connection, now, size, **message.model_dump())
             count = len(places)
             for place in set(places):

@@ -11,6 +11,8 @@ import asyncpg
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from structlog.typing import FilteringBoundLogger
 
+from sequencerd.store import PASSING_ERRORS
+
 CHANNEL = "sequencer"
 PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10
 PROBE_TIMEOUT = 5.0
@@ -79,9 +81,10 @@ async def listen(
                 server_settings={"application_name": "sequencerd listener"},
                 **options,
             )
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+        except (*PASSING_ERRORS, asyncpg.PostgresError) as error:
             pause = min(max(pause * 2, 0.1), LONGEST_PAUSE)
-            log.warning("listener cannot connect", error=str(error), retry_in=pause)
+            text = str(error) or type(error).__name__
+            log.warning("listener cannot connect", error=text, retry_in=pause)
             await asyncio.sleep(pause)
             continue
         try:
@@ -90,7 +93,7 @@ async def listen(
             heard(True)
             pause = 0.0
             await _probe(connection, heard)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+        except (*PASSING_ERRORS, asyncpg.PostgresError) as error:
             log.warning("listener lost its connection", error=str(error) or type(error).__name__)
         finally:
             heard(False)

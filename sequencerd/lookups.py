@@ -73,7 +73,7 @@ class Lookups:
         return Lookup(name, ask, batch_size=1000, concurrency=2, timeout=30)
 
     async def _by_sql(self, name: str, subjects: list[str]) -> dict[str, External]:
-        async with self._pool.acquire() as connection:
+        async with store.connection(self._pool) as connection:
             return await store.look_up(connection, name, subjects)
 
     def _by_http(self, name: str, endpoint: LookupEndpoint) -> Lookup:

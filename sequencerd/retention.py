@@ -73,5 +73,5 @@ async def _alone(
     pool: asyncpg.Pool, work: Callable[[asyncpg.Connection], Awaitable[Result]]
 ) -> Result | None:
     """Does it in a transaction, unless another daemon is at it."""
-    async with pool.acquire() as connection, connection.transaction():
+    async with store.connection(pool) as connection, store.transaction(connection):
         return await work(connection) if await store.try_lock_retention(connection) else None

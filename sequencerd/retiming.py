@@ -87,7 +87,7 @@ class Retiming:
 
     async def _retime(self, place: Place) -> bool:
         """Whether there is nothing more to do; False where another daemon is at it."""
-        async with self._pool.acquire() as connection:
+        async with store.connection(self._pool) as connection:
             since = await store.retiming_from(connection, place)
         if since is None or since == self._others.pop(place, since):
             return since is None or await self._from(place, since)
@@ -102,7 +102,7 @@ class Retiming:
             sequence = self._sequences.get(place[0])
             if sequence is None or sequence.paused:
                 return True  # it is begun again when it is resumed
-            async with self._pool.acquire() as connection:
+            async with store.connection(self._pool) as connection:
                 page = await store.standing(connection, place, since, PAGE)
             for first in range(0, len(page), self._size):
                 waiting = page[first : first + self._size]
@@ -118,7 +118,7 @@ class Retiming:
                 break
             count += len(page)
             after = page[-1] + 1 if len(page) == PAGE else None
-            async with self._pool.acquire() as connection:
+            async with store.connection(self._pool) as connection:
                 if not await store.retimed(connection, place, since, after):
                     self._others[place] = since
                     return False
@@ -173,12 +173,12 @@ class Retiming:
 
     async def _outlast_older_transactions(self) -> None:
         """Those of other daemons may still bring people to a step by how it was."""
-        async with self._pool.acquire() as connection:
+        async with store.connection(self._pool) as connection:
             newest = await store.new_transaction(connection)
         loop = asyncio.get_running_loop()
         until = loop.time() + GRACE
         while loop.time() < until and not self._writer.stopping:
-            async with self._pool.acquire() as connection:
+            async with store.connection(self._pool) as connection:
                 if await store.oldest_transaction(connection) >= newest:
                     return
             await asyncio.sleep(GRACE_TURN)

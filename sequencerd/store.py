@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
+from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ def brief(error: BaseException) -> str:
     return f"{name} {getattr(error, 'sqlstate', '')}".rstrip()
 
 
-COMMAND_TIMEOUT = 60.0  # seconds: a connection that is silently dead must not hold us for ever
+COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not hold us for ever
 
 Place = tuple[str, str]
 """A step of a sequence: its key in the heap."""
@@ -81,6 +82,31 @@ async def connect_pool(url: str, size: int, **options: Any) -> asyncpg.Pool:
     )
 
 
+@asynccontextmanager
+async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
+    """A connection for a while; one that gives no answer is closed."""
+    async with pool.acquire() as acquired:
+        with _closed_when_dead(acquired):
+            yield acquired
+
+
+@asynccontextmanager
+async def transaction(on: asyncpg.Connection, **options: Any) -> AsyncIterator[asyncpg.Connection]:
+    """The same for a transaction, whose ROLLBACK would wait for as long again."""
+    async with on.transaction(**options):
+        with _closed_when_dead(on):
+            yield on
+
+
+@contextmanager
+def _closed_when_dead(used: asyncpg.Connection) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        used.terminate()
+        raise
+
+
 # --- definitions
 
 
@@ -95,7 +121,7 @@ async def definitions(
 ) -> tuple[list[asyncpg.Record], list[asyncpg.Record]]:
     """The rows of some sequences and of their steps, from one snapshot."""
     wanted = list(names)
-    async with connection.transaction(isolation="repeatable_read", readonly=True):
+    async with transaction(connection, isolation="repeatable_read", readonly=True):
         return (
             await connection.fetch(QUERIES["sequences"], wanted),
             await connection.fetch(QUERIES["steps"], wanted),

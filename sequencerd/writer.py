@@ -188,7 +188,7 @@ class Writer:
         Of a commit whose answer was lost, the rows tell whether it has happened.
         """
         try:
-            async with self._pool.acquire() as connection, connection.transaction():
+            async with store.connection(self._pool) as connection, store.transaction(connection):
                 yield connection
         except PASSING_ERRORS:
             held = await self.held(batch.leased)
@@ -212,7 +212,7 @@ class Writer:
         ids = [one.enrollment.id for one in leased]
         while ids:
             try:
-                async with self._pool.acquire() as connection:
+                async with store.connection(self._pool) as connection:
                     return await store.fences(connection, ids)
             except PASSING_ERRORS:
                 await asyncio.sleep(PAUSE)
@@ -285,7 +285,7 @@ class Writer:
     async def extend_leases(self) -> None:
         if self.leased:
             until = self._clock.now() + self._lease_time
-            async with self._pool.acquire() as connection:
+            async with store.connection(self._pool) as connection:
                 await store.extend_leases(connection, list(self.leased), self._name, until)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,9 @@ import asyncpg
 import pytest
 
 from sequencerd import embedded, migrate
+
+# a shell's background jobs ignore it, and so would every program that tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 

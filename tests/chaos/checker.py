@@ -1,0 +1,75 @@
+"""The judge: whether everybody got where they should, and every delivery is explained."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+import asyncpg
+
+from tests.chaos.world import STEPS, World
+
+MOVES = ("next", "altNext", "goal", "jump", "completed", "failed", "cancelled", "moved", "resumed")
+WAY = [*((name, "next") for name, *_ in STEPS), (STEPS[-1][0], "completed")]
+EXPLANATIONS = {"retry", "lapsed", "late"}
+GIVEN_BACK = "interrupted: the daemon stopped"  # which spends no attempt
+ONCE = next(number for number, step in enumerate(STEPS, 1) if "at_most_once" in step[2])
+"""The visit of the step that must not be done twice: nobody goes in circles here."""
+
+
+async def check(world: World, *, duplicates: bool = True) -> None:
+    """Raises AssertionError with everything that is wrong, and with what was done.
+
+    Without `duplicates`, nothing has happened that would explain one, nor a spent attempt.
+    """
+    wrong = [problem async for problem in _problems(world, duplicates=duplicates)]
+    done = "\n".join(world.plan)
+    assert not wrong, "\n".join(wrong[:20]) + f"\n{len(wrong)} problems. What was done:\n{done}"
+
+
+async def _problems(world: World, *, duplicates: bool):  # type: ignore[no-untyped-def]
+    connection = await asyncpg.connect(world.database)
+    rows = await connection.fetch("SELECT * FROM sequencer.enrollments ORDER BY id")
+    events = await connection.fetch(
+        "SELECT * FROM sequencer.events ORDER BY enrollment_id, visit, at"
+    )
+    await connection.close()
+    if not rows:
+        yield "nobody was enrolled"
+    if lost := set(world.acknowledged) - {row["subject"] for row in rows}:
+        yield f"{len(lost)} were committed and are gone: {sorted(lost)[:5]}"
+    history: dict[int, list[asyncpg.Record]] = defaultdict(list)
+    for event in events:
+        history[event["enrollment_id"]].append(event)
+    for row in rows:
+        for problem in _of_one(row, history[row["id"]], world, duplicates=duplicates):
+            yield f"enrollment {row['id']}: {problem}"
+
+
+def _of_one(
+    row: asyncpg.Record, events: Sequence[asyncpg.Record], world: World, *, duplicates: bool
+) -> Iterator[str]:
+    moves = [(e["step"], e["action"]) for e in events if e["action"] in MOVES]
+    begun = Counter(e["action"] for e in events)["enrolled"]
+    told: dict[int, set[str]] = defaultdict(set)
+    for event in events:
+        told[event["visit"]].add(event["action"])
+    unknown = row["failure"] == "outcome_unknown" and duplicates
+    if begun != 1:
+        yield f"has begun {begun} times"
+    wanted = [*WAY[: ONCE - 1], (STEPS[ONCE - 1][0], "failed")] if unknown else WAY
+    if moves != wanted:
+        yield f"has gone {moves}, is {row['status']} ({row['failure']}: {row['last_error']})"
+    reached = ONCE if unknown else len(STEPS)
+    for visit, (name, type_, *_) in enumerate(STEPS[:reached], 1):
+        if type_ not in ("Email", "Call"):
+            continue
+        count = (world.sink.mails if type_ == "Email" else world.sink.calls)[f"{row['id']}:{visit}"]
+        if count == 0 and not (unknown and visit == ONCE):
+            yield f"{name} was not delivered"
+        explained = duplicates and visit != ONCE and told[visit] & EXPLANATIONS
+        if count > 1 and not explained:
+            yield f"{name} was delivered {count} times, and its events are {told[visit]}"
+    texts = {e["message"] for e in events if e["action"] in EXPLANATIONS} - {GIVEN_BACK}
+    if texts and not duplicates:
+        yield f"has the events {texts}"

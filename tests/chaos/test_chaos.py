@@ -1,0 +1,240 @@
+"""Everything is broken while people are under way, and nobody is lost.
+
+`make chaos` goes on for longer: CHAOS_SECONDS is how long each scenario takes, CHAOS_SEED the first
+seed of its faults, CHAOS_ROUNDS how many seeds are tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.chaos.checker import check
+from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
+
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "6"))
+FIRST = int(os.environ.get("CHAOS_SEED", "1"))
+ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
+
+Fault = Callable[[World], Coroutine[None, None, None]]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    try:
+        with serving(folder) as started:
+            yield started
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=range(FIRST, FIRST + ROUNDS))
+async def world(
+    server: Server, tmp_path: Path, request: pytest.FixtureRequest
+) -> AsyncIterator[World]:
+    async with living(server, tmp_path, request.param) as made:
+        yield made
+
+
+async def breaking(world: World, *faults: Fault, every: float, daemons: int = 3) -> None:
+    """Enrolls, and meanwhile does one of the faults now and then; then waits until all are done."""
+    loop = asyncio.get_running_loop()
+    await world.keep(daemons)
+    app = asyncio.create_task(world.enroll(SECONDS))
+    end = loop.time() + SECONDS
+    while loop.time() < end:
+        await asyncio.sleep(world.rng.uniform(0.5, 1.5) * every)
+        fault = world.rng.choice(faults)
+        world.note(fault.__name__)
+        await fault(world)
+        await world.keep(daemons)
+    await app
+    try:
+        await world.drain(daemons)
+    except TimeoutError:
+        world.note("somebody stays active")
+    await check(world)
+
+
+# --- daemons
+
+
+async def kill(world: World) -> None:
+    daemon = world.rng.choice(world.daemons)
+    daemon.send(signal.SIGKILL)
+    await daemon.process.wait()
+
+
+async def freeze(world: World) -> None:
+    """For longer than its leases last: others take over, and its fence holds when it thaws."""
+    daemon = world.rng.choice(world.daemons)
+    daemon.send(signal.SIGSTOP)
+    await asyncio.sleep(LEASE + 1)
+    daemon.send(signal.SIGCONT)
+
+
+async def test_daemons_are_killed(world: World) -> None:
+    world.sink.slow = 0.05
+    await breaking(world, kill, every=1.5)
+
+
+async def test_daemons_freeze(world: World) -> None:
+    world.sink.slow = 0.05
+    await breaking(world, freeze, every=0.5, daemons=2)
+
+
+async def test_daemons_are_restarted_and_nothing_is_done_twice(world: World) -> None:
+    world.sink.slow = 0.1
+    await world.keep(2)
+    app = asyncio.create_task(world.enroll(SECONDS))
+    while not app.done():
+        await asyncio.sleep(1)
+        daemon = world.daemons[0]
+        world.note("SIGTERM")
+        daemon.send(signal.SIGTERM)
+        await daemon.process.wait()
+        await world.keep(2)
+    await app
+    await world.drain(2)
+    await check(world, duplicates=False)
+
+
+# --- what it talks to
+
+
+async def test_servers_refuse_and_answers_are_lost(world: World) -> None:
+    world.sink.lose, world.sink.refuse = 0.1, 0.2
+    await breaking(world, kill, every=SECONDS)
+
+
+# --- the database
+
+
+async def terminate(world: World) -> None:
+    """A connection of a daemon, of whatever kind."""
+    with suppress(*CONNECT):
+        connection = await asyncpg.connect(world.database, timeout=5)
+        rows = await connection.fetch(
+            "SELECT pid, application_name FROM pg_stat_activity WHERE datname = current_database()"
+            " AND pid <> pg_backend_pid()"
+        )
+        if rows:
+            row = world.rng.choice(rows)
+            world.note(f"  {row['application_name']}")
+            await connection.execute("SELECT pg_terminate_backend($1)", row["pid"])
+        await connection.close()
+
+
+async def restart(world: World) -> None:
+    await _restart(world, signal.SIGINT)
+
+
+async def restart_immediately(world: World) -> None:
+    await _restart(world, signal.SIGQUIT)
+
+
+async def crash(world: World) -> None:
+    await _restart(world, signal.SIGKILL)
+
+
+async def _restart(world: World, number: signal.Signals) -> None:
+    world.server.kill(number)
+    await asyncio.sleep(world.rng.uniform(0, 1))
+    await asyncio.to_thread(world.server.start)
+
+
+async def conflict(world: World) -> None:
+    """Serialization errors and deadlocks, from a trigger that fails now and then for a second."""
+    connection = await asyncpg.connect(world.database)
+    code = world.rng.choice(["40001", "40P01"])
+    await connection.execute(
+        "CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" IF random() < 0.02 THEN RAISE 'injected' USING ERRCODE = '{code}'; END IF;"
+        " RETURN NEW; END $$;"
+        "CREATE TRIGGER fail BEFORE UPDATE ON sequencer.enrollments FOR EACH ROW"
+        " EXECUTE FUNCTION fail()"
+    )
+    await asyncio.sleep(1)
+    await connection.execute("DROP TRIGGER fail ON sequencer.enrollments")
+    await connection.close()
+
+
+async def time_out(world: World) -> None:
+    """Statements may take no time at all for a while: new connections do nothing."""
+    connection = await asyncpg.connect(world.database)
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute(f"ALTER DATABASE \"{name}\" SET statement_timeout = '1ms'")
+    await connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    await asyncio.sleep(1)
+    await connection.execute(f'ALTER DATABASE "{name}" RESET statement_timeout')
+    await connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    await connection.close()
+
+
+async def crowd(world: World) -> None:
+    """Somebody takes all connections that are left."""
+    taken: list[asyncpg.Connection] = []
+    with suppress(*CONNECT):
+        while len(taken) < 100:
+            taken.append(await asyncpg.connect(world.server.url, timeout=5))
+    await terminate(world)
+    await asyncio.sleep(1)
+    for connection in taken:
+        connection.terminate()
+
+
+async def test_connections_are_terminated(world: World) -> None:
+    await breaking(world, terminate, every=0.3, daemons=2)
+
+
+async def test_the_database_is_restarted_and_crashes(world: World) -> None:
+    await breaking(world, restart, restart_immediately, crash, every=2, daemons=2)
+
+
+async def test_the_database_refuses(world: World) -> None:
+    await breaking(world, conflict, time_out, crowd, every=0.5, daemons=2)
+
+
+# --- the network between
+
+
+@pytest.mark.parametrize("kind", ["delay", "cut", "half_close", "swallow"])
+async def test_the_network_fails(world: World, kind: str) -> None:
+    proxy = Proxy(world.database)
+
+    async def fault(_: World) -> None:
+        match kind:
+            case "delay":
+                proxy.delay = world.rng.uniform(0, 0.1)
+            case "cut":
+                proxy.cut()
+            case "half_close":
+                proxy.half_close()
+            case _:
+                proxy.swallow = True
+                await asyncio.sleep(2)
+                proxy.swallow = False
+
+    async def calm(_: World) -> None:
+        proxy.delay = 0
+
+    async with proxy.running() as world.used:
+        await breaking(world, fault, calm, every=1, daemons=2)
+        await world.stop()
+        world.daemons.clear()

@@ -1,0 +1,359 @@
+"""A world to break: a PostgreSQL, daemons and applications as processes and tasks, and a sink.
+
+The sink takes mail and calls, and remembers every delivery with its key, whether or not the answer
+gets back. What goes wrong and when is a plan made from a seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from email import message_from_bytes
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+from aiosmtpd.smtp import SMTP, Envelope
+
+from sequencerd import embedded, migrate, store
+from tests.conftest import execute, with_database
+from tests.engines import define
+from tests.runners.servers import Answer, Request, http_server
+
+LEASE = 3  # seconds
+RATE = 80  # enrollments a second
+CONNECT = (*store.PASSING_ERRORS, asyncpg.PostgresError)
+
+MAIL = '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}'
+PAUSE = '{"amount": 200, "unit": "milliseconds"}'
+STEPS = (
+    ("hello", "Email", MAIL, "pause"),
+    ("pause", "WaitForDuration", PAUSE, "call"),
+    ("call", "Call", "{}", "once"),
+    ("once", "Call", '{"delivery": "at_most_once"}', "bye"),
+    ("bye", "Email", MAIL, None),
+)
+
+SETTINGS = """
+[engine]
+lease = {lease}
+sweep = 1
+stop_timeout = 20
+[email]
+url = "{mail}"
+attempts = 100
+first_delay = 0.2
+longest_delay = 1
+timeout = 5
+[runners.Call]
+url = "{calls}"
+timeout = 5
+batch_size = 5
+concurrency = 4
+attempts = 100
+first_delay = 0.2
+longest_delay = 1
+"""
+
+
+SERVER = {"max_connections": "60"}
+
+
+class Server:
+    """PostgreSQL with its default durability, which can be killed and started again."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._server = stack.enter_context(embedded.running(folder, settings=SERVER))
+
+    @property
+    def url(self) -> str:
+        """Of the server, not of a world's database."""
+        return self._server.url
+
+    @property
+    def pid(self) -> int:
+        """The postmaster's."""
+        return int((self._server.data / "postmaster.pid").read_text().split()[0])
+
+    def kill(self, number: signal.Signals) -> None:
+        """SIGINT ends it at once, SIGQUIT without a checkpoint, SIGKILL is a crash."""
+        os.kill(self.pid, number)
+
+    def start(self) -> None:
+        """After it was killed."""
+        self._stack.enter_context(embedded.running(self._folder, settings=SERVER))
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """A server for some worlds."""
+    with ExitStack() as stack:
+        yield Server(folder, stack)
+
+
+class Sink:
+    """Where everything is delivered to: how often under each key."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.mails: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.lose = 0.0  # of answers
+        self.refuse = 0.0  # of calls and mails
+        self.slow = 0.0  # seconds
+        self._rng = rng
+
+    async def handle_DATA(  # noqa: N802 - as aiosmtpd calls it
+        self, _server: object, _session: object, envelope: Envelope
+    ) -> str:
+        """A mail."""
+        await asyncio.sleep(self.slow)
+        if self._rng.random() < self.refuse:
+            return "451 4.3.0 not now"
+        message = message_from_bytes(envelope.content or b"")  # type: ignore[arg-type]
+        mark = re.match(r"<(\d+)\.(\d+)\.", message["Message-ID"])
+        assert mark, message["Message-ID"]
+        self.mails[f"{mark[1]}:{mark[2]}"] += 1
+        if self._rng.random() < self.lose:
+            raise ConnectionAbortedError
+        return "250 OK"
+
+    async def respond(self, request: Request) -> Answer:
+        """A call for some enrollments."""
+        await asyncio.sleep(self.slow)
+        if self._rng.random() < self.refuse:
+            return Answer(status=503)
+        runners = json.loads(request.body)["runners"]
+        for one in runners:
+            self.calls[one["idempotencyKey"]] += 1
+        if self._rng.random() < self.lose:
+            return Answer(raw=b"")
+        return Answer(
+            body=json.dumps([{"id": r["id"], "action": "next"} for r in runners]).encode()
+        )
+
+
+class Mail(SMTP):
+    """A server that hangs up where its handler says so."""
+
+    async def handle_exception(self, error: Exception) -> str:
+        """Loses the answer."""
+        if isinstance(error, ConnectionAbortedError):
+            assert isinstance(self.transport, asyncio.WriteTransport)
+            self.transport.abort()
+        return "451 4.3.0 internal"
+
+
+class Daemon:
+    """A daemon as a process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal, if it still runs."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+
+class World:
+    """Everything together; `database` is what applications use, `used` what daemons use."""
+
+    def __init__(self, server: Server, database: str, folder: Path, seed: int) -> None:
+        self.server = server
+        self.database = database
+        self.used = database
+        self.folder = folder
+        self.rng = random.Random(seed)
+        self.sink = Sink(random.Random(seed + 1))
+        self.daemons: list[Daemon] = []
+        self.acknowledged: list[str] = []
+        self.plan: list[str] = []  # what was done, for who reads a failure
+        self._begun = asyncio.get_running_loop().time()
+        self._config = folder / "chaos.toml"
+
+    def note(self, text: str) -> None:
+        """Adds a line to what a failure shows."""
+        self.plan.append(f"{asyncio.get_running_loop().time() - self._begun:6.2f} s  {text}")
+
+    def configure(self, mail: str, calls: str) -> None:
+        """Writes the daemons' settings."""
+        self._config.write_text(SETTINGS.format(lease=LEASE, mail=mail, calls=calls))
+
+    async def start(self) -> Daemon:
+        """One more daemon; it may take a while to be ready."""
+        log = self.folder / f"daemon-{len(list(self.folder.glob('daemon-*')))}.log"
+        with log.open("wb") as out:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "sequencerd", "--config", str(self._config), "run",
+                env={**os.environ, "SEQUENCERD_DATABASE": self.used}, stderr=out,
+            )  # fmt: skip
+        daemon = Daemon(process, log)
+        self.daemons.append(daemon)
+        return daemon
+
+    async def keep(self, count: int) -> None:
+        """Starts daemons again that have ended, as systemd does."""
+        for daemon in list(self.daemons):
+            if daemon.process.returncode is not None:
+                self.daemons.remove(daemon)
+        while len(self.daemons) < count:
+            await self.start()
+
+    async def enroll(self, seconds: float, rate: float = RATE) -> None:
+        """An application that enrolls one after the other, whatever happens to its connection."""
+        loop = asyncio.get_running_loop()
+        end, number = loop.time() + seconds, 0
+        connection: asyncpg.Connection | None = None
+        while loop.time() < end:
+            number += 1
+            try:
+                if connection is None:
+                    connection = await asyncpg.connect(self.database, timeout=5)
+                await connection.execute(
+                    "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('chaos', $1)",
+                    f"u{number}",
+                    timeout=5,
+                )
+                self.acknowledged.append(f"u{number}")
+            except CONNECT:
+                if connection is not None:
+                    connection.terminate()
+                connection = None
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(1 / rate)
+        if connection is not None:
+            connection.terminate()
+
+    async def drain(self, daemons: int, seconds: float = 120) -> None:
+        """Returns when nobody is active any more, or raises TimeoutError."""
+        async with asyncio.timeout(seconds):
+            while True:
+                await self.keep(daemons)
+                try:
+                    connection = await asyncpg.connect(self.database, timeout=5)
+                    try:
+                        if not await connection.fetchval(
+                            "SELECT count(*) FROM sequencer.enrollments WHERE status = 'active'"
+                        ):
+                            return
+                    finally:
+                        connection.terminate()
+                except CONNECT:
+                    pass
+                await asyncio.sleep(0.1)
+
+    async def stop(self) -> None:
+        """Ends all daemons in good order; raises AssertionError for one that can't."""
+        for daemon in self.daemons:
+            daemon.send(signal.SIGCONT)
+            daemon.send(signal.SIGTERM)
+        for daemon in self.daemons:
+            async with asyncio.timeout(60):
+                code = await daemon.process.wait()
+            ended = (0, 1, -signal.SIGKILL, -signal.SIGTERM)
+            assert code in ended, (code, daemon.log.read_text()[-2000:])
+
+
+@asynccontextmanager
+async def living(server: Server, folder: Path, seed: int) -> AsyncIterator[World]:
+    """A world with a database of its own, and no daemons yet."""
+    name = f"chaos_{folder.name.replace('-', '_')}"[:60]
+    await execute(server.url, f'CREATE DATABASE "{name}"')
+    database = with_database(server.url, name)
+    connection = await asyncpg.connect(database)
+    await migrate.migrate(connection)
+    await define(connection, "chaos", *STEPS)
+    await connection.close()
+    world = World(server, database, folder, seed)
+    loop = asyncio.get_running_loop()
+    mail = await loop.create_server(lambda: Mail(world.sink), "127.0.0.1", 0)
+    async with mail, http_server(world.sink.respond) as calls:
+        world.configure(f"smtp://127.0.0.1:{mail.sockets[0].getsockname()[1]}", calls.url)
+        try:
+            yield world
+            await world.stop()
+        finally:
+            for daemon in world.daemons:
+                if daemon.process.returncode is None:
+                    daemon.process.kill()
+                    await daemon.process.wait()
+
+
+class Proxy:
+    """Between daemons and database: passes on, or cuts, holds or swallows what goes through."""
+
+    def __init__(self, database: str) -> None:
+        parts = urlsplit(database)
+        self._socket = f"{parse_qs(parts.query)['host'][0]}/.s.PGSQL.5432"
+        self._database = parts.path.lstrip("/")
+        self.delay = 0.0
+        self.swallow = False  # what comes from now on is lost, and nobody is told
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[str]:
+        """The URL that leads through it."""
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server:
+            yield f"postgresql://postgres@127.0.0.1:{port}/{self._database}?sslmode=disable"
+            self.cut()
+            for task in self._tasks:
+                task.cancel()
+
+    def cut(self) -> None:
+        """Ends all connections without a word."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def half_close(self) -> None:
+        """Ends one direction of all connections."""
+        for writer in self._writers:
+            with suppress(OSError, RuntimeError):
+                writer.write_eof()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            above, below = await asyncio.open_unix_connection(self._socket)
+        except OSError:
+            writer.transport.abort()
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._writers |= {writer, below}
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pass(reader, below))
+                group.create_task(self._pass(above, writer))
+        except* (OSError, RuntimeError):
+            pass
+        finally:
+            self._writers -= {writer, below}
+            self._tasks.discard(task)
+            writer.transport.abort()
+            below.transport.abort()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lost = False  # a connection that has lost something stays dead
+        while data := await reader.read(65536):
+            if self.delay:
+                await asyncio.sleep(self.delay)
+            lost = lost or self.swallow
+            if not lost:
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()
