@@ -23,7 +23,7 @@ from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result,
 from sequencerd.engine import Engine
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.health import Health
-from sequencerd.listener import listen
+from sequencerd.listener import listen, poll
 from sequencerd.logs import make_log
 from sequencerd.lookups import Lookups
 from sequencerd.metrics import Metrics
@@ -33,7 +33,7 @@ from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.python import load
 from sequencerd.runners.sms import HttpSmsRunner, SmsConfig, TwilioRunner
 from sequencerd.runners.suppressions import Key, Suppressions
-from sequencerd.settings import Settings, Sms
+from sequencerd.settings import Database, Settings, Sms
 from sequencerd.systemd import notify, notify_reloading
 from sequencerd.web import make_app, serving
 
@@ -148,7 +148,10 @@ async def connect(url: str) -> asyncpg.Connection:
     """One connection for a command. Raises DatabaseError without the password in it."""
     try:
         connection = await asyncpg.connect(
-            url, timeout=CONNECT_TIMEOUT, server_settings={"application_name": "sequencerd"}
+            url,
+            timeout=CONNECT_TIMEOUT,
+            statement_cache_size=0,  # it may lead to a pooler
+            server_settings={"application_name": "sequencerd"},
         )
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         raise DatabaseError(f"cannot connect to the database: {_in_words(error)}") from error
@@ -217,8 +220,8 @@ class Parts:
 async def run(
     url: str, settings: Settings, log: FilteringBoundLogger, read: Callable[[], Settings]
 ) -> None:
-    """Runs until SIGTERM or SIGINT; on SIGHUP, `read` gives the settings anew. Raises
-    SequencerdError if it can't begin.
+    """Runs until SIGTERM or SIGINT; on SIGHUP, `read` gives the settings anew. `url` is where to
+    listen. Raises SequencerdError if it can't begin.
     """
 
     async def suppressed(keys: list[Key]) -> set[Key]:
@@ -242,7 +245,7 @@ async def run(
         await migrate.check(connection)
     finally:
         await connection.close()
-    async with _pool(url, settings.database.connections) as pool:
+    async with _pool(url, settings.database) as pool:
         daemon = _Daemon(pool, Parts(settings, runners, pool), suppressions, log, read)
         end_tracing = _trace(log)
         try:
@@ -323,7 +326,7 @@ class _Daemon:
             helpers = [
                 group.create_task(work)
                 for work in (
-                    listen(url, engine.receive, self._connected, self._log, self._health.heard),
+                    self._find_what_is_new(url),
                     self._reload_whenever(reload, group),
                     self._stop_when(stop),
                     retention.keep(
@@ -337,6 +340,12 @@ class _Daemon:
             await engine.run()
             for helper in helpers:
                 helper.cancel()
+
+    async def _find_what_is_new(self, url: str) -> None:
+        if self.parts.settings.database.listen:
+            await listen(url, self._engine.receive, self._connected, self._log, self._health.heard)
+        else:
+            await poll(self._connected, self._engine.sweep, self._log, self._health.heard)
 
     async def _connected(self) -> None:
         # after the network was cut, connections that nobody used meanwhile are dead unnoticed
@@ -387,9 +396,11 @@ class _Daemon:
 
 
 @asynccontextmanager
-async def _pool(url: str, size: int) -> AsyncIterator[asyncpg.Pool]:
+async def _pool(url: str, settings: Database) -> AsyncIterator[asyncpg.Pool]:
+    if settings.url is not None:
+        url = settings.url.get_secret_value()
     try:
-        pool = await store.connect_pool(url, size)
+        pool = await store.connect_pool(url, settings.connections, pooled=settings.pooled)
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         raise DatabaseError(f"cannot connect to the database: {_in_words(error)}") from error
     try:

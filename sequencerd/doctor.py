@@ -18,9 +18,10 @@ import asyncpg
 from sequencerd import daemon, lookups, migrate
 from sequencerd.core.model import Failed
 from sequencerd.errors import SequencerdError
+from sequencerd.listener import POLL_INTERVAL
 from sequencerd.runners.smtp import Postman
 from sequencerd.runners.web import Unreachable, Web
-from sequencerd.settings import Settings
+from sequencerd.settings import Database, Settings
 from sequencerd.store import QUERIES
 
 Level = Literal["ok", "warning", "error"]
@@ -49,6 +50,13 @@ class Finding:
 
 Check = Callable[[asyncpg.Connection], Awaitable[Finding]]
 
+NOT_LISTENING = Finding(
+    "notifications",
+    f"not listened to, as database.listen is false: a daemon looks every {POLL_INTERVAL:g} s",
+    "warning",
+    "set database.listen_url to the server's own address",
+)
+
 
 async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
     """Everything, one after the other. What can't be looked at is an error of its own."""
@@ -58,7 +66,7 @@ async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
         yield Finding("database", str(error), "error", "start it, or mend database.url")
         return
     try:
-        async for finding in _examine_database(connection, url):
+        async for finding in _examine_database(connection, url, settings.database):
             yield finding
             if finding.about == "schema" and finding.level == "error":
                 return  # there is nothing more to look at
@@ -73,16 +81,21 @@ async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
         yield finding
 
 
-async def _examine_database(connection: asyncpg.Connection, url: str) -> AsyncIterator[Finding]:
+async def _examine_database(
+    connection: asyncpg.Connection, url: str, settings: Database
+) -> AsyncIterator[Finding]:
     async def listening(connection: asyncpg.Connection) -> Finding:
-        return await _listening(connection, url)
+        return await _listening(connection, url) if settings.listen else NOT_LISTENING
+
+    async def pooler(connection: asyncpg.Connection) -> Finding:
+        return await _pooler(connection, settings)
 
     checks: dict[str, Check] = {
         "server": _server,
         "schema": _schema,
         "triggers": _triggers,
         "roles": _roles,
-        "pooler": _pooler,
+        "pooler": pooler,
         "notifications": listening,
         "clock": _clock,
         "time zones": _time_zones,
@@ -156,12 +169,28 @@ async def _roles(connection: asyncpg.Connection) -> Finding:
     return Finding("roles", "this user has what a daemon needs")
 
 
-async def _pooler(connection: asyncpg.Connection) -> Finding:
+async def _pooler(connection: asyncpg.Connection, settings: Database) -> Finding:
+    if await _is_pooled(connection):
+        if settings.listen:
+            advice = "set database.listen_url to the server's own address, or listen = false"
+            return Finding("pooler", "one is in the way of LISTEN", "error", advice)
+        return Finding("pooler", "there is one, and the daemon knows")
+    if settings.listen_url is None or settings.url is None:
+        return Finding("pooler", "none is in the way")
+    try:
+        through = await daemon.connect(settings.url.get_secret_value())
+    except SequencerdError as error:
+        return Finding("pooler", str(error), "error", "start it, or mend database.url")
+    try:
+        seen = "listen_url goes past it" if await _is_pooled(through) else "url leads to none"
+    finally:
+        await through.close()
+    return Finding("pooler", seen)
+
+
+async def _is_pooled(connection: asyncpg.Connection) -> bool:
     row = await connection.fetchrow(QUERIES["server_facts"])
-    if row["pid"] != connection.get_server_pid():
-        advice = "give database.url the server's own address, or a pool in session mode"
-        return Finding("pooler", "there is one in the way", "warning", advice)
-    return Finding("pooler", "none is in the way")
+    return bool(row["pid"] != connection.get_server_pid())
 
 
 async def _listening(connection: asyncpg.Connection, url: str) -> Finding:

@@ -59,7 +59,7 @@ def running(
 
     `settings` are PostgreSQL's, for when it is started. Raises EmbeddedError.
     """
-    programs = _Programs.find()
+    programs = Programs.find()
     _prepare(folder, programs)
     # `starting` is held while the server is started or stopped, `using` is shared by its users
     with (folder / "starting").open("w") as starting, (folder / "using").open("w") as using:
@@ -82,14 +82,14 @@ def running(
 
 
 @dataclass(frozen=True, slots=True)
-class _Programs:
+class Programs:
     """PostgreSQL's programs, and who runs them: None for the user that we are."""
 
     bin: Path
     user: pwd.struct_passwd | None
 
     @classmethod
-    def find(cls) -> _Programs:
+    def find(cls) -> Programs:
         spec = find_spec(PACKAGE)
         folders = spec.submodule_search_locations if spec else None
         found = sorted(Path(folders[0]).glob("pginstall*/bin")) if folders else []
@@ -168,7 +168,7 @@ def _copy(programs: Path) -> Path:
     return target / package.name / programs.parent.name / "bin"
 
 
-def _prepare(folder: Path, programs: _Programs) -> None:
+def _prepare(folder: Path, programs: Programs) -> None:
     """A folder that its owner alone can enter."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def _prepare(folder: Path, programs: _Programs) -> None:
         )
 
 
-def _socket_folder(folder: Path, programs: _Programs) -> Path:
+def _socket_folder(folder: Path, programs: Programs) -> Path:
     """The folder itself, or a short one where its path is too long for a socket."""
     if len(os.fsencode(folder.resolve())) + len("/.s.PGSQL.5432") <= LONGEST_SOCKET:
         return folder.resolve()
@@ -201,7 +201,7 @@ def _socket_folder(folder: Path, programs: _Programs) -> Path:
 
 
 def _start(
-    programs: _Programs, folder: Path, socket: Path, database: str, settings: Mapping[str, str]
+    programs: Programs, folder: Path, socket: Path, database: str, settings: Mapping[str, str]
 ) -> None:
     data = folder / "data"
     fast = ["--no-sync"] if settings.get("fsync") == "off" else []

@@ -11,12 +11,13 @@ import asyncpg
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.store import PASSING_ERRORS
+from sequencerd.store import PASSING_ERRORS, brief
 
 CHANNEL = "sequencer"
 PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10
 PROBE_TIMEOUT = 5.0
 LONGEST_PAUSE = 10.0  # seconds between attempts to connect
+POLL_INTERVAL = 1.0
 
 
 class _Message(BaseModel):
@@ -100,6 +101,25 @@ async def listen(
             connection.terminate()
         pause = min(max(pause * 2, 0.1), LONGEST_PAUSE)
         await asyncio.sleep(pause)
+
+
+async def poll(
+    connected: Callable[[], Awaitable[None]],
+    look: Callable[[], Awaitable[None]],
+    log: FilteringBoundLogger,
+    heard: Callable[[bool], None],
+) -> None:
+    """Looks for ever, where nothing can be heard: `connected` at first, then `look`."""
+    log.warning("listens to nothing, looks for what is new instead", every=POLL_INTERVAL)
+    while True:
+        try:
+            await connected()
+            heard(True)
+            connected = look
+        except (*PASSING_ERRORS, asyncpg.PostgresError) as error:
+            heard(False)
+            log.warning("can't look for what is new", error=brief(error))
+        await asyncio.sleep(POLL_INTERVAL)
 
 
 async def _probe(connection: asyncpg.Connection, heard: Callable[[bool], None]) -> None:

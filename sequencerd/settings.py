@@ -83,10 +83,20 @@ class Section(BaseModel):
 
 
 class Database(Section):
-    """Where the tables are. Without a URL, an embedded PostgreSQL in the user's data folder."""
+    """Where the tables are. Without a URL, an embedded PostgreSQL in the user's data folder.
+
+    `listen_url` is the server's own address where `url` is a pooler's.
+    """
 
     url: Secret | None = None
+    listen_url: Secret | None = None
+    listen: bool = True
     connections: int = Field(default=5, ge=2, le=100)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether `url` leads to a pooler that gives every transaction another connection."""
+        return self.listen_url is not None or not self.listen
 
 
 class Engine(Section):

@@ -25,6 +25,8 @@ PASSING_ERRORS = (
     asyncpg.InsufficientResourcesError,
     asyncpg.TransactionRollbackError,
     asyncpg.InvalidTransactionStateError,
+    asyncpg.PostgresSystemError,  # of its disk
+    asyncpg.InvalidCachedStatementError,  # the tables were changed under a prepared statement
 )
 """Of the database: the same work is done again a little later."""
 
@@ -70,14 +72,23 @@ class Row(NamedTuple):
     data: Mapping[str, Any] | None = None  # merged into what is there
 
 
-async def connect_pool(url: str, size: int, **options: Any) -> asyncpg.Pool:
-    """Connections for the daemon's statements, whose writes notify nobody."""
+async def connect_pool(
+    url: str, size: int, *, pooled: bool = False, **options: Any
+) -> asyncpg.Pool:
+    """Connections for the daemon's statements, whose writes notify nobody.
+
+    `pooled` through a pooler, nothing is kept from one transaction to the next: no prepared
+    statements, and no setting, so that writes do notify.
+    """
+    quiet = {} if pooled else {"sequencer.notify": "off"}
+    if pooled:
+        options["statement_cache_size"] = 0
     return await asyncpg.create_pool(
         url,
         min_size=1,
         max_size=size,
         command_timeout=COMMAND_TIMEOUT,
-        server_settings={"application_name": "sequencerd", "sequencer.notify": "off"},
+        server_settings={"application_name": "sequencerd"} | quiet,
         **options,
     )
 

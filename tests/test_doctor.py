@@ -157,6 +157,35 @@ async def test_a_notification_that_does_not_come(
     assert "direct connection" in finding.advice
 
 
+async def test_nothing_is_listened_to(database: str, connection: asyncpg.Connection) -> None:
+    finding = (await examine(database, database={"listen": False}))["notifications"]
+    assert finding.level == "warning"
+    assert "looks every 1 s" in finding.seen
+    assert "listen_url" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("listen", "level", "words"),
+    [(True, "error", "in the way of LISTEN"), (False, "ok", "the daemon knows")],
+)
+@pytest.mark.usefixtures("connection")
+async def test_a_pooler(
+    database: str, monkeypatch: pytest.MonkeyPatch, listen: bool, level: str, words: str
+) -> None:
+    facts = store.QUERIES["server_facts"]
+    monkeypatch.setitem(store.QUERIES, "server_facts", facts.replace("pg_backend_pid()", "0"))
+    finding = (await examine(database, database={"listen": listen}))["pooler"]
+    assert (finding.level, words in finding.seen) == (level, True)
+
+
+async def test_a_way_past_a_pooler(database: str, connection: asyncpg.Connection) -> None:
+    settings = {"url": database, "listen_url": database}
+    assert "leads to none" in (await examine(database, database=settings))["pooler"].seen
+    settings["url"] = "postgresql://127.0.0.1:1/x"
+    finding = (await examine(database, database=settings))["pooler"]
+    assert (finding.level, "cannot connect" in finding.seen) == ("error", True)
+
+
 def closed_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -52,7 +52,9 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     """The settings, with what the command line overrides. Raises SettingsError."""
     settings = load(os.environ, arguments.config)
     if arguments.database:
-        database = settings.database.model_copy(update={"url": SecretStr(arguments.database)})
+        database = settings.database.model_copy(
+            update={"url": SecretStr(arguments.database), "listen_url": None}
+        )
         settings = settings.model_copy(update={"database": database})
     return settings
 
@@ -95,9 +97,12 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
 
 @contextmanager
 def _database(settings: Settings) -> Iterator[str]:
-    """The URL of the database: the one that is set, or of an embedded server, started for us."""
-    if settings.database.url is not None:
-        yield settings.database.url.get_secret_value()
+    """The URL of the database: the one that is set, past a pooler where there is a way, as the
+    lock of a migration needs it; or of an embedded server, started for us.
+    """
+    url = settings.database.listen_url or settings.database.url
+    if url is not None:
+        yield url.get_secret_value()
         return
     folder = embedded.default_folder()
     print(f"sequencerd: no database is set, using the embedded one in {folder}", file=sys.stderr)

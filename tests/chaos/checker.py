@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import asyncpg
 
-from tests.chaos.world import STEPS, World
+from tests.chaos.world import PAUSE, STEPS, World
 
 MOVES = ("next", "altNext", "goal", "jump", "completed", "failed", "cancelled", "moved", "resumed")
 WAY = [*((name, "next") for name, *_ in STEPS), (STEPS[-1][0], "completed")]
@@ -15,6 +15,8 @@ EXPLANATIONS = {"retry", "lapsed", "late"}
 GIVEN_BACK = "interrupted: the daemon stopped"  # which spends no attempt
 ONCE = next(number for number, step in enumerate(STEPS, 1) if "at_most_once" in step[2])
 """The visit of the step that must not be done twice: nobody goes in circles here."""
+WAITED = (1, 3)
+"""The visits of the mail before the wait and of the call after it."""
 
 
 async def check(world: World, *, duplicates: bool = True) -> None:
@@ -64,12 +66,16 @@ def _of_one(
     for visit, (name, type_, *_) in enumerate(STEPS[:reached], 1):
         if type_ not in ("Email", "Call"):
             continue
-        count = (world.sink.mails if type_ == "Email" else world.sink.calls)[f"{row['id']}:{visit}"]
+        key = f"{row['id']}:{visit}"
+        count = (world.sink.mails if type_ == "Email" else world.sink.calls)[key]
         if count == 0 and not (unknown and visit == ONCE):
             yield f"{name} was not delivered"
         explained = duplicates and visit != ONCE and told[visit] & EXPLANATIONS
         if count > 1 and not explained:
             yield f"{name} was delivered {count} times, and its events are {told[visit]}"
+    first, last = (world.sink.first.get(f"{row['id']}:{visit}") for visit in WAITED)
+    if first and last and last - first < PAUSE / 1000:
+        yield f"was called {last - first:.3f} s after its mail"
     texts = {e["message"] for e in events if e["action"] in EXPLANATIONS} - {GIVEN_BACK}
     if texts and not duplicates:
         yield f"has the events {texts}"

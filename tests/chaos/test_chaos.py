@@ -7,17 +7,25 @@ seed of its faults, CHAOS_ROUNDS how many seeds are tried.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import pytest
 
+from sequencerd import doctor
+from sequencerd.settings import Settings
 from tests.chaos.checker import check
 from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
 
@@ -42,17 +50,22 @@ def server() -> Iterator[Server]:
 async def world(
     server: Server, tmp_path: Path, request: pytest.FixtureRequest
 ) -> AsyncIterator[World]:
-    async with living(server, tmp_path, request.param) as made:
+    async with living(server.url, tmp_path, request.param) as made:
+        made.server = server
         yield made
 
 
-async def breaking(world: World, *faults: Fault, every: float, daemons: int = 3) -> None:
+async def breaking(
+    world: World, *faults: Fault, every: float, daemons: int = 3, times: int | None = None
+) -> None:
     """Enrolls, and meanwhile does one of the faults now and then; then waits until all are done."""
     loop = asyncio.get_running_loop()
     await world.keep(daemons)
     app = asyncio.create_task(world.enroll(SECONDS))
     end = loop.time() + SECONDS
-    while loop.time() < end:
+    done = 0
+    while loop.time() < end and done != times:
+        done += 1
         await asyncio.sleep(world.rng.uniform(0.5, 1.5) * every)
         fault = world.rng.choice(faults)
         world.note(fault.__name__)
@@ -154,9 +167,11 @@ async def _restart(world: World, number: signal.Signals) -> None:
 
 
 async def conflict(world: World) -> None:
-    """Serialization errors and deadlocks, from a trigger that fails now and then for a second."""
+    """A trigger that fails now and then for a second: as in a conflict of serializable transactions
+    or a deadlock, with a full disk, by an error of the disk.
+    """
     connection = await asyncpg.connect(world.database)
-    code = world.rng.choice(["40001", "40P01"])
+    code = world.rng.choice(["40001", "40P01", "53100", "58030"])
     await connection.execute(
         "CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         f" IF random() < 0.02 THEN RAISE 'injected' USING ERRCODE = '{code}'; END IF;"
@@ -203,12 +218,125 @@ async def test_connections_are_terminated(world: World) -> None:
     await breaking(world, terminate, every=0.3, daemons=2)
 
 
+class Pair:
+    """A server and its standby, which has every commit before it is answered."""
+
+    def __init__(self, primary: Server, standby: Server) -> None:
+        self.primary, self.standby = primary, standby
+
+    @property
+    def url(self) -> str:
+        """That of the one that takes writes, whichever it is."""
+        hosts = [
+            parse_qs(urlsplit(one.url).query)["host"][0] for one in (self.primary, self.standby)
+        ]
+        return (
+            f"postgresql://postgres@/postgres?host={','.join(hosts)}&port=5432,5432"
+            "&target_session_attrs=read-write"
+        )
+
+    def fail_over(self) -> None:
+        """The server dies, and its standby takes over."""
+        self.primary.kill(signal.SIGKILL)
+        self.standby.control("promote", "-w")
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    folder.chmod(0o755)
+    try:
+        with serving(folder / "a") as primary, primary.standby(folder / "b") as standby:
+            yield Pair(primary, standby)
+    finally:
+        shutil.rmtree(folder)
+
+
+async def test_a_standby_takes_over(pair: Pair, tmp_path: Path) -> None:
+    async def fail_over(world: World) -> None:
+        await asyncio.to_thread(pair.fail_over)
+
+    async with living(pair.url, tmp_path, FIRST) as world:
+        await breaking(world, fail_over, every=SECONDS / 2, daemons=2, times=1)
+
+
 async def test_the_database_is_restarted_and_crashes(world: World) -> None:
     await breaking(world, restart, restart_immediately, crash, every=2, daemons=2)
 
 
 async def test_the_database_refuses(world: World) -> None:
     await breaking(world, conflict, time_out, crowd, every=0.5, daemons=2)
+
+
+# --- a pooler between
+
+
+@contextmanager
+def pgbouncer(world: World, folder: Path) -> Iterator[str]:
+    """One in transaction mode, with fewer connections than daemons: the URL that leads there."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("there is no pgbouncer")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    parts = urlsplit(world.database)
+    name, host = parts.path.lstrip("/"), parse_qs(parts.query)["host"][0]
+    config = folder / "pgbouncer.ini"
+    config.write_text(
+        f"[databases]\n{name} = host={host} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+        f"listen_port = {port}\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n"
+        "unix_socket_dir =\n" + ("user = postgres\n" if os.geteuid() == 0 else "")
+    )
+    with (folder / "pgbouncer.log").open("wb") as log:
+        process = subprocess.Popen([program, config], stderr=log)
+    try:
+        yield f"postgresql://postgres@127.0.0.1:{port}/{name}?sslmode=disable"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize("listening", ["direct", "off"])
+async def test_a_pooler_is_between(world: World, tmp_path: Path, listening: str) -> None:
+    option = f'listen_url = "{world.database}"' if listening == "direct" else "listen = false"
+    world.settings += f"[database]\n{option}\n"
+    with pgbouncer(world, tmp_path) as world.used:
+        await breaking(world, terminate, every=1, daemons=2)
+        found = [
+            finding
+            async for finding in doctor.examine(world.used, Settings())
+            if finding.about == "pooler"
+        ]
+        assert [finding.level for finding in found] == ["error"]
+        await world.stop()
+        world.daemons.clear()
+
+
+# --- clocks
+
+
+async def test_the_clock_is_wrong_and_jumps(world: World, tmp_path: Path) -> None:
+    library = importlib.util.find_spec("libfaketime")
+    if library is None or library.origin is None:
+        pytest.skip("there is no libfaketime")
+    offset = tmp_path / "offset"
+    offset.write_text("+3600")
+    world.environment = {
+        "LD_PRELOAD": str(Path(library.origin).parent / "vendor/libfaketime/src/libfaketime.so.1"),
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+
+    async def jump(_: World) -> None:
+        offset.write_text(world.rng.choice(["+3600", "-3600", "-90000"]))
+
+    await breaking(world, jump, every=0.5, daemons=2)
+    for daemon in world.daemons:
+        told = datetime.fromisoformat(
+            json.loads(daemon.log.read_text().split("\n")[0])["timestamp"]
+        )
+        assert abs(told - datetime.now(UTC)) > timedelta(minutes=30), "its clock was right"
 
 
 # --- the network between

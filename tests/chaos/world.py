@@ -13,6 +13,7 @@ import random
 import re
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -34,10 +35,10 @@ RATE = 80  # enrollments a second
 CONNECT = (*store.PASSING_ERRORS, asyncpg.PostgresError)
 
 MAIL = '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}'
-PAUSE = '{"amount": 200, "unit": "milliseconds"}'
+PAUSE = 200  # milliseconds
 STEPS = (
     ("hello", "Email", MAIL, "pause"),
-    ("pause", "WaitForDuration", PAUSE, "call"),
+    ("pause", "WaitForDuration", f'{{"amount": {PAUSE}, "unit": "milliseconds"}}', "call"),
     ("call", "Call", "{}", "once"),
     ("once", "Call", '{"delivery": "at_most_once"}', "bye"),
     ("bye", "Email", MAIL, None),
@@ -71,10 +72,14 @@ SERVER = {"max_connections": "60"}
 class Server:
     """PostgreSQL with its default durability, which can be killed and started again."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, **settings: str) -> None:
         self._folder = folder
         self._stack = stack
-        self._server = stack.enter_context(embedded.running(folder, settings=SERVER))
+        self._settings = SERVER | settings
+        self._server = self._started()
+
+    def _started(self) -> embedded.Server:
+        return self._stack.enter_context(embedded.running(self._folder, settings=self._settings))
 
     @property
     def url(self) -> str:
@@ -90,9 +95,39 @@ class Server:
         """SIGINT ends it at once, SIGQUIT without a checkpoint, SIGKILL is a crash."""
         os.kill(self.pid, number)
 
+    def control(self, *arguments: str) -> None:
+        """Runs pg_ctl."""
+        embedded.Programs.find().run("pg_ctl", "-D", self._server.data, *arguments)
+
+    @contextmanager
+    def standby(self, folder: Path) -> Iterator[Server]:
+        """One that follows it, and without which nothing is committed any more."""
+        host = parse_qs(urlsplit(self.url).query)["host"][0]
+        folder.mkdir()
+        folder.chmod(0o777)
+        embedded.Programs.find().run(
+            "pg_basebackup",
+            "-h",
+            host,
+            "-U",
+            "postgres",
+            "-D",
+            folder / "data",
+            "-X",
+            "stream",
+            "-c",
+            "fast",
+        )
+        (folder / "data" / "standby.signal").touch()
+        with ExitStack() as stack:
+            standby = Server(folder, stack, primary_conninfo=f"host={host} user=postgres")
+            asyncio.run(execute(self.url, "ALTER SYSTEM SET synchronous_standby_names = '*'"))
+            self.control("reload")
+            yield standby
+
     def start(self) -> None:
         """After it was killed."""
-        self._stack.enter_context(embedded.running(self._folder, settings=SERVER))
+        self._server = self._started()
 
 
 @contextmanager
@@ -108,6 +143,7 @@ class Sink:
     def __init__(self, rng: random.Random) -> None:
         self.mails: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.first: dict[str, float] = {}  # when, by a clock that nobody sets
         self.lose = 0.0  # of answers
         self.refuse = 0.0  # of calls and mails
         self.slow = 0.0  # seconds
@@ -123,10 +159,14 @@ class Sink:
         message = message_from_bytes(envelope.content or b"")  # type: ignore[arg-type]
         mark = re.match(r"<(\d+)\.(\d+)\.", message["Message-ID"])
         assert mark, message["Message-ID"]
-        self.mails[f"{mark[1]}:{mark[2]}"] += 1
+        self._took(self.mails, f"{mark[1]}:{mark[2]}")
         if self._rng.random() < self.lose:
             raise ConnectionAbortedError
         return "250 OK"
+
+    def _took(self, deliveries: Counter[str], key: str) -> None:
+        deliveries[key] += 1
+        self.first.setdefault(key, time.monotonic())
 
     async def respond(self, request: Request) -> Answer:
         """A call for some enrollments."""
@@ -135,7 +175,7 @@ class Sink:
             return Answer(status=503)
         runners = json.loads(request.body)["runners"]
         for one in runners:
-            self.calls[one["idempotencyKey"]] += 1
+            self._took(self.calls, one["idempotencyKey"])
         if self._rng.random() < self.lose:
             return Answer(raw=b"")
         return Answer(
@@ -170,8 +210,9 @@ class Daemon:
 class World:
     """Everything together; `database` is what applications use, `used` what daemons use."""
 
-    def __init__(self, server: Server, database: str, folder: Path, seed: int) -> None:
-        self.server = server
+    server: Server  # for who breaks it
+
+    def __init__(self, database: str, folder: Path, seed: int) -> None:
         self.database = database
         self.used = database
         self.folder = folder
@@ -180,24 +221,24 @@ class World:
         self.daemons: list[Daemon] = []
         self.acknowledged: list[str] = []
         self.plan: list[str] = []  # what was done, for who reads a failure
+        self.settings = ""  # of the daemons, in TOML
+        self.environment: dict[str, str] = {}
         self._begun = asyncio.get_running_loop().time()
-        self._config = folder / "chaos.toml"
 
     def note(self, text: str) -> None:
         """Adds a line to what a failure shows."""
         self.plan.append(f"{asyncio.get_running_loop().time() - self._begun:6.2f} s  {text}")
 
-    def configure(self, mail: str, calls: str) -> None:
-        """Writes the daemons' settings."""
-        self._config.write_text(SETTINGS.format(lease=LEASE, mail=mail, calls=calls))
-
     async def start(self) -> Daemon:
         """One more daemon; it may take a while to be ready."""
         log = self.folder / f"daemon-{len(list(self.folder.glob('daemon-*')))}.log"
+        config = self.folder / "chaos.toml"
+        config.write_text(self.settings)
         with log.open("wb") as out:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "sequencerd", "--config", str(self._config), "run",
-                env={**os.environ, "SEQUENCERD_DATABASE": self.used}, stderr=out,
+                sys.executable, "-m", "sequencerd", "--config", str(config), "run",
+                env={**os.environ, "SEQUENCERD_DATABASE": self.used, **self.environment},
+                stderr=out,
             )  # fmt: skip
         daemon = Daemon(process, log)
         self.daemons.append(daemon)
@@ -267,20 +308,21 @@ class World:
 
 
 @asynccontextmanager
-async def living(server: Server, folder: Path, seed: int) -> AsyncIterator[World]:
+async def living(url: str, folder: Path, seed: int) -> AsyncIterator[World]:
     """A world with a database of its own, and no daemons yet."""
     name = f"chaos_{folder.name.replace('-', '_')}"[:60]
-    await execute(server.url, f'CREATE DATABASE "{name}"')
-    database = with_database(server.url, name)
+    await execute(url, f'CREATE DATABASE "{name}"')
+    database = with_database(url, name)
     connection = await asyncpg.connect(database)
     await migrate.migrate(connection)
     await define(connection, "chaos", *STEPS)
     await connection.close()
-    world = World(server, database, folder, seed)
+    world = World(database, folder, seed)
     loop = asyncio.get_running_loop()
     mail = await loop.create_server(lambda: Mail(world.sink), "127.0.0.1", 0)
     async with mail, http_server(world.sink.respond) as calls:
-        world.configure(f"smtp://127.0.0.1:{mail.sockets[0].getsockname()[1]}", calls.url)
+        url = f"smtp://127.0.0.1:{mail.sockets[0].getsockname()[1]}"
+        world.settings = SETTINGS.format(lease=LEASE, mail=url, calls=calls.url)
         try:
             yield world
             await world.stop()

@@ -206,11 +206,13 @@ async def test_statuses(status: int, permanent: bool, spends: bool) -> None:
         ("0", 0, 0),
         ("-5", 0, 0),
         ("1e300", 86_400, 1e9),
-        (format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True), 7100, 7201),
+        ("{in two hours}", 7100, 7201),
         ("Mon, 01 Jan 2001 00:00:00 GMT", 0, 0),
     ],
 )
 async def test_retry_after(value: str, least: float, most: float) -> None:
+    if value == "{in two hours}":
+        value = format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True)
     for status in (429, 503):
         (result,) = await run(servers.Answer(status, b"", {"Retry-After": value}))
         bad = failed(result)
