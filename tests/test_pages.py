@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import asyncpg
@@ -59,10 +60,10 @@ async def test_a_day_of_an_operator(
     assert {row[0] for row in statuses} == {"active", "paused", "archived"}
 
 
-@pytest.mark.parametrize("page", ["scaling", "security"])
+@pytest.mark.parametrize("page", ["reliability", "scaling", "security"])
 async def test_the_sql_of_a_page_runs(connection: asyncpg.Connection, page: str) -> None:
     await define(connection, "onboarding", ("hello", "GoTo", "{}", None))
-    await enroll(connection, "onboarding", {"scaling": "ada", "security": "user-42"}[page])
+    await enroll(connection, "onboarding", {"security": "user-42"}.get(page, "ada"))
     for role in ("shop", "marketing", "sequencerd"):
         await connection.execute(
             f"DO $$ BEGIN CREATE ROLE {role};"
@@ -71,10 +72,21 @@ async def test_the_sql_of_a_page_runs(connection: asyncpg.Connection, page: str)
     for language, text in blocks(REPOSITORY / f"docs/{page}.md"):
         if language == "sql":
             await connection.execute(text)
+        elif language == "toml":
+            assert Settings.model_validate(tomllib.loads(text)).database.pooled
         else:
             Settings.model_validate({"database": {"url": text.strip()}})
     count = await connection.fetchval("SELECT count(*) FROM sequencer.enrollments")
-    assert count == {"scaling": 5001, "security": 0}[page]
+    assert count == {"reliability": 1, "scaling": 5001, "security": 0}[page]
+
+
+def test_every_promise_is_shown() -> None:
+    page = (REPOSITORY / "docs/reliability.md").read_text()
+    promised = set(re.findall(r"`(test_\w+)`", page))
+    files = (REPOSITORY / "tests").rglob("test_*.py")
+    there = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
+    assert promised
+    assert promised <= there
 
 
 async def test_installing_can_be_followed(

@@ -334,3 +334,27 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     dot = graph.dot(sequence, {})
     assert '"step a \\"quote\\" \\\\ [x] #1" -> "step ü<br>\\n2";' in dot
     assert graph.text(sequence, {}).splitlines()[1] == "ü<br> 2             GoTo  next other/there"
+
+
+@pytest.mark.parametrize(
+    ("start", "times"),
+    [
+        # 29 March 2026: 02:00 does not exist in Berlin; 25 October: it comes twice
+        ("2026-03-28T01:30:00Z", ["29 01:30", "29 07:00", "30 07:00", "31 06:00"]),
+        ("2026-10-24T00:30:00Z", ["25 00:30", "25 08:00", "26 08:00", "27 07:00"]),
+    ],
+)
+def test_summer_time_begins_and_ends_while_people_wait(
+    tmp_path: Path, start: str, times: list[str]
+) -> None:
+    sequences = loaded(
+        tmp_path,
+        "  - {name: day, type: WaitForDuration, config: {amount: 1, unit: days}}\n"
+        "  - {name: nine, type: WaitForDateComparison, config: {attribute: hour, values: [9]}}\n"
+        "  - {name: next, type: WaitForDuration, config: {amount: 24, unit: hours}}\n"
+        "  - {name: last, type: WaitForDuration, config: {amount: 23, unit: hours}}\n",
+    )
+    journey = sequences.simulate(start=start, timezone="Europe/Berlin")
+    assert journey.status == "completed"
+    ends = [f"{entry.at:%d %H:%M}" for entry in journey.entries if entry.action == "next"]
+    assert ends == times
