@@ -97,8 +97,8 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
 
 @contextmanager
 def _database(settings: Settings) -> Iterator[str]:
-    """The URL of the database: the one that is set, past a pooler where there is a way, as the
-    lock of a migration needs it; or of an embedded server, started for us.
+    """The URL of the database: the one that is set, past a pooler where there is a way; or of an
+    embedded server, started for us.
     """
     url = settings.database.listen_url or settings.database.url
     if url is not None:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,8 @@ from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serv
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "6"))
 FIRST = int(os.environ.get("CHAOS_SEED", "1"))
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
+
+REPOSITORY = Path(__file__).parent.parent.parent
 
 Fault = Callable[[World], Coroutine[None, None, None]]
 
@@ -310,6 +313,50 @@ async def test_a_pooler_is_between(world: World, tmp_path: Path, listening: str)
         assert [finding.level for finding in found] == ["error"]
         await world.stop()
         world.daemons.clear()
+
+
+# --- another version
+
+
+def next_version(folder: Path) -> Path:
+    """The package as it may be one day: with one more migration."""
+    shutil.copytree(REPOSITORY / "sequencerd", folder / "sequencerd")
+    shutil.copytree(REPOSITORY / "sql", folder / "sql")
+    (folder / "sql/0002_next.sql").write_text(
+        "ALTER TABLE sequencer.enrollments ADD COLUMN next text;\n"
+        "CREATE INDEX enrollments_next ON sequencer.enrollments (next);\n"
+        "ALTER TABLE sequencer.steps ADD COLUMN next text;\n"
+    )
+    return folder
+
+
+async def test_it_is_upgraded_under_load(world: World, tmp_path: Path) -> None:
+    """The schema first, then one daemon after the other: the old ones go on until then."""
+    code = next_version(tmp_path / "next")
+    await world.keep(2)
+    app = asyncio.create_task(world.enroll(SECONDS))
+    await asyncio.sleep(SECONDS / 3)
+    migrated = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sequencerd", "--database", world.database, "migrate",
+        cwd=code, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, _ = await migrated.communicate()
+    assert b"applied 0002_next.sql" in out
+    await asyncio.sleep(SECONDS / 6)
+    old = await world.start()
+    assert await old.process.wait() == 1
+    assert "newer than this version of sequencerd: it has 0002_next.sql" in old.log.read_text()
+    world.daemons.remove(old)
+    world.code = code
+    for daemon in list(world.daemons):
+        await world.start()  # both versions work side by side
+        await asyncio.sleep(SECONDS / 6)
+        daemon.send(signal.SIGTERM)
+        assert await daemon.process.wait() == 0
+        world.daemons.remove(daemon)
+    await app
+    await world.drain(2)
+    await check(world, duplicates=False)
 
 
 # --- clocks

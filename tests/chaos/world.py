@@ -223,6 +223,7 @@ class World:
         self.plan: list[str] = []  # what was done, for who reads a failure
         self.settings = ""  # of the daemons, in TOML
         self.environment: dict[str, str] = {}
+        self.code: Path | None = None  # where the daemons' package is, if it is not the one tested
         self._begun = asyncio.get_running_loop().time()
 
     def note(self, text: str) -> None:
@@ -238,6 +239,7 @@ class World:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "sequencerd", "--config", str(config), "run",
                 env={**os.environ, "SEQUENCERD_DATABASE": self.used, **self.environment},
+                cwd=self.code,  # `python -m` looks there first
                 stderr=out,
             )  # fmt: skip
         daemon = Daemon(process, log)
