@@ -19,7 +19,7 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -35,6 +35,7 @@ from sequencerd.engine import Engine
 from sequencerd.listener import listen
 from sequencerd.lookups import Lookups
 from sequencerd.metrics import Metrics
+from sequencerd.runners import Runner
 from sequencerd.runners.python import PythonRunner, runner
 from sequencerd.settings import Engine as Settings
 
@@ -89,13 +90,13 @@ async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple
 
 
 @asynccontextmanager
-async def engine(url: str) -> AsyncIterator[None]:
+async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> AsyncIterator[None]:
     """The daemon's engine and listener, ready."""
     pool = await store.connect_pool(url, 5)
     log = structlog.get_logger()
     made = Engine(
         pool,
-        {"Task": PythonRunner(no_op, name="Task")},
+        {"Task": PythonRunner(no_op, name="Task"), **(runners or {})},
         Lookups(pool, {}).get,
         clock=Clock(),
         settings=Settings(batch=BATCH),

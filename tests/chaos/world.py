@@ -35,7 +35,7 @@ RATE = 80  # enrollments a second
 CONNECT = (*store.PASSING_ERRORS, asyncpg.PostgresError)
 
 MAIL = '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}'
-PAUSE = 200  # milliseconds
+PAUSE = 400  # milliseconds
 STEPS = (
     ("hello", "Email", MAIL, "pause"),
     ("pause", "WaitForDuration", f'{{"amount": {PAUSE}, "unit": "milliseconds"}}', "call"),

@@ -1,0 +1,371 @@
+"""What the engine does with very many, for long, or beside others: one JSON line for each figure.
+
+    PYTHONPATH=. python bench/scale.py --dsn postgresql://postgres@localhost/postgres
+
+    enroll       INSERTs one by one from 1, 8 and 32 connections, and in bulk, against a bare table
+    sleeping     many who sleep: start-up, what an idle daemon costs, and a transition's cost beside
+    mix          enroll, wait, decide, execute and mail for minutes: the sizes of tables and indexes
+    snapshot     w1 of bench/engine.py with a snapshot held open, against one without
+    daemons      w1 with 1, 2 and 4 daemons
+    definitions  a thousand sequences with a thousand steps each
+
+It makes and drops a database "sequencerd_bench". Figures of one run can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+from aiosmtpd.smtp import SMTP
+from engine import ALL_ENDED, defined, engine, enroll, say, until
+
+from sequencerd import daemon
+from sequencerd.runners import Runner
+from sequencerd.runners.email import EmailRunner
+
+BARE = """
+    CREATE TABLE bare (LIKE sequencer.enrollments INCLUDING ALL);
+    ALTER TABLE bare ALTER step SET DEFAULT 'a', ALTER reentry SET DEFAULT 'after_end';
+"""
+INSERT = "INSERT INTO {} (sequence, subject, data) VALUES ('s', $1, '{{\"name\": \"Ada\"}}')"
+LOAD = (
+    "INSERT INTO {} (sequence, subject, data)"
+    " SELECT 's', 'load' || n, '{{\"name\": \"Ada\"}}' FROM generate_series(1, {}) AS n"
+)
+WAITING = ("a", "WaitForDuration", '{"amount": 30, "unit": "days"}')
+TASKS = tuple((name, "Task", "{}") for name in "abc")
+
+
+# --- enrolling
+
+
+async def enrolling(dsn: str, arguments: argparse.Namespace) -> None:
+    async with defined(dsn, WAITING) as (url, connection):
+        await connection.execute(BARE)
+        for count in (1, 8, 32):
+            rates = {
+                table: await one_by_one(url, table, count, arguments.seconds)
+                for table in ("bare", "sequencer.enrollments")
+            }
+            bare, ours = rates.values()
+            say("enroll", connections=count, bare_per_s=bare, per_s=ours, ratio=ours / bare)
+        rates = {}
+        for table in ("bare", "sequencer.enrollments"):
+            await connection.execute("CHECKPOINT")
+            begun = time.perf_counter()
+            await connection.execute(LOAD.format(table, arguments.subjects))
+            rates[table] = arguments.subjects / (time.perf_counter() - begun)
+        bare, ours = rates.values()
+        say("enroll in bulk", bare_per_s=bare, per_s=ours, ratio=ours / bare)
+
+
+async def one_by_one(url: str, table: str, count: int, seconds: float) -> float:
+    """Rows a second."""
+    connections = [await asyncpg.connect(url) for _ in range(count)]
+    end = time.perf_counter() + seconds
+    rows = 0
+
+    async def work(number: int, connection: asyncpg.Connection) -> None:
+        nonlocal rows
+        insert = await connection.prepare(INSERT.format(table))
+        mine = 0
+        while time.perf_counter() < end:
+            mine += 1
+            await insert.fetch(f"{count}-{number}-{mine}")
+        rows += mine
+
+    await asyncio.gather(*(work(n, connection) for n, connection in enumerate(connections)))
+    for connection in connections:
+        await connection.close()
+    return rows / seconds
+
+
+# --- sleeping
+
+
+async def sleeping(dsn: str, arguments: argparse.Namespace) -> None:
+    for count in arguments.sleepers:
+        async with defined(dsn, *TASKS) as (url, connection):
+            await connection.execute(
+                "INSERT INTO sequencer.sequences (name, first_step) VALUES ('idle', 'a')"
+            )
+            await connection.execute(
+                "INSERT INTO sequencer.steps (sequence, name, type, config)"
+                " VALUES ('idle', $1, $2, $3)",
+                *WAITING,
+            )
+            await connection.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject, wake_at, entered_at)"
+                " SELECT 'idle', 'idle' || n, now() + interval '1 day' + n * interval '0.1 second',"
+                " now() FROM generate_series(1, $1::int) AS n",
+                count,
+                timeout=None,
+            )
+            await connection.execute("VACUUM ANALYZE sequencer.enrollments")
+            begun, peak = time.perf_counter(), memory()
+            async with engine(url):
+                started = time.perf_counter() - begun
+                await asyncio.sleep(2)
+                statements, cpu = await asked(connection), os.times()
+                await asyncio.sleep(arguments.seconds)
+                now = os.times()
+                asks = (await asked(connection) - statements - 1) / arguments.seconds
+            say("sleeping", sleepers=count, ready_after_s=started, transactions_per_s=asks,
+                cpu=(now.user + now.system - cpu.user - cpu.system) / arguments.seconds,
+                memory_mb=memory() - peak)  # fmt: skip
+            await enroll(connection, arguments.subjects)
+            begun = time.perf_counter()
+            async with engine(url):
+                await until(
+                    connection,
+                    "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments"
+                    " WHERE status = 'active' AND sequence = 's')",
+                )
+            took = time.perf_counter() - begun
+            say("w1 beside them", sleepers=count, transitions_per_s=3 * arguments.subjects / took)
+
+
+async def asked(connection: asyncpg.Connection) -> int:
+    """Transactions of this database until now."""
+    await connection.execute("SELECT pg_stat_force_next_flush()")
+    count: int = await connection.fetchval(
+        "SELECT xact_commit + xact_rollback FROM pg_stat_database"
+        " WHERE datname = current_database()"
+    )
+    return count
+
+
+def memory() -> float:
+    """The most that this process ever had, in megabytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# --- for minutes
+
+
+class Letterbox:
+    """Takes every mail."""
+
+    async def handle_DATA(self, *_: object) -> str:  # noqa: N802 - as aiosmtpd calls it
+        return "250 OK"
+
+
+def take_mail(port: Any) -> None:
+    """A mail server, as a process of its own."""
+
+    async def serve() -> None:
+        server = await asyncio.get_running_loop().create_server(
+            lambda: SMTP(Letterbox()), "127.0.0.1", 0
+        )
+        port.value = server.sockets[0].getsockname()[1]
+        await server.serve_forever()
+
+    asyncio.run(serve())
+
+
+@contextmanager
+def mail_server() -> Iterator[str]:
+    port = multiprocessing.Value("i", 0)
+    process = multiprocessing.Process(target=take_mail, args=(port,), daemon=True)
+    process.start()
+    while not port.value:
+        time.sleep(0.01)
+    try:
+        yield f"smtp://127.0.0.1:{port.value}"
+    finally:
+        process.terminate()
+
+
+async def mix(dsn: str, arguments: argparse.Namespace) -> None:
+    """Each waits a second and is decided upon; a tenth gets a mail, the others a task."""
+    mail = {"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}
+    steps = (
+        ("wait", "WaitForDuration", '{"amount": 1, "unit": "seconds"}'),
+        ("decide", "Split", '{"next": 90, "altNext": 10}'),
+        ("task", "Task", "{}"),
+        ("mail", "Email", json.dumps(mail)),
+    )
+    with mail_server() as server:
+        runners: dict[str, Runner] = {"Email": EmailRunner(server, concurrency=10)}
+        async with defined(dsn, *steps) as (url, connection):
+            await connection.execute(
+                "UPDATE sequencer.steps SET alt_next_step = 'mail' WHERE name = 'decide';"
+                "UPDATE sequencer.steps SET next_step = NULL WHERE name = 'task'"
+            )
+            async with engine(url, runners):
+                enrolling = asyncio.create_task(enroll_steadily(url, arguments))
+                begun = time.perf_counter()
+                while not enrolling.done():
+                    await asyncio.wait([enrolling], timeout=arguments.minutes * 60 / 20)
+                    await say_sizes(connection, time.perf_counter() - begun)
+                await enrolling
+                await until(connection, ALL_ENDED)
+                await say_sizes(connection, time.perf_counter() - begun)
+
+
+async def enroll_steadily(url: str, arguments: argparse.Namespace) -> None:
+    """As many a second as asked for, in fifty transactions; who ended a minute ago is deleted."""
+    loop = asyncio.get_running_loop()
+    connection = await asyncpg.connect(url)
+    begun, number = loop.time(), 0
+    size = arguments.rate // 50
+    while (passed := loop.time() - begun) < arguments.minutes * 60:
+        if number * size > passed * arguments.rate:
+            await asyncio.sleep(0.01)
+            continue
+        number += 1
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, data)"
+            " SELECT 's', $1 || '-' || n, '{\"name\": \"Ada\"}' FROM generate_series(1, $2::int) n",
+            str(number),
+            size,
+        )
+        if number % 50 == 0:
+            await connection.execute(
+                "SELECT sequencer.delete_ended(now() - interval '1 minute', 100000)"
+            )
+    await connection.close()
+
+
+async def say_sizes(connection: asyncpg.Connection, seconds: float) -> None:
+    row = await connection.fetchrow(
+        """
+        SELECT pg_table_size('sequencer.enrollments') / 1e6 AS table_mb,
+               pg_indexes_size('sequencer.enrollments') / 1e6 AS indexes_mb,
+               (SELECT count(*) FROM sequencer.enrollments) AS rows,
+               (SELECT count(*) FROM sequencer.enrollments WHERE wake_at < now()) AS overdue
+        """
+    )
+    say("mix", seconds=seconds, **{name: float(value) for name, value in row.items()})
+
+
+# --- beside others
+
+
+async def snapshot(dsn: str, arguments: argparse.Namespace) -> None:
+    rates: dict[bool, list[float]] = {}
+    for held in (False, True, False, True):
+        async with defined(dsn, *TASKS) as (url, connection):
+            other = await asyncpg.connect(url)
+            if held:
+                await other.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+            await enroll(connection, arguments.subjects)
+            begun = time.perf_counter()
+            async with engine(url):
+                await until(connection, ALL_ENDED)
+            took = time.perf_counter() - begun
+            await other.close()
+            rates.setdefault(held, []).append(3 * arguments.subjects / took)
+    free, beside = max(rates[False]), max(rates[True])
+    say("snapshot", free_per_s=free, held_per_s=beside, ratio=beside / free)
+
+
+def work_for_ever(url: str) -> None:
+    """A daemon as a process of its own."""
+
+    async def work() -> None:
+        daemon.tune_collector()
+        async with engine(url):
+            await asyncio.Event().wait()
+
+    asyncio.run(work())
+
+
+async def daemons(dsn: str, arguments: argparse.Namespace) -> None:
+    for count in (1, 2, 4):
+        async with defined(dsn, *TASKS) as (url, connection):
+            at = datetime.now(UTC) + timedelta(seconds=20)
+            await enroll(connection, arguments.subjects, at)
+            processes = [
+                multiprocessing.Process(target=work_for_ever, args=(url,), daemon=True)
+                for _ in range(count)
+            ]
+            for process in processes:
+                process.start()
+            await until(connection, ALL_ENDED)
+            took = (datetime.now(UTC) - at).total_seconds()
+            for process in processes:
+                process.kill()
+                process.join()
+        say("daemons", daemons=count, transitions_per_s=3 * arguments.subjects / took)
+
+
+async def definitions(dsn: str, arguments: argparse.Namespace) -> None:
+    """Somebody is at each of the steps; then one more comes to one of them."""
+    count = arguments.sequences
+    async with defined(dsn, WAITING) as (url, connection):
+        await connection.execute(
+            f"""
+            BEGIN;
+            INSERT INTO sequencer.sequences (name, first_step)
+                SELECT 'q' || q, 's1' FROM generate_series(1, {count}) AS q;
+            INSERT INTO sequencer.steps (sequence, name, type, config, next_step)
+                SELECT 'q' || q, 's' || s, 'WaitForDuration', '{{"amount": 30, "unit": "days"}}',
+                       CASE WHEN s < 1000 THEN 's' || s + 1 END
+                  FROM generate_series(1, {count}) AS q, generate_series(1, 1000) AS s;
+            INSERT INTO sequencer.enrollments (sequence, step, subject, wake_at, entered_at)
+                SELECT sequence, name, 'u' || position, now() + interval '1 day', now()
+                  FROM sequencer.steps;
+            COMMIT;
+            ANALYZE;
+            """,
+            timeout=None,
+        )
+        begun, peak = time.perf_counter(), memory()
+        async with engine(url):
+            ready = time.perf_counter() - begun
+            begun = time.perf_counter()
+            await connection.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('q7', 'ada')"
+            )
+            await until(
+                connection,
+                "SELECT entered_at IS NOT NULL FROM sequencer.enrollments WHERE subject = 'ada'",
+            )
+            moved = time.perf_counter() - begun
+        say("definitions", steps=count * 1000, ready_after_s=ready, moved_after_s=moved,
+            memory_mb=memory() - peak)  # fmt: skip
+
+
+WORKS = {
+    "enroll": enrolling,
+    "snapshot": snapshot,
+    "daemons": daemons,
+    "definitions": definitions,
+    "sleeping": sleeping,
+    "mix": mix,
+}
+
+
+async def main(arguments: argparse.Namespace) -> None:
+    daemon.tune_collector()
+    for work in arguments.works.split(","):
+        await WORKS[work](arguments.dsn, arguments)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dsn", required=True, help="a superuser's URL")
+    parser.add_argument("--works", default=",".join(WORKS))
+    parser.add_argument("--subjects", type=int, default=50_000)
+    parser.add_argument("--seconds", type=float, default=10, help="of each measurement of a rate")
+    parser.add_argument(
+        "--sleepers", type=int, nargs="+", default=[10_000, 10_000_000], metavar="N"
+    )
+    parser.add_argument("--minutes", type=float, default=10, help="of the mix")
+    parser.add_argument("--rate", type=int, default=2000, help="enrollments a second in the mix")
+    parser.add_argument("--sequences", type=int, default=1000)
+    asyncio.run(main(parser.parse_args()))
