@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import asyncpg
@@ -35,9 +36,13 @@ class Catalog:
         self._log = log
         self._loading = asyncio.Lock()
 
-    async def reload(self) -> bool:
-        """Reads the definitions that have changed. Whether there are any."""
+    async def reload(self, missing: str | None = None) -> bool:
+        """Reads the definitions that have changed. Whether there are any. For one that is
+        `missing`, only if nobody else has read it meanwhile.
+        """
         async with self._loading, store.connection(self._pool) as connection:
+            if missing in self.sequences:
+                return False
             revisions = await store.revisions(connection)
             for name in self.sequences.keys() - revisions.keys():
                 del self.sequences[name]
@@ -71,10 +76,12 @@ class Catalog:
     ) -> None:
         sequence_rows, step_rows = await store.definitions(connection, names)
         begin()
+        steps = defaultdict(list)
+        for row in step_rows:
+            steps[row["sequence"]].append(row)
         found: dict[Place, str | None] = {}
         for row in sequence_rows:
-            steps = [step for step in step_rows if step["sequence"] == row["name"]]
-            sequence = from_rows(row, steps, self._runners)
+            sequence = from_rows(row, steps[row["name"]], self._runners)
             self.sequences[sequence.name] = sequence
             found |= problems(sequence)
         known = {(row["sequence"], row["name"]): row["problem"] for row in step_rows}

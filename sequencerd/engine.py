@@ -304,9 +304,9 @@ class Engine:
             self._push(place, at)
         return wakes
 
-    async def reload(self) -> None:
+    async def reload(self, missing: str | None = None) -> None:
         """Reads the definitions that have changed, and looks at those whom it concerns."""
-        if await self.catalog.reload():
+        if await self.catalog.reload(missing):
             await self.rebuild()
 
     def _start_retiming(self, place: Place) -> None:
@@ -332,7 +332,7 @@ class Engine:
         The room of a lane is shared by the `claimers` that are at it.
         """
         if place[0] not in self.catalog.sequences:
-            await self.reload()
+            await self.reload(place[0])
         sequence = self.catalog.sequences.get(place[0])
         if sequence is None or sequence.paused or self._writer.waits(place):
             return False
