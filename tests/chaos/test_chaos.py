@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -269,6 +269,44 @@ async def test_the_database_is_restarted_and_crashes(world: World) -> None:
 
 async def test_the_database_refuses(world: World) -> None:
     await breaking(world, conflict, time_out, crowd, every=0.5, daemons=2)
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of its own, which an administrator alone can make."""
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160m,mode=755", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+        folder.rmdir()
+
+
+async def test_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
+    """First tables can't grow, then the server gives up, for want of a log."""
+    filler = small_disk / "filler"
+    settings = {"max_wal_size": "32MB", "min_wal_size": "32MB", "wal_recycle": "off"}
+    stack = ExitStack()
+    small = Server(small_disk / "server", stack, **settings)
+
+    async def fill(world: World) -> None:
+        with filler.open("wb") as file, suppress(OSError):
+            while True:
+                file.write(bytes(65536))
+                file.flush()
+        await asyncio.sleep(2)
+        filler.unlink()
+        if not small.is_alive():
+            world.note("  the server has given up")
+            await asyncio.to_thread(small.start)
+
+    with stack:
+        async with living(small.url, tmp_path, FIRST) as world:
+            await breaking(world, fill, every=1, daemons=2)
+        assert "No space left on device" in (small_disk / "server/log").read_text()
 
 
 # --- a pooler between

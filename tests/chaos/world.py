@@ -125,6 +125,14 @@ class Server:
             self.control("reload")
             yield standby
 
+    def is_alive(self) -> bool:
+        """Whether its first process is there."""
+        try:
+            os.kill(self.pid, 0)
+        except (OSError, IndexError, ValueError):
+            return False
+        return True
+
     def start(self) -> None:
         """After it was killed."""
         self._server = self._started()
