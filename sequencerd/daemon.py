@@ -37,8 +37,7 @@ from sequencerd.settings import Database, Settings, Sms
 from sequencerd.systemd import notify, notify_reloading
 from sequencerd.web import make_app, serving
 
-CONNECT_TIMEOUT = 10.0  # seconds
-CLOSE_TIMEOUT = 5.0
+CLOSE_TIMEOUT = 5.0  # seconds
 
 FIXED = ("database", "engine", "http")
 """Sections of the settings that hold as long as the process runs."""
@@ -149,7 +148,7 @@ async def connect(url: str) -> asyncpg.Connection:
     try:
         connection = await asyncpg.connect(
             url,
-            timeout=CONNECT_TIMEOUT,
+            timeout=store.CONNECT_TIMEOUT,
             statement_cache_size=0,  # it may lead to a pooler
             server_settings={"application_name": "sequencerd"},
         )
@@ -163,7 +162,7 @@ async def connect(url: str) -> asyncpg.Connection:
 
 
 def _in_words(error: BaseException) -> str:
-    return str(error) or f"no answer within {CONNECT_TIMEOUT:g} seconds"
+    return str(error) or f"no answer within {store.CONNECT_TIMEOUT:g} seconds"
 
 
 def tune_collector() -> None:
@@ -366,6 +365,9 @@ class _Daemon:
         notify("STOPPING=1")
         self._health.stopping = True
         self._engine.stop()
+        # a database that is silent then is not waited for
+        seconds = self.parts.settings.engine.stop_timeout + CLOSE_TIMEOUT
+        asyncio.get_running_loop().call_later(seconds, self._pool.terminate)
 
     async def _reload_whenever(self, told: asyncio.Event, group: asyncio.TaskGroup) -> None:
         while await told.wait():

@@ -262,15 +262,16 @@ class Engine:
         """Waits for what is in flight, and writes it."""
         if self._writer.leased:
             self._log.info("stopping", in_flight=len(self._writer.leased))
-        timeout = self._settings.stop_timeout
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._settings.stop_timeout
         if self._background:
-            _, late = await asyncio.wait(self._background, timeout=timeout)
+            _, late = await asyncio.wait(self._background, timeout=end - loop.time())
             for work in late:
                 work.cancel()
         lanes = {*self._writer.lanes.values(), *self._writer.retired}
-        await asyncio.gather(*(lane.stop(timeout) for lane in lanes))
+        await asyncio.gather(*(lane.stop(max(end - loop.time(), 0)) for lane in lanes))
         with suppress(TimeoutError):  # the leases run out if the database is away
-            async with asyncio.timeout(timeout + PAUSE):
+            async with asyncio.timeout_at(max(end, loop.time()) + PAUSE):
                 while self._writer.leased:
                     self._has_finished.set()
                     await asyncio.sleep(0.01)
@@ -370,8 +371,11 @@ class Engine:
                 self._writer.add(batch, enrollment, self._advance(enrollment, now), now)
             await self._writer.write(connection, batch, claimed, now, alone=alone)
             if len(claimed) < limit:
-                next_at = await store.next_wake(connection, place, now)
-                self._push(place, next_at or NEVER)
+                # who is due still is locked; that may end without a notification
+                soon = now + timedelta(seconds=LOCKED_PAUSE)
+                next_at = await store.next_wake(connection, place)
+                if next_at is not None:
+                    self._push(place, next_at if next_at > now else soon)
         return len(claimed)
 
     def _advance(

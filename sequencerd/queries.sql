@@ -65,9 +65,9 @@ SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: next_wake
--- When the step is next due after a claim; what was due and locked is another daemon's.
+-- When the step is next due after a claim; in the past, if somebody else has a lock on who is due.
 SELECT wake_at FROM sequencer.enrollments
- WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at > $3 AND wake_at < 'infinity'
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at < 'infinity'
  ORDER BY wake_at LIMIT 1;
 
 -- name: lock

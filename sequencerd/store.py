@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
@@ -42,6 +43,7 @@ def brief(error: BaseException) -> str:
     return f"{name} {getattr(error, 'sqlstate', '')}".rstrip()
 
 
+CONNECT_TIMEOUT = 10.0  # seconds
 COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not hold us for ever
 
 Place = tuple[str, str]
@@ -87,6 +89,7 @@ async def connect_pool(
         url,
         min_size=1,
         max_size=size,
+        timeout=CONNECT_TIMEOUT,
         command_timeout=COMMAND_TIMEOUT,
         server_settings={"application_name": "sequencerd"} | quiet,
         **options,
@@ -95,10 +98,20 @@ async def connect_pool(
 
 @asynccontextmanager
 async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
-    """A connection for a while; one that gives no answer is closed."""
-    async with pool.acquire() as acquired:
-        with _closed_when_dead(acquired):
-            yield acquired
+    """A connection for a while; one that gives no answer is closed.
+
+    A cancellation stays one, though the ROLLBACK that follows it fails: who tries again after the
+    errors of a database would never end.
+    """
+    try:
+        async with pool.acquire() as acquired:
+            with _closed_when_dead(acquired):
+                yield acquired
+    except PASSING_ERRORS as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError from error
+        raise
 
 
 @asynccontextmanager
@@ -244,11 +257,9 @@ async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:
     return {row["id"] for row in await connection.fetch(QUERIES["existing"], ids)}
 
 
-async def next_wake(
-    connection: asyncpg.Connection, place: Place, after: datetime
-) -> datetime | None:
-    """The earliest wake time of a step after that time."""
-    at: datetime | None = await connection.fetchval(QUERIES["next_wake"], *place, after)
+async def next_wake(connection: asyncpg.Connection, place: Place) -> datetime | None:
+    """The earliest wake time of a step."""
+    at: datetime | None = await connection.fetchval(QUERIES["next_wake"], *place)
     return at
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from contextlib import suppress
 from datetime import timedelta
 
 import asyncpg
 import pytest
 
+from sequencerd import store
 from sequencerd.core.model import Action, Answer, Failed, Result, Task
 from tests.engines import (
     ALL_ENDED,
@@ -194,6 +196,42 @@ async def test_without_notifications_the_sweep_finds_everything(
             " WHERE name = 'pause'"
         )
         await until(connection, ENDED, other)
+
+
+async def test_who_is_locked_when_due_goes_on_soon_after(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Locked by somebody who changes nothing, and so tells nobody."""
+    await define(connection, "s", ("pause", "WaitForDuration", '{"amount": 1, "unit": "s"}', None))
+    other = await asyncpg.connect(database)
+    async with running_engine(database, sweep=3600):
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, "SELECT wake_at > now() FROM sequencer.enrollments")
+        async with other.transaction():
+            await other.execute("SELECT FROM sequencer.enrollments WHERE id = $1 FOR UPDATE", id_)
+            await asyncio.sleep(1.5)
+        await until(connection, ENDED, id_)
+    await other.close()
+
+
+async def test_a_cancelled_transaction_ends_though_its_connection_is_dead(database: str) -> None:
+    pool = await store.connect_pool(database, 1)
+    begun = asyncio.Event()
+
+    async def work() -> None:
+        while True:
+            with suppress(*store.PASSING_ERRORS):
+                async with store.connection(pool) as connection, store.transaction(connection):
+                    connection.terminate()
+                    begun.set()
+                    await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await begun.wait()
+    task.cancel()
+    await asyncio.wait([task], timeout=5)
+    assert task.cancelled()
+    pool.terminate()
 
 
 async def test_a_side_effect_is_finished_before_the_goal_pulls(

@@ -26,6 +26,7 @@ import asyncpg
 import pytest
 
 from sequencerd import doctor
+from sequencerd.daemon import CLOSE_TIMEOUT
 from sequencerd.settings import Settings
 from tests.chaos.checker import check
 from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
@@ -451,3 +452,21 @@ async def test_the_network_fails(world: World, kind: str) -> None:
         await breaking(world, fault, calm, every=1, daemons=2)
         await world.stop()
         world.daemons.clear()
+
+
+async def test_a_daemon_ends_while_the_database_is_silent(world: World) -> None:
+    world.settings = world.settings.replace("stop_timeout = 20", "stop_timeout = 1")
+    world.sink.slow = 0.5
+    proxy = Proxy(world.database)
+    async with proxy.running() as world.used:
+        await world.keep(1)
+        await world.enroll(2)
+        proxy.swallow = True
+        await asyncio.sleep(1)
+        (daemon,) = world.daemons
+        daemon.send(signal.SIGTERM)
+        async with asyncio.timeout(1 + CLOSE_TIMEOUT + 10):
+            assert await daemon.process.wait() == 0, daemon.log.read_text()
+    world.used = world.database
+    await world.drain(1)
+    await check(world)

@@ -242,10 +242,10 @@ class Daemon:
         """It writes nothing more."""
         self._pool.terminate()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        while tasks:  # some take a cancellation for the end of what they wait for
-            for task in tasks:
-                task.cancel()
-            _, tasks = await asyncio.wait(tasks, timeout=0.1)
+        for task in tasks:
+            task.cancel()
+        _, stuck = await asyncio.wait(tasks, timeout=10)
+        assert not stuck
 
 
 # --- both
