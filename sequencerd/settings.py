@@ -9,12 +9,14 @@ the mail server.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from difflib import get_close_matches
+from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -26,13 +28,19 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    field_validator,
+    model_validator,
 )
 
+from sequencerd import passwords
 from sequencerd.core.config import describe
 from sequencerd.core.model import RetryPolicy
 from sequencerd.errors import SettingsError
 
 DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
+
+CONSOLE_LISTEN = "127.0.0.1:9187"
+"""Where a console is if nothing else is said."""
 
 _PREFIX = "SEQUENCERD_"
 _SHORT = {"DATABASE": ("database", "url"), "SMTP_URL": ("email", "url")}
@@ -74,6 +82,14 @@ def _read_duration(value: object) -> timedelta:
 
 
 Duration = Annotated[timedelta, BeforeValidator(_read_duration)]
+
+
+def _read_words(value: object) -> object:
+    """A list; in a variable, with blanks or commas between."""
+    return re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_read_words)]
 
 
 class Section(BaseModel):
@@ -182,6 +198,15 @@ def _check_address(text: str) -> str:
     return text
 
 
+def is_loopback(listen: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    host, _ = split_address(listen)
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def split_address(text: str) -> tuple[str, int]:
     """The host and port of "127.0.0.1:9187", "[::1]:9187" or "9187", which is loopback's."""
     host, _, port = text.rpartition(":")
@@ -191,9 +216,42 @@ def split_address(text: str) -> tuple[str, int]:
 
 
 class Http(Section):
-    """The listener for health checks and metrics; none without an address."""
+    """The listener for health checks, metrics and the console; none without an address."""
 
     listen: Annotated[str, AfterValidator(_check_address)] | None = None
+
+
+class Console(Section):
+    """The console in the browser, on the listener of [http]; the section turns it on."""
+
+    enabled: bool = True
+    write: bool = False
+    password_hash: Secret | None = None
+    trusted_proxy: Words = ()
+    user_header: str = Field(default="X-Forwarded-User", pattern=r"^[A-Za-z0-9-]+$")
+    mask: Words = ()
+
+    @field_validator("password_hash")
+    @classmethod
+    def _check_hash(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not passwords.is_hash(value.get_secret_value()):
+            raise ValueError("this is not what `sequencerd console-password` prints")
+        return value
+
+    @field_validator("trusted_proxy")
+    @classmethod
+    def _check_proxies(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            ip_network(text)
+        return value
+
+    @field_validator("mask")
+    @classmethod
+    def _check_mask(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for path in value:
+            if path != "subject" and not re.fullmatch(r"data(\.[^.]+)+", path):
+                raise ValueError(f'{path!r}: write "subject", or a path such as "data.email"')
+        return value
 
 
 class Retention(Section):
@@ -220,8 +278,33 @@ class Settings(Section):
     runners: dict[str, HttpEndpoint] = {}
     lookups: dict[str, LookupEndpoint] = {}
     http: Http = Http()
+    console: Console | None = None
     retention: Retention = Retention()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _check_console(self) -> Settings:
+        console = self.console
+        if (
+            console is not None
+            and console.enabled
+            and self.listen is not None
+            and not is_loopback(self.listen)
+            and not (console.password_hash or console.trusted_proxy)
+        ):
+            raise ValueError(
+                f"the console would be open to everybody at {self.listen}: set "
+                "console.password_hash (sequencerd console-password makes one) or "
+                "console.trusted_proxy, or http.listen to an address of this machine alone"
+            )
+        return self
+
+    @property
+    def listen(self) -> str | None:
+        """Where the HTTP listener is; a console has one anyway."""
+        if self.http.listen is None and self.console is not None and self.console.enabled:
+            return CONSOLE_LISTEN
+        return self.http.listen
 
     def secrets(self) -> list[str]:
         """The values of all secrets, which nobody may see."""
@@ -232,9 +315,21 @@ class Settings(Section):
         return [
             f"{name}.{key}"
             for name in sections
-            for key, value in getattr(self, name)
-            if value != getattr(getattr(other, name), key)
+            for key in _SECTIONS[name].model_fields
+            if getattr(getattr(self, name), key, None) != getattr(getattr(other, name), key, None)
         ]
+
+
+_SECTIONS: Mapping[str, type[Section]] = {
+    name: section
+    for name, field in Settings.model_fields.items()
+    for section in (field.annotation, *get_args(field.annotation))
+    if isinstance(section, type)
+    and issubclass(section, Section)
+    and not field.is_required()
+    and get_origin(field.annotation) is not dict
+}
+"""The sections whose keys are known."""
 
 
 def _secrets(value: object) -> Iterator[str]:
@@ -298,9 +393,8 @@ def _variables() -> dict[str, tuple[str, str]]:
     """What a variable can set: all but the tables of runners, which have names of their own."""
     places = {
         f"{section}_{key}".upper(): (section, key)
-        for section, field in Settings.model_fields.items()
-        if isinstance(field.default, Section)
-        for key in type(field.default).model_fields
+        for section, kind in _SECTIONS.items()
+        for key in kind.model_fields
     }
     return places | _SHORT
 
@@ -323,5 +417,4 @@ def _keys(section: tuple[int | str, ...]) -> list[str]:
         return list(HttpEndpoint.model_fields)
     if section[0] == "lookups":
         return list(LookupEndpoint.model_fields)
-    default = Settings.model_fields[str(section[0])].default
-    return list(type(default).model_fields)
+    return list(_SECTIONS[str(section[0])].model_fields)

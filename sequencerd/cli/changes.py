@@ -14,10 +14,10 @@ import asyncpg
 from sequencerd import daemon, files, original, plan
 from sequencerd.changes import compare
 from sequencerd.cli.commands import Commands, add_json, connect, fetch, on_database
-from sequencerd.cli.output import plain, text
 from sequencerd.errors import PlanError, UsageError
 from sequencerd.export import to_yaml
 from sequencerd.settings import Settings
+from sequencerd.words import plain, text
 
 CHANGES = 2  # the exit code that `plan --detailed-exitcode` has for them, as elsewhere
 

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
@@ -25,10 +25,11 @@ from sequencerd.cli.commands import (
     on_database,
     positive,
 )
-from sequencerd.cli.output import console, is_never, plain, show, table, text
+from sequencerd.cli.output import console, show, table
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.store import QUERIES
+from sequencerd.words import plain, text, what_next
 
 TAIL_INTERVAL = 0.5  # seconds
 MOST_SECONDS = 10 * 365 * 86400
@@ -179,7 +180,7 @@ async def _show_enrollment(arguments: argparse.Namespace, _: Settings, url: str)
     history = [dict(row) for row in await fetch(url, "history", arguments.id)]
     row = dict(found[0])
     row["data"] = json.loads(row["data"])
-    row["next"] = _what_next(row)
+    row["next"] = what_next(row)
     if arguments.json:
         print(json.dumps({**row, "history": history}, default=plain))
         return 0
@@ -192,22 +193,6 @@ async def _show_enrollment(arguments: argparse.Namespace, _: Settings, url: str)
     console().print(facts)
     show(history, as_json=False, empty="no events yet")
     return 0
-
-
-def _what_next(row: Mapping[str, Any]) -> str:
-    """In words: what an enrollment waits for."""
-    if row["status"] != "active":
-        return f"nothing, it is {row['status']}"
-    then = f"then {row['next_step'] or 'the end'}"
-    if row["sequence_status"] == "paused":
-        return "nothing while the sequence is paused"
-    if row["leased_by"]:
-        return f"{row['type']} is being executed by {row['leased_by']}, {then}"
-    if is_never(row["wake_at"]):
-        return f"waits for a change, {then}"
-    if row["entered_at"] is None:
-        return f"begins at {text(row['wake_at'])}"
-    return f"is looked at again at {text(row['wake_at'])}, {then}"
 
 
 async def _tail(arguments: argparse.Namespace, _: Settings, url: str) -> int:

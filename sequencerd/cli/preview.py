@@ -14,16 +14,17 @@ import asyncpg
 
 from sequencerd import files, graph, store
 from sequencerd.cli.commands import Commands, add_json, connect, on_database
-from sequencerd.cli.output import plain
 from sequencerd.core import dates, model
 from sequencerd.core.model import DefinitionError, Enrollment
 from sequencerd.definitions import from_rows
 from sequencerd.errors import UsageError
+from sequencerd.journeys import Sequences, choose
 from sequencerd.runners import Runner
 from sequencerd.settings import Settings
 from sequencerd.simulate import Entry, Outcome, Simulation
 from sequencerd.store import QUERIES, Place
-from sequencerd.testing import Sequences, choose, load, make_runners
+from sequencerd.testing import load, make_runners
+from sequencerd.words import plain
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
