@@ -14,15 +14,18 @@ from uuid import uuid4
 
 import asyncpg
 from pydantic import SecretStr
+from starlette.applications import Starlette
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd import migrate, retention, store, tracing
 from sequencerd.clock import Clock
+from sequencerd.console.app import make_console
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
 from sequencerd.engine import Engine
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.health import Health
+from sequencerd.journeys import Sequences
 from sequencerd.listener import listen, poll
 from sequencerd.logs import make_log
 from sequencerd.lookups import Lookups
@@ -39,7 +42,7 @@ from sequencerd.web import make_app, serving
 
 CLOSE_TIMEOUT = 5.0  # seconds
 
-FIXED = ("database", "engine", "http")
+FIXED = ("database", "engine", "http", "console")
 """Sections of the settings that hold as long as the process runs."""
 
 
@@ -245,10 +248,11 @@ async def run(
     finally:
         await connection.close()
     async with _pool(url, settings.database) as pool:
-        daemon = _Daemon(pool, Parts(settings, runners, pool), suppressions, log, read)
+        parts = Parts(settings, runners, pool)
+        daemon = _Daemon(pool, parts, suppressions, log, read)
         end_tracing = _trace(log)
         try:
-            async with serving(daemon.app, settings.http.listen):
+            async with serving(daemon.app(url), settings.listen):
                 await daemon.run(url, told_to_reload, told_to_stop)
         finally:
             await daemon.parts.close()
@@ -313,9 +317,19 @@ class _Daemon:
             metrics=self._metrics,
             turned=self._health.turned,
         )
-        self.app = make_app(
-            self._health.why_not_alive, self._health.why_not_ready, self._metrics.registry
-        )
+
+    def app(self, url: str) -> Starlette:
+        """What the HTTP listener serves."""
+        settings = self.parts.settings.console
+        console = None
+        if settings is not None and settings.enabled:
+            console = make_console(settings, url, self._journeys, self._clock.now, self._log)
+        health = self._health
+        return make_app(health.why_not_alive, health.why_not_ready, self._metrics.registry, console)
+
+    def _journeys(self) -> Sequences:
+        """The definitions and runners of the moment, for another thread to read."""
+        return Sequences(dict(self._engine.catalog.sequences), self.parts.runners)
 
     async def run(self, url: str, reload: asyncio.Event, stop: asyncio.Event) -> None:
         """Works until it is told to stop."""

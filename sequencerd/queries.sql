@@ -589,3 +589,109 @@ SELECT sequence, status, count(*) FROM written GROUP BY sequence, status;
 
 -- name: use_utc
 SET LOCAL timezone = 'UTC';
+
+-- name: console_sequences
+SELECT name, status, timezone, first_step, revision FROM sequencer.sequences ORDER BY name;
+
+-- name: console_steps
+-- How many are at each step, how many of them are due within the hour, and overdue. It reads nothing
+-- but the index of who is due, and of each step no more than the limit.
+SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.config, s.problem,
+       a.active, a.soon, a.overdue
+  FROM sequencer.steps AS s CROSS JOIN LATERAL (
+    SELECT count(*) AS active,
+           count(*) FILTER (WHERE wake_at BETWEEN $1::timestamptz - interval '1 minute'
+                                              AND $1 + interval '1 hour') AS soon,
+           count(*) FILTER (WHERE wake_at < $1 - interval '1 minute') AS overdue
+      FROM (SELECT e.wake_at FROM sequencer.enrollments AS e
+             WHERE e.sequence = s.sequence AND e.step = s.name AND e.status = 'active'
+             ORDER BY e.wake_at LIMIT $2) AS first) AS a
+ ORDER BY s.sequence, s.position;
+
+-- name: console_failed
+-- Who failed, by step and reason; no more than the limit are counted.
+SELECT sequence, step, failure, count(*) AS failed
+  FROM (SELECT sequence, step, failure FROM sequencer.enrollments WHERE status = 'failed'
+         ORDER BY sequence, step, failure LIMIT $1) AS first
+ GROUP BY sequence, step, failure ORDER BY sequence, step, failure;
+
+-- name: console_flow
+-- What happened at steps between two times, by day.
+SELECT date_trunc('day', at AT TIME ZONE 'UTC')::date AS day, sequence, step, action,
+       count(*) AS times
+  FROM sequencer.events
+ WHERE at >= $1 AND at < $2
+   AND action IN ('enrolled', 'next', 'altNext', 'goal', 'jump', 'completed', 'failed')
+ GROUP BY 1, 2, 3, 4;
+
+-- name: console_stays
+-- How many seconds those stayed who left steps between two times: of one enrollment in so many, and
+-- no more than the limit.
+SELECT v.sequence, v.step, extract(epoch FROM v.at - (
+           SELECT max(p.at) FROM sequencer.events AS p
+            WHERE p.enrollment_id = v.enrollment_id AND p.at <= v.at
+              AND (p.visit < v.visit OR p.action = 'enrolled')))::float8 AS seconds
+  FROM (SELECT * FROM sequencer.events
+         WHERE at >= $1 AND at < $2 AND action IN ('next', 'altNext', 'goal', 'jump')
+           AND abs(hashint8(enrollment_id)::bigint) % $3 = 0 LIMIT $4) AS v;
+
+-- name: console_people
+-- Who is at a step, by wake time. Many may have the same, so a page begins after so many with it.
+SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data
+  FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at >= $3
+ ORDER BY wake_at LIMIT $5 OFFSET $4;
+
+-- name: console_failed_people
+SELECT id, subject, status, ended_at, attempt, last_error, data
+  FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND ($3::text IS NULL AND failure IS NULL OR failure = $3)
+   AND status = 'failed'
+ LIMIT $5 OFFSET $4;
+
+-- name: console_history
+-- The latest events of an enrollment before a time.
+SELECT at, sequence, step, visit, action, message, revision
+  FROM sequencer.events WHERE enrollment_id = $1 AND at < $2 ORDER BY at DESC, visit DESC LIMIT $3;
+
+-- name: console_versions
+-- A text for each enrollment that is another when anything has happened to it.
+SELECT e.id, concat_ws('-', e.xmin, e.ctid, extract(epoch FROM (
+           SELECT max(v.at) FROM sequencer.events AS v WHERE v.enrollment_id = e.id)),
+           (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)) AS version
+  FROM sequencer.enrollments AS e WHERE e.id = ANY ($1::bigint[]);
+
+-- name: console_by_subject
+-- Enrollments of subjects from one to another, in their order, after one of them.
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+  FROM sequencer.enrollments
+ WHERE subject >= $1 AND subject < $2 AND (subject, sequence, entry) > ($3, $4, $5)
+ ORDER BY subject, sequence, entry LIMIT $6;
+
+-- name: console_by_id
+-- The latest of those below an id.
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+  FROM sequencer.enrollments WHERE id < $1 ORDER BY id DESC LIMIT $2;
+
+-- name: console_has_email_index
+SELECT EXISTS (SELECT FROM pg_index
+                WHERE indexrelid = to_regclass('sequencer.enrollments_email') AND indisvalid);
+
+-- name: console_by_email
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+  FROM sequencer.enrollments WHERE lower(data->>'email') = lower($1) LIMIT $2;
+
+-- name: console_by_email_of_latest
+-- The same where there is no index: among the latest.
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+  FROM (SELECT * FROM sequencer.enrollments ORDER BY id DESC LIMIT $3) AS latest
+ WHERE lower(data->>'email') = lower($1) LIMIT $2;
+
+-- name: console_revisions
+-- The latest of a sequence, below one, each with the one before it.
+SELECT r.revision, r.at, r.by, r.document,
+       (SELECT b.document FROM sequencer.revisions AS b
+         WHERE b.sequence = r.sequence AND b.revision < r.revision
+         ORDER BY b.revision DESC LIMIT 1) AS before
+  FROM sequencer.revisions AS r
+ WHERE r.sequence = $1 AND r.revision < $2 ORDER BY r.revision DESC LIMIT $3;

@@ -1,15 +1,19 @@
-"""Commands for who runs the daemon: run, migrate, install-service."""
+"""Commands for who runs the daemon: run, migrate, console-password, install-service."""
 
 from __future__ import annotations
 
 import argparse
+import getpass
 import sys
 from pathlib import Path
 
-from sequencerd import daemon, install
+from sequencerd import daemon, install, passwords
 from sequencerd.cli.commands import Commands, apply_migrations, on_database, read_settings
+from sequencerd.errors import UsageError
 from sequencerd.logs import make_log
 from sequencerd.settings import Settings
+
+SHORTEST_PASSWORD = 8  # characters
 
 
 def add_to(commands: Commands) -> None:
@@ -18,6 +22,12 @@ def add_to(commands: Commands) -> None:
         "run", on_database(_run), "run the daemon until SIGTERM", "--config sequencerd.toml run"
     )
     commands.add("migrate", on_database(_migrate), "make or update the schema", "migrate")
+    commands.add(
+        "console-password",
+        _console_password,
+        "ask for a password, and print what console.password_hash is for it",
+        "console-password",
+    )
     service = commands.add(
         "install-service",
         _install_service,
@@ -44,6 +54,19 @@ def _install_service(arguments: argparse.Namespace, _: Settings) -> int:
     for path in install.write(arguments.to, units):
         print(f"wrote {path}")
     print("now: systemctl daemon-reload && systemctl enable --now sequencerd")
+    return 0
+
+
+def _console_password(_: argparse.Namespace, __: Settings) -> int:
+    if sys.stdin.isatty():
+        password = getpass.getpass()
+        if getpass.getpass("Again: ") != password:
+            raise UsageError("these are two passwords")
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    if len(password) < SHORTEST_PASSWORD:
+        raise UsageError(f"a password needs {SHORTEST_PASSWORD} characters or more")
+    print(passwords.make_hash(password))
     return 0
 
 

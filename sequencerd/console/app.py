@@ -1,0 +1,222 @@
+"""The console's application: its ways, and what holds for every request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.console import html, pages
+from sequencerd.console.auth import Auth
+from sequencerd.console.changing import Changes
+from sequencerd.console.live import Live
+from sequencerd.console.reading import NotFoundError, WrongQueryError
+from sequencerd.console.summary import Summary
+from sequencerd.console.tables import at
+from sequencerd.errors import UsageError
+from sequencerd.journeys import Sequences
+from sequencerd.settings import Console
+from sequencerd.store import PASSING_ERRORS, brief
+
+CONNECTIONS = 4
+TIMEOUT = 10.0  # seconds that a page waits for the database
+
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+        " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+def make_console(
+    settings: Console,
+    url: str,
+    journeys: Callable[[], Sequences],
+    now: Callable[[], datetime],
+    log: FilteringBoundLogger,
+) -> Starlette:
+    """The application. `journeys` gives the sequences and runners as they are at the moment; its
+    `state.close` ends what would keep its connections open.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        # no connection before somebody asks
+        async with asyncpg.create_pool(
+            url,
+            min_size=0,
+            max_size=CONNECTIONS,
+            timeout=TIMEOUT,
+            command_timeout=TIMEOUT,
+            server_settings={
+                "application_name": "sequencerd console",
+                "default_transaction_read_only": "on",
+                "plan_cache_mode": "force_custom_plan",
+            },
+        ) as pool:
+            summary = Summary(pool, log)
+            live = Live(pool, summary)
+            changes = Changes(url, log)
+            app.state.console = pages.State(
+                settings, url, pool, Auth(settings), html.make_templates(), summary, live, journeys,
+                now, changes,
+            )  # fmt: skip
+            app.state.close = live.close
+            tasks = [asyncio.create_task(work) for work in (summary.keep(), live.keep())]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await changes.close()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                pool.terminate()
+
+    def get(path: str, page: pages.Page) -> Route:
+        return Route(path, _guarded(page, log), methods=["GET"])
+
+    def post(path: str, page: pages.Page) -> Route:
+        return Route(path, _guarded(page, log), methods=["POST"])
+
+    return Starlette(
+        routes=[
+            get("/", pages.overview),
+            get("/sequence", pages.sequence),
+            get("/enrollments/{id:int}", pages.enrollment),
+            get("/failures", pages.failures),
+            get("/failures/group", pages.group),
+            get("/search", pages.search),
+            get("/simulate", pages.simulate),
+            get("/tables/{name}.{form}", pages.table),
+            get("/live", pages.stream),
+            post("/change", pages.change),
+            get("/login", pages.login),
+            post("/login", pages.log_in),
+            post("/logout", pages.log_out),
+            get("/static/{name:path}", pages.static),
+        ],
+        middleware=[Middleware(_WithHeaders)],
+        exception_handlers={HTTPException: _said},
+        lifespan=lifespan,
+    )
+
+
+class _WithHeaders:
+    """Headers for every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        async def send_more(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                known = {name.lower() for name, _ in message["headers"]}
+                for name, value in {**HEADERS, "Cache-Control": "no-store"}.items():
+                    if name.lower().encode() not in known:
+                        message["headers"].append((name.lower().encode(), value.encode()))
+            await send(message)
+
+        await self._app(scope, receive, send_more)
+
+
+def _said(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    texts: Mapping[int, str] = {
+        404: "There is no such page.",
+        405: "That can't be done with this page.",
+    }
+    answer = pages.say(
+        request, error.status_code, error.detail, texts.get(error.status_code, error.detail)
+    )
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+PUBLIC = (pages.login, pages.log_in, pages.static)
+"""What needs no login."""
+
+PROGRAMS = (pages.table, pages.stream)
+"""What no person reads: who is not logged in is told so, and not led to a form."""
+
+
+def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
+    """The page for whoever may see it; what goes wrong as a page that says so."""
+
+    async def answer(request: Request) -> Response:
+        auth = pages.state_of(request).auth
+        if refusal := auth.refusal(request):
+            return PlainTextResponse(f"{refusal}\n", 403)
+        request.state.visitor = visitor = auth.visitor(request)
+        if visitor.user is None and page not in PUBLIC:
+            if page in PROGRAMS:
+                return PlainTextResponse("Log in first.\n", 401)
+            to = str(request.url.replace(scheme="", netloc=""))
+            return _kept(request, RedirectResponse(at("/login", to=to), 303))
+        try:
+            if request.method == "POST":
+                request.state.form = await pages.form(request)
+                if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
+                    return pages.say(
+                        request, 403, "Not done",
+                        "This form is too old, or does not come from here. Load the page again.",
+                    )  # fmt: skip
+                if page is pages.change and not pages.state_of(request).settings.write:
+                    return pages.say(
+                        request, 403, "Read only", "Set console.write = true to change something."
+                    )
+            made = await page(request)
+        except NotFoundError as error:
+            made = pages.say(request, 404, "Not found", str(error))
+        except (WrongQueryError, UsageError) as error:
+            text = str(error)
+            made = pages.say(request, 422, "Not possible", f"{text[:1].upper()}{text[1:]}.")
+        except pages.NotYetError:
+            made = PlainTextResponse("The first count is under way.\n", 503, {"Retry-After": "1"})
+        except PASSING_ERRORS as error:
+            log.warning("the console can't reach the database", error=brief(error))
+            made = pages.say(
+                request, 503, "The database can't be reached",
+                "Nothing can be shown until it answers again. This page tries it by itself.",
+            )  # fmt: skip
+            made.headers["Retry-After"] = "5"
+        except Exception as error:  # its text may hold data of people
+            log.error("a page of the console failed", path=request.url.path, error=_where(error))
+            made = pages.say(request, 500, "Something is wrong here", "The log says where.")
+        return _kept(request, made)
+
+    return answer
+
+
+def _kept(request: Request, response: Response) -> Response:
+    if not request.url.path.startswith(at("/static/")):
+        pages.state_of(request).auth.keep(request, response, request.state.visitor)
+    return response
+
+
+def _where(error: BaseException) -> str:
+    """The kind of an error and where it arose, without what it says."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" in {trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}" if trace else ""
+    return f"{brief(error)}{place}"

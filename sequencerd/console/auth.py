@@ -1,0 +1,183 @@
+"""Who is at the console: a login by password, a proxy's word, or whoever is at this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
+
+from itsdangerous import BadSignature, URLSafeTimedSerializer
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sequencerd import passwords
+from sequencerd.settings import Console
+
+COOKIE = "sequencerd"
+LONGEST_SESSION = 12 * 3600  # seconds
+MAX_USER = 100  # characters
+
+ATTEMPTS = 5  # wrong passwords from an address in a minute
+PERIOD = 60.0
+MAX_ADDRESSES = 10_000
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Who asks. `user` is None until they have logged in; `token` proves that a form is ours."""
+
+    user: str | None
+    nonce: str
+    token: str
+
+
+class Auth:
+    """What the settings say of who may come in."""
+
+    def __init__(self, settings: Console) -> None:
+        self._settings = settings
+        self.password_hash = (
+            settings.password_hash.get_secret_value() if settings.password_hash else None
+        )
+        # from the hash: sessions outlive a restart, hold for several daemons, and end with the
+        # password. Without one a session is nobody's proof, and may end
+        root = self.password_hash or secrets.token_hex()
+        self._key = hashlib.sha256(f"sequencerd console {root}".encode()).digest()
+        self._serializer = URLSafeTimedSerializer(self._key, salt="session")
+        self._proxies = [ip_network(text) for text in settings.trusted_proxy]
+        self._failures: dict[str, list[float]] = {}
+        self._one_at_a_time = asyncio.Semaphore(1)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody on this machine may come in."""
+        return self.password_hash is None and not self._proxies
+
+    def refusal(self, request: Request) -> str | None:
+        """Why nobody is served who asks like this, whoever they are."""
+        # a name that leads here is how a page from elsewhere would read what needs no login
+        if self.is_open and request.url.hostname not in (*LOOPBACK_NAMES, "::1"):
+            return "Without a password the console answers at 127.0.0.1 and localhost alone."
+        if self.password_hash is None and self._proxies and self._from_proxy(request) is None:
+            return "The console is behind a proxy, which has to say who you are."
+        return None
+
+    def visitor(self, request: Request) -> Visitor:
+        """Who asks."""
+        kept = self._session(request)
+        nonce = kept.get("nonce") or secrets.token_urlsafe(16)
+        user = self._from_proxy(request)
+        if user is None and self.is_open:
+            user = "somebody at this machine"
+        if user is None and self.password_hash is not None:
+            user = kept.get("user")
+        return Visitor(user, nonce, self._token(nonce, user))
+
+    def nobody(self) -> Visitor:
+        """Who has just gone."""
+        nonce = secrets.token_urlsafe(16)
+        return Visitor(None, nonce, self._token(nonce, None))
+
+    async def log_in(self, request: Request, user: str, password: str) -> Visitor | None:
+        """Who has logged in; None for a wrong password. Raises TooManyError."""
+        address = self.address(request)
+        if wait := self._wait(address):
+            raise TooManyError(wait)
+        assert self.password_hash is not None
+        async with self._one_at_a_time:  # it takes memory and a core
+            if wait := self._wait(address):
+                raise TooManyError(wait)
+            right = await asyncio.to_thread(passwords.matches, password, self.password_hash)
+            if not right:
+                self._failed(address)
+                return None
+        self._failures.pop(address, None)
+        nonce = secrets.token_urlsafe(16)
+        return Visitor(user, nonce, self._token(nonce, user))
+
+    def is_ours(self, request: Request, visitor: Visitor, token: str) -> bool:
+        """Whether a form was made here for this visitor."""
+        site = request.headers.get("sec-fetch-site", "same-origin")
+        return site in ("same-origin", "none") and hmac.compare_digest(
+            token.encode("utf-8", "surrogatepass"), visitor.token.encode()
+        )
+
+    def keep(self, request: Request, response: Response, visitor: Visitor) -> None:
+        """Sets the cookie where the visitor has another one."""
+        if self._session(request) != (wanted := {"nonce": visitor.nonce, "user": visitor.user}):
+            response.set_cookie(
+                COOKIE,
+                self._serializer.dumps(wanted),
+                max_age=LONGEST_SESSION,
+                path="/console",
+                secure=self._is_https(request),
+                httponly=True,
+                samesite="lax",
+            )
+
+    def address(self, request: Request) -> str:
+        """Where the request comes from: for an IPv6 address its network."""
+        text = request.client.host if request.client else ""
+        if self._is_proxy(request):
+            text = request.headers.get("x-forwarded-for", text).rpartition(",")[2].strip()
+        try:
+            address = ip_address(text)
+        except ValueError:
+            return text
+        return str(ip_network((address, 64), strict=False)) if address.version == 6 else text
+
+    def _session(self, request: Request) -> dict[str, str | None]:
+        try:
+            kept = self._serializer.loads(request.cookies.get(COOKIE, ""), LONGEST_SESSION)
+        except BadSignature:
+            return {}
+        return dict(kept)
+
+    def _token(self, nonce: str, user: str | None) -> str:
+        return hmac.digest(self._key, f"form {nonce} {user}".encode(), "sha256").hex()
+
+    def _from_proxy(self, request: Request) -> str | None:
+        name = request.headers.get(self._settings.user_header, "").strip()
+        return name[:MAX_USER] if name and self._is_proxy(request) else None
+
+    def _is_proxy(self, request: Request) -> bool:
+        try:
+            peer = ip_address(request.client.host if request.client else "")
+        except ValueError:
+            return False
+        return any(peer in network for network in self._proxies)
+
+    def _is_https(self, request: Request) -> bool:
+        forwarded = request.headers.get("x-forwarded-proto") if self._is_proxy(request) else None
+        return (forwarded or request.url.scheme) == "https"
+
+    def _wait(self, address: str) -> int:
+        """For how many seconds this address may not try."""
+        recent = _recent(self._failures.get(address, ()))
+        return 0 if len(recent) < ATTEMPTS else int(recent[0] + PERIOD - time.monotonic()) + 1
+
+    def _failed(self, address: str) -> None:
+        failures = [*_recent(self._failures.pop(address, ())), time.monotonic()]
+        if len(self._failures) >= MAX_ADDRESSES:
+            del self._failures[next(iter(self._failures))]  # the one that failed longest ago
+        self._failures[address] = failures
+
+
+class TooManyError(Exception):
+    """Too many wrong passwords: come again after so many seconds."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"too many wrong passwords; try again in {seconds} s")
+        self.seconds = seconds
+
+
+def _recent(times: Sequence[float]) -> list[float]:
+    since = time.monotonic() - PERIOD
+    return [at for at in times if at > since]

@@ -1,0 +1,126 @@
+"""How values look in a page. Everything is escaped but what is made here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from importlib.resources import files
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from sequencerd.console.summary import MOST
+from sequencerd.console.tables import at
+from sequencerd.core.dates import zone as find_zone
+from sequencerd.core.model import DefinitionError
+from sequencerd.words import is_never
+
+STATIC = files("sequencerd.console") / "static"
+
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+
+
+def make_templates() -> Environment:
+    """The templates with what they use."""
+    made = Environment(
+        autoescape=True,
+        loader=PackageLoader("sequencerd.console"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(
+        when=when, in_zone=in_zone, number=number, duration=duration, days=days, pretty=pretty
+    )
+    made.globals.update(at=at, asset=asset)
+    return made
+
+
+@cache
+def asset(name: str) -> str:
+    """The URL of a static file, another one when its contents are others."""
+    digest = hashlib.sha256((STATIC / name).read_bytes()).hexdigest()[:12]
+    return at(f"/static/{name}", v=digest)
+
+
+def when(value: datetime | None) -> str:
+    """A time in UTC, which the reader's browser shows in the reader's zone."""
+    return _time(value, "UTC", "reader")
+
+
+def in_zone(value: datetime | None, zone: str) -> str:
+    """A time in the subject's zone, and after it in the reader's."""
+    return _time(value, zone, "both")
+
+
+def _time(value: datetime | None, zone: str, shown: str) -> str:
+    if value is None:
+        return "–"
+    if is_never(value):
+        return "when something changes"
+    return Markup('<time datetime="{}" data-shown="{}">{}</time>').format(
+        value.astimezone(UTC).isoformat(), shown, clock(value, zone)
+    )
+
+
+def clock(value: datetime, zone: str) -> str:
+    """A time as a clock in a zone shows it, and the zone."""
+    try:
+        found = find_zone(zone)
+    except DefinitionError:
+        zone, found = "UTC", ZoneInfo("UTC")
+    try:
+        local = value.astimezone(found)
+    except OverflowError:
+        local, zone = value, "UTC"
+    return f"{local:%a %Y-%m-%d %H:%M:%S} {zone}"
+
+
+def number(value: int | None) -> str:
+    """A count; those that reach the limit may be greater."""
+    if value is None:
+        return "–"
+    return f"{value:,}{'+' if value >= MOST else ''}"
+
+
+def duration(seconds: float | None) -> str:
+    """The two greatest units."""
+    if seconds is None:
+        return "–"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    parts: list[str] = []
+    rest = round(seconds)
+    for name, size in _UNITS:
+        count, rest = divmod(rest, size)
+        if count or parts:
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])
+
+
+def days(counts: Mapping[str, int]) -> str:
+    """Bars, one for each day; what they show is in words as well."""
+    most = max(counts.values(), default=0)
+    bars = Markup("").join(
+        Markup('<rect x="{}" y="{}" width="5" height="{}"><title>{}: {}</title></rect>').format(
+            n * 7, 24 - height, height, day, f"{count:,}"
+        )
+        for n, (day, count) in enumerate(counts.items())
+        if (height := max(round(23 * count / most), 1 if count else 0) if most else 0) or True
+    )
+    total = sum(counts.values())
+    words = f"{total:,} in {len(counts)} days, at most {most:,} in one"
+    return Markup(
+        '<svg class="days" viewBox="0 0 {} 24" role="img" aria-label="{}">{}</svg> '
+        '<span class="sum">{}</span>'
+    ).format(len(counts) * 7 - 2, words, bars, f"{total:,}")
+
+
+def pretty(value: Any) -> str:
+    """JSON over several lines."""
+    return escape(json.dumps(value, indent=2, ensure_ascii=False, default=str))

@@ -1,0 +1,87 @@
+"""Tells open pages when what they show has changed: one query for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import asyncpg
+
+from sequencerd.console.summary import Summary
+from sequencerd.store import PASSING_ERRORS, QUERIES
+
+INTERVAL = 1.0  # seconds between looks at the enrollments that are open
+QUIET = 15.0  # after so long without a change something is sent, for what cuts silent connections
+COUNTS = 0
+"""What a page watches that shows counts; others watch an enrollment's id."""
+
+
+class Live:
+    """What is watched, and which version of it is the latest."""
+
+    def __init__(self, pool: asyncpg.Pool, summary: Summary) -> None:
+        self._pool = pool
+        self._summary = summary
+        self._watched: Counter[int] = Counter()
+        self._versions: dict[int, str] = {}
+        self._turn = asyncio.Event()  # replaced whenever versions are read
+        self._open = asyncio.Event()
+        self.closing = False
+        summary.changed = self._announce
+
+    def _announce(self) -> None:
+        self._versions[COUNTS] = self._summary.version
+        turn, self._turn = self._turn, asyncio.Event()
+        turn.set()
+
+    def version(self, topic: int) -> str | None:
+        """Of what is watched, the latest version that is known."""
+        return self._versions.get(topic)
+
+    def close(self) -> None:
+        """Ends all streams."""
+        self.closing = True
+        self._announce()
+
+    async def keep(self) -> None:
+        """Looks for as long as it runs, while a page is open."""
+        while True:
+            await self._open.wait()
+            if self._watched[COUNTS]:
+                self._summary.look()
+            ids = [id_ for id_, pages in self._watched.items() if id_ != COUNTS and pages > 0]
+            if ids:
+                try:
+                    rows = await self._pool.fetch(QUERIES["console_versions"], ids)
+                except (*PASSING_ERRORS, asyncpg.PostgresError):
+                    rows = []  # the pages say so themselves when they are asked for
+                new = {row["id"]: row["version"] for row in rows}
+                if any(self._versions.get(id_) != version for id_, version in new.items()):
+                    self._versions |= new
+                    self._announce()
+            await asyncio.sleep(INTERVAL)
+
+    async def stream(self, topic: int, known: str) -> AsyncIterator[str]:
+        """The events of a page that knows a version: each new one."""
+        self._watched[topic] += 1
+        self._open.set()
+        try:
+            yield f": \nid: {known}\nretry: 1000\n\n"
+            while not self.closing:
+                turn = self._turn
+                version = self._versions.get(topic, known)
+                if version != known:
+                    known = version
+                    yield f"event: changed\nid: {known}\ndata:\n\n"
+                try:
+                    await asyncio.wait_for(turn.wait(), QUIET)
+                except TimeoutError:
+                    yield ":\n\n"
+        finally:
+            self._watched[topic] -= 1
+            if self._watched[topic] <= 0:
+                del self._watched[topic]
+                self._versions.pop(topic, None)
+            if not self._watched:
+                self._open.clear()

@@ -1,0 +1,85 @@
+"""Personal data that the console must not show."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+HIDDEN = "•••"
+SHORTEST = 3  # characters: what is shorter is in every text
+
+_ADDRESS = re.compile(r"[^\s<>(),;:\"']+@[^\s<>(),;:\"']+|\+?\d[\d ()/.-]{6,}\d")
+"""An e-mail address, or a telephone number: those of the past are in nobody's data any more."""
+
+_TEXTS = ("subject", "last_error", "message")
+
+Row = dict[str, Any]
+
+
+def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], Row]:
+    """A function that gives a row as it may be shown.
+
+    Its `data` become a dict, with nothing where the paths lead; what was there is hidden in the
+    texts of the row as well. `known` of a row are further data whose values are hidden.
+    """
+    if not paths:
+        return _parsed
+    keys = [path.split(".")[1:] for path in paths if path != "subject"]
+
+    def mask(row: Mapping[str, Any]) -> Row:
+        shown = _parsed(row)
+        values: set[str] = set()
+        for kept in (shown.get("data"), json.loads(json.dumps(shown.pop("known", None)))):
+            if isinstance(kept, dict):
+                for path in keys:
+                    values.update(_hide(kept, path))
+        texts = sorted((v for v in values if len(v) >= SHORTEST), key=len, reverse=True)
+
+        def hide(text: str) -> str:
+            for value in texts:
+                text = text.replace(value, HIDDEN)
+            return text
+
+        for name in _TEXTS:
+            if shown.get(name) is not None:
+                is_text = name != "subject"
+                text = hide(shown[name])
+                shown[name] = _ADDRESS.sub(HIDDEN, text) if is_text else text
+        if "subject" in paths and "subject" in shown:
+            shown["subject"] = HIDDEN
+        return shown
+
+    return mask
+
+
+def _parsed(row: Mapping[str, Any]) -> Row:
+    shown = dict(row)
+    if isinstance(shown.get("data"), str):
+        shown["data"] = json.loads(shown["data"])
+    return shown
+
+
+def _hide(data: dict[str, Any], path: Sequence[str]) -> Iterator[str]:
+    """Replaces what is at a path, and gives the texts that were there."""
+    *way, last = path
+    for key in way:
+        inner = data.get(key)
+        if not isinstance(inner, dict):
+            return
+        data = inner
+    if last in data:
+        yield from _texts(data[last])
+        data[last] = HIDDEN
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+    elif value is not None and not isinstance(value, bool):
+        yield str(value)

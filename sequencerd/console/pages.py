@@ -1,0 +1,563 @@
+"""The pages: each function answers a request of somebody who may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, get_args
+from urllib.parse import parse_qsl
+
+import asyncpg
+from jinja2 import Environment
+from starlette.requests import Request
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
+
+from sequencerd import graph
+from sequencerd.console import changing, html, reading
+from sequencerd.console.auth import Auth, TooManyError, Visitor
+from sequencerd.console.live import COUNTS, Live
+from sequencerd.console.mask import make_mask
+from sequencerd.console.reading import Journey, NotFoundError, Query, WrongQueryError
+from sequencerd.console.summary import Counts, Summary
+from sequencerd.console.tables import Column, Table, as_csv, as_json, at
+from sequencerd.core import dates
+from sequencerd.core.model import DefinitionError, Enrollment, Sequence
+from sequencerd.errors import UsageError
+from sequencerd.journeys import Sequences
+from sequencerd.settings import Console
+from sequencerd.simulate import Outcome, Simulation
+from sequencerd.store import QUERIES
+from sequencerd.words import what_next
+
+MAX_FORM = 100_000  # bytes
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+COUNTED = {"overview": reading.overview, "steps": reading.steps, "failures": reading.failures}
+"""The tables that are made of the counts."""
+
+
+@dataclass
+class State:
+    """What the pages work with."""
+
+    settings: Console
+    url: str
+    pool: asyncpg.Pool
+    auth: Auth
+    templates: Environment
+    summary: Summary
+    live: Live
+    journeys: Callable[[], Sequences]
+    now: Callable[[], datetime]
+    changes: changing.Changes
+    simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    journeys_read: dict[int, tuple[str, Journey]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.mask = make_mask(self.settings.mask)
+
+
+def state_of(request: Request) -> State:
+    """What the pages work with."""
+    state: State = request.app.state.console
+    return state
+
+
+def render(request: Request, template: str, code: int = 200, /, **given: Any) -> Response:
+    """A page."""
+    state = state_of(request)
+    visitor: Visitor | None = getattr(request.state, "visitor", None)
+    text = state.templates.get_template(template).render(
+        visitor=visitor,
+        here=request.url.path.removeprefix("/console"),
+        address=str(request.url.replace(scheme="", netloc="")),
+        back=str(request.url.replace(scheme="", netloc="")),
+        may_write=state.settings.write,
+        may_log_out=state.auth.password_hash is not None,
+        done=state.changes.told(visitor.nonce) if visitor else None,
+        **given,
+    )
+    return HTMLResponse(text, code)
+
+
+def say(request: Request, status: int, title: str, text: str) -> Response:
+    """A page with a sentence."""
+    return render(request, "message.html", status, title=title, text=text)
+
+
+def _query(request: Request, rows: int = reading.PAGE) -> Query:
+    return Query(dict(request.query_params), rows)
+
+
+def _since(counts: Counts | None) -> str:
+    if counts is None or counts.flow_since is None:
+        return "the first count, which is under way"
+    return f"{counts.flow_since:%Y-%m-%d}"
+
+
+# --- counts
+
+
+async def overview(request: Request) -> Response:
+    """Every sequence."""
+    state = state_of(request)
+    counts = await state.summary.get()
+    table = reading.overview(counts, _query(request)) if counts else None
+    return render(
+        request,
+        "overview.html",
+        title="Overview",
+        live=COUNTS,
+        version=state.summary.version,
+        counts=counts,
+        since=_since(counts),
+        overview=table,
+    )
+
+
+async def failures(request: Request) -> Response:
+    """Who failed, by step and reason."""
+    state = state_of(request)
+    counts = await state.summary.get()
+    return render(
+        request,
+        "failures.html",
+        title="Failures",
+        live=COUNTS,
+        version=state.summary.version,
+        counts=counts,
+        failures=reading.failures(counts, _query(request)) if counts else None,
+    )
+
+
+async def sequence(request: Request) -> Response:
+    """A sequence: its graph and steps; where one is chosen, who waits there."""
+    state, query = state_of(request), _query(request)
+    name, step = query.must("sequence"), query.get("step")
+    definition = _definition(state, name)
+    node = definition.steps.get(step) if step else None
+    if step and node is None:
+        raise NotFoundError(f"The sequence {name} has no step {step}.")
+    counts = await state.summary.get()
+    people = await reading.people(state.pool, query, state.mask) if step else None
+    revisions = await reading.revisions(state.pool, query)
+    known = counts.sequences if counts else []
+    status = next((row["status"] for row in known if row["name"] == name), None)
+    steps = reading.steps(counts, query) if counts else None
+    problem = None
+    if steps and step:
+        problem = next((row["problem"] for row in steps.rows if row["step"] == step), None)
+    return render(
+        request,
+        "sequence.html",
+        title=name,
+        live=COUNTS,
+        version=state.summary.version,
+        counts=counts,
+        since=_since(counts),
+        name=name,
+        status=status or ("paused" if definition.paused else "active"),
+        definition=definition,
+        graph=json.dumps(_graph(definition, steps, step)),
+        steps=steps,
+        step=step,
+        node=node,
+        problem=problem,
+        people=people,
+        revisions=revisions,
+    )
+
+
+def _definition(state: State, name: str) -> Sequence:
+    try:
+        return state.journeys().definitions[name]
+    except KeyError:
+        raise NotFoundError(f"There is no sequence {name}.") from None
+
+
+def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dict[str, Any]:
+    """What the browser draws: the goals apart, ways with how many went there."""
+    counted = {row["step"]: row for row in steps.rows} if steps else {}
+    nodes = []
+    for step in definition.steps.values():
+        row = counted.get(step.name, {})
+        nodes.append(
+            {
+                "name": step.name,
+                "type": step.type,
+                "url": at("/sequence", sequence=definition.name, step=step.name),
+                "first": step.name == definition.first_step,
+                "goal": step.type == "Goal",
+                "chosen": step.name == chosen,
+                "active": html.number(row.get("active")),
+                "failed": html.number(row["failed"]) if row.get("failed") else "",
+                "stay": html.duration(row.get("median_stay")),
+                "problem": bool(row.get("problem")),
+            }
+        )
+    edges = []
+    for edge in graph.edges(definition):
+        key = "alt_next" if edge.label == "altNext" else "next"
+        times = counted.get(edge.source, {}).get(key, 0)
+        edges.append(
+            {
+                "from": edge.source,
+                "to": edge.target,
+                "elsewhere": edge.sequence,
+                "label": edge.label,
+                "times": html.number(times) if times else "",
+            }
+        )
+    return {"nodes": nodes, "edges": edges}
+
+
+# --- people
+
+
+async def group(request: Request) -> Response:
+    """Who failed at a step for a reason."""
+    state, query = state_of(request), _query(request)
+    table = await reading.failed_people(state.pool, query, state.mask)
+    return render(
+        request,
+        "group.html",
+        title="Failures",
+        live=COUNTS,
+        version=state.summary.version,
+        group={key: query.get(key) for key in ("sequence", "step", "failure")},
+        failed=table,
+    )
+
+
+async def enrollment(request: Request) -> Response:
+    """Where an enrollment is, why, and what has happened to it."""
+    found = await _journey(request, request.path_params["id"], _query(request))
+    zone = found.row["timezone"] or "UTC"
+    row = {**found.row, "timezone": zone}
+    return render(
+        request,
+        "enrollment.html",
+        title=row["subject"],
+        live=row["id"],
+        version=found.version,
+        row=row,
+        why=what_next(row, lambda time: html.clock(time, zone)),
+        events=found.events,
+    )
+
+
+async def _journey(request: Request, id_: int, query: Query) -> Journey:
+    """Read once for all who have the page open."""
+    state = state_of(request)
+    if id_ >= 2**63:
+        raise NotFoundError(f"There is no enrollment {id_}.")
+    version = state.live.version(id_)
+    is_shared = version is not None and not query.given and query.rows == reading.PAGE
+    if is_shared and (kept := state.journeys_read.get(id_)) and kept[0] == version:
+        return kept[1]
+    found = await reading.journey(state.pool, id_, query, state.mask)
+    if is_shared:
+        state.journeys_read = {
+            known: kept
+            for known, kept in state.journeys_read.items()
+            if state.live.version(known) == kept[0]
+        }
+        state.journeys_read[id_] = (found.version, found)
+    return found
+
+
+async def search(request: Request) -> Response:
+    """Who is meant."""
+    state, query = state_of(request), _query(request)
+    table, remark = await reading.search(state.pool, query, state.mask, state.settings.mask)
+    q = query.get("q") or ""
+    return render(request, "search.html", title="Search", q=q, found=table, remark=remark)
+
+
+# --- simulation
+
+
+async def simulate(request: Request) -> Response:
+    """The year of somebody."""
+    state, query = state_of(request), _query(request)
+    given = {
+        "sequences": sorted(state.journeys().definitions),
+        "chosen": query.get("sequence"),
+        "timezone": query.get("timezone") or "",
+        "outcome": query.get("outcome") or "next",
+        "outcomes": OUTCOMES,
+        "data": query.get("data") or "{}",
+        "enrollment": query.get("enrollment"),
+    }
+    wrong, simulation, table = None, None, None
+    if query.get("sequence") or query.get("enrollment"):
+        try:
+            simulation, table = await _simulated(state, query)
+        except UsageError as error:
+            wrong = str(error)
+    end = ""
+    if simulation:
+        end = (
+            simulation.end if simulation.status != "active" else "The year ends; it is still there."
+        )
+        given["chosen"] = simulation.enrollment.sequence
+    return render(
+        request,
+        "simulate.html",
+        422 if wrong else 200,
+        title="Simulate",
+        wrong=wrong,
+        simulation=simulation,
+        simulated=table,
+        end=state.mask({"message": end})["message"],
+        **given,
+    )
+
+
+async def _simulated(state: State, query: Query) -> tuple[Simulation, Table]:
+    """Raises UsageError."""
+    journeys = state.journeys()
+    if (outcome := query.get("outcome") or "next") not in OUTCOMES:
+        raise UsageError(f"side effects can't end with {outcome!r}")
+    outcomes: dict[str, Outcome] = dict.fromkeys(journeys.runners, outcome)
+    journeys = Sequences(journeys.definitions, journeys.runners, outcomes)
+    now = state.now().replace(microsecond=0)
+    known: Mapping[str, Any] = {}
+    work: Callable[[], Simulation]
+    if query.get("enrollment"):
+        id_ = query.number("enrollment", 0)
+        row = await state.pool.fetchrow(QUERIES["simulated"], id_)
+        if row is None:
+            raise NotFoundError(f"There is no enrollment {id_}, or not any more.")
+        *columns, status = row.values()
+        if status != "active":
+            raise UsageError(f"enrollment {id_} is {status}: nothing lies ahead")
+        start = Enrollment(*columns)._replace(leased_by=None)
+        known = json.loads(start.data)
+
+        def work() -> Simulation:
+            return journeys.follow(start, now, None, {}, None)
+    else:
+        data, zone = _data(query.get("data") or "{}"), query.get("timezone")
+        if zone is not None:
+            try:
+                dates.zone(zone)
+            except DefinitionError as error:
+                raise UsageError(str(error)) from error
+        name = query.must("sequence")
+
+        def work() -> Simulation:
+            return journeys.simulate(name, start=now, data=data, timezone=zone)
+
+    async with state.simulating:  # one at a time: it takes a core
+        simulation = await asyncio.to_thread(work)
+    rows = [_entry(state, entry._asdict(), known) for entry in simulation.entries]
+    columns_shown = (
+        Column("at", "When", "time"),
+        Column("sequence", "Sequence"),
+        Column("step", "Step"),
+        Column("type", "Type"),
+        Column("visit", "Visit", "number"),
+        Column("action", "What", "code"),
+        Column("message", "Message"),
+        Column("details", "What is sent", "json"),
+    )
+    return simulation, Table("simulation", columns_shown, rows, query.given)
+
+
+def _entry(state: State, entry: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """As it may be shown: the data of somebody who is there may be masked."""
+    if not known:
+        return entry
+    details = {
+        key: state.mask({"message": text, "known": known})["message"]
+        for key, text in entry["details"].items()
+    }
+    shown = state.mask({"message": entry["message"], "known": known})
+    return {**entry, "message": shown["message"], "details": details}
+
+
+def _data(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the data are not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UsageError('the data must be a JSON object such as {"name": "Ada"}')
+    return data
+
+
+# --- tables
+
+
+async def table(request: Request) -> Response:
+    """A table as JSON or CSV."""
+    state = state_of(request)
+    limit = _query(request).number("limit", reading.PAGE)
+    query = _query(request, max(1, min(limit, reading.MOST_ROWS)))
+    name, form = request.path_params["name"], request.path_params["form"]
+    write = {"json": as_json, "csv": as_csv}.get(form)
+    made = await _table(request, state, name, query)
+    if write is None or made is None:
+        raise NotFoundError("There is no such table.")
+    return write(made)
+
+
+async def _table(request: Request, state: State, name: str, query: Query) -> Table | None:
+    if name in COUNTED:
+        counts = await state.summary.get()
+        if counts is None:
+            raise NotYetError
+        return COUNTED[name](counts, query)
+    match name:
+        case "people":
+            return await reading.people(state.pool, query, state.mask)
+        case "failed":
+            return await reading.failed_people(state.pool, query, state.mask)
+        case "revisions":
+            return await reading.revisions(state.pool, query)
+        case "search":
+            found, _ = await reading.search(state.pool, query, state.mask, state.settings.mask)
+            return found
+        case "events":
+            found_journey = await _journey(request, query.number("id", 0), query)
+            return found_journey.events
+        case "simulation":
+            return (await _simulated(state, query))[1]
+    return None
+
+
+class NotYetError(Exception):
+    """The first count is still under way."""
+
+
+# --- live
+
+
+async def stream(request: Request) -> Response:
+    """Tells a page when it has changed."""
+    state, query = state_of(request), _query(request)
+    topic = query.number("topic", COUNTS)
+    known = request.headers.get("last-event-id") or query.get("version") or ""
+    return StreamingResponse(
+        state.live.stream(topic, known),
+        media_type="text/event-stream",
+        headers={"X-Accel-Buffering": "no"},
+    )
+
+
+# --- changes
+
+
+async def form(request: Request) -> dict[str, str]:
+    """What was filled in. Raises WrongQueryError."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_FORM:
+            raise WrongQueryError("that is too much")
+    try:
+        return dict(parse_qsl(body.decode(), keep_blank_values=True, errors="strict"))
+    except ValueError as error:
+        raise WrongQueryError("that can't be read") from error
+
+
+async def change(request: Request) -> Response:
+    """Retries, skips or cancels one enrollment or all of a group."""
+    state = state_of(request)
+    visitor: Visitor = request.state.visitor
+    assert visitor.user is not None
+    query = Query(request.state.form)
+    await state.changes.make(
+        visitor.nonce,
+        visitor.user,
+        query.must("action"),
+        id_=query.number("id", 0) or None,
+        sequence=query.get("sequence"),
+        step=query.get("step"),
+        failure=query.get("failure"),
+        reason=query.get("reason"),
+    )
+    state.journeys_read.clear()
+    return RedirectResponse(_local(query.get("back")), 303)
+
+
+def _local(address: str | None) -> str:
+    """An address of the console: no other may be gone to."""
+    is_ours = address and (address == "/console" or address.startswith(("/console/", "/console?")))
+    return address if address and is_ours else at("/")
+
+
+# --- coming and going
+
+
+async def login(request: Request) -> Response:
+    """Asks for the password."""
+    state = state_of(request)
+    if state.auth.password_hash is None or request.state.visitor.user:
+        return RedirectResponse(at("/"), 303)
+    return _ask(request, 200, _query(request).get("to"), "", None)
+
+
+def _ask(request: Request, status: int, to: str | None, name: str, wrong: str | None) -> Response:
+    return render(
+        request, "login.html", status, title="Log in", to=_local(to), name=name, wrong=wrong
+    )
+
+
+async def log_in(request: Request) -> Response:
+    """Looks at the password."""
+    state = state_of(request)
+    query = Query(request.state.form)
+    name, to = " ".join((query.get("name") or "").split())[:100], query.get("to")
+    if state.auth.password_hash is None:
+        return RedirectResponse(at("/"), 303)
+    if not name:
+        return _ask(request, 422, to, name, "Write your name.")
+    try:
+        visitor = await state.auth.log_in(request, name, request.state.form.get("password", ""))
+    except TooManyError as error:
+        answer = _ask(request, 429, to, name, f"{str(error)[0].upper()}{str(error)[1:]}.")
+        answer.headers["Retry-After"] = str(error.seconds)
+        return answer
+    if visitor is None:
+        return _ask(request, 403, to, name, "The password is wrong.")
+    request.state.visitor = visitor
+    return RedirectResponse(_local(to), 303)
+
+
+async def log_out(request: Request) -> Response:
+    """Ends the session in this browser."""
+    request.state.visitor = state_of(request).auth.nobody()
+    return RedirectResponse(at("/login"), 303)
+
+
+async def static(request: Request) -> Response:
+    """Styles and scripts."""
+    name = request.path_params["name"]
+    if name not in FILES:
+        raise NotFoundError("There is no such file.")
+    answer = FileResponse(str(html.STATIC / name), media_type=FILES[name])
+    answer.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+    return answer
+
+
+FILES = {
+    "console.css": "text/css",
+    "console.js": "text/javascript",
+    "graph.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+    "vendor/htmx.js": "text/javascript",
+    "vendor/dagre.js": "text/javascript",
+}
+
+Page = Callable[[Request], Awaitable[Response]]

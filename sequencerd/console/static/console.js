@@ -1,0 +1,93 @@
+"use strict";
+// What a page does beside showing: times in the reader's zone, questions before changes, and
+// following what changes.
+
+const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+const clock = new Intl.DateTimeFormat("sv-SE", {
+  dateStyle: "short", timeStyle: "medium",
+});
+const weekday = new Intl.DateTimeFormat("en-GB", { weekday: "short" });
+
+function showTimes(root) {
+  for (const time of root.querySelectorAll("time[data-shown]")) {
+    const at = new Date(time.dateTime);
+    if (isNaN(at)) continue;
+    const local = `${weekday.format(at)} ${clock.format(at)}`;
+    if (time.dataset.shown === "reader") {
+      time.title = time.textContent;
+      time.textContent = local;
+    } else if (!time.textContent.startsWith(local)) {
+      const span = document.createElement("span");
+      span.className = "local";
+      span.textContent = ` · ${local} yours`;
+      time.title = zone;
+      time.append(span);
+    }
+    delete time.dataset.shown;
+  }
+}
+
+document.addEventListener("submit", (event) => {
+  const question = event.target.dataset.question;
+  if (question && !window.confirm(question)) event.preventDefault();
+});
+
+// One stream while the page is seen. The server tells that there is a newer version of what is
+// shown; htmx fetches it. A stream that ends is opened again by the browser, and here where the
+// browser gives up.
+let source = null;
+let again = null;
+
+function follow() {
+  const live = document.getElementById("live");
+  clearTimeout(again);
+  if (source) source.close();
+  source = null;
+  if (!live || live.dataset.live === undefined || document.hidden) return;
+  const query = new URLSearchParams({ topic: live.dataset.live, version: live.dataset.version });
+  source = new EventSource(`/console/live?${query}`);
+  source.onopen = () => say("Live", false);
+  source.addEventListener("changed", refresh);
+  source.onerror = () => {
+    say("Not connected", true);
+    if (source.readyState === EventSource.CLOSED) again = setTimeout(follow, 3000);
+  };
+}
+
+function say(text, isLost) {
+  const state = document.getElementById("state");
+  if (!state || (state.textContent === text && !state.hidden)) return;
+  state.hidden = false;
+  state.textContent = text;
+  state.classList.toggle("lost", isLost);
+}
+
+function refresh() {
+  // a hidden page is refreshed when it is seen again: its stream is closed meanwhile
+  htmx.trigger(document.body, "live");
+}
+
+// what says that the database can't be reached comes with a status that is no success: keep what
+// is shown, and ask again
+document.addEventListener("htmx:before:swap", (event) => {
+  const status = event.detail?.ctx?.response?.status ?? event.detail?.ctx?.response?.raw?.status;
+  if (status >= 500) {
+    event.preventDefault();
+    say("Not connected", true);
+    again = setTimeout(refresh, 3000);
+  }
+});
+
+document.addEventListener("htmx:after:swap", () => {
+  showTimes(document);
+  document.dispatchEvent(new Event("shown"));
+});
+
+document.addEventListener("visibilitychange", follow);
+window.addEventListener("pagehide", () => source && source.close());
+window.addEventListener("pageshow", (event) => event.persisted && follow());
+
+showTimes(document);
+follow();
+// a page that says that something can't be reached is asked for again
+if (document.querySelector("[data-retry]")) setTimeout(() => location.reload(), 5000);

@@ -1,0 +1,132 @@
+"use strict";
+// Draws the graph of a sequence. Places are computed anew only where steps or ways have changed;
+// where only counts have, their texts are replaced, and what has the focus keeps it.
+
+(() => {
+  const SVG = "http://www.w3.org/2000/svg";
+  const WIDTH = 210;
+  const HEIGHT = 58;
+  let drawn = "";
+
+  function element(name, attributes, ...children) {
+    const made = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.append(...children);
+    return made;
+  }
+
+  const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+  const endOf = (edge) =>
+    edge.elsewhere ? `other ${edge.elsewhere}/${edge.to}` : edge.to === null ? "end" : `step ${edge.to}`;
+
+  function layout(data) {
+    const graph = new dagre.graphlib.Graph({ multigraph: true });
+    graph.setGraph({ rankdir: "TB", nodesep: 40, ranksep: 46, marginx: 20, marginy: 20 });
+    graph.setDefaultEdgeLabel(() => ({}));
+    for (const node of data.nodes) graph.setNode(`step ${node.name}`, { width: WIDTH, height: HEIGHT });
+    data.edges.forEach((edge, n) => {
+      const end = endOf(edge);
+      if (!graph.hasNode(end)) {
+        const text = edge.elsewhere ? `${edge.elsewhere}/${edge.to}` : "end";
+        graph.setNode(end, { width: Math.min(24 + 7 * text.length, WIDTH), height: 26, text });
+      }
+      graph.setEdge(`step ${edge.from}`, end, { width: 70, height: 16, labelpos: "c" }, `${n}`);
+    });
+    dagre.layout(graph);
+    return graph;
+  }
+
+  const path = (points) =>
+    points.map(({ x, y }, n) => {
+      if (n === 0) return `M${x},${y}`;
+      if (n === points.length - 1) return `L${x},${y}`;
+      const next = points[n + 1];
+      return `Q${x},${y} ${(x + next.x) / 2},${(y + next.y) / 2}`;
+    }).join(" ");
+
+  function way(graph, edge, n) {
+    const { points, x, y } = graph.edge(`step ${edge.from}`, endOf(edge), `${n}`);
+    const line = element("path", {
+      class: edge.label ? "way alt" : "way", d: path(points), "marker-end": "url(#arrow)",
+    });
+    const label = element("text", { class: "label", x, y: y + 4, "data-edge": n });
+    return element("g", {}, line, label);
+  }
+
+  function box(graph, node, n) {
+    const { x, y } = graph.node(`step ${node.name}`);
+    const left = x - WIDTH / 2;
+    const top = y - HEIGHT / 2;
+    const names = ["node"];
+    if (node.goal) names.push("goal");
+    if (node.problem) names.push("wrong");
+    if (node.chosen) names.push("chosen");
+    const link = element(
+      "a", { href: node.url, class: names.join(" "), "data-node": n },
+      element("rect", { class: "box", x: left, y: top, width: WIDTH, height: HEIGHT, rx: node.goal ? 18 : 7 }),
+      element("text", { class: "step", x: left + 12, y: top + 23 }, short(node.name, 20)),
+      element("text", { class: "small", x: left + 12, y: top + 43 }),
+      element("text", { class: "count", x: left + WIDTH - 12, y: top + 23 }),
+      element("text", { class: "failed", x: left + WIDTH - 12, y: top + 43 }),
+    );
+    link.append(element("title", {}, node.name));
+    return link;
+  }
+
+  function fill(svg, data) {
+    const set = (found, text) => { if (found.textContent !== text) found.textContent = text; };
+    data.nodes.forEach((node, n) => {
+      const link = svg.querySelector(`[data-node="${n}"]`);
+      const stay = node.stay === "–" ? "" : ` · ${node.stay}`;
+      set(link.querySelector(".small"), short(node.type, 18) + stay);
+      set(link.querySelector(".count"), node.active);
+      set(link.querySelector(".failed"), node.failed && `${node.failed} failed`);
+      const words = `${node.name}, ${node.type}, ${node.active} waiting` +
+        (node.failed ? `, ${node.failed} failed` : "") + (node.problem ? ", has a problem" : "");
+      link.setAttribute("aria-label", words);
+    });
+    data.edges.forEach((edge, n) => {
+      set(svg.querySelector(`[data-edge="${n}"]`), [edge.label, edge.times].filter(Boolean).join(" "));
+    });
+  }
+
+  function draw() {
+    const place = document.getElementById("graph");
+    const source = document.getElementById("graph-data");
+    if (!place || !source) return;
+    const data = JSON.parse(source.dataset.graph);
+    const shape = JSON.stringify([
+      data.nodes.map((node) => [node.name, node.type, node.chosen, node.problem]),
+      data.edges.map((edge) => [edge.from, edge.to, edge.elsewhere, edge.label]),
+    ]);
+    if (shape !== drawn) {
+      const graph = layout(data);
+      const { width, height } = graph.graph();
+      const arrow = element(
+        "marker",
+        { id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" },
+        element("path", { class: "head", d: "M0,0 L8,4 L0,8 z" }),
+      );
+      const ends = graph.nodes().filter((name) => !name.startsWith("step ")).map((name) => {
+        const { x, y, width: wide, text } = graph.node(name);
+        return element(
+          "g", {},
+          element("rect", { class: "end", x: x - wide / 2, y: y - 13, width: wide, height: 26, rx: 13 }),
+          element("text", { class: "end-text", x, y: y + 4 }, short(text, 26)),
+        );
+      });
+      place.replaceChildren(element(
+        "svg", { width: Math.ceil(width), height: Math.ceil(height), viewBox: `0 0 ${width} ${height}` },
+        element("defs", {}, arrow),
+        ...data.edges.map((edge, n) => way(graph, edge, n)),
+        ...ends,
+        ...data.nodes.map((node, n) => box(graph, node, n)),
+      ));
+      drawn = shape;
+    }
+    fill(place.firstElementChild, data);
+  }
+
+  document.addEventListener("shown", draw);
+  draw();
+})();

@@ -1,0 +1,184 @@
+"""How many are where, and what has happened in the last days: counted in the background, once for
+all who look, and only while somebody does.
+
+A count takes longer the more there is to count, so it rests nine times as long as it worked: it
+takes at most a tenth of one connection, and what the pages show is as old as that makes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from statistics import median
+from typing import Any
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.store import PASSING_ERRORS, QUERIES, Place, brief
+
+MOST = 1_000_000  # people at a step: there may be more
+DAYS = 14
+RESTS = 9  # times as long as it worked
+SHORTEST = 1.0  # seconds between counts
+AFTER_ERROR = 2.0
+TIMEOUT = 60.0  # of a statement
+ATTENTION = 30.0  # for so long after the last look it goes on
+PATIENCE = 0.08  # how long a page waits for the first counts, or those after a long pause
+OLD = timedelta(seconds=5)
+
+LATE = timedelta(seconds=10)
+"""Events are committed in another order than they are made: the last are not yet counted."""
+
+SAMPLE = 5000  # of those who left a step, in each look
+STAYS = 500  # of a step that are kept
+
+Row = Mapping[str, Any]
+Flow = Mapping[tuple[str, str, str], Counter[date]]
+"""Of a sequence, a step and an action, how often it happened on which day."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is known as of a time."""
+
+    at: datetime
+    sequences: list[Row]
+    steps: list[Row]
+    failed: list[Row]
+    flow: Flow
+    stays: Mapping[Place, float]  # the median in seconds
+    flow_since: date | None  # from this day on the flow is known
+
+    @property
+    def days(self) -> list[date]:
+        """The days of the flow, the last is today."""
+        today = self.at.astimezone(UTC).date()
+        return [today - timedelta(days=n) for n in reversed(range(DAYS))]
+
+
+class Summary:
+    """Keeps the counts; `changed` is told when there are new ones."""
+
+    def __init__(self, pool: asyncpg.Pool, log: FilteringBoundLogger) -> None:
+        self.changed: Callable[[], None] = lambda: None
+        self._pool = pool
+        self._log = log
+        self._counts: Counts | None = None
+        self._error: BaseException | None = None
+        self._looked = float("-inf")
+        self._wanted = asyncio.Event()
+        self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._flow: defaultdict[tuple[str, str, str], Counter[date]] = defaultdict(Counter)
+        self._stays: defaultdict[Place, deque[float]] = defaultdict(lambda: deque(maxlen=STAYS))
+        self._counted_to: datetime | None = None
+        self._known_since: date | None = None
+        self._past: list[date] = []  # days that are yet to be counted, the latest at the end
+
+    @property
+    def version(self) -> str:
+        """Another one when the counts are others."""
+        return self._counts.at.isoformat() if self._counts else ""
+
+    def look(self) -> None:
+        """Somebody looks."""
+        self._looked = time.monotonic()
+        self._wanted.set()
+
+    async def get(self) -> Counts | None:
+        """The latest counts; None before the first. Raises what keeps them from being made."""
+        self.look()
+        if self._counts is None or datetime.now(UTC) - self._counts.at > OLD:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._next), PATIENCE)
+        if self._error is not None:
+            raise self._error
+        return self._counts
+
+    async def keep(self) -> None:
+        """Counts for as long as it runs."""
+        while True:
+            await self._wanted.wait()
+            if time.monotonic() - self._looked > ATTENTION:
+                self._wanted.clear()
+                continue
+            begun = time.monotonic()
+            failed = True
+            try:
+                self._counts = await self._count()
+                failed, self._error = False, None
+            except (TimeoutError, asyncpg.QueryCanceledError) as error:
+                # it is slow, not gone: what was counted before is still worth showing
+                self._log.warning("the console can't count in time", error=brief(error))
+            except (*PASSING_ERRORS, asyncpg.PostgresError) as error:
+                if self._error is None:
+                    self._log.warning("the console can't count", error=brief(error))
+                self._error = error
+            done, self._next = self._next, asyncio.get_running_loop().create_future()
+            done.set_result(None)
+            self.changed()
+            took = time.monotonic() - begun
+            await asyncio.sleep(AFTER_ERROR if failed else max(SHORTEST, RESTS * took))
+
+    async def _count(self) -> Counts:
+        async with self._pool.acquire() as connection:
+            now = await connection.fetchval(QUERIES["server_time"])
+            sequences = await connection.fetch(QUERIES["console_sequences"])
+            steps = await connection.fetch(QUERIES["console_steps"], now, MOST, timeout=TIMEOUT)
+            failed = await connection.fetch(QUERIES["console_failed"], MOST, timeout=TIMEOUT)
+            if self._counts is not None:  # the first look is for who waits for it
+                await self._count_flow(connection, now)
+        stays = {place: median(kept) for place, kept in self._stays.items() if kept}
+        flow = {key: Counter(days) for key, days in self._flow.items()}
+        return Counts(now, sequences, steps, failed, flow, stays, self._known_since)
+
+    async def _count_flow(self, connection: asyncpg.Connection, now: datetime) -> None:
+        """What has happened since the last time, and one more day of the past."""
+        until = now - LATE
+        today = until.astimezone(UTC).date()
+        if self._counted_to is None or until - self._counted_to > _days(DAYS):
+            self._flow.clear()
+            self._counted_to = _midnight(today)
+            self._known_since = today
+            self._past = [today - _days(n) for n in range(DAYS - 1, 0, -1)]
+        elif self._past:
+            day = self._past.pop()
+            try:
+                await self._add_flow(connection, _midnight(day), _midnight(day + _days(1)))
+                self._known_since = day
+            except (TimeoutError, asyncpg.QueryCanceledError):
+                self._past = []  # the days before it are no smaller
+        if until > self._counted_to:
+            await self._add_flow(connection, self._counted_to, until)
+            self._counted_to = until
+        first = today - _days(DAYS - 1)
+        for days in self._flow.values():
+            for day in [day for day in days if day < first]:
+                del days[day]
+
+    async def _add_flow(
+        self, connection: asyncpg.Connection, since: datetime, until: datetime
+    ) -> None:
+        rows = await connection.fetch(QUERIES["console_flow"], since, until, timeout=TIMEOUT)
+        every = 1 + sum(row["times"] for row in rows) // SAMPLE
+        stays = await connection.fetch(
+            QUERIES["console_stays"], since, until, every, SAMPLE, timeout=TIMEOUT
+        )
+        for row in rows:
+            self._flow[row["sequence"], row["step"], row["action"]][row["day"]] += row["times"]
+        for row in stays:
+            if row["seconds"] is not None:
+                self._stays[row["sequence"], row["step"]].append(row["seconds"])
+
+
+def _days(number: int) -> timedelta:
+    return timedelta(days=number)
+
+
+def _midnight(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)

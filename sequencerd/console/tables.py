@@ -1,0 +1,104 @@
+"""The tables of the pages, which can be had as JSON and CSV as well."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+from urllib.parse import quote, urlencode
+
+from starlette.responses import Response
+
+from sequencerd.words import plain, text
+
+ROOT = "/console"
+
+Kind = Literal["text", "number", "time", "duration", "json", "days", "code"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: the key of its values, and how a page shows them; `link` is the key of an URL."""
+
+    key: str
+    title: str
+    kind: Kind = "text"
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one page. `more` is the query of the next page, `query` that of this one."""
+
+    name: str
+    columns: Sequence[Column]
+    rows: Sequence[Mapping[str, Any]]
+    query: Mapping[str, str]
+    more: Mapping[str, str] | None = None
+
+    def url(self, form: str) -> str:
+        """Where the same can be had as "json" or "csv"."""
+        return at(f"/tables/{self.name}.{form}", **self.query)
+
+
+def at(path: str, **query: object) -> str:
+    """The URL of a page; what is None is left out."""
+    given = {key: value for key, value in query.items() if value is not None}
+    return ROOT + quote(path) + (f"?{urlencode(given, errors='replace')}" if given else "")
+
+
+def as_json(table: Table) -> Response:
+    """The rows, and where the next ones are."""
+    keys = [column.key for column in table.columns]
+    body = {
+        "rows": [{key: row[key] for key in keys} for row in table.rows],
+        "next": _next(table, "json"),
+    }
+    content = json.dumps(body, default=_plain, ensure_ascii=False)
+    return Response(content, headers=_headers(table, "json"), media_type="application/json")
+
+
+def as_csv(table: Table) -> Response:
+    """The rows under a line of names; where the next ones are is in the header Link."""
+    written = io.StringIO()
+    writer = csv.writer(written)
+    writer.writerow(column.key for column in table.columns)
+    for row in table.rows:
+        writer.writerow(_cell(row[column.key]) for column in table.columns)
+    headers = _headers(table, "csv")
+    headers["Content-Disposition"] = f'attachment; filename="{table.name}.csv"'
+    return Response(written.getvalue(), headers=headers, media_type="text/csv")
+
+
+def _headers(table: Table, form: str) -> dict[str, str]:
+    following = _next(table, form)
+    return {"Link": f'<{following}>; rel="next"'} if following else {}
+
+
+def _next(table: Table, form: str) -> str | None:
+    return at(f"/tables/{table.name}.{form}", **table.more) if table.more else None
+
+
+def _plain(value: object) -> object:
+    return (
+        value.isoformat()
+        if hasattr(value, "isoformat") and not isinstance(value, datetime)
+        else plain(value)
+    )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, datetime):
+        return str(plain(value))
+    if isinstance(value, dict | list):
+        return json.dumps(value, default=_plain, ensure_ascii=False)
+    shown = text(value)
+    # a spreadsheet would take it for a formula
+    is_text = isinstance(value, str) and shown.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{shown}" if is_text else shown
