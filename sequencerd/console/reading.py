@@ -397,7 +397,7 @@ async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: Mask) -> Jou
         event.pop("known", None)
     more = None
     if len(found) > query.rows:
-        more = {"id": str(id_), "before": events[-1]["at"].isoformat()}
+        more = {**query.given, "id": str(id_), "before": events[-1]["at"].isoformat()}
     columns = (
         Column("at", "When", "time"),
         Column("sequence", "Sequence"),

@@ -19,7 +19,7 @@ function showTimes(root) {
     } else if (!time.textContent.startsWith(local)) {
       const span = document.createElement("span");
       span.className = "local";
-      span.textContent = ` · ${local} yours`;
+      span.textContent = ` ${local} yours`;
       time.title = zone;
       time.append(span);
     }

@@ -1,0 +1,174 @@
+"""A console on a listener of its own, with a database and an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+import asyncpg
+import httpx
+import structlog
+from prometheus_client import CollectorRegistry
+
+from sequencerd.console.app import make_console
+from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.journeys import Sequences
+from sequencerd.runners import Runner
+from sequencerd.settings import Settings
+from sequencerd.web import make_app, serving
+from tests.engines import Recorder, define, enroll, running_engine
+from tests.test_web import free_port
+
+DAY = '{"amount": 1, "unit": "day"}'
+
+
+@asynccontextmanager
+async def console(
+    url: str,
+    runners: Mapping[str, Runner] | None = None,
+    *,
+    through: str | None = None,
+    **settings: Any,
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a console that an engine runs beside. The console's own connections can go
+    `through` another URL.
+    """
+    found = Settings.model_validate({"console": settings}).console
+    assert found is not None
+    runners = runners or {"Note": Recorder()}
+    async with running_engine(url, runners) as engine:
+        app = make_app(
+            list,
+            list,
+            CollectorRegistry(),
+            make_console(
+                found,
+                through or url,
+                lambda: Sequences(dict(engine.catalog.sequences), runners),
+                lambda: datetime.now(UTC),
+                structlog.get_logger(),
+            ),
+        )
+        listen = f"127.0.0.1:{free_port()}"
+        async with (
+            serving(app, listen),
+            httpx.AsyncClient(base_url=f"http://{listen}/console", timeout=30) as client,
+        ):
+            while True:
+                try:
+                    await client.get("/static/icon.svg")
+                except httpx.TransportError:
+                    await asyncio.sleep(0.02)
+                else:
+                    break
+            yield client
+
+
+class Line:
+    """A way to the database that can be cut."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        options = parse_qs(parts.query)
+        self._socket = f"{options['host'][0]}/.s.PGSQL.{options.get('port', ['5432'])[0]}"
+        self._writers: list[asyncio.StreamWriter] = []
+        self.is_cut = False
+        self._parts = parts
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[str]:
+        """The URL of this way."""
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        query = f"host=127.0.0.1&port={port}&sslmode=disable"
+        try:
+            yield urlunsplit(self._parts._replace(query=query))
+        finally:
+            self.cut()
+            server.close()
+
+    def cut(self) -> None:
+        self.is_cut = True
+        for writer in self._writers:
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.is_cut:
+            writer.close()
+            return
+        above, below = await asyncio.open_unix_connection(self._socket)
+        self._writers += [writer, below]
+
+        async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            with suppress(OSError):
+                while data := await source.read(65536):
+                    target.write(data)
+            target.close()
+
+        await asyncio.gather(copy(above, writer), copy(reader, below))
+
+
+def token(page: httpx.Response) -> str:
+    """What proves that a form comes from there."""
+    found = re.search(r'name="token" value="(\w+)"', page.text)
+    assert found, page.text
+    return found[1]
+
+
+async def counted(client: httpx.AsyncClient, table: str, **query: str) -> list[dict[str, Any]]:
+    """The rows of a table that is made of counts, once there are any."""
+    async with asyncio.timeout(20):
+        while True:
+            answer = await client.get(f"/tables/{table}.json", params=query)
+            if answer.status_code == 200 and answer.json()["rows"]:
+                rows: list[dict[str, Any]] = answer.json()["rows"]
+                return rows
+            await asyncio.sleep(0.05)
+
+
+async def eventually(client: httpx.AsyncClient, path: str, status: int) -> httpx.Response:
+    """The page, once it has this status."""
+    async with asyncio.timeout(20):
+        while True:
+            page = await client.get(path)
+            if page.status_code == status:
+                return page
+            await asyncio.sleep(0.05)
+
+
+class Mended(Recorder):
+    """A runner that refuses until it is mended."""
+
+    def __init__(self) -> None:
+        super().__init__(self._answer)
+        self.is_mended = False
+
+    async def _answer(self, task: Task) -> Result:
+        text = json.dumps(task.view["data"])
+        return Answer() if self.is_mended else Failed(f"refused: {text}", permanent=True)
+
+
+async def people(connection: asyncpg.Connection) -> tuple[int, int]:
+    """A sequence with somebody who waits, and somebody who fails at its note. Their ids."""
+    await define(
+        connection,
+        "s",
+        ("wait", "WaitForDuration", DAY, "note"),
+        ("note", "Note", "{}", None),
+    )
+    waiting = await enroll(connection, "s", "ada", '{"email": "ada@example.com", "name": "Ada"}')
+    failing = await connection.fetchval(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data, step)"
+        " VALUES ('s', 'bob', '{\"email\": \"bob@example.com\"}', 'note') RETURNING id"
+    )
+    return waiting, failing
+
+
+FAILED = "SELECT count(*) = 1 FROM sequencer.enrollments WHERE status = 'failed'"
+BEGUN = "SELECT count(*) = 1 FROM sequencer.enrollments WHERE entered_at < wake_at"

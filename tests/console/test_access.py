@@ -1,0 +1,416 @@
+"""Who may come in, who may change something, and what nobody gets to see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from http.cookies import SimpleCookie
+from pathlib import Path
+
+import asyncpg
+import httpx
+import pytest
+
+from sequencerd import passwords
+from sequencerd.console import auth
+from sequencerd.errors import SettingsError
+from sequencerd.settings import load
+from tests.conftest import Command
+from tests.console.conftest import BEGUN, FAILED, Mended, console, counted, people, token
+from tests.engines import until, way
+from tests.test_web import answers, daemon, is_ok
+
+PASSWORD = "correct horse"
+HASH = passwords.make_hash(PASSWORD)
+MASKED = ["data.email", "data.contact.phone"]
+
+
+async def log_in(client: httpx.AsyncClient, password: str = PASSWORD) -> httpx.Response:
+    page = await client.get("/login")
+    form = {
+        "token": token(page),
+        "name": "Ada Lovelace",
+        "password": password,
+        "to": "/console/search?q=a",
+    }
+    return await client.post("/login", data=form)
+
+
+def cookie(response: httpx.Response) -> SimpleCookie:
+    found = SimpleCookie()
+    found.load(response.headers["set-cookie"])
+    return found
+
+
+# --- coming in
+
+
+async def test_a_password_is_asked_for(database: str, connection: asyncpg.Connection) -> None:
+    await people(connection)
+    async with console(database, password_hash=HASH) as client:
+        page = await client.get("/enrollments/1?before=2026-01-01")
+        assert page.status_code == 303
+        assert page.headers["location"].startswith("/console/login?to=%2Fconsole%2Fenrollments%2F1")
+        for path in ("/tables/search.json", "/tables/people.csv", "/live"):
+            assert (await client.get(path)).status_code == 401
+        assert (await client.get("/static/console.css")).status_code == 200
+        refused = await log_in(client, "wrong horse")
+        assert refused.status_code == 403
+        assert "The password is wrong" in refused.text
+        assert (await client.get("/")).status_code == 303
+        done = await log_in(client)
+        assert done.status_code == 303
+        assert done.headers["location"] == "/console/search?q=a"
+        assert "Ada Lovelace" in (await client.get("/")).text
+        kept = cookie(done)["sequencerd"]
+        assert kept["httponly"]
+        assert kept["samesite"] == "lax"
+        assert kept["path"] == "/console"
+        assert not kept["secure"]
+        # what is in the cookie is signed
+        changed = {"Cookie": f"sequencerd={kept.value[:-2]}xx"}
+        client.cookies.clear()
+        assert (await client.get("/", headers=changed)).status_code == 303
+
+
+async def test_a_session_ends_with_the_password_and_not_with_the_daemon(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with console(database, password_hash=HASH) as client:
+        await log_in(client)
+        kept = {"Cookie": f"sequencerd={client.cookies['sequencerd']}"}
+    async with console(database, password_hash=HASH) as client:
+        assert (await client.get("/", headers=kept)).status_code == 200
+    async with console(database, password_hash=passwords.make_hash(PASSWORD)) as client:
+        assert (await client.get("/", headers=kept)).status_code == 303
+
+
+async def test_who_logs_out_is_out(database: str, connection: asyncpg.Connection) -> None:
+    async with console(database, password_hash=HASH) as client:
+        await log_in(client)
+        page = await client.get("/")
+        assert (await client.post("/logout", data={"token": "x"})).status_code == 403
+        assert (await client.get("/")).status_code == 200
+        assert (await client.post("/logout", data={"token": token(page)})).status_code == 303
+        assert (await client.get("/")).status_code == 303
+
+
+async def test_passwords_are_not_guessed(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "PERIOD", 2.0)
+    async with console(database, password_hash=HASH) as client:
+        statuses = [(await log_in(client, f"wrong {n}")).status_code for n in range(auth.ATTEMPTS)]
+        assert statuses == [403] * auth.ATTEMPTS
+        refused = await log_in(client)  # the right one, and too late
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 3
+        await asyncio.sleep(2.1)
+        assert (await log_in(client)).status_code == 303
+
+
+async def test_a_proxy_says_who_it_is(database: str, connection: asyncpg.Connection) -> None:
+    ada = {"X-Forwarded-User": "ada", "X-Forwarded-Proto": "https"}
+    async with console(database, trusted_proxy=["127.0.0.0/8"]) as client:
+        assert (await client.get("/")).status_code == 403
+        page = await client.get("/", headers=ada)
+        assert page.status_code == 200
+        assert '<span class="user">ada</span>' in page.text
+        assert cookie(page)["sequencerd"]["secure"]
+        client.cookies.set("sequencerd", cookie(page)["sequencerd"].value)
+        assert (await client.get("/")).status_code == 403, "the cookie alone is nobody's proof"
+    async with console(database, trusted_proxy=["10.1.2.3"]) as client:
+        assert (await client.get("/", headers=ada)).status_code == 403
+    async with console(database, trusted_proxy=["10.1.2.3"], password_hash=HASH) as client:
+        assert (await client.get("/", headers=ada)).status_code == 303
+    async with console(
+        database, trusted_proxy=["127.0.0.1"], user_header="Remote-User", write=True
+    ) as client:
+        assert (await client.get("/", headers=ada)).status_code == 403
+        assert (await client.get("/", headers={"Remote-User": "bob"})).status_code == 200
+
+
+async def test_a_limit_holds_for_who_is_behind_the_proxy(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with console(database, trusted_proxy=["127.0.0.1"], password_hash=HASH) as client:
+        client.headers["X-Forwarded-For"] = "198.51.100.1, 2001:db8::1"
+        for _ in range(auth.ATTEMPTS):
+            assert (await log_in(client, "wrong")).status_code == 403
+        client.headers["X-Forwarded-For"] = "2001:db8::2"  # of the same network
+        assert (await log_in(client)).status_code == 429
+        client.headers["X-Forwarded-For"] = "2001:db8:1::1"
+        assert (await log_in(client)).status_code == 303
+
+
+async def test_an_open_console_answers_to_its_own_names_alone(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with console(database) as client:
+        for host, status in (("evil.example", 403), ("localhost:1", 200), ("[::1]:1", 200)):
+            page = await client.get("/search", headers={"Host": host})
+            assert page.status_code == status, host
+            assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
+# --- changing something
+
+
+async def test_what_is_read_only_changes_nothing(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    _, failing = await people(connection)
+    async with console(database, {"Note": Mended()}, password_hash=HASH) as client:
+        await until(connection, FAILED)
+        await log_in(client)
+        page = await client.get(f"/enrollments/{failing}")
+        assert "/console/change" not in page.text
+        form = {"action": "retry", "id": str(failing), "token": token(page)}
+        refused = await client.post("/change", data=form)
+        assert refused.status_code == 403
+        assert "Read only" in refused.text
+        assert await connection.fetchval(FAILED)
+
+
+async def test_forms_of_others_are_refused(database: str, connection: asyncpg.Connection) -> None:
+    _, failing = await people(connection)
+    async with console(database, {"Note": Mended()}, write=True) as client:
+        await until(connection, FAILED)
+        form = {"action": "cancel", "id": str(failing)}
+        right = token(await client.get(f"/enrollments/{failing}"))
+        for wrong, headers in (
+            ({}, {}),
+            ({"token": "x"}, {}),
+            ({"token": "ü\ud800".encode("utf-8", "surrogatepass")}, {}),
+            ({"token": right}, {"Sec-Fetch-Site": "cross-site"}),
+            ({"token": right}, {"Cookie": "sequencerd=x"}),
+        ):
+            refused = await client.post("/change", data={**form, **wrong}, headers=headers)
+            assert refused.status_code in (403, 422)
+        assert (await client.get("/change", params={**form, "token": right})).status_code == 405
+        assert await connection.fetchval(FAILED)
+        for wrong in (
+            {"action": "drop"},
+            {"action": "cancel", "id": ""},
+            {"action": "cancel", "id": "", "sequence": "s"},
+            {"action": "cancel", "id": "x"},
+        ):
+            refused = await client.post("/change", data={**form, **wrong, "token": right})
+            assert refused.status_code == 422
+        huge = {**form, "token": right, "reason": "x" * 200_000}
+        assert (await client.post("/change", data=huge)).status_code == 422
+        assert await connection.fetchval(FAILED)
+
+
+async def test_who_failed_is_retried_to_the_end(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    _, failing = await people(connection)
+    runner = Mended()
+    async with console(database, {"Note": runner}, write=True, password_hash=HASH) as client:
+        await until(connection, FAILED)
+        await log_in(client)
+        page = await client.get(f"/enrollments/{failing}")
+        runner.is_mended = True
+        form = {
+            "action": "retry",
+            "id": str(failing),
+            "token": token(page),
+            "back": f"/console/enrollments/{failing}",
+        }
+        done = await client.post("/change", data=form)
+        assert done.headers["location"] == f"/console/enrollments/{failing}"
+        await until(
+            connection,
+            "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1",
+            failing,
+            seconds=5,  # the daemon was notified: no sweep comes so soon
+        )
+        page = await client.get(f"/enrollments/{failing}")
+        assert "Retried 1 enrollment." in page.text
+        assert "Retried 1 enrollment." not in (await client.get(f"/enrollments/{failing}")).text
+        assert "note completed" in await way(connection, failing)
+        message = await connection.fetchval(
+            "SELECT message FROM sequencer.events WHERE action = 'resumed'"
+        )
+        assert message == "by postgres: Ada Lovelace in the console"
+        # no way out of the console
+        for to in ("https://evil.example/", "//evil.example", "/consolex", "/console\\@evil"):
+            away = await client.post("/change", data={**form, "back": to})
+            assert away.headers["location"] == "/console/", to
+
+
+@pytest.mark.parametrize(
+    ("action", "status"), [("retry", "completed"), ("skip", "completed"), ("cancel", "cancelled")]
+)
+async def test_a_whole_group_is_changed(
+    database: str, connection: asyncpg.Connection, action: str, status: str
+) -> None:
+    await people(connection)
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, step, status, failure)"
+        " SELECT 's', 'g' || n, 'note', 'failed', CASE WHEN n > 2500 THEN 'loop' ELSE 'error' END"
+        " FROM generate_series(1, 2510) AS n"
+    )
+    runner = Mended()
+    async with console(database, {"Note": runner}, write=True) as client:
+        await until(
+            connection,
+            "SELECT status = 'failed' FROM sequencer.enrollments WHERE subject = 'bob'",
+        )
+        runner.is_mended = True
+        group = {"sequence": "s", "step": "note", "failure": "error"}
+        page = await client.get("/failures/group", params=group)
+        await client.post("/change", data={**group, "action": action, "token": token(page)})
+        await until(
+            connection,
+            "SELECT count(*) = 2501 FROM sequencer.enrollments WHERE status = $1",
+            status,
+        )
+        left = await connection.fetchval(
+            "SELECT count(*) FROM sequencer.enrollments WHERE failure = 'loop'"
+        )
+        assert left == 10
+
+
+# --- what is masked
+
+
+async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connection) -> None:
+    secret = json.dumps(
+        {"email": "bob@example.com", "contact": {"phone": "+49 151 1"}, "ok": "yes"}
+    )
+    waiting, failing = await people(connection)
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET data = $2, subject = 'bob@example.com' WHERE id = $1",
+        failing,
+        json.dumps(secret),
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
+        " VALUES ($1, now(), 's', 'note', 1, 'noop', 'to old.bob@example.com and bob@example.com')",
+        failing,
+    )
+    group = "sequence=s&step=note&failure=error"
+    async with console(database, {"Note": Mended()}, mask=MASKED) as client:
+        await until(connection, FAILED)
+        await until(connection, BEGUN)
+        await counted(client, "failures")
+        for path in (
+            f"/enrollments/{failing}",
+            f"/enrollments/{waiting}",
+            f"/failures/group?{group}",
+            f"/tables/failed.json?{group}",
+            f"/tables/failed.csv?{group}",
+            f"/tables/events.json?id={failing}",
+            f"/tables/events.csv?id={failing}",
+            "/tables/people.json?sequence=s&step=wait",
+            "/sequence?sequence=s&step=wait",
+            "/search",
+            "/tables/search.json",
+            "/tables/search.csv",
+            f"/search?q={failing}",
+            f"/simulate?enrollment={waiting}",
+            f"/tables/simulation.json?enrollment={waiting}",
+        ):
+            page = await client.get(path)
+            assert page.status_code == 200, path
+            assert "example.com" not in page.text, path
+            assert "151" not in page.text, path
+        page = await client.get(f"/enrollments/{failing}")
+        assert "•••" in page.text
+        assert "&#34;ok&#34;: &#34;yes&#34;" in page.text
+        # nobody can ask whose an address is
+        page = await client.get("/tables/search.json?q=ada@example.com")
+        assert page.json()["rows"] == []
+        assert "masked" in (await client.get("/search?q=ada@example.com")).text
+    async with console(database, {"Note": Mended()}, mask=["subject"]) as client:
+        assert "bob" not in (await client.get("/search")).text.replace("bob@", "")
+        assert (await client.get("/tables/search.json?q=ad")).json()["rows"] == []
+
+
+# --- settings
+
+
+def test_a_console_for_everybody_is_refused() -> None:
+    on = {"SEQUENCERD_CONSOLE_ENABLED": "true"}
+    assert load(on).listen == "127.0.0.1:9187"
+    assert load({**on, "SEQUENCERD_HTTP_LISTEN": "localhost:1"}).listen == "localhost:1"
+    for listen in ("0.0.0.0:80", "[::]:80", "10.0.0.1:80", "console.example:80"):
+        everywhere = {**on, "SEQUENCERD_HTTP_LISTEN": listen}
+        with pytest.raises(SettingsError, match="open to everybody"):
+            load(everywhere)
+        load({**everywhere, "SEQUENCERD_CONSOLE_PASSWORD_HASH": HASH})
+        load({**everywhere, "SEQUENCERD_CONSOLE_TRUSTED_PROXY": "10.0.0.2, 10.1.0.0/16"})
+        load({**everywhere, "SEQUENCERD_CONSOLE_ENABLED": "false"})
+    assert load({}).listen is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("PASSWORD_HASH", "secret", "console-password"),
+        ("TRUSTED_PROXY", "proxy.example", "proxy.example"),
+        ("MASK", "email", "data.email"),
+        ("USER_HEADER", "a b", "user_header"),
+        ("WRITES", "true", "did you mean SEQUENCERD_CONSOLE_WRITE"),
+    ],
+)
+def test_wrong_settings_are_explained(name: str, value: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(words)):
+        load({f"SEQUENCERD_CONSOLE_{name}": value})
+
+
+def test_the_section_turns_it_on(tmp_path: Path) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text("[console]\n")
+    console = load({}, file).console
+    assert console is not None
+    assert console.enabled
+    assert not console.write
+    file.write_text("[console]\nwrites = true\n")
+    with pytest.raises(SettingsError, match="did you mean 'write'"):
+        load({}, file)
+
+
+def test_the_command_makes_a_hash(sequencerd: Command) -> None:
+    def run(given: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "sequencerd", "console-password"],
+            input=given,
+            env=sequencerd.variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    made = run(f"{PASSWORD}\n").stdout.strip()
+    assert passwords.matches(PASSWORD, made)
+    assert not passwords.matches("wrong horse", made)
+    assert made != run(f"{PASSWORD}\n").stdout.strip()
+    assert PASSWORD not in made
+    assert run("short\n").returncode == 1
+
+
+# --- the daemon
+
+
+async def test_the_daemon_serves_it(database: str, connection: asyncpg.Connection) -> None:
+    waiting, _ = await people(connection)
+    async with daemon(database, SEQUENCERD_CONSOLE_WRITE="true") as client:
+        await answers(client, "/readyz", is_ok)
+        page = await client.get(f"/console/enrollments/{waiting}")
+        assert page.status_code == 200
+        assert "Is looked at again" in page.text
+        page = await client.get("/", follow_redirects=True)
+        assert page.url.path == "/console/"
+        # an open stream doesn't hold up the end
+        stream = await client.send(client.build_request("GET", "/console/live"), stream=True)
+        assert stream.status_code == 200
+    await stream.aclose()
+    async with daemon(database) as client:
+        await answers(client, "/readyz", is_ok)
+        assert (await client.get("/console/")).status_code == 404

@@ -1,0 +1,424 @@
+"""Each page and table of the console, asked of the real listener over a real database."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+from contextlib import suppress
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+
+import asyncpg
+import httpx
+import pytest
+
+from sequencerd.console import html, reading, summary
+from sequencerd.console.pages import FILES
+from tests.console.conftest import (
+    BEGUN,
+    FAILED,
+    Line,
+    Mended,
+    console,
+    counted,
+    eventually,
+    people,
+    token,
+)
+from tests.engines import define, enroll, until
+
+HOSTILE = "<script>alert(1)</script>"
+PAGES = (
+    "/",
+    "/sequence?sequence=s",
+    "/sequence?sequence=s&step=wait",
+    "/enrollments/1",
+    "/enrollments/2",
+    "/failures",
+    "/failures/group?sequence=s&step=note&failure=error",
+    "/search",
+    "/search?q=ada",
+    "/simulate",
+    "/simulate?sequence=s&data=%7B%7D",
+    "/simulate?enrollment=1",
+)
+
+
+class Checker(HTMLParser):
+    """Refuses what a page must not have: script or style in it, and tags that don't match."""
+
+    VOID = ("meta", "link", "input", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        assert not [name for name in given if name.startswith("on") or name == "style"]
+        assert tag != "style"
+        assert tag != "script" or given["src"]
+        assert len(given) == len(attrs), f"{tag} says something twice: {attrs}"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        assert not data.strip() or "script" not in self.open
+        self.text += data
+
+
+def check(page: httpx.Response) -> str:
+    """The text of a page that is well-formed."""
+    checker = Checker()
+    checker.feed(page.text)
+    checker.close()
+    assert checker.open == []
+    return " ".join(checker.text.split())
+
+
+async def test_every_page_is_there(database: str, connection: asyncpg.Connection) -> None:
+    await people(connection)
+    async with console(database, {"Note": Mended()}) as client:
+        await until(connection, FAILED)
+        await until(connection, BEGUN)
+        await counted(client, "failures")
+        for path in PAGES:
+            page = await client.get(path)
+            assert page.status_code == 200, path
+            check(page)
+            assert "default-src 'none'" in page.headers["content-security-policy"]
+            assert "unsafe" not in page.headers["content-security-policy"]
+            assert page.headers["x-content-type-options"] == "nosniff"
+            assert page.headers["cache-control"] == "no-store"
+        overview = check(await client.get("/"))
+        assert "s active" in overview
+        text = check(await client.get("/enrollments/1"))
+        assert "Is looked at again at" in text
+        assert "then note" in text
+        text = check(await client.get("/enrollments/2"))
+        assert 'refused: {"email": "bob@example.com"}' in text
+        assert "enrolled" in text
+        text = check(await client.get("/failures/group?sequence=s&step=note&failure=error"))
+        assert "bob" in text
+        text = check(await client.get("/simulate?sequence=s&data={}"))
+        assert "completed" in text
+        root = await client.get(f"{str(client.base_url).removesuffix('/console/')}/")
+        assert root.headers["location"] == "/console/"
+
+
+async def test_what_counts_counts(database: str, connection: asyncpg.Connection) -> None:
+    _, failing = await people(connection)
+    await enroll(connection, "s", "carl")
+    await connection.execute(
+        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)"
+        " SELECT n, now() - interval '3 days' + hours * interval '1 hour', 's', 'wait', 1, action"
+        " FROM generate_series(100, 104) AS n,"
+        " (VALUES ('enrolled', 0), ('next', 2)) AS e (action, hours)"
+        " UNION ALL"
+        " SELECT 100, now() - interval '3 days' + interval '3 hours', 's', 'note', 2, 'completed'"
+    )
+    async with console(database, {"Note": Mended()}) as client:
+        await until(connection, FAILED)
+        async with asyncio.timeout(30):
+            while True:
+                (row,) = await counted(client, "overview")
+                if sum(row["completed"].values()) and row["failed"]:
+                    break
+                await asyncio.sleep(0.1)
+        assert (row["active"], row["failed"], row["overdue"], row["soon"]) == (2, 1, 0, 0)
+        assert len(row["completed"]) == summary.DAYS
+        wait, note = await counted(client, "steps", sequence="s")
+        assert (wait["step"], wait["active"], wait["next"]) == ("wait", 2, 5)
+        assert wait["median_stay"] == 2 * 3600
+        assert (note["step"], note["failed"]) == ("note", 1)
+        (group,) = await counted(client, "failures")
+        assert group == {"sequence": "s", "step": "note", "failure": "error", "failed": 1}
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", failing
+        )
+        async with asyncio.timeout(20):
+            while True:
+                if not (await client.get("/tables/failures.json")).json()["rows"]:
+                    break
+                await asyncio.sleep(0.1)
+
+
+async def test_hostile_data_are_text(database: str, connection: asyncpg.Connection) -> None:
+    await define(
+        connection,
+        HOSTILE,
+        (HOSTILE, "WaitForDuration", '{"amount": 1, "unit": "day"}', "\"'><b>"),
+        ("\"'><b>", "Note", json.dumps({HOSTILE: HOSTILE}), None),
+    )
+    await enroll(connection, HOSTILE, HOSTILE, json.dumps({HOSTILE: HOSTILE, "email": HOSTILE}))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data, step)"
+        ' VALUES ($1, $2, \'{"a": "</script><script>alert(2)</script>"}\', $2)',
+        HOSTILE,
+        "\"'><b>",
+    )
+    async with console(database, {"Note": Mended()}) as client:
+        await until(connection, FAILED)
+        await counted(client, "failures")
+        for path, query in (
+            ("/", {}),
+            ("/sequence", {"sequence": HOSTILE, "step": HOSTILE}),
+            ("/sequence", {"sequence": HOSTILE, "step": "\"'><b>"}),
+            ("/enrollments/1", {}),
+            ("/enrollments/2", {}),
+            ("/failures", {}),
+            ("/failures/group", {"sequence": HOSTILE, "step": "\"'><b>", "failure": "error"}),
+            ("/search", {"q": HOSTILE}),
+            ("/search", {"q": "\"'><b>"}),
+            ("/simulate", {"sequence": HOSTILE, "data": json.dumps({"a": HOSTILE})}),
+            ("/simulate", {"sequence": HOSTILE, "data": HOSTILE}),
+            ("/simulate", {"enrollment": "1"}),
+            ("/sequence", {"sequence": "<script>alert(3)</script>"}),
+        ):
+            page = await client.get(path, params=query)
+            assert page.status_code in (200, 404, 422), page.text
+            assert "<script>alert" not in page.text
+            check(page)
+            assert "alert" in page.text or '"><b>' not in page.text
+        rows = (await client.get("/tables/search.json", params={"q": HOSTILE})).json()["rows"]
+        assert [row["subject"] for row in rows] == [HOSTILE]
+
+
+async def test_tables_as_json_and_csv(database: str, connection: asyncpg.Connection) -> None:
+    waiting, _ = await people(connection)
+    await enroll(connection, "s", "=1+1")
+    async with console(database, {"Note": Mended()}) as client:
+        await until(connection, FAILED)
+        await counted(client, "failures")
+        for name, query in (
+            ("overview", {}),
+            ("steps", {"sequence": "s"}),
+            ("failures", {}),
+            ("people", {"sequence": "s", "step": "wait"}),
+            ("failed", {"sequence": "s", "step": "note", "failure": "error"}),
+            ("revisions", {"sequence": "s"}),
+            ("search", {}),
+            ("events", {"id": str(waiting)}),
+            ("simulation", {"sequence": "s", "data": "{}"}),
+        ):
+            answer = await client.get(f"/tables/{name}.json", params=query)
+            rows = answer.json()["rows"]
+            assert rows, name
+            assert answer.headers["content-security-policy"]
+            text = await client.get(f"/tables/{name}.csv", params=query)
+            assert text.headers["content-type"] == "text/csv; charset=utf-8"
+            found = list(csv.DictReader(io.StringIO(text.text)))
+            assert len(found) == len(rows), name
+            assert list(found[0]) == list(rows[0])
+        answer = await client.get("/tables/search.csv?q==1")
+        assert next(csv.DictReader(io.StringIO(answer.text)))["subject"] == "'=1+1"
+        assert (await client.get("/tables/nonsense.json")).status_code == 404
+        assert (await client.get("/tables/search.xml")).status_code == 404
+
+
+async def test_pages_follow_one_another(database: str, connection: asyncpg.Connection) -> None:
+    await define(connection, "s", ("wait", "WaitForCondition", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " SELECT 's', 'u' || n, '2100-01-01Z'::timestamptz + n / 40 * interval '1 hour'"
+        " FROM generate_series(1, 130) AS n"
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, status, failure)"
+        " SELECT 's', 'f' || n, 'failed', 'error' FROM generate_series(1, 120) AS n"
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)"
+        " SELECT 1, now() - n * interval '1 minute', 's', 'wait', 1, 'noop'"
+        " FROM generate_series(1, 120) AS n"
+    )
+    async with console(database) as client:
+        for table, key, query, wanted in (
+            ("people", "id", {"sequence": "s", "step": "wait"}, 130),
+            ("failed", "id", {"sequence": "s", "step": "wait", "failure": "error"}, 120),
+            ("search", "id", {}, 250),
+            ("search", "id", {"q": "u"}, 130),
+            ("events", "at", {"id": "1"}, 120),
+        ):
+            for limit in ("7", "50", "1000"):
+                seen, pages = [], 0
+                path: str | None = f"/tables/{table}.json?limit={limit}"
+                answer = await client.get(path or "", params={**query, "limit": limit})
+                while True:
+                    pages += 1
+                    seen += [row[key] for row in answer.json()["rows"]]
+                    path = answer.json()["next"]
+                    if path is None:
+                        break
+                    answer = await client.get(str(client.base_url.join(path)))
+                assert len(seen) == len(set(seen)) == wanted, (table, limit)
+                assert pages == -(-wanted // int(limit))
+        page = await client.get("/sequence?sequence=s&step=wait")
+        assert "Next page" in page.text
+
+
+async def test_search(database: str, connection: asyncpg.Connection) -> None:
+    waiting, _ = await people(connection)
+    async with console(database) as client:
+
+        async def found(q: str) -> list[str]:
+            rows = (await client.get("/tables/search.json", params={"q": q})).json()["rows"]
+            return [row["subject"] for row in rows]
+
+        assert await found("ad") == ["ada"]
+        assert await found(str(waiting)) == ["ada"]
+        assert await found("Bob@Example.com") == ["bob"]
+        assert await found("nobody") == []
+        assert await found("9" * 30) == []
+        assert "only the latest" in (await client.get("/search?q=bob@example.com")).text
+        await connection.execute(
+            "CREATE INDEX enrollments_email ON sequencer.enrollments (lower(data->>'email'))"
+        )
+        assert await found("Bob@Example.com") == ["bob"]
+        assert "only the latest" not in (await client.get("/search?q=bob@example.com")).text
+
+
+async def test_what_is_not_there(database: str, connection: asyncpg.Connection) -> None:
+    await people(connection)
+    async with console(database) as client:
+        for path, status, words in (
+            ("/nonsense", 404, "no such page"),
+            ("/enrollments/99", 404, "no enrollment 99"),
+            (f"/enrollments/{'9' * 30}", 404, "no enrollment"),
+            ("/sequence?sequence=t", 404, "no sequence t"),
+            ("/sequence?sequence=s&step=t", 404, "no step t"),
+            ("/sequence", 422, "Sequence is missing"),
+            ("/sequence?sequence=a%00b", 422, "can't be read"),
+            ("/search?q=%00", 422, "can't be read"),
+            ("/search?q=u&after=[]", 422, "does not come from"),
+            ("/search?q=u&after=[1,2,3]", 422, "does not come from"),
+            ("/search?before=-1", 422, "not a number"),
+            ("/enrollments/1?before=yesterday", 422, "not a time"),
+            ("/sequence?sequence=s&step=wait&skip=999999", 422, "can't begin after"),
+            ("/simulate?sequence=s&data=[]", 422, "JSON object"),
+            ("/simulate?sequence=s&data={", 422, "not JSON"),
+            ("/simulate?sequence=s&timezone=Moon/Base", 422, "Moon/Base"),
+            ("/simulate?sequence=t", 422, "does not exist"),
+            ("/simulate?enrollment=99", 404, "no enrollment 99"),
+            ("/static/../app.py", 404, ""),
+            ("/static/vendor/VERSIONS", 404, ""),
+        ):
+            page = await client.get(path)
+            assert page.status_code == status, path
+            assert words.lower() in check(page).lower().replace("’", "'"), path
+            assert "default-src 'none'" in page.headers["content-security-policy"]
+        for path in ("/", "/tables/overview.json"):
+            page = await client.post(path)
+            assert page.status_code == 405
+            assert "can't be done" in check(page)
+            assert page.headers["allow"]
+
+
+async def test_an_error_of_ours_shows_nothing(
+    database: str,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    await people(connection)
+
+    async def broken(*_: object) -> None:
+        raise KeyError("ada@example.com")
+
+    monkeypatch.setattr(reading, "search", broken)
+    async with console(database) as client:
+        page = await client.get("/search")
+        assert page.status_code == 500
+        assert "ada@" not in page.text
+        check(page)
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+    told = capsys.readouterr()
+    assert "KeyError" in told.out + told.err
+    assert "ada@example.com" not in told.out + told.err
+
+
+async def test_without_the_database_pages_say_so(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await people(connection)
+    line = Line(database)
+    async with line.open() as through, console(database, through=through) as client:
+        await counted(client, "overview")
+        line.cut()
+        for path in ("/enrollments/1", "/search", "/", "/tables/overview.json"):
+            page = await eventually(client, path, 503)
+            assert "database can't be reached" in check(page).replace("’", "'")
+            assert page.headers["retry-after"]
+            assert "default-src 'none'" in page.headers["content-security-policy"]
+        line.is_cut = False
+        await eventually(client, "/", 200)
+        await eventually(client, "/enrollments/1", 200)
+
+
+def test_scripts_are_small_and_vendored_with_their_licences() -> None:
+    scripts = [name for name in FILES if name.endswith(".js")]
+    assert sum(len((html.STATIC / name).read_bytes()) for name in scripts) < 100_000
+    versions = (html.STATIC / "vendor/VERSIONS").read_text()
+    for name, package in (("htmx", "htmx.org"), ("dagre", "@dagrejs/dagre")):
+        assert package in versions
+        assert "Permission" in (html.STATIC / f"vendor/{name}.LICENSE").read_text()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.0123, "12 ms"), (59.6, "1 min 0 s"), (3661, "1 h 1 min"), (90000, "1 d 1 h"), (None, "–")],
+)
+def test_durations(seconds: float | None, words: str) -> None:
+    assert html.duration(seconds) == words
+
+
+def test_times_in_the_subject_s_zone() -> None:
+    at = datetime(2026, 3, 2, 23, 30, tzinfo=UTC)
+    assert html.clock(at, "Europe/Berlin") == "Tue 2026-03-03 00:30:00 Europe/Berlin"
+    assert html.clock(at, "Moon/Base") == "Mon 2026-03-02 23:30:00 UTC"
+
+
+async def test_a_stream_tells_of_changes(database: str, connection: asyncpg.Connection) -> None:
+    waiting, _ = await people(connection)
+    async with console(database, write=True) as client:
+        await until(connection, BEGUN)
+        page = await client.get(f"/enrollments/{waiting}")
+        version = page.text.partition('data-version="')[2].partition('"')[0]
+        query = {"topic": str(waiting), "version": version}
+        async with client.stream("GET", "/live", params=query) as stream:
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            lines = stream.aiter_lines()
+            assert await anext(lines) == ": "
+            await connection.execute(
+                "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", waiting
+            )
+            async with asyncio.timeout(10):
+                async for line in lines:
+                    if line == "event: changed":
+                        break
+                new = await anext(lines)
+        assert new.startswith("id: ")
+        # a page that comes again with what it knew hears at once that there is something newer
+        headers = {"Last-Event-ID": version}
+        async with client.stream("GET", "/live", params=query, headers=headers) as stream:
+            async with asyncio.timeout(10):
+                async for line in stream.aiter_lines():
+                    if line == "event: changed":
+                        break
+        # and one that knows the latest does not
+        headers = {"Last-Event-ID": new.removeprefix("id: ")}
+        async with client.stream("GET", "/live", params=query, headers=headers) as stream:
+            seen: list[str] = []
+            with suppress(TimeoutError):
+                async with asyncio.timeout(2.5):
+                    async for line in stream.aiter_lines():
+                        seen += [line]
+            assert seen[0] == ": "
+            assert "event: changed" not in seen
+        assert token(page)
