@@ -15,7 +15,9 @@ import httpx
 import pytest
 
 from sequencerd.console import html, reading, summary
+from sequencerd.console.live import INTERVAL
 from sequencerd.console.pages import FILES
+from sequencerd.store import QUERIES
 from tests.console.conftest import (
     BEGUN,
     FAILED,
@@ -382,6 +384,28 @@ def test_times_in_the_subject_s_zone() -> None:
     at = datetime(2026, 3, 2, 23, 30, tzinfo=UTC)
     assert html.clock(at, "Europe/Berlin") == "Tue 2026-03-03 00:30:00 Europe/Berlin"
     assert html.clock(at, "Moon/Base") == "Mon 2026-03-02 23:30:00 UTC"
+
+
+async def test_many_viewers_cost_one_query(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, _ = await people(connection)
+    asked: list[str] = []
+    fetch = asyncpg.Pool.fetch
+
+    async def counting(pool: asyncpg.Pool, query: str, *parameters: object) -> object:
+        asked.append(query)
+        return await fetch(pool, query, *parameters)
+
+    async with console(database) as client:
+        page = client.build_request("GET", "/live", params={"topic": waiting, "version": ""})
+        streams = [await client.send(page, stream=True) for _ in range(20)]
+        monkeypatch.setattr(asyncpg.Pool, "fetch", counting)
+        await asyncio.sleep(2.5 * INTERVAL)
+        for stream in streams:
+            await stream.aclose()
+    assert 2 <= len(asked) <= 3
+    assert set(asked) == {QUERIES["console_versions"]}
 
 
 async def test_a_stream_tells_of_changes(database: str, connection: asyncpg.Connection) -> None:

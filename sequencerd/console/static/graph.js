@@ -69,7 +69,7 @@
       element("text", { class: "count", x: left + WIDTH - 12, y: top + 23 }),
       element("text", { class: "failed", x: left + WIDTH - 12, y: top + 43 }),
     );
-    link.append(element("title", {}, node.name));
+    link.append(element("title", {}));
     return link;
   }
 
@@ -83,7 +83,7 @@
       set(link.querySelector(".failed"), node.failed && `${node.failed} failed`);
       const words = `${node.name}, ${node.type}, ${node.active} waiting` +
         (node.failed ? `, ${node.failed} failed` : "") + (node.problem ? ", has a problem" : "");
-      link.setAttribute("aria-label", words);
+      set(link.querySelector("title"), words);
     });
     data.edges.forEach((edge, n) => {
       set(svg.querySelector(`[data-edge="${n}"]`), [edge.label, edge.times].filter(Boolean).join(" "));

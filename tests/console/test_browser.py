@@ -1,0 +1,415 @@
+"""The console in a real browser: Debian's chromium, driven by Playwright. Skipped where one of them
+is missing, and in CI. Screenshots for docs/console.md are made here: with SCREENSHOTS=1 they are
+written to docs/.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import httpx
+import pytest
+
+from sequencerd import plan
+from sequencerd.console.summary import DAYS
+from sequencerd.files import read_file
+from tests.console.conftest import BEGUN, FAILED, Mended, console, people
+from tests.engines import Recorder, enroll, until
+from tests.test_web import answers, free_port, is_ok
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Page
+
+CHROMIUM = shutil.which("chromium")
+REPOSITORY = Path(__file__).parent.parent.parent
+AXE = (Path(__file__).parent / "vendor/axe.js").read_text()
+OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+if os.environ.get("CI"):
+    pytest.skip("no browser in CI", allow_module_level=True)
+if CHROMIUM is None:
+    pytest.skip("there is no chromium", allow_module_level=True)
+playwright = pytest.importorskip(
+    "playwright.async_api", reason="playwright is missing: pip install --group browser"
+)
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    async with playwright.async_playwright() as started:
+        found = await started.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield found
+        await found.close()
+
+
+@asynccontextmanager
+async def window(
+    browser: Browser, client: httpx.AsyncClient, **options: Any
+) -> AsyncIterator[Page]:
+    """A window of its own. What the page complains of fails the test."""
+    options = {"viewport": {"width": 1280, "height": 900}, "timezone_id": "Asia/Tokyo", **options}
+    base = str(client.base_url).removesuffix("/console/")
+    context = await browser.new_context(base_url=base, **options)
+    page = await context.new_page()
+    page.set_default_timeout(15_000)
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text) if is_complaint(said.text) else None)
+    yield page
+    await context.close()
+    assert wrong == []
+
+
+def is_complaint(text: str) -> bool:
+    """Of what a page may do; that the server can't be reached is what some tests are about."""
+    return "Content Security Policy" in text or "Error:" in text
+
+
+async def check_accessible(page: Page) -> None:
+    """Asks axe for what WCAG 2.2 AA demands. It is put in from outside, past the page's policy."""
+    found = await page.evaluate(
+        f"""async () => {{ {AXE};
+            const tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"];
+            const {{ violations }} = await axe.run({{ runOnly: tags }});
+            return violations.map((v) => `${{v.id}}: ${{v.nodes.map((n) => n.html).join(" | ")}}`);
+        }}"""
+    )
+    assert found == [], page.url
+
+
+async def text_of(page: Page, selector: str) -> str:
+    return " ".join((await page.locator(selector).first.text_content() or "").split())
+
+
+async def shows(page: Page, selector: str, words: str) -> None:
+    """Waits until it does, without being loaded again."""
+    await page.locator(selector, has_text=words).first.wait_for()
+
+
+PAGES = (
+    "/console/",
+    "/console/sequence?sequence=s&step=wait",
+    "/console/enrollments/1",
+    "/console/enrollments/2",
+    "/console/failures",
+    "/console/failures/group?sequence=s&step=note&failure=error",
+    "/console/search?q=ada",
+    "/console/simulate?sequence=s&data=%7B%7D",
+    "/console/nonsense",
+)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+async def test_every_page_is_accessible(
+    database: str, connection: asyncpg.Connection, browser: Browser, scheme: str, width: int
+) -> None:
+    await people(connection)
+    async with console(database, {"Note": Mended()}, write=True) as client:
+        await until(connection, FAILED)
+        await until(connection, BEGUN)
+        size = {"width": width, "height": 844}
+        async with window(browser, client, color_scheme=scheme, viewport=size) as page:
+            for path in PAGES:
+                await page.goto(path)
+                if "failures" in path or path == "/console/":
+                    await page.locator("table, .actions").first.wait_for()
+                await check_accessible(page)
+                wide = await page.evaluate("document.documentElement.scrollWidth")
+                assert wide <= width, f"{path} is wider than the window"
+                colour = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+                assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+async def test_counts_and_timelines_move_by_themselves_for_all_who_look(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    waiting, _ = await people(connection)
+    async with (
+        console(database) as client,
+        window(browser, client) as first,
+        window(browser, client) as second,
+        window(browser, client) as third,
+    ):
+        await first.goto("/console/")
+        await second.goto("/console/")
+        await third.goto(f"/console/enrollments/{waiting}")
+        await shows(first, "td.active", "1")
+        await enroll(connection, "s", "carl")
+        for page in (first, second):
+            await shows(page, "td.active", "2")
+        await shows(third, "#state", "Live")
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", waiting
+        )
+        await shows(third, ".head .tag", "cancelled")
+        await shows(third, ".timeline .tag", "cancelled")
+        for page in (first, second):
+            await shows(page, "td.active", "1")
+
+
+async def test_who_failed_is_retried_in_the_page(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    _, failing = await people(connection)
+    runner = Mended()
+    async with (
+        console(database, {"Note": runner}, write=True) as client,
+        window(browser, client) as page,
+    ):
+        await until(connection, FAILED)
+        await page.goto("/console/")
+        await page.get_by_role("link", name="Failures").click()
+        await page.get_by_role("link", name="error").click()
+        await page.get_by_role("link", name=str(failing), exact=True).click()
+        await shows(page, ".why", "refused")
+        runner.is_mended = True
+        page.once("dialog", lambda dialog: asyncio.ensure_future(dialog.dismiss()))
+        await page.get_by_role("button", name="Retry").click()
+        assert await connection.fetchval(FAILED)
+        page.once("dialog", lambda dialog: asyncio.ensure_future(dialog.accept()))
+        await page.get_by_role("button", name="Retry").click()
+        await shows(page, ".done", "Retried 1 enrollment.")
+        await shows(page, ".head .tag", "completed")
+        text = await text_of(page, ".timeline")
+        assert "resumed" in text
+        assert "somebody at this machine in the console" in text
+        assert await page.get_by_role("button", name="Retry").count() == 0
+
+
+async def test_by_keyboard_alone(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    async with console(database) as client, window(browser, client) as page:
+        await page.goto("/console/")
+        await page.locator("table").wait_for()
+        await page.keyboard.press("Tab")
+        assert await page.evaluate("document.activeElement.textContent") == "To the content"
+        await page.keyboard.press("Enter")
+        seen = []
+        while (await page.evaluate("document.activeElement.textContent")).strip() != "s":
+            await page.keyboard.press("Tab")
+            seen.append(await page.evaluate("document.activeElement.outerHTML"))
+            assert len(seen) < 20, seen
+        # what has the focus can be seen
+        outline = "getComputedStyle(document.activeElement).outlineStyle"
+        assert await page.evaluate(outline) == "solid"
+        await page.keyboard.press("Enter")
+        await page.wait_for_url("**/sequence?sequence=s")
+        # a step of the graph
+        await page.locator("#graph a").first.wait_for()
+        for _ in range(40):
+            await page.keyboard.press("Tab")
+            if await page.evaluate("document.activeElement.closest('#graph a') !== null"):
+                break
+        await page.keyboard.press("Enter")
+        await page.wait_for_url("**step=wait")
+        await shows(page, "#step h2", "wait")
+        # what has the focus keeps it when the counts move
+        link = page.locator("#graph a").nth(1)
+        await link.focus()
+        await enroll(connection, "s", "carl")
+        await shows(page, "#graph .count", "2")
+        assert (await page.evaluate("document.activeElement.textContent")).startswith("note")
+        await page.goto("/console/search")
+        await page.keyboard.type("car")
+        await shows(page, "td.subject", "carl")
+
+
+async def test_hostile_data_run_nowhere(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    hostile = "<script>window.hit = 1</script><img src=x onerror='window.hit = 2'>"
+    await connection.execute(
+        "INSERT INTO sequencer.sequences (name, first_step) VALUES ($1, $1)", hostile
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.steps (sequence, name, type, config)"
+        ' VALUES ($1, $1, \'WaitForDuration\', \'{"amount": 1, "unit": "day"}\')',
+        hostile,
+    )
+    id_ = await enroll(connection, hostile, hostile, '{"</pre><script>": "\'\\"><script>"}')
+    async with console(database) as client, window(browser, client) as page:
+        await until(connection, BEGUN)
+        await page.goto("/console/")
+        await page.locator("td.sequence a").click()
+        await page.locator("#graph a").first.wait_for()
+        assert hostile[:19] in await text_of(page, "#graph .step")
+        await page.locator("td.step a").click()
+        assert await text_of(page, "td.subject") == hostile
+        await page.goto(f"/console/enrollments/{id_}")
+        assert await text_of(page, "h1") == hostile
+        await page.goto("/console/search")
+        await page.locator("#q").fill(hostile)
+        await shows(page, "td.subject", "window.hit")
+        assert await page.evaluate("window.hit === undefined")
+
+
+async def test_times_are_in_the_reader_s_zone(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET timezone = 'Europe/Berlin',"
+        " wake_at = '2030-01-01 12:00Z' WHERE id = 1"
+    )
+    async with console(database) as client, window(browser, client) as page:
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET wake_at = '2030-01-01 12:00Z' WHERE id = 1"
+        )
+        await page.goto("/console/enrollments/1")
+        text = await text_of(page, ".rows")
+        assert "Tue 2030-01-01 13:00:00 Europe/Berlin" in text
+        assert "Tue 2030-01-01 21:00:00 yours" in text
+        await page.goto("/console/sequence?sequence=s&step=wait")
+        assert await text_of(page, "td.wake_at time") == "Tue 2030-01-01 21:00:00"
+
+
+async def test_a_daemon_is_restarted_under_an_open_page(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    waiting, _ = await people(connection)
+    listen = f"127.0.0.1:{free_port()}"
+    variables = {
+        **os.environ,
+        "SEQUENCERD_DATABASE": database,
+        "SEQUENCERD_HTTP_LISTEN": listen,
+        "SEQUENCERD_CONSOLE_ENABLED": "true",
+    }
+
+    async def start() -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sequencerd", "run", env=variables
+        )
+
+    running = await start()
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{listen}/console/") as client:
+            await answers(client, "/", is_ok)
+            async with window(browser, client) as page, window(browser, client) as overview:
+                await page.goto(f"/console/enrollments/{waiting}")
+                await overview.goto("/console/")
+                await shows(overview, "td.active", "1")
+                for window_ in (page, overview):
+                    await shows(window_, "#state", "Live")
+                    await window_.evaluate("window.isTheSame = true")
+                running.send_signal(signal.SIGKILL)
+                await running.wait()
+                await shows(page, "#state", "Not connected")
+                await connection.execute(
+                    "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", waiting
+                )
+                await enroll(connection, "s", "carl")
+                await enroll(connection, "s", "dora")
+                running = await start()
+                await shows(page, ".head .tag", "cancelled")
+                await shows(overview, "td.active", "2")
+                for window_ in (page, overview):
+                    await shows(window_, "#state", "Live")
+                    assert await window_.evaluate("window.isTheSame")
+    finally:
+        running.terminate()
+        assert await running.wait() == 0
+
+
+async def test_simulate_in_the_page(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    async with console(database) as client, window(browser, client) as page:
+        await page.goto("/console/simulate")
+        await page.locator("#data").fill('{"name": "Ada"}')
+        await page.get_by_role("button", name="Show the year").click()
+        await shows(page, "#year", "completed")
+        await page.locator("#data").fill("{")
+        await page.get_by_role("button", name="Show the year").click()
+        await shows(page, "#year .wrong", "not JSON")
+
+
+async def test_screenshots(
+    database: str, connection: asyncpg.Connection, browser: Browser, tmp_path: Path
+) -> None:
+    """What the docs show, of the example."""
+    folder = REPOSITORY / "docs" if os.environ.get("SCREENSHOTS") else tmp_path
+    path = REPOSITORY / "examples/onboarding.yaml"
+    runners = {"Email": Recorder(), "SMS": Recorder(), "Score": Recorder()}
+    found = read_file(path, runners)
+    async with connection.transaction():
+        await plan.apply(connection, found, runners)
+    await connection.execute(MANY)
+    async with console(database, runners, write=True) as client:
+        await until(connection, "SELECT count(*) > 100 FROM sequencer.events")
+        for name, address, scheme, size in SHOTS:
+            options = {"color_scheme": scheme, "viewport": size, "timezone_id": "Europe/Berlin"}
+            async with window(browser, client, **options) as page:
+                await page.goto("/console/")
+                await shows(page, ".note", f"since {first_day():%Y-%m-%d}")
+                await page.goto(address)
+                await shows(page, "#state", "Live")
+                shot = folder / f"console-{name}.png"
+                await page.screenshot(path=shot)
+                assert 10_000 < shot.stat().st_size < 150_000
+
+
+def first_day() -> date:
+    return datetime.now(UTC).date() - timedelta(days=DAYS - 1)
+
+
+WIDE = {"width": 1200, "height": 780}
+SHOTS = (
+    ("overview", "/console/", "light", WIDE),
+    ("sequence", "/console/sequence?sequence=onboarding&step=a-few-days", "light", WIDE),
+    ("enrollment", "/console/enrollments/5", "dark", WIDE),
+    ("phone", "/console/sequence?sequence=onboarding", "dark", {"width": 390, "height": 780}),
+)
+
+MANY = """
+INSERT INTO sequencer.enrollments (sequence, subject, data, step, entered_at, wake_at, created_at)
+SELECT 'onboarding', 'user-' || n,
+       jsonb_build_object('name', 'Ada', 'email', 'ada@example.com', 'score', n % 100,
+                          'phone', '+4915112345678'),
+       (ARRAY['welcome', 'a-few-days', 'a-few-days', 'two-weeks', 'two-weeks'])[1 + n % 5],
+       now() - interval '1 day', now() + n * interval '7 minutes', now() - interval '1 day'
+  FROM generate_series(1, 800) AS n;
+INSERT INTO sequencer.enrollments (sequence, subject, step, status, failure, last_error)
+SELECT 'onboarding', 'lost-' || n, 'welcome', 'failed', 'error',
+       'to lost-' || n || '@example.com: 550 no such user'
+  FROM generate_series(1, 7) AS n;
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)
+SELECT 10000 + n,
+       now() - (n % 13) * interval '1 day' - hours * interval '1 hour' - n * interval '9 seconds',
+       'onboarding', step, visit, action
+  FROM generate_series(1, 400) AS n,
+       (VALUES ('welcome', 1, 'enrolled', 40), ('welcome', 1, 'next', 39),
+               ('a-few-days', 2, 'next', 30), ('in-the-morning', 3, 'next', 22),
+               ('score', 4, 'next', 21), ('has-begun', 5, 'next', 20), ('tips', 6, 'next', 19),
+               ('two-weeks', 7, 'next', 8), ('last-call', 8, 'next', 7),
+               ('last-call', 8, 'completed', 7)) AS e (step, visit, action, hours)
+ WHERE n % 5 > 1 OR visit < 5;
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+SELECT 5, now() - hours * interval '1 hour', 'onboarding', step, visit, action, message
+  FROM (VALUES ('welcome', 1, 'enrolled', 26, NULL),
+               ('welcome', 1, 'retry', 25.9, 'attempt 1 failed: 421 come again later'),
+               ('welcome', 1, 'next', 25.7, 'sent to ada@example.com'),
+               ('a-few-days', 2, 'next', 24, NULL)) AS e (step, visit, action, hours, message);
+"""
