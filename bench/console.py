@@ -1,0 +1,177 @@
+"""How long the console's pages take on the server, one JSON line for each.
+
+    PYTHONPATH=. python bench/console.py --dsn postgresql://postgres@localhost/postgres
+
+It makes and drops a database "sequencerd_bench" with so many enrollments: twenty sequences of ten
+steps, two fifths of the people at one step and with one wake time, one in fifty failed, and two
+events for each in the last two weeks. Pages are asked for in turn, as by one reader after another;
+meanwhile the counts are made in the background, as always. The last lines are what they cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from datetime import UTC, datetime, timedelta
+from statistics import median, quantiles
+from typing import Any
+
+import asyncpg
+import httpx
+import structlog
+from engine import fresh
+
+from sequencerd import migrate, store
+from sequencerd.console import summary
+from sequencerd.console.app import make_console
+from sequencerd.core.model import Sequence
+from sequencerd.definitions import from_rows
+from sequencerd.journeys import Sequences
+from sequencerd.settings import Console
+from sequencerd.store import QUERIES
+
+SEQUENCES = 20
+STEPS = 10
+
+DEFINE = """
+INSERT INTO sequencer.sequences (name, first_step) SELECT 's' || n, 't0'
+  FROM generate_series(0, $1::int - 1) AS n
+"""
+DEFINE_STEPS = """
+INSERT INTO sequencer.steps (sequence, name, type, config, next_step)
+SELECT 's' || n, 't' || m, 'WaitForDuration', '{"amount": 30, "unit": "days"}',
+       CASE WHEN m < $2 - 1 THEN 't' || m + 1 END
+  FROM generate_series(0, $1::int - 1) AS n, generate_series(0, $2::int - 1) AS m
+"""
+ENROLL = """
+INSERT INTO sequencer.enrollments (sequence, subject, data, step, wake_at, entered_at, reentry,
+                                   status, failure, last_error, ended_at)
+SELECT CASE WHEN n % 5 < 2 THEN 's0' ELSE 's' || n % $3 END,
+       'user-' || n,
+       jsonb_build_object('email', 'user' || n || '@example.com', 'name', 'Ada ' || n),
+       CASE WHEN n % 5 < 2 THEN 't3' ELSE 't' || n / $3 % $4 END,
+       CASE WHEN failed THEN NULL WHEN n % 5 < 2 THEN 'infinity'
+            ELSE now() + n % 2592000 * interval '1 second' END,
+       now() - interval '1 day', 'after_end',
+       CASE WHEN failed THEN 'failed' ELSE 'active' END,
+       CASE WHEN failed THEN 'error' END,
+       CASE WHEN failed THEN '550 no such user' END,
+       CASE WHEN failed THEN now() END
+  FROM (SELECT n, n % 100 IN (5, 7) AS failed FROM generate_series($1::int, $2::int) AS n) AS n
+"""
+HISTORY = """
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)
+SELECT n, now() - interval '14 days' * (1 - n::float8 / $2) + m * interval '10 minutes',
+       's' || n % $3, 't' || m, 1 + m, CASE m WHEN 0 THEN 'enrolled' ELSE 'next' END
+  FROM generate_series(1, $1::int) AS n, generate_series(0, 1) AS m ORDER BY 2
+"""
+
+
+async def fill(connection: asyncpg.Connection, count: int) -> None:
+    """Everybody and what has happened."""
+    await connection.execute("SET session_replication_role = replica")  # faster, and no NOTIFY
+    await connection.execute(DEFINE, SEQUENCES)
+    await connection.execute(DEFINE_STEPS, SEQUENCES, STEPS)
+    for first in range(1, count + 1, 100_000):
+        last = min(first + 99_999, count)
+        await connection.execute(ENROLL, first, last, SEQUENCES, STEPS)
+    await connection.execute(HISTORY, count, count, SEQUENCES)
+    await connection.execute("SET session_replication_role = origin")
+    await connection.execute("VACUUM ANALYZE sequencer.enrollments")
+    await connection.execute("VACUUM ANALYZE sequencer.events")
+
+
+async def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dsn", required=True)
+    parser.add_argument("--enrollments", type=int, default=1_000_000)
+    parser.add_argument("--requests", type=int, default=200, help="of each page")
+    given = parser.parse_args()
+    async with fresh(given.dsn) as url:
+        connection = await asyncpg.connect(url)
+        await migrate.migrate(connection)
+        begun = time.perf_counter()
+        await fill(connection, given.enrollments)
+        print(json.dumps({"filled": given.enrollments, "s": round(time.perf_counter() - begun)}))
+        names = list(await store.revisions(connection))
+        sequences, steps = await store.definitions(connection, names)
+        definitions: dict[str, Sequence] = {
+            row["name"]: from_rows(row, [s for s in steps if s["sequence"] == row["name"]], {})
+            for row in sequences
+        }
+        app = make_console(
+            Console(),
+            url,
+            lambda: Sequences(definitions, {}),
+            lambda: datetime.now(UTC),
+            structlog.get_logger(),
+        )
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
+        ):
+            await measure(client, given.requests, given.enrollments)
+        await cost(connection)
+        await connection.close()
+
+
+async def measure(client: httpx.AsyncClient, requests: int, count: int) -> None:
+    """A line for each page: milliseconds of its first time and of the rest."""
+    pages = {
+        "overview": "/",
+        "sequence": "/sequence?sequence=s1",
+        "step, 400,000 people of a million with one time": "/sequence?sequence=s0&step=t3",
+        "step, its last page": "/tables/people.json?sequence=s0&step=t3&from=infinity&skip=5000",
+        "enrollment": f"/enrollments/{count // 2}",
+        "failures": "/failures",
+        "failures of a step": "/failures/group?sequence=s0&step=t3&failure=error",
+        "search, nothing asked": "/search",
+        "search by subject": "/search?q=user-9",
+        "search by id": f"/search?q={count // 3}",
+        "search by address, without an index": "/search?q=user77@example.com",
+        "simulate": "/simulate?sequence=s1&data=%7B%7D",
+        "overview as JSON": "/tables/overview.json",
+    }
+    for name, path in pages.items():
+        took = []
+        for _ in range(requests):
+            begun = time.perf_counter()
+            answer = await client.get(path)
+            took.append((time.perf_counter() - begun) * 1000)
+            assert answer.status_code in (200, 503), (path, answer.status_code)
+            await asyncio.sleep(0)
+        percentiles = quantiles(took[1:], n=100)
+        line: dict[str, Any] = {
+            "page": name,
+            "first_ms": round(took[0], 1),
+            "p50_ms": round(median(took[1:]), 1),
+            "p99_ms": round(percentiles[98], 1),
+        }
+        print(json.dumps(line), flush=True)
+
+
+async def cost(connection: asyncpg.Connection) -> None:
+    """What the counts in the background take, each alone."""
+    now = await connection.fetchval(QUERIES["server_time"])
+    day = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    yesterday = day - timedelta(days=1)
+    for name, parameters in (
+        ("console_steps", (now, summary.MOST)),
+        ("console_failed", (summary.MOST,)),
+        ("console_flow", (yesterday, day)),
+        ("console_stays", (yesterday, day, 10, summary.SAMPLE)),
+    ):
+        took = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            await connection.fetch(QUERIES[name], *parameters)
+            took.append((time.perf_counter() - begun) * 1000)
+        print(json.dumps({"query": name, "p50_ms": round(median(took), 1)}), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
