@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test oracle chaos check format lock clean
+.PHONY: help install demo test oracle chaos check format lock vendor clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
@@ -49,6 +49,9 @@ format: install ## format and mend what lint can mend
 lock: install ## pin the newest versions with hashes
 	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --no-emit-index-url \
 		--no-emit-find-links --no-emit-trusted-host --all-extras --group dev -o requirements.txt pyproject.toml
+
+vendor: ## fetch the browser libraries in the versions of bin/vendor
+	bin/vendor
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -305,7 +305,7 @@ SELECT name, status AS before,
 SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e.visit, e.attempt,
        e.leased_by, e.goals_met, e.failure, e.last_error, e.created_at, e.ended_at, e.retry_at,
        coalesce(e.timezone, q.timezone) AS timezone, q.status AS sequence_status,
-       s.type, s.next_step, s.alt_next_step, s.problem, e.data
+       s.type, s.config, s.next_step, s.alt_next_step, s.problem, e.data
   FROM sequencer.enrollments AS e
   LEFT JOIN sequencer.steps AS s ON s.sequence = e.sequence AND s.name = e.step
   LEFT JOIN sequencer.sequences AS q ON q.name = e.sequence

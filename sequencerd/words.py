@@ -40,7 +40,7 @@ def plain(value: object) -> object:
 
 
 def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> str:
-    """What an enrollment waits for; `at` says when."""
+    """What an enrollment waits for, of a row of the query "show"; `at` says when."""
     if row["status"] != "active":
         return f"nothing, it is {row['status']}"
     then = f"then {row['next_step'] or 'the end'}"
@@ -48,8 +48,41 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
         return "nothing while the sequence is paused"
     if row["leased_by"]:
         return f"{row['type']} is being executed by {row['leased_by']}, {then}"
-    if is_never(row["wake_at"]):
-        return f"waits for a change, {then}"
     if row["entered_at"] is None:
         return f"begins at {at(row['wake_at'])}"
-    return f"is looked at again at {at(row['wake_at'])}, {then}"
+    if row["attempt"] and not is_never(row["wake_at"]):
+        number = row["attempt"]
+        return f"attempt {number} failed, the next one follows at {at(row['wake_at'])}, {then}"
+    waits = _waits(row["type"], json.loads(row["config"]) if row["config"] else {})
+    if is_never(row["wake_at"]):
+        return f"{waits or 'waits for a change'}, {then}"
+    again = f"is looked at again at {at(row['wake_at'])}, {then}"
+    return f"{waits}; it {again}" if waits else again
+
+
+def _waits(type_: str | None, config: Mapping[str, Any]) -> str:
+    """In words what a step that waits is there for; nothing for others."""
+    match type_, config:
+        case "WaitForDuration", {"amount": amount, "unit": unit}:
+            return f"waits for {amount} {unit}"
+        case "WaitForDate", {"date": date}:
+            return f"waits for the date {date}"
+        case "WaitForDateComparison", {"attribute": attribute, "values": list(values)}:
+            return f"waits for the {attribute} to be {' or '.join(map(str, values))}"
+        case (("WaitForCondition" | "Goal"), {"lodashCommand": command, "value": value}):
+            operands = [value, *([config["compareTo"]] if "compareTo" in config else [])]
+            condition = f"waits until {command}({', '.join(map(_operand, operands))}) holds"
+            match config.get("timeout"):
+                case {"amount": amount, "unit": unit}:
+                    return f"{condition}, {amount} {unit} at most"
+            return condition
+    return ""
+
+
+def _operand(operand: object) -> str:
+    match operand:
+        case {"type": "get", "value": path}:
+            return str(path)
+        case {"value": value}:
+            return json.dumps(value, ensure_ascii=False)
+    return "?"

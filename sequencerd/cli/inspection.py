@@ -181,6 +181,7 @@ async def _show_enrollment(arguments: argparse.Namespace, _: Settings, url: str)
     row = dict(found[0])
     row["data"] = json.loads(row["data"])
     row["next"] = what_next(row)
+    row["config"] = json.loads(row["config"] or "null")
     if arguments.json:
         print(json.dumps({**row, "history": history}, default=plain))
         return 0

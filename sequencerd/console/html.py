@@ -38,6 +38,8 @@ def make_templates() -> Environment:
         when=when, in_zone=in_zone, number=number, duration=duration, days=days, pretty=pretty
     )
     made.globals.update(at=at, asset=asset)
+    for name in made.list_templates():
+        made.get_template(name)  # not while the first reader waits
     return made
 
 
@@ -53,22 +55,22 @@ def when(value: datetime | None) -> str:
     return _time(value, "UTC", "reader")
 
 
-def in_zone(value: datetime | None, zone: str) -> str:
+def in_zone(value: datetime | None, zone: str, named: bool = True) -> str:
     """A time in the subject's zone, and after it in the reader's."""
-    return _time(value, zone, "both")
+    return _time(value, zone, "both", named=named)
 
 
-def _time(value: datetime | None, zone: str, shown: str) -> str:
+def _time(value: datetime | None, zone: str, shown: str, *, named: bool = True) -> str:
     if value is None:
-        return "–"
+        return Markup('<span class="none">not yet</span>')
     if is_never(value):
         return "when something changes"
     return Markup('<time datetime="{}" data-shown="{}">{}</time>').format(
-        value.astimezone(UTC).isoformat(), shown, clock(value, zone)
+        value.astimezone(UTC).isoformat(), shown, clock(value, zone, named=named)
     )
 
 
-def clock(value: datetime, zone: str) -> str:
+def clock(value: datetime, zone: str, *, named: bool = True) -> str:
     """A time as a clock in a zone shows it, and the zone."""
     try:
         found = find_zone(zone)
@@ -78,7 +80,7 @@ def clock(value: datetime, zone: str) -> str:
         local = value.astimezone(found)
     except OverflowError:
         local, zone = value, "UTC"
-    return f"{local:%a %Y-%m-%d %H:%M:%S} {zone}"
+    return f"{local:%a %Y-%m-%d %H:%M:%S}" + (f" {zone}" if named else "")
 
 
 def number(value: int | None) -> str:
@@ -100,7 +102,8 @@ def duration(seconds: float | None) -> str:
         count, rest = divmod(rest, size)
         if count or parts:
             parts.append(f"{count} {name}")
-    return " ".join(parts[:2])
+    shown = [part for part in parts[:2] if not part.startswith("0 ")]
+    return " ".join(shown)
 
 
 def days(counts: Mapping[str, int]) -> str:

@@ -22,7 +22,7 @@ from sequencerd.words import plain
 PAGE = 50  # rows
 MOST_ROWS = 1000  # of a table that a program asks for
 FURTHEST = 5000  # rows that a page may begin after
-LATEST = 20_000  # enrollments among which an e-mail address is looked for without an index
+LATEST = 10_000  # enrollments among which an e-mail address is looked for without an index
 LAST_CHARACTER = "\U0010ffff"
 FIRST = datetime(1900, 1, 1, tzinfo=UTC)
 
@@ -333,7 +333,7 @@ async def search(
 
 
 async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asyncpg.Record]:
-    after: Any = ["", "", -1]
+    after: Any = [wanted, "", -1]  # where the scan of the index begins
     if given := query.get("after"):
         try:
             after = json.loads(given)

@@ -29,7 +29,7 @@ SHORTEST = 1.0  # seconds between counts
 AFTER_ERROR = 2.0
 TIMEOUT = 60.0  # of a statement
 ATTENTION = 30.0  # for so long after the last look it goes on
-PATIENCE = 0.08  # how long a page waits for the first counts, or those after a long pause
+PATIENCE = 0.05  # how long a page waits for the first counts, or those after a long pause
 OLD = timedelta(seconds=5)
 
 LATE = timedelta(seconds=10)

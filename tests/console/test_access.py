@@ -402,7 +402,7 @@ async def test_the_daemon_serves_it(database: str, connection: asyncpg.Connectio
         await answers(client, "/readyz", is_ok)
         page = await client.get(f"/console/enrollments/{waiting}")
         assert page.status_code == 200
-        assert "Is looked at again" in page.text
+        assert "Waits for 1 day; it is" in page.text
         page = await client.get("/", follow_redirects=True)
         assert page.url.path == "/console/"
         # an open stream doesn't hold up the end

@@ -101,7 +101,7 @@ async def test_every_page_is_there(database: str, connection: asyncpg.Connection
         overview = check(await client.get("/"))
         assert "s active" in overview
         text = check(await client.get("/enrollments/1"))
-        assert "Is looked at again at" in text
+        assert "Waits for 1 day; it is looked at again at" in text
         assert "then note" in text
         text = check(await client.get("/enrollments/2"))
         assert 'refused: {"email": "bob@example.com"}' in text
@@ -374,7 +374,7 @@ def test_scripts_are_small_and_vendored_with_their_licences() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.0123, "12 ms"), (59.6, "1 min 0 s"), (3661, "1 h 1 min"), (90000, "1 d 1 h"), (None, "–")],
+    [(0.0123, "12 ms"), (59.6, "1 min"), (3661, "1 h 1 min"), (90000, "1 d 1 h"), (None, "–")],
 )
 def test_durations(seconds: float | None, words: str) -> None:
     assert html.duration(seconds) == words

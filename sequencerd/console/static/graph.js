@@ -78,7 +78,7 @@
     data.nodes.forEach((node, n) => {
       const link = svg.querySelector(`[data-node="${n}"]`);
       const stay = node.stay === "–" ? "" : ` · ${node.stay}`;
-      set(link.querySelector(".small"), short(node.type, 18) + stay);
+      set(link.querySelector(".small"), short(node.type, 28 - stay.length - (node.failed ? node.failed.length + 6 : 0)) + stay);
       set(link.querySelector(".count"), node.active);
       set(link.querySelector(".failed"), node.failed && `${node.failed} failed`);
       const words = `${node.name}, ${node.type}, ${node.active} waiting` +
