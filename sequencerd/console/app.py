@@ -197,6 +197,7 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
             made = pages.say(
                 request, 503, "The database can't be reached",
                 "Nothing can be shown until it answers again. This page tries it by itself.",
+                retry=True,
             )  # fmt: skip
             made.headers["Retry-After"] = "5"
         except Exception as error:  # its text may hold data of people

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import asyncpg
 
-from sequencerd.console.summary import Summary
+from sequencerd.console.summary import LOST, Summary
 from sequencerd.store import PASSING_ERRORS, QUERIES
 
 INTERVAL = 1.0  # seconds between looks at the enrollments that are open
@@ -54,9 +54,9 @@ class Live:
             if ids:
                 try:
                     rows = await self._pool.fetch(QUERIES["console_versions"], ids)
+                    new = {row["id"]: row["version"] for row in rows}
                 except (*PASSING_ERRORS, asyncpg.PostgresError):
-                    rows = []  # the pages say so themselves when they are asked for
-                new = {row["id"]: row["version"] for row in rows}
+                    new = dict.fromkeys(ids, LOST)
                 if any(self._versions.get(id_) != version for id_, version in new.items()):
                     self._versions |= new
                     self._announce()

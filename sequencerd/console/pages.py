@@ -89,9 +89,9 @@ def render(request: Request, template: str, code: int = 200, /, **given: Any) ->
     return HTMLResponse(text, code)
 
 
-def say(request: Request, status: int, title: str, text: str) -> Response:
-    """A page with a sentence."""
-    return render(request, "message.html", status, title=title, text=text)
+def say(request: Request, status: int, title: str, text: str, *, retry: bool = False) -> Response:
+    """A page with a sentence; one that is asked for again by itself, if that may help."""
+    return render(request, "message.html", status, title=title, text=text, retry=retry)
 
 
 def _query(request: Request, rows: int = reading.PAGE) -> Query:

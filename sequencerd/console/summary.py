@@ -38,6 +38,9 @@ LATE = timedelta(seconds=10)
 SAMPLE = 5000  # of those who left a step, in each look
 STAYS = 500  # of a step that are kept
 
+LOST = "lost"
+"""The version of what can't be read: a page that asks for it hears that."""
+
 Row = Mapping[str, Any]
 Flow = Mapping[tuple[str, str, str], Counter[date]]
 """Of a sequence, a step and an action, how often it happened on which day."""
@@ -82,7 +85,9 @@ class Summary:
 
     @property
     def version(self) -> str:
-        """Another one when the counts are others."""
+        """Another one when the counts are others, or can't be made any more."""
+        if self._error is not None:
+            return LOST
         return self._counts.at.isoformat() if self._counts else ""
 
     def look(self) -> None:

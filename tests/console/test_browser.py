@@ -23,7 +23,8 @@ import pytest
 from sequencerd import plan
 from sequencerd.console.summary import DAYS
 from sequencerd.files import read_file
-from tests.console.conftest import BEGUN, FAILED, Mended, console, people
+from sequencerd.passwords import make_hash
+from tests.console.conftest import BEGUN, FAILED, Line, Mended, console, people
 from tests.engines import Recorder, enroll, until
 from tests.test_web import answers, free_port, is_ok
 
@@ -330,6 +331,62 @@ async def test_a_daemon_is_restarted_under_an_open_page(
     finally:
         running.terminate()
         assert await running.wait() == 0
+
+
+async def test_the_database_goes_and_comes_back(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    waiting, _ = await people(connection)
+    line = Line(database)
+    async with (
+        line.open() as through,
+        console(database, through=through) as client,
+        window(browser, client) as overview,
+        window(browser, client) as page,
+        window(browser, client) as late,
+    ):
+        await overview.goto("/console/")
+        await shows(overview, "td.active", "1")
+        await page.goto(f"/console/enrollments/{waiting}")
+        for window_ in (overview, page):
+            await shows(window_, "#state", "Live")
+        line.cut()
+        for window_ in (overview, page):
+            await shows(window_, "#state", "Not connected")
+        assert await text_of(page, "h1") == "ada"
+        await late.goto(f"/console/enrollments/{waiting}")
+        await shows(late, "h1", "The database can't be reached")
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", waiting
+        )
+        line.is_cut = False
+        await shows(page, ".head .tag", "cancelled")
+        await shows(late, "h1", "ada")
+        await shows(overview, "td.active", "0")
+        for window_ in (overview, page):
+            await shows(window_, "#state", "Live")
+
+
+async def test_a_session_that_is_over_leads_to_the_login(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    waiting, _ = await people(connection)
+    async with (
+        console(database, password_hash=make_hash("correct horse")) as client,
+        window(browser, client) as page,
+    ):
+        await page.goto(f"/console/enrollments/{waiting}")
+        await page.get_by_label("Your name").fill("Ada")
+        await page.get_by_label("Password").fill("correct horse")
+        await page.get_by_role("button", name="Log in").click()
+        await shows(page, "h1", "ada")
+        await shows(page, "#state", "Live")
+        await page.context.clear_cookies()
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", waiting
+        )
+        await shows(page, "h1", "Log in")
+        assert "to=" in page.url
 
 
 async def test_simulate_in_the_page(

@@ -33,14 +33,13 @@ document.addEventListener("submit", (event) => {
 });
 
 // One stream while the page is seen. The server tells that there is a newer version of what is
-// shown; htmx fetches it. A stream that ends is opened again by the browser, and here where the
+// shown, and htmx fetches it. A stream that ends is opened again by the browser, and here where the
 // browser gives up.
 let source = null;
 let again = null;
 
 function follow() {
   const live = document.getElementById("live");
-  clearTimeout(again);
   if (source) source.close();
   source = null;
   if (!live || live.dataset.live === undefined || document.hidden) return;
@@ -50,7 +49,7 @@ function follow() {
   source.addEventListener("changed", refresh);
   source.onerror = () => {
     say("Not connected", true);
-    if (source.readyState === EventSource.CLOSED) again = setTimeout(follow, 3000);
+    if (source.readyState === EventSource.CLOSED) later(() => { refresh(); follow(); });
   };
 }
 
@@ -62,23 +61,36 @@ function say(text, isLost) {
   state.classList.toggle("lost", isLost);
 }
 
-function refresh() {
-  // a hidden page is refreshed when it is seen again: its stream is closed meanwhile
-  htmx.trigger(document.body, "live");
+function later(work) {
+  clearTimeout(again);
+  again = setTimeout(work, 3000);
 }
 
-// what says that the database can't be reached comes with a status that is no success: keep what
-// is shown, and ask again
+const refresh = () => htmx.trigger(document.body, "live");
+const isLive = (event) => event.detail?.ctx?.sourceElement?.id === "live";
+
+// what could not be fetched: what is shown stays, and is asked for again
+function failed(event) {
+  if (!isLive(event)) return;
+  const status = event.detail.ctx.response?.status;
+  if (status && status < 500) return;
+  say("Not connected", true);
+  later(refresh);
+}
+
+document.addEventListener("htmx:response:error", failed);
+document.addEventListener("htmx:error", failed);
+
+// a session that is over leads to the login
 document.addEventListener("htmx:before:swap", (event) => {
-  const status = event.detail?.ctx?.response?.status ?? event.detail?.ctx?.response?.raw?.status;
-  if (status >= 500) {
-    event.preventDefault();
-    say("Not connected", true);
-    again = setTimeout(refresh, 3000);
-  }
+  if (new URL(event.detail.ctx.response.raw.url).pathname !== "/console/login") return;
+  event.preventDefault();
+  location.reload();
 });
 
-document.addEventListener("htmx:after:swap", () => {
+document.addEventListener("htmx:after:swap", (event) => {
+  const isFetched = isLive(event) && event.detail.ctx.response.status < 500;
+  if (isFetched && source?.readyState === EventSource.OPEN) say("Live", false);
   showTimes(document);
   document.dispatchEvent(new Event("shown"));
 });
