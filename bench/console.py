@@ -5,7 +5,8 @@
 It makes and drops a database "sequencerd_bench" with so many enrollments: twenty sequences of ten
 steps, two fifths of the people at one step and with one wake time, one in fifty failed, and two
 events for each in the last two weeks. Pages are asked for in turn, as by one reader after another;
-meanwhile the counts are made in the background, as always. The last lines are what they cost.
+meanwhile the counts are made in the background, as always. Then come what those cost, and how late
+an idle engine starts a runner after an INSERT, alone and while a reader asks for page after page.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from statistics import median, quantiles
 from typing import Any
 
 import asyncpg
+import engine
 import httpx
 import structlog
-from engine import fresh
+from prometheus_client import CollectorRegistry
 
 from sequencerd import migrate, store
 from sequencerd.console import summary
@@ -31,6 +34,7 @@ from sequencerd.definitions import from_rows
 from sequencerd.journeys import Sequences
 from sequencerd.settings import Console
 from sequencerd.store import QUERIES
+from sequencerd.web import make_app, serving
 
 SEQUENCES = 20
 STEPS = 10
@@ -90,7 +94,7 @@ async def main() -> None:
     parser.add_argument("--enrollments", type=int, default=1_000_000)
     parser.add_argument("--requests", type=int, default=200, help="of each page")
     given = parser.parse_args()
-    async with fresh(given.dsn) as url:
+    async with engine.fresh(given.dsn) as url:
         connection = await asyncpg.connect(url)
         await migrate.migrate(connection)
         begun = time.perf_counter()
@@ -117,6 +121,7 @@ async def main() -> None:
             await measure(client, given.requests, given.enrollments)
         await cost(connection)
         await connection.close()
+    await disturbance(given.dsn, given.requests)
 
 
 async def measure(client: httpx.AsyncClient, requests: int, count: int) -> None:
@@ -171,6 +176,52 @@ async def cost(connection: asyncpg.Connection) -> None:
             await connection.fetch(QUERIES[name], *parameters)
             took.append((time.perf_counter() - begun) * 1000)
         print(json.dumps({"query": name, "p50_ms": round(median(took), 1)}), flush=True)
+
+
+async def disturbance(dsn: str, samples: int) -> None:
+    """The engine's latency with nobody at the pages, and with a reader who never pauses."""
+    async with engine.defined(dsn, ("a", "Task", "{}")) as (url, connection):
+        console = make_console(
+            Console(),
+            url,
+            lambda: Sequences({}, {}),
+            lambda: datetime.now(UTC),
+            structlog.get_logger(),
+        )
+        app = make_app(list, list, CollectorRegistry(), console)
+        async with engine.engine(url), serving(app, LISTEN):
+            for reader in (False, True):
+                reading = None
+                if reader:
+                    reading = await asyncio.create_subprocess_exec(sys.executable, "-c", READER)
+                    await asyncio.sleep(1)
+                latencies = []
+                for n in range(samples):
+                    begun = engine.next_start()
+                    await connection.execute(
+                        "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', $1)",
+                        f"u{n} {reader}",
+                    )
+                    committed = time.perf_counter()
+                    latencies.append(await begun - committed)
+                    await asyncio.sleep(0.02)
+                if reading:
+                    reading.kill()
+                    await reading.wait()
+                engine.say(
+                    "wake, while pages are read" if reader else "wake",
+                    **engine.percentiles(latencies, 1000),
+                )
+        engine.listeners.clear()
+
+
+LISTEN = "127.0.0.1:9188"
+READER = f"""
+import httpx
+with httpx.Client(base_url="http://{LISTEN}/console") as client:
+    while True:
+        client.get("/search")
+"""
 
 
 if __name__ == "__main__":

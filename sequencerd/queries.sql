@@ -609,11 +609,17 @@ SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.confi
  ORDER BY s.sequence, s.position;
 
 -- name: console_failed
--- Who failed, by step and reason; no more than the limit are counted.
-SELECT sequence, step, failure, count(*) AS failed
-  FROM (SELECT sequence, step, failure FROM sequencer.enrollments WHERE status = 'failed'
-         ORDER BY sequence, step, failure LIMIT $1) AS first
- GROUP BY sequence, step, failure ORDER BY sequence, step, failure;
+-- Who failed, by step and reason, with one of them; no more than the limit are counted.
+SELECT g.sequence, g.step, g.failure, g.failed, x.last_error, x.data
+  FROM (SELECT sequence, step, failure, count(*) AS failed
+          FROM (SELECT sequence, step, failure FROM sequencer.enrollments WHERE status = 'failed'
+                 ORDER BY sequence, step, failure LIMIT $1) AS first
+         GROUP BY sequence, step, failure) AS g
+  LEFT JOIN LATERAL (
+    SELECT e.last_error, e.data FROM sequencer.enrollments AS e
+     WHERE e.status = 'failed' AND e.sequence = g.sequence AND e.step = g.step
+       AND e.failure = g.failure LIMIT 1) AS x ON true
+ ORDER BY g.sequence, g.step, g.failure;
 
 -- name: console_flow
 -- What happened at steps between two times, by day.

@@ -41,7 +41,7 @@ from sequencerd.words import what_next
 MAX_FORM = 100_000  # bytes
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
-COUNTED = {"overview": reading.overview, "steps": reading.steps, "failures": reading.failures}
+COUNTED = ("overview", "steps", "failures")
 """The tables that are made of the counts."""
 
 
@@ -135,7 +135,7 @@ async def failures(request: Request) -> Response:
         live=COUNTS,
         version=state.summary.version,
         counts=counts,
-        failures=reading.failures(counts, _query(request)) if counts else None,
+        failures=reading.failures(counts, _query(request), state.mask) if counts else None,
     )
 
 
@@ -413,12 +413,18 @@ async def table(request: Request) -> Response:
 
 
 async def _table(request: Request, state: State, name: str, query: Query) -> Table | None:
+    counts = None
     if name in COUNTED:
         counts = await state.summary.get()
         if counts is None:
             raise NotYetError
-        return COUNTED[name](counts, query)
     match name:
+        case "overview" if counts:
+            return reading.overview(counts, query)
+        case "steps" if counts:
+            return reading.steps(counts, query)
+        case "failures" if counts:
+            return reading.failures(counts, query, state.mask)
         case "people":
             return await reading.people(state.pool, query, state.mask)
         case "failed":
@@ -448,6 +454,8 @@ async def stream(request: Request) -> Response:
     state, query = state_of(request), _query(request)
     topic = query.number("topic", COUNTS)
     known = request.headers.get("last-event-id") or query.get("version") or ""
+    if request.method == "HEAD":  # there is nobody whose going ends the stream
+        return Response(media_type="text/event-stream")
     return StreamingResponse(
         state.live.stream(topic, known),
         media_type="text/event-stream",

@@ -182,13 +182,12 @@ def steps(counts: Counts, query: Query) -> Table:
     return Table("steps", columns, rows, query.given)
 
 
-def failures(counts: Counts, query: Query) -> Table:
-    """A row for each step and reason."""
+def failures(counts: Counts, query: Query, mask: Mask) -> Table:
+    """A row for each step and reason, and what went wrong for one of them."""
     rows = [
         {
-            **row,
+            **mask(row),
             "failure": row["failure"] or "by hand",
-            "code": row["failure"],
             "url": at("/failures/group", sequence=row["sequence"], step=row["step"],
                       failure=row["failure"]),
         }
@@ -199,6 +198,7 @@ def failures(counts: Counts, query: Query) -> Table:
         Column("step", "Step"),
         Column("failure", "Reason", "code", link="url"),
         Column("failed", "People", "number"),
+        Column("last_error", "For example"),
     )
     return Table("failures", columns, rows, query.given)
 

@@ -21,7 +21,10 @@ from sequencerd.settings import load
 from tests.conftest import Command
 from tests.console.conftest import BEGUN, FAILED, Mended, console, counted, people, token
 from tests.engines import until, way
+from tests.test_roles import logins
 from tests.test_web import answers, daemon, is_ok
+
+logins = logins  # noqa: PLW0127 - a fixture
 
 PASSWORD = "correct horse"
 HASH = passwords.make_hash(PASSWORD)
@@ -276,6 +279,29 @@ async def test_a_whole_group_is_changed(
         assert left == 10
 
 
+async def test_the_role_of_the_daemon_is_enough(
+    logins: dict[str, str], connection: asyncpg.Connection
+) -> None:
+    _, failing = await people(connection)
+    runner = Mended()
+    async with console(logins["daemon"], {"Note": runner}, write=True) as client:
+        await until(connection, FAILED)
+        await counted(client, "failures")
+        for path in ("/", "/sequence?sequence=s&step=wait", "/search", "/search?q=ada@x.y"):
+            assert (await client.get(path)).status_code == 200, path
+        page = await client.get(f"/enrollments/{failing}")
+        runner.is_mended = True
+        form = {"action": "retry", "id": str(failing), "token": token(page)}
+        await client.post("/change", data=form)
+        await until(
+            connection, "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = 2"
+        )
+    message = await connection.fetchval(
+        "SELECT message FROM sequencer.events WHERE action = 'resumed'"
+    )
+    assert message == "by login_daemon: somebody at this machine in the console"
+
+
 # --- what is masked
 
 
@@ -289,7 +315,7 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
     )
     await connection.execute(
         "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
-        " VALUES ($1, now(), 's', 'note', 1, 'noop', 'to old.bob@example.com and bob@example.com')",
+        " VALUES ($1, now(), 's', 'note', 1, 'noop', 'to rob@old.example.com and bob@example.com')",
         failing,
     )
     group = "sequence=s&step=note&failure=error"
@@ -301,6 +327,8 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
             f"/enrollments/{failing}",
             f"/enrollments/{waiting}",
             f"/failures/group?{group}",
+            "/failures",
+            "/tables/failures.json",
             f"/tables/failed.json?{group}",
             f"/tables/failed.csv?{group}",
             f"/tables/events.json?id={failing}",

@@ -436,7 +436,7 @@ WIDE = {"width": 1200, "height": 780}
 SHOTS = (
     ("overview", "/console/", "light", WIDE),
     ("sequence", "/console/sequence?sequence=onboarding&step=a-few-days", "light", WIDE),
-    ("enrollment", "/console/enrollments/5", "dark", WIDE),
+    ("enrollment", "/console/enrollments/6", "dark", WIDE),
     ("phone", "/console/sequence?sequence=onboarding", "dark", {"width": 390, "height": 780}),
 )
 
@@ -464,9 +464,9 @@ SELECT 10000 + n,
                ('last-call', 8, 'completed', 7)) AS e (step, visit, action, hours)
  WHERE n % 5 > 1 OR visit < 5;
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
-SELECT 5, now() - hours * interval '1 hour', 'onboarding', step, visit, action, message
-  FROM (VALUES ('welcome', 1, 'enrolled', 26, NULL),
-               ('welcome', 1, 'retry', 25.9, 'attempt 1 failed: 421 come again later'),
-               ('welcome', 1, 'next', 25.7, 'sent to ada@example.com'),
-               ('a-few-days', 2, 'next', 24, NULL)) AS e (step, visit, action, hours, message);
+SELECT 6, now() - hours * interval '1 hour', 'onboarding', step, visit, action, message
+  FROM (VALUES ('welcome', 1, 'enrolled', 24.4, NULL),
+               ('welcome', 1, 'retry', 24.3, 'attempt 1 failed: 421 come again later'),
+               ('welcome', 1, 'next', 24, 'sent to ada@example.com')
+       ) AS e (step, visit, action, hours, message);
 """

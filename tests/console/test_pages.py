@@ -140,6 +140,7 @@ async def test_what_counts_counts(database: str, connection: asyncpg.Connection)
         assert wait["median_stay"] == 2 * 3600
         assert (note["step"], note["failed"]) == ("note", 1)
         (group,) = await counted(client, "failures")
+        assert group.pop("last_error").startswith("refused: ")
         assert group == {"sequence": "s", "step": "note", "failure": "error", "failed": 1}
         await connection.execute(
             "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", failing
@@ -406,6 +407,33 @@ async def test_many_viewers_cost_one_query(
             await stream.aclose()
     assert 2 <= len(asked) <= 3
     assert set(asked) == {QUERIES["console_versions"]}
+
+
+async def test_nobody_who_looks_costs_nothing(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary, "ATTENTION", 0.5)
+    await people(connection)
+    latest = (
+        "SELECT max(query_start) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND application_name = 'sequencerd console'"
+    )
+    async with console(database) as client:
+        await asyncio.sleep(0.3)
+        assert await connection.fetchval(latest) is None, "not even a connection"
+        await counted(client, "overview")
+        assert (await client.head("/live")).status_code == 200
+        page = client.build_request("GET", "/live")
+        stream = await client.send(page, stream=True)
+        await asyncio.sleep(2.5)
+        before = await connection.fetchval(latest)
+        await asyncio.sleep(2.5)
+        assert await connection.fetchval(latest) > before
+        await stream.aclose()
+        await asyncio.sleep(3)
+        before = await connection.fetchval(latest)
+        await asyncio.sleep(2.5)
+        assert await connection.fetchval(latest) == before
 
 
 async def test_a_stream_tells_of_changes(database: str, connection: asyncpg.Connection) -> None:
