@@ -15,7 +15,7 @@ from sequencerd.core.config import nearest
 from sequencerd.core.model import Enrollment, SideEffect, Step, Task
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
-from sequencerd.simulate import Change, Outcome, Simulation, simulate
+from sequencerd.simulate import MAX_ENTRIES, Change, Outcome, Simulation, simulate
 
 A_YEAR = timedelta(days=366)
 
@@ -29,6 +29,7 @@ class Sequences:
     definitions: Mapping[str, model.Sequence]
     runners: Mapping[str, Runner]
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    most: int = MAX_ENTRIES
 
     def simulate(
         self,
@@ -80,6 +81,7 @@ class Sequences:
             external=external,
             outcomes=self.outcomes,
             preview=self._preview,
+            most=self.most,
         )
 
     def _preview(self, step: Step, task: Task) -> Mapping[str, str]:

@@ -108,11 +108,12 @@ def simulate(
     external: Mapping[str, Any] | None = None,
     outcomes: Mapping[str, Outcome] | None = None,
     preview: Preview = lambda _step, _task: {},
+    most: int = MAX_ENTRIES,
 ) -> Simulation:
     """Follows an enrollment from `start` until it ends, or waits beyond `until`.
 
     `outcomes` says how the side effects of a type end (default: next), `external` what a lookup
-    gives.
+    gives, `most` after how many entries it is given up.
     """
     definitions = {
         name: replace(sequence, recheck=_NO_RECHECK) for name, sequence in sequences.items()
@@ -126,8 +127,8 @@ def simulate(
             return journey.ended("completed", now, "completed")
         if isinstance(decision, Fail):
             return journey.ended("failed", now, f"failed: {decision.message}")
-        if len(journey.entries) > MAX_ENTRIES:
-            return journey.ended("active", now, f"more than {MAX_ENTRIES} entries: it goes round")
+        if len(journey.entries) > most:
+            return journey.ended("active", now, f"more than {most} entries: it goes round")
         if result is not None:
             continue
         assert isinstance(decision, Wait)

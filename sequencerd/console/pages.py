@@ -39,6 +39,7 @@ from sequencerd.store import QUERIES
 from sequencerd.words import what_next
 
 MAX_FORM = 100_000  # bytes
+MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 COUNTED = ("overview", "steps", "failures")
@@ -306,9 +307,7 @@ async def simulate(request: Request) -> Response:
             wrong = str(error)
     end = ""
     if simulation:
-        end = (
-            simulation.end if simulation.status != "active" else "The year ends; it is still there."
-        )
+        end = simulation.end
         given["chosen"] = simulation.enrollment.sequence
     return render(
         request,
@@ -329,7 +328,7 @@ async def _simulated(state: State, query: Query) -> tuple[Simulation, Table]:
     if (outcome := query.get("outcome") or "next") not in OUTCOMES:
         raise UsageError(f"side effects can't end with {outcome!r}")
     outcomes: dict[str, Outcome] = dict.fromkeys(journeys.runners, outcome)
-    journeys = Sequences(journeys.definitions, journeys.runners, outcomes)
+    journeys = Sequences(journeys.definitions, journeys.runners, outcomes, MOST_ENTRIES)
     now = state.now().replace(microsecond=0)
     known: Mapping[str, Any] = {}
     work: Callable[[], Simulation]

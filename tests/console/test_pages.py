@@ -409,6 +409,24 @@ async def test_many_viewers_cost_one_query(
     assert set(asked) == {QUERIES["console_versions"]}
 
 
+async def test_a_simulation_that_goes_round_is_given_up(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    hour = '{"amount": 1, "unit": "hour"}'
+    async with connection.transaction():
+        await define(
+            connection,
+            "s",
+            ("wait", "WaitForDuration", hour, "note"),
+            ("note", "Note", "{}", "wait"),
+        )
+    async with console(database) as client:
+        page = await client.get("/simulate?sequence=s")
+        assert "more than 500 entries: it goes round" in check(page)
+        rows = (await client.get("/tables/simulation.json?sequence=s")).json()["rows"]
+        assert 500 < len(rows) < 510
+
+
 async def test_nobody_who_looks_costs_nothing(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@
 
   function layout(data) {
     const graph = new dagre.graphlib.Graph({ multigraph: true });
-    graph.setGraph({ rankdir: "TB", nodesep: 40, ranksep: 46, marginx: 20, marginy: 20 });
+    graph.setGraph({ rankdir: "TB", nodesep: 40, ranksep: 30, marginx: 20, marginy: 20 });
     graph.setDefaultEdgeLabel(() => ({}));
     for (const node of data.nodes) graph.setNode(`step ${node.name}`, { width: WIDTH, height: HEIGHT });
     data.edges.forEach((edge, n) => {
