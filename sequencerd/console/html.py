@@ -14,7 +14,6 @@ from zoneinfo import ZoneInfo
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from sequencerd.console.summary import MOST
 from sequencerd.console.tables import at
 from sequencerd.core.dates import zone as find_zone
 from sequencerd.core.model import DefinitionError
@@ -83,11 +82,11 @@ def clock(value: datetime, zone: str, *, named: bool = True) -> str:
     return f"{local:%a %Y-%m-%d %H:%M:%S}" + (f" {zone}" if named else "")
 
 
-def number(value: int | None) -> str:
-    """A count; those that reach the limit may be greater."""
+def number(value: int | None, is_capped: bool = False) -> str:
+    """A count, or where it was not counted to the end, a lower bound."""
     if value is None:
         return "–"
-    return f"{value:,}{'+' if value >= MOST else ''}"
+    return f"{value:,}{'+' if is_capped else ''}"
 
 
 def duration(seconds: float | None) -> str:

@@ -154,6 +154,7 @@ def steps(counts: Counts, query: Query) -> Table:
             "url": at("/sequence", sequence=name, step=step["step"]),
             "type": step["type"],
             "active": step["active"],
+            "is_capped": step["active"] >= MOST,
             "soon": step["soon"],
             "overdue": step["overdue"],
             "failed": failed[step["step"]],

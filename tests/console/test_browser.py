@@ -235,6 +235,7 @@ async def test_by_keyboard_alone(
         await page.goto("/console/search")
         await page.keyboard.type("car")
         await shows(page, "td.subject", "carl")
+        await page.wait_for_url("**/search?q=car")  # what is seen is a link that can be sent
 
 
 async def test_hostile_data_run_nowhere(
@@ -398,6 +399,7 @@ async def test_simulate_in_the_page(
         await page.locator("#data").fill('{"name": "Ada"}')
         await page.get_by_role("button", name="Show the year").click()
         await shows(page, "#year", "completed")
+        await page.wait_for_url("**/simulate?sequence=s&*Ada*")
         await page.locator("#data").fill("{")
         await page.get_by_role("button", name="Show the year").click()
         await shows(page, "#year .wrong", "not JSON")

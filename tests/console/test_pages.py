@@ -20,6 +20,7 @@ from sequencerd.console.pages import FILES
 from sequencerd.store import QUERIES
 from tests.console.conftest import (
     BEGUN,
+    DAY,
     FAILED,
     Line,
     Mended,
@@ -150,6 +151,22 @@ async def test_what_counts_counts(database: str, connection: asyncpg.Connection)
                 if not (await client.get("/tables/failures.json")).json()["rows"]:
                     break
                 await asyncio.sleep(0.1)
+
+
+async def test_counts_have_an_end(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary, "MOST", 3)
+    monkeypatch.setattr(reading, "MOST", 3)
+    await define(connection, "s", ("a", "WaitForDuration", DAY, "b"), ("b", "Note", "{}", None))
+    for n in range(5):
+        await enroll(connection, "s", f"u{n}")
+    async with console(database) as client:
+        await counted(client, "overview")
+        assert "3+" in check(await client.get("/"))
+        steps = check(await client.get("/sequence?sequence=s"))
+        assert "3+" in steps
+        assert "0+" not in steps
 
 
 async def test_hostile_data_are_text(database: str, connection: asyncpg.Connection) -> None:
