@@ -29,7 +29,7 @@ from tests.engines import Recorder, enroll, until
 from tests.test_web import answers, free_port, is_ok
 
 if TYPE_CHECKING:
-    from playwright.async_api import Browser, Page
+    from playwright.async_api import Browser, Page, Route
 
 CHROMIUM = shutil.which("chromium")
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -82,7 +82,7 @@ async def window(
 
 def is_complaint(text: str) -> bool:
     """Of what a page may do; that the server can't be reached is what some tests are about."""
-    return "Content Security Policy" in text or "Error:" in text
+    return "Content Security Policy" in text or ("Error:" in text and "Failed to fetch" not in text)
 
 
 async def check_accessible(page: Page) -> None:
@@ -366,6 +366,35 @@ async def test_the_database_goes_and_comes_back(
         await shows(overview, "td.active", "0")
         for window_ in (overview, page):
             await shows(window_, "#state", "Live")
+
+
+@pytest.mark.parametrize("failure", ["abort", "503"])
+async def test_what_could_not_be_fetched_is_asked_for_again(
+    database: str, connection: asyncpg.Connection, browser: Browser, failure: str
+) -> None:
+    waiting, _ = await people(connection)
+    async with console(database) as client, window(browser, client) as page:
+        await page.goto(f"/console/enrollments/{waiting}")
+        await shows(page, "#state", "Live")
+        asked = []
+
+        async def fail_once(route: Route) -> None:
+            asked.append(route.request.url)
+            if len(asked) > 1:
+                await route.continue_()
+            elif failure == "abort":
+                await route.abort()
+            else:
+                await route.fulfill(status=503, body='<div id="live">gone</div>')
+
+        await page.route(f"**/console/enrollments/{waiting}", fail_once)
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", waiting
+        )
+        await shows(page, "#state", "Not connected")
+        assert await text_of(page, "h1") == "ada"
+        await shows(page, ".head .tag", "cancelled")
+        await shows(page, "#state", "Live")
 
 
 async def test_a_session_that_is_over_leads_to_the_login(

@@ -471,6 +471,17 @@ async def test_nobody_who_looks_costs_nothing(
         assert await connection.fetchval(latest) == before
 
 
+async def test_an_open_stream_does_not_hold_up_the_end(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with httpx.AsyncClient() as other:
+        async with console(database) as client:
+            stream = await other.send(client.build_request("GET", "/live"), stream=True)
+            assert stream.status_code == 200
+        assert [line async for line in stream.aiter_lines()]
+    assert caplog.records == [], "uvicorn had to break it off"
+
+
 async def test_a_stream_tells_of_changes(database: str, connection: asyncpg.Connection) -> None:
     waiting, _ = await people(connection)
     async with console(database, write=True) as client:
