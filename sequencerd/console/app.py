@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -31,6 +32,7 @@ from sequencerd.store import PASSING_ERRORS, brief
 
 CONNECTIONS = 4
 TIMEOUT = 10.0  # seconds that a page waits for the database
+TURN = 0.0002  # seconds
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -55,9 +57,14 @@ def make_console(
     now: Callable[[], datetime],
     log: FilteringBoundLogger,
 ) -> Starlette:
-    """The application. `journeys` gives the sequences and runners as they are at the moment; its
-    `state.close` ends what would keep its connections open.
+    """The application, for a thread beside the engine's.
+
+    `journeys` gives the sequences and runners as they are at the moment. Its `state.close` ends
+    what would keep its connections open.
     """
+
+    # while a page is made, the engine waits for its turn so long; Python's own 5 ms are too many
+    sys.setswitchinterval(TURN)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

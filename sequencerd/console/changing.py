@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
+from math import inf
 from typing import Any
 
 import asyncpg
@@ -17,6 +19,7 @@ from sequencerd.store import brief
 ACTIONS = {"retry": "Retried", "skip": "Skipped the step for", "cancel": "Cancelled"}
 PATIENCE = 1.0  # seconds that a page waits for the end of a change
 CONNECT_TIMEOUT = 10.0
+SHOWN = 20.0  # seconds for which a page tells what came of a change
 MOST = 4  # changes at the same time
 
 
@@ -27,13 +30,13 @@ class Changes:
         self._url = url
         self._log = log
         self._running: set[asyncio.Task[None]] = set()
-        self._told: dict[str, str] = {}  # by the nonce of the session
+        self._told: dict[str, tuple[str, float]] = {}  # by the nonce of the session; and until when
 
     def told(self, nonce: str) -> str | None:
-        """What came of the visitor's change; once, when it is over."""
-        text = self._told.get(nonce)
-        if text is not None and not text.endswith("…"):
-            del self._told[nonce]
+        """What comes of the visitor's change; for a while, once it is over."""
+        now = time.monotonic()
+        self._told = {known: told for known, told in self._told.items() if told[1] > now}
+        text, _ = self._told.get(nonce, (None, 0))
         return text
 
     async def make(
@@ -46,7 +49,6 @@ class Changes:
         sequence: str | None,
         step: str | None,
         failure: str | None,
-        reason: str | None,
     ) -> None:
         """Begins a change, and waits a moment for its end. Raises UsageError."""
         if action not in ACTIONS:
@@ -57,7 +59,7 @@ class Changes:
             raise UsageError("other changes are still under way; try again later")
         ids = None if id_ is None else [id_]
         selection = Selection(ids, None, sequence, step, failure)
-        why = f"{user} in the console" + (f": {reason}" if reason else "")
+        why = f"{user} in the console"
         task = asyncio.create_task(self._guard(nonce, self._make(nonce, action, selection, why)))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -75,7 +77,10 @@ class Changes:
             await work
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
             self._log.warning("a change in the console failed", error=brief(error))
-            self._told[nonce] = f"The database refuses it: {brief(error)}. Nothing more is changed."
+            self._tell(nonce, f"The database refuses it: {brief(error)}. Nothing more is changed.")
+
+    def _tell(self, nonce: str, text: str, seconds: float | None = None) -> None:
+        self._told[nonce] = (text, time.monotonic() + (SHOWN if seconds is None else seconds))
 
     async def _make(self, nonce: str, action: str, selection: Selection, why: str) -> None:
         # not one of the pool's: the daemons are to be notified
@@ -89,14 +94,15 @@ class Changes:
         def progress(done: Done) -> None:
             nonlocal total
             total = total.plus(done)
-            self._told[nonce] = f"{ACTIONS[action]} {total.changed:,} of {len(ids):,}…"
+            text = f"{ACTIONS[action]} {total.changed:,} of {len(ids):,}…"
+            self._tell(nonce, text, inf)
 
         try:
             ids = await bulk.select(connection, action, selection)
             await bulk.change(connection, action, ids, reason=why, progress=progress)
         finally:
             connection.terminate()
-        self._told[nonce] = _in_words(action, len(ids), total)
+        self._tell(nonce, _in_words(action, len(ids), total))
 
 
 def _in_words(action: str, selected: int, done: Done) -> str:

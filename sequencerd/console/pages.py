@@ -492,7 +492,6 @@ async def change(request: Request) -> Response:
         sequence=query.get("sequence"),
         step=query.get("step"),
         failure=query.get("failure"),
-        reason=query.get("reason"),
     )
     state.journeys_read.clear()
     return RedirectResponse(_local(query.get("back")), 303)

@@ -20,7 +20,7 @@ from typing import Any
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.store import PASSING_ERRORS, QUERIES, Place, brief
+from sequencerd.store import QUERIES, Place, brief
 
 MOST = 1_000_000  # people at a step: there may be more
 DAYS = 14
@@ -120,7 +120,7 @@ class Summary:
             except (TimeoutError, asyncpg.QueryCanceledError) as error:
                 # it is slow, not gone: what was counted before is still worth showing
                 self._log.warning("the console can't count in time", error=brief(error))
-            except (*PASSING_ERRORS, asyncpg.PostgresError) as error:
+            except Exception as error:  # the pages say that they can't be made
                 if self._error is None:
                     self._log.warning("the console can't count", error=brief(error))
                 self._error = error
