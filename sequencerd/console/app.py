@@ -18,11 +18,12 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console import html, pages
+from sequencerd.console import html, pages, simulating
+from sequencerd.console.asked import NotFoundError, WrongQueryError
 from sequencerd.console.auth import Auth
 from sequencerd.console.changing import Changes
 from sequencerd.console.live import Live
-from sequencerd.console.reading import NotFoundError, WrongQueryError
+from sequencerd.console.state import State, say, state_of
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at
 from sequencerd.errors import UsageError
@@ -84,7 +85,7 @@ def make_console(
             summary = Summary(pool, log)
             live = Live(pool, summary)
             changes = Changes(url, log)
-            app.state.console = pages.State(
+            app.state.console = State(
                 settings, url, pool, Auth(settings), html.make_templates(), summary, live, journeys,
                 now, changes,
             )  # fmt: skip
@@ -113,7 +114,7 @@ def make_console(
             get("/failures", pages.failures),
             get("/failures/group", pages.group),
             get("/search", pages.search),
-            get("/simulate", pages.simulate),
+            get("/simulate", simulating.simulate),
             get("/tables/{name}.{form}", pages.table),
             get("/live", pages.stream),
             post("/change", pages.change),
@@ -152,7 +153,7 @@ def _said(request: Request, error: Exception) -> Response:
         404: "There is no such page.",
         405: "That can't be done with this page.",
     }
-    answer = pages.say(
+    answer = say(
         request, error.status_code, error.detail, texts.get(error.status_code, error.detail)
     )
     answer.headers.update(error.headers or {})
@@ -170,7 +171,7 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
     """The page for whoever may see it; what goes wrong as a page that says so."""
 
     async def answer(request: Request) -> Response:
-        auth = pages.state_of(request).auth
+        auth = state_of(request).auth
         if refusal := auth.refusal(request):
             return PlainTextResponse(f"{refusal}\n", 403)
         request.state.visitor = visitor = auth.visitor(request)
@@ -183,25 +184,25 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
             if request.method == "POST":
                 request.state.form = await pages.form(request)
                 if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
-                    return pages.say(
+                    return say(
                         request, 403, "Not done",
                         "This form is too old, or does not come from here. Load the page again.",
                     )  # fmt: skip
-                if page is pages.change and not pages.state_of(request).settings.write:
-                    return pages.say(
+                if page is pages.change and not state_of(request).settings.write:
+                    return say(
                         request, 403, "Read only", "Set console.write = true to change something."
                     )
             made = await page(request)
         except NotFoundError as error:
-            made = pages.say(request, 404, "Not found", str(error))
+            made = say(request, 404, "Not found", str(error))
         except (WrongQueryError, UsageError) as error:
             text = str(error)
-            made = pages.say(request, 422, "Not possible", f"{text[:1].upper()}{text[1:]}.")
+            made = say(request, 422, "Not possible", f"{text[:1].upper()}{text[1:]}.")
         except pages.NotYetError:
             made = PlainTextResponse("The first count is under way.\n", 503, {"Retry-After": "1"})
         except PASSING_ERRORS as error:
             log.warning("the console can't reach the database", error=brief(error))
-            made = pages.say(
+            made = say(
                 request, 503, "The database can't be reached",
                 "Nothing can be shown until it answers again. This page tries it by itself.",
                 retry=True,
@@ -209,7 +210,7 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
             made.headers["Retry-After"] = "5"
         except Exception as error:  # its text may hold data of people
             log.error("a page of the console failed", path=request.url.path, error=_where(error))
-            made = pages.say(request, 500, "Something is wrong here", "The log says where.")
+            made = say(request, 500, "Something is wrong here", "The log says where.")
         return _kept(request, made)
 
     return answer
@@ -217,7 +218,7 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
 
 def _kept(request: Request, response: Response) -> Response:
     if not request.url.path.startswith(at("/static/")):
-        pages.state_of(request).auth.keep(request, response, request.state.visitor)
+        state_of(request).auth.keep(request, response, request.state.visitor)
     return response
 
 

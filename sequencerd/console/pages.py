@@ -2,101 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, get_args
+from collections.abc import Awaitable, Callable
+from typing import Any
 from urllib.parse import parse_qsl
 
-import asyncpg
-from jinja2 import Environment
 from starlette.requests import Request
 from starlette.responses import (
     FileResponse,
-    HTMLResponse,
     RedirectResponse,
     Response,
     StreamingResponse,
 )
 
 from sequencerd import graph
-from sequencerd.console import changing, html, reading
-from sequencerd.console.auth import Auth, TooManyError, Visitor
-from sequencerd.console.live import COUNTS, Live
-from sequencerd.console.mask import make_mask
-from sequencerd.console.reading import Journey, NotFoundError, Query, WrongQueryError
-from sequencerd.console.summary import Counts, Summary
-from sequencerd.console.tables import Column, Table, as_csv, as_json, at
-from sequencerd.core import dates
-from sequencerd.core.model import DefinitionError, Enrollment, Sequence
-from sequencerd.errors import UsageError
-from sequencerd.journeys import Sequences
-from sequencerd.settings import Console
-from sequencerd.simulate import Outcome, Simulation
-from sequencerd.store import QUERIES
+from sequencerd.console import html, reading
+from sequencerd.console.asked import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
+from sequencerd.console.auth import TooManyError, Visitor
+from sequencerd.console.live import COUNTS
+from sequencerd.console.reading import Journey
+from sequencerd.console.simulating import simulated
+from sequencerd.console.state import State, query_of, render, state_of
+from sequencerd.console.summary import Counts
+from sequencerd.console.tables import Table, as_csv, as_json, at
+from sequencerd.core.model import Sequence
 from sequencerd.words import what_next
 
 MAX_FORM = 100_000  # bytes
-MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+PROGRAMS_WAIT = 10.0  # seconds, for the first counts: nothing fills their tables by itself
 
 COUNTED = ("overview", "steps", "failures")
 """The tables that are made of the counts."""
-
-
-@dataclass
-class State:
-    """What the pages work with."""
-
-    settings: Console
-    url: str
-    pool: asyncpg.Pool
-    auth: Auth
-    templates: Environment
-    summary: Summary
-    live: Live
-    journeys: Callable[[], Sequences]
-    now: Callable[[], datetime]
-    changes: changing.Changes
-    simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
-    journeys_read: dict[int, tuple[str, Journey]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.mask = make_mask(self.settings.mask)
-
-
-def state_of(request: Request) -> State:
-    """What the pages work with."""
-    state: State = request.app.state.console
-    return state
-
-
-def render(request: Request, template: str, code: int = 200, /, **given: Any) -> Response:
-    """A page."""
-    state = state_of(request)
-    visitor: Visitor | None = getattr(request.state, "visitor", None)
-    text = state.templates.get_template(template).render(
-        visitor=visitor,
-        here=request.url.path.removeprefix("/console"),
-        address=str(request.url.replace(scheme="", netloc="")),
-        back=str(request.url.replace(scheme="", netloc="")),
-        may_write=state.settings.write,
-        may_log_out=state.auth.password_hash is not None,
-        done=state.changes.told(visitor.nonce) if visitor else None,
-        **given,
-    )
-    return HTMLResponse(text, code)
-
-
-def say(request: Request, status: int, title: str, text: str, *, retry: bool = False) -> Response:
-    """A page with a sentence; one that is asked for again by itself, if that may help."""
-    return render(request, "message.html", status, title=title, text=text, retry=retry)
-
-
-def _query(request: Request, rows: int = reading.PAGE) -> Query:
-    return Query(dict(request.query_params), rows)
 
 
 def _since(counts: Counts | None) -> str:
@@ -112,7 +48,7 @@ async def overview(request: Request) -> Response:
     """Every sequence."""
     state = state_of(request)
     counts = await state.summary.get()
-    table = reading.overview(counts, _query(request)) if counts else None
+    table = reading.overview(counts, query_of(request)) if counts else None
     return render(
         request,
         "overview.html",
@@ -136,13 +72,13 @@ async def failures(request: Request) -> Response:
         live=COUNTS,
         version=state.summary.version,
         counts=counts,
-        failures=reading.failures(counts, _query(request), state.mask) if counts else None,
+        failures=reading.failures(counts, query_of(request), state.mask) if counts else None,
     )
 
 
 async def sequence(request: Request) -> Response:
     """A sequence: its graph and steps; where one is chosen, who waits there."""
-    state, query = state_of(request), _query(request)
+    state, query = state_of(request), query_of(request)
     name, step = query.must("sequence"), query.get("step")
     definition = _definition(state, name)
     node = definition.steps.get(step) if step else None
@@ -226,7 +162,7 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
 
 async def group(request: Request) -> Response:
     """Who failed at a step for a reason."""
-    state, query = state_of(request), _query(request)
+    state, query = state_of(request), query_of(request)
     table = await reading.failed_people(state.pool, query, state.mask)
     return render(
         request,
@@ -241,7 +177,7 @@ async def group(request: Request) -> Response:
 
 async def enrollment(request: Request) -> Response:
     """Where an enrollment is, why, and what has happened to it."""
-    found = await _journey(request, request.path_params["id"], _query(request))
+    found = await _journey(request, request.path_params["id"], query_of(request))
     zone = found.row["timezone"] or "UTC"
     row = {**found.row, "timezone": zone}
     return render(
@@ -262,7 +198,7 @@ async def _journey(request: Request, id_: int, query: Query) -> Journey:
     if id_ >= 2**63:
         raise NotFoundError(f"There is no enrollment {id_}.")
     version = state.live.version(id_)
-    is_shared = version is not None and not query.given and query.rows == reading.PAGE
+    is_shared = version is not None and not query.given and query.rows == PAGE
     if is_shared and (kept := state.journeys_read.get(id_)) and kept[0] == version:
         return kept[1]
     found = await reading.journey(state.pool, id_, query, state.mask)
@@ -278,121 +214,10 @@ async def _journey(request: Request, id_: int, query: Query) -> Journey:
 
 async def search(request: Request) -> Response:
     """Who is meant."""
-    state, query = state_of(request), _query(request)
+    state, query = state_of(request), query_of(request)
     table, remark = await reading.search(state.pool, query, state.mask, state.settings.mask)
     q = query.get("q") or ""
     return render(request, "search.html", title="Search", q=q, found=table, remark=remark)
-
-
-# --- simulation
-
-
-async def simulate(request: Request) -> Response:
-    """The year of somebody."""
-    state, query = state_of(request), _query(request)
-    given = {
-        "sequences": sorted(state.journeys().definitions),
-        "chosen": query.get("sequence"),
-        "timezone": query.get("timezone") or "",
-        "outcome": query.get("outcome") or "next",
-        "outcomes": OUTCOMES,
-        "data": query.get("data") or "{}",
-        "enrollment": query.get("enrollment"),
-    }
-    wrong, simulation, table = None, None, None
-    if query.get("sequence") or query.get("enrollment"):
-        try:
-            simulation, table = await _simulated(state, query)
-        except UsageError as error:
-            wrong = str(error)
-    end = ""
-    if simulation:
-        end = simulation.end
-        given["chosen"] = simulation.enrollment.sequence
-    return render(
-        request,
-        "simulate.html",
-        422 if wrong else 200,
-        title="Simulate",
-        wrong=wrong,
-        simulation=simulation,
-        simulated=table,
-        end=state.mask({"message": end})["message"],
-        **given,
-    )
-
-
-async def _simulated(state: State, query: Query) -> tuple[Simulation, Table]:
-    """Raises UsageError."""
-    journeys = state.journeys()
-    if (outcome := query.get("outcome") or "next") not in OUTCOMES:
-        raise UsageError(f"side effects can't end with {outcome!r}")
-    outcomes: dict[str, Outcome] = dict.fromkeys(journeys.runners, outcome)
-    journeys = Sequences(journeys.definitions, journeys.runners, outcomes, MOST_ENTRIES)
-    now = state.now().replace(microsecond=0)
-    known: Mapping[str, Any] = {}
-    work: Callable[[], Simulation]
-    if query.get("enrollment"):
-        id_ = query.number("enrollment", 0)
-        row = await state.pool.fetchrow(QUERIES["simulated"], id_)
-        if row is None:
-            raise NotFoundError(f"There is no enrollment {id_}, or not any more.")
-        *columns, status = row.values()
-        if status != "active":
-            raise UsageError(f"enrollment {id_} is {status}: nothing lies ahead")
-        start = Enrollment(*columns)._replace(leased_by=None)
-        known = json.loads(start.data)
-
-        def work() -> Simulation:
-            return journeys.follow(start, now, None, {}, None)
-    else:
-        data, zone = _data(query.get("data") or "{}"), query.get("timezone")
-        if zone is not None:
-            try:
-                dates.zone(zone)
-            except DefinitionError as error:
-                raise UsageError(str(error)) from error
-        name = query.must("sequence")
-
-        def work() -> Simulation:
-            return journeys.simulate(name, start=now, data=data, timezone=zone)
-
-    async with state.simulating:  # one at a time: it takes a core
-        simulation = await asyncio.to_thread(work)
-    rows = [_entry(state, entry._asdict(), known) for entry in simulation.entries]
-    columns_shown = (
-        Column("at", "When", "time"),
-        Column("sequence", "Sequence"),
-        Column("step", "Step"),
-        Column("type", "Type"),
-        Column("visit", "Visit", "number"),
-        Column("action", "What", "code"),
-        Column("message", "Message"),
-        Column("details", "What is sent", "json"),
-    )
-    return simulation, Table("simulation", columns_shown, rows, query.given)
-
-
-def _entry(state: State, entry: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """As it may be shown: the data of somebody who is there may be masked."""
-    if not known:
-        return entry
-    details = {
-        key: state.mask({"message": text, "known": known})["message"]
-        for key, text in entry["details"].items()
-    }
-    shown = state.mask({"message": entry["message"], "known": known})
-    return {**entry, "message": shown["message"], "details": details}
-
-
-def _data(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the data are not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UsageError('the data must be a JSON object such as {"name": "Ada"}')
-    return data
 
 
 # --- tables
@@ -401,8 +226,8 @@ def _data(text: str) -> dict[str, Any]:
 async def table(request: Request) -> Response:
     """A table as JSON or CSV."""
     state = state_of(request)
-    limit = _query(request).number("limit", reading.PAGE)
-    query = _query(request, max(1, min(limit, reading.MOST_ROWS)))
+    limit = query_of(request).number("limit", PAGE)
+    query = query_of(request, max(1, min(limit, MOST_ROWS)))
     name, form = request.path_params["name"], request.path_params["form"]
     write = {"json": as_json, "csv": as_csv}.get(form)
     made = await _table(request, state, name, query)
@@ -414,7 +239,7 @@ async def table(request: Request) -> Response:
 async def _table(request: Request, state: State, name: str, query: Query) -> Table | None:
     counts = None
     if name in COUNTED:
-        counts = await state.summary.get()
+        counts = await state.summary.get(PROGRAMS_WAIT)
         if counts is None:
             raise NotYetError
     match name:
@@ -437,7 +262,7 @@ async def _table(request: Request, state: State, name: str, query: Query) -> Tab
             found_journey = await _journey(request, query.number("id", 0), query)
             return found_journey.events
         case "simulation":
-            return (await _simulated(state, query))[1]
+            return (await simulated(state, query))[1]
     return None
 
 
@@ -450,7 +275,7 @@ class NotYetError(Exception):
 
 async def stream(request: Request) -> Response:
     """Tells a page when it has changed."""
-    state, query = state_of(request), _query(request)
+    state, query = state_of(request), query_of(request)
     topic = query.number("topic", COUNTS)
     known = request.headers.get("last-event-id") or query.get("version") or ""
     if request.method == "HEAD":  # there is nobody whose going ends the stream
@@ -511,7 +336,7 @@ async def login(request: Request) -> Response:
     state = state_of(request)
     if state.auth.password_hash is None or request.state.visitor.user:
         return RedirectResponse(at("/"), 303)
-    return _ask(request, 200, _query(request).get("to"), "", None)
+    return _ask(request, 200, query_of(request).get("to"), "", None)
 
 
 def _ask(request: Request, status: int, to: str | None, name: str, wrong: str | None) -> Response:

@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 
 from sequencerd.changes import compare
+from sequencerd.console.asked import NotFoundError, Query, WrongQueryError
 from sequencerd.console.mask import Row
 from sequencerd.console.summary import MOST, Counts
 from sequencerd.console.tables import Column, Table, at
@@ -19,73 +20,12 @@ from sequencerd.core.model import NEVER
 from sequencerd.store import QUERIES
 from sequencerd.words import plain
 
-PAGE = 50  # rows
-MOST_ROWS = 1000  # of a table that a program asks for
 FURTHEST = 5000  # rows that a page may begin after
 LATEST = 10_000  # enrollments among which an e-mail address is looked for without an index
 LAST_CHARACTER = "\U0010ffff"
 FIRST = datetime(1900, 1, 1, tzinfo=UTC)
 
 Mask = Callable[[Mapping[str, Any]], Row]
-
-
-class NotFoundError(Exception):
-    """There is no such thing: a sentence."""
-
-
-class WrongQueryError(Exception):
-    """The page can't be asked like this: a sentence."""
-
-
-@dataclass(frozen=True)
-class Query:
-    """What a page or table is asked for."""
-
-    given: Mapping[str, str]
-    rows: int = PAGE
-
-    def get(self, name: str) -> str | None:
-        """A value; None where it is empty or missing. Raises WrongQueryError."""
-        value = self.given.get(name) or None
-        if value is not None and ("\0" in value or _is_broken(value)):
-            raise WrongQueryError(f"{name} holds characters that can't be read")
-        return value
-
-    def must(self, name: str) -> str:
-        """The same, where it can't be missing."""
-        if (value := self.get(name)) is None:
-            raise WrongQueryError(f"{name} is missing in the address of this page")
-        return value
-
-    def number(self, name: str, default: int) -> int:
-        """A number from 0 on."""
-        text = self.get(name)
-        if text is None:
-            return default
-        if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
-            raise WrongQueryError(f"{name} is not a number")
-        return int(text)
-
-    def time(self, name: str, default: datetime) -> datetime:
-        """A time in ISO 8601, or infinity."""
-        text = self.get(name)
-        if text is None:
-            return default
-        if text == "infinity":
-            return NEVER
-        try:
-            found = datetime.fromisoformat(text)
-        except ValueError as error:
-            raise WrongQueryError(f"{name} is not a time") from error
-        return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def _is_broken(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 # --- counts

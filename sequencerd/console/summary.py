@@ -95,12 +95,15 @@ class Summary:
         self._looked = time.monotonic()
         self._wanted.set()
 
-    async def get(self) -> Counts | None:
-        """The latest counts; None before the first. Raises what keeps them from being made."""
+    async def get(self, first: float = PATIENCE) -> Counts | None:
+        """The latest counts; None if there are none after so many seconds. Raises what keeps them
+        from being made.
+        """
         self.look()
         if self._counts is None or datetime.now(UTC) - self._counts.at > OLD:
+            patience = first if self._counts is None else PATIENCE
             with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._next), PATIENCE)
+                await asyncio.wait_for(asyncio.shield(self._next), patience)
         if self._error is not None:
             raise self._error
         return self._counts

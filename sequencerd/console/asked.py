@@ -1,0 +1,71 @@
+"""What a page or table is asked for, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sequencerd.core.model import NEVER
+
+PAGE = 50  # rows
+MOST_ROWS = 1000  # of a table that a program asks for
+
+
+class NotFoundError(Exception):
+    """There is no such thing: a sentence."""
+
+
+class WrongQueryError(Exception):
+    """The page can't be asked like this: a sentence."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a page or table is asked for."""
+
+    given: Mapping[str, str]
+    rows: int = PAGE
+
+    def get(self, name: str) -> str | None:
+        """A value; None where it is empty or missing. Raises WrongQueryError."""
+        value = self.given.get(name) or None
+        if value is not None and ("\0" in value or _is_broken(value)):
+            raise WrongQueryError(f"{name} holds characters that can't be read")
+        return value
+
+    def must(self, name: str) -> str:
+        """The same, where it can't be missing."""
+        if (value := self.get(name)) is None:
+            raise WrongQueryError(f"{name} is missing in the address of this page")
+        return value
+
+    def number(self, name: str, default: int) -> int:
+        """A number from 0 on."""
+        text = self.get(name)
+        if text is None:
+            return default
+        if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
+            raise WrongQueryError(f"{name} is not a number")
+        return int(text)
+
+    def time(self, name: str, default: datetime) -> datetime:
+        """A time in ISO 8601, or infinity."""
+        text = self.get(name)
+        if text is None:
+            return default
+        if text == "infinity":
+            return NEVER
+        try:
+            found = datetime.fromisoformat(text)
+        except ValueError as error:
+            raise WrongQueryError(f"{name} is not a time") from error
+        return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _is_broken(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -1,0 +1,132 @@
+"""The page that shows a year in no time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sequencerd.console.asked import NotFoundError, Query
+from sequencerd.console.state import State, query_of, render, state_of
+from sequencerd.console.tables import Column, Table
+from sequencerd.core import dates
+from sequencerd.core.model import DefinitionError, Enrollment
+from sequencerd.errors import UsageError
+from sequencerd.journeys import Sequences
+from sequencerd.simulate import Outcome, Simulation
+from sequencerd.store import QUERIES
+
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
+
+
+async def simulate(request: Request) -> Response:
+    """The year of somebody."""
+    state, query = state_of(request), query_of(request)
+    given = {
+        "sequences": sorted(state.journeys().definitions),
+        "chosen": query.get("sequence"),
+        "timezone": query.get("timezone") or "",
+        "outcome": query.get("outcome") or "next",
+        "outcomes": OUTCOMES,
+        "data": query.get("data") or "{}",
+        "enrollment": query.get("enrollment"),
+    }
+    wrong, simulation, table = None, None, None
+    if query.get("sequence") or query.get("enrollment"):
+        try:
+            simulation, table = await simulated(state, query)
+        except UsageError as error:
+            wrong = str(error)
+    end = ""
+    if simulation:
+        end = simulation.end
+        given["chosen"] = simulation.enrollment.sequence
+    return render(
+        request,
+        "simulate.html",
+        422 if wrong else 200,
+        title="Simulate",
+        wrong=wrong,
+        simulation=simulation,
+        simulated=table,
+        end=state.mask({"message": end})["message"],
+        **given,
+    )
+
+
+async def simulated(state: State, query: Query) -> tuple[Simulation, Table]:
+    """Raises UsageError."""
+    journeys = state.journeys()
+    if (outcome := query.get("outcome") or "next") not in OUTCOMES:
+        raise UsageError(f"side effects can't end with {outcome!r}")
+    outcomes: dict[str, Outcome] = dict.fromkeys(journeys.runners, outcome)
+    journeys = Sequences(journeys.definitions, journeys.runners, outcomes, MOST_ENTRIES)
+    now = state.now().replace(microsecond=0)
+    known: Mapping[str, Any] = {}
+    work: Callable[[], Simulation]
+    if query.get("enrollment"):
+        id_ = query.number("enrollment", 0)
+        row = await state.pool.fetchrow(QUERIES["simulated"], id_)
+        if row is None:
+            raise NotFoundError(f"There is no enrollment {id_}, or not any more.")
+        *columns, status = row.values()
+        if status != "active":
+            raise UsageError(f"enrollment {id_} is {status}: nothing lies ahead")
+        start = Enrollment(*columns)._replace(leased_by=None)
+        known = json.loads(start.data)
+
+        def work() -> Simulation:
+            return journeys.follow(start, now, None, {}, None)
+    else:
+        data, zone = _data(query.get("data") or "{}"), query.get("timezone")
+        if zone is not None:
+            try:
+                dates.zone(zone)
+            except DefinitionError as error:
+                raise UsageError(str(error)) from error
+        name = query.must("sequence")
+
+        def work() -> Simulation:
+            return journeys.simulate(name, start=now, data=data, timezone=zone)
+
+    async with state.simulating:  # one at a time: it takes a core
+        simulation = await asyncio.to_thread(work)
+    rows = [_entry(state, entry._asdict(), known) for entry in simulation.entries]
+    columns_shown = (
+        Column("at", "When", "time"),
+        Column("sequence", "Sequence"),
+        Column("step", "Step"),
+        Column("type", "Type"),
+        Column("visit", "Visit", "number"),
+        Column("action", "What", "code"),
+        Column("message", "Message"),
+        Column("details", "What is sent", "json"),
+    )
+    return simulation, Table("simulation", columns_shown, rows, query.given)
+
+
+def _entry(state: State, entry: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """As it may be shown: the data of somebody who is there may be masked."""
+    if not known:
+        return entry
+    details = {
+        key: state.mask({"message": text, "known": known})["message"]
+        for key, text in entry["details"].items()
+    }
+    shown = state.mask({"message": entry["message"], "known": known})
+    return {**entry, "message": shown["message"], "details": details}
+
+
+def _data(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the data are not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UsageError('the data must be a JSON object such as {"name": "Ada"}')
+    return data
