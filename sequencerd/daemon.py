@@ -233,6 +233,7 @@ async def run(
         except store.PASSING_ERRORS as error:
             raise NotNow(f"the suppressions can't be read: {error}") from error
 
+    settings.check_console()
     suppressions = Suppressions(suppressed)
     runners = make_runners(settings, suppressions)
     tune_collector()

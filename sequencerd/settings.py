@@ -29,7 +29,6 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from sequencerd import passwords
@@ -282,8 +281,10 @@ class Settings(Section):
     retention: Retention = Retention()
     log: Log = Log()
 
-    @model_validator(mode="after")
-    def _check_console(self) -> Settings:
+    def check_console(self) -> None:
+        """Refuses to let everybody in. Raises SettingsError; a command that only reads settings
+        works all the same, such as the one that makes a password.
+        """
         console = self.console
         if (
             console is not None
@@ -292,12 +293,11 @@ class Settings(Section):
             and not is_loopback(self.listen)
             and not (console.password_hash or console.trusted_proxy)
         ):
-            raise ValueError(
-                f"the console would be open to everybody at {self.listen}: set "
+            raise SettingsError(
+                f"wrong setting: the console would be open to everybody at {self.listen}: set "
                 "console.password_hash (sequencerd console-password makes one) or "
                 "console.trusted_proxy, or http.listen to an address of this machine alone"
             )
-        return self
 
     @property
     def listen(self) -> str | None:

@@ -365,18 +365,25 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
 # --- settings
 
 
-def test_a_console_for_everybody_is_refused() -> None:
+def test_a_console_for_everybody_is_refused(sequencerd: Command) -> None:
     on = {"SEQUENCERD_CONSOLE_ENABLED": "true"}
     assert load(on).listen == "127.0.0.1:9187"
-    assert load({**on, "SEQUENCERD_HTTP_LISTEN": "localhost:1"}).listen == "localhost:1"
+    assert load({}).listen is None
+    for listen in ("127.0.0.2:80", "localhost:1", "[::1]:80", "80"):
+        load({**on, "SEQUENCERD_HTTP_LISTEN": listen}).check_console()
     for listen in ("0.0.0.0:80", "[::]:80", "10.0.0.1:80", "console.example:80"):
         everywhere = {**on, "SEQUENCERD_HTTP_LISTEN": listen}
         with pytest.raises(SettingsError, match="open to everybody"):
-            load(everywhere)
-        load({**everywhere, "SEQUENCERD_CONSOLE_PASSWORD_HASH": HASH})
-        load({**everywhere, "SEQUENCERD_CONSOLE_TRUSTED_PROXY": "10.0.0.2, 10.1.0.0/16"})
-        load({**everywhere, "SEQUENCERD_CONSOLE_ENABLED": "false"})
-    assert load({}).listen is None
+            load(everywhere).check_console()
+        for safe in (
+            {"SEQUENCERD_CONSOLE_PASSWORD_HASH": HASH},
+            {"SEQUENCERD_CONSOLE_TRUSTED_PROXY": "10.0.0.2, 10.1.0.0/16"},
+            {"SEQUENCERD_CONSOLE_ENABLED": "false"},
+        ):
+            load({**everywhere, **safe}).check_console()
+    sequencerd.variables |= {**on, "SEQUENCERD_HTTP_LISTEN": "0.0.0.0:0"}
+    sequencerd("run", code=2)
+    assert "sequencerd console-password" in sequencerd.errors
 
 
 @pytest.mark.parametrize(
@@ -417,6 +424,11 @@ def test_the_command_makes_a_hash(sequencerd: Command) -> None:
             check=False,
         )
 
+    # also where the daemon does not start for the want of one
+    sequencerd.variables |= {
+        "SEQUENCERD_CONSOLE_ENABLED": "true",
+        "SEQUENCERD_HTTP_LISTEN": "0.0.0.0:80",
+    }
     made = run(f"{PASSWORD}\n").stdout.strip()
     assert passwords.matches(PASSWORD, made)
     assert not passwords.matches("wrong horse", made)
@@ -435,8 +447,9 @@ async def test_the_daemon_serves_it(database: str, connection: asyncpg.Connectio
         page = await client.get(f"/console/enrollments/{waiting}")
         assert page.status_code == 200
         assert "Waits for 1 day; it is" in page.text
-        page = await client.get("/", follow_redirects=True)
-        assert page.url.path == "/console/"
+        for path in ("/", "/console"):
+            page = await client.get(path, follow_redirects=True)
+            assert page.url.path == "/console/"
         # an open stream doesn't hold up the end
         stream = await client.send(client.build_request("GET", "/console/live"), stream=True)
         assert stream.status_code == 200
