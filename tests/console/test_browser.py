@@ -454,6 +454,8 @@ async def test_screenshots(
                 await shows(page, ".note", f"since {first_day():%Y-%m-%d}")
                 await page.goto(address)
                 await shows(page, "#state", "Live")
+                if name == "sequence":  # what only a goal leads to is apart, with its own end
+                    assert await page.locator("#graph .end").count() == 2
                 shot = folder / f"console-{name}.png"
                 await page.screenshot(path=shot)
                 assert 10_000 < shot.stat().st_size < 150_000

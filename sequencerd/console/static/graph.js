@@ -16,16 +16,29 @@
   }
 
   const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
-  const endOf = (edge) =>
-    edge.elsewhere ? `other ${edge.elsewhere}/${edge.to}` : edge.to === null ? "end" : `step ${edge.to}`;
 
-  function layout(data) {
+  // Where each way leads. What only goals lead to is drawn apart, with an end of its own.
+  function targets(data) {
+    const main = new Set(data.nodes.filter((node) => node.first).map((node) => node.name));
+    for (const name of main) {
+      for (const edge of data.edges) {
+        if (edge.from === name && edge.to !== null && !edge.elsewhere) main.add(edge.to);
+      }
+    }
+    return data.edges.map((edge) => {
+      if (edge.elsewhere) return `other ${edge.elsewhere}/${edge.to}`;
+      if (edge.to !== null) return `step ${edge.to}`;
+      return main.has(edge.from) ? "end" : "end apart";
+    });
+  }
+
+  function layout(data, ends) {
     const graph = new dagre.graphlib.Graph({ multigraph: true });
     graph.setGraph({ rankdir: "TB", nodesep: 40, ranksep: 30, marginx: 20, marginy: 20 });
     graph.setDefaultEdgeLabel(() => ({}));
     for (const node of data.nodes) graph.setNode(`step ${node.name}`, { width: WIDTH, height: HEIGHT });
     data.edges.forEach((edge, n) => {
-      const end = endOf(edge);
+      const end = ends[n];
       if (!graph.hasNode(end)) {
         const text = edge.elsewhere ? `${edge.elsewhere}/${edge.to}` : "end";
         graph.setNode(end, { width: Math.min(24 + 7 * text.length, WIDTH), height: 26, text });
@@ -44,8 +57,8 @@
       return `Q${x},${y} ${(x + next.x) / 2},${(y + next.y) / 2}`;
     }).join(" ");
 
-  function way(graph, edge, n) {
-    const { points, x, y } = graph.edge(`step ${edge.from}`, endOf(edge), `${n}`);
+  function way(graph, edge, end, n) {
+    const { points, x, y } = graph.edge(`step ${edge.from}`, end, `${n}`);
     const line = element("path", {
       class: edge.label ? "way alt" : "way", d: path(points), "marker-end": "url(#arrow)",
     });
@@ -100,7 +113,8 @@
       data.edges.map((edge) => [edge.from, edge.to, edge.elsewhere, edge.label]),
     ]);
     if (shape !== drawn) {
-      const graph = layout(data);
+      const leads = targets(data);
+      const graph = layout(data, leads);
       const { width, height } = graph.graph();
       const arrow = element(
         "marker",
@@ -118,7 +132,7 @@
       place.replaceChildren(element(
         "svg", { width: Math.ceil(width), height: Math.ceil(height), viewBox: `0 0 ${width} ${height}` },
         element("defs", {}, arrow),
-        ...data.edges.map((edge, n) => way(graph, edge, n)),
+        ...data.edges.map((edge, n) => way(graph, edge, leads[n], n)),
         ...ends,
         ...data.nodes.map((node, n) => box(graph, node, n)),
       ));
