@@ -122,6 +122,24 @@ async def transaction(on: asyncpg.Connection, **options: Any) -> AsyncIterator[a
             yield on
 
 
+@asynccontextmanager
+async def reading(pool: asyncpg.Pool, **options: Any) -> AsyncIterator[asyncpg.Connection]:
+    """A connection for a while, in a transaction that can write nothing."""
+    async with connection(pool) as acquired, transaction(acquired, readonly=True, **options):
+        yield acquired
+
+
+async def read(
+    pool: asyncpg.Pool, query: str, *arguments: object, seconds: float | None = None
+) -> list[asyncpg.Record]:
+    """The rows of one of the QUERIES, which can write nothing and take so long at most."""
+    async with reading(pool) as connection:
+        rows: list[asyncpg.Record] = await connection.fetch(
+            QUERIES[query], *arguments, timeout=seconds
+        )
+        return rows
+
+
 @contextmanager
 def _closed_when_dead(used: asyncpg.Connection) -> Iterator[None]:
     try:

@@ -76,11 +76,8 @@ def make_console(
             max_size=CONNECTIONS,
             timeout=TIMEOUT,
             command_timeout=TIMEOUT,
-            server_settings={
-                "application_name": "sequencerd console",
-                "default_transaction_read_only": "on",
-                "plan_cache_mode": "force_custom_plan",
-            },
+            statement_cache_size=0,  # each is planned for what is asked; it may lead to a pooler
+            server_settings={"application_name": "sequencerd console"},
         ) as pool:
             summary = Summary(pool, log)
             live = Live(pool, summary)

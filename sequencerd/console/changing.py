@@ -87,6 +87,7 @@ class Changes:
         connection = await asyncpg.connect(
             self._url,
             timeout=CONNECT_TIMEOUT,
+            statement_cache_size=0,  # it may lead to a pooler
             server_settings={"application_name": "sequencerd console"},
         )
         total = Done()

@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 
+from sequencerd import store
 from sequencerd.changes import compare
 from sequencerd.console.asked import NotFoundError, Query, WrongQueryError
 from sequencerd.console.mask import Row
@@ -152,8 +153,8 @@ async def people(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     since, skip = query.time("from", FIRST), query.number("skip", 0)
     if skip > FURTHEST:
         raise WrongQueryError(f"a page can't begin after more than {FURTHEST:,} rows")
-    found = await pool.fetch(
-        QUERIES["console_people"], query.must("sequence"), query.must("step"), since, skip,
+    found = await store.read(
+        pool, "console_people", query.must("sequence"), query.must("step"), since, skip,
         query.rows + 1,
     )  # fmt: skip
     rows = [_linked(mask(row)) for row in found[: query.rows]]
@@ -180,8 +181,8 @@ async def failed_people(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     skip = query.number("skip", 0)
     if skip > FURTHEST:
         raise WrongQueryError(f"a page can't begin after more than {FURTHEST:,} rows")
-    found = await pool.fetch(
-        QUERIES["console_failed_people"], query.must("sequence"), query.must("step"),
+    found = await store.read(
+        pool, "console_failed_people", query.must("sequence"), query.must("step"),
         query.get("failure"), skip, query.rows + 1,
     )  # fmt: skip
     rows = [_linked(mask(row)) for row in found[: query.rows]]
@@ -200,8 +201,8 @@ async def failed_people(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
 
 async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
     """The changes of a sequence, the latest first."""
-    found = await pool.fetch(
-        QUERIES["console_revisions"], query.must("sequence"),
+    found = await store.read(
+        pool, "console_revisions", query.must("sequence"),
         min(query.number("before", 2**31 - 1), 2**31 - 1), min(query.rows, 10) + 1,
     )  # fmt: skip
     shown = found[: min(query.rows, 10)]
@@ -235,14 +236,14 @@ async def search(
     more: dict[str, str] | None = None
     remark = None
     if wanted is None:
-        rows = await pool.fetch(
-            QUERIES["console_by_id"], query.number("before", 2**63 - 1), query.rows + 1
+        rows = await store.read(
+            pool, "console_by_id", query.number("before", 2**63 - 1), query.rows + 1
         )
         if len(rows) > query.rows:
             more = {**query.given, "before": str(rows[query.rows - 1]["id"])}
     else:
         if wanted.isascii() and wanted.isdecimal() and 0 < int(wanted) < 2**63 - 1:
-            found = await pool.fetch(QUERIES["console_by_id"], int(wanted) + 1, 1)
+            found = await store.read(pool, "console_by_id", int(wanted) + 1, 1)
             rows += [row for row in found if row["id"] == int(wanted)]
         is_first = query.get("after") is None
         if "@" in wanted and is_first and "data.email" in masked:
@@ -284,8 +285,8 @@ async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asy
             assert isinstance(entry, int)
         except (ValueError, TypeError, AssertionError) as error:
             raise WrongQueryError("after does not come from a page before") from error
-    rows: list[asyncpg.Record] = await pool.fetch(
-        QUERIES["console_by_subject"], wanted, wanted + LAST_CHARACTER, *after, query.rows + 1
+    rows: list[asyncpg.Record] = await store.read(
+        pool, "console_by_subject", wanted, wanted + LAST_CHARACTER, *after, query.rows + 1
     )
     return rows
 
@@ -293,7 +294,7 @@ async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asy
 async def _by_email(
     pool: asyncpg.Pool, wanted: str, limit: int
 ) -> tuple[list[asyncpg.Record], str | None]:
-    async with pool.acquire() as connection:
+    async with store.reading(pool) as connection:
         if await connection.fetchval(QUERIES["console_has_email_index"]):
             return await connection.fetch(QUERIES["console_by_email"], wanted, limit), None
         query = QUERIES["console_by_email_of_latest"]
@@ -323,10 +324,7 @@ class Journey:
 async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: Mask) -> Journey:
     """Where an enrollment is, and its latest events. Raises NotFoundError."""
     before = query.time("before", NEVER)
-    async with (
-        pool.acquire() as connection,
-        connection.transaction(isolation="repeatable_read", readonly=True),
-    ):
+    async with store.reading(pool, isolation="repeatable_read") as connection:
         row = await connection.fetchrow(QUERIES["show"], id_)
         found = await connection.fetch(QUERIES["console_history"], id_, before, query.rows + 1)
         versions = await connection.fetch(QUERIES["console_versions"], [id_])

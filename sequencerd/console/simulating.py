@@ -10,6 +10,7 @@ from typing import Any, get_args
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sequencerd import store
 from sequencerd.console.asked import NotFoundError, Query
 from sequencerd.console.state import State, query_of, render, state_of
 from sequencerd.console.tables import Column, Table
@@ -18,7 +19,6 @@ from sequencerd.core.model import DefinitionError, Enrollment
 from sequencerd.errors import UsageError
 from sequencerd.journeys import Sequences
 from sequencerd.simulate import Outcome, Simulation
-from sequencerd.store import QUERIES
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
@@ -71,10 +71,10 @@ async def simulated(state: State, query: Query) -> tuple[Simulation, Table]:
     work: Callable[[], Simulation]
     if query.get("enrollment"):
         id_ = query.number("enrollment", 0)
-        row = await state.pool.fetchrow(QUERIES["simulated"], id_)
-        if row is None:
+        rows = await store.read(state.pool, "simulated", id_)
+        if not rows:
             raise NotFoundError(f"There is no enrollment {id_}, or not any more.")
-        *columns, status = row.values()
+        *columns, status = rows[0].values()
         if status != "active":
             raise UsageError(f"enrollment {id_} is {status}: nothing lies ahead")
         start = Enrollment(*columns)._replace(leased_by=None)

@@ -20,7 +20,7 @@ from typing import Any
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.store import QUERIES, Place, brief
+from sequencerd.store import Place, brief, read
 
 MOST = 1_000_000  # people at a step: there may be more
 DAYS = 14
@@ -134,18 +134,18 @@ class Summary:
             await asyncio.sleep(AFTER_ERROR if failed else max(SHORTEST, RESTS * took))
 
     async def _count(self) -> Counts:
-        async with self._pool.acquire() as connection:
-            now = await connection.fetchval(QUERIES["server_time"])
-            sequences = await connection.fetch(QUERIES["console_sequences"])
-            steps = await connection.fetch(QUERIES["console_steps"], now, MOST, timeout=TIMEOUT)
-            failed = await connection.fetch(QUERIES["console_failed"], MOST, timeout=TIMEOUT)
-            if self._counts is not None:  # the first look is for who waits for it
-                await self._count_flow(connection, now)
+        (clock,) = await read(self._pool, "server_time")
+        now = clock["clock_timestamp"]
+        sequences = await read(self._pool, "console_sequences")
+        steps = await read(self._pool, "console_steps", now, MOST, seconds=TIMEOUT)
+        failed = await read(self._pool, "console_failed", MOST, seconds=TIMEOUT)
+        if self._counts is not None:  # the first look is for who waits for it
+            await self._count_flow(now)
         stays = {place: median(kept) for place, kept in self._stays.items() if kept}
         flow = {key: Counter(days) for key, days in self._flow.items()}
         return Counts(now, sequences, steps, failed, flow, stays, self._known_since)
 
-    async def _count_flow(self, connection: asyncpg.Connection, now: datetime) -> None:
+    async def _count_flow(self, now: datetime) -> None:
         """What has happened since the last time, and one more day of the past."""
         until = now - LATE
         today = until.astimezone(UTC).date()
@@ -157,25 +157,23 @@ class Summary:
         elif self._past:
             day = self._past.pop()
             try:
-                await self._add_flow(connection, _midnight(day), _midnight(day + _days(1)))
+                await self._add_flow(_midnight(day), _midnight(day + _days(1)))
                 self._known_since = day
             except (TimeoutError, asyncpg.QueryCanceledError):
                 self._past = []  # the days before it are no smaller
         if until > self._counted_to:
-            await self._add_flow(connection, self._counted_to, until)
+            await self._add_flow(self._counted_to, until)
             self._counted_to = until
         first = today - _days(DAYS - 1)
         for days in self._flow.values():
             for day in [day for day in days if day < first]:
                 del days[day]
 
-    async def _add_flow(
-        self, connection: asyncpg.Connection, since: datetime, until: datetime
-    ) -> None:
-        rows = await connection.fetch(QUERIES["console_flow"], since, until, timeout=TIMEOUT)
+    async def _add_flow(self, since: datetime, until: datetime) -> None:
+        rows = await read(self._pool, "console_flow", since, until, seconds=TIMEOUT)
         every = 1 + sum(row["times"] for row in rows) // SAMPLE
-        stays = await connection.fetch(
-            QUERIES["console_stays"], since, until, every, SAMPLE, timeout=TIMEOUT
+        stays = await read(
+            self._pool, "console_stays", since, until, every, SAMPLE, seconds=TIMEOUT
         )
         for row in rows:
             self._flow[row["sequence"], row["step"], row["action"]][row["day"]] += row["times"]

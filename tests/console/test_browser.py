@@ -233,6 +233,7 @@ async def test_by_keyboard_alone(
         await shows(page, "#graph .count", "2")
         assert (await page.evaluate("document.activeElement.textContent")).startswith("note")
         await page.goto("/console/search")
+        await page.locator("#q:focus").wait_for()
         await page.keyboard.type("car")
         await shows(page, "td.subject", "carl")
         await page.wait_for_url("**/search?q=car")  # what is seen is a link that can be sent
