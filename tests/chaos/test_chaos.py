@@ -12,12 +12,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -30,6 +29,7 @@ from sequencerd.daemon import CLOSE_TIMEOUT
 from sequencerd.settings import Settings
 from tests.chaos.checker import check
 from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
+from tests.pooler import pgbouncer
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "6"))
 FIRST = int(os.environ.get("CHAOS_SEED", "1"))
@@ -313,36 +313,11 @@ async def test_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
 # --- a pooler between
 
 
-@contextmanager
-def pgbouncer(world: World, folder: Path) -> Iterator[str]:
-    """One in transaction mode, with fewer connections than daemons: the URL that leads there."""
-    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        pytest.skip("there is no pgbouncer")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    parts = urlsplit(world.database)
-    name, host = parts.path.lstrip("/"), parse_qs(parts.query)["host"][0]
-    config = folder / "pgbouncer.ini"
-    config.write_text(
-        f"[databases]\n{name} = host={host} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-        f"listen_port = {port}\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n"
-        "unix_socket_dir =\n" + ("user = postgres\n" if os.geteuid() == 0 else "")
-    )
-    with (folder / "pgbouncer.log").open("wb") as log:
-        process = subprocess.Popen([program, config], stderr=log)
-    try:
-        yield f"postgresql://postgres@127.0.0.1:{port}/{name}?sslmode=disable"
-    finally:
-        process.terminate()
-        process.wait()
-
-
 @pytest.mark.parametrize("listening", ["direct", "off"])
 async def test_a_pooler_is_between(world: World, tmp_path: Path, listening: str) -> None:
     option = f'listen_url = "{world.database}"' if listening == "direct" else "listen = false"
     world.settings += f"[database]\n{option}\n"
-    with pgbouncer(world, tmp_path) as world.used:
+    with pgbouncer(world.database, tmp_path) as world.used:
         await breaking(world, terminate, every=1, daemons=2)
         found = [
             finding

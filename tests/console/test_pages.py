@@ -9,6 +9,7 @@ import json
 from contextlib import suppress
 from datetime import UTC, datetime
 from html.parser import HTMLParser
+from pathlib import Path
 
 import asyncpg
 import httpx
@@ -31,6 +32,7 @@ from tests.console.conftest import (
     token,
 )
 from tests.engines import define, enroll, until
+from tests.pooler import pgbouncer
 
 HOSTILE = "<script>alert(1)</script>"
 PAGES = (
@@ -520,3 +522,17 @@ async def test_a_stream_tells_of_changes(database: str, connection: asyncpg.Conn
             assert seen[0] == ": "
             assert "event: changed" not in seen
         assert token(page)
+
+
+async def test_through_a_pooler(
+    database: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    waiting, _ = await people(connection)
+    paths = ["/", "/failures", "/search?q=ada", "/sequence?sequence=s&step=wait"]
+    paths += [f"/enrollments/{waiting}", f"/simulate?enrollment={waiting}&sequence=s"]
+    with pgbouncer(database, tmp_path) as through:
+        async with console(database, through=through) as client:
+            await counted(client, "overview")
+            for _ in range(5):
+                pages = await asyncio.gather(*map(client.get, paths))
+                assert [page.status_code for page in pages] == [200] * len(paths)

@@ -1,0 +1,39 @@
+"""PgBouncer before a database, where it is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+
+@contextmanager
+def pgbouncer(database: str, folder: Path) -> Iterator[str]:
+    """One in transaction mode, with few connections: the URL that leads to the database."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("there is no pgbouncer")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    parts = urlsplit(database)
+    name, host = parts.path.lstrip("/"), parse_qs(parts.query)["host"][0]
+    config = folder / "pgbouncer.ini"
+    config.write_text(
+        f"[databases]\n{name} = host={host} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+        f"listen_port = {port}\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n"
+        "unix_socket_dir =\n" + ("user = postgres\n" if os.geteuid() == 0 else "")
+    )
+    with (folder / "pgbouncer.log").open("wb") as log:
+        process = subprocess.Popen([program, config], stderr=log)
+    try:
+        yield f"postgresql://postgres@127.0.0.1:{port}/{name}?sslmode=disable"
+    finally:
+        process.terminate()
+        process.wait()
