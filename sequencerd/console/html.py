@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -109,11 +110,8 @@ def days(counts: Mapping[str, int]) -> str:
     """Bars, one for each day; what they show is in words as well."""
     most = max(counts.values(), default=0)
     bars = Markup("").join(
-        Markup('<rect x="{}" y="{}" width="5" height="{}"><title>{}: {}</title></rect>').format(
-            n * 7, 24 - height, height, day, f"{count:,}"
-        )
+        _bar(n * 7, math.ceil(23 * count / most) if count else 0, f"{day}: {count:,}")
         for n, (day, count) in enumerate(counts.items())
-        if (height := max(round(23 * count / most), 1 if count else 0) if most else 0) or True
     )
     total = sum(counts.values())
     words = f"{total:,} in {len(counts)} days, at most {most:,} in one"
@@ -121,6 +119,12 @@ def days(counts: Mapping[str, int]) -> str:
         '<svg class="days" viewBox="0 0 {} 24" role="img" aria-label="{}">{}</svg> '
         '<span class="sum">{}</span>'
     ).format(len(counts) * 7 - 2, words, bars, f"{total:,}")
+
+
+def _bar(x: int, height: int, title: str) -> str:
+    return Markup('<rect x="{}" y="{}" width="5" height="{}"><title>{}</title></rect>').format(
+        x, 24 - height, height, title
+    )
 
 
 def pretty(value: Any) -> str:
