@@ -213,9 +213,9 @@ def _confirm(question: str) -> None:
     """Raises UsageError unless somebody says yes."""
     if not sys.stdin.isatty():
         raise ArgumentError(f"{question} Nobody can be asked here: write --yes, or --dry-run")
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the loop's waits for us
     try:
+        print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
         answer = sys.stdin.readline()
     finally:
         signal.signal(signal.SIGINT, before)
