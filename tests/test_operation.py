@@ -10,6 +10,7 @@ import pty
 import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import asyncpg
@@ -339,12 +340,11 @@ class Terminal:
 
     async def end(self) -> int:
         """Reads the rest. The exit code."""
-        try:
-            while data := await asyncio.to_thread(os.read, self.fd, 65536):
-                self.text += data.decode()
-        except OSError:
-            pass  # nobody has it open any more
-        return await self.process.wait()
+        async with asyncio.timeout(60):
+            with suppress(OSError):  # nobody has it open any more
+                while data := await asyncio.to_thread(os.read, self.fd, 65536):
+                    self.text += data.decode()
+            return await self.process.wait()
 
 
 @pytest.fixture
