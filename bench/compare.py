@@ -31,7 +31,7 @@ def programs(arguments: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """Everything that takes part: a name, and the command that measures it."""
     options = ["--dsn", arguments.dsn]
     sizes = ["--subjects", str(arguments.subjects), "--wave", str(arguments.wave)]
-    works = ["--works", "limit,pure,w1,wave,wake"]
+    works = ["--works", "limit,pure,w1,http,wave,wake"]
     yield "sequencerd", [sys.executable, str(HERE / "engine.py"), *options, *sizes, *works]
     if not NODE.exists():
         print(f"no peers: run `npm install` in {HERE / 'peers'}", file=sys.stderr)
@@ -66,6 +66,7 @@ def show(figures: Figures) -> None:
     for work, figure, unit in (
         ("pure", "transitions_per_s", "/s"),
         ("w1", "transitions_per_s", "/s"),
+        ("http", "transitions_per_s", "/s"),
         ("limit", "transitions_per_s", "/s"),
         ("wave", "p99_s", "s"),
         ("wave", "all_done_s", "s"),

@@ -3,6 +3,7 @@
     PYTHONPATH=. python bench/engine.py --dsn postgresql://postgres@localhost/postgres
 
     w1     three no-op tasks in a row, a Python runner each: transitions a second
+    http   the same with an HTTP runner, a server of its own that answers batches of 1,000
     pure   three steps in a row without a side effect
     limit  what one session reaches with the same batches on a bare table
     wave   timers that are due at one instant: how late they start
@@ -18,15 +19,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
+import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import structlog
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from sequencerd import migrate, store
 from sequencerd.clock import Clock
@@ -36,6 +44,7 @@ from sequencerd.listener import listen
 from sequencerd.lookups import Lookups
 from sequencerd.metrics import Metrics
 from sequencerd.runners import Runner
+from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.python import PythonRunner, runner
 from sequencerd.settings import Engine as Settings
 
@@ -149,16 +158,56 @@ async def until(connection: Any, query: str) -> None:
 ALL_ENDED = "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'active')"
 
 
-async def steps_in_a_row(dsn: str, subjects: int, work: str, kind: tuple[str, str]) -> None:
+async def steps_in_a_row(
+    dsn: str,
+    subjects: int,
+    work: str,
+    kind: tuple[str, str],
+    runners: Mapping[str, Runner] | None = None,
+) -> None:
     steps = [(name, *kind) for name in "abc"]
     async with defined(dsn, *steps) as (url, connection):
         seconds = await enroll(connection, subjects)
         begun = time.perf_counter()
-        async with engine(url):
+        async with engine(url, runners):
             await until(connection, ALL_ENDED)
             took = time.perf_counter() - begun
         say(work, subjects=subjects, seconds=took, transitions_per_s=3 * subjects / took,
             enrolled_per_s=subjects / seconds)  # fmt: skip
+
+
+def answer_calls(port: Any) -> None:
+    """An HTTP server that says "next" for everybody, as a process of its own."""
+
+    async def answer(request: Request) -> JSONResponse:
+        event = await request.json()
+        return JSONResponse([{"id": one["id"], "action": "next"} for one in event["runners"]])
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port.value = listener.getsockname()[1]
+    app = Starlette(routes=[Route("/", answer, methods=["POST"])])
+    uvicorn.Server(uvicorn.Config(app, log_config=None)).run([listener])
+
+
+async def http(dsn: str, subjects: int) -> None:
+    with process(answer_calls) as port:
+        runner = HttpRunner(f"http://127.0.0.1:{port}/", name="Call", batch_size=BATCH)
+        await steps_in_a_row(dsn, subjects, "http", ("Call", "{}"), {"Call": runner})
+        await runner.close()
+
+
+@contextmanager
+def process(serve: Callable[[Any], None]) -> Iterator[int]:
+    """The port of a server in a process of its own, which writes it down."""
+    port = multiprocessing.Value("i", 0)
+    server = multiprocessing.Process(target=serve, args=(port,), daemon=True)
+    server.start()
+    while not port.value:
+        time.sleep(0.01)
+    try:
+        yield port.value
+    finally:
+        server.terminate()
 
 
 async def limit(dsn: str, subjects: int) -> None:
@@ -310,6 +359,7 @@ async def main(arguments: argparse.Namespace) -> None:
     dsn, subjects = arguments.dsn, arguments.subjects
     works = {
         "w1": lambda: steps_in_a_row(dsn, subjects, "w1", ("Task", "{}")),
+        "http": lambda: http(dsn, subjects),
         "pure": lambda: steps_in_a_row(dsn, subjects, "pure", ("GoTo", "{}")),
         "limit": lambda: limit(dsn, subjects),
         "wave": lambda: wave(dsn, arguments.wave),
@@ -329,7 +379,7 @@ if __name__ == "__main__":
     parser.add_argument("--subjects", type=int, default=50_000)
     parser.add_argument("--wave", type=int, default=20_000)
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--works", default="limit,w1,pure,wave,wake,goal")
+    parser.add_argument("--works", default="limit,w1,http,pure,wave,wake,goal")
     parser.add_argument("--repeat", type=int, default=1)
     try:
         import uvloop

@@ -21,14 +21,12 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 from aiosmtpd.smtp import SMTP
-from engine import ALL_ENDED, defined, engine, enroll, say, until
+from engine import ALL_ENDED, defined, engine, enroll, process, say, until
 
 from sequencerd import daemon
 from sequencerd.runners import Runner
@@ -174,19 +172,6 @@ def take_mail(port: Any) -> None:
     asyncio.run(serve())
 
 
-@contextmanager
-def mail_server() -> Iterator[str]:
-    port = multiprocessing.Value("i", 0)
-    process = multiprocessing.Process(target=take_mail, args=(port,), daemon=True)
-    process.start()
-    while not port.value:
-        time.sleep(0.01)
-    try:
-        yield f"smtp://127.0.0.1:{port.value}"
-    finally:
-        process.terminate()
-
-
 async def mix(dsn: str, arguments: argparse.Namespace) -> None:
     """Each waits a second and is decided upon; a tenth gets a mail, the others a task."""
     mail = {"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}
@@ -196,8 +181,10 @@ async def mix(dsn: str, arguments: argparse.Namespace) -> None:
         ("task", "Task", "{}"),
         ("mail", "Email", json.dumps(mail)),
     )
-    with mail_server() as server:
-        runners: dict[str, Runner] = {"Email": EmailRunner(server, concurrency=10)}
+    with process(take_mail) as port:
+        runners: dict[str, Runner] = {
+            "Email": EmailRunner(f"smtp://127.0.0.1:{port}", concurrency=10)
+        }
         async with defined(dsn, *steps) as (url, connection):
             await connection.execute(
                 "UPDATE sequencer.steps SET alt_next_step = 'mail' WHERE name = 'decide';"
