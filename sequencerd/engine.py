@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -88,7 +89,7 @@ class Engine:
             log=log,
             metrics=metrics,
         )
-        self._finished: list[tuple[Leased, Result]] = []
+        self._finished: deque[tuple[Leased, Result]] = deque()
         self._has_finished = asyncio.Event()
         self._wake = asyncio.Event()
         self._stopping = False
@@ -368,7 +369,7 @@ class Engine:
             claimed = await store.claim(connection, place, now, revision, limit)
             self._metrics.claimed(place, claimed, now)
             for enrollment in claimed:
-                self._writer.add(batch, enrollment, self._advance(enrollment, now), now)
+                self._move(batch, enrollment, now)
             await self._writer.write(connection, batch, claimed, now, alone=alone)
             if len(claimed) < limit:
                 # who is due still is locked; that may end without a notification
@@ -393,6 +394,25 @@ class Engine:
         except Exception as error:
             self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
             return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
+
+    def _move(
+        self,
+        batch: Batch,
+        enrollment: Enrollment,
+        now: datetime,
+        result: Result | None = None,
+        begun_under: int | None = None,
+    ) -> None:
+        """Advances one. Most of a batch differ from each other in nothing that is looked at on the
+        way: they follow the first of them.
+        """
+        key = (enrollment.position, id(result), begun_under)
+        gone = batch.gone.get(key)
+        if gone is None or not self._writer.follow(batch, enrollment, gone):
+            advanced = self._advance(enrollment, now, result, begun_under)
+            gone = self._writer.add(batch, enrollment, advanced, now)
+            if gone is not None:
+                batch.gone[key] = gone
 
     # --- results
 
@@ -423,9 +443,9 @@ class Engine:
             await self._has_finished.wait()
             self._has_finished.clear()
             while self._finished and (self._is_behind or not self._holds_results):
-                size = self._settings.batch
                 was_behind = self._is_behind
-                batch, self._finished = self._finished[:size], self._finished[size:]
+                size = min(self._settings.batch, len(self._finished))
+                batch = [self._finished.popleft() for _ in range(size)]
                 if was_behind:
                     for lane in self._writer.lanes.values():
                         self._call_waiting(lane)
@@ -438,7 +458,7 @@ class Engine:
                     held = await self._writer.held(leased for leased, _ in batch)
                     self._writer.forget(leased for leased, _ in batch if leased.fence not in held)
                     again = [one for one in batch if one[0].fence in held]
-                    self._finished = [*again, *self._finished]
+                    self._finished.extendleft(reversed(again))
 
     async def _settle_all(self, batch: Sequence[tuple[Leased, Result]]) -> None:
         try:
@@ -472,14 +492,14 @@ class Engine:
                 if enrollment := ours.get(leased.fence):
                     before.append(enrollment)
                     found = of_lookup(result) if leased.lane.is_lookup else result
-                    advanced = self._advance(enrollment, now, found, leased.revision)
-                    self._writer.add(batch, enrollment, advanced, now)
+                    self._move(batch, enrollment, now, found, leased.revision)
                 elif leased.enrollment.id in exist:
                     waiting.append((leased, result))
                 elif leased.enrollment.id not in locked:
                     self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
                 elif not leased.lane.is_lookup:
-                    batch.events.append(late(leased, result, now))
+                    event = late(leased, result, now)
+                    batch.events.setdefault(event, []).append(leased.enrollment.id)
             await self._writer.write(connection, batch, before, now, alone=alone)
         wait = {leased.fence for leased, _ in waiting}
         self._writer.forget(leased for leased, _ in results if leased.fence not in wait)

@@ -53,12 +53,12 @@ class Sequences:
         name = choose(self.definitions, sequence)
         enrollment = Enrollment(
             1,
-            name,
-            self.definitions[name].first_step,
             subject,
             json.dumps(dict(data or {})),
+            begun,
+            name,
+            self.definitions[name].first_step,
             timezone,
-            created_at=begun,
             wake_at=begun,
         )
         return self.follow(enrollment, begun, until, changes or {}, external)

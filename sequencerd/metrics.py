@@ -9,10 +9,9 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from importlib.metadata import version
-from operator import itemgetter
 
 from prometheus_client import (
     CollectorRegistry,
@@ -35,7 +34,6 @@ LATE = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
-_PLACE_AND_ACTION = itemgetter(*map(Event._fields.index, ("sequence", "step", "action")))
 _MOVES = frozenset({"enrolled", "next", "altNext", "goal", "jump", "completed"})
 
 Due = tuple[str, str, int, int]
@@ -128,20 +126,23 @@ class Metrics(Collector):
         self._late_sum += waited.total_seconds()
 
     def written(
-        self, count: int, events: Iterable[Event], failures: Iterable[tuple[str, str, str]]
+        self,
+        count: int,
+        events: Mapping[Event, Sequence[int]],
+        failures: Iterable[tuple[str, str, str]],
     ) -> None:
-        """A transaction that was committed: so many enrollments, what happened to them, and which
-        failures there are of (sequence, step, code).
+        """A transaction that was committed: so many enrollments, what happened to which of them,
+        and which failures there are of (sequence, step, code).
         """
         if count:
             self._batch_size.observe(count)
-        for (*place, action), times in Tally(map(_PLACE_AND_ACTION, events)).items():
-            known = self._place((place[0], place[1]))
-            if action in _MOVES:
-                self._transitions.labels(*known, action).inc(times)
-            elif action == "retry":
+        for event, ids in events.items():
+            known, times = self._place((event.sequence, event.step)), len(ids)
+            if event.action in _MOVES:
+                self._transitions.labels(*known, event.action).inc(times)
+            elif event.action == "retry":
                 self._retries.labels(*known).inc(times)
-            elif action == "lapsed":
+            elif event.action == "lapsed":
                 self._lapsed.labels(*known).inc(times)
         for (*place, code), times in Tally(failures).items():
             self._failures.labels(*self._place((place[0], place[1])), code).inc(times)

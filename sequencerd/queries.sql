@@ -54,9 +54,9 @@ SELECT p.sequence, p.step, d.due, d.overdue
 
 -- name: claim
 -- Due enrollments of one step, the oldest first; none if the definition is not the one known.
-SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
-       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt,
-       e.goals_met, e.retry_at, e.leased_by
+SELECT e.id, e.subject, e.data, e.created_at, e.sequence, e.step, e.timezone,
+       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
+       e.leased_by, e.goals_met
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
    AND EXISTS (SELECT FROM sequencer.sequences AS s
@@ -73,8 +73,8 @@ SELECT wake_at FROM sequencer.enrollments
 -- name: lock
 -- Enrollments whose side effects have ended: what may have changed meanwhile. Who holds a lock on one
 -- of them is not waited for.
-SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.visit, e.attempt, e.goals_met,
-       e.leased_by, (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
+SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject, e.data, e.sequence, e.step, e.timezone,
+       e.goals_met, (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[])
  ORDER BY e.id
@@ -100,6 +100,17 @@ UPDATE sequencer.enrollments
        entered_at = $6, visit = $7, attempt = $8, retry_at = $9, leased_by = $10, failure = $11,
        last_error = $12, ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $13::timestamptz END
  WHERE id = ANY ($1::bigint[]);
+
+-- name: record
+-- What happened, and to whom: most events of a batch are the same, and are sent once.
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision)
+SELECT who.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
+       what.revision
+  FROM unnest($1::bigint[], $2::int[]) AS who (id, number)
+  JOIN unnest($3::timestamptz[], $4::text[], $5::text[], $6::int[], $7::text[], $8::text[],
+              $9::int[]) WITH ORDINALITY
+       AS what (at, sequence, step, visit, action, message, revision, number)
+    ON what.number = who.number;
 
 -- name: write_goals
 UPDATE sequencer.enrollments SET goals_met = $2 WHERE id = $1;
@@ -149,9 +160,9 @@ RETURNING true;
 
 -- name: lock_waiting
 -- Some of those who wait at a changed step. Who is due is evaluated under it anyway.
-SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
-       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt,
-       e.goals_met, e.retry_at, e.leased_by
+SELECT e.id, e.subject, e.data, e.created_at, e.sequence, e.step, e.timezone,
+       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
+       e.leased_by, e.goals_met
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
    AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
@@ -313,9 +324,9 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
 
 -- name: simulated
 -- An enrollment as a claim reads it, and its status.
-SELECT e.id, e.sequence, e.step, e.subject, e.data, e.timezone, e.created_at,
-       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt,
-       e.goals_met, e.retry_at, e.leased_by, e.status
+SELECT e.id, e.subject, e.data, e.created_at, e.sequence, e.step, e.timezone,
+       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
+       e.leased_by, e.goals_met, e.status
   FROM sequencer.enrollments AS e WHERE e.id = $1;
 
 -- name: history
@@ -398,9 +409,9 @@ SELECT count(*) FROM sequencer.enrollments
 
 -- name: people
 -- Everybody who has begun and is at a step.
-SELECT id, sequence, step, subject, data, timezone, created_at,
-       least(wake_at, '9999-12-31Z') AS wake_at, entered_at, visit, attempt, goals_met, retry_at,
-       leased_by
+SELECT id, subject, data, created_at, sequence, step, timezone,
+       least(wake_at, '9999-12-31Z') AS wake_at, entered_at, visit, attempt, retry_at, leased_by,
+       goals_met
   FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND entered_at IS NOT NULL;
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -63,15 +64,29 @@ QUERIES: Mapping[str, str] = _load_queries()
 
 
 class Row(NamedTuple):
-    """What is written of one enrollment: where it is now."""
+    """What is written of enrollments that are at the same place now, as most of a batch are."""
 
-    enrollment: Enrollment
+    sequence: str
+    step: str
     status: str
     wake_at: datetime | None
+    entered_at: datetime | None
+    visit: int
+    attempt: int
+    retry_at: datetime | None
+    leased_by: str | None
     failure: str | None = None
     last_error: str | None = None
-    goals_changed: bool = False
-    data: Mapping[str, Any] | None = None  # merged into what is there
+
+
+@dataclass(slots=True)
+class Written:
+    """What a transaction writes of enrollments that it has locked, and to which of them."""
+
+    rows: dict[Row, list[int]] = field(default_factory=dict)
+    events: dict[Event, list[int]] = field(default_factory=dict)
+    goals_met: dict[int, Rows[str]] = field(default_factory=dict)
+    data: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # merged into what is there
 
 
 async def connect_pool(
@@ -228,38 +243,28 @@ async def lock(
     ids = sorted({enrollment.id for enrollment in known})
     locked, now, revisions = set(), {}, {}
     for row in await connection.fetch(QUERIES["lock"], ids):
-        (
-            id_,
-            sequence,
-            step,
-            subject,
-            data,
-            timezone,
-            visit,
-            attempt,
-            goals_met,
-            leased_by,
-            revision,
-        ) = row
+        id_, visit, attempt, leased_by, subject, data, sequence, step, timezone, goals, revision = (
+            row
+        )
         locked.add(id_)
         fence = (id_, visit, attempt, leased_by)
         if was := by_fence.get(fence):
             revisions[sequence] = revision
             now[fence] = Enrollment(
                 id_,
-                sequence,
-                step,
                 subject,
                 data,
-                timezone,
                 was.created_at,
-                was.wake_at,
+                sequence,
+                step,
+                timezone,
+                None,
                 was.entered_at,
                 visit,
                 attempt,
-                goals_met,
                 was.retry_at,
                 leased_by,
+                goals,
             )
     return locked, now, revisions
 
@@ -281,38 +286,21 @@ async def next_wake(connection: asyncpg.Connection, place: Place) -> datetime | 
     return at
 
 
-async def write(
-    connection: asyncpg.Connection, rows: Rows[Row], events: Rows[Event], now: datetime
-) -> None:
-    """Writes where a batch of locked enrollments is now, and what happened to them."""
-    for row in rows:
-        if row.data:
-            text = json.dumps(row.data)
-            await connection.execute(QUERIES["merge_data"], row.enrollment.id, text)
-        if row.goals_changed:
-            goals = list(row.enrollment.goals_met)
-            await connection.execute(QUERIES["write_goals"], row.enrollment.id, goals)
-    places: dict[tuple[object, ...], list[int]] = {}
-    for row in rows:
-        e = row.enrollment
-        place = (e.sequence, e.step, row.status, row.wake_at, e.entered_at, e.visit, e.attempt,
-                 e.retry_at, e.leased_by, row.failure, row.last_error)  # fmt: skip
-        places.setdefault(place, []).append(e.id)
-    await connection.executemany(
-        QUERIES["write"], [(ids, *place, now) for place, ids in places.items()]
-    )
-    if events:
-        await record(connection, events)
-
-
-async def record(connection: asyncpg.Connection, events: Rows[Event]) -> None:
-    """Appends to the history."""
-    await connection.copy_records_to_table(
-        "events",
-        schema_name="sequencer",
-        columns=Event._fields,
-        records=events,
-    )
+async def write(connection: asyncpg.Connection, written: Written, now: datetime) -> None:
+    """Writes where locked enrollments are now, and what happened to them."""
+    if written.data:
+        data = [(id_, json.dumps(merged)) for id_, merged in written.data.items()]
+        await connection.executemany(QUERIES["merge_data"], data)
+    if written.goals_met:
+        goals = [(id_, list(goals)) for id_, goals in written.goals_met.items()]
+        await connection.executemany(QUERIES["write_goals"], goals)
+    if written.rows:
+        rows = [(ids, *row, now) for row, ids in written.rows.items()]
+        await connection.executemany(QUERIES["write"], rows)
+    if written.events:
+        who = [id_ for ids in written.events.values() for id_ in ids]
+        number = [n for n, ids in enumerate(written.events.values(), 1) for _ in ids]
+        await connection.execute(QUERIES["record"], who, number, *zip(*written.events, strict=True))
 
 
 async def extend_leases(

@@ -7,11 +7,11 @@ handed to its lane after the commit.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import asyncpg
 from structlog.typing import FilteringBoundLogger
@@ -41,18 +41,30 @@ from sequencerd.definitions import Runners
 from sequencerd.lanes import Lane, LaneKey, Leased, Report, Work
 from sequencerd.metrics import Metrics
 from sequencerd.settings import Engine as Settings
-from sequencerd.store import PASSING_ERRORS, POISON, Place, Row
+from sequencerd.store import PASSING_ERRORS, POISON, Place, Row, Written
 
 PAUSE = 1.0  # seconds after a passing error
 
 
+class Gone(NamedTuple):
+    """Where somebody has gone in a batch: whoever was in the same position is written likewise."""
+
+    ids: Sequence[list[int]]  # of its row and its events, to which others are added
+    at: Enrollment
+    execute: Execute | None
+
+
 @dataclass(slots=True)
-class Batch:
+class Batch(Written):
     """What one transaction writes, and what follows from it."""
 
-    rows: list[Row] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
     leased: list[Leased] = field(default_factory=list)
+    gone: dict[tuple[object, ...], Gone] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Takes everything out."""
+        for part in (self.rows, self.events, self.goals_met, self.data, self.leased, self.gone):
+            part.clear()
 
 
 class Writer:
@@ -112,30 +124,35 @@ class Writer:
         self.retired |= replaced
         return replaced
 
-    def add(self, batch: Batch, before: Enrollment, advanced: Advanced, now: datetime) -> None:
-        """What is to be written of one enrollment; a side effect gets its lease."""
+    def add(
+        self, batch: Batch, before: Enrollment, advanced: Advanced, now: datetime
+    ) -> Gone | None:
+        """What is to be written of one enrollment; a side effect gets its lease. Returns what may
+        be done with all who are in the same position.
+        """
         at, decision = advanced.enrollment, advanced.decision
         events = advanced.events
         status, wake_at = "active", now
+        is_common = advanced.is_common
+        execute: Execute | None = None
         match decision:
             case Wait(until):
                 wake_at = until
-            case Execute(step, effect, timezone, external, revision):
-                if self._has_room(step.type, at):
-                    leased = at.leased_to(self._name)
-                    try:
-                        view = model.view(leased, timezone, leased.entered_at or now, external)
-                    except EvaluationError as error:
-                        unable = failed(at, now, str(error), error.failure)
-                        events += unable.events
-                        decision = unable.decision
-                    else:
-                        at = leased
-                        task = Task(at.key, view)
-                        lane = self.lanes[step.type]
-                        self._lease(batch, Leased(at, step, lane, effect.program, task, revision))
+            case Execute(step):
+                leased = at.leased_to(self._name)
+                try:
+                    if self._has_room(step.type, at):
+                        self._execute(batch, leased, decision)
+                        at, execute = leased, decision
                         wake_at = now + self._lease_time
+                    else:
+                        is_common = False  # there may be, for the next
+                except EvaluationError as error:
+                    unable = failed(at, now, str(error), error.failure)
+                    events += unable.events
+                    decision = unable.decision
             case LookUp(step, lookup):
+                is_common = False
                 key = ("lookup", lookup)
                 if self._has_room(key, at):
                     at = at._replace(leased_by=self._name)
@@ -150,22 +167,61 @@ class Writer:
                 assert_never(decision)
         failure = decision if isinstance(decision, Fail) else None
         if failure:
+            is_common = False  # each is told in the log
             status = "failed"
-            log = self._log.bind(enrollment=at.id, sequence=at.sequence, step=at.step)
-            log.warning("enrollment failed", failure=failure.failure)
-            log.debug("enrollment failed", error=failure.message)
-        batch.events.extend(events)
-        batch.rows.append(
-            Row(
-                at,
-                status,
-                wake_at if status == "active" else None,
-                failure.failure if failure else None,
-                failure.message if failure else _last_error(events),
-                goals_changed=at.goals_met != before.goals_met,
-                data=advanced.data,
-            )
+            self._tell(at, failure)
+        if advanced.data:
+            batch.data[at.id] = advanced.data
+        if at.goals_met != before.goals_met:
+            batch.goals_met[at.id] = at.goals_met
+            is_common = False
+        row = Row(
+            at.sequence,
+            at.step,
+            status,
+            wake_at if status == "active" else None,
+            at.entered_at,
+            at.visit,
+            at.attempt,
+            at.retry_at,
+            at.leased_by,
+            failure.failure if failure else None,
+            failure.message if failure else _last_error(events),
         )
+        ids = [batch.rows.setdefault(row, [])]
+        ids += [batch.events.setdefault(event, []) for event in events]
+        for one in ids:
+            one.append(at.id)
+        return Gone(ids, at, execute) if is_common else None
+
+    def _tell(self, at: Enrollment, failure: Fail) -> None:
+        log = self._log.bind(enrollment=at.id, sequence=at.sequence, step=at.step)
+        log.warning("enrollment failed", failure=failure.failure)
+        log.debug("enrollment failed", error=failure.message)
+
+    def follow(self, batch: Batch, enrollment: Enrollment, gone: Gone) -> bool:
+        """The same for one who was in the position of another before. False, and nothing is done,
+        where `add` has to see to it.
+        """
+        if gone.execute is not None:
+            if not self._has_room(gone.execute.step.type, gone.at):
+                return False
+            try:
+                self._execute(batch, enrollment.at(gone.at), gone.execute)
+            except EvaluationError:
+                return False
+        for ids in gone.ids:
+            ids.append(enrollment.id)
+        return True
+
+    def _execute(self, batch: Batch, leased: Enrollment, execute: Execute) -> None:
+        """Leases one. Raises EvaluationError for data that can't be read."""
+        step, effect, timezone, external, revision = execute
+        assert leased.entered_at is not None
+        view = model.view(leased, timezone, leased.entered_at, external)
+        task = Task(leased.key, view)
+        lane = self.lanes[step.type]
+        self._lease(batch, Leased(leased, step, lane, effect.program, task, revision))
 
     def _has_room(self, key: LaneKey, at: Enrollment) -> bool:
         """Whether one more can be begun; else its step waits for the lane."""
@@ -201,11 +257,12 @@ class Writer:
         self._begin(batch.leased)
         self._remember_wakes(batch.rows)
         failures = [
-            (row.enrollment.sequence, row.enrollment.step, row.failure)
-            for row in batch.rows
+            (row.sequence, row.step, row.failure)
+            for row, ids in batch.rows.items()
             if row.failure
+            for _ in ids
         ]
-        self._metrics.written(len(batch.rows), batch.events, failures)
+        self._metrics.written(sum(map(len, batch.rows.values())), batch.events, failures)
 
     async def held(self, leased: Iterable[Leased]) -> set[Fence]:
         """What is leased to us in the database. Asks until it answers."""
@@ -231,20 +288,20 @@ class Writer:
         instead.
         """
         if not alone:
-            await store.write(connection, batch.rows, batch.events, now)
+            await store.write(connection, batch, now)
             return
         try:
             async with connection.transaction():
-                await store.write(connection, batch.rows, batch.events, now)
+                await store.write(connection, batch, now)
         except PASSING_ERRORS:
             raise
         except POISON as error:
             self._give_back(batch.leased)
-            batch.rows, batch.events, batch.leased = [], [], []
+            batch.clear()
             for enrollment in before:
                 text = f"it cannot be written: {error}"
                 self.add(batch, enrollment, failed(enrollment, now, text), now)
-            await store.write(connection, batch.rows, batch.events, now)
+            await store.write(connection, batch, now)
 
     def _give_back(self, leased: Iterable[Leased]) -> None:
         for one in leased:
@@ -264,8 +321,8 @@ class Writer:
         """When to look again at the steps of those who wait."""
         wakes: dict[Place, datetime] = {}
         for row in rows:
-            if row.wake_at is not None and row.enrollment.leased_by is None:
-                place = (row.enrollment.sequence, row.enrollment.step)
+            if row.wake_at is not None and row.leased_by is None:
+                place = (row.sequence, row.step)
                 if place not in wakes or row.wake_at < wakes[place]:
                     wakes[place] = row.wake_at
         for place, at in wakes.items():
@@ -296,7 +353,6 @@ def of_lookup(result: Result) -> Result:
 
 def failed(enrollment: Enrollment, now: datetime, message: str, failure: str = "error") -> Advanced:
     event = Event(
-        enrollment.id,
         now,
         enrollment.sequence,
         enrollment.step,
@@ -321,7 +377,6 @@ def late(leased: Leased, result: Result, now: datetime) -> Event:
             assert_never(result)
     was = leased.enrollment
     return Event(
-        was.id,
         now,
         was.sequence,
         was.step,

@@ -61,6 +61,42 @@ async def test_everybody_goes_the_whole_way(database: str, connection: asyncpg.C
     ]
 
 
+async def test_who_goes_the_way_of_others_takes_its_own_along(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    done = Answer()
+
+    async def answer(_: Task) -> Result:
+        return done
+
+    await define(connection, "s", ("hello", "Note", "{}", "bye"), ("bye", "Note", "{}", None))
+    # a number that PostgreSQL takes and Python does not
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data)"
+        " SELECT 's', 'u' || n, jsonb_build_object("
+        "   'n', CASE n WHEN 7 THEN repeat('7', 5000)::numeric ELSE n END)"
+        " FROM generate_series(1, 20) AS n"
+    )
+    recorder = Recorder(answer, batch_size=20)
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, ALL_ENDED)
+    others = [n for n in range(1, 21) if n != 7]
+    assert {(view["subject"], view["data"]["n"], view["step"]) for view in recorder.views} == {
+        (f"u{n}", n, step) for n in others for step in ("hello", "bye")
+    }
+    assert sorted(recorder.keys) == sorted(f"{n}:{visit}" for n in others for visit in (1, 2))
+    for n in others:
+        assert await way(connection, n) == [
+            "hello enrolled",
+            "hello next",
+            "bye next",
+            "bye completed",
+        ]
+    assert await way(connection, 7) == ["hello enrolled", "hello failed"]
+    failed = "SELECT id, failure FROM sequencer.failures"
+    assert [tuple(row) for row in await connection.fetch(failed)] == [(7, "bad_data")]
+
+
 async def test_a_commit_whose_answer_is_lost_is_found_out(
     database: str, connection: asyncpg.Connection
 ) -> None:

@@ -229,8 +229,8 @@ async def test_an_address_that_is_taken_is_one_clear_line(database: str) -> None
 def test_labels_are_bounded() -> None:
     metrics = Metrics()
     for n in range(MAX_PLACES + 5):
-        event = Event(1, AT, f"s{n}", "x", 1, "next")
-        metrics.written(1, [event], [(f"s{n}", "x", "error")])
+        event = Event(AT, f"s{n}", "x", 1, "next")
+        metrics.written(1, {event: [1]}, [(f"s{n}", "x", "error")])
         metrics.swept(lambda: AT, 1, AT, [(f"s{n}", "x", 2, 1)])
     metrics.swept(lambda: AT, 2, AT, [("s0", "x", 2, 1), ("t1", "x", 2, 1), ("t2", "x", 3, 2)])
     value = metrics.registry.get_sample_value
@@ -247,7 +247,7 @@ def test_lateness_is_exact() -> None:
     metrics = Metrics()
     late = [7200.0, 70.0, 10.0, 0.3, 0.005, 0.0]
     claimed = [
-        Enrollment(1, "s", "x", "u", "{}", None, AT, AT - timedelta(seconds=seconds))
+        Enrollment(1, "u", "{}", AT, "s", "x", None, AT - timedelta(seconds=seconds))
         for seconds in late
     ]
     metrics.claimed(("s", "x"), claimed, AT)

@@ -94,7 +94,8 @@ def advance(
             way.record("failed", message)
         case End():
             way.record("completed")
-    return Advanced(way.at, decision, tuple(way.events), way.merged)
+    is_common = (result is None or isinstance(result, Answer)) and not way.has_read_whose
+    return Advanced(way.at, decision, tuple(way.events), way.merged, is_common)
 
 
 def waits_on(before: Enrollment, advanced: Advanced) -> bool:
@@ -121,6 +122,7 @@ class _Way:
         "definitions",
         "events",
         "external",
+        "is_read",
         "lapsed",
         "merged",
         "moment",
@@ -141,6 +143,7 @@ class _Way:
         self.lapsed: str | None = None  # the daemon whose lease of this visit has run out
         self._timezone: str | None = None
         self.moment: Moment | None = None
+        self.is_read = False  # whose it is, in a moment that is over
         self.external: External | None = None  # of the sequence where it is, once it was looked up
 
     def begin(self, result: Result | None, jitter: float) -> Decision | None:
@@ -210,7 +213,6 @@ class _Way:
         here = self.at
         self.events.append(
             Event(
-                here.id,
                 at,
                 here.sequence,
                 here.step,
@@ -223,9 +225,16 @@ class _Way:
 
     def _look(self) -> Moment:
         """The enrollment as it is now, for a step or a goal to read."""
-        if self.moment is None or self.moment.enrollment is not self.at:
+        if self.moment is None or not self.moment.is_of(self.at):
+            self.is_read = self.has_read_whose
             self.moment = Moment(self.at, self.now, self._zone(), self.external or {})
         return self.moment
+
+    @property
+    def has_read_whose(self) -> bool:
+        """Whether the way depends on more than where the enrollment was."""
+        read = self.moment is not None and self.moment.is_read
+        return read or self.is_read or self.merged is not None
 
     def _zone(self) -> str:
         """Its own zone, else the sequence's; one that does not exist falls back and is told."""

@@ -173,20 +173,22 @@ class Enrollment(NamedTuple):
     each enrollment: tuples are made several times faster than frozen dataclasses.
     """
 
+    # whose it is
     id: int
-    sequence: str
-    step: str
     subject: str
     data: str  # JSON text: most moves don't read it
-    timezone: str | None
     created_at: datetime
-    wake_at: datetime | None
+    # where it is
+    sequence: str
+    step: str
+    timezone: str | None
+    wake_at: datetime | None  # as it was read
     entered_at: datetime | None = None
     visit: int = 1
     attempt: int = 0
-    goals_met: tuple[str, ...] | list[str] = ()
     retry_at: datetime | None = None  # the side effect is not started before
     leased_by: str | None = None  # the daemon that executes the side effect until wake_at
+    goals_met: tuple[str, ...] | list[str] = ()
 
     @property
     def key(self) -> str:
@@ -198,22 +200,33 @@ class Enrollment(NamedTuple):
         """Unchanged as long as nobody has moved it or leased it anew."""
         return (self.id, self.visit, self.attempt, self.leased_by)
 
+    @property
+    def position(self) -> tuple[object, ...]:
+        """All of it but whose it is."""
+        return self[_OWN:-1] + tuple(self.goals_met)
+
+    def at(self, other: Enrollment) -> Enrollment:
+        """The same, in the position of another."""
+        return Enrollment._make(self[:_OWN] + other[_OWN:])
+
     # What most moves do is written out: `_replace` takes twice as long.
 
     def entering(self, sequence: str, step: str, now: datetime) -> Enrollment:
         """At another step: a new visit, in which nothing was tried yet."""
         return Enrollment(
             self.id,
-            sequence,
-            step,
             self.subject,
             self.data,
-            self.timezone,
             self.created_at,
-            self.wake_at,
+            sequence,
+            step,
+            self.timezone,
+            None,
             now,
             self.visit + 1,
             0,
+            None,
+            None,
             self.goals_met,
         )
 
@@ -221,50 +234,67 @@ class Enrollment(NamedTuple):
         """With one more attempt begun, by this daemon."""
         return Enrollment(
             self.id,
-            self.sequence,
-            self.step,
             self.subject,
             self.data,
-            self.timezone,
             self.created_at,
-            self.wake_at,
+            self.sequence,
+            self.step,
+            self.timezone,
+            None,
             self.entered_at,
             self.visit,
             self.attempt + 1,
-            self.goals_met,
             None,
             daemon,
+            self.goals_met,
         )
 
+
+_OWN = Enrollment._fields.index("sequence")
 
 External = Mapping[str, Any]
 """What a lookup knows of a subject; nothing where there is no lookup."""
 
 
 class Moment:
-    """An enrollment at a time: what the steps, goals, templates and runners get to see."""
+    """An enrollment at a time: what the steps, goals, templates and runners get to see.
 
-    __slots__ = ("_view", "enrollment", "external", "now", "timezone")
+    `is_read` tells whether they have seen whose it is, and not only its position.
+    """
+
+    __slots__ = ("_enrollment", "_view", "external", "is_read", "now", "timezone")
 
     def __init__(
         self, enrollment: Enrollment, now: datetime, timezone: str, external: External
     ) -> None:
-        self.enrollment = enrollment
         self.external = external
         self.now = now
         self.timezone = timezone
+        self.is_read = False
+        self._enrollment = enrollment
         self._view: dict[str, Any] | None = None
+
+    def is_of(self, enrollment: Enrollment) -> bool:
+        """Whether it shows this enrollment as it is."""
+        return self._enrollment is enrollment
+
+    @property
+    def enrollment(self) -> Enrollment:
+        """All of it."""
+        self.is_read = True
+        return self._enrollment
 
     @property
     def entered_at(self) -> datetime:
         """Since when it has been at its step."""
-        return self.enrollment.entered_at or self.now
+        return self._enrollment.entered_at or self.now
 
     @property
     def view(self) -> dict[str, Any]:
         """The enrollment as plain JSON data. Raises EvaluationError for data that can't be read."""
+        self.is_read = True
         if self._view is None:
-            self._view = view(self.enrollment, self.timezone, self.entered_at, self.external)
+            self._view = view(self._enrollment, self.timezone, self.entered_at, self.external)
         return self._view
 
 
@@ -385,9 +415,8 @@ def outcome(result: Result) -> str:
 
 
 class Event(NamedTuple):
-    """One row of history, in the order of its columns."""
+    """What happened to an enrollment: a row of history but for its id."""
 
-    enrollment_id: int
     at: datetime
     sequence: str
     step: str
@@ -437,9 +466,13 @@ Decision = Wait | Execute | LookUp | End | Fail
 
 
 class Advanced(NamedTuple):
-    """Where `advance` has brought an enrollment, what is decided there, and what to record."""
+    """Where `advance` has brought an enrollment, what is decided there, and what to record.
+
+    Where it `is_common`, whoever is in the same position goes the same way.
+    """
 
     enrollment: Enrollment
     decision: Decision
     events: tuple[Event, ...]
     data: Mapping[str, Any] | None = None  # to be merged into the row
+    is_common: bool = False

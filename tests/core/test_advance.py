@@ -606,10 +606,11 @@ def worlds(draw: st.DrawFn) -> dict[str, Sequence]:
     return sequence(*steps, timezone=zone)
 
 
+DATA = st.sampled_from(["{}", '{"paid": true}', '{"due": "2026-05-05"}', '{"due": 5, "x": true}'])
 enrollments = st.builds(
     at,
     st.sampled_from(NAMES),
-    st.sampled_from(["{}", '{"paid": true}', '{"due": "2026-05-05"}', '{"due": 5, "x": true}']),
+    DATA,
     timezone=st.sampled_from([None, "Asia/Tokyo", "Nowhere/Land"]),
     entered_at=st.sampled_from([None, NOW, NOW - timedelta(days=40)]),
     goals_met=st.sampled_from([(), ("a",), ("b", "c")]),
@@ -642,6 +643,18 @@ def test_it_always_ends_in_a_decision_that_can_be_kept(
     assert here.leased_by is None
     assert here.visit - enrollment.visit <= MAX_MOVES + 2
     assert all(a.at < b.at for a, b in zip(advanced.events, advanced.events[1:], strict=False))
+
+
+@given(worlds(), enrollments, results, DATA)
+def test_who_was_in_a_common_position_goes_the_same_way(
+    definitions: dict[str, Sequence], enrollment: Enrollment, result: Result | None, data: str
+) -> None:
+    advanced = advance(definitions, enrollment, NOW, result, 0.5)
+    other = enrollment._replace(id=2, subject="bob", data=data, created_at=NOW - timedelta(days=1))
+    assert other.position == enrollment.position
+    if advanced.is_common:
+        expected = advanced._replace(enrollment=other.at(advanced.enrollment))
+        assert advance(definitions, other, NOW, result, 0.7) == expected
 
 
 @given(worlds(), enrollments, st.floats(0, 1, exclude_max=True))
