@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python bench/scale.py --dsn postgresql://postgres@localhost/postgres
 
-    enroll       INSERTs one by one from 1, 8 and 32 connections, and in bulk, against a bare table
+    enroll       INSERTs one by one from 1, 8 and 32 connections, and in bulk, against a bare table;
+                 the same beside a daemon that executes a task for each
     sleeping     many who sleep: start-up, what an idle daemon costs, and a transition's cost beside
     mix          enroll, wait, decide, execute and mail for minutes: the sizes of tables and indexes
     snapshot     w1 of bench/engine.py with a snapshot held open, against one without
@@ -20,7 +21,9 @@ import json
 import multiprocessing
 import os
 import resource
+import statistics
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -39,7 +42,7 @@ BARE = """
 INSERT = "INSERT INTO {} (sequence, subject, data) VALUES ('s', $1, '{{\"name\": \"Ada\"}}')"
 LOAD = (
     "INSERT INTO {} (sequence, subject, data)"
-    " SELECT 's', 'load' || n, '{{\"name\": \"Ada\"}}' FROM generate_series(1, {}) AS n"
+    " SELECT 's', 'load{}-' || n, '{{\"name\": \"Ada\"}}' FROM generate_series(1, {}) AS n"
 )
 WAITING = ("a", "WaitForDuration", '{"amount": 30, "unit": "days"}')
 TASKS = tuple((name, "Task", "{}") for name in "abc")
@@ -49,39 +52,56 @@ TASKS = tuple((name, "Task", "{}") for name in "abc")
 
 
 async def enrolling(dsn: str, arguments: argparse.Namespace) -> None:
-    async with defined(dsn, WAITING) as (url, connection):
-        await connection.execute(BARE)
-        for count in (1, 8, 32):
-            rates = {
-                table: await one_by_one(url, table, count, arguments.seconds)
-                for table in ("bare", "sequencer.enrollments")
-            }
-            bare, ours = rates.values()
-            say("enroll", connections=count, bare_per_s=bare, per_s=ours, ratio=ours / bare)
-        rates = {}
-        for table in ("bare", "sequencer.enrollments"):
-            await connection.execute("CHECKPOINT")
-            begun = time.perf_counter()
-            await connection.execute(LOAD.format(table, arguments.subjects))
-            rates[table] = arguments.subjects / (time.perf_counter() - begun)
-        bare, ours = rates.values()
-        say("enroll in bulk", bare_per_s=bare, per_s=ours, ratio=ours / bare)
+    """By turns into both tables; the medians."""
+    tables = ("bare", "sequencer.enrollments")
+    for beside in (False, True):
+        async with defined(dsn, *TASKS[:1]) as (url, connection):
+            await connection.execute(BARE)
+            daemon = multiprocessing.Process(target=work_for_ever, args=(url,), daemon=True)
+            if beside:
+                daemon.start()
+                await until(connection, "SELECT count(*) > 0 FROM pg_locks WHERE objid = 4")
+            for count in (1, 8, 32):
+                rates: dict[str, list[float]] = {table: [] for table in tables}
+                for _ in range(arguments.rounds):
+                    for table in tables:
+                        rate = await one_by_one(url, table, count, arguments.seconds)
+                        rates[table].append(rate)
+                        if beside:
+                            await until(connection, ALL_ENDED)
+                work = "enroll beside a daemon" if beside else "enroll"
+                say_both(work, rates, connections=count)
+            if beside:
+                daemon.kill()
+                daemon.join()
+                continue
+            rates = {table: [] for table in tables}
+            for number in range(arguments.rounds):
+                for table in tables:
+                    await connection.execute("CHECKPOINT")
+                    begun = time.perf_counter()
+                    await connection.execute(LOAD.format(table, number, arguments.subjects))
+                    rates[table].append(arguments.subjects / (time.perf_counter() - begun))
+            say_both("enroll in bulk", rates)
+
+
+def say_both(work: str, rates: Mapping[str, list[float]], **figures: float) -> None:
+    bare, ours = map(statistics.median, rates.values())
+    say(work, **figures, bare_per_s=bare, per_s=ours, ratio=ours / bare)
 
 
 async def one_by_one(url: str, table: str, count: int, seconds: float) -> float:
     """Rows a second."""
     connections = [await asyncpg.connect(url) for _ in range(count)]
-    end = time.perf_counter() + seconds
+    begun = time.perf_counter()
     rows = 0
 
     async def work(number: int, connection: asyncpg.Connection) -> None:
         nonlocal rows
         insert = await connection.prepare(INSERT.format(table))
-        mine = 0
-        while time.perf_counter() < end:
-            mine += 1
-            await insert.fetch(f"{count}-{number}-{mine}")
-        rows += mine
+        while time.perf_counter() < begun + seconds:
+            rows += 1
+            await insert.fetch(f"{begun}-{number}-{rows}")
 
     await asyncio.gather(*(work(n, connection) for n, connection in enumerate(connections)))
     for connection in connections:
@@ -349,6 +369,7 @@ if __name__ == "__main__":
     parser.add_argument("--works", default=",".join(WORKS))
     parser.add_argument("--subjects", type=int, default=50_000)
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement of a rate")
+    parser.add_argument("--rounds", type=int, default=3, help="of enroll")
     parser.add_argument(
         "--sleepers", type=int, nargs="+", default=[10_000, 10_000_000], metavar="N"
     )

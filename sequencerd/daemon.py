@@ -357,7 +357,15 @@ class _Daemon:
 
     async def _find_what_is_new(self, url: str) -> None:
         if self.parts.settings.database.listen:
-            await listen(url, self._engine.receive, self._connected, self._log, self._health.heard)
+            engine = self._engine
+            await listen(
+                url,
+                engine.receive,
+                self._connected,
+                engine.look,
+                log=self._log,
+                heard=self._health.heard,
+            )
         else:
             await poll(self._connected, self._engine.sweep, self._log, self._health.heard)
 

@@ -306,6 +306,11 @@ class Engine:
             self._push(place, at)
         return wakes
 
+    async def look(self) -> bool:
+        """Finds who is due, where nobody tells. Whether anybody is."""
+        now = self._clock.now()
+        return any(at <= now for _, at in await self.rebuild())
+
     async def reload(self, missing: str | None = None) -> None:
         """Reads the definitions that have changed, and looks at those whom it concerns."""
         if await self.catalog.reload(missing):

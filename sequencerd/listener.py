@@ -1,8 +1,15 @@
-"""The connection that listens: NOTIFY becomes messages. It reconnects, and probes itself."""
+"""The connection that listens: NOTIFY becomes messages. It reconnects, and probes itself.
+
+A commit that notifies waits for the one before it, so many writers would hold each other up.
+Triggers notify only while a daemon has the bell, a lock. Where it rings very often, the daemon lets
+go of it for a while, and all daemons look again and again instead. It is taken when no transaction
+is under way any more that has told nobody; another look then finds what those have written.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -11,13 +18,19 @@ import asyncpg
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.store import PASSING_ERRORS, brief
+from sequencerd.store import PASSING_ERRORS, brief, leave_bell, take_bell
 
 CHANNEL = "sequencer"
 PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10
 PROBE_TIMEOUT = 5.0
 LONGEST_PAUSE = 10.0  # seconds between attempts to connect
 POLL_INTERVAL = 1.0
+OFTEN, WITHIN = 20, 0.1  # so many rings within so many seconds
+QUIET = 1.0  # seconds for which the bell is off then
+LOOK_INTERVAL = 0.01  # seconds between looks meanwhile
+LOOK_SHARE = 0.2  # of the time, for looks that take long
+TOO_LONG = 0.05  # seconds: who takes longer for a look wants to be told
+OTHERS_INTERVAL = 1.0  # seconds until it is seen that a daemon that had the bell is gone
 
 
 class _Message(BaseModel):
@@ -44,12 +57,18 @@ class Look(_Message):
     step: str | None = None
 
 
+class Quiet(_Message):
+    """From a daemon: for a while nobody is told."""
+
+    quiet: bool
+
+
 Message = Due | Changed | Look
 
-_messages: TypeAdapter[Message] = TypeAdapter(Message)
+_messages: TypeAdapter[Message | Quiet] = TypeAdapter(Message | Quiet)
 
 
-def parse(payload: str) -> Message:
+def parse(payload: str) -> Message | Quiet:
     """A payload of NOTIFY. Raises ValueError for what is none of ours."""
     if not payload:
         return Look()
@@ -65,13 +84,16 @@ async def listen(
     url: str,
     receive: Callable[[Message], None],
     connected: Callable[[], Awaitable[None]],
+    look: Callable[[], Awaitable[bool]],
+    *,
     log: FilteringBoundLogger,
     heard: Callable[[bool], None] = lambda _: None,
     **options: Any,
 ) -> None:
     """Listens for ever. `connected` is awaited after each LISTEN: what was missed before it, is
-    found by looking. Comes back after whatever happens to the connection or the server. `heard` is
-    told True with each LISTEN and probe that was answered, and False when the connection is lost.
+    found by looking. `look` finds whatever is due, and says if anything is. Comes back after
+    whatever happens to the connection or the server. `heard` is told True with each LISTEN and
+    probe that was answered, and False when the connection is lost.
     """
     pause = 0.0
     while True:
@@ -79,6 +101,7 @@ async def listen(
             connection = await asyncpg.connect(
                 url,
                 timeout=PROBE_TIMEOUT * 2,
+                command_timeout=PROBE_TIMEOUT,
                 server_settings={"application_name": "sequencerd listener"},
                 **options,
             )
@@ -89,11 +112,12 @@ async def listen(
             await asyncio.sleep(pause)
             continue
         try:
-            await connection.add_listener(CHANNEL, _receiver(receive, log))
+            watch = _Watch(connection, receive, look, heard, log)
+            await connection.add_listener(CHANNEL, watch.on_notify)
             await connected()
             heard(True)
             pause = 0.0
-            await _probe(connection, heard)
+            await watch.keep()
         except (*PASSING_ERRORS, asyncpg.PostgresError) as error:
             log.warning("listener lost its connection", error=str(error) or type(error).__name__)
         finally:
@@ -122,26 +146,95 @@ async def poll(
         await asyncio.sleep(POLL_INTERVAL)
 
 
-async def _probe(connection: asyncpg.Connection, heard: Callable[[bool], None]) -> None:
-    """Asks now and then, as a quiet connection and a dead one look the same."""
-    closed = asyncio.Event()
-    connection.add_termination_listener(lambda _: closed.set())
-    while not closed.is_set():
-        with suppress(TimeoutError):
-            async with asyncio.timeout(PROBE_INTERVAL):
-                await closed.wait()
-        await connection.fetchval("SELECT 1", timeout=PROBE_TIMEOUT)
-        heard(True)
+class _Watch:
+    """Sees to it that nothing is missed while a connection lasts: it is told, or looks."""
 
+    def __init__(
+        self,
+        connection: asyncpg.Connection,
+        receive: Callable[[Message], None],
+        look: Callable[[], Awaitable[bool]],
+        heard: Callable[[bool], None],
+        log: FilteringBoundLogger,
+    ) -> None:
+        self._connection = connection
+        self._receive = receive
+        self._look = look
+        self._heard = heard
+        self._log = log
+        self._called = asyncio.Event()  # there is something to do before the next probe
+        self._has_bell: bool | None = None  # False: another daemon has it
+        self._is_quiet = False  # another daemon has let go of it
+        self._rings: deque[float] = deque(maxlen=OFTEN)
+        self._look_took = 0.0  # seconds
+        connection.add_termination_listener(lambda _: self._called.set())
 
-def _receiver(
-    receive: Callable[[Message], None], log: FilteringBoundLogger
-) -> Callable[[object, int, str, object], None]:
-    def on_notify(_connection: object, _pid: int, _channel: str, payload: object) -> None:
+    def on_notify(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        """Called by asyncpg."""
         try:
-            receive(parse(str(payload)))
+            message = parse(str(payload))
         except ValueError as error:
-            log.warning("notification not understood", length=len(str(payload)), hint=str(error))
-            log.debug("notification not understood", payload=str(payload)[:200])
+            length = len(str(payload))
+            self._log.warning("notification not understood", length=length, hint=str(error))
+            self._log.debug("notification not understood", payload=str(payload)[:200])
+            return
+        if isinstance(message, Quiet):
+            self._is_quiet = True
+            self._called.set()
+            return
+        if isinstance(message, Due):
+            self._rings.append(asyncio.get_running_loop().time())
+            if self._has_bell and self._rings_often:
+                self._called.set()
+        self._receive(message)
 
-    return on_notify
+    @property
+    def _rings_often(self) -> bool:
+        rings = self._rings
+        return len(rings) == OFTEN and rings[-1] - rings[0] < WITHIN and self._look_took < TOO_LONG
+
+    async def keep(self) -> None:
+        """Until the connection is closed."""
+        pause = LOOK_INTERVAL
+        while not self._connection.is_closed():
+            had_bell = self._has_bell
+            if had_bell:
+                await self._connection.fetchval("SELECT 1")
+            else:
+                self._has_bell = await take_bell(self._connection)
+            self._heard(True)
+            if self._has_bell is None:
+                pause = LOOK_INTERVAL if await self._found() else min(2 * pause, POLL_INTERVAL)
+                await asyncio.sleep(pause)
+                continue
+            if self._has_bell is not had_bell:
+                self._is_quiet = False
+                await self._found()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_INTERVAL if self._has_bell else OTHERS_INTERVAL):
+                    await self._called.wait()
+            self._called.clear()
+            if self._has_bell and self._rings_often:
+                await leave_bell(self._connection)
+            elif self._has_bell or not self._is_quiet:
+                continue
+            pause = LOOK_INTERVAL
+            await self._look_on()
+
+    async def _found(self) -> bool:
+        """Looks. Whether anybody is due."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        found = await self._look()
+        self._look_took = loop.time() - begun
+        return found
+
+    async def _look_on(self) -> None:
+        """While nobody tells."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + QUIET
+        while loop.time() < end:
+            await self._found()
+            await asyncio.sleep(max(LOOK_INTERVAL, self._look_took / LOOK_SHARE))
+        self._has_bell, self._is_quiet = None, False
+        self._rings.clear()

@@ -38,6 +38,20 @@ WITH RECURSIVE place AS (
 )
 SELECT sequence, step, wake_at FROM place WHERE wake_at < 'infinity';
 
+-- name: take_bell
+-- The lock that makes triggers notify: whether it is now ours (true), or another daemon's, which will
+-- do as well (false). Null where transactions are under way that have told nobody.
+SELECT CASE WHEN pg_try_advisory_lock(7364528, 4) THEN true
+            WHEN EXISTS (SELECT FROM pg_locks
+                          WHERE locktype = 'advisory' AND classid = 7364528 AND objid = 4
+                            AND database = (SELECT oid FROM pg_database
+                                             WHERE datname = current_database())
+                            AND mode = 'ExclusiveLock' AND granted) THEN false END;
+
+-- name: leave_bell
+-- And tells the other daemons.
+SELECT pg_advisory_unlock(7364528, 4), pg_notify('sequencer', '{"quiet": true}');
+
 -- name: count_due
 -- How many are due at steps, and for more than a minute. The limit holds for each step, so that a
 -- backlog of millions is not counted through.

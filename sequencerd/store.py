@@ -212,6 +212,19 @@ async def first_wakes(connection: asyncpg.Connection) -> list[tuple[Place, datet
     return [((row["sequence"], row["step"]), row["wake_at"]) for row in rows]
 
 
+async def take_bell(connection: asyncpg.Connection) -> bool | None:
+    """Asks for notifications, for as long as the connection lasts. Whether the lock is ours, or
+    another daemon's; None: it is nobody's yet, as transactions are under way that tell nobody.
+    """
+    is_ours: bool | None = await connection.fetchval(QUERIES["take_bell"])
+    return is_ours
+
+
+async def leave_bell(connection: asyncpg.Connection) -> None:
+    """Asks for no notifications, and tells the other daemons."""
+    await connection.execute(QUERIES["leave_bell"])
+
+
 async def count_due(
     connection: asyncpg.Connection, places: Iterable[Place], now: datetime, limit: int
 ) -> list[tuple[str, str, int, int]]:

@@ -22,8 +22,8 @@
 -- names it and wake_at is the end of its lease; if it dies, the row is simply due again.
 --
 -- Triggers fill in what an application leaves out, refuse what cannot be, and tell the daemon with
--- NOTIFY. They notify only for what is due before the daemon's next sweep, so a lost notification
--- delays by a minute at most. SET LOCAL sequencer.notify = off silences them in a bulk load. What is
+-- NOTIFY. They notify only while a daemon sleeps, and for what is due before its next sweep, so a lost
+-- notification delays by a minute at most. SET LOCAL sequencer.notify = off silences them in a bulk load. What is
 -- changed by hand is recorded with the user's name, and with SET LOCAL sequencer.reason = '...'.
 --
 -- Names and subjects compare byte by byte (COLLATE "C"): cheaper than by the rules of a language, and
@@ -482,40 +482,63 @@ CREATE TRIGGER follow_reentry AFTER UPDATE OF reentry ON sequencer.sequences
 
 -- enrollments: triggers -------------------------------------------------------------------------
 
--- Row by row, as a default cannot read another table and a refusal must come before the insert.
+-- Row by row, as a default cannot read another table and a refusal must come before the insert. What
+-- the definitions say is kept for the rest of the statement, in settings of the transaction: a look
+-- at them takes longer than the rest of an insert.
 CREATE FUNCTION sequencer.begin_enrollment() RETURNS trigger
+LANGUAGE plpgsql AS $$ -- no search path of its own, which each row would pay for: it needs none
+BEGIN
+    IF NEW.sequence OPERATOR(pg_catalog.=) pg_catalog.current_setting('sequencer.entry_sequence', true)
+       AND NEW.step IS NULL AND NEW.status OPERATOR(pg_catalog.=) 'active' THEN
+        NEW.step := pg_catalog.current_setting('sequencer.entry_step');
+        NEW.reentry := pg_catalog.current_setting('sequencer.entry_reentry');
+        RETURN NEW;
+    END IF;
+    PERFORM sequencer.look_up_entry(
+        NEW.sequence, NEW.step, NEW.status OPERATOR(pg_catalog.=) 'active');
+    NEW.step := pg_catalog.current_setting('sequencer.entry_step');
+    NEW.reentry := pg_catalog.current_setting('sequencer.entry_reentry');
+    IF NEW.status OPERATOR(pg_catalog.<>) 'active' THEN
+        NEW.wake_at := NULL;
+        NEW.ended_at := coalesce(NEW.ended_at, pg_catalog.now());
+    END IF;
+    RETURN NEW;
+END $$;
+
+CREATE FUNCTION sequencer.look_up_entry(wanted_sequence text, wanted_step text, is_active boolean)
+RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     policy record;
+    kept text; -- PERFORM would take longer
 BEGIN
     SELECT s.first_step, s.status, s.reentry,
            EXISTS (SELECT FROM sequencer.steps AS p
-                    WHERE p.sequence = s.name AND p.name = coalesce(NEW.step, s.first_step)) AS known
-      INTO policy FROM sequencer.sequences AS s WHERE s.name = NEW.sequence;
+                    WHERE p.sequence = s.name AND p.name = coalesce(wanted_step, s.first_step))
+           AS known
+      INTO policy FROM sequencer.sequences AS s WHERE s.name = wanted_sequence;
     IF NOT FOUND THEN
         RAISE foreign_key_violation USING
-            MESSAGE = format('sequence %L does not exist', NEW.sequence),
+            MESSAGE = format('sequence %L does not exist', wanted_sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
             HINT = 'SELECT name FROM sequencer.sequences lists those that do.';
     ELSIF NOT policy.known THEN
         RAISE foreign_key_violation USING
             MESSAGE = format('step %L does not exist in sequence %L',
-                             coalesce(NEW.step, policy.first_step), NEW.sequence),
+                             coalesce(wanted_step, policy.first_step), wanted_sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'step',
             HINT = 'SELECT name FROM sequencer.steps WHERE sequence = ... lists those that do.';
-    ELSIF policy.status = 'archived' AND NEW.status = 'active' THEN
+    ELSIF policy.status = 'archived' AND is_active THEN
         RAISE check_violation USING
-            MESSAGE = format('sequence %L is archived: nobody can be enrolled', NEW.sequence),
+            MESSAGE = format('sequence %L is archived: nobody can be enrolled', wanted_sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
             HINT = 'UPDATE sequencer.sequences SET status = ''active'' WHERE name = ... opens it again.';
     END IF;
-    NEW.step := coalesce(NEW.step, policy.first_step);
-    NEW.reentry := policy.reentry;
-    IF NEW.status <> 'active' THEN
-        NEW.wake_at := NULL;
-        NEW.ended_at := coalesce(NEW.ended_at, now());
-    END IF;
-    RETURN NEW;
+    -- for the next row only what holds for whoever begins at the beginning
+    kept := set_config('sequencer.entry_sequence',
+                       CASE WHEN wanted_step IS NULL AND is_active THEN wanted_sequence END, true);
+    kept := set_config('sequencer.entry_step', coalesce(wanted_step, policy.first_step), true);
+    kept := set_config('sequencer.entry_reentry', policy.reentry, true);
 END $$;
 
 CREATE TRIGGER begin_enrollment BEFORE INSERT ON sequencer.enrollments
@@ -625,18 +648,28 @@ CREATE TRIGGER take_reentry BEFORE UPDATE OF sequence ON sequencer.enrollments
 -- notifications ---------------------------------------------------------------------------------
 
 CREATE FUNCTION sequencer.notify_due() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql AS $$ -- no search path of its own, as above
 DECLARE
     place record;
+    nothing text;
 BEGIN
-    IF current_setting('sequencer.notify', true) = 'off' THEN
+    IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN -- begin_enrollment asks anew in the next statement
+        nothing := pg_catalog.set_config('sequencer.entry_sequence', NULL, true);
+    END IF;
+    -- The bell. A commit that notifies waits for the one before it, so nobody is told who looks anyway:
+    -- a daemon that wants to be told holds this lock. Who gets a share of it tells nobody, and keeps it
+    -- to the end: the daemon that takes the lock then sees what was written.
+    IF pg_catalog.current_setting('sequencer.notify', true) OPERATOR(pg_catalog.=) 'off'
+       OR pg_catalog.pg_try_advisory_xact_lock_shared(7364528, 4) THEN
         RETURN NULL;
     END IF;
     FOR place IN SELECT DISTINCT sequence, step FROM changed
-        WHERE status = 'active' AND leased_by IS NULL AND wake_at < now() + interval '1 minute'
+        WHERE status OPERATOR(pg_catalog.=) 'active' AND leased_by IS NULL
+          AND wake_at OPERATOR(pg_catalog.<)
+              (pg_catalog.now() OPERATOR(pg_catalog.+) interval '1 minute')
     LOOP
-        PERFORM pg_notify('sequencer',
-            json_build_object('due', json_build_array(place.sequence, place.step))::text);
+        PERFORM pg_catalog.pg_notify('sequencer', pg_catalog.json_build_object(
+            'due', pg_catalog.json_build_array(place.sequence, place.step))::text);
     END LOOP;
     RETURN NULL;
 END $$;

@@ -87,7 +87,7 @@ async def running_engine(
         await engine.sweep()
         ready.set()
 
-    listener = asyncio.create_task(listen(url, engine.receive, connected, log))
+    listener = asyncio.create_task(listen(url, engine.receive, connected, engine.look, log=log))
     working = asyncio.create_task(engine.run())
     try:
         async with asyncio.timeout(10):

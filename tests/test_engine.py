@@ -30,6 +30,11 @@ PAID = """{
     "compareTo": {"type": "raw", "value": true}
 }"""
 DAYS = '{"amount": 3, "unit": "days"}'
+BELL = """FROM pg_locks
+    WHERE locktype = 'advisory' AND objid = 4 AND mode = 'ExclusiveLock' AND granted
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+BELL_IS_ON = f"SELECT EXISTS (SELECT {BELL})"
 SHORT = '{"amount": 30, "unit": "milliseconds"}'
 
 
@@ -248,6 +253,72 @@ async def test_who_is_locked_when_due_goes_on_soon_after(
             await asyncio.sleep(1.5)
         await until(connection, ENDED, id_)
     await other.close()
+
+
+async def test_many_who_enroll_at_a_time_are_found_without_being_told(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("a", "Note", "{}", None))
+    others = [await asyncpg.connect(database) for _ in range(8)]
+    rings = 0
+
+    def ring(*_: object) -> None:
+        nonlocal rings
+        rings += 1
+
+    async def enroll_some(number: int) -> None:
+        for n in range(300):
+            await others[number].execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', $1)",
+                f"{number}-{n}",
+            )
+
+    async with running_engine(database, {"Note": Recorder(batch_size=100)}, sweep=3600):
+        await connection.add_listener("sequencer", ring)
+        await until(connection, BELL_IS_ON)
+        await asyncio.gather(*map(enroll_some, range(8)))
+        await until(connection, ALL_ENDED, seconds=5)
+        assert rings < 8 * 300 / 2
+        await until(connection, BELL_IS_ON, seconds=5)
+        rings = 0
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, ENDED, id_, seconds=5)
+        assert rings == 1
+        await connection.remove_listener("sequencer", ring)
+    for other in others:
+        await other.close()
+
+
+async def test_who_was_told_of_to_nobody_is_found_when_the_transaction_ends(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("a", "Note", "{}", None))
+    other = await asyncpg.connect(database)
+    transaction = other.transaction()
+    await transaction.start()
+    bob = await enroll(other, "s", "bob")
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600):
+        ada = await enroll(connection, "s", "ada")
+        await until(connection, ENDED, ada, seconds=5)
+        await transaction.commit()
+        await until(connection, ENDED, bob, seconds=5)
+        await until(connection, BELL_IS_ON, seconds=5)
+    await other.close()
+
+
+async def test_the_bell_goes_to_another_daemon(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("a", "Note", "{}", None))
+    async with (
+        running_engine(database, {"Note": Recorder()}, sweep=3600),
+        running_engine(database, {"Note": Recorder()}, sweep=3600),
+    ):
+        for number in range(3):
+            await until(connection, BELL_IS_ON, seconds=5)
+            await connection.execute(f"SELECT pg_terminate_backend(pid) {BELL}")
+            id_ = await enroll(connection, "s", f"u{number}")
+            await until(connection, ENDED, id_, seconds=5)
 
 
 async def test_a_cancelled_transaction_ends_though_its_connection_is_dead(database: str) -> None:

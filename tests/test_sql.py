@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 
+from sequencerd import store
 from sequencerd.store import QUERIES
 from tests.engines import define, enroll
 
@@ -272,7 +273,8 @@ async def test_views_tell_where_everybody_is(defined: asyncpg.Connection) -> Non
 class Ear:
     """A connection that listens, and what it has heard."""
 
-    def __init__(self) -> None:
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self.connection = connection
         self.heard: list[str] = []
 
     def hear(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
@@ -281,9 +283,10 @@ class Ear:
 
 @pytest.fixture
 async def ear(database: str) -> AsyncIterator[Ear]:
-    ear = Ear()
     listening = await asyncpg.connect(database)
+    ear = Ear(listening)
     await listening.add_listener("sequencer", ear.hear)
+    assert await store.take_bell(listening)
     yield ear
     await listening.close()
 
@@ -309,6 +312,27 @@ async def test_notifications_are_short_and_folded(defined: asyncpg.Connection, e
     assert await heard(ear, defined, many) == [due]
     cancel = "UPDATE sequencer.enrollments SET status = 'cancelled'"
     assert await heard(ear, defined, cancel) == []
+
+
+async def test_nobody_is_told_who_does_not_ask_for_it(
+    defined: asyncpg.Connection, ear: Ear, database: str
+) -> None:
+    enroll = (
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at) VALUES ('s', '{}', now())"
+    )
+    told = ['{"due" : ["s", "first"]}']
+    assert await heard(ear, defined, enroll.format("ada")) == told
+    await ear.connection.execute("SELECT pg_advisory_unlock_all()")
+    assert await heard(ear, defined, enroll.format("bob")) == []
+    other = await asyncpg.connect(database)
+    async with other.transaction():
+        await other.execute(enroll.format("eve"))
+        assert await store.take_bell(ear.connection) is None  # or eve would be missed
+        assert await heard(ear, defined, enroll.format("joe")) == []
+    assert await store.take_bell(ear.connection) is True
+    assert await store.take_bell(other) is False
+    await other.close()
+    assert await heard(ear, defined, enroll.format("kim")) == told
 
 
 async def test_nobody_is_told_of_what_is_due_after_the_next_sweep(

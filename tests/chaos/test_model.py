@@ -233,7 +233,9 @@ class Daemon:
             ready.set()
 
         self._tasks = [
-            asyncio.create_task(listen(self._url, self.engine.receive, connected, log)),
+            asyncio.create_task(
+                listen(self._url, self.engine.receive, connected, self.engine.look, log=log)
+            ),
             asyncio.create_task(self.engine.run()),
         ]
         await ready.wait()
