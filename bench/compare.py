@@ -31,7 +31,7 @@ def programs(arguments: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """Everything that takes part: a name, and the command that measures it."""
     options = ["--dsn", arguments.dsn]
     sizes = ["--subjects", str(arguments.subjects), "--wave", str(arguments.wave)]
-    works = ["--works", "limit,pure,w1,http,wave,wake"]
+    works = ["--works", "limit,pure,w1,http,wave,timer,wake"]
     yield "sequencerd", [sys.executable, str(HERE / "engine.py"), *options, *sizes, *works]
     if not NODE.exists():
         print(f"no peers: run `npm install` in {HERE / 'peers'}", file=sys.stderr)
@@ -70,6 +70,7 @@ def show(figures: Figures) -> None:
         ("limit", "transitions_per_s", "/s"),
         ("wave", "p99_s", "s"),
         ("wave", "all_done_s", "s"),
+        ("timer", "p99_ms", "ms"),
         ("wake", "p50_ms", "ms"),
         ("wake", "p99_ms", "ms"),
         ("raw notify", "p99_ms", "ms"),

@@ -7,6 +7,7 @@
     pure   three steps in a row without a side effect
     limit  what one session reaches with the same batches on a bare table
     wave   timers that are due at one instant: how late they start
+    timer  one timer at a time, in an idle daemon: how late it starts
     wake   INSERT commit to runner start, in an idle daemon, beside a raw NOTIFY
     goal   UPDATE of data to the goal's step, in an idle daemon
 
@@ -51,6 +52,7 @@ from sequencerd.settings import Engine as Settings
 NAME = "sequencerd_bench"
 DATA = json.dumps({"name": "x" * 60, "mail": "y" * 60, "k": 12345, "z": "z" * 40})
 BATCH = 1000
+WARM_UP = 5
 
 listeners: list[Callable[[Sequence[Any]], None]] = []
 
@@ -286,6 +288,27 @@ def next_start() -> asyncio.Future[float]:
     return future
 
 
+async def timer(dsn: str, samples: int) -> None:
+    """Lateness by the database's clock, which is this machine's; a few come before to warm up."""
+    async with defined(dsn, ("a", "Task", "{}")) as (url, connection):
+        late = []
+        async with engine(url):
+            for n in range(-WARM_UP, samples):
+                begun = next_start()
+                now = time.perf_counter()
+                wait = timedelta(milliseconds=100 + n % 50)
+                await connection.execute(
+                    "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+                    " VALUES ('s', $1, $2)",
+                    f"u{n}",
+                    datetime.now(UTC) + wait,
+                )
+                late.append(await begun - now - wait.total_seconds())
+        del late[:WARM_UP]
+        listeners.clear()
+        say("timer", samples=samples, first_ms=1000 * min(late), **percentiles(late, 1000))
+
+
 async def wake(dsn: str, samples: int) -> None:
     async with defined(dsn, ("a", "Task", "{}")) as (url, connection):
         loop = asyncio.get_running_loop()
@@ -364,6 +387,7 @@ async def main(arguments: argparse.Namespace) -> None:
         "limit": lambda: limit(dsn, subjects),
         "wave": lambda: wave(dsn, arguments.wave),
         "wake": lambda: wake(dsn, arguments.samples),
+        "timer": lambda: timer(dsn, arguments.samples),
         "goal": lambda: goal(dsn, arguments.samples),
     }
     for _ in range(arguments.repeat):
@@ -379,7 +403,7 @@ if __name__ == "__main__":
     parser.add_argument("--subjects", type=int, default=50_000)
     parser.add_argument("--wave", type=int, default=20_000)
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--works", default="limit,w1,http,pure,wave,wake,goal")
+    parser.add_argument("--works", default="limit,w1,http,pure,wave,timer,wake,goal")
     parser.add_argument("--repeat", type=int, default=1)
     try:
         import uvloop

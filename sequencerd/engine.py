@@ -48,6 +48,9 @@ CLAIMERS = 2  # of a step with much to do, for the same reason
 BEHIND = 20  # batches of results that may wait to be written
 HOLD = 1.0  # seconds for which they wait where many others are late to begin
 MAX_SLEEP = 1.0  # seconds: the watchdog wants to see that the loop turns
+TICK = (
+    0.001  # seconds: so late timers of the loop may be; it wakes before, and turns until it is time
+)
 MAX_DUE = 10_000  # so many are counted at each step that is due
 LOCKED_PAUSE = 0.2  # seconds until a row that somebody else has locked is tried again
 
@@ -179,7 +182,7 @@ class Engine:
             next_at = self._heap.next_at()
             seconds = MAX_SLEEP if next_at is None else self._clock.seconds_until(next_at)
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(max(seconds, 0.0), MAX_SLEEP)):
+                async with asyncio.timeout(min(max(seconds - TICK, 0.0), MAX_SLEEP)):
                     await self._wake.wait()
 
     def _start(self, place: Place) -> None:

@@ -100,6 +100,9 @@ async def connect_pool(
     quiet = {} if pooled else {"sequencer.notify": "off"}
     if pooled:
         options["statement_cache_size"] = 0
+    else:
+        # for as long as the connection lasts: a lone timer must not wait for them
+        options["max_cached_statement_lifetime"] = 0
     return await asyncpg.create_pool(
         url,
         min_size=1,
