@@ -22,6 +22,7 @@ import asyncio
 import json
 import multiprocessing
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -104,7 +105,7 @@ async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple
 async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> AsyncIterator[None]:
     """The daemon's engine and listener, ready."""
     pool = await store.connect_pool(url, 5)
-    log = structlog.get_logger()
+    log = structlog.wrap_logger(structlog.PrintLogger(sys.stderr))
     made = Engine(
         pool,
         {"Task": PythonRunner(no_op, name="Task"), **(runners or {})},

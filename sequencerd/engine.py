@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import assert_never
@@ -36,7 +36,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.definitions import Runners
 from sequencerd.lanes import Lane, Leased, Work
-from sequencerd.listener import Changed, Due, Look, Message
+from sequencerd.listener import Changed, Due, Look, Looked, Message
 from sequencerd.metrics import Metrics
 from sequencerd.retiming import Retiming
 from sequencerd.settings import Engine as Settings
@@ -291,8 +291,7 @@ class Engine:
         await self.reload()
         wakes = await self.rebuild()
         now = self._clock.now()
-        paused = {name for name, known in self.catalog.sequences.items() if known.paused}
-        due = {place: at for place, at in wakes if at <= now and place[0] not in paused}
+        due = self._due(wakes, now)
         counts = []
         if due:
             async with store.connection(self._pool) as connection:
@@ -309,10 +308,15 @@ class Engine:
             self._push(place, at)
         return wakes
 
-    async def look(self) -> bool:
-        """Finds who is due, where nobody tells. Whether anybody is."""
-        now = self._clock.now()
-        return any(at <= now for _, at in await self.rebuild())
+    async def look(self) -> Looked:
+        """Finds who is due, where nobody tells."""
+        wakes = await self.rebuild()
+        return Looked(len(wakes), frozenset(self._due(wakes, self._clock.now()).items()))
+
+    def _due(self, wakes: Iterable[tuple[Place, datetime]], now: datetime) -> dict[Place, datetime]:
+        """Where somebody is due, unless paused."""
+        paused = {name for name, known in self.catalog.sequences.items() if known.paused}
+        return {place: at for place, at in wakes if at <= now and place[0] not in paused}
 
     async def reload(self, missing: str | None = None) -> None:
         """Reads the definitions that have changed, and looks at those whom it concerns."""
@@ -414,6 +418,7 @@ class Engine:
         """Advances one. Most of a batch differ from each other in nothing that is looked at on the
         way: they follow the first of them.
         """
+        # ids are not used again: what can be common is an answer, which lives as long as the batch
         key = (enrollment.position, id(result), begun_under)
         gone = batch.gone.get(key)
         if gone is None or not self._writer.follow(batch, enrollment, gone):

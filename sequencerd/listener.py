@@ -12,24 +12,28 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import asyncpg
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.store import PASSING_ERRORS, brief, leave_bell, take_bell
+from sequencerd.store import PASSING_ERRORS, Place, brief, leave_bell, take_bell
 
 CHANNEL = "sequencer"
 PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10
 PROBE_TIMEOUT = 5.0
 LONGEST_PAUSE = 10.0  # seconds between attempts to connect
 POLL_INTERVAL = 1.0
+KEEPALIVE = """
+    SET tcp_keepalives_idle = 60; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3
+"""  # or else the server keeps the bell for hours for a daemon whose machine is gone
 OFTEN, WITHIN = 20, 0.1  # so many rings within so many seconds
 QUIET = 1.0  # seconds for which the bell is off then
-LOOK_INTERVAL = 0.01  # seconds between looks meanwhile
+LOOK_INTERVALS = (0.01, 0.1)  # seconds between looks meanwhile: at first, and where nothing is new
 LOOK_SHARE = 0.2  # of the time, for looks that take long
-TOO_LONG = 0.05  # seconds: who takes longer for a look wants to be told
+TOO_MANY = 10_000  # steps where somebody is: who has more wants to be told
 OTHERS_INTERVAL = 1.0  # seconds until it is seen that a daemon that had the bell is gone
 
 
@@ -65,6 +69,14 @@ class Quiet(_Message):
 
 Message = Due | Changed | Look
 
+
+class Looked(NamedTuple):
+    """What a look has found: at how many steps somebody is, and at which somebody is due."""
+
+    places: int
+    due: frozenset[tuple[Place, datetime]]
+
+
 _messages: TypeAdapter[Message | Quiet] = TypeAdapter(Message | Quiet)
 
 
@@ -84,16 +96,16 @@ async def listen(
     url: str,
     receive: Callable[[Message], None],
     connected: Callable[[], Awaitable[None]],
-    look: Callable[[], Awaitable[bool]],
+    look: Callable[[], Awaitable[Looked]],
     *,
     log: FilteringBoundLogger,
     heard: Callable[[bool], None] = lambda _: None,
     **options: Any,
 ) -> None:
     """Listens for ever. `connected` is awaited after each LISTEN: what was missed before it, is
-    found by looking. `look` finds whatever is due, and says if anything is. Comes back after
-    whatever happens to the connection or the server. `heard` is told True with each LISTEN and
-    probe that was answered, and False when the connection is lost.
+    found by looking; `look` does that where nobody tells. Comes back after whatever happens to the
+    connection or the server. `heard` is told True with each LISTEN and probe that was answered, and
+    False when the connection is lost.
     """
     pause = 0.0
     while True:
@@ -113,6 +125,7 @@ async def listen(
             continue
         try:
             watch = _Watch(connection, receive, look, heard, log)
+            await connection.execute(KEEPALIVE)
             await connection.add_listener(CHANNEL, watch.on_notify)
             await connected()
             heard(True)
@@ -153,7 +166,7 @@ class _Watch:
         self,
         connection: asyncpg.Connection,
         receive: Callable[[Message], None],
-        look: Callable[[], Awaitable[bool]],
+        look: Callable[[], Awaitable[Looked]],
         heard: Callable[[bool], None],
         log: FilteringBoundLogger,
     ) -> None:
@@ -166,7 +179,8 @@ class _Watch:
         self._has_bell: bool | None = None  # False: another daemon has it
         self._is_quiet = False  # another daemon has let go of it
         self._rings: deque[float] = deque(maxlen=OFTEN)
-        self._look_took = 0.0  # seconds
+        self._last = Looked(0, frozenset())
+        self._pause = LOOK_INTERVALS[0]
         connection.add_termination_listener(lambda _: self._called.set())
 
     def on_notify(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
@@ -182,34 +196,34 @@ class _Watch:
             self._is_quiet = True
             self._called.set()
             return
-        if isinstance(message, Due):
+        if self._has_bell and isinstance(message, Due):
             self._rings.append(asyncio.get_running_loop().time())
-            if self._has_bell and self._rings_often:
+            if self._rings_often:
                 self._called.set()
         self._receive(message)
 
     @property
     def _rings_often(self) -> bool:
         rings = self._rings
-        return len(rings) == OFTEN and rings[-1] - rings[0] < WITHIN and self._look_took < TOO_LONG
+        is_often = len(rings) == OFTEN and rings[-1] - rings[0] < WITHIN
+        return is_often and self._last.places <= TOO_MANY
 
     async def keep(self) -> None:
-        """Until the connection is closed."""
-        pause = LOOK_INTERVAL
-        while not self._connection.is_closed():
+        """Until the connection is lost, which raises."""
+        while True:
             had_bell = self._has_bell
             if had_bell:
-                await self._connection.fetchval("SELECT 1")
+                await self._probe()
             else:
                 self._has_bell = await take_bell(self._connection)
-            self._heard(True)
+                self._heard(True)
             if self._has_bell is None:
-                pause = LOOK_INTERVAL if await self._found() else min(2 * pause, POLL_INTERVAL)
-                await asyncio.sleep(pause)
+                await self._look_and_pause()
                 continue
             if self._has_bell is not had_bell:
                 self._is_quiet = False
-                await self._found()
+                self._rings.clear()
+                await self._look_once()
             with suppress(TimeoutError):
                 async with asyncio.timeout(PROBE_INTERVAL if self._has_bell else OTHERS_INTERVAL):
                     await self._called.wait()
@@ -218,23 +232,39 @@ class _Watch:
                 await leave_bell(self._connection)
             elif self._has_bell or not self._is_quiet:
                 continue
-            pause = LOOK_INTERVAL
-            await self._look_on()
+            self._has_bell, self._pause = None, LOOK_INTERVALS[0]
+            loop = asyncio.get_running_loop()
+            end = loop.time() + QUIET
+            while loop.time() < end:
+                await self._look_and_pause()
 
-    async def _found(self) -> bool:
-        """Looks. Whether anybody is due."""
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        found = await self._look()
-        self._look_took = loop.time() - begun
-        return found
+    async def _probe(self) -> None:
+        await self._connection.fetchval("SELECT 1")
+        self._heard(True)
 
-    async def _look_on(self) -> None:
-        """While nobody tells."""
+    async def _look_and_pause(self) -> None:
         loop = asyncio.get_running_loop()
-        end = loop.time() + QUIET
-        while loop.time() < end:
-            await self._found()
-            await asyncio.sleep(max(LOOK_INTERVAL, self._look_took / LOOK_SHARE))
-        self._has_bell, self._is_quiet = None, False
-        self._rings.clear()
+        begun, known = loop.time(), self._last.due
+        await self._look_once()
+        shortest, longest = LOOK_INTERVALS
+        self._pause = shortest if self._last.due - known else min(2 * self._pause, longest)
+        await asyncio.sleep(max(self._pause, (loop.time() - begun) / LOOK_SHARE))
+
+    async def _look_once(self) -> None:
+        """Until it succeeds; probes the connection meanwhile, which may be lost."""
+        while True:
+            looking = asyncio.ensure_future(self._look())
+            try:
+                while not (await asyncio.wait([looking], timeout=PROBE_INTERVAL))[0]:
+                    await self._probe()
+                self._last = looking.result()
+            except PASSING_ERRORS as error:
+                if not looking.done():
+                    raise  # the probe's
+                self._log.warning("can't look for what is new", error=brief(error))
+            else:
+                return
+            finally:
+                looking.cancel()
+            await asyncio.sleep(POLL_INTERVAL)
+            await self._probe()

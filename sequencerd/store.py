@@ -95,7 +95,7 @@ async def connect_pool(
     """Connections for the daemon's statements, whose writes notify nobody.
 
     `pooled` through a pooler, nothing is kept from one transaction to the next: no prepared
-    statements, and no setting, so that writes do notify.
+    statements, and no setting, so that writes notify as anybody's.
     """
     quiet = {} if pooled else {"sequencer.notify": "off"}
     if pooled:

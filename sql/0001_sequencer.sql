@@ -22,7 +22,7 @@
 -- names it and wake_at is the end of its lease; if it dies, the row is simply due again.
 --
 -- Triggers fill in what an application leaves out, refuse what cannot be, and tell the daemon with
--- NOTIFY. They notify only while a daemon sleeps, and for what is due before its next sweep, so a lost
+-- NOTIFY. They notify only while a daemon asks for it, and for what is due before its next sweep, so a lost
 -- notification delays by a minute at most. SET LOCAL sequencer.notify = off silences them in a bulk load. What is
 -- changed by hand is recorded with the user's name, and with SET LOCAL sequencer.reason = '...'.
 --
@@ -482,31 +482,24 @@ CREATE TRIGGER follow_reentry AFTER UPDATE OF reentry ON sequencer.sequences
 
 -- enrollments: triggers -------------------------------------------------------------------------
 
--- Row by row, as a default cannot read another table and a refusal must come before the insert. What
--- the definitions say is kept for the rest of the statement, in settings of the transaction: a look
--- at them takes longer than the rest of an insert.
-CREATE FUNCTION sequencer.begin_enrollment() RETURNS trigger
+-- Row by row, as a default cannot read another table and a refusal must come before the insert. A look
+-- at the definitions takes longer than the rest of an insert, so what they say of who begins at the
+-- first step is kept for the rest of the statement, in settings of the transaction.
+CREATE FUNCTION sequencer.begin_as_the_last() RETURNS trigger
 LANGUAGE plpgsql AS $$ -- no search path of its own, which each row would pay for: it needs none
 BEGIN
     IF NEW.sequence OPERATOR(pg_catalog.=) pg_catalog.current_setting('sequencer.entry_sequence', true)
+       AND NEW.sequence OPERATOR(pg_catalog.<>) '' -- what a setting is reset to
        AND NEW.step IS NULL AND NEW.status OPERATOR(pg_catalog.=) 'active' THEN
         NEW.step := pg_catalog.current_setting('sequencer.entry_step');
         NEW.reentry := pg_catalog.current_setting('sequencer.entry_reentry');
-        RETURN NEW;
-    END IF;
-    PERFORM sequencer.look_up_entry(
-        NEW.sequence, NEW.step, NEW.status OPERATOR(pg_catalog.=) 'active');
-    NEW.step := pg_catalog.current_setting('sequencer.entry_step');
-    NEW.reentry := pg_catalog.current_setting('sequencer.entry_reentry');
-    IF NEW.status OPERATOR(pg_catalog.<>) 'active' THEN
-        NEW.wake_at := NULL;
-        NEW.ended_at := coalesce(NEW.ended_at, pg_catalog.now());
+    ELSE
+        NEW.reentry := NULL; -- left to the next trigger
     END IF;
     RETURN NEW;
 END $$;
 
-CREATE FUNCTION sequencer.look_up_entry(wanted_sequence text, wanted_step text, is_active boolean)
-RETURNS void
+CREATE FUNCTION sequencer.begin_enrollment() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     policy record;
@@ -514,35 +507,44 @@ DECLARE
 BEGIN
     SELECT s.first_step, s.status, s.reentry,
            EXISTS (SELECT FROM sequencer.steps AS p
-                    WHERE p.sequence = s.name AND p.name = coalesce(wanted_step, s.first_step))
-           AS known
-      INTO policy FROM sequencer.sequences AS s WHERE s.name = wanted_sequence;
+                    WHERE p.sequence = s.name AND p.name = coalesce(NEW.step, s.first_step)) AS known
+      INTO policy FROM sequencer.sequences AS s WHERE s.name = NEW.sequence;
     IF NOT FOUND THEN
         RAISE foreign_key_violation USING
-            MESSAGE = format('sequence %L does not exist', wanted_sequence),
+            MESSAGE = format('sequence %L does not exist', NEW.sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
             HINT = 'SELECT name FROM sequencer.sequences lists those that do.';
     ELSIF NOT policy.known THEN
         RAISE foreign_key_violation USING
             MESSAGE = format('step %L does not exist in sequence %L',
-                             coalesce(wanted_step, policy.first_step), wanted_sequence),
+                             coalesce(NEW.step, policy.first_step), NEW.sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'step',
             HINT = 'SELECT name FROM sequencer.steps WHERE sequence = ... lists those that do.';
-    ELSIF policy.status = 'archived' AND is_active THEN
+    ELSIF policy.status = 'archived' AND NEW.status = 'active' THEN
         RAISE check_violation USING
-            MESSAGE = format('sequence %L is archived: nobody can be enrolled', wanted_sequence),
+            MESSAGE = format('sequence %L is archived: nobody can be enrolled', NEW.sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
             HINT = 'UPDATE sequencer.sequences SET status = ''active'' WHERE name = ... opens it again.';
     END IF;
-    -- for the next row only what holds for whoever begins at the beginning
-    kept := set_config('sequencer.entry_sequence',
-                       CASE WHEN wanted_step IS NULL AND is_active THEN wanted_sequence END, true);
-    kept := set_config('sequencer.entry_step', coalesce(wanted_step, policy.first_step), true);
-    kept := set_config('sequencer.entry_reentry', policy.reentry, true);
+    IF NEW.step IS NULL AND NEW.status = 'active' THEN
+        kept := set_config('sequencer.entry_sequence', NEW.sequence, true);
+        kept := set_config('sequencer.entry_step', policy.first_step, true);
+        kept := set_config('sequencer.entry_reentry', policy.reentry, true);
+    END IF;
+    NEW.step := coalesce(NEW.step, policy.first_step);
+    NEW.reentry := policy.reentry;
+    IF NEW.status <> 'active' THEN
+        NEW.wake_at := NULL;
+        NEW.ended_at := coalesce(NEW.ended_at, now());
+    END IF;
+    RETURN NEW;
 END $$;
 
+-- by name: the first comes first
+CREATE TRIGGER begin_as_the_last BEFORE INSERT ON sequencer.enrollments
+    FOR EACH ROW EXECUTE FUNCTION sequencer.begin_as_the_last();
 CREATE TRIGGER begin_enrollment BEFORE INSERT ON sequencer.enrollments
-    FOR EACH ROW EXECUTE FUNCTION sequencer.begin_enrollment();
+    FOR EACH ROW WHEN (NEW.reentry IS NULL) EXECUTE FUNCTION sequencer.begin_enrollment();
 
 -- Changed data are looked at at once, but not before a later start, nor while a side effect runs:
 -- its end is followed by another look anyway.
@@ -653,7 +655,7 @@ DECLARE
     place record;
     nothing text;
 BEGIN
-    IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN -- begin_enrollment asks anew in the next statement
+    IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN -- the next statement asks the definitions anew
         nothing := pg_catalog.set_config('sequencer.entry_sequence', NULL, true);
     END IF;
     -- The bell. A commit that notifies waits for the one before it, so nobody is told who looks anyway:

@@ -155,6 +155,25 @@ async def test_each_may_do_what_it_is_for_and_nothing_else(
         raise AssertionError(f"{role} may {statement}")
 
 
+async def test_a_view_of_ones_own_is_enough_to_enroll(
+    sessions: dict[str, asyncpg.Connection], connection: asyncpg.Connection, database: str
+) -> None:
+    await connection.execute(
+        "DO $$ BEGIN CREATE ROLE login_of_a_view LOGIN;"
+        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
+        "CREATE VIEW app.people AS SELECT sequence, subject FROM sequencer.enrollments;"
+        "GRANT USAGE ON SCHEMA app TO login_of_a_view;"
+        "GRANT INSERT ON app.people TO login_of_a_view"
+    )
+    session = await asyncpg.connect(with_login(database, "login_of_a_view"))
+    await session.execute("INSERT INTO app.people VALUES ('s', 'bob'), ('s', 'eve')")
+    with pytest.raises(DENIED):
+        await session.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'x')"
+        )
+    await session.close()
+
+
 async def test_functions_with_more_rights_are_pinned(connection: asyncpg.Connection) -> None:
     """What they name is found in no schema of the caller's; a temporary one comes last."""
     rows = await connection.fetch(
@@ -165,7 +184,7 @@ async def test_functions_with_more_rights_are_pinned(connection: asyncpg.Connect
     pinned = "search_path=pg_catalog, pg_temp"
     loose = [row for row in rows if pinned not in (row["proconfig"] or [])]
     # these have no more rights than who calls them, and name the schema of everything
-    assert {row["proname"] for row in loose} == {"begin_enrollment", "notify_due"}
+    assert {row["proname"] for row in loose} == {"begin_as_the_last", "notify_due"}
     assert not any(row["prosecdef"] for row in loose)
 
 

@@ -113,6 +113,57 @@ async def test_nonsense_is_refused_by_name(
     assert names in f"{refused.value} {refused.value.column_name} {refused.value.detail}"
 
 
+async def test_each_row_of_an_insert_begins_as_its_own_sequence_says(
+    defined: asyncpg.Connection,
+) -> None:
+    await define(defined, "t", ("hello", "WaitForDuration", DAYS, None))
+    await defined.execute("UPDATE sequencer.sequences SET reentry = 'always' WHERE name = 't'")
+    await defined.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, step, status)"
+        " VALUES ('s', 'a', NULL, 'active'), ('s', 'b', NULL, 'active'),"
+        " ('s', 'c', 'second', 'active'), ('s', 'd', NULL, 'completed'),"
+        " ('t', 'a', NULL, 'active'), ('t', 'a', NULL, 'active'), ('s', 'e', NULL, 'active')"
+    )
+    rows = await defined.fetch(
+        "SELECT subject, sequence, step, reentry, status FROM sequencer.enrollments ORDER BY id"
+    )
+    assert [tuple(row) for row in rows] == [
+        ("a", "s", "first", "after_end", "active"),
+        ("b", "s", "first", "after_end", "active"),
+        ("c", "s", "second", "after_end", "active"),
+        ("d", "s", "first", "after_end", "completed"),
+        ("a", "t", "hello", "always", "active"),
+        ("a", "t", "hello", "always", "active"),
+        ("e", "s", "first", "after_end", "active"),
+    ]
+
+
+@pytest.mark.parametrize("wrong", ["('', 'x')", "('nowhere', 'x')", "(NULL, 'x')"])
+async def test_what_a_row_was_told_holds_for_its_sequence_alone(
+    defined: asyncpg.Connection, wrong: str
+) -> None:
+    insert = "INSERT INTO sequencer.enrollments (sequence, subject) VALUES"
+    for values in (f"('s', 'a'), {wrong}", f"{wrong}, ('s', 'a')"):
+        with pytest.raises(asyncpg.ForeignKeyViolationError, match="does not exist"):
+            await defined.execute(f"{insert} {values}")
+    with pytest.raises(asyncpg.ForeignKeyViolationError, match="does not exist"):
+        await defined.execute(f"BEGIN; {insert} ('s', 'a'); {insert} {wrong}")
+    await defined.execute("ROLLBACK")
+
+
+async def test_the_next_statement_asks_the_definitions_anew(defined: asyncpg.Connection) -> None:
+    async with defined.transaction():
+        await enroll(defined, "s", "ada")
+        await defined.execute("UPDATE sequencer.sequences SET first_step = 'second'")
+        id_ = await enroll(defined, "s", "bob")
+        await defined.execute("UPDATE sequencer.sequences SET status = 'archived'")
+        with pytest.raises(asyncpg.CheckViolationError, match="archived"):
+            async with defined.transaction():
+                await enroll(defined, "s", "eve")
+    step = "SELECT step FROM sequencer.enrollments WHERE id = $1"
+    assert await defined.fetchval(step, id_) == "second"
+
+
 async def test_a_subject_is_in_a_sequence_once_at_a_time(defined: asyncpg.Connection) -> None:
     id_ = await enroll(defined, "s", "ada")
     with pytest.raises(asyncpg.UniqueViolationError):
