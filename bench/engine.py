@@ -5,6 +5,7 @@
     w1     three no-op tasks in a row, a Python runner each: transitions a second
     http   the same with an HTTP runner, a server of its own that answers batches of 1,000
     pure   three steps in a row without a side effect
+    data   three conditions in a row on everybody's own data
     limit  what one session reaches with the same batches on a bare table
     wave   timers that are due at one instant: how late they start
     timer  one timer at a time, in an idle daemon: how late it starts
@@ -52,6 +53,10 @@ from sequencerd.settings import Engine as Settings
 
 NAME = "sequencerd_bench"
 DATA = json.dumps({"name": "x" * 60, "mail": "y" * 60, "k": 12345, "z": "z" * 40})
+CONDITION = json.dumps(
+    {"lodashCommand": "gt", "value": {"type": "get", "value": "data.k"},
+     "compareTo": {"type": "raw", "value": 5}}
+)  # fmt: skip
 BATCH = 1000
 WARM_UP = 5
 
@@ -385,6 +390,7 @@ async def main(arguments: argparse.Namespace) -> None:
         "w1": lambda: steps_in_a_row(dsn, subjects, "w1", ("Task", "{}")),
         "http": lambda: http(dsn, subjects),
         "pure": lambda: steps_in_a_row(dsn, subjects, "pure", ("GoTo", "{}")),
+        "data": lambda: steps_in_a_row(dsn, subjects, "data", ("Conditional", CONDITION)),
         "limit": lambda: limit(dsn, subjects),
         "wave": lambda: wave(dsn, arguments.wave),
         "wake": lambda: wake(dsn, arguments.samples),
@@ -404,7 +410,7 @@ if __name__ == "__main__":
     parser.add_argument("--subjects", type=int, default=50_000)
     parser.add_argument("--wave", type=int, default=20_000)
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--works", default="limit,w1,http,pure,wave,timer,wake,goal")
+    parser.add_argument("--works", default="limit,w1,http,pure,data,wave,timer,wake,goal")
     parser.add_argument("--repeat", type=int, default=1)
     try:
         import uvloop
