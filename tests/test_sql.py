@@ -199,6 +199,11 @@ async def test_an_archived_sequence_takes_nobody(defined: asyncpg.Connection) ->
     await defined.execute("UPDATE sequencer.sequences SET status = 'archived'")
     with pytest.raises(asyncpg.CheckViolationError, match="archived"):
         await enroll(defined, "s", "ada")
+    with pytest.raises(asyncpg.CheckViolationError, match="archived"):
+        await defined.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, status)"
+            " VALUES ('s', 'eve', 'completed'), ('s', 'ada', 'active')"
+        )
 
 
 async def test_what_is_set_by_hand_is_made_whole_and_recorded(
