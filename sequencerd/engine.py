@@ -49,7 +49,7 @@ BEHIND = 20  # batches of results that may wait to be written
 HOLD = 1.0  # seconds for which they wait where many others are late to begin
 MAX_SLEEP = 1.0  # seconds: the watchdog wants to see that the loop turns
 TICK = (
-    0.001  # seconds: so late timers of the loop may be; it wakes before, and turns until it is time
+    0.001  # seconds by which timers of the loop may be late: it wakes before, and turns meanwhile
 )
 MAX_DUE = 10_000  # so many are counted at each step that is due
 LOCKED_PAUSE = 0.2  # seconds until a row that somebody else has locked is tried again

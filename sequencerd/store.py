@@ -259,11 +259,9 @@ async def lock(
     ids = sorted({enrollment.id for enrollment in known})
     locked, now, revisions = set(), {}, {}
     for row in await connection.fetch(QUERIES["lock"], ids):
-        id_, visit, attempt, leased_by, subject, data, sequence, step, timezone, goals, revision = (
-            row
-        )
+        *fenced, subject, data, sequence, step, timezone, goals, revision = row
+        id_, visit, attempt, leased_by = fence = tuple(fenced)
         locked.add(id_)
-        fence = (id_, visit, attempt, leased_by)
         if was := by_fence.get(fence):
             revisions[sequence] = revision
             now[fence] = Enrollment(

@@ -22,9 +22,10 @@
 -- names it and wake_at is the end of its lease; if it dies, the row is simply due again.
 --
 -- Triggers fill in what an application leaves out, refuse what cannot be, and tell the daemon with
--- NOTIFY. They notify only while a daemon asks for it, and for what is due before its next sweep, so a lost
--- notification delays by a minute at most. SET LOCAL sequencer.notify = off silences them in a bulk load. What is
--- changed by hand is recorded with the user's name, and with SET LOCAL sequencer.reason = '...'.
+-- NOTIFY. They notify only while a daemon asks for it, and for what is due before its next sweep, so
+-- a lost notification delays by a minute at most. SET LOCAL sequencer.notify = off silences them in a
+-- bulk load. What is changed by hand is recorded with the user's name, and with SET LOCAL
+-- sequencer.reason = '...'.
 --
 -- Names and subjects compare byte by byte (COLLATE "C"): cheaper than by the rules of a language, and
 -- no update of the system's libraries can break their indexes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 
 import asyncpg
@@ -311,15 +311,17 @@ async def test_the_bell_goes_to_another_daemon(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("a", "Note", "{}", None))
-    async with (
-        running_engine(database, {"Note": Recorder()}, sweep=3600),
-        running_engine(database, {"Note": Recorder()}, sweep=3600),
-    ):
-        for number in range(3):
-            await until(connection, BELL_IS_ON, seconds=5)
-            await connection.execute(f"SELECT pg_terminate_backend(pid) {BELL}")
-            id_ = await enroll(connection, "s", f"u{number}")
-            await until(connection, ENDED, id_, seconds=5)
+    async with AsyncExitStack() as first:
+        await first.enter_async_context(running_engine(database, {"Note": Recorder()}, sweep=3600))
+        await until(connection, BELL_IS_ON, seconds=5)
+        async with running_engine(database, {"Note": Recorder()}, sweep=3600):
+            await asyncio.sleep(0.5)  # it has seen by now that the other one has it
+            await first.aclose()
+            for number in range(4):
+                id_ = await enroll(connection, "s", f"u{number}")
+                await until(connection, ENDED, id_, seconds=5)
+                await until(connection, BELL_IS_ON, seconds=5)
+                await connection.execute(f"SELECT pg_terminate_backend(pid) {BELL}")
 
 
 async def test_a_cancelled_transaction_ends_though_its_connection_is_dead(database: str) -> None:

@@ -136,6 +136,12 @@ async def test_each_row_of_an_insert_begins_as_its_own_sequence_says(
         ("a", "t", "hello", "always", "active"),
         ("e", "s", "first", "after_end", "active"),
     ]
+    given = (
+        "INSERT INTO sequencer.enrollments (sequence, subject, reentry) VALUES ('s', $1, 'always')"
+    )
+    await defined.execute(given, "f")
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await defined.execute(given, "f")
 
 
 @pytest.mark.parametrize("wrong", ["('', 'x')", "('nowhere', 'x')", "(NULL, 'x')"])

@@ -97,9 +97,8 @@ def read_outcome(value: object, model: type[Outcome] = Outcome) -> Result:
     except ValidationError as error:
         return Failed(one_line(f"the answer can't be used: {describe(error)}"), unknown=True)
     if outcome.model_fields_set <= {"action"}:
-        return PLAIN[
-            str(outcome.action)
-        ]  # the same one: the engine moves those together who get it
+        # the same one each time: the engine moves those together who get it
+        return PLAIN[str(outcome.action)]
     return Answer(
         outcome.action,
         None if outcome.message is None else one_line(outcome.message, MAX_MESSAGE),
