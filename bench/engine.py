@@ -109,10 +109,11 @@ async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple
 @asynccontextmanager
 async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> AsyncIterator[None]:
     """The daemon's engine and listener, ready."""
-    pool = await store.connect_pool(url, 5)
+    pool, heart = await store.connect_pool(url, 5), await store.connect_pool(url, 1)
     log = structlog.wrap_logger(structlog.PrintLogger(sys.stderr))
     made = Engine(
         pool,
+        heart,
         {"Task": PythonRunner(no_op, name="Task"), **(runners or {})},
         Lookups(pool, {}).get,
         clock=Clock(),
@@ -139,6 +140,7 @@ async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> Async
         with suppress(asyncio.CancelledError):
             await listener
         await pool.close()
+        await heart.close()
 
 
 async def enroll(connection: Any, count: int, wake_at: datetime | None = None) -> float:

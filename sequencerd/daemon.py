@@ -248,9 +248,13 @@ async def run(
         await migrate.check(connection)
     finally:
         await connection.close()
-    async with _pool(url, settings.database) as pool:
+    size = settings.database.connections
+    async with (
+        _pool(url, settings.database, size) as pool,
+        _pool(url, settings.database, 1) as heart,
+    ):
         parts = Parts(settings, runners, pool)
-        daemon = _Daemon(pool, parts, suppressions, log, read)
+        daemon = _Daemon(pool, heart, parts, suppressions=suppressions, log=log, read=read)
         end_tracing = _trace(log)
         try:
             async with serving(daemon.app(url), settings.listen):
@@ -292,7 +296,9 @@ class _Daemon:
     def __init__(
         self,
         pool: asyncpg.Pool,
+        heart: asyncpg.Pool,
         parts: Parts,
+        *,
         suppressions: Suppressions,
         log: FilteringBoundLogger,
         read: Callable[[], Settings],
@@ -301,6 +307,7 @@ class _Daemon:
         self.name = daemon_name()
         self.parts = parts
         self._pool = pool
+        self._heart = heart
         self._clock = Clock()
         self._suppressions = suppressions
         self._log = log
@@ -309,6 +316,7 @@ class _Daemon:
         self._health = Health(self._metrics, self._status, sweep=settings.sweep)
         self._engine = Engine(
             pool,
+            heart,
             parts.runners,
             parts.lookups.get,
             clock=self._clock,
@@ -390,7 +398,8 @@ class _Daemon:
         self._engine.stop()
         # a database that is silent then is not waited for
         seconds = self.parts.settings.engine.stop_timeout + CLOSE_TIMEOUT
-        asyncio.get_running_loop().call_later(seconds, self._pool.terminate)
+        for pool in (self._pool, self._heart):
+            asyncio.get_running_loop().call_later(seconds, pool.terminate)
 
     async def _reload_whenever(self, told: asyncio.Event, group: asyncio.TaskGroup) -> None:
         while await told.wait():
@@ -421,11 +430,11 @@ class _Daemon:
 
 
 @asynccontextmanager
-async def _pool(url: str, settings: Database) -> AsyncIterator[asyncpg.Pool]:
+async def _pool(url: str, settings: Database, size: int) -> AsyncIterator[asyncpg.Pool]:
     if settings.url is not None:
         url = settings.url.get_secret_value()
     try:
-        pool = await store.connect_pool(url, settings.connections, pooled=settings.pooled)
+        pool = await store.connect_pool(url, size, pooled=settings.pooled)
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         raise DatabaseError(f"cannot connect to the database: {_in_words(error)}") from error
     try:

@@ -32,6 +32,7 @@ PATIENCE = 10.0  # seconds for an endpoint
 LARGEST_OFFSET = timedelta(seconds=1)
 OLD = timedelta(minutes=10)
 SHOWN = 5
+MOST_PROBLEMS = 1000
 
 _TRIGGER = re.compile(
     r"^CREATE (?:CONSTRAINT )?TRIGGER (\w+)\s.*?\sON sequencer\.(\w+)", re.MULTILINE | re.DOTALL
@@ -103,6 +104,7 @@ async def _examine_database(
         "old transactions": _old_transactions,
         "history": _history,
         "daemons": _daemons,
+        "problems": _problems,
         "overdue": _overdue,
         "failed": _failed,
         "steps": _steps,
@@ -288,6 +290,20 @@ async def _daemons(connection: asyncpg.Connection) -> Finding:
     if not count:
         return Finding("daemons", "none is connected", "warning", "start one: sequencerd run")
     return Finding("daemons", f"{count} connected")
+
+
+async def _problems(connection: asyncpg.Connection) -> Finding:
+    if rows := await connection.fetch(QUERIES["reported_problems"], None, MOST_PROBLEMS):
+        named = _some((_problem(row) for row in rows), between="; ")
+        advice = "remove the cause; the daemon tries each again by itself"
+        return Finding("problems", named, "error", advice)
+    return Finding("problems", "no daemon reports any")
+
+
+def _problem(row: asyncpg.Record) -> str:
+    what = f"enrollment {row['about']}" if row["kind"] == "quarantined" else row["about"]
+    place = f" at {row['sequence']}/{row['step']}" if row["sequence"] else ""
+    return f"{what}{place} {row['kind']}: {row['message']}"
 
 
 async def _overdue(connection: asyncpg.Connection) -> Finding:

@@ -35,9 +35,11 @@ from sequencerd.core.model import (
     SideEffect,
 )
 from sequencerd.definitions import Runners
+from sequencerd.heartbeat import Heartbeat
 from sequencerd.lanes import Lane, Leased, Work
 from sequencerd.listener import Changed, Due, Look, Looked, Message
 from sequencerd.metrics import Metrics
+from sequencerd.problems import Problems
 from sequencerd.retiming import Retiming
 from sequencerd.settings import Engine as Settings
 from sequencerd.store import PASSING_ERRORS, POISON, Place
@@ -61,6 +63,7 @@ class Engine:
     def __init__(
         self,
         pool: asyncpg.Pool,
+        heart: asyncpg.Pool,
         runners: Runners,
         lookups: Callable[[str], Work],
         *,
@@ -71,8 +74,12 @@ class Engine:
         metrics: Metrics,
         turned: Callable[[], None] = lambda: None,
     ) -> None:
-        """`turned` is called in every turn of the loop, at least each MAX_SLEEP seconds."""
+        """`heart` is the heartbeat's own connection. `turned` is called in every turn of the loop,
+        at least each MAX_SLEEP seconds.
+        """
         self._pool = pool
+        self.problems = Problems()
+        self._heartbeat = Heartbeat(heart, self.problems, name=name, lease=settings.lease, log=log)
         self._clock = clock
         self._settings = settings
         self._log = log
@@ -118,6 +125,7 @@ class Engine:
         """Works until `stop`. Raises what can't be mended by trying again."""
         async with asyncio.TaskGroup() as group:
             helpers = [
+                group.create_task(self._heartbeat.keep()),
                 group.create_task(self._every(self._settings.sweep, self.sweep)),
                 group.create_task(
                     self._every(self._settings.lease / 3, self._writer.extend_leases)
@@ -128,6 +136,7 @@ class Engine:
             await self._wind_down()
             for helper in helpers:
                 helper.cancel()
+        await self._heartbeat.end()
 
     def stop(self) -> None:
         """Claims nothing more; `run` returns when what is in flight is written."""

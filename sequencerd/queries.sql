@@ -24,6 +24,47 @@ UPDATE sequencer.steps AS s SET problem = p.problem
   FROM unnest($1::text[], $2::text[], $3::text[]) AS p (sequence, name, problem)
  WHERE s.sequence = p.sequence AND s.name = p.name AND s.problem IS DISTINCT FROM p.problem;
 
+-- name: beat
+-- A daemon is alive for so long from now on. Returns since when it runs.
+INSERT INTO sequencer.daemons (name, started_at, alive_until)
+VALUES ($1, coalesce($2, now()), now() + $3)
+ON CONFLICT (name) DO UPDATE SET alive_until = excluded.alive_until
+RETURNING started_at;
+
+-- name: remove_dead_daemons
+-- With the problems that they reported. A row that another session has locked is not waited for.
+DELETE FROM sequencer.daemons WHERE name = ANY (ARRAY(
+    SELECT name FROM sequencer.daemons WHERE alive_until < now() FOR UPDATE SKIP LOCKED));
+
+-- name: remove_daemon
+-- One that ends in good order.
+DELETE FROM sequencer.daemons WHERE name = $1;
+
+-- name: remove_problems
+-- Of a daemon, what it no longer reports.
+DELETE FROM sequencer.problems AS p
+ WHERE p.daemon = $1
+   AND NOT EXISTS (SELECT FROM unnest($2::text[], $3::text[]) AS k (kind, about)
+                    WHERE (k.kind, k.about) = (p.kind, p.about));
+
+-- name: write_problems
+-- Everything that a daemon reports.
+INSERT INTO sequencer.problems
+       (daemon, kind, about, sequence, step, since, message, waiting)
+SELECT $1, * FROM unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[],
+                         $7::text[], $8::bigint[])
+ON CONFLICT (daemon, kind, about) DO UPDATE
+   SET sequence = excluded.sequence, step = excluded.step, since = excluded.since,
+       message = excluded.message, waiting = excluded.waiting;
+
+-- name: reported_problems
+-- What living daemons report; once where several report the same.
+SELECT DISTINCT ON (p.kind, p.about)
+       p.kind, p.about, p.sequence, p.step, p.since, p.waiting, p.message, p.daemon
+  FROM sequencer.problems AS p JOIN sequencer.daemons AS d ON d.name = p.daemon
+ WHERE d.alive_until > now() AND ($1::text IS NULL OR p.sequence = $1 OR p.sequence IS NULL)
+ ORDER BY p.kind, p.about, p.since LIMIT $2;
+
 -- name: first_wakes
 -- The earliest wake time of each step where somebody is: skips from one step to the next in the
 -- index, so it costs the same with ten enrollments as with ten million.

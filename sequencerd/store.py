@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ def brief(error: BaseException) -> str:
 
 CONNECT_TIMEOUT = 10.0  # seconds
 COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not hold us for ever
+
+PROBLEM_COLUMNS = 7  # of sequencer.problems, but for the daemon
 
 Place = tuple[str, str]
 """A step of a sequence: its key in the heap."""
@@ -207,6 +209,34 @@ async def server_time(connection: asyncpg.Connection) -> datetime:
     """The database's clock."""
     now: datetime = await connection.fetchval(QUERIES["server_time"])
     return now
+
+
+async def beat(
+    connection: asyncpg.Connection, daemon: str, started_at: datetime | None, lease: timedelta
+) -> datetime:
+    """Keeps a daemon alive for the time of a lease. Returns since when it runs."""
+    since: datetime = await connection.fetchval(QUERIES["beat"], daemon, started_at, lease)
+    return since
+
+
+async def remove_dead_daemons(connection: asyncpg.Connection) -> None:
+    """Removes those that have sent no heartbeat for too long."""
+    await connection.execute(QUERIES["remove_dead_daemons"])
+
+
+async def remove_daemon(connection: asyncpg.Connection, daemon: str) -> None:
+    """Removes one that ends."""
+    await connection.execute(QUERIES["remove_daemon"], daemon)
+
+
+async def write_problems(
+    connection: asyncpg.Connection, daemon: str, problems: Rows[tuple[object, ...]]
+) -> None:
+    """Writes what a daemon reports, in the order of the columns, and removes everything else."""
+    columns = list(zip(*problems, strict=True)) or [()] * PROBLEM_COLUMNS
+    await connection.execute(QUERIES["remove_problems"], daemon, *columns[:2])
+    if problems:
+        await connection.execute(QUERIES["write_problems"], daemon, *columns)
 
 
 async def first_wakes(connection: asyncpg.Connection) -> list[tuple[Place, datetime]]:

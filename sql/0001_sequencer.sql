@@ -6,6 +6,8 @@
 --   events        what happened: append only, partitioned by month
 --   revisions     what definitions were: a document for each change, by whoever and in whatever way
 --   suppressions  addresses that get no more messages
+--   daemons       which daemons run, and until when each is taken to be alive
+--   problems      what daemons report for operators
 --   migrations    which files of sql/ have been applied
 --
 -- The life of an enrollment, as SQL:
@@ -274,6 +276,35 @@ END $$;
 
 CREATE TRIGGER normalise_suppression BEFORE INSERT OR UPDATE OF channel, address
     ON sequencer.suppressions FOR EACH ROW EXECUTE FUNCTION sequencer.normalise_suppression();
+
+
+-- daemons ---------------------------------------------------------------------------------------
+
+CREATE TABLE sequencer.daemons (
+    name        text COLLATE "C" PRIMARY KEY,
+    started_at  timestamptz NOT NULL DEFAULT now(),
+    alive_until timestamptz NOT NULL
+);
+
+COMMENT ON TABLE  sequencer.daemons IS 'The daemons that run. What a daemon has leased is its own for as long as it is alive, whatever happens to the row.';
+COMMENT ON COLUMN sequencer.daemons.alive_until IS 'Put off with each heartbeat; a daemon that is past it is taken to be dead.';
+
+CREATE TABLE sequencer.problems (
+    daemon   text COLLATE "C" NOT NULL REFERENCES sequencer.daemons ON DELETE CASCADE,
+    kind     text NOT NULL,
+    about    text NOT NULL,
+    sequence text,
+    step     text,
+    since    timestamptz NOT NULL,
+    message  text NOT NULL,
+    waiting  bigint,
+    PRIMARY KEY (daemon, kind, about)
+);
+
+COMMENT ON TABLE  sequencer.problems IS 'What daemons report for operators; it goes when the problem does, or the daemon.';
+COMMENT ON COLUMN sequencer.problems.kind IS 'quarantined: the database refuses to read or write an enrollment, which is tried again later. runner: a runner is down.';
+COMMENT ON COLUMN sequencer.problems.about IS 'The enrollment''s id, or the runner''s name.';
+COMMENT ON COLUMN sequencer.problems.waiting IS 'How many enrollments wait for it, where that is known.';
 
 
 -- definitions: triggers -------------------------------------------------------------------------
@@ -833,6 +864,7 @@ BEGIN
         GRANT SELECT ON ALL TABLES IN SCHEMA sequencer TO sequencer_daemon;
         GRANT UPDATE ON sequencer.enrollments TO sequencer_daemon;
         GRANT INSERT ON sequencer.events TO sequencer_daemon;
+        GRANT INSERT, UPDATE, DELETE ON sequencer.daemons, sequencer.problems TO sequencer_daemon;
         GRANT UPDATE (problem, retime_from) ON sequencer.steps TO sequencer_daemon;
         GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.add_event_partitions,
               sequencer.drop_event_partition, sequencer.delete_ended TO sequencer_daemon;

@@ -68,11 +68,12 @@ async def running_engine(
     **settings: Any,
 ) -> AsyncIterator[Engine]:
     """A daemon in the test's own loop: engine and listener, ready."""
-    pool = await store.connect_pool(url, 5)
+    pool, heart = await store.connect_pool(url, 5), await store.connect_pool(url, 1)
     log = structlog.get_logger()
     lookups = Lookups(pool, endpoints or {})
     engine = Engine(
         pool,
+        heart,
         runners or {},
         lookups.get,
         clock=Clock(),
@@ -101,6 +102,7 @@ async def running_engine(
             await listener
         await lookups.close()
         await pool.close()
+        await heart.close()
 
 
 @asynccontextmanager

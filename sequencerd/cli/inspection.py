@@ -31,6 +31,7 @@ from sequencerd.settings import Settings
 from sequencerd.store import QUERIES
 from sequencerd.words import plain, text, what_next
 
+PROBLEMS = 20  # that are shown below the steps
 TAIL_INTERVAL = 0.5  # seconds
 MOST_SECONDS = 10 * 365 * 86400
 TAIL_OVERLAP = timedelta(seconds=10)
@@ -119,6 +120,11 @@ async def _status(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     rows = await fetch(url, "status", arguments.sequence)
     _check_found(rows, arguments.sequence)
     show(rows, arguments.json, empty="no sequences yet; sequencerd apply FILE makes some")
+    if not arguments.json and (
+        problems := await fetch(url, "reported_problems", arguments.sequence, PROBLEMS)
+    ):
+        print()
+        show(problems, as_json=False, empty="")
     return 0
 
 

@@ -216,8 +216,10 @@ class Daemon:
     async def start(self) -> None:
         log = structlog.get_logger()
         self._pool = await store.connect_pool(self._url, 5)
+        self._heart = await store.connect_pool(self._url, 1)
         self.engine = Engine(
             self._pool,
+            self._heart,
             {"Task": self._runner},
             Lookups(self._pool, {}).get,
             clock=self._clock,
@@ -243,6 +245,7 @@ class Daemon:
     async def crash(self) -> None:
         """It writes nothing more."""
         self._pool.terminate()
+        self._heart.terminate()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
