@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -56,6 +57,7 @@ class Sequences:
             subject,
             json.dumps(dict(data or {})),
             begun,
+            UUID(int=0),
             name,
             self.definitions[name].first_step,
             timezone,

@@ -109,7 +109,7 @@ SELECT p.sequence, p.step, d.due, d.overdue
 
 -- name: claim
 -- Due enrollments of one step, the oldest first; none if the definition is not the one known.
-SELECT e.id, e.subject, e.data, e.created_at, e.sequence, e.step, e.timezone,
+SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
        e.leased_by, e.goals_met
   FROM sequencer.enrollments AS e
@@ -215,7 +215,7 @@ RETURNING true;
 
 -- name: lock_waiting
 -- Some of those who wait at a changed step. Who is due is evaluated under it anyway.
-SELECT e.id, e.subject, e.data, e.created_at, e.sequence, e.step, e.timezone,
+SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
        e.leased_by, e.goals_met
   FROM sequencer.enrollments AS e
@@ -379,7 +379,7 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
 
 -- name: simulated
 -- An enrollment as a claim reads it, and its status.
-SELECT e.id, e.subject, e.data, e.created_at, e.sequence, e.step, e.timezone,
+SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
        e.leased_by, e.goals_met, e.status
   FROM sequencer.enrollments AS e WHERE e.id = $1;
@@ -464,7 +464,7 @@ SELECT count(*) FROM sequencer.enrollments
 
 -- name: people
 -- Everybody who has begun and is at a step.
-SELECT id, subject, data, created_at, sequence, step, timezone,
+SELECT id, subject, data, created_at, tag, sequence, step, timezone,
        least(wake_at, '9999-12-31Z') AS wake_at, entered_at, visit, attempt, retry_at, leased_by,
        goals_met
   FROM sequencer.enrollments

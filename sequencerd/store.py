@@ -299,6 +299,7 @@ async def lock(
                 subject,
                 data,
                 was.created_at,
+                was.tag,
                 sequence,
                 step,
                 timezone,

@@ -126,6 +126,7 @@ CREATE TABLE sequencer.enrollments (
     created_at timestamptz NOT NULL DEFAULT now()
                CHECK (created_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     ended_at   timestamptz,
+    tag        uuid NOT NULL DEFAULT gen_random_uuid(),
     -- 0 where the reentry policy allows no second such row, else a number of its own
     entry      bigint NOT NULL GENERATED ALWAYS AS (
                    CASE WHEN reentry = 'never' OR reentry = 'after_end' AND status = 'active'
@@ -149,13 +150,14 @@ COMMENT ON COLUMN sequencer.enrollments.subject IS 'Whose journey it is: a custo
 COMMENT ON COLUMN sequencer.enrollments.data IS 'What conditions and templates read. A change is looked at at once.';
 COMMENT ON COLUMN sequencer.enrollments.wake_at IS 'When it is next looked at; infinity: when something changes. On insert: when it begins.';
 COMMENT ON COLUMN sequencer.enrollments.entered_at IS 'Since when it has been at its step; NULL until it has begun.';
-COMMENT ON COLUMN sequencer.enrollments.visit IS 'Counts the stays at steps; id:visit is the idempotency key of a side effect.';
+COMMENT ON COLUMN sequencer.enrollments.visit IS 'Counts the stays at steps.';
 COMMENT ON COLUMN sequencer.enrollments.attempt IS 'How often this visit''s side effect has been started.';
 COMMENT ON COLUMN sequencer.enrollments.goals_met IS 'The goals that have been met; each pulls once.';
 COMMENT ON COLUMN sequencer.enrollments.leased_by IS 'The daemon that executes the side effect; wake_at is the end of its lease.';
 COMMENT ON COLUMN sequencer.enrollments.retry_at IS 'The side effect is not started again before this.';
 COMMENT ON COLUMN sequencer.enrollments.failure IS 'Of a failed one, a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown.';
 COMMENT ON COLUMN sequencer.enrollments.last_error IS 'What went wrong last, in a sentence.';
+COMMENT ON COLUMN sequencer.enrollments.tag IS 'Random: makes idempotency keys unique across databases, in which ids repeat.';
 COMMENT ON COLUMN sequencer.enrollments.reentry IS 'The policy of its sequence.';
 
 

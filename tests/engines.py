@@ -42,6 +42,11 @@ class Recorder:
         self.programs: list[object] = []
         self.views: list[Mapping[str, Any]] = []
 
+    @property
+    def visits(self) -> list[str]:
+        """Of what it was given, as "id:visit"."""
+        return [key.rpartition(":")[0] for key in self.keys]
+
     def compile(self, config: Mapping[str, Any]) -> object:
         if "bad" in config:
             raise DefinitionError("bad: this key is not known")

@@ -89,7 +89,7 @@ async def test_who_goes_the_way_of_others_takes_its_own_along(
     assert {(view["subject"], view["data"]["n"], view["step"]) for view in recorder.views} == {
         (f"u{n}", n, step) for n in others for step in ("hello", "bye")
     }
-    assert sorted(recorder.keys) == sorted(f"{n}:{visit}" for n in others for visit in (1, 2))
+    assert sorted(recorder.visits) == sorted(f"{n}:{visit}" for n in others for visit in (1, 2))
     for n in others:
         assert await way(connection, n) == [
             "hello enrolled",
@@ -368,7 +368,7 @@ async def test_a_side_effect_is_finished_before_the_goal_pulls(
         await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
         go_on.set()
         await until(connection, ENDED, id_)
-    assert recorder.keys == [f"{id_}:1"]
+    assert recorder.visits == [f"{id_}:1"]
     assert await way(connection, id_) == [
         "work enrolled",
         "work next",
@@ -581,7 +581,7 @@ async def test_a_lease_is_extended_while_the_work_goes_on(
         await define(connection, "s", ("work", "Slow", "{}", None))
         id_ = await enroll(connection, "s", "ada")
         await until(connection, ENDED, id_)
-    assert recorder.keys == [f"{id_}:1"]
+    assert recorder.visits == [f"{id_}:1"]
 
 
 async def test_a_lease_of_a_dead_daemon_runs_out(

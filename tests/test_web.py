@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import UUID
 
 import asyncpg
 import httpx
@@ -247,7 +248,7 @@ def test_lateness_is_exact() -> None:
     metrics = Metrics()
     late = [7200.0, 70.0, 10.0, 0.3, 0.005, 0.0]
     claimed = [
-        Enrollment(1, "u", "{}", AT, "s", "x", None, AT - timedelta(seconds=seconds))
+        Enrollment(1, "u", "{}", AT, UUID(int=0), "s", "x", None, AT - timedelta(seconds=seconds))
         for seconds in late
     ]
     metrics.claimed(("s", "x"), claimed, AT)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any, Literal, NamedTuple, assert_never
+from uuid import UUID
 
 NEVER = datetime.max.replace(tzinfo=UTC)
 """The wake time of who is woken by a change alone; PostgreSQL's 'infinity'."""
@@ -178,6 +180,7 @@ class Enrollment(NamedTuple):
     subject: str
     data: str  # JSON text: most moves don't read it
     created_at: datetime
+    tag: UUID  # random
     # where it is
     sequence: str
     step: str
@@ -192,8 +195,14 @@ class Enrollment(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The idempotency key of the side effect of this visit."""
-        return f"{self.id}:{self.visit}"
+        """The idempotency key of the side effect of this visit.
+
+        Id and visit are for who reads it. The digest tells it from the keys of other databases,
+        and of this one after a restore, in which an id comes to a visit at another time.
+        """
+        entered = self.entered_at.isoformat() if self.entered_at else ""
+        digest = blake2b(f"{self.tag} {self.visit} {entered}".encode(), digest_size=16)
+        return f"{self.id}:{self.visit}:{digest.hexdigest()}"
 
     @property
     def fence(self) -> Fence:
@@ -218,6 +227,7 @@ class Enrollment(NamedTuple):
             self.subject,
             self.data,
             self.created_at,
+            self.tag,
             sequence,
             step,
             self.timezone,
@@ -237,6 +247,7 @@ class Enrollment(NamedTuple):
             self.subject,
             self.data,
             self.created_at,
+            self.tag,
             self.sequence,
             self.step,
             self.timezone,

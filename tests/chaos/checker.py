@@ -70,6 +70,8 @@ def _of_one(
         count = (world.sink.mails if type_ == "Email" else world.sink.calls)[key]
         if count == 0 and not (unknown and visit == ONCE):
             yield f"{name} was not delivered"
+        if len(world.sink.keys[key]) > 1:
+            yield f"{name} was delivered under several keys: {world.sink.keys[key]}"
         explained = duplicates and visit != ONCE and told[visit] & EXPLANATIONS
         if count > 1 and not explained:
             yield f"{name} was delivered {count} times, and its events are {told[visit]}"

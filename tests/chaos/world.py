@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from email import message_from_bytes
@@ -146,11 +146,12 @@ def serving(folder: Path) -> Iterator[Server]:
 
 
 class Sink:
-    """Where everything is delivered to: how often under each key."""
+    """Where everything is delivered to: how often for each visit, and under which keys."""
 
     def __init__(self, rng: random.Random) -> None:
         self.mails: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.keys: dict[str, set[str]] = defaultdict(set)  # of each visit
         self.first: dict[str, float] = {}  # when, by a clock that nobody sets
         self.lose = 0.0  # of answers
         self.refuse = 0.0  # of calls and mails
@@ -165,16 +166,18 @@ class Sink:
         if self._rng.random() < self.refuse:
             return "451 4.3.0 not now"
         message = message_from_bytes(envelope.content or b"")  # type: ignore[arg-type]
-        mark = re.match(r"<(\d+)\.(\d+)\.", message["Message-ID"])
+        mark = re.match(r"<(\d+)\.(\d+)\.(\w+)@", message["Message-ID"])
         assert mark, message["Message-ID"]
-        self._took(self.mails, f"{mark[1]}:{mark[2]}")
+        self._took(self.mails, ":".join(mark.groups()))
         if self._rng.random() < self.lose:
             raise ConnectionAbortedError
         return "250 OK"
 
     def _took(self, deliveries: Counter[str], key: str) -> None:
-        deliveries[key] += 1
-        self.first.setdefault(key, time.monotonic())
+        visit = key.rpartition(":")[0]
+        deliveries[visit] += 1
+        self.keys[visit].add(key)
+        self.first.setdefault(visit, time.monotonic())
 
     async def respond(self, request: Request) -> Answer:
         """A call for some enrollments."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -73,6 +74,7 @@ def at(step: str, data: str = "{}", **values: Any) -> Enrollment:
         "data": data,
         "timezone": None,
         "created_at": NOW,
+        "tag": UUID(int=0),
         "wake_at": NOW,
         "entered_at": NOW,
     }

@@ -29,6 +29,9 @@ from sequencerd.core.model import Task
 
 HOST = "127.0.0.1"
 
+DIGEST = "5f2c" * 8
+KEY = f"7:1:{DIGEST}"
+
 PIPELINING = True
 """Whether SMTP servers take several commands at once."""
 
@@ -41,7 +44,7 @@ def task(id_: int = 7, **data: Any) -> Task:
         "data": data,
         "startSequence": "2026-01-02T03:04:05.678Z",
     }
-    return Task(f"{id_}:1", view)
+    return Task(f"{id_}:1:{DIGEST}", view)
 
 
 # --- SMTP

@@ -19,6 +19,7 @@ from sequencerd.runners.smtp import Postman
 from sequencerd.runners.suppressions import Key, Suppressions
 from tests.runners import servers
 from tests.runners.servers import (
+    DIGEST,
     HOST,
     Mailbox,
     certificate,
@@ -131,7 +132,7 @@ async def test_the_message_id_is_the_same_in_every_attempt() -> None:
         await send(server)
         ids = {server.parsed(index)["Message-ID"] for index in (0, 1)}
     assert failed(first).permanent is False
-    assert ids == {"<7.1.20260102030405678@sequencerd.example.com>"}
+    assert ids == {f"<7.1.{DIGEST}@sequencerd.example.com>"}
 
 
 async def test_long_headers_are_folded_and_not_encoded() -> None:

@@ -21,7 +21,7 @@ from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Resul
 from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.web import MAX_ANSWER, Web
 from tests.runners import servers
-from tests.runners.servers import HttpServer, Request, http_server, task
+from tests.runners.servers import KEY, HttpServer, Request, http_server, task
 
 SECRET = "whsec_" + base64.b64encode(b"a key of some bytes").decode()
 
@@ -87,14 +87,14 @@ async def test_the_event_and_its_headers() -> None:
     event = json.loads(first.body)
     assert event["config"] == {"list": "news", "nested": {"ü": [1, None]}}
     assert event["runners"] == [
-        {**task(7, email="ada@example.com").view, "idempotencyKey": "7:1"},
+        {**task(7, email="ada@example.com").view, "idempotencyKey": KEY},
     ]
-    assert first.headers["idempotency-key"] == first.headers["webhook-id"] == "7:1"
+    assert first.headers["idempotency-key"] == first.headers["webhook-id"] == KEY
     assert second.headers["idempotency-key"] == third.headers["idempotency-key"]
     assert second.headers["idempotency-key"].startswith("batch_")
     stamp = first.headers["webhook-timestamp"]
     assert abs(int(stamp) - datetime.now(UTC).timestamp()) < 60
-    signed = b"7:1." + stamp.encode() + b"." + first.body
+    signed = f"{KEY}.".encode() + stamp.encode() + b"." + first.body
     digest = hmac.new(b"a key of some bytes", signed, hashlib.sha256).digest()
     assert first.headers["webhook-signature"] == "v1," + base64.b64encode(digest).decode()
 

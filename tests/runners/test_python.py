@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result
 from sequencerd.runners import Refused
 from sequencerd.runners.python import PythonRunner, as_runner, load, runner
-from tests.runners.servers import task
+from tests.runners.servers import KEY, task
 
 
 async def run(function: Callable[..., Any], *ids: int, config: Any = None) -> list[Result]:
@@ -42,7 +42,7 @@ async def test_a_function_sees_the_config_and_the_enrollment() -> None:
 
     assert await run(coupon, config={"percent": 5}) == [Answer()]
     ((config, subject, key, thread),) = seen
-    assert (config, subject, key) == ({"percent": 5}, "user-7", "7:1")
+    assert (config, subject, key) == ({"percent": 5}, "user-7", KEY)
     assert thread != threading.get_ident()
 
 

@@ -13,7 +13,7 @@ import pytest
 from sequencerd.core.model import Answer, DefinitionError, Failed, Result
 from sequencerd.runners.sms import HttpSmsRunner, TwilioRunner
 from tests.runners import servers
-from tests.runners.servers import HttpServer, Request, http_server, task
+from tests.runners.servers import KEY, HttpServer, Request, http_server, task
 
 BASIC = {"from": "+11231231234", "to": "{{data.phone}}", "message": "Hello <{{data.name}}>"}
 SENT = servers.Answer(201, json.dumps({"sid": "SM123", "status": "queued"}).encode())
@@ -186,10 +186,10 @@ async def test_any_gateway() -> None:
     assert json.loads(request.body) == {
         "to": "+49151123456",
         "text": 'say "hi"\nSöhne',
-        "ref": "7:1 7",
+        "ref": f"{KEY} 7",
     }
     assert request.headers["x-key"] == "k"
-    assert request.headers["idempotency-key"] == "7:1"
+    assert request.headers["idempotency-key"] == KEY
 
 
 @pytest.mark.parametrize(
