@@ -7,11 +7,12 @@ with an instant before the one that it was given.
 
 from __future__ import annotations
 
-from calendar import monthrange
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from math import floor, trunc
 from zoneinfo import ZoneInfo
+
+from dateutil.relativedelta import relativedelta
 
 from sequencerd.core.date_text import format_iso, parse
 from sequencerd.core.model import DefinitionError, EvaluationError
@@ -91,7 +92,7 @@ def add(instant: datetime, amount: float, unit: str, tz: ZoneInfo) -> datetime:
         if unit in _MILLISECONDS:
             return instant + _elapsed(wall, float(amount), unit)
         if unit in _MONTHS:
-            moved = _add_months(wall, _rounded(float(amount) * _MONTHS[unit]))
+            moved = wall + relativedelta(months=_rounded(float(amount) * _MONTHS[unit]))
         else:
             moved = wall + timedelta(days=_rounded(float(amount) * _DAYS[unit]))
         return instant if moved == wall else _settled(moved, wall, tz)
@@ -117,15 +118,6 @@ def _rounded(number: float) -> int:
     whole = floor(size)
     whole += size - whole >= 0.5
     return whole if number > 0 else -whole
-
-
-def _add_months(wall: datetime, months: int) -> datetime:
-    years, month = divmod(wall.month - 1 + months, 12)
-    year = wall.year + years
-    if not 1 <= year <= 9999:
-        raise OverflowError
-    day = min(wall.day, monthrange(year, month + 1)[1])
-    return wall.replace(year=year, month=month + 1, day=day)
 
 
 def _settled(moved: datetime, wall: datetime, tz: ZoneInfo) -> datetime:
