@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from sequencerd import tracing
-from sequencerd.core.model import Enrollment, Failed, Fence, Result, Step, Task
+from sequencerd.core.model import Enrollment, Failed, Fence, NotStarted, Result, Step, Task
 from sequencerd.metrics import Metrics
 from sequencerd.runners import NotNow
 from sequencerd.store import Place
 
-NOT_BEGUN = Failed(
-    "interrupted: the daemon stopped", retry_after=timedelta(0), spends_attempt=False
+INTERRUPTED = Failed(
+    "interrupted: the daemon stopped", retry_after=timedelta(0), fault="server", unknown=True
 )
-INTERRUPTED = replace(NOT_BEGUN, unknown=True)
 
 
 LaneKey = str | tuple[str, str]
@@ -121,7 +119,7 @@ class Lane:
 
     async def _execute(self, batch: Sequence[Leased]) -> None:
         results: Sequence[Result]
-        interrupted = NOT_BEGUN
+        interrupted: Result = NotStarted()
         begun: float | None = None
         try:
             async with self._turn:
@@ -150,12 +148,14 @@ class Lane:
             async with asyncio.timeout(timeout):
                 results = await self.runner.run(batch[0].program, tasks)
         except TimeoutError:
-            return [Failed(f"no answer within {timeout:g} seconds", unknown=True)] * len(batch)
+            text = f"no answer within {timeout:g} seconds"
+            return [Failed(text, fault="unclear", unknown=True)] * len(batch)
         except NotNow as error:
-            return [Failed(str(error), spends_attempt=False)] * len(batch)
+            return [Failed(str(error), fault="server", asked=False)] * len(batch)
         except Exception as error:  # whatever a plug-in raises
-            return [Failed(f"{type(error).__name__}: {error}", unknown=True)] * len(batch)
+            text = f"{type(error).__name__}: {error}"
+            return [Failed(text, fault="unclear", unknown=True)] * len(batch)
         if len(results) != len(batch):
             text = f"the runner answered {len(results)} results for {len(batch)} enrollments"
-            return [Failed(text, unknown=True)] * len(batch)
+            return [Failed(text, fault="unclear", unknown=True)] * len(batch)
         return results

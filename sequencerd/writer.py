@@ -33,7 +33,9 @@ from sequencerd.core.model import (
     Fence,
     Found,
     LookUp,
+    NotStarted,
     Result,
+    Suppressed,
     Task,
     Wait,
 )
@@ -369,8 +371,12 @@ def late(leased: Leased, result: Result, now: datetime) -> Event:
     match result:
         case Answer(action, message):
             text = f"{action}: {message}" if message else str(action)
+        case Suppressed(message):
+            text = f"suppressed: {message}"
         case Failed(message):
             text = f"failed: {message}"
+        case NotStarted():
+            text = "not started"
         case Found():
             text = "found"
         case _:

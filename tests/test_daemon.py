@@ -214,8 +214,8 @@ async def test_the_suppressed_get_nothing_and_go_on(
     assert {address for address, _ in box.received} == {"u2@example.com"}
     assert await connection.fetchval(COMPLETED) == 2
     said = "SELECT message FROM sequencer.events WHERE enrollment_id = 1 AND step = 'hello'"
-    assert (await connection.fetch(said + " AND action = 'next'"))[0]["message"] == (
-        "not sent, suppressed: u1@example.com"
+    assert (await connection.fetch(said + " AND action = 'suppressed'"))[0]["message"] == (
+        "not sent to u1@example.com"
     )
 
 

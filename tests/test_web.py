@@ -272,10 +272,10 @@ def test_outcomes_are_told_apart() -> None:
         Answer(),
         Failed("550", permanent=True),
         Failed("x"),
-        Failed("x", spends_attempt=False),
+        Failed("x", fault="server"),
     ]
     metrics.ended("Email", results, 0.01)
-    metrics.ended("Email", [Failed("x", spends_attempt=False)], None)
+    metrics.ended("Email", [Failed("x", fault="server")], None)
     value = metrics.registry.get_sample_value
     for outcome, times in {"next": 1, "refused": 1, "failed": 1, "postponed": 2}.items():
         labels = {"type": "Email", "outcome": outcome}

@@ -33,12 +33,14 @@ from sequencerd.core.model import (
     Jump,
     LookUp,
     Moment,
+    NotStarted,
     Problem,
     Result,
     Sequence,
     SideEffect,
     Stay,
     Step,
+    Suppressed,
     Update,
     Wait,
     parse_data,
@@ -94,7 +96,7 @@ def advance(
             way.record("failed", message)
         case End():
             way.record("completed")
-    is_common = (result is None or isinstance(result, Answer)) and not way.has_read_whose
+    is_common = not isinstance(result, Failed | Found) and not way.has_read_whose
     return Advanced(way.at, decision, tuple(way.events), way.merged, is_common)
 
 
@@ -161,8 +163,15 @@ class _Way:
                 return None
             case Answer():
                 return self._answered(result)
+            case Suppressed(message):
+                self.record("suppressed", message)
+                return self._go(self._step(self.sequence()).next_step)
             case Failed():
                 return self._failed(result, jitter)
+            case NotStarted():
+                attempt = max(self.at.attempt - 1, 0)
+                self.at = self.at._replace(attempt=attempt, leased_by=None)
+                return None
             case Found(None, message):
                 self.at = self.at._replace(leased_by=None)
                 self.record("retry", message)
@@ -396,7 +405,7 @@ class _Way:
                 return Fail("outcome_unknown", f"{failed.message}: {_LOOK}")
         if not retry.gives_up(effect.retry, self.at.attempt, failed):
             wait = retry.delay(effect.retry, self.at.attempt, failed, jitter)
-            attempt = self.at.attempt if failed.spends_attempt else max(self.at.attempt - 1, 0)
+            attempt = max(self.at.attempt - (failed.fault == "server"), 0)
             self.at = self.at._replace(attempt=attempt, retry_at=self.now + wait, leased_by=None)
             self.record("retry", failed.message)
             return None

@@ -378,20 +378,32 @@ class Answer:
     retry_after: timedelta | None = None
 
 
+Attribution = Literal["enrollment", "server", "unclear"]
+"""Who has to answer for a failure; "server" is the operator as well."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """The side effect did not happen, as far as is known.
 
-    A permanent failure is not tried again. `spends_attempt` is False where the fault is not the
-    message's: throttled, interrupted, a server that is down for everybody. `unknown`: it may have
-    taken place all the same, as where an answer was lost.
+    A permanent failure is not tried again. `retry_after` is the least wait that the server asks
+    for. `unknown`: it may have taken place all the same, as where an answer was lost.
+
+    `fault` says who pays. "enrollment": this message, address or data was refused; an attempt is
+    spent. "server": nothing would have gone through, as with an outage, a login, a quota or a
+    throttle; no attempt is spent, and the executor holds back the whole runner. "unclear": it may
+    be either, as a 500 or a time-out; the executor decides by what its other calls come to.
+
+    `asked` is False where the server was not asked, as for a template that can't be rendered: that
+    tells nothing of the server.
     """
 
     message: str
     permanent: bool = False
     retry_after: timedelta | None = None
-    spends_attempt: bool = True
+    fault: Attribution = "enrollment"
     unknown: bool = False
+    asked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,7 +414,19 @@ class Found:
     message: str = ""
 
 
-Result = Answer | Failed | Found
+@dataclass(frozen=True, slots=True)
+class Suppressed:
+    """Nothing is sent: whom it is meant for gets no messages. The message says who that is."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """The side effect was not begun: it is given back as if it had never been leased."""
+
+
+Result = Answer | Suppressed | Failed | NotStarted | Found
 
 
 def outcome(result: Result) -> str:
@@ -414,8 +438,10 @@ def outcome(result: Result) -> str:
             return "failed" if external is None else "found"
         case Failed(permanent=True):
             return "refused"
-        case Failed(spends_attempt=False):
+        case Failed(fault="server") | NotStarted():
             return "postponed"
+        case Suppressed():
+            return "suppressed"
         case Failed():
             return "failed"
         case _:

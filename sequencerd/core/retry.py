@@ -20,7 +20,7 @@ def delay(policy: RetryPolicy, attempt: int, failed: Failed, jitter: float) -> t
     doubled for each attempt, up to the longest. What the server asks for is the least.
     """
     asked = min(max(failed.retry_after or timedelta(0), timedelta(0)), LONGEST)
-    if not failed.spends_attempt:
+    if failed.fault == "server":
         return asked if failed.retry_after is not None else THROTTLED * (0.5 + jitter / 2)
     doubled = policy.first_delay * 2.0 ** min(max(attempt - 1, 0), 50)
     return max(asked, timedelta(seconds=min(doubled, policy.longest_delay) * jitter))
@@ -28,4 +28,4 @@ def delay(policy: RetryPolicy, attempt: int, failed: Failed, jitter: float) -> t
 
 def gives_up(policy: RetryPolicy, attempt: int, failed: Failed) -> bool:
     """Whether the failure after this attempt is the last."""
-    return failed.permanent or (failed.spends_attempt and attempt >= policy.attempts)
+    return failed.permanent or (failed.fault != "server" and attempt >= policy.attempts)

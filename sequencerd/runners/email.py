@@ -23,6 +23,7 @@ from sequencerd.core.model import (
     Fault,
     Result,
     RetryPolicy,
+    Suppressed,
     Task,
 )
 from sequencerd.core.template import Template
@@ -181,10 +182,10 @@ class EmailRunner:
             await self._pace.turn()
             if without := await self._suppressed(mail, task):
                 if without >= set(mail.to) or task.view["subject"] in without:
-                    return Answer(message=f"not sent, suppressed: {', '.join(sorted(without))}")
+                    return Suppressed(f"not sent to {', '.join(sorted(without))}")
                 mail = write(program, task, datetime.now(UTC), without)
         except RenderError as error:
-            return Failed(str(error), permanent=True)
+            return Failed(str(error), permanent=True, asked=False)
         result = await self._postman.deliver(mail)
         if without and isinstance(result, Answer):
             message = f"{result.message}; suppressed: {', '.join(sorted(without))}"

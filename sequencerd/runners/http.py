@@ -76,11 +76,12 @@ class HttpRunner:
             try:
                 reply = await self._call(body, [task.key for task in asked])
             except Unreachable as error:
-                failed: Result = Failed(f"{self._name}: {error}", unknown=error.sent)
+                failed: Result = error.failed(f"{self._name}: {error}")
                 answered = {task.key: failed for task in asked}
             else:
                 answered = self._judge(reply, asked)
-        bad = Failed("data holds a number that can't be written as JSON", permanent=True)
+        text = "data holds a number that can't be written as JSON"
+        bad = Failed(text, permanent=True, asked=False)
         return [answered.get(task.key, bad) for task in tasks]
 
     async def _call(self, body: bytes, keys: Sequence[str]) -> Reply:
@@ -107,7 +108,7 @@ class HttpRunner:
                 by_id = _by_id(items)
                 return {task.key: self._result(task, by_id) for task in tasks}
             text = f"{self._name} answered no JSON list: {reply.excerpt()}"
-            failed = Failed(text, unknown=True)
+            failed = Failed(text, fault="unclear", unknown=True)
         return {task.key: failed for task in tasks}
 
     def _result(self, task: Task, by_id: Mapping[str, list[Mapping[str, Any]]]) -> Result:

@@ -155,10 +155,10 @@ class PythonRunner:
             return [answer] * count
         if not isinstance(answer, list | tuple):
             text = f"{self._name} answered {type(answer).__name__}, not a list or None"
-            return [Failed(text, unknown=True)] * count
+            return [Failed(text, fault="unclear", unknown=True)] * count
         if len(answer) != count:
             text = f"{self._name} answered {len(answer)} items for {count} enrollments"
-            return [Failed(text, unknown=True)] * count
+            return [Failed(text, fault="unclear", unknown=True)] * count
         return [self._result(item) for item in answer]
 
     def _result(self, answer: object) -> Result:
@@ -175,7 +175,8 @@ class PythonRunner:
             return Failed(text or "refused", permanent=True)
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
-        return Failed(f"{self._name}: {type(error).__name__}: {text}{place}", unknown=True)
+        message = f"{self._name}: {type(error).__name__}: {text}{place}"
+        return Failed(message, fault="unclear", unknown=True)
 
     async def close(self) -> None:
         """Nothing to give back."""

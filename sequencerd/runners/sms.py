@@ -12,7 +12,17 @@ from urllib.parse import quote
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sequencerd.core.config import Config, Faults, parse_config
-from sequencerd.core.model import RETRY, Answer, Failed, Fault, Result, RetryPolicy, Task
+from sequencerd.core.model import (
+    RETRY,
+    Answer,
+    Attribution,
+    Failed,
+    Fault,
+    Result,
+    RetryPolicy,
+    Suppressed,
+    Task,
+)
 from sequencerd.core.template import Template
 from sequencerd.runners.fields import (
     RenderError,
@@ -139,12 +149,12 @@ class _SmsRunner:
             if self._suppressions is not None:
                 asked = (values["to"], str(task.view["subject"]))
                 if without := await self._suppressions.among("sms", asked):
-                    return Answer(message=f"not sent, suppressed: {', '.join(sorted(without))}")
+                    return Suppressed(f"not sent to {', '.join(sorted(without))}")
             return await self._post(values, task)
         except RenderError as error:
-            return Failed(str(error), permanent=True)
+            return Failed(str(error), permanent=True, asked=False)
         except Unreachable as error:
-            return Failed(str(error), unknown=error.sent)
+            return error.failed(str(error))
 
     async def _post(self, values: Mapping[str, str], task: Task, /) -> Result:
         raise NotImplementedError
@@ -209,9 +219,10 @@ def _judge_twilio(reply: Reply, to: str) -> Result:
     text = receipt.message or receipt.error_message or reply.excerpt()
     message = one_line(f"Twilio refuses {to}: {code or reply.status} {text}")
     if code in _THROTTLED:
-        return Failed(message, retry_after=retry_after(reply.headers), spends_attempt=False)
+        return Failed(message, retry_after=retry_after(reply.headers), fault="server")
     if code in _PASSING or reply.status in (401, 403):  # the operator's to mend
-        return Failed(message, retry_after=retry_after(reply.headers))
+        fault: Attribution = "server" if reply.status in (401, 403) else "enrollment"
+        return Failed(message, retry_after=retry_after(reply.headers), fault=fault)
     failed = judge(reply, message)
     if failed is None and receipt.status in ("failed", "undelivered"):
         failed = Failed(message, permanent=code is not None)
@@ -264,7 +275,7 @@ class HttpSmsRunner(_SmsRunner):
         answer = f"{reply.status} {reply.excerpt()}".rstrip()
         failed = judge(reply, f"the SMS gateway refuses {values['to']}: {answer}")
         if failed is not None and reply.status in (401, 403):  # the operator's to mend
-            return Failed(failed.message)
+            return Failed(failed.message, fault="server")
         return failed or Answer(message=f"sent to {values['to']}: {answer}")
 
 

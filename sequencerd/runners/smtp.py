@@ -62,11 +62,11 @@ def judge(code: int, text: str) -> Failed:
     """What a refusal means for the message.
 
     5xx is permanent, unless it is about our login, about a rate, or its enhanced code (RFC 3463)
-    says otherwise. Throttling spends no attempt.
+    says otherwise. Throttling is the server's fault.
     """
     message = f"{code} {one_line(text)}"
     if _THROTTLED.search(text):
-        return Failed(message, retry_after=THROTTLED, spends_attempt=False)
+        return Failed(message, retry_after=THROTTLED, fault="server")
     enhanced = _ENHANCED.match(text)
     passing = enhanced is not None and enhanced[1] == "4"
     return Failed(message, permanent=code >= 500 and code not in _LOGIN_CODES and not passing)
@@ -74,10 +74,7 @@ def judge(code: int, text: str) -> Failed:
 
 def unavailable(code: int, text: str) -> Failed:
     """What it means that the server as such refuses to work: nothing for the message."""
-    failed = replace(judge(code, text), permanent=False)
-    if code == 421:
-        return replace(failed, retry_after=THROTTLED, spends_attempt=False)
-    return failed
+    return replace(judge(code, text), permanent=False, fault="server")
 
 
 class Postman:
@@ -115,11 +112,13 @@ class Postman:
         except SMTPResponseException as error:
             failed = self._judge(error, attempt)
         except TimeoutError:
-            failed = Failed(f"no answer from {self._place} within {self._timeout:g} s")
+            text = f"no answer from {self._place} within {self._timeout:g} s"
+            failed = Failed(text, fault="unclear" if attempt.begun else "server")
         except SMTPNotSupported as error:
             failed = Failed(f"{self._place} {error}", permanent=True)
         except (SMTPException, OSError) as error:
-            failed = Failed(f"{self._place}: {_describe(error)}")
+            text = f"{self._place}: {_describe(error)}"
+            failed = Failed(text, fault="unclear" if attempt.begun else "server")
         finally:
             attempt.end()
         message = self._server.hide(one_line(failed.message, 500))
@@ -328,7 +327,7 @@ def _refused(refused: Mapping[str, Failed], *, everybody: bool) -> Failed:
         ("" if everybody else "not sent to anybody yet, ") + f"refused: {_told(refused)}",
         permanent=all(failed.permanent for failed in refused.values()),
         retry_after=max(waits, default=None),
-        spends_attempt=any(failed.spends_attempt for failed in refused.values()),
+        fault="server" if all(f.fault == "server" for f in refused.values()) else "enrollment",
     )
 
 

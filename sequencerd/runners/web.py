@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from sequencerd.core.model import Failed
+from sequencerd.core.model import Attribution, Failed
 from sequencerd.runners.fields import one_line
 
 MAX_ANSWER = 1024 * 1024  # bytes
@@ -47,6 +47,10 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
     def __init__(self, message: str, *, sent: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
+
+    def failed(self, message: str) -> Failed:
+        """What it means: a server that takes no requests is down; one may break on a request."""
+        return Failed(message, fault="unclear" if self.sent else "server", unknown=self.sent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,20 +244,26 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def judge(reply: Reply, message: str) -> Failed | None:
     """What a status means: None for 2xx.
 
-    4xx is permanent but for 408, 425 and 429; 429, and 503 with Retry-After, spend no attempt;
-    after 502 and 504, which a gateway answers, it may have taken place.
-    Redirects are not followed: whoever moves an endpoint changes the settings.
+    4xx is permanent but for 408, 425 and 429. 429, and 503 with Retry-After, are the server's;
+    so are redirects, which are not followed: who moves an endpoint changes the settings. Other
+    5xx and 408 may be its fault or that of one enrollment. After 502 and 504, which a gateway
+    answers, it may have taken place.
     """
     if 200 <= reply.status < 300:
         return None
     wait = retry_after(reply.headers)
     throttled = reply.status == 429 or (reply.status == 503 and wait is not None)
     permanent = 400 <= reply.status < 500 and reply.status not in (408, 425, 429)
+    fault: Attribution = "enrollment"
+    if throttled or reply.status < 400:
+        fault = "server"
+    elif reply.status >= 500 or reply.status == 408:
+        fault = "unclear"
     return Failed(
         message,
         permanent,
         wait,
-        spends_attempt=not throttled,
+        fault=fault,
         unknown=reply.status in (502, 504),
     )
 

@@ -374,7 +374,7 @@ def test_it_is_not_started_before_its_time() -> None:
 
 def test_what_is_not_the_messages_fault_spends_no_attempt() -> None:
     leased = at("mail", attempt=3, leased_by="me")
-    throttled = Failed("slow down", spends_attempt=False, retry_after=timedelta(seconds=7))
+    throttled = Failed("slow down", fault="server", retry_after=timedelta(seconds=7))
     advanced = advance(MAIL, leased, NOW, throttled, jitter=0.0)
     assert advanced.enrollment.attempt == 2
     assert advanced.decision == Wait(NOW + timedelta(seconds=7))
@@ -621,7 +621,7 @@ enrollments = st.builds(
 )
 results = st.sampled_from(
     [None, Answer(), Answer(Action.NOOP), Answer(Action.ALT_NEXT, data={"paid": True}),
-     Failed("no"), Failed("no", permanent=True), Failed("later", spends_attempt=False)]
+     Failed("no"), Failed("no", permanent=True), Failed("later", fault="server")]
 )  # fmt: skip
 
 

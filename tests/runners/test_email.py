@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result
+from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result, Suppressed
 from sequencerd.runners.email import EmailRunner
 from sequencerd.runners.smtp import Postman
 from sequencerd.runners.suppressions import Key, Suppressions
@@ -276,36 +276,35 @@ async def test_a_copy_refused_for_now_does_not_hold_it_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "answer", "permanent", "spends"),
+    ("command", "answer", "permanent", "fault"),
     [
-        ("RCPT", "550 5.1.1 no such user", True, True),
-        ("RCPT", "450 4.2.0 greylisted", False, True),
-        ("RCPT", "452 4.2.2 mailbox full", False, True),
-        ("RCPT", "550 4.2.0 a passing reason all the same", False, True),
-        ("RCPT", "450 4.2.1 user receives mail: rate limit", False, False),
-        ("RCPT", "452 4.5.3 too many recipients", False, True),
-        ("RCPT", "421 4.3.2 shutting down", False, False),
-        ("MAIL", "550 5.7.1 sender not allowed", True, True),
-        ("MAIL", "530 5.7.0 authentication required", False, True),
-        ("MAIL", "451 4.3.0 try later", False, True),
-        ("MAIL", "421 4.3.2 shutting down", False, False),
-        ("DATA", "554 5.6.0 message refused", True, True),
-        ("DATA", "552 5.3.4 message size exceeds fixed limit", True, True),
-        ("DATA", "451 4.3.0 try later", False, True),
-        ("DATA", "421 4.7.0 try later", False, True),
-        ("DATA", "454 Throttling failure: Maximum sending rate exceeded.", False, False),
-        ("MAIL", "450 4.7.1 Error: too much mail from 127.0.0.1", False, False),
-        ("DATA", "421-4.7.28 unusual rate of mail\r\n421 4.7.28 from you", False, False),
-        ("DATA", "550 5.4.5 Daily user sending limit exceeded", False, False),
+        ("RCPT", "550 5.1.1 no such user", True, "enrollment"),
+        ("RCPT", "450 4.2.0 greylisted", False, "enrollment"),
+        ("RCPT", "452 4.2.2 mailbox full", False, "enrollment"),
+        ("RCPT", "550 4.2.0 a passing reason all the same", False, "enrollment"),
+        ("RCPT", "450 4.2.1 user receives mail: rate limit", False, "server"),
+        ("RCPT", "452 4.5.3 too many recipients", False, "enrollment"),
+        ("RCPT", "421 4.3.2 shutting down", False, "server"),
+        ("MAIL", "550 5.7.1 sender not allowed", True, "enrollment"),
+        ("MAIL", "530 5.7.0 authentication required", False, "enrollment"),
+        ("MAIL", "451 4.3.0 try later", False, "enrollment"),
+        ("MAIL", "421 4.3.2 shutting down", False, "server"),
+        ("DATA", "554 5.6.0 message refused", True, "enrollment"),
+        ("DATA", "552 5.3.4 message size exceeds fixed limit", True, "enrollment"),
+        ("DATA", "451 4.3.0 try later", False, "enrollment"),
+        ("DATA", "421 4.7.0 try later", False, "enrollment"),
+        ("DATA", "454 Throttling failure: Maximum sending rate exceeded.", False, "server"),
+        ("MAIL", "450 4.7.1 Error: too much mail from 127.0.0.1", False, "server"),
+        ("DATA", "421-4.7.28 unusual rate of mail\r\n421 4.7.28 from you", False, "server"),
+        ("DATA", "550 5.4.5 Daily user sending limit exceeded", False, "server"),
     ],
 )
-async def test_refusals(command: str, answer: str, permanent: bool, spends: bool) -> None:
+async def test_refusals(command: str, answer: str, permanent: bool, fault: str) -> None:
     async with smtp_server() as server:
         server.answers[command] = [answer]
         result = failed(await send(server))
-    assert (result.permanent, result.spends_attempt) == (permanent, spends)
+    assert (result.permanent, result.fault) == (permanent, fault)
     assert answer[-8:] in result.message
-    assert bool(result.retry_after) == (not spends)
     assert server.messages == []
 
 
@@ -383,7 +382,7 @@ async def test_a_connection_that_breaks_is_a_passing_failure(command: str) -> No
     async with smtp_server() as server:
         server.answers[command] = ["drop"]
         result = failed(await send(server))
-    assert (result.permanent, result.spends_attempt) == (False, True)
+    assert (result.permanent, result.fault) == (False, "unclear")
     assert result.unknown == (command == "DATA")
 
 
@@ -477,14 +476,14 @@ async def test_who_is_suppressed_gets_nothing() -> None:
         assert server.parsed()["Cc"] is None
         # nobody is left
         (result,) = await made.run(made.compile(BASIC), [task(email="ada@x.org")])
-        assert result == Answer(message="not sent, suppressed: ada@x.org")
+        assert result == Suppressed("not sent to ada@x.org")
         assert len(server.messages) == 1
 
 
 async def test_a_subject_can_be_suppressed() -> None:
     async with smtp_server() as server, runner(server, suppressions=suppressing("user-7")) as made:
         (result,) = await made.run(made.compile(BASIC), [task(email="ada@x.org")])
-        assert result == Answer(message="not sent, suppressed: user-7")
+        assert result == Suppressed("not sent to user-7")
         assert not server.messages
 
 

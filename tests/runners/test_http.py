@@ -145,7 +145,7 @@ async def test_every_kind_of_answer() -> None:
 async def test_a_bad_item_concerns_its_enrollment_only(item: Any, says: str) -> None:
     results = await run([item, {"id": 8, "action": "next"}], 7, 8)
     bad = failed(results[0])
-    assert (bad.permanent, bad.spends_attempt) == (False, True)
+    assert (bad.permanent, bad.fault) == (False, "enrollment")
     assert says in bad.message
     assert results[1] == Answer()
 
@@ -176,26 +176,26 @@ async def test_a_body_that_cannot_be_used(body: bytes, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "permanent", "spends"),
+    ("status", "permanent", "fault"),
     [
-        (301, False, True),
-        (307, False, True),
-        (400, True, True),
-        (403, True, True),
-        (404, True, True),
-        (408, False, True),
-        (413, True, True),
-        (425, False, True),
-        (429, False, False),
-        (500, False, True),
-        (503, False, True),
+        (301, False, "server"),
+        (307, False, "server"),
+        (400, True, "enrollment"),
+        (403, True, "enrollment"),
+        (404, True, "enrollment"),
+        (408, False, "unclear"),
+        (413, True, "enrollment"),
+        (425, False, "enrollment"),
+        (429, False, "server"),
+        (500, False, "unclear"),
+        (503, False, "unclear"),
     ],
 )
-async def test_statuses(status: int, permanent: bool, spends: bool) -> None:
+async def test_statuses(status: int, permanent: bool, fault: str) -> None:
     answer = servers.Answer(status, b"the reason", {"Location": "http://169.254.169.254/"})
     for result in await run(answer, 7, 8):
         bad = failed(result)
-        assert (bad.permanent, bad.spends_attempt) == (permanent, spends)
+        assert (bad.permanent, bad.fault) == (permanent, fault)
         assert bad.message == f"Crm answered {status} the reason"
 
 
@@ -218,14 +218,14 @@ async def test_retry_after(value: str, least: float, most: float) -> None:
         bad = failed(result)
         assert bad.retry_after is not None
         assert least <= bad.retry_after.total_seconds() <= most
-        assert not bad.spends_attempt
+        assert bad.fault == "server"
 
 
 @pytest.mark.parametrize("value", ["soon", "nan", "inf", "Mon, 99 Foo"])
 async def test_a_retry_after_that_says_nothing(value: str) -> None:
     (result,) = await run(servers.Answer(503, b"", {"Retry-After": value}))
     assert failed(result).retry_after is None
-    assert failed(result).spends_attempt
+    assert failed(result).fault == "unclear"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ async def test_a_retry_after_that_says_nothing(value: str) -> None:
 )
 async def test_a_connection_that_breaks(raw: bytes) -> None:
     (result,) = await run(servers.Answer(raw=raw))
-    assert (failed(result).permanent, failed(result).spends_attempt) == (False, True)
+    assert (failed(result).permanent, failed(result).fault) == (False, "unclear")
 
 
 async def test_an_endless_answer_is_cut_off() -> None:

@@ -109,7 +109,7 @@ async def test_what_it_raises_is_tried_again(error: BaseException, is_async: boo
         raise error
 
     results = await run(later if is_async else coupon)
-    assert (failed(results[0]).permanent, failed(results[0]).spends_attempt) == (False, True)
+    assert (failed(results[0]).permanent, failed(results[0]).fault) == (False, "unclear")
     assert failed(results[0]).message.startswith(f"Coupon: {type(error).__name__}: ")
     assert "later, line" in failed(results[0]).message or not is_async
 

@@ -73,48 +73,48 @@ async def test_a_messaging_service_instead_of_a_sender() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "permanent", "spends"),
+    ("status", "code", "permanent", "fault"),
     [
-        (400, 21211, True, True),  # not a number
-        (400, 21610, True, True),  # unsubscribed
-        (400, 21614, True, True),  # not a mobile number
-        (400, None, True, True),
-        (404, 20404, True, True),
-        (401, 20003, False, True),
-        (403, None, False, True),
-        (408, None, False, True),
-        (429, 20429, False, False),
-        (429, None, False, False),
-        (400, 14107, False, False),
-        (400, 30022, False, False),
-        (500, 20500, False, True),
-        (503, None, False, True),
+        (400, 21211, True, "enrollment"),  # not a number
+        (400, 21610, True, "enrollment"),  # unsubscribed
+        (400, 21614, True, "enrollment"),  # not a mobile number
+        (400, None, True, "enrollment"),
+        (404, 20404, True, "enrollment"),
+        (401, 20003, False, "server"),
+        (403, None, False, "server"),
+        (408, None, False, "unclear"),
+        (429, 20429, False, "server"),
+        (429, None, False, "server"),
+        (400, 14107, False, "server"),
+        (400, 30022, False, "server"),
+        (500, 20500, False, "unclear"),
+        (503, None, False, "unclear"),
     ],
 )
-async def test_refusals(status: int, code: int | None, permanent: bool, spends: bool) -> None:
+async def test_refusals(status: int, code: int | None, permanent: bool, fault: str) -> None:
     body = {"code": code, "message": "the reason", "status": status}
     answer = servers.Answer(status, json.dumps(body).encode(), {"Retry-After": "30"})
     if status == 503:
         answer.headers = {}
     bad = failed((await send(answer))[0])
-    assert (bad.permanent, bad.spends_attempt) == (permanent, spends)
+    assert (bad.permanent, bad.fault) == (permanent, fault)
     assert bad.message == f"Twilio refuses +4915112345678: {code or status} the reason"
     assert bad.retry_after == (None if status == 503 else timedelta(seconds=30))
     assert "the-token" not in bad.message
 
 
 @pytest.mark.parametrize(
-    ("body", "permanent", "spends"),
+    ("body", "permanent", "fault"),
     [
-        ({"sid": "SM1", "status": "failed", "error_code": 30006}, True, True),
-        ({"sid": "SM1", "status": "undelivered", "error_code": 30008}, False, True),
-        ({"sid": "SM1", "status": "failed", "error_code": 30001}, False, False),
-        ({"sid": "SM1", "status": "failed"}, False, True),
+        ({"sid": "SM1", "status": "failed", "error_code": 30006}, True, "enrollment"),
+        ({"sid": "SM1", "status": "undelivered", "error_code": 30008}, False, "enrollment"),
+        ({"sid": "SM1", "status": "failed", "error_code": 30001}, False, "server"),
+        ({"sid": "SM1", "status": "failed"}, False, "enrollment"),
     ],
 )
-async def test_accepted_and_failed_at_once(body: Any, permanent: bool, spends: bool) -> None:
+async def test_accepted_and_failed_at_once(body: Any, permanent: bool, fault: str) -> None:
     bad = failed((await send(servers.Answer(201, json.dumps(body).encode())))[0])
-    assert (bad.permanent, bad.spends_attempt) == (permanent, spends)
+    assert (bad.permanent, bad.fault) == (permanent, fault)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ async def test_what_is_no_number_is_refused_for_good(data: dict[str, Any], says:
 
 async def test_nothing_to_say() -> None:
     result, server = await send(SENT, {**BASIC, "message": " {{data.nothing}} "})
-    assert failed(result) == Failed("message: empty", permanent=True)
+    assert failed(result) == Failed("message: empty", permanent=True, asked=False)
     assert server.requests == []
 
 
@@ -193,16 +193,21 @@ async def test_any_gateway() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "permanent", "spends"),
-    [(400, True, True), (401, False, True), (429, False, False), (500, False, True)],
+    ("status", "permanent", "fault"),
+    [
+        (400, True, "enrollment"),
+        (401, False, "server"),
+        (429, False, "server"),
+        (500, False, "unclear"),
+    ],
 )
-async def test_a_gateway_that_refuses(status: int, permanent: bool, spends: bool) -> None:
+async def test_a_gateway_that_refuses(status: int, permanent: bool, fault: str) -> None:
     async with http_server(answering(servers.Answer(status, b"why"))) as server:
         made = HttpSmsRunner(server.url, body="{{json to}}")
         program = made.compile({"to": "+49151123456", "message": "x"})
         bad = failed((await made.run(program, [task()]))[0])
         await made.close()
-    assert (bad.permanent, bad.spends_attempt) == (permanent, spends)
+    assert (bad.permanent, bad.fault) == (permanent, fault)
     assert bad.message == f"the SMS gateway refuses +49151123456: {status} why"
 
 
