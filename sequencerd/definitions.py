@@ -115,6 +115,7 @@ def build(
     steps: Iterable[Step],
     *,
     paused: bool = False,
+    archived: bool = False,
     revision: int = 0,
     lookup: str | None = None,
     recheck: timedelta = timedelta(minutes=1),
@@ -141,7 +142,18 @@ def build(
     except DefinitionError as error:
         by_name = {key: _with_problem(step, Fault((), str(error))) for key, step in by_name.items()}
     goals = tuple(step for step in reversed(ordered) if step.type == "Goal")
-    return Sequence(name, first_step, timezone, by_name, paused, goals, revision, lookup, recheck)
+    return Sequence(
+        name,
+        first_step,
+        timezone,
+        by_name,
+        paused=paused,
+        goals=goals,
+        revision=revision,
+        lookup=lookup,
+        recheck=recheck,
+        archived=archived,
+    )
 
 
 def _with_problem(step: Step, fault: Fault) -> Step:
@@ -198,6 +210,7 @@ def from_rows(
         sequence["timezone"],
         made,
         paused=sequence["status"] == "paused",
+        archived=sequence["status"] == "archived",
         revision=sequence["revision"],
         lookup=sequence["lookup"],
         recheck=sequence["recheck"],

@@ -204,6 +204,7 @@ def _read_sequence(
         steps[0].name,
         parsed.timezone if parsed else "UTC",
         steps,
+        archived=_text_at(source.document.value, "status") == "archived",
         lookup=_text_at(source.document.value, "lookup"),
         recheck=parsed.recheck if parsed else timedelta(minutes=1),
     )

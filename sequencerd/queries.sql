@@ -111,7 +111,7 @@ SELECT p.sequence, p.step, d.due, d.overdue
 -- Due enrollments of one step, the oldest first; none if the definition is not the one known.
 SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.goals_met
+       e.leased_by, e.goals_met, e.goals_elsewhere, e.executed
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
    AND EXISTS (SELECT FROM sequencer.sequences AS s
@@ -129,7 +129,8 @@ SELECT wake_at FROM sequencer.enrollments
 -- Enrollments whose side effects have ended: what may have changed meanwhile. Who holds a lock on one
 -- of them is not waited for.
 SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject, e.data, e.sequence, e.step, e.timezone,
-       e.goals_met, (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
+       e.goals_met, e.goals_elsewhere, e.executed,
+       (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[])
  ORDER BY e.id
@@ -153,7 +154,8 @@ UPDATE sequencer.enrollments
    SET sequence = $2, step = $3, status = $4,
        wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
        entered_at = $6, visit = $7, attempt = $8, retry_at = $9, leased_by = $10, failure = $11,
-       last_error = $12, ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $13::timestamptz END
+       last_error = $12, executed = $13,
+       ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $14::timestamptz END
  WHERE id = ANY ($1::bigint[]);
 
 -- name: record
@@ -168,7 +170,8 @@ SELECT who.id, what.at, what.sequence, what.step, what.visit, what.action, what.
     ON what.number = who.number;
 
 -- name: write_goals
-UPDATE sequencer.enrollments SET goals_met = $2 WHERE id = $1;
+-- The goals that one enrollment has met: in its sequence, and in those that it has left.
+UPDATE sequencer.enrollments SET goals_met = $2, goals_elsewhere = $3 WHERE id = $1;
 
 -- name: merge_data
 UPDATE sequencer.enrollments SET data = data || $2 WHERE id = $1;
@@ -217,7 +220,7 @@ RETURNING true;
 -- Some of those who wait at a changed step. Who is due is evaluated under it anyway.
 SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.goals_met
+       e.leased_by, e.goals_met, e.goals_elsewhere, e.executed
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
    AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
@@ -247,7 +250,7 @@ SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
 WITH revived AS (
     UPDATE sequencer.enrollments AS e
        SET status = 'active', wake_at = $3, ended_at = NULL, failure = NULL, last_error = NULL,
-           attempt = 0, retry_at = NULL, leased_by = NULL
+           attempt = 0, retry_at = NULL, leased_by = NULL, executed = '{}'
       FROM unnest($1::text[], $2::text[]) AS mended (sequence, step)
      WHERE e.sequence = mended.sequence AND e.step = mended.step
        AND e.status = 'failed' AND e.failure = 'invalid_step'
@@ -381,7 +384,7 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
 -- An enrollment as a claim reads it, and its status.
 SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.goals_met, e.status
+       e.leased_by, e.goals_met, e.goals_elsewhere, e.executed, e.status
   FROM sequencer.enrollments AS e WHERE e.id = $1;
 
 -- name: history
@@ -466,7 +469,7 @@ SELECT count(*) FROM sequencer.enrollments
 -- Everybody who has begun and is at a step.
 SELECT id, subject, data, created_at, tag, sequence, step, timezone,
        least(wake_at, '9999-12-31Z') AS wake_at, entered_at, visit, attempt, retry_at, leased_by,
-       goals_met
+       goals_met, goals_elsewhere, executed
   FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND entered_at IS NOT NULL;
 

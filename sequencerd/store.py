@@ -79,6 +79,7 @@ class Row(NamedTuple):
     leased_by: str | None
     failure: str | None = None
     last_error: str | None = None
+    executed: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -87,7 +88,7 @@ class Written:
 
     rows: dict[Row, list[int]] = field(default_factory=dict)
     events: dict[Event, list[int]] = field(default_factory=dict)
-    goals_met: dict[int, Rows[str]] = field(default_factory=dict)
+    goals_met: dict[int, tuple[Rows[str], str | None]] = field(default_factory=dict)  # elsewhere
     data: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # merged into what is there
 
 
@@ -289,7 +290,7 @@ async def lock(
     ids = sorted({enrollment.id for enrollment in known})
     locked, now, revisions = set(), {}, {}
     for row in await connection.fetch(QUERIES["lock"], ids):
-        *fenced, subject, data, sequence, step, timezone, goals, revision = row
+        *fenced, subject, data, sequence, step, timezone, goals, elsewhere, executed, revision = row
         id_, visit, attempt, leased_by = fence = tuple(fenced)
         locked.add(id_)
         if was := by_fence.get(fence):
@@ -310,6 +311,8 @@ async def lock(
                 was.retry_at,
                 leased_by,
                 goals,
+                elsewhere,
+                executed,
             )
     return locked, now, revisions
 
@@ -337,7 +340,7 @@ async def write(connection: asyncpg.Connection, written: Written, now: datetime)
         data = [(id_, json.dumps(merged)) for id_, merged in written.data.items()]
         await connection.executemany(QUERIES["merge_data"], data)
     if written.goals_met:
-        goals = [(id_, list(goals)) for id_, goals in written.goals_met.items()]
+        goals = [(id_, *met) for id_, met in written.goals_met.items()]
         await connection.executemany(QUERIES["write_goals"], goals)
     if written.rows:
         rows = [(ids, *row, now) for row, ids in written.rows.items()]

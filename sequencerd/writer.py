@@ -174,8 +174,8 @@ class Writer:
             self._tell(at, failure)
         if advanced.data:
             batch.data[at.id] = advanced.data
-        if at.goals_met != before.goals_met:
-            batch.goals_met[at.id] = at.goals_met
+        if at.goals != before.goals:
+            batch.goals_met[at.id] = at.goals
             is_common = False
         row = Row(
             at.sequence,
@@ -189,6 +189,7 @@ class Writer:
             at.leased_by,
             failure.failure if failure else None,
             failure.message if failure else _last_error(events),
+            tuple(at.executed),
         )
         ids = [batch.rows.setdefault(row, [])]
         ids += [batch.events.setdefault(event, []) for event in events]

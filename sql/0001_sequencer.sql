@@ -118,6 +118,8 @@ CREATE TABLE sequencer.enrollments (
     visit      integer NOT NULL DEFAULT 1 CHECK (visit BETWEEN 1 AND 1000000000),
     attempt    integer NOT NULL DEFAULT 0 CHECK (attempt BETWEEN 0 AND 1000000000),
     goals_met  text[] NOT NULL DEFAULT '{}',
+    goals_elsewhere jsonb CHECK (jsonb_typeof(goals_elsewhere) = 'object'),
+    executed   text[] NOT NULL DEFAULT '{}',
     leased_by  text,
     retry_at   timestamptz CHECK (retry_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     failure    text,
@@ -152,10 +154,12 @@ COMMENT ON COLUMN sequencer.enrollments.wake_at IS 'When it is next looked at; i
 COMMENT ON COLUMN sequencer.enrollments.entered_at IS 'Since when it has been at its step; NULL until it has begun.';
 COMMENT ON COLUMN sequencer.enrollments.visit IS 'Counts the stays at steps.';
 COMMENT ON COLUMN sequencer.enrollments.attempt IS 'How often this visit''s side effect has been started.';
-COMMENT ON COLUMN sequencer.enrollments.goals_met IS 'The goals that have been met; each pulls once.';
+COMMENT ON COLUMN sequencer.enrollments.goals_met IS 'The goals of its sequence that have been met: each pulls once; one with repeat: true leaves when it no longer holds.';
+COMMENT ON COLUMN sequencer.enrollments.goals_elsewhere IS 'The goals met by sequence that it has left, for when it comes back.';
+COMMENT ON COLUMN sequencer.enrollments.executed IS 'The side effects, as sequence/step, that were executed since it last waited: to come back to one of them is a loop.';
 COMMENT ON COLUMN sequencer.enrollments.leased_by IS 'The daemon that executes the side effect; wake_at is the end of its lease.';
 COMMENT ON COLUMN sequencer.enrollments.retry_at IS 'The side effect is not started again before this.';
-COMMENT ON COLUMN sequencer.enrollments.failure IS 'Of a failed one, a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown.';
+COMMENT ON COLUMN sequencer.enrollments.failure IS 'Of a failed one, a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown, already_enrolled, archived.';
 COMMENT ON COLUMN sequencer.enrollments.last_error IS 'What went wrong last, in a sentence.';
 COMMENT ON COLUMN sequencer.enrollments.tag IS 'Random: makes idempotency keys unique across databases, in which ids repeat.';
 COMMENT ON COLUMN sequencer.enrollments.reentry IS 'The policy of its sequence.';
@@ -473,13 +477,33 @@ END $$;
 CREATE TRIGGER guard_delete BEFORE DELETE ON sequencer.steps
     FOR EACH ROW EXECUTE FUNCTION sequencer.guard_step();
 
--- Renames take along who is there.
+-- How `executed` names a step with a side effect, in Python as well (model.effect_key).
+CREATE FUNCTION sequencer.effect_key(sequence text, step text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT replace(replace(effect_key.sequence, '%', '%25'), '/', '%2F') || '/' || effect_key.step
+$$;
+
+COMMENT ON FUNCTION sequencer.effect_key IS 'Names a step among those of all sequences: the entries of enrollments.executed.';
+
+-- Renames take along who is there, and the goals and side effects that enrollments remember by name.
 CREATE FUNCTION sequencer.follow_rename() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM set_config('sequencer.renaming', 'on', true);
     IF TG_TABLE_NAME = 'sequences' THEN
         UPDATE sequencer.enrollments SET sequence = NEW.name WHERE sequence = OLD.name;
+        UPDATE sequencer.enrollments
+           SET goals_elsewhere = goals_elsewhere - OLD.name
+                                 || jsonb_build_object(NEW.name, goals_elsewhere->OLD.name)
+         WHERE goals_elsewhere ? OLD.name;
+        UPDATE sequencer.enrollments AS e
+           SET executed = ARRAY(
+               SELECT CASE WHEN starts_with(key, sequencer.effect_key(OLD.name, ''))
+                           THEN sequencer.effect_key(NEW.name, substr(key,
+                                length(sequencer.effect_key(OLD.name, '')) + 1))
+                           ELSE key END
+                 FROM unnest(e.executed) WITH ORDINALITY AS known (key, number) ORDER BY number)
+         WHERE status = 'active' AND executed <> '{}';
         DELETE FROM sequencer.revisions WHERE sequence = NEW.name;
         UPDATE sequencer.revisions SET sequence = NEW.name WHERE sequence = OLD.name;
     ELSIF NEW.name <> OLD.name THEN
@@ -490,7 +514,15 @@ BEGIN
             UPDATE sequencer.enrollments
                SET goals_met = array_replace(goals_met, OLD.name, NEW.name)
              WHERE sequence = NEW.sequence AND OLD.name = ANY (goals_met);
+            UPDATE sequencer.enrollments
+               SET goals_elsewhere = jsonb_set(goals_elsewhere, ARRAY[NEW.sequence],
+                       (goals_elsewhere->NEW.sequence) - OLD.name || to_jsonb(NEW.name))
+             WHERE goals_elsewhere->NEW.sequence ? OLD.name;
         END IF;
+        UPDATE sequencer.enrollments
+           SET executed = array_replace(executed, sequencer.effect_key(NEW.sequence, OLD.name),
+                                        sequencer.effect_key(NEW.sequence, NEW.name))
+         WHERE status = 'active' AND executed <> '{}';
         UPDATE sequencer.sequences SET first_step = NEW.name
          WHERE name = NEW.sequence AND first_step = OLD.name;
     END IF;
@@ -614,6 +646,7 @@ BEGIN
         NEW.ended_at := NULL;
         NEW.attempt := 0;
         NEW.retry_at := NULL;
+        NEW.executed := '{}';
         NEW.failure := NULL;
         NEW.last_error := NULL;
     ELSE
@@ -652,6 +685,14 @@ BEGIN
     NEW.attempt := 0;
     NEW.retry_at := NULL;
     NEW.leased_by := NULL;
+    NEW.executed := '{}';
+    IF OLD.sequence <> NEW.sequence AND OLD.goals_met = NEW.goals_met THEN -- as `advance` does it
+        NEW.goals_met := ARRAY(SELECT jsonb_array_elements_text(
+            coalesce(OLD.goals_elsewhere->NEW.sequence, '[]')));
+        NEW.goals_elsewhere := nullif(coalesce(OLD.goals_elsewhere, '{}') - NEW.sequence
+            || CASE WHEN OLD.goals_met = '{}' THEN '{}'
+                    ELSE jsonb_build_object(OLD.sequence, OLD.goals_met) END, '{}');
+    END IF;
     IF OLD.entered_at IS NOT NULL THEN -- who has not begun begins when they would have
         NEW.entered_at := now();
         IF OLD.status = 'active' AND NEW.status = 'active' THEN -- else settle_status comes next

@@ -640,3 +640,76 @@ async def test_everybody_at_a_step_that_is_gone_is_told(
     row = await connection.fetchrow("SELECT failure, last_error FROM sequencer.enrollments")
     assert row["failure"] == "invalid_step"
     assert "'work' does not exist" in row["last_error"]
+
+
+async def test_a_loop_through_a_side_effect_is_executed_once(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Every day at that hour, as the original would have looped: one message, then it fails."""
+    recorder = Recorder()
+    hours = json.dumps({"attribute": "hour", "values": list(range(24))})
+    await define(
+        connection,
+        "s",
+        ("at-nine", "WaitForDateComparison", hours, "mail"),
+        ("mail", "Note", "{}", "sms"),
+        ("sms", "Note", "{}", "over"),
+        ("over", "GoTo", '{"step": "again", "sequence": "t"}', None),
+    )
+    await define(connection, "t", ("again", "GoTo", '{"step": "at-nine", "sequence": "s"}', None))
+    id_ = await enroll(connection, "s", "ada")
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, ALL_ENDED)
+        assert len(recorder.keys) == 2
+        row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+        assert (row["status"], row["failure"], row["step"]) == ("failed", "loop", "mail")
+        assert "s/mail → s/sms → s/mail" in row["last_error"]
+        # one that is resumed by hand is executed once more
+        await connection.execute("UPDATE sequencer.enrollments SET status = 'active'")
+        await until(connection, ALL_ENDED)
+        assert len(recorder.keys) == 4
+
+
+async def test_a_wait_between_side_effects_makes_no_loop(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    await define(
+        connection,
+        "s",
+        ("mail", "Note", "{}", "sms"),
+        ("sms", "Note", "{}", "pause"),
+        ("pause", "WaitForDuration", SHORT, "mail"),
+    )
+    id_ = await enroll(connection, "s", "ada")
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, "SELECT visit > 10 FROM sequencer.enrollments WHERE id = $1", id_)
+    assert len(recorder.keys) >= 6
+
+
+async def test_a_goal_of_another_sequence_with_the_same_name_pulls(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    days = ("days", "WaitForDuration", DAYS)
+    await define(
+        connection,
+        "a",
+        (*days, None),
+        ("paid", "Goal", PAID, "over"),
+        ("over", "GoTo", '{"step": "days", "sequence": "b"}', None),
+    )
+    await define(
+        connection,
+        "b",
+        (*days, "dun"),
+        ("dun", "Note", "{}", None),
+        ("paid", "Goal", PAID, "thanks"),
+        ("thanks", "Note", "{}", None),
+    )
+    id_ = await enroll(connection, "a", "ada", '{"paid": true}')
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, ALL_ENDED)
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+    assert (row["sequence"], row["step"], row["goals_met"]) == ("b", "thanks", ["paid"])
+    assert json.loads(row["goals_elsewhere"]) == {"a": ["paid"]}

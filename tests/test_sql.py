@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 from sequencerd import store
+from sequencerd.core.model import effect_key
 from sequencerd.store import QUERIES
 from tests.engines import define, enroll
 
@@ -461,3 +462,62 @@ async def test_roles_may_do_what_they_are_for(
     else:
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await defined.execute(statement)
+
+
+async def test_a_renamed_step_is_remembered_as_executed(connection: asyncpg.Connection) -> None:
+    await define(connection, "a/b", ("mail", "Note", "{}", None), ("next", "Note", "{}", None))
+    id_ = await enroll(connection, "a/b", "ada")
+    executed = [effect_key("a/b", "mail"), effect_key("a", "b/mail")]
+    await connection.execute("UPDATE sequencer.enrollments SET executed = $1", executed)
+    await connection.execute("UPDATE sequencer.steps SET name = 'post' WHERE name = 'mail'")
+    await connection.execute("UPDATE sequencer.sequences SET name = 'a%/c'")
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+    assert row["executed"] == [effect_key("a%/c", "post"), effect_key("a", "b/mail")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE sequencer.enrollments SET step = 'second'",
+        (
+            "UPDATE sequencer.enrollments SET status = 'cancelled';"
+            " UPDATE sequencer.enrollments SET status = 'active'"
+        ),
+    ],
+)
+async def test_by_hand_a_loop_begins_anew(defined: asyncpg.Connection, change: str) -> None:
+    await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET executed = '{s/first}'")
+    await defined.execute(change)
+    assert await defined.fetchval("SELECT executed FROM sequencer.enrollments") == []
+
+
+async def test_goals_are_of_their_sequence_and_follow_its_name(
+    connection: asyncpg.Connection,
+) -> None:
+    goal = ("paid", "Goal", '{"lodashCommand": "isNil", "value": {"type": "raw", "value": 1}}')
+    for name in ("a", "b"):
+        await define(connection, name, ("wait", "Note", "{}", None), (*goal, None))
+    id_ = await enroll(connection, "a", "ada")
+    await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{paid,old}'")
+
+    async def goals() -> tuple[list[str], object]:
+        row = await connection.fetchrow(
+            "SELECT goals_met, goals_elsewhere FROM sequencer.enrollments WHERE id = $1", id_
+        )
+        elsewhere = row["goals_elsewhere"]
+        return row["goals_met"], elsewhere and json.loads(elsewhere)
+
+    await connection.execute("UPDATE sequencer.enrollments SET sequence = 'b', step = 'wait'")
+    assert await goals() == ([], {"a": ["paid", "old"]})
+    await connection.execute(
+        "UPDATE sequencer.steps SET name = 'won' WHERE name = 'paid' AND sequence = 'a'"
+    )
+    await connection.execute("UPDATE sequencer.sequences SET name = 'z' WHERE name = 'a'")
+    await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{paid}'")
+    await connection.execute("UPDATE sequencer.enrollments SET sequence = 'z', step = 'wait'")
+    met, elsewhere = await goals()
+    assert (set(met), elsewhere) == ({"won", "old"}, {"b": ["paid"]})
+    await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{}'")
+    await connection.execute("UPDATE sequencer.enrollments SET sequence = 'b', step = 'wait'")
+    assert await goals() == (["paid"], None)

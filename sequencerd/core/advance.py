@@ -43,6 +43,7 @@ from sequencerd.core.model import (
     Suppressed,
     Update,
     Wait,
+    effect_key,
     parse_data,
     printable,
 )
@@ -68,19 +69,22 @@ def advance(
     jitter: float = 1.0,
     *,
     begun_under: int | None = None,
+    refused: Mapping[str, str] | None = None,
 ) -> Advanced:
     """Brings an enrollment as far as it gets at this time.
 
     `enrollment.wake_at` is ignored but for one that begins. `result` is what the side effect of its
     step came to, of the attempt that `enrollment.attempt` counts; `jitter` (0 to 1) shortens the
     wait before the next one; `begun_under` is the revision of the definition with which it began.
-    Where it decides LookUp, the next `result` is what was found.
+    Where it decides LookUp, the next `result` is what was found. `refused` are sequences that the
+    subject can't enter by a jump, with the code of the reason, such as `already_enrolled`: whether
+    those that it enters refuse it is for the caller to find out, who then calls again.
 
     First the result moves it, then the goals are looked at, then it follows its steps until one
     must wait (Wait, Execute), the way ends (End) or can't be gone (Fail). Never raises because of
     what a definition or an enrollment holds.
     """
-    way = _Way(definitions, enrollment, now)
+    way = _Way(definitions, enrollment, now, refused)
     if begun_under is not None:
         way.revision = begun_under
     try:
@@ -96,8 +100,13 @@ def advance(
             way.record("failed", message)
         case End():
             way.record("completed")
-    is_common = not isinstance(result, Failed | Found) and not way.has_read_whose
-    return Advanced(way.at, decision, tuple(way.events), way.merged, is_common)
+    is_common = (
+        not isinstance(result, Failed | Found)
+        and not way.has_read_whose
+        and not way.entered
+        and refused is None
+    )
+    return Advanced(way.at, decision, tuple(way.events), way.merged, is_common, way.entered)
 
 
 def waits_on(before: Enrollment, advanced: Advanced) -> bool:
@@ -122,6 +131,7 @@ class _Way:
         "_timezone",
         "at",
         "definitions",
+        "entered",
         "events",
         "external",
         "is_read",
@@ -130,13 +140,22 @@ class _Way:
         "moment",
         "moves",
         "now",
+        "refused",
         "revision",
     )
 
-    def __init__(self, definitions: Definitions, enrollment: Enrollment, now: datetime) -> None:
+    def __init__(
+        self,
+        definitions: Definitions,
+        enrollment: Enrollment,
+        now: datetime,
+        refused: Mapping[str, str] | None,
+    ) -> None:
         self.definitions = definitions
         self.at = enrollment
         self.now = now
+        self.refused = refused
+        self.entered: tuple[str, ...] = ()
         self.events: list[Event] = []
         self.merged: Mapping[str, Any] | None = None
         self.moves = 0
@@ -165,7 +184,7 @@ class _Way:
                 return self._answered(result)
             case Suppressed(message):
                 self.record("suppressed", message)
-                return self._go(self._step(self.sequence()).next_step)
+                return self._go(self._step(self.sequence()).next_step, is_executed=True)
             case Failed():
                 return self._failed(result, jitter)
             case NotStarted():
@@ -194,6 +213,8 @@ class _Way:
                 return Wait(self.now)
             step, data = self._step(sequence), self.at.data
             decision = self._execute(sequence, step)
+            if self.at.executed and isinstance(decision, Wait) and _waits(step, decision, self.now):
+                self.at = self.at._replace(executed=())
             if isinstance(decision, Wait) and self._rechecks(sequence, step):
                 return Wait(min(decision.until, self.now + sequence.recheck))
             if decision is not None:
@@ -266,8 +287,9 @@ class _Way:
         return step
 
     def _open_goals(self, sequence: Sequence) -> list[Step]:
-        """Those that have not pulled before."""
-        return [goal for goal in sequence.goals if goal.name not in self.at.goals_met]
+        """Those that have not pulled before, or may pull again once they no longer hold."""
+        met = self.at.goals_met
+        return [goal for goal in sequence.goals if goal.name not in met or _repeats(goal)]
 
     def _rechecks(self, sequence: Sequence, step: Step) -> bool:
         """Whether it waits for what a lookup alone can tell."""
@@ -292,6 +314,13 @@ class _Way:
             and goal.behaviour.met is not None
             and goal.behaviour.met(self._look())
         ]
+        if before := self.at.goals_met:
+            holding = {goal.name for goal in met}
+            over = {goal.name for goal in open_goals if goal.name in before} - holding
+            if over:  # armed again
+                kept = tuple(name for name in before if name not in over)
+                self.at = self.at._replace(goals_met=kept)
+            met = [goal for goal in met if goal.name not in before]
         if not met:
             return None
         names = tuple(goal.name for goal in met)
@@ -338,8 +367,10 @@ class _Way:
                 self.record(Action.NEXT.value)
                 return self._go(step.next_step)
             case Jump(target, name):
+                if name is not None and name != sequence.name:
+                    return self._enter(step, target, name)
                 self.record("jump", f"to {target}" + (f" of {name}" if name else ""))
-                return self._go(target, name)
+                return self._go(target)
             case Action.NOOP:
                 return Wait(self.now + NOOP_DELAY)
             case _:
@@ -347,6 +378,8 @@ class _Way:
 
     def _start(self, sequence: Sequence, step: Step, effect: SideEffect) -> Decision:
         """The side effect, unless it is too early for it or one try more would be too many."""
+        if self.at.executed and (key := effect_key(sequence.name, step.name)) in self.at.executed:
+            return Fail("loop", _told_loop([*self.at.executed, key]))
         if self.at.retry_at is not None and self.now < self.at.retry_at:
             return Wait(self.at.retry_at)
         if cut_off := self._cut_off(effect):
@@ -367,15 +400,58 @@ class _Way:
                 return Fail("error", f"cut off in attempt {self.at.attempt}, the last one")
         return None
 
-    def _go(self, target: str | None, sequence: str | None = None) -> End | None:
-        """To another step, or to the end of the way."""
+    def _enter(self, step: Step, target: str, name: str) -> End | Fail | None:
+        """To a step of another sequence, if that lets it in; else altNext, where there is one."""
+        if (refusal := self._refusal(name)) is not None:
+            failure, message = refusal
+            if step.alt_next_step is None:
+                return Fail(failure, f"{message}; give this GoTo an altNext for that")
+            self.record(Action.ALT_NEXT.value, message)
+            return self._go(step.alt_next_step)
+        self.entered += (name,)
+        self.record("jump", f"to {target} of {name}")
+        return self._go(target, name)
+
+    def _refusal(self, name: str) -> tuple[str, str] | None:
+        """Why a sequence can't be entered by a jump: a code and a sentence."""
+        failure = (self.refused or {}).get(name)
+        known = self.definitions.get(name)
+        if failure == "archived" or (known is not None and known.archived):
+            return "archived", f"sequence {name!r} is archived"
+        if failure is not None:
+            return failure, f"sequence {name!r} refuses a second entry of the subject"
+        return None
+
+    def _go(
+        self, target: str | None, sequence: str | None = None, *, is_executed: bool = False
+    ) -> End | None:
+        """To another step, or to the end of the way; from a side effect that `is_executed`."""
         if target is None:
             self.at = self.at._replace(leased_by=None)
             return End()
         self.moves += 1
         self.lapsed = None
-        self.at = self.at.entering(sequence or self.at.sequence, target, self.now)
+        if sequence is None:
+            sequence = self.at.sequence
+        elif sequence != self.at.sequence:
+            self._change_goals(sequence)
+        here = self.at
+        executed = here.executed
+        if is_executed:
+            executed = (*executed, effect_key(here.sequence, here.step))
+        self.at = here.entering(sequence, target, self.now, executed)
         return None
+
+    def _change_goals(self, sequence: str) -> None:
+        """Goals are of their sequence: those met here are kept for when it comes back."""
+        here = self.at
+        if here.goals_met or here.goals_elsewhere:
+            kept = json.loads(here.goals_elsewhere or "{}")
+            if here.goals_met:
+                kept[here.sequence] = list(here.goals_met)
+            met = tuple(kept.pop(sequence, ()))
+            text = json.dumps(kept) if kept else None
+            self.at = here._replace(goals_met=met, goals_elsewhere=text)
 
     def _answered(self, answer: Answer) -> Decision | None:
         if answer.data:
@@ -386,10 +462,12 @@ class _Way:
                 self.record(answer.action.value, answer.message)
             wait = NOOP_DELAY if answer.retry_after is None else answer.retry_after
             again = answer.wake_at or self.now + min(max(wait, timedelta(0)), retry.LONGEST)
-            self.at = self.at._replace(attempt=0, retry_at=again, leased_by=None)
+            executed = () if again > self.now else self.at.executed
+            self.at = self.at._replace(attempt=0, retry_at=again, leased_by=None, executed=executed)
             return None
         self.record(answer.action.value, answer.message)
-        return self._go(step.next_step if answer.action is Action.NEXT else step.alt_next_step)
+        target = step.next_step if answer.action is Action.NEXT else step.alt_next_step
+        return self._go(target, is_executed=True)
 
     def _merge(self, data: Mapping[str, Any]) -> None:
         merged = {**parse_data(self.at.data), **data}
@@ -411,5 +489,23 @@ class _Way:
             return None
         if effect.on_error == "altNext":
             self.record(Action.ALT_NEXT.value, failed.message)
-            return self._go(step.alt_next_step)
+            return self._go(step.alt_next_step, is_executed=True)
         return Fail("error", failed.message)
+
+
+def _repeats(goal: Step) -> bool:
+    return isinstance(goal.behaviour, Instant) and goal.behaviour.repeats
+
+
+def _waits(step: Step, decision: Wait, now: datetime) -> bool:
+    """Whether time passes at a step that waits, not at one that is retried or held up."""
+    return isinstance(step.behaviour, Instant) and decision.until > now
+
+
+def _told_loop(executed: list[str]) -> str:
+    """What is wrong with coming back to the last of these side effects."""
+    cycle = executed[executed.index(executed[-1]) :]
+    return (
+        f"a loop that never waits: {' → '.join(cycle)}; nothing is executed a second time before "
+        "time has passed: put a step that waits into it"
+    )

@@ -88,11 +88,13 @@ StepAnswer = Action | Stay | Jump | Update
 class Instant:
     """What a built-in step without a side effect does: a function of the enrollment and the time.
 
-    It may raise EvaluationError. `met` is set for a goal alone: whether it is reached.
+    It may raise EvaluationError. `met` is set for a goal alone: whether it is reached; one that
+    `repeats` is armed again when it no longer holds.
     """
 
     answer: Callable[[Moment], StepAnswer]
     met: Callable[[Moment], bool] | None = None
+    repeats: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ class Sequence:
     recheck: timedelta = timedelta(
         minutes=1
     )  # how often goals and waits that read it are looked at
+    archived: bool = False  # GoTo steps of other sequences can't enter it
 
 
 Definitions = Mapping[str, Sequence]
@@ -191,7 +194,9 @@ class Enrollment(NamedTuple):
     attempt: int = 0
     retry_at: datetime | None = None  # the side effect is not started before
     leased_by: str | None = None  # the daemon that executes the side effect until wake_at
-    goals_met: tuple[str, ...] | list[str] = ()
+    goals_met: tuple[str, ...] | list[str] = ()  # of its sequence
+    goals_elsewhere: str | None = None  # JSON text: the goals met by sequence that it has left
+    executed: tuple[str, ...] | list[str] = ()  # side effects since it last waited, see effect_key
 
     @property
     def key(self) -> str:
@@ -210,9 +215,14 @@ class Enrollment(NamedTuple):
         return (self.id, self.visit, self.attempt, self.leased_by)
 
     @property
+    def goals(self) -> tuple[tuple[str, ...] | list[str], str | None]:
+        """Those met, in its sequence and in others."""
+        return self.goals_met, self.goals_elsewhere
+
+    @property
     def position(self) -> tuple[object, ...]:
         """All of it but whose it is."""
-        return self[_OWN:-1] + tuple(self.goals_met)
+        return (*self[_OWN:_LISTS], tuple(self.goals_met), self.goals_elsewhere, *self.executed)
 
     def at(self, other: Enrollment) -> Enrollment:
         """The same, in the position of another."""
@@ -220,7 +230,9 @@ class Enrollment(NamedTuple):
 
     # What most moves do is written out: `_replace` takes twice as long.
 
-    def entering(self, sequence: str, step: str, now: datetime) -> Enrollment:
+    def entering(
+        self, sequence: str, step: str, now: datetime, executed: tuple[str, ...] | list[str]
+    ) -> Enrollment:
         """At another step: a new visit, in which nothing was tried yet."""
         return Enrollment(
             self.id,
@@ -238,6 +250,8 @@ class Enrollment(NamedTuple):
             None,
             None,
             self.goals_met,
+            self.goals_elsewhere,
+            executed,
         )
 
     def leased_to(self, daemon: str) -> Enrollment:
@@ -258,10 +272,21 @@ class Enrollment(NamedTuple):
             None,
             daemon,
             self.goals_met,
+            self.goals_elsewhere,
+            self.executed,
         )
 
 
 _OWN = Enrollment._fields.index("sequence")
+_LISTS = Enrollment._fields.index("goals_met")
+
+
+def effect_key(sequence: str, step: str) -> str:
+    """Names a step with a side effect among those of all sequences; SQL has the same function."""
+    if "/" in sequence or "%" in sequence:
+        sequence = sequence.replace("%", "%25").replace("/", "%2F")
+    return f"{sequence}/{step}"
+
 
 External = Mapping[str, Any]
 """What a lookup knows of a subject; nothing where there is no lookup."""
@@ -513,3 +538,4 @@ class Advanced(NamedTuple):
     events: tuple[Event, ...]
     data: Mapping[str, Any] | None = None  # to be merged into the row
     is_common: bool = False
+    entered: tuple[str, ...] = ()  # the sequences that it jumps into, if they don't refuse it

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, StrictFloat, StrictInt
+from pydantic import AfterValidator, Field, JsonValue, StrictBool, StrictFloat, StrictInt
 from pydantic.config import JsonDict
 
 from sequencerd.core import dates
@@ -89,6 +89,9 @@ class ConditionalConfig(ConditionConfig):
 class GoalConfig(ConditionConfig):
     """Pulls to its next from wherever somebody stands, as soon as the condition holds."""
 
+    repeat: StrictBool = False
+    """Pulls again each time that the condition holds after it did not; else once."""
+
 
 class DurationConfig(Config):
     """An amount of a unit of time."""
@@ -160,12 +163,17 @@ def _conditional(config: Mapping[str, Any]) -> Instant:
 
 
 def _goal(config: Mapping[str, Any]) -> Instant:
-    holds = parse_config(GoalConfig, config).predicate()
+    parsed = parse_config(GoalConfig, config)
+    holds = parsed.predicate()
 
     def is_met(moment: Moment) -> bool:
         return holds(moment.view)
 
-    return Instant(lambda moment: Action.NEXT if is_met(moment) else Stay(NEVER), met=is_met)
+    return Instant(
+        lambda moment: Action.NEXT if is_met(moment) else Stay(NEVER),
+        met=is_met,
+        repeats=parsed.repeat,
+    )
 
 
 def _wait_for_duration(config: Mapping[str, Any]) -> Instant:

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sequencerd.core.advance import LOOKUP_DELAY, MAX_MOVES, advance
@@ -34,6 +34,7 @@ from sequencerd.core.model import (
     SideEffect,
     Step,
     Wait,
+    effect_key,
 )
 from sequencerd.core.steps import compile_step
 
@@ -556,6 +557,205 @@ def test_wrong_configs_are_told(type_: str, config: Mapping[str, Any], words: st
         compile_step(type_, config)
 
 
+# --- loops, goals of several sequences, jumps
+
+
+def drive(
+    definitions: Mapping[str, Sequence],
+    here: Enrollment,
+    *,
+    days: float = 3,
+) -> tuple[list[tuple[datetime, str]], Decision]:
+    """What is executed and when, each side effect taking a second, and how it ends."""
+    now, executed, result = NOW, list[tuple[datetime, str]](), None
+    while True:
+        advanced = advance(definitions, here, now, result)
+        here, result, decision = advanced.enrollment, None, advanced.decision
+        if isinstance(decision, Execute):
+            executed.append((now, f"{here.sequence}/{here.step}"))
+            assert len(executed) < 100, executed
+            here, result, now = here.leased_to("host:1"), Answer(), now + timedelta(seconds=1)
+        elif isinstance(decision, Wait) and decision.until < NOW + timedelta(days=days):
+            now = decision.until
+        else:
+            return executed, decision
+
+
+AT_TEN = {"attribute": "hour", "values": [10]}
+ALWAYS = {"lodashCommand": "isNil", "value": {"type": "raw", "value": None}}
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        [("WaitForDateComparison", AT_TEN)],
+        [("WaitForDate", {"date": "2026-03-01"})],
+        [("WaitForCondition", ALWAYS)],
+        [("WaitForDuration", {"amount": 0, "unit": "days"})],
+        [("Conditional", ALWAYS)],
+        [("GoTo", {})],
+        [("UpdateData", {"data": {"x": 1}})],
+        [("Split", {"next": 1, "altNext": 0})],
+        [("Goal", ALWAYS)],
+        [("Email", {}), ("WaitForDateComparison", AT_TEN), ("Email", {})],
+        [],
+    ],
+)
+def test_a_side_effect_is_not_executed_again_before_time_has_passed(
+    between: list[tuple[str, Mapping[str, Any]]],
+) -> None:
+    names = ["mail", *(f"s{n}" for n in range(len(between))), "mail"]
+    steps = [step("mail", "Email", then=names[1])]
+    steps += [step(names[n], *given, names[n + 1]) for n, given in enumerate(between, 1)]
+    executed, decision = drive(sequence(*steps), at("mail"))
+    effects = ["s/mail", *(f"s/{s.name}" for s in steps[1:] if s.type == "Email")]
+    assert [key for _, key in executed] == effects
+    assert isinstance(decision, Fail)
+    assert decision.failure == "loop"
+    assert " → ".join([*effects, "s/mail"]) in decision.message
+
+
+def test_a_loop_through_another_sequence_is_one() -> None:
+    definitions = {
+        **sequence(
+            step("mail", "Email", then="over"),
+            step("over", "GoTo", {"step": "mail", "sequence": "t"}),
+        ),
+        **sequence(
+            step("mail", "Email", then="back"),
+            step("back", "GoTo", {"step": "mail", "sequence": "s"}),
+            name="t",
+        ),
+    }
+    executed, decision = drive(definitions, at("mail"))
+    assert [key for _, key in executed] == ["s/mail", "t/mail"]
+    assert isinstance(decision, Fail)
+    assert decision.failure == "loop"
+
+
+def test_names_with_slashes_are_told_apart() -> None:
+    assert effect_key("a/b", "c") != effect_key("a", "b/c")
+    assert effect_key("a%2Fb", "c") != effect_key("a/b", "c")
+
+
+def test_one_that_fails_on_and_on_by_its_other_way_is_a_loop() -> None:
+    effect = replace(EFFECT, on_error="altNext")
+    definitions = sequence(step("mail", "Email", otherwise="mail", effect=effect))
+    here = at("mail", attempt=3, leased_by="host:1")
+    decision = advance(definitions, here, NOW, Failed("no")).decision
+    assert isinstance(decision, Fail)
+    assert decision.failure == "loop"
+
+
+def test_loops_that_wait_go_on() -> None:
+    daily = sequence(
+        step("wait", "WaitForDuration", {"amount": 1, "unit": "days"}, "mail"),
+        step("mail", "Email", then="sms"),
+        step("sms", "Email", then="wait"),
+    )
+    executed, decision = drive(daily, at("wait"))
+    assert len(executed) == 4
+    assert isinstance(decision, Wait)
+
+
+def test_a_goal_that_pulls_from_a_side_effect_and_a_retry_are_no_loop() -> None:
+    here = advance(MAIL, at("mail", attempt=1, leased_by="host:1"), NOW, Failed("later")).enrollment
+    again = advance(MAIL, here, NOW + timedelta(minutes=5))
+    assert isinstance(again.decision, Execute)
+
+
+def test_a_runner_that_waits_by_noop_waits() -> None:
+    poll = sequence(step("mail", "Email", then="poll"), step("poll", "Email", then="mail"))
+    here = at("poll", attempt=1, leased_by="host:1", executed=("s/mail",))
+    noop = advance(poll, here, NOW, Answer(Action.NOOP))
+    assert noop.enrollment.executed == ()
+    at_once = advance(poll, here, NOW, Answer(Action.NOOP, retry_after=timedelta(0)))
+    assert isinstance(at_once.decision, Execute)  # the same visit is no revisit
+    assert at_once.enrollment.executed == ("s/mail",)
+
+
+def test_goals_are_of_their_sequence() -> None:
+    definitions = {
+        **sequence(
+            step("wait", "WaitForDuration", {"amount": 9, "unit": "days"}),
+            step("paid", "Goal", PAID, "over"),
+            step("over", "GoTo", {"step": "dun", "sequence": "b"}),
+        ),
+        **sequence(
+            step("dun", "Email", then="back"),
+            step("back", "GoTo", {"step": "wait", "sequence": "s"}),
+            step("paid", "Goal", PAID, "thanks"),
+            step("thanks", "WaitForDuration", {"amount": 1, "unit": "days"}, "back"),
+            name="b",
+        ),
+    }
+    pulled = advance(definitions, at("wait", '{"paid": true}'), NOW)
+    assert (pulled.enrollment.sequence, pulled.enrollment.step) == ("b", "thanks")
+    assert pulled.enrollment.goals_met == ("paid",)
+    # and what was met before it left holds when it comes back
+    back = advance(definitions, pulled.enrollment, NOW + timedelta(days=1))
+    assert (back.enrollment.sequence, back.enrollment.step) == ("s", "wait")
+    assert back.enrollment.goals_met == ("paid",)
+    assert json.loads(back.enrollment.goals_elsewhere or "") == {"b": ["paid"]}
+
+
+def test_a_goal_that_repeats_is_armed_again_when_it_no_longer_holds() -> None:
+    definitions = sequence(
+        step("wait", "WaitForDuration", {"amount": 9, "unit": "days"}),
+        step("paid", "Goal", {**PAID, "repeat": True}, "wait"),
+    )
+    pulled = advance(definitions, at("wait", '{"paid": true}'), NOW)
+    assert [event.action for event in pulled.events] == ["goal"]
+    again = advance(definitions, pulled.enrollment, NOW)
+    assert not again.events
+    unpaid = advance(definitions, pulled.enrollment._replace(data="{}"), NOW)
+    assert (unpaid.enrollment.goals_met, unpaid.events) == ((), ())
+    paid = advance(definitions, unpaid.enrollment._replace(data='{"paid": true}'), NOW)
+    assert [event.action for event in paid.events] == ["goal"]
+    assert paid.enrollment.goals_met == ("paid",)
+
+
+JUMP = step("go", "GoTo", {"step": "x", "sequence": "other"})
+OTHER = sequence(step("x", "Email"), name="other")
+ARCHIVED = {"other": replace(OTHER["other"], archived=True)}
+
+
+def test_a_jump_tells_what_it_enters() -> None:
+    advanced = advance({**sequence(JUMP), **OTHER}, at("go"), NOW)
+    assert (advanced.entered, advanced.is_common) == (("other",), False)
+
+
+@pytest.mark.parametrize(
+    ("other", "refused", "failure"),
+    [
+        (OTHER, {"other": "already_enrolled"}, "already_enrolled"),
+        (OTHER, {"other": "archived"}, "archived"),
+        (ARCHIVED, None, "archived"),
+    ],
+)
+def test_a_jump_that_is_refused_has_an_outcome(
+    other: dict[str, Sequence], refused: dict[str, str] | None, failure: str
+) -> None:
+    failed = advance({**sequence(JUMP), **other}, at("go"), NOW, refused=refused)
+    assert isinstance(failed.decision, Fail)
+    assert failed.decision.failure == failure
+    assert "other" in failed.decision.message
+    assert (failed.enrollment.sequence, failed.enrollment.step) == ("s", "go")
+    assert failed.entered == ()
+    otherwise = replace(JUMP, alt_next_step="mail")
+    definitions = {**sequence(otherwise, step("mail", "Email")), **other}
+    went = advance(definitions, at("go"), NOW, refused=refused)
+    assert (went.enrollment.step, went.events[0].action) == ("mail", "altNext")
+    assert isinstance(went.decision, Execute)
+
+
+def test_jumps_within_a_sequence_are_never_refused() -> None:
+    own = step("go", "GoTo", {"step": "mail", "sequence": "s"})
+    definitions = sequence(own, step("mail", "Email"))
+    archived = {"s": replace(definitions["s"], archived=True)}
+    assert isinstance(advance(archived, at("go"), NOW).decision, Execute)
+
+
 # --- properties
 
 NAMES = ["a", "b", "c", "d"]
@@ -616,6 +816,7 @@ enrollments = st.builds(
     timezone=st.sampled_from([None, "Asia/Tokyo", "Nowhere/Land"]),
     entered_at=st.sampled_from([None, NOW, NOW - timedelta(days=40)]),
     goals_met=st.sampled_from([(), ("a",), ("b", "c")]),
+    executed=st.sampled_from([(), ("s/a",), ("s/b", "s/c")]),
     attempt=st.integers(0, 3),
     leased_by=st.sampled_from([None, "host:1"]),
 )
@@ -672,6 +873,28 @@ def test_woken_early_it_changes_nothing(
     assert early.decision == first.decision
     assert early.enrollment == first.enrollment
     assert [event.action for event in early.events] in ([], ["warning"])
+
+
+@settings(deadline=None)  # it makes many moves
+@given(worlds(), enrollments, st.sampled_from([Answer(), Answer(Action.ALT_NEXT)]))
+def test_between_two_executions_of_a_step_it_waits(
+    definitions: dict[str, Sequence], enrollment: Enrollment, answer: Answer
+) -> None:
+    here = enrollment._replace(attempt=0, leased_by=None, executed=())
+    now, result = NOW, None
+    executed: dict[str, datetime] = {}
+    for _ in range(50):
+        advanced = advance(definitions, here, now, result)
+        here, result = advanced.enrollment, None
+        match advanced.decision:
+            case Execute():
+                assert executed.get(here.step) != now
+                executed[here.step] = now
+                here, result = here.leased_to("host:1"), answer
+            case Wait(until) if until < NEVER:
+                now = until
+            case _:
+                break
 
 
 @given(worlds(), enrollments)
