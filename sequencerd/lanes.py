@@ -9,9 +9,19 @@ from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from sequencerd import tracing
-from sequencerd.core.model import Enrollment, Failed, Fence, NotStarted, Result, Step, Task
+from sequencerd.core.model import (
+    Attribution,
+    Enrollment,
+    Failed,
+    Fence,
+    NotStarted,
+    Result,
+    Step,
+    Task,
+)
 from sequencerd.metrics import Metrics
 from sequencerd.runners import NotNow
+from sequencerd.runners.causes import is_exhausted
 from sequencerd.store import Place
 
 INTERRUPTED = Failed(
@@ -154,7 +164,8 @@ class Lane:
             return [Failed(str(error), fault="server", asked=False)] * len(batch)
         except Exception as error:  # whatever a plug-in raises
             text = f"{type(error).__name__}: {error}"
-            return [Failed(text, fault="unclear", unknown=True)] * len(batch)
+            fault: Attribution = "server" if is_exhausted(error) else "unclear"
+            return [Failed(text, fault=fault, unknown=True)] * len(batch)
         if len(results) != len(batch):
             text = f"the runner answered {len(results)} results for {len(batch)} enrollments"
             return [Failed(text, fault="unclear", unknown=True)] * len(batch)

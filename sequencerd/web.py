@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from sequencerd.errors import SettingsError
+from sequencerd.names import new_loop
 from sequencerd.settings import split_address
 
 Check = Callable[[], list[str]]
@@ -100,8 +101,13 @@ async def serving(app: Starlette, listen: str | None) -> AsyncIterator[None]:
     except OSError as error:
         raise SettingsError(f"http.listen: can't listen on {listen}: {error.strerror}") from error
     server = _Server(app)
+
+    def serve() -> None:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(server.serve([listener]))
+
     # in a thread that is not the main one, uvicorn leaves the signals alone
-    serving = asyncio.create_task(asyncio.to_thread(server.run, [listener]))
+    serving = asyncio.create_task(asyncio.to_thread(serve))
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from sequencerd import daemon, embedded, migrate
 from sequencerd.errors import DatabaseError
+from sequencerd.names import new_loop
 from sequencerd.settings import Settings, load
 from sequencerd.store import QUERIES
 
@@ -87,12 +88,9 @@ def on_database(run: DatabaseCommand) -> Command:
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:
-    """asyncio.run, on uvloop where it is installed."""
-    try:
-        import uvloop  # noqa: PLC0415 - an extra
-    except ImportError:
-        return asyncio.run(work)
-    return uvloop.run(work)
+    """asyncio.run, with names resolved in threads of their own."""
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(work)
 
 
 @contextmanager

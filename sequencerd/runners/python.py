@@ -29,9 +29,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from sequencerd.core.config import parse_config
-from sequencerd.core.model import RETRY, Answer, Failed, Result, RetryPolicy, Task
+from sequencerd.core.model import RETRY, Answer, Attribution, Failed, Result, RetryPolicy, Task
 from sequencerd.runners import Refused, Runner
 from sequencerd.runners.answers import PLAIN, StrictOutcome, read_outcome
+from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.fields import one_line
 
 GROUP = "sequencerd.runners"
@@ -176,7 +177,8 @@ class PythonRunner:
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
         message = f"{self._name}: {type(error).__name__}: {text}{place}"
-        return Failed(message, fault="unclear", unknown=True)
+        fault: Attribution = "server" if is_exhausted(error) else "unclear"
+        return Failed(message, fault=fault, unknown=True)
 
     async def close(self) -> None:
         """Nothing to give back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from aiosmtplib.errors import (
 )
 
 from sequencerd.core.model import Answer, Failed, Result
+from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.smtp_dialogue import Dialogue, Reply
 from sequencerd.runners.smtp_url import parse_url
@@ -118,7 +120,8 @@ class Postman:
             failed = Failed(f"{self._place} {error}", permanent=True)
         except (SMTPException, OSError) as error:
             text = f"{self._place}: {_describe(error)}"
-            failed = Failed(text, fault="unclear" if attempt.begun else "server")
+            is_servers = not attempt.begun or is_exhausted(error)
+            failed = Failed(text, fault="server" if is_servers else "unclear")
         finally:
             attempt.end()
         message = self._server.hide(one_line(failed.message, 500))
@@ -214,10 +217,10 @@ class Postman:
         )
 
     async def _connect(self) -> Dialogue:
+        self._name = self._name or await _own_name()  # found once: it may take a DNS query
         client = self._client()
         try:
             await client.connect()
-            self._name = client.local_hostname  # found once: it may take a DNS query
             if client.is_ehlo_or_helo_needed:
                 try:
                     await client.ehlo()
@@ -307,6 +310,18 @@ async def _begin(mail: Mail, attempt: _Attempt, dialogue: Dialogue) -> list[Repl
     recipients = [f"RCPT TO:<{address}>" for address in (*mail.to, *mail.others)]
     attempt.begun = True
     return await dialogue.ask(f"MAIL FROM:<{mail.sender}>{options}", *recipients)
+
+
+async def _own_name() -> str:
+    """This machine's name for EHLO. aiosmtplib would ask in threads that the exit waits for."""
+    name = socket.gethostname()
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            name, None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME
+        )
+    except OSError:
+        return name
+    return next((canonical for *_, canonical, _ in found if canonical), name)
 
 
 async def _say_goodbye(dialogue: Dialogue) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import re
 import socket
 import ssl
@@ -14,20 +15,24 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, timedelta
 from email.utils import parsedate_to_datetime
-from functools import cached_property
-from ipaddress import ip_address
+from functools import cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any
 
+import h2.events
+import h2.exceptions
 import httpx
 
 from sequencerd.core.model import Attribution, Failed
+from sequencerd.runners.causes import causes, is_exhausted
 from sequencerd.runners.fields import one_line
 
 MAX_ANSWER = 1024 * 1024  # bytes
 LONGEST_WAIT = timedelta(days=366)
 CALLS = 500  # over an HTTP/2 connection
 IDLE = 4.0  # seconds; httpx does not see that a server has closed HTTP/2, which Node does after 5
-
+RETIRED = 3  # connections in a row that a server may retire without an answer on any of them
 
 _PUBLIC = frozenset(
     {"accept", "content-type", "idempotency-key", "webhook-id", "webhook-timestamp"}
@@ -42,15 +47,28 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
     """No answer, or none that can be used. The message says why, without the URL's secrets.
 
     `sent`: the request was on its way, so it may have been answered, and done what it asks for.
+    `exhausted`: this machine lacks descriptors, memory or ports. `retired`: the server closed the
+    connection on purpose, so the request is to be made again at once.
     """
 
-    def __init__(self, message: str, *, sent: bool = False) -> None:
+    def __init__(
+        self, message: str, *, sent: bool = False, exhausted: bool = False, retired: bool = False
+    ) -> None:
         super().__init__(message)
         self.sent = sent
+        self.exhausted = exhausted
+        self.retired = retired
 
     def failed(self, message: str) -> Failed:
         """What it means: a server that takes no requests is down; one may break on a request."""
-        return Failed(message, fault="unclear" if self.sent else "server", unknown=self.sent)
+        is_servers = self.retired or self.exhausted or not self.sent
+        return Failed(
+            message,
+            retry_after=timedelta(0) if self.retired else None,
+            fault="server" if is_servers else "unclear",
+            unknown=self.sent,
+            asked=not self.retired,  # it is not down
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +97,10 @@ class Web:
     With `http2`, calls share a connection where the server offers that. httpx drops the answers
     under way when a server retires a connection, since h2 reads nothing after GOAWAY
     (https://github.com/python-hyper/h2/issues/1181). So it is given up before the server does:
-    nginx does after 1,000 requests.
+    nginx does after 1,000 requests. Where a server does it earlier, the requests under way are made
+    again at once.
+
+    Nothing is kept from one call to the next: no cookies.
     """
 
     def __init__(
@@ -92,6 +113,7 @@ class Web:
         self._clients: Counter[httpx.AsyncClient] = Counter()  # with their calls under way
         self._newest: httpx.AsyncClient | None = None
         self._calls_left = 0
+        self._retired = 0  # connections in a row without an answer
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -110,14 +132,10 @@ class Web:
                 del self._clients[client]
                 await client.aclose()
 
-    @cached_property
-    def _tls(self) -> ssl.SSLContext:
-        # made when it is first used: reading the system's certificates takes its time
-        return httpx.create_ssl_context()
-
     def _make_client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
-            verify=self._tls,
+            verify=_tls(self._http2, os.getenv("SSL_CERT_FILE"), os.getenv("SSL_CERT_DIR")),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             timeout=None,  # noqa: S113 - one time limit is set around the whole call
             limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=IDLE),
             headers={"User-Agent": "sequencerd", "Accept-Encoding": "identity"},
@@ -162,28 +180,41 @@ class Web:
                         continue  # the host has another address
                 return await self._send(last, request, secrets)
         except TimeoutError:
-            message = f"no answer from {named.host} within {self._timeout:g} s"
+            message = f"no answer from {_place(named)} within {self._timeout:g} s"
             raise Unreachable(message, sent=sent) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
-            raise Unreachable(f"{named.host}: {_reason(error)}", sent=sent) from error
+            raise Unreachable(
+                f"{_place(named)}: {_reason(error)}",
+                sent=sent,
+                exhausted=is_exhausted(error),
+                retired=_is_retired(error) and self._retired <= RETIRED,
+            ) from error
 
     async def _send(
         self, url: httpx.URL, request: Mapping[str, Any], secrets: frozenset[str]
     ) -> Reply:
-        async with self._client() as client, client.stream(url=url, **request) as response:
-            return Reply(response.status_code, response.headers, await _read(response), secrets)
+        async with self._client() as client:
+            try:
+                async with client.stream(url=url, **request) as response:
+                    body = await _read(response)
+            except httpx.ProtocolError as error:
+                if _is_retired(error) and client is self._newest:
+                    self._newest = None  # no other call begins on it
+                    self._retired += 1
+                raise
+            self._retired = 0
+            return Reply(response.status_code, response.headers, body, secrets)
 
     async def _targets(self, url: httpx.URL) -> list[httpx.URL]:
         """The URL, or with its host's addresses in it, once they are known to be public."""
         if self._allow_private or _names_itself(url.host):
             return [url]
-        port = url.port or (443 if url.scheme == "https" else 80)
         host = url.raw_host.decode("ascii")
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await loop.getaddrinfo(host, _port(url), type=socket.SOCK_STREAM)
         addresses = list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
         for address in addresses:
-            if not ip_address(address).is_global:
+            if not is_public(ip_address(address)):
                 raise Unreachable(
                     f"{url.host} has the private address {address}: "
                     "set allow_private if that is meant"
@@ -204,11 +235,69 @@ def _names_itself(host: str) -> bool:
     return True
 
 
+_GLOBAL_UNICAST = IPv6Network("2000::/3")
+_NAT64 = IPv6Network("64:ff9b::/96")
+_COMPATIBLE = IPv6Network("::/96")
+
+
+def is_public(address: IPv4Address | IPv6Address) -> bool:
+    """Whether an address is a host's on the internet; one that carries others, whether all are."""
+    if carried := _carried(address):
+        return all(is_public(one) for one in carried)
+    if isinstance(address, IPv6Address) and address not in _GLOBAL_UNICAST:
+        return False  # site-local, NAT64 of a network's own (64:ff9b:1::/48), multicast, ...
+    return address.is_global and not address.is_multicast
+
+
+def _carried(address: IPv4Address | IPv6Address) -> tuple[IPv4Address, ...]:
+    """The IPv4 addresses that an IPv6 address leads to."""
+    if isinstance(address, IPv4Address):
+        return ()
+    if address.teredo is not None:
+        return address.teredo
+    if address in _NAT64 or address in _COMPATIBLE:
+        return (IPv4Address(int(address) & 0xFFFF_FFFF),)
+    inner = address.ipv4_mapped or address.sixtofour
+    return () if inner is None else (inner,)
+
+
+@cache
+def _tls(_http2: bool, _file: str | None, _folder: str | None) -> ssl.SSLContext:
+    """One for all clients, as each holds the system's certificates; but httpcore writes into it
+    which protocols it offers. The variables are those that httpx reads.
+    """
+    return httpx.create_ssl_context()
+
+
+def _port(url: httpx.URL) -> int:
+    return url.port or (443 if url.scheme == "https" else 80)
+
+
+def _place(url: httpx.URL) -> str:
+    """The host and port, for a message."""
+    host = f"[{url.host}]" if ":" in url.host else url.host
+    return f"{host}:{_port(url)}"
+
+
+def _is_retired(error: BaseException) -> bool:
+    """Whether an HTTP/2 connection has ended by GOAWAY; h2 then refuses whatever else comes."""
+    return any(
+        isinstance(one, h2.exceptions.ProtocolError) and "ConnectionState.CLOSED" in str(one)
+        for one in causes(error)
+    ) or any(
+        isinstance(argument, h2.events.ConnectionTerminated) and argument.error_code == 0
+        for one in causes(error)
+        for argument in one.args
+    )
+
+
 def _reason(error: BaseException) -> str:
     """What the system said, where the client says only that it has failed."""
-    while (below := error.__cause__ or error.__context__) and not isinstance(below, KeyError):
-        error = below  # h2's KeyErrors are how it looks up what it says above them
-    return one_line(str(error)) or type(error).__name__
+    *_, cause = causes(error)
+    if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and cause.errno:
+        # asyncio says the address once more
+        return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
+    return one_line(str(cause)) or type(cause).__name__
 
 
 async def _read(response: httpx.Response) -> bytes:
@@ -228,6 +317,8 @@ def check_url(url: str) -> str:
         raise ValueError("the URL can't be read: write https://host/path") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError("the URL must begin with https://host or http://host")
+    if parsed.port is not None and not 0 < parsed.port < 65536:
+        raise ValueError(f"the URL's port {parsed.port} is not between 1 and 65535")
     return url
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
+import resource
 import ssl
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes, policy
@@ -28,6 +30,8 @@ from h2.events import DataReceived, RequestReceived, StreamEnded, StreamReset
 from sequencerd.core.model import Task
 
 HOST = "127.0.0.1"
+GOAWAY = b"GOAWAY"
+"""As a raw answer over HTTP/2: the connection is given up, as servers do that are restarted."""
 
 DIGEST = "5f2c" * 8
 KEY = f"7:1:{DIGEST}"
@@ -45,6 +49,23 @@ def task(id_: int = 7, **data: Any) -> Task:
         "startSequence": "2026-01-02T03:04:05.678Z",
     }
     return Task(f"{id_}:1:{DIGEST}", view)
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Meanwhile this process can open nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for number in taken:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # --- SMTP
@@ -313,6 +334,10 @@ class Http2Server(HttpServer):
         async def answer(stream: int, request: Request) -> None:
             self.requests.append(request)
             given = await self.respond(request)
+            if given.raw == GOAWAY:
+                talk.close_connection(last_stream_id=stream)
+                flush()
+                return
             if given.raw is not None:
                 writer.transport.abort()
                 return

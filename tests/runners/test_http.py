@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from ipaddress import ip_address
 from typing import Any
 
 import httpx
@@ -19,9 +20,17 @@ import pytest
 
 from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result
 from sequencerd.runners.http import HttpRunner
-from sequencerd.runners.web import MAX_ANSWER, Web
+from sequencerd.runners.web import MAX_ANSWER, Web, is_public
 from tests.runners import servers
-from tests.runners.servers import KEY, HttpServer, Request, http_server, task
+from tests.runners.servers import (
+    HOST,
+    KEY,
+    HttpServer,
+    Request,
+    http_server,
+    no_descriptors,
+    task,
+)
 
 SECRET = "whsec_" + base64.b64encode(b"a key of some bytes").decode()
 
@@ -250,7 +259,7 @@ async def test_an_endpoint_that_hangs() -> None:
 
     async with http_server(respond) as server, runner(server, timeout=0.2) as made:
         (result,) = await made.run(made.compile({}), [task()])
-    assert failed(result).message == "Crm: no answer from 127.0.0.1 within 0.2 s"
+    assert failed(result).message == f"Crm: no answer from 127.0.0.1:{server.port} within 0.2 s"
     assert not failed(result).permanent
 
 
@@ -261,7 +270,7 @@ async def test_nobody_listens_there() -> None:
     (result,) = await made.run(made.compile({}), [task()])
     await made.close()
     assert not failed(result).permanent
-    assert failed(result).message.startswith("Crm: 127.0.0.1: ")
+    assert failed(result).message == f"Crm: {url.removeprefix('http://')}: Connection refused"
     assert "hidden" not in failed(result).message
 
 
@@ -307,9 +316,93 @@ def test_a_config_that_is_not_json() -> None:
         made.compile({"a": math.nan})
 
 
+async def test_nothing_is_kept_from_one_call_to_the_next() -> None:
+    async def respond(request: Request) -> servers.Answer:
+        answer = await all_next(request)
+        answer.headers["Set-Cookie"] = f"session=of-{len(server.requests)}; Path=/; Max-Age=3600"
+        return answer
+
+    async with http_server(respond) as server, runner(server) as made:
+        for id_ in range(3):
+            await made.run(made.compile({}), [task(id_)])
+    assert ["cookie" in request.headers for request in server.requests] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("10.0.0.1", False),
+        ("100.64.0.1", False),  # carriers' NAT
+        ("169.254.169.254", False),
+        ("0.0.0.0", False),
+        ("224.0.1.1", False),
+        ("255.255.255.255", False),
+        ("2606:4700::1111", True),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1", False),
+        ("fec0::1", False),
+        ("fc00::1", False),
+        ("ff0e::1", False),
+        ("::ffff:8.8.8.8", True),
+        ("::ffff:10.0.0.1", False),
+        ("::8.8.8.8", True),
+        ("::127.0.0.1", False),
+        ("64:ff9b::8.8.8.8", True),
+        ("64:ff9b::169.254.169.254", False),
+        ("64:ff9b::224.0.0.1", False),
+        ("64:ff9b:1::8.8.8.8", False),
+        ("64:ff9b:1:a00:0:100::", False),
+        ("2002:808:808::1", True),
+        ("2002:a00:1::1", False),
+        ("2002:7f00:1::", False),
+        ("2001:0:808:808::f7f7:f7f7", True),  # Teredo, 8.8.8.8 behind 8.8.8.8
+        ("2001:0:808:808::f5ff:fffe", False),  # 10.0.0.1 behind 8.8.8.8
+        ("2001:0:a00:1::f7f7:f7f7", False),
+        ("2001:db8::1", False),
+    ],
+)
+def test_which_addresses_are_public(address: str, public: bool) -> None:
+    assert is_public(ip_address(address)) is public
+
+
+async def test_clients_share_the_certificates() -> None:
+    contexts = []
+    for _ in range(2):
+        web = Web(timeout=1, connections=1, allow_private=False)
+        async with web._client() as client:
+            contexts.append(client._transport._pool._ssl_context)  # type: ignore[attr-defined]
+        await web.close()
+    assert contexts[0] is contexts[1]
+
+
+async def test_a_machine_without_descriptors_spends_no_attempt() -> None:
+    async with http_server(all_next) as server, runner(server) as made:
+        with no_descriptors():
+            (result,) = await made.run(made.compile({}), [task()])
+        assert failed(result).message == f"Crm: {HOST}:{server.port}: Too many open files"
+        assert (failed(result).fault, failed(result).unknown) == ("server", False)
+        assert await made.run(made.compile({}), [task()]) == [Answer()]
+
+
+async def test_the_cause_is_told_whatever_was_being_handled() -> None:
+    async with http_server(all_next) as server:
+        url = server.url
+    made = HttpRunner(url, name="Crm")
+    try:
+        raise ModuleNotFoundError("No module named 'uvloop'")
+    except ModuleNotFoundError:
+        (result,) = await made.run(made.compile({}), [task()])
+    await made.close()
+    assert failed(result).message.endswith("Connection refused")
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"url": "https://crm.example.com:99999"},
+        {"url": "https://crm.example.com:0"},
         {"url": "ftp://crm.example.com"},
         {"url": "crm.example.com/x"},
         {"url": "https://"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,48 @@ async def test_a_connection_cut_after_the_request_leaves_the_outcome_open(
         (result,) = await call(server)
     assert isinstance(result, Failed)
     assert (result.unknown, result.permanent) == (True, False)
+
+
+async def test_a_connection_that_the_server_gives_up_is_asked_again_at_once(
+    tls: ssl.SSLContext,
+) -> None:
+    async def respond(request: Request) -> servers.Answer:
+        if len(server.requests) == 3:
+            given_up.set()
+        if len(server.requests) <= 3:
+            await given_up.wait()  # all are under way
+            return servers.Answer(raw=servers.GOAWAY)
+        return answer(request)
+
+    given_up = asyncio.Event()
+    async with http_server(respond, tls) as server:
+        made = HttpRunner(server.url, name="Crm", timeout=60)
+        program = made.compile({})
+        first = await asyncio.gather(*(made.run(program, [task(id_)]) for id_ in range(3)))
+        second = await asyncio.gather(*(made.run(program, [task(id_)]) for id_ in range(3)))
+        await made.close()
+    for (result,) in first:
+        assert isinstance(result, Failed)
+        assert (result.unknown, result.fault) == (True, "server")
+        assert result.retry_after == timedelta(0)
+    assert [isinstance(result, Answer) for (result,) in second] == [True] * 3
+    assert server.connections == 2
+    keys = [request.headers["idempotency-key"] for request in server.requests]
+    assert sorted(keys[:3]) == sorted(keys[3:])
+
+
+async def test_a_server_that_gives_up_every_connection_is_not_asked_for_ever(
+    tls: ssl.SSLContext,
+) -> None:
+    async def respond(_: Request) -> servers.Answer:
+        return servers.Answer(raw=servers.GOAWAY)
+
+    async with http_server(respond, tls) as server:
+        made = HttpRunner(server.url, name="Crm", timeout=60)
+        results = [(await made.run(made.compile({}), [task()]))[0] for _ in range(5)]
+        await made.close()
+    faults = [isinstance(result, Failed) and result.fault for result in results]
+    assert faults == ["server", "server", "server", "unclear", "unclear"]
 
 
 async def test_no_answer_in_time_leaves_the_outcome_open(tls: ssl.SSLContext) -> None:

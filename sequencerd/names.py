@@ -1,0 +1,184 @@
+"""The event loop, which resolves names so that one that hangs delays no other.
+
+Whatever connects goes through it: HTTP, SMTP and the database. A name is asked for once at a time,
+in a thread of its own that nobody waits for at the exit; the threads that asyncio shares are few,
+and its end waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+TIMEOUT = 10.0  # seconds for which a caller waits; the question itself goes on
+FRESH = 5.0  # seconds for which an answer is used again
+FRESH_ERROR = 1.0
+
+Addresses = list[tuple[Any, ...]]
+"""As `socket.getaddrinfo` gives them."""
+
+Key = tuple[str, str | None, int, int, int, int]
+
+if TYPE_CHECKING:
+    _Base = asyncio.BaseEventLoop
+else:
+    try:
+        import uvloop
+    except ImportError:
+        _Base = asyncio.SelectorEventLoop
+    else:
+        _Base = uvloop.Loop
+
+
+class Names:
+    """What is known of names, and what is being asked. For one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._asked: dict[Key, asyncio.Future[Addresses]] = {}
+        self._known: dict[Key, tuple[float, Addresses | OSError]] = {}  # with when it ends
+
+    async def resolve(self, key: Key) -> Addresses:
+        """The addresses. Raises socket.gaierror, or another OSError."""
+        until, known = self._known.get(key, (0.0, []))
+        if time.monotonic() < until:
+            if isinstance(known, OSError):
+                raise type(known)(*known.args)  # each with a traceback of its own
+            return known
+        asked = self._asked.get(key) or self._ask(key)
+        # what one who waits is cancelled by does not end the question, which is others' as well
+        done, _ = await asyncio.wait([asked], timeout=TIMEOUT)
+        if not done:
+            raise socket.gaierror(
+                socket.EAI_AGAIN, f"the name service did not answer for {key[0]} in {TIMEOUT:g} s"
+            )
+        return asked.result()
+
+    def _ask(self, key: Key) -> asyncio.Future[Addresses]:
+        asked: asyncio.Future[Addresses] = self._loop.create_future()
+        asked.add_done_callback(lambda done: done.exception())  # nobody may wait for it any more
+
+        def end(answer: Addresses | OSError) -> None:
+            del self._asked[key]
+            is_error = isinstance(answer, OSError)
+            self._known[key] = time.monotonic() + (FRESH_ERROR if is_error else FRESH), answer
+            if isinstance(answer, OSError):
+                asked.set_exception(answer)
+            else:
+                asked.set_result(answer)
+
+        def work() -> None:
+            answer: Addresses | OSError
+            host, service, family, type_, proto, flags = key
+            try:
+                answer = socket.getaddrinfo(host, service, family, type_, proto, flags)
+            except OSError as error:
+                answer = error
+            except UnicodeError as error:  # a label that is empty, or too long
+                answer = socket.gaierror(socket.EAI_NONAME, f"{host!r} is not a name: {error}")
+            try:
+                self._loop.call_soon_threadsafe(end, answer)
+            except RuntimeError:
+                return  # the loop has ended meanwhile
+
+        self._asked[key] = asked
+        try:
+            threading.Thread(target=work, name=f"resolve {key[0]}", daemon=True).start()
+        except RuntimeError as error:  # the system allows no more threads
+            end(OSError(errno.ENOMEM, str(error)))
+        return asked
+
+
+class Loop(_Base):
+    """asyncio's event loop, or uvloop's where it is installed, with names of its own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._names = Names(self)
+
+    async def getaddrinfo(
+        self,
+        host: Any,
+        port: Any,
+        *,
+        family: int = 0,
+        type: int = 0,  # noqa: A002 - asyncio's name
+        proto: int = 0,
+        flags: int = 0,
+    ) -> Addresses:
+        """The addresses of a name; an address itself takes no thread."""
+        if not _is_name(host):
+            return socket.getaddrinfo(host, port, family, type, proto, flags)
+        text = host.decode("ascii") if isinstance(host, bytes) else str(host)
+        number = port if port is None or isinstance(port, int) else _number(port)
+        # one question for all ports of a name
+        service = str(port) if number is None and port is not None else None
+        found = await self._names.resolve((text, service, family, type, proto, flags))
+        if number is None:
+            return found
+        return [(*one[:4], (one[4][0], number, *one[4][2:])) for one in found]
+
+    async def create_connection(  # type: ignore[override]  # the many overloads
+        self,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        host: Any = None,
+        port: Any = None,
+        **options: Any,
+    ) -> tuple[asyncio.BaseTransport, asyncio.BaseProtocol]:
+        """The same for a name: uvloop would resolve it in threads that all share."""
+        connect: Any = super().create_connection
+        if not _is_name(host):
+            made: tuple[asyncio.BaseTransport, asyncio.BaseProtocol] = await connect(
+                protocol_factory, host, port, **options
+            )
+            return made
+        if options.get("ssl") and options.get("server_hostname") is None:
+            options["server_hostname"] = host
+        family, proto, flags = (options.pop(name, 0) for name in ("family", "proto", "flags"))
+        found = await self.getaddrinfo(
+            host, port, family=family, type=socket.SOCK_STREAM, proto=proto, flags=flags
+        )
+        errors: list[OSError] = []
+        for family, _, proto, _, (address, number, *_) in found:
+            try:
+                made = await connect(
+                    protocol_factory, address, number, family=family, proto=proto, **options
+                )
+            except ssl.SSLError:
+                raise  # the host was reached
+            except OSError as error:
+                errors.append(error)
+            else:
+                return made
+        if len({error.errno for error in errors}) == 1:
+            raise errors[-1]
+        text = "; ".join(str(error) for error in errors)
+        raise OSError(text) from ExceptionGroup(f"connections to {host}", errors)
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """For `asyncio.Runner`."""
+    return Loop()
+
+
+def _is_name(host: object) -> bool:
+    if not host or not isinstance(host, str | bytes):
+        return False
+    text = host.decode("ascii") if isinstance(host, bytes) else host
+    try:
+        ip_address(text.partition("%")[0])
+    except ValueError:
+        return True
+    return False
+
+
+def _number(port: object) -> int | None:
+    text = port.decode() if isinstance(port, bytes) else str(port)
+    return int(text) if text.isdecimal() else None
