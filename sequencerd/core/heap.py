@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from datetime import datetime
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=tuple[str, ...])
+
+SLACK = 16  # stale entries that a small heap may hold: to rebuild it for fewer would not pay
 
 
 class Heap(Generic[K]):
     """Keys with a due time each. A key's time only moves earlier until it is popped.
 
     An entry that was overtaken by an earlier one stays in the heap and is dropped when it comes
-    up, so `push` never searches.
+    up, so `push` never searches. Where more entries are stale than are not, all are dropped at
+    once: memory stays in proportion to the keys, and each entry pays for its own removal.
     """
 
     def __init__(self) -> None:
@@ -30,6 +33,7 @@ class Heap(Generic[K]):
             return False
         self._due[key] = at
         heappush(self._heap, (at, key))
+        self._prune()
         return self._heap[0][1] == key
 
     def next_at(self) -> datetime | None:
@@ -44,6 +48,7 @@ class Heap(Generic[K]):
             key = heappop(self._heap)[1]
             del self._due[key]
             due.append(key)
+        self._prune()
         return due
 
     def clear(self) -> None:
@@ -54,3 +59,8 @@ class Heap(Generic[K]):
     def _drop_stale(self) -> None:
         while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
             heappop(self._heap)
+
+    def _prune(self) -> None:
+        if len(self._heap) > 2 * len(self._due) + SLACK:
+            self._heap = [(at, key) for key, at in self._due.items()]
+            heapify(self._heap)
