@@ -405,15 +405,16 @@ VALUES ($1, $2, $3::jsonb, $4, $5, coalesce($6::timestamptz, now()))
 ON CONFLICT DO NOTHING RETURNING id;
 
 -- name: apply_sequence
+-- Not ON CONFLICT, whose refused insert would draw a revision.
+WITH changed AS (
+    UPDATE sequencer.sequences
+       SET first_step = $2, timezone = $3, status = $4, reentry = $5, lookup = $6, recheck = $7
+     WHERE name = $1 AND (first_step, timezone, status, reentry, lookup, recheck)
+                         IS DISTINCT FROM ($2, $3, $4, $5, $6, $7)
+)
 INSERT INTO sequencer.sequences (name, first_step, timezone, status, reentry, lookup, recheck)
-VALUES ($1, $2, $3, $4, $5, $6, $7)
-ON CONFLICT (name) DO UPDATE
-   SET first_step = excluded.first_step, timezone = excluded.timezone, status = excluded.status,
-       reentry = excluded.reentry, lookup = excluded.lookup, recheck = excluded.recheck
- WHERE (sequences.first_step, sequences.timezone, sequences.status, sequences.reentry,
-        sequences.lookup, sequences.recheck)
-       IS DISTINCT FROM (excluded.first_step, excluded.timezone, excluded.status,
-                         excluded.reentry, excluded.lookup, excluded.recheck);
+SELECT $1::text, $2::text, $3::text, $4::text, $5::text, $6::text, $7::interval
+ WHERE NOT EXISTS (SELECT FROM sequencer.sequences WHERE name = $1);
 
 -- name: apply_steps
 -- All steps of a sequence at once; what is as it was is not touched.

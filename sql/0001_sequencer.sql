@@ -37,6 +37,10 @@ CREATE SCHEMA IF NOT EXISTS sequencer;
 
 -- definitions -----------------------------------------------------------------------------------
 
+-- Of all definitions together, and never drawn twice: a revision names one definition, whatever its
+-- name was before or is given to later.
+CREATE SEQUENCE sequencer.revision_numbers AS integer;
+
 CREATE TABLE sequencer.sequences (
     name       text COLLATE "C" PRIMARY KEY CHECK (octet_length(name) BETWEEN 1 AND 200),
     first_step text NOT NULL CHECK (octet_length(first_step) BETWEEN 1 AND 200),
@@ -59,7 +63,7 @@ COMMENT ON COLUMN sequencer.sequences.status IS 'paused: clocks run on, nothing 
 COMMENT ON COLUMN sequencer.sequences.reentry IS 'When a subject may enter again: after_end of its journey, always, or never.';
 COMMENT ON COLUMN sequencer.sequences.lookup IS 'The source of external data about subjects: an endpoint of the settings, an installed Python function, or an SQL function such as app.plans.';
 COMMENT ON COLUMN sequencer.sequences.recheck IS 'How often goals and conditions that read external data are looked at.';
-COMMENT ON COLUMN sequencer.sequences.revision IS 'Counted up by each transaction that changes the sequence or its steps.';
+COMMENT ON COLUMN sequencer.sequences.revision IS 'Drawn anew by each transaction that changes the sequence or its steps; no two sequences ever have the same.';
 COMMENT ON COLUMN sequencer.sequences.from_file IS 'It was applied from a file: where no file has it any more, apply --prune archives it.';
 
 CREATE TABLE sequencer.steps (
@@ -316,7 +320,7 @@ COMMENT ON COLUMN sequencer.problems.waiting IS 'How many enrollments wait for i
 -- definitions: triggers -------------------------------------------------------------------------
 
 CREATE FUNCTION sequencer.check_sequence() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     -- pg_timezone_names reads many files, so zones that are in use already are not looked up
     IF NOT EXISTS (SELECT FROM sequencer.sequences WHERE timezone = NEW.timezone)
@@ -327,9 +331,7 @@ BEGIN
             HINT = 'Write an IANA name such as Europe/Berlin; SELECT name FROM pg_timezone_names lists them.';
     END IF;
     IF TG_OP = 'INSERT' THEN
-        -- who is made again goes on counting: the daemon must not take it for the one it knows
-        SELECT coalesce(max(revision) + 1, 1) INTO NEW.revision
-          FROM sequencer.revisions WHERE sequence = NEW.name;
+        NEW.revision := nextval('sequencer.revision_numbers');
     END IF;
     RETURN NEW;
 END $$;
@@ -339,16 +341,19 @@ CREATE TRIGGER check_on_insert BEFORE INSERT ON sequencer.sequences
 CREATE TRIGGER check_on_update BEFORE UPDATE OF timezone ON sequencer.sequences
     FOR EACH ROW EXECUTE FUNCTION sequencer.check_sequence();
 
-CREATE FUNCTION sequencer.count_revision() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+-- Daemons know a definition by its name and revision, and the history of a name is in the order of
+-- revisions: so one that takes over a name draws anew, too.
+CREATE FUNCTION sequencer.draw_revision() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     -- once in a transaction, which has made this row version if it was here before
-    NEW.revision := OLD.revision + (OLD.xmin <> pg_current_xact_id()::xid)::integer;
+    NEW.revision := CASE WHEN OLD.xmin = pg_current_xact_id()::xid AND OLD.name = NEW.name
+                         THEN OLD.revision ELSE nextval('sequencer.revision_numbers') END;
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER count_revision BEFORE UPDATE ON sequencer.sequences
-    FOR EACH ROW EXECUTE FUNCTION sequencer.count_revision();
+CREATE TRIGGER draw_revision BEFORE UPDATE ON sequencer.sequences
+    FOR EACH ROW EXECUTE FUNCTION sequencer.draw_revision();
 
 -- Changes of steps count as changes of their sequence: the daemon reads one number to know.
 CREATE FUNCTION sequencer.touch_sequences() RETURNS trigger
@@ -415,18 +420,23 @@ $$;
 
 COMMENT ON FUNCTION sequencer.document IS 'A sequence and its steps, with the keys of a file.';
 
--- At the end of the transaction, of which each change has queued a call.
+-- At the end of the transaction, of which each change has queued a call: the last one records.
 CREATE FUNCTION sequencer.record_revision() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    last jsonb := (SELECT r.document FROM sequencer.revisions AS r
-                    WHERE r.sequence = NEW.name ORDER BY r.revision DESC LIMIT 1);
-    present jsonb := sequencer.document(NEW.name);
+    last jsonb;
+    present jsonb;
 BEGIN
-    IF present IS DISTINCT FROM last AND present IS NOT NULL THEN
+    IF NOT EXISTS (SELECT FROM sequencer.sequences WHERE name = NEW.name AND ctid = NEW.ctid) THEN
+        RETURN NULL;
+    END IF;
+    SELECT r.document INTO last FROM sequencer.revisions AS r
+     WHERE r.sequence = NEW.name ORDER BY r.revision DESC LIMIT 1;
+    present := sequencer.document(NEW.name);
+    IF present IS DISTINCT FROM last THEN
+        -- it is there already where SET CONSTRAINTS had a change of this transaction recorded before
         INSERT INTO sequencer.revisions (sequence, revision, at, by, document)
-        SELECT q.name, q.revision, clock_timestamp(), session_user, present
-          FROM sequencer.sequences AS q WHERE q.name = NEW.name
+        VALUES (NEW.name, NEW.revision, clock_timestamp(), session_user, present)
         ON CONFLICT (sequence, revision) DO UPDATE SET document = excluded.document;
     END IF;
     RETURN NULL;
@@ -504,7 +514,7 @@ BEGIN
                            ELSE key END
                  FROM unnest(e.executed) WITH ORDINALITY AS known (key, number) ORDER BY number)
          WHERE status = 'active' AND executed <> '{}';
-        DELETE FROM sequencer.revisions WHERE sequence = NEW.name;
+        -- to those of one that had the name before and was deleted
         UPDATE sequencer.revisions SET sequence = NEW.name WHERE sequence = OLD.name;
     ELSIF NEW.name <> OLD.name THEN
         UPDATE sequencer.enrollments SET step = NEW.name
@@ -605,6 +615,36 @@ BEGIN
     END IF;
     RETURN NEW;
 END $$;
+
+-- Whoever sets those settings by hand gets past the row's trigger; what came of it is checked once for
+-- the statement. With rights of its own: who enrolls by a view may not read the definitions.
+CREATE FUNCTION sequencer.check_entries() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    wrong record;
+BEGIN
+    SELECT e.sequence, e.step, e.reentry INTO wrong
+      FROM (SELECT DISTINCT sequence, step, reentry, status FROM entered) AS e
+     WHERE NOT EXISTS (
+        SELECT FROM sequencer.sequences AS s JOIN sequencer.steps AS p ON p.sequence = s.name
+         WHERE s.name = e.sequence AND p.name = e.step AND s.reentry = e.reentry
+           AND (s.status <> 'archived' OR e.status <> 'active'))
+     LIMIT 1;
+    IF FOUND THEN
+        RAISE foreign_key_violation USING
+            MESSAGE = format(
+                'nobody can be enrolled in sequence %L at step %L with reentry %L: there is no such '
+                'step, the sequence is archived, or its reentry policy is another',
+                wrong.sequence, wrong.step, wrong.reentry),
+            SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
+            HINT = 'Leave the settings sequencer.entry_... alone; if the definition was changed meanwhile, insert again.';
+    END IF;
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER check_entries AFTER INSERT ON sequencer.enrollments
+    REFERENCING NEW TABLE AS entered
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.check_entries();
 
 -- by name: the first comes first
 CREATE TRIGGER begin_as_the_last BEFORE INSERT ON sequencer.enrollments
@@ -884,8 +924,8 @@ BEGIN
     END LOOP;
 END $$;
 
-REVOKE ALL ON FUNCTION sequencer.reevaluate, sequencer.add_event_partitions,
-    sequencer.drop_event_partition, sequencer.delete_ended FROM PUBLIC;
+-- Those of triggers as well: on a table of one's own they would write ours with the owner's rights.
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sequencer FROM PUBLIC;
 
 DO $$
 BEGIN
@@ -895,7 +935,8 @@ BEGIN
         GRANT INSERT (sequence, step, subject, data, timezone, wake_at),
               UPDATE (data, timezone, status) ON sequencer.enrollments TO sequencer_enroller;
         GRANT INSERT, DELETE ON sequencer.suppressions TO sequencer_enroller;
-        GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.enroll TO sequencer_enroller;
+        GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.enroll, sequencer.document
+           TO sequencer_enroller;
     END IF;
     IF to_regrole('sequencer_editor') IS NOT NULL AND to_regrole('sequencer_enroller') IS NOT NULL THEN
         GRANT sequencer_enroller TO sequencer_editor;
@@ -909,8 +950,8 @@ BEGIN
         GRANT INSERT ON sequencer.events TO sequencer_daemon;
         GRANT INSERT, UPDATE, DELETE ON sequencer.daemons, sequencer.problems TO sequencer_daemon;
         GRANT UPDATE (problem, retime_from) ON sequencer.steps TO sequencer_daemon;
-        GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.add_event_partitions,
-              sequencer.drop_event_partition, sequencer.delete_ended TO sequencer_daemon;
+        GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.document,
+              sequencer.add_event_partitions, sequencer.drop_event_partition, sequencer.delete_ended TO sequencer_daemon;
     END IF;
 EXCEPTION
     -- made by somebody else, in another database of the cluster: an administrator grants it

@@ -87,6 +87,12 @@ MAY = {
         "SELECT sequencer.delete_ended(now(), 10)",
     ],
 }
+ON_A_TABLE_OF_ONES_OWN = [
+    "CREATE TEMP TABLE sequences (name text) ON COMMIT DROP;"
+    f"CREATE TRIGGER mine AFTER UPDATE ON sequences"
+    f" FOR EACH ROW EXECUTE FUNCTION sequencer.{name}()"
+    for name in ("follow_rename", "record_revision", "settle_status", "mark_retime")
+]
 MAY_NOT = {
     "enroller": [
         "UPDATE sequencer.enrollments SET step = 'second'",
@@ -114,6 +120,11 @@ MAY_NOT = {
     "editor": [
         "UPDATE sequencer.enrollments SET visit = 9",
         "UPDATE sequencer.revisions SET by = 'somebody else'",
+        "DELETE FROM sequencer.revisions",
+        "TRUNCATE sequencer.revisions",
+        "SELECT setval('sequencer.revision_numbers', 1)",
+        "SELECT nextval('sequencer.revision_numbers')",
+        *ON_A_TABLE_OF_ONES_OWN,
         "DELETE FROM sequencer.events",
         "DROP TABLE sequencer.steps",
         "ALTER TABLE sequencer.steps DISABLE TRIGGER ALL",

@@ -292,6 +292,116 @@ async def test_every_change_of_a_definition_counts_its_revision_up(
     assert await revision() == before
 
 
+RENAME = "UPDATE sequencer.sequences SET name = $2 WHERE name = $1"
+NUMBERS = "SELECT name, revision FROM sequencer.sequences"
+
+
+async def test_a_revision_is_never_drawn_twice(connection: asyncpg.Connection) -> None:
+    drawn: set[int] = set()
+    for name in ("a", "b", "c"):
+        await define(connection, name, ("first", "GoTo", "{}", None))
+        await connection.execute("UPDATE sequencer.steps SET config = '{\"step\": null}'")
+    changes: tuple[list[tuple[str, ...]], ...] = (
+        [("a", "x"), ("b", "a"), ("x", "b")],  # swapped
+        [("a", "x"), ("b", "a"), ("c", "b"), ("x", "c")],  # rotated
+        [("a", "x")],
+        [("x", "a")],
+        [("a",)],  # deleted and made again
+        [("a",), ("b", "a"), ("c", "b")],
+    )
+    for renames in changes:
+        known = dict(await connection.fetch(NUMBERS))
+        assert len(set(known.values())) == len(known)
+        drawn |= set(known.values())
+        async with connection.transaction():
+            for names in renames:
+                if len(names) == 2:
+                    await connection.execute(RENAME, *names)
+                    continue
+                await connection.execute("DELETE FROM sequencer.sequences WHERE name = $1", *names)
+                if names == renames[-1]:
+                    await connection.execute(
+                        "INSERT INTO sequencer.sequences (name, first_step, revision)"
+                        " VALUES ($1, 'first', 1)",
+                        *names,
+                    )
+        now = dict(await connection.fetch(NUMBERS))
+        touched = {names[-1] for names in renames} & now.keys()
+        assert drawn.isdisjoint(now[name] for name in touched), renames
+        latest = dict(
+            await connection.fetch(
+                "SELECT sequence, max(revision) FROM sequencer.revisions GROUP BY sequence"
+            )
+        )
+        assert {name: latest[name] for name in touched} == {name: now[name] for name in touched}
+
+
+async def test_no_edit_takes_a_revision_away(connection: asyncpg.Connection) -> None:
+    kept: dict[int, str] = {}
+
+    async def change(statement: str) -> None:
+        await connection.execute(statement)
+        rows = await connection.fetch("SELECT revision, document FROM sequencer.revisions")
+        now = {row["revision"]: row["document"] for row in rows}
+        assert kept.items() <= now.items(), statement
+        kept.update(now)
+
+    for name, type_ in (("s", "GoTo"), ("t", "Goal")):
+        await define(connection, name, ("first", type_, "{}", None))
+    await change("UPDATE sequencer.sequences SET timezone = 'Europe/Berlin'")
+    await change("DELETE FROM sequencer.sequences WHERE name = 't'")
+    await change("UPDATE sequencer.sequences SET name = 't' WHERE name = 's'")
+    await change("UPDATE sequencer.sequences SET revision = 1")
+    await change("UPDATE sequencer.sequences SET name = 's'; DELETE FROM sequencer.sequences")
+    await change(
+        "BEGIN; SET CONSTRAINTS ALL IMMEDIATE;"
+        "INSERT INTO sequencer.sequences (name, first_step) VALUES ('t', 'a');"
+        "INSERT INTO sequencer.steps (sequence, name, type) VALUES ('t', 'a', 'GoTo');"
+        "UPDATE sequencer.steps SET type = 'Goal'; COMMIT"
+    )
+    revisions = await connection.fetch(QUERIES["revisions_of"], "t")
+    assert json.loads(revisions[0]["document"])["steps"][0]["type"] == "Goal"
+    assert len(kept) == 6
+
+
+async def test_settings_set_by_hand_enroll_nobody_where_nothing_is(
+    defined: asyncpg.Connection,
+) -> None:
+    await define(defined, "archived", ("first", "GoTo", "{}", None))
+    await defined.execute(
+        "UPDATE sequencer.sequences SET status = 'archived' WHERE name = 'archived'"
+    )
+    right = ("s", "first", "after_end")
+    wrong = [
+        ("nowhere", "first", "after_end"),
+        ("s", "nowhere", "after_end"),
+        ("s", "first", "always"),
+        ("archived", "first", "after_end"),
+    ]
+    for settings in wrong:
+        await defined.execute("BEGIN")
+        await defined.execute(
+            "SELECT set_config('sequencer.entry_sequence', $1, true),"
+            " set_config('sequencer.entry_step', $2, true),"
+            " set_config('sequencer.entry_reentry', $3, true)",
+            *settings,
+        )
+        with pytest.raises(asyncpg.PostgresError, match="nobody can be enrolled"):
+            await defined.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject)"
+                " SELECT CASE n WHEN 1 THEN 's' ELSE $1 END, n::text"
+                " FROM generate_series(1, 5) AS n ORDER BY n DESC",
+                settings[0],
+            )
+        await defined.execute("ROLLBACK")
+    await defined.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject)"
+        " SELECT $1, n::text FROM generate_series(1, 5) AS n",
+        right[0],
+    )
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 5
+
+
 async def test_another_look_is_counted_and_kept_within_bounds(
     defined: asyncpg.Connection,
 ) -> None:
