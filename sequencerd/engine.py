@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
+from functools import partial
 from typing import assert_never
 
 import asyncpg
@@ -36,6 +37,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.definitions import Runners
 from sequencerd.heartbeat import Heartbeat
+from sequencerd.jumps import Jump
 from sequencerd.lanes import Lane, Leased, Work
 from sequencerd.listener import Changed, Due, Look, Looked, Message
 from sequencerd.metrics import Metrics
@@ -406,11 +408,18 @@ class Engine:
         now: datetime,
         result: Result | None = None,
         begun_under: int | None = None,
+        refused: Mapping[str, str] | None = None,
     ) -> Advanced:
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
         try:
             return advance(
-                self.catalog.sequences, enrollment, now, result, jitter, begun_under=begun_under
+                self.catalog.sequences,
+                enrollment,
+                now,
+                result,
+                jitter,
+                begun_under=begun_under,
+                refused=refused,
             )
         except Exception as error:
             self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
@@ -432,6 +441,10 @@ class Engine:
         gone = batch.gone.get(key)
         if gone is None or not self._writer.follow(batch, enrollment, gone):
             advanced = self._advance(enrollment, now, result, begun_under)
+            if advanced.entered:
+                again = partial(self._advance, enrollment, now, result, begun_under)
+                batch.jumps.append(Jump(enrollment, advanced, again))
+                return
             gone = self._writer.add(batch, enrollment, advanced, now)
             if gone is not None:
                 batch.gone[key] = gone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -43,12 +43,14 @@ class Sequences:
         timezone: str | None = None,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
         external: Mapping[str, Any] | None = None,
+        enrolled: Collection[str] = (),
     ) -> Simulation:
         """Where a subject goes that is enrolled at `start`, for a year if `until` is not given.
 
         Times are ISO 8601. The keys of `changes` are durations since the start, such as P3D or
-        PT90M, or times; their data are merged then. `external` is what a lookup gives. The sequence
-        can be left out where there is one. Raises UsageError.
+        PT90M, or times; their data are merged then. `external` is what a lookup gives, `enrolled`
+        the sequences that refuse a jump, as the subject has entered them before. The sequence can
+        be left out where there is one. Raises UsageError.
         """
         begun = _time(start, "start")
         name = choose(self.definitions, sequence)
@@ -63,7 +65,7 @@ class Sequences:
             timezone,
             wake_at=begun,
         )
-        return self.follow(enrollment, begun, until, changes or {}, external)
+        return self.follow(enrollment, begun, until, changes or {}, external, enrolled=enrolled)
 
     def follow(
         self,
@@ -72,6 +74,8 @@ class Sequences:
         until: str | datetime | None,
         changes: Mapping[str, Mapping[str, Any]],
         external: Mapping[str, Any] | None,
+        *,
+        enrolled: Collection[str] = (),
     ) -> Simulation:
         """Where an enrollment goes that has begun."""
         return simulate(
@@ -84,6 +88,7 @@ class Sequences:
             outcomes=self.outcomes,
             preview=self._preview,
             most=self.most,
+            enrolled=enrolled,
         )
 
     def _preview(self, step: Step, task: Task) -> Mapping[str, str]:

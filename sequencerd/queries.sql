@@ -119,6 +119,22 @@ SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timez
  ORDER BY e.wake_at LIMIT $5
    FOR UPDATE OF e SKIP LOCKED;
 
+-- name: refusals
+-- Whether sequences let in who jumps into them, as they would an insert, and by which policy.
+SELECT j.id, j.sequence, q.reentry,
+       CASE WHEN q.status = 'archived' THEN 'archived'
+            WHEN q.reentry <> 'always' AND EXISTS (
+                SELECT FROM sequencer.enrollments AS e
+                 WHERE e.subject = j.subject AND e.sequence = j.sequence AND e.entry = 0
+                   AND e.id <> j.id) THEN 'already_enrolled' END AS refusal
+  FROM unnest($1::bigint[], $2::text[], $3::text[]) AS j (id, subject, sequence)
+  JOIN sequencer.sequences AS q ON q.name = j.sequence;
+
+-- name: refusing
+-- The sequences that would refuse a jump of one enrollment, as its subject has entered them.
+SELECT DISTINCT sequence FROM sequencer.enrollments
+ WHERE subject = $1 AND entry = 0 AND id <> $2;
+
 -- name: next_wake
 -- When the step is next due after a claim; in the past, if somebody else has a lock on who is due.
 SELECT wake_at FROM sequencer.enrollments

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import datetime
+from functools import partial
 
 import asyncpg
 from structlog.typing import FilteringBoundLogger
@@ -19,7 +19,8 @@ from sequencerd import store
 from sequencerd.clock import Clock
 from sequencerd.core import model
 from sequencerd.core.advance import waits_on
-from sequencerd.core.model import Advanced, Enrollment
+from sequencerd.core.model import Advanced
+from sequencerd.jumps import Jump
 from sequencerd.store import PASSING_ERRORS, POISON, Place
 from sequencerd.writer import PAUSE, Batch, Writer
 
@@ -38,7 +39,7 @@ class Retiming:
         pool: asyncpg.Pool,
         sequences: Mapping[str, model.Sequence],
         writer: Writer,
-        advance: Callable[[Enrollment, datetime], Advanced],
+        advance: Callable[..., Advanced],
         spawn: Callable[[Awaitable[None]], None],
         *,
         clock: Clock,
@@ -166,7 +167,10 @@ class Retiming:
             waiting, locked = await store.lock_waiting(connection, place, ids, now)
             for enrollment in waiting:
                 advanced = self._advance(enrollment, now)
-                if not waits_on(enrollment, advanced):
+                if advanced.entered:
+                    again = partial(self._advance, enrollment, now, None, None)
+                    batch.jumps.append(Jump(enrollment, advanced, again))
+                elif not waits_on(enrollment, advanced):
                     self._writer.add(batch, enrollment, advanced, now)
             await self._writer.write(connection, batch, waiting, now, alone=alone)
         return locked

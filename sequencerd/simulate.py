@@ -6,7 +6,7 @@ Pure: it reads no clock and does no I/O. Side effects are not executed; they end
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
@@ -109,16 +109,19 @@ def simulate(
     outcomes: Mapping[str, Outcome] | None = None,
     preview: Preview = lambda _step, _task: {},
     most: int = MAX_ENTRIES,
+    enrolled: Collection[str] = (),
 ) -> Simulation:
     """Follows an enrollment from `start` until it ends, or waits beyond `until`.
 
     `outcomes` says how the side effects of a type end (default: next), `external` what a lookup
-    gives, `most` after how many entries it is given up.
+    gives, `most` after how many entries it is given up, `enrolled` which sequences refuse a jump
+    into them, as the subject has entered them before.
     """
     definitions = {
         name: replace(sequence, recheck=_NO_RECHECK) for name, sequence in sequences.items()
     }
-    journey = _Journey(definitions, enrollment, external or {}, outcomes or {}, preview)
+    refused = dict.fromkeys(enrolled, "already_enrolled")
+    journey = _Journey(definitions, enrollment, external or {}, outcomes or {}, preview, refused)
     later = sorted(changes)
     now, result = start, None
     while True:
@@ -155,12 +158,13 @@ class _Journey:
     external: Mapping[str, Any]
     outcomes: Mapping[str, Outcome]
     preview: Preview
+    refused: Mapping[str, str]
     entries: list[Entry] = field(default_factory=list)
 
     def advance(self, now: datetime, result: Result | None) -> tuple[object, Result | None]:
         """One evaluation: what is decided, and what the side effect comes to, if it needs one."""
         before = self.at
-        advanced = advance(self.definitions, before, now, result, jitter=1.0)
+        advanced = advance(self.definitions, before, now, result, jitter=1.0, refused=self.refused)
         self.entries += self._entries(before, advanced.events, now)
         self.at = advanced.enrollment
         match advanced.decision:

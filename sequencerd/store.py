@@ -328,6 +328,16 @@ async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:
     return {row["id"] for row in await connection.fetch(QUERIES["existing"], ids)}
 
 
+async def refusals(
+    connection: asyncpg.Connection, jumps: Rows[tuple[int, str, str]]
+) -> dict[tuple[int, str], tuple[str, str | None]]:
+    """Of jumps (id, subject, sequence): by id and sequence, its reentry policy, and the code of the
+    reason for which it refuses this one.
+    """
+    rows = await connection.fetch(QUERIES["refusals"], *map(list, zip(*jumps, strict=True)))
+    return {(row["id"], row["sequence"]): (row["reentry"], row["refusal"]) for row in rows}
+
+
 async def next_wake(connection: asyncpg.Connection, place: Place) -> datetime | None:
     """The earliest wake time of a step."""
     at: datetime | None = await connection.fetchval(QUERIES["next_wake"], *place)

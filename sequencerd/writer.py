@@ -40,6 +40,7 @@ from sequencerd.core.model import (
     Wait,
 )
 from sequencerd.definitions import Runners
+from sequencerd.jumps import Jump, decide
 from sequencerd.lanes import Lane, LaneKey, Leased, Report, Work
 from sequencerd.metrics import Metrics
 from sequencerd.settings import Engine as Settings
@@ -61,11 +62,20 @@ class Batch(Written):
     """What one transaction writes, and what follows from it."""
 
     leased: list[Leased] = field(default_factory=list)
+    jumps: list[Jump] = field(default_factory=list)  # into other sequences, yet to be decided
     gone: dict[tuple[object, ...], Gone] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Takes everything out."""
-        for part in (self.rows, self.events, self.goals_met, self.data, self.leased, self.gone):
+        for part in (
+            self.rows,
+            self.events,
+            self.goals_met,
+            self.data,
+            self.leased,
+            self.jumps,
+            self.gone,
+        ):
             part.clear()
 
 
@@ -290,6 +300,8 @@ class Writer:
         """Writes a batch. One that is `alone` and can't be written fails in the database's words
         instead.
         """
+        for jumped, advanced in await decide(connection, batch.jumps):
+            self.add(batch, jumped, advanced, now)
         if not alone:
             await store.write(connection, batch, now)
             return
@@ -303,7 +315,9 @@ class Writer:
             batch.clear()
             for enrollment in before:
                 text = f"it cannot be written: {error}"
-                self.add(batch, enrollment, failed(enrollment, now, text), now)
+                entered = getattr(error, "constraint_name", None) == "one_entry"
+                code = "already_enrolled" if entered else "error"
+                self.add(batch, enrollment, failed(enrollment, now, text, code), now)
             await store.write(connection, batch, now)
 
     def _give_back(self, leased: Iterable[Leased]) -> None:

@@ -713,3 +713,128 @@ async def test_a_goal_of_another_sequence_with_the_same_name_pulls(
     row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
     assert (row["sequence"], row["step"], row["goals_met"]) == ("b", "thanks", ["paid"])
     assert json.loads(row["goals_elsewhere"]) == {"a": ["paid"]}
+
+
+OVER = ("over", "GoTo", '{"step": "mail", "sequence": "t"}', None)
+
+
+async def define_jump(connection: asyncpg.Connection, reentry: str = "after_end") -> None:
+    """From "s", after a mail, into "t"; "else" is the GoTo's altNext."""
+    await define(
+        connection, "s", ("mail", "Note", "{}", "over"), OVER, ("else", "Note", "{}", None)
+    )
+    days = ("days", "WaitForDuration", DAYS, None)
+    await define(connection, "t", days, ("mail", "Note", "{}", "days"))
+    await connection.execute(
+        "UPDATE sequencer.sequences SET reentry = $1 WHERE name = 't'", reentry
+    )
+
+
+async def gone(connection: asyncpg.Connection, id_: int) -> tuple[str | None, ...]:
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+    return row["sequence"], row["step"], row["status"], row["failure"]
+
+
+IS_OVER = """SELECT status <> 'active' OR sequence = 't' AND leased_by IS NULL AND step = 'days'
+    FROM sequencer.enrollments WHERE id = $1"""
+
+
+@pytest.mark.parametrize("reentry", ["after_end", "never", "always"])
+@pytest.mark.parametrize("before", ["active", "completed", None])
+@pytest.mark.parametrize("otherwise", [True, False])
+async def test_a_jump_is_refused_as_an_insert_would_be(
+    database: str,
+    connection: asyncpg.Connection,
+    reentry: str,
+    before: str | None,
+    otherwise: bool,
+) -> None:
+    recorder = Recorder()
+    await define_jump(connection, reentry)
+    if otherwise:
+        await connection.execute(
+            "UPDATE sequencer.steps SET alt_next_step = 'else' WHERE name = 'over'"
+        )
+    if before:
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, status) VALUES ('t', 'ada', $1)",
+            before,
+        )
+    id_ = await enroll(connection, "s", "ada")
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, IS_OVER, id_)
+    is_refused = (reentry, before) in {
+        ("after_end", "active"), ("never", "active"), ("never", "completed"),
+    }  # fmt: skip
+    expected: tuple[str | None, ...]
+    if not is_refused:
+        expected = ("t", "days", "active", None)
+    elif otherwise:
+        expected = ("s", "else", "completed", None)
+    else:
+        expected = ("s", "over", "failed", "already_enrolled")
+    assert await gone(connection, id_) == expected
+    assert len(set(recorder.keys)) == len(recorder.keys) == (1 if expected[2] == "failed" else 2)
+    assert (await way(connection, id_))[:2] == ["mail enrolled", "mail next"]
+
+
+async def test_an_archived_sequence_is_not_entered_by_a_jump(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    await define_jump(connection)
+    async with running_engine(database, {"Note": recorder}) as engine:
+        # also where the daemon has not heard of it yet
+        engine.catalog.reload = lambda *_: asyncio.sleep(0, False)  # type: ignore[method-assign]
+        await connection.execute(
+            "UPDATE sequencer.sequences SET status = 'archived' WHERE name = 't'"
+        )
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, IS_OVER, id_)
+    assert await gone(connection, id_) == ("s", "over", "failed", "archived")
+
+
+async def test_of_those_who_jump_together_one_gets_in(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define_jump(connection)
+    await connection.execute("UPDATE sequencer.sequences SET reentry = 'always' WHERE name = 's'")
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, step, subject)"
+        " SELECT 's', 'over', 'u' || n % 50 FROM generate_series(1, 200) AS n"
+    )
+    async with running_engine(database, {"Note": Recorder()}):
+        await until(
+            connection,
+            "SELECT count(*) = 50 FROM sequencer.enrollments WHERE sequence = 't' AND step = 'days'"
+            " AND leased_by IS NULL",
+        )
+        await until(connection, "SELECT count(*) = 150 FROM sequencer.enrollments"
+                    " WHERE failure = 'already_enrolled'")  # fmt: skip
+
+
+async def test_who_enters_while_another_jumps_comes_first(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """An insert that commits between the look and the write."""
+    recorder = Recorder()
+    await define_jump(connection)
+    id_ = await enroll(connection, "s", "ada")
+    other = await asyncpg.connect(database)
+    entering = other.transaction()
+    await entering.start()
+    await enroll(other, "t", "ada")
+    try:
+        async with running_engine(database, {"Note": recorder}):
+            await until(
+                connection,
+                "SELECT EXISTS (SELECT FROM pg_stat_activity"
+                " WHERE wait_event_type = 'Lock' AND datname = current_database())",
+            )
+            await entering.commit()
+            await until(connection, IS_OVER, id_)
+    finally:
+        await other.close()
+    assert await gone(connection, id_) == ("s", "over", "failed", "already_enrolled")
+    assert len(recorder.keys) == 1
+    assert (await way(connection, id_))[:2] == ["mail enrolled", "mail next"]

@@ -359,3 +359,43 @@ def test_summer_time_begins_and_ends_while_people_wait(
     assert journey.status == "completed"
     ends = [f"{entry.at:%d %H:%M}" for entry in journey.entries if entry.action == "next"]
     assert ends == times
+
+
+JUMPING = """
+name: s
+steps:
+  - {name: over, type: GoTo, config: {sequence: t, step: days}, altNext: else}
+  - {name: else, type: WaitForDuration, config: {amount: 1, unit: days}}
+---
+name: t
+status: %s
+steps:
+  - {name: days, type: WaitForDuration, config: {amount: 1, unit: days}}
+"""
+
+
+def test_a_refused_jump_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(JUMPING % "active")
+    sequences = load(file)
+    went = sequences.simulate("s", start=START)
+    assert (went.enrollment.sequence, went.steps) == ("t", ["over", "days"])
+    refused = sequences.simulate("s", start=START, enrolled=["t"])
+    assert (refused.enrollment.sequence, refused.steps) == ("s", ["over", "else"])
+    file.write_text(JUMPING % "archived")
+    archived = load(file).simulate("s", start=START)
+    assert actions(archived)[1] == "over altNext"
+    assert "archived" in (archived.entries[1].message or "")
+    file.write_text((JUMPING % "archived").replace(", altNext: else", ""))
+    assert "archived" in load(file).simulate("s", start=START).end
+
+
+async def test_of_an_enrollment_it_is_known_what_refuses_it(
+    connection: asyncpg.Connection, sequencerd: Command
+) -> None:
+    days = '{"amount": 3, "unit": "days"}'
+    await define(connection, "s", ("over", "GoTo", '{"sequence": "t", "step": "days"}', None))
+    await define(connection, "t", ("days", "WaitForDuration", days, None))
+    await enroll(connection, "t", "ada")
+    id_ = await enroll(connection, "s", "ada")
+    assert "refuses a second entry" in sequencerd("simulate", "--from-enrollment", str(id_))

@@ -99,6 +99,7 @@ async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             row = await connection.fetchrow(QUERIES["simulated"], arguments.from_enrollment)
             definitions = await _definitions(connection, runners)
+            enrolled = await _refusing(connection, row)
             now = await store.server_time(connection)
     finally:
         await connection.close()
@@ -113,10 +114,23 @@ async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings
     # a side effect that is being executed is begun anew here
     enrollment = Enrollment(*columns)._replace(leased_by=None)
     simulation = Sequences(definitions, runners, outcomes).follow(
-        enrollment, now, arguments.until, _changes(arguments), _external(arguments)
+        enrollment,
+        now,
+        arguments.until,
+        _changes(arguments),
+        _external(arguments),
+        enrolled=enrolled,
     )
     _print(simulation, arguments.json)
     return 0
+
+
+async def _refusing(connection: asyncpg.Connection, enrollment: asyncpg.Record | None) -> list[str]:
+    """The sequences that would refuse it."""
+    if enrollment is None:
+        return []
+    rows = await connection.fetch(QUERIES["refusing"], enrollment["subject"], enrollment["id"])
+    return [row["sequence"] for row in rows]
 
 
 async def _definitions(

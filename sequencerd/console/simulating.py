@@ -79,9 +79,11 @@ async def simulated(state: State, query: Query) -> tuple[Simulation, Table]:
             raise UsageError(f"enrollment {id_} is {status}: nothing lies ahead")
         start = Enrollment(*columns)._replace(leased_by=None)
         known = json.loads(start.data)
+        refusing = await store.read(state.pool, "refusing", start.subject, id_)
+        enrolled = [row["sequence"] for row in refusing]
 
         def work() -> Simulation:
-            return journeys.follow(start, now, None, {}, None)
+            return journeys.follow(start, now, None, {}, None, enrolled=enrolled)
     else:
         data, zone = _data(query.get("data") or "{}"), query.get("timezone")
         if zone is not None:

@@ -31,10 +31,10 @@ NAMES = (
 )  # fmt: skip
 """What a path can begin with: the keys of model.view."""
 
-_MESSAGES = ("Email", "SMS")  # everything in their configs is a template
+MESSAGES = ("Email", "SMS")  # everything in their configs is a template
 _CONDITIONS = ("Conditional", "Goal", "WaitForCondition")
 _ONE_WAY = (
-    "GoTo", "Goal", "WaitForDate", "WaitForDuration", "WaitForDateComparison", "UpdateData",
+    "Goal", "WaitForDate", "WaitForDuration", "WaitForDateComparison", "UpdateData",
 )  # fmt: skip
 _SHOWN = 60  # characters of an operand
 
@@ -57,11 +57,11 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
         yield from _check_templates(step, sequence)
         if isinstance(step.behaviour, Problem):
             continue
-        if step.alt_next_step is not None and not _goes_alt(step):
+        if step.alt_next_step is not None and not goes_alt(step):
             yield Remark(step.name, ("altNext",), _never_alt(step))
         if step.type in _CONDITIONS:
             yield from _check_condition(step, sequence)
-        is_custom = isinstance(step.behaviour, SideEffect) and step.type not in _MESSAGES
+        is_custom = isinstance(step.behaviour, SideEffect) and step.type not in MESSAGES
         if is_custom and "external" in step.config and sequence.lookup is None:
             yield Remark(step.name, ("config", "external"), _NO_LOOKUP)
 
@@ -78,30 +78,33 @@ def _reachable(sequence: Sequence, entered: Collection[str]) -> set[str]:
         name = ahead.pop()
         if name not in found and name in sequence.steps:
             found.add(name)
-            ahead += _ways(sequence.steps[name])
+            ahead += ways(sequence.steps[name])
     return found
 
 
-def _ways(step: Step) -> list[str]:
-    ways: list[str | None] = [step.next_step]
+def ways(step: Step) -> list[str]:
+    """The steps of its sequence to which a step leads."""
+    found: list[str | None] = [step.next_step]
     if step.type == "GoTo" and "step" in step.config:
-        ways = [None if step.config.get("sequence") else step.config["step"]]
-    if isinstance(step.behaviour, Problem) or _goes_alt(step):
-        ways.append(step.alt_next_step)
-    return [name for name in ways if isinstance(name, str)]
+        found = [None if step.config.get("sequence") else step.config["step"]]
+    if isinstance(step.behaviour, Problem) or goes_alt(step):
+        found.append(step.alt_next_step)
+    return [name for name in found if isinstance(name, str)]
 
 
-def _goes_alt(step: Step) -> bool:
+def goes_alt(step: Step) -> bool:
     """Whether a step may take the other way."""
-    if step.type in _MESSAGES:
+    if step.type in MESSAGES:
         return step.config.get("onError") == "altNext"
     if step.type == "WaitForCondition":
         return step.config.get("timeout") is not None
+    if step.type == "GoTo":
+        return bool(step.config.get("sequence"))
     return step.type not in _ONE_WAY
 
 
 def _never_alt(step: Step) -> str:
-    if step.type in _MESSAGES:
+    if step.type in MESSAGES:
         return 'never taken: write "onError: altNext" into the config, or leave altNext out'
     if step.type == "WaitForCondition":
         return "never taken without a timeout: write one into the config, or leave altNext out"
@@ -119,11 +122,11 @@ def _check_condition(step: Step, sequence: Sequence) -> Iterator[Remark]:
             root = first_key(operand.given())
             if wrong := _wrong_path(operand.given(), root, sequence):
                 yield Remark(step.name, ("config", key, "value"), wrong)
-    if answer := _always(config, sequence):
+    if answer := always(config, sequence):
         yield _fixed(step, *answer)
 
 
-def _always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
+def always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
     """What the condition answers for everybody, None where it can't be asked; and the reason."""
     predicate = config.predicate()
     view: Mapping[str, Any] = {"external": {}}
@@ -197,7 +200,7 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
     """Their paths; and, of a config that was not read as far as its templates, their errors."""
     problem = step.behaviour if isinstance(step.behaviour, Problem) else None
     told = {("config", *fault.place) for fault in problem.faults if fault.place} if problem else ()
-    is_templated = step.type in (*_MESSAGES, "UpdateData", "WaitForDate")
+    is_templated = step.type in (*MESSAGES, "UpdateData", "WaitForDate")
     for place, source in _texts(("config",), step.config if is_templated else {}):
         try:
             template = compile_template(source, escape=False)

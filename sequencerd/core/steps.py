@@ -57,7 +57,7 @@ def _attribute(name: str) -> str:
 
 
 class GoToConfig(Config):
-    """Goes to its next step, or to the named step, of the named sequence."""
+    """Goes to its next step, or to the named step, of the named sequence; altNext if it refuses."""
 
     step: str | None = None
     """Where to go; its next step if nothing is said."""
