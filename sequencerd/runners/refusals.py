@@ -1,0 +1,295 @@
+"""What a mail server's refusal means: whose fault it is, and whether it passes.
+
+A reply's code says whether the refusal is for good (RFC 5321, 4.2.1), its enhanced code what it is
+about (RFC 3463 and the registry of RFC 5248). Neither says whose fault it is: servers answer 4.7.x,
+5.7.x or no enhanced code for a quota, a login and an unwanted message alike. So the text is
+compared with classes of phrases. The first class that fits decides, in this order:
+
+1. an address, by its enhanced code; never a quota
+2. greylisting
+3. too many recipients in a transaction
+4. the size of the message, a mailbox that is full
+5. a rate or a quota of the sender
+6. what the operator has to correct: login, TLS, EHLO, network; sender, relaying
+7. a server that is busy
+8. otherwise the code alone
+
+The phrases come from what providers publish: Gmail (support.google.com/a/answer/3726730),
+Microsoft 365 (learn.microsoft.com: "Email non-delivery reports in Exchange Online"), Amazon SES
+(docs.aws.amazon.com: "SMTP response codes"), Yahoo (postmaster.yahooinc.com/error-codes), IONOS
+(postmaster.1and1.com), Zoho, SendGrid, Mailgun, GoDaddy, Orange, QQ, Apple; from Exim with cPanel,
+Plesk, Postfix, Sendmail and policyd; and from their users' reports. They name a class ("too many"
+of something, a limit within a period), not the sentence of one server.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+Stage = Literal["connection", "sender", "recipient", "message"]
+"""What was refused: the connection up to the login, MAIL, RCPT, or DATA."""
+
+
+class Meaning(StrEnum):
+    """Whose fault a refusal is."""
+
+    QUOTA = "quota"  # a rate or a quota of the sender: it passes
+    OPERATOR = "operator"  # nothing passes until an operator corrects it: login, TLS, EHLO, network
+    SENDER = "sender"  # the same for this sender, or for where it may write to
+    UNAVAILABLE = "unavailable"  # the server as such
+    RECIPIENTS = "recipients"  # too many in this transaction: the others go in another one
+    PASSING = "passing"  # this message or address, for now
+    REFUSED = "refused"  # this message or address, for good
+
+
+class Refusal(NamedTuple):
+    """What a refusal means; of a quota, how long to wait at least."""
+
+    meaning: Meaning
+    wait: timedelta | None = None
+
+
+SHORT_WAIT = timedelta(minutes=1)
+"""For a rate, if the text names no time."""
+
+LONG_WAIT = timedelta(minutes=15)
+"""For what is counted by the hour, day or month: most servers free it bit by bit."""
+
+LONGEST_WAIT = timedelta(days=1)
+
+
+def _any(*phrases: str) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{phrase})" for phrase in phrases))
+
+
+def _near(one: str, other: str) -> str:
+    """Both, in either order, in one sentence as far as can be told."""
+    return rf"(?:{one}).{{0,60}}?(?:{other})|(?:{other}).{{0,60}}?(?:{one})"
+
+
+# --- how a text is read
+
+MAX_READ = 1000  # characters
+
+_ENHANCED = re.compile(r"\s*([245])\.(\d{1,3}\.\d{1,3})\b(?!\.)")
+_ENHANCED_BEHIND = re.compile(r"\(#([245])\.(\d{1,3}\.\d{1,3})\)")  # as qmail writes it
+_REPEATED_CODE = re.compile(r"\n\s*[245]\.\d{1,3}\.\d{1,3}\b")
+_QUOTED = re.compile(r"<[^<>\s]*>|https?://\S+|\S+@\S+")  # not said by the server: may be anything
+
+# --- 1. enhanced codes
+
+_ADDRESS = frozenset({"1.1", "1.2", "1.3", "1.4", "1.6", "1.10", "2.1", "2.2", "2.3", "2.4"})
+_RATE_OF_RECIPIENT = frozenset({"2.121", "2.122"})  # Microsoft: too much for a mailbox in an hour
+_RULE_OF_RECIPIENT = frozenset(  # Microsoft: who may write to a group or mailbox
+    {"7.12", "7.124", *(f"7.{n}" for n in range(129, 137))}
+)
+_RULE_OF_GROUP = re.compile(r"resolver\.rst|distribution|mailing list|members.only|\bgroup\b")
+_RECIPIENTS = "5.3"
+_SIZE_CODES = frozenset({"2.3", "3.4"})
+_QUOTA_CODES = frozenset({"1.90", "1.91", "7.28", "7.508", "7.650", "7.651"})  # Microsoft, Gmail
+_OPERATOR_CODES = frozenset({"7.8", "7.57", "7.139", "7.606", "7.708"})  # RFC 4954, Microsoft
+_SENDER_CODES = frozenset({"1.7", "1.8", "7.60", "7.501", "7.502", "7.503"})  # RFC 3463, Microsoft
+_FULL_SERVER = frozenset({"3.1", "3.2"})
+
+_LOGIN_REPLIES = frozenset({525, 530, 534, 535, 538})  # RFC 4954 and RFC 5248
+_PASSING_LOGIN = 454
+
+# --- 2. to 4.
+
+_GREYLISTED = re.compile(r"gr[ea]y.?list")
+
+_TOO_MANY_RECIPIENTS = _any(
+    r"too many (?:\w+ )?(?:recipients|rcpts?\b|destinations)",
+    _near(r"\b(?:recipients?|rcpts?|destination domains)\b", r"\blimit\b|maximum|\bmax\b"),
+    r"(?:separate|same|per) transaction",
+)
+
+_SIZE = _any(
+    r"\bsizes?\b|\btaille\b|too (?:large|big|long)\b",
+    _near(r"\b(?:length|lines?|bytes|[km]i?b|attachments?|headers?|hops?|hop count)\b",
+          r"exceed|limit|maximum"),
+)  # fmt: skip
+
+_FULL_MAILBOX = _any(
+    _near(r"\b(?:mail ?box|inbox|mail ?dir|mail ?folder|bo[iî]te|disk|disc|diskspace|storage)\b",
+          r"\bfull\b|quota|exceed|\bover\b|limit|space|allocation|left|pleine"),
+    r"over[ -]?(?:the )?quota|overquota|no space|(?:enough|insufficient) space",
+    r"\b(?:user|recipient|extended)(?:'s)? (?:\w+ ){0,3}quota",
+    r"quota (?:exceeded )?for (?:user|recipient|mailbox)",
+    r"too many messages (?:on|in)\b|mail data",
+    r"\b(?:user|recipient|customer)\b.{0,40}(?:receiv|message rate)",
+)  # fmt: skip
+
+# --- 5. rates and quotas
+
+_PERIOD = (
+    r"(?:\b(?:per|an?|each|every|this|last|past|within|in|for)|/) ?(?:the )?(?:\d+ ?)?"
+    r"(?:second|sec\b|minute|min\b|hour|day|24|week|month)"
+    r"|hourly|daily|weekly|monthly|\b24.?h"
+)
+_BOUND = r"\blimits?\b|\blimited\b|\bquotas?\b|\bcredits?\b|threshold|allowance|\bmax(?:imum)?\b"
+_REACHED = (
+    r"exceed|reach|\bover\b|overlimit|beyond|\bhit\b|exhaust|deplet|used up|\bfull\b|no more|out of"
+    r"|insufficient|atteint|d[eé]pass"
+)
+_COUNTED = (
+    r"\b(?:send(?:ing|er)?s?|sent|out(?:going|bound)|submissions?|relay|deliver(?:y|ies)|smtp"
+    r"|messages?|e?-?mails?|connections?|concurrent|sessions?|threads?|requests?|traffic|volume"
+    r"|tenant|organi[sz]ation|credits?|plan|subscription|permitted|your)\b"
+)
+_RATE = _any(
+    r"throttl|submissionquota|submission quota",
+    r"\brate[- ]?limit|\bratelimit",
+    _near(r"\brate\b", r"exceed|over ?limit|too high|unusual|excessive|\bhigh\b|\blimit"),
+    r"too (?:fast|quick|frequent|often)|slow(?:er| down)\b|frequency (?:is )?limit",
+    r"too (?:many|much) (?:[\w-]+ ){0,2}?(?:connections?|sessions?|messages?|e?-?mails?|requests?"
+    r"|log-?ins?|attempts?|submissions?|concurrent|volume|traffic)\b",
+    rf"too many .{{0,40}}(?:{_PERIOD})",
+    r"trop de (?:connexions?|messages?|requ[eê]tes?|e?-?mails?|courriels?)",
+    r"numerous attempts",
+    r"unusual (?:\w+ )?(?:amount|volume|activity|traffic|number)",
+    r"(?:unexpected|excessive|high) (?:volume|traffic)|user complaints",
+    r"max(?:imum)? (?:\w+ )?(?:messages?|e?-?mails?|connections?|sessions?)\b",
+    r"(?:messages?|mails?|connections?) per (?:session|connection)",
+    _near(_PERIOD, rf"{_BOUND}|{_REACHED}|\bonly\b|allowed"),
+)
+_LONG_PERIOD = _any(
+    r"(?:\b(?:per|an?|each|every|this|last|past|within|in)|/) ?(?:the )?(?:\d+ ?)?"
+    r"(?:hour|day|24|week|month)",
+    r"hourly|daily|weekly|monthly|\b24.?h|quota|\bcredits?\b",
+)
+_WAIT = re.compile(r"\b(?:in|after|for|wait) (\d{1,6}) ?(s|m|h)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+_OUTGOING = _any(
+    r"\b(?:send|sending|sender|sent|outgoing|outbound|submission|relay|e-?mails)\b", _PERIOD
+)
+_CONTENT = re.compile(r"\b(?:spam|score|virus\w*|malware|phish\w*|content|keywords?|hops?)\b")
+
+# --- 6. what the operator corrects
+
+_NOT = (
+    r"\b(?:reject\w*|not|no|\w+n't|denied|deny|block\w*|invalid\w*|un\w+ed|forbidden|fail\w*|refus\w*"
+    r"|disallow\w*|prohibit\w*|black ?list\w*|suspend\w*|banned|disabled|must|need\w*|requir\w*"
+    r"|expired|incorrect|wrong|bad|listed|unable|cannot|unknown|mismatch\w*|first)\b"
+)
+_OPERATOR = _any(
+    # login
+    _near(r"\b(?:smtp ?)?auth(?:enticat\w+|entification)?\b|\blog(?:ged)? ?in\b|credentials"
+          r"|\bpassword\b|user ?name|api.?key", _NOT),
+    r"unauthenticated sender",
+    # TLS
+    _near(r"start ?tls|\btls\b|\bssl\b|encryption|secure (?:connection|channel)", _NOT),
+    # EHLO
+    r"\b(?:helo|ehlo)\b",
+    # the network that we come from
+    _near(r"\bclient (?:host|ip|\[)|\b(?:your|sending|source|sender) (?:\w+ )?(?:ip|host|server)"
+          r"|\bip address(?:es)?\b|\bfrom (?:this|your) ip\b|\bnetwork\b", rf"{_NOT}|reputation"),
+    r"reverse (?:dns|host|lookup)|\brdns\b|\bptr\b",
+)  # fmt: skip
+
+_RECORDS = re.compile(r"\bdmarc\b|\bspf\b|\bdkim\b|unauthenticated (?:e-?mail|message)")  # in DNS
+
+_SENDER = _any(
+    _near(r"\bsender\b|\b(?:from|return.path|mail ?from|envelope.from)\b(?: address| header|:)"
+          r"|\bmailfrom\b|\bemetteur\b|\bsending (?:address|domain|account)|\bidentit(?:y|ies)",
+          _NOT),
+    r"(?:permissions?|allowed|permitted|authori[sz]ed|right) to (?:send|submit)",
+    r"send ?as ?denied|send.on.behalf|not owned by",
+    _near(r"\b(?:e-?mail )?(?:address|domain)\b", r"\b(?:not|un) ?verified|unregistered"),
+    r"domain of (?:the )?sender|sandbox|verified sender",
+    _near(r"\b(?:your|sending|sender|smtp) (?:\w+ )?account\b",
+          r"suspend|disabled|block|review|banned|activ|locked|expired|closed|paused"),
+    r"(?:outgoing|sending) (?:is |has been )?(?:\w+ )?(?:blocked|disabled|paused|suspended)",
+    r"activate your|licen[sc]e expired|not subscribed to",
+    # relaying
+    _near(r"\brelay\w*|rcpthosts", _NOT),
+    r"open relay|as a relay",
+)  # fmt: skip
+
+# --- 7. the server as such
+
+_BUSY = _any(
+    r"too many errors",
+    _near(r"\b(?:server|system|service)\b",
+          r"\bbusy\b|overload|shutting down|maintenance|(?:un|not )available"),
+    r"not accepting (?:\w+ )?(?:messages|connections|mail)",
+    r"insufficient (?:system )?(?:resources|storage|disk)",
+)  # fmt: skip
+
+
+def read_refusal(code: int, text: str, stage: Stage) -> Refusal:
+    """What a reply means; `text` may have several lines, without the reply's code."""
+    enhanced = _ENHANCED.match(text) or _ENHANCED_BEHIND.search(text[:MAX_READ])
+    level, about = enhanced.groups() if enhanced else (str(code)[0], "")
+    said = _QUOTED.sub(" ", _REPEATED_CODE.sub(" ", text[:MAX_READ])).lower().replace("\u2019", "'")
+    said = " ".join(said.split())
+    by_code = Meaning.REFUSED if level == "5" else Meaning.PASSING
+    if stage == "connection":
+        meaning = _of_connection(code, about, said)
+    else:
+        meaning = _of_message(code, about, said, stage, by_code)
+    return Refusal(meaning, _wait(said) if meaning is Meaning.QUOTA else None)
+
+
+def _of_connection(code: int, about: str, said: str) -> Meaning:
+    if about in _QUOTA_CODES or _is_quota(code, about, said, "connection"):
+        return Meaning.QUOTA
+    if code == _PASSING_LOGIN:
+        return Meaning.UNAVAILABLE
+    operators = code in _LOGIN_REPLIES or about in _OPERATOR_CODES or _OPERATOR.search(said)
+    return Meaning.OPERATOR if operators or _SENDER.search(said) else Meaning.UNAVAILABLE
+
+
+def _of_message(code: int, about: str, said: str, stage: Stage, by_code: Meaning) -> Meaning:
+    if about in _RATE_OF_RECIPIENT:
+        return Meaning.PASSING
+    if about in _ADDRESS and stage != "sender" and "submission" not in said:
+        return by_code
+    if about in _RULE_OF_RECIPIENT or _RULE_OF_GROUP.search(said):
+        return by_code
+    if _GREYLISTED.search(said):
+        return Meaning.PASSING
+    if not _RATE.search(said) and (about == _RECIPIENTS or _TOO_MANY_RECIPIENTS.search(said)):
+        return Meaning.RECIPIENTS if stage == "recipient" else by_code
+    if about in _SIZE_CODES or _SIZE.search(said):
+        return by_code
+    if about in _QUOTA_CODES or _is_quota(code, about, said, stage):
+        return Meaning.QUOTA
+    if code in _LOGIN_REPLIES or about in _OPERATOR_CODES:
+        return Meaning.OPERATOR
+    if about in _SENDER_CODES or _RECORDS.search(said):
+        return Meaning.SENDER
+    if not _CONTENT.search(said):
+        if _OPERATOR.search(said):
+            return Meaning.OPERATOR
+        if _SENDER.search(said):
+            return Meaning.SENDER
+    if stage == "sender" and by_code is Meaning.REFUSED:
+        return Meaning.SENDER
+    if by_code is Meaning.PASSING and (about in _FULL_SERVER or _BUSY.search(said)):
+        return Meaning.UNAVAILABLE
+    return Meaning.UNAVAILABLE if code == 421 and stage != "message" else by_code
+
+
+def _is_quota(code: int, about: str, said: str, stage: Stage) -> bool:
+    if _FULL_MAILBOX.search(said) and not _OUTGOING.search(said):
+        return False
+    if _RATE.search(said):
+        return True
+    if _CONTENT.search(said) or not (re.search(_BOUND, said) and re.search(_REACHED, said)):
+        return False
+    if re.search(_COUNTED, said):
+        return True
+    # "quota exceeded" and no more: of a mailbox, where one was named and no policy is spoken of
+    return code not in (452, 552) and (stage != "recipient" or about.startswith("7."))
+
+
+def _wait(said: str) -> timedelta:
+    named = _WAIT.search(said)
+    if named:
+        return min(timedelta(seconds=int(named[1]) * _SECONDS[named[2]]), LONGEST_WAIT)
+    return LONG_WAIT if _LONG_PERIOD.search(said) else SHORT_WAIT
