@@ -33,10 +33,11 @@ from sequencerd.metrics import Metrics
 from sequencerd.runners import NotNow, Runner
 from sequencerd.runners.email import EmailRunner
 from sequencerd.runners.http import HttpRunner
+from sequencerd.runners.oauth import Client
 from sequencerd.runners.python import load
 from sequencerd.runners.sms import HttpSmsRunner, SmsConfig, TwilioRunner
 from sequencerd.runners.suppressions import Key, Suppressions
-from sequencerd.settings import Database, Settings, Sms
+from sequencerd.settings import Database, Email, Settings, Sms
 from sequencerd.systemd import notify, notify_reloading
 from sequencerd.web import make_app, serving
 
@@ -51,18 +52,9 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
 
     Messages are sent to nobody whom `suppressions` names; without it, definitions can be read.
     """
-    email = settings.email
     try:
         runners: dict[str, Runner] = {
-            "Email": EmailRunner(
-                email.server,
-                concurrency=email.concurrency,
-                timeout=email.timeout,
-                per_second=email.per_second,
-                list_unsubscribe=email.list_unsubscribe,
-                suppressions=suppressions,
-                retry=email.retry,
-            ),
+            "Email": make_email_runner(settings.email, suppressions),
             "SMS": _sms_runner(settings.sms, suppressions),
         }
         runners |= load()
@@ -83,6 +75,32 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
     except ValueError as error:
         raise SettingsError(f"wrong setting: {error}") from error
     return runners
+
+
+def make_email_runner(
+    email: Email, suppressions: Suppressions | None = None, *, reply_timeout: float | None = None
+) -> EmailRunner:
+    """The runner for e-mail. Raises ValueError."""
+    oauth: Client | str | None = email.token_command
+    if email.oauth is not None:
+        oauth = Client(
+            email.oauth.token_url,
+            email.oauth.client_id,
+            _secret(email.oauth.client_secret),
+            email.oauth.scope,
+            _secret(email.oauth.refresh_token),
+        )
+    return EmailRunner(
+        email.server,
+        concurrency=email.concurrency,
+        timeout=reply_timeout or email.timeout,
+        per_second=email.per_second,
+        hello_name=email.hello_name,
+        oauth=oauth,
+        list_unsubscribe=email.list_unsubscribe,
+        suppressions=suppressions,
+        retry=email.retry,
+    )
 
 
 def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:

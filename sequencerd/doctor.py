@@ -19,7 +19,6 @@ from sequencerd import daemon, lookups, migrate
 from sequencerd.core.model import Failed
 from sequencerd.errors import SequencerdError
 from sequencerd.listener import POLL_INTERVAL
-from sequencerd.runners.smtp import Postman
 from sequencerd.runners.web import Unreachable, Web
 from sequencerd.settings import Database, Settings
 from sequencerd.store import QUERIES
@@ -361,13 +360,13 @@ async def _examine_endpoints(
 
 async def _mail(settings: Settings) -> Finding:
     try:
-        postman = Postman(settings.email.server, connections=1, timeout=PATIENCE)
+        runner = daemon.make_email_runner(settings.email, reply_timeout=PATIENCE)
     except ValueError as error:
-        return Finding("mail server", str(error), "error", "correct email.url")
+        return Finding("mail server", str(error), "error", "correct [email]")
     try:
-        result = await postman.check()
+        result = await runner.check()
     finally:
-        await postman.close()
+        await runner.close()
     if isinstance(result, Failed):
         return Finding("mail server", result.message, "error", "start it, or correct email.url")
     return Finding("mail server", getattr(result, "message", None) or "is ready for mail")

@@ -29,6 +29,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from sequencerd import passwords
@@ -136,14 +137,37 @@ class Retrying(Section):
         return RetryPolicy(self.attempts, self.first_delay, self.longest_delay)
 
 
+class OAuth(Section):
+    """Where access tokens come from: for us, or with a refresh token for a user (RFC 6749)."""
+
+    token_url: str = Field(pattern=r"^https?://")
+    client_id: str
+    client_secret: Secret | None = None
+    scope: str | None = None
+    refresh_token: Secret | None = None
+
+
 class Email(Retrying):
-    """The mail server: smtp://user:password@host:587, smtps://... for TLS from the start."""
+    """The mail server: smtp://user:password@host:587, smtps://... for TLS from the start.
+
+    `timeout` is for each reply of the server but the one to the message, which may take as long as
+    RFC 5321 says. `oauth` or `token_command` stand for the password.
+    """
 
     url: Secret | None = None
     concurrency: int = Field(default=10, ge=1, le=1000)
-    timeout: float = Field(default=30.0, gt=0, le=600)
+    timeout: float = Field(default=300.0, gt=0, le=600)
     per_second: float | None = Field(default=None, gt=0)
+    hello_name: str | None = None
+    oauth: OAuth | None = None
+    token_command: str | None = None
     list_unsubscribe: str | None = None
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Email:
+        if self.oauth is not None and self.token_command is not None:
+            raise ValueError("write oauth or token_command, not both")
+        return self
 
     @property
     def server(self) -> str:

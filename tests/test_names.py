@@ -84,7 +84,7 @@ def test_a_name_that_hangs_delays_no_other(resolver: Resolver) -> None:
             postman = Postman(
                 f"smtp://localhost:{mailbox.port}?starttls=never", connections=1, timeout=60
             )
-            assert isinstance(await postman.deliver(MAIL), Answer)
+            assert isinstance((await postman.deliver(MAIL)).result, Answer)
             await postman.close()
             for allow_private in (True, False):
                 made = HttpRunner(
@@ -129,7 +129,7 @@ def test_a_name_that_hangs_is_waited_for_so_long(
         with pytest.raises(DatabaseError, match=r"slow\.example"):
             await connect("postgresql://ada@slow.example/shop")
         postman = Postman("smtp://slow.example:25", connections=1, timeout=60)
-        result = await postman.deliver(MAIL)
+        result = (await postman.deliver(MAIL)).result
         await postman.close()
         assert isinstance(result, Failed)
         assert "slow.example" in result.message

@@ -27,15 +27,17 @@ from sequencerd.core.model import (
     Task,
 )
 from sequencerd.core.template import Template
-from sequencerd.runners import mime
+from sequencerd.runners import mime, pending
+from sequencerd.runners.addresses import Addresses, compile_addresses
 from sequencerd.runners.fields import (
     RenderError,
     compile_field,
     one_line,
     render,
 )
+from sequencerd.runners.oauth import Client, Tokens, token_source
 from sequencerd.runners.pace import Pace
-from sequencerd.runners.smtp import Mail, Postman
+from sequencerd.runners.smtp import FINAL_TIMEOUT, OFFER_TIMEOUT, REPLY_TIMEOUT, Mail, Postman
 from sequencerd.runners.suppressions import Suppressions
 
 MAX_RECIPIENTS = 100
@@ -73,6 +75,8 @@ class EmailConfig(Config):
     """Further headers: X-..., List-... and a few more."""
     list_unsubscribe: str | None = None
     """A URL to unsubscribe at with one click."""
+    many: bool = False
+    """Whether a value may hold several addresses, with commas; otherwise it is one."""
 
     @model_validator(mode="after")
     def _check(self) -> EmailConfig:
@@ -91,7 +95,7 @@ class EmailConfig(Config):
 class Program:
     """The templates of a config, by field."""
 
-    addresses: Mapping[str, tuple[Template, ...]]  # from, to, cc, bcc, replyTo
+    addresses: Mapping[str, Addresses]  # from, to, cc, bcc, replyTo
     subject: Template
     text: Template | None
     html: Template | None
@@ -102,9 +106,10 @@ class Program:
 class EmailRunner:
     """Sends each enrollment of a step a message of its own.
 
-    `url` is explained at `smtp.parse_url`. `timeout` (seconds) is for the whole delivery of a
-    message, `per_second` limits the messages, `list_unsubscribe` is the template of a URL for
-    steps that give none. Raises ValueError for a URL or template that can't work.
+    `url`, `timeout`, `final_timeout` and `hello_name` are explained at `smtp.Postman`; `oauth` is a
+    client of a token endpoint or a command that prints a token. `per_second` limits the messages,
+    `list_unsubscribe` is the template of a URL for steps that give none. Raises ValueError for
+    what can't work.
     """
 
     batch_size = 1  # what has been sent is written at once, so that a crash repeats little
@@ -114,8 +119,11 @@ class EmailRunner:
         url: str,
         *,
         concurrency: int = 10,
-        timeout: float = 30.0,
+        timeout: float = REPLY_TIMEOUT,
+        final_timeout: float = FINAL_TIMEOUT,
         per_second: float | None = None,
+        hello_name: str | None = None,
+        oauth: Client | str | None = None,
         list_unsubscribe: str | None = None,
         suppressions: Suppressions | None = None,
         retry: RetryPolicy = RETRY,
@@ -124,8 +132,17 @@ class EmailRunner:
         self._suppressions = suppressions
         self.concurrency = concurrency
         self._pace = Pace(per_second)
-        self.timeout = timeout + self._pace.longest_wait(concurrency) + 1
-        self._postman = Postman(url, connections=concurrency, timeout=timeout)
+        # the postman keeps its own limits: this one is for what they can't come to
+        self.timeout = 2 * OFFER_TIMEOUT + final_timeout + self._pace.longest_wait(concurrency)
+        self._source = None if oauth is None else token_source(oauth)
+        self._postman = Postman(
+            url,
+            connections=concurrency,
+            timeout=timeout,
+            final_timeout=final_timeout,
+            hello_name=hello_name,
+            tokens=None if self._source is None else Tokens(self._source.fetch),
+        )
         self._unsubscribe = (
             None if list_unsubscribe is None else compile_field("listUnsubscribe", list_unsubscribe)
         )
@@ -144,7 +161,9 @@ class EmailRunner:
         addresses = {}
         for name, field in fields.items():
             with faults.at():
-                addresses[name] = _compile_addresses(name, field)
+                addresses[name] = compile_addresses(name, field, many=parsed.many)
+                if name == "to" and addresses[name].is_empty:
+                    raise DefinitionError([Fault(("to",), "no address")])
         headers = {}
         for name, template in parsed.headers.items():
             with faults.at("headers"):
@@ -177,16 +196,23 @@ class EmailRunner:
         return await asyncio.gather(*(self._send(program, task) for task in tasks))
 
     async def _send(self, program: Program, task: Task) -> Result:
+        now = datetime.now(UTC)
         try:
-            mail = write(program, task, datetime.now(UTC))
+            mail = write(program, task, now)
             await self._pace.turn()
             if without := await self._suppressed(mail, task):
                 if without >= set(mail.to) or task.view["subject"] in without:
                     return Suppressed(f"not sent to {', '.join(sorted(without))}")
-                mail = write(program, task, datetime.now(UTC), without)
+                mail = write(program, task, now, without)
         except RenderError as error:
             return Failed(str(error), permanent=True, asked=False)
-        result = await self._postman.deliver(mail)
+        left = pending.read(task)
+        if left is not None:
+            mail = mail.only(left.to)
+            if not mail.recipients:
+                return left.end("not sent to anybody else: the others are no recipients any more")
+        delivery = await self._postman.deliver(mail)
+        result = pending.follow_up(task, left, delivery, self.retry, now)
         if without and isinstance(result, Answer):
             message = f"{result.message}; suppressed: {', '.join(sorted(without))}"
             return replace(result, message=one_line(message, 2000))
@@ -198,22 +224,15 @@ class EmailRunner:
         subject = str(task.view["subject"])
         return await self._suppressions.among("email", (*mail.to, *mail.others, subject))
 
+    async def check(self) -> Result:
+        """Connects and logs in, and sends nothing. Never raises for what the server does."""
+        return await self._postman.check()
+
     async def close(self) -> None:
         """Closes the connections."""
         await self._postman.close()
-
-
-def _compile_addresses(name: str, field: str | list[str] | None) -> tuple[Template, ...]:
-    sources = [] if field is None else [field] if isinstance(field, str) else field
-    templates = tuple(compile_field(name, source) for source in sources)
-    try:
-        literal = [t for t in templates if t.is_literal and mime.parse_mailboxes(name, t.source)]
-    except RenderError as error:
-        message = str(error).removeprefix(f"{name}: ")
-        raise DefinitionError([Fault((name,), message)]) from error
-    if name == "to" and not literal and all(template.is_literal for template in templates):
-        raise DefinitionError([Fault(("to",), "no address")])
-    return templates
+        if self._source is not None:
+            await self._source.close()
 
 
 def write(
@@ -221,10 +240,7 @@ def write(
 ) -> Mail:
     """The message for an enrollment, dated `at`, to all but some addresses. Raises RenderError."""
     view = task.view
-    found = {
-        name: [m for t in templates for m in mime.parse_mailboxes(name, render(name, t, view))]
-        for name, templates in program.addresses.items()
-    }
+    found = {name: field.render(view) for name, field in program.addresses.items()}
     for name in ("to", "cc", "bcc"):
         found[name] = [mailbox for mailbox in found[name] if mailbox.address not in without]
     if len(found["from"]) != 1:
@@ -266,19 +282,30 @@ def message_mark(task: Task) -> str:
 
 
 def _more_headers(program: Program, view: Mapping[str, Any]) -> list[str]:
-    headers = []
-    for name, template in program.headers.items():
-        if value := _header_value(name, template, view):
-            headers.append(mime.header(name, value))
+    values = {
+        name: _header_value(name, template, view) for name, template in program.headers.items()
+    }
     unsubscribe = program.list_unsubscribe
-    url = "" if unsubscribe is None else _header_value("listUnsubscribe", unsubscribe, view)
-    if url:
-        url = quote(url, safe="%:/?#[]@!$&'()*+,;=~-._")
-        headers.append(mime.header("List-Unsubscribe", f"<{url}>"))
+    if unsubscribe is not None and not any(n.lower() == "list-unsubscribe" for n in values):
+        url = quote(_header_value("listUnsubscribe", unsubscribe, view), safe=_URL)
+        values["List-Unsubscribe"] = f"<{url}>" if url else ""
         if url.lower().startswith("https:"):
-            headers.append("List-Unsubscribe-Post: List-Unsubscribe=One-Click")
-    return headers
+            values = {n: v for n, v in values.items() if n.lower() != "list-unsubscribe-post"}
+            values["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
+    return [_header(name, value) for name, value in values.items() if value]
+
+
+_URL = "%:/?#[]@!$&'()*+,;=~-._"
+_STRUCTURED = frozenset({"in-reply-to", "references", "feedback-id"})
+
+
+def _header(name: str, value: str) -> str:
+    if name.lower().startswith("list-"):
+        return mime.structured_header(name, quote(value, safe=f' <>"{_URL}'))
+    if name.lower() in _STRUCTURED:
+        return mime.structured_header(name, value)
+    return mime.header(name, value)
 
 
 def _header_value(name: str, template: Template, view: Mapping[str, Any]) -> str:
-    return mime.check_header(name, render(name, template, view).strip())
+    return mime.check_header(name, mime.unfold(render(name, template, view)).strip())

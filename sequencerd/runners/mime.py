@@ -21,13 +21,16 @@ from sequencerd.runners.fields import RenderError, one_line
 MAX_HEADER = 10_000  # characters of one header
 MAX_LINE = 78
 MAX_WORD = 900  # a line of more than 998 octets is not accepted everywhere
+MAX_TOKEN = 990
 
 _ITEM = re.compile(r'(?:"(?:[^"\\]|\\.)*+"|[^",])*+')
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+_FOLD = re.compile(r"\r?\n[ \t]+")
 _HALF = re.compile(r"[\ud800-\udfff]")
-_LOCAL_PART = re.compile(
-    r"[^\s\x00-\x20\x7f-\x9f()<>\[\]:;@\\,.\"]+(?:\.[^\s\x00-\x20\x7f-\x9f()<>\[\]:;@\\,.\"]+)*"
-)
+_ATOM = r"[^\s\x00-\x20\x7f-\x9f()<>\[\]:;@\\,.\"]"
+_DOT_ATOM = re.compile(rf"{_ATOM}+(?:\.{_ATOM}+)*")
+_DOTS_ANYWHERE = re.compile(rf"(?:{_ATOM}|\.)+")  # as old addresses of Japanese carriers are
+_QUOTED_LOCAL = re.compile(r'"((?:[^"\\\x00-\x1f\x7f-\x9f]|\\[^\x00-\x1f\x7f-\x9f])+)"')
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]+")
 
@@ -48,7 +51,7 @@ class Mailbox:
         """As it stands in a header."""
         if not self.name:
             return self.address
-        if not self.name.isascii() or "=?" in self.name:
+        if not self.name.isascii() or "=?" in self.name or len(self.name) > MAX_WORD:
             return f"{_encoded_words(self.name, 10)} <{self.address}>"
         if _PLAIN_NAME.fullmatch(self.name):
             return f"{self.name} <{self.address}>"
@@ -69,35 +72,43 @@ def parse_mailboxes(field: str, text: str) -> list[Mailbox]:
             raise RenderError(f"{field}: a quotation mark is not closed in {one_line(text, 100)!r}")
         position += 1
         if item[0].strip():
-            found.append(_mailbox(field, item[0].strip()))
+            found.append(parse_mailbox(field, item[0]))
     return found
 
 
-def _mailbox(field: str, text: str) -> Mailbox:
-    name, address = "", text
-    if text.endswith(">"):
-        name, opened, address = text[:-1].rpartition("<")
-        name = name.strip()
-        if name.startswith('"') and name.endswith('"') and len(name) > 1:
-            name = re.sub(r"\\(.)", r"\1", name[1:-1])
-        elif not opened or re.search(r'[<>"]', name):
-            raise RenderError(f"{field}: {one_line(text, 100)!r} is not an address")
-    return Mailbox(name.strip(), _address(field, address.strip()))
+def parse_mailbox(field: str, text: str) -> Mailbox:
+    """Reads one mailbox; whatever stands before the last < is its name. Raises RenderError."""
+    check_header(field, text := text.strip())
+    if not text.endswith(">"):
+        return Mailbox("", parse_address(field, text))
+    name, opened, address = text[:-1].rpartition("<")
+    name = name.strip()
+    if name.startswith('"') and name.endswith('"') and len(name) > 1:
+        name = re.sub(r"\\(.)", r"\1", name[1:-1])
+    elif not opened or re.search(r'[<>"]', name):
+        raise RenderError(f"{field}: {one_line(text, 100)!r} is not an address")
+    return Mailbox(name.strip(), parse_address(field, address.strip()))
 
 
-def _address(field: str, text: str) -> str:
-    """The address with its domain in ASCII. Raises RenderError."""
+def parse_address(field: str, text: str) -> str:
+    """The address with its domain in ASCII, and a local part in quotes where RFC 5321 wants them:
+    `a..b@docomo.ne.jp` as `"a..b"@docomo.ne.jp`. Raises RenderError.
+    """
     local, at, domain = text.rpartition("@")
     bad = RenderError(f"{field}: {one_line(text, 100)!r} is not an address such as ada@example.com")
-    if not at or not _LOCAL_PART.fullmatch(local):
+    if quoted := _QUOTED_LOCAL.fullmatch(local):
+        local = re.sub(r"\\(.)", r"\1", quoted[1])
+    elif not _DOTS_ANYWHERE.fullmatch(local):
         raise bad
     try:
         domain = domain if domain.isascii() else idna.encode(domain, uts46=True).decode("ascii")
         long = len(local.encode()) > 64 or len(domain) > 253
     except ValueError:  # idna's errors, and halves of characters
         raise bad from None
-    if long or not all(_LABEL.fullmatch(label) for label in domain.split(".")):
+    if not at or long or not all(_LABEL.fullmatch(label) for label in domain.split(".")):
         raise bad
+    if not _DOT_ATOM.fullmatch(local):
+        local = '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
     return f"{local}@{domain}"
 
 
@@ -112,14 +123,35 @@ def check_header(field: str, text: str) -> str:
     return text
 
 
+def unfold(text: str) -> str:
+    """A header's value in one line, where it was folded as headers are (RFC 5322, 2.2.3)."""
+    return _FOLD.sub(" ", text)
+
+
 def header(name: str, text: str) -> str:
     """A header of free text, folded; what is not ASCII becomes encoded words (RFC 2047)."""
-    words = text.split(" ")
-    if not text.isascii() or "=?" in text or max(map(len, words)) > MAX_WORD:
+    if not text.isascii() or "=?" in text or max(map(len, text.split(" "))) > MAX_WORD:
         return f"{name}: {_encoded_words(text, len(name) + 2)}"
+    return _folded(name, text)
+
+
+def structured_header(name: str, text: str) -> str:
+    """A header of identifiers or addresses of pages, folded: encoded words are not read there.
+
+    Raises RenderError for what is not ASCII, or too long for a line.
+    """
+    if not text.isascii():
+        raise RenderError(f"{name}: {one_line(text, 50)!r} is not ASCII")
+    if max(map(len, text.split(" "))) > MAX_TOKEN:
+        raise RenderError(f"{name}: a word of more than {MAX_TOKEN} characters fits into no line")
+    return _folded(name, text)
+
+
+def _folded(name: str, text: str) -> str:
     lines = [f"{name}:"]
-    for word in words:
-        if word and len(lines[-1]) + 1 + len(word) > MAX_LINE and lines[-1] != f"{name}:":
+    for word in text.split(" "):
+        is_first = lines[-1] == f"{name}:"
+        if word and len(lines[-1]) + 1 + len(word) > (MAX_TOKEN if is_first else MAX_LINE):
             lines.append(f" {word}")
         else:
             lines[-1] += f" {word}"

@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from aiosmtplib import SMTP
-from aiosmtplib.errors import (
-    SMTPAuthenticationError,
-    SMTPConnectError,
-    SMTPDataError,
-    SMTPException,
-    SMTPHeloError,
-    SMTPNotSupported,
-    SMTPResponseException,
-    SMTPSenderRefused,
-)
-
-from sequencerd.core.model import Answer, Failed, Result
+from sequencerd.core.model import Answer, Attribution, Failed, Result
+from sequencerd.runners import smtp_connect
 from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.fields import one_line
-from sequencerd.runners.smtp_dialogue import Dialogue, Reply
+from sequencerd.runners.oauth import TokenError, Tokens
+from sequencerd.runners.refusals import Meaning, Refusal, Stage, read_refusal
+from sequencerd.runners.smtp_dialogue import Dialogue, Reply, SmtpError, SmtpRefused
 from sequencerd.runners.smtp_url import parse_url
 
 IDLE = 20.0
 """After so many seconds without a message a connection is closed."""
 
-THROTTLED = timedelta(minutes=1)
-"""A server that throttles names no time: it is asked again after this one."""
+REPLY_TIMEOUT = 300.0
+"""Seconds for each reply (RFC 5321, 4.5.3.2.1 to 4.5.3.2.3)."""
+
+FINAL_TIMEOUT = 600.0
+"""Seconds for the answer to the message (RFC 5321, 4.5.3.2.6). Who gives up sooner sends it again
+to a server that has it.
+"""
+
+OFFER_TIMEOUT = 600.0
+"""Seconds for everything before the message, so that slow replies do not add up."""
+
+REUSE_TIMEOUT = 10.0
+"""Seconds for the first reply on a connection that was idle: it may be dead, a new one is not."""
 
 SHOWN_ADDRESSES = 10
-
-_LOGIN_CODES = (530, 534, 535, 538)  # the operator's to mend, not the message's fault
-_ENHANCED = re.compile(r"([245])\.\d{1,3}\.\d{1,3}\b")
-_THROTTLED = re.compile(
-    r"throttl|rate.?limit|4\.7\.28\b|too much mail"
-    r"|too many (concurrent |simultaneous )?(connections|sessions|messages|e?mails|requests)"
-    r"|(daily|hourly|sending|rate).{0,20}(limit|quota|rate).{0,20}exceed"
-    r"|exceed.{0,40}(daily|hourly|sending|rate).{0,20}(limit|quota|rate)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,177 +48,175 @@ class Mail:
     content: bytes
     utf8: bool = False
 
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.to, *self.others)
 
-def judge(code: int, text: str) -> Failed:
-    """What a refusal means for the message.
+    def only(self, addresses: Collection[str]) -> Mail:
+        """The same message, to those of its recipients."""
+        to = tuple(address for address in self.to if address in addresses)
+        others = tuple(address for address in self.others if address in addresses)
+        return replace(self, to=to, others=others)
 
-    5xx is permanent, unless it is about our login, about a rate, or its enhanced code (RFC 3463)
-    says otherwise. Throttling is the server's fault.
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What became of a message. `later` are recipients that may take it in another attempt, while
+    others have it already.
     """
-    message = f"{code} {one_line(text)}"
-    if _THROTTLED.search(text):
-        return Failed(message, retry_after=THROTTLED, fault="server")
-    enhanced = _ENHANCED.match(text)
-    passing = enhanced is not None and enhanced[1] == "4"
-    return Failed(message, permanent=code >= 500 and code not in _LOGIN_CODES and not passing)
+
+    result: Answer | Failed
+    later: tuple[str, ...] = ()
 
 
-def unavailable(code: int, text: str) -> Failed:
-    """What it means that the server as such refuses to work: nothing for the message."""
-    return replace(judge(code, text), permanent=False, fault="server")
+def judge(reply: Reply, stage: Stage) -> Failed:
+    """What a refusal means."""
+    refusal = read_refusal(reply.code, reply.text, stage)
+    return _failed(refusal, f"{reply.code} {one_line(reply.text)}")
+
+
+def _failed(refusal: Refusal, message: str) -> Failed:
+    match refusal.meaning:
+        case Meaning.QUOTA | Meaning.OPERATOR | Meaning.UNAVAILABLE:
+            return Failed(message, retry_after=refusal.wait, fault="server")
+        case Meaning.SENDER:
+            return Failed(message, fault="unclear")
+        case Meaning.PASSING | Meaning.RECIPIENTS:
+            return Failed(message)
+        case Meaning.REFUSED:
+            return Failed(message, permanent=True)
 
 
 class Postman:
-    """Delivers mail to one server, over at most `connections` connections at a time."""
+    """Delivers mail to one server, over at most `connections` connections at a time.
 
-    def __init__(self, url: str, *, connections: int, timeout: float, idle: float = IDLE) -> None:
-        self._server = parse_url(url)
+    `timeout` (seconds) is for each reply of the server but the last, `final_timeout` for that one,
+    `hello_name` for EHLO. Raises ValueError for a URL or name that can't work.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        connections: int,
+        timeout: float = REPLY_TIMEOUT,
+        final_timeout: float = FINAL_TIMEOUT,
+        hello_name: str | None = None,
+        tokens: Tokens | None = None,
+        idle: float = IDLE,
+    ) -> None:
+        self._server = parse_url(url, has_token=tokens is not None)
         self._place = f"{self._server.host}:{self._server.port}"
         self._timeout = timeout
+        self._final_timeout = final_timeout
+        self._tokens = tokens
         self._idle_for = idle
         self._slots = asyncio.Semaphore(connections)
         self._idle: list[tuple[Dialogue, float]] = []  # with the time of their last use
         self._timer: asyncio.TimerHandle | None = None
         self._quitting: set[asyncio.Task[None]] = set()
-        self._name: str | None = None
+        self._name = None if hello_name is None else smtp_connect.check_hello_name(hello_name)
+        self._is_named = hello_name is not None
 
-    async def deliver(self, mail: Mail) -> Result:
+    async def deliver(self, mail: Mail) -> Delivery:
         """Hands a message over to the server. Never raises for what the server does."""
-        return await self._try(partial(self._deliver, mail))
+        attempt = _Attempt()
+        failed = await self._try(partial(self._deliver, mail), attempt)
+        return attempt.delivery(failed)
 
     async def check(self) -> Result:
         """Connects and logs in, and sends nothing. Never raises for what the server does."""
-        return await self._try(self._greet)
+        failed = await self._try(self._greet, _Attempt())
+        return failed or Answer(message=f"{self._place} is ready for mail")
 
-    async def _greet(self, attempt: _Attempt) -> Result:
+    async def _greet(self, attempt: _Attempt) -> None:
         attempt.dialogue = await self._connect()
         await self._give_back(attempt)
-        return Answer(message=f"{self._place} is ready for mail")
 
-    async def _try(self, work: Callable[[_Attempt], Awaitable[Result]]) -> Result:
-        attempt = _Attempt()
+    async def _try(
+        self, work: Callable[[_Attempt], Awaitable[Failed | None]], attempt: _Attempt
+    ) -> Failed | None:
         try:
-            async with self._slots, asyncio.timeout(self._timeout):
-                return await work(attempt)
-        except SMTPResponseException as error:
-            failed = self._judge(error, attempt)
-        except TimeoutError:
-            text = f"no answer from {self._place} within {self._timeout:g} s"
-            failed = Failed(text, fault="unclear" if attempt.begun else "server")
-        except SMTPNotSupported as error:
-            failed = Failed(f"{self._place} {error}", permanent=True)
-        except (SMTPException, OSError) as error:
-            text = f"{self._place}: {_describe(error)}"
+            async with self._slots:
+                failed = await work(attempt)
+        except SmtpRefused as error:
+            about = f"{self._place} refuses {error.what}" if error.what else self._place
+            failed = judge(error.reply, error.stage)
+            failed = replace(failed, message=f"{about}: {failed.message}")
+            await self._give_back(attempt)
+        except (SmtpError, TokenError, OSError) as error:
             is_servers = not attempt.begun or is_exhausted(error)
-            failed = Failed(text, fault="server" if is_servers else "unclear")
+            fault: Attribution = "server" if is_servers else "unclear"
+            failed = Failed(f"{self._place}: {_describe(error)}", fault=fault)
         finally:
             attempt.end()
-        message = self._server.hide(one_line(failed.message, 500))
-        return replace(
-            failed, message=message, unknown=attempt.handed_over and not attempt.answered
-        )
+        if failed is None:
+            return None
+        message = self._hide(one_line(failed.message, 500))
+        return replace(failed, message=message, unknown=attempt.handed_over)
 
-    def _judge(self, error: SMTPResponseException, attempt: _Attempt) -> Failed:
-        """What a refusal means; most of them are about the server or our login."""
-        about_message = isinstance(error, SMTPSenderRefused | SMTPDataError)
-        failed = (judge if about_message else unavailable)(error.code, error.message)
-        if error.code == 421 and not attempt.handed_over:
-            failed = unavailable(error.code, error.message)
-        about = self._place
-        if isinstance(error, SMTPSenderRefused):
-            about += f" refuses the sender {error.sender}"
-        elif isinstance(error, SMTPAuthenticationError):
-            about += " refuses the login"
-        return replace(failed, message=f"{about}: {failed.message}")
+    def _hide(self, text: str) -> str:
+        text = self._server.hide(text)
+        return text if self._tokens is None else self._tokens.hide(text)
 
-    async def _deliver(self, mail: Mail, attempt: _Attempt) -> Result:
-        try:
-            dialogue, (sender, *recipients) = await self._open(mail, attempt)
-            if sender.is_refusal:
-                raise SMTPSenderRefused(*sender, mail.sender)
-        except (SMTPSenderRefused, SMTPNotSupported):
-            await self._give_back(attempt)
-            raise
-        result = await self._transfer(dialogue, mail, recipients, attempt)
-        await self._give_back(attempt)
-        return result
-
-    async def _open(self, mail: Mail, attempt: _Attempt) -> tuple[Dialogue, list[Reply]]:
-        """Names sender and recipients, on a connection that was idle or else on a new one."""
-        while dialogue := self._take():
-            attempt.dialogue = dialogue
+    async def _deliver(self, mail: Mail, attempt: _Attempt) -> Failed | None:
+        """Sends it in as many transactions as the server wants to have."""
+        failed = None
+        attempt.rest = list(mail.recipients)
+        since = _now()
+        while attempt.rest and not failed and _now() - since < OFFER_TIMEOUT:
+            attempt.dialogue = dialogue = self._take()
             try:
-                replies = await _begin(mail, attempt, dialogue)
-                if not 400 <= replies[0].code < 500:
-                    return dialogue, replies
-            except SMTPNotSupported:
-                raise
-            except (SMTPException, OSError):
-                pass
-            dialogue.close()  # a limit of the connection, or given up: nothing was sent yet
-        dialogue = attempt.dialogue = await self._connect()
-        return dialogue, await _begin(mail, attempt, dialogue)
+                failed = await self._transact(mail, attempt)
+            except (SmtpError, OSError) as error:
+                if dialogue is None or attempt.handed_over or not _ends_connection(error):
+                    raise
+                dialogue.close()  # it was idle, and given up by the server: nothing was sent yet
+                attempt.begun = False
+            else:
+                await self._give_back(attempt)
+        return failed
 
-    async def _transfer(
-        self, dialogue: Dialogue, mail: Mail, replies: Sequence[Reply], attempt: _Attempt
-    ) -> Result:
-        refused: dict[str, Failed] = {}
-        recipients = (*mail.to, *mail.others)
-        for address, reply in zip(recipients, replies, strict=True):
-            if reply.code == 421:
-                raise SMTPResponseException(*reply)
-            if reply.is_refusal:
-                refused[address] = judge(*reply)
-        addressees = [refused[address] for address in mail.to if address in refused]
-        if len(refused) == len(recipients) or not all(failed.permanent for failed in addressees):
-            # Not sent to anybody yet: an addressee who is refused for now gets it with the rest.
-            return _refused(refused, everybody=len(refused) == len(recipients))
-        (reply,) = await dialogue.ask("DATA")
-        if not reply.is_refusal:
-            raise SMTPException(f"answers DATA with {reply.code}")
+    async def _transact(self, mail: Mail, attempt: _Attempt) -> Failed | None:
+        """One transaction, with the recipients that are left; those who get it in another stay."""
+        try:
+            async with asyncio.timeout(OFFER_TIMEOUT):
+                within = REUSE_TIMEOUT
+                if attempt.dialogue is None:
+                    attempt.dialogue, within = await self._connect(), self._timeout
+                dialogue = attempt.dialogue
+                if mail.utf8 and "smtputf8" not in dialogue.extensions:
+                    text = f"{self._place} takes ASCII addresses only (no SMTPUTF8)"
+                    return Failed(text, permanent=True)
+                replies = await _begin(mail, attempt, within)
+                taken = attempt.sort(mail, replies)
+                if not taken:
+                    return attempt.failure(mail)
+                reply = await dialogue.say("DATA")
+        except TimeoutError:
+            raise SmtpError(f"not ready for the message within {OFFER_TIMEOUT:g} s") from None
         if reply.code == 354:
             attempt.handed_over = True
-            reply = await dialogue.transfer(mail.content)
-            attempt.answered = True
+            reply = await dialogue.transfer(mail.content, within=self._final_timeout)
+            attempt.handed_over = False
+        elif not reply.is_refusal:
+            raise SmtpError(f"answers DATA with {reply.code}")
         if reply.is_refusal:
-            await self._give_back(attempt)
-            raise SMTPDataError(*reply)
+            raise SmtpRefused(reply, "message")
         attempt.begun = False
-        taken = [address for address in recipients if address not in refused]
-        answer = one_line(f"{reply.code} {reply.text}")
-        message = f"sent to {_listed(taken)}: {answer}"
-        if refused:
-            message += f"; refused: {_told(refused)}"
-        return Answer(message=one_line(message, 2000))
-
-    def _client(self) -> SMTP:
-        server = self._server
-        return SMTP(
-            hostname=server.host,
-            port=server.port,
-            username=server.user,
-            password=server.password,
-            local_hostname=self._name,
-            timeout=None,
-            use_tls=server.tls,
-            start_tls=False if server.tls else server.starttls,
-            tls_context=server.context,
-        )
+        attempt.sent.extend(taken)
+        attempt.rest = [address for address in attempt.rest if address not in taken]
+        attempt.said = one_line(f"{reply.code} {reply.text}")
+        return None
 
     async def _connect(self) -> Dialogue:
-        self._name = self._name or await _own_name()  # found once: it may take a DNS query
-        client = self._client()
-        try:
-            await client.connect()
-            if client.is_ehlo_or_helo_needed:
-                try:
-                    await client.ehlo()
-                except SMTPHeloError:
-                    await client.helo()
-        except BaseException:
-            client.close()
-            raise
-        return Dialogue(client)
+        if not self._is_named:  # found once: it may take a DNS query
+            self._name = await smtp_connect.own_name()
+            self._is_named = True
+        return await smtp_connect.connect(
+            self._server, name=self._name, reply_timeout=self._timeout, tokens=self._tokens
+        )
 
     # Keeping connections
 
@@ -248,9 +235,10 @@ class Postman:
             return
         if attempt.begun:
             try:
-                await dialogue.ask("RSET")
-            except (SMTPException, OSError):
+                await dialogue.say("RSET")
+            except (SmtpError, OSError):
                 return
+            attempt.begun = False
         attempt.dialogue = None
         if dialogue.is_open:
             self._idle.append((dialogue, _now()))
@@ -290,9 +278,65 @@ class _Attempt:
     """How far a delivery has come."""
 
     dialogue: Dialogue | None = None  # until it is given back
-    handed_over: bool = False  # the message is on its way
-    answered: bool = False  # the server has said what became of it
     begun: bool = False  # the server knows of a message that is not sent yet
+    handed_over: bool = False  # a message is on its way, and not answered
+    rest: list[str] = field(
+        default_factory=list
+    )  # recipients that were not asked about, or not yet
+    sent: list[str] = field(default_factory=list)
+    refused: dict[str, Failed] = field(default_factory=dict)
+    said: str = ""  # by the server, of the last message that it took
+
+    def sort(self, mail: Mail, replies: Sequence[Reply]) -> list[str]:
+        """Who gets the message in this transaction; nobody if it is not sent.
+
+        An addressee who is refused for now gets it with the rest, so it is sent to nobody yet. Who
+        is too many for one transaction stays for another one. Raises SmtpRefused where the server
+        ends the connection.
+        """
+        taken = []
+        left = []
+        for address, reply in zip(self.rest, replies, strict=True):
+            if reply.code == 421:
+                raise SmtpRefused(reply, "recipient")
+            if not reply.is_refusal:
+                taken.append(address)
+            elif read_refusal(*reply, "recipient").meaning is Meaning.RECIPIENTS:
+                left.append(address)
+                self.refused[address] = judge(reply, "recipient")
+            else:
+                self.refused[address] = judge(reply, "recipient")
+        for address in left:
+            if taken:
+                del self.refused[address]
+        self.rest = taken + left
+        waits = any(not self.refused[a].permanent for a in mail.to if a in self.refused)
+        return [] if waits and not self.sent else taken
+
+    def failure(self, mail: Mail) -> Failed:
+        """One failure for all recipients that were refused."""
+        failures = list(self.refused.values())
+        waits = [failed.retry_after for failed in failures if failed.retry_after]
+        faults = {failed.fault for failed in failures if not failed.permanent}
+        everybody = len(self.refused) == len(mail.recipients)
+        return Failed(
+            ("" if everybody else "not sent to anybody yet, ") + f"refused: {_told(self.refused)}",
+            permanent=all(failed.permanent for failed in failures),
+            retry_after=max(waits, default=None),
+            fault=faults.pop() if len(faults) == 1 else "enrollment",
+        )
+
+    def delivery(self, failed: Failed | None) -> Delivery:
+        """What became of it. Once one has it, it has not failed."""
+        if not self.sent:
+            assert failed is not None
+            return Delivery(failed)
+        refused = dict.fromkeys(self.rest, failed or _LEFT) | self.refused
+        later = [address for address, why in refused.items() if not why.permanent]
+        message = f"sent to {_listed(self.sent)}: {self.said}"
+        if refused:
+            message += f"; refused: {_told(refused)}"
+        return Delivery(Answer(message=one_line(message, 2000)), tuple(later))
 
     def end(self) -> None:
         """Closes a connection whose state nobody knows."""
@@ -300,32 +344,36 @@ class _Attempt:
             self.dialogue.close()
 
 
-async def _begin(mail: Mail, attempt: _Attempt, dialogue: Dialogue) -> list[Reply]:
-    """Names the sender and the recipients: the replies, in this order."""
-    if mail.utf8 and not dialogue.has_smtputf8:
-        raise SMTPNotSupported("takes ASCII addresses only (no SMTPUTF8)")
-    options = f" SIZE={len(mail.content)}" if dialogue.has_size else ""
+_LEFT = Failed("too many recipients at a time")
+
+
+async def _begin(mail: Mail, attempt: _Attempt, first_within: float) -> list[Reply]:
+    """Names the sender and the recipients: the replies to these. Raises SmtpRefused."""
+    dialogue = attempt.dialogue
+    assert dialogue is not None
+    options = f" SIZE={len(mail.content)}" if "size" in dialogue.extensions else ""
     if mail.utf8:
         options += " SMTPUTF8 BODY=8BITMIME"
-    recipients = [f"RCPT TO:<{address}>" for address in (*mail.to, *mail.others)]
+    recipients = [f"RCPT TO:<{address}>" for address in attempt.rest]
     attempt.begun = True
-    return await dialogue.ask(f"MAIL FROM:<{mail.sender}>{options}", *recipients)
+    sender, *replies = await dialogue.ask(
+        f"MAIL FROM:<{mail.sender}>{options}", *recipients, first_within=first_within
+    )
+    if sender.is_refusal:
+        raise SmtpRefused(sender, "sender", f"the sender {mail.sender}")
+    return replies
 
 
-async def _own_name() -> str:
-    """This machine's name for EHLO. aiosmtplib would ask in threads that the exit waits for."""
-    name = socket.gethostname()
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(
-            name, None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME
-        )
-    except OSError:
-        return name
-    return next((canonical for *_, canonical, _ in found if canonical), name)
+def _ends_connection(error: Exception) -> bool:
+    """Whether a connection can't be used any more, or was good for so many messages only."""
+    if not isinstance(error, SmtpRefused):
+        return True
+    code = error.reply.code
+    return code == 421 or (error.stage == "sender" and 400 <= code < 500)
 
 
 async def _say_goodbye(dialogue: Dialogue) -> None:
-    with suppress(SMTPException, OSError):
+    with suppress(SmtpError, OSError):
         async with asyncio.timeout(2):
             await dialogue.quit()
     dialogue.close()
@@ -333,17 +381,6 @@ async def _say_goodbye(dialogue: Dialogue) -> None:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _refused(refused: Mapping[str, Failed], *, everybody: bool) -> Failed:
-    """One failure for all recipients that were refused."""
-    waits = [failed.retry_after for failed in refused.values() if failed.retry_after]
-    return Failed(
-        ("" if everybody else "not sent to anybody yet, ") + f"refused: {_told(refused)}",
-        permanent=all(failed.permanent for failed in refused.values()),
-        retry_after=max(waits, default=None),
-        fault="server" if all(f.fault == "server" for f in refused.values()) else "enrollment",
-    )
 
 
 def _told(refused: Mapping[str, Failed]) -> str:
@@ -360,13 +397,8 @@ def _listed(addresses: list[str]) -> str:
 
 def _describe(error: Exception) -> str:
     """An error of the connection, with what helps where one knows it."""
-    if isinstance(error, SMTPConnectError) and isinstance(error.__cause__, OSError):
-        error = error.__cause__  # it says no less, and not the place again
-    text = str(error) or type(error).__name__
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"the certificate is not trusted: {error.verify_message} (see cafile in the SMTP URL)"
         )
-    if "STARTTLS extension not supported" in text:
-        return "the server offers no STARTTLS, and the SMTP URL asks for it (starttls=never: don't)"
-    return text
+    return str(error) or type(error).__name__

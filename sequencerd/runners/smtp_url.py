@@ -31,13 +31,14 @@ class Server:
         return text
 
 
-def parse_url(url: str) -> Server:
+def parse_url(url: str, *, has_token: bool = False) -> Server:
     """Reads smtp://user:password@host:587?starttls=always, or smtps:// (port 465).
 
     Query: `starttls` is `always`, `auto` (where it is offered) or `never`. By default it is
     `always` with a password, so that none goes over the line in the clear, except to this machine;
     there it is `never` without a password, and in all other cases `auto`. `cafile` names a file of
-    certificates to trust, `verify=no` trusts any. Raises ValueError, which never shows the URL.
+    certificates to trust, `verify=no` trusts any. With `has_token` it names a user, whose token
+    stands for the password. Raises ValueError, which never shows the URL.
     """
     try:
         parts = urlsplit(url)
@@ -57,8 +58,13 @@ def parse_url(url: str) -> Server:
         )
     user = None if parts.username is None else unquote(parts.username)
     password = None if parts.password is None else unquote(parts.password)
+    if has_token and (not user or password is not None):
+        raise ValueError(
+            "with oauth or token_command, the SMTP URL is smtp://user@host: no password"
+        )
     tls = parts.scheme == "smtps"
-    mode = query.pop("starttls", "never" if tls else _default_starttls(host, password))
+    has_secret = has_token or bool(password)
+    mode = query.pop("starttls", "never" if tls else _default_starttls(host, has_secret))
     verify, cafile = query.pop("verify", "yes"), query.pop("cafile", None)
     if query:
         raise ValueError(f"the SMTP URL has the unknown option {next(iter(query))!r}")
@@ -68,7 +74,7 @@ def parse_url(url: str) -> Server:
         raise ValueError("smtps:// is encrypted from the start: leave out starttls")
     return Server(
         host,
-        port or (465 if tls else 587 if password else 25),
+        port or (465 if tls else 587 if has_secret else 25),
         user,
         password,
         tls,
@@ -77,14 +83,14 @@ def parse_url(url: str) -> Server:
     )
 
 
-def _default_starttls(host: str, password: str | None) -> str:
+def _default_starttls(host: str, has_secret: bool) -> str:
     try:
         local = ip_address(host).is_loopback
     except ValueError:
         local = host == "localhost"
     if local:
-        return "auto" if password else "never"
-    return "always" if password else "auto"
+        return "auto" if has_secret else "never"
+    return "always" if has_secret else "auto"
 
 
 def _context(cafile: str | None, verify: bool) -> ssl.SSLContext:

@@ -202,6 +202,96 @@ async def smtp_server(
         await asyncio.sleep(0)
 
 
+@dataclass
+class Script:
+    """An SMTP server that says exactly what it is told to.
+
+    `answers` are used up one by one, by the first word of a command ("CONNECT" for the greeting,
+    "." for the message): a text is sent with a line end, bytes as they are, None hangs up. After
+    them it says yes. `slow` names a command whose next answer comes only after so many seconds.
+    """
+
+    answers: dict[str, list[str | bytes | None]] = field(default_factory=dict)
+    extensions: list[str] = field(default_factory=lambda: ["PIPELINING", "SIZE 1000000"])
+    slow: dict[str, float] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    messages: list[tuple[list[str], bytes]] = field(default_factory=list)  # recipients, content
+    connections: int = 0
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        """Where it is, without encryption."""
+        return f"smtp://{HOST}:{self.port}?starttls=never"
+
+    async def _say(self, writer: asyncio.StreamWriter, verb: str, usual: str) -> str:
+        """Answers, and tells what; empty where it hangs up."""
+        answer: str | bytes | None = usual
+        if self.answers.get(verb):
+            answer = self.answers[verb].pop(0)
+        if verb in self.slow:
+            await asyncio.sleep(self.slow.pop(verb))
+        if answer is None:
+            return ""
+        raw = answer if isinstance(answer, bytes) else answer.encode() + b"\r\n"
+        writer.write(raw)
+        await writer.drain()
+        return raw.decode("latin-1").strip() or "?"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        self.connections += 1
+        recipients: list[str] = []
+        hello = "\r\n".join([*(f"250-{word}" for word in ["here", *self.extensions]), "250 HELP"])
+        usual = {"CONNECT": "220 here", "EHLO": hello, "DATA": "354 go on", "QUIT": "221 bye",
+                 "AUTH": "235 yes", "STARTTLS": "220 go on"}  # fmt: skip
+        try:
+            said = await self._say(writer, "CONNECT", usual["CONNECT"])
+            while said and (raw := await reader.readline()):
+                line = raw.decode().rstrip("\r\n")
+                verb = line.partition(" ")[0].upper()
+                self.commands.append(line)
+                said = await self._say(writer, verb, usual.get(verb, "250 ok"))
+                if verb == "MAIL":
+                    recipients = []
+                elif verb == "RCPT" and said.startswith("250"):
+                    recipients.append(line.removeprefix("RCPT TO:").strip("<>"))
+                elif verb == "DATA" and said.startswith("354"):
+                    content = await reader.readuntil(b"\r\n.\r\n")
+                    said = await self._say(writer, ".", f"250 queued as {len(self.messages) + 1}")
+                    if said.startswith("250"):
+                        self.messages.append((recipients, content))
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def scripted(**options: Any) -> AsyncIterator[Script]:
+    """An SMTP server that follows a script."""
+    script = Script(**options)
+    connections: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        connections.add(task)
+        with suppress(asyncio.CancelledError):  # the test is over
+            await script.serve(reader, writer)
+
+    server = await asyncio.start_server(serve, HOST, 0)
+    script.port = server.sockets[0].getsockname()[1]
+    try:
+        yield script
+    finally:
+        server.close()
+        for connection in connections:
+            connection.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+        await server.wait_closed()
+
+
 def certificate(folder: Path) -> tuple[ssl.SSLContext, Path]:
     """A server's TLS context for 127.0.0.1 and localhost, and the file that lets one trust it."""
     key = ec.generate_private_key(ec.SECP256R1())

@@ -19,7 +19,8 @@ async def test_mail_without_descriptors_spends_no_attempt() -> None:
         url = f"smtp://127.0.0.1:{mailbox.port}?starttls=never"
         postman = Postman(url, connections=1, timeout=60)
         with no_descriptors():
-            result = await postman.deliver(Mail("a@example.com", ("b@example.com",), (), b""))
+            mail = Mail("a@example.com", ("b@example.com",), (), b"")
+            result = (await postman.deliver(mail)).result
         await postman.close()
     assert isinstance(result, Failed)
     assert "Too many open files" in result.message

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from aiosmtplib import SMTP
-from aiosmtplib.errors import SMTPException, SMTPServerDisconnected
 
 from sequencerd.core.model import Answer, Failed, Result
 from sequencerd.runners.smtp import Mail, Postman
-from sequencerd.runners.smtp_dialogue import Dialogue, Reply
+from sequencerd.runners.smtp_connect import connect
+from sequencerd.runners.smtp_dialogue import Dialogue, Reply, SmtpError
+from sequencerd.runners.smtp_url import parse_url
 from tests.runners.servers import HOST, smtp_server
 
 MAIL = Mail("hi@example.com", ("a@x.org", "b@x.org"), (), b"Subject: x\r\n\r\n.dot\r\nlast")
@@ -47,10 +47,8 @@ async def listening(talk: Talk, hello: bytes = HELLO) -> AsyncIterator[int]:
 @asynccontextmanager
 async def dialogue(talk: Talk) -> AsyncIterator[Dialogue]:
     async with listening(talk) as port:
-        client = SMTP(hostname=HOST, port=port, start_tls=False, local_hostname="me")
-        await client.connect()
-        await client.ehlo()
-        made = Dialogue(client)
+        server = parse_url(f"smtp://{HOST}:{port}")
+        made = await connect(server, name="me.example", reply_timeout=30, tokens=None)
         yield made
         made.close()
 
@@ -67,9 +65,9 @@ def saying(answer: bytes) -> Talk:
 
 async def deliver(port: int) -> Result:
     postman = Postman(f"smtp://{HOST}:{port}?starttls=never", connections=1, timeout=10)
-    result = await postman.deliver(MAIL)
+    delivery = await postman.deliver(MAIL)
     await postman.close()
-    return result
+    return delivery.result
 
 
 async def test_sender_and_recipients_are_sent_before_any_answer() -> None:
@@ -128,7 +126,7 @@ async def test_the_last_word_of_a_server_holds_for_all_commands() -> None:
     async with dialogue(saying(b"421 4.3.2 shutting down\r\n")) as made:
         assert await made.ask("MAIL", "RCPT", "RCPT") == [Reply(421, "4.3.2 shutting down")] * 3
         assert not made.is_open
-        with pytest.raises(SMTPServerDisconnected):
+        with pytest.raises(SmtpError):
             await made.ask("RSET")
 
 
@@ -151,7 +149,7 @@ async def test_answers_that_are_none(answer: bytes, words: str) -> None:
             await reader.read()
 
     async with dialogue(talk) as made:
-        with pytest.raises(SMTPException, match=words):
+        with pytest.raises(SmtpError, match=words):
             await made.ask("NOOP")
 
 
@@ -159,7 +157,7 @@ async def test_a_refused_copy_does_not_confuse_the_answers() -> None:
     async with smtp_server() as server:
         server.refused = {"a@x.org": "550 5.1.1 nobody of this name"}
         postman = Postman(f"smtp://{HOST}:{server.port}", connections=1, timeout=10)
-        results = [await postman.deliver(MAIL) for _ in range(3)]
+        results = [(await postman.deliver(MAIL)).result for _ in range(3)]
         await postman.close()
     assert [isinstance(result, Answer) for result in results] == [True] * 3
     assert [message.rcpt_tos for message in server.messages] == [["b@x.org"]] * 3
@@ -176,7 +174,7 @@ async def test_data_that_is_answered_out_of_order_is_no_delivery() -> None:
 
 async def test_a_command_is_one_line() -> None:
     async with dialogue(saying(b"250 yes\r\n")) as made:
-        with pytest.raises(SMTPException, match="one line"):
+        with pytest.raises(SmtpError, match="one line"):
             await made.ask("MAIL FROM:<a@x.org>\r\nRCPT TO:<evil@x.org>")
 
 
@@ -184,9 +182,9 @@ def test_the_faster_loop_does_as_well() -> None:
     async def one() -> Result:
         async with smtp_server() as server:
             postman = Postman(f"smtp://{HOST}:{server.port}", connections=1, timeout=10)
-            result = await postman.deliver(MAIL)
+            delivery = await postman.deliver(MAIL)
             await postman.close()
-        return result
+        return delivery.result
 
     uvloop = pytest.importorskip("uvloop", reason="an extra")
     assert isinstance(uvloop.run(one()), Answer)
