@@ -15,6 +15,8 @@ from sequencerd.core import model
 from sequencerd.definitions import Runners, from_rows, problems
 from sequencerd.store import Place
 
+MOST_UNKNOWN = 100_000  # names that are remembered
+
 
 class Catalog:
     """The sequences by name. `retime` is told of steps that have changed while people wait."""
@@ -29,6 +31,7 @@ class Catalog:
         log: FilteringBoundLogger,
     ) -> None:
         self.sequences: dict[str, model.Sequence] = {}
+        self.unknown: set[str] = set()  # of which enrollments speak, until there are such sequences
         self._pool = pool
         self._runners = runners
         self._retime = retime
@@ -41,7 +44,7 @@ class Catalog:
         `missing`, only if nobody else has read it meanwhile.
         """
         async with self._loading, store.connection(self._pool) as connection:
-            if missing in self.sequences:
+            if missing in self.sequences or missing in self.unknown:
                 return False
             revisions = await store.revisions(connection)
             for name in self.sequences.keys() - revisions.keys():
@@ -53,6 +56,11 @@ class Catalog:
             ]
             if changed:
                 await self._load(connection, changed)
+            self.unknown -= revisions.keys()
+            if missing is not None and missing not in revisions:
+                if len(self.unknown) >= MOST_UNKNOWN:
+                    self.unknown.clear()
+                self.unknown.add(missing)
             return bool(changed)
 
     async def use(self, runners: Runners, swap: Callable[[], object]) -> None:

@@ -248,7 +248,7 @@ async def run(
         try:
             async with store.connection(pool) as connection:
                 return await store.suppressed(connection, keys)
-        except store.PASSING_ERRORS as error:
+        except store.TRANSIENT_ERRORS as error:
             raise NotNow(f"the suppressions can't be read: {error}") from error
 
     settings.check_console()
@@ -300,7 +300,7 @@ def _tell(
 
     def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if error is None or isinstance(error, store.PASSING_ERRORS):
+        if error is None or isinstance(error, store.TRANSIENT_ERRORS):
             log.warning("a connection was lost", error=str(error or context["message"]))
         else:
             loop.default_exception_handler(context)

@@ -31,9 +31,11 @@ from sequencerd.core.heap import Heap
 from sequencerd.core.model import (
     NEVER,
     Advanced,
+    Answer,
     Enrollment,
     Result,
     SideEffect,
+    outcome,
 )
 from sequencerd.definitions import Runners
 from sequencerd.heartbeat import Heartbeat
@@ -42,10 +44,11 @@ from sequencerd.lanes import Lane, Leased, Work
 from sequencerd.listener import Changed, Due, Look, Looked, Message
 from sequencerd.metrics import Metrics
 from sequencerd.problems import Problems
+from sequencerd.quarantine import Quarantine, apart
 from sequencerd.retiming import Retiming
 from sequencerd.settings import Engine as Settings
-from sequencerd.store import PASSING_ERRORS, POISON, Place
-from sequencerd.writer import PAUSE, Batch, Writer, failed, late, of_lookup
+from sequencerd.store import LOST_ERRORS, TRANSIENT_ERRORS, Place
+from sequencerd.writer import PAUSE, Batch, Writer, failed, failure_code, late, of_lookup
 
 WRITERS = 3  # one computes while the others wait for the database
 CLAIMERS = 2  # of a step with much to do, for the same reason
@@ -57,6 +60,10 @@ TICK = (
 )
 MAX_DUE = 10_000  # so many are counted at each step that is due
 LOCKED_PAUSE = 0.2  # seconds until a row that somebody else has locked is tried again
+QUARANTINE_TURN = 1.0  # seconds between looks for what is to be tried again
+
+
+Finished = tuple[Leased, Result]
 
 
 class Engine:
@@ -82,8 +89,11 @@ class Engine:
         self._pool = pool
         self.problems = Problems()
         self._heartbeat = Heartbeat(heart, self.problems, name=name, lease=settings.lease, log=log)
+        self._quarantine = Quarantine(self.problems, clock=clock, log=log)
+        metrics.quarantined.set_function(lambda: len(self._quarantine))
         self._clock = clock
         self._settings = settings
+        self._name = name
         self._log = log
         self._metrics = metrics
         self._turned = turned
@@ -101,7 +111,7 @@ class Engine:
             log=log,
             metrics=metrics,
         )
-        self._finished: deque[tuple[Leased, Result]] = deque()
+        self._finished: deque[Finished] = deque()
         self._has_finished = asyncio.Event()
         self._wake = asyncio.Event()
         self._stopping = False
@@ -114,8 +124,10 @@ class Engine:
             pool,
             self.catalog.sequences,
             self._writer,
-            self._advance,
-            self._spawn,
+            advance=self._advance,
+            set_aside=self._quarantine.add,
+            probe=self._probe,
+            spawn=self._spawn,
             clock=clock,
             batch=settings.batch,
             log=log,
@@ -129,9 +141,8 @@ class Engine:
             helpers = [
                 group.create_task(self._heartbeat.keep()),
                 group.create_task(self._every(self._settings.sweep, self.sweep)),
-                group.create_task(
-                    self._every(self._settings.lease / 3, self._writer.extend_leases)
-                ),
+                group.create_task(self._every(self._settings.lease / 3, self._extend_leases)),
+                group.create_task(self._every(QUARANTINE_TURN, self._try_quarantined)),
                 *(group.create_task(self._write_results()) for _ in range(WRITERS)),
             ]
             await self._schedule()
@@ -208,7 +219,7 @@ class Engine:
         try:
             if await self._claim(place):
                 await self._claim_many(place)
-        except PASSING_ERRORS as error:
+        except TRANSIENT_ERRORS as error:
             self._log.warning(
                 "database error, work is done again", step=place, error=store.brief(error)
             )
@@ -257,14 +268,16 @@ class Engine:
             await asyncio.sleep(seconds)
             try:
                 await work()
-            except PASSING_ERRORS as error:
+            except TRANSIENT_ERRORS as error:
                 self._log.warning("database error", error=store.brief(error))
+            except Exception:  # the next turn may go well
+                self._log.exception("internal error")
 
     async def _until_done(self, work: Callable[[], Awaitable[None]]) -> None:
         while not self._stopping:
             try:
                 await work()
-            except PASSING_ERRORS as error:
+            except TRANSIENT_ERRORS as error:
                 self._log.warning("database error, tried again", error=store.brief(error))
                 await asyncio.sleep(PAUSE)
             except Exception:
@@ -287,9 +300,13 @@ class Engine:
         await asyncio.gather(*(lane.stop(max(end - loop.time(), 0)) for lane in lanes))
         with suppress(TimeoutError):  # the leases run out if the database is away
             async with asyncio.timeout_at(max(end, loop.time()) + PAUSE):
-                while self._writer.leased:
+                while self._writer.leased.keys() - self._kept_results:
                     self._has_finished.set()
                     await asyncio.sleep(0.01)
+        for one in self._quarantine.all:
+            if one.result is not None:
+                log = self._log.bind(enrollment=one.id, sequence=one.place[0], step=one.place[1])
+                log.error("a result could not be written", outcome=outcome(one.result[1]))
 
     # --- definitions, and what is due
 
@@ -307,6 +324,7 @@ class Engine:
         if due:
             async with store.connection(self._pool) as connection:
                 counts = await store.count_due(connection, due, now, MAX_DUE)
+        await self._claim_orphans(due, now)
         oldest = min(due.values(), default=None)
         self._metrics.clock_offset.set(self._clock.ahead().total_seconds())
         self._metrics.swept(self._clock.now, len(wakes), oldest, counts)
@@ -356,7 +374,7 @@ class Engine:
 
         The room of a lane is shared by the `claimers` that are at it.
         """
-        if place[0] not in self.catalog.sequences:
+        if place[0] not in self.catalog.sequences and place[0] not in self.catalog.unknown:
             await self.reload(place[0])
         sequence = self.catalog.sequences.get(place[0])
         if sequence is None or sequence.paused or self._writer.waits(place):
@@ -371,36 +389,121 @@ class Engine:
                 return False
         try:
             count = await self._claim_batch(place, sequence.revision, limit)
-        except PASSING_ERRORS:
-            raise
-        except POISON as error:
-            self._log.warning("batch is done one by one", step=place, error=store.brief(error))
-            limit = 1
-            count = await self._claim_batch(place, sequence.revision, limit, alone=True)
+        except Exception as error:
+            count = await self._claim_apart(place, sequence.revision, limit, error)
         if count == limit:
             return True
         if count == 0:
             await self.reload()  # nothing is claimed under a definition that has changed
         return False
 
-    async def _claim_batch(
-        self, place: Place, revision: int, limit: int, *, alone: bool = False
-    ) -> int:
+    async def _claim_batch(self, place: Place, revision: int, limit: int) -> int:
+        """At one go. Returns how many it has locked."""
         now = self._clock.now()
         batch = Batch()
+        set_aside = self._quarantine.ids(place)
         async with self._writer.writing(batch) as connection:
-            claimed = await store.claim(connection, place, now, revision, limit)
+            claimed, count = await store.claim(
+                connection, place, now, revision, limit, daemon=self._name, but=set_aside
+            )
             self._metrics.claimed(place, claimed, now)
-            for enrollment in claimed:
-                self._move(batch, enrollment, now)
-            await self._writer.write(connection, batch, claimed, now, alone=alone)
+            await self._move_all(connection, batch, claimed, now)
             if len(claimed) < limit:
                 # who is due still is locked; that may end without a notification
                 soon = now + timedelta(seconds=LOCKED_PAUSE)
-                next_at = await store.next_wake(connection, place)
+                next_at = await store.next_wake(
+                    connection, place, now, daemon=self._name, but=set_aside
+                )
                 if next_at is not None:
-                    self._push(place, next_at if next_at > now else soon)
-        return len(claimed)
+                    is_locked = next_at <= now and len(claimed) == count
+                    self._push(place, soon if is_locked else next_at)
+        return count
+
+    async def _claim_apart(self, place: Place, revision: int, limit: int, error: Exception) -> int:
+        """The same in parts, after an error that one of them may be to blame for."""
+        if not store.is_data_error(error):
+            await self._probe()
+        self._log.warning("batch is done in parts", step=place, error=store.brief(error))
+        async with store.connection(self._pool) as connection:
+            ids = await store.due_ids(
+                connection,
+                place,
+                self._clock.now(),
+                limit,
+                daemon=self._name,
+                but=self._quarantine.ids(place),
+            )
+        await self._claim_some(place, revision, ids)
+        return len(ids)
+
+    async def _claim_some(self, place: Place, revision: int, ids: Sequence[int]) -> None:
+        """Claims these. One that can't be moved fails in the database's words; one that can't be
+        written even so is set aside.
+        """
+
+        async def work(part: Sequence[int]) -> None:
+            await self._claim_part(place, revision, part)
+
+        async def refused(id_: int, error: Exception) -> None:
+            if store.is_data_error(error):
+                refusal = await _refusal(self._claim_part(place, revision, [id_], failure=error))
+                if refusal is None:
+                    return
+                error = refusal
+            self._quarantine.add(id_, place, error)
+
+        _, common = await apart(ids, work, refused, self._probe)
+        if common is not None:
+            raise common
+
+    async def _claim_part(
+        self, place: Place, revision: int, ids: Sequence[int], failure: Exception | None = None
+    ) -> None:
+        """Moves some enrollments of a step on, or lets them fail."""
+        now = self._clock.now()
+        batch = Batch()
+        async with self._writer.writing(batch) as connection:
+            claimed = await store.claim_some(
+                connection, place, now, revision, ids, daemon=self._name, bare=failure is not None
+            )
+            if failure is None:
+                await self._move_all(connection, batch, claimed, now)
+                return
+            for enrollment in claimed:
+                text = f"it cannot be written: {failure}"
+                unwritten = failed(enrollment, now, text, failure_code(failure))
+                self._writer.add(batch, enrollment, unwritten, now)
+            await self._writer.write(connection, batch, now)
+
+    async def _move_all(
+        self,
+        connection: asyncpg.Connection,
+        batch: Batch,
+        claimed: Sequence[Enrollment],
+        now: datetime,
+    ) -> None:
+        """Advances what was claimed, and writes it."""
+        lapses: Mapping[int, int] = {}
+        if lapsed := [one for one in claimed if one.leased_by is not None]:
+            # what we hold in memory is never started again: its result is on its way
+            held = self._writer.leased.keys() & {one.id for one in lapsed}
+            claimed = [one for one in claimed if one.id not in held]
+            lapses = await store.count_lapses(connection, lapsed, now)
+        for enrollment in claimed:
+            self._move(batch, enrollment, now, lapses=lapses.get(enrollment.id, 0))
+        await self._writer.write(connection, batch, now)
+
+    async def _claim_orphans(self, places: Iterable[Place], now: datetime) -> None:
+        """What is leased to this daemon, and unknown to it, as after an error of its own."""
+        if not places:
+            return
+        async with store.connection(self._pool) as connection:
+            orphans = await store.orphans(
+                connection, places, now, daemon=self._name, but=list(self._writer.leased)
+            )
+        for place, ids in orphans.items():
+            if sequence := self.catalog.sequences.get(place[0]):
+                await self._claim_some(place, sequence.revision, ids)
 
     def _advance(
         self,
@@ -409,6 +512,9 @@ class Engine:
         result: Result | None = None,
         begun_under: int | None = None,
         refused: Mapping[str, str] | None = None,
+        *,
+        lapses: int = 0,
+        result_only: bool = False,
     ) -> Advanced:
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
         try:
@@ -420,6 +526,8 @@ class Engine:
                 jitter,
                 begun_under=begun_under,
                 refused=refused,
+                lapses=lapses,
+                result_only=result_only,
             )
         except Exception as error:
             self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
@@ -432,17 +540,22 @@ class Engine:
         now: datetime,
         result: Result | None = None,
         begun_under: int | None = None,
+        *,
+        lapses: int = 0,
+        result_only: bool = False,
     ) -> None:
         """Advances one. Most of a batch differ from each other in nothing that is looked at on the
         way: they follow the first of them.
         """
         # ids are not used again: what can be common is an answer, which lives as long as the batch
-        key = (enrollment.position, id(result), begun_under)
+        key = (enrollment.position, id(result), begun_under, lapses)
         gone = batch.gone.get(key)
         if gone is None or not self._writer.follow(batch, enrollment, gone):
-            advanced = self._advance(enrollment, now, result, begun_under)
+            advanced = self._advance(
+                enrollment, now, result, begun_under, lapses=lapses, result_only=result_only
+            )
             if advanced.entered:
-                again = partial(self._advance, enrollment, now, result, begun_under)
+                again = partial(self._advance, enrollment, now, result, begun_under, lapses=lapses)
                 batch.jumps.append(Jump(enrollment, advanced, again))
                 return
             gone = self._writer.add(batch, enrollment, advanced, now)
@@ -451,7 +564,7 @@ class Engine:
 
     # --- results
 
-    def _report(self, results: Sequence[tuple[Leased, Result]]) -> None:
+    def _report(self, results: Sequence[Finished]) -> None:
         """From the lanes: side effects have ended."""
         self._finished.extend(results)
         self._has_finished.set()
@@ -484,39 +597,60 @@ class Engine:
                 if was_behind:
                     for lane in self._writer.lanes.values():
                         self._call_waiting(lane)
-                try:
-                    await self._settle_all(batch)
-                except PASSING_ERRORS as error:
-                    self._log.warning("results wait for the database", error=store.brief(error))
-                    await asyncio.sleep(PAUSE)
-                    # what is not held any more was written, only the answer was lost
-                    held = await self._writer.held(leased for leased, _ in batch)
-                    self._writer.forget(leased for leased, _ in batch if leased.fence not in held)
-                    again = [one for one in batch if one[0].fence in held]
-                    self._finished.extendleft(reversed(again))
+                await self._settle_all(batch)
 
-    async def _settle_all(self, batch: Sequence[tuple[Leased, Result]]) -> None:
-        try:
-            await self._settle(batch)
-        except PASSING_ERRORS:
-            raise
-        except POISON as error:
-            self._log.warning("results are written one by one", error=store.brief(error))
-            for one in batch:
-                await self._settle([one], alone=True)
+    async def _settle_all(self, batch: Sequence[Finished]) -> None:
+        """Writes results, in parts where that is needed. Whatever happens, none is lost: what can't
+        be written now comes back to the others.
+        """
+        left, common = await apart(batch, self._settle, self._refused, self._probe)
+        if common is not None:
+            self._log.warning("results wait for the database", error=store.brief(common))
+            await asyncio.sleep(PAUSE)
+            self._finished.extendleft(reversed(left))
+            self._has_finished.set()
+
+    async def _refused(self, finished: Finished, error: Exception) -> None:
+        """A result that can't be written with what follows is written alone, as it must not be
+        lost: what follows then fails by itself. Else the enrollment fails, or is set aside.
+        """
+        leased, _ = finished
+        refusal: Exception | None = error
+        if not leased.lane.is_lookup:
+            refusal = await _refusal(self._settle([finished], result_only=True))
+        if refusal is not None and store.is_data_error(refusal):
+            refusal = await _refusal(self._settle([finished], failure=refusal))
+        if refusal is not None:
+            at = leased.enrollment
+            self._quarantine.add(at.id, (at.sequence, at.step), refusal, finished)
 
     async def _settle(
-        self, results: Sequence[tuple[Leased, Result]], *, alone: bool = False
+        self,
+        results: Sequence[Finished],
+        *,
+        result_only: bool = False,
+        failure: Exception | None = None,
     ) -> None:
-        """Moves enrollments on by the results of their side effects, if they are still theirs."""
-        while not await self._settle_under(results, alone=alone):
-            await self.reload()
+        """Moves enrollments on by the results of their side effects, if they are still theirs: as
+        far as these say, or as far as they get; or lets them fail.
+        """
+        # in parts, some may have been written by a commit whose answer was lost
+        results = [one for one in results if one[0].enrollment.id in self._writer.leased]
+        try:
+            while not await self._settle_under(results, result_only=result_only, failure=failure):
+                await self.reload()
+        except LOST_ERRORS:
+            held = await self._writer.held(leased for leased, _ in results)
+            self._writer.forget(leased for leased, _ in results if leased.fence not in held)
+            raise
 
-    async def _settle_under(self, results: Sequence[tuple[Leased, Result]], *, alone: bool) -> bool:
+    async def _settle_under(
+        self, results: Sequence[Finished], *, result_only: bool, failure: Exception | None
+    ) -> bool:
         """By the definitions that are known; False, and nothing is done, if they have changed."""
         now = self._clock.now()
         known = [leased.enrollment for leased, _ in results]
-        batch, waiting, before = Batch(), [], []
+        batch, waiting = Batch(), []
         async with self._writer.writing(batch) as connection:
             locked, ours, revisions = await store.lock(connection, known)
             if any(self._revision(name) != revision for name, revision in revisions.items()):
@@ -525,9 +659,14 @@ class Engine:
             exist = await store.existing(connection, missing) if missing else set()
             for leased, result in results:
                 if enrollment := ours.get(leased.fence):
-                    before.append(enrollment)
+                    if failure is not None:
+                        text = _of_result(result, failure)
+                        unwritten = failed(enrollment, now, text, failure_code(failure))
+                        self._writer.add(batch, enrollment, unwritten, now)
+                        continue
                     found = of_lookup(result) if leased.lane.is_lookup else result
-                    self._move(batch, enrollment, now, found, leased.revision)
+                    begun = leased.revision
+                    self._move(batch, enrollment, now, found, begun, result_only=result_only)
                 elif leased.enrollment.id in exist:
                     waiting.append((leased, result))
                 elif leased.enrollment.id not in locked:
@@ -535,7 +674,7 @@ class Engine:
                 elif not leased.lane.is_lookup:
                     event = late(leased, result, now)
                     batch.events.setdefault(event, []).append(leased.enrollment.id)
-            await self._writer.write(connection, batch, before, now, alone=alone)
+            await self._writer.write(connection, batch, now)
         wait = {leased.fence for leased, _ in waiting}
         self._writer.forget(leased for leased, _ in results if leased.fence not in wait)
         if waiting:
@@ -546,6 +685,63 @@ class Engine:
         sequence = self.catalog.sequences.get(name)
         return sequence.revision if sequence else None
 
-    def _try_again(self, results: list[tuple[Leased, Result]]) -> None:
+    def _try_again(self, results: list[Finished]) -> None:
         self._finished.extend(results)
         self._has_finished.set()
+
+    # --- what the database refuses
+
+    async def _probe(self) -> None:
+        """Raises what keeps everything from being written, and so is no row's fault."""
+        async with store.connection(self._pool) as connection:
+            await store.probe(connection)
+
+    async def _extend_leases(self) -> None:
+        """Keeps what is executed from falling due. A row that can't be written does, and is ours
+        still by the heartbeat.
+        """
+
+        async def refused(_id: int, _error: Exception) -> None:
+            pass
+
+        if ids := list(self._writer.leased.keys() - self._kept_results):
+            _, common = await apart(ids, self._writer.extend_leases, refused, self._probe)
+            if common is not None:
+                raise common
+
+    async def _try_quarantined(self) -> None:
+        """Tries again what was set aside, where it is time for it."""
+        for place, tried in self._quarantine.due(asyncio.get_running_loop().time()).items():
+            results = [one.result for one in tried if one.result is not None]
+            ids = [one.id for one in tried if one.result is None]
+            sequence = self.catalog.sequences.get(place[0])
+            if results:
+                _, common = await apart(results, self._settle, self._refused, self._probe)
+                if common is not None:
+                    raise common
+            if ids and sequence is not None:
+                await self._claim_some(place, sequence.revision, ids)
+            self._quarantine.release(tried)
+
+    @property
+    def _kept_results(self) -> set[int]:
+        """The enrollments of which results are set aside."""
+        return {one.id for one in self._quarantine.all if one.result is not None}
+
+
+async def _refusal(work: Awaitable[None]) -> Exception | None:
+    """What the database says to it; nothing if it takes it. Raises where the connection is lost."""
+    try:
+        await work
+    except Exception as error:
+        if isinstance(error, LOST_ERRORS) and not isinstance(error, TimeoutError | ValueError):
+            raise
+        return error
+    return None
+
+
+def _of_result(result: Result, failure: Exception) -> str:
+    """Why an enrollment fails whose result can't be written."""
+    if isinstance(result, Answer):
+        return f"its side effect is done ({result.action}), but it cannot be written: {failure}"
+    return f"it cannot be written: {failure}"

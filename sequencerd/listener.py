@@ -19,7 +19,7 @@ import asyncpg
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.store import PASSING_ERRORS, Place, brief, leave_bell, take_bell
+from sequencerd.store import TRANSIENT_ERRORS, Place, brief, leave_bell, take_bell
 
 CHANNEL = "sequencer"
 PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10
@@ -117,7 +117,7 @@ async def listen(
                 server_settings={"application_name": "sequencerd listener"},
                 **options,
             )
-        except (*PASSING_ERRORS, asyncpg.PostgresError) as error:
+        except TRANSIENT_ERRORS as error:
             pause = min(max(pause * 2, 0.1), LONGEST_PAUSE)
             text = str(error) or type(error).__name__
             log.warning("listener cannot connect", error=text, retry_in=pause)
@@ -131,7 +131,7 @@ async def listen(
             heard(True)
             pause = 0.0
             await watch.keep()
-        except (*PASSING_ERRORS, asyncpg.PostgresError) as error:
+        except TRANSIENT_ERRORS as error:
             log.warning("listener lost its connection", error=str(error) or type(error).__name__)
         finally:
             heard(False)
@@ -153,7 +153,7 @@ async def poll(
             await connected()
             heard(True)
             connected = look
-        except (*PASSING_ERRORS, asyncpg.PostgresError) as error:
+        except TRANSIENT_ERRORS as error:
             heard(False)
             log.warning("can't look for what is new", error=brief(error))
         await asyncio.sleep(POLL_INTERVAL)
@@ -258,7 +258,7 @@ class _Watch:
                 while not (await asyncio.wait([looking], timeout=PROBE_INTERVAL))[0]:
                     await self._probe()
                 self._last = looking.result()
-            except PASSING_ERRORS as error:
+            except TRANSIENT_ERRORS as error:
                 if not looking.done():
                     raise  # the probe's
                 self._log.warning("can't look for what is new", error=brief(error))

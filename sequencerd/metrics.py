@@ -87,6 +87,11 @@ class Metrics(Collector):
             buckets=SIZES,
             registry=self.registry,
         )
+        self.quarantined = Gauge(
+            "sequencerd_quarantined",
+            "Enrollments that the database refuses to read or write, set aside by this daemon",
+            registry=self.registry,
+        )
         self.reconnects = Counter(
             "sequencerd_listener_reconnects",
             "How often the connection that listens had to be made again",

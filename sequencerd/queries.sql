@@ -108,14 +108,20 @@ SELECT p.sequence, p.step, d.due, d.overdue
  WHERE d.due > 0;
 
 -- name: claim
--- Due enrollments of one step, the oldest first; none if the definition is not the one known.
-SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
+-- Due enrollments of one step, the oldest first; none if the definition is not the one known, and none
+-- that a living daemon has leased: not even where a lock has kept it from extending the lease. Large
+-- data are read apart.
+SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
+       e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
        e.leased_by, e.goals_met, e.goals_elsewhere, e.executed
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
    AND EXISTS (SELECT FROM sequencer.sequences AS s
                 WHERE s.name = $1 AND s.revision = $4 AND s.status <> 'paused')
+   AND (e.leased_by IS NULL OR e.leased_by <> $6 AND NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3))
+   AND e.id <> ALL ($7::bigint[])
  ORDER BY e.wake_at LIMIT $5
    FOR UPDATE OF e SKIP LOCKED;
 
@@ -135,17 +141,108 @@ SELECT j.id, j.sequence, q.reentry,
 SELECT DISTINCT sequence FROM sequencer.enrollments
  WHERE subject = $1 AND entry = 0 AND id <> $2;
 
+-- name: due_ids
+-- The same without a lock, and without reading anything that might be unreadable.
+SELECT e.id
+  FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
+   AND (e.leased_by IS NULL OR e.leased_by <> $5 AND NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3))
+   AND e.id <> ALL ($6::bigint[])
+ ORDER BY e.wake_at LIMIT $4;
+
+-- name: claim_some
+-- Some enrollments of a step that are due, or wait; also those that this daemon itself has leased.
+SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
+       e.created_at, e.tag, e.sequence, e.step, e.timezone,
+       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
+       e.leased_by, e.goals_met, e.goals_elsewhere, e.executed
+  FROM sequencer.enrollments AS e
+ WHERE e.id = ANY ($1::bigint[]) AND e.sequence = $2 AND e.step = $3 AND e.status = 'active'
+   AND (e.wake_at <= $4 OR e.leased_by IS NULL AND e.entered_at IS NOT NULL)
+   AND EXISTS (SELECT FROM sequencer.sequences AS s
+                WHERE s.name = $2 AND s.revision = $5 AND s.status <> 'paused')
+   AND (e.leased_by IS NULL OR e.leased_by = $6 OR NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $4))
+ ORDER BY e.wake_at
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: claim_bare
+-- The same without what applications write, which the database may be unable to read.
+SELECT e.id, '' AS subject, '{}' AS data, e.created_at, e.tag, $2 AS sequence, $3 AS step,
+       NULL AS timezone, least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit,
+       e.attempt, e.retry_at, e.leased_by, '{}'::text[] AS goals_met,
+       NULL AS goals_elsewhere, '{}'::text[] AS executed
+  FROM sequencer.enrollments AS e
+ WHERE e.id = ANY ($1::bigint[]) AND e.sequence = $2::text AND e.step = $3::text
+   AND e.status = 'active'
+   AND (e.wake_at <= $4 OR e.leased_by IS NULL AND e.entered_at IS NOT NULL)
+   AND EXISTS (SELECT FROM sequencer.sequences AS s
+                WHERE s.name = $2 AND s.revision = $5 AND s.status <> 'paused')
+   AND (e.leased_by IS NULL OR e.leased_by = $6 OR NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $4))
+ ORDER BY e.wake_at
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: large_data
+-- What claims and locks leave out.
+SELECT id, data FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
+
+-- name: count_lapses
+-- How often leases have expired lately, in the visits in which the enrollments are.
+SELECT v.enrollment_id, count(*)
+  FROM unnest($1::bigint[], $2::int[]) AS e (id, visit)
+  JOIN sequencer.events AS v ON v.enrollment_id = e.id AND v.visit = e.visit
+ WHERE v.action = 'lapsed' AND v.at > $3::timestamptz - interval '1 day'
+ GROUP BY v.enrollment_id;
+
+-- name: orphans
+-- What a daemon has leased, though it knows nothing of it: among the first that are due at steps.
+SELECT o.sequence, o.step, o.id
+  FROM unnest($1::text[], $2::text[]) AS p (sequence, step)
+ CROSS JOIN LATERAL (
+    SELECT e.id, e.sequence, e.step, e.leased_by FROM sequencer.enrollments AS e
+     WHERE e.sequence = p.sequence AND e.step = p.step AND e.status = 'active' AND e.wake_at <= $3
+     ORDER BY e.wake_at LIMIT 1000) AS o
+ WHERE o.leased_by = $4 AND o.id <> ALL ($5::bigint[]);
+
+-- name: probe
+-- Whether enrollments and events can be written at all: it writes none.
+WITH nothing AS (
+    UPDATE sequencer.enrollments
+       SET sequence = sequence, step = step, status = status, wake_at = wake_at,
+           entered_at = entered_at, visit = visit, attempt = attempt, retry_at = retry_at,
+           goals_met = goals_met, goals_elsewhere = goals_elsewhere, executed = executed,
+           leased_by = leased_by, failure = failure, last_error = last_error,
+           ended_at = ended_at, data = data
+     WHERE false
+    RETURNING id, sequence, step, visit
+)
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision)
+SELECT id, now(), sequence, step, visit, 'warning', NULL, NULL FROM nothing;
+
 -- name: next_wake
--- When the step is next due after a claim; in the past, if somebody else has a lock on who is due.
-SELECT wake_at FROM sequencer.enrollments
- WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at < 'infinity'
- ORDER BY wake_at LIMIT 1;
+-- When to claim at the step again. What is due still is locked by another session, and so tried again
+-- soon, or leased by another daemon, and so tried again when that may be dead. What this daemon has
+-- leased or set aside is not counted.
+SELECT least(
+    (SELECT e.wake_at FROM sequencer.enrollments AS e
+      WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
+        AND e.wake_at > $3 AND e.wake_at < 'infinity'
+      ORDER BY e.wake_at LIMIT 1),
+    (SELECT CASE WHEN e.leased_by IS NULL THEN e.wake_at
+                 ELSE greatest(e.wake_at, d.alive_until) END
+       FROM sequencer.enrollments AS e LEFT JOIN sequencer.daemons AS d ON d.name = e.leased_by
+      WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
+        AND e.leased_by IS DISTINCT FROM $4 AND e.id <> ALL ($5::bigint[])
+      ORDER BY 1 LIMIT 1));
 
 -- name: lock
 -- Enrollments whose side effects have ended: what may have changed meanwhile. Who holds a lock on one
 -- of them is not waited for.
-SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject, e.data, e.sequence, e.step, e.timezone,
-       e.goals_met, e.goals_elsewhere, e.executed,
+SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject,
+       CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
+       e.sequence, e.step, e.timezone, e.goals_met, e.goals_elsewhere, e.executed,
        (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[])
@@ -234,7 +331,8 @@ RETURNING true;
 
 -- name: lock_waiting
 -- Some of those who wait at a changed step. Who is due is evaluated under it anyway.
-SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
+SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
+       e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
        e.leased_by, e.goals_met, e.goals_elsewhere, e.executed
   FROM sequencer.enrollments AS e

@@ -37,7 +37,7 @@ async def keep(
         except asyncpg.LockNotAvailableError:
             log.info("the history is in use, it is tidied up later")
             pause = SOONER
-        except store.PASSING_ERRORS as error:
+        except store.TRANSIENT_ERRORS as error:
             log.warning("database error, tidied up later", error=str(error))
             pause = SOONER
         except asyncpg.PostgresError as error:

@@ -9,7 +9,7 @@ that everything else goes on meanwhile.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import asyncpg
@@ -21,7 +21,8 @@ from sequencerd.core import model
 from sequencerd.core.advance import waits_on
 from sequencerd.core.model import Advanced
 from sequencerd.jumps import Jump
-from sequencerd.store import PASSING_ERRORS, POISON, Place
+from sequencerd.quarantine import apart
+from sequencerd.store import TRANSIENT_ERRORS, Place
 from sequencerd.writer import PAUSE, Batch, Writer
 
 PAGE = 100_000  # ids read at a time: to find them costs a look at everybody who is at the step
@@ -39,18 +40,24 @@ class Retiming:
         pool: asyncpg.Pool,
         sequences: Mapping[str, model.Sequence],
         writer: Writer,
-        advance: Callable[..., Advanced],
-        spawn: Callable[[Awaitable[None]], None],
         *,
+        advance: Callable[..., Advanced],
+        set_aside: Callable[[int, Place, Exception], None],
+        probe: Callable[[], Awaitable[None]],
+        spawn: Callable[[Awaitable[None]], None],
         clock: Clock,
         batch: int,
         log: FilteringBoundLogger,
     ) -> None:
-        """`sequences` is the catalog's, which changes; `spawn` runs what is not waited for."""
+        """`sequences` is the catalog's, which changes; `set_aside` gets what the database refuses
+        to write, where `probe` finds that it writes others; `spawn` runs what is not waited for.
+        """
         self._pool = pool
         self._sequences = sequences
         self._writer = writer
         self._advance = advance
+        self._set_aside = set_aside
+        self._probe = probe
         self._spawn = spawn
         self._clock = clock
         self._size = batch
@@ -75,9 +82,9 @@ class Retiming:
                 try:
                     if not await self._retime(place):
                         again = OTHERS_PAUSE
-                except PASSING_ERRORS as error:
+                except TRANSIENT_ERRORS as error:
                     again = PAUSE
-                    self._log.warning("database error, tried again", error=str(error))
+                    self._log.warning("database error, tried again", error=store.brief(error))
                 except Exception:
                     again = 60.0
                     self._log.exception("who waits could not be looked at", step=place)
@@ -134,29 +141,30 @@ class Retiming:
         self, place: Place, since: int, ids: list[int], revision: int
     ) -> list[int] | None:
         """Evaluates a batch. Returns who was locked by somebody else; None where it is not ours."""
-        try:
-            return await self._evaluate(place, (since, ids[0]), ids, revision)
-        except PASSING_ERRORS:
-            raise
-        except POISON as error:
-            self._log.warning("batch is done one by one", step=place, error=str(error))
         locked: list[int] = []
-        for id_ in ids:
-            one = await self._evaluate(place, (since, ids[0]), [id_], revision, alone=True)
-            if one is None:
-                return None
-            since = ids[0]
-            locked += one
-        return locked
+        is_ours = True
+
+        async def work(part: Sequence[int]) -> None:
+            nonlocal since, is_ours
+            if is_ours:
+                others = await self._evaluate(place, (since, ids[0]), part, revision)
+                is_ours, since = others is not None, ids[0]
+                locked.extend(others or [])
+
+        async def refused(id_: int, error: Exception) -> None:
+            self._set_aside(id_, place, error)
+
+        _, common = await apart(ids, work, refused, self._probe)
+        if common is not None:
+            raise common
+        return locked if is_ours else None
 
     async def _evaluate(
         self,
         place: Place,
         done: tuple[int, int],
-        ids: list[int],
+        ids: Sequence[int],
         revision: int,
-        *,
-        alone: bool = False,
     ) -> list[int] | None:
         """The same at one go; `done` is how far it was done before, and is by now."""
         now = self._clock.now()
@@ -172,7 +180,7 @@ class Retiming:
                     batch.jumps.append(Jump(enrollment, advanced, again))
                 elif not waits_on(enrollment, advanced):
                     self._writer.add(batch, enrollment, advanced, now)
-            await self._writer.write(connection, batch, waiting, now, alone=alone)
+            await self._writer.write(connection, batch, now)
         return locked
 
     async def _outlast_older_transactions(self) -> None:

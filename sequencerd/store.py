@@ -17,34 +17,70 @@ import asyncpg
 
 from sequencerd.core.model import Enrollment, Event, Fence
 
-PASSING_ERRORS = (
+TRANSIENT_ERRORS = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,  # a connection that is cut in the middle of an answer
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.TransactionRollbackError,
-    asyncpg.InvalidTransactionStateError,
-    asyncpg.PostgresSystemError,  # of its disk
-    asyncpg.InvalidCachedStatementError,  # the tables were changed under a prepared statement
+    asyncpg.PostgresError,
 )
-"""Of the database: the same work is done again a little later."""
+"""Of the database: the same work is done again a little later. Where only one row meets such an
+error, or its data are to blame, it is taken apart from its neighbours first.
+"""
 
-POISON = (asyncpg.PostgresError, ValueError, OverflowError)
-"""What a value that cannot be written raises."""
+PASSING_ERRORS = TRANSIENT_ERRORS
+
+LOST_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+)
+"""The connection is gone, or has not answered: whether it has committed is not known."""
+
+_DATA = frozenset({"21", "22", "23", "54"})
+_ENVIRONMENT = frozenset({"08", "25", "28", "40", "53", "55", "57", "58"})
+_PLAIN = _ENVIRONMENT | {"0A", "26", "3D", "3F", "42", "XX"}
+
+
+def is_data_error(error: BaseException) -> bool:
+    """Whether the database, or the driver, says that a row's own data are wrong."""
+    if isinstance(error, asyncpg.PostgresError):
+        return _class(error) in _DATA
+    return isinstance(error, (ValueError, OverflowError))
+
+
+def is_environment(error: BaseException) -> bool:
+    """Whether it is an error of locks, time-outs, resources or connections, whatever is written."""
+    if isinstance(error, asyncpg.PostgresError):
+        return _class(error) in _ENVIRONMENT
+    return isinstance(error, LOST_ERRORS) and not is_data_error(error)
+
+
+def _class(error: asyncpg.PostgresError) -> str:
+    return (error.sqlstate or "")[:2]
 
 
 def brief(error: BaseException) -> str:
     """An error of the database for the log: without what it quotes from rows."""
     name = type(error).__name__
-    if isinstance(error, PASSING_ERRORS):
+    if isinstance(error, asyncpg.PostgresError):
+        is_plain = _class(error) in _PLAIN
+    else:
+        is_plain = is_environment(error)
+    if is_plain:
         return str(error).partition("\n")[0] or name
     return f"{name} {getattr(error, 'sqlstate', '')}".rstrip()
 
 
 CONNECT_TIMEOUT = 10.0  # seconds
+PROBE_TIMEOUT = 5.0  # seconds
+MAX_BYTES = 8_000_000  # of data that one transaction reads, but for one enrollment that is larger
+FIRST_LARGE = 4  # enrollments with large data that are read before their size is known
 COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not hold us for ever
 
 PROBLEM_COLUMNS = 7  # of sequencer.problems, but for the daemon
@@ -63,6 +99,13 @@ _FUNCTION = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*
 
 QUERIES: Mapping[str, str] = _load_queries()
 """The statements by name."""
+
+
+class Claimed(NamedTuple):
+    """What a claim has read, of so many that it has locked."""
+
+    enrollments: list[Enrollment]
+    locked: int
 
 
 class Row(NamedTuple):
@@ -128,7 +171,7 @@ async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
         async with pool.acquire() as acquired:
             with _closed_when_dead(acquired):
                 yield acquired
-    except PASSING_ERRORS as error:
+    except TRANSIENT_ERRORS as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise asyncio.CancelledError from error
@@ -270,11 +313,111 @@ async def count_due(
 
 
 async def claim(
-    connection: asyncpg.Connection, place: Place, now: datetime, revision: int, limit: int
+    connection: asyncpg.Connection,
+    place: Place,
+    now: datetime,
+    revision: int,
+    limit: int,
+    *,
+    daemon: str,
+    but: Rows[int],
+) -> Claimed:
+    """Locks due enrollments of a step until the end of the transaction, `but` some: none that a
+    living daemon has leased, and no more than fit into MAX_BYTES.
+    """
+    rows = await connection.fetch(QUERIES["claim"], *place, now, revision, limit, daemon, but)
+    return Claimed([Enrollment(*row) for row in await _with_data(connection, rows)], len(rows))
+
+
+async def due_ids(
+    connection: asyncpg.Connection,
+    place: Place,
+    now: datetime,
+    limit: int,
+    *,
+    daemon: str,
+    but: Rows[int],
+) -> list[int]:
+    """Which enrollments a claim would find. Reads nothing of them that might be unreadable."""
+    rows = await connection.fetch(QUERIES["due_ids"], *place, now, limit, daemon, but)
+    return [row["id"] for row in rows]
+
+
+async def claim_some(
+    connection: asyncpg.Connection,
+    place: Place,
+    now: datetime,
+    revision: int,
+    ids: Rows[int],
+    *,
+    daemon: str,
+    bare: bool = False,
 ) -> list[Enrollment]:
-    """Locks due enrollments of a step until the end of the transaction."""
-    rows = await connection.fetch(QUERIES["claim"], *place, now, revision, limit)
-    return [Enrollment(*row) for row in rows]
+    """Locks some enrollments of a step; also those that this daemon has leased, and no longer
+    knows of. `bare` without their data and subjects, which may be unreadable.
+    """
+    query = QUERIES["claim_bare" if bare else "claim_some"]
+    rows = await connection.fetch(query, ids, *place, now, revision, daemon)
+    return [Enrollment(*row) for row in await _with_data(connection, rows)]
+
+
+async def _with_data(
+    connection: asyncpg.Connection, rows: Rows[asyncpg.Record]
+) -> Rows[Iterable[Any]]:
+    """Rows with their data: those that are large are left out by the statement, and read here, as
+    many as fit into MAX_BYTES. The others are dropped.
+    """
+    large = [row["id"] for row in rows if row["data"] is None]
+    if not large:
+        return rows
+    data: dict[int, str] = {}
+    size, take = 0, FIRST_LARGE
+    while large and size < MAX_BYTES:
+        part, large = large[:take], large[take:]
+        for id_, text in await connection.fetch(QUERIES["large_data"], part):
+            data[id_] = text
+            size += len(text)
+        take = max(1, (MAX_BYTES - size) * len(data) // max(size, 1))
+    return [
+        tuple(data[row["id"]] if key == "data" else value for key, value in row.items())
+        if row["data"] is None
+        else row
+        for row in rows
+        if row["data"] is not None or row["id"] in data
+    ]
+
+
+async def count_lapses(
+    connection: asyncpg.Connection, claimed: Rows[Enrollment], now: datetime
+) -> dict[int, int]:
+    """How often the leases of enrollments have expired in their visits, lately."""
+    ids, visits = [one.id for one in claimed], [one.visit for one in claimed]
+    return {
+        row["enrollment_id"]: row["count"]
+        for row in await connection.fetch(QUERIES["count_lapses"], ids, visits, now)
+    }
+
+
+async def orphans(
+    connection: asyncpg.Connection,
+    places: Iterable[Place],
+    now: datetime,
+    *,
+    daemon: str,
+    but: Rows[int],
+) -> dict[Place, list[int]]:
+    """What a daemon has leased and no longer knows of, at some steps, though its lease is over."""
+    wanted = list(places)
+    sequences, steps = [place[0] for place in wanted], [place[1] for place in wanted]
+    found: dict[Place, list[int]] = {}
+    for row in await connection.fetch(QUERIES["orphans"], sequences, steps, now, daemon, but):
+        found.setdefault((row["sequence"], row["step"]), []).append(row["id"])
+    return found
+
+
+async def probe(connection: asyncpg.Connection) -> None:
+    """Raises what keeps enrollments and events from being written at all, whichever row it is."""
+    await connection.execute(QUERIES["probe"], timeout=PROBE_TIMEOUT)
 
 
 async def lock(
@@ -289,7 +432,8 @@ async def lock(
     by_fence = {enrollment.fence: enrollment for enrollment in known}
     ids = sorted({enrollment.id for enrollment in known})
     locked, now, revisions = set(), {}, {}
-    for row in await connection.fetch(QUERIES["lock"], ids):
+    rows = await _with_data(connection, await connection.fetch(QUERIES["lock"], ids))
+    for row in rows:
         *fenced, subject, data, sequence, step, timezone, goals, elsewhere, executed, revision = row
         id_, visit, attempt, leased_by = fence = tuple(fenced)
         locked.add(id_)
@@ -338,9 +482,17 @@ async def refusals(
     return {(row["id"], row["sequence"]): (row["reentry"], row["refusal"]) for row in rows}
 
 
-async def next_wake(connection: asyncpg.Connection, place: Place) -> datetime | None:
-    """The earliest wake time of a step."""
-    at: datetime | None = await connection.fetchval(QUERIES["next_wake"], *place)
+async def next_wake(
+    connection: asyncpg.Connection,
+    place: Place,
+    now: datetime,
+    *,
+    daemon: str,
+    but: Rows[int],
+) -> datetime | None:
+    """When to claim at a step again, `but` for some enrollments."""
+    query = QUERIES["next_wake"]
+    at: datetime | None = await connection.fetchval(query, *place, now, daemon, but)
     return at
 
 
@@ -412,7 +564,7 @@ async def lock_waiting(
 ) -> tuple[list[Enrollment], list[int]]:
     """Locks those who wait at a step beyond now, and tells who is locked by somebody else."""
     rows = await connection.fetch(QUERIES["lock_waiting"], *place, ids, now)
-    waiting = [Enrollment(*row) for row in rows]
+    waiting = [Enrollment(*row) for row in await _with_data(connection, rows)]
     if len(waiting) == len(ids):
         return waiting, []
     ours = {enrollment.id for enrollment in waiting}

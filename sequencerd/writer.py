@@ -44,9 +44,9 @@ from sequencerd.jumps import Jump, decide
 from sequencerd.lanes import Lane, LaneKey, Leased, Report, Work
 from sequencerd.metrics import Metrics
 from sequencerd.settings import Engine as Settings
-from sequencerd.store import PASSING_ERRORS, POISON, Place, Row, Written
+from sequencerd.store import LOST_ERRORS, TRANSIENT_ERRORS, Place, Row, Written
 
-PAUSE = 1.0  # seconds after a passing error
+PAUSE = 1.0  # seconds after a transient error
 
 
 class Gone(NamedTuple):
@@ -64,19 +64,6 @@ class Batch(Written):
     leased: list[Leased] = field(default_factory=list)
     jumps: list[Jump] = field(default_factory=list)  # into other sequences, yet to be decided
     gone: dict[tuple[object, ...], Gone] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        """Takes everything out."""
-        for part in (
-            self.rows,
-            self.events,
-            self.goals_met,
-            self.data,
-            self.leased,
-            self.jumps,
-            self.gone,
-        ):
-            part.clear()
 
 
 class Writer:
@@ -259,7 +246,7 @@ class Writer:
         try:
             async with store.connection(self._pool) as connection, store.transaction(connection):
                 yield connection
-        except PASSING_ERRORS:
+        except LOST_ERRORS:
             held = await self.held(batch.leased)
             self._begin(one for one in batch.leased if one.fence in held)
             self._give_back(one for one in batch.leased if one.fence not in held)
@@ -284,41 +271,15 @@ class Writer:
             try:
                 async with store.connection(self._pool) as connection:
                     return await store.fences(connection, ids)
-            except PASSING_ERRORS:
+            except TRANSIENT_ERRORS:
                 await asyncio.sleep(PAUSE)
         return set()
 
-    async def write(
-        self,
-        connection: asyncpg.Connection,
-        batch: Batch,
-        before: Iterable[Enrollment],
-        now: datetime,
-        *,
-        alone: bool,
-    ) -> None:
-        """Writes a batch. One that is `alone` and can't be written fails in the database's words
-        instead.
-        """
+    async def write(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
+        """Writes a batch, once it is decided who may jump where."""
         for jumped, advanced in await decide(connection, batch.jumps):
             self.add(batch, jumped, advanced, now)
-        if not alone:
-            await store.write(connection, batch, now)
-            return
-        try:
-            async with connection.transaction():
-                await store.write(connection, batch, now)
-        except PASSING_ERRORS:
-            raise
-        except POISON as error:
-            self._give_back(batch.leased)
-            batch.clear()
-            for enrollment in before:
-                text = f"it cannot be written: {error}"
-                entered = getattr(error, "constraint_name", None) == "one_entry"
-                code = "already_enrolled" if entered else "error"
-                self.add(batch, enrollment, failed(enrollment, now, text, code), now)
-            await store.write(connection, batch, now)
+        await store.write(connection, batch, now)
 
     def _give_back(self, leased: Iterable[Leased]) -> None:
         for one in leased:
@@ -356,11 +317,11 @@ class Writer:
             if self.leased.get(one.enrollment.id) is one:
                 del self.leased[one.enrollment.id]
 
-    async def extend_leases(self) -> None:
-        if self.leased:
-            until = self._clock.now() + self._lease_time
-            async with store.connection(self._pool) as connection:
-                await store.extend_leases(connection, list(self.leased), self._name, until)
+    async def extend_leases(self, ids: Sequence[int]) -> None:
+        """Keeps some of what this daemon has leased from falling due."""
+        until = self._clock.now() + self._lease_time
+        async with store.connection(self._pool) as connection:
+            await store.extend_leases(connection, ids, self._name, until)
 
 
 def of_lookup(result: Result) -> Result:
@@ -379,6 +340,12 @@ def failed(enrollment: Enrollment, now: datetime, message: str, failure: str = "
     )
     decision: Decision = Fail(failure, model.printable(message))
     return Advanced(enrollment._replace(leased_by=None), decision, (event,))
+
+
+def failure_code(error: Exception) -> str:
+    """Of an enrollment that can't be written: perhaps its subject has entered meanwhile."""
+    entered = getattr(error, "constraint_name", None) == "one_entry"
+    return "already_enrolled" if entered else "error"
 
 
 def late(leased: Leased, result: Result, now: datetime) -> Event:

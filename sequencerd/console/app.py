@@ -29,7 +29,7 @@ from sequencerd.console.tables import at
 from sequencerd.errors import UsageError
 from sequencerd.journeys import Sequences
 from sequencerd.settings import Console
-from sequencerd.store import PASSING_ERRORS, brief
+from sequencerd.store import TRANSIENT_ERRORS, brief
 
 CONNECTIONS = 4
 TIMEOUT = 10.0  # seconds that a page waits for the database
@@ -197,7 +197,7 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
             made = say(request, 422, "Not possible", f"{text[:1].upper()}{text[1:]}.")
         except pages.NotYetError:
             made = PlainTextResponse("The first count is under way.\n", 503, {"Retry-After": "1"})
-        except PASSING_ERRORS as error:
+        except TRANSIENT_ERRORS as error:
             log.warning("the console can't reach the database", error=brief(error))
             made = say(
                 request, 503, "The database can't be reached",

@@ -48,6 +48,9 @@ from sequencerd.core.model import (
     printable,
 )
 
+MAX_LAPSES = 20
+"""So often within a day the lease of a visit may expire; the daemon may die of its side effect."""
+
 MAX_MOVES = 100
 """Within one evaluation; more is a loop."""
 
@@ -70,6 +73,8 @@ def advance(
     *,
     begun_under: int | None = None,
     refused: Mapping[str, str] | None = None,
+    lapses: int = 0,
+    result_only: bool = False,
 ) -> Advanced:
     """Brings an enrollment as far as it gets at this time.
 
@@ -78,17 +83,20 @@ def advance(
     wait before the next one; `begun_under` is the revision of the definition with which it began.
     Where it decides LookUp, the next `result` is what was found. `refused` are sequences that the
     subject can't enter by a jump, with the code of the reason, such as `already_enrolled`: whether
-    those that it enters refuse it is for the caller to find out, who then calls again.
+    those that it enters refuse it is for the caller to find out, who then calls again. `lapses` is
+    how often the lease has expired before in this visit, lately. `result_only` goes no further than
+    the result says: what follows is left to another evaluation.
 
     First the result moves it, then the goals are looked at, then it follows its steps until one
     must wait (Wait, Execute), the way ends (End) or can't be gone (Fail). Never raises because of
     what a definition or an enrollment holds.
     """
     way = _Way(definitions, enrollment, now, refused)
+    way.lapses = lapses
     if begun_under is not None:
         way.revision = begun_under
     try:
-        decision = way.begin(result, jitter) or way.follow()
+        decision = way.begin(result, jitter) or (Wait(now) if result_only else way.follow())
     except EvaluationError as error:
         decision = Fail(error.failure, str(error))
     except DefinitionError as error:
@@ -136,6 +144,7 @@ class _Way:
         "external",
         "is_read",
         "lapsed",
+        "lapses",
         "merged",
         "moment",
         "moves",
@@ -162,6 +171,7 @@ class _Way:
         known = definitions.get(enrollment.sequence)
         self.revision = known.revision if known else None  # which events are to show
         self.lapsed: str | None = None  # the daemon whose lease of this visit has run out
+        self.lapses = 0  # leases that ran out before it
         self._timezone: str | None = None
         self.moment: Moment | None = None
         self.is_read = False  # whose it is, in a moment that is over
@@ -380,24 +390,34 @@ class _Way:
         """The side effect, unless it is too early for it or one try more would be too many."""
         if self.at.executed and (key := effect_key(sequence.name, step.name)) in self.at.executed:
             return Fail("loop", _told_loop([*self.at.executed, key]))
-        if self.at.retry_at is not None and self.now < self.at.retry_at:
-            return Wait(self.at.retry_at)
         if cut_off := self._cut_off(effect):
             return cut_off
+        if self.at.retry_at is not None and self.now < self.at.retry_at:
+            return Wait(self.at.retry_at)
         if step.reads_external and (missing := self._look_up(sequence, step)):
             return missing
         return Execute(step, effect, self._zone(), self.external or {}, sequence.revision)
 
     def _cut_off(self, effect: SideEffect) -> Fail | None:
-        """Whether a side effect that was cut off must not be started again."""
-        if self.lapsed is not None and self.at.attempt > 0:
-            if effect.at_most_once:
-                return Fail(
-                    "outcome_unknown",
-                    f"{self.lapsed} was cut off while it executed this step: {_LOOK}",
-                )
-            if self.at.attempt >= effect.retry.attempts:
-                return Fail("error", f"cut off in attempt {self.at.attempt}, the last one")
+        """What follows where a side effect was cut off: it must not be started again, or else the
+        attempt is not counted, as it was the daemon that failed. Where that goes on, it waits
+        longer each time: it may be what the daemon dies of.
+        """
+        if self.lapsed is None or self.at.attempt == 0:
+            return None
+        if effect.at_most_once:
+            return Fail(
+                "outcome_unknown",
+                f"{self.lapsed} was cut off while it executed this step: {_LOOK}",
+            )
+        if self.lapses >= MAX_LAPSES:
+            return Fail("error", f"the daemon died in each of {self.lapses + 1} attempts of a day")
+        wait = None
+        if self.lapses:
+            crash = Failed("the daemon died")
+            wait = self.now + retry.delay(effect.retry, self.lapses, crash, jitter=1.0)
+        self.at = self.at._replace(attempt=self.at.attempt - 1, retry_at=wait)
+        self.lapsed = None
         return None
 
     def _enter(self, step: Step, target: str, name: str) -> End | Fail | None:

@@ -32,7 +32,7 @@ from tests.runners.servers import Answer, Request, http_server
 
 LEASE = 3  # seconds
 RATE = 80  # enrollments a second
-CONNECT = (*store.PASSING_ERRORS, asyncpg.PostgresError)
+CONNECT = store.TRANSIENT_ERRORS
 
 MAIL = '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}'
 PAUSE = 400  # milliseconds

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sequencerd.core.advance import LOOKUP_DELAY, MAX_MOVES, advance
+from sequencerd.core.advance import LOOKUP_DELAY, MAX_LAPSES, MAX_MOVES, advance
 from sequencerd.core.model import (
     NEVER,
     Action,
@@ -429,9 +429,40 @@ def test_what_may_have_taken_place_is_told_and_done_again_only_where_it_may() ->
     assert isinstance(decision, Wait)
 
 
-def test_a_step_that_kills_the_daemon_is_given_up() -> None:
-    decision = advance(MAIL, at("mail", attempt=3, leased_by="host:1"), NOW).decision
+def test_a_crash_of_the_daemon_spends_no_attempt() -> None:
+    cut_off = at("mail", attempt=3, leased_by="host:1")
+    advanced = advance(MAIL, cut_off, NOW)
+    assert isinstance(advanced.decision, Execute)
+    assert advanced.enrollment.attempt == 2
+    assert [event.action for event in advanced.events] == ["lapsed"]
+
+
+def test_a_step_that_kills_the_daemon_is_tried_less_often_and_at_last_given_up() -> None:
+    cut_off = at("mail", attempt=1, leased_by="host:1")
+    waits = []
+    for lapses in range(1, MAX_LAPSES):
+        decision = advance(MAIL, cut_off, NOW, lapses=lapses).decision
+        assert isinstance(decision, Wait)
+        waits.append((decision.until - NOW).total_seconds())
+    assert waits[:4] == [10, 20, 40, 60]
+    decision = advance(MAIL, cut_off, NOW, lapses=MAX_LAPSES).decision
     assert isinstance(decision, Fail)
+    assert "the daemon died in each of 21 attempts" in decision.message
+
+
+def test_a_result_can_be_taken_alone() -> None:
+    advanced = advance(
+        MAIL,
+        at("mail", attempt=1, leased_by="host:1"),
+        NOW,
+        Answer(data={"a": 1}),
+        result_only=True,
+    )
+    assert advanced.decision == Wait(NOW)
+    assert advanced.enrollment.step == MAIL["s"].steps["mail"].next_step
+    assert advanced.enrollment.leased_by is None
+    assert advanced.data == {"a": 1}
+    assert [event.action for event in advanced.events] == ["next"]
 
 
 EXTERNAL = {**PAID, "value": {"type": "get", "value": "external.paid"}}
