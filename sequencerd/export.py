@@ -54,7 +54,17 @@ def to_yaml(document: Document) -> str:
     steps = document["steps"]
     following = [*(step["name"] for step in steps[1:]), None]
     sequence["steps"] = [_step(*pair) for pair in zip(steps, following, strict=False)]
-    return yaml.dump(sequence, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+    made = _dump(sequence, allow_unicode=True)
+    if all(line.isprintable() for line in made.split("\n")):
+        return made
+    return _dump(sequence, allow_unicode=False)  # nothing in it turns the direction of a text
+
+
+def _dump(sequence: dict[str, Any], *, allow_unicode: bool) -> str:
+    made: str = yaml.dump(
+        sequence, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=10**6
+    )
+    return made
 
 
 def _step(step: Document, following: str | None) -> dict[str, Any]:

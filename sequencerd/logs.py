@@ -6,17 +6,20 @@ what servers answered is in the history, and here at "debug". No line holds a se
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
+from typing import TextIO
 from urllib.parse import unquote, urlsplit
 
 import structlog
-from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
 
 from sequencerd.settings import Settings
 from sequencerd.systemd import is_journal
+from sequencerd.words import visible
 
 SHORTEST_SECRET = 4  # characters; what is shorter would blacken every line
 
@@ -30,15 +33,18 @@ def make_log(settings: Settings) -> FilteringBoundLogger:
     render: Processor
     if form == "text" or (form == "auto" and is_terminal):
         # not rich's tracebacks: they show what the variables hold
-        plain = structlog.dev.plain_traceback
-        render = structlog.dev.ConsoleRenderer(colors=is_terminal, exception_formatter=plain)
+        render = structlog.dev.ConsoleRenderer(
+            colors=is_terminal, exception_formatter=_write_traceback
+        )
     else:
         render = structlog.processors.JSONRenderer(default=str)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([] if isinstance(render, structlog.dev.ConsoleRenderer) else [_format_exception]),
+            _make_visible
+            if isinstance(render, structlog.dev.ConsoleRenderer)
+            else _format_exception,
             _finish(render, sorted(set(_parts(settings.secrets())), key=len, reverse=True)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(
@@ -50,6 +56,21 @@ def make_log(settings: Settings) -> FilteringBoundLogger:
     # what libraries say by way of logging: in the same form, if it is a warning
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING)
     return log
+
+
+def _make_visible(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """The values as a terminal may see them; what is no text is shown as Python writes it."""
+    return {
+        key: visible(value) if isinstance(value, str) else value for key, value in event.items()
+    }
+
+
+def _write_traceback(file: TextIO, error: ExcInfo) -> None:
+    """Indented, so that no line of an error's text looks like one of the log."""
+    written = io.StringIO()
+    structlog.dev.plain_traceback(written, error)
+    lines = written.getvalue().strip("\n").split("\n")
+    file.writelines(f"\n    {visible(line)}" for line in lines)
 
 
 _format_exception = structlog.processors.format_exc_info

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
+from unicodedata import category
 
 from sequencerd.core.model import NEVER
 
@@ -25,6 +26,22 @@ def text(value: object) -> str:
             return json.dumps(value, ensure_ascii=False)
         case _:
             return str(value)
+
+
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Categories of Unicode: controls, what has no width or turns the direction of a text, halves of
+characters, ends of lines and paragraphs."""
+
+
+def visible(text: str) -> str:
+    """A text in one line that a terminal shows and does not obey: `\\x1b` for an escape."""
+    if text.isprintable():
+        return text
+    return "".join(_escape(one) if category(one) in _HIDDEN else one for one in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def is_never(at: datetime) -> bool:

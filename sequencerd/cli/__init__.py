@@ -8,11 +8,14 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from sequencerd import demo, embedded
 from sequencerd.cli import authoring, changes, inspection, operation, preview, service
 from sequencerd.cli.commands import Commands, read_settings
-from sequencerd.errors import FileError, SequencerdError
+from sequencerd.cli.output import say, say_lines
+from sequencerd.errors import FileError, PlanError, SequencerdError
+from sequencerd.words import visible
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (SequencerdError, embedded.EmbeddedError) as error:
         # what is wrong in a file begins with the file, as editors expect it
         prefix = "" if isinstance(error, FileError) else "sequencerd: "
-        print(f"{prefix}{error}", file=sys.stderr)
+        several = isinstance(error, FileError | PlanError)  # what they name is quoted
+        (say_lines if several else say)(f"{prefix}{error}", to=sys.stderr)
         code = getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         code = 130
@@ -34,8 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Names a wrong argument as a terminal may see it."""
+        super().error(visible(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sequencerd",
         description="Moves enrollments through sequences of steps, on PostgreSQL.",
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from sequencerd import daemon, files, schema
 from sequencerd.cli.commands import Commands, add_json
+from sequencerd.cli.output import say, say_json
 from sequencerd.settings import Settings
 
 
@@ -31,13 +31,13 @@ def _check(arguments: argparse.Namespace, settings: Settings) -> int:
     found, findings = files.read_files(arguments.files, daemon.make_runners(settings))
     errors = sum(finding.is_error for finding in findings)
     if arguments.json:
-        print(json.dumps([_plain(finding) for finding in findings]))
+        say_json([_plain(finding) for finding in findings])
     else:
         for finding in findings:
-            print(finding)
+            say(finding)
         warnings = len(findings) - errors
         counts = (len(found), "good sequence"), (errors, "error"), (warnings, "warning")
-        print(", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in counts))
+        say(", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in counts))
     return 1 if errors or (findings and arguments.strict) else 0
 
 
@@ -53,5 +53,5 @@ def _plain(finding: files.Finding) -> dict[str, object]:
 
 
 def _schema(_: argparse.Namespace, __: Settings) -> int:
-    print(json.dumps(schema.make(), indent=2))
+    say_json(schema.make(), indent=2)
     return 0

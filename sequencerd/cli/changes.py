@@ -14,10 +14,11 @@ import asyncpg
 from sequencerd import daemon, files, original, plan
 from sequencerd.changes import compare
 from sequencerd.cli.commands import Commands, add_json, connect, fetch, on_database
+from sequencerd.cli.output import say, say_json, say_lines
 from sequencerd.errors import PlanError, UsageError
 from sequencerd.export import to_yaml
 from sequencerd.settings import Settings
-from sequencerd.words import plain, text
+from sequencerd.words import text
 
 CHANGES = 2  # the exit code that `plan --detailed-exitcode` has for them, as elsewhere
 
@@ -119,12 +120,12 @@ async def _plan(arguments: argparse.Namespace, settings: Settings, url: str) -> 
     finally:
         await connection.close()
     if arguments.json:
-        print(json.dumps(made.as_dict(), default=plain))
+        say_json(made.as_dict())
     else:
         for line in made.lines(done=False):
-            print(line)
+            say(line)
         if made and not made.refused:
-            print(f"to apply exactly this: the same with apply --plan {made.fingerprint}")
+            say(f"to apply exactly this: the same with apply --plan {made.fingerprint}")
     if made.refused:
         raise PlanError("\n".join(made.refused))
     return CHANGES if made and arguments.detailed_exitcode else 0
@@ -148,10 +149,10 @@ async def _apply(arguments: argparse.Namespace, settings: Settings, url: str) ->
     finally:
         await connection.close()
     if arguments.json:
-        print(json.dumps(done.as_dict(), default=plain))
+        say_json(done.as_dict())
     else:
         for line in done.lines(done=True):
-            print(line)
+            say(line)
     return 0
 
 
@@ -161,12 +162,12 @@ async def _history(arguments: argparse.Namespace, _: Settings, url: str) -> int:
         raise UsageError(f"sequence {arguments.sequence!r} does not exist")
     shown = [_revision(row) for row in rows]
     if arguments.json:
-        print(json.dumps(shown, default=plain))
+        say_json(shown)
         return 0
     for row in shown:
-        print(f"revision {row['revision']}, {text(row['at'])}, by {row['by']}")
+        say(f"revision {row['revision']}, {text(row['at'])}, by {row['by']}")
         for line in row["changes"]:
-            print(f"  {line}")
+            say(f"  {line}")
     return 0
 
 
@@ -182,7 +183,7 @@ async def _export(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     if document is None:
         revision = "" if arguments.revision is None else f" in revision {arguments.revision}"
         raise UsageError(f"sequence {arguments.sequence!r} does not exist{revision}")
-    print(to_yaml(json.loads(document)), end="")
+    say_lines(to_yaml(json.loads(document)))
     return 0
 
 
@@ -211,12 +212,12 @@ async def _import(arguments: argparse.Namespace, settings: Settings, url: str) -
         for connection in filter(None, (ours, there)):
             await connection.close()
     if arguments.json:
-        print(json.dumps(found.as_dict()))
+        say_json(found.as_dict())
     else:
         for line in found.lines(done=arguments.apply):
-            print(line)
+            say(line)
     if found.errors:
         raise UsageError("nothing is brought over until the errors are mended")
     if not (arguments.apply or arguments.json):
-        print("this was a trial: the same with --apply does it, once the original is stopped")
+        say("this was a trial: the same with --apply does it, once the original is stopped")
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ import asyncpg
 from pydantic import SecretStr
 
 from sequencerd import daemon, embedded, migrate
+from sequencerd.cli.output import warn
 from sequencerd.errors import DatabaseError
 from sequencerd.names import new_loop
 from sequencerd.settings import Settings, load
@@ -103,7 +103,7 @@ def _database(settings: Settings) -> Iterator[str]:
         yield url.get_secret_value()
         return
     folder = embedded.default_folder()
-    print(f"sequencerd: no database is set, using the embedded one in {folder}", file=sys.stderr)
+    warn(f"sequencerd: no database is set, using the embedded one in {folder}")
     with embedded.running(folder) as server:
         asyncio.run(apply_migrations(server.url))
         yield server.url

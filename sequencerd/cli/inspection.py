@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -13,7 +12,6 @@ from typing import Any
 
 import asyncpg
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from sequencerd import doctor
@@ -25,11 +23,11 @@ from sequencerd.cli.commands import (
     on_database,
     positive,
 )
-from sequencerd.cli.output import console, show, table
+from sequencerd.cli.output import cell, console, say, say_json, show, table, warn
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.store import QUERIES
-from sequencerd.words import plain, text, what_next
+from sequencerd.words import text, what_next
 
 PROBLEMS = 20  # that are shown below the steps
 TAIL_INTERVAL = 0.5  # seconds
@@ -123,7 +121,7 @@ async def _status(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     if not arguments.json and (
         problems := await fetch(url, "reported_problems", arguments.sequence, PROBLEMS)
     ):
-        print()
+        say()
         show(problems, as_json=False, empty="")
     return 0
 
@@ -175,7 +173,7 @@ async def _list(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     )
     show(rows, arguments.json, empty="no such enrollments")
     if len(rows) == arguments.limit and not arguments.json:
-        print(f"there may be more: --after {rows[-1]['id']}", file=sys.stderr)
+        warn(f"there may be more: --after {rows[-1]['id']}")
     return 0
 
 
@@ -189,14 +187,14 @@ async def _show_enrollment(arguments: argparse.Namespace, _: Settings, url: str)
     row["next"] = what_next(row)
     row["config"] = json.loads(row["config"] or "null")
     if arguments.json:
-        print(json.dumps({**row, "history": history}, default=plain))
+        say_json({**row, "history": history})
         return 0
     facts = Table(show_header=False, box=None)
     for key in ("subject", "sequence", "status", "step", "type", "entered_at", "next", "wake_at"):
-        facts.add_row(key, escape(text(row[key])))
+        facts.add_row(key, cell(row[key]))
     for key in ("attempt", "failure", "last_error", "goals_met", "timezone", "data"):
         if row[key]:
-            facts.add_row(key, escape(text(row[key])))
+            facts.add_row(key, cell(row[key]))
     console().print(facts)
     show(history, as_json=False, empty="no events yet")
     return 0
@@ -227,13 +225,12 @@ async def _tail(arguments: argparse.Namespace, _: Settings, url: str) -> int:
 
 def _print_event(row: asyncpg.Record, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(dict(row), default=plain), flush=True)
+        say_json(dict(row))
         return
     message = f"  {row['message']}" if row["message"] else ""
-    print(
+    say(
         f"{text(row['at'])}  {row['enrollment_id']} {row['subject'] or ''}  "
-        f"{row['sequence']}/{row['step']}  {row['action']}{message}",
-        flush=True,
+        f"{row['sequence']}/{row['step']}  {row['action']}{message}"
     )
 
 
@@ -243,9 +240,9 @@ async def _doctor(arguments: argparse.Namespace, settings: Settings, url: str) -
         findings.append(finding)
         if not arguments.json:
             mark = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}[finding.level]
-            print(f"{mark}  {finding.about}: {finding.seen}", flush=True)
+            say(f"{mark}  {finding.about}: {finding.seen}")
             if finding.advice:
-                print(f"         {finding.advice}", flush=True)
+                say(f"         {finding.advice}")
     if arguments.json:
-        print(json.dumps([asdict(finding) for finding in findings]))
+        say_json([asdict(finding) for finding in findings])
     return int(any(finding.level == "error" for finding in findings))

@@ -26,7 +26,7 @@ from sequencerd.cli.commands import (
     positive,
     with_hint,
 )
-from sequencerd.cli.output import show
+from sequencerd.cli.output import say, say_json, show, warn
 from sequencerd.core import dates
 from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
@@ -144,7 +144,10 @@ async def _enroll(arguments: argparse.Namespace, _: Settings, url: str) -> int:
             f"{arguments.subject} is in {arguments.sequence} already; its reentry policy allows "
             "no second time"
         )
-    print(json.dumps({"id": id_}) if arguments.json else f"enrolled as {id_}")
+    if arguments.json:
+        say_json({"id": id_})
+    else:
+        say(f"enrolled as {id_}")
     return 0
 
 
@@ -215,7 +218,7 @@ def _confirm(question: str) -> None:
         raise ArgumentError(f"{question} Nobody can be asked here: write --yes, or --dry-run")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the loop's waits for us
     try:
-        print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+        say(f"{question} [y/N] ", end="", to=sys.stderr)
         answer = sys.stdin.readline()
     finally:
         signal.signal(signal.SIGINT, before)
@@ -245,7 +248,7 @@ async def _in_batches(
             )
         except asyncio.CancelledError:
             bar.stop()
-            print(f"interrupted: {total.changed:,} of {_count(len(ids))} done", file=sys.stderr)
+            warn(f"interrupted: {total.changed:,} of {_count(len(ids))} done")
             raise
         except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
             raise UsageError(f"{with_hint(error)}; {total.changed:,} are done") from error
@@ -262,18 +265,18 @@ def _report(arguments: argparse.Namespace, selected: int, done: Done) -> int:
             **done._asdict(),
             "unchanged": unchanged,
         }
-        print(json.dumps(told))
+        say_json(told)
         return 0
     if arguments.dry_run:
-        print(f"would {arguments.command} {_count(selected)}")
+        say(f"would {arguments.command} {_count(selected)}")
         return 0
-    print(f"{arguments.command}: {_count(done.changed)}")
+    say(f"{arguments.command}: {_count(done.changed)}")
     if done.executing:
-        print(f"{done.executing:,} were executing a side effect, which is not undone")
+        say(f"{done.executing:,} were executing a side effect, which is not undone")
     if done.entered_again:
-        print(f"{done.entered_again:,} stay as they are: the subject is in the sequence again")
+        say(f"{done.entered_again:,} stay as they are: the subject is in the sequence again")
     if unchanged:
-        print(f"{unchanged:,} had gone elsewhere meanwhile, or cannot be changed")
+        say(f"{unchanged:,} had gone elsewhere meanwhile, or cannot be changed")
     return 0
 
 
@@ -298,9 +301,9 @@ async def _set_status(arguments: argparse.Namespace, _: Settings, url: str) -> i
         await connection.close()
     if arguments.json:
         told = [{**row, "status": words.status} for row in rows]
-        print(json.dumps(told))
+        say_json(told)
         return 0
     for row in rows:
         already = " already" if row["before"] == words.status else ""
-        print(f"{row['name']} is {words.status}{already}: {_count(row['active'])} {words.inside}")
+        say(f"{row['name']} is {words.status}{already}: {_count(row['active'])} {words.inside}")
     return 0

@@ -14,6 +14,7 @@ import asyncpg
 
 from sequencerd import files, graph, store
 from sequencerd.cli.commands import Commands, add_json, connect, on_database
+from sequencerd.cli.output import say, say_json, say_lines
 from sequencerd.core import dates, model
 from sequencerd.core.model import DefinitionError, Enrollment
 from sequencerd.definitions import from_rows
@@ -24,7 +25,6 @@ from sequencerd.settings import Settings
 from sequencerd.simulate import Entry, Outcome, Simulation
 from sequencerd.store import QUERIES, Place
 from sequencerd.testing import load, make_runners
-from sequencerd.words import plain
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
@@ -199,19 +199,19 @@ def _print(simulation: Simulation, as_json: bool) -> None:
             "data": json.loads(simulation.enrollment.data),
             "entries": [entry._asdict() for entry in simulation.entries],
         }
-        print(json.dumps(whole, default=plain, ensure_ascii=False))
+        say_json(whole)
         return
     zone = ZoneInfo(simulation.timezone)
     width = max((len(entry.step) for entry in simulation.entries), default=0)
     for entry in simulation.entries:
         at = f"{entry.at.astimezone(zone):%a %Y-%m-%d %H:%M:%S}"
-        print(f"{at}  {entry.step:{width}}  {_line(entry)}")
+        say(f"{at}  {entry.step:{width}}  {_line(entry)}")
         for name, text in entry.details.items():
             for n, line in enumerate(text.splitlines()):
                 label = f"{name}:" if n == 0 else ""
-                print(f"{'':{len(at) + width}}      {label:9}{line}".rstrip())
+                say(f"{'':{len(at) + width}}      {label:9}{line}".rstrip())
     at = f"{simulation.ended_at.astimezone(zone):%a %Y-%m-%d %H:%M:%S}"
-    print(f"{at}  {simulation.enrollment.step:{width}}  {simulation.end} ({simulation.timezone})")
+    say(f"{at}  {simulation.enrollment.step:{width}}  {simulation.end} ({simulation.timezone})")
 
 
 def _line(entry: Entry) -> str:
@@ -225,7 +225,7 @@ def _graph(arguments: argparse.Namespace, settings: Settings) -> int:
     runners = make_runners(settings, files.types(path) if is_file else ())
     read = files.read_file(path, runners) if is_file else []
     if is_file and settings.database.url is None:
-        print(_drawn(arguments, {one.sequence.name: one.sequence for one in read}, {}))
+        say_lines(_drawn(arguments, {one.sequence.name: one.sequence for one in read}, {}))
         return 0
 
     async def with_counts(_: argparse.Namespace, __: Settings, url: str) -> int:
@@ -238,7 +238,7 @@ def _graph(arguments: argparse.Namespace, settings: Settings) -> int:
         if is_file:
             definitions = {one.sequence.name: one.sequence for one in read}
         counts = {(row["sequence"], row["step"]): row["active"] for row in rows}
-        print(_drawn(arguments, definitions, counts))
+        say_lines(_drawn(arguments, definitions, counts))
         return 0
 
     return on_database(with_counts)(arguments, settings)

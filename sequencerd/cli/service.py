@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sequencerd import daemon, install, passwords
 from sequencerd.cli.commands import Commands, apply_migrations, on_database, read_settings
+from sequencerd.cli.output import say, say_lines, warn
 from sequencerd.errors import UsageError
 from sequencerd.logs import make_log
 from sequencerd.settings import Settings
@@ -46,14 +47,15 @@ def add_to(commands: Commands) -> None:
 def _install_service(arguments: argparse.Namespace, _: Settings) -> int:
     units = install.units(config=arguments.config, user=arguments.user)
     for warning in install.warnings():
-        print(f"sequencerd: warning: {warning}", file=sys.stderr)
+        warn(f"sequencerd: warning: {warning}")
     if arguments.print:
         for name, text in units.items():
-            print(f"# {arguments.to / name}\n{text}")
+            say(f"# {arguments.to / name}")
+            say_lines(text + "\n")
         return 0
     for path in install.write(arguments.to, units):
-        print(f"wrote {path}")
-    print("now: systemctl daemon-reload && systemctl enable --now sequencerd")
+        say(f"wrote {path}")
+    say("now: systemctl daemon-reload && systemctl enable --now sequencerd")
     return 0
 
 
@@ -66,7 +68,7 @@ def _console_password(_: argparse.Namespace, __: Settings) -> int:
         password = sys.stdin.readline().rstrip("\n")
     if len(password) < SHORTEST_PASSWORD:
         raise UsageError(f"a password needs {SHORTEST_PASSWORD} characters or more")
-    print(passwords.make_hash(password))
+    say(passwords.make_hash(password))
     return 0
 
 
@@ -78,7 +80,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings, url: str) -> i
 async def _migrate(_: argparse.Namespace, __: Settings, url: str) -> int:
     applied = await apply_migrations(url)
     for migration in applied:
-        print(f"applied {migration.name}")
+        say(f"applied {migration.name}")
     if not applied:
-        print("nothing to apply")
+        say("nothing to apply")
     return 0
