@@ -885,3 +885,13 @@ SELECT r.revision, r.at, r.by, r.document,
          ORDER BY b.revision DESC LIMIT 1) AS before
   FROM sequencer.revisions AS r
  WHERE r.sequence = $1 AND r.revision < $2 ORDER BY r.revision DESC LIMIT $3;
+
+-- name: console_log_out
+-- Ends a session for all daemons, and forgets those that have ended by themselves since.
+WITH over AS (DELETE FROM sequencer.console_logouts WHERE until < now())
+INSERT INTO sequencer.console_logouts (session, until) VALUES ($1, now() + $2)
+ON CONFLICT (session) DO NOTHING;
+
+-- name: console_is_logged_out
+-- Whether a session was ended by a logout, here or at another daemon.
+SELECT EXISTS (SELECT FROM sequencer.console_logouts WHERE session = $1);

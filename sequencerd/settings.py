@@ -274,6 +274,11 @@ class Console(Section):
         for path in value:
             if path != "subject" and not re.fullmatch(r"data(\.[^.]+)+", path):
                 raise ValueError(f'{path!r}: write "subject", or a path such as "data.email"')
+            if re.search(r"[\[\]*]", path):
+                raise ValueError(
+                    f"{path!r} would match nothing: a path leads through all items of a list by "
+                    'itself, as "data.contacts.email", or to one, as "data.contacts.0.email"'
+                )
         return value
 
 

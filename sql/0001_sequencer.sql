@@ -316,6 +316,15 @@ COMMENT ON COLUMN sequencer.problems.kind IS 'quarantined: the database refuses 
 COMMENT ON COLUMN sequencer.problems.about IS 'The enrollment''s id, or the runner''s name.';
 COMMENT ON COLUMN sequencer.problems.waiting IS 'How many enrollments wait for it, where that is known.';
 
+CREATE TABLE sequencer.console_logouts (
+    session text COLLATE "C" PRIMARY KEY,
+    until   timestamptz NOT NULL
+);
+
+COMMENT ON TABLE  sequencer.console_logouts IS 'Sessions of the console that were ended by a logout, for all daemons.';
+COMMENT ON COLUMN sequencer.console_logouts.session IS 'A hash of what the cookie holds.';
+COMMENT ON COLUMN sequencer.console_logouts.until IS 'When the session would have ended by itself.';
+
 
 -- definitions: triggers -------------------------------------------------------------------------
 
@@ -949,6 +958,7 @@ BEGIN
         GRANT UPDATE ON sequencer.enrollments TO sequencer_daemon;
         GRANT INSERT ON sequencer.events TO sequencer_daemon;
         GRANT INSERT, UPDATE, DELETE ON sequencer.daemons, sequencer.problems TO sequencer_daemon;
+        GRANT INSERT, DELETE ON sequencer.console_logouts TO sequencer_daemon;
         GRANT UPDATE (problem, retime_from) ON sequencer.steps TO sequencer_daemon;
         GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.document,
               sequencer.add_event_partitions, sequencer.drop_event_partition, sequencer.delete_ended TO sequencer_daemon;

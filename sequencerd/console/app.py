@@ -83,8 +83,8 @@ def make_console(
             live = Live(pool, summary)
             changes = Changes(url, log)
             app.state.console = State(
-                settings, url, pool, Auth(settings), html.make_templates(), summary, live, journeys,
-                now, changes,
+                settings, url, pool, Auth(settings, pool), html.make_templates(), summary, live,
+                journeys, now, changes,
             )  # fmt: skip
             app.state.close = live.close
             tasks = [asyncio.create_task(work) for work in (summary.keep(), live.keep())]
@@ -172,12 +172,14 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
         if refusal := auth.refusal(request):
             return PlainTextResponse(f"{refusal}\n", 403)
         request.state.visitor = visitor = auth.visitor(request)
-        if visitor.user is None and page not in PUBLIC:
-            if page in PROGRAMS:
-                return PlainTextResponse("Log in first.\n", 401)
-            to = str(request.url.replace(scheme="", netloc=""))
-            return _kept(request, RedirectResponse(at("/login", to=to), 303))
         try:
+            if page not in PUBLIC and await auth.is_logged_out(request, visitor):
+                request.state.visitor = visitor = auth.nobody()
+            if visitor.user is None and page not in PUBLIC:
+                if page in PROGRAMS:
+                    return PlainTextResponse("Log in first.\n", 401)
+                to = str(request.url.replace(scheme="", netloc=""))
+                return _kept(request, RedirectResponse(at("/login", to=to), 303))
             if request.method == "POST":
                 request.state.form = await pages.form(request)
                 if not auth.is_ours(request, visitor, request.state.form.get("token", "")):

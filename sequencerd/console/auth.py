@@ -9,18 +9,22 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from ipaddress import ip_address, ip_network
 
+import asyncpg
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sequencerd import passwords
+from sequencerd import passwords, store
 from sequencerd.settings import Console
+from sequencerd.store import QUERIES
 
 COOKIE = "sequencerd"
 LONGEST_SESSION = 12 * 3600  # seconds
 MAX_USER = 100  # characters
+TIMEOUT = 10.0  # seconds for a question to the database
 
 ATTEMPTS = 5  # wrong passwords from an address in a minute
 PERIOD = 60.0
@@ -41,8 +45,9 @@ class Visitor:
 class Auth:
     """What the settings say of who may come in."""
 
-    def __init__(self, settings: Console) -> None:
+    def __init__(self, settings: Console, pool: asyncpg.Pool) -> None:
         self._settings = settings
+        self._pool = pool
         self.password_hash = (
             settings.password_hash.get_secret_value() if settings.password_hash else None
         )
@@ -79,6 +84,24 @@ class Auth:
         if user is None and self.password_hash is not None:
             user = kept.get("user")
         return Visitor(user, nonce, self._token(nonce, user))
+
+    async def is_logged_out(self, request: Request, visitor: Visitor) -> bool:
+        """Whether the visitor's session was ended by a logout; its cookie may have been copied."""
+        if self.password_hash is None or visitor.user is None or self._from_proxy(request):
+            return False  # what lets them in is no session
+        ((answer,),) = await store.read(
+            self._pool, "console_is_logged_out", _hash(visitor.nonce), seconds=TIMEOUT
+        )
+        return bool(answer)
+
+    async def log_out(self, visitor: Visitor) -> None:
+        """Ends the visitor's session, at all daemons."""
+        async with store.connection(self._pool) as connection:
+            await connection.execute(
+                QUERIES["console_log_out"],
+                _hash(visitor.nonce),
+                timedelta(seconds=LONGEST_SESSION),
+            )
 
     def nobody(self) -> Visitor:
         """Who has just gone."""
@@ -176,6 +199,10 @@ class TooManyError(Exception):
     def __init__(self, seconds: int) -> None:
         super().__init__(f"too many wrong passwords; try again in {seconds} s")
         self.seconds = seconds
+
+
+def _hash(nonce: str) -> str:
+    return hashlib.sha256(nonce.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _recent(times: Sequence[float]) -> list[float]:

@@ -61,17 +61,26 @@ def _parsed(row: Mapping[str, Any]) -> Row:
     return shown
 
 
-def _hide(data: dict[str, Any], path: Sequence[str]) -> Iterator[str]:
-    """Replaces what is at a path, and gives the texts that were there."""
-    *way, last = path
-    for key in way:
-        inner = data.get(key)
-        if not isinstance(inner, dict):
+def _hide(data: Any, path: Sequence[str]) -> Iterator[str]:
+    """Replaces what is at a path, and gives the texts that were there.
+
+    A part of a path leads to a key, to an item of a list by its number, and through all its items.
+    """
+    first, *others = path
+    key: str | int = first
+    if isinstance(data, list):
+        for item in data:
+            yield from _hide(item, path)
+        if not first.isdecimal() or int(first) >= len(data):
             return
-        data = inner
-    if last in data:
-        yield from _texts(data[last])
-        data[last] = HIDDEN
+        key = int(first)
+    elif not isinstance(data, dict) or key not in data:
+        return
+    if others:
+        yield from _hide(data[key], others)
+    else:
+        yield from _texts(data[key])
+        data[key] = HIDDEN
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -280,8 +280,15 @@ async def stream(request: Request) -> Response:
     known = request.headers.get("last-event-id") or query.get("version") or ""
     if request.method == "HEAD":  # there is nobody whose going ends the stream
         return Response(media_type="text/event-stream")
+
+    async def events() -> AsyncIterator[str]:
+        async for event in state.live.stream(topic, known):
+            if await state.auth.is_logged_out(request, request.state.visitor):
+                return
+            yield event
+
     return StreamingResponse(
-        state.live.stream(topic, known),
+        events(),
         media_type="text/event-stream",
         headers={"X-Accel-Buffering": "no"},
     )
@@ -367,8 +374,10 @@ async def log_in(request: Request) -> Response:
 
 
 async def log_out(request: Request) -> Response:
-    """Ends the session in this browser."""
-    request.state.visitor = state_of(request).auth.nobody()
+    """Ends the session, for whoever has its cookie."""
+    auth = state_of(request).auth
+    await auth.log_out(request.state.visitor)
+    request.state.visitor = auth.nobody()
     return RedirectResponse(at("/login"), 303)
 
 

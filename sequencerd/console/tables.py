@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -65,7 +66,8 @@ def as_json(table: Table) -> Response:
 def as_csv(table: Table) -> Response:
     """The rows under a line of names; where the next ones are is in the header Link."""
     written = io.StringIO()
-    writer = csv.writer(written)
+    # quoted, as there are spreadsheets that take a semicolon for the end of a cell
+    writer = csv.writer(written, quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(column.key for column in table.columns)
     for row in table.rows:
         writer.writerow(_cell(row[column.key]) for column in table.columns)
@@ -91,14 +93,20 @@ def _plain(value: object) -> object:
     )
 
 
-def _cell(value: object) -> str:
+_FORMULA = re.compile(r"[=+\-@\t\r\n\uff0b\uff0d\uff1d\uff20]")  # and their wide forms
+_NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)*")
+
+
+def _cell(value: object) -> str | int | float:
     if value is None:
         return ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
     if isinstance(value, datetime):
         return str(plain(value))
     if isinstance(value, dict | list):
         return json.dumps(value, default=_plain, ensure_ascii=False)
     shown = text(value)
     # a spreadsheet would take it for a formula
-    is_text = isinstance(value, str) and shown.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{shown}" if is_text else shown
+    is_formula = _FORMULA.match(shown) and not _NUMBER.fullmatch(shown)
+    return f"'{shown}" if is_formula else shown

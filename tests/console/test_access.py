@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from sequencerd import passwords
-from sequencerd.console import auth, changing
+from sequencerd.console import auth, changing, live
 from sequencerd.errors import SettingsError
 from sequencerd.settings import load
 from tests.conftest import Command
@@ -101,6 +101,36 @@ async def test_who_logs_out_is_out(database: str, connection: asyncpg.Connection
         assert (await client.get("/")).status_code == 200
         assert (await client.post("/logout", data={"token": token(page)})).status_code == 303
         assert (await client.get("/")).status_code == 303
+
+
+async def test_a_copied_cookie_ends_with_the_session_at_all_daemons(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "QUIET", 0.1)
+    async with (
+        console(database, password_hash=HASH) as client,
+        console(database, password_hash=HASH) as other,
+    ):
+        await log_in(client)
+        copied = {"Cookie": f"sequencerd={client.cookies['sequencerd']}"}
+        page = await client.get("/")
+        for one in (client, other):
+            assert (await one.get("/", headers=copied)).status_code == 200
+        async with other.stream("GET", "/live?version=x", headers=copied) as stream:
+            assert stream.status_code == 200
+            assert (await client.post("/logout", data={"token": token(page)})).status_code == 303
+            client.cookies.clear()
+            async for _ in stream.aiter_raw():  # it ends with the next event
+                pass
+        for one in (client, other):
+            assert (await one.get("/", headers=copied)).status_code == 303
+            assert (await one.get("/tables/search.json", headers=copied)).status_code == 401
+            posted = await one.post("/change", headers=copied, data={"token": token(page)})
+            assert posted.status_code == 303
+        assert (await log_in(client)).status_code == 303
+        assert (await client.get("/")).status_code == 200  # another session is another
+    async with console(database, password_hash=HASH) as client:  # a restart forgets nothing
+        assert (await client.get("/", headers=copied)).status_code == 303
 
 
 async def test_passwords_are_not_guessed(

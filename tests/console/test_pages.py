@@ -19,6 +19,7 @@ from sequencerd import store
 from sequencerd.console import html, reading, summary
 from sequencerd.console.live import INTERVAL
 from sequencerd.console.pages import FILES
+from sequencerd.console.tables import Column, Table, as_csv
 from tests.console.conftest import (
     BEGUN,
     DAY,
@@ -536,3 +537,28 @@ async def test_through_a_pooler(
             for _ in range(5):
                 pages = await asyncio.gather(*map(client.get, paths))
                 assert [page.status_code for page in pages] == [200] * len(paths)
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [
+        ("=1+1", '"\'=1+1"'),
+        ("+1+1", '"\'+1+1"'),
+        ("-1+1", '"\'-1+1"'),
+        ("@SUM(A1)", '"\'@SUM(A1)"'),
+        ("\t=1", '"\'\t=1"'),
+        ("\r=1", '"\'\r=1"'),
+        ("\n=1", '"\'\n=1"'),
+        ("\uff1d1+1", '"\'\uff1d1+1"'),
+        ("a;=1+1", '"a;=1+1"'),
+        ("-12.5", '"-12.5"'),
+        ("+4915112345678", '"+4915112345678"'),
+        (-5, "-5"),
+        (1.5, "1.5"),
+        (None, '""'),
+        (["=1+1"], '"[""=1+1""]"'),
+    ],
+)
+def test_csv_holds_no_formula(value: object, cell: str) -> None:
+    made = as_csv(Table("t", [Column("a", "A")], [{"a": value}], {}))
+    assert bytes(made.body).decode() == f'"a"\r\n{cell}\r\n'

@@ -1,0 +1,60 @@
+"""What is masked, wherever it is in the data."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sequencerd.console.mask import HIDDEN, make_mask
+from sequencerd.errors import SettingsError
+from sequencerd.settings import load
+
+ITEMS = [{"email": "ada@x.example", "ok": 1}, {"email": ["bob@x.example"]}, "email", None]
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "shown"),
+    [
+        ("data.email", {"email": "ada@x.example"}, {"email": HIDDEN}),
+        (
+            "data.contacts.email",
+            {"contacts": ITEMS},
+            {"contacts": [{"email": HIDDEN, "ok": 1}, {"email": HIDDEN}, "email", None]},
+        ),
+        (
+            "data.contacts.0.email",
+            {"contacts": ITEMS},
+            {"contacts": [{"email": HIDDEN, "ok": 1}, *ITEMS[1:]]},
+        ),
+        ("data.contacts.1", {"contacts": ["a", "bob", "c"]}, {"contacts": ["a", HIDDEN, "c"]}),
+        ("data.contacts.7", {"contacts": ["a", "b"]}, {"contacts": ["a", "b"]}),
+        (
+            "data.a.b",
+            {"a": [[{"b": 1}], [[{"b": 2}]]]},
+            {"a": [[{"b": HIDDEN}], [[{"b": HIDDEN}]]]},
+        ),
+        ("data.a.0", {"a": [{"0": "x"}, {"0": "y"}]}, {"a": [HIDDEN, {"0": HIDDEN}]}),
+        ("data.a.b", {"a": "text"}, {"a": "text"}),
+        ("data.0", {"0": "x"}, {"0": HIDDEN}),
+    ],
+)
+def test_a_path_leads_through_lists(path: str, data: Any, shown: Any) -> None:
+    assert make_mask([path])({"data": json.dumps(data)})["data"] == shown
+
+
+def test_what_is_in_a_list_is_hidden_in_texts_too() -> None:
+    mask = make_mask(["data.people.name"])
+    data = json.dumps({"people": [{"name": "Ada"}, {"name": "Bob Jones"}]})
+    row = mask({"data": data, "message": "Bob Jones and Ada"})
+    assert row["message"] == f"{HIDDEN} and {HIDDEN}"
+
+
+@pytest.mark.parametrize(
+    "path", ["email", "data", "data.", "data..a", "subject.a", "data.a[0]", "data.a[].b", "data.*"]
+)
+def test_a_path_that_cannot_match_is_refused(path: str) -> None:
+    with pytest.raises(SettingsError, match=r"console\.mask") as caught:
+        load({"SEQUENCERD_CONSOLE_MASK": path})
+    assert path in str(caught.value)
