@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WithJsonSchema
 
-from sequencerd.core import checks, dates
+from sequencerd.core import checks, cycles, dates, model
 from sequencerd.core.config import Config, faults, nearest
 from sequencerd.core.model import Fault, Place, Problem, Step, printable
 from sequencerd.core.steps import COMPILERS
@@ -122,11 +122,23 @@ def read_files(paths: Iterable[Path], runners: Runners) -> tuple[list[Definition
     for source in sources.values():
         for _, name, step in source.jumps():
             entered.setdefault(name, set()).add(step)
+    built = {
+        source: one
+        for found, _ in read.values()
+        for source in found
+        if (one := _build(source, sources, runners)) is not None
+    }
+    remarks: dict[str | None, list[checks.Remark]] = {}
+    known = {one.sequence.name: one.sequence for one in reversed(built.values())}
+    for name, remark in cycles.check(known):
+        remarks.setdefault(name, []).append(remark)
     for found, unreadable in read.values():
         for source in found:
-            ways_in = entered.get(source.name or "", set())
-            if (definition := _read_sequence(source, sources, ways_in, runners)) is not None:
-                definitions.append(definition)
+            if (one := built.get(source)) is not None:
+                found_here = checks.check(one.sequence, entered.get(source.name or "", set()))
+                told = [*found_here, *remarks.pop(source.name, [])]
+                if (definition := _checked(source, one, told)) is not None:
+                    definitions.append(definition)
             findings += sorted(source.findings, key=lambda finding: finding.line)
         findings += unreadable
     return definitions, findings
@@ -189,10 +201,18 @@ def _read_sources(path: Path) -> tuple[list[_Source], list[Finding]]:
     return sources, [] if sources else [Finding(path, 1, None, None, "there is no sequence in it")]
 
 
-def _read_sequence(
-    source: _Source, sources: Mapping[str | None, _Source], entered: Set[str], runners: Runners
-) -> Definition | None:
-    """The sequence, if there is no error in it; `entered` are steps to which others lead."""
+class _Built(NamedTuple):
+    """A sequence of which the steps could be read; not all of its ways, where a name is wrong."""
+
+    sequence: model.Sequence
+    parsed: FileSequence | None
+    are_ways_known: bool
+
+
+def _build(
+    source: _Source, sources: Mapping[str | None, _Source], runners: Runners
+) -> _Built | None:
+    """The sequence, unless no step of it can be read."""
     parsed = _parse(source)
     _check_names(source, sources)
     are_ways_known = not source.findings
@@ -214,7 +234,13 @@ def _read_sequence(
             for place, message in built.faults:
                 config = ("config",) if place else ()
                 source.say(("steps", step.position, *config, *place), message)
-    for name, place, message, is_error in checks.check(sequence, entered):
+    return _Built(sequence, parsed, are_ways_known)
+
+
+def _checked(source: _Source, built: _Built, remarks: Iterable[checks.Remark]) -> Definition | None:
+    """The definition, if there is no error in it."""
+    sequence, parsed, are_ways_known = built
+    for name, place, message, is_error in remarks:
         if are_ways_known or place:
             number = sequence.steps[name].position
             source.say(("steps", number, *place), message, is_error=is_error)

@@ -85,7 +85,9 @@ def _waits(type_: str | None, config: Mapping[str, Any]) -> str:
         case "WaitForDate", {"date": date}:
             return f"waits for the date {date}"
         case "WaitForDateComparison", {"attribute": attribute, "values": list(values)}:
-            return f"waits for the {attribute} to be {' or '.join(map(str, values))}"
+            wanted = f"{attribute} to be {' or '.join(map(str, values))}"
+            is_next = config.get("occurrence") == "next"
+            return f"waits for the {wanted}" + (" the next time" if is_next else "")
         case (("WaitForCondition" | "Goal"), {"lodashCommand": command, "value": value}):
             operands = [value, *([config["compareTo"]] if "compareTo" in config else [])]
             condition = f"waits until {command}({', '.join(map(_operand, operands))}) holds"

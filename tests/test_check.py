@@ -322,3 +322,126 @@ async def test_the_page_about_files_can_be_followed(
     assert schema_file.name in first_line
     schema = json.loads(schema_file.read_text())
     Draft202012Validator(schema).validate(yaml.safe_load(trial))
+
+
+# --- cycles
+
+MAIL = "{from: a@x.org, to: b@x.org, subject: x, text: y}"
+HOLDS = "{lodashCommand: eq, value: {type: get, value: data.a}, compareTo: {type: raw, value: 1}}"
+AT_NINE = "{name: wait, type: WaitForDateComparison, config: {attribute: hour, values: [9]}}"
+
+
+@pytest.mark.parametrize(
+    ("steps", "severity", "words"),
+    [
+        ([AT_NINE], "warning", 'wait passes at once where it matches already (write "occurrence'),
+        (["{name: wait, type: WaitForDate, config: {date: 2026-01-01}}"], "error", "never waits"),
+        (["{name: wait, type: WaitForDate, config: {date: '{{data.d}}'}}"], "warning", "is past"),
+        ([f"{{name: wait, type: WaitForCondition, config: {HOLDS}}}"], "warning", "where it holds"),
+        ([f"{{name: wait, type: Goal, config: {HOLDS}}}"], "warning", "where it holds"),
+        (
+            ["{name: wait, type: WaitForDuration, config: {amount: 0, unit: days}}"],
+            "error",
+            "never waits",
+        ),
+        ([f"{{name: wait, type: Conditional, config: {HOLDS}}}"], "error", "never waits"),
+        (["{name: wait, type: Split, config: {next: 1, altNext: 1}}"], "error", "never waits"),
+        (["{name: wait, type: GoTo}"], "error", "never waits"),
+        (["{name: wait, type: UpdateData, config: {data: {x: 1}}}"], "error", "never waits"),
+        (["{name: wait, type: Note}"], "warning", "answers noop alone"),
+        (
+            [("{name: wait, type: WaitForDateComparison, config: {attribute: isoWeekday,"
+             " values: [1, 2, 3, 4, 5, 6, 7]}}")],
+            "error",
+            "never waits",
+        ),
+        ([AT_NINE.replace("}}", ", occurrence: next}}")], None, ""),
+        (["{name: wait, type: WaitForDuration, config: {amount: 1, unit: day}}"], None, ""),
+        (["{name: wait, type: WaitForDuration, config: {amount: 0.4, unit: day}}"], "error", ""),
+        # the original's way to say "once a day": nine, and no longer nine
+        (
+            [
+                AT_NINE,
+                ("{name: pause, type: WaitForDateComparison, config: {attribute: hours,"
+                " values: [8, 10]}}"),
+            ],
+            None,
+            "",
+        ),
+        (
+            [
+                AT_NINE,
+                ("{name: pause, type: WaitForDateComparison, config: {attribute: hour,"
+                " values: [9, 10]}}"),
+            ],
+            "warning",
+            "wait",
+        ),
+        (
+            [AT_NINE, "{name: pause, type: WaitForDuration, config: {amount: 1, unit: hour}}"],
+            None,
+            "",
+        ),
+        ([("{name: wait, type: Conditional, config: {lodashCommand: isNil, value: {type: raw,"
+          " value: 1}}, altNext: out}")], None, ""),
+    ],
+)  # fmt: skip
+def test_a_cycle_that_may_not_wait_is_told(
+    tmp_path: Path, steps: list[str], severity: str | None, words: str
+) -> None:
+    lines = [f"{{name: welcome, type: Email, config: {MAIL}}}", *steps]
+    lines[-1] = lines[-1][:-1] + ", next: welcome}"
+    lines.append("{name: out, type: GoTo, next: null}")
+    text = "name: s\nsteps:\n" + "".join(f"  - {line}\n" for line in lines)
+    told = [str(finding) for finding in check(tmp_path / "s.yaml", text)]
+    cycles = [line for line in told if "s/welcome: welcome → " in line]
+    if severity is None:
+        assert cycles == []
+        return
+    names = " → ".join([*(re.findall(r"{name: ([\w-]+)", line)[0] for line in lines[:-1])])
+    [cycle] = cycles
+    assert f":3: {severity}: s/welcome: {names} → welcome " in cycle
+    assert words in cycle
+
+
+def test_a_cycle_through_two_sequences_is_told(tmp_path: Path) -> None:
+    text = (
+        f"name: s\nsteps:\n  - {{name: mail, type: Email, config: {MAIL}}}\n"
+        "  - {name: over, type: GoTo, config: {sequence: t, step: back}}\n---\n"
+        "name: t\nsteps:\n  - {name: back, type: GoTo, config: {sequence: s, step: mail}}\n"
+    )
+    [told] = check(tmp_path / "s.yaml", text)
+    assert told.is_error
+    assert "mail → over → t/back → mail never waits" in told.message
+
+
+GOAL_BEFORE_CYCLE = f"""
+name: s
+steps:
+  - {{name: pause, type: WaitForDuration, config: {{amount: 1, unit: month}}}}
+  - {{name: mail, type: Email, config: {MAIL}, next: pause}}
+  - name: paid
+    type: Goal
+    config: {HOLDS[:-1]}REPEAT}}
+    next: pause
+"""
+
+
+def test_a_goal_that_pulls_once_into_a_cycle_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    [told] = check(file, GOAL_BEFORE_CYCLE.replace("REPEAT", ""))
+    assert (told.step, told.is_error) == ("paid", False)
+    assert "pause → mail → pause: write repeat: true" in told.message
+    for repeat in (", repeat: true", ", repeat: false"):
+        assert check(file, GOAL_BEFORE_CYCLE.replace("REPEAT", repeat)) == []
+    ends = GOAL_BEFORE_CYCLE.replace("REPEAT", "").replace("    next: pause", "    next: null")
+    assert check(file, ends) == []
+
+
+def test_many_cycles_are_told_in_time(tmp_path: Path) -> None:
+    steps = [f"  - {{name: m{n}, type: Email, config: {MAIL}}}\n" for n in range(2000)]
+    steps[-1] = steps[-1].replace("}}\n", "}, next: m0}\n")
+    start = time.monotonic()
+    told = check(tmp_path / "s.yaml", "name: s\nsteps:\n" + "".join(steps))
+    assert len(told) == 1
+    assert time.monotonic() - start < 60

@@ -52,6 +52,13 @@ AGAIN = "it is looked at again at 2030-01-01 00:00:00Z, then b"
             f"waits for the hour to be 9 or 10; {AGAIN}",
         ),
         (
+            row(
+                "WaitForDateComparison",
+                {"attribute": "hour", "values": [9], "occurrence": "next"},
+            ),
+            f"waits for the hour to be 9 the next time; {AGAIN}",
+        ),
+        (
             row("WaitForCondition", CONDITION, wake_at=NEVER),
             "waits until gte(data.score, 50) holds, then b",
         ),

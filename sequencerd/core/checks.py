@@ -22,7 +22,12 @@ from sequencerd.core.model import (
     Step,
 )
 from sequencerd.core.predicate import Operand, first_key
-from sequencerd.core.steps import ConditionConfig, WaitForConditionConfig
+from sequencerd.core.steps import (
+    ConditionalConfig,
+    ConditionConfig,
+    GoalConfig,
+    WaitForConditionConfig,
+)
 from sequencerd.core.template import compile_template
 
 NAMES = (
@@ -32,7 +37,11 @@ NAMES = (
 """What a path can begin with: the keys of model.view."""
 
 MESSAGES = ("Email", "SMS")  # everything in their configs is a template
-_CONDITIONS = ("Conditional", "Goal", "WaitForCondition")
+_MODELS: Mapping[str, type[ConditionConfig]] = {
+    "Conditional": ConditionalConfig,
+    "Goal": GoalConfig,
+    "WaitForCondition": WaitForConditionConfig,
+}
 _ONE_WAY = (
     "Goal", "WaitForDate", "WaitForDuration", "WaitForDateComparison", "UpdateData",
 )  # fmt: skip
@@ -59,7 +68,7 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
             continue
         if step.alt_next_step is not None and not goes_alt(step):
             yield Remark(step.name, ("altNext",), _never_alt(step))
-        if step.type in _CONDITIONS:
+        if step.type in _MODELS:
             yield from _check_condition(step, sequence)
         is_custom = isinstance(step.behaviour, SideEffect) and step.type not in MESSAGES
         if is_custom and "external" in step.config and sequence.lookup is None:
@@ -115,8 +124,7 @@ def _never_alt(step: Step) -> str:
 
 
 def _check_condition(step: Step, sequence: Sequence) -> Iterator[Remark]:
-    model = WaitForConditionConfig if step.type == "WaitForCondition" else ConditionConfig
-    config = model.model_validate(step.config)
+    config = _MODELS[step.type].model_validate(step.config)
     for key, operand in (("value", config.value), ("compareTo", config.compare_to)):
         if operand is not None and operand.type == "get":
             root = first_key(operand.given())

@@ -24,6 +24,7 @@ from sequencerd.core.next_match import (
     get,
     impossible,
     next_match,
+    next_start,
 )
 from sequencerd.core.zones import OUT_OF_RANGE, to_wall, zone
 
@@ -36,6 +37,7 @@ __all__ = [
     "get",
     "impossible",
     "next_match",
+    "next_start",
     "normalise_unit",
     "parse",
     "zone",

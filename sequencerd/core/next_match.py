@@ -112,6 +112,35 @@ def next_match(
         return None  # datetime's calendar ends before the next match
 
 
+def next_start(
+    after: datetime, attribute: str, values: Collection[object], tz: ZoneInfo
+) -> datetime | None:
+    """The first instant after `after` at which a period with one of the values begins.
+
+    A period lasts for as long as the getter gives the same value: an hour that a clock set back
+    shows twice is one. None and errors as of next_match.
+    """
+    field = _field(attribute)
+    wanted = {_in_range(value, field) for value in values} - {None}
+    if not wanted:
+        return None
+    try:
+        present = field.read(after.astimezone(tz))
+        if present in wanted:
+            others = [present + 1] if field.highest == MAXYEAR else _but(present, field)
+            ended = _search(after, field, others, tz)
+            if ended is None:
+                return None
+            after = ended
+    except (OverflowError, ValueError):
+        return None
+    return next_match(after, attribute, values, tz)
+
+
+def _but(value: int, field: _Field) -> list[int]:
+    return [other for other in range(field.lowest, field.highest + 1) if other != value]
+
+
 class _Field(NamedTuple):
     """What moment's getter can give, how it reads a wall time, and when a value comes next.
 

@@ -145,6 +145,9 @@ class WaitForDateComparisonConfig(Config):
     """The getter, such as hour, day (0 is Sunday), month (0 is January)."""
     values: list[Any] = Field(min_length=1)
     """Whole numbers that it can give."""
+    occurrence: Literal["current", "next"] = "current"
+    """next: a matching hour, day or other period that begins after the arrival; current: also the
+    one in which it arrives."""
     late: Literal["look again", "pass"] = "look again"
     """What follows when it is woken late, after an outage."""
 
@@ -288,10 +291,13 @@ def _wait_for_date_comparison(config: Mapping[str, Any]) -> Instant:
     def answer(moment: Moment) -> StepAnswer:
         # From the arrival on, so that a change elsewhere can't make it miss its time; but a time
         # that was missed by more than a little counts only where the config says so.
-        since = moment.entered_at
-        if parsed.late == "look again":
+        zone = dates.zone(moment.timezone)
+        since: datetime | None = moment.entered_at
+        if parsed.occurrence == "next":
+            since = dates.next_start(moment.entered_at, attribute, values, zone)
+        if since is not None and parsed.late == "look again":
             since = max(since, moment.now - ON_TIME)
-        until = dates.next_match(since, attribute, values, dates.zone(moment.timezone))
+        until = since and dates.next_match(since, attribute, values, zone)
         if until is None:
             raise EvaluationError(
                 "unsatisfiable", f"{attribute} will not be any of {values} within ten years"

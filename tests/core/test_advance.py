@@ -664,6 +664,33 @@ def test_a_loop_through_another_sequence_is_one() -> None:
     assert decision.failure == "loop"
 
 
+@pytest.mark.parametrize("late", ["look again", "pass"])
+def test_every_day_at_ten_is_once_a_day(late: str) -> None:
+    config = {**AT_TEN, "occurrence": "next", "late": late}
+    definitions = sequence(
+        step("wait", "WaitForDateComparison", config, "mail"), step("mail", "Email", then="wait")
+    )
+    executed, decision = drive(definitions, at("wait"), days=5)
+    assert [when for when, _ in executed] == [NOW + timedelta(days=n) for n in range(1, 5)]
+    assert isinstance(decision, Wait)
+
+
+@pytest.mark.parametrize(
+    ("late", "woken", "passes"),
+    [
+        ("look again", timedelta(minutes=20), True),  # it is still ten
+        ("look again", timedelta(hours=2), False),
+        ("pass", timedelta(hours=2), True),
+    ],
+)
+def test_a_next_occurrence_may_be_missed(late: str, woken: timedelta, passes: bool) -> None:
+    config = {**AT_TEN, "occurrence": "next", "late": late}
+    wait = sequence(step("wait", "WaitForDateComparison", config))
+    now = NOW + timedelta(days=1) + woken
+    missed = Wait(NOW + timedelta(days=2))
+    assert advance(wait, at("wait"), now).decision == (End() if passes else missed)
+
+
 def test_names_with_slashes_are_told_apart() -> None:
     assert effect_key("a/b", "c") != effect_key("a", "b/c")
     assert effect_key("a%2Fb", "c") != effect_key("a/b", "c")
@@ -821,6 +848,7 @@ CONFIGS = st.one_of(
             {
                 "attribute": st.sampled_from(["day", "hour", "month", "minute"]),
                 "values": st.lists(st.integers(0, 6), min_size=1, max_size=2),
+                "occurrence": st.sampled_from(["current", "next"]),
             }
         ),
     ),

@@ -76,6 +76,65 @@ def test_next_match_is_first_and_not_early(after: datetime, name: str, attribute
         assert between == found or dates.get(between, attribute, tz) != 1
 
 
+@pytest.mark.parametrize(
+    ("after", "attribute", "values", "expected"),
+    [
+        ("2026-03-02T08:05:00Z", "hour", [9], "2026-03-03T08:00:00Z"),  # 9:05
+        ("2026-03-02T08:00:00Z", "hour", [9], "2026-03-03T08:00:00Z"),  # 9:00
+        ("2026-03-02T07:59:00Z", "hour", [9], "2026-03-02T08:00:00Z"),
+        ("2026-03-02T08:05:00Z", "hour", [9, 10], "2026-03-02T09:00:00Z"),
+        ("2026-03-02T08:05:00Z", "day", [1, 2, 3, 4, 5], "2026-03-02T23:00:00Z"),
+        ("2026-03-02T08:05:00Z", "month", [2], "2027-02-28T23:00:00Z"),  # every March
+        ("2026-03-02T08:05:00Z", "year", [2026], None),
+        ("2026-03-02T08:05:00Z", "year", [2026, 2027], "2026-12-31T23:00:00Z"),
+        ("2026-03-02T08:05:00Z", "hour", list(range(24)), "2026-03-02T09:00:00Z"),
+        ("2026-03-28T08:30:00Z", "hour", [9], "2026-03-29T07:00:00Z"),  # clocks are set ahead
+        ("2026-10-24T07:30:00Z", "hour", [9], "2026-10-25T08:00:00Z"),  # and back
+        ("2026-10-25T00:30:00Z", "hour", [2], "2026-10-26T01:00:00Z"),  # the hour comes twice
+        ("2026-10-25T00:30:00Z", "hour", [2, 3], "2026-10-25T02:00:00Z"),
+        ("2026-10-25T00:31:00Z", "minute", [30], "2026-10-25T01:30:00Z"),
+        ("2026-03-02T08:05:00Z", "hour", [True, 99], None),
+    ],
+)
+def test_the_next_period_begins_after_the_arrival(
+    after: str, attribute: str, values: list[object], expected: str | None
+) -> None:
+    found = dates.next_start(at(after), attribute, values, BERLIN)
+    assert found == (expected and at(expected))
+
+
+ATTRIBUTES = st.sampled_from(["hour", "day", "date", "month", "minute", "second", "isoWeek"])
+SOON = st.timedeltas(timedelta(0), timedelta(days=40))
+
+
+@given(
+    instants,
+    SOON,
+    st.sampled_from(ZONES),
+    ATTRIBUTES,
+    st.lists(st.integers(1, 6), min_size=1, max_size=6),
+)
+def test_next_start_is_after_and_the_start_and_the_first_and_monotone(
+    after: datetime, ahead: timedelta, name: str, attribute: str, values: list[int]
+) -> None:
+    tz = dates.zone(name)
+
+    def read(instant: datetime) -> int:
+        return dates.get(instant, attribute, tz)
+
+    found = dates.next_start(after, attribute, values, tz)
+    assert found is not None
+    assert found > after
+    assert read(found) in values
+    assert read(found - timedelta(microseconds=1)) != read(found)
+    for share in range(1, 8):
+        between = after + (found - after) * share / 8
+        assert read(between) not in values or read(between) == read(after)
+    later = dates.next_start(after + ahead, attribute, values, tz)
+    assert later is not None
+    assert later >= found
+
+
 @given(instants, st.integers(-10_000, 10_000), st.sampled_from(ZONES))
 def test_hours_are_elapsed_time_in_every_zone(start: datetime, hours: int, name: str) -> None:
     assert dates.add(start, hours, "hours", dates.zone(name)) == start + timedelta(hours=hours)
