@@ -441,7 +441,7 @@ class Engine:
         written even so is set aside.
         """
 
-        async def work(part: Sequence[int]) -> None:
+        async def work(part: list[int]) -> None:
             await self._claim_part(place, revision, part)
 
         async def refused(id_: int, error: Exception) -> None:
@@ -607,6 +607,8 @@ class Engine:
         if common is not None:
             self._log.warning("results wait for the database", error=store.brief(common))
             await asyncio.sleep(PAUSE)
+            if isinstance(common, LOST_ERRORS):
+                left = await self._still_held(left)
             self._finished.extendleft(reversed(left))
             self._has_finished.set()
 
@@ -626,7 +628,7 @@ class Engine:
 
     async def _settle(
         self,
-        results: Sequence[Finished],
+        results: list[Finished],
         *,
         result_only: bool = False,
         failure: Exception | None = None,
@@ -634,15 +636,18 @@ class Engine:
         """Moves enrollments on by the results of their side effects, if they are still theirs: as
         far as these say, or as far as they get; or lets them fail.
         """
-        # in parts, some may have been written by a commit whose answer was lost
-        results = [one for one in results if one[0].enrollment.id in self._writer.leased]
         try:
             while not await self._settle_under(results, result_only=result_only, failure=failure):
                 await self.reload()
         except LOST_ERRORS:
-            held = await self._writer.held(leased for leased, _ in results)
-            self._writer.forget(leased for leased, _ in results if leased.fence not in held)
+            results[:] = await self._still_held(results)
             raise
+
+    async def _still_held(self, results: Sequence[Finished]) -> list[Finished]:
+        """Without what was written by a commit whose answer was lost."""
+        held = await self._writer.held(leased for leased, _ in results)
+        self._writer.forget(leased for leased, _ in results if leased.fence not in held)
+        return [one for one in results if one[0].fence in held]
 
     async def _settle_under(
         self, results: Sequence[Finished], *, result_only: bool, failure: Exception | None

@@ -39,11 +39,12 @@ T = TypeVar("T")
 
 async def apart(
     items: Sequence[T],
-    work: Callable[[Sequence[T]], Awaitable[object]],
+    work: Callable[[list[T]], Awaitable[object]],
     refused: Callable[[T, Exception], Awaitable[None]],
     probe: Callable[[], Awaitable[None]],
 ) -> tuple[list[T], Exception | None]:
     """Does in parts what can't be done together; `refused` gets each that can't be done alone.
+    Where `work` fails, it takes out of its list what it has done all the same.
 
     `probe` raises where nothing can be written. Returns what was not done, and why, where that is
     no item's fault.
@@ -59,6 +60,8 @@ async def apart(
             try:
                 if not store.is_data_error(error):
                     await probe()
+                if not part:
+                    continue
                 if len(part) > 1:
                     half = len(part) // 2
                     parts.extendleft((part[half:], part[:half]))
