@@ -423,23 +423,23 @@ class _Way:
     def _enter(self, step: Step, target: str, name: str) -> End | Fail | None:
         """To a step of another sequence, if that lets it in; else altNext, where there is one."""
         if (refusal := self._refusal(name)) is not None:
-            failure, message = refusal
             if step.alt_next_step is None:
-                return Fail(failure, f"{message}; give this GoTo an altNext for that")
-            self.record(Action.ALT_NEXT.value, message)
+                return refusal
+            self.record(Action.ALT_NEXT.value, refusal.message)
             return self._go(step.alt_next_step)
         self.entered += (name,)
         self.record("jump", f"to {target} of {name}")
         return self._go(target, name)
 
-    def _refusal(self, name: str) -> tuple[str, str] | None:
-        """Why a sequence can't be entered by a jump: a code and a sentence."""
+    def _refusal(self, name: str) -> Fail | None:
+        """Why a sequence can't be entered by a jump."""
         failure = (self.refused or {}).get(name)
         known = self.definitions.get(name)
         if failure == "archived" or (known is not None and known.archived):
-            return "archived", f"sequence {name!r} is archived"
+            return Fail("archived", f"sequence {name!r} is archived: no GoTo enters it")
         if failure is not None:
-            return failure, f"sequence {name!r} refuses a second entry of the subject"
+            message = f"sequence {name!r} refuses a second entry of the subject"
+            return Fail("already_enrolled", message)
         return None
 
     def _go(
