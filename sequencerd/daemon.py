@@ -264,6 +264,7 @@ async def run(
     connection = await connect(url)
     try:
         await migrate.check(connection)
+        _check_visible(await store.hidden_tables(connection), log)
     finally:
         await connection.close()
     size = settings.database.connections
@@ -281,6 +282,16 @@ async def run(
             await daemon.parts.close()
             await asyncio.to_thread(end_tracing)
     log.info("stopped", daemon=daemon.name)
+
+
+def _check_visible(hidden: list[store.HiddenTable], log: FilteringBoundLogger) -> None:
+    """Tells of row-level security. Raises DatabaseError where nothing can be seen."""
+    advice = "GRANT sequencer_daemon TO the user, or let its policy be USING (true)"
+    blind = [str(one) for one in hidden if one.hides_all]
+    if blind:
+        raise DatabaseError(f"row-level security hides {', '.join(blind)}; {advice}")
+    for one in hidden:
+        log.warning("row-level security may hide rows", table=one.table, user=one.user, hint=advice)
 
 
 def _trace(log: FilteringBoundLogger) -> Callable[[], None]:

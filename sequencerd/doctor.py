@@ -15,10 +15,10 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import asyncpg
 
-from sequencerd import daemon, lookups, migrate
+from sequencerd import daemon, lookups, migrate, store
 from sequencerd.core.model import Failed
 from sequencerd.errors import SequencerdError
-from sequencerd.listener import POLL_INTERVAL
+from sequencerd.listener import POLL_INTERVAL, PROBE_INTERVAL
 from sequencerd.runners.web import Unreachable, Web
 from sequencerd.settings import Database, Settings
 from sequencerd.store import QUERIES
@@ -128,6 +128,13 @@ async def _server(connection: asyncpg.Connection) -> Finding:
     if row["is_read_only"]:
         advice = "set default_transaction_read_only = off for this user and database"
         return Finding("server", f"{version}; transactions are read-only", "error", advice)
+    if timedelta(0) < row["idle_timeout"] <= timedelta(seconds=PROBE_INTERVAL):
+        seen = f"{version}; idle_session_timeout is {row['idle_timeout'].total_seconds():g} s"
+        advice = (
+            f"set it to 0 or to more than {PROBE_INTERVAL:g} s for this user: "
+            "it cuts the connection that listens, which says something that often"
+        )
+        return Finding("server", seen, "error", advice)
     return Finding("server", version)
 
 
@@ -164,6 +171,10 @@ async def _roles(connection: asyncpg.Connection) -> Finding:
         named = _some(row["missing"] for row in lacking)
         advice = "GRANT sequencer_daemon TO the user, if a daemon is to run as it"
         return Finding("roles", f"this user lacks {named}", "warning", advice)
+    if hidden := await store.hidden_tables(connection):
+        advice = "GRANT sequencer_daemon TO the user, or let its policy be USING (true)"
+        seen = f"row-level security may hide rows: {_some(map(str, hidden))}"
+        return Finding("roles", seen, "error", advice)
     if await connection.fetchval(QUERIES["is_superuser"]):
         advice = "let the daemon log in as a user that has no more than sequencer_daemon"
         return Finding("roles", "this user is a superuser", "warning", advice)

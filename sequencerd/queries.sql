@@ -639,7 +639,8 @@ SELECT current_setting('server_version_num')::integer;
 
 -- name: server_facts
 SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_standby,
-       pg_backend_pid() AS pid, current_setting('transaction_read_only') = 'on' AS is_read_only;
+       pg_backend_pid() AS pid, current_setting('transaction_read_only') = 'on' AS is_read_only,
+       current_setting('idle_session_timeout')::interval AS idle_timeout;
 
 -- name: present_triggers
 SELECT c.relname::text AS "table", t.tgname::text AS name, t.tgenabled IN ('O', 'A') AS fires
@@ -651,10 +652,54 @@ SELECT name FROM unnest($1::text[]) AS name WHERE to_regrole(name) IS NULL;
 
 -- name: missing_grants
 -- What a daemon may do and the present user may not.
-SELECT format('%s ON %s', a.privilege_type, c.oid::regclass) AS missing
-  FROM pg_class AS c CROSS JOIN aclexplode(c.relacl) AS a
- WHERE c.relnamespace = 'sequencer'::regnamespace AND a.grantee = to_regrole('sequencer_daemon')
-   AND NOT has_table_privilege(c.oid, a.privilege_type);
+WITH granted (object, privilege, has) AS MATERIALIZED (
+    SELECT c.oid::regclass::text, a.privilege_type,
+           CASE c.relkind WHEN 'S' THEN has_sequence_privilege(c.oid, a.privilege_type)
+                          ELSE has_table_privilege(c.oid, a.privilege_type) END
+      FROM pg_class AS c CROSS JOIN aclexplode(c.relacl) AS a
+     WHERE c.relnamespace = 'sequencer'::regnamespace AND a.grantee = to_regrole('sequencer_daemon')
+    UNION ALL
+    SELECT c.oid::regclass::text, a.privilege_type,
+           has_column_privilege(c.oid, b.attnum, a.privilege_type)
+      FROM pg_class AS c JOIN pg_attribute AS b ON b.attrelid = c.oid
+     CROSS JOIN aclexplode(b.attacl) AS a
+     WHERE c.relnamespace = 'sequencer'::regnamespace AND a.grantee = to_regrole('sequencer_daemon')
+    UNION ALL
+    SELECT p.oid::regprocedure::text, a.privilege_type, has_function_privilege(p.oid, a.privilege_type)
+      FROM pg_proc AS p CROSS JOIN aclexplode(p.proacl) AS a
+     WHERE p.pronamespace = 'sequencer'::regnamespace AND a.grantee = to_regrole('sequencer_daemon')
+)
+SELECT format('%s ON %s', string_agg(DISTINCT privilege, ', '), object) AS missing
+  FROM granted WHERE NOT has GROUP BY object ORDER BY object LIKE '%(%', object;
+
+-- name: row_security
+-- Tables of which row-level security may hide rows from the present user, or from the owner, as whom
+-- triggers and functions work; and whether it hides all of them, as no policy is for that user.
+WITH users (oid, is_owner) AS (
+    SELECT oid, false FROM pg_roles WHERE rolname = current_user
+    UNION ALL
+    SELECT nspowner, true FROM pg_namespace WHERE nspname = 'sequencer'
+), policies AS (
+    SELECT u.oid AS "user", p.polrelid AS "table", p.polpermissive AS permits,
+           p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'
+           AND coalesce(pg_get_expr(p.polwithcheck, p.polrelid), 'true') = 'true' AS is_all
+      FROM pg_policy AS p CROSS JOIN users AS u
+     WHERE EXISTS (SELECT FROM unnest(p.polroles) AS role
+                    WHERE CASE role WHEN 0 THEN true ELSE pg_has_role(u.oid, role, 'USAGE') END)
+)
+SELECT c.oid::regclass::text AS "table", u.oid::regrole::text AS "user",
+       NOT EXISTS (SELECT FROM policies AS p
+                    WHERE p."table" = c.oid AND p."user" = u.oid AND p.permits) AS hides_all
+  FROM pg_class AS c CROSS JOIN users AS u JOIN pg_roles AS r ON r.oid = u.oid
+ WHERE c.relnamespace = 'sequencer'::regnamespace AND c.relrowsecurity
+   AND NOT r.rolsuper AND NOT r.rolbypassrls
+   AND (c.relforcerowsecurity OR NOT pg_has_role(u.oid, c.relowner, 'USAGE'))
+   AND NOT (EXISTS (SELECT FROM policies AS p WHERE p."table" = c.oid AND p."user" = u.oid
+                       AND p.permits AND p.is_all)
+            AND NOT EXISTS (SELECT FROM policies AS p WHERE p."table" = c.oid AND p."user" = u.oid
+                               AND NOT p.permits AND NOT p.is_all))
+   AND NOT (u.is_owner AND EXISTS (SELECT FROM users WHERE NOT is_owner AND oid = u.oid))
+ ORDER BY u.is_owner, c.oid::regclass::text;
 
 -- name: is_superuser
 SELECT rolsuper FROM pg_roles WHERE rolname = current_user;

@@ -21,6 +21,7 @@ from sequencerd.settings import Retention as Settings
 INTERVAL = 3600.0  # seconds
 SOONER = 60.0  # seconds, where somebody was in the way
 BATCH = 1000  # enrollments
+ERRORS = (*store.TRANSIENT_ERRORS, asyncpg.PostgresError)
 PAUSE = 0.05  # seconds between batches, and never less than a batch took
 
 Result = TypeVar("Result")
@@ -34,15 +35,21 @@ async def keep(
         pause = INTERVAL
         try:
             await tidy(pool, settings(), clock.now(), log)
-        except asyncpg.LockNotAvailableError:
-            log.info("the history is in use, it is tidied up later")
-            pause = SOONER
-        except store.TRANSIENT_ERRORS as error:
-            log.warning("database error, tidied up later", error=str(error))
-            pause = SOONER
-        except asyncpg.PostgresError as error:
-            log.error("the tables can't be tidied up", error=str(error))
+        except ERRORS as error:
+            pause = _report(error, log)
         await asyncio.sleep(pause)
+
+
+def _report(error: BaseException, log: FilteringBoundLogger) -> float:
+    """Logs it; in how many seconds to try again."""
+    if isinstance(error, asyncpg.LockNotAvailableError):
+        log.info("the history is in use, it is tidied up later")
+        return SOONER
+    if isinstance(error, store.TRANSIENT_ERRORS):
+        log.warning("database error, tidied up later", error=str(error))
+        return SOONER
+    log.error("the tables can't be tidied up", error=str(error))
+    return INTERVAL
 
 
 async def tidy(
@@ -50,23 +57,49 @@ async def tidy(
 ) -> None:
     """Makes the partitions of the months to come, and takes away what is older than it is kept.
 
-    Leaves off where another daemon is at it.
+    Leaves off where another daemon is at it. Each part is done, whatever comes of the others; then
+    the first error is raised.
     """
+    failed: list[BaseException] = []
+    for part in (_add_partitions, _drop_history, _delete_ended):
+        try:
+            await part(pool, settings, now, log)
+        except ERRORS as error:
+            failed.append(error)
+    for other in failed[1:]:
+        _report(other, log)
+    if failed:
+        raise failed[0]
+
+
+async def _add_partitions(pool: asyncpg.Pool, *_: object) -> None:
     await _alone(pool, store.add_event_partitions)
-    if settings.events is not None:
-        before = now - settings.events
-        while name := await _alone(pool, lambda c: store.drop_event_partition(c, before)):
-            log.info("old history was dropped", partition=name)
-    if settings.ended is not None:
-        until, deleted = now - settings.ended, 0
-        loop = asyncio.get_running_loop()
+
+
+async def _drop_history(
+    pool: asyncpg.Pool, settings: Settings, now: datetime, log: FilteringBoundLogger
+) -> None:
+    if settings.events is None:
+        return
+    before = now - settings.events
+    while name := await _alone(pool, lambda c: store.drop_event_partition(c, before)):
+        log.info("old history was dropped", partition=name)
+
+
+async def _delete_ended(
+    pool: asyncpg.Pool, settings: Settings, now: datetime, log: FilteringBoundLogger
+) -> None:
+    if settings.ended is None:
+        return
+    until, deleted = now - settings.ended, 0
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    while count := await _alone(pool, lambda c: store.delete_ended(c, until, BATCH)):
+        deleted += count
+        await asyncio.sleep(max(PAUSE, loop.time() - begun))
         begun = loop.time()
-        while count := await _alone(pool, lambda c: store.delete_ended(c, until, BATCH)):
-            deleted += count
-            await asyncio.sleep(max(PAUSE, loop.time() - begun))
-            begun = loop.time()
-        if deleted:
-            log.info("ended enrollments were deleted", count=deleted)
+    if deleted:
+        log.info("ended enrollments were deleted", count=deleted)
 
 
 async def _alone(

@@ -234,6 +234,22 @@ async def definitions(
         )
 
 
+class HiddenTable(NamedTuple):
+    """A table of which row-level security hides rows from a user: all, or maybe some."""
+
+    table: str
+    user: str
+    hides_all: bool
+
+    def __str__(self) -> str:
+        return f"{'all' if self.hides_all else 'some'} of {self.table} from {self.user}"
+
+
+async def hidden_tables(connection: asyncpg.Connection) -> list[HiddenTable]:
+    """Where row-level security is in the way of the present user, or of triggers."""
+    return [HiddenTable(*row) for row in await connection.fetch(QUERIES["row_security"])]
+
+
 async def set_problems(
     connection: asyncpg.Connection, problems: Mapping[Place, str | None]
 ) -> None:

@@ -189,8 +189,27 @@ COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
 COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; goal; jump; retry, lapsed, late; warning; completed, failed, cancelled, resumed, moved, reevaluated.';
 COMMENT ON COLUMN sequencer.events.revision IS 'Of the definition that it happened under; what came of a side effect has the one that it began with.';
 
+-- A daemon records what happens, and not what is said to have happened at another time.
+CREATE FUNCTION sequencer.check_event() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE insufficient_privilege USING
+        MESSAGE = format('permission denied: an event of %s cannot be recorded now', NEW.at),
+        SCHEMA = 'sequencer', TABLE = 'events', COLUMN = 'at',
+        HINT = 'If a daemon says so, its clock and the database''s differ by more than a day.';
+END $$;
+
+CREATE TRIGGER of_today BEFORE INSERT ON sequencer.events
+    FOR EACH ROW WHEN (NEW.at NOT BETWEEN now() - interval '1 day' AND now() + interval '1 day'
+        AND NOT has_table_privilege('sequencer.events'::regclass, 'INSERT'))
+    EXECUTE FUNCTION sequencer.check_event();
+
+-- A publication for all tables lets nobody delete rows that it could not name: they have no key.
+ALTER TABLE sequencer.events REPLICA IDENTITY FULL;
+
 -- Rows of a month without a partition of its own. None get here while a daemon runs.
 CREATE TABLE sequencer.events_other PARTITION OF sequencer.events DEFAULT;
+ALTER TABLE sequencer.events_other REPLICA IDENTITY FULL;
 
 -- Partitions are attached and dropped beside a daemon that writes: who waits for a lock on the history
 -- holds up everybody, so it waits for a moment only and fails; then it is tried again later.
@@ -207,13 +226,17 @@ BEGIN
         name := 'events_' || to_char(month, 'YYYY_MM');
         CONTINUE WHEN to_regclass('sequencer.' || name) IS NOT NULL;
         EXECUTE format('CREATE TABLE sequencer.%I (LIKE sequencer.events INCLUDING ALL)', name);
+        EXECUTE format('ALTER TABLE sequencer.%I REPLICA IDENTITY FULL', name);
         LOCK TABLE sequencer.events_other IN ACCESS EXCLUSIVE MODE;
         -- what has happened while nobody made partitions
-        EXECUTE format(
-            'WITH moved AS (
-                 DELETE FROM sequencer.events_other WHERE at >= %2$L AND at < %3$L RETURNING *)
-             INSERT INTO sequencer.%1$I SELECT * FROM moved',
-            name, month, month + interval '1 month');
+        IF EXISTS (SELECT FROM sequencer.events_other
+                    WHERE at >= month AND at < month + interval '1 month') THEN
+            EXECUTE format(
+                'WITH moved AS (
+                     DELETE FROM sequencer.events_other WHERE at >= %2$L AND at < %3$L RETURNING *)
+                 INSERT INTO sequencer.%1$I SELECT * FROM moved',
+                name, month, month + interval '1 month');
+        END IF;
         EXECUTE format(
             'ALTER TABLE sequencer.events ATTACH PARTITION sequencer.%I FOR VALUES FROM (%L) TO (%L)',
             name, month, month + interval '1 month');
@@ -226,7 +249,7 @@ SELECT sequencer.add_event_partitions();
 
 -- One at a time. Whoever may call it can take away past months of the history, and nothing else.
 CREATE FUNCTION sequencer.drop_event_partition(before timestamptz) RETURNS text
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     SET timezone = 'UTC' SET lock_timeout = '200ms' AS $$
 DECLARE
     past timestamptz := least(before, date_trunc('month', now()));
@@ -242,15 +265,18 @@ BEGIN
         EXECUTE format('DROP TABLE sequencer.%I', oldest);
         RETURN oldest;
     END IF;
+    IF NOT EXISTS (SELECT FROM sequencer.events_other WHERE at < past) THEN
+        RETURN NULL;
+    END IF;
     DELETE FROM sequencer.events_other WHERE ctid = ANY (ARRAY(
         SELECT ctid FROM sequencer.events_other WHERE at < past LIMIT 10000));
-    RETURN CASE WHEN FOUND THEN 'events_other' END;
+    RETURN 'events_other';
 END $$;
 
 COMMENT ON FUNCTION sequencer.drop_event_partition IS 'Drops the oldest month of the history if it was over before that time. Returns its name; NULL if there is none.';
 
 CREATE FUNCTION sequencer.delete_ended(before timestamptz, batch integer) RETURNS bigint
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     count bigint;
 BEGIN
@@ -567,6 +593,68 @@ CREATE TRIGGER follow_reentry AFTER UPDATE OF reentry ON sequencer.sequences
 
 -- enrollments: triggers -------------------------------------------------------------------------
 
+-- ORMs send NULL for what their model has and the application left out, and JSON's null for data.
+CREATE FUNCTION sequencer.apply_defaults() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    NEW.id := coalesce(NEW.id, nextval('sequencer.enrollments_id_seq'));
+    NEW.data := coalesce(nullif(NEW.data, 'null'), '{}');
+    NEW.status := coalesce(NEW.status, 'active');
+    NEW.visit := coalesce(NEW.visit, 1);
+    NEW.attempt := coalesce(NEW.attempt, 0);
+    NEW.goals_met := coalesce(NEW.goals_met, '{}');
+    NEW.goals_elsewhere := nullif(NEW.goals_elsewhere, 'null');
+    NEW.executed := coalesce(NEW.executed, '{}');
+    NEW.created_at := coalesce(NEW.created_at, now());
+    NEW.tag := coalesce(NEW.tag, gen_random_uuid());
+    IF NEW.status = 'active' THEN
+        NEW.wake_at := coalesce(NEW.wake_at, now());
+    END IF;
+    RETURN NEW;
+END $$;
+
+-- Row triggers fire in the order of their names.
+CREATE TRIGGER apply_defaults BEFORE INSERT ON sequencer.enrollments
+    FOR EACH ROW WHEN (NEW.wake_at IS NULL OR NEW.id IS NULL OR NEW.data IS NULL
+        OR jsonb_typeof(NEW.data) = 'null' OR NEW.status IS NULL OR NEW.visit IS NULL
+        OR NEW.attempt IS NULL OR NEW.goals_met IS NULL OR NEW.goals_elsewhere IS NOT NULL
+        OR NEW.executed IS NULL OR NEW.created_at IS NULL OR NEW.tag IS NULL)
+    EXECUTE FUNCTION sequencer.apply_defaults();
+
+-- Some ORMs name every column and write DEFAULT, for which a role needs the right to each of them. So
+-- an enroller has it, and what it may not choose is refused here.
+CREATE FUNCTION sequencer.check_columns() RETURNS trigger
+LANGUAGE plpgsql AS $$ -- no search path of its own, which each row would pay for: it needs none
+BEGIN
+    IF NOT pg_catalog.has_any_column_privilege(TG_RELID, 'INSERT') THEN
+        RETURN NEW; -- by a view, whose owner sees to it
+    END IF;
+    IF NEW.status OPERATOR(pg_catalog.<>) 'active' OR NEW.entered_at IS NOT NULL
+       OR NEW.visit OPERATOR(pg_catalog.<>) 1 OR NEW.attempt OPERATOR(pg_catalog.<>) 0
+       OR NEW.goals_met OPERATOR(pg_catalog.<>) '{}' OR NEW.goals_elsewhere IS NOT NULL
+       OR NEW.executed OPERATOR(pg_catalog.<>) '{}' OR NEW.leased_by IS NOT NULL
+       OR NEW.retry_at IS NOT NULL OR NEW.failure IS NOT NULL OR NEW.last_error IS NOT NULL
+       OR NEW.ended_at IS NOT NULL THEN
+        RAISE insufficient_privilege USING
+            MESSAGE = pg_catalog.concat('permission denied: an enrollment begins as active, in its ',
+                'first visit; how far it has come is for the daemon to write'),
+            SCHEMA = 'sequencer', TABLE = 'enrollments',
+            HINT = 'Leave out status, entered_at, visit, attempt, goals_met, executed, leased_by, retry_at, failure, last_error and ended_at, or write DEFAULT or NULL.';
+    -- one that is still to be given out would be in the way of another enrollment
+    ELSIF NEW.id OPERATOR(pg_catalog.<=) 0 OR NEW.id OPERATOR(pg_catalog.>) coalesce(
+          pg_catalog.pg_sequence_last_value('sequencer.enrollments_id_seq'), 0) THEN
+        RAISE insufficient_privilege USING
+            MESSAGE = pg_catalog.format('permission denied: id %s has not been given out', NEW.id),
+            SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'id',
+            HINT = 'Leave out id, or write DEFAULT or NULL; RETURNING id tells which one it got.';
+    END IF;
+    RETURN NEW;
+END $$;
+
+CREATE TRIGGER as_granted BEFORE INSERT ON sequencer.enrollments
+    FOR EACH ROW WHEN (NOT has_table_privilege('sequencer.enrollments'::regclass, 'INSERT'))
+    EXECUTE FUNCTION sequencer.check_columns();
+
 -- Row by row, as a default cannot read another table and a refusal must come before the insert. A look
 -- at the definitions takes longer than the rest of an insert, so what they say of who begins at the
 -- first step is kept for the rest of the statement, in settings of the transaction.
@@ -655,7 +743,6 @@ CREATE TRIGGER check_entries AFTER INSERT ON sequencer.enrollments
     REFERENCING NEW TABLE AS entered
     FOR EACH STATEMENT EXECUTE FUNCTION sequencer.check_entries();
 
--- by name: the first comes first
 CREATE TRIGGER begin_as_the_last BEFORE INSERT ON sequencer.enrollments
     FOR EACH ROW EXECUTE FUNCTION sequencer.begin_as_the_last();
 CREATE TRIGGER begin_enrollment BEFORE INSERT ON sequencer.enrollments
@@ -795,7 +882,7 @@ BEGIN
               (pg_catalog.now() OPERATOR(pg_catalog.+) interval '1 minute')
     LOOP
         PERFORM pg_catalog.pg_notify('sequencer', pg_catalog.json_build_object(
-            'due', pg_catalog.json_build_array(place.sequence, place.step))::text);
+            'due', pg_catalog.json_build_array(place.sequence, place.step))::pg_catalog.text);
     END LOOP;
     RETURN NULL;
 END $$;
@@ -824,8 +911,8 @@ CREATE TRIGGER notify_definitions
 -- functions for applications --------------------------------------------------------------------
 
 CREATE FUNCTION sequencer.enroll(
-    sequence text, subject text, data jsonb DEFAULT '{}', timezone text DEFAULT NULL,
-    wake_at timestamptz DEFAULT now(), step text DEFAULT NULL
+    sequence text, subject text, data jsonb DEFAULT NULL, timezone text DEFAULT NULL,
+    wake_at timestamptz DEFAULT NULL, step text DEFAULT NULL
 ) RETURNS bigint
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     INSERT INTO sequencer.enrollments (sequence, subject, data, timezone, wake_at, step)
@@ -937,12 +1024,18 @@ END $$;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sequencer FROM PUBLIC;
 
 DO $$
+DECLARE
+    name text;
 BEGIN
     IF to_regrole('sequencer_enroller') IS NOT NULL THEN
         GRANT USAGE ON SCHEMA sequencer TO sequencer_enroller;
         GRANT SELECT ON ALL TABLES IN SCHEMA sequencer TO sequencer_enroller;
-        GRANT INSERT (sequence, step, subject, data, timezone, wake_at),
-              UPDATE (data, timezone, status) ON sequencer.enrollments TO sequencer_enroller;
+        -- each column, and not the table: then the trigger as_granted looks at what is inserted
+        EXECUTE format('GRANT INSERT (%s) ON sequencer.enrollments TO sequencer_enroller', (
+            SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute
+             WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped));
+        GRANT SELECT ON SEQUENCE sequencer.enrollments_id_seq TO sequencer_enroller;
+        GRANT UPDATE (data, timezone, status) ON sequencer.enrollments TO sequencer_enroller;
         GRANT INSERT, DELETE ON sequencer.suppressions TO sequencer_enroller;
         GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.enroll, sequencer.document
            TO sequencer_enroller;
@@ -955,13 +1048,29 @@ BEGIN
     IF to_regrole('sequencer_daemon') IS NOT NULL THEN
         GRANT USAGE ON SCHEMA sequencer TO sequencer_daemon;
         GRANT SELECT ON ALL TABLES IN SCHEMA sequencer TO sequencer_daemon;
-        GRANT UPDATE ON sequencer.enrollments TO sequencer_daemon;
-        GRANT INSERT ON sequencer.events TO sequencer_daemon;
+        -- where an enrollment is, and not whose it is
+        EXECUTE format('GRANT UPDATE (%s) ON sequencer.enrollments TO sequencer_daemon', (
+            SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute
+             WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped
+               AND attname NOT IN ('id', 'subject', 'timezone', 'reentry', 'created_at', 'tag', 'entry')));
+        -- each column, and not the table: then the trigger of_today looks at what is inserted
+        GRANT INSERT (enrollment_id, at, sequence, step, visit, action, message, revision)
+           ON sequencer.events TO sequencer_daemon;
         GRANT INSERT, UPDATE, DELETE ON sequencer.daemons, sequencer.problems TO sequencer_daemon;
         GRANT INSERT, DELETE ON sequencer.console_logouts TO sequencer_daemon;
         GRANT UPDATE (problem, retime_from) ON sequencer.steps TO sequencer_daemon;
         GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.document,
               sequencer.add_event_partitions, sequencer.drop_event_partition, sequencer.delete_ended TO sequencer_daemon;
+    END IF;
+    -- Where somebody enables row-level security on a table, the daemon goes on seeing all of it. The
+    -- policy does nothing until then, and is for nobody else.
+    IF to_regrole('sequencer_daemon') IS NOT NULL THEN
+        FOR name IN SELECT relname FROM pg_class
+            WHERE relnamespace = 'sequencer'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
+        LOOP
+            EXECUTE format('CREATE POLICY sequencer_daemon ON sequencer.%I TO sequencer_daemon'
+                           ' USING (true) WITH CHECK (true)', name);
+        END LOOP;
     END IF;
 EXCEPTION
     -- made by somebody else, in another database of the cluster: an administrator grants it

@@ -40,7 +40,7 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
         found = await examine(database)
     wrong = {about: f.seen for about, f in found.items() if f.level != "ok"}
     assert wrong == {"roles": "this user is a superuser"}
-    assert len(found) == 15
+    assert len(found) == 16
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,12 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
             "error",
             "read-only",
             READ_ONLY,
+        ),
+        (
+            "server",
+            "error",
+            "idle_session_timeout is 4 s",
+            READ_ONLY.replace("default_transaction_read_only = on", "idle_session_timeout = 4000"),
         ),
     ],
 )

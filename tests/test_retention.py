@@ -209,3 +209,69 @@ async def test_what_goes_wrong_is_tried_again(
         await until(defined, "SELECT to_regclass('sequencer.' || $1) IS NULL", old)
     finally:
         keeping.cancel()
+
+
+@pytest.mark.parametrize("tables", ["ALL TABLES", "TABLES IN SCHEMA sequencer"])
+async def test_a_publication_is_in_nobodys_way(
+    defined: asyncpg.Connection, pool: asyncpg.Pool, tables: str
+) -> None:
+    """Rows that no key names can be deleted all the same: by us, and by who forgets a subject."""
+    await defined.execute(f"CREATE PUBLICATION everything FOR {tables}")
+    old = await make_past(defined, 14)
+    await happened(defined, month(-30))  # without a partition
+    await defined.execute(f"DROP TABLE sequencer.{name(month(2))}")
+    await happened(defined, month(2))
+    await tidy_all(pool)
+    assert old not in await partitions(defined)
+    assert name(month(2)) in await partitions(defined)
+    assert await defined.fetchval("SELECT array_agg(at) FROM sequencer.events") == [month(2)]
+    await defined.execute("UPDATE sequencer.events SET message = NULL")
+    await defined.execute("DELETE FROM sequencer.events")
+
+
+async def test_every_table_can_be_published(defined: asyncpg.Connection) -> None:
+    """With whatever is to be deleted or changed: by a key, or by the whole row."""
+    await defined.execute("SELECT sequencer.add_event_partitions(24)")
+    nameless = await defined.fetch(
+        "SELECT relname FROM pg_class AS c WHERE relnamespace = 'sequencer'::regnamespace"
+        " AND relkind IN ('r', 'p') AND relreplident <> 'f' AND NOT EXISTS"
+        " (SELECT FROM pg_index AS i WHERE i.indrelid = c.oid AND i.indisprimary)"
+    )
+    assert nameless == []
+
+
+async def test_each_part_is_done_whatever_comes_of_the_others(
+    defined: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    old = await make_past(defined, 14)
+    await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    await defined.execute("UPDATE sequencer.enrollments SET ended_at = now() - interval '366 days'")
+    for broken in ("add_event_partitions", "drop_event_partition"):
+        await defined.execute(f"ALTER FUNCTION sequencer.{broken} RENAME TO hidden_{broken}")
+    with pytest.raises(asyncpg.UndefinedFunctionError, match="add_event_partitions"):
+        await tidy_all(pool)
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 0
+    assert old in await partitions(defined)
+    await defined.execute(
+        "ALTER FUNCTION sequencer.hidden_drop_event_partition RENAME TO drop_event_partition"
+    )
+    with pytest.raises(asyncpg.UndefinedFunctionError, match="add_event_partitions"):
+        await tidy_all(pool)
+    assert old not in await partitions(defined)
+
+
+async def test_null_takes_nothing_away(defined: asyncpg.Connection) -> None:
+    old = await make_past(defined, 14)
+    await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    for arguments in ("NULL, NULL", "NULL, 10", "now(), NULL"):
+        assert await defined.fetchval(f"SELECT sequencer.delete_ended({arguments})") is None
+    assert await defined.fetchval("SELECT sequencer.drop_event_partition(NULL)") is None
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1
+    assert old in await partitions(defined)
+
+
+async def tidy_all(pool: asyncpg.Pool) -> None:
+    settings = Retention(events=YEAR, ended=YEAR)
+    await retention.tidy(pool, settings, datetime.now(UTC), LOG)

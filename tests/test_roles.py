@@ -60,6 +60,10 @@ MAY = {
             "INSERT INTO sequencer.enrollments (sequence, subject, data, timezone, wake_at, step)"
             " VALUES ('s', 'bob', '{}', 'UTC', now(), 'second')"
         ),
+        (
+            "INSERT INTO sequencer.enrollments (sequence, subject, status, visit, goals_met, id)"
+            " VALUES ('s', 'bob', DEFAULT, NULL, '{}', DEFAULT)"
+        ),
         "SELECT sequencer.enroll('s', 'bob')",
         "SELECT sequencer.reevaluate(subject => 'ada')",
         "UPDATE sequencer.enrollments SET data = '{\"paid\": true}', timezone = 'UTC'",
@@ -82,6 +86,10 @@ MAY = {
     ],
     "daemon": [
         "UPDATE sequencer.enrollments SET wake_at = now(), leased_by = 'd', attempt = 1",
+        (
+            "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)"
+            " VALUES (1, now() + interval '1 hour', 's', 'first', 1, 'next')"
+        ),
         "UPDATE sequencer.steps SET problem = 'x'",
         "SELECT sequencer.add_event_partitions()",
         "SELECT sequencer.delete_ended(now(), 10)",
@@ -100,8 +108,25 @@ MAY_NOT = {
         "UPDATE sequencer.enrollments SET leased_by = 'me'",
         "UPDATE sequencer.enrollments SET visit = 9",
         "UPDATE sequencer.enrollments SET subject = 'bob'",
-        "INSERT INTO sequencer.enrollments (sequence, subject, goals_met) VALUES ('s', 'b', '{}')",
+        "INSERT INTO sequencer.enrollments (sequence, subject, goals_met) VALUES ('s', 'b', '{x}')",
         "INSERT INTO sequencer.enrollments (sequence, subject, status) VALUES ('s', 'b', 'failed')",
+        *(
+            f"INSERT INTO sequencer.enrollments (sequence, subject, {column})"
+            f" VALUES ('s', 'b', {value})"
+            for column, value in {
+                "id": "1000000",
+                "visit": "2",
+                "attempt": "1",
+                "entered_at": "now()",
+                "ended_at": "now()",
+                "retry_at": "now()",
+                "leased_by": "'me'",
+                "failure": "'error'",
+                "last_error": "'x'",
+            }.items()
+        ),
+        "INSERT INTO sequencer.enrollments (sequence, subject, id) VALUES ('s', 'b', -1)",
+        "SELECT nextval('sequencer.enrollments_id_seq')",
         "DELETE FROM sequencer.enrollments",
         "INSERT INTO sequencer.sequences (name, first_step) VALUES ('t', 'a')",
         "UPDATE sequencer.sequences SET status = 'paused'",
@@ -139,6 +164,15 @@ MAY_NOT = {
         "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'bob')",
         "UPDATE sequencer.steps SET config = '{}'",
         "UPDATE sequencer.sequences SET status = 'paused'",
+        *(
+            f"UPDATE sequencer.enrollments SET {column} = DEFAULT"
+            for column in ("id", "subject", "timezone", "reentry", "created_at", "tag")
+        ),
+        *(
+            "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)"
+            f" VALUES (1, {at}, 's', 'first', 1, 'next')"
+            for at in ("'1900-01-01'", "now() - interval '2 days'", "now() + interval '2 days'")
+        ),
         "UPDATE sequencer.events SET message = 'forged'",
         "DELETE FROM sequencer.events",
         "CREATE TABLE sequencer.mine (id integer)",
@@ -195,7 +229,7 @@ async def test_functions_with_more_rights_are_pinned(connection: asyncpg.Connect
     pinned = "search_path=pg_catalog, pg_temp"
     loose = [row for row in rows if pinned not in (row["proconfig"] or [])]
     # these have no more rights than who calls them, and name the schema of everything
-    assert {row["proname"] for row in loose} == {"begin_as_the_last", "notify_due"}
+    assert {row["proname"] for row in loose} == {"begin_as_the_last", "check_columns", "notify_due"}
     assert not any(row["prosecdef"] for row in loose)
 
 
