@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ from sequencerd.systemd import notify, notify_reloading
 from sequencerd.web import make_app, serving
 
 CLOSE_TIMEOUT = 5.0  # seconds
+DESCRIPTORS = 65_536
 
 FIXED = ("database", "engine", "http", "console")
 """Sections of the settings that hold as long as the process runs."""
@@ -193,6 +195,15 @@ def tune_collector() -> None:
     gc.set_threshold(200_000, 20, 50)
 
 
+def raise_descriptor_limit() -> None:
+    """Lets this process open what the system allows it, within reason: the default is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def daemon_name() -> str:
     """Who holds a lease: the host and process, for a person, and a part that never comes again."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
@@ -255,6 +266,7 @@ async def run(
     suppressions = Suppressions(suppressed)
     runners = make_runners(settings, suppressions)
     tune_collector()
+    raise_descriptor_limit()
     told_to_reload, told_to_stop = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_tell(log))

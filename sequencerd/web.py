@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sequencerd.errors import SettingsError
 from sequencerd.names import new_loop
@@ -67,6 +68,64 @@ def _answer(check: Check) -> Callable[[Request], Response]:
     return answer
 
 
+MAX_CONNECTIONS = 100  # the daemon's descriptors are for its work
+PATIENCE = 10.0  # seconds in which a request has to arrive, and an answer to be read on
+
+
+class _Connection(H11Protocol):
+    """One of a bounded number, which does not wait for a client for ever: uvicorn limits the time
+    between requests, but not until a first one, nor while it comes in or its answer is read.
+    """
+
+    _since: float | None = None  # when the client's turn began
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Makes room by closing whoever has kept us waiting for longest."""
+        others = [one for one in self.connections if isinstance(one, _Connection)]
+        super().connection_made(transport)
+        self._look()
+        if len(others) < MAX_CONNECTIONS:
+            return
+        waiting = [one for one in others if one.since is not None]
+        longest = min(waiting, key=lambda one: one.since or 0.0, default=self)
+        longest.drop()
+
+    @property
+    def since(self) -> float | None:
+        """When the client's turn began; None while we work for it."""
+        return self._since if self._is_clients_turn else None
+
+    @property
+    def _is_clients_turn(self) -> bool:
+        cycle = self.cycle
+        works = cycle is not None and not cycle.response_complete and not cycle.more_body
+        return not works or self.flow.write_paused
+
+    def _look(self) -> None:
+        """Looks every second, as there is no event for each way of being slow."""
+        now = self.loop.time()
+        if not self._is_clients_turn:
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        elif now - self._since >= PATIENCE:
+            self.drop()
+            return
+        self._timer = self.loop.call_later(min(1.0, PATIENCE), self._look)
+
+    def drop(self) -> None:
+        """Closes the connection without a word."""
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends with the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+
 class _Server(uvicorn.Server):
     """Waits for the requests that are under way, and none that would go on for ever."""
 
@@ -74,6 +133,9 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=_Connection,
+                ws="none",
+                backlog=MAX_CONNECTIONS,  # as many are accepted in one turn of the loop
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,  # whom to believe is for the console's settings to say
@@ -97,7 +159,7 @@ async def serving(app: Starlette, listen: str | None) -> AsyncIterator[None]:
     host, port = split_address(listen)
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family)
+        listener = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
     except OSError as error:
         raise SettingsError(f"http.listen: can't listen on {listen}: {error.strerror}") from error
     server = _Server(app)

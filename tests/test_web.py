@@ -7,9 +7,10 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
@@ -18,11 +19,14 @@ import asyncpg
 import httpx
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 from prometheus_client import parser as text_format
 from prometheus_client.openmetrics import parser as openmetrics
 
+from sequencerd import web
 from sequencerd.core.model import Answer, Enrollment, Event, Failed, Result
 from sequencerd.metrics import MAX_PLACES, Metrics
+from sequencerd.web import make_app, serving
 from tests.conftest import execute
 from tests.engines import ALL_ENDED, define, enroll, stuck_package, until
 
@@ -322,3 +326,125 @@ def test_the_page_names_every_metric() -> None:
     page = set(NAME.findall((DOCS / "service.md").read_text()))
     families = {re.sub("_(bucket|sum|count)$", "", name) for name in exported()}
     assert families <= page, families - page
+
+
+# --- connections
+
+
+@asynccontextmanager
+async def listening(patience: float = 0.3) -> AsyncIterator[int]:
+    """A listener in this process, and its port."""
+    port = free_port()
+    app = make_app(list, list, CollectorRegistry())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(web, "PATIENCE", patience)
+        async with serving(app, f"127.0.0.1:{port}"):
+            async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(retries=50)) as client:
+                await client.get(f"http://127.0.0.1:{port}/healthz")
+            yield port
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /healthz HT",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n",
+        b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /he",
+    ],
+)
+async def test_a_client_that_keeps_us_waiting_is_closed(sent: bytes) -> None:
+    async with listening() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        with suppress(ConnectionError):
+            while await reader.read(65536):
+                pass
+        writer.close()
+
+
+async def test_headers_that_come_byte_by_byte_are_not_waited_for() -> None:
+    async with listening() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        ended = asyncio.create_task(reader.read())
+        with suppress(ConnectionError):
+            while not ended.done():
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        await asyncio.gather(ended, return_exceptions=True)
+        writer.close()
+
+
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_many_idle_connections_shut_nobody_out() -> None:
+    async with listening(patience=3600) as port:
+        idle: list[asyncio.StreamWriter] = []
+        before = descriptors()
+        for _ in range(4):
+            many = (asyncio.open_connection("127.0.0.1", port) for _ in range(web.MAX_CONNECTIONS))
+            idle += [writer for _, writer in await asyncio.gather(*many)]
+        async with httpx.AsyncClient() as client:
+            for _ in range(3):
+                answer = await client.get(f"http://127.0.0.1:{port}/healthz")
+                assert answer.status_code == 200
+        ours = descriptors() - before - len(idle)
+        assert ours <= web.MAX_CONNECTIONS + 10
+        for writer in idle:
+            writer.transport.abort()
+
+
+async def test_the_daemon_works_beside_idle_connections(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """With few descriptors, as many as it had by default would take them all."""
+    await define(connection, "s", ("wait", "WaitForDuration", DAY, None))
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        "sh",
+        "-c",
+        f"ulimit -n 256; exec {sys.executable} -m sequencerd run",
+        env={
+            **os.environ,
+            "SEQUENCERD_DATABASE": database,
+            "SEQUENCERD_HTTP_LISTEN": f"127.0.0.1:{port}",
+        },
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    writers: list[asyncio.StreamWriter] = []
+    try:
+        while True:
+            with suppress(ConnectionError):
+                writers.append((await asyncio.open_connection("127.0.0.1", port))[1])
+                break
+            await asyncio.sleep(0.05)
+        for _ in range(400):
+            with suppress(ConnectionError):
+                writers.append((await asyncio.open_connection("127.0.0.1", port))[1])
+        await enroll(connection, "s", "ada")
+        await until(
+            connection, "SELECT count(*) = 1 FROM sequencer.events WHERE action = 'enrolled'"
+        )
+        async with httpx.AsyncClient() as client:
+            assert is_ok(await client.get(f"http://127.0.0.1:{port}/healthz"))
+        process.terminate()
+        assert await process.wait() == 0
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        for writer in writers:
+            writer.transport.abort()
+
+
+def test_the_limit_of_descriptors_is_raised() -> None:
+    code = (
+        "import resource as r; from sequencerd.daemon import raise_descriptor_limit;"
+        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (256, hard));"
+        "raise_descriptor_limit(); assert r.getrlimit(r.RLIMIT_NOFILE)[0] > 256"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
