@@ -12,10 +12,19 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd import store
 from sequencerd.clock import Clock
 from sequencerd.core import model
-from sequencerd.definitions import Runners, from_rows, problems
+from sequencerd.definitions import (
+    Compiled,
+    Runners,
+    compile_row,
+    make_sequence,
+    make_step,
+    problems,
+)
 from sequencerd.store import Place
 
-MOST_UNKNOWN = 100_000  # names that are remembered
+SLICE = 0.005  # seconds for which compiling may hold up the loop
+MANY = 500  # steps from which on a sequence is put together in a thread
+MAX_UNKNOWN = 10_000  # names that do not exist are remembered until definitions change
 
 
 class Catalog:
@@ -38,30 +47,53 @@ class Catalog:
         self._clock = clock
         self._log = log
         self._loading = asyncio.Lock()
+        self._compiled: dict[str, dict[tuple[str, str], Compiled]] = {}  # by sequence
+        self._begun = self._read = 0  # reloads that have begun, and the last that has succeeded
+        self._unknown: set[str] = set()  # names that were asked for, and do not exist
 
-    async def reload(self, missing: str | None = None) -> bool:
-        """Reads the definitions that have changed. Whether there are any. For one that is
-        `missing`, only if nobody else has read it meanwhile.
+    def knows(self, place: Place) -> bool:
+        """Whether there is such a step."""
+        sequence = self.sequences.get(place[0])
+        return sequence is not None and place[1] in sequence.steps
+
+    def may_find(self, name: str) -> bool:
+        """Whether a sequence that is not known may exist: it was not looked for in vain before.
+        Notes that it is looked for.
         """
-        async with self._loading, store.connection(self._pool) as connection:
-            if missing in self.sequences or missing in self.unknown:
+        if name in self.sequences or name in self._unknown or len(self._unknown) >= MAX_UNKNOWN:
+            return False
+        self._unknown.add(name)
+        return True
+
+    async def reload(self) -> bool:
+        """Reads the definitions that have changed. Whether there are any. Nothing is read for those
+        who waited while it was read for somebody else.
+        """
+        asked = self._begun
+        async with self._loading:
+            if self._read > asked:
                 return False
-            revisions = await store.revisions(connection)
-            for name in self.sequences.keys() - revisions.keys():
-                del self.sequences[name]
-            changed = [
-                name
-                for name, revision in revisions.items()
-                if name not in self.sequences or self.sequences[name].revision != revision
-            ]
-            if changed:
-                await self._load(connection, changed)
-            self.unknown -= revisions.keys()
-            if missing is not None and missing not in revisions:
-                if len(self.unknown) >= MOST_UNKNOWN:
-                    self.unknown.clear()
-                self.unknown.add(missing)
-            return bool(changed)
+            self._begun += 1
+            begun = self._begun
+            async with store.connection(self._pool) as connection:
+                has_changed = await self._read_changed(connection)
+            self._read = begun
+            return has_changed
+
+    async def _read_changed(self, connection: asyncpg.Connection) -> bool:
+        revisions = await store.revisions(connection)
+        for name in self.sequences.keys() - revisions.keys():
+            del self.sequences[name]
+            self._compiled.pop(name, None)
+        changed = [
+            name
+            for name, revision in revisions.items()
+            if name not in self.sequences or self.sequences[name].revision != revision
+        ]
+        if changed:
+            await self._load(connection, changed, self._runners)
+            self._unknown.clear()
+        return bool(changed)
 
     async def use(self, runners: Runners, swap: Callable[[], object]) -> None:
         """Reads all definitions anew, for other runners. `swap` is called in the same turn of the
@@ -74,24 +106,29 @@ class Catalog:
             swap()
 
         async with self._loading, store.connection(self._pool) as connection:
-            await self._load(connection, list(await store.revisions(connection)), begin)
+            self._compiled.clear()
+            names = list(await store.revisions(connection))
+            await self._load(connection, names, runners, begin)
 
     async def _load(
         self,
         connection: asyncpg.Connection,
         names: Sequence[str],
+        runners: Runners,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         sequence_rows, step_rows = await store.definitions(connection, names)
-        begin()
         steps = defaultdict(list)
         for row in step_rows:
             steps[row["sequence"]].append(row)
-        found: dict[Place, str | None] = {}
-        for row in sequence_rows:
-            sequence = from_rows(row, steps[row["name"]], self._runners)
+        made = [await self._make(row, steps[row["name"]], runners) for row in sequence_rows]
+        begin()
+        for sequence in made:
             self.sequences[sequence.name] = sequence
+        found: dict[Place, str | None] = {}
+        for sequence in made:
             found |= problems(sequence)
+            await asyncio.sleep(0)
         known = {(row["sequence"], row["name"]): row["problem"] for row in step_rows}
         if news := {place: text for place, text in found.items() if text != known[place]}:
             await store.set_problems(connection, news)
@@ -107,3 +144,26 @@ class Catalog:
             place = (row["sequence"], row["name"])
             if row["retime"]:
                 self._retime(place)
+
+    async def _make(
+        self, row: asyncpg.Record, steps: Sequence[asyncpg.Record], runners: Runners
+    ) -> model.Sequence:
+        """A sequence of its rows. What was compiled before is not compiled again, and the loop is
+        held up for some milliseconds at most, however many steps there are.
+        """
+        before = self._compiled.get(row["name"], {})
+        compiled: dict[tuple[str, str], Compiled] = {}
+        made = []
+        loop = asyncio.get_running_loop()
+        end = loop.time() + SLICE
+        for step in steps:
+            key = (step["type"], step["config"])
+            compiled[key] = compiled.get(key) or before.get(key) or compile_row(step, runners)
+            made.append(make_step(step, compiled[key]))
+            if loop.time() >= end:
+                await asyncio.sleep(0)
+                end = loop.time() + SLICE
+        self._compiled[row["name"]] = compiled
+        if len(made) < MANY:
+            return make_sequence(row, made)
+        return await asyncio.to_thread(make_sequence, row, made)

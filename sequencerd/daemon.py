@@ -414,6 +414,7 @@ class _Daemon:
                 engine.look,
                 log=self._log,
                 heard=self._health.heard,
+                refused=self._metrics.refused.inc,
             )
         else:
             await poll(self._connected, self._engine.sweep, self._log, self._health.heard)

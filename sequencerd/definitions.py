@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import asyncpg
 from pydantic import Field, StrictFloat, StrictInt
@@ -29,6 +30,9 @@ from sequencerd.core.steps import COMPILERS, compile_step
 from sequencerd.runners import Runner
 
 Runners = Mapping[str, Runner]
+
+MAX_STEPS = 20_000  # of a sequence; in sequencer.record_revision as well
+HINTS = 20  # steps that a GoTo names wrongly, for each of which all names are compared
 
 
 # --- what is made of a step's type and config
@@ -128,15 +132,17 @@ def build(
             by_name[stuck],
             Fault((), "it is part of a cycle that never waits: put a step that waits into it"),
         )
+    hints = HINTS
     for step in ordered:
         if step.type != "GoTo" or not isinstance(step.behaviour, Instant):
             continue
         target = step.config.get("step")
         if not step.config.get("sequence") and target is not None and target not in by_name:
-            hint = nearest(str(target), list(by_name))
-            by_name[step.name] = _with_problem(
-                step, Fault(("step",), f"step {target!r} does not exist; {hint}")
-            )
+            message = f"step {target!r} does not exist"
+            if hints:
+                hints -= 1
+                message += f"; {nearest(str(target), list(by_name))}"
+            by_name[step.name] = _with_problem(step, Fault(("step",), message))
     try:
         dates.zone(timezone)
     except DefinitionError as error:
@@ -178,53 +184,69 @@ def _never_waiting(steps: Mapping[str, Step]) -> set[str]:
             ways[step.name] = {step.next_step, step.alt_next_step}
         elif step.type == "UpdateData":
             ways[step.name] = {step.next_step}
-    while leaving := {name for name, targets in ways.items() if not targets <= ways.keys()}:
-        for name in leaving:
-            del ways[name]
+    coming: dict[str | None, list[str]] = defaultdict(list)
+    for name, targets in ways.items():
+        for target in targets:
+            coming[target].append(name)
+    leaving = [target for target in coming if target not in ways]
+    while leaving:
+        coming_there = coming[leaving.pop()]
+        leaving += [name for name in coming_there if ways.pop(name, None) is not None]
     return set(ways)
+
+
+class Compiled(NamedTuple):
+    """What is made of a step's type and config alone."""
+
+    config: dict[str, Any]
+    behaviour: Instant | SideEffect | Problem
+    reads_external: bool
+
+
+def compile_row(row: asyncpg.Record, runners: Runners) -> Compiled:
+    """What the type and the config of a row of sequencer.steps mean."""
+    try:
+        config = json.loads(row["config"])
+    except (ValueError, RecursionError) as error:
+        return Compiled({}, Problem(f"config cannot be read: {error}"), False)
+    return Compiled(config, compile_behaviour(row["type"], config, runners), reads_external(config))
+
+
+def make_step(row: asyncpg.Record, compiled: Compiled) -> Step:
+    """A step of its row in sequencer.steps."""
+    return Step(
+        sequence=row["sequence"],
+        name=row["name"],
+        type=row["type"],
+        config=compiled.config,
+        next_step=row["next_step"],
+        alt_next_step=row["alt_next_step"],
+        behaviour=compiled.behaviour,
+        position=row["position"],
+        reads_external=compiled.reads_external,
+    )
+
+
+def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
+    """A sequence of its row in sequencer.sequences."""
+    return build(
+        row["name"],
+        row["first_step"],
+        row["timezone"],
+        steps,
+        paused=row["status"] == "paused",
+        archived=row["status"] == "archived",
+        revision=row["revision"],
+        lookup=row["lookup"],
+        recheck=row["recheck"],
+    )
 
 
 def from_rows(
     sequence: asyncpg.Record, steps: Iterable[asyncpg.Record], runners: Runners
 ) -> Sequence:
     """A sequence as the database has it."""
-    made = []
-    for row in steps:
-        config, behaviour = _read_config(row, runners)
-        made.append(
-            Step(
-                sequence=row["sequence"],
-                name=row["name"],
-                type=row["type"],
-                config=config,
-                next_step=row["next_step"],
-                alt_next_step=row["alt_next_step"],
-                behaviour=behaviour,
-                position=row["position"],
-                reads_external=reads_external(config),
-            )
-        )
-    return build(
-        sequence["name"],
-        sequence["first_step"],
-        sequence["timezone"],
-        made,
-        paused=sequence["status"] == "paused",
-        archived=sequence["status"] == "archived",
-        revision=sequence["revision"],
-        lookup=sequence["lookup"],
-        recheck=sequence["recheck"],
-    )
-
-
-def _read_config(
-    row: asyncpg.Record, runners: Runners
-) -> tuple[dict[str, Any], Instant | SideEffect | Problem]:
-    try:
-        config = json.loads(row["config"])
-    except (ValueError, RecursionError) as error:
-        return {}, Problem(f"config cannot be read: {error}")
-    return config, compile_behaviour(row["type"], config, runners)
+    return make_sequence(sequence, [make_step(row, compile_row(row, runners)) for row in steps])
 
 
 def reads_external(config: Mapping[str, Any]) -> bool:

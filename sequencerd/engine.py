@@ -45,6 +45,7 @@ from sequencerd.listener import Changed, Due, Look, Looked, Message
 from sequencerd.metrics import Metrics
 from sequencerd.problems import Problems
 from sequencerd.quarantine import Quarantine, apart
+from sequencerd.repeating import Repeating
 from sequencerd.retiming import Retiming
 from sequencerd.settings import Engine as Settings
 from sequencerd.store import LOST_ERRORS, TRANSIENT_ERRORS, Place
@@ -59,6 +60,8 @@ TICK = (
     0.001  # seconds by which timers of the loop may be late: it wakes before, and turns meanwhile
 )
 MAX_DUE = 10_000  # so many are counted at each step that is due
+FRUITLESS = 3  # claims in a row that find nobody, until notifications may wait
+FRUITLESS_PAUSE = 0.5  # seconds for which they wait at most
 LOCKED_PAUSE = 0.2  # seconds until a row that somebody else has locked is tried again
 QUARANTINE_TURN = 1.0  # seconds between looks for what is to be tried again
 
@@ -119,7 +122,9 @@ class Engine:
         self._floods = 0  # steps that are being claimed batch after batch
         self._hold_until = 0.0  # in the loop's time
         self._again: set[Place] = set()
+        self._fruitless: dict[Place, int] = {}  # claims in a row that found nobody
         self._background: set[asyncio.Task[None]] = set()
+        self._reloads = Repeating(self.reload, self._spawn, self._writer, log=log)
         self._retiming = Retiming(
             pool,
             self.catalog.sequences,
@@ -186,11 +191,11 @@ class Engine:
         """What the listener hears."""
         match message:
             case Due(due=place):
-                self._push(place, self._clock.now())
+                self._hint(place)
             case Changed():
-                self._spawn(self._until_done(self.reload))
+                self._reloads.ask()
             case Look():
-                self._spawn(self._until_done(lambda: self._look(message)))
+                self._retiming.request(message)
             case _:
                 assert_never(message)
 
@@ -253,6 +258,18 @@ class Engine:
         finally:
             self._floods -= 1
             self._has_finished.set()
+
+    def _hint(self, place: Place) -> None:
+        """Looks whether somebody is due at a step, as anybody can ask by NOTIFY. Where nobody is
+        again and again, it is done less often.
+        """
+        if not self.catalog.knows(place):
+            if self.catalog.may_find(place[0]):
+                self._reloads.ask()
+            return
+        times = self._fruitless.get(place, 0)
+        pause = 0.0 if times < FRUITLESS else min(0.001 * 2 ** min(times, 20), FRUITLESS_PAUSE)
+        self._push(place, self._clock.now() + timedelta(seconds=pause))
 
     def _push(self, place: Place, at: datetime) -> None:
         if at < NEVER and self._heap.push(place, at):
@@ -317,6 +334,8 @@ class Engine:
             if abs(off) > timedelta(seconds=1):
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
         await self.reload()
+        async with store.connection(self._pool) as connection:
+            self._retiming.resume(await store.unfinished_retiming(connection))
         wakes = await self.rebuild()
         now = self._clock.now()
         due = self._due(wakes, now)
@@ -347,25 +366,17 @@ class Engine:
         paused = {name for name, known in self.catalog.sequences.items() if known.paused}
         return {place: at for place, at in wakes if at <= now and place[0] not in paused}
 
-    async def reload(self, missing: str | None = None) -> None:
-        """Reads the definitions that have changed, and looks at those whom it concerns."""
-        if await self.catalog.reload(missing):
+    async def reload(self) -> bool:
+        """Reads the definitions that have changed, and looks at those whom it concerns. Whether
+        there are any.
+        """
+        has_changed = await self.catalog.reload()
+        if has_changed:
             await self.rebuild()
+        return has_changed
 
     def _start_retiming(self, place: Place) -> None:
         self._retiming.start(place)
-
-    async def _look(self, message: Look) -> None:
-        """Looks at those who wait, as an application asked by NOTIFY."""
-        size = self._settings.batch
-        now = self._clock.now()
-        count = size
-        while count >= size and not self._stopping:
-            async with store.connection(self._pool) as connection:
-                places = await store.look_again(connection, now, size, **message.model_dump())
-            count = len(places)
-            for place in set(places):
-                self._push(place, now)
 
     # --- claim, advance, write
 
@@ -374,8 +385,8 @@ class Engine:
 
         The room of a lane is shared by the `claimers` that are at it.
         """
-        if place[0] not in self.catalog.sequences and place[0] not in self.catalog.unknown:
-            await self.reload(place[0])
+        if self.catalog.may_find(place[0]):
+            await self.reload()
         sequence = self.catalog.sequences.get(place[0])
         if sequence is None or sequence.paused or self._writer.waits(place):
             return False
@@ -391,9 +402,12 @@ class Engine:
             count = await self._claim_batch(place, sequence.revision, limit)
         except Exception as error:
             count = await self._claim_apart(place, sequence.revision, limit, error)
+        if count:
+            self._fruitless.pop(place, None)
         if count == limit:
             return True
         if count == 0:
+            self._fruitless[place] = self._fruitless.get(place, 0) + 1
             await self.reload()  # nothing is claimed under a definition that has changed
         return False
 

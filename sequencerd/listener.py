@@ -19,7 +19,7 @@ import asyncpg
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.store import TRANSIENT_ERRORS, Place, brief, leave_bell, take_bell
+from sequencerd.store import TRANSIENT_ERRORS, Place, brief, leave_bell, take_bell, take_lead
 
 CHANNEL = "sequencer"
 PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10
@@ -33,6 +33,9 @@ OFTEN, WITHIN = 20, 0.1  # so many rings within so many seconds
 QUIET = 1.0  # seconds for which the bell is off then
 LOOK_INTERVALS = (0.01, 0.1)  # seconds between looks meanwhile: at first, and where nothing is new
 LOOK_SHARE = 0.2  # of the time, for looks that take long
+REFUSED_INTERVAL = 60.0  # seconds between lines of the log about notifications that mean nothing
+HEARD = 1000  # requests that are kept for the daemon that sees to them, in case it is gone
+HEARD_FOR = 120.0  # seconds; after so long the server knows that a machine is gone
 TOO_MANY = 10_000  # steps where somebody is: who has more wants to be told
 OTHERS_INTERVAL = 1.0  # seconds until it is seen that a daemon that had the bell is gone
 
@@ -77,6 +80,8 @@ class Looked(NamedTuple):
     due: frozenset[tuple[Place, datetime]]
 
 
+HINT = 'write NOTIFY sequencer, or {"subject": ...}, {"sequence": ..., "step": ...} as payload'
+
 _messages: TypeAdapter[Message | Quiet] = TypeAdapter(Message | Quiet)
 
 
@@ -87,9 +92,34 @@ def parse(payload: str) -> Message | Quiet:
     try:
         return _messages.validate_json(payload)
     except ValidationError as error:
-        raise ValueError(
-            'write NOTIFY sequencer, or {"subject": ...}, {"sequence": ..., "step": ...} as payload'
-        ) from error
+        raise ValueError(HINT) from error
+
+
+class _Refusals:
+    """Counts notifications that mean nothing, and tells of them in the log once a minute."""
+
+    def __init__(self, refused: Callable[[], None], log: FilteringBoundLogger) -> None:
+        self._refused = refused
+        self._log = log
+        self._count = 0
+        self._sample = ""
+        self._is_waiting = False
+
+    def add(self, payload: str) -> None:
+        self._refused()
+        self._count += 1
+        if self._is_waiting:
+            return
+        self._sample = payload[:200]
+        self._tell()
+
+    def _tell(self) -> None:
+        self._is_waiting = self._count > 0
+        if self._count:
+            self._log.warning("notifications not understood", count=self._count, hint=HINT)
+            self._log.debug("notifications not understood", payload=self._sample)
+            self._count = 0
+            asyncio.get_running_loop().call_later(REFUSED_INTERVAL, self._tell)
 
 
 async def listen(
@@ -100,14 +130,16 @@ async def listen(
     *,
     log: FilteringBoundLogger,
     heard: Callable[[bool], None] = lambda _: None,
+    refused: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> None:
     """Listens for ever. `connected` is awaited after each LISTEN: what was missed before it, is
     found by looking; `look` does that where nobody tells. Comes back after whatever happens to the
     connection or the server. `heard` is told True with each LISTEN and probe that was answered, and
-    False when the connection is lost.
+    False when the connection is lost. `refused` is called for each notification that means nothing.
     """
     pause = 0.0
+    refusals = _Refusals(refused, log)
     while True:
         try:
             connection = await asyncpg.connect(
@@ -124,7 +156,7 @@ async def listen(
             await asyncio.sleep(pause)
             continue
         try:
-            watch = _Watch(connection, receive, look, heard, log)
+            watch = _Watch(connection, receive, look, heard, refusals=refusals, log=log)
             await connection.execute(KEEPALIVE)
             await connection.add_listener(CHANNEL, watch.on_notify)
             await connected()
@@ -168,13 +200,19 @@ class _Watch:
         receive: Callable[[Message], None],
         look: Callable[[], Awaitable[Looked]],
         heard: Callable[[bool], None],
+        *,
+        refusals: _Refusals,
         log: FilteringBoundLogger,
     ) -> None:
         self._connection = connection
         self._receive = receive
         self._look = look
         self._heard = heard
+        self._refusals = refusals
         self._log = log
+        self._leads = False  # the daemon that sees to requests
+        self._next_lead = 0.0
+        self._requests: dict[Look, float] = {}  # of late, while another one does
         self._called = asyncio.Event()  # there is something to do before the next probe
         self._has_bell: bool | None = None  # False: another daemon has it
         self._is_quiet = False  # another daemon has let go of it
@@ -187,10 +225,11 @@ class _Watch:
         """Called by asyncpg."""
         try:
             message = parse(str(payload))
-        except ValueError as error:
-            length = len(str(payload))
-            self._log.warning("notification not understood", length=length, hint=str(error))
-            self._log.debug("notification not understood", payload=str(payload)[:200])
+        except ValueError:
+            self._refusals.add(str(payload))
+            return
+        if isinstance(message, Look) and not self._leads:
+            self._keep(message)
             return
         if isinstance(message, Quiet):
             self._is_quiet = True
@@ -201,6 +240,25 @@ class _Watch:
             if self._rings_often:
                 self._called.set()
         self._receive(message)
+
+    def _keep(self, request: Look) -> None:
+        """Each daemon hears every request: that of another daemon is done if that one goes away."""
+        if len(self._requests) >= HEARD:
+            self._requests = {Look(): asyncio.get_running_loop().time()}
+        self._requests[request] = asyncio.get_running_loop().time()
+
+    async def _lead(self) -> None:
+        """Sees to requests from now on, if no other daemon does."""
+        now = asyncio.get_running_loop().time()
+        if self._leads or now < self._next_lead:
+            return
+        self._next_lead = now + OTHERS_INTERVAL
+        self._leads = await take_lead(self._connection)
+        if self._leads:
+            requests, self._requests = self._requests, {}
+            for request, at in requests.items():
+                if at >= now - HEARD_FOR:
+                    self._receive(request)
 
     @property
     def _rings_often(self) -> bool:
@@ -217,6 +275,7 @@ class _Watch:
             else:
                 self._has_bell = await take_bell(self._connection)
                 self._heard(True)
+            await self._lead()
             if self._has_bell is None:
                 await self._look_and_pause()
                 continue

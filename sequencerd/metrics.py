@@ -97,6 +97,11 @@ class Metrics(Collector):
             "How often the connection that listens had to be made again",
             registry=self.registry,
         )
+        self.refused = Counter(
+            "sequencerd_notifications_refused",
+            "Notifications on the daemon's channel that mean nothing",
+            registry=self.registry,
+        )
         self.ready = Gauge(
             "sequencerd_ready", "1 while /readyz would answer 200", registry=self.registry
         )

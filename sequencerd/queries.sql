@@ -297,18 +297,45 @@ UPDATE sequencer.enrollments AS e SET wake_at = $3
          ORDER BY id FOR UPDATE SKIP LOCKED) AS mine
  WHERE e.id = mine.id;
 
--- name: look_again
--- Makes those due who wait in active sequences: all, or of one subject, sequence or step.
-UPDATE sequencer.enrollments AS e SET wake_at = $1
-  FROM (SELECT id FROM sequencer.enrollments
-         WHERE status = 'active' AND leased_by IS NULL AND entered_at IS NOT NULL
-           AND wake_at > $1
-           AND ($2::text IS NULL OR subject = $2)
-           AND ($3::text IS NULL OR sequence = $3)
-           AND ($4::text IS NULL OR step = $4)
-         LIMIT $5 FOR UPDATE SKIP LOCKED) AS waiting
- WHERE e.id = waiting.id
-RETURNING e.sequence, e.step;
+-- name: occupied
+-- Each step where an enrollment is active: skips from one to the next in the index.
+WITH RECURSIVE place AS (
+    (SELECT sequence, step FROM sequencer.enrollments
+      WHERE status = 'active' ORDER BY sequence, step LIMIT 1)
+    UNION ALL
+    SELECT following.* FROM place CROSS JOIN LATERAL (
+        SELECT sequence, step FROM sequencer.enrollments AS e
+         WHERE e.status = 'active' AND (e.sequence, e.step) > (place.sequence, place.step)
+         ORDER BY sequence, step LIMIT 1) AS following
+)
+SELECT sequence, step FROM place;
+
+-- name: request_evaluation
+-- Notes that all who wait at steps are to be evaluated: from the first id on, or once more after a walk
+-- that has begun. Steps that somebody has locked are not waited for, so that no deadlock is possible.
+UPDATE sequencer.steps AS s
+   SET retime_from = coalesce(s.retime_from, 0), retime_again = coalesce(s.retime_from > 0, false)
+  FROM (SELECT t.sequence, t.name FROM sequencer.steps AS t
+          JOIN unnest($1::text[], $2::text[]) AS p (sequence, name)
+            ON p.sequence = t.sequence AND p.name = t.name
+           FOR NO KEY UPDATE OF t SKIP LOCKED) AS free
+ WHERE s.sequence = free.sequence AND s.name = free.name
+RETURNING s.sequence, s.name;
+
+-- name: waiting_of_subjects
+-- Who waits of some subjects, by id.
+SELECT id, subject, sequence, step FROM sequencer.enrollments
+ WHERE subject = ANY ($1::text[]) AND id > $2 AND status = 'active' AND wake_at > $3
+   AND leased_by IS NULL AND entered_at IS NOT NULL
+ ORDER BY id LIMIT $4;
+
+-- name: unfinished_retiming
+-- Steps where waiting enrollments have yet to be evaluated, and from which id on.
+SELECT sequence, name, retime_from FROM sequencer.steps WHERE retime_from IS NOT NULL;
+
+-- name: take_lead
+-- Of several daemons one sees to what an application asks for by NOTIFY: who holds this lock.
+SELECT pg_try_advisory_lock(7364528, 5);
 
 -- name: retiming_from
 SELECT retime_from FROM sequencer.steps WHERE sequence = $1 AND name = $2;
@@ -319,15 +346,16 @@ SELECT id FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND id >= $3 ORDER BY id LIMIT $4;
 
 -- name: take_retiming
--- How far it is done, in the transaction that does what follows. What another daemon is at is not
--- waited for.
-UPDATE sequencer.steps AS s SET retime_from = $4
-  FROM (SELECT sequence, name FROM sequencer.steps
-         WHERE sequence = $1 AND name = $2 AND retime_from = $3
-           AND EXISTS (SELECT FROM sequencer.sequences WHERE name = $1 AND revision = $5)
-           FOR NO KEY UPDATE SKIP LOCKED) AS mine
- WHERE s.sequence = mine.sequence AND s.name = mine.name
-RETURNING true;
+-- Until the end of the transaction this daemon alone evaluates who waits at a step. What another one is
+-- at is not waited for.
+SELECT true FROM sequencer.steps
+ WHERE sequence = $1 AND name = $2 AND retime_from = $3
+   AND EXISTS (SELECT FROM sequencer.sequences WHERE name = $1 AND revision = $4)
+   FOR NO KEY UPDATE SKIP LOCKED;
+
+-- name: note_retiming
+-- How far it is done, in the transaction that does it.
+UPDATE sequencer.steps SET retime_from = $3 WHERE sequence = $1 AND name = $2;
 
 -- name: lock_waiting
 -- Some of those who wait at a changed step. Who is due is evaluated under it anyway.
@@ -349,8 +377,11 @@ SELECT e.id FROM sequencer.enrollments AS e
  ORDER BY e.id;
 
 -- name: retimed
-UPDATE sequencer.steps SET retime_from = $4
- WHERE sequence = $1 AND name = $2 AND retime_from = $3 RETURNING true;
+-- Done, but for a request that came meanwhile; whether there was one.
+UPDATE sequencer.steps AS s
+   SET retime_from = CASE WHEN s.retime_again THEN 0 END, retime_again = false
+ WHERE sequence = $1 AND name = $2 AND retime_from = $3
+RETURNING retime_from IS NOT NULL AS again;
 
 -- name: new_transaction
 -- Not xmax of a snapshot: transactions that are under way may have greater numbers than that.

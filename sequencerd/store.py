@@ -536,18 +536,43 @@ async def extend_leases(
     await connection.execute(QUERIES["extend_leases"], ids, daemon, until)
 
 
-async def look_again(
-    connection: asyncpg.Connection,
-    now: datetime,
-    limit: int,
-    *,
-    subject: str | None = None,
-    sequence: str | None = None,
-    step: str | None = None,
-) -> list[Place]:
-    """Makes some of those due who wait: the step of each."""
-    rows = await connection.fetch(QUERIES["look_again"], now, subject, sequence, step, limit)
+async def occupied(connection: asyncpg.Connection) -> list[Place]:
+    """Each step where an enrollment is active."""
+    rows = await connection.fetch(QUERIES["occupied"])
     return [(row["sequence"], row["step"]) for row in rows]
+
+
+async def request_evaluation(
+    connection: asyncpg.Connection, places: Iterable[Place]
+) -> list[Place]:
+    """Notes that all who wait at steps are to be evaluated. Returns those steps that were not
+    locked by others.
+    """
+    wanted = list(places)
+    sequences, steps = [place[0] for place in wanted], [place[1] for place in wanted]
+    rows = await connection.fetch(QUERIES["request_evaluation"], sequences, steps)
+    return [(row["sequence"], row["name"]) for row in rows]
+
+
+async def waiting_of_subjects(
+    connection: asyncpg.Connection, subjects: Rows[str], after: int, now: datetime, limit: int
+) -> list[asyncpg.Record]:
+    """Who waits of some subjects, with a greater id: id, subject, sequence and step."""
+    query = QUERIES["waiting_of_subjects"]
+    rows: list[asyncpg.Record] = await connection.fetch(query, subjects, after, now, limit)
+    return rows
+
+
+async def unfinished_retiming(connection: asyncpg.Connection) -> dict[Place, int]:
+    """Steps where waiting enrollments have yet to be evaluated, and from which id on."""
+    rows = await connection.fetch(QUERIES["unfinished_retiming"])
+    return {(row["sequence"], row["name"]): row["retime_from"] for row in rows}
+
+
+async def take_lead(connection: asyncpg.Connection) -> bool:
+    """Whether this connection's daemon sees to requests, as long as the connection lasts."""
+    is_ours: bool = await connection.fetchval(QUERIES["take_lead"])
+    return is_ours
 
 
 async def retiming_from(connection: asyncpg.Connection, place: Place) -> int | None:
@@ -565,14 +590,18 @@ async def standing(
 
 
 async def take_retiming(
-    connection: asyncpg.Connection, place: Place, since: int, until: int, revision: int
+    connection: asyncpg.Connection, place: Place, since: int, revision: int
 ) -> bool:
-    """Notes how far a changed step is done, until the end of the transaction for us alone.
+    """Whether nobody but us evaluates who waits at a step until the end of the transaction.
 
     Not where another daemon is at it, or the definition is not the one known.
     """
-    query = QUERIES["take_retiming"]
-    return await connection.fetchval(query, *place, since, until, revision) is not None
+    return await connection.fetchval(QUERIES["take_retiming"], *place, since, revision) is not None
+
+
+async def note_retiming(connection: asyncpg.Connection, place: Place, until: int) -> None:
+    """Notes up to which id a step is done."""
+    await connection.execute(QUERIES["note_retiming"], *place, until)
 
 
 async def lock_waiting(
@@ -589,11 +618,10 @@ async def lock_waiting(
     return waiting, [row["id"] for row in rows]
 
 
-async def retimed(
-    connection: asyncpg.Connection, place: Place, since: int, until: int | None
-) -> bool:
-    """Notes that a changed step is done up to an id, or for everybody; not if it changed again."""
-    return await connection.fetchval(QUERIES["retimed"], *place, since, until) is not None
+async def retimed(connection: asyncpg.Connection, place: Place, since: int) -> bool | None:
+    """Notes that a step is done: whether it is to be done again; None if another was faster."""
+    again: bool | None = await connection.fetchval(QUERIES["retimed"], *place, since)
+    return again
 
 
 async def new_transaction(connection: asyncpg.Connection) -> int:

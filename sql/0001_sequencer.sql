@@ -77,6 +77,7 @@ CREATE TABLE sequencer.steps (
     alt_next_step text,
     problem       text,
     retime_from   bigint,
+    retime_again  boolean NOT NULL DEFAULT false,
     PRIMARY KEY (sequence, name),
     FOREIGN KEY (sequence, next_step) REFERENCES sequencer.steps
         ON UPDATE CASCADE DEFERRABLE INITIALLY DEFERRED,
@@ -89,7 +90,8 @@ COMMENT ON COLUMN sequencer.steps.position IS 'The order of the definition; of s
 COMMENT ON COLUMN sequencer.steps.next_step IS 'Where "next" leads; NULL ends the journey.';
 COMMENT ON COLUMN sequencer.steps.alt_next_step IS 'Where "altNext" leads; NULL ends the journey.';
 COMMENT ON COLUMN sequencer.steps.problem IS 'Written by the daemon: why this step cannot be executed.';
-COMMENT ON COLUMN sequencer.steps.retime_from IS 'The step has changed: who waits here, with this id or a greater one, has yet to be looked at.';
+COMMENT ON COLUMN sequencer.steps.retime_from IS 'The step has changed, or NOTIFY asked for it: waiting enrollments with this id or a greater one have yet to be evaluated.';
+COMMENT ON COLUMN sequencer.steps.retime_again IS 'NOTIFY asked again meanwhile: all are evaluated once more after that.';
 
 CREATE TABLE sequencer.revisions (
     sequence text COLLATE "C" NOT NULL, -- without a foreign key: they outlive a deleted sequence
@@ -468,6 +470,13 @@ BEGIN
     SELECT r.document INTO last FROM sequencer.revisions AS r
      WHERE r.sequence = NEW.name ORDER BY r.revision DESC LIMIT 1;
     present := sequencer.document(NEW.name);
+    IF jsonb_array_length(present->'steps') > 20000 THEN
+        RAISE program_limit_exceeded USING
+            MESSAGE = format('sequence %L has %s steps; at most 20000 are possible',
+                             NEW.name, jsonb_array_length(present->'steps')),
+            SCHEMA = 'sequencer', TABLE = 'steps', COLUMN = 'sequence',
+            HINT = 'Split it: a step of type GoTo leads to another sequence.';
+    END IF;
     IF present IS DISTINCT FROM last THEN
         -- it is there already where SET CONSTRAINTS had a change of this transaction recorded before
         INSERT INTO sequencer.revisions (sequence, revision, at, by, document)
@@ -1058,7 +1067,7 @@ BEGIN
            ON sequencer.events TO sequencer_daemon;
         GRANT INSERT, UPDATE, DELETE ON sequencer.daemons, sequencer.problems TO sequencer_daemon;
         GRANT INSERT, DELETE ON sequencer.console_logouts TO sequencer_daemon;
-        GRANT UPDATE (problem, retime_from) ON sequencer.steps TO sequencer_daemon;
+        GRANT UPDATE (problem, retime_from, retime_again) ON sequencer.steps TO sequencer_daemon;
         GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.document,
               sequencer.add_event_partitions, sequencer.drop_event_partition, sequencer.delete_ended TO sequencer_daemon;
     END IF;

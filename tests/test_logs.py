@@ -189,7 +189,7 @@ async def test_no_secret_and_no_person_is_logged(
     web.close()
     post.close()
     lines = [json.loads(line) for line in errors.decode().splitlines()]
-    assert {"ready", "enrollment failed", "notification not understood", "stopped"} <= {
+    assert {"ready", "enrollment failed", "notifications not understood", "stopped"} <= {
         line["event"] for line in lines
     }
     assert any("wrong settings" in line["event"] for line in lines)
