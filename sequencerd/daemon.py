@@ -66,6 +66,7 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
                 name=name,
                 timeout=endpoint.timeout,
                 batch_size=endpoint.batch_size,
+                batch_bytes=endpoint.batch_bytes,
                 concurrency=endpoint.concurrency,
                 per_second=endpoint.per_second,
                 secret=_secret(endpoint.secret),

@@ -197,6 +197,7 @@ class HttpEndpoint(Retrying):
     url: str = Field(pattern=r"^https?://")
     timeout: float = Field(default=30.0, gt=0, le=3600)
     batch_size: int = Field(default=100, ge=1, le=1000)
+    batch_bytes: int = Field(default=96_000, ge=1000, le=100_000_000)
     concurrency: int = Field(default=4, ge=1, le=1000)
     per_second: float | None = Field(default=None, gt=0)
     secret: Secret | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -13,17 +14,42 @@ from dataclasses import replace
 from typing import Any
 
 from sequencerd import tracing
-from sequencerd.core.model import RETRY, DefinitionError, Failed, Result, RetryPolicy, Task
+from sequencerd.core.model import (
+    RETRY,
+    DefinitionError,
+    Failed,
+    NotStarted,
+    Result,
+    RetryPolicy,
+    Task,
+)
 from sequencerd.runners.answers import check_json, read_outcome
+from sequencerd.runners.fields import one_line
 from sequencerd.runners.pace import Pace
-from sequencerd.runners.web import Reply, Unreachable, Web, check_headers, check_url, judge
+from sequencerd.runners.web import (
+    MAX_ANSWER,
+    Reply,
+    Unreachable,
+    Web,
+    check_headers,
+    check_url,
+    judge,
+)
+
+BATCH_BYTES = 96_000
+"""Express, and proxies after it, take no more than 100 kB as it comes."""
+
+MAX_ITEM = 64 * 1024  # bytes of an answer for each enrollment, where that is more than MAX_ANSWER
+SHOWN_IDS = 5
+NO_JSON = "data holds a number that can't be written as JSON"
 
 
 class HttpRunner:
     """POSTs `{"config": ..., "runners": [...]}` and expects a list of `{"id", "action", ...}`.
 
-    `name` is the step type, for messages; `timeout` (seconds) is for a whole call, `per_second`
-    limits the calls, `secret` (whsec_...) signs them. Raises ValueError for settings that can't
+    `name` is the step type, for messages; `timeout` (seconds) is for a whole call, `batch_size` and
+    `batch_bytes` are the most in one, `per_second` limits the calls, `secret` (whsec_...) signs
+    them. Raises ValueError for settings that can't
     work.
     """
 
@@ -34,6 +60,7 @@ class HttpRunner:
         name: str,
         timeout: float = 30.0,
         batch_size: int = 100,
+        batch_bytes: int = BATCH_BYTES,
         concurrency: int = 4,
         per_second: float | None = None,
         secret: str | None = None,
@@ -46,7 +73,10 @@ class HttpRunner:
         self.batch_size = batch_size
         self.concurrency = concurrency
         self._pace = Pace(per_second)
-        self.timeout = timeout + self._pace.longest_wait(concurrency) + 1
+        self._call_timeout = timeout
+        # a batch that needs several calls begins none after the time of one
+        self.timeout = 2 * timeout + self._pace.longest_wait(concurrency) + 1
+        self._batch_bytes = batch_bytes
         self._url = check_url(url)
         self._name = name
         self._key = None if secret is None else read_secret(secret)
@@ -64,25 +94,59 @@ class HttpRunner:
         return json.dumps(config)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
-        """One call for all tasks; each is judged by its own part of the answer."""
+        """One call for all tasks, or several where it would be too large; each task is judged by
+        its own part of the answer.
+        """
         assert isinstance(program, str)
-        written = {task.key: _write(task) for task in tasks}
-        asked = [task for task in tasks if written[task.key] is not None]
-        answered: dict[str, Result] = {}
-        if asked:
-            events = ",".join(written[task.key] or "" for task in asked)
-            body = f'{{"config":{program},"runners":[{events}]}}'.encode()
-            await self._pace.turn()
-            try:
-                reply = await self._call(body, [task.key for task in asked])
-            except Unreachable as error:
-                failed: Result = error.failed(f"{self._name}: {error}")
-                answered = {task.key: failed for task in asked}
+        written = {task.key: event for task in tasks if (event := _write(task)) is not None}
+        bad = Failed(NO_JSON, permanent=True, asked=False)
+        results: dict[str, Result] = {task.key: bad for task in tasks if task.key not in written}
+        left = [task for task in tasks if task.key in written]
+        size = len(left)
+        since = _now()
+        while left:
+            batch = left[: min(size, self._fitting(program, left, written))]
+            answered = await self._ask(program, batch, written)
+            if answered is None:
+                size = max(len(batch) // 2, 1)
+                continue
+            results |= answered
+            left = left[len(batch) :]
+            failed = answered[batch[0].key]
+            if isinstance(failed, Failed) and failed.fault == "server":
+                rest: Result = replace(failed, unknown=False, asked=False)
+            elif _now() - since > self._call_timeout:
+                rest = NotStarted()
             else:
-                answered = self._judge(reply, asked)
-        text = "data holds a number that can't be written as JSON"
-        bad = Failed(text, permanent=True, asked=False)
-        return [answered.get(task.key, bad) for task in tasks]
+                continue
+            results |= {task.key: rest for task in left}
+            break
+        return [results[task.key] for task in tasks]
+
+    def _fitting(self, program: str, tasks: Sequence[Task], written: Mapping[str, str]) -> int:
+        """How many of the tasks fit into one call, one at least."""
+        room = self._batch_bytes - len(_body(program, []))
+        for count, task in enumerate(tasks):
+            room -= len(written[task.key]) + 1
+            if room < 0:
+                return max(count, 1)
+        return len(tasks)
+
+    async def _ask(
+        self, program: str, tasks: Sequence[Task], written: Mapping[str, str]
+    ) -> dict[str, Result] | None:
+        """One call; None where it was too large and fewer tasks may fit."""
+        body = _body(program, [written[task.key] for task in tasks])
+        await self._pace.turn()
+        try:
+            reply = await self._call(body, [task.key for task in tasks])
+        except Unreachable as error:
+            failed = error.failed(f"{self._name}: {error}")
+            return {task.key: failed for task in tasks}
+        if reply.status == 413 and len(tasks) > 1:
+            self._batch_bytes = min(self._batch_bytes, len(body) // 2)
+            return None
+        return self._judge(reply, tasks)
 
     async def _call(self, body: bytes, keys: Sequence[str]) -> Reply:
         id_ = keys[0] if len(keys) == 1 else batch_key(keys)
@@ -95,7 +159,13 @@ class HttpRunner:
         }
         if self._key is not None:
             headers |= sign(self._key, id_, int(time.time()), body)
-        return await self._web.call("POST", self._url, headers=headers, content=body)
+        return await self._web.call(
+            "POST",
+            self._url,
+            headers=headers,
+            content=body,
+            max_answer=max(MAX_ANSWER, len(keys) * MAX_ITEM),
+        )
 
     def _judge(self, reply: Reply, tasks: Sequence[Task]) -> dict[str, Result]:
         failed = judge(reply, f"{self._name} answered {reply.status} {reply.excerpt()}".rstrip())
@@ -115,8 +185,13 @@ class HttpRunner:
         id_ = str(task.view["id"])
         items = by_id.get(id_, [])
         if len(items) != 1:
-            said = "nothing" if not items else f"{len(items)} times"
-            return Failed(f"{self._name} answered {said} for the id {id_}", unknown=True)
+            said = f"{len(items)} times" if items else "nothing"
+            said += f" for the id {id_}"
+            if not items:
+                came = ", ".join(list(by_id)[:SHOWN_IDS]) or "none"
+                more = ", ..." if len(by_id) > SHOWN_IDS else ""
+                said += f"; ids that came: {one_line(came, 200)}{more}"
+            return Failed(f"{self._name} answered {said}", unknown=True)
         if items[0].get("action") is None:
             return Failed(f"{self._name} answered no action for the id {id_}", unknown=True)
         result = read_outcome(items[0])
@@ -137,13 +212,24 @@ def _write(task: Task) -> str | None:
         return None
 
 
+def _body(program: str, events: Sequence[str]) -> bytes:
+    return f'{{"config":{program},"runners":[{",".join(events)}]}}'.encode()
+
+
 def _by_id(items: list[Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The answers by id, which may come as a number or as text."""
+    """The answers by id, which may come as a number, as text, or as 7.0 from some languages."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for item in items:
-        if isinstance(item, dict) and isinstance(item.get("id"), int | str):
-            found.setdefault(str(item["id"]), []).append(item)
+        id_ = item.get("id") if isinstance(item, dict) else None
+        if isinstance(id_, float) and id_.is_integer():
+            id_ = int(id_)
+        if isinstance(id_, int | str) and not isinstance(id_, bool):
+            found.setdefault(str(id_), []).append(item)
     return found
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def batch_key(keys: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import re
 import socket
 import ssl
 import time
+import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ import httpx
 
 from sequencerd.core.model import Attribution, Failed
 from sequencerd.runners.causes import causes, is_exhausted
+from sequencerd.runners.encodings import EncodingError, decode
 from sequencerd.runners.fields import one_line
 
 MAX_ANSWER = 1024 * 1024  # bytes
@@ -152,6 +154,7 @@ class Web:
         content: bytes | None = None,
         form: Mapping[str, str] | None = None,
         auth: tuple[str, str] | None = None,
+        max_answer: int = MAX_ANSWER,
     ) -> Reply:
         """Sends a body, a form or nothing. Raises Unreachable."""
         named = httpx.URL(url)
@@ -175,10 +178,10 @@ class Web:
                 *others, last = await self._targets(named)
                 for target in others:
                     try:
-                        return await self._send(target, request, secrets)
+                        return await self._send(target, request, secrets, max_answer)
                     except httpx.ConnectError:
                         continue  # the host has another address
-                return await self._send(last, request, secrets)
+                return await self._send(last, request, secrets, max_answer)
         except TimeoutError:
             message = f"no answer from {_place(named)} within {self._timeout:g} s"
             raise Unreachable(message, sent=sent) from None
@@ -191,12 +194,12 @@ class Web:
             ) from error
 
     async def _send(
-        self, url: httpx.URL, request: Mapping[str, Any], secrets: frozenset[str]
+        self, url: httpx.URL, request: Mapping[str, Any], secrets: frozenset[str], max_answer: int
     ) -> Reply:
         async with self._client() as client:
             try:
                 async with client.stream(url=url, **request) as response:
-                    body = await _read(response)
+                    body = await _read(response, max_answer)
             except httpx.ProtocolError as error:
                 if _is_retired(error) and client is self._newest:
                     self._newest = None  # no other call begins on it
@@ -300,13 +303,18 @@ def _reason(error: BaseException) -> str:
     return one_line(str(cause)) or type(cause).__name__
 
 
-async def _read(response: httpx.Response) -> bytes:
+async def _read(response: httpx.Response, limit: int) -> bytes:
     body = bytearray()
     async for chunk in response.aiter_raw():
         body += chunk
-        if len(body) > MAX_ANSWER:
-            raise Unreachable(f"the answer has more than {MAX_ANSWER} bytes", sent=True)
-    return bytes(body)
+        if len(body) > limit:
+            raise Unreachable(f"the answer has more than {limit} bytes", sent=True)
+    try:
+        return decode(bytes(body), response.headers.get("Content-Encoding", ""), limit)
+    except EncodingError as error:
+        raise Unreachable(str(error), sent=True) from None
+    except zlib.error as error:
+        raise Unreachable(f"the compressed answer can't be read: {error}", sent=True) from None
 
 
 def check_url(url: str) -> str:
@@ -335,18 +343,20 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def judge(reply: Reply, message: str) -> Failed | None:
     """What a status means: None for 2xx.
 
-    4xx is permanent but for 408, 425 and 429. 429, and 503 with Retry-After, are the server's;
-    so are redirects, which are not followed: who moves an endpoint changes the settings. Other
-    5xx and 408 may be its fault or that of one enrollment. After 502 and 504, which a gateway
-    answers, it may have taken place.
+    4xx is permanent but for 408, 409, 425 and 429. 429, and 503 with Retry-After, are the
+    server's; so are 401, 403 and 407, which want another login; and redirects, which are not
+    followed: who moves an endpoint changes the settings. Other 5xx and 408 may be its fault or
+    that of one enrollment. 409 says that the same request is still being worked on. After 502 and
+    504, which a gateway answers, it may have taken place.
     """
     if 200 <= reply.status < 300:
         return None
     wait = retry_after(reply.headers)
     throttled = reply.status == 429 or (reply.status == 503 and wait is not None)
-    permanent = 400 <= reply.status < 500 and reply.status not in (408, 425, 429)
+    is_operators = reply.status < 400 or reply.status in (401, 403, 407)
+    permanent = reply.status < 500 and not is_operators and reply.status not in (408, 409, 425, 429)
     fault: Attribution = "enrollment"
-    if throttled or reply.status < 400:
+    if throttled or is_operators:
         fault = "server"
     elif reply.status >= 500 or reply.status == 408:
         fault = "unclear"

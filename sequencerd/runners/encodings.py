@@ -1,0 +1,51 @@
+"""Compressed answers (RFC 9110, 8.4.1), unpacked within bounds."""
+
+from __future__ import annotations
+
+import zlib
+
+
+class EncodingError(Exception):
+    """An answer that can't be unpacked, with the reason."""
+
+
+def decode(body: bytes, encodings: str, limit: int) -> bytes:
+    """The body without its encodings, as Content-Encoding lists them.
+
+    Raises EncodingError, before much more than `limit` bytes are made of it.
+    """
+    names = [name.strip().lower() for name in encodings.split(",")]
+    for name in reversed([name for name in names if name not in ("", "identity")]):
+        if name in ("gzip", "x-gzip"):
+            body = _inflate(body, 16 + zlib.MAX_WBITS, limit)
+        elif name == "deflate":
+            # by its definition with zlib's header, which some leave out
+            try:
+                body = _inflate(body, zlib.MAX_WBITS, limit)
+            except zlib.error:
+                body = _inflate(body, -zlib.MAX_WBITS, limit)
+        else:
+            raise EncodingError(f"the answer is encoded as {name[:20]!r}: send it plain or as gzip")
+    return body
+
+
+def _inflate(body: bytes, window: int, limit: int) -> bytes:
+    """All members of a stream, one behind the other. Raises EncodingError, or zlib.error at once
+    for what has another header.
+    """
+    found = bytearray()
+    rest = body
+    while rest:
+        stream = zlib.decompressobj(window)
+        try:
+            found += stream.decompress(rest, limit + 1 - len(found))
+        except zlib.error:
+            if rest is body:
+                raise
+            break  # what stands behind the last member is padding
+        if len(found) > limit:
+            raise EncodingError(f"the answer has more than {limit} bytes when it is unpacked")
+        if not stream.eof:
+            raise EncodingError("the compressed answer is cut off")
+        rest = stream.unused_data if window > zlib.MAX_WBITS else b""
+    return bytes(found)
