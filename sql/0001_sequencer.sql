@@ -302,12 +302,30 @@ CREATE TABLE sequencer.suppressions (
 
 COMMENT ON TABLE sequencer.suppressions IS 'Addresses and subjects that get no more messages; e-mail addresses are kept in lower case, numbers without what people put between the digits.';
 
+-- runners/numbers.py does the same with the number that a message goes to: blanks, dashes and what is
+-- not seen are taken out, and the zero for calls within the country as in +49 (0)151.
 CREATE FUNCTION sequencer.normalise_suppression() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    separators CONSTANT text := '['
+        '\s\u00a0\u00ad\u058a\u05be\u061c\u1680\u1806\u180e\u2000-\u2015\u2028-\u202f\u2043\u2044'
+        '\u205f-\u206f\u2212\u2215\u2e17\u2e1a\u2e3a\u2e3b\u3000\u301c\u3030\u30a0\u30fc\ufe31\ufe32'
+        '\ufe58\ufe63\ufeff\uff0d().\/-]';
+    channel text;
+    number text;
 BEGIN
-    NEW.address := lower(btrim(NEW.address, E' \t\r\n'));
-    IF NEW.channel = 'sms' AND NEW.address ~ '^[+0-9\s().-]+$' THEN
-        NEW.address := regexp_replace(NEW.address, '[\s().-]', '', 'g');
+    NEW.address := lower(btrim(NEW.address, E' \t\r\n\u00a0\u3000'));
+    IF NEW.channel = 'sms' THEN
+        number := translate(NEW.address, '０１２３４５６７８９＋（）．／', '0123456789+()./');
+        number := regexp_replace(number, '^' || separators || '+', '');
+        channel := coalesce(substring(number FROM '^[a-z][a-z0-9.+-]*:'), '');
+        number := regexp_replace(substr(number, length(channel) + 1), '^' || separators || '+', '');
+        IF number ~ ('^([+0-9]|' || separators || ')+$') THEN
+            number := regexp_replace(number, '^(\+(?!(?:39|378|379|225|241|242)' || separators
+                || ')[1-9][0-9]{0,2})' || separators || '*\(\s*0\s*\)', '\1');
+            NEW.address := CASE channel WHEN 'tel:' THEN '' ELSE channel END
+                || regexp_replace(number, separators, '', 'g');
+        END IF;
     END IF;
     RETURN NEW;
 END $$;

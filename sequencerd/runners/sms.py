@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 
@@ -15,7 +16,6 @@ from sequencerd.core.config import Config, Faults, parse_config
 from sequencerd.core.model import (
     RETRY,
     Answer,
-    Attribution,
     Failed,
     Fault,
     Result,
@@ -30,6 +30,7 @@ from sequencerd.runners.fields import (
     one_line,
     render,
 )
+from sequencerd.runners.numbers import read_number
 from sequencerd.runners.pace import Pace
 from sequencerd.runners.suppressions import Suppressions
 from sequencerd.runners.web import (
@@ -42,12 +43,14 @@ from sequencerd.runners.web import (
     retry_after,
 )
 
-_NUMBER = re.compile(r"\+[1-9][0-9]{1,14}")  # E.164
-_WRITTEN = re.compile(r"[\s().-]")  # as people write numbers
-
 # Twilio's error codes that say more than the status: https://www.twilio.com/docs/api/errors
-_THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022})
-_PASSING = frozenset({20003, 20005, 30002, 30008})  # the account, or nobody knows what
+_THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63018})
+_DAILY = frozenset({63038})  # the account's messages of a day
+_OPERATORS = frozenset({20003, 20005, 30002})  # the login, or an account that is suspended
+_ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region, also with 403
+_CARRIERS_DAY = 30027  # a carrier's messages of a day
+_PASSING = frozenset({30008, _CARRIERS_DAY})  # nobody knows what
+NO_TIME = timedelta(0)
 
 
 class SmsConfig(Config):
@@ -206,10 +209,17 @@ class TwilioRunner(_SmsRunner):
             if field in values
         }
         reply = await self._web.call("POST", self._url, headers={}, form=form, auth=self._auth)
-        return _judge_twilio(reply, values["to"])
+        return _judge_twilio(reply, values["to"], datetime.now(UTC))
 
 
-def _judge_twilio(reply: Reply, to: str) -> Result:
+def rest_of_day(now: datetime) -> timedelta:
+    """The time until the next day in UTC, when caps of a day begin anew."""
+    return timedelta(days=1) - timedelta(
+        hours=now.hour, minutes=now.minute, seconds=now.second, microseconds=now.microsecond
+    )
+
+
+def _judge_twilio(reply: Reply, to: str, now: datetime) -> Result:
     """Twilio's answer: by its error code where there is one, else by the status."""
     try:
         receipt = _Receipt.model_validate_json(reply.body)
@@ -218,12 +228,16 @@ def _judge_twilio(reply: Reply, to: str) -> Result:
     code = receipt.code if receipt.code is not None else receipt.error_code
     text = receipt.message or receipt.error_message or reply.excerpt()
     message = one_line(f"Twilio refuses {to}: {code or reply.status} {text}")
-    if code in _THROTTLED:
-        return Failed(message, retry_after=retry_after(reply.headers), fault="server")
-    if code in _PASSING or reply.status in (401, 403):  # the operator's to mend
-        fault: Attribution = "server" if reply.status in (401, 403) else "enrollment"
-        return Failed(message, retry_after=retry_after(reply.headers), fault=fault)
+    asked = retry_after(reply.headers)
+    if code in _DAILY:
+        return Failed(message, retry_after=max(asked or NO_TIME, rest_of_day(now)), fault="server")
+    if code in _THROTTLED or code in _OPERATORS:
+        return Failed(message, retry_after=asked, fault="server")
+    if code in _PASSING:
+        return Failed(message, retry_after=rest_of_day(now) if code == _CARRIERS_DAY else asked)
     failed = judge(reply, message)
+    if failed is not None and code in _ABOUT_MESSAGE and reply.status < 500:
+        failed = replace(failed, permanent=True, fault="enrollment")
     if failed is None and receipt.status in ("failed", "undelivered"):
         failed = Failed(message, permanent=code is not None)
     status = reply.status if receipt.status is None else receipt.status
@@ -277,13 +291,3 @@ class HttpSmsRunner(_SmsRunner):
         if failed is not None and reply.status in (401, 403):  # the operator's to mend
             return Failed(failed.message, fault="server")
         return failed or Answer(message=f"sent to {values['to']}: {answer}")
-
-
-def read_number(field: str, text: str) -> str:
-    """A telephone number in E.164 form, +4915112345678. Raises RenderError."""
-    number = _WRITTEN.sub("", text)
-    if not _NUMBER.fullmatch(number):
-        raise RenderError(
-            f"{field}: {one_line(text, 40)!r} is no international number such as +4915112345678"
-        )
-    return number

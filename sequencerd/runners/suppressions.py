@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Iterable
 from collections.abc import Set as AbstractSet
 from typing import Literal
 
 import idna
 
+from sequencerd.runners.numbers import normalise
+
 Channel = Literal["email", "sms"]
 Key = tuple[str, str]
 """A channel and an address as `sequencer.suppressions` has it."""
-
-_WRITTEN = re.compile(r"[\s().-]")  # as people write numbers
 
 
 class Suppressions:
@@ -53,7 +52,7 @@ def forms(address: str) -> set[str]:
     plain = address.strip().lower()
     local, at, domain = plain.rpartition("@")
     if not at:
-        return {plain, _WRITTEN.sub("", plain)}
+        return {plain, normalise(address)}
     try:
         written = idna.decode(domain)
     except ValueError:

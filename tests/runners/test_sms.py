@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
 
 from sequencerd.core.model import Answer, DefinitionError, Failed, Result
-from sequencerd.runners.sms import HttpSmsRunner, TwilioRunner
+from sequencerd.runners.sms import HttpSmsRunner, TwilioRunner, rest_of_day
 from tests.runners import servers
 from tests.runners.servers import KEY, HttpServer, Request, http_server, task
 
@@ -85,6 +85,8 @@ async def test_a_messaging_service_instead_of_a_sender() -> None:
         (408, None, False, "unclear"),
         (429, 20429, False, "server"),
         (429, None, False, "server"),
+        (403, 21408, True, "enrollment"),  # a region that is not enabled
+        (403, 20005, False, "server"),  # the account is not active
         (400, 14107, False, "server"),
         (400, 30022, False, "server"),
         (500, 20500, False, "unclear"),
@@ -101,6 +103,35 @@ async def test_refusals(status: int, code: int | None, permanent: bool, fault: s
     assert bad.message == f"Twilio refuses +4915112345678: {code or status} the reason"
     assert bad.retry_after == (None if status == 503 else timedelta(seconds=30))
     assert "the-token" not in bad.message
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "fault"), [(429, 63038, "server"), (400, 30027, "enrollment")]
+)
+async def test_a_cap_of_a_day_waits_for_the_day(status: int, code: int, fault: str) -> None:
+    message = "Account exceeded the 50 daily messages limit"
+    body = {"code": code, "message": message, "status": status}
+    before = rest_of_day(datetime.now(UTC))
+    bad = failed((await send(servers.Answer(status, json.dumps(body).encode())))[0])
+    assert (bad.permanent, bad.fault) == (False, fault)
+    assert bad.retry_after is not None
+    assert abs(bad.retry_after - before) < timedelta(minutes=5) or before < timedelta(minutes=5)
+
+
+def test_the_rest_of_a_day() -> None:
+    assert rest_of_day(datetime(2026, 1, 2, 23, 59, 30, tzinfo=UTC)) == timedelta(seconds=30)
+    assert rest_of_day(datetime(2026, 1, 2, tzinfo=UTC)) == timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    "to", ["whatsapp:+49 (0)151 12345678", "rcs:+4915112345678", "\u202a+49 (0)151 12345678\u202c"]
+)
+async def test_numbers_and_channels_as_twilio_wants_them(to: str) -> None:
+    result, server = await send(SENT, phone=to)
+    assert isinstance(result, Answer)
+    sent_to = parse_qs(server.requests[0].body.decode())["To"]
+    channel = to.partition(":")[0] + ":" if ":" in to else ""
+    assert sent_to == [f"{channel}+4915112345678"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""Telephone numbers as they are written, and as they are sent to: E.164, +4915112345678.
+
+`sequencer.normalise_suppression` in the database brings the entries of suppressions into the same
+form; the two are compared by a test.
+"""
+
+from __future__ import annotations
+
+import re
+
+from sequencerd.runners.fields import RenderError, one_line
+
+_NUMBER = re.compile(r"\+[1-9][0-9]{1,14}")
+_WIDE = str.maketrans("０１２３４５６７８９＋（）．／", "0123456789+()./")
+
+SEPARATORS = (
+    r"\s\u00a0\u00ad\u058a\u05be\u061c\u1680\u1806\u180e\u2000-\u2015\u2028-\u202f\u2043\u2044"
+    r"\u205f-\u206f\u2212\u2215\u2e17\u2e1a\u2e3a\u2e3b\u3000\u301c\u3030\u30a0\u30fc\ufe31\ufe32"
+    r"\ufe58\ufe63\ufeff\uff0d().\/-"
+)
+"""Blanks, dashes, slashes, dots and brackets, and characters that are not seen, which come along
+where a number is copied from a page or an address book.
+"""
+
+_CHANNEL = re.compile(r"([a-z][a-z0-9.+-]*):(.*)", re.DOTALL)
+_WRITTEN = re.compile(rf"[+0-9{SEPARATORS}]+")
+_AHEAD = re.compile(rf"^[{SEPARATORS}]+")
+_SEPARATOR = re.compile(rf"[{SEPARATORS}]")
+_TRUNK_ZERO = re.compile(
+    # these keep the zero of the area: Italy and what is around it, and three in Africa
+    rf"^(\+(?!(?:39|378|379|225|241|242)[{SEPARATORS}])[1-9][0-9]{{0,2}})[{SEPARATORS}]*\([\s]*0[\s]*\)"
+)
+
+
+def normalise(text: str) -> str:
+    """A number without what is written between its digits; other addresses in lower case.
+
+    The zero in +49 (0)151 is for calls within the country, and not part of the number. `tel:` is
+    dropped; whatsapp:+49 151 ... keeps its channel.
+    """
+    plain = text.strip().lower().translate(_WIDE)
+    channel = ""
+    if matched := _CHANNEL.fullmatch(_AHEAD.sub("", plain)):
+        channel, plain = f"{matched[1]}:".removeprefix("tel:"), matched[2]
+    if not _WRITTEN.fullmatch(plain):
+        return channel + plain
+    return channel + _SEPARATOR.sub("", _TRUNK_ZERO.sub(r"\1", _AHEAD.sub("", plain)))
+
+
+def read_number(field: str, text: str) -> str:
+    """Whom a message goes to: a number in E.164 form, or an address of another channel such as
+    whatsapp:+4915112345678. Raises RenderError.
+    """
+    number = normalise(text)
+    if _NUMBER.fullmatch(number):
+        return number
+    channel, colon, rest = number.partition(":")
+    if colon and rest and rest.isprintable() and " " not in rest and _CHANNEL.fullmatch(number):
+        # an address may have capitals, as those of the channel messenger: do; a number has none
+        return number if _NUMBER.fullmatch(rest) else f"{channel}:{text.strip().partition(':')[2]}"
+    raise RenderError(
+        f"{field}: {one_line(text, 40)!r} is no international number such as +4915112345678"
+    )
