@@ -484,7 +484,9 @@ class Engine:
                 await self._move_all(connection, batch, claimed, now)
                 return
             for enrollment in claimed:
-                text = f"it cannot be written: {failure}"
+                is_text = isinstance(failure, UnicodeError | asyncpg.CharacterNotInRepertoireError)
+                verb = "read or written" if is_text else "written"
+                text = f"it cannot be {verb}: {failure}"
                 unwritten = failed(enrollment, now, text, failure_code(failure))
                 self._writer.add(batch, enrollment, unwritten, now)
             await self._writer.write(connection, batch, now)

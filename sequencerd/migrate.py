@@ -87,6 +87,12 @@ async def _check_server(connection: asyncpg.Connection) -> None:
     number = await connection.fetchval(QUERIES["server_version"])
     if number < OLDEST_SERVER:
         raise DatabaseError(f"PostgreSQL 15 or newer is needed, this is {number // 10000}")
+    encoding = await connection.fetchval(QUERIES["server_encoding"])
+    if encoding != "UTF8":
+        raise DatabaseError(
+            f"the database's encoding is {encoding}, and must be UTF8; "
+            "CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and move the data there"
+        )
 
 
 def _missing(wanted: Sequence[Migration], applied: Sequence[asyncpg.Record]) -> list[Migration]:

@@ -668,6 +668,9 @@ INSERT INTO sequencer.migrations (version, name, checksum) VALUES ($1, $2, $3);
 -- name: server_version
 SELECT current_setting('server_version_num')::integer;
 
+-- name: server_encoding
+SELECT current_setting('server_encoding');
+
 -- name: server_facts
 SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_standby,
        pg_backend_pid() AS pid, current_setting('transaction_read_only') = 'on' AS is_read_only,

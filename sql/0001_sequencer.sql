@@ -775,6 +775,37 @@ CREATE TRIGGER begin_as_the_last BEFORE INSERT ON sequencer.enrollments
 CREATE TRIGGER begin_enrollment BEFORE INSERT ON sequencer.enrollments
     FOR EACH ROW WHEN (NEW.reentry IS NULL) EXECUTE FUNCTION sequencer.begin_enrollment();
 
+-- Data are read and written with every move of a batch. A database may allow more, or less:
+-- ALTER DATABASE ... SET sequencer.max_data = '5MB'. Small ones don't get here.
+CREATE FUNCTION sequencer.limit_data() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    size bigint := pg_column_size(NEW.data);
+    most bigint;
+BEGIN
+    BEGIN
+        most := pg_size_bytes(nullif(current_setting('sequencer.max_data', true), ''));
+    EXCEPTION WHEN data_exception THEN -- what is no size is as if it were not set
+        most := NULL;
+    END;
+    IF most IS NULL OR most <= 0 THEN
+        most := 1024 * 1024;
+    END IF;
+    IF size > most THEN
+        RAISE program_limit_exceeded USING
+            MESSAGE = format('data of subject %L in sequence %L have %s, more than the limit of %s',
+                             NEW.subject, NEW.sequence, pg_size_pretty(size),
+                             pg_size_pretty(most)),
+            SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'data',
+            HINT = 'Keep large data in a table of yours; ALTER DATABASE ... SET sequencer.max_data raises the limit.';
+    END IF;
+    RETURN NEW;
+END $$;
+
+CREATE TRIGGER limit_data BEFORE INSERT OR UPDATE OF data ON sequencer.enrollments
+    FOR EACH ROW WHEN (pg_column_size(NEW.data) > 2000)
+    EXECUTE FUNCTION sequencer.limit_data();
+
 -- Changed data are looked at at once, but not before a later start, nor while a side effect runs:
 -- its end is followed by another look anyway.
 CREATE FUNCTION sequencer.look_again() RETURNS trigger

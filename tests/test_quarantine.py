@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
+from sequencerd import migrate, store
+from sequencerd.clock import Clock
 from sequencerd.core.model import Answer, Result, Task
-from tests.conftest import with_login
+from tests.conftest import Command, execute, with_database, with_login
 from tests.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 QUARANTINED = (
@@ -315,3 +321,170 @@ async def test_an_error_of_the_environment_passes_and_fails_nobody(
     statuses = await connection.fetch("SELECT DISTINCT status FROM sequencer.enrollments")
     assert [row["status"] for row in statuses] == ["completed"]
     assert gate.begun == 10
+
+
+# --- what can't be read, and what is large
+
+
+async def test_a_database_that_is_not_utf8_is_refused(server: str, tmp_path: Path) -> None:
+    name = f"ascii_{uuid4().hex[:12]}"
+    await execute(
+        server, f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0"
+    )
+    sequencerd = Command(with_database(server, name), tmp_path)
+    try:
+        for command in ("migrate", "run", "status"):
+            await asyncio.to_thread(sequencerd, command, code=1)
+            assert "the database's encoding is SQL_ASCII, and must be UTF8" in sequencerd.errors
+        found = await asyncio.to_thread(sequencerd, "doctor", code=1)
+        assert "encoding is SQL_ASCII" in found
+    finally:
+        await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def test_a_row_that_cannot_be_read_fails_alone(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def accept(_: asyncpg.Connection) -> None:
+        pass
+
+    monkeypatch.setattr(migrate, "_check_server", accept)
+    name = f"ascii_{uuid4().hex[:12]}"
+    await execute(
+        server, f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0"
+    )
+    url = with_database(server, name)
+    connection = await asyncpg.connect(url)
+    try:
+        await migrate.migrate(connection)
+        await define(connection, "s", ("note", "Note", "{}", None))
+        bad = await connection.fetchval(
+            "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', E'caf\\351')"
+            " RETURNING id"
+        )
+        recorder = Recorder()
+        async with running_engine(url, {"Note": recorder}):
+            for number in range(3):
+                await enroll(connection, "s", f"u{number}")
+            await until(connection, DONE, 3)
+            await until(
+                connection, "SELECT status = 'failed' FROM sequencer.enrollments WHERE id = $1", bad
+            )
+            error = "SELECT last_error FROM sequencer.enrollments WHERE id = $1"
+            assert (
+                "it cannot be read or written: invalid byte sequence"
+                in await connection.fetchval(error, bad)
+            )
+        assert len(recorder.keys) == 3
+    finally:
+        await connection.close()
+        await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def test_a_claim_is_bounded_by_bytes(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MAX_BYTES", 1_000_000)
+    await define(connection, "s", ("note", "Note", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data)"
+        " SELECT 's', 'u' || n, jsonb_build_object('n', n, 'text', repeat('x', 300000))"
+        " FROM generate_series(1, 30) AS n"
+    )
+    place, at = ("s", "note"), Clock().now() + timedelta(hours=1)
+    revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
+    claimed, locked = await store.claim(connection, place, at, revision, 100, daemon="me", but=[])
+    assert locked == 30
+    assert 1 <= len(claimed) <= 5
+    assert all(len(one.data) > 300_000 for one in claimed)
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, DONE, 30)
+    assert {view["data"]["n"] for view in recorder.views} == set(range(1, 31))
+
+
+@pytest.mark.parametrize(
+    ("setting", "size", "is_taken"),
+    [
+        (None, 1_000_000, True),
+        (None, 1_100_000, False),
+        ("2MB", 1_100_000, True),
+        ("10 kB", 11_000, False),
+        ("nonsense", 1_000_000, True),
+        ("nonsense", 1_100_000, False),
+        ("-1", 1_100_000, False),
+    ],
+)
+async def test_data_beyond_the_limit_are_refused(
+    connection: asyncpg.Connection, setting: str | None, size: int, is_taken: bool
+) -> None:
+    await define(connection, "s", ("note", "Note", "{}", None))
+    small = await enroll(connection, "s", "small")
+    if setting is not None:
+        await connection.execute(f"SET sequencer.max_data = '{setting}'")
+    data = json.dumps({"text": "x" * size})
+    update = "UPDATE sequencer.enrollments SET data = $2 WHERE id = $1"
+    if is_taken:
+        await enroll(connection, "s", "large", data)
+        await connection.execute(update, small, data)
+        return
+    with pytest.raises(asyncpg.ProgramLimitExceededError, match="'large' in sequence 's' have"):
+        await enroll(connection, "s", "large", data)
+    with pytest.raises(asyncpg.ProgramLimitExceededError, match="more than the limit"):
+        await connection.execute(update, small, data)
+
+
+async def test_an_answer_with_data_beyond_the_limit_fails_its_own_enrollment(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def answer(task: Task) -> Result:
+        return Answer(data={"text": "x" * (2_000_000 if task.view["subject"] == "bad" else 1)})
+
+    await define(connection, "s", ("note", "Note", "{}", None))
+    recorder = Recorder(answer)
+    async with running_engine(database, {"Note": recorder}):
+        for name in ("good", "bad"):
+            await enroll(connection, "s", name)
+        await until(connection, ALL_ENDED)
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE subject = 'bad'")
+    assert row["status"] == "failed"
+    assert "its side effect is done (next), but it cannot be written" in row["last_error"]
+    assert "more than the limit of 1024 kB" in row["last_error"]
+    assert len(recorder.keys) == 2
+
+
+# --- what nobody knows
+
+
+async def test_sequences_that_do_not_exist_are_asked_for_once(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await connection.execute(
+        "SET session_replication_role = replica;"
+        "INSERT INTO sequencer.enrollments (sequence, step, subject, reentry)"
+        " SELECT 'none' || n, 'a', 'u' || n, 'always' FROM generate_series(1, 200) AS n;"
+        "RESET session_replication_role"
+    )
+    asked = 0
+    revisions = store.revisions
+
+    async def counted(connection: asyncpg.Connection) -> dict[str, int]:
+        nonlocal asked
+        asked += 1
+        return await revisions(connection)
+
+    monkeypatch.setattr(store, "revisions", counted)
+    async with running_engine(database, {"Note": Recorder()}) as engine:
+        async with asyncio.timeout(60):
+            while len(engine.catalog.unknown) < 200:  # noqa: ASYNC110 - counted in the same loop
+                await asyncio.sleep(0.01)
+        asked = 0
+        for _ in range(3):
+            await engine.sweep()
+        await define(connection, "s", ("note", "Note", "{}", None))
+        await enroll(connection, "s", "ada")
+        await until(connection, DONE, 1)
+        assert asked < 20
+        # and one that is made after all is found
+        await define(connection, "none7", ("a", "Note", "{}", None))
+        await until(connection, DONE, 2)

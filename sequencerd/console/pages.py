@@ -49,6 +49,7 @@ async def overview(request: Request) -> Response:
     state = state_of(request)
     counts = await state.summary.get()
     table = reading.overview(counts, query_of(request)) if counts else None
+    problems = counts.problems if counts else []
     return render(
         request,
         "overview.html",
@@ -58,6 +59,7 @@ async def overview(request: Request) -> Response:
         counts=counts,
         since=_since(counts),
         overview=table,
+        problems=[state.mask({**row, "last_error": row["message"]}) for row in problems],
     )
 
 

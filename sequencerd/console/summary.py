@@ -23,6 +23,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.store import Place, brief, read
 
 MOST = 1_000_000  # people at a step: there may be more
+MOST_PROBLEMS = 100  # of those that daemons report
 DAYS = 14
 RESTS = 9  # times as long as it worked
 SHORTEST = 1.0  # seconds between counts
@@ -54,6 +55,7 @@ class Counts:
     sequences: list[Row]
     steps: list[Row]
     failed: list[Row]
+    problems: list[Row]  # that daemons report
     flow: Flow
     stays: Mapping[Place, float]  # the median in seconds
     flow_since: date | None  # from this day on the flow is known
@@ -139,11 +141,12 @@ class Summary:
         sequences = await read(self._pool, "console_sequences")
         steps = await read(self._pool, "console_steps", now, MOST, seconds=TIMEOUT)
         failed = await read(self._pool, "console_failed", MOST, seconds=TIMEOUT)
+        problems = await read(self._pool, "reported_problems", None, MOST_PROBLEMS)
         if self._counts is not None:  # the first look is for who waits for it
             await self._count_flow(now)
         stays = {place: median(kept) for place, kept in self._stays.items() if kept}
         flow = {key: Counter(days) for key, days in self._flow.items()}
-        return Counts(now, sequences, steps, failed, flow, stays, self._known_since)
+        return Counts(now, sequences, steps, failed, problems, flow, stays, self._known_since)
 
     async def _count_flow(self, now: datetime) -> None:
         """What has happened since the last time, and one more day of the past."""

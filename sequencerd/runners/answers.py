@@ -17,6 +17,9 @@ from sequencerd.runners.fields import one_line
 
 LONGEST = 10 * 366 * 86_400  # seconds
 MAX_MESSAGE = 1_000  # characters
+FIRST_YEAR, LAST_YEAR = 1900, 9998  # of what the database keeps as a time
+
+_YEARS = f"write a time in the years {FIRST_YEAR} to {LAST_YEAR}"
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
@@ -46,14 +49,7 @@ class Outcome(BaseModel):
     @field_validator("wake_at")
     @classmethod
     def _check_date(cls, value: datetime | None) -> datetime | None:
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("write the offset, as in 2030-01-01T09:00:00Z")
-        try:
-            return value.astimezone(UTC)
-        except OverflowError as error:
-            raise ValueError("beyond the calendar") from error
+        return None if value is None else check_date(value)
 
     @field_validator("data")
     @classmethod
@@ -61,6 +57,19 @@ class Outcome(BaseModel):
         if value is not None:
             check_json(value)
         return value
+
+
+def check_date(value: datetime) -> datetime:
+    """A time in UTC. Raises ValueError for what the database doesn't take."""
+    if value.tzinfo is None:
+        raise ValueError("write the offset, as in 2030-01-01T09:00:00Z")
+    try:
+        value = value.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(_YEARS) from error
+    if not FIRST_YEAR <= value.year <= LAST_YEAR:
+        raise ValueError(_YEARS)
+    return value
 
 
 def check_json(value: object) -> None:

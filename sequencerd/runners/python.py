@@ -31,7 +31,7 @@ from pydantic import BaseModel
 from sequencerd.core.config import parse_config
 from sequencerd.core.model import RETRY, Answer, Attribution, Failed, Result, RetryPolicy, Task
 from sequencerd.runners import Refused, Runner
-from sequencerd.runners.answers import PLAIN, StrictOutcome, read_outcome
+from sequencerd.runners.answers import PLAIN, StrictOutcome, check_date, read_outcome
 from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.fields import one_line
 
@@ -163,6 +163,12 @@ class PythonRunner:
         return [self._result(item) for item in answer]
 
     def _result(self, answer: object) -> Result:
+        if isinstance(answer, Answer) and answer.wake_at is not None:
+            try:
+                check_date(answer.wake_at)
+            except ValueError as error:
+                text = f"{self._name}: the answer can't be used: wakeAt: {error}"
+                return Failed(text, fault="unclear", unknown=True)
         if isinstance(answer, Answer | Failed):
             return answer
         result = read_outcome(answer, StrictOutcome)

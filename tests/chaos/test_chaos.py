@@ -126,6 +126,46 @@ async def test_daemons_are_restarted_and_nothing_is_done_twice(world: World) -> 
     await check(world, duplicates=False)
 
 
+async def test_no_fault_of_one_enrollment_reaches_another(world: World) -> None:
+    """A trigger refuses some, another session holds the rows of others for longer than a lease, and
+    a lock_timeout ends what waits: those who are not concerned go on, and everything of theirs is
+    done once.
+    """
+    connection = await asyncpg.connect(world.database)
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute(f"ALTER DATABASE \"{name}\" SET lock_timeout = '500ms'")
+    world.sink.slow = 0.1
+    world.faulty = {f"u{number}" for number in range(100_000) if number % 10 in (3, 7)}
+    await world.keep(2)
+    app = asyncio.create_task(world.enroll(SECONDS))
+    held = await asyncpg.connect(world.database)
+    while not app.done():
+        code = world.rng.choice(["P0001", "42501", "23514", "40001", "57014", "XX001"])
+        timing = world.rng.choice(["BEFORE", "AFTER"])
+        world.note(f"{timing} {code}")
+        await connection.execute(
+            "CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            f" RAISE 'refused' USING ERRCODE = '{code}'; END $$;"
+            f"CREATE TRIGGER fail {timing} UPDATE ON sequencer.enrollments FOR EACH ROW"
+            " WHEN (NEW.subject LIKE '%3') EXECUTE FUNCTION fail()"
+        )
+        async with held.transaction():
+            await held.execute(
+                "SELECT FROM sequencer.enrollments WHERE subject LIKE '%7'"
+                " ORDER BY id DESC LIMIT 20 FOR UPDATE SKIP LOCKED"
+            )
+            await asyncio.sleep(LEASE + 1)
+        await connection.execute("DROP TRIGGER fail ON sequencer.enrollments")
+        async with held.transaction():
+            await held.execute("LOCK TABLE sequencer.events IN SHARE MODE")
+            await asyncio.sleep(1)
+    await app
+    await held.close()
+    await connection.close()
+    await world.drain(2)
+    await check(world)
+
+
 # --- what it talks to
 
 

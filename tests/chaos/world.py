@@ -231,6 +231,7 @@ class World:
         self.sink = Sink(random.Random(seed + 1))
         self.daemons: list[Daemon] = []
         self.acknowledged: list[str] = []
+        self.faulty: set[str] | None = None  # subjects, where all others are blameless
         self.plan: list[str] = []  # what was done, for who reads a failure
         self.settings = ""  # of the daemons, in TOML
         self.environment: dict[str, str] = {}

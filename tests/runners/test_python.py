@@ -270,3 +270,21 @@ def test_an_object_that_is_a_runner_is_taken_as_it_is() -> None:
 def test_limits_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="above 0"):
         runner(**wrong)
+
+
+@pytest.mark.parametrize("year", [1899, 9999])
+async def test_a_time_that_the_database_does_not_take_is_an_answer_that_cannot_be_used(
+    year: int,
+) -> None:
+    wake = datetime(year, 6, 1, tzinfo=UTC)
+
+    async def as_object(config: Any, runner: Any) -> dict[str, Any]:
+        return {"action": "noop", "wakeAt": wake.isoformat()}
+
+    async def as_answer(config: Any, runner: Any) -> Answer:
+        return Answer(Action.NOOP, wake_at=wake)
+
+    for function in (as_object, as_answer):
+        (result,) = await run(function)
+        assert "the answer can't be used: wakeAt" in failed(result).message
+        assert "write a time in the years 1900 to 9998" in failed(result).message
