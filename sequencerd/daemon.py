@@ -167,28 +167,6 @@ class _NotSetUp:
         pass
 
 
-async def connect(url: str) -> asyncpg.Connection:
-    """One connection for a command. Raises DatabaseError without the password in it."""
-    try:
-        connection = await asyncpg.connect(
-            url,
-            timeout=store.CONNECT_TIMEOUT,
-            statement_cache_size=0,  # it may lead to a pooler
-            server_settings={"application_name": "sequencerd"},
-        )
-    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-        raise DatabaseError(f"cannot connect to the database: {_in_words(error)}") from error
-    except (ValueError, asyncpg.InterfaceError) as error:
-        raise SettingsError("the database's URL is wrong; write postgresql://user@host/name") from (
-            error
-        )
-    return connection
-
-
-def _in_words(error: BaseException) -> str:
-    return str(error) or f"no answer within {store.CONNECT_TIMEOUT:g} seconds"
-
-
 def tune_collector() -> None:
     """Lets Python look for cycles less often: batches are a hundred thousand short-lived tuples and
     no cycle, and with the defaults a third of the time goes into looking.
@@ -274,7 +252,7 @@ async def run(
     loop.add_signal_handler(signal.SIGHUP, told_to_reload.set)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_stop.set)
-    connection = await connect(url)
+    connection = await store.connect(url)
     try:
         await migrate.check(connection)
         _check_visible(await store.hidden_tables(connection), log)
@@ -479,7 +457,7 @@ async def _pool(url: str, settings: Database, size: int) -> AsyncIterator[asyncp
     try:
         pool = await store.connect_pool(url, size, pooled=settings.pooled)
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-        raise DatabaseError(f"cannot connect to the database: {_in_words(error)}") from error
+        raise DatabaseError(f"cannot connect to the database: {store.explain(error)}") from error
     try:
         yield pool
     finally:

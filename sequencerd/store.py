@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from sequencerd.core.model import Enrollment, Event, Fence
+from sequencerd.errors import DatabaseError, SettingsError
 
 TRANSIENT_ERRORS = (
     OSError,
@@ -133,6 +134,29 @@ class Written:
     events: dict[Event, list[int]] = field(default_factory=dict)
     goals_met: dict[int, tuple[Rows[str], str | None]] = field(default_factory=dict)  # elsewhere
     data: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # merged into what is there
+
+
+async def connect(url: str) -> asyncpg.Connection:
+    """Open a connection for a command. Raises DatabaseError without the password in it."""
+    try:
+        connection = await asyncpg.connect(
+            url,
+            timeout=CONNECT_TIMEOUT,
+            statement_cache_size=0,  # it may lead to a pooler
+            server_settings={"application_name": "sequencerd"},
+        )
+    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+        raise DatabaseError(f"cannot connect to the database: {explain(error)}") from error
+    except (ValueError, asyncpg.InterfaceError) as error:
+        raise SettingsError("the database's URL is wrong; write postgresql://user@host/name") from (
+            error
+        )
+    return connection
+
+
+def explain(error: BaseException) -> str:
+    """Return why a connection could not be made."""
+    return str(error) or f"no answer within {CONNECT_TIMEOUT:g} seconds"
 
 
 async def connect_pool(

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sequencerd import settings
-from sequencerd.cli import _parser
+from sequencerd.cli.arguments import make_parser
 from tests.test_web import answers, daemon, is_ok
 
 REPOSITORY = Path(__file__).parent.parent
@@ -165,7 +165,7 @@ def test_compose_runs_commands_and_sets_settings(monkeypatch: pytest.MonkeyPatch
     services = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"]
     for name in ("migrate", "sequencerd"):
         service = services[name]
-        assert _parser().parse_args(service["command"])
+        assert make_parser().parse_args(service["command"])
         read = settings.load(service["environment"])
         assert read.database.url is not None
         assert "@database/" in read.database.url.get_secret_value()

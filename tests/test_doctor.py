@@ -15,8 +15,9 @@ import asyncpg
 import pytest
 from aiosmtpd.controller import Controller
 
-from sequencerd import doctor, store
-from sequencerd.doctor import Finding
+from sequencerd import store
+from sequencerd.cli import doctor
+from sequencerd.cli.doctor import Finding
 from sequencerd.settings import Settings
 from tests.conftest import Command, with_login
 from tests.engines import define, enroll, running_engine

@@ -14,10 +14,10 @@ import pytest
 
 from sequencerd import names
 from sequencerd.core.model import Answer, Failed
-from sequencerd.daemon import connect
 from sequencerd.errors import DatabaseError
 from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.smtp import Mail, Postman
+from sequencerd.store import connect
 from tests.runners.servers import HOST, http_server, smtp_server, task
 from tests.runners.test_http import all_next
 

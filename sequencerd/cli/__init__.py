@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import NoReturn
+from importlib import import_module
 
-from sequencerd import demo, embedded
-from sequencerd.cli import authoring, changes, inspection, operation, preview, service
-from sequencerd.cli.commands import Commands, read_settings
-from sequencerd.cli.output import say, say_lines
+from sequencerd.cli.arguments import make_parser
 from sequencerd.errors import FileError, PlanError, SequencerdError
-from sequencerd.words import visible
+
+# What printing and settings import takes longer than everything else here, so it waits until it is
+# needed: not for --help.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command and exits: 0 done, 1 failed, 2 wrong arguments or settings."""
+    """Run one command and exit: 0 done, 1 failed, 2 wrong arguments or settings."""
     try:
-        given = _parser().parse_args(arguments)
-        code: int = given.run(given, read_settings(given))
-    except (SequencerdError, embedded.EmbeddedError) as error:
-        # what is wrong in a file begins with the file, as editors expect it
-        prefix = "" if isinstance(error, FileError) else "sequencerd: "
-        several = isinstance(error, FileError | PlanError)  # what they name is quoted
-        (say_lines if several else say)(f"{prefix}{error}", to=sys.stderr)
-        code = getattr(error, "exit_code", 1)
+        given = make_parser().parse_args(arguments)
+        from sequencerd.cli.commands import read_settings  # noqa: PLC0415
+
+        module, _, function = given.run.rpartition(".")
+        run = getattr(import_module(f"sequencerd.cli.{module}"), function)
+        code: int = run(given, read_settings(given))
+    except SequencerdError as error:
+        _print(error)
+        code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -38,33 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Names a wrong argument as a terminal may see it."""
-        super().error(visible(message))
+def _print(error: SequencerdError) -> None:
+    from sequencerd.cli.output import say, say_lines  # noqa: PLC0415
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="sequencerd",
-        description="Moves enrollments through sequences of steps, on PostgreSQL.",
-    )
-    parser.add_argument("--version", action="version", version=version("sequencerd"))
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings in TOML (or SEQUENCERD_CONFIG)"
-    )
-    parser.add_argument(
-        "--database", metavar="URL", help="postgresql://user@host/name (or SEQUENCERD_DATABASE)"
-    )
-    commands = Commands(parser)
-    for module in (service, authoring, changes, preview, operation, inspection):
-        module.add_to(commands)
-    about = "see it work in twenty seconds, with a database and servers of its own"
-    shown = commands.add("demo", lambda given, _: demo.main(given.psql), about, "demo")
-    shown.add_argument(
-        "--psql",
-        nargs=argparse.REMAINDER,
-        metavar="ARGUMENT",
-        help="open psql on the database that the demo left, with these arguments",
-    )
-    return parser
+    # what is wrong in a file begins with the file, as editors expect it
+    prefix = "" if isinstance(error, FileError) else "sequencerd: "
+    several = isinstance(error, FileError | PlanError)  # what they name is quoted
+    (say_lines if several else say)(f"{prefix}{error}", to=sys.stderr)

@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 from pydantic import SecretStr
 
-from sequencerd import daemon, embedded, migrate
+from sequencerd import embedded, migrate, store
 from sequencerd.cli.output import warn
 from sequencerd.errors import DatabaseError
 from sequencerd.names import new_loop
@@ -26,29 +26,6 @@ DatabaseCommand = Callable[[argparse.Namespace, Settings, str], Coroutine[Any, A
 """The same with the URL of the database."""
 
 
-class Commands:
-    """The commands of the parser."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(self, name: str, run: Command, about: str, example: str) -> argparse.ArgumentParser:
-        """One more command; its arguments are to be added to what is returned."""
-        command = self._parsers.add_parser(
-            name,
-            help=about,
-            description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"Example: sequencerd {example}",
-        )
-        command.set_defaults(run=run)
-        return command
-
-
-def add_json(command: argparse.ArgumentParser) -> None:
-    """The option that every command has whose output a program may read."""
-    command.add_argument("--json", action="store_true", help="print JSON, for a program")
-
-
 def read_settings(arguments: argparse.Namespace) -> Settings:
     """The settings, with what the command line overrides. Raises SettingsError."""
     settings = load(os.environ, arguments.config)
@@ -58,13 +35,6 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         )
         settings = settings.model_copy(update={"database": database})
     return settings
-
-
-def positive(text: str) -> int:
-    """An argument such as an id: what the database has as a bigint, from 1 on."""
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 def on_database(run: DatabaseCommand) -> Command:
@@ -111,7 +81,7 @@ def _database(settings: Settings) -> Iterator[str]:
 
 async def apply_migrations(url: str) -> list[migrate.Migration]:
     """Makes or updates the schema. Returns what was applied."""
-    connection = await daemon.connect(url)
+    connection = await store.connect(url)
     try:
         return await migrate.migrate(connection)
     finally:
@@ -120,7 +90,7 @@ async def apply_migrations(url: str) -> list[migrate.Migration]:
 
 async def connect(url: str) -> asyncpg.Connection:
     """A connection to a database whose schema is ours. Raises SequencerdError."""
-    connection = await daemon.connect(url)
+    connection = await store.connect(url)
     try:
         await migrate.check(connection)
     except BaseException:

@@ -18,14 +18,7 @@ from rich.progress import Progress
 
 from sequencerd import bulk
 from sequencerd.bulk import Done, Selection
-from sequencerd.cli.commands import (
-    Commands,
-    add_json,
-    connect,
-    on_database,
-    positive,
-    with_hint,
-)
+from sequencerd.cli.commands import connect, on_database, with_hint
 from sequencerd.cli.output import say, say_json, show, warn
 from sequencerd.core import dates
 from sequencerd.errors import ArgumentError, UsageError
@@ -47,74 +40,8 @@ SEQUENCE_STATUSES = {
 }
 
 
-def add_to(commands: Commands) -> None:
-    """Adds these commands."""
-    enroll = commands.add(
-        "enroll",
-        on_database(_enroll),
-        "enroll a subject in a sequence",
-        """enroll onboarding user-42 --data '{"email": "ada@example.com"}'""",
-    )
-    enroll.add_argument("sequence")
-    enroll.add_argument("subject")
-    enroll.add_argument("--data", default="{}", metavar="JSON", help="what its templates read")
-    enroll.add_argument("--timezone", metavar="ZONE", help="the subject's own")
-    enroll.add_argument("--step", help="begin there instead of at the first step")
-    enroll.add_argument("--at", metavar="TIME", help="begin then, ISO 8601")
-    add_json(enroll)
-
-    retry = _add_change(
-        commands,
-        "retry",
-        "let failed enrollments try again",
-        "retry --sequence onboarding --failure error --reason 'the mail server is back'",
-    )
-    retry.add_argument(
-        "--skip", action="store_true", help="go on at the next step instead of trying this one"
-    )
-    _add_change(commands, "cancel", "end active and failed enrollments", "cancel --subject user-42")
-    move = _add_change(
-        commands,
-        "move",
-        "let active and failed enrollments enter another step now",
-        "move --sequence onboarding --step pause --to nudge",
-    )
-    move.add_argument("--to", required=True, metavar="STEP", help="of the sequence where they are")
-    _add_change(
-        commands,
-        "reevaluate",
-        "look at waiting enrollments again, as data elsewhere have changed",
-        "reevaluate --subject user-42",
-    )
-    for name, about, example in (
-        ("pause", "execute nothing in sequences for a while; clocks run on", "pause onboarding"),
-        ("resume", "let paused and archived sequences go on", "resume onboarding"),
-        ("archive", "let nobody enter sequences; who is inside goes on", "archive onboarding"),
-    ):
-        command = commands.add(name, on_database(_set_status), about, example)
-        command.add_argument("sequences", nargs="+", metavar="SEQUENCE")
-        _add_reason(command)
-        add_json(command)
-
-
-def _add_change(commands: Commands, name: str, about: str, example: str) -> argparse.ArgumentParser:
-    command = commands.add(name, on_database(_change), about, example)
-    command.add_argument("ids", nargs="*", type=positive, metavar="ID")
-    for option in ("subject", "sequence", "step"):
-        command.add_argument(f"--{option}", metavar=option.upper())
-    command.add_argument("--failure", metavar="CODE", help="who failed with it, such as error")
-    command.add_argument("--yes", action="store_true", help="do it without a question")
-    command.add_argument("--dry-run", action="store_true", help="say who it would be, and end")
-    _add_reason(command)
-    add_json(command)
-    return command
-
-
-def _add_reason(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--reason", metavar="TEXT", help="why, for the history")
-
-
-async def _enroll(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+@on_database
+async def enroll_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     try:
         data = json.loads(arguments.data)
     except ValueError as error:
@@ -154,7 +81,8 @@ async def _enroll(arguments: argparse.Namespace, _: Settings, url: str) -> int:
 # --- many enrollments
 
 
-async def _change(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+@on_database
+async def change_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     action = "skip" if arguments.command == "retry" and arguments.skip else arguments.command
     selection = _selection(arguments)
     to = arguments.to if action == "move" else None
@@ -287,7 +215,8 @@ def _count(number: int) -> str:
 # --- sequences
 
 
-async def _set_status(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+@on_database
+async def set_status_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     words = SEQUENCE_STATUSES[arguments.command]
     names = sorted(set(arguments.sequences))
     connection = await connect(url)

@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 import asyncpg
 
 from sequencerd import files, graph, store
-from sequencerd.cli.commands import Commands, add_json, connect, on_database
+from sequencerd.cli.commands import connect, on_database
 from sequencerd.cli.output import say, say_json, say_lines
 from sequencerd.core import dates, model
 from sequencerd.core.model import DefinitionError, Enrollment
@@ -29,49 +29,7 @@ from sequencerd.testing import load, make_runners
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
-def add_to(commands: Commands) -> None:
-    """Adds these commands."""
-    simulate = commands.add(
-        "simulate",
-        _simulate,
-        "show what would happen to somebody, for a year",
-        """simulate onboarding.yaml --data '{"name": "Ada"}' --set 'P3D: {"paid": true}'""",
-    )
-    simulate.add_argument("file", nargs="?", type=Path, metavar="FILE", help="YAML or JSON")
-    simulate.add_argument("sequence", nargs="?", help="of several in the file")
-    simulate.add_argument("--data", default="{}", metavar="JSON", help="what its templates read")
-    simulate.add_argument("--subject", default="somebody")
-    simulate.add_argument("--timezone", metavar="ZONE", help="the subject's own")
-    simulate.add_argument("--start", metavar="TIME", help="begin then, ISO 8601 (default: now)")
-    simulate.add_argument("--until", metavar="TIME", help="end then (default: a year later)")
-    simulate.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="WHEN: JSON",
-        help="merge data after a duration such as P3D, or at a time; can be repeated",
-    )
-    simulate.add_argument("--external", metavar="JSON", help="what the lookup gives")
-    simulate.add_argument(
-        "--runner",
-        action="append",
-        default=[],
-        metavar="TYPE=OUTCOME",
-        help=f"how its side effects end: {', '.join(OUTCOMES)} (default: next); can be repeated",
-    )
-    simulate.add_argument(
-        "--from-enrollment", type=int, metavar="ID", help="go on from where it is, reading only"
-    )
-    add_json(simulate)
-    shown = commands.add(
-        "graph", _graph, "draw a sequence, with how many are at each step", "graph onboarding"
-    )
-    shown.add_argument("target", metavar="NAME|FILE", help="in the database, or a file")
-    shown.add_argument("sequence", nargs="?", help="of several in the file")
-    shown.add_argument("--format", choices=list(graph.FORMATS), default="text")
-
-
-def _simulate(arguments: argparse.Namespace, settings: Settings) -> int:
+def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.from_enrollment is not None:
         return on_database(_simulate_enrollment)(arguments, settings)
     if arguments.file is None:
@@ -219,7 +177,7 @@ def _line(entry: Entry) -> str:
     return f"{action}: {entry.message}" if entry.message else action
 
 
-def _graph(arguments: argparse.Namespace, settings: Settings) -> int:
+def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
     path = Path(arguments.target)
     is_file = path.suffix in (".yaml", ".yml", ".json") or path.is_file()
     runners = make_runners(settings, files.types(path) if is_file else ())

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import getpass
 import sys
-from pathlib import Path
 
 from sequencerd import daemon, install, passwords
-from sequencerd.cli.commands import Commands, apply_migrations, on_database, read_settings
+from sequencerd.cli.commands import apply_migrations, on_database, read_settings
 from sequencerd.cli.output import say, say_lines, warn
 from sequencerd.errors import UsageError
 from sequencerd.logs import make_log
@@ -17,34 +16,7 @@ from sequencerd.settings import Settings
 SHORTEST_PASSWORD = 8  # characters
 
 
-def add_to(commands: Commands) -> None:
-    """Adds these commands."""
-    commands.add(
-        "run", on_database(_run), "run the daemon until SIGTERM", "--config sequencerd.toml run"
-    )
-    commands.add("migrate", on_database(_migrate), "make or update the schema", "migrate")
-    commands.add(
-        "console-password",
-        _console_password,
-        "ask for a password, and print what console.password_hash is for it",
-        "console-password",
-    )
-    service = commands.add(
-        "install-service",
-        _install_service,
-        "write systemd's units for this installation",
-        "install-service --user app",
-    )
-    service.add_argument(
-        "--user", metavar="USER", help="run as this user (default: one that systemd makes up)"
-    )
-    service.add_argument(
-        "--to", type=Path, default=install.FOLDER, metavar="FOLDER", help="default: %(default)s"
-    )
-    service.add_argument("--print", action="store_true", help="print the units, write nothing")
-
-
-def _install_service(arguments: argparse.Namespace, _: Settings) -> int:
+def install_service_command(arguments: argparse.Namespace, _: Settings) -> int:
     units = install.units(config=arguments.config, user=arguments.user)
     for warning in install.warnings():
         warn(f"sequencerd: warning: {warning}")
@@ -59,7 +31,7 @@ def _install_service(arguments: argparse.Namespace, _: Settings) -> int:
     return 0
 
 
-def _console_password(_: argparse.Namespace, __: Settings) -> int:
+def console_password_command(_: argparse.Namespace, __: Settings) -> int:
     if sys.stdin.isatty():
         password = getpass.getpass()
         if getpass.getpass("Again: ") != password:
@@ -72,12 +44,14 @@ def _console_password(_: argparse.Namespace, __: Settings) -> int:
     return 0
 
 
-async def _run(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+@on_database
+async def run_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
     await daemon.run(url, settings, make_log(settings), lambda: read_settings(arguments))
     return 0
 
 
-async def _migrate(_: argparse.Namespace, __: Settings, url: str) -> int:
+@on_database
+async def migrate_command(_: argparse.Namespace, __: Settings, url: str) -> int:
     applied = await apply_migrations(url)
     for migration in applied:
         say(f"applied {migration.name}")

@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 import asyncpg
 import pytest
 
-from sequencerd import doctor
+from sequencerd.cli import doctor
 from sequencerd.daemon import CLOSE_TIMEOUT
 from sequencerd.settings import Settings
 from tests.chaos.checker import check

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from typing import Literal
@@ -16,6 +17,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import asyncpg
 
 from sequencerd import daemon, lookups, migrate, store
+from sequencerd.cli.commands import on_database
+from sequencerd.cli.output import say, say_json
 from sequencerd.core.model import Failed
 from sequencerd.errors import SequencerdError
 from sequencerd.listener import POLL_INTERVAL, PROBE_INTERVAL
@@ -61,7 +64,7 @@ NOT_LISTENING = Finding(
 async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
     """Everything, one after the other. What can't be looked at is an error of its own."""
     try:
-        connection = await daemon.connect(url)
+        connection = await store.connect(url)
     except SequencerdError as error:
         yield Finding("database", str(error), "error", "start it, or mend database.url")
         return
@@ -190,7 +193,7 @@ async def _pooler(connection: asyncpg.Connection, settings: Database) -> Finding
     if settings.listen_url is None or settings.url is None:
         return Finding("pooler", "none is in the way")
     try:
-        through = await daemon.connect(settings.url.get_secret_value())
+        through = await store.connect(settings.url.get_secret_value())
     except SequencerdError as error:
         return Finding("pooler", str(error), "error", "start it, or mend database.url")
     try:
@@ -208,7 +211,7 @@ async def _is_pooled(connection: asyncpg.Connection) -> bool:
 async def _listening(connection: asyncpg.Connection, url: str) -> Finding:
     """On a connection of its own, as the daemon does."""
     channel, heard = f"sequencer_{uuid4().hex}", asyncio.Event()
-    listener = await daemon.connect(url)
+    listener = await store.connect(url)
     try:
         await listener.add_listener(channel, lambda *_: heard.set())
         begun = time.perf_counter()
@@ -422,3 +425,21 @@ def _some(items: Iterable[str], between: str = ", ") -> str:
 
 def _rounded(span: timedelta) -> str:
     return str(timedelta(seconds=round(span.total_seconds())))
+
+
+# --- the command
+
+
+@on_database
+async def doctor_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+    findings = []
+    async for finding in examine(url, settings):
+        findings.append(finding)
+        if not arguments.json:
+            mark = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}[finding.level]
+            say(f"{mark}  {finding.about}: {finding.seen}")
+            if finding.advice:
+                say(f"         {finding.advice}")
+    if arguments.json:
+        say_json([asdict(finding) for finding in findings])
+    return int(any(finding.level == "error" for finding in findings))

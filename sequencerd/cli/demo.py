@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from email import message_from_bytes, policy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -23,7 +24,7 @@ from urllib.parse import parse_qs
 import asyncpg
 import yaml
 
-from sequencerd import daemon, embedded, files, migrate, plan
+from sequencerd import daemon, embedded, files, migrate, plan, store
 from sequencerd.errors import SequencerdError
 from sequencerd.settings import Settings, load
 from sequencerd.store import QUERIES
@@ -41,8 +42,9 @@ CLEO_PAYS = (
 _begun = time.monotonic()
 
 
-def main(psql: Sequence[str] | None = None) -> int:
-    """Shows it all, or opens psql on what it left. Returns the exit status."""
+def demo_command(arguments: argparse.Namespace, _: Settings) -> int:
+    """Show it all, or open psql on what it left."""
+    psql = arguments.psql
     folder = embedded.default_folder().with_name("demo")
     if psql is not None:
         with embedded.running(folder) as server:
@@ -70,7 +72,7 @@ def _program() -> str:
 
 
 async def _show(url: str, http: str, example: Path, scratch: Path) -> None:
-    connection = await daemon.connect(url)
+    connection = await store.connect(url)
     try:
         await migrate.migrate(connection)
         async with _mail_server() as smtp, _daemon(url, smtp, http, scratch / "demo.toml"):
@@ -110,7 +112,7 @@ async def _apply(connection: asyncpg.Connection, file: Path, settings: Settings)
 def _examples() -> Path:
     """Within the installed package, or beside it in a checkout."""
     packaged = Path(str(resources.files("sequencerd"))) / "examples"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "examples"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "examples"
 
 
 async def _follow(connection: asyncpg.Connection) -> None:

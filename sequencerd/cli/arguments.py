@@ -1,0 +1,425 @@
+"""The arguments of every command.
+
+Parsing imports nothing of what a command needs, so `--help` and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAX_SECONDS = 10 * 365 * 86400
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser; `run` in what it parses names the function of the command."""
+    parser = _Parser(
+        prog="sequencerd",
+        description="Moves enrollments through sequences of steps, on PostgreSQL.",
+    )
+    parser.add_argument("--version", action=_Version)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings in TOML (or SEQUENCERD_CONFIG)"
+    )
+    parser.add_argument(
+        "--database", metavar="URL", help="postgresql://user@host/name (or SEQUENCERD_DATABASE)"
+    )
+    commands = Commands(parser)
+    _add_service(commands)
+    _add_authoring(commands)
+    _add_changes(commands)
+    _add_preview(commands)
+    _add_operation(commands)
+    _add_inspection(commands)
+    _add_demo(commands)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Name a wrong argument as a terminal may see it."""
+        from sequencerd.words import visible  # noqa: PLC0415 - as below
+
+        super().error(visible(message))
+
+
+class _Version(argparse.Action):
+    """Prints the version; reading the package's metadata takes longer than all arguments."""
+
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version, and end")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version  # noqa: PLC0415 - see above
+
+        sys.stdout.write(version("sequencerd") + "\n")
+        parser.exit()
+
+
+class Commands:
+    """The commands of a parser."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(self, name: str, run: str, about: str, example: str) -> argparse.ArgumentParser:
+        """Add a command and return its parser. `run` is "module.function" within this package."""
+        command = self._parsers.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"Example: sequencerd {example}",
+        )
+        command.set_defaults(run=run)
+        return command
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    """Add the option of every command whose output a program may read."""
+    command.add_argument("--json", action="store_true", help="print JSON, for a program")
+
+
+def positive(text: str) -> int:
+    """Parse an argument such as an id: what the database has as a bigint, from 1 on."""
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _add_demo(commands: Commands) -> None:
+    shown = commands.add(
+        "demo",
+        "demo.demo_command",
+        "see it work in twenty seconds, with a database and servers of its own",
+        "demo",
+    )
+    shown.add_argument(
+        "--psql",
+        nargs=argparse.REMAINDER,
+        metavar="ARGUMENT",
+        help="open psql on the database that the demo left, with these arguments",
+    )
+
+
+def _add_service(commands: Commands) -> None:
+    """Adds these commands."""
+    commands.add(
+        "run", "service.run_command", "run the daemon until SIGTERM", "--config sequencerd.toml run"
+    )
+    commands.add("migrate", "service.migrate_command", "make or update the schema", "migrate")
+    commands.add(
+        "console-password",
+        "service.console_password_command",
+        "ask for a password, and print what console.password_hash is for it",
+        "console-password",
+    )
+    service = commands.add(
+        "install-service",
+        "service.install_service_command",
+        "write systemd's units for this installation",
+        "install-service --user app",
+    )
+    service.add_argument(
+        "--user", metavar="USER", help="run as this user (default: one that systemd makes up)"
+    )
+    service.add_argument(
+        "--to",
+        type=Path,
+        default=Path("/etc/systemd/system"),
+        metavar="FOLDER",
+        help="default: %(default)s",
+    )
+    service.add_argument("--print", action="store_true", help="print the units, write nothing")
+
+
+def _add_authoring(commands: Commands) -> None:
+    """Adds these commands."""
+    check = commands.add(
+        "check",
+        "authoring.check_command",
+        "say what is wrong with files, without a database",
+        "check *.yaml",
+    )
+    check.add_argument("files", nargs="+", type=Path, metavar="FILE", help="YAML or JSON")
+    check.add_argument("--strict", action="store_true", help="fail for warnings, too")
+    add_json(check)
+    commands.add(
+        "schema",
+        "authoring.schema_command",
+        "print the JSON Schema of files, for an editor",
+        "schema > sequencerd.schema.json",
+    )
+
+
+def _add_changes(commands: Commands) -> None:
+    """Adds these commands."""
+    planned = commands.add(
+        "plan", "changes.plan_command", "show what apply would change", "plan onboarding.yaml"
+    )
+    _add_files(planned)
+    planned.add_argument(
+        "--detailed-exitcode", action="store_true", help="exit with 2 if anything would change"
+    )
+    add_json(planned)
+
+    applied = commands.add(
+        "apply", "changes.apply_command", "make the sequences of files", "apply onboarding.yaml"
+    )
+    _add_files(applied)
+    applied.add_argument(
+        "--plan", metavar="PLAN", help="only if this plan, as `plan` has named it, still holds"
+    )
+    add_json(applied)
+
+    history = commands.add(
+        "history",
+        "changes.history_command",
+        "show who has changed a sequence, when and how",
+        "history onboarding",
+    )
+    history.add_argument("sequence")
+    add_json(history)
+
+    export = commands.add(
+        "export",
+        "changes.export_command",
+        "print a sequence as a file that apply takes",
+        "export onboarding --revision 3",
+    )
+    export.add_argument("sequence")
+    export.add_argument("--revision", type=int, metavar="N", help="as it was then")
+
+    brought = commands.add(
+        "import-original",
+        "changes.import_command",
+        "bring sequences and people over from the tables of the original Sequencer",
+        "import-original --database postgresql://localhost/old",
+    )
+    brought.add_argument(
+        "--database",
+        dest="original",
+        metavar="URL",
+        help="where those tables are; if not said, beside ours",
+    )
+    brought.add_argument("--schema", default="public", help="default: %(default)s")
+    brought.add_argument(
+        "--lookup", metavar="NAME", help="where sequences that need external data get them from"
+    )
+    brought.add_argument(
+        "--apply", action="store_true", help="do it; without, it is tried and taken back"
+    )
+    add_json(brought)
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="YAML or JSON")
+    command.add_argument(
+        "--move",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="where those go on who are at a step that is removed; may be repeated",
+    )
+    command.add_argument(
+        "--prune",
+        action="store_true",
+        help="archive what was applied from files and is in none of these",
+    )
+
+
+def _add_preview(commands: Commands) -> None:
+    """Adds these commands."""
+    simulate = commands.add(
+        "simulate",
+        "preview.simulate_command",
+        "show what would happen to somebody, for a year",
+        """simulate onboarding.yaml --data '{"name": "Ada"}' --set 'P3D: {"paid": true}'""",
+    )
+    simulate.add_argument("file", nargs="?", type=Path, metavar="FILE", help="YAML or JSON")
+    simulate.add_argument("sequence", nargs="?", help="of several in the file")
+    simulate.add_argument("--data", default="{}", metavar="JSON", help="what its templates read")
+    simulate.add_argument("--subject", default="somebody")
+    simulate.add_argument("--timezone", metavar="ZONE", help="the subject's own")
+    simulate.add_argument("--start", metavar="TIME", help="begin then, ISO 8601 (default: now)")
+    simulate.add_argument("--until", metavar="TIME", help="end then (default: a year later)")
+    simulate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="WHEN: JSON",
+        help="merge data after a duration such as P3D, or at a time; can be repeated",
+    )
+    simulate.add_argument("--external", metavar="JSON", help="what the lookup gives")
+    simulate.add_argument(
+        "--runner",
+        action="append",
+        default=[],
+        metavar="TYPE=OUTCOME",
+        help="how its side effects end: next, altNext, noop, fail (default: next); can be repeated",
+    )
+    simulate.add_argument(
+        "--from-enrollment", type=int, metavar="ID", help="go on from where it is, reading only"
+    )
+    add_json(simulate)
+    shown = commands.add(
+        "graph",
+        "preview.graph_command",
+        "draw a sequence, with how many are at each step",
+        "graph onboarding",
+    )
+    shown.add_argument("target", metavar="NAME|FILE", help="in the database, or a file")
+    shown.add_argument("sequence", nargs="?", help="of several in the file")
+    shown.add_argument("--format", choices=["text", "mermaid", "dot"], default="text")
+
+
+def _add_operation(commands: Commands) -> None:
+    """Adds these commands."""
+    enroll = commands.add(
+        "enroll",
+        "operation.enroll_command",
+        "enroll a subject in a sequence",
+        """enroll onboarding user-42 --data '{"email": "ada@example.com"}'""",
+    )
+    enroll.add_argument("sequence")
+    enroll.add_argument("subject")
+    enroll.add_argument("--data", default="{}", metavar="JSON", help="what its templates read")
+    enroll.add_argument("--timezone", metavar="ZONE", help="the subject's own")
+    enroll.add_argument("--step", help="begin there instead of at the first step")
+    enroll.add_argument("--at", metavar="TIME", help="begin then, ISO 8601")
+    add_json(enroll)
+
+    retry = _add_change(
+        commands,
+        "retry",
+        "let failed enrollments try again",
+        "retry --sequence onboarding --failure error --reason 'the mail server is back'",
+    )
+    retry.add_argument(
+        "--skip", action="store_true", help="go on at the next step instead of trying this one"
+    )
+    _add_change(commands, "cancel", "end active and failed enrollments", "cancel --subject user-42")
+    move = _add_change(
+        commands,
+        "move",
+        "let active and failed enrollments enter another step now",
+        "move --sequence onboarding --step pause --to nudge",
+    )
+    move.add_argument("--to", required=True, metavar="STEP", help="of the sequence where they are")
+    _add_change(
+        commands,
+        "reevaluate",
+        "look at waiting enrollments again, as data elsewhere have changed",
+        "reevaluate --subject user-42",
+    )
+    for name, about, example in (
+        ("pause", "execute nothing in sequences for a while; clocks run on", "pause onboarding"),
+        ("resume", "let paused and archived sequences go on", "resume onboarding"),
+        ("archive", "let nobody enter sequences; who is inside goes on", "archive onboarding"),
+    ):
+        command = commands.add(name, "operation.set_status_command", about, example)
+        command.add_argument("sequences", nargs="+", metavar="SEQUENCE")
+        _add_reason(command)
+        add_json(command)
+
+
+def _add_change(commands: Commands, name: str, about: str, example: str) -> argparse.ArgumentParser:
+    command = commands.add(name, "operation.change_command", about, example)
+    command.add_argument("ids", nargs="*", type=positive, metavar="ID")
+    for option in ("subject", "sequence", "step"):
+        command.add_argument(f"--{option}", metavar=option.upper())
+    command.add_argument("--failure", metavar="CODE", help="who failed with it, such as error")
+    command.add_argument("--yes", action="store_true", help="do it without a question")
+    command.add_argument("--dry-run", action="store_true", help="say who it would be, and end")
+    _add_reason(command)
+    add_json(command)
+    return command
+
+
+def _add_reason(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--reason", metavar="TEXT", help="why, for the history")
+
+
+def _add_inspection(commands: Commands) -> None:
+    """Adds these commands."""
+    status = commands.add(
+        "status", "inspection.status_command", "show how many are at each step", "status onboarding"
+    )
+    status.add_argument("sequence", nargs="?")
+    add_json(status)
+
+    watch = commands.add(
+        "watch", "inspection.watch_command", "show the same, again and again", "watch onboarding"
+    )
+    watch.add_argument("sequence", nargs="?")
+    watch.add_argument(
+        "--interval",
+        type=_seconds,
+        default=2.0,
+        metavar="SECONDS",
+        help="default: %(default)g; never less than the last look took",
+    )
+
+    list_ = commands.add(
+        "list",
+        "inspection.list_command",
+        "list enrollments",
+        "list --sequence onboarding --status failed",
+    )
+    for option in ("sequence", "step", "subject"):
+        list_.add_argument(f"--{option}")
+    list_.add_argument("--status", choices=["active", "completed", "cancelled", "failed"])
+    list_.add_argument("--failure", metavar="CODE", help="who failed with it, such as error")
+    list_.add_argument(
+        "--overdue", action="store_true", help="who should have been looked at a minute ago"
+    )
+    list_.add_argument(
+        "--after", type=positive, default=0, metavar="ID", help="the next page: after this one"
+    )
+    list_.add_argument("--limit", type=positive, default=100, help="default: %(default)s")
+    add_json(list_)
+
+    show = commands.add(
+        "show",
+        "inspection.show_enrollment_command",
+        "show where an enrollment is, and its history",
+        "show 7",
+    )
+    show.add_argument("id", type=positive)
+    add_json(show)
+
+    tail = commands.add(
+        "tail",
+        "inspection.tail_command",
+        "print events as they happen",
+        "tail --sequence onboarding",
+    )
+    tail.add_argument("--sequence")
+    tail.add_argument("--id", type=positive, metavar="ID", help="of one enrollment")
+    tail.add_argument(
+        "--since",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="begin with the events of the last seconds",
+    )
+    add_json(tail)
+
+    examine = commands.add(
+        "doctor",
+        "doctor.doctor_command",
+        "look for what would keep a daemon from its work",
+        "doctor",
+    )
+    add_json(examine)
+
+
+def _seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number of seconds")
+    return seconds
