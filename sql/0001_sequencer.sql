@@ -922,7 +922,7 @@ CREATE FUNCTION sequencer.notify_due() RETURNS trigger
 LANGUAGE plpgsql AS $$ -- no search path of its own, as above
 DECLARE
     place record;
-    nothing text;
+    nothing pg_catalog.text;
 BEGIN
     IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN -- the next statement asks the definitions anew
         nothing := pg_catalog.set_config('sequencer.entry_sequence', NULL, true);

@@ -26,7 +26,12 @@ from sequencerd import embedded, migrate
 # a shell's background jobs ignore it, and so would every program that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+FAST = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_prepared_transactions": "10",
+}
 
 
 def with_database(url: str, name: str) -> str:
