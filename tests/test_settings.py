@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sequencerd.daemon import make_runners
 from sequencerd.errors import SettingsError
 from sequencerd.settings import load
 
@@ -89,3 +90,25 @@ def test_how_long_what_is_over_is_kept() -> None:
     for wrong in ("1 year", "1 hour", "PT1H", "P999Y", "90"):
         with pytest.raises(SettingsError, match=r"retention\.events: .* such as"):
             load({"SEQUENCERD_RETENTION_EVENTS": wrong})
+
+
+def test_tokens_for_mail(tmp_path: Path) -> None:
+    file = tmp_path / "s.toml"
+    text = (
+        '[email]\nurl = "smtp://ada@mail.example.com"\nhello_name = "news.example.com"\n'
+        '[email.oauth]\ntoken_url = "https://login.example.com/token"\nclient_id = "me"\n'
+        'client_secret = "the-secret"\nrefresh_token = "the-refresh"\nscope = "mail"\n'
+    )
+    file.write_text(text, encoding="utf-8")
+    settings = load({}, file)
+    assert {"the-secret", "the-refresh"} <= set(settings.secrets())
+    assert make_runners(settings)["Email"]
+    file.write_text(text.replace("[email.oauth]", 'token_command = "x"\n[email.oauth]'))
+    with pytest.raises(SettingsError, match="not both"):
+        load({}, file)
+    file.write_text(text.replace("ada@", "ada:password@"), encoding="utf-8")
+    with pytest.raises(SettingsError, match="no password"):
+        make_runners(load({}, file))
+    file.write_text(text.replace("news.example.com", "mailer"), encoding="utf-8")
+    with pytest.raises(SettingsError, match="hello_name"):
+        make_runners(load({}, file))

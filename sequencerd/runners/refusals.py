@@ -125,15 +125,17 @@ _FULL_MAILBOX = _any(
 
 # --- 5. rates and quotas
 
-_PERIOD = (
-    r"(?:\b(?:per|an?|each|every|this|last|past|within|in|for)|/) ?(?:the )?(?:\d+ ?)?"
-    r"(?:second|sec\b|minute|min\b|hour|day|24|week|month)"
-    r"|hourly|daily|weekly|monthly|\b24.?h"
+_WITHIN = r"(?:\b(?:per|an?|each|every|this|last|past|within|in|for)|/) ?(?:the )?(?:\d+ ?)?"
+_ADVERBS = (
+    r"hourly|daily|weekly|monthly|\b24.?h"
+    r"|\bpar (?:heure|jour)|\bpro (?:stunde|tag)|\bpor (?:hora|d[ií]a)"
 )
+_LONG = rf"{_WITHIN}(?:hour|day|24|week|month)|{_ADVERBS}"
+_PERIOD = rf"{_WITHIN}(?:second|sec\b|minute|min\b)|{_LONG}"
 _BOUND = r"\blimits?\b|\blimited\b|\bquotas?\b|\bcredits?\b|threshold|allowance|\bmax(?:imum)?\b"
 _REACHED = (
     r"exceed|reach|\bover\b|overlimit|beyond|\bhit\b|exhaust|deplet|used up|\bfull\b|no more|out of"
-    r"|insufficient|atteint|d[eé]pass"
+    r"|insufficient|atteint|d[eé]pass|erreicht|[uü]berschritten"
 )
 _COUNTED = (
     r"\b(?:send(?:ing|er)?s?|sent|out(?:going|bound)|submissions?|relay|deliver(?:y|ies)|smtp"
@@ -156,11 +158,7 @@ _RATE = _any(
     r"(?:messages?|mails?|connections?) per (?:session|connection)",
     _near(_PERIOD, rf"{_BOUND}|{_REACHED}|\bonly\b|allowed"),
 )
-_LONG_PERIOD = _any(
-    r"(?:\b(?:per|an?|each|every|this|last|past|within|in)|/) ?(?:the )?(?:\d+ ?)?"
-    r"(?:hour|day|24|week|month)",
-    r"hourly|daily|weekly|monthly|\b24.?h|quota|\bcredits?\b",
-)
+_LONG_PERIOD = _any(_LONG, r"quota|\bcredits?\b")
 _WAIT = re.compile(r"\b(?:in|after|for|wait) (\d{1,6}) ?(s|m|h)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
