@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -91,6 +93,42 @@ async def test_a_goal_in_external_data_is_looked_at_again_and_again(
         await connection.execute("INSERT INTO app.accounts VALUES ('ada', 'pro')")
         await until(connection, ALL_ENDED)
     assert (await way(connection, id_))[-2:] == ["pause goal", "pause completed"]
+
+
+async def test_a_request_for_all_asks_once_about_each(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where more wait than a lookup takes on at a time."""
+    asked: Counter[str] = Counter()
+    original = store.look_up
+
+    async def counting(*arguments: Any) -> Any:
+        asked.update(arguments[2])
+        return await original(*arguments)
+
+    monkeypatch.setattr(store, "look_up", counting)
+    await connection.execute(ACCOUNTS)
+    await define(
+        connection, "s", ("pause", "WaitForDuration", DAYS, None), ("pro", "Goal", PRO, None)
+    )
+    await use(connection, "app.plans", "1 hour")
+    count = 3000
+    waiting = "SELECT bool_and(wake_at > now() AND leased_by IS NULL AND entered_at IS NOT NULL)"
+    async with running_engine(database):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, $1::int) AS n",
+            count,
+        )
+        await until(connection, f"{waiting} FROM sequencer.enrollments")
+        assert set(asked.values()) == {1}
+        await connection.execute("NOTIFY sequencer")
+        async with asyncio.timeout(60):
+            while asked.total() < 2 * count:  # noqa: ASYNC110 - a counter sets no event
+                await asyncio.sleep(0.01)
+        await until(connection, f"{waiting} FROM sequencer.enrollments")
+        await until(connection, "SELECT bool_and(retime_from IS NULL) FROM sequencer.steps")
+    assert set(asked.values()) == {2}
 
 
 async def test_a_lookup_that_fails_is_asked_again_and_is_not_false(
