@@ -116,6 +116,7 @@ class Engine:
         )
         self._finished: deque[Finished] = deque()
         self._has_finished = asyncio.Event()
+        self._taken_over: set[int] = set()  # leased by another daemon, though we execute it
         self._wake = asyncio.Event()
         self._stopping = False
         self._busy: set[Place] = set()
@@ -415,10 +416,10 @@ class Engine:
         """At one go. Returns how many it has locked."""
         now = self._clock.now()
         batch = Batch()
-        set_aside = self._quarantine.ids(place)
+        left_alone = self._left_alone(place)
         async with self._writer.writing(batch) as connection:
             claimed, count = await store.claim(
-                connection, place, now, revision, limit, daemon=self._name, but=set_aside
+                connection, place, now, revision, limit, daemon=self._name, but=left_alone
             )
             self._metrics.claimed(place, claimed, now)
             await self._move_all(connection, batch, claimed, now)
@@ -426,12 +427,19 @@ class Engine:
                 # who is due still is locked; that may end without a notification
                 soon = now + timedelta(seconds=LOCKED_PAUSE)
                 next_at = await store.next_wake(
-                    connection, place, now, daemon=self._name, but=set_aside
+                    connection, place, now, daemon=self._name, but=left_alone
                 )
                 if next_at is not None:
                     is_locked = next_at <= now and len(claimed) == count
                     self._push(place, soon if is_locked else next_at)
         return count
+
+    def _left_alone(self, place: Place) -> list[int]:
+        """What is not to be claimed: what is set aside, and what others had while we were away,
+        as long as we wait for its result.
+        """
+        self._taken_over &= self._writer.leased.keys()
+        return [*self._quarantine.ids(place), *self._taken_over]
 
     async def _claim_apart(self, place: Place, revision: int, limit: int, error: Exception) -> int:
         """The same in parts, after an error that one of them may be to blame for."""
@@ -445,7 +453,7 @@ class Engine:
                 self._clock.now(),
                 limit,
                 daemon=self._name,
-                but=self._quarantine.ids(place),
+                but=self._left_alone(place),
             )
         await self._claim_some(place, revision, ids)
         return len(ids)
@@ -504,6 +512,7 @@ class Engine:
             # what we hold in memory is never started again: its result is on its way
             held = self._writer.leased.keys() & {one.id for one in lapsed}
             claimed = [one for one in claimed if one.id not in held]
+            self._taken_over |= held
             lapses = await store.count_lapses(connection, lapsed, now)
         for enrollment in claimed:
             self._move(batch, enrollment, now, lapses=lapses.get(enrollment.id, 0))

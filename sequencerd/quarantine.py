@@ -144,8 +144,8 @@ class Quarantine:
     def release(self, tried: Iterable[SetAside]) -> None:
         """Ends it for those that were written, or are gone; not for what was set aside again."""
         for one in tried:
-            there = self._by_place[one.place]
-            if there[one.id] is not one:
+            there = self._by_place.get(one.place, {})
+            if there.get(one.id) is not one:
                 continue
             del there[one.id]
             if not there:

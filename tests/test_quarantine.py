@@ -488,3 +488,43 @@ async def test_sequences_that_do_not_exist_are_asked_for_once(
         # and one that is made after all is found
         await define(connection, "none7", ("a", "Note", "{}", None))
         await until(connection, DONE, 2)
+
+
+# --- what nobody should do
+
+
+async def test_tables_that_are_emptied_meanwhile_leave_nothing_behind(
+    database: str, connection: asyncpg.Connection, gate: Gate
+) -> None:
+    await define(connection, "s", ("call", "Slow", "{}", None))
+    async with running_engine(database, {"Slow": patient(gate)}) as engine:
+        for number in range(5):
+            await enroll(connection, "s", f"u{number}")
+        await until_begun(gate, 5)
+        await connection.execute("TRUNCATE sequencer.enrollments, sequencer.events")
+        gate.opened.set()
+        await enroll(connection, "s", "ada")
+        await until(connection, DONE, 1)
+        async with asyncio.timeout(60):
+            while engine.in_flight:  # noqa: ASYNC110 - counted in the same loop
+                await asyncio.sleep(0.01)
+
+
+async def test_what_a_daemon_has_leased_and_does_not_know_is_found_by_the_sweep(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("note", "Note", "{}", None))
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}, sweep=0.2):
+        await until(connection, "SELECT count(*) = 1 FROM sequencer.daemons")
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+            " VALUES ('s', 'ada', now() + interval '1 hour')"
+        )
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET leased_by = (SELECT name FROM sequencer.daemons),"
+            " attempt = 1, entered_at = now(), wake_at = now()"
+        )
+        await until(connection, ALL_ENDED)
+    actions = await connection.fetch("SELECT action FROM sequencer.events ORDER BY at")
+    assert [row["action"] for row in actions] == ["lapsed", "next", "completed"]
