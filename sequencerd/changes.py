@@ -75,8 +75,9 @@ def compare(
     if before is None:
         added = {step["name"]: step["type"] for step in after["steps"]}
         return Changes(is_new=True, added=added)
-    was = {step["name"]: step for step in (_renamed(s, new_names) for s in before["steps"])}
-    now = {step["name"]: step for step in after["steps"]}
+    seeded = [_seeded(before, step) for step in before["steps"]]
+    was = {step["name"]: step for step in (_renamed(s, new_names) for s in seeded)}
+    now = {step["name"]: _seeded(after, step) for step in after["steps"]}
     settings = {
         key: Change(before[key], after[key])
         for key in SETTINGS
@@ -96,6 +97,18 @@ def compare(
     )
 
 
+def seeds(document: Document) -> dict[str, str | None]:
+    """What each step of a definition deals by: a Split's first names; None for the others."""
+    return {step["name"]: _seeded(document, step).get("seed") for step in document["steps"]}
+
+
+def _seeded(document: Document, step: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A step with what it deals by, if it does."""
+    if step["type"] != "Split":
+        return step
+    return {**step, "seed": step.get("seed", f"{document['name']}/{step['name']}")}
+
+
 def _renamed(step: Mapping[str, Any], new_names: Mapping[str, str]) -> Mapping[str, Any]:
     """As the database makes it of a step when some are renamed."""
     names = {key: new_names.get(step[key], step[key]) for key in ("name", "next", "altNext")}
@@ -105,6 +118,8 @@ def _renamed(step: Mapping[str, Any], new_names: Mapping[str, str]) -> Mapping[s
 def _keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Change]:
     """The keys of a step that differ."""
     was, now = _flat(before), _flat(after)
+    if "seed" in before and "seed" in after:
+        was["seed"], now["seed"] = before["seed"], after["seed"]
     return {
         key: Change(was.get(key), now.get(key))
         for key in sorted(was | now, key=lambda key: key in ("next", "altNext"))

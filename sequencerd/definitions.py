@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from difflib import get_close_matches
@@ -224,6 +224,7 @@ def make_step(row: asyncpg.Record, compiled: Compiled) -> Step:
         behaviour=compiled.behaviour,
         position=row["position"],
         reads_external=compiled.reads_external,
+        seed=row["seed"],
     )
 
 
@@ -277,3 +278,39 @@ class Definition:
     recheck: timedelta
     place: str = field(compare=False)
     renames: Mapping[str, str] = field(default_factory=dict)
+
+    def pending_renames(self, present: Collection[str]) -> dict[str, str]:
+        """New names by old ones, where steps of those names are `present`, in an order in which no
+        name is taken. What is done already is not done again.
+        """
+        names, found = set(present), {}
+        open_ = dict(self.renames)
+        while ready := [n for n, old in open_.items() if old in names and n not in names]:
+            new = ready[0]
+            old = open_.pop(new)
+            names = names - {old} | {new}
+            found[old] = new
+        return found
+
+    def seeds(self, present: Mapping[str, str | None]) -> dict[str, str]:
+        """What its Splits deal by, where steps are `present` with what they deal by: what the file
+        says, else what it was, else the first name that the file knows.
+        """
+        old_names = {new: old for old, new in self.pending_renames(present).items()}
+        found = {}
+        for name, step in self.sequence.steps.items():
+            if step.type == "Split":
+                known = present.get(old_names.get(name, name))
+                first = f"{self.sequence.name}/{self.renames.get(name, name)}"
+                while not known and first in present.values():  # of one that was renamed
+                    first += "'"
+                found[name] = step.seed or known or first
+        return found
+
+    def seeded(self, present: Mapping[str, str | None]) -> Sequence:
+        """The sequence, whose Splits deal as they would in a database with those `present`."""
+        seeds = self.seeds(present)
+        steps = {
+            name: replace(step, seed=seeds.get(name)) for name, step in self.sequence.steps.items()
+        }
+        return replace(self.sequence, steps=steps)

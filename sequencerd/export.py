@@ -75,4 +75,6 @@ def _step(step: Document, following: str | None) -> dict[str, Any]:
         shown["next"] = step["next"]
     if step["altNext"] is not None:
         shown["altNext"] = step["altNext"]
+    if "seed" in step:
+        shown["seed"] = step["seed"]
     return shown

@@ -55,6 +55,8 @@ class FileStep(Config):
     """The step that follows; if nothing is said the next one in the file. null ends the journey."""
     alt_next: str | None = None
     """The step that follows on the other way; null, or nothing, ends the journey there."""
+    seed: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
+    """Of a Split: what subjects are dealt by. Left out: the names that it had at first."""
     renamed_from: Name | None = None
     """The step's former name: who is at it stays there. Can be left out once it is applied."""
 
@@ -339,7 +341,10 @@ def _read_steps(source: _Source, runners: Runners) -> list[Step]:
             behaviour=compile_behaviour(parsed.type, parsed.config, runners),
             position=number,
             reads_external=reads_external(parsed.config),
+            seed=parsed.seed,
         )
+        if parsed.seed is not None and parsed.type != "Split":
+            source.say(("steps", number, "seed"), "only a Split deals by a seed: leave it out")
         steps.setdefault(step.name, step)
         if isinstance(step.behaviour, Problem):
             is_served = parsed.type in COMPILERS or parsed.type in runners

@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 
 from sequencerd import store
-from sequencerd.changes import Changes, Document, compare
+from sequencerd.changes import Changes, Document, compare, seeds
 from sequencerd.core.advance import advance, waits_on
 from sequencerd.core.config import nearest
 from sequencerd.core.model import Definitions, Enrollment, Fail, LookUp, Wait
@@ -141,7 +141,11 @@ async def make(
     for number, (one, definition) in enumerate(zip(made, definitions, strict=True)):
         if concerned := _concerned(one.changes, definition):
             if everything is None:  # people may go on into other sequences
-                everything = await _everything(connection, known, definitions, runners)
+                seeded = [
+                    replace(d, sequence=d.seeded(seeds(m.after)))
+                    for d, m in zip(definitions, made, strict=True)
+                ]
+                everything = await _everything(connection, known, seeded, runners)
             waiting = [await _count(connection, one, step, everything) for step in concerned]
             made[number] = replace(one, waiting=tuple(w for w in waiting if w.total))
     archived = [
@@ -165,7 +169,7 @@ async def _make_one(
 ) -> Step:
     before = json.loads(row["document"]) if row else None
     after = await _document(connection, definition, before)
-    renamed = _renames(definition, [step["name"] for step in before["steps"]] if before else [])
+    renamed = definition.pending_renames(seeds(before)) if before else {}
     changes = compare(before, after, renamed)
     standing = {}
     for name in changes.removed:
@@ -189,6 +193,7 @@ async def _document(
     if status is None:  # a deploy does not end a pause that somebody has made by hand
         status = "paused" if before and before["status"] == "paused" else "active"
     steps = sorted(sequence.steps.values(), key=lambda step: step.position)
+    dealt_by = definition.seeds(seeds(before) if before else {})
     document = {
         "name": sequence.name,
         "timezone": sequence.timezone,
@@ -203,6 +208,7 @@ async def _document(
                 "config": step.config,
                 "next": step.next_step,
                 "altNext": step.alt_next_step,
+                **_seed(sequence.name, step.name, dealt_by),
             }
             for step in steps
         ],
@@ -217,18 +223,10 @@ async def _document(
     return kept
 
 
-def _renames(definition: Definition, present: list[str]) -> dict[str, str]:
-    """New names by old ones, in an order in which no name is taken. What is done already is not
-    done again.
-    """
-    names, found = set(present), {}
-    open_ = dict(definition.renames)
-    while ready := [n for n, old in open_.items() if old in names and n not in names]:
-        new = ready[0]
-        old = open_.pop(new)
-        names = names - {old} | {new}
-        found[old] = new
-    return found
+def _seed(sequence: str, step: str, dealt_by: Mapping[str, str]) -> dict[str, str]:
+    """The key of a Split that does not deal by its present names."""
+    seed = dealt_by.get(step)
+    return {} if seed in (None, f"{sequence}/{step}") else {"seed": seed}
 
 
 def _refusals(step: Step) -> Iterator[str]:
@@ -389,6 +387,7 @@ async def _write(connection: asyncpg.Connection, step: Step, definition: Definit
         [json.dumps(kept["config"]) for kept in steps],
         [kept["next"] for kept in steps],
         [kept["altNext"] for kept in steps],
+        [seeds(step.after).get(name) for name in names],
     )
     for old, new in step.moves.items():
         # more may come to the step while those who were there are moved

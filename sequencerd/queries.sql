@@ -14,7 +14,7 @@ SELECT name, first_step, timezone, status, lookup, recheck, revision
   FROM sequencer.sequences WHERE name = ANY ($1::text[]);
 
 -- name: steps
-SELECT sequence, name, type, config, next_step, alt_next_step, position, problem,
+SELECT sequence, name, type, config, next_step, alt_next_step, position, problem, seed,
        retime_from IS NOT NULL AS retime
   FROM sequencer.steps WHERE sequence = ANY ($1::text[]) ORDER BY sequence, position;
 
@@ -563,14 +563,16 @@ SELECT $1::text, $2::text, $3::text, $4::text, $5::text, $6::text, $7::interval
 
 -- name: apply_steps
 -- All steps of a sequence at once; what is as it was is not touched.
-INSERT INTO sequencer.steps (sequence, name, position, type, config, next_step, alt_next_step)
-SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::text[], $5::jsonb[], $6::text[], $7::text[])
+INSERT INTO sequencer.steps (sequence, name, position, type, config, next_step, alt_next_step, seed)
+SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::text[], $5::jsonb[], $6::text[], $7::text[],
+                         $8::text[])
 ON CONFLICT (sequence, name) DO UPDATE
    SET position = excluded.position, type = excluded.type, config = excluded.config,
-       next_step = excluded.next_step, alt_next_step = excluded.alt_next_step
- WHERE (steps.position, steps.type, steps.config, steps.next_step, steps.alt_next_step)
+       next_step = excluded.next_step, alt_next_step = excluded.alt_next_step,
+       seed = excluded.seed
+ WHERE (steps.position, steps.type, steps.config, steps.next_step, steps.alt_next_step, steps.seed)
        IS DISTINCT FROM (excluded.position, excluded.type, excluded.config, excluded.next_step,
-                         excluded.alt_next_step);
+                         excluded.alt_next_step, excluded.seed);
 
 -- name: remove_steps
 DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]);

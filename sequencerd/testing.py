@@ -43,7 +43,7 @@ def load(
     """
     runners = make_runners(settings or Settings(), outcomes or {})
     found = files.read_all([Path(path) for path in paths], runners)
-    definitions = {one.sequence.name: one.sequence for one in found}
+    definitions = {one.sequence.name: one.seeded({}) for one in found}
     return Sequences(definitions, runners, outcomes or {})
 
 

@@ -78,6 +78,7 @@ CREATE TABLE sequencer.steps (
     problem       text,
     retime_from   bigint,
     retime_again  boolean NOT NULL DEFAULT false,
+    seed          text CHECK (octet_length(seed) BETWEEN 1 AND 1000),
     PRIMARY KEY (sequence, name),
     FOREIGN KEY (sequence, next_step) REFERENCES sequencer.steps
         ON UPDATE CASCADE DEFERRABLE INITIALLY DEFERRED,
@@ -89,6 +90,7 @@ COMMENT ON TABLE  sequencer.steps IS 'What happens in a sequence, and what comes
 COMMENT ON COLUMN sequencer.steps.position IS 'The order of the definition; of several goals met the last wins.';
 COMMENT ON COLUMN sequencer.steps.next_step IS 'Where "next" leads; NULL ends the journey.';
 COMMENT ON COLUMN sequencer.steps.alt_next_step IS 'Where "altNext" leads; NULL ends the journey.';
+COMMENT ON COLUMN sequencer.steps.seed IS 'Of a Split: what subjects are dealt by. The names that it had at first, so that a rename deals nobody anew.';
 COMMENT ON COLUMN sequencer.steps.problem IS 'Written by the daemon: why this step cannot be executed.';
 COMMENT ON COLUMN sequencer.steps.retime_from IS 'The step has changed, or NOTIFY asked for it: waiting enrollments with this id or a greater one have yet to be evaluated.';
 COMMENT ON COLUMN sequencer.steps.retime_again IS 'NOTIFY asked again meanwhile: all are evaluated once more after that.';
@@ -425,9 +427,11 @@ BEGIN
     ELSE
         -- without what the daemon writes
         WITH before AS (
-            SELECT sequence, name, position, type, config, next_step, alt_next_step FROM old_steps
+            SELECT sequence, name, position, type, config, next_step, alt_next_step, seed
+              FROM old_steps
         ), after AS (
-            SELECT sequence, name, position, type, config, next_step, alt_next_step FROM new_steps
+            SELECT sequence, name, position, type, config, next_step, alt_next_step, seed
+              FROM new_steps
         ), difference AS (
             (TABLE before EXCEPT TABLE after) UNION ALL (TABLE after EXCEPT TABLE before)
         )
@@ -458,6 +462,23 @@ CREATE TRIGGER touch_on_delete AFTER DELETE ON sequencer.steps
     REFERENCING OLD TABLE AS old_steps
     FOR EACH STATEMENT EXECUTE FUNCTION sequencer.touch_sequences();
 
+CREATE FUNCTION sequencer.seed_split() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NEW.type <> 'Split' THEN
+        NEW.seed := NULL;
+    ELSIF NEW.seed IS NULL THEN
+        NEW.seed := NEW.sequence || '/' || NEW.name;
+        WHILE EXISTS (SELECT FROM sequencer.steps WHERE type = 'Split' AND seed = NEW.seed) LOOP
+            NEW.seed := NEW.seed || ''''; -- another Split had this name, and deals by it
+        END LOOP;
+    END IF;
+    RETURN NEW;
+END $$;
+
+CREATE TRIGGER seed_split BEFORE INSERT OR UPDATE OF type, seed ON sequencer.steps
+    FOR EACH ROW EXECUTE FUNCTION sequencer.seed_split();
+
 -- The definition as a file would have it: what revisions keep, and `sequencerd plan` compares with.
 CREATE FUNCTION sequencer.document(sequence text) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -468,6 +489,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
             SELECT coalesce(jsonb_agg(jsonb_build_object(
                        'name', s.name, 'type', s.type, 'config', s.config,
                        'next', s.next_step, 'altNext', s.alt_next_step)
+                       || CASE WHEN s.seed <> s.sequence || '/' || s.name
+                               THEN jsonb_build_object('seed', s.seed) ELSE '{}' END
                        ORDER BY s.name <> q.first_step COLLATE "C", s.position), '[]')
               FROM sequencer.steps AS s WHERE s.sequence = q.name))
       FROM sequencer.sequences AS q WHERE q.name = document.sequence

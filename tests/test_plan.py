@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import pytest
 
 from sequencerd import files, plan, store
 from sequencerd.changes import compare, is_same
+from sequencerd.core.advance import advance
+from sequencerd.core.model import Enrollment, Sequence
+from sequencerd.definitions import from_rows
 from sequencerd.errors import FileError, PlanError
+from sequencerd.export import to_yaml
+from sequencerd.testing import load
 from tests.engines import enroll
 from tests.plans import RUNNERS, Applying
 
@@ -365,3 +371,72 @@ async def test_every_transaction_keeps_one_revision(
     await connection.execute("UPDATE sequencer.sequences SET name = 't'")
     kept = await connection.fetch("SELECT DISTINCT sequence FROM sequencer.revisions")
     assert [row["sequence"] for row in kept] == ["t"]
+
+
+SPLIT = """
+name: s
+steps:
+  - {name: deal, type: Split, config: {next: 50, altNext: 50}, next: a, altNext: b}
+  - {name: a, type: GoTo, next: null}
+  - {name: b, type: GoTo, next: null}
+"""
+
+
+async def dealt(connection: asyncpg.Connection, name: str = "s", step: str = "deal") -> list[str]:
+    """Where the Split of the database's definition sends subjects."""
+    sequences, steps = await store.definitions(connection, [name])
+    return dealt_by({name: from_rows(sequences[0], steps, RUNNERS)}, name, step)
+
+
+def dealt_by(definitions: Mapping[str, Sequence], name: str, step: str) -> list[str]:
+    now = datetime.now(UTC)
+    subjects = [
+        Enrollment(n, f"u{n}", "{}", now, UUID(int=n), name, step, None, now) for n in range(100)
+    ]
+    return [advance(definitions, one, now).enrollment.step for one in subjects]
+
+
+async def test_renames_deal_nobody_anew(apply: Applying, connection: asyncpg.Connection) -> None:
+    await apply(SPLIT)
+    before = await dealt(connection)
+    assert set(before) == {"a", "b"}
+    renamed = SPLIT.replace("name: deal,", "name: share, renamedFrom: deal,")
+    assert dealt_by(load(apply.file).definitions, "s", "deal") == before
+    apply.file.write_text(renamed)
+    assert dealt_by(load(apply.file).definitions, "s", "share") == before
+    assert await apply.lines(renamed) == ["s:", "renamed deal → share"]
+    await apply(renamed)
+    assert await dealt(connection, step="share") == before
+    plain = SPLIT.replace("name: deal,", "name: share,")
+    assert await apply.lines(plain) == ["s: nothing changed"]
+    await connection.execute("UPDATE sequencer.sequences SET name = 't'")
+    assert await dealt(connection, "t", "share") == before
+    # an export says it, so that it is the same in another database
+    text = await connection.fetchval("SELECT sequencer.document('t')")
+    exported = to_yaml(json.loads(text))
+    assert "seed: s/deal" in exported
+    assert await apply.lines(exported) == ["t: nothing changed"]
+    assert dealt_by(load(apply.file).definitions, "t", "share") == before
+    await connection.execute("DELETE FROM sequencer.sequences")
+    await apply(exported)
+    assert await dealt(connection, "t", "share") == before
+
+
+async def test_a_new_split_of_an_old_name_deals_independently(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(SPLIT)
+    before = await dealt(connection)
+    await connection.execute("UPDATE sequencer.steps SET name = 'share' WHERE name = 'deal'")
+    deal = "\n  - {name: deal, type: Split, config: {next: 50, altNext: 50}, next: a, altNext: b}"
+    await apply(SPLIT.replace("name: deal,", "name: share,") + deal)
+    assert await dealt(connection, step="share") == before
+    assert await dealt(connection) != before
+    await connection.execute("DELETE FROM sequencer.steps WHERE name = 'deal'")
+    await connection.execute(
+        "INSERT INTO sequencer.steps (sequence, name, type, config, next_step, alt_next_step)"
+        " SELECT 's', 'deal', type, config, 'a', 'b' FROM sequencer.steps WHERE name = 'share'"
+    )
+    assert await dealt(connection) != before
+    other = SPLIT.replace("name: deal,", "name: share, seed: mine,")
+    assert "changed share: seed s/deal → mine" in await apply.lines(other)

@@ -17,7 +17,7 @@ from sequencerd.cli.commands import connect, on_database
 from sequencerd.cli.output import say, say_json, say_lines
 from sequencerd.core import dates, model
 from sequencerd.core.model import DefinitionError, Enrollment
-from sequencerd.definitions import from_rows
+from sequencerd.definitions import Definition, from_rows
 from sequencerd.errors import UsageError
 from sequencerd.journeys import Sequences, choose
 from sequencerd.runners import Runner
@@ -68,7 +68,7 @@ async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings
         raise UsageError(f"enrollment {arguments.from_enrollment} is {status}")
     if arguments.file is not None:
         read = files.read_all([arguments.file], runners)
-        definitions |= {one.sequence.name: one.sequence for one in read}
+        definitions |= {one.sequence.name: _dealing(one, definitions) for one in read}
     # a side effect that is being executed is begun anew here
     enrollment = Enrollment(*columns)._replace(leased_by=None)
     simulation = Sequences(definitions, runners, outcomes).follow(
@@ -81,6 +81,13 @@ async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings
     )
     _print(simulation, arguments.json)
     return 0
+
+
+def _dealing(definition: Definition, present: Mapping[str, model.Sequence]) -> model.Sequence:
+    """A file's sequence, whose Splits deal as those of the database."""
+    known = present.get(definition.sequence.name)
+    steps = known.steps if known else {}
+    return definition.seeded({name: step.seed for name, step in steps.items()})
 
 
 async def _refusing(connection: asyncpg.Connection, enrollment: asyncpg.Record | None) -> list[str]:

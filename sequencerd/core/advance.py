@@ -358,7 +358,9 @@ class _Way:
             case Instant() as behaviour:
                 if step.reads_external and (missing := self._look_up(sequence, step)):
                     return missing
-                answer = behaviour.answer(self._look())
+                moment = self._look()
+                moment.seed = step.seed
+                answer = behaviour.answer(moment)
             case _:
                 assert_never(step.behaviour)
         match answer:

@@ -141,6 +141,7 @@ class Step:
     behaviour: Instant | SideEffect | Problem
     position: int = 0  # the order of the definition: of several goals met the last one wins
     reads_external: bool = False
+    seed: str | None = None  # of a Split: what subjects are dealt by; None: by its names
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +299,7 @@ class Moment:
     `is_read` tells whether they have seen whose it is, and not only its position.
     """
 
-    __slots__ = ("_enrollment", "_view", "external", "is_read", "now", "timezone")
+    __slots__ = ("_enrollment", "_view", "external", "is_read", "now", "seed", "timezone")
 
     def __init__(
         self, enrollment: Enrollment, now: datetime, timezone: str, external: External
@@ -307,6 +308,7 @@ class Moment:
         self.now = now
         self.timezone = timezone
         self.is_read = False
+        self.seed: str | None = None  # of the step that reads it
         self._enrollment = enrollment
         self._view: dict[str, Any] | None = None
 

@@ -220,7 +220,8 @@ def _split(config: Mapping[str, Any]) -> Instant:
     def answer(moment: Moment) -> StepAnswer:
         # the same for a subject whenever it comes by, and independent of the other splits
         here = moment.enrollment
-        key = "\0".join((here.sequence, here.step, here.subject)).encode("utf-8", "replace")
+        seed = moment.seed or f"{here.sequence}/{here.step}"
+        key = f"{seed}\0{here.subject}".encode("utf-8", "replace")
         place = int.from_bytes(sha256(key).digest()[:6]) / 2**48
         return Action.NEXT if place < share else Action.ALT_NEXT
 

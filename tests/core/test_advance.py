@@ -548,6 +548,25 @@ def test_a_split_is_weighted_and_stable_and_independent_of_other_splits() -> Non
     assert 130 < len(first & second) < 230
 
 
+def test_other_weights_move_as_few_as_possible_and_a_seed_outlives_names() -> None:
+    def first(share: int, name: str = "a", seed: str | None = None) -> set[str]:
+        config = {"next": share, "altNext": 100 - share}
+        split = replace(step(name, "Split", config, "x", "y"), seed=seed)
+        definitions = sequence(split, step("x", "GoTo"), step("y", "GoTo"))
+        subjects = (f"u{n}" for n in range(2000))
+        return {
+            subject
+            for subject in subjects
+            if advance(definitions, at(name, subject=subject), NOW).enrollment.step == "x"
+        }
+
+    half, more = first(50), first(60)
+    assert half < more
+    assert 0.08 < len(more - half) / 2000 < 0.12
+    assert first(50, "b") != half
+    assert first(50, "b", "s/a") == half
+
+
 def test_update_data_merges_templates_and_goals_see_it() -> None:
     config = {"data": {"paid": True, "note": "for {{subject}}", "list": ["{{id}}", 2]}}
     definitions = sequence(
