@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -192,9 +193,10 @@ class Parts:
     """What can be replaced while the daemon runs: runners and lookups, and the settings of both."""
 
     def __init__(self, settings: Settings, runners: dict[str, Runner], pool: asyncpg.Pool) -> None:
+        """`pool` is for lookups."""
         self.settings = settings
         self.runners = runners
-        self.lookups = Lookups(pool, settings.lookups)
+        self.lookups = Lookups(pool, settings.lookups, timeout=settings.database.lookup_timeout)
         self._pool = pool
 
     def renewed(self, new: Settings, suppressions: Suppressions) -> Parts:
@@ -262,9 +264,15 @@ async def run(
     async with (
         _pool(url, settings.database, size) as pool,
         _pool(url, settings.database, 1) as heart,
+        _pool(url, settings.database, settings.database.lookup_connections, 0) as for_lookups,
     ):
-        parts = Parts(settings, runners, pool)
-        daemon = _Daemon(pool, heart, parts, suppressions=suppressions, log=log, read=read)
+        try:
+            parts = Parts(settings, runners, for_lookups)
+        except ValueError as error:
+            raise SettingsError(f"wrong setting: {error}") from error
+        daemon = _Daemon(
+            pool, heart, for_lookups, parts, suppressions=suppressions, log=log, read=read
+        )
         end_tracing = _trace(log)
         try:
             async with serving(daemon.app(url), settings.listen):
@@ -317,6 +325,7 @@ class _Daemon:
         self,
         pool: asyncpg.Pool,
         heart: asyncpg.Pool,
+        for_lookups: asyncpg.Pool,
         parts: Parts,
         *,
         suppressions: Suppressions,
@@ -328,12 +337,19 @@ class _Daemon:
         self.parts = parts
         self._pool = pool
         self._heart = heart
+        self._for_lookups = for_lookups
         self._clock = Clock()
         self._suppressions = suppressions
         self._log = log
         self._read = read
         self._metrics = Metrics()
         self._health = Health(self._metrics, self._status, sweep=settings.sweep)
+        self._health.waits = {
+            "engine": partial(store.longest_wait, pool),
+            "lookups": partial(store.longest_wait, for_lookups),
+        }
+        for name, seconds in self._health.waits.items():
+            self._metrics.connection_wait.labels(name).set_function(seconds)
         self._engine = Engine(
             pool,
             heart,
@@ -401,6 +417,7 @@ class _Daemon:
     async def _connected(self) -> None:
         # after the network was cut, connections that nobody used meanwhile are dead unnoticed
         await self._pool.expire_connections()
+        await self._for_lookups.expire_connections()
         await self._engine.sweep()
         self._log.info("ready", daemon=self.name, sequences=len(self._engine.catalog.sequences))
         notify("READY=1", f"STATUS={self._status()}")
@@ -419,7 +436,7 @@ class _Daemon:
         self._engine.stop()
         # a database that is silent then is not waited for
         seconds = self.parts.settings.engine.stop_timeout + CLOSE_TIMEOUT
-        for pool in (self._pool, self._heart):
+        for pool in (self._pool, self._heart, self._for_lookups):
             asyncio.get_running_loop().call_later(seconds, pool.terminate)
 
     async def _reload_whenever(self, told: asyncio.Event, group: asyncio.TaskGroup) -> None:
@@ -451,11 +468,13 @@ class _Daemon:
 
 
 @asynccontextmanager
-async def _pool(url: str, settings: Database, size: int) -> AsyncIterator[asyncpg.Pool]:
+async def _pool(
+    url: str, settings: Database, size: int, least: int = 1
+) -> AsyncIterator[asyncpg.Pool]:
     if settings.url is not None:
         url = settings.url.get_secret_value()
     try:
-        pool = await store.connect_pool(url, size, pooled=settings.pooled)
+        pool = await store.connect_pool(url, size, pooled=settings.pooled, least=least)
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         raise DatabaseError(f"cannot connect to the database: {store.explain(error)}") from error
     try:

@@ -6,7 +6,7 @@ Written in the daemon's event loop, read in the thread of the HTTP listener.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from sequencerd.listener import PROBE_INTERVAL, PROBE_TIMEOUT
 from sequencerd.metrics import Metrics
@@ -15,16 +15,19 @@ from sequencerd.systemd import notify
 BEAT = 1.0  # seconds: the engine's loop turns as often, or more
 BLOCKED = 5.0
 STATUS_INTERVAL = 5.0
+STARVED = 5.0  # seconds for which nobody got a connection
 QUIET = 2 * PROBE_INTERVAL + PROBE_TIMEOUT  # without an answer for so long, the listener is deaf
 
 
 class Health:
-    """What is known of the running daemon: `sweep` is the time between sweeps in seconds, `status`
+    """What is known of the running daemon. `waits` gives, by what connections are for, how many
+    seconds one has been waited for. `sweep` is the time between sweeps in seconds, `status`
     makes the line for systemd.
     """
 
     def __init__(self, metrics: Metrics, status: Callable[[], str], *, sweep: float) -> None:
         self.stopping = False
+        self.waits: Mapping[str, Callable[[], float]] = {}
         self._metrics = metrics
         self._status = status
         self._longest_pause = 2 * sweep + 10
@@ -78,4 +81,7 @@ class Health:
             reasons.append("nothing was swept yet")
         elif now - swept > self._longest_pause:
             reasons.append(f"the last sweep was {now - swept:.0f} s ago")
+        for name, seconds in self.waits.items():
+            if (waited := seconds()) >= STARVED:
+                reasons.append(f"all connections for {name} have been in use for {waited:.0f} s")
         return reasons

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -57,8 +58,18 @@ class Lookups:
     SQL function.
     """
 
-    def __init__(self, pool: asyncpg.Pool, endpoints: Mapping[str, LookupEndpoint]) -> None:
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        endpoints: Mapping[str, LookupEndpoint],
+        *,
+        timeout: float = 30.0,
+    ) -> None:
+        """`pool` is for SQL functions alone: what they hold is missing nowhere else. `timeout`
+        (seconds) is for each of them.
+        """
         self._pool = pool
+        self._timeout = timeout
         self._webs: list[Web] = []
         self._installed = {
             point.name: _by_python(point.load()) for point in entry_points(group=GROUP)
@@ -69,12 +80,30 @@ class Lookups:
         """The source that a definition names. Asking one that does not exist fails, and says so."""
         if name in self._set_up:
             return self._set_up[name]
-        ask = self._installed.get(name) or (lambda subjects: self._by_sql(name, subjects))
-        return Lookup(name, ask, batch_size=1000, concurrency=2, timeout=30)
+        if name in self._installed:
+            return Lookup(name, self._installed[name], batch_size=1000, concurrency=2, timeout=30)
+
+        async def ask(subjects: list[str]) -> dict[str, External]:
+            return await self._by_sql(name, subjects)
+
+        # the server ends the statement; this is for what it can't, and the wait for a connection
+        timeout = 2 * self._timeout + 5
+        return Lookup(name, ask, batch_size=1000, concurrency=2, timeout=timeout)
 
     async def _by_sql(self, name: str, subjects: list[str]) -> dict[str, External]:
-        async with store.connection(self._pool) as connection:
-            return await store.look_up(connection, name, subjects)
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    connection = await stack.enter_async_context(store.connection(self._pool))
+            except TimeoutError:
+                raise RuntimeError(
+                    "other lookups have held all of database.lookup_connections "
+                    f"({self._pool.get_max_size()}) for {self._timeout:g} seconds"
+                ) from None
+            try:
+                return await store.look_up(connection, name, subjects, self._timeout)
+            except asyncpg.QueryCanceledError:
+                raise RuntimeError(f"no answer within {self._timeout:g} seconds") from None
 
     def _by_http(self, name: str, endpoint: LookupEndpoint) -> Lookup:
         web = Web(

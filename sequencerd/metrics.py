@@ -105,6 +105,12 @@ class Metrics(Collector):
         self.ready = Gauge(
             "sequencerd_ready", "1 while /readyz would answer 200", registry=self.registry
         )
+        self.connection_wait = Gauge(
+            "sequencerd_connection_wait_seconds",
+            "For how long a connection to the database has been waited for by now",
+            ["pool"],
+            registry=self.registry,
+        )
         self.clock_offset = Gauge(
             "sequencerd_clock_offset_seconds",
             "How far the database's clock is ahead of this machine's",

@@ -404,6 +404,10 @@ WITH revived AS (
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
 SELECT id, $3, sequence, step, visit, 'resumed', 'the step has been mended' FROM revived;
 
+-- name: limit_statement
+-- For how many milliseconds a statement of this transaction may run.
+SELECT set_config('statement_timeout', $1, true);
+
 -- name: look_up
 -- The names are checked before they are put in.
 SELECT l.subject, l.data FROM "{schema}"."{name}"($1::text[]) AS l (subject, data);

@@ -108,6 +108,8 @@ class Database(Section):
     listen_url: Secret | None = None
     listen: bool = True
     connections: int = Field(default=5, ge=2, le=100)
+    lookup_connections: int = Field(default=3, ge=1, le=100)
+    lookup_timeout: float = Field(default=30.0, ge=0.1, le=600)
 
     @property
     def pooled(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from contextlib import asynccontextmanager, contextmanager
@@ -160,12 +161,12 @@ def explain(error: BaseException) -> str:
 
 
 async def connect_pool(
-    url: str, size: int, *, pooled: bool = False, **options: Any
+    url: str, size: int, *, pooled: bool = False, least: int = 1, **options: Any
 ) -> asyncpg.Pool:
     """Connections for the daemon's statements, whose writes notify nobody.
 
     `pooled` through a pooler, nothing is kept from one transaction to the next: no prepared
-    statements, and no setting, so that writes notify as anybody's.
+    statements, and no setting, so that writes notify as anybody's. `least` are opened at once.
     """
     quiet = {} if pooled else {"sequencer.notify": "off"}
     if pooled:
@@ -175,7 +176,7 @@ async def connect_pool(
         options["max_cached_statement_lifetime"] = 0
     return await asyncpg.create_pool(
         url,
-        min_size=1,
+        min_size=least,
         max_size=size,
         timeout=CONNECT_TIMEOUT,
         command_timeout=COMMAND_TIMEOUT,
@@ -191,8 +192,11 @@ async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
     A cancellation stays one, though the ROLLBACK that follows it fails: who tries again after the
     errors of a database would never end.
     """
+    waiting, ours = _waiting.setdefault(pool, {}), object()
+    waiting[ours] = time.monotonic()
     try:
         async with pool.acquire() as acquired:
+            _end_wait(pool, ours)
             with _closed_when_dead(acquired):
                 yield acquired
     except TRANSIENT_ERRORS as error:
@@ -200,6 +204,25 @@ async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
         if task is not None and task.cancelling():
             raise asyncio.CancelledError from error
         raise
+    finally:
+        _end_wait(pool, ours)
+
+
+_waiting: dict[asyncpg.Pool, dict[object, float]] = {}
+"""Since when somebody waits for a connection, for pools where anybody does."""
+
+
+def _end_wait(pool: asyncpg.Pool, ours: object) -> None:
+    if (waiting := _waiting.get(pool)) is not None:
+        waiting.pop(ours, None)
+        if not waiting:
+            del _waiting[pool]
+
+
+def longest_wait(pool: asyncpg.Pool) -> float:
+    """For how many seconds a connection has been waited for. From any thread."""
+    since = list(_waiting.get(pool, {}).values())
+    return time.monotonic() - min(since) if since else 0.0
 
 
 @asynccontextmanager
@@ -676,11 +699,12 @@ async def suppressed(
 
 
 async def look_up(
-    connection: asyncpg.Connection, function: str, subjects: Rows[str]
+    connection: asyncpg.Connection, function: str, subjects: Rows[str], seconds: float
 ) -> dict[str, Mapping[str, Any]]:
     """What a function `schema.name(subjects text[])` of the user's own knows, by subject.
 
-    It can't write. Raises ValueError for a name that is none, or of a schema that is not theirs.
+    It can't write, and the server ends it after so many seconds. Raises ValueError for a name that
+    is none, or of a schema that is not theirs.
     """
     name = _FUNCTION.fullmatch(function)
     if name is None or re.match(r"pg_|information_schema$|sequencer$", name["schema"]):
@@ -690,7 +714,9 @@ async def look_up(
         )
     query = QUERIES["look_up"].format(**name.groupdict())
     async with connection.transaction(readonly=True):
-        rows = await connection.fetch(query, subjects)
+        # for this transaction alone, so that it holds through a pooler as well
+        await connection.execute(QUERIES["limit_statement"], f"{seconds * 1000:.0f}")
+        rows = await connection.fetch(query, subjects, timeout=seconds + COMMAND_TIMEOUT)
     return {row["subject"]: json.loads(row["data"] or "{}") for row in rows}
 
 

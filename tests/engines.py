@@ -70,12 +70,14 @@ async def running_engine(
     url: str,
     runners: Mapping[str, Runner] | None = None,
     endpoints: Mapping[str, LookupEndpoint] | None = None,
+    lookup_timeout: float = 30.0,
     **settings: Any,
 ) -> AsyncIterator[Engine]:
     """A daemon in the test's own loop: engine and listener, ready."""
     pool, heart = await store.connect_pool(url, 5), await store.connect_pool(url, 1)
     log = structlog.get_logger()
-    lookups = Lookups(pool, endpoints or {})
+    for_lookups = await store.connect_pool(url, 3, least=0)
+    lookups = Lookups(for_lookups, endpoints or {}, timeout=lookup_timeout)
     engine = Engine(
         pool,
         heart,
@@ -106,6 +108,7 @@ async def running_engine(
         with suppress(asyncio.CancelledError):
             await listener
         await lookups.close()
+        await for_lookups.close()
         await pool.close()
         await heart.close()
 

@@ -6,16 +6,21 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
 from sequencerd import lookups, store
+from sequencerd.health import Health
+from sequencerd.metrics import Metrics
 from sequencerd.settings import LookupEndpoint
 from tests.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
-from tests.runners.servers import Answer, Request, http_server
+from tests.pooler import pgbouncer
+from tests.runners.servers import Answer, Request, http_server, task
 
 ACCOUNTS = """
     CREATE SCHEMA app;
@@ -160,10 +165,10 @@ async def test_a_function_can_neither_write_nor_be_anybody_elses(
         " LANGUAGE sql AS $$ INSERT INTO app.questions VALUES ($1) RETURNING 'x', '{}'::jsonb $$"
     )
     with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
-        await store.look_up(connection, "app.noting", ["ada"])
+        await store.look_up(connection, "app.noting", ["ada"], 60)
     for name in ("plans", "pg_catalog.unnest", "sequencer.enroll", 'app."x"', "app.f(); --"):
         with pytest.raises(ValueError, match="SQL function"):
-            await store.look_up(connection, name, ["ada"])
+            await store.look_up(connection, name, ["ada"], 60)
 
 
 async def test_an_endpoint_gets_the_ids_and_answers_with_objects(
@@ -241,3 +246,78 @@ async def test_a_python_function_is_asked(
         await enroll(connection, "s", "ada")
         await until(connection, ALL_ENDED)
     assert recorder.views[0]["external"]["plan"] == "pro"
+
+
+SLOW = "CREATE SCHEMA slow;" + "".join(
+    f"CREATE FUNCTION slow.{name}(subjects text[]) RETURNS TABLE (subject text, data jsonb)"
+    " LANGUAGE sql AS $$ SELECT 'x', '{}'::jsonb FROM pg_sleep(3600) $$;"
+    for name in ("one", "two", "three", "four", "five", "six")
+)
+SLEEPING = (
+    "SELECT count(*) = 3 FROM pg_stat_activity"
+    " WHERE datname = current_database() AND wait_event = 'PgSleep'"
+)
+
+
+async def ask_slow(connection: asyncpg.Connection) -> None:
+    """Sequences whose lookups hang: more than the engine has connections."""
+    await connection.execute(SLOW)
+    for name in ("one", "two", "three", "four", "five", "six"):
+        await define(connection, name, ("has-pro", "Conditional", PRO, None))
+        await connection.execute(
+            "UPDATE sequencer.sequences SET lookup = $1 WHERE name = $2", f"slow.{name}", name
+        )
+        for n in range(3):
+            await enroll(connection, name, f"u{n}")
+
+
+async def test_slow_lookups_delay_nothing_else(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    note = Recorder()
+    async with running_engine(database, {"Note": note}):
+        await ask_slow(connection)
+        await until(connection, SLEEPING)
+        await define(connection, "s", ("note", "Note", "{}", None))
+        await enroll(connection, "s", "ada")
+        await until(
+            connection,
+            "SELECT status = 'completed' FROM sequencer.enrollments WHERE sequence = 's'",
+        )
+        assert await connection.fetchval(SLEEPING)
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        )
+
+
+@pytest.mark.parametrize("through_pooler", [False, True])
+async def test_the_server_ends_a_slow_lookup(
+    database: str, connection: asyncpg.Connection, tmp_path: Path, through_pooler: bool
+) -> None:
+    await connection.execute(ACCOUNTS + SLOW)
+    with pgbouncer(database, tmp_path) if through_pooler else nullcontext(database) as url:
+        pool = await store.connect_pool(url, 1, pooled=through_pooler, least=0)
+        made = lookups.Lookups(pool, {}, timeout=0.2)
+        (found,) = await made.get("slow.one").run(None, [task()])
+        assert found.message == "lookup 'slow.one' failed: no answer within 0.2 seconds"
+        # what holds for it holds for no other
+        async with pool.acquire() as other:
+            assert await other.fetchval("SHOW statement_timeout") == "0"
+            (found,) = await made.get("app.plans").run(None, [task()])
+            assert "have held all of database.lookup_connections (1) for 0.2 s" in found.message
+            waiting = asyncio.create_task(made._by_sql("app.plans", []))
+            while store.longest_wait(pool) == 0:  # noqa: ASYNC110 - it sets no event
+                await asyncio.sleep(0.01)
+        assert await waiting == {}
+        assert store.longest_wait(pool) == 0
+        await pool.close()
+
+
+def test_exhausted_connections_are_a_reason() -> None:
+    health = Health(Metrics(), str, sweep=60)
+    waited = 4.0
+    health.waits = {"lookups": lambda: waited}
+    reason = "all connections for lookups have been in use for 6 s"
+    assert reason not in health.why_not_ready()
+    waited = 6.0
+    assert reason in health.why_not_ready()
