@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 from sequencerd.core.dates import next_match
-from sequencerd.core.predicate import Operand, compile_predicate
-from sequencerd.core.template import compile_template
+from sequencerd.core.javascript.conditions import Operand, compile_predicate
+from sequencerd.core.javascript.templates import compile_template
+from sequencerd.core.model import View, parse_data
 
 BERLIN = ZoneInfo("Europe/Berlin")
 AFTER = datetime(2026, 3, 2, 10, 17, 30, tzinfo=UTC)
@@ -39,6 +40,8 @@ CONTEXT: dict[str, object] = {
         "items": [{"name": f"Lesson {n}", "minutes": n * 2.5} for n in range(1, 6)],
     },
 }
+
+DATA = json.dumps(CONTEXT["data"])
 
 TO = "{{data.name}} <{{data.email}}>"
 SUBJECT = "{{data.name}}, your {{data.plan}} ends on {{date data.due format='D MMMM'}}"
@@ -92,17 +95,18 @@ def predicate() -> Measure:
     condition = compile_predicate(
         "gt", Operand(type="get", value="data.score"), Operand(type="raw", value=5)
     )
-    return Measure("gt on a get path", lambda: condition(CONTEXT), 2)
+    return Measure("gt on a get path, from JSON text", lambda: condition(f'{{"data":{DATA}}}'), 6)
 
 
 def mail() -> Measure:
     templates = [compile_template(source, escape=False) for source in (TO, SUBJECT, TEXT)]
     templates.append(compile_template(HTML, escape=True))
-    return Measure(
-        "a Mail step's four templates",
-        lambda: [template.render(CONTEXT) for template in templates],
-        300,
-    )
+
+    def render() -> list[str]:
+        view = View({**CONTEXT, "data": parse_data(DATA)}, DATA)
+        return [template.render(view) for template in templates]
+
+    return Measure("an Email step's four templates", render, 250)
 
 
 def match(name: str, attribute: str, values: list[int], target: float | None) -> Measure:

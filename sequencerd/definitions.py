@@ -26,7 +26,7 @@ from sequencerd.core.model import (
     SideEffect,
     Step,
 )
-from sequencerd.core.steps import COMPILERS, compile_step
+from sequencerd.core.steps import COMPILERS, compile_step, roots
 from sequencerd.runners import Runner
 
 Runners = Mapping[str, Runner]
@@ -209,7 +209,8 @@ def compile_row(row: asyncpg.Record, runners: Runners) -> Compiled:
         config = json.loads(row["config"])
     except (ValueError, RecursionError) as error:
         return Compiled({}, Problem(f"config cannot be read: {error}"), False)
-    return Compiled(config, compile_behaviour(row["type"], config, runners), reads_external(config))
+    behaviour = compile_behaviour(row["type"], config, runners)
+    return Compiled(config, behaviour, reads_external(row["type"], config))
 
 
 def make_step(row: asyncpg.Record, compiled: Compiled) -> Step:
@@ -250,9 +251,15 @@ def from_rows(
     return make_sequence(sequence, [make_step(row, compile_row(row, runners)) for row in steps])
 
 
-def reads_external(config: Mapping[str, Any]) -> bool:
-    """Whether the word is anywhere in a config: in a path, in a template, as a key."""
-    return re.search(r"\bexternal\b", json.dumps(config)) is not None
+def reads_external(type_: str, config: Mapping[str, Any]) -> bool:
+    """Whether a step's condition or one of its templates reads external data, or all data.
+
+    Of a type that is not built in, whether the word is anywhere in the config.
+    """
+    read = roots(type_, config)
+    if read is None or "external" in read:
+        return True
+    return type_ not in COMPILERS and re.search(r"\bexternal\b", json.dumps(config)) is not None
 
 
 def problems(sequence: Sequence) -> dict[tuple[str, str], str | None]:

@@ -41,9 +41,14 @@ class Document:
 
     value: Any
     lines: dict[Place, int] = field(repr=False)
+    blocks: dict[Place, int] = field(repr=False)  # the line above the text of each `|`
 
-    def line(self, place: Place) -> int:
-        """Where a value stands, or else the nearest that it would stand in."""
+    def line(self, place: Place, within: int = 0) -> int:
+        """Where a value stands, or else the nearest that it would stand in; of a text that is
+        written in lines of its own, the line `within` it (from 1).
+        """
+        if within and place in self.blocks:
+            return self.blocks[place] + within
         while place not in self.lines:
             place = place[:-1]
         return self.lines[place]
@@ -98,11 +103,11 @@ class _Loader(yaml.SafeLoader):
     def document(self) -> Document:
         """The next document."""
         node = self.get_node()
-        made = Document(None, {(): 1})
+        made = Document(None, {(): 1}, {})
         if node is None:
             return made
         made.lines[()] = node.start_mark.line + 1
-        return Document(self._plain(node, (), made.lines), made.lines)
+        return Document(self._plain(node, (), made), made.lines, made.blocks)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Bounds what is read: each level is a few calls of Python's, each value costs time."""
@@ -119,7 +124,7 @@ class _Loader(yaml.SafeLoader):
         if self._values > 2 * MAX_VALUES:  # each is counted when it is read, and when it is used
             raise _wrong(f"more than {MAX_VALUES} values, with those that aliases repeat", mark)
 
-    def _plain(self, node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
+    def _plain(self, node: yaml.Node, place: Place, made: Document) -> Any:
         self._depth += 1
         self._count(node.start_mark)
         match node:
@@ -127,15 +132,17 @@ class _Loader(yaml.SafeLoader):
                 value: Any = {}
                 for key_node, value_node in self._items(node):
                     key = str(_scalar(key_node))
-                    lines[*place, key] = key_node.start_mark.line + 1
-                    value[key] = self._plain(value_node, (*place, key), lines)
+                    made.lines[*place, key] = key_node.start_mark.line + 1
+                    value[key] = self._plain(value_node, (*place, key), made)
             case yaml.SequenceNode(tag=tag) if tag == f"{_TAG}seq":
                 value = []
                 for number, item in enumerate(node.value):
-                    lines[*place, number] = item.start_mark.line + 1
-                    value.append(self._plain(item, (*place, number), lines))
+                    made.lines[*place, number] = item.start_mark.line + 1
+                    value.append(self._plain(item, (*place, number), made))
             case yaml.ScalarNode():
                 value = _scalar(node)
+                if node.style == "|":
+                    made.blocks[place] = node.start_mark.line + 1
             case _:
                 raise _wrong(_unknown(node), node.start_mark)
         self._depth -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -176,7 +177,8 @@ class _Source:
             if step is not None:
                 shown = place[3:] if place[2:3] == ("config",) else place[2:]
         text = str(Fault(shown, message))
-        line = self.document.line(place)
+        within = re.match(r"line (\d+): ", message)  # of a template
+        line = self.document.line(place, int(within[1]) if within else 0)
         self.findings.append(Finding(self.path, line, self.name, step, text, is_error))
 
     def jumps(self) -> Iterator[tuple[int, str, str]]:
@@ -340,7 +342,7 @@ def _read_steps(source: _Source, runners: Runners) -> list[Step]:
             alt_next_step=parsed.alt_next,
             behaviour=compile_behaviour(parsed.type, parsed.config, runners),
             position=number,
-            reads_external=reads_external(parsed.config),
+            reads_external=reads_external(parsed.type, parsed.config),
             seed=parsed.seed,
         )
         if parsed.seed is not None and parsed.type != "Split":

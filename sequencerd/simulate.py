@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 from sequencerd.core.advance import advance
+from sequencerd.core.javascript.conditions import Operand
 from sequencerd.core.model import (
     NEVER,
     Action,
@@ -36,7 +37,6 @@ from sequencerd.core.model import (
     parse_data,
     view,
 )
-from sequencerd.core.predicate import UNDEFINED, Operand
 from sequencerd.core.steps import ConditionConfig
 
 MAX_ENTRIES = 10_000
@@ -274,13 +274,13 @@ def _condition(step: Step) -> ConditionConfig | None:
 def _because(condition: ConditionConfig, moment: Moment) -> str:
     """A condition with the values that it compared, such as "gte(data.score = 10, 50) is false"."""
     predicate = condition.predicate()
-    values = predicate.operands(moment.view)
+    view = moment.json(predicate.roots)
     operands = [condition.value, *[condition.compare_to] * (condition.compare_to is not None)]
-    shown = ", ".join(map(_operand, operands, values))
-    return f"{condition.lodash_command}({shown}) is {str(predicate(moment.view)).lower()}"
+    shown = ", ".join(map(_operand, operands, predicate.operands(view)))
+    return f"{condition.lodash_command}({shown}) is {str(predicate(view)).lower()}"
 
 
-def _operand(operand: Operand | None, value: object) -> str:
-    text = "missing" if value is UNDEFINED else json.dumps(value, ensure_ascii=False, default=str)
+def _operand(operand: Operand | None, text: str | None) -> str:
+    text = "missing" if text is None else text
     text = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
     return f"{operand.value} = {text}" if operand and operand.type == "get" else text

@@ -71,6 +71,34 @@ def test_the_examples_are_beyond_doubt() -> None:
     assert (len(found), findings) == (len(files), [])
 
 
+def test_what_is_wrong_in_a_block_of_text_is_told_at_its_line(tmp_path: Path) -> None:
+    text = """\
+name: s
+steps:
+  - name: a
+    type: Email
+    config:
+      from: a@example.com
+      to: b@example.com
+      subject: x
+      text: |
+        Hello,
+
+        {{#if data.x}}{{dat data.due}}{{/if}}
+        {{> footer}}
+      html: >-
+        {{#if x}}
+"""
+    found = [(f.line, f.message) for f in check(tmp_path / "f.yaml", text)]
+    assert [(line, message.split(":")[0]) for line, message in found] == [
+        (12, "text"),
+        (13, "text"),
+        (14, "html"),
+    ]
+    assert "unknown helper 'dat'" in found[0][1]
+    assert "no partial 'footer'" in found[1][1]
+
+
 def test_a_runner_of_ones_own_for_messages_need_not_have_our_templates(tmp_path: Path) -> None:
     file = tmp_path / "f.yaml"
     file.write_text("name: s\nsteps: [{name: a, type: SMS, config: {body: '{{'}}]")

@@ -157,3 +157,24 @@ def test_a_cycle_with_a_way_out_is_fine(tmp_path: Path) -> None:
     )
     behaviours = [step.behaviour for step in definition.sequence.steps.values()]
     assert not any(isinstance(behaviour, Problem) for behaviour in behaviours)
+
+
+@pytest.mark.parametrize(
+    ("type_", "config", "reads"),
+    [
+        (
+            "Goal",
+            {"lodashCommand": "isNil", "value": {"type": "get", "value": "['external'].x"}},
+            True,
+        ),
+        ("Goal", {"lodashCommand": "eq", "value": {"type": "raw", "value": "external"}}, False),
+        ("UpdateData", {"data": {"external": "external"}}, False),
+        ("UpdateData", {"data": {"a": ["{{#each data.l}}{{@root.external.x}}{{/each}}"]}}, True),
+        ("WaitForDate", {"date": "{{lookup this data.key}}"}, True),
+        ("WaitForDate", {"date": "{{data.external}}"}, False),
+        ("Score", {"what": "external"}, True),
+        ("Score", {"what": "externals"}, False),
+    ],
+)
+def test_who_reads_external_data(type_: str, config: dict[str, object], reads: bool) -> None:
+    assert definitions.reads_external(type_, config) is reads

@@ -6,10 +6,10 @@ It reads no clock and does no I/O. The daemon, the simulator and the tests all c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
 from sequencerd.core import dates, retry
 from sequencerd.core.model import (
@@ -47,6 +47,8 @@ from sequencerd.core.model import (
     parse_data,
     printable,
 )
+
+T = TypeVar("T")
 
 MAX_LAPSES = 20
 """So often within a day the lease of a visit may expire; the daemon may die of its side effect."""
@@ -322,7 +324,7 @@ class _Way:
             for goal in open_goals
             if isinstance(goal.behaviour, Instant)
             and goal.behaviour.met is not None
-            and goal.behaviour.met(self._look())
+            and _asked(goal, goal.behaviour.met, self._look())
         ]
         if before := self.at.goals_met:
             holding = {goal.name for goal in met}
@@ -360,7 +362,7 @@ class _Way:
                     return missing
                 moment = self._look()
                 moment.seed = step.seed
-                answer = behaviour.answer(moment)
+                answer = _asked(step, behaviour.answer, moment)
             case _:
                 assert_never(step.behaviour)
         match answer:
@@ -531,3 +533,11 @@ def _told_loop(executed: list[str]) -> str:
         f"a loop that never waits: {' → '.join(cycle)}; nothing is executed a second time before "
         "time has passed: put a step that waits into it"
     )
+
+
+def _asked(step: Step, ask: Callable[[Moment], T], moment: Moment) -> T:
+    """What a step or a goal answers. Raises EvaluationError, which names it."""
+    try:
+        return ask(moment)
+    except EvaluationError as error:
+        raise EvaluationError(error.failure, f"step {step.name!r}: {error}") from error

@@ -5,13 +5,12 @@ Told is only what can be proved from the definition; docs/files.md says what tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sequencerd.core.javascript import UNDEFINED
-from sequencerd.core.lodash.table import gives_true
+from sequencerd.core.javascript.conditions import ALWAYS_TRUE, Operand, first_key
+from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import (
     DefinitionError,
     EvaluationError,
@@ -21,14 +20,14 @@ from sequencerd.core.model import (
     SideEffect,
     Step,
 )
-from sequencerd.core.predicate import Operand, first_key
 from sequencerd.core.steps import (
+    TEMPLATED,
     ConditionalConfig,
     ConditionConfig,
     GoalConfig,
     WaitForConditionConfig,
+    texts,
 )
-from sequencerd.core.template import compile_template
 
 NAMES = (
     "id", "subject", "dataLookup", "sequence", "step", "data", "external", "timezone", "visit",
@@ -126,10 +125,12 @@ def _never_alt(step: Step) -> str:
 def _check_condition(step: Step, sequence: Sequence) -> Iterator[Remark]:
     config = _MODELS[step.type].model_validate(step.config)
     for key, operand in (("value", config.value), ("compareTo", config.compare_to)):
-        if operand is not None and operand.type == "get":
-            root = first_key(operand.given())
-            if wrong := _wrong_path(operand.given(), root, sequence):
-                yield Remark(step.name, ("config", key, "value"), wrong)
+        if (
+            operand is not None
+            and operand.type == "get"
+            and (wrong := _wrong_path(operand.value, first_key(operand), sequence))
+        ):
+            yield Remark(step.name, ("config", key, "value"), wrong)
     if answer := always(config, sequence):
         yield _fixed(step, *answer)
 
@@ -137,17 +138,24 @@ def _check_condition(step: Step, sequence: Sequence) -> Iterator[Remark]:
 def always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
     """What the condition answers for everybody, None where it can't be asked; and the reason."""
     predicate = config.predicate()
-    view: Mapping[str, Any] = {"external": {}}
-    value, other = predicate.operands(view)
-    if config.lodash_command == "eq" and isinstance(other, list | dict):
+    view = '{"external":{}}'
+    other = config.compare_to
+    if (
+        config.lodash_command == "eq"
+        and other
+        and isinstance(other.value, list | dict)
+        and other.type == "raw"
+    ):
         return False, "eq never holds for a list or an object, write isEqual"
-    if predicate.function is gives_true:
+    if config.lodash_command in ALWAYS_TRUE:
         return True, f"what {config.lodash_command} gives is true, even when it is empty"
     if not (_is_fixed(config.value, sequence) and _is_fixed(config.compare_to, sequence)):
         return None
-    shown = [_shown(value)] if config.compare_to is None else [_shown(value), _shown(other)]
-    asked = f"{config.lodash_command}({', '.join(shown)})"
+    asked = config.lodash_command
     try:
+        operands = predicate.operands(view)
+        shown = [_shown(text) for text in operands[: 1 if config.compare_to is None else 2]]
+        asked += f"({', '.join(shown)})"
         answer = predicate(view)
     except EvaluationError as error:
         return None, f"{asked} fails: {error}"
@@ -158,12 +166,12 @@ def _is_fixed(operand: Operand | None, sequence: Sequence) -> bool:
     """Whether an operand is the same for everybody at all times."""
     if operand is None or operand.type == "raw":
         return True
-    root = first_key(operand.given())
+    root = first_key(operand)
     return root not in NAMES or (root == "external" and sequence.lookup is None)
 
 
-def _shown(value: object) -> str:
-    text = "undefined" if value is UNDEFINED else json.dumps(value, default=str)
+def _shown(text: str | None) -> str:
+    text = "undefined" if text is None else text
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
@@ -208,8 +216,7 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
     """Their paths; and, of a config that was not read as far as its templates, their errors."""
     problem = step.behaviour if isinstance(step.behaviour, Problem) else None
     told = {("config", *fault.place) for fault in problem.faults if fault.place} if problem else ()
-    is_templated = step.type in (*MESSAGES, "UpdateData", "WaitForDate")
-    for place, source in _texts(("config",), step.config if is_templated else {}):
+    for place, source in texts(("config",), step.config if step.type in TEMPLATED else {}):
         try:
             template = compile_template(source, escape=False)
         except DefinitionError as error:
@@ -219,15 +226,3 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
         for path in sorted(template.surely_reads - {"this"}):
             if wrong := _wrong_path(path, path.split(".")[0], sequence):
                 yield Remark(step.name, place, wrong)
-
-
-def _texts(place: Place, value: object) -> Iterator[tuple[Place, str]]:
-    match value:
-        case str():
-            yield place, value
-        case dict():
-            for key, item in value.items():
-                yield from _texts((*place, key), item)
-        case list():
-            for number, item in enumerate(value):
-                yield from _texts((*place, number), item)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from sequencerd.core import dates
 from sequencerd.core.checks import MESSAGES, Remark, always, goes_alt, ways
+from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import DefinitionError, EvaluationError, Problem, Sequence, Step
 from sequencerd.core.model import SideEffect as Effect
 from sequencerd.core.next_match import full_name
@@ -24,7 +25,6 @@ from sequencerd.core.steps import (
     WaitForDateComparisonConfig,
     WaitForDateConfig,
 )
-from sequencerd.core.template import compile_template
 
 MOST_STATES = 200_000  # looked at in all; a graph beyond that is not searched to its end
 

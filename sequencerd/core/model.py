@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple, assert_never
 from uuid import UUID
@@ -299,7 +299,7 @@ class Moment:
     `is_read` tells whether they have seen whose it is, and not only its position.
     """
 
-    __slots__ = ("_enrollment", "_view", "external", "is_read", "now", "seed", "timezone")
+    __slots__ = ("_enrollment", "external", "is_read", "now", "seed", "timezone")
 
     def __init__(
         self, enrollment: Enrollment, now: datetime, timezone: str, external: External
@@ -310,7 +310,6 @@ class Moment:
         self.is_read = False
         self.seed: str | None = None  # of the step that reads it
         self._enrollment = enrollment
-        self._view: dict[str, Any] | None = None
 
     def is_of(self, enrollment: Enrollment) -> bool:
         """Whether it shows this enrollment as it is."""
@@ -327,26 +326,42 @@ class Moment:
         """Since when it has been at its step."""
         return self._enrollment.entered_at or self.now
 
-    @property
-    def view(self) -> dict[str, Any]:
-        """The enrollment as plain JSON data. Raises EvaluationError for data that can't be read."""
-        self.is_read = True
-        if self._view is None:
-            self._view = view(self._enrollment, self.timezone, self.entered_at, self.external)
-        return self._view
+    def json(self, roots: Set[str] | None) -> str:
+        """The JSON text of a view that has these keys, where there are such; None for all."""
+        if roots is None or not roots <= _POSITION:
+            self.is_read = True
+        if roots == _DATA:
+            return f'{{"data":{self._enrollment.data}}}'
+        others = _about(self._enrollment, self.timezone, self.entered_at, self.external)
+        if roots is not None:
+            others = {name: value for name, value in others.items() if name in roots}
+        has_data = roots is None or "data" in roots
+        return _with_data(others, self._enrollment.data if has_data else None)
 
 
-def view(
+_DATA = {"data"}
+_POSITION = {"sequence", "step", "timezone", "visit", "attempt", "startStep"}
+"""What is the same for all enrollments in one position."""
+
+
+def view(enrollment: Enrollment, timezone: str, entered_at: datetime, external: External) -> View:
+    """What runners are given. Raises EvaluationError for data that can't be read."""
+    others = _about(enrollment, timezone, entered_at, external)
+    return View({**others, "data": parse_data(enrollment.data)}, enrollment.data)
+
+
+def _about(
     enrollment: Enrollment, timezone: str, entered_at: datetime, external: External
 ) -> dict[str, Any]:
-    """What `get` paths, templates and custom runners are given; names as in the original."""
+    """What `get` paths, templates and custom runners are given but for the data; names as in the
+    original.
+    """
     return {
         "id": enrollment.id,
         "subject": enrollment.subject,
         "dataLookup": enrollment.subject,
         "sequence": enrollment.sequence,
         "step": enrollment.step,
-        "data": parse_data(enrollment.data),
         "external": external,
         "timezone": timezone,
         "visit": enrollment.visit,
@@ -354,6 +369,28 @@ def view(
         "startSequence": iso(enrollment.created_at),
         "startStep": iso(entered_at),
     }
+
+
+class View(dict[str, Any]):
+    """What `get` paths, templates and custom runners may read, with its JSON text."""
+
+    def __init__(self, values: Mapping[str, Any], data: str) -> None:
+        super().__init__(values)
+        self._data = data
+
+    @cached_property
+    def text(self) -> str:
+        """As JSON; the data stand in it as PostgreSQL has them."""
+        others = {name: value for name, value in self.items() if name != "data"}
+        return _with_data(others, self._data)
+
+
+def _with_data(others: Mapping[str, Any], data: str | None) -> str:
+    """JSON text, in which the data stand as PostgreSQL has them."""
+    text = json.dumps(others)
+    if data is None:
+        return text
+    return f'{{"data":{data},{text[1:]}' if others else f'{{"data":{data}}}'
 
 
 _decode = json.JSONDecoder().raw_decode  # does not look for blanks around it, which jsonb lacks

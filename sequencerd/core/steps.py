@@ -6,16 +6,33 @@ checked once when the definition is read. Raises DefinitionError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, StrictBool, StrictFloat, StrictInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    JsonValue,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+)
 from pydantic.config import JsonDict
 
 from sequencerd.core import dates
 from sequencerd.core.config import Config, Faults, parse_config
+from sequencerd.core.javascript.conditions import (
+    COMMANDS,
+    Operand,
+    Predicate,
+    compile_predicate,
+    known_command,
+)
+from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import (
     NEVER,
     Action,
@@ -31,8 +48,6 @@ from sequencerd.core.model import (
     Update,
 )
 from sequencerd.core.next_match import full_name
-from sequencerd.core.predicate import COMMANDS, Operand, Predicate, compile_predicate, known_command
-from sequencerd.core.template import compile_template
 
 ON_TIME = timedelta(minutes=1)
 """Who is woken later than this by a WaitForDateComparison has missed the time."""
@@ -161,17 +176,18 @@ def _go_to(config: Mapping[str, Any]) -> Instant:
 
 
 def _conditional(config: Mapping[str, Any]) -> Instant:
-    holds = parse_config(ConditionalConfig, config).predicate()
-    return Instant(lambda moment: Action.NEXT if holds(moment.view) else Action.ALT_NEXT)
+    holds = _holds(parse_config(ConditionalConfig, config))
+    return Instant(lambda moment: Action.NEXT if holds(moment) else Action.ALT_NEXT)
+
+
+def _holds(config: ConditionConfig) -> Callable[[Moment], bool]:
+    predicate = config.predicate()
+    return lambda moment: predicate(moment.json(predicate.roots))
 
 
 def _goal(config: Mapping[str, Any]) -> Instant:
     parsed = parse_config(GoalConfig, config)
-    holds = parsed.predicate()
-
-    def is_met(moment: Moment) -> bool:
-        return holds(moment.view)
-
+    is_met = _holds(parsed)
     return Instant(
         lambda moment: Action.NEXT if is_met(moment) else Stay(NEVER),
         met=is_met,
@@ -199,11 +215,11 @@ def _end_of(duration: DurationConfig) -> Callable[[Moment], datetime]:
 
 def _wait_for_condition(config: Mapping[str, Any]) -> Instant:
     parsed = parse_config(WaitForConditionConfig, config)
-    holds = parsed.predicate()
+    holds = _holds(parsed)
     end = _end_of(parsed.timeout) if parsed.timeout else lambda _: NEVER
 
     def answer(moment: Moment) -> StepAnswer:
-        if holds(moment.view):
+        if holds(moment):
             return Action.NEXT
         until = end(moment)
         return Action.ALT_NEXT if until <= moment.now else Stay(until)
@@ -232,37 +248,53 @@ def _update_data(config: Mapping[str, Any]) -> Instant:
     faults = Faults()
     render = _compile_value(("data",), parse_config(UpdateDataConfig, config).data, faults)
     faults.check()
-    return Instant(lambda moment: Update(render(moment.view)))
+    return Instant(lambda moment: Update(render(moment)))
 
 
-def _compile_value(place: Place, value: Any, faults: Faults) -> Callable[[Mapping[str, Any]], Any]:
+def _compile_value(place: Place, value: Any, faults: Faults) -> Callable[[Moment], Any]:
     """What gives a JSON value with the templates in it rendered."""
     match value:
         case str():
             with faults.at(*place):
-                return compile_template(value, escape=False).render
+                return _rendered(place, value)
         case dict():
             inner = {
                 key: _compile_value((*place, key), item, faults) for key, item in value.items()
             }
-            return lambda view: {key: render(view) for key, render in inner.items()}
+            return lambda moment: {key: render(moment) for key, render in inner.items()}
         case list():
             items = [_compile_value((*place, n), item, faults) for n, item in enumerate(value)]
-            return lambda view: [render(view) for render in items]
+            return lambda moment: [render(moment) for render in items]
     return lambda _: value
+
+
+def _rendered(place: Place, source: str) -> Callable[[Moment], str]:
+    """What renders a template. Raises DefinitionError."""
+    template = compile_template(source, escape=False)
+    if template.is_literal:
+        return lambda _: source
+
+    def render(moment: Moment) -> str:
+        try:
+            return template.render(moment.json(template.roots))
+        except EvaluationError as error:
+            message = f"{'.'.join(map(str, place))}: {error}"
+            raise EvaluationError(error.failure, message) from error
+
+    return render
 
 
 def _wait_for_date(config: Mapping[str, Any]) -> Instant:
     source = parse_config(WaitForDateConfig, config).date
     faults = Faults()
     with faults.at("date"):
-        template = compile_template(source, escape=False)
-        if template.is_literal and dates.parse(source, dates.zone("UTC")) is None:
+        if "{{" not in source and dates.parse(source, dates.zone("UTC")) is None:
             raise DefinitionError(_no_date(source))
+        render = _rendered(("date",), source)
     faults.check()
 
     def answer(moment: Moment) -> StepAnswer:
-        text = template.source if template.is_literal else template.render(moment.view)
+        text = render(moment)
         until = dates.parse(text.strip(), dates.zone(moment.timezone))
         if until is None:
             raise EvaluationError("bad_data", f"date {_no_date(text)}")
@@ -337,3 +369,43 @@ COMPILERS: Mapping[str, Callable[[Mapping[str, Any]], Instant]] = {
 def compile_step(type_: str, config: Mapping[str, Any]) -> Instant:
     """What a built-in step of this type does. Raises DefinitionError."""
     return COMPILERS[type_](config)
+
+
+TEMPLATED = ("Email", "SMS", "UpdateData", "WaitForDate")
+"""The types in whose configs every text is a template."""
+
+
+def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
+    """The first keys of what a built-in step, or a message, reads of the view; None for all of it.
+
+    Of a config with errors it is what can be told.
+    """
+    found: set[str] = set()
+    if "lodashCommand" in config and type_ in COMPILERS:
+        with suppress(DefinitionError, ValidationError):
+            names = ("lodashCommand", "value", "compareTo")
+            own = {name: config[name] for name in names if name in config}
+            found |= ConditionConfig.model_validate(own).predicate().roots
+    try:
+        for _, source in texts((), config if type_ in TEMPLATED else {}):
+            with suppress(DefinitionError):
+                read = compile_template(source, escape=False).roots
+                if read is None:
+                    return None
+                found |= read
+    except RecursionError:
+        return None
+    return frozenset(found)
+
+
+def texts(place: Place, value: object) -> Iterator[tuple[Place, str]]:
+    """All texts in a config, with their places."""
+    match value:
+        case str():
+            yield place, value
+        case dict():
+            for key, item in value.items():
+                yield from texts((*place, key), item)
+        case list():
+            for number, item in enumerate(value):
+                yield from texts((*place, number), item)

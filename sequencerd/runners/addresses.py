@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import DefinitionError, Fault
-from sequencerd.core.template import Template
 from sequencerd.runners.fields import RenderError, compile_field, one_line, render
 from sequencerd.runners.mime import (
     MAX_HEADER,

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from pydantic import ConfigDict, Field, model_validator
 
 from sequencerd.core.config import Config, Faults, parse_config
+from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
     RETRY,
     Answer,
@@ -26,7 +27,6 @@ from sequencerd.core.model import (
     Suppressed,
     Task,
 )
-from sequencerd.core.template import Template
 from sequencerd.runners import mime, pending
 from sequencerd.runners.addresses import Addresses, compile_addresses
 from sequencerd.runners.fields import (

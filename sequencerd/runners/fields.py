@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sequencerd.core.javascript.templates import Template, compile_template
 from sequencerd.core.model import DefinitionError, EvaluationError, Fault
-from sequencerd.core.template import Template, compile_template
 
 MAX_SHOWN = 300  # characters of what a server says
 
@@ -24,7 +24,8 @@ def compile_field(name: str, source: str, *, escape: bool = False) -> Template:
     try:
         return compile_template(source, escape=escape)
     except DefinitionError as error:
-        raise DefinitionError([Fault((name,), str(error))]) from error
+        found = [Fault((name, *fault.place), fault.message) for fault in error.faults]
+        raise DefinitionError(found) from error
 
 
 def render(name: str, template: Template, view: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from sequencerd.core.model import (
     Result,
     RetryPolicy,
     Task,
+    View,
 )
 from sequencerd.runners.answers import check_json, read_outcome
 from sequencerd.runners.fields import one_line
@@ -205,11 +206,16 @@ class HttpRunner:
 
 
 def _write(task: Task) -> str | None:
-    """What the endpoint sees of an enrollment; None for numbers beyond JSON (1e999 in data)."""
+    """What the endpoint sees of an enrollment, with the numbers of its data as PostgreSQL has them;
+    None for numbers beyond JSON (1e999 of a lookup).
+    """
+    view = task.view
     try:
-        return json.dumps({**task.view, "idempotencyKey": task.key}, allow_nan=False)
+        json.dumps(view["external"] if isinstance(view, View) else view, allow_nan=False)
     except ValueError:
         return None
+    text = view.text if isinstance(view, View) else json.dumps(view)
+    return f'{text[:-1]}, "idempotencyKey": {json.dumps(task.key)}}}'
 
 
 def _body(program: str, events: Sequence[str]) -> bytes:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sequencerd.core.config import Config, Faults, parse_config
+from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
     RETRY,
     Answer,
@@ -23,7 +24,6 @@ from sequencerd.core.model import (
     Suppressed,
     Task,
 )
-from sequencerd.core.template import Template
 from sequencerd.runners.fields import (
     RenderError,
     compile_field,

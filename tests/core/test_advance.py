@@ -988,3 +988,56 @@ def test_every_goal_pulls_at_most_once(
             break
         here, now = advanced.enrollment, advanced.decision.until
     assert pulls <= len(next(iter(definitions.values())).goals)
+
+
+def test_a_goal_that_cannot_be_asked_is_named() -> None:
+    endless = {"lodashCommand": "range", "value": {"type": "raw", "value": 1e9}}
+    found = sequence(
+        step("a", "WaitForDuration", {"amount": 1, "unit": "day"}), step("won", "Goal", endless)
+    )
+    decision = advance(found, at("a"), NOW).decision
+    assert isinstance(decision, Fail)
+    assert decision.failure == "bad_data"
+    assert decision.message.startswith("step 'won': lodashCommand range: more than 0.25 seconds")
+
+
+def test_a_template_that_cannot_be_rendered_is_named_with_its_field() -> None:
+    found = sequence(step("a", "UpdateData", {"data": {"on": ["{{date data.due}}"]}}))
+    decision = advance(found, at("a"), NOW).decision
+    message = "step 'a': data.on.0: {{date data.due}}: the value is missing, write an ISO 8601 text"
+    assert decision == Fail("bad_data", message)
+
+
+@pytest.mark.parametrize(
+    ("path", "shared"),
+    [
+        ("visit", True),
+        ("timezone", True),
+        (["step"], True),
+        ("data.a", False),
+        ("subject", False),
+        ("['data'].a", False),
+    ],
+)
+def test_what_a_condition_reads_decides_whether_its_outcome_is_shared(
+    path: object, shared: bool
+) -> None:
+    asking = {"lodashCommand": "isNil", "value": {"type": "get", "value": path}}
+    found = sequence(step("ask", "Conditional", asking))
+    assert advance(found, at("ask"), NOW).is_common is shared
+
+
+def test_the_data_of_a_condition_are_read_by_javascript_alone() -> None:
+    sums = {
+        "value": {"type": "get", "value": "data.sum"},
+        "compareTo": {"type": "raw", "value": 12345678901234567},
+    }
+    asking = {**PAID, **sums}
+    data = (
+        '{"sum": 12345678901234568, "deep": ' + "[" * 3_000 + "]" * 3_000 + "}"
+    )  # Python's json can't
+    found = sequence(
+        step("ask", "Conditional", asking, "yes"),
+        step("yes", "WaitForDuration", {"amount": 1, "unit": "day"}),
+    )
+    assert advance(found, at("ask", data), NOW).enrollment.step == "yes"

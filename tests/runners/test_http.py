@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result
+from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result, View
 from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.web import MAX_ANSWER, Web, is_public
 from tests.runners import servers
@@ -74,6 +74,15 @@ def failed(result: Result) -> Failed:
     """The result, which is a failure."""
     assert isinstance(result, Failed), result
     return result
+
+
+async def test_numbers_are_sent_as_postgresql_has_them() -> None:
+    data = '{"sum": 1.10, "id": 12345678901234567890123, "tiny": 0.1000000000000000055}'
+    view = View({**task(7).view, "external": {}, "data": json.loads(data)}, data)
+    async with http_server(all_next) as server, runner(server) as made:
+        await made.run(made.compile({}), [task(7)._replace(view=view)])
+    assert data.encode() in server.requests[0].body
+    assert json.loads(server.requests[0].body)["runners"][0]["idempotencyKey"] == KEY
 
 
 async def test_the_event_and_its_headers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -11,10 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.core.javascript import number_text
-from sequencerd.core.model import DefinitionError, EvaluationError
-from sequencerd.core.template import MAX_SOURCE, MAX_TAGS, compile_template, paths
-from sequencerd.core.template_dates import compile_format
+from sequencerd.core.date_format import compile_format
+from sequencerd.core.javascript.templates import MAX_SOURCE, MAX_TAGS, compile_template
+from sequencerd.core.model import DefinitionError, EvaluationError, View
 
 CONTEXT: dict[str, object] = {
     "name": "Ada & Co",
@@ -33,7 +33,11 @@ CONTEXT: dict[str, object] = {
 }
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=8,
 )
@@ -146,7 +150,6 @@ def test_only_data_can_be_reached(path: str) -> None:
         "{{#if x}}",
         "{{#if x}}{{/each}}",
         "{{#if x}}{{else}}{{else}}{{/if}}",
-        "{{#if x}}{{else each list}}{{/if}}",
         "{{else}}",
         "{{#if}}{{/if}}",
         "{{#if a b}}{{/if}}",
@@ -161,8 +164,6 @@ def test_only_data_can_be_reached(path: str) -> None:
         "{{a=b}}",
         "{{ #if a}}{{/if}}",
         "{{> partial}}",
-        '{{#*inline "a"}}{{/inline}}',
-        "{{{{raw}}}}{{{{/raw}}}}",
         "{{lookup object}}",
         "{{default}}{{default name x=1}}",
         "{{json a b}}",
@@ -178,13 +179,58 @@ def test_a_malformed_template_is_refused(source: str) -> None:
         compile_template(source, escape=True)
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{#if no}}\n{{dat due x=1}}{{/if}}", "line 2: .*unknown helper 'dat'.*did you mean date"),
+        ("\n\n{{name.x y}}", "line 3: .*unknown helper 'name.x'"),
+        ("{{#each list as |item|}}\n{{item 1}}{{/each}}", "line 2: .*unknown helper 'item'"),
+        ("a\n{{> footer}}", "line 2: .*no partial 'footer'"),
+        ("{{#if a}}\n\n{{/each}}", "line 1.*if doesn't match each"),
+        ("{{#eq a b}}{{/eq}}", "eq is not a block"),
+        ('{{date due locale="xx"}}', "'xx' is not a locale"),
+        ("{{* x}}", "not a decorator"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_line(source: str, words: str) -> None:
+    with pytest.raises(DefinitionError, match=f"(?s){words}"):
+        compile_template(source, escape=True)
+
+
+def test_all_that_is_wrong_is_told() -> None:
+    with pytest.raises(DefinitionError) as caught:
+        compile_template("{{dat a b}}{{> c}}\n{{json}}{{json a b}}", escape=True)
+    assert len(caught.value.faults) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{#if no}}{{else each list}}{{this}}{{/if}}", "ab"),
+        ("{{#with nothing}}{{else with object}}{{b}}{{/with}}", "1"),
+        ('{{#*inline "line"}}- {{this}};{{/inline}}{{#each list}}{{> line}}{{/each}}', "- a;- b;"),
+        ('{{#*inline "p"}}{{name}}{{x}}{{/inline}}{{> p people.[1] x=1}}', "B1"),
+        ("{{#> footer}}none{{/footer}}", "none"),
+        (
+            "{{#each list as |a i|}}{{#each @root.list as |b|}}{{a}}{{b}}{{i}} {{/each}}{{/each}}",
+            "aa0 ab0 ba1 bb1 ",
+        ),
+        ("{{#if (and yes (not no) (gt 2 n))}}a{{/if}}", "a"),
+        ("{{{{raw}}}}{{x}}{{{{/raw}}}}", ""),
+        ("{{upper (default missing (lower name))}}", "ADA & CO"),
+    ],
+)  # fmt: skip
+def test_all_of_handlebars_is_there(source: str, expected: str) -> None:
+    assert render(source) == expected
+
+
 def test_an_unknown_helper_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(DefinitionError, match=r"'dat'.*did you mean date"):
         compile_template('{{dat due format="D"}}', escape=False)
 
 
 def test_a_malformed_tag_is_shown_with_its_line() -> None:
-    with pytest.raises(DefinitionError, match=r"line 3 .*\{\{name\}"):
+    with pytest.raises(DefinitionError, match=r"line 3: .*\{\{name\}"):
         compile_template("a\nb\n{{name}", escape=False)
 
 
@@ -200,16 +246,95 @@ def test_a_malformed_tag_is_shown_with_its_line() -> None:
         ('{{#each list}}{{date @root.due format="M/D" zone="UTC"}} {{/each}}', "3/1 3/1 "),
         ('{{default missing nothing "there"}}', "there"),
         ('{{default zero "there"}} {{default empty no "there"}}', "0 there"),
-        ("{{json object}}", '{"b":1,"2":2,"1":3,"x y":4}'),
+        ("{{json object}}", '{"1":3,"2":2,"b":1,"x y":4}'),
         ("{{log name}}", ""),
+        ("{{eq n 1}} {{eq n '1'}} {{ne n 1}} {{eq missing nothing}}", "true false false false"),
+        ("{{gt n 0}} {{gte n 1}} {{lt n 1}} {{lte n 1}}", "true true false true"),
+        ("{{and yes empty}} {{or no empty zero}} {{not zero}}", "false false true"),
+        ('{{includes list "b"}} {{includes name "Ada"}} {{includes nothing 1}}', "true true false"),
+        ("{{url name}} {{url smile}}{{url missing}}", "Ada%20%26%20Co a%F0%9F%98%80"),
+        ('{{number 1234567.891 decimals=2}} {{number "0.5"}} {{number zero decimals=1}}',
+         "1,234,567.89 0.5 0.0"),
+        ('{{number 1234567.891 decimals=2 locale="de"}}', "1.234.567,89"),
+        ('{{number -1234 locale="es"}} {{number -12345 locale="es-ES"}}', "-1234 -12.345"),
+        ('{{number 1.005 decimals=2}} {{number -0.001 decimals=2}}', "1.01 0.00"),
+        ("{{upper name}} {{lower name}} [{{trim '  a b '}}] {{capitalize 'élan'}}",
+         "ADA & CO ada & co [a b] Élan"),
+        ('{{date due format="D MMMM YYYY, dddd" locale="de"}}', "2 März 2024, Samstag"),
+        ('{{date due format="D MMMM" locale="ru"}} {{date due format="MMMM" locale="ru"}}',
+         "2 марта март"),
+        ('{{date due format="Do MMMM" locale="fr-CA"}}', "2 mars"),
+        ('{{date due format="YYYY年MMMMDo h:mm A" locale="ja"}}', "2024年3月2日 12:30 午前"),
+        ('{{#if (eq (date due format="YYYY") "2024")}}leap{{/if}}', "leap"),
+        ('{{upper (date due format="ddd")}}', "SAT"),
+        ('{{date (date due format="YYYY-MM-DD") format="D" zone="UTC"}}', "2"),
     ],
-)
+)  # fmt: skip
 def test_helpers(source: str, expected: str) -> None:
     assert render(source) == expected
 
 
 def test_a_helpers_name_without_arguments_is_a_field() -> None:
-    assert render("{{date}} {{json}}", {"date": "today", "json": "x"}) == "today x"
+    context = {"date": "today", "json": "x", "links": [{"url": "a", "number": 0}], "and": [1, 2]}
+    assert render("{{date}} {{json}}", context) == "today x"
+    assert (
+        render("{{#each links}}{{url}}{{number}}{{/each}}{{#and}}{{this}}{{/and}}", context)
+        == "a012"
+    )
+    assert (
+        render("{{#each links as |url|}}{{url.url}}{{url}}{{/each}}", context) == "a[object Object]"
+    )
+
+
+LOCALES = "de fr es it nl pt pl sv da fi nb cs tr ru uk ja zh".split()  # noqa: SIM905 -- shorter
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_months_and_days_have_names_in_each_language(locale: str) -> None:
+    months, days = set(), set()
+    for month in range(1, 13):
+        context = {"due": f"2024-{month:02}-{month:02}T12:00:00Z"}
+        months.add(render(f'{{{{date due format="D MMMM" locale="{locale}"}}}}', context))
+    for day in range(1, 8):
+        context = {"due": f"2024-01-{day:02}"}
+        days.add(render(f'{{{{date due format="dddd" locale="{locale}"}}}}', context))
+    assert len(months) == 12
+    assert len(days) == 7
+    english = {
+        render('{{date due format="D MMMM"}}', {"due": f"2024-{n:02}-{n:02}"}) for n in range(1, 13)
+    }
+    assert months != english
+
+
+@given(value=st.floats(-1e15, 1e15), decimals=st.integers(0, 6), locale=st.sampled_from(LOCALES))
+def test_a_number_reads_back(value: float, decimals: int, locale: str) -> None:
+    written = render(f'{{{{number x decimals={decimals} locale="{locale}"}}}}', {"x": value})
+    fraction = re.split(r"\D", written)[-1] if decimals else ""
+    assert len(fraction) == decimals
+    digits = re.sub(r"\D", "", written)
+    assert int(digits) / 10**decimals == pytest.approx(abs(value), abs=10**-decimals, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [None, "", "x", [1], {}, True])
+def test_what_is_no_number_fails_with_its_tag(value: object) -> None:
+    with pytest.raises(EvaluationError, match=r"\{\{number data\.sum\}\}: the value is"):
+        render("{{number data.sum}}", {"data": {"sum": value}})
+
+
+def test_the_view_of_an_enrollment_renders_as_its_text() -> None:
+    data = '{"due": "2024-03-01T23:30:00Z", "sum": 1.10}'
+    view = View({"data": json.loads(data), "timezone": "Europe/Berlin"}, data)
+    for source in ('{{date data.due format="D.M."}} {{data.sum}}', "{{date @root.data.due}}"):
+        template = compile_template(source, escape=True)
+        assert template.render(view) == template.render(view.text) == template.render(dict(view))
+
+
+def test_rendering_does_not_change_what_it_is_given() -> None:
+    context = {"list": [3, 1], "o": {"a": 1}}
+    source = (
+        '{{#each list}}{{this}}{{/each}}{{json o}}{{> p o b=2}}{{#*inline "p"}}{{b}}{{/inline}}'
+    )
+    assert render(source, context) == render(source, context) == '31{"a":1}2'
 
 
 def test_a_date_without_a_zone_is_in_utc() -> None:
@@ -228,8 +353,10 @@ def test_json_is_safe_in_html_and_reads_back(value: object) -> None:
     in_script = render("{{{json x}}}", {"x": value}, escape=True)
     in_text = render("{{json x}}", {"x": value}, escape=True)
     assert not set("<>&") & set(in_script)
-    assert json.loads(in_script) == value
-    assert json.loads(html.unescape(in_text)) == value
+    for written in (in_script, html.unescape(in_text)):
+        assert json.loads(written, parse_int=float) == json.loads(
+            json.dumps(value), parse_int=float
+        )
 
 
 @pytest.mark.parametrize(
@@ -271,12 +398,12 @@ def test_the_default_format_is_iso_8601(at: datetime) -> None:
     ],
 )
 def test_numbers_print_as_in_javascript(number: float, expected: str) -> None:
-    assert number_text(number) == expected
+    assert render("{{x}}", {"x": number}) == expected
 
 
 @given(number=st.floats(allow_nan=False, allow_infinity=False))
 def test_a_printed_number_reads_back(number: float) -> None:
-    assert float(number_text(number)) == number
+    assert float(render("{{x}}", {"x": number})) == number
 
 
 @pytest.mark.parametrize(
@@ -285,8 +412,6 @@ def test_a_printed_number_reads_back(number: float) -> None:
         "x" * (MAX_SOURCE + 1),
         "{{a}}" * (MAX_TAGS + 1),
         "{{#if a}}" * 200 + "{{/if}}" * 200,
-        "{{default " + "(default " * 50 + "a" + ")" * 50 + "}}",
-        "{{" + "a." * 1000 + "a}}",
         "{{" * 1000,
         '{{"' + '\\"' * 100_000,
         "{{a " + "(" * 100_000,
@@ -304,16 +429,11 @@ def test_an_oversized_template_is_refused(source: str) -> None:
         "{{#each l}}{{#each @root.l}}{{#each @root.l}}{{/each}}{{/each}}{{/each}}",
         "{{#each l}}{{@root.text}}{{/each}}",
         "{{#each l}}{{#if (json @root)}}{{/if}}{{/each}}",
-        "{{#each l}}{{@root.text.length}}{{/each}}",
         "{{#each l}}" + "{{!}}a" * 4_000 + "{{/each}}",
-        "{{nested}}",
     ],
 )
 def test_a_rendering_is_bounded(source: str) -> None:
-    nested: list[object] = []
-    for _ in range(200):
-        nested = [nested]
-    context = {"l": list(range(2_000)), "text": "é" * 2_000, "nested": nested}
+    context = {"l": list(range(2_000)), "text": "é" * 2_000}
     with pytest.raises(EvaluationError) as caught:
         render(source, context)
     assert caught.value.failure == "bad_data"
@@ -322,7 +442,8 @@ def test_a_rendering_is_bounded(source: str) -> None:
 def test_the_deepest_template_renders_from_a_deep_stack() -> None:
     depth = 99
     context: dict[str, object] = {}
-    context["l"] = [context]
+    for _ in range(depth):
+        context = {"l": [context]}
     source = "{{#each l}}" * depth + "x" + "{{/each}}" * depth
 
     def from_depth(frames: int) -> str:
@@ -361,7 +482,7 @@ def test_a_template_without_tags_is_its_own_text(text: str) -> None:
     assert template.render({}) == text
 
 
-@given(text=st.text())
+@given(text=st.text(st.characters(exclude_characters="\0")))  # which PostgreSQL does not hold
 def test_escaped_html_reads_back(text: str) -> None:
     escaped = render("{{x}}", {"x": text}, escape=True)
     assert not set("<>\"'`=") & set(escaped)
@@ -382,4 +503,4 @@ def test_escaped_html_reads_back(text: str) -> None:
     ],
 )
 def test_the_paths_that_a_template_reads_are_known(source: str, expected: set[str]) -> None:
-    assert paths(source) == expected
+    assert compile_template(source, escape=False).reads == expected

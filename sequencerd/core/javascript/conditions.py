@@ -1,0 +1,173 @@
+"""Conditions by lodash's commands: Boolean(_[command](value, compareTo))."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from sequencerd.core.config import Faults
+from sequencerd.core.javascript import sandbox
+from sequencerd.core.model import DefinitionError, EvaluationError, Fault
+
+_NAMES = """
+    add assign assignIn assignInWith assignWith at attempt bindAll bindKey camelCase capitalize
+    castArray ceil chain chunk clamp clone cloneDeep cloneDeepWith cloneWith compact concat cond
+    conforms conformsTo constant countBy create deburr defaultTo defaults defaultsDeep difference
+    differenceBy differenceWith divide drop dropRight dropRightWhile dropWhile each eachRight
+    endsWith entries entriesIn eq escape escapeRegExp every extend extendWith fill filter find
+    findIndex findKey findLast findLastIndex findLastKey first flatMap flatMapDeep flatMapDepth
+    flatten flattenDeep flattenDepth floor flow flowRight forEach forEachRight forIn forInRight
+    forOwn forOwnRight fromPairs functions functionsIn get groupBy gt gte has hasIn head identity
+    inRange includes indexOf initial intersection intersectionBy intersectionWith invert invertBy
+    invoke invokeMap isArguments isArray isArrayBuffer isArrayLike isArrayLikeObject isBoolean
+    isBuffer isDate isElement isEmpty isEqual isEqualWith isError isFinite isFunction isInteger
+    isLength isMap isMatch isMatchWith isNaN isNative isNil isNull isNumber isObject isObjectLike
+    isPlainObject isRegExp isSafeInteger isSet isString isSymbol isTypedArray isUndefined isWeakMap
+    isWeakSet iteratee join kebabCase keyBy keys keysIn last lastIndexOf lowerCase lowerFirst lt
+    lte map mapKeys mapValues matches matchesProperty max maxBy mean meanBy merge mergeWith method
+    methodOf min minBy multiply noop nth nthArg omit omitBy orderBy over overArgs overEvery
+    overSome pad padEnd padStart parseInt partition pick pickBy property propertyOf pull pullAll
+    pullAllBy pullAllWith pullAt range rangeRight reduce reduceRight reject remove repeat replace
+    result reverse round set setWith size slice snakeCase some sortBy sortedIndex sortedIndexBy
+    sortedIndexOf sortedLastIndex sortedLastIndexBy sortedLastIndexOf sortedUniq sortedUniqBy split
+    startCase startsWith stubArray stubFalse stubObject stubString stubTrue subtract sum sumBy tail
+    take takeRight takeRightWhile takeWhile times toArray toFinite toInteger toLength toLower
+    toNumber toPairs toPairsIn toPath toPlainObject toSafeInteger toString toUpper transform trim
+    trimEnd trimStart truncate unescape union unionBy unionWith uniq uniqBy uniqWith unset unzip
+    unzipWith update updateWith upperCase upperFirst values valuesIn without words wrap xor xorBy
+    xorWith zip zipObject zipObjectDeep zipWith
+"""
+
+COMMANDS = frozenset(_NAMES.split()) | {"sampleSize", "shuffle", "uniqueId"}
+"""The commands that a definition may name. Of the last three only the truth is the same twice."""
+
+_NEEDS_FUNCTIONS = """
+    after ary before bind curry curryRight debounce defer delay flip memoize negate once partial
+    partialRight rearg rest spread tap throttle thru unary
+"""
+
+LEFT_OUT = {
+    **dict.fromkeys(_NEEDS_FUNCTIONS.split(), "it needs a function, which a definition can't hold"),
+    **dict.fromkeys(("random", "sample"), "its answer is random"),
+    **dict.fromkeys(
+        ("mixin", "noConflict", "runInContext"), "it changes lodash itself, not an answer"
+    ),
+    "now": "it reads the clock",
+    "template": "it runs a text as a program",
+}
+"""The commands of lodash that a definition may not name, with the reason."""
+
+_ALWAYS_TRUE = """
+    assign assignIn assignInWith assignWith attempt bindKey castArray chain compact concat conforms
+    constant create defaults defaultsDeep difference differenceBy differenceWith entries entriesIn
+    extend extendWith fill flatten flattenDeep functions functionsIn initial intersection
+    intersectionBy intersectionWith invert keys keysIn matches merge mergeWith method methodOf
+    nthArg orderBy over overArgs overEvery overSome propertyOf sampleSize shuffle slice sortBy
+    sortedUniq stubArray stubObject stubTrue tail toArray toPairs toPairsIn toPlainObject union
+    unionBy unionWith uniq uniqWith unzip values valuesIn without wrap xor xorBy xorWith zip
+    zipObject zipObjectDeep zipWith
+"""
+
+ALWAYS_TRUE = frozenset(_ALWAYS_TRUE.split())
+"""Commands that answer a list, an object or a function, which is true, even when it is empty."""
+
+_PLAIN_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
+
+
+class Operand(BaseModel):
+    """`{"type": "get", "value": path}` reads the enrollment, `{"type": "raw", ...}` is itself.
+
+    A path is a text such as "data.items[0].name", a list of keys, or what else lodash takes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    type: Literal["get", "raw"]
+    """get reads the enrollment at a path, raw is the value as it stands here."""
+    value: object = None
+    """The path, such as data.items[0].name, or the value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predicate:
+    """A condition, ready to be evaluated; `roots` are the first keys of the paths that it reads."""
+
+    command: str
+    program: str
+    roots: frozenset[str]
+
+    def __call__(self, view: str) -> bool:
+        """The answer for an enrollment, of whose view the JSON text is given.
+
+        Raises EvaluationError where lodash throws or a limit is reached.
+        """
+        return bool(self._evaluated("condition", view))
+
+    def operands(self, view: str) -> tuple[str | None, str | None]:
+        """What is compared, as JSON, for explanations; None for undefined."""
+        value, compare_to = json.loads(self._evaluated("operands", view))
+        return value, compare_to
+
+    def _evaluated(self, maker: Literal["condition", "operands"], view: str) -> Any:
+        try:
+            return sandbox.evaluate(maker, self.program, view)
+        except sandbox.ThrownError as error:
+            raise EvaluationError("error", f"lodashCommand {self.command}: {error}") from error
+        except sandbox.LimitError as error:
+            message = f"lodashCommand {self.command}: {error}"
+            raise EvaluationError("bad_data", message) from error
+
+
+def compile_predicate(command: str, value: Operand, compare_to: Operand | None) -> Predicate:
+    """Checks the command and the paths.
+
+    Raises DefinitionError for an unknown command and for a path that no key can be made of.
+    """
+    known_command(command)
+    operands = {"value": value, "compareTo": compare_to}
+    faults = Faults()
+    roots = set()
+    for name, operand in operands.items():
+        if operand is not None and operand.type == "get":
+            with faults.at(name):
+                roots.add(first_key(operand))
+    faults.check()
+    given = {
+        name: operand.model_dump(exclude_unset=True)
+        for name, operand in operands.items()
+        if operand is not None
+    }
+    try:
+        program = json.dumps({"command": command, **given}, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DefinitionError(f"the operands are no JSON: {error}") from error
+    return Predicate(command, program, frozenset(root for root in roots if root is not None))
+
+
+def known_command(command: str) -> str:
+    """The command itself. Raises DefinitionError for one that is not known."""
+    if command in COMMANDS:
+        return command
+    if reason := LEFT_OUT.get(command):
+        raise DefinitionError(f"{command!r} is left out, since {reason}")
+    near = get_close_matches(command, sorted(COMMANDS), n=1, cutoff=0)
+    raise DefinitionError(f"{command!r} is not known; did you mean {near[0]!r}?")
+
+
+def first_key(operand: Operand) -> str | None:
+    """The first key of the path of a `get`; None for an empty one. Raises DefinitionError."""
+    path = operand.value
+    if "value" not in operand.model_fields_set:
+        return "undefined"
+    if isinstance(path, str) and _PLAIN_PATH.fullmatch(path):
+        return path.partition(".")[0]
+    try:
+        root: str | None = json.loads(sandbox.ask("root", json.dumps(path, allow_nan=False)))
+    except (sandbox.ThrownError, sandbox.LimitError, ValueError, RecursionError) as error:
+        raise DefinitionError([Fault(("value",), f"is no path: {error}")]) from error
+    return root

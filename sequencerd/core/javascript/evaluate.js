@@ -1,0 +1,452 @@
+// Runs in a new context after lodash and handlebars; its value is called with the table of locales
+// and gives what sandbox.py calls. Texts go in and out as JSON where they may hold any character.
+"use strict";
+(localesText) => {
+  const { _, Handlebars } = globalThis;
+  const { parse, stringify } = JSON;
+  const compile = globalThis.eval; // of what handlebars wrote
+  delete globalThis._;
+  delete globalThis.Handlebars;
+
+  // --- conditions
+
+  const PLAIN_PATH = /^\w+(\.\w+)+$/;
+
+  function reader(operand) {
+    if (operand === undefined) return () => undefined;
+    const { type, value } = operand;
+    if (type === "raw") {
+      if (typeof value !== "object" || value === null) return () => value;
+      const text = stringify(value);
+      return () => parse(text); // lodash may change it
+    }
+    if (typeof value !== "string" || !PLAIN_PATH.test(value)) return (view) => _.get(view, value);
+    const keys = value.split(".");
+    return (view) => _.get(view, value in Object(view) ? [value] : keys);
+  }
+
+  function condition(program) {
+    const { command, value, compareTo } = parse(program);
+    const [ask, read, readOther] = [_[command], reader(value), reader(compareTo)];
+    return (text) => {
+      const view = parse(text);
+      return !!ask(read(view), readOther(view));
+    };
+  }
+
+  function operands(program) {
+    const { value, compareTo } = parse(program);
+    return (text) => {
+      const view = parse(text);
+      const show = (found) => stringify(typeof found === "function" ? String(found) : found) ?? null;
+      return stringify([show(reader(value)(view)), show(reader(compareTo)(view))]);
+    };
+  }
+
+  // The first key of a path, as JSON.
+  function root(text) {
+    const path = parse(text);
+    const isText = typeof path === "string" || _.isObject(path);
+    const keys = Array.isArray(path) ? path : isText ? _.toPath(path) : [path];
+    return stringify(keys.length ? String(keys[0]) : null);
+  }
+
+  // --- the helpers of templates
+
+  const MAX_RENDERED = 1024 * 1024; // characters
+  const locales = parse(localesText);
+  let rendering; // {source, html, answers, asked}
+
+  function fail(options, sentence) {
+    const { start, end } = options.loc;
+    const lines = rendering.source.split("\n").slice(start.line - 1, end.line);
+    lines[lines.length - 1] = lines.at(-1).slice(0, end.column);
+    lines[0] = lines[0].slice(start.column);
+    throw new Error(`${_.truncate(lines.join(" "), { length: 100 })}: ${sentence}`);
+  }
+
+  function isTrue(value) {
+    return !Handlebars.Utils.isEmpty(value) && value !== 0; // as in {{#if}}
+  }
+
+  function text(value) {
+    return value === undefined || value === null ? "" : String(value);
+  }
+
+  const SCRIPT_SAFE = /[<>&\u2028\u2029]/g;
+  const escaped = (char) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`;
+
+  function grouped(digits, { group, groupSize, leastBeforeGroup }) {
+    if (digits.length < groupSize + leastBeforeGroup) return digits;
+    const parts = [];
+    for (let end = digits.length; end > 0; end -= groupSize) {
+      parts.unshift(digits.slice(Math.max(0, end - groupSize), end));
+    }
+    return parts.join(group);
+  }
+
+  const HELPERS = {
+    // Python knows the calendar: what it has not answered yet is asked, and all rendered again.
+    date(value, options) {
+      if (typeof value !== "string") {
+        const found = text(value) === "" ? "missing" : `not a text but ${_.truncate(stringify(value))}`;
+        fail(options, `the value is ${found}, write an ISO 8601 text`);
+      }
+      const { format, zone, locale } = options.hash;
+      const timezone = zone || options.data.root?.timezone || "UTC";
+      const question = stringify([value, text(format), String(timezone), text(locale)]);
+      const answer = rendering.answers[question];
+      if (typeof answer === "string") return answer;
+      if (answer) fail(options, answer.error);
+      rendering.asked.push(question);
+      return "";
+    },
+    default: (...values) => values.slice(0, -1).find((value) => !Handlebars.Utils.isEmpty(value)),
+    json(value) {
+      const written = stringify(value ?? null);
+      return rendering.html ? written.replace(SCRIPT_SAFE, escaped) : written;
+    },
+    eq: (value, other) => _.eq(value, other),
+    ne: (value, other) => !_.eq(value, other),
+    gt: (value, other) => _.gt(value, other),
+    gte: (value, other) => _.gte(value, other),
+    lt: (value, other) => _.lt(value, other),
+    lte: (value, other) => _.lte(value, other),
+    and: (...values) => values.slice(0, -1).every(isTrue),
+    or: (...values) => values.slice(0, -1).some(isTrue),
+    not: (value) => !isTrue(value),
+    includes: (collection, value) => _.includes(collection, value),
+    url: (value) => encodeURIComponent(text(value).toWellFormed()),
+    number(value, options) {
+      const { decimals, locale } = options.hash;
+      const number = typeof value === "string" && value.trim() ? Number(value) : value;
+      if (typeof number !== "number" || !Number.isFinite(number)) {
+        fail(options, text(value) === "" ? "the value is missing" : "the value is no number");
+      }
+      if (decimals !== undefined && !(Number.isInteger(decimals) && decimals >= 0 && decimals <= 20)) {
+        fail(options, "decimals must be a whole number from 0 to 20");
+      }
+      const form = locales[localeName(locale)];
+      if (!form) fail(options, `${_.truncate(stringify(locale))} is not a locale that is known`);
+      const size = Math.abs(number);
+      const digits = decimals === undefined ? String(size) : _.round(size, decimals).toFixed(decimals);
+      if (digits.includes("e")) return String(number);
+      const [whole, fraction] = digits.split(".");
+      const sign = number < 0 && /[1-9]/.test(digits) ? form.minus : "";
+      return sign + grouped(whole, form) + (fraction ? form.decimal + fraction : "");
+    },
+    upper: (value) => text(value).toUpperCase(),
+    lower: (value) => text(value).toLowerCase(),
+    trim: (value) => text(value).trim(),
+    capitalize: (value) => _.upperFirst(text(value)),
+  };
+
+  // "de" for "de-AT" and "de_DE"; English where none is given.
+  function localeName(locale) {
+    const name = text(locale || "en").toLowerCase().replaceAll("_", "-");
+    return Object.hasOwn(locales, name) ? name : name.split("-")[0];
+  }
+
+  // Each with the least and the most number of arguments, and its options; none: any.
+  const USES = {
+    date: [1, 1, "format", "zone", "locale"],
+    default: [1, Infinity],
+    json: [1, 1],
+    ...Object.fromEntries(_.map(["eq", "ne", "gt", "gte", "lt", "lte"], (name) => [name, [2, 2]])),
+    and: [1, Infinity],
+    or: [1, Infinity],
+    not: [1, 1],
+    includes: [2, 2],
+    url: [1, 1],
+    number: [1, 1, "decimals", "locale"],
+    upper: [1, 1],
+    lower: [1, 1],
+    trim: [1, 1],
+    capitalize: [1, 1],
+    lookup: [2, 2],
+    log: [0, Infinity, "level"],
+    if: [1, 1, "includeZero"],
+    unless: [1, 1, "includeZero"],
+    each: [1, 1],
+    with: [1, 1],
+  };
+  const BLOCKS = ["if", "unless", "each", "with"];
+
+  // --- reading templates
+
+  // The lexer's expressions begin with ^, for which QuickJS looks from each character on.
+  const { lexer } = Handlebars.Parser;
+  lexer.rules = lexer.rules.map((rule) => {
+    const sticky = new RegExp(rule.source, "y");
+    return {
+      [Symbol.match](input) {
+        sticky.lastIndex = 0;
+        return sticky.exec(input);
+      },
+    };
+  });
+
+  // Walks through a template: notes its helpers, the paths that it reads, and what is wrong.
+  class Reader extends Handlebars.Visitor {
+    constructor() {
+      super();
+      this.wrong = []; // [line, kind, name]
+      this.options = []; // [line, helper, option, text] of those written in place
+      this.dates = []; // [keys, {option: text}] of the dates that are surely written
+      this.helpers = new Set();
+      this.partials = new Set(["@partial-block"]);
+      this.used = []; // [line, partial]
+      this.reads = new Set();
+      this.surelyReads = new Set(); // from the view itself, for certain
+      this.names = []; // of block parameters in sight
+      this.atRoot = true; // the current value may be the view itself
+      this.surely = true; // it is
+    }
+
+    read(source) {
+      const program = Handlebars.parse(source);
+      this.accept(program);
+      for (const [line, name] of this.used) {
+        if (!this.partials.has(name)) this.wrong.push([line, "partial", name]);
+      }
+      return program;
+    }
+
+    PathExpression(path) {
+      const { data, depth, parts } = path;
+      if (data && parts[0] !== "root") return;
+      const found = (data ? parts.slice(1) : parts).join(".") || "this";
+      if (data) {
+        this.reads.add(found);
+        this.surelyReads.add(found);
+        return;
+      }
+      const scoped = Handlebars.AST.helpers.scopedId(path);
+      if (!depth && !scoped && this.names.includes(parts[0])) return;
+      if (parts.length || depth || this.atRoot) this.reads.add(found);
+      if (parts.length && this.surely && !depth) this.surelyReads.add(found);
+    }
+
+    // The name of the helper that a tag calls, if it calls one, and visits its arguments.
+    call(node, isBlock) {
+      const { params = [], hash, path } = node;
+      const literal = path.parts === undefined;
+      const name = literal ? String(path.original) : path.parts.length === 1 && path.parts[0];
+      const isSimple =
+        name !== false &&
+        (literal || Handlebars.AST.helpers.simpleId(path)) &&
+        !this.names.includes(name);
+      this.acceptArray(params);
+      this.accept(hash);
+      const line = node.loc.start.line;
+      const known = isSimple && Object.hasOwn(USES, name);
+      const called = params.length || hash || node.type === "SubExpression";
+      if (!called && !(known && !Object.hasOwn(HELPERS, name))) {
+        if (known) node.path = { ...path, type: "PathExpression", depth: 0, parts: [name], original: `./${name}` };
+        if (literal) this.reads.add(name);
+        else this.accept(path);
+        return known ? false : isSimple && name;
+      }
+      if (!known) {
+        const shown = literal ? name : path.original;
+        this.wrong.push([line, "helper", shown]);
+        return false;
+      }
+      const [least, most, ...options] = USES[name];
+      const pairs = hash?.pairs ?? [];
+      for (const { key, value } of pairs) {
+        if (value.type === "StringLiteral") this.options.push([line, name, key, value.value]);
+      }
+      if (isBlock ? Object.hasOwn(HELPERS, name) : BLOCKS.includes(name)) {
+        this.wrong.push([line, isBlock ? "inline" : "block", name]);
+      } else if (params.length < least || params.length > most ||
+          pairs.some(({ key }) => !options.includes(key))) {
+        this.wrong.push([line, "use", name]);
+      }
+      if (name === "date" && this.surely) this.noteDate(params[0], pairs);
+      this.helpers.add(name);
+      return name;
+    }
+
+    noteDate(path, pairs) {
+      const fromView = path?.type === "PathExpression" && !path.depth && path.parts.length > 0 &&
+        (path.data ? path.parts[0] === "root" : !this.names.includes(path.parts[0]));
+      if (!fromView || pairs.some(({ value }) => value.type !== "StringLiteral")) return;
+      const options = Object.fromEntries(pairs.map(({ key, value }) => [key, value.value]));
+      this.dates.push([path.parts.slice(path.data ? 1 : 0), options]);
+    }
+
+    within(program, state) {
+      const { names, atRoot, surely } = this;
+      Object.assign(this, state, { names: [...names, ...(program?.blockParams ?? [])] });
+      this.accept(program);
+      Object.assign(this, { names, atRoot, surely });
+    }
+
+    MustacheStatement(mustache) {
+      this.call(mustache, false);
+    }
+
+    SubExpression(call) {
+      this.call(call, false);
+    }
+
+    BlockStatement(block) {
+      const name = this.call(block, true);
+      this.within(block.program, {
+        atRoot: this.atRoot && name !== "with" && name !== "each",
+        surely: this.surely && (name === "if" || name === "unless"),
+      });
+      this.within(block.inverse, {});
+    }
+
+    PartialStatement(partial) {
+      if (partial.name.type === "SubExpression") this.accept(partial.name);
+      else this.used.push([partial.loc.start.line, partial.name.original]);
+      this.acceptArray(partial.params);
+      this.accept(partial.hash);
+    }
+
+    PartialBlockStatement(partial) {
+      if (partial.name.type === "SubExpression") this.accept(partial.name);
+      this.acceptArray(partial.params);
+      this.accept(partial.hash);
+      this.within(partial.program, { surely: false });
+    }
+
+    Decorator(decorator) {
+      this.wrong.push([decorator.loc.start.line, "decorator", decorator.path.original]);
+    }
+
+    DecoratorBlock(decorator) {
+      if (decorator.path.original !== "inline" || decorator.params.length !== 1) {
+        this.Decorator(decorator);
+        return;
+      }
+      this.partials.add(String(decorator.params[0].original ?? decorator.params[0].value));
+      this.within(decorator.program, { atRoot: true, surely: false });
+    }
+  }
+
+  // What can be told of a template without rendering it, as JSON.
+  function analyse(text) {
+    const reader = new Reader();
+    reader.read(parse(text));
+    const { wrong, options, dates, reads, surelyReads } = reader;
+    return stringify({ wrong, options, dates, reads: [...reads], surelyReads: [...surelyReads] });
+  }
+
+  // --- rendering
+
+  // {{{a}}}{{{b}}} with 1 and 2 prints 12: neighbours are not added up.
+  const { append } = Handlebars.JavaScriptCompiler.prototype;
+  Handlebars.JavaScriptCompiler.prototype.append = function () {
+    if (!this.isInline()) {
+      append.call(this);
+      return;
+    }
+    this.replaceStack((value) => [' != null ? "" + ', value, ' : ""']);
+    this.pushSource(this.appendToBuffer(this.popStack()));
+  };
+
+  for (const [name, helper] of Object.entries(HELPERS)) Handlebars.registerHelper(name, helper);
+  const knownHelpers = _.mapValues(USES, () => true);
+
+  // The templates of a message are rendered one after the other, and none can change its view.
+  let last = { text: "null", view: null };
+
+  function viewOf(text) {
+    if (text !== last.text) last = { text, view: parse(text) };
+    return last.view;
+  }
+
+  function template(program) {
+    const { source, html } = parse(program);
+    const reader = new Reader();
+    const tree = reader.read(source);
+    const spec = Handlebars.precompile(tree, { noEscape: !html, knownHelpers });
+    // only the helpers that it calls: the runtime copies them for each rendering
+    const used = [...reader.helpers, "helperMissing", "blockHelperMissing"];
+    const environment = {
+      ..._.pick(Handlebars, ["VM", "decorators", "escapeExpression", "log"]),
+      helpers: _.pick(Handlebars.helpers, used),
+      partials: {},
+    };
+    const parts = compile(`(${spec})`);
+    const { main } = parts;
+    let prepared; // what the runtime makes anew for each rendering, unless it is that of a partial
+    parts.main = (container, ...values) => {
+      prepared ??= {
+        ..._.pick(container, ["decorators", "helpers", "hooks", "partials", "protoAccessControl"]),
+        partial: true,
+      };
+      return main(container, ...values);
+    };
+    const run = Handlebars.VM.template(parts, environment);
+    const render = (view) =>
+      prepared ? run(view, { ...prepared, data: { root: view } }) : run(view);
+    return (viewText, answersText) => {
+      const answers = answersText ? parse(answersText) : {};
+      rendering = { source, html, answers, asked: [] };
+      let written = "";
+      try {
+        written = render(viewOf(viewText));
+      } catch (error) {
+        if (!rendering.asked.length) throw error;
+      }
+      if (rendering.asked.length) return stringify(["ask", ...rendering.asked]);
+      if (written.length > MAX_RENDERED) {
+        throw new Error(`more than ${MAX_RENDERED} characters are rendered`);
+      }
+      if (written.includes("\0")) written = written.replaceAll("\0", "\ufffd");
+      return `=${written}`.toWellFormed();
+    };
+  }
+
+  // --- nothing that one evaluation does can be seen by the next
+
+  // What is inherited from Object.prototype can be set all the same on an object of one's own.
+  for (const key of Object.getOwnPropertyNames(Object.prototype)) {
+    const { value, writable } = Object.getOwnPropertyDescriptor(Object.prototype, key);
+    if (!writable) continue;
+    Object.defineProperty(Object.prototype, key, {
+      get: () => value,
+      set(own) {
+        if (this === Object.prototype) throw new TypeError(`${key} cannot be changed`);
+        Object.defineProperty(this, key, {
+          value: own, configurable: true, enumerable: true, writable: true,
+        });
+      },
+    });
+  }
+  for (const key of ["message", "name", "stack", "description", "fileName", "lineNumber", "number",
+    "endLineNumber"]) {
+    Object.defineProperty(Handlebars.Exception.prototype, key, { value: "", writable: true });
+  }
+
+  const frozen = new Set([Handlebars.Exception.prototype]);
+  function freeze(value) {
+    if ((typeof value !== "object" && typeof value !== "function") || value === null) return;
+    if (frozen.has(value)) return;
+    frozen.add(value);
+    Object.freeze(value);
+    freeze(Object.getPrototypeOf(value));
+    for (const { value: inner, get, set } of Object.values(Object.getOwnPropertyDescriptors(value))) {
+      freeze(inner);
+      freeze(get);
+      freeze(set);
+    }
+  }
+  freeze(_);
+  freeze(Handlebars.helpers);
+  freeze(locales);
+  freeze(HELPERS);
+  freeze(USES);
+  freeze((function* () {})().constructor);
+  freeze(async () => {});
+  freeze(/x/);
+  freeze(globalThis);
+
+  const makers = { analyse, condition, operands, root, template };
+  return (maker, text) => makers[maker](text);
+};

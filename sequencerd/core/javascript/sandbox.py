@@ -1,0 +1,124 @@
+"""The engine that runs lodash and handlebars: one context per thread, made when first needed.
+
+A context has no I/O, no clock and nothing random, and nothing in it can be changed: the same
+texts give the same answer, whatever was evaluated before. Each evaluation has limits of CPU time,
+memory and stack. After one that reached a limit, the next gets a new context.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from functools import cache, lru_cache
+from importlib.resources import files
+from typing import Any, Literal
+
+EVALUATION_SECONDS = 0.25  # CPU time of the process
+COMPILE_SECONDS = 10.0
+MEMORY = 96 * 1024 * 1024  # bytes, of which lodash and handlebars take 3 million
+STACK = 2 * 1024 * 1024  # bytes; a thread has 8 MB
+KEPT = 1000  # compiled conditions and templates
+
+_FRAMES = re.compile(r"\n    at .*", re.DOTALL)
+
+
+class LimitError(Exception):
+    """An evaluation that takes too much; the message says of what."""
+
+
+class ThrownError(Exception):
+    """What lodash, handlebars or a helper has thrown, in its own words."""
+
+
+def evaluate(maker: Literal["condition", "operands", "template"], program: str, *texts: str) -> Any:
+    """What a program makes of the texts. Raises LimitError and ThrownError."""
+    sandbox = _current()
+    try:
+        return sandbox.program(maker, program)(*texts)
+    except Exception as error:
+        _judge(sandbox, error)
+    return evaluate(maker, program, *texts)
+
+
+def ask(maker: Literal["analyse", "root"], text: str) -> str:
+    """What is to be known of a text before it is evaluated. Raises LimitError and ThrownError."""
+    sandbox = _current()
+    try:
+        return str(sandbox.make(maker, text))
+    except Exception as error:
+        _judge(sandbox, error)
+    return ask(maker, text)
+
+
+class _Sandbox:
+    """A context with lodash and handlebars, and what was compiled in it."""
+
+    def __init__(self) -> None:
+        # Imported when it is needed, as most commands need none of it; and not from `quickjs`,
+        # which starts a thread when it is imported.
+        from _quickjs import Context  # noqa: PLC0415
+
+        self._context = Context()
+        self._context.set_max_stack_size(STACK)
+        for name in ("prepare.js", "vendor/lodash.js", "vendor/handlebars.js"):
+            self._context.eval(_read(name))
+        offer = self._context.eval(_read("evaluate.js"))
+        self._maker = offer(_read("vendor/locales.json"))
+        self._context.set_memory_limit(MEMORY)
+        self._context.set_time_limit(EVALUATION_SECONDS)
+        self._made = 0
+        self.program = lru_cache(KEPT)(self.make)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing but the present evaluation was done in it."""
+        return self._made <= 1 and self.program.cache_info().hits == 0
+
+    def make(self, maker: str, text: str) -> Any:
+        """What one of the functions of evaluate.js makes of a text."""
+        self._made += 1
+        self._context.set_time_limit(COMPILE_SECONDS)
+        try:
+            return self._maker(maker, text)
+        finally:
+            self._context.set_time_limit(EVALUATION_SECONDS)
+
+
+class _Thread(threading.local):
+    """QuickJS must be called by the thread that made the context."""
+
+    sandbox: _Sandbox | None = None
+
+
+_THREAD = _Thread()
+
+
+def _current() -> _Sandbox:
+    if _THREAD.sandbox is None:
+        _THREAD.sandbox = _Sandbox()
+    return _THREAD.sandbox
+
+
+def _judge(sandbox: _Sandbox, error: Exception) -> None:
+    """Raises what an exception means, unless what others have left in memory is to blame."""
+    from _quickjs import JSException, StackOverflow  # noqa: PLC0415 -- as above
+
+    if not isinstance(error, JSException):
+        raise error
+    message = _FRAMES.sub("", str(error)).strip()
+    if isinstance(error, StackOverflow):
+        reached = "the data or the template is nested too deep"
+    elif message == "InternalError: interrupted":
+        reached = f"more than {EVALUATION_SECONDS:g} seconds of computing"
+    elif message in ("InternalError: out of memory", "null"):
+        reached = f"more than {MEMORY // 1024 // 1024} MB of memory"
+    else:
+        raise ThrownError(re.sub(r"^(?:\w*Error|Exception): ", "", message)) from None
+    _THREAD.sandbox = None
+    if sandbox.is_new or "memory" not in reached:
+        raise LimitError(reached) from None
+
+
+@cache
+def _read(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,234 @@
+"""Templates by handlebars, with helpers of our own.
+
+What a template is made of is read when it is compiled; it is made a program when it is first
+rendered. A template sees JSON data only: no file, no environment, no code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import NamedTuple
+
+from sequencerd.core import dates
+from sequencerd.core.date_format import DEFAULT, check_locale, compile_format
+from sequencerd.core.javascript import sandbox
+from sequencerd.core.model import DefinitionError, EvaluationError, Fault, View
+
+MAX_SOURCE = 256 * 1024  # characters
+MAX_TAGS = 5_000
+MAX_ROUNDS = 20  # of dates that depend on dates
+
+USAGE: Mapping[str, str] = {
+    "and": "(and value value ...)",
+    "capitalize": "{{capitalize value}}",
+    "date": '{{date value format="D MMMM YYYY" zone="Europe/Berlin" locale="de"}}',
+    "default": '{{default value "otherwise"}}',
+    "each": "{{#each list}}...{{/each}}",
+    "eq": "(eq value value)",
+    "gt": "(gt value value)",
+    "gte": "(gte value value)",
+    "if": "{{#if value}}...{{/if}}",
+    "includes": "(includes list value)",
+    "json": "{{json value}}",
+    "log": "{{log ...}}",
+    "lookup": "{{lookup object key}}",
+    "lower": "{{lower value}}",
+    "lt": "(lt value value)",
+    "lte": "(lte value value)",
+    "ne": "(ne value value)",
+    "not": "(not value)",
+    "number": '{{number value decimals=2 locale="de"}}',
+    "or": "(or value value ...)",
+    "trim": "{{trim value}}",
+    "unless": "{{#unless value}}...{{/unless}}",
+    "upper": "{{upper value}}",
+    "url": "{{url value}}",
+    "with": "{{#with value}}...{{/with}}",
+}
+"""The helpers, and how each is written."""
+
+_SYNTAX = re.compile(r"(?:Parse|Lexical) error on line (\d+)[:.].*?\n(.*)\n-*\^", re.DOTALL)
+_AT_LINE = re.compile(r"(.*) - (\d+):\d+", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A compiled template.
+
+    `is_literal` tells that it has no tags and renders as its source; `reads` are the paths that it
+    may read, with dots: never too few, as a path within {{#each}} is listed as if it were read from
+    the view itself, and "this" stands for all of it. `surely_reads` are those that are read from
+    the view for certain, `roots` the first keys of `reads`, None for all.
+    """
+
+    source: str
+    is_literal: bool
+    reads: frozenset[str]
+    surely_reads: frozenset[str]
+    roots: frozenset[str] | None
+    program: str = field(repr=False, compare=False)
+    dates: tuple[_Date, ...] = field(repr=False, compare=False)
+
+    def render(self, view: Mapping[str, object] | str) -> str:
+        """The text for this view of an enrollment, or for its JSON text.
+
+        Raises EvaluationError ("bad_data") when a helper can't use its value, a value can't be
+        printed, or a limit is reached.
+        """
+        if self.is_literal:
+            return self.source
+        text = view if isinstance(view, str) else _json(view)
+        answers = {} if isinstance(view, str) or not self.dates else self._expected(view)
+        for _ in range(MAX_ROUNDS):
+            try:
+                found = sandbox.evaluate(
+                    "template", self.program, text, json.dumps(answers) if answers else ""
+                )
+            except (sandbox.ThrownError, sandbox.LimitError) as error:
+                raise EvaluationError("bad_data", str(error)) from error
+            if found.startswith("="):
+                return str(found[1:])
+            answers.update((question, _answer(question)) for question in json.loads(found)[1:])
+        raise EvaluationError("bad_data", f"dates are made of dates more than {MAX_ROUNDS} deep")
+
+    def _expected(self, view: Mapping[str, object]) -> dict[str, str | dict[str, str]]:
+        """The dates that it will ask for, so that it need not be rendered twice."""
+        answers = {}
+        for date in self.dates:
+            value: object = view
+            for key in date.keys:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if isinstance(value, str):
+                zone = date.zone or str(view.get("timezone") or "UTC")
+                question = _written([value, date.format, zone, date.locale])
+                answers[question] = _answer(question)
+        return answers
+
+
+class _Date(NamedTuple):
+    """A date that is surely written: where it is read, and how it is written."""
+
+    keys: tuple[str, ...]
+    format: str
+    zone: str
+    locale: str
+
+
+def compile_template(source: str, *, escape: bool) -> Template:
+    """Reads a template; `escape` is for HTML: {{x}} escapes it, {{{x}}} and {{&x}} do not.
+
+    Raises DefinitionError for a malformed or oversized template, for a helper or partial that does
+    not exist, and for a helper that is given what it doesn't take.
+    """
+    if len(source) > MAX_SOURCE:
+        raise DefinitionError(
+            f"the template has {len(source)} characters: write at most {MAX_SOURCE}"
+        )
+    if "{{" not in source:
+        none = frozenset[str]()
+        return Template(source, True, none, none, none, "", ())
+    if source.count("{{") > MAX_TAGS:
+        raise DefinitionError(
+            f"the template has {source.count('{{')} tags: write at most {MAX_TAGS}"
+        )
+    found = json.loads(_analysed(source))
+    wrong = [(line, _described(kind, name)) for line, kind, name in found["wrong"]]
+    wrong += [(line, said) for line, *option in found["options"] for said in _misused(*option)]
+    if wrong:
+        raise DefinitionError([Fault((), f"line {line}: {message}") for line, message in wrong])
+    reads = frozenset(found["reads"])
+    roots = frozenset(path.split(".")[0] for path in reads)
+    return Template(
+        source=source,
+        is_literal=False,
+        reads=reads,
+        surely_reads=frozenset(found["surelyReads"]),
+        roots=None if "this" in roots else roots | {"timezone"},
+        program=json.dumps({"source": source, "html": escape}),
+        dates=tuple(
+            _Date(tuple(keys), *[given.get(name, "") for name in ("format", "zone", "locale")])
+            for keys, given in found["dates"]
+        ),
+    )
+
+
+@lru_cache(maxsize=1000)  # compiled, checked and asked for what it reads, it is parsed once
+def _analysed(source: str) -> str:
+    """What handlebars' own parser says of a template, as JSON. Raises DefinitionError."""
+    try:
+        return sandbox.ask("analyse", json.dumps(source))
+    except sandbox.ThrownError as error:
+        raise DefinitionError(_syntax(str(error))) from error
+    except sandbox.LimitError as error:
+        raise DefinitionError(f"the template cannot be read: {error}") from error
+
+
+def _syntax(message: str) -> str:
+    """What handlebars says of a template that it can't read, in a line."""
+    if malformed := _SYNTAX.match(message):
+        return f"line {malformed[1]}: the template is malformed at {malformed[2][-60:]!r}"
+    if at_line := _AT_LINE.fullmatch(message):
+        return f"line {at_line[2]}: {at_line[1]}"
+    return f"the template is malformed: {message[:200]}"
+
+
+def _described(kind: str, name: str) -> str:
+    match kind:
+        case "helper":
+            near = get_close_matches(name, USAGE, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(USAGE)}"
+            return f"the template calls the unknown helper {name[:60]!r}: {hint}"
+        case "partial":
+            return (
+                f"the template has no partial {name[:60]!r}: write "
+                f'{{{{#*inline "{name[:60]}"}}}}...{{{{/inline}}}} before it'
+            )
+        case "decorator":
+            return f"{name[:60]!r} is not a decorator: there is {{{{#*inline}}}}"
+        case "inline":
+            return f"{name} is not a block: write {USAGE[name]}"
+        case "block":
+            return f"{name} is a block: write {USAGE[name]}"
+    return f"{name} does not take these arguments: write {USAGE[name]}"
+
+
+def _misused(helper: str, option: str, text: str) -> Iterator[str]:
+    """What is wrong with an option that is written in the template."""
+    checks: Mapping[tuple[str, str], Callable[[str], object]] = {
+        ("date", "format"): compile_format,
+        ("date", "zone"): dates.zone,
+        ("date", "locale"): check_locale,
+        ("number", "locale"): check_locale,
+    }
+    try:
+        checks.get((helper, option), str)(text)
+    except DefinitionError as error:
+        yield str(error)
+
+
+@lru_cache(maxsize=10_000)
+def _answer(question: str) -> str | dict[str, str]:
+    """A date as it is written; or why it can't be."""
+    text, pattern, zone, locale = json.loads(question)
+    try:
+        tz = dates.zone(zone)
+        at = dates.parse(text, tz)
+        if at is not None:
+            return compile_format(pattern or DEFAULT, locale)(at.astimezone(tz))
+    except (DefinitionError, OverflowError) as error:
+        return {"error": str(error)}
+    return {"error": f"the value is {text[:60]!r}, write an ISO 8601 text"}
+
+
+def _json(view: Mapping[str, object]) -> str:
+    return view.text if isinstance(view, View) else json.dumps(view)
+
+
+def _written(question: list[str]) -> str:
+    """As JSON.stringify writes it."""
+    return json.dumps(question, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,263 @@
+"""The sandbox: limits that hold, and evaluations that leave no trace."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.resources import files
+
+import pytest
+
+from sequencerd.core.javascript import sandbox
+from sequencerd.core.javascript.conditions import Operand, compile_predicate
+from sequencerd.core.javascript.templates import compile_template
+from sequencerd.core.model import EvaluationError
+
+LARGE = [{"length": 1e15}, {"length": 2**40, "0": 1}]
+
+
+def holds(command: str, value: object, other: object, view: object = None) -> bool:
+    operands = [
+        operand if isinstance(operand, Operand) else Operand(type="raw", value=operand)
+        for operand in (value, other)
+    ]
+    return compile_predicate(command, *operands)(json.dumps(view or {}))
+
+
+def at(path: object) -> Operand:
+    return Operand(type="get", value=path)
+
+
+def everything_answers() -> None:
+    assert holds("gt", at("data.n"), 1, {"data": {"n": 2}}) is True
+    assert holds("isEqual", at("data"), {"a": []}, {"data": {"a": []}}) is True
+    assert holds("isEmpty", at("data"), None, {"data": {}}) is True
+    assert holds("has", at("data"), "polluted", {"data": {}}) is False
+    assert holds("hasIn", at("data"), "polluted", {"data": {}}) is False
+    template = compile_template("{{name}}{{polluted}}{{#each l}}{{this}}{{/each}}", escape=True)
+    assert template.render({"name": "<", "l": [1, 2]}) == "&lt;12"
+
+
+@pytest.mark.parametrize(
+    ("command", "value", "other"),
+    [
+        ("range", 1e9, None),
+        ("times", 1e9, None),
+        ("repeat", "ab", 1e9),
+        ("padStart", "a", 2e9),
+        ("fill", {"length": 2**40}, 1),
+        ("toArray", {"length": 2**40}, None),
+        ("every", {"length": 2**40}, "a"),
+        ("chunk", list(range(1000)), 1e-300),
+        *[("join", value, "") for value in LARGE],
+        *[("reverse", value, None) for value in LARGE],
+        *[("pullAt", value, [0, 1, 2]) for value in LARGE],
+        *[("invokeMap", LARGE, at(f"data.{name}")) for name in ("join", "splice", "lastIndexOf")],
+        ("invokeMap", ["a"] * 1000, at("data.constructor.prototype.fill")),
+        ("words", "a" * 200_000 + "\u0301", None),
+        ("trim", "a" + "\u0301" * 200_000, "a"),
+        ("invokeMap", "x" * 2_000, "a." * 2_000),
+    ],
+)
+def test_no_command_takes_long_or_much(command: str, value: object, other: object) -> None:
+    began = time.process_time()
+    with suppress(EvaluationError):
+        holds(command, value, other, {"data": []})
+    assert time.process_time() - began < 10
+    everything_answers()
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize("command", ["isEqual", "flattenDeep", "cloneDeep", "toString", "gt"])
+def test_data_that_is_nested_without_end_is_told(command: str) -> None:
+    predicate = compile_predicate(command, at("data.a"), at("data.b"))
+    with pytest.raises(EvaluationError, match="nested too deep") as caught:
+        predicate(f'{{"data":{{"a":{nested(500_000)},"b":{nested(500_000)}}}}}')
+    assert caught.value.failure == "bad_data"
+    everything_answers()
+
+
+def test_a_limit_is_told_with_the_command() -> None:
+    with pytest.raises(EvaluationError, match=r"lodashCommand range: more than 0\.25") as caught:
+        holds("range", 1e9, None)
+    assert caught.value.failure == "bad_data"
+    everything_answers()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while (true) {}",
+        "/^(a+)+$/.test('a'.repeat(40) + 'b')",
+        "(function again() { return again() + 1 })()",
+        "'a'.repeat(1e9)",
+        "for (let all = [];;) all.push('x'.repeat(1000) + all.length)",
+        "JSON.parse('['.repeat(1e6))",
+    ],
+)
+def test_whatever_runs_is_stopped(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = sandbox._current()
+    with pytest.raises(Exception, match=r"interrupted|memory|stack|null") as caught:
+        made._context.eval(code)
+    monkeypatch.setattr(sandbox._Sandbox, "is_new", True)  # nobody else has left it in memory
+    with pytest.raises(sandbox.LimitError):
+        sandbox._judge(made, caught.value)
+    assert sandbox._current() is not made
+    everything_answers()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '{{#*inline "p"}}{{> p}}{{/inline}}{{> p}}',  # calls itself
+        '{{#*inline "p"}}{{> p}}{{> p}}{{/inline}}{{> p}}',
+        "{{#each l}}{{#each @root.l}}{{#each @root.l}}{{/each}}{{/each}}{{/each}}",
+        "{{#each l}}{{@root.text}}{{/each}}",
+        "{{#each l}}{{#if (json @root)}}{{/if}}{{/each}}",
+        "{{#each l}}{{json @root}}{{/each}}",
+        "{{nested}}",
+    ],
+)
+def test_a_rendering_that_takes_too_much_fails(source: str) -> None:
+    context = f'{{"l":{list(range(20_000))},"text":"{"é" * 2_000}","nested":{nested(9_000)}}}'
+    with pytest.raises(EvaluationError) as caught:
+        compile_template(source, escape=True).render(context)
+    assert caught.value.failure == "bad_data"
+    everything_answers()
+
+
+def test_fifty_megabytes_are_refused_at_once() -> None:
+    template = compile_template("{{#each l}}{{@root.text}}{{/each}}", escape=True)
+    began = time.process_time()
+    with pytest.raises(EvaluationError, match=r"1048576 characters|seconds|memory"):
+        template.render({"l": list(range(1_000)), "text": "<" * 50_000})
+    assert time.process_time() - began < 5
+    everything_answers()
+
+
+def test_a_raw_operand_is_new_in_each_evaluation() -> None:
+    predicate = compile_predicate(
+        "isEmpty", Operand(type="raw", value={"a": [1]}), Operand(type="raw", value=None)
+    )
+    assert predicate("{}") is False
+    for command in ("set", "unset", "merge", "assign", "pull", "remove", "fill", "update"):
+        change = compile_predicate(
+            command,
+            Operand(type="raw", value={"a": [1]}),
+            Operand(type="raw", value="a"),
+        )
+        shown = [change.operands("{}") for _ in range(2) if change("{}") in (True, False)]
+        assert shown == [('{"a":[1]}', '"a"')] * 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        '{"__proto__": {"polluted": 1}}',
+        '{"constructor": {"prototype": {"polluted": 1}}}',
+        '{"a": {"__proto__": {"polluted": 1}}}',
+        '{"toString": 1, "valueOf": 2, "hasOwnProperty": 3}',
+        '{"__defineGetter__": 1, "__lookupGetter__": 1}',
+    ],
+)
+def test_keys_of_data_change_no_prototype(data: str) -> None:
+    view = {"data": json.loads(data), "list": [], "new": {}}
+    for command in ("merge", "defaultsDeep", "assign", "assignIn", "defaults", "set", "create"):
+        for path in ("new", "constructor", "list", "list.constructor"):
+            with suppress(EvaluationError):
+                holds(command, at(path), at("data"), view)
+            everything_answers()
+    source = "{{#each data}}{{@key}}{{#each this}}{{@key}}{{/each}}{{/each}}{{json data}}"
+    compile_template(source, escape=True).render(f'{{"data":{data}}}')
+    everything_answers()
+
+
+@pytest.mark.parametrize("path", ["constructor", "__proto__", "list.__proto__", "text.constructor"])
+def test_what_data_inherit_cannot_be_changed(path: str) -> None:
+    view = {"list": [], "text": "", "change": {"polluted": 1, "map": 0}}
+    for command in ("assign", "merge", "defaults", "assignIn", "defaultsDeep"):
+        with suppress(EvaluationError):
+            holds(command, at(path), at("change"), view)
+        everything_answers()
+    for command, change in (("set", "polluted"), ("unset", "prototype.map"), ("unset", "map")):
+        with suppress(EvaluationError):
+            holds(command, at(path), change, view)
+    assert holds("map", at("list"), None, {"list": []}) is True
+    everything_answers()
+
+
+def test_an_object_may_have_keys_that_others_inherit() -> None:
+    view = {"data": {"constructor": "Ferrari", "toString": "x"}}
+    source = '{{#*inline "p"}}{{constructor}} {{n}}{{/inline}}{{> p data n=1}}'
+    assert compile_template(source, escape=True).render(view) == "Ferrari 1"
+    assert holds("isEqual", at("data.constructor"), "Ferrari", view) is True
+
+
+def test_nothing_is_random_and_no_clock_is_read() -> None:
+    shuffled = compile_predicate("shuffle", Operand(type="raw", value=list(range(20))), None)
+    assert shuffled("{}") is True
+    for path in ("Date", "performance", "Math", "globalThis"):
+        assert holds("isNil", at(path), None) is True
+
+
+def test_what_others_left_in_memory_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    # lodash remembers the last paths: these fill the memory of the context
+    monkeypatch.setattr(sandbox, "MEMORY", 6 * 1024 * 1024)
+    monkeypatch.setattr(sandbox, "_THREAD", sandbox._Thread())
+    for number in range(40):
+        path = f"a[{number}]" + ".b" * 4_000
+        assert holds("get", at("data"), at("data.path"), {"data": {"path": path}}) is False
+
+
+def test_each_thread_has_its_own() -> None:
+    predicate = compile_predicate("gte", at("data.n"), Operand(type="raw", value=5))
+    template = compile_template("{{#each data.l}}{{this}}{{/each}}", escape=True)
+
+    def work(number: int) -> tuple[bool, str]:
+        view = json.dumps({"data": {"n": number, "l": [number]}})
+        return predicate(view), template.render(view)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(400))) == [(n >= 5, str(n)) for n in range(400)]
+
+
+def test_the_libraries_are_those_of_the_list() -> None:
+    vendor = files("sequencerd.core.javascript").joinpath("vendor")
+    lines = vendor.joinpath("VERSIONS").read_text().splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [
+        ["lodash", "4.18.1"],
+        ["handlebars", "4.7.10"],
+    ]
+    for line in lines:
+        *_, digest, name = line.split()
+        assert hashlib.sha256(vendor.joinpath(name).read_bytes()).hexdigest() == digest
+        assert vendor.joinpath(name.rpartition(".")[0] + ".LICENSE").is_file()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sequencerd.cli, sequencerd.daemon, sequencerd.console",
+        "from sequencerd.cli import main; main(['--version'])",
+        "from sequencerd.cli import main; main(['check', 'file.yaml'])",
+    ],
+)
+def test_who_needs_no_condition_loads_no_engine(program: str, tmp_path: object) -> None:
+    code = f"""
+import sys, pathlib
+pathlib.Path("file.yaml").write_text("name: s\\nsteps: [{{name: a, type: GoTo}}]")
+try:
+    exec({program!r})
+except SystemExit as ended:
+    assert not ended.code, ended.code
+assert "_quickjs" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=str(tmp_path))
