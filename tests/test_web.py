@@ -33,7 +33,7 @@ from tests.engines import ALL_ENDED, define, enroll, stuck_package, until
 DOCS = Path(__file__).parent.parent / "docs"
 AT = datetime(2030, 1, 1, tzinfo=UTC)
 MAIL = (
-    '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x",'
+    '{"from": "a@example.com", "to": "{{data.nothing}}", "subject": "x", "text": "x",'
     ' "retry": {"attempts": 1}}'
 )
 DAY = '{"amount": 1, "unit": "day"}'
@@ -127,7 +127,7 @@ async def test_it_is_ready_and_measures_what_it_does(
         assert found["sequencerd_transitions_total", "enrolled s a"] == 3
         assert found["sequencerd_transitions_total", "next s a"] == 3
         assert found["sequencerd_failures_total", "error s mail"] == 3
-        assert found["sequencerd_effects_total", "failed Email"] == 3
+        assert found["sequencerd_effects_total", "refused Email"] == 3
         assert found["sequencerd_effect_latency_seconds_count", "Email"] == 3
         assert found["sequencerd_in_flight", "Email"] == 0
         assert found["sequencerd_lateness_seconds_count", ""] == 3
