@@ -30,8 +30,6 @@ TRANSIENT_ERRORS = (
 error, or its data are to blame, it is taken apart from its neighbours first.
 """
 
-PASSING_ERRORS = TRANSIENT_ERRORS
-
 LOST_ERRORS = (
     OSError,
     TimeoutError,

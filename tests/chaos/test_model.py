@@ -78,6 +78,7 @@ class Person:
     visit: int = 1
     attempt: int = 0
     not_before: float = 0.0  # the next attempt
+    lapses: list[float] = field(default_factory=list)  # when leases of this visit have expired
     lease_ends: float | None = None  # of a side effect that is under way, or was cut off
     has_begun: bool = False
     is_met: bool = False
@@ -104,6 +105,7 @@ class Model:
 
     def enter(self, person: Person, step: str | None, at: float) -> None:
         person.attempt, person.not_before, person.lease_ends = 0, 0.0, None
+        person.lapses.clear()
         if step is None:
             person.status = "completed"
             return
@@ -116,6 +118,9 @@ class Model:
         ):
             return False
         was_cut_off, person.lease_ends = person.lease_ends is not None, None
+        before = sum(at > self.now - 24 for at in person.lapses)
+        if was_cut_off:
+            person.lapses.append(self.now)
         if person.data.get("paid") and not person.is_met:
             person.is_met = True
             self.enter(person, "last", self.now)
@@ -131,15 +136,17 @@ class Model:
                 self.enter(person, "pause" if person.data.get("vip") else None, self.now)
                 return True
             case _:
-                return self._executes(person, was_cut_off=was_cut_off)
+                return self._executes(person, before if was_cut_off else None)
 
-    def _executes(self, person: Person, *, was_cut_off: bool) -> bool:
+    def _executes(self, person: Person, lapses: int | None) -> bool:
+        """With so many leases that have expired before the one that has expired now."""
+        if lapses is not None:
+            if person.step == "last":
+                return self._fails(person, "outcome_unknown")
+            person.attempt -= 1
+            person.not_before = self.now + LEASE if lapses else 0.0
         if self.now < person.not_before:
             return False
-        if was_cut_off and person.step == "last":
-            return self._fails(person, "outcome_unknown")
-        if was_cut_off and person.attempt >= ATTEMPTS:
-            return self._fails(person, "error")
         person.attempt += 1
         self.begun[f"{person.id}:{person.visit}"] += 1
         match person.mode:
@@ -182,7 +189,7 @@ class TaskRunner:
 
     async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         (task,) = tasks
-        self.begun[task.key] += 1
+        self.begun[":".join(task.key.split(":")[:2])] += 1
         match self.modes[int(task.key.partition(":")[0])]:
             case "down":
                 return [Failed("it is down")]
