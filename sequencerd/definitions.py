@@ -22,6 +22,7 @@ from sequencerd.core.model import (
     Fault,
     Instant,
     Problem,
+    RetryPolicy,
     Sequence,
     SideEffect,
     Step,
@@ -47,6 +48,15 @@ class RetryConfig(Config):
     """Seconds before the second attempt; the delay doubles with each attempt."""
     longest_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=30 * 86400)
     """Seconds that the delay grows to."""
+    give_up_after: StrictInt | StrictFloat | None = Field(default=None, ge=1, le=365 * 86400)
+    """Seconds of waiting after which it is not tried again, instead of a number of attempts."""
+
+    def applied(self, policy: RetryPolicy) -> RetryPolicy:
+        """A runner's policy with what is written here; either end takes the place of its own."""
+        written = self.model_dump(exclude_none=True)
+        if written.keys() & {"attempts", "give_up_after"}:
+            policy = replace(policy, attempts=None, give_up_after=None)
+        return replace(policy, **written)
 
 
 class EffectConfig(Config):
@@ -97,7 +107,7 @@ def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
     faults.check()
     return SideEffect(
         program=program,
-        retry=replace(runner.retry, **common.retry.model_dump(exclude_none=True)),
+        retry=common.retry.applied(runner.retry),
         on_error=common.on_error,
         at_most_once=common.delivery == "at_most_once",
     )

@@ -27,6 +27,7 @@ from sequencerd import store
 from sequencerd.catalog import Catalog
 from sequencerd.clock import Clock
 from sequencerd.core.advance import advance
+from sequencerd.core.backoff import Pauses
 from sequencerd.core.heap import Heap
 from sequencerd.core.model import (
     NEVER,
@@ -85,9 +86,10 @@ class Engine:
         log: FilteringBoundLogger,
         metrics: Metrics,
         turned: Callable[[], None] = lambda: None,
+        pauses: Pauses = Pauses(),  # noqa: B008 - a tuple
     ) -> None:
         """`heart` is the heartbeat's own connection. `turned` is called in every turn of the loop,
-        at least each MAX_SLEEP seconds.
+        at least each MAX_SLEEP seconds. `pauses` are those of runners whose server fails.
         """
         self._pool = pool
         self.problems = Problems()
@@ -106,13 +108,14 @@ class Engine:
             pool,
             runners,
             lookups,
-            self._report,
+            self,
             self._push,
             clock=clock,
             settings=settings,
             name=name,
             log=log,
             metrics=metrics,
+            pauses=pauses,
         )
         self._finished: deque[Finished] = deque()
         self._has_finished = asyncio.Event()
@@ -346,6 +349,7 @@ class Engine:
                 counts = await store.count_due(connection, due, now, MAX_DUE)
         await self._claim_orphans(due, now)
         oldest = min(due.values(), default=None)
+        await self._count_waiting(list(self._writer.lanes.values()))
         self._metrics.clock_offset.set(self._clock.ahead().total_seconds())
         self._metrics.swept(self._clock.now, len(wakes), oldest, counts)
 
@@ -589,11 +593,47 @@ class Engine:
 
     # --- results
 
-    def _report(self, results: Sequence[Finished]) -> None:
+    def report(self, results: Sequence[Finished]) -> None:
         """From the lanes: side effects have ended."""
         self._finished.extend(results)
         self._has_finished.set()
-        self._call_waiting(results[0][0].lane)
+        self.resumed(results[0][0].lane)
+
+    def trouble_changed(self, lane: Lane) -> None:
+        """From the lanes: a runner is down, or works again."""
+        self._metrics.runner_is_down(lane.name, is_down=lane.trouble is not None)
+        if lane.trouble is None:
+            self._log.info("runner works again", runner=lane.name)
+            self.problems.clear("runner", lane.name)
+            return
+        self._log.warning(
+            "runner is down; nobody fails for it", runner=lane.name, error=lane.trouble
+        )
+        self.problems.report("runner", lane.name, lane.trouble, since=self._clock.now())
+        self._spawn(self._until_done(lambda: self._count_waiting([lane])))
+
+    async def _count_waiting(self, lanes: Sequence[Lane]) -> None:
+        """Reports how many wait for runners that are down."""
+        down = {lane.name: 0 for lane in lanes if lane.trouble is not None}
+        places = {
+            (step.sequence, step.name): step.type
+            for sequence in self.catalog.sequences.values()
+            for step in sequence.steps.values()
+            if step.type in down
+        }
+        if not places:
+            return
+        async with store.connection(self._pool) as connection:
+            counts = await store.count_due(connection, places, self._clock.now(), MAX_DUE)
+        for sequence, step, due, _ in counts:
+            down[places[sequence, step]] += due
+        for lane in lanes:
+            if lane.trouble is not None:  # by now
+                waiting = down[lane.name]
+                self._metrics.runner_waits(lane.name, waiting)
+                self.problems.report(
+                    "runner", lane.name, lane.trouble, since=self._clock.now(), waiting=waiting
+                )
 
     @property
     def _is_behind(self) -> bool:
@@ -604,7 +644,7 @@ class Engine:
     def _holds_results(self) -> bool:
         return self._floods > 0 and asyncio.get_running_loop().time() < self._hold_until
 
-    def _call_waiting(self, lane: Lane) -> None:
+    def resumed(self, lane: Lane) -> None:
         """Claims again for a lane that has room again."""
         if lane.waiting and lane.is_roomy and not self._is_behind:
             for place in lane.waiting:
@@ -621,7 +661,7 @@ class Engine:
                 batch = [self._finished.popleft() for _ in range(size)]
                 if was_behind:
                     for lane in self._writer.lanes.values():
-                        self._call_waiting(lane)
+                        self.resumed(lane)
                 await self._settle_all(batch)
 
     async def _settle_all(self, batch: Sequence[Finished]) -> None:

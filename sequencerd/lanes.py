@@ -1,15 +1,20 @@
-"""Side effects in flight: a lane for each runner and lookup, so that a slow one delays no other."""
+"""Side effects in flight: a lane for each runner and lookup, so that a slow one delays no other,
+and so that a server that is down holds up its own runner only.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from sequencerd import tracing
+from sequencerd.core.backoff import OPEN, SEVERAL, Gate, Key, Pauses, Suspects
 from sequencerd.core.model import (
+    Answer,
     Attribution,
     Enrollment,
     Failed,
@@ -19,6 +24,7 @@ from sequencerd.core.model import (
     Step,
     Task,
 )
+from sequencerd.core.retry import LONGEST
 from sequencerd.metrics import Metrics
 from sequencerd.runners import NotNow
 from sequencerd.runners.causes import is_exhausted
@@ -28,6 +34,7 @@ INTERRUPTED = Failed(
     "interrupted: the daemon stopped", retry_after=timedelta(0), fault="server", unknown=True
 )
 
+TICK = 0.001  # seconds by which timers may be early
 
 LaneKey = str | tuple[str, str]
 """The type of the steps, or ("lookup", its name)."""
@@ -61,23 +68,45 @@ class Leased(NamedTuple):
         return self.enrollment.fence
 
 
-Report = Callable[[Sequence[tuple[Leased, Result]]], None]
+class Owner(Protocol):
+    """What a lane tells, in the event loop."""
+
+    def report(self, results: Sequence[tuple[Leased, Result]]) -> None:
+        """Side effects have ended."""
+        ...
+
+    def resumed(self, lane: Lane) -> None:
+        """The pause of a runner that is down is over: one may be tried."""
+        ...
+
+    def trouble_changed(self, lane: Lane) -> None:
+        """A runner is down, or for another reason, or works again."""
+        ...
 
 
 class Lane:
-    """The side effects of one runner. `report` is called with the results, in the event loop.
+    """The side effects of one runner.
 
     A lane takes on twice what runs at the same time, so that a runner finds work when it is done,
-    and no more: what nobody works on is left to other daemons.
+    and no more: what nobody works on is left to other daemons. While the server fails it takes on
+    nothing but one enrollment after each pause; the others wait where they are.
     """
 
-    def __init__(self, key: LaneKey, runner: Work, report: Report, metrics: Metrics) -> None:
+    def __init__(
+        self, key: LaneKey, runner: Work, owner: Owner, metrics: Metrics, pauses: Pauses
+    ) -> None:
         self.is_lookup = isinstance(key, tuple)
         self.runner = runner
         self.waiting: set[Place] = set()  # steps whose enrollments found no room
         self._kind = "lookup" if isinstance(key, tuple) else key
-        self._report = report
+        self.trouble: str | None = None  # why the runner is down
+        self.name = key[1] if isinstance(key, tuple) else key
+        self._owner = owner
         self._metrics = metrics
+        self._pauses = pauses
+        self._gate = OPEN
+        self._suspects = Suspects()
+        self._resume: asyncio.TimerHandle | None = None
         self._capacity = 2 * runner.concurrency * runner.batch_size
         self._taken = 0
         self._turn = asyncio.Semaphore(runner.concurrency)
@@ -87,12 +116,16 @@ class Lane:
     @property
     def room(self) -> int:
         """How many more can be taken on."""
-        return self._capacity - self._taken
+        return self._allowed - self._taken
+
+    @property
+    def _allowed(self) -> int:
+        return self._gate.allowed(_now(), self._capacity)
 
     @property
     def is_roomy(self) -> bool:
         """Whether it is worth while to claim again: one by one would cost a claim for each."""
-        return self.room * 2 >= self._capacity
+        return self.room > 0 and self.room * 2 >= self._allowed
 
     def take(self, count: int) -> None:
         """Reserves room; each is to be started or given back."""
@@ -102,8 +135,12 @@ class Lane:
         """Executes side effects of one step, in batches of the runner's size."""
         self._metrics.begun(self._kind, len(leased))
         size = self.runner.batch_size
-        for first in range(0, len(leased), size):
-            batch = leased[first : first + size]
+        alone = [one for one in leased if size > 1 and self._suspects.is_suspect(_key(one))]
+        if alone:  # it may be what makes the whole batch fail
+            suspects = set(map(_key, alone))
+            leased = [one for one in leased if _key(one) not in suspects]
+        batches = [leased[first : first + size] for first in range(0, len(leased), size)]
+        for batch in (*batches, *([one] for one in alone)):
             task = asyncio.create_task(self._execute(batch))
             self._queued.add(task)
             task.add_done_callback(self._queued.discard)
@@ -116,6 +153,8 @@ class Lane:
 
     async def stop(self, seconds: float) -> None:
         """Gives back what has not begun, waits for the rest, and interrupts what takes longer."""
+        if self._resume is not None:
+            self._resume.cancel()
         await asyncio.sleep(0)  # a task that is cancelled before it begins would report nothing
         for task in list(self._queued):
             task.cancel()
@@ -137,18 +176,21 @@ class Lane:
                 assert task is not None
                 self._queued.discard(task)
                 self._running.add(task)
-                interrupted = INTERRUPTED
-                begun = time.monotonic()
-                enrollments = () if self.is_lookup else [leased.enrollment for leased in batch]
-                with tracing.executing(self._kind, enrollments) as ended:
-                    results = await self._run(batch)
-                    ended(results)
+                if self._allowed > 0:
+                    interrupted = INTERRUPTED
+                    begun = _now()
+                    enrollments = () if self.is_lookup else [leased.enrollment for leased in batch]
+                    with tracing.executing(self._kind, enrollments) as ended:
+                        results = self._judge(batch, await self._run(batch), begun)
+                        ended(results)
+                else:
+                    results = [interrupted] * len(batch)
         except asyncio.CancelledError:
             results = [interrupted] * len(batch)
         self._taken -= len(batch)
-        seconds = None if begun is None else time.monotonic() - begun
+        seconds = None if begun is None else _now() - begun
         self._metrics.ended(self._kind, results, seconds)
-        self._report(list(zip(batch, results, strict=True)))
+        self._owner.report(list(zip(batch, results, strict=True)))
 
     async def _run(self, batch: Sequence[Leased]) -> Sequence[Result]:
         """One call of the runner. What it does wrong is a failure of the batch, never of ours."""
@@ -170,3 +212,106 @@ class Lane:
             text = f"the runner answered {len(results)} results for {len(batch)} enrollments"
             return [Failed(text, fault="unclear", unknown=True)] * len(batch)
         return results
+
+    # --- what results say of the server
+
+    def _judge(
+        self, batch: Sequence[Leased], results: Sequence[Result], begun: float
+    ) -> Sequence[Result]:
+        """The results of a call, each with whose fault it is and when it may be tried again."""
+        if self.is_lookup:
+            return results
+        now = _now()
+        answered = [
+            _key(one)
+            for one, result in zip(batch, results, strict=True)
+            if isinstance(result, Answer)
+            or (isinstance(result, Failed) and result.fault == "enrollment" and result.asked)
+        ]
+        if answered:
+            self._suspects.succeeded(answered, now)
+            self._set_gate(self._gate.succeeded(begun, self._capacity))
+            self._set_trouble(self._gate.cause)
+        if len(answered) == len(batch):
+            return results
+        failed = [one for one in results if isinstance(one, Failed)]
+        down = [one for one in failed if one.fault == "server"]
+        unclear = [one for one in failed if one.fault == "unclear"]
+        together = len(unclear) > 1 and not answered
+        if down and not answered:
+            self._close(down[0].message, begun, now, max(map(_asked, down)))
+        elif together:
+            self._suspects.failed_together(list(map(_key, batch)), now)
+            self._set_gate(self._gate.suspected(now))
+        judged: list[Result] = []
+        distinct: dict[int, Result] = {}  # most results of a batch are one and the same object
+        for one, result in zip(batch, results, strict=True):
+            if not isinstance(result, Failed) or result.fault == "enrollment":
+                judged.append(result)
+            elif result.fault == "unclear" and not together:
+                judged.append(self._judge_alone(_key(one), result, begun, now))
+            else:
+                if id(result) not in distinct:
+                    distinct[id(result)] = self._postponed(result, now)
+                judged.append(distinct[id(result)])
+        return judged
+
+    def _judge_alone(self, key: Key, failed: Failed, begun: float, now: float) -> Result:
+        """A failure that may be the server's fault, or this enrollment's."""
+        verdict = self._suspects.failed_alone(key, now)
+        if verdict.fault != "server":
+            return replace(failed, fault=verdict.fault)
+        failed = replace(failed, fault="server", refund=verdict.refund)
+        if verdict.is_outage:
+            self._close(failed.message, begun, now, _asked(failed))
+            return self._postponed(failed, now)
+        if self._suspects.failures >= SEVERAL and self.trouble is None:
+            self._set_trouble(failed.message)
+        pause = self._pauses.after(self._suspects.failures, _jitter())
+        return self._postponed(failed, now, pause)
+
+    def _postponed(self, failed: Failed, now: float, pause: float = 0.0) -> Failed:
+        """To be tried again when the runner is."""
+        least = max(pause, self._gate.next_at - now, _asked(failed))
+        if least <= 0:
+            least = self._pauses.after(1, _jitter())
+        return replace(failed, fault="server", retry_after=timedelta(seconds=least))
+
+    def _close(self, cause: str, begun: float, now: float, asked: float) -> None:
+        """Lets nothing begin until the next pause is over."""
+        pause = self._pauses.after(self._gate.failures + 1, _jitter())
+        self._set_gate(self._gate.failed(cause, begun, now, pause, asked))
+
+    def _set_gate(self, gate: Gate) -> None:
+        if gate is self._gate:
+            return
+        self._gate = gate
+        if self._resume is not None:
+            self._resume.cancel()
+        self._resume = asyncio.get_running_loop().call_at(
+            gate.next_at + TICK, self._owner.resumed, self
+        )
+        self._set_trouble(gate.cause)
+
+    def _set_trouble(self, cause: str | None) -> None:
+        if cause != self.trouble:
+            self.trouble = cause
+            self._owner.trouble_changed(self)
+
+
+def _key(leased: Leased) -> Key:
+    return leased.enrollment.id, leased.enrollment.visit
+
+
+def _asked(failed: Failed) -> float:
+    """The seconds that a server asks for, which is believed for a day."""
+    asked = failed.retry_after or timedelta(0)
+    return min(max(asked, timedelta(0)), LONGEST).total_seconds()
+
+
+def _jitter() -> float:
+    return random.random()  # noqa: S311 - spreads load, guards nothing
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -75,6 +75,21 @@ class Metrics(Collector):
             buckets=SECONDS,
             registry=self.registry,
         )
+        self._down = Gauge(
+            "sequencerd_runner_down",
+            "1 while a runner's server fails: outage, login, quota, throttling",
+            ["type"],
+            registry=self.registry,
+        )
+        self._outages = self._counter(
+            "runner_outages", "How often a runner's server failed", "type"
+        )
+        self._waiting = Gauge(
+            "sequencerd_runner_waiting",
+            "Due enrollments that wait for a runner whose server fails; up to 10,000 for each step",
+            ["type"],
+            registry=self.registry,
+        )
         self._in_flight = Gauge(
             "sequencerd_in_flight",
             "Enrollments whose side effects this daemon has begun or queued",
@@ -162,6 +177,18 @@ class Metrics(Collector):
                 self._lapsed.labels(*known).inc(times)
         for (*place, code), times in Tally(failures).items():
             self._failures.labels(*self._place((place[0], place[1])), code).inc(times)
+
+    def runner_is_down(self, name: str, *, is_down: bool) -> None:
+        """A runner's server fails, or works again."""
+        if is_down:
+            self._outages.labels(name).inc()
+        else:
+            self._waiting.labels(name).set(0)
+        self._down.labels(name).set(is_down)
+
+    def runner_waits(self, name: str, count: int) -> None:
+        """So many wait for a runner that is down."""
+        self._waiting.labels(name).set(count)
 
     def begun(self, kind: str, count: int) -> None:
         """Side effects of this type of step are in flight, or "lookup"s."""

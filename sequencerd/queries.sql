@@ -114,7 +114,7 @@ SELECT p.sequence, p.step, d.due, d.overdue
 SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
        e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.goals_met, e.goals_elsewhere, e.executed
+       e.leased_by, e.last_error, e.goals_met, e.goals_elsewhere, e.executed
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
    AND EXISTS (SELECT FROM sequencer.sequences AS s
@@ -156,7 +156,7 @@ SELECT e.id
 SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
        e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.goals_met, e.goals_elsewhere, e.executed
+       e.leased_by, e.last_error, e.goals_met, e.goals_elsewhere, e.executed
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[]) AND e.sequence = $2 AND e.step = $3 AND e.status = 'active'
    AND (e.wake_at <= $4 OR e.leased_by IS NULL AND e.entered_at IS NOT NULL)
@@ -171,7 +171,7 @@ SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END
 -- The same without what applications write, which the database may be unable to read.
 SELECT e.id, '' AS subject, '{}' AS data, e.created_at, e.tag, $2 AS sequence, $3 AS step,
        NULL AS timezone, least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit,
-       e.attempt, e.retry_at, e.leased_by, '{}'::text[] AS goals_met,
+       e.attempt, e.retry_at, e.leased_by, NULL AS last_error, '{}'::text[] AS goals_met,
        NULL AS goals_elsewhere, '{}'::text[] AS executed
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[]) AND e.sequence = $2::text AND e.step = $3::text
@@ -242,7 +242,7 @@ SELECT least(
 -- of them is not waited for.
 SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject,
        CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
-       e.sequence, e.step, e.timezone, e.goals_met, e.goals_elsewhere, e.executed,
+       e.sequence, e.step, e.timezone, e.last_error, e.goals_met, e.goals_elsewhere, e.executed,
        (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[])
@@ -362,7 +362,7 @@ UPDATE sequencer.steps SET retime_from = $3 WHERE sequence = $1 AND name = $2;
 SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
        e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.goals_met, e.goals_elsewhere, e.executed
+       e.leased_by, e.last_error, e.goals_met, e.goals_elsewhere, e.executed
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
    AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
@@ -533,7 +533,7 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
 -- An enrollment as a claim reads it, and its status.
 SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.goals_met, e.goals_elsewhere, e.executed, e.status
+       e.leased_by, e.last_error, e.goals_met, e.goals_elsewhere, e.executed, e.status
   FROM sequencer.enrollments AS e WHERE e.id = $1;
 
 -- name: history
@@ -621,7 +621,7 @@ SELECT count(*) FROM sequencer.enrollments
 -- Everybody who has begun and is at a step.
 SELECT id, subject, data, created_at, tag, sequence, step, timezone,
        least(wake_at, '9999-12-31Z') AS wake_at, entered_at, visit, attempt, retry_at, leased_by,
-       goals_met, goals_elsewhere, executed
+       last_error, goals_met, goals_elsewhere, executed
   FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND entered_at IS NOT NULL;
 

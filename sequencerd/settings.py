@@ -34,7 +34,7 @@ from pydantic import (
 
 from sequencerd import passwords
 from sequencerd.core.config import describe
-from sequencerd.core.model import RetryPolicy
+from sequencerd.core.model import MESSAGE_RETRY, RETRY, RetryPolicy
 from sequencerd.errors import SettingsError
 
 DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
@@ -129,14 +129,30 @@ class Engine(Section):
 class Retrying(Section):
     """How often and how soon what failed is tried again, if its step says nothing; in seconds."""
 
-    attempts: int = Field(default=8, ge=1, le=1000)
-    first_delay: float = Field(default=10.0, ge=0, le=86400)
-    longest_delay: float = Field(default=3600.0, ge=0, le=30 * 86400)
+    attempts: int | None = Field(default=RETRY.attempts, ge=1, le=1000)
+    first_delay: float = Field(default=RETRY.first_delay, ge=0, le=86400)
+    longest_delay: float = Field(default=RETRY.longest_delay, ge=0, le=30 * 86400)
+    give_up_after: float | None = Field(default=RETRY.give_up_after, ge=1, le=365 * 86400)
 
     @property
     def retry(self) -> RetryPolicy:
-        """As steps have it."""
-        return RetryPolicy(self.attempts, self.first_delay, self.longest_delay)
+        """As steps have it: one of two ends that is set takes the place of the other's default."""
+        ends = {"attempts", "give_up_after"}
+        ends = ends & self.model_fields_set or ends
+        return RetryPolicy(
+            self.attempts if "attempts" in ends else None,
+            self.first_delay,
+            self.longest_delay,
+            self.give_up_after if "give_up_after" in ends else None,
+        )
+
+
+class Messaging(Retrying):
+    """The same for messages, whose default is a time span."""
+
+    attempts: int | None = Field(default=MESSAGE_RETRY.attempts, ge=1, le=1000)
+    first_delay: float = Field(default=MESSAGE_RETRY.first_delay, ge=0, le=86400)
+    give_up_after: float | None = Field(default=MESSAGE_RETRY.give_up_after, ge=1, le=365 * 86400)
 
 
 class OAuth(Section):
@@ -149,7 +165,7 @@ class OAuth(Section):
     refresh_token: Secret | None = None
 
 
-class Email(Retrying):
+class Email(Messaging):
     """The mail server: smtp://user:password@host:587, smtps://... for TLS from the start.
 
     `timeout` is for each reply of the server but the one to the message, which may take as long as
@@ -177,7 +193,7 @@ class Email(Retrying):
         return self.url.get_secret_value() if self.url else "smtp://localhost:25"
 
 
-class Sms(Retrying):
+class Sms(Messaging):
     """Twilio's account, or any gateway: a URL and a template of its JSON body."""
 
     provider: Literal["twilio", "http"] = "twilio"

@@ -495,8 +495,9 @@ async def lock(
     locked, now, revisions = set(), {}, {}
     rows = await _with_data(connection, await connection.fetch(QUERIES["lock"], ids))
     for row in rows:
-        *fenced, subject, data, sequence, step, timezone, goals, elsewhere, executed, revision = row
-        id_, visit, attempt, leased_by = fence = tuple(fenced)
+        id_, visit, attempt, leased_by, *rest = row
+        subject, data, sequence, step, timezone, error, goals, elsewhere, executed, revision = rest
+        fence = (id_, visit, attempt, leased_by)
         locked.add(id_)
         if was := by_fence.get(fence):
             revisions[sequence] = revision
@@ -515,6 +516,7 @@ async def lock(
                 attempt,
                 was.retry_at,
                 leased_by,
+                error,
                 goals,
                 elsewhere,
                 executed,

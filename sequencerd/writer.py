@@ -19,6 +19,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd import store
 from sequencerd.clock import Clock
 from sequencerd.core import model
+from sequencerd.core.backoff import Pauses
 from sequencerd.core.model import (
     Advanced,
     Answer,
@@ -41,7 +42,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.definitions import Runners
 from sequencerd.jumps import Jump, decide
-from sequencerd.lanes import Lane, LaneKey, Leased, Report, Work
+from sequencerd.lanes import Lane, LaneKey, Leased, Owner, Work
 from sequencerd.metrics import Metrics
 from sequencerd.settings import Engine as Settings
 from sequencerd.store import LOST_ERRORS, TRANSIENT_ERRORS, Place, Row, Written
@@ -69,7 +70,7 @@ class Batch(Written):
 class Writer:
     """Writes batches of advanced enrollments, and owns the lanes of what they come to.
 
-    `report` gets the results of the lanes, `push` is told when to look at a step again.
+    `owner` gets the results of the lanes, `push` is told when to look at a step again.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Writer:
         pool: asyncpg.Pool,
         runners: Runners,
         lookups: Callable[[str], Work],
-        report: Report,
+        owner: Owner,
         push: Callable[[Place, datetime], None],
         *,
         clock: Clock,
@@ -85,22 +86,27 @@ class Writer:
         name: str,
         log: FilteringBoundLogger,
         metrics: Metrics,
+        pauses: Pauses,
     ) -> None:
+        self._owner = owner
+        self._metrics = metrics
+        self._pauses = pauses
         self.lanes: dict[LaneKey, Lane] = {
-            type_: Lane(type_, runner, report, metrics) for type_, runner in runners.items()
+            type_: self._lane(type_, runner) for type_, runner in runners.items()
         }
         self.retired: set[Lane] = set()
         self.leased: dict[int, Leased] = {}
         self.stopping = False
         self._lookups = lookups
-        self._report = report
         self._pool = pool
         self._push = push
         self._clock = clock
         self._lease_time = timedelta(seconds=settings.lease)
         self._name = name
         self._log = log
-        self._metrics = metrics
+
+    def _lane(self, key: LaneKey, runner: Work) -> Lane:
+        return Lane(key, runner, self._owner, self._metrics, self._pauses)
 
     def use(self, runners: Runners, lookups: Callable[[str], Work]) -> set[Lane]:
         """Takes over other runners and lookups. Returns the lanes of those that are replaced:
@@ -110,7 +116,7 @@ class Writer:
         for type_, runner in runners.items():
             lane = before.get(type_)
             if lane is None or lane.runner is not runner:
-                lane = Lane(type_, runner, self._report, self._metrics)
+                lane = self._lane(type_, runner)
             self.lanes[type_] = lane
         if lookups == self._lookups:
             self.lanes |= {key: lane for key, lane in before.items() if lane.is_lookup}
@@ -185,7 +191,7 @@ class Writer:
             at.retry_at,
             at.leased_by,
             failure.failure if failure else None,
-            failure.message if failure else _last_error(events),
+            failure.message if failure else at.last_error,
             tuple(at.executed),
         )
         ids = [batch.rows.setdefault(row, [])]
@@ -226,7 +232,7 @@ class Writer:
     def _has_room(self, key: LaneKey, at: Enrollment) -> bool:
         """Whether one more can be begun; else its step waits for the lane."""
         if isinstance(key, tuple) and key not in self.lanes:
-            self.lanes[key] = Lane(key, self._lookups(key[1]), self._report, self._metrics)
+            self.lanes[key] = self._lane(key, self._lookups(key[1]))
         lane = self.lanes[key]
         if not self.stopping and lane.room > 0:
             return True
@@ -373,11 +379,3 @@ def late(leased: Leased, result: Result, now: datetime) -> Event:
         model.printable(f"attempt {was.attempt} came too late to move it: {text}"),
         leased.revision,
     )
-
-
-def _last_error(events: Iterable[Event]) -> str | None:
-    """Why the last attempt failed, for who is going to try again."""
-    for event in events:
-        if event.action == "retry":
-            return event.message
-    return None

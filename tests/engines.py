@@ -14,6 +14,7 @@ import structlog
 
 from sequencerd import store
 from sequencerd.clock import Clock
+from sequencerd.core.backoff import Pauses
 from sequencerd.core.model import Answer, DefinitionError, Result, RetryPolicy, Task
 from sequencerd.daemon import daemon_name
 from sequencerd.engine import Engine
@@ -71,6 +72,7 @@ async def running_engine(
     runners: Mapping[str, Runner] | None = None,
     endpoints: Mapping[str, LookupEndpoint] | None = None,
     lookup_timeout: float = 30.0,
+    pauses: Pauses = Pauses(),  # noqa: B008 - a tuple
     **settings: Any,
 ) -> AsyncIterator[Engine]:
     """A daemon in the test's own loop: engine and listener, ready."""
@@ -88,6 +90,7 @@ async def running_engine(
         name=daemon_name(),
         log=log,
         metrics=Metrics(),
+        pauses=pauses,
     )
     ready = asyncio.Event()
 

@@ -205,10 +205,10 @@ class _Way:
                 return None
             case Found(None, message):
                 self.at = self.at._replace(leased_by=None)
-                self.record("retry", message)
+                self._record_retry(message)
                 return Wait(self.now + LOOKUP_DELAY * (0.5 + jitter / 2))
             case Found(external):
-                self.at = self.at._replace(leased_by=None)
+                self.at = self.at._replace(leased_by=None, last_error=None)
                 self.external = external
                 return None
             case _:
@@ -264,6 +264,12 @@ class _Way:
                 self.revision,
             )
         )
+
+    def _record_retry(self, message: str) -> None:
+        """What may go on for long is recorded when it begins, and when the reason changes."""
+        if printable(message) != self.at.last_error:
+            self.record("retry", message)
+            self.at = self.at._replace(last_error=printable(message))
 
     def _look(self) -> Moment:
         """The enrollment as it is now, for a step or a goal to read."""
@@ -451,7 +457,7 @@ class _Way:
     ) -> End | None:
         """To another step, or to the end of the way; from a side effect that `is_executed`."""
         if target is None:
-            self.at = self.at._replace(leased_by=None)
+            self.at = self.at._replace(leased_by=None, last_error=None)
             return End()
         self.moves += 1
         self.lapsed = None
@@ -487,7 +493,9 @@ class _Way:
             wait = NOOP_DELAY if answer.retry_after is None else answer.retry_after
             again = answer.wake_at or self.now + min(max(wait, timedelta(0)), retry.LONGEST)
             executed = () if again > self.now else self.at.executed
-            self.at = self.at._replace(attempt=0, retry_at=again, leased_by=None, executed=executed)
+            self.at = self.at._replace(
+                attempt=0, retry_at=again, leased_by=None, last_error=None, executed=executed
+            )
             return None
         self.record(answer.action.value, answer.message)
         target = step.next_step if answer.action is Action.NEXT else step.alt_next_step
@@ -507,9 +515,14 @@ class _Way:
                 return Fail("outcome_unknown", f"{failed.message}: {_LOOK}")
         if not retry.gives_up(effect.retry, self.at.attempt, failed):
             wait = retry.delay(effect.retry, self.at.attempt, failed, jitter)
-            attempt = max(self.at.attempt - (failed.fault == "server"), 0)
+            given_back = failed.refund + (failed.fault == "server")
+            attempt = max(self.at.attempt - given_back, 0)
             self.at = self.at._replace(attempt=attempt, retry_at=self.now + wait, leased_by=None)
-            self.record("retry", failed.message)
+            if failed.fault == "server":
+                self._record_retry(failed.message)
+            else:
+                self.record("retry", failed.message)
+                self.at = self.at._replace(last_error=printable(failed.message))
             return None
         if effect.on_error == "altNext":
             self.record(Action.ALT_NEXT.value, failed.message)

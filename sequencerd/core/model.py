@@ -99,15 +99,22 @@ class Instant:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how soon a side effect that failed is tried again; times in seconds."""
+    """How often and how soon a side effect that failed is tried again; times in seconds.
 
-    attempts: int = 8
+    It ends after so many attempts, or when the waits between them come to `give_up_after`.
+    """
+
+    attempts: int | None = 8
     first_delay: float = 10.0
     longest_delay: float = 3600.0
+    give_up_after: float | None = None
 
 
 RETRY = RetryPolicy()
-"""What holds where nobody says otherwise."""
+"""The default of custom runners."""
+
+MESSAGE_RETRY = RetryPolicy(None, 60.0, 3600.0, 2 * 86400.0)
+"""The default of messages: mail servers refuse for hours what they take later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +202,7 @@ class Enrollment(NamedTuple):
     attempt: int = 0
     retry_at: datetime | None = None  # the side effect is not started before
     leased_by: str | None = None  # the daemon that executes the side effect until wake_at
+    last_error: str | None = None  # of this visit
     goals_met: tuple[str, ...] | list[str] = ()  # of its sequence
     goals_elsewhere: str | None = None  # JSON text: the goals met by sequence that it has left
     executed: tuple[str, ...] | list[str] = ()  # side effects since it last waited, see effect_key
@@ -250,6 +258,7 @@ class Enrollment(NamedTuple):
             0,
             None,
             None,
+            None,
             self.goals_met,
             self.goals_elsewhere,
             executed,
@@ -272,6 +281,7 @@ class Enrollment(NamedTuple):
             self.attempt + 1,
             None,
             daemon,
+            self.last_error,
             self.goals_met,
             self.goals_elsewhere,
             self.executed,
@@ -459,7 +469,8 @@ class Failed:
     be either, as a 500 or a time-out; the executor decides by what its other calls come to.
 
     `asked` is False where the server was not asked, as for a template that can't be rendered: that
-    tells nothing of the server.
+    tells nothing of the server. `refund`: so many attempts of before were no fault of the
+    enrollment either, which turned out since.
     """
 
     message: str
@@ -468,6 +479,7 @@ class Failed:
     fault: Attribution = "enrollment"
     unknown: bool = False
     asked: bool = True
+    refund: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from datetime import timedelta
 
 from sequencerd.core.model import Failed, RetryPolicy
 
-THROTTLED = timedelta(seconds=5)
-"""After a failure that spent no attempt and named no time of its own."""
+PAUSE = timedelta(seconds=5)
+"""After a failure of the server where nothing says for how long."""
 
 LONGEST = timedelta(days=1)
 """Whatever a server asks for, it is asked again after a day."""
@@ -16,16 +16,32 @@ LONGEST = timedelta(days=1)
 def delay(policy: RetryPolicy, attempt: int, failed: Failed, jitter: float) -> timedelta:
     """The time until the next attempt, after `attempt` of them (1 after the first).
 
-    Exponential backoff with full jitter: a random part (`jitter`, 0 to 1) of the first delay
-    doubled for each attempt, up to the longest. What the server asks for is the least.
+    Exponential backoff: the first delay doubled for each attempt, up to the longest. Of counted
+    attempts a random part (`jitter`, 0 to 1) of it is waited; over a time span up to a quarter is
+    added, so that the span is never cut short. What the server asks for is the least.
     """
     asked = min(max(failed.retry_after or timedelta(0), timedelta(0)), LONGEST)
     if failed.fault == "server":
-        return asked if failed.retry_after is not None else THROTTLED * (0.5 + jitter / 2)
-    doubled = policy.first_delay * 2.0 ** min(max(attempt - 1, 0), 50)
-    return max(asked, timedelta(seconds=min(doubled, policy.longest_delay) * jitter))
+        return PAUSE if failed.retry_after is None else asked
+    factor = jitter if policy.give_up_after is None else 1 + jitter / 4
+    return max(asked, timedelta(seconds=_doubled(policy, attempt) * factor))
 
 
 def gives_up(policy: RetryPolicy, attempt: int, failed: Failed) -> bool:
     """Whether the failure after this attempt is the last."""
-    return failed.permanent or (failed.fault != "server" and attempt >= policy.attempts)
+    return failed.permanent or (failed.fault == "enrollment" and is_last(policy, attempt))
+
+
+def is_last(policy: RetryPolicy, attempt: int) -> bool:
+    """Whether no attempt follows this one."""
+    if policy.attempts is not None and attempt >= policy.attempts:
+        return True
+    if policy.give_up_after is None:
+        return False
+    waited = sum(_doubled(policy, number) for number in range(1, attempt))
+    return waited >= policy.give_up_after
+
+
+def _doubled(policy: RetryPolicy, attempt: int) -> float:
+    doubled = min(policy.first_delay * 2.0 ** min(max(attempt - 1, 0), 50), policy.longest_delay)
+    return doubled if policy.give_up_after is None else max(doubled, 1.0)  # or it would never end

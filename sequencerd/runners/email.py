@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, model_validator
 from sequencerd.core.config import Config, Faults, parse_config
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
-    RETRY,
+    MESSAGE_RETRY,
     Answer,
     DefinitionError,
     Failed,
@@ -126,7 +126,7 @@ class EmailRunner:
         oauth: Client | str | None = None,
         list_unsubscribe: str | None = None,
         suppressions: Suppressions | None = None,
-        retry: RetryPolicy = RETRY,
+        retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         self.retry = retry
         self._suppressions = suppressions

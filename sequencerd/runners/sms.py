@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from sequencerd.core.config import Config, Faults, parse_config
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
-    RETRY,
+    MESSAGE_RETRY,
     Answer,
     Failed,
     Fault,
@@ -182,7 +182,7 @@ class TwilioRunner(_SmsRunner):
         timeout: float = 30.0,
         per_second: float | None = None,
         suppressions: Suppressions | None = None,
-        retry: RetryPolicy = RETRY,
+        retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         super().__init__(
             concurrency=concurrency,
@@ -263,7 +263,7 @@ class HttpSmsRunner(_SmsRunner):
         per_second: float | None = None,
         allow_private: bool = False,
         suppressions: Suppressions | None = None,
-        retry: RetryPolicy = RETRY,
+        retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         super().__init__(
             concurrency=concurrency,

@@ -165,6 +165,7 @@ async def smtp_server(
     starttls: ssl.SSLContext | None = None,
     password: str | None = None,
     utf8: bool = True,
+    port: int = 0,
 ) -> AsyncIterator[Mailbox]:
     """An SMTP server; with a password it wants the login `ada`."""
     handler = Mailbox(pipelining=PIPELINING)
@@ -191,7 +192,7 @@ async def smtp_server(
             auth_exclude_mechanism=None if password else ["LOGIN", "PLAIN"],
         )
 
-    server = await asyncio.get_running_loop().create_server(make, HOST, 0, ssl=tls)
+    server = await asyncio.get_running_loop().create_server(make, HOST, port, ssl=tls)
     handler.port = server.sockets[0].getsockname()[1]
     try:
         yield handler

@@ -1,0 +1,159 @@
+"""When a runner whose server fails is tried again, with how many enrollments, and who pays.
+
+Pure: it reads no clock. Times are seconds of any clock that goes on evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from sequencerd.core.model import Attribution
+
+RECENT = 60.0  # seconds for which a success says that the server works
+SEVERAL = 3  # enrollments that fail one after the other are no coincidence
+MOST = 10_000  # enrollments that are remembered
+
+
+class Pauses(NamedTuple):
+    """How long nothing is tried after failures in a row: doubled each time; in seconds."""
+
+    first: float = 1.0
+    longest: float = 900.0
+
+    def after(self, failures: int, jitter: float) -> float:
+        """`jitter` (0 to 1) takes off up to a quarter, so that daemons don't try in step."""
+        doubled = self.first * 2.0 ** min(max(failures - 1, 0), 50)
+        return min(doubled, self.longest) * (1 - jitter / 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a runner may begin. It is open until its server fails; then it lets one enrollment
+    through after each pause, and after a success twice as many each time until it is open again.
+
+    Of calls that run at the same time, only the first failure counts: those begun before a pause
+    say nothing that was not known.
+    """
+
+    cause: str | None = None  # of the outage, until the first success after it
+    failures: int = 0  # in a row
+    closed_at: float = 0.0
+    next_at: float = 0.0  # nothing begins before
+    limit: int | None = None  # of the enrollments in flight; None: open
+
+    def allowed(self, now: float, capacity: int) -> int:
+        """How many enrollments may be in flight, of as many as there is room for."""
+        if self.limit is None:
+            return capacity
+        return 0 if now < self.next_at else min(self.limit, capacity)
+
+    def failed(self, cause: str, begun: float, now: float, pause: float, asked: float) -> Gate:
+        """A call that began at `begun` has failed for the server's fault. `pause` is due after this
+        many failures, `asked` is the least wait that the server asks for.
+        """
+        if self._is_known(begun):
+            return replace(self, next_at=max(self.next_at, now + asked))
+        return Gate(cause, self.failures + 1, now, now + max(pause, asked), 1)
+
+    def suspected(self, now: float) -> Gate:
+        """A call for several enrollments has failed, perhaps because of one of them: they are tried
+        one by one.
+        """
+        return self if self.cause is not None else Gate(None, 0, now, now, 1)
+
+    def succeeded(self, begun: float, capacity: int) -> Gate:
+        """A call has shown that the server works."""
+        if self.limit is None or self._is_known(begun):
+            return self
+        doubled = 2 * self.limit
+        if doubled >= capacity:
+            return OPEN
+        return Gate(None, 0, self.closed_at, self.next_at, doubled)
+
+    def _is_known(self, begun: float) -> bool:
+        return self.limit is not None and begun < self.closed_at
+
+
+OPEN = Gate()
+
+Key = tuple[int, int]
+"""An enrollment and its visit."""
+
+
+class Verdict(NamedTuple):
+    """Whose fault an unclear failure is. "unclear": an attempt is spent, but it is not the last.
+
+    `refund`: so many attempts that were spent before are given back. `is_outage`: everything fails.
+    """
+
+    fault: Attribution
+    refund: int = 0
+    is_outage: bool = False
+
+
+class _Failing(NamedTuple):
+    at: float
+    spent: int = 0  # attempts since the last success
+    is_guilty: bool = False  # it failed before and after others succeeded
+
+
+class Suspects:
+    """Decides whose fault failures are that may be the server's or an enrollment's, such as a 500.
+
+    An attempt is spent where something says that the server works: another call that was answered
+    since the enrollment's last failure, or within the last minute. None is spent where others fail
+    as well and nothing has succeeded since, or where nothing says anything; what the enrollment
+    spent since the last success is given back then.
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0  # in a row
+        self._succeeded_at: float | None = None
+        self._failing: dict[Key, _Failing] = {}
+        self._innocent: set[Key] = set()  # failed alone since the last success, and not guilty
+
+    def is_suspect(self, key: Key) -> bool:
+        """Whether it should be executed alone, as it may make others fail."""
+        return key in self._failing
+
+    def succeeded(self, keys: Sequence[Key], now: float) -> None:
+        """The server has answered for some enrollments."""
+        self._succeeded_at = now
+        self.failures = 0
+        self._innocent.clear()
+        for key in keys:
+            self._failing.pop(key, None)
+
+    def failed_together(self, keys: Sequence[Key], now: float) -> None:
+        """A call for several enrollments has failed: it may be the fault of any of them."""
+        self.failures += 1
+        for key in keys:
+            self._remember(key, _Failing(now))
+
+    def failed_alone(self, key: Key, now: float) -> Verdict:
+        """A call for one enrollment has failed."""
+        self.failures += 1
+        before = self._failing.get(key)
+        last = self._succeeded_at
+        spent, is_guilty = (before.spent, before.is_guilty) if before else (0, False)
+        if before is None or (last is not None and last > before.at):
+            spent = 0  # what was spent before a success stays spent
+        is_guilty = is_guilty or (before is not None and last is not None and last > before.at)
+        if len(self._innocent) < MOST and not is_guilty:
+            self._innocent.add(key)
+        others = len(self._innocent) - (key in self._innocent)
+        fault: Attribution = "server"
+        if not others and (is_guilty or (last is not None and now - last <= RECENT)):
+            fault = "unclear" if before is None else "enrollment"
+            self._remember(key, _Failing(now, spent + 1, is_guilty))
+            return Verdict(fault)
+        self._remember(key, _Failing(now, 0, is_guilty))
+        return Verdict(fault, spent, len(self._innocent) >= SEVERAL)
+
+    def _remember(self, key: Key, failing: _Failing) -> None:
+        self._failing.pop(key, None)  # the latest last
+        self._failing[key] = failing
+        if len(self._failing) > MOST:
+            del self._failing[next(iter(self._failing))]
