@@ -165,7 +165,9 @@ class Postman:
         failed = None
         attempt.rest = list(mail.recipients)
         since = _now()
-        while attempt.rest and not failed and _now() - since < OFFER_TIMEOUT:
+        while attempt.rest and not failed:
+            if _now() - since > OFFER_TIMEOUT:
+                raise SmtpError(f"not ready for all of it within {OFFER_TIMEOUT:g} s")
             attempt.dialogue = dialogue = self._take()
             try:
                 failed = await self._transact(mail, attempt)
