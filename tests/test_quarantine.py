@@ -300,7 +300,7 @@ async def test_an_error_of_the_environment_passes_and_fails_nobody(
 ) -> None:
     name = await connection.fetchval("SELECT current_database()")
     await connection.execute(f"ALTER DATABASE {name} SET lock_timeout = '300ms'")
-    other = await asyncpg.connect(database)
+    other = await asyncpg.connect(database, server_settings={"lock_timeout": "0"})
     await define(connection, "s", ("call", "Slow", "{}", "note"), ("note", "Note", "{}", None))
     runners = {"Slow": patient(gate), "Note": Recorder()}
     async with running_engine(daemon_login, runners, lease=2.0, sweep=0.3) as engine:
