@@ -19,6 +19,7 @@ from sequencerd.core import dates
 from sequencerd.core.config import Config, Faults, nearest, parse_config
 from sequencerd.core.model import (
     DefinitionError,
+    Exit,
     Fault,
     Instant,
     Problem,
@@ -68,6 +69,8 @@ class EffectConfig(Config):
     """What follows on the last failure: the enrollment fails, or goes on to altNext."""
     delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
     """at_most_once: never started again where it may have taken place; a person decides."""
+    on_suppressed: Exit = "next"
+    """Where it goes when nothing is sent, as whom it is meant for gets no messages."""
 
 
 _EFFECT_KEYS = frozenset(to_camel(name) for name in EffectConfig.model_fields)
@@ -110,6 +113,7 @@ def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
         retry=common.retry.applied(runner.retry),
         on_error=common.on_error,
         at_most_once=common.delivery == "at_most_once",
+        on_suppressed=common.on_suppressed,
     )
 
 

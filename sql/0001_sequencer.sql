@@ -317,6 +317,9 @@ DECLARE
     number text;
 BEGIN
     NEW.address := lower(btrim(NEW.address, E' \t\r\n\u00a0\u3000'));
+    IF NEW.channel = 'email' AND NEW.address ~ '<[^<>@]+@[^<>@]+>$' THEN -- Ada <a@x.org>
+        NEW.address := btrim(substring(NEW.address FROM '<([^<>]+)>$'));
+    END IF;
     IF NEW.channel = 'sms' THEN
         number := translate(NEW.address, '０１２３４５６７８９＋（）．／', '0123456789+()./');
         number := regexp_replace(number, '^' || separators || '+', '');

@@ -631,3 +631,13 @@ async def test_goals_are_of_their_sequence_and_follow_its_name(
     await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{}'")
     await connection.execute("UPDATE sequencer.enrollments SET sequence = 'b', step = 'wait'")
     assert await goals() == (["paid"], None)
+
+
+async def test_an_entry_with_a_name_is_kept_as_its_address(
+    connection: asyncpg.Connection,
+) -> None:
+    kept = await connection.fetchval(
+        "INSERT INTO sequencer.suppressions (channel, address)"
+        " VALUES ('email', ' Ada <Ada@X.org> ') RETURNING address"
+    )
+    assert kept == "ada@x.org"

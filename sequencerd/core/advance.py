@@ -25,6 +25,7 @@ from sequencerd.core.model import (
     EvaluationError,
     Event,
     Execute,
+    Exit,
     External,
     Fail,
     Failed,
@@ -195,8 +196,11 @@ class _Way:
             case Answer():
                 return self._answered(result)
             case Suppressed(message):
+                step = self._step(self.sequence())
                 self.record("suppressed", message)
-                return self._go(self._step(self.sequence()).next_step, is_executed=True)
+                effect = step.behaviour
+                way = effect.on_suppressed if isinstance(effect, SideEffect) else "next"
+                return self._go(_target(step, way), is_executed=True)
             case Failed():
                 return self._failed(result, jitter)
             case NotStarted():
@@ -554,3 +558,8 @@ def _asked(step: Step, ask: Callable[[Moment], T], moment: Moment) -> T:
         return ask(moment)
     except EvaluationError as error:
         raise EvaluationError(error.failure, f"step {step.name!r}: {error}") from error
+
+
+def _target(step: Step, way: Exit) -> str | None:
+    """Where a side effect that is skipped leads."""
+    return {"next": step.next_step, "altNext": step.alt_next_step, "end": None}[way]

@@ -103,7 +103,7 @@ def ways(step: Step) -> list[str]:
 def goes_alt(step: Step) -> bool:
     """Whether a step may take the other way."""
     if step.type in MESSAGES:
-        return step.config.get("onError") == "altNext"
+        return "altNext" in (step.config.get("onError"), step.config.get("onSuppressed"))
     if step.type == "WaitForCondition":
         return step.config.get("timeout") is not None
     if step.type == "GoTo":
@@ -113,7 +113,10 @@ def goes_alt(step: Step) -> bool:
 
 def _never_alt(step: Step) -> str:
     if step.type in MESSAGES:
-        return 'never taken: write "onError: altNext" into the config, or leave altNext out'
+        return (
+            'never taken: write "onError: altNext" or "onSuppressed: altNext" into the config, '
+            "or leave altNext out"
+        )
     if step.type == "WaitForCondition":
         return "never taken without a timeout: write one into the config, or leave altNext out"
     return f"never taken by a {step.type}: leave it out"

@@ -117,6 +117,10 @@ MESSAGE_RETRY = RetryPolicy(None, 60.0, 3600.0, 2 * 86400.0)
 """The default of messages: mail servers refuse for hours what they take later."""
 
 
+Exit = Literal["next", "altNext", "end"]
+"""Where an enrollment goes whose side effect is skipped."""
+
+
 @dataclass(frozen=True, slots=True)
 class SideEffect:
     """What a runner does: `program` is what the runner made of the config."""
@@ -125,6 +129,7 @@ class SideEffect:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     on_error: Literal["fail", "altNext"] = "fail"
     at_most_once: bool = False
+    on_suppressed: Exit = "next"
 
 
 @dataclass(frozen=True, slots=True)

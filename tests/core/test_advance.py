@@ -23,6 +23,7 @@ from sequencerd.core.model import (
     End,
     Enrollment,
     Execute,
+    Exit,
     Fail,
     Failed,
     Found,
@@ -33,6 +34,7 @@ from sequencerd.core.model import (
     Sequence,
     SideEffect,
     Step,
+    Suppressed,
     Wait,
     effect_key,
 )
@@ -381,6 +383,25 @@ def test_what_is_not_the_messages_fault_spends_no_attempt() -> None:
     assert advanced.decision == Wait(NOW + timedelta(seconds=7))
     stopped = advance(MAIL, leased, NOW, replace(throttled, retry_after=timedelta(0)))
     assert isinstance(stopped.decision, Execute)
+
+
+@pytest.mark.parametrize(("way", "leads"), [("next", "end"), ("altNext", "other"), ("end", None)])
+def test_what_is_suppressed_is_recorded_as_such_and_goes_its_way(
+    way: Exit, leads: str | None
+) -> None:
+    definitions = sequence(
+        step("mail", "Email", None, "end", "other", effect=replace(EFFECT, on_suppressed=way)),
+        step("other", "WaitForDuration", {"amount": 2, "unit": "day"}),
+        step("end", "WaitForDuration", {"amount": 2, "unit": "day"}),
+    )
+    leased = at("mail", attempt=1, leased_by="me")
+    advanced = advance(definitions, leased, NOW, Suppressed("not sent to a@x.org"))
+    assert advanced.events[0].action == "suppressed"
+    assert advanced.events[0].message == "not sent to a@x.org"
+    if leads is None:
+        assert advanced.decision == End()
+    else:
+        assert advanced.enrollment.step == leads
 
 
 def test_on_error_takes_the_other_way() -> None:
