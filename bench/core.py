@@ -103,7 +103,7 @@ def mail() -> Measure:
     templates.append(compile_template(HTML, escape=True))
 
     def render() -> list[str]:
-        view = View({**CONTEXT, "data": parse_data(DATA)}, DATA)
+        view = View.of({**CONTEXT, "data": parse_data(DATA)}, DATA)
         return [template.render(view) for template in templates]
 
     return Measure("an Email step's four templates", render, 250)

@@ -118,7 +118,10 @@ async def test_a_plan_tells_what_becomes_of_whom(
     assert (await apply.lines(same))[-1] == "3 wait at pause: 3 wait as before"
     until = "WaitForDate, config: {date: '{{data.until}}'}"
     broken = GOOD.replace("WaitForDuration, config: {amount: 3, unit: days}", until)
-    assert "3 wait at pause: 3 would fail: bad_data, date ''" in (await apply.lines(broken))[-1]
+    assert (
+        "3 wait at pause: 3 would fail: bad_data, step 'pause': date ''"
+        in (await apply.lines(broken))[-1]
+    )
     paused = shorter.replace("name: s", "name: s\nstatus: paused")
     assert (await apply.lines(paused))[-1] == "nothing is executed while it is paused"
     done = await apply(shorter)

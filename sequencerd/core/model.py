@@ -361,8 +361,9 @@ _POSITION = {"sequence", "step", "timezone", "visit", "attempt", "startStep"}
 
 def view(enrollment: Enrollment, timezone: str, entered_at: datetime, external: External) -> View:
     """What runners are given. Raises EvaluationError for data that can't be read."""
-    others = _about(enrollment, timezone, entered_at, external)
-    return View({**others, "data": parse_data(enrollment.data)}, enrollment.data)
+    values = _about(enrollment, timezone, entered_at, external)
+    values["data"] = parse_data(enrollment.data)
+    return View.of(values, enrollment.data)
 
 
 def _about(
@@ -389,15 +390,20 @@ def _about(
 class View(dict[str, Any]):
     """What `get` paths, templates and custom runners may read, with its JSON text."""
 
-    def __init__(self, values: Mapping[str, Any], data: str) -> None:
-        super().__init__(values)
-        self._data = data
+    data: str  # the JSON text of the data
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], data: str) -> View:
+        """These values, with this text of the data; no `__init__`, which would take its time."""
+        made = cls(values)
+        made.data = data
+        return made
 
     @cached_property
     def text(self) -> str:
         """As JSON; the data stand in it as PostgreSQL has them."""
         others = {name: value for name, value in self.items() if name != "data"}
-        return _with_data(others, self._data)
+        return _with_data(others, self.data)
 
 
 def _with_data(others: Mapping[str, Any], data: str | None) -> str:

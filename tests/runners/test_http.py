@@ -78,7 +78,7 @@ def failed(result: Result) -> Failed:
 
 async def test_numbers_are_sent_as_postgresql_has_them() -> None:
     data = '{"sum": 1.10, "id": 12345678901234567890123, "tiny": 0.1000000000000000055}'
-    view = View({**task(7).view, "external": {}, "data": json.loads(data)}, data)
+    view = View.of({**task(7).view, "external": {}, "data": json.loads(data)}, data)
     async with http_server(all_next) as server, runner(server) as made:
         await made.run(made.compile({}), [task(7)._replace(view=view)])
     assert data.encode() in server.requests[0].body

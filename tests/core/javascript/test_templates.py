@@ -323,7 +323,7 @@ def test_what_is_no_number_fails_with_its_tag(value: object) -> None:
 
 def test_the_view_of_an_enrollment_renders_as_its_text() -> None:
     data = '{"due": "2024-03-01T23:30:00Z", "sum": 1.10}'
-    view = View({"data": json.loads(data), "timezone": "Europe/Berlin"}, data)
+    view = View.of({"data": json.loads(data), "timezone": "Europe/Berlin"}, data)
     for source in ('{{date data.due format="D.M."}} {{data.sum}}', "{{date @root.data.due}}"):
         template = compile_template(source, escape=True)
         assert template.render(view) == template.render(view.text) == template.render(dict(view))
