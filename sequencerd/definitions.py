@@ -28,7 +28,7 @@ from sequencerd.core.model import (
     SideEffect,
     Step,
 )
-from sequencerd.core.steps import COMPILERS, compile_step, roots
+from sequencerd.core.steps import COMPILERS, DurationConfig, compile_expiry, compile_step, roots
 from sequencerd.runners import Runner
 
 Runners = Mapping[str, Runner]
@@ -69,6 +69,10 @@ class EffectConfig(Config):
     """What follows on the last failure: the enrollment fails, or goes on to altNext."""
     delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
     """at_most_once: never started again where it may have taken place; a person decides."""
+    expires: str | DurationConfig | None = None
+    """When it is too late: a date, a template that gives one, or a duration from the arrival."""
+    on_expired: Exit = "next"
+    """Where it goes when it is too late."""
     on_suppressed: Exit = "next"
     """Where it goes when nothing is sent, as whom it is meant for gets no messages."""
 
@@ -102,8 +106,11 @@ def _unknown_type(type_: str, runners: Runners) -> str:
 
 def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
     faults = Faults()
+    expires = None
     with faults.at():
         common = parse_config(EffectConfig, {k: config[k] for k in _EFFECT_KEYS & config.keys()})
+        if common.expires is not None:
+            expires = compile_expiry(common.expires)
     with faults.at():
         program = runner.compile({k: v for k, v in config.items() if k not in _EFFECT_KEYS})
     faults.found = [_with_hint(fault) for fault in faults.found]
@@ -114,6 +121,8 @@ def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
         on_error=common.on_error,
         at_most_once=common.delivery == "at_most_once",
         on_suppressed=common.on_suppressed,
+        expires=expires,
+        on_expired=common.on_expired,
     )
 
 

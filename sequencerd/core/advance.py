@@ -400,16 +400,25 @@ class _Way:
             case _:
                 assert_never(answer)
 
-    def _start(self, sequence: Sequence, step: Step, effect: SideEffect) -> Decision:
-        """The side effect, unless it is too early for it or one try more would be too many."""
+    def _start(self, sequence: Sequence, step: Step, effect: SideEffect) -> Decision | None:
+        """The side effect, unless it is too early for it, too late, or one try more would be too
+        many.
+        """
         if self.at.executed and (key := effect_key(sequence.name, step.name)) in self.at.executed:
             return Fail("loop", _told_loop([*self.at.executed, key]))
         if cut_off := self._cut_off(effect):
             return cut_off
         if self.at.retry_at is not None and self.now < self.at.retry_at:
-            return Wait(self.at.retry_at)
+            if effect.expires is None or (step.reads_external and self.external is None):
+                return Wait(self.at.retry_at)
+            expires = effect.expires(self._look())
+            if self.now < expires:
+                return Wait(min(self.at.retry_at, expires))
         if step.reads_external and (missing := self._look_up(sequence, step)):
             return missing
+        if effect.expires is not None and (expires := effect.expires(self._look())) <= self.now:
+            self.record("expired", f"too late since {expires:%Y-%m-%d %H:%M:%S}Z")
+            return self._go(_target(step, effect.on_expired))
         return Execute(step, effect, self._zone(), self.external or {}, sequence.revision)
 
     def _cut_off(self, effect: SideEffect) -> Fail | None:

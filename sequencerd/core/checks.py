@@ -103,7 +103,7 @@ def ways(step: Step) -> list[str]:
 def goes_alt(step: Step) -> bool:
     """Whether a step may take the other way."""
     if step.type in MESSAGES:
-        return "altNext" in (step.config.get("onError"), step.config.get("onSuppressed"))
+        return any(step.config.get(key) == "altNext" for key in _EXITS)
     if step.type == "WaitForCondition":
         return step.config.get("timeout") is not None
     if step.type == "GoTo":
@@ -111,10 +111,13 @@ def goes_alt(step: Step) -> bool:
     return step.type not in _ONE_WAY
 
 
+_EXITS = ("onError", "onSuppressed", "onExpired")
+
+
 def _never_alt(step: Step) -> str:
     if step.type in MESSAGES:
         return (
-            'never taken: write "onError: altNext" or "onSuppressed: altNext" into the config, '
+            'never taken: write "onError: altNext" (or onSuppressed, onExpired) into the config, '
             "or leave altNext out"
         )
     if step.type == "WaitForCondition":

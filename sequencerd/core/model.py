@@ -130,6 +130,8 @@ class SideEffect:
     on_error: Literal["fail", "altNext"] = "fail"
     at_most_once: bool = False
     on_suppressed: Exit = "next"
+    expires: Callable[[Moment], datetime] | None = None  # nothing is begun from then on
+    on_expired: Exit = "next"
 
 
 @dataclass(frozen=True, slots=True)

@@ -285,22 +285,40 @@ def _rendered(place: Place, source: str) -> Callable[[Moment], str]:
 
 
 def _wait_for_date(config: Mapping[str, Any]) -> Instant:
-    source = parse_config(WaitForDateConfig, config).date
-    faults = Faults()
-    with faults.at("date"):
-        if "{{" not in source and dates.parse(source, dates.zone("UTC")) is None:
-            raise DefinitionError(_no_date(source))
-        render = _rendered(("date",), source)
-    faults.check()
+    date = _compile_date("date", parse_config(WaitForDateConfig, config).date)
 
     def answer(moment: Moment) -> StepAnswer:
-        text = render(moment)
-        until = dates.parse(text.strip(), dates.zone(moment.timezone))
-        if until is None:
-            raise EvaluationError("bad_data", f"date {_no_date(text)}")
+        until = date(moment)
         return Action.NEXT if until <= moment.now else Stay(until)
 
     return Instant(answer)
+
+
+def _compile_date(key: str, source: str) -> Callable[[Moment], datetime]:
+    """What reads the date of a template, in the enrollment's zone. Raises DefinitionError."""
+    faults = Faults()
+    with faults.at(key):
+        if "{{" not in source and dates.parse(source, dates.zone("UTC")) is None:
+            raise DefinitionError(_no_date(source))
+        render = _rendered((key,), source)
+    faults.check()
+
+    def date(moment: Moment) -> datetime:
+        text = render(moment)
+        found = dates.parse(text.strip(), dates.zone(moment.timezone))
+        if found is None:
+            raise EvaluationError("bad_data", f"{key} {_no_date(text)}")
+        return found
+
+    return date
+
+
+def compile_expiry(expires: str | DurationConfig) -> Callable[[Moment], datetime]:
+    """When a side effect is too late: a date, or a duration from the arrival. DefinitionError."""
+    if isinstance(expires, str):
+        return _compile_date("expires", expires)
+    amount, unit = expires.amount, expires.unit
+    return lambda moment: dates.add(moment.entered_at, amount, unit, dates.zone(moment.timezone))
 
 
 def _no_date(text: str) -> str:

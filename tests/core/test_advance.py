@@ -38,7 +38,7 @@ from sequencerd.core.model import (
     Wait,
     effect_key,
 )
-from sequencerd.core.steps import compile_step
+from sequencerd.core.steps import DurationConfig, compile_expiry, compile_step
 
 NOW = datetime(2026, 3, 2, 10, 0, tzinfo=UTC)  # a Monday
 EFFECT = SideEffect(program=None, retry=RetryPolicy(attempts=3, first_delay=10, longest_delay=60))
@@ -402,6 +402,42 @@ def test_what_is_suppressed_is_recorded_as_such_and_goes_its_way(
         assert advanced.decision == End()
     else:
         assert advanced.enrollment.step == leads
+
+
+def test_what_has_expired_is_not_started() -> None:
+    day = compile_expiry(DurationConfig(amount=1, unit="day"))
+    effect = replace(EFFECT, expires=day, on_expired="altNext")
+    definitions = sequence(
+        step("mail", "Email", None, None, "other", effect=effect),
+        step("other", "WaitForDuration", {"amount": 2, "unit": "day"}),
+    )
+    entered = NOW - timedelta(hours=23)
+    arrived = at("mail", entered_at=entered)
+    assert isinstance(advance(definitions, arrived, NOW).decision, Execute)
+    # it wakes at its expiry, if the next attempt would be later
+    waits = at("mail", entered_at=entered, attempt=1, retry_at=NOW + timedelta(hours=5))
+    expiry = entered + timedelta(days=1)
+    assert advance(definitions, waits, NOW).decision == Wait(expiry)
+    down = Failed("down", fault="server", retry_after=timedelta(hours=5))
+    leased = at("mail", entered_at=entered, attempt=1, leased_by="me")
+    assert advance(definitions, leased, NOW, down).decision == Wait(expiry)
+    for late in (arrived, waits):
+        advanced = advance(definitions, late, expiry)
+        assert advanced.enrollment.step == "other"
+        assert advanced.events[0].action == "expired"
+
+
+def test_a_date_of_the_data_can_be_the_expiry() -> None:
+    effect = replace(EFFECT, expires=compile_expiry("{{data.begins}}"), on_expired="end")
+    definitions = sequence(step("mail", "Email", effect=effect))
+    later = at("mail", '{"begins": "2100-01-01T00:00:00Z"}')
+    assert isinstance(advance(definitions, later, NOW).decision, Execute)
+    over = advance(definitions, at("mail", '{"begins": "2001-01-01T00:00:00Z"}'), NOW)
+    assert over.decision == End()
+    assert [event.action for event in over.events] == ["expired", "completed"]
+    nothing = advance(definitions, at("mail", "{}"), NOW).decision
+    assert isinstance(nothing, Fail)
+    assert nothing.failure == "bad_data"
 
 
 def test_on_error_takes_the_other_way() -> None:
