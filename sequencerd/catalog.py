@@ -19,6 +19,7 @@ from sequencerd.definitions import (
     make_sequence,
     make_step,
     problems,
+    served,
 )
 from sequencerd.store import Place
 
@@ -36,6 +37,7 @@ class Catalog:
         runners: Runners,
         retime: Callable[[Place], None],
         *,
+        daemon: str,
         clock: Clock,
         log: FilteringBoundLogger,
     ) -> None:
@@ -43,6 +45,9 @@ class Catalog:
         self.unknown: set[str] = set()  # of which enrollments speak, until there are such sequences
         self._pool = pool
         self._runners = runners
+        self._daemon = daemon
+        self._others: frozenset[str] = frozenset()  # types that other daemons serve
+        self._unfinished: set[str] = set()  # sequences that are to be read once more
         self._retime = retime
         self._clock = clock
         self._log = log
@@ -50,6 +55,11 @@ class Catalog:
         self._compiled: dict[str, dict[tuple[str, str], Compiled]] = {}  # by sequence
         self._begun = self._read = 0  # reloads that have begun, and the last that has succeeded
         self._unknown: set[str] = set()  # names that were asked for, and do not exist
+
+    @property
+    def served(self) -> frozenset[str]:
+        """The types of steps for which this daemon has a runner."""
+        return served(self._runners)
 
     def knows(self, place: Place) -> bool:
         """Whether there is such a step."""
@@ -81,19 +91,34 @@ class Catalog:
             return has_changed
 
     async def _read_changed(self, connection: asyncpg.Connection) -> bool:
+        self._know_others(await store.types_elsewhere(connection, self._daemon))
         revisions = await store.revisions(connection)
         for name in self.sequences.keys() - revisions.keys():
             del self.sequences[name]
             self._compiled.pop(name, None)
+        self._unfinished &= revisions.keys()
         changed = [
             name
             for name, revision in revisions.items()
-            if name not in self.sequences or self.sequences[name].revision != revision
+            if name not in self.sequences
+            or name in self._unfinished
+            or self.sequences[name].revision != revision
         ]
         if changed:
             await self._load(connection, changed, self._runners)
             self._unknown.clear()
         return bool(changed)
+
+    def _know_others(self, types: frozenset[str]) -> None:
+        """Notes what other daemons serve by now: the steps that it concerns are compiled anew."""
+        others, self._others = self._others, types
+        concerned = (others ^ types) - self.served
+        for name, compiled in self._compiled.items():
+            stale = [key for key in compiled if key[0] in concerned]
+            if stale:
+                self._unfinished.add(name)
+            for key in stale:
+                del compiled[key]
 
     async def use(self, runners: Runners, swap: Callable[[], object]) -> None:
         """Reads all definitions anew, for other runners. `swap` is called in the same turn of the
@@ -125,11 +150,12 @@ class Catalog:
         begin()
         for sequence in made:
             self.sequences[sequence.name] = sequence
+        self._unfinished.difference_update(names)
+        known = {(row["sequence"], row["name"]): row["problem"] for row in step_rows}
         found: dict[Place, str | None] = {}
         for sequence in made:
-            found |= problems(sequence)
+            found |= problems(sequence, known)
             await asyncio.sleep(0)
-        known = {(row["sequence"], row["name"]): row["problem"] for row in step_rows}
         if news := {place: text for place, text in found.items() if text != known[place]}:
             await store.set_problems(connection, news)
             for place, text in news.items():
@@ -156,9 +182,12 @@ class Catalog:
         made = []
         loop = asyncio.get_running_loop()
         end = loop.time() + SLICE
+        elsewhere = self._others - served(runners)
         for step in steps:
             key = (step["type"], step["config"])
-            compiled[key] = compiled.get(key) or before.get(key) or compile_row(step, runners)
+            compiled[key] = (
+                compiled.get(key) or before.get(key) or compile_row(step, runners, elsewhere)
+            )
             made.append(make_step(step, compiled[key]))
             if loop.time() >= end:
                 await asyncio.sleep(0)

@@ -151,6 +151,7 @@ class _NotSetUp:
     batch_size = concurrency = 1
     timeout = 1.0
     retry = RETRY
+    lacks_settings = True
 
     def __init__(self, problem: str) -> None:
         self._problem = problem

@@ -19,6 +19,7 @@ from sequencerd.core import dates
 from sequencerd.core.config import Config, Faults, nearest, parse_config
 from sequencerd.core.model import (
     DefinitionError,
+    Elsewhere,
     Exit,
     Fault,
     Instant,
@@ -78,6 +79,13 @@ class EffectConfig(Config):
 
 
 _EFFECT_KEYS = frozenset(to_camel(name) for name in EffectConfig.model_fields)
+
+
+def served(runners: Runners) -> frozenset[str]:
+    """The types of which steps can be executed: not those of runners that lack settings."""
+    return frozenset(
+        type_ for type_, runner in runners.items() if not getattr(runner, "lacks_settings", False)
+    )
 
 
 def compile_behaviour(
@@ -222,17 +230,22 @@ class Compiled(NamedTuple):
     """What is made of a step's type and config alone."""
 
     config: dict[str, Any]
-    behaviour: Instant | SideEffect | Problem
+    behaviour: Instant | SideEffect | Problem | Elsewhere
     reads_external: bool
 
 
-def compile_row(row: asyncpg.Record, runners: Runners) -> Compiled:
-    """What the type and the config of a row of sequencer.steps mean."""
+def compile_row(row: asyncpg.Record, runners: Runners, elsewhere: Collection[str] = ()) -> Compiled:
+    """What the type and the config of a row of sequencer.steps mean. `elsewhere` are the types that
+    other daemons serve, and this one does not.
+    """
     try:
         config = json.loads(row["config"])
     except (ValueError, RecursionError) as error:
         return Compiled({}, Problem(f"config cannot be read: {error}"), False)
+    behaviour: Instant | SideEffect | Problem | Elsewhere
     behaviour = compile_behaviour(row["type"], config, runners)
+    if row["type"] in elsewhere and isinstance(behaviour, Problem):
+        behaviour = Elsewhere(behaviour.message)
     return Compiled(config, behaviour, reads_external(row["type"], config))
 
 
@@ -285,14 +298,23 @@ def reads_external(type_: str, config: Mapping[str, Any]) -> bool:
     return type_ not in COMPILERS and re.search(r"\bexternal\b", json.dumps(config)) is not None
 
 
-def problems(sequence: Sequence) -> dict[tuple[str, str], str | None]:
-    """What is wrong with each step; None where nothing is."""
-    return {
-        (step.sequence, step.name): step.behaviour.message
-        if isinstance(step.behaviour, Problem)
-        else None
-        for step in sequence.steps.values()
-    }
+def problems(
+    sequence: Sequence, known: Mapping[tuple[str, str], str | None]
+) -> dict[tuple[str, str], str | None]:
+    """What is wrong with each step; None where nothing is. Of a step that other daemons execute
+    they say it, unless all that is `known` is that this daemon can't.
+    """
+    found: dict[tuple[str, str], str | None] = {}
+    for step in sequence.steps.values():
+        place = (step.sequence, step.name)
+        match step.behaviour:
+            case Problem(message):
+                found[place] = message
+            case Elsewhere(problem) if known[place] not in (None, problem):
+                pass
+            case _:
+                found[place] = None
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from sequencerd.core.model import (
     NEVER,
     Advanced,
     Answer,
+    Elsewhere,
     Enrollment,
     Result,
     SideEffect,
@@ -93,7 +94,14 @@ class Engine:
         """
         self._pool = pool
         self.problems = Problems()
-        self._heartbeat = Heartbeat(heart, self.problems, name=name, lease=settings.lease, log=log)
+        self._heartbeat = Heartbeat(
+            heart,
+            self.problems,
+            name=name,
+            lease=settings.lease,
+            types=lambda: self.catalog.served,
+            log=log,
+        )
         self._quarantine = Quarantine(self.problems, clock=clock, log=log)
         metrics.quarantined.set_function(lambda: len(self._quarantine))
         self._clock = clock
@@ -103,7 +111,9 @@ class Engine:
         self._metrics = metrics
         self._turned = turned
         self._heap: Heap[Place] = Heap()
-        self.catalog = Catalog(pool, runners, self._start_retiming, clock=clock, log=log)
+        self.catalog = Catalog(
+            pool, runners, self._start_retiming, daemon=name, clock=clock, log=log
+        )
         self._writer = Writer(
             pool,
             runners,
@@ -397,6 +407,8 @@ class Engine:
             return False
         limit = self._settings.batch
         step = sequence.steps.get(place[1])
+        if step and isinstance(step.behaviour, Elsewhere):
+            return False
         if step and isinstance(step.behaviour, SideEffect):
             lane = self._writer.lanes[step.type]
             limit = 0 if self._is_behind else min(limit, lane.room // claimers)

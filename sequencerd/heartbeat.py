@@ -8,6 +8,7 @@ can't send it for the time of a lease has lost its leases; the fence keeps its r
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
 
@@ -31,12 +32,15 @@ class Heartbeat:
         *,
         name: str,
         lease: float,
+        types: Callable[[], Iterable[str]],
         log: FilteringBoundLogger,
     ) -> None:
+        """`types` are those of the steps that it serves."""
         self._pool = pool
         self._problems = problems
         self._name = name
         self._lease = lease
+        self._types = types
         self._log = log
         self._started_at: datetime | None = None
         self._had_problems = False
@@ -62,8 +66,9 @@ class Heartbeat:
         async with asyncio.timeout(max(self._lease / 3, AGAIN)):
             async with store.connection(self._pool) as connection:
                 lease = timedelta(seconds=self._lease)
-                began = await store.beat(connection, self._name, self._started_at, lease)
-                self._started_at = began
+                self._started_at = await store.beat(
+                    connection, self._name, self._started_at, lease, self._types()
+                )
                 rows = self._problems.rows()
                 if rows or self._had_problems:
                     await store.write_problems(connection, self._name, rows)

@@ -25,11 +25,27 @@ UPDATE sequencer.steps AS s SET problem = p.problem
  WHERE s.sequence = p.sequence AND s.name = p.name AND s.problem IS DISTINCT FROM p.problem;
 
 -- name: beat
--- A daemon is alive for so long from now on. Returns since when it runs.
-INSERT INTO sequencer.daemons (name, started_at, alive_until)
-VALUES ($1, coalesce($2, now()), now() + $3)
-ON CONFLICT (name) DO UPDATE SET alive_until = excluded.alive_until
-RETURNING started_at;
+-- A daemon is alive for so long from now on. Returns since when it runs. The others are told where
+-- the types that it serves are new.
+WITH before AS (SELECT types FROM sequencer.daemons WHERE name = $1),
+     beat AS (
+    INSERT INTO sequencer.daemons (name, started_at, alive_until, types)
+    VALUES ($1, coalesce($2, now()), now() + $3, $4)
+    ON CONFLICT (name) DO UPDATE SET alive_until = excluded.alive_until, types = excluded.types
+    RETURNING started_at, types)
+SELECT started_at,
+       CASE WHEN types IS DISTINCT FROM (SELECT types FROM before)
+            THEN pg_notify('sequencer', '{"definitions": true}') END
+  FROM beat;
+
+-- name: types_elsewhere
+-- The types of steps that other living daemons serve.
+SELECT DISTINCT unnest(types) FROM sequencer.daemons WHERE name <> $1 AND alive_until > now();
+
+-- name: notify_due
+-- Tells other daemons where somebody is due: the daemon's own writes notify nobody.
+SELECT pg_notify('sequencer', json_build_object('due', json_build_array(sequence, step))::text)
+  FROM unnest($1::text[], $2::text[]) AS p (sequence, step);
 
 -- name: remove_dead_daemons
 -- With the problems that they reported. A row that another session has locked is not waited for.

@@ -135,6 +135,8 @@ def simulate(
         if result is not None:
             continue
         assert isinstance(decision, Wait)
+        if decision.elsewhere:
+            return journey.ended("active", now, "goes on at daemons that serve its step's type")
         if later and later[0].at <= decision.until:
             change = later.pop(0)
             now = max(now, change.at)

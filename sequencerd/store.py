@@ -317,11 +317,29 @@ async def server_time(connection: asyncpg.Connection) -> datetime:
 
 
 async def beat(
-    connection: asyncpg.Connection, daemon: str, started_at: datetime | None, lease: timedelta
+    connection: asyncpg.Connection,
+    daemon: str,
+    started_at: datetime | None,
+    lease: timedelta,
+    types: Iterable[str],
 ) -> datetime:
-    """Keeps a daemon alive for the time of a lease. Returns since when it runs."""
-    since: datetime = await connection.fetchval(QUERIES["beat"], daemon, started_at, lease)
+    """Keeps a daemon alive for the time of a lease, with the types that it serves. Returns since
+    when it runs.
+    """
+    since: datetime = await connection.fetchval(
+        QUERIES["beat"], daemon, started_at, lease, sorted(types)
+    )
     return since
+
+
+async def types_elsewhere(connection: asyncpg.Connection, daemon: str) -> frozenset[str]:
+    """The types of steps that other living daemons serve."""
+    return frozenset(row[0] for row in await connection.fetch(QUERIES["types_elsewhere"], daemon))
+
+
+async def notify_due(connection: asyncpg.Connection, places: Iterable[Place]) -> None:
+    """Tells other daemons to look at steps."""
+    await connection.execute(QUERIES["notify_due"], *zip(*places, strict=True))
 
 
 async def remove_dead_daemons(connection: asyncpg.Connection) -> None:

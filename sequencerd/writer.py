@@ -65,6 +65,7 @@ class Batch(Written):
     leased: list[Leased] = field(default_factory=list)
     jumps: list[Jump] = field(default_factory=list)  # into other sequences, yet to be decided
     gone: dict[tuple[object, ...], Gone] = field(default_factory=dict)
+    elsewhere: set[Place] = field(default_factory=set)  # steps that other daemons go on with
 
 
 class Writer:
@@ -135,14 +136,14 @@ class Writer:
         """What is to be written of one enrollment; a side effect gets its lease. Returns what may
         be done with all who are in the same position.
         """
-        at, decision = advanced.enrollment, advanced.decision
-        events = advanced.events
+        at, decision, events = advanced.enrollment, advanced.decision, advanced.events
         status, wake_at = "active", now
         is_common = advanced.is_common
         execute: Execute | None = None
         match decision:
-            case Wait(until):
-                wake_at = until
+            case Wait(wake_at, elsewhere):
+                if elsewhere:
+                    batch.elsewhere.add((at.sequence, at.step))
             case Execute(step):
                 leased = at.leased_to(self._name)
                 try:
@@ -286,6 +287,8 @@ class Writer:
         for jumped, advanced in await decide(connection, batch.jumps):
             self.add(batch, jumped, advanced, now)
         await store.write(connection, batch, now)
+        if batch.elsewhere:
+            await store.notify_due(connection, batch.elsewhere)
 
     def _give_back(self, leased: Iterable[Leased]) -> None:
         for one in leased:

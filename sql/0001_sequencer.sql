@@ -344,11 +344,13 @@ CREATE TRIGGER normalise_suppression BEFORE INSERT OR UPDATE OF channel, address
 CREATE TABLE sequencer.daemons (
     name        text COLLATE "C" PRIMARY KEY,
     started_at  timestamptz NOT NULL DEFAULT now(),
-    alive_until timestamptz NOT NULL
+    alive_until timestamptz NOT NULL,
+    types       text[] NOT NULL DEFAULT '{}'
 );
 
 COMMENT ON TABLE  sequencer.daemons IS 'The daemons that run. What a daemon has leased is its own for as long as it is alive, whatever happens to the row.';
 COMMENT ON COLUMN sequencer.daemons.alive_until IS 'Put off with each heartbeat; a daemon that is past it is taken to be dead.';
+COMMENT ON COLUMN sequencer.daemons.types IS 'Types of steps for which it has a runner. Daemons without one leave such steps to it.';
 
 CREATE TABLE sequencer.problems (
     daemon   text COLLATE "C" NOT NULL REFERENCES sequencer.daemons ON DELETE CASCADE,

@@ -20,6 +20,7 @@ from sequencerd.core.model import (
     Decision,
     DefinitionError,
     Definitions,
+    Elsewhere,
     End,
     Enrollment,
     EvaluationError,
@@ -232,7 +233,7 @@ class _Way:
             if self.at.executed and isinstance(decision, Wait) and _waits(step, decision, self.now):
                 self.at = self.at._replace(executed=())
             if isinstance(decision, Wait) and self._rechecks(sequence, step):
-                return Wait(min(decision.until, self.now + sequence.recheck))
+                return decision._replace(until=min(decision.until, self.now + sequence.recheck))
             if decision is not None:
                 return decision
             if self.moves > MAX_MOVES:
@@ -365,6 +366,8 @@ class _Way:
         match step.behaviour:
             case Problem(message):
                 return Fail("invalid_step", message)
+            case Elsewhere():
+                return Wait(self.now, elsewhere=True)
             case SideEffect() as effect:
                 return self._start(sequence, step, effect)
             case Instant() as behaviour:

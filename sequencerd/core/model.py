@@ -143,6 +143,13 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A step that other daemons execute: they serve its type, this one does not."""
+
+    problem: str  # what it would be here
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """A node of a sequence. `behaviour` is what was made of `type` and `config`."""
 
@@ -152,7 +159,7 @@ class Step:
     config: Mapping[str, Any]
     next_step: str | None
     alt_next_step: str | None
-    behaviour: Instant | SideEffect | Problem
+    behaviour: Instant | SideEffect | Problem | Elsewhere
     position: int = 0  # the order of the definition: of several goals met the last one wins
     reads_external: bool = False
     seed: str | None = None  # of a Split: what subjects are dealt by; None: by its names
@@ -553,9 +560,10 @@ class Event(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Stays active, to be looked at again at that time."""
+    """Stays active, to be looked at again at that time; by other daemons if it is `elsewhere`."""
 
     until: datetime
+    elsewhere: bool = False
 
 
 class Execute(NamedTuple):
