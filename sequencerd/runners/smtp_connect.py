@@ -1,18 +1,28 @@
-"""Opens a connection to a mail server: greeting, EHLO, TLS and login."""
+"""Opens a connection to a mail server with aiosmtplib: greeting, EHLO, TLS and login."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hmac
 import re
 import socket
-from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
 
-from sequencerd.runners.fields import one_line
+from aiosmtplib import (
+    SMTP,
+    SMTPAuthenticationError,
+    SMTPConnectResponseError,
+    SMTPException,
+    SMTPHeloError,
+    SMTPReadTimeoutError,
+    SMTPResponse,
+    SMTPResponseException,
+    SMTPServerDisconnected,
+)
+from aiosmtplib.protocol import SMTPProtocol
+
 from sequencerd.runners.oauth import Tokens
-from sequencerd.runners.smtp_dialogue import LONGEST_LINE, Dialogue, Reply, SmtpError, SmtpRefused
+from sequencerd.runners.smtp_dialogue import Dialogue, Reply, SmtpError, SmtpRefused
 from sequencerd.runners.smtp_url import Server
 
 CONNECT_TIMEOUT = 30.0  # seconds, for each of name, connection and TLS
@@ -30,153 +40,179 @@ async def connect(
     `name` is what EHLO says; None is the connection's own address. `reply_timeout` (seconds) is
     for each reply.
     """
-    within = min(CONNECT_TIMEOUT, reply_timeout)
+    client = _Client(server, reply_timeout)
     try:
-        async with asyncio.timeout(within):
-            reader, writer = await asyncio.open_connection(
-                server.host,
-                server.port,
-                limit=LONGEST_LINE,
-                ssl=server.context if server.tls else None,
-                server_hostname=server.host if server.tls else None,
-            )
-    except TimeoutError:
-        raise SmtpError(f"no connection within {within:g} s") from None
-    except UnicodeError:
-        raise SmtpError("the host's name can't be looked up") from None
-    dialogue = Dialogue(reader, writer, timeout=reply_timeout)
-    try:
-        await _greet(dialogue, server, name or _literal(dialogue.local_address))
+        await client.connect()
+        client.local_hostname = name or _literal(client)
+        await _greet(client, server)
         if tokens is not None:
-            await _login_with_token(dialogue, server.user or "", tokens)
+            await _login_with_token(client, server.user or "", tokens)
         elif server.user is not None and server.password is not None:
-            await _login(dialogue, server.user, server.password)
+            await _login(client, server.user, server.password)
+        return Dialogue(client, timeout=reply_timeout)
+    except SMTPException as error:
+        client.close()
+        raise _explained(error, client) from error
     except BaseException:
-        dialogue.close()
+        client.close()
         raise
-    return dialogue
 
 
-async def _greet(dialogue: Dialogue, server: Server, name: str) -> None:
-    greeting = await dialogue.greeting()
-    if greeting.is_refusal:
-        raise SmtpRefused(greeting, "connection")
-    await _hello(dialogue, name)
-    offered = "starttls" in dialogue.extensions
+async def _greet(client: _Client, server: Server) -> None:
+    await _hello(client)
+    offered = client.supports_extension("starttls")
     if server.starttls is False or (server.starttls is None and not offered) or server.tls:
         return
     if not offered:
         raise SmtpError(
             "the server offers no STARTTLS, and the SMTP URL asks for it (starttls=never: don't)"
         )
-    reply = await dialogue.say("STARTTLS")
-    if reply.is_refusal:
-        raise SmtpRefused(reply, "connection", "STARTTLS")
-    assert server.context is not None
-    await dialogue.start_tls(server.context, server.host)
-    await _hello(dialogue, name)
+    await client.starttls()
+    await _hello(client)
 
 
-async def _hello(dialogue: Dialogue, name: str) -> None:
+async def _hello(client: _Client) -> None:
     """EHLO; HELO where the server doesn't know it, which a refusal for now does not tell."""
-    reply = await dialogue.say(f"EHLO {name}")
-    if not reply.is_refusal:
-        dialogue.extensions = _extensions(reply.text)
-        return
-    if 500 <= reply.code < 600:
-        try:
-            helo = await dialogue.say(f"HELO {name}")
-        except (SmtpError, OSError):
-            raise SmtpRefused(reply, "connection", f"EHLO {name}") from None
-        if not helo.is_refusal:
+    try:
+        await client.ehlo()
+    except SMTPHeloError as error:
+        if error.code < 500:
+            raise
+        with suppress(SMTPException, SmtpError):  # then EHLO's refusal says more
+            await client.helo()
             return
-    raise SmtpRefused(reply, "connection", f"EHLO {name}")
+        raise
 
 
-def _extensions(text: str) -> Mapping[str, str]:
-    """What stands behind the first line of the reply to EHLO."""
-    found: dict[str, str] = {}
-    for line in text.split("\n")[1:]:
-        word, _, parameters = line.strip().lower().replace("auth=", "auth ").partition(" ")
-        found[word] = f"{found.get(word, '')} {parameters}".strip()
-    return found
-
-
-# --- login
-
-
-async def _login(dialogue: Dialogue, user: str, password: str) -> None:
-    """Tries what both know; where others could listen, first what doesn't show the password."""
-    offered = dialogue.extensions.get("auth", "").split()
-    ways = (
-        ("plain", "login", "cram-md5") if dialogue.is_encrypted else ("cram-md5", "plain", "login")
-    )
-    refused: Reply | None = None
-    for way in ways:
-        if way in offered:
-            reply = await _login_by(way, dialogue, user, password)
-            if not reply.is_refusal:
-                return
-            refused = refused or reply
-            if not dialogue.is_open:
-                break
-    if refused is None:
-        names = ", ".join(offered).upper() or "none"
+async def _login(client: _Client, user: str, password: str) -> None:
+    if client.get_transport_info("sslcontext") is not None:
+        # Nobody listens, and CRAM-MD5 is offered by many servers that have no secret for it.
+        client.AUTH_METHODS = ("plain", "login", "cram-md5")
+    if not client.supported_auth_methods:
+        names = ", ".join(client.server_auth_methods).upper() or "none"
         raise SmtpError(f"the server offers no authentication that is known here ({names})")
-    raise SmtpRefused(refused, "connection", "the login")
+    await client.login(user, password)
 
 
-async def _login_by(way: str, dialogue: Dialogue, user: str, password: str) -> Reply:
-    if way == "plain":
-        return await dialogue.say(f"AUTH PLAIN {_base64(f'{chr(0)}{user}{chr(0)}{password}')}")
-    reply = await dialogue.say(f"AUTH {way.upper()}")
-    if way == "cram-md5" and reply.code == 334:
-        return await dialogue.say(_base64(f"{user} {_digest(password, reply.text)}"))
-    for text in (user, password):
-        if reply.code == 334:
-            reply = await dialogue.say(_base64(text))
-    return reply
-
-
-async def _login_with_token(dialogue: Dialogue, user: str, tokens: Tokens) -> None:
-    """XOAUTH2, as Google and Microsoft describe it; a refused token is tried anew once."""
-    if "xoauth2" not in dialogue.extensions.get("auth", "").split():
+async def _login_with_token(client: _Client, user: str, tokens: Tokens) -> None:
+    """A token that is refused is tried anew once."""
+    if "xoauth2" not in client.server_auth_methods:
         raise SmtpError("the server offers no authentication with XOAUTH2")
     token = await tokens.get()
-    reply = await _bear(dialogue, user, token)
-    if reply.code == 535 and dialogue.is_open and await tokens.get(instead_of=token) != token:
-        reply = await _bear(dialogue, user, await tokens.get())
-    if reply.is_refusal:
-        raise SmtpRefused(reply, "connection", "the login")
-
-
-async def _bear(dialogue: Dialogue, user: str, token: str) -> Reply:
-    initial = _base64(f"user={user}\1auth=Bearer {token}\1\1")
-    reply = await dialogue.say(f"AUTH XOAUTH2 {initial}")
-    if reply.code == 334:  # the reason, as JSON: the refusal comes after an empty line
-        reason = _decoded(reply.text)
-        reply = await dialogue.say("")
-        reply = Reply(reply.code, f"{reply.text} {reason}")
-    return reply
-
-
-def _digest(password: str, challenge: str) -> str:
     try:
-        text = base64.b64decode(challenge)
-    except (binascii.Error, ValueError):
-        raise SmtpError("the challenge of CRAM-MD5 is not base64") from None
-    return hmac.digest(password.encode(), text, "md5").hex()
+        await client.auth_xoauth2(user, token)
+    except SMTPAuthenticationError as error:
+        if error.code != 535 or (renewed := await tokens.get(instead_of=token)) == token:
+            raise
+        await client.auth_xoauth2(user, renewed)
 
 
-def _decoded(text: str) -> str:
-    try:
-        return one_line(base64.b64decode(text).decode("utf-8", "replace"))
-    except (binascii.Error, ValueError):
-        return one_line(text)
+class _Client(SMTP):
+    """Has our protocol, and knows what the server said before it hung up."""
+
+    said: SMTPResponse | None = None
+    """The last reply to a command."""
+
+    def __init__(self, server: Server, reply_timeout: float) -> None:
+        super().__init__(
+            hostname=server.host,
+            port=server.port,
+            local_hostname="localhost",  # without one it asks the resolver; another one is set
+            timeout=reply_timeout,
+            use_tls=server.tls,
+            start_tls=False,  # on its own it answers any refusal of EHLO with HELO
+            tls_context=server.context,
+        )
+        self._server = server
+
+    async def execute_command(self, *words: bytes, **options: Any) -> SMTPResponse:
+        self.said = await super().execute_command(*words, **options)
+        return self.said
+
+    async def _create_connection(
+        self,
+        timeout: float | None,  # noqa: ASYNC109 - the library's
+    ) -> SMTPResponse:
+        # The library's takes no protocol of ours, and has one limit for connection and greeting.
+        loop = asyncio.get_running_loop()
+        within = min(CONNECT_TIMEOUT, timeout or CONNECT_TIMEOUT)
+        try:
+            async with asyncio.timeout(within):
+                self.transport, self.protocol = await loop.create_connection(
+                    lambda: _Protocol(loop, self._on_connection_lost),
+                    self._server.host,
+                    self._server.port,
+                    ssl=self._server.context if self._server.tls else None,
+                )
+        except TimeoutError:
+            raise SmtpError(f"no connection within {within:g} s") from None
+        except UnicodeError:
+            raise SmtpError("the host's name can't be looked up") from None
+        greeting = await self.protocol.read_response(timeout)
+        if greeting.code != 220:
+            raise SMTPConnectResponseError(*greeting)
+        return greeting
 
 
-def _base64(text: str) -> str:
-    return base64.b64encode(text.encode()).decode()
+class _Protocol(SMTPProtocol):
+    """Takes blank lines, and refuses what is said in between STARTTLS and TLS."""
+
+    asked = "the greeting"
+    """What a reply is waited for; behind AUTH it stays AUTH, as what follows is secret."""
+
+    def write(self, data: bytes) -> None:
+        word = data.split(b" ")[0].strip()
+        if word in (b"EHLO", b"HELO", b"STARTTLS", b"AUTH"):
+            self.asked = word.decode()
+        super().write(data)
+
+    async def read_response(
+        self,
+        timeout: float | None = None,  # noqa: ASYNC109 - the library's
+    ) -> SMTPResponse:
+        try:
+            response = await super().read_response(timeout)
+        except SMTPReadTimeoutError:  # it doesn't say what was waited for, and how long
+            raise SmtpError(f"no answer within {timeout:g} s to {self.asked}") from None
+        if self.asked == "STARTTLS" and self._buffer:
+            # The library drops it (RFC 3207, 6). It may be an attack, so it is told.
+            raise SmtpError("the server says something between STARTTLS and TLS")
+        return response
+
+    def _read_response_from_buffer(self) -> SMTPResponse | None:
+        # Some send blank lines before a reply: the library takes one for a malformed reply.
+        self._buffer = self._buffer.lstrip()
+        return super()._read_response_from_buffer()
+
+
+def _explained(error: SMTPException, client: _Client) -> SmtpError:
+    """The same in the words of the dialogue."""
+    if isinstance(error, SMTPServerDisconnected):
+        if client.said is None or client.said.code < 400:
+            return SmtpError("the server has closed the connection")
+        error = SMTPAuthenticationError(*client.said)  # it hung up before another login was tried
+    if not isinstance(error, SMTPResponseException):
+        return SmtpError(error.message)
+    text = error.message.encode(errors="surrogateescape").decode(errors="replace")
+    if error.code < 400:
+        return SmtpError(f"{error.code} {text}" if error.code > 0 else text)
+    match error:
+        case SMTPConnectResponseError():
+            what = ""
+        case SMTPHeloError():
+            what = f"EHLO {client.local_hostname}"
+        case SMTPAuthenticationError():
+            what = "the login"
+        case _:
+            what = "STARTTLS"
+    return SmtpRefused(Reply(error.code, text), "connection", what)
+
+
+def _literal(client: _Client) -> str:
+    """The address of this machine, as the server sees it if nothing is in between."""
+    name = client.get_transport_info("sockname") or ("127.0.0.1",)
+    address = str(name[0]).partition("%")[0]
+    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
 
 
 # --- the name of this machine
@@ -209,7 +245,3 @@ async def own_name() -> str | None:
 
 def _is_public(name: str) -> bool:
     return _HELLO_NAME.fullmatch(name) is not None and not _LOCAL_NAMES.fullmatch(name)
-
-
-def _literal(address: str) -> str:
-    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"

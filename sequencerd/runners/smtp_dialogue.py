@@ -1,12 +1,16 @@
-"""An SMTP connection: commands and replies (RFC 5321), several commands at once (RFC 2920)."""
+"""Mail transactions on an SMTP connection (RFC 5321), several commands at once (RFC 2920).
+
+aiosmtplib connects, greets and logs in. It sends one command at a time and drops a reply that it
+doesn't wait for yet, so the transactions are ours.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import re
-import ssl
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
+
+from aiosmtplib import SMTP
 
 from sequencerd.runners.refusals import Stage
 
@@ -48,39 +52,30 @@ class Reply(NamedTuple):
 
 
 class Dialogue:
-    """A connection. Raises SmtpError or OSError where it breaks.
+    """A connection that is ready for mail, taken over from aiosmtplib. Raises SmtpError or OSError
+    where it breaks.
 
     `timeout` (seconds) is for each reply; `extensions` are what the server offers, by name in
     lower case, with their parameters.
     """
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, timeout: float
-    ) -> None:
-        self.extensions: Mapping[str, str] = {}
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, client: SMTP, *, timeout: float) -> None:
+        if client.transport is None:
+            raise SmtpError("the server has closed the connection")
+        loop = asyncio.get_running_loop()
+        transport = cast(asyncio.Transport, client.transport)  # uvloop's have a class of their own
+        self.extensions = client.esmtp_extensions
         self._timeout = timeout
+        self._reader = asyncio.StreamReader(limit=LONGEST_LINE, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(self._reader, loop=loop)
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        self._writer = asyncio.StreamWriter(transport, protocol, self._reader, loop)
 
     @property
     def is_open(self) -> bool:
         """Whether nobody has ended it, as far as is known."""
         return not (self._writer.is_closing() or self._reader.at_eof())
-
-    @property
-    def is_encrypted(self) -> bool:
-        """Whether nobody else can listen."""
-        return self._writer.get_extra_info("ssl_object") is not None
-
-    @property
-    def local_address(self) -> str:
-        """The address of this machine, as the server sees it if nothing is in between."""
-        name = self._writer.get_extra_info("sockname")
-        return str(name[0]).partition("%")[0] if isinstance(name, tuple) else "127.0.0.1"
-
-    async def greeting(self) -> Reply:
-        """What the server says first."""
-        return await self._read("the greeting", self._timeout)
 
     async def ask(self, *commands: str, first_within: float | None = None) -> list[Reply]:
         """Sends commands and reads a reply to each, all at once if the server allows it.
@@ -112,18 +107,6 @@ class Dialogue:
         lines = _LINE_END.sub(b"\r\n", content).removesuffix(b"\r\n")
         await self._write(_LEADING_DOT.sub(b"..", lines) + b"\r\n.\r\n", within)
         return await self._read("the message", within)
-
-    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
-        """Encrypts the connection, after the reply 220 to STARTTLS.
-
-        What came unencrypted behind that reply is dropped: it may be somebody else's (RFC 3207, 6).
-        """
-        writer = self._writer
-        async with asyncio.timeout(self._timeout):
-            if self._reader._buffer:  # type: ignore[attr-defined]  # noqa: SLF001 - nothing tells
-                raise SmtpError("the server says something between STARTTLS and TLS")
-            await writer.start_tls(context, server_hostname=host)
-        self.extensions = {}
 
     async def quit(self) -> None:
         """Takes leave, and closes."""

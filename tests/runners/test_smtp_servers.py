@@ -9,8 +9,9 @@ import shlex
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -23,7 +24,7 @@ from sequencerd.runners.oauth import Client
 from sequencerd.runners.pending import DATA_KEY
 from sequencerd.runners.smtp_connect import check_hello_name
 from tests.runners import servers
-from tests.runners.servers import HOST, Request, Script, http_server, scripted, task
+from tests.runners.servers import HOST, Request, Script, certificate, http_server, scripted, task
 
 CONFIG = {"from": "hi@example.com", "to": "{{data.email}}", "subject": "x", "text": "x"}
 
@@ -141,7 +142,8 @@ async def test_helo_follows_where_ehlo_is_not_known(code: int, asked: bool) -> N
 
 async def test_blank_lines_before_a_reply_are_skipped() -> None:
     answers: dict[str, list[str | bytes | None]] = {
-        "CONNECT": [b"\r\n220 here\r\n"],
+        "CONNECT": [b"\r\n220 here\r\n\r\n"],
+        "EHLO": [b"\r\n250-here\r\n250 PIPELINING\r\n"],
         "MAIL": [b"\r\n\r\n250 ok\r\n"],
         ".": [b"\r\n250-it is\r\n250 queued\r\n"],
     }
@@ -149,6 +151,73 @@ async def test_blank_lines_before_a_reply_are_skipped() -> None:
         result = await send(made)
     assert isinstance(result, Answer)
     assert "250 it is queued" in str(result.message)
+
+
+async def test_what_is_said_before_tls_is_refused(tmp_path: Path) -> None:
+    context, cafile = certificate(tmp_path)
+    heard: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            writer.write(b"220 here\r\n")
+            await reader.readline()
+            writer.write(b"250-here\r\n250-AUTH PLAIN\r\n250 STARTTLS\r\n")
+            await reader.readline()
+            writer.write(b"220 go on\r\n250-evil\r\n250 AUTH PLAIN\r\n")  # in one packet
+            with suppress(OSError):
+                await writer.start_tls(context)
+            heard.append(await reader.readline())
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(talk, HOST, 0)
+    port = server.sockets[0].getsockname()[1]
+    made = EmailRunner(f"smtp://ada:secret@localhost:{port}?starttls=always&cafile={cafile}")
+    result = failed(await send(made))
+    await made.close()
+    server.close()
+    await server.wait_closed()
+    assert "between STARTTLS and TLS" in result.message
+    assert (result.fault, result.unknown) == ("server", False)
+    assert heard in ([], [b""])
+
+
+# --- logins with a password
+
+
+async def test_another_login_is_tried_where_one_is_refused() -> None:
+    answers: dict[str, list[str | bytes | None]] = {"AUTH": ["535 5.7.8 no secret for it"]}
+    extensions = ["PIPELINING", "AUTH LOGIN PLAIN CRAM-MD5"]
+    async with scripted(answers=answers, extensions=extensions) as server:
+        made = EmailRunner(f"smtp://ada:secret@{HOST}:{server.port}?starttls=never")
+        result = await send(made)
+        await made.close()
+    assert isinstance(result, Answer), result
+    logins = [command.split()[1] for command in server.commands if command.startswith("AUTH ")]
+    assert logins == ["CRAM-MD5", "PLAIN"]  # unencrypted, it begins with what shows no password
+
+
+@pytest.mark.parametrize("refusal", ["535 5.7.8 bad", "421 4.7.0 too many failed logins"])
+async def test_a_refused_login_is_told_though_the_server_hangs_up(refusal: str) -> None:
+    answers: dict[str, list[str | bytes | None]] = {"AUTH": [refusal, None]}
+    async with scripted(answers=answers, extensions=["AUTH PLAIN LOGIN"]) as server:
+        made = EmailRunner(f"smtp://ada:secret@{HOST}:{server.port}?starttls=never")
+        result = failed(await send(made))
+        await made.close()
+    assert f"refuses the login: {refusal}" in result.message
+    assert (result.fault, result.permanent) == ("server", False)
+
+
+async def test_a_login_that_is_not_answered_shows_no_password() -> None:
+    async with scripted(extensions=["AUTH LOGIN"]) as server:
+        server.answers["AUTH"] = ["334 UGFzc3dvcmQ6"]
+        server.slow[base64.b64encode(b"secret").decode().upper()] = 60
+        url = f"smtp://ada:secret@{HOST}:{server.port}?starttls=never"
+        made = EmailRunner(url, timeout=0.2)
+        result = failed(await send(made))
+        await made.close()
+    assert "no answer within 0.2 s to AUTH" in result.message
+    assert base64.b64encode(b"secret").decode() not in result.message
 
 
 # --- recipients
