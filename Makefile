@@ -2,6 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
+JOBS ?= 4
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test oracle chaos check format lock vendor clean
@@ -26,8 +27,8 @@ endif
 demo: install ## see it work in twenty seconds
 	$(BIN)/sequencerd demo
 
-test: install ## run the tests
-	$(BIN)/pytest -q
+test: install ## run the tests, or some of them: T=tests/core; JOBS=4 processes, as tests wait more than they work
+	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 $(T)
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
 
 oracle: install ## compare with the answers of the original libraries (ORACLE_DIR=... for other cases)
