@@ -42,7 +42,6 @@ class Catalog:
         log: FilteringBoundLogger,
     ) -> None:
         self.sequences: dict[str, model.Sequence] = {}
-        self.unknown: set[str] = set()  # of which enrollments speak, until there are such sequences
         self._pool = pool
         self._runners = runners
         self._daemon = daemon

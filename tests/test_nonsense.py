@@ -24,6 +24,7 @@ VALUES: dict[str, list[object]] = {
     "integer": [-(2**31), -1, 0, 2**31 - 1, None],
     "bigint": [-(2**63), -1, 0, 2**63 - 1, None],
     "interval": ["-1 day", "0", "178000000 years", None],
+    "uuid": ["00000000-0000-0000-0000-000000000000", None],
     "timestamp with time zone": ["-infinity", "infinity", "0001-01-01", "9999-12-31", None],
 }
 
@@ -33,7 +34,8 @@ COLUMNS = """
       FROM information_schema.columns AS c JOIN information_schema.tables AS t
            ON t.table_schema = c.table_schema AND t.table_name = c.table_name
      WHERE c.table_schema = 'sequencer' AND t.table_type = 'BASE TABLE'
-       AND c.table_name NOT LIKE 'events%' AND c.table_name <> 'migrations'
+       AND c.table_name NOT LIKE 'events%'
+       AND c.table_name NOT IN ('console_logouts', 'daemons', 'migrations', 'problems')
      ORDER BY c.table_name, c.ordinal_position
 """
 

@@ -350,13 +350,15 @@ async def test_a_row_that_cannot_be_read_fails_alone(
 
     monkeypatch.setattr(migrate, "_check_server", accept)
     name = f"ascii_{uuid4().hex[:12]}"
-    await execute(
-        server, f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0"
-    )
+    await execute(server, f"CREATE DATABASE {name} ENCODING 'UTF8' LOCALE 'C' TEMPLATE template0")
     url = with_database(server, name)
     connection = await asyncpg.connect(url)
+    await migrate.migrate(connection)
+    await connection.close()
+    # from now on the database takes any bytes
+    await execute(server, f"UPDATE pg_database SET encoding = 0 WHERE datname = '{name}'")
+    connection = await asyncpg.connect(url)
     try:
-        await migrate.migrate(connection)
         await define(connection, "s", ("note", "Note", "{}", None))
         bad = await connection.fetchval(
             "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', E'caf\\351')"
@@ -476,7 +478,7 @@ async def test_sequences_that_do_not_exist_are_asked_for_once(
     monkeypatch.setattr(store, "revisions", counted)
     async with running_engine(database, {"Note": Recorder()}) as engine:
         async with asyncio.timeout(60):
-            while len(engine.catalog.unknown) < 200:  # noqa: ASYNC110 - counted in the same loop
+            while len(engine.catalog._unknown) < 200:  # noqa: ASYNC110 - counted in the same loop
                 await asyncio.sleep(0.01)
         asked = 0
         for _ in range(3):
