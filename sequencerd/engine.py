@@ -618,9 +618,9 @@ class Engine:
             self._log.info("runner works again", runner=lane.name)
             self.problems.clear("runner", lane.name)
             return
-        self._log.warning(
-            "runner is down; nobody fails for it", runner=lane.name, error=lane.trouble
-        )
+        log = self._log.bind(runner=lane.name)
+        log.warning("runner is down; nobody fails for it", cause=lane.cause)
+        log.debug("runner is down; nobody fails for it", error=lane.trouble)
         self.problems.report("runner", lane.name, lane.trouble, since=self._clock.now())
         self._spawn(self._until_done(lambda: self._count_waiting([lane])))
 

@@ -16,6 +16,7 @@ from sequencerd.core.backoff import OPEN, SEVERAL, Gate, Key, Pauses, Suspects
 from sequencerd.core.model import (
     Answer,
     Attribution,
+    Cause,
     Enrollment,
     Failed,
     Fence,
@@ -99,7 +100,8 @@ class Lane:
         self.runner = runner
         self.waiting: set[Place] = set()  # steps whose enrollments found no room
         self._kind = "lookup" if isinstance(key, tuple) else key
-        self.trouble: str | None = None  # why the runner is down
+        self.trouble: str | None = None  # why the runner is down, in its server's words
+        self.cause: Cause = "failing"  # the same in a word
         self.name = key[1] if isinstance(key, tuple) else key
         self._owner = owner
         self._metrics = metrics
@@ -239,7 +241,7 @@ class Lane:
         unclear = [one for one in failed if one.fault == "unclear"]
         together = len(unclear) > 1 and not answered
         if down and not answered:
-            self._close(down[0].message, begun, now, max(map(_asked, down)))
+            self._close(down[0], begun, now, max(map(_asked, down)))
         elif together:
             self._suspects.failed_together(list(map(_key, batch)), now)
             self._set_gate(self._gate.suspected(now))
@@ -263,9 +265,10 @@ class Lane:
             return replace(failed, fault=verdict.fault)
         failed = replace(failed, fault="server", refund=verdict.refund)
         if verdict.is_outage:
-            self._close(failed.message, begun, now, _asked(failed))
+            self._close(failed, begun, now, _asked(failed))
             return self._postponed(failed, now)
         if self._suspects.failures >= SEVERAL and self.trouble is None:
+            self.cause = failed.cause
             self._set_trouble(failed.message)
         pause = self._pauses.after(self._suspects.failures, _jitter())
         return self._postponed(failed, now, pause)
@@ -277,10 +280,13 @@ class Lane:
             least = self._pauses.after(1, _jitter())
         return replace(failed, fault="server", retry_after=timedelta(seconds=least))
 
-    def _close(self, cause: str, begun: float, now: float, asked: float) -> None:
+    def _close(self, failed: Failed, begun: float, now: float, asked: float) -> None:
         """Lets nothing begin until the next pause is over."""
         pause = self._pauses.after(self._gate.failures + 1, _jitter())
-        self._set_gate(self._gate.failed(cause, begun, now, pause, asked))
+        gate = self._gate.failed(failed.message, begun, now, pause, asked)
+        if gate.cause != self._gate.cause:
+            self.cause = failed.cause
+        self._set_gate(gate)
 
     def _set_gate(self, gate: Gate) -> None:
         if gate is self._gate:

@@ -177,8 +177,10 @@ async def test_no_secret_and_no_person_is_logged(
         env={**os.environ, "SEQUENCERD_DATABASE": database, "CREDENTIALS_DIRECTORY": str(tmp_path)},
         stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    failed = "SELECT count(*) = 3 FROM sequencer.enrollments WHERE failure = 'error'"
+    failed = "SELECT count(*) = 2 FROM sequencer.enrollments WHERE failure = 'error'"
     await until(connection, failed)
+    # a refused login is the operator's: it is reported, and fails nobody
+    await until(connection, "SELECT EXISTS (SELECT FROM sequencer.problems WHERE about = 'Email')")
     await until(connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'retry')")
     await connection.execute("SELECT pg_notify('sequencer', $1)", f'{{"person": "{PERSON}"}}')
     config.write_text("[email]\nurl = 'smtp://ada:other-secret@nowhere:port'\n")
@@ -200,5 +202,7 @@ async def test_no_secret_and_no_person_is_logged(
         assert secret not in errors.decode().replace("wrong settings", "")
     written = await connection.fetch("SELECT message FROM sequencer.events")
     assert not [row for row in written if "secret" in (row["message"] or "")]
+    down = [line for line in lines if line["event"].startswith("runner is down")]
+    assert ("warning", "refused") in {(line["level"], line.get("cause")) for line in down}
     for line in lines:
         assert line["level"] == "debug" or PERSON not in json.dumps(line), line

@@ -473,6 +473,9 @@ class Answer:
 
 
 Attribution = Literal["enrollment", "server", "unclear"]
+
+Cause = Literal["failing", "over quota", "refused", "unavailable", "unreachable"]
+"""Why a server fails, in a log's words; refused: its operator must see to a login or a setting."""
 """Who has to answer for a failure; "server" is the operator as well."""
 
 
@@ -490,7 +493,8 @@ class Failed:
 
     `asked` is False where the server was not asked, as for a template that can't be rendered: that
     tells nothing of the server. `refund`: so many attempts of before were no fault of the
-    enrollment either, which turned out since.
+    enrollment either, which turned out since. `cause` tells it without the server's words, which
+    may name a recipient.
     """
 
     message: str
@@ -500,6 +504,7 @@ class Failed:
     unknown: bool = False
     asked: bool = True
     refund: int = 0
+    cause: Cause = "failing"
 
 
 @dataclass(frozen=True, slots=True)

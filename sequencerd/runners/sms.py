@@ -17,6 +17,7 @@ from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
     MESSAGE_RETRY,
     Answer,
+    Cause,
     Failed,
     Fault,
     Result,
@@ -230,9 +231,11 @@ def _judge_twilio(reply: Reply, to: str, now: datetime) -> Result:
     message = one_line(f"Twilio refuses {to}: {code or reply.status} {text}")
     asked = retry_after(reply.headers)
     if code in _DAILY:
-        return Failed(message, retry_after=max(asked or NO_TIME, rest_of_day(now)), fault="server")
+        wait = max(asked or NO_TIME, rest_of_day(now))
+        return Failed(message, retry_after=wait, fault="server", cause="over quota")
     if code in _THROTTLED or code in _OPERATORS:
-        return Failed(message, retry_after=asked, fault="server")
+        cause: Cause = "over quota" if code in _THROTTLED else "refused"
+        return Failed(message, retry_after=asked, fault="server", cause=cause)
     if code in _PASSING:
         return Failed(message, retry_after=rest_of_day(now) if code == _CARRIERS_DAY else asked)
     failed = judge(reply, message)
@@ -289,5 +292,5 @@ class HttpSmsRunner(_SmsRunner):
         answer = f"{reply.status} {reply.excerpt()}".rstrip()
         failed = judge(reply, f"the SMS gateway refuses {values['to']}: {answer}")
         if failed is not None and reply.status in (401, 403):  # the operator's to mend
-            return Failed(failed.message, fault="server")
+            return Failed(failed.message, fault="server", cause="refused")
         return failed or Answer(message=f"sent to {values['to']}: {answer}")

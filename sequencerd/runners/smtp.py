@@ -78,8 +78,12 @@ def judge(reply: Reply, stage: Stage) -> Failed:
 
 def _failed(refusal: Refusal, message: str) -> Failed:
     match refusal.meaning:
-        case Meaning.QUOTA | Meaning.OPERATOR | Meaning.UNAVAILABLE:
-            return Failed(message, retry_after=refusal.wait, fault="server")
+        case Meaning.QUOTA:
+            return Failed(message, retry_after=refusal.wait, fault="server", cause="over quota")
+        case Meaning.OPERATOR:
+            return Failed(message, fault="server", cause="refused")
+        case Meaning.UNAVAILABLE:
+            return Failed(message, fault="server", cause="unavailable")
         case Meaning.SENDER:
             return Failed(message, fault="unclear")
         case Meaning.PASSING | Meaning.RECIPIENTS:
@@ -148,7 +152,8 @@ class Postman:
         except (SmtpError, TokenError, OSError) as error:
             is_servers = not attempt.begun or is_exhausted(error)
             fault: Attribution = "server" if is_servers else "unclear"
-            failed = Failed(f"{self._place}: {_describe(error)}", fault=fault)
+            text = f"{self._place}: {_describe(error)}"
+            failed = Failed(text, fault=fault, cause="unreachable")
         finally:
             attempt.end()
         if failed is None:

@@ -25,7 +25,7 @@ import h2.events
 import h2.exceptions
 import httpx
 
-from sequencerd.core.model import Attribution, Failed
+from sequencerd.core.model import Attribution, Cause, Failed
 from sequencerd.runners.causes import causes, is_exhausted
 from sequencerd.runners.encodings import EncodingError, decode
 from sequencerd.runners.fields import one_line
@@ -70,6 +70,7 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
             fault="server" if is_servers else "unclear",
             unknown=self.sent,
             asked=not self.retired,  # it is not down
+            cause="failing" if self.sent else "unreachable",
         )
 
 
@@ -356,8 +357,11 @@ def judge(reply: Reply, message: str) -> Failed | None:
     is_operators = reply.status < 400 or reply.status in (401, 403, 407)
     permanent = reply.status < 500 and not is_operators and reply.status not in (408, 409, 425, 429)
     fault: Attribution = "enrollment"
-    if throttled or is_operators:
-        fault = "server"
+    cause: Cause = "failing"
+    if throttled:
+        fault, cause = "server", "over quota"
+    elif is_operators:
+        fault, cause = "server", "refused"
     elif reply.status >= 500 or reply.status == 408:
         fault = "unclear"
     return Failed(
@@ -366,6 +370,7 @@ def judge(reply: Reply, message: str) -> Failed | None:
         wait,
         fault=fault,
         unknown=reply.status in (502, 504),
+        cause=cause,
     )
 
 
