@@ -721,10 +721,16 @@ class Engine:
             raise
 
     async def _still_held(self, results: Sequence[Finished]) -> list[Finished]:
-        """Without what was written by a commit whose answer was lost."""
+        """Without what was written by a commit whose answer was lost. It may have leased anew what
+        had not been started, under the same fence: that is begun by now.
+        """
         held = await self._writer.held(leased for leased, _ in results)
         self._writer.forget(leased for leased, _ in results if leased.fence not in held)
-        return [one for one in results if one[0].fence in held]
+        return [
+            (leased, result)
+            for leased, result in results
+            if self._writer.leased.get(leased.enrollment.id) is leased
+        ]
 
     async def _settle_under(
         self, results: Sequence[Finished], *, result_only: bool, failure: Exception | None

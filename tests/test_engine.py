@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from sequencerd import store
-from sequencerd.core.model import Action, Answer, Failed, Result, Task
+from sequencerd.core.model import Action, Answer, Failed, NotStarted, Result, Task
 from tests.engines import (
     ALL_ENDED,
     Recorder,
@@ -125,6 +125,33 @@ async def test_a_commit_whose_answer_is_lost_is_found_out(
             "two next",
             "two completed",
         ]
+
+
+async def test_a_lost_answer_begins_nothing_twice_that_was_given_back_and_taken_again(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """What was not started is leased anew as it was leased before: by the rows alone, nobody could
+    tell whether that was written.
+    """
+    recorder = Recorder()
+    await define(connection, "s", ("one", "Note", "{}", None))
+    async with (
+        losing_answers(database) as (url, lose),
+        running_engine(url, {"Note": recorder}),
+    ):
+
+        async def not_at_first(_: Task) -> Result:
+            if len(recorder.keys) > 1:
+                return Answer()
+            lose.append(True)  # of the write of what is returned now
+            return NotStarted()
+
+        recorder.behaviour = not_at_first
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED, seconds=10)
+        assert not lose
+    assert len(recorder.keys) == 2  # not started, and then done once
+    assert await way(connection, id_) == ["one enrolled", "one next", "one completed"]
 
 
 async def sleeper(connection: asyncpg.Connection, then: str | None = None) -> int:

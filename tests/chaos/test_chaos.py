@@ -334,12 +334,11 @@ async def test_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
     small = Server(small_disk / "server", stack, **settings)
 
     async def fill(world: World) -> None:
-        with filler.open("wb") as file, suppress(OSError):
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(65536))
-                file.flush()
         await asyncio.sleep(2)
-        filler.unlink()
+        filler.unlink(missing_ok=True)
         if not small.is_alive():
             world.note("  the server has given up")
             await asyncio.to_thread(small.start)
