@@ -1,32 +1,34 @@
--- Every statement that runs against the database, by name. store.py and migrate.py run them.
--- Python's calendar has no infinity: where PostgreSQL says so, it sees the year 9999.
+-- Every statement that runs against the database, by name, each with a sentence that says what it does.
+-- store.QUERIES has them.
 
 -- name: server_time
--- The database's clock, for the measured offset.
+-- Read the database's clock, to measure the offset of the daemon's.
 SELECT clock_timestamp();
 
 -- name: revisions
--- Which definitions have changed: one number for each sequence.
+-- Read the revision of every sequence, to see which definitions have changed.
 SELECT name, revision FROM sequencer.sequences;
 
 -- name: sequences
+-- Read the definitions of some sequences, without their steps.
 SELECT name, first_step, timezone, status, lookup, recheck, revision
   FROM sequencer.sequences WHERE name = ANY ($1::text[]);
 
 -- name: steps
+-- Read the steps of some sequences, in the order of the definitions.
 SELECT sequence, name, type, config, next_step, alt_next_step, position, problem, seed,
        retime_from IS NOT NULL AS retime
   FROM sequencer.steps WHERE sequence = ANY ($1::text[]) ORDER BY sequence, position;
 
 -- name: set_problems
--- What the daemon found wrong with steps, and what it no longer finds.
+-- Set what the daemon found wrong with steps, and clear what it no longer finds.
 UPDATE sequencer.steps AS s SET problem = p.problem
   FROM unnest($1::text[], $2::text[], $3::text[]) AS p (sequence, name, problem)
  WHERE s.sequence = p.sequence AND s.name = p.name AND s.problem IS DISTINCT FROM p.problem;
 
 -- name: beat
--- A daemon is alive for so long from now on. Returns since when it runs. The others are told where
--- the types that it serves are new.
+-- Extend the time until which a daemon is alive, and return when it started. Other daemons are
+-- notified if the step types that it serves are new.
 WITH before AS (SELECT types FROM sequencer.daemons WHERE name = $1),
      beat AS (
     INSERT INTO sequencer.daemons (name, started_at, alive_until, types)
@@ -39,32 +41,33 @@ SELECT started_at,
   FROM beat;
 
 -- name: types_elsewhere
--- The types of steps that other living daemons serve.
+-- Read the step types that other living daemons serve.
 SELECT DISTINCT unnest(types) FROM sequencer.daemons WHERE name <> $1 AND alive_until > now();
 
 -- name: notify_due
--- Tells other daemons where somebody is due: the daemon's own writes notify nobody.
+-- Notify other daemons of steps with due enrollments: the daemon's own writes send no notification.
 SELECT pg_notify('sequencer', json_build_object('due', json_build_array(sequence, step))::text)
   FROM unnest($1::text[], $2::text[]) AS p (sequence, step);
 
 -- name: remove_dead_daemons
--- With the problems that they reported. A row that another session has locked is not waited for.
+-- Delete dead daemons with the problems that they reported. Rows that another session has locked are
+-- skipped.
 DELETE FROM sequencer.daemons WHERE name = ANY (ARRAY(
     SELECT name FROM sequencer.daemons WHERE alive_until < now() FOR UPDATE SKIP LOCKED));
 
 -- name: remove_daemon
--- One that ends in good order.
+-- Delete a daemon that shuts down.
 DELETE FROM sequencer.daemons WHERE name = $1;
 
 -- name: remove_problems
--- Of a daemon, what it no longer reports.
+-- Delete the problems that a daemon no longer reports.
 DELETE FROM sequencer.problems AS p
  WHERE p.daemon = $1
    AND NOT EXISTS (SELECT FROM unnest($2::text[], $3::text[]) AS k (kind, about)
                     WHERE (k.kind, k.about) = (p.kind, p.about));
 
 -- name: write_problems
--- Everything that a daemon reports.
+-- Insert or update the problems that a daemon reports.
 INSERT INTO sequencer.problems
        (daemon, kind, about, sequence, step, since, message, waiting)
 SELECT $1, * FROM unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[],
@@ -74,7 +77,7 @@ ON CONFLICT (daemon, kind, about) DO UPDATE
        message = excluded.message, waiting = excluded.waiting;
 
 -- name: reported_problems
--- What living daemons report; once where several report the same.
+-- Read what living daemons report; once where several report the same.
 SELECT DISTINCT ON (p.kind, p.about)
        p.kind, p.about, p.sequence, p.step, p.since, p.waiting, p.message, p.daemon
   FROM sequencer.problems AS p JOIN sequencer.daemons AS d ON d.name = p.daemon
@@ -82,8 +85,8 @@ SELECT DISTINCT ON (p.kind, p.about)
  ORDER BY p.kind, p.about, p.since LIMIT $2;
 
 -- name: first_wakes
--- The earliest wake time of each step where somebody is: skips from one step to the next in the
--- index, so it costs the same with ten enrollments as with ten million.
+-- Find the earliest wake time of each step that has active enrollments. It skips from one step to the
+-- next in the index, so it costs the same with ten enrollments as with ten million.
 WITH RECURSIVE place AS (
     (SELECT sequence, step, wake_at FROM sequencer.enrollments
       WHERE status = 'active' ORDER BY sequence, step, wake_at LIMIT 1)
@@ -96,8 +99,9 @@ WITH RECURSIVE place AS (
 SELECT sequence, step, wake_at FROM place WHERE wake_at < 'infinity';
 
 -- name: take_bell
--- The lock that makes triggers notify: whether it is now ours (true), or another daemon's, which will
--- do as well (false). Null where transactions are under way that have told nobody.
+-- Try to acquire the notify lock, which makes triggers notify. True: this session holds it. False:
+-- another daemon does, which is as good. Null: transactions are in progress that have sent no
+-- notification.
 SELECT CASE WHEN pg_try_advisory_lock(7364528, 4) THEN true
             WHEN EXISTS (SELECT FROM pg_locks
                           WHERE locktype = 'advisory' AND classid = 7364528 AND objid = 4
@@ -106,12 +110,12 @@ SELECT CASE WHEN pg_try_advisory_lock(7364528, 4) THEN true
                             AND mode = 'ExclusiveLock' AND granted) THEN false END;
 
 -- name: leave_bell
--- And tells the other daemons.
+-- Release the notify lock and notify the other daemons of it.
 SELECT pg_advisory_unlock(7364528, 4), pg_notify('sequencer', '{"quiet": true}');
 
 -- name: count_due
--- How many are due at steps, and for more than a minute. The limit holds for each step, so that a
--- backlog of millions is not counted through.
+-- Count the enrollments that are due at steps, and those overdue by more than a minute. The limit
+-- applies to each step, so that a backlog of millions is not counted through.
 SELECT p.sequence, p.step, d.due, d.overdue
   FROM unnest($1::text[], $2::text[]) AS p (sequence, step)
  CROSS JOIN LATERAL (
@@ -124,9 +128,9 @@ SELECT p.sequence, p.step, d.due, d.overdue
  WHERE d.due > 0;
 
 -- name: claim
--- Due enrollments of one step, the oldest first; none if the definition is not the one known, and none
--- that a living daemon has leased: not even where a lock has kept it from extending the lease. Large
--- data are read apart.
+-- Claim due enrollments of one step, the oldest first. None if the definition is not the known revision;
+-- none that a living daemon has leased, even if a lock kept that daemon from extending the lease. Large
+-- data are read separately.
 SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
        e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
@@ -142,7 +146,8 @@ SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: refusals
--- Whether sequences let in who jumps into them, as they would an insert, and by which policy.
+-- Check whether sequences admit enrollments that jump into them, as they would an insert, and return
+-- their reentry policies.
 SELECT j.id, j.sequence, q.reentry,
        CASE WHEN q.status = 'archived' THEN 'archived'
             WHEN q.reentry <> 'always' AND EXISTS (
@@ -153,12 +158,13 @@ SELECT j.id, j.sequence, q.reentry,
   JOIN sequencer.sequences AS q ON q.name = j.sequence;
 
 -- name: refusing
--- The sequences that would refuse a jump of one enrollment, as its subject has entered them.
+-- Find the sequences that would refuse a jump of one enrollment, as its subject is enrolled there.
 SELECT DISTINCT sequence FROM sequencer.enrollments
  WHERE subject = $1 AND entry = 0 AND id <> $2;
 
 -- name: due_ids
--- The same without a lock, and without reading anything that might be unreadable.
+-- Find the enrollments that `claim` would find, without a lock and without reading values that may be
+-- unreadable.
 SELECT e.id
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
@@ -168,7 +174,8 @@ SELECT e.id
  ORDER BY e.wake_at LIMIT $4;
 
 -- name: claim_some
--- Some enrollments of a step that are due, or wait; also those that this daemon itself has leased.
+-- Claim given enrollments of a step that are due or waiting, including those that this daemon itself has
+-- leased.
 SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
        e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
@@ -184,7 +191,8 @@ SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: claim_bare
--- The same without what applications write, which the database may be unable to read.
+-- Claim like `claim_some`, but without the values that applications write, which the database may be
+-- unable to read.
 SELECT e.id, '' AS subject, '{}' AS data, e.created_at, e.tag, $2 AS sequence, $3 AS step,
        NULL AS timezone, least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit,
        e.attempt, e.retry_at, e.leased_by, NULL AS last_error, '{}'::text[] AS goals_met,
@@ -201,11 +209,11 @@ SELECT e.id, '' AS subject, '{}' AS data, e.created_at, e.tag, $2 AS sequence, $
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: large_data
--- What claims and locks leave out.
+-- Read the data that claims and locks omit because of their size.
 SELECT id, data FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
 
 -- name: count_lapses
--- How often leases have expired lately, in the visits in which the enrollments are.
+-- Count the leases that expired within the last day, in the present visits of enrollments.
 SELECT v.enrollment_id, count(*)
   FROM unnest($1::bigint[], $2::int[]) AS e (id, visit)
   JOIN sequencer.events AS v ON v.enrollment_id = e.id AND v.visit = e.visit
@@ -213,7 +221,7 @@ SELECT v.enrollment_id, count(*)
  GROUP BY v.enrollment_id;
 
 -- name: orphans
--- What a daemon has leased, though it knows nothing of it: among the first that are due at steps.
+-- Find enrollments that a daemon has leased but does not know of, among the first due at steps.
 SELECT o.sequence, o.step, o.id
   FROM unnest($1::text[], $2::text[]) AS p (sequence, step)
  CROSS JOIN LATERAL (
@@ -223,7 +231,7 @@ SELECT o.sequence, o.step, o.id
  WHERE o.leased_by = $4 AND o.id <> ALL ($5::bigint[]);
 
 -- name: probe
--- Whether enrollments and events can be written at all: it writes none.
+-- Check that enrollments and events can be written at all; it writes none.
 WITH nothing AS (
     UPDATE sequencer.enrollments
        SET sequence = sequence, step = step, status = status, wake_at = wake_at,
@@ -238,9 +246,9 @@ INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, 
 SELECT id, now(), sequence, step, visit, 'warning', NULL, NULL FROM nothing;
 
 -- name: next_wake
--- When to claim at the step again. What is due still is locked by another session, and so tried again
--- soon, or leased by another daemon, and so tried again when that may be dead. What this daemon has
--- leased or set aside is not counted.
+-- Find when to claim at the step again. The remaining due rows are locked by another session, and tried
+-- again soon, or leased by another daemon, and tried again when that may be dead. Enrollments that this
+-- daemon has leased or quarantined are not counted.
 SELECT least(
     (SELECT e.wake_at FROM sequencer.enrollments AS e
       WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
@@ -254,8 +262,8 @@ SELECT least(
       ORDER BY 1 LIMIT 1));
 
 -- name: lock
--- Enrollments whose side effects have ended: what may have changed meanwhile. Who holds a lock on one
--- of them is not waited for.
+-- Lock enrollments whose side effects have ended, and read what may have changed meanwhile. Enrollments
+-- that another session has locked are skipped.
 SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject,
        CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
        e.sequence, e.step, e.timezone, e.last_error, e.goals_met, e.goals_elsewhere, e.executed,
@@ -266,7 +274,8 @@ SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject,
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: fences
--- To whom enrollments are leased now. Waits for a transaction whose end nobody has heard of.
+-- Read the fences of enrollments. It waits for their locks, and so for a transaction whose outcome is
+-- unknown.
 SELECT e.id, e.visit, e.attempt, e.leased_by
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[])
@@ -274,11 +283,11 @@ SELECT e.id, e.visit, e.attempt, e.leased_by
    FOR UPDATE OF e;
 
 -- name: existing
--- Which enrollments there still are: a locked row is not a deleted one.
+-- Find which enrollments still exist: a locked row is not a deleted one.
 SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
 
 -- name: write
--- Where those are now who are at the same place, as most of a batch are.
+-- Write the new state of all enrollments that have the same, as most of a batch do.
 UPDATE sequencer.enrollments
    SET sequence = $2, step = $3, status = $4,
        wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
@@ -288,7 +297,7 @@ UPDATE sequencer.enrollments
  WHERE id = ANY ($1::bigint[]);
 
 -- name: record
--- What happened, and to whom: most events of a batch are the same, and are sent once.
+-- Insert events. Most events of a batch are the same but for the enrollment, so each is sent once.
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision)
 SELECT who.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
        what.revision
@@ -299,14 +308,15 @@ SELECT who.id, what.at, what.sequence, what.step, what.visit, what.action, what.
     ON what.number = who.number;
 
 -- name: write_goals
--- The goals that one enrollment has met: in its sequence, and in those that it has left.
+-- Write the goals that one enrollment has met, in its sequence and in those that it has left.
 UPDATE sequencer.enrollments SET goals_met = $2, goals_elsewhere = $3 WHERE id = $1;
 
 -- name: merge_data
+-- Merge the result of a side effect into an enrollment's data.
 UPDATE sequencer.enrollments SET data = data || $2 WHERE id = $1;
 
 -- name: extend_leases
--- The leases of everything that this daemon is executing.
+-- Extend the leases of everything that this daemon is executing.
 UPDATE sequencer.enrollments AS e SET wake_at = $3
   FROM (SELECT id FROM sequencer.enrollments
          WHERE id = ANY ($1::bigint[]) AND leased_by = $2 AND status = 'active'
@@ -314,7 +324,7 @@ UPDATE sequencer.enrollments AS e SET wake_at = $3
  WHERE e.id = mine.id;
 
 -- name: occupied
--- Each step where an enrollment is active: skips from one to the next in the index.
+-- Find each step that has active enrollments, skipping from one to the next in the index.
 WITH RECURSIVE place AS (
     (SELECT sequence, step FROM sequencer.enrollments
       WHERE status = 'active' ORDER BY sequence, step LIMIT 1)
@@ -327,8 +337,9 @@ WITH RECURSIVE place AS (
 SELECT sequence, step FROM place;
 
 -- name: request_evaluation
--- Notes that all who wait at steps are to be evaluated: from the first id on, or once more after a walk
--- that has begun. Steps that somebody has locked are not waited for, so that no deadlock is possible.
+-- Request that all enrollments waiting at steps are evaluated: from the first id on, or once more after
+-- a pass that has begun. Steps that another session has locked are skipped, so that no deadlock is
+-- possible.
 UPDATE sequencer.steps AS s
    SET retime_from = coalesce(s.retime_from, 0), retime_again = coalesce(s.retime_from > 0, false)
   FROM (SELECT t.sequence, t.name FROM sequencer.steps AS t
@@ -339,42 +350,43 @@ UPDATE sequencer.steps AS s
 RETURNING s.sequence, s.name;
 
 -- name: waiting_of_subjects
--- Who waits of some subjects, by id.
+-- Read the waiting enrollments of some subjects, by id.
 SELECT id, subject, sequence, step FROM sequencer.enrollments
  WHERE subject = ANY ($1::text[]) AND id > $2 AND status = 'active' AND wake_at > $3
    AND leased_by IS NULL AND entered_at IS NOT NULL
  ORDER BY id LIMIT $4;
 
 -- name: unfinished_retiming
--- Steps where waiting enrollments have yet to be evaluated, and from which id on.
+-- Read the steps whose waiting enrollments have yet to be evaluated, and from which id on.
 SELECT sequence, name, retime_from FROM sequencer.steps WHERE retime_from IS NOT NULL;
 
 -- name: take_lead
--- Of several daemons one sees to what an application asks for by NOTIFY: who holds this lock.
+-- Try to acquire the lock of the one daemon that handles the requests that applications send by NOTIFY.
 SELECT pg_try_advisory_lock(7364528, 5);
 
 -- name: retiming_from
+-- Read from which id on the enrollments waiting at a step have yet to be evaluated.
 SELECT retime_from FROM sequencer.steps WHERE sequence = $1 AND name = $2;
 
 -- name: standing
--- Who is at a step, by id: what changes nothing as their wake times change.
+-- Read the ids of the active enrollments at a step, in an order that changed wake times leave as it is.
 SELECT id FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND id >= $3 ORDER BY id LIMIT $4;
 
 -- name: take_retiming
--- Until the end of the transaction this daemon alone evaluates who waits at a step. What another one is
--- at is not waited for.
+-- Lock a step until the end of the transaction, so that this daemon alone evaluates what waits there. A
+-- step that another daemon has locked is skipped.
 SELECT true FROM sequencer.steps
  WHERE sequence = $1 AND name = $2 AND retime_from = $3
    AND EXISTS (SELECT FROM sequencer.sequences WHERE name = $1 AND revision = $4)
    FOR NO KEY UPDATE SKIP LOCKED;
 
 -- name: note_retiming
--- How far it is done, in the transaction that does it.
+-- Record up to which id a step is done, in the transaction that evaluated them.
 UPDATE sequencer.steps SET retime_from = $3 WHERE sequence = $1 AND name = $2;
 
 -- name: lock_waiting
--- Some of those who wait at a changed step. Who is due is evaluated under it anyway.
+-- Lock and read enrollments that wait at a changed step. Due ones are evaluated under the change anyway.
 SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
        e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
@@ -386,28 +398,30 @@ SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: waiting
--- The same without a lock.
+-- Find the enrollments that `lock_waiting` would lock, without a lock.
 SELECT e.id FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
    AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
  ORDER BY e.id;
 
 -- name: retimed
--- Done, but for a request that came meanwhile; whether there was one.
+-- Record that a step is done, unless a request arrived meanwhile; return whether one did.
 UPDATE sequencer.steps AS s
    SET retime_from = CASE WHEN s.retime_again THEN 0 END, retime_again = false
  WHERE sequence = $1 AND name = $2 AND retime_from = $3
 RETURNING retime_from IS NOT NULL AS again;
 
 -- name: new_transaction
--- Not xmax of a snapshot: transactions that are under way may have greater numbers than that.
+-- Draw a transaction number. The xmax of a snapshot would not do: transactions in progress may have
+-- greater numbers than that.
 SELECT pg_current_xact_id()::text::bigint;
 
 -- name: oldest_transaction
+-- Read the number of the oldest transaction that is still in progress.
 SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
 
 -- name: revive
--- Who failed at a step that could not be executed, and now can be.
+-- Resume enrollments that failed because their step was invalid, now that it is valid.
 WITH revived AS (
     UPDATE sequencer.enrollments AS e
        SET status = 'active', wake_at = $3, ended_at = NULL, failure = NULL, last_error = NULL,
@@ -421,31 +435,36 @@ INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, 
 SELECT id, $3, sequence, step, visit, 'resumed', 'the step has been mended' FROM revived;
 
 -- name: limit_statement
--- For how many milliseconds a statement of this transaction may run.
+-- Limit the statements of this transaction to so many milliseconds.
 SELECT set_config('statement_timeout', $1, true);
 
 -- name: look_up
--- The names are checked before they are put in.
+-- Call an SQL function for the external data of subjects. Its name is validated before it is put in.
 SELECT l.subject, l.data FROM "{schema}"."{name}"($1::text[]) AS l (subject, data);
 
 -- name: add_event_partitions
+-- Create the partitions of the history that are needed soon.
 SELECT sequencer.add_event_partitions();
 
 -- name: drop_event_partition
+-- Drop the oldest partition of the history that ended before a time, and return its name.
 SELECT sequencer.drop_event_partition($1);
 
 -- name: delete_ended
+-- Delete a batch of the enrollments that ended before a time, and return how many.
 SELECT sequencer.delete_ended($1, $2);
 
 -- name: try_lock_retention
--- What only one daemon should do at a time.
+-- Try to acquire the lock of the one daemon that runs retention, until the end of the transaction.
 SELECT pg_try_advisory_xact_lock(7364528, 2);
 
 -- name: status
+-- Read the counts of each step, for one sequence or all.
 SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, retiming, problem
   FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
 
 -- name: list
+-- Read a page of the enrollments that match the filters of `list`, by id.
 SELECT id, sequence, step, subject, status, wake_at, attempt, failure, last_error
   FROM sequencer.enrollments AS e
  WHERE ($1::text IS NULL OR sequence = $1) AND ($2::text IS NULL OR step = $2)
@@ -456,7 +475,8 @@ SELECT id, sequence, step, subject, status, wake_at, attempt, failure, last_erro
  ORDER BY id LIMIT $8;
 
 -- name: select
--- Whom an operator means. It is planned for the arguments, so that each finds its index.
+-- Find the enrollments that an operator selects. Plan it for its arguments, so that each filter finds
+-- its index.
 SELECT id FROM sequencer.enrollments
  WHERE ($1::bigint[] IS NULL OR id = ANY ($1)) AND ($2::text IS NULL OR subject = $2)
    AND ($3::text IS NULL OR sequence = $3) AND ($4::text IS NULL OR step = $4)
@@ -465,18 +485,21 @@ SELECT id FROM sequencer.enrollments
  ORDER BY id;
 
 -- name: selected
+-- Count selected enrollments by sequence, step, status and failure.
 SELECT sequence, step, status, failure, count(*)
   FROM sequencer.enrollments WHERE id = ANY ($1::bigint[])
  GROUP BY sequence, step, status, failure ORDER BY sequence, step, status, failure;
 
 -- name: with_step
+-- Find which of the sequences have a step of this name.
 SELECT sequence FROM sequencer.steps WHERE name = $1 AND sequence = ANY ($2::text[]);
 
 -- name: set_reason
--- For the events of this transaction.
+-- Set the reason that the events of this transaction record.
 SELECT set_config('sequencer.reason', $1, true);
 
 -- name: retry
+-- Resume failed enrollments at the step where they failed.
 WITH locked AS (
     SELECT id FROM sequencer.enrollments
      WHERE id = ANY ($1::bigint[]) AND status = 'failed' ORDER BY id FOR UPDATE
@@ -486,7 +509,7 @@ UPDATE sequencer.enrollments AS e SET status = 'active'
 RETURNING false AS executing;
 
 -- name: skip
--- Goes on as if the step at which they failed had answered "next".
+-- Resume failed enrollments as if their step had answered "next".
 WITH locked AS (
     SELECT e.id, s.next_step
       FROM sequencer.enrollments AS e
@@ -500,6 +523,7 @@ UPDATE sequencer.enrollments AS e
 RETURNING false AS executing;
 
 -- name: cancel
+-- Cancel active and failed enrollments; return for each whether a side effect was executing.
 WITH locked AS (
     SELECT id, leased_by FROM sequencer.enrollments
      WHERE id = ANY ($1::bigint[]) AND status IN ('active', 'failed') ORDER BY id FOR UPDATE
@@ -509,6 +533,8 @@ UPDATE sequencer.enrollments AS e SET status = 'cancelled'
 RETURNING locked.leased_by IS NOT NULL AS executing;
 
 -- name: move
+-- Move active and failed enrollments to another step; return for each whether a side effect was
+-- executing.
 WITH locked AS (
     SELECT id, leased_by FROM sequencer.enrollments
      WHERE id = ANY ($1::bigint[]) AND status IN ('active', 'failed') AND step <> $2
@@ -519,10 +545,11 @@ UPDATE sequencer.enrollments AS e SET step = $2, status = 'active'
 RETURNING locked.leased_by IS NOT NULL AS executing;
 
 -- name: reevaluate
+-- Reevaluate waiting enrollments.
 SELECT false AS executing FROM generate_series(1, sequencer.reevaluate(ids => $1::bigint[]));
 
 -- name: set_sequence_status
--- What sequences were before, and how many are inside.
+-- Set the status of sequences; return the former one and how many enrollments are active.
 WITH before AS (
     SELECT name, status FROM sequencer.sequences WHERE name = ANY ($1::text[])
      ORDER BY name FOR UPDATE
@@ -536,6 +563,7 @@ SELECT name, status AS before,
   FROM before;
 
 -- name: show
+-- Read one enrollment with its step and its sequence.
 SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e.visit, e.attempt,
        e.leased_by, e.goals_met, e.failure, e.last_error, e.created_at, e.ended_at, e.retry_at,
        coalesce(e.timezone, q.timezone) AS timezone, q.status AS sequence_status,
@@ -546,18 +574,20 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
  WHERE e.id = $1;
 
 -- name: simulated
--- An enrollment as a claim reads it, and its status.
+-- Read an enrollment as a claim does, with its status.
 SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
        least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
        e.leased_by, e.last_error, e.goals_met, e.goals_elsewhere, e.executed, e.status
   FROM sequencer.enrollments AS e WHERE e.id = $1;
 
 -- name: history
+-- Read all events of an enrollment, in order.
 SELECT at, sequence, step, visit, action, message, revision
   FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at;
 
 -- name: events_since
--- For `tail`: a little more than new, as rows are committed in another order than they are made.
+-- Read the events after a time, for `tail`, which reads with some overlap: rows are committed in
+-- another order than they are made.
 SELECT v.at, v.enrollment_id, e.subject, v.sequence, v.step, v.visit, v.action, v.message
   FROM sequencer.events AS v LEFT JOIN sequencer.enrollments AS e ON e.id = v.enrollment_id
  WHERE v.at > $1 AND ($2::text IS NULL OR v.sequence = $2)
@@ -565,12 +595,13 @@ SELECT v.at, v.enrollment_id, e.subject, v.sequence, v.step, v.visit, v.action, 
  ORDER BY v.at, v.enrollment_id;
 
 -- name: enroll
+-- Enroll a subject and return the id; nothing where the reentry policy refuses.
 INSERT INTO sequencer.enrollments (sequence, subject, data, timezone, step, wake_at)
 VALUES ($1, $2, $3::jsonb, $4, $5, coalesce($6::timestamptz, now()))
 ON CONFLICT DO NOTHING RETURNING id;
 
 -- name: apply_sequence
--- Not ON CONFLICT, whose refused insert would draw a revision.
+-- Insert or update a sequence. Not by ON CONFLICT, whose refused insert would draw a revision.
 WITH changed AS (
     UPDATE sequencer.sequences
        SET first_step = $2, timezone = $3, status = $4, reentry = $5, lookup = $6, recheck = $7
@@ -582,7 +613,7 @@ SELECT $1::text, $2::text, $3::text, $4::text, $5::text, $6::text, $7::interval
  WHERE NOT EXISTS (SELECT FROM sequencer.sequences WHERE name = $1);
 
 -- name: apply_steps
--- All steps of a sequence at once; what is as it was is not touched.
+-- Insert or update the steps of a sequence at once; unchanged steps are not touched.
 INSERT INTO sequencer.steps (sequence, name, position, type, config, next_step, alt_next_step, seed)
 SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::text[], $5::jsonb[], $6::text[], $7::text[],
                          $8::text[])
@@ -595,14 +626,15 @@ ON CONFLICT (sequence, name) DO UPDATE
                          excluded.alt_next_step, excluded.seed);
 
 -- name: remove_steps
+-- Delete the steps of a sequence that its definition no longer has.
 DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]);
 
 -- name: rename_step
--- Triggers take along who is there, and whatever leads there.
+-- Rename a step. Triggers update its enrollments and what leads to it.
 UPDATE sequencer.steps SET name = $3 WHERE sequence = $1 AND name = $2;
 
 -- name: move_people
--- From a step that is to be removed, with those who could be tried again; how many.
+-- Move active and failed enrollments away from a step that is to be deleted, and count them.
 WITH moved AS (
     UPDATE sequencer.enrollments SET step = $3
      WHERE id IN (SELECT id FROM sequencer.enrollments
@@ -615,26 +647,28 @@ WITH moved AS (
 SELECT count(*) FROM moved;
 
 -- name: lock_definitions
--- Until the end of the transaction: two that apply do it one after the other, and who edits a
--- sequence by SQL waits.
+-- Lock all definitions until the end of the transaction: `apply` runs one at a time, and changes of
+-- sequences by SQL wait.
 SELECT pg_advisory_xact_lock(7364528, 3), (SELECT count(*) FROM (
     SELECT FROM sequencer.sequences ORDER BY name FOR UPDATE) AS locked);
 
 -- name: documents
--- All sequences, and what some of them are.
+-- Read name, revision and status of all sequences, and the documents of some.
 SELECT name, revision, status, from_file,
        CASE WHEN name = ANY ($1::text[]) THEN sequencer.document(name) END AS document
   FROM sequencer.sequences ORDER BY name;
 
 -- name: as_jsonb
+-- Normalise a document as PostgreSQL stores it, so that documents can be compared.
 SELECT $1::jsonb;
 
 -- name: count_at
+-- Count the active enrollments at a step.
 SELECT count(*) FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND status = 'active';
 
 -- name: people
--- Everybody who has begun and is at a step.
+-- Read all active enrollments at a step that have begun.
 SELECT id, subject, data, created_at, tag, sequence, step, timezone,
        least(wake_at, '9999-12-31Z') AS wake_at, entered_at, visit, attempt, retry_at, leased_by,
        last_error, goals_met, goals_elsewhere, executed
@@ -642,18 +676,20 @@ SELECT id, subject, data, created_at, tag, sequence, step, timezone,
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND entered_at IS NOT NULL;
 
 -- name: archive
+-- Archive sequences.
 UPDATE sequencer.sequences SET status = 'archived' WHERE name = ANY ($1::text[]);
 
 -- name: mark_from_file
+-- Record that sequences were applied from a file.
 UPDATE sequencer.sequences SET from_file = true WHERE name = ANY ($1::text[]) AND NOT from_file;
 
 -- name: revisions_of
--- Of a sequence, each with the one before it.
+-- Read the revisions of a sequence, the latest first, each with the document before it.
 SELECT revision, at, by, document, lag(document) OVER (ORDER BY revision) AS before
   FROM sequencer.revisions WHERE sequence = $1 ORDER BY revision DESC;
 
 -- name: document
--- What a sequence is, or was in a revision.
+-- Read the document of a sequence, as it is or as it was in a revision.
 SELECT CASE
     WHEN $2::integer IS NULL THEN sequencer.document($1)
     WHEN $2 <= greatest((SELECT revision FROM sequencer.sequences WHERE name = $1),
@@ -662,14 +698,16 @@ SELECT CASE
            ORDER BY revision DESC LIMIT 1) END;
 
 -- name: suppressed
+-- Find which addresses are suppressed.
 SELECT channel, address FROM sequencer.suppressions
  WHERE (channel, address) IN (SELECT * FROM unnest($1::text[], $2::text[]));
 
 -- name: lock_migrations
--- Until the end of the transaction: two processes that migrate do it one after the other.
+-- Acquire the migration lock until the end of the transaction: processes migrate one at a time.
 SELECT pg_advisory_xact_lock(7364528, 1);
 
 -- name: create_migrations
+-- Create the schema and the table of applied migrations.
 CREATE SCHEMA IF NOT EXISTS sequencer;
 CREATE TABLE IF NOT EXISTS sequencer.migrations (
     version    integer PRIMARY KEY,
@@ -679,35 +717,43 @@ CREATE TABLE IF NOT EXISTS sequencer.migrations (
 );
 
 -- name: has_migrations
+-- Check whether the table of applied migrations exists.
 SELECT to_regclass('sequencer.migrations') IS NOT NULL;
 
 -- name: migrations
+-- Read the applied migrations.
 SELECT version, name, checksum FROM sequencer.migrations ORDER BY version;
 
 -- name: record_migration
+-- Record an applied migration.
 INSERT INTO sequencer.migrations (version, name, checksum) VALUES ($1, $2, $3);
 
 -- name: server_version
+-- Read the server's version as a number.
 SELECT current_setting('server_version_num')::integer;
 
 -- name: server_encoding
+-- Read the encoding of the database.
 SELECT current_setting('server_encoding');
 
 -- name: server_facts
+-- Read what `doctor` checks about the server and the session.
 SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_standby,
        pg_backend_pid() AS pid, current_setting('transaction_read_only') = 'on' AS is_read_only,
        current_setting('idle_session_timeout')::interval AS idle_timeout;
 
 -- name: present_triggers
+-- Read the triggers of the schema, and whether they are enabled.
 SELECT c.relname::text AS "table", t.tgname::text AS name, t.tgenabled IN ('O', 'A') AS fires
   FROM pg_trigger AS t JOIN pg_class AS c ON c.oid = t.tgrelid
  WHERE c.relnamespace = 'sequencer'::regnamespace AND NOT t.tgisinternal AND t.tgparentid = 0;
 
 -- name: missing_roles
+-- Find which of the roles do not exist.
 SELECT name FROM unnest($1::text[]) AS name WHERE to_regrole(name) IS NULL;
 
 -- name: missing_grants
--- What a daemon may do and the present user may not.
+-- Find the privileges that the role of daemons has and the present user lacks.
 WITH granted (object, privilege, has) AS MATERIALIZED (
     SELECT c.oid::regclass::text, a.privilege_type,
            CASE c.relkind WHEN 'S' THEN has_sequence_privilege(c.oid, a.privilege_type)
@@ -729,8 +775,8 @@ SELECT format('%s ON %s', string_agg(DISTINCT privilege, ', '), object) AS missi
   FROM granted WHERE NOT has GROUP BY object ORDER BY object LIKE '%(%', object;
 
 -- name: row_security
--- Tables of which row-level security may hide rows from the present user, or from the owner, as whom
--- triggers and functions work; and whether it hides all of them, as no policy is for that user.
+-- Find the tables where row-level security may hide rows from the present user, or from the owner, with
+-- whose rights triggers and functions run; and whether it hides all rows, as no policy permits any.
 WITH users (oid, is_owner) AS (
     SELECT oid, false FROM pg_roles WHERE rolname = current_user
     UNION ALL
@@ -758,23 +804,27 @@ SELECT c.oid::regclass::text AS "table", u.oid::regrole::text AS "user",
  ORDER BY u.is_owner, c.oid::regclass::text;
 
 -- name: is_superuser
+-- Check whether the present user is a superuser.
 SELECT rolsuper FROM pg_roles WHERE rolname = current_user;
 
 -- name: notify
+-- Send an empty notification, to test that notifications arrive.
 SELECT pg_notify($1, '');
 
 -- name: count_daemons
+-- Count the daemons that listen for notifications.
 SELECT count(*) FROM pg_stat_activity
  WHERE datname = current_database() AND application_name = 'sequencerd listener';
 
 -- name: zones_in_use
--- Times a month apart, as the server shows them in the zones of sequences.
+-- Convert times a month apart to the time zones of sequences, to compare with Python's.
 SELECT q.timezone, month AS at, month AT TIME ZONE q.timezone AS local
   FROM (SELECT DISTINCT timezone FROM sequencer.sequences) AS q
  CROSS JOIN generate_series(date_trunc('month', now()), now() + interval '2 years',
                             interval '1 month') AS month;
 
 -- name: vacuum_facts
+-- Read the settings and statistics of vacuum for the table of enrollments.
 SELECT current_setting('autovacuum') = 'on' AS is_on, current_setting('track_counts') = 'on' AS counts,
        coalesce(c.reloptions, '{}')::text[] AS options, s.n_live_tup AS live, s.n_dead_tup AS dead,
        greatest(s.last_autovacuum, s.last_vacuum) AS last_vacuum
@@ -782,7 +832,7 @@ SELECT current_setting('autovacuum') = 'on' AS is_on, current_setting('track_cou
  WHERE c.oid = 'sequencer.enrollments'::regclass;
 
 -- name: old_snapshots
--- What keeps dead rows from being vacuumed away, and since when.
+-- Find what keeps dead rows from being vacuumed, and since when.
 SELECT format('process %s of %s (%s)', pid, usename, coalesce(nullif(application_name, ''), state))
        AS what, now() - xact_start AS age
   FROM pg_stat_activity
@@ -796,29 +846,36 @@ SELECT format('replication slot %s, which nobody reads', slot_name), NULL
  ORDER BY age DESC NULLS LAST;
 
 -- name: count_overdue
+-- Count the overdue enrollments, and find the longest delay.
 SELECT count(*), max(overdue_by) AS longest FROM sequencer.overdue;
 
 -- name: failed_by_code
+-- Count the failed enrollments by failure code.
 SELECT failure, count(*) FROM sequencer.enrollments
  WHERE status = 'failed' GROUP BY failure ORDER BY count(*) DESC;
 
 -- name: problems
+-- Read the steps that cannot be executed, and why.
 SELECT sequence, name AS step, problem FROM sequencer.steps
  WHERE problem IS NOT NULL ORDER BY sequence, position;
 
 -- name: partition_facts
+-- Check whether the history has a partition for this month, and rows outside of all partitions.
 SELECT to_regclass(format('sequencer.events_%s', to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM')))
        IS NOT NULL AS has_month,
        EXISTS (SELECT FROM sequencer.events_other) AS has_others;
 
 -- name: types_in_use
+-- Read the step types that definitions use.
 SELECT DISTINCT type FROM sequencer.steps;
 
 -- name: lookups_in_use
+-- Read the lookups that sequences name, and whether each is an SQL function.
 SELECT DISTINCT lookup AS name, to_regprocedure(lookup || '(text[])') IS NOT NULL AS is_function
   FROM sequencer.sequences WHERE lookup IS NOT NULL;
 
 -- name: original_columns
+-- Read the columns of the original's tables.
 SELECT c.relname::text AS "table", a.attname::text AS column
   FROM pg_attribute AS a
   JOIN pg_class AS c ON c.oid = a.attrelid
@@ -827,17 +884,20 @@ SELECT c.relname::text AS "table", a.attname::text AS column
    AND c.relkind IN ('r', 'v', 'm', 'f', 'p') AND a.attnum > 0 AND NOT a.attisdropped;
 
 -- name: original_sequences
+-- Read the sequences of the original.
 SELECT id::text, title::text, "firstStep"::text AS first_step FROM {schema}.sequences
  ORDER BY sequences.id;
 
 -- name: original_steps
+-- Read the steps of the original.
 SELECT id::text, "sequenceId"::text AS sequence, "nextStep"::text AS next,
        "altNextStep"::text AS alt_next, type::text, config::text,
        coalesce("requiresExternalData", false) AS reads_external
   FROM {schema}.steps ORDER BY steps.id;
 
 -- name: original_runners
--- Times without a zone are UTC, as the original's server wrote them; the session is set to it.
+-- Read the enrollments of the original. Times without a zone are UTC, as its server wrote them; the
+-- session is set to it.
 SELECT r.id::text, r."dataLookup"::text AS subject, r."sequenceId"::text AS sequence,
        r."stepId"::text AS step, coalesce(r."isActive", false) AS is_active, possible,
        CASE WHEN possible THEN r."startSequence"::timestamptz END AS started_at,
@@ -850,12 +910,12 @@ SELECT r.id::text, r."dataLookup"::text AS subject, r."sequenceId"::text AS sequ
  ORDER BY r."startSequence", r.id;
 
 -- name: original_repeated
--- Sequences in which somebody is active more than once.
+-- Find the sequences of the original in which a subject is active more than once.
 SELECT "sequenceId"::text AS sequence FROM {schema}.runners
  WHERE "isActive" GROUP BY "sequenceId", "dataLookup" HAVING count(*) > 1;
 
 -- name: import_people
--- Who is here already is left as they are: the same subject, begun at the same moment.
+-- Import enrollments, except those that exist: the same subject, created at the same time.
 WITH written AS (
 INSERT INTO sequencer.enrollments
        (sequence, step, subject, status, created_at, entered_at, ended_at, wake_at, goals_met)
@@ -873,14 +933,16 @@ RETURNING sequence, status
 SELECT sequence, status, count(*) FROM written GROUP BY sequence, status;
 
 -- name: use_utc
+-- Set the time zone of the transaction to UTC.
 SET LOCAL timezone = 'UTC';
 
 -- name: console_sequences
+-- Read all sequences for the console.
 SELECT name, status, timezone, first_step, revision FROM sequencer.sequences ORDER BY name;
 
 -- name: console_steps
--- How many are at each step, how many of them are due within the hour, and overdue. It reads nothing
--- but the index of who is due, and of each step no more than the limit.
+-- Count the active enrollments of each step, those due within the hour, and those overdue. It reads only
+-- the index of due enrollments, and of each step at most the limit.
 SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.config, s.problem,
        a.active, a.soon, a.overdue
   FROM sequencer.steps AS s CROSS JOIN LATERAL (
@@ -894,7 +956,8 @@ SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.confi
  ORDER BY s.sequence, s.position;
 
 -- name: console_failed
--- Who failed, by step and reason, with one of them; no more than the limit are counted.
+-- Count the failed enrollments by step and failure, with an example of each; at most the limit are
+-- counted.
 SELECT g.sequence, g.step, g.failure, g.failed, x.last_error, x.data
   FROM (SELECT sequence, step, failure, count(*) AS failed
           FROM (SELECT sequence, step, failure FROM sequencer.enrollments WHERE status = 'failed'
@@ -907,7 +970,7 @@ SELECT g.sequence, g.step, g.failure, g.failed, x.last_error, x.data
  ORDER BY g.sequence, g.step, g.failure;
 
 -- name: console_flow
--- What happened at steps between two times, by day.
+-- Count the events at steps between two times, by day.
 SELECT date_trunc('day', at AT TIME ZONE 'UTC')::date AS day, sequence, step, action,
        count(*) AS times
   FROM sequencer.events
@@ -916,8 +979,8 @@ SELECT date_trunc('day', at AT TIME ZONE 'UTC')::date AS day, sequence, step, ac
  GROUP BY 1, 2, 3, 4;
 
 -- name: console_stays
--- How many seconds those stayed who left steps between two times: of one enrollment in so many, and
--- no more than the limit.
+-- Measure the length of visits that ended between two times, in seconds: of one enrollment in so many,
+-- and at most the limit.
 SELECT v.sequence, v.step, extract(epoch FROM v.at - (
            SELECT max(p.at) FROM sequencer.events AS p
             WHERE p.enrollment_id = v.enrollment_id AND p.at <= v.at
@@ -927,13 +990,15 @@ SELECT v.sequence, v.step, extract(epoch FROM v.at - (
            AND abs(hashint8(enrollment_id)::bigint) % $3 = 0 LIMIT $4) AS v;
 
 -- name: console_people
--- Who is at a step, by wake time. Many may have the same, so a page begins after so many with it.
+-- Read a page of the active enrollments at a step, by wake time. Many may have the same wake time, so a
+-- page begins at an offset within it.
 SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data
   FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at >= $3
  ORDER BY wake_at LIMIT $5 OFFSET $4;
 
 -- name: console_failed_people
+-- Read a page of the enrollments that failed at a step with one failure code.
 SELECT id, subject, status, ended_at, attempt, last_error, data
   FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND ($3::text IS NULL AND failure IS NULL OR failure = $3)
@@ -941,45 +1006,47 @@ SELECT id, subject, status, ended_at, attempt, last_error, data
  LIMIT $5 OFFSET $4;
 
 -- name: console_history
--- The latest events of an enrollment before a time.
+-- Read the latest events of an enrollment before a time.
 SELECT at, sequence, step, visit, action, message, revision
   FROM sequencer.events WHERE enrollment_id = $1 AND at < $2 ORDER BY at DESC, visit DESC LIMIT $3;
 
 -- name: console_versions
--- A text for each enrollment that is another when anything has happened to it.
+-- Build a version for each enrollment that differs after any change to it.
 SELECT e.id, concat_ws('-', e.xmin, e.ctid, extract(epoch FROM (
            SELECT max(v.at) FROM sequencer.events AS v WHERE v.enrollment_id = e.id)),
            (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)) AS version
   FROM sequencer.enrollments AS e WHERE e.id = ANY ($1::bigint[]);
 
 -- name: console_by_subject
--- Enrollments of subjects from one to another, in their order, after one of them.
+-- Read enrollments in a range of subjects, in order, after a given one.
 SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
   FROM sequencer.enrollments
  WHERE subject >= $1 AND subject < $2 AND (subject, sequence, entry) > ($3, $4, $5)
  ORDER BY subject, sequence, entry LIMIT $6;
 
 -- name: console_by_id
--- The latest of those below an id.
+-- Read the latest enrollments with an id below the given one.
 SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
   FROM sequencer.enrollments WHERE id < $1 ORDER BY id DESC LIMIT $2;
 
 -- name: console_has_email_index
+-- Check whether the index of e-mail addresses exists and is valid.
 SELECT EXISTS (SELECT FROM pg_index
                 WHERE indexrelid = to_regclass('sequencer.enrollments_email') AND indisvalid);
 
 -- name: console_by_email
+-- Find enrollments by e-mail address, by an index.
 SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
   FROM sequencer.enrollments WHERE lower(data->>'email') = lower($1) LIMIT $2;
 
 -- name: console_by_email_of_latest
--- The same where there is no index: among the latest.
+-- Find enrollments by e-mail address among the latest, where there is no index.
 SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
   FROM (SELECT * FROM sequencer.enrollments ORDER BY id DESC LIMIT $3) AS latest
  WHERE lower(data->>'email') = lower($1) LIMIT $2;
 
 -- name: console_revisions
--- The latest of a sequence, below one, each with the one before it.
+-- Read a page of the revisions of a sequence, the latest first, each with the document before it.
 SELECT r.revision, r.at, r.by, r.document,
        (SELECT b.document FROM sequencer.revisions AS b
          WHERE b.sequence = r.sequence AND b.revision < r.revision
@@ -988,11 +1055,11 @@ SELECT r.revision, r.at, r.by, r.document,
  WHERE r.sequence = $1 AND r.revision < $2 ORDER BY r.revision DESC LIMIT $3;
 
 -- name: console_log_out
--- Ends a session for all daemons, and forgets those that have ended by themselves since.
+-- End a session for all daemons, and delete the logouts of sessions that have expired since.
 WITH over AS (DELETE FROM sequencer.console_logouts WHERE until < now())
 INSERT INTO sequencer.console_logouts (session, until) VALUES ($1, now() + $2)
 ON CONFLICT (session) DO NOTHING;
 
 -- name: console_is_logged_out
--- Whether a session was ended by a logout, here or at another daemon.
+-- Check whether a session was ended by a logout, here or at another daemon.
 SELECT EXISTS (SELECT FROM sequencer.console_logouts WHERE session = $1);

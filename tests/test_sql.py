@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -35,6 +38,20 @@ async def test_every_statement_can_be_prepared(connection: asyncpg.Connection) -
         # the one is several statements, others are completed with the names of a user's own
         if name != "create_migrations" and "{schema}" not in query:
             await connection.prepare(query)
+
+
+def test_every_statement_is_described_in_standard_terms() -> None:
+    for name, query in QUERIES.items():
+        lines = takewhile(lambda line: line.startswith("--"), query.splitlines())
+        described = " ".join(line.removeprefix("-- ") for line in lines)
+        assert re.fullmatch(r"[A-Z`].+\.", described), f"{name} has no sentence: {described!r}"
+        found = re.search(r"\b(people|\w+body|who|whom|bell|looked at)\b", described)
+        assert found is None, f"{name} says {found}"
+
+
+def test_every_statement_is_used(repository: Path) -> None:
+    code = "".join(path.read_text() for path in (repository / "sequencerd").rglob("*.py"))
+    assert [name for name in QUERIES if f'"{name}"' not in code] == []
 
 
 async def test_what_an_insert_leaves_out_is_filled_in(defined: asyncpg.Connection) -> None:
