@@ -1,5 +1,10 @@
 -- Every statement that runs against the database, by name, each with a sentence that says what it does.
--- store.QUERIES has them.
+-- store.QUERIES has them, with these placeholders expanded:
+--
+--   {enrollment}        the columns of an enrollment e as the fields of model.Enrollment, in their order,
+--                       with NULL for large data
+--   {whole_enrollment}  the same with data of any size
+--   {small_data}        the data of an enrollment e, NULL where they are large
 
 -- name: server_time
 -- Read the database's clock, to measure the offset of the daemon's.
@@ -131,10 +136,7 @@ SELECT p.sequence, p.step, d.due, d.overdue
 -- Claim due enrollments of one step, the oldest first. None if the definition is not the known revision;
 -- none that a living daemon has leased, even if a lock kept that daemon from extending the lease. Large
 -- data are read separately.
-SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
-       e.created_at, e.tag, e.sequence, e.step, e.timezone,
-       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.last_error, e.goals_met, e.goals_elsewhere, e.executed
+SELECT {enrollment}
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
    AND EXISTS (SELECT FROM sequencer.sequences AS s
@@ -176,10 +178,7 @@ SELECT e.id
 -- name: claim_some
 -- Claim given enrollments of a step that are due or waiting, including those that this daemon itself has
 -- leased.
-SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
-       e.created_at, e.tag, e.sequence, e.step, e.timezone,
-       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.last_error, e.goals_met, e.goals_elsewhere, e.executed
+SELECT {enrollment}
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[]) AND e.sequence = $2 AND e.step = $3 AND e.status = 'active'
    AND (e.wake_at <= $4 OR e.leased_by IS NULL AND e.entered_at IS NOT NULL)
@@ -265,7 +264,7 @@ SELECT least(
 -- Lock enrollments whose side effects have ended, and read what may have changed meanwhile. Enrollments
 -- that another session has locked are skipped.
 SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject,
-       CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
+       {small_data},
        e.sequence, e.step, e.timezone, e.last_error, e.goals_met, e.goals_elsewhere, e.executed,
        (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
   FROM sequencer.enrollments AS e
@@ -387,10 +386,7 @@ UPDATE sequencer.steps SET retime_from = $3 WHERE sequence = $1 AND name = $2;
 
 -- name: lock_waiting
 -- Lock and read enrollments that wait at a changed step. Due ones are evaluated under the change anyway.
-SELECT e.id, e.subject, CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data,
-       e.created_at, e.tag, e.sequence, e.step, e.timezone,
-       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.last_error, e.goals_met, e.goals_elsewhere, e.executed
+SELECT {enrollment}
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
    AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
@@ -575,9 +571,7 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
 
 -- name: simulated
 -- Read an enrollment as a claim does, with its status.
-SELECT e.id, e.subject, e.data, e.created_at, e.tag, e.sequence, e.step, e.timezone,
-       least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit, e.attempt, e.retry_at,
-       e.leased_by, e.last_error, e.goals_met, e.goals_elsewhere, e.executed, e.status
+SELECT {whole_enrollment}, e.status
   FROM sequencer.enrollments AS e WHERE e.id = $1;
 
 -- name: history
@@ -669,11 +663,9 @@ SELECT count(*) FROM sequencer.enrollments
 
 -- name: people
 -- Read all active enrollments at a step that have begun.
-SELECT id, subject, data, created_at, tag, sequence, step, timezone,
-       least(wake_at, '9999-12-31Z') AS wake_at, entered_at, visit, attempt, retry_at, leased_by,
-       last_error, goals_met, goals_elsewhere, executed
-  FROM sequencer.enrollments
- WHERE sequence = $1 AND step = $2 AND status = 'active' AND entered_at IS NOT NULL;
+SELECT {whole_enrollment}
+  FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.entered_at IS NOT NULL;
 
 -- name: archive
 -- Archive sequences.

@@ -89,8 +89,21 @@ Place = tuple[str, str]
 """A step of a sequence: its key in the heap."""
 
 
+_SMALL_DATA = "CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data"
+_COLUMNS = {name: f"e.{name}" for name in Enrollment._fields} | {
+    "wake_at": "least(e.wake_at, '9999-12-31Z') AS wake_at",  # Python's calendar has no infinity
+}
+_PLACEHOLDERS = {
+    "{enrollment}": ", ".join((_COLUMNS | {"data": _SMALL_DATA}).values()),
+    "{whole_enrollment}": ", ".join(_COLUMNS.values()),
+    "{small_data}": _SMALL_DATA,
+}
+
+
 def _load_queries() -> dict[str, str]:
     text = (files("sequencerd") / "queries.sql").read_text(encoding="utf-8")
+    for placeholder, columns in _PLACEHOLDERS.items():
+        text = text.replace(placeholder, columns)
     parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 

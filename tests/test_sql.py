@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from sequencerd import store
-from sequencerd.core.model import effect_key
+from sequencerd.core.model import Enrollment, effect_key
 from sequencerd.store import QUERIES
 from tests.engines import define, enroll
 
@@ -52,6 +52,16 @@ def test_every_statement_is_described_in_standard_terms() -> None:
 def test_every_statement_is_used(repository: Path) -> None:
     code = "".join(path.read_text() for path in (repository / "sequencerd").rglob("*.py"))
     assert [name for name in QUERIES if f'"{name}"' not in code] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["claim", "claim_some", "claim_bare", "lock_waiting", "people", "simulated"]
+)
+async def test_what_reads_enrollments_has_the_columns_of_the_model(
+    connection: asyncpg.Connection, name: str
+) -> None:
+    columns = [c.name for c in (await connection.prepare(QUERIES[name])).get_attributes()]
+    assert columns[: len(Enrollment._fields)] == list(Enrollment._fields)
 
 
 async def test_what_an_insert_leaves_out_is_filled_in(defined: asyncpg.Connection) -> None:
