@@ -5,6 +5,7 @@
 --                       with NULL for large data
 --   {whole_enrollment}  the same with data of any size
 --   {small_data}        the data of an enrollment e, NULL where they are large
+--   {..._lock}          the numbers of a store.AdvisoryLock
 
 -- name: server_time
 -- Read the database's clock, to measure the offset of the daemon's.
@@ -107,16 +108,16 @@ SELECT sequence, step, wake_at FROM place WHERE wake_at < 'infinity';
 -- Try to acquire the notify lock, which makes triggers notify. True: this session holds it. False:
 -- another daemon does, which is as good. Null: transactions are in progress that have sent no
 -- notification.
-SELECT CASE WHEN pg_try_advisory_lock(7364528, 4) THEN true
+SELECT CASE WHEN pg_try_advisory_lock({notify_lock}) THEN true
             WHEN EXISTS (SELECT FROM pg_locks
-                          WHERE locktype = 'advisory' AND classid = 7364528 AND objid = 4
+                          WHERE locktype = 'advisory' AND (classid, objid) = ({notify_lock})
                             AND database = (SELECT oid FROM pg_database
                                              WHERE datname = current_database())
                             AND mode = 'ExclusiveLock' AND granted) THEN false END;
 
 -- name: leave_bell
 -- Release the notify lock and notify the other daemons of it.
-SELECT pg_advisory_unlock(7364528, 4), pg_notify('sequencer', '{"quiet": true}');
+SELECT pg_advisory_unlock({notify_lock}), pg_notify('sequencer', '{"quiet": true}');
 
 -- name: count_due
 -- Count the enrollments that are due at steps, and those overdue by more than a minute. The limit
@@ -361,7 +362,7 @@ SELECT sequence, name, retime_from FROM sequencer.steps WHERE retime_from IS NOT
 
 -- name: take_lead
 -- Try to acquire the lock of the one daemon that handles the requests that applications send by NOTIFY.
-SELECT pg_try_advisory_lock(7364528, 5);
+SELECT pg_try_advisory_lock({requests_lock});
 
 -- name: retiming_from
 -- Read from which id on the enrollments waiting at a step have yet to be evaluated.
@@ -452,7 +453,7 @@ SELECT sequencer.delete_ended($1, $2);
 
 -- name: try_lock_retention
 -- Try to acquire the lock of the one daemon that runs retention, until the end of the transaction.
-SELECT pg_try_advisory_xact_lock(7364528, 2);
+SELECT pg_try_advisory_xact_lock({retention_lock});
 
 -- name: status
 -- Read the counts of each step, for one sequence or all.
@@ -643,7 +644,7 @@ SELECT count(*) FROM moved;
 -- name: lock_definitions
 -- Lock all definitions until the end of the transaction: `apply` runs one at a time, and changes of
 -- sequences by SQL wait.
-SELECT pg_advisory_xact_lock(7364528, 3), (SELECT count(*) FROM (
+SELECT pg_advisory_xact_lock({definitions_lock}), (SELECT count(*) FROM (
     SELECT FROM sequencer.sequences ORDER BY name FOR UPDATE) AS locked);
 
 -- name: documents
@@ -696,7 +697,7 @@ SELECT channel, address FROM sequencer.suppressions
 
 -- name: lock_migrations
 -- Acquire the migration lock until the end of the transaction: processes migrate one at a time.
-SELECT pg_advisory_xact_lock(7364528, 1);
+SELECT pg_advisory_xact_lock({migrations_lock});
 
 -- name: create_migrations
 -- Create the schema and the table of applied migrations.

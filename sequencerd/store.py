@@ -11,6 +11,7 @@ from collections.abc import Sequence as Rows
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from enum import Enum
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -89,6 +90,23 @@ Place = tuple[str, str]
 """A step of a sequence: its key in the heap."""
 
 
+class AdvisoryLock(Enum):
+    """The advisory locks, by the second of their two numbers; sql/0001_sequencer.sql lists them."""
+
+    MIGRATIONS = 1
+    RETENTION = 2
+    DEFINITIONS = 3
+    NOTIFY = 4
+    REQUESTS = 5
+
+    def __str__(self) -> str:
+        """Return the arguments of the functions that lock it."""
+        return f"{LOCK_CLASS}, {self.value}"
+
+
+LOCK_CLASS = 7364528
+"""The first number of each advisory lock: those of other applications have another."""
+
 _SMALL_DATA = "CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data"
 _COLUMNS = {name: f"e.{name}" for name in Enrollment._fields} | {
     "wake_at": "least(e.wake_at, '9999-12-31Z') AS wake_at",  # Python's calendar has no infinity
@@ -97,13 +115,14 @@ _PLACEHOLDERS = {
     "{enrollment}": ", ".join((_COLUMNS | {"data": _SMALL_DATA}).values()),
     "{whole_enrollment}": ", ".join(_COLUMNS.values()),
     "{small_data}": _SMALL_DATA,
+    **{f"{{{lock.name.lower()}_lock}}": str(lock) for lock in AdvisoryLock},
 }
 
 
 def _load_queries() -> dict[str, str]:
     text = (files("sequencerd") / "queries.sql").read_text(encoding="utf-8")
-    for placeholder, columns in _PLACEHOLDERS.items():
-        text = text.replace(placeholder, columns)
+    for placeholder, expanded in _PLACEHOLDERS.items():
+        text = text.replace(placeholder, expanded)
     parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 

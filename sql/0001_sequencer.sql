@@ -29,6 +29,14 @@
 -- bulk load. What is changed by hand is recorded with the user's name, and with SET LOCAL
 -- sequencer.reason = '...'.
 --
+-- The advisory locks, all with 7364528 as their first number (store.AdvisoryLock):
+--
+--   1  migrations   migrate: one process at a time
+--   2  retention    drop_event_partition and delete_ended: one daemon at a time
+--   3  definitions  apply: one process at a time
+--   4  notify       held by a daemon while it wants to be notified; shared by writers that do not notify
+--   5  requests     held by the one daemon that handles the requests that applications send by NOTIFY
+--
 -- Names and subjects compare byte by byte (COLLATE "C"): cheaper than by the rules of a language, and
 -- no update of the system's libraries can break their indexes.
 

@@ -30,8 +30,9 @@ PAID = """{
     "compareTo": {"type": "raw", "value": true}
 }"""
 DAYS = '{"amount": 3, "unit": "days"}'
-BELL = """FROM pg_locks
-    WHERE locktype = 'advisory' AND objid = 4 AND mode = 'ExclusiveLock' AND granted
+BELL = f"""FROM pg_locks
+    WHERE locktype = 'advisory' AND (classid, objid) = ({store.AdvisoryLock.NOTIFY})
+      AND mode = 'ExclusiveLock' AND granted
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
 BELL_IS_ON = f"SELECT EXISTS (SELECT {BELL})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
+from sequencerd import store
 from tests.conftest import with_login
 from tests.engines import ALL_ENDED, define, enroll, running_engine, until
 
@@ -86,7 +87,7 @@ async def editor(connection: asyncpg.Connection, database: str) -> str:
 async def test_no_trigger_fails_of_what_a_session_has_set(
     editor: str, connection: asyncpg.Connection
 ) -> None:
-    await connection.execute("SELECT pg_advisory_lock(7364528, 4)")  # as a daemon, to be told
+    assert await store.take_bell(connection)  # as a daemon, to be notified
     for setting in SETTINGS:
         session = await asyncpg.connect(editor)
         await session.execute(f"SET {setting}")

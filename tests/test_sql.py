@@ -15,7 +15,7 @@ import pytest
 
 from sequencerd import store
 from sequencerd.core.model import Enrollment, effect_key
-from sequencerd.store import QUERIES
+from sequencerd.store import LOCK_CLASS, QUERIES, AdvisoryLock
 from tests.engines import define, enroll
 
 DAYS = '{"amount": 3, "unit": "days"}'
@@ -62,6 +62,17 @@ async def test_what_reads_enrollments_has_the_columns_of_the_model(
 ) -> None:
     columns = [c.name for c in (await connection.prepare(QUERIES[name])).get_attributes()]
     assert columns[: len(Enrollment._fields)] == list(Enrollment._fields)
+
+
+def test_advisory_locks_have_the_same_numbers_in_sql_and_python(repository: Path) -> None:
+    schema = (repository / "sql" / "0001_sequencer.sql").read_text()
+    listed = re.findall(r"^--   (\d)  (\w+)  ", schema, flags=re.MULTILINE)
+    assert listed == [(str(lock.value), lock.name.lower()) for lock in AdvisoryLock]
+    numbers = re.findall(r"advisory\w*\((.+?)\)", schema)
+    assert numbers == [str(AdvisoryLock.NOTIFY)]
+    for path in [*(repository / "sequencerd").rglob("*.py"), *(repository / "tests").rglob("*.py")]:
+        assert str(LOCK_CLASS) not in path.read_text() or path.name == "store.py"
+    assert str(LOCK_CLASS) not in (repository / "sequencerd" / "queries.sql").read_text()
 
 
 async def test_what_an_insert_leaves_out_is_filled_in(defined: asyncpg.Connection) -> None:
