@@ -12,6 +12,7 @@ All of it runs in one event loop: state changes between awaits only, so it needs
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -131,6 +132,7 @@ class Engine:
         self._has_finished = asyncio.Event()
         self._taken_over: set[int] = set()  # leased by another daemon, though we execute it
         self._wake = asyncio.Event()
+        self._trying = asyncio.Lock()  # what was set aside is tried by one at a time
         self._stopping = False
         self._busy: set[Place] = set()
         self._floods = 0  # steps that are being claimed batch after batch
@@ -331,13 +333,28 @@ class Engine:
         await asyncio.gather(*(lane.stop(max(end - loop.time(), 0)) for lane in lanes))
         with suppress(TimeoutError):  # the leases run out if the database is away
             async with asyncio.timeout_at(max(end, loop.time()) + PAUSE):
+                await self._try_kept_results()
                 while self._writer.leased.keys() - self._kept_results:
                     self._has_finished.set()
                     await asyncio.sleep(0.01)
-        for one in self._quarantine.all:
-            if one.result is not None:
-                log = self._log.bind(enrollment=one.id, sequence=one.place[0], step=one.place[1])
-                log.error("a result could not be written", outcome=outcome(one.result[1]))
+        kept = [one.result for one in self._quarantine.all if one.result is not None]
+        results = {leased.enrollment.id: result for leased, result in (*self._finished, *kept)}
+        for id_, leased in self._writer.leased.items():
+            known = outcome(results[id_]) if id_ in results else "unknown"
+            self._log.error(
+                "a result could not be written",
+                enrollment=id_,
+                sequence=leased.enrollment.sequence,
+                step=leased.enrollment.step,
+                outcome=known,
+            )
+
+    async def _try_kept_results(self) -> None:
+        """Once more, as the last before they are forgotten."""
+        try:
+            await self._try_quarantined(kept_only=True)
+        except Exception as error:
+            self._log.warning("kept results cannot be written", error=store.brief(error))
 
     # --- definitions, and what is due
 
@@ -797,9 +814,17 @@ class Engine:
             if common is not None:
                 raise common
 
-    async def _try_quarantined(self) -> None:
-        """Tries again what was set aside, where it is time for it."""
-        for place, tried in self._quarantine.due(asyncio.get_running_loop().time()).items():
+    async def _try_quarantined(self, *, kept_only: bool = False) -> None:
+        """Tries again what was set aside, where it is time for it; or what is kept of results, at
+        any time.
+        """
+        async with self._trying:
+            await self._try_due(kept_only=kept_only)
+
+    async def _try_due(self, *, kept_only: bool) -> None:
+        now = math.inf if kept_only else asyncio.get_running_loop().time()
+        for place, due in self._quarantine.due(now).items():
+            tried = [one for one in due if one.result is not None or not kept_only]
             results = [one.result for one in tried if one.result is not None]
             ids = [one.id for one in tried if one.result is None]
             sequence = self.catalog.sequences.get(place[0])

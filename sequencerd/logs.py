@@ -11,9 +11,11 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from contextlib import suppress
+from typing import TextIO, cast
 from urllib.parse import unquote, urlsplit
 
+import asyncpg
 import structlog
 from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
 
@@ -50,7 +52,7 @@ def make_log(settings: Settings) -> FilteringBoundLogger:
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[settings.log.level.upper()]
         ),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.WriteLogger(_STDERR),
     )
     log: FilteringBoundLogger = structlog.get_logger()
     # what libraries say by way of logging: in the same form, if it is a warning
@@ -110,8 +112,29 @@ def _passwords(url: str) -> Iterator[str]:
         yield unquote(password)
 
 
+class _Stderr(io.TextIOBase):
+    """Standard error, where a line that can't be written is lost: a full disk or a pipe that is
+    closed must not take anything else with it.
+    """
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+_STDERR = cast(TextIO, _Stderr())
+
+
 class _Forward(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        structlog.get_logger().log(
-            record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info
-        )
+        log = structlog.get_logger().bind(logger=record.name)
+        error = record.exc_info and record.exc_info[1]
+        if isinstance(error, OSError | asyncpg.PostgresError):  # it passes: a line is enough
+            log.log(record.levelno, record.getMessage(), error=type(error).__name__)
+        else:
+            log.log(record.levelno, record.getMessage(), exc_info=record.exc_info)

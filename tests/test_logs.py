@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import asyncpg
+import pytest
 
 from tests.engines import define, until
 
@@ -73,6 +74,37 @@ async def test_a_secret_is_hidden_however_it_comes_to_a_line() -> None:
     )
     last = json.loads(lines.splitlines()[-1])
     assert (last["event"], last["parts"]) == ("*** and *** and ***", ["whole", "***"])
+
+
+async def test_what_passes_is_a_line_of_a_library_too() -> None:
+    code = LINES + (
+        "for error in (ConnectionError('away'), KeyError('bug')):\n"
+        "    try:\n"
+        "        raise error\n"
+        "    except Exception:\n"
+        "        logging.getLogger('asyncpg.pool').warning('retrying', exc_info=True)\n"
+    )
+    passing, bug = map(json.loads, (await said("-c", code)).splitlines()[-2:])
+    assert (passing["event"], passing["error"]) == ("retrying", "ConnectionError")
+    assert "exception" not in passing
+    assert "KeyError" in bug["exception"]
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+async def test_a_log_that_cannot_be_written_takes_nothing_with_it(
+    tmp_path: Path, is_closed: bool
+) -> None:
+    done = tmp_path / "done"
+    code = LINES + f"open({str(done)!r}, 'w').close()"
+    if is_closed:  # journald was restarted, say
+        end, other = os.pipe()
+        os.close(end)
+    else:
+        other = os.open("/dev/full", os.O_WRONLY)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stderr=other)
+    os.close(other)
+    assert await process.wait() == 0
+    assert done.exists()
 
 
 async def test_priorities_for_journald() -> None:

@@ -12,8 +12,9 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
-from sequencerd import migrate, store
+from sequencerd import migrate, quarantine, store
 from sequencerd.clock import Clock
 from sequencerd.core.model import Answer, Result, Task
 from tests.conftest import Command, execute, with_database, with_login
@@ -172,6 +173,40 @@ async def test_a_result_that_cannot_be_written_is_kept_and_its_side_effect_done_
     assert set(Counter(slow.keys).values()) == {1}
     events = await connection.fetch("SELECT DISTINCT action FROM sequencer.events")
     assert {row["action"] for row in events} == {"enrolled", "next", "completed"}
+
+
+async def keep_a_result(connection: asyncpg.Connection, gate: Gate) -> int:
+    """An enrollment of which the side effect is done, and the result is refused."""
+    id_ = await enroll(connection, "s", "bad")
+    await until_begun(gate, 1)
+    await refuse(connection, "NEW.subject = 'bad'", "P0001")
+    gate.opened.set()
+    await until(connection, QUARANTINED, 1)
+    return id_
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+async def test_a_kept_result_is_written_when_the_daemon_stops_or_told(
+    database: str,
+    connection: asyncpg.Connection,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    is_mended: bool,
+) -> None:
+    monkeypatch.setattr(quarantine, "FIRST", 1000.0)  # it is not tried by itself
+    await define(connection, "s", ("call", "Slow", "{}", None))
+    slow = patient(gate)
+    with capture_logs() as logs:
+        async with running_engine(database, {"Slow": slow}):
+            id_ = await keep_a_result(connection, gate)
+            if is_mended:
+                await connection.execute("DROP TRIGGER refuse ON sequencer.enrollments")
+        told = [entry for entry in logs if entry["event"] == "a result could not be written"]
+    assert await connection.fetchval(DONE, 1) is is_mended
+    assert len(slow.keys) == 1
+    assert [(entry["enrollment"], entry["step"], entry["outcome"]) for entry in told] == (
+        [] if is_mended else [(id_, "call", "next")]
+    )
 
 
 async def now(connection: asyncpg.Connection) -> object:
