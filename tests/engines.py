@@ -101,7 +101,7 @@ async def running_engine(
     listener = asyncio.create_task(listen(url, engine.receive, connected, engine.look, log=log))
     working = asyncio.create_task(engine.run())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await ready.wait()
         yield engine
     finally:

@@ -258,6 +258,26 @@ async def crowd(world: World) -> None:
         connection.terminate()
 
 
+async def crowd_out(world: World) -> None:
+    """The same, while a daemon starts."""
+    taken: list[asyncpg.Connection] = []
+    await kill(world)
+    with suppress(*CONNECT):
+        while len(taken) < 100:
+            taken.append(await asyncpg.connect(world.server.url, timeout=5))
+    started = await world.start()
+    await asyncio.sleep(1)
+    for connection in taken:
+        connection.terminate()
+    if started.process.returncode is not None:
+        (line,) = started.log.read_text().splitlines()
+        assert "too many clients" in line or "remaining connection slots" in line, line
+
+
+async def test_the_server_has_no_connections_left_for_a_daemon_that_starts(world: World) -> None:
+    await breaking(world, crowd_out, every=1, daemons=2)
+
+
 async def test_connections_are_terminated(world: World) -> None:
     await breaking(world, terminate, every=0.3, daemons=2)
 
@@ -347,6 +367,18 @@ async def test_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
         async with living(small.url, tmp_path, FIRST) as world:
             await breaking(world, fill, every=1, daemons=2)
         assert "No space left on device" in (small_disk / "server/log").read_text()
+
+
+async def test_no_log_can_be_written(world: World) -> None:
+    """As with a full disk under the daemon: it goes on, and is not started anew."""
+    world.stderr = Path("/dev/full")
+    await world.keep(2)
+    daemons = list(world.daemons)
+    await breaking(world, terminate, every=0.3, daemons=2)
+    assert world.daemons == daemons
+    await world.stop()
+    assert [daemon.process.returncode for daemon in daemons] == [0, 0]
+    world.daemons.clear()
 
 
 # --- a pooler between

@@ -235,6 +235,7 @@ class World:
         self.plan: list[str] = []  # what was done, for who reads a failure
         self.settings = ""  # of the daemons, in TOML
         self.environment: dict[str, str] = {}
+        self.stderr: Path | None = None  # of the daemons, if it is no file that can be read
         self.code: Path | None = None  # where the daemons' package is, if it is not the one tested
         self._begun = asyncio.get_running_loop().time()
 
@@ -247,7 +248,7 @@ class World:
         log = self.folder / f"daemon-{len(list(self.folder.glob('daemon-*')))}.log"
         config = self.folder / "chaos.toml"
         config.write_text(self.settings)
-        with log.open("wb") as out:
+        with (self.stderr or log).open("wb") as out:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "sequencerd", "--config", str(config), "run",
                 env={**os.environ, "SEQUENCERD_DATABASE": self.used, **self.environment},
