@@ -41,6 +41,8 @@ from sequencerd.core.model import (
     outcome,
 )
 from sequencerd.definitions import Runners
+from sequencerd.expiries import TURN as EXPIRY_TURN
+from sequencerd.expiries import Expiries
 from sequencerd.heartbeat import Heartbeat
 from sequencerd.jumps import Jump
 from sequencerd.lanes import Lane, Leased, Work
@@ -141,6 +143,16 @@ class Engine:
         self._fruitless: dict[Place, int] = {}  # claims in a row that found nobody
         self._background: set[asyncio.Task[None]] = set()
         self._reloads = Repeating(self.reload, self._spawn, self._writer, log=log)
+        self._expiries = Expiries(
+            pool,
+            self.catalog,
+            self._writer,
+            self._claim_some,
+            self._left_alone,
+            daemon=name,
+            clock=clock,
+            batch=settings.batch,
+        )
         self._retiming = Retiming(
             pool,
             self.catalog.sequences,
@@ -164,6 +176,7 @@ class Engine:
                 group.create_task(self._every(self._settings.sweep, self.sweep)),
                 group.create_task(self._every(self._settings.lease / 3, self._extend_leases)),
                 group.create_task(self._every(QUARANTINE_TURN, self._try_quarantined)),
+                group.create_task(self._every(EXPIRY_TURN, self._expiries.turn)),
                 *(group.create_task(self._write_results()) for _ in range(WRITERS)),
             ]
             await self._schedule()
@@ -375,10 +388,24 @@ class Engine:
             async with store.connection(self._pool) as connection:
                 counts = await store.count_due(connection, due, now, MAX_DUE)
         await self._claim_orphans(due, now)
-        oldest = min(due.values(), default=None)
+        self._expiries.forget()
         await self._count_waiting(list(self._writer.lanes.values()))
+        # who waits for a runner that is down is counted there
+        late = {place: at for place, at in due.items() if not self._is_held(place)}
+        oldest = min(late.values(), default=None)
+        counts = [
+            (sequence, step, count, overdue if (sequence, step) in late else 0)
+            for sequence, step, count, overdue in counts
+        ]
         self._metrics.clock_offset.set(self._clock.ahead().total_seconds())
         self._metrics.swept(self._clock.now, len(wakes), oldest, counts)
+
+    def _is_held(self, place: Place) -> bool:
+        """Whether the runner of a step is down."""
+        sequence = self.catalog.sequences.get(place[0])
+        step = sequence.steps.get(place[1]) if sequence else None
+        lane = self._writer.lanes.get(step.type) if step else None
+        return lane is not None and lane.trouble is not None
 
     async def rebuild(self) -> list[tuple[Place, datetime]]:
         """Fills the heap from the index. Entries that are too early cost one empty claim."""

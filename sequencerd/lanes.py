@@ -198,6 +198,11 @@ class Lane:
         """One call of the runner. What it does wrong is a failure of the batch, never of ours."""
         timeout = self.runner.timeout
         tasks = [leased.task for leased in batch]
+        now = _now()
+        if any(task.is_late(now) for task in tasks):
+            begun = [leased for leased in batch if not leased.task.is_late(now)]
+            answers = iter(await self._run(begun) if begun else ())
+            return [NotStarted() if task.is_late(now) else next(answers) for task in tasks]
         try:
             async with asyncio.timeout(timeout):
                 results = await self.runner.run(batch[0].program, tasks)

@@ -176,6 +176,29 @@ SELECT e.id
    AND e.id <> ALL ($6::bigint[])
  ORDER BY e.wake_at LIMIT $4;
 
+-- name: expired_ids
+-- Who is due at a side effect that nothing can begin: whose expiry is past, and whose is not known, of
+-- those due since some time.
+SELECT e.id
+  FROM ((SELECT id, leased_by FROM sequencer.enrollments
+          WHERE sequence = $1 AND step = $2 AND status = 'active'
+            AND expires_at IS NOT NULL AND expires_at <= $3 AND id <> ALL ($6::bigint[])
+          ORDER BY expires_at LIMIT $4)
+        UNION ALL
+        (SELECT id, leased_by FROM sequencer.enrollments
+          WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at <= $3
+            AND wake_at >= $7 AND expires_at IS NULL AND id <> ALL ($6::bigint[])
+          ORDER BY wake_at LIMIT $4)) AS e
+ WHERE e.leased_by IS NULL OR e.leased_by <> $5 AND NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3)
+ LIMIT $4;
+
+-- name: forget_expiries
+-- Those who wait at a step are evaluated anew: -infinity is past.
+UPDATE sequencer.enrollments SET expires_at = '-infinity'
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND expires_at IS NOT NULL
+   AND leased_by IS NULL;
+
 -- name: claim_some
 -- Claim given enrollments of a step that are due or waiting, including those that this daemon itself has
 -- leased.
@@ -237,6 +260,7 @@ WITH nothing AS (
        SET sequence = sequence, step = step, status = status, wake_at = wake_at,
            entered_at = entered_at, visit = visit, attempt = attempt, retry_at = retry_at,
            goals_met = goals_met, goals_elsewhere = goals_elsewhere, executed = executed,
+           expires_at = expires_at,
            leased_by = leased_by, failure = failure, last_error = last_error,
            ended_at = ended_at, data = data
      WHERE false
@@ -292,8 +316,8 @@ UPDATE sequencer.enrollments
    SET sequence = $2, step = $3, status = $4,
        wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
        entered_at = $6, visit = $7, attempt = $8, retry_at = $9, leased_by = $10, failure = $11,
-       last_error = $12, executed = $13,
-       ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $14::timestamptz END
+       last_error = $12, executed = $13, expires_at = $14,
+       ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $15::timestamptz END
  WHERE id = ANY ($1::bigint[]);
 
 -- name: record

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -155,6 +155,7 @@ class Row(NamedTuple):
     failure: str | None = None
     last_error: str | None = None
     executed: tuple[str, ...] = ()
+    expires_at: datetime | None = None
 
 
 @dataclass(slots=True)
@@ -452,6 +453,28 @@ async def due_ids(
     """Which enrollments a claim would find. Reads nothing of them that might be unreadable."""
     rows = await connection.fetch(QUERIES["due_ids"], *place, now, limit, daemon, but)
     return [row["id"] for row in rows]
+
+
+async def expired_ids(
+    connection: asyncpg.Connection,
+    place: Place,
+    now: datetime,
+    since: datetime | None,
+    limit: int,
+    *,
+    daemon: str,
+    but: Rows[int],
+) -> list[int]:
+    """Who has expired at a step without being leased, and who is due `since` and may have."""
+    since = since or datetime.min.replace(tzinfo=UTC)
+    query = QUERIES["expired_ids"]
+    rows = await connection.fetch(query, *place, now, limit, daemon, but, since)
+    return [row["id"] for row in rows]
+
+
+async def forget_expiries(connection: asyncpg.Connection, place: Place) -> None:
+    """When those at a step expire is to be evaluated anew: its definition may have changed."""
+    await connection.execute(QUERIES["forget_expiries"], *place)
 
 
 async def claim_some(

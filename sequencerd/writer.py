@@ -42,7 +42,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.definitions import Runners
 from sequencerd.jumps import Jump, decide
-from sequencerd.lanes import Lane, LaneKey, Leased, Owner, Work
+from sequencerd.lanes import TICK, Lane, LaneKey, Leased, Owner, Work
 from sequencerd.metrics import Metrics
 from sequencerd.settings import Engine as Settings
 from sequencerd.store import LOST_ERRORS, TRANSIENT_ERRORS, Place, Row, Written
@@ -152,7 +152,8 @@ class Writer:
                         at, execute = leased, decision
                         wake_at = now + self._lease_time
                     else:
-                        is_common = False  # there may be, for the next
+                        # there may be, for the next
+                        is_common, wake_at = False, _due_since(before, at, now)
                 except EvaluationError as error:
                     unable = failed(at, now, str(error), error.failure)
                     events += unable.events
@@ -194,6 +195,7 @@ class Writer:
             failure.failure if failure else None,
             failure.message if failure else at.last_error,
             tuple(at.executed),
+            decision.expires_at if isinstance(decision, Execute) else None,
         )
         ids = [batch.rows.setdefault(row, [])]
         ids += [batch.events.setdefault(event, []) for event in events]
@@ -223,10 +225,14 @@ class Writer:
 
     def _execute(self, batch: Batch, leased: Enrollment, execute: Execute) -> None:
         """Leases one. Raises EvaluationError for data that can't be read."""
-        step, effect, timezone, external, revision = execute
+        step, effect, timezone, external, revision, expires_at = execute
         assert leased.entered_at is not None
         view = model.view(leased, timezone, leased.entered_at, external)
-        task = Task(leased.key, view)
+        expires = None
+        if expires_at is not None:
+            seconds = self._clock.seconds_until(expires_at) + TICK
+            expires = asyncio.get_running_loop().time() + seconds
+        task = Task(leased.key, view, expires)
         lane = self.lanes[step.type]
         self._lease(batch, Leased(leased, step, lane, effect.program, task, revision))
 
@@ -331,6 +337,13 @@ class Writer:
         until = self._clock.now() + self._lease_time
         async with store.connection(self._pool) as connection:
             await store.extend_leases(connection, ids, self._name, until)
+
+
+def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:
+    """Who finds no room keeps the place in the queue."""
+    if before.wake_at is None or before.visit != at.visit:
+        return now
+    return min(before.wake_at, now)
 
 
 def of_lookup(result: Result) -> Result:

@@ -137,6 +137,7 @@ CREATE TABLE sequencer.enrollments (
     goals_elsewhere jsonb CHECK (jsonb_typeof(goals_elsewhere) = 'object'),
     executed   text[] NOT NULL DEFAULT '{}',
     leased_by  text,
+    expires_at timestamptz,
     retry_at   timestamptz CHECK (retry_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     failure    text,
     last_error text,
@@ -157,6 +158,9 @@ CREATE TABLE sequencer.enrollments (
 
 CREATE INDEX enrollments_due ON sequencer.enrollments (sequence, step, wake_at)
     WHERE status = 'active';
+-- of those who wait for a runner that is down or full
+CREATE INDEX enrollments_expiring ON sequencer.enrollments (sequence, step, expires_at)
+    WHERE status = 'active' AND expires_at IS NOT NULL;
 CREATE INDEX enrollments_failed ON sequencer.enrollments (sequence, step, failure)
     WHERE status = 'failed';
 -- what delete_ended looks for
@@ -175,6 +179,7 @@ COMMENT ON COLUMN sequencer.enrollments.goals_elsewhere IS 'The goals met by seq
 COMMENT ON COLUMN sequencer.enrollments.executed IS 'The side effects, as sequence/step, that were executed since it last waited: to come back to one of them is a loop.';
 COMMENT ON COLUMN sequencer.enrollments.leased_by IS 'The daemon that executes the side effect; wake_at is the end of its lease.';
 COMMENT ON COLUMN sequencer.enrollments.retry_at IS 'The side effect is not started again before this.';
+COMMENT ON COLUMN sequencer.enrollments.expires_at IS 'The side effect is not started from then on; -infinity: not known, as its data have changed.';
 COMMENT ON COLUMN sequencer.enrollments.failure IS 'Of a failed one, a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown, already_enrolled, archived.';
 COMMENT ON COLUMN sequencer.enrollments.last_error IS 'What went wrong last, in a sentence.';
 COMMENT ON COLUMN sequencer.enrollments.tag IS 'Random: makes idempotency keys unique across databases, in which ids repeat.';
@@ -696,13 +701,13 @@ BEGIN
        OR NEW.visit OPERATOR(pg_catalog.<>) 1 OR NEW.attempt OPERATOR(pg_catalog.<>) 0
        OR NEW.goals_met OPERATOR(pg_catalog.<>) '{}' OR NEW.goals_elsewhere IS NOT NULL
        OR NEW.executed OPERATOR(pg_catalog.<>) '{}' OR NEW.leased_by IS NOT NULL
-       OR NEW.retry_at IS NOT NULL OR NEW.failure IS NOT NULL OR NEW.last_error IS NOT NULL
-       OR NEW.ended_at IS NOT NULL THEN
+       OR NEW.retry_at IS NOT NULL OR NEW.expires_at IS NOT NULL OR NEW.failure IS NOT NULL
+       OR NEW.last_error IS NOT NULL OR NEW.ended_at IS NOT NULL THEN
         RAISE insufficient_privilege USING
             MESSAGE = pg_catalog.concat('permission denied: an enrollment begins as active, in its ',
                 'first visit; how far it has come is for the daemon to write'),
             SCHEMA = 'sequencer', TABLE = 'enrollments',
-            HINT = 'Leave out status, entered_at, visit, attempt, goals_met, executed, leased_by, retry_at, failure, last_error and ended_at, or write DEFAULT or NULL.';
+            HINT = 'Leave out status, entered_at, visit, attempt, goals_met, executed, leased_by, retry_at, expires_at, failure, last_error and ended_at, or write DEFAULT or NULL.';
     -- one that is still to be given out would be in the way of another enrollment
     ELSIF NEW.id OPERATOR(pg_catalog.<=) 0 OR NEW.id OPERATOR(pg_catalog.>) coalesce(
           pg_catalog.pg_sequence_last_value('sequencer.enrollments_id_seq'), 0) THEN
@@ -848,6 +853,9 @@ CREATE FUNCTION sequencer.look_again() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     NEW.wake_at := least(NEW.wake_at, now());
+    IF NEW.expires_at IS NOT NULL THEN
+        NEW.expires_at := '-infinity';
+    END IF;
     RETURN NEW;
 END $$;
 
@@ -876,6 +884,7 @@ BEGIN
         NEW.ended_at := NULL;
         NEW.attempt := 0;
         NEW.retry_at := NULL;
+        NEW.expires_at := NULL;
         NEW.executed := '{}';
         NEW.failure := NULL;
         NEW.last_error := NULL;
@@ -914,6 +923,7 @@ BEGIN
     NEW.visit := OLD.visit + 1;
     NEW.attempt := 0;
     NEW.retry_at := NULL;
+    NEW.expires_at := NULL;
     NEW.leased_by := NULL;
     NEW.executed := '{}';
     IF OLD.sequence <> NEW.sequence AND OLD.goals_met = NEW.goals_met THEN -- as `advance` does it
@@ -1084,9 +1094,14 @@ SELECT e.id, e.sequence, e.step, e.subject, e.wake_at, now() - e.wake_at AS over
   LEFT JOIN sequencer.sequences AS q ON q.name = e.sequence
  WHERE e.status = 'active' AND e.wake_at < now() - interval '1 minute'
    AND q.status IS DISTINCT FROM 'paused'
+   AND NOT EXISTS (
+       SELECT FROM sequencer.steps AS s
+         JOIN sequencer.problems AS p ON p.kind = 'runner' AND p.about = s.type
+         JOIN sequencer.daemons AS d ON d.name = p.daemon AND d.alive_until > now()
+        WHERE s.sequence = e.sequence AND s.name = e.step)
  ORDER BY e.wake_at;
 
-COMMENT ON VIEW sequencer.overdue IS 'Who should have been looked at more than a minute ago: no daemon runs, or it cannot keep up.';
+COMMENT ON VIEW sequencer.overdue IS 'Who should have been looked at more than a minute ago: no daemon runs, or it cannot keep up. Who waits for a runner that is down is not among them: see sequencer.problems.';
 
 CREATE VIEW sequencer.failures AS
 SELECT id, sequence, step, subject, failure, last_error, ended_at AS failed_at

@@ -296,3 +296,25 @@ async def test_watch_shows_changes(sequencerd: Command, connection: asyncpg.Conn
     assert "not a number of seconds" in sequencerd.errors
     sequencerd("watch", "nowhere", code=1)
     assert "'nowhere' does not exist" in sequencerd.errors
+
+
+async def test_who_waits_for_a_runner_that_is_down(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("a", "Email", "{}", None))
+    await enroll(connection, "s", "ada")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET wake_at = now() - interval '1 hour';"
+        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
+        " VALUES ('d', now(), now() + interval '1 hour');"
+        "INSERT INTO sequencer.problems (daemon, kind, about, since, message, waiting)"
+        " VALUES ('d', 'runner', 'Email', '2026-03-02T10:00Z', 'mail.x.test refuses', 1240)"
+    )
+    found = await examine(database)
+    assert found["overdue"].level == "ok"
+    told = "Email is down since 2026-03-02 10:00:00Z, 1,240 wait; mail.x.test refuses"
+    assert found["problems"].seen == told
+    await connection.execute("UPDATE sequencer.daemons SET alive_until = now() - interval '1 hour'")
+    found = await examine(database)
+    assert found["overdue"].level == "warning"
+    assert found["problems"].level == "ok"

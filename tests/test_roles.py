@@ -120,6 +120,7 @@ MAY_NOT = {
                 "entered_at": "now()",
                 "ended_at": "now()",
                 "retry_at": "now()",
+                "expires_at": "now()",
                 "leased_by": "'me'",
                 "failure": "'error'",
                 "last_error": "'x'",

@@ -25,6 +25,7 @@ from sequencerd.listener import POLL_INTERVAL, PROBE_INTERVAL
 from sequencerd.runners.web import Unreachable, Web
 from sequencerd.settings import Database, Settings
 from sequencerd.store import QUERIES
+from sequencerd.words import text
 
 Level = Literal["ok", "warning", "error"]
 
@@ -314,6 +315,9 @@ async def _problems(connection: asyncpg.Connection) -> Finding:
 
 
 def _problem(row: asyncpg.Record) -> str:
+    if row["kind"] == "runner":
+        waiting = f"{row['waiting']:,} wait; " if row["waiting"] else ""
+        return f"{row['about']} is down since {text(row['since'])}, {waiting}{row['message']}"
     what = f"enrollment {row['about']}" if row["kind"] == "quarantined" else row["about"]
     place = f" at {row['sequence']}/{row['step']}" if row["sequence"] else ""
     return f"{what}{place} {row['kind']}: {row['message']}"

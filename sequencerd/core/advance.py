@@ -419,10 +419,12 @@ class _Way:
                 return Wait(min(self.at.retry_at, expires))
         if step.reads_external and (missing := self._look_up(sequence, step)):
             return missing
-        if effect.expires is not None and (expires := effect.expires(self._look())) <= self.now:
-            self.record("expired", f"too late since {expires:%Y-%m-%d %H:%M:%S}Z")
+        expires_at = None if effect.expires is None else effect.expires(self._look())
+        if expires_at is not None and expires_at <= self.now:
+            self.record("expired", f"too late since {expires_at:%Y-%m-%d %H:%M:%S}Z")
             return self._go(_target(step, effect.on_expired))
-        return Execute(step, effect, self._zone(), self.external or {}, sequence.revision)
+        external = self.external or {}
+        return Execute(step, effect, self._zone(), external, sequence.revision, expires_at)
 
     def _cut_off(self, effect: SideEffect) -> Fail | None:
         """What follows where a side effect was cut off: it must not be started again, or else the

@@ -459,6 +459,11 @@ class Task(NamedTuple):
 
     key: str
     view: Mapping[str, Any]
+    expires: float | None = None  # by the event loop's clock
+
+    def is_late(self, now: float) -> bool:
+        """Whether it is too late to begin, after a queue or a limited rate: it is NotStarted."""
+        return self.expires is not None and now >= self.expires
 
 
 @dataclass(frozen=True, slots=True)
@@ -579,6 +584,7 @@ class Execute(NamedTuple):
     timezone: str
     external: External
     revision: int  # of its sequence
+    expires_at: datetime | None = None  # not to be begun from then on
 
 
 class LookUp(NamedTuple):

@@ -22,6 +22,7 @@ from sequencerd.core.model import (
     DefinitionError,
     Failed,
     Fault,
+    NotStarted,
     Result,
     RetryPolicy,
     Suppressed,
@@ -200,6 +201,8 @@ class EmailRunner:
         try:
             mail = write(program, task, now)
             await self._pace.turn()
+            if task.is_late(asyncio.get_running_loop().time()):
+                return NotStarted()
             if without := await self._suppressed(mail, task):
                 if without >= set(mail.to) or task.view["subject"] in without:
                     return Suppressed(f"not sent to {', '.join(sorted(without))}")

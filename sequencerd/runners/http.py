@@ -137,17 +137,23 @@ class HttpRunner:
         self, program: str, tasks: Sequence[Task], written: Mapping[str, str]
     ) -> dict[str, Result] | None:
         """One call; None where it was too large and fewer tasks may fit."""
-        body = _body(program, [written[task.key] for task in tasks])
         await self._pace.turn()
+        now = _now()
+        late: dict[str, Result] = {task.key: NotStarted() for task in tasks if task.is_late(now)}
+        if late:
+            tasks = [task for task in tasks if task.key not in late]
+            if not tasks:
+                return late
+        body = _body(program, [written[task.key] for task in tasks])
         try:
             reply = await self._call(body, [task.key for task in tasks])
         except Unreachable as error:
             failed = error.failed(f"{self._name}: {error}")
-            return {task.key: failed for task in tasks}
+            return late | dict.fromkeys((task.key for task in tasks), failed)
         if reply.status == 413 and len(tasks) > 1:
             self._batch_bytes = min(self._batch_bytes, len(body) // 2)
             return None
-        return self._judge(reply, tasks)
+        return late | self._judge(reply, tasks)
 
     async def _call(self, body: bytes, keys: Sequence[str]) -> Reply:
         id_ = keys[0] if len(keys) == 1 else batch_key(keys)

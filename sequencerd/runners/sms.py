@@ -20,6 +20,7 @@ from sequencerd.core.model import (
     Cause,
     Failed,
     Fault,
+    NotStarted,
     Result,
     RetryPolicy,
     Suppressed,
@@ -150,6 +151,8 @@ class _SmsRunner:
         try:
             values = self.preview(program, task)
             await self._pace.turn()
+            if task.is_late(asyncio.get_running_loop().time()):
+                return NotStarted()
             if self._suppressions is not None:
                 asked = (values["to"], str(task.view["subject"]))
                 if without := await self._suppressions.among("sms", asked):
