@@ -73,7 +73,7 @@ def test_a_name_that_is_too_long_for_a_line_is_encoded() -> None:
 
 
 def test_a_name_becomes_one_line() -> None:
-    assert boxes(NAMED, name="Ada\r\nBcc: evil@x.test\u2028\x00", email="ada@x.org") == [
+    assert boxes(NAMED, name="Ada\r\nBcc: evil@x.test\u2028", email="ada@x.org") == [
         ("Ada Bcc: evil@x.test", "ada@x.org")
     ]
     assert boxes(NAMED, name=None, email="ada@x.org") == [("", "ada@x.org")]
