@@ -32,10 +32,11 @@ from sequencerd.listener import listen, poll
 from sequencerd.logs import make_log
 from sequencerd.lookups import Lookups
 from sequencerd.metrics import Metrics
-from sequencerd.runners import NotNow, Runner
+from sequencerd.runners import Runner
 from sequencerd.runners.email import EmailRunner
 from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.oauth import Client
+from sequencerd.runners.protocol import NotNow
 from sequencerd.runners.python import load
 from sequencerd.runners.sms import HttpSmsRunner, SmsConfig, TwilioRunner
 from sequencerd.runners.suppressions import Key, Suppressions

@@ -27,8 +27,8 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.retry import LONGEST
 from sequencerd.metrics import Metrics
-from sequencerd.runners import NotNow
 from sequencerd.runners.causes import is_exhausted
+from sequencerd.runners.protocol import NotNow
 from sequencerd.store import Place
 
 INTERRUPTED = Failed(

@@ -12,6 +12,8 @@ def test_who_pays_gets_no_reminder() -> None:
     )
     assert journey.status == "completed"
     assert [entry.step for entry in journey.sent] == ["welcome", "thanks"]
+
+What is not in `__all__` is private.
 """
 
 from __future__ import annotations
@@ -25,12 +27,22 @@ from pydantic import SecretStr
 
 from sequencerd import daemon, files
 from sequencerd.core.model import RETRY, Result, Task
+from sequencerd.errors import FileError, UsageError
 from sequencerd.journeys import Sequences
 from sequencerd.runners import Runner
 from sequencerd.settings import Settings
-from sequencerd.simulate import Outcome, Simulation
+from sequencerd.simulate import Entry, Outcome, Simulation
 
-__all__ = ["Sequences", "Simulation", "load"]
+__all__ = [
+    "Entry",
+    "FileError",
+    "Outcome",
+    "Sequences",
+    "Settings",
+    "Simulation",
+    "UsageError",
+    "load",
+]
 
 
 def load(

@@ -11,8 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from sequencerd.runners import Refused
-from sequencerd.runners.python import runner
+from sequencerd.runners import Refused, runner
 
 
 class Config(BaseModel, extra="forbid"):

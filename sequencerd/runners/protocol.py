@@ -1,4 +1,4 @@
-"""Runners execute steps of one type: the protocol. The registry is made in daemon.py."""
+"""What a runner is to the daemon: the protocol, and what a runner may raise."""
 
 from __future__ import annotations
 

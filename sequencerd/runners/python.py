@@ -30,10 +30,10 @@ from pydantic import BaseModel
 
 from sequencerd.core.config import parse_config
 from sequencerd.core.model import RETRY, Answer, Attribution, Failed, Result, RetryPolicy, Task
-from sequencerd.runners import Refused, Runner
 from sequencerd.runners.answers import PLAIN, StrictOutcome, check_date, read_outcome
 from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.fields import one_line
+from sequencerd.runners.protocol import Refused, Runner
 
 GROUP = "sequencerd.runners"
 

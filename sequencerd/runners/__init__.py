@@ -1,0 +1,31 @@
+"""Runners execute the steps of one type. What is exported here is for the authors of runners.
+
+A function needs `runner` to describe it, and `Refused`, `Answer` and `Failed` for what it comes to;
+an object of its own implements `Runner`. Everything else in this package is private. The registry
+of runners is made in daemon.py.
+"""
+
+from sequencerd.core.model import (
+    Action,
+    Answer,
+    DefinitionError,
+    Failed,
+    Result,
+    RetryPolicy,
+    Task,
+)
+from sequencerd.runners.protocol import Refused, Runner
+from sequencerd.runners.python import runner
+
+__all__ = [
+    "Action",
+    "Answer",
+    "DefinitionError",
+    "Failed",
+    "Refused",
+    "Result",
+    "RetryPolicy",
+    "Runner",
+    "Task",
+    "runner",
+]
