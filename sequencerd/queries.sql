@@ -484,6 +484,19 @@ SELECT pg_try_advisory_xact_lock({retention_lock});
 SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, retiming, problem
   FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
 
+-- name: known_sequences
+-- What a command can name.
+SELECT name FROM sequencer.sequences ORDER BY name;
+
+-- name: known_steps
+-- The steps of a sequence, or of all.
+SELECT DISTINCT name FROM sequencer.steps WHERE $1::text IS NULL OR sequence = $1 ORDER BY name;
+
+-- name: has_enrollments
+-- Whether enrollments are in a sequence or at a step: those of a removed one can be named as well.
+SELECT EXISTS (SELECT FROM sequencer.enrollments
+                WHERE ($1::text IS NULL OR sequence = $1) AND ($2::text IS NULL OR step = $2));
+
 -- name: list
 -- Read a page of the enrollments that match the filters of `list`, by id.
 SELECT id, sequence, step, subject, status, wake_at, attempt, failure, last_error

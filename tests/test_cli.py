@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sequencerd.cli import main
 from tests.conftest import Command
 
 
@@ -66,6 +67,32 @@ def test_what_cannot_be_is_explained(
     assert applied(*arguments, code=code) == ""
     assert words in applied.errors
     assert "Traceback" not in applied.errors
+
+
+def test_names_that_do_not_exist_are_told(
+    applied: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SEQUENCERD_DATABASE", applied.variables["SEQUENCERD_DATABASE"])
+    for arguments, words in (
+        ("list --sequence t", "sequence 't' does not exist; known are s"),
+        ("list --sequence s --step fist", "sequence 's' has no step 'fist'; did you mean 'first'?"),
+        ("tail --sequence t", "sequence 't' does not exist"),
+        ("tail --id 999", "enrollment 999 does not exist"),
+        ("retry --sequence t", "sequence 't' does not exist"),
+        ("cancel --sequence t --yes", "sequence 't' does not exist"),
+        ("cancel --step x --dry-run", "no sequence has a step 'x'"),
+        ("move --sequence t --to first", "sequence 't' does not exist"),
+        ("reevaluate --sequence s --step x", "sequence 's' has no step 'x'"),
+        ("status t", "'t' does not exist"),
+        ("watch t", "'t' does not exist"),
+        ("pause t", "'t' does not exist"),
+        ("history t", "'t' does not exist"),
+        ("export t", "'t' does not exist"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments.split())
+        assert ended.value.code == 1, arguments
+        assert words in capsys.readouterr().err, arguments
 
 
 def test_a_second_time_is_refused(applied: Command) -> None:

@@ -413,3 +413,16 @@ async def test_interrupted_it_says_how_many_are_done(
     assert await other.fetchval(CANCELLED) == 2000
     await other.close()
     await last.close()
+
+
+async def test_enrollments_at_a_step_that_was_removed_can_be_named(
+    sequencerd: Command, defined: asyncpg.Connection
+) -> None:
+    ada = await enroll(defined, "s", "ada")
+    await fail(defined, ada)
+    await defined.execute("UPDATE sequencer.steps SET next_step = NULL WHERE name = 'send'")
+    await defined.execute("UPDATE sequencer.sequences SET first_step = 'wait' WHERE name = 's'")
+    await defined.execute("DELETE FROM sequencer.steps WHERE sequence = 's' AND name = 'send'")
+    assert "ada" in sequencerd("list", "--sequence", "s", "--step", "send")
+    told = json.loads(sequencerd("cancel", "--sequence", "s", "--step", "send", "--yes", "--json"))
+    assert told["changed"] == 1

@@ -14,7 +14,8 @@ from pydantic import SecretStr
 
 from sequencerd import embedded, migrate, store
 from sequencerd.cli.output import warn
-from sequencerd.errors import DatabaseError
+from sequencerd.core.config import nearest
+from sequencerd.errors import DatabaseError, UsageError
 from sequencerd.names import new_loop
 from sequencerd.settings import Settings, load
 from sequencerd.store import QUERIES
@@ -107,6 +108,32 @@ async def fetch(url: str, query: str, *parameters: object) -> list[asyncpg.Recor
     finally:
         await connection.close()
     return rows
+
+
+async def check_names(
+    connection: asyncpg.Connection, sequence: str | None, step: str | None = None
+) -> None:
+    """Raise UsageError for a sequence or a step that a command names and that does not exist."""
+    if sequence is not None:
+        known = [row["name"] for row in await connection.fetch(QUERIES["known_sequences"])]
+        if sequence not in known and not await _has_enrollments(connection, sequence, None):
+            raise UsageError(f"sequence {sequence!r} does not exist{_hint(sequence, known)}")
+    if step is not None:
+        known = [row["name"] for row in await connection.fetch(QUERIES["known_steps"], sequence)]
+        if step not in known and not await _has_enrollments(connection, sequence, step):
+            where = f"sequence {sequence!r} has no step" if sequence else "no sequence has a step"
+            raise UsageError(f"{where} {step!r}{_hint(step, known)}")
+
+
+async def _has_enrollments(
+    connection: asyncpg.Connection, sequence: str | None, step: str | None
+) -> bool:
+    found: bool = await connection.fetchval(QUERIES["has_enrollments"], sequence, step)
+    return found
+
+
+def _hint(name: str, known: list[str]) -> str:
+    return f"; {nearest(name, known)}" if known else ""
 
 
 def with_hint(error: asyncpg.PostgresError) -> str:

@@ -13,7 +13,7 @@ import asyncpg
 from rich.live import Live
 from rich.table import Table
 
-from sequencerd.cli.commands import connect, fetch, on_database
+from sequencerd.cli.commands import check_names, connect, fetch, on_database
 from sequencerd.cli.output import cell, console, say, say_json, show, table, warn
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
@@ -74,18 +74,22 @@ async def watch_command(arguments: argparse.Namespace, _: Settings, url: str) ->
 
 @on_database
 async def list_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    rows = await fetch(
-        url,
-        "list",
-        arguments.sequence,
-        arguments.step,
-        arguments.subject,
-        arguments.status,
-        arguments.failure,
-        arguments.overdue,
-        arguments.after,
-        arguments.limit,
-    )
+    connection = await connect(url)
+    try:
+        await check_names(connection, arguments.sequence, arguments.step)
+        rows = await connection.fetch(
+            QUERIES["list"],
+            arguments.sequence,
+            arguments.step,
+            arguments.subject,
+            arguments.status,
+            arguments.failure,
+            arguments.overdue,
+            arguments.after,
+            arguments.limit,
+        )
+    finally:
+        await connection.close()
     show(rows, arguments.json, empty="no such enrollments")
     if len(rows) == arguments.limit and not arguments.json:
         warn(f"there may be more: --after {rows[-1]['id']}")
@@ -120,6 +124,9 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, ur
 async def tail_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     connection = await connect(url)
     try:
+        await check_names(connection, arguments.sequence)
+        if arguments.id is not None and not await connection.fetch(QUERIES["show"], arguments.id):
+            raise UsageError(f"enrollment {arguments.id} does not exist")
         since = await connection.fetchval(QUERIES["server_time"])
         since -= timedelta(seconds=arguments.since)
         seen: dict[tuple[Any, ...], datetime] = {}

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from sequencerd import bulk
 from sequencerd.bulk import Done, Selection
-from sequencerd.cli.commands import connect, on_database, with_hint
+from sequencerd.cli.commands import check_names, connect, on_database, with_hint
 from sequencerd.cli.output import say, say_json, show, warn
 from sequencerd.core import dates
 from sequencerd.errors import ArgumentError, UsageError
@@ -88,6 +88,7 @@ async def change_command(arguments: argparse.Namespace, _: Settings, url: str) -
     to = arguments.to if action == "move" else None
     connection = await connect(url)
     try:
+        await check_names(connection, selection.sequence, selection.step)
         ids = await bulk.select(connection, action, selection, to)
         if selection.ids is not None:
             _check_ids(arguments.command, action, selection.ids, ids)
