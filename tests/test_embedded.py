@@ -80,13 +80,46 @@ def test_nobody_but_its_owner_can_enter(folder: Path) -> None:
 
 
 def test_a_command_without_a_database_uses_one_of_its_own(folder: Path) -> None:
+    folder.mkdir()
     variables = {**os.environ, "XDG_DATA_HOME": str(folder)}
-    if os.geteuid() == 0:
-        pytest.skip("root's folder is the machine's")
     done = subprocess.run(
         [sys.executable, "-m", "sequencerd", "status"],
         env=variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "no sequences yet" in done.stdout
-    assert "using the embedded one" in done.stderr
+    assert f"using the embedded one in {folder}/sequencerd/postgresql" in done.stderr
+
+
+def test_data_are_kept_where_xdg_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder))
+    assert embedded.default_folder() == folder / "sequencerd/postgresql"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    if os.geteuid() == 0:
+        assert embedded.default_folder() == Path("/var/lib/sequencerd/postgresql")
+    else:
+        assert embedded.default_folder().is_relative_to(Path.home())
+
+
+def test_what_is_planted_where_the_socket_goes_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = folder / ("long" * 30)
+    victim, shared = folder / "victim", folder / "shared"
+    for made in (long, victim, shared):
+        made.mkdir(parents=True)
+    victim.chmod(0o700)
+    monkeypatch.setattr(tempfile, "tempdir", str(shared))
+    programs = embedded.Programs.find()
+    made = embedded._socket_folder(long, programs)
+    assert made.parent == shared
+    assert embedded._socket_folder(long, programs) == made  # the next process takes it, too
+    made.rmdir()
+    made.symlink_to(victim)
+    before = victim.stat()
+    with pytest.raises(EmbeddedError, match="is not a folder of ours alone"):
+        embedded._socket_folder(long, programs)
+    after = victim.stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (
+        before.st_uid, before.st_gid, before.st_mode,
+    )  # fmt: skip
