@@ -473,3 +473,34 @@ def test_many_cycles_are_told_in_time(tmp_path: Path) -> None:
     told = check(tmp_path / "s.yaml", "name: s\nsteps:\n" + "".join(steps))
     assert len(told) == 1
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: s\nsteps: []\n", "steps: must not be empty"),
+        ("name: s\nsteps: 3\n", "steps: must be a list"),
+        ("name: s\nsteps:\n  - {name: 5, type: GoTo}\n", "name: must be a text"),
+        ("name: s\nsteps:\n  - {name: '', type: GoTo}\n", "name: must not be empty"),
+        (
+            "name: s\nsteps:\n  - {name: a, type: WaitForDuration, config: {amount: x, unit: day}}",
+            "amount: must be a number",
+        ),
+        (
+            "name: s\nsteps:\n  - {name: a, type: Note, config: {retry: {attempts: 0}}}\n",
+            "retry.attempts: must be 1 or more",
+        ),
+        (
+            "name: s\nsteps:\n  - {name: a, type: Split, config: {next: -1, altNext: 1}}\n",
+            "next: must be 0 or more",
+        ),
+        (
+            "name: s\nsteps:\n  - {name: a, type: UpdateData, config: {data: {}}}\n",
+            "data: must not be empty",
+        ),
+    ],
+)
+def test_errors_are_worded_for_a_file(tmp_path: Path, text: str, words: str) -> None:
+    found = [str(finding) for finding in check(tmp_path / "s.yaml", text)]
+    assert any(words in finding for finding in found), found
+    assert not re.search(r"Input|should|valid |items?\b|characters", " ".join(found)), found

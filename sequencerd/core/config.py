@@ -74,13 +74,45 @@ def faults(error: ValidationError, model: type[BaseModel], value: object) -> lis
             case "time_delta_type" | "time_delta_parsing":
                 message = "must be a duration such as PT5M, or a number of seconds"
             case _:
-                message = message.replace("Input should", "must").replace(" after validation", "")
+                message = _plain(detail["type"], detail.get("ctx", {})) or message.replace(
+                    "Input should", "must"
+                )
         texts = found.setdefault(place, [])
         # what a union of types refuses, it refuses once for each of them
         message = message.removeprefix("must be ") if texts else message
         if message not in texts:
             texts.append(message)
-    return [Fault(place, " or ".join(texts)) for place, texts in found.items()]
+    # a field that takes whole numbers and others refuses as both
+    told = {
+        place: " or ".join(texts).replace("a whole number or a number", "a number")
+        for place, texts in found.items()
+    }
+    return [Fault(place, text) for place, text in told.items()]
+
+
+def _plain(kind: str, limits: Mapping[str, Any]) -> str | None:
+    """An error of pydantic in the words of a file; None for what it words well."""
+    match kind:
+        case "string_type":
+            return "must be a text"
+        case "list_type":
+            return "must be a list"
+        case "bool_type":
+            return "must be true or false"
+        case "int_type":
+            return "must be a whole number"
+        case "float_type":
+            return "must be a number"
+        case "greater_than_equal":
+            return f"must be {limits['ge']} or more"
+        case "less_than_equal":
+            return f"must be {limits['le']} or less"
+        case "too_short" | "string_too_short":
+            least = limits["min_length"]
+            return "must not be empty" if least == 1 else f"must be {least:,} long or longer"
+        case "too_long" | "string_too_long":
+            return f"must be {limits['max_length']:,} long or shorter"
+    return None
 
 
 def _within(location: Place, value: Any) -> Place:
