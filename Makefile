@@ -5,10 +5,10 @@ UV := $(shell command -v uv 2>/dev/null)
 JOBS ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test oracle chaos check format lock vendor clean
+.PHONY: help install demo test quick shell oracle chaos check format lock vendor clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 install: $(VENV)/installed ## make the virtual environment
 
@@ -31,17 +31,23 @@ test: install ## run the tests, or some of them: T=tests/core; JOBS=4 processes,
 	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 $(T)
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
 
+quick: install ## run the tests that start no programs beside PostgreSQL
+	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal -m "not slow" $(T)
+
+shell: install ## open psql on a throw-away database with the schema
+	@$(BIN)/python -m tests.shell
+
 oracle: install ## compare with the answers of the original libraries (ORACLE_DIR=... for other cases)
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
 
 chaos: install ## break everything for ten minutes (CHAOS_SEED=... for other faults)
 	CHAOS_SECONDS=$${CHAOS_SECONDS:-40} $(BIN)/pytest -q tests/chaos
 
-check: install ## format, lint, types, imports
-	$(BIN)/ruff format --check
-	$(BIN)/ruff check
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+check: install ## format, lint, types, imports: all of them, and how long each takes
+	@failed=; for tool in "ruff format --check" "ruff check" mypy lint-imports; do \
+		begun=$$(date +%s); $(BIN)/$$tool || failed="$$failed, $${tool}"; \
+		echo "--- $$tool: $$(($$(date +%s) - begun)) s"; \
+	done; [ -z "$$failed" ] || { echo "failed: $${failed#, }" >&2; exit 1; }
 
 format: install ## format and mend what lint can mend
 	$(BIN)/ruff format

@@ -45,6 +45,16 @@ def with_login(url: str, user: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make quick` leaves out: tests that start programs, and chaos."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        module = getattr(item, "module", None)
+        starts = "sequencerd" in fixtures or hasattr(module, "subprocess")
+        if starts or "chaos" in item.path.parts:
+            item.add_marker("slow")
+
+
 # taken out of the environment: to the programs that tests start it is no setting
 SERVER = os.environ.pop("SEQUENCERD_TEST_DATABASE", None)
 
