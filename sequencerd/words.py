@@ -1,4 +1,4 @@
-"""Values and states in words, for people; and as JSON has them, for programs."""
+"""Describe values and states: as text for users, as JSON for programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sequencerd.core.model import NEVER
 
 
 def text(value: object) -> str:
-    """A value in a line."""
+    """Format a value on one line."""
     match value:
         case None:
             return "-"
@@ -34,7 +34,7 @@ characters, ends of lines and paragraphs."""
 
 
 def visible(text: str) -> str:
-    """A text in one line that a terminal shows and does not obey: `\\x1b` for an escape."""
+    """Escape what would control a terminal or end the line: `\\x1b` for an escape."""
     if text.isprintable():
         return text
     return "".join(_escape(one) if category(one) in _HIDDEN else one for one in text)
@@ -45,19 +45,19 @@ def _escape(character: str) -> str:
 
 
 def is_never(at: datetime) -> bool:
-    """Whether it is what asyncpg makes of PostgreSQL's infinity."""
+    """Whether the time is PostgreSQL's infinity as asyncpg reads it."""
     return at.year == NEVER.year
 
 
 def plain(value: object) -> object:
-    """For JSON: times in ISO 8601, "infinity" for never."""
+    """Convert a value for JSON: times to ISO 8601, never to "infinity"."""
     if isinstance(value, datetime):
         return "infinity" if is_never(value) else value.astimezone(UTC).isoformat()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> str:
-    """What an enrollment waits for, of a row of the query "show"; `at` says when."""
+    """Describe what an enrollment of the query "show" waits for; `at` formats times."""
     if row["status"] != "active":
         return f"nothing, it is {row['status']}"
     then = f"then {row['next_step'] or 'the end'}"
@@ -66,19 +66,19 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
     if row["leased_by"]:
         return f"{row['type']} is being executed by {row['leased_by']}, {then}"
     if row["entered_at"] is None:
-        return f"begins at {at(row['wake_at'])}"
+        return f"starts at {at(row['wake_at'])}"
     if row["attempt"] and not is_never(row["wake_at"]):
         number = row["attempt"]
-        return f"attempt {number} failed, the next one follows at {at(row['wake_at'])}, {then}"
+        return f"attempt {number} failed, next attempt at {at(row['wake_at'])}, {then}"
     waits = _waits(row["type"], json.loads(row["config"]) if row["config"] else {})
     if is_never(row["wake_at"]):
         return f"{waits or 'waits for a change'}, {then}"
-    again = f"is looked at again at {at(row['wake_at'])}, {then}"
-    return f"{waits}; it {again}" if waits else again
+    again = f"next check at {at(row['wake_at'])}, {then}"
+    return f"{waits}; {again}" if waits else again
 
 
 def _waits(type_: str | None, config: Mapping[str, Any]) -> str:
-    """In words what a step that waits is there for; nothing for others."""
+    """Describe what a step of a waiting type waits for; empty for other types."""
     match type_, config:
         case "WaitForDuration", {"amount": amount, "unit": unit}:
             return f"waits for {amount} {unit}"
@@ -90,10 +90,10 @@ def _waits(type_: str | None, config: Mapping[str, Any]) -> str:
             return f"waits for the {wanted}" + (" the next time" if is_next else "")
         case (("WaitForCondition" | "Goal"), {"lodashCommand": command, "value": value}):
             operands = [value, *([config["compareTo"]] if "compareTo" in config else [])]
-            condition = f"waits until {command}({', '.join(map(_operand, operands))}) holds"
+            condition = f"waits until {command}({', '.join(map(_operand, operands))}) is true"
             match config.get("timeout"):
                 case {"amount": amount, "unit": unit}:
-                    return f"{condition}, {amount} {unit} at most"
+                    return f"{condition}, at most {amount} {unit}"
             return condition
     return ""
 

@@ -232,7 +232,7 @@ DOUBTED = "name: s\nsteps: [{name: a, type: GoTo, next: null}, {name: b, type: G
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "f.yaml"
     file.write_text(GOOD)
-    assert command(capsys, "check", file) == (0, "1 good sequence, 0 errors, 0 warnings\n")
+    assert command(capsys, "check", file) == (0, "1 valid sequence, 0 errors, 0 warnings\n")
     assert command(capsys, "check", "--json", file) == (0, "[]\n")
     file.write_text(DOUBTED)
     assert command(capsys, "check", file)[0] == 0
@@ -330,7 +330,7 @@ async def test_the_page_about_files_can_be_followed(
         if "apply" in text:
             assert "added two-weeks (WaitForDuration)\n" in said
         elif "schema" not in text:
-            assert said == "1 good sequence, 0 errors, 0 warnings\n0"
+            assert said == "1 valid sequence, 0 errors, 0 warnings\n0"
         assert said.endswith("0")
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, step)"

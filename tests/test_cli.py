@@ -36,7 +36,7 @@ def test_from_a_file_to_a_history(applied: Command) -> None:
     assert "no events yet" in text
     shown = json.loads(applied("show", str(id_), "--json"))
     assert (shown["subject"], shown["step"], shown["history"]) == ("ada", "first", [])
-    assert "begins at" in shown["next"]
+    assert "starts at" in shown["next"]
 
 
 def test_tables_are_not_cut_in_a_pipe(applied: Command) -> None:

@@ -67,11 +67,11 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
             "ALTER TABLE sequencer.enrollments SET (autovacuum_enabled = false)",
         ),
         ("history", "warning", "no partition", "SELECT sequencer_test_drop_partitions()"),
-        ("daemons", "warning", "none is connected", "SELECT 1"),
+        ("daemons", "warning", "none connected", "SELECT 1"),
         (
             "overdue",
             "warning",
-            "1 enrollments, the longest for 1:00",
+            "1 enrollments, the oldest for 1:00",
             "UPDATE sequencer.enrollments SET wake_at = now() - interval '1 hour'",
         ),
         (
@@ -167,13 +167,13 @@ async def test_a_notification_that_does_not_come(
 async def test_nothing_is_listened_to(database: str, connection: asyncpg.Connection) -> None:
     finding = (await examine(database, database={"listen": False}))["notifications"]
     assert finding.level == "warning"
-    assert "looks every 1 s" in finding.seen
+    assert "poll every 1 s" in finding.seen
     assert "listen_url" in finding.advice
 
 
 @pytest.mark.parametrize(
     ("listen", "level", "words"),
-    [(True, "error", "in the way of LISTEN"), (False, "ok", "the daemon knows")],
+    [(True, "error", "breaks LISTEN"), (False, "ok", "as configured")],
 )
 @pytest.mark.usefixtures("connection")
 async def test_a_pooler(
@@ -187,7 +187,7 @@ async def test_a_pooler(
 
 async def test_a_way_past_a_pooler(database: str, connection: asyncpg.Connection) -> None:
     settings = {"url": database, "listen_url": database}
-    assert "leads to none" in (await examine(database, database=settings))["pooler"].seen
+    assert "uses none" in (await examine(database, database=settings))["pooler"].seen
     settings["url"] = "postgresql://127.0.0.1:1/x"
     finding = (await examine(database, database=settings))["pooler"]
     assert (finding.level, "cannot connect" in finding.seen) == ("error", True)
@@ -233,8 +233,8 @@ async def test_endpoints_that_are_there(database: str, connection: asyncpg.Conne
     assert ends == {
         "mail server": f"127.0.0.1:{mail.port} is ready for mail",
         "Twilio": "accepts the login",
-        "runner Crm": "is there; it answers a GET with 405",
-        "lookup plans": "is there; it answers a GET with 405",
+        "runner Crm": "reachable; responds to GET with 405",
+        "lookup plans": "reachable; responds to GET with 405",
         "lookup app.plans": "is an SQL function",
     }
     assert {method for method, _ in seen} == {"GET"}  # what changes nothing
@@ -256,7 +256,7 @@ async def test_endpoints_that_are_not(database: str, connection: asyncpg.Connect
         )
     for about, words in (
         ("mail server", f"127.0.0.1:{port}"),
-        ("Twilio", "refuses the login with 401"),
+        ("Twilio", "rejects the login with 401"),
         ("runner Crm", "127.0.0.1"),
     ):
         assert found[about].level == "error", found[about]
@@ -268,7 +268,7 @@ async def test_endpoints_that_are_not(database: str, connection: asyncpg.Connect
 async def test_the_command(sequencerd: Command, connection: asyncpg.Connection) -> None:
     text = sequencerd("doctor")
     assert "ok       server: PostgreSQL" in text
-    assert "WARNING  daemons: none is connected\n         start one: sequencerd run\n" in text
+    assert "WARNING  daemons: none connected\n         start one: sequencerd run\n" in text
     await connection.execute("ALTER TABLE sequencer.steps DISABLE TRIGGER ALL")
     findings = json.loads(sequencerd("doctor", "--json", code=1))
     levels = {one["about"]: one["level"] for one in findings}

@@ -73,7 +73,7 @@ async def test_retry_takes_the_failed_and_says_who_and_why(
     assert message.startswith(f"by postgres: {getpass.getuser()}@")
     assert message.endswith(": it is back")
     sequencerd("retry", str(bob), code=1)
-    assert f"retry takes failed enrollments, not {bob}" in sequencerd.errors
+    assert f"retry applies to failed enrollments, not to {bob}" in sequencerd.errors
     sequencerd("retry", str(ada), "999", code=1)
 
 
@@ -109,14 +109,14 @@ async def test_options_choose(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["retry"], "retry whom? Write ids"),
-        (["cancel", "--yes"], "cancel whom?"),
-        (["cancel", "1", "--sequence", "s"], "either ids or options"),
-        (["cancel", "0"], "not a number from 1 on"),
-        (["show", "99999999999999999999"], "not a number from 1 on"),
-        (["list", "--limit", "0"], "not a number from 1 on"),
+        (["retry"], "nothing selected: give ids"),
+        (["cancel", "--yes"], "nothing selected"),
+        (["cancel", "1", "--sequence", "s"], "either ids or filters"),
+        (["cancel", "0"], "not a positive integer"),
+        (["show", "99999999999999999999"], "not a positive integer"),
+        (["list", "--limit", "0"], "not a positive integer"),
         (["move", "1"], "required: --to"),
-        (["cancel", "--sequence", "s"], "Nobody can be asked here: write --yes"),
+        (["cancel", "--sequence", "s"], "Standard input is not a terminal: use --yes"),
     ],
 )
 async def test_what_is_not_said_is_not_done(
@@ -238,7 +238,7 @@ async def test_who_has_entered_again_is_left_alone(
     assert sorted(states.values()) == ["active", "active", "failed"]
     assert states[other] == "active"
     left = first if states[first] == "failed" else second
-    assert "the subject is in the sequence again" in sequencerd("retry", str(left))
+    assert "the subject has entered the sequence again" in sequencerd("retry", str(left))
 
 
 async def test_sequences_are_paused_and_go_on(

@@ -58,7 +58,7 @@ async def test_a_trial_says_all_and_does_nothing(
     assert lines == [
         "Onboarding: would be made; people: 3 active",
         "Trial: would be made; people: 1 completed, 1 cancelled",
-        "this was a trial: the same with --apply does it, once the original is stopped",
+        "dry run; stop the original, then repeat the command with --apply",
     ]
     for table in ("sequences", "enrollments", "events"):
         assert not await original.fetchval(f"SELECT count(*) FROM sequencer.{table}")
@@ -145,7 +145,7 @@ async def test_what_cannot_be_a_sequence_is_told_and_nothing_done(
 ) -> None:
     await original.execute(statement)
     assert words in sequencerd("import-original", "--apply", code=1)
-    assert "nothing is brought over" in sequencerd.errors
+    assert "import aborted" in sequencerd.errors
     assert not await original.fetchval("SELECT count(*) FROM sequencer.sequences")
 
 

@@ -36,7 +36,7 @@ def row(
     }
 
 
-AGAIN = "it is looked at again at 2030-01-01 00:00:00Z, then b"
+AGAIN = "next check at 2030-01-01 00:00:00Z, then b"
 
 
 @pytest.mark.parametrize(
@@ -60,20 +60,20 @@ AGAIN = "it is looked at again at 2030-01-01 00:00:00Z, then b"
         ),
         (
             row("WaitForCondition", CONDITION, wake_at=NEVER),
-            "waits until gte(data.score, 50) holds, then b",
+            "waits until gte(data.score, 50) is true, then b",
         ),
         (
             row("WaitForCondition", {**CONDITION, "timeout": {"amount": 2, "unit": "weeks"}}),
-            f"waits until gte(data.score, 50) holds, 2 weeks at most; {AGAIN}",
+            f"waits until gte(data.score, 50) is true, at most 2 weeks; {AGAIN}",
         ),
         (row("Goal", {"lodashCommand": "eq"}, wake_at=NEVER), "waits for a change, then b"),
-        (row("Email", next_step=None), "is looked at again at 2030-01-01 00:00:00Z, then the end"),
+        (row("Email", next_step=None), "next check at 2030-01-01 00:00:00Z, then the end"),
         (row("Email", leased_by="host:1"), "Email is being executed by host:1, then b"),
         (
             row("Email", attempt=2),
-            "attempt 2 failed, the next one follows at 2030-01-01 00:00:00Z, then b",
+            "attempt 2 failed, next attempt at 2030-01-01 00:00:00Z, then b",
         ),
-        (row(entered_at=None), "begins at 2030-01-01 00:00:00Z"),
+        (row(entered_at=None), "starts at 2030-01-01 00:00:00Z"),
         (row(sequence_status="paused"), "nothing while the sequence is paused"),
         (row(status="completed"), "nothing, it is completed"),
         (row(None, wake_at=NEVER), "waits for a change, then b"),

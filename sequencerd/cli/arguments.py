@@ -49,7 +49,7 @@ class _Version(argparse.Action):
     """Prints the version; reading the package's metadata takes longer than all arguments."""
 
     def __init__(self, option_strings: list[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="print the version, and end")
+        super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from importlib.metadata import version  # noqa: PLC0415 - see above
@@ -78,13 +78,13 @@ class Commands:
 
 def add_json(command: argparse.ArgumentParser) -> None:
     """Add the option of every command whose output a program may read."""
-    command.add_argument("--json", action="store_true", help="print JSON, for a program")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def positive(text: str) -> int:
     """Parse an argument such as an id: what the database has as a bigint, from 1 on."""
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -92,14 +92,14 @@ def _add_demo(commands: Commands) -> None:
     shown = commands.add(
         "demo",
         "demo.demo_command",
-        "see it work in twenty seconds, with a database and servers of its own",
+        "show sequencerd at work in twenty seconds, with a temporary database and servers",
         "demo",
     )
     shown.add_argument(
         "--psql",
         nargs=argparse.REMAINDER,
         metavar="ARGUMENT",
-        help="open psql on the database that the demo left, with these arguments",
+        help="open psql on the database of the last demo, with these arguments",
     )
 
 
@@ -108,11 +108,11 @@ def _add_service(commands: Commands) -> None:
     commands.add(
         "run", "service.run_command", "run the daemon until SIGTERM", "--config sequencerd.toml run"
     )
-    commands.add("migrate", "service.migrate_command", "make or update the schema", "migrate")
+    commands.add("migrate", "service.migrate_command", "create or update the schema", "migrate")
     commands.add(
         "console-password",
         "service.console_password_command",
-        "ask for a password, and print what console.password_hash is for it",
+        "ask for a password and print its hash, for console.password_hash",
         "console-password",
     )
     service = commands.add(
@@ -122,7 +122,7 @@ def _add_service(commands: Commands) -> None:
         "install-service --user app",
     )
     service.add_argument(
-        "--user", metavar="USER", help="run as this user (default: one that systemd makes up)"
+        "--user", metavar="USER", help="run as this user (default: a dynamic user)"
     )
     service.add_argument(
         "--to",
@@ -131,7 +131,9 @@ def _add_service(commands: Commands) -> None:
         metavar="FOLDER",
         help="default: %(default)s",
     )
-    service.add_argument("--print", action="store_true", help="print the units, write nothing")
+    service.add_argument(
+        "--print", action="store_true", help="print the units instead of writing them"
+    )
 
 
 def _add_authoring(commands: Commands) -> None:
@@ -139,16 +141,16 @@ def _add_authoring(commands: Commands) -> None:
     check = commands.add(
         "check",
         "authoring.check_command",
-        "say what is wrong with files, without a database",
+        "validate files, without a database",
         "check *.yaml",
     )
     check.add_argument("files", nargs="+", type=Path, metavar="FILE", help="YAML or JSON")
-    check.add_argument("--strict", action="store_true", help="fail for warnings, too")
+    check.add_argument("--strict", action="store_true", help="treat warnings as errors")
     add_json(check)
     commands.add(
         "schema",
         "authoring.schema_command",
-        "print the JSON Schema of files, for an editor",
+        "print the JSON Schema of sequence files, for editors",
         "schema > sequencerd.schema.json",
     )
 
@@ -160,23 +162,28 @@ def _add_changes(commands: Commands) -> None:
     )
     _add_files(planned)
     planned.add_argument(
-        "--detailed-exitcode", action="store_true", help="exit with 2 if anything would change"
+        "--detailed-exitcode", action="store_true", help="exit with 2 if there are changes"
     )
     add_json(planned)
 
     applied = commands.add(
-        "apply", "changes.apply_command", "make the sequences of files", "apply onboarding.yaml"
+        "apply",
+        "changes.apply_command",
+        "create or update the sequences in files",
+        "apply onboarding.yaml",
     )
     _add_files(applied)
     applied.add_argument(
-        "--plan", metavar="PLAN", help="only if this plan, as `plan` has named it, still holds"
+        "--plan",
+        metavar="PLAN",
+        help="apply only if the plan still has this fingerprint, as printed by `plan`",
     )
     add_json(applied)
 
     history = commands.add(
         "history",
         "changes.history_command",
-        "show who has changed a sequence, when and how",
+        "show the revisions of a sequence",
         "history onboarding",
     )
     history.add_argument("sequence")
@@ -185,30 +192,32 @@ def _add_changes(commands: Commands) -> None:
     export = commands.add(
         "export",
         "changes.export_command",
-        "print a sequence as a file that apply takes",
+        "print a sequence as a file for apply",
         "export onboarding --revision 3",
     )
     export.add_argument("sequence")
-    export.add_argument("--revision", type=int, metavar="N", help="as it was then")
+    export.add_argument(
+        "--revision", type=int, metavar="N", help="this revision (default: the current one)"
+    )
 
     brought = commands.add(
         "import-original",
         "changes.import_command",
-        "bring sequences and people over from the tables of the original Sequencer",
+        "import sequences and enrollments from the tables of the original Sequencer",
         "import-original --database postgresql://localhost/old",
     )
     brought.add_argument(
         "--database",
         dest="original",
         metavar="URL",
-        help="where those tables are; if not said, beside ours",
+        help="the database with those tables (default: the same database)",
     )
     brought.add_argument("--schema", default="public", help="default: %(default)s")
     brought.add_argument(
-        "--lookup", metavar="NAME", help="where sequences that need external data get them from"
+        "--lookup", metavar="NAME", help="lookup of sequences that use external data"
     )
     brought.add_argument(
-        "--apply", action="store_true", help="do it; without, it is tried and taken back"
+        "--apply", action="store_true", help="apply the import (default: a dry run)"
     )
     add_json(brought)
 
@@ -220,12 +229,12 @@ def _add_files(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="where those go on who are at a step that is removed; may be repeated",
+        help="move enrollments at a removed step to another step; may be repeated",
     )
     command.add_argument(
         "--prune",
         action="store_true",
-        help="archive what was applied from files and is in none of these",
+        help="archive sequences that were applied from files and are in none of these",
     )
 
 
@@ -234,43 +243,46 @@ def _add_preview(commands: Commands) -> None:
     simulate = commands.add(
         "simulate",
         "preview.simulate_command",
-        "show what would happen to somebody, for a year",
+        "show what would happen to an enrollment, for a year",
         """simulate onboarding.yaml --data '{"name": "Ada"}' --set 'P3D: {"paid": true}'""",
     )
     simulate.add_argument("file", nargs="?", type=Path, metavar="FILE", help="YAML or JSON")
-    simulate.add_argument("sequence", nargs="?", help="of several in the file")
-    simulate.add_argument("--data", default="{}", metavar="JSON", help="what its templates read")
+    simulate.add_argument("sequence", nargs="?", help="if the file has several")
+    simulate.add_argument("--data", default="{}", metavar="JSON", help="data of the enrollment")
     simulate.add_argument("--subject", default="somebody")
-    simulate.add_argument("--timezone", metavar="ZONE", help="the subject's own")
-    simulate.add_argument("--start", metavar="TIME", help="begin then, ISO 8601 (default: now)")
-    simulate.add_argument("--until", metavar="TIME", help="end then (default: a year later)")
+    simulate.add_argument("--timezone", metavar="ZONE", help="time zone of the subject")
+    simulate.add_argument("--start", metavar="TIME", help="start time, ISO 8601 (default: now)")
+    simulate.add_argument("--until", metavar="TIME", help="end time (default: a year later)")
     simulate.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="WHEN: JSON",
-        help="merge data after a duration such as P3D, or at a time; can be repeated",
+        help="merge data after a duration such as P3D, or at a time; may be repeated",
     )
-    simulate.add_argument("--external", metavar="JSON", help="what the lookup gives")
+    simulate.add_argument("--external", metavar="JSON", help="result of the lookup")
     simulate.add_argument(
         "--runner",
         action="append",
         default=[],
         metavar="TYPE=OUTCOME",
-        help="how its side effects end: next, altNext, noop, fail (default: next); can be repeated",
+        help="how side effects end: next, altNext, noop, fail (default: next); may be repeated",
     )
     simulate.add_argument(
-        "--from-enrollment", type=int, metavar="ID", help="go on from where it is, reading only"
+        "--from-enrollment",
+        type=int,
+        metavar="ID",
+        help="continue from the state of this enrollment, read-only",
     )
     add_json(simulate)
     shown = commands.add(
         "graph",
         "preview.graph_command",
-        "draw a sequence, with how many are at each step",
+        "draw a sequence, with the number of enrollments at each step",
         "graph onboarding",
     )
-    shown.add_argument("target", metavar="NAME|FILE", help="in the database, or a file")
-    shown.add_argument("sequence", nargs="?", help="of several in the file")
+    shown.add_argument("target", metavar="NAME|FILE", help="a sequence in the database, or a file")
+    shown.add_argument("sequence", nargs="?", help="if the file has several")
     shown.add_argument("--format", choices=["text", "mermaid", "dot"], default="text")
 
 
@@ -284,39 +296,47 @@ def _add_operation(commands: Commands) -> None:
     )
     enroll.add_argument("sequence")
     enroll.add_argument("subject")
-    enroll.add_argument("--data", default="{}", metavar="JSON", help="what its templates read")
-    enroll.add_argument("--timezone", metavar="ZONE", help="the subject's own")
-    enroll.add_argument("--step", help="begin there instead of at the first step")
-    enroll.add_argument("--at", metavar="TIME", help="begin then, ISO 8601")
+    enroll.add_argument("--data", default="{}", metavar="JSON", help="data of the enrollment")
+    enroll.add_argument("--timezone", metavar="ZONE", help="time zone of the subject")
+    enroll.add_argument("--step", help="start at this step (default: the first)")
+    enroll.add_argument("--at", metavar="TIME", help="start time, ISO 8601 (default: now)")
     add_json(enroll)
 
     retry = _add_change(
         commands,
         "retry",
-        "let failed enrollments try again",
+        "retry failed enrollments",
         "retry --sequence onboarding --failure error --reason 'the mail server is back'",
     )
     retry.add_argument(
-        "--skip", action="store_true", help="go on at the next step instead of trying this one"
+        "--skip", action="store_true", help="continue at the next step instead of retrying this one"
     )
     _add_change(commands, "cancel", "end active and failed enrollments", "cancel --subject user-42")
     move = _add_change(
         commands,
         "move",
-        "let active and failed enrollments enter another step now",
+        "move active and failed enrollments to another step immediately",
         "move --sequence onboarding --step pause --to nudge",
     )
-    move.add_argument("--to", required=True, metavar="STEP", help="of the sequence where they are")
+    move.add_argument("--to", required=True, metavar="STEP", help="a step of the same sequence")
     _add_change(
         commands,
         "reevaluate",
-        "look at waiting enrollments again, as data elsewhere have changed",
+        "reevaluate waiting enrollments after external data have changed",
         "reevaluate --subject user-42",
     )
     for name, about, example in (
-        ("pause", "execute nothing in sequences for a while; clocks run on", "pause onboarding"),
-        ("resume", "let paused and archived sequences go on", "resume onboarding"),
-        ("archive", "let nobody enter sequences; who is inside goes on", "archive onboarding"),
+        (
+            "pause",
+            "pause sequences: nothing is executed, time continues to pass",
+            "pause onboarding",
+        ),
+        ("resume", "resume paused and archived sequences", "resume onboarding"),
+        (
+            "archive",
+            "archive sequences: no new enrollments; existing ones continue",
+            "archive onboarding",
+        ),
     ):
         command = commands.add(name, "operation.set_status_command", about, example)
         command.add_argument("sequences", nargs="+", metavar="SEQUENCE")
@@ -329,28 +349,36 @@ def _add_change(commands: Commands, name: str, about: str, example: str) -> argp
     command.add_argument("ids", nargs="*", type=positive, metavar="ID")
     for option in ("subject", "sequence", "step"):
         command.add_argument(f"--{option}", metavar=option.upper())
-    command.add_argument("--failure", metavar="CODE", help="who failed with it, such as error")
-    command.add_argument("--yes", action="store_true", help="do it without a question")
-    command.add_argument("--dry-run", action="store_true", help="say who it would be, and end")
+    command.add_argument("--failure", metavar="CODE", help="failed with this code, such as error")
+    command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
+    command.add_argument(
+        "--dry-run", action="store_true", help="show the selected enrollments, change nothing"
+    )
     _add_reason(command)
     add_json(command)
     return command
 
 
 def _add_reason(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--reason", metavar="TEXT", help="why, for the history")
+    command.add_argument("--reason", metavar="TEXT", help="reason, recorded in the history")
 
 
 def _add_inspection(commands: Commands) -> None:
     """Adds these commands."""
     status = commands.add(
-        "status", "inspection.status_command", "show how many are at each step", "status onboarding"
+        "status",
+        "inspection.status_command",
+        "show the number of enrollments at each step",
+        "status onboarding",
     )
     status.add_argument("sequence", nargs="?")
     add_json(status)
 
     watch = commands.add(
-        "watch", "inspection.watch_command", "show the same, again and again", "watch onboarding"
+        "watch",
+        "inspection.watch_command",
+        "show the status, refreshed continuously",
+        "watch onboarding",
     )
     watch.add_argument("sequence", nargs="?")
     watch.add_argument(
@@ -358,7 +386,7 @@ def _add_inspection(commands: Commands) -> None:
         type=_seconds,
         default=2.0,
         metavar="SECONDS",
-        help="default: %(default)g; never less than the last look took",
+        help="default: %(default)g; never less than the last query took",
     )
 
     list_ = commands.add(
@@ -370,12 +398,14 @@ def _add_inspection(commands: Commands) -> None:
     for option in ("sequence", "step", "subject"):
         list_.add_argument(f"--{option}")
     list_.add_argument("--status", choices=["active", "completed", "cancelled", "failed"])
-    list_.add_argument("--failure", metavar="CODE", help="who failed with it, such as error")
+    list_.add_argument("--failure", metavar="CODE", help="failed with this code, such as error")
+    list_.add_argument("--overdue", action="store_true", help="overdue by more than a minute")
     list_.add_argument(
-        "--overdue", action="store_true", help="who should have been looked at a minute ago"
-    )
-    list_.add_argument(
-        "--after", type=positive, default=0, metavar="ID", help="the next page: after this one"
+        "--after",
+        type=positive,
+        default=0,
+        metavar="ID",
+        help="continue after this id, for the next page",
     )
     list_.add_argument("--limit", type=positive, default=100, help="default: %(default)s")
     add_json(list_)
@@ -383,7 +413,7 @@ def _add_inspection(commands: Commands) -> None:
     show = commands.add(
         "show",
         "inspection.show_enrollment_command",
-        "show where an enrollment is, and its history",
+        "show the state and history of an enrollment",
         "show 7",
     )
     show.add_argument("id", type=positive)
@@ -396,20 +426,20 @@ def _add_inspection(commands: Commands) -> None:
         "tail --sequence onboarding",
     )
     tail.add_argument("--sequence")
-    tail.add_argument("--id", type=positive, metavar="ID", help="of one enrollment")
+    tail.add_argument("--id", type=positive, metavar="ID", help="events of this enrollment only")
     tail.add_argument(
         "--since",
         type=_seconds,
         default=0.0,
         metavar="SECONDS",
-        help="begin with the events of the last seconds",
+        help="start with events of this many past seconds",
     )
     add_json(tail)
 
     examine = commands.add(
         "doctor",
         "doctor.doctor_command",
-        "look for what would keep a daemon from its work",
+        "find problems in the database, the settings and the endpoints",
         "doctor",
     )
     add_json(examine)

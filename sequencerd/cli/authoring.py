@@ -1,4 +1,4 @@
-"""Commands for who writes sequences: check, schema."""
+"""Commands for authors of sequences: check, schema."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_command(arguments: argparse.Namespace, settings: Settings) -> int:
         for finding in findings:
             say(finding)
         warnings = len(findings) - errors
-        counts = (len(found), "good sequence"), (errors, "error"), (warnings, "warning")
+        counts = (len(found), "valid sequence"), (errors, "error"), (warnings, "warning")
         say(", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in counts))
     return 1 if errors or (findings and arguments.strict) else 0
 

@@ -1,4 +1,4 @@
-"""Commands that change sequences, and tell how they have changed: plan, apply, history, export,
+"""Commands that change sequences, and show how they have changed: plan, apply, history, export,
 import-original.
 """
 
@@ -27,7 +27,7 @@ def _moves(arguments: argparse.Namespace) -> dict[str, str]:
     for move in arguments.move:
         old, equals, new = move.partition("=")
         if not (old and equals and new):
-            raise UsageError(f"--move {move}: write --move OLD=NEW, the names of two steps")
+            raise UsageError(f"--move {move}: use --move OLD=NEW, with the names of two steps")
         moves[old] = new
     return moves
 
@@ -49,7 +49,7 @@ async def plan_command(arguments: argparse.Namespace, settings: Settings, url: s
         for line in made.lines(done=False):
             say(line)
         if made and not made.refused:
-            say(f"to apply exactly this: the same with apply --plan {made.fingerprint}")
+            say(f"to apply exactly this plan: apply --plan {made.fingerprint}")
     if made.refused:
         raise PlanError("\n".join(made.refused))
     return CHANGES if made and arguments.detailed_exitcode else 0
@@ -145,7 +145,7 @@ async def import_command(arguments: argparse.Namespace, settings: Settings, url:
         for line in found.lines(done=arguments.apply):
             say(line)
     if found.errors:
-        raise UsageError("nothing is brought over until the errors are mended")
+        raise UsageError("import aborted; fix the errors above")
     if not (arguments.apply or arguments.json):
-        say("this was a trial: the same with --apply does it, once the original is stopped")
+        say("dry run; stop the original, then repeat the command with --apply")
     return 0

@@ -51,9 +51,11 @@ def on_database(run: DatabaseCommand) -> Command:
                     "sequencer_daemon to the user"
                 ) from error
             except asyncpg.PostgresError as error:
-                raise DatabaseError(f"the database refuses it: {with_hint(error)}") from error
+                raise DatabaseError(
+                    f"the database rejected the command: {with_hint(error)}"
+                ) from error
             except (asyncpg.InterfaceError, ConnectionError) as error:
-                raise DatabaseError(f"the connection to the database is lost: {error}") from error
+                raise DatabaseError(f"lost the connection to the database: {error}") from error
 
     return command
 
@@ -74,7 +76,7 @@ def _database(settings: Settings) -> Iterator[str]:
         yield url.get_secret_value()
         return
     folder = embedded.default_folder()
-    warn(f"sequencerd: no database is set, using the embedded one in {folder}")
+    warn(f"sequencerd: no database is configured, using the embedded one in {folder}")
     with embedded.running(folder) as server:
         asyncio.run(apply_migrations(server.url))
         yield server.url

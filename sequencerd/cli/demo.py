@@ -58,7 +58,7 @@ def demo_command(arguments: argparse.Namespace, _: Settings) -> int:
         tempfile.TemporaryDirectory() as scratch,
     ):
         asyncio.run(_show(server.url, http, _shortened(Path(scratch)), Path(scratch)))
-    print("\nTo go on by hand, with psql on the same database:\n")
+    print("\nTo continue with psql on the same database:\n")
     print(f"    {_program()} demo --psql")
     return 0
 

@@ -1,4 +1,4 @@
-"""Looks for what would keep a daemon from doing its work in time. It changes nothing."""
+"""Find problems that would keep a daemon from working on time. Changes nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _TRIGGER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was looked at, what was seen, and what to do about it."""
+    """The subject of a check, its result, and what to do."""
 
     about: str
     seen: str
@@ -56,24 +56,24 @@ Check = Callable[[asyncpg.Connection], Awaitable[Finding]]
 
 NOT_LISTENING = Finding(
     "notifications",
-    f"not listened to, as database.listen is false: a daemon looks every {POLL_INTERVAL:g} s",
+    f"database.listen is false: daemons poll every {POLL_INTERVAL:g} s",
     "warning",
     "set database.listen_url to the server's own address",
 )
 
 
 async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
-    """Everything, one after the other. What can't be looked at is an error of its own."""
+    """Run all checks in order. A check that cannot run is an error as well."""
     try:
         connection = await store.connect(url)
     except SequencerdError as error:
-        yield Finding("database", str(error), "error", "start it, or mend database.url")
+        yield Finding("database", str(error), "error", "start it, or correct database.url")
         return
     try:
         async for finding in _examine_database(connection, url, settings.database):
             yield finding
             if finding.about == "schema" and finding.level == "error":
-                return  # there is nothing more to look at
+                return  # the other checks need the schema
         types = {row["type"] for row in await connection.fetch(QUERIES["types_in_use"])}
         used = {
             row["name"]: row["is_function"]
@@ -116,8 +116,8 @@ async def _examine_database(
         try:
             yield await check(connection)
         except asyncpg.PostgresError as error:
-            advice = "ask an administrator for the right to see it"
-            yield Finding(about, f"can't be looked at: {error}", "error", advice)
+            advice = "ask an administrator for the privilege"
+            yield Finding(about, f"cannot be checked: {error}", "error", advice)
 
 
 # --- the database
@@ -136,7 +136,7 @@ async def _server(connection: asyncpg.Connection) -> Finding:
         seen = f"{version}; idle_session_timeout is {row['idle_timeout'].total_seconds():g} s"
         advice = (
             f"set it to 0 or to more than {PROBE_INTERVAL:g} s for this user: "
-            "it cuts the connection that listens, which says something that often"
+            "it closes the LISTEN connection, which is probed at that interval"
         )
         return Finding("server", seen, "error", advice)
     return Finding("server", version)
@@ -161,7 +161,7 @@ async def _triggers(connection: asyncpg.Connection) -> Finding:
     fire = {(row["table"], row["name"]) for row in rows if row["fires"]}
     if missing := sorted(wanted - fire):
         named = _some(f"{name} on {table}" for table, name in missing)
-        advice = "ALTER TABLE sequencer.TABLE ENABLE TRIGGER ALL; make anew what was dropped"
+        advice = "ALTER TABLE sequencer.TABLE ENABLE TRIGGER ALL; create dropped triggers again"
         return Finding("triggers", f"dropped or disabled: {named}", "error", advice)
     return Finding("triggers", f"all {len(wanted)} fire")
 
@@ -169,36 +169,36 @@ async def _triggers(connection: asyncpg.Connection) -> Finding:
 async def _roles(connection: asyncpg.Connection) -> Finding:
     if missing := await connection.fetch(QUERIES["missing_roles"], list(ROLES)):
         named = _some(row["name"] for row in missing)
-        advice = "let an administrator CREATE ROLE them, and grant as in sql/0001_sequencer.sql"
+        advice = "ask an administrator to create and grant them as in sql/0001_sequencer.sql"
         return Finding("roles", f"{named}: no such role", "warning", advice)
     if lacking := await connection.fetch(QUERIES["missing_grants"]):
         named = _some(row["missing"] for row in lacking)
-        advice = "GRANT sequencer_daemon TO the user, if a daemon is to run as it"
+        advice = "if a daemon runs as this user, GRANT sequencer_daemon TO it"
         return Finding("roles", f"this user lacks {named}", "warning", advice)
     if hidden := await store.hidden_tables(connection):
-        advice = "GRANT sequencer_daemon TO the user, or let its policy be USING (true)"
+        advice = "GRANT sequencer_daemon TO the user, or give it a policy USING (true)"
         seen = f"row-level security may hide rows: {_some(map(str, hidden))}"
         return Finding("roles", seen, "error", advice)
     if await connection.fetchval(QUERIES["is_superuser"]):
-        advice = "let the daemon log in as a user that has no more than sequencer_daemon"
+        advice = "run the daemon as a user with the privileges of sequencer_daemon only"
         return Finding("roles", "this user is a superuser", "warning", advice)
-    return Finding("roles", "this user has what a daemon needs")
+    return Finding("roles", "this user has the privileges of a daemon")
 
 
 async def _pooler(connection: asyncpg.Connection, settings: Database) -> Finding:
     if await _is_pooled(connection):
         if settings.listen:
             advice = "set database.listen_url to the server's own address, or listen = false"
-            return Finding("pooler", "one is in the way of LISTEN", "error", advice)
-        return Finding("pooler", "there is one, and the daemon knows")
+            return Finding("pooler", "a pooler in transaction mode breaks LISTEN", "error", advice)
+        return Finding("pooler", "in use, as configured")
     if settings.listen_url is None or settings.url is None:
-        return Finding("pooler", "none is in the way")
+        return Finding("pooler", "none")
     try:
         through = await store.connect(settings.url.get_secret_value())
     except SequencerdError as error:
-        return Finding("pooler", str(error), "error", "start it, or mend database.url")
+        return Finding("pooler", str(error), "error", "start it, or correct database.url")
     try:
-        seen = "listen_url goes past it" if await _is_pooled(through) else "url leads to none"
+        seen = "listen_url bypasses it" if await _is_pooled(through) else "url uses none"
     finally:
         await through.close()
     return Finding("pooler", seen)
@@ -210,7 +210,7 @@ async def _is_pooled(connection: asyncpg.Connection) -> bool:
 
 
 async def _listening(connection: asyncpg.Connection, url: str) -> Finding:
-    """On a connection of its own, as the daemon does."""
+    """Listen on a separate connection, as the daemon does."""
     channel, heard = f"sequencer_{uuid4().hex}", asyncio.Event()
     listener = await store.connect(url)
     try:
@@ -221,23 +221,23 @@ async def _listening(connection: asyncpg.Connection, url: str) -> Finding:
             await heard.wait()
         took = (time.perf_counter() - begun) * 1000
     except TimeoutError:
-        advice = "LISTEN takes a direct connection; until then everything waits for the next sweep"
-        seen = f"none came within {ROUND_TRIP:g} s"
+        advice = "LISTEN needs a direct connection; without it everything waits for the next sweep"
+        seen = f"none received within {ROUND_TRIP:g} s"
         return Finding("notifications", seen, "error", advice)
     finally:
         listener.terminate()
-    return Finding("notifications", f"came after {took:.1f} ms")
+    return Finding("notifications", f"received after {took:.1f} ms")
 
 
 async def _clock(connection: asyncpg.Connection) -> Finding:
     before = datetime.now(UTC)
     there = await connection.fetchval(QUERIES["server_time"])
     offset = there - (before + (datetime.now(UTC) - before) / 2)
-    seen = f"the database's is {abs(offset.total_seconds()):.3f} s " + (
+    seen = f"the database's clock is {abs(offset.total_seconds()):.3f} s " + (
         "ahead of this machine's" if offset > timedelta(0) else "behind this machine's"
     )
     if abs(offset) > LARGEST_OFFSET:
-        advice = "let both be set by NTP; what is due is due by the database's clock"
+        advice = "synchronize both with NTP; the database's clock decides what is due"
         return Finding("clock", seen, "warning", advice)
     return Finding("clock", seen)
 
@@ -256,13 +256,17 @@ async def _time_zones(connection: asyncpg.Connection) -> Finding:
                 other.add(name)
     if unknown:
         advice = "correct the sequence's timezone; the IANA database lists the names"
-        return Finding("time zones", f"unknown here: {_some(sorted(unknown))}", "error", advice)
+        return Finding(
+            "time zones", f"unknown on this machine: {_some(sorted(unknown))}", "error", advice
+        )
     if other:
-        advice = "update the package tzdata here, or the server's; the daemon goes by the one here"
-        seen = f"other rules than the server's for {_some(sorted(other))}"
+        advice = "update tzdata on this machine, which the daemon uses, or on the server"
+        seen = f"rules differ from the server's for {_some(sorted(other))}"
         return Finding("time zones", seen, "warning", advice)
     count = len({row["timezone"] for row in rows})
-    return Finding("time zones", f"the {count} of sequences are known and the same on both sides")
+    return Finding(
+        "time zones", f"the {count} in use are known, with the same rules as on the server"
+    )
 
 
 async def _vacuum(connection: asyncpg.Connection) -> Finding:
@@ -272,7 +276,7 @@ async def _vacuum(connection: asyncpg.Connection) -> Finding:
         return Finding("vacuum", "autovacuum is off for sequencer.enrollments", "error", advice)
     seen = f"enrollments: {row['live']:,} rows, {row['dead']:,} dead"
     if row["dead"] > 10_000 and row["dead"] > row["live"]:
-        advice = "VACUUM sequencer.enrollments; look for what holds autovacuum back"
+        advice = "VACUUM sequencer.enrollments; find out what blocks autovacuum"
         return Finding("vacuum", seen, "warning", advice)
     return Finding("vacuum", seen)
 
@@ -283,17 +287,19 @@ async def _old_transactions(connection: asyncpg.Connection) -> Finding:
         named = _some(
             row["what"] + (f" for {_rounded(row['age'])}" if row["age"] else "") for row in rows
         )
-        advice = "end them, or set idle_in_transaction_session_timeout: dead rows pile up meanwhile"
+        advice = (
+            "end them, or set idle_in_transaction_session_timeout: dead rows accumulate meanwhile"
+        )
         return Finding("old transactions", named, "warning", advice)
-    return Finding("old transactions", f"none is older than {_rounded(OLD)}")
+    return Finding("old transactions", f"none older than {_rounded(OLD)}")
 
 
 async def _history(connection: asyncpg.Connection) -> Finding:
     row = await connection.fetchrow(QUERIES["partition_facts"])
     if row["has_others"] or not row["has_month"]:
-        advice = "a running daemon makes partitions; or SELECT sequencer.add_event_partitions()"
-        return Finding("history", "this month has no partition of its own", "warning", advice)
-    return Finding("history", "partitions are there")
+        advice = "start a daemon, which adds them; or SELECT sequencer.add_event_partitions()"
+        return Finding("history", "there is no partition for this month", "warning", advice)
+    return Finding("history", "partitions exist")
 
 
 # --- the work
@@ -302,16 +308,16 @@ async def _history(connection: asyncpg.Connection) -> Finding:
 async def _daemons(connection: asyncpg.Connection) -> Finding:
     count = await connection.fetchval(QUERIES["count_daemons"])
     if not count:
-        return Finding("daemons", "none is connected", "warning", "start one: sequencerd run")
+        return Finding("daemons", "none connected", "warning", "start one: sequencerd run")
     return Finding("daemons", f"{count} connected")
 
 
 async def _problems(connection: asyncpg.Connection) -> Finding:
     if rows := await connection.fetch(QUERIES["reported_problems"], None, MOST_PROBLEMS):
         named = _some((_problem(row) for row in rows), between="; ")
-        advice = "remove the cause; the daemon tries each again by itself"
+        advice = "remove the cause; the daemon retries automatically"
         return Finding("problems", named, "error", advice)
-    return Finding("problems", "no daemon reports any")
+    return Finding("problems", "none reported by daemons")
 
 
 def _problem(row: asyncpg.Record) -> str:
@@ -326,25 +332,25 @@ def _problem(row: asyncpg.Record) -> str:
 async def _overdue(connection: asyncpg.Connection) -> Finding:
     row = await connection.fetchrow(QUERIES["count_overdue"])
     if row["count"]:
-        seen = f"{row['count']:,} enrollments, the longest for {_rounded(row['longest'])}"
-        advice = "see where: sequencerd status; and why: sequencerd list --overdue"
+        seen = f"{row['count']:,} enrollments, the oldest for {_rounded(row['longest'])}"
+        advice = "see sequencerd status and sequencerd list --overdue"
         return Finding("overdue", seen, "warning", advice)
-    return Finding("overdue", "nobody")
+    return Finding("overdue", "none")
 
 
 async def _failed(connection: asyncpg.Connection) -> Finding:
     rows = await connection.fetch(QUERIES["failed_by_code"])
     if rows:
         named = _some(f"{row['count']:,} with {row['failure']}" for row in rows)
-        advice = "sequencerd list --status failed; sequencerd retry when the cause is mended"
+        advice = "see sequencerd list --status failed; fix the cause, then sequencerd retry"
         return Finding("failed", named, "warning", advice)
-    return Finding("failed", "nobody")
+    return Finding("failed", "none")
 
 
 async def _steps(connection: asyncpg.Connection) -> Finding:
     if rows := await connection.fetch(QUERIES["problems"]):
         named = _some((f"{r['sequence']}/{r['step']}: {r['problem']}" for r in rows), between="; ")
-        advice = "mend the definition or the settings; who is there goes on by itself"
+        advice = "fix the definition or the settings; enrollments then continue automatically"
         return Finding("steps", named, "error", advice)
     return Finding("steps", "all can be executed")
 
@@ -372,8 +378,8 @@ async def _examine_endpoints(
             if is_function:
                 yield Finding(about, "is an SQL function")
             else:
-                advice = f"make the function {name}(text[]), or set up [lookups.{name}]"
-                yield Finding(about, "there is no such function or endpoint", "error", advice)
+                advice = f"create the function {name}(text[]), or configure [lookups.{name}]"
+                yield Finding(about, "no such function or endpoint", "error", advice)
 
 
 async def _mail(settings: Settings) -> Finding:
@@ -387,11 +393,11 @@ async def _mail(settings: Settings) -> Finding:
         await runner.close()
     if isinstance(result, Failed):
         return Finding("mail server", result.message, "error", "start it, or correct email.url")
-    return Finding("mail server", getattr(result, "message", None) or "is ready for mail")
+    return Finding("mail server", getattr(result, "message", None) or "ready")
 
 
 async def _endpoint(about: str, url: str, allow_private: bool) -> Finding:
-    """A GET, which by RFC 9110 changes nothing: any answer shows that somebody is there."""
+    """Send a GET, which is safe by RFC 9110: any response shows that the server is up."""
     web = Web(timeout=PATIENCE, connections=1, allow_private=allow_private)
     try:
         reply = await web.call("GET", url, headers={})
@@ -399,7 +405,7 @@ async def _endpoint(about: str, url: str, allow_private: bool) -> Finding:
         return Finding(about, str(error), "error", "start it, or correct its url")
     finally:
         await web.close()
-    return Finding(about, f"is there; it answers a GET with {reply.status}")
+    return Finding(about, f"reachable; responds to GET with {reply.status}")
 
 
 async def _twilio(settings: Settings) -> Finding:
@@ -416,12 +422,12 @@ async def _twilio(settings: Settings) -> Finding:
         await web.close()
     if reply.status != 200:
         advice = "correct sms.account_sid and sms.auth_token"
-        return Finding("Twilio", f"refuses the login with {reply.status}", "error", advice)
+        return Finding("Twilio", f"rejects the login with {reply.status}", "error", advice)
     return Finding("Twilio", "accepts the login")
 
 
 def _some(items: Iterable[str], between: str = ", ") -> str:
-    """The first of them, and how many more there are."""
+    """Join the first items, and add the number of the others."""
     every = list(items)
     more = f" and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""
     return between.join(every[:SHOWN]) + more

@@ -1,4 +1,4 @@
-"""Commands that look: status, watch, list, show, tail."""
+"""Commands that read: status, watch, list, show, tail."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TAIL_OVERLAP = timedelta(seconds=10)
 async def status_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     rows = await fetch(url, "status", arguments.sequence)
     _check_found(rows, arguments.sequence)
-    show(rows, arguments.json, empty="no sequences yet; sequencerd apply FILE makes some")
+    show(rows, arguments.json, empty="no sequences yet; create one with sequencerd apply FILE")
     if not arguments.json and (
         problems := await fetch(url, "reported_problems", arguments.sequence, PROBLEMS)
     ):
@@ -90,9 +90,9 @@ async def list_command(arguments: argparse.Namespace, _: Settings, url: str) -> 
         )
     finally:
         await connection.close()
-    show(rows, arguments.json, empty="no such enrollments")
+    show(rows, arguments.json, empty="no matching enrollments")
     if len(rows) == arguments.limit and not arguments.json:
-        warn(f"there may be more: --after {rows[-1]['id']}")
+        warn(f"there may be more; next page: --after {rows[-1]['id']}")
     return 0
 
 

@@ -1,5 +1,5 @@
-"""Commands that change what goes on: enroll; retry, cancel, move, reevaluate; pause, resume,
-archive.
+"""Commands that change enrollments and sequences: enroll; retry, cancel, move, reevaluate; pause,
+resume, archive.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from sequencerd.store import QUERIES
 
 
 class Words(NamedTuple):
-    """How a status of sequences is set and told."""
+    """A status of sequences, and what it means for their enrollments."""
 
     status: str
     inside: str
 
 
 SEQUENCE_STATUSES = {
-    "pause": Words("paused", "wait: clocks run on, nothing is executed"),
-    "resume": Words("active", "go on"),
-    "archive": Words("archived", "go on, nobody enters"),
+    "pause": Words("paused", "wait; nothing is executed, time continues to pass"),
+    "resume": Words("active", "continue"),
+    "archive": Words("archived", "continue; no new enrollments"),
 }
 
 
@@ -68,8 +68,8 @@ async def enroll_command(arguments: argparse.Namespace, _: Settings, url: str) -
         await connection.close()
     if id_ is None:
         raise UsageError(
-            f"{arguments.subject} is in {arguments.sequence} already; its reentry policy allows "
-            "no second time"
+            f"{arguments.subject} has already been enrolled in {arguments.sequence}; the reentry "
+            "policy does not allow another enrollment"
         )
     if arguments.json:
         say_json({"id": id_})
@@ -96,7 +96,7 @@ async def change_command(arguments: argparse.Namespace, _: Settings, url: str) -
             await _check_step(connection, to, ids, selection.sequence)
         if (len(ids) > 1 or arguments.dry_run) and not arguments.json:
             rows = await connection.fetch(QUERIES["selected"], ids)
-            show(rows, as_json=False, empty="no such enrollments")
+            show(rows, as_json=False, empty="no matching enrollments")
         if arguments.dry_run:
             return _report(arguments, len(ids), Done())
         if len(ids) > 1 and not arguments.yes:
@@ -111,23 +111,23 @@ def _selection(arguments: argparse.Namespace) -> Selection:
     filters = (arguments.subject, arguments.sequence, arguments.step, arguments.failure)
     is_filtered = any(value is not None for value in filters)
     if arguments.ids and is_filtered:
-        raise ArgumentError("write either ids or options that choose, not both")
+        raise ArgumentError("give either ids or filters, not both")
     if not arguments.ids and not is_filtered:
         raise ArgumentError(
-            f"{arguments.command} whom? Write ids, --subject, --sequence, --step or --failure"
+            "nothing selected: give ids, --subject, --sequence, --step or --failure"
         )
     return Selection(sorted(set(arguments.ids)) or None, *filters)
 
 
 def _check_ids(command: str, action: str, wanted: Sequence[int], found: Sequence[int]) -> None:
-    """Who is named must be there: a script should hear of a wrong number."""
+    """Reject ids that the command does not apply to, so that scripts notice wrong ids."""
     if missing := sorted(set(wanted) - set(found)):
         names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         takes = " and ".join(bulk.STATUSES[action])
-        elsewhere = " that are at another step" if command == "move" else ""
+        elsewhere = " at another step" if command == "move" else ""
         raise UsageError(
-            f"{command} takes {takes} enrollments{elsewhere}, not {names}; "
-            f"look: sequencerd show {missing[0]}"
+            f"{command} applies to {takes} enrollments{elsewhere}, not to {names}; "
+            f"see: sequencerd show {missing[0]}"
         )
 
 
@@ -142,10 +142,10 @@ async def _check_step(
 
 
 def _confirm(question: str) -> None:
-    """Raises UsageError unless somebody says yes."""
+    """Ask the user for confirmation. Raises UsageError without it."""
     if not sys.stdin.isatty():
-        raise ArgumentError(f"{question} Nobody can be asked here: write --yes, or --dry-run")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the loop's waits for us
+        raise ArgumentError(f"{question} Standard input is not a terminal: use --yes, or --dry-run")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the loop is blocked here
     try:
         say(f"{question} [y/N] ", end="", to=sys.stderr)
         answer = sys.stdin.readline()
@@ -180,7 +180,7 @@ async def _in_batches(
             warn(f"interrupted: {total.changed:,} of {_count(len(ids))} done")
             raise
         except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
-            raise UsageError(f"{with_hint(error)}; {total.changed:,} are done") from error
+            raise UsageError(f"{with_hint(error)}; {total.changed:,} were changed") from error
     return total
 
 
@@ -203,9 +203,9 @@ def _report(arguments: argparse.Namespace, selected: int, done: Done) -> int:
     if done.executing:
         say(f"{done.executing:,} were executing a side effect, which is not undone")
     if done.entered_again:
-        say(f"{done.entered_again:,} stay as they are: the subject is in the sequence again")
+        say(f"{done.entered_again:,} unchanged: the subject has entered the sequence again")
     if unchanged:
-        say(f"{unchanged:,} had gone elsewhere meanwhile, or cannot be changed")
+        say(f"{unchanged:,} unchanged: moved on meanwhile, or cannot be changed")
     return 0
 
 

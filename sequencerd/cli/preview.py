@@ -116,7 +116,7 @@ def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:
         type_, _, word = given.partition("=")
         outcome = next((known for known in OUTCOMES if known == word), None)
         if not type_ or outcome is None:
-            raise UsageError(f"--runner {given!r}: write TYPE={'|'.join(OUTCOMES)}")
+            raise UsageError(f"--runner {given!r}: use TYPE={'|'.join(OUTCOMES)}")
         outcomes[type_] = outcome
     return outcomes
 
@@ -126,7 +126,7 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
     for given in arguments.set:
         when, found, text = given.partition(": ")
         if not found:
-            raise UsageError(f"--set {given!r}: write for example 'P3D: {{\"paid\": true}}'")
+            raise UsageError(f"--set {given!r}: use for example 'P3D: {{\"paid\": true}}'")
         changes[when.strip()] = {**changes.get(when.strip(), {}), **_json(text, "--set")}
     return changes
 

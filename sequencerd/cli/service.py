@@ -1,4 +1,4 @@
-"""Commands for who runs the daemon: run, migrate, console-password, install-service."""
+"""Commands that install and run the daemon: run, migrate, console-password, install-service."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def install_service_command(arguments: argparse.Namespace, _: Settings) -> int:
         return 0
     for path in install.write(arguments.to, units):
         say(f"wrote {path}")
-    say("now: systemctl daemon-reload && systemctl enable --now sequencerd")
+    say("next: systemctl daemon-reload && systemctl enable --now sequencerd")
     return 0
 
 
@@ -35,11 +35,11 @@ def console_password_command(_: argparse.Namespace, __: Settings) -> int:
     if sys.stdin.isatty():
         password = getpass.getpass()
         if getpass.getpass("Again: ") != password:
-            raise UsageError("these are two passwords")
+            raise UsageError("the passwords do not match")
     else:
         password = sys.stdin.readline().rstrip("\n")
     if len(password) < SHORTEST_PASSWORD:
-        raise UsageError(f"a password needs {SHORTEST_PASSWORD} characters or more")
+        raise UsageError(f"the password must have at least {SHORTEST_PASSWORD} characters")
     say(passwords.make_hash(password))
     return 0
 

@@ -105,7 +105,7 @@ async def test_every_page_is_there(database: str, connection: asyncpg.Connection
         overview = check(await client.get("/"))
         assert "s active" in overview
         text = check(await client.get("/enrollments/1"))
-        assert "Waits for 1 day; it is looked at again at" in text
+        assert "Waits for 1 day; next check at" in text
         assert "then note" in text
         text = check(await client.get("/enrollments/2"))
         assert 'refused: {"email": "bob@example.com"}' in text
