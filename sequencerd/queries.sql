@@ -177,8 +177,8 @@ SELECT e.id
  ORDER BY e.wake_at LIMIT $4;
 
 -- name: expired_ids
--- Who is due at a side effect that nothing can begin: whose expiry is past, and whose is not known, of
--- those due since some time.
+-- Find due enrollments of a step that cannot be claimed: those that have expired, and of those due since
+-- a given time, those whose expiry is unknown.
 SELECT e.id
   FROM ((SELECT id, leased_by FROM sequencer.enrollments
           WHERE sequence = $1 AND step = $2 AND status = 'active'
@@ -194,7 +194,7 @@ SELECT e.id
  LIMIT $4;
 
 -- name: forget_expiries
--- Those who wait at a step are evaluated anew: -infinity is past.
+-- Mark the expiry of a step's enrollments as unknown: -infinity has passed, so they are evaluated again.
 UPDATE sequencer.enrollments SET expires_at = '-infinity'
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND expires_at IS NOT NULL
    AND leased_by IS NULL;
@@ -600,6 +600,7 @@ SELECT name, status AS before,
 -- Read one enrollment with its step and its sequence.
 SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e.visit, e.attempt,
        e.leased_by, e.goals_met, e.failure, e.last_error, e.created_at, e.ended_at, e.retry_at,
+       CASE WHEN isfinite(e.expires_at) THEN e.expires_at END AS expires_at,
        coalesce(e.timezone, q.timezone) AS timezone, q.status AS sequence_status,
        s.type, s.config, s.next_step, s.alt_next_step, s.problem, e.data
   FROM sequencer.enrollments AS e

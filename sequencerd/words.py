@@ -61,6 +61,8 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
     if row["status"] != "active":
         return f"nothing, it is {row['status']}"
     then = f"then {row['next_step'] or 'the end'}"
+    if row["expires_at"]:
+        then += f"; not started after {at(row['expires_at'])}"
     if row["sequence_status"] == "paused":
         return "nothing while the sequence is paused"
     if row["leased_by"]:

@@ -203,7 +203,7 @@ CREATE INDEX events_of_enrollment ON sequencer.events (enrollment_id, at);
 CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
-COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; goal; jump; retry, lapsed, late; warning; completed, failed, cancelled, resumed, moved, reevaluated.';
+COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired; goal; jump; retry, lapsed, late; warning; completed, failed, cancelled, resumed, moved, reevaluated.';
 COMMENT ON COLUMN sequencer.events.revision IS 'Of the definition that it happened under; what came of a side effect has the one that it began with.';
 
 -- A daemon records what happens, and not what is said to have happened at another time.

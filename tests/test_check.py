@@ -504,3 +504,24 @@ def test_errors_are_worded_for_a_file(tmp_path: Path, text: str, words: str) -> 
     found = [str(finding) for finding in check(tmp_path / "s.yaml", text)]
     assert any(words in finding for finding in found), found
     assert not re.search(r"Input|should|valid |items?\b|characters", " ".join(found)), found
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_taken"),
+    [
+        ("onSuppressed: altNext", True),
+        ("expires: {amount: 1, unit: day}, onExpired: altNext", True),
+        ("expires: {amount: 1, unit: day}, onExpired: end", False),
+        ("onExpired: altNext", False),
+    ],
+)
+def test_the_ways_of_a_message_that_is_not_sent(tmp_path: Path, keys: str, is_taken: bool) -> None:
+    found = check(
+        tmp_path / "s.yaml",
+        "name: s\nsteps:\n"
+        "  - {name: mail, type: Email, next: null, altNext: other, config: {from: a@x.org,"
+        f" to: b@x.org, subject: x, text: y, {keys}}}}}\n"
+        "  - {name: other, type: WaitForDuration, config: {amount: 1, unit: day}}\n",
+    )
+    told = " ".join(map(str, found))
+    assert ("never taken" not in told and "reach" not in told) == is_taken, told

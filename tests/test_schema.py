@@ -234,3 +234,19 @@ def test_whatever_check_accepts_is_valid(document: dict[str, Any]) -> None:
         accepted, _ = read_files([file], RUNNERS)
     if accepted:
         VALIDATOR.validate(document)
+
+
+def test_the_ways_of_what_is_not_sent() -> None:
+    for keys in (
+        {"expires": "{{data.begins}}", "onExpired": "altNext", "onSuppressed": "end"},
+        {"expires": {"amount": 2, "unit": "hours"}, "onExpired": "next"},
+    ):
+        assert is_valid(sequence({"name": "a", "type": "Email", "config": {**EMAIL, **keys}}))
+        assert is_valid(sequence({"name": "a", "type": "Score", "config": keys}))
+    for wrong in (
+        {"expires": 5},
+        {"expires": {"amount": 2, "unit": "moons"}},
+        {"onExpired": "fail"},
+        {"onSuppressed": "b"},
+    ):
+        assert not is_valid(sequence({"name": "a", "type": "Email", "config": {**EMAIL, **wrong}}))

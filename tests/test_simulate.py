@@ -399,3 +399,26 @@ async def test_of_an_enrollment_it_is_known_what_refuses_it(
     await enroll(connection, "t", "ada")
     id_ = await enroll(connection, "s", "ada")
     assert "refuses a second entry" in sequencerd("simulate", "--from-enrollment", str(id_))
+
+
+@pytest.mark.parametrize(
+    ("goes", "leads"),
+    [
+        ("next", ["mail expired", "good next", "good completed"]),
+        ("altNext", ["mail expired", "other next", "other completed"]),
+        ("end", ["mail expired", "mail completed"]),
+    ],
+)
+def test_what_has_expired_is_not_sent(tmp_path: Path, goes: str, leads: list[str]) -> None:
+    sequences = loaded(
+        tmp_path,
+        "  - {name: mail, type: Email, altNext: other, next: good, config: {from: a@x.org,"
+        " to: b@x.org, subject: x, text: y, expires: '{{data.begins}}',"
+        f" onExpired: {goes}}}}}\n"
+        "  - {name: good, type: UpdateData, next: null, config: {data: {sent: true}}}\n"
+        "  - {name: other, type: UpdateData, next: null, config: {data: {sent: false}}}\n",
+    )
+    in_time = sequences.simulate(start=START, data={"begins": "2026-03-03T09:00:00Z"})
+    assert "mail execute" in actions(in_time)
+    late = sequences.simulate(start=START, data={"begins": START})
+    assert [action for action in actions(late) if action != "mail enrolled"] == leads

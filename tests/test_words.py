@@ -32,11 +32,13 @@ def row(
         "wake_at": AT,
         "entered_at": AT,
         "attempt": 0,
+        "expires_at": None,
         **more,
     }
 
 
-AGAIN = "next check at 2030-01-01 00:00:00Z, then b"
+WHEN = "2030-01-01 00:00:00Z"
+AGAIN = f"next check at {WHEN}, then b"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,10 @@ AGAIN = "next check at 2030-01-01 00:00:00Z, then b"
         ),
         (row("Goal", {"lodashCommand": "eq"}, wake_at=NEVER), "waits for a change, then b"),
         (row("Email", next_step=None), "next check at 2030-01-01 00:00:00Z, then the end"),
+        (
+            row("Email", attempt=1, expires_at=AT),
+            f"attempt 1 failed, next attempt at {WHEN}, then b; not started after {WHEN}",
+        ),
         (row("Email", leased_by="host:1"), "Email is being executed by host:1, then b"),
         (
             row("Email", attempt=2),

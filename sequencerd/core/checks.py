@@ -103,7 +103,8 @@ def ways(step: Step) -> list[str]:
 def goes_alt(step: Step) -> bool:
     """Whether a step may take the other way."""
     if step.type in MESSAGES:
-        return any(step.config.get(key) == "altNext" for key in _EXITS)
+        exits = [key for key in _EXITS if step.config.get(key) == "altNext"]
+        return bool(exits) and (exits != ["onExpired"] or step.config.get("expires") is not None)
     if step.type == "WaitForCondition":
         return step.config.get("timeout") is not None
     if step.type == "GoTo":
@@ -117,8 +118,8 @@ _EXITS = ("onError", "onSuppressed", "onExpired")
 def _never_alt(step: Step) -> str:
     if step.type in MESSAGES:
         return (
-            'never taken: write "onError: altNext" (or onSuppressed, onExpired) into the config, '
-            "or leave altNext out"
+            'never taken: write "onError: altNext" (or onSuppressed, or onExpired with expires) '
+            "into the config, or leave altNext out"
         )
     if step.type == "WaitForCondition":
         return "never taken without a timeout: write one into the config, or leave altNext out"
