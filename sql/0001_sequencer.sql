@@ -1,11 +1,11 @@
 -- sequencerd keeps everything in the schema "sequencer":
 --
 --   sequences     what may happen: a named graph of steps, its zone, status and reentry policy
---   steps         the nodes of that graph: type, config, and where to go next
---   enrollments   who is where: one row for each journey of a subject through a sequence
+--   steps         the nodes of that graph: type, config and next steps
+--   enrollments   one row for each journey of a subject through a sequence: where it is, when it wakes
 --   events        what happened: append only, partitioned by month
---   revisions     what definitions were: a document for each change, by whoever and in whatever way
---   suppressions  addresses that get no more messages
+--   revisions     former definitions: a document for each change, however it was made
+--   suppressions  addresses to which no messages are sent
 --   daemons       which daemons run, and until when each is taken to be alive
 --   problems      what daemons report for operators
 --   migrations    which files of sql/ have been applied
@@ -14,19 +14,19 @@
 --
 --   enroll        INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES (...)
 --   change data   UPDATE sequencer.enrollments SET data = data || '{...}' WHERE subject = ...
---   look again    SELECT sequencer.reevaluate(subject => ...)
+--   reevaluate    SELECT sequencer.reevaluate(subject => ...)
 --   cancel        UPDATE sequencer.enrollments SET status = 'cancelled' WHERE ...
---   try again     UPDATE sequencer.enrollments SET status = 'active' WHERE status = 'failed' AND ...
---   move by hand  UPDATE sequencer.enrollments SET step = ... WHERE ...
+--   retry         UPDATE sequencer.enrollments SET status = 'active' WHERE status = 'failed' AND ...
+--   move          UPDATE sequencer.enrollments SET step = ... WHERE ...
 --
--- What an active enrollment waits for is its wake_at: when that is past, a daemon claims the row,
--- moves it on, and writes when to look again. While a daemon executes a side effect, leased_by
--- names it and wake_at is the end of its lease; if it dies, the row is simply due again.
+-- An active enrollment waits for its wake_at. When that has passed, a daemon claims the row, advances
+-- it, and writes the next wake_at. While a daemon executes a side effect, leased_by names the daemon and
+-- wake_at is the end of its lease; if the daemon dies, the row is due again.
 --
--- Triggers fill in what an application leaves out, refuse what cannot be, and tell the daemon with
--- NOTIFY. They notify only while a daemon asks for it, and for what is due before its next sweep, so
--- a lost notification delays by a minute at most. SET LOCAL sequencer.notify = off silences them in a
--- bulk load. What is changed by hand is recorded with the user's name, and with SET LOCAL
+-- Triggers fill in defaults, reject invalid rows, and notify the daemon by NOTIFY. They notify only while
+-- a daemon holds the notify lock, and only of rows due before its next sweep, so a lost notification
+-- delays an enrollment by a minute at most. SET LOCAL sequencer.notify = off turns notifications off for
+-- a bulk load. Manual changes are recorded with the user's name and the reason given by SET LOCAL
 -- sequencer.reason = '...'.
 --
 -- The advisory locks, all with 7364528 as their first number (store.AdvisoryLock):
@@ -37,16 +37,16 @@
 --   4  notify       held by a daemon while it wants to be notified; shared by writers that do not notify
 --   5  requests     held by the one daemon that handles the requests that applications send by NOTIFY
 --
--- Names and subjects compare byte by byte (COLLATE "C"): cheaper than by the rules of a language, and
--- no update of the system's libraries can break their indexes.
+-- Names and subjects are compared byte by byte (COLLATE "C"): this is faster than the rules of a
+-- language, and no update of the system's libraries can corrupt their indexes.
 
 CREATE SCHEMA IF NOT EXISTS sequencer;
 
 
 -- definitions -----------------------------------------------------------------------------------
 
--- Of all definitions together, and never drawn twice: a revision names one definition, whatever its
--- name was before or is given to later.
+-- Shared by all sequences, so that no two definitions ever have the same revision, even if a name is
+-- reused.
 CREATE SEQUENCE sequencer.revision_numbers AS integer;
 
 CREATE TABLE sequencer.sequences (
@@ -65,14 +65,14 @@ CREATE TABLE sequencer.sequences (
 );
 
 COMMENT ON TABLE  sequencer.sequences IS 'Named graphs of steps.';
-COMMENT ON COLUMN sequencer.sequences.first_step IS 'Where an enrollment begins, if it names no step.';
-COMMENT ON COLUMN sequencer.sequences.timezone IS 'IANA name; holds for subjects without one of their own.';
-COMMENT ON COLUMN sequencer.sequences.status IS 'paused: clocks run on, nothing is executed. archived: nobody enters, who is inside goes on.';
-COMMENT ON COLUMN sequencer.sequences.reentry IS 'When a subject may enter again: after_end of its journey, always, or never.';
+COMMENT ON COLUMN sequencer.sequences.first_step IS 'Where an enrollment starts unless it names a step.';
+COMMENT ON COLUMN sequencer.sequences.timezone IS 'IANA name; the default for enrollments without a time zone of their own.';
+COMMENT ON COLUMN sequencer.sequences.status IS 'paused: nothing is executed, but time passes. archived: no new enrollments; existing ones continue.';
+COMMENT ON COLUMN sequencer.sequences.reentry IS 'When a subject may be enrolled again: after_end of its previous enrollment, always, or never.';
 COMMENT ON COLUMN sequencer.sequences.lookup IS 'The source of external data about subjects: an endpoint of the settings, an installed Python function, or an SQL function such as app.plans.';
-COMMENT ON COLUMN sequencer.sequences.recheck IS 'How often goals and conditions that read external data are looked at.';
-COMMENT ON COLUMN sequencer.sequences.revision IS 'Drawn anew by each transaction that changes the sequence or its steps; no two sequences ever have the same.';
-COMMENT ON COLUMN sequencer.sequences.from_file IS 'It was applied from a file: where no file has it any more, apply --prune archives it.';
+COMMENT ON COLUMN sequencer.sequences.recheck IS 'How often goals and conditions that read external data are evaluated.';
+COMMENT ON COLUMN sequencer.sequences.revision IS 'A new number for each transaction that changes the sequence or its steps; unique across sequences.';
+COMMENT ON COLUMN sequencer.sequences.from_file IS 'Whether it was applied from a file: apply --prune archives it when no file defines it any more.';
 
 CREATE TABLE sequencer.steps (
     sequence      text COLLATE "C" NOT NULL
@@ -94,17 +94,17 @@ CREATE TABLE sequencer.steps (
         ON UPDATE CASCADE DEFERRABLE INITIALLY DEFERRED
 );
 
-COMMENT ON TABLE  sequencer.steps IS 'What happens in a sequence, and what comes after it.';
-COMMENT ON COLUMN sequencer.steps.position IS 'The order of the definition; of several goals met the last wins.';
-COMMENT ON COLUMN sequencer.steps.next_step IS 'Where "next" leads; NULL ends the journey.';
-COMMENT ON COLUMN sequencer.steps.alt_next_step IS 'Where "altNext" leads; NULL ends the journey.';
-COMMENT ON COLUMN sequencer.steps.seed IS 'Of a Split: what subjects are dealt by. The names that it had at first, so that a rename deals nobody anew.';
-COMMENT ON COLUMN sequencer.steps.problem IS 'Written by the daemon: why this step cannot be executed.';
-COMMENT ON COLUMN sequencer.steps.retime_from IS 'The step has changed, or NOTIFY asked for it: waiting enrollments with this id or a greater one have yet to be evaluated.';
-COMMENT ON COLUMN sequencer.steps.retime_again IS 'NOTIFY asked again meanwhile: all are evaluated once more after that.';
+COMMENT ON TABLE  sequencer.steps IS 'The steps of sequences: what each does, and where it leads.';
+COMMENT ON COLUMN sequencer.steps.position IS 'The order in the definition; of several goals met at once, the last wins.';
+COMMENT ON COLUMN sequencer.steps.next_step IS 'Where the action next leads; NULL completes the enrollment.';
+COMMENT ON COLUMN sequencer.steps.alt_next_step IS 'Where the action altNext leads; NULL completes the enrollment.';
+COMMENT ON COLUMN sequencer.steps.seed IS 'Of a Split: the seed by which subjects are assigned to branches. Made of the original names, so that a rename reassigns no subject.';
+COMMENT ON COLUMN sequencer.steps.problem IS 'Why this step cannot be executed; written by the daemon.';
+COMMENT ON COLUMN sequencer.steps.retime_from IS 'Set when the step has changed, or by a request by NOTIFY: waiting enrollments with this id or a greater one have yet to be evaluated.';
+COMMENT ON COLUMN sequencer.steps.retime_again IS 'Whether another request arrived meanwhile: all are then evaluated once more.';
 
 CREATE TABLE sequencer.revisions (
-    sequence text COLLATE "C" NOT NULL, -- without a foreign key: they outlive a deleted sequence
+    sequence text COLLATE "C" NOT NULL, -- no foreign key: revisions outlive a deleted sequence
     revision integer NOT NULL,
     at       timestamptz NOT NULL,
     by       text NOT NULL,
@@ -112,9 +112,9 @@ CREATE TABLE sequencer.revisions (
     PRIMARY KEY (sequence, revision)
 );
 
-COMMENT ON TABLE  sequencer.revisions IS 'Every definition that ever held, one for each transaction that changed it.';
-COMMENT ON COLUMN sequencer.revisions.by IS 'The user of the database who made the change.';
-COMMENT ON COLUMN sequencer.revisions.document IS 'The sequence and its steps, with the keys of a file.';
+COMMENT ON TABLE  sequencer.revisions IS 'All definitions, past and present: one for each transaction that changed a sequence.';
+COMMENT ON COLUMN sequencer.revisions.by IS 'The database user that made the change.';
+COMMENT ON COLUMN sequencer.revisions.document IS 'The sequence and its steps, with the keys of a definition file.';
 
 
 -- enrollments -----------------------------------------------------------------------------------
@@ -146,44 +146,44 @@ CREATE TABLE sequencer.enrollments (
                CHECK (created_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     ended_at   timestamptz,
     tag        uuid NOT NULL DEFAULT gen_random_uuid(),
-    -- 0 where the reentry policy allows no second such row, else a number of its own
+    -- 0 where the reentry policy allows no second such row, otherwise a unique number
     entry      bigint NOT NULL GENERATED ALWAYS AS (
                    CASE WHEN reentry = 'never' OR reentry = 'after_end' AND status = 'active'
                         THEN 0 ELSE id END) STORED,
     CONSTRAINT active_has_wake_at CHECK ((status = 'active') = (wake_at IS NOT NULL)),
     CONSTRAINT ended_has_ended_at CHECK ((status = 'active') = (ended_at IS NULL)),
-    -- begins with the subject: it also finds who somebody is
+    -- starts with the subject, so that it also finds enrollments by subject
     CONSTRAINT one_entry UNIQUE (subject, sequence, entry)
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000);
 
 CREATE INDEX enrollments_due ON sequencer.enrollments (sequence, step, wake_at)
     WHERE status = 'active';
--- of those who wait for a runner that is down or full
+-- of enrollments that wait for a runner that is down or full
 CREATE INDEX enrollments_expiring ON sequencer.enrollments (sequence, step, expires_at)
     WHERE status = 'active' AND expires_at IS NOT NULL;
 CREATE INDEX enrollments_failed ON sequencer.enrollments (sequence, step, failure)
     WHERE status = 'failed';
--- what delete_ended looks for
+-- for delete_ended
 CREATE INDEX enrollments_ended ON sequencer.enrollments (ended_at)
     WHERE ended_at IS NOT NULL AND reentry <> 'never';
 
-COMMENT ON TABLE  sequencer.enrollments IS 'Journeys of subjects through sequences: where each is, since when, when it wakes.';
-COMMENT ON COLUMN sequencer.enrollments.subject IS 'Whose journey it is: a customer, an invoice, a device.';
-COMMENT ON COLUMN sequencer.enrollments.data IS 'What conditions and templates read. A change is looked at at once.';
-COMMENT ON COLUMN sequencer.enrollments.wake_at IS 'When it is next looked at; infinity: when something changes. On insert: when it begins.';
-COMMENT ON COLUMN sequencer.enrollments.entered_at IS 'Since when it has been at its step; NULL until it has begun.';
-COMMENT ON COLUMN sequencer.enrollments.visit IS 'Counts the stays at steps.';
-COMMENT ON COLUMN sequencer.enrollments.attempt IS 'How often this visit''s side effect has been started.';
-COMMENT ON COLUMN sequencer.enrollments.goals_met IS 'The goals of its sequence that have been met: each pulls once; one with repeat: true leaves when it no longer holds.';
-COMMENT ON COLUMN sequencer.enrollments.goals_elsewhere IS 'The goals met by sequence that it has left, for when it comes back.';
-COMMENT ON COLUMN sequencer.enrollments.executed IS 'The side effects, as sequence/step, that were executed since it last waited: to come back to one of them is a loop.';
-COMMENT ON COLUMN sequencer.enrollments.leased_by IS 'The daemon that executes the side effect; wake_at is the end of its lease.';
-COMMENT ON COLUMN sequencer.enrollments.retry_at IS 'The side effect is not started again before this.';
-COMMENT ON COLUMN sequencer.enrollments.expires_at IS 'The side effect is not started from then on; -infinity: not known, as its data have changed.';
-COMMENT ON COLUMN sequencer.enrollments.failure IS 'Of a failed one, a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown, already_enrolled, archived.';
-COMMENT ON COLUMN sequencer.enrollments.last_error IS 'What went wrong last, in a sentence.';
+COMMENT ON TABLE  sequencer.enrollments IS 'Journeys of subjects through sequences: where each is, since when, and when it wakes.';
+COMMENT ON COLUMN sequencer.enrollments.subject IS 'What is enrolled: the id of a customer, an invoice, a device.';
+COMMENT ON COLUMN sequencer.enrollments.data IS 'What conditions and templates read. A change wakes the enrollment immediately.';
+COMMENT ON COLUMN sequencer.enrollments.wake_at IS 'When it is next evaluated; infinity: only when something changes. On insert: when it starts.';
+COMMENT ON COLUMN sequencer.enrollments.entered_at IS 'Since when it has been at its step; NULL until it has started.';
+COMMENT ON COLUMN sequencer.enrollments.visit IS 'The number of the present visit; each visit is one stay at one step.';
+COMMENT ON COLUMN sequencer.enrollments.attempt IS 'How many times the side effect of this visit has been started.';
+COMMENT ON COLUMN sequencer.enrollments.goals_met IS 'The goals of its sequence that it has met: each moves it once. A goal with repeat: true is removed when it no longer holds.';
+COMMENT ON COLUMN sequencer.enrollments.goals_elsewhere IS 'The goals that it has met in sequences that it has left, by sequence, in case it returns.';
+COMMENT ON COLUMN sequencer.enrollments.executed IS 'The side effects, as sequence/step, executed since it last waited: reaching one of them again is a loop.';
+COMMENT ON COLUMN sequencer.enrollments.leased_by IS 'The daemon that is executing the side effect; wake_at is then the end of its lease.';
+COMMENT ON COLUMN sequencer.enrollments.retry_at IS 'The side effect is not retried before this time.';
+COMMENT ON COLUMN sequencer.enrollments.expires_at IS 'The side effect is not started after this time; -infinity: unknown, as the data have changed.';
+COMMENT ON COLUMN sequencer.enrollments.failure IS 'Why it failed, as a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown, already_enrolled, archived.';
+COMMENT ON COLUMN sequencer.enrollments.last_error IS 'The last error, as a sentence.';
 COMMENT ON COLUMN sequencer.enrollments.tag IS 'Random: makes idempotency keys unique across databases, in which ids repeat.';
-COMMENT ON COLUMN sequencer.enrollments.reentry IS 'The policy of its sequence.';
+COMMENT ON COLUMN sequencer.enrollments.reentry IS 'The reentry policy of its sequence.';
 
 
 -- history ---------------------------------------------------------------------------------------
@@ -204,9 +204,9 @@ CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
 COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired; goal; jump; retry, lapsed, late; warning; completed, failed, cancelled, resumed, moved, reevaluated.';
-COMMENT ON COLUMN sequencer.events.revision IS 'Of the definition that it happened under; what came of a side effect has the one that it began with.';
+COMMENT ON COLUMN sequencer.events.revision IS 'The revision of the definition in effect; for the result of a side effect, the one it was started under.';
 
--- A daemon records what happens, and not what is said to have happened at another time.
+-- A daemon records present events only: it cannot rewrite history.
 CREATE FUNCTION sequencer.check_event() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -221,15 +221,15 @@ CREATE TRIGGER of_today BEFORE INSERT ON sequencer.events
         AND NOT has_table_privilege('sequencer.events'::regclass, 'INSERT'))
     EXECUTE FUNCTION sequencer.check_event();
 
--- A publication for all tables lets nobody delete rows that it could not name: they have no key.
+-- The table has no key; without this, a publication for all tables would make deletes fail.
 ALTER TABLE sequencer.events REPLICA IDENTITY FULL;
 
--- Rows of a month without a partition of its own. None get here while a daemon runs.
+-- Rows of months without a partition. While a daemon runs, there are none.
 CREATE TABLE sequencer.events_other PARTITION OF sequencer.events DEFAULT;
 ALTER TABLE sequencer.events_other REPLICA IDENTITY FULL;
 
--- Partitions are attached and dropped beside a daemon that writes: who waits for a lock on the history
--- holds up everybody, so it waits for a moment only and fails; then it is tried again later.
+-- Partitions are attached and dropped while daemons write. Waiting for a lock on the history blocks all
+-- other writers, so the wait is short; if it fails, it is retried later.
 CREATE FUNCTION sequencer.add_event_partitions(ahead integer DEFAULT 3) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     SET timezone = 'UTC' SET lock_timeout = '200ms' AS $$
@@ -245,7 +245,7 @@ BEGIN
         EXECUTE format('CREATE TABLE sequencer.%I (LIKE sequencer.events INCLUDING ALL)', name);
         EXECUTE format('ALTER TABLE sequencer.%I REPLICA IDENTITY FULL', name);
         LOCK TABLE sequencer.events_other IN ACCESS EXCLUSIVE MODE;
-        -- what has happened while nobody made partitions
+        -- rows from a time when no partitions were created
         IF EXISTS (SELECT FROM sequencer.events_other
                     WHERE at >= month AND at < month + interval '1 month') THEN
             EXECUTE format(
@@ -260,11 +260,11 @@ BEGIN
     END LOOP;
 END $$;
 
-COMMENT ON FUNCTION sequencer.add_event_partitions IS 'Makes the partitions of this month and those ahead.';
+COMMENT ON FUNCTION sequencer.add_event_partitions IS 'Create the partitions of this month and the given number of months ahead.';
 
 SELECT sequencer.add_event_partitions();
 
--- One at a time. Whoever may call it can take away past months of the history, and nothing else.
+-- One partition per call. The right to call it is the right to drop past months of the history only.
 CREATE FUNCTION sequencer.drop_event_partition(before timestamptz) RETURNS text
 LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     SET timezone = 'UTC' SET lock_timeout = '200ms' AS $$
@@ -290,7 +290,7 @@ BEGIN
     RETURN 'events_other';
 END $$;
 
-COMMENT ON FUNCTION sequencer.drop_event_partition IS 'Drops the oldest month of the history if it was over before that time. Returns its name; NULL if there is none.';
+COMMENT ON FUNCTION sequencer.drop_event_partition IS 'Drop the oldest month of the history if it ended before the given time. Return its name, or NULL if there is none.';
 
 CREATE FUNCTION sequencer.delete_ended(before timestamptz, batch integer) RETURNS bigint
 LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -305,7 +305,7 @@ BEGIN
     RETURN count;
 END $$;
 
-COMMENT ON FUNCTION sequencer.delete_ended IS 'Deletes the oldest of the enrollments that ended before that time, and returns how many. Where nobody may enter a second time, the row is what remembers the first, and stays.';
+COMMENT ON FUNCTION sequencer.delete_ended IS 'Delete a batch of the enrollments that ended before the given time, the oldest first, and return how many. Enrollments with the reentry policy never are kept, as they prevent another enrollment.';
 
 CREATE TABLE sequencer.suppressions (
     channel    text NOT NULL CHECK (channel IN ('email', 'sms')),
@@ -315,10 +315,10 @@ CREATE TABLE sequencer.suppressions (
     PRIMARY KEY (channel, address)
 );
 
-COMMENT ON TABLE sequencer.suppressions IS 'Addresses and subjects that get no more messages; e-mail addresses are kept in lower case, numbers without what people put between the digits.';
+COMMENT ON TABLE sequencer.suppressions IS 'Addresses and subjects to which no messages are sent. E-mail addresses are stored in lower case, phone numbers without separators.';
 
--- runners/numbers.py does the same with the number that a message goes to: blanks, dashes and what is
--- not seen are taken out, and the zero for calls within the country as in +49 (0)151.
+-- runners/numbers.py normalises the recipient's number in the same way: it removes blanks, dashes,
+-- invisible characters, and the zero of national calls as in +49 (0)151.
 CREATE FUNCTION sequencer.normalise_suppression() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -361,9 +361,9 @@ CREATE TABLE sequencer.daemons (
     types       text[] NOT NULL DEFAULT '{}'
 );
 
-COMMENT ON TABLE  sequencer.daemons IS 'The daemons that run. What a daemon has leased is its own for as long as it is alive, whatever happens to the row.';
-COMMENT ON COLUMN sequencer.daemons.alive_until IS 'Put off with each heartbeat; a daemon that is past it is taken to be dead.';
-COMMENT ON COLUMN sequencer.daemons.types IS 'Types of steps for which it has a runner. Daemons without one leave such steps to it.';
+COMMENT ON TABLE  sequencer.daemons IS 'The running daemons. A lease is valid for as long as its daemon is alive, whatever happens to the row.';
+COMMENT ON COLUMN sequencer.daemons.alive_until IS 'Extended by each heartbeat; a daemon is considered dead after this time.';
+COMMENT ON COLUMN sequencer.daemons.types IS 'The step types for which it has a runner. Daemons without one leave such steps to it.';
 
 CREATE TABLE sequencer.problems (
     daemon   text COLLATE "C" NOT NULL REFERENCES sequencer.daemons ON DELETE CASCADE,
@@ -377,19 +377,19 @@ CREATE TABLE sequencer.problems (
     PRIMARY KEY (daemon, kind, about)
 );
 
-COMMENT ON TABLE  sequencer.problems IS 'What daemons report for operators; it goes when the problem does, or the daemon.';
-COMMENT ON COLUMN sequencer.problems.kind IS 'quarantined: the database refuses to read or write an enrollment, which is tried again later. runner: a runner is down.';
+COMMENT ON TABLE  sequencer.problems IS 'What daemons report for operators; a row is deleted when the problem is over or its daemon is gone.';
+COMMENT ON COLUMN sequencer.problems.kind IS 'quarantined: the database refuses to read or write an enrollment, which is retried later. runner: a runner is down.';
 COMMENT ON COLUMN sequencer.problems.about IS 'The enrollment''s id, or the runner''s name.';
-COMMENT ON COLUMN sequencer.problems.waiting IS 'How many enrollments wait for it, where that is known.';
+COMMENT ON COLUMN sequencer.problems.waiting IS 'How many enrollments wait because of it, if known.';
 
 CREATE TABLE sequencer.console_logouts (
     session text COLLATE "C" PRIMARY KEY,
     until   timestamptz NOT NULL
 );
 
-COMMENT ON TABLE  sequencer.console_logouts IS 'Sessions of the console that were ended by a logout, for all daemons.';
-COMMENT ON COLUMN sequencer.console_logouts.session IS 'A hash of what the cookie holds.';
-COMMENT ON COLUMN sequencer.console_logouts.until IS 'When the session would have ended by itself.';
+COMMENT ON TABLE  sequencer.console_logouts IS 'Console sessions that were ended by a logout, for all daemons.';
+COMMENT ON COLUMN sequencer.console_logouts.session IS 'A hash of the cookie''s value.';
+COMMENT ON COLUMN sequencer.console_logouts.until IS 'When the session would have expired.';
 
 
 -- definitions: triggers -------------------------------------------------------------------------
@@ -397,7 +397,7 @@ COMMENT ON COLUMN sequencer.console_logouts.until IS 'When the session would hav
 CREATE FUNCTION sequencer.check_sequence() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    -- pg_timezone_names reads many files, so zones that are in use already are not looked up
+    -- pg_timezone_names reads many files, so zones already in use are not looked up
     IF NOT EXISTS (SELECT FROM sequencer.sequences WHERE timezone = NEW.timezone)
        AND NOT EXISTS (SELECT FROM pg_timezone_names WHERE name = NEW.timezone) THEN
         RAISE check_violation USING
@@ -416,12 +416,12 @@ CREATE TRIGGER check_on_insert BEFORE INSERT ON sequencer.sequences
 CREATE TRIGGER check_on_update BEFORE UPDATE OF timezone ON sequencer.sequences
     FOR EACH ROW EXECUTE FUNCTION sequencer.check_sequence();
 
--- Daemons know a definition by its name and revision, and the history of a name is in the order of
--- revisions: so one that takes over a name draws anew, too.
+-- Daemons identify a definition by its name and revision, and the history of a name is in the order of
+-- revisions. So a sequence that is renamed gets a new revision, too.
 CREATE FUNCTION sequencer.draw_revision() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    -- once in a transaction, which has made this row version if it was here before
+    -- once per transaction: if this transaction has made this version of the row, it has a new one already
     NEW.revision := CASE WHEN OLD.xmin = pg_current_xact_id()::xid AND OLD.name = NEW.name
                          THEN OLD.revision ELSE nextval('sequencer.revision_numbers') END;
     RETURN NEW;
@@ -430,7 +430,7 @@ END $$;
 CREATE TRIGGER draw_revision BEFORE UPDATE ON sequencer.sequences
     FOR EACH ROW EXECUTE FUNCTION sequencer.draw_revision();
 
--- Changes of steps count as changes of their sequence: the daemon reads one number to know.
+-- A change of steps is a change of their sequence: the daemon reads one number to notice it.
 CREATE FUNCTION sequencer.touch_sequences() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -443,7 +443,7 @@ BEGIN
     ELSIF TG_OP = 'DELETE' THEN
         SELECT array_agg(DISTINCT sequence) INTO changed FROM old_steps;
     ELSE
-        -- without what the daemon writes
+        -- the columns that the daemon writes do not count
         WITH before AS (
             SELECT sequence, name, position, type, config, next_step, alt_next_step, seed
               FROM old_steps
@@ -454,7 +454,7 @@ BEGIN
             (TABLE before EXCEPT TABLE after) UNION ALL (TABLE after EXCEPT TABLE before)
         )
         SELECT array_agg(DISTINCT sequence) INTO changed FROM difference;
-        -- a goal that is renamed, moved or leads elsewhere is met by nobody whom it was not before
+        -- a goal that is only renamed, moved or given another next step is met by no other enrollments
         SELECT array_agg(DISTINCT sequence) INTO goals FROM (
             SELECT sequence, config FROM new_steps WHERE type = 'Goal'
             EXCEPT SELECT sequence, config FROM old_steps WHERE type = 'Goal') AS other;
@@ -464,7 +464,7 @@ BEGIN
         UPDATE sequencer.sequences SET revision = revision WHERE name = ANY (changed);
     END IF;
     IF goals IS NOT NULL THEN
-        -- a goal concerns everybody in the sequence
+        -- a goal affects all enrollments in the sequence
         UPDATE sequencer.steps SET retime_from = 0 WHERE sequence = ANY (goals);
     END IF;
     RETURN NULL;
@@ -488,7 +488,7 @@ BEGIN
     ELSIF NEW.seed IS NULL THEN
         NEW.seed := NEW.sequence || '/' || NEW.name;
         WHILE EXISTS (SELECT FROM sequencer.steps WHERE type = 'Split' AND seed = NEW.seed) LOOP
-            NEW.seed := NEW.seed || ''''; -- another Split had this name, and deals by it
+            NEW.seed := NEW.seed || ''''; -- another Split had this name, and uses it as its seed
         END LOOP;
     END IF;
     RETURN NEW;
@@ -497,7 +497,7 @@ END $$;
 CREATE TRIGGER seed_split BEFORE INSERT OR UPDATE OF type, seed ON sequencer.steps
     FOR EACH ROW EXECUTE FUNCTION sequencer.seed_split();
 
--- The definition as a file would have it: what revisions keep, and `sequencerd plan` compares with.
+-- The definition as in a file: what revisions store, and what `sequencerd plan` compares with.
 CREATE FUNCTION sequencer.document(sequence text) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT jsonb_build_object(
@@ -514,9 +514,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
       FROM sequencer.sequences AS q WHERE q.name = document.sequence
 $$;
 
-COMMENT ON FUNCTION sequencer.document IS 'A sequence and its steps, with the keys of a file.';
+COMMENT ON FUNCTION sequencer.document IS 'Return a sequence and its steps, with the keys of a definition file.';
 
--- At the end of the transaction, of which each change has queued a call: the last one records.
+-- Runs at the end of the transaction, once for each change; only the call for the last row version records.
 CREATE FUNCTION sequencer.record_revision() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -537,7 +537,7 @@ BEGIN
             HINT = 'Split it: a step of type GoTo leads to another sequence.';
     END IF;
     IF present IS DISTINCT FROM last THEN
-        -- it is there already where SET CONSTRAINTS had a change of this transaction recorded before
+        -- it exists if SET CONSTRAINTS had an earlier change of this transaction recorded
         INSERT INTO sequencer.revisions (sequence, revision, at, by, document)
         VALUES (NEW.name, NEW.revision, clock_timestamp(), session_user, present)
         ON CONFLICT (sequence, revision) DO UPDATE SET document = excluded.document;
@@ -567,7 +567,7 @@ CREATE TRIGGER mark_retime AFTER UPDATE OF timezone, lookup, recheck ON sequence
         IS DISTINCT FROM (NEW.timezone, NEW.lookup, NEW.recheck))
     EXECUTE FUNCTION sequencer.mark_retime();
 
--- Instead of a foreign key on enrollments, whose check would lock the step's row on every move.
+-- Replaces a foreign key on enrollments, whose check would lock the step's row on every move.
 CREATE FUNCTION sequencer.guard_step() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -590,15 +590,15 @@ END $$;
 CREATE TRIGGER guard_delete BEFORE DELETE ON sequencer.steps
     FOR EACH ROW EXECUTE FUNCTION sequencer.guard_step();
 
--- How `executed` names a step with a side effect, in Python as well (model.effect_key).
+-- Names a step with a side effect in `executed`; the same as model.effect_key in Python.
 CREATE FUNCTION sequencer.effect_key(sequence text, step text) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT replace(replace(effect_key.sequence, '%', '%25'), '/', '%2F') || '/' || effect_key.step
 $$;
 
-COMMENT ON FUNCTION sequencer.effect_key IS 'Names a step among those of all sequences: the entries of enrollments.executed.';
+COMMENT ON FUNCTION sequencer.effect_key IS 'Return the unique name of a step across sequences, as in enrollments.executed.';
 
--- Renames take along who is there, and the goals and side effects that enrollments remember by name.
+-- A rename updates the enrollments at the step, and the goals and side effects recorded by name.
 CREATE FUNCTION sequencer.follow_rename() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -617,13 +617,13 @@ BEGIN
                            ELSE key END
                  FROM unnest(e.executed) WITH ORDINALITY AS known (key, number) ORDER BY number)
          WHERE status = 'active' AND executed <> '{}';
-        -- to those of one that had the name before and was deleted
+        -- joins those of a deleted sequence that had the new name
         UPDATE sequencer.revisions SET sequence = NEW.name WHERE sequence = OLD.name;
     ELSIF NEW.name <> OLD.name THEN
         UPDATE sequencer.enrollments SET step = NEW.name
          WHERE sequence = NEW.sequence AND step = OLD.name;
         IF NEW.type = 'Goal' THEN
-            -- or else it would pull a second time
+            -- otherwise it would move enrollments a second time
             UPDATE sequencer.enrollments
                SET goals_met = array_replace(goals_met, OLD.name, NEW.name)
              WHERE sequence = NEW.sequence AND OLD.name = ANY (goals_met);
@@ -661,7 +661,7 @@ CREATE TRIGGER follow_reentry AFTER UPDATE OF reentry ON sequencer.sequences
 
 -- enrollments: triggers -------------------------------------------------------------------------
 
--- ORMs send NULL for what their model has and the application left out, and JSON's null for data.
+-- ORMs send NULL for columns that the application left out, and JSON null for data.
 CREATE FUNCTION sequencer.apply_defaults() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -689,13 +689,13 @@ CREATE TRIGGER apply_defaults BEFORE INSERT ON sequencer.enrollments
         OR NEW.executed IS NULL OR NEW.created_at IS NULL OR NEW.tag IS NULL)
     EXECUTE FUNCTION sequencer.apply_defaults();
 
--- Some ORMs name every column and write DEFAULT, for which a role needs the right to each of them. So
--- an enroller has it, and what it may not choose is refused here.
+-- Some ORMs name every column and write DEFAULT, for which a role needs the INSERT privilege on each.
+-- So sequencer_enroller has it, and this trigger rejects values that it may not choose.
 CREATE FUNCTION sequencer.check_columns() RETURNS trigger
-LANGUAGE plpgsql AS $$ -- no search path of its own, which each row would pay for: it needs none
+LANGUAGE plpgsql AS $$ -- no SET search_path, which would slow down each row: all names are qualified
 BEGIN
     IF NOT pg_catalog.has_any_column_privilege(TG_RELID, 'INSERT') THEN
-        RETURN NEW; -- by a view, whose owner sees to it
+        RETURN NEW; -- through a view, whose owner is responsible
     END IF;
     IF NEW.status OPERATOR(pg_catalog.<>) 'active' OR NEW.entered_at IS NOT NULL
        OR NEW.visit OPERATOR(pg_catalog.<>) 1 OR NEW.attempt OPERATOR(pg_catalog.<>) 0
@@ -708,7 +708,7 @@ BEGIN
                 'first visit; how far it has come is for the daemon to write'),
             SCHEMA = 'sequencer', TABLE = 'enrollments',
             HINT = 'Leave out status, entered_at, visit, attempt, goals_met, executed, leased_by, retry_at, expires_at, failure, last_error and ended_at, or write DEFAULT or NULL.';
-    -- one that is still to be given out would be in the way of another enrollment
+    -- an id that the sequence has not reached would collide with a later enrollment
     ELSIF NEW.id OPERATOR(pg_catalog.<=) 0 OR NEW.id OPERATOR(pg_catalog.>) coalesce(
           pg_catalog.pg_sequence_last_value('sequencer.enrollments_id_seq'), 0) THEN
         RAISE insufficient_privilege USING
@@ -723,28 +723,28 @@ CREATE TRIGGER as_granted BEFORE INSERT ON sequencer.enrollments
     FOR EACH ROW WHEN (NOT has_table_privilege('sequencer.enrollments'::regclass, 'INSERT'))
     EXECUTE FUNCTION sequencer.check_columns();
 
--- Row by row, as a default cannot read another table and a refusal must come before the insert. A look
--- at the definitions takes longer than the rest of an insert, so what they say of who begins at the
--- first step is kept for the rest of the statement, in settings of the transaction.
-CREATE FUNCTION sequencer.begin_as_the_last() RETURNS trigger
-LANGUAGE plpgsql AS $$ -- no search path of its own, which each row would pay for: it needs none
+-- A row trigger, as a default cannot read another table and a rejection must precede the insert. Reading
+-- the definitions takes longer than the rest of an insert, so the entry policy (first step and reentry)
+-- is cached for the rest of the statement, in settings of the transaction.
+CREATE FUNCTION sequencer.reuse_entry_policy() RETURNS trigger
+LANGUAGE plpgsql AS $$ -- no SET search_path, which would slow down each row: all names are qualified
 BEGIN
     IF NEW.sequence OPERATOR(pg_catalog.=) pg_catalog.current_setting('sequencer.entry_sequence', true)
-       AND NEW.sequence OPERATOR(pg_catalog.<>) '' -- what a setting is reset to
+       AND NEW.sequence OPERATOR(pg_catalog.<>) '' -- the value of a setting that was reset
        AND NEW.step IS NULL AND NEW.status OPERATOR(pg_catalog.=) 'active' THEN
         NEW.step := pg_catalog.current_setting('sequencer.entry_step');
         NEW.reentry := pg_catalog.current_setting('sequencer.entry_reentry');
     ELSE
-        NEW.reentry := NULL; -- left to the next trigger
+        NEW.reentry := NULL; -- the trigger set_entry_policy sets it
     END IF;
     RETURN NEW;
 END $$;
 
-CREATE FUNCTION sequencer.begin_enrollment() RETURNS trigger
+CREATE FUNCTION sequencer.set_entry_policy() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     policy record;
-    kept text; -- PERFORM would take longer
+    kept text; -- an assignment is faster than PERFORM
 BEGIN
     SELECT s.first_step, s.status, s.reentry,
            EXISTS (SELECT FROM sequencer.steps AS p
@@ -781,8 +781,8 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- Whoever sets those settings by hand gets past the row's trigger; what came of it is checked once for
--- the statement. With rights of its own: who enrolls by a view may not read the definitions.
+-- A user can set those settings by hand and so bypass the row trigger; this checks the result once per
+-- statement. SECURITY DEFINER, as a user who enrolls through a view may not read the definitions.
 CREATE FUNCTION sequencer.check_entries() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -811,13 +811,13 @@ CREATE TRIGGER check_entries AFTER INSERT ON sequencer.enrollments
     REFERENCING NEW TABLE AS entered
     FOR EACH STATEMENT EXECUTE FUNCTION sequencer.check_entries();
 
-CREATE TRIGGER begin_as_the_last BEFORE INSERT ON sequencer.enrollments
-    FOR EACH ROW EXECUTE FUNCTION sequencer.begin_as_the_last();
-CREATE TRIGGER begin_enrollment BEFORE INSERT ON sequencer.enrollments
-    FOR EACH ROW WHEN (NEW.reentry IS NULL) EXECUTE FUNCTION sequencer.begin_enrollment();
+CREATE TRIGGER reuse_entry_policy BEFORE INSERT ON sequencer.enrollments
+    FOR EACH ROW EXECUTE FUNCTION sequencer.reuse_entry_policy();
+CREATE TRIGGER set_entry_policy BEFORE INSERT ON sequencer.enrollments
+    FOR EACH ROW WHEN (NEW.reentry IS NULL) EXECUTE FUNCTION sequencer.set_entry_policy();
 
--- Data are read and written with every move of a batch. A database may allow more, or less:
--- ALTER DATABASE ... SET sequencer.max_data = '5MB'. Small ones don't get here.
+-- Data are read and written with every move of a batch, so their size is limited. To change the limit:
+-- ALTER DATABASE ... SET sequencer.max_data = '5MB'. The trigger's condition exempts small data.
 CREATE FUNCTION sequencer.limit_data() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -826,7 +826,7 @@ DECLARE
 BEGIN
     BEGIN
         most := pg_size_bytes(nullif(current_setting('sequencer.max_data', true), ''));
-    EXCEPTION WHEN data_exception THEN -- what is no size is as if it were not set
+    EXCEPTION WHEN data_exception THEN -- an invalid size counts as not set
         most := NULL;
     END;
     IF most IS NULL OR most <= 0 THEN
@@ -847,9 +847,10 @@ CREATE TRIGGER limit_data BEFORE INSERT OR UPDATE OF data ON sequencer.enrollmen
     FOR EACH ROW WHEN (pg_column_size(NEW.data) > 2000)
     EXECUTE FUNCTION sequencer.limit_data();
 
--- Changed data are looked at at once, but not before a later start, nor while a side effect runs:
--- its end is followed by another look anyway.
-CREATE FUNCTION sequencer.look_again() RETURNS trigger
+-- Changed data wake an enrollment immediately, unless it has yet to start, or is executing a side effect,
+-- after which it is evaluated anyway. By its name it fires after normalise_status, which takes a wake_at
+-- that is set for a complete change of status.
+CREATE FUNCTION sequencer.wake_on_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     NEW.wake_at := least(NEW.wake_at, now());
@@ -859,11 +860,11 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER look_again BEFORE UPDATE OF data, timezone ON sequencer.enrollments
+CREATE TRIGGER wake_on_change BEFORE UPDATE OF data, timezone ON sequencer.enrollments
     FOR EACH ROW WHEN (NEW.status = 'active' AND NEW.leased_by IS NULL
         AND NEW.entered_at IS NOT NULL
         AND (OLD.data, OLD.timezone) IS DISTINCT FROM (NEW.data, NEW.timezone))
-    EXECUTE FUNCTION sequencer.look_again();
+    EXECUTE FUNCTION sequencer.wake_on_change();
 
 CREATE FUNCTION sequencer.by_whom() RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -872,10 +873,10 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
         ''), '')
 $$;
 
-COMMENT ON FUNCTION sequencer.by_whom IS 'Who is at work, and the reason that they set: what events say of changes by hand.';
+COMMENT ON FUNCTION sequencer.by_whom IS 'Return the user and the reason that they set: the message of events for manual changes.';
 
--- What is set by hand is made whole and recorded. The daemon's own writes are whole already.
-CREATE FUNCTION sequencer.settle_status() RETURNS trigger
+-- Complete a manual change of status, and record it. The daemon's own writes are complete already.
+CREATE FUNCTION sequencer.normalise_status() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     NEW.leased_by := NULL;
@@ -901,13 +902,13 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER settle_status BEFORE UPDATE OF status ON sequencer.enrollments
+CREATE TRIGGER normalise_status BEFORE UPDATE OF status ON sequencer.enrollments
     FOR EACH ROW WHEN (OLD.status <> NEW.status
         AND ((NEW.status = 'active') <> (NEW.wake_at IS NOT NULL)
              OR (OLD.status <> 'active' AND NEW.status <> 'active')))
-    EXECUTE FUNCTION sequencer.settle_status();
+    EXECUTE FUNCTION sequencer.normalise_status();
 
-CREATE FUNCTION sequencer.settle_move() RETURNS trigger
+CREATE FUNCTION sequencer.normalise_move() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF current_setting('sequencer.renaming', true) = 'on' THEN
@@ -926,16 +927,16 @@ BEGIN
     NEW.expires_at := NULL;
     NEW.leased_by := NULL;
     NEW.executed := '{}';
-    IF OLD.sequence <> NEW.sequence AND OLD.goals_met = NEW.goals_met THEN -- as `advance` does it
+    IF OLD.sequence <> NEW.sequence AND OLD.goals_met = NEW.goals_met THEN -- as in core/advance.py
         NEW.goals_met := ARRAY(SELECT jsonb_array_elements_text(
             coalesce(OLD.goals_elsewhere->NEW.sequence, '[]')));
         NEW.goals_elsewhere := nullif(coalesce(OLD.goals_elsewhere, '{}') - NEW.sequence
             || CASE WHEN OLD.goals_met = '{}' THEN '{}'
                     ELSE jsonb_build_object(OLD.sequence, OLD.goals_met) END, '{}');
     END IF;
-    IF OLD.entered_at IS NOT NULL THEN -- who has not begun begins when they would have
+    IF OLD.entered_at IS NOT NULL THEN -- one that has yet to start keeps its time
         NEW.entered_at := now();
-        IF OLD.status = 'active' AND NEW.status = 'active' THEN -- else settle_status comes next
+        IF OLD.status = 'active' AND NEW.status = 'active' THEN -- otherwise normalise_status sets it
             NEW.wake_at := now();
         END IF;
     END IF;
@@ -945,10 +946,10 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER settle_move BEFORE UPDATE OF sequence, step ON sequencer.enrollments
+CREATE TRIGGER normalise_move BEFORE UPDATE OF sequence, step ON sequencer.enrollments
     FOR EACH ROW WHEN ((OLD.sequence, OLD.step) IS DISTINCT FROM (NEW.sequence, NEW.step)
         AND OLD.visit = NEW.visit)
-    EXECUTE FUNCTION sequencer.settle_move();
+    EXECUTE FUNCTION sequencer.normalise_move();
 
 CREATE FUNCTION sequencer.take_reentry() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -965,17 +966,18 @@ CREATE TRIGGER take_reentry BEFORE UPDATE OF sequence ON sequencer.enrollments
 -- notifications ---------------------------------------------------------------------------------
 
 CREATE FUNCTION sequencer.notify_due() RETURNS trigger
-LANGUAGE plpgsql AS $$ -- no search path of its own, as above
+LANGUAGE plpgsql AS $$ -- no SET search_path, as above
 DECLARE
     place record;
     nothing pg_catalog.text;
 BEGIN
-    IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN -- the next statement asks the definitions anew
+    IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN -- the next statement reads the definitions again
         nothing := pg_catalog.set_config('sequencer.entry_sequence', NULL, true);
     END IF;
-    -- The bell. A commit that notifies waits for the one before it, so nobody is told who looks anyway:
-    -- a daemon that wants to be told holds this lock. Who gets a share of it tells nobody, and keeps it
-    -- to the end: the daemon that takes the lock then sees what was written.
+    -- The notify lock. Commits that notify wait for each other, so NOTIFY is skipped while daemons poll;
+    -- a daemon that wants to be notified holds the lock. A transaction that gets a share of it skips
+    -- NOTIFY and keeps its share until it ends, so that the daemon that acquires the lock afterwards
+    -- sees what was written.
     IF pg_catalog.current_setting('sequencer.notify', true) OPERATOR(pg_catalog.=) 'off'
        OR pg_catalog.pg_try_advisory_xact_lock_shared(7364528, 4) THEN
         RETURN NULL;
@@ -1025,9 +1027,9 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     RETURNING id
 $$;
 
-COMMENT ON FUNCTION sequencer.enroll IS 'Enrolls and returns the id; NULL where the reentry policy refuses.';
+COMMENT ON FUNCTION sequencer.enroll IS 'Enroll a subject and return the id; NULL if the reentry policy refuses.';
 
--- In plpgsql, as that is planned for the arguments that are given.
+-- In plpgsql, which plans the statement for the given arguments.
 CREATE FUNCTION sequencer.reevaluate(
     subject text DEFAULT NULL, sequence text DEFAULT NULL, step text DEFAULT NULL,
     ids bigint[] DEFAULT NULL
@@ -1054,7 +1056,7 @@ BEGIN
     RETURN count;
 END $$;
 
-COMMENT ON FUNCTION sequencer.reevaluate IS 'Asks for another look at who waits, and returns how many. Part of the transaction; recorded if a reason is set.';
+COMMENT ON FUNCTION sequencer.reevaluate IS 'Wake waiting enrollments to be evaluated, and return how many. Part of the transaction; recorded if a reason is set.';
 
 
 -- views -----------------------------------------------------------------------------------------
@@ -1085,7 +1087,7 @@ SELECT s.sequence, s.name AS step, s.type, q.status,
   ) AS f ON f.sequence = s.sequence AND f.step = s.name
  ORDER BY s.sequence, s.position;
 
-COMMENT ON VIEW sequencer.overview IS 'For each step: how many are there, how many of them are due, and overdue by a minute, when the next one wakes, how many failed, and after a change of the step, how many have yet to be looked at.';
+COMMENT ON VIEW sequencer.overview IS 'For each step: how many enrollments are active, due, and overdue by more than a minute; when the next one wakes; how many failed; and after a change of the step, how many have yet to be evaluated.';
 
 CREATE VIEW sequencer.overdue AS
 SELECT e.id, e.sequence, e.step, e.subject, e.wake_at, now() - e.wake_at AS overdue_by,
@@ -1101,19 +1103,19 @@ SELECT e.id, e.sequence, e.step, e.subject, e.wake_at, now() - e.wake_at AS over
         WHERE s.sequence = e.sequence AND s.name = e.step)
  ORDER BY e.wake_at;
 
-COMMENT ON VIEW sequencer.overdue IS 'Who should have been looked at more than a minute ago: no daemon runs, or it cannot keep up. Who waits for a runner that is down is not among them: see sequencer.problems.';
+COMMENT ON VIEW sequencer.overdue IS 'Enrollments overdue by more than a minute: no daemon runs, or it cannot keep up. Those that wait for a runner that is down are excluded: see sequencer.problems.';
 
 CREATE VIEW sequencer.failures AS
 SELECT id, sequence, step, subject, failure, last_error, ended_at AS failed_at
   FROM sequencer.enrollments WHERE status = 'failed' ORDER BY ended_at DESC;
 
-COMMENT ON VIEW sequencer.failures IS 'Who cannot go on, and why; the latest first.';
+COMMENT ON VIEW sequencer.failures IS 'Failed enrollments, and why they failed; the latest first.';
 
 
 -- roles -----------------------------------------------------------------------------------------
 
--- Roles belong to the whole cluster: another database may have made them already, and a user
--- without CREATEROLE goes on without them.
+-- Roles belong to the whole cluster: they may exist already because of another database. A user without
+-- CREATEROLE continues without them.
 DO $$
 DECLARE
     role text;
@@ -1129,7 +1131,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- Those of triggers as well: on a table of one's own they would write ours with the owner's rights.
+-- Trigger functions as well: on another table, they would write to these tables with the owner's rights.
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sequencer FROM PUBLIC;
 
 DO $$
@@ -1139,7 +1141,7 @@ BEGIN
     IF to_regrole('sequencer_enroller') IS NOT NULL THEN
         GRANT USAGE ON SCHEMA sequencer TO sequencer_enroller;
         GRANT SELECT ON ALL TABLES IN SCHEMA sequencer TO sequencer_enroller;
-        -- each column, and not the table: then the trigger as_granted looks at what is inserted
+        -- on each column instead of the table, so that the trigger as_granted checks the row
         EXECUTE format('GRANT INSERT (%s) ON sequencer.enrollments TO sequencer_enroller', (
             SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute
              WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped));
@@ -1157,12 +1159,12 @@ BEGIN
     IF to_regrole('sequencer_daemon') IS NOT NULL THEN
         GRANT USAGE ON SCHEMA sequencer TO sequencer_daemon;
         GRANT SELECT ON ALL TABLES IN SCHEMA sequencer TO sequencer_daemon;
-        -- where an enrollment is, and not whose it is
+        -- the state of an enrollment, and not its identity
         EXECUTE format('GRANT UPDATE (%s) ON sequencer.enrollments TO sequencer_daemon', (
             SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute
              WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped
                AND attname NOT IN ('id', 'subject', 'timezone', 'reentry', 'created_at', 'tag', 'entry')));
-        -- each column, and not the table: then the trigger of_today looks at what is inserted
+        -- on each column instead of the table, so that the trigger of_today checks the row
         GRANT INSERT (enrollment_id, at, sequence, step, visit, action, message, revision)
            ON sequencer.events TO sequencer_daemon;
         GRANT INSERT, UPDATE, DELETE ON sequencer.daemons, sequencer.problems TO sequencer_daemon;
@@ -1171,8 +1173,8 @@ BEGIN
         GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.document,
               sequencer.add_event_partitions, sequencer.drop_event_partition, sequencer.delete_ended TO sequencer_daemon;
     END IF;
-    -- Where somebody enables row-level security on a table, the daemon goes on seeing all of it. The
-    -- policy does nothing until then, and is for nobody else.
+    -- If row-level security is enabled on a table, the daemon continues to see all of its rows. Until
+    -- then the policy has no effect, and it applies to no other role.
     IF to_regrole('sequencer_daemon') IS NOT NULL THEN
         FOR name IN SELECT relname FROM pg_class
             WHERE relnamespace = 'sequencer'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
@@ -1182,7 +1184,7 @@ BEGIN
         END LOOP;
     END IF;
 EXCEPTION
-    -- made by somebody else, in another database of the cluster: an administrator grants it
+    -- the roles were created by another user, in another database of the cluster: an administrator grants
     WHEN insufficient_privilege THEN
         RAISE WARNING 'rights were not granted to the roles of sequencerd: %', SQLERRM;
 END $$;

@@ -51,8 +51,8 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
         (
             "triggers",
             "error",
-            "look_again on enrollments",
-            "ALTER TABLE sequencer.enrollments DISABLE TRIGGER look_again",
+            "wake_on_change on enrollments",
+            "ALTER TABLE sequencer.enrollments DISABLE TRIGGER wake_on_change",
         ),
         (
             "triggers",

@@ -207,7 +207,7 @@ async def test_another_look_can_be_asked_for(
         id_ = await sleeper(connection)
         await until(connection, ASLEEP)
         # as if the daemon had not been told: the trigger that looks again is off
-        await connection.execute("ALTER TABLE sequencer.enrollments DISABLE TRIGGER look_again")
+        await connection.execute("ALTER TABLE sequencer.enrollments DISABLE TRIGGER wake_on_change")
         await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
         await connection.execute(statement)
         await until(connection, ENDED, id_)

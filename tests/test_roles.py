@@ -99,7 +99,7 @@ ON_A_TABLE_OF_ONES_OWN = [
     "CREATE TEMP TABLE sequences (name text) ON COMMIT DROP;"
     f"CREATE TRIGGER mine AFTER UPDATE ON sequences"
     f" FOR EACH ROW EXECUTE FUNCTION sequencer.{name}()"
-    for name in ("follow_rename", "record_revision", "settle_status", "mark_retime")
+    for name in ("follow_rename", "record_revision", "normalise_status", "mark_retime")
 ]
 MAY_NOT = {
     "enroller": [
@@ -230,7 +230,11 @@ async def test_functions_with_more_rights_are_pinned(connection: asyncpg.Connect
     pinned = "search_path=pg_catalog, pg_temp"
     loose = [row for row in rows if pinned not in (row["proconfig"] or [])]
     # these have no more rights than who calls them, and name the schema of everything
-    assert {row["proname"] for row in loose} == {"begin_as_the_last", "check_columns", "notify_due"}
+    assert {row["proname"] for row in loose} == {
+        "reuse_entry_policy",
+        "check_columns",
+        "notify_due",
+    }
     assert not any(row["prosecdef"] for row in loose)
 
 

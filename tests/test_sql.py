@@ -525,6 +525,18 @@ async def test_notifications_are_short_and_folded(defined: asyncpg.Connection, e
     assert await heard(ear, defined, cancel) == []
 
 
+async def test_a_status_is_complete_when_data_change_with_it(defined: asyncpg.Connection) -> None:
+    id_ = await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET entered_at = now()")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'failed', failure = 'error'")
+    row = await defined.fetchrow(
+        "UPDATE sequencer.enrollments SET status = 'active', data = '{\"fixed\": true}'"
+        " WHERE id = $1 RETURNING wake_at = now() AS is_due, ended_at, failure",
+        id_,
+    )
+    assert tuple(row) == (True, None, None)
+
+
 async def test_nobody_is_told_who_does_not_ask_for_it(
     defined: asyncpg.Connection, ear: Ear, database: str
 ) -> None:
