@@ -370,7 +370,7 @@ async def test_the_roles_suffice_for_a_whole_day(
         "  - {name: other, type: WaitForDuration, config: {amount: 3, unit: days}}\n"
     )
     at = "SELECT step = $2 AND entered_at IS NOT NULL FROM sequencer.enrollments WHERE id = $1"
-    assert "this user has what a daemon needs" in as_("daemon", "doctor")
+    assert "this user has the privileges of a daemon" in as_("daemon", "doctor")
     assert "s: new" in as_("editor", "apply", "s.yaml")
     settings = {"SEQUENCERD_RETENTION_EVENTS": "30 days", "SEQUENCERD_RETENTION_ENDED": "1 days"}
     async with daemon(logins["daemon"], **settings):

@@ -41,7 +41,7 @@ async def test_a_daemon_sees_everything_as_before(
 ) -> None:
     await define(connection, "s", ("a", "GoTo", "{}", None))
     await enable(connection)
-    assert "this user has what a daemon needs" in (await examine(login))["roles"].seen
+    assert "this user has the privileges of a daemon" in (await examine(login))["roles"].seen
     async with daemon(login):
         await enroll(connection, "s", "ada")
         await until(connection, ALL_ENDED)
