@@ -35,7 +35,7 @@ quick: install ## run the tests that start no programs beside PostgreSQL
 	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal -m "not slow" $(T)
 
 shell: install ## open psql on a throw-away database with the schema
-	@$(BIN)/python -m tests.shell
+	@$(BIN)/python -m tests.helpers.shell
 
 oracle: install ## compare with the answers of the original libraries (ORACLE_DIR=... for other cases)
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)

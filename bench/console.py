@@ -26,15 +26,15 @@ import httpx
 import structlog
 from prometheus_client import CollectorRegistry
 
-from sequencerd import migrate, store
 from sequencerd.console import summary
 from sequencerd.console.app import make_console
 from sequencerd.core.model import Sequence
-from sequencerd.definitions import from_rows
-from sequencerd.journeys import Sequences
+from sequencerd.definitions.compiler import from_rows
+from sequencerd.definitions.simulator import Sequences
+from sequencerd.service.http_server import make_app, serving
 from sequencerd.settings import Console
-from sequencerd.store import QUERIES
-from sequencerd.web import make_app, serving
+from sequencerd.storage import migrate, store
+from sequencerd.storage.store import QUERIES
 
 SEQUENCES = 20
 STEPS = 10

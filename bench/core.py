@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
-from sequencerd.core.dates import next_match
+from sequencerd.core.calendar.dates import next_match
 from sequencerd.core.javascript.conditions import Operand, compile_predicate
 from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import View, parse_data

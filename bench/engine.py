@@ -39,17 +39,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from sequencerd import migrate, store
-from sequencerd.clock import Clock
 from sequencerd.daemon import daemon_name, tune_collector
-from sequencerd.engine import Engine
-from sequencerd.listener import listen
-from sequencerd.lookups import Lookups
-from sequencerd.metrics import Metrics
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.lookups import Lookups
+from sequencerd.engine.loop import Engine
 from sequencerd.runners import Runner
 from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.python import PythonRunner, runner
+from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
+from sequencerd.storage import migrate, store
+from sequencerd.storage.listener import listen
 
 NAME = "sequencerd_bench"
 DATA = json.dumps({"name": "x" * 60, "mail": "y" * 60, "k": 12345, "z": "z" * 40})

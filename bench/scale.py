@@ -33,7 +33,7 @@ from engine import ALL_ENDED, defined, engine, enroll, process, say, until
 
 from sequencerd import daemon
 from sequencerd.runners import Runner
-from sequencerd.runners.email import EmailRunner
+from sequencerd.runners.email.runner import EmailRunner
 
 BARE = """
     CREATE TABLE bare (LIKE sequencer.enrollments INCLUDING ALL);

@@ -19,30 +19,31 @@ from pydantic import SecretStr
 from starlette.applications import Starlette
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd import migrate, retention, store, tracing
-from sequencerd.clock import Clock
 from sequencerd.console.app import make_console
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
-from sequencerd.engine import Engine
+from sequencerd.definitions.simulator import Sequences
+from sequencerd.engine import retention
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.lookups import Lookups
+from sequencerd.engine.loop import Engine
 from sequencerd.errors import DatabaseError, SettingsError
-from sequencerd.health import Health
-from sequencerd.journeys import Sequences
-from sequencerd.listener import listen, poll
-from sequencerd.logs import make_log
-from sequencerd.lookups import Lookups
-from sequencerd.metrics import Metrics
-from sequencerd.runners import Runner
-from sequencerd.runners.email import EmailRunner
+from sequencerd.runners import Runner, tracing
+from sequencerd.runners.email.oauth import Client
+from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http import HttpRunner
-from sequencerd.runners.oauth import Client
 from sequencerd.runners.protocol import NotNow
 from sequencerd.runners.python import load
-from sequencerd.runners.sms import HttpSmsRunner, SmsConfig, TwilioRunner
+from sequencerd.runners.sms.runner import HttpSmsRunner, SmsConfig, TwilioRunner
 from sequencerd.runners.suppressions import Key, Suppressions
+from sequencerd.service.health import Health
+from sequencerd.service.http_server import make_app, serving
+from sequencerd.service.logs import make_log
+from sequencerd.service.metrics import Metrics
+from sequencerd.service.systemd import notify, notify_reloading
 from sequencerd.settings import Database, Email, Settings, Sms
-from sequencerd.systemd import notify, notify_reloading
-from sequencerd.web import make_app, serving
+from sequencerd.storage import migrate, store
+from sequencerd.storage.listener import listen, poll
 
 CLOSE_TIMEOUT = 5.0  # seconds
 DESCRIPTORS = 65_536

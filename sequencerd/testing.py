@@ -25,13 +25,14 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from sequencerd import daemon, files
+from sequencerd import daemon
 from sequencerd.core.model import RETRY, Result, Task
+from sequencerd.definitions import files
+from sequencerd.definitions.simulate import Entry, Outcome, Simulation
+from sequencerd.definitions.simulator import Sequences
 from sequencerd.errors import FileError, UsageError
-from sequencerd.journeys import Sequences
 from sequencerd.runners import Runner
 from sequencerd.settings import Settings
-from sequencerd.simulate import Entry, Outcome, Simulation
 
 __all__ = [
     "Entry",

@@ -21,7 +21,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from sequencerd import embedded, migrate
+from sequencerd.storage import embedded, migrate
 
 # a shell's background jobs ignore it, and so would every program that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 from sequencerd import settings
 from sequencerd.cli.arguments import make_parser
-from tests.test_web import answers, daemon, is_ok
+from tests.service.test_http_server import answers, daemon, is_ok
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -16,9 +16,9 @@ import asyncpg
 import pytest
 from aiosmtpd.smtp import SMTP
 
-from sequencerd.runners.email import EmailRunner
+from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http import HttpRunner
-from tests.engines import ALL_ENDED, define, enroll, running_engine, until, way
+from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until, way
 
 MAIL = (
     '{"from": "hi@example.com", "to": "{{subject}}@example.com", "subject": "Hello",'

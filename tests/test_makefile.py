@@ -41,7 +41,7 @@ def test_check_runs_every_tool_and_then_fails(tmp_path: Path) -> None:
 
 def test_the_shell_has_the_schema() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.shell"],
+        [sys.executable, "-m", "tests.helpers.shell"],
         cwd=REPOSITORY, input="SELECT count(*) FROM sequencer.enrollments;\n",
         capture_output=True, text=True, check=True,
     )  # fmt: skip

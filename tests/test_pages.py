@@ -12,7 +12,7 @@ import pytest
 
 from sequencerd.settings import Settings
 from tests.conftest import Command
-from tests.engines import define, enroll
+from tests.helpers.engines import define, enroll
 from tests.test_readme import REPOSITORY, blocks, environment, home, run
 
 home = home  # noqa: PLW0127 - a fixture

@@ -16,10 +16,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from sequencerd import migrate, settings
+from sequencerd import settings
 from sequencerd.daemon import make_runners
+from sequencerd.storage import migrate
 from tests.conftest import execute, with_database
-from tests.engines import until
+from tests.helpers.engines import until
 
 REPOSITORY = Path(__file__).parent.parent
 

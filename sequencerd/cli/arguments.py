@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Name a wrong argument as a terminal may see it."""
-        from sequencerd.words import visible  # noqa: PLC0415 - as below
+        from sequencerd.core.describe import visible  # noqa: PLC0415 - as below
 
         super().error(visible(message))
 
@@ -151,7 +151,7 @@ def _add_authoring(commands: Commands) -> None:
         "schema",
         "authoring.schema_command",
         "print the JSON Schema of sequence files, for editors",
-        "schema > sequencerd.schema.json",
+        "schema > sequencerd.definitions.json_schema.json",
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from sequencerd import daemon, files, schema
+from sequencerd import daemon
 from sequencerd.cli.output import say, say_json
+from sequencerd.definitions import files, json_schema
 from sequencerd.settings import Settings
 
 
@@ -35,5 +36,5 @@ def _plain(finding: files.Finding) -> dict[str, object]:
 
 
 def schema_command(_: argparse.Namespace, __: Settings) -> int:
-    say_json(schema.make(), indent=2)
+    say_json(json_schema.make(), indent=2)
     return 0

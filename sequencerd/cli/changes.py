@@ -10,14 +10,16 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd import daemon, files, original, plan, store
-from sequencerd.changes import compare
+from sequencerd import daemon
 from sequencerd.cli.commands import connect, fetch, on_database
 from sequencerd.cli.output import say, say_json, say_lines
+from sequencerd.core.describe import text
+from sequencerd.definitions import files, import_original, plan
+from sequencerd.definitions.diff import compare
+from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import PlanError, UsageError
-from sequencerd.export import to_yaml
 from sequencerd.settings import Settings
-from sequencerd.words import text
+from sequencerd.storage import store
 
 CHANGES = 2  # the exit code that `plan --detailed-exitcode` has for them, as elsewhere
 
@@ -121,14 +123,14 @@ async def import_command(arguments: argparse.Namespace, settings: Settings, url:
     there = None
     try:
         there = await store.connect(arguments.original or url)
-        found = await original.read(
+        found = await import_original.read(
             there, ours, runners, schema=arguments.schema, lookup=arguments.lookup
         )
         transaction = ours.transaction()
         await transaction.start()
         try:
             if not found.errors:
-                await original.apply(there, ours, found, runners, schema=arguments.schema)
+                await import_original.apply(there, ours, found, runners, schema=arguments.schema)
         except BaseException:
             await transaction.rollback()
             raise

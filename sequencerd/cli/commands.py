@@ -12,13 +12,13 @@ from typing import Any
 import asyncpg
 from pydantic import SecretStr
 
-from sequencerd import embedded, migrate, store
 from sequencerd.cli.output import warn
 from sequencerd.core.config import nearest
 from sequencerd.errors import DatabaseError, UsageError
-from sequencerd.names import new_loop
+from sequencerd.service.dns import new_loop
 from sequencerd.settings import Settings, load
-from sequencerd.store import QUERIES
+from sequencerd.storage import embedded, migrate, store
+from sequencerd.storage.store import QUERIES
 
 Command = Callable[[argparse.Namespace, Settings], int]
 """Does its work and returns the exit code: 0 done, 1 failed."""

@@ -24,10 +24,12 @@ from urllib.parse import parse_qs
 import asyncpg
 import yaml
 
-from sequencerd import daemon, embedded, files, migrate, plan, store
+from sequencerd import daemon
+from sequencerd.definitions import files, plan
 from sequencerd.errors import SequencerdError
 from sequencerd.settings import Settings, load
-from sequencerd.store import QUERIES
+from sequencerd.storage import embedded, migrate, store
+from sequencerd.storage.store import QUERIES
 
 SECONDS = 60  # after which something is wrong
 PEOPLE = """\

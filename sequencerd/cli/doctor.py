@@ -16,16 +16,18 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import asyncpg
 
-from sequencerd import daemon, lookups, migrate, store
+from sequencerd import daemon
 from sequencerd.cli.commands import on_database
 from sequencerd.cli.output import say, say_json
+from sequencerd.core.describe import text
 from sequencerd.core.model import Failed
+from sequencerd.engine import lookups
 from sequencerd.errors import SequencerdError
-from sequencerd.listener import POLL_INTERVAL, PROBE_INTERVAL
-from sequencerd.runners.web import Unreachable, Web
+from sequencerd.runners.http_client import Unreachable, Web
 from sequencerd.settings import Database, Settings
-from sequencerd.store import QUERIES
-from sequencerd.words import text
+from sequencerd.storage import migrate, store
+from sequencerd.storage.listener import POLL_INTERVAL, PROBE_INTERVAL
+from sequencerd.storage.store import QUERIES
 
 Level = Literal["ok", "warning", "error"]
 

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from sequencerd.cli.commands import check_names, connect, fetch, on_database
 from sequencerd.cli.output import cell, console, say, say_json, show, table, warn
+from sequencerd.core.describe import text, what_next
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
-from sequencerd.store import QUERIES
-from sequencerd.words import text, what_next
+from sequencerd.storage.store import QUERIES
 
 PROBLEMS = 20  # that are shown below the steps
 TAIL_INTERVAL = 0.5  # seconds

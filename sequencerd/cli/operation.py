@@ -16,14 +16,14 @@ import asyncpg
 from rich.console import Console
 from rich.progress import Progress
 
-from sequencerd import bulk
-from sequencerd.bulk import Done, Selection
 from sequencerd.cli.commands import check_names, connect, on_database, with_hint
 from sequencerd.cli.output import say, say_json, show, warn
-from sequencerd.core import dates
+from sequencerd.core.calendar import dates
 from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
-from sequencerd.store import QUERIES
+from sequencerd.storage import bulk
+from sequencerd.storage.bulk import Done, Selection
+from sequencerd.storage.store import QUERIES
 
 
 class Words(NamedTuple):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sequencerd.words import plain, text, visible
+from sequencerd.core.describe import plain, text, visible
 
 
 def say(line: object = "", *, to: TextIO | None = None, end: str = "\n") -> None:

@@ -12,18 +12,20 @@ from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from sequencerd import files, graph, store
 from sequencerd.cli.commands import connect, on_database
 from sequencerd.cli.output import say, say_json, say_lines
-from sequencerd.core import dates, model
+from sequencerd.core import model
+from sequencerd.core.calendar import dates
 from sequencerd.core.model import DefinitionError, Enrollment
-from sequencerd.definitions import Definition, from_rows
+from sequencerd.definitions import files, graph
+from sequencerd.definitions.compiler import Definition, from_rows
+from sequencerd.definitions.simulate import Entry, Outcome, Simulation
+from sequencerd.definitions.simulator import Sequences, choose
 from sequencerd.errors import UsageError
-from sequencerd.journeys import Sequences, choose
 from sequencerd.runners import Runner
 from sequencerd.settings import Settings
-from sequencerd.simulate import Entry, Outcome, Simulation
-from sequencerd.store import QUERIES, Place
+from sequencerd.storage import store
+from sequencerd.storage.store import QUERIES, Place
 from sequencerd.testing import load, make_runners
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)

@@ -6,26 +6,27 @@ import argparse
 import getpass
 import sys
 
-from sequencerd import daemon, install, passwords
+from sequencerd import daemon, passwords
+from sequencerd.cli import install_service
 from sequencerd.cli.commands import apply_migrations, on_database, read_settings
 from sequencerd.cli.output import say, say_lines, warn
 from sequencerd.errors import UsageError
-from sequencerd.logs import make_log
+from sequencerd.service.logs import make_log
 from sequencerd.settings import Settings
 
 SHORTEST_PASSWORD = 8  # characters
 
 
 def install_service_command(arguments: argparse.Namespace, _: Settings) -> int:
-    units = install.units(config=arguments.config, user=arguments.user)
-    for warning in install.warnings():
+    units = install_service.units(config=arguments.config, user=arguments.user)
+    for warning in install_service.warnings():
         warn(f"sequencerd: warning: {warning}")
     if arguments.print:
         for name, text in units.items():
             say(f"# {arguments.to / name}")
             say_lines(text + "\n")
         return 0
-    for path in install.write(arguments.to, units):
+    for path in install_service.write(arguments.to, units):
         say(f"wrote {path}")
     say("next: systemctl daemon-reload && systemctl enable --now sequencerd")
     return 0

@@ -19,17 +19,17 @@ from starlette.routing import Route
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.console import html, pages, simulating
-from sequencerd.console.asked import NotFoundError, WrongQueryError
+from sequencerd.console.actions import Changes
 from sequencerd.console.auth import Auth
-from sequencerd.console.changing import Changes
+from sequencerd.console.context import State, say, state_of
 from sequencerd.console.live import Live
-from sequencerd.console.state import State, say, state_of
+from sequencerd.console.query import NotFoundError, WrongQueryError
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at
+from sequencerd.definitions.simulator import Sequences
 from sequencerd.errors import UsageError
-from sequencerd.journeys import Sequences
 from sequencerd.settings import Console
-from sequencerd.store import TRANSIENT_ERRORS, brief
+from sequencerd.storage.store import TRANSIENT_ERRORS, brief
 
 CONNECTIONS = 4
 TIMEOUT = 10.0  # seconds that a page waits for the database

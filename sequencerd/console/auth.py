@@ -17,9 +17,10 @@ from itsdangerous import BadSignature, URLSafeTimedSerializer
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sequencerd import passwords, store
+from sequencerd import passwords
 from sequencerd.settings import Console
-from sequencerd.store import QUERIES
+from sequencerd.storage import store
+from sequencerd.storage.store import QUERIES
 
 COOKIE = "sequencerd"
 LONGEST_SESSION = 12 * 3600  # seconds

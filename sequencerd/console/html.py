@@ -16,9 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sequencerd.console.tables import at
-from sequencerd.core.dates import zone as find_zone
+from sequencerd.core.calendar.dates import zone as find_zone
+from sequencerd.core.describe import is_never
 from sequencerd.core.model import DefinitionError
-from sequencerd.words import is_never
 
 STATIC = files("sequencerd.console") / "static"
 

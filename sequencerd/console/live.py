@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 
 import asyncpg
 
-from sequencerd import store
 from sequencerd.console.summary import LOST, Summary
+from sequencerd.storage import store
 
 INTERVAL = 1.0  # seconds between looks at the enrollments that are open
 QUIET = 15.0  # after so long without a change something is sent, for what cuts silent connections

@@ -15,18 +15,18 @@ from starlette.responses import (
     StreamingResponse,
 )
 
-from sequencerd import graph
-from sequencerd.console import html, reading
-from sequencerd.console.asked import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
+from sequencerd.console import html, views
 from sequencerd.console.auth import TooManyError, Visitor
+from sequencerd.console.context import State, query_of, render, state_of
 from sequencerd.console.live import COUNTS
-from sequencerd.console.reading import Journey
+from sequencerd.console.query import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
 from sequencerd.console.simulating import simulated
-from sequencerd.console.state import State, query_of, render, state_of
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import Table, as_csv, as_json, at
+from sequencerd.console.views import Journey
+from sequencerd.core.describe import what_next
 from sequencerd.core.model import Sequence
-from sequencerd.words import what_next
+from sequencerd.definitions import graph
 
 MAX_FORM = 100_000  # bytes
 PROGRAMS_WAIT = 10.0  # seconds, for the first counts: nothing fills their tables by itself
@@ -48,7 +48,7 @@ async def overview(request: Request) -> Response:
     """Every sequence."""
     state = state_of(request)
     counts = await state.summary.get()
-    table = reading.overview(counts, query_of(request)) if counts else None
+    table = views.overview(counts, query_of(request)) if counts else None
     problems = counts.problems if counts else []
     return render(
         request,
@@ -74,7 +74,7 @@ async def failures(request: Request) -> Response:
         live=COUNTS,
         version=state.summary.version,
         counts=counts,
-        failures=reading.failures(counts, query_of(request), state.mask) if counts else None,
+        failures=views.failures(counts, query_of(request), state.mask) if counts else None,
     )
 
 
@@ -87,11 +87,11 @@ async def sequence(request: Request) -> Response:
     if step and node is None:
         raise NotFoundError(f"The sequence {name} has no step {step}.")
     counts = await state.summary.get()
-    people = await reading.people(state.pool, query, state.mask) if step else None
-    revisions = await reading.revisions(state.pool, query)
+    people = await views.people(state.pool, query, state.mask) if step else None
+    revisions = await views.revisions(state.pool, query)
     known = counts.sequences if counts else []
     status = next((row["status"] for row in known if row["name"] == name), None)
-    steps = reading.steps(counts, query) if counts else None
+    steps = views.steps(counts, query) if counts else None
     problem = None
     if steps and step:
         problem = next((row["problem"] for row in steps.rows if row["step"] == step), None)
@@ -165,7 +165,7 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
 async def group(request: Request) -> Response:
     """Who failed at a step for a reason."""
     state, query = state_of(request), query_of(request)
-    table = await reading.failed_people(state.pool, query, state.mask)
+    table = await views.failed_people(state.pool, query, state.mask)
     return render(
         request,
         "group.html",
@@ -203,7 +203,7 @@ async def _journey(request: Request, id_: int, query: Query) -> Journey:
     is_shared = version is not None and not query.given and query.rows == PAGE
     if is_shared and (kept := state.journeys_read.get(id_)) and kept[0] == version:
         return kept[1]
-    found = await reading.journey(state.pool, id_, query, state.mask)
+    found = await views.journey(state.pool, id_, query, state.mask)
     if is_shared:
         state.journeys_read = {
             known: kept
@@ -217,7 +217,7 @@ async def _journey(request: Request, id_: int, query: Query) -> Journey:
 async def search(request: Request) -> Response:
     """Who is meant."""
     state, query = state_of(request), query_of(request)
-    table, remark = await reading.search(state.pool, query, state.mask, state.settings.mask)
+    table, remark = await views.search(state.pool, query, state.mask, state.settings.mask)
     q = query.get("q") or ""
     return render(request, "search.html", title="Search", q=q, found=table, remark=remark)
 
@@ -246,19 +246,19 @@ async def _table(request: Request, state: State, name: str, query: Query) -> Tab
             raise NotYetError
     match name:
         case "overview" if counts:
-            return reading.overview(counts, query)
+            return views.overview(counts, query)
         case "steps" if counts:
-            return reading.steps(counts, query)
+            return views.steps(counts, query)
         case "failures" if counts:
-            return reading.failures(counts, query, state.mask)
+            return views.failures(counts, query, state.mask)
         case "people":
-            return await reading.people(state.pool, query, state.mask)
+            return await views.people(state.pool, query, state.mask)
         case "failed":
-            return await reading.failed_people(state.pool, query, state.mask)
+            return await views.failed_people(state.pool, query, state.mask)
         case "revisions":
-            return await reading.revisions(state.pool, query)
+            return await views.revisions(state.pool, query)
         case "search":
-            found, _ = await reading.search(state.pool, query, state.mask, state.settings.mask)
+            found, _ = await views.search(state.pool, query, state.mask, state.settings.mask)
             return found
         case "events":
             found_journey = await _journey(request, query.number("id", 0), query)

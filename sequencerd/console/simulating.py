@@ -10,15 +10,15 @@ from typing import Any, get_args
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sequencerd import store
-from sequencerd.console.asked import NotFoundError, Query
-from sequencerd.console.state import State, query_of, render, state_of
+from sequencerd.console.context import State, query_of, render, state_of
+from sequencerd.console.query import NotFoundError, Query
 from sequencerd.console.tables import Column, Table
-from sequencerd.core import dates
+from sequencerd.core.calendar import dates
 from sequencerd.core.model import DefinitionError, Enrollment
+from sequencerd.definitions.simulate import Outcome, Simulation
+from sequencerd.definitions.simulator import Sequences
 from sequencerd.errors import UsageError
-from sequencerd.journeys import Sequences
-from sequencerd.simulate import Outcome, Simulation
+from sequencerd.storage import store
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine

@@ -20,7 +20,7 @@ from typing import Any
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.store import Place, brief, read
+from sequencerd.storage.store import Place, brief, read
 
 MOST = 1_000_000  # people at a step: there may be more
 MOST_PROBLEMS = 100  # of those that daemons report

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 
 from starlette.responses import Response
 
-from sequencerd.words import plain, text
+from sequencerd.core.describe import plain, text
 
 ROOT = "/console"
 

@@ -1,1 +1,4 @@
-"""What decides: no I/O, no clock, no randomness, no logging."""
+"""What decides, without I/O and without a clock: the model, advance(), step types, retries.
+
+Everything may import it; it imports nothing of sequencerd.
+"""

@@ -11,7 +11,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar, assert_never
 
-from sequencerd.core import dates, retry
+from sequencerd.core import retry
+from sequencerd.core.calendar import dates
 from sequencerd.core.model import (
     NEVER,
     Action,

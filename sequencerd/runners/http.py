@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sequencerd import tracing
 from sequencerd.core.model import (
     RETRY,
     DefinitionError,
@@ -24,10 +23,10 @@ from sequencerd.core.model import (
     Task,
     View,
 )
+from sequencerd.runners import tracing
 from sequencerd.runners.answers import check_json, read_outcome
 from sequencerd.runners.fields import one_line
-from sequencerd.runners.pace import Pace
-from sequencerd.runners.web import (
+from sequencerd.runners.http_client import (
     MAX_ANSWER,
     Reply,
     Unreachable,
@@ -36,6 +35,7 @@ from sequencerd.runners.web import (
     check_url,
     judge,
 )
+from sequencerd.runners.pace import Pace
 
 BATCH_BYTES = 96_000
 """Express, and proxies after it, take no more than 100 kB as it comes."""

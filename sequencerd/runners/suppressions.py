@@ -9,7 +9,7 @@ from typing import Literal
 
 import idna
 
-from sequencerd.runners.numbers import normalise
+from sequencerd.runners.sms.numbers import normalise
 
 Channel = Literal["email", "sms"]
 Key = tuple[str, str]

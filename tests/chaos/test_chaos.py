@@ -29,7 +29,7 @@ from sequencerd.daemon import CLOSE_TIMEOUT
 from sequencerd.settings import Settings
 from tests.chaos.checker import check
 from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
-from tests.pooler import pgbouncer
+from tests.helpers.pooler import pgbouncer
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "6"))
 FIRST = int(os.environ.get("CHAOS_SEED", "1"))

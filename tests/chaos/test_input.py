@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 
 from sequencerd.core.model import Answer, Failed, Result
 from sequencerd.daemon import make_runners
-from sequencerd.files import read_files
+from sequencerd.definitions.files import read_files
 from sequencerd.runners import Runner
-from sequencerd.runners.email import EmailRunner
+from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http import HttpRunner
 from sequencerd.settings import load
-from tests.engines import Recorder, define, enroll, running_engine, until, way
-from tests.runners import servers
-from tests.runners.servers import Request, http_server, task
+from tests.helpers import servers
+from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
+from tests.helpers.servers import Request, http_server, task
 
 INPUTS = int(os.environ.get("CHAOS_INPUTS", "50"))
 SIZE = 10_000 if "CHAOS_SECONDS" in os.environ else 1000

@@ -30,16 +30,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sequencerd import store
-from sequencerd.clock import Clock
 from sequencerd.core.model import Action, Answer, Failed, Result, RetryPolicy, Task
 from sequencerd.daemon import daemon_name
-from sequencerd.engine import Engine
-from sequencerd.listener import listen
-from sequencerd.lookups import Lookups
-from sequencerd.metrics import Metrics
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.lookups import Lookups
+from sequencerd.engine.loop import Engine
+from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
-from tests.engines import define
+from sequencerd.storage import store
+from sequencerd.storage.listener import listen
+from tests.helpers.engines import define
 
 EXAMPLES = int(os.environ.get("CHAOS_EXAMPLES", "40"))
 ATTEMPTS = 3

@@ -15,12 +15,12 @@ from statistics import median
 
 import asyncpg
 
-from sequencerd import store
 from sequencerd.core.model import Answer, Failed, Result, Task
-from sequencerd.engine import Engine
+from sequencerd.engine.loop import Engine
+from sequencerd.storage import store
 from tests.chaos.test_chaos import SECONDS, server, world  # noqa: F401 - fixtures
 from tests.chaos.world import CONNECT, World
-from tests.engines import ALL_ENDED, Recorder, running_engine, until
+from tests.helpers.engines import ALL_ENDED, Recorder, running_engine, until
 
 RATE = 50  # enrollments a second
 TURN = 2.0  # seconds between samples

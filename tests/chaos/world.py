@@ -25,10 +25,10 @@ from urllib.parse import parse_qs, urlsplit
 import asyncpg
 from aiosmtpd.smtp import SMTP, Envelope
 
-from sequencerd import embedded, migrate, store
+from sequencerd.storage import embedded, migrate, store
 from tests.conftest import execute, with_database
-from tests.engines import define
-from tests.runners.servers import Answer, Request, http_server
+from tests.helpers.engines import define
+from tests.helpers.servers import Answer, Request, http_server
 
 LEASE = 3  # seconds
 RATE = 80  # enrollments a second

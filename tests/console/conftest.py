@@ -18,12 +18,12 @@ from prometheus_client import CollectorRegistry
 
 from sequencerd.console.app import make_console
 from sequencerd.core.model import Answer, Failed, Result, Task
-from sequencerd.journeys import Sequences
+from sequencerd.definitions.simulator import Sequences
 from sequencerd.runners import Runner
+from sequencerd.service.http_server import make_app, serving
 from sequencerd.settings import Settings
-from sequencerd.web import make_app, serving
-from tests.engines import Recorder, define, enroll, running_engine
-from tests.test_web import free_port
+from tests.helpers.engines import Recorder, define, enroll, running_engine
+from tests.service.test_http_server import free_port
 
 DAY = '{"amount": 1, "unit": "day"}'
 

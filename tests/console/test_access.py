@@ -17,14 +17,14 @@ import httpx
 import pytest
 
 from sequencerd import passwords
-from sequencerd.console import auth, changing, live
+from sequencerd.console import actions, auth, live
 from sequencerd.errors import SettingsError
 from sequencerd.settings import load
 from tests.conftest import Command
 from tests.console.conftest import BEGUN, FAILED, Mended, console, counted, people, token
-from tests.engines import until, way
-from tests.test_roles import logins
-from tests.test_web import answers, daemon, is_ok
+from tests.helpers.engines import until, way
+from tests.service.test_http_server import answers, daemon, is_ok
+from tests.sql.test_roles import logins
 
 logins = logins  # noqa: PLW0127 - a fixture
 
@@ -266,7 +266,7 @@ async def test_who_failed_is_retried_to_the_end(
         )
         page = await client.get(f"/enrollments/{failing}")
         assert "Retried 1 enrollment." in page.text
-        monkeypatch.setattr(changing, "time", SimpleNamespace(monotonic=lambda: inf))  # much later
+        monkeypatch.setattr(actions, "time", SimpleNamespace(monotonic=lambda: inf))  # much later
         assert "Retried 1 enrollment." not in (await client.get(f"/enrollments/{failing}")).text
         monkeypatch.undo()
         assert "note completed" in await way(connection, failing)

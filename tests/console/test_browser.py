@@ -20,13 +20,13 @@ import asyncpg
 import httpx
 import pytest
 
-from sequencerd import plan
 from sequencerd.console.summary import DAYS
-from sequencerd.files import read_file
+from sequencerd.definitions import plan
+from sequencerd.definitions.files import read_file
 from sequencerd.passwords import make_hash
 from tests.console.conftest import BEGUN, FAILED, Line, Mended, console, people
-from tests.engines import Recorder, enroll, until
-from tests.test_web import answers, free_port, is_ok
+from tests.helpers.engines import Recorder, enroll, until
+from tests.service.test_http_server import answers, free_port, is_ok
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page, Route

@@ -15,11 +15,11 @@ import asyncpg
 import httpx
 import pytest
 
-from sequencerd import store
-from sequencerd.console import html, reading, summary
+from sequencerd.console import html, summary, views
 from sequencerd.console.live import INTERVAL
 from sequencerd.console.pages import FILES
 from sequencerd.console.tables import Column, Table, as_csv
+from sequencerd.storage import store
 from tests.console.conftest import (
     BEGUN,
     DAY,
@@ -32,8 +32,8 @@ from tests.console.conftest import (
     people,
     token,
 )
-from tests.engines import define, enroll, until
-from tests.pooler import pgbouncer
+from tests.helpers.engines import define, enroll, until
+from tests.helpers.pooler import pgbouncer
 
 HOSTILE = "<script>alert(1)</script>"
 PAGES = (
@@ -160,7 +160,7 @@ async def test_counts_have_an_end(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(summary, "MOST", 3)
-    monkeypatch.setattr(reading, "MOST", 3)
+    monkeypatch.setattr(views, "MOST", 3)
     await define(connection, "s", ("a", "WaitForDuration", DAY, "b"), ("b", "Note", "{}", None))
     for n in range(5):
         await enroll(connection, "s", f"u{n}")
@@ -354,7 +354,7 @@ async def test_an_error_of_ours_shows_nothing(
     async def broken(*_: object) -> None:
         raise KeyError("ada@example.com")
 
-    monkeypatch.setattr(reading, "search", broken)
+    monkeypatch.setattr(views, "search", broken)
     async with console(database) as client:
         page = await client.get("/search")
         assert page.status_code == 500

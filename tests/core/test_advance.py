@@ -38,7 +38,7 @@ from sequencerd.core.model import (
     Wait,
     effect_key,
 )
-from sequencerd.core.steps import DurationConfig, compile_expiry, compile_step
+from sequencerd.core.step_types import DurationConfig, compile_expiry, compile_step
 
 NOW = datetime(2026, 3, 2, 10, 0, tzinfo=UTC)  # a Monday
 EFFECT = SideEffect(program=None, retry=RetryPolicy(attempts=3, first_delay=10, longest_delay=60))

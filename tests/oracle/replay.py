@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sequencerd.core import dates
+from sequencerd.core.calendar import dates
 from sequencerd.core.javascript.conditions import Operand, compile_predicate
 from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import DefinitionError, EvaluationError

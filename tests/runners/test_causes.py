@@ -9,9 +9,9 @@ import pytest
 
 from sequencerd.core.model import Failed
 from sequencerd.runners.causes import causes, is_exhausted
+from sequencerd.runners.email.smtp import Mail, Postman
 from sequencerd.runners.python import PythonRunner
-from sequencerd.runners.smtp import Mail, Postman
-from tests.runners.servers import no_descriptors, smtp_server, task
+from tests.helpers.servers import no_descriptors, smtp_server, task
 
 
 async def test_mail_without_descriptors_spends_no_attempt() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from sequencerd.core.model import Action, Answer, DefinitionError, Failed
 from sequencerd.runners.python import load
-from tests.runners.servers import task
+from tests.helpers.servers import task
 
 SOURCE = Path(__file__).parents[2] / "examples" / "runner-package"
 

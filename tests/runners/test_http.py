@@ -20,9 +20,9 @@ import pytest
 
 from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result, View
 from sequencerd.runners.http import HttpRunner
-from sequencerd.runners.web import MAX_ANSWER, Web, is_public
-from tests.runners import servers
-from tests.runners.servers import (
+from sequencerd.runners.http_client import MAX_ANSWER, Web, is_public
+from tests.helpers import servers
+from tests.helpers.servers import (
     HOST,
     KEY,
     HttpServer,

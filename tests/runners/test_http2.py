@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from sequencerd.core.model import Answer, Failed, Result
-from sequencerd.runners import web
+from sequencerd.runners import http_client
 from sequencerd.runners.http import HttpRunner
-from sequencerd.runners.web import MAX_ANSWER
-from tests.runners import servers
-from tests.runners.servers import HttpServer, Request, certificate, http_server, task
+from sequencerd.runners.http_client import MAX_ANSWER
+from tests.helpers import servers
+from tests.helpers.servers import HttpServer, Request, certificate, http_server, task
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ async def test_requests_share_a_connection(tls: ssl.SSLContext) -> None:
 async def test_a_connection_is_given_up_before_the_server_does(
     tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web, "CALLS", 2)
+    monkeypatch.setattr(http_client, "CALLS", 2)
     together = asyncio.Event()
 
     async def respond(request: Request) -> servers.Answer:

@@ -11,9 +11,9 @@ import pytest
 
 from sequencerd.core.model import Answer, Failed, NotStarted, Result
 from sequencerd.runners.http import HttpRunner
-from sequencerd.runners.web import MAX_ANSWER
-from tests.runners import servers
-from tests.runners.servers import HttpServer, Request, http_server, task
+from sequencerd.runners.http_client import MAX_ANSWER
+from tests.helpers import servers
+from tests.helpers.servers import HttpServer, Request, http_server, task
 
 
 def ids(request: Request) -> list[int]:

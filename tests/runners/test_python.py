@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result
 from sequencerd.runners import Refused
 from sequencerd.runners.python import PythonRunner, as_runner, load, runner
-from tests.runners.servers import KEY, task
+from tests.helpers.servers import KEY, task
 
 
 async def run(function: Callable[..., Any], *ids: int, config: Any = None) -> list[Result]:

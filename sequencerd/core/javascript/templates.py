@@ -14,8 +14,8 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import NamedTuple
 
-from sequencerd.core import dates
-from sequencerd.core.date_format import DEFAULT, check_locale, compile_format
+from sequencerd.core.calendar import dates
+from sequencerd.core.calendar.date_format import DEFAULT, check_locale, compile_format
 from sequencerd.core.javascript import sandbox
 from sequencerd.core.model import DefinitionError, EvaluationError, Fault, View
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.core.date_format import compile_format
+from sequencerd.core.calendar.date_format import compile_format
 from sequencerd.core.javascript.templates import MAX_SOURCE, MAX_TAGS, compile_template
 from sequencerd.core.model import DefinitionError, EvaluationError, View
 

@@ -1,0 +1,75 @@
+"""Writes systemd's units for this installation."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from sequencerd.errors import UsageError
+
+FOLDER = Path("/etc/systemd/system")
+
+_IN_UNITS = "/opt/sequencerd/bin/sequencerd"
+_HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108 - to warn of them
+
+
+def units(*, config: Path | None = None, user: str | None = None) -> dict[str, str]:
+    """The units by file name, for the program that runs now, and another user or settings file."""
+    start = program() if config is None else f"{program()} --config {_quoted(config)}"
+    found = {}
+    for file in _folder().iterdir():
+        text = file.read_text(encoding="utf-8").replace(_IN_UNITS, start)
+        if user is not None:
+            about = (
+                "# A user that exists while the service runs: nothing to create, no file to own."
+            )
+            text = text.replace(f"{about}\nDynamicUser=yes\n", f"# Has to exist.\nUser={user}\n")
+        found[file.name] = text
+    return dict(sorted(found.items()))
+
+
+def program() -> str:
+    """What starts this installation."""
+    script = Path(sysconfig.get_path("scripts"), "sequencerd")
+    return _quoted(script) if script.exists() else f"{_quoted(Path(sys.executable))} -m sequencerd"
+
+
+def _quoted(path: Path) -> str:
+    """As systemd reads a word."""
+    text = str(path.absolute()).replace("%", "%%").replace("$", "$$")
+    return f'"{text}"' if " " in text else text
+
+
+def warnings() -> list[str]:
+    """Why the service would not find this installation."""
+    hidden = [folder for folder in _HIDDEN if program().lstrip('"').startswith(folder)]
+    return [
+        f"the service can't see {folder}, where this installation is; install it into /opt"
+        for folder in hidden
+    ]
+
+
+def write(folder: Path, texts: dict[str, str]) -> list[Path]:
+    """Writes the units. Returns where. Raises UsageError."""
+    written = []
+    for name, text in texts.items():
+        path = folder / name
+        new = path.with_name(f"{name}.new")
+        try:
+            new.write_text(text, encoding="utf-8")
+            new.chmod(0o644)
+            new.replace(path)
+        except OSError as error:
+            hint = "; try sudo" if isinstance(error, PermissionError) else ""
+            raise UsageError(f"{path} can't be written: {error.strerror}{hint}") from error
+        written.append(path)
+    return written
+
+
+def _folder() -> Traversable:
+    """systemd/ within the installed package, or beside it in a checkout."""
+    packaged = files("sequencerd") / "units"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "systemd"

@@ -1,0 +1,123 @@
+"""Changes that are made in the console: the same as those of the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from math import inf
+from typing import Any
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.errors import UsageError
+from sequencerd.storage import bulk
+from sequencerd.storage.bulk import Done, Selection
+from sequencerd.storage.store import brief
+
+ACTIONS = {"retry": "Retried", "skip": "Skipped the step for", "cancel": "Cancelled"}
+PATIENCE = 1.0  # seconds that a page waits for the end of a change
+CONNECT_TIMEOUT = 10.0
+SHOWN = 20.0  # seconds for which a page tells what came of a change
+MOST = 4  # changes at the same time
+
+
+class Changes:
+    """What is being changed, and what is to be told of it to whom."""
+
+    def __init__(self, url: str, log: FilteringBoundLogger) -> None:
+        self._url = url
+        self._log = log
+        self._running: set[asyncio.Task[None]] = set()
+        self._told: dict[str, tuple[str, float]] = {}  # by the nonce of the session; and until when
+
+    def told(self, nonce: str) -> str | None:
+        """What comes of the visitor's change; for a while, once it is over."""
+        now = time.monotonic()
+        self._told = {known: told for known, told in self._told.items() if told[1] > now}
+        text, _ = self._told.get(nonce, (None, 0))
+        return text
+
+    async def make(
+        self,
+        nonce: str,
+        user: str,
+        action: str,
+        *,
+        id_: int | None,
+        sequence: str | None,
+        step: str | None,
+        failure: str | None,
+    ) -> None:
+        """Begins a change, and waits a moment for its end. Raises UsageError."""
+        if action not in ACTIONS:
+            raise UsageError(f"there is no change {action!r}")
+        if id_ is None and not (sequence and step and failure):
+            raise UsageError("a change needs an enrollment, or a sequence, a step and a reason")
+        if len(self._running) >= MOST:
+            raise UsageError("other changes are still under way; try again later")
+        ids = None if id_ is None else [id_]
+        selection = Selection(ids, None, sequence, step, failure)
+        why = f"{user} in the console"
+        task = asyncio.create_task(self._guard(nonce, self._make(nonce, action, selection, why)))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        await asyncio.wait([task], timeout=PATIENCE)
+
+    async def close(self) -> None:
+        """Ends what goes on after the batch that is under way."""
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            await asyncio.wait(self._running)
+
+    async def _guard(self, nonce: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+            self._log.warning("a change in the console failed", error=brief(error))
+            self._tell(nonce, f"The database refuses it: {brief(error)}. Nothing more is changed.")
+
+    def _tell(self, nonce: str, text: str, seconds: float | None = None) -> None:
+        self._told[nonce] = (text, time.monotonic() + (SHOWN if seconds is None else seconds))
+
+    async def _make(self, nonce: str, action: str, selection: Selection, why: str) -> None:
+        # not one of the pool's: the daemons are to be notified
+        connection = await asyncpg.connect(
+            self._url,
+            timeout=CONNECT_TIMEOUT,
+            statement_cache_size=0,  # it may lead to a pooler
+            server_settings={"application_name": "sequencerd console"},
+        )
+        total = Done()
+
+        def progress(done: Done) -> None:
+            nonlocal total
+            total = total.plus(done)
+            text = f"{ACTIONS[action]} {total.changed:,} of {len(ids):,}…"
+            self._tell(nonce, text, inf)
+
+        try:
+            ids = await bulk.select(connection, action, selection)
+            await bulk.change(connection, action, ids, reason=why, progress=progress)
+        finally:
+            connection.terminate()
+        self._tell(nonce, _in_words(action, len(ids), total))
+
+
+def _in_words(action: str, selected: int, done: Done) -> str:
+    said = [f"{ACTIONS[action]} {_count(done.changed)}."]
+    if done.executing:
+        said.append(f"{done.executing:,} were executing a side effect, which is not undone.")
+    if done.entered_again:
+        said.append(f"{done.entered_again:,} stay: the subject is in the sequence again.")
+    if rest := selected - done.changed - done.entered_again:
+        said.append(f"{rest:,} had gone elsewhere meanwhile.")
+    if not selected:
+        said = ["Nobody was there any more to be changed."]
+    return " ".join(said)
+
+
+def _count(number: int) -> str:
+    return f"{number:,} enrollment{'s' * (number != 1)}"

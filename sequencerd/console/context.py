@@ -1,0 +1,78 @@
+"""What every page works with, and how one is made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+from jinja2 import Environment
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from sequencerd.console import actions
+from sequencerd.console.auth import Auth, Visitor
+from sequencerd.console.live import Live
+from sequencerd.console.mask import make_mask
+from sequencerd.console.query import PAGE, Query
+from sequencerd.console.summary import Summary
+from sequencerd.console.views import Journey
+from sequencerd.definitions.simulator import Sequences
+from sequencerd.settings import Console
+
+
+@dataclass
+class State:
+    """What the pages work with."""
+
+    settings: Console
+    url: str
+    pool: asyncpg.Pool
+    auth: Auth
+    templates: Environment
+    summary: Summary
+    live: Live
+    journeys: Callable[[], Sequences]
+    now: Callable[[], datetime]
+    changes: actions.Changes
+    simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    journeys_read: dict[int, tuple[str, Journey]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.mask = make_mask(self.settings.mask)
+
+
+def state_of(request: Request) -> State:
+    """What the pages work with."""
+    state: State = request.app.state.console
+    return state
+
+
+def render(request: Request, template: str, code: int = 200, /, **given: Any) -> Response:
+    """A page."""
+    state = state_of(request)
+    visitor: Visitor | None = getattr(request.state, "visitor", None)
+    text = state.templates.get_template(template).render(
+        visitor=visitor,
+        here=request.url.path.removeprefix("/console"),
+        address=str(request.url.replace(scheme="", netloc="")),
+        back=str(request.url.replace(scheme="", netloc="")),
+        may_write=state.settings.write,
+        may_log_out=state.auth.password_hash is not None,
+        done=state.changes.told(visitor.nonce) if visitor else None,
+        **given,
+    )
+    return HTMLResponse(text, code)
+
+
+def say(request: Request, status: int, title: str, text: str, *, retry: bool = False) -> Response:
+    """A page with a sentence; one that is asked for again by itself, if that may help."""
+    return render(request, "message.html", status, title=title, text=text, retry=retry)
+
+
+def query_of(request: Request, rows: int = PAGE) -> Query:
+    """What it is asked for."""
+    return Query(dict(request.query_params), rows)

@@ -1,0 +1,350 @@
+"""What the pages show: each function makes a table, or the facts of a page."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Any
+
+import asyncpg
+
+from sequencerd.console.mask import Row
+from sequencerd.console.query import NotFoundError, Query, WrongQueryError
+from sequencerd.console.summary import MOST, Counts
+from sequencerd.console.tables import Column, Table, at
+from sequencerd.core.describe import plain
+from sequencerd.core.model import NEVER
+from sequencerd.definitions.diff import compare
+from sequencerd.storage import store
+from sequencerd.storage.store import QUERIES
+
+FURTHEST = 5000  # rows that a page may begin after
+LATEST = 10_000  # enrollments among which an e-mail address is looked for without an index
+LAST_CHARACTER = "\U0010ffff"
+FIRST = datetime(1900, 1, 1, tzinfo=UTC)
+
+Mask = Callable[[Mapping[str, Any]], Row]
+
+
+# --- counts
+
+
+def overview(counts: Counts, query: Query) -> Table:
+    """A row for each sequence."""
+    rows = [
+        {
+            "sequence": sequence["name"],
+            "url": at("/sequence", sequence=sequence["name"]),
+            "status": sequence["status"],
+            **_sums(counts, sequence["name"]),
+        }
+        for sequence in counts.sequences
+    ]
+    columns = (
+        Column("sequence", "Sequence", link="url"),
+        Column("status", "Status", "code"),
+        Column("active", "Active", "number"),
+        Column("soon", "Due in an hour", "number"),
+        Column("overdue", "Overdue", "number"),
+        Column("failed", "Failed", "number"),
+        Column("goals", "Goals met", "number"),
+        Column("completed", "Completed by day", "days"),
+        Column("problems", "Problems", "number"),
+    )
+    return Table("overview", columns, rows, query.given)
+
+
+def _sums(counts: Counts, name: str) -> dict[str, Any]:
+    steps = [step for step in counts.steps if step["sequence"] == name]
+    completed: Counter[date] = Counter()
+    goals = 0
+    for (sequence, _, action), days in counts.flow.items():
+        if sequence == name and action == "completed":
+            completed += days
+        elif sequence == name and action == "goal":
+            goals += days.total()
+    return {
+        "active": sum(step["active"] for step in steps),
+        "is_capped": any(step["active"] >= MOST for step in steps),
+        "soon": sum(step["soon"] for step in steps),
+        "overdue": sum(step["overdue"] for step in steps),
+        "failed": sum(row["failed"] for row in counts.failed if row["sequence"] == name),
+        "goals": goals,
+        "completed": {day.isoformat(): completed[day] for day in counts.days},
+        "problems": sum(step["problem"] is not None for step in steps),
+    }
+
+
+def steps(counts: Counts, query: Query) -> Table:
+    """A row for each step of a sequence."""
+    name = query.must("sequence")
+    failed: Counter[str] = Counter()
+    for row in counts.failed:
+        if row["sequence"] == name:
+            failed[row["step"]] += row["failed"]
+
+    def times(step: str, action: str) -> int:
+        return counts.flow.get((name, step, action), Counter()).total()
+
+    rows = [
+        {
+            "step": step["step"],
+            "url": at("/sequence", sequence=name, step=step["step"]),
+            "type": step["type"],
+            "active": step["active"],
+            "is_capped": step["active"] >= MOST,
+            "soon": step["soon"],
+            "overdue": step["overdue"],
+            "failed": failed[step["step"]],
+            "next": times(step["step"], "next") + times(step["step"], "jump"),
+            "alt_next": times(step["step"], "altNext"),
+            "goal": times(step["step"], "goal"),
+            "median_stay": counts.stays.get((name, step["step"])),
+            "problem": step["problem"],
+        }
+        for step in counts.steps
+        if step["sequence"] == name
+    ]
+    columns = (
+        Column("step", "Step", link="url"),
+        Column("type", "Type"),
+        Column("active", "Waiting", "number"),
+        Column("soon", "Due in an hour", "number"),
+        Column("overdue", "Overdue", "number"),
+        Column("failed", "Failed", "number"),
+        Column("next", "Went next", "number"),
+        Column("alt_next", "Went altNext", "number"),
+        Column("goal", "Left for a goal", "number"),
+        Column("median_stay", "Median stay", "duration"),
+        Column("problem", "Problem"),
+    )
+    return Table("steps", columns, rows, query.given)
+
+
+def failures(counts: Counts, query: Query, mask: Mask) -> Table:
+    """A row for each step and reason, and what went wrong for one of them."""
+    rows = [
+        {
+            **mask(row),
+            "failure": row["failure"] or "by hand",
+            "url": at("/failures/group", sequence=row["sequence"], step=row["step"],
+                      failure=row["failure"]),
+        }
+        for row in counts.failed
+    ]  # fmt: skip
+    columns = (
+        Column("sequence", "Sequence"),
+        Column("step", "Step"),
+        Column("failure", "Reason", "code", link="url"),
+        Column("failed", "People", "number"),
+        Column("last_error", "For example"),
+    )
+    return Table("failures", columns, rows, query.given)
+
+
+# --- rows
+
+
+async def people(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
+    """Who waits at a step: who is due first, first."""
+    since, skip = query.time("from", FIRST), query.number("skip", 0)
+    if skip > FURTHEST:
+        raise WrongQueryError(f"a page can't begin after more than {FURTHEST:,} rows")
+    found = await store.read(
+        pool, "console_people", query.must("sequence"), query.must("step"), since, skip,
+        query.rows + 1,
+    )  # fmt: skip
+    rows = [_linked(mask(row)) for row in found[: query.rows]]
+    more = None
+    if len(found) > query.rows:
+        last = rows[-1]["wake_at"]
+        same = sum(row["wake_at"] == last for row in rows)
+        skip = same + skip if last == since else same
+        if skip <= FURTHEST:
+            more = {**query.given, "from": str(plain(last)), "skip": str(skip)}
+    columns = (
+        Column("id", "Enrollment", link="url"),
+        Column("subject", "Subject"),
+        Column("wake_at", "Looked at", "time"),
+        Column("entered_at", "Here since", "time"),
+        Column("attempt", "Attempt", "number"),
+        Column("last_error", "Last error"),
+    )
+    return Table("people", columns, rows, query.given, more)
+
+
+async def failed_people(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
+    """Who failed at a step for a reason."""
+    skip = query.number("skip", 0)
+    if skip > FURTHEST:
+        raise WrongQueryError(f"a page can't begin after more than {FURTHEST:,} rows")
+    found = await store.read(
+        pool, "console_failed_people", query.must("sequence"), query.must("step"),
+        query.get("failure"), skip, query.rows + 1,
+    )  # fmt: skip
+    rows = [_linked(mask(row)) for row in found[: query.rows]]
+    more = None
+    if len(found) > query.rows and skip + query.rows <= FURTHEST:
+        more = {**query.given, "skip": str(skip + query.rows)}
+    columns = (
+        Column("id", "Enrollment", link="url"),
+        Column("subject", "Subject"),
+        Column("ended_at", "Failed", "time"),
+        Column("attempt", "Attempts", "number"),
+        Column("last_error", "What went wrong"),
+    )
+    return Table("failed", columns, rows, query.given, more)
+
+
+async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
+    """The changes of a sequence, the latest first."""
+    found = await store.read(
+        pool, "console_revisions", query.must("sequence"),
+        min(query.number("before", 2**31 - 1), 2**31 - 1), min(query.rows, 10) + 1,
+    )  # fmt: skip
+    shown = found[: min(query.rows, 10)]
+    rows = [
+        {"revision": row["revision"], "at": row["at"], "by": row["by"], "changes": _changes(row)}
+        for row in shown
+    ]
+    more = None
+    if len(found) > len(shown):
+        more = {**query.given, "before": str(rows[-1]["revision"])}
+    columns = (
+        Column("revision", "Revision", "number"),
+        Column("at", "When", "time"),
+        Column("by", "By"),
+        Column("changes", "Changes"),
+    )
+    return Table("revisions", columns, rows, query.given, more)
+
+
+def _changes(row: Mapping[str, Any]) -> str:
+    before = json.loads(row["before"]) if row["before"] else None
+    return "\n".join(compare(before, json.loads(row["document"])).lines())
+
+
+async def search(
+    pool: asyncpg.Pool, query: Query, mask: Mask, masked: tuple[str, ...]
+) -> tuple[Table, str | None]:
+    """Who is meant: by id, the beginning of a subject, or an e-mail address. And a remark."""
+    wanted = query.get("q")
+    rows: list[asyncpg.Record] = []
+    more: dict[str, str] | None = None
+    remark = None
+    if wanted is None:
+        rows = await store.read(
+            pool, "console_by_id", query.number("before", 2**63 - 1), query.rows + 1
+        )
+        if len(rows) > query.rows:
+            more = {**query.given, "before": str(rows[query.rows - 1]["id"])}
+    else:
+        if wanted.isascii() and wanted.isdecimal() and 0 < int(wanted) < 2**63 - 1:
+            found = await store.read(pool, "console_by_id", int(wanted) + 1, 1)
+            rows += [row for row in found if row["id"] == int(wanted)]
+        is_first = query.get("after") is None
+        if "@" in wanted and is_first and "data.email" in masked:
+            remark = "Addresses are masked, so nobody is looked for by data.email."
+        elif "@" in wanted and is_first:
+            found, remark = await _by_email(pool, wanted, query.rows)
+            rows += found
+        if "subject" in masked:
+            remark = "Subjects are masked, so nobody is looked for by them."
+        else:
+            following = await _by_subject(pool, wanted, query)
+            if len(following) > query.rows:
+                last = following[query.rows - 1]
+                after = json.dumps([last["subject"], last["sequence"], last["entry"]])
+                more = {**query.given, "after": after}
+            rows += following
+    unique = {row["id"]: row for row in rows}
+    shown = [_linked(mask(row)) for row in list(unique.values())[: query.rows]]
+    columns = (
+        Column("id", "Enrollment", link="url"),
+        Column("subject", "Subject"),
+        Column("sequence", "Sequence"),
+        Column("step", "Step"),
+        Column("status", "Status", "code"),
+        Column("wake_at", "Looked at", "time"),
+        Column("last_error", "Last error"),
+    )
+    return Table("search", columns, shown, query.given, more), remark
+
+
+async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asyncpg.Record]:
+    after: Any = [wanted, "", -1]  # where the scan of the index begins
+    if given := query.get("after"):
+        try:
+            after = json.loads(given)
+            subject, sequence, entry = after
+            assert isinstance(subject, str)
+            assert isinstance(sequence, str)
+            assert isinstance(entry, int)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise WrongQueryError("after does not come from a page before") from error
+    rows: list[asyncpg.Record] = await store.read(
+        pool, "console_by_subject", wanted, wanted + LAST_CHARACTER, *after, query.rows + 1
+    )
+    return rows
+
+
+async def _by_email(
+    pool: asyncpg.Pool, wanted: str, limit: int
+) -> tuple[list[asyncpg.Record], str | None]:
+    async with store.reading(pool) as connection:
+        if await connection.fetchval(QUERIES["console_has_email_index"]):
+            return await connection.fetch(QUERIES["console_by_email"], wanted, limit), None
+        query = QUERIES["console_by_email_of_latest"]
+        rows = await connection.fetch(query, wanted, limit, LATEST)
+    return rows, (
+        f"By data.email, only the latest {LATEST:,} enrollments were looked through: "
+        "there is no index enrollments_email."
+    )
+
+
+def _linked(row: Row) -> Row:
+    return {**row, "url": at(f"/enrollments/{row['id']}")}
+
+
+# --- one enrollment
+
+
+@dataclass(frozen=True)
+class Journey:
+    """An enrollment and its events."""
+
+    row: Row
+    events: Table
+    version: str
+
+
+async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: Mask) -> Journey:
+    """Where an enrollment is, and its latest events. Raises NotFoundError."""
+    before = query.time("before", NEVER)
+    async with store.reading(pool, isolation="repeatable_read") as connection:
+        row = await connection.fetchrow(QUERIES["show"], id_)
+        found = await connection.fetch(QUERIES["console_history"], id_, before, query.rows + 1)
+        versions = await connection.fetch(QUERIES["console_versions"], [id_])
+    if row is None:
+        raise NotFoundError(f"There is no enrollment {id_}, or not any more.")
+    known = row["data"]
+    events = [mask({**event, "known": json.loads(known)}) for event in found[: query.rows]]
+    for event in events:
+        event.pop("known", None)
+    more = None
+    if len(found) > query.rows:
+        more = {**query.given, "id": str(id_), "before": events[-1]["at"].isoformat()}
+    columns = (
+        Column("at", "When", "time"),
+        Column("sequence", "Sequence"),
+        Column("step", "Step"),
+        Column("visit", "Visit", "number"),
+        Column("action", "What", "code"),
+        Column("message", "Message"),
+        Column("revision", "Revision", "number"),
+    )
+    table = Table("events", columns, events, {**query.given, "id": str(id_)}, more)
+    return Journey(mask(row), table, versions[0]["version"])

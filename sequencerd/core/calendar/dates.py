@@ -1,0 +1,144 @@
+"""The calendar: what the steps that wait need, with the answers of moment and moment-timezone.
+
+An instant is an aware datetime in UTC, in and out. PostgreSQL keeps microseconds where moment has
+milliseconds: the getters cut them off, `add` carries them along, and `next_match` never answers
+with an instant before the one that it was given.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
+from math import floor, trunc
+from zoneinfo import ZoneInfo
+
+from dateutil.relativedelta import relativedelta
+
+from sequencerd.core.calendar.next_match import (
+    ATTRIBUTES,
+    aliases,
+    bounds,
+    full_name,
+    get,
+    impossible,
+    next_match,
+    next_start,
+)
+from sequencerd.core.calendar.parsing import format_iso, parse
+from sequencerd.core.calendar.zones import OUT_OF_RANGE, to_wall, zone
+from sequencerd.core.model import DefinitionError, EvaluationError
+
+__all__ = [
+    "ATTRIBUTES",
+    "UNITS",
+    "add",
+    "bounds",
+    "format_iso",
+    "get",
+    "impossible",
+    "next_match",
+    "next_start",
+    "normalise_unit",
+    "parse",
+    "zone",
+]
+
+_MONTHS = {"month": 1, "quarter": 3, "year": 12}
+_DAYS = {"day": 1, "week": 7, "isoWeek": 7}
+_MILLISECONDS = {
+    "millisecond": (1,),
+    "second": (1000,),
+    "minute": (60_000,),
+    "hour": (1000, 60, 60),  # one after the other, as the rounding of fractions depends on it
+}
+
+UNITS = frozenset(
+    alias for units in (_MONTHS, _DAYS, _MILLISECONDS) for name in units for alias in aliases(name)
+)
+"""The names of the units that `add` takes, as moment's manual spells them."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+def normalise_unit(unit: str) -> str:
+    """The unit's full name: "year", "quarter", "month", "week", "day", "hour" ... "millisecond".
+
+    Capitals matter in short forms alone ("M" months, "m" minutes), as with moment. Raises
+    DefinitionError for every other name: moment would silently add nothing.
+    """
+    name = full_name(unit) if isinstance(unit, str) else None
+    if name in _DAYS:
+        return "day" if name == "day" else "week"
+    if name is None or name not in (_MONTHS | _MILLISECONDS):
+        near = get_close_matches(str(unit), UNITS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "write days, hours or the like"
+        raise DefinitionError(f"{unit!r} is not a unit of time, {hint}")
+    return name
+
+
+def add(instant: datetime, amount: float, unit: str, tz: ZoneInfo) -> datetime:
+    """moment.tz(instant, tz).add(amount, unit).
+
+    Years to days move the wall clock: to the last day of a shorter month, on by the gap where the
+    clock skips the time. They are rounded to whole months and days, half away from zero. Hours to
+    milliseconds are elapsed time, what is left of a millisecond is dropped.
+    Raises DefinitionError for an unknown unit and an amount that is not a number, EvaluationError
+    (bad_data) where the result is outside of the years 1 to 9999.
+    """
+    unit = normalise_unit(unit)
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise DefinitionError(f"the amount must be a number, not {amount!r}")
+    wall = to_wall(instant, tz)
+    try:
+        if unit in _MILLISECONDS:
+            return instant + _elapsed(wall, float(amount), unit)
+        if unit in _MONTHS:
+            moved = wall + relativedelta(months=_rounded(float(amount) * _MONTHS[unit]))
+        else:
+            moved = wall + timedelta(days=_rounded(float(amount) * _DAYS[unit]))
+        return instant if moved == wall else _settled(moved, wall, tz)
+    except (OverflowError, ValueError) as error:
+        raise EvaluationError("bad_data", OUT_OF_RANGE) from error
+
+
+def _elapsed(wall: datetime, amount: float, unit: str) -> timedelta:
+    """Whole milliseconds between two of JavaScript's dates, whose fractions are cut off.
+
+    The date that moment keeps is the wall clock's, counted from 1970, and what is cut off brings
+    it nearer to 1970.
+    """
+    for factor in _MILLISECONDS[unit]:
+        amount *= factor
+    shown = (wall.replace(tzinfo=UTC) - _EPOCH) // _MILLISECOND
+    return timedelta(milliseconds=trunc(shown + amount) - shown)
+
+
+def _rounded(number: float) -> int:
+    """To the nearest whole number, half away from zero."""
+    size = abs(number)
+    whole = floor(size)
+    whole += size - whole >= 0.5
+    return whole if number > 0 else -whole
+
+
+def _settled(moved: datetime, wall: datetime, tz: ZoneInfo) -> datetime:
+    """The instant at which the clock shows a wall time that `wall` was moved to.
+
+    moment guesses with the offset from before the move, and takes the offset at that guess: of a
+    time that comes twice this is the first, or the second if it was standard time before. If the
+    clock never shows the time, it moves on by the gap.
+    """
+    as_utc = moved.replace(tzinfo=UTC)
+    offset = (as_utc - _offset(wall)).astimezone(tz).utcoffset()
+    assert offset is not None
+    settled = as_utc - offset
+    if settled.astimezone(tz).utcoffset() == offset:
+        return settled
+    return moved.replace(fold=0).astimezone(UTC)
+
+
+def _offset(wall: datetime) -> timedelta:
+    offset = wall.utcoffset()
+    assert offset is not None
+    return offset

@@ -1,0 +1,374 @@
+"""Definitions: rows made into sequences, checked as a whole, and sequences made into rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple
+
+import asyncpg
+from pydantic import Field, StrictFloat, StrictInt
+from pydantic.alias_generators import to_camel
+
+from sequencerd.core.calendar import dates
+from sequencerd.core.config import Config, Faults, nearest, parse_config
+from sequencerd.core.model import (
+    DefinitionError,
+    Elsewhere,
+    Exit,
+    Fault,
+    Instant,
+    Problem,
+    RetryPolicy,
+    Sequence,
+    SideEffect,
+    Step,
+)
+from sequencerd.core.step_types import (
+    COMPILERS,
+    DurationConfig,
+    compile_expiry,
+    compile_step,
+    roots,
+)
+from sequencerd.runners import Runner
+
+Runners = Mapping[str, Runner]
+
+MAX_STEPS = 20_000  # of a sequence; in sequencer.record_revision as well
+HINTS = 20  # steps that a GoTo names wrongly, for each of which all names are compared
+
+
+# --- what is made of a step's type and config
+
+
+class RetryConfig(Config):
+    """How often a side effect that failed is tried again; what is left out, its runner says."""
+
+    attempts: StrictInt | None = Field(default=None, ge=1, le=1000)
+    """How often it is tried, with the first time."""
+    first_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=86400)
+    """Seconds before the second attempt; the delay doubles with each attempt."""
+    longest_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=30 * 86400)
+    """Seconds that the delay grows to."""
+    give_up_after: StrictInt | StrictFloat | None = Field(default=None, ge=1, le=365 * 86400)
+    """Seconds of waiting after which it is not tried again, instead of a number of attempts."""
+
+    def applied(self, policy: RetryPolicy) -> RetryPolicy:
+        """A runner's policy with what is written here; either end takes the place of its own."""
+        written = self.model_dump(exclude_none=True)
+        if written.keys() & {"attempts", "give_up_after"}:
+            policy = replace(policy, attempts=None, give_up_after=None)
+        return replace(policy, **written)
+
+
+class EffectConfig(Config):
+    """The keys that every step with a side effect takes, beside those of its runner."""
+
+    retry: RetryConfig = Field(default_factory=RetryConfig)
+    """How often it is tried again."""
+    on_error: Literal["fail", "altNext"] = "fail"
+    """What follows on the last failure: the enrollment fails, or goes on to altNext."""
+    delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
+    """at_most_once: never started again where it may have taken place; a person decides."""
+    expires: str | DurationConfig | None = None
+    """When it is too late: a date, a template that gives one, or a duration from the arrival."""
+    on_expired: Exit = "next"
+    """Where it goes when it is too late."""
+    on_suppressed: Exit = "next"
+    """Where it goes when nothing is sent, as whom it is meant for gets no messages."""
+
+
+_EFFECT_KEYS = frozenset(to_camel(name) for name in EffectConfig.model_fields)
+
+
+def served(runners: Runners) -> frozenset[str]:
+    """The types of which steps can be executed: not those of runners that lack settings."""
+    return frozenset(
+        type_ for type_, runner in runners.items() if not getattr(runner, "lacks_settings", False)
+    )
+
+
+def compile_behaviour(
+    type_: str, config: Mapping[str, Any], runners: Runners
+) -> Instant | SideEffect | Problem:
+    """What a step does, or why it can't."""
+    try:
+        if type_ in COMPILERS:
+            return compile_step(type_, config)
+        if type_ not in runners:
+            raise DefinitionError(_unknown_type(type_, runners))
+        return _compile_effect(config, runners[type_])
+    except DefinitionError as error:
+        return Problem(str(error), error.faults)
+    except RecursionError as error:
+        return Problem(str(error), (Fault((), str(error)),))
+
+
+def _unknown_type(type_: str, runners: Runners) -> str:
+    known = [*COMPILERS, *runners]
+    return (
+        f"type {type_!r} is served by no runner; {nearest(type_, known)}; a runner of your own is "
+        f"set up as [runners.{type_}] in the settings, or installed as a Python package"
+    )
+
+
+def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
+    faults = Faults()
+    expires = None
+    with faults.at():
+        common = parse_config(EffectConfig, {k: config[k] for k in _EFFECT_KEYS & config.keys()})
+        if common.expires is not None:
+            expires = compile_expiry(common.expires)
+    with faults.at():
+        program = runner.compile({k: v for k, v in config.items() if k not in _EFFECT_KEYS})
+    faults.found = [_with_hint(fault) for fault in faults.found]
+    faults.check()
+    return SideEffect(
+        program=program,
+        retry=common.retry.applied(runner.retry),
+        on_error=common.on_error,
+        at_most_once=common.delivery == "at_most_once",
+        on_suppressed=common.on_suppressed,
+        expires=expires,
+        on_expired=common.on_expired,
+    )
+
+
+def _with_hint(fault: Fault) -> Fault:
+    """A runner doesn't know the keys that every one has: of a key that it refuses, the nearest."""
+    key, *deeper = fault.place or ("",)
+    near = get_close_matches(str(key), _EFFECT_KEYS, n=1, cutoff=0.75)
+    if deeper or not near or key in _EFFECT_KEYS:
+        return fault
+    return Fault(fault.place, f"is not a key of this; did you mean {near[0]!r}?")
+
+
+def build(
+    name: str,
+    first_step: str,
+    timezone: str,
+    steps: Iterable[Step],
+    *,
+    paused: bool = False,
+    archived: bool = False,
+    revision: int = 0,
+    lookup: str | None = None,
+    recheck: timedelta = timedelta(minutes=1),
+) -> Sequence:
+    """A sequence from its steps. What is wrong with the whole becomes the problem of its steps."""
+    ordered = sorted(steps, key=lambda step: step.position)
+    by_name = {step.name: step for step in ordered}
+    for stuck in _never_waiting(by_name):
+        by_name[stuck] = _with_problem(
+            by_name[stuck],
+            Fault((), "it is part of a cycle that never waits: put a step that waits into it"),
+        )
+    hints = HINTS
+    for step in ordered:
+        if step.type != "GoTo" or not isinstance(step.behaviour, Instant):
+            continue
+        target = step.config.get("step")
+        if not step.config.get("sequence") and target is not None and target not in by_name:
+            message = f"step {target!r} does not exist"
+            if hints:
+                hints -= 1
+                message += f"; {nearest(str(target), list(by_name))}"
+            by_name[step.name] = _with_problem(step, Fault(("step",), message))
+    try:
+        dates.zone(timezone)
+    except DefinitionError as error:
+        by_name = {key: _with_problem(step, Fault((), str(error))) for key, step in by_name.items()}
+    goals = tuple(step for step in reversed(ordered) if step.type == "Goal")
+    return Sequence(
+        name,
+        first_step,
+        timezone,
+        by_name,
+        paused=paused,
+        goals=goals,
+        revision=revision,
+        lookup=lookup,
+        recheck=recheck,
+        archived=archived,
+    )
+
+
+def _with_problem(step: Step, fault: Fault) -> Step:
+    if isinstance(step.behaviour, Problem):
+        return step
+    return replace(step, behaviour=Problem(str(fault), (fault,)))
+
+
+def _never_waiting(steps: Mapping[str, Step]) -> set[str]:
+    """Steps from which every way leads round and round without a wait or a side effect.
+
+    The greatest set whose members are GoTo, Conditional, Split or UpdateData and lead only to
+    members.
+    """
+    ways: dict[str, set[str | None]] = {}
+    for step in steps.values():
+        if isinstance(step.behaviour, Problem):
+            continue
+        if step.type == "GoTo" and not step.config.get("sequence"):
+            ways[step.name] = {step.config.get("step") or step.next_step}
+        elif step.type in ("Conditional", "Split"):
+            ways[step.name] = {step.next_step, step.alt_next_step}
+        elif step.type == "UpdateData":
+            ways[step.name] = {step.next_step}
+    coming: dict[str | None, list[str]] = defaultdict(list)
+    for name, targets in ways.items():
+        for target in targets:
+            coming[target].append(name)
+    leaving = [target for target in coming if target not in ways]
+    while leaving:
+        coming_there = coming[leaving.pop()]
+        leaving += [name for name in coming_there if ways.pop(name, None) is not None]
+    return set(ways)
+
+
+class Compiled(NamedTuple):
+    """What is made of a step's type and config alone."""
+
+    config: dict[str, Any]
+    behaviour: Instant | SideEffect | Problem | Elsewhere
+    reads_external: bool
+
+
+def compile_row(row: asyncpg.Record, runners: Runners, elsewhere: Collection[str] = ()) -> Compiled:
+    """What the type and the config of a row of sequencer.steps mean. `elsewhere` are the types that
+    other daemons serve, and this one does not.
+    """
+    try:
+        config = json.loads(row["config"])
+    except (ValueError, RecursionError) as error:
+        return Compiled({}, Problem(f"config cannot be read: {error}"), False)
+    behaviour: Instant | SideEffect | Problem | Elsewhere
+    behaviour = compile_behaviour(row["type"], config, runners)
+    if row["type"] in elsewhere and isinstance(behaviour, Problem):
+        behaviour = Elsewhere(behaviour.message)
+    return Compiled(config, behaviour, reads_external(row["type"], config))
+
+
+def make_step(row: asyncpg.Record, compiled: Compiled) -> Step:
+    """A step of its row in sequencer.steps."""
+    return Step(
+        sequence=row["sequence"],
+        name=row["name"],
+        type=row["type"],
+        config=compiled.config,
+        next_step=row["next_step"],
+        alt_next_step=row["alt_next_step"],
+        behaviour=compiled.behaviour,
+        position=row["position"],
+        reads_external=compiled.reads_external,
+        seed=row["seed"],
+    )
+
+
+def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
+    """A sequence of its row in sequencer.sequences."""
+    return build(
+        row["name"],
+        row["first_step"],
+        row["timezone"],
+        steps,
+        paused=row["status"] == "paused",
+        archived=row["status"] == "archived",
+        revision=row["revision"],
+        lookup=row["lookup"],
+        recheck=row["recheck"],
+    )
+
+
+def from_rows(
+    sequence: asyncpg.Record, steps: Iterable[asyncpg.Record], runners: Runners
+) -> Sequence:
+    """A sequence as the database has it."""
+    return make_sequence(sequence, [make_step(row, compile_row(row, runners)) for row in steps])
+
+
+def reads_external(type_: str, config: Mapping[str, Any]) -> bool:
+    """Whether a step's condition or one of its templates reads external data, or all data.
+
+    Of a type that is not built in, whether the word is anywhere in the config.
+    """
+    read = roots(type_, config)
+    if read is None or "external" in read:
+        return True
+    return type_ not in COMPILERS and re.search(r"\bexternal\b", json.dumps(config)) is not None
+
+
+def problems(
+    sequence: Sequence, known: Mapping[tuple[str, str], str | None]
+) -> dict[tuple[str, str], str | None]:
+    """What is wrong with each step; None where nothing is. Of a step that other daemons execute
+    they say it, unless all that is `known` is that this daemon can't.
+    """
+    found: dict[tuple[str, str], str | None] = {}
+    for step in sequence.steps.values():
+        place = (step.sequence, step.name)
+        match step.behaviour:
+            case Problem(message):
+                found[place] = message
+            case Elsewhere(problem) if known[place] not in (None, problem):
+                pass
+            case _:
+                found[place] = None
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """One sequence of a file, checked. `status` is None where the file leaves a pause as it is;
+    `renames` are former names of steps by their new ones.
+    """
+
+    sequence: Sequence
+    reentry: str
+    status: str | None
+    lookup: str | None
+    recheck: timedelta
+    place: str = field(compare=False)
+    renames: Mapping[str, str] = field(default_factory=dict)
+
+    def pending_renames(self, present: Collection[str]) -> dict[str, str]:
+        """New names by old ones, where steps of those names are `present`, in an order in which no
+        name is taken. What is done already is not done again.
+        """
+        names, found = set(present), {}
+        open_ = dict(self.renames)
+        while ready := [n for n, old in open_.items() if old in names and n not in names]:
+            new = ready[0]
+            old = open_.pop(new)
+            names = names - {old} | {new}
+            found[old] = new
+        return found
+
+    def seeds(self, present: Mapping[str, str | None]) -> dict[str, str]:
+        """What its Splits deal by, where steps are `present` with what they deal by: what the file
+        says, else what it was, else the first name that the file knows.
+        """
+        old_names = {new: old for old, new in self.pending_renames(present).items()}
+        found = {}
+        for name, step in self.sequence.steps.items():
+            if step.type == "Split":
+                known = present.get(old_names.get(name, name))
+                first = f"{self.sequence.name}/{self.renames.get(name, name)}"
+                while not known and first in present.values():  # of one that was renamed
+                    first += "'"
+                found[name] = step.seed or known or first
+        return found
+
+    def seeded(self, present: Mapping[str, str | None]) -> Sequence:
+        """The sequence, whose Splits deal as they would in a database with those `present`."""
+        seeds = self.seeds(present)
+        steps = {
+            name: replace(step, seed=seeds.get(name)) for name, step in self.sequence.steps.items()
+        }
+        return replace(self.sequence, steps=steps)

@@ -1,0 +1,364 @@
+"""Files of sequences: YAML or JSON, read and checked as a whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WithJsonSchema
+
+from sequencerd.core import model
+from sequencerd.core.calendar import dates
+from sequencerd.core.config import Config, faults, nearest
+from sequencerd.core.model import Fault, Place, Problem, Step, printable
+from sequencerd.core.step_types import COMPILERS
+from sequencerd.definitions import check, cycles
+from sequencerd.definitions.compiler import (
+    Definition,
+    Runners,
+    build,
+    compile_behaviour,
+    reads_external,
+)
+from sequencerd.definitions.yaml_reader import Document, DocumentError, read_documents
+from sequencerd.errors import FileError
+
+MAX_NAME = 200  # bytes
+MAX_HINTS = 50
+
+
+def _zone(name: str) -> str:
+    dates.zone(name)
+    return name
+
+
+def _short_enough(name: str) -> str:
+    if len(name.encode()) > MAX_NAME:
+        raise ValueError(f"must have at most {MAX_NAME} bytes")
+    return name
+
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_short_enough)]
+Recheck = Annotated[
+    timedelta,
+    BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value),
+    Field(ge=timedelta(seconds=1), le=timedelta(days=360)),
+    WithJsonSchema({"type": ["string", "number"]}),
+]
+
+
+class FileStep(Config):
+    """A step: what happens, and what comes after it."""
+
+    name: Name
+    """Unique in the sequence."""
+    type: Name
+    """A built-in type, or one that a runner of yours serves."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """What the step's type takes."""
+    next: str | None = None
+    """The step that follows; if nothing is said the next one in the file. null ends the journey."""
+    alt_next: str | None = None
+    """The step that follows on the other way; null, or nothing, ends the journey there."""
+    seed: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
+    """Of a Split: what subjects are dealt by. Left out: the names that it had at first."""
+    renamed_from: Name | None = None
+    """The step's former name: who is at it stays there. Can be left out once it is applied."""
+
+
+class FileSequence(Config):
+    """A sequence of sequencerd: named steps, in order."""
+
+    name: Name
+    """Unique in the database."""
+    timezone: Annotated[str, AfterValidator(_zone)] = "UTC"
+    """IANA name, such as Europe/Berlin; holds for subjects without one of their own."""
+    status: Literal["active", "paused", "archived"] = "active"
+    """paused: nothing is executed. archived: nobody enters, who is inside goes on. Left out:
+    active, or paused while somebody has paused it by hand."""
+    reentry: Literal["after_end", "always", "never"] = "after_end"
+    """When a subject may enter again."""
+    lookup: Annotated[str, Field(min_length=1)] | None = None
+    """Where external data come from: an endpoint, a Python function, or an SQL function's name."""
+    recheck: Recheck = timedelta(minutes=1)
+    """How often goals and waits that read external data are looked at, such as PT5M."""
+    steps: list[FileStep] = Field(min_length=1)
+    """The first one is where an enrollment begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong at a line of a file, and what to write instead."""
+
+    path: Path
+    line: int
+    sequence: str | None
+    step: str | None
+    message: str
+    is_error: bool = True
+
+    def __str__(self) -> str:
+        """In the form that editors and build servers understand."""
+        who = "/".join(name for name in (self.sequence, self.step) if name is not None)
+        text = printable(f"{who}: {self.message}" if who else self.message)
+        text = text.replace("\n", " ").replace("\t", " ")
+        return f"{self.path}:{self.line}: {'error' if self.is_error else 'warning'}: {text}"
+
+
+def read_file(path: Path, runners: Runners) -> list[Definition]:
+    """The sequences of a YAML or JSON file. Raises FileError with everything that is wrong."""
+    return read_all([path], runners)
+
+
+def read_all(paths: Iterable[Path], runners: Runners) -> list[Definition]:
+    """The sequences of some files. Raises FileError with everything that is wrong with them."""
+    definitions, findings = read_files(paths, runners)
+    if errors := [str(finding) for finding in findings if finding.is_error]:
+        raise FileError("\n".join(errors))
+    return definitions
+
+
+def read_files(paths: Iterable[Path], runners: Runners) -> tuple[list[Definition], list[Finding]]:
+    """The sequences without an error, and what is wrong with any, in the order of the files."""
+    definitions, findings = [], []
+    read = {path: _read_sources(path) for path in paths}
+    sources = {
+        source.name: source for found, _ in reversed(read.values()) for source in reversed(found)
+    }
+    entered: dict[str, set[str]] = {}
+    for source in sources.values():
+        for _, name, step in source.jumps():
+            entered.setdefault(name, set()).add(step)
+    built = {
+        source: one
+        for found, _ in read.values()
+        for source in found
+        if (one := _build(source, sources, runners)) is not None
+    }
+    remarks: dict[str | None, list[check.Remark]] = {}
+    known = {one.sequence.name: one.sequence for one in reversed(built.values())}
+    for name, remark in cycles.check(known):
+        remarks.setdefault(name, []).append(remark)
+    for found, unreadable in read.values():
+        for source in found:
+            if (one := built.get(source)) is not None:
+                found_here = check.check(one.sequence, entered.get(source.name or "", set()))
+                told = [*found_here, *remarks.pop(source.name, [])]
+                if (definition := _checked(source, one, told)) is not None:
+                    definitions.append(definition)
+            findings += sorted(source.findings, key=lambda finding: finding.line)
+        findings += unreadable
+    return definitions, findings
+
+
+def types(path: Path) -> set[str]:
+    """The types of the steps of a file, whether or not anybody serves them."""
+    sources, _ = _read_sources(path)
+    found = (_text_at(step, "type") for source in sources for step in source.steps)
+    return {type_ for type_ in found if type_ is not None}
+
+
+class _Source:
+    """One sequence as it is written, and what was found wrong with it so far."""
+
+    def __init__(self, path: Path, document: Document) -> None:
+        self.path = path
+        self.document = document
+        self.name = _text_at(document.value, "name")
+        steps = document.value.get("steps") if isinstance(document.value, dict) else None
+        self.steps: list[Any] = steps if isinstance(steps, list) else []
+        self.step_names = [_text_at(step, "name") for step in self.steps]
+        self.findings: list[Finding] = []
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.document.line(())}"
+
+    def say(self, place: Place, message: str, *, is_error: bool = True) -> None:
+        """Adds a finding; `place` are the keys that lead there from the top of the document."""
+        step, shown = None, place
+        if place[:1] == ("steps",) and len(place) > 1:
+            step = self.step_names[int(place[1])]
+            if step is not None:
+                shown = place[3:] if place[2:3] == ("config",) else place[2:]
+        text = str(Fault(shown, message))
+        within = re.match(r"line (\d+): ", message)  # of a template
+        line = self.document.line(place, int(within[1]) if within else 0)
+        self.findings.append(Finding(self.path, line, self.name, step, text, is_error))
+
+    def jumps(self) -> Iterator[tuple[int, str, str]]:
+        """Where it leads to other sequences: number of the step, name of the sequence, and step."""
+        for number, value in enumerate(self.steps):
+            config = value.get("config") if isinstance(value, dict) else None
+            sequence, step = _text_at(config, "sequence"), _text_at(config, "step")
+            if _text_at(value, "type") == "GoTo" and sequence is not None and step is not None:
+                yield number, sequence, step
+
+
+def _text_at(value: object, key: str) -> str | None:
+    text = value.get(key) if isinstance(value, dict) else None
+    return text if isinstance(text, str) else None
+
+
+def _read_sources(path: Path) -> tuple[list[_Source], list[Finding]]:
+    """The sequences of a file, and what keeps it from being read to its end."""
+    sources: list[_Source] = []
+    try:
+        sources.extend(_Source(path, document) for document in read_documents(path))
+    except DocumentError as error:
+        return sources, [Finding(path, error.line, None, None, str(error))]
+    return sources, [] if sources else [Finding(path, 1, None, None, "there is no sequence in it")]
+
+
+class _Built(NamedTuple):
+    """A sequence of which the steps could be read; not all of its ways, where a name is wrong."""
+
+    sequence: model.Sequence
+    parsed: FileSequence | None
+    are_ways_known: bool
+
+
+def _build(
+    source: _Source, sources: Mapping[str | None, _Source], runners: Runners
+) -> _Built | None:
+    """The sequence, unless no step of it can be read."""
+    parsed = _parse(source)
+    _check_names(source, sources)
+    are_ways_known = not source.findings
+    steps = _read_steps(source, runners)
+    if not steps:
+        return None
+    sequence = build(
+        source.name or "",
+        steps[0].name,
+        parsed.timezone if parsed else "UTC",
+        steps,
+        archived=_text_at(source.document.value, "status") == "archived",
+        lookup=_text_at(source.document.value, "lookup"),
+        recheck=parsed.recheck if parsed else timedelta(minutes=1),
+    )
+    for step in steps:
+        built = sequence.steps[step.name].behaviour
+        if isinstance(built, Problem) and built is not step.behaviour:
+            for place, message in built.faults:
+                config = ("config",) if place else ()
+                source.say(("steps", step.position, *config, *place), message)
+    return _Built(sequence, parsed, are_ways_known)
+
+
+def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) -> Definition | None:
+    """The definition, if there is no error in it."""
+    sequence, parsed, are_ways_known = built
+    for name, place, message, is_error in remarks:
+        if are_ways_known or place:
+            number = sequence.steps[name].position
+            source.say(("steps", number, *place), message, is_error=is_error)
+    if parsed is None or any(finding.is_error for finding in source.findings):
+        return None
+    where = f"{source}: sequence {parsed.name!r}"
+    return Definition(
+        sequence,
+        parsed.reentry,
+        parsed.status if "status" in parsed.model_fields_set else None,
+        parsed.lookup,
+        parsed.recheck,
+        where,
+        {step.name: step.renamed_from for step in parsed.steps if step.renamed_from},
+    )
+
+
+def _parse(source: _Source) -> FileSequence | None:
+    value = source.document.value
+    try:
+        parsed = FileSequence.model_validate(value)
+    except ValidationError as error:
+        for place, message in faults(error, FileSequence, value):
+            source.say(place, message)
+        return None
+    return parsed
+
+
+def _check_names(source: _Source, sources: Mapping[str | None, _Source]) -> None:
+    """That no name stands twice, and that every name that is gone to is there."""
+    first = sources[source.name]
+    if source.name is not None and first is not source:
+        source.say(("name",), f"sequence {source.name!r} stands twice, first in {first}")
+    for number, step in enumerate(source.steps):
+        name = source.step_names[number]
+        if name is not None and source.step_names.index(name) != number:
+            source.say(("steps", number, "name"), f"step {name!r} stands twice")
+        for key in ("next", "altNext"):
+            if (target := _text_at(step, key)) is not None:
+                _check_target(source, ("steps", number, key), target, source)
+    former = [_text_at(step, "renamedFrom") for step in source.steps]
+    for number, name in enumerate(former):
+        if name is not None and former.index(name) != number:
+            source.say(
+                ("steps", number, "renamedFrom"), f"another step was renamed from {name!r}, too"
+            )
+        if name is not None and _renamed_in_a_circle(number, source.step_names, former):
+            source.say(
+                ("steps", number, "renamedFrom"),
+                "these steps change names in a circle: rename one of them in a first apply",
+            )
+    for number, other, target in source.jumps():
+        if other in sources:
+            _check_target(source, ("steps", number, "config", "step"), target, sources[other])
+
+
+def _renamed_in_a_circle(
+    number: int, names: Sequence[str | None], former: Sequence[str | None]
+) -> bool:
+    """Whether the former name of a step leads from name to name back to it."""
+    at: str | None = former[number]
+    for _ in names:
+        if at is None or at not in names:
+            return False
+        if at == names[number]:
+            return True
+        at = former[names.index(at)]
+    return False
+
+
+def _check_target(source: _Source, place: Place, target: str, there: _Source) -> None:
+    if target not in there.step_names:
+        where = "" if there is source else f" in sequence {there.name!r}"
+        known = [name for name in there.step_names if name is not None]
+        # a file of which all is wrong must not take minutes
+        hint = f"; {nearest(target, known)}" if len(source.findings) < MAX_HINTS else ""
+        source.say(place, f"step {target!r} does not exist{where}{hint}")
+
+
+def _read_steps(source: _Source, runners: Runners) -> list[Step]:
+    """The steps that can be read, once each; what is wrong with their configs is told."""
+    steps: dict[str, Step] = {}
+    for number, value in enumerate(source.steps):
+        try:
+            parsed = FileStep.model_validate(value)
+        except ValidationError:
+            continue  # it was told with the whole
+        following = [*source.step_names, None][number + 1]
+        step = Step(
+            sequence=source.name or "",
+            name=parsed.name,
+            type=parsed.type,
+            config=parsed.config,
+            next_step=parsed.next if "next" in parsed.model_fields_set else following,
+            alt_next_step=parsed.alt_next,
+            behaviour=compile_behaviour(parsed.type, parsed.config, runners),
+            position=number,
+            reads_external=reads_external(parsed.type, parsed.config),
+            seed=parsed.seed,
+        )
+        if parsed.seed is not None and parsed.type != "Split":
+            source.say(("steps", number, "seed"), "only a Split deals by a seed: leave it out")
+        steps.setdefault(step.name, step)
+        if isinstance(step.behaviour, Problem):
+            is_served = parsed.type in COMPILERS or parsed.type in runners
+            for place, message in step.behaviour.faults:
+                key = "config" if is_served else "type"
+                source.say(("steps", number, key, *place), message.removeprefix("type "))
+    return list(steps.values())

@@ -1,0 +1,78 @@
+"""The JSON Schema of files, made from the models: for editors, and for whoever writes files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from sequencerd.core.step_types import CONFIGS
+from sequencerd.definitions.compiler import EffectConfig
+from sequencerd.definitions.files import MAX_NAME, FileSequence
+from sequencerd.runners.email.runner import EmailConfig
+from sequencerd.runners.sms.runner import SmsConfig
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+Schema = dict[str, Any]
+
+
+def make() -> Schema:
+    """The schema of one document. Whatever `check` accepts is valid by it, not the reverse."""
+    defs: Schema = {}
+    root = _of(FileSequence, defs)
+    step = defs["FileStep"]
+    configs = {name: _of(model, defs) for name, model in CONFIGS.items()}
+    for name, model in (("Email", EmailConfig), ("SMS", SmsConfig)):
+        configs[name] = _with_effect(_of(model, defs), defs)
+    custom = _with_effect({"type": "object", "description": "What your runner takes."}, defs)
+    step["properties"]["type"] = {
+        "description": step["properties"]["type"]["description"],
+        "anyOf": [
+            *({"const": name, "description": one["description"]} for name, one in configs.items()),
+            {"type": "string", "minLength": 1, "maxLength": MAX_NAME},
+        ],
+    }
+    step["allOf"] = [
+        *(_bind({"const": name}, name, config) for name, config in configs.items()),
+        _bind({"not": {"enum": list(configs)}}, "Custom", custom),
+    ]
+    defs |= {f"{name}Config": config for name, config in {**configs, "Custom": custom}.items()}
+    schema: Schema = _tidy({"$schema": DRAFT, **root, "$defs": defs})
+    return schema
+
+
+def _of(model: type[BaseModel], defs: Schema) -> Schema:
+    """A model's schema; what it refers to goes into `defs`."""
+    made = model.model_json_schema(by_alias=True)
+    defs |= made.pop("$defs", {})
+    return made
+
+
+def _with_effect(own: Schema, defs: Schema) -> Schema:
+    """A config with the keys that every side effect takes."""
+    common = _of(EffectConfig, defs)["properties"]
+    return {**own, "properties": {**own.get("properties", {}), **common}}
+
+
+def _bind(type_: Schema, name: str, config: Schema) -> Schema:
+    """The rule that a step of this type has this config."""
+    bound: Schema = {"properties": {"config": {"$ref": f"#/$defs/{name}Config"}}}
+    if config.get("required"):
+        bound["required"] = ["config"]
+    return {"if": {"properties": {"type": type_}, "required": ["type"]}, "then": bound}
+
+
+def _tidy(schema: Any) -> Any:
+    """Without titles, which repeat the keys, and nulls as defaults, which an editor would write."""
+    match schema:
+        case dict():
+            return {
+                key: _tidy(value)
+                for key, value in schema.items()
+                if (key, value) != ("default", None)
+                and not (key == "title" and isinstance(value, str))
+            }
+        case list():
+            return [_tidy(item) for item in schema]
+    return schema

@@ -1,0 +1,396 @@
+"""What applying definitions would change, for whom; and the same, done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+from sequencerd.core.advance import advance, waits_on
+from sequencerd.core.config import nearest
+from sequencerd.core.model import Definitions, Enrollment, Fail, LookUp, Wait
+from sequencerd.definitions.compiler import Definition, Runners, from_rows
+from sequencerd.definitions.diff import Changes, Document, compare, seeds
+from sequencerd.errors import FileError, PlanError
+from sequencerd.storage import store
+from sequencerd.storage.store import QUERIES
+
+BATCH = 5000  # people read at a time
+
+
+@dataclass(slots=True)
+class Waiting:
+    """What becomes of those who are at a step when it changes: how many of each."""
+
+    step: str
+    total: int = 0
+    at_once: int = 0
+    later: int = 0
+    as_before: int = 0
+    executing: int = 0
+    unknown: int = 0  # it depends on external data
+    failing: int = 0
+    failure: str | None = None  # of the first of them
+
+    def line(self, *, done: bool) -> str:
+        """In a sentence; of what was `done`, or else would be."""
+        would = "" if done else "would "
+        parts = [
+            (self.at_once, f"{would}go on at once"),
+            (self.later, "wait until another time"),
+            (self.as_before, "wait as before"),
+            (self.executing, "are being executed and finish as they began"),
+            (self.unknown, "depend on external data"),
+            (self.failing, f"{would}fail: {self.failure}"),
+        ]
+        told = ", ".join(f"{count} {words}" for count, words in parts if count)
+        return f"{self.total} wait at {self.step}: {told}" if self.total else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a plan does to one sequence."""
+
+    sequence: str
+    revision: int | None  # before; None where the sequence is new
+    changes: Changes
+    after: Document
+    moves: Mapping[str, str] = field(default_factory=dict)  # new step by removed step
+    standing: Mapping[str, int] = field(default_factory=dict)  # people at removed steps
+    waiting: tuple[Waiting, ...] = ()
+
+    def lines(self, *, done: bool) -> Iterator[str]:
+        """One for each change, and one for the people of each changed step."""
+        yield from self.changes.lines()
+        for old, count in self.standing.items():
+            if new := self.moves.get(old):
+                yield f"{count} move from {old} to {new}, where their stay begins anew"
+        yield from filter(None, (waiting.line(done=done) for waiting in self.waiting))
+        if self.waiting and self.after["status"] == "paused":
+            yield "nothing is executed while it is paused"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What applying some definitions changes."""
+
+    sequences: tuple[Step, ...]
+    archived: tuple[str, ...]
+    refused: tuple[str, ...]
+    fingerprint: str
+
+    def __bool__(self) -> bool:
+        """Whether anything changes."""
+        return bool(self.archived) or any(one.changes for one in self.sequences)
+
+    def lines(self, *, done: bool) -> Iterator[str]:
+        """For people to read."""
+        for one in self.sequences:
+            heading = "new" if one.changes.is_new else "" if one.changes else "nothing changed"
+            yield f"{one.sequence}: {heading}".rstrip()
+            yield from (f"  {line}" for line in one.lines(done=done))
+        for name in self.archived:
+            yield f"{name}:\n  archived, as no file has it any more"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a program."""
+        return {
+            "plan": self.fingerprint,
+            "sequences": [
+                {
+                    "sequence": one.sequence,
+                    "revision": one.revision,
+                    **asdict(one.changes),
+                    "moves": dict(one.moves),
+                    "standing": dict(one.standing),
+                    "waiting": [asdict(waiting) for waiting in one.waiting],
+                }
+                for one in self.sequences
+            ],
+            "archived": self.archived,
+            "refused": self.refused,
+        }
+
+
+async def make(
+    connection: asyncpg.Connection,
+    definitions: Sequence[Definition],
+    runners: Runners,
+    *,
+    moves: Mapping[str, str] | None = None,
+    prune: bool = False,
+) -> Plan:
+    """What `apply` would do. Reads only, in a transaction of the caller's.
+
+    `moves` are new steps by removed ones, for those who stand there. `prune` archives what was
+    applied from files and is in none of these. Raises FileError for what PostgreSQL can't hold.
+    """
+    names = [definition.sequence.name for definition in definitions]
+    rows = await connection.fetch(QUERIES["documents"], names)
+    known = {row["name"]: row for row in rows}
+    made = [
+        await _make_one(connection, definition, known.get(definition.sequence.name), moves or {})
+        for definition in definitions
+    ]
+    everything: Definitions | None = None
+    for number, (one, definition) in enumerate(zip(made, definitions, strict=True)):
+        if concerned := _concerned(one.changes, definition):
+            if everything is None:  # people may go on into other sequences
+                seeded = [
+                    replace(d, sequence=d.seeded(seeds(m.after)))
+                    for d, m in zip(definitions, made, strict=True)
+                ]
+                everything = await _everything(connection, known, seeded, runners)
+            waiting = [await _count(connection, one, step, everything) for step in concerned]
+            made[number] = replace(one, waiting=tuple(w for w in waiting if w.total))
+    archived = [
+        name
+        for name, row in known.items()
+        if prune and row["from_file"] and row["status"] != "archived" and name not in names
+    ]
+    facts = [[s.sequence, s.revision, s.after, s.changes.renamed, s.moves] for s in made]
+    facts += [[name, known[name]["revision"]] for name in archived]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Plan(
+        tuple(made), tuple(archived), tuple(r for one in made for r in _refusals(one)), digest[:12]
+    )
+
+
+async def _make_one(
+    connection: asyncpg.Connection,
+    definition: Definition,
+    row: asyncpg.Record | None,
+    moves: Mapping[str, str],
+) -> Step:
+    before = json.loads(row["document"]) if row else None
+    after = await _document(connection, definition, before)
+    renamed = definition.pending_renames(seeds(before)) if before else {}
+    changes = compare(before, after, renamed)
+    standing = {}
+    for name in changes.removed:
+        standing[name] = await connection.fetchval(QUERIES["count_at"], after["name"], name)
+    return Step(
+        sequence=after["name"],
+        revision=row["revision"] if row else None,
+        changes=changes,
+        after=after,
+        moves={old: new for old, new in moves.items() if old in changes.removed},
+        standing={name: count for name, count in standing.items() if count},
+    )
+
+
+async def _document(
+    connection: asyncpg.Connection, definition: Definition, before: Document | None
+) -> Document:
+    """What will be kept of a definition: as PostgreSQL makes it of the same values."""
+    sequence = definition.sequence
+    status = definition.status
+    if status is None:  # a deploy does not end a pause that somebody has made by hand
+        status = "paused" if before and before["status"] == "paused" else "active"
+    steps = sorted(sequence.steps.values(), key=lambda step: step.position)
+    dealt_by = definition.seeds(seeds(before) if before else {})
+    document = {
+        "name": sequence.name,
+        "timezone": sequence.timezone,
+        "status": status,
+        "reentry": definition.reentry,
+        "lookup": definition.lookup,
+        "recheck": definition.recheck.total_seconds(),
+        "steps": [
+            {
+                "name": step.name,
+                "type": step.type,
+                "config": step.config,
+                "next": step.next_step,
+                "altNext": step.alt_next_step,
+                **_seed(sequence.name, step.name, dealt_by),
+            }
+            for step in steps
+        ],
+    }
+    try:
+        # in a transaction of its own: what can't be held must not end the caller's
+        async with connection.transaction():
+            text = await connection.fetchval(QUERIES["as_jsonb"], json.dumps(document))
+    except asyncpg.DataError as error:
+        raise FileError(f"{definition.place}: {error}") from error
+    kept: Document = json.loads(text)
+    return kept
+
+
+def _seed(sequence: str, step: str, dealt_by: Mapping[str, str]) -> dict[str, str]:
+    """The key of a Split that does not deal by its present names."""
+    seed = dealt_by.get(step)
+    return {} if seed in (None, f"{sequence}/{step}") else {"seed": seed}
+
+
+def _refusals(step: Step) -> Iterator[str]:
+    """Why a plan cannot be applied."""
+    names = [kept["name"] for kept in step.after["steps"]]
+    for old, count in step.standing.items():
+        if old not in step.moves:
+            yield (
+                f"{step.sequence}: {count} stand at {old}, which is removed; say where they go on: "
+                f"--move {old}=STEP"
+            )
+    for old, new in step.moves.items():
+        if new not in names:
+            hint = nearest(new, names)
+            yield f"{step.sequence}: --move {old}={new}: step {new!r} does not exist; {hint}"
+
+
+# --- the people
+
+
+def _concerned(changes: Changes, definition: Definition) -> list[str]:
+    """The steps, by their new names, whose people are looked at again: what the triggers mark."""
+    if changes.is_new:
+        return []
+    steps = definition.sequence.steps
+    altered = {
+        name
+        for name, keys in changes.changed.items()
+        if any(key == "type" or key.startswith("config.") for key in keys)
+    }
+    concerns_all = changes.settings.keys() & {"timezone", "lookup", "recheck"} or any(
+        steps[name].type == "Goal" for name in altered | changes.added.keys()
+    )
+    return [
+        name for name in steps if name in altered or (concerns_all and name not in changes.added)
+    ]
+
+
+async def _everything(
+    connection: asyncpg.Connection,
+    names: Iterable[str],
+    definitions: Iterable[Definition],
+    runners: Runners,
+) -> Definitions:
+    """All sequences as they would be."""
+    wanted = list(names)
+    steps: dict[str, list[asyncpg.Record]] = {name: [] for name in wanted}
+    for row in await connection.fetch(QUERIES["steps"], wanted):
+        steps[row["sequence"]].append(row)
+    found = {
+        row["name"]: replace(from_rows(row, steps[row["name"]], runners), paused=False)
+        for row in await connection.fetch(QUERIES["sequences"], wanted)
+    }
+    for one in definitions:
+        sequence = replace(one.sequence, lookup=one.lookup, recheck=one.recheck, paused=False)
+        found[sequence.name] = sequence
+    return found
+
+
+async def _count(
+    connection: asyncpg.Connection, step: Step, name: str, definitions: Definitions
+) -> Waiting:
+    """Evaluates everybody at a step, one batch in memory at a time, and counts what comes of it."""
+    old_names = {new: old for old, new in step.changes.renamed.items()}
+    old_name = old_names.get(name, name)
+    count = Waiting(name)
+    now = await store.server_time(connection)
+    async with connection.transaction():  # a cursor needs one
+        people = await connection.cursor(QUERIES["people"], step.sequence, old_name)
+        while rows := await people.fetch(BATCH):
+            for row in rows:
+                enrollment = Enrollment(*row)
+                if name != old_name:
+                    enrollment = enrollment._replace(step=name)
+                _classify(count, enrollment, definitions, now)
+    return count
+
+
+def _classify(count: Waiting, before: Enrollment, definitions: Definitions, now: datetime) -> None:
+    count.total += 1
+    if before.leased_by is not None:
+        count.executing += 1
+        return
+    after = advance(definitions, before, now)
+    match after.decision:
+        case Wait() if after.enrollment.visit == before.visit and waits_on(before, after):
+            count.as_before += 1
+        case Wait() if after.enrollment.visit == before.visit:
+            count.later += 1
+        case LookUp():
+            count.unknown += 1
+        case Fail(failure, message):
+            count.failing += 1
+            count.failure = count.failure or f"{failure}, {message}"
+        case _:
+            count.at_once += 1
+
+
+# --- the same, done
+
+
+async def apply(
+    connection: asyncpg.Connection,
+    definitions: Sequence[Definition],
+    runners: Runners,
+    *,
+    moves: Mapping[str, str] | None = None,
+    prune: bool = False,
+    expected: str | None = None,
+) -> Plan:
+    """Makes the database's sequences what the definitions say, in one transaction of the caller's.
+
+    Raises PlanError where the plan cannot be done, or is another than the `expected` fingerprint;
+    FileError where the database refuses a definition.
+    """
+    await connection.execute(QUERIES["lock_definitions"])
+    plan = await make(connection, definitions, runners, moves=moves, prune=prune)
+    if expected is not None and plan.fingerprint != expected:
+        raise PlanError(
+            f"plan {expected} no longer holds: the files, the options or the sequences have "
+            "changed since; make a new one with sequencerd plan"
+        )
+    if plan.refused:
+        raise PlanError("\n".join(plan.refused))
+    for step, definition in zip(plan.sequences, definitions, strict=True):
+        if step.changes:
+            try:
+                await _write(connection, step, definition)
+            except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
+                raise FileError(f"{definition.place}: {error}") from error
+    if plan.archived:
+        await connection.execute(QUERIES["archive"], plan.archived)
+    await connection.execute(QUERIES["mark_from_file"], [s.sequence for s in plan.sequences])
+    return plan
+
+
+async def _write(connection: asyncpg.Connection, step: Step, definition: Definition) -> None:
+    steps = step.after["steps"]
+    names = [kept["name"] for kept in steps]
+    await connection.execute(
+        QUERIES["apply_sequence"],
+        step.sequence,
+        names[0],
+        step.after["timezone"],
+        step.after["status"],
+        step.after["reentry"],
+        step.after["lookup"],
+        definition.recheck,
+    )
+    for old, new in step.changes.renamed.items():
+        await connection.execute(QUERIES["rename_step"], step.sequence, old, new)
+    await connection.execute(
+        QUERIES["apply_steps"],
+        step.sequence,
+        names,
+        list(range(len(steps))),
+        [kept["type"] for kept in steps],
+        [json.dumps(kept["config"]) for kept in steps],
+        [kept["next"] for kept in steps],
+        [kept["altNext"] for kept in steps],
+        [seeds(step.after).get(name) for name in names],
+    )
+    for old, new in step.moves.items():
+        # more may come to the step while those who were there are moved
+        while await connection.fetchval(QUERIES["move_people"], step.sequence, old, new):
+            pass
+    await connection.execute(QUERIES["remove_steps"], step.sequence, names)

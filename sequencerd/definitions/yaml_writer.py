@@ -1,0 +1,80 @@
+"""A definition as a file: YAML that applies back to the same."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from sequencerd.definitions.diff import Document
+
+DEFAULTS = {
+    "timezone": "UTC",
+    "status": "active",
+    "reentry": "after_end",
+    "lookup": None,
+    "recheck": 60,
+}
+# What YAML 1.2 takes for a number or a word, and the older YAML of the library does not.
+_PLAIN_IN_NEW_YAML = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|0o[0-7]+")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as blocks; what might be read as something else in quotes."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
+        """Lists are indented, as people write them."""
+        super().increase_indent(flow, indentless=False)
+
+    def ignore_aliases(self, _data: Any) -> bool:
+        """Equal values are written out."""
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else '"' if _PLAIN_IN_NEW_YAML.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(document: Document) -> str:
+    """The document as a file would have it, without what goes without saying."""
+    sequence: dict[str, Any] = {"name": document["name"]}
+    for key, default in DEFAULTS.items():
+        if document[key] != default:
+            sequence[key] = document[key]
+    if "recheck" in sequence:
+        recheck = timedelta(seconds=float(sequence["recheck"]))
+        sequence["recheck"] = TypeAdapter(timedelta).dump_python(recheck, mode="json")
+    steps = document["steps"]
+    following = [*(step["name"] for step in steps[1:]), None]
+    sequence["steps"] = [_step(*pair) for pair in zip(steps, following, strict=False)]
+    made = _dump(sequence, allow_unicode=True)
+    if all(line.isprintable() for line in made.split("\n")):
+        return made
+    return _dump(sequence, allow_unicode=False)  # nothing in it turns the direction of a text
+
+
+def _dump(sequence: dict[str, Any], *, allow_unicode: bool) -> str:
+    made: str = yaml.dump(
+        sequence, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=10**6
+    )
+    return made
+
+
+def _step(step: Document, following: str | None) -> dict[str, Any]:
+    shown: dict[str, Any] = {"name": step["name"], "type": step["type"]}
+    if step["config"]:
+        shown["config"] = step["config"]
+    if step["next"] != following:
+        shown["next"] = step["next"]
+    if step["altNext"] is not None:
+        shown["altNext"] = step["altNext"]
+    if "seed" in step:
+        shown["seed"] = step["seed"]
+    return shown

@@ -1,0 +1,197 @@
+"""The definitions as the daemon knows them: read anew when they have changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.core import model
+from sequencerd.definitions.compiler import (
+    Compiled,
+    Runners,
+    compile_row,
+    make_sequence,
+    make_step,
+    problems,
+    served,
+)
+from sequencerd.engine.clock import Clock
+from sequencerd.storage import store
+from sequencerd.storage.store import Place
+
+SLICE = 0.005  # seconds for which compiling may hold up the loop
+MANY = 500  # steps from which on a sequence is put together in a thread
+MAX_UNKNOWN = 10_000  # names that do not exist are remembered until definitions change
+
+
+class Catalog:
+    """The sequences by name. `retime` is told of steps that have changed while people wait."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        runners: Runners,
+        retime: Callable[[Place], None],
+        *,
+        daemon: str,
+        clock: Clock,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self.sequences: dict[str, model.Sequence] = {}
+        self._pool = pool
+        self._runners = runners
+        self._daemon = daemon
+        self._others: frozenset[str] = frozenset()  # types that other daemons serve
+        self._unfinished: set[str] = set()  # sequences that are to be read once more
+        self._retime = retime
+        self._clock = clock
+        self._log = log
+        self._loading = asyncio.Lock()
+        self._compiled: dict[str, dict[tuple[str, str], Compiled]] = {}  # by sequence
+        self._begun = self._read = 0  # reloads that have begun, and the last that has succeeded
+        self._unknown: set[str] = set()  # names that were asked for, and do not exist
+
+    @property
+    def served(self) -> frozenset[str]:
+        """The types of steps for which this daemon has a runner."""
+        return served(self._runners)
+
+    def knows(self, place: Place) -> bool:
+        """Whether there is such a step."""
+        sequence = self.sequences.get(place[0])
+        return sequence is not None and place[1] in sequence.steps
+
+    def may_find(self, name: str) -> bool:
+        """Whether a sequence that is not known may exist: it was not looked for in vain before.
+        Notes that it is looked for.
+        """
+        if name in self.sequences or name in self._unknown or len(self._unknown) >= MAX_UNKNOWN:
+            return False
+        self._unknown.add(name)
+        return True
+
+    async def reload(self) -> bool:
+        """Reads the definitions that have changed. Whether there are any. Nothing is read for those
+        who waited while it was read for somebody else.
+        """
+        asked = self._begun
+        async with self._loading:
+            if self._read > asked:
+                return False
+            self._begun += 1
+            begun = self._begun
+            async with store.connection(self._pool) as connection:
+                has_changed = await self._read_changed(connection)
+            self._read = begun
+            return has_changed
+
+    async def _read_changed(self, connection: asyncpg.Connection) -> bool:
+        self._know_others(await store.types_elsewhere(connection, self._daemon))
+        revisions = await store.revisions(connection)
+        for name in self.sequences.keys() - revisions.keys():
+            del self.sequences[name]
+            self._compiled.pop(name, None)
+        self._unfinished &= revisions.keys()
+        changed = [
+            name
+            for name, revision in revisions.items()
+            if name not in self.sequences
+            or name in self._unfinished
+            or self.sequences[name].revision != revision
+        ]
+        if changed:
+            await self._load(connection, changed, self._runners)
+            self._unknown.clear()
+        return bool(changed)
+
+    def _know_others(self, types: frozenset[str]) -> None:
+        """Notes what other daemons serve by now: the steps that it concerns are compiled anew."""
+        others, self._others = self._others, types
+        concerned = (others ^ types) - self.served
+        for name, compiled in self._compiled.items():
+            stale = [key for key in compiled if key[0] in concerned]
+            if stale:
+                self._unfinished.add(name)
+            for key in stale:
+                del compiled[key]
+
+    async def use(self, runners: Runners, swap: Callable[[], object]) -> None:
+        """Reads all definitions anew, for other runners. `swap` is called in the same turn of the
+        loop, so that nobody finds a definition without its runner.
+        """
+
+        def begin() -> None:
+            self._runners = runners
+            self.sequences.clear()
+            swap()
+
+        async with self._loading, store.connection(self._pool) as connection:
+            self._compiled.clear()
+            names = list(await store.revisions(connection))
+            await self._load(connection, names, runners, begin)
+
+    async def _load(
+        self,
+        connection: asyncpg.Connection,
+        names: Sequence[str],
+        runners: Runners,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        sequence_rows, step_rows = await store.definitions(connection, names)
+        steps = defaultdict(list)
+        for row in step_rows:
+            steps[row["sequence"]].append(row)
+        made = [await self._make(row, steps[row["name"]], runners) for row in sequence_rows]
+        begin()
+        for sequence in made:
+            self.sequences[sequence.name] = sequence
+        self._unfinished.difference_update(names)
+        known = {(row["sequence"], row["name"]): row["problem"] for row in step_rows}
+        found: dict[Place, str | None] = {}
+        for sequence in made:
+            found |= problems(sequence, known)
+            await asyncio.sleep(0)
+        if news := {place: text for place, text in found.items() if text != known[place]}:
+            await store.set_problems(connection, news)
+            for place, text in news.items():
+                if text is not None:
+                    self._log.error(
+                        "step has a problem", sequence=place[0], step=place[1], problem=text
+                    )
+        mended = [place for place, text in found.items() if text is None]
+        if count := await store.revive(connection, mended, self._clock.now()):
+            self._log.info("failed enrollments go on, their steps are mended", count=count)
+        for row in step_rows:
+            place = (row["sequence"], row["name"])
+            if row["retime"]:
+                self._retime(place)
+
+    async def _make(
+        self, row: asyncpg.Record, steps: Sequence[asyncpg.Record], runners: Runners
+    ) -> model.Sequence:
+        """A sequence of its rows. What was compiled before is not compiled again, and the loop is
+        held up for some milliseconds at most, however many steps there are.
+        """
+        before = self._compiled.get(row["name"], {})
+        compiled: dict[tuple[str, str], Compiled] = {}
+        made = []
+        loop = asyncio.get_running_loop()
+        end = loop.time() + SLICE
+        elsewhere = self._others - served(runners)
+        for step in steps:
+            key = (step["type"], step["config"])
+            compiled[key] = (
+                compiled.get(key) or before.get(key) or compile_row(step, runners, elsewhere)
+            )
+            made.append(make_step(step, compiled[key]))
+            if loop.time() >= end:
+                await asyncio.sleep(0)
+                end = loop.time() + SLICE
+        self._compiled[row["name"]] = compiled
+        if len(made) < MANY:
+            return make_sequence(row, made)
+        return await asyncio.to_thread(make_sequence, row, made)

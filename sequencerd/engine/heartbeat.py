@@ -1,0 +1,82 @@
+"""The heartbeat: a small row that says until when this daemon is alive, and what it reports.
+
+What a daemon has leased is its own while it is alive, so nothing that happens to enrollments may
+hold the heartbeat up: it has a connection of its own, and locks no row of theirs. A daemon that
+can't send it for the time of a lease has lost its leases; the fence keeps its results apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import datetime, timedelta
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.engine.problems import Problems
+from sequencerd.storage import store
+
+AGAIN = 1.0  # seconds after a heartbeat that failed
+TOGETHER = 0.2  # seconds in which changes of the problems are collected
+
+
+class Heartbeat:
+    """Keeps a daemon alive, on the one connection of its own `pool`."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        problems: Problems,
+        *,
+        name: str,
+        lease: float,
+        types: Callable[[], Iterable[str]],
+        log: FilteringBoundLogger,
+    ) -> None:
+        """`types` are those of the steps that it serves."""
+        self._pool = pool
+        self._problems = problems
+        self._name = name
+        self._lease = lease
+        self._types = types
+        self._log = log
+        self._started_at: datetime | None = None
+        self._had_problems = False
+
+    async def keep(self) -> None:
+        """Beats three times in a lease for ever, and soon after the problems have changed."""
+        while True:
+            changed = self._problems.changed
+            changed.clear()
+            try:
+                await self.beat()
+            except Exception as error:  # whatever it is, the next one may succeed
+                self._log.warning("heartbeat failed, tried again", error=store.brief(error))
+                await asyncio.sleep(min(AGAIN, self._lease / 3))
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._lease / 3):
+                    await changed.wait()
+                    await asyncio.sleep(TOGETHER)
+
+    async def beat(self) -> None:
+        """One heartbeat, with the problems; and daemons that are dead are removed."""
+        async with asyncio.timeout(max(self._lease / 3, AGAIN)):
+            async with store.connection(self._pool) as connection:
+                lease = timedelta(seconds=self._lease)
+                self._started_at = await store.beat(
+                    connection, self._name, self._started_at, lease, self._types()
+                )
+                rows = self._problems.rows()
+                if rows or self._had_problems:
+                    await store.write_problems(connection, self._name, rows)
+                    self._had_problems = bool(rows)
+                await store.remove_dead_daemons(connection)
+
+    async def end(self) -> None:
+        """Removes the daemon; where that fails, it is taken to be dead a lease later."""
+        with suppress(Exception):
+            async with asyncio.timeout(AGAIN), store.connection(self._pool) as connection:
+                await store.remove_daemon(connection, self._name)

@@ -1,0 +1,63 @@
+"""Jumps into other sequences, decided before they are written.
+
+`advance` does not know whether a sequence lets a subject in. All that have jumped are asked about
+in one query, in the transaction that writes them; those that are refused are advanced again with
+that answer. An entry between the query and the write makes the write fail, and it is done again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import asyncpg
+
+from sequencerd.core.model import Advanced, End, Enrollment, Fail
+from sequencerd.storage import store
+
+
+class Jump(NamedTuple):
+    """An enrollment that has jumped, and what advances it again under refusals by sequence."""
+
+    before: Enrollment
+    advanced: Advanced
+    again: Callable[[Mapping[str, str]], Advanced]
+
+
+async def decide(
+    connection: asyncpg.Connection, jumps: Iterable[Jump]
+) -> list[tuple[Enrollment, Advanced]]:
+    """Where they go, by what the sequences say that they enter."""
+    decided: list[tuple[Enrollment, Advanced]] = []
+    refused: defaultdict[int, dict[str, str]] = defaultdict(dict)
+    inside: set[tuple[str, str]] = set()  # subjects that others of the batch have brought in
+    open_ = list(jumps)
+    while open_:
+        asked = [
+            (j.before.id, j.before.subject, name) for j in open_ for name in j.advanced.entered
+        ]
+        answers = await store.refusals(connection, asked)
+        jumps, open_ = open_, []
+        for before, advanced, again in jumps:
+            news: dict[str, str] = {}
+            for name in advanced.entered:
+                policy, refusal = answers.get((before.id, name), ("always", None))
+                if refusal is None and policy != "always" and (before.subject, name) in inside:
+                    refusal = "already_enrolled"
+                if refusal is not None:
+                    news[name] = refusal
+            if news:
+                refused[before.id] |= news
+                other = again(refused[before.id])
+                if other.entered:
+                    open_.append(Jump(before, other, again))
+                else:
+                    decided.append((before, other))
+                continue
+            name = advanced.enrollment.sequence
+            policy, _ = answers.get((before.id, name), ("always", None))
+            if policy == "never" or not isinstance(advanced.decision, End | Fail):
+                inside.add((before.subject, name))
+            decided.append((before, advanced))
+    return decided

@@ -1,0 +1,166 @@
+"""Lookups: what other systems know of subjects, asked for many of them at once."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from importlib.metadata import entry_points
+from typing import Any
+
+import asyncpg
+
+from sequencerd.core.model import External, Found, Task
+from sequencerd.runners.fields import one_line
+from sequencerd.runners.http_client import Unreachable, Web, check_headers, check_url, judge
+from sequencerd.settings import LookupEndpoint
+from sequencerd.storage import store
+
+GROUP = "sequencerd.engine.lookups"
+
+Ask = Callable[[list[str]], Awaitable[Mapping[str, External]]]
+"""Subjects to what is known of them. Raises whatever went wrong."""
+
+
+class Lookup:
+    """One source, in the form of what a lane executes."""
+
+    def __init__(
+        self, name: str, ask: Ask, *, batch_size: int, concurrency: int, timeout: float
+    ) -> None:
+        self.batch_size = batch_size
+        self.concurrency = concurrency
+        self.timeout = timeout + 1
+        self._name = name
+        self._ask = ask
+        self._time = timeout
+
+    async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[Found]:
+        """Asks once for the whole batch. Of whom the source says nothing, nothing is known."""
+        subjects = list(dict.fromkeys(str(task.view["subject"]) for task in tasks))
+        try:
+            async with asyncio.timeout(self._time):
+                found = await self._ask(subjects)
+        except TimeoutError:
+            return self._failed(f"no answer within {self._time:g} seconds", len(tasks))
+        except Exception as error:  # of the user's function or server, or of the database
+            return self._failed(str(error) or type(error).__name__, len(tasks))
+        return [Found(found.get(str(task.view["subject"]), {})) for task in tasks]
+
+    def _failed(self, why: str, count: int) -> list[Found]:
+        return [Found(None, one_line(f"lookup {self._name!r} failed: {why}"))] * count
+
+
+class Lookups:
+    """The sources by name: an endpoint of the settings, a Python function of a package, or else an
+    SQL function.
+    """
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        endpoints: Mapping[str, LookupEndpoint],
+        *,
+        timeout: float = 30.0,
+    ) -> None:
+        """`pool` is for SQL functions alone: what they hold is missing nowhere else. `timeout`
+        (seconds) is for each of them.
+        """
+        self._pool = pool
+        self._timeout = timeout
+        self._webs: list[Web] = []
+        self._installed = {
+            point.name: _by_python(point.load()) for point in entry_points(group=GROUP)
+        }
+        self._set_up = {name: self._by_http(name, endpoint) for name, endpoint in endpoints.items()}
+
+    def get(self, name: str) -> Lookup:
+        """The source that a definition names. Asking one that does not exist fails, and says so."""
+        if name in self._set_up:
+            return self._set_up[name]
+        if name in self._installed:
+            return Lookup(name, self._installed[name], batch_size=1000, concurrency=2, timeout=30)
+
+        async def ask(subjects: list[str]) -> dict[str, External]:
+            return await self._by_sql(name, subjects)
+
+        # the server ends the statement; this is for what it can't, and the wait for a connection
+        timeout = 2 * self._timeout + 5
+        return Lookup(name, ask, batch_size=1000, concurrency=2, timeout=timeout)
+
+    async def _by_sql(self, name: str, subjects: list[str]) -> dict[str, External]:
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    connection = await stack.enter_async_context(store.connection(self._pool))
+            except TimeoutError:
+                raise RuntimeError(
+                    "other lookups have held all of database.lookup_connections "
+                    f"({self._pool.get_max_size()}) for {self._timeout:g} seconds"
+                ) from None
+            try:
+                return await store.look_up(connection, name, subjects, self._timeout)
+            except asyncpg.QueryCanceledError:
+                raise RuntimeError(f"no answer within {self._timeout:g} seconds") from None
+
+    def _by_http(self, name: str, endpoint: LookupEndpoint) -> Lookup:
+        web = Web(
+            timeout=endpoint.timeout,
+            connections=endpoint.concurrency,
+            allow_private=endpoint.allow_private,
+        )
+        self._webs.append(web)
+        url = check_url(endpoint.url)
+        headers = check_headers({k: v.get_secret_value() for k, v in endpoint.headers.items()})
+        headers |= {"Content-Type": "application/json", "Accept": "application/json"}
+
+        async def ask(subjects: list[str]) -> dict[str, External]:
+            body = json.dumps(subjects).encode()
+            reply = await web.call("POST", url, headers=headers, content=body)
+            text = f"it answered {reply.status} {reply.excerpt()}".rstrip()
+            if judge(reply, text) is not None:
+                raise Unreachable(text)
+            return by_id(json.loads(reply.body))
+
+        return Lookup(
+            name,
+            ask,
+            batch_size=endpoint.batch_size,
+            concurrency=endpoint.concurrency,
+            timeout=endpoint.timeout,
+        )
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        for web in self._webs:
+            await web.close()
+
+
+def _by_python(function: Callable[[list[str]], Any]) -> Ask:
+    """A function of a package: subjects to a mapping, or to a list of objects with `id`."""
+
+    async def ask(subjects: list[str]) -> Mapping[str, External]:
+        if inspect.iscoroutinefunction(function):
+            answer = await function(subjects)
+        else:
+            answer = await asyncio.to_thread(function, subjects)
+        return answer if isinstance(answer, Mapping) else by_id(answer)
+
+    return ask
+
+
+def by_id(answer: object) -> dict[str, External]:
+    """A list of objects, each with the `id` of its subject. Raises ValueError."""
+    if not isinstance(answer, list) or not all(isinstance(item, dict) for item in answer):
+        raise ValueError("the answer is not a list of objects with id")
+    found: dict[str, External] = {}
+    for item in answer:
+        id_ = item.get("id")
+        if not isinstance(id_, str | int):
+            raise ValueError("an object of the answer has no id")
+        if str(id_) in found:
+            raise ValueError(f"the answer has the id {one_line(str(id_), 50)} twice")
+        found[str(id_)] = item
+    return found

@@ -1,0 +1,164 @@
+"""What the database refuses to read or write is taken apart from its neighbours, and set aside.
+
+A batch that fails is done again in halves, down to the one that is to blame. It stays in the tables
+as it is; in memory it is kept out of claims, with the result of its side effect where there is one,
+and tried again later and later. Where nothing can be written, nobody is to blame, and nothing is
+set aside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeVar
+
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.core.model import Result
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.executors import Leased
+from sequencerd.engine.problems import Problems
+from sequencerd.storage import store
+from sequencerd.storage.store import Place
+
+FIRST = 1.0  # seconds until it is tried again, twice as long each time
+LONGEST = 120.0
+LONGEST_OF_ENVIRONMENT = 30.0  # where it may pass by itself
+MOST = 10_000  # that are set aside: more have a common cause, and wait where they are
+SUSPECTS = (
+    3  # that fail of locks, time-outs or resources before any other was written: it is not they
+)
+
+KIND = "quarantined"
+
+T = TypeVar("T")
+
+
+async def apart(
+    items: Sequence[T],
+    work: Callable[[list[T]], Awaitable[object]],
+    refused: Callable[[T, Exception], Awaitable[None]],
+    probe: Callable[[], Awaitable[None]],
+) -> tuple[list[T], Exception | None]:
+    """Does in parts what can't be done together; `refused` gets each that can't be done alone.
+    Where `work` fails, it takes out of its list what it has done all the same.
+
+    `probe` raises where nothing can be written. Returns what was not done, and why, where that is
+    no item's fault.
+    """
+    parts = deque([list(items)] if items else [])
+    written, suspects = False, 0
+    while parts:
+        part = parts.popleft()
+        try:
+            await work(part)
+            written = True
+        except Exception as error:  # whatever it is, one may be to blame
+            try:
+                if not store.is_data_error(error):
+                    await probe()
+                if not part:
+                    continue
+                if len(part) > 1:
+                    half = len(part) // 2
+                    parts.extendleft((part[half:], part[:half]))
+                    continue
+                if store.is_environment(error) and not written:
+                    suspects += 1
+                    if suspects == SUSPECTS:
+                        raise
+                await refused(part[0], error)
+            except Exception as common:
+                return [*part, *(one for rest in parts for one in rest)], common
+    return [], None
+
+
+@dataclass(slots=True)
+class SetAside:
+    """An enrollment at a step, with the result of its side effect if that can't be written."""
+
+    id: int
+    place: Place
+    result: tuple[Leased, Result] | None
+    since: datetime
+    tries: int
+    due_at: float  # in the loop's time
+
+
+class Quarantine:
+    """The enrollments that this daemon has set aside."""
+
+    def __init__(self, problems: Problems, *, clock: Clock, log: FilteringBoundLogger) -> None:
+        self._problems = problems
+        self._clock = clock
+        self._log = log
+        self._by_place: dict[Place, dict[int, SetAside]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def ids(self, place: Place) -> list[int]:
+        """Which of a step are set aside."""
+        return list(self._by_place.get(place, ()))
+
+    @property
+    def all(self) -> list[SetAside]:
+        """Everything that is set aside."""
+        return [one for there in self._by_place.values() for one in there.values()]
+
+    def add(
+        self,
+        id_: int,
+        place: Place,
+        error: Exception,
+        result: tuple[Leased, Result] | None = None,
+    ) -> None:
+        """Sets one aside, or once more. Raises the error where too many are, as they have it in
+        common.
+        """
+        known = self._by_place.get(place, {}).get(id_)
+        if known is None and self._count >= MOST:
+            raise error
+        tries = known.tries + 1 if known else 1
+        since = known.since if known else self._clock.now()
+        longest = LONGEST_OF_ENVIRONMENT if store.is_environment(error) else LONGEST
+        pause = min(FIRST * 2.0 ** min(tries - 1, 30), longest)
+        due_at = asyncio.get_running_loop().time() + pause
+        one = SetAside(id_, place, result, since, tries, due_at)
+        self._by_place.setdefault(place, {})[id_] = one
+        self._count += known is None
+        message = f"{type(error).__name__}: {error}"
+        if result is not None:
+            message += "; its side effect is done, and is not executed again"
+        sequence, step = place
+        self._problems.report(KIND, str(id_), message, since=since, sequence=sequence, step=step)
+        if known is None:
+            log = self._log.bind(enrollment=id_, sequence=sequence, step=step)
+            log.warning("enrollment is quarantined", error=store.brief(error))
+            log.debug("enrollment is quarantined", error=str(error))
+
+    def release(self, tried: Iterable[SetAside]) -> None:
+        """Ends it for those that were written, or are gone; not for what was set aside again."""
+        for one in tried:
+            there = self._by_place.get(one.place, {})
+            if there.get(one.id) is not one:
+                continue
+            del there[one.id]
+            if not there:
+                del self._by_place[one.place]
+            self._count -= 1
+            self._problems.clear(KIND, str(one.id))
+            self._log.info("enrollment is out of quarantine", enrollment=one.id)
+
+    def due(self, now: float) -> dict[Place, list[SetAside]]:
+        """What is to be tried again, by step; the next time comes no sooner than FIRST."""
+        found: dict[Place, list[SetAside]] = {}
+        for one in self.all:
+            if one.due_at <= now:
+                one.due_at = now + FIRST
+                found.setdefault(one.place, []).append(one)
+        return found

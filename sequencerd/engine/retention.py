@@ -1,0 +1,110 @@
+"""What keeps the tables small: the history's partitions are made ahead, and what is old goes.
+
+One daemon at a time does it, beside the engine: in short transactions, which wait for nobody's lock
+for longer than a moment, with pauses between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import TypeVar
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.engine.clock import Clock
+from sequencerd.settings import Retention as Settings
+from sequencerd.storage import store
+
+INTERVAL = 3600.0  # seconds
+SOONER = 60.0  # seconds, where somebody was in the way
+BATCH = 1000  # enrollments
+ERRORS = (*store.TRANSIENT_ERRORS, asyncpg.PostgresError)
+PAUSE = 0.05  # seconds between batches, and never less than a batch took
+
+Result = TypeVar("Result")
+
+
+async def keep(
+    pool: asyncpg.Pool, settings: Callable[[], Settings], *, clock: Clock, log: FilteringBoundLogger
+) -> None:
+    """Tidies up for ever. What goes wrong is told, and tried again."""
+    while True:
+        pause = INTERVAL
+        try:
+            await tidy(pool, settings(), clock.now(), log)
+        except ERRORS as error:
+            pause = _report(error, log)
+        await asyncio.sleep(pause)
+
+
+def _report(error: BaseException, log: FilteringBoundLogger) -> float:
+    """Logs it; in how many seconds to try again."""
+    if isinstance(error, asyncpg.LockNotAvailableError):
+        log.info("the history is in use, it is tidied up later")
+        return SOONER
+    if isinstance(error, store.TRANSIENT_ERRORS):
+        log.warning("database error, tidied up later", error=str(error))
+        return SOONER
+    log.error("the tables can't be tidied up", error=str(error))
+    return INTERVAL
+
+
+async def tidy(
+    pool: asyncpg.Pool, settings: Settings, now: datetime, log: FilteringBoundLogger
+) -> None:
+    """Makes the partitions of the months to come, and takes away what is older than it is kept.
+
+    Leaves off where another daemon is at it. Each part is done, whatever comes of the others; then
+    the first error is raised.
+    """
+    failed: list[BaseException] = []
+    for part in (_add_partitions, _drop_history, _delete_ended):
+        try:
+            await part(pool, settings, now, log)
+        except ERRORS as error:
+            failed.append(error)
+    for other in failed[1:]:
+        _report(other, log)
+    if failed:
+        raise failed[0]
+
+
+async def _add_partitions(pool: asyncpg.Pool, *_: object) -> None:
+    await _alone(pool, store.add_event_partitions)
+
+
+async def _drop_history(
+    pool: asyncpg.Pool, settings: Settings, now: datetime, log: FilteringBoundLogger
+) -> None:
+    if settings.events is None:
+        return
+    before = now - settings.events
+    while name := await _alone(pool, lambda c: store.drop_event_partition(c, before)):
+        log.info("old history was dropped", partition=name)
+
+
+async def _delete_ended(
+    pool: asyncpg.Pool, settings: Settings, now: datetime, log: FilteringBoundLogger
+) -> None:
+    if settings.ended is None:
+        return
+    until, deleted = now - settings.ended, 0
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    while count := await _alone(pool, lambda c: store.delete_ended(c, until, BATCH)):
+        deleted += count
+        await asyncio.sleep(max(PAUSE, loop.time() - begun))
+        begun = loop.time()
+    if deleted:
+        log.info("ended enrollments were deleted", count=deleted)
+
+
+async def _alone(
+    pool: asyncpg.Pool, work: Callable[[asyncpg.Connection], Awaitable[Result]]
+) -> Result | None:
+    """Does it in a transaction, unless another daemon is at it."""
+    async with store.connection(pool) as connection, store.transaction(connection):
+        return await work(connection) if await store.try_lock_retention(connection) else None

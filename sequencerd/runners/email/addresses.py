@@ -1,0 +1,135 @@
+"""Addresses made from templates: a value fills a name or an address, and never becomes another.
+
+What separates mailboxes is read from the template's own text: its commas, angle brackets and
+quotation marks are replaced by marks that no value holds, before the template is compiled. So
+`{{data.name}} <{{data.email}}>` is one mailbox, whatever the name is, and a comma in a block such
+as `{{#each data.team}}{{email}}, {{/each}}` separates as it should.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sequencerd.core.javascript.templates import Template
+from sequencerd.core.model import DefinitionError, Fault
+from sequencerd.runners.email.mime import (
+    MAX_HEADER,
+    Mailbox,
+    check_header,
+    parse_address,
+    parse_mailbox,
+    parse_mailboxes,
+)
+from sequencerd.runners.fields import RenderError, compile_field, one_line, render
+
+_SECRET = secrets.token_hex(8)
+_COMMA, _OPEN, _CLOSE = (f"\ue000{_SECRET}{n}\ue001" for n in range(3))
+"""Who writes data can't know them. They hold nothing that a template reads as a tag."""
+
+_TAG = re.compile(
+    r"\\?\{\{!--.*?--~?\}\}"
+    r"|\\?\{\{\{(?:\"[^\"]*\"|'[^']*'|[^\"'}]|\}(?!\}\}))*\}\}\}"
+    r"|\\?\{\{(?:\"[^\"]*\"|'[^']*'|[^\"'}]|\}(?!\}))*\}\}",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """The addresses of a field. Each part is what a text without tags says, or a template."""
+
+    name: str
+    parts: tuple[tuple[Mailbox, ...] | Template, ...]
+    many: bool
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no enrollment has an address here."""
+        return not any(self.parts)
+
+    def render(self, view: Mapping[str, Any]) -> list[Mailbox]:
+        """The mailboxes for an enrollment. Raises RenderError, which names the field."""
+        found: list[Mailbox] = []
+        for part in self.parts:
+            if isinstance(part, tuple):
+                found += part
+            else:
+                for text in render(self.name, part, view).split(_COMMA):
+                    found += self._mailboxes(text)
+        return found
+
+    def _mailboxes(self, text: str) -> list[Mailbox]:
+        name, is_named, rest = text.rpartition(_OPEN)
+        if is_named:
+            address, closed, behind = rest.partition(_CLOSE)
+            if not closed or behind.strip() or _OPEN in name or _CLOSE in name:
+                raise RenderError(f"{self.name}: {_shown(text)!r} is not an address")
+            address = address.strip()
+            name = check_header(self.name, one_line(name, MAX_HEADER))
+            return [Mailbox(name, parse_address(self.name, address))] if address else []
+        if not text.strip():
+            return []
+        if self.many:
+            return parse_mailboxes(self.name, text)
+        return [parse_mailbox(self.name, text)]
+
+
+def compile_addresses(
+    name: str, field: str | Iterable[str] | None, *, many: bool = False
+) -> Addresses:
+    """The addresses of a field, a text or several. Raises DefinitionError, which names it.
+
+    With `many`, a value may be a list of addresses.
+    """
+    sources = [] if field is None else [field] if isinstance(field, str) else list(field)
+    return Addresses(name, tuple(_compile(name, source) for source in sources), many)
+
+
+def _compile(name: str, source: str) -> tuple[Mailbox, ...] | Template:
+    template = compile_field(name, source)  # what is wrong is said of the source as it is
+    if not template.is_literal:
+        return compile_field(name, _marked(source))
+    try:
+        return tuple(parse_mailboxes(name, source))
+    except RenderError as error:
+        message = str(error).removeprefix(f"{name}: ")
+        raise DefinitionError([Fault((name,), message)]) from error
+
+
+def _marked(source: str) -> str:
+    """The template with marks for what its own text separates; quotation marks are taken out."""
+    written = []
+    position = 0
+    is_quoted = False
+    for tag in (*_TAG.finditer(source), None):
+        text = source[position : tag.start() if tag else None]
+        marked, is_quoted = _mark(text, is_quoted)
+        written.append(marked)
+        if tag:
+            written.append(tag[0])
+            position = tag.end()
+    return "".join(written)
+
+
+def _mark(text: str, is_quoted: bool) -> tuple[str, bool]:
+    marks = {",": _COMMA, "<": _OPEN, ">": _CLOSE}
+    written = []
+    characters = iter(text)
+    for character in characters:
+        if character == "\\" and is_quoted:
+            written.append(next(characters, ""))
+        elif character == '"':
+            is_quoted = not is_quoted
+        else:
+            written.append(character if is_quoted else marks.get(character, character))
+    return "".join(written), is_quoted
+
+
+def _shown(text: str) -> str:
+    for mark, character in ((_COMMA, ","), (_OPEN, "<"), (_CLOSE, ">")):
+        text = text.replace(mark, character)
+    return one_line(text, 100)

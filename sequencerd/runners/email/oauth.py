@@ -1,0 +1,181 @@
+"""Access tokens for a mail server, from a token endpoint (RFC 6749) or from a command."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import shlex
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pydantic import BaseModel, ValidationError
+
+from sequencerd.runners.fields import one_line
+from sequencerd.runners.http_client import Unreachable, Web, check_url
+
+EARLY = 120.0
+"""So many seconds before its end a token is renewed, or half its life if it lives shorter."""
+
+UNKNOWN_LIFE = 60.0  # seconds that a token is used for if nobody says how long it lives
+
+
+class TokenError(Exception):
+    """No token, with the reason; it shows no secret."""
+
+
+class Token(NamedTuple):
+    """An access token, and how many seconds it lives."""
+
+    text: str
+    life: float
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """What the token endpoint knows us by. With a refresh token, it stands for its user."""
+
+    token_url: str
+    client_id: str
+    client_secret: str | None = field(default=None, repr=False)
+    scope: str | None = None
+    refresh_token: str | None = field(default=None, repr=False)
+
+
+class Tokens:
+    """The token of the time being: fetched when it is needed, once for all who ask meanwhile."""
+
+    def __init__(self, fetch: Callable[[], Awaitable[Token]]) -> None:
+        self._fetch = fetch
+        self._turn = asyncio.Lock()
+        self._token = ""
+        self._until = -math.inf
+
+    async def get(self, *, instead_of: str | None = None) -> str:
+        """A token that is good for a while; `instead_of` names one that was refused.
+
+        Raises TokenError.
+        """
+        async with self._turn:
+            if time.monotonic() >= self._until or self._token == instead_of:
+                token = await self._fetch()
+                self._token = token.text
+                self._until = time.monotonic() + max(token.life / 2, token.life - EARLY)
+            return self._token
+
+    def hide(self, text: str) -> str:
+        """A text without the token, should a server answer it."""
+        return text.replace(self._token, "***") if self._token else text
+
+
+class _Answer(BaseModel):
+    access_token: str | None = None
+    expires_in: float | None = None
+    refresh_token: str | None = None
+    error: str | None = None
+    error_description: str | None = None
+
+
+class Endpoint:
+    """Fetches tokens by the client's credentials, or by its refresh token. ValueError for a URL
+    that can't be called.
+    """
+
+    def __init__(self, client: Client, *, timeout: float = 30.0, web: Web | None = None) -> None:
+        self._client = client
+        self._url = check_url(client.token_url)
+        self._refresh_token = client.refresh_token
+        self._web = web or Web(timeout=timeout, connections=1, allow_private=True)
+
+    async def fetch(self) -> Token:
+        """A new token. Raises TokenError."""
+        client = self._client
+        form = {"client_id": client.client_id}
+        if self._refresh_token is not None:
+            form |= {"grant_type": "refresh_token", "refresh_token": self._refresh_token}
+        else:
+            form |= {"grant_type": "client_credentials"}
+        if client.client_secret is not None:
+            form["client_secret"] = client.client_secret
+        if client.scope is not None:
+            form["scope"] = client.scope
+        try:
+            reply = await self._web.call("POST", self._url, headers={}, form=form)
+        except Unreachable as error:
+            raise TokenError(f"the token endpoint: {error}") from None
+        try:
+            answer = _Answer.model_validate_json(reply.body)
+        except ValidationError:
+            answer = _Answer()
+        if reply.status != 200 or not answer.access_token:
+            # the body is not shown as it is: what holds no token may hold another secret
+            said = answer.error_description or answer.error or "no token"
+            for secret in (client.client_secret, self._refresh_token):
+                said = said.replace(secret, "***") if secret else said
+            raise TokenError(f"the token endpoint answered {reply.status}: {one_line(said)}")
+        self._refresh_token = answer.refresh_token or self._refresh_token  # some change it
+        return Token(answer.access_token, answer.expires_in or UNKNOWN_LIFE)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._web.close()
+
+
+class Command:
+    """Runs a program that prints a token, or a token endpoint's JSON. Raises ValueError."""
+
+    def __init__(self, command: str, *, timeout: float = 30.0) -> None:
+        self._words = shlex.split(command)
+        if not self._words:
+            raise ValueError("token_command is empty")
+        self._timeout = timeout
+
+    async def fetch(self) -> Token:
+        """What the program prints now. Raises TokenError, without its output."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._words,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+        except OSError as error:
+            raise TokenError(f"token_command can't be run: {error.strerror}") from None
+        try:
+            async with asyncio.timeout(self._timeout):
+                output, _ = await process.communicate()
+        except BaseException as error:
+            process.kill()
+            await process.wait()
+            if isinstance(error, TimeoutError):
+                text = f"token_command did not end within {self._timeout:g} s"
+                raise TokenError(text) from None
+            raise
+        if process.returncode:
+            raise TokenError(f"token_command ended with status {process.returncode}")
+        return _printed(output)
+
+    async def close(self) -> None:
+        """Nothing is kept."""
+
+
+def token_source(oauth: Client | str) -> Endpoint | Command:
+    """Where tokens come from: a client's endpoint, or a command. Raises ValueError."""
+    return Command(oauth) if isinstance(oauth, str) else Endpoint(oauth)
+
+
+def _printed(output: bytes) -> Token:
+    text = output.decode("utf-8", "replace").strip()
+    if text.startswith("{"):
+        try:
+            answer = _Answer.model_validate(json.loads(text))
+        except ValueError:
+            answer = _Answer()
+        token = Token(answer.access_token or "", answer.expires_in or UNKNOWN_LIFE)
+    else:
+        token = Token(text, UNKNOWN_LIFE)
+    if not token.text or not token.text.isprintable() or " " in token.text:
+        raise TokenError("token_command prints no token")
+    return token

@@ -1,0 +1,75 @@
+"""Recipients that a server refused for now, while others have the message already.
+
+The message goes to them alone, later. Until then the enrollment stays at its step, and its data
+say to whom the message still has to go: so it holds after a restart as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sequencerd.core.model import Action, Answer, Failed, Result, RetryPolicy, Task
+from sequencerd.runners.email.smtp import Delivery
+
+DATA_KEY = "emailPending"
+"""Where it stands in the enrollment's data; null when it is over."""
+
+LONGEST = timedelta(days=2)
+"""So long it is tried, as mail servers do (RFC 5321, 4.5.4.1, says four to five days at most)."""
+
+
+class Pending(BaseModel):
+    """What is left to do of a message: `key` tells which, `tries` how often it was tried since."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    to: tuple[str, ...]
+    since: datetime
+    tries: int
+
+    def end(self, message: str) -> Answer:
+        """No more tries: the enrollment goes on."""
+        return Answer(message=message, data={DATA_KEY: None})
+
+
+def read(task: Task) -> Pending | None:
+    """What is left of this task's message, if a part of it was sent already."""
+    data: Mapping[str, Any] = task.view["data"]
+    try:
+        left = Pending.model_validate(data.get(DATA_KEY))
+    except ValidationError:
+        return None
+    return left if left.key == task.key else None
+
+
+def follow_up(
+    task: Task, left: Pending | None, delivery: Delivery, retry: RetryPolicy, now: datetime
+) -> Result:
+    """What the enrollment does after a delivery."""
+    result = delivery.result
+    later = delivery.later
+    if isinstance(result, Failed):
+        if left is None or result.fault != "enrollment":
+            return result
+        if not result.permanent:
+            later = left.to
+    message = result.message or ""
+    since = now if left is None else left.since
+    if not later or now - since > LONGEST:
+        if left is None:
+            return Answer(message=message)
+        return left.end(message)
+    tries = 0 if left is None else left.tries + 1
+    seconds = min(retry.first_delay * 2.0 ** min(tries, 50), retry.longest_delay)
+    again = Pending(key=task.key, to=later, since=since, tries=tries)
+    return Answer(
+        Action.NOOP,
+        f"{message}; sent to {len(later)} later",
+        {DATA_KEY: again.model_dump(mode="json")},
+        retry_after=timedelta(seconds=seconds),
+    )

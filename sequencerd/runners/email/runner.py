@@ -1,0 +1,314 @@
+"""The step Email: messages by SMTP."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from typing import Any
+from urllib.parse import quote
+
+from pydantic import ConfigDict, Field, model_validator
+
+from sequencerd.core.config import Config, Faults, parse_config
+from sequencerd.core.javascript.templates import Template
+from sequencerd.core.model import (
+    MESSAGE_RETRY,
+    Answer,
+    DefinitionError,
+    Failed,
+    Fault,
+    NotStarted,
+    Result,
+    RetryPolicy,
+    Suppressed,
+    Task,
+)
+from sequencerd.runners.email import mime, pending
+from sequencerd.runners.email.addresses import Addresses, compile_addresses
+from sequencerd.runners.email.oauth import Client, Tokens, token_source
+from sequencerd.runners.email.smtp import FINAL_TIMEOUT, OFFER_TIMEOUT, REPLY_TIMEOUT, Mail, Postman
+from sequencerd.runners.fields import (
+    RenderError,
+    compile_field,
+    one_line,
+    render,
+)
+from sequencerd.runners.pace import Pace
+from sequencerd.runners.suppressions import Suppressions
+
+MAX_RECIPIENTS = 100
+
+HEADERS = ("In-Reply-To", "References", "Precedence", "Auto-Submitted", "Feedback-ID")
+"""The headers that a config may set, next to X-... and List-..."""
+
+_HEADER_NAME = re.compile(rf"(?:X-|List-)[A-Za-z0-9-]+|{'|'.join(HEADERS)}", re.IGNORECASE)
+
+
+class EmailConfig(Config):
+    """Sends an e-mail; everything is a template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["text"]}, {"required": ["html"]}]}
+    )
+
+    from_: str = Field(alias="from")
+    """The sender, such as Shop <hi@example.com>."""
+    to: str | list[str]
+    """Addresses, such as {{data.email}}."""
+    cc: str | list[str] | None = None
+    """More addresses; what renders to nothing is left out."""
+    bcc: str | list[str] | None = None
+    """Addresses that nobody sees."""
+    reply_to: str | list[str] | None = None
+    """Where answers go."""
+    subject: str
+    """The subject, in one line."""
+    text: str | None = None
+    """The message in plain text; text, html or both."""
+    html: str | None = None
+    """The message in HTML, in which {{x}} is escaped."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """Further headers: X-..., List-... and a few more."""
+    list_unsubscribe: str | None = None
+    """A URL to unsubscribe at with one click."""
+    many: bool = False
+    """Whether a value may hold several addresses, with commas; otherwise it is one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EmailConfig:
+        if self.text is None and self.html is None:
+            raise ValueError("text or html is missing: write one of them, or both")
+        for name in self.headers:
+            if not _HEADER_NAME.fullmatch(name):
+                raise ValueError(
+                    f"headers: {name!r} can't be set here: write X-..., List-..., "
+                    f"{', '.join(HEADERS)}"
+                )
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The templates of a config, by field."""
+
+    addresses: Mapping[str, Addresses]  # from, to, cc, bcc, replyTo
+    subject: Template
+    text: Template | None
+    html: Template | None
+    headers: Mapping[str, Template]
+    list_unsubscribe: Template | None
+
+
+class EmailRunner:
+    """Sends each enrollment of a step a message of its own.
+
+    `url`, `timeout`, `final_timeout` and `hello_name` are explained at `smtp.Postman`; `oauth` is a
+    client of a token endpoint or a command that prints a token. `per_second` limits the messages,
+    `list_unsubscribe` is the template of a URL for steps that give none. Raises ValueError for
+    what can't work.
+    """
+
+    batch_size = 1  # what has been sent is written at once, so that a crash repeats little
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        concurrency: int = 10,
+        timeout: float = REPLY_TIMEOUT,
+        final_timeout: float = FINAL_TIMEOUT,
+        per_second: float | None = None,
+        hello_name: str | None = None,
+        oauth: Client | str | None = None,
+        list_unsubscribe: str | None = None,
+        suppressions: Suppressions | None = None,
+        retry: RetryPolicy = MESSAGE_RETRY,
+    ) -> None:
+        self.retry = retry
+        self._suppressions = suppressions
+        self.concurrency = concurrency
+        self._pace = Pace(per_second)
+        # the postman keeps its own limits: this one is for what they can't come to
+        self.timeout = 2 * OFFER_TIMEOUT + final_timeout + self._pace.longest_wait(concurrency)
+        self._source = None if oauth is None else token_source(oauth)
+        self._postman = Postman(
+            url,
+            connections=concurrency,
+            timeout=timeout,
+            final_timeout=final_timeout,
+            hello_name=hello_name,
+            tokens=None if self._source is None else Tokens(self._source.fetch),
+        )
+        self._unsubscribe = (
+            None if list_unsubscribe is None else compile_field("listUnsubscribe", list_unsubscribe)
+        )
+
+    def compile(self, config: Mapping[str, Any]) -> Program:
+        """Compiles all templates; addresses without a tag are checked here. DefinitionError."""
+        parsed = parse_config(EmailConfig, config)
+        fields = {
+            "from": parsed.from_,
+            "to": parsed.to,
+            "cc": parsed.cc,
+            "bcc": parsed.bcc,
+            "replyTo": parsed.reply_to,
+        }
+        faults = Faults()
+        addresses = {}
+        for name, field in fields.items():
+            with faults.at():
+                addresses[name] = compile_addresses(name, field, many=parsed.many)
+                if name == "to" and addresses[name].is_empty:
+                    raise DefinitionError([Fault(("to",), "no address")])
+        headers = {}
+        for name, template in parsed.headers.items():
+            with faults.at("headers"):
+                headers[name] = compile_field(name, template)
+        texts: dict[str, Template | None] = {}
+        for name, source, escape in (
+            ("subject", parsed.subject, False),
+            ("text", parsed.text, False),
+            ("html", parsed.html, True),
+            ("listUnsubscribe", parsed.list_unsubscribe, False),
+        ):
+            with faults.at():
+                texts[name] = None if source is None else compile_field(name, source, escape=escape)
+        faults.check()
+        subject, text, html, unsubscribe = texts.values()
+        assert subject is not None
+        return Program(addresses, subject, text, html, headers, unsubscribe or self._unsubscribe)
+
+    def preview(self, program: object, task: Task) -> Mapping[str, str]:
+        """What `run` would send, field by field. Raises RenderError."""
+        assert isinstance(program, Program)
+        mail = write(program, task, datetime.now(UTC))
+        return {**mime.fields(mail.content), "to": ", ".join((*mail.to, *mail.others))}
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        """Sends the messages side by side."""
+        assert isinstance(program, Program)
+        if len(tasks) == 1:
+            return [await self._send(program, tasks[0])]
+        return await asyncio.gather(*(self._send(program, task) for task in tasks))
+
+    async def _send(self, program: Program, task: Task) -> Result:
+        now = datetime.now(UTC)
+        try:
+            mail = write(program, task, now)
+            await self._pace.turn()
+            if task.is_late(asyncio.get_running_loop().time()):
+                return NotStarted()
+            if without := await self._suppressed(mail, task):
+                if without >= set(mail.to) or task.view["subject"] in without:
+                    return Suppressed(f"not sent to {', '.join(sorted(without))}")
+                mail = write(program, task, now, without)
+        except RenderError as error:
+            return Failed(str(error), permanent=True, asked=False)
+        left = pending.read(task)
+        if left is not None:
+            mail = mail.only(left.to)
+            if not mail.recipients:
+                return left.end("not sent to anybody else: the others are no recipients any more")
+        delivery = await self._postman.deliver(mail)
+        result = pending.follow_up(task, left, delivery, self.retry, now)
+        if without and isinstance(result, Answer):
+            message = f"{result.message}; suppressed: {', '.join(sorted(without))}"
+            return replace(result, message=one_line(message, 2000))
+        return result
+
+    async def _suppressed(self, mail: Mail, task: Task) -> AbstractSet[str]:
+        if self._suppressions is None:
+            return frozenset()
+        subject = str(task.view["subject"])
+        return await self._suppressions.among("email", (*mail.to, *mail.others, subject))
+
+    async def check(self) -> Result:
+        """Connects and logs in, and sends nothing. Never raises for what the server does."""
+        return await self._postman.check()
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._postman.close()
+        if self._source is not None:
+            await self._source.close()
+
+
+def write(
+    program: Program, task: Task, at: datetime, without: AbstractSet[str] = frozenset()
+) -> Mail:
+    """The message for an enrollment, dated `at`, to all but some addresses. Raises RenderError."""
+    view = task.view
+    found = {name: field.render(view) for name, field in program.addresses.items()}
+    for name in ("to", "cc", "bcc"):
+        found[name] = [mailbox for mailbox in found[name] if mailbox.address not in without]
+    if len(found["from"]) != 1:
+        raise RenderError(f"from: {len(found['from'])} addresses instead of one")
+    if not found["to"]:
+        raise RenderError("to: no address")
+    sender = found["from"][0]
+    to = tuple(dict.fromkeys(mailbox.address for mailbox in found["to"]))
+    copies = dict.fromkeys(mailbox.address for mailbox in (*found["cc"], *found["bcc"]))
+    others = tuple(address for address in copies if address not in to)
+    if len(to) + len(others) > MAX_RECIPIENTS:
+        raise RenderError(
+            f"to, cc, bcc: {len(to) + len(others)} addresses, at most {MAX_RECIPIENTS}"
+        )
+    mark = message_mark(task)
+    headers = [
+        mime.address_header("From", found["from"]),
+        mime.address_header("To", found["to"]),
+        *(mime.address_header("Cc", found["cc"]) for _ in found["cc"][:1]),
+        *(mime.address_header("Reply-To", found["replyTo"]) for _ in found["replyTo"][:1]),
+        mime.header("Subject", _header_value("subject", program.subject, view)),
+        f"Date: {format_datetime(at)}",
+        f"Message-ID: <{mark}@sequencerd.{sender.domain}>",
+        *_more_headers(program, view),
+    ]
+    content = mime.message(
+        headers,
+        None if program.text is None else render("text", program.text, view),
+        None if program.html is None else render("html", program.html, view),
+        boundary=f"=_{mark}",  # quoted-printable text never holds =_
+    )
+    utf8 = not all(map(str.isascii, (sender.address, *to, *others, *headers)))
+    return Mail(sender.address, to, others, content, utf8)
+
+
+def message_mark(task: Task) -> str:
+    """What tells this message from all others, the same in every attempt: its idempotency key."""
+    return re.sub(r"[^A-Za-z0-9]+", ".", task.key)
+
+
+def _more_headers(program: Program, view: Mapping[str, Any]) -> list[str]:
+    values = {
+        name: _header_value(name, template, view) for name, template in program.headers.items()
+    }
+    unsubscribe = program.list_unsubscribe
+    if unsubscribe is not None and not any(n.lower() == "list-unsubscribe" for n in values):
+        url = quote(_header_value("listUnsubscribe", unsubscribe, view), safe=_URL)
+        values["List-Unsubscribe"] = f"<{url}>" if url else ""
+        if url.lower().startswith("https:"):
+            values = {n: v for n, v in values.items() if n.lower() != "list-unsubscribe-post"}
+            values["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
+    return [_header(name, value) for name, value in values.items() if value]
+
+
+_URL = "%:/?#[]@!$&'()*+,;=~-._"
+_STRUCTURED = frozenset({"in-reply-to", "references", "feedback-id"})
+
+
+def _header(name: str, value: str) -> str:
+    if name.lower().startswith("list-"):
+        return mime.structured_header(name, quote(value, safe=f' <>"{_URL}'))
+    if name.lower() in _STRUCTURED:
+        return mime.structured_header(name, value)
+    return mime.header(name, value)
+
+
+def _header_value(name: str, template: Template, view: Mapping[str, Any]) -> str:
+    return mime.check_header(name, mime.unfold(render(name, template, view)).strip())

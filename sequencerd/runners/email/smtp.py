@@ -1,0 +1,411 @@
+"""Mail over SMTP: connections that are kept and reused, and what a server's answers mean."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from sequencerd.core.model import Answer, Attribution, Failed, Result
+from sequencerd.runners.causes import is_exhausted
+from sequencerd.runners.email import smtp_connect
+from sequencerd.runners.email.oauth import TokenError, Tokens
+from sequencerd.runners.email.refusals import Meaning, Refusal, Stage, read_refusal
+from sequencerd.runners.email.smtp_dialogue import Dialogue, Reply, SmtpError, SmtpRefused
+from sequencerd.runners.email.smtp_url import parse_url
+from sequencerd.runners.fields import one_line
+
+IDLE = 20.0
+"""After so many seconds without a message a connection is closed."""
+
+REPLY_TIMEOUT = 300.0
+"""Seconds for each reply (RFC 5321, 4.5.3.2.1 to 4.5.3.2.3)."""
+
+FINAL_TIMEOUT = 600.0
+"""Seconds for the answer to the message (RFC 5321, 4.5.3.2.6). Who gives up sooner sends it again
+to a server that has it.
+"""
+
+OFFER_TIMEOUT = 600.0
+"""Seconds for everything before the message, so that slow replies do not add up."""
+
+REUSE_TIMEOUT = 10.0
+"""Seconds for the first reply on a connection that was idle: it may be dead, a new one is not."""
+
+SHOWN_ADDRESSES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """A message ready to go. `utf8`: an address is not ASCII, so the server must do SMTPUTF8."""
+
+    sender: str
+    to: tuple[str, ...]
+    others: tuple[str, ...]  # cc and bcc
+    content: bytes
+    utf8: bool = False
+
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.to, *self.others)
+
+    def only(self, addresses: Collection[str]) -> Mail:
+        """The same message, to those of its recipients."""
+        to = tuple(address for address in self.to if address in addresses)
+        others = tuple(address for address in self.others if address in addresses)
+        return replace(self, to=to, others=others)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What became of a message. `later` are recipients that may take it in another attempt, while
+    others have it already.
+    """
+
+    result: Answer | Failed
+    later: tuple[str, ...] = ()
+
+
+def judge(reply: Reply, stage: Stage) -> Failed:
+    """What a refusal means."""
+    refusal = read_refusal(reply.code, reply.text, stage)
+    return _failed(refusal, f"{reply.code} {one_line(reply.text)}")
+
+
+def _failed(refusal: Refusal, message: str) -> Failed:
+    match refusal.meaning:
+        case Meaning.QUOTA:
+            return Failed(message, retry_after=refusal.wait, fault="server", cause="over quota")
+        case Meaning.OPERATOR:
+            return Failed(message, fault="server", cause="refused")
+        case Meaning.UNAVAILABLE:
+            return Failed(message, fault="server", cause="unavailable")
+        case Meaning.SENDER:
+            return Failed(message, fault="unclear")
+        case Meaning.PASSING | Meaning.RECIPIENTS:
+            return Failed(message)
+        case Meaning.REFUSED:
+            return Failed(message, permanent=True)
+
+
+class Postman:
+    """Delivers mail to one server, over at most `connections` connections at a time.
+
+    `timeout` (seconds) is for each reply of the server but the last, `final_timeout` for that one,
+    `hello_name` for EHLO. Raises ValueError for a URL or name that can't work.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        connections: int,
+        timeout: float = REPLY_TIMEOUT,
+        final_timeout: float = FINAL_TIMEOUT,
+        hello_name: str | None = None,
+        tokens: Tokens | None = None,
+        idle: float = IDLE,
+    ) -> None:
+        self._server = parse_url(url, has_token=tokens is not None)
+        self._place = f"{self._server.host}:{self._server.port}"
+        self._timeout = timeout
+        self._final_timeout = final_timeout
+        self._tokens = tokens
+        self._idle_for = idle
+        self._slots = asyncio.Semaphore(connections)
+        self._idle: list[tuple[Dialogue, float]] = []  # with the time of their last use
+        self._timer: asyncio.TimerHandle | None = None
+        self._quitting: set[asyncio.Task[None]] = set()
+        self._name = None if hello_name is None else smtp_connect.check_hello_name(hello_name)
+        self._is_named = hello_name is not None
+
+    async def deliver(self, mail: Mail) -> Delivery:
+        """Hands a message over to the server. Never raises for what the server does."""
+        attempt = _Attempt()
+        failed = await self._try(partial(self._deliver, mail), attempt)
+        return attempt.delivery(failed)
+
+    async def check(self) -> Result:
+        """Connects and logs in, and sends nothing. Never raises for what the server does."""
+        failed = await self._try(self._greet, _Attempt())
+        return failed or Answer(message=f"{self._place} is ready for mail")
+
+    async def _greet(self, attempt: _Attempt) -> None:
+        attempt.dialogue = await self._connect()
+        await self._give_back(attempt)
+
+    async def _try(
+        self, work: Callable[[_Attempt], Awaitable[Failed | None]], attempt: _Attempt
+    ) -> Failed | None:
+        try:
+            async with self._slots:
+                failed = await work(attempt)
+        except SmtpRefused as error:
+            about = f"{self._place} refuses {error.what}" if error.what else self._place
+            failed = judge(error.reply, error.stage)
+            failed = replace(failed, message=f"{about}: {failed.message}")
+            await self._give_back(attempt)
+        except (SmtpError, TokenError, OSError) as error:
+            is_servers = not attempt.begun or is_exhausted(error)
+            fault: Attribution = "server" if is_servers else "unclear"
+            text = f"{self._place}: {_describe(error)}"
+            failed = Failed(text, fault=fault, cause="unreachable")
+        finally:
+            attempt.end()
+        if failed is None:
+            return None
+        message = self._hide(one_line(failed.message, 500))
+        return replace(failed, message=message, unknown=attempt.handed_over)
+
+    def _hide(self, text: str) -> str:
+        text = self._server.hide(text)
+        return text if self._tokens is None else self._tokens.hide(text)
+
+    async def _deliver(self, mail: Mail, attempt: _Attempt) -> Failed | None:
+        """Sends it in as many transactions as the server wants to have."""
+        failed = None
+        attempt.rest = list(mail.recipients)
+        since = _now()
+        while attempt.rest and not failed:
+            if _now() - since > OFFER_TIMEOUT:
+                raise SmtpError(f"not ready for all of it within {OFFER_TIMEOUT:g} s")
+            attempt.dialogue = dialogue = self._take()
+            try:
+                failed = await self._transact(mail, attempt)
+            except (SmtpError, OSError) as error:
+                if dialogue is None or attempt.handed_over or not _ends_connection(error):
+                    raise
+                dialogue.close()  # it was idle, and given up by the server: nothing was sent yet
+                attempt.begun = False
+            else:
+                await self._give_back(attempt)
+        return failed
+
+    async def _transact(self, mail: Mail, attempt: _Attempt) -> Failed | None:
+        """One transaction, with the recipients that are left; those who get it in another stay."""
+        try:
+            async with asyncio.timeout(OFFER_TIMEOUT):
+                within = REUSE_TIMEOUT
+                if attempt.dialogue is None:
+                    attempt.dialogue, within = await self._connect(), self._timeout
+                dialogue = attempt.dialogue
+                if mail.utf8 and "smtputf8" not in dialogue.extensions:
+                    text = f"{self._place} takes ASCII addresses only (no SMTPUTF8)"
+                    return Failed(text, permanent=True)
+                replies = await _begin(mail, attempt, within)
+                taken = attempt.sort(mail, replies)
+                if not taken:
+                    return attempt.failure(mail)
+                reply = await dialogue.say("DATA")
+        except TimeoutError:
+            raise SmtpError(f"not ready for the message within {OFFER_TIMEOUT:g} s") from None
+        if reply.code == 354:
+            attempt.handed_over = True
+            reply = await dialogue.transfer(mail.content, within=self._final_timeout)
+            attempt.handed_over = False
+        elif not reply.is_refusal:
+            raise SmtpError(f"answers DATA with {reply.code}")
+        if reply.is_refusal:
+            raise SmtpRefused(reply, "message")
+        attempt.begun = False
+        attempt.sent.extend(taken)
+        attempt.rest = [address for address in attempt.rest if address not in taken]
+        attempt.said = one_line(f"{reply.code} {reply.text}")
+        return None
+
+    async def _connect(self) -> Dialogue:
+        if not self._is_named:  # found once: it may take a DNS query
+            self._name = await smtp_connect.own_name()
+            self._is_named = True
+        return await smtp_connect.connect(
+            self._server, name=self._name, reply_timeout=self._timeout, tokens=self._tokens
+        )
+
+    # Keeping connections
+
+    def _take(self) -> Dialogue | None:
+        while self._idle:
+            dialogue, since = self._idle.pop()
+            if dialogue.is_open and _now() - since < self._idle_for:
+                return dialogue
+            self._quit(dialogue)
+        return None
+
+    async def _give_back(self, attempt: _Attempt) -> None:
+        """Keeps the connection for the next message; one that was begun is forgotten first."""
+        dialogue = attempt.dialogue
+        if dialogue is None:
+            return
+        if attempt.begun:
+            try:
+                await dialogue.say("RSET")
+            except (SmtpError, OSError):
+                return
+            attempt.begun = False
+        attempt.dialogue = None
+        if dialogue.is_open:
+            self._idle.append((dialogue, _now()))
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
+
+    def _drop(self) -> None:
+        """Closes what has been idle for too long."""
+        kept = [(c, since) for c, since in self._idle if _now() - since < self._idle_for]
+        for entry in self._idle:
+            if entry not in kept:
+                self._quit(entry[0])
+        self._idle = kept
+        self._timer = None
+        if kept:
+            wait = kept[0][1] + self._idle_for - _now()
+            self._timer = asyncio.get_running_loop().call_later(wait, self._drop)
+
+    def _quit(self, dialogue: Dialogue) -> None:
+        task = asyncio.get_running_loop().create_task(_say_goodbye(dialogue))
+        self._quitting.add(task)
+        task.add_done_callback(self._quitting.discard)
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for dialogue, _ in self._idle:
+            self._quit(dialogue)
+        self._idle.clear()
+        await asyncio.gather(*self._quitting)
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """How far a delivery has come."""
+
+    dialogue: Dialogue | None = None  # until it is given back
+    begun: bool = False  # the server knows of a message that is not sent yet
+    handed_over: bool = False  # a message is on its way, and not answered
+    rest: list[str] = field(
+        default_factory=list
+    )  # recipients that were not asked about, or not yet
+    sent: list[str] = field(default_factory=list)
+    refused: dict[str, Failed] = field(default_factory=dict)
+    said: str = ""  # by the server, of the last message that it took
+
+    def sort(self, mail: Mail, replies: Sequence[Reply]) -> list[str]:
+        """Who gets the message in this transaction; nobody if it is not sent.
+
+        An addressee who is refused for now gets it with the rest, so it is sent to nobody yet. Who
+        is too many for one transaction stays for another one. Raises SmtpRefused where the server
+        ends the connection.
+        """
+        taken = []
+        left = []
+        for address, reply in zip(self.rest, replies, strict=True):
+            if reply.code == 421:
+                raise SmtpRefused(reply, "recipient")
+            if not reply.is_refusal:
+                taken.append(address)
+            elif read_refusal(*reply, "recipient").meaning is Meaning.RECIPIENTS:
+                left.append(address)
+                self.refused[address] = judge(reply, "recipient")
+            else:
+                self.refused[address] = judge(reply, "recipient")
+        for address in left:
+            if taken:
+                del self.refused[address]
+        self.rest = taken + left
+        waits = any(not self.refused[a].permanent for a in mail.to if a in self.refused)
+        return [] if waits and not self.sent else taken
+
+    def failure(self, mail: Mail) -> Failed:
+        """One failure for all recipients that were refused."""
+        failures = list(self.refused.values())
+        waits = [failed.retry_after for failed in failures if failed.retry_after]
+        faults = {failed.fault for failed in failures if not failed.permanent}
+        everybody = len(self.refused) == len(mail.recipients)
+        return Failed(
+            ("" if everybody else "not sent to anybody yet, ") + f"refused: {_told(self.refused)}",
+            permanent=all(failed.permanent for failed in failures),
+            retry_after=max(waits, default=None),
+            fault=faults.pop() if len(faults) == 1 else "enrollment",
+        )
+
+    def delivery(self, failed: Failed | None) -> Delivery:
+        """What became of it. Once one has it, it has not failed."""
+        if not self.sent:
+            assert failed is not None
+            return Delivery(failed)
+        refused = dict.fromkeys(self.rest, failed or _LEFT) | self.refused
+        later = [address for address, why in refused.items() if not why.permanent]
+        message = f"sent to {_listed(self.sent)}: {self.said}"
+        if refused:
+            message += f"; refused: {_told(refused)}"
+        return Delivery(Answer(message=one_line(message, 2000)), tuple(later))
+
+    def end(self) -> None:
+        """Closes a connection whose state nobody knows."""
+        if self.dialogue is not None:
+            self.dialogue.close()
+
+
+_LEFT = Failed("too many recipients at a time")
+
+
+async def _begin(mail: Mail, attempt: _Attempt, first_within: float) -> list[Reply]:
+    """Names the sender and the recipients: the replies to these. Raises SmtpRefused."""
+    dialogue = attempt.dialogue
+    assert dialogue is not None
+    options = f" SIZE={len(mail.content)}" if "size" in dialogue.extensions else ""
+    if mail.utf8:
+        options += " SMTPUTF8 BODY=8BITMIME"
+    recipients = [f"RCPT TO:<{address}>" for address in attempt.rest]
+    attempt.begun = True
+    sender, *replies = await dialogue.ask(
+        f"MAIL FROM:<{mail.sender}>{options}", *recipients, first_within=first_within
+    )
+    if sender.is_refusal:
+        raise SmtpRefused(sender, "sender", f"the sender {mail.sender}")
+    return replies
+
+
+def _ends_connection(error: Exception) -> bool:
+    """Whether a connection can't be used any more, or was good for so many messages only."""
+    if not isinstance(error, SmtpRefused):
+        return True
+    code = error.reply.code
+    return code == 421 or (error.stage == "sender" and 400 <= code < 500)
+
+
+async def _say_goodbye(dialogue: Dialogue) -> None:
+    with suppress(SmtpError, OSError):
+        async with asyncio.timeout(2):
+            await dialogue.quit()
+    dialogue.close()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _told(refused: Mapping[str, Failed]) -> str:
+    shown = list(refused.items())[:SHOWN_ADDRESSES]
+    more = f" and {len(refused) - len(shown)} more" if len(refused) > len(shown) else ""
+    return ", ".join(f"{address} ({failed.message})" for address, failed in shown) + more
+
+
+def _listed(addresses: list[str]) -> str:
+    more = len(addresses) - SHOWN_ADDRESSES
+    shown = ", ".join(addresses[:SHOWN_ADDRESSES])
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _describe(error: Exception) -> str:
+    """An error of the connection, with what helps where one knows it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"the certificate is not trusted: {error.verify_message} (see cafile in the SMTP URL)"
+        )
+    return str(error) or type(error).__name__

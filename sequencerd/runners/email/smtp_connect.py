@@ -1,0 +1,247 @@
+"""Opens a connection to a mail server with aiosmtplib: greeting, EHLO, TLS and login."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from contextlib import suppress
+from typing import Any
+
+from aiosmtplib import (
+    SMTP,
+    SMTPAuthenticationError,
+    SMTPConnectResponseError,
+    SMTPException,
+    SMTPHeloError,
+    SMTPReadTimeoutError,
+    SMTPResponse,
+    SMTPResponseException,
+    SMTPServerDisconnected,
+)
+from aiosmtplib.protocol import SMTPProtocol
+
+from sequencerd.runners.email.oauth import Tokens
+from sequencerd.runners.email.smtp_dialogue import Dialogue, Reply, SmtpError, SmtpRefused
+from sequencerd.runners.email.smtp_url import Server
+
+CONNECT_TIMEOUT = 30.0  # seconds, for each of name, connection and TLS
+NAME_TIMEOUT = 5.0  # seconds, to ask the resolver for the name of this machine
+
+_HELLO_NAME = re.compile(r"(?=.{3,255}$)[a-z0-9-]{1,63}(?:\.[a-z0-9-]{1,63})+\.?", re.IGNORECASE)
+_LOCAL_NAMES = re.compile(r"localhost(?:\..*)?|.*\.(?:localhost|localdomain)", re.IGNORECASE)
+
+
+async def connect(
+    server: Server, *, name: str | None, reply_timeout: float, tokens: Tokens | None
+) -> Dialogue:
+    """A connection that is ready for mail. Raises SmtpError or OSError.
+
+    `name` is what EHLO says; None is the connection's own address. `reply_timeout` (seconds) is
+    for each reply.
+    """
+    client = _Client(server, reply_timeout)
+    try:
+        await client.connect()
+        client.local_hostname = name or _literal(client)
+        await _greet(client, server)
+        if tokens is not None:
+            await _login_with_token(client, server.user or "", tokens)
+        elif server.user is not None and server.password is not None:
+            await _login(client, server.user, server.password)
+        return Dialogue(client, timeout=reply_timeout)
+    except SMTPException as error:
+        client.close()
+        raise _explained(error, client) from error
+    except BaseException:
+        client.close()
+        raise
+
+
+async def _greet(client: _Client, server: Server) -> None:
+    await _hello(client)
+    offered = client.supports_extension("starttls")
+    if server.starttls is False or (server.starttls is None and not offered) or server.tls:
+        return
+    if not offered:
+        raise SmtpError(
+            "the server offers no STARTTLS, and the SMTP URL asks for it (starttls=never: don't)"
+        )
+    await client.starttls()
+    await _hello(client)
+
+
+async def _hello(client: _Client) -> None:
+    """EHLO; HELO where the server doesn't know it, which a refusal for now does not tell."""
+    try:
+        await client.ehlo()
+    except SMTPHeloError as error:
+        if error.code < 500:
+            raise
+        with suppress(SMTPException, SmtpError):  # then EHLO's refusal says more
+            await client.helo()
+            return
+        raise
+
+
+async def _login(client: _Client, user: str, password: str) -> None:
+    if client.get_transport_info("sslcontext") is not None:
+        # Nobody listens, and CRAM-MD5 is offered by many servers that have no secret for it.
+        client.AUTH_METHODS = ("plain", "login", "cram-md5")
+    if not client.supported_auth_methods:
+        names = ", ".join(client.server_auth_methods).upper() or "none"
+        raise SmtpError(f"the server offers no authentication that is known here ({names})")
+    await client.login(user, password)
+
+
+async def _login_with_token(client: _Client, user: str, tokens: Tokens) -> None:
+    """A token that is refused is tried anew once."""
+    if "xoauth2" not in client.server_auth_methods:
+        raise SmtpError("the server offers no authentication with XOAUTH2")
+    token = await tokens.get()
+    try:
+        await client.auth_xoauth2(user, token)
+    except SMTPAuthenticationError as error:
+        if error.code != 535 or (renewed := await tokens.get(instead_of=token)) == token:
+            raise
+        await client.auth_xoauth2(user, renewed)
+
+
+class _Client(SMTP):
+    """Has our protocol, and knows what the server said before it hung up."""
+
+    said: SMTPResponse | None = None
+    """The last reply to a command."""
+
+    def __init__(self, server: Server, reply_timeout: float) -> None:
+        super().__init__(
+            hostname=server.host,
+            port=server.port,
+            local_hostname="localhost",  # without one it asks the resolver; another one is set
+            timeout=reply_timeout,
+            use_tls=server.tls,
+            start_tls=False,  # on its own it answers any refusal of EHLO with HELO
+            tls_context=server.context,
+        )
+        self._server = server
+
+    async def execute_command(self, *words: bytes, **options: Any) -> SMTPResponse:
+        self.said = await super().execute_command(*words, **options)
+        return self.said
+
+    async def _create_connection(
+        self,
+        timeout: float | None,  # noqa: ASYNC109 - the library's
+    ) -> SMTPResponse:
+        # The library's takes no protocol of ours, and has one limit for connection and greeting.
+        loop = asyncio.get_running_loop()
+        within = min(CONNECT_TIMEOUT, timeout or CONNECT_TIMEOUT)
+        try:
+            async with asyncio.timeout(within):
+                self.transport, self.protocol = await loop.create_connection(
+                    lambda: _Protocol(loop, self._on_connection_lost),
+                    self._server.host,
+                    self._server.port,
+                    ssl=self._server.context if self._server.tls else None,
+                )
+        except TimeoutError:
+            raise SmtpError(f"no connection within {within:g} s") from None
+        except UnicodeError:
+            raise SmtpError("the host's name can't be looked up") from None
+        greeting = await self.protocol.read_response(timeout)
+        if greeting.code != 220:
+            raise SMTPConnectResponseError(*greeting)
+        return greeting
+
+
+class _Protocol(SMTPProtocol):
+    """Takes blank lines, and refuses what is said in between STARTTLS and TLS."""
+
+    asked = "the greeting"
+    """What a reply is waited for; behind AUTH it stays AUTH, as what follows is secret."""
+
+    def write(self, data: bytes) -> None:
+        word = data.split(b" ")[0].strip()
+        if word in (b"EHLO", b"HELO", b"STARTTLS", b"AUTH"):
+            self.asked = word.decode()
+        super().write(data)
+
+    async def read_response(
+        self,
+        timeout: float | None = None,  # noqa: ASYNC109 - the library's
+    ) -> SMTPResponse:
+        try:
+            response = await super().read_response(timeout)
+        except SMTPReadTimeoutError:  # it doesn't say what was waited for, and how long
+            raise SmtpError(f"no answer within {timeout:g} s to {self.asked}") from None
+        if self.asked == "STARTTLS" and self._buffer:
+            # The library drops it (RFC 3207, 6). It may be an attack, so it is told.
+            raise SmtpError("the server says something between STARTTLS and TLS")
+        return response
+
+    def _read_response_from_buffer(self) -> SMTPResponse | None:
+        # Some send blank lines before a reply: the library takes one for a malformed reply.
+        self._buffer = self._buffer.lstrip()
+        return super()._read_response_from_buffer()
+
+
+def _explained(error: SMTPException, client: _Client) -> SmtpError:
+    """The same in the words of the dialogue."""
+    if isinstance(error, SMTPServerDisconnected):
+        if client.said is None or client.said.code < 400:
+            return SmtpError("the server has closed the connection")
+        error = SMTPAuthenticationError(*client.said)  # it hung up before another login was tried
+    if not isinstance(error, SMTPResponseException):
+        return SmtpError(error.message)
+    text = error.message.encode(errors="surrogateescape").decode(errors="replace")
+    if error.code < 400:
+        return SmtpError(f"{error.code} {text}" if error.code > 0 else text)
+    match error:
+        case SMTPConnectResponseError():
+            what = ""
+        case SMTPHeloError():
+            what = f"EHLO {client.local_hostname}"
+        case SMTPAuthenticationError():
+            what = "the login"
+        case _:
+            what = "STARTTLS"
+    return SmtpRefused(Reply(error.code, text), "connection", what)
+
+
+def _literal(client: _Client) -> str:
+    """The address of this machine, as the server sees it if nothing is in between."""
+    name = client.get_transport_info("sockname") or ("127.0.0.1",)
+    address = str(name[0]).partition("%")[0]
+    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+
+
+# --- the name of this machine
+
+
+def check_hello_name(name: str) -> str:
+    """The name, if EHLO can say it. Raises ValueError."""
+    if not _HELLO_NAME.fullmatch(name) and not re.fullmatch(r"\[[0-9A-Za-z.:]+\]", name):
+        raise ValueError(
+            f"hello_name is {name!r}: write a host name with a dot, such as mail.example.com, "
+            "or an address in brackets"
+        )
+    return name
+
+
+async def own_name() -> str | None:
+    """The name of this machine with its domain; None if it has none that others could know."""
+    host = socket.gethostname()
+    if _is_public(host):
+        return host
+    try:
+        async with asyncio.timeout(NAME_TIMEOUT):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME
+            )
+    except (OSError, TimeoutError):
+        return None
+    return next((name for *_, name, _ in found if _is_public(name)), None)
+
+
+def _is_public(name: str) -> bool:
+    return _HELLO_NAME.fullmatch(name) is not None and not _LOCAL_NAMES.fullmatch(name)

@@ -1,0 +1,299 @@
+"""The step SMS: by Twilio's Messages resource, or by any gateway with a JSON API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import quote
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from sequencerd.core.config import Config, Faults, parse_config
+from sequencerd.core.javascript.templates import Template
+from sequencerd.core.model import (
+    MESSAGE_RETRY,
+    Answer,
+    Cause,
+    Failed,
+    Fault,
+    NotStarted,
+    Result,
+    RetryPolicy,
+    Suppressed,
+    Task,
+)
+from sequencerd.runners.fields import (
+    RenderError,
+    compile_field,
+    one_line,
+    render,
+)
+from sequencerd.runners.http_client import (
+    Reply,
+    Unreachable,
+    Web,
+    check_headers,
+    check_url,
+    judge,
+    retry_after,
+)
+from sequencerd.runners.pace import Pace
+from sequencerd.runners.sms.numbers import read_number
+from sequencerd.runners.suppressions import Suppressions
+
+# Twilio's error codes that say more than the status: https://www.twilio.com/docs/api/errors
+_THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63018})
+_DAILY = frozenset({63038})  # the account's messages of a day
+_OPERATORS = frozenset({20003, 20005, 30002})  # the login, or an account that is suspended
+_ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region, also with 403
+_CARRIERS_DAY = 30027  # a carrier's messages of a day
+_PASSING = frozenset({30008, _CARRIERS_DAY})  # nobody knows what
+NO_TIME = timedelta(0)
+
+
+class SmsConfig(Config):
+    """Sends an SMS; everything is a template."""
+
+    from_: str | None = Field(None, alias="from")
+    """The sender's number."""
+    to: str
+    """The number, with its country, such as {{data.phone}}."""
+    message: str
+    """The text."""
+    messaging_service_sid: str | None = None
+    """Twilio's messaging service, instead of a sender."""
+    status_callback: str | None = None
+    """A URL that Twilio tells what became of the message."""
+
+
+class TwilioConfig(SmsConfig):
+    """Twilio takes a sender, a messaging service, or a sender of a messaging service."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TwilioConfig:
+        if self.from_ is None and self.messaging_service_sid is None:
+            raise ValueError("write from or messagingServiceSid, or both")
+        return self
+
+
+class _Receipt(BaseModel):
+    """What Twilio says of a message, or of an error."""
+
+    sid: str | None = None
+    status: str | int | None = None
+    error_code: int | None = None
+    error_message: str | None = None
+    code: int | None = None
+    message: str | None = None
+
+
+Program = Mapping[str, Template]
+
+
+class _SmsRunner:
+    """What both providers have in common: one message for each enrollment."""
+
+    batch_size = 1  # what has been sent is written at once, so that a crash repeats little
+    model: type[SmsConfig] = SmsConfig
+
+    def __init__(
+        self,
+        *,
+        concurrency: int,
+        timeout: float,
+        per_second: float | None,
+        allow_private: bool,
+        suppressions: Suppressions | None,
+        retry: RetryPolicy,
+    ) -> None:
+        self.retry = retry
+        self._suppressions = suppressions
+        self.concurrency = concurrency
+        self._pace = Pace(per_second)
+        self.timeout = timeout + self._pace.longest_wait(concurrency) + 1
+        self._web = Web(timeout=timeout, connections=concurrency, allow_private=allow_private)
+
+    def compile(self, config: Mapping[str, Any]) -> Program:
+        """Compiles all templates; a number without a tag is checked here. DefinitionError."""
+        fields = parse_config(self.model, config).model_dump(by_alias=True, exclude_none=True)
+        faults = Faults()
+        program = {}
+        for name, source in fields.items():
+            with faults.at():
+                program[name] = compile_field(name, source)
+        if "to" in program and program["to"].is_literal:
+            try:
+                read_number("to", program["to"].source)
+            except RenderError as error:
+                faults.found.append(Fault(("to",), str(error).removeprefix("to: ")))
+        faults.check()
+        return program
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        """Sends the messages side by side."""
+        assert isinstance(program, Mapping)
+        return await asyncio.gather(*(self._send(program, task) for task in tasks))
+
+    def preview(self, program: object, task: Task) -> Mapping[str, str]:
+        """What `run` would send, field by field. Raises RenderError."""
+        assert isinstance(program, Mapping)
+        values = {name: render(name, field, task.view) for name, field in program.items()}
+        values["to"] = read_number("to", values["to"])
+        if not values["message"].strip():
+            raise RenderError("message: empty")
+        return values
+
+    async def _send(self, program: Program, task: Task) -> Result:
+        try:
+            values = self.preview(program, task)
+            await self._pace.turn()
+            if task.is_late(asyncio.get_running_loop().time()):
+                return NotStarted()
+            if self._suppressions is not None:
+                asked = (values["to"], str(task.view["subject"]))
+                if without := await self._suppressions.among("sms", asked):
+                    return Suppressed(f"not sent to {', '.join(sorted(without))}")
+            return await self._post(values, task)
+        except RenderError as error:
+            return Failed(str(error), permanent=True, asked=False)
+        except Unreachable as error:
+            return error.failed(str(error))
+
+    async def _post(self, values: Mapping[str, str], task: Task, /) -> Result:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._web.close()
+
+
+class TwilioRunner(_SmsRunner):
+    """Sends by Twilio. `timeout` (seconds) is for one message, `per_second` limits the messages."""
+
+    model = TwilioConfig
+
+    def __init__(
+        self,
+        account_sid: str,
+        auth_token: str,
+        *,
+        base_url: str = "https://api.twilio.com",
+        concurrency: int = 10,
+        timeout: float = 30.0,
+        per_second: float | None = None,
+        suppressions: Suppressions | None = None,
+        retry: RetryPolicy = MESSAGE_RETRY,
+    ) -> None:
+        super().__init__(
+            concurrency=concurrency,
+            timeout=timeout,
+            per_second=per_second,
+            allow_private=True,
+            suppressions=suppressions,
+            retry=retry,
+        )
+        self._auth = (account_sid, auth_token)
+        account = quote(account_sid, safe="")
+        self._url = f"{check_url(base_url).rstrip('/')}/2010-04-01/Accounts/{account}/Messages.json"
+
+    async def _post(self, values: Mapping[str, str], _task: Task, /) -> Result:
+        form = {
+            name: values[field]
+            for field, name in (
+                ("to", "To"),
+                ("from", "From"),
+                ("messagingServiceSid", "MessagingServiceSid"),
+                ("message", "Body"),
+                ("statusCallback", "StatusCallback"),
+            )
+            if field in values
+        }
+        reply = await self._web.call("POST", self._url, headers={}, form=form, auth=self._auth)
+        return _judge_twilio(reply, values["to"], datetime.now(UTC))
+
+
+def rest_of_day(now: datetime) -> timedelta:
+    """The time until the next day in UTC, when caps of a day begin anew."""
+    return timedelta(days=1) - timedelta(
+        hours=now.hour, minutes=now.minute, seconds=now.second, microseconds=now.microsecond
+    )
+
+
+def _judge_twilio(reply: Reply, to: str, now: datetime) -> Result:
+    """Twilio's answer: by its error code where there is one, else by the status."""
+    try:
+        receipt = _Receipt.model_validate_json(reply.body)
+    except ValidationError:
+        receipt = _Receipt()
+    code = receipt.code if receipt.code is not None else receipt.error_code
+    text = receipt.message or receipt.error_message or reply.excerpt()
+    message = one_line(f"Twilio refuses {to}: {code or reply.status} {text}")
+    asked = retry_after(reply.headers)
+    if code in _DAILY:
+        wait = max(asked or NO_TIME, rest_of_day(now))
+        return Failed(message, retry_after=wait, fault="server", cause="over quota")
+    if code in _THROTTLED or code in _OPERATORS:
+        cause: Cause = "over quota" if code in _THROTTLED else "refused"
+        return Failed(message, retry_after=asked, fault="server", cause=cause)
+    if code in _PASSING:
+        return Failed(message, retry_after=rest_of_day(now) if code == _CARRIERS_DAY else asked)
+    failed = judge(reply, message)
+    if failed is not None and code in _ABOUT_MESSAGE and reply.status < 500:
+        failed = replace(failed, permanent=True, fault="enrollment")
+    if failed is None and receipt.status in ("failed", "undelivered"):
+        failed = Failed(message, permanent=code is not None)
+    status = reply.status if receipt.status is None else receipt.status
+    return failed or Answer(message=one_line(f"sent to {to}: {receipt.sid or 'no sid'} {status}"))
+
+
+class HttpSmsRunner(_SmsRunner):
+    """Sends by any gateway that takes JSON.
+
+    `body` is a template of the request's body, which sees `from`, `to`, `message`, `key` and the
+    enrollment as `enrollment`: `{"recipient": {{json to}}, "text": {{json message}}}`.
+    Raises ValueError for a URL or template that can't work.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        body: str,
+        headers: Mapping[str, str] | None = None,
+        concurrency: int = 10,
+        timeout: float = 30.0,
+        per_second: float | None = None,
+        allow_private: bool = False,
+        suppressions: Suppressions | None = None,
+        retry: RetryPolicy = MESSAGE_RETRY,
+    ) -> None:
+        super().__init__(
+            concurrency=concurrency,
+            timeout=timeout,
+            per_second=per_second,
+            allow_private=allow_private,
+            suppressions=suppressions,
+            retry=retry,
+        )
+        self._url = check_url(url)
+        self._body = compile_field("body", body)
+        self._headers = {"Content-Type": "application/json", **check_headers(headers or {})}
+
+    async def _post(self, values: Mapping[str, str], task: Task, /) -> Result:
+        context = {**values, "key": task.key, "enrollment": dict(task.view)}
+        body = render("body", self._body, context)
+        try:
+            json.loads(body)
+        except (ValueError, RecursionError):
+            raise RenderError("body: not JSON (write {{json message}} to quote a value)") from None
+        headers = {**self._headers, "Idempotency-Key": task.key}
+        reply = await self._web.call("POST", self._url, headers=headers, content=body.encode())
+        answer = f"{reply.status} {reply.excerpt()}".rstrip()
+        failed = judge(reply, f"the SMS gateway refuses {values['to']}: {answer}")
+        if failed is not None and reply.status in (401, 403):  # the operator's to mend
+            return Failed(failed.message, fault="server", cause="refused")
+        return failed or Answer(message=f"sent to {values['to']}: {answer}")

@@ -1,0 +1,87 @@
+"""Whether the daemon is alive and ready, and its state in a line.
+
+Written in the daemon's event loop, read in the thread of the HTTP listener.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from sequencerd.service.metrics import Metrics
+from sequencerd.service.systemd import notify
+from sequencerd.storage.listener import PROBE_INTERVAL, PROBE_TIMEOUT
+
+BEAT = 1.0  # seconds: the engine's loop turns as often, or more
+BLOCKED = 5.0
+STATUS_INTERVAL = 5.0
+STARVED = 5.0  # seconds for which nobody got a connection
+QUIET = 2 * PROBE_INTERVAL + PROBE_TIMEOUT  # without an answer for so long, the listener is deaf
+
+
+class Health:
+    """What is known of the running daemon. `waits` gives, by what connections are for, how many
+    seconds one has been waited for. `sweep` is the time between sweeps in seconds, `status`
+    makes the line for systemd.
+    """
+
+    def __init__(self, metrics: Metrics, status: Callable[[], str], *, sweep: float) -> None:
+        self.stopping = False
+        self.waits: Mapping[str, Callable[[], float]] = {}
+        self._metrics = metrics
+        self._status = status
+        self._longest_pause = 2 * sweep + 10
+        self._beat = time.monotonic()
+        self._fed = self._told = float("-inf")
+        self._said = ""
+        self._heard: float | None = None
+        self._connections = 0
+        metrics.ready.set_function(lambda: float(not self.why_not_ready()))
+
+    def turned(self) -> None:
+        """The engine's loop goes on: feeds systemd's watchdog, and tells a status that is new."""
+        self._beat = now = time.monotonic()
+        if now - self._fed >= BEAT:
+            self._fed = now
+            notify("WATCHDOG=1")
+        if now - self._told >= STATUS_INTERVAL and not self.stopping:
+            self._told = now
+            if (status := self._status()) != self._said:
+                self._said = status
+                notify(f"STATUS={status}")
+
+    def heard(self, alive: bool) -> None:
+        """The listener's connection has answered, or is lost."""
+        if alive and self._heard is None:
+            self._connections += 1
+            if self._connections > 1:
+                self._metrics.reconnects.inc()
+        self._heard = time.monotonic() if alive else None
+
+    def why_not_alive(self) -> list[str]:
+        """What is wrong with the process. While it stops, it waits for side effects and turns no
+        more.
+        """
+        still = time.monotonic() - self._beat
+        if still < BLOCKED or self.stopping:
+            return []
+        return [f"the event loop has been blocked for {still:.0f} s"]
+
+    def why_not_ready(self) -> list[str]:
+        """Why nothing would be moved in time, in sentences; none when all is well."""
+        now, swept, heard = time.monotonic(), self._metrics.swept_at, self._heard
+        reasons = self.why_not_alive()
+        if self.stopping:
+            reasons.append("the daemon is stopping")
+        if heard is None:
+            reasons.append("the database can't be reached: LISTEN is not on")
+        elif now - heard > QUIET:
+            reasons.append(f"the listening connection has not answered for {now - heard:.0f} s")
+        if swept is None:
+            reasons.append("nothing was swept yet")
+        elif now - swept > self._longest_pause:
+            reasons.append(f"the last sweep was {now - swept:.0f} s ago")
+        for name, seconds in self.waits.items():
+            if (waited := seconds()) >= STARVED:
+                reasons.append(f"all connections for {name} have been in use for {waited:.0f} s")
+        return reasons

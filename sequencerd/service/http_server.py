@@ -1,0 +1,178 @@
+"""The HTTP listener: health checks, metrics, and the console if there is one.
+
+It has a thread and an event loop of its own: so it can tell that the daemon's loop is blocked, and
+who asks it delays no enrollment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sequencerd.errors import SettingsError
+from sequencerd.service.dns import new_loop
+from sequencerd.settings import split_address
+
+Check = Callable[[], list[str]]
+"""What is wrong, in sentences."""
+
+
+def make_app(
+    alive: Check, ready: Check, registry: CollectorRegistry, console: Starlette | None = None
+) -> Starlette:
+    """/healthz and /readyz, each 200 or 503 with its reasons, /metrics, and /console."""
+
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"Content-Type": content_type})
+
+    routes: list[BaseRoute] = [
+        Route("/healthz", _answer(alive)),
+        Route("/readyz", _answer(ready)),
+        Route("/metrics", metrics),
+    ]
+    if console is None:
+        return Starlette(routes=routes)
+    mounted = console
+    routes += [
+        Route("/", RedirectResponse("/console/")),
+        Mount("/console", mounted),
+    ]
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with mounted.router.lifespan_context(mounted):
+            app.state.close = mounted.state.close
+            yield
+
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+def _answer(check: Check) -> Callable[[Request], Response]:
+    def answer(_: Request) -> Response:
+        reasons = check()
+        body = {"status": "unavailable" if reasons else "ok", "reasons": reasons}
+        return JSONResponse(body, 503 if reasons else 200, headers={"Cache-Control": "no-store"})
+
+    return answer
+
+
+MAX_CONNECTIONS = 100  # the daemon's descriptors are for its work
+PATIENCE = 10.0  # seconds in which a request has to arrive, and an answer to be read on
+
+
+class _Connection(H11Protocol):
+    """One of a bounded number, which does not wait for a client for ever: uvicorn limits the time
+    between requests, but not until a first one, nor while it comes in or its answer is read.
+    """
+
+    _since: float | None = None  # when the client's turn began
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Makes room by closing whoever has kept us waiting for longest."""
+        others = [one for one in self.connections if isinstance(one, _Connection)]
+        super().connection_made(transport)
+        self._look()
+        if len(others) < MAX_CONNECTIONS:
+            return
+        waiting = [one for one in others if one.since is not None]
+        longest = min(waiting, key=lambda one: one.since or 0.0, default=self)
+        longest.drop()
+
+    @property
+    def since(self) -> float | None:
+        """When the client's turn began; None while we work for it."""
+        return self._since if self._is_clients_turn else None
+
+    @property
+    def _is_clients_turn(self) -> bool:
+        cycle = self.cycle
+        works = cycle is not None and not cycle.response_complete and not cycle.more_body
+        return not works or self.flow.write_paused
+
+    def _look(self) -> None:
+        """Looks every second, as there is no event for each way of being slow."""
+        now = self.loop.time()
+        if not self._is_clients_turn:
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        elif now - self._since >= PATIENCE:
+            self.drop()
+            return
+        self._timer = self.loop.call_later(min(1.0, PATIENCE), self._look)
+
+    def drop(self) -> None:
+        """Closes the connection without a word."""
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends with the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+
+class _Server(uvicorn.Server):
+    """Waits for the requests that are under way, and none that would go on for ever."""
+
+    def __init__(self, app: Starlette) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_Connection,
+                ws="none",
+                backlog=MAX_CONNECTIONS,  # as many are accepted in one turn of the loop
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,  # whom to believe is for the console's settings to say
+                server_header=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        getattr(self._app.state, "close", lambda: None)()
+        await super().shutdown(sockets)
+
+
+@asynccontextmanager
+async def serving(app: Starlette, listen: str | None) -> AsyncIterator[None]:
+    """Serves meanwhile, if there is an address. Raises SettingsError if it can't be had."""
+    if listen is None:
+        yield
+        return
+    host, port = split_address(listen)
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+    except OSError as error:
+        raise SettingsError(f"http.listen: can't listen on {listen}: {error.strerror}") from error
+    server = _Server(app)
+
+    def serve() -> None:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(server.serve([listener]))
+
+    # in a thread that is not the main one, uvicorn leaves the signals alone
+    serving = asyncio.create_task(asyncio.to_thread(serve))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+        listener.close()

@@ -1,0 +1,140 @@
+"""Logs by structlog, on standard error: JSON for a machine, columns for a terminal.
+
+From "info" on, a line names enrollments, sequences and steps, and no person: data, addresses and
+what servers answered is in the history, and here at "debug". No line holds a setting's secret.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import TextIO, cast
+from urllib.parse import unquote, urlsplit
+
+import asyncpg
+import structlog
+from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
+
+from sequencerd.core.describe import visible
+from sequencerd.service.systemd import is_journal
+from sequencerd.settings import Settings
+
+SHORTEST_SECRET = 4  # characters; what is shorter would blacken every line
+
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+
+
+def make_log(settings: Settings) -> FilteringBoundLogger:
+    """The logger that everything is given. Called again, it changes all that were made before."""
+    form = settings.log.format
+    is_terminal = sys.stderr.isatty()
+    render: Processor
+    if form == "text" or (form == "auto" and is_terminal):
+        # not rich's tracebacks: they show what the variables hold
+        render = structlog.dev.ConsoleRenderer(
+            colors=is_terminal, exception_formatter=_write_traceback
+        )
+    else:
+        render = structlog.processors.JSONRenderer(default=str)
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _make_visible
+            if isinstance(render, structlog.dev.ConsoleRenderer)
+            else _format_exception,
+            _finish(render, sorted(set(_parts(settings.secrets())), key=len, reverse=True)),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[settings.log.level.upper()]
+        ),
+        logger_factory=lambda *_: structlog.WriteLogger(_STDERR),
+    )
+    log: FilteringBoundLogger = structlog.get_logger()
+    # what libraries say by way of logging: in the same form, if it is a warning
+    logging.basicConfig(handlers=[_Forward()], level=logging.WARNING)
+    return log
+
+
+def _make_visible(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """The values as a terminal may see them; what is no text is shown as Python writes it."""
+    return {
+        key: visible(value) if isinstance(value, str) else value for key, value in event.items()
+    }
+
+
+def _write_traceback(file: TextIO, error: ExcInfo) -> None:
+    """Indented, so that no line of an error's text looks like one of the log."""
+    written = io.StringIO()
+    structlog.dev.plain_traceback(written, error)
+    lines = written.getvalue().strip("\n").split("\n")
+    file.writelines(f"\n    {visible(line)}" for line in lines)
+
+
+_format_exception = structlog.processors.format_exc_info
+
+
+def _finish(render: Processor, secrets: Iterable[str]) -> Processor:
+    """The last word: renders a line, without secrets, for journald with its priority."""
+    in_journal = is_journal()
+
+    def finish(logger: WrappedLogger, method: str, event: EventDict) -> str:
+        priority = _PRIORITIES[event["level"]]
+        line = str(render(logger, method, event))
+        for secret in secrets:
+            line = line.replace(secret, "***")
+        return f"<{priority}>{line}" if in_journal else line
+
+    return finish
+
+
+def _parts(secrets: Iterable[str]) -> Iterator[str]:
+    """Secrets and their parts that are secret by themselves, in every way that a line has them."""
+    for secret in secrets:
+        parts = {secret, *secret.split(), *_passwords(secret)}
+        for part in parts:
+            if len(part) >= SHORTEST_SECRET and part not in ("Bearer", "Basic"):
+                yield part
+                yield json.dumps(part)[1:-1]
+
+
+def _passwords(url: str) -> Iterator[str]:
+    try:
+        password = urlsplit(url).password
+    except ValueError:
+        return
+    if password:
+        yield password
+        yield unquote(password)
+
+
+class _Stderr(io.TextIOBase):
+    """Standard error, where a line that can't be written is lost: a full disk or a pipe that is
+    closed must not take anything else with it.
+    """
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+_STDERR = cast(TextIO, _Stderr())
+
+
+class _Forward(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger().bind(logger=record.name)
+        error = record.exc_info and record.exc_info[1]
+        if isinstance(error, OSError | asyncpg.PostgresError):  # it passes: a line is enough
+            log.log(record.levelno, record.getMessage(), error=type(error).__name__)
+        else:
+            log.log(record.levelno, record.getMessage(), exc_info=record.exc_info)

@@ -1,0 +1,141 @@
+"""Changes of enrollments by hand: who is concerned is found out once, then changed in batches.
+
+The triggers make each change whole, record it, and tell the daemons. A side effect that is being
+executed is not waited for: by the fence, its result is recorded and moves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import os
+import socket
+from array import array
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import asyncpg
+
+from sequencerd.storage.store import QUERIES
+
+BATCH = 1000  # enrollments in a transaction
+FETCH = 10_000
+LAST_WAIT = 10.0  # seconds that a batch may take to end when it is interrupted
+
+STATUSES = {
+    "retry": ("failed",),
+    "skip": ("failed",),
+    "cancel": ("active", "failed"),
+    "move": ("active", "failed"),
+    "reevaluate": ("active",),
+}
+"""Whom an action takes: the names of the actions are those of their statements."""
+
+
+class Selection(NamedTuple):
+    """Whom it concerns; what is None does not matter."""
+
+    ids: Sequence[int] | None = None
+    subject: str | None = None
+    sequence: str | None = None
+    step: str | None = None
+    failure: str | None = None
+
+
+class Done(NamedTuple):
+    """What came of a batch: how many were changed, were executing a side effect, and could not be
+    changed, as their subjects are in the sequence again.
+    """
+
+    changed: int = 0
+    executing: int = 0
+    entered_again: int = 0
+
+    def plus(self, other: Done) -> Done:
+        """Both together."""
+        return Done(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+async def select(
+    connection: asyncpg.Connection, action: str, selection: Selection, to: str | None = None
+) -> array[int]:
+    """The ids of those whom an action takes, in order; without those who are at the step `to`."""
+    found = array("q")
+    ids = None if selection.ids is None else list(selection.ids)
+    async with connection.transaction(readonly=True):
+        cursor = await connection.cursor(
+            QUERIES["select"], ids, *selection[1:], list(STATUSES[action]), to
+        )
+        while rows := await cursor.fetch(FETCH):
+            found.extend(row[0] for row in rows)
+    return found
+
+
+async def change(
+    connection: asyncpg.Connection,
+    action: str,
+    ids: Sequence[int],
+    *,
+    reason: str,
+    to: str | None = None,
+    progress: Callable[[Done], None],
+) -> None:
+    """Changes them, a batch at a time; `progress` is told of each that is committed.
+
+    Who has gone elsewhere since the selection is left alone. When this is cancelled, the batch that
+    has begun is finished first.
+    """
+    for first in range(0, len(ids), BATCH):
+        batch = asyncio.create_task(
+            _change_batch(connection, action, list(ids[first : first + BATCH]), reason, to)
+        )
+        try:
+            progress(await asyncio.shield(batch))
+        except asyncio.CancelledError:
+            await asyncio.wait([batch], timeout=LAST_WAIT)
+            if batch.done():
+                progress(batch.result())
+            else:
+                batch.cancel()
+            raise
+
+
+async def _change_batch(
+    connection: asyncpg.Connection, action: str, ids: list[int], reason: str, to: str | None
+) -> Done:
+    while True:
+        try:
+            async with connection.transaction():
+                await connection.execute(QUERIES["set_reason"], reason)
+                try:
+                    return await _run(connection, action, ids, to)
+                except asyncpg.UniqueViolationError:
+                    done = Done()
+                    for id_ in ids:
+                        done = done.plus(await _run_alone(connection, action, id_, to))
+                    return done
+        except asyncpg.TransactionRollbackError:
+            continue  # a deadlock with somebody else's transaction: nothing is done yet
+
+
+async def _run_alone(connection: asyncpg.Connection, action: str, id_: int, to: str | None) -> Done:
+    try:
+        return await _run(connection, action, [id_], to)
+    except asyncpg.UniqueViolationError:
+        return Done(entered_again=1)
+
+
+async def _run(connection: asyncpg.Connection, action: str, ids: list[int], to: str | None) -> Done:
+    parameters = [ids] if to is None else [ids, to]
+    async with connection.transaction():
+        rows = await connection.fetch(QUERIES[action], *parameters)
+    return Done(len(rows), sum(row["executing"] for row in rows))
+
+
+def who(reason: str | None) -> str:
+    """What events say beside the database's user: who was at the keyboard, and why."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}" + (f": {reason}" if reason else "")

@@ -1,0 +1,114 @@
+"""Applies the files of sql/, each once, in the order of their numbers, under an advisory lock."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+import asyncpg
+
+from sequencerd.errors import DatabaseError, MigrationError
+from sequencerd.storage.store import QUERIES
+
+OLDEST_SERVER = 150000  # PostgreSQL 15
+
+_FILE = re.compile(r"(\d{4})_(\w+)\.sql")
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One file of sql/."""
+
+    version: int
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        """Of the file's text, whatever its line ends."""
+        return sha256(self.sql.replace("\r\n", "\n").encode()).hexdigest()
+
+
+def available() -> list[Migration]:
+    """The migrations that come with this version, the oldest first."""
+    found = [
+        Migration(int(match[1]), file.name, file.read_text(encoding="utf-8"))
+        for file in _folder().iterdir()
+        if (match := _FILE.fullmatch(file.name))
+    ]
+    return sorted(found, key=lambda migration: migration.version)
+
+
+def _folder() -> Traversable:
+    """sql/ within the installed package, or beside it in a checkout."""
+    packaged = files("sequencerd") / "sql"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "sql"
+
+
+async def migrate(
+    connection: asyncpg.Connection, migrations: Sequence[Migration] | None = None
+) -> list[Migration]:
+    """Applies what is missing, all or nothing, and returns it. Raises MigrationError."""
+    wanted = available() if migrations is None else migrations
+    await _check_server(connection)
+    async with connection.transaction():
+        await connection.execute(QUERIES["lock_migrations"])
+        await connection.execute(QUERIES["create_migrations"])
+        missing = _missing(wanted, await connection.fetch(QUERIES["migrations"]))
+        for migration in missing:
+            try:
+                await connection.execute(migration.sql)
+            except asyncpg.PostgresError as error:
+                raise MigrationError(f"migration {migration.name} failed: {error}") from error
+            await connection.execute(
+                QUERIES["record_migration"], migration.version, migration.name, migration.checksum
+            )
+    return missing
+
+
+async def check(connection: asyncpg.Connection) -> None:
+    """Raises MigrationError unless the schema is the one that this version was made for."""
+    await _check_server(connection)
+    if not await connection.fetchval(QUERIES["has_migrations"]):
+        raise MigrationError("the database has no schema sequencer yet; run: sequencerd migrate")
+    if missing := _missing(available(), await connection.fetch(QUERIES["migrations"])):
+        raise MigrationError(
+            f"the schema is older than this version ({missing[0].name} is missing); "
+            "run: sequencerd migrate"
+        )
+
+
+async def _check_server(connection: asyncpg.Connection) -> None:
+    number = await connection.fetchval(QUERIES["server_version"])
+    if number < OLDEST_SERVER:
+        raise DatabaseError(f"PostgreSQL 15 or newer is needed, this is {number // 10000}")
+    encoding = await connection.fetchval(QUERIES["server_encoding"])
+    if encoding != "UTF8":
+        raise DatabaseError(
+            f"the database's encoding is {encoding}, and must be UTF8; "
+            "CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and move the data there"
+        )
+
+
+def _missing(wanted: Sequence[Migration], applied: Sequence[asyncpg.Record]) -> list[Migration]:
+    """What is not applied yet. Raises MigrationError where the two don't belong together."""
+    known = {migration.version: migration for migration in wanted}
+    for row in applied:
+        migration = known.get(row["version"])
+        if migration is None:
+            raise MigrationError(
+                f"the schema is newer than this version of sequencerd: it has {row['name']}; "
+                "install the version that made it, or a newer one"
+            )
+        if migration.checksum != row["checksum"]:
+            raise MigrationError(
+                f"{row['name']} was changed after it was applied; migrations are never edited: "
+                "restore the file and write a new one"
+            )
+    done = {row["version"] for row in applied}
+    return [migration for migration in wanted if migration.version not in done]

@@ -1,0 +1,67 @@
+-- Statements of the command line.
+
+-- name: status
+-- Read the counts of each step, for one sequence or all.
+SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, retiming, problem
+  FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
+
+-- name: known_sequences
+-- What a command can name.
+SELECT name FROM sequencer.sequences ORDER BY name;
+
+-- name: known_steps
+-- The steps of a sequence, or of all.
+SELECT DISTINCT name FROM sequencer.steps WHERE $1::text IS NULL OR sequence = $1 ORDER BY name;
+
+-- name: has_enrollments
+-- Whether enrollments are in a sequence or at a step: those of a removed one can be named as well.
+SELECT EXISTS (SELECT FROM sequencer.enrollments
+                WHERE ($1::text IS NULL OR sequence = $1) AND ($2::text IS NULL OR step = $2));
+
+-- name: list
+-- Read a page of the enrollments that match the filters of `list`, by id.
+SELECT id, sequence, step, subject, status, wake_at, attempt, failure, last_error
+  FROM sequencer.enrollments AS e
+ WHERE ($1::text IS NULL OR sequence = $1) AND ($2::text IS NULL OR step = $2)
+   AND ($3::text IS NULL OR subject = $3) AND ($4::text IS NULL OR status = $4)
+   AND ($5::text IS NULL OR failure = $5)
+   AND (NOT $6 OR EXISTS (SELECT FROM sequencer.overdue AS o WHERE o.id = e.id))
+   AND id > $7
+ ORDER BY id LIMIT $8;
+
+-- name: show
+-- Read one enrollment with its step and its sequence.
+SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e.visit, e.attempt,
+       e.leased_by, e.goals_met, e.failure, e.last_error, e.created_at, e.ended_at, e.retry_at,
+       CASE WHEN isfinite(e.expires_at) THEN e.expires_at END AS expires_at,
+       coalesce(e.timezone, q.timezone) AS timezone, q.status AS sequence_status,
+       s.type, s.config, s.next_step, s.alt_next_step, s.problem, e.data
+  FROM sequencer.enrollments AS e
+  LEFT JOIN sequencer.steps AS s ON s.sequence = e.sequence AND s.name = e.step
+  LEFT JOIN sequencer.sequences AS q ON q.name = e.sequence
+ WHERE e.id = $1;
+
+-- name: simulated
+-- Read an enrollment as a claim does, with its status.
+SELECT {whole_enrollment}, e.status
+  FROM sequencer.enrollments AS e WHERE e.id = $1;
+
+-- name: history
+-- Read all events of an enrollment, in order.
+SELECT at, sequence, step, visit, action, message, revision
+  FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at;
+
+-- name: events_since
+-- Read the events after a time, for `tail`, which reads with some overlap: rows are committed in
+-- another order than they are made.
+SELECT v.at, v.enrollment_id, e.subject, v.sequence, v.step, v.visit, v.action, v.message
+  FROM sequencer.events AS v LEFT JOIN sequencer.enrollments AS e ON e.id = v.enrollment_id
+ WHERE v.at > $1 AND ($2::text IS NULL OR v.sequence = $2)
+   AND ($3::bigint IS NULL OR v.enrollment_id = $3)
+ ORDER BY v.at, v.enrollment_id;
+
+-- name: enroll
+-- Enroll a subject and return the id; nothing where the reentry policy refuses.
+INSERT INTO sequencer.enrollments (sequence, subject, data, timezone, step, wake_at)
+VALUES ($1, $2, $3::jsonb, $4, $5, coalesce($6::timestamptz, now()))
+ON CONFLICT DO NOTHING RETURNING id;

@@ -1,0 +1,134 @@
+-- Statements of the console.
+
+-- name: refusing
+-- Find the sequences that would refuse a jump of one enrollment, as its subject is enrolled there.
+SELECT DISTINCT sequence FROM sequencer.enrollments
+ WHERE subject = $1 AND entry = 0 AND id <> $2;
+
+-- name: console_sequences
+-- Read all sequences for the console.
+SELECT name, status, timezone, first_step, revision FROM sequencer.sequences ORDER BY name;
+
+-- name: console_steps
+-- Count the active enrollments of each step, those due within the hour, and those overdue. It reads only
+-- the index of due enrollments, and of each step at most the limit.
+SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.config, s.problem,
+       a.active, a.soon, a.overdue
+  FROM sequencer.steps AS s CROSS JOIN LATERAL (
+    SELECT count(*) AS active,
+           count(*) FILTER (WHERE wake_at BETWEEN $1::timestamptz - interval '1 minute'
+                                              AND $1 + interval '1 hour') AS soon,
+           count(*) FILTER (WHERE wake_at < $1 - interval '1 minute') AS overdue
+      FROM (SELECT e.wake_at FROM sequencer.enrollments AS e
+             WHERE e.sequence = s.sequence AND e.step = s.name AND e.status = 'active'
+             ORDER BY e.wake_at LIMIT $2) AS first) AS a
+ ORDER BY s.sequence, s.position;
+
+-- name: console_failed
+-- Count the failed enrollments by step and failure, with an example of each; at most the limit are
+-- counted.
+SELECT g.sequence, g.step, g.failure, g.failed, x.last_error, x.data
+  FROM (SELECT sequence, step, failure, count(*) AS failed
+          FROM (SELECT sequence, step, failure FROM sequencer.enrollments WHERE status = 'failed'
+                 ORDER BY sequence, step, failure LIMIT $1) AS first
+         GROUP BY sequence, step, failure) AS g
+  LEFT JOIN LATERAL (
+    SELECT e.last_error, e.data FROM sequencer.enrollments AS e
+     WHERE e.status = 'failed' AND e.sequence = g.sequence AND e.step = g.step
+       AND e.failure = g.failure LIMIT 1) AS x ON true
+ ORDER BY g.sequence, g.step, g.failure;
+
+-- name: console_flow
+-- Count the events at steps between two times, by day.
+SELECT date_trunc('day', at AT TIME ZONE 'UTC')::date AS day, sequence, step, action,
+       count(*) AS times
+  FROM sequencer.events
+ WHERE at >= $1 AND at < $2
+   AND action IN ('enrolled', 'next', 'altNext', 'goal', 'jump', 'completed', 'failed')
+ GROUP BY 1, 2, 3, 4;
+
+-- name: console_stays
+-- Measure the length of visits that ended between two times, in seconds: of one enrollment in so many,
+-- and at most the limit.
+SELECT v.sequence, v.step, extract(epoch FROM v.at - (
+           SELECT max(p.at) FROM sequencer.events AS p
+            WHERE p.enrollment_id = v.enrollment_id AND p.at <= v.at
+              AND (p.visit < v.visit OR p.action = 'enrolled')))::float8 AS seconds
+  FROM (SELECT * FROM sequencer.events
+         WHERE at >= $1 AND at < $2 AND action IN ('next', 'altNext', 'goal', 'jump')
+           AND abs(hashint8(enrollment_id)::bigint) % $3 = 0 LIMIT $4) AS v;
+
+-- name: console_people
+-- Read a page of the active enrollments at a step, by wake time. Many may have the same wake time, so a
+-- page begins at an offset within it.
+SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data
+  FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at >= $3
+ ORDER BY wake_at LIMIT $5 OFFSET $4;
+
+-- name: console_failed_people
+-- Read a page of the enrollments that failed at a step with one failure code.
+SELECT id, subject, status, ended_at, attempt, last_error, data
+  FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND ($3::text IS NULL AND failure IS NULL OR failure = $3)
+   AND status = 'failed'
+ LIMIT $5 OFFSET $4;
+
+-- name: console_history
+-- Read the latest events of an enrollment before a time.
+SELECT at, sequence, step, visit, action, message, revision
+  FROM sequencer.events WHERE enrollment_id = $1 AND at < $2 ORDER BY at DESC, visit DESC LIMIT $3;
+
+-- name: console_versions
+-- Build a version for each enrollment that differs after any change to it.
+SELECT e.id, concat_ws('-', e.xmin, e.ctid, extract(epoch FROM (
+           SELECT max(v.at) FROM sequencer.events AS v WHERE v.enrollment_id = e.id)),
+           (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)) AS version
+  FROM sequencer.enrollments AS e WHERE e.id = ANY ($1::bigint[]);
+
+-- name: console_by_subject
+-- Read enrollments in a range of subjects, in order, after a given one.
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+  FROM sequencer.enrollments
+ WHERE subject >= $1 AND subject < $2 AND (subject, sequence, entry) > ($3, $4, $5)
+ ORDER BY subject, sequence, entry LIMIT $6;
+
+-- name: console_by_id
+-- Read the latest enrollments with an id below the given one.
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+  FROM sequencer.enrollments WHERE id < $1 ORDER BY id DESC LIMIT $2;
+
+-- name: console_has_email_index
+-- Check whether the index of e-mail addresses exists and is valid.
+SELECT EXISTS (SELECT FROM pg_index
+                WHERE indexrelid = to_regclass('sequencer.enrollments_email') AND indisvalid);
+
+-- name: console_by_email
+-- Find enrollments by e-mail address, by an index.
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+  FROM sequencer.enrollments WHERE lower(data->>'email') = lower($1) LIMIT $2;
+
+-- name: console_by_email_of_latest
+-- Find enrollments by e-mail address among the latest, where there is no index.
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+  FROM (SELECT * FROM sequencer.enrollments ORDER BY id DESC LIMIT $3) AS latest
+ WHERE lower(data->>'email') = lower($1) LIMIT $2;
+
+-- name: console_revisions
+-- Read a page of the revisions of a sequence, the latest first, each with the document before it.
+SELECT r.revision, r.at, r.by, r.document,
+       (SELECT b.document FROM sequencer.revisions AS b
+         WHERE b.sequence = r.sequence AND b.revision < r.revision
+         ORDER BY b.revision DESC LIMIT 1) AS before
+  FROM sequencer.revisions AS r
+ WHERE r.sequence = $1 AND r.revision < $2 ORDER BY r.revision DESC LIMIT $3;
+
+-- name: console_log_out
+-- End a session for all daemons, and delete the logouts of sessions that have expired since.
+WITH over AS (DELETE FROM sequencer.console_logouts WHERE until < now())
+INSERT INTO sequencer.console_logouts (session, until) VALUES ($1, now() + $2)
+ON CONFLICT (session) DO NOTHING;
+
+-- name: console_is_logged_out
+-- Check whether a session was ended by a logout, here or at another daemon.
+SELECT EXISTS (SELECT FROM sequencer.console_logouts WHERE session = $1);

@@ -1,0 +1,96 @@
+-- Statements of plan, apply, history and export.
+
+-- name: apply_sequence
+-- Insert or update a sequence. Not by ON CONFLICT, whose refused insert would draw a revision.
+WITH changed AS (
+    UPDATE sequencer.sequences
+       SET first_step = $2, timezone = $3, status = $4, reentry = $5, lookup = $6, recheck = $7
+     WHERE name = $1 AND (first_step, timezone, status, reentry, lookup, recheck)
+                         IS DISTINCT FROM ($2, $3, $4, $5, $6, $7)
+)
+INSERT INTO sequencer.sequences (name, first_step, timezone, status, reentry, lookup, recheck)
+SELECT $1::text, $2::text, $3::text, $4::text, $5::text, $6::text, $7::interval
+ WHERE NOT EXISTS (SELECT FROM sequencer.sequences WHERE name = $1);
+
+-- name: apply_steps
+-- Insert or update the steps of a sequence at once; unchanged steps are not touched.
+INSERT INTO sequencer.steps (sequence, name, position, type, config, next_step, alt_next_step, seed)
+SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::text[], $5::jsonb[], $6::text[], $7::text[],
+                         $8::text[])
+ON CONFLICT (sequence, name) DO UPDATE
+   SET position = excluded.position, type = excluded.type, config = excluded.config,
+       next_step = excluded.next_step, alt_next_step = excluded.alt_next_step,
+       seed = excluded.seed
+ WHERE (steps.position, steps.type, steps.config, steps.next_step, steps.alt_next_step, steps.seed)
+       IS DISTINCT FROM (excluded.position, excluded.type, excluded.config, excluded.next_step,
+                         excluded.alt_next_step, excluded.seed);
+
+-- name: remove_steps
+-- Delete the steps of a sequence that its definition no longer has.
+DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]);
+
+-- name: rename_step
+-- Rename a step. Triggers update its enrollments and what leads to it.
+UPDATE sequencer.steps SET name = $3 WHERE sequence = $1 AND name = $2;
+
+-- name: move_people
+-- Move active and failed enrollments away from a step that is to be deleted, and count them.
+WITH moved AS (
+    UPDATE sequencer.enrollments SET step = $3
+     WHERE id IN (SELECT id FROM sequencer.enrollments
+                   WHERE sequence = $1 AND step = $2 AND status = 'active'
+                   UNION ALL
+                  SELECT id FROM sequencer.enrollments
+                   WHERE sequence = $1 AND step = $2 AND status = 'failed')
+    RETURNING 1
+)
+SELECT count(*) FROM moved;
+
+-- name: lock_definitions
+-- Lock all definitions until the end of the transaction: `apply` runs one at a time, and changes of
+-- sequences by SQL wait.
+SELECT pg_advisory_xact_lock({definitions_lock}), (SELECT count(*) FROM (
+    SELECT FROM sequencer.sequences ORDER BY name FOR UPDATE) AS locked);
+
+-- name: documents
+-- Read name, revision and status of all sequences, and the documents of some.
+SELECT name, revision, status, from_file,
+       CASE WHEN name = ANY ($1::text[]) THEN sequencer.document(name) END AS document
+  FROM sequencer.sequences ORDER BY name;
+
+-- name: as_jsonb
+-- Normalise a document as PostgreSQL stores it, so that documents can be compared.
+SELECT $1::jsonb;
+
+-- name: count_at
+-- Count the active enrollments at a step.
+SELECT count(*) FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active';
+
+-- name: people
+-- Read all active enrollments at a step that have begun.
+SELECT {whole_enrollment}
+  FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.entered_at IS NOT NULL;
+
+-- name: archive
+-- Archive sequences.
+UPDATE sequencer.sequences SET status = 'archived' WHERE name = ANY ($1::text[]);
+
+-- name: mark_from_file
+-- Record that sequences were applied from a file.
+UPDATE sequencer.sequences SET from_file = true WHERE name = ANY ($1::text[]) AND NOT from_file;
+
+-- name: revisions_of
+-- Read the revisions of a sequence, the latest first, each with the document before it.
+SELECT revision, at, by, document, lag(document) OVER (ORDER BY revision) AS before
+  FROM sequencer.revisions WHERE sequence = $1 ORDER BY revision DESC;
+
+-- name: document
+-- Read the document of a sequence, as it is or as it was in a revision.
+SELECT CASE
+    WHEN $2::integer IS NULL THEN sequencer.document($1)
+    WHEN $2 <= greatest((SELECT revision FROM sequencer.sequences WHERE name = $1),
+                        (SELECT max(revision) FROM sequencer.revisions WHERE sequence = $1))
+    THEN (SELECT document FROM sequencer.revisions WHERE sequence = $1 AND revision <= $2
+           ORDER BY revision DESC LIMIT 1) END;

@@ -1,0 +1,118 @@
+-- Statements of the doctor.
+
+-- name: reported_problems
+-- Read what living daemons report; once where several report the same.
+SELECT DISTINCT ON (p.kind, p.about)
+       p.kind, p.about, p.sequence, p.step, p.since, p.waiting, p.message, p.daemon
+  FROM sequencer.problems AS p JOIN sequencer.daemons AS d ON d.name = p.daemon
+ WHERE d.alive_until > now() AND ($1::text IS NULL OR p.sequence = $1 OR p.sequence IS NULL)
+ ORDER BY p.kind, p.about, p.since LIMIT $2;
+
+-- name: server_facts
+-- Read what `doctor` checks about the server and the session.
+SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_standby,
+       pg_backend_pid() AS pid, current_setting('transaction_read_only') = 'on' AS is_read_only,
+       current_setting('idle_session_timeout')::interval AS idle_timeout;
+
+-- name: present_triggers
+-- Read the triggers of the schema, and whether they are enabled.
+SELECT c.relname::text AS "table", t.tgname::text AS name, t.tgenabled IN ('O', 'A') AS fires
+  FROM pg_trigger AS t JOIN pg_class AS c ON c.oid = t.tgrelid
+ WHERE c.relnamespace = 'sequencer'::regnamespace AND NOT t.tgisinternal AND t.tgparentid = 0;
+
+-- name: missing_roles
+-- Find which of the roles do not exist.
+SELECT name FROM unnest($1::text[]) AS name WHERE to_regrole(name) IS NULL;
+
+-- name: missing_grants
+-- Find the privileges that the role of daemons has and the present user lacks.
+WITH granted (object, privilege, has) AS MATERIALIZED (
+    SELECT c.oid::regclass::text, a.privilege_type,
+           CASE c.relkind WHEN 'S' THEN has_sequence_privilege(c.oid, a.privilege_type)
+                          ELSE has_table_privilege(c.oid, a.privilege_type) END
+      FROM pg_class AS c CROSS JOIN aclexplode(c.relacl) AS a
+     WHERE c.relnamespace = 'sequencer'::regnamespace AND a.grantee = to_regrole('sequencer_daemon')
+    UNION ALL
+    SELECT c.oid::regclass::text, a.privilege_type,
+           has_column_privilege(c.oid, b.attnum, a.privilege_type)
+      FROM pg_class AS c JOIN pg_attribute AS b ON b.attrelid = c.oid
+     CROSS JOIN aclexplode(b.attacl) AS a
+     WHERE c.relnamespace = 'sequencer'::regnamespace AND a.grantee = to_regrole('sequencer_daemon')
+    UNION ALL
+    SELECT p.oid::regprocedure::text, a.privilege_type, has_function_privilege(p.oid, a.privilege_type)
+      FROM pg_proc AS p CROSS JOIN aclexplode(p.proacl) AS a
+     WHERE p.pronamespace = 'sequencer'::regnamespace AND a.grantee = to_regrole('sequencer_daemon')
+)
+SELECT format('%s ON %s', string_agg(DISTINCT privilege, ', '), object) AS missing
+  FROM granted WHERE NOT has GROUP BY object ORDER BY object LIKE '%(%', object;
+
+-- name: is_superuser
+-- Check whether the present user is a superuser.
+SELECT rolsuper FROM pg_roles WHERE rolname = current_user;
+
+-- name: notify
+-- Send an empty notification, to test that notifications arrive.
+SELECT pg_notify($1, '');
+
+-- name: count_daemons
+-- Count the daemons that listen for notifications.
+SELECT count(*) FROM pg_stat_activity
+ WHERE datname = current_database() AND application_name = 'sequencerd listener';
+
+-- name: zones_in_use
+-- Convert times a month apart to the time zones of sequences, to compare with Python's.
+SELECT q.timezone, month AS at, month AT TIME ZONE q.timezone AS local
+  FROM (SELECT DISTINCT timezone FROM sequencer.sequences) AS q
+ CROSS JOIN generate_series(date_trunc('month', now()), now() + interval '2 years',
+                            interval '1 month') AS month;
+
+-- name: vacuum_facts
+-- Read the settings and statistics of vacuum for the table of enrollments.
+SELECT current_setting('autovacuum') = 'on' AS is_on, current_setting('track_counts') = 'on' AS counts,
+       coalesce(c.reloptions, '{}')::text[] AS options, s.n_live_tup AS live, s.n_dead_tup AS dead,
+       greatest(s.last_autovacuum, s.last_vacuum) AS last_vacuum
+  FROM pg_class AS c JOIN pg_stat_user_tables AS s ON s.relid = c.oid
+ WHERE c.oid = 'sequencer.enrollments'::regclass;
+
+-- name: old_snapshots
+-- Find what keeps dead rows from being vacuumed, and since when.
+SELECT format('process %s of %s (%s)', pid, usename, coalesce(nullif(application_name, ''), state))
+       AS what, now() - xact_start AS age
+  FROM pg_stat_activity
+ WHERE backend_xmin IS NOT NULL AND xact_start < now() - $1::interval
+UNION ALL
+SELECT format('prepared transaction %L', gid), now() - prepared
+  FROM pg_prepared_xacts WHERE prepared < now() - $1::interval
+UNION ALL
+SELECT format('replication slot %s, which nobody reads', slot_name), NULL
+  FROM pg_replication_slots WHERE NOT active AND (xmin IS NOT NULL OR catalog_xmin IS NOT NULL)
+ ORDER BY age DESC NULLS LAST;
+
+-- name: count_overdue
+-- Count the overdue enrollments, and find the longest delay.
+SELECT count(*), max(overdue_by) AS longest FROM sequencer.overdue;
+
+-- name: failed_by_code
+-- Count the failed enrollments by failure code.
+SELECT failure, count(*) FROM sequencer.enrollments
+ WHERE status = 'failed' GROUP BY failure ORDER BY count(*) DESC;
+
+-- name: problems
+-- Read the steps that cannot be executed, and why.
+SELECT sequence, name AS step, problem FROM sequencer.steps
+ WHERE problem IS NOT NULL ORDER BY sequence, position;
+
+-- name: partition_facts
+-- Check whether the history has a partition for this month, and rows outside of all partitions.
+SELECT to_regclass(format('sequencer.events_%s', to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM')))
+       IS NOT NULL AS has_month,
+       EXISTS (SELECT FROM sequencer.events_other) AS has_others;
+
+-- name: types_in_use
+-- Read the step types that definitions use.
+SELECT DISTINCT type FROM sequencer.steps;
+
+-- name: lookups_in_use
+-- Read the lookups that sequences name, and whether each is an SQL function.
+SELECT DISTINCT lookup AS name, to_regprocedure(lookup || '(text[])') IS NOT NULL AS is_function
+  FROM sequencer.sequences WHERE lookup IS NOT NULL;

@@ -1,0 +1,495 @@
+-- Statements of the engine: claims, writes, leases, definitions, rescheduling, retention.
+-- Python's calendar has no infinity: where PostgreSQL says so, it sees the year 9999.
+
+-- name: server_time
+-- Read the database's clock, to measure the offset of the daemon's.
+SELECT clock_timestamp();
+
+-- name: revisions
+-- Read the revision of every sequence, to see which definitions have changed.
+SELECT name, revision FROM sequencer.sequences;
+
+-- name: sequences
+-- Read the definitions of some sequences, without their steps.
+SELECT name, first_step, timezone, status, lookup, recheck, revision
+  FROM sequencer.sequences WHERE name = ANY ($1::text[]);
+
+-- name: steps
+-- Read the steps of some sequences, in the order of the definitions.
+SELECT sequence, name, type, config, next_step, alt_next_step, position, problem, seed,
+       retime_from IS NOT NULL AS retime
+  FROM sequencer.steps WHERE sequence = ANY ($1::text[]) ORDER BY sequence, position;
+
+-- name: set_problems
+-- Set what the daemon found wrong with steps, and clear what it no longer finds.
+UPDATE sequencer.steps AS s SET problem = p.problem
+  FROM unnest($1::text[], $2::text[], $3::text[]) AS p (sequence, name, problem)
+ WHERE s.sequence = p.sequence AND s.name = p.name AND s.problem IS DISTINCT FROM p.problem;
+
+-- name: beat
+-- Extend the time until which a daemon is alive, and return when it started. Other daemons are
+-- notified if the step types that it serves are new.
+WITH before AS (SELECT types FROM sequencer.daemons WHERE name = $1),
+     beat AS (
+    INSERT INTO sequencer.daemons (name, started_at, alive_until, types)
+    VALUES ($1, coalesce($2, now()), now() + $3, $4)
+    ON CONFLICT (name) DO UPDATE SET alive_until = excluded.alive_until, types = excluded.types
+    RETURNING started_at, types)
+SELECT started_at,
+       CASE WHEN types IS DISTINCT FROM (SELECT types FROM before)
+            THEN pg_notify('sequencer', '{"definitions": true}') END
+  FROM beat;
+
+-- name: types_elsewhere
+-- Read the step types that other living daemons serve.
+SELECT DISTINCT unnest(types) FROM sequencer.daemons WHERE name <> $1 AND alive_until > now();
+
+-- name: notify_due
+-- Notify other daemons of steps with due enrollments: the daemon's own writes send no notification.
+SELECT pg_notify('sequencer', json_build_object('due', json_build_array(sequence, step))::text)
+  FROM unnest($1::text[], $2::text[]) AS p (sequence, step);
+
+-- name: remove_dead_daemons
+-- Delete dead daemons with the problems that they reported. Rows that another session has locked are
+-- skipped.
+DELETE FROM sequencer.daemons WHERE name = ANY (ARRAY(
+    SELECT name FROM sequencer.daemons WHERE alive_until < now() FOR UPDATE SKIP LOCKED));
+
+-- name: remove_daemon
+-- Delete a daemon that shuts down.
+DELETE FROM sequencer.daemons WHERE name = $1;
+
+-- name: remove_problems
+-- Delete the problems that a daemon no longer reports.
+DELETE FROM sequencer.problems AS p
+ WHERE p.daemon = $1
+   AND NOT EXISTS (SELECT FROM unnest($2::text[], $3::text[]) AS k (kind, about)
+                    WHERE (k.kind, k.about) = (p.kind, p.about));
+
+-- name: write_problems
+-- Insert or update the problems that a daemon reports.
+INSERT INTO sequencer.problems
+       (daemon, kind, about, sequence, step, since, message, waiting)
+SELECT $1, * FROM unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[],
+                         $7::text[], $8::bigint[])
+ON CONFLICT (daemon, kind, about) DO UPDATE
+   SET sequence = excluded.sequence, step = excluded.step, since = excluded.since,
+       message = excluded.message, waiting = excluded.waiting;
+
+-- name: first_wakes
+-- Find the earliest wake time of each step that has active enrollments. It skips from one step to the
+-- next in the index, so it costs the same with ten enrollments as with ten million.
+WITH RECURSIVE place AS (
+    (SELECT sequence, step, wake_at FROM sequencer.enrollments
+      WHERE status = 'active' ORDER BY sequence, step, wake_at LIMIT 1)
+    UNION ALL
+    SELECT following.* FROM place CROSS JOIN LATERAL (
+        SELECT sequence, step, wake_at FROM sequencer.enrollments AS e
+         WHERE e.status = 'active' AND (e.sequence, e.step) > (place.sequence, place.step)
+         ORDER BY sequence, step, wake_at LIMIT 1) AS following
+)
+SELECT sequence, step, wake_at FROM place WHERE wake_at < 'infinity';
+
+-- name: take_bell
+-- Try to acquire the notify lock, which makes triggers notify. True: this session holds it. False:
+-- another daemon does, which is as good. Null: transactions are in progress that have sent no
+-- notification.
+SELECT CASE WHEN pg_try_advisory_lock({notify_lock}) THEN true
+            WHEN EXISTS (SELECT FROM pg_locks
+                          WHERE locktype = 'advisory' AND (classid, objid) = ({notify_lock})
+                            AND database = (SELECT oid FROM pg_database
+                                             WHERE datname = current_database())
+                            AND mode = 'ExclusiveLock' AND granted) THEN false END;
+
+-- name: leave_bell
+-- Release the notify lock and notify the other daemons of it.
+SELECT pg_advisory_unlock({notify_lock}), pg_notify('sequencer', '{"quiet": true}');
+
+-- name: count_due
+-- Count the enrollments that are due at steps, and those overdue by more than a minute. The limit
+-- applies to each step, so that a backlog of millions is not counted through.
+SELECT p.sequence, p.step, d.due, d.overdue
+  FROM unnest($1::text[], $2::text[]) AS p (sequence, step)
+ CROSS JOIN LATERAL (
+    SELECT count(*) AS due,
+           count(*) FILTER (WHERE wake_at < $3::timestamptz - interval '1 minute') AS overdue
+      FROM (SELECT e.wake_at FROM sequencer.enrollments AS e
+             WHERE e.sequence = p.sequence AND e.step = p.step AND e.status = 'active'
+               AND e.wake_at <= $3
+             ORDER BY e.wake_at LIMIT $4) AS first) AS d
+ WHERE d.due > 0;
+
+-- name: claim
+-- Claim due enrollments of one step, the oldest first. None if the definition is not the known revision;
+-- none that a living daemon has leased, even if a lock kept that daemon from extending the lease. Large
+-- data are read separately.
+SELECT {enrollment}
+  FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
+   AND EXISTS (SELECT FROM sequencer.sequences AS s
+                WHERE s.name = $1 AND s.revision = $4 AND s.status <> 'paused')
+   AND (e.leased_by IS NULL OR e.leased_by <> $6 AND NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3))
+   AND e.id <> ALL ($7::bigint[])
+ ORDER BY e.wake_at LIMIT $5
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: refusals
+-- Check whether sequences admit enrollments that jump into them, as they would an insert, and return
+-- their reentry policies.
+SELECT j.id, j.sequence, q.reentry,
+       CASE WHEN q.status = 'archived' THEN 'archived'
+            WHEN q.reentry <> 'always' AND EXISTS (
+                SELECT FROM sequencer.enrollments AS e
+                 WHERE e.subject = j.subject AND e.sequence = j.sequence AND e.entry = 0
+                   AND e.id <> j.id) THEN 'already_enrolled' END AS refusal
+  FROM unnest($1::bigint[], $2::text[], $3::text[]) AS j (id, subject, sequence)
+  JOIN sequencer.sequences AS q ON q.name = j.sequence;
+
+-- name: due_ids
+-- Find the enrollments that `claim` would find, without a lock and without reading values that may be
+-- unreadable.
+SELECT e.id
+  FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
+   AND (e.leased_by IS NULL OR e.leased_by <> $5 AND NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3))
+   AND e.id <> ALL ($6::bigint[])
+ ORDER BY e.wake_at LIMIT $4;
+
+-- name: expired_ids
+-- Find due enrollments of a step that cannot be claimed: those that have expired, and of those due since
+-- a given time, those whose expiry is unknown.
+SELECT e.id
+  FROM ((SELECT id, leased_by FROM sequencer.enrollments
+          WHERE sequence = $1 AND step = $2 AND status = 'active'
+            AND expires_at IS NOT NULL AND expires_at <= $3 AND id <> ALL ($6::bigint[])
+          ORDER BY expires_at LIMIT $4)
+        UNION ALL
+        (SELECT id, leased_by FROM sequencer.enrollments
+          WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at <= $3
+            AND wake_at >= $7 AND expires_at IS NULL AND id <> ALL ($6::bigint[])
+          ORDER BY wake_at LIMIT $4)) AS e
+ WHERE e.leased_by IS NULL OR e.leased_by <> $5 AND NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3)
+ LIMIT $4;
+
+-- name: forget_expiries
+-- Mark the expiry of a step's enrollments as unknown: -infinity has passed, so they are evaluated again.
+UPDATE sequencer.enrollments SET expires_at = '-infinity'
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND expires_at IS NOT NULL
+   AND leased_by IS NULL;
+
+-- name: claim_some
+-- Claim given enrollments of a step that are due or waiting, including those that this daemon itself has
+-- leased.
+SELECT {enrollment}
+  FROM sequencer.enrollments AS e
+ WHERE e.id = ANY ($1::bigint[]) AND e.sequence = $2 AND e.step = $3 AND e.status = 'active'
+   AND (e.wake_at <= $4 OR e.leased_by IS NULL AND e.entered_at IS NOT NULL)
+   AND EXISTS (SELECT FROM sequencer.sequences AS s
+                WHERE s.name = $2 AND s.revision = $5 AND s.status <> 'paused')
+   AND (e.leased_by IS NULL OR e.leased_by = $6 OR NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $4))
+ ORDER BY e.wake_at
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: claim_bare
+-- Claim like `claim_some`, but without the values that applications write, which the database may be
+-- unable to read.
+SELECT e.id, '' AS subject, '{}' AS data, e.created_at, e.tag, $2 AS sequence, $3 AS step,
+       NULL AS timezone, least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit,
+       e.attempt, e.retry_at, e.leased_by, NULL AS last_error, '{}'::text[] AS goals_met,
+       NULL AS goals_elsewhere, '{}'::text[] AS executed
+  FROM sequencer.enrollments AS e
+ WHERE e.id = ANY ($1::bigint[]) AND e.sequence = $2::text AND e.step = $3::text
+   AND e.status = 'active'
+   AND (e.wake_at <= $4 OR e.leased_by IS NULL AND e.entered_at IS NOT NULL)
+   AND EXISTS (SELECT FROM sequencer.sequences AS s
+                WHERE s.name = $2 AND s.revision = $5 AND s.status <> 'paused')
+   AND (e.leased_by IS NULL OR e.leased_by = $6 OR NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $4))
+ ORDER BY e.wake_at
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: large_data
+-- Read the data that claims and locks omit because of their size.
+SELECT id, data FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
+
+-- name: count_lapses
+-- Count the leases that expired within the last day, in the present visits of enrollments.
+SELECT v.enrollment_id, count(*)
+  FROM unnest($1::bigint[], $2::int[]) AS e (id, visit)
+  JOIN sequencer.events AS v ON v.enrollment_id = e.id AND v.visit = e.visit
+ WHERE v.action = 'lapsed' AND v.at > $3::timestamptz - interval '1 day'
+ GROUP BY v.enrollment_id;
+
+-- name: orphans
+-- Find enrollments that a daemon has leased but does not know of, among the first due at steps.
+SELECT o.sequence, o.step, o.id
+  FROM unnest($1::text[], $2::text[]) AS p (sequence, step)
+ CROSS JOIN LATERAL (
+    SELECT e.id, e.sequence, e.step, e.leased_by FROM sequencer.enrollments AS e
+     WHERE e.sequence = p.sequence AND e.step = p.step AND e.status = 'active' AND e.wake_at <= $3
+     ORDER BY e.wake_at LIMIT 1000) AS o
+ WHERE o.leased_by = $4 AND o.id <> ALL ($5::bigint[]);
+
+-- name: probe
+-- Check that enrollments and events can be written at all; it writes none.
+WITH nothing AS (
+    UPDATE sequencer.enrollments
+       SET sequence = sequence, step = step, status = status, wake_at = wake_at,
+           entered_at = entered_at, visit = visit, attempt = attempt, retry_at = retry_at,
+           goals_met = goals_met, goals_elsewhere = goals_elsewhere, executed = executed,
+           expires_at = expires_at,
+           leased_by = leased_by, failure = failure, last_error = last_error,
+           ended_at = ended_at, data = data
+     WHERE false
+    RETURNING id, sequence, step, visit
+)
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision)
+SELECT id, now(), sequence, step, visit, 'warning', NULL, NULL FROM nothing;
+
+-- name: next_wake
+-- Find when to claim at the step again. The remaining due rows are locked by another session, and tried
+-- again soon, or leased by another daemon, and tried again when that may be dead. Enrollments that this
+-- daemon has leased or quarantined are not counted.
+SELECT least(
+    (SELECT e.wake_at FROM sequencer.enrollments AS e
+      WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
+        AND e.wake_at > $3 AND e.wake_at < 'infinity'
+      ORDER BY e.wake_at LIMIT 1),
+    (SELECT CASE WHEN e.leased_by IS NULL THEN e.wake_at
+                 ELSE greatest(e.wake_at, d.alive_until) END
+       FROM sequencer.enrollments AS e LEFT JOIN sequencer.daemons AS d ON d.name = e.leased_by
+      WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
+        AND e.leased_by IS DISTINCT FROM $4 AND e.id <> ALL ($5::bigint[])
+      ORDER BY 1 LIMIT 1));
+
+-- name: lock
+-- Lock enrollments whose side effects have ended, and read what may have changed meanwhile. Enrollments
+-- that another session has locked are skipped.
+SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject,
+       {small_data},
+       e.sequence, e.step, e.timezone, e.last_error, e.goals_met, e.goals_elsewhere, e.executed,
+       (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
+  FROM sequencer.enrollments AS e
+ WHERE e.id = ANY ($1::bigint[])
+ ORDER BY e.id
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: fences
+-- Read the fences of enrollments. It waits for their locks, and so for a transaction whose outcome is
+-- unknown.
+SELECT e.id, e.visit, e.attempt, e.leased_by
+  FROM sequencer.enrollments AS e
+ WHERE e.id = ANY ($1::bigint[])
+ ORDER BY e.id
+   FOR UPDATE OF e;
+
+-- name: existing
+-- Find which enrollments still exist: a locked row is not a deleted one.
+SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
+
+-- name: write
+-- Write the new state of all enrollments that have the same, as most of a batch do.
+UPDATE sequencer.enrollments
+   SET sequence = $2, step = $3, status = $4,
+       wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
+       entered_at = $6, visit = $7, attempt = $8, retry_at = $9, leased_by = $10, failure = $11,
+       last_error = $12, executed = $13, expires_at = $14,
+       ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $15::timestamptz END
+ WHERE id = ANY ($1::bigint[]);
+
+-- name: record
+-- Insert events. Most events of a batch are the same but for the enrollment, so each is sent once.
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision)
+SELECT who.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
+       what.revision
+  FROM unnest($1::bigint[], $2::int[]) AS who (id, number)
+  JOIN unnest($3::timestamptz[], $4::text[], $5::text[], $6::int[], $7::text[], $8::text[],
+              $9::int[]) WITH ORDINALITY
+       AS what (at, sequence, step, visit, action, message, revision, number)
+    ON what.number = who.number;
+
+-- name: write_goals
+-- Write the goals that one enrollment has met, in its sequence and in those that it has left.
+UPDATE sequencer.enrollments SET goals_met = $2, goals_elsewhere = $3 WHERE id = $1;
+
+-- name: merge_data
+-- Merge the result of a side effect into an enrollment's data.
+UPDATE sequencer.enrollments SET data = data || $2 WHERE id = $1;
+
+-- name: extend_leases
+-- Extend the leases of everything that this daemon is executing.
+UPDATE sequencer.enrollments AS e SET wake_at = $3
+  FROM (SELECT id FROM sequencer.enrollments
+         WHERE id = ANY ($1::bigint[]) AND leased_by = $2 AND status = 'active'
+         ORDER BY id FOR UPDATE SKIP LOCKED) AS mine
+ WHERE e.id = mine.id;
+
+-- name: occupied
+-- Find each step that has active enrollments, skipping from one to the next in the index.
+WITH RECURSIVE place AS (
+    (SELECT sequence, step FROM sequencer.enrollments
+      WHERE status = 'active' ORDER BY sequence, step LIMIT 1)
+    UNION ALL
+    SELECT following.* FROM place CROSS JOIN LATERAL (
+        SELECT sequence, step FROM sequencer.enrollments AS e
+         WHERE e.status = 'active' AND (e.sequence, e.step) > (place.sequence, place.step)
+         ORDER BY sequence, step LIMIT 1) AS following
+)
+SELECT sequence, step FROM place;
+
+-- name: request_evaluation
+-- Request that all enrollments waiting at steps are evaluated: from the first id on, or once more after
+-- a pass that has begun. Steps that another session has locked are skipped, so that no deadlock is
+-- possible.
+UPDATE sequencer.steps AS s
+   SET retime_from = coalesce(s.retime_from, 0), retime_again = coalesce(s.retime_from > 0, false)
+  FROM (SELECT t.sequence, t.name FROM sequencer.steps AS t
+          JOIN unnest($1::text[], $2::text[]) AS p (sequence, name)
+            ON p.sequence = t.sequence AND p.name = t.name
+           FOR NO KEY UPDATE OF t SKIP LOCKED) AS free
+ WHERE s.sequence = free.sequence AND s.name = free.name
+RETURNING s.sequence, s.name;
+
+-- name: waiting_of_subjects
+-- Read the waiting enrollments of some subjects, by id.
+SELECT id, subject, sequence, step FROM sequencer.enrollments
+ WHERE subject = ANY ($1::text[]) AND id > $2 AND status = 'active' AND wake_at > $3
+   AND leased_by IS NULL AND entered_at IS NOT NULL
+ ORDER BY id LIMIT $4;
+
+-- name: unfinished_retiming
+-- Read the steps whose waiting enrollments have yet to be evaluated, and from which id on.
+SELECT sequence, name, retime_from FROM sequencer.steps WHERE retime_from IS NOT NULL;
+
+-- name: take_lead
+-- Try to acquire the lock of the one daemon that handles the requests that applications send by NOTIFY.
+SELECT pg_try_advisory_lock({requests_lock});
+
+-- name: retiming_from
+-- Read from which id on the enrollments waiting at a step have yet to be evaluated.
+SELECT retime_from FROM sequencer.steps WHERE sequence = $1 AND name = $2;
+
+-- name: standing
+-- Read the ids of the active enrollments at a step, in an order that changed wake times leave as it is.
+SELECT id FROM sequencer.enrollments
+ WHERE sequence = $1 AND step = $2 AND status = 'active' AND id >= $3 ORDER BY id LIMIT $4;
+
+-- name: take_retiming
+-- Lock a step until the end of the transaction, so that this daemon alone evaluates what waits there. A
+-- step that another daemon has locked is skipped.
+SELECT true FROM sequencer.steps
+ WHERE sequence = $1 AND name = $2 AND retime_from = $3
+   AND EXISTS (SELECT FROM sequencer.sequences WHERE name = $1 AND revision = $4)
+   FOR NO KEY UPDATE SKIP LOCKED;
+
+-- name: note_retiming
+-- Record up to which id a step is done, in the transaction that evaluated them.
+UPDATE sequencer.steps SET retime_from = $3 WHERE sequence = $1 AND name = $2;
+
+-- name: lock_waiting
+-- Lock and read enrollments that wait at a changed step. Due ones are evaluated under the change anyway.
+SELECT {enrollment}
+  FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
+   AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+ ORDER BY e.id
+   FOR UPDATE OF e SKIP LOCKED;
+
+-- name: waiting
+-- Find the enrollments that `lock_waiting` would lock, without a lock.
+SELECT e.id FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
+   AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+ ORDER BY e.id;
+
+-- name: retimed
+-- Record that a step is done, unless a request arrived meanwhile; return whether one did.
+UPDATE sequencer.steps AS s
+   SET retime_from = CASE WHEN s.retime_again THEN 0 END, retime_again = false
+ WHERE sequence = $1 AND name = $2 AND retime_from = $3
+RETURNING retime_from IS NOT NULL AS again;
+
+-- name: new_transaction
+-- Draw a transaction number. The xmax of a snapshot would not do: transactions in progress may have
+-- greater numbers than that.
+SELECT pg_current_xact_id()::text::bigint;
+
+-- name: oldest_transaction
+-- Read the number of the oldest transaction that is still in progress.
+SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
+
+-- name: revive
+-- Resume enrollments that failed because their step was invalid, now that it is valid.
+WITH revived AS (
+    UPDATE sequencer.enrollments AS e
+       SET status = 'active', wake_at = $3, ended_at = NULL, failure = NULL, last_error = NULL,
+           attempt = 0, retry_at = NULL, leased_by = NULL, executed = '{}'
+      FROM unnest($1::text[], $2::text[]) AS mended (sequence, step)
+     WHERE e.sequence = mended.sequence AND e.step = mended.step
+       AND e.status = 'failed' AND e.failure = 'invalid_step'
+    RETURNING e.id, e.sequence, e.step, e.visit
+)
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+SELECT id, $3, sequence, step, visit, 'resumed', 'the step has been mended' FROM revived;
+
+-- name: limit_statement
+-- Limit the statements of this transaction to so many milliseconds.
+SELECT set_config('statement_timeout', $1, true);
+
+-- name: look_up
+-- Call an SQL function for the external data of subjects. Its name is validated before it is put in.
+SELECT l.subject, l.data FROM "{schema}"."{name}"($1::text[]) AS l (subject, data);
+
+-- name: add_event_partitions
+-- Create the partitions of the history that are needed soon.
+SELECT sequencer.add_event_partitions();
+
+-- name: drop_event_partition
+-- Drop the oldest partition of the history that ended before a time, and return its name.
+SELECT sequencer.drop_event_partition($1);
+
+-- name: delete_ended
+-- Delete a batch of the enrollments that ended before a time, and return how many.
+SELECT sequencer.delete_ended($1, $2);
+
+-- name: try_lock_retention
+-- Try to acquire the lock of the one daemon that runs retention, until the end of the transaction.
+SELECT pg_try_advisory_xact_lock({retention_lock});
+
+-- name: suppressed
+-- Find which addresses are suppressed.
+SELECT channel, address FROM sequencer.suppressions
+ WHERE (channel, address) IN (SELECT * FROM unnest($1::text[], $2::text[]));
+
+-- name: row_security
+-- Find the tables where row-level security may hide rows from the present user, or from the owner, with
+-- whose rights triggers and functions run; and whether it hides all rows, as no policy permits any.
+WITH users (oid, is_owner) AS (
+    SELECT oid, false FROM pg_roles WHERE rolname = current_user
+    UNION ALL
+    SELECT nspowner, true FROM pg_namespace WHERE nspname = 'sequencer'
+), policies AS (
+    SELECT u.oid AS "user", p.polrelid AS "table", p.polpermissive AS permits,
+           p.polcmd = '*' AND pg_get_expr(p.polqual, p.polrelid) = 'true'
+           AND coalesce(pg_get_expr(p.polwithcheck, p.polrelid), 'true') = 'true' AS is_all
+      FROM pg_policy AS p CROSS JOIN users AS u
+     WHERE EXISTS (SELECT FROM unnest(p.polroles) AS role
+                    WHERE CASE role WHEN 0 THEN true ELSE pg_has_role(u.oid, role, 'USAGE') END)
+)
+SELECT c.oid::regclass::text AS "table", u.oid::regrole::text AS "user",
+       NOT EXISTS (SELECT FROM policies AS p
+                    WHERE p."table" = c.oid AND p."user" = u.oid AND p.permits) AS hides_all
+  FROM pg_class AS c CROSS JOIN users AS u JOIN pg_roles AS r ON r.oid = u.oid
+ WHERE c.relnamespace = 'sequencer'::regnamespace AND c.relrowsecurity
+   AND NOT r.rolsuper AND NOT r.rolbypassrls
+   AND (c.relforcerowsecurity OR NOT pg_has_role(u.oid, c.relowner, 'USAGE'))
+   AND NOT (EXISTS (SELECT FROM policies AS p WHERE p."table" = c.oid AND p."user" = u.oid
+                       AND p.permits AND p.is_all)
+            AND NOT EXISTS (SELECT FROM policies AS p WHERE p."table" = c.oid AND p."user" = u.oid
+                               AND NOT p.permits AND NOT p.is_all))
+   AND NOT (u.is_owner AND EXISTS (SELECT FROM users WHERE NOT is_owner AND oid = u.oid))
+ ORDER BY u.is_owner, c.oid::regclass::text;

@@ -1,0 +1,35 @@
+-- Statements that migrate.
+
+-- name: lock_migrations
+-- Acquire the migration lock until the end of the transaction: processes migrate one at a time.
+SELECT pg_advisory_xact_lock({migrations_lock});
+
+-- name: create_migrations
+-- Create the schema and the table of applied migrations.
+CREATE SCHEMA IF NOT EXISTS sequencer;
+CREATE TABLE IF NOT EXISTS sequencer.migrations (
+    version    integer PRIMARY KEY,
+    name       text NOT NULL,
+    checksum   text NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- name: has_migrations
+-- Check whether the table of applied migrations exists.
+SELECT to_regclass('sequencer.migrations') IS NOT NULL;
+
+-- name: migrations
+-- Read the applied migrations.
+SELECT version, name, checksum FROM sequencer.migrations ORDER BY version;
+
+-- name: record_migration
+-- Record an applied migration.
+INSERT INTO sequencer.migrations (version, name, checksum) VALUES ($1, $2, $3);
+
+-- name: server_version
+-- Read the server's version as a number.
+SELECT current_setting('server_version_num')::integer;
+
+-- name: server_encoding
+-- Read the encoding of the database.
+SELECT current_setting('server_encoding');

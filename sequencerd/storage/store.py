@@ -1,0 +1,824 @@
+"""Every statement that runs against the database, as a typed function; SQL in queries/."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Rows
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import asyncpg
+
+from sequencerd.core.model import Enrollment, Event, Fence
+from sequencerd.errors import DatabaseError, SettingsError
+
+TRANSIENT_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a connection that is cut in the middle of an answer
+    asyncpg.PostgresError,
+)
+"""Of the database: the same work is done again a little later. Where only one row meets such an
+error, or its data are to blame, it is taken apart from its neighbours first.
+"""
+
+LOST_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+)
+"""The connection is gone, or has not answered: whether it has committed is not known."""
+
+_DATA = frozenset({"21", "22", "23", "54"})
+_ENVIRONMENT = frozenset({"08", "25", "28", "40", "53", "55", "57", "58"})
+_PLAIN = _ENVIRONMENT | {"0A", "26", "3D", "3F", "42", "XX"}
+
+
+def is_data_error(error: BaseException) -> bool:
+    """Whether the database, or the driver, says that a row's own data are wrong."""
+    if isinstance(error, asyncpg.PostgresError):
+        return _class(error) in _DATA
+    return isinstance(error, (ValueError, OverflowError))
+
+
+def is_environment(error: BaseException) -> bool:
+    """Whether it is an error of locks, time-outs, resources or connections, whatever is written."""
+    if isinstance(error, asyncpg.PostgresError):
+        return _class(error) in _ENVIRONMENT
+    return isinstance(error, LOST_ERRORS) and not is_data_error(error)
+
+
+def _class(error: asyncpg.PostgresError) -> str:
+    return (error.sqlstate or "")[:2]
+
+
+def brief(error: BaseException) -> str:
+    """An error of the database for the log: without what it quotes from rows."""
+    name = type(error).__name__
+    if isinstance(error, asyncpg.PostgresError):
+        is_plain = _class(error) in _PLAIN
+    else:
+        is_plain = is_environment(error)
+    if is_plain:
+        return str(error).partition("\n")[0] or name
+    return f"{name} {getattr(error, 'sqlstate', '')}".rstrip()
+
+
+CONNECT_TIMEOUT = 10.0  # seconds
+PROBE_TIMEOUT = 5.0  # seconds
+MAX_BYTES = 8_000_000  # of data that one transaction reads, but for one enrollment that is larger
+FIRST_LARGE = 4  # enrollments with large data that are read before their size is known
+COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not hold us for ever
+
+PROBLEM_COLUMNS = 7  # of sequencer.problems, but for the daemon
+
+Place = tuple[str, str]
+"""A step of a sequence: its key in the heap."""
+
+
+class AdvisoryLock(Enum):
+    """The advisory locks, by the second of their two numbers; sql/0001_sequencer.sql lists them."""
+
+    MIGRATIONS = 1
+    RETENTION = 2
+    DEFINITIONS = 3
+    NOTIFY = 4
+    REQUESTS = 5
+
+    def __str__(self) -> str:
+        """Return the arguments of the functions that lock it."""
+        return f"{LOCK_CLASS}, {self.value}"
+
+
+LOCK_CLASS = 7364528
+"""The first number of each advisory lock: those of other applications have another."""
+
+_SMALL_DATA = "CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data"
+_COLUMNS = {name: f"e.{name}" for name in Enrollment._fields} | {
+    "wake_at": "least(e.wake_at, '9999-12-31Z') AS wake_at",  # Python's calendar has no infinity
+}
+_PLACEHOLDERS = {
+    "{enrollment}": ", ".join((_COLUMNS | {"data": _SMALL_DATA}).values()),
+    "{whole_enrollment}": ", ".join(_COLUMNS.values()),
+    "{small_data}": _SMALL_DATA,
+    **{f"{{{lock.name.lower()}_lock}}": str(lock) for lock in AdvisoryLock},
+}
+
+
+def _load_queries() -> dict[str, str]:
+    queries: dict[str, str] = {}
+    for file in (files("sequencerd.storage") / "queries").iterdir():
+        text = file.read_text("utf-8")
+        for placeholder, expanded in _PLACEHOLDERS.items():
+            text = text.replace(placeholder, expanded)
+        parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
+        queries.update(zip(parts[::2], parts[1::2], strict=True))
+    return queries
+
+
+_FUNCTION = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*)")
+
+QUERIES: Mapping[str, str] = _load_queries()
+"""The statements by name."""
+
+
+class Claimed(NamedTuple):
+    """What a claim has read, of so many that it has locked."""
+
+    enrollments: list[Enrollment]
+    locked: int
+
+
+class Row(NamedTuple):
+    """What is written of enrollments that are at the same place now, as most of a batch are."""
+
+    sequence: str
+    step: str
+    status: str
+    wake_at: datetime | None
+    entered_at: datetime | None
+    visit: int
+    attempt: int
+    retry_at: datetime | None
+    leased_by: str | None
+    failure: str | None = None
+    last_error: str | None = None
+    executed: tuple[str, ...] = ()
+    expires_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class Written:
+    """What a transaction writes of enrollments that it has locked, and to which of them."""
+
+    rows: dict[Row, list[int]] = field(default_factory=dict)
+    events: dict[Event, list[int]] = field(default_factory=dict)
+    goals_met: dict[int, tuple[Rows[str], str | None]] = field(default_factory=dict)  # elsewhere
+    data: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # merged into what is there
+
+
+async def connect(url: str) -> asyncpg.Connection:
+    """Open a connection for a command. Raises DatabaseError without the password in it."""
+    try:
+        connection = await asyncpg.connect(
+            url,
+            timeout=CONNECT_TIMEOUT,
+            statement_cache_size=0,  # it may lead to a pooler
+            server_settings={"application_name": "sequencerd"},
+        )
+    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+        raise DatabaseError(f"cannot connect to the database: {explain(error)}") from error
+    except (ValueError, asyncpg.InterfaceError) as error:
+        raise SettingsError("the database's URL is wrong; write postgresql://user@host/name") from (
+            error
+        )
+    return connection
+
+
+def explain(error: BaseException) -> str:
+    """Return why a connection could not be made."""
+    return str(error) or f"no answer within {CONNECT_TIMEOUT:g} seconds"
+
+
+async def connect_pool(
+    url: str, size: int, *, pooled: bool = False, least: int = 1, **options: Any
+) -> asyncpg.Pool:
+    """Connections for the daemon's statements, whose writes notify nobody.
+
+    `pooled` through a pooler, nothing is kept from one transaction to the next: no prepared
+    statements, and no setting, so that writes notify as anybody's. `least` are opened at once.
+    """
+    quiet = {} if pooled else {"sequencer.notify": "off"}
+    if pooled:
+        options["statement_cache_size"] = 0
+    else:
+        # for as long as the connection lasts: a lone timer must not wait for them
+        options["max_cached_statement_lifetime"] = 0
+    return await asyncpg.create_pool(
+        url,
+        min_size=least,
+        max_size=size,
+        timeout=CONNECT_TIMEOUT,
+        command_timeout=COMMAND_TIMEOUT,
+        server_settings={"application_name": "sequencerd"} | quiet,
+        **options,
+    )
+
+
+@asynccontextmanager
+async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
+    """A connection for a while; one that gives no answer is closed.
+
+    A cancellation stays one, though the ROLLBACK that follows it fails: who tries again after the
+    errors of a database would never end.
+    """
+    waiting, ours = _waiting.setdefault(pool, {}), object()
+    waiting[ours] = time.monotonic()
+    try:
+        async with pool.acquire() as acquired:
+            _end_wait(pool, ours)
+            with _closed_when_dead(acquired):
+                yield acquired
+    except TRANSIENT_ERRORS as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError from error
+        raise
+    finally:
+        _end_wait(pool, ours)
+
+
+_waiting: dict[asyncpg.Pool, dict[object, float]] = {}
+"""Since when somebody waits for a connection, for pools where anybody does."""
+
+
+def _end_wait(pool: asyncpg.Pool, ours: object) -> None:
+    if (waiting := _waiting.get(pool)) is not None:
+        waiting.pop(ours, None)
+        if not waiting:
+            del _waiting[pool]
+
+
+def longest_wait(pool: asyncpg.Pool) -> float:
+    """For how many seconds a connection has been waited for. From any thread."""
+    since = list(_waiting.get(pool, {}).values())
+    return time.monotonic() - min(since) if since else 0.0
+
+
+@asynccontextmanager
+async def transaction(on: asyncpg.Connection, **options: Any) -> AsyncIterator[asyncpg.Connection]:
+    """The same for a transaction, whose ROLLBACK would wait for as long again."""
+    async with on.transaction(**options):
+        with _closed_when_dead(on):
+            yield on
+
+
+@asynccontextmanager
+async def reading(pool: asyncpg.Pool, **options: Any) -> AsyncIterator[asyncpg.Connection]:
+    """A connection for a while, in a transaction that can write nothing."""
+    async with connection(pool) as acquired, transaction(acquired, readonly=True, **options):
+        yield acquired
+
+
+async def read(
+    pool: asyncpg.Pool, query: str, *arguments: object, seconds: float | None = None
+) -> list[asyncpg.Record]:
+    """The rows of one of the QUERIES, which can write nothing and take so long at most."""
+    async with reading(pool) as connection:
+        rows: list[asyncpg.Record] = await connection.fetch(
+            QUERIES[query], *arguments, timeout=seconds
+        )
+        return rows
+
+
+@contextmanager
+def _closed_when_dead(used: asyncpg.Connection) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        used.terminate()
+        raise
+
+
+# --- definitions
+
+
+async def revisions(connection: asyncpg.Connection) -> dict[str, int]:
+    """The revision of every sequence."""
+    rows = await connection.fetch(QUERIES["revisions"])
+    return {row["name"]: row["revision"] for row in rows}
+
+
+async def definitions(
+    connection: asyncpg.Connection, names: Iterable[str]
+) -> tuple[list[asyncpg.Record], list[asyncpg.Record]]:
+    """The rows of some sequences and of their steps, from one snapshot."""
+    wanted = list(names)
+    async with transaction(connection, isolation="repeatable_read", readonly=True):
+        return (
+            await connection.fetch(QUERIES["sequences"], wanted),
+            await connection.fetch(QUERIES["steps"], wanted),
+        )
+
+
+class HiddenTable(NamedTuple):
+    """A table of which row-level security hides rows from a user: all, or maybe some."""
+
+    table: str
+    user: str
+    hides_all: bool
+
+    def __str__(self) -> str:
+        return f"{'all' if self.hides_all else 'some'} of {self.table} from {self.user}"
+
+
+async def hidden_tables(connection: asyncpg.Connection) -> list[HiddenTable]:
+    """Where row-level security is in the way of the present user, or of triggers."""
+    return [HiddenTable(*row) for row in await connection.fetch(QUERIES["row_security"])]
+
+
+async def set_problems(
+    connection: asyncpg.Connection, problems: Mapping[Place, str | None]
+) -> None:
+    """Writes what is wrong with steps; None clears it."""
+    await connection.execute(
+        QUERIES["set_problems"],
+        [place[0] for place in problems],
+        [place[1] for place in problems],
+        list(problems.values()),
+    )
+
+
+# --- the engine
+
+
+async def server_time(connection: asyncpg.Connection) -> datetime:
+    """The database's clock."""
+    now: datetime = await connection.fetchval(QUERIES["server_time"])
+    return now
+
+
+async def beat(
+    connection: asyncpg.Connection,
+    daemon: str,
+    started_at: datetime | None,
+    lease: timedelta,
+    types: Iterable[str],
+) -> datetime:
+    """Keeps a daemon alive for the time of a lease, with the types that it serves. Returns since
+    when it runs.
+    """
+    since: datetime = await connection.fetchval(
+        QUERIES["beat"], daemon, started_at, lease, sorted(types)
+    )
+    return since
+
+
+async def types_elsewhere(connection: asyncpg.Connection, daemon: str) -> frozenset[str]:
+    """The types of steps that other living daemons serve."""
+    return frozenset(row[0] for row in await connection.fetch(QUERIES["types_elsewhere"], daemon))
+
+
+async def notify_due(connection: asyncpg.Connection, places: Iterable[Place]) -> None:
+    """Tells other daemons to look at steps."""
+    await connection.execute(QUERIES["notify_due"], *zip(*places, strict=True))
+
+
+async def remove_dead_daemons(connection: asyncpg.Connection) -> None:
+    """Removes those that have sent no heartbeat for too long."""
+    await connection.execute(QUERIES["remove_dead_daemons"])
+
+
+async def remove_daemon(connection: asyncpg.Connection, daemon: str) -> None:
+    """Removes one that ends."""
+    await connection.execute(QUERIES["remove_daemon"], daemon)
+
+
+async def write_problems(
+    connection: asyncpg.Connection, daemon: str, problems: Rows[tuple[object, ...]]
+) -> None:
+    """Writes what a daemon reports, in the order of the columns, and removes everything else."""
+    columns = list(zip(*problems, strict=True)) or [()] * PROBLEM_COLUMNS
+    await connection.execute(QUERIES["remove_problems"], daemon, *columns[:2])
+    if problems:
+        await connection.execute(QUERIES["write_problems"], daemon, *columns)
+
+
+async def first_wakes(connection: asyncpg.Connection) -> list[tuple[Place, datetime]]:
+    """The earliest wake time of each step where somebody is."""
+    rows = await connection.fetch(QUERIES["first_wakes"])
+    return [((row["sequence"], row["step"]), row["wake_at"]) for row in rows]
+
+
+async def take_bell(connection: asyncpg.Connection) -> bool | None:
+    """Asks for notifications, for as long as the connection lasts. Whether the lock is ours, or
+    another daemon's; None: it is nobody's yet, as transactions are under way that tell nobody.
+    """
+    is_ours: bool | None = await connection.fetchval(QUERIES["take_bell"])
+    return is_ours
+
+
+async def leave_bell(connection: asyncpg.Connection) -> None:
+    """Asks for no notifications, and tells the other daemons."""
+    await connection.execute(QUERIES["leave_bell"])
+
+
+async def count_due(
+    connection: asyncpg.Connection, places: Iterable[Place], now: datetime, limit: int
+) -> list[tuple[str, str, int, int]]:
+    """Of some steps: the key, how many are due there, and overdue; up to a limit for each."""
+    wanted = list(places)
+    sequences, steps = [place[0] for place in wanted], [place[1] for place in wanted]
+    rows = await connection.fetch(QUERIES["count_due"], sequences, steps, now, limit)
+    return [tuple(row) for row in rows]
+
+
+async def claim(
+    connection: asyncpg.Connection,
+    place: Place,
+    now: datetime,
+    revision: int,
+    limit: int,
+    *,
+    daemon: str,
+    but: Rows[int],
+) -> Claimed:
+    """Locks due enrollments of a step until the end of the transaction, `but` some: none that a
+    living daemon has leased, and no more than fit into MAX_BYTES.
+    """
+    rows = await connection.fetch(QUERIES["claim"], *place, now, revision, limit, daemon, but)
+    return Claimed([Enrollment(*row) for row in await _with_data(connection, rows)], len(rows))
+
+
+async def due_ids(
+    connection: asyncpg.Connection,
+    place: Place,
+    now: datetime,
+    limit: int,
+    *,
+    daemon: str,
+    but: Rows[int],
+) -> list[int]:
+    """Which enrollments a claim would find. Reads nothing of them that might be unreadable."""
+    rows = await connection.fetch(QUERIES["due_ids"], *place, now, limit, daemon, but)
+    return [row["id"] for row in rows]
+
+
+async def expired_ids(
+    connection: asyncpg.Connection,
+    place: Place,
+    now: datetime,
+    since: datetime | None,
+    limit: int,
+    *,
+    daemon: str,
+    but: Rows[int],
+) -> list[int]:
+    """Who has expired at a step without being leased, and who is due `since` and may have."""
+    since = since or datetime.min.replace(tzinfo=UTC)
+    query = QUERIES["expired_ids"]
+    rows = await connection.fetch(query, *place, now, limit, daemon, but, since)
+    return [row["id"] for row in rows]
+
+
+async def forget_expiries(connection: asyncpg.Connection, place: Place) -> None:
+    """When those at a step expire is to be evaluated anew: its definition may have changed."""
+    await connection.execute(QUERIES["forget_expiries"], *place)
+
+
+async def claim_some(
+    connection: asyncpg.Connection,
+    place: Place,
+    now: datetime,
+    revision: int,
+    ids: Rows[int],
+    *,
+    daemon: str,
+    bare: bool = False,
+) -> list[Enrollment]:
+    """Locks some enrollments of a step; also those that this daemon has leased, and no longer
+    knows of. `bare` without their data and subjects, which may be unreadable.
+    """
+    query = QUERIES["claim_bare" if bare else "claim_some"]
+    rows = await connection.fetch(query, ids, *place, now, revision, daemon)
+    return [Enrollment(*row) for row in await _with_data(connection, rows)]
+
+
+async def _with_data(
+    connection: asyncpg.Connection, rows: Rows[asyncpg.Record]
+) -> Rows[Iterable[Any]]:
+    """Rows with their data: those that are large are left out by the statement, and read here, as
+    many as fit into MAX_BYTES. The others are dropped.
+    """
+    large = [row["id"] for row in rows if row["data"] is None]
+    if not large:
+        return rows
+    data: dict[int, str] = {}
+    size, take = 0, FIRST_LARGE
+    while large and size < MAX_BYTES:
+        part, large = large[:take], large[take:]
+        for id_, text in await connection.fetch(QUERIES["large_data"], part):
+            data[id_] = text
+            size += len(text)
+        take = max(1, (MAX_BYTES - size) * len(data) // max(size, 1))
+    return [
+        tuple(data[row["id"]] if key == "data" else value for key, value in row.items())
+        if row["data"] is None
+        else row
+        for row in rows
+        if row["data"] is not None or row["id"] in data
+    ]
+
+
+async def count_lapses(
+    connection: asyncpg.Connection, claimed: Rows[Enrollment], now: datetime
+) -> dict[int, int]:
+    """How often the leases of enrollments have expired in their visits, lately."""
+    ids, visits = [one.id for one in claimed], [one.visit for one in claimed]
+    return {
+        row["enrollment_id"]: row["count"]
+        for row in await connection.fetch(QUERIES["count_lapses"], ids, visits, now)
+    }
+
+
+async def orphans(
+    connection: asyncpg.Connection,
+    places: Iterable[Place],
+    now: datetime,
+    *,
+    daemon: str,
+    but: Rows[int],
+) -> dict[Place, list[int]]:
+    """What a daemon has leased and no longer knows of, at some steps, though its lease is over."""
+    wanted = list(places)
+    sequences, steps = [place[0] for place in wanted], [place[1] for place in wanted]
+    found: dict[Place, list[int]] = {}
+    for row in await connection.fetch(QUERIES["orphans"], sequences, steps, now, daemon, but):
+        found.setdefault((row["sequence"], row["step"]), []).append(row["id"])
+    return found
+
+
+async def probe(connection: asyncpg.Connection) -> None:
+    """Raises what keeps enrollments and events from being written at all, whichever row it is."""
+    await connection.execute(QUERIES["probe"], timeout=PROBE_TIMEOUT)
+
+
+async def lock(
+    connection: asyncpg.Connection, known: Rows[Enrollment]
+) -> tuple[set[int], dict[Fence, Enrollment], dict[str, int | None]]:
+    """Locks enrollments but those that somebody else has locked. Returns the ids of the locked; of
+    those that are still as they are known in a fence, the enrollment read anew; and the revisions
+    of their sequences.
+
+    What can't change in a visit is taken as it is known: dates take long to read.
+    """
+    by_fence = {enrollment.fence: enrollment for enrollment in known}
+    ids = sorted({enrollment.id for enrollment in known})
+    locked, now, revisions = set(), {}, {}
+    rows = await _with_data(connection, await connection.fetch(QUERIES["lock"], ids))
+    for row in rows:
+        id_, visit, attempt, leased_by, *rest = row
+        subject, data, sequence, step, timezone, error, goals, elsewhere, executed, revision = rest
+        fence = (id_, visit, attempt, leased_by)
+        locked.add(id_)
+        if was := by_fence.get(fence):
+            revisions[sequence] = revision
+            now[fence] = Enrollment(
+                id_,
+                subject,
+                data,
+                was.created_at,
+                was.tag,
+                sequence,
+                step,
+                timezone,
+                None,
+                was.entered_at,
+                visit,
+                attempt,
+                was.retry_at,
+                leased_by,
+                error,
+                goals,
+                elsewhere,
+                executed,
+            )
+    return locked, now, revisions
+
+
+async def fences(connection: asyncpg.Connection, ids: Rows[int]) -> set[Fence]:
+    """To whom enrollments are leased, after every transaction that may still write them."""
+    rows = await connection.fetch(QUERIES["fences"], ids)
+    return {(row["id"], row["visit"], row["attempt"], row["leased_by"]) for row in rows}
+
+
+async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:
+    """Which of the enrollments are not deleted."""
+    return {row["id"] for row in await connection.fetch(QUERIES["existing"], ids)}
+
+
+async def refusals(
+    connection: asyncpg.Connection, jumps: Rows[tuple[int, str, str]]
+) -> dict[tuple[int, str], tuple[str, str | None]]:
+    """Of jumps (id, subject, sequence): by id and sequence, its reentry policy, and the code of the
+    reason for which it refuses this one.
+    """
+    rows = await connection.fetch(QUERIES["refusals"], *map(list, zip(*jumps, strict=True)))
+    return {(row["id"], row["sequence"]): (row["reentry"], row["refusal"]) for row in rows}
+
+
+async def next_wake(
+    connection: asyncpg.Connection,
+    place: Place,
+    now: datetime,
+    *,
+    daemon: str,
+    but: Rows[int],
+) -> datetime | None:
+    """When to claim at a step again, `but` for some enrollments."""
+    query = QUERIES["next_wake"]
+    at: datetime | None = await connection.fetchval(query, *place, now, daemon, but)
+    return at
+
+
+async def write(connection: asyncpg.Connection, written: Written, now: datetime) -> None:
+    """Writes where locked enrollments are now, and what happened to them."""
+    if written.data:
+        data = [(id_, json.dumps(merged)) for id_, merged in written.data.items()]
+        await connection.executemany(QUERIES["merge_data"], data)
+    if written.goals_met:
+        goals = [(id_, *met) for id_, met in written.goals_met.items()]
+        await connection.executemany(QUERIES["write_goals"], goals)
+    if written.rows:
+        rows = [(ids, *row, now) for row, ids in written.rows.items()]
+        await connection.executemany(QUERIES["write"], rows)
+    if written.events:
+        who = [id_ for ids in written.events.values() for id_ in ids]
+        number = [n for n, ids in enumerate(written.events.values(), 1) for _ in ids]
+        await connection.execute(QUERIES["record"], who, number, *zip(*written.events, strict=True))
+
+
+async def extend_leases(
+    connection: asyncpg.Connection, ids: Rows[int], daemon: str, until: datetime
+) -> None:
+    """Keeps what a daemon is executing from falling due."""
+    await connection.execute(QUERIES["extend_leases"], ids, daemon, until)
+
+
+async def occupied(connection: asyncpg.Connection) -> list[Place]:
+    """Each step where an enrollment is active."""
+    rows = await connection.fetch(QUERIES["occupied"])
+    return [(row["sequence"], row["step"]) for row in rows]
+
+
+async def request_evaluation(
+    connection: asyncpg.Connection, places: Iterable[Place]
+) -> list[Place]:
+    """Notes that all who wait at steps are to be evaluated. Returns those steps that were not
+    locked by others.
+    """
+    wanted = list(places)
+    sequences, steps = [place[0] for place in wanted], [place[1] for place in wanted]
+    rows = await connection.fetch(QUERIES["request_evaluation"], sequences, steps)
+    return [(row["sequence"], row["name"]) for row in rows]
+
+
+async def waiting_of_subjects(
+    connection: asyncpg.Connection, subjects: Rows[str], after: int, now: datetime, limit: int
+) -> list[asyncpg.Record]:
+    """Who waits of some subjects, with a greater id: id, subject, sequence and step."""
+    query = QUERIES["waiting_of_subjects"]
+    rows: list[asyncpg.Record] = await connection.fetch(query, subjects, after, now, limit)
+    return rows
+
+
+async def unfinished_retiming(connection: asyncpg.Connection) -> dict[Place, int]:
+    """Steps where waiting enrollments have yet to be evaluated, and from which id on."""
+    rows = await connection.fetch(QUERIES["unfinished_retiming"])
+    return {(row["sequence"], row["name"]): row["retime_from"] for row in rows}
+
+
+async def take_lead(connection: asyncpg.Connection) -> bool:
+    """Whether this connection's daemon sees to requests, as long as the connection lasts."""
+    is_ours: bool = await connection.fetchval(QUERIES["take_lead"])
+    return is_ours
+
+
+async def retiming_from(connection: asyncpg.Connection, place: Place) -> int | None:
+    """From which id on those who wait at a step have yet to be looked at; None if nobody has."""
+    since: int | None = await connection.fetchval(QUERIES["retiming_from"], *place)
+    return since
+
+
+async def standing(
+    connection: asyncpg.Connection, place: Place, since: int, limit: int
+) -> list[int]:
+    """Who is at a step, by id, from this one on."""
+    rows = await connection.fetch(QUERIES["standing"], *place, since, limit)
+    return [row["id"] for row in rows]
+
+
+async def take_retiming(
+    connection: asyncpg.Connection, place: Place, since: int, revision: int
+) -> bool:
+    """Whether nobody but us evaluates who waits at a step until the end of the transaction.
+
+    Not where another daemon is at it, or the definition is not the one known.
+    """
+    return await connection.fetchval(QUERIES["take_retiming"], *place, since, revision) is not None
+
+
+async def note_retiming(connection: asyncpg.Connection, place: Place, until: int) -> None:
+    """Notes up to which id a step is done."""
+    await connection.execute(QUERIES["note_retiming"], *place, until)
+
+
+async def lock_waiting(
+    connection: asyncpg.Connection, place: Place, ids: Rows[int], now: datetime
+) -> tuple[list[Enrollment], list[int]]:
+    """Locks those who wait at a step beyond now, and tells who is locked by somebody else."""
+    rows = await connection.fetch(QUERIES["lock_waiting"], *place, ids, now)
+    waiting = [Enrollment(*row) for row in await _with_data(connection, rows)]
+    if len(waiting) == len(ids):
+        return waiting, []
+    ours = {enrollment.id for enrollment in waiting}
+    others = [id_ for id_ in ids if id_ not in ours]
+    rows = await connection.fetch(QUERIES["waiting"], *place, others, now)
+    return waiting, [row["id"] for row in rows]
+
+
+async def retimed(connection: asyncpg.Connection, place: Place, since: int) -> bool | None:
+    """Notes that a step is done: whether it is to be done again; None if another was faster."""
+    again: bool | None = await connection.fetchval(QUERIES["retimed"], *place, since)
+    return again
+
+
+async def new_transaction(connection: asyncpg.Connection) -> int:
+    """A number greater than those of all transactions that have written until now."""
+    number: int = await connection.fetchval(QUERIES["new_transaction"])
+    return number
+
+
+async def oldest_transaction(connection: asyncpg.Connection) -> int:
+    """The number of the oldest transaction that has written and not ended."""
+    number: int = await connection.fetchval(QUERIES["oldest_transaction"])
+    return number
+
+
+async def revive(connection: asyncpg.Connection, places: Rows[Place], now: datetime) -> int:
+    """Lets those go on who failed at steps that have been mended. Returns how many."""
+    sequences, steps = [place[0] for place in places], [place[1] for place in places]
+    return _count(await connection.execute(QUERIES["revive"], sequences, steps, now))
+
+
+async def suppressed(
+    connection: asyncpg.Connection, addresses: Rows[tuple[str, str]]
+) -> set[tuple[str, str]]:
+    """Which of the (channel, address) get no messages."""
+    channels, texts = [a[0] for a in addresses], [a[1] for a in addresses]
+    rows = await connection.fetch(QUERIES["suppressed"], channels, texts)
+    return {(row["channel"], row["address"]) for row in rows}
+
+
+async def look_up(
+    connection: asyncpg.Connection, function: str, subjects: Rows[str], seconds: float
+) -> dict[str, Mapping[str, Any]]:
+    """What a function `schema.name(subjects text[])` of the user's own knows, by subject.
+
+    It can't write, and the server ends it after so many seconds. Raises ValueError for a name that
+    is none, or of a schema that is not theirs.
+    """
+    name = _FUNCTION.fullmatch(function)
+    if name is None or re.match(r"pg_|information_schema$|sequencer$", name["schema"]):
+        raise ValueError(
+            f"{function!r} is neither set up as [lookups.{function}] nor installed, "
+            "nor an SQL function's name such as app.of_subjects"
+        )
+    query = QUERIES["look_up"].format(**name.groupdict())
+    async with connection.transaction(readonly=True):
+        # for this transaction alone, so that it holds through a pooler as well
+        await connection.execute(QUERIES["limit_statement"], f"{seconds * 1000:.0f}")
+        rows = await connection.fetch(query, subjects, timeout=seconds + COMMAND_TIMEOUT)
+    return {row["subject"]: json.loads(row["data"] or "{}") for row in rows}
+
+
+async def try_lock_retention(connection: asyncpg.Connection) -> bool:
+    """Whether nobody else tidies up; until the end of the transaction nobody else will."""
+    is_alone: bool = await connection.fetchval(QUERIES["try_lock_retention"])
+    return is_alone
+
+
+async def add_event_partitions(connection: asyncpg.Connection) -> None:
+    """Makes the partitions of the history that will be needed soon."""
+    await connection.execute(QUERIES["add_event_partitions"])
+
+
+async def drop_event_partition(connection: asyncpg.Connection, before: datetime) -> str | None:
+    """Drops the oldest partition of the history, if all of it is older. Returns its name."""
+    name: str | None = await connection.fetchval(QUERIES["drop_event_partition"], before)
+    return name
+
+
+async def delete_ended(connection: asyncpg.Connection, before: datetime, limit: int) -> int:
+    """Deletes a batch of the enrollments that have ended before. Returns how many."""
+    count: int = await connection.fetchval(QUERIES["delete_ended"], before, limit)
+    return count
+
+
+def _count(tag: str) -> int:
+    """The number in a command tag such as "INSERT 0 5"."""
+    return int(tag.rsplit(" ", 1)[-1])

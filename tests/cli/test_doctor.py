@@ -1,0 +1,320 @@
+"""`sequencerd doctor` and `watch`: what they find, and that they find it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+from aiosmtpd.controller import Controller
+
+from sequencerd.cli import doctor
+from sequencerd.cli.doctor import Finding
+from sequencerd.settings import Settings
+from sequencerd.storage import store
+from tests.conftest import Command, with_login
+from tests.helpers.engines import define, enroll, running_engine
+from tests.helpers.servers import Answer, Request, http_server
+
+READ_ONLY = (
+    "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on',"
+    " current_database()); END $$"
+)
+Findings = Mapping[str, Finding]
+
+
+async def examine(url: str, **settings: Any) -> Findings:
+    read = Settings.model_validate(settings)
+    return {finding.about: finding async for finding in doctor.examine(url, read)}
+
+
+async def test_all_is_well(database: str, connection: asyncpg.Connection) -> None:
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    async with running_engine(database):
+        found = await examine(database)
+    wrong = {about: f.seen for about, f in found.items() if f.level != "ok"}
+    assert wrong == {"roles": "this user is a superuser"}
+    assert len(found) == 16
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("schema", "error", "no schema sequencer yet", "DROP SCHEMA sequencer CASCADE"),
+        (
+            "triggers",
+            "error",
+            "wake_on_change on enrollments",
+            "ALTER TABLE sequencer.enrollments DISABLE TRIGGER wake_on_change",
+        ),
+        (
+            "triggers",
+            "error",
+            "record_revision on sequences",
+            "DROP TRIGGER record_revision ON sequencer.sequences",
+        ),
+        (
+            "vacuum",
+            "error",
+            "autovacuum is off",
+            "ALTER TABLE sequencer.enrollments SET (autovacuum_enabled = false)",
+        ),
+        ("history", "warning", "no partition", "SELECT sequencer_test_drop_partitions()"),
+        ("daemons", "warning", "none connected", "SELECT 1"),
+        (
+            "overdue",
+            "warning",
+            "1 enrollments, the oldest for 1:00",
+            "UPDATE sequencer.enrollments SET wake_at = now() - interval '1 hour'",
+        ),
+        (
+            "failed",
+            "warning",
+            "1 with bad_data",
+            "UPDATE sequencer.enrollments SET status = 'failed', failure = 'bad_data'",
+        ),
+        (
+            "steps",
+            "error",
+            "s/a: it is wrong",
+            "UPDATE sequencer.steps SET problem = 'it is wrong'",
+        ),
+        (
+            "lookup app.nothing",
+            "error",
+            "no such function",
+            "UPDATE sequencer.sequences SET lookup = 'app.nothing'",
+        ),
+        (
+            "server",
+            "error",
+            "read-only",
+            READ_ONLY,
+        ),
+        (
+            "server",
+            "error",
+            "idle_session_timeout is 4 s",
+            READ_ONLY.replace("default_transaction_read_only = on", "idle_session_timeout = 4000"),
+        ),
+    ],
+)
+async def test_what_is_wrong_is_found(
+    database: str, connection: asyncpg.Connection, wrong: tuple[str, str, str, str]
+) -> None:
+    about, level, words, statement = wrong
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    await enroll(connection, "s", "ada")
+    await connection.execute(
+        "CREATE FUNCTION sequencer_test_drop_partitions() RETURNS void LANGUAGE plpgsql AS $$"
+        " DECLARE name text; BEGIN FOR name IN SELECT inhrelid::regclass FROM pg_inherits"
+        " WHERE inhparent = 'sequencer.events'::regclass LOOP"
+        " IF name NOT LIKE '%other' THEN EXECUTE 'DROP TABLE ' || name; END IF; END LOOP; END $$"
+    )
+    await connection.execute(statement)
+    finding = (await examine(database))[about]
+    assert finding.level == level
+    assert words in finding.seen
+    assert finding.advice
+
+
+async def test_a_transaction_that_was_left_open(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "OLD", timedelta(0))
+    async with connection.transaction(isolation="repeatable_read"):
+        await connection.fetch("SELECT 1")
+        finding = (await examine(database))["old transactions"]
+    assert finding.level == "warning"
+    assert f"process {connection.get_server_pid()} of postgres" in finding.seen
+
+
+async def test_a_user_who_may_too_little(database: str, connection: asyncpg.Connection) -> None:
+    await connection.execute(
+        "DO $$ BEGIN CREATE ROLE sequencer_test_nobody LOGIN;"
+        " EXCEPTION WHEN duplicate_object THEN END $$"
+    )
+    await connection.execute("GRANT sequencer_enroller TO sequencer_test_nobody")
+    found = await examine(with_login(database, "sequencer_test_nobody"))
+    assert found["roles"].level == "warning"
+    assert "INSERT ON sequencer.events" in found["roles"].seen
+    assert "GRANT sequencer_daemon" in found["roles"].advice
+
+
+async def test_a_database_that_is_not_there() -> None:
+    found = await examine("postgresql://127.0.0.1:1/x")
+    assert list(found) == ["database"]
+    assert "cannot connect" in found["database"].seen
+
+
+async def test_a_notification_that_does_not_come(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "ROUND_TRIP", 0.2)
+    monkeypatch.setitem(store.QUERIES, "notify", "SELECT $1::text")
+    finding = (await examine(database))["notifications"]
+    assert finding.level == "error"
+    assert "direct connection" in finding.advice
+
+
+async def test_nothing_is_listened_to(database: str, connection: asyncpg.Connection) -> None:
+    finding = (await examine(database, database={"listen": False}))["notifications"]
+    assert finding.level == "warning"
+    assert "poll every 1 s" in finding.seen
+    assert "listen_url" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("listen", "level", "words"),
+    [(True, "error", "breaks LISTEN"), (False, "ok", "as configured")],
+)
+@pytest.mark.usefixtures("connection")
+async def test_a_pooler(
+    database: str, monkeypatch: pytest.MonkeyPatch, listen: bool, level: str, words: str
+) -> None:
+    facts = store.QUERIES["server_facts"]
+    monkeypatch.setitem(store.QUERIES, "server_facts", facts.replace("pg_backend_pid()", "0"))
+    finding = (await examine(database, database={"listen": listen}))["pooler"]
+    assert (finding.level, words in finding.seen) == (level, True)
+
+
+async def test_a_way_past_a_pooler(database: str, connection: asyncpg.Connection) -> None:
+    settings = {"url": database, "listen_url": database}
+    assert "uses none" in (await examine(database, database=settings))["pooler"].seen
+    settings["url"] = "postgresql://127.0.0.1:1/x"
+    finding = (await examine(database, database=settings))["pooler"]
+    assert (finding.level, "cannot connect" in finding.seen) == ("error", True)
+
+
+def closed_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+    return port
+
+
+async def test_endpoints_that_are_there(database: str, connection: asyncpg.Connection) -> None:
+    async def respond(request: Request) -> Answer:
+        seen.append((request.method, request.target))
+        return Answer(status=200 if request.target.endswith(".json") else 405)
+
+    seen: list[tuple[str, str]] = []
+    mail = Controller(object(), hostname="127.0.0.1", port=closed_port())
+    mail.start()
+    await connection.execute("CREATE SCHEMA app")
+    await connection.execute(
+        "CREATE FUNCTION app.plans(text[]) RETURNS TABLE (subject text, data jsonb)"
+        " LANGUAGE sql AS $$ SELECT '', '{}'::jsonb $$"
+    )
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    await connection.execute("UPDATE sequencer.sequences SET lookup = 'app.plans'")
+    try:
+        async with http_server(respond) as server:
+            found = await examine(
+                database,
+                email={"url": f"smtp://127.0.0.1:{mail.port}"},
+                sms={"account_sid": "AC1", "auth_token": "t", "base_url": server.url},
+                runners={"Crm": {"url": f"{server.url}/crm"}},
+                lookups={"plans": {"url": f"{server.url}/plans"}},
+            )
+    finally:
+        mail.stop()
+    ends = {
+        about: found[about].seen
+        for about in ("mail server", "Twilio", "runner Crm", "lookup plans", "lookup app.plans")
+    }
+    assert ends == {
+        "mail server": f"127.0.0.1:{mail.port} is ready for mail",
+        "Twilio": "accepts the login",
+        "runner Crm": "reachable; responds to GET with 405",
+        "lookup plans": "reachable; responds to GET with 405",
+        "lookup app.plans": "is an SQL function",
+    }
+    assert {method for method, _ in seen} == {"GET"}  # what changes nothing
+
+
+async def test_endpoints_that_are_not(database: str, connection: asyncpg.Connection) -> None:
+    port = closed_port()
+    await define(connection, "s", ("a", "Email", "{}", None))
+
+    async def respond(_: Request) -> Answer:
+        return Answer(status=401)
+
+    async with http_server(respond) as server:
+        found = await examine(
+            database,
+            email={"url": f"smtp://user:secret@127.0.0.1:{port}"},
+            sms={"account_sid": "AC1", "auth_token": "token", "base_url": server.url},
+            runners={"Crm": {"url": f"http://127.0.0.1:{port}"}},
+        )
+    for about, words in (
+        ("mail server", f"127.0.0.1:{port}"),
+        ("Twilio", "rejects the login with 401"),
+        ("runner Crm", "127.0.0.1"),
+    ):
+        assert found[about].level == "error", found[about]
+        assert words in found[about].seen
+        assert found[about].advice
+    assert not any("secret" in f.seen or "token" in f.seen for f in found.values())
+
+
+async def test_the_command(sequencerd: Command, connection: asyncpg.Connection) -> None:
+    text = sequencerd("doctor")
+    assert "ok       server: PostgreSQL" in text
+    assert "WARNING  daemons: none connected\n         start one: sequencerd run\n" in text
+    await connection.execute("ALTER TABLE sequencer.steps DISABLE TRIGGER ALL")
+    findings = json.loads(sequencerd("doctor", "--json", code=1))
+    levels = {one["about"]: one["level"] for one in findings}
+    assert (levels["triggers"], levels["server"]) == ("error", "ok")
+
+
+async def test_watch_shows_changes(sequencerd: Command, connection: asyncpg.Connection) -> None:
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sequencerd", "watch", "s", "--interval", "0.1",
+        env=sequencerd.variables, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            while b"+0" not in await process.stdout.readline():
+                pass
+            await enroll(connection, "s", "ada")
+            while b"+1" not in await process.stdout.readline():
+                pass
+    finally:
+        process.terminate()
+        await process.wait()
+    sequencerd("watch", "--interval", "x", code=2)
+    assert "not a number of seconds" in sequencerd.errors
+    sequencerd("watch", "nowhere", code=1)
+    assert "'nowhere' does not exist" in sequencerd.errors
+
+
+async def test_who_waits_for_a_runner_that_is_down(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("a", "Email", "{}", None))
+    await enroll(connection, "s", "ada")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET wake_at = now() - interval '1 hour';"
+        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
+        " VALUES ('d', now(), now() + interval '1 hour');"
+        "INSERT INTO sequencer.problems (daemon, kind, about, since, message, waiting)"
+        " VALUES ('d', 'runner', 'Email', '2026-03-02T10:00Z', 'mail.x.test refuses', 1240)"
+    )
+    found = await examine(database)
+    assert found["overdue"].level == "ok"
+    told = "Email is down since 2026-03-02 10:00:00Z, 1,240 wait; mail.x.test refuses"
+    assert found["problems"].seen == told
+    await connection.execute("UPDATE sequencer.daemons SET alive_until = now() - interval '1 hour'")
+    found = await examine(database)
+    assert found["overdue"].level == "warning"
+    assert found["problems"].level == "ok"

@@ -1,0 +1,52 @@
+"""What a command imports: help and the version are there at once, and no command loads the rest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from sequencerd.cli.arguments import make_parser
+from sequencerd.definitions import graph
+from sequencerd.definitions.simulate import Outcome
+
+DAEMON = {"sequencerd.daemon", "sequencerd.engine.loop", "sequencerd.console", "httpx", "uvicorn"}
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("cli", {*DAEMON, "pydantic", "asyncpg", "rich", "sequencerd.settings"}),
+        ("cli.inspection", {*DAEMON, "sequencerd.runners", "aiosmtplib"}),
+        ("cli.operation", {*DAEMON, "sequencerd.runners", "aiosmtplib"}),
+        ("daemon", {"sequencerd.cli", "sequencerd.storage.embedded"}),
+    ],
+)
+def test_a_command_imports_what_it_uses(module: str, unwanted: set[str]) -> None:
+    program = f"import sys, sequencerd.{module}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not unwanted & set(done.stdout.split())
+
+
+def test_every_command_has_its_function() -> None:
+    from importlib import import_module
+
+    parser = make_parser()
+    (commands,) = (action.choices for action in parser._actions if action.dest == "command")
+    assert isinstance(commands, dict)
+    for command in commands.values():
+        module, _, function = command.get_default("run").rpartition(".")
+        assert callable(getattr(import_module(f"sequencerd.cli.{module}"), function))
+
+
+def test_the_choices_in_the_arguments_are_those_that_there_are() -> None:
+    parser = make_parser()
+    for name in graph.FORMATS:
+        assert parser.parse_args(["graph", "x", "--format", name]).format == name
+    (commands,) = (action.choices for action in parser._actions if action.dest == "command")
+    assert isinstance(commands, dict)
+    assert ", ".join(get_args(Outcome)) in commands["simulate"].format_help().replace("\n", " ")

@@ -1,0 +1,143 @@
+"""What commands and the log print: nothing in it steers a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import asyncpg
+import pytest
+import structlog
+import yaml
+
+from sequencerd.cli.output import cell, console
+from sequencerd.core.describe import visible
+from sequencerd.definitions.yaml_writer import to_yaml
+from sequencerd.service.logs import make_log
+from sequencerd.settings import Log, Settings
+from tests.conftest import Command
+from tests.helpers.engines import enroll
+
+HOSTILE = (
+    "a\x1b[2J\x1b]0;title\x07b\nforged line\rc\x9b31m\x7f\u202egnp.exe\u2066\u200b\u2028d"
+    " [bold]e[/bold] :smile:"
+)
+SHOWN = (
+    r"a\x1b[2J\x1b]0;title\x07b\nforged line\rc\x9b31m\x7f\u202egnp.exe\u2066\u200b\u2028d"
+    " [bold]e[/bold] :smile:"
+)
+
+OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (HOSTILE, SHOWN),
+        ("Zoë 😀 日本 café\xa0x", "Zoë 😀 日本 café\xa0x"),
+        ("\ud800", r"\ud800"),
+        ("\U000e0041", r"\U000e0041"),
+        ("\ufeff\u00ad\t\x00", r"\ufeff\xad\t\x00"),
+    ],
+)
+def test_what_is_shown_instead(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+@pytest.fixture
+async def hostile(applied: Command, connection: asyncpg.Connection) -> int:
+    """An enrollment whose every text is hostile."""
+    id_ = await enroll(connection, "s", HOSTILE, json.dumps({"name": HOSTILE}))
+    await connection.execute("UPDATE sequencer.enrollments SET last_error = $1", HOSTILE)
+    await connection.execute(
+        "INSERT INTO sequencer.events (enrollment_id, sequence, step, visit, at, action,"
+        " message) SELECT id, sequence, step, visit, now(), 'noop', $1 FROM sequencer.enrollments",
+        HOSTILE,
+    )
+    return id_
+
+
+async def test_no_command_prints_it_raw(applied: Command, hostile: int) -> None:
+    commands = (
+        ("list",),
+        ("show", str(hostile)),
+        ("status",),
+        ("history", "s"),
+        ("cancel", "--sequence", "s", "--dry-run"),
+        ("doctor",),
+    )
+    for command in commands:
+        printed = applied(*command) + applied.errors
+        assert not OBEYED.search(printed), command
+        assert "\nforged" not in printed, command
+        if command[0] in ("list", "show"):
+            assert SHOWN in printed, printed
+
+
+async def test_errors_show_it_too(applied: Command) -> None:
+    for code, *command in (
+        (1, "enroll", HOSTILE, "x"),
+        (1, "enroll", "s", "x", "--step", HOSTILE),
+        (1, "history", HOSTILE),
+        (1, "status", HOSTILE),
+        (2, "list", "--status", HOSTILE),
+        (2, "show", HOSTILE),
+        (2, HOSTILE),
+    ):
+        applied(*command, code=code)
+        assert not OBEYED.search(applied.errors), command
+        assert "\nforged" not in applied.errors, command
+
+
+async def test_json_stays_json(applied: Command, hostile: int) -> None:
+    for command in (("list", "--json"), ("show", str(hostile), "--json")):
+        printed = applied(*command)
+        assert printed.isascii()
+        assert not OBEYED.search(printed)
+        found = json.loads(printed)
+        assert (found[0] if isinstance(found, list) else found)["subject"] == HOSTILE
+
+
+def test_cells_have_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console().print(cell(HOSTILE))
+    assert capsys.readouterr().out == f"{SHOWN}\n"
+
+
+def test_an_export_that_turns_texts_is_escaped_and_the_same() -> None:
+    config = {"text": "a\u202eb\x9b", "name": "Zoë"}
+    step = {"name": "one", "type": "Crm", "config": config, "next": None, "altNext": None}
+    document = {
+        "name": "s", "timezone": "UTC", "status": "active", "reentry": "after_end", "lookup": None,
+        "recheck": 60, "steps": [step],
+    }  # fmt: skip
+    made = to_yaml(document)
+    assert not OBEYED.search(made)
+    assert yaml.safe_load(made)["steps"][0]["config"] == config
+    del config["text"]
+    assert "Zoë" in to_yaml(document)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_log_shows_it(form: str) -> None:
+    with redirect_stderr(io.StringIO()) as written:
+        log = make_log(Settings(log=Log(format=form)))
+        log.warning(HOSTILE, subject=HOSTILE, step=("s", HOSTILE))
+        try:
+            raise ValueError(HOSTILE)
+        except ValueError:
+            log.exception("failed")
+    structlog.reset_defaults()
+    assert not OBEYED.search(written.getvalue())
+    assert "\nforged" not in written.getvalue()
+    assert "forged line" in written.getvalue()
+
+
+def test_what_is_not_a_terminal_is_no_other(repository: Path) -> None:
+    """Every command prints by cli/output.py, which is where this is done."""
+    for path in (repository / "sequencerd/cli").glob("*.py"):
+        # the demo and the arguments print what is ours alone
+        if path.name not in ("output.py", "demo.py", "arguments.py"):
+            assert not re.search(r"(?<![\w.])print\(|sys\.stdout\.write", path.read_text()), path

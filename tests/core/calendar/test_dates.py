@@ -1,0 +1,154 @@
+"""The calendar by its rules, by properties, and by moment's recorded answers."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sequencerd.core.calendar import dates
+from sequencerd.core.model import DefinitionError, EvaluationError
+
+BERLIN = dates.zone("Europe/Berlin")
+CASES = Path(__file__).parents[2] / "oracle" / "moment-public.jsonl"
+ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu"]
+instants = st.datetimes(datetime(2000, 1, 1), datetime(2036, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 -- hypothesis wants naive bounds
+
+
+def at(text: str) -> datetime:
+    found = dates.parse(text, dates.zone("UTC"))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("start", "amount", "unit", "end"),
+    [
+        ("2018-01-31T12:00:00Z", 1, "months", "2018-02-28T12:00:00.000Z"),
+        ("2024-03-30T01:30:00Z", 1, "days", "2024-03-31T01:30:00.000Z"),  # 02:30 is in the gap
+        ("2024-03-30T12:00:00Z", 1, "days", "2024-03-31T11:00:00.000Z"),
+        ("2024-03-30T12:00:00Z", 24, "hours", "2024-03-31T12:00:00.000Z"),
+    ],
+)
+def test_days_move_the_wall_clock_and_hours_elapse(
+    start: str, amount: float, unit: str, end: str
+) -> None:
+    assert dates.format_iso(dates.add(at(start), amount, unit, BERLIN)) == end
+
+
+def test_an_unknown_unit_is_rejected() -> None:
+    with pytest.raises(DefinitionError, match="fortnight"):
+        dates.normalise_unit("fortnight")
+
+
+def test_an_unknown_zone_is_rejected() -> None:
+    with pytest.raises(DefinitionError, match="Europe/Berlin"):
+        dates.zone("Europe/Berlim")
+
+
+@pytest.mark.parametrize("text", ["June 8, 2018", "", "tomorrow", "2018-13-01", "08/06/2018"])
+def test_a_text_that_needs_guessing_is_no_date(text: str) -> None:
+    assert dates.parse(text, BERLIN) is None
+
+
+def test_an_amount_out_of_range_is_told() -> None:
+    with pytest.raises(EvaluationError):
+        dates.add(at("2024-01-01T00:00:00Z"), 1e6, "years", BERLIN)
+
+
+def test_values_that_never_occur_find_nothing() -> None:
+    assert dates.next_match(at("2024-01-01T00:00:00Z"), "month", [12], BERLIN) is None
+
+
+@given(instants, st.sampled_from(ZONES), st.sampled_from(["hour", "day", "month", "minute"]))
+def test_next_match_is_first_and_not_early(after: datetime, name: str, attribute: str) -> None:
+    tz = dates.zone(name)
+    found = dates.next_match(after, attribute, [1], tz)
+    assert found is not None
+    assert found >= after
+    assert dates.get(found, attribute, tz) == 1
+    for share in range(7):
+        between = after + (found - after) * share / 7
+        assert between == found or dates.get(between, attribute, tz) != 1
+
+
+@pytest.mark.parametrize(
+    ("after", "attribute", "values", "expected"),
+    [
+        ("2026-03-02T08:05:00Z", "hour", [9], "2026-03-03T08:00:00Z"),  # 9:05
+        ("2026-03-02T08:00:00Z", "hour", [9], "2026-03-03T08:00:00Z"),  # 9:00
+        ("2026-03-02T07:59:00Z", "hour", [9], "2026-03-02T08:00:00Z"),
+        ("2026-03-02T08:05:00Z", "hour", [9, 10], "2026-03-02T09:00:00Z"),
+        ("2026-03-02T08:05:00Z", "day", [1, 2, 3, 4, 5], "2026-03-02T23:00:00Z"),
+        ("2026-03-02T08:05:00Z", "month", [2], "2027-02-28T23:00:00Z"),  # every March
+        ("2026-03-02T08:05:00Z", "year", [2026], None),
+        ("2026-03-02T08:05:00Z", "year", [2026, 2027], "2026-12-31T23:00:00Z"),
+        ("2026-03-02T08:05:00Z", "hour", list(range(24)), "2026-03-02T09:00:00Z"),
+        ("2026-03-28T08:30:00Z", "hour", [9], "2026-03-29T07:00:00Z"),  # clocks are set ahead
+        ("2026-10-24T07:30:00Z", "hour", [9], "2026-10-25T08:00:00Z"),  # and back
+        ("2026-10-25T00:30:00Z", "hour", [2], "2026-10-26T01:00:00Z"),  # the hour comes twice
+        ("2026-10-25T00:30:00Z", "hour", [2, 3], "2026-10-25T02:00:00Z"),
+        ("2026-10-25T00:31:00Z", "minute", [30], "2026-10-25T01:30:00Z"),
+        ("2026-03-02T08:05:00Z", "hour", [True, 99], None),
+    ],
+)
+def test_the_next_period_begins_after_the_arrival(
+    after: str, attribute: str, values: list[object], expected: str | None
+) -> None:
+    found = dates.next_start(at(after), attribute, values, BERLIN)
+    assert found == (expected and at(expected))
+
+
+ATTRIBUTES = st.sampled_from(["hour", "day", "date", "month", "minute", "second", "isoWeek"])
+SOON = st.timedeltas(timedelta(0), timedelta(days=40))
+
+
+@given(
+    instants,
+    SOON,
+    st.sampled_from(ZONES),
+    ATTRIBUTES,
+    st.lists(st.integers(1, 6), min_size=1, max_size=6),
+)
+def test_next_start_is_after_and_the_start_and_the_first_and_monotone(
+    after: datetime, ahead: timedelta, name: str, attribute: str, values: list[int]
+) -> None:
+    tz = dates.zone(name)
+
+    def read(instant: datetime) -> int:
+        return dates.get(instant, attribute, tz)
+
+    found = dates.next_start(after, attribute, values, tz)
+    assert found is not None
+    assert found > after
+    assert read(found) in values
+    assert read(found - timedelta(microseconds=1)) != read(found)
+    for share in range(1, 8):
+        between = after + (found - after) * share / 8
+        assert read(between) not in values or read(between) == read(after)
+    later = dates.next_start(after + ahead, attribute, values, tz)
+    assert later is not None
+    assert later >= found
+
+
+@given(instants, st.integers(-10_000, 10_000), st.sampled_from(ZONES))
+def test_hours_are_elapsed_time_in_every_zone(start: datetime, hours: int, name: str) -> None:
+    assert dates.add(start, hours, "hours", dates.zone(name)) == start + timedelta(hours=hours)
+
+
+@given(instants)
+def test_format_and_parse_agree_to_the_millisecond(instant: datetime) -> None:
+    assert abs(at(dates.format_iso(instant)) - instant) < timedelta(milliseconds=1)
+
+
+def test_getters_answer_as_moment_did() -> None:
+    cases = [json.loads(line) for line in CASES.read_text("utf-8").split("\n") if line]
+    getters = [case for case in cases if case["op"] == "get" and case["result"] is not None]
+    assert len(getters) > 300
+    for case in getters:
+        tz = dates.zone(case["zone"])
+        assert dates.get(at(case["instant"]), case["attribute"], tz) == case["result"], case

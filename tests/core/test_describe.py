@@ -1,0 +1,89 @@
+"""What an enrollment waits for, in words."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from sequencerd.core.describe import what_next
+from sequencerd.core.model import NEVER
+
+AT = datetime(2030, 1, 1, tzinfo=UTC)
+CONDITION = {
+    "lodashCommand": "gte",
+    "value": {"type": "get", "value": "data.score"},
+    "compareTo": {"type": "raw", "value": 50},
+}
+
+
+def row(
+    type_: str | None = "GoTo", config: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    return {
+        "status": "active",
+        "sequence_status": "active",
+        "type": type_,
+        "config": json.dumps(config or {}),
+        "next_step": "b",
+        "leased_by": None,
+        "wake_at": AT,
+        "entered_at": AT,
+        "attempt": 0,
+        "expires_at": None,
+        **more,
+    }
+
+
+WHEN = "2030-01-01 00:00:00Z"
+AGAIN = f"next check at {WHEN}, then b"
+
+
+@pytest.mark.parametrize(
+    ("enrollment", "words"),
+    [
+        (row("WaitForDuration", {"amount": 3, "unit": "days"}), f"waits for 3 days; {AGAIN}"),
+        (
+            row("WaitForDate", {"date": "{{data.due}}"}),
+            f"waits for the date {{{{data.due}}}}; {AGAIN}",
+        ),
+        (
+            row("WaitForDateComparison", {"attribute": "hour", "values": [9, 10]}),
+            f"waits for the hour to be 9 or 10; {AGAIN}",
+        ),
+        (
+            row(
+                "WaitForDateComparison",
+                {"attribute": "hour", "values": [9], "occurrence": "next"},
+            ),
+            f"waits for the hour to be 9 the next time; {AGAIN}",
+        ),
+        (
+            row("WaitForCondition", CONDITION, wake_at=NEVER),
+            "waits until gte(data.score, 50) is true, then b",
+        ),
+        (
+            row("WaitForCondition", {**CONDITION, "timeout": {"amount": 2, "unit": "weeks"}}),
+            f"waits until gte(data.score, 50) is true, at most 2 weeks; {AGAIN}",
+        ),
+        (row("Goal", {"lodashCommand": "eq"}, wake_at=NEVER), "waits for a change, then b"),
+        (row("Email", next_step=None), "next check at 2030-01-01 00:00:00Z, then the end"),
+        (
+            row("Email", attempt=1, expires_at=AT),
+            f"attempt 1 failed, next attempt at {WHEN}, then b; not started after {WHEN}",
+        ),
+        (row("Email", leased_by="host:1"), "Email is being executed by host:1, then b"),
+        (
+            row("Email", attempt=2),
+            "attempt 2 failed, next attempt at 2030-01-01 00:00:00Z, then b",
+        ),
+        (row(entered_at=None), "starts at 2030-01-01 00:00:00Z"),
+        (row(sequence_status="paused"), "nothing while the sequence is paused"),
+        (row(status="completed"), "nothing, it is completed"),
+        (row(None, wake_at=NEVER), "waits for a change, then b"),
+    ],
+)
+def test_what_it_waits_for(enrollment: dict[str, Any], words: str) -> None:
+    assert what_next(enrollment) == words

@@ -1,0 +1,527 @@
+"""`check`: every error and warning of a file, at its line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import asyncpg
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from sequencerd.cli import main
+from sequencerd.core.model import Enrollment, view
+from sequencerd.daemon import make_runners
+from sequencerd.definitions.check import NAMES
+from sequencerd.definitions.files import Finding, read_all, read_files
+from sequencerd.definitions.yaml_reader import DocumentError, read_documents
+from sequencerd.errors import FileError
+from sequencerd.settings import load
+from tests.helpers.engines import Recorder
+from tests.test_readme import REPOSITORY, blocks
+
+RUNNERS = {
+    **make_runners(load({"SEQUENCERD_SMS_ACCOUNT_SID": "AC1", "SEQUENCERD_SMS_AUTH_TOKEN": "x"})),
+    "Note": Recorder(),
+}
+FILES = Path(__file__).parent / "files"
+
+
+def check(path: Path, text: str) -> list[Finding]:
+    path.write_text(text)
+    return read_files([path], RUNNERS)[1]
+
+
+@pytest.mark.parametrize("name", ["wrong", "doubtful"])
+def test_everything_is_told_at_once_and_at_its_line(name: str) -> None:
+    file = FILES / f"{name}.yaml"
+    expected = [
+        (number, severity, words.strip())
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if "#" in line
+        for severity, words in re.findall(r"(?:# | & )(error|warning): (.*?)(?= & |$)", line)
+    ]
+    found = [str(finding) for finding in read_files([file], RUNNERS)[1]]
+    told = "\n".join(found)
+    for number, severity, words in expected:
+        start = f"{file}:{number}: {severity}: "
+        matches = [line for line in found if line.startswith(start) and words in line]
+        assert matches, f"not told: {number}: {severity}: {words}\n{told}"
+        found.remove(matches[0])
+    assert found == [], "told, and not expected"
+
+
+def test_what_is_known_of_an_enrollment_is_what_paths_may_begin_with() -> None:
+    now = datetime.now(UTC)
+    enrollment = Enrollment(1, "ada", "{}", now, uuid4(), "s", "a", None, now)
+    assert set(view(enrollment, "UTC", now, {})) == set(NAMES)
+
+
+def test_the_examples_are_beyond_doubt() -> None:
+    files = sorted(REPOSITORY.glob("examples/*.yaml"))
+    found, findings = read_files(files, {**RUNNERS, "Score": Recorder()})
+    assert (len(found), findings) == (len(files), [])
+
+
+def test_what_is_wrong_in_a_block_of_text_is_told_at_its_line(tmp_path: Path) -> None:
+    text = """\
+name: s
+steps:
+  - name: a
+    type: Email
+    config:
+      from: a@example.com
+      to: b@example.com
+      subject: x
+      text: |
+        Hello,
+
+        {{#if data.x}}{{dat data.due}}{{/if}}
+        {{> footer}}
+      html: >-
+        {{#if x}}
+"""
+    found = [(f.line, f.message) for f in check(tmp_path / "f.yaml", text)]
+    assert [(line, message.split(":")[0]) for line, message in found] == [
+        (12, "text"),
+        (13, "text"),
+        (14, "html"),
+    ]
+    assert "unknown helper 'dat'" in found[0][1]
+    assert "no partial 'footer'" in found[1][1]
+
+
+def test_a_runner_of_ones_own_for_messages_need_not_have_our_templates(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text("name: s\nsteps: [{name: a, type: SMS, config: {body: '{{'}}]")
+    assert read_files([file], {"SMS": Recorder()})[1] == []
+
+
+def test_a_sequence_in_another_file_counts(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "name: a\nsteps: [{name: x, type: GoTo, config: {sequence: b, step: z}}]"
+    )
+    (tmp_path / "b.yaml").write_text("name: b\nsteps: [{name: y, type: Note}]")
+    found = read_files([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)[1]
+    assert [finding.message for finding in found] == [
+        "step: step 'z' does not exist in sequence 'b'; known are y"
+    ]
+    with pytest.raises(FileError, match="'z' does not exist in sequence 'b'"):
+        read_all([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)
+    assert read_files([tmp_path / "a.yaml"], RUNNERS)[1] == []
+    (tmp_path / "b.yaml").write_text("name: a\nsteps: [{name: y, type: Note}]")
+    (twice,) = read_files([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)[1]
+    assert str(twice).endswith(f"sequence 'a' stands twice, first in {tmp_path}/a.yaml:1")
+
+
+# --- YAML and JSON
+
+
+def documents(tmp_path: Path, content: str | bytes, suffix: str = ".yaml") -> list[object]:
+    file = tmp_path / f"file{suffix}"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [document.value for document in read_documents(file)]
+
+
+def test_values_are_those_of_json(tmp_path: Path) -> None:
+    text = "[1, -2, 1e3, .5, 0x1f, 007, 12:30, 2018-06-08, yes, on, true, ~, null, 1_0, '1', <<]"
+    expected = [
+        1, -2, 1000.0, 0.5, 31, 7, "12:30", "2018-06-08", "yes", "on", True, None, None, "1_0",
+        "1", "<<",
+    ]  # fmt: skip
+    assert documents(tmp_path, text) == [expected]
+
+
+def test_json_is_read_as_json(tmp_path: Path) -> None:
+    value = {"a": "😀\t\\/", "b": [1e3, -0.5, None, True], "c": {"yes": "no"}}
+    text = json.dumps(value, indent="\t")
+    assert "\\ud83d" in text
+    assert documents(tmp_path, text, ".json") == [value]
+
+
+def test_anchors_and_merge_keys(tmp_path: Path) -> None:
+    text = "a: &a {x: 1, y: 1}\nb: {<<: *a, y: 2}\nc: {<<: [{z: 3}, *a], x: 4}\nd: *a"
+    (value,) = documents(tmp_path, text)
+    assert value == {
+        "a": {"x": 1, "y": 1},
+        "b": {"x": 1, "y": 2},
+        "c": {"z": 3, "x": 4, "y": 1},
+        "d": {"x": 1, "y": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbfa: 1", "a: 1".encode("utf-16"), b"a: 1\r\n", b"%YAML 1.2\n---\na: 1"]
+)  # fmt: skip
+def test_encodings(tmp_path: Path, content: bytes) -> None:
+    assert documents(tmp_path, content) == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        ("a: 1\nb: .inf", 2, "'.inf' is no float that JSON has"),
+        ("a: !!python/name:os.system x", 1, "is no python/name"),
+        ("a: !!int x", 1, "'x' is no int"),
+        ("a: !!binary aGk=", 1, "is no binary"),
+        ("\na: !mine {}", 2, "the tag '!mine' means nothing here"),
+        ("a: " + "9" * 5000, 1, "is no int"),
+        ("a: 1\n2: b", 2, "the key 2 must be text"),
+        ("? [a]\n: b", 1, "the key must be text"),
+        ("a: 1\nb: 1\na: 2", 3, "the key 'a' stands twice"),
+        ("<<: 1", 1, "<< merges a mapping"),
+        ('a: "\\0"', 1, "PostgreSQL can't hold"),
+        ('a: "\\ud800"', 1, "half a character"),
+        (b"a: 1\nb: \xff", 2, "not in UTF-8"),
+        (b"a: 1\nb: \x01", 2, "0x01 can't stand here"),
+        ("a:\n\tb: 1", 2, "'\\t'"),
+        ("a: 1\nb: [", 2, "expected the node content"),
+        ("a: 1\nb: *c", 2, "undefined alias 'c'"),
+        ("a: &a [*a]", 1, "nested more than 50 deep"),
+        ("a: &a {<<: *a}", 1, "nested more than 50 deep"),
+        ("[" * 100_000, 1, "nested more than 50 deep"),
+        ("- " * 1000, 1, "nested more than 50 deep"),
+        ("a: 1\n" * 300_000, 1, "more than 1048576 bytes"),
+        ("[" + "1," * 500_000 + "]", 1, "more than 50000 values"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path: Path, content: str | bytes, line: int, words: str) -> None:
+    with pytest.raises(DocumentError) as wrong:
+        documents(tmp_path, content)
+    assert words in str(wrong.value)
+    assert wrong.value.line == line
+
+
+@pytest.mark.parametrize("form", ["[{}]", "{{<<: [{}]}}"], ids=["aliases", "merges"])
+def test_a_billion_laughs_are_few(tmp_path: Path, form: str) -> None:
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{n + 1}: &a{n + 1} {form.format(', '.join([f'*a{n}'] * 9))}" for n in range(20)]
+    began = time.process_time()
+    with pytest.raises(DocumentError, match="more than 50000 values"):
+        documents(tmp_path, "\n".join(lines))
+    assert time.process_time() - began < 60
+
+
+def test_what_is_read_before_a_syntax_error_is_checked(tmp_path: Path) -> None:
+    text = "name: s\nsteps: [{name: a, type: Nope}]\n---\nname: ["
+    found = check(tmp_path / "f.yaml", text)
+    assert [finding.line for finding in found] == [2, 4]
+
+
+# --- the command
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code, capsys.readouterr().out
+
+
+GOOD = "name: s\nsteps: [{name: a, type: GoTo}]"
+DOUBTED = "name: s\nsteps: [{name: a, type: GoTo, next: null}, {name: b, type: GoTo}]"
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(GOOD)
+    assert command(capsys, "check", file) == (0, "1 valid sequence, 0 errors, 0 warnings\n")
+    assert command(capsys, "check", "--json", file) == (0, "[]\n")
+    file.write_text(DOUBTED)
+    assert command(capsys, "check", file)[0] == 0
+    assert command(capsys, "check", "--strict", file)[0] == 1
+    file.write_text("name: s")
+    code, out = command(capsys, "check", file)
+    assert (code, out.splitlines()[0]) == (1, f"{file}:1: error: s: steps: is missing")
+
+
+def test_findings_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(DOUBTED)
+    code, out = command(capsys, "check", "--json", file)
+    assert code == 0
+    (finding,) = json.loads(out)
+    assert finding == {
+        "file": str(file),
+        "line": 2,
+        "severity": "warning",
+        "sequence": "s",
+        "step": "b",
+        "message": "unreachable: no step leads here, write its name as a next",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.yaml", "nowhere.yaml:1: error: can't be read: No such file or directory"),
+        (".", "is a folder: name its files, such as"),
+        ("empty.yaml", "there is no sequence in it"),
+    ],
+)
+def test_files_that_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: str
+) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n---\n")
+    code, out = command(capsys, "check", tmp_path / name)
+    assert code == 1
+    assert words in out
+
+
+def test_a_line_is_a_line_whatever_the_names_are(tmp_path: Path) -> None:
+    text = json.dumps({"name": "a\nb\x1b[31m", "steps": [{"name": "x\ty", "type": "Nope"}]})
+    (finding,) = check(tmp_path / "f.json", text)
+    assert str(finding).isprintable()
+
+
+# --- docs/files.md
+
+SHOWN = """\
+name: trial
+steps:
+  - name: pause
+    type: WaitForDuration
+    config:
+      {amount: 3, unit: dayz}
+    altNext: tips
+  - name: mail
+    type: Email
+    config:
+      from: a@example.com
+      to: "{{email}}"
+      subject: Hello
+      text: Hello
+    next: null
+  - name: lost
+    type: Goal
+    config: {lodashCommand: isNil, value: {type: get, value: data.x}}
+"""
+
+
+async def test_the_page_about_files_can_be_followed(
+    tmp_path: Path, database: str, connection: asyncpg.Connection
+) -> None:
+    found = blocks(REPOSITORY / "docs/files.md")
+    trial, first_line = [text for language, text in found if language == "yaml"]
+    (tmp_path / "trial.yaml").write_text(first_line + trial)
+    (tmp_path / "wrong.yaml").write_text(SHOWN)
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SEQUENCERD_DATABASE": database}
+
+    def run(line: str) -> str:
+        script = f'sequencerd() {{ "{sys.executable}" -m sequencerd "$@"; }}\n{line}'
+        done = subprocess.run(
+            ["bash", "-euc", script],
+            cwd=tmp_path, env=variables, check=False,
+            stdout=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+        return f"{done.stdout}{done.returncode}"
+
+    checked, planned = [text for language, text in found if language == "text"]
+    assert run("sequencerd check wrong.yaml") == f"{checked}1"
+    for text in (text for language, text in found if language == "sh"):
+        said = run(text)
+        if "apply" in text:
+            assert "added two-weeks (WaitForDuration)\n" in said
+        elif "schema" not in text:
+            assert said == "1 valid sequence, 0 errors, 0 warnings\n0"
+        assert said.endswith("0")
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, step)"
+        " SELECT 'trial', n, 'two-weeks' FROM generate_series(1, 412) AS n"
+    )
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET entered_at = now() - interval '1 day' *"
+        " CASE WHEN subject::integer <= 37 THEN 12 ELSE 3 END, wake_at = now() + interval '9 days'"
+    )
+    (tmp_path / "trial.yaml").write_text(trial.replace("14", "10"))
+    told, wanted = (
+        text.rpartition(" --plan ")[0] for text in (run("sequencerd plan trial.yaml"), planned)
+    )
+    assert told == wanted
+    (command,) = [text for language, text in found if "schema" in text and language == "sh"]
+    schema_file = tmp_path / command.split()[-1]
+    assert schema_file.name in first_line
+    schema = json.loads(schema_file.read_text())
+    Draft202012Validator(schema).validate(yaml.safe_load(trial))
+
+
+# --- cycles
+
+MAIL = "{from: a@x.org, to: b@x.org, subject: x, text: y}"
+HOLDS = "{lodashCommand: eq, value: {type: get, value: data.a}, compareTo: {type: raw, value: 1}}"
+AT_NINE = "{name: wait, type: WaitForDateComparison, config: {attribute: hour, values: [9]}}"
+
+
+@pytest.mark.parametrize(
+    ("steps", "severity", "words"),
+    [
+        ([AT_NINE], "warning", 'wait passes at once where it matches already (write "occurrence'),
+        (["{name: wait, type: WaitForDate, config: {date: 2026-01-01}}"], "error", "never waits"),
+        (["{name: wait, type: WaitForDate, config: {date: '{{data.d}}'}}"], "warning", "is past"),
+        ([f"{{name: wait, type: WaitForCondition, config: {HOLDS}}}"], "warning", "where it holds"),
+        ([f"{{name: wait, type: Goal, config: {HOLDS}}}"], "warning", "where it holds"),
+        (
+            ["{name: wait, type: WaitForDuration, config: {amount: 0, unit: days}}"],
+            "error",
+            "never waits",
+        ),
+        ([f"{{name: wait, type: Conditional, config: {HOLDS}}}"], "error", "never waits"),
+        (["{name: wait, type: Split, config: {next: 1, altNext: 1}}"], "error", "never waits"),
+        (["{name: wait, type: GoTo}"], "error", "never waits"),
+        (["{name: wait, type: UpdateData, config: {data: {x: 1}}}"], "error", "never waits"),
+        (["{name: wait, type: Note}"], "warning", "answers noop alone"),
+        (
+            [("{name: wait, type: WaitForDateComparison, config: {attribute: isoWeekday,"
+             " values: [1, 2, 3, 4, 5, 6, 7]}}")],
+            "error",
+            "never waits",
+        ),
+        ([AT_NINE.replace("}}", ", occurrence: next}}")], None, ""),
+        (["{name: wait, type: WaitForDuration, config: {amount: 1, unit: day}}"], None, ""),
+        (["{name: wait, type: WaitForDuration, config: {amount: 0.4, unit: day}}"], "error", ""),
+        # the original's way to say "once a day": nine, and no longer nine
+        (
+            [
+                AT_NINE,
+                ("{name: pause, type: WaitForDateComparison, config: {attribute: hours,"
+                " values: [8, 10]}}"),
+            ],
+            None,
+            "",
+        ),
+        (
+            [
+                AT_NINE,
+                ("{name: pause, type: WaitForDateComparison, config: {attribute: hour,"
+                " values: [9, 10]}}"),
+            ],
+            "warning",
+            "wait",
+        ),
+        (
+            [AT_NINE, "{name: pause, type: WaitForDuration, config: {amount: 1, unit: hour}}"],
+            None,
+            "",
+        ),
+        ([("{name: wait, type: Conditional, config: {lodashCommand: isNil, value: {type: raw,"
+          " value: 1}}, altNext: out}")], None, ""),
+    ],
+)  # fmt: skip
+def test_a_cycle_that_may_not_wait_is_told(
+    tmp_path: Path, steps: list[str], severity: str | None, words: str
+) -> None:
+    lines = [f"{{name: welcome, type: Email, config: {MAIL}}}", *steps]
+    lines[-1] = lines[-1][:-1] + ", next: welcome}"
+    lines.append("{name: out, type: GoTo, next: null}")
+    text = "name: s\nsteps:\n" + "".join(f"  - {line}\n" for line in lines)
+    told = [str(finding) for finding in check(tmp_path / "s.yaml", text)]
+    cycles = [line for line in told if "s/welcome: welcome → " in line]
+    if severity is None:
+        assert cycles == []
+        return
+    names = " → ".join([*(re.findall(r"{name: ([\w-]+)", line)[0] for line in lines[:-1])])
+    [cycle] = cycles
+    assert f":3: {severity}: s/welcome: {names} → welcome " in cycle
+    assert words in cycle
+
+
+def test_a_cycle_through_two_sequences_is_told(tmp_path: Path) -> None:
+    text = (
+        f"name: s\nsteps:\n  - {{name: mail, type: Email, config: {MAIL}}}\n"
+        "  - {name: over, type: GoTo, config: {sequence: t, step: back}}\n---\n"
+        "name: t\nsteps:\n  - {name: back, type: GoTo, config: {sequence: s, step: mail}}\n"
+    )
+    [told] = check(tmp_path / "s.yaml", text)
+    assert told.is_error
+    assert "mail → over → t/back → mail never waits" in told.message
+
+
+GOAL_BEFORE_CYCLE = f"""
+name: s
+steps:
+  - {{name: pause, type: WaitForDuration, config: {{amount: 1, unit: month}}}}
+  - {{name: mail, type: Email, config: {MAIL}, next: pause}}
+  - name: paid
+    type: Goal
+    config: {HOLDS[:-1]}REPEAT}}
+    next: pause
+"""
+
+
+def test_a_goal_that_pulls_once_into_a_cycle_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    [told] = check(file, GOAL_BEFORE_CYCLE.replace("REPEAT", ""))
+    assert (told.step, told.is_error) == ("paid", False)
+    assert "pause → mail → pause: write repeat: true" in told.message
+    for repeat in (", repeat: true", ", repeat: false"):
+        assert check(file, GOAL_BEFORE_CYCLE.replace("REPEAT", repeat)) == []
+    ends = GOAL_BEFORE_CYCLE.replace("REPEAT", "").replace("    next: pause", "    next: null")
+    assert check(file, ends) == []
+
+
+def test_many_cycles_are_told_in_time(tmp_path: Path) -> None:
+    steps = [f"  - {{name: m{n}, type: Email, config: {MAIL}}}\n" for n in range(2000)]
+    steps[-1] = steps[-1].replace("}}\n", "}, next: m0}\n")
+    start = time.monotonic()
+    told = check(tmp_path / "s.yaml", "name: s\nsteps:\n" + "".join(steps))
+    assert len(told) == 1
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: s\nsteps: []\n", "steps: must not be empty"),
+        ("name: s\nsteps: 3\n", "steps: must be a list"),
+        ("name: s\nsteps:\n  - {name: 5, type: GoTo}\n", "name: must be a text"),
+        ("name: s\nsteps:\n  - {name: '', type: GoTo}\n", "name: must not be empty"),
+        (
+            "name: s\nsteps:\n  - {name: a, type: WaitForDuration, config: {amount: x, unit: day}}",
+            "amount: must be a number",
+        ),
+        (
+            "name: s\nsteps:\n  - {name: a, type: Note, config: {retry: {attempts: 0}}}\n",
+            "retry.attempts: must be 1 or more",
+        ),
+        (
+            "name: s\nsteps:\n  - {name: a, type: Split, config: {next: -1, altNext: 1}}\n",
+            "next: must be 0 or more",
+        ),
+        (
+            "name: s\nsteps:\n  - {name: a, type: UpdateData, config: {data: {}}}\n",
+            "data: must not be empty",
+        ),
+    ],
+)
+def test_errors_are_worded_for_a_file(tmp_path: Path, text: str, words: str) -> None:
+    found = [str(finding) for finding in check(tmp_path / "s.yaml", text)]
+    assert any(words in finding for finding in found), found
+    assert not re.search(r"Input|should|valid |items?\b|characters", " ".join(found)), found
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_taken"),
+    [
+        ("onSuppressed: altNext", True),
+        ("expires: {amount: 1, unit: day}, onExpired: altNext", True),
+        ("expires: {amount: 1, unit: day}, onExpired: end", False),
+        ("onExpired: altNext", False),
+    ],
+)
+def test_the_ways_of_a_message_that_is_not_sent(tmp_path: Path, keys: str, is_taken: bool) -> None:
+    found = check(
+        tmp_path / "s.yaml",
+        "name: s\nsteps:\n"
+        "  - {name: mail, type: Email, next: null, altNext: other, config: {from: a@x.org,"
+        f" to: b@x.org, subject: x, text: y, {keys}}}}}\n"
+        "  - {name: other, type: WaitForDuration, config: {amount: 1, unit: day}}\n",
+    )
+    told = " ".join(map(str, found))
+    assert ("never taken" not in told and "reach" not in told) == is_taken, told

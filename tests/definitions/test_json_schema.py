@@ -1,0 +1,252 @@
+"""The JSON Schema: it takes what `check` takes, and refuses what an editor should underline."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from sequencerd.core.calendar import dates
+from sequencerd.core.model import DefinitionError
+from sequencerd.core.step_types import COMPILERS, CONFIGS, compile_step
+from sequencerd.definitions import json_schema
+from sequencerd.definitions.files import read_files
+from tests.definitions.test_check import RUNNERS
+
+REPOSITORY = Path(__file__).parents[2]
+SCHEMA = json_schema.make()
+VALIDATOR = Draft202012Validator(SCHEMA)
+
+
+def is_valid(document: object) -> bool:
+    return bool(VALIDATOR.is_valid(document))
+
+
+def test_it_is_a_schema_that_knows_every_type() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+    assert CONFIGS.keys() == COMPILERS.keys()
+    for type_ in (*COMPILERS, "Email", "SMS"):
+        assert not is_valid(sequence({"name": "a", "type": type_, "config": {"nonsense": 1}}))
+
+
+def test_every_key_is_described() -> None:
+    for name, model in {"": SCHEMA, **SCHEMA["$defs"]}.items():
+        for key, value in model["properties"].items():
+            assert value.get("description"), f"{name}.{key}"
+
+
+@pytest.mark.parametrize("file", sorted(REPOSITORY.glob("examples/*.yaml")), ids=lambda p: p.name)
+def test_the_examples_are_valid(file: Path) -> None:
+    for document in yaml.safe_load_all(file.read_text()):
+        VALIDATOR.validate(document)
+
+
+def sequence(*steps: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    return {"name": "s", "steps": list(steps), **keys}
+
+
+EMAIL = {"from": "a@example.com", "to": "b@example.com", "subject": "Hello", "text": "Hello"}
+IS_PRO = {
+    "lodashCommand": "eq",
+    "value": {"type": "get", "value": "data.plan"},
+    "compareTo": {"type": "raw", "value": "pro"},
+}
+STEPS: list[dict[str, Any]] = [
+    {"name": "a", "type": "Email", "config": {**EMAIL, "onError": "altNext"}},
+    {"name": "b", "type": "SMS", "config": {"from": "+15005550006", "to": "{{x}}", "message": "m"}},
+    {"name": "c", "type": "WaitForDuration", "config": {"amount": 1.5, "unit": "Days"}},
+    {"name": "d", "type": "WaitForDateComparison", "config": {"attribute": "day", "values": [1]}},
+    {"name": "e", "type": "Goal", "config": IS_PRO},
+    {"name": "f", "type": "Conditional", "config": IS_PRO, "altNext": "a"},
+    {"name": "g", "type": "GoTo", "next": None},
+    {"name": "h", "type": "GoTo", "config": {"step": "a"}},
+    {"name": "i", "type": "Split", "config": {"next": 30, "altNext": 70}},
+    {"name": "j", "type": "UpdateData", "config": {"data": {"x": [1, "{{id}}"]}}},
+    {"name": "k", "type": "WaitForDate", "config": {"date": "2030-01-01"}},
+    {"name": "l", "type": "Note", "config": {"anything": {"at": "all"}, "retry": {"attempts": 2}}},
+    {
+        "name": "m",
+        "type": "WaitForCondition",
+        "config": {**IS_PRO, "timeout": {"amount": 3, "unit": "M"}},
+    },
+]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step["type"])
+def test_good_steps_are_valid(step: dict[str, Any]) -> None:
+    VALIDATOR.validate(sequence(step))
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {"name": "s"},
+        {"name": "", "steps": [{"name": "a", "type": "GoTo"}]},
+        sequence(),
+        sequence({"name": "a"}),
+        sequence({"name": "a", "type": "GoTo"}, timzone="UTC"),
+        sequence({"name": "a", "type": "GoTo"}, status="stopped"),
+        sequence({"name": "a", "type": "GoTo", "nxt": "a"}),
+        sequence({"name": "a", "type": "GoTo", "next": 1}),
+        sequence({"name": "a", "type": "Email"}),
+        sequence({"name": "a", "type": "Email", "config": {**EMAIL, "txt": "Hello"}}),
+        sequence({"name": "a", "type": "Email", "config": {**EMAIL, "onError": "skip"}}),
+        sequence({"name": "a", "type": "Email", "config": {**EMAIL, "retry": {"attempts": 0}}}),
+        sequence({"name": "a", "type": "Email", "config": {**EMAIL, "to": 1}}),
+        sequence({"name": "a", "type": "Note", "config": {"delivery": "once"}}),
+        sequence({"name": "a", "type": "Note", "config": []}),
+        sequence({"name": "a", "type": "Goal", "config": {**IS_PRO, "lodashCommand": "eqq"}}),
+        sequence({"name": "a", "type": "Goal", "config": {**IS_PRO, "value": {"type": "x"}}}),
+        sequence({"name": "a", "type": "WaitForDuration", "config": {"amount": 1, "unit": "dayz"}}),
+        sequence({"name": "a", "type": "WaitForDuration", "config": {"unit": "days"}}),
+        sequence(
+            {"name": "a", "type": "WaitForDateComparison", "config": {"attribute": "hour"}},
+        ),
+    ],
+)
+def test_wrong_files_are_not(document: object) -> None:
+    assert not is_valid(document)
+
+
+@pytest.mark.parametrize(
+    ("type_", "key", "names"),
+    [
+        ("WaitForDuration", "unit", dates.UNITS),
+        ("WaitForDateComparison", "attribute", dates.ATTRIBUTES),
+    ],
+)
+def test_names_are_spelled_as_moment_takes_them(type_: str, key: str, names: set[str]) -> None:
+    for name in sorted({*names, "dayz", "ddd", "qs"}):
+        for spelled in (name, name.upper(), name.lower(), name.title(), f"{name}s"):
+            rest: dict[str, Any] = {"amount": 1} if key == "unit" else {"values": [1]}
+            config = {**rest, key: spelled}
+            step = {"name": "a", "type": type_, "config": config}
+            try:
+                compile_step(type_, config)
+            except DefinitionError:
+                # D is a getter, the date; the schema lets it pass as the unit d in capitals
+                assert spelled == "D" or not is_valid(sequence(step)), spelled
+            else:
+                assert is_valid(sequence(step)), spelled
+
+
+def test_a_message_needs_a_text() -> None:
+    config = {key: value for key, value in EMAIL.items() if key != "text"}
+    assert not is_valid(sequence({"name": "a", "type": "Email", "config": config}))
+    assert is_valid(sequence({"name": "a", "type": "Email", "config": {**config, "html": "x"}}))
+
+
+# Good documents with some values changed or added, to others that are good there or nonsense.
+
+NONSENSE: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    70,
+    "",
+    "a",
+    "1",
+    "{{x}}",
+    "x" * 201,
+    [],
+    {},
+    [1],
+    ["a"],
+]
+GOOD: dict[str, list[Any]] = {
+    "name": ["zero", "ü" * 100],
+    "timezone": ["europe/berlin", "UTC"],
+    "status": ["paused", "archived"],
+    "reentry": ["always", "never"],
+    "lookup": [None, "app.plans"],
+    "recheck": [60, 1.5, "PT5M", "1 day", "00:05:00"],
+    "next": [None, "zero"],
+    "altNext": [None, "zero"],
+    "type": ["Note", "Email", "Goal", "GoTo", "Split"],
+    "config": [{}, IS_PRO, EMAIL],
+    "step": [None, "zero"],
+    "sequence": [None, "other"],
+    "lodashCommand": ["isNil", "gte", "toPairsIn"],
+    "value": [{"type": "raw"}, {"type": "get", "value": ["data", 0]}, "data.x"],
+    "compareTo": [None, {"type": "raw", "value": None}],
+    "timeout": [None, {"amount": 0, "unit": "y"}],
+    "amount": [0, -1.5, 10**20],
+    "unit": ["DAY", "ms", "Years", "isoWeek", "Q"],
+    "attribute": ["Day", "hours", "isoWeekday", "DDD"],
+    "values": [[1.0], [2, 3]],
+    "late": ["pass", "look again"],
+    "date": ["{{data.due}}", "2030-W01"],
+    "data": [{"a": None}, {"a": ["{{x}}", {}]}],
+    "retry": [{}, {"attempts": None}, {"firstDelay": 0.5, "longestDelay": 1}],
+    "onError": ["fail"],
+    "delivery": ["at_most_once"],
+    "to": [["a@example.com"], "{{data.email}}, b@example.com"],
+    "cc": [None, "", []],
+    "text": [None, ""],
+    "html": [None, "<p>{{x}}</p>"],
+    "headers": [{}, {"X-A": "b"}],
+    "replyTo": ["a@example.com"],
+    "statusCallback": ["https://example.com/{{id}}"],
+}
+
+
+def mappings(value: Any) -> list[dict[str, Any]]:
+    """Those within a value, itself included."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    own = [value] if isinstance(value, dict) else []
+    return own + [mapping for item in inner for mapping in mappings(item)]
+
+
+@st.composite
+def nearly_good(draw: st.DrawFn) -> dict[str, Any]:
+    steps = draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=3, unique_by=id))
+    document = copy.deepcopy(sequence(*steps, {"name": "zero", "type": "Note"}))
+    for step in document["steps"]:
+        for key in ("next", "altNext"):
+            step.pop(key, None)
+        if step["type"] == "GoTo":
+            step["config"] = {"step": "zero"}
+    for _ in range(draw(st.integers(0, 2))):
+        mapping = draw(st.sampled_from(mappings(document)))
+        known = sorted(key for key in mapping if key in GOOD) or ["next"]
+        key = draw(st.sampled_from(known) | st.sampled_from(sorted(GOOD)))
+        mapping[key] = copy.deepcopy(draw(st.sampled_from(GOOD[key]) | st.sampled_from(NONSENSE)))
+    return document
+
+
+@settings(max_examples=300, deadline=None)
+@given(nearly_good())
+def test_whatever_check_accepts_is_valid(document: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "f.json"
+        file.write_text(json.dumps(document))
+        accepted, _ = read_files([file], RUNNERS)
+    if accepted:
+        VALIDATOR.validate(document)
+
+
+def test_the_ways_of_what_is_not_sent() -> None:
+    for keys in (
+        {"expires": "{{data.begins}}", "onExpired": "altNext", "onSuppressed": "end"},
+        {"expires": {"amount": 2, "unit": "hours"}, "onExpired": "next"},
+    ):
+        assert is_valid(sequence({"name": "a", "type": "Email", "config": {**EMAIL, **keys}}))
+        assert is_valid(sequence({"name": "a", "type": "Score", "config": keys}))
+    for wrong in (
+        {"expires": 5},
+        {"expires": {"amount": 2, "unit": "moons"}},
+        {"onExpired": "fail"},
+        {"onSuppressed": "b"},
+    ):
+        assert not is_valid(sequence({"name": "a", "type": "Email", "config": {**EMAIL, **wrong}}))

@@ -1,0 +1,446 @@
+"""Plan and apply: what would change, for whom; and the same, done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from sequencerd.core.advance import advance
+from sequencerd.core.model import Enrollment, Sequence
+from sequencerd.definitions import files, plan
+from sequencerd.definitions.compiler import from_rows
+from sequencerd.definitions.diff import compare, is_same
+from sequencerd.definitions.yaml_writer import to_yaml
+from sequencerd.errors import FileError, PlanError
+from sequencerd.storage import store
+from sequencerd.testing import load
+from tests.helpers.engines import enroll
+from tests.helpers.plans import RUNNERS, Applying
+
+GOOD = """
+name: s
+timezone: Europe/Berlin
+steps:
+  - {name: hello, type: Note, config: {text: Hello}}
+  - {name: pause, type: WaitForDuration, config: {amount: 3, unit: days}}
+  - {name: bye, type: Note}
+"""
+PAID = "{lodashCommand: eq, value: {type: get, value: data.paid}, compareTo: {type: raw, value: 1}}"
+GOAL = f"  - {{name: paid, type: Goal, config: {PAID}}}\n"
+
+
+@pytest.fixture
+def apply(connection: asyncpg.Connection, tmp_path: Path) -> Applying:
+    return Applying(connection, tmp_path)
+
+
+async def standing(
+    connection: asyncpg.Connection, step: str, subject: str, ago: str, wait: str
+) -> int:
+    """Somebody who came to a step a while ago."""
+    id_ = await enroll(connection, "s", subject)
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET step = $2, visit = 2, entered_at = now() - $3::interval,"
+        " wake_at = now() - $3::interval + $4::interval WHERE id = $1",
+        *(id_, step, interval(ago), interval(wait)),
+    )
+    return id_
+
+
+def interval(text: str) -> timedelta:
+    amount, unit = text.split()
+    return timedelta(**{unit: int(amount)})
+
+
+async def test_apply_makes_it_so_and_does_nothing_twice(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    assert (await apply(GOOD)).sequences[0].changes.is_new
+    before = await connection.fetch("SELECT * FROM sequencer.steps ORDER BY position")
+    again = await apply(GOOD)
+    assert not again
+    assert list(again.lines(done=True)) == ["s: nothing changed"]
+    assert await connection.fetch("SELECT * FROM sequencer.steps ORDER BY position") == before
+    assert await connection.fetchval("SELECT revision FROM sequencer.sequences") == 1
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.revisions") == 1
+
+
+async def test_a_plan_tells_each_change_and_apply_does_it(apply: Applying) -> None:
+    await apply(GOOD)
+    changed = """
+name: s
+reentry: never
+steps:
+  - {name: start, renamedFrom: hello, type: Note, config: {text: Hi, to: [ada]}, next: bye}
+  - {name: bye, type: Note, altNext: start}
+  - {name: more, type: Other, next: start}
+""".replace("Other", "WaitForDuration, config: {amount: 1, unit: day}")
+    said = [
+        "s:",
+        "timezone: Europe/Berlin → UTC",
+        "reentry: after_end → never",
+        "renamed hello → start",
+        "added more (WaitForDuration)",
+        "changed start: config.text Hello → Hi, config.to, next pause → bye",
+        "changed bye: next none → more, altNext none → start",
+        "removed pause",
+    ]
+    assert await apply.lines(changed) == said
+    planned = await apply.plan(changed)
+    done = await apply(changed, expected=planned.fingerprint)
+    assert [line.strip() for line in done.lines(done=True)] == said
+    assert await apply.lines(changed) == ["s: nothing changed"]
+
+
+async def test_a_plan_tells_what_becomes_of_whom(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    for subject, ago in (("ada", "2 days"), ("bob", "1 days"), ("eve", "0 days")):
+        await standing(connection, "pause", subject, ago, "3 days")
+    begins_later = (
+        "INSERT INTO sequencer.enrollments (sequence, subject, step, wake_at)"
+        " VALUES ('s', 'zoe', 'pause', now() + interval '1 year')"
+    )
+    await connection.execute(begins_later)
+    shorter = GOOD.replace("amount: 3", "amount: 36").replace("unit: days", "unit: hours")
+    assert (await apply.lines(shorter))[-1] == (
+        "3 wait at pause: 1 would go on at once, 2 wait until another time"
+    )
+    same = GOOD.replace("amount: 3", "amount: 72").replace("unit: days", "unit: hours")
+    assert (await apply.lines(same))[-1] == "3 wait at pause: 3 wait as before"
+    until = "WaitForDate, config: {date: '{{data.until}}'}"
+    broken = GOOD.replace("WaitForDuration, config: {amount: 3, unit: days}", until)
+    assert (
+        "3 wait at pause: 3 would fail: bad_data, step 'pause': date ''"
+        in (await apply.lines(broken))[-1]
+    )
+    paused = shorter.replace("name: s", "name: s\nstatus: paused")
+    assert (await apply.lines(paused))[-1] == "nothing is executed while it is paused"
+    done = await apply(shorter)
+    assert list(done.lines(done=True))[-1].strip() == (
+        "3 wait at pause: 1 go on at once, 2 wait until another time"
+    )
+
+
+async def test_a_goal_and_a_zone_concern_everybody(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    id_ = await standing(connection, "pause", "ada", "1 days", "3 days")
+    await standing(connection, "pause", "bob", "1 days", "3 days")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET data = '{\"paid\": 1}' WHERE id = $1", id_
+    )
+    await connection.execute("UPDATE sequencer.enrollments SET leased_by = 'd' WHERE id <> $1", id_)
+    assert (await apply.lines(GOOD + GOAL))[1:] == [
+        "added paid (Goal)",
+        "changed bye: next none → paid",
+        "2 wait at pause: 1 would go on at once, 1 are being executed and finish as they began",
+    ]
+    assert len(await apply.lines(GOOD.replace("Berlin", "Rome"))) == 3
+    await apply(GOOD + GOAL)
+    # a goal that is renamed or moved is met by nobody else
+    first = GOOD.replace("steps:\n", f"steps:\n{GOAL}").replace("name: paid", "name: p")
+    first = first.replace("type: Goal", "type: Goal, renamedFrom: paid")
+    assert not any(" wait at " in line for line in await apply.lines(first))
+
+
+async def test_a_step_where_somebody_is_needs_a_move(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    id_ = await standing(connection, "pause", "ada", "1 days", "3 days")
+    failed = await standing(connection, "pause", "bob", "1 days", "3 days")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET status = 'failed' WHERE id = $1", failed
+    )
+    later = (
+        "INSERT INTO sequencer.enrollments (sequence, subject, step, wake_at)"
+        " VALUES ('s', 'zoe', 'pause', '2040-01-01Z') RETURNING id"
+    )
+    later_id = await connection.fetchval(later)
+    without = "\n".join(line for line in GOOD.splitlines() if "pause" not in line)
+    (refused,) = (await apply.plan(without)).refused
+    assert refused == (
+        "s: 2 stand at pause, which is removed; say where they go on: --move pause=STEP"
+    )
+    with pytest.raises(PlanError, match="2 stand at pause"):
+        await apply(without)
+    with pytest.raises(PlanError, match="'bey' does not exist; did you mean 'bye'"):
+        await apply(without, moves={"pause": "bey"})
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.steps") == 3
+    done = await apply(without, moves={"pause": "bye", "long": "gone"})
+    assert "  2 move from pause to bye, where their stay begins anew" in done.lines(done=True)
+    rows = await connection.fetch(
+        "SELECT id, step, visit, entered_at > now() - interval '1 hour' AS new, wake_at <= now()"
+        " AS due FROM sequencer.enrollments ORDER BY id"
+    )
+    assert [tuple(row) for row in rows] == [
+        (id_, "bye", 3, True, True),
+        (failed, "bye", 3, True, None),
+        (later_id, "bye", 2, None, False),
+    ]
+    moved = await connection.fetch(
+        "SELECT step, message FROM sequencer.events WHERE action='moved'"
+    )
+    assert {tuple(row) for row in moved} == {("pause", "to bye by postgres")}
+
+
+async def test_who_comes_to_a_removed_step_since_the_plan_is_not_lost(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    without = "\n".join(line for line in GOOD.splitlines() if "pause" not in line)
+    planned = await apply.plan(without)
+    await standing(connection, "pause", "ada", "1 days", "3 days")
+    with pytest.raises(PlanError, match="1 stand at pause"):
+        await apply(without, expected=planned.fingerprint)
+
+
+async def test_a_plan_that_no_longer_holds_is_refused(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    shorter = GOOD.replace("amount: 3", "amount: 1")
+    fingerprint = (await apply.plan(shorter)).fingerprint
+    assert (await apply.plan(shorter)).fingerprint == fingerprint
+    await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
+    with pytest.raises(PlanError, match="no longer holds"):
+        await apply(shorter, expected=fingerprint)
+    await apply(shorter, expected=(await apply.plan(shorter)).fingerprint)
+    other = (await apply.plan(GOOD)).fingerprint
+    with pytest.raises(PlanError, match="no longer holds"):
+        await apply(GOOD.replace("Hello", "Hi"), expected=other)
+
+
+async def test_renames_take_people_and_goals_along(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD + GOAL)
+    id_ = await standing(connection, "pause", "ada", "1 days", "3 days")
+    await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{x,paid}'")
+    before = await connection.fetchrow("SELECT entered_at, wake_at FROM sequencer.enrollments")
+    await connection.execute("UPDATE sequencer.steps SET retime_from = NULL")
+    # a name that is given on: pause becomes bye, and bye becomes end
+    renamed = (
+        (GOOD + GOAL)
+        .replace("name: bye", "name: end, renamedFrom: bye")
+        .replace("name: pause", "name: bye, renamedFrom: pause")
+        .replace("name: paid", "name: customer, renamedFrom: paid")
+    )
+    done = await apply(renamed)
+    assert done.sequences[0].changes.renamed == {"bye": "end", "pause": "bye", "paid": "customer"}
+    assert not done.sequences[0].changes.changed
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+    assert (row["step"], row["visit"], row["goals_met"]) == ("bye", 2, ["x", "customer"])
+    assert (row["entered_at"], row["wake_at"]) == tuple(before)
+    assert await connection.fetchval("SELECT bool_and(retime_from IS NULL) FROM sequencer.steps")
+    assert not await apply(renamed)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            GOOD.replace("name: bye", "name: pause, renamedFrom: bye").replace(
+                "name: pause, type: Wait", "name: bye, renamedFrom: pause, type: Wait"
+            ),
+            "change names in a circle",
+        ),
+        (
+            GOOD.replace("name: bye", "name: bye, renamedFrom: x").replace(
+                "name: pause", "name: pause, renamedFrom: x"
+            ),
+            "another step was renamed from 'x', too",
+        ),
+    ],
+)
+async def test_renames_that_cannot_be_are_explained(apply: Applying, text: str, words: str) -> None:
+    with pytest.raises(FileError, match=words):
+        await apply(text)
+
+
+async def test_a_pause_by_hand_outlives_an_apply(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
+    assert not await apply(GOOD)
+    await apply(GOOD.replace("name: s", "name: s\nstatus: active"))
+    assert await connection.fetchval("SELECT status FROM sequencer.sequences") == "active"
+    await apply(GOOD.replace("name: s", "name: s\nstatus: archived"))
+    assert await apply.lines(GOOD) == ["s:", "status: archived → active"]
+
+
+async def test_prune_archives_what_the_files_no_longer_have(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    await connection.execute(
+        "INSERT INTO sequencer.sequences (name, first_step) VALUES ('by-hand', 'a')"
+    )
+    other = GOOD.replace("name: s\n", "name: t\n")
+    assert (await apply(other)).archived == ()
+    assert (await apply.plan(other, prune=True)).archived == ("s",)
+    assert (await apply(other, prune=True)).archived == ("s",)
+    rows = await connection.fetch("SELECT name, status FROM sequencer.sequences ORDER BY name")
+    assert [tuple(row) for row in rows] == [
+        ("by-hand", "active"),
+        ("s", "archived"),
+        ("t", "active"),
+    ]
+    assert not await apply(other, prune=True)
+    assert await apply.lines(GOOD) == ["s:", "status: archived → active"]
+
+
+async def test_two_that_apply_do_it_one_after_the_other(
+    apply: Applying, database: str, tmp_path: Path
+) -> None:
+    others = [await asyncpg.connect(database) for _ in range(3)]
+    (tmp_path / "x").mkdir()
+    appliers = [Applying(other, tmp_path / "x") for other in others]
+    done = await asyncio.gather(*(applier(GOOD) for applier in appliers))
+    assert sorted(bool(one) for one in done) == [False, False, True]
+    for other in others:
+        await other.close()
+
+
+@pytest.mark.parametrize("config", [{"x": "\0"}, {"x": "\ud800"}])
+async def test_what_postgresql_cannot_hold_is_explained(
+    apply: Applying, connection: asyncpg.Connection, config: Mapping[str, Any]
+) -> None:
+    apply.file.write_text(GOOD)
+    (definition,) = files.read_file(apply.file, RUNNERS)
+    definition.sequence.steps["hello"].config["x"] = config["x"]  # type: ignore[index]
+    with pytest.raises(FileError, match="sequence 's'"):
+        async with connection.transaction():
+            await plan.apply(connection, [definition], RUNNERS)
+
+
+async def test_what_is_the_same_to_postgresql_is_no_change(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    assert not await apply(GOOD.replace("amount: 3", "amount: 3.0"))
+    await apply(GOOD.replace("text: Hello", "text: 1"))
+    assert (await apply(GOOD.replace("text: Hello", "text: true"))).sequences[0].changes
+    assert not await apply(GOOD.replace("text: Hello", "text: true"))
+    await apply(GOOD.replace("text: Hello", "text: 1.0e+23"))
+    assert not await apply(GOOD.replace("text: Hello", "text: 1.0e+23"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [(1, 1.0, True), (1, True, False), ([1, {"a": 0}], [1, {"a": False}], False), ({}, [], False)],
+)
+def test_values_compare_as_jsonb_does(one: object, other: object, same: bool) -> None:
+    assert is_same(one, other) is same
+
+
+async def test_every_transaction_keeps_one_revision(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    async with connection.transaction():
+        await connection.execute("UPDATE sequencer.sequences SET timezone = 'UTC'")
+        await connection.execute("UPDATE sequencer.steps SET next_step = NULL WHERE name = 'pause'")
+        await connection.execute("DELETE FROM sequencer.steps WHERE name = 'bye'")
+    await connection.execute("UPDATE sequencer.sequences SET status = status")
+    await connection.execute("UPDATE sequencer.steps SET problem = 'by the daemon'")
+    await connection.execute("UPDATE sequencer.steps SET name = 'start' WHERE name = 'hello'")
+    rows = await connection.fetch(store.QUERIES["revisions_of"], "s")
+    changes = [
+        list(compare(json.loads(row["before"]), json.loads(row["document"])).lines())
+        for row in rows[:-1]
+    ]
+    assert changes == [
+        ["first step: hello → start", "added start (Note)", "removed hello"],
+        ["timezone: Europe/Berlin → UTC", "changed pause: next bye → none", "removed bye"],
+    ]
+    assert {row["by"] for row in rows} == {"postgres"}
+    # it outlives the sequence, and goes on with one of the same name
+    last = rows[0]["revision"]
+    await connection.execute("DELETE FROM sequencer.sequences")
+    await apply(GOOD)
+    assert await connection.fetchval("SELECT revision FROM sequencer.sequences") == last + 1
+    await connection.execute("UPDATE sequencer.sequences SET name = 't'")
+    kept = await connection.fetch("SELECT DISTINCT sequence FROM sequencer.revisions")
+    assert [row["sequence"] for row in kept] == ["t"]
+
+
+SPLIT = """
+name: s
+steps:
+  - {name: deal, type: Split, config: {next: 50, altNext: 50}, next: a, altNext: b}
+  - {name: a, type: GoTo, next: null}
+  - {name: b, type: GoTo, next: null}
+"""
+
+
+async def dealt(connection: asyncpg.Connection, name: str = "s", step: str = "deal") -> list[str]:
+    """Where the Split of the database's definition sends subjects."""
+    sequences, steps = await store.definitions(connection, [name])
+    return dealt_by({name: from_rows(sequences[0], steps, RUNNERS)}, name, step)
+
+
+def dealt_by(definitions: Mapping[str, Sequence], name: str, step: str) -> list[str]:
+    now = datetime.now(UTC)
+    subjects = [
+        Enrollment(n, f"u{n}", "{}", now, UUID(int=n), name, step, None, now) for n in range(100)
+    ]
+    return [advance(definitions, one, now).enrollment.step for one in subjects]
+
+
+async def test_renames_deal_nobody_anew(apply: Applying, connection: asyncpg.Connection) -> None:
+    await apply(SPLIT)
+    before = await dealt(connection)
+    assert set(before) == {"a", "b"}
+    renamed = SPLIT.replace("name: deal,", "name: share, renamedFrom: deal,")
+    assert dealt_by(load(apply.file).definitions, "s", "deal") == before
+    apply.file.write_text(renamed)
+    assert dealt_by(load(apply.file).definitions, "s", "share") == before
+    assert await apply.lines(renamed) == ["s:", "renamed deal → share"]
+    await apply(renamed)
+    assert await dealt(connection, step="share") == before
+    plain = SPLIT.replace("name: deal,", "name: share,")
+    assert await apply.lines(plain) == ["s: nothing changed"]
+    await connection.execute("UPDATE sequencer.sequences SET name = 't'")
+    assert await dealt(connection, "t", "share") == before
+    # an export says it, so that it is the same in another database
+    text = await connection.fetchval("SELECT sequencer.document('t')")
+    exported = to_yaml(json.loads(text))
+    assert "seed: s/deal" in exported
+    assert await apply.lines(exported) == ["t: nothing changed"]
+    assert dealt_by(load(apply.file).definitions, "t", "share") == before
+    await connection.execute("DELETE FROM sequencer.sequences")
+    await apply(exported)
+    assert await dealt(connection, "t", "share") == before
+
+
+async def test_a_new_split_of_an_old_name_deals_independently(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(SPLIT)
+    before = await dealt(connection)
+    await connection.execute("UPDATE sequencer.steps SET name = 'share' WHERE name = 'deal'")
+    deal = "\n  - {name: deal, type: Split, config: {next: 50, altNext: 50}, next: a, altNext: b}"
+    await apply(SPLIT.replace("name: deal,", "name: share,") + deal)
+    assert await dealt(connection, step="share") == before
+    assert await dealt(connection) != before
+    await connection.execute("DELETE FROM sequencer.steps WHERE name = 'deal'")
+    await connection.execute(
+        "INSERT INTO sequencer.steps (sequence, name, type, config, next_step, alt_next_step)"
+        " SELECT 's', 'deal', type, config, 'a', 'b' FROM sequencer.steps WHERE name = 'share'"
+    )
+    assert await dealt(connection) != before
+    other = SPLIT.replace("name: deal,", "name: share, seed: mine,")
+    assert "changed share: seed s/deal → mine" in await apply.lines(other)

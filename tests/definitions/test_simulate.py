@@ -1,0 +1,424 @@
+"""Simulations: what they show, that they end, and that the engine does the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sequencerd.core.model import Enrollment
+from sequencerd.definitions.simulate import MAX_ENTRIES, Simulation
+from sequencerd.errors import UsageError
+from sequencerd.testing import Sequences, load
+from tests.conftest import Command
+from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+
+REPOSITORY = Path(__file__).parents[2]
+START = "2026-03-02T09:00:00Z"
+PEOPLE = {"name": "Ada", "email": "ada@example.com", "phone": "+4915112345678"}
+
+
+def loaded(folder: Path, text: str, **outcomes: Any) -> Sequences:
+    """A file of one sequence."""
+    file = folder / "s.yaml"
+    file.write_text(f"name: s\nsteps:\n{text}")
+    return load(file, outcomes=outcomes)
+
+
+def actions(simulation: Simulation) -> list[str]:
+    return [f"{entry.step} {entry.action}" for entry in simulation.entries]
+
+
+def test_messages_are_shown_as_they_would_be_sent(tmp_path: Path) -> None:
+    sequences = loaded(
+        tmp_path,
+        "  - {name: mail, type: Email, config: {from: a@x.org, to: '{{data.to}}',"
+        " subject: 'Hello {{data.name}}', text: 'Dear {{data.name}}',"
+        " html: '<b>{{data.name}}</b>'}}\n"
+        "  - {name: sms, type: SMS, config: {from: '+15005550006', to: '{{data.phone}}',"
+        " message: 'Hi {{data.name}}'}}\n",
+    )
+    people = {"to": "Ada <ada@x.org>", "name": "Ädä & <Co>", "phone": "+49 151 12345678"}
+    mail, sms = sequences.simulate(start=START, data=people).sent
+    assert mail.details == {
+        "from": "a@x.org",
+        "to": "ada@x.org",
+        "subject": "Hello Ädä & <Co>",
+        "text": "Dear Ädä & <Co>",
+        "html": "<b>Ädä &amp; &lt;Co&gt;</b>",
+    }
+    assert (sms.details["to"], sms.details["message"]) == ("+4915112345678", "Hi Ädä & <Co>")
+
+
+def test_what_cannot_be_sent_fails_as_it_would(tmp_path: Path) -> None:
+    sequences = loaded(
+        tmp_path,
+        "  - {name: mail, type: Email, config: {from: a@x.org, to: '{{data.to}}', subject: x,"
+        " text: y}}\n",
+    )
+    simulation = sequences.simulate(start=START)
+    assert simulation.status == "failed"
+    assert simulation.end == "failed: to: no address"
+    assert actions(simulation) == ["mail enrolled", "mail execute", "mail failed"]
+
+
+def test_branches_say_why_by_the_data_of_their_moment(tmp_path: Path) -> None:
+    condition = "lodashCommand: gte, value: {type: get, value: data.score}, "
+    condition += "compareTo: {type: raw, value: 50}"
+    sequences = loaded(
+        tmp_path,
+        f"  - {{name: before, type: Conditional, config: {{{condition}}}, altNext: more}}\n"
+        "  - {name: more, type: UpdateData, config: {data: {score: 80}}}\n"
+        f"  - {{name: after, type: Conditional, config: {{{condition}}}}}\n",
+    )
+    told = {e.step: e.message for e in sequences.simulate(start=START).entries if e.message}
+    assert told == {
+        "before": "gte(data.score = missing, 50) is false",
+        "more": '{"score": 80}',
+        "after": "gte(data.score = 80, 50) is true",
+    }
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "way"),
+    [
+        ("next", "completed", ["call execute", "call next", "good completed"]),
+        ("altNext", "completed", ["call execute", "call altNext", "bad completed"]),
+        ("fail", "completed", ["call execute", "call retry", "call execute", "call altNext"]),
+        ("noop", "active", ["call execute"] * 4),
+    ],
+)
+def test_outcomes(tmp_path: Path, outcome: str, status: str, way: list[str]) -> None:
+    sequences = loaded(
+        tmp_path,
+        "  - {name: call, type: Call, config: {onError: altNext, retry: {attempts: 2}}, next: good,"
+        " altNext: bad}\n"
+        "  - {name: good, type: GoTo, next: null}\n  - {name: bad, type: GoTo, next: null}\n",
+        Call=outcome,
+    )
+    simulation = sequences.simulate(start=START)
+    assert simulation.status == status
+    assert [one for one in actions(simulation) if one in way][: len(way)] == way
+    if outcome == "noop":
+        assert len(simulation.entries) == MAX_ENTRIES + 1
+        assert "goes round" in simulation.end
+
+
+def test_changes_wake_who_waits(tmp_path: Path) -> None:
+    sequences = loaded(
+        tmp_path,
+        "  - {name: wait, type: WaitForDuration, config: {amount: 5, unit: days}}\n"
+        "  - {name: end, type: GoTo, next: null}\n"
+        "  - {name: goal, type: Goal, config: {lodashCommand: identity,"
+        " value: {type: get, value: data.paid}}, next: null}\n",
+    )
+    plain = sequences.simulate(start=START)
+    assert (plain.ended_at.day, plain.steps) == (7, ["wait", "end"])
+    early = sequences.simulate(start=START, changes={"P2D": {"paid": True}})
+    assert early.ended_at == datetime(2026, 3, 4, 9, tzinfo=UTC)
+    assert "goal is met" in [entry.message for entry in early.entries]
+    late = sequences.simulate(start=START, changes={"2026-04-01": {"paid": True}})
+    assert late.entries == plain.entries
+
+
+def test_who_waits_beyond_the_end_is_told(tmp_path: Path) -> None:
+    text = "  - {name: wait, type: WaitForDuration, config: {amount: 5, unit: days}}\n"
+    sequences = loaded(tmp_path, text)
+    simulation = sequences.simulate(start=START, until="2026-03-03")
+    assert (simulation.status, simulation.enrollment.step) == ("active", "wait")
+    assert simulation.end == "waits until 2026-03-07T09:00:00+00:00"
+
+
+def test_a_year_of_daily_steps_takes_no_time(tmp_path: Path) -> None:
+    text = "  - {name: day, type: WaitForDuration, config: {amount: 1, unit: day}}\n"
+    text += "  - {name: mail, type: Email, config: {from: a@x.org, to: b@x.org, subject: x,"
+    text += " text: '{{data.name}}'}, next: day}\n"
+    begun = time.process_time()
+    simulation = loaded(tmp_path, text).simulate(start=START, data={"name": "Ada"})
+    assert len(simulation.sent) == 366
+    assert time.process_time() - begun < 60  # seconds; it takes a fraction of one
+
+
+@given(
+    amounts=st.lists(st.integers(-2, 400), min_size=1, max_size=6),
+    jumps=st.lists(st.integers(0, 5), min_size=6, max_size=6),
+    changes=st.dictionaries(st.integers(0, 800), st.booleans(), max_size=4),
+)
+def test_it_always_ends_and_time_goes_on(
+    tmp_path_factory: pytest.TempPathFactory,
+    amounts: list[int],
+    jumps: list[int],
+    changes: dict[int, bool],
+) -> None:
+    names = [f"s{n}" for n in range(len(amounts))]
+    text = "".join(
+        f"  - {{name: {name}, type: WaitForDuration, config: {{amount: {amount}, unit: hours}},"
+        f" next: {names[jump % len(names)]}}}\n"
+        for name, amount, jump in zip(names, amounts, jumps, strict=False)
+    )
+    sequences = loaded(tmp_path_factory.mktemp("s"), text)
+    data = {f"PT{hours}H": {"paid": paid} for hours, paid in changes.items()}
+    simulation = sequences.simulate(start=START, until="2026-03-20", changes=data)
+    times = [entry.at for entry in simulation.entries]
+    assert times == sorted(times)
+    assert simulation.status in ("active", "failed")
+
+
+async def test_the_engine_does_the_same(database: str, connection: asyncpg.Connection) -> None:
+    steps = (
+        ("begin", "WaitForDuration", '{"amount": 5, "unit": "ms"}', "work"),
+        ("work", "Note", "{}", "set"),
+        ("set", "UpdateData", '{"data": {"score": 3}}', "choose"),
+        (
+            "choose",
+            "Conditional",
+            json.dumps(
+                {
+                    "lodashCommand": "gt",
+                    "value": {"type": "get", "value": "data.score"},
+                    "compareTo": {"type": "raw", "value": 2},
+                }
+            ),
+            "last",
+        ),
+        ("last", "Note", "{}", None),
+    )
+    async with running_engine(database, {"Note": Recorder()}) as engine:
+        await define(connection, "s", *steps)
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+        definitions = dict(engine.catalog.sequences)
+    rows = await connection.fetch(
+        "SELECT step, action FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at", id_
+    )
+    now = datetime.now(UTC)
+    fresh = Enrollment(id_, "ada", "{}", now, uuid4(), "s", "begin", None, now)
+    simulation = Sequences(definitions, {"Note": Recorder()}).follow(fresh, now, None, {}, None)
+    simulated = [(e.step, e.action) for e in simulation.entries if e.action != "execute"]
+    assert simulated == [tuple(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"start": "tomorrow"}, "ISO 8601 time"),
+        ({"changes": {"P": {}}}, "ISO 8601 duration"),
+        ({"changes": {"P99999999999D": {}}}, "ISO 8601 duration"),
+        ({"sequence": "t"}, "does not exist"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, wrong: dict[str, Any], words: str) -> None:
+    sequences = loaded(tmp_path, "  - {name: a, type: GoTo}\n")
+    with pytest.raises(UsageError, match=words):
+        sequences.simulate(**({"start": START} | wrong))
+
+
+# --- the command line
+
+
+def test_the_page_can_be_followed(sequencerd: Command) -> None:
+    page = (REPOSITORY / "docs/simulate.md").read_text()
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL):
+        line = text.replace("sequencerd ", f"{sys.executable} -m sequencerd ")
+        command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euc", line]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_example_passes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
+
+
+def test_the_timeline_is_told_in_the_zone_of_the_subject(
+    sequencerd: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "s.yaml").write_text(
+        "name: s\nsteps:\n"
+        "  - {name: wait, type: WaitForDuration, config: {amount: 1, unit: day}}\n"
+        "  - {name: mail, type: Email, config: {from: a@x.org, to: b@x.org, subject: Hi,"
+        " text: 'Ä\n\n\n  b'}}\n"
+    )
+    given = ("simulate", "s.yaml", "--start", START, "--timezone", "Asia/Tokyo")
+    lines = sequencerd(*given).splitlines()
+    assert lines[0] == "Mon 2026-03-02 18:00:00  wait  enrolled"
+    assert lines[2] == "Tue 2026-03-03 18:00:00  mail  execute Email"
+    assert [line.split() for line in lines[3:7]] == [
+        ["from:", "a@x.org"],
+        ["subject:", "Hi"],
+        ["text:", "Ä"],
+        [],
+    ]
+    assert lines[-1] == "Tue 2026-03-03 18:00:00  mail  completed (Asia/Tokyo)"
+    told = json.loads(sequencerd(*given, "--json"))
+    assert told["status"] == "completed"
+    assert told["entries"][2]["details"]["subject"] == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--set", "P3D"), "--set"),
+        (("--set", "P3D: 7"), "must be a JSON object"),
+        (("--data", "{"), "--data is not JSON"),
+        (("--runner", "Score"), "write TYPE=next|altNext|noop|fail"),
+        (("--timezone", "Mars"), "--timezone"),
+    ],
+)
+def test_wrong_options(applied: Command, option: tuple[str, str], words: str) -> None:
+    applied("simulate", "s.yaml", *option, code=1)
+    assert words in applied.errors
+
+
+def test_a_simulation_goes_on_from_where_somebody_is(applied: Command, tmp_path: Path) -> None:
+    applied("enroll", "s", "ada", "--data", '{"name": "Ada"}')
+    begun = json.loads(applied("simulate", "--from-enrollment", "1", "--json"))
+    assert [entry["step"] for entry in begun["entries"]] == ["first", "first", "second", "second"]
+    lasted = datetime.fromisoformat(begun["ended_at"]) - datetime.now(UTC)
+    assert timedelta(days=2) < lasted < timedelta(days=4)
+    assert json.loads(applied("show", "1", "--json"))["history"] == []  # it only reads
+    (tmp_path / "s.yaml").write_text("name: s\nsteps:\n  - {name: first, type: GoTo, next: null}\n")
+    other = json.loads(applied("simulate", "s.yaml", "--from-enrollment", "1", "--json"))
+    assert other["status"] == "completed"
+    applied("simulate", "--from-enrollment", "99", code=1)
+    assert "enrollment 99 does not exist" in applied.errors
+
+
+# --- graph
+
+
+def test_graphs(applied: Command, tmp_path: Path) -> None:
+    for subject in ("ada", "bob"):
+        applied("enroll", "s", subject)
+    text = applied("graph", "s")
+    assert text.splitlines()[0].split() == ["2", "first", "WaitForDuration", "next", "second"]
+    assert applied("graph", "s.yaml") == text
+    assert "2 here" in applied("graph", "s", "--format", "mermaid")
+    assert "2 here" in applied("graph", "s", "--format", "dot")
+    applied("graph", "nobody", code=1)
+    assert "sequence 'nobody' does not exist" in applied.errors
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    from sequencerd.definitions import graph
+
+    file = tmp_path / "s.yaml"
+    steps = [
+        {"name": 'a "quote" \\ [x] #1', "type": "GoTo", "next": "ü<br>\n2", "altNext": None},
+        {"name": "ü<br>\n2", "type": "GoTo", "config": {"step": "there", "sequence": "other"}},
+    ]
+    others = {"name": "other", "steps": [{"name": "there", "type": "GoTo"}]}
+    file.write_text(json.dumps({"name": "s", "steps": steps}) + "\n---\n" + json.dumps(others))
+    sequence = load(file).definitions["s"]
+    mermaid = graph.mermaid(sequence, {})
+    assert 's0["a #34;quote#34; #92; #91;x#93; #35;1<br/>GoTo"]' in mermaid
+    assert 's1["ü#60;br#62; 2<br/>GoTo"]' in mermaid
+    assert 'o0(["other/there"])' in mermaid
+    dot = graph.dot(sequence, {})
+    assert '"step a \\"quote\\" \\\\ [x] #1" -> "step ü<br>\\n2";' in dot
+    assert graph.text(sequence, {}).splitlines()[1] == "ü<br> 2             GoTo  next other/there"
+
+
+@pytest.mark.parametrize(
+    ("start", "times"),
+    [
+        # 29 March 2026: 02:00 does not exist in Berlin; 25 October: it comes twice
+        ("2026-03-28T01:30:00Z", ["29 01:30", "29 07:00", "30 07:00", "31 06:00"]),
+        ("2026-10-24T00:30:00Z", ["25 00:30", "25 08:00", "26 08:00", "27 07:00"]),
+    ],
+)
+def test_summer_time_begins_and_ends_while_people_wait(
+    tmp_path: Path, start: str, times: list[str]
+) -> None:
+    sequences = loaded(
+        tmp_path,
+        "  - {name: day, type: WaitForDuration, config: {amount: 1, unit: days}}\n"
+        "  - {name: nine, type: WaitForDateComparison, config: {attribute: hour, values: [9]}}\n"
+        "  - {name: next, type: WaitForDuration, config: {amount: 24, unit: hours}}\n"
+        "  - {name: last, type: WaitForDuration, config: {amount: 23, unit: hours}}\n",
+    )
+    journey = sequences.simulate(start=start, timezone="Europe/Berlin")
+    assert journey.status == "completed"
+    ends = [f"{entry.at:%d %H:%M}" for entry in journey.entries if entry.action == "next"]
+    assert ends == times
+
+
+JUMPING = """
+name: s
+steps:
+  - {name: over, type: GoTo, config: {sequence: t, step: days}, altNext: else}
+  - {name: else, type: WaitForDuration, config: {amount: 1, unit: days}}
+---
+name: t
+status: %s
+steps:
+  - {name: days, type: WaitForDuration, config: {amount: 1, unit: days}}
+"""
+
+
+def test_a_refused_jump_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(JUMPING % "active")
+    sequences = load(file)
+    went = sequences.simulate("s", start=START)
+    assert (went.enrollment.sequence, went.steps) == ("t", ["over", "days"])
+    refused = sequences.simulate("s", start=START, enrolled=["t"])
+    assert (refused.enrollment.sequence, refused.steps) == ("s", ["over", "else"])
+    file.write_text(JUMPING % "archived")
+    archived = load(file).simulate("s", start=START)
+    assert actions(archived)[1] == "over altNext"
+    assert "archived" in (archived.entries[1].message or "")
+    file.write_text((JUMPING % "archived").replace(", altNext: else", ""))
+    assert "archived" in load(file).simulate("s", start=START).end
+
+
+async def test_of_an_enrollment_it_is_known_what_refuses_it(
+    connection: asyncpg.Connection, sequencerd: Command
+) -> None:
+    days = '{"amount": 3, "unit": "days"}'
+    await define(connection, "s", ("over", "GoTo", '{"sequence": "t", "step": "days"}', None))
+    await define(connection, "t", ("days", "WaitForDuration", days, None))
+    await enroll(connection, "t", "ada")
+    id_ = await enroll(connection, "s", "ada")
+    assert "refuses a second entry" in sequencerd("simulate", "--from-enrollment", str(id_))
+
+
+@pytest.mark.parametrize(
+    ("goes", "leads"),
+    [
+        ("next", ["mail expired", "good next", "good completed"]),
+        ("altNext", ["mail expired", "other next", "other completed"]),
+        ("end", ["mail expired", "mail completed"]),
+    ],
+)
+def test_what_has_expired_is_not_sent(tmp_path: Path, goes: str, leads: list[str]) -> None:
+    sequences = loaded(
+        tmp_path,
+        "  - {name: mail, type: Email, altNext: other, next: good, config: {from: a@x.org,"
+        " to: b@x.org, subject: x, text: y, expires: '{{data.begins}}',"
+        f" onExpired: {goes}}}}}\n"
+        "  - {name: good, type: UpdateData, next: null, config: {data: {sent: true}}}\n"
+        "  - {name: other, type: UpdateData, next: null, config: {data: {sent: false}}}\n",
+    )
+    in_time = sequences.simulate(start=START, data={"begins": "2026-03-03T09:00:00Z"})
+    assert "mail execute" in actions(in_time)
+    late = sequences.simulate(start=START, data={"begins": START})
+    assert [action for action in actions(late) if action != "mail enrolled"] == leads

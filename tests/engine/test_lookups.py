@@ -1,0 +1,324 @@
+"""External data: asked for in batches, only where it is read, and never taken for false."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from sequencerd.engine import lookups
+from sequencerd.service.health import Health
+from sequencerd.service.metrics import Metrics
+from sequencerd.settings import LookupEndpoint
+from sequencerd.storage import store
+from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
+from tests.helpers.pooler import pgbouncer
+from tests.helpers.servers import Answer, Request, http_server, task
+
+ACCOUNTS = """
+    CREATE SCHEMA app;
+    CREATE TABLE app.accounts (name text, plan text);
+    CREATE TABLE app.questions (subjects text[]);
+    CREATE FUNCTION app.plans(subjects text[]) RETURNS TABLE (subject text, data jsonb)
+    LANGUAGE sql STABLE AS $$
+        SELECT name, jsonb_build_object('plan', plan) FROM app.accounts WHERE name = ANY (subjects)
+    $$;
+"""
+PRO = json.dumps(
+    {
+        "lodashCommand": "eq",
+        "value": {"type": "get", "value": "external.plan"},
+        "compareTo": {"type": "raw", "value": "pro"},
+    }
+)
+DAYS = '{"amount": 3, "unit": "days"}'
+
+
+async def use(connection: asyncpg.Connection, lookup: str, recheck: str = "1 minute") -> None:
+    await connection.execute(
+        "UPDATE sequencer.sequences SET lookup = $1, recheck = $2::text::interval", lookup, recheck
+    )
+
+
+async def ask_plan(connection: asyncpg.Connection) -> None:
+    """A sequence that asks for the plan, and gives it to a runner where it is "pro"."""
+    await define(
+        connection,
+        "s",
+        ("has-pro", "Conditional", PRO, "tell"),
+        ("tell", "Note", '{"text": "{{external.plan}}"}', "plain"),
+        ("plain", "Note", "{}", None),
+    )
+
+
+async def test_an_sql_function_is_asked_once_for_a_batch(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await connection.execute(ACCOUNTS)
+    await connection.execute(
+        "INSERT INTO app.accounts SELECT 'u' || n, CASE WHEN n <= 10 THEN 'pro' ELSE 'free' END"
+        " FROM generate_series(1, 500) AS n"
+    )
+    recorder = Recorder()
+    await ask_plan(connection)
+    await use(connection, "app.plans")
+    async with running_engine(database, {"Note": recorder}):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, 500) AS n"
+        )
+        await until(connection, ALL_ENDED)
+    told = [view for view in recorder.views if view["step"] == "tell"]
+    assert {view["subject"] for view in told} == {f"u{n}" for n in range(1, 11)}
+    assert all(view["external"] == {"plan": "pro"} for view in told)
+    plain = [view for view in recorder.views if view["step"] == "plain"]
+    assert len(plain) == 10
+    assert all(view["external"] == {} for view in plain)  # it does not read them: nobody asked
+
+
+async def test_a_goal_in_external_data_is_looked_at_again_and_again(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await connection.execute(ACCOUNTS)
+    await define(
+        connection, "s", ("pause", "WaitForDuration", DAYS, None), ("pro", "Goal", PRO, None)
+    )
+    await use(connection, "app.plans", "1 second")
+    async with running_engine(database):
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, "SELECT wake_at > now() AND leased_by IS NULL"
+                    " FROM sequencer.enrollments")  # fmt: skip
+        await connection.execute("INSERT INTO app.accounts VALUES ('ada', 'pro')")
+        await until(connection, ALL_ENDED)
+    assert (await way(connection, id_))[-2:] == ["pause goal", "pause completed"]
+
+
+async def test_a_request_for_all_asks_once_about_each(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where more wait than a lookup takes on at a time."""
+    asked: Counter[str] = Counter()
+    original = store.look_up
+
+    async def counting(*arguments: Any) -> Any:
+        asked.update(arguments[2])
+        return await original(*arguments)
+
+    monkeypatch.setattr(store, "look_up", counting)
+    await connection.execute(ACCOUNTS)
+    await define(
+        connection, "s", ("pause", "WaitForDuration", DAYS, None), ("pro", "Goal", PRO, None)
+    )
+    await use(connection, "app.plans", "1 hour")
+    count = 3000
+    waiting = "SELECT bool_and(wake_at > now() AND leased_by IS NULL AND entered_at IS NOT NULL)"
+    async with running_engine(database):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, $1::int) AS n",
+            count,
+        )
+        await until(connection, f"{waiting} FROM sequencer.enrollments")
+        assert set(asked.values()) == {1}
+        await connection.execute("NOTIFY sequencer")
+        async with asyncio.timeout(60):
+            while asked.total() < 2 * count:  # noqa: ASYNC110 - a counter sets no event
+                await asyncio.sleep(0.01)
+        await until(connection, f"{waiting} FROM sequencer.enrollments")
+        await until(connection, "SELECT bool_and(retime_from IS NULL) FROM sequencer.steps")
+    assert set(asked.values()) == {2}
+
+
+async def test_a_lookup_that_fails_is_asked_again_and_is_not_false(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await ask_plan(connection)
+    await use(connection, "app.plans")
+    async with running_engine(database, {"Note": Recorder()}):
+        id_ = await enroll(connection, "s", "ada")
+        await until(
+            connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'retry')"
+        )
+        row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+        assert (row["status"], row["step"], row["attempt"]) == ("active", "has-pro", 0)
+        assert "app" in row["last_error"]
+        await connection.execute(ACCOUNTS)
+        await connection.execute("INSERT INTO app.accounts VALUES ('ada', 'pro')")
+        await connection.execute("SELECT sequencer.reevaluate(subject => 'ada')")
+        await until(connection, ALL_ENDED)
+    assert (await way(connection, id_))[-2:] == ["plain next", "plain completed"]
+
+
+async def test_a_function_can_neither_write_nor_be_anybody_elses(
+    connection: asyncpg.Connection,
+) -> None:
+    await connection.execute(ACCOUNTS)
+    await connection.execute(
+        "CREATE FUNCTION app.noting(subjects text[]) RETURNS TABLE (subject text, data jsonb)"
+        " LANGUAGE sql AS $$ INSERT INTO app.questions VALUES ($1) RETURNING 'x', '{}'::jsonb $$"
+    )
+    with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+        await store.look_up(connection, "app.noting", ["ada"], 60)
+    for name in ("plans", "pg_catalog.unnest", "sequencer.enroll", 'app."x"', "app.f(); --"):
+        with pytest.raises(ValueError, match="SQL function"):
+            await store.look_up(connection, name, ["ada"], 60)
+
+
+async def test_an_endpoint_gets_the_ids_and_answers_with_objects(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    asked: list[Any] = []
+
+    async def respond(request: Request) -> Answer:
+        asked.append((json.loads(request.body), request.headers["x-key"]))
+        return Answer(200, json.dumps([{"id": "ada", "plan": "pro"}]).encode())
+
+    recorder = Recorder()
+    await ask_plan(connection)
+    await use(connection, "plans")
+    async with http_server(respond) as server:
+        endpoint = LookupEndpoint.model_validate({"url": server.url, "headers": {"X-Key": "k"}})
+        async with running_engine(database, {"Note": recorder}, {"plans": endpoint}):
+            await enroll(connection, "s", "ada")
+            await enroll(connection, "s", "bob")
+            await until(connection, ALL_ENDED)
+    assert sorted({name for names, _ in asked for name in names}) == ["ada", "bob"]
+    assert {key for _, key in asked} == {"k"}
+    (told,) = [view for view in recorder.views if view["step"] == "tell"]
+    assert told["external"] == {"id": "ada", "plan": "pro"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(500, b"[]"),
+        Answer(404, b"[]"),
+        Answer(200, b"no JSON"),
+        Answer(200, b'{"id": "ada"}'),
+        Answer(200, b'[{"plan": "pro"}]'),
+        Answer(200, b'[{"id": "ada"}, {"id": "ada", "plan": "pro"}]'),
+    ],
+)
+async def test_an_answer_that_cannot_be_used_is_a_failure(
+    database: str, connection: asyncpg.Connection, answer: Answer
+) -> None:
+    async def respond(_: Request) -> Answer:
+        return answer
+
+    await ask_plan(connection)
+    await use(connection, "plans")
+    async with http_server(respond) as server:
+        endpoint = LookupEndpoint(url=server.url)
+        async with running_engine(database, {"Note": Recorder()}, {"plans": endpoint}):
+            await enroll(connection, "s", "ada")
+            await until(connection, "SELECT last_error LIKE 'lookup%' FROM sequencer.enrollments")
+    assert await connection.fetchval("SELECT status FROM sequencer.enrollments") == "active"
+
+
+def of_lists(subjects: list[str]) -> list[dict[str, str]]:
+    return [{"id": subject, "plan": "pro"} for subject in subjects]
+
+
+async def of_mappings(subjects: list[str]) -> Mapping[str, Mapping[str, str]]:
+    return {subject: {"plan": "pro"} for subject in subjects}
+
+
+@pytest.mark.parametrize("function", ["of_lists", "of_mappings"])
+async def test_a_python_function_is_asked(
+    database: str,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+) -> None:
+    point = EntryPoint("plans", f"tests.engine.test_lookups:{function}", lookups.GROUP)
+    monkeypatch.setattr(lookups, "entry_points", lambda group: [point])
+    recorder = Recorder()
+    await ask_plan(connection)
+    await use(connection, "plans")
+    async with running_engine(database, {"Note": recorder}):
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    assert recorder.views[0]["external"]["plan"] == "pro"
+
+
+SLOW = "CREATE SCHEMA slow;" + "".join(
+    f"CREATE FUNCTION slow.{name}(subjects text[]) RETURNS TABLE (subject text, data jsonb)"
+    " LANGUAGE sql AS $$ SELECT 'x', '{}'::jsonb FROM pg_sleep(3600) $$;"
+    for name in ("one", "two", "three", "four", "five", "six")
+)
+SLEEPING = (
+    "SELECT count(*) = 3 FROM pg_stat_activity"
+    " WHERE datname = current_database() AND wait_event = 'PgSleep'"
+)
+
+
+async def ask_slow(connection: asyncpg.Connection) -> None:
+    """Sequences whose lookups hang: more than the engine has connections."""
+    await connection.execute(SLOW)
+    for name in ("one", "two", "three", "four", "five", "six"):
+        await define(connection, name, ("has-pro", "Conditional", PRO, None))
+        await connection.execute(
+            "UPDATE sequencer.sequences SET lookup = $1 WHERE name = $2", f"slow.{name}", name
+        )
+        for n in range(3):
+            await enroll(connection, name, f"u{n}")
+
+
+async def test_slow_lookups_delay_nothing_else(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    note = Recorder()
+    async with running_engine(database, {"Note": note}):
+        await ask_slow(connection)
+        await until(connection, SLEEPING)
+        await define(connection, "s", ("note", "Note", "{}", None))
+        await enroll(connection, "s", "ada")
+        await until(
+            connection,
+            "SELECT status = 'completed' FROM sequencer.enrollments WHERE sequence = 's'",
+        )
+        assert await connection.fetchval(SLEEPING)
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        )
+
+
+@pytest.mark.parametrize("through_pooler", [False, True])
+async def test_the_server_ends_a_slow_lookup(
+    database: str, connection: asyncpg.Connection, tmp_path: Path, through_pooler: bool
+) -> None:
+    await connection.execute(ACCOUNTS + SLOW)
+    with pgbouncer(database, tmp_path) if through_pooler else nullcontext(database) as url:
+        pool = await store.connect_pool(url, 1, pooled=through_pooler, least=0)
+        made = lookups.Lookups(pool, {}, timeout=0.2)
+        (found,) = await made.get("slow.one").run(None, [task()])
+        assert found.message == "lookup 'slow.one' failed: no answer within 0.2 seconds"
+        # what holds for it holds for no other
+        async with pool.acquire() as other:
+            assert await other.fetchval("SHOW statement_timeout") == "0"
+            (found,) = await made.get("app.plans").run(None, [task()])
+            assert "have held all of database.lookup_connections (1) for 0.2 s" in found.message
+            waiting = asyncio.create_task(made._by_sql("app.plans", []))
+            while store.longest_wait(pool) == 0:  # noqa: ASYNC110 - it sets no event
+                await asyncio.sleep(0.01)
+        assert await waiting == {}
+        assert store.longest_wait(pool) == 0
+        await pool.close()
+
+
+def test_exhausted_connections_are_a_reason() -> None:
+    health = Health(Metrics(), str, sweep=60)
+    waited = 4.0
+    health.waits = {"lookups": lambda: waited}
+    reason = "all connections for lookups have been in use for 6 s"
+    assert reason not in health.why_not_ready()
+    waited = 6.0
+    assert reason in health.why_not_ready()

@@ -1,0 +1,867 @@
+"""The engine on a real database."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from contextlib import AsyncExitStack, suppress
+from datetime import timedelta
+
+import asyncpg
+import pytest
+
+from sequencerd.core.model import Action, Answer, Failed, NotStarted, Result, Task
+from sequencerd.storage import store
+from tests.helpers.engines import (
+    ALL_ENDED,
+    Recorder,
+    define,
+    enroll,
+    losing_answers,
+    running_engine,
+    until,
+    way,
+)
+
+PAID = """{
+    "lodashCommand": "eq",
+    "value": {"type": "get", "value": "data.paid"},
+    "compareTo": {"type": "raw", "value": true}
+}"""
+DAYS = '{"amount": 3, "unit": "days"}'
+BELL = f"""FROM pg_locks
+    WHERE locktype = 'advisory' AND (classid, objid) = ({store.AdvisoryLock.NOTIFY})
+      AND mode = 'ExclusiveLock' AND granted
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+BELL_IS_ON = f"SELECT EXISTS (SELECT {BELL})"
+SHORT = '{"amount": 30, "unit": "milliseconds"}'
+
+
+async def test_everybody_goes_the_whole_way(database: str, connection: asyncpg.Connection) -> None:
+    recorder = Recorder(batch_size=100)
+    await define(
+        connection,
+        "s",
+        ("hello", "Note", "{}", "pause"),
+        ("pause", "WaitForDuration", SHORT, "bye"),
+        ("bye", "Note", "{}", None),
+    )
+    async with running_engine(database, {"Note": recorder}):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, 5000) AS n"
+        )
+        await until(connection, ALL_ENDED)
+    assert set(Counter(recorder.keys).values()) == {1}
+    assert len(recorder.keys) == 10000
+    statuses = await connection.fetch("SELECT DISTINCT status FROM sequencer.enrollments")
+    assert [row["status"] for row in statuses] == ["completed"]
+    assert await way(connection, 1) == [
+        "hello enrolled",
+        "hello next",
+        "pause next",
+        "bye next",
+        "bye completed",
+    ]
+
+
+async def test_who_goes_the_way_of_others_takes_its_own_along(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    done = Answer()
+
+    async def answer(_: Task) -> Result:
+        return done
+
+    await define(connection, "s", ("hello", "Note", "{}", "bye"), ("bye", "Note", "{}", None))
+    # a number that PostgreSQL takes and Python does not
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data)"
+        " SELECT 's', 'u' || n, jsonb_build_object("
+        "   'n', CASE n WHEN 7 THEN repeat('7', 5000)::numeric ELSE n END)"
+        " FROM generate_series(1, 20) AS n"
+    )
+    recorder = Recorder(answer, batch_size=20)
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, ALL_ENDED)
+    others = [n for n in range(1, 21) if n != 7]
+    assert {(view["subject"], view["data"]["n"], view["step"]) for view in recorder.views} == {
+        (f"u{n}", n, step) for n in others for step in ("hello", "bye")
+    }
+    assert sorted(recorder.visits) == sorted(f"{n}:{visit}" for n in others for visit in (1, 2))
+    for n in others:
+        assert await way(connection, n) == [
+            "hello enrolled",
+            "hello next",
+            "bye next",
+            "bye completed",
+        ]
+    assert await way(connection, 7) == ["hello enrolled", "hello failed"]
+    failed = "SELECT id, failure FROM sequencer.failures"
+    assert [tuple(row) for row in await connection.fetch(failed)] == [(7, "bad_data")]
+
+
+async def test_a_commit_whose_answer_is_lost_is_found_out(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    await define(connection, "s", ("one", "Note", "{}", "two"), ("two", "Note", "{}", None))
+    async with (
+        losing_answers(database) as (url, lose),
+        running_engine(url, {"Note": recorder}),
+    ):
+        # of a claim, and then of the write of a result that begins the next side effect as well
+        for lost, subject in enumerate(("ada", "bob", "eve", "zoe")):
+            lose.extend([True] * lost)
+            await enroll(connection, "s", subject)
+            await until(connection, ALL_ENDED, seconds=10)  # long before a lease runs out
+            assert not lose
+    assert set(Counter(recorder.keys).values()) == {1}
+    for id_ in range(1, 5):
+        assert await way(connection, id_) == [
+            "one enrolled",
+            "one next",
+            "two next",
+            "two completed",
+        ]
+
+
+async def test_a_lost_answer_begins_nothing_twice_that_was_given_back_and_taken_again(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """What was not started is leased anew as it was leased before: by the rows alone, nobody could
+    tell whether that was written.
+    """
+    recorder = Recorder()
+    await define(connection, "s", ("one", "Note", "{}", None))
+    async with (
+        losing_answers(database) as (url, lose),
+        running_engine(url, {"Note": recorder}),
+    ):
+
+        async def not_at_first(_: Task) -> Result:
+            if len(recorder.keys) > 1:
+                return Answer()
+            lose.append(True)  # of the write of what is returned now
+            return NotStarted()
+
+        recorder.behaviour = not_at_first
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED, seconds=10)
+        assert not lose
+    assert len(recorder.keys) == 2  # not started, and then done once
+    assert await way(connection, id_) == ["one enrolled", "one next", "one completed"]
+
+
+async def sleeper(connection: asyncpg.Connection, then: str | None = None) -> int:
+    """Somebody who waits three days, in a sequence with the goal of paying."""
+    await define(
+        connection,
+        "s",
+        ("pause", "WaitForDuration", DAYS, then),
+        ("paid", "Goal", PAID, "thanks"),
+        ("thanks", "Note", "{}", None),
+    )
+    return await enroll(connection, "s", "ada")
+
+
+ASLEEP = (
+    "SELECT entered_at IS NOT NULL AND wake_at > now() + interval '1 day'"
+    " FROM sequencer.enrollments"
+)
+ENDED = "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1"
+
+
+async def test_changed_data_are_looked_at_at_once(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}):
+        id_ = await sleeper(connection)
+        await until(connection, ASLEEP)
+        await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
+        await until(connection, ENDED, id_)
+    assert await way(connection, id_) == [
+        "pause enrolled",
+        "pause goal",
+        "thanks next",
+        "thanks completed",
+    ]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "NOTIFY sequencer",
+        "SELECT pg_notify('sequencer', '{\"subject\": \"ada\"}')",
+        'SELECT pg_notify(\'sequencer\', \'{"sequence": "s", "step": "pause"}\')',
+        "SELECT sequencer.reevaluate(subject => 'ada')",
+        "SELECT sequencer.reevaluate(sequence => 's', step => 'pause')",
+    ],
+)
+async def test_another_look_can_be_asked_for(
+    database: str, connection: asyncpg.Connection, statement: str
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}):
+        id_ = await sleeper(connection)
+        await until(connection, ASLEEP)
+        # as if the daemon had not been told: the trigger that looks again is off
+        await connection.execute("ALTER TABLE sequencer.enrollments DISABLE TRIGGER wake_on_change")
+        await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
+        await connection.execute(statement)
+        await until(connection, ENDED, id_)
+
+
+async def test_a_changed_step_re_times_who_waits_there(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}, batch=7):
+        await sleeper(connection)
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, 50) AS n"
+        )
+        await until(connection, f"SELECT bool_and(asleep) FROM ({ASLEEP}) AS e (asleep)")
+        await connection.execute(
+            'UPDATE sequencer.steps SET config = \'{"amount": 5, "unit": "ms"}\''
+            " WHERE name = 'pause'"
+        )
+        await until(connection, ALL_ENDED)
+        await until(connection, "SELECT bool_and(retime_from IS NULL) FROM sequencer.steps")
+
+
+async def test_a_new_goal_concerns_everybody(database: str, connection: asyncpg.Connection) -> None:
+    async with running_engine(database, {"Note": Recorder()}):
+        await define(connection, "s", ("pause", "WaitForDuration", DAYS, None))
+        await enroll(connection, "s", "ada", '{"paid": true}')
+        await until(connection, ASLEEP)
+        await connection.execute(
+            "INSERT INTO sequencer.steps (sequence, name, type, config)"
+            " VALUES ('s', 'paid', 'Goal', $1)",
+            PAID,
+        )
+        await until(connection, ALL_ENDED)
+
+
+async def test_without_notifications_the_sweep_finds_everything(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    for table, trigger in (
+        ("enrollments", "notify_on_insert"),
+        ("enrollments", "notify_on_update"),
+        ("sequences", "notify_definitions"),
+    ):
+        await connection.execute(f"DROP TRIGGER {trigger} ON sequencer.{table}")
+    async with running_engine(database, {"Note": Recorder()}, sweep=0.2):
+        id_ = await sleeper(connection)
+        await until(connection, ASLEEP)
+        await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
+        await until(connection, ENDED, id_)
+        other = await enroll(connection, "s", "bob")
+        await until(connection, f"{ASLEEP} WHERE id = $1", other)
+        await connection.execute(
+            'UPDATE sequencer.steps SET config = \'{"amount": 5, "unit": "ms"}\''
+            " WHERE name = 'pause'"
+        )
+        await until(connection, ENDED, other)
+
+
+async def test_who_is_locked_when_due_goes_on_soon_after(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Locked by somebody who changes nothing, and so tells nobody."""
+    await define(connection, "s", ("pause", "WaitForDuration", '{"amount": 1, "unit": "s"}', None))
+    other = await asyncpg.connect(database)
+    async with running_engine(database, sweep=3600):
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, "SELECT wake_at > now() FROM sequencer.enrollments")
+        async with other.transaction():
+            await other.execute("SELECT FROM sequencer.enrollments WHERE id = $1 FOR UPDATE", id_)
+            await asyncio.sleep(1.5)
+        await until(connection, ENDED, id_)
+    await other.close()
+
+
+async def test_many_who_enroll_at_a_time_are_found_without_being_told(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sequencerd.storage.listener.WITHIN", 10.0)  # however slow the machine
+    await define(connection, "s", ("a", "Note", "{}", None))
+    others = [await asyncpg.connect(database) for _ in range(8)]
+    rings = 0
+
+    def ring(*_: object) -> None:
+        nonlocal rings
+        rings += 1
+
+    async def enroll_some(number: int) -> None:
+        for n in range(300):
+            await others[number].execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', $1)",
+                f"{number}-{n}",
+            )
+
+    async with running_engine(database, {"Note": Recorder(batch_size=100)}, sweep=3600):
+        await connection.add_listener("sequencer", ring)
+        await until(connection, BELL_IS_ON)
+        await asyncio.gather(*map(enroll_some, range(8)))
+        await until(connection, ALL_ENDED, seconds=5)
+        assert rings < 8 * 300 / 2
+        await until(connection, BELL_IS_ON, seconds=5)
+        rings = 0
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, ENDED, id_, seconds=5)
+        assert rings == 1
+        await connection.remove_listener("sequencer", ring)
+    for other in others:
+        await other.close()
+
+
+async def test_who_was_told_of_to_nobody_is_found_when_the_transaction_ends(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("a", "Note", "{}", None))
+    other = await asyncpg.connect(database)
+    transaction = other.transaction()
+    await transaction.start()
+    bob = await enroll(other, "s", "bob")
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600):
+        ada = await enroll(connection, "s", "ada")
+        await until(connection, ENDED, ada, seconds=5)
+        await transaction.commit()
+        await until(connection, ENDED, bob, seconds=5)
+        await until(connection, BELL_IS_ON, seconds=5)
+    await other.close()
+
+
+async def test_the_bell_goes_to_another_daemon(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("a", "Note", "{}", None))
+    async with AsyncExitStack() as first:
+        await first.enter_async_context(running_engine(database, {"Note": Recorder()}, sweep=3600))
+        await until(connection, BELL_IS_ON, seconds=5)
+        async with running_engine(database, {"Note": Recorder()}, sweep=3600):
+            await asyncio.sleep(0.5)  # it has seen by now that the other one has it
+            await first.aclose()
+            for number in range(4):
+                id_ = await enroll(connection, "s", f"u{number}")
+                await until(connection, ENDED, id_, seconds=5)
+                await until(connection, BELL_IS_ON, seconds=5)
+                await connection.execute(f"SELECT pg_terminate_backend(pid) {BELL}")
+
+
+async def test_a_cancelled_transaction_ends_though_its_connection_is_dead(database: str) -> None:
+    pool = await store.connect_pool(database, 1)
+    begun = asyncio.Event()
+
+    async def work() -> None:
+        while True:
+            with suppress(*store.TRANSIENT_ERRORS):
+                async with store.connection(pool) as connection, store.transaction(connection):
+                    connection.terminate()
+                    begun.set()
+                    await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await begun.wait()
+    task.cancel()
+    await asyncio.wait([task], timeout=5)
+    assert task.cancelled()
+    pool.terminate()
+
+
+async def test_a_side_effect_is_finished_before_the_goal_pulls(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(task: Task) -> Result:
+        started.set()
+        await go_on.wait()
+        return Answer(message="done")
+
+    recorder = Recorder(slow)
+    async with running_engine(database, {"Slow": recorder}):
+        await define(
+            connection,
+            "s",
+            ("work", "Slow", "{}", "pause"),
+            ("pause", "WaitForDuration", DAYS, None),
+            ("paid", "Goal", PAID, None),
+        )
+        id_ = await enroll(connection, "s", "ada")
+        await started.wait()
+        await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
+        go_on.set()
+        await until(connection, ENDED, id_)
+    assert recorder.visits == [f"{id_}:1"]
+    assert await way(connection, id_) == [
+        "work enrolled",
+        "work next",
+        "pause goal",
+        "pause completed",
+    ]
+
+
+async def test_what_comes_back_after_a_cancel_is_recorded_and_moves_nothing(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(task: Task) -> Result:
+        started.set()
+        await go_on.wait()
+        return Answer(message="sent to ada")
+
+    async with running_engine(database, {"Slow": Recorder(slow)}):
+        await define(connection, "s", ("work", "Slow", "{}", None))
+        id_ = await enroll(connection, "s", "ada")
+        await started.wait()
+        await connection.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+        go_on.set()
+        await until(
+            connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'late')"
+        )
+    assert await way(connection, id_) == ["work enrolled", "work cancelled", "work late"]
+    late = await connection.fetchval("SELECT message FROM sequencer.events WHERE action = 'late'")
+    assert "sent to ada" in late
+    assert await connection.fetchval("SELECT status FROM sequencer.enrollments") == "cancelled"
+
+
+async def test_a_failure_is_retried_and_at_last_told(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def broken(task: Task) -> Result:
+        if task.view["data"].get("raise"):
+            raise RuntimeError("a bug in the plug-in")
+        return Failed("the server is down")
+
+    retry = '{"retry": {"attempts": 3, "firstDelay": 0.01}}'
+    async with running_engine(database, {"Broken": Recorder(broken, batch_size=1)}):
+        await define(connection, "s", ("work", "Broken", retry, None))
+        ids = [
+            await enroll(connection, "s", "ada"),
+            await enroll(connection, "s", "bob", '{"raise": true}'),
+        ]
+        await until(connection, ALL_ENDED)
+    for id_, words in zip(ids, ["the server is down", "a bug in the plug-in"], strict=True):
+        row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+        assert (row["status"], row["failure"], row["attempt"]) == ("failed", "error", 3)
+        assert words in row["last_error"]
+        assert await way(connection, id_) == [
+            "work enrolled",
+            "work retry",
+            "work retry",
+            "work failed",
+        ]
+
+
+async def test_one_that_cannot_be_written_does_not_hold_up_the_others(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}):
+        await define(
+            connection, "s", ("work", "Note", "{}", "leave"),
+            ("leave", "GoTo", '{"step": "x", "sequence": "other"}', None),
+        )  # fmt: skip
+        await define(connection, "other", ("x", "WaitForDuration", DAYS, None))
+        await enroll(connection, "other", "ada")
+        # ada is in "other" already, so her row cannot be moved there a second time
+        ids = [await enroll(connection, "s", name) for name in ("eve", "ada", "bob")]
+        await until(
+            connection,
+            "SELECT count(*) = 0 FROM sequencer.enrollments"
+            " WHERE sequence = 's' AND status = 'active'",
+        )
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", ids[1])
+    assert (row["status"], row["failure"]) == ("failed", "already_enrolled")
+    there = await connection.fetch(
+        "SELECT subject FROM sequencer.enrollments"
+        " WHERE sequence = 'other' AND status = 'active' ORDER BY subject"
+    )
+    assert [row["subject"] for row in there] == ["ada", "bob", "eve"]
+
+
+async def test_a_problem_is_told_and_goes_away_when_it_is_mended(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}):
+        await define(
+            connection, "s", ("work", "Note", '{"bad": 1}', "odd"), ("odd", "Nothing", "{}", None)
+        )
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, "SELECT status = 'failed' FROM sequencer.enrollments")
+        row = await connection.fetchrow("SELECT * FROM sequencer.enrollments")
+        assert (row["failure"], row["step"]) == ("invalid_step", "work")
+        assert "bad: this key is not known" in row["last_error"]
+        told = await connection.fetch("SELECT name, problem FROM sequencer.steps ORDER BY name")
+        assert "served by no runner" in told[0]["problem"]
+        await connection.execute("UPDATE sequencer.steps SET type = 'Note', config = '{}'")
+        await until(connection, ENDED, id_)
+    assert await connection.fetchval("SELECT count(problem) FROM sequencer.steps") == 0
+    assert "work resumed" in await way(connection, id_)
+
+
+async def test_paused_nothing_is_executed_resumed_all_go_on(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}, sweep=0.1):
+        await define(connection, "s", ("work", "Note", "{}", None))
+        await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
+        id_ = await enroll(connection, "s", "ada")
+        await asyncio.sleep(0.5)
+        assert recorder.keys == []
+        await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
+        await until(connection, ENDED, id_)
+
+
+async def test_answers_may_bring_data_and_ask_to_come_again(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def twice(task: Task) -> Result:
+        if task.view["data"].get("seen"):
+            return Answer(Action.ALT_NEXT, "seen already")
+        return Answer(
+            Action.NOOP, "first time", data={"seen": True}, retry_after=timedelta(milliseconds=20)
+        )
+
+    async with running_engine(database, {"Twice": Recorder(twice)}):
+        await define(connection, "s", ("work", "Twice", "{}", None))
+        id_ = await enroll(connection, "s", "ada", '{"name": "Ada"}')
+        await until(connection, ENDED, id_)
+    assert json.loads(await connection.fetchval("SELECT data FROM sequencer.enrollments")) == {
+        "name": "Ada",
+        "seen": True,
+    }
+    assert await way(connection, id_) == [
+        "work enrolled",
+        "work noop",
+        "work altNext",
+        "work completed",
+    ]
+
+
+async def test_a_stop_gives_back_what_is_not_done_and_spends_no_attempt(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    started = asyncio.Event()
+
+    async def endless(task: Task) -> Result:
+        started.set()
+        await asyncio.sleep(3600)
+        return Answer()
+
+    await define(connection, "s", ("work", "Slow", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject)"
+        " SELECT 's', 'u' || n FROM generate_series(1, 50) AS n"
+    )
+    slow = Recorder(endless, batch_size=2, concurrency=2)
+    async with running_engine(database, {"Slow": slow}, stop_timeout=0.1):
+        await started.wait()
+    rows = await connection.fetch("SELECT * FROM sequencer.enrollments")
+    assert {(row["status"], row["attempt"], row["leased_by"]) for row in rows} == {
+        ("active", 0, None)
+    }
+    assert await connection.fetchval("SELECT bool_and(wake_at <= now()) FROM sequencer.enrollments")
+    async with running_engine(database, {"Slow": Recorder()}):
+        await until(connection, ALL_ENDED)
+
+
+async def test_several_daemons_share_the_work(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    one, two = Recorder(), Recorder()
+    await define(
+        connection,
+        "s",
+        ("hello", "Note", "{}", "pause"),
+        ("pause", "WaitForDuration", SHORT, "bye"),
+        ("bye", "Note", "{}", None),
+    )
+    async with (
+        running_engine(database, {"Note": one}, batch=50),
+        running_engine(database, {"Note": two}, batch=50),
+    ):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, 2000) AS n"
+        )
+        await until(connection, ALL_ENDED)
+    assert set(Counter(one.keys + two.keys).values()) == {1}
+    assert one.keys
+    assert two.keys
+
+
+async def test_a_lease_is_extended_while_the_work_goes_on(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def slow(task: Task) -> Result:
+        await asyncio.sleep(2.5)
+        return Answer()
+
+    recorder = Recorder(slow)
+    async with running_engine(database, {"Slow": recorder}, lease=1.0):
+        await define(connection, "s", ("work", "Slow", "{}", None))
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, ENDED, id_)
+    assert recorder.visits == [f"{id_}:1"]
+
+
+async def test_a_lease_of_a_dead_daemon_runs_out(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("work", "Note", "{}", None))
+    id_ = await enroll(connection, "s", "ada")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET leased_by = 'dead:1', attempt = 1, entered_at = now(),"
+        " wake_at = now() + interval '0.3 seconds'"
+    )
+    async with running_engine(database, {"Note": Recorder()}):
+        await until(connection, ENDED, id_)
+    assert await way(connection, id_) == ["work lapsed", "work next", "work completed"]
+
+
+async def test_a_row_that_somebody_holds_is_not_waited_for(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(task: Task) -> Result:
+        if task.view["subject"] == "held":
+            started.set()
+            await go_on.wait()
+        return Answer()
+
+    async with running_engine(database, {"Slow": Recorder(slow, batch_size=1)}):
+        await define(connection, "s", ("work", "Slow", "{}", None))
+        held = await enroll(connection, "s", "held")
+        await started.wait()
+        async with connection.transaction():
+            await connection.execute(
+                "SELECT FROM sequencer.enrollments WHERE id = $1 FOR UPDATE", held
+            )
+            go_on.set()
+            other = await asyncpg.connect(database)
+            await enroll(other, "s", "free")
+            await until(
+                other,
+                "SELECT status = 'completed' FROM sequencer.enrollments WHERE subject = 'free'",
+            )
+            await other.close()
+        await until(connection, ENDED, held)
+
+
+async def test_everybody_at_a_step_that_is_gone_is_told(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("work", "Note", "{}", None), ("other", "Note", "{}", None))
+    await enroll(connection, "s", "ada")
+    await connection.execute("ALTER TABLE sequencer.steps DISABLE TRIGGER guard_delete")
+    await connection.execute("DELETE FROM sequencer.steps WHERE name = 'work'")
+    async with running_engine(database, {"Note": Recorder()}):
+        await until(connection, ALL_ENDED)
+    row = await connection.fetchrow("SELECT failure, last_error FROM sequencer.enrollments")
+    assert row["failure"] == "invalid_step"
+    assert "'work' does not exist" in row["last_error"]
+
+
+async def test_a_loop_through_a_side_effect_is_executed_once(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Every day at that hour, as the original would have looped: one message, then it fails."""
+    recorder = Recorder()
+    hours = json.dumps({"attribute": "hour", "values": list(range(24))})
+    await define(
+        connection,
+        "s",
+        ("at-nine", "WaitForDateComparison", hours, "mail"),
+        ("mail", "Note", "{}", "sms"),
+        ("sms", "Note", "{}", "over"),
+        ("over", "GoTo", '{"step": "again", "sequence": "t"}', None),
+    )
+    await define(connection, "t", ("again", "GoTo", '{"step": "at-nine", "sequence": "s"}', None))
+    id_ = await enroll(connection, "s", "ada")
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, ALL_ENDED)
+        assert len(recorder.keys) == 2
+        row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+        assert (row["status"], row["failure"], row["step"]) == ("failed", "loop", "mail")
+        assert "s/mail → s/sms → s/mail" in row["last_error"]
+        # one that is resumed by hand is executed once more
+        await connection.execute("UPDATE sequencer.enrollments SET status = 'active'")
+        await until(connection, ALL_ENDED)
+        assert len(recorder.keys) == 4
+
+
+async def test_a_wait_between_side_effects_makes_no_loop(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    await define(
+        connection,
+        "s",
+        ("mail", "Note", "{}", "sms"),
+        ("sms", "Note", "{}", "pause"),
+        ("pause", "WaitForDuration", SHORT, "mail"),
+    )
+    id_ = await enroll(connection, "s", "ada")
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, "SELECT visit > 10 FROM sequencer.enrollments WHERE id = $1", id_)
+    assert len(recorder.keys) >= 6
+
+
+async def test_a_goal_of_another_sequence_with_the_same_name_pulls(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    days = ("days", "WaitForDuration", DAYS)
+    await define(
+        connection,
+        "a",
+        (*days, None),
+        ("paid", "Goal", PAID, "over"),
+        ("over", "GoTo", '{"step": "days", "sequence": "b"}', None),
+    )
+    await define(
+        connection,
+        "b",
+        (*days, "dun"),
+        ("dun", "Note", "{}", None),
+        ("paid", "Goal", PAID, "thanks"),
+        ("thanks", "Note", "{}", None),
+    )
+    id_ = await enroll(connection, "a", "ada", '{"paid": true}')
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, ALL_ENDED)
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+    assert (row["sequence"], row["step"], row["goals_met"]) == ("b", "thanks", ["paid"])
+    assert json.loads(row["goals_elsewhere"]) == {"a": ["paid"]}
+
+
+OVER = ("over", "GoTo", '{"step": "mail", "sequence": "t"}', None)
+
+
+async def define_jump(connection: asyncpg.Connection, reentry: str = "after_end") -> None:
+    """From "s", after a mail, into "t"; "else" is the GoTo's altNext."""
+    await define(
+        connection, "s", ("mail", "Note", "{}", "over"), OVER, ("else", "Note", "{}", None)
+    )
+    days = ("days", "WaitForDuration", DAYS, None)
+    await define(connection, "t", days, ("mail", "Note", "{}", "days"))
+    await connection.execute(
+        "UPDATE sequencer.sequences SET reentry = $1 WHERE name = 't'", reentry
+    )
+
+
+async def gone(connection: asyncpg.Connection, id_: int) -> tuple[str | None, ...]:
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+    return row["sequence"], row["step"], row["status"], row["failure"]
+
+
+IS_OVER = """SELECT status <> 'active' OR sequence = 't' AND leased_by IS NULL AND step = 'days'
+    FROM sequencer.enrollments WHERE id = $1"""
+
+
+@pytest.mark.parametrize("reentry", ["after_end", "never", "always"])
+@pytest.mark.parametrize("before", ["active", "completed", None])
+@pytest.mark.parametrize("otherwise", [True, False])
+async def test_a_jump_is_refused_as_an_insert_would_be(
+    database: str,
+    connection: asyncpg.Connection,
+    reentry: str,
+    before: str | None,
+    otherwise: bool,
+) -> None:
+    recorder = Recorder()
+    await define_jump(connection, reentry)
+    if otherwise:
+        await connection.execute(
+            "UPDATE sequencer.steps SET alt_next_step = 'else' WHERE name = 'over'"
+        )
+    if before:
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, status) VALUES ('t', 'ada', $1)",
+            before,
+        )
+    id_ = await enroll(connection, "s", "ada")
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, IS_OVER, id_)
+    is_refused = (reentry, before) in {
+        ("after_end", "active"), ("never", "active"), ("never", "completed"),
+    }  # fmt: skip
+    expected: tuple[str | None, ...]
+    if not is_refused:
+        expected = ("t", "days", "active", None)
+    elif otherwise:
+        expected = ("s", "else", "completed", None)
+    else:
+        expected = ("s", "over", "failed", "already_enrolled")
+    assert await gone(connection, id_) == expected
+    assert len(set(recorder.keys)) == len(recorder.keys) == (1 if expected[2] == "failed" else 2)
+    assert (await way(connection, id_))[:2] == ["mail enrolled", "mail next"]
+
+
+async def test_an_archived_sequence_is_not_entered_by_a_jump(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    await define_jump(connection)
+    async with running_engine(database, {"Note": recorder}) as engine:
+        # also where the daemon has not heard of it yet
+        engine.catalog.reload = lambda *_: asyncio.sleep(0, False)  # type: ignore[method-assign]
+        await connection.execute(
+            "UPDATE sequencer.sequences SET status = 'archived' WHERE name = 't'"
+        )
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, IS_OVER, id_)
+    assert await gone(connection, id_) == ("s", "over", "failed", "archived")
+
+
+async def test_of_those_who_jump_together_one_gets_in(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define_jump(connection)
+    await connection.execute("UPDATE sequencer.sequences SET reentry = 'always' WHERE name = 's'")
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, step, subject)"
+        " SELECT 's', 'over', 'u' || n % 50 FROM generate_series(1, 200) AS n"
+    )
+    async with running_engine(database, {"Note": Recorder()}):
+        await until(
+            connection,
+            "SELECT count(*) = 50 FROM sequencer.enrollments WHERE sequence = 't' AND step = 'days'"
+            " AND leased_by IS NULL",
+        )
+        await until(connection, "SELECT count(*) = 150 FROM sequencer.enrollments"
+                    " WHERE failure = 'already_enrolled'")  # fmt: skip
+
+
+async def test_who_enters_while_another_jumps_comes_first(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """An insert that commits between the look and the write."""
+    recorder = Recorder()
+    await define_jump(connection)
+    id_ = await enroll(connection, "s", "ada")
+    other = await asyncpg.connect(database)
+    entering = other.transaction()
+    await entering.start()
+    await enroll(other, "t", "ada")
+    try:
+        async with running_engine(database, {"Note": recorder}):
+            await until(
+                connection,
+                "SELECT EXISTS (SELECT FROM pg_stat_activity"
+                " WHERE wait_event_type = 'Lock' AND datname = current_database())",
+            )
+            await entering.commit()
+            await until(connection, IS_OVER, id_)
+    finally:
+        await other.close()
+    assert await gone(connection, id_) == ("s", "over", "failed", "already_enrolled")
+    assert len(recorder.keys) == 1
+    assert (await way(connection, id_))[:2] == ["mail enrolled", "mail next"]

@@ -1,0 +1,570 @@
+"""What the database refuses to read or write is the fault of one row, and harms no other."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from structlog.testing import capture_logs
+
+from sequencerd.core.model import Answer, Result, Task
+from sequencerd.engine import quarantine
+from sequencerd.engine.clock import Clock
+from sequencerd.storage import migrate, store
+from tests.conftest import Command, execute, with_database, with_login
+from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+
+QUARANTINED = (
+    "SELECT count(*) = $1 FROM sequencer.problems AS p JOIN sequencer.daemons AS d"
+    " ON d.name = p.daemon WHERE p.kind = 'quarantined' AND d.alive_until > now()"
+)
+DONE = "SELECT count(*) = $1 FROM sequencer.enrollments WHERE status = 'completed'"
+NOTHING = '{"amount": 0, "unit": "ms"}'
+
+
+async def refuse(
+    connection: asyncpg.Connection, when: str, code: str, *, timing: str = "BEFORE UPDATE"
+) -> None:
+    """A user's trigger that raises for some rows."""
+    kind = "CONSTRAINT TRIGGER" if "DEFERR" in timing else "TRIGGER"
+    before, _, deferred = timing.partition(" DEFERR")
+    deferred = f"DEFERR{deferred}" if deferred else ""
+    await connection.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" RAISE 'refused' USING ERRCODE = '{code}'; END $$;"
+        f"CREATE {kind} refuse {before} ON sequencer.enrollments {deferred}"
+        f" FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION refuse()"
+    )
+
+
+@pytest.fixture
+async def daemon_login(connection: asyncpg.Connection, database: str) -> str:
+    """The URL of a login that has the daemon's role and no more."""
+    await connection.execute(
+        "DO $$ BEGIN CREATE ROLE login_daemon LOGIN;"
+        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"
+    )
+    await connection.execute("GRANT sequencer_daemon TO login_daemon")
+    return with_login(database, "login_daemon")
+
+
+class Gate:
+    """A runner's behaviour that waits until it is opened."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.opened = asyncio.Event()
+
+    async def __call__(self, _task: Task) -> Result:
+        self.begun += 1
+        await self.opened.wait()
+        return Answer()
+
+
+def patient(gate: Gate) -> Recorder:
+    """A runner that calls for each at the same time, and waits for long."""
+    recorder = Recorder(gate, batch_size=1, concurrency=20)
+    recorder.timeout = 300.0
+    return recorder
+
+
+@pytest.fixture
+async def gate() -> AsyncIterator[Gate]:
+    made = Gate()
+    yield made
+    made.opened.set()
+
+
+async def until_begun(gate: Gate, count: int) -> None:
+    async with asyncio.timeout(60):
+        while gate.begun < count:  # noqa: ASYNC110 - counted in the same loop
+            await asyncio.sleep(0.01)
+
+
+async def test_a_row_that_a_trigger_refuses_is_set_aside_and_others_complete_once(
+    database: str, connection: asyncpg.Connection, daemon_login: str, gate: Gate
+) -> None:
+    await connection.execute("CREATE TABLE audit (id bigint)")
+    await connection.execute(
+        "CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " INSERT INTO audit VALUES (NEW.id); RETURN NULL; END $$;"
+        "CREATE TRIGGER audit AFTER UPDATE ON sequencer.enrollments FOR EACH ROW"
+        " WHEN (OLD.status IS DISTINCT FROM NEW.status AND NEW.sequence = 'imm')"
+        " EXECUTE FUNCTION audit()"
+    )
+    await define(connection, "imm", ("end", "WaitForDuration", NOTHING, None))
+    await define(connection, "slow", ("call", "Slow", "{}", None))
+    slow = patient(gate)
+    async with running_engine(daemon_login, {"Slow": slow}):
+        for number in range(20):
+            await enroll(connection, "slow", f"u{number}")
+        await until_begun(gate, 20)
+        bad = await enroll(connection, "imm", "ada")
+        await until(connection, QUARANTINED, 1)
+        row = await connection.fetchrow("SELECT * FROM sequencer.problems")
+        assert (row["about"], row["sequence"], row["step"]) == (str(bad), "imm", "end")
+        assert "permission denied for table audit" in row["message"]
+        gate.opened.set()
+        await until(connection, DONE, 20)
+        await connection.execute("GRANT INSERT ON audit TO sequencer_daemon")
+        await until(connection, ALL_ENDED)
+        await until(connection, QUARANTINED, 0)
+    assert set(Counter(slow.keys).values()) == {1}
+    assert await connection.fetchval(
+        "SELECT count(*) = 0 FROM sequencer.events WHERE action IN ('lapsed', 'late')"
+    )
+
+
+@pytest.mark.parametrize(
+    "timing", ["BEFORE UPDATE", "AFTER UPDATE", "AFTER UPDATE DEFERRABLE INITIALLY DEFERRED"]
+)
+@pytest.mark.parametrize("code", ["P0001", "42501", "40001", "57014", "53100", "23514", "XX000"])
+async def test_the_oldest_row_that_is_refused_blocks_nobody(
+    database: str, connection: asyncpg.Connection, code: str, timing: str
+) -> None:
+    await refuse(connection, "NEW.subject LIKE 'bad%'", code, timing=timing)
+    await define(
+        connection, "s", ("note", "Note", "{}", "end"), ("end", "WaitForDuration", NOTHING, None)
+    )
+    for name in ("bad1", "good1", "bad2", "good2"):
+        await enroll(connection, "s", name)
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, DONE, 2)
+        await until(connection, QUARANTINED, 2)
+        await enroll(connection, "s", "good3")
+        await until(connection, DONE, 3)
+        await connection.execute("DROP TRIGGER refuse ON sequencer.enrollments")
+        await until(connection, DONE, 5)
+        await until(connection, QUARANTINED, 0)
+    assert set(Counter(recorder.keys).values()) == {1}
+    assert len(recorder.keys) == 5
+
+
+async def test_a_result_that_cannot_be_written_is_kept_and_its_side_effect_done_once(
+    database: str, connection: asyncpg.Connection, gate: Gate
+) -> None:
+    await define(
+        connection, "s", ("call", "Slow", "{}", "end"), ("end", "WaitForDuration", NOTHING, None)
+    )
+    slow = patient(gate)
+    async with running_engine(database, {"Slow": slow}, lease=1.0):
+        for name in ("bad", "good"):
+            await enroll(connection, "s", name)
+        await until_begun(gate, 2)
+        await refuse(connection, "NEW.subject = 'bad' AND NEW.step = 'end'", "P0001")
+        gate.opened.set()
+        await until(connection, DONE, 1)
+        await until(connection, QUARANTINED, 1)
+        assert "not executed again" in await connection.fetchval(
+            "SELECT message FROM sequencer.problems"
+        )
+        # for longer than a lease
+        since = await now(connection)
+        await until(connection, "SELECT now() > $1::timestamptz + interval '2 s'", since)
+        await connection.execute("DROP TRIGGER refuse ON sequencer.enrollments")
+        await until(connection, ALL_ENDED)
+    assert set(Counter(slow.keys).values()) == {1}
+    events = await connection.fetch("SELECT DISTINCT action FROM sequencer.events")
+    assert {row["action"] for row in events} == {"enrolled", "next", "completed"}
+
+
+async def keep_a_result(connection: asyncpg.Connection, gate: Gate) -> int:
+    """An enrollment of which the side effect is done, and the result is refused."""
+    id_ = await enroll(connection, "s", "bad")
+    await until_begun(gate, 1)
+    await refuse(connection, "NEW.subject = 'bad'", "P0001")
+    gate.opened.set()
+    await until(connection, QUARANTINED, 1)
+    return id_
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+async def test_a_kept_result_is_written_when_the_daemon_stops_or_told(
+    database: str,
+    connection: asyncpg.Connection,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    is_mended: bool,
+) -> None:
+    monkeypatch.setattr(quarantine, "FIRST", 1000.0)  # it is not tried by itself
+    await define(connection, "s", ("call", "Slow", "{}", None))
+    slow = patient(gate)
+    with capture_logs() as logs:
+        async with running_engine(database, {"Slow": slow}):
+            id_ = await keep_a_result(connection, gate)
+            if is_mended:
+                await connection.execute("DROP TRIGGER refuse ON sequencer.enrollments")
+        told = [entry for entry in logs if entry["event"] == "a result could not be written"]
+    assert await connection.fetchval(DONE, 1) is is_mended
+    assert len(slow.keys) == 1
+    assert [(entry["enrollment"], entry["step"], entry["outcome"]) for entry in told] == (
+        [] if is_mended else [(id_, "call", "next")]
+    )
+
+
+async def now(connection: asyncpg.Connection) -> object:
+    return await connection.fetchval("SELECT now()")
+
+
+@pytest.mark.parametrize("code", ["23514", "P0001"])
+async def test_a_result_is_recorded_before_what_follows_is_refused(
+    database: str, connection: asyncpg.Connection, code: str
+) -> None:
+    """The result alone is written where the whole evaluation is not."""
+    await refuse(connection, "NEW.status = 'completed' AND NEW.subject = 'bad'", code)
+    await define(
+        connection, "s", ("call", "Note", "{}", "end"), ("end", "WaitForDuration", NOTHING, None)
+    )
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}):
+        bad = await enroll(connection, "s", "bad")
+        await enroll(connection, "s", "good")
+        await until(connection, DONE, 1)
+        if code == "P0001":
+            await until(connection, QUARANTINED, 1)
+        else:
+            await until(connection, ALL_ENDED)
+        row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", bad)
+        assert row["step"] == "end"
+        if code == "23514":
+            assert (row["status"], row["failure"]) == ("failed", "error")
+            assert "it cannot be written: refused" in row["last_error"]
+    assert set(Counter(recorder.keys).values()) == {1}
+    actions = await connection.fetch(
+        "SELECT action FROM sequencer.events WHERE enrollment_id = $1 AND step = 'call'", bad
+    )
+    assert [row["action"] for row in actions] == ["enrolled", "next"]
+
+
+async def test_a_row_that_refuses_keeps_no_lease_of_another_from_being_extended(
+    database: str, connection: asyncpg.Connection, gate: Gate
+) -> None:
+    await define(connection, "s", ("call", "Slow", "{}", None))
+    async with running_engine(database, {"Slow": patient(gate)}, lease=1.0):
+        bad, good = [await enroll(connection, "s", name) for name in ("bad", "good")]
+        await until_begun(gate, 2)
+        await refuse(connection, "NEW.subject = 'bad'", "P0001")
+        wake = "SELECT wake_at > $2 FROM sequencer.enrollments WHERE id = $1"
+        known = await connection.fetchval("SELECT max(wake_at) FROM sequencer.enrollments")
+        await until(connection, wake, good, known)
+        await until(
+            connection, "SELECT wake_at < now() FROM sequencer.enrollments WHERE id = $1", bad
+        )
+        await connection.execute("DROP TRIGGER refuse ON sequencer.enrollments")
+        gate.opened.set()
+        await until(connection, ALL_ENDED)
+    assert gate.begun == 2
+
+
+# --- locks, time-outs, rights and names are nobody's fault
+
+
+@pytest.mark.parametrize(
+    "lock",
+    [
+        "LOCK TABLE sequencer.enrollments IN ACCESS EXCLUSIVE MODE",
+        "SELECT FROM sequencer.enrollments FOR UPDATE",
+        "UPDATE sequencer.enrollments SET data = '{}'",
+        "LOCK TABLE sequencer.events IN SHARE MODE",
+    ],
+)
+async def test_what_is_locked_for_longer_than_its_lease_is_not_started_again(
+    database: str, connection: asyncpg.Connection, gate: Gate, lock: str
+) -> None:
+    """By no daemon: neither by the one that executes it, nor by another."""
+    await define(connection, "s", ("call", "Slow", "{}", None))
+    other = await asyncpg.connect(database)
+    slow = {"Slow": patient(gate)}
+    async with (
+        running_engine(database, slow, lease=1.0, sweep=0.3),
+        running_engine(database, slow, lease=1.0, sweep=0.3),
+    ):
+        for number in range(10):
+            await enroll(connection, "s", f"u{number}")
+        await until_begun(gate, 10)
+        async with other.transaction():
+            await other.execute(lock)
+            since = await now(connection)
+            await until(connection, "SELECT now() > $1::timestamptz + interval '4 s'", since)
+        # held a while more, and only then done
+        since = await now(connection)
+        await until(connection, "SELECT now() > $1::timestamptz + interval '1 s'", since)
+        gate.opened.set()
+        await until(connection, ALL_ENDED)
+    await other.close()
+    assert gate.begun == 10
+    events = await connection.fetch("SELECT DISTINCT action FROM sequencer.events")
+    assert {row["action"] for row in events} == {"enrolled", "next", "completed"}
+
+
+BREAK_AND_MEND = {
+    "enrollments": ("BEGIN; LOCK TABLE sequencer.enrollments", "COMMIT"),
+    "events": ("BEGIN; LOCK TABLE sequencer.events", "COMMIT"),
+    "rights": (
+        "REVOKE ALL ON sequencer.enrollments, sequencer.events FROM sequencer_daemon",
+        "GRANT SELECT, UPDATE ON sequencer.enrollments TO sequencer_daemon;\
+         GRANT SELECT, INSERT ON sequencer.events TO sequencer_daemon",
+    ),
+    "role": (
+        "REVOKE sequencer_daemon FROM login_daemon",
+        "GRANT sequencer_daemon TO login_daemon",
+    ),
+    "schema": ("ALTER SCHEMA sequencer RENAME TO away", "ALTER SCHEMA away RENAME TO sequencer"),
+    "table": (
+        "ALTER TABLE sequencer.events RENAME TO away",
+        "ALTER TABLE sequencer.away RENAME TO events",
+    ),
+    "login": (
+        "ALTER ROLE login_daemon NOLOGIN; SELECT pg_terminate_backend(pid)\
+         FROM pg_stat_activity WHERE usename = 'login_daemon'",
+        "ALTER ROLE login_daemon LOGIN",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BREAK_AND_MEND)
+async def test_an_error_of_the_environment_passes_and_fails_nobody(
+    database: str, connection: asyncpg.Connection, daemon_login: str, gate: Gate, kind: str
+) -> None:
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute(f"ALTER DATABASE {name} SET lock_timeout = '300ms'")
+    other = await asyncpg.connect(database, server_settings={"lock_timeout": "0"})
+    await define(connection, "s", ("call", "Slow", "{}", "note"), ("note", "Note", "{}", None))
+    runners = {"Slow": patient(gate), "Note": Recorder()}
+    async with running_engine(daemon_login, runners, lease=2.0, sweep=0.3) as engine:
+        for number in range(10):
+            await enroll(connection, "s", f"u{number}")
+        await until_begun(gate, 10)
+        broken, mended = BREAK_AND_MEND[kind]
+        try:
+            await other.execute(broken)
+            gate.opened.set()
+            await asyncio.sleep(3)  # longer than the lease: nothing tells what does not happen
+        finally:
+            await other.execute(mended)
+        await until(connection, ALL_ENDED)
+        await until(connection, QUARANTINED, 0)
+        async with asyncio.timeout(60):
+            while engine.in_flight:  # noqa: ASYNC110 - it forgets a result after the commit
+                await asyncio.sleep(0.01)
+    await other.close()
+    statuses = await connection.fetch("SELECT DISTINCT status FROM sequencer.enrollments")
+    assert [row["status"] for row in statuses] == ["completed"]
+    assert gate.begun == 10
+
+
+# --- what can't be read, and what is large
+
+
+async def test_a_database_that_is_not_utf8_is_refused(server: str, tmp_path: Path) -> None:
+    name = f"ascii_{uuid4().hex[:12]}"
+    await execute(
+        server, f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0"
+    )
+    sequencerd = Command(with_database(server, name), tmp_path)
+    try:
+        for command in ("migrate", "run", "status"):
+            await asyncio.to_thread(sequencerd, command, code=1)
+            assert "the database's encoding is SQL_ASCII, and must be UTF8" in sequencerd.errors
+        found = await asyncio.to_thread(sequencerd, "doctor", code=1)
+        assert "encoding is SQL_ASCII" in found
+    finally:
+        await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def test_a_row_that_cannot_be_read_fails_alone(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def accept(_: asyncpg.Connection) -> None:
+        pass
+
+    monkeypatch.setattr(migrate, "_check_server", accept)
+    name = f"ascii_{uuid4().hex[:12]}"
+    await execute(server, f"CREATE DATABASE {name} ENCODING 'UTF8' LOCALE 'C' TEMPLATE template0")
+    url = with_database(server, name)
+    connection = await asyncpg.connect(url)
+    await migrate.migrate(connection)
+    await connection.close()
+    # from now on the database takes any bytes
+    await execute(server, f"UPDATE pg_database SET encoding = 0 WHERE datname = '{name}'")
+    connection = await asyncpg.connect(url)
+    try:
+        await define(connection, "s", ("note", "Note", "{}", None))
+        bad = await connection.fetchval(
+            "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', E'caf\\351')"
+            " RETURNING id"
+        )
+        recorder = Recorder()
+        async with running_engine(url, {"Note": recorder}):
+            for number in range(3):
+                await enroll(connection, "s", f"u{number}")
+            await until(connection, DONE, 3)
+            await until(
+                connection, "SELECT status = 'failed' FROM sequencer.enrollments WHERE id = $1", bad
+            )
+            error = "SELECT last_error FROM sequencer.enrollments WHERE id = $1"
+            assert (
+                "it cannot be read or written: invalid byte sequence"
+                in await connection.fetchval(error, bad)
+            )
+        assert len(recorder.keys) == 3
+    finally:
+        await connection.close()
+        await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def test_a_claim_is_bounded_by_bytes(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MAX_BYTES", 1_000_000)
+    await define(connection, "s", ("note", "Note", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data)"
+        " SELECT 's', 'u' || n, jsonb_build_object('n', n, 'text', repeat('x', 300000))"
+        " FROM generate_series(1, 30) AS n"
+    )
+    place, at = ("s", "note"), Clock().now() + timedelta(hours=1)
+    revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
+    claimed, locked = await store.claim(connection, place, at, revision, 100, daemon="me", but=[])
+    assert locked == 30
+    assert 1 <= len(claimed) <= 5
+    assert all(len(one.data) > 300_000 for one in claimed)
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, DONE, 30)
+    assert {view["data"]["n"] for view in recorder.views} == set(range(1, 31))
+
+
+@pytest.mark.parametrize(
+    ("setting", "size", "is_taken"),
+    [
+        (None, 1_000_000, True),
+        (None, 1_100_000, False),
+        ("2MB", 1_100_000, True),
+        ("10 kB", 11_000, False),
+        ("nonsense", 1_000_000, True),
+        ("nonsense", 1_100_000, False),
+        ("-1", 1_100_000, False),
+    ],
+)
+async def test_data_beyond_the_limit_are_refused(
+    connection: asyncpg.Connection, setting: str | None, size: int, is_taken: bool
+) -> None:
+    await define(connection, "s", ("note", "Note", "{}", None))
+    small = await enroll(connection, "s", "small")
+    if setting is not None:
+        await connection.execute(f"SET sequencer.max_data = '{setting}'")
+    data = json.dumps({"text": "x" * size})
+    update = "UPDATE sequencer.enrollments SET data = $2 WHERE id = $1"
+    if is_taken:
+        await enroll(connection, "s", "large", data)
+        await connection.execute(update, small, data)
+        return
+    with pytest.raises(asyncpg.ProgramLimitExceededError, match="'large' in sequence 's' have"):
+        await enroll(connection, "s", "large", data)
+    with pytest.raises(asyncpg.ProgramLimitExceededError, match="more than the limit"):
+        await connection.execute(update, small, data)
+
+
+async def test_an_answer_with_data_beyond_the_limit_fails_its_own_enrollment(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def answer(task: Task) -> Result:
+        return Answer(data={"text": "x" * (2_000_000 if task.view["subject"] == "bad" else 1)})
+
+    await define(connection, "s", ("note", "Note", "{}", None))
+    recorder = Recorder(answer)
+    async with running_engine(database, {"Note": recorder}):
+        for name in ("good", "bad"):
+            await enroll(connection, "s", name)
+        await until(connection, ALL_ENDED)
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE subject = 'bad'")
+    assert row["status"] == "failed"
+    assert "its side effect is done (next), but it cannot be written" in row["last_error"]
+    assert "more than the limit of 1024 kB" in row["last_error"]
+    assert len(recorder.keys) == 2
+
+
+# --- what nobody knows
+
+
+async def test_sequences_that_do_not_exist_are_asked_for_once(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await connection.execute(
+        "SET session_replication_role = replica;"
+        "INSERT INTO sequencer.enrollments (sequence, step, subject, reentry)"
+        " SELECT 'none' || n, 'a', 'u' || n, 'always' FROM generate_series(1, 200) AS n;"
+        "RESET session_replication_role"
+    )
+    asked = 0
+    revisions = store.revisions
+
+    async def counted(connection: asyncpg.Connection) -> dict[str, int]:
+        nonlocal asked
+        asked += 1
+        return await revisions(connection)
+
+    monkeypatch.setattr(store, "revisions", counted)
+    async with running_engine(database, {"Note": Recorder()}) as engine:
+        async with asyncio.timeout(60):
+            while len(engine.catalog._unknown) < 200:  # noqa: ASYNC110 - counted in the same loop
+                await asyncio.sleep(0.01)
+        asked = 0
+        for _ in range(3):
+            await engine.sweep()
+        await define(connection, "s", ("note", "Note", "{}", None))
+        await enroll(connection, "s", "ada")
+        await until(connection, DONE, 1)
+        assert asked < 20
+        # and one that is made after all is found
+        await define(connection, "none7", ("a", "Note", "{}", None))
+        await until(connection, DONE, 2)
+
+
+# --- what nobody should do
+
+
+async def test_tables_that_are_emptied_meanwhile_leave_nothing_behind(
+    database: str, connection: asyncpg.Connection, gate: Gate
+) -> None:
+    await define(connection, "s", ("call", "Slow", "{}", None))
+    async with running_engine(database, {"Slow": patient(gate)}) as engine:
+        for number in range(5):
+            await enroll(connection, "s", f"u{number}")
+        await until_begun(gate, 5)
+        await connection.execute("TRUNCATE sequencer.enrollments, sequencer.events")
+        gate.opened.set()
+        await enroll(connection, "s", "ada")
+        await until(connection, DONE, 1)
+        async with asyncio.timeout(60):
+            while engine.in_flight:  # noqa: ASYNC110 - counted in the same loop
+                await asyncio.sleep(0.01)
+
+
+async def test_what_a_daemon_has_leased_and_does_not_know_is_found_by_the_sweep(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("note", "Note", "{}", None))
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}, sweep=0.2):
+        await until(connection, "SELECT count(*) = 1 FROM sequencer.daemons")
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+            " VALUES ('s', 'ada', now() + interval '1 hour')"
+        )
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET leased_by = (SELECT name FROM sequencer.daemons),"
+            " attempt = 1, entered_at = now(), wake_at = now()"
+        )
+        await until(connection, ALL_ENDED)
+    actions = await connection.fetch("SELECT action FROM sequencer.events ORDER BY at")
+    assert [row["action"] for row in actions] == ["lapsed", "next", "completed"]

@@ -1,0 +1,291 @@
+"""Other runners are taken over while the engine works: nothing is lost, nothing begins twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import asyncpg
+import pytest
+from pydantic import SecretStr
+
+from sequencerd.core.model import Action, Answer, Instant, Problem, Result, Step, Task
+from sequencerd.daemon import Parts, make_runners
+from sequencerd.definitions.compiler import MAX_STEPS, build
+from sequencerd.engine.catalog import SLICE
+from sequencerd.errors import SettingsError
+from sequencerd.runners.suppressions import Suppressions
+from sequencerd.settings import Email, HttpEndpoint, LookupEndpoint, Settings
+from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+
+
+class Strict(Recorder):
+    """Executes only what it has compiled itself."""
+
+    def compile(self, config: Mapping[str, Any]) -> object:
+        super().compile(config)
+        return self
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        assert program is self
+        return await super().run(program, tasks)
+
+
+async def test_what_is_in_flight_ends_with_the_runner_that_began_it(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    finish = asyncio.Event()
+
+    async def wait(_: Task) -> Result:
+        await finish.wait()
+        return Answer(message="old")
+
+    async def answer(_: Task) -> Result:
+        return Answer(message="new")
+
+    old = Strict(wait, batch_size=1, concurrency=2)
+    new = Strict(answer, batch_size=3, concurrency=1)
+    same = Strict()
+    async with running_engine(database, {"Work": old, "Other": same}) as engine:
+        await define(connection, "s", ("w", "Work", "{}", "o"), ("o", "Other", "{}", None))
+        for n in range(10):
+            await enroll(connection, "s", f"u{n}")
+        await until(connection, "SELECT count(*) = 4 FROM sequencer.enrollments"
+                    " WHERE leased_by IS NOT NULL")  # fmt: skip
+        kept = engine._writer.lanes["Other"]
+        drained = asyncio.ensure_future(
+            await engine.use({"Work": new, "Other": same}, engine._writer._lookups)
+        )
+        assert engine._writer.lanes["Other"] is kept
+        # those who found no room go on with the new one, while the old one still works
+        await until(connection, "SELECT count(*) = 6 FROM sequencer.enrollments"
+                    " WHERE status = 'completed'")  # fmt: skip
+        assert not drained.done()
+        finish.set()
+        await until(connection, ALL_ENDED)
+        await drained
+    said = await connection.fetch(
+        "SELECT message, count(*) FROM sequencer.events WHERE step = 'w' AND action = 'next'"
+        " GROUP BY message ORDER BY message"
+    )
+    assert [tuple(row) for row in said] == [("new", 6), ("old", 4)]
+    assert len(old.keys) == 4
+    assert len({*old.keys, *new.keys}) == len(old.keys) + len(new.keys) == 10
+
+
+async def test_a_stop_while_the_old_one_still_works_gives_back_what_is_not_done(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def hang(_: Task) -> Result:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with running_engine(database, {"Work": Strict(hang)}, stop_timeout=0) as engine:
+        await define(connection, "s", ("w", "Work", "{}", None))
+        await enroll(connection, "s", "u")
+        leased = "SELECT count(*) FROM sequencer.enrollments WHERE leased_by IS NOT NULL"
+        await until(connection, f"SELECT ({leased}) = 1")
+        drained = asyncio.ensure_future(
+            await engine.use({"Work": Strict()}, engine._writer._lookups)
+        )
+    await drained
+    assert await connection.fetchval(leased) == 0
+    assert await connection.fetchval("SELECT attempt FROM sequencer.enrollments") == 0
+
+
+async def test_a_type_that_goes_is_a_problem_until_it_comes_back(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Work": Strict()}) as engine:
+        await define(connection, "s", ("w", "Work", "{}", None))
+        await until(connection, "SELECT true")
+        await (await engine.use({}, engine._writer._lookups))
+        id_ = await enroll(connection, "s", "u")
+        await until(connection, "SELECT failure = 'invalid_step' FROM sequencer.enrollments"
+                    " WHERE id = $1", id_)  # fmt: skip
+        await (await engine.use({"Work": Strict()}, engine._writer._lookups))
+        await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments"
+                    " WHERE id = $1", id_)  # fmt: skip
+
+
+async def test_only_what_the_settings_change_is_made_anew() -> None:
+    suppressions = Suppressions(lambda _: asyncio.sleep(0, frozenset()))
+    pool = cast("asyncpg.Pool", None)
+    url = "http://127.0.0.1:9/"
+    before = Settings(
+        runners={
+            "A": HttpEndpoint(url=url),
+            "B": HttpEndpoint(url=url),
+            "C": HttpEndpoint(url=url),
+        },
+        lookups={"plans": LookupEndpoint(url=url)},
+    )
+    old = Parts(before, make_runners(before, suppressions), pool)
+    after = before.model_copy(
+        update={
+            "email": Email(per_second=5),
+            "runners": {
+                "A": HttpEndpoint(url=url),
+                "B": HttpEndpoint(url=url, secret=SecretStr("whsec_c2VjcmV0")),
+                "D": HttpEndpoint(url=url),
+            },
+        }
+    )
+    new = old.renewed(after, suppressions)
+    kept = {name for name in new.runners if new.runners[name] is old.runners.get(name)}
+    assert {"A", "SMS"} <= kept
+    assert kept.isdisjoint({"Email", "B", "D"})
+    assert "C" not in new.runners
+    assert new.lookups is old.lookups
+    await old.close(but=new)
+    other = {"lookups": {"plans": LookupEndpoint(url=url, timeout=1)}}
+    assert new.renewed(after.model_copy(update=other), suppressions).lookups is not new.lookups
+    wrong = before.model_copy(update={"email": Email(url=SecretStr("smtp://x:y:z"))})
+    with pytest.raises(SettingsError):
+        old.renewed(wrong, suppressions)
+    await new.close()
+
+
+async def test_only_what_has_changed_is_compiled_and_the_loop_turns_meanwhile(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """A sequence of many steps holds up nobody while it is read."""
+    compiled: list[str] = []
+    in_turn: Counter[int] = Counter()
+    turns = 0
+
+    class Slow(Recorder):
+        def compile(self, config: Mapping[str, Any]) -> object:
+            compiled.append(config["subject"])
+            in_turn[turns] += 1
+            until = time.perf_counter() + 0.002
+            while time.perf_counter() < until:
+                pass
+            return config
+
+    count = 600
+    await connection.execute(
+        "INSERT INTO sequencer.sequences (name, first_step) VALUES ('s', 'step-1')"
+    )
+    async with running_engine(database, {"Note": Slow()}) as engine:
+
+        async def turn() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        turning = asyncio.create_task(turn())
+        await connection.execute(
+            "INSERT INTO sequencer.steps (sequence, name, type, config)"
+            " SELECT 's', 'step-' || n, 'Note', jsonb_build_object('subject', 'Hello ' || n)"
+            " FROM generate_series(1, $1::int) AS n",
+            count,
+        )
+        await engine.reload()
+        assert sorted(compiled) == sorted(f"Hello {n}" for n in range(1, count + 1))
+        assert max(in_turn.values()) <= SLICE / 0.002 + 1
+        compiled.clear()
+        edit = "UPDATE sequencer.steps SET config = '{\"subject\": \"Hi\"}' WHERE name = 'step-7'"
+        async with connection.transaction():
+            await connection.execute(edit)
+            retimed = await connection.fetch(
+                "SELECT name FROM sequencer.steps WHERE retime_from IS NOT NULL"
+            )
+            assert [row["name"] for row in retimed] == ["step-7"]
+        await engine.reload()
+        turning.cancel()
+        assert compiled == ["Hi"]
+        assert engine.catalog.sequences["s"].steps["step-7"].config == {"subject": "Hi"}
+        assert len(engine.catalog.sequences["s"].steps) == count
+
+
+async def test_sequences_that_change_names_are_known_by_their_new_ones(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}):
+        for name in ("t1", "t2", "t3"):
+            await define(connection, name, ("send", "Note", f'{{"text": "{name}"}}', None))
+        for swap in (
+            [("t1", "x"), ("t2", "t1"), ("x", "t2")],
+            [("t1", "x"), ("t2", "t1"), ("t3", "t2"), ("x", "t3")],
+        ):
+            async with connection.transaction():
+                for names in swap:
+                    await connection.execute(
+                        "UPDATE sequencer.sequences SET name = $2 WHERE name = $1", *names
+                    )
+            recorder.programs.clear()
+            for name in ("t1", "t2", "t3"):
+                id_ = await enroll(connection, name, f"{name}-{len(swap)}")
+                await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments"
+                            " WHERE id = $1", id_)  # fmt: skip
+            steps = await connection.fetch("SELECT config FROM sequencer.steps ORDER BY sequence")
+            assert recorder.programs == [json.loads(row["config"]) for row in steps]
+        async with connection.transaction():
+            await connection.execute("DELETE FROM sequencer.sequences WHERE name = 't1'")
+            await define(connection, "t1", ("send", "Note", '{"text": "new"}', None))
+        recorder.programs.clear()
+        await enroll(connection, "t1", "last")
+        await until(connection, ALL_ENDED)
+    assert recorder.programs == [{"text": "new"}]
+
+
+async def test_steps_that_change_names_take_along_who_is_there(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    days = '{"amount": 3, "unit": "days"}'
+    async with running_engine(database, {"Note": recorder}):
+        await define(
+            connection,
+            "s",
+            ("wait", "WaitForDuration", days, "a"),
+            ("a", "Note", '{"text": "A"}', "b"),
+            ("b", "Note", '{"text": "B"}', None),
+        )
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, "SELECT entered_at IS NOT NULL AND wake_at > now()"
+                    " FROM sequencer.enrollments")  # fmt: skip
+        async with connection.transaction():
+            for names in (("a", "x"), ("b", "a"), ("x", "b"), ("wait", "a2"), ("a2", "wait")):
+                await connection.execute(
+                    "UPDATE sequencer.steps SET name = $2 WHERE name = $1", *names
+                )
+        await connection.execute("UPDATE sequencer.enrollments SET step = 'b' WHERE id = $1", id_)
+        await until(connection, ALL_ENDED)
+    assert recorder.programs == [{"text": "A"}, {"text": "B"}]
+
+
+def test_a_long_chain_that_never_waits_is_found_in_linear_time() -> None:
+    """10,000 steps are no reason to hold up anybody."""
+    links = 10_000
+
+    def chain(end: str | None) -> dict[str, Step]:
+        return {
+            str(n): Step("s", str(n), "GoTo", {}, str(n + 1) if n + 1 < links else end, None,
+                         Instant(lambda _: Action.NEXT), n)
+            for n in range(links)
+        }  # fmt: skip
+
+    open_, closed = (build("s", "0", "UTC", chain(end).values()) for end in (None, "5000"))
+    assert not any(isinstance(step.behaviour, Problem) for step in open_.steps.values())
+    assert all(isinstance(step.behaviour, Problem) for step in closed.steps.values())
+
+
+async def test_a_sequence_has_a_bounded_number_of_steps(connection: asyncpg.Connection) -> None:
+    await connection.execute(
+        "INSERT INTO sequencer.sequences (name, first_step) VALUES ('s', 'step-1')"
+    )
+    insert = (
+        "INSERT INTO sequencer.steps (sequence, name, type)"
+        " SELECT 's', 'step-' || n, 'GoTo' FROM generate_series($1::int, $2::int) AS n"
+    )
+    await connection.execute(insert, 1, MAX_STEPS)
+    with pytest.raises(asyncpg.PostgresError, match="has 20001 steps; at most 20000"):
+        await connection.execute(insert, MAX_STEPS + 1, MAX_STEPS + 1)

@@ -1,0 +1,278 @@
+"""What is taken away and when: partitions of the history, ended enrollments; nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+import pytest
+import structlog
+
+from sequencerd.engine import retention
+from sequencerd.engine.clock import Clock
+from sequencerd.settings import Retention
+from sequencerd.storage import store
+from tests.helpers.engines import define, enroll, until
+
+LOG = structlog.get_logger()
+PARTITIONS = (
+    "SELECT c.relname::text FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid"
+    " WHERE i.inhparent = 'sequencer.events'::regclass ORDER BY 1"
+)
+YEAR = timedelta(days=365)
+
+
+@pytest.fixture
+async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
+    pool = await store.connect_pool(database, 3)
+    yield pool
+    await pool.close()
+
+
+@pytest.fixture
+async def defined(connection: asyncpg.Connection) -> asyncpg.Connection:
+    await define(connection, "s", ("first", "GoTo", "{}", None))
+    return connection
+
+
+async def partitions(connection: asyncpg.Connection) -> list[str]:
+    return [row[0] for row in await connection.fetch(PARTITIONS)]
+
+
+async def happened(connection: asyncpg.Connection, at: datetime, id_: int = 1) -> None:
+    await connection.execute(
+        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)"
+        " VALUES ($1, $2, 's', 'first', 1, 'next')",
+        id_,
+        at,
+    )
+
+
+def name(at: datetime) -> str:
+    return f"events_{at:%Y_%m}"
+
+
+def month(number: int) -> datetime:
+    """The first of a month, so many after this one."""
+    now = datetime.now(UTC)
+    years, zero_based = divmod(now.month - 1 + number, 12)
+    return datetime(now.year + years, zero_based + 1, 1, tzinfo=UTC)
+
+
+async def make_past(connection: asyncpg.Connection, number: int) -> str:
+    """A partition of a month in the past, with an event in it."""
+    first, end = month(-number), month(1 - number)
+    await connection.execute(
+        f"CREATE TABLE sequencer.{name(first)} PARTITION OF sequencer.events"
+        f" FOR VALUES FROM ('{first}') TO ('{end}')"
+    )
+    await happened(connection, first)
+    return name(first)
+
+
+async def test_without_settings_everything_stays(
+    defined: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    old = await make_past(defined, 30)
+    await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    await defined.execute("UPDATE sequencer.enrollments SET ended_at = '1999-01-01Z'")
+    await retention.tidy(pool, Retention(), datetime.now(UTC), LOG)
+    assert old in await partitions(defined)
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1
+
+
+async def test_partitions_are_made_ahead_and_take_over_what_came_before_them(
+    defined: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    ahead = [name(month(n)) for n in range(4)]
+    assert await partitions(defined) == sorted([*ahead, "events_other"])
+    for partition in ahead:
+        await defined.execute(f"DROP TABLE sequencer.{partition}")
+    await happened(defined, datetime.now(UTC))
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.events_other") == 1
+    await retention.tidy(pool, Retention(), datetime.now(UTC), LOG)
+    assert await partitions(defined) == sorted([*ahead, "events_other"])
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.events_other") == 0
+    assert await defined.fetchval(f"SELECT count(*) FROM sequencer.{ahead[0]}") == 1
+    indexes = await defined.fetch(
+        "SELECT indexdef FROM pg_indexes WHERE tablename = $1 AND schemaname = 'sequencer'",
+        ahead[1],
+    )
+    assert len(indexes) == 2
+
+
+async def test_a_month_is_dropped_when_all_of_it_is_old(
+    defined: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    old, younger, young = [await make_past(defined, n) for n in (14, 13, 1)]
+    # in no partition: before them all, and between two
+    await happened(defined, datetime(2001, 2, 3, tzinfo=UTC))
+    await happened(defined, month(-5))
+    # a second before the end of `younger` is as old as the limit
+    now = month(-12) - timedelta(seconds=1) + YEAR
+    await retention.tidy(pool, Retention(events=YEAR), now, LOG)
+    left = await partitions(defined)
+    assert old not in left
+    assert younger in left
+    assert young in left
+    kept = await defined.fetch("SELECT at FROM sequencer.events_other")
+    assert [row["at"] for row in kept] == [month(-5)]
+    await retention.tidy(pool, Retention(events=YEAR), now + timedelta(seconds=1), LOG)
+    assert younger not in await partitions(defined)
+
+
+async def test_the_present_month_can_not_be_dropped(connection: asyncpg.Connection) -> None:
+    before = await partitions(connection)
+    await happened(connection, datetime.now(UTC))
+    drop = "SELECT sequencer.drop_event_partition($1)"
+    for at in (datetime.now(UTC), datetime(2100, 1, 1, tzinfo=UTC)):
+        assert await connection.fetchval(drop, at) is None
+    assert await partitions(connection) == before
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.events") == 1
+
+
+async def test_nobody_who_writes_history_is_held_up(
+    database: str, defined: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    old = await make_past(defined, 14)
+    async with defined.transaction():
+        await defined.fetch("SELECT * FROM sequencer.events")  # somebody's long report
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
+    await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
+    assert old not in await partitions(defined)
+
+
+async def test_who_has_ended_long_ago_is_deleted(
+    defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "BATCH", 3)
+    await define(defined, "once", ("first", "GoTo", "{}", None))
+    await defined.execute("UPDATE sequencer.sequences SET reentry = 'never' WHERE name = 'once'")
+    for n in range(10):
+        await enroll(defined, "s", f"old-{n}")
+    await enroll(defined, "once", "remembered")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    await defined.execute(
+        "UPDATE sequencer.enrollments SET status = 'failed' WHERE subject = 'old-3'"
+    )
+    await defined.execute("UPDATE sequencer.enrollments SET ended_at = now() - interval '366 days'")
+    await enroll(defined, "s", "active")
+    young = await enroll(defined, "s", "young")
+    await defined.execute(
+        "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", young
+    )
+    await retention.tidy(pool, Retention(ended=YEAR), datetime.now(UTC), LOG)
+    left = await defined.fetch("SELECT subject FROM sequencer.enrollments ORDER BY id")
+    assert [row["subject"] for row in left] == ["remembered", "active", "young"]
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.events") == 13  # they stay
+
+
+async def test_who_is_locked_is_not_waited_for(
+    database: str, defined: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    for subject in ("ada", "bob"):
+        await enroll(defined, "s", subject)
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    await defined.execute("UPDATE sequencer.enrollments SET ended_at = now() - interval '366 days'")
+    async with defined.transaction():
+        await defined.execute("UPDATE sequencer.enrollments SET data = '{}' WHERE subject = 'ada'")
+        await retention.tidy(pool, Retention(ended=YEAR), datetime.now(UTC), LOG)
+    assert await defined.fetchval("SELECT subject FROM sequencer.enrollments") == "ada"
+
+
+async def test_one_daemon_at_a_time(defined: asyncpg.Connection, pool: asyncpg.Pool) -> None:
+    old = await make_past(defined, 14)
+    async with defined.transaction():
+        assert await store.try_lock_retention(defined)
+        await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
+        assert old in await partitions(defined)
+    await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
+    assert old not in await partitions(defined)
+
+
+async def test_what_goes_wrong_is_tried_again(
+    defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "INTERVAL", 0.01)
+    monkeypatch.setattr(retention, "SOONER", 0.01)
+    old = await make_past(defined, 14)
+    await defined.execute("ALTER FUNCTION sequencer.drop_event_partition RENAME TO hidden")
+    settings = Retention(events=YEAR)
+    keeping = asyncio.create_task(retention.keep(pool, lambda: settings, clock=Clock(), log=LOG))
+    try:
+        await asyncio.sleep(0.1)
+        assert not keeping.done()
+        await defined.execute("ALTER FUNCTION sequencer.hidden RENAME TO drop_event_partition")
+        await until(defined, "SELECT to_regclass('sequencer.' || $1) IS NULL", old)
+    finally:
+        keeping.cancel()
+
+
+@pytest.mark.parametrize("tables", ["ALL TABLES", "TABLES IN SCHEMA sequencer"])
+async def test_a_publication_is_in_nobodys_way(
+    defined: asyncpg.Connection, pool: asyncpg.Pool, tables: str
+) -> None:
+    """Rows that no key names can be deleted all the same: by us, and by who forgets a subject."""
+    await defined.execute(f"CREATE PUBLICATION everything FOR {tables}")
+    old = await make_past(defined, 14)
+    await happened(defined, month(-30))  # without a partition
+    await defined.execute(f"DROP TABLE sequencer.{name(month(2))}")
+    await happened(defined, month(2))
+    await tidy_all(pool)
+    assert old not in await partitions(defined)
+    assert name(month(2)) in await partitions(defined)
+    assert await defined.fetchval("SELECT array_agg(at) FROM sequencer.events") == [month(2)]
+    await defined.execute("UPDATE sequencer.events SET message = NULL")
+    await defined.execute("DELETE FROM sequencer.events")
+
+
+async def test_every_table_can_be_published(defined: asyncpg.Connection) -> None:
+    """With whatever is to be deleted or changed: by a key, or by the whole row."""
+    await defined.execute("SELECT sequencer.add_event_partitions(24)")
+    nameless = await defined.fetch(
+        "SELECT relname FROM pg_class AS c WHERE relnamespace = 'sequencer'::regnamespace"
+        " AND relkind IN ('r', 'p') AND relreplident <> 'f' AND NOT EXISTS"
+        " (SELECT FROM pg_index AS i WHERE i.indrelid = c.oid AND i.indisprimary)"
+    )
+    assert nameless == []
+
+
+async def test_each_part_is_done_whatever_comes_of_the_others(
+    defined: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    old = await make_past(defined, 14)
+    await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    await defined.execute("UPDATE sequencer.enrollments SET ended_at = now() - interval '366 days'")
+    for broken in ("add_event_partitions", "drop_event_partition"):
+        await defined.execute(f"ALTER FUNCTION sequencer.{broken} RENAME TO hidden_{broken}")
+    with pytest.raises(asyncpg.UndefinedFunctionError, match="add_event_partitions"):
+        await tidy_all(pool)
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 0
+    assert old in await partitions(defined)
+    await defined.execute(
+        "ALTER FUNCTION sequencer.hidden_drop_event_partition RENAME TO drop_event_partition"
+    )
+    with pytest.raises(asyncpg.UndefinedFunctionError, match="add_event_partitions"):
+        await tidy_all(pool)
+    assert old not in await partitions(defined)
+
+
+async def test_null_takes_nothing_away(defined: asyncpg.Connection) -> None:
+    old = await make_past(defined, 14)
+    await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    for arguments in ("NULL, NULL", "NULL, 10", "now(), NULL"):
+        assert await defined.fetchval(f"SELECT sequencer.delete_ended({arguments})") is None
+    assert await defined.fetchval("SELECT sequencer.drop_event_partition(NULL)") is None
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1
+    assert old in await partitions(defined)
+
+
+async def tidy_all(pool: asyncpg.Pool) -> None:
+    settings = Retention(events=YEAR, ended=YEAR)
+    await retention.tidy(pool, settings, datetime.now(UTC), LOG)

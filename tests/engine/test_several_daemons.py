@@ -1,0 +1,117 @@
+"""Daemons with different runners on one database: each executes what it can, and fails nobody."""
+
+from __future__ import annotations
+
+import asyncpg
+
+from sequencerd.core.model import DefinitionError
+from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
+
+PROBLEM = "SELECT problem FROM sequencer.steps WHERE name = 'call'"
+HAS_PROBLEM = f"SELECT ({PROBLEM}) LIKE 'type ''Call'' is served by no runner%'"
+HAS_NONE = f"SELECT ({PROBLEM}) IS NULL"
+SERVED = "SELECT EXISTS (SELECT FROM sequencer.daemons WHERE types @> '{Call}')"
+NO_FAILURE = (
+    "SELECT NOT EXISTS (SELECT FROM sequencer.events WHERE action = 'failed')"
+    " AND NOT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'failed')"
+)
+STEPS = (
+    ("note", "Note", "{}", "call"),
+    ("call", "Call", "{}", "end"),
+    ("end", "Note", "{}", None),
+)
+
+
+class NotSetUp(Recorder):
+    """A runner that lacks settings, and so executes nothing."""
+
+    lacks_settings = True
+
+    def compile(self, config: object) -> object:
+        raise DefinitionError("it lacks settings")
+
+
+async def test_each_daemon_leaves_to_the_others_what_they_alone_execute(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """One goes from a step that the other does not serve to one that itself does not, and back."""
+    await define(connection, "s", *STEPS)
+    notes, calls = Recorder(), Recorder()
+    async with running_engine(database, {"Call": calls}) as one:
+        await until(connection, SERVED)
+        await one.sweep()
+        async with running_engine(database, {"Note": notes}):
+            await until(
+                connection, "SELECT count(*) = 2 FROM sequencer.daemons WHERE types <> '{}'"
+            )
+            await one.sweep()
+            ids = [await enroll(connection, "s", f"u{number}") for number in range(40)]
+            # by notifications: the next sweep would come in a minute
+            await until(connection, ALL_ENDED, seconds=30)
+            assert await connection.fetchval(NO_FAILURE)
+            assert await connection.fetchval(HAS_NONE)
+            assert len(calls.visits) == len(set(calls.visits)) == 40
+            assert len(notes.visits) == len(set(notes.visits)) == 80
+            assert await way(connection, ids[0]) == [
+                "note enrolled", "note next", "call next", "end next", "end completed",
+            ]  # fmt: skip
+
+
+async def test_a_step_is_a_problem_where_no_living_daemon_serves_it(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", *STEPS[1:])
+    async with running_engine(database, {"Note": Recorder()}) as without:
+        await until(connection, HAS_PROBLEM)
+        async with running_engine(database, {"Call": Recorder(), "Note": Recorder()}):
+            await until(connection, HAS_NONE)
+            await without.sweep()
+            assert await connection.fetchval(HAS_NONE), "they change it to and fro"
+            await enroll(connection, "s", "served")
+            await until(connection, ALL_ENDED)
+            assert await connection.fetchval(NO_FAILURE)
+        await without.sweep()
+        await until(connection, HAS_PROBLEM)
+        await enroll(connection, "s", "unserved")
+        failed = (
+            "SELECT failure = 'invalid_step' FROM sequencer.enrollments WHERE subject = 'unserved'"
+        )
+        await until(connection, failed)
+        async with running_engine(database, {"Call": Recorder(), "Note": Recorder()}):
+            await until(connection, ALL_ENDED)
+            await until(
+                connection,
+                "SELECT status = 'completed' FROM sequencer.enrollments WHERE subject = 'unserved'",
+            )
+            await until(connection, HAS_NONE)
+
+
+async def test_a_dead_daemon_serves_nothing(database: str, connection: asyncpg.Connection) -> None:
+    await define(connection, "s", *STEPS[1:])
+    await connection.execute(
+        "INSERT INTO sequencer.daemons (name, alive_until, types)"
+        " VALUES ('dead', now() - interval '1 s', '{Call}')"
+    )
+    async with running_engine(database, {"Note": Recorder()}):
+        await until(connection, HAS_PROBLEM)
+
+
+async def test_the_problem_that_the_serving_daemon_finds_stays(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("call", "Call", '{"bad": 1}', None))
+    told = f"SELECT ({PROBLEM}) LIKE '%this key is not known%'"
+    async with running_engine(database, {"Call": Recorder()}):
+        await until(connection, SERVED)
+        await until(connection, told)
+        async with running_engine(database, {"Call": NotSetUp()}) as without:
+            await without.sweep()
+            assert await connection.fetchval(told)
+
+
+async def test_a_runner_that_lacks_settings_serves_nothing(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("call", "Call", '{"bad": 1}', None))
+    async with running_engine(database, {"Call": NotSetUp(), "Note": Recorder()}):
+        await until(connection, "SELECT types = '{Note}' FROM sequencer.daemons")

@@ -1,0 +1,228 @@
+"""Engines for tests, and a runner that records what it is given."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+import asyncpg
+import structlog
+
+from sequencerd.core.backoff import Pauses
+from sequencerd.core.model import Answer, DefinitionError, Result, RetryPolicy, Task
+from sequencerd.daemon import daemon_name
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.lookups import Lookups
+from sequencerd.engine.loop import Engine
+from sequencerd.runners import Runner
+from sequencerd.service.metrics import Metrics
+from sequencerd.settings import Engine as Settings
+from sequencerd.settings import LookupEndpoint
+from sequencerd.storage import store
+from sequencerd.storage.listener import listen
+
+Behaviour = Callable[[Task], Awaitable[Result]]
+
+
+class Recorder:
+    """A runner that keeps the keys it was given, and answers what the test wants."""
+
+    def __init__(
+        self, behaviour: Behaviour | None = None, *, batch_size: int = 10, concurrency: int = 4
+    ) -> None:
+        self.behaviour = behaviour
+        self.batch_size = batch_size
+        self.concurrency = concurrency
+        self.timeout = 10.0
+        self.retry = RetryPolicy()
+        self.keys: list[str] = []
+        self.programs: list[object] = []
+        self.views: list[Mapping[str, Any]] = []
+
+    @property
+    def visits(self) -> list[str]:
+        """Of what it was given, as "id:visit"."""
+        return [key.rpartition(":")[0] for key in self.keys]
+
+    def compile(self, config: Mapping[str, Any]) -> object:
+        if "bad" in config:
+            raise DefinitionError("bad: this key is not known")
+        return config
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        results = []
+        for task in tasks:
+            self.keys.append(task.key)
+            self.programs.append(program)
+            self.views.append(task.view)
+            results.append(await self.behaviour(task) if self.behaviour else Answer())
+        return results
+
+    async def close(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def running_engine(
+    url: str,
+    runners: Mapping[str, Runner] | None = None,
+    endpoints: Mapping[str, LookupEndpoint] | None = None,
+    lookup_timeout: float = 30.0,
+    pauses: Pauses = Pauses(),  # noqa: B008 - a tuple
+    **settings: Any,
+) -> AsyncIterator[Engine]:
+    """A daemon in the test's own loop: engine and listener, ready."""
+    pool, heart = await store.connect_pool(url, 5), await store.connect_pool(url, 1)
+    log = structlog.get_logger()
+    for_lookups = await store.connect_pool(url, 3, least=0)
+    lookups = Lookups(for_lookups, endpoints or {}, timeout=lookup_timeout)
+    engine = Engine(
+        pool,
+        heart,
+        runners or {},
+        lookups.get,
+        clock=Clock(),
+        settings=Settings(**settings),
+        name=daemon_name(),
+        log=log,
+        metrics=Metrics(),
+        pauses=pauses,
+    )
+    ready = asyncio.Event()
+
+    async def connected() -> None:
+        await engine.sweep()
+        ready.set()
+
+    listener = asyncio.create_task(listen(url, engine.receive, connected, engine.look, log=log))
+    working = asyncio.create_task(engine.run())
+    try:
+        async with asyncio.timeout(60):
+            await ready.wait()
+        yield engine
+    finally:
+        engine.stop()
+        await working
+        listener.cancel()
+        with suppress(asyncio.CancelledError):
+            await listener
+        await lookups.close()
+        await for_lookups.close()
+        await pool.close()
+        await heart.close()
+
+
+@asynccontextmanager
+async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
+    """The URL of a proxy to a database. For each item in the list it loses the answer to one
+    COMMIT, and the connection with it.
+    """
+    parts = urlsplit(url)
+    options = parse_qs(parts.query)
+    socket = f"{options['host'][0]}/.s.PGSQL.{options.get('port', ['5432'])[0]}"
+    lose: list[bool] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        above, below = await asyncio.open_unix_connection(socket)
+
+        async def pass_answers() -> None:
+            while data := await above.read(65536):
+                writer.write(data)
+            writer.close()
+
+        answers = asyncio.create_task(pass_answers())
+        while data := await reader.read(65536):
+            is_lost = lose and b"COMMIT;" in data
+            if is_lost:
+                lose.pop()
+                answers.cancel()
+            below.write(data)
+            if is_lost:
+                await asyncio.sleep(0.1)  # the server has done it, and nobody is told
+                break
+        answers.cancel()
+        below.close()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield (
+            urlunsplit(parts._replace(query=f"host=127.0.0.1&port={port}&sslmode=disable")),
+            lose,
+        )
+
+
+async def until(
+    connection: asyncpg.Connection, query: str, *parameters: object, seconds: float = 60
+) -> None:
+    """Waits until a query answers true; on time-out fails with what there is instead."""
+    try:
+        async with asyncio.timeout(seconds):
+            while not await connection.fetchval(query, *parameters):  # noqa: ASYNC110 - rows set no event
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        rows = await connection.fetch("SELECT * FROM sequencer.enrollments ORDER BY id LIMIT 5")
+        events = await connection.fetch("SELECT * FROM sequencer.events ORDER BY at LIMIT 50")
+        text = "\n".join(map(repr, [*rows, *events]))
+        raise AssertionError(f"not within {seconds} s: {query}\n{text}") from None
+
+
+async def define(
+    connection: asyncpg.Connection, sequence: str, *steps: tuple[str, str, str, str | None]
+) -> None:
+    """A sequence of (name, type, config as JSON, next step)."""
+    async with connection.transaction():
+        await connection.execute(
+            "INSERT INTO sequencer.sequences (name, first_step) VALUES ($1, $2)",
+            sequence,
+            steps[0][0],
+        )
+        await connection.executemany(
+            "INSERT INTO sequencer.steps (sequence, name, type, config, next_step)"
+            " VALUES ($1, $2, $3, $4, $5)",
+            [(sequence, *step) for step in steps],
+        )
+
+
+async def enroll(
+    connection: asyncpg.Connection, sequence: str, subject: str, data: str = "{}"
+) -> int:
+    id_: int = await connection.fetchval(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES ($1, $2, $3)"
+        " RETURNING id",
+        sequence,
+        subject,
+        data,
+    )
+    return id_
+
+
+ALL_ENDED = "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'active')"
+
+
+async def way(connection: asyncpg.Connection, id_: int) -> list[str]:
+    """The history of an enrollment, as "step action"."""
+    rows = await connection.fetch(
+        "SELECT step, action FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at", id_
+    )
+    return [f"{row['step']} {row['action']}" for row in rows]
+
+
+def stuck_package(folder: Path) -> Path:
+    """A runner that blocks the event loop, as no async function should."""
+    package = folder / "site/stuck-1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Name: stuck\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[sequencerd.runners]\nStuck = stuck:run\n")
+    (folder / "site/stuck.py").write_text(
+        "import pathlib, time\n"
+        "async def run(config, runner):\n"
+        "    while not pathlib.Path(config['go']).exists():\n"
+        "        time.sleep(0.1)\n"
+    )
+    return folder / "site"

@@ -1,0 +1,39 @@
+"""Plans and applies the texts of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from sequencerd.definitions import files, plan
+from sequencerd.definitions.plan import Plan
+from tests.helpers.engines import Recorder
+
+RUNNERS = {"Note": Recorder()}
+
+
+class Applying:
+    """Plans and applies texts."""
+
+    def __init__(self, connection: asyncpg.Connection, folder: Path) -> None:
+        self.connection = connection
+        self.file = folder / "file.yaml"
+
+    async def plan(self, text: str, **options: Any) -> Plan:
+        self.file.write_text(text)
+        found = files.read_file(self.file, RUNNERS)
+        async with self.connection.transaction(isolation="repeatable_read", readonly=True):
+            return await plan.make(self.connection, found, RUNNERS, **options)
+
+    async def lines(self, text: str, **options: Any) -> list[str]:
+        """What a plan says, without the blanks before it."""
+        planned = await self.plan(text, **options)
+        return [line.strip() for line in planned.lines(done=False)]
+
+    async def __call__(self, text: str, **options: Any) -> Plan:
+        self.file.write_text(text)
+        found = files.read_file(self.file, RUNNERS)
+        async with self.connection.transaction():
+            return await plan.apply(self.connection, found, RUNNERS, **options)

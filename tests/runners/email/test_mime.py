@@ -1,0 +1,120 @@
+"""Addresses and headers, whatever text comes."""
+
+from __future__ import annotations
+
+from email import message_from_bytes, policy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sequencerd.runners.email import mime
+from sequencerd.runners.fields import RenderError
+
+texts = st.text(max_size=300) | st.text("ab =?\"'<>@,;:\\\r\nü€😀.", max_size=300)
+
+
+@given(texts)
+def test_a_header_carries_its_text_and_nothing_else(text: str) -> None:
+    try:
+        value = mime.check_header("subject", text.strip())
+    except RenderError:
+        return
+    written = mime.message([mime.header("Subject", value)], "x", None, "=_1")
+    message = message_from_bytes(written, policy=policy.default)
+    assert list(message) == [
+        "Subject",
+        "MIME-Version",
+        "Content-Type",
+        "Content-Transfer-Encoding",
+    ]
+    assert all(len(line) <= 998 for line in written.split(b"\r\n"))
+    assert b"\n" not in written.replace(b"\r\n", b"")
+    # The reader's own rule: whitespace at the folds counts as one space.
+    assert " ".join(str(message["Subject"]).split()) == " ".join(value.split())
+
+
+@given(texts, texts)
+def test_addresses_that_are_read_can_be_written(name: str, rest: str) -> None:
+    try:
+        boxes = mime.parse_mailboxes("to", f'"{name}" <ada@example.com>, {rest}')
+    except RenderError:
+        return
+    written = mime.message([mime.address_header("To", boxes)], "x", None, "=_1")
+    message = message_from_bytes(written, policy=policy.default)
+    assert message.keys()[:2] == ["To", "MIME-Version"]
+    # the reader takes headers for ASCII, and keeps the bytes of UTF-8 as halves of characters
+    found = [
+        address.addr_spec.encode("utf-8", "surrogateescape").decode()
+        for address in message["To"].addresses
+    ]
+    assert found == [box.address for box in boxes]
+
+
+@given(st.text(max_size=500))
+def test_a_body_arrives_as_it_is(text: str) -> None:
+    try:
+        written = mime.message([], text, f"<p>{text}</p>", "=_1")
+    except RenderError:
+        assert any("\ud800" <= character <= "\udfff" for character in text)
+        return
+    message = message_from_bytes(written, policy=policy.default)
+    plain, html = message.iter_parts()
+    expected = text.replace("\r\n", "\n").replace("\r", "\n").encode()
+    for part, body in ((plain, expected), (html, b"<p>" + expected + b"</p>")):
+        got = part.get_payload(decode=True)
+        assert isinstance(got, bytes)
+        assert got.replace(b"\r\n", b"\n").strip() == body.strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        ("", []),
+        (" , ,", []),
+        ("a@x.org", [("", "a@x.org")]),
+        ("a@x.org,b@x.org ,", [("", "a@x.org"), ("", "b@x.org")]),
+        ("Ada <a@x.org>, B. O'Brien <b@x.org>", [("Ada", "a@x.org"), ("B. O'Brien", "b@x.org")]),
+        (r'"A \"B\", \\C" <a@x.org>', [(r'A "B", \C', "a@x.org")]),
+        ("<a@x.org>", [("", "a@x.org")]),
+        ("a+tag@sub.x-y.org", [("", "a+tag@sub.x-y.org")]),
+        ("a@MÜNCHEN.de", [("", "a@xn--mnchen-3ya.de")]),
+        ("a@localhost", [("", "a@localhost")]),
+    ],
+)
+def test_lists_of_addresses(text: str, boxes: list[tuple[str, str]]) -> None:
+    assert [(box.name, box.address) for box in mime.parse_mailboxes("to", text)] == boxes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a",
+        "@x.org",
+        "a@",
+        "a@x.org b@x.org",
+        "a@@x.org",
+        "a@-x.org",
+        "a@x_y.org",
+        "a@x.org.",
+        "a@[127.0.0.1]",
+        "a@x.org>",
+        "<a@x.org",
+        "Ada <>",
+        "a\x00@x.org",
+        "a@\u200b.org",
+        f"{'a' * 65}@x.org",
+        f"a@{'x' * 64}.org",
+        f"a@{'x.' * 130}org",
+        "Lovelace, Ada <a@x.org>",
+    ],
+)
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(RenderError, match=r"^to: "):
+        mime.parse_mailboxes("to", text)
+
+
+def test_hostile_lists_are_refused() -> None:
+    for hostile in ('"' * 9_999, "<" * 9_999, ',"' * 4_999, '\\"' * 4_999, "a" * 9_999):
+        with pytest.raises(RenderError):
+            mime.parse_mailboxes("to", hostile)

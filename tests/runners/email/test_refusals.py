@@ -1,0 +1,56 @@
+"""What mail servers say, and what it means: refusals.txt has the texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from sequencerd.runners.email.refusals import LONG_WAIT, SHORT_WAIT, Meaning, Stage, read_refusal
+
+STAGES: dict[str, Stage] = {
+    "connection": "connection",
+    "sender": "sender",
+    "recipient": "recipient",
+    "message": "message",
+}
+
+
+def texts() -> Iterator[tuple[Meaning, Stage, int, str]]:
+    """What refusals.txt has: the meaning, the stage, the code and the text."""
+    meaning = None
+    lines = Path(__file__).with_name("refusals.txt").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        if line.startswith("["):
+            meaning = Meaning(line.strip("[]"))
+        elif meaning and line:
+            stage, code, text = line.split(maxsplit=2)
+            yield meaning, STAGES[stage], int(code), text.replace(r"\n", "\n")
+
+
+@pytest.mark.parametrize(("meaning", "stage", "code", "text"), list(texts()))
+def test_what_a_refusal_means(meaning: Meaning, stage: Stage, code: int, text: str) -> None:
+    assert read_refusal(code, text, stage).meaning is meaning
+
+
+@pytest.mark.parametrize(
+    ("reply", "wait"),
+    [
+        ("550 Too many messages. Try again in 92 seconds.", timedelta(seconds=92)),
+        ("451 rate limit exceeded, wait 5 minutes", timedelta(minutes=5)),
+        ("451 rate limit exceeded, try again in 999999 hours", timedelta(days=1)),
+        ("454 Throttling failure: Maximum sending rate exceeded.", SHORT_WAIT),
+        ("454 Throttling failure: Daily message quota exceeded.", LONG_WAIT),
+        ("550 Domain x has exceeded the max emails per hour (500/500 (100%)) allowed.", LONG_WAIT),
+    ],
+)
+def test_how_long_a_quota_lasts(reply: str, wait: timedelta) -> None:
+    assert read_refusal(int(reply[:3]), reply[4:], "message") == (Meaning.QUOTA, wait)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "x" * 100_000, "a limit " * 9_999, "per hour " * 9_999])
+def test_any_text_is_read(text: str) -> None:
+    for code in (421, 450, 550, 552):
+        assert isinstance(read_refusal(code, text, "message").meaning, Meaning)

@@ -1,0 +1,240 @@
+"""Logs: in which form, with which priority, and what is in none of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.helpers.engines import define, until
+
+PERSON = "ada.lovelace@example.com"
+MAIL = '{"from": "a@example.com", "to": "{{data.email}}", "subject": "x", "text": "x"}'
+SMS = '{"from": "+4915112345678", "to": "+4915112345679", "message": "x"}'
+CONDITION = (
+    '{"lodashCommand": "eq", "value": {"type": "get", "value": "external.plan"},'
+    ' "compareTo": {"type": "raw", "value": "pro"}}'
+)
+
+
+async def said(*arguments: str, **variables: str) -> str:
+    """What a command writes to standard error."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, env={**os.environ, **variables}, stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await process.communicate()
+    return errors.decode()
+
+
+LINES = """
+import logging, os
+from sequencerd.service.logs import make_log
+from sequencerd.settings import load
+log = make_log(load(os.environ))
+log.debug("first")
+log.info("second", enrollment=7)
+log.warning("third")
+try:
+    visible = "hidden"
+    raise ValueError("boom")
+except ValueError:
+    log.exception("fourth")
+logging.getLogger("asyncio").error("a library's, %s", "too")
+"""
+
+
+async def test_json_where_nobody_watches() -> None:
+    lines = [json.loads(line) for line in (await said("-c", LINES)).splitlines()]
+    assert [(line["level"], line["event"]) for line in lines] == [
+        ("info", "second"),
+        ("warning", "third"),
+        ("error", "fourth"),
+        ("error", "a library's, too"),
+    ]
+    assert lines[0]["enrollment"] == 7
+    assert "ValueError: boom" in lines[2]["exception"]
+    assert lines[3]["logger"] == "asyncio"
+
+
+async def test_a_secret_is_hidden_however_it_comes_to_a_line() -> None:
+    lines = await said(
+        "-c",
+        LINES + "log.error(os.environ['SAID'], parts=['whole', os.environ['SEQUENCERD_DATABASE']])",
+        SEQUENCERD_DATABASE="postgresql://app:p%40ss%22word@db/app",
+        SEQUENCERD_SMS_AUTH_TOKEN='Bearer to"ken',
+        SAID='p@ss"word and p%40ss%22word and to"ken',
+    )
+    last = json.loads(lines.splitlines()[-1])
+    assert (last["event"], last["parts"]) == ("*** and *** and ***", ["whole", "***"])
+
+
+async def test_what_passes_is_a_line_of_a_library_too() -> None:
+    code = LINES + (
+        "for error in (ConnectionError('away'), KeyError('bug')):\n"
+        "    try:\n"
+        "        raise error\n"
+        "    except Exception:\n"
+        "        logging.getLogger('asyncpg.pool').warning('retrying', exc_info=True)\n"
+    )
+    passing, bug = map(json.loads, (await said("-c", code)).splitlines()[-2:])
+    assert (passing["event"], passing["error"]) == ("retrying", "ConnectionError")
+    assert "exception" not in passing
+    assert "KeyError" in bug["exception"]
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+async def test_a_log_that_cannot_be_written_takes_nothing_with_it(
+    tmp_path: Path, is_closed: bool
+) -> None:
+    done = tmp_path / "done"
+    code = LINES + f"open({str(done)!r}, 'w').close()"
+    if is_closed:  # journald was restarted, say
+        end, other = os.pipe()
+        os.close(end)
+    else:
+        other = os.open("/dev/full", os.O_WRONLY)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stderr=other)
+    os.close(other)
+    assert await process.wait() == 0
+    assert done.exists()
+
+
+async def test_priorities_for_journald() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        node = os.fstat(there.fileno())
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            LINES,
+            env={**os.environ, "JOURNAL_STREAM": f"{node.st_dev}:{node.st_ino}",
+                 "SEQUENCERD_LOG_LEVEL": "debug"},
+            stderr=there.fileno(),
+        )  # fmt: skip
+        there.close()
+        await process.wait()
+        lines = here.makefile().read().splitlines()
+    assert [line[:4] for line in lines] == ["<7>{", "<6>{", "<4>{", "<3>{", "<3>{"]
+    assert json.loads(lines[1][3:])["event"] == "second"
+    # another stream than the journal's, as after a redirection
+    assert (await said("-c", LINES, JOURNAL_STREAM="1:2")).startswith("{")
+
+
+async def test_colours_on_a_terminal_and_no_variables() -> None:
+    terminal, end = pty.openpty()
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", LINES, stderr=end)
+    os.close(end)
+    reading = asyncio.to_thread(read_all, terminal)
+    text, _ = await asyncio.gather(reading, process.wait())
+    os.close(terminal)
+    assert "\x1b[" in text
+    assert "second" in text
+    assert "ValueError: boom" in text
+    assert "'hidden'" not in text
+
+
+def read_all(terminal: int) -> str:
+    found = b""
+    try:
+        while part := os.read(terminal, 10_000):
+            found += part
+    except OSError:  # how a terminal says that nobody writes any more
+        pass
+    return found.decode()
+
+
+async def test_no_secret_and_no_person_is_logged(
+    database: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """Secrets in every setting, servers that give them away, and everything fails."""
+    await define(connection, "http", ("x", "Score", "{}", None))
+    await define(connection, "mail", ("x", "Email", MAIL, None))
+    await define(connection, "sms", ("x", "SMS", SMS, None))
+    await define(connection, "asks", ("x", "Conditional", CONDITION, None))
+    await connection.execute("UPDATE sequencer.sequences SET lookup = 'plans' WHERE name = 'asks'")
+    for sequence in ("http", "mail", "sms", "asks"):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES ($1, $2, $3)",
+            sequence, PERSON, json.dumps({"email": PERSON}),
+        )  # fmt: skip
+    heard: list[str] = []
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await reader.readuntil(b"\r\n\r\n")
+        heard.append(request.decode())
+        body = b"I know " + request.replace(b"\r\n", b" ") + PERSON.encode()
+        writer.write(b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    async def mail(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 hello\r\n")
+        while line := (await reader.readline()).strip():
+            heard.append(line.decode())
+            if line.startswith(b"EHLO"):
+                writer.write(b"250-hello\r\n250 AUTH PLAIN LOGIN\r\n")
+            elif line.startswith(b"AUTH"):
+                writer.write(b"535 wrong: smtp-secret of %s\r\n" % PERSON.encode())
+            elif line == b"QUIT":
+                break
+            else:
+                writer.write(b"250 ok\r\n")
+        writer.close()
+
+    web = await asyncio.start_server(echo, "127.0.0.1", 0)
+    post = await asyncio.start_server(mail, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{web.sockets[0].getsockname()[1]}/"
+    smtp = f"127.0.0.1:{post.sockets[0].getsockname()[1]}"
+    (tmp_path / "runner-secret").write_text("whsec_cnVubmVyLXNlY3JldA==\n")
+    config = tmp_path / "sequencerd.toml"
+    config.write_text(
+        f'[email]\nurl = "smtp://ada:smtp-secret@{smtp}?starttls=never"\nattempts = 1\n'
+        f'[sms]\nprovider = "http"\nurl = "{url}"\nattempts = 1\nbody = "{{}}"\n'
+        'headers = {Authorization = "Bearer sms-secret"}\n'
+        f'[runners.Score]\nurl = "{url}"\nsecret = {{file = "runner-secret"}}\n'
+        'headers = {X-Key = "header-secret"}\n'
+        f'[lookups.plans]\nurl = "{url}"\nheaders = {{X-Key = "lookup-secret"}}\n'
+        '[log]\nlevel = "debug"\n'
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sequencerd", "--config", str(config), "run",
+        env={**os.environ, "SEQUENCERD_DATABASE": database, "CREDENTIALS_DIRECTORY": str(tmp_path)},
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    failed = "SELECT count(*) = 2 FROM sequencer.enrollments WHERE failure = 'error'"
+    await until(connection, failed)
+    # a refused login is the operator's: it is reported, and fails nobody
+    await until(connection, "SELECT EXISTS (SELECT FROM sequencer.problems WHERE about = 'Email')")
+    await until(connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'retry')")
+    await connection.execute("SELECT pg_notify('sequencer', $1)", f'{{"person": "{PERSON}"}}')
+    config.write_text("[email]\nurl = 'smtp://ada:other-secret@nowhere:port'\n")
+    process.send_signal(signal.SIGHUP)
+    await asyncio.sleep(1)
+    process.terminate()
+    _, errors = await process.communicate()
+    web.close()
+    post.close()
+    lines = [json.loads(line) for line in errors.decode().splitlines()]
+    assert {"ready", "enrollment failed", "notifications not understood", "stopped"} <= {
+        line["event"] for line in lines
+    }
+    assert any("wrong settings" in line["event"] for line in lines)
+    told = "\n".join(heard)
+    for secret in ("sms-secret", "header-secret", "lookup-secret", "webhook-signature", "AUTH"):
+        assert secret in told, f"{secret} was not needed, so the test shows nothing"
+    for secret in ("secret", "cnVubmVyLXNlY3JldA"):
+        assert secret not in errors.decode().replace("wrong settings", "")
+    written = await connection.fetch("SELECT message FROM sequencer.events")
+    assert not [row for row in written if "secret" in (row["message"] or "")]
+    down = [line for line in lines if line["event"].startswith("runner is down")]
+    assert ("warning", "refused") in {(line["level"], line.get("cause")) for line in down}
+    for line in lines:
+        assert line["level"] == "debug" or PERSON not in json.dumps(line), line

@@ -1,0 +1,260 @@
+"""The units, and systemd's notification protocol over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from sequencerd.cli import install_service, main
+from sequencerd.service.systemd import notify
+from tests.helpers.engines import define, enroll, stuck_package, until
+
+UNITS = sorted((Path(__file__).parents[2] / "systemd").glob("*.service"))
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[socket.socket]:
+    """systemd's end of the socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+        end.bind(str(tmp_path / "notify"))
+        end.settimeout(60)
+        yield end
+
+
+def told(manager: socket.socket, wanted: Callable[[str], bool]) -> list[str]:
+    """What the daemon tells, up to the message that is wanted."""
+    messages = [manager.recv(1000).decode()]
+    begun = time.monotonic()
+    while not wanted(messages[-1]):
+        assert time.monotonic() - begun < 60, messages
+        messages.append(manager.recv(1000).decode())
+    return messages
+
+
+def is_ready(message: str) -> bool:
+    return message.startswith("READY=1")
+
+
+@contextmanager
+def service(manager: socket.socket, database: str, file: Path) -> Iterator[subprocess.Popen[str]]:
+    """A daemon as systemd starts it; stopped in good order at the end."""
+    variables = {
+        **os.environ,
+        "SEQUENCERD_CONFIG": str(file),
+        "SEQUENCERD_DATABASE": database,
+        "NOTIFY_SOCKET": manager.getsockname(),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", "sequencerd", "run"],
+        env=variables,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as daemon:
+        try:
+            yield daemon
+        finally:
+            daemon.send_signal(signal.SIGCONT)
+            daemon.terminate()
+            daemon.wait()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text("")
+    return file
+
+
+def test_the_daemon_tells_when_it_is_ready_turns_and_stops(
+    manager: socket.socket, database: str, settings: Path
+) -> None:
+    with service(manager, database, settings) as daemon:
+        begun = told(manager, is_ready)
+        assert begun[-1] == ("READY=1\nSTATUS=0 sequences, 0 active steps, 0 overdue; in flight 0")
+        told(manager, lambda message: message == "WATCHDOG=1")
+        daemon.send_signal(signal.SIGTERM)
+        told(manager, lambda message: message == "STOPPING=1")
+        assert daemon.wait() == 0
+
+
+async def test_the_status_follows(
+    manager: socket.socket,
+    database: str,
+    settings: Path,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SEQUENCERD_ENGINE_SWEEP", "0.5")
+    day = '{"amount": 1, "unit": "day"}'
+    await define(connection, "s", ("pause", "WaitForDuration", day, None))
+    await enroll(connection, "s", "u")
+    with service(manager, database, settings):
+        told(manager, is_ready)
+        told(manager, lambda message: "1 sequences, 1 active steps, 0 overdue" in message)
+
+
+async def test_a_hangup_takes_over_the_settings_and_wrong_ones_change_nothing(
+    manager: socket.socket, database: str, settings: Path, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("score", "Score", "{}", None))
+    id_ = await enroll(connection, "s", "u")
+    failed = "SELECT failure = 'invalid_step' FROM sequencer.enrollments WHERE id = $1"
+    again = "SELECT status = 'active' FROM sequencer.enrollments WHERE id = $1"
+    runner = '[runners.Score]\nurl = "http://127.0.0.1:9/"\n'
+
+    with service(manager, database, settings) as daemon:
+
+        def reload(text: str) -> str:
+            settings.write_text(text)
+            daemon.send_signal(signal.SIGHUP)
+            reloading = told(manager, lambda message: message.startswith("RELOADING=1\n"))[-1]
+            told(manager, lambda message: message == "READY=1")
+            return reloading
+
+        told(manager, is_ready)
+        await until(connection, failed, id_)
+        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        text = reload(runner + "[engine]\nbatch = 7\n[log]\nlevel = 'debug'\n")
+        at = int(text.removeprefix("RELOADING=1\nMONOTONIC_USEC="))
+        assert before <= at <= time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        await until(connection, again, id_)
+        reload("[runners.Score]\nurll = 'x'\n")
+        daemon.terminate()
+        _, log = daemon.communicate()
+    assert daemon.returncode == 0
+    assert '"settings": ["engine.batch"], "event": "settings take a restart to change"' in log
+    assert "settings are taken over" in log
+    assert "wrong settings, the old ones stay" in log
+    assert "did you mean 'url'" in log
+    assert await connection.fetchval(again, id_)
+
+
+async def test_a_loop_that_is_stuck_feeds_no_watchdog(
+    manager: socket.socket,
+    settings: Path,
+    connection: asyncpg.Connection,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a runner that blocks the event loop, as no async function should."""
+    folder = settings.parent
+    site = stuck_package(folder)
+    go = folder / "go"
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{os.environ.get('PYTHONPATH', '')}")
+    await define(connection, "s", ("x", "Stuck", f'{{"go": "{go}"}}', None))
+    await enroll(connection, "s", "u")
+    with service(manager, database, settings):
+        leased = "SELECT leased_by IS NOT NULL FROM sequencer.enrollments"
+        await until(connection, leased)
+        manager.settimeout(1)
+        drain(manager)
+        await asyncio.sleep(3)
+        assert drain(manager) == []
+        go.touch()
+        manager.settimeout(60)
+        told(manager, lambda message: message == "WATCHDOG=1")
+
+
+def drain(manager: socket.socket) -> list[str]:
+    """What was told and not yet read."""
+    found = []
+    try:
+        while True:
+            found.append(manager.recv(1000).decode())
+    except TimeoutError:
+        return found
+
+
+def test_without_systemd_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notify("READY=1")
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    notify("READY=1")
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_the_unit_is_right_and_hardened(unit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / unit.name.replace("@", "@1")
+    copy.write_text(unit.read_text().replace("/opt/sequencerd/bin/sequencerd", sys.executable))
+    verified = analyze("verify", str(copy))
+    assert "Unknown" not in verified
+    assert verified.strip() == ""
+    exposure = analyze("security", "--offline=true", "--threshold=20", str(copy))
+    assert "Overall exposure level" in exposure
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_every_directive_says_why(unit: Path) -> None:
+    lines = unit.read_text().splitlines()
+    commented = [line for line, above in zip(lines[1:], lines, strict=False)
+                 if "=" in line and line[0] != "#" and not above.startswith("#")]  # fmt: skip
+    assert [line.partition("=")[0] for line in commented] == ["Description"]
+
+
+def test_the_units_differ_by_the_instance_alone() -> None:
+    one, several = (
+        unit.read_text().splitlines() for unit in sorted(UNITS, key=lambda u: "@" in u.name)
+    )
+    assert [line for line in several if "%i" not in line and "sequencerd@1" not in line] == [
+        line for line in one if not line.startswith("Description=")
+    ]
+
+
+def test_the_service_is_installed_with_the_right_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text("")
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(file), "install-service", "--user", "ada", "--to", str(tmp_path)])
+    assert ended.value.code == 0
+    assert "systemctl daemon-reload" in capsys.readouterr().out
+    for name in ("sequencerd.service", "sequencerd@.service"):
+        text = (tmp_path / name).read_text()
+        assert f"\nExecStart={install_service.program()} --config {file} run\n" in text
+        assert "\nUser=ada\n" in text
+        assert "DynamicUser" not in text
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
+    start = install_service.program().split()
+    assert subprocess.run([*start, "--version"], check=True, capture_output=True).stdout
+
+
+def test_where_the_service_can_be_installed_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install_service, "program", lambda: "/home/ada/bin/sequencerd")
+    with pytest.raises(SystemExit) as ended:
+        main(["install-service", "--to", str(tmp_path / "missing")])
+    assert ended.value.code == 1
+    errors = capsys.readouterr().err
+    assert "can't see /home/" in errors
+    assert "missing/sequencerd.service can't be written: No such file" in errors
+    assert main_prints(capsys, "install-service", "--print").count("\nDynamicUser=yes\n") == 2
+
+
+def main_prints(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def analyze(*arguments: str) -> str:
+    done = subprocess.run(
+        ["systemd-analyze", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr

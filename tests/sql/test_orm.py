@@ -1,0 +1,122 @@
+"""What ORMs and drivers send: NULL for what was left out, DEFAULT for each column, upserts.
+
+The statements are those that each of them has been seen to send; docs/orm.md has the models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+
+from tests.conftest import with_login
+from tests.helpers.engines import define
+
+WRITABLE = """SELECT array_agg(attname::text ORDER BY attnum) FROM pg_attribute
+    WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped
+      AND attgenerated = ''"""
+BEGUN = """SELECT (step, data, status, wake_at, visit, attempt, goals_met, executed, reentry, entry)
+    = ('first', '{}', 'active', now(), 1, 0, '{}', '{}', 'after_end', 0)
+    AND created_at = now() AND id > 0 AND tag IS NOT NULL AND ended_at IS NULL
+    FROM sequencer.enrollments WHERE subject = $1"""
+
+
+@pytest.fixture(params=["owner", "enroller"])
+async def session(
+    request: pytest.FixtureRequest, connection: asyncpg.Connection, database: str
+) -> AsyncIterator[asyncpg.Connection]:
+    """An application's connection, as the owner or as `sequencer_enroller`."""
+    await define(connection, "s", ("first", "GoTo", "{}", None))
+    await connection.execute(
+        "DO $$ BEGIN CREATE ROLE login_enroller LOGIN;"
+        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
+        "GRANT sequencer_enroller TO login_enroller"
+    )
+    url = database if request.param == "owner" else with_login(database, "login_enroller")
+    session = await asyncpg.connect(url)
+    yield session
+    await session.close()
+
+
+@pytest.mark.parametrize("left_out", ["NULL", "DEFAULT"])
+async def test_every_column_may_be_left_out_by_name(
+    session: asyncpg.Connection, left_out: str
+) -> None:
+    columns = await session.fetchval(WRITABLE)
+    given = {"sequence": "'s'", "subject": "$1"}
+    values = ", ".join(given.get(column, left_out) for column in columns)
+    insert = f"INSERT INTO sequencer.enrollments ({', '.join(columns)}) VALUES ({values})"
+    async with session.transaction():
+        for subject in ("ada", "bob"):  # the second is filled in from the first
+            assert await session.fetchval(f"{insert} RETURNING id", subject)
+            assert await session.fetchval(BEGUN, subject)
+
+
+@pytest.mark.parametrize("column", ["id", "step", "data", "timezone", "status", "wake_at", "tag"])
+async def test_one_column_may_be_null(session: asyncpg.Connection, column: str) -> None:
+    async with session.transaction():
+        await session.execute(
+            f"INSERT INTO sequencer.enrollments (sequence, subject, {column})"
+            " SELECT 's', subject, NULL FROM unnest('{ada,bob}'::text[]) AS subject"
+        )
+        assert await session.fetchval(BEGUN, "ada")
+        assert await session.fetchval(BEGUN, "bob")
+
+
+async def test_json_null_is_no_data(session: asyncpg.Connection) -> None:
+    async with session.transaction():
+        await session.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES ('s', 'ada', $1)",
+            "null",
+        )
+        assert await session.fetchval(BEGUN, "ada")
+
+
+async def test_null_for_enroll_is_not_given(session: asyncpg.Connection) -> None:
+    async with session.transaction():
+        assert await session.fetchval(
+            "SELECT sequencer.enroll('s', 'ada', data => NULL, timezone => NULL, wake_at => NULL,"
+            " step => NULL)"
+        )
+        assert await session.fetchval(BEGUN, "ada")
+
+
+async def test_who_has_ended_has_no_wake_time(connection: asyncpg.Connection) -> None:
+    await define(connection, "s", ("first", "GoTo", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, status, wake_at, data)"
+        " VALUES ('s', 'ada', 'completed', NULL, NULL)"
+    )
+    row = await connection.fetchrow("SELECT wake_at, ended_at, data FROM sequencer.enrollments")
+    assert (row["wake_at"], row["data"]) == (None, "{}")
+    assert row["ended_at"] is not None
+
+
+@pytest.mark.parametrize(
+    "target", ["(subject, sequence, entry)", "ON CONSTRAINT one_entry"], ids=["columns", "name"]
+)
+async def test_an_upsert_finds_who_is_in_it(session: asyncpg.Connection, target: str) -> None:
+    upsert = (
+        "INSERT INTO sequencer.enrollments AS e (sequence, subject, data) VALUES ('s', 'ada', $1)"
+        f" ON CONFLICT {target} DO UPDATE SET data = e.data || excluded.data RETURNING id, data"
+    )
+    first = await session.fetchrow(upsert, '{"a": 1}')
+    second = await session.fetchrow(upsert, '{"b": 2}')
+    assert first["id"] == second["id"]
+    assert second["data"] == '{"a": 1, "b": 2}'
+    await session.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    third = await session.fetchrow(upsert, '{"c": 3}')  # after its end it begins anew
+    assert (third["id"] > first["id"], third["data"]) == (True, '{"c": 3}')
+
+
+async def test_many_go_in_by_one_statement(session: asyncpg.Connection) -> None:
+    async with session.transaction():
+        rows = await session.fetch(
+            'INSERT INTO "sequencer"."enrollments" ("id", "sequence", "subject", "data", "wake_at")'
+            " VALUES (default, 's', 'ada', null, default), (default, 's', 'bob', default, null)"
+            ' RETURNING "id"'
+        )
+        assert len({row["id"] for row in rows}) == 2
+        assert await session.fetchval(BEGUN, "ada")
+        assert await session.fetchval(BEGUN, "bob")

@@ -1,0 +1,115 @@
+"""Row-level security on our tables: the daemon sees all of them, or says that it does not."""
+
+from __future__ import annotations
+
+import asyncpg
+import pytest
+
+from sequencerd.storage import store
+from tests.cli.test_doctor import examine
+from tests.conftest import Command, with_login
+from tests.helpers.engines import ALL_ENDED, define, enroll, until
+from tests.sql.test_roles import daemon
+
+TABLES = """SELECT relname::text FROM pg_class WHERE relnamespace = 'sequencer'::regnamespace
+    AND relkind IN ('r', 'p') AND NOT relispartition"""
+
+
+async def enable(connection: asyncpg.Connection, *, force: bool = False) -> None:
+    for row in await connection.fetch(TABLES):
+        for what in ("ENABLE", "FORCE")[: 1 + force]:
+            await connection.execute(f"ALTER TABLE sequencer.{row[0]} {what} ROW LEVEL SECURITY")
+
+
+@pytest.fixture
+async def login(connection: asyncpg.Connection, database: str) -> str:
+    """The URL of a login that is a daemon's."""
+    await make_role(connection, "login_daemon")
+    await connection.execute("GRANT sequencer_daemon TO login_daemon")
+    return with_login(database, "login_daemon")
+
+
+async def make_role(connection: asyncpg.Connection, name: str) -> None:
+    await connection.execute(
+        f"DO $$ BEGIN CREATE ROLE {name} LOGIN;"
+        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"
+    )
+
+
+async def test_a_daemon_sees_everything_as_before(
+    connection: asyncpg.Connection, login: str
+) -> None:
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    await enable(connection)
+    assert "this user has the privileges of a daemon" in (await examine(login))["roles"].seen
+    async with daemon(login):
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    kept = "SELECT count(*) > 0 FROM sequencer.events WHERE action = 'completed'"
+    assert await connection.fetchval(kept)
+
+
+async def test_the_policy_is_for_nobody_else(connection: asyncpg.Connection, database: str) -> None:
+    await make_role(connection, "login_enroller")
+    await connection.execute("GRANT sequencer_enroller TO login_enroller")
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    await enroll(connection, "s", "ada")
+    session = await asyncpg.connect(with_login(database, "login_enroller"))
+    count = "SELECT count(*) FROM sequencer.enrollments"
+    assert await session.fetchval(count) == 1
+    await enable(connection)
+    assert await session.fetchval(count) == 0
+    await session.close()
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("DROP POLICY sequencer_daemon ON sequencer.enrollments", "all of"),
+        (
+            "CREATE POLICY mine ON sequencer.enrollments AS RESTRICTIVE USING (subject > 'b')",
+            "some of",
+        ),
+    ],
+)
+async def test_what_is_hidden_is_told(
+    connection: asyncpg.Connection, login: str, sequencerd: Command, policy: str, words: str
+) -> None:
+    await connection.execute(policy)
+    found = (await examine(login))["roles"]
+    assert found.level == "ok"  # it hides nothing yet
+    await enable(connection)
+    found = (await examine(login))["roles"]
+    assert (found.level, words in found.seen) == ("error", True)
+    assert "sequencer.enrollments from login_daemon" in found.seen
+    if words == "all of":
+        sequencerd.variables["SEQUENCERD_DATABASE"] = login
+        sequencerd("run", code=1)
+        assert "row-level security hides all of sequencer.enrollments" in sequencerd.errors
+        assert "GRANT sequencer_daemon" in sequencerd.errors
+
+
+async def test_an_owner_who_is_forced_is_told(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    """As a daemon, and where triggers and functions work with its rights."""
+    await make_role(connection, "login_owner")
+    await connection.execute("GRANT CREATE ON SCHEMA public TO login_owner")
+    await connection.execute("ALTER SCHEMA sequencer OWNER TO login_owner")
+    for row in await connection.fetch(TABLES):
+        await connection.execute(f"ALTER TABLE sequencer.{row[0]} OWNER TO login_owner")
+    owner = await asyncpg.connect(with_login(database, "login_owner"))
+    await enable(connection)
+    assert await store.hidden_tables(owner) == []
+    await enable(connection, force=True)
+    hidden = await store.hidden_tables(owner)
+    assert ("sequencer.enrollments", "login_owner", True) in hidden
+    await make_role(connection, "login_daemon")
+    await connection.execute("GRANT sequencer_daemon TO login_daemon")
+    other = await asyncpg.connect(with_login(database, "login_daemon"))
+    assert {one.user for one in await store.hidden_tables(other)} == {"login_owner"}
+    await connection.execute("GRANT sequencer_daemon TO login_owner")
+    assert await store.hidden_tables(owner) == []
+    await owner.close()
+    await other.close()
+    await connection.execute("REVOKE sequencer_daemon FROM login_owner")

@@ -1,0 +1,695 @@
+"""The SQL interface: what an application may do, what is filled in, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from itertools import takewhile
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from sequencerd.core.model import Enrollment, effect_key
+from sequencerd.storage import store
+from sequencerd.storage.store import LOCK_CLASS, QUERIES, AdvisoryLock
+from tests.helpers.engines import define, enroll
+
+DAYS = '{"amount": 3, "unit": "days"}'
+
+
+@pytest.fixture
+async def defined(connection: asyncpg.Connection) -> asyncpg.Connection:
+    """A sequence "s" of the steps first and second."""
+    await define(
+        connection,
+        "s",
+        ("first", "WaitForDuration", DAYS, "second"),
+        ("second", "WaitForDuration", DAYS, None),
+    )
+    return connection
+
+
+async def test_every_statement_can_be_prepared(connection: asyncpg.Connection) -> None:
+    for name, query in QUERIES.items():
+        # the one is several statements, others are completed with the names of a user's own
+        if name != "create_migrations" and "{schema}" not in query:
+            await connection.prepare(query)
+
+
+def test_every_statement_is_described_in_standard_terms() -> None:
+    for name, query in QUERIES.items():
+        lines = takewhile(lambda line: line.startswith("--"), query.splitlines())
+        described = " ".join(line.removeprefix("-- ") for line in lines)
+        assert re.fullmatch(r"[A-Z`].+\.", described), f"{name} has no sentence: {described!r}"
+        found = re.search(r"\b(people|\w+body|who|whom|bell|looked at)\b", described)
+        assert found is None, f"{name} says {found}"
+
+
+def test_every_statement_is_used(repository: Path) -> None:
+    code = "".join(path.read_text() for path in (repository / "sequencerd").rglob("*.py"))
+    assert [name for name in QUERIES if f'"{name}"' not in code] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["claim", "claim_some", "claim_bare", "lock_waiting", "people", "simulated"]
+)
+async def test_what_reads_enrollments_has_the_columns_of_the_model(
+    connection: asyncpg.Connection, name: str
+) -> None:
+    columns = [c.name for c in (await connection.prepare(QUERIES[name])).get_attributes()]
+    assert columns[: len(Enrollment._fields)] == list(Enrollment._fields)
+
+
+def test_advisory_locks_have_the_same_numbers_in_sql_and_python(repository: Path) -> None:
+    schema = (repository / "sql" / "0001_sequencer.sql").read_text()
+    listed = re.findall(r"^--   (\d)  (\w+)  ", schema, flags=re.MULTILINE)
+    assert listed == [(str(lock.value), lock.name.lower()) for lock in AdvisoryLock]
+    numbers = re.findall(r"advisory\w*\((.+?)\)", schema)
+    assert numbers == [str(AdvisoryLock.NOTIFY)]
+    for path in [*(repository / "sequencerd").rglob("*.py"), *(repository / "tests").rglob("*.py")]:
+        assert str(LOCK_CLASS) not in path.read_text() or path.name == "store.py"
+    assert str(LOCK_CLASS) not in "".join(
+        p.read_text() for p in (repository / "sequencerd/storage/queries").iterdir()
+    )
+
+
+async def test_what_an_insert_leaves_out_is_filled_in(defined: asyncpg.Connection) -> None:
+    row = await defined.fetchrow(
+        "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'ada') RETURNING *"
+    )
+    assert (row["step"], row["status"], row["visit"], row["attempt"]) == ("first", "active", 1, 0)
+    assert row["wake_at"] == row["created_at"]
+    assert row["entered_at"] is None
+    assert json.loads(row["data"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("statement", "names"),
+    [
+        ("INSERT INTO sequencer.sequences (name, first_step) VALUES ('', 'a')", "name"),
+        ("INSERT INTO sequencer.sequences (name, first_step) VALUES (NULL, 'a')", "name"),
+        ("INSERT INTO sequencer.sequences (name, first_step) VALUES ('t', NULL)", "first_step"),
+        ("UPDATE sequencer.sequences SET timezone = 'Mars/Base'", "timezone"),
+        ("UPDATE sequencer.sequences SET timezone = NULL", "timezone"),
+        ("UPDATE sequencer.sequences SET status = 'sleeping'", "status"),
+        ("UPDATE sequencer.sequences SET reentry = 'sometimes'", "reentry"),
+        ("UPDATE sequencer.sequences SET recheck = '-1 second'", "recheck"),
+        ("UPDATE sequencer.sequences SET lookup = ''", "lookup"),
+        ("UPDATE sequencer.steps SET name = '' WHERE name = 'second'", "name"),
+        ("UPDATE sequencer.steps SET sequence = 'nowhere' WHERE name = 'second'", "sequence"),
+        ("UPDATE sequencer.steps SET type = ''", "type"),
+        ("UPDATE sequencer.steps SET config = '[]'", "config"),
+        ("UPDATE sequencer.steps SET config = NULL", "config"),
+        ("UPDATE sequencer.steps SET next_step = 'nowhere'", "next_step"),
+        ("UPDATE sequencer.steps SET alt_next_step = 'nowhere'", "alt_next_step"),
+        ("UPDATE sequencer.steps SET position = NULL", "position"),
+        ("UPDATE sequencer.enrollments SET subject = ''", "subject"),
+        ("UPDATE sequencer.enrollments SET subject = NULL", "subject"),
+        ("UPDATE sequencer.enrollments SET subject = repeat('x', 1001)", "subject"),
+        ("UPDATE sequencer.enrollments SET data = '[]'", "data"),
+        ("UPDATE sequencer.enrollments SET data = 'null'", "data"),
+        ("UPDATE sequencer.enrollments SET data = NULL", "data"),
+        ("UPDATE sequencer.enrollments SET status = 'lost'", "status"),
+        ("UPDATE sequencer.enrollments SET wake_at = NULL", "wake_at"),
+        ("UPDATE sequencer.enrollments SET wake_at = '-infinity'", "wake_at"),
+        ("UPDATE sequencer.enrollments SET wake_at = '12000-01-01'", "wake_at"),
+        ("UPDATE sequencer.enrollments SET entered_at = 'infinity'", "entered_at"),
+        ("UPDATE sequencer.enrollments SET retry_at = '-infinity'", "retry_at"),
+        ("UPDATE sequencer.enrollments SET created_at = '4000-01-01 BC'", "created_at"),
+        ("UPDATE sequencer.enrollments SET visit = 0", "visit"),
+        ("UPDATE sequencer.enrollments SET attempt = -1", "attempt"),
+        ("UPDATE sequencer.enrollments SET step = 'nowhere'", "step"),
+        ("UPDATE sequencer.enrollments SET sequence = 'nowhere'", "sequence"),
+        ("UPDATE sequencer.enrollments SET goals_met = NULL", "goals_met"),
+        ("UPDATE sequencer.enrollments SET reentry = 'x'", "reentry"),
+        ("UPDATE sequencer.enrollments SET ended_at = now()", "ended_at"),
+        ("UPDATE sequencer.enrollments SET entry = 5", "entry"),
+        ("INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('t', 'x')", "sequence"),
+        ("INSERT INTO sequencer.enrollments (sequence, subject) VALUES (NULL, 'x')", "sequence"),
+        (
+            "INSERT INTO sequencer.enrollments (sequence, subject, step) VALUES ('s', 'x', 'y')",
+            "step",
+        ),
+        (
+            "INSERT INTO sequencer.suppressions (channel, address) VALUES ('fax', 'x')",
+            "channel",
+        ),
+        (
+            "INSERT INTO sequencer.suppressions (channel, address) VALUES ('sms', '')",
+            "address",
+        ),
+        ("DELETE FROM sequencer.steps WHERE name = 'first'", "first"),
+    ],
+)
+async def test_nonsense_is_refused_by_name(
+    defined: asyncpg.Connection, statement: str, names: str
+) -> None:
+    await enroll(defined, "s", "ada")
+    with pytest.raises(asyncpg.PostgresError) as refused:
+        await defined.execute(statement)
+    assert names in f"{refused.value} {refused.value.column_name} {refused.value.detail}"
+
+
+async def test_each_row_of_an_insert_begins_as_its_own_sequence_says(
+    defined: asyncpg.Connection,
+) -> None:
+    await define(defined, "t", ("hello", "WaitForDuration", DAYS, None))
+    await defined.execute("UPDATE sequencer.sequences SET reentry = 'always' WHERE name = 't'")
+    await defined.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, step, status)"
+        " VALUES ('s', 'a', NULL, 'active'), ('s', 'b', NULL, 'active'),"
+        " ('s', 'c', 'second', 'active'), ('s', 'd', NULL, 'completed'),"
+        " ('t', 'a', NULL, 'active'), ('t', 'a', NULL, 'active'), ('s', 'e', NULL, 'active')"
+    )
+    rows = await defined.fetch(
+        "SELECT subject, sequence, step, reentry, status FROM sequencer.enrollments ORDER BY id"
+    )
+    assert [tuple(row) for row in rows] == [
+        ("a", "s", "first", "after_end", "active"),
+        ("b", "s", "first", "after_end", "active"),
+        ("c", "s", "second", "after_end", "active"),
+        ("d", "s", "first", "after_end", "completed"),
+        ("a", "t", "hello", "always", "active"),
+        ("a", "t", "hello", "always", "active"),
+        ("e", "s", "first", "after_end", "active"),
+    ]
+    given = (
+        "INSERT INTO sequencer.enrollments (sequence, subject, reentry) VALUES ('s', $1, 'always')"
+    )
+    await defined.execute(given, "f")
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await defined.execute(given, "f")
+
+
+@pytest.mark.parametrize("wrong", ["('', 'x')", "('nowhere', 'x')", "(NULL, 'x')"])
+async def test_what_a_row_was_told_holds_for_its_sequence_alone(
+    defined: asyncpg.Connection, wrong: str
+) -> None:
+    insert = "INSERT INTO sequencer.enrollments (sequence, subject) VALUES"
+    for values in (f"('s', 'a'), {wrong}", f"{wrong}, ('s', 'a')"):
+        with pytest.raises(asyncpg.ForeignKeyViolationError, match="does not exist"):
+            await defined.execute(f"{insert} {values}")
+    with pytest.raises(asyncpg.ForeignKeyViolationError, match="does not exist"):
+        await defined.execute(f"BEGIN; {insert} ('s', 'a'); {insert} {wrong}")
+    await defined.execute("ROLLBACK")
+
+
+async def test_the_next_statement_asks_the_definitions_anew(defined: asyncpg.Connection) -> None:
+    async with defined.transaction():
+        await enroll(defined, "s", "ada")
+        await defined.execute("UPDATE sequencer.sequences SET first_step = 'second'")
+        id_ = await enroll(defined, "s", "bob")
+        await defined.execute("UPDATE sequencer.sequences SET status = 'archived'")
+        with pytest.raises(asyncpg.CheckViolationError, match="archived"):
+            async with defined.transaction():
+                await enroll(defined, "s", "eve")
+    step = "SELECT step FROM sequencer.enrollments WHERE id = $1"
+    assert await defined.fetchval(step, id_) == "second"
+
+
+async def test_a_subject_is_in_a_sequence_once_at_a_time(defined: asyncpg.Connection) -> None:
+    id_ = await enroll(defined, "s", "ada")
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await enroll(defined, "s", "ada")
+    ignored = (
+        "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'ada')"
+        " ON CONFLICT DO NOTHING"
+    )
+    assert await defined.execute(ignored) == "INSERT 0 0"
+    assert await defined.fetchval("SELECT sequencer.enroll('s', 'ada')") is None
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    again = await enroll(defined, "s", "ada")
+    assert again != id_
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await defined.execute("UPDATE sequencer.enrollments SET status = 'active'")
+
+
+async def test_reentry_always_and_never(defined: asyncpg.Connection) -> None:
+    await defined.execute("UPDATE sequencer.sequences SET reentry = 'always'")
+    await enroll(defined, "s", "ada")
+    await enroll(defined, "s", "ada")
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await defined.execute("UPDATE sequencer.sequences SET reentry = 'never'")
+    await defined.execute("DELETE FROM sequencer.enrollments")
+    await defined.execute("UPDATE sequencer.sequences SET reentry = 'never'")
+    await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await enroll(defined, "s", "ada")
+
+
+async def test_an_archived_sequence_takes_nobody(defined: asyncpg.Connection) -> None:
+    await defined.execute("UPDATE sequencer.sequences SET status = 'archived'")
+    with pytest.raises(asyncpg.CheckViolationError, match="archived"):
+        await enroll(defined, "s", "ada")
+    with pytest.raises(asyncpg.CheckViolationError, match="archived"):
+        await defined.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, status)"
+            " VALUES ('s', 'eve', 'completed'), ('s', 'ada', 'active')"
+        )
+
+
+async def test_what_is_set_by_hand_is_made_whole_and_recorded(
+    defined: asyncpg.Connection,
+) -> None:
+    await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled', leased_by = 'x'")
+    row = await defined.fetchrow("SELECT * FROM sequencer.enrollments")
+    assert (row["wake_at"], row["leased_by"]) == (None, None)
+    assert row["ended_at"] is not None
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'active'")
+    row = await defined.fetchrow("SELECT * FROM sequencer.enrollments")
+    assert row["ended_at"] is None
+    assert row["wake_at"] is not None
+    await defined.execute("UPDATE sequencer.enrollments SET step = 'second'")
+    row = await defined.fetchrow("SELECT * FROM sequencer.enrollments")
+    assert (row["visit"], row["attempt"]) == (2, 0)
+    actions = await defined.fetch("SELECT action, step FROM sequencer.events ORDER BY at")
+    assert [tuple(row) for row in actions] == [
+        ("cancelled", "first"),
+        ("resumed", "first"),
+        ("moved", "first"),
+    ]
+
+
+async def test_changed_data_make_it_due_but_not_before_its_start_nor_under_a_lease(
+    defined: asyncpg.Connection,
+) -> None:
+    later = datetime.now(UTC) + timedelta(days=3)
+    change = "UPDATE sequencer.enrollments SET data = data || '{\"n\": 1}' RETURNING wake_at"
+    await defined.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at) VALUES ('s', 'ada', $1)",
+        later,
+    )
+    assert await defined.fetchval(change) == later
+    await defined.execute("UPDATE sequencer.enrollments SET entered_at = now(), leased_by = 'd:1'")
+    await defined.execute("UPDATE sequencer.enrollments SET data = '{}'")
+    assert await defined.fetchval(change) == later
+    await defined.execute("UPDATE sequencer.enrollments SET leased_by = NULL, wake_at = 'infinity'")
+    await defined.fetchval(change)  # it is the same as before
+    assert await defined.fetchval("SELECT wake_at = 'infinity' FROM sequencer.enrollments")
+    await defined.execute("UPDATE sequencer.enrollments SET data = '{}'")
+    assert await defined.fetchval("SELECT wake_at <= now() FROM sequencer.enrollments")
+
+
+async def test_renames_take_along_who_is_there(defined: asyncpg.Connection) -> None:
+    id_ = await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.steps SET name = 'start' WHERE name = 'first'")
+    await defined.execute("UPDATE sequencer.steps SET name = 'end' WHERE name = 'second'")
+    await defined.execute("UPDATE sequencer.sequences SET name = 't'")
+    row = await defined.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+    assert (row["sequence"], row["step"], row["visit"]) == ("t", "start", 1)
+    steps = await defined.fetch("SELECT sequence, name, next_step FROM sequencer.steps")
+    assert {tuple(row) for row in steps} == {("t", "start", "end"), ("t", "end", None)}
+    first = await defined.fetchval("SELECT first_step FROM sequencer.sequences")
+    assert first == "start"
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.events") == 0
+
+
+async def test_every_change_of_a_definition_counts_its_revision_up(
+    defined: asyncpg.Connection,
+) -> None:
+    async def revision() -> int:
+        number: int = await defined.fetchval("SELECT revision FROM sequencer.sequences")
+        return number
+
+    for change in (
+        'UPDATE sequencer.steps SET config = \'{"amount": 1, "unit": "day"}\'',
+        "UPDATE sequencer.steps SET next_step = NULL",
+        "INSERT INTO sequencer.steps (sequence, name, type) VALUES ('s', 'third', 'GoTo')",
+        "DELETE FROM sequencer.steps WHERE name = 'third'",
+        "UPDATE sequencer.sequences SET status = 'paused'",
+    ):
+        before = await revision()
+        await defined.execute(change)
+        assert await revision() > before, change
+    before = await revision()
+    await defined.execute("UPDATE sequencer.steps SET problem = 'a word from the daemon'")
+    assert await revision() == before
+
+
+RENAME = "UPDATE sequencer.sequences SET name = $2 WHERE name = $1"
+NUMBERS = "SELECT name, revision FROM sequencer.sequences"
+
+
+async def test_a_revision_is_never_drawn_twice(connection: asyncpg.Connection) -> None:
+    drawn: set[int] = set()
+    for name in ("a", "b", "c"):
+        await define(connection, name, ("first", "GoTo", "{}", None))
+        await connection.execute("UPDATE sequencer.steps SET config = '{\"step\": null}'")
+    changes: tuple[list[tuple[str, ...]], ...] = (
+        [("a", "x"), ("b", "a"), ("x", "b")],  # swapped
+        [("a", "x"), ("b", "a"), ("c", "b"), ("x", "c")],  # rotated
+        [("a", "x")],
+        [("x", "a")],
+        [("a",)],  # deleted and made again
+        [("a",), ("b", "a"), ("c", "b")],
+    )
+    for renames in changes:
+        known = dict(await connection.fetch(NUMBERS))
+        assert len(set(known.values())) == len(known)
+        drawn |= set(known.values())
+        async with connection.transaction():
+            for names in renames:
+                if len(names) == 2:
+                    await connection.execute(RENAME, *names)
+                    continue
+                await connection.execute("DELETE FROM sequencer.sequences WHERE name = $1", *names)
+                if names == renames[-1]:
+                    await connection.execute(
+                        "INSERT INTO sequencer.sequences (name, first_step, revision)"
+                        " VALUES ($1, 'first', 1)",
+                        *names,
+                    )
+        now = dict(await connection.fetch(NUMBERS))
+        touched = {names[-1] for names in renames} & now.keys()
+        assert drawn.isdisjoint(now[name] for name in touched), renames
+        latest = dict(
+            await connection.fetch(
+                "SELECT sequence, max(revision) FROM sequencer.revisions GROUP BY sequence"
+            )
+        )
+        assert {name: latest[name] for name in touched} == {name: now[name] for name in touched}
+
+
+async def test_no_edit_takes_a_revision_away(connection: asyncpg.Connection) -> None:
+    kept: dict[int, str] = {}
+
+    async def change(statement: str) -> None:
+        await connection.execute(statement)
+        rows = await connection.fetch("SELECT revision, document FROM sequencer.revisions")
+        now = {row["revision"]: row["document"] for row in rows}
+        assert kept.items() <= now.items(), statement
+        kept.update(now)
+
+    for name, type_ in (("s", "GoTo"), ("t", "Goal")):
+        await define(connection, name, ("first", type_, "{}", None))
+    await change("UPDATE sequencer.sequences SET timezone = 'Europe/Berlin'")
+    await change("DELETE FROM sequencer.sequences WHERE name = 't'")
+    await change("UPDATE sequencer.sequences SET name = 't' WHERE name = 's'")
+    await change("UPDATE sequencer.sequences SET revision = 1")
+    await change("UPDATE sequencer.sequences SET name = 's'; DELETE FROM sequencer.sequences")
+    await change(
+        "BEGIN; SET CONSTRAINTS ALL IMMEDIATE;"
+        "INSERT INTO sequencer.sequences (name, first_step) VALUES ('t', 'a');"
+        "INSERT INTO sequencer.steps (sequence, name, type) VALUES ('t', 'a', 'GoTo');"
+        "UPDATE sequencer.steps SET type = 'Goal'; COMMIT"
+    )
+    revisions = await connection.fetch(QUERIES["revisions_of"], "t")
+    assert json.loads(revisions[0]["document"])["steps"][0]["type"] == "Goal"
+    assert len(kept) == 6
+
+
+async def test_settings_set_by_hand_enroll_nobody_where_nothing_is(
+    defined: asyncpg.Connection,
+) -> None:
+    await define(defined, "archived", ("first", "GoTo", "{}", None))
+    await defined.execute(
+        "UPDATE sequencer.sequences SET status = 'archived' WHERE name = 'archived'"
+    )
+    right = ("s", "first", "after_end")
+    wrong = [
+        ("nowhere", "first", "after_end"),
+        ("s", "nowhere", "after_end"),
+        ("s", "first", "always"),
+        ("archived", "first", "after_end"),
+    ]
+    for settings in wrong:
+        await defined.execute("BEGIN")
+        await defined.execute(
+            "SELECT set_config('sequencer.entry_sequence', $1, true),"
+            " set_config('sequencer.entry_step', $2, true),"
+            " set_config('sequencer.entry_reentry', $3, true)",
+            *settings,
+        )
+        with pytest.raises(asyncpg.PostgresError, match="nobody can be enrolled"):
+            await defined.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject)"
+                " SELECT CASE n WHEN 1 THEN 's' ELSE $1 END, n::text"
+                " FROM generate_series(1, 5) AS n ORDER BY n DESC",
+                settings[0],
+            )
+        await defined.execute("ROLLBACK")
+    await defined.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject)"
+        " SELECT $1, n::text FROM generate_series(1, 5) AS n",
+        right[0],
+    )
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 5
+
+
+async def test_another_look_is_counted_and_kept_within_bounds(
+    defined: asyncpg.Connection,
+) -> None:
+    for name in ("ada", "bob", "eve"):
+        await enroll(defined, "s", name)
+    await defined.execute(
+        "UPDATE sequencer.enrollments SET entered_at = now(), wake_at = now() + interval '1 day'"
+    )
+    look = "SELECT sequencer.reevaluate"
+    assert await defined.fetchval(f"{look}(subject => 'ada')") == 1
+    assert await defined.fetchval(f"{look}(sequence => 's', step => 'second')") == 0
+    assert await defined.fetchval(f"{look}(sequence => 's')") == 3
+    assert await defined.fetchval(f"{look}()") == 3
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    assert await defined.fetchval(f"{look}()") == 0
+
+
+async def test_views_tell_where_everybody_is(defined: asyncpg.Connection) -> None:
+    for name in ("ada", "bob", "eve"):
+        await enroll(defined, "s", name)
+    await defined.execute(
+        "UPDATE sequencer.enrollments SET wake_at = now() - interval '1 hour' WHERE subject = 'bob'"
+    )
+    await defined.execute(
+        "UPDATE sequencer.enrollments SET status = 'failed', failure = 'error', last_error = 'no'"
+        " WHERE subject = 'eve'"
+    )
+    overview = await defined.fetch("SELECT * FROM sequencer.overview")
+    assert [(r["step"], r["active"], r["overdue"], r["failed"]) for r in overview] == [
+        ("first", 2, 1, 1),
+        ("second", 0, 0, 0),
+    ]
+    overdue = await defined.fetch("SELECT subject FROM sequencer.overdue")
+    assert [row["subject"] for row in overdue] == ["bob"]
+    failures = await defined.fetch("SELECT subject, failure, last_error FROM sequencer.failures")
+    assert [tuple(row) for row in failures] == [("eve", "error", "no")]
+
+
+# --- notifications
+
+
+class Ear:
+    """A connection that listens, and what it has heard."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self.connection = connection
+        self.heard: list[str] = []
+
+    def hear(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        self.heard.append(str(payload))
+
+
+@pytest.fixture
+async def ear(database: str) -> AsyncIterator[Ear]:
+    listening = await asyncpg.connect(database)
+    ear = Ear(listening)
+    await listening.add_listener("sequencer", ear.hear)
+    assert await store.take_bell(listening)
+    yield ear
+    await listening.close()
+
+
+async def heard(ear: Ear, connection: asyncpg.Connection, *statements: str) -> list[str]:
+    """What is heard of some statements; a last notification marks the end."""
+    ear.heard.clear()
+    for statement in statements:
+        await connection.execute(statement)
+    await connection.execute("SELECT pg_notify('sequencer', 'end')")
+    async with asyncio.timeout(5):
+        while "end" not in ear.heard:  # noqa: ASYNC110 - asyncpg calls, nobody sets an event
+            await asyncio.sleep(0.01)
+    return ear.heard[:-1]
+
+
+async def test_notifications_are_short_and_folded(defined: asyncpg.Connection, ear: Ear) -> None:
+    due = '{"due" : ["s", "first"]}'
+    many = (
+        "INSERT INTO sequencer.enrollments (sequence, subject)"
+        " SELECT 's', 'u' || n FROM generate_series(1, 1000) AS n"
+    )
+    assert await heard(ear, defined, many) == [due]
+    cancel = "UPDATE sequencer.enrollments SET status = 'cancelled'"
+    assert await heard(ear, defined, cancel) == []
+
+
+async def test_a_status_is_complete_when_data_change_with_it(defined: asyncpg.Connection) -> None:
+    id_ = await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET entered_at = now()")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'failed', failure = 'error'")
+    row = await defined.fetchrow(
+        "UPDATE sequencer.enrollments SET status = 'active', data = '{\"fixed\": true}'"
+        " WHERE id = $1 RETURNING wake_at = now() AS is_due, ended_at, failure",
+        id_,
+    )
+    assert tuple(row) == (True, None, None)
+
+
+async def test_nobody_is_told_who_does_not_ask_for_it(
+    defined: asyncpg.Connection, ear: Ear, database: str
+) -> None:
+    enroll = (
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at) VALUES ('s', '{}', now())"
+    )
+    told = ['{"due" : ["s", "first"]}']
+    assert await heard(ear, defined, enroll.format("ada")) == told
+    await ear.connection.execute("SELECT pg_advisory_unlock_all()")
+    assert await heard(ear, defined, enroll.format("bob")) == []
+    other = await asyncpg.connect(database)
+    async with other.transaction():
+        await other.execute(enroll.format("eve"))
+        assert await store.take_bell(ear.connection) is None  # or eve would be missed
+        assert await heard(ear, defined, enroll.format("joe")) == []
+    assert await store.take_bell(ear.connection) is True
+    assert await store.take_bell(other) is False
+    await other.close()
+    assert await heard(ear, defined, enroll.format("kim")) == told
+
+
+async def test_nobody_is_told_of_what_is_due_after_the_next_sweep(
+    defined: asyncpg.Connection, ear: Ear
+) -> None:
+    later = (
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " VALUES ('s', 'ada', now() + interval '1 hour')"
+    )
+    assert await heard(ear, defined, later) == []
+
+
+async def test_a_bulk_load_can_be_silent(defined: asyncpg.Connection, ear: Ear) -> None:
+    load = "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'ada')"
+    silent = f"BEGIN; SET LOCAL sequencer.notify = off; {load}; COMMIT"
+    assert await heard(ear, defined, silent) == []
+
+
+async def test_changed_definitions_are_told(defined: asyncpg.Connection, ear: Ear) -> None:
+    told = ['{"definitions": true}']
+    change = "UPDATE sequencer.steps SET config = '{}'"
+    assert await heard(ear, defined, change) == told
+    assert await heard(ear, defined, "UPDATE sequencer.steps SET problem = 'x'") == []
+
+
+# --- roles
+
+
+@pytest.mark.parametrize(
+    ("role", "statement", "allowed"),
+    [
+        (
+            "enroller",
+            "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'bob')",
+            True,
+        ),
+        ("enroller", "UPDATE sequencer.enrollments SET status = 'cancelled'", True),
+        ("enroller", "UPDATE sequencer.enrollments SET data = '{}'", True),
+        ("enroller", "SELECT sequencer.reevaluate()", True),
+        ("enroller", "SELECT sequencer.enroll('s', 'bob')", True),
+        ("enroller", "UPDATE sequencer.steps SET config = '{}'", False),
+        ("enroller", "UPDATE sequencer.enrollments SET step = 'second'", False),
+        ("enroller", "DELETE FROM sequencer.enrollments", False),
+        ("enroller", "DELETE FROM sequencer.events", False),
+        ("enroller", "SELECT sequencer.add_event_partitions()", False),
+        ("editor", "UPDATE sequencer.steps SET config = '{}'", True),
+        ("editor", "UPDATE sequencer.enrollments SET step = 'second'", True),
+        ("editor", "DROP TABLE sequencer.steps", False),
+        ("daemon", "UPDATE sequencer.enrollments SET wake_at = now()", True),
+        ("daemon", "SELECT sequencer.add_event_partitions()", True),
+        ("daemon", "UPDATE sequencer.steps SET problem = NULL", True),
+        ("daemon", "UPDATE sequencer.steps SET config = '{}'", False),
+        ("daemon", "DELETE FROM sequencer.enrollments", False),
+        ("daemon", "DROP TABLE sequencer.events", False),
+    ],
+)
+async def test_roles_may_do_what_they_are_for(
+    defined: asyncpg.Connection, role: str, statement: str, allowed: bool
+) -> None:
+    await enroll(defined, "s", "ada")
+    await defined.execute(f"SET ROLE sequencer_{role}")
+    if allowed:
+        await defined.execute(statement)
+    else:
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await defined.execute(statement)
+
+
+async def test_a_renamed_step_is_remembered_as_executed(connection: asyncpg.Connection) -> None:
+    await define(connection, "a/b", ("mail", "Note", "{}", None), ("next", "Note", "{}", None))
+    id_ = await enroll(connection, "a/b", "ada")
+    executed = [effect_key("a/b", "mail"), effect_key("a", "b/mail")]
+    await connection.execute("UPDATE sequencer.enrollments SET executed = $1", executed)
+    await connection.execute("UPDATE sequencer.steps SET name = 'post' WHERE name = 'mail'")
+    await connection.execute("UPDATE sequencer.sequences SET name = 'a%/c'")
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
+    assert row["executed"] == [effect_key("a%/c", "post"), effect_key("a", "b/mail")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE sequencer.enrollments SET step = 'second'",
+        (
+            "UPDATE sequencer.enrollments SET status = 'cancelled';"
+            " UPDATE sequencer.enrollments SET status = 'active'"
+        ),
+    ],
+)
+async def test_by_hand_a_loop_begins_anew(defined: asyncpg.Connection, change: str) -> None:
+    await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET executed = '{s/first}'")
+    await defined.execute(change)
+    assert await defined.fetchval("SELECT executed FROM sequencer.enrollments") == []
+
+
+async def test_goals_are_of_their_sequence_and_follow_its_name(
+    connection: asyncpg.Connection,
+) -> None:
+    goal = ("paid", "Goal", '{"lodashCommand": "isNil", "value": {"type": "raw", "value": 1}}')
+    for name in ("a", "b"):
+        await define(connection, name, ("wait", "Note", "{}", None), (*goal, None))
+    id_ = await enroll(connection, "a", "ada")
+    await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{paid,old}'")
+
+    async def goals() -> tuple[list[str], object]:
+        row = await connection.fetchrow(
+            "SELECT goals_met, goals_elsewhere FROM sequencer.enrollments WHERE id = $1", id_
+        )
+        elsewhere = row["goals_elsewhere"]
+        return row["goals_met"], elsewhere and json.loads(elsewhere)
+
+    await connection.execute("UPDATE sequencer.enrollments SET sequence = 'b', step = 'wait'")
+    assert await goals() == ([], {"a": ["paid", "old"]})
+    await connection.execute(
+        "UPDATE sequencer.steps SET name = 'won' WHERE name = 'paid' AND sequence = 'a'"
+    )
+    await connection.execute("UPDATE sequencer.sequences SET name = 'z' WHERE name = 'a'")
+    await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{paid}'")
+    await connection.execute("UPDATE sequencer.enrollments SET sequence = 'z', step = 'wait'")
+    met, elsewhere = await goals()
+    assert (set(met), elsewhere) == ({"won", "old"}, {"b": ["paid"]})
+    await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{}'")
+    await connection.execute("UPDATE sequencer.enrollments SET sequence = 'b', step = 'wait'")
+    assert await goals() == (["paid"], None)
+
+
+async def test_an_entry_with_a_name_is_kept_as_its_address(
+    connection: asyncpg.Connection,
+) -> None:
+    kept = await connection.fetchval(
+        "INSERT INTO sequencer.suppressions (channel, address)"
+        " VALUES ('email', ' Ada <Ada@X.org> ') RETURNING address"
+    )
+    assert kept == "ada@x.org"

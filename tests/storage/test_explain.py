@@ -1,0 +1,94 @@
+"""The plans of the hot statements, with a million who sleep and statistics from when they were few:
+none reads the table through, whichever plan PostgreSQL settles on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import asyncpg
+
+from sequencerd.storage.store import QUERIES
+from tests.helpers.engines import define
+
+SLEEPERS = 1_000_000
+IDS = "'{" + ",".join(map(str, range(1, 1001))) + "}'"
+HERE = "'s', 'a'"
+
+HOT = {
+    "claim": f"{HERE}, now(), 1, 1000, 'me', '{{}}'",
+    "claim_some": f"{IDS}, {HERE}, now(), 1, 'me'",
+    "claim_bare": f"{IDS}, {HERE}, now(), 1, 'me'",
+    "due_ids": f"{HERE}, now(), 1000, 'me', '{{}}'",
+    "orphans": f"ARRAY['s'], ARRAY['a'], now(), 'me', {IDS}",
+    "large_data": IDS,
+    "expired_ids": f"{HERE}, now(), 1000, 'me', '{{}}', now()",
+    "forget_expiries": HERE,
+    "next_wake": f"{HERE}, now(), 'me', '{{}}'",
+    "first_wakes": "",
+    "count_due": "ARRAY['s'], ARRAY['a'], now(), 1000",
+    "lock": IDS,
+    "fences": IDS,
+    "existing": IDS,
+    "write": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, NULL, NULL, NULL, NULL, '{{}}', NULL,"
+    " now()",
+    "write_goals": "1, '{}', NULL",
+    "merge_data": "1, '{}'",
+    "extend_leases": f"{IDS}, 'me', now()",
+    "standing": f"{HERE}, 1, 10000",
+    "lock_waiting": f"{HERE}, {IDS}, now()",
+    "waiting": f"{HERE}, {IDS}, now()",
+    "revive": "ARRAY['s'], ARRAY['a'], now()",
+    "occupied": "",
+    "waiting_of_subjects": "'{u7,u8}', 0, now(), 1000",
+}
+
+
+async def test_no_hot_statement_reads_the_table_through(connection: asyncpg.Connection) -> None:
+    await define(connection, "s", ("a", "GoTo", "{}", None), ("b", "GoTo", "{}", None))
+    await connection.execute("ALTER TABLE sequencer.enrollments SET (autovacuum_enabled = false)")
+    for begins, ends in ((1, 1000), (1001, SLEEPERS)):
+        await connection.execute(
+            "SET session_replication_role = replica;"
+            "INSERT INTO sequencer.enrollments"
+            " (sequence, step, subject, wake_at, entered_at, reentry)"
+            " SELECT 's', CASE n % 10 WHEN 0 THEN 'b' ELSE 'a' END, 'u' || n,"
+            " now() + n * interval '1 second', now(), 'after_end'"
+            f" FROM generate_series({begins}, {ends}) AS n;"
+            "RESET session_replication_role"
+        )
+        if ends == 1000:
+            await connection.execute("ANALYZE sequencer.enrollments")
+    wrong = []
+    for name, arguments in HOT.items():
+        for mode in ("custom", "generic"):
+            plan = await explain(connection, QUERIES[name], arguments, mode)
+            wrong += [
+                f"{name}, {mode}: {node['Node Type']}"
+                for node in nodes(plan)
+                if node.get("Relation Name") == "enrollments" and node["Node Type"] == "Seq Scan"
+            ]
+    assert wrong == []
+
+
+async def explain(
+    connection: asyncpg.Connection, query: str, arguments: str, mode: str
+) -> Mapping[str, Any]:
+    """The plan of a prepared statement."""
+    count = len(set(re.findall(r"\$\d+", query)))
+    given = f"({arguments})" if count else ""
+    await connection.execute(f"SET plan_cache_mode = force_{mode}_plan")
+    await connection.execute(f"PREPARE hot AS {query}")
+    text = await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE hot {given}")
+    await connection.execute("DEALLOCATE hot")
+    plan: Mapping[str, Any] = json.loads(text)[0]["Plan"]
+    return plan
+
+
+def nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield plan
+    for below in plan.get("Plans", []):
+        yield from nodes(below)

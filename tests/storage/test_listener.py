@@ -1,0 +1,287 @@
+"""What NOTIFY may carry, and what it may cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from contextlib import AsyncExitStack, suppress
+from typing import Any
+
+import asyncpg
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from sequencerd.core.advance import advance
+from sequencerd.engine import loop, reschedule
+from sequencerd.storage import listener, store
+from sequencerd.storage.listener import Changed, Due, Look, Message, listen, parse
+from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+
+DAYS = '{"amount": 3, "unit": "days"}'
+NOTIFY = "SELECT pg_notify('sequencer', $1)"
+NONE_LEFT = "SELECT bool_and(retime_from IS NULL AND NOT retime_again) FROM sequencer.steps"
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ("", Look()),
+        ("{}", Look()),
+        ('{"subject": "ada"}', Look(subject="ada")),
+        ('{"sequence": "s", "step": "a"}', Look(sequence="s", step="a")),
+        ('{"due" : ["s", "a"]}', Due(due=("s", "a"))),
+        ('{"definitions": true}', Changed(definitions=True)),
+    ],
+)
+def test_payloads(payload: str, message: Message) -> None:
+    assert parse(payload) == message
+
+
+@pytest.mark.parametrize(
+    "payload", ["nonsense", "[]", "null", '{"subject": 5}', '{"sbject": "x"}', '{"due": ["a"]}']
+)
+def test_nonsense_is_refused_with_a_hint(payload: str) -> None:
+    with pytest.raises(ValueError, match="write NOTIFY sequencer"):
+        parse(payload)
+
+
+@given(st.text())
+def test_whatever_comes_it_is_a_message_or_refused(payload: str) -> None:
+    with suppress(ValueError):
+        parse(payload)
+
+
+# --- requests to evaluate those who wait
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each enrollment was evaluated, in any engine."""
+    counter: Counter[int] = Counter()
+    original = advance
+
+    def counting(definitions: Any, enrollment: Any, *arguments: Any, **options: Any) -> Any:
+        counter[enrollment.id] += 1
+        return original(definitions, enrollment, *arguments, **options)
+
+    monkeypatch.setattr(loop, "advance", counting)
+    return counter
+
+
+async def wait_in(connection: asyncpg.Connection, sequence: str, count: int) -> None:
+    """Enrollments that wait at the first step of a sequence."""
+    await define(
+        connection,
+        sequence,
+        ("pause", "WaitForDuration", DAYS, "end"),
+        ("end", "GoTo", "{}", None),
+    )
+    async with connection.transaction():
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+            " SELECT $1, 'u' || n, 'infinity' FROM generate_series(1, $2::int) AS n",
+            *(sequence, count),
+        )
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET entered_at = now(),"
+            " wake_at = now() + interval '3 days' WHERE sequence = $1",
+            sequence,
+        )
+
+
+async def times(evaluated: Counter[int], total: int) -> None:
+    async with asyncio.timeout(60):
+        while evaluated.total() < total:  # noqa: ASYNC110 - a counter sets no event
+            await asyncio.sleep(0.01)
+
+
+async def test_each_is_evaluated_once_for_a_request_and_not_written(
+    database: str, connection: asyncpg.Connection, evaluated: Counter[int]
+) -> None:
+    count = 10_000
+    await wait_in(connection, "s", count)
+    before = await connection.fetchval("SELECT sum(xmin::text::bigint) FROM sequencer.enrollments")
+    async with AsyncExitStack() as stack:
+        for _ in range(3):
+            await stack.enter_async_context(running_engine(database, batch=500))
+        await connection.execute("NOTIFY sequencer")
+        await times(evaluated, count // 10)
+        for _ in range(5):  # while it goes on: once more for all of them
+            await connection.execute("NOTIFY sequencer")
+        await times(evaluated, 2 * count)
+        await until(connection, NONE_LEFT)
+        assert len(evaluated) == count
+        assert set(evaluated.values()) == {2}
+        enrolled = await enroll(connection, "s", "one more")
+        await until(connection, "SELECT entered_at IS NOT NULL FROM sequencer.enrollments"
+                    " WHERE id = $1", enrolled)  # fmt: skip
+    assert before == await connection.fetchval(
+        "SELECT sum(xmin::text::bigint) FROM sequencer.enrollments WHERE id <> $1", enrolled
+    )
+
+
+async def test_a_request_concerns_whom_it_names(
+    database: str, connection: asyncpg.Connection, evaluated: Counter[int]
+) -> None:
+    for name in ("s", "t", "paused"):
+        await wait_in(connection, name, 3)
+    await connection.execute("UPDATE sequencer.sequences SET status='paused' WHERE name='paused'")
+    ids = {
+        (row["sequence"], row["subject"]): row["id"]
+        for row in await connection.fetch("SELECT id, sequence, subject FROM sequencer.enrollments")
+    }
+    async with running_engine(database):
+        for payload, named in (
+            ('{"subject": "u1"}', {("s", "u1"), ("t", "u1")}),
+            ('{"subject": "u1", "sequence": "t"}', {("t", "u1")}),
+            ('{"subject": "u1", "step": "end"}', set()),
+            ('{"sequence": "s"}', {("s", f"u{n}") for n in (1, 2, 3)}),
+            ('{"sequence": "t", "step": "end"}', set()),
+            ('{"step": "pause"}', {(s, f"u{n}") for s in "st" for n in (1, 2, 3)}),
+        ):
+            evaluated.clear()
+            await connection.execute(NOTIFY, payload)
+            wanted = {ids[one]: 1 for one in named}
+            await times(evaluated, len(wanted))
+            await until(connection, NONE_LEFT.replace("steps", "steps WHERE sequence <> 'paused'"))
+            assert dict(evaluated) == wanted, payload
+
+
+async def test_too_many_requests_become_one_for_all(
+    database: str,
+    connection: asyncpg.Connection,
+    evaluated: Counter[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reschedule, "REQUESTS", 10)
+    await wait_in(connection, "s", 20)
+    async with running_engine(database) as one:
+        async with connection.transaction():
+            for n in range(1000):
+                await connection.execute(NOTIFY, f'{{"subject": "nobody-{n}"}}')
+        await times(evaluated, 20)
+        assert len(one._retiming._requests) <= 10
+    assert max(evaluated.values()) <= 3
+
+
+async def test_another_daemon_does_what_the_first_leaves(
+    database: str, connection: asyncpg.Connection, evaluated: Counter[int]
+) -> None:
+    await wait_in(connection, "s", 20)
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(AsyncExitStack())
+        await first.enter_async_context(running_engine(database))
+        await stack.enter_async_context(running_engine(database))
+        await connection.execute("NOTIFY sequencer")
+        await times(evaluated, 20)
+        await first.aclose()
+        await connection.execute("NOTIFY sequencer")
+        await times(evaluated, 40)
+        await until(connection, NONE_LEFT)
+
+
+async def test_a_walk_that_nobody_goes_on_with_is_found_by_the_sweep(
+    database: str, connection: asyncpg.Connection, evaluated: Counter[int]
+) -> None:
+    await wait_in(connection, "s", 20)
+    async with running_engine(database) as one:
+        await connection.execute(
+            "UPDATE sequencer.steps SET retime_from = (SELECT max(id) FROM sequencer.enrollments)"
+            " WHERE name = 'pause'"
+        )
+        await one.sweep()
+        await until(connection, NONE_LEFT)
+    assert evaluated.total() == 1
+
+
+# --- floods
+
+
+async def test_nonsense_is_counted_and_told_once(database: str) -> None:
+    refused = asyncio.Queue[None]()
+    with capture_logs() as logs:
+        log = structlog.get_logger()
+        ready = asyncio.Event()
+
+        async def connected() -> None:
+            ready.set()
+
+        async def look() -> listener.Looked:
+            return listener.Looked(0, frozenset())
+
+        def refuse() -> None:
+            refused.put_nowait(None)
+
+        listening = asyncio.create_task(
+            listen(database, lambda _: None, connected, look, log=log, refused=refuse)
+        )
+        await ready.wait()
+        sender = await asyncpg.connect(database)
+        await sender.execute(
+            "SELECT pg_notify('sequencer', 'nonsense ' || n) FROM generate_series(1, 500) AS n"
+        )
+        for _ in range(500):
+            await refused.get()
+        listening.cancel()
+        with suppress(asyncio.CancelledError):
+            await listening
+        await sender.close()
+    told = [entry for entry in logs if entry["event"] == "notifications not understood"]
+    assert [entry["log_level"] for entry in told].count("warning") == 1
+
+
+async def test_a_flood_of_notifications_delays_nobody_and_costs_little(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = Counter[str]()
+    for name in ("revisions", "claim"):
+        original = getattr(store, name)
+
+        def counting(
+            *arguments: Any, name: str = name, original: Any = original, **options: Any
+        ) -> Any:
+            reads[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(store, name, counting)
+    recorder = Recorder()
+    await define(connection, "s", ("send", "Note", "{}", None))
+    await define(connection, "idle", ("a", "Note", "{}", None))
+    sender = await asyncpg.connect(database)
+    async with running_engine(database, {"Note": recorder}):
+        reads.clear()
+        for n in range(50):
+            await sender.execute(
+                "SELECT pg_notify('sequencer', payload) FROM generate_series(1, 100) AS n, "
+                'LATERAL (VALUES (\'{"due": ["no-\' || n || \'", "a"]}\'),'
+                ' (\'{"due": ["idle", "no-\' || n || \'"]}\'),'
+                ' (\'{"due": ["idle", "a"]}\'), (\'{"definitions": true}\'),'
+                " ('garbage')) AS p (payload)"
+            )
+            await enroll(connection, "s", f"u{n}")
+        await until(connection, ALL_ENDED)
+    await sender.close()
+    assert len(recorder.keys) == 50
+    # 20,000 notifications that could have asked for something
+    assert reads["claim"] < 1000, reads
+    assert reads["revisions"] < 1500, reads
+
+
+async def test_a_name_that_does_not_exist_is_looked_for_once(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    async with running_engine(database) as one:
+        await one.reload()
+        assert one.catalog.may_find("later")
+        assert not one.catalog.may_find("later")
+        assert not one.catalog.may_find("s")
+        await define(connection, "later", ("a", "WaitForDuration", DAYS, None))
+        await one.reload()
+        assert one.catalog.knows(("later", "a"))
+        await connection.execute("DELETE FROM sequencer.sequences WHERE name = 'later'")
+        await one.reload()
+        assert one.catalog.may_find("later")
