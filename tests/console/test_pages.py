@@ -123,11 +123,13 @@ async def test_what_counts_counts(database: str, connection: asyncpg.Connection)
     await enroll(connection, "s", "carl")
     await connection.execute(
         "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)"
-        " SELECT n, now() - interval '3 days' + hours * interval '1 hour', 's', 'wait', 1, action"
+        # on one day, whenever the test runs
+        " SELECT n, date_trunc('day', now()) - interval '3 days' + hours * interval '1 hour',"
+        " 's', 'wait', 1, action"
         " FROM generate_series(100, 104) AS n,"
         " (VALUES ('enrolled', 0), ('next', 2)) AS e (action, hours)"
         " UNION ALL"
-        " SELECT 100, now() - interval '3 days' + interval '3 hours', 's', 'note', 2, 'completed'"
+        " SELECT 100, date_trunc('day', now()) - interval '69 hours', 's', 'note', 2, 'completed'"
     )
     async with console(database, {"Note": Mended()}) as client:
         await until(connection, FAILED)
