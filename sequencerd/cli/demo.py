@@ -120,7 +120,7 @@ def _examples() -> Path:
 async def _follow(connection: asyncpg.Connection) -> None:
     """Prints events as they happen, lets Cleo pay in between, until everybody has ended."""
     seen: set[tuple[int, Any, str]] = set()
-    pays = time.monotonic() + 3  # while she is asleep
+    pays = float("inf")
     since = await connection.fetchval(QUERIES["server_time"])
     active = True
     async with asyncio.timeout(SECONDS):
@@ -134,6 +134,8 @@ async def _follow(connection: asyncpg.Connection) -> None:
                     seen.add(key)
                     message = f": {row['message']}" if row["message"] else ""
                     _say(f"{row['subject']:5} {row['step']} {row['action']}{message}")
+                    if (row["subject"], row["step"], row["action"]) == ("cleo", "welcome", "next"):
+                        pays = time.monotonic() + 1  # Cleo's enrollment waits now
             if time.monotonic() > pays:
                 pays = float("inf")
                 print(f"\n{CLEO_PAYS}\n")

@@ -507,6 +507,9 @@ async def test_a_daemon_ends_while_the_database_is_silent(world: World) -> None:
     async with proxy.running() as world.used:
         await world.keep(1)
         await world.enroll(2)
+        async with asyncio.timeout(60):
+            while not world.sink.mails:  # noqa: ASYNC110 - a process of its own is at work
+                await asyncio.sleep(0.05)
         proxy.swallow = True
         await asyncio.sleep(1)
         (daemon,) = world.daemons
