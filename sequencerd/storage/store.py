@@ -111,22 +111,41 @@ _SMALL_DATA = "CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data"
 _COLUMNS = {name: f"e.{name}" for name in Enrollment._fields} | {
     "wake_at": "least(e.wake_at, '9999-12-31Z') AS wake_at",  # Python's calendar has no infinity
 }
+_BARE = {
+    "subject": "'' AS subject",
+    "data": "'{}' AS data",
+    "sequence": "$1::text AS sequence",
+    "step": "$2::text AS step",
+    "timezone": "NULL AS timezone",
+    "last_error": "NULL AS last_error",
+    "goals_met": "'{}'::text[] AS goals_met",
+    "goals_elsewhere": "NULL AS goals_elsewhere",
+    "executed": "'{}'::text[] AS executed",
+}  # what may be unreadable is not read
 _PLACEHOLDERS = {
     "{enrollment}": ", ".join((_COLUMNS | {"data": _SMALL_DATA}).values()),
     "{whole_enrollment}": ", ".join(_COLUMNS.values()),
+    "{bare_enrollment}": ", ".join((_COLUMNS | _BARE).values()),
     "{small_data}": _SMALL_DATA,
     **{f"{{{lock.name.lower()}_lock}}": str(lock) for lock in AdvisoryLock},
 }
 
 
 def _load_queries() -> dict[str, str]:
-    queries: dict[str, str] = {}
+    """Read the statements by name, with the parts that several of them share put in."""
+    queries, parts = {}, {}
     for file in (files("sequencerd.storage") / "queries").iterdir():
-        text = file.read_text("utf-8")
-        for placeholder, expanded in _PLACEHOLDERS.items():
-            text = text.replace(placeholder, expanded)
-        parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
-        queries.update(zip(parts[::2], parts[1::2], strict=True))
+        _, *found = re.split(
+            r"^-- (name|part): (\w+)\n", file.read_text("utf-8"), flags=re.MULTILINE
+        )
+        for kind, name, sql in zip(found[::3], found[1::3], found[2::3], strict=True):
+            if kind == "name":
+                queries[name] = sql
+            else:
+                parts[f"{{{name}}}"] = re.sub(r"^--.*\n", "", sql, flags=re.MULTILINE).strip()
+    # a part may use those before it
+    for placeholder, expanded in (*reversed(parts.items()), *_PLACEHOLDERS.items()):
+        queries = {name: text.replace(placeholder, expanded) for name, text in queries.items()}
     return queries
 
 
@@ -440,7 +459,7 @@ async def claim(
     """Locks due enrollments of a step until the end of the transaction, `but` some: none that a
     living daemon has leased, and no more than fit into MAX_BYTES.
     """
-    rows = await connection.fetch(QUERIES["claim"], *place, now, revision, limit, daemon, but)
+    rows = await connection.fetch(QUERIES["claim"], *place, now, daemon, but, revision, limit)
     return Claimed([Enrollment(*row) for row in await _with_data(connection, rows)], len(rows))
 
 
@@ -454,7 +473,7 @@ async def due_ids(
     but: Rows[int],
 ) -> list[int]:
     """Which enrollments a claim would find. Reads nothing of them that might be unreadable."""
-    rows = await connection.fetch(QUERIES["due_ids"], *place, now, limit, daemon, but)
+    rows = await connection.fetch(QUERIES["due_ids"], *place, now, daemon, but, limit)
     return [row["id"] for row in rows]
 
 
@@ -471,7 +490,7 @@ async def expired_ids(
     """Who has expired at a step without being leased, and who is due `since` and may have."""
     since = since or datetime.min.replace(tzinfo=UTC)
     query = QUERIES["expired_ids"]
-    rows = await connection.fetch(query, *place, now, limit, daemon, but, since)
+    rows = await connection.fetch(query, *place, now, daemon, but, limit, since)
     return [row["id"] for row in rows]
 
 
@@ -494,7 +513,7 @@ async def claim_some(
     knows of. `bare` without their data and subjects, which may be unreadable.
     """
     query = QUERIES["claim_bare" if bare else "claim_some"]
-    rows = await connection.fetch(query, ids, *place, now, revision, daemon)
+    rows = await connection.fetch(query, *place, now, daemon, ids, revision)
     return [Enrollment(*row) for row in await _with_data(connection, rows)]
 
 

@@ -19,13 +19,13 @@ IDS = "'{" + ",".join(map(str, range(1, 1001))) + "}'"
 HERE = "'s', 'a'"
 
 HOT = {
-    "claim": f"{HERE}, now(), 1, 1000, 'me', '{{}}'",
-    "claim_some": f"{IDS}, {HERE}, now(), 1, 'me'",
-    "claim_bare": f"{IDS}, {HERE}, now(), 1, 'me'",
-    "due_ids": f"{HERE}, now(), 1000, 'me', '{{}}'",
+    "claim": f"{HERE}, now(), 'me', '{{}}', 1, 1000",
+    "claim_some": f"{HERE}, now(), 'me', {IDS}, 1",
+    "claim_bare": f"{HERE}, now(), 'me', {IDS}, 1",
+    "due_ids": f"{HERE}, now(), 'me', '{{}}', 1000",
     "orphans": f"ARRAY['s'], ARRAY['a'], now(), 'me', {IDS}",
     "large_data": IDS,
-    "expired_ids": f"{HERE}, now(), 1000, 'me', '{{}}', now()",
+    "expired_ids": f"{HERE}, now(), 'me', '{{}}', 1000, now()",
     "forget_expiries": HERE,
     "next_wake": f"{HERE}, now(), 'me', '{{}}'",
     "first_wakes": "",

@@ -119,6 +119,24 @@ SELECT p.sequence, p.step, d.due, d.overdue
              ORDER BY e.wake_at LIMIT $4) AS first) AS d
  WHERE d.due > 0;
 
+-- part: is_free
+-- No living daemon has leased the enrollment, as of $3, and neither has the daemon $4, which knows what it
+-- executes.
+(e.leased_by IS NULL OR e.leased_by <> $4 AND NOT EXISTS (
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3))
+
+-- part: is_current
+-- The revision $6 of the sequence $1 is the present one, and the sequence is not paused.
+EXISTS (SELECT FROM sequencer.sequences AS s
+                WHERE s.name = $1 AND s.revision = $6 AND s.status <> 'paused')
+
+-- part: is_given
+-- The enrollment is one of $5 at a step, due or waiting, and free or leased to the daemon itself.
+e.id = ANY ($5::bigint[]) AND e.sequence = $1::text AND e.step = $2::text AND e.status = 'active'
+   AND (e.wake_at <= $3 OR e.leased_by IS NULL AND e.entered_at IS NOT NULL)
+   AND {is_current}
+   AND (e.leased_by = $4 OR {is_free})
+
 -- name: claim
 -- Claim due enrollments of one step, the oldest first. None if the definition is not the known revision;
 -- none that a living daemon has leased, even if a lock kept that daemon from extending the lease. Large
@@ -126,12 +144,8 @@ SELECT p.sequence, p.step, d.due, d.overdue
 SELECT {enrollment}
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
-   AND EXISTS (SELECT FROM sequencer.sequences AS s
-                WHERE s.name = $1 AND s.revision = $4 AND s.status <> 'paused')
-   AND (e.leased_by IS NULL OR e.leased_by <> $6 AND NOT EXISTS (
-        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3))
-   AND e.id <> ALL ($7::bigint[])
- ORDER BY e.wake_at LIMIT $5
+   AND {is_current} AND {is_free} AND e.id <> ALL ($5::bigint[])
+ ORDER BY e.wake_at LIMIT $7
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: refusals
@@ -152,10 +166,8 @@ SELECT j.id, j.sequence, q.reentry,
 SELECT e.id
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
-   AND (e.leased_by IS NULL OR e.leased_by <> $5 AND NOT EXISTS (
-        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3))
-   AND e.id <> ALL ($6::bigint[])
- ORDER BY e.wake_at LIMIT $4;
+   AND {is_free} AND e.id <> ALL ($5::bigint[])
+ ORDER BY e.wake_at LIMIT $6;
 
 -- name: expired_ids
 -- Find due enrollments of a step that cannot be claimed: those that have expired, and of those due since
@@ -163,16 +175,15 @@ SELECT e.id
 SELECT e.id
   FROM ((SELECT id, leased_by FROM sequencer.enrollments
           WHERE sequence = $1 AND step = $2 AND status = 'active'
-            AND expires_at IS NOT NULL AND expires_at <= $3 AND id <> ALL ($6::bigint[])
-          ORDER BY expires_at LIMIT $4)
+            AND expires_at IS NOT NULL AND expires_at <= $3 AND id <> ALL ($5::bigint[])
+          ORDER BY expires_at LIMIT $6)
         UNION ALL
         (SELECT id, leased_by FROM sequencer.enrollments
           WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at <= $3
-            AND wake_at >= $7 AND expires_at IS NULL AND id <> ALL ($6::bigint[])
-          ORDER BY wake_at LIMIT $4)) AS e
- WHERE e.leased_by IS NULL OR e.leased_by <> $5 AND NOT EXISTS (
-        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3)
- LIMIT $4;
+            AND wake_at >= $7 AND expires_at IS NULL AND id <> ALL ($5::bigint[])
+          ORDER BY wake_at LIMIT $6)) AS e
+ WHERE {is_free}
+ LIMIT $6;
 
 -- name: forget_expiries
 -- Mark the expiry of a step's enrollments as unknown: -infinity has passed, so they are evaluated again.
@@ -185,30 +196,16 @@ UPDATE sequencer.enrollments SET expires_at = '-infinity'
 -- leased.
 SELECT {enrollment}
   FROM sequencer.enrollments AS e
- WHERE e.id = ANY ($1::bigint[]) AND e.sequence = $2 AND e.step = $3 AND e.status = 'active'
-   AND (e.wake_at <= $4 OR e.leased_by IS NULL AND e.entered_at IS NOT NULL)
-   AND EXISTS (SELECT FROM sequencer.sequences AS s
-                WHERE s.name = $2 AND s.revision = $5 AND s.status <> 'paused')
-   AND (e.leased_by IS NULL OR e.leased_by = $6 OR NOT EXISTS (
-        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $4))
+ WHERE {is_given}
  ORDER BY e.wake_at
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: claim_bare
 -- Claim like `claim_some`, but without the values that applications write, which the database may be
 -- unable to read.
-SELECT e.id, '' AS subject, '{}' AS data, e.created_at, e.tag, $2 AS sequence, $3 AS step,
-       NULL AS timezone, least(e.wake_at, '9999-12-31Z') AS wake_at, e.entered_at, e.visit,
-       e.attempt, e.retry_at, e.leased_by, NULL AS last_error, '{}'::text[] AS goals_met,
-       NULL AS goals_elsewhere, '{}'::text[] AS executed
+SELECT {bare_enrollment}
   FROM sequencer.enrollments AS e
- WHERE e.id = ANY ($1::bigint[]) AND e.sequence = $2::text AND e.step = $3::text
-   AND e.status = 'active'
-   AND (e.wake_at <= $4 OR e.leased_by IS NULL AND e.entered_at IS NOT NULL)
-   AND EXISTS (SELECT FROM sequencer.sequences AS s
-                WHERE s.name = $2 AND s.revision = $5 AND s.status <> 'paused')
-   AND (e.leased_by IS NULL OR e.leased_by = $6 OR NOT EXISTS (
-        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $4))
+ WHERE {is_given}
  ORDER BY e.wake_at
    FOR UPDATE OF e SKIP LOCKED;
 
