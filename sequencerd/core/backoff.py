@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from sequencerd.core.model import Attribution
+from sequencerd.core.retry import doubled
 
 RECENT = 60.0  # seconds for which a success says that the server works
 SEVERAL = 3  # enrollments that fail one after the other are no coincidence
@@ -24,8 +25,7 @@ class Pauses(NamedTuple):
 
     def after(self, failures: int, jitter: float) -> float:
         """`jitter` (0 to 1) takes off up to a quarter, so that daemons don't try in step."""
-        doubled = self.first * 2.0 ** min(max(failures - 1, 0), 50)
-        return min(doubled, self.longest) * (1 - jitter / 4)
+        return doubled(self.first, self.longest, failures) * (1 - jitter / 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,10 @@ class Gate:
         """A call has shown that the server works."""
         if self.limit is None or self._is_known(begun):
             return self
-        doubled = 2 * self.limit
-        if doubled >= capacity:
+        limit = 2 * self.limit
+        if limit >= capacity:
             return OPEN
-        return Gate(None, 0, self.closed_at, self.next_at, doubled)
+        return Gate(None, 0, self.closed_at, self.next_at, limit)
 
     def _is_known(self, begun: float) -> bool:
         return self.limit is not None and begun < self.closed_at

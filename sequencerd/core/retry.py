@@ -43,5 +43,10 @@ def is_last(policy: RetryPolicy, attempt: int) -> bool:
 
 
 def _doubled(policy: RetryPolicy, attempt: int) -> float:
-    doubled = min(policy.first_delay * 2.0 ** min(max(attempt - 1, 0), 50), policy.longest_delay)
-    return doubled if policy.give_up_after is None else max(doubled, 1.0)  # or it would never end
+    seconds = doubled(policy.first_delay, policy.longest_delay, attempt)
+    return seconds if policy.give_up_after is None else max(seconds, 1.0)  # or it would never end
+
+
+def doubled(first: float, longest: float, number: int) -> float:
+    """Return the pause of this number: the first (1), doubled each time, up to the longest."""
+    return min(first * 2.0 ** min(max(number - 1, 0), 50), longest)

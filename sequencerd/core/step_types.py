@@ -317,8 +317,7 @@ def compile_expiry(expires: str | DurationConfig) -> Callable[[Moment], datetime
     """When a side effect is too late: a date, or a duration from the arrival. DefinitionError."""
     if isinstance(expires, str):
         return _compile_date("expires", expires)
-    amount, unit = expires.amount, expires.unit
-    return lambda moment: dates.add(moment.entered_at, amount, unit, dates.zone(moment.timezone))
+    return _end_of(expires)
 
 
 def _no_date(text: str) -> str:
@@ -389,6 +388,16 @@ def compile_step(type_: str, config: Mapping[str, Any]) -> Instant:
     return COMPILERS[type_](config)
 
 
+def condition_of(type_: str, config: Mapping[str, Any]) -> ConditionConfig | None:
+    """Return the condition in the config of a step, of those types that have one. ValidationError
+    where it is wrong, whatever else is.
+    """
+    if not issubclass(CONFIGS.get(type_, Config), ConditionConfig):
+        return None
+    keys = ("lodashCommand", "value", "compareTo")
+    return ConditionConfig.model_validate({key: config[key] for key in keys if key in config})
+
+
 TEMPLATED = ("Email", "SMS", "UpdateData", "WaitForDate")
 """The types in whose configs every text is a template."""
 
@@ -399,11 +408,9 @@ def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
     Of a config with errors it is what can be told.
     """
     found: set[str] = set()
-    if "lodashCommand" in config and type_ in COMPILERS:
-        with suppress(DefinitionError, ValidationError):
-            names = ("lodashCommand", "value", "compareTo")
-            own = {name: config[name] for name in names if name in config}
-            found |= ConditionConfig.model_validate(own).predicate().roots
+    with suppress(DefinitionError, ValidationError):
+        if condition := condition_of(type_, config):
+            found |= condition.predicate().roots
     try:
         for _, source in texts((), config if type_ in TEMPLATED else {}):
             with suppress(DefinitionError):

@@ -5,7 +5,7 @@ Told is only what can be proved from the definition; docs/files.md says what tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -22,10 +22,8 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.step_types import (
     TEMPLATED,
-    ConditionalConfig,
     ConditionConfig,
-    GoalConfig,
-    WaitForConditionConfig,
+    condition_of,
     texts,
 )
 
@@ -36,11 +34,6 @@ NAMES = (
 """What a path can begin with: the keys of model.view."""
 
 MESSAGES = ("Email", "SMS")  # everything in their configs is a template
-_MODELS: Mapping[str, type[ConditionConfig]] = {
-    "Conditional": ConditionalConfig,
-    "Goal": GoalConfig,
-    "WaitForCondition": WaitForConditionConfig,
-}
 _ONE_WAY = (
     "Goal", "WaitForDate", "WaitForDuration", "WaitForDateComparison", "UpdateData",
 )  # fmt: skip
@@ -67,8 +60,8 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
             continue
         if step.alt_next_step is not None and not goes_alt(step):
             yield Remark(step.name, ("altNext",), _never_alt(step))
-        if step.type in _MODELS:
-            yield from _check_condition(step, sequence)
+        if condition := condition_of(step.type, step.config):
+            yield from _check_condition(step, condition, sequence)
         is_custom = isinstance(step.behaviour, SideEffect) and step.type not in MESSAGES
         if is_custom and "external" in step.config and sequence.lookup is None:
             yield Remark(step.name, ("config", "external"), _NO_LOOKUP)
@@ -129,8 +122,7 @@ def _never_alt(step: Step) -> str:
 # --- conditions
 
 
-def _check_condition(step: Step, sequence: Sequence) -> Iterator[Remark]:
-    config = _MODELS[step.type].model_validate(step.config)
+def _check_condition(step: Step, config: ConditionConfig, sequence: Sequence) -> Iterator[Remark]:
     for key, operand in (("value", config.value), ("compareTo", config.compare_to)):
         if (
             operand is not None

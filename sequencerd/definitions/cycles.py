@@ -17,12 +17,12 @@ from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import DefinitionError, EvaluationError, Problem, Sequence, Step
 from sequencerd.core.model import SideEffect as Effect
 from sequencerd.core.step_types import (
-    ConditionConfig,
     DurationConfig,
     SplitConfig,
     WaitForConditionConfig,
     WaitForDateComparisonConfig,
     WaitForDateConfig,
+    condition_of,
 )
 from sequencerd.definitions.check import MESSAGES, Remark, always, goes_alt, ways
 
@@ -198,21 +198,20 @@ def _jumping(
     return Way((name if isinstance(name, str) else sequence.name, target)), ahead[1]
 
 
-def _condition(step: Step) -> ConditionConfig:
-    fields = ConditionConfig.model_fields
-    names = {field.alias or name for name, field in fields.items()}
-    return ConditionConfig.model_validate({k: step.config[k] for k in names & step.config.keys()})
+def _always(step: Step, sequence: Sequence) -> tuple[bool | None, str] | None:
+    condition = condition_of(step.type, step.config)
+    return None if condition is None else always(condition, sequence)
 
 
 def _is_fixed(step: Step, sequence: Sequence) -> bool:
-    return always(_condition(step), sequence) is not None
+    return _always(step, sequence) is not None
 
 
 def _fixed(
     step: Step, sequence: Sequence, ahead: tuple[Way | None, Way | None]
 ) -> tuple[Way | None, Way | None]:
     """What is left of two ways by a condition that is the same for everybody."""
-    match always(_condition(step), sequence):
+    match _always(step, sequence):
         case (True, _):
             return ahead[0], None
         case (False, _):

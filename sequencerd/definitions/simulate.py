@@ -37,7 +37,7 @@ from sequencerd.core.model import (
     parse_data,
     view,
 )
-from sequencerd.core.step_types import ConditionConfig
+from sequencerd.core.step_types import ConditionConfig, condition_of
 
 MAX_ENTRIES = 10_000
 """A timeline ends here: a journey that goes round and round has no end of its own."""
@@ -222,7 +222,7 @@ class _Journey:
             step = self._step(event)
             if step and isinstance(step.behaviour, Instant):
                 moment = self._look(here, now)
-                if condition := _condition(step):
+                if condition := condition_of(step.type, step.config):
                     message = _because(condition, moment)
                 elif event.action == Action.NEXT and step.type == "UpdateData":
                     answer = step.behaviour.answer(moment)
@@ -263,14 +263,6 @@ class _Journey:
         return Entry(
             at, place.sequence, place.step, type_, place.visit, action, message, details or {}
         )
-
-
-def _condition(step: Step) -> ConditionConfig | None:
-    """The condition of a step that has one."""
-    keys = {"lodashCommand", "value", "compareTo"}
-    if "lodashCommand" not in step.config:
-        return None
-    return ConditionConfig.model_validate({k: step.config[k] for k in keys & step.config.keys()})
 
 
 def _because(condition: ConditionConfig, moment: Moment) -> str:

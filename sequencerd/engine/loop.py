@@ -36,6 +36,7 @@ from sequencerd.core.model import (
     SideEffect,
     outcome,
 )
+from sequencerd.core.retry import doubled
 from sequencerd.definitions.compiler import Runners
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.clock import Clock
@@ -297,7 +298,7 @@ class Engine:
                 self._reloads.ask()
             return
         times = self._fruitless.get(place, 0)
-        pause = 0.0 if times < FRUITLESS else min(0.001 * 2 ** min(times, 20), FRUITLESS_PAUSE)
+        pause = 0.0 if times < FRUITLESS else doubled(0.002, FRUITLESS_PAUSE, times)
         self._push(place, self._clock.now() + timedelta(seconds=pause))
 
     def _push(self, place: Place, at: datetime) -> None:

@@ -18,6 +18,7 @@ from typing import TypeVar
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import Result
+from sequencerd.core.retry import doubled
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.problems import Problems
@@ -126,7 +127,7 @@ class Quarantine:
         tries = known.tries + 1 if known else 1
         since = known.since if known else self._clock.now()
         longest = LONGEST_OF_ENVIRONMENT if store.is_environment(error) else LONGEST
-        pause = min(FIRST * 2.0 ** min(tries - 1, 30), longest)
+        pause = doubled(FIRST, longest, tries)
         due_at = asyncio.get_running_loop().time() + pause
         one = SetAside(id_, place, result, since, tries, due_at)
         self._by_place.setdefault(place, {})[id_] = one

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sequencerd.core.model import Action, Answer, Failed, Result, RetryPolicy, Task
+from sequencerd.core.retry import doubled
 from sequencerd.runners.email.smtp import Delivery
 
 DATA_KEY = "emailPending"
@@ -65,7 +66,7 @@ def follow_up(
             return Answer(message=message)
         return left.end(message)
     tries = 0 if left is None else left.tries + 1
-    seconds = min(retry.first_delay * 2.0 ** min(tries, 50), retry.longest_delay)
+    seconds = doubled(retry.first_delay, retry.longest_delay, tries + 1)
     again = Pending(key=task.key, to=later, since=since, tries=tries)
     return Answer(
         Action.NOOP,
