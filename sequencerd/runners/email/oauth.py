@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import shlex
 import time
@@ -78,6 +77,13 @@ class _Answer(BaseModel):
     error_description: str | None = None
 
 
+def _read(body: bytes) -> _Answer:
+    try:
+        return _Answer.model_validate_json(body)
+    except ValidationError:
+        return _Answer()
+
+
 class Endpoint:
     """Fetches tokens by the client's credentials, or by its refresh token. ValueError for a URL
     that can't be called.
@@ -105,10 +111,7 @@ class Endpoint:
             reply = await self._web.call("POST", self._url, headers={}, form=form)
         except Unreachable as error:
             raise TokenError(f"the token endpoint: {error}") from None
-        try:
-            answer = _Answer.model_validate_json(reply.body)
-        except ValidationError:
-            answer = _Answer()
+        answer = _read(reply.body)
         if reply.status != 200 or not answer.access_token:
             # the body is not shown as it is: what holds no token may hold another secret
             said = answer.error_description or answer.error or "no token"
@@ -169,10 +172,7 @@ def token_source(oauth: Client | str) -> Endpoint | Command:
 def _printed(output: bytes) -> Token:
     text = output.decode("utf-8", "replace").strip()
     if text.startswith("{"):
-        try:
-            answer = _Answer.model_validate(json.loads(text))
-        except ValueError:
-            answer = _Answer()
+        answer = _read(output)
         token = Token(answer.access_token or "", answer.expires_in or UNKNOWN_LIFE)
     else:
         token = Token(text, UNKNOWN_LIFE)

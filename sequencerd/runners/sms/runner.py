@@ -294,6 +294,4 @@ class HttpSmsRunner(_SmsRunner):
         reply = await self._web.call("POST", self._url, headers=headers, content=body.encode())
         answer = f"{reply.status} {reply.excerpt()}".rstrip()
         failed = judge(reply, f"the SMS gateway refuses {values['to']}: {answer}")
-        if failed is not None and reply.status in (401, 403):  # the operator's to mend
-            return Failed(failed.message, fault="server", cause="refused")
         return failed or Answer(message=f"sent to {values['to']}: {answer}")
