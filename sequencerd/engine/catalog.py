@@ -60,10 +60,10 @@ class Catalog:
         """The types of steps for which this daemon has a runner."""
         return served(self._runners)
 
-    def knows(self, place: Place) -> bool:
-        """Whether there is such a step."""
+    def step(self, place: Place) -> model.Step | None:
+        """Return the step of a key, if there is one."""
         sequence = self.sequences.get(place[0])
-        return sequence is not None and place[1] in sequence.steps
+        return sequence.steps.get(place[1]) if sequence else None
 
     def may_find(self, name: str) -> bool:
         """Whether a sequence that is not known may exist: it was not looked for in vain before.

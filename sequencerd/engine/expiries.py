@@ -62,7 +62,7 @@ class Expiries:
         """Looks at each step that waits for a runner."""
         for place in {place for lane in self._writer.lanes.values() for place in lane.waiting}:
             sequence = self._catalog.sequences.get(place[0])
-            step = sequence.steps.get(place[1]) if sequence else None
+            step = self._catalog.step(place)
             if sequence is None or sequence.paused or step is None:
                 continue
             if isinstance(step.behaviour, SideEffect) and step.behaviour.expires is not None:

@@ -293,7 +293,7 @@ class Engine:
         """Looks whether somebody is due at a step, as anybody can ask by NOTIFY. Where nobody is
         again and again, it is done less often.
         """
-        if not self.catalog.knows(place):
+        if self.catalog.step(place) is None:
             if self.catalog.may_find(place[0]):
                 self._reloads.ask()
             return
@@ -403,8 +403,7 @@ class Engine:
 
     def _is_held(self, place: Place) -> bool:
         """Whether the runner of a step is down."""
-        sequence = self.catalog.sequences.get(place[0])
-        step = sequence.steps.get(place[1]) if sequence else None
+        step = self.catalog.step(place)
         lane = self._writer.lanes.get(step.type) if step else None
         return lane is not None and lane.trouble is not None
 

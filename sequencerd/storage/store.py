@@ -354,12 +354,7 @@ async def set_problems(
     connection: asyncpg.Connection, problems: Mapping[Place, str | None]
 ) -> None:
     """Writes what is wrong with steps; None clears it."""
-    await connection.execute(
-        QUERIES["set_problems"],
-        [place[0] for place in problems],
-        [place[1] for place in problems],
-        list(problems.values()),
-    )
+    await connection.execute(QUERIES["set_problems"], *_columns(problems), list(problems.values()))
 
 
 # --- the engine
@@ -394,7 +389,7 @@ async def types_elsewhere(connection: asyncpg.Connection, daemon: str) -> frozen
 
 async def notify_due(connection: asyncpg.Connection, places: Iterable[Place]) -> None:
     """Tells other daemons to look at steps."""
-    await connection.execute(QUERIES["notify_due"], *zip(*places, strict=True))
+    await connection.execute(QUERIES["notify_due"], *_columns(places))
 
 
 async def remove_dead_daemons(connection: asyncpg.Connection) -> None:
@@ -440,8 +435,7 @@ async def count_due(
     connection: asyncpg.Connection, places: Iterable[Place], now: datetime, limit: int
 ) -> list[tuple[str, str, int, int]]:
     """Of some steps: the key, how many are due there, and overdue; up to a limit for each."""
-    wanted = list(places)
-    sequences, steps = [place[0] for place in wanted], [place[1] for place in wanted]
+    sequences, steps = _columns(places)
     rows = await connection.fetch(QUERIES["count_due"], sequences, steps, now, limit)
     return [tuple(row) for row in rows]
 
@@ -563,8 +557,7 @@ async def orphans(
     but: Rows[int],
 ) -> dict[Place, list[int]]:
     """What a daemon has leased and no longer knows of, at some steps, though its lease is over."""
-    wanted = list(places)
-    sequences, steps = [place[0] for place in wanted], [place[1] for place in wanted]
+    sequences, steps = _columns(places)
     found: dict[Place, list[int]] = {}
     for row in await connection.fetch(QUERIES["orphans"], sequences, steps, now, daemon, but):
         found.setdefault((row["sequence"], row["step"]), []).append(row["id"])
@@ -690,8 +683,7 @@ async def request_evaluation(
     """Notes that all who wait at steps are to be evaluated. Returns those steps that were not
     locked by others.
     """
-    wanted = list(places)
-    sequences, steps = [place[0] for place in wanted], [place[1] for place in wanted]
+    sequences, steps = _columns(places)
     rows = await connection.fetch(QUERIES["request_evaluation"], sequences, steps)
     return [(row["sequence"], row["name"]) for row in rows]
 
@@ -780,7 +772,7 @@ async def oldest_transaction(connection: asyncpg.Connection) -> int:
 
 async def revive(connection: asyncpg.Connection, places: Rows[Place], now: datetime) -> int:
     """Lets those go on who failed at steps that have been mended. Returns how many."""
-    sequences, steps = [place[0] for place in places], [place[1] for place in places]
+    sequences, steps = _columns(places)
     return _count(await connection.execute(QUERIES["revive"], sequences, steps, now))
 
 
@@ -836,6 +828,12 @@ async def delete_ended(connection: asyncpg.Connection, before: datetime, limit: 
     """Deletes a batch of the enrollments that have ended before. Returns how many."""
     count: int = await connection.fetchval(QUERIES["delete_ended"], before, limit)
     return count
+
+
+def _columns(places: Iterable[Place]) -> tuple[list[str], list[str]]:
+    """Return the sequences and the steps of keys, each as an array."""
+    wanted = list(places)
+    return [sequence for sequence, _ in wanted], [step for _, step in wanted]
 
 
 def _count(tag: str) -> int:

@@ -281,7 +281,7 @@ async def test_a_name_that_does_not_exist_is_looked_for_once(
         assert not one.catalog.may_find("s")
         await define(connection, "later", ("a", "WaitForDuration", DAYS, None))
         await one.reload()
-        assert one.catalog.knows(("later", "a"))
+        assert one.catalog.step(("later", "a"))
         await connection.execute("DELETE FROM sequencer.sequences WHERE name = 'later'")
         await one.reload()
         assert one.catalog.may_find("later")
