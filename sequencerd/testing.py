@@ -25,13 +25,12 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from sequencerd import daemon
 from sequencerd.core.model import RETRY, Result, Task
 from sequencerd.definitions import files
 from sequencerd.definitions.simulate import Entry, Outcome, Simulation
 from sequencerd.definitions.simulator import Sequences
 from sequencerd.errors import FileError, UsageError
-from sequencerd.runners import Runner
+from sequencerd.runners import Runner, registry
 from sequencerd.settings import Settings
 
 __all__ = [
@@ -66,7 +65,7 @@ def make_runners(settings: Settings, types: Iterable[str]) -> dict[str, Runner]:
     if sms.provider == "twilio" and not (sms.account_sid and sms.auth_token):
         account = {"account_sid": "unknown", "auth_token": SecretStr("unknown")}
         settings = settings.model_copy(update={"sms": sms.model_copy(update=account)})
-    runners = daemon.make_runners(settings)
+    runners = registry.make_runners(settings)
     return {**{type_: _Stub() for type_ in types}, **runners}
 
 

@@ -17,7 +17,7 @@ import asyncpg
 import pytest
 
 from sequencerd import settings
-from sequencerd.daemon import make_runners
+from sequencerd.runners.registry import make_runners
 from sequencerd.storage import migrate
 from tests.conftest import execute, with_database
 from tests.helpers.engines import until

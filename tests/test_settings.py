@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sequencerd.daemon import make_runners
 from sequencerd.errors import SettingsError
+from sequencerd.runners.registry import make_runners
 from sequencerd.settings import load
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from sequencerd import daemon
 from sequencerd.cli.output import say, say_json
 from sequencerd.definitions import files, json_schema
+from sequencerd.runners import registry
 from sequencerd.settings import Settings
 
 
 def check_command(arguments: argparse.Namespace, settings: Settings) -> int:
-    found, findings = files.read_files(arguments.files, daemon.make_runners(settings))
+    found, findings = files.read_files(arguments.files, registry.make_runners(settings))
     errors = sum(finding.is_error for finding in findings)
     if arguments.json:
         say_json([_plain(finding) for finding in findings])

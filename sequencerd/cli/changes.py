@@ -10,7 +10,6 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd import daemon
 from sequencerd.cli.commands import connect, fetch, on_database
 from sequencerd.cli.output import say, say_json, say_lines
 from sequencerd.core.describe import text
@@ -18,6 +17,7 @@ from sequencerd.definitions import files, import_original, plan
 from sequencerd.definitions.diff import compare
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import PlanError, UsageError
+from sequencerd.runners import registry
 from sequencerd.settings import Settings
 from sequencerd.storage import store
 
@@ -36,7 +36,7 @@ def _moves(arguments: argparse.Namespace) -> dict[str, str]:
 
 @on_database
 async def plan_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
-    runners = daemon.make_runners(settings)
+    runners = registry.make_runners(settings)
     found = files.read_all(arguments.files, runners)
     moves = _moves(arguments)
     connection = await connect(url)
@@ -59,7 +59,7 @@ async def plan_command(arguments: argparse.Namespace, settings: Settings, url: s
 
 @on_database
 async def apply_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
-    runners = daemon.make_runners(settings)
+    runners = registry.make_runners(settings)
     found = files.read_all(arguments.files, runners)
     moves = _moves(arguments)
     connection = await connect(url)
@@ -118,7 +118,7 @@ async def export_command(arguments: argparse.Namespace, _: Settings, url: str) -
 
 @on_database
 async def import_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
-    runners = daemon.make_runners(settings)
+    runners = registry.make_runners(settings)
     ours = await connect(url)
     there = None
     try:

@@ -24,9 +24,9 @@ from urllib.parse import parse_qs
 import asyncpg
 import yaml
 
-from sequencerd import daemon
 from sequencerd.definitions import files, plan
 from sequencerd.errors import SequencerdError
+from sequencerd.runners import registry
 from sequencerd.settings import Settings, load
 from sequencerd.storage import embedded, migrate, store
 from sequencerd.storage.store import QUERIES
@@ -102,7 +102,7 @@ def _shortened(scratch: Path) -> Path:
 
 
 async def _apply(connection: asyncpg.Connection, file: Path, settings: Settings) -> None:
-    runners = daemon.make_runners(settings)
+    runners = registry.make_runners(settings)
     found = files.read_file(file, runners)
     async with connection.transaction():
         applied = await plan.apply(connection, found, runners)

@@ -16,13 +16,13 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import asyncpg
 
-from sequencerd import daemon
 from sequencerd.cli.commands import on_database
 from sequencerd.cli.output import say, say_json
 from sequencerd.core.describe import text
 from sequencerd.core.model import Failed
 from sequencerd.engine import lookups
 from sequencerd.errors import SequencerdError
+from sequencerd.runners import registry
 from sequencerd.runners.http_client import Unreachable, Web
 from sequencerd.settings import Database, Settings
 from sequencerd.storage import migrate, store
@@ -386,7 +386,7 @@ async def _examine_endpoints(
 
 async def _mail(settings: Settings) -> Finding:
     try:
-        runner = daemon.make_email_runner(settings.email, reply_timeout=PATIENCE)
+        runner = registry.make_email_runner(settings.email, reply_timeout=PATIENCE)
     except ValueError as error:
         return Finding("mail server", str(error), "error", "correct [email]")
     try:

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sequencerd.core.model import Answer, Failed, Result
-from sequencerd.daemon import make_runners
 from sequencerd.definitions.files import read_files
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http import HttpRunner
+from sequencerd.runners.registry import make_runners
 from sequencerd.settings import load
 from tests.helpers import servers
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way

@@ -21,6 +21,9 @@ DAEMON = {"sequencerd.daemon", "sequencerd.engine.loop", "sequencerd.console", "
         ("cli", {*DAEMON, "pydantic", "asyncpg", "rich", "sequencerd.settings"}),
         ("cli.inspection", {*DAEMON, "sequencerd.runners", "aiosmtplib"}),
         ("cli.operation", {*DAEMON, "sequencerd.runners", "aiosmtplib"}),
+        ("cli.authoring", DAEMON - {"httpx"}),
+        ("cli.changes", DAEMON - {"httpx"}),
+        ("testing", DAEMON - {"httpx"}),
         ("daemon", {"sequencerd.cli", "sequencerd.storage.embedded"}),
     ],
 )

@@ -19,11 +19,11 @@ from jsonschema import Draft202012Validator
 
 from sequencerd.cli import main
 from sequencerd.core.model import Enrollment, view
-from sequencerd.daemon import make_runners
 from sequencerd.definitions.check import NAMES
 from sequencerd.definitions.files import Finding, read_all, read_files
 from sequencerd.definitions.yaml_reader import DocumentError, read_documents
 from sequencerd.errors import FileError
+from sequencerd.runners.registry import make_runners
 from sequencerd.settings import load
 from tests.helpers.engines import Recorder
 from tests.test_readme import REPOSITORY, blocks

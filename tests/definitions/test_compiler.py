@@ -8,9 +8,9 @@ import pytest
 
 from sequencerd import settings
 from sequencerd.core.model import Problem, RetryPolicy, SideEffect
-from sequencerd.daemon import make_runners
 from sequencerd.definitions import compiler, files
 from sequencerd.errors import FileError
+from sequencerd.runners.registry import make_runners
 from tests.helpers.engines import Recorder
 
 RUNNERS = {"Note": Recorder()}

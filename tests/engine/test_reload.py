@@ -14,10 +14,11 @@ import pytest
 from pydantic import SecretStr
 
 from sequencerd.core.model import Action, Answer, Instant, Problem, Result, Step, Task
-from sequencerd.daemon import Parts, make_runners
+from sequencerd.daemon import Parts
 from sequencerd.definitions.compiler import MAX_STEPS, build
 from sequencerd.engine.catalog import SLICE
 from sequencerd.errors import SettingsError
+from sequencerd.runners.registry import make_runners
 from sequencerd.runners.suppressions import Suppressions
 from sequencerd.settings import Email, HttpEndpoint, LookupEndpoint, Settings
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until

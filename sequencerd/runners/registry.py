@@ -1,0 +1,139 @@
+"""The runners by step type, made from the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from pydantic import SecretStr
+
+from sequencerd.core.config import Faults, parse_config
+from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
+from sequencerd.errors import SettingsError
+from sequencerd.runners.email.oauth import Client
+from sequencerd.runners.email.runner import EmailRunner
+from sequencerd.runners.http import HttpRunner
+from sequencerd.runners.protocol import Runner
+from sequencerd.runners.python import load
+from sequencerd.runners.sms.runner import HttpSmsRunner, SmsConfig, TwilioRunner
+from sequencerd.runners.suppressions import Suppressions
+from sequencerd.settings import Email, Settings, Sms
+
+
+def make_runners(settings: Settings, suppressions: Suppressions | None = None) -> dict[str, Runner]:
+    """Every runner that is installed or set up, by the type of its steps. Raises SettingsError.
+
+    Messages are sent to nobody whom `suppressions` names; without it, definitions can be read.
+    """
+    try:
+        runners: dict[str, Runner] = {
+            "Email": make_email_runner(settings.email, suppressions),
+            "SMS": _sms_runner(settings.sms, suppressions),
+        }
+        runners |= load()
+        for name, endpoint in settings.runners.items():
+            runners[name] = HttpRunner(
+                endpoint.url,
+                name=name,
+                timeout=endpoint.timeout,
+                batch_size=endpoint.batch_size,
+                batch_bytes=endpoint.batch_bytes,
+                concurrency=endpoint.concurrency,
+                per_second=endpoint.per_second,
+                secret=_secret(endpoint.secret),
+                headers=_secrets(endpoint.headers),
+                allow_private=endpoint.allow_private,
+                http2=endpoint.http2,
+                retry=endpoint.retry,
+            )
+    except ValueError as error:
+        raise SettingsError(f"wrong setting: {error}") from error
+    return runners
+
+
+def make_email_runner(
+    email: Email, suppressions: Suppressions | None = None, *, reply_timeout: float | None = None
+) -> EmailRunner:
+    """The runner for e-mail. Raises ValueError."""
+    oauth: Client | str | None = email.token_command
+    if email.oauth is not None:
+        oauth = Client(
+            email.oauth.token_url,
+            email.oauth.client_id,
+            _secret(email.oauth.client_secret),
+            email.oauth.scope,
+            _secret(email.oauth.refresh_token),
+        )
+    return EmailRunner(
+        email.server,
+        concurrency=email.concurrency,
+        timeout=reply_timeout or email.timeout,
+        per_second=email.per_second,
+        hello_name=email.hello_name,
+        oauth=oauth,
+        list_unsubscribe=email.list_unsubscribe,
+        suppressions=suppressions,
+        retry=email.retry,
+    )
+
+
+def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
+    if sms.provider == "http":
+        if not sms.url or not sms.body:
+            return _NotSetUp("SMS needs a gateway: set sms.url and sms.body")
+        return HttpSmsRunner(
+            sms.url,
+            body=sms.body,
+            headers=_secrets(sms.headers),
+            concurrency=sms.concurrency,
+            timeout=sms.timeout,
+            per_second=sms.per_second,
+            allow_private=sms.allow_private,
+            suppressions=suppressions,
+            retry=sms.retry,
+        )
+    token = _secret(sms.auth_token)
+    if not sms.account_sid or not token:
+        return _NotSetUp("SMS needs an account: set sms.account_sid and sms.auth_token")
+    return TwilioRunner(
+        sms.account_sid,
+        token,
+        base_url=sms.base_url,
+        concurrency=sms.concurrency,
+        timeout=sms.timeout,
+        per_second=sms.per_second,
+        suppressions=suppressions,
+        retry=sms.retry,
+    )
+
+
+def _secret(value: SecretStr | None) -> str | None:
+    return value.get_secret_value() if value else None
+
+
+def _secrets(values: Mapping[str, SecretStr]) -> dict[str, str]:
+    return {key: value.get_secret_value() for key, value in values.items()}
+
+
+class _NotSetUp:
+    """Stands for the SMS runner where the settings say too little: its steps have a problem."""
+
+    batch_size = concurrency = 1
+    timeout = 1.0
+    retry = RETRY
+    lacks_settings = True
+
+    def __init__(self, problem: str) -> None:
+        self._problem = problem
+
+    def compile(self, config: Mapping[str, Any]) -> NoReturn:
+        faults = Faults()
+        with faults.at():
+            parse_config(SmsConfig, config)
+        raise DefinitionError([*faults.found, Fault((), self._problem)])
+
+    async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        return [Failed(self._problem)] * len(tasks)
+
+    async def close(self) -> None:
+        pass
