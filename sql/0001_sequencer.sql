@@ -133,6 +133,7 @@ CREATE TABLE sequencer.enrollments (
     entered_at timestamptz CHECK (entered_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     visit      integer NOT NULL DEFAULT 1 CHECK (visit BETWEEN 1 AND 1000000000),
     attempt    integer NOT NULL DEFAULT 0 CHECK (attempt BETWEEN 0 AND 1000000000),
+    leases     integer NOT NULL DEFAULT 0 CHECK (leases BETWEEN 0 AND 1000000000),
     goals_met  text[] NOT NULL DEFAULT '{}',
     goals_elsewhere jsonb CHECK (jsonb_typeof(goals_elsewhere) = 'object'),
     executed   text[] NOT NULL DEFAULT '{}',
@@ -174,6 +175,7 @@ COMMENT ON COLUMN sequencer.enrollments.wake_at IS 'When it is next evaluated; i
 COMMENT ON COLUMN sequencer.enrollments.entered_at IS 'Since when it has been at its step; NULL until it has started.';
 COMMENT ON COLUMN sequencer.enrollments.visit IS 'The number of the present visit; each visit is one stay at one step.';
 COMMENT ON COLUMN sequencer.enrollments.attempt IS 'How many times the side effect of this visit has been started.';
+COMMENT ON COLUMN sequencer.enrollments.leases IS 'How many leases this visit has had: never fewer, even if an attempt is not counted, so that the result of an earlier lease is told from that of the present one.';
 COMMENT ON COLUMN sequencer.enrollments.goals_met IS 'The goals of its sequence that it has met: each moves it once. A goal with repeat: true is removed when it no longer holds.';
 COMMENT ON COLUMN sequencer.enrollments.goals_elsewhere IS 'The goals that it has met in sequences that it has left, by sequence, in case it returns.';
 COMMENT ON COLUMN sequencer.enrollments.executed IS 'The side effects, as sequence/step, executed since it last waited: reaching one of them again is a loop.';
@@ -317,7 +319,7 @@ CREATE TABLE sequencer.suppressions (
 
 COMMENT ON TABLE sequencer.suppressions IS 'Addresses and subjects to which no messages are sent. E-mail addresses are stored in lower case, phone numbers without separators.';
 
--- runners/numbers.py normalises the recipient's number in the same way: it removes blanks, dashes,
+-- runners/sms/numbers.py normalises the recipient's number in the same way: it removes blanks, dashes,
 -- invisible characters, and the zero of national calls as in +49 (0)151.
 CREATE FUNCTION sequencer.normalise_suppression() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -670,6 +672,7 @@ BEGIN
     NEW.status := coalesce(NEW.status, 'active');
     NEW.visit := coalesce(NEW.visit, 1);
     NEW.attempt := coalesce(NEW.attempt, 0);
+    NEW.leases := coalesce(NEW.leases, 0);
     NEW.goals_met := coalesce(NEW.goals_met, '{}');
     NEW.goals_elsewhere := nullif(NEW.goals_elsewhere, 'null');
     NEW.executed := coalesce(NEW.executed, '{}');
@@ -685,8 +688,8 @@ END $$;
 CREATE TRIGGER apply_defaults BEFORE INSERT ON sequencer.enrollments
     FOR EACH ROW WHEN (NEW.wake_at IS NULL OR NEW.id IS NULL OR NEW.data IS NULL
         OR jsonb_typeof(NEW.data) = 'null' OR NEW.status IS NULL OR NEW.visit IS NULL
-        OR NEW.attempt IS NULL OR NEW.goals_met IS NULL OR NEW.goals_elsewhere IS NOT NULL
-        OR NEW.executed IS NULL OR NEW.created_at IS NULL OR NEW.tag IS NULL)
+        OR NEW.attempt IS NULL OR NEW.leases IS NULL OR NEW.goals_met IS NULL
+        OR NEW.goals_elsewhere IS NOT NULL OR NEW.executed IS NULL OR NEW.created_at IS NULL OR NEW.tag IS NULL)
     EXECUTE FUNCTION sequencer.apply_defaults();
 
 -- Some ORMs name every column and write DEFAULT, for which a role needs the INSERT privilege on each.
@@ -699,7 +702,7 @@ BEGIN
     END IF;
     IF NEW.status OPERATOR(pg_catalog.<>) 'active' OR NEW.entered_at IS NOT NULL
        OR NEW.visit OPERATOR(pg_catalog.<>) 1 OR NEW.attempt OPERATOR(pg_catalog.<>) 0
-       OR NEW.goals_met OPERATOR(pg_catalog.<>) '{}' OR NEW.goals_elsewhere IS NOT NULL
+       OR NEW.leases OPERATOR(pg_catalog.<>) 0 OR NEW.goals_met OPERATOR(pg_catalog.<>) '{}' OR NEW.goals_elsewhere IS NOT NULL
        OR NEW.executed OPERATOR(pg_catalog.<>) '{}' OR NEW.leased_by IS NOT NULL
        OR NEW.retry_at IS NOT NULL OR NEW.expires_at IS NOT NULL OR NEW.failure IS NOT NULL
        OR NEW.last_error IS NOT NULL OR NEW.ended_at IS NOT NULL THEN
@@ -707,7 +710,7 @@ BEGIN
             MESSAGE = pg_catalog.concat('permission denied: an enrollment begins as active, in its ',
                 'first visit; how far it has come is for the daemon to write'),
             SCHEMA = 'sequencer', TABLE = 'enrollments',
-            HINT = 'Leave out status, entered_at, visit, attempt, goals_met, executed, leased_by, retry_at, expires_at, failure, last_error and ended_at, or write DEFAULT or NULL.';
+            HINT = 'Leave out status, entered_at, visit, attempt, leases, goals_met, executed, leased_by, retry_at, expires_at, failure, last_error and ended_at, or write DEFAULT or NULL.';
     -- an id that the sequence has not reached would collide with a later enrollment
     ELSIF NEW.id OPERATOR(pg_catalog.<=) 0 OR NEW.id OPERATOR(pg_catalog.>) coalesce(
           pg_catalog.pg_sequence_last_value('sequencer.enrollments_id_seq'), 0) THEN
@@ -923,6 +926,7 @@ BEGIN
     END IF;
     NEW.visit := OLD.visit + 1;
     NEW.attempt := 0;
+    NEW.leases := 0;
     NEW.retry_at := NULL;
     NEW.expires_at := NULL;
     NEW.leased_by := NULL;

@@ -190,7 +190,9 @@ Definitions = Mapping[str, Sequence]
 
 
 Fence = tuple[int, int, int, str | None]
-"""Of an enrollment: id, visit, attempt and the daemon that leases it."""
+"""Identifies a lease of an enrollment: id, visit, number of the lease in it, and the daemon. The
+attempt would not do: it is given back where the fault is not the enrollment's.
+"""
 
 
 class Enrollment(NamedTuple):
@@ -214,6 +216,7 @@ class Enrollment(NamedTuple):
     entered_at: datetime | None = None
     visit: int = 1
     attempt: int = 0
+    leases: int = 0  # of this visit
     retry_at: datetime | None = None  # the side effect is not started before
     leased_by: str | None = None  # the daemon that executes the side effect until wake_at
     last_error: str | None = None  # of this visit
@@ -235,7 +238,7 @@ class Enrollment(NamedTuple):
     @property
     def fence(self) -> Fence:
         """Unchanged as long as nobody has moved it or leased it anew."""
-        return (self.id, self.visit, self.attempt, self.leased_by)
+        return (self.id, self.visit, self.leases, self.leased_by)
 
     @property
     def goals(self) -> tuple[tuple[str, ...] | list[str], str | None]:
@@ -270,6 +273,7 @@ class Enrollment(NamedTuple):
             now,
             self.visit + 1,
             0,
+            0,
             None,
             None,
             None,
@@ -293,6 +297,7 @@ class Enrollment(NamedTuple):
             self.entered_at,
             self.visit,
             self.attempt + 1,
+            self.leases + 1,
             None,
             daemon,
             self.last_error,

@@ -570,7 +570,7 @@ class Engine:
         lapses: Mapping[int, int] = {}
         if lapsed := [one for one in claimed if one.leased_by is not None]:
             # what we hold in memory is never started again: its result is on its way
-            held = self._writer.leased.keys() & {one.id for one in lapsed}
+            held = self._writer.known & {one.id for one in lapsed}
             claimed = [one for one in claimed if one.id not in held]
             self._taken_over |= held
             lapses = await store.count_lapses(connection, lapsed, now)
@@ -584,7 +584,7 @@ class Engine:
             return
         async with store.connection(self._pool) as connection:
             orphans = await store.orphans(
-                connection, places, now, daemon=self._name, but=list(self._writer.leased)
+                connection, places, now, daemon=self._name, but=list(self._writer.known)
             )
         for place, ids in orphans.items():
             if sequence := self.catalog.sequences.get(place[0]):
@@ -765,16 +765,10 @@ class Engine:
             raise
 
     async def _still_held(self, results: Sequence[Finished]) -> list[Finished]:
-        """Without what was written by a commit whose answer was lost. It may have leased anew what
-        had not been started, under the same fence: that is begun by now.
-        """
+        """Without what was written by a commit whose answer was lost."""
         held = await self._writer.held(leased for leased, _ in results)
         self._writer.forget(leased for leased, _ in results if leased.fence not in held)
-        return [
-            (leased, result)
-            for leased, result in results
-            if self._writer.leased.get(leased.enrollment.id) is leased
-        ]
+        return [one for one in results if one[0].fence in held]
 
     async def _settle_under(
         self, results: Sequence[Finished], *, result_only: bool, failure: Exception | None

@@ -97,6 +97,7 @@ class Writer:
         }
         self.retired: set[Lane] = set()
         self.leased: dict[int, Leased] = {}
+        self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
         self.stopping = False
         self._lookups = lookups
         self._pool = pool
@@ -162,7 +163,7 @@ class Writer:
                 is_common = False
                 key = ("lookup", lookup)
                 if self._has_room(key, at):
-                    at = at._replace(leased_by=self._name)
+                    at = at._replace(leased_by=self._name, leases=at.leases + 1)
                     task = Task(at.key, {"subject": at.subject})
                     self._lease(batch, Leased(at, step, self.lanes[key], None, task))
                     wake_at = now + self._lease_time
@@ -190,6 +191,7 @@ class Writer:
             at.entered_at,
             at.visit,
             at.attempt,
+            at.leases,
             at.retry_at,
             at.leased_by,
             failure.failure if failure else None,
@@ -260,7 +262,12 @@ class Writer:
             async with store.connection(self._pool) as connection, store.transaction(connection):
                 yield connection
         except LOST_ERRORS:
-            held = await self.held(batch.leased)
+            ids = {one.enrollment.id for one in batch.leased}
+            self._doubtful |= ids
+            try:
+                held = await self.held(batch.leased)
+            finally:
+                self._doubtful -= ids
             self._begin(one for one in batch.leased if one.fence in held)
             self._give_back(one for one in batch.leased if one.fence not in held)
             raise
@@ -325,6 +332,11 @@ class Writer:
     def waits(self, place: Place) -> bool:
         """Whether a step waits for room in a lane."""
         return any(place in lane.waiting for lane in self.lanes.values())
+
+    @property
+    def known(self) -> set[int]:
+        """The enrollments that are leased, or perhaps leased, and in memory."""
+        return self.leased.keys() | self._doubtful
 
     def forget(self, leased: Iterable[Leased]) -> None:
         """What is no longer ours, unless it was leased anew meanwhile."""

@@ -172,6 +172,7 @@ class Row(NamedTuple):
     entered_at: datetime | None
     visit: int
     attempt: int
+    leases: int
     retry_at: datetime | None
     leased_by: str | None
     failure: str | None = None
@@ -583,9 +584,9 @@ async def lock(
     locked, now, revisions = set(), {}, {}
     rows = await _with_data(connection, await connection.fetch(QUERIES["lock"], ids))
     for row in rows:
-        id_, visit, attempt, leased_by, *rest = row
+        id_, visit, leases, leased_by, *rest = row
         subject, data, sequence, step, timezone, error, goals, elsewhere, executed, revision = rest
-        fence = (id_, visit, attempt, leased_by)
+        fence = (id_, visit, leases, leased_by)
         locked.add(id_)
         if was := by_fence.get(fence):
             revisions[sequence] = revision
@@ -601,7 +602,8 @@ async def lock(
                 None,
                 was.entered_at,
                 visit,
-                attempt,
+                was.attempt,
+                leases,
                 was.retry_at,
                 leased_by,
                 error,
@@ -615,7 +617,7 @@ async def lock(
 async def fences(connection: asyncpg.Connection, ids: Rows[int]) -> set[Fence]:
     """To whom enrollments are leased, after every transaction that may still write them."""
     rows = await connection.fetch(QUERIES["fences"], ids)
-    return {(row["id"], row["visit"], row["attempt"], row["leased_by"]) for row in rows}
+    return {(row["id"], row["visit"], row["leases"], row["leased_by"]) for row in rows}
 
 
 async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Action, Answer, Failed, NotStarted, Result, Task
+from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Result, Task
+from sequencerd.engine.executors import Leased
+from sequencerd.engine.writer import Writer
 from sequencerd.storage import store
 from tests.helpers.engines import (
     ALL_ENDED,
@@ -131,9 +134,7 @@ async def test_a_commit_whose_answer_is_lost_is_found_out(
 async def test_a_lost_answer_begins_nothing_twice_that_was_given_back_and_taken_again(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    """What was not started is leased anew as it was leased before: by the rows alone, nobody could
-    tell whether that was written.
-    """
+    """What was not started is leased anew, with the same attempt and another number."""
     recorder = Recorder()
     await define(connection, "s", ("one", "Note", "{}", None))
     async with (
@@ -153,6 +154,39 @@ async def test_a_lost_answer_begins_nothing_twice_that_was_given_back_and_taken_
         assert not lose
     assert len(recorder.keys) == 2  # not started, and then done once
     assert await way(connection, id_) == ["one enrolled", "one next", "one completed"]
+
+
+@pytest.mark.parametrize("config", ["{}", '{"delivery": "at_most_once"}'])
+async def test_an_orphan_whose_lease_is_yet_to_be_found_out_is_not_executed_twice(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, config: str
+) -> None:
+    """The answer to the COMMIT of a lease is lost, and it takes longer than the lease until the
+    database says what became of it. Meanwhile a sweep comes by.
+    """
+    recorder = Recorder()
+    asked, told = asyncio.Event(), asyncio.Event()
+    held = Writer.held
+
+    async def slowly(self: Writer, leased: Iterable[Leased]) -> set[Fence]:
+        asked.set()
+        await told.wait()
+        return await held(self, leased)
+
+    monkeypatch.setattr(Writer, "held", slowly)
+    await define(connection, "s", ("one", "Note", config, "two"), ("two", "Note", "{}", None))
+    async with (
+        losing_answers(database) as (url, lose),
+        running_engine(url, {"Note": recorder}, lease=1.0) as engine,
+    ):
+        lose.append(True)
+        id_ = await enroll(connection, "s", "ada")
+        await asyncio.wait_for(asked.wait(), 60)
+        await until(connection, "SELECT wake_at < now() FROM sequencer.enrollments")
+        await engine.sweep()
+        told.set()
+        await until(connection, ALL_ENDED)
+    assert Counter(recorder.keys).most_common(1)[0][1] == 1
+    assert await way(connection, id_) == ["one enrolled", "one next", "two next", "two completed"]
 
 
 async def sleeper(connection: asyncpg.Connection, then: str | None = None) -> int:

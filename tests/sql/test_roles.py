@@ -117,6 +117,7 @@ MAY_NOT = {
                 "id": "1000000",
                 "visit": "2",
                 "attempt": "1",
+                "leases": "1",
                 "entered_at": "now()",
                 "ended_at": "now()",
                 "retry_at": "now()",

@@ -33,8 +33,8 @@ HOT = {
     "lock": IDS,
     "fences": IDS,
     "existing": IDS,
-    "write": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, NULL, NULL, NULL, NULL, '{{}}', NULL,"
-    " now()",
+    "write": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL, '{{}}',"
+    " NULL, now()",
     "write_goals": "1, '{}', NULL",
     "merge_data": "1, '{}'",
     "extend_leases": f"{IDS}, 'me', now()",

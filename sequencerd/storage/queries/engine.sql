@@ -236,7 +236,8 @@ SELECT o.sequence, o.step, o.id
 WITH nothing AS (
     UPDATE sequencer.enrollments
        SET sequence = sequence, step = step, status = status, wake_at = wake_at,
-           entered_at = entered_at, visit = visit, attempt = attempt, retry_at = retry_at,
+           entered_at = entered_at, visit = visit, attempt = attempt, leases = leases,
+           retry_at = retry_at,
            goals_met = goals_met, goals_elsewhere = goals_elsewhere, executed = executed,
            expires_at = expires_at,
            leased_by = leased_by, failure = failure, last_error = last_error,
@@ -266,7 +267,7 @@ SELECT least(
 -- name: lock
 -- Lock enrollments whose side effects have ended, and read what may have changed meanwhile. Enrollments
 -- that another session has locked are skipped.
-SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject,
+SELECT e.id, e.visit, e.leases, e.leased_by, e.subject,
        {small_data},
        e.sequence, e.step, e.timezone, e.last_error, e.goals_met, e.goals_elsewhere, e.executed,
        (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
@@ -278,7 +279,7 @@ SELECT e.id, e.visit, e.attempt, e.leased_by, e.subject,
 -- name: fences
 -- Read the fences of enrollments. It waits for their locks, and so for a transaction whose outcome is
 -- unknown.
-SELECT e.id, e.visit, e.attempt, e.leased_by
+SELECT e.id, e.visit, e.leases, e.leased_by
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::bigint[])
  ORDER BY e.id
@@ -293,9 +294,9 @@ SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
 UPDATE sequencer.enrollments
    SET sequence = $2, step = $3, status = $4,
        wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
-       entered_at = $6, visit = $7, attempt = $8, retry_at = $9, leased_by = $10, failure = $11,
-       last_error = $12, executed = $13, expires_at = $14,
-       ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $15::timestamptz END
+       entered_at = $6, visit = $7, attempt = $8, leases = $9, retry_at = $10, leased_by = $11,
+       failure = $12, last_error = $13, executed = $14, expires_at = $15,
+       ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $16::timestamptz END
  WHERE id = ANY ($1::bigint[]);
 
 -- name: record
