@@ -238,10 +238,9 @@ async def test_throttling_is_no_hot_loop(
             await define(connection, "s", ("score", "Score", TWICE, None))
             await connection.execute(ENROLL, 30)
             await server.called(12)
-            first = server.times[4:]  # up to four run at the same time
-            gaps = [b - a for a, b in pairwise(first)]
-            assert gaps[0] >= 0.015
-            assert gaps[-1] >= 0.02 * 2**4 * 0.75  # on a busy machine the first four come later
+            # Up to four run at the same time, and a busy server may count those before late.
+            gaps = [b - a for a, b in pairwise(server.times[4:])]
+            assert gaps[-1] >= 0.02 * 2**4 * 0.75
             assert await connection.fetchval(ACTIVE) == 30
             server.status = 200
             await until(connection, ALL_ENDED)
