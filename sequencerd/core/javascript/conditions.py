@@ -76,6 +76,47 @@ _ALWAYS_TRUE = """
 ALWAYS_TRUE = frozenset(_ALWAYS_TRUE.split())
 """Commands that answer a list, an object or a function, which is true, even when it is empty."""
 
+_OTHER_NAMES = {
+    "eq": "= == === equal equals equalto false is isfalse istrue same sameas true",
+    "gt": "> above after bigger biggerthan exceeds greater greaterthan larger largerthan later "
+    "laterthan more morethan",
+    "gte": ">= atleast ge geq greaterequal greaterorequal greaterorequalto greaterthanequal "
+    "greaterthanequals greaterthanequalto greaterthanorequal greaterthanorequals "
+    "greaterthanorequalto gteq minimum notlessthan onorafter since",
+    "lt": "< before below earlier earlierthan fewer fewerthan less lessthan lower lowerthan "
+    "smaller smallerthan under",
+    "lte": "<= atmost le leq lessequal lessorequal lessorequalto lessthanequal lessthanequals "
+    "lessthanequalto lessthanorequal lessthanorequals lessthanorequalto lteq maximum "
+    "notgreaterthan onorbefore until upto",
+    "includes": "contain containing contains haselement hasitem hasvalue in include including "
+    "inlist isin member memberof oneof",
+    "isEqual": "deepequal deepequals equaldeep identical isequalto isidentical matchesexactly",
+    "startsWith": "beginswith beginwith hasprefix prefix startwith",
+    "endsWith": "endwith hassuffix suffix",
+    "inRange": "between isbetween within",
+    "isEmpty": "blank empty isblank",
+    "isNil": "isabsent ismissing isnone isnotset isunset missing none null nil notset undefined",
+    "isMatch": "match matchobject objectmatches",
+    "has": "exist exists hasfield haskey haspath hasproperty present ispresent",
+    "size": "count len length",
+    "isNaN": "nan notanumber",
+}
+"""What other languages call the commands: in small letters, without separators."""
+
+_OPPOSITES = {
+    "eq": "!= !== <> differs differsfrom different doesnotequal doesntequal isnot "
+    "isnotequal isnotequalto ne neq not noteq notequal notequals notequalto unequal",
+    "includes": "doesnotcontain doesnotinclude doesntcontain excludes nin notcontains notin "
+    "notinlist notincludes",
+    "isEmpty": "isnotblank isnotempty nonempty notblank notempty",
+    "isNil": "isdefined isnotmissing isnotnil isnotnull isnotundefined notmissing notnil notnull "
+    "notundefined",
+    "isEqual": "deepnotequal notdeepequal",
+    "startsWith": "notstartswith doesnotstartwith",
+    "endsWith": "notendswith doesnotendwith",
+}
+"""What lodash has only the opposite of."""
+
 _PLAIN_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 
 
@@ -154,9 +195,26 @@ def known_command(command: str) -> str:
     if command in COMMANDS:
         return command
     if reason := LEFT_OUT.get(command):
-        raise DefinitionError(f"{command!r} is left out, since {reason}")
-    near = get_close_matches(command, sorted(COMMANDS), n=1, cutoff=0)
-    raise DefinitionError(f"{command!r} is not known; did you mean {near[0]!r}?")
+        meant = f"; {_meant(command)}" if command in ("after", "before") else ""
+        raise DefinitionError(f"{command!r} is left out, since {reason}{meant}")
+    raise DefinitionError(f"{command!r} is not known; {_meant(command)}")
+
+
+def _meant(command: str) -> str:
+    """The command that a name is likely to stand for, as the end of a sentence."""
+    names: dict[str, str] = {}
+    for known, others in _OTHER_NAMES.items():
+        names |= dict.fromkeys(others.split(), f"did you mean {known!r}?")
+    for known, others in _OPPOSITES.items():
+        names |= dict.fromkeys(others.split(), f"write the opposite of {known!r}")
+    names |= {known.lower(): f"did you mean {known!r}?" for known in sorted(COMMANDS)}
+    key = re.sub(r"[\s_.-]", "", command).lower()
+    for found in (key, key.removeprefix("is"), *get_close_matches(key, names, n=1)):
+        if found in names:
+            return names[found]
+    return (
+        "write a function of lodash such as eq, gt, gte, lt, lte, includes, isEqual or startsWith"
+    )
 
 
 def first_key(operand: Operand) -> str | None:

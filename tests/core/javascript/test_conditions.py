@@ -129,9 +129,33 @@ def test_get_never_fails(view: object, path: str) -> None:
     compile_predicate("isNil", at(path), None)(json.dumps(view))
 
 
-def test_an_unknown_command_is_rejected_with_the_nearest() -> None:
-    with pytest.raises(DefinitionError, match="'isEqual'"):
-        compile_predicate("isEqualTo", raw(1), raw(1))
+@pytest.mark.parametrize(
+    ("hint", "names"),
+    [
+        ("did you mean 'eq'?", "equals Equal equal_to isEquals =="),
+        ("did you mean 'isEqual'?", "isEqualTo IsEqual is-equal isequal isEqal"),
+        ("did you mean 'gt'?", "greaterThan greater_than GREATER-THAN isGreaterThan greatherThan"),
+        ("did you mean 'gt'?", "more exceeds after_than > GT gtt"),
+        (
+            "did you mean 'gte'?",
+            "greaterThanOrEqual isGreaterThanOrEqualTo greaterOrEqual atLeast ge",
+        ),
+        ("did you mean 'lt'?", "lessThan less_than less smallerThan below before <"),
+        ("did you mean 'lte'?", "lessThanOrEqual lessThanEquals at_most le"),
+        ("did you mean 'includes'?", "contains contain include in oneOf hasValue"),
+        ("did you mean 'startsWith'?", "beginsWith starts_with startWith"),
+        ("did you mean 'isEmpty'?", "empty isBlank"),
+        ("write the opposite of 'eq'", "notEqual not_equals neq ne != isNotEqual doesNotEqual"),
+        ("write the opposite of 'includes'", "notIncludes does_not_contain notIn nin"),
+        ("write the opposite of 'isNil'", "isNotNull notNil isDefined"),
+        ("write a function of lodash such as eq, gt", "xyzzy \u00e4 ''"),
+    ],
+)
+def test_an_unknown_command_is_rejected_with_the_one_that_is_meant(hint: str, names: str) -> None:
+    for name in names.split():
+        with pytest.raises(DefinitionError) as error:
+            compile_predicate(name, raw(1), raw(1))
+        assert hint in str(error.value), name
 
 
 def test_the_commands_are_those_of_lodash() -> None:
