@@ -194,7 +194,7 @@ async def test_at_most_once_a_kill_repeats_nothing_and_says_what_is_unknown(
         "SELECT id, visit, last_error FROM sequencer.enrollments WHERE failure = 'outcome_unknown'"
     )
     assert unknown
-    assert all("look what came of it" in row["last_error"] for row in unknown)
+    assert all("check its outcome" in row["last_error"] for row in unknown)
     completed = await connection.fetchval(COMPLETED)
     assert completed + len(unknown) == 300
     # of those that are unknown some have arrived: nobody but the mail server could tell

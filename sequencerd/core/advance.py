@@ -18,6 +18,7 @@ from sequencerd.core.model import (
     Action,
     Advanced,
     Answer,
+    Context,
     Decision,
     DefinitionError,
     Definitions,
@@ -35,7 +36,6 @@ from sequencerd.core.model import (
     Instant,
     Jump,
     LookUp,
-    Moment,
     NotStarted,
     Problem,
     Result,
@@ -53,19 +53,19 @@ from sequencerd.core.model import (
 
 T = TypeVar("T")
 
-MAX_LAPSES = 20
-"""So often within a day the lease of a visit may expire; the daemon may die of its side effect."""
+MAX_EXPIRED_LEASES = 20
+"""Leases of a visit that may expire within a day: perhaps its side effect kills the daemon."""
 
 MAX_MOVES = 100
-"""Within one evaluation; more is a loop."""
+"""Moves in one evaluation; more are a loop."""
 
 LOOKUP_DELAY = timedelta(minutes=1)
-"""When a lookup that failed is asked again; a random part of the half is taken off."""
+"""The longest wait before a failed lookup is repeated; jitter takes off up to a half."""
 
 NOOP_DELAY = timedelta(minutes=1)
-"""When a runner that answered noop is asked again: the original's cycle."""
+"""The wait after the answer noop, unless the runner names another: the original's cycle."""
 
-_LOOK = "it must not be executed twice, so look what came of it, then move the enrollment on"
+_CHECK_OUTCOME = "it must not be executed twice, so check its outcome, then move the enrollment on"
 _MICROSECOND = timedelta(microseconds=1)
 
 
@@ -76,32 +76,34 @@ def advance(
     result: Result | None = None,
     jitter: float = 1.0,
     *,
-    begun_under: int | None = None,
+    started_revision: int | None = None,
     refused: Mapping[str, str] | None = None,
-    lapses: int = 0,
+    expired_leases: int = 0,
     result_only: bool = False,
 ) -> Advanced:
-    """Brings an enrollment as far as it gets at this time.
+    """Move an enrollment as far as possible at this time.
 
-    `enrollment.wake_at` is ignored but for one that begins. `result` is what the side effect of its
-    step came to, of the attempt that `enrollment.attempt` counts; `jitter` (0 to 1) shortens the
-    wait before the next one; `begun_under` is the revision of the definition with which it began.
-    Where it decides LookUp, the next `result` is what was found. `refused` are sequences that the
-    subject can't enter by a jump, with the code of the reason, such as `already_enrolled`: whether
-    those that it enters refuse it is for the caller to find out, who then calls again. `lapses` is
-    how often the lease has expired before in this visit, lately. `result_only` goes no further than
-    the result says: what follows is left to another evaluation.
+    First apply the result of its side effect, then check the goals, then follow the steps until one
+    must wait (Wait), needs a side effect or external data (Execute, LookUp), ends the journey (End)
+    or cannot be executed (Fail). Nothing that a definition or an enrollment holds raises.
 
-    First the result moves it, then the goals are looked at, then it follows its steps until one
-    must wait (Wait, Execute), the way ends (End) or can't be gone (Fail). Never raises because of
-    what a definition or an enrollment holds.
+    `enrollment.wake_at` is read only if the enrollment has not started. `result` is the result of
+    the attempt that `enrollment.attempt` counts, or after LookUp what was found. `jitter` (0 to 1)
+    shortens the wait before a retry. `started_revision` is the revision of the definition under
+    which the side effect was started. `refused` maps sequences that the subject cannot enter by a
+    jump to the code of the reason, such as `already_enrolled`: the caller checks the sequences
+    in `entered`, and calls again if one refuses. `expired_leases` counts the recent leases of this
+    visit that expired before. `result_only` applies the result, and leaves what follows to another
+    evaluation.
     """
-    way = _Way(definitions, enrollment, now, refused)
-    way.lapses = lapses
-    if begun_under is not None:
-        way.revision = begun_under
+    evaluation = _Evaluation(definitions, enrollment, now, refused)
+    evaluation.expired_leases = expired_leases
+    if started_revision is not None:
+        evaluation.revision = started_revision
     try:
-        decision = way.begin(result, jitter) or (Wait(now) if result_only else way.follow())
+        decision = evaluation.begin(result, jitter) or (
+            Wait(now) if result_only else evaluation.follow()
+        )
     except EvaluationError as error:
         decision = Fail(error.failure, str(error))
     except DefinitionError as error:
@@ -109,21 +111,28 @@ def advance(
     match decision:
         case Fail(failure, message):
             decision = Fail(failure, printable(message))
-            way.at = way.at._replace(leased_by=None)
-            way.record("failed", message)
+            evaluation.at = evaluation.at._replace(leased_by=None)
+            evaluation.record("failed", message)
         case End():
-            way.record("completed")
-    is_common = (
+            evaluation.record("completed")
+    is_shared = (
         not isinstance(result, Failed | Found)
-        and not way.has_read_whose
-        and not way.entered
+        and not evaluation.has_read_own
+        and not evaluation.entered
         and refused is None
     )
-    return Advanced(way.at, decision, tuple(way.events), way.merged, is_common, way.entered)
+    return Advanced(
+        evaluation.at,
+        decision,
+        tuple(evaluation.events),
+        evaluation.merged,
+        is_shared,
+        evaluation.entered,
+    )
 
 
-def waits_on(before: Enrollment, advanced: Advanced) -> bool:
-    """Whether nothing changes for who waits."""
+def is_unchanged(before: Enrollment, advanced: Advanced) -> bool:
+    """Return whether an enrollment that waits goes on waiting exactly as before."""
     decision = advanced.decision
     return (
         isinstance(decision, Wait)
@@ -137,23 +146,23 @@ def waits_on(before: Enrollment, advanced: Advanced) -> bool:
     )
 
 
-class _Way:
-    """One evaluation: where the enrollment is by now, and what has happened."""
+class _Evaluation:
+    """One evaluation: the enrollment as moved so far, and its events."""
 
     __slots__ = (
         "_timezone",
         "at",
+        "context",
         "definitions",
         "entered",
         "events",
+        "expired_holder",
+        "expired_leases",
         "external",
-        "is_read",
-        "lapsed",
-        "lapses",
         "merged",
-        "moment",
         "moves",
         "now",
+        "read_own_before",
         "refused",
         "revision",
     )
@@ -174,24 +183,24 @@ class _Way:
         self.merged: Mapping[str, Any] | None = None
         self.moves = 0
         known = definitions.get(enrollment.sequence)
-        self.revision = known.revision if known else None  # which events are to show
-        self.lapsed: str | None = None  # the daemon whose lease of this visit has run out
-        self.lapses = 0  # leases that ran out before it
+        self.revision = known.revision if known else None  # recorded with each event
+        self.expired_holder: str | None = None  # the daemon whose lease of this visit expired
+        self.expired_leases = 0  # earlier leases of this visit that expired
         self._timezone: str | None = None
-        self.moment: Moment | None = None
-        self.is_read = False  # whose it is, in a moment that is over
-        self.external: External | None = None  # of the sequence where it is, once it was looked up
+        self.context: Context | None = None
+        self.read_own_before = False  # whether an earlier context has read own values
+        self.external: External | None = None  # of the present sequence, once looked up
 
     def begin(self, result: Result | None, jitter: float) -> Decision | None:
-        """The start of a journey, or what came of the side effect; None to go on from there."""
+        """Start a journey, or apply a result. Return None to follow the steps."""
         if self.at.entered_at is None:
             begun = min(self.at.wake_at or self.now, self.now)
             self.at = self.at._replace(entered_at=begun)
             self.record("enrolled")
-        if result is None and (lapsed := self.at.leased_by) is not None:
+        if result is None and (daemon := self.at.leased_by) is not None:
             self.at = self.at._replace(leased_by=None)
-            self.lapsed = lapsed
-            self.record("lapsed", f"attempt {self.at.attempt} by {lapsed} was cut off")
+            self.expired_holder = daemon
+            self.record("lapsed", f"attempt {self.at.attempt} by {daemon} was cut off")
         match result:
             case None:
                 return None
@@ -201,8 +210,8 @@ class _Way:
                 step = self._step(self.sequence())
                 self.record("suppressed", message)
                 effect = step.behaviour
-                way = effect.on_suppressed if isinstance(effect, SideEffect) else "next"
-                return self._go(_target(step, way), is_executed=True)
+                exit_ = effect.on_suppressed if isinstance(effect, SideEffect) else "next"
+                return self._move_to(_target(step, exit_), is_executed=True)
             case Failed():
                 return self._failed(result, jitter)
             case NotStarted():
@@ -221,17 +230,21 @@ class _Way:
                 assert_never(result)
 
     def follow(self) -> Decision:
-        """Goals first, then step after step."""
+        """Check the goals, then follow step after step until one decides."""
         sequence = self.sequence()
         self.revision = sequence.revision
-        if ended := self._pull(sequence):
+        if ended := self._check_goals(sequence):
             return ended
         while True:
             if sequence.paused:
                 return Wait(self.now)
             step, data = self._step(sequence), self.at.data
             decision = self._execute(sequence, step)
-            if self.at.executed and isinstance(decision, Wait) and _waits(step, decision, self.now):
+            if (
+                self.at.executed
+                and isinstance(decision, Wait)
+                and _is_waiting(step, decision, self.now)
+            ):
                 self.at = self.at._replace(executed=())
             if isinstance(decision, Wait) and self._rechecks(sequence, step):
                 return decision._replace(until=min(decision.until, self.now + sequence.recheck))
@@ -245,18 +258,18 @@ class _Way:
                     self.external = None
                 sequence = self.sequence()
                 self.revision = sequence.revision
-                if ended := self._pull(sequence):
+                if ended := self._check_goals(sequence):
                     return ended
 
     def sequence(self) -> Sequence:
-        """The definition of the sequence that it is in. Raises EvaluationError."""
+        """Return the definition of the present sequence. Raises EvaluationError."""
         sequence = self.definitions.get(self.at.sequence)
         if sequence is None:
             raise EvaluationError("invalid_step", f"sequence {self.at.sequence!r} does not exist")
         return sequence
 
     def record(self, action: str, message: str | None = None) -> None:
-        """An event; those of one evaluation are a microsecond apart, so that they sort by time."""
+        """Add an event. Events of one evaluation are a microsecond apart, so they sort by time."""
         at = self.now + len(self.events) * _MICROSECOND
         here = self.at
         self.events.append(
@@ -272,26 +285,26 @@ class _Way:
         )
 
     def _record_retry(self, message: str) -> None:
-        """What may go on for long is recorded when it begins, and when the reason changes."""
+        """Record a failure that may go on for long once, and again if its message changes."""
         if printable(message) != self.at.last_error:
             self.record("retry", message)
             self.at = self.at._replace(last_error=printable(message))
 
-    def _look(self) -> Moment:
-        """The enrollment as it is now, for a step or a goal to read."""
-        if self.moment is None or not self.moment.is_of(self.at):
-            self.is_read = self.has_read_whose
-            self.moment = Moment(self.at, self.now, self._zone(), self.external or {})
-        return self.moment
+    def _current_context(self) -> Context:
+        """Return the enrollment as moved so far, for a step or a goal to read."""
+        if self.context is None or not self.context.is_of(self.at):
+            self.read_own_before = self.has_read_own
+            self.context = Context(self.at, self.now, self._zone(), self.external or {})
+        return self.context
 
     @property
-    def has_read_whose(self) -> bool:
-        """Whether the way depends on more than where the enrollment was."""
-        read = self.moment is not None and self.moment.is_read
-        return read or self.is_read or self.merged is not None
+    def has_read_own(self) -> bool:
+        """Whether anything has depended on own values of the enrollment, not on its state alone."""
+        read = self.context is not None and self.context.has_read_own
+        return read or self.read_own_before or self.merged is not None
 
     def _zone(self) -> str:
-        """Its own zone, else the sequence's; one that does not exist falls back and is told."""
+        """Return the enrollment's time zone, else the sequence's. An unknown one is recorded."""
         own = self.at.timezone
         if own is None:
             return self.sequence().timezone
@@ -311,19 +324,19 @@ class _Way:
         return step
 
     def _open_goals(self, sequence: Sequence) -> list[Step]:
-        """Those that have not pulled before, or may pull again once they no longer hold."""
+        """Return the goals that are not met yet, or may be met again once they no longer hold."""
         met = self.at.goals_met
         return [goal for goal in sequence.goals if goal.name not in met or _repeats(goal)]
 
     def _rechecks(self, sequence: Sequence, step: Step) -> bool:
-        """Whether it waits for what a lookup alone can tell."""
+        """Whether only a lookup can end this wait."""
         return sequence.lookup is not None and (
             (step.reads_external and isinstance(step.behaviour, Instant))
             or any(goal.reads_external for goal in self._open_goals(sequence))
         )
 
-    def _pull(self, sequence: Sequence) -> End | Fail | LookUp | None:
-        """Goals that are met and have not pulled before: the last of the definition wins."""
+    def _check_goals(self, sequence: Sequence) -> End | Fail | LookUp | None:
+        """Move to the next step of a goal that is newly met: of several, the definition's last."""
         open_goals = self._open_goals(sequence)
         if sequence.paused:
             return None
@@ -336,12 +349,12 @@ class _Way:
             for goal in open_goals
             if isinstance(goal.behaviour, Instant)
             and goal.behaviour.met is not None
-            and _asked(goal, goal.behaviour.met, self._look())
+            and _answer_of(goal, goal.behaviour.met, self._current_context())
         ]
         if before := self.at.goals_met:
             holding = {goal.name for goal in met}
             over = {goal.name for goal in open_goals if goal.name in before} - holding
-            if over:  # armed again
+            if over:  # may be met again
                 kept = tuple(name for name in before if name not in over)
                 self.at = self.at._replace(goals_met=kept)
             met = [goal for goal in met if goal.name not in before]
@@ -351,19 +364,19 @@ class _Way:
         self.at = self.at._replace(goals_met=(*self.at.goals_met, *names))
         others = f", with {', '.join(names[1:])}" if names[1:] else ""
         self.record("goal", f"{names[0]} is met{others}")
-        return self._go(met[0].next_step)
+        return self._move_to(met[0].next_step)
 
     def _look_up(self, sequence: Sequence, step: Step) -> Fail | LookUp | None:
-        """What has to be done before external data can be read, if anything."""
+        """Return what must happen before external data can be read, if anything."""
         if sequence.lookup is None or self.external is not None:
             return None
         effect = step.behaviour
-        if isinstance(effect, SideEffect) and (cut_off := self._cut_off(effect)):
-            return cut_off  # the lookup's lease would hide that the effect was cut off
+        if isinstance(effect, SideEffect) and (failure := self._after_expired_lease(effect)):
+            return failure  # the lookup's lease would hide that of the side effect
         return LookUp(step, sequence.lookup)
 
     def _execute(self, sequence: Sequence, step: Step) -> Decision | None:
-        """One step; None when it has moved the enrollment on."""
+        """Execute one step. Return None if it has moved the enrollment."""
         match step.behaviour:
             case Problem(message):
                 return Fail("invalid_step", message)
@@ -374,9 +387,9 @@ class _Way:
             case Instant() as behaviour:
                 if step.reads_external and (missing := self._look_up(sequence, step)):
                     return missing
-                moment = self._look()
-                moment.seed = step.seed
-                answer = _asked(step, behaviour.answer, moment)
+                context = self._current_context()
+                context.seed = step.seed
+                answer = _answer_of(step, behaviour.answer, context)
             case _:
                 assert_never(step.behaviour)
         match answer:
@@ -386,82 +399,83 @@ class _Way:
                 if behaviour.met is not None and step.name not in self.at.goals_met:
                     self.at = self.at._replace(goals_met=(*self.at.goals_met, step.name))
                 self.record(answer.value)
-                return self._go(step.next_step)
+                return self._move_to(step.next_step)
             case Action.ALT_NEXT:
                 self.record(answer.value)
-                return self._go(step.alt_next_step)
+                return self._move_to(step.alt_next_step)
             case Update(data):
                 self._merge(data)
                 self.record(Action.NEXT.value)
-                return self._go(step.next_step)
+                return self._move_to(step.next_step)
             case Jump(target, name):
                 if name is not None and name != sequence.name:
                     return self._enter(step, target, name)
                 self.record("jump", f"to {target}" + (f" of {name}" if name else ""))
-                return self._go(target)
+                return self._move_to(target)
             case Action.NOOP:
                 return Wait(self.now + NOOP_DELAY)
             case _:
                 assert_never(answer)
 
     def _start(self, sequence: Sequence, step: Step, effect: SideEffect) -> Decision | None:
-        """The side effect, unless it is too early for it, too late, or one try more would be too
-        many.
-        """
+        """Decide on a side effect: it may be too early or too late for it, or a loop."""
         if self.at.executed and (key := effect_key(sequence.name, step.name)) in self.at.executed:
-            return Fail("loop", _told_loop([*self.at.executed, key]))
-        if cut_off := self._cut_off(effect):
-            return cut_off
+            return Fail("loop", _loop_message([*self.at.executed, key]))
+        if failure := self._after_expired_lease(effect):
+            return failure
         if self.at.retry_at is not None and self.now < self.at.retry_at:
             if effect.expires is None or (step.reads_external and self.external is None):
                 return Wait(self.at.retry_at)
-            expires = effect.expires(self._look())
+            expires = effect.expires(self._current_context())
             if self.now < expires:
                 return Wait(min(self.at.retry_at, expires))
         if step.reads_external and (missing := self._look_up(sequence, step)):
             return missing
-        expires_at = None if effect.expires is None else effect.expires(self._look())
+        expires_at = None if effect.expires is None else effect.expires(self._current_context())
         if expires_at is not None and expires_at <= self.now:
             self.record("expired", f"too late since {expires_at:%Y-%m-%d %H:%M:%S}Z")
-            return self._go(_target(step, effect.on_expired))
+            return self._move_to(_target(step, effect.on_expired))
         external = self.external or {}
         return Execute(step, effect, self._zone(), external, sequence.revision, expires_at)
 
-    def _cut_off(self, effect: SideEffect) -> Fail | None:
-        """What follows where a side effect was cut off: it must not be started again, or else the
-        attempt is not counted, as it was the daemon that failed. Where that goes on, it waits
-        longer each time: it may be what the daemon dies of.
+    def _after_expired_lease(self, effect: SideEffect) -> Fail | None:
+        """Decide on a side effect whose lease has expired: fail, or start it again.
+
+        The attempt is not counted, as the daemon failed. If that repeats, each retry waits longer:
+        the side effect may be what the daemon dies of.
         """
-        if self.lapsed is None or self.at.attempt == 0:
+        if self.expired_holder is None or self.at.attempt == 0:
             return None
         if effect.at_most_once:
             return Fail(
                 "outcome_unknown",
-                f"{self.lapsed} was cut off while it executed this step: {_LOOK}",
+                f"{self.expired_holder} was cut off while it executed this step: {_CHECK_OUTCOME}",
             )
-        if self.lapses >= MAX_LAPSES:
-            return Fail("error", f"the daemon died in each of {self.lapses + 1} attempts of a day")
+        if self.expired_leases >= MAX_EXPIRED_LEASES:
+            return Fail(
+                "error", f"the daemon died in each of {self.expired_leases + 1} attempts of a day"
+            )
         wait = None
-        if self.lapses:
+        if self.expired_leases:
             crash = Failed("the daemon died")
-            wait = self.now + retry.delay(effect.retry, self.lapses, crash, jitter=1.0)
+            wait = self.now + retry.delay(effect.retry, self.expired_leases, crash, jitter=1.0)
         self.at = self.at._replace(attempt=self.at.attempt - 1, retry_at=wait)
-        self.lapsed = None
+        self.expired_holder = None
         return None
 
     def _enter(self, step: Step, target: str, name: str) -> End | Fail | None:
-        """To a step of another sequence, if that lets it in; else altNext, where there is one."""
+        """Jump to a step of another sequence; if that refuses, take altNext, if there is one."""
         if (refusal := self._refusal(name)) is not None:
             if step.alt_next_step is None:
                 return refusal
             self.record(Action.ALT_NEXT.value, refusal.message)
-            return self._go(step.alt_next_step)
+            return self._move_to(step.alt_next_step)
         self.entered += (name,)
         self.record("jump", f"to {target} of {name}")
-        return self._go(target, name)
+        return self._move_to(target, name)
 
     def _refusal(self, name: str) -> Fail | None:
-        """Why a sequence can't be entered by a jump."""
+        """Return why a jump cannot enter a sequence, if so."""
         failure = (self.refused or {}).get(name)
         known = self.definitions.get(name)
         if failure == "archived" or (known is not None and known.archived):
@@ -471,15 +485,15 @@ class _Way:
             return Fail("already_enrolled", message)
         return None
 
-    def _go(
+    def _move_to(
         self, target: str | None, sequence: str | None = None, *, is_executed: bool = False
     ) -> End | None:
-        """To another step, or to the end of the way; from a side effect that `is_executed`."""
+        """Move to another step, or end. `is_executed`: from a side effect that was executed."""
         if target is None:
             self.at = self.at._replace(leased_by=None, last_error=None)
             return End()
         self.moves += 1
-        self.lapsed = None
+        self.expired_holder = None
         if sequence is None:
             sequence = self.at.sequence
         elif sequence != self.at.sequence:
@@ -492,7 +506,7 @@ class _Way:
         return None
 
     def _change_goals(self, sequence: str) -> None:
-        """Goals are of their sequence: those met here are kept for when it comes back."""
+        """Keep the goals met in this sequence for a return, and restore those of the next one."""
         here = self.at
         if here.goals_met or here.goals_elsewhere:
             kept = json.loads(here.goals_elsewhere or "{}")
@@ -518,7 +532,7 @@ class _Way:
             return None
         self.record(answer.action.value, answer.message)
         target = step.next_step if answer.action is Action.NEXT else step.alt_next_step
-        return self._go(target, is_executed=True)
+        return self._move_to(target, is_executed=True)
 
     def _merge(self, data: Mapping[str, Any]) -> None:
         merged = {**parse_data(self.at.data), **data}
@@ -531,7 +545,7 @@ class _Way:
         if failed.unknown:
             failed = replace(failed, message=f"{failed.message}; it may have taken place")
             if effect.at_most_once:
-                return Fail("outcome_unknown", f"{failed.message}: {_LOOK}")
+                return Fail("outcome_unknown", f"{failed.message}: {_CHECK_OUTCOME}")
         if not retry.gives_up(effect.retry, self.at.attempt, failed):
             wait = retry.delay(effect.retry, self.at.attempt, failed, jitter)
             given_back = failed.refund + (failed.fault == "server")
@@ -545,7 +559,7 @@ class _Way:
             return None
         if effect.on_error == "altNext":
             self.record(Action.ALT_NEXT.value, failed.message)
-            return self._go(step.alt_next_step, is_executed=True)
+            return self._move_to(step.alt_next_step, is_executed=True)
         return Fail("error", failed.message)
 
 
@@ -553,13 +567,13 @@ def _repeats(goal: Step) -> bool:
     return isinstance(goal.behaviour, Instant) and goal.behaviour.repeats
 
 
-def _waits(step: Step, decision: Wait, now: datetime) -> bool:
-    """Whether time passes at a step that waits, not at one that is retried or held up."""
+def _is_waiting(step: Step, decision: Wait, now: datetime) -> bool:
+    """Whether time passes at a step that waits, and not at one that is retried or unavailable."""
     return isinstance(step.behaviour, Instant) and decision.until > now
 
 
-def _told_loop(executed: list[str]) -> str:
-    """What is wrong with coming back to the last of these side effects."""
+def _loop_message(executed: list[str]) -> str:
+    """Describe the loop that leads back to the last of these side effects."""
     cycle = executed[executed.index(executed[-1]) :]
     return (
         f"a loop that never waits: {' → '.join(cycle)}; nothing is executed a second time before "
@@ -567,14 +581,14 @@ def _told_loop(executed: list[str]) -> str:
     )
 
 
-def _asked(step: Step, ask: Callable[[Moment], T], moment: Moment) -> T:
-    """What a step or a goal answers. Raises EvaluationError, which names it."""
+def _answer_of(step: Step, function: Callable[[Context], T], context: Context) -> T:
+    """Return the answer of a step or a goal. Raises EvaluationError, which names it."""
     try:
-        return ask(moment)
+        return function(context)
     except EvaluationError as error:
         raise EvaluationError(error.failure, f"step {step.name!r}: {error}") from error
 
 
-def _target(step: Step, way: Exit) -> str | None:
-    """Where a side effect that is skipped leads."""
-    return {"next": step.next_step, "altNext": step.alt_next_step, "end": None}[way]
+def _target(step: Step, exit_: Exit) -> str | None:
+    """Return where a skipped side effect leads."""
+    return {"next": step.next_step, "altNext": step.alt_next_step, "end": None}[exit_]

@@ -92,8 +92,8 @@ class Instant:
     `repeats` is armed again when it no longer holds.
     """
 
-    answer: Callable[[Moment], StepAnswer]
-    met: Callable[[Moment], bool] | None = None
+    answer: Callable[[Context], StepAnswer]
+    met: Callable[[Context], bool] | None = None
     repeats: bool = False
 
 
@@ -130,7 +130,7 @@ class SideEffect:
     on_error: Literal["fail", "altNext"] = "fail"
     at_most_once: bool = False
     on_suppressed: Exit = "next"
-    expires: Callable[[Moment], datetime] | None = None  # nothing is begun from then on
+    expires: Callable[[Context], datetime] | None = None  # nothing is begun from then on
     on_expired: Exit = "next"
 
 
@@ -202,13 +202,13 @@ class Enrollment(NamedTuple):
     each enrollment: tuples are made several times faster than frozen dataclasses.
     """
 
-    # whose it is
+    # its own values
     id: int
     subject: str
     data: str  # JSON text: most moves don't read it
     created_at: datetime
     tag: UUID  # random
-    # where it is
+    # its state
     sequence: str
     step: str
     timezone: str | None
@@ -246,12 +246,12 @@ class Enrollment(NamedTuple):
         return self.goals_met, self.goals_elsewhere
 
     @property
-    def position(self) -> tuple[object, ...]:
-        """All of it but whose it is."""
+    def state(self) -> tuple[object, ...]:
+        """All values that are not its own, hashable."""
         return (*self[_OWN:_LISTS], tuple(self.goals_met), self.goals_elsewhere, *self.executed)
 
-    def at(self, other: Enrollment) -> Enrollment:
-        """The same, in the position of another."""
+    def in_state_of(self, other: Enrollment) -> Enrollment:
+        """Return the same enrollment in the state of another."""
         return Enrollment._make(self[:_OWN] + other[_OWN:])
 
     # What most moves do is written out: `_replace` takes twice as long.
@@ -322,13 +322,13 @@ External = Mapping[str, Any]
 """What a lookup knows of a subject; nothing where there is no lookup."""
 
 
-class Moment:
-    """An enrollment at a time: what the steps, goals, templates and runners get to see.
+class Context:
+    """The evaluation context: what steps and goals read of an enrollment, and the time.
 
-    `is_read` tells whether they have seen whose it is, and not only its position.
+    `has_read_own` tells whether own values of the enrollment were read, and not its state alone.
     """
 
-    __slots__ = ("_enrollment", "external", "is_read", "now", "seed", "timezone")
+    __slots__ = ("_enrollment", "external", "has_read_own", "now", "seed", "timezone")
 
     def __init__(
         self, enrollment: Enrollment, now: datetime, timezone: str, external: External
@@ -336,29 +336,29 @@ class Moment:
         self.external = external
         self.now = now
         self.timezone = timezone
-        self.is_read = False
+        self.has_read_own = False
         self.seed: str | None = None  # of the step that reads it
         self._enrollment = enrollment
 
     def is_of(self, enrollment: Enrollment) -> bool:
-        """Whether it shows this enrollment as it is."""
+        """Whether this is the context of exactly this enrollment."""
         return self._enrollment is enrollment
 
     @property
     def enrollment(self) -> Enrollment:
-        """All of it."""
-        self.is_read = True
+        """The whole enrollment; counts as reading its own values."""
+        self.has_read_own = True
         return self._enrollment
 
     @property
     def entered_at(self) -> datetime:
-        """Since when it has been at its step."""
+        """Since when the enrollment has been at its step."""
         return self._enrollment.entered_at or self.now
 
     def json(self, roots: Set[str] | None) -> str:
-        """The JSON text of a view that has these keys, where there are such; None for all."""
-        if roots is None or not roots <= _POSITION:
-            self.is_read = True
+        """Return a view with these keys (None: all) as JSON text."""
+        if roots is None or not roots <= _STATE:
+            self.has_read_own = True
         if roots == _DATA:
             return f'{{"data":{self._enrollment.data}}}'
         others = _about(self._enrollment, self.timezone, self.entered_at, self.external)
@@ -369,8 +369,8 @@ class Moment:
 
 
 _DATA = {"data"}
-_POSITION = {"sequence", "step", "timezone", "visit", "attempt", "startStep"}
-"""What is the same for all enrollments in one position."""
+_STATE = {"sequence", "step", "timezone", "visit", "attempt", "startStep"}
+"""What is the same for all enrollments in one state."""
 
 
 def view(enrollment: Enrollment, timezone: str, entered_at: datetime, external: External) -> View:
@@ -616,14 +616,14 @@ Decision = Wait | Execute | LookUp | End | Fail
 
 
 class Advanced(NamedTuple):
-    """Where `advance` has brought an enrollment, what is decided there, and what to record.
+    """The enrollment as `advance` has moved it, what it decided, and what to record.
 
-    Where it `is_common`, whoever is in the same position goes the same way.
+    If `is_shared`, every enrollment in the same state has the same outcome.
     """
 
     enrollment: Enrollment
     decision: Decision
     events: tuple[Event, ...]
     data: Mapping[str, Any] | None = None  # to be merged into the row
-    is_common: bool = False
+    is_shared: bool = False
     entered: tuple[str, ...] = ()  # the sequences that it jumps into, if they don't refuse it

@@ -37,12 +37,12 @@ from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import (
     NEVER,
     Action,
+    Context,
     DefinitionError,
     EvaluationError,
     Fault,
     Instant,
     Jump,
-    Moment,
     Place,
     Stay,
     StepAnswer,
@@ -177,19 +177,19 @@ def _go_to(config: Mapping[str, Any]) -> Instant:
 
 def _conditional(config: Mapping[str, Any]) -> Instant:
     holds = _holds(parse_config(ConditionalConfig, config))
-    return Instant(lambda moment: Action.NEXT if holds(moment) else Action.ALT_NEXT)
+    return Instant(lambda context: Action.NEXT if holds(context) else Action.ALT_NEXT)
 
 
-def _holds(config: ConditionConfig) -> Callable[[Moment], bool]:
+def _holds(config: ConditionConfig) -> Callable[[Context], bool]:
     predicate = config.predicate()
-    return lambda moment: predicate(moment.json(predicate.roots))
+    return lambda context: predicate(context.json(predicate.roots))
 
 
 def _goal(config: Mapping[str, Any]) -> Instant:
     parsed = parse_config(GoalConfig, config)
     is_met = _holds(parsed)
     return Instant(
-        lambda moment: Action.NEXT if is_met(moment) else Stay(NEVER),
+        lambda context: Action.NEXT if is_met(context) else Stay(NEVER),
         met=is_met,
         repeats=parsed.repeat,
     )
@@ -198,18 +198,18 @@ def _goal(config: Mapping[str, Any]) -> Instant:
 def _wait_for_duration(config: Mapping[str, Any]) -> Instant:
     end = _end_of(parse_config(WaitForDurationConfig, config))
 
-    def answer(moment: Moment) -> StepAnswer:
-        until = end(moment)
-        return Action.NEXT if until <= moment.now else Stay(until)
+    def answer(context: Context) -> StepAnswer:
+        until = end(context)
+        return Action.NEXT if until <= context.now else Stay(until)
 
     return Instant(answer)
 
 
-def _end_of(duration: DurationConfig) -> Callable[[Moment], datetime]:
+def _end_of(duration: DurationConfig) -> Callable[[Context], datetime]:
     """When a duration that began with the arrival at the step is over."""
     unit = dates.normalise_unit(duration.unit)
-    return lambda moment: dates.add(
-        moment.entered_at, duration.amount, unit, dates.zone(moment.timezone)
+    return lambda context: dates.add(
+        context.entered_at, duration.amount, unit, dates.zone(context.timezone)
     )
 
 
@@ -218,11 +218,11 @@ def _wait_for_condition(config: Mapping[str, Any]) -> Instant:
     holds = _holds(parsed)
     end = _end_of(parsed.timeout) if parsed.timeout else lambda _: NEVER
 
-    def answer(moment: Moment) -> StepAnswer:
-        if holds(moment):
+    def answer(context: Context) -> StepAnswer:
+        if holds(context):
             return Action.NEXT
-        until = end(moment)
-        return Action.ALT_NEXT if until <= moment.now else Stay(until)
+        until = end(context)
+        return Action.ALT_NEXT if until <= context.now else Stay(until)
 
     return Instant(answer)
 
@@ -233,10 +233,10 @@ def _split(config: Mapping[str, Any]) -> Instant:
         raise DefinitionError("next and altNext are weights, of which one must be above 0")
     share = parsed.next / (parsed.next + parsed.alt_next)
 
-    def answer(moment: Moment) -> StepAnswer:
+    def answer(context: Context) -> StepAnswer:
         # the same for a subject whenever it comes by, and independent of the other splits
-        here = moment.enrollment
-        seed = moment.seed or f"{here.sequence}/{here.step}"
+        here = context.enrollment
+        seed = context.seed or f"{here.sequence}/{here.step}"
         key = f"{seed}\0{here.subject}".encode("utf-8", "replace")
         place = int.from_bytes(sha256(key).digest()[:6]) / 2**48
         return Action.NEXT if place < share else Action.ALT_NEXT
@@ -248,10 +248,10 @@ def _update_data(config: Mapping[str, Any]) -> Instant:
     faults = Faults()
     render = _compile_value(("data",), parse_config(UpdateDataConfig, config).data, faults)
     faults.check()
-    return Instant(lambda moment: Update(render(moment)))
+    return Instant(lambda context: Update(render(context)))
 
 
-def _compile_value(place: Place, value: Any, faults: Faults) -> Callable[[Moment], Any]:
+def _compile_value(place: Place, value: Any, faults: Faults) -> Callable[[Context], Any]:
     """What gives a JSON value with the templates in it rendered."""
     match value:
         case str():
@@ -261,22 +261,22 @@ def _compile_value(place: Place, value: Any, faults: Faults) -> Callable[[Moment
             inner = {
                 key: _compile_value((*place, key), item, faults) for key, item in value.items()
             }
-            return lambda moment: {key: render(moment) for key, render in inner.items()}
+            return lambda context: {key: render(context) for key, render in inner.items()}
         case list():
             items = [_compile_value((*place, n), item, faults) for n, item in enumerate(value)]
-            return lambda moment: [render(moment) for render in items]
+            return lambda context: [render(context) for render in items]
     return lambda _: value
 
 
-def _rendered(place: Place, source: str) -> Callable[[Moment], str]:
+def _rendered(place: Place, source: str) -> Callable[[Context], str]:
     """What renders a template. Raises DefinitionError."""
     template = compile_template(source, escape=False)
     if template.is_literal:
         return lambda _: source
 
-    def render(moment: Moment) -> str:
+    def render(context: Context) -> str:
         try:
-            return template.render(moment.json(template.roots))
+            return template.render(context.json(template.roots))
         except EvaluationError as error:
             message = f"{'.'.join(map(str, place))}: {error}"
             raise EvaluationError(error.failure, message) from error
@@ -287,14 +287,14 @@ def _rendered(place: Place, source: str) -> Callable[[Moment], str]:
 def _wait_for_date(config: Mapping[str, Any]) -> Instant:
     date = _compile_date("date", parse_config(WaitForDateConfig, config).date)
 
-    def answer(moment: Moment) -> StepAnswer:
-        until = date(moment)
-        return Action.NEXT if until <= moment.now else Stay(until)
+    def answer(context: Context) -> StepAnswer:
+        until = date(context)
+        return Action.NEXT if until <= context.now else Stay(until)
 
     return Instant(answer)
 
 
-def _compile_date(key: str, source: str) -> Callable[[Moment], datetime]:
+def _compile_date(key: str, source: str) -> Callable[[Context], datetime]:
     """What reads the date of a template, in the enrollment's zone. Raises DefinitionError."""
     faults = Faults()
     with faults.at(key):
@@ -303,9 +303,9 @@ def _compile_date(key: str, source: str) -> Callable[[Moment], datetime]:
         render = _rendered((key,), source)
     faults.check()
 
-    def date(moment: Moment) -> datetime:
-        text = render(moment)
-        found = dates.parse(text.strip(), dates.zone(moment.timezone))
+    def date(context: Context) -> datetime:
+        text = render(context)
+        found = dates.parse(text.strip(), dates.zone(context.timezone))
         if found is None:
             raise EvaluationError("bad_data", f"{key} {_no_date(text)}")
         return found
@@ -313,7 +313,7 @@ def _compile_date(key: str, source: str) -> Callable[[Moment], datetime]:
     return date
 
 
-def compile_expiry(expires: str | DurationConfig) -> Callable[[Moment], datetime]:
+def compile_expiry(expires: str | DurationConfig) -> Callable[[Context], datetime]:
     """When a side effect is too late: a date, or a duration from the arrival. DefinitionError."""
     if isinstance(expires, str):
         return _compile_date("expires", expires)
@@ -338,21 +338,21 @@ def _wait_for_date_comparison(config: Mapping[str, Any]) -> Instant:
     ]:
         raise DefinitionError(never)
 
-    def answer(moment: Moment) -> StepAnswer:
+    def answer(context: Context) -> StepAnswer:
         # From the arrival on, so that a change elsewhere can't make it miss its time; but a time
         # that was missed by more than a little counts only where the config says so.
-        zone = dates.zone(moment.timezone)
-        since: datetime | None = moment.entered_at
+        zone = dates.zone(context.timezone)
+        since: datetime | None = context.entered_at
         if parsed.occurrence == "next":
-            since = dates.next_start(moment.entered_at, attribute, values, zone)
+            since = dates.next_start(context.entered_at, attribute, values, zone)
         if since is not None and parsed.late == "look again":
-            since = max(since, moment.now - ON_TIME)
+            since = max(since, context.now - ON_TIME)
         until = since and dates.next_match(since, attribute, values, zone)
         if until is None:
             raise EvaluationError(
                 "unsatisfiable", f"{attribute} will not be any of {values} within ten years"
             )
-        return Action.NEXT if until <= moment.now else Stay(until)
+        return Action.NEXT if until <= context.now else Stay(until)
 
     return Instant(answer)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.core.advance import advance, waits_on
+from sequencerd.core.advance import advance, is_unchanged
 from sequencerd.core.config import nearest
 from sequencerd.core.model import Definitions, Enrollment, Fail, LookUp, Wait
 from sequencerd.definitions.compiler import Definition, Runners, from_rows
@@ -312,7 +312,7 @@ def _classify(count: Waiting, before: Enrollment, definitions: Definitions, now:
         return
     after = advance(definitions, before, now)
     match after.decision:
-        case Wait() if after.enrollment.visit == before.visit and waits_on(before, after):
+        case Wait() if after.enrollment.visit == before.visit and is_unchanged(before, after):
             count.as_before += 1
         case Wait() if after.enrollment.visit == before.visit:
             count.later += 1

@@ -17,6 +17,7 @@ from sequencerd.core.model import (
     NEVER,
     Action,
     Answer,
+    Context,
     End,
     Enrollment,
     EvaluationError,
@@ -27,7 +28,6 @@ from sequencerd.core.model import (
     Found,
     Instant,
     LookUp,
-    Moment,
     Result,
     Sequence,
     Step,
@@ -221,20 +221,20 @@ class _Journey:
             message = event.message
             step = self._step(event)
             if step and isinstance(step.behaviour, Instant):
-                moment = self._look(here, now)
+                context = self._look(here, now)
                 if condition := condition_of(step.type, step.config):
-                    message = _because(condition, moment)
+                    message = _because(condition, context)
                 elif event.action == Action.NEXT and step.type == "UpdateData":
-                    answer = step.behaviour.answer(moment)
+                    answer = step.behaviour.answer(context)
                     assert isinstance(answer, Update)
                     data = {**parse_data(here.data), **answer.data}
                     here = here._replace(data=json.dumps(data))
                     message = json.dumps(dict(answer.data), ensure_ascii=False)
             yield self._entry(event.at, event, event.action, message)
 
-    def _look(self, here: Enrollment, now: datetime) -> Moment:
+    def _look(self, here: Enrollment, now: datetime) -> Context:
         timezone = here.timezone or self.definitions[here.sequence].timezone
-        return Moment(here, now, timezone, self.external)
+        return Context(here, now, timezone, self.external)
 
     def _step(self, place: Event | Enrollment) -> Step | None:
         sequence = self.definitions.get(place.sequence)
@@ -265,10 +265,10 @@ class _Journey:
         )
 
 
-def _because(condition: ConditionConfig, moment: Moment) -> str:
+def _because(condition: ConditionConfig, context: Context) -> str:
     """A condition with the values that it compared, such as "gte(data.score = 10, 50) is false"."""
     predicate = condition.predicate()
-    view = moment.json(predicate.roots)
+    view = context.json(predicate.roots)
     operands = [condition.value, *[condition.compare_to] * (condition.compare_to is not None)]
     shown = ", ".join(map(_operand, operands, predicate.operands(view)))
     return f"{condition.lodash_command}({shown}) is {str(predicate(view)).lower()}"

@@ -567,15 +567,15 @@ class Engine:
         now: datetime,
     ) -> None:
         """Advances what was claimed, and writes it."""
-        lapses: Mapping[int, int] = {}
+        expired_leases: Mapping[int, int] = {}
         if lapsed := [one for one in claimed if one.leased_by is not None]:
             # what we hold in memory is never started again: its result is on its way
             held = self._writer.known & {one.id for one in lapsed}
             claimed = [one for one in claimed if one.id not in held]
             self._taken_over |= held
-            lapses = await store.count_lapses(connection, lapsed, now)
+            expired_leases = await store.count_lapses(connection, lapsed, now)
         for enrollment in claimed:
-            self._move(batch, enrollment, now, lapses=lapses.get(enrollment.id, 0))
+            self._move(batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0))
         await self._writer.write(connection, batch, now)
 
     async def _claim_orphans(self, places: Iterable[Place], now: datetime) -> None:
@@ -595,10 +595,10 @@ class Engine:
         enrollment: Enrollment,
         now: datetime,
         result: Result | None = None,
-        begun_under: int | None = None,
+        started_revision: int | None = None,
         refused: Mapping[str, str] | None = None,
         *,
-        lapses: int = 0,
+        expired_leases: int = 0,
         result_only: bool = False,
     ) -> Advanced:
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
@@ -609,9 +609,9 @@ class Engine:
                 now,
                 result,
                 jitter,
-                begun_under=begun_under,
+                started_revision=started_revision,
                 refused=refused,
-                lapses=lapses,
+                expired_leases=expired_leases,
                 result_only=result_only,
             )
         except Exception as error:
@@ -624,23 +624,35 @@ class Engine:
         enrollment: Enrollment,
         now: datetime,
         result: Result | None = None,
-        begun_under: int | None = None,
+        started_revision: int | None = None,
         *,
-        lapses: int = 0,
+        expired_leases: int = 0,
         result_only: bool = False,
     ) -> None:
         """Advances one. Most of a batch differ from each other in nothing that is looked at on the
         way: they follow the first of them.
         """
         # ids are not used again: what can be common is an answer, which lives as long as the batch
-        key = (enrollment.position, id(result), begun_under, lapses)
+        key = (enrollment.state, id(result), started_revision, expired_leases)
         gone = batch.gone.get(key)
         if gone is None or not self._writer.follow(batch, enrollment, gone):
             advanced = self._advance(
-                enrollment, now, result, begun_under, lapses=lapses, result_only=result_only
+                enrollment,
+                now,
+                result,
+                started_revision,
+                expired_leases=expired_leases,
+                result_only=result_only,
             )
             if advanced.entered:
-                again = partial(self._advance, enrollment, now, result, begun_under, lapses=lapses)
+                again = partial(
+                    self._advance,
+                    enrollment,
+                    now,
+                    result,
+                    started_revision,
+                    expired_leases=expired_leases,
+                )
                 batch.jumps.append(Jump(enrollment, advanced, again))
                 return
             gone = self._writer.add(batch, enrollment, advanced, now)

@@ -18,7 +18,7 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core import model
-from sequencerd.core.advance import waits_on
+from sequencerd.core.advance import is_unchanged
 from sequencerd.core.model import Advanced
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.jumps import Jump
@@ -323,7 +323,7 @@ class Retiming:
                 if advanced.entered:
                     again = partial(self._advance, enrollment, now, None, None)
                     batch.jumps.append(Jump(enrollment, advanced, again))
-                elif not waits_on(enrollment, advanced):
+                elif not is_unchanged(enrollment, advanced):
                     self._writer.add(batch, enrollment, advanced, now)
                 if number % SLICE == 0:
                     await asyncio.sleep(0)

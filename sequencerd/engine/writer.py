@@ -139,7 +139,7 @@ class Writer:
         """
         at, decision, events = advanced.enrollment, advanced.decision, advanced.events
         status, wake_at = "active", now
-        is_common = advanced.is_common
+        is_shared = advanced.is_shared
         execute: Execute | None = None
         match decision:
             case Wait(wake_at, elsewhere):
@@ -154,13 +154,13 @@ class Writer:
                         wake_at = now + self._lease_time
                     else:
                         # there may be, for the next
-                        is_common, wake_at = False, _due_since(before, at, now)
+                        is_shared, wake_at = False, _due_since(before, at, now)
                 except EvaluationError as error:
                     unable = failed(at, now, str(error), error.failure)
                     events += unable.events
                     decision = unable.decision
             case LookUp(step, lookup):
-                is_common = False
+                is_shared = False
                 key = ("lookup", lookup)
                 if self._has_room(key, at):
                     at = at._replace(leased_by=self._name, leases=at.leases + 1)
@@ -175,14 +175,14 @@ class Writer:
                 assert_never(decision)
         failure = decision if isinstance(decision, Fail) else None
         if failure:
-            is_common = False  # each is told in the log
+            is_shared = False  # each is told in the log
             status = "failed"
             self._tell(at, failure)
         if advanced.data:
             batch.data[at.id] = advanced.data
         if at.goals != before.goals:
             batch.goals_met[at.id] = at.goals
-            is_common = False
+            is_shared = False
         row = Row(
             at.sequence,
             at.step,
@@ -203,7 +203,7 @@ class Writer:
         ids += [batch.events.setdefault(event, []) for event in events]
         for one in ids:
             one.append(at.id)
-        return Gone(ids, at, execute) if is_common else None
+        return Gone(ids, at, execute) if is_shared else None
 
     def _tell(self, at: Enrollment, failure: Fail) -> None:
         log = self._log.bind(enrollment=at.id, sequence=at.sequence, step=at.step)
@@ -218,7 +218,7 @@ class Writer:
             if not self._has_room(gone.execute.step.type, gone.at):
                 return False
             try:
-                self._execute(batch, enrollment.at(gone.at), gone.execute)
+                self._execute(batch, enrollment.in_state_of(gone.at), gone.execute)
             except EvaluationError:
                 return False
         for ids in gone.ids:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sequencerd.core.advance import LOOKUP_DELAY, MAX_LAPSES, MAX_MOVES, advance
+from sequencerd.core.advance import LOOKUP_DELAY, MAX_EXPIRED_LEASES, MAX_MOVES, advance
 from sequencerd.core.model import (
     NEVER,
     Action,
@@ -497,12 +497,12 @@ def test_a_crash_of_the_daemon_spends_no_attempt() -> None:
 def test_a_step_that_kills_the_daemon_is_tried_less_often_and_at_last_given_up() -> None:
     cut_off = at("mail", attempt=1, leased_by="host:1")
     waits = []
-    for lapses in range(1, MAX_LAPSES):
-        decision = advance(MAIL, cut_off, NOW, lapses=lapses).decision
+    for expired_leases in range(1, MAX_EXPIRED_LEASES):
+        decision = advance(MAIL, cut_off, NOW, expired_leases=expired_leases).decision
         assert isinstance(decision, Wait)
         waits.append((decision.until - NOW).total_seconds())
     assert waits[:4] == [10, 20, 40, 60]
-    decision = advance(MAIL, cut_off, NOW, lapses=MAX_LAPSES).decision
+    decision = advance(MAIL, cut_off, NOW, expired_leases=MAX_EXPIRED_LEASES).decision
     assert isinstance(decision, Fail)
     assert "the daemon died in each of 21 attempts" in decision.message
 
@@ -856,7 +856,7 @@ ARCHIVED = {"other": replace(OTHER["other"], archived=True)}
 
 def test_a_jump_tells_what_it_enters() -> None:
     advanced = advance({**sequence(JUMP), **OTHER}, at("go"), NOW)
-    assert (advanced.entered, advanced.is_common) == (("other",), False)
+    assert (advanced.entered, advanced.is_shared) == (("other",), False)
 
 
 @pytest.mark.parametrize(
@@ -989,9 +989,9 @@ def test_who_was_in_a_common_position_goes_the_same_way(
 ) -> None:
     advanced = advance(definitions, enrollment, NOW, result, 0.5)
     other = enrollment._replace(id=2, subject="bob", data=data, created_at=NOW - timedelta(days=1))
-    assert other.position == enrollment.position
-    if advanced.is_common:
-        expected = advanced._replace(enrollment=other.at(advanced.enrollment))
+    assert other.state == enrollment.state
+    if advanced.is_shared:
+        expected = advanced._replace(enrollment=other.in_state_of(advanced.enrollment))
         assert advance(definitions, other, NOW, result, 0.7) == expected
 
 
@@ -1081,7 +1081,7 @@ def test_what_a_condition_reads_decides_whether_its_outcome_is_shared(
 ) -> None:
     asking = {"lodashCommand": "isNil", "value": {"type": "get", "value": path}}
     found = sequence(step("ask", "Conditional", asking))
-    assert advance(found, at("ask"), NOW).is_common is shared
+    assert advance(found, at("ask"), NOW).is_shared is shared
 
 
 def test_the_data_of_a_condition_are_read_by_javascript_alone() -> None:
