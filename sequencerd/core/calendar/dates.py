@@ -24,7 +24,7 @@ from sequencerd.core.calendar.next_match import (
     next_match,
     next_start,
 )
-from sequencerd.core.calendar.parsing import format_iso, parse
+from sequencerd.core.calendar.parsing import format_iso, is_bare_number, parse, parse_unix
 from sequencerd.core.calendar.zones import OUT_OF_RANGE, to_wall, zone
 from sequencerd.core.model import DefinitionError, EvaluationError
 
@@ -36,10 +36,12 @@ __all__ = [
     "format_iso",
     "get",
     "impossible",
+    "is_bare_number",
     "next_match",
     "next_start",
     "normalise_unit",
     "parse",
+    "parse_unix",
     "zone",
 ]
 

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
-from sequencerd.core.calendar.zones import OUT_OF_RANGE, first_showing, offset_change, to_wall
+from sequencerd.core.calendar.zones import OUT_OF_RANGE, first_showing, set_back, to_wall
 from sequencerd.core.model import DefinitionError, EvaluationError
 
 HORIZON_YEARS = 10
@@ -168,18 +168,9 @@ def _search(after: datetime, field: _Field, wanted: Sequence[int], tz: ZoneInfo)
         target = field.following(wall, wanted)
         if target is None:
             return None
-        showing, set_back = first_showing(target, instant), _set_back(instant, tz)
-        instant = showing if set_back is None else min(showing, set_back)
+        showing, again = first_showing(target, instant), set_back(instant, tz)
+        instant = showing if again is None else min(showing, again)
     return None
-
-
-def _set_back(instant: datetime, tz: ZoneInfo) -> datetime | None:
-    """When clocks are set back within a day, no zone having done so by more than a day."""
-    tomorrow = instant + _DAY
-    now, then = instant.astimezone(tz).utcoffset(), tomorrow.astimezone(tz).utcoffset()
-    assert now is not None
-    assert then is not None
-    return offset_change(instant, tomorrow, tz) if then < now else None
 
 
 def _field(attribute: str) -> _Field:

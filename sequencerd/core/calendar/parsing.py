@@ -40,6 +40,15 @@ def _iso_style(dash: str, colon: str) -> Pattern[str]:
 
 _ISO_STYLES = _iso_style("-", ":"), _iso_style("", "")
 
+# As Ruby writes it, and Go: 2026-12-01 10:00:00 UTC, 2026-12-01 10:00:00 +0000.
+_SPACED_OFFSET = re.compile(
+    r"(?P<wall>[0-9]{4}-[0-9]{2}-[0-9]{2}\ [0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?)"
+    r"\ (?P<offset>UTC|GMT|[+-][0-9]{2}:?[0-9]{2})(?:\ UTC)?"
+)
+
+_NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
+_BASIC_DATE = re.compile(r"[0-9]{8}")
+
 _ASP_NET = re.compile(r"/?Date\((-?[0-9]+)", re.IGNORECASE | re.ASCII)
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -62,13 +71,16 @@ def parse(text: str, tz: ZoneInfo) -> datetime | None:
 
     ISO 8601 as moment takes it (YYYY, YYYY-MM, YYYY-MM-DD, YYYY-DDD, YYYY-Www, YYYY-Www-D, the
     basic forms without dashes and colons; after a whole date T or a space and HH, HH:mm, HH:mm:ss,
-    HH:mm:ss.SSS and Z or an offset), RFC 2822, and ASP.NET's /Date(milliseconds)/.
+    HH:mm:ss.SSS and Z or an offset), the same as Ruby writes it with a space before UTC or the
+    offset, RFC 2822, and ASP.NET's /Date(milliseconds)/.
     A time in a gap moves on by the gap, one that comes twice is the first. None for everything
     else: what is invalid, what JavaScript's Date would guess at, years outside of 1 to 9999.
     """
     try:
         if match := _ASP_NET.match(text):
             return _EPOCH + timedelta(milliseconds=int(match[1]))
+        if spaced := _SPACED_OFFSET.fullmatch(text):
+            text = spaced["wall"] + spaced["offset"].replace("UTC", "Z").replace("GMT", "Z")
         for style in _ISO_STYLES:
             if match := style.fullmatch(text):
                 return _from_iso(match, tz)
@@ -77,6 +89,23 @@ def parse(text: str, tz: ZoneInfo) -> datetime | None:
     except (ValueError, OverflowError):
         return None  # a number that the calendar or the clock doesn't have
     return None
+
+
+def parse_unix(text: str, unit: timedelta) -> datetime | None:
+    """The instant that a number of units since 1970 names, in UTC; None for everything else."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    try:
+        return _EPOCH + float(text) * unit
+    except OverflowError:
+        return None
+
+
+def is_bare_number(text: str) -> bool:
+    """Whether a text is a number and no date: moment reads 1767225, a time in seconds that was cut
+    short, as the 225th day of 1767. A number of eight digits is a date such as 20261201.
+    """
+    return bool(_NUMBER.fullmatch(text)) and not _BASIC_DATE.fullmatch(text)
 
 
 def format_iso(instant: datetime) -> str:

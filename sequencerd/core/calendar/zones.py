@@ -22,6 +22,7 @@ from sequencerd.core.model import DefinitionError, EvaluationError
 OUT_OF_RANGE = "the date is outside of the years 1 to 9999"
 
 _SECOND = timedelta(seconds=1)
+_DAY = timedelta(days=1)
 
 
 def zone(name: str) -> ZoneInfo:
@@ -78,6 +79,15 @@ def offset_change(start: datetime, end: datetime, tz: ZoneInfo) -> datetime:
         else:
             changed = middle
     return origin + timedelta(seconds=changed)
+
+
+def set_back(instant: datetime, tz: ZoneInfo) -> datetime | None:
+    """Return when clocks are set back within a day; no zone has done so by more than a day."""
+    tomorrow = instant + _DAY
+    now, then = instant.astimezone(tz).utcoffset(), tomorrow.astimezone(tz).utcoffset()
+    assert now is not None
+    assert then is not None
+    return offset_change(instant, tomorrow, tz) if then < now else None
 
 
 def _at_offset(wall: datetime, offset: timedelta) -> datetime:

@@ -55,6 +55,49 @@ def test_a_text_that_needs_guessing_is_no_date(text: str) -> None:
     assert dates.parse(text, BERLIN) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-12-01 10:00:00 UTC",
+        "2026-12-01 10:00:00 +0000",
+        "2026-12-01 12:00:00 +0200",
+        "2026-12-01 05:00:00.000 -05:00",
+        "2026-12-01 10:00:00 GMT",
+        "2026-12-01 10:00:00 +0000 UTC",
+    ],
+)
+def test_dates_as_ruby_and_go_write_them(text: str) -> None:
+    assert dates.parse(text, BERLIN) == at("2026-12-01T10:00:00Z")
+
+
+def test_an_abbreviation_that_several_zones_have_is_no_offset() -> None:
+    assert dates.parse("2026-12-01 10:00:00 CST", BERLIN) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "found"),
+    [
+        ("1764583200", timedelta(seconds=1), "2025-12-01T10:00:00Z"),
+        ("1764583200.5", timedelta(seconds=1), "2025-12-01T10:00:00.500Z"),
+        ("1764583200000", timedelta(milliseconds=1), "2025-12-01T10:00:00Z"),
+        ("-1", timedelta(seconds=1), "1969-12-31T23:59:59Z"),
+        ("1764583200000", timedelta(seconds=1), None),  # the year 57887
+        ("2026-12-01", timedelta(seconds=1), None),
+        ("1_000", timedelta(seconds=1), None),
+        ("", timedelta(seconds=1), None),
+    ],
+)
+def test_unix_times(text: str, unit: timedelta, found: str | None) -> None:
+    assert dates.parse_unix(text, unit) == (found and at(found))
+
+
+def test_a_bare_number_is_told_from_a_date_without_dashes() -> None:
+    for text in ("1767225", "1767225600", "1767225600000", "0", "-1", "2026", "1767225600.5"):
+        assert dates.is_bare_number(text)
+    for text in ("20261201", "2026-12", "", "20261201T10"):
+        assert not dates.is_bare_number(text)
+
+
 def test_an_amount_out_of_range_is_told() -> None:
     with pytest.raises(EvaluationError):
         dates.add(at("2024-01-01T00:00:00Z"), 1e6, "years", BERLIN)

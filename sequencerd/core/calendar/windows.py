@@ -1,0 +1,146 @@
+"""Windows: the times of a week at which something may begin, such as Monday to Friday from 9 to 17.
+
+A window is open while the clock on the wall shows a time in it. So nothing begins outside of it on
+the days on which clocks are set: a window that the clock skips does not open that day, and one that
+it shows twice opens twice. A window across midnight belongs to the day on which it opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from zoneinfo import ZoneInfo
+
+from sequencerd.core.calendar.zones import first_showing, set_back, to_wall
+from sequencerd.core.model import EvaluationError
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+
+_DAY = timedelta(days=1)
+_HORIZON = 4 * 366  # days in which it must open once
+_ADJACENT = 8  # openings without a break that are followed to find out when it closes
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Open on some days (Monday is 0) from `start` on, until `end`, or midnight if that is None.
+
+    Where `end` is not after `start`, it is a time of the next day. `holidays` names the calendar on
+    whose days it does not open. Those that wait for the same opening begin within `spread` of it.
+    """
+
+    days: frozenset[int] = frozenset(range(7))
+    start: time = time.min
+    end: time | None = None
+    holidays: str | None = None
+    spread: timedelta = timedelta(0)
+
+    def opens_on(self, day: date, holidays: Collection[date]) -> bool:
+        """Whether it opens on this day."""
+        return day.weekday() in self.days and day not in holidays
+
+    def shows(self, wall: datetime, holidays: Collection[date]) -> bool:
+        """Whether it is open when the clock shows this."""
+        day, clock = wall.date(), wall.time()
+        if self.end is None or self.start < self.end:
+            is_within = self.start <= clock and (self.end is None or clock < self.end)
+            return is_within and self.opens_on(day, holidays)
+        if clock >= self.start:
+            return self.opens_on(day, holidays)
+        return clock < self.end and day > date.min and self.opens_on(day - _DAY, holidays)
+
+
+def opening(
+    window: Window, since: datetime, tz: ZoneInfo, holidays: Collection[date] = ()
+) -> datetime:
+    """Return the first instant from `since` on at which the window is open.
+
+    Raise EvaluationError (unsatisfiable) if it does not open within four years.
+    """
+    try:
+        instant = since
+        while (instant - since).days <= _HORIZON:
+            wall = to_wall(instant, tz)
+            if window.shows(wall, holidays):
+                return instant
+            target = _next_start(window, wall, holidays)
+            if target is None:
+                break
+            # clocks that are set back may show an earlier time of the window before
+            again = set_back(instant, tz)
+            instant = first_showing(target, instant)
+            instant = instant if again is None else min(instant, again)
+    except OverflowError:
+        pass  # the calendar ends
+    raise EvaluationError("unsatisfiable", "the window will not open within four years")
+
+
+def closing(
+    window: Window, at: datetime, tz: ZoneInfo, holidays: Collection[date] = ()
+) -> datetime:
+    """Return when a window that is open `at` an instant closes.
+
+    Days that follow each other without a break are one opening; of more than some, it is the end of
+    one of them.
+    """
+    instant = at
+    for _ in range(_ADJACENT):
+        wall = to_wall(instant, tz)
+        if not window.shows(wall, holidays):
+            break
+        again = set_back(instant, tz)
+        instant = first_showing(_end(window, wall), instant)
+        instant = instant if again is None else min(instant, again)
+    return instant
+
+
+def begin(
+    window: Window,
+    now: datetime,
+    tz: ZoneInfo,
+    holidays: Collection[date] = (),
+    *,
+    since: datetime,
+    share: Callable[[], float] = lambda: 0.0,
+) -> datetime:
+    """Return when something that has waited `since` then may begin: now, or later.
+
+    `share` (0 to 1) says where in the spread. What has come in an open window begins at once; what
+    has waited for its opening begins at its share, even if it is looked at before.
+    """
+    opens = opening(window, now, tz, holidays)
+    if not window.spread:
+        return opens
+    if opens == now:
+        since = max(min(since, now), now - window.spread)
+        opens = opening(window, since, tz, holidays)
+        if opens == since:
+            closes = closing(window, since, tz, holidays)
+            if closes > now:
+                return now
+            opens = opening(window, closes, tz, holidays)
+    length = closing(window, opens, tz, holidays) - opens
+    return max(now, opens + min(window.spread, length) * share())
+
+
+def _next_start(window: Window, wall: datetime, holidays: Collection[date]) -> datetime | None:
+    """The next time on the wall at which it opens, after one at which it is closed."""
+    for days in range(_HORIZON):
+        day = wall.date() + _DAY * days
+        start = datetime.combine(day, window.start, tzinfo=wall.tzinfo)
+        if window.opens_on(day, holidays) and _naive(start) > _naive(wall):
+            return start
+    return None
+
+
+def _end(window: Window, wall: datetime) -> datetime:
+    """The time on the wall at which it closes next, after one at which it is open."""
+    end = window.end or time.min
+    days = 0 if wall.time() < end else 1
+    return datetime.combine(wall.date() + _DAY * days, end, tzinfo=wall.tzinfo)
+
+
+def _naive(wall: datetime) -> datetime:
+    """What the clock shows, whatever its offset."""
+    return wall.replace(tzinfo=UTC, fold=0)

@@ -1,0 +1,72 @@
+"""Anniversaries, by their rules and by properties."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sequencerd.core.calendar import dates
+from sequencerd.core.calendar.anniversaries import next_anniversary
+from sequencerd.core.model import EvaluationError
+from tests.core.calendar.test_dates import ZONES, at, instants
+
+BERLIN = dates.zone("Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    ("first", "after", "found"),
+    [
+        ("1990-05-04T22:00:00Z", "2026-01-01T00:00:00Z", "2026-05-04T22:00:00Z"),  # 5 May, 0:00
+        ("1990-05-04T22:00:00Z", "2026-05-04T22:00:00Z", "2027-05-04T22:00:00Z"),  # after it
+        ("1990-01-05T09:00:00Z", "2026-05-01T00:00:00Z", "2027-01-05T09:00:00Z"),
+        ("2024-02-28T23:00:00Z", "2026-01-01T00:00:00Z", "2026-02-27T23:00:00Z"),  # 29 February
+        ("2024-02-28T23:00:00Z", "2028-01-01T00:00:00Z", "2028-02-28T23:00:00Z"),
+        ("2030-05-04T22:00:00Z", "2026-01-01T00:00:00Z", "2030-05-04T22:00:00Z"),  # not before it
+        ("1990-03-29T01:30:00Z", "2026-01-01T00:00:00Z", "2026-03-29T01:30:00Z"),  # 3:30 is shown
+    ],
+)
+def test_the_next_one_comes_after(first: str, after: str, found: str) -> None:
+    assert next_anniversary(at(first), at(after), BERLIN) == at(found)
+
+
+def test_what_is_moved_counts() -> None:
+    def week_before(instant: datetime) -> datetime:
+        return dates.add(instant, -7, "days", BERLIN)
+
+    birthday = at("1990-01-04T23:00:00Z")
+    for after, found in (
+        ("2026-12-01T00:00:00Z", "2026-12-28T23:00:00Z"),
+        ("2026-12-28T23:00:00Z", "2027-12-28T23:00:00Z"),
+    ):
+        assert next_anniversary(birthday, at(after), BERLIN, week_before) == at(found)
+
+
+def test_the_end_of_the_calendar_is_bad_data() -> None:
+    with pytest.raises(EvaluationError, match="9999"):
+        next_anniversary(at("1990-05-05"), datetime(9999, 12, 30, tzinfo=UTC), BERLIN)
+
+
+@given(instants, instants, st.integers(-800, 800), st.sampled_from(ZONES))
+def test_it_is_after_and_the_first_and_on_its_day(
+    first: datetime, after: datetime, days: int, name: str
+) -> None:
+    tz = dates.zone(name)
+
+    def moved(instant: datetime) -> datetime:
+        return dates.add(instant, days, "days", tz)
+
+    found = next_anniversary(first, after, tz, moved)
+    assert found > after
+    wall = first.astimezone(tz)
+    whole = range(wall.year, 2045)
+    all_of_them = [
+        moved(dates.add(first, year - wall.year, "years", tz)).astimezone(tz).date()
+        for year in whole
+    ]
+    assert found.astimezone(tz).date() in all_of_them
+    earlier = [day for day in all_of_them if day < found.astimezone(tz).date()]
+    assert not earlier or earlier[-1] <= after.astimezone(tz).date()
+    assert next_anniversary(first, after + timedelta(days=40), tz, moved) >= found
