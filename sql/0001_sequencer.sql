@@ -51,6 +51,7 @@ CREATE SEQUENCE sequencer.revision_numbers AS integer;
 
 CREATE TABLE sequencer.sequences (
     name       text COLLATE "C" PRIMARY KEY CHECK (octet_length(name) BETWEEN 1 AND 200),
+    description text CHECK (octet_length(description) <= 10000),
     first_step text NOT NULL CHECK (octet_length(first_step) BETWEEN 1 AND 200),
     timezone   text NOT NULL DEFAULT 'UTC',
     status     text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'paused', 'archived')),
@@ -65,6 +66,7 @@ CREATE TABLE sequencer.sequences (
 );
 
 COMMENT ON TABLE  sequencer.sequences IS 'Named graphs of steps.';
+COMMENT ON COLUMN sequencer.sequences.description IS 'What the sequence is for; no effect.';
 COMMENT ON COLUMN sequencer.sequences.first_step IS 'Where an enrollment starts unless it names a step.';
 COMMENT ON COLUMN sequencer.sequences.timezone IS 'IANA name; the default for enrollments without a time zone of their own.';
 COMMENT ON COLUMN sequencer.sequences.status IS 'paused: nothing is executed, but time passes. archived: no new enrollments; existing ones continue.';
@@ -503,7 +505,7 @@ CREATE TRIGGER seed_split BEFORE INSERT OR UPDATE OF type, seed ON sequencer.ste
 CREATE FUNCTION sequencer.document(sequence text) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT jsonb_build_object(
-        'name', q.name, 'timezone', q.timezone, 'status', q.status, 'reentry', q.reentry,
+        'name', q.name, 'description', q.description, 'timezone', q.timezone, 'status', q.status, 'reentry', q.reentry,
         'lookup', q.lookup, 'recheck', extract(epoch FROM q.recheck),
         'steps', (
             SELECT coalesce(jsonb_agg(jsonb_build_object(

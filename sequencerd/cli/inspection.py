@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from sequencerd.cli.commands import check_names, connect, fetch, on_database
-from sequencerd.cli.output import cell, console, say, say_json, show, table, warn
+from sequencerd.cli.output import cell, console, say, say_json, say_lines, show, table, warn
 from sequencerd.core.describe import text, what_next
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
@@ -30,6 +30,10 @@ TAIL_OVERLAP = timedelta(seconds=10)
 async def status_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     rows = await fetch(url, "status", arguments.sequence)
     _check_found(rows, arguments.sequence)
+    if arguments.sequence and not arguments.json:
+        for (description,) in await fetch(url, "description", arguments.sequence):
+            if description:
+                say_lines(description)
     show(rows, arguments.json, empty="no sequences yet; create one with sequencerd apply FILE")
     if not arguments.json and (
         problems := await fetch(url, "reported_problems", arguments.sequence, PROBLEMS)

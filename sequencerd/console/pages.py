@@ -90,7 +90,7 @@ async def sequence(request: Request) -> Response:
     people = await views.people(state.pool, query, state.mask) if step else None
     revisions = await views.revisions(state.pool, query)
     known = counts.sequences if counts else []
-    status = next((row["status"] for row in known if row["name"] == name), None)
+    row = next((row for row in known if row["name"] == name), {})
     steps = views.steps(counts, query) if counts else None
     problem = None
     if steps and step:
@@ -104,7 +104,8 @@ async def sequence(request: Request) -> Response:
         counts=counts,
         since=_since(counts),
         name=name,
-        status=status or ("paused" if definition.paused else "active"),
+        description=row.get("description"),
+        status=row.get("status") or ("paused" if definition.paused else "active"),
         definition=definition,
         graph=json.dumps(_graph(definition, steps, step)),
         steps=steps,

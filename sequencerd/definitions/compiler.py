@@ -335,6 +335,7 @@ class Definition:
     lookup: str | None
     recheck: timedelta
     place: str = field(compare=False)
+    description: str | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
 
     def pending_renames(self, present: Collection[str]) -> dict[str, str]:

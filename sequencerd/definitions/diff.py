@@ -9,7 +9,7 @@ from typing import Any
 Document = Mapping[str, Any]
 """A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
 
-SETTINGS = ("timezone", "status", "reentry", "lookup", "recheck")
+SETTINGS = ("description", "timezone", "status", "reentry", "lookup", "recheck")
 LONGEST_SHOWN = 40  # characters of a value
 
 
@@ -53,7 +53,7 @@ class Changes:
     def lines(self) -> Iterator[str]:
         """One for each change, in words."""
         for key, change in self.settings.items():
-            yield f"{key}: {change}"
+            yield f"{key}: {change}" if str(change) else f"changed {key}"
         for old, new in self.renamed.items():
             yield f"renamed {old} → {new}"
         for name, type_ in self.added.items():

@@ -28,6 +28,7 @@ from sequencerd.definitions.yaml_reader import Document, DocumentError, read_doc
 from sequencerd.errors import FileError
 
 MAX_NAME = 200  # bytes
+MAX_DESCRIPTION = 10_000  # bytes
 MAX_HINTS = 50
 
 
@@ -36,13 +37,17 @@ def _zone(name: str) -> str:
     return name
 
 
-def _short_enough(name: str) -> str:
-    if len(name.encode()) > MAX_NAME:
-        raise ValueError(f"must have at most {MAX_NAME} bytes")
-    return name
+def _short_enough(most: int) -> AfterValidator:
+    def check(text: str) -> str:
+        if len(text.encode()) > most:
+            raise ValueError(f"must have at most {most:,} bytes")
+        return text
+
+    return AfterValidator(check)
 
 
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_short_enough)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), _short_enough(MAX_NAME)]
+Description = Annotated[str, Field(max_length=MAX_DESCRIPTION), _short_enough(MAX_DESCRIPTION)]
 Recheck = Annotated[
     timedelta,
     BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value),
@@ -75,6 +80,8 @@ class FileSequence(Config):
 
     name: Name
     """Unique in the database."""
+    description: Description | None = None
+    """What the sequence is for; shown to operators."""
     timezone: Annotated[str, AfterValidator(_zone)] = "UTC"
     """IANA name, such as Europe/Berlin; holds for subjects without one of their own."""
     status: Literal["active", "paused", "archived"] = "active"
@@ -266,6 +273,7 @@ def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) ->
         parsed.lookup,
         parsed.recheck,
         where,
+        parsed.description,
         {step.name: step.renamed_from for step in parsed.steps if step.renamed_from},
     )
 

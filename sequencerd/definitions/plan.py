@@ -196,6 +196,7 @@ async def _document(
     dealt_by = definition.seeds(seeds(before) if before else {})
     document = {
         "name": sequence.name,
+        "description": definition.description,
         "timezone": sequence.timezone,
         "status": status,
         "reentry": definition.reentry,
@@ -375,6 +376,7 @@ async def _write(connection: asyncpg.Connection, step: Step, definition: Definit
         step.after["reentry"],
         step.after["lookup"],
         definition.recheck,
+        step.after["description"],
     )
     for old, new in step.changes.renamed.items():
         await connection.execute(QUERIES["rename_step"], step.sequence, old, new)

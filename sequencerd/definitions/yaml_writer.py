@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from sequencerd.definitions.diff import Document
 
 DEFAULTS = {
+    "description": None,
     "timezone": "UTC",
     "status": "active",
     "reentry": "after_end",

@@ -39,6 +39,15 @@ def test_from_a_file_to_a_history(applied: Command) -> None:
     assert "starts at" in shown["next"]
 
 
+def test_a_status_begins_with_the_description(applied: Command, tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(file.read_text().replace("name: s\n", 'name: s\ndescription: "Two\\e[2J"\n', 1))
+    applied("apply", "s.yaml")
+    assert applied("status", "s").splitlines()[0] == r"Two\x1b[2J"
+    assert "Two" not in applied("status")
+    assert isinstance(json.loads(applied("status", "s", "--json")), list)
+
+
 def test_tables_are_not_cut_in_a_pipe(applied: Command) -> None:
     subject = "long-" * 100
     applied("enroll", "s", subject)

@@ -110,7 +110,8 @@ def test_an_export_that_turns_texts_is_escaped_and_the_same() -> None:
     config = {"text": "a\u202eb\x9b", "name": "Zoë"}
     step = {"name": "one", "type": "Crm", "config": config, "next": None, "altNext": None}
     document = {
-        "name": "s", "timezone": "UTC", "status": "active", "reentry": "after_end", "lookup": None,
+        "name": "s", "description": None, "timezone": "UTC", "status": "active",
+        "reentry": "after_end", "lookup": None,
         "recheck": 60, "steps": [step],
     }  # fmt: skip
     made = to_yaml(document)

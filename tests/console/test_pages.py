@@ -90,6 +90,7 @@ def check(page: httpx.Response) -> str:
 
 async def test_every_page_is_there(database: str, connection: asyncpg.Connection) -> None:
     await people(connection)
+    await connection.execute("UPDATE sequencer.sequences SET description = 'For <new> users'")
     async with console(database, {"Note": Mended()}) as client:
         await until(connection, FAILED)
         await until(connection, BEGUN)
@@ -104,6 +105,7 @@ async def test_every_page_is_there(database: str, connection: asyncpg.Connection
             assert page.headers["cache-control"] == "no-store"
         overview = check(await client.get("/"))
         assert "s active" in overview
+        assert "For <new> users" in check(await client.get("/sequence?sequence=s"))
         text = check(await client.get("/enrollments/1"))
         assert "Waits for 1 day; next check at" in text
         assert "then note" in text

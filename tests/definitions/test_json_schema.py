@@ -166,6 +166,7 @@ NONSENSE: list[Any] = [
 ]
 GOOD: dict[str, list[Any]] = {
     "name": ["zero", "ü" * 100],
+    "description": [None, "", "ü" * 5000],
     "timezone": ["europe/berlin", "UTC"],
     "status": ["paused", "archived"],
     "reentry": ["always", "never"],

@@ -73,6 +73,27 @@ async def test_apply_makes_it_so_and_does_nothing_twice(
     assert await connection.fetchval("SELECT count(*) FROM sequencer.revisions") == 1
 
 
+async def test_a_description_is_kept_and_its_change_wakes_nothing(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    await standing(connection, "pause", "ada", "1 days", "3 days")
+    described = GOOD.replace(
+        "name: s\n", "name: s\ndescription: |\n  Greets.\n  Says goodbye.\n", 1
+    )
+    assert await apply.lines(described) == ["s:", "changed description"]
+    await apply(described)
+    short = GOOD.replace("name: s\n", "name: s\ndescription: Greets.\n", 1)
+    await apply(short)
+    assert await apply.lines(GOOD) == ["s:", "description: Greets. → none"]
+    (text,) = await connection.fetchrow("SELECT sequencer.document('s')")
+    assert to_yaml(json.loads(text)).startswith("name: s\ndescription: Greets.\n")
+    marked = "SELECT count(*) FROM sequencer.steps WHERE retime_from IS NOT NULL"
+    assert await connection.fetchval(marked) == 0
+    with pytest.raises(FileError, match="description: must be 10,000 long or shorter"):
+        await apply(GOOD.replace("name: s\n", f"name: s\ndescription: {'x' * 10_001}\n", 1))
+
+
 async def test_a_plan_tells_each_change_and_apply_does_it(apply: Applying) -> None:
     await apply(GOOD)
     changed = """

@@ -5,6 +5,10 @@
 SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, retiming, problem
   FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
 
+-- name: description
+-- Read the description of a sequence.
+SELECT description FROM sequencer.sequences WHERE name = $1;
+
 -- name: known_sequences
 -- What a command can name.
 SELECT name FROM sequencer.sequences ORDER BY name;

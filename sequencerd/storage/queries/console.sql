@@ -7,7 +7,7 @@ SELECT DISTINCT sequence FROM sequencer.enrollments
 
 -- name: console_sequences
 -- Read all sequences for the console.
-SELECT name, status, timezone, first_step, revision FROM sequencer.sequences ORDER BY name;
+SELECT name, description, status, timezone, first_step, revision FROM sequencer.sequences ORDER BY name;
 
 -- name: console_steps
 -- Count the active enrollments of each step, those due within the hour, and those overdue. It reads only
