@@ -40,7 +40,12 @@
 -- Names and subjects are compared byte by byte (COLLATE "C"): this is faster than the rules of a
 -- language, and no update of the system's libraries can corrupt their indexes.
 
-CREATE SCHEMA IF NOT EXISTS sequencer;
+-- IF NOT EXISTS would ask for the right to create schemas, though an administrator has made this one.
+DO $$ BEGIN
+    IF to_regnamespace('sequencer') IS NULL THEN
+        CREATE SCHEMA sequencer;
+    END IF;
+END $$;
 
 
 -- definitions -----------------------------------------------------------------------------------
@@ -1120,77 +1125,108 @@ COMMENT ON VIEW sequencer.failures IS 'Failed enrollments, and why they failed; 
 
 -- roles -----------------------------------------------------------------------------------------
 
--- Roles belong to the whole cluster: they may exist already because of another database. A user without
--- CREATEROLE continues without them.
-DO $$
-DECLARE
-    role text;
-BEGIN
-    FOREACH role IN ARRAY ARRAY['sequencer_enroller', 'sequencer_editor', 'sequencer_daemon'] LOOP
-        BEGIN
-            EXECUTE format('CREATE ROLE %I NOLOGIN', role);
-        EXCEPTION
-            WHEN duplicate_object OR unique_violation THEN NULL;
-            WHEN insufficient_privilege THEN
-                RAISE WARNING 'role % was not made: % may not create roles', role, current_user;
-        END;
-    END LOOP;
-END $$;
-
 -- Trigger functions as well: on another table, they would write to these tables with the owner's rights.
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sequencer FROM PUBLIC;
 
-DO $$
-DECLARE
-    name text;
-BEGIN
-    IF to_regrole('sequencer_enroller') IS NOT NULL THEN
-        GRANT USAGE ON SCHEMA sequencer TO sequencer_enroller;
-        GRANT SELECT ON ALL TABLES IN SCHEMA sequencer TO sequencer_enroller;
-        -- on each column instead of the table, so that the trigger as_granted checks the row
-        EXECUTE format('GRANT INSERT (%s) ON sequencer.enrollments TO sequencer_enroller', (
-            SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute
-             WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped));
-        GRANT SELECT ON SEQUENCE sequencer.enrollments_id_seq TO sequencer_enroller;
-        GRANT UPDATE (data, timezone, status) ON sequencer.enrollments TO sequencer_enroller;
-        GRANT INSERT, DELETE ON sequencer.suppressions TO sequencer_enroller;
-        GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.enroll, sequencer.document
-           TO sequencer_enroller;
-    END IF;
-    IF to_regrole('sequencer_editor') IS NOT NULL AND to_regrole('sequencer_enroller') IS NOT NULL THEN
-        GRANT sequencer_enroller TO sequencer_editor;
-        GRANT INSERT, UPDATE, DELETE ON sequencer.sequences, sequencer.steps TO sequencer_editor;
-        GRANT UPDATE (sequence, step, wake_at) ON sequencer.enrollments TO sequencer_editor;
-    END IF;
-    IF to_regrole('sequencer_daemon') IS NOT NULL THEN
-        GRANT USAGE ON SCHEMA sequencer TO sequencer_daemon;
-        GRANT SELECT ON ALL TABLES IN SCHEMA sequencer TO sequencer_daemon;
-        -- the state of an enrollment, and not its identity
-        EXECUTE format('GRANT UPDATE (%s) ON sequencer.enrollments TO sequencer_daemon', (
-            SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute
-             WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped
-               AND attname NOT IN ('id', 'subject', 'timezone', 'reentry', 'created_at', 'tag', 'entry')));
-        -- on each column instead of the table, so that the trigger of_today checks the row
-        GRANT INSERT (enrollment_id, at, sequence, step, visit, action, message, revision)
-           ON sequencer.events TO sequencer_daemon;
-        GRANT INSERT, UPDATE, DELETE ON sequencer.daemons, sequencer.problems TO sequencer_daemon;
-        GRANT INSERT, DELETE ON sequencer.console_logouts TO sequencer_daemon;
-        GRANT UPDATE (problem, retime_from, retime_again) ON sequencer.steps TO sequencer_daemon;
-        GRANT EXECUTE ON FUNCTION sequencer.reevaluate, sequencer.document,
-              sequencer.add_event_partitions, sequencer.drop_event_partition, sequencer.delete_ended TO sequencer_daemon;
-    END IF;
+-- Roles belong to the whole cluster, and privileges do not survive every way of copying a database: what
+-- is missing is compared with what should be, and granted again by every `sequencerd migrate`. An
+-- administrator can do the same in psql: SELECT statement FROM sequencer.missing_grants \gexec
+CREATE VIEW sequencer.missing_grants AS
+WITH roles (role) AS (
+    VALUES ('sequencer_enroller'), ('sequencer_editor'), ('sequencer_daemon')
+), relations AS (
+    SELECT oid, relname::text AS name, relkind FROM pg_class
+     WHERE relnamespace = 'sequencer'::regnamespace AND relkind IN ('r', 'p', 'v')
+       AND (NOT relispartition OR relname = 'events_other') -- which doctor reads
+), functions AS (
+    SELECT oid, proname::text AS name, oid::regprocedure::text AS signature FROM pg_proc
+     WHERE pronamespace = 'sequencer'::regnamespace
+), columns AS (
+    SELECT attname::text AS name FROM pg_attribute
+     WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped
+), on_relations (role, privilege, relation) AS (
+    SELECT role, 'SELECT', name FROM relations, roles WHERE role <> 'sequencer_editor'
+    UNION ALL VALUES
+    ('sequencer_enroller', 'INSERT', 'suppressions'),
+    ('sequencer_enroller', 'DELETE', 'suppressions'),
+    ('sequencer_editor', 'INSERT', 'sequences'),
+    ('sequencer_editor', 'UPDATE', 'sequences'),
+    ('sequencer_editor', 'DELETE', 'sequences'),
+    ('sequencer_editor', 'INSERT', 'steps'),
+    ('sequencer_editor', 'UPDATE', 'steps'),
+    ('sequencer_editor', 'DELETE', 'steps'),
+    ('sequencer_daemon', 'INSERT', 'daemons'),
+    ('sequencer_daemon', 'UPDATE', 'daemons'),
+    ('sequencer_daemon', 'DELETE', 'daemons'),
+    ('sequencer_daemon', 'INSERT', 'problems'),
+    ('sequencer_daemon', 'UPDATE', 'problems'),
+    ('sequencer_daemon', 'DELETE', 'problems'),
+    ('sequencer_daemon', 'INSERT', 'console_logouts'),
+    ('sequencer_daemon', 'DELETE', 'console_logouts')
+), on_columns (role, privilege, relation, name) AS (
+    -- INSERT on each column instead of the table, so that the triggers as_granted and of_today check rows
+    SELECT 'sequencer_enroller', 'INSERT', 'enrollments', name FROM columns
+    UNION ALL
+    SELECT 'sequencer_enroller', 'UPDATE', 'enrollments', unnest(ARRAY['data', 'timezone', 'status'])
+    UNION ALL
+    SELECT 'sequencer_editor', 'UPDATE', 'enrollments', unnest(ARRAY['sequence', 'step', 'wake_at'])
+    UNION ALL -- the state of an enrollment, and not its identity
+    SELECT 'sequencer_daemon', 'UPDATE', 'enrollments', name FROM columns
+     WHERE name NOT IN ('id', 'subject', 'timezone', 'reentry', 'created_at', 'tag', 'entry')
+    UNION ALL
+    SELECT 'sequencer_daemon', 'INSERT', 'events', attname::text FROM pg_attribute
+     WHERE attrelid = 'sequencer.events'::regclass AND attnum > 0 AND NOT attisdropped
+    UNION ALL
+    SELECT 'sequencer_daemon', 'UPDATE', 'steps', unnest(ARRAY['problem', 'retime_from', 'retime_again'])
+), on_functions (role, name) AS (
+    VALUES
+    ('sequencer_enroller', 'reevaluate'),
+    ('sequencer_enroller', 'enroll'),
+    ('sequencer_enroller', 'document'),
+    ('sequencer_daemon', 'reevaluate'),
+    ('sequencer_daemon', 'document'),
+    ('sequencer_daemon', 'add_event_partitions'),
+    ('sequencer_daemon', 'drop_event_partition'),
+    ('sequencer_daemon', 'delete_ended')
+), statements (phase, role, statement) AS (
+    SELECT 1, role, format('CREATE ROLE %I NOLOGIN', role) FROM roles WHERE to_regrole(role) IS NULL
+    UNION ALL
+    SELECT 2, 'sequencer_editor', 'GRANT sequencer_enroller TO sequencer_editor'
+     WHERE pg_has_role(to_regrole('sequencer_editor'), to_regrole('sequencer_enroller'), 'USAGE') IS NOT TRUE
+    UNION ALL
+    SELECT 3, role, format('GRANT USAGE ON SCHEMA sequencer TO %I', role)
+      FROM roles WHERE role <> 'sequencer_editor'
+       AND has_schema_privilege(to_regrole(role), 'sequencer'::regnamespace, 'USAGE') IS NOT TRUE
+    UNION ALL
+    SELECT 4, role, format('GRANT %s ON sequencer.%I TO %I', privilege, relation, role)
+      FROM on_relations JOIN relations AS r ON r.name = relation
+     WHERE has_table_privilege(to_regrole(role), r.oid, privilege) IS NOT TRUE
+    UNION ALL
+    SELECT 5, role, format('GRANT %s (%s) ON sequencer.%I TO %I', privilege,
+                           string_agg(quote_ident(c.name), ', ' ORDER BY c.name), relation, role)
+      FROM on_columns AS c JOIN relations AS r ON r.name = relation
+     WHERE has_column_privilege(to_regrole(role), r.oid, c.name, privilege) IS NOT TRUE
+     GROUP BY role, privilege, relation
+    UNION ALL -- for the trigger as_granted
+    SELECT 6, 'sequencer_enroller', 'GRANT SELECT ON SEQUENCE sequencer.enrollments_id_seq TO sequencer_enroller'
+     WHERE has_sequence_privilege(to_regrole('sequencer_enroller'), 'sequencer.enrollments_id_seq',
+                                  'SELECT') IS NOT TRUE
+    UNION ALL
+    SELECT 7, role, format('GRANT EXECUTE ON FUNCTION %s TO %I', signature, role)
+      FROM on_functions JOIN functions AS f USING (name)
+     WHERE has_function_privilege(to_regrole(role), f.oid, 'EXECUTE') IS NOT TRUE
+        OR has_function_privilege('public', f.oid, 'EXECUTE') -- until the next statements
+    UNION ALL
+    SELECT 8, 'public', format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', signature)
+      FROM functions WHERE has_function_privilege('public', oid, 'EXECUTE')
     -- If row-level security is enabled on a table, the daemon continues to see all of its rows. Until
     -- then the policy has no effect, and it applies to no other role.
-    IF to_regrole('sequencer_daemon') IS NOT NULL THEN
-        FOR name IN SELECT relname FROM pg_class
-            WHERE relnamespace = 'sequencer'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
-        LOOP
-            EXECUTE format('CREATE POLICY sequencer_daemon ON sequencer.%I TO sequencer_daemon'
-                           ' USING (true) WITH CHECK (true)', name);
-        END LOOP;
-    END IF;
-EXCEPTION
-    -- the roles were created by another user, in another database of the cluster: an administrator grants
-    WHEN insufficient_privilege THEN
-        RAISE WARNING 'rights were not granted to the roles of sequencerd: %', SQLERRM;
-END $$;
+    UNION ALL
+    SELECT 9, 'sequencer_daemon', format('CREATE POLICY sequencer_daemon ON sequencer.%I TO sequencer_daemon'
+                                         ' USING (true) WITH CHECK (true)', name)
+      FROM relations AS r WHERE relkind <> 'v' AND NOT EXISTS (
+           SELECT FROM pg_policy WHERE polrelid = r.oid AND polname = 'sequencer_daemon')
+)
+SELECT role, statement || ';' AS statement FROM statements ORDER BY phase, role, statement;
+
+COMMENT ON VIEW sequencer.missing_grants IS 'What the roles of sequencerd lack, and the statements that grant it. Empty when all is granted.';

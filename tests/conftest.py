@@ -82,6 +82,7 @@ def template(server: str) -> Iterator[str]:
         await execute(server, f"CREATE DATABASE {name}")
         connection = await asyncpg.connect(with_database(server, name))
         await migrate.migrate(connection)
+        await migrate.grant(connection)
         await connection.close()
 
     asyncio.run(make())

@@ -109,6 +109,13 @@ def _add_service(commands: Commands) -> None:
         "run", "service.run_command", "run the daemon until SIGTERM", "--config sequencerd.toml run"
     )
     commands.add("migrate", "service.migrate_command", "create or update the schema", "migrate")
+    grants = commands.add(
+        "grants",
+        "service.grants_command",
+        "print the SQL that grants the roles what they lack",
+        "grants | sudo -u postgres psql app",
+    )
+    grants.add_argument("--apply", action="store_true", help="run it instead of printing it")
     commands.add(
         "console-password",
         "service.console_password_command",

@@ -82,11 +82,13 @@ def _database(settings: Settings) -> Iterator[str]:
         yield server.url
 
 
-async def apply_migrations(url: str) -> list[migrate.Migration]:
-    """Makes or updates the schema. Returns what was applied."""
+async def apply_migrations(url: str) -> tuple[list[migrate.Migration], list[migrate.Ungranted]]:
+    """Create or update the schema and grant its roles what they lack. Return what was applied, and
+    what could not be granted.
+    """
     connection = await store.connect(url)
     try:
-        return await migrate.migrate(connection)
+        return await migrate.migrate(connection), await migrate.grant(connection)
     finally:
         await connection.close()
 

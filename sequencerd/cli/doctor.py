@@ -31,7 +31,6 @@ from sequencerd.storage.store import QUERIES
 
 Level = Literal["ok", "warning", "error"]
 
-ROLES = ("sequencer_enroller", "sequencer_editor", "sequencer_daemon")
 ROUND_TRIP = 5.0  # seconds for a notification
 PATIENCE = 10.0  # seconds for an endpoint
 LARGEST_OFFSET = timedelta(seconds=1)
@@ -169,18 +168,20 @@ async def _triggers(connection: asyncpg.Connection) -> Finding:
 
 
 async def _roles(connection: asyncpg.Connection) -> Finding:
-    if missing := await connection.fetch(QUERIES["missing_roles"], list(ROLES)):
-        named = _some(row["name"] for row in missing)
-        advice = "ask an administrator to create and grant them as in sql/0001_sequencer.sql"
-        return Finding("roles", f"{named}: no such role", "warning", advice)
-    if lacking := await connection.fetch(QUERIES["missing_grants"]):
-        named = _some(row["missing"] for row in lacking)
-        advice = "if a daemon runs as this user, GRANT sequencer_daemon TO it"
-        return Finding("roles", f"this user lacks {named}", "warning", advice)
     if hidden := await store.hidden_tables(connection):
         advice = "GRANT sequencer_daemon TO the user, or give it a policy USING (true)"
         seen = f"row-level security may hide rows: {_some(map(str, hidden))}"
         return Finding("roles", seen, "error", advice)
+    if missing := await connection.fetch(QUERIES["missing_grants"]):
+        named = _some((row["statement"] for row in missing), between=" ")
+        advice = "run `sequencerd grants --apply` as an administrator"
+        return Finding(
+            "roles", f"{len(missing):,} statements are missing: {named}", "warning", advice
+        )
+    if lacking := await connection.fetch(QUERIES["lacking_privileges"]):
+        named = _some(row["missing"] for row in lacking)
+        advice = "if a daemon runs as this user, GRANT sequencer_daemon TO it"
+        return Finding("roles", f"this user lacks {named}", "warning", advice)
     if await connection.fetchval(QUERIES["is_superuser"]):
         advice = "run the daemon as a user with the privileges of sequencer_daemon only"
         return Finding("roles", "this user is a superuser", "warning", advice)

@@ -8,13 +8,16 @@ import sys
 
 from sequencerd import daemon, passwords
 from sequencerd.cli import install_service
-from sequencerd.cli.commands import apply_migrations, on_database, read_settings
+from sequencerd.cli.commands import apply_migrations, connect, on_database, read_settings
 from sequencerd.cli.output import say, say_lines, warn
 from sequencerd.errors import UsageError
 from sequencerd.service.logs import make_log
 from sequencerd.settings import Settings
+from sequencerd.storage import migrate
+from sequencerd.storage.store import QUERIES
 
 SHORTEST_PASSWORD = 8  # characters
+SHOWN = 5  # statements that had no effect
 
 
 def install_service_command(arguments: argparse.Namespace, _: Settings) -> int:
@@ -53,9 +56,41 @@ async def run_command(arguments: argparse.Namespace, settings: Settings, url: st
 
 @on_database
 async def migrate_command(_: argparse.Namespace, __: Settings, url: str) -> int:
-    applied = await apply_migrations(url)
+    applied, ungranted = await apply_migrations(url)
     for migration in applied:
         say(f"applied {migration.name}")
     if not applied:
         say("nothing to apply")
+    if ungranted:
+        _warn_of(ungranted)
+        warn("until an administrator has run what `sequencerd grants` prints, the roles lack it")
     return 0
+
+
+@on_database
+async def grants_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+    connection = await connect(url)
+    try:
+        if arguments.apply:
+            ungranted = await migrate.grant(connection)
+            if ungranted:
+                _warn_of(ungranted)
+                return 1
+            say("the roles have all privileges")
+            return 0
+        missing = await connection.fetch(QUERIES["missing_grants"])
+    finally:
+        await connection.close()
+    for (statement,) in missing:
+        say(statement)
+    if not missing:
+        warn("nothing is missing: the roles have all privileges")
+    return 0
+
+
+def _warn_of(ungranted: list[migrate.Ungranted]) -> None:
+    warn(f"sequencerd: warning: {len(ungranted):,} statements had no effect:")
+    for statement, reason in ungranted[:SHOWN]:
+        warn(f"  {statement} -- {reason}")
+    if len(ungranted) > SHOWN:
+        warn(f"  ... and {len(ungranted) - SHOWN:,} more")

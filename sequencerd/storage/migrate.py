@@ -9,6 +9,7 @@ from hashlib import sha256
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import NamedTuple
 
 import asyncpg
 
@@ -32,6 +33,13 @@ class Migration:
     def checksum(self) -> str:
         """Of the file's text, whatever its line ends."""
         return sha256(self.sql.replace("\r\n", "\n").encode()).hexdigest()
+
+
+class Ungranted(NamedTuple):
+    """A statement that has had no effect, and why."""
+
+    statement: str
+    reason: str
 
 
 def available() -> list[Migration]:
@@ -69,6 +77,22 @@ async def migrate(
                 QUERIES["record_migration"], migration.version, migration.name, migration.checksum
             )
     return missing
+
+
+async def grant(connection: asyncpg.Connection) -> list[Ungranted]:
+    """Grant the roles what they lack, each statement on its own. Return what is still missing."""
+    errors = {}
+    async with connection.transaction():
+        await connection.execute(QUERIES["lock_migrations"])
+        for (statement,) in await connection.fetch(QUERIES["missing_grants"]):
+            try:
+                async with connection.transaction():
+                    await connection.execute(statement)
+            except asyncpg.PostgresError as error:
+                errors[statement] = str(error)
+        missing = await connection.fetch(QUERIES["missing_grants"])
+    # a GRANT by a user that may not make it can be a warning, without an error
+    return [Ungranted(row[0], errors.get(row[0], "no right to grant it")) for row in missing]
 
 
 async def check(connection: asyncpg.Connection) -> None:

@@ -20,11 +20,7 @@ SELECT c.relname::text AS "table", t.tgname::text AS name, t.tgenabled IN ('O', 
   FROM pg_trigger AS t JOIN pg_class AS c ON c.oid = t.tgrelid
  WHERE c.relnamespace = 'sequencer'::regnamespace AND NOT t.tgisinternal AND t.tgparentid = 0;
 
--- name: missing_roles
--- Find which of the roles do not exist.
-SELECT name FROM unnest($1::text[]) AS name WHERE to_regrole(name) IS NULL;
-
--- name: missing_grants
+-- name: lacking_privileges
 -- Find the privileges that the role of daemons has and the present user lacks.
 WITH granted (object, privilege, has) AS MATERIALIZED (
     SELECT c.oid::regclass::text, a.privilege_type,

@@ -5,14 +5,21 @@
 SELECT pg_advisory_xact_lock({migrations_lock});
 
 -- name: create_migrations
--- Create the schema and the table of applied migrations.
-CREATE SCHEMA IF NOT EXISTS sequencer;
-CREATE TABLE IF NOT EXISTS sequencer.migrations (
-    version    integer PRIMARY KEY,
-    name       text NOT NULL,
-    checksum   text NOT NULL,
-    applied_at timestamptz NOT NULL DEFAULT now()
-);
+-- Create the schema and the table of applied migrations. IF NOT EXISTS would ask for the right to create
+-- them even if an administrator has done so.
+DO $$ BEGIN
+    IF to_regnamespace('sequencer') IS NULL THEN
+        CREATE SCHEMA sequencer;
+    END IF;
+    IF to_regclass('sequencer.migrations') IS NULL THEN
+        CREATE TABLE sequencer.migrations (
+            version    integer PRIMARY KEY,
+            name       text NOT NULL,
+            checksum   text NOT NULL,
+            applied_at timestamptz NOT NULL DEFAULT now()
+        );
+    END IF;
+END $$;
 
 -- name: has_migrations
 -- Check whether the table of applied migrations exists.
@@ -25,6 +32,10 @@ SELECT version, name, checksum FROM sequencer.migrations ORDER BY version;
 -- name: record_migration
 -- Record an applied migration.
 INSERT INTO sequencer.migrations (version, name, checksum) VALUES ($1, $2, $3);
+
+-- name: missing_grants
+-- Read the statements that grant what the roles lack.
+SELECT statement FROM sequencer.missing_grants;
 
 -- name: server_version
 -- Read the server's version as a number.
