@@ -91,8 +91,8 @@ CREATE TABLE sequencer.steps (
     next_step     text,
     alt_next_step text,
     problem       text,
-    retime_from   bigint,
-    retime_again  boolean NOT NULL DEFAULT false,
+    reschedule_from bigint,
+    reschedule_again boolean NOT NULL DEFAULT false,
     seed          text CHECK (octet_length(seed) BETWEEN 1 AND 1000),
     PRIMARY KEY (sequence, name),
     FOREIGN KEY (sequence, next_step) REFERENCES sequencer.steps
@@ -107,8 +107,8 @@ COMMENT ON COLUMN sequencer.steps.next_step IS 'Where the action next leads; NUL
 COMMENT ON COLUMN sequencer.steps.alt_next_step IS 'Where the action altNext leads; NULL completes the enrollment.';
 COMMENT ON COLUMN sequencer.steps.seed IS 'Of a Split: the seed by which subjects are assigned to branches. Made of the original names, so that a rename reassigns no subject.';
 COMMENT ON COLUMN sequencer.steps.problem IS 'Why this step cannot be executed; written by the daemon.';
-COMMENT ON COLUMN sequencer.steps.retime_from IS 'Set when the step has changed, or by a request by NOTIFY: waiting enrollments with this id or a greater one have yet to be evaluated.';
-COMMENT ON COLUMN sequencer.steps.retime_again IS 'Whether another request arrived meanwhile: all are then evaluated once more.';
+COMMENT ON COLUMN sequencer.steps.reschedule_from IS 'Set when the step has changed, or by a request by NOTIFY: waiting enrollments with this id or a greater one have yet to be evaluated.';
+COMMENT ON COLUMN sequencer.steps.reschedule_again IS 'Whether another request arrived meanwhile: all are then evaluated once more.';
 
 CREATE TABLE sequencer.revisions (
     sequence text COLLATE "C" NOT NULL, -- no foreign key: revisions outlive a deleted sequence
@@ -212,7 +212,7 @@ CREATE INDEX events_of_enrollment ON sequencer.events (enrollment_id, at);
 CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
-COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired; goal; jump; retry, lapsed, late; warning; completed, failed, cancelled, resumed, moved, reevaluated.';
+COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired; goal; jump; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, reevaluated.';
 COMMENT ON COLUMN sequencer.events.revision IS 'The revision of the definition in effect; for the result of a side effect, the one it was started under.';
 
 -- A daemon records present events only: it cannot rewrite history.
@@ -474,7 +474,7 @@ BEGIN
     END IF;
     IF goals IS NOT NULL THEN
         -- a goal affects all enrollments in the sequence
-        UPDATE sequencer.steps SET retime_from = 0 WHERE sequence = ANY (goals);
+        UPDATE sequencer.steps SET reschedule_from = 0 WHERE sequence = ANY (goals);
     END IF;
     RETURN NULL;
 END $$;
@@ -557,39 +557,39 @@ END $$;
 CREATE CONSTRAINT TRIGGER record_revision AFTER INSERT OR UPDATE ON sequencer.sequences
     DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION sequencer.record_revision();
 
-CREATE FUNCTION sequencer.mark_retime() RETURNS trigger
+CREATE FUNCTION sequencer.mark_reschedule() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF TG_TABLE_NAME = 'steps' THEN
-        NEW.retime_from := 0;
+        NEW.reschedule_from := 0;
         RETURN NEW;
     END IF;
-    UPDATE sequencer.steps SET retime_from = 0 WHERE sequence = NEW.name;
+    UPDATE sequencer.steps SET reschedule_from = 0 WHERE sequence = NEW.name;
     RETURN NULL;
 END $$;
 
-CREATE TRIGGER mark_retime BEFORE UPDATE OF type, config ON sequencer.steps
+CREATE TRIGGER mark_reschedule BEFORE UPDATE OF type, config ON sequencer.steps
     FOR EACH ROW WHEN ((OLD.type, OLD.config) IS DISTINCT FROM (NEW.type, NEW.config))
-    EXECUTE FUNCTION sequencer.mark_retime();
-CREATE TRIGGER mark_retime AFTER UPDATE OF timezone, lookup, recheck ON sequencer.sequences
+    EXECUTE FUNCTION sequencer.mark_reschedule();
+CREATE TRIGGER mark_reschedule AFTER UPDATE OF timezone, lookup, recheck ON sequencer.sequences
     FOR EACH ROW WHEN ((OLD.timezone, OLD.lookup, OLD.recheck)
         IS DISTINCT FROM (NEW.timezone, NEW.lookup, NEW.recheck))
-    EXECUTE FUNCTION sequencer.mark_retime();
+    EXECUTE FUNCTION sequencer.mark_reschedule();
 
 -- Replaces a foreign key on enrollments, whose check would lock the step's row on every move.
 CREATE FUNCTION sequencer.guard_step() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    standing bigint;
+    present bigint;
 BEGIN
-    SELECT count(*) INTO standing FROM (
+    SELECT count(*) INTO present FROM (
         SELECT FROM sequencer.enrollments
          WHERE sequence = OLD.sequence AND step = OLD.name AND status = 'active' LIMIT 1000) AS e;
-    IF standing > 0 THEN
+    IF present > 0 THEN
         RAISE foreign_key_violation USING
             MESSAGE = format('step %L of sequence %L cannot be deleted: %s active enrollments are there',
                              OLD.name, OLD.sequence,
-                             CASE WHEN standing < 1000 THEN standing::text ELSE '1000 or more' END),
+                             CASE WHEN present < 1000 THEN present::text ELSE '1000 or more' END),
             SCHEMA = 'sequencer', TABLE = 'steps', COLUMN = 'name',
             HINT = 'Move or cancel them first: UPDATE sequencer.enrollments SET step = ... WHERE ...';
     END IF;
@@ -724,7 +724,7 @@ BEGIN
         RAISE insufficient_privilege USING
             MESSAGE = pg_catalog.format('permission denied: id %s has not been given out', NEW.id),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'id',
-            HINT = 'Leave out id, or write DEFAULT or NULL; RETURNING id tells which one it got.';
+            HINT = 'Leave out id, or write DEFAULT or NULL; RETURNING id returns the one assigned.';
     END IF;
     RETURN NEW;
 END $$;
@@ -773,7 +773,7 @@ BEGIN
             HINT = 'SELECT name FROM sequencer.steps WHERE sequence = ... lists those that do.';
     ELSIF policy.status = 'archived' AND NEW.status = 'active' THEN
         RAISE check_violation USING
-            MESSAGE = format('sequence %L is archived: nobody can be enrolled', NEW.sequence),
+            MESSAGE = format('sequence %L is archived: it accepts no new enrollments', NEW.sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
             HINT = 'UPDATE sequencer.sequences SET status = ''active'' WHERE name = ... opens it again.';
     END IF;
@@ -808,7 +808,7 @@ BEGIN
     IF FOUND THEN
         RAISE foreign_key_violation USING
             MESSAGE = format(
-                'nobody can be enrolled in sequence %L at step %L with reentry %L: there is no such '
+                'no enrollment can enter sequence %L at step %L with reentry %L: there is no such '
                 'step, the sequence is archived, or its reentry policy is another',
                 wrong.sequence, wrong.step, wrong.reentry),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
@@ -876,14 +876,14 @@ CREATE TRIGGER wake_on_change BEFORE UPDATE OF data, timezone ON sequencer.enrol
         AND (OLD.data, OLD.timezone) IS DISTINCT FROM (NEW.data, NEW.timezone))
     EXECUTE FUNCTION sequencer.wake_on_change();
 
-CREATE FUNCTION sequencer.by_whom() RETURNS text
+CREATE FUNCTION sequencer.changed_by() RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT 'by ' || session_user || coalesce(': ' || nullif(
         regexp_replace(left(current_setting('sequencer.reason', true), 500), '[[:cntrl:]]', ' ', 'g'),
         ''), '')
 $$;
 
-COMMENT ON FUNCTION sequencer.by_whom IS 'Return the user and the reason that they set: the message of events for manual changes.';
+COMMENT ON FUNCTION sequencer.changed_by IS 'Return the user and the reason that they set: the message of events for manual changes.';
 
 -- Complete a manual change of status, and record it. The daemon's own writes are complete already.
 CREATE FUNCTION sequencer.normalise_status() RETURNS trigger
@@ -908,7 +908,7 @@ BEGIN
     END IF;
     INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
     VALUES (NEW.id, clock_timestamp(), NEW.sequence, NEW.step, NEW.visit,
-            CASE NEW.status WHEN 'active' THEN 'resumed' ELSE NEW.status END, sequencer.by_whom());
+            CASE NEW.status WHEN 'active' THEN 'resumed' ELSE NEW.status END, sequencer.changed_by());
     RETURN NEW;
 END $$;
 
@@ -953,7 +953,7 @@ BEGIN
     END IF;
     INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
     VALUES (NEW.id, clock_timestamp(), OLD.sequence, OLD.step, OLD.visit, 'moved',
-            format('to %s %s', NEW.step, sequencer.by_whom()));
+            format('to %s %s', NEW.step, sequencer.changed_by()));
     RETURN NEW;
 END $$;
 
@@ -962,7 +962,7 @@ CREATE TRIGGER normalise_move BEFORE UPDATE OF sequence, step ON sequencer.enrol
         AND OLD.visit = NEW.visit)
     EXECUTE FUNCTION sequencer.normalise_move();
 
-CREATE FUNCTION sequencer.take_reentry() RETURNS trigger
+CREATE FUNCTION sequencer.set_reentry() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     SELECT s.reentry INTO NEW.reentry FROM sequencer.sequences AS s WHERE s.name = NEW.sequence;
@@ -970,8 +970,8 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER take_reentry BEFORE UPDATE OF sequence ON sequencer.enrollments
-    FOR EACH ROW WHEN (OLD.sequence <> NEW.sequence) EXECUTE FUNCTION sequencer.take_reentry();
+CREATE TRIGGER set_reentry BEFORE UPDATE OF sequence ON sequencer.enrollments
+    FOR EACH ROW WHEN (OLD.sequence <> NEW.sequence) EXECUTE FUNCTION sequencer.set_reentry();
 
 
 -- notifications ---------------------------------------------------------------------------------
@@ -979,7 +979,7 @@ CREATE TRIGGER take_reentry BEFORE UPDATE OF sequence ON sequencer.enrollments
 CREATE FUNCTION sequencer.notify_due() RETURNS trigger
 LANGUAGE plpgsql AS $$ -- no SET search_path, as above
 DECLARE
-    place record;
+    due record;
     nothing pg_catalog.text;
 BEGIN
     IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN -- the next statement reads the definitions again
@@ -993,13 +993,13 @@ BEGIN
        OR pg_catalog.pg_try_advisory_xact_lock_shared(7364528, 4) THEN
         RETURN NULL;
     END IF;
-    FOR place IN SELECT DISTINCT sequence, step FROM changed
+    FOR due IN SELECT DISTINCT sequence, step FROM changed
         WHERE status OPERATOR(pg_catalog.=) 'active' AND leased_by IS NULL
           AND wake_at OPERATOR(pg_catalog.<)
               (pg_catalog.now() OPERATOR(pg_catalog.+) interval '1 minute')
     LOOP
         PERFORM pg_catalog.pg_notify('sequencer', pg_catalog.json_build_object(
-            'due', pg_catalog.json_build_array(place.sequence, place.step))::pg_catalog.text);
+            'due', pg_catalog.json_build_array(due.sequence, due.step))::pg_catalog.text);
     END LOOP;
     RETURN NULL;
 END $$;
@@ -1049,7 +1049,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     count bigint;
 BEGIN
-    WITH looked AS (
+    WITH woken AS (
         UPDATE sequencer.enrollments AS e SET wake_at = least(e.wake_at, now())
          WHERE e.status = 'active' AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
            AND (reevaluate.subject IS NULL OR e.subject = reevaluate.subject)
@@ -1059,11 +1059,11 @@ BEGIN
         RETURNING e.id, e.sequence, e.step, e.visit
     ), recorded AS (
         INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
-        SELECT l.id, clock_timestamp(), l.sequence, l.step, l.visit, 'reevaluated',
-               sequencer.by_whom()
-          FROM looked AS l WHERE current_setting('sequencer.reason', true) <> ''
+        SELECT w.id, clock_timestamp(), w.sequence, w.step, w.visit, 'reevaluated',
+               sequencer.changed_by()
+          FROM woken AS w WHERE current_setting('sequencer.reason', true) <> ''
     )
-    SELECT count(*) INTO count FROM looked;
+    SELECT count(*) INTO count FROM woken;
     RETURN count;
 END $$;
 
@@ -1079,10 +1079,10 @@ SELECT s.sequence, s.name AS step, s.type, q.status,
        coalesce(a.overdue, 0) AS overdue,
        a.next_wake_at,
        coalesce(f.failed, 0) AS failed,
-       CASE WHEN s.retime_from IS NOT NULL THEN (
+       CASE WHEN s.reschedule_from IS NOT NULL THEN (
            SELECT count(*) FROM sequencer.enrollments AS e
             WHERE e.sequence = s.sequence AND e.step = s.name AND e.status = 'active'
-              AND e.id >= s.retime_from) END AS retiming,
+              AND e.id >= s.reschedule_from) END AS rescheduling,
        s.problem
   FROM sequencer.steps AS s
   JOIN sequencer.sequences AS q ON q.name = s.sequence
@@ -1177,7 +1177,7 @@ WITH roles (role) AS (
     SELECT 'sequencer_daemon', 'INSERT', 'events', attname::text FROM pg_attribute
      WHERE attrelid = 'sequencer.events'::regclass AND attnum > 0 AND NOT attisdropped
     UNION ALL
-    SELECT 'sequencer_daemon', 'UPDATE', 'steps', unnest(ARRAY['problem', 'retime_from', 'retime_again'])
+    SELECT 'sequencer_daemon', 'UPDATE', 'steps', unnest(ARRAY['problem', 'reschedule_from', 'reschedule_again'])
 ), on_functions (role, name) AS (
     VALUES
     ('sequencer_enroller', 'reevaluate'),

@@ -168,7 +168,7 @@ async def test_a_kill_in_the_middle_loses_nothing(
     # one mail for each visit; a second only where an event says that a lease ran out
     assert len(box.received) == 600
     lapsed = await connection.fetch(
-        "SELECT enrollment_id, visit FROM sequencer.events WHERE action = 'lapsed'"
+        "SELECT enrollment_id, visit FROM sequencer.events WHERE action = 'lease_expired'"
     )
     twice = [key for key, count in box.received.items() if count > 1]
     assert len(lapsed) > 0

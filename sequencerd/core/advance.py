@@ -200,7 +200,7 @@ class _Evaluation:
         if result is None and (daemon := self.at.leased_by) is not None:
             self.at = self.at._replace(leased_by=None)
             self.expired_holder = daemon
-            self.record("lapsed", f"attempt {self.at.attempt} by {daemon} was cut off")
+            self.record("lease_expired", f"attempt {self.at.attempt} by {daemon} was cut off")
         match result:
             case None:
                 return None

@@ -167,7 +167,7 @@ class Catalog:
             self._log.info("failed enrollments go on, their steps are mended", count=count)
         for row in step_rows:
             place = (row["sequence"], row["name"])
-            if row["retime"]:
+            if row["reschedule"]:
                 self._retime(place)
 
     async def _make(

@@ -380,7 +380,7 @@ class Engine:
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
         await self.reload()
         async with store.connection(self._pool) as connection:
-            self._retiming.resume(await store.unfinished_retiming(connection))
+            self._retiming.resume(await store.unfinished_rescheduling(connection))
         wakes = await self.rebuild()
         now = self._clock.now()
         due = self._due(wakes, now)
@@ -573,7 +573,7 @@ class Engine:
             held = self._writer.known & {one.id for one in lapsed}
             claimed = [one for one in claimed if one.id not in held]
             self._taken_over |= held
-            expired_leases = await store.count_lapses(connection, lapsed, now)
+            expired_leases = await store.count_expired_leases(connection, lapsed, now)
         for enrollment in claimed:
             self._move(batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0))
         await self._writer.write(connection, batch, now)

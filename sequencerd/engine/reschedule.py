@@ -209,7 +209,7 @@ class Retiming:
     async def _retime(self, place: Place) -> bool:
         """Whether there is nothing more to do; False where another daemon is at it."""
         async with store.connection(self._pool) as connection:
-            since = await store.retiming_from(connection, place)
+            since = await store.rescheduling_from(connection, place)
         seen = self._others.pop(place, since)
         if since is None:
             return True
@@ -226,7 +226,7 @@ class Retiming:
             if sequence is None or sequence.paused:
                 return True  # it is begun again when it is resumed
             async with store.connection(self._pool) as connection:
-                page = await store.standing(connection, place, since, PAGE)
+                page = await store.active_ids(connection, place, since, PAGE)
             for first in range(0, len(page), self._size):
                 batch = page[first : first + self._size]
                 done = await self._batch(place, since, batch, sequence.revision)
@@ -240,7 +240,7 @@ class Retiming:
             if len(page) == PAGE:
                 continue
             async with store.connection(self._pool) as connection:
-                again = await store.retimed(connection, place, since)
+                again = await store.finish_rescheduling(connection, place, since)
             if again is None:
                 self._others[place] = since
                 return False
@@ -315,7 +315,7 @@ class Retiming:
         async with self._writer.writing(batch) as connection:
             if progress is not None:
                 since, until, revision = progress
-                if not await store.take_retiming(connection, place, since, revision):
+                if not await store.lock_rescheduling(connection, place, since, revision):
                     return None
             waiting, locked = await store.lock_waiting(connection, place, ids, now)
             for number, enrollment in enumerate(waiting, 1):
@@ -329,7 +329,7 @@ class Retiming:
                     await asyncio.sleep(0)
             await self._writer.write(connection, batch, now)
             if progress is not None and not locked:
-                await store.note_retiming(connection, place, until)
+                await store.record_progress(connection, place, until)
         return locked
 
     async def _outlast_older_transactions(self) -> None:

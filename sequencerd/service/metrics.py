@@ -63,8 +63,8 @@ class Metrics(Collector):
             "transitions", "Moves that were written", *place, "action"
         )
         self._retries = self._counter("retries", "Side effects and lookups to be retried", *place)
-        self._lapsed = self._counter(
-            "lapsed", "Side effects cut off in mid-air, by a crash", *place
+        self._lease_expired = self._counter(
+            "lease_expired", "Side effects cut off in mid-air, by a crash", *place
         )
         self._failures = self._counter("failures", "Enrollments that failed", *place, "failure")
         self._effects = self._counter("effects", "Side effects that ended", "type", "outcome")
@@ -173,8 +173,8 @@ class Metrics(Collector):
                 self._transitions.labels(*known, event.action).inc(times)
             elif event.action == "retry":
                 self._retries.labels(*known).inc(times)
-            elif event.action == "lapsed":
-                self._lapsed.labels(*known).inc(times)
+            elif event.action == "lease_expired":
+                self._lease_expired.labels(*known).inc(times)
         for (*place, code), times in Tally(failures).items():
             self._failures.labels(*self._place((place[0], place[1])), code).inc(times)
 

@@ -22,10 +22,10 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.storage.store import (
     TRANSIENT_ERRORS,
     Place,
+    acquire_notify_lock,
+    acquire_requests_lock,
     brief,
-    leave_bell,
-    take_bell,
-    take_lead,
+    release_notify_lock,
 )
 
 CHANNEL = "sequencer"
@@ -260,7 +260,7 @@ class _Watch:
         if self._leads or now < self._next_lead:
             return
         self._next_lead = now + OTHERS_INTERVAL
-        self._leads = await take_lead(self._connection)
+        self._leads = await acquire_requests_lock(self._connection)
         if self._leads:
             requests, self._requests = self._requests, {}
             for request, at in requests.items():
@@ -280,7 +280,7 @@ class _Watch:
             if had_bell:
                 await self._probe()
             else:
-                self._has_bell = await take_bell(self._connection)
+                self._has_bell = await acquire_notify_lock(self._connection)
                 self._heard(True)
             await self._lead()
             if self._has_bell is None:
@@ -295,7 +295,7 @@ class _Watch:
                     await self._called.wait()
             self._called.clear()
             if self._has_bell and self._rings_often:
-                await leave_bell(self._connection)
+                await release_notify_lock(self._connection)
             elif self._has_bell or not self._is_quiet:
                 continue
             self._has_bell, self._pause = None, LOOK_INTERVALS[0]

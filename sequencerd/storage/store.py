@@ -419,17 +419,17 @@ async def first_wakes(connection: asyncpg.Connection) -> list[tuple[Place, datet
     return [((row["sequence"], row["step"]), row["wake_at"]) for row in rows]
 
 
-async def take_bell(connection: asyncpg.Connection) -> bool | None:
+async def acquire_notify_lock(connection: asyncpg.Connection) -> bool | None:
     """Asks for notifications, for as long as the connection lasts. Whether the lock is ours, or
     another daemon's; None: it is nobody's yet, as transactions are under way that tell nobody.
     """
-    is_ours: bool | None = await connection.fetchval(QUERIES["take_bell"])
+    is_ours: bool | None = await connection.fetchval(QUERIES["acquire_notify_lock"])
     return is_ours
 
 
-async def leave_bell(connection: asyncpg.Connection) -> None:
+async def release_notify_lock(connection: asyncpg.Connection) -> None:
     """Asks for no notifications, and tells the other daemons."""
-    await connection.execute(QUERIES["leave_bell"])
+    await connection.execute(QUERIES["release_notify_lock"])
 
 
 async def count_due(
@@ -538,14 +538,14 @@ async def _with_data(
     ]
 
 
-async def count_lapses(
+async def count_expired_leases(
     connection: asyncpg.Connection, claimed: Rows[Enrollment], now: datetime
 ) -> dict[int, int]:
     """How often the leases of enrollments have expired in their visits, lately."""
     ids, visits = [one.id for one in claimed], [one.visit for one in claimed]
     return {
         row["enrollment_id"]: row["count"]
-        for row in await connection.fetch(QUERIES["count_lapses"], ids, visits, now)
+        for row in await connection.fetch(QUERIES["count_expired_leases"], ids, visits, now)
     }
 
 
@@ -699,45 +699,47 @@ async def waiting_of_subjects(
     return rows
 
 
-async def unfinished_retiming(connection: asyncpg.Connection) -> dict[Place, int]:
+async def unfinished_rescheduling(connection: asyncpg.Connection) -> dict[Place, int]:
     """Steps where waiting enrollments have yet to be evaluated, and from which id on."""
-    rows = await connection.fetch(QUERIES["unfinished_retiming"])
-    return {(row["sequence"], row["name"]): row["retime_from"] for row in rows}
+    rows = await connection.fetch(QUERIES["unfinished_rescheduling"])
+    return {(row["sequence"], row["name"]): row["reschedule_from"] for row in rows}
 
 
-async def take_lead(connection: asyncpg.Connection) -> bool:
+async def acquire_requests_lock(connection: asyncpg.Connection) -> bool:
     """Whether this connection's daemon sees to requests, as long as the connection lasts."""
-    is_ours: bool = await connection.fetchval(QUERIES["take_lead"])
+    is_ours: bool = await connection.fetchval(QUERIES["acquire_requests_lock"])
     return is_ours
 
 
-async def retiming_from(connection: asyncpg.Connection, place: Place) -> int | None:
+async def rescheduling_from(connection: asyncpg.Connection, place: Place) -> int | None:
     """From which id on those who wait at a step have yet to be looked at; None if nobody has."""
-    since: int | None = await connection.fetchval(QUERIES["retiming_from"], *place)
+    since: int | None = await connection.fetchval(QUERIES["rescheduling_from"], *place)
     return since
 
 
-async def standing(
+async def active_ids(
     connection: asyncpg.Connection, place: Place, since: int, limit: int
 ) -> list[int]:
     """Who is at a step, by id, from this one on."""
-    rows = await connection.fetch(QUERIES["standing"], *place, since, limit)
+    rows = await connection.fetch(QUERIES["active_ids"], *place, since, limit)
     return [row["id"] for row in rows]
 
 
-async def take_retiming(
+async def lock_rescheduling(
     connection: asyncpg.Connection, place: Place, since: int, revision: int
 ) -> bool:
     """Whether nobody but us evaluates who waits at a step until the end of the transaction.
 
     Not where another daemon is at it, or the definition is not the one known.
     """
-    return await connection.fetchval(QUERIES["take_retiming"], *place, since, revision) is not None
+    return (
+        await connection.fetchval(QUERIES["lock_rescheduling"], *place, since, revision) is not None
+    )
 
 
-async def note_retiming(connection: asyncpg.Connection, place: Place, until: int) -> None:
+async def record_progress(connection: asyncpg.Connection, place: Place, until: int) -> None:
     """Notes up to which id a step is done."""
-    await connection.execute(QUERIES["note_retiming"], *place, until)
+    await connection.execute(QUERIES["record_progress"], *place, until)
 
 
 async def lock_waiting(
@@ -754,9 +756,11 @@ async def lock_waiting(
     return waiting, [row["id"] for row in rows]
 
 
-async def retimed(connection: asyncpg.Connection, place: Place, since: int) -> bool | None:
+async def finish_rescheduling(
+    connection: asyncpg.Connection, place: Place, since: int
+) -> bool | None:
     """Notes that a step is done: whether it is to be done again; None if another was faster."""
-    again: bool | None = await connection.fetchval(QUERIES["retimed"], *place, since)
+    again: bool | None = await connection.fetchval(QUERIES["finish_rescheduling"], *place, since)
     return again
 
 

@@ -11,7 +11,7 @@ from tests.chaos.world import PAUSE, STEPS, World
 
 MOVES = ("next", "altNext", "goal", "jump", "completed", "failed", "cancelled", "moved", "resumed")
 WAY = [*((name, "next") for name, *_ in STEPS), (STEPS[-1][0], "completed")]
-EXPLANATIONS = {"retry", "lapsed", "late"}
+EXPLANATIONS = {"retry", "lease_expired", "stale_result"}
 ONCE = next(number for number, step in enumerate(STEPS, 1) if "at_most_once" in step[2])
 """The visit of the step that must not be done twice: nobody goes in circles here."""
 WAITED = (1, 3)

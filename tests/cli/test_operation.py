@@ -290,7 +290,7 @@ async def test_whose_side_effect_runs_is_not_waited_for(
         text = await asyncio.to_thread(sequencerd, "cancel", str(id_))
         assert "1 were executing a side effect, which is not undone" in text
         go_on.set()
-        late = "SELECT count(*) = 1 FROM sequencer.events WHERE action = 'late'"
+        late = "SELECT count(*) = 1 FROM sequencer.events WHERE action = 'stale_result'"
         await until(defined, late)
     assert (await row(defined, id_))["status"] == "cancelled"
     assert "sent" in await last_message(defined, id_, "late")

@@ -456,7 +456,7 @@ def test_a_lease_that_ran_out_is_told_and_tried_again() -> None:
     lapsed = at("mail", attempt=1, leased_by="host:1")
     advanced = advance(MAIL, lapsed, NOW)
     assert isinstance(advanced.decision, Execute)
-    assert [event.action for event in advanced.events] == ["lapsed"]
+    assert [event.action for event in advanced.events] == ["lease_expired"]
     assert "host:1" in str(advanced.events[0].message)
 
 
@@ -491,7 +491,7 @@ def test_a_crash_of_the_daemon_spends_no_attempt() -> None:
     advanced = advance(MAIL, cut_off, NOW)
     assert isinstance(advanced.decision, Execute)
     assert advanced.enrollment.attempt == 2
-    assert [event.action for event in advanced.events] == ["lapsed"]
+    assert [event.action for event in advanced.events] == ["lease_expired"]
 
 
 def test_a_step_that_kills_the_daemon_is_tried_less_often_and_at_last_given_up() -> None:

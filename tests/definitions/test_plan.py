@@ -88,7 +88,7 @@ async def test_a_description_is_kept_and_its_change_wakes_nothing(
     assert await apply.lines(GOOD) == ["s:", "description: Greets. → none"]
     (text,) = await connection.fetchrow("SELECT sequencer.document('s')")
     assert to_yaml(json.loads(text)).startswith("name: s\ndescription: Greets.\n")
-    marked = "SELECT count(*) FROM sequencer.steps WHERE retime_from IS NOT NULL"
+    marked = "SELECT count(*) FROM sequencer.steps WHERE reschedule_from IS NOT NULL"
     assert await connection.fetchval(marked) == 0
     with pytest.raises(FileError, match="description: must be 10,000 long or shorter"):
         await apply(GOOD.replace("name: s\n", f"name: s\ndescription: {'x' * 10_001}\n", 1))
@@ -250,7 +250,7 @@ async def test_renames_take_people_and_goals_along(
     id_ = await standing(connection, "pause", "ada", "1 days", "3 days")
     await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{x,paid}'")
     before = await connection.fetchrow("SELECT entered_at, wake_at FROM sequencer.enrollments")
-    await connection.execute("UPDATE sequencer.steps SET retime_from = NULL")
+    await connection.execute("UPDATE sequencer.steps SET reschedule_from = NULL")
     # a name that is given on: pause becomes bye, and bye becomes end
     renamed = (
         (GOOD + GOAL)
@@ -264,7 +264,9 @@ async def test_renames_take_people_and_goals_along(
     row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", id_)
     assert (row["step"], row["visit"], row["goals_met"]) == ("bye", 2, ["x", "customer"])
     assert (row["entered_at"], row["wake_at"]) == tuple(before)
-    assert await connection.fetchval("SELECT bool_and(retime_from IS NULL) FROM sequencer.steps")
+    assert await connection.fetchval(
+        "SELECT bool_and(reschedule_from IS NULL) FROM sequencer.steps"
+    )
     assert not await apply(renamed)
 
 

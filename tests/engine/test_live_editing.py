@@ -27,7 +27,7 @@ steps:
 """
 PAID = "{lodashCommand: eq, value: {type: get, value: data.paid}, compareTo: {type: raw, value: 1}}"
 DAY = timedelta(days=1)
-RETIMED = "SELECT bool_and(retime_from IS NULL) FROM sequencer.steps"
+RETIMED = "SELECT bool_and(reschedule_from IS NULL) FROM sequencer.steps"
 STATUS = "SELECT status FROM sequencer.enrollments WHERE id = $1"
 AT = "SELECT step = $2 AND wake_at > now() FROM sequencer.enrollments WHERE id = $1"
 
@@ -322,7 +322,7 @@ async def test_what_is_interrupted_goes_on_from_there(
 ) -> None:
     ids = [await at_pause(connection, f"u{n}", DAY) for n in range(20)]
     longer = SEQUENCE.replace("amount: 3", "amount: 4")
-    retiming = "SELECT retiming FROM sequencer.overview WHERE step = 'pause'"
+    rescheduling = "SELECT rescheduling FROM sequencer.overview WHERE step = 'pause'"
     other = await asyncpg.connect(database)
     held = other.transaction()
     async with running_engine(database, {"Note": Recorder()}, batch=5):
@@ -330,8 +330,8 @@ async def test_what_is_interrupted_goes_on_from_there(
         await held.start()
         await other.execute("SELECT FROM sequencer.enrollments WHERE id = $1 FOR UPDATE", ids[12])
         await apply(longer)
-        await until(connection, retiming.replace("retiming", "retiming = 10"))
-    assert await connection.fetchval(retiming) == 10  # the first ten are done, and committed
+        await until(connection, rescheduling.replace("rescheduling", "rescheduling = 10"))
+    assert await connection.fetchval(rescheduling) == 10  # the first ten are done, and committed
     stays = {id_: await stay(connection, id_) for id_ in ids}
     assert {stays[id_] for id_ in ids[:10]} == {4 * DAY}
     assert stays[ids[12]] == stays[ids[19]] == 3 * DAY
@@ -343,7 +343,7 @@ async def test_what_is_interrupted_goes_on_from_there(
         await until(connection, RETIMED)
     assert {await stay(connection, id_) for id_ in ids} == {4 * DAY}
     assert await connection.fetch(versions, ids[:10]) == before  # nothing is done again
-    assert await connection.fetchval(retiming) is None
+    assert await connection.fetchval(rescheduling) is None
 
 
 async def test_who_waits_as_before_is_not_written(

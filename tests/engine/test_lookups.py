@@ -133,7 +133,7 @@ async def test_a_request_for_all_asks_once_about_each(
             while asked.total() < 2 * count:  # noqa: ASYNC110 - a counter sets no event
                 await asyncio.sleep(0.01)
         await until(connection, f"{waiting} FROM sequencer.enrollments")
-        await until(connection, "SELECT bool_and(retime_from IS NULL) FROM sequencer.steps")
+        await until(connection, "SELECT bool_and(reschedule_from IS NULL) FROM sequencer.steps")
     assert set(asked.values()) == {2}
 
 

@@ -262,7 +262,7 @@ async def test_a_changed_step_re_times_who_waits_there(
             " WHERE name = 'pause'"
         )
         await until(connection, ALL_ENDED)
-        await until(connection, "SELECT bool_and(retime_from IS NULL) FROM sequencer.steps")
+        await until(connection, "SELECT bool_and(reschedule_from IS NULL) FROM sequencer.steps")
 
 
 async def test_a_new_goal_concerns_everybody(database: str, connection: asyncpg.Connection) -> None:
@@ -456,10 +456,12 @@ async def test_what_comes_back_after_a_cancel_is_recorded_and_moves_nothing(
         await connection.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
         go_on.set()
         await until(
-            connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'late')"
+            connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'stale_result')"
         )
-    assert await way(connection, id_) == ["work enrolled", "work cancelled", "work late"]
-    late = await connection.fetchval("SELECT message FROM sequencer.events WHERE action = 'late'")
+    assert await way(connection, id_) == ["work enrolled", "work cancelled", "work stale_result"]
+    late = await connection.fetchval(
+        "SELECT message FROM sequencer.events WHERE action = 'stale_result'"
+    )
     assert "sent to ada" in late
     assert await connection.fetchval("SELECT status FROM sequencer.enrollments") == "cancelled"
 
@@ -656,7 +658,7 @@ async def test_a_lease_of_a_dead_daemon_runs_out(
     )
     async with running_engine(database, {"Note": Recorder()}):
         await until(connection, ENDED, id_)
-    assert await way(connection, id_) == ["work lapsed", "work next", "work completed"]
+    assert await way(connection, id_) == ["work lease_expired", "work next", "work completed"]
 
 
 async def test_a_row_that_somebody_holds_is_not_waited_for(

@@ -118,7 +118,8 @@ async def test_a_row_that_a_trigger_refuses_is_set_aside_and_others_complete_onc
         await until(connection, QUARANTINED, 0)
     assert set(Counter(slow.keys).values()) == {1}
     assert await connection.fetchval(
-        "SELECT count(*) = 0 FROM sequencer.events WHERE action IN ('lapsed', 'late')"
+        "SELECT count(*) = 0 FROM sequencer.events"
+        " WHERE action IN ('lease_expired', 'stale_result')"
     )
 
 
@@ -567,4 +568,4 @@ async def test_what_a_daemon_has_leased_and_does_not_know_is_found_by_the_sweep(
         )
         await until(connection, ALL_ENDED)
     actions = await connection.fetch("SELECT action FROM sequencer.events ORDER BY at")
-    assert [row["action"] for row in actions] == ["lapsed", "next", "completed"]
+    assert [row["action"] for row in actions] == ["lease_expired", "next", "completed"]

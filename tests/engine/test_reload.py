@@ -194,10 +194,10 @@ async def test_only_what_has_changed_is_compiled_and_the_loop_turns_meanwhile(
         edit = "UPDATE sequencer.steps SET config = '{\"subject\": \"Hi\"}' WHERE name = 'step-7'"
         async with connection.transaction():
             await connection.execute(edit)
-            retimed = await connection.fetch(
-                "SELECT name FROM sequencer.steps WHERE retime_from IS NOT NULL"
+            finish_rescheduling = await connection.fetch(
+                "SELECT name FROM sequencer.steps WHERE reschedule_from IS NOT NULL"
             )
-            assert [row["name"] for row in retimed] == ["step-7"]
+            assert [row["name"] for row in finish_rescheduling] == ["step-7"]
         await engine.reload()
         turning.cancel()
         assert compiled == ["Hi"]

@@ -99,7 +99,7 @@ ON_A_TABLE_OF_ONES_OWN = [
     "CREATE TEMP TABLE sequences (name text) ON COMMIT DROP;"
     f"CREATE TRIGGER mine AFTER UPDATE ON sequences"
     f" FOR EACH ROW EXECUTE FUNCTION sequencer.{name}()"
-    for name in ("follow_rename", "record_revision", "normalise_status", "mark_retime")
+    for name in ("follow_rename", "record_revision", "normalise_status", "mark_reschedule")
 ]
 MAY_NOT = {
     "enroller": [

@@ -426,7 +426,7 @@ async def test_settings_set_by_hand_enroll_nobody_where_nothing_is(
             " set_config('sequencer.entry_reentry', $3, true)",
             *settings,
         )
-        with pytest.raises(asyncpg.PostgresError, match="nobody can be enrolled"):
+        with pytest.raises(asyncpg.PostgresError, match="no enrollment can enter"):
             await defined.execute(
                 "INSERT INTO sequencer.enrollments (sequence, subject)"
                 " SELECT CASE n WHEN 1 THEN 's' ELSE $1 END, n::text"
@@ -499,7 +499,7 @@ async def ear(database: str) -> AsyncIterator[Ear]:
     listening = await asyncpg.connect(database)
     ear = Ear(listening)
     await listening.add_listener("sequencer", ear.hear)
-    assert await store.take_bell(listening)
+    assert await store.acquire_notify_lock(listening)
     yield ear
     await listening.close()
 
@@ -552,10 +552,10 @@ async def test_nobody_is_told_who_does_not_ask_for_it(
     other = await asyncpg.connect(database)
     async with other.transaction():
         await other.execute(enroll.format("eve"))
-        assert await store.take_bell(ear.connection) is None  # or eve would be missed
+        assert await store.acquire_notify_lock(ear.connection) is None  # or eve would be missed
         assert await heard(ear, defined, enroll.format("joe")) == []
-    assert await store.take_bell(ear.connection) is True
-    assert await store.take_bell(other) is False
+    assert await store.acquire_notify_lock(ear.connection) is True
+    assert await store.acquire_notify_lock(other) is False
     await other.close()
     assert await heard(ear, defined, enroll.format("kim")) == told
 

@@ -87,7 +87,7 @@ async def editor(connection: asyncpg.Connection, database: str) -> str:
 async def test_no_trigger_fails_of_what_a_session_has_set(
     editor: str, connection: asyncpg.Connection
 ) -> None:
-    assert await store.take_bell(connection)  # as a daemon, to be notified
+    assert await store.acquire_notify_lock(connection)  # as a daemon, to be notified
     for setting in SETTINGS:
         session = await asyncpg.connect(editor)
         await session.execute(f"SET {setting}")

@@ -38,7 +38,7 @@ HOT = {
     "write_goals": "1, '{}', NULL",
     "merge_data": "1, '{}'",
     "extend_leases": f"{IDS}, 'me', now()",
-    "standing": f"{HERE}, 1, 10000",
+    "active_ids": f"{HERE}, 1, 10000",
     "lock_waiting": f"{HERE}, {IDS}, now()",
     "waiting": f"{HERE}, {IDS}, now()",
     "revive": "ARRAY['s'], ARRAY['a'], now()",

@@ -22,7 +22,7 @@ from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_e
 
 DAYS = '{"amount": 3, "unit": "days"}'
 NOTIFY = "SELECT pg_notify('sequencer', $1)"
-NONE_LEFT = "SELECT bool_and(retime_from IS NULL AND NOT retime_again) FROM sequencer.steps"
+NONE_LEFT = "SELECT bool_and(reschedule_from IS NULL AND NOT reschedule_again) FROM sequencer.steps"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,8 @@ async def test_a_walk_that_nobody_goes_on_with_is_found_by_the_sweep(
     await wait_in(connection, "s", 20)
     async with running_engine(database) as one:
         await connection.execute(
-            "UPDATE sequencer.steps SET retime_from = (SELECT max(id) FROM sequencer.enrollments)"
+            "UPDATE sequencer.steps"
+            " SET reschedule_from = (SELECT max(id) FROM sequencer.enrollments)"
             " WHERE name = 'pause'"
         )
         await one.sweep()

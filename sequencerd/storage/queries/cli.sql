@@ -2,7 +2,7 @@
 
 -- name: status
 -- Read the counts of each step, for one sequence or all.
-SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, retiming, problem
+SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, rescheduling, problem
   FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
 
 -- name: description

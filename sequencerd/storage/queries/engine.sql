@@ -17,11 +17,11 @@ SELECT name, first_step, timezone, status, lookup, recheck, revision
 -- name: steps
 -- Read the steps of some sequences, in the order of the definitions.
 SELECT sequence, name, type, config, next_step, alt_next_step, position, problem, seed,
-       retime_from IS NOT NULL AS retime
+       reschedule_from IS NOT NULL AS reschedule
   FROM sequencer.steps WHERE sequence = ANY ($1::text[]) ORDER BY sequence, position;
 
 -- name: set_problems
--- Set what the daemon found wrong with steps, and clear what it no longer finds.
+-- Set the problems that the daemon has found in steps, and clear those that are over.
 UPDATE sequencer.steps AS s SET problem = p.problem
   FROM unnest($1::text[], $2::text[], $3::text[]) AS p (sequence, name, problem)
  WHERE s.sequence = p.sequence AND s.name = p.name AND s.problem IS DISTINCT FROM p.problem;
@@ -79,18 +79,18 @@ ON CONFLICT (daemon, kind, about) DO UPDATE
 -- name: first_wakes
 -- Find the earliest wake time of each step that has active enrollments. It skips from one step to the
 -- next in the index, so it costs the same with ten enrollments as with ten million.
-WITH RECURSIVE place AS (
+WITH RECURSIVE step_key AS (
     (SELECT sequence, step, wake_at FROM sequencer.enrollments
       WHERE status = 'active' ORDER BY sequence, step, wake_at LIMIT 1)
     UNION ALL
-    SELECT following.* FROM place CROSS JOIN LATERAL (
+    SELECT following.* FROM step_key CROSS JOIN LATERAL (
         SELECT sequence, step, wake_at FROM sequencer.enrollments AS e
-         WHERE e.status = 'active' AND (e.sequence, e.step) > (place.sequence, place.step)
+         WHERE e.status = 'active' AND (e.sequence, e.step) > (step_key.sequence, step_key.step)
          ORDER BY sequence, step, wake_at LIMIT 1) AS following
 )
-SELECT sequence, step, wake_at FROM place WHERE wake_at < 'infinity';
+SELECT sequence, step, wake_at FROM step_key WHERE wake_at < 'infinity';
 
--- name: take_bell
+-- name: acquire_notify_lock
 -- Try to acquire the notify lock, which makes triggers notify. True: this session holds it. False:
 -- another daemon does, which is as good. Null: transactions are in progress that have sent no
 -- notification.
@@ -101,7 +101,7 @@ SELECT CASE WHEN pg_try_advisory_lock({notify_lock}) THEN true
                                              WHERE datname = current_database())
                             AND mode = 'ExclusiveLock' AND granted) THEN false END;
 
--- name: leave_bell
+-- name: release_notify_lock
 -- Release the notify lock and notify the other daemons of it.
 SELECT pg_advisory_unlock({notify_lock}), pg_notify('sequencer', '{"quiet": true}');
 
@@ -213,12 +213,12 @@ SELECT {bare_enrollment}
 -- Read the data that claims and locks omit because of their size.
 SELECT id, data FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
 
--- name: count_lapses
+-- name: count_expired_leases
 -- Count the leases that expired within the last day, in the present visits of enrollments.
 SELECT v.enrollment_id, count(*)
   FROM unnest($1::bigint[], $2::int[]) AS e (id, visit)
   JOIN sequencer.events AS v ON v.enrollment_id = e.id AND v.visit = e.visit
- WHERE v.action = 'lapsed' AND v.at > $3::timestamptz - interval '1 day'
+ WHERE v.action = 'lease_expired' AND v.at > $3::timestamptz - interval '1 day'
  GROUP BY v.enrollment_id;
 
 -- name: orphans
@@ -302,13 +302,13 @@ UPDATE sequencer.enrollments
 -- name: record
 -- Insert events. Most events of a batch are the same but for the enrollment, so each is sent once.
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision)
-SELECT who.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
+SELECT enrollment.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
        what.revision
-  FROM unnest($1::bigint[], $2::int[]) AS who (id, number)
+  FROM unnest($1::bigint[], $2::int[]) AS enrollment (id, number)
   JOIN unnest($3::timestamptz[], $4::text[], $5::text[], $6::int[], $7::text[], $8::text[],
               $9::int[]) WITH ORDINALITY
        AS what (at, sequence, step, visit, action, message, revision, number)
-    ON what.number = who.number;
+    ON what.number = enrollment.number;
 
 -- name: write_goals
 -- Write the goals that one enrollment has met, in its sequence and in those that it has left.
@@ -328,23 +328,23 @@ UPDATE sequencer.enrollments AS e SET wake_at = $3
 
 -- name: occupied
 -- Find each step that has active enrollments, skipping from one to the next in the index.
-WITH RECURSIVE place AS (
+WITH RECURSIVE step_key AS (
     (SELECT sequence, step FROM sequencer.enrollments
       WHERE status = 'active' ORDER BY sequence, step LIMIT 1)
     UNION ALL
-    SELECT following.* FROM place CROSS JOIN LATERAL (
+    SELECT following.* FROM step_key CROSS JOIN LATERAL (
         SELECT sequence, step FROM sequencer.enrollments AS e
-         WHERE e.status = 'active' AND (e.sequence, e.step) > (place.sequence, place.step)
+         WHERE e.status = 'active' AND (e.sequence, e.step) > (step_key.sequence, step_key.step)
          ORDER BY sequence, step LIMIT 1) AS following
 )
-SELECT sequence, step FROM place;
+SELECT sequence, step FROM step_key;
 
 -- name: request_evaluation
 -- Request that all enrollments waiting at steps are evaluated: from the first id on, or once more after
 -- a pass that has begun. Steps that another session has locked are skipped, so that no deadlock is
 -- possible.
 UPDATE sequencer.steps AS s
-   SET retime_from = coalesce(s.retime_from, 0), retime_again = coalesce(s.retime_from > 0, false)
+   SET reschedule_from = coalesce(s.reschedule_from, 0), reschedule_again = coalesce(s.reschedule_from > 0, false)
   FROM (SELECT t.sequence, t.name FROM sequencer.steps AS t
           JOIN unnest($1::text[], $2::text[]) AS p (sequence, name)
             ON p.sequence = t.sequence AND p.name = t.name
@@ -359,34 +359,34 @@ SELECT id, subject, sequence, step FROM sequencer.enrollments
    AND leased_by IS NULL AND entered_at IS NOT NULL
  ORDER BY id LIMIT $4;
 
--- name: unfinished_retiming
+-- name: unfinished_rescheduling
 -- Read the steps whose waiting enrollments have yet to be evaluated, and from which id on.
-SELECT sequence, name, retime_from FROM sequencer.steps WHERE retime_from IS NOT NULL;
+SELECT sequence, name, reschedule_from FROM sequencer.steps WHERE reschedule_from IS NOT NULL;
 
--- name: take_lead
+-- name: acquire_requests_lock
 -- Try to acquire the lock of the one daemon that handles the requests that applications send by NOTIFY.
 SELECT pg_try_advisory_lock({requests_lock});
 
--- name: retiming_from
+-- name: rescheduling_from
 -- Read from which id on the enrollments waiting at a step have yet to be evaluated.
-SELECT retime_from FROM sequencer.steps WHERE sequence = $1 AND name = $2;
+SELECT reschedule_from FROM sequencer.steps WHERE sequence = $1 AND name = $2;
 
--- name: standing
+-- name: active_ids
 -- Read the ids of the active enrollments at a step, in an order that changed wake times leave as it is.
 SELECT id FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND id >= $3 ORDER BY id LIMIT $4;
 
--- name: take_retiming
+-- name: lock_rescheduling
 -- Lock a step until the end of the transaction, so that this daemon alone evaluates what waits there. A
 -- step that another daemon has locked is skipped.
 SELECT true FROM sequencer.steps
- WHERE sequence = $1 AND name = $2 AND retime_from = $3
+ WHERE sequence = $1 AND name = $2 AND reschedule_from = $3
    AND EXISTS (SELECT FROM sequencer.sequences WHERE name = $1 AND revision = $4)
    FOR NO KEY UPDATE SKIP LOCKED;
 
--- name: note_retiming
+-- name: record_progress
 -- Record up to which id a step is done, in the transaction that evaluated them.
-UPDATE sequencer.steps SET retime_from = $3 WHERE sequence = $1 AND name = $2;
+UPDATE sequencer.steps SET reschedule_from = $3 WHERE sequence = $1 AND name = $2;
 
 -- name: lock_waiting
 -- Lock and read enrollments that wait at a changed step. Due ones are evaluated under the change anyway.
@@ -404,12 +404,12 @@ SELECT e.id FROM sequencer.enrollments AS e
    AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
  ORDER BY e.id;
 
--- name: retimed
+-- name: finish_rescheduling
 -- Record that a step is done, unless a request arrived meanwhile; return whether one did.
 UPDATE sequencer.steps AS s
-   SET retime_from = CASE WHEN s.retime_again THEN 0 END, retime_again = false
- WHERE sequence = $1 AND name = $2 AND retime_from = $3
-RETURNING retime_from IS NOT NULL AS again;
+   SET reschedule_from = CASE WHEN s.reschedule_again THEN 0 END, reschedule_again = false
+ WHERE sequence = $1 AND name = $2 AND reschedule_from = $3
+RETURNING reschedule_from IS NOT NULL AS again;
 
 -- name: new_transaction
 -- Draw a transaction number. The xmax of a snapshot would not do: transactions in progress may have
@@ -426,13 +426,13 @@ WITH revived AS (
     UPDATE sequencer.enrollments AS e
        SET status = 'active', wake_at = $3, ended_at = NULL, failure = NULL, last_error = NULL,
            attempt = 0, retry_at = NULL, leased_by = NULL, executed = '{}'
-      FROM unnest($1::text[], $2::text[]) AS mended (sequence, step)
-     WHERE e.sequence = mended.sequence AND e.step = mended.step
+      FROM unnest($1::text[], $2::text[]) AS fixed (sequence, step)
+     WHERE e.sequence = fixed.sequence AND e.step = fixed.step
        AND e.status = 'failed' AND e.failure = 'invalid_step'
     RETURNING e.id, e.sequence, e.step, e.visit
 )
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
-SELECT id, $3, sequence, step, visit, 'resumed', 'the step has been mended' FROM revived;
+SELECT id, $3, sequence, step, visit, 'resumed', 'the step was fixed' FROM revived;
 
 -- name: limit_statement
 -- Limit the statements of this transaction to so many milliseconds.
