@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
-from sequencerd.core.model import DefinitionError, Fault, Place
+from sequencerd.core.model import DefinitionError, Fault, KeyPath
 
 MAX_KNOWN = 20  # names that a hint lists
 
@@ -44,12 +44,12 @@ class Faults:
         self.found: list[Fault] = []
 
     @contextmanager
-    def at(self, *place: str | int) -> Iterator[None]:
+    def at(self, *path: str | int) -> Iterator[None]:
         """Keeps a DefinitionError for `check`: its faults are at this place."""
         try:
             yield
         except DefinitionError as error:
-            self.found += [Fault((*place, *fault.place), fault.message) for fault in error.faults]
+            self.found += [Fault((*path, *fault.path), fault.message) for fault in error.faults]
 
     def check(self) -> None:
         """Raises DefinitionError if anything is wrong."""
@@ -59,16 +59,16 @@ class Faults:
 
 def faults(error: ValidationError, model: type[BaseModel], value: object) -> list[Fault]:
     """pydantic's errors by place, without the values: they may be secret or long."""
-    found: dict[Place, list[str]] = {}
+    found: dict[KeyPath, list[str]] = {}
     for detail in error.errors(include_url=False, include_input=False):
-        place, message = _within(detail["loc"], value), detail["msg"].removeprefix("Value error, ")
+        path, message = _within(detail["loc"], value), detail["msg"].removeprefix("Value error, ")
         match detail["type"]:
             case "extra_forbidden":
-                key = str(place[-1])
-                known = _keys(model, place[:-1])
+                key = str(path[-1])
+                known = _keys(model, path[:-1])
                 message = "is not a key of this" + (f"; {nearest(key, known)}" if known else "")
             case "missing":
-                place, message = detail["loc"], "is missing"
+                path, message = detail["loc"], "is missing"
             case "model_type" | "dict_type":
                 message = "must be a mapping, key: value"
             case "time_delta_type" | "time_delta_parsing":
@@ -77,17 +77,17 @@ def faults(error: ValidationError, model: type[BaseModel], value: object) -> lis
                 message = _plain(detail["type"], detail.get("ctx", {})) or message.replace(
                     "Input should", "must"
                 )
-        texts = found.setdefault(place, [])
+        texts = found.setdefault(path, [])
         # what a union of types refuses, it refuses once for each of them
         message = message.removeprefix("must be ") if texts else message
         if message not in texts:
             texts.append(message)
     # a field that takes whole numbers and others refuses as both
     told = {
-        place: " or ".join(texts).replace("a whole number or a number", "a number")
-        for place, texts in found.items()
+        path: " or ".join(texts).replace("a whole number or a number", "a number")
+        for path, texts in found.items()
     }
-    return [Fault(place, text) for place, text in told.items()]
+    return [Fault(path, text) for path, text in told.items()]
 
 
 def _plain(kind: str, limits: Mapping[str, Any]) -> str | None:
@@ -115,21 +115,21 @@ def _plain(kind: str, limits: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _within(location: Place, value: Any) -> Place:
+def _within(location: KeyPath, value: Any) -> KeyPath:
     """The keys and indexes of a location: pydantic puts the names of types between them."""
-    place: Place = ()
+    path: KeyPath = ()
     for part in location:
         is_key = isinstance(value, dict) and part in value
         if is_key or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
             value = value[part]
-            place = (*place, part)
-    return place
+            path = (*path, part)
+    return path
 
 
-def _keys(model: type[BaseModel], place: Place) -> list[str]:
+def _keys(model: type[BaseModel], path: KeyPath) -> list[str]:
     """The keys that a model takes there; none where that can't be told."""
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
-    for part in place:
+    for part in path:
         if isinstance(part, str):
             models = _models(fields[part].annotation) if part in fields else []
             if len(models) != 1:
@@ -148,9 +148,9 @@ def describe(error: ValidationError) -> str:
     """pydantic's errors in one line, without the values: they may be secret or long."""
     parts = []
     for detail in error.errors(include_url=False, include_input=False):
-        place = ".".join(str(part) for part in detail["loc"])
+        path = ".".join(str(part) for part in detail["loc"])
         message = detail["msg"].removeprefix("Value error, ")
-        parts.append(f"{place}: {message}" if place else message)
+        parts.append(f"{path}: {message}" if path else message)
     return "; ".join(parts)
 
 

@@ -18,18 +18,18 @@ NEVER = datetime.max.replace(tzinfo=UTC)
 MAX_MESSAGE = 2000  # characters
 
 
-Place = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """The keys and indexes that lead to a value."""
 
 
 class Fault(NamedTuple):
     """What is wrong at one place of a definition, and what to write instead."""
 
-    place: Place
+    path: KeyPath
     message: str
 
     def __str__(self) -> str:
-        return f"{'.'.join(map(str, self.place))}: {self.message}" if self.place else self.message
+        return f"{'.'.join(map(str, self.path))}: {self.message}" if self.path else self.message
 
 
 class DefinitionError(ValueError):

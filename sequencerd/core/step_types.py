@@ -43,7 +43,7 @@ from sequencerd.core.model import (
     Fault,
     Instant,
     Jump,
-    Place,
+    KeyPath,
     Stay,
     StepAnswer,
     Update,
@@ -238,8 +238,8 @@ def _split(config: Mapping[str, Any]) -> Instant:
         here = context.enrollment
         seed = context.seed or f"{here.sequence}/{here.step}"
         key = f"{seed}\0{here.subject}".encode("utf-8", "replace")
-        place = int.from_bytes(sha256(key).digest()[:6]) / 2**48
-        return Action.NEXT if place < share else Action.ALT_NEXT
+        point = int.from_bytes(sha256(key).digest()[:6]) / 2**48
+        return Action.NEXT if point < share else Action.ALT_NEXT
 
     return Instant(answer)
 
@@ -251,24 +251,22 @@ def _update_data(config: Mapping[str, Any]) -> Instant:
     return Instant(lambda context: Update(render(context)))
 
 
-def _compile_value(place: Place, value: Any, faults: Faults) -> Callable[[Context], Any]:
+def _compile_value(path: KeyPath, value: Any, faults: Faults) -> Callable[[Context], Any]:
     """What gives a JSON value with the templates in it rendered."""
     match value:
         case str():
-            with faults.at(*place):
-                return _rendered(place, value)
+            with faults.at(*path):
+                return _rendered(path, value)
         case dict():
-            inner = {
-                key: _compile_value((*place, key), item, faults) for key, item in value.items()
-            }
+            inner = {key: _compile_value((*path, key), item, faults) for key, item in value.items()}
             return lambda context: {key: render(context) for key, render in inner.items()}
         case list():
-            items = [_compile_value((*place, n), item, faults) for n, item in enumerate(value)]
+            items = [_compile_value((*path, n), item, faults) for n, item in enumerate(value)]
             return lambda context: [render(context) for render in items]
     return lambda _: value
 
 
-def _rendered(place: Place, source: str) -> Callable[[Context], str]:
+def _rendered(path: KeyPath, source: str) -> Callable[[Context], str]:
     """What renders a template. Raises DefinitionError."""
     template = compile_template(source, escape=False)
     if template.is_literal:
@@ -278,7 +276,7 @@ def _rendered(place: Place, source: str) -> Callable[[Context], str]:
         try:
             return template.render(context.json(template.roots))
         except EvaluationError as error:
-            message = f"{'.'.join(map(str, place))}: {error}"
+            message = f"{'.'.join(map(str, path))}: {error}"
             raise EvaluationError(error.failure, message) from error
 
     return render
@@ -423,14 +421,14 @@ def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
     return frozenset(found)
 
 
-def texts(place: Place, value: object) -> Iterator[tuple[Place, str]]:
+def texts(path: KeyPath, value: object) -> Iterator[tuple[KeyPath, str]]:
     """All texts in a config, with their places."""
     match value:
         case str():
-            yield place, value
+            yield path, value
         case dict():
             for key, item in value.items():
-                yield from texts((*place, key), item)
+                yield from texts((*path, key), item)
         case list():
             for number, item in enumerate(value):
-                yield from texts((*place, number), item)
+                yield from texts((*path, number), item)

@@ -14,7 +14,7 @@ from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import (
     DefinitionError,
     EvaluationError,
-    Place,
+    KeyPath,
     Problem,
     Sequence,
     SideEffect,
@@ -44,7 +44,7 @@ class Remark(NamedTuple):
     """What was found: the step, the place within it, what is wrong and what to write instead."""
 
     step: str
-    place: Place
+    keys: KeyPath
     message: str
     is_error: bool = False
 
@@ -175,12 +175,12 @@ def _shown(text: str | None) -> str:
 
 
 def _fixed(step: Step, answer: bool | None, why: str) -> Remark:
-    place = ("config",)
+    keys = ("config",)
     match step.type, answer:
         case _, None:
-            return Remark(step.name, place, f"this fails for everybody: {why}", is_error=True)
+            return Remark(step.name, keys, f"this fails for everybody: {why}", is_error=True)
         case "Goal", False:
-            return Remark(step.name, place, f"nothing can meet this goal: {why}", is_error=True)
+            return Remark(step.name, keys, f"nothing can meet this goal: {why}", is_error=True)
         case "Goal", _:
             message = f"everybody meets this goal before the first step: {why}"
         case "Conditional", _:
@@ -188,10 +188,10 @@ def _fixed(step: Step, answer: bool | None, why: str) -> Remark:
         case _, True:
             message = f"never waits: {why}"
         case _ if step.config.get("timeout") is None:
-            return Remark(step.name, place, f"nobody ever gets past here: {why}", is_error=True)
+            return Remark(step.name, keys, f"nobody ever gets past here: {why}", is_error=True)
         case _:
             message = f"always waits for the timeout: {why}"
-    return Remark(step.name, place, message)
+    return Remark(step.name, keys, message)
 
 
 # --- paths and templates
@@ -214,14 +214,14 @@ def _wrong_path(path: object, root: str | None, sequence: Sequence) -> str | Non
 def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
     """Their paths; and, of a config that was not read as far as its templates, their errors."""
     problem = step.behaviour if isinstance(step.behaviour, Problem) else None
-    told = {("config", *fault.place) for fault in problem.faults if fault.place} if problem else ()
-    for place, source in texts(("config",), step.config if step.type in TEMPLATED else {}):
+    told = {("config", *fault.path) for fault in problem.faults if fault.path} if problem else ()
+    for keys, source in texts(("config",), step.config if step.type in TEMPLATED else {}):
         try:
             template = compile_template(source, escape=False)
         except DefinitionError as error:
-            if problem and not any(place[: len(other)] == other for other in told):
-                yield Remark(step.name, place, str(error), is_error=True)
+            if problem and not any(keys[: len(other)] == other for other in told):
+                yield Remark(step.name, keys, str(error), is_error=True)
             continue
         for path in sorted(template.surely_reads - {"this"}):
             if wrong := _wrong_path(path, path.split(".")[0], sequence):
-                yield Remark(step.name, place, wrong)
+                yield Remark(step.name, keys, wrong)

@@ -142,11 +142,11 @@ def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
 
 def _with_hint(fault: Fault) -> Fault:
     """A runner doesn't know the keys that every one has: of a key that it refuses, the nearest."""
-    key, *deeper = fault.place or ("",)
+    key, *deeper = fault.path or ("",)
     near = get_close_matches(str(key), _EFFECT_KEYS, n=1, cutoff=0.75)
     if deeper or not near or key in _EFFECT_KEYS:
         return fault
-    return Fault(fault.place, f"is not a key of this; did you mean {near[0]!r}?")
+    return Fault(fault.path, f"is not a key of this; did you mean {near[0]!r}?")
 
 
 def build(
@@ -312,14 +312,14 @@ def problems(
     """
     found: dict[tuple[str, str], str | None] = {}
     for step in sequence.steps.values():
-        place = (step.sequence, step.name)
+        key = (step.sequence, step.name)
         match step.behaviour:
             case Problem(message):
-                found[place] = message
-            case Elsewhere(problem) if known[place] not in (None, problem):
+                found[key] = message
+            case Elsewhere(problem) if known[key] not in (None, problem):
                 pass
             case _:
-                found[place] = None
+                found[key] = None
     return found
 
 
@@ -334,7 +334,7 @@ class Definition:
     status: str | None
     lookup: str | None
     recheck: timedelta
-    place: str = field(compare=False)
+    where: str = field(compare=False)
     description: str | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
 

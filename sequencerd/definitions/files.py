@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, Wi
 from sequencerd.core import model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, faults, nearest
-from sequencerd.core.model import Fault, Place, Problem, Step, printable
+from sequencerd.core.model import Fault, KeyPath, Problem, Step, printable
 from sequencerd.core.step_types import COMPILERS
 from sequencerd.definitions import check, cycles
 from sequencerd.definitions.compiler import (
@@ -184,16 +184,16 @@ class _Source:
     def __str__(self) -> str:
         return f"{self.path}:{self.document.line(())}"
 
-    def say(self, place: Place, message: str, *, is_error: bool = True) -> None:
-        """Adds a finding; `place` are the keys that lead there from the top of the document."""
-        step, shown = None, place
-        if place[:1] == ("steps",) and len(place) > 1:
-            step = self.step_names[int(place[1])]
+    def say(self, keys: KeyPath, message: str, *, is_error: bool = True) -> None:
+        """Adds a finding; `keys` are the keys that lead there from the top of the document."""
+        step, shown = None, keys
+        if keys[:1] == ("steps",) and len(keys) > 1:
+            step = self.step_names[int(keys[1])]
             if step is not None:
-                shown = place[3:] if place[2:3] == ("config",) else place[2:]
+                shown = keys[3:] if keys[2:3] == ("config",) else keys[2:]
         text = str(Fault(shown, message))
         within = re.match(r"line (\d+): ", message)  # of a template
-        line = self.document.line(place, int(within[1]) if within else 0)
+        line = self.document.line(keys, int(within[1]) if within else 0)
         self.findings.append(Finding(self.path, line, self.name, step, text, is_error))
 
     def jumps(self) -> Iterator[tuple[int, str, str]]:
@@ -250,19 +250,19 @@ def _build(
     for step in steps:
         built = sequence.steps[step.name].behaviour
         if isinstance(built, Problem) and built is not step.behaviour:
-            for place, message in built.faults:
-                config = ("config",) if place else ()
-                source.say(("steps", step.position, *config, *place), message)
+            for keys, message in built.faults:
+                config = ("config",) if keys else ()
+                source.say(("steps", step.position, *config, *keys), message)
     return _Built(sequence, parsed, are_ways_known)
 
 
 def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) -> Definition | None:
     """The definition, if there is no error in it."""
     sequence, parsed, are_ways_known = built
-    for name, place, message, is_error in remarks:
-        if are_ways_known or place:
+    for name, keys, message, is_error in remarks:
+        if are_ways_known or keys:
             number = sequence.steps[name].position
-            source.say(("steps", number, *place), message, is_error=is_error)
+            source.say(("steps", number, *keys), message, is_error=is_error)
     if parsed is None or any(finding.is_error for finding in source.findings):
         return None
     where = f"{source}: sequence {parsed.name!r}"
@@ -283,8 +283,8 @@ def _parse(source: _Source) -> FileSequence | None:
     try:
         parsed = FileSequence.model_validate(value)
     except ValidationError as error:
-        for place, message in faults(error, FileSequence, value):
-            source.say(place, message)
+        for keys, message in faults(error, FileSequence, value):
+            source.say(keys, message)
         return None
     return parsed
 
@@ -331,13 +331,13 @@ def _renamed_in_a_circle(
     return False
 
 
-def _check_target(source: _Source, place: Place, target: str, there: _Source) -> None:
+def _check_target(source: _Source, keys: KeyPath, target: str, there: _Source) -> None:
     if target not in there.step_names:
         where = "" if there is source else f" in sequence {there.name!r}"
         known = [name for name in there.step_names if name is not None]
         # a file of which all is wrong must not take minutes
         hint = f"; {nearest(target, known)}" if len(source.findings) < MAX_HINTS else ""
-        source.say(place, f"step {target!r} does not exist{where}{hint}")
+        source.say(keys, f"step {target!r} does not exist{where}{hint}")
 
 
 def _read_steps(source: _Source, runners: Runners) -> list[Step]:
@@ -366,7 +366,7 @@ def _read_steps(source: _Source, runners: Runners) -> list[Step]:
         steps.setdefault(step.name, step)
         if isinstance(step.behaviour, Problem):
             is_served = parsed.type in COMPILERS or parsed.type in runners
-            for place, message in step.behaviour.faults:
+            for keys, message in step.behaviour.faults:
                 key = "config" if is_served else "type"
-                source.say(("steps", number, key, *place), message.removeprefix("type "))
+                source.say(("steps", number, key, *keys), message.removeprefix("type "))
     return list(steps.values())

@@ -219,7 +219,7 @@ async def _document(
         async with connection.transaction():
             text = await connection.fetchval(QUERIES["as_jsonb"], json.dumps(document))
     except asyncpg.DataError as error:
-        raise FileError(f"{definition.place}: {error}") from error
+        raise FileError(f"{definition.where}: {error}") from error
     kept: Document = json.loads(text)
     return kept
 
@@ -357,7 +357,7 @@ async def apply(
             try:
                 await _write(connection, step, definition)
             except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
-                raise FileError(f"{definition.place}: {error}") from error
+                raise FileError(f"{definition.where}: {error}") from error
     if plan.archived:
         await connection.execute(QUERIES["archive"], plan.archived)
     await connection.execute(QUERIES["mark_from_file"], [s.sequence for s in plan.sequences])

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from sequencerd.core.model import Place
+from sequencerd.core.model import KeyPath
 
 MAX_SIZE = 1024 * 1024  # bytes
 MAX_VALUES = 50_000  # of a file, with those that aliases repeat
@@ -40,18 +40,18 @@ class Document:
     """One document of a file: its value, and the line (from 1) of each key and item."""
 
     value: Any
-    lines: dict[Place, int] = field(repr=False)
-    blocks: dict[Place, int] = field(repr=False)  # the line above the text of each `|`
+    lines: dict[KeyPath, int] = field(repr=False)
+    blocks: dict[KeyPath, int] = field(repr=False)  # the line above the text of each `|`
 
-    def line(self, place: Place, within: int = 0) -> int:
+    def line(self, keys: KeyPath, within: int = 0) -> int:
         """Where a value stands, or else the nearest that it would stand in; of a text that is
         written in lines of its own, the line `within` it (from 1).
         """
-        if within and place in self.blocks:
-            return self.blocks[place] + within
-        while place not in self.lines:
-            place = place[:-1]
-        return self.lines[place]
+        if within and keys in self.blocks:
+            return self.blocks[keys] + within
+        while keys not in self.lines:
+            keys = keys[:-1]
+        return self.lines[keys]
 
 
 def read_documents(path: Path) -> Iterator[Document]:
@@ -124,7 +124,7 @@ class _Loader(yaml.SafeLoader):
         if self._values > 2 * MAX_VALUES:  # each is counted when it is read, and when it is used
             raise _wrong(f"more than {MAX_VALUES} values, with those that aliases repeat", mark)
 
-    def _plain(self, node: yaml.Node, place: Place, made: Document) -> Any:
+    def _plain(self, node: yaml.Node, keys: KeyPath, made: Document) -> Any:
         self._depth += 1
         self._count(node.start_mark)
         match node:
@@ -132,17 +132,17 @@ class _Loader(yaml.SafeLoader):
                 value: Any = {}
                 for key_node, value_node in self._items(node):
                     key = str(_scalar(key_node))
-                    made.lines[*place, key] = key_node.start_mark.line + 1
-                    value[key] = self._plain(value_node, (*place, key), made)
+                    made.lines[*keys, key] = key_node.start_mark.line + 1
+                    value[key] = self._plain(value_node, (*keys, key), made)
             case yaml.SequenceNode(tag=tag) if tag == f"{_TAG}seq":
                 value = []
                 for number, item in enumerate(node.value):
-                    made.lines[*place, number] = item.start_mark.line + 1
-                    value.append(self._plain(item, (*place, number), made))
+                    made.lines[*keys, number] = item.start_mark.line + 1
+                    value.append(self._plain(item, (*keys, number), made))
             case yaml.ScalarNode():
                 value = _scalar(node)
                 if node.style == "|":
-                    made.blocks[place] = node.start_mark.line + 1
+                    made.blocks[keys] = node.start_mark.line + 1
             case _:
                 raise _wrong(_unknown(node), node.start_mark)
         self._depth -= 1

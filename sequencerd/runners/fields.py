@@ -24,7 +24,7 @@ def compile_field(name: str, source: str, *, escape: bool = False) -> Template:
     try:
         return compile_template(source, escape=escape)
     except DefinitionError as error:
-        found = [Fault((name, *fault.place), fault.message) for fault in error.faults]
+        found = [Fault((name, *fault.path), fault.message) for fault in error.faults]
         raise DefinitionError(found) from error
 
 
