@@ -30,7 +30,7 @@ from sequencerd.console import summary
 from sequencerd.console.app import make_console
 from sequencerd.core.model import Sequence
 from sequencerd.definitions.compiler import from_rows
-from sequencerd.definitions.simulator import Sequences
+from sequencerd.definitions.simulator import Simulator
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.settings import Console
 from sequencerd.storage import migrate, store
@@ -109,7 +109,7 @@ async def main() -> None:
         app = make_console(
             Console(),
             url,
-            lambda: Sequences(definitions, {}),
+            lambda: Simulator(definitions, {}),
             lambda: datetime.now(UTC),
             structlog.get_logger(),
         )
@@ -130,7 +130,8 @@ async def measure(client: httpx.AsyncClient, requests: int, count: int) -> None:
         "overview": "/",
         "sequence": "/sequence?sequence=s1",
         "step, 400,000 people of a million with one time": "/sequence?sequence=s0&step=t3",
-        "step, its last page": "/tables/people.json?sequence=s0&step=t3&from=infinity&skip=5000",
+        "step, its last page": "/tables/enrollments.json"
+        "?sequence=s0&step=t3&from=infinity&skip=5000",
         "enrollment": f"/enrollments/{count // 2}",
         "failures": "/failures",
         "failures of a step": "/failures/group?sequence=s0&step=t3&failure=error",
@@ -184,7 +185,7 @@ async def disturbance(dsn: str, samples: int) -> None:
         console = make_console(
             Console(),
             url,
-            lambda: Sequences({}, {}),
+            lambda: Simulator({}, {}),
             lambda: datetime.now(UTC),
             structlog.get_logger(),
         )

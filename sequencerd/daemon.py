@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.console.app import make_console
-from sequencerd.definitions.simulator import Sequences
+from sequencerd.definitions.simulator import Simulator
 from sequencerd.engine import retention
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.lookups import Lookups
@@ -245,13 +245,13 @@ class _Daemon:
         settings = self.parts.settings.console
         console = None
         if settings is not None and settings.enabled:
-            console = make_console(settings, url, self._journeys, self._clock.now, self._log)
+            console = make_console(settings, url, self._simulator, self._clock.now, self._log)
         health = self._health
         return make_app(health.why_not_alive, health.why_not_ready, self._metrics.registry, console)
 
-    def _journeys(self) -> Sequences:
+    def _simulator(self) -> Simulator:
         """The definitions and runners of the moment, for another thread to read."""
-        return Sequences(dict(self._engine.catalog.sequences), self.parts.runners)
+        return Simulator(dict(self._engine.catalog.sequences), self.parts.runners)
 
     async def run(self, url: str, reload: asyncio.Event, stop: asyncio.Event) -> None:
         """Works until it is told to stop."""

@@ -28,7 +28,7 @@ from pydantic import SecretStr
 from sequencerd.core.model import RETRY, Result, Task
 from sequencerd.definitions import files
 from sequencerd.definitions.simulate import Entry, Outcome, Simulation
-from sequencerd.definitions.simulator import Sequences
+from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import FileError, UsageError
 from sequencerd.runners import Runner, registry
 from sequencerd.settings import Settings
@@ -37,9 +37,9 @@ __all__ = [
     "Entry",
     "FileError",
     "Outcome",
-    "Sequences",
     "Settings",
     "Simulation",
+    "Simulator",
     "UsageError",
     "load",
 ]
@@ -49,14 +49,14 @@ def load(
     *paths: str | os.PathLike[str],
     outcomes: Mapping[str, Outcome] | None = None,
     settings: Settings | None = None,
-) -> Sequences:
+) -> Simulator:
     """Reads files. `outcomes` says how the side effects of a type end, where not with next: it may
     name types whose runners are not set up here. Raises FileError.
     """
     runners = make_runners(settings or Settings(), outcomes or {})
     found = files.read_all([Path(path) for path in paths], runners)
     definitions = {one.sequence.name: one.seeded({}) for one in found}
-    return Sequences(definitions, runners, outcomes or {})
+    return Simulator(definitions, runners, outcomes or {})
 
 
 def make_runners(settings: Settings, types: Iterable[str]) -> dict[str, Runner]:

@@ -20,7 +20,7 @@ from sequencerd.core.model import DefinitionError, Enrollment
 from sequencerd.definitions import files, graph
 from sequencerd.definitions.compiler import Definition, from_rows
 from sequencerd.definitions.simulate import Entry, Outcome, Simulation
-from sequencerd.definitions.simulator import Sequences, choose
+from sequencerd.definitions.simulator import Simulator, choose
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
 from sequencerd.settings import Settings
@@ -73,7 +73,7 @@ async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings
         definitions |= {one.sequence.name: _dealing(one, definitions) for one in read}
     # a side effect that is being executed is begun anew here
     enrollment = Enrollment(*columns)._replace(leased_by=None)
-    simulation = Sequences(definitions, runners, outcomes).follow(
+    simulation = Simulator(definitions, runners, outcomes).follow(
         enrollment,
         now,
         arguments.until,

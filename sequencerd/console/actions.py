@@ -17,26 +17,30 @@ from sequencerd.storage.bulk import Done, Selection
 from sequencerd.storage.store import brief
 
 ACTIONS = {"retry": "Retried", "skip": "Skipped the step for", "cancel": "Cancelled"}
-PATIENCE = 1.0  # seconds that a page waits for the end of a change
+WAIT = 1.0  # seconds that a page waits for the end of a change
 CONNECT_TIMEOUT = 10.0
 SHOWN = 20.0  # seconds for which a page tells what came of a change
 MOST = 4  # changes at the same time
 
 
-class Changes:
+class Actions:
     """What is being changed, and what is to be told of it to whom."""
 
     def __init__(self, url: str, log: FilteringBoundLogger) -> None:
         self._url = url
         self._log = log
         self._running: set[asyncio.Task[None]] = set()
-        self._told: dict[str, tuple[str, float]] = {}  # by the nonce of the session; and until when
+        self._reports: dict[
+            str, tuple[str, float]
+        ] = {}  # by the nonce of the session; and until when
 
-    def told(self, nonce: str) -> str | None:
+    def report(self, nonce: str) -> str | None:
         """What comes of the visitor's change; for a while, once it is over."""
         now = time.monotonic()
-        self._told = {known: told for known, told in self._told.items() if told[1] > now}
-        text, _ = self._told.get(nonce, (None, 0))
+        self._reports = {
+            known: report for known, report in self._reports.items() if report[1] > now
+        }
+        text, _ = self._reports.get(nonce, (None, 0))
         return text
 
     async def make(
@@ -63,7 +67,7 @@ class Changes:
         task = asyncio.create_task(self._guard(nonce, self._make(nonce, action, selection, why)))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        await asyncio.wait([task], timeout=PATIENCE)
+        await asyncio.wait([task], timeout=WAIT)
 
     async def close(self) -> None:
         """Ends what goes on after the batch that is under way."""
@@ -77,10 +81,12 @@ class Changes:
             await work
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
             self._log.warning("a change in the console failed", error=brief(error))
-            self._tell(nonce, f"The database refuses it: {brief(error)}. Nothing more is changed.")
+            self._report(
+                nonce, f"The database refuses it: {brief(error)}. Nothing more is changed."
+            )
 
-    def _tell(self, nonce: str, text: str, seconds: float | None = None) -> None:
-        self._told[nonce] = (text, time.monotonic() + (SHOWN if seconds is None else seconds))
+    def _report(self, nonce: str, text: str, seconds: float | None = None) -> None:
+        self._reports[nonce] = (text, time.monotonic() + (SHOWN if seconds is None else seconds))
 
     async def _make(self, nonce: str, action: str, selection: Selection, why: str) -> None:
         # not one of the pool's: the daemons are to be notified
@@ -96,17 +102,17 @@ class Changes:
             nonlocal total
             total = total.plus(done)
             text = f"{ACTIONS[action]} {total.changed:,} of {len(ids):,}…"
-            self._tell(nonce, text, inf)
+            self._report(nonce, text, inf)
 
         try:
             ids = await bulk.select(connection, action, selection)
             await bulk.change(connection, action, ids, reason=why, progress=progress)
         finally:
             connection.terminate()
-        self._tell(nonce, _in_words(action, len(ids), total))
+        self._report(nonce, _summary(action, len(ids), total))
 
 
-def _in_words(action: str, selected: int, done: Done) -> str:
+def _summary(action: str, selected: int, done: Done) -> str:
     said = [f"{ACTIONS[action]} {_count(done.changed)}."]
     if done.executing:
         said.append(f"{done.executing:,} were executing a side effect, which is not undone.")

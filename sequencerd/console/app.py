@@ -19,14 +19,14 @@ from starlette.routing import Route
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.console import html, pages, simulating
-from sequencerd.console.actions import Changes
+from sequencerd.console.actions import Actions
 from sequencerd.console.auth import Auth
-from sequencerd.console.context import State, say, state_of
+from sequencerd.console.context import Context, context_of, say
 from sequencerd.console.live import Live
 from sequencerd.console.query import NotFoundError, WrongQueryError
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at
-from sequencerd.definitions.simulator import Sequences
+from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import UsageError
 from sequencerd.settings import Console
 from sequencerd.storage.store import TRANSIENT_ERRORS, brief
@@ -54,13 +54,13 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 def make_console(
     settings: Console,
     url: str,
-    journeys: Callable[[], Sequences],
+    simulator: Callable[[], Simulator],
     now: Callable[[], datetime],
     log: FilteringBoundLogger,
 ) -> Starlette:
     """The application, for a thread beside the engine's.
 
-    `journeys` gives the sequences and runners as they are at the moment. Its `state.close` ends
+    `simulator` gives the sequences and runners as they are at the moment. `app.state.close` ends
     what would keep its connections open.
     """
 
@@ -81,10 +81,10 @@ def make_console(
         ) as pool:
             summary = Summary(pool, log)
             live = Live(pool, summary)
-            changes = Changes(url, log)
-            app.state.console = State(
+            actions = Actions(url, log)
+            app.state.console = Context(
                 settings, url, pool, Auth(settings, pool), html.make_templates(), summary, live,
-                journeys, now, changes,
+                simulator, now, actions,
             )  # fmt: skip
             app.state.close = live.close
             tasks = [asyncio.create_task(work) for work in (summary.keep(), live.keep())]
@@ -93,7 +93,7 @@ def make_console(
             finally:
                 for task in tasks:
                     task.cancel()
-                await changes.close()
+                await actions.close()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 pool.terminate()
 
@@ -168,7 +168,7 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
     """The page for whoever may see it; what goes wrong as a page that says so."""
 
     async def answer(request: Request) -> Response:
-        auth = state_of(request).auth
+        auth = context_of(request).auth
         if refusal := auth.refusal(request):
             return PlainTextResponse(f"{refusal}\n", 403)
         request.state.visitor = visitor = auth.visitor(request)
@@ -187,7 +187,7 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
                         request, 403, "Not done",
                         "This form is too old, or does not come from here. Load the page again.",
                     )  # fmt: skip
-                if page is pages.change and not state_of(request).settings.write:
+                if page is pages.change and not context_of(request).settings.write:
                     return say(
                         request, 403, "Read only", "Set console.write = true to change something."
                     )
@@ -217,7 +217,7 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
 
 def _kept(request: Request, response: Response) -> Response:
     if not request.url.path.startswith(at("/static/")):
-        state_of(request).auth.keep(request, response, request.state.visitor)
+        context_of(request).auth.keep(request, response, request.state.visitor)
     return response
 
 

@@ -13,19 +13,19 @@ from jinja2 import Environment
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from sequencerd.console import actions
+from sequencerd.console.actions import Actions
 from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.live import Live
 from sequencerd.console.mask import make_mask
 from sequencerd.console.query import PAGE, Query
 from sequencerd.console.summary import Summary
 from sequencerd.console.views import Journey
-from sequencerd.definitions.simulator import Sequences
+from sequencerd.definitions.simulator import Simulator
 from sequencerd.settings import Console
 
 
 @dataclass
-class State:
+class Context:
     """What the pages work with."""
 
     settings: Console
@@ -35,34 +35,34 @@ class State:
     templates: Environment
     summary: Summary
     live: Live
-    journeys: Callable[[], Sequences]
+    simulator: Callable[[], Simulator]
     now: Callable[[], datetime]
-    changes: actions.Changes
+    actions: Actions
     simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
-    journeys_read: dict[int, tuple[str, Journey]] = field(default_factory=dict)
+    enrollments_read: dict[int, tuple[str, Journey]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mask = make_mask(self.settings.mask)
 
 
-def state_of(request: Request) -> State:
+def context_of(request: Request) -> Context:
     """What the pages work with."""
-    state: State = request.app.state.console
-    return state
+    context: Context = request.app.state.console
+    return context
 
 
 def render(request: Request, template: str, code: int = 200, /, **given: Any) -> Response:
     """A page."""
-    state = state_of(request)
+    context = context_of(request)
     visitor: Visitor | None = getattr(request.state, "visitor", None)
-    text = state.templates.get_template(template).render(
+    text = context.templates.get_template(template).render(
         visitor=visitor,
         here=request.url.path.removeprefix("/console"),
         address=str(request.url.replace(scheme="", netloc="")),
         back=str(request.url.replace(scheme="", netloc="")),
-        may_write=state.settings.write,
-        may_log_out=state.auth.password_hash is not None,
-        done=state.changes.told(visitor.nonce) if visitor else None,
+        may_write=context.settings.write,
+        may_log_out=context.auth.password_hash is not None,
+        done=context.actions.report(visitor.nonce) if visitor else None,
         **given,
     )
     return HTMLResponse(text, code)

@@ -17,7 +17,7 @@ from starlette.responses import (
 
 from sequencerd.console import html, views
 from sequencerd.console.auth import TooManyError, Visitor
-from sequencerd.console.context import State, query_of, render, state_of
+from sequencerd.console.context import Context, context_of, query_of, render
 from sequencerd.console.live import COUNTS
 from sequencerd.console.query import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
 from sequencerd.console.simulating import simulated
@@ -46,8 +46,8 @@ def _since(counts: Counts | None) -> str:
 
 async def overview(request: Request) -> Response:
     """Every sequence."""
-    state = state_of(request)
-    counts = await state.summary.get()
+    context = context_of(request)
+    counts = await context.summary.get()
     table = views.overview(counts, query_of(request)) if counts else None
     problems = counts.problems if counts else []
     return render(
@@ -55,40 +55,40 @@ async def overview(request: Request) -> Response:
         "overview.html",
         title="Overview",
         live=COUNTS,
-        version=state.summary.version,
+        version=context.summary.version,
         counts=counts,
         since=_since(counts),
         overview=table,
-        problems=[state.mask({**row, "last_error": row["message"]}) for row in problems],
+        problems=[context.mask({**row, "last_error": row["message"]}) for row in problems],
     )
 
 
 async def failures(request: Request) -> Response:
     """Who failed, by step and reason."""
-    state = state_of(request)
-    counts = await state.summary.get()
+    context = context_of(request)
+    counts = await context.summary.get()
     return render(
         request,
         "failures.html",
         title="Failures",
         live=COUNTS,
-        version=state.summary.version,
+        version=context.summary.version,
         counts=counts,
-        failures=views.failures(counts, query_of(request), state.mask) if counts else None,
+        failures=views.failures(counts, query_of(request), context.mask) if counts else None,
     )
 
 
 async def sequence(request: Request) -> Response:
     """A sequence: its graph and steps; where one is chosen, who waits there."""
-    state, query = state_of(request), query_of(request)
+    context, query = context_of(request), query_of(request)
     name, step = query.must("sequence"), query.get("step")
-    definition = _definition(state, name)
+    definition = _definition(context, name)
     node = definition.steps.get(step) if step else None
     if step and node is None:
         raise NotFoundError(f"The sequence {name} has no step {step}.")
-    counts = await state.summary.get()
-    people = await views.people(state.pool, query, state.mask) if step else None
-    revisions = await views.revisions(state.pool, query)
+    counts = await context.summary.get()
+    enrollments = await views.enrollments(context.pool, query, context.mask) if step else None
+    revisions = await views.revisions(context.pool, query)
     known = counts.sequences if counts else []
     row = next((row for row in known if row["name"] == name), {})
     steps = views.steps(counts, query) if counts else None
@@ -100,7 +100,7 @@ async def sequence(request: Request) -> Response:
         "sequence.html",
         title=name,
         live=COUNTS,
-        version=state.summary.version,
+        version=context.summary.version,
         counts=counts,
         since=_since(counts),
         name=name,
@@ -112,14 +112,14 @@ async def sequence(request: Request) -> Response:
         step=step,
         node=node,
         problem=problem,
-        people=people,
+        enrollments=enrollments,
         revisions=revisions,
     )
 
 
-def _definition(state: State, name: str) -> Sequence:
+def _definition(context: Context, name: str) -> Sequence:
     try:
-        return state.journeys().definitions[name]
+        return context.simulator().definitions[name]
     except KeyError:
         raise NotFoundError(f"There is no sequence {name}.") from None
 
@@ -165,14 +165,14 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
 
 async def group(request: Request) -> Response:
     """Who failed at a step for a reason."""
-    state, query = state_of(request), query_of(request)
-    table = await views.failed_people(state.pool, query, state.mask)
+    context, query = context_of(request), query_of(request)
+    table = await views.failed_enrollments(context.pool, query, context.mask)
     return render(
         request,
         "group.html",
         title="Failures",
         live=COUNTS,
-        version=state.summary.version,
+        version=context.summary.version,
         group={key: query.get(key) for key in ("sequence", "step", "failure")},
         failed=table,
     )
@@ -197,28 +197,28 @@ async def enrollment(request: Request) -> Response:
 
 async def _journey(request: Request, id_: int, query: Query) -> Journey:
     """Read once for all who have the page open."""
-    state = state_of(request)
+    context = context_of(request)
     if id_ >= 2**63:
         raise NotFoundError(f"There is no enrollment {id_}.")
-    version = state.live.version(id_)
+    version = context.live.version(id_)
     is_shared = version is not None and not query.given and query.rows == PAGE
-    if is_shared and (kept := state.journeys_read.get(id_)) and kept[0] == version:
+    if is_shared and (kept := context.enrollments_read.get(id_)) and kept[0] == version:
         return kept[1]
-    found = await views.journey(state.pool, id_, query, state.mask)
+    found = await views.journey(context.pool, id_, query, context.mask)
     if is_shared:
-        state.journeys_read = {
+        context.enrollments_read = {
             known: kept
-            for known, kept in state.journeys_read.items()
-            if state.live.version(known) == kept[0]
+            for known, kept in context.enrollments_read.items()
+            if context.live.version(known) == kept[0]
         }
-        state.journeys_read[id_] = (found.version, found)
+        context.enrollments_read[id_] = (found.version, found)
     return found
 
 
 async def search(request: Request) -> Response:
     """Who is meant."""
-    state, query = state_of(request), query_of(request)
-    table, remark = await views.search(state.pool, query, state.mask, state.settings.mask)
+    context, query = context_of(request), query_of(request)
+    table, remark = await views.search(context.pool, query, context.mask, context.settings.mask)
     q = query.get("q") or ""
     return render(request, "search.html", title="Search", q=q, found=table, remark=remark)
 
@@ -228,21 +228,21 @@ async def search(request: Request) -> Response:
 
 async def table(request: Request) -> Response:
     """A table as JSON or CSV."""
-    state = state_of(request)
+    context = context_of(request)
     limit = query_of(request).number("limit", PAGE)
     query = query_of(request, max(1, min(limit, MOST_ROWS)))
     name, form = request.path_params["name"], request.path_params["form"]
     write = {"json": as_json, "csv": as_csv}.get(form)
-    made = await _table(request, state, name, query)
+    made = await _table(request, context, name, query)
     if write is None or made is None:
         raise NotFoundError("There is no such table.")
     return write(made)
 
 
-async def _table(request: Request, state: State, name: str, query: Query) -> Table | None:
+async def _table(request: Request, context: Context, name: str, query: Query) -> Table | None:
     counts = None
     if name in COUNTED:
-        counts = await state.summary.get(PROGRAMS_WAIT)
+        counts = await context.summary.get(PROGRAMS_WAIT)
         if counts is None:
             raise NotYetError
     match name:
@@ -251,21 +251,21 @@ async def _table(request: Request, state: State, name: str, query: Query) -> Tab
         case "steps" if counts:
             return views.steps(counts, query)
         case "failures" if counts:
-            return views.failures(counts, query, state.mask)
-        case "people":
-            return await views.people(state.pool, query, state.mask)
+            return views.failures(counts, query, context.mask)
+        case "enrollments":
+            return await views.enrollments(context.pool, query, context.mask)
         case "failed":
-            return await views.failed_people(state.pool, query, state.mask)
+            return await views.failed_enrollments(context.pool, query, context.mask)
         case "revisions":
-            return await views.revisions(state.pool, query)
+            return await views.revisions(context.pool, query)
         case "search":
-            found, _ = await views.search(state.pool, query, state.mask, state.settings.mask)
+            found, _ = await views.search(context.pool, query, context.mask, context.settings.mask)
             return found
         case "events":
             found_journey = await _journey(request, query.number("id", 0), query)
             return found_journey.events
         case "simulation":
-            return (await simulated(state, query))[1]
+            return (await simulated(context, query))[1]
     return None
 
 
@@ -278,15 +278,15 @@ class NotYetError(Exception):
 
 async def stream(request: Request) -> Response:
     """Tells a page when it has changed."""
-    state, query = state_of(request), query_of(request)
+    context, query = context_of(request), query_of(request)
     topic = query.number("topic", COUNTS)
     known = request.headers.get("last-event-id") or query.get("version") or ""
     if request.method == "HEAD":  # there is nobody whose going ends the stream
         return Response(media_type="text/event-stream")
 
     async def events() -> AsyncIterator[str]:
-        async for event in state.live.stream(topic, known):
-            if await state.auth.is_logged_out(request, request.state.visitor):
+        async for event in context.live.stream(topic, known):
+            if await context.auth.is_logged_out(request, request.state.visitor):
                 return
             yield event
 
@@ -315,11 +315,11 @@ async def form(request: Request) -> dict[str, str]:
 
 async def change(request: Request) -> Response:
     """Retries, skips or cancels one enrollment or all of a group."""
-    state = state_of(request)
+    context = context_of(request)
     visitor: Visitor = request.state.visitor
     assert visitor.user is not None
     query = Query(request.state.form)
-    await state.changes.make(
+    await context.actions.make(
         visitor.nonce,
         visitor.user,
         query.must("action"),
@@ -328,7 +328,7 @@ async def change(request: Request) -> Response:
         step=query.get("step"),
         failure=query.get("failure"),
     )
-    state.journeys_read.clear()
+    context.enrollments_read.clear()
     return RedirectResponse(_local(query.get("back")), 303)
 
 
@@ -343,8 +343,8 @@ def _local(address: str | None) -> str:
 
 async def login(request: Request) -> Response:
     """Asks for the password."""
-    state = state_of(request)
-    if state.auth.password_hash is None or request.state.visitor.user:
+    context = context_of(request)
+    if context.auth.password_hash is None or request.state.visitor.user:
         return RedirectResponse(at("/"), 303)
     return _ask(request, 200, query_of(request).get("to"), "", None)
 
@@ -357,15 +357,15 @@ def _ask(request: Request, status: int, to: str | None, name: str, wrong: str | 
 
 async def log_in(request: Request) -> Response:
     """Looks at the password."""
-    state = state_of(request)
+    context = context_of(request)
     query = Query(request.state.form)
     name, to = " ".join((query.get("name") or "").split())[:100], query.get("to")
-    if state.auth.password_hash is None:
+    if context.auth.password_hash is None:
         return RedirectResponse(at("/"), 303)
     if not name:
         return _ask(request, 422, to, name, "Write your name.")
     try:
-        visitor = await state.auth.log_in(request, name, request.state.form.get("password", ""))
+        visitor = await context.auth.log_in(request, name, request.state.form.get("password", ""))
     except TooManyError as error:
         answer = _ask(request, 429, to, name, f"{str(error)[0].upper()}{str(error)[1:]}.")
         answer.headers["Retry-After"] = str(error.seconds)
@@ -378,7 +378,7 @@ async def log_in(request: Request) -> Response:
 
 async def log_out(request: Request) -> Response:
     """Ends the session, for whoever has its cookie."""
-    auth = state_of(request).auth
+    auth = context_of(request).auth
     await auth.log_out(request.state.visitor)
     request.state.visitor = auth.nobody()
     return RedirectResponse(at("/login"), 303)

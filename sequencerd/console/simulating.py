@@ -10,13 +10,13 @@ from typing import Any, get_args
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sequencerd.console.context import State, query_of, render, state_of
+from sequencerd.console.context import Context, context_of, query_of, render
 from sequencerd.console.query import NotFoundError, Query
 from sequencerd.console.tables import Column, Table
 from sequencerd.core.calendar import dates
 from sequencerd.core.model import DefinitionError, Enrollment
 from sequencerd.definitions.simulate import Outcome, Simulation
-from sequencerd.definitions.simulator import Sequences
+from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import UsageError
 from sequencerd.storage import store
 
@@ -26,9 +26,9 @@ MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
 
 async def simulate(request: Request) -> Response:
     """The year of somebody."""
-    state, query = state_of(request), query_of(request)
+    context, query = context_of(request), query_of(request)
     given = {
-        "sequences": sorted(state.journeys().definitions),
+        "sequences": sorted(context.simulator().definitions),
         "chosen": query.get("sequence"),
         "timezone": query.get("timezone") or "",
         "outcome": query.get("outcome") or "next",
@@ -39,7 +39,7 @@ async def simulate(request: Request) -> Response:
     wrong, simulation, table = None, None, None
     if query.get("sequence") or query.get("enrollment"):
         try:
-            simulation, table = await simulated(state, query)
+            simulation, table = await simulated(context, query)
         except UsageError as error:
             wrong = str(error)
     end = ""
@@ -54,24 +54,24 @@ async def simulate(request: Request) -> Response:
         wrong=wrong,
         simulation=simulation,
         simulated=table,
-        end=state.mask({"message": end})["message"],
+        end=context.mask({"message": end})["message"],
         **given,
     )
 
 
-async def simulated(state: State, query: Query) -> tuple[Simulation, Table]:
+async def simulated(context: Context, query: Query) -> tuple[Simulation, Table]:
     """Raises UsageError."""
-    journeys = state.journeys()
+    simulator = context.simulator()
     if (outcome := query.get("outcome") or "next") not in OUTCOMES:
         raise UsageError(f"side effects can't end with {outcome!r}")
-    outcomes: dict[str, Outcome] = dict.fromkeys(journeys.runners, outcome)
-    journeys = Sequences(journeys.definitions, journeys.runners, outcomes, MOST_ENTRIES)
-    now = state.now().replace(microsecond=0)
+    outcomes: dict[str, Outcome] = dict.fromkeys(simulator.runners, outcome)
+    simulator = Simulator(simulator.definitions, simulator.runners, outcomes, MOST_ENTRIES)
+    now = context.now().replace(microsecond=0)
     known: Mapping[str, Any] = {}
     work: Callable[[], Simulation]
     if query.get("enrollment"):
         id_ = query.number("enrollment", 0)
-        rows = await store.read(state.pool, "simulated", id_)
+        rows = await store.read(context.pool, "simulated", id_)
         if not rows:
             raise NotFoundError(f"There is no enrollment {id_}, or not any more.")
         *columns, status = rows[0].values()
@@ -79,11 +79,11 @@ async def simulated(state: State, query: Query) -> tuple[Simulation, Table]:
             raise UsageError(f"enrollment {id_} is {status}: nothing lies ahead")
         start = Enrollment(*columns)._replace(leased_by=None)
         known = json.loads(start.data)
-        refusing = await store.read(state.pool, "refusing", start.subject, id_)
+        refusing = await store.read(context.pool, "refusing", start.subject, id_)
         enrolled = [row["sequence"] for row in refusing]
 
         def work() -> Simulation:
-            return journeys.follow(start, now, None, {}, None, enrolled=enrolled)
+            return simulator.follow(start, now, None, {}, None, enrolled=enrolled)
     else:
         data, zone = _data(query.get("data") or "{}"), query.get("timezone")
         if zone is not None:
@@ -94,11 +94,11 @@ async def simulated(state: State, query: Query) -> tuple[Simulation, Table]:
         name = query.must("sequence")
 
         def work() -> Simulation:
-            return journeys.simulate(name, start=now, data=data, timezone=zone)
+            return simulator.simulate(name, start=now, data=data, timezone=zone)
 
-    async with state.simulating:  # one at a time: it takes a core
+    async with context.simulating:  # one at a time: it takes a core
         simulation = await asyncio.to_thread(work)
-    rows = [_entry(state, entry._asdict(), known) for entry in simulation.entries]
+    rows = [_entry(context, entry._asdict(), known) for entry in simulation.entries]
     columns_shown = (
         Column("at", "When", "time"),
         Column("sequence", "Sequence"),
@@ -112,15 +112,15 @@ async def simulated(state: State, query: Query) -> tuple[Simulation, Table]:
     return simulation, Table("simulation", columns_shown, rows, query.given)
 
 
-def _entry(state: State, entry: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(context: Context, entry: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """As it may be shown: the data of somebody who is there may be masked."""
     if not known:
         return entry
     details = {
-        key: state.mask({"message": text, "known": known})["message"]
+        key: context.mask({"message": text, "known": known})["message"]
         for key, text in entry["details"].items()
     }
-    shown = state.mask({"message": entry["message"], "known": known})
+    shown = context.mask({"message": entry["message"], "known": known})
     return {**entry, "message": shown["message"], "details": details}
 
 

@@ -148,13 +148,13 @@ def failures(counts: Counts, query: Query, mask: Mask) -> Table:
 # --- rows
 
 
-async def people(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
+async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     """Who waits at a step: who is due first, first."""
     since, skip = query.time("from", FIRST), query.number("skip", 0)
     if skip > FURTHEST:
         raise WrongQueryError(f"a page can't begin after more than {FURTHEST:,} rows")
     found = await store.read(
-        pool, "console_people", query.must("sequence"), query.must("step"), since, skip,
+        pool, "console_waiting", query.must("sequence"), query.must("step"), since, skip,
         query.rows + 1,
     )  # fmt: skip
     rows = [_linked(mask(row)) for row in found[: query.rows]]
@@ -173,16 +173,16 @@ async def people(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
         Column("attempt", "Attempt", "number"),
         Column("last_error", "Last error"),
     )
-    return Table("people", columns, rows, query.given, more)
+    return Table("enrollments", columns, rows, query.given, more)
 
 
-async def failed_people(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
+async def failed_enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     """Who failed at a step for a reason."""
     skip = query.number("skip", 0)
     if skip > FURTHEST:
         raise WrongQueryError(f"a page can't begin after more than {FURTHEST:,} rows")
     found = await store.read(
-        pool, "console_failed_people", query.must("sequence"), query.must("step"),
+        pool, "console_failed_at", query.must("sequence"), query.must("step"),
         query.get("failure"), skip, query.rows + 1,
     )  # fmt: skip
     rows = [_linked(mask(row)) for row in found[: query.rows]]

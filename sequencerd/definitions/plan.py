@@ -48,12 +48,12 @@ class Waiting:
             (self.unknown, "depend on external data"),
             (self.failing, f"{would}fail: {self.failure}"),
         ]
-        told = ", ".join(f"{count} {words}" for count, words in parts if count)
-        return f"{self.total} wait at {self.step}: {told}" if self.total else ""
+        text = ", ".join(f"{count} {words}" for count, words in parts if count)
+        return f"{self.total} wait at {self.step}: {text}" if self.total else ""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SequencePlan:
     """What a plan does to one sequence."""
 
     sequence: str
@@ -61,13 +61,13 @@ class Step:
     changes: Changes
     after: Document
     moves: Mapping[str, str] = field(default_factory=dict)  # new step by removed step
-    standing: Mapping[str, int] = field(default_factory=dict)  # people at removed steps
+    at_step: Mapping[str, int] = field(default_factory=dict)  # people at removed steps
     waiting: tuple[Waiting, ...] = ()
 
     def lines(self, *, done: bool) -> Iterator[str]:
         """One for each change, and one for the people of each changed step."""
         yield from self.changes.lines()
-        for old, count in self.standing.items():
+        for old, count in self.at_step.items():
             if new := self.moves.get(old):
                 yield f"{count} move from {old} to {new}, where their stay begins anew"
         yield from filter(None, (waiting.line(done=done) for waiting in self.waiting))
@@ -79,7 +79,7 @@ class Step:
 class Plan:
     """What applying some definitions changes."""
 
-    sequences: tuple[Step, ...]
+    sequences: tuple[SequencePlan, ...]
     archived: tuple[str, ...]
     refused: tuple[str, ...]
     fingerprint: str
@@ -107,7 +107,7 @@ class Plan:
                     "revision": one.revision,
                     **asdict(one.changes),
                     "moves": dict(one.moves),
-                    "standing": dict(one.standing),
+                    "at_step": dict(one.at_step),
                     "waiting": [asdict(waiting) for waiting in one.waiting],
                 }
                 for one in self.sequences
@@ -166,21 +166,21 @@ async def _make_one(
     definition: Definition,
     row: asyncpg.Record | None,
     moves: Mapping[str, str],
-) -> Step:
+) -> SequencePlan:
     before = json.loads(row["document"]) if row else None
     after = await _document(connection, definition, before)
     renamed = definition.pending_renames(seeds(before)) if before else {}
     changes = compare(before, after, renamed)
-    standing = {}
+    at_step = {}
     for name in changes.removed:
-        standing[name] = await connection.fetchval(QUERIES["count_at"], after["name"], name)
-    return Step(
+        at_step[name] = await connection.fetchval(QUERIES["count_at"], after["name"], name)
+    return SequencePlan(
         sequence=after["name"],
         revision=row["revision"] if row else None,
         changes=changes,
         after=after,
         moves={old: new for old, new in moves.items() if old in changes.removed},
-        standing={name: count for name, count in standing.items() if count},
+        at_step={name: count for name, count in at_step.items() if count},
     )
 
 
@@ -230,10 +230,10 @@ def _seed(sequence: str, step: str, dealt_by: Mapping[str, str]) -> dict[str, st
     return {} if seed in (None, f"{sequence}/{step}") else {"seed": seed}
 
 
-def _refusals(step: Step) -> Iterator[str]:
+def _refusals(step: SequencePlan) -> Iterator[str]:
     """Why a plan cannot be applied."""
     names = [kept["name"] for kept in step.after["steps"]]
-    for old, count in step.standing.items():
+    for old, count in step.at_step.items():
         if old not in step.moves:
             yield (
                 f"{step.sequence}: {count} stand at {old}, which is removed; say where they go on: "
@@ -288,7 +288,7 @@ async def _everything(
 
 
 async def _count(
-    connection: asyncpg.Connection, step: Step, name: str, definitions: Definitions
+    connection: asyncpg.Connection, step: SequencePlan, name: str, definitions: Definitions
 ) -> Waiting:
     """Evaluates everybody at a step, one batch in memory at a time, and counts what comes of it."""
     old_names = {new: old for old, new in step.changes.renamed.items()}
@@ -296,8 +296,8 @@ async def _count(
     count = Waiting(name)
     now = await store.server_time(connection)
     async with connection.transaction():  # a cursor needs one
-        people = await connection.cursor(QUERIES["people"], step.sequence, old_name)
-        while rows := await people.fetch(BATCH):
+        cursor = await connection.cursor(QUERIES["enrollments_at"], step.sequence, old_name)
+        while rows := await cursor.fetch(BATCH):
             for row in rows:
                 enrollment = Enrollment(*row)
                 if name != old_name:
@@ -364,7 +364,9 @@ async def apply(
     return plan
 
 
-async def _write(connection: asyncpg.Connection, step: Step, definition: Definition) -> None:
+async def _write(
+    connection: asyncpg.Connection, step: SequencePlan, definition: Definition
+) -> None:
     steps = step.after["steps"]
     names = [kept["name"] for kept in steps]
     await connection.execute(
@@ -393,6 +395,6 @@ async def _write(connection: asyncpg.Connection, step: Step, definition: Definit
     )
     for old, new in step.moves.items():
         # more may come to the step while those who were there are moved
-        while await connection.fetchval(QUERIES["move_people"], step.sequence, old, new):
+        while await connection.fetchval(QUERIES["move_enrollments"], step.sequence, old, new):
             pass
     await connection.execute(QUERIES["remove_steps"], step.sequence, names)

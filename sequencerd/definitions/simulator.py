@@ -25,7 +25,7 @@ _DURATION = TypeAdapter(timedelta)
 
 
 @dataclass(frozen=True)
-class Sequences:
+class Simulator:
     """The sequences of a file or a database, ready to be simulated."""
 
     definitions: Mapping[str, model.Sequence]

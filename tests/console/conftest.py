@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from sequencerd.console.app import make_console
 from sequencerd.core.model import Answer, Failed, Result, Task
-from sequencerd.definitions.simulator import Sequences
+from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.settings import Settings
@@ -50,7 +50,7 @@ async def console(
             make_console(
                 found,
                 through or url,
-                lambda: Sequences(dict(engine.catalog.sequences), runners),
+                lambda: Simulator(dict(engine.catalog.sequences), runners),
                 lambda: datetime.now(UTC),
                 structlog.get_logger(),
             ),

@@ -59,7 +59,7 @@ async def test_a_password_is_asked_for(database: str, connection: asyncpg.Connec
         page = await client.get("/enrollments/1?before=2026-01-01")
         assert page.status_code == 303
         assert page.headers["location"].startswith("/console/login?to=%2Fconsole%2Fenrollments%2F1")
-        for path in ("/tables/search.json", "/tables/people.csv", "/live"):
+        for path in ("/tables/search.json", "/tables/enrollments.csv", "/live"):
             assert (await client.get(path)).status_code == 401
         assert (await client.get("/static/console.css")).status_code == 200
         refused = await log_in(client, "wrong horse")
@@ -367,7 +367,7 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
             f"/tables/failed.csv?{group}",
             f"/tables/events.json?id={failing}",
             f"/tables/events.csv?id={failing}",
-            "/tables/people.json?sequence=s&step=wait",
+            "/tables/enrollments.json?sequence=s&step=wait",
             "/sequence?sequence=s&step=wait",
             "/search",
             "/tables/search.json",

@@ -227,7 +227,7 @@ async def test_tables_as_json_and_csv(database: str, connection: asyncpg.Connect
             ("overview", {}),
             ("steps", {"sequence": "s"}),
             ("failures", {}),
-            ("people", {"sequence": "s", "step": "wait"}),
+            ("enrollments", {"sequence": "s", "step": "wait"}),
             ("failed", {"sequence": "s", "step": "note", "failure": "error"}),
             ("revisions", {"sequence": "s"}),
             ("search", {}),
@@ -267,7 +267,7 @@ async def test_pages_follow_one_another(database: str, connection: asyncpg.Conne
     )
     async with console(database) as client:
         for table, key, query, wanted in (
-            ("people", "id", {"sequence": "s", "step": "wait"}, 130),
+            ("enrollments", "id", {"sequence": "s", "step": "wait"}, 130),
             ("failed", "id", {"sequence": "s", "step": "wait", "failure": "error"}, 120),
             ("search", "id", {}, 250),
             ("search", "id", {"q": "u"}, 130),

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sequencerd.core.model import Enrollment
 from sequencerd.definitions.simulate import MAX_ENTRIES, Simulation
 from sequencerd.errors import UsageError
-from sequencerd.testing import Sequences, load
+from sequencerd.testing import Simulator, load
 from tests.conftest import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
@@ -29,7 +29,7 @@ START = "2026-03-02T09:00:00Z"
 PEOPLE = {"name": "Ada", "email": "ada@example.com", "phone": "+4915112345678"}
 
 
-def loaded(folder: Path, text: str, **outcomes: Any) -> Sequences:
+def loaded(folder: Path, text: str, **outcomes: Any) -> Simulator:
     """A file of one sequence."""
     file = folder / "s.yaml"
     file.write_text(f"name: s\nsteps:\n{text}")
@@ -204,7 +204,7 @@ async def test_the_engine_does_the_same(database: str, connection: asyncpg.Conne
     )
     now = datetime.now(UTC)
     fresh = Enrollment(id_, "ada", "{}", now, uuid4(), "s", "begin", None, now)
-    simulation = Sequences(definitions, {"Note": Recorder()}).follow(fresh, now, None, {}, None)
+    simulation = Simulator(definitions, {"Note": Recorder()}).follow(fresh, now, None, {}, None)
     simulated = [(e.step, e.action) for e in simulation.entries if e.action != "execute"]
     assert simulated == [tuple(row) for row in rows]
 

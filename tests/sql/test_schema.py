@@ -55,7 +55,7 @@ def test_every_statement_is_used(repository: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["claim", "claim_some", "claim_bare", "lock_waiting", "people", "simulated"]
+    "name", ["claim", "claim_some", "claim_bare", "lock_waiting", "enrollments_at", "simulated"]
 )
 async def test_what_reads_enrollments_has_the_columns_of_the_model(
     connection: asyncpg.Connection, name: str

@@ -58,7 +58,7 @@ SELECT v.sequence, v.step, extract(epoch FROM v.at - (
          WHERE at >= $1 AND at < $2 AND action IN ('next', 'altNext', 'goal', 'jump')
            AND abs(hashint8(enrollment_id)::bigint) % $3 = 0 LIMIT $4) AS v;
 
--- name: console_people
+-- name: console_waiting
 -- Read a page of the active enrollments at a step, by wake time. Many may have the same wake time, so a
 -- page begins at an offset within it.
 SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data
@@ -66,7 +66,7 @@ SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at >= $3
  ORDER BY wake_at LIMIT $5 OFFSET $4;
 
--- name: console_failed_people
+-- name: console_failed_at
 -- Read a page of the enrollments that failed at a step with one failure code.
 SELECT id, subject, status, ended_at, attempt, last_error, data
   FROM sequencer.enrollments

@@ -35,7 +35,7 @@ DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]);
 -- Rename a step. Triggers update its enrollments and what leads to it.
 UPDATE sequencer.steps SET name = $3 WHERE sequence = $1 AND name = $2;
 
--- name: move_people
+-- name: move_enrollments
 -- Move active and failed enrollments away from a step that is to be deleted, and count them.
 WITH moved AS (
     UPDATE sequencer.enrollments SET step = $3
@@ -69,7 +69,7 @@ SELECT $1::jsonb;
 SELECT count(*) FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND status = 'active';
 
--- name: people
+-- name: enrollments_at
 -- Read all active enrollments at a step that have begun.
 SELECT {whole_enrollment}
   FROM sequencer.enrollments AS e
