@@ -21,7 +21,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.console import html, pages, simulating
 from sequencerd.console.actions import Actions
 from sequencerd.console.auth import Auth
-from sequencerd.console.context import Context, context_of, say
+from sequencerd.console.context import PageContext, context_of, say
 from sequencerd.console.live import Live
 from sequencerd.console.query import NotFoundError, WrongQueryError
 from sequencerd.console.summary import Summary
@@ -82,7 +82,7 @@ def make_console(
             summary = Summary(pool, log)
             live = Live(pool, summary)
             actions = Actions(url, log)
-            app.state.console = Context(
+            app.state.console = PageContext(
                 settings, url, pool, Auth(settings, pool), html.make_templates(), summary, live,
                 simulator, now, actions,
             )  # fmt: skip

@@ -25,7 +25,7 @@ from sequencerd.settings import Console
 
 
 @dataclass
-class Context:
+class PageContext:
     """What the pages work with."""
 
     settings: Console
@@ -45,9 +45,9 @@ class Context:
         self.mask = make_mask(self.settings.mask)
 
 
-def context_of(request: Request) -> Context:
+def context_of(request: Request) -> PageContext:
     """What the pages work with."""
-    context: Context = request.app.state.console
+    context: PageContext = request.app.state.console
     return context
 
 

@@ -17,7 +17,7 @@ from starlette.responses import (
 
 from sequencerd.console import html, views
 from sequencerd.console.auth import TooManyError, Visitor
-from sequencerd.console.context import Context, context_of, query_of, render
+from sequencerd.console.context import PageContext, context_of, query_of, render
 from sequencerd.console.live import COUNTS
 from sequencerd.console.query import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
 from sequencerd.console.simulating import simulated
@@ -117,7 +117,7 @@ async def sequence(request: Request) -> Response:
     )
 
 
-def _definition(context: Context, name: str) -> Sequence:
+def _definition(context: PageContext, name: str) -> Sequence:
     try:
         return context.simulator().definitions[name]
     except KeyError:
@@ -239,7 +239,7 @@ async def table(request: Request) -> Response:
     return write(made)
 
 
-async def _table(request: Request, context: Context, name: str, query: Query) -> Table | None:
+async def _table(request: Request, context: PageContext, name: str, query: Query) -> Table | None:
     counts = None
     if name in COUNTED:
         counts = await context.summary.get(PROGRAMS_WAIT)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sequencerd.console.context import Context, context_of, query_of, render
+from sequencerd.console.context import PageContext, context_of, query_of, render
 from sequencerd.console.query import NotFoundError, Query
 from sequencerd.console.tables import Column, Table
 from sequencerd.core.calendar import dates
@@ -59,7 +59,7 @@ async def simulate(request: Request) -> Response:
     )
 
 
-async def simulated(context: Context, query: Query) -> tuple[Simulation, Table]:
+async def simulated(context: PageContext, query: Query) -> tuple[Simulation, Table]:
     """Raises UsageError."""
     simulator = context.simulator()
     if (outcome := query.get("outcome") or "next") not in OUTCOMES:
@@ -112,7 +112,7 @@ async def simulated(context: Context, query: Query) -> tuple[Simulation, Table]:
     return simulation, Table("simulation", columns_shown, rows, query.given)
 
 
-def _entry(context: Context, entry: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(context: PageContext, entry: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """As it may be shown: the data of somebody who is there may be masked."""
     if not known:
         return entry
