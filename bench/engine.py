@@ -128,7 +128,7 @@ async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> Async
         await made.sweep()
         ready.set()
 
-    listener = asyncio.create_task(listen(url, made.receive, connected, made.look, log=log))
+    listener = asyncio.create_task(listen(url, made.receive, connected, made.find_due, log=log))
     working = asyncio.create_task(made.run())
     await ready.wait()
     try:

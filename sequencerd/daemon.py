@@ -283,7 +283,7 @@ class _Daemon:
                 url,
                 engine.receive,
                 self._connected,
-                engine.look,
+                engine.find_due,
                 log=self._log,
                 heard=self._health.heard,
                 refused=self._metrics.refused.inc,

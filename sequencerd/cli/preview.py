@@ -25,7 +25,7 @@ from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
 from sequencerd.settings import Settings
 from sequencerd.storage import store
-from sequencerd.storage.store import QUERIES, Place
+from sequencerd.storage.store import QUERIES, StepKey
 from sequencerd.testing import load, make_runners
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -214,7 +214,7 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
 def _drawn(
     arguments: argparse.Namespace,
     definitions: Mapping[str, model.Sequence],
-    counts: Mapping[Place, int],
+    counts: Mapping[StepKey, int],
 ) -> str:
     in_file = Path(arguments.target).is_file()
     sequence = definitions[choose(definitions, arguments.sequence if in_file else arguments.target)]

@@ -20,7 +20,7 @@ from typing import Any
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.storage.store import Place, brief, read
+from sequencerd.storage.store import StepKey, brief, read
 
 MOST = 1_000_000  # people at a step: there may be more
 MOST_PROBLEMS = 100  # of those that daemons report
@@ -57,7 +57,7 @@ class Counts:
     failed: list[Row]
     problems: list[Row]  # that daemons report
     flow: Flow
-    stays: Mapping[Place, float]  # the median in seconds
+    stays: Mapping[StepKey, float]  # the median in seconds
     flow_since: date | None  # from this day on the flow is known
 
     @property
@@ -80,7 +80,7 @@ class Summary:
         self._wanted = asyncio.Event()
         self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._flow: defaultdict[tuple[str, str, str], Counter[date]] = defaultdict(Counter)
-        self._stays: defaultdict[Place, deque[float]] = defaultdict(lambda: deque(maxlen=STAYS))
+        self._stays: defaultdict[StepKey, deque[float]] = defaultdict(lambda: deque(maxlen=STAYS))
         self._counted_to: datetime | None = None
         self._known_since: date | None = None
         self._past: list[date] = []  # days that are yet to be counted, the latest at the end

@@ -21,7 +21,7 @@ from sequencerd.definitions.compiler import (
 )
 from sequencerd.engine.clock import Clock
 from sequencerd.storage import store
-from sequencerd.storage.store import Place
+from sequencerd.storage.store import StepKey
 
 SLICE = 0.005  # seconds for which compiling may hold up the loop
 MANY = 500  # steps from which on a sequence is put together in a thread
@@ -29,13 +29,13 @@ MAX_UNKNOWN = 10_000  # names that do not exist are remembered until definitions
 
 
 class Catalog:
-    """The sequences by name. `retime` is told of steps that have changed while people wait."""
+    """The sequences by name. `reschedule` is told of steps that have changed while people wait."""
 
     def __init__(
         self,
         pool: asyncpg.Pool,
         runners: Runners,
-        retime: Callable[[Place], None],
+        reschedule: Callable[[StepKey], None],
         *,
         daemon: str,
         clock: Clock,
@@ -47,7 +47,7 @@ class Catalog:
         self._daemon = daemon
         self._others: frozenset[str] = frozenset()  # types that other daemons serve
         self._unfinished: set[str] = set()  # sequences that are to be read once more
-        self._retime = retime
+        self._reschedule = reschedule
         self._clock = clock
         self._log = log
         self._loading = asyncio.Lock()
@@ -60,12 +60,12 @@ class Catalog:
         """The types of steps for which this daemon has a runner."""
         return served(self._runners)
 
-    def step(self, place: Place) -> model.Step | None:
+    def step(self, step_key: StepKey) -> model.Step | None:
         """Return the step of a key, if there is one."""
-        sequence = self.sequences.get(place[0])
-        return sequence.steps.get(place[1]) if sequence else None
+        sequence = self.sequences.get(step_key[0])
+        return sequence.steps.get(step_key[1]) if sequence else None
 
-    def may_find(self, name: str) -> bool:
+    def should_load(self, name: str) -> bool:
         """Whether a sequence that is not known may exist: it was not looked for in vain before.
         Notes that it is looked for.
         """
@@ -90,7 +90,7 @@ class Catalog:
             return has_changed
 
     async def _read_changed(self, connection: asyncpg.Connection) -> bool:
-        self._know_others(await store.types_elsewhere(connection, self._daemon))
+        self._set_other_types(await store.types_elsewhere(connection, self._daemon))
         revisions = await store.revisions(connection)
         for name in self.sequences.keys() - revisions.keys():
             del self.sequences[name]
@@ -108,7 +108,7 @@ class Catalog:
             self._unknown.clear()
         return bool(changed)
 
-    def _know_others(self, types: frozenset[str]) -> None:
+    def _set_other_types(self, types: frozenset[str]) -> None:
         """Notes what other daemons serve by now: the steps that it concerns are compiled anew."""
         others, self._others = self._others, types
         concerned = (others ^ types) - self.served
@@ -151,24 +151,24 @@ class Catalog:
             self.sequences[sequence.name] = sequence
         self._unfinished.difference_update(names)
         known = {(row["sequence"], row["name"]): row["problem"] for row in step_rows}
-        found: dict[Place, str | None] = {}
+        found: dict[StepKey, str | None] = {}
         for sequence in made:
             found |= problems(sequence, known)
             await asyncio.sleep(0)
-        if news := {place: text for place, text in found.items() if text != known[place]}:
+        if news := {step_key: text for step_key, text in found.items() if text != known[step_key]}:
             await store.set_problems(connection, news)
-            for place, text in news.items():
+            for step_key, text in news.items():
                 if text is not None:
                     self._log.error(
-                        "step has a problem", sequence=place[0], step=place[1], problem=text
+                        "step has a problem", sequence=step_key[0], step=step_key[1], problem=text
                     )
-        mended = [place for place, text in found.items() if text is None]
-        if count := await store.revive(connection, mended, self._clock.now()):
-            self._log.info("failed enrollments go on, their steps are mended", count=count)
+        fixed = [step_key for step_key, text in found.items() if text is None]
+        if count := await store.revive(connection, fixed, self._clock.now()):
+            self._log.info("failed enrollments go on, their steps are fixed", count=count)
         for row in step_rows:
-            place = (row["sequence"], row["name"])
+            step_key = (row["sequence"], row["name"])
             if row["reschedule"]:
-                self._retime(place)
+                self._reschedule(step_key)
 
     async def _make(
         self, row: asyncpg.Record, steps: Sequence[asyncpg.Record], runners: Runners

@@ -1,5 +1,6 @@
-"""Side effects in flight: a lane for each runner and lookup, so that a slow one delays no other,
-and so that a server that is down holds up its own runner only.
+"""Runs side effects: one executor per runner and lookup, so that a slow one delays no other.
+
+A server that is down stops its own executor only.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sequencerd.runners import tracing
 from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.protocol import NotNow
 from sequencerd.service.metrics import Metrics
-from sequencerd.storage.store import Place
+from sequencerd.storage.store import StepKey
 
 INTERRUPTED = Failed(
     "interrupted: the daemon stopped", retry_after=timedelta(0), fault="server", unknown=True
@@ -37,12 +38,12 @@ INTERRUPTED = Failed(
 
 TICK = 0.001  # seconds by which timers may be early
 
-LaneKey = str | tuple[str, str]
+ExecutorKey = str | tuple[str, str]
 """The type of the steps, or ("lookup", its name)."""
 
 
 class Work(Protocol):
-    """What a lane executes: a runner, or a lookup."""
+    """What a executor executes: a runner, or a lookup."""
 
     batch_size: int
     concurrency: int
@@ -58,7 +59,7 @@ class Leased(NamedTuple):
 
     enrollment: Enrollment
     step: Step
-    lane: Lane
+    executor: Executor
     program: object
     task: Task
     revision: int | None = None  # of the definition that it was begun under
@@ -70,35 +71,35 @@ class Leased(NamedTuple):
 
 
 class Owner(Protocol):
-    """What a lane tells, in the event loop."""
+    """What a executor tells, in the event loop."""
 
     def report(self, results: Sequence[tuple[Leased, Result]]) -> None:
         """Side effects have ended."""
         ...
 
-    def resumed(self, lane: Lane) -> None:
+    def resumed(self, executor: Executor) -> None:
         """The pause of a runner that is down is over: one may be tried."""
         ...
 
-    def trouble_changed(self, lane: Lane) -> None:
+    def trouble_changed(self, executor: Executor) -> None:
         """A runner is down, or for another reason, or works again."""
         ...
 
 
-class Lane:
+class Executor:
     """The side effects of one runner.
 
-    A lane takes on twice what runs at the same time, so that a runner finds work when it is done,
-    and no more: what nobody works on is left to other daemons. While the server fails it takes on
-    nothing but one enrollment after each pause; the others wait where they are.
+    An executor has twice as many slots as enrollments that run at the same time, so that a runner
+    that is done finds work; everything else is left to other daemons. While its server fails, it
+    takes one enrollment after each pause; the others wait at their step.
     """
 
     def __init__(
-        self, key: LaneKey, runner: Work, owner: Owner, metrics: Metrics, pauses: Pauses
+        self, key: ExecutorKey, runner: Work, owner: Owner, metrics: Metrics, pauses: Pauses
     ) -> None:
         self.is_lookup = isinstance(key, tuple)
         self.runner = runner
-        self.waiting: set[Place] = set()  # steps whose enrollments found no room
+        self.waiting: set[StepKey] = set()  # steps whose enrollments found no room
         self._kind = "lookup" if isinstance(key, tuple) else key
         self.trouble: str | None = None  # why the runner is down, in its server's words
         self.cause: Cause = "failing"  # the same in a word
@@ -110,28 +111,28 @@ class Lane:
         self._suspects = Suspects()
         self._resume: asyncio.TimerHandle | None = None
         self._capacity = 2 * runner.concurrency * runner.batch_size
-        self._taken = 0
-        self._turn = asyncio.Semaphore(runner.concurrency)
+        self._reserved = 0
+        self._running_slots = asyncio.Semaphore(runner.concurrency)
         self._queued: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Task[None]] = set()
 
     @property
-    def room(self) -> int:
+    def free_slots(self) -> int:
         """How many more can be taken on."""
-        return self._allowed - self._taken
+        return self._allowed - self._reserved
 
     @property
     def _allowed(self) -> int:
         return self._gate.allowed(_now(), self._capacity)
 
     @property
-    def is_roomy(self) -> bool:
+    def is_worth_claiming(self) -> bool:
         """Whether it is worth while to claim again: one by one would cost a claim for each."""
-        return self.room > 0 and self.room * 2 >= self._allowed
+        return self.free_slots > 0 and self.free_slots * 2 >= self._allowed
 
-    def take(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
         """Reserves room; each is to be started or given back."""
-        self._taken += count
+        self._reserved += count
 
     def start(self, leased: Sequence[Leased]) -> None:
         """Executes side effects of one step, in batches of the runner's size."""
@@ -150,7 +151,7 @@ class Lane:
 
     async def drained(self) -> None:
         """Returns when nothing is taken on any more."""
-        while self._taken:  # noqa: ASYNC110 - rare, and each lease would pay for an event
+        while self._reserved:  # noqa: ASYNC110 - rare, and each lease would pay for an event
             await asyncio.sleep(0.1)
 
     async def stop(self, seconds: float) -> None:
@@ -173,7 +174,7 @@ class Lane:
         interrupted: Result = NotStarted()
         begun: float | None = None
         try:
-            async with self._turn:
+            async with self._running_slots:
                 task = asyncio.current_task()
                 assert task is not None
                 self._queued.discard(task)
@@ -189,7 +190,7 @@ class Lane:
                     results = [interrupted] * len(batch)
         except asyncio.CancelledError:
             results = [interrupted] * len(batch)
-        self._taken -= len(batch)
+        self._reserved -= len(batch)
         seconds = None if begun is None else _now() - begun
         self._metrics.ended(self._kind, results, seconds)
         self._owner.report(list(zip(batch, results, strict=True)))

@@ -18,7 +18,7 @@ from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.writer import Writer
 from sequencerd.storage import store
-from sequencerd.storage.store import Place
+from sequencerd.storage.store import StepKey
 
 TURN = 1.0  # seconds between looks
 OVERLAP = timedelta(seconds=5)  # a transaction that takes longer to commit is found by the sweep
@@ -30,15 +30,15 @@ class _Known(NamedTuple):
 
 
 class Expiries:
-    """`claim` evaluates enrollments of a step under a revision, `left_alone` are not to be."""
+    """`claim` evaluates enrollments of a step under a revision, `excluded` are not to be."""
 
     def __init__(
         self,
         pool: asyncpg.Pool,
         catalog: Catalog,
         writer: Writer,
-        claim: Callable[[Place, int, Sequence[int]], Awaitable[None]],
-        left_alone: Callable[[Place], list[int]],
+        claim: Callable[[StepKey, int, Sequence[int]], Awaitable[None]],
+        excluded: Callable[[StepKey], list[int]],
         *,
         daemon: str,
         clock: Clock,
@@ -48,50 +48,56 @@ class Expiries:
         self._catalog = catalog
         self._writer = writer
         self._claim = claim
-        self._left_alone = left_alone
+        self._excluded = excluded
         self._daemon = daemon
         self._clock = clock
         self._batch = batch
-        self._known: dict[Place, _Known] = {}
+        self._known: dict[StepKey, _Known] = {}
 
     def forget(self) -> None:
         """All are looked through once more: what was committed late, or came in another way."""
-        self._known = {place: known._replace(until=None) for place, known in self._known.items()}
+        self._known = {
+            step_key: known._replace(until=None) for step_key, known in self._known.items()
+        }
 
     async def turn(self) -> None:
         """Looks at each step that waits for a runner."""
-        for place in {place for lane in self._writer.lanes.values() for place in lane.waiting}:
-            sequence = self._catalog.sequences.get(place[0])
-            step = self._catalog.step(place)
+        for step_key in {
+            step_key
+            for executor in self._writer.executors.values()
+            for step_key in executor.waiting
+        }:
+            sequence = self._catalog.sequences.get(step_key[0])
+            step = self._catalog.step(step_key)
             if sequence is None or sequence.paused or step is None:
                 continue
             if isinstance(step.behaviour, SideEffect) and step.behaviour.expires is not None:
                 before: list[int] | None = None
                 while not self._writer.stopping:
-                    ids = await self._look(place, sequence.revision)
+                    ids = await self._look(step_key, sequence.revision)
                     if len(ids) < self._batch or ids == before:  # locked, or changed meanwhile
                         break
                     before = ids
 
-    async def _look(self, place: Place, revision: int) -> list[int]:
+    async def _look(self, step_key: StepKey, revision: int) -> list[int]:
         """Evaluates a batch of a step. Returns whom it has found."""
         now = self._clock.now()
-        known = self._known.get(place)
+        known = self._known.get(step_key)
         async with store.connection(self._pool) as connection:
             if known is None or known.revision != revision:
-                await store.forget_expiries(connection, place)
-                known = self._known[place] = _Known(revision, None)
+                await store.forget_expiries(connection, step_key)
+                known = self._known[step_key] = _Known(revision, None)
             ids = await store.expired_ids(
                 connection,
-                place,
+                step_key,
                 now,
                 known.until,
                 self._batch,
                 daemon=self._daemon,
-                but=self._left_alone(place),
+                excluding=self._excluded(step_key),
             )
         if ids:
-            await self._claim(place, revision, ids)
+            await self._claim(step_key, revision, ids)
         if len(ids) < self._batch:
-            self._known[place] = _Known(revision, now - OVERLAP)
+            self._known[step_key] = _Known(revision, now - OVERLAP)
         return ids

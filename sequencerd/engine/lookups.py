@@ -25,7 +25,7 @@ Ask = Callable[[list[str]], Awaitable[Mapping[str, External]]]
 
 
 class Lookup:
-    """One source, in the form of what a lane executes."""
+    """One source, in the form of what a executor executes."""
 
     def __init__(
         self, name: str, ask: Ask, *, batch_size: int, concurrency: int, timeout: float

@@ -1,10 +1,9 @@
 """The engine: claim, advance, write, execute, write.
 
-The heap holds the next wake time of each step where somebody is. When one is due, its enrollments
-are claimed, advanced in memory and written, in one transaction. Those that came to a side effect
-are leased in that same write and handed to the lane of their runner. What runners answer flows to
-one writer, which takes all there is, locks the rows, advances them again and writes. No transaction
-is open while a runner works.
+The heap holds the next wake time of each step that has enrollments. When it comes, they are
+claimed, advanced in memory and written, in one transaction. Those that need a side effect are
+leased by the same write and then executed. Results are written in batches: the rows are locked,
+advanced again and written. No transaction is open during a side effect.
 
 All of it runs in one event loop: state changes between awaits only, so it needs no locks.
 """
@@ -40,22 +39,22 @@ from sequencerd.core.retry import doubled
 from sequencerd.definitions.compiler import Runners
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.clock import Clock
-from sequencerd.engine.executors import Lane, Leased, Work
+from sequencerd.engine.executors import Executor, Leased, Work
 from sequencerd.engine.expiries import TURN as EXPIRY_TURN
 from sequencerd.engine.expiries import Expiries
 from sequencerd.engine.heap import Heap
 from sequencerd.engine.heartbeat import Heartbeat
 from sequencerd.engine.jumps import Jump
 from sequencerd.engine.problems import Problems
-from sequencerd.engine.quarantine import Quarantine, apart
+from sequencerd.engine.quarantine import Quarantine, isolate
 from sequencerd.engine.repeating import Repeating
-from sequencerd.engine.reschedule import Retiming
+from sequencerd.engine.reschedule import Rescheduling
 from sequencerd.engine.writer import PAUSE, Batch, Writer, failed, failure_code, late, of_lookup
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
 from sequencerd.storage import store
-from sequencerd.storage.listener import Changed, Due, Look, Looked, Message
-from sequencerd.storage.store import LOST_ERRORS, TRANSIENT_ERRORS, Place
+from sequencerd.storage.listener import Changed, Due, DueSteps, Message, Reevaluate
+from sequencerd.storage.store import LOST_ERRORS, TRANSIENT_ERRORS, StepKey
 
 WRITERS = 3  # one computes while the others wait for the database
 CLAIMERS = 2  # of a step with much to do, for the same reason
@@ -114,9 +113,9 @@ class Engine:
         self._log = log
         self._metrics = metrics
         self._turned = turned
-        self._heap: Heap[Place] = Heap()
+        self._heap: Heap[StepKey] = Heap()
         self.catalog = Catalog(
-            pool, runners, self._start_retiming, daemon=name, clock=clock, log=log
+            pool, runners, self._start_rescheduling, daemon=name, clock=clock, log=log
         )
         self._writer = Writer(
             pool,
@@ -137,11 +136,11 @@ class Engine:
         self._wake = asyncio.Event()
         self._trying = asyncio.Lock()  # what was set aside is tried by one at a time
         self._stopping = False
-        self._busy: set[Place] = set()
+        self._busy: set[StepKey] = set()
         self._floods = 0  # steps that are being claimed batch after batch
         self._hold_until = 0.0  # in the loop's time
-        self._again: set[Place] = set()
-        self._fruitless: dict[Place, int] = {}  # claims in a row that found nobody
+        self._again: set[StepKey] = set()
+        self._fruitless: dict[StepKey, int] = {}  # claims in a row that found nobody
         self._background: set[asyncio.Task[None]] = set()
         self._reloads = Repeating(self.reload, self._spawn, self._writer, log=log)
         self._expiries = Expiries(
@@ -149,17 +148,17 @@ class Engine:
             self.catalog,
             self._writer,
             self._claim_some,
-            self._left_alone,
+            self._excluded,
             daemon=name,
             clock=clock,
             batch=settings.batch,
         )
-        self._retiming = Retiming(
+        self._rescheduling = Rescheduling(
             pool,
             self.catalog.sequences,
             self._writer,
             advance=self._advance,
-            set_aside=self._quarantine.add,
+            quarantine=self._quarantine.add,
             probe=self._probe,
             spawn=self._spawn,
             clock=clock,
@@ -170,7 +169,7 @@ class Engine:
     # --- the loop
 
     async def run(self) -> None:
-        """Works until `stop`. Raises what can't be mended by trying again."""
+        """Works until `stop`. Raises what can't be fixed by trying again."""
         async with asyncio.TaskGroup() as group:
             helpers = [
                 group.create_task(self._heartbeat.keep()),
@@ -200,7 +199,7 @@ class Engine:
         """Takes over other runners and lookups. What is in flight ends with those that it began
         with: wait for what this returns before they are closed.
         """
-        replaced: set[Lane] = set()
+        replaced: set[Executor] = set()
 
         async def take_over() -> None:
             await self.catalog.use(
@@ -211,8 +210,8 @@ class Engine:
         await self._until_done(take_over)
 
         async def drained() -> None:
-            for lane in replaced:
-                await lane.drained()
+            for executor in replaced:
+                await executor.drained()
             self._writer.retired -= replaced
 
         return drained()
@@ -220,12 +219,12 @@ class Engine:
     def receive(self, message: Message) -> None:
         """What the listener hears."""
         match message:
-            case Due(due=place):
-                self._hint(place)
+            case Due(due=step_key):
+                self._hint(step_key)
             case Changed():
-                self._reloads.ask()
-            case Look():
-                self._retiming.request(message)
+                self._reloads.request()
+            case Reevaluate():
+                self._rescheduling.request(message)
             case _:
                 assert_never(message)
 
@@ -234,45 +233,45 @@ class Engine:
             # cleared before looking: what is set while we look is not lost
             self._wake.clear()
             self._turned()
-            for place in self._heap.pop_due(self._clock.now()):
-                self._start(place)
+            for step_key in self._heap.pop_due(self._clock.now()):
+                self._start(step_key)
             next_at = self._heap.next_at()
             seconds = MAX_SLEEP if next_at is None else self._clock.seconds_until(next_at)
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(max(seconds - TICK, 0.0), MAX_SLEEP)):
                     await self._wake.wait()
 
-    def _start(self, place: Place) -> None:
+    def _start(self, step_key: StepKey) -> None:
         """Works on a step, once at a time."""
-        if place in self._busy:
-            self._again.add(place)
+        if step_key in self._busy:
+            self._again.add(step_key)
         else:
-            self._busy.add(place)
-            self._spawn(self._work(place))
+            self._busy.add(step_key)
+            self._spawn(self._work(step_key))
 
-    async def _work(self, place: Place) -> None:
+    async def _work(self, step_key: StepKey) -> None:
         try:
-            if await self._claim(place):
-                await self._claim_many(place)
+            if await self._claim(step_key):
+                await self._claim_many(step_key)
         except TRANSIENT_ERRORS as error:
             self._log.warning(
-                "database error, work is done again", step=place, error=store.brief(error)
+                "database error, work is done again", step=step_key, error=store.brief(error)
             )
-            self._push(place, self._clock.now() + timedelta(seconds=PAUSE))
+            self._push(step_key, self._clock.now() + timedelta(seconds=PAUSE))
         except Exception:
             # one step must not take the others down; the sweep comes back to it
-            self._log.exception("step could not be worked on", step=place)
+            self._log.exception("step could not be worked on", step=step_key)
         finally:
-            self._busy.discard(place)
-            if place in self._again:
-                self._again.discard(place)
-                self._push(place, self._clock.now())
+            self._busy.discard(step_key)
+            if step_key in self._again:
+                self._again.discard(step_key)
+                self._push(step_key, self._clock.now())
 
-    async def _claim_many(self, place: Place) -> None:
+    async def _claim_many(self, step_key: StepKey) -> None:
         """Goes on where more than a batch is due: who is late begins before results are written."""
 
         async def until_none() -> None:
-            while not self._stopping and await self._claim(place, CLAIMERS):
+            while not self._stopping and await self._claim(step_key, CLAIMERS):
                 pass
 
         loop = asyncio.get_running_loop()
@@ -289,20 +288,20 @@ class Engine:
             self._floods -= 1
             self._has_finished.set()
 
-    def _hint(self, place: Place) -> None:
+    def _hint(self, step_key: StepKey) -> None:
         """Looks whether somebody is due at a step, as anybody can ask by NOTIFY. Where nobody is
         again and again, it is done less often.
         """
-        if self.catalog.step(place) is None:
-            if self.catalog.may_find(place[0]):
-                self._reloads.ask()
+        if self.catalog.step(step_key) is None:
+            if self.catalog.should_load(step_key[0]):
+                self._reloads.request()
             return
-        times = self._fruitless.get(place, 0)
+        times = self._fruitless.get(step_key, 0)
         pause = 0.0 if times < FRUITLESS else doubled(0.002, FRUITLESS_PAUSE, times)
-        self._push(place, self._clock.now() + timedelta(seconds=pause))
+        self._push(step_key, self._clock.now() + timedelta(seconds=pause))
 
-    def _push(self, place: Place, at: datetime) -> None:
-        if at < NEVER and self._heap.push(place, at):
+    def _push(self, step_key: StepKey, at: datetime) -> None:
+        if at < NEVER and self._heap.push(step_key, at):
             self._wake.set()
 
     def _spawn(self, work: Awaitable[None]) -> None:
@@ -343,8 +342,8 @@ class Engine:
             _, late = await asyncio.wait(self._background, timeout=end - loop.time())
             for work in late:
                 work.cancel()
-        lanes = {*self._writer.lanes.values(), *self._writer.retired}
-        await asyncio.gather(*(lane.stop(max(end - loop.time(), 0)) for lane in lanes))
+        executors = {*self._writer.executors.values(), *self._writer.retired}
+        await asyncio.gather(*(executor.stop(max(end - loop.time(), 0)) for executor in executors))
         with suppress(TimeoutError):  # the leases run out if the database is away
             async with asyncio.timeout_at(max(end, loop.time()) + PAUSE):
                 await self._try_kept_results()
@@ -380,7 +379,7 @@ class Engine:
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
         await self.reload()
         async with store.connection(self._pool) as connection:
-            self._retiming.resume(await store.unfinished_rescheduling(connection))
+            self._rescheduling.resume(await store.unfinished_rescheduling(connection))
         wakes = await self.rebuild()
         now = self._clock.now()
         due = self._due(wakes, now)
@@ -390,9 +389,9 @@ class Engine:
                 counts = await store.count_due(connection, due, now, MAX_DUE)
         await self._claim_orphans(due, now)
         self._expiries.forget()
-        await self._count_waiting(list(self._writer.lanes.values()))
+        await self._count_waiting(list(self._writer.executors.values()))
         # who waits for a runner that is down is counted there
-        late = {place: at for place, at in due.items() if not self._is_held(place)}
+        late = {step_key: at for step_key, at in due.items() if not self._is_held(step_key)}
         oldest = min(late.values(), default=None)
         counts = [
             (sequence, step, count, overdue if (sequence, step) in late else 0)
@@ -401,29 +400,31 @@ class Engine:
         self._metrics.clock_offset.set(self._clock.ahead().total_seconds())
         self._metrics.swept(self._clock.now, len(wakes), oldest, counts)
 
-    def _is_held(self, place: Place) -> bool:
+    def _is_held(self, step_key: StepKey) -> bool:
         """Whether the runner of a step is down."""
-        step = self.catalog.step(place)
-        lane = self._writer.lanes.get(step.type) if step else None
-        return lane is not None and lane.trouble is not None
+        step = self.catalog.step(step_key)
+        executor = self._writer.executors.get(step.type) if step else None
+        return executor is not None and executor.trouble is not None
 
-    async def rebuild(self) -> list[tuple[Place, datetime]]:
+    async def rebuild(self) -> list[tuple[StepKey, datetime]]:
         """Fills the heap from the index. Entries that are too early cost one empty claim."""
         async with store.connection(self._pool) as connection:
             wakes = await store.first_wakes(connection)
-        for place, at in wakes:
-            self._push(place, at)
+        for step_key, at in wakes:
+            self._push(step_key, at)
         return wakes
 
-    async def look(self) -> Looked:
+    async def find_due(self) -> DueSteps:
         """Finds who is due, where nobody tells."""
         wakes = await self.rebuild()
-        return Looked(len(wakes), frozenset(self._due(wakes, self._clock.now()).items()))
+        return DueSteps(len(wakes), frozenset(self._due(wakes, self._clock.now()).items()))
 
-    def _due(self, wakes: Iterable[tuple[Place, datetime]], now: datetime) -> dict[Place, datetime]:
+    def _due(
+        self, wakes: Iterable[tuple[StepKey, datetime]], now: datetime
+    ) -> dict[StepKey, datetime]:
         """Where somebody is due, unless paused."""
         paused = {name for name, known in self.catalog.sequences.items() if known.paused}
-        return {place: at for place, at in wakes if at <= now and place[0] not in paused}
+        return {step_key: at for step_key, at in wakes if at <= now and step_key[0] not in paused}
 
     async def reload(self) -> bool:
         """Reads the definitions that have changed, and looks at those whom it concerns. Whether
@@ -434,119 +435,127 @@ class Engine:
             await self.rebuild()
         return has_changed
 
-    def _start_retiming(self, place: Place) -> None:
-        self._retiming.start(place)
+    def _start_rescheduling(self, step_key: StepKey) -> None:
+        self._rescheduling.start(step_key)
 
     # --- claim, advance, write
 
-    async def _claim(self, place: Place, claimers: int = 1) -> bool:
+    async def _claim(self, step_key: StepKey, claimers: int = 1) -> bool:
         """Moves the due enrollments of a step, as many as fit. Whether there may be more.
 
-        The room of a lane is shared by the `claimers` that are at it.
+        The room of a executor is shared by the `claimers` that are at it.
         """
-        if self.catalog.may_find(place[0]):
+        if self.catalog.should_load(step_key[0]):
             await self.reload()
-        sequence = self.catalog.sequences.get(place[0])
-        if sequence is None or sequence.paused or self._writer.waits(place):
+        sequence = self.catalog.sequences.get(step_key[0])
+        if sequence is None or sequence.paused or self._writer.waits(step_key):
             return False
         limit = self._settings.batch
-        step = sequence.steps.get(place[1])
+        step = sequence.steps.get(step_key[1])
         if step and isinstance(step.behaviour, Elsewhere):
             return False
         if step and isinstance(step.behaviour, SideEffect):
-            lane = self._writer.lanes[step.type]
-            limit = 0 if self._is_behind else min(limit, lane.room // claimers)
+            executor = self._writer.executors[step.type]
+            limit = 0 if self._is_behind else min(limit, executor.free_slots // claimers)
             if limit <= 0:
-                lane.waiting.add(place)
+                executor.waiting.add(step_key)
                 return False
         try:
-            count = await self._claim_batch(place, sequence.revision, limit)
+            count = await self._claim_batch(step_key, sequence.revision, limit)
         except Exception as error:
-            count = await self._claim_apart(place, sequence.revision, limit, error)
+            count = await self._claim_in_parts(step_key, sequence.revision, limit, error)
         if count:
-            self._fruitless.pop(place, None)
+            self._fruitless.pop(step_key, None)
         if count == limit:
             return True
         if count == 0:
-            self._fruitless[place] = self._fruitless.get(place, 0) + 1
+            self._fruitless[step_key] = self._fruitless.get(step_key, 0) + 1
             await self.reload()  # nothing is claimed under a definition that has changed
         return False
 
-    async def _claim_batch(self, place: Place, revision: int, limit: int) -> int:
+    async def _claim_batch(self, step_key: StepKey, revision: int, limit: int) -> int:
         """At one go. Returns how many it has locked."""
         now = self._clock.now()
         batch = Batch()
-        left_alone = self._left_alone(place)
+        excluded = self._excluded(step_key)
         async with self._writer.writing(batch) as connection:
             claimed, count = await store.claim(
-                connection, place, now, revision, limit, daemon=self._name, but=left_alone
+                connection, step_key, now, revision, limit, daemon=self._name, excluding=excluded
             )
-            self._metrics.claimed(place, claimed, now)
+            self._metrics.claimed(step_key, claimed, now)
             await self._move_all(connection, batch, claimed, now)
             if len(claimed) < limit:
                 # who is due still is locked; that may end without a notification
                 soon = now + timedelta(seconds=LOCKED_PAUSE)
                 next_at = await store.next_wake(
-                    connection, place, now, daemon=self._name, but=left_alone
+                    connection, step_key, now, daemon=self._name, excluding=excluded
                 )
                 if next_at is not None:
                     is_locked = next_at <= now and len(claimed) == count
-                    self._push(place, soon if is_locked else next_at)
+                    self._push(step_key, soon if is_locked else next_at)
         return count
 
-    def _left_alone(self, place: Place) -> list[int]:
+    def _excluded(self, step_key: StepKey) -> list[int]:
         """What is not to be claimed: what is set aside, and what others had while we were away,
         as long as we wait for its result.
         """
         self._taken_over &= self._writer.leased.keys()
-        return [*self._quarantine.ids(place), *self._taken_over]
+        return [*self._quarantine.ids(step_key), *self._taken_over]
 
-    async def _claim_apart(self, place: Place, revision: int, limit: int, error: Exception) -> int:
+    async def _claim_in_parts(
+        self, step_key: StepKey, revision: int, limit: int, error: Exception
+    ) -> int:
         """The same in parts, after an error that one of them may be to blame for."""
         if not store.is_data_error(error):
             await self._probe()
-        self._log.warning("batch is done in parts", step=place, error=store.brief(error))
+        self._log.warning("batch is done in parts", step=step_key, error=store.brief(error))
         async with store.connection(self._pool) as connection:
             ids = await store.due_ids(
                 connection,
-                place,
+                step_key,
                 self._clock.now(),
                 limit,
                 daemon=self._name,
-                but=self._left_alone(place),
+                excluding=self._excluded(step_key),
             )
-        await self._claim_some(place, revision, ids)
+        await self._claim_some(step_key, revision, ids)
         return len(ids)
 
-    async def _claim_some(self, place: Place, revision: int, ids: Sequence[int]) -> None:
+    async def _claim_some(self, step_key: StepKey, revision: int, ids: Sequence[int]) -> None:
         """Claims these. One that can't be moved fails in the database's words; one that can't be
         written even so is set aside.
         """
 
         async def work(part: list[int]) -> None:
-            await self._claim_part(place, revision, part)
+            await self._claim_part(step_key, revision, part)
 
         async def refused(id_: int, error: Exception) -> None:
             if store.is_data_error(error):
-                refusal = await _refusal(self._claim_part(place, revision, [id_], failure=error))
+                refusal = await _refusal(self._claim_part(step_key, revision, [id_], failure=error))
                 if refusal is None:
                     return
                 error = refusal
-            self._quarantine.add(id_, place, error)
+            self._quarantine.add(id_, step_key, error)
 
-        _, common = await apart(ids, work, refused, self._probe)
+        _, common = await isolate(ids, work, refused, self._probe)
         if common is not None:
             raise common
 
     async def _claim_part(
-        self, place: Place, revision: int, ids: Sequence[int], failure: Exception | None = None
+        self, step_key: StepKey, revision: int, ids: Sequence[int], failure: Exception | None = None
     ) -> None:
         """Moves some enrollments of a step on, or lets them fail."""
         now = self._clock.now()
         batch = Batch()
         async with self._writer.writing(batch) as connection:
             claimed = await store.claim_some(
-                connection, place, now, revision, ids, daemon=self._name, bare=failure is not None
+                connection,
+                step_key,
+                now,
+                revision,
+                ids,
+                daemon=self._name,
+                bare=failure is not None,
             )
             if failure is None:
                 await self._move_all(connection, batch, claimed, now)
@@ -578,17 +587,17 @@ class Engine:
             self._move(batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0))
         await self._writer.write(connection, batch, now)
 
-    async def _claim_orphans(self, places: Iterable[Place], now: datetime) -> None:
+    async def _claim_orphans(self, step_keys: Iterable[StepKey], now: datetime) -> None:
         """What is leased to this daemon, and unknown to it, as after an error of its own."""
-        if not places:
+        if not step_keys:
             return
         async with store.connection(self._pool) as connection:
             orphans = await store.orphans(
-                connection, places, now, daemon=self._name, but=list(self._writer.known)
+                connection, step_keys, now, daemon=self._name, excluding=list(self._writer.known)
             )
-        for place, ids in orphans.items():
-            if sequence := self.catalog.sequences.get(place[0]):
-                await self._claim_some(place, sequence.revision, ids)
+        for step_key, ids in orphans.items():
+            if sequence := self.catalog.sequences.get(step_key[0]):
+                await self._claim_some(step_key, sequence.revision, ids)
 
     def _advance(
         self,
@@ -662,45 +671,49 @@ class Engine:
     # --- results
 
     def report(self, results: Sequence[Finished]) -> None:
-        """From the lanes: side effects have ended."""
+        """From the executors: side effects have ended."""
         self._finished.extend(results)
         self._has_finished.set()
-        self.resumed(results[0][0].lane)
+        self.resumed(results[0][0].executor)
 
-    def trouble_changed(self, lane: Lane) -> None:
-        """From the lanes: a runner is down, or works again."""
-        self._metrics.runner_is_down(lane.name, is_down=lane.trouble is not None)
-        if lane.trouble is None:
-            self._log.info("runner works again", runner=lane.name)
-            self.problems.clear("runner", lane.name)
+    def trouble_changed(self, executor: Executor) -> None:
+        """From the executors: a runner is down, or works again."""
+        self._metrics.runner_is_down(executor.name, is_down=executor.trouble is not None)
+        if executor.trouble is None:
+            self._log.info("runner works again", runner=executor.name)
+            self.problems.clear("runner", executor.name)
             return
-        log = self._log.bind(runner=lane.name)
-        log.warning("runner is down; nobody fails for it", cause=lane.cause)
-        log.debug("runner is down; nobody fails for it", error=lane.trouble)
-        self.problems.report("runner", lane.name, lane.trouble, since=self._clock.now())
-        self._spawn(self._until_done(lambda: self._count_waiting([lane])))
+        log = self._log.bind(runner=executor.name)
+        log.warning("runner is down; nobody fails for it", cause=executor.cause)
+        log.debug("runner is down; nobody fails for it", error=executor.trouble)
+        self.problems.report("runner", executor.name, executor.trouble, since=self._clock.now())
+        self._spawn(self._until_done(lambda: self._count_waiting([executor])))
 
-    async def _count_waiting(self, lanes: Sequence[Lane]) -> None:
+    async def _count_waiting(self, executors: Sequence[Executor]) -> None:
         """Reports how many wait for runners that are down."""
-        down = {lane.name: 0 for lane in lanes if lane.trouble is not None}
-        places = {
+        down = {executor.name: 0 for executor in executors if executor.trouble is not None}
+        step_keys = {
             (step.sequence, step.name): step.type
             for sequence in self.catalog.sequences.values()
             for step in sequence.steps.values()
             if step.type in down
         }
-        if not places:
+        if not step_keys:
             return
         async with store.connection(self._pool) as connection:
-            counts = await store.count_due(connection, places, self._clock.now(), MAX_DUE)
+            counts = await store.count_due(connection, step_keys, self._clock.now(), MAX_DUE)
         for sequence, step, due, _ in counts:
-            down[places[sequence, step]] += due
-        for lane in lanes:
-            if lane.trouble is not None:  # by now
-                waiting = down[lane.name]
-                self._metrics.runner_waits(lane.name, waiting)
+            down[step_keys[sequence, step]] += due
+        for executor in executors:
+            if executor.trouble is not None:  # by now
+                waiting = down[executor.name]
+                self._metrics.runner_waits(executor.name, waiting)
                 self.problems.report(
-                    "runner", lane.name, lane.trouble, since=self._clock.now(), waiting=waiting
+                    "runner",
+                    executor.name,
+                    executor.trouble,
+                    since=self._clock.now(),
+                    waiting=waiting,
                 )
 
     @property
@@ -712,12 +725,12 @@ class Engine:
     def _holds_results(self) -> bool:
         return self._floods > 0 and asyncio.get_running_loop().time() < self._hold_until
 
-    def resumed(self, lane: Lane) -> None:
-        """Claims again for a lane that has room again."""
-        if lane.waiting and lane.is_roomy and not self._is_behind:
-            for place in lane.waiting:
-                self._push(place, self._clock.now())
-            lane.waiting.clear()
+    def resumed(self, executor: Executor) -> None:
+        """Claims again for a executor that has room again."""
+        if executor.waiting and executor.is_worth_claiming and not self._is_behind:
+            for step_key in executor.waiting:
+                self._push(step_key, self._clock.now())
+            executor.waiting.clear()
 
     async def _write_results(self) -> None:
         while True:
@@ -728,15 +741,15 @@ class Engine:
                 size = min(self._settings.batch, len(self._finished))
                 batch = [self._finished.popleft() for _ in range(size)]
                 if was_behind:
-                    for lane in self._writer.lanes.values():
-                        self.resumed(lane)
+                    for executor in self._writer.executors.values():
+                        self.resumed(executor)
                 await self._settle_all(batch)
 
     async def _settle_all(self, batch: Sequence[Finished]) -> None:
         """Writes results, in parts where that is needed. Whatever happens, none is lost: what can't
         be written now comes back to the others.
         """
-        left, common = await apart(batch, self._settle, self._refused, self._probe)
+        left, common = await isolate(batch, self._settle, self._refused, self._probe)
         if common is not None:
             self._log.warning("results wait for the database", error=store.brief(common))
             await asyncio.sleep(PAUSE)
@@ -751,7 +764,7 @@ class Engine:
         """
         leased, _ = finished
         refusal: Exception | None = error
-        if not leased.lane.is_lookup:
+        if not leased.executor.is_lookup:
             refusal = await _refusal(self._settle([finished], result_only=True))
         if refusal is not None and store.is_data_error(refusal):
             refusal = await _refusal(self._settle([finished], failure=refusal))
@@ -802,14 +815,14 @@ class Engine:
                         unwritten = failed(enrollment, now, text, failure_code(failure))
                         self._writer.add(batch, enrollment, unwritten, now)
                         continue
-                    found = of_lookup(result) if leased.lane.is_lookup else result
+                    found = of_lookup(result) if leased.executor.is_lookup else result
                     begun = leased.revision
                     self._move(batch, enrollment, now, found, begun, result_only=result_only)
                 elif leased.enrollment.id in exist:
                     waiting.append((leased, result))
                 elif leased.enrollment.id not in locked:
                     self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
-                elif not leased.lane.is_lookup:
+                elif not leased.executor.is_lookup:
                     event = late(leased, result, now)
                     batch.events.setdefault(event, []).append(leased.enrollment.id)
             await self._writer.write(connection, batch, now)
@@ -843,7 +856,7 @@ class Engine:
             pass
 
         if ids := list(self._writer.leased.keys() - self._kept_results):
-            _, common = await apart(ids, self._writer.extend_leases, refused, self._probe)
+            _, common = await isolate(ids, self._writer.extend_leases, refused, self._probe)
             if common is not None:
                 raise common
 
@@ -856,17 +869,17 @@ class Engine:
 
     async def _try_due(self, *, kept_only: bool) -> None:
         now = math.inf if kept_only else asyncio.get_running_loop().time()
-        for place, due in self._quarantine.due(now).items():
+        for step_key, due in self._quarantine.due(now).items():
             tried = [one for one in due if one.result is not None or not kept_only]
             results = [one.result for one in tried if one.result is not None]
             ids = [one.id for one in tried if one.result is None]
-            sequence = self.catalog.sequences.get(place[0])
+            sequence = self.catalog.sequences.get(step_key[0])
             if results:
-                _, common = await apart(results, self._settle, self._refused, self._probe)
+                _, common = await isolate(results, self._settle, self._refused, self._probe)
                 if common is not None:
                     raise common
             if ids and sequence is not None:
-                await self._claim_some(place, sequence.revision, ids)
+                await self._claim_some(step_key, sequence.revision, ids)
             self._quarantine.release(tried)
 
     @property

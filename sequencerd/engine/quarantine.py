@@ -23,7 +23,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.problems import Problems
 from sequencerd.storage import store
-from sequencerd.storage.store import Place
+from sequencerd.storage.store import StepKey
 
 FIRST = 1.0  # seconds until it is tried again, twice as long each time
 LONGEST = 120.0
@@ -38,7 +38,7 @@ KIND = "quarantined"
 T = TypeVar("T")
 
 
-async def apart(
+async def isolate(
     items: Sequence[T],
     work: Callable[[list[T]], Awaitable[object]],
     refused: Callable[[T, Exception], Awaitable[None]],
@@ -78,11 +78,11 @@ async def apart(
 
 
 @dataclass(slots=True)
-class SetAside:
+class Quarantined:
     """An enrollment at a step, with the result of its side effect if that can't be written."""
 
     id: int
-    place: Place
+    step_key: StepKey
     result: tuple[Leased, Result] | None
     since: datetime
     tries: int
@@ -96,32 +96,32 @@ class Quarantine:
         self._problems = problems
         self._clock = clock
         self._log = log
-        self._by_place: dict[Place, dict[int, SetAside]] = {}
+        self._by_step: dict[StepKey, dict[int, Quarantined]] = {}
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def ids(self, place: Place) -> list[int]:
+    def ids(self, step_key: StepKey) -> list[int]:
         """Which of a step are set aside."""
-        return list(self._by_place.get(place, ()))
+        return list(self._by_step.get(step_key, ()))
 
     @property
-    def all(self) -> list[SetAside]:
+    def all(self) -> list[Quarantined]:
         """Everything that is set aside."""
-        return [one for there in self._by_place.values() for one in there.values()]
+        return [one for there in self._by_step.values() for one in there.values()]
 
     def add(
         self,
         id_: int,
-        place: Place,
+        step_key: StepKey,
         error: Exception,
         result: tuple[Leased, Result] | None = None,
     ) -> None:
         """Sets one aside, or once more. Raises the error where too many are, as they have it in
         common.
         """
-        known = self._by_place.get(place, {}).get(id_)
+        known = self._by_step.get(step_key, {}).get(id_)
         if known is None and self._count >= MOST:
             raise error
         tries = known.tries + 1 if known else 1
@@ -129,37 +129,37 @@ class Quarantine:
         longest = LONGEST_OF_ENVIRONMENT if store.is_environment(error) else LONGEST
         pause = doubled(FIRST, longest, tries)
         due_at = asyncio.get_running_loop().time() + pause
-        one = SetAside(id_, place, result, since, tries, due_at)
-        self._by_place.setdefault(place, {})[id_] = one
+        one = Quarantined(id_, step_key, result, since, tries, due_at)
+        self._by_step.setdefault(step_key, {})[id_] = one
         self._count += known is None
         message = f"{type(error).__name__}: {error}"
         if result is not None:
             message += "; its side effect is done, and is not executed again"
-        sequence, step = place
+        sequence, step = step_key
         self._problems.report(KIND, str(id_), message, since=since, sequence=sequence, step=step)
         if known is None:
             log = self._log.bind(enrollment=id_, sequence=sequence, step=step)
             log.warning("enrollment is quarantined", error=store.brief(error))
             log.debug("enrollment is quarantined", error=str(error))
 
-    def release(self, tried: Iterable[SetAside]) -> None:
+    def release(self, tried: Iterable[Quarantined]) -> None:
         """Ends it for those that were written, or are gone; not for what was set aside again."""
         for one in tried:
-            there = self._by_place.get(one.place, {})
+            there = self._by_step.get(one.step_key, {})
             if there.get(one.id) is not one:
                 continue
             del there[one.id]
             if not there:
-                del self._by_place[one.place]
+                del self._by_step[one.step_key]
             self._count -= 1
             self._problems.clear(KIND, str(one.id))
             self._log.info("enrollment is out of quarantine", enrollment=one.id)
 
-    def due(self, now: float) -> dict[Place, list[SetAside]]:
+    def due(self, now: float) -> dict[StepKey, list[Quarantined]]:
         """What is to be tried again, by step; the next time comes no sooner than FIRST."""
-        found: dict[Place, list[SetAside]] = {}
+        found: dict[StepKey, list[Quarantined]] = {}
         for one in self.all:
             if one.due_at <= now:
                 one.due_at = now + FIRST
-                found.setdefault(one.place, []).append(one)
+                found.setdefault(one.step_key, []).append(one)
         return found

@@ -14,7 +14,7 @@ SHARE = 0.2  # of the time, for work that is asked for again and again
 RETRY_PAUSE = 1.0  # seconds after an error of the database
 
 
-class Stops(Protocol):
+class Stopping(Protocol):
     """What tells that nothing more is to be begun."""
 
     stopping: bool
@@ -30,7 +30,7 @@ class Repeating:
         self,
         work: Callable[[], Awaitable[object]],
         spawn: Callable[[Awaitable[None]], None],
-        owner: Stops,
+        owner: Stopping,
         *,
         log: FilteringBoundLogger,
         pause: float = 0.0,
@@ -40,17 +40,17 @@ class Repeating:
         self._owner = owner
         self._log = log
         self._pause = pause
-        self._is_asked = False
+        self._is_requested = False
         self._is_busy = False
 
-    def ask(self) -> None:
+    def request(self) -> None:
         """Does the work from its beginning, soon."""
-        self._is_asked = True
+        self._is_requested = True
         self._begin()
 
     def _begin(self) -> None:
-        if self._is_asked and not self._is_busy and not self._owner.stopping:
-            self._is_asked, self._is_busy = False, True
+        if self._is_requested and not self._is_busy and not self._owner.stopping:
+            self._is_requested, self._is_busy = False, True
             self._spawn(self._once())
 
     async def _once(self) -> None:
@@ -61,7 +61,7 @@ class Repeating:
                 begun = loop.time()
         except TRANSIENT_ERRORS as error:
             self._log.warning("database error, tried again", error=brief(error))
-            self._is_asked, pause = True, RETRY_PAUSE
+            self._is_requested, pause = True, RETRY_PAUSE
         except Exception:
             self._log.exception("internal error")  # the sweep comes back to it
         finally:

@@ -1,7 +1,7 @@
 """What decisions mean: rows that are written, and side effects that begin when they are.
 
 Whoever comes to a side effect or a lookup is leased in the transaction that brings it there, and
-handed to its lane after the commit.
+handed to its executor after the commit.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from sequencerd.core.model import (
 )
 from sequencerd.definitions.compiler import Runners
 from sequencerd.engine.clock import Clock
-from sequencerd.engine.executors import TICK, Lane, LaneKey, Leased, Owner, Work
+from sequencerd.engine.executors import TICK, Executor, ExecutorKey, Leased, Owner, Work
 from sequencerd.engine.jumps import Jump, decide
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
 from sequencerd.storage import store
-from sequencerd.storage.store import LOST_ERRORS, TRANSIENT_ERRORS, Place, Row, Written
+from sequencerd.storage.store import LOST_ERRORS, TRANSIENT_ERRORS, Row, StepKey, Written
 
 PAUSE = 1.0  # seconds after a transient error
 
@@ -65,13 +65,13 @@ class Batch(Written):
     leased: list[Leased] = field(default_factory=list)
     jumps: list[Jump] = field(default_factory=list)  # into other sequences, yet to be decided
     gone: dict[tuple[object, ...], Gone] = field(default_factory=dict)
-    elsewhere: set[Place] = field(default_factory=set)  # steps that other daemons go on with
+    elsewhere: set[StepKey] = field(default_factory=set)  # steps that other daemons go on with
 
 
 class Writer:
-    """Writes batches of advanced enrollments, and owns the lanes of what they come to.
+    """Writes batches of advanced enrollments, and owns the executors of what they come to.
 
-    `owner` gets the results of the lanes, `push` is told when to look at a step again.
+    `owner` gets the results of the executors, `push` is told when to look at a step again.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Writer:
         runners: Runners,
         lookups: Callable[[str], Work],
         owner: Owner,
-        push: Callable[[Place, datetime], None],
+        push: Callable[[StepKey, datetime], None],
         *,
         clock: Clock,
         settings: Settings,
@@ -92,10 +92,10 @@ class Writer:
         self._owner = owner
         self._metrics = metrics
         self._pauses = pauses
-        self.lanes: dict[LaneKey, Lane] = {
-            type_: self._lane(type_, runner) for type_, runner in runners.items()
+        self.executors: dict[ExecutorKey, Executor] = {
+            type_: self._new_executor(type_, runner) for type_, runner in runners.items()
         }
-        self.retired: set[Lane] = set()
+        self.retired: set[Executor] = set()
         self.leased: dict[int, Leased] = {}
         self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
         self.stopping = False
@@ -107,27 +107,29 @@ class Writer:
         self._name = name
         self._log = log
 
-    def _lane(self, key: LaneKey, runner: Work) -> Lane:
-        return Lane(key, runner, self._owner, self._metrics, self._pauses)
+    def _new_executor(self, key: ExecutorKey, runner: Work) -> Executor:
+        return Executor(key, runner, self._owner, self._metrics, self._pauses)
 
-    def use(self, runners: Runners, lookups: Callable[[str], Work]) -> set[Lane]:
-        """Takes over other runners and lookups. Returns the lanes of those that are replaced:
+    def use(self, runners: Runners, lookups: Callable[[str], Work]) -> set[Executor]:
+        """Takes over other runners and lookups. Returns the executors of those that are replaced:
         what is in flight there ends as it has begun.
         """
-        before, self.lanes = self.lanes, {}
+        before, self.executors = self.executors, {}
         for type_, runner in runners.items():
-            lane = before.get(type_)
-            if lane is None or lane.runner is not runner:
-                lane = self._lane(type_, runner)
-            self.lanes[type_] = lane
+            executor = before.get(type_)
+            if executor is None or executor.runner is not runner:
+                executor = self._new_executor(type_, runner)
+            self.executors[type_] = executor
         if lookups == self._lookups:
-            self.lanes |= {key: lane for key, lane in before.items() if lane.is_lookup}
+            self.executors |= {
+                key: executor for key, executor in before.items() if executor.is_lookup
+            }
         self._lookups = lookups
-        replaced = set(before.values()) - set(self.lanes.values())
-        for lane in replaced:
-            for place in lane.waiting:
-                self._push(place, self._clock.now())
-            lane.waiting.clear()
+        replaced = set(before.values()) - set(self.executors.values())
+        for executor in replaced:
+            for step_key in executor.waiting:
+                self._push(step_key, self._clock.now())
+            executor.waiting.clear()
         self.retired |= replaced
         return replaced
 
@@ -148,7 +150,7 @@ class Writer:
             case Execute(step):
                 leased = at.leased_to(self._name)
                 try:
-                    if self._has_room(step.type, at):
+                    if self._has_free_slot(step.type, at):
                         self._execute(batch, leased, decision)
                         at, execute = leased, decision
                         wake_at = now + self._lease_time
@@ -162,10 +164,10 @@ class Writer:
             case LookUp(step, lookup):
                 is_shared = False
                 key = ("lookup", lookup)
-                if self._has_room(key, at):
+                if self._has_free_slot(key, at):
                     at = at._replace(leased_by=self._name, leases=at.leases + 1)
                     task = Task(at.key, {"subject": at.subject})
-                    self._lease(batch, Leased(at, step, self.lanes[key], None, task))
+                    self._lease(batch, Leased(at, step, self.executors[key], None, task))
                     wake_at = now + self._lease_time
             case End(status):
                 pass
@@ -215,7 +217,7 @@ class Writer:
         where `add` has to see to it.
         """
         if gone.execute is not None:
-            if not self._has_room(gone.execute.step.type, gone.at):
+            if not self._has_free_slot(gone.execute.step.type, gone.at):
                 return False
             try:
                 self._execute(batch, enrollment.in_state_of(gone.at), gone.execute)
@@ -235,21 +237,21 @@ class Writer:
             seconds = self._clock.seconds_until(expires_at) + TICK
             expires = asyncio.get_running_loop().time() + seconds
         task = Task(leased.key, view, expires)
-        lane = self.lanes[step.type]
-        self._lease(batch, Leased(leased, step, lane, effect.program, task, revision))
+        executor = self.executors[step.type]
+        self._lease(batch, Leased(leased, step, executor, effect.program, task, revision))
 
-    def _has_room(self, key: LaneKey, at: Enrollment) -> bool:
-        """Whether one more can be begun; else its step waits for the lane."""
-        if isinstance(key, tuple) and key not in self.lanes:
-            self.lanes[key] = self._lane(key, self._lookups(key[1]))
-        lane = self.lanes[key]
-        if not self.stopping and lane.room > 0:
+    def _has_free_slot(self, key: ExecutorKey, at: Enrollment) -> bool:
+        """Whether one more can be begun; else its step waits for the executor."""
+        if isinstance(key, tuple) and key not in self.executors:
+            self.executors[key] = self._new_executor(key, self._lookups(key[1]))
+        executor = self.executors[key]
+        if not self.stopping and executor.free_slots > 0:
             return True
-        lane.waiting.add((at.sequence, at.step))
+        executor.waiting.add((at.sequence, at.step))
         return False
 
     def _lease(self, batch: Batch, leased: Leased) -> None:
-        leased.lane.take(1)
+        leased.executor.reserve(1)
         batch.leased.append(leased)
 
     @asynccontextmanager
@@ -305,33 +307,33 @@ class Writer:
 
     def _give_back(self, leased: Iterable[Leased]) -> None:
         for one in leased:
-            one.lane.take(-1)
+            one.executor.reserve(-1)
 
     def _begin(self, leased: Iterable[Leased]) -> None:
         """Starts side effects, by step."""
-        by_step: dict[tuple[Lane, str, str], list[Leased]] = {}
+        by_step: dict[tuple[Executor, str, str], list[Leased]] = {}
         for one in leased:
             self.leased[one.enrollment.id] = one
-            key = (one.lane, one.enrollment.sequence, one.step.name)
+            key = (one.executor, one.enrollment.sequence, one.step.name)
             by_step.setdefault(key, []).append(one)
-        for (lane, _, _), group in by_step.items():
-            lane.start(group)
+        for (executor, _, _), group in by_step.items():
+            executor.start(group)
 
     def _remember_wakes(self, rows: Iterable[Row]) -> None:
         """When to look again at the steps of those who wait."""
-        wakes: dict[Place, datetime] = {}
+        wakes: dict[StepKey, datetime] = {}
         for row in rows:
             if row.wake_at is not None and row.leased_by is None:
-                place = (row.sequence, row.step)
-                if place not in wakes or row.wake_at < wakes[place]:
-                    wakes[place] = row.wake_at
-        for place, at in wakes.items():
-            if not self.waits(place):
-                self._push(place, at)
+                step_key = (row.sequence, row.step)
+                if step_key not in wakes or row.wake_at < wakes[step_key]:
+                    wakes[step_key] = row.wake_at
+        for step_key, at in wakes.items():
+            if not self.waits(step_key):
+                self._push(step_key, at)
 
-    def waits(self, place: Place) -> bool:
-        """Whether a step waits for room in a lane."""
-        return any(place in lane.waiting for lane in self.lanes.values())
+    def waits(self, step_key: StepKey) -> bool:
+        """Whether a step waits for room in a executor."""
+        return any(step_key in executor.waiting for executor in self.executors.values())
 
     @property
     def known(self) -> set[int]:
@@ -352,14 +354,14 @@ class Writer:
 
 
 def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:
-    """Who finds no room keeps the place in the queue."""
+    """Who finds no room keeps the step_key in the queue."""
     if before.wake_at is None or before.visit != at.visit:
         return now
     return min(before.wake_at, now)
 
 
 def of_lookup(result: Result) -> Result:
-    """A lane's own failure, a time-out or a stop, as a lookup's."""
+    """A executor's own failure, a time-out or a stop, as a lookup's."""
     return Found(None, result.message) if isinstance(result, Failed) else result
 
 

@@ -1,9 +1,9 @@
-"""The connection that listens: NOTIFY becomes messages. It reconnects, and probes itself.
+"""The connection that listens: it turns NOTIFY into messages, reconnects, and probes itself.
 
-A commit that notifies waits for the one before it, so many writers would hold each other up.
-Triggers notify only while a daemon has the bell, a lock. Where it rings very often, the daemon lets
-go of it for a while, and all daemons look again and again instead. It is taken when no transaction
-is under way any more that has told nobody; another look then finds what those have written.
+Commits that notify wait for each other, so triggers notify only while a daemon holds the notify
+lock. If notifications are very frequent, the daemon releases the lock for a while, and all daemons
+poll instead. The lock can be acquired again when no transaction is in progress that has skipped its
+notification; one more poll then finds what those transactions have written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import asyncpg
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -21,7 +21,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.storage.store import (
     TRANSIENT_ERRORS,
-    Place,
+    StepKey,
     acquire_notify_lock,
     acquire_requests_lock,
     brief,
@@ -35,16 +35,16 @@ LONGEST_PAUSE = 10.0  # seconds between attempts to connect
 POLL_INTERVAL = 1.0
 KEEPALIVE = """
     SET tcp_keepalives_idle = 60; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3
-"""  # or else the server keeps the bell for hours for a daemon whose machine is gone
-OFTEN, WITHIN = 20, 0.1  # so many rings within so many seconds
-QUIET = 1.0  # seconds for which the bell is off then
-LOOK_INTERVALS = (0.01, 0.1)  # seconds between looks meanwhile: at first, and where nothing is new
-LOOK_SHARE = 0.2  # of the time, for looks that take long
-REFUSED_INTERVAL = 60.0  # seconds between lines of the log about notifications that mean nothing
-HEARD = 1000  # requests that are kept for the daemon that sees to them, in case it is gone
-HEARD_FOR = 120.0  # seconds; after so long the server knows that a machine is gone
-TOO_MANY = 10_000  # steps where somebody is: who has more wants to be told
-OTHERS_INTERVAL = 1.0  # seconds until it is seen that a daemon that had the bell is gone
+"""  # otherwise the server keeps the notify lock of a machine that is gone for hours
+OFTEN, WITHIN = 20, 0.1  # so many notifications within so many seconds release the lock
+OFF_FOR = 1.0  # seconds for which notifications are then off
+POLL_INTERVALS = (0.01, 0.1)  # seconds between polls meanwhile: at first, and if nothing is new
+POLL_SHARE = 0.2  # of the time that slow polls may take
+REFUSED_INTERVAL = 60.0  # seconds between log lines about invalid notifications
+KEPT_REQUESTS = 1000  # requests kept in case the daemon that handles them has died
+KEPT_FOR = 120.0  # seconds after which the server has noticed that a machine is gone
+MOST_STEPS = 10_000  # with more occupied steps, a poll costs more than notifications
+LOCK_INTERVAL = 1.0  # seconds between attempts to acquire a lock of another daemon
 
 
 class _Message(BaseModel):
@@ -52,7 +52,7 @@ class _Message(BaseModel):
 
 
 class Due(_Message):
-    """From the triggers: somebody at this step (sequence, step) is due soon."""
+    """From the triggers: an enrollment at this step (sequence, step) is due soon."""
 
     due: tuple[str, str]
 
@@ -63,39 +63,39 @@ class Changed(_Message):
     definitions: bool
 
 
-class Look(_Message):
-    """From an application: look again at those who wait; with nothing set, at all of them."""
+class Reevaluate(_Message):
+    """From an application: evaluate waiting enrollments; if nothing is set, all of them."""
 
     subject: str | None = None
     sequence: str | None = None
     step: str | None = None
 
 
-class Quiet(_Message):
-    """From a daemon: for a while nobody is told."""
+class NotificationsOff(_Message):
+    """From a daemon that has released the notify lock: poll for a while."""
 
-    quiet: bool
-
-
-Message = Due | Changed | Look
+    notifications: Literal["off"]
 
 
-class Looked(NamedTuple):
-    """What a look has found: at how many steps somebody is, and at which somebody is due."""
+Message = Due | Changed | Reevaluate
 
-    places: int
-    due: frozenset[tuple[Place, datetime]]
+
+class DueSteps(NamedTuple):
+    """The result of a poll: the number of occupied steps, and those with due enrollments."""
+
+    occupied: int
+    due: frozenset[tuple[StepKey, datetime]]
 
 
 HINT = 'write NOTIFY sequencer, or {"subject": ...}, {"sequence": ..., "step": ...} as payload'
 
-_messages: TypeAdapter[Message | Quiet] = TypeAdapter(Message | Quiet)
+_messages: TypeAdapter[Message | NotificationsOff] = TypeAdapter(Message | NotificationsOff)
 
 
-def parse(payload: str) -> Message | Quiet:
-    """A payload of NOTIFY. Raises ValueError for what is none of ours."""
+def parse(payload: str) -> Message | NotificationsOff:
+    """Parse a payload of NOTIFY. Raises ValueError if it is not one of ours."""
     if not payload:
-        return Look()
+        return Reevaluate()
     try:
         return _messages.validate_json(payload)
     except ValidationError as error:
@@ -103,7 +103,7 @@ def parse(payload: str) -> Message | Quiet:
 
 
 class _Refusals:
-    """Counts notifications that mean nothing, and tells of them in the log once a minute."""
+    """Counts invalid notifications, and logs them once a minute."""
 
     def __init__(self, refused: Callable[[], None], log: FilteringBoundLogger) -> None:
         self._refused = refused
@@ -118,32 +118,33 @@ class _Refusals:
         if self._is_waiting:
             return
         self._sample = payload[:200]
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._is_waiting = self._count > 0
         if self._count:
             self._log.warning("notifications not understood", count=self._count, hint=HINT)
             self._log.debug("notifications not understood", payload=self._sample)
             self._count = 0
-            asyncio.get_running_loop().call_later(REFUSED_INTERVAL, self._tell)
+            asyncio.get_running_loop().call_later(REFUSED_INTERVAL, self._report)
 
 
 async def listen(
     url: str,
     receive: Callable[[Message], None],
     connected: Callable[[], Awaitable[None]],
-    look: Callable[[], Awaitable[Looked]],
+    find_due: Callable[[], Awaitable[DueSteps]],
     *,
     log: FilteringBoundLogger,
     heard: Callable[[bool], None] = lambda _: None,
     refused: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> None:
-    """Listens for ever. `connected` is awaited after each LISTEN: what was missed before it, is
-    found by looking; `look` does that where nobody tells. Comes back after whatever happens to the
-    connection or the server. `heard` is told True with each LISTEN and probe that was answered, and
-    False when the connection is lost. `refused` is called for each notification that means nothing.
+    """Listen for ever, and reconnect whatever happens to the connection or the server.
+
+    `connected` is awaited after each LISTEN, to find what was missed before it. `find_due` polls
+    while notifications are off. `heard` is called with True after each LISTEN and probe, and with
+    False when the connection is lost. `refused` is called for each invalid notification.
     """
     pause = 0.0
     refusals = _Refusals(refused, log)
@@ -163,7 +164,7 @@ async def listen(
             await asyncio.sleep(pause)
             continue
         try:
-            watch = _Watch(connection, receive, look, heard, refusals=refusals, log=log)
+            watch = _Watch(connection, receive, find_due, heard, refusals=refusals, log=log)
             await connection.execute(KEEPALIVE)
             await connection.add_listener(CHANNEL, watch.on_notify)
             await connected()
@@ -181,31 +182,31 @@ async def listen(
 
 async def poll(
     connected: Callable[[], Awaitable[None]],
-    look: Callable[[], Awaitable[None]],
+    sweep: Callable[[], Awaitable[None]],
     log: FilteringBoundLogger,
     heard: Callable[[bool], None],
 ) -> None:
-    """Looks for ever, where nothing can be heard: `connected` at first, then `look`."""
-    log.warning("listens to nothing, looks for what is new instead", every=POLL_INTERVAL)
+    """Poll for ever, for connections that cannot LISTEN: call `connected` once, then `sweep`."""
+    log.warning("polling instead of listening, by database.listen", every=POLL_INTERVAL)
     while True:
         try:
             await connected()
             heard(True)
-            connected = look
+            connected = sweep
         except TRANSIENT_ERRORS as error:
             heard(False)
-            log.warning("can't look for what is new", error=brief(error))
+            log.warning("poll failed, tried again", error=brief(error))
         await asyncio.sleep(POLL_INTERVAL)
 
 
 class _Watch:
-    """Sees to it that nothing is missed while a connection lasts: it is told, or looks."""
+    """Misses nothing while a connection lasts: it is notified, or polls."""
 
     def __init__(
         self,
         connection: asyncpg.Connection,
         receive: Callable[[Message], None],
-        look: Callable[[], Awaitable[Looked]],
+        find_due: Callable[[], Awaitable[DueSteps]],
         heard: Callable[[bool], None],
         *,
         refusals: _Refusals,
@@ -213,20 +214,20 @@ class _Watch:
     ) -> None:
         self._connection = connection
         self._receive = receive
-        self._look = look
+        self._find_due = find_due
         self._heard = heard
         self._refusals = refusals
         self._log = log
-        self._leads = False  # the daemon that sees to requests
-        self._next_lead = 0.0
-        self._requests: dict[Look, float] = {}  # of late, while another one does
-        self._called = asyncio.Event()  # there is something to do before the next probe
-        self._has_bell: bool | None = None  # False: another daemon has it
-        self._is_quiet = False  # another daemon has let go of it
-        self._rings: deque[float] = deque(maxlen=OFTEN)
-        self._last = Looked(0, frozenset())
-        self._pause = LOOK_INTERVALS[0]
-        connection.add_termination_listener(lambda _: self._called.set())
+        self._handles_requests = False  # whether this daemon holds the requests lock
+        self._next_attempt = 0.0  # to acquire the requests lock
+        self._requests: dict[Reevaluate, float] = {}  # recent ones that another daemon handles
+        self._wake = asyncio.Event()  # there is something to do before the next probe
+        self._has_notify_lock: bool | None = None  # False: another daemon holds it
+        self._is_off = False  # whether another daemon has released it
+        self._notified_at: deque[float] = deque(maxlen=OFTEN)
+        self._last = DueSteps(0, frozenset())
+        self._pause = POLL_INTERVALS[0]
+        connection.add_termination_listener(lambda _: self._wake.set())
 
     def on_notify(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
         """Called by asyncpg."""
@@ -235,102 +236,104 @@ class _Watch:
         except ValueError:
             self._refusals.add(str(payload))
             return
-        if isinstance(message, Look) and not self._leads:
+        if isinstance(message, Reevaluate) and not self._handles_requests:
             self._keep(message)
             return
-        if isinstance(message, Quiet):
-            self._is_quiet = True
-            self._called.set()
+        if isinstance(message, NotificationsOff):
+            self._is_off = True
+            self._wake.set()
             return
-        if self._has_bell and isinstance(message, Due):
-            self._rings.append(asyncio.get_running_loop().time())
-            if self._rings_often:
-                self._called.set()
+        if self._has_notify_lock and isinstance(message, Due):
+            self._notified_at.append(asyncio.get_running_loop().time())
+            if self._notified_often:
+                self._wake.set()
         self._receive(message)
 
-    def _keep(self, request: Look) -> None:
-        """Each daemon hears every request: that of another daemon is done if that one goes away."""
-        if len(self._requests) >= HEARD:
-            self._requests = {Look(): asyncio.get_running_loop().time()}
+    def _keep(self, request: Reevaluate) -> None:
+        """Keep a request that another daemon handles, in case that daemon dies."""
+        if len(self._requests) >= KEPT_REQUESTS:
+            self._requests = {Reevaluate(): asyncio.get_running_loop().time()}
         self._requests[request] = asyncio.get_running_loop().time()
 
-    async def _lead(self) -> None:
-        """Sees to requests from now on, if no other daemon does."""
+    async def _try_to_handle_requests(self) -> None:
+        """Handle requests from now on, unless another daemon does."""
         now = asyncio.get_running_loop().time()
-        if self._leads or now < self._next_lead:
+        if self._handles_requests or now < self._next_attempt:
             return
-        self._next_lead = now + OTHERS_INTERVAL
-        self._leads = await acquire_requests_lock(self._connection)
-        if self._leads:
+        self._next_attempt = now + LOCK_INTERVAL
+        self._handles_requests = await acquire_requests_lock(self._connection)
+        if self._handles_requests:
             requests, self._requests = self._requests, {}
             for request, at in requests.items():
-                if at >= now - HEARD_FOR:
+                if at >= now - KEPT_FOR:
                     self._receive(request)
 
     @property
-    def _rings_often(self) -> bool:
-        rings = self._rings
-        is_often = len(rings) == OFTEN and rings[-1] - rings[0] < WITHIN
-        return is_often and self._last.places <= TOO_MANY
+    def _notified_often(self) -> bool:
+        times = self._notified_at
+        is_often = len(times) == OFTEN and times[-1] - times[0] < WITHIN
+        return is_often and self._last.occupied <= MOST_STEPS
 
     async def keep(self) -> None:
-        """Until the connection is lost, which raises."""
+        """Work until the connection is lost, which raises."""
         while True:
-            had_bell = self._has_bell
-            if had_bell:
+            had_notify_lock = self._has_notify_lock
+            if had_notify_lock:
                 await self._probe()
             else:
-                self._has_bell = await acquire_notify_lock(self._connection)
+                self._has_notify_lock = await acquire_notify_lock(self._connection)
                 self._heard(True)
-            await self._lead()
-            if self._has_bell is None:
-                await self._look_and_pause()
+            await self._try_to_handle_requests()
+            if self._has_notify_lock is None:
+                await self._poll_and_pause()
                 continue
-            if self._has_bell is not had_bell:
-                self._is_quiet = False
-                self._rings.clear()
-                await self._look_once()
+            if self._has_notify_lock is not had_notify_lock:
+                self._is_off = False
+                self._notified_at.clear()
+                await self._poll_once()
             with suppress(TimeoutError):
-                async with asyncio.timeout(PROBE_INTERVAL if self._has_bell else OTHERS_INTERVAL):
-                    await self._called.wait()
-            self._called.clear()
-            if self._has_bell and self._rings_often:
+                async with asyncio.timeout(
+                    PROBE_INTERVAL if self._has_notify_lock else LOCK_INTERVAL
+                ):
+                    await self._wake.wait()
+            self._wake.clear()
+            if self._has_notify_lock and self._notified_often:
                 await release_notify_lock(self._connection)
-            elif self._has_bell or not self._is_quiet:
+            elif self._has_notify_lock or not self._is_off:
                 continue
-            self._has_bell, self._pause = None, LOOK_INTERVALS[0]
+            self._has_notify_lock, self._pause = None, POLL_INTERVALS[0]
             loop = asyncio.get_running_loop()
-            end = loop.time() + QUIET
+            end = loop.time() + OFF_FOR
             while loop.time() < end:
-                await self._look_and_pause()
+                await self._poll_and_pause()
 
     async def _probe(self) -> None:
         await self._connection.fetchval("SELECT 1")
         self._heard(True)
 
-    async def _look_and_pause(self) -> None:
+    async def _poll_and_pause(self) -> None:
         loop = asyncio.get_running_loop()
-        begun, known = loop.time(), self._last.due
-        await self._look_once()
-        shortest, longest = LOOK_INTERVALS
+        started, known = loop.time(), self._last.due
+        await self._poll_once()
+        shortest, longest = POLL_INTERVALS
         self._pause = shortest if self._last.due - known else min(2 * self._pause, longest)
-        await asyncio.sleep(max(self._pause, (loop.time() - begun) / LOOK_SHARE))
+        await asyncio.sleep(max(self._pause, (loop.time() - started) / POLL_SHARE))
 
-    async def _look_once(self) -> None:
-        """Until it succeeds; probes the connection meanwhile, which may be lost."""
+    async def _poll_once(self) -> None:
+        """Poll until it succeeds, and probe the connection meanwhile."""
         while True:
-            looking = asyncio.ensure_future(self._look())
+            polling = asyncio.ensure_future(self._find_due())
             try:
-                while not (await asyncio.wait([looking], timeout=PROBE_INTERVAL))[0]:
+                while not (await asyncio.wait([polling], timeout=PROBE_INTERVAL))[0]:
                     await self._probe()
-                self._last = looking.result()
+                self._last = polling.result()
             except TRANSIENT_ERRORS as error:
-                if not looking.done():
+                if not polling.done():
                     raise  # the probe's
-                self._log.warning("can't look for what is new", error=brief(error))
+                self._log.warning("poll failed, tried again", error=brief(error))
             else:
                 return
             finally:
-                looking.cancel()
+                polling.cancel()
             await asyncio.sleep(POLL_INTERVAL)
             await self._probe()

@@ -86,7 +86,7 @@ COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not h
 
 PROBLEM_COLUMNS = 7  # of sequencer.problems, but for the daemon
 
-Place = tuple[str, str]
+StepKey = tuple[str, str]
 """A step of a sequence: its key in the heap."""
 
 
@@ -163,7 +163,7 @@ class Claimed(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What is written of enrollments that are at the same place now, as most of a batch are."""
+    """What is written of enrollments that are at the same step_key now, as most of a batch are."""
 
     sequence: str
     step: str
@@ -352,7 +352,7 @@ async def hidden_tables(connection: asyncpg.Connection) -> list[HiddenTable]:
 
 
 async def set_problems(
-    connection: asyncpg.Connection, problems: Mapping[Place, str | None]
+    connection: asyncpg.Connection, problems: Mapping[StepKey, str | None]
 ) -> None:
     """Writes what is wrong with steps; None clears it."""
     await connection.execute(QUERIES["set_problems"], *_columns(problems), list(problems.values()))
@@ -388,9 +388,9 @@ async def types_elsewhere(connection: asyncpg.Connection, daemon: str) -> frozen
     return frozenset(row[0] for row in await connection.fetch(QUERIES["types_elsewhere"], daemon))
 
 
-async def notify_due(connection: asyncpg.Connection, places: Iterable[Place]) -> None:
+async def notify_due(connection: asyncpg.Connection, step_keys: Iterable[StepKey]) -> None:
     """Tells other daemons to look at steps."""
-    await connection.execute(QUERIES["notify_due"], *_columns(places))
+    await connection.execute(QUERIES["notify_due"], *_columns(step_keys))
 
 
 async def remove_dead_daemons(connection: asyncpg.Connection) -> None:
@@ -413,7 +413,7 @@ async def write_problems(
         await connection.execute(QUERIES["write_problems"], daemon, *columns)
 
 
-async def first_wakes(connection: asyncpg.Connection) -> list[tuple[Place, datetime]]:
+async def first_wakes(connection: asyncpg.Connection) -> list[tuple[StepKey, datetime]]:
     """The earliest wake time of each step where somebody is."""
     rows = await connection.fetch(QUERIES["first_wakes"])
     return [((row["sequence"], row["step"]), row["wake_at"]) for row in rows]
@@ -433,70 +433,72 @@ async def release_notify_lock(connection: asyncpg.Connection) -> None:
 
 
 async def count_due(
-    connection: asyncpg.Connection, places: Iterable[Place], now: datetime, limit: int
+    connection: asyncpg.Connection, step_keys: Iterable[StepKey], now: datetime, limit: int
 ) -> list[tuple[str, str, int, int]]:
     """Of some steps: the key, how many are due there, and overdue; up to a limit for each."""
-    sequences, steps = _columns(places)
+    sequences, steps = _columns(step_keys)
     rows = await connection.fetch(QUERIES["count_due"], sequences, steps, now, limit)
     return [tuple(row) for row in rows]
 
 
 async def claim(
     connection: asyncpg.Connection,
-    place: Place,
+    step_key: StepKey,
     now: datetime,
     revision: int,
     limit: int,
     *,
     daemon: str,
-    but: Rows[int],
+    excluding: Rows[int],
 ) -> Claimed:
-    """Locks due enrollments of a step until the end of the transaction, `but` some: none that a
-    living daemon has leased, and no more than fit into MAX_BYTES.
+    """Claim due enrollments of a step: none that a living daemon has leased, and no more than fit
+    into MAX_BYTES. They stay locked until the end of the transaction.
     """
-    rows = await connection.fetch(QUERIES["claim"], *place, now, daemon, but, revision, limit)
+    rows = await connection.fetch(
+        QUERIES["claim"], *step_key, now, daemon, excluding, revision, limit
+    )
     return Claimed([Enrollment(*row) for row in await _with_data(connection, rows)], len(rows))
 
 
 async def due_ids(
     connection: asyncpg.Connection,
-    place: Place,
+    step_key: StepKey,
     now: datetime,
     limit: int,
     *,
     daemon: str,
-    but: Rows[int],
+    excluding: Rows[int],
 ) -> list[int]:
     """Which enrollments a claim would find. Reads nothing of them that might be unreadable."""
-    rows = await connection.fetch(QUERIES["due_ids"], *place, now, daemon, but, limit)
+    rows = await connection.fetch(QUERIES["due_ids"], *step_key, now, daemon, excluding, limit)
     return [row["id"] for row in rows]
 
 
 async def expired_ids(
     connection: asyncpg.Connection,
-    place: Place,
+    step_key: StepKey,
     now: datetime,
     since: datetime | None,
     limit: int,
     *,
     daemon: str,
-    but: Rows[int],
+    excluding: Rows[int],
 ) -> list[int]:
     """Who has expired at a step without being leased, and who is due `since` and may have."""
     since = since or datetime.min.replace(tzinfo=UTC)
     query = QUERIES["expired_ids"]
-    rows = await connection.fetch(query, *place, now, daemon, but, limit, since)
+    rows = await connection.fetch(query, *step_key, now, daemon, excluding, limit, since)
     return [row["id"] for row in rows]
 
 
-async def forget_expiries(connection: asyncpg.Connection, place: Place) -> None:
+async def forget_expiries(connection: asyncpg.Connection, step_key: StepKey) -> None:
     """When those at a step expire is to be evaluated anew: its definition may have changed."""
-    await connection.execute(QUERIES["forget_expiries"], *place)
+    await connection.execute(QUERIES["forget_expiries"], *step_key)
 
 
 async def claim_some(
     connection: asyncpg.Connection,
-    place: Place,
+    step_key: StepKey,
     now: datetime,
     revision: int,
     ids: Rows[int],
@@ -508,7 +510,7 @@ async def claim_some(
     knows of. `bare` without their data and subjects, which may be unreadable.
     """
     query = QUERIES["claim_bare" if bare else "claim_some"]
-    rows = await connection.fetch(query, *place, now, daemon, ids, revision)
+    rows = await connection.fetch(query, *step_key, now, daemon, ids, revision)
     return [Enrollment(*row) for row in await _with_data(connection, rows)]
 
 
@@ -551,16 +553,16 @@ async def count_expired_leases(
 
 async def orphans(
     connection: asyncpg.Connection,
-    places: Iterable[Place],
+    step_keys: Iterable[StepKey],
     now: datetime,
     *,
     daemon: str,
-    but: Rows[int],
-) -> dict[Place, list[int]]:
+    excluding: Rows[int],
+) -> dict[StepKey, list[int]]:
     """What a daemon has leased and no longer knows of, at some steps, though its lease is over."""
-    sequences, steps = _columns(places)
-    found: dict[Place, list[int]] = {}
-    for row in await connection.fetch(QUERIES["orphans"], sequences, steps, now, daemon, but):
+    sequences, steps = _columns(step_keys)
+    found: dict[StepKey, list[int]] = {}
+    for row in await connection.fetch(QUERIES["orphans"], sequences, steps, now, daemon, excluding):
         found.setdefault((row["sequence"], row["step"]), []).append(row["id"])
     return found
 
@@ -637,15 +639,15 @@ async def refusals(
 
 async def next_wake(
     connection: asyncpg.Connection,
-    place: Place,
+    step_key: StepKey,
     now: datetime,
     *,
     daemon: str,
-    but: Rows[int],
+    excluding: Rows[int],
 ) -> datetime | None:
     """When to claim at a step again, `but` for some enrollments."""
     query = QUERIES["next_wake"]
-    at: datetime | None = await connection.fetchval(query, *place, now, daemon, but)
+    at: datetime | None = await connection.fetchval(query, *step_key, now, daemon, excluding)
     return at
 
 
@@ -673,19 +675,19 @@ async def extend_leases(
     await connection.execute(QUERIES["extend_leases"], ids, daemon, until)
 
 
-async def occupied(connection: asyncpg.Connection) -> list[Place]:
+async def occupied(connection: asyncpg.Connection) -> list[StepKey]:
     """Each step where an enrollment is active."""
     rows = await connection.fetch(QUERIES["occupied"])
     return [(row["sequence"], row["step"]) for row in rows]
 
 
 async def request_evaluation(
-    connection: asyncpg.Connection, places: Iterable[Place]
-) -> list[Place]:
+    connection: asyncpg.Connection, step_keys: Iterable[StepKey]
+) -> list[StepKey]:
     """Notes that all who wait at steps are to be evaluated. Returns those steps that were not
     locked by others.
     """
-    sequences, steps = _columns(places)
+    sequences, steps = _columns(step_keys)
     rows = await connection.fetch(QUERIES["request_evaluation"], sequences, steps)
     return [(row["sequence"], row["name"]) for row in rows]
 
@@ -699,7 +701,7 @@ async def waiting_of_subjects(
     return rows
 
 
-async def unfinished_rescheduling(connection: asyncpg.Connection) -> dict[Place, int]:
+async def unfinished_rescheduling(connection: asyncpg.Connection) -> dict[StepKey, int]:
     """Steps where waiting enrollments have yet to be evaluated, and from which id on."""
     rows = await connection.fetch(QUERIES["unfinished_rescheduling"])
     return {(row["sequence"], row["name"]): row["reschedule_from"] for row in rows}
@@ -711,56 +713,57 @@ async def acquire_requests_lock(connection: asyncpg.Connection) -> bool:
     return is_ours
 
 
-async def rescheduling_from(connection: asyncpg.Connection, place: Place) -> int | None:
+async def rescheduling_from(connection: asyncpg.Connection, step_key: StepKey) -> int | None:
     """From which id on those who wait at a step have yet to be looked at; None if nobody has."""
-    since: int | None = await connection.fetchval(QUERIES["rescheduling_from"], *place)
+    since: int | None = await connection.fetchval(QUERIES["rescheduling_from"], *step_key)
     return since
 
 
 async def active_ids(
-    connection: asyncpg.Connection, place: Place, since: int, limit: int
+    connection: asyncpg.Connection, step_key: StepKey, since: int, limit: int
 ) -> list[int]:
     """Who is at a step, by id, from this one on."""
-    rows = await connection.fetch(QUERIES["active_ids"], *place, since, limit)
+    rows = await connection.fetch(QUERIES["active_ids"], *step_key, since, limit)
     return [row["id"] for row in rows]
 
 
 async def lock_rescheduling(
-    connection: asyncpg.Connection, place: Place, since: int, revision: int
+    connection: asyncpg.Connection, step_key: StepKey, since: int, revision: int
 ) -> bool:
     """Whether nobody but us evaluates who waits at a step until the end of the transaction.
 
     Not where another daemon is at it, or the definition is not the one known.
     """
     return (
-        await connection.fetchval(QUERIES["lock_rescheduling"], *place, since, revision) is not None
+        await connection.fetchval(QUERIES["lock_rescheduling"], *step_key, since, revision)
+        is not None
     )
 
 
-async def record_progress(connection: asyncpg.Connection, place: Place, until: int) -> None:
+async def record_progress(connection: asyncpg.Connection, step_key: StepKey, until: int) -> None:
     """Notes up to which id a step is done."""
-    await connection.execute(QUERIES["record_progress"], *place, until)
+    await connection.execute(QUERIES["record_progress"], *step_key, until)
 
 
 async def lock_waiting(
-    connection: asyncpg.Connection, place: Place, ids: Rows[int], now: datetime
+    connection: asyncpg.Connection, step_key: StepKey, ids: Rows[int], now: datetime
 ) -> tuple[list[Enrollment], list[int]]:
     """Locks those who wait at a step beyond now, and tells who is locked by somebody else."""
-    rows = await connection.fetch(QUERIES["lock_waiting"], *place, ids, now)
+    rows = await connection.fetch(QUERIES["lock_waiting"], *step_key, ids, now)
     waiting = [Enrollment(*row) for row in await _with_data(connection, rows)]
     if len(waiting) == len(ids):
         return waiting, []
     ours = {enrollment.id for enrollment in waiting}
     others = [id_ for id_ in ids if id_ not in ours]
-    rows = await connection.fetch(QUERIES["waiting"], *place, others, now)
+    rows = await connection.fetch(QUERIES["waiting"], *step_key, others, now)
     return waiting, [row["id"] for row in rows]
 
 
 async def finish_rescheduling(
-    connection: asyncpg.Connection, place: Place, since: int
+    connection: asyncpg.Connection, step_key: StepKey, since: int
 ) -> bool | None:
     """Notes that a step is done: whether it is to be done again; None if another was faster."""
-    again: bool | None = await connection.fetchval(QUERIES["finish_rescheduling"], *place, since)
+    again: bool | None = await connection.fetchval(QUERIES["finish_rescheduling"], *step_key, since)
     return again
 
 
@@ -776,9 +779,9 @@ async def oldest_transaction(connection: asyncpg.Connection) -> int:
     return number
 
 
-async def revive(connection: asyncpg.Connection, places: Rows[Place], now: datetime) -> int:
-    """Lets those go on who failed at steps that have been mended. Returns how many."""
-    sequences, steps = _columns(places)
+async def revive(connection: asyncpg.Connection, step_keys: Rows[StepKey], now: datetime) -> int:
+    """Lets those go on who failed at steps that have been fixed. Returns how many."""
+    sequences, steps = _columns(step_keys)
     return _count(await connection.execute(QUERIES["revive"], sequences, steps, now))
 
 
@@ -836,9 +839,9 @@ async def delete_ended(connection: asyncpg.Connection, before: datetime, limit: 
     return count
 
 
-def _columns(places: Iterable[Place]) -> tuple[list[str], list[str]]:
+def _columns(step_keys: Iterable[StepKey]) -> tuple[list[str], list[str]]:
     """Return the sequences and the steps of keys, each as an array."""
-    wanted = list(places)
+    wanted = list(step_keys)
     return [sequence for sequence, _ in wanted], [step for _, step in wanted]
 
 

@@ -243,7 +243,7 @@ class Daemon:
 
         self._tasks = [
             asyncio.create_task(
-                listen(self._url, self.engine.receive, connected, self.engine.look, log=log)
+                listen(self._url, self.engine.receive, connected, self.engine.find_due, log=log)
             ),
             asyncio.create_task(self.engine.run()),
         ]

@@ -434,7 +434,9 @@ async def test_a_claim_is_bounded_by_bytes(
     )
     place, at = ("s", "note"), Clock().now() + timedelta(hours=1)
     revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
-    claimed, locked = await store.claim(connection, place, at, revision, 100, daemon="me", but=[])
+    claimed, locked = await store.claim(
+        connection, place, at, revision, 100, daemon="me", excluding=[]
+    )
     assert locked == 30
     assert 1 <= len(claimed) <= 5
     assert all(len(one.data) > 300_000 for one in claimed)

@@ -57,11 +57,11 @@ async def test_what_is_in_flight_ends_with_the_runner_that_began_it(
             await enroll(connection, "s", f"u{n}")
         await until(connection, "SELECT count(*) = 4 FROM sequencer.enrollments"
                     " WHERE leased_by IS NOT NULL")  # fmt: skip
-        kept = engine._writer.lanes["Other"]
+        kept = engine._writer.executors["Other"]
         drained = asyncio.ensure_future(
             await engine.use({"Work": new, "Other": same}, engine._writer._lookups)
         )
-        assert engine._writer.lanes["Other"] is kept
+        assert engine._writer.executors["Other"] is kept
         # those who found no room go on with the new one, while the old one still works
         await until(connection, "SELECT count(*) = 6 FROM sequencer.enrollments"
                     " WHERE status = 'completed'")  # fmt: skip

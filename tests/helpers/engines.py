@@ -98,7 +98,7 @@ async def running_engine(
         await engine.sweep()
         ready.set()
 
-    listener = asyncio.create_task(listen(url, engine.receive, connected, engine.look, log=log))
+    listener = asyncio.create_task(listen(url, engine.receive, connected, engine.find_due, log=log))
     working = asyncio.create_task(engine.run())
     try:
         async with asyncio.timeout(60):

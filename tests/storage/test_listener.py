@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from sequencerd.core.advance import advance
 from sequencerd.engine import loop, reschedule
 from sequencerd.storage import listener, store
-from sequencerd.storage.listener import Changed, Due, Look, Message, listen, parse
+from sequencerd.storage.listener import Changed, Due, Message, Reevaluate, listen, parse
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 DAYS = '{"amount": 3, "unit": "days"}'
@@ -28,10 +28,10 @@ NONE_LEFT = "SELECT bool_and(reschedule_from IS NULL AND NOT reschedule_again) F
 @pytest.mark.parametrize(
     ("payload", "message"),
     [
-        ("", Look()),
-        ("{}", Look()),
-        ('{"subject": "ada"}', Look(subject="ada")),
-        ('{"sequence": "s", "step": "a"}', Look(sequence="s", step="a")),
+        ("", Reevaluate()),
+        ("{}", Reevaluate()),
+        ('{"subject": "ada"}', Reevaluate(subject="ada")),
+        ('{"sequence": "s", "step": "a"}', Reevaluate(sequence="s", step="a")),
         ('{"due" : ["s", "a"]}', Due(due=("s", "a"))),
         ('{"definitions": true}', Changed(definitions=True)),
     ],
@@ -163,7 +163,7 @@ async def test_too_many_requests_become_one_for_all(
             for n in range(1000):
                 await connection.execute(NOTIFY, f'{{"subject": "nobody-{n}"}}')
         await times(evaluated, 20)
-        assert len(one._retiming._requests) <= 10
+        assert len(one._rescheduling._requests) <= 10
     assert max(evaluated.values()) <= 3
 
 
@@ -210,14 +210,14 @@ async def test_nonsense_is_counted_and_told_once(database: str) -> None:
         async def connected() -> None:
             ready.set()
 
-        async def look() -> listener.Looked:
-            return listener.Looked(0, frozenset())
+        async def find_due() -> listener.DueSteps:
+            return listener.DueSteps(0, frozenset())
 
         def refuse() -> None:
             refused.put_nowait(None)
 
         listening = asyncio.create_task(
-            listen(database, lambda _: None, connected, look, log=log, refused=refuse)
+            listen(database, lambda _: None, connected, find_due, log=log, refused=refuse)
         )
         await ready.wait()
         sender = await asyncpg.connect(database)
@@ -277,12 +277,12 @@ async def test_a_name_that_does_not_exist_is_looked_for_once(
     await define(connection, "s", ("a", "GoTo", "{}", None))
     async with running_engine(database) as one:
         await one.reload()
-        assert one.catalog.may_find("later")
-        assert not one.catalog.may_find("later")
-        assert not one.catalog.may_find("s")
+        assert one.catalog.should_load("later")
+        assert not one.catalog.should_load("later")
+        assert not one.catalog.should_load("s")
         await define(connection, "later", ("a", "WaitForDuration", DAYS, None))
         await one.reload()
         assert one.catalog.step(("later", "a"))
         await connection.execute("DELETE FROM sequencer.sequences WHERE name = 'later'")
         await one.reload()
-        assert one.catalog.may_find("later")
+        assert one.catalog.should_load("later")

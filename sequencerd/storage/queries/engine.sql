@@ -103,7 +103,7 @@ SELECT CASE WHEN pg_try_advisory_lock({notify_lock}) THEN true
 
 -- name: release_notify_lock
 -- Release the notify lock and notify the other daemons of it.
-SELECT pg_advisory_unlock({notify_lock}), pg_notify('sequencer', '{"quiet": true}');
+SELECT pg_advisory_unlock({notify_lock}), pg_notify('sequencer', '{"notifications": "off"}');
 
 -- name: count_due
 -- Count the enrollments that are due at steps, and those overdue by more than a minute. The limit
