@@ -209,13 +209,25 @@ class Sms(Messaging):
     per_second: float | None = Field(default=None, gt=0)
 
 
+def _check_target(section: HttpEndpoint | LookupEndpoint) -> None:
+    if (section.url is None) == (section.arn is None):
+        raise ValueError("write url, or lambda with the ARN of a function")
+    if section.arn is not None:
+        for key in ("secret", "headers", "http2"):
+            if key in section.model_fields_set:
+                raise ValueError(
+                    f"{key} is for a url: Lambda's calls are signed by AWS credentials"
+                )
+
+
 class HttpEndpoint(Retrying):
     """A custom runner in any language: [runners.NAME]."""
 
-    url: str = Field(pattern=r"^https?://")
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    arn: str | None = Field(default=None, alias="lambda")
     timeout: float = Field(default=30.0, gt=0, le=3600)
     batch_size: int = Field(default=100, ge=1, le=1000)
-    batch_bytes: int = Field(default=96_000, ge=1000, le=100_000_000)
+    batch_bytes: int | None = Field(default=None, ge=1000, le=100_000_000)
     concurrency: int = Field(default=4, ge=1, le=1000)
     per_second: float | None = Field(default=None, gt=0)
     secret: Secret | None = None
@@ -223,16 +235,30 @@ class HttpEndpoint(Retrying):
     http2: bool = True
     headers: dict[str, Secret] = {}
 
+    @model_validator(mode="after")
+    def _check(self) -> HttpEndpoint:
+        _check_target(self)
+        return self
+
 
 class LookupEndpoint(Section):
-    """A source of external data: [lookups.NAME]."""
+    """A source of external data: [lookups.NAME]. `form` is that of the request: a list of
+    subjects, or the original's `{"runners": [...]}`, which functions of Lambda get by default.
+    """
 
-    url: str = Field(pattern=r"^https?://")
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    arn: str | None = Field(default=None, alias="lambda")
+    form: Literal["list", "original"] | None = None
     timeout: float = Field(default=30.0, gt=0, le=600)
     batch_size: int = Field(default=1000, ge=1, le=10_000)
     concurrency: int = Field(default=2, ge=1, le=100)
     allow_private: bool = False
     headers: dict[str, Secret] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> LookupEndpoint:
+        _check_target(self)
+        return self
 
 
 def _check_address(text: str) -> str:
@@ -458,11 +484,15 @@ def _with_hint(error: ValidationError) -> str:
     return text
 
 
+def _names(section: type[Section]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
 def _keys(section: tuple[int | str, ...]) -> list[str]:
     if not section:
         return list(Settings.model_fields)
     if section[0] == "runners":
-        return list(HttpEndpoint.model_fields)
+        return _names(HttpEndpoint)
     if section[0] == "lookups":
-        return list(LookupEndpoint.model_fields)
+        return _names(LookupEndpoint)
     return list(_SECTIONS[str(section[0])].model_fields)

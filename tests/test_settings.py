@@ -66,7 +66,7 @@ def test_a_wrong_variable_is_named(variable: str, value: str, words: str) -> Non
         ("[database]\nurll = 'x'", "database.urll: .*did you mean 'url'"),
         ("[databse]\nurl = 'x'", "databse: .*did you mean 'database'"),
         ("[runners.A]\nurl = 'ftp://x'", "runners.A.url"),
-        ("[runners.A]\ntimeout = 3", "runners.A.url: Field required"),
+        ("[runners.A]\ntimeout = 3", "runners.A: write url, or lambda"),
         ("[runners.A]\nurl = 'http://x'\nsecrett = 's'", "did you mean 'secret'"),
         ("nonsense", "settings file"),
         ("database = 'postgresql://x'", "database"),

@@ -23,8 +23,9 @@ from sequencerd.core.model import Failed
 from sequencerd.engine import lookups
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
+from sequencerd.runners.aws_lambda import LambdaFunction
 from sequencerd.runners.http_client import Unreachable, Web
-from sequencerd.settings import Database, Settings
+from sequencerd.settings import Database, HttpEndpoint, LookupEndpoint, Settings
 from sequencerd.storage import migrate, store
 from sequencerd.storage.listener import POLL_INTERVAL, PROBE_INTERVAL
 from sequencerd.storage.store import QUERIES
@@ -371,9 +372,9 @@ async def _examine_endpoints(
     elif settings.sms.account_sid and settings.sms.auth_token:
         yield await _twilio(settings)
     for name, runner in settings.runners.items():
-        yield await _endpoint(f"runner {name}", runner.url, runner.allow_private)
+        yield await _called(f"runner {name}", runner)
     for name, lookup in settings.lookups.items():
-        yield await _endpoint(f"lookup {name}", lookup.url, lookup.allow_private)
+        yield await _called(f"lookup {name}", lookup)
     installed = {point.name for point in entry_points(group=lookups.GROUP)}
     for name, is_function in used.items():
         if name not in settings.lookups and name not in installed:
@@ -397,6 +398,31 @@ async def _mail(settings: Settings) -> Finding:
     if isinstance(result, Failed):
         return Finding("mail server", result.message, "error", "start it, or correct email.url")
     return Finding("mail server", getattr(result, "message", None) or "ready")
+
+
+async def _called(about: str, settings: HttpEndpoint | LookupEndpoint) -> Finding:
+    if settings.url is not None:
+        return await _endpoint(about, settings.url, settings.allow_private)
+    return await _function(about, settings.arn or "", settings.allow_private)
+
+
+async def _function(about: str, arn: str, allow_private: bool) -> Finding:
+    """Ask Lambda whether it would invoke a function, without invoking it."""
+    advice = "correct lambda, or grant lambda:InvokeFunction to the daemon's credentials"
+    try:
+        function = LambdaFunction(arn, timeout=PATIENCE, connections=1, allow_private=allow_private)
+    except ValueError as error:
+        return Finding(about, str(error), "error", "correct the settings")
+    try:
+        reply = await function.check()
+    except Unreachable as error:
+        return Finding(about, str(error), "error", advice)
+    finally:
+        await function.close()
+    if reply.status != 204:
+        seen = f"Lambda answers a dry run with {reply.status} {reply.excerpt()}"
+        return Finding(about, seen.rstrip(), "error", advice)
+    return Finding(about, "can be invoked")
 
 
 async def _endpoint(about: str, url: str, allow_private: bool) -> Finding:

@@ -14,7 +14,9 @@ import asyncpg
 
 from sequencerd.core.model import External, Found, Task
 from sequencerd.runners.fields import one_line
-from sequencerd.runners.http_client import Unreachable, Web, check_headers, check_url, judge
+from sequencerd.runners.http import Endpoint
+from sequencerd.runners.http_client import Unreachable, judge
+from sequencerd.runners.registry import make_endpoint
 from sequencerd.settings import LookupEndpoint
 from sequencerd.storage import store
 
@@ -70,11 +72,13 @@ class Lookups:
         """
         self._pool = pool
         self._timeout = timeout
-        self._webs: list[Web] = []
+        self._endpoints: list[Endpoint] = []
         self._installed = {
             point.name: _by_python(point.load()) for point in entry_points(group=GROUP)
         }
-        self._set_up = {name: self._by_http(name, endpoint) for name, endpoint in endpoints.items()}
+        self._set_up = {
+            name: self._by_endpoint(name, settings) for name, settings in endpoints.items()
+        }
 
     def get(self, name: str) -> Lookup:
         """The source that a definition names. Asking one that does not exist fails, and says so."""
@@ -105,20 +109,14 @@ class Lookups:
             except asyncpg.QueryCanceledError:
                 raise RuntimeError(f"no answer within {self._timeout:g} seconds") from None
 
-    def _by_http(self, name: str, endpoint: LookupEndpoint) -> Lookup:
-        web = Web(
-            timeout=endpoint.timeout,
-            connections=endpoint.concurrency,
-            allow_private=endpoint.allow_private,
-        )
-        self._webs.append(web)
-        url = check_url(endpoint.url)
-        headers = check_headers({k: v.get_secret_value() for k, v in endpoint.headers.items()})
-        headers |= {"Content-Type": "application/json", "Accept": "application/json"}
+    def _by_endpoint(self, name: str, settings: LookupEndpoint) -> Lookup:
+        endpoint = make_endpoint(settings)
+        self._endpoints.append(endpoint)
+        form = settings.form or ("original" if settings.arn else "list")
 
         async def ask(subjects: list[str]) -> dict[str, External]:
-            body = json.dumps(subjects).encode()
-            reply = await web.call("POST", url, headers=headers, content=body)
+            question = {"runners": subjects} if form == "original" else subjects
+            reply = await endpoint.post(json.dumps(question).encode())
             text = f"it answered {reply.status} {reply.excerpt()}".rstrip()
             if judge(reply, text) is not None:
                 raise Unreachable(text)
@@ -127,15 +125,15 @@ class Lookups:
         return Lookup(
             name,
             ask,
-            batch_size=endpoint.batch_size,
-            concurrency=endpoint.concurrency,
-            timeout=endpoint.timeout,
+            batch_size=settings.batch_size,
+            concurrency=settings.concurrency,
+            timeout=settings.timeout,
         )
 
     async def close(self) -> None:
         """Closes the connections."""
-        for web in self._webs:
-            await web.close()
+        for endpoint in self._endpoints:
+            await endpoint.close()
 
 
 def _by_python(function: Callable[[list[str]], Any]) -> Ask:

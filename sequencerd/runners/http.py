@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from sequencerd.core.model import (
     RETRY,
@@ -45,18 +45,72 @@ SHOWN_IDS = 5
 NO_JSON = "data holds a number that can't be written as JSON"
 
 
-class HttpRunner:
-    """POSTs `{"config": ..., "runners": [...]}` and expects a list of `{"id", "action", ...}`.
+class Endpoint(Protocol):
+    """What answers calls: an HTTP endpoint, or a function of AWS Lambda."""
 
-    `name` is the step type, for messages; `timeout` (seconds) is for a whole call, `batch_size` and
-    `batch_bytes` are the most in one, `per_second` limits the calls, `secret` (whsec_...) signs
-    them. Raises ValueError for settings that can't
-    work.
+    async def post(
+        self, body: bytes, key: str | None = None, max_answer: int = MAX_ANSWER
+    ) -> Reply:
+        """Send JSON, with its idempotency key, and return the answer. Raises Unreachable."""
+        ...
+
+    async def close(self) -> None:
+        """Close the connections."""
+        ...
+
+
+class HttpEndpoint:
+    """A URL that takes JSON. `secret` (whsec_...) signs the calls. Raises ValueError for settings
+    that can't work.
     """
 
     def __init__(
         self,
         url: str,
+        *,
+        timeout: float,
+        connections: int,
+        secret: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        allow_private: bool = False,
+        http2: bool = False,
+    ) -> None:
+        self._url = check_url(url)
+        self._key = None if secret is None else read_secret(secret)
+        self._headers = check_headers(headers or {})
+        self._headers |= {"Content-Type": "application/json", "Accept": "application/json"}
+        self._web = Web(
+            timeout=timeout, connections=connections, allow_private=allow_private, http2=http2
+        )
+
+    async def post(
+        self, body: bytes, key: str | None = None, max_answer: int = MAX_ANSWER
+    ) -> Reply:
+        """Send JSON, with its idempotency key, and return the answer. Raises Unreachable."""
+        headers = {**self._headers, **tracing.headers()}
+        if key is not None:
+            headers["Idempotency-Key"] = key
+            if self._key is not None:
+                headers |= sign(self._key, key, int(time.time()), body)
+        return await self._web.call(
+            "POST", self._url, headers=headers, content=body, max_answer=max_answer
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._web.close()
+
+
+class BatchRunner:
+    """Posts `{"config": ..., "runners": [...]}` and expects a list of `{"id", "action", ...}`.
+
+    `name` is the step type, for messages; `timeout` (seconds) is for a whole call, `batch_size` and
+    `batch_bytes` are the most in one, `per_second` limits the calls.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
         *,
         name: str,
         timeout: float = 30.0,
@@ -64,10 +118,6 @@ class HttpRunner:
         batch_bytes: int = BATCH_BYTES,
         concurrency: int = 4,
         per_second: float | None = None,
-        secret: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        allow_private: bool = False,
-        http2: bool = True,
         retry: RetryPolicy = RETRY,
     ) -> None:
         self.retry = retry
@@ -78,13 +128,8 @@ class HttpRunner:
         # a batch that needs several calls begins none after the time of one
         self.timeout = 2 * timeout + self._pace.longest_wait(concurrency) + 1
         self._batch_bytes = batch_bytes
-        self._url = check_url(url)
         self._name = name
-        self._key = None if secret is None else read_secret(secret)
-        self._headers = check_headers(headers or {})
-        self._web = Web(
-            timeout=timeout, connections=concurrency, allow_private=allow_private, http2=http2
-        )
+        self._endpoint = endpoint
 
     def compile(self, config: Mapping[str, Any]) -> str:
         """The config as JSON: the endpoint alone knows what it means. Raises DefinitionError."""
@@ -156,23 +201,8 @@ class HttpRunner:
         return late | self._judge(reply, tasks)
 
     async def _call(self, body: bytes, keys: Sequence[str]) -> Reply:
-        id_ = keys[0] if len(keys) == 1 else batch_key(keys)
-        headers = {
-            **self._headers,
-            "Content-Type": "application/json",
-            "Accept": "application/json",
-            "Idempotency-Key": id_,
-            **tracing.headers(),
-        }
-        if self._key is not None:
-            headers |= sign(self._key, id_, int(time.time()), body)
-        return await self._web.call(
-            "POST",
-            self._url,
-            headers=headers,
-            content=body,
-            max_answer=max(MAX_ANSWER, len(keys) * MAX_ITEM),
-        )
+        key = keys[0] if len(keys) == 1 else batch_key(keys)
+        return await self._endpoint.post(body, key, max(MAX_ANSWER, len(keys) * MAX_ITEM))
 
     def _judge(self, reply: Reply, tasks: Sequence[Task]) -> dict[str, Result]:
         failed = judge(reply, f"{self._name} answered {reply.status} {reply.excerpt()}".rstrip())
@@ -208,7 +238,35 @@ class HttpRunner:
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._web.close()
+        await self._endpoint.close()
+
+
+class HttpRunner(BatchRunner):
+    """A runner behind a URL. Raises ValueError for settings that can't work."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        timeout: float = 30.0,
+        concurrency: int = 4,
+        secret: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        allow_private: bool = False,
+        http2: bool = True,
+        **options: Any,
+    ) -> None:
+        endpoint = HttpEndpoint(
+            url,
+            timeout=timeout,
+            connections=concurrency,
+            secret=secret,
+            headers=headers,
+            allow_private=allow_private,
+            http2=http2,
+        )
+        super().__init__(endpoint, name=name, timeout=timeout, concurrency=concurrency, **options)
 
 
 def _write(task: Task) -> str | None:

@@ -50,14 +50,21 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
 
     `sent`: the request was on its way, so it may have been answered, and done what it asks for.
     `exhausted`: this machine lacks descriptors, memory or ports. `retired`: the server closed the
-    connection on purpose, so the request is to be made again at once.
+    connection on purpose, so the request is to be made again at once. `cause` is why, in a word.
     """
 
     def __init__(
-        self, message: str, *, sent: bool = False, exhausted: bool = False, retired: bool = False
+        self,
+        message: str,
+        *,
+        sent: bool = False,
+        exhausted: bool = False,
+        retired: bool = False,
+        cause: Cause | None = None,
     ) -> None:
         super().__init__(message)
         self.sent = sent
+        self.cause = cause or ("failing" if sent else "unreachable")
         self.exhausted = exhausted
         self.retired = retired
 
@@ -70,7 +77,7 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
             fault="server" if is_servers else "unclear",
             unknown=self.sent,
             asked=not self.retired,  # it is not down
-            cause="failing" if self.sent else "unreachable",
+            cause=self.cause,
         )
 
 

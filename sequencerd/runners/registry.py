@@ -10,14 +10,16 @@ from pydantic import SecretStr
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
 from sequencerd.errors import SettingsError
+from sequencerd.runners.aws_lambda import MAX_EVENT, LambdaFunction
 from sequencerd.runners.email.oauth import Client
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.http import HttpRunner
+from sequencerd.runners.http import BATCH_BYTES, BatchRunner, Endpoint, HttpEndpoint
 from sequencerd.runners.protocol import Runner
 from sequencerd.runners.python import load
 from sequencerd.runners.sms.runner import HttpSmsRunner, SmsConfig, TwilioRunner
 from sequencerd.runners.suppressions import Suppressions
-from sequencerd.settings import Email, Settings, Sms
+from sequencerd.settings import Email, LookupEndpoint, Settings, Sms
+from sequencerd.settings import HttpEndpoint as RunnerEndpoint
 
 
 def make_runners(settings: Settings, suppressions: Suppressions | None = None) -> dict[str, Runner]:
@@ -32,23 +34,39 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
         }
         runners |= load()
         for name, endpoint in settings.runners.items():
-            runners[name] = HttpRunner(
-                endpoint.url,
+            runners[name] = BatchRunner(
+                make_endpoint(endpoint),
                 name=name,
                 timeout=endpoint.timeout,
                 batch_size=endpoint.batch_size,
-                batch_bytes=endpoint.batch_bytes,
+                batch_bytes=endpoint.batch_bytes or (MAX_EVENT if endpoint.arn else BATCH_BYTES),
                 concurrency=endpoint.concurrency,
                 per_second=endpoint.per_second,
-                secret=_secret(endpoint.secret),
-                headers=_secrets(endpoint.headers),
-                allow_private=endpoint.allow_private,
-                http2=endpoint.http2,
                 retry=endpoint.retry,
             )
     except ValueError as error:
         raise SettingsError(f"wrong setting: {error}") from error
     return runners
+
+
+def make_endpoint(settings: RunnerEndpoint | LookupEndpoint) -> Endpoint:
+    """What answers the calls of a runner or a lookup. Raises ValueError."""
+    if settings.arn is not None:
+        return LambdaFunction(
+            settings.arn,
+            timeout=settings.timeout,
+            connections=settings.concurrency,
+            allow_private=settings.allow_private,
+        )
+    return HttpEndpoint(
+        settings.url or "",
+        timeout=settings.timeout,
+        connections=settings.concurrency,
+        secret=_secret(settings.secret) if isinstance(settings, RunnerEndpoint) else None,
+        headers=_secrets(settings.headers),
+        allow_private=settings.allow_private,
+        http2=settings.http2 if isinstance(settings, RunnerEndpoint) else False,
+    )
 
 
 def make_email_runner(

@@ -1,0 +1,131 @@
+"""AWS Lambda functions as custom runners and lookups.
+
+An extra, `pip install 'sequencerd[aws]'`: botocore finds the credentials and signs, as in every
+AWS tool; the call itself goes the way of all calls, with the same limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from typing import Any
+from urllib.parse import quote
+
+from sequencerd.runners import tracing
+from sequencerd.runners.fields import one_line
+from sequencerd.runners.http_client import MAX_ANSWER, Reply, Unreachable, Web, check_url
+
+MAX_EVENT = 6_000_000
+"""Bytes of an event that Lambda takes, a little less than its 6 MB."""
+
+_ARN = re.compile(
+    r"arn:(?P<partition>aws[a-z-]*):lambda:(?P<region>[a-z0-9-]+):\d{12}:function:[\w-]{1,64}"
+    r"(?::[\w$-]{1,128})?",
+    re.ASCII,
+)
+_SUFFIXES = {"aws-cn": "amazonaws.com.cn"}
+_OPERATORS = (404, 409, 412)
+"""Statuses of Lambda itself, not of the function: it does not exist, or is being changed."""
+
+
+class LambdaFunction:
+    """A function, by its ARN. Raises ValueError for an ARN that isn't one, and without the extra.
+
+    AWS_ENDPOINT_URL_LAMBDA and AWS_ENDPOINT_URL name another endpoint, as for other AWS tools.
+    """
+
+    def __init__(
+        self, arn: str, *, timeout: float, connections: int, allow_private: bool = False
+    ) -> None:
+        found = _ARN.fullmatch(arn)
+        if found is None:
+            raise ValueError(
+                "lambda: write the ARN of a function, arn:aws:lambda:REGION:ACCOUNT:function:NAME"
+            )
+        try:
+            from botocore.session import Session  # noqa: PLC0415 - an extra, slow to import
+        except ModuleNotFoundError:
+            raise ValueError("lambda needs the extra aws: pip install 'sequencerd[aws]'") from None
+        self._region = found["region"]
+        suffix = _SUFFIXES.get(found["partition"], "amazonaws.com")
+        endpoint = (
+            os.getenv("AWS_ENDPOINT_URL_LAMBDA")
+            or os.getenv("AWS_ENDPOINT_URL")
+            or f"https://lambda.{self._region}.{suffix}"
+        )
+        path = f"/2015-03-31/functions/{quote(arn, safe='')}/invocations"
+        self._url = check_url(endpoint.rstrip("/") + path)
+        self._session = Session()
+        self._finding = asyncio.Lock()  # the session is not for several threads at once
+        self._web = Web(timeout=timeout, connections=connections, allow_private=allow_private)
+
+    async def post(
+        self, event: bytes, _key: str | None = None, max_answer: int = MAX_ANSWER
+    ) -> Reply:
+        """Invoke it and wait for its answer. Raises Unreachable, also where the function fails."""
+        return _judged(await self._invoke(event, "RequestResponse", max_answer))
+
+    async def check(self) -> Reply:
+        """Ask Lambda whether the function could be invoked. Raises Unreachable."""
+        return _judged(await self._invoke(b"", "DryRun", MAX_ANSWER))
+
+    async def _invoke(self, event: bytes, kind: str, max_answer: int) -> Reply:
+        async with self._finding:
+            headers = await asyncio.to_thread(self._signed, event, kind)
+        headers |= {"Accept": "application/json", **tracing.headers()}
+        return await self._web.call(
+            "POST", self._url, headers=headers, content=event, max_answer=max_answer
+        )
+
+    def _signed(self, event: bytes, kind: str) -> dict[str, str]:
+        """The headers of an invocation. Blocks: credentials may come from a file or a service."""
+        from botocore.auth import SigV4Auth  # noqa: PLC0415 - as above
+        from botocore.awsrequest import AWSRequest  # noqa: PLC0415
+        from botocore.exceptions import BotoCoreError  # noqa: PLC0415
+
+        headers = {"Content-Type": "application/json", "X-Amz-Invocation-Type": kind}
+        request = AWSRequest("POST", self._url, headers, event)
+        try:
+            credentials = self._session.get_credentials()
+            if credentials is None:
+                raise Unreachable(
+                    "no AWS credentials: give the daemon a role, AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+                    cause="refused",
+                )
+            frozen = credentials.get_frozen_credentials()
+        except BotoCoreError as error:
+            raise Unreachable(
+                f"AWS credentials: {one_line(str(error))}", cause="refused"
+            ) from error
+        SigV4Auth(frozen, "lambda", self._region).add_auth(request)
+        return dict(request.headers.items())
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._web.close()
+
+
+def _judged(reply: Reply) -> Reply:
+    """The answer of a function that has run to its end, or one that `judge` knows about."""
+    if "X-Amz-Function-Error" in reply.headers:
+        raise Unreachable(f"the function failed: {_failure(reply)}", sent=True)
+    if reply.status in _OPERATORS:
+        kind = reply.headers.get("X-Amzn-ErrorType", "").partition(":")[0]
+        text = one_line(f"Lambda answered {reply.status} {kind} {reply.excerpt()}")
+        raise Unreachable(text.rstrip(), cause="refused")
+    return reply
+
+
+def _failure(reply: Reply) -> str:
+    """What a function has raised, in a line."""
+    try:
+        told: Any = json.loads(reply.body)
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        return reply.excerpt()
+    parts = [str(told[key]) for key in ("errorType", "errorMessage") if told.get(key)]
+    return one_line(": ".join(parts), 300) or reply.excerpt()
