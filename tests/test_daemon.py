@@ -313,7 +313,7 @@ async def test_asleep_it_asks_nothing_but_the_probe(
 @pytest.mark.parametrize(
     ("variable", "value", "code", "words"),
     [
-        ("SEQUENCERD_DATABASE", "nonsense", 2, "URL is wrong"),
+        ("SEQUENCERD_DATABASE", "ada@host/app", 2, "URL is wrong"),
         ("SEQUENCERD_DATABASE", "postgresql://u:hidden@127.0.0.1:1/x", 1, "cannot connect"),
         ("SEQUENCERD_NOTHING", "x", 2, "SEQUENCERD_NOTHING is not a setting"),
     ],

@@ -17,7 +17,7 @@ from sequencerd.core.config import nearest
 from sequencerd.errors import DatabaseError, UsageError
 from sequencerd.service.dns import new_loop
 from sequencerd.settings import Settings, load
-from sequencerd.storage import embedded, migrate, store
+from sequencerd.storage import conninfo, embedded, migrate, store
 from sequencerd.storage.store import QUERIES
 
 Command = Callable[[argparse.Namespace, Settings], int]
@@ -74,6 +74,9 @@ def _database(settings: Settings) -> Iterator[str]:
     url = settings.database.listen_url or settings.database.url
     if url is not None:
         yield url.get_secret_value()
+        return
+    if conninfo.is_set(os.environ):
+        yield ""  # all of it comes from libpq's variables
         return
     folder = embedded.default_folder()
     warn(f"sequencerd: no database is configured, using the embedded one in {folder}")

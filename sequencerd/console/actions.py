@@ -12,7 +12,7 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.errors import UsageError
-from sequencerd.storage import bulk
+from sequencerd.storage import bulk, conninfo
 from sequencerd.storage.bulk import Done, Selection
 from sequencerd.storage.store import brief
 
@@ -91,10 +91,8 @@ class Actions:
     async def _make(self, nonce: str, action: str, selection: Selection, why: str) -> None:
         # not one of the pool's: the daemons are to be notified
         connection = await asyncpg.connect(
-            self._url,
-            timeout=CONNECT_TIMEOUT,
+            **conninfo.arguments(self._url, name="sequencerd console", timeout=CONNECT_TIMEOUT),
             statement_cache_size=0,  # it may lead to a pooler
-            server_settings={"application_name": "sequencerd console"},
         )
         total = Done()
 

@@ -29,6 +29,7 @@ from sequencerd.console.tables import at
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import UsageError
 from sequencerd.settings import Console
+from sequencerd.storage import conninfo
 from sequencerd.storage.store import TRANSIENT_ERRORS, brief
 
 CONNECTIONS = 4
@@ -71,13 +72,11 @@ def make_console(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         # no connection before somebody asks
         async with asyncpg.create_pool(
-            url,
+            **conninfo.arguments(url, name="sequencerd console", timeout=TIMEOUT),
             min_size=0,
             max_size=CONNECTIONS,
-            timeout=TIMEOUT,
             command_timeout=TIMEOUT,
             statement_cache_size=0,  # each is planned for what is asked; it may lead to a pooler
-            server_settings={"application_name": "sequencerd console"},
         ) as pool:
             summary = Summary(pool, log)
             live = Live(pool, summary)

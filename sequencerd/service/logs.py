@@ -20,8 +20,10 @@ import structlog
 from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
 
 from sequencerd.core.describe import visible
+from sequencerd.errors import SettingsError
 from sequencerd.service.systemd import is_journal
 from sequencerd.settings import Settings
+from sequencerd.storage import conninfo
 
 SHORTEST_SECRET = 4  # characters; what is shorter would blacken every line
 
@@ -103,13 +105,13 @@ def _parts(secrets: Iterable[str]) -> Iterator[str]:
 
 
 def _passwords(url: str) -> Iterator[str]:
-    try:
-        password = urlsplit(url).password
-    except ValueError:
-        return
-    if password:
-        yield password
-        yield unquote(password)
+    with suppress(ValueError):
+        if password := urlsplit(url).password:
+            yield password
+            yield unquote(password)
+    with suppress(SettingsError):  # as the database's connection string has it
+        if password := conninfo.parse(url).get("password"):
+            yield password
 
 
 class _Stderr(io.TextIOBase):

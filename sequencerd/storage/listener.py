@@ -19,6 +19,7 @@ import asyncpg
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from structlog.typing import FilteringBoundLogger
 
+from sequencerd.storage import conninfo
 from sequencerd.storage.store import (
     TRANSIENT_ERRORS,
     StepKey,
@@ -151,10 +152,8 @@ async def listen(
     while True:
         try:
             connection = await asyncpg.connect(
-                url,
-                timeout=PROBE_TIMEOUT * 2,
+                **conninfo.arguments(url, name="sequencerd listener", timeout=PROBE_TIMEOUT * 2),
                 command_timeout=PROBE_TIMEOUT,
-                server_settings={"application_name": "sequencerd listener"},
                 **options,
             )
         except TRANSIENT_ERRORS as error:

@@ -19,6 +19,7 @@ import asyncpg
 
 from sequencerd.core.model import Enrollment, Event, Fence
 from sequencerd.errors import DatabaseError, SettingsError
+from sequencerd.storage import conninfo
 
 TRANSIENT_ERRORS = (
     OSError,
@@ -195,17 +196,14 @@ async def connect(url: str) -> asyncpg.Connection:
     """Open a connection for a command. Raises DatabaseError without the password in it."""
     try:
         connection = await asyncpg.connect(
-            url,
-            timeout=CONNECT_TIMEOUT,
+            **conninfo.arguments(url, name="sequencerd", timeout=CONNECT_TIMEOUT),
             statement_cache_size=0,  # it may lead to a pooler
-            server_settings={"application_name": "sequencerd"},
         )
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         raise DatabaseError(f"cannot connect to the database: {explain(error)}") from error
     except (ValueError, asyncpg.InterfaceError) as error:
-        raise SettingsError("the database's URL is wrong; write postgresql://user@host/name") from (
-            error
-        )
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(f"wrong setting of the database: {reason}") from error
     return connection
 
 
@@ -229,12 +227,10 @@ async def connect_pool(
         # for as long as the connection lasts: a lone timer must not wait for them
         options["max_cached_statement_lifetime"] = 0
     return await asyncpg.create_pool(
-        url,
+        **conninfo.arguments(url, name="sequencerd", timeout=CONNECT_TIMEOUT, settings=quiet),
         min_size=least,
         max_size=size,
-        timeout=CONNECT_TIMEOUT,
         command_timeout=COMMAND_TIMEOUT,
-        server_settings={"application_name": "sequencerd"} | quiet,
         **options,
     )
 

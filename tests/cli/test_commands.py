@@ -67,7 +67,7 @@ def test_tables_are_not_cut_in_a_pipe(applied: Command) -> None:
         (["apply", "nowhere.yaml"], 1, "nowhere.yaml:1: error: can't be read"),
         (["appply"], 2, "invalid choice"),
         (["--config", "nowhere.toml", "status"], 2, "nowhere.toml"),
-        (["--database", "mysql://x", "status"], 2, "URL is wrong"),
+        (["--database", "mysql://x", "status"], 2, "write postgresql://"),
     ],
 )
 def test_what_cannot_be_is_explained(

@@ -51,9 +51,8 @@ SELECT rolsuper FROM pg_roles WHERE rolname = current_user;
 SELECT pg_notify($1, '');
 
 -- name: count_daemons
--- Count the daemons that listen for notifications.
-SELECT count(*) FROM pg_stat_activity
- WHERE datname = current_database() AND application_name = 'sequencerd listener';
+-- Count the running daemons.
+SELECT count(*) FROM sequencer.daemons WHERE alive_until > now();
 
 -- name: zones_in_use
 -- Convert times a month apart to the time zones of sequences, to compare with Python's.
