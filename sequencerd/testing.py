@@ -27,8 +27,8 @@ from pydantic import SecretStr
 
 from sequencerd.core.model import RETRY, Result, Task
 from sequencerd.definitions import files
-from sequencerd.definitions.simulate import Entry, Outcome, Simulation
-from sequencerd.definitions.simulator import Simulator
+from sequencerd.definitions.simulate import Entry, Simulation
+from sequencerd.definitions.simulator import Outcome, Simulator
 from sequencerd.errors import FileError, UsageError
 from sequencerd.runners import Runner, registry
 from sequencerd.settings import Settings
@@ -50,8 +50,9 @@ def load(
     outcomes: Mapping[str, Outcome] | None = None,
     settings: Settings | None = None,
 ) -> Simulator:
-    """Reads files. `outcomes` says how the side effects of a type end, where not with next: it may
-    name types whose runners are not set up here. Raises FileError.
+    """Read files. `outcomes` are the results of side effects by type: next (the default), altNext,
+    noop, fail, or an answer such as {"action": "next", "data": {"score": 80}}. A type named there
+    needs no runner. Raises FileError.
     """
     runners = make_runners(settings or Settings(), outcomes or {})
     found = files.read_all([Path(path) for path in paths], runners)

@@ -255,8 +255,8 @@ def _add_preview(commands: Commands) -> None:
     )
     simulate.add_argument("file", nargs="?", type=Path, metavar="FILE", help="YAML or JSON")
     simulate.add_argument("sequence", nargs="?", help="if the file has several")
-    simulate.add_argument("--data", default="{}", metavar="JSON", help="data of the enrollment")
-    simulate.add_argument("--subject", default="somebody")
+    simulate.add_argument("--data", metavar="JSON", help="data of the enrollment")
+    simulate.add_argument("--subject", help="for templates and Split (default: subject)")
     simulate.add_argument("--timezone", metavar="ZONE", help="time zone of the subject")
     simulate.add_argument("--start", metavar="TIME", help="start time, ISO 8601 (default: now)")
     simulate.add_argument("--until", metavar="TIME", help="end time (default: a year later)")
@@ -265,15 +265,16 @@ def _add_preview(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="WHEN: JSON",
-        help="merge data after a duration such as P3D, or at a time; may be repeated",
+        help="merge data at a step, after a duration such as P3D, or at a time; may be repeated",
     )
-    simulate.add_argument("--external", metavar="JSON", help="result of the lookup")
+    simulate.add_argument("--lookup", metavar="JSON", help="result of the lookup")
     simulate.add_argument(
         "--runner",
         action="append",
         default=[],
         metavar="TYPE=OUTCOME",
-        help="how side effects end: next, altNext, noop, fail (default: next); may be repeated",
+        help="result of side effects: next, altNext, noop, fail, or the runner's answer as JSON "
+        "(default: next); may be repeated",
     )
     simulate.add_argument(
         "--from-enrollment",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import asyncpg
@@ -19,8 +20,8 @@ from sequencerd.core.calendar import dates
 from sequencerd.core.model import DefinitionError, Enrollment
 from sequencerd.definitions import files, graph
 from sequencerd.definitions.compiler import Definition, from_rows
-from sequencerd.definitions.simulate import Entry, Outcome, Simulation
-from sequencerd.definitions.simulator import Simulator, choose
+from sequencerd.definitions.simulate import Entry, Simulation
+from sequencerd.definitions.simulator import WORDS, Outcome, Simulator, choose
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
 from sequencerd.settings import Settings
@@ -28,7 +29,7 @@ from sequencerd.storage import store
 from sequencerd.storage.store import QUERIES, StepKey
 from sequencerd.testing import load, make_runners
 
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+SHOWN_ROUNDS = 2  # of a cycle
 
 
 def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -41,8 +42,8 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
         arguments.sequence,
         start=arguments.start or datetime.now(UTC).replace(microsecond=0),
         until=arguments.until,
-        data=_json(arguments.data, "--data"),
-        subject=arguments.subject,
+        data=_json(arguments.data or "{}", "--data"),
+        subject=arguments.subject or "subject",
         timezone=_zone(arguments.timezone),
         changes=_changes(arguments),
         external=_external(arguments),
@@ -53,6 +54,9 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
     outcomes = _outcomes(arguments)
+    for option in ("data", "subject", "timezone", "start"):
+        if getattr(arguments, option) is not None:
+            raise UsageError(f"--{option} does not go with --from-enrollment, which has its own")
     runners = make_runners(settings, outcomes)
     connection = await connect(url)
     try:
@@ -113,28 +117,34 @@ async def _definitions(
 
 
 def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:
+    """Read --runner TYPE=OUTCOME, where OUTCOME is a word or the JSON object of an answer."""
     outcomes: dict[str, Outcome] = {}
     for given in arguments.runner:
-        type_, _, word = given.partition("=")
-        outcome = next((known for known in OUTCOMES if known == word), None)
-        if not type_ or outcome is None:
-            raise UsageError(f"--runner {given!r}: use TYPE={'|'.join(OUTCOMES)}")
-        outcomes[type_] = outcome
+        type_, _, text = given.partition("=")
+        word = next((known for known in WORDS if known == text), None)
+        if not type_ or not (word or text.startswith("{")):
+            raise UsageError(
+                f"--runner {given!r}: use TYPE={'|'.join(WORDS)}, or an answer such as "
+                """'Score={"action": "next", "data": {"score": 80}}'"""
+            )
+        outcomes[type_] = word or _json(text, "--runner")
     return outcomes
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
+    """Read --set 'WHEN: JSON'; several for one time are merged."""
     changes: dict[str, Mapping[str, Any]] = {}
     for given in arguments.set:
-        when, found, text = given.partition(": ")
+        found = re.fullmatch(r"(.+?):(?:\s+|(?=\{))(.*)", given, re.DOTALL)
         if not found:
             raise UsageError(f"--set {given!r}: use for example 'P3D: {{\"paid\": true}}'")
-        changes[when.strip()] = {**changes.get(when.strip(), {}), **_json(text, "--set")}
+        when = found[1].strip()
+        changes[when] = {**changes.get(when, {}), **_json(found[2], "--set")}
     return changes
 
 
 def _external(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    return None if arguments.external is None else _json(arguments.external, "--external")
+    return None if arguments.lookup is None else _json(arguments.lookup, "--lookup")
 
 
 def _json(text: str, option: str) -> dict[str, Any]:
@@ -170,15 +180,33 @@ def _print(simulation: Simulation, as_json: bool) -> None:
         return
     zone = ZoneInfo(simulation.timezone)
     width = max((len(entry.step) for entry in simulation.entries), default=0)
-    for entry in simulation.entries:
+    shown, repeated = _without_rounds(simulation)
+    for entry in shown:
         at = f"{entry.at.astimezone(zone):%a %Y-%m-%d %H:%M:%S}"
         say(f"{at}  {entry.step:{width}}  {_line(entry)}")
         for name, text in entry.details.items():
             for n, line in enumerate(text.splitlines()):
                 label = f"{name}:" if n == 0 else ""
                 say(f"{'':{len(at) + width}}      {label:9}{line}".rstrip())
+    if repeated:
+        say(f"... and so on: {repeated:,} more entries")
     at = f"{simulation.ended_at.astimezone(zone):%a %Y-%m-%d %H:%M:%S}"
     say(f"{at}  {simulation.enrollment.step:{width}}  {simulation.end} ({simulation.timezone})")
+
+
+def _without_rounds(simulation: Simulation) -> tuple[Sequence[Entry], int]:
+    """Return the entries up to the second round of a cycle, and how many follow."""
+    entries = simulation.timeline
+    if not (length := len(simulation.cycle)):
+        return entries, 0
+    steps = simulation.steps
+    first = len(steps) - length
+    while first and steps[first - 1] == steps[first - 1 + length]:
+        first -= 1
+    visits = list(dict.fromkeys((entry.visit, entry.step) for entry in entries))
+    shown = set(visits[: first + SHOWN_ROUNDS * length])
+    kept = [entry for entry in entries if (entry.visit, entry.step) in shown]
+    return kept, len(entries) - len(kept)
 
 
 def _line(entry: Entry) -> str:

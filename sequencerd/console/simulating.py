@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,12 +15,11 @@ from sequencerd.console.query import NotFoundError, Query
 from sequencerd.console.tables import Column, Table
 from sequencerd.core.calendar import dates
 from sequencerd.core.model import DefinitionError, Enrollment
-from sequencerd.definitions.simulate import Outcome, Simulation
-from sequencerd.definitions.simulator import Simulator
+from sequencerd.definitions.simulate import Simulation
+from sequencerd.definitions.simulator import WORDS, Outcome, Simulator
 from sequencerd.errors import UsageError
 from sequencerd.storage import store
 
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
 
 
@@ -32,7 +31,7 @@ async def simulate(request: Request) -> Response:
         "chosen": query.get("sequence"),
         "timezone": query.get("timezone") or "",
         "outcome": query.get("outcome") or "next",
-        "outcomes": OUTCOMES,
+        "outcomes": WORDS,
         "data": query.get("data") or "{}",
         "enrollment": query.get("enrollment"),
     }
@@ -62,7 +61,7 @@ async def simulate(request: Request) -> Response:
 async def simulated(context: PageContext, query: Query) -> tuple[Simulation, Table]:
     """Raises UsageError."""
     simulator = context.simulator()
-    if (outcome := query.get("outcome") or "next") not in OUTCOMES:
+    if (outcome := query.get("outcome") or "next") not in WORDS:
         raise UsageError(f"side effects can't end with {outcome!r}")
     outcomes: dict[str, Outcome] = dict.fromkeys(simulator.runners, outcome)
     simulator = Simulator(simulator.definitions, simulator.runners, outcomes, MOST_ENTRIES)
@@ -98,7 +97,7 @@ async def simulated(context: PageContext, query: Query) -> tuple[Simulation, Tab
 
     async with context.simulating:  # one at a time: it takes a core
         simulation = await asyncio.to_thread(work)
-    rows = [_entry(context, entry._asdict(), known) for entry in simulation.entries]
+    rows = [_entry(context, entry._asdict(), known) for entry in simulation.timeline]
     columns_shown = (
         Column("at", "When", "time"),
         Column("sequence", "Sequence"),

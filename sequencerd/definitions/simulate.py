@@ -1,12 +1,13 @@
-"""A journey in no time: the daemon's own `advance` under a virtual clock.
+"""Simulate an enrollment: the daemon's own `advance` under a virtual clock.
 
-Pure: it reads no clock and does no I/O. Side effects are not executed; they end as one says.
+Pure: reads no clock and does no I/O. Side effects are not executed; their results are given.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ from sequencerd.core.model import (
     LookUp,
     Result,
     Sequence,
+    Stay,
     Step,
     Task,
     Update,
@@ -40,23 +42,24 @@ from sequencerd.core.model import (
 from sequencerd.core.step_types import ConditionConfig, condition_of
 
 MAX_ENTRIES = 10_000
-"""A timeline ends here: a journey that goes round and round has no end of its own."""
+"""A simulation ends here, as a sequence that loops has no end of its own."""
 
 MAX_SHOWN = 100  # characters of a value
 
 DAEMON = "simulation"
 
-Outcome = Literal["next", "altNext", "noop", "fail"]
-"""How a side effect ends."""
+ROUNDS = 3
+"""So many rounds at the end of a simulation are a cycle."""
 
 Preview = Callable[[Step, Task], Mapping[str, str]]
-"""What a side effect would send, field by field. Raises ValueError where it can't be sent."""
+"""Returns what a side effect would send, field by field. Raises ValueError if it cannot be sent."""
 
-_NO_RECHECK = timedelta(days=36500)  # what a lookup gives does not change here
+_NEXT = Answer()
+_NO_RECHECK = timedelta(days=36500)  # the result of a lookup does not change here
 
 
 class Entry(NamedTuple):
-    """Something that happens. `action` as in the history, or "execute" for a side effect."""
+    """What happens at a time. `action` is that of the event, or "execute" for a side effect."""
 
     at: datetime
     sequence: str
@@ -69,7 +72,7 @@ class Entry(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Data that are merged at a time."""
+    """Data that is merged at a time."""
 
     at: datetime
     data: Mapping[str, Any]
@@ -77,14 +80,21 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Simulation:
-    """What happened, and where it ends: `status` as of an enrollment, or active at `step`."""
+    """The entries, and the enrollment at the end."""
 
     entries: tuple[Entry, ...]
     status: Literal["active", "completed", "failed"]
     enrollment: Enrollment
     ended_at: datetime
-    end: str  # in words
+    end: str  # a sentence
     timezone: str
+    cycle: tuple[str, ...] = ()  # the steps of each round, if it ends in a cycle
+
+    @property
+    def timeline(self) -> tuple[Entry, ...]:
+        """The entries before the end."""
+        is_end = bool(self.entries) and self.entries[-1].action == self.status
+        return self.entries[:-1] if is_end else self.entries
 
     @property
     def steps(self) -> list[str]:
@@ -106,22 +116,27 @@ def simulate(
     until: datetime,
     changes: Iterable[Change] = (),
     external: Mapping[str, Any] | None = None,
-    outcomes: Mapping[str, Outcome] | None = None,
+    outcomes: Mapping[str, Answer | Failed] | None = None,
+    at_steps: Mapping[str, Mapping[str, Any]] | None = None,
     preview: Preview = lambda _step, _task: {},
     most: int = MAX_ENTRIES,
     enrolled: Collection[str] = (),
 ) -> Simulation:
-    """Follows an enrollment from `start` until it ends, or waits beyond `until`.
+    """Simulate an enrollment from `start` until it ends, or waits beyond `until`.
 
-    `outcomes` says how the side effects of a type end (default: next), `external` what a lookup
-    gives, `most` after how many entries it is given up, `enrolled` which sequences refuse a jump
-    into them, as the subject has entered them before.
+    `changes` are merged into the data at their times, `at_steps` when the enrollment first arrives
+    at the named step. `outcomes` are the results of side effects by type (default: next),
+    `external` is the result of the lookup. It ends after `most` entries. A GoTo cannot enter the
+    sequences in `enrolled`, because the subject has been enrolled there before.
     """
     definitions = {
         name: replace(sequence, recheck=_NO_RECHECK) for name, sequence in sequences.items()
     }
     refused = dict.fromkeys(enrolled, "already_enrolled")
-    journey = _Journey(definitions, enrollment, external or {}, outcomes or {}, preview, refused)
+    held = dict(at_steps or {})
+    journey = _Journey(
+        _holding(definitions, held), enrollment, external or {}, outcomes or {}, preview, refused
+    )
     later = sorted(changes)
     now, result = start, None
     while True:
@@ -131,17 +146,23 @@ def simulate(
         if isinstance(decision, Fail):
             return journey.ended("failed", now, f"failed: {decision.message}")
         if len(journey.entries) > most:
-            return journey.ended("active", now, f"more than {most} entries: it goes round")
+            return journey.ended("active", now, f"stopped after {most} entries")
         if result is not None:
             continue
         assert isinstance(decision, Wait)
+        if (data := held.pop(journey.at.step, None)) is not None:
+            journey.definitions = _holding(definitions, held)
+            journey.change(data, now)
+            continue
         if decision.elsewhere:
-            return journey.ended("active", now, "goes on at daemons that serve its step's type")
+            return journey.ended(
+                "active", now, "continues at daemons that serve the type of its step"
+            )
         if later and later[0].at <= decision.until:
             change = later.pop(0)
             now = max(now, change.at)
             if now <= until:
-                journey.change(change, now)
+                journey.change(change.data, now)
                 continue
         elif decision.until <= until:
             now = max(now, decision.until)
@@ -151,22 +172,54 @@ def simulate(
         return journey.ended("active", until, f"waits until {decision.until.isoformat()}")
 
 
+def _holding(definitions: Mapping[str, Sequence], names: Collection[str]) -> dict[str, Sequence]:
+    """Return the definitions with steps of these names at which an enrollment only waits."""
+    hold = Instant(lambda context: Stay(context.now))
+    return {
+        name: replace(
+            sequence,
+            steps={
+                **sequence.steps,
+                **{
+                    step: replace(sequence.steps[step], behaviour=hold, reads_external=False)
+                    for step in names
+                    if step in sequence.steps
+                },
+            },
+        )
+        for name, sequence in definitions.items()
+    }
+
+
+def _cycle(steps: Sequence_[str]) -> tuple[str, ...]:
+    """Return the shortest list of steps that the last steps repeat, from its first step on."""
+    for length in range(1, len(steps) // ROUNDS + 1):
+        last = steps[-ROUNDS * length :]
+        if last[length:] == last[:-length]:
+            first = last.index(min(last[:length], key=steps.index))
+            return tuple(last[first : first + length])
+    return ()
+
+
 @dataclass
 class _Journey:
-    """Where the enrollment is by now, and what has happened."""
+    """The enrollment as it is at a time, and what has happened to it."""
 
     definitions: Mapping[str, Sequence]
     at: Enrollment
     external: Mapping[str, Any]
-    outcomes: Mapping[str, Outcome]
+    outcomes: Mapping[str, Answer | Failed]
     preview: Preview
     refused: Mapping[str, str]
     entries: list[Entry] = field(default_factory=list)
 
     def advance(self, now: datetime, result: Result | None) -> tuple[object, Result | None]:
-        """One evaluation: what is decided, and what the side effect comes to, if it needs one."""
+        """Evaluate once. Return the decision, and the result of a side effect or lookup."""
         before = self.at
         advanced = advance(self.definitions, before, now, result, jitter=1.0, refused=self.refused)
+        if isinstance(result, Answer) and result.data:
+            data = {**parse_data(before.data), **result.data}
+            before = before._replace(data=json.dumps(data))
         self.entries += self._entries(before, advanced.events, now)
         self.at = advanced.enrollment
         match advanced.decision:
@@ -178,26 +231,30 @@ class _Journey:
                 return advanced.decision, Found(self.external)
         return advanced.decision, None
 
-    def change(self, change: Change, now: datetime) -> None:
-        """Merges data, as `data || ...` does."""
-        data = {**parse_data(self.at.data), **change.data}
+    def change(self, change: Mapping[str, Any], now: datetime) -> None:
+        """Merge data, as `data || ...` does."""
+        data = {**parse_data(self.at.data), **change}
         self.at = self.at._replace(data=json.dumps(data))
-        told = json.dumps(dict(change.data), ensure_ascii=False)
-        self._add(now, self.at, "data", f"changed by {told}")
+        message = f"changed by {json.dumps(dict(change), ensure_ascii=False)}"
+        self._add(now, self.at, "data", message)
 
     def ended(
         self, status: Literal["active", "completed", "failed"], at: datetime, end: str
     ) -> Simulation:
-        """The whole."""
+        """Return the whole simulation."""
         sequence = self.definitions.get(self.at.sequence)
         timezone = self.at.timezone or (sequence.timezone if sequence else "UTC")
-        return Simulation(tuple(self.entries), status, self.at, at, end, timezone)
+        entries = tuple(self.entries)
+        made = Simulation(entries, status, self.at, at, end, timezone)
+        if status == "active" and (cycle := _cycle(made.steps)):
+            end = f"{end}; it loops: {' → '.join([*cycle, cycle[0]])}"
+            return replace(made, end=end, cycle=cycle)
+        return made
 
     def _execute(
         self, step: Step, timezone: str, external: Mapping[str, Any], now: datetime
     ) -> Result:
         here = self.at
-        outcome = self.outcomes.get(step.type, "next")
         try:
             task = Task(here.key, view(here, timezone, here.entered_at or now, external))
             details = self.preview(step, task)
@@ -205,14 +262,14 @@ class _Journey:
             self._add(now, here, "execute", "cannot be sent")
             return Failed(str(error), permanent=True)
         self._add(now, here, "execute", None, details)
-        if outcome == "fail":
-            return Failed("a failure that was asked for")
-        return Answer(Action(outcome))
+        return self.outcomes.get(step.type, _NEXT)
 
     def _entries(
         self, before: Enrollment, events: Iterable[Event], now: datetime
     ) -> Iterator[Entry]:
-        """The events, and for branches why: each step sees the data as they were before it."""
+        """Yield an entry for each event; for branches with their conditions, on the data that the
+        step read.
+        """
         here = before
         for event in events:
             if event.visit != here.visit or here.entered_at is None:
@@ -222,7 +279,8 @@ class _Journey:
             step = self._step(event)
             if step and isinstance(step.behaviour, Instant):
                 context = self._look(here, now)
-                if condition := condition_of(step.type, step.config):
+                is_move = event.action in (Action.NEXT, Action.ALT_NEXT)
+                if is_move and (condition := condition_of(step.type, step.config)):
                     message = _because(condition, context)
                 elif event.action == Action.NEXT and step.type == "UpdateData":
                     answer = step.behaviour.answer(context)
@@ -266,7 +324,7 @@ class _Journey:
 
 
 def _because(condition: ConditionConfig, context: Context) -> str:
-    """A condition with the values that it compared, such as "gte(data.score = 10, 50) is false"."""
+    """Describe a condition with its values, such as "gte(data.score = 10, 50) is false"."""
     predicate = condition.predicate()
     view = context.json(predicate.roots)
     operands = [condition.value, *[condition.compare_to] * (condition.compare_to is not None)]

@@ -1,12 +1,13 @@
-"""Journeys through sequences that are loaded, in no time: what `simulate` and the console show."""
+"""Simulations of loaded sequences: what `simulate`, the console and tests of sequences use."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal, get_args
 from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,12 +15,17 @@ from pydantic import TypeAdapter, ValidationError
 from sequencerd.core import model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
-from sequencerd.core.model import Enrollment, SideEffect, Step, Task
-from sequencerd.definitions.simulate import MAX_ENTRIES, Change, Outcome, Simulation, simulate
+from sequencerd.core.model import Answer, Enrollment, Failed, SideEffect, Step, Task
+from sequencerd.definitions.simulate import MAX_ENTRIES, Change, Simulation, simulate
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
+from sequencerd.runners.answers import StrictOutcome, read_outcome
 
 A_YEAR = timedelta(days=366)
+
+Word = Literal["next", "altNext", "noop", "fail"]
+WORDS: tuple[Word, ...] = get_args(Word)
+Outcome = Word | Mapping[str, Any]
 
 _DURATION = TypeAdapter(timedelta)
 
@@ -31,6 +37,7 @@ class Simulator:
     definitions: Mapping[str, model.Sequence]
     runners: Mapping[str, Runner]
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    """Results of side effects by type: a word, or an answer of a runner. Default: next."""
     most: int = MAX_ENTRIES
 
     def simulate(
@@ -40,18 +47,18 @@ class Simulator:
         start: str | datetime,
         until: str | datetime | None = None,
         data: Mapping[str, Any] | None = None,
-        subject: str = "somebody",
+        subject: str = "subject",
         timezone: str | None = None,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
         external: Mapping[str, Any] | None = None,
         enrolled: Collection[str] = (),
     ) -> Simulation:
-        """Where a subject goes that is enrolled at `start`, for a year if `until` is not given.
+        """Simulate an enrollment that starts at `start`, by default for a year.
 
-        Times are ISO 8601. The keys of `changes` are durations since the start, such as P3D or
-        PT90M, or times; their data are merged then. `external` is what a lookup gives, `enrolled`
-        the sequences that refuse a jump, as the subject has entered them before. The sequence can
-        be left out where there is one. Raises UsageError.
+        Times are ISO 8601. `changes` are merged into the data: their keys are the names of steps
+        (when the enrollment arrives there), durations since the start (P3D, PT90M), or times.
+        `external` is the result of the lookup. A GoTo cannot enter the sequences in `enrolled`.
+        `sequence` is optional if there is only one. Raises UsageError.
         """
         begun = _time(start, "start")
         name = choose(self.definitions, sequence)
@@ -78,15 +85,21 @@ class Simulator:
         *,
         enrolled: Collection[str] = (),
     ) -> Simulation:
-        """Where an enrollment goes that has begun."""
+        """Simulate an enrollment that has started. Raises UsageError."""
+        steps = {name for sequence in self.definitions.values() for name in sequence.steps}
         return simulate(
             self.definitions,
             enrollment,
             start=start,
             until=start + A_YEAR if until is None else _time(until, "until"),
-            changes=[Change(_when(key, start), merged) for key, merged in changes.items()],
+            changes=[
+                Change(_when(key, start, steps), merged)
+                for key, merged in changes.items()
+                if key not in steps
+            ],
+            at_steps={key: merged for key, merged in changes.items() if key in steps},
             external=external,
-            outcomes=self.outcomes,
+            outcomes={type_: _result(type_, one) for type_, one in self.outcomes.items()},
             preview=self._preview,
             most=self.most,
             enrolled=enrolled,
@@ -102,11 +115,11 @@ class Simulator:
 
 
 def choose(definitions: Mapping[str, model.Sequence], name: str | None) -> str:
-    """The name of one of the sequences; it can be left out where there is one. UsageError."""
+    """Return the name of a sequence; None stands for the only one. Raises UsageError."""
     if name is None and len(definitions) == 1:
         return next(iter(definitions))
     if name is None:
-        raise UsageError(f"which sequence? There are {', '.join(sorted(definitions))}")
+        raise UsageError(f"specify a sequence; available: {', '.join(sorted(definitions))}")
     if name not in definitions:
         raise UsageError(f"sequence {name!r} does not exist; {nearest(name, list(definitions))}")
     return name
@@ -119,11 +132,27 @@ def _time(given: str | datetime, name: str) -> datetime:
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
-def _when(key: str, start: datetime) -> datetime:
-    """A duration since the start, or a time."""
-    if not key.startswith("P"):
+def _when(key: str, start: datetime, steps: Collection[str]) -> datetime:
+    """Read a duration since the start, or a time."""
+    if re.fullmatch(r"P[0-9.TYMWDHS]*", key):
+        try:
+            return start + _DURATION.validate_python(key)
+        except (ValidationError, OverflowError) as error:
+            raise UsageError(f"{key!r} is not an ISO 8601 duration such as P3D or PT90M") from error
+    if key[:1].isdigit():
         return _time(key, "change")
-    try:
-        return start + _DURATION.validate_python(key)
-    except (ValidationError, OverflowError) as error:
-        raise UsageError(f"{key!r} is not an ISO 8601 duration such as P3D or PT90M") from error
+    raise UsageError(
+        f"{key!r} is not a step, a duration such as P3D, or a time; {nearest(key, sorted(steps))}"
+    )
+
+
+def _result(type_: str, outcome: Outcome) -> Answer | Failed:
+    """Read the outcome of a type's side effects. Raises UsageError."""
+    if outcome == "fail":
+        return Failed("simulated failure")
+    result = read_outcome(outcome, StrictOutcome)
+    if not isinstance(result, Answer):
+        message = result.message if isinstance(result, Failed) else ""
+        words = ", ".join(WORDS)
+        raise UsageError(f"outcome of {type_}: {message}; write one of {words}, or an answer")
+    return result

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import get_args
 
 import pytest
 
 from sequencerd.cli.arguments import make_parser
 from sequencerd.definitions import graph
-from sequencerd.definitions.simulate import Outcome
+from sequencerd.definitions.simulator import WORDS
 
 DAEMON = {"sequencerd.daemon", "sequencerd.engine.loop", "sequencerd.console", "httpx", "uvicorn"}
 
@@ -52,4 +51,4 @@ def test_the_choices_in_the_arguments_are_those_that_there_are() -> None:
         assert parser.parse_args(["graph", "x", "--format", name]).format == name
     (commands,) = (action.choices for action in parser._actions if action.dest == "command")
     assert isinstance(commands, dict)
-    assert ", ".join(get_args(Outcome)) in commands["simulate"].format_help().replace("\n", " ")
+    assert ", ".join(WORDS) in commands["simulate"].format_help().replace("\n", " ")

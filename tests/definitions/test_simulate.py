@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sequencerd.cli import main
 from sequencerd.core.model import Enrollment
 from sequencerd.definitions.simulate import MAX_ENTRIES, Simulation
 from sequencerd.errors import UsageError
@@ -112,7 +113,7 @@ def test_outcomes(tmp_path: Path, outcome: str, status: str, way: list[str]) -> 
     assert [one for one in actions(simulation) if one in way][: len(way)] == way
     if outcome == "noop":
         assert len(simulation.entries) == MAX_ENTRIES + 1
-        assert "goes round" in simulation.end
+        assert "stopped after 10000 entries" in simulation.end
 
 
 def test_changes_wake_who_waits(tmp_path: Path) -> None:
@@ -422,3 +423,83 @@ def test_what_has_expired_is_not_sent(tmp_path: Path, goes: str, leads: list[str
     assert "mail execute" in actions(in_time)
     late = sequences.simulate(start=START, data={"begins": START})
     assert [action for action in actions(late) if action != "mail enrolled"] == leads
+
+
+LOOP = (
+    "  - {name: remind, type: Note}\n"
+    "  - {name: pause, type: WaitForDuration, config: {amount: 1, unit: day}}\n"
+    "  - {name: paid, type: Conditional, config: {lodashCommand: eq,"
+    " value: {type: get, value: data.paid}, compareTo: {type: raw, value: true}},"
+    " next: thanks, altNext: again}\n"
+    "  - {name: thanks, type: Score, next: null}\n"
+    "  - {name: again, type: GoTo, config: {step: remind}}\n"
+)
+
+
+def test_an_answer_changes_the_data_that_the_next_condition_reads(tmp_path: Path) -> None:
+    answer = {"action": "next", "message": "paid by card", "data": {"paid": True}}
+    simulation = loaded(tmp_path, LOOP, Note=answer, Score="next").simulate(start=START)
+    assert simulation.steps == ["remind", "pause", "paid", "thanks"]
+    (because,) = (entry.message for entry in simulation.entries if entry.step == "paid")
+    assert because == "eq(data.paid = true, true) is true"
+    assert json.loads(simulation.enrollment.data) == {"paid": True}
+
+
+@pytest.mark.parametrize("answer", [{"action": "nxt"}, {"daat": {}}, "nxt"])
+def test_a_wrong_answer_is_rejected(tmp_path: Path, answer: Any) -> None:
+    with pytest.raises(UsageError, match=r"outcome of Note: .*next, altNext, noop, fail"):
+        loaded(tmp_path, LOOP, Note=answer, Score="next").simulate(start=START)
+
+
+@pytest.mark.parametrize("step", ["remind", "pause", "paid"])
+def test_data_changes_on_arrival_at_a_step(tmp_path: Path, step: str) -> None:
+    simulator = loaded(tmp_path, LOOP, Note="next", Score="next")
+    simulation = simulator.simulate(start=START, changes={step: {"paid": True}})
+    assert simulation.steps == ["remind", "pause", "paid", "thanks"]
+    (changed,) = (entry for entry in simulation.entries if entry.action == "data")
+    assert (changed.step, changed.message) == (step, 'changed by {"paid": true}')
+
+
+def test_a_change_at_an_unknown_step_is_rejected(tmp_path: Path) -> None:
+    simulator = loaded(tmp_path, LOOP, Note="next", Score="next")
+    with pytest.raises(UsageError, match=r"'paus' is not a step.*did you mean 'pause'"):
+        simulator.simulate(start=START, changes={"paus": {"paid": True}})
+
+
+def test_a_cycle_is_named_and_its_rounds_are_printed_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(f"name: s\nsteps:\n{LOOP}")
+    arguments = ["simulate", str(tmp_path / "s.yaml"), "--start", START]
+    with pytest.raises(SystemExit) as exited:
+        main([*arguments, "--runner", "Note=next", "--runner", "Score=next"])
+    assert exited.value.code == 0
+    *lines, more, last = capsys.readouterr().out.splitlines()
+    assert sum("execute Note" in line for line in lines) == 2
+    assert more.startswith("... and so on: ")
+    assert "it loops: remind → pause → paid → again → remind" in last
+
+
+def test_a_message_is_not_hidden_by_the_condition_of_its_step(tmp_path: Path) -> None:
+    """Only the events that the condition decides show it, and the end is printed once."""
+    simulator = loaded(
+        tmp_path,
+        "  - {name: odd, type: Conditional, config: {lodashCommand: eq,"
+        " value: {type: get, value: data.x}, compareTo: {type: raw, value: 1}}}\n",
+    )
+    simulation = simulator.simulate(start=START, data={"x": 1})
+    assert [(entry.action, entry.message) for entry in simulation.entries] == [
+        ("enrolled", None),
+        ("next", "eq(data.x = 1, 1) is true"),
+        ("completed", None),
+    ]
+    assert [entry.action for entry in simulation.timeline] == ["enrolled", "next"]
+
+
+@pytest.mark.parametrize("option", ["data", "subject", "timezone", "start"])
+def test_an_enrollment_has_its_own_start_and_data(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["simulate", "--from-enrollment", "1", f"--{option}", "{}"])
+    assert f"--{option} does not go with --from-enrollment" in capsys.readouterr().err
