@@ -38,6 +38,22 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     return settings
 
 
+_OWNER = "the schema's owner"
+_ROLES = {
+    **dict.fromkeys(("apply", "archive", "move", "pause", "resume"), "sequencer_editor"),
+    **dict.fromkeys(("doctor", "run"), "sequencer_daemon"),
+    **dict.fromkeys(("migrate", "grants", "import-original"), _OWNER),
+}
+"""What commands need beyond sequencer_enroller; docs/security.md has the whole table."""
+
+
+def role_for(arguments: argparse.Namespace) -> str:
+    """Return the role that a command needs."""
+    if getattr(arguments, "skip", False):  # it moves enrollments
+        return "sequencer_editor"
+    return _ROLES.get(arguments.command, "sequencer_enroller")
+
+
 def on_database(run: DatabaseCommand) -> Command:
     """A command that works on the database that is set, or else on the embedded one."""
 
@@ -46,18 +62,25 @@ def on_database(run: DatabaseCommand) -> Command:
             try:
                 return _run(run(arguments, settings, url))
             except asyncpg.InsufficientPrivilegeError as error:
-                raise DatabaseError(
-                    f"{error}; an administrator can GRANT sequencer_enroller, sequencer_editor or "
-                    "sequencer_daemon to the user"
-                ) from error
+                raise DatabaseError(f"{error}; {_advice(arguments, url)}") from error
             except asyncpg.PostgresError as error:
                 raise DatabaseError(
                     f"the database rejected the command: {with_hint(error)}"
                 ) from error
+            except BrokenPipeError:
+                raise  # of the output: the reader has gone
             except (asyncpg.InterfaceError, ConnectionError) as error:
                 raise DatabaseError(f"lost the connection to the database: {error}") from error
 
     return command
+
+
+def _advice(arguments: argparse.Namespace, url: str) -> str:
+    role = role_for(arguments)
+    if role == _OWNER:
+        return f"run `{arguments.command}` as the schema's owner"
+    user = conninfo.arguments(url, name="", timeout=0).get("user", "the login")
+    return f"`{arguments.command}` needs a role: GRANT {role} TO {user}"
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:

@@ -38,6 +38,8 @@ LARGEST_OFFSET = timedelta(seconds=1)
 OLD = timedelta(minutes=10)
 SHOWN = 5
 MOST_PROBLEMS = 1000
+WITHOUT_SCHEMA = ("pooler", "notifications", "clock", "old transactions")
+"""The checks that still run if the schema cannot be used."""
 
 _TRIGGER = re.compile(
     r"^CREATE (?:CONSTRAINT )?TRIGGER (\w+)\s.*?\sON sequencer\.(\w+)", re.MULTILINE | re.DOTALL
@@ -66,23 +68,19 @@ NOT_LISTENING = Finding(
 
 async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
     """Run all checks in order. A check that cannot run is an error as well."""
+    types: set[str] = set()
+    used: dict[str, bool] = {}
     try:
         connection = await store.connect(url)
     except SequencerdError as error:
         yield Finding("database", str(error), "error", "start it, or correct database.url")
-        return
-    try:
-        async for finding in _examine_database(connection, url, settings.database):
-            yield finding
-            if finding.about == "schema" and finding.level == "error":
-                return  # the other checks need the schema
-        types = {row["type"] for row in await connection.fetch(QUERIES["types_in_use"])}
-        used = {
-            row["name"]: row["is_function"]
-            for row in await connection.fetch(QUERIES["lookups_in_use"])
-        }
-    finally:
-        await connection.close()
+    else:
+        try:
+            async for finding in _examine_database(connection, url, settings.database):
+                yield finding
+            types, used = await _in_use(connection)
+        finally:
+            connection.terminate()
     async for finding in _examine_endpoints(settings, types, used):
         yield finding
 
@@ -114,12 +112,31 @@ async def _examine_database(
         "failed": _failed,
         "steps": _steps,
     }
+    has_schema = True
     for about, check in checks.items():
+        if not has_schema and about not in WITHOUT_SCHEMA:
+            continue
         try:
-            yield await check(connection)
-        except asyncpg.PostgresError as error:
-            advice = "ask an administrator for the privilege"
-            yield Finding(about, f"cannot be checked: {error}", "error", advice)
+            finding = await check(connection)
+        except asyncpg.InsufficientPrivilegeError as error:
+            advice = "GRANT sequencer_daemon TO the user of this command"
+            finding = Finding(about, f"cannot be checked: {error}", "error", advice)
+        except (SequencerdError, *store.TRANSIENT_ERRORS, ValueError) as error:
+            seen = f"cannot be checked: {error or type(error).__name__}"
+            finding = Finding(about, seen, "error", "see the log of the server")
+        yield finding
+        if about == "schema":
+            has_schema = finding.level != "error"
+
+
+async def _in_use(connection: asyncpg.Connection) -> tuple[set[str], dict[str, bool]]:
+    """Return the step types and lookups of definitions; none if they cannot be read."""
+    try:
+        types = await connection.fetch(QUERIES["types_in_use"])
+        used = await connection.fetch(QUERIES["lookups_in_use"])
+    except store.TRANSIENT_ERRORS:  # a check has reported it
+        return set(), {}
+    return {row["type"] for row in types}, {row["name"]: row["is_function"] for row in used}
 
 
 # --- the database

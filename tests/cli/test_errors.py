@@ -1,0 +1,95 @@
+"""Errors say what to do, and the right thing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from sequencerd.cli import main
+from sequencerd.cli.arguments import make_parser
+from sequencerd.cli.commands import role_for
+from sequencerd.storage import store
+from tests.cli.test_doctor import examine
+from tests.conftest import with_login
+
+
+def test_the_page_of_roles_names_what_every_command_needs(repository: Path) -> None:
+    """As a table in docs/security.md."""
+    page = (repository / "docs/security.md").read_text()
+    documented = {
+        name: role.strip("`")
+        for names, role in re.findall(r"^\| (`[a-z].*) \| (.*) \|$", page, flags=re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", names)
+        if role.startswith(("`sequencer_", "the schema"))
+    }
+    (others,) = re.findall(r"^(`.*) use no database\.$", page, flags=re.MULTILINE)
+    (commands,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    names = {*documented, *re.findall(r"`([^`]+)`", others)} - {"retry --skip"}
+    assert names == set(commands.choices)
+    for name, role in documented.items():
+        command, _, option = name.partition(" ")
+        assert role_for(argparse.Namespace(command=command, skip=bool(option))) == role, name
+
+
+@pytest.fixture
+async def login(connection: asyncpg.Connection, database: str) -> str:
+    """The URL of a login that may do nothing."""
+    await connection.execute(
+        "DO $$ BEGIN CREATE ROLE login_none LOGIN; EXCEPTION WHEN duplicate_object THEN END $$"
+    )
+    return with_login(database, "login_none")
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_the_role_that_a_command_needs_is_named(
+    login: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, role in (
+        (["pause", "s"], "GRANT sequencer_editor TO login_none"),
+        (["status"], "GRANT sequencer_enroller TO login_none"),
+        (["migrate"], "run `migrate` as the schema's owner"),
+    ):
+        assert run("--database", login, *command) == 1
+        errors = capsys.readouterr().err
+        assert role in errors
+        assert errors.count("GRANT") == role.count("GRANT")
+
+
+async def test_doctor_goes_on_when_a_check_fails(
+    database: str, login: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await connection.execute("GRANT USAGE ON SCHEMA sequencer TO login_none")
+    found = await examine(login, runners={"Crm": {"url": "http://127.0.0.1:9/"}})
+    await connection.execute("REVOKE USAGE ON SCHEMA sequencer FROM login_none")
+    assert "permission denied" in found["schema"].seen
+    assert "GRANT sequencer_daemon" in found["schema"].advice
+    assert (found["clock"].level, found["runner Crm"].level) == ("ok", "error")
+    end = "SELECT pg_terminate_backend(pg_backend_pid())"
+    monkeypatch.setitem(store.QUERIES, "vacuum_facts", end)
+    found = await examine(database, runners={"Crm": {"url": "http://127.0.0.1:9/"}})
+    assert found["vacuum"].level == "error"
+    assert "runner Crm" in found
+
+
+def test_a_reader_that_goes_away_is_no_error(
+    database: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        for command in (["doctor"], ["status"]):
+            assert run("--database", database, *command) == 0
+    assert capfd.readouterr().err == ""
