@@ -17,7 +17,9 @@
 --   reevaluate    SELECT sequencer.reevaluate(subject => ...)
 --   cancel        UPDATE sequencer.enrollments SET status = 'cancelled' WHERE ...
 --   retry         UPDATE sequencer.enrollments SET status = 'active' WHERE status = 'failed' AND ...
---   move          UPDATE sequencer.enrollments SET step = ... WHERE ...
+--   move          UPDATE sequencer.enrollments SET step = ... WHERE ...; the same step restarts it
+--   collect       SELECT sequencer.collect('digest', 'user-42', '{"comment": 7}')
+--   merge         SELECT sequencer.merge('anonymous-7', 'user-42')
 --
 -- An active enrollment waits for its wake_at. When that has passed, a daemon claims the row, advances
 -- it, and writes the next wake_at. While a daemon executes a side effect, leased_by names the daemon and
@@ -61,13 +63,18 @@ CREATE TABLE sequencer.sequences (
     timezone   text NOT NULL DEFAULT 'UTC',
     status     text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'paused', 'archived')),
     reentry    text NOT NULL DEFAULT 'after_end'
-               CHECK (reentry IN ('after_end', 'always', 'never')),
+               CHECK (reentry IN ('after_end', 'after', 'always', 'never')),
+    reentry_after interval CHECK (reentry_after IS NULL OR reentry_after > '0' AND num_nonnulls(
+                   nullif(extract(year FROM reentry_after) * 12 + extract(month FROM reentry_after), 0),
+                   nullif(extract(day FROM reentry_after), 0),
+                   nullif(reentry_after - date_trunc('day', reentry_after), '0')) = 1),
     lookup     text CHECK (lookup <> ''),
     recheck    interval NOT NULL DEFAULT '1 minute'
                CHECK (recheck BETWEEN interval '1 second' AND interval '1 year'),
     revision   integer NOT NULL DEFAULT 1,
     from_file  boolean NOT NULL DEFAULT false,
-    created_at timestamptz NOT NULL DEFAULT now()
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT after_has_reentry_after CHECK ((reentry = 'after') = (reentry_after IS NOT NULL))
 );
 
 COMMENT ON TABLE  sequencer.sequences IS 'Named graphs of steps.';
@@ -75,7 +82,8 @@ COMMENT ON COLUMN sequencer.sequences.description IS 'What the sequence is for; 
 COMMENT ON COLUMN sequencer.sequences.first_step IS 'Where an enrollment starts unless it names a step.';
 COMMENT ON COLUMN sequencer.sequences.timezone IS 'IANA name; the default for enrollments without a time zone of their own.';
 COMMENT ON COLUMN sequencer.sequences.status IS 'paused: nothing is executed, but time passes. archived: no new enrollments; existing ones continue.';
-COMMENT ON COLUMN sequencer.sequences.reentry IS 'When a subject may be enrolled again: after_end of its previous enrollment, always, or never.';
+COMMENT ON COLUMN sequencer.sequences.reentry IS 'When a subject may be enrolled again: after_end of its previous enrollment, after that and the time in reentry_after, always, or never.';
+COMMENT ON COLUMN sequencer.sequences.reentry_after IS 'With the reentry policy after: how long after the end of its previous enrollment a subject may be enrolled again. One unit: months, days, or a time.';
 COMMENT ON COLUMN sequencer.sequences.lookup IS 'The source of external data about subjects: an endpoint of the settings, an installed Python function, or an SQL function such as app.plans.';
 COMMENT ON COLUMN sequencer.sequences.recheck IS 'How often goals and conditions that read external data are evaluated.';
 COMMENT ON COLUMN sequencer.sequences.revision IS 'A new number for each transaction that changes the sequence or its steps; unique across sequences.';
@@ -149,14 +157,14 @@ CREATE TABLE sequencer.enrollments (
     retry_at   timestamptz CHECK (retry_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     failure    text,
     last_error text,
-    reentry    text NOT NULL CHECK (reentry IN ('after_end', 'always', 'never')),
+    reentry    text NOT NULL CHECK (reentry IN ('after_end', 'after', 'always', 'never')),
     created_at timestamptz NOT NULL DEFAULT now()
                CHECK (created_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     ended_at   timestamptz,
     tag        uuid NOT NULL DEFAULT gen_random_uuid(),
     -- 0 where the reentry policy allows no second such row, otherwise a unique number
     entry      bigint NOT NULL GENERATED ALWAYS AS (
-                   CASE WHEN reentry = 'never' OR reentry = 'after_end' AND status = 'active'
+                   CASE WHEN reentry IN ('never', 'after') OR reentry = 'after_end' AND status = 'active'
                         THEN 0 ELSE id END) STORED,
     CONSTRAINT active_has_wake_at CHECK ((status = 'active') = (wake_at IS NOT NULL)),
     CONSTRAINT ended_has_ended_at CHECK ((status = 'active') = (ended_at IS NULL)),
@@ -173,7 +181,9 @@ CREATE INDEX enrollments_failed ON sequencer.enrollments (sequence, step, failur
     WHERE status = 'failed';
 -- for delete_ended
 CREATE INDEX enrollments_ended ON sequencer.enrollments (ended_at)
-    WHERE ended_at IS NOT NULL AND reentry <> 'never';
+    WHERE ended_at IS NOT NULL AND reentry NOT IN ('never', 'after');
+CREATE INDEX enrollments_ended_reentry_after ON sequencer.enrollments (sequence, ended_at)
+    WHERE ended_at IS NOT NULL AND reentry = 'after';
 
 COMMENT ON TABLE  sequencer.enrollments IS 'Journeys of subjects through sequences: where each is, since when, and when it wakes.';
 COMMENT ON COLUMN sequencer.enrollments.subject IS 'What is enrolled: the id of a customer, an invoice, a device.';
@@ -192,7 +202,7 @@ COMMENT ON COLUMN sequencer.enrollments.expires_at IS 'The side effect is not st
 COMMENT ON COLUMN sequencer.enrollments.failure IS 'Why it failed, as a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown, already_enrolled, archived.';
 COMMENT ON COLUMN sequencer.enrollments.last_error IS 'The last error, as a sentence.';
 COMMENT ON COLUMN sequencer.enrollments.tag IS 'Random: makes idempotency keys unique across databases, in which ids repeat.';
-COMMENT ON COLUMN sequencer.enrollments.reentry IS 'The reentry policy of its sequence.';
+COMMENT ON COLUMN sequencer.enrollments.reentry IS 'The reentry policy of its sequence; after_end for an ended enrollment that no longer prevents another.';
 
 
 -- history ---------------------------------------------------------------------------------------
@@ -212,7 +222,7 @@ CREATE INDEX events_of_enrollment ON sequencer.events (enrollment_id, at);
 CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
-COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired; goal; jump; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, reevaluated.';
+COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired; goal; jump; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, retargeted, reevaluated.';
 COMMENT ON COLUMN sequencer.events.revision IS 'The revision of the definition in effect; for the result of a side effect, the one it was started under.';
 
 -- A daemon records present events only: it cannot rewrite history.
@@ -305,16 +315,29 @@ CREATE FUNCTION sequencer.delete_ended(before timestamptz, batch integer) RETURN
 LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     count bigint;
+    more bigint := 0;
 BEGIN
     DELETE FROM sequencer.enrollments WHERE id = ANY (ARRAY(
         SELECT id FROM sequencer.enrollments
-         WHERE ended_at < least(before, now()) AND reentry <> 'never'
+         WHERE ended_at < least(before, now()) AND reentry NOT IN ('never', 'after')
          ORDER BY ended_at LIMIT batch FOR UPDATE SKIP LOCKED));
     GET DIAGNOSTICS count = ROW_COUNT;
-    RETURN count;
+    IF count < batch THEN
+        DELETE FROM sequencer.enrollments WHERE id = ANY (ARRAY(
+            SELECT e.id
+              FROM sequencer.sequences AS s CROSS JOIN LATERAL (
+                SELECT id FROM sequencer.enrollments
+                 WHERE sequence = s.name AND reentry = 'after' AND ended_at < least(before, now())
+                   AND ended_at < (now() AT TIME ZONE s.timezone - s.reentry_after)
+                       AT TIME ZONE s.timezone
+                 ORDER BY ended_at LIMIT batch - count FOR UPDATE SKIP LOCKED) AS e
+             WHERE s.reentry = 'after' LIMIT batch - count));
+        GET DIAGNOSTICS more = ROW_COUNT;
+    END IF;
+    RETURN count + more;
 END $$;
 
-COMMENT ON FUNCTION sequencer.delete_ended IS 'Delete a batch of the enrollments that ended before the given time, the oldest first, and return how many. Enrollments with the reentry policy never are kept, as they prevent another enrollment.';
+COMMENT ON FUNCTION sequencer.delete_ended IS 'Delete a batch of the enrollments that ended before the given time, the oldest first, and return how many. Enrollments that prevent another one, by the reentry policy never or after, are kept.';
 
 CREATE TABLE sequencer.suppressions (
     channel    text NOT NULL CHECK (channel IN ('email', 'sms')),
@@ -506,11 +529,29 @@ END $$;
 CREATE TRIGGER seed_split BEFORE INSERT OR UPDATE OF type, seed ON sequencer.steps
     FOR EACH ROW EXECUTE FUNCTION sequencer.seed_split();
 
+-- The same as definitions/files.py makes of a duration.
+CREATE FUNCTION sequencer.as_duration(span interval) RETURNS jsonb
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE
+        WHEN extract(year FROM span) * 12 + extract(month FROM span) > 0 THEN jsonb_build_object(
+            'amount', extract(year FROM span) * 12 + extract(month FROM span), 'unit', 'months')
+        WHEN extract(day FROM span) > 0
+            THEN jsonb_build_object('amount', extract(day FROM span), 'unit', 'days')
+        WHEN extract(epoch FROM span) % 3600 = 0
+            THEN jsonb_build_object('amount', extract(epoch FROM span)::bigint / 3600, 'unit', 'hours')
+        ELSE jsonb_build_object('amount', ceil(extract(epoch FROM span))::bigint, 'unit', 'seconds') END
+$$;
+
+COMMENT ON FUNCTION sequencer.as_duration IS 'Return an interval of one unit as in a definition file.';
+
 -- The definition as in a file: what revisions store, and what `sequencerd plan` compares with.
 CREATE FUNCTION sequencer.document(sequence text) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT jsonb_build_object(
-        'name', q.name, 'description', q.description, 'timezone', q.timezone, 'status', q.status, 'reentry', q.reentry,
+        'name', q.name, 'description', q.description, 'timezone', q.timezone, 'status', q.status,
+        'reentry', CASE q.reentry
+            WHEN 'after' THEN jsonb_build_object('after', sequencer.as_duration(q.reentry_after))
+            ELSE to_jsonb(q.reentry) END,
         'lookup', q.lookup, 'recheck', extract(epoch FROM q.recheck),
         'steps', (
             SELECT coalesce(jsonb_agg(jsonb_build_object(
@@ -660,7 +701,16 @@ CREATE TRIGGER follow_rename AFTER UPDATE OF name ON sequencer.steps
 CREATE FUNCTION sequencer.follow_reentry() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    UPDATE sequencer.enrollments SET reentry = NEW.reentry WHERE sequence = NEW.name;
+    IF NEW.reentry <> 'after' THEN
+        UPDATE sequencer.enrollments SET reentry = NEW.reentry WHERE sequence = NEW.name;
+    ELSE -- of each subject, the last enrollment alone prevents another
+        UPDATE sequencer.enrollments AS e
+           SET reentry = CASE WHEN e.id = last.id OR e.status = 'active' THEN 'after' ELSE 'after_end' END
+          FROM (SELECT DISTINCT ON (subject) subject, id
+                  FROM sequencer.enrollments WHERE sequence = NEW.name
+                 ORDER BY subject, status <> 'active', ended_at DESC, id DESC) AS last
+         WHERE e.sequence = NEW.name AND e.subject = last.subject;
+    END IF;
     RETURN NULL;
 END $$;
 
@@ -733,6 +783,27 @@ CREATE TRIGGER as_granted BEFORE INSERT ON sequencer.enrollments
     FOR EACH ROW WHEN (NOT has_table_privilege('sequencer.enrollments'::regclass, 'INSERT'))
     EXECUTE FUNCTION sequencer.check_columns();
 
+CREATE FUNCTION sequencer.reentry_time(ended_at timestamptz, after interval, timezone text)
+RETURNS timestamptz
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT (reentry_time.ended_at AT TIME ZONE reentry_time.timezone + reentry_time.after)
+           AT TIME ZONE reentry_time.timezone
+$$;
+
+COMMENT ON FUNCTION sequencer.reentry_time IS 'Return when a subject may be enrolled again by the reentry policy after.';
+
+-- An ended enrollment with the reentry policy after prevents another (entry is 0) until its subject is
+-- enrolled again: only then is the time compared, so that nothing has to be written when it is over.
+CREATE FUNCTION sequencer.allow_reentry(sequence text, subject text) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    UPDATE sequencer.enrollments AS e SET reentry = 'after_end'
+      FROM sequencer.sequences AS s
+     WHERE s.name = allow_reentry.sequence AND s.reentry = 'after'
+       AND e.sequence = s.name AND e.subject = allow_reentry.subject AND e.entry = 0
+       AND e.status <> 'active'
+       AND sequencer.reentry_time(e.ended_at, s.reentry_after, s.timezone) <= now()
+$$;
+
 -- A row trigger, as a default cannot read another table and a rejection must precede the insert. Reading
 -- the definitions takes longer than the rest of an insert, so the entry policy (first step and reentry)
 -- is cached for the rest of the statement, in settings of the transaction.
@@ -777,7 +848,9 @@ BEGIN
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
             HINT = 'UPDATE sequencer.sequences SET status = ''active'' WHERE name = ... opens it again.';
     END IF;
-    IF NEW.step IS NULL AND NEW.status = 'active' THEN
+    IF policy.reentry = 'after' THEN
+        PERFORM sequencer.allow_reentry(NEW.sequence, NEW.subject);
+    ELSIF NEW.step IS NULL AND NEW.status = 'active' THEN
         kept := set_config('sequencer.entry_sequence', NEW.sequence, true);
         kept := set_config('sequencer.entry_step', policy.first_step, true);
         kept := set_config('sequencer.entry_reentry', policy.reentry, true);
@@ -870,10 +943,11 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER wake_on_change BEFORE UPDATE OF data, timezone ON sequencer.enrollments
+CREATE TRIGGER wake_on_change BEFORE UPDATE OF data, timezone, subject ON sequencer.enrollments
     FOR EACH ROW WHEN (NEW.status = 'active' AND NEW.leased_by IS NULL
         AND NEW.entered_at IS NOT NULL
-        AND (OLD.data, OLD.timezone) IS DISTINCT FROM (NEW.data, NEW.timezone))
+        AND (OLD.data, OLD.timezone, OLD.subject)
+            IS DISTINCT FROM (NEW.data, NEW.timezone, NEW.subject))
     EXECUTE FUNCTION sequencer.wake_on_change();
 
 CREATE FUNCTION sequencer.changed_by() RETURNS text
@@ -899,6 +973,8 @@ BEGIN
         NEW.executed := '{}';
         NEW.failure := NULL;
         NEW.last_error := NULL;
+        NEW.reentry := coalesce(
+            (SELECT s.reentry FROM sequencer.sequences AS s WHERE s.name = NEW.sequence), NEW.reentry);
     ELSE
         NEW.wake_at := NULL;
         NEW.ended_at := now();
@@ -923,6 +999,9 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF current_setting('sequencer.renaming', true) = 'on' THEN
         RETURN NEW;
+    ELSIF OLD.step = NEW.step AND OLD.sequence = NEW.sequence
+          AND current_setting('sequencer.sets_visit', true) = OLD.ctid::text THEN
+        RETURN NEW; -- the statement sets other columns of the daemon as well
     END IF;
     IF NOT EXISTS (SELECT FROM sequencer.steps
                     WHERE sequence = NEW.sequence AND name = NEW.step) THEN
@@ -953,7 +1032,8 @@ BEGIN
     END IF;
     INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
     VALUES (NEW.id, clock_timestamp(), OLD.sequence, OLD.step, OLD.visit, 'moved',
-            format('to %s %s', NEW.step, sequencer.changed_by()));
+            format('%s %s %s', CASE WHEN (OLD.sequence, OLD.step) = (NEW.sequence, NEW.step)
+                                    THEN 'restarted' ELSE 'to' END, NEW.step, sequencer.changed_by()));
     RETURN NEW;
 END $$;
 
@@ -962,11 +1042,48 @@ CREATE TRIGGER normalise_move BEFORE UPDATE OF sequence, step ON sequencer.enrol
         AND OLD.visit = NEW.visit)
     EXECUTE FUNCTION sequencer.normalise_move();
 
+-- To set the step where an enrollment already is restarts the step. The daemon, and ORMs that write the
+-- whole row, set it without that intention: they set `visit` in the same statement, which is noted first.
+-- The conditions compare what the daemon changes, so that its writes call neither function.
+CREATE FUNCTION sequencer.mark_visit() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM set_config('sequencer.sets_visit', OLD.ctid::text, true);
+    RETURN NEW;
+END $$;
+
+CREATE TRIGGER mark_visit BEFORE UPDATE OF visit ON sequencer.enrollments
+    FOR EACH ROW WHEN (NEW.status = 'active' AND OLD.step = NEW.step AND OLD.sequence = NEW.sequence
+        AND OLD.visit = NEW.visit AND OLD.leases = NEW.leases
+        AND (OLD.wake_at IS NOT DISTINCT FROM NEW.wake_at OR OLD.status <> 'active'))
+    EXECUTE FUNCTION sequencer.mark_visit();
+CREATE TRIGGER normalise_restart BEFORE UPDATE OF step ON sequencer.enrollments
+    FOR EACH ROW WHEN (NEW.status = 'active' AND OLD.step = NEW.step AND OLD.sequence = NEW.sequence
+        AND OLD.visit = NEW.visit AND OLD.leases = NEW.leases
+        AND (OLD.wake_at IS NOT DISTINCT FROM NEW.wake_at OR OLD.status <> 'active'))
+    EXECUTE FUNCTION sequencer.normalise_move();
+
+CREATE FUNCTION sequencer.record_subject() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+    VALUES (NEW.id, clock_timestamp(), NEW.sequence, NEW.step, NEW.visit, 'retargeted',
+            format('from %s to %s %s', regexp_replace(OLD.subject, '[[:cntrl:]]', ' ', 'g'),
+                   regexp_replace(NEW.subject, '[[:cntrl:]]', ' ', 'g'), sequencer.changed_by()));
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER record_subject AFTER UPDATE OF subject ON sequencer.enrollments
+    FOR EACH ROW WHEN (OLD.subject <> NEW.subject) EXECUTE FUNCTION sequencer.record_subject();
+
 CREATE FUNCTION sequencer.set_reentry() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     SELECT s.reentry INTO NEW.reentry FROM sequencer.sequences AS s WHERE s.name = NEW.sequence;
     NEW.reentry := coalesce(NEW.reentry, OLD.reentry);
+    IF NEW.reentry = 'after' THEN
+        PERFORM sequencer.allow_reentry(NEW.sequence, NEW.subject);
+    END IF;
     RETURN NEW;
 END $$;
 
@@ -1039,6 +1156,162 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 COMMENT ON FUNCTION sequencer.enroll IS 'Enroll a subject and return the id; NULL if the reentry policy refuses.';
+
+-- What collect() and merge() add to data: at most so many items, while `collecting` counts all of them.
+CREATE FUNCTION sequencer.add_items(
+    data jsonb, items jsonb, count bigint, since timestamptz, last timestamptz, at_most integer
+) RETURNS jsonb
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+DECLARE
+    present CONSTANT jsonb := coalesce(nullif(data->'items', 'null'), '[]');
+    known CONSTANT jsonb := CASE jsonb_typeof(data->'collecting') WHEN 'object' THEN data->'collecting' END;
+BEGIN
+    IF jsonb_typeof(present) <> 'array' THEN
+        RAISE datatype_mismatch USING
+            MESSAGE = 'items cannot be collected: data.items is not a list',
+            HINT = 'Give that key of data another name.';
+    END IF;
+    RETURN data || jsonb_build_object(
+        'items', present || (
+            SELECT coalesce(jsonb_agg(item ORDER BY number), '[]')
+              FROM jsonb_array_elements(items) WITH ORDINALITY AS added (item, number)
+             WHERE number <= at_most - jsonb_array_length(present)),
+        'collecting', jsonb_build_object(
+            'count', coalesce((known->>'count')::bigint, jsonb_array_length(present)) + count,
+            'since', to_jsonb(least((known->>'since')::timestamptz, since)),
+            'last', to_jsonb(greatest((known->>'last')::timestamptz, last))));
+END $$;
+
+CREATE FUNCTION sequencer.collect_at_most(sequence text) RETURNS integer
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(max(CASE WHEN s.config->>'at_most' ~ '^[0-9]{1,6}$'
+                             THEN (s.config->>'at_most')::integer END), 1000)
+      FROM sequencer.steps AS s WHERE s.sequence = collect_at_most.sequence AND s.type = 'Collect'
+$$;
+
+COMMENT ON FUNCTION sequencer.collect_at_most IS 'Return how many items an enrollment in a sequence keeps: at_most of its steps of type Collect.';
+
+-- With the caller's rights, as an INSERT and an UPDATE would be.
+CREATE FUNCTION sequencer.collect(
+    sequence text, subject text, item jsonb, timezone text DEFAULT NULL
+) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    at_most CONSTANT integer := sequencer.collect_at_most(collect.sequence);
+    items CONSTANT jsonb := jsonb_build_array(collect.item);
+    enrollment bigint;
+BEGIN
+    -- where the reentry policy allows several enrollments, no constraint keeps two sessions from
+    -- enrolling the subject at the same time
+    IF EXISTS (SELECT FROM sequencer.sequences WHERE name = collect.sequence AND reentry = 'always') THEN
+        PERFORM pg_advisory_xact_lock(hashtextextended(
+            format('sequencer.collect %s %s', collect.sequence, collect.subject), 0));
+    END IF;
+    FOR attempt IN 1..100 LOOP
+        SELECT e.id INTO enrollment FROM sequencer.enrollments AS e
+         WHERE e.subject = collect.subject AND e.sequence = collect.sequence AND e.status = 'active'
+         ORDER BY e.id DESC LIMIT 1 FOR NO KEY UPDATE;
+        IF FOUND THEN
+            UPDATE sequencer.enrollments AS e
+               SET data = sequencer.add_items(e.data, items, 1, clock_timestamp(), clock_timestamp(),
+                                              at_most)
+             WHERE e.id = enrollment;
+            RETURN enrollment;
+        END IF;
+        INSERT INTO sequencer.enrollments AS e (sequence, subject, data, timezone)
+        VALUES (collect.sequence, collect.subject,
+                sequencer.add_items('{}', items, 1, clock_timestamp(), clock_timestamp(), at_most),
+                collect.timezone)
+        ON CONFLICT DO NOTHING RETURNING e.id INTO enrollment;
+        IF FOUND THEN
+            RETURN enrollment;
+        END IF;
+        -- what is in the way either has ended, or was enrolled meanwhile
+        IF EXISTS (SELECT FROM sequencer.enrollments AS e
+                    WHERE e.subject = collect.subject AND e.sequence = collect.sequence
+                      AND e.entry = 0 AND e.status <> 'active') THEN
+            RETURN NULL;
+        END IF;
+    END LOOP;
+    RAISE unique_violation USING
+        MESSAGE = format('no item can be collected for subject %L in sequence %L: another '
+                         'enrollment, which this user cannot see, is in the way',
+                         collect.subject, collect.sequence),
+        SCHEMA = 'sequencer', TABLE = 'enrollments', CONSTRAINT = 'one_entry';
+END $$;
+
+COMMENT ON FUNCTION sequencer.collect IS 'Add an item to data.items of the subject''s active enrollment, or enroll the subject with it. Return the id; NULL if the reentry policy refuses.';
+
+CREATE FUNCTION sequencer.merge(from_subject text, into_subject text) RETURNS bigint
+LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    SET lock_timeout = '300ms' AS $$
+DECLARE
+    reason CONSTANT text := nullif(current_setting('sequencer.reason', true), '');
+    others CONSTANT text[] := ARRAY['items', 'collecting'];
+    pair record;
+    count bigint;
+BEGIN
+    IF from_subject = into_subject THEN
+        RETURN 0;
+    END IF;
+    FOR attempt IN 1..200 LOOP
+        BEGIN
+            -- what is enrolled meanwhile would be locked in another order, so merges wait for each other
+            PERFORM pg_advisory_xact_lock(hashtextextended('sequencer.merge ' || subject, 0))
+               FROM unnest(ARRAY[least(from_subject, into_subject COLLATE "C"),
+                                 greatest(from_subject, into_subject COLLATE "C")]) AS subject;
+            PERFORM FROM sequencer.enrollments
+              WHERE subject IN (from_subject, into_subject) ORDER BY id FOR UPDATE;
+            FOR pair IN
+                SELECT CASE WHEN f.is_further THEN a.id ELSE b.id END AS kept,
+                       CASE WHEN f.is_further THEN b.id ELSE a.id END AS other,
+                       CASE WHEN f.is_further THEN b.data ELSE a.data END AS data,
+                       CASE WHEN f.is_further THEN b.timezone ELSE a.timezone END AS timezone,
+                       sequencer.collect_at_most(a.sequence) AS at_most
+                  FROM sequencer.enrollments AS a
+                  JOIN sequencer.enrollments AS b ON b.subject = into_subject
+                   AND b.sequence = a.sequence AND b.entry = 0
+                 CROSS JOIN LATERAL (SELECT
+                       (a.status <> 'active', a.visit, b.created_at, b.id)
+                     > (b.status <> 'active', b.visit, a.created_at, a.id)) AS f (is_further)
+                 WHERE a.subject = from_subject AND a.entry = 0
+                 ORDER BY a.id
+                   FOR UPDATE OF a, b -- also of what was enrolled since, with its last items
+            LOOP
+                PERFORM set_config('sequencer.reason', concat_ws('; ', format(
+                    'merged into enrollment %s', pair.kept), reason), true);
+                UPDATE sequencer.enrollments AS e
+                   SET reentry = 'after_end',
+                       status = CASE e.status WHEN 'active' THEN 'cancelled' ELSE e.status END
+                 WHERE e.id = pair.other;
+                PERFORM set_config('sequencer.reason', coalesce(reason, ''), true);
+                UPDATE sequencer.enrollments AS e
+                   SET timezone = coalesce(e.timezone, pair.timezone),
+                       data = CASE WHEN jsonb_typeof(pair.data->'items') = 'array'
+                                    AND coalesce(jsonb_typeof(e.data->'items'), 'array') = 'array'
+                           THEN sequencer.add_items(
+                               pair.data - others || e.data, pair.data->'items',
+                               greatest((pair.data->'collecting'->>'count')::bigint,
+                                        jsonb_array_length(pair.data->'items')),
+                               (pair.data->'collecting'->>'since')::timestamptz,
+                               (pair.data->'collecting'->>'last')::timestamptz, pair.at_most)
+                           ELSE pair.data || e.data END
+                 WHERE e.id = pair.kept AND e.status = 'active';
+            END LOOP;
+            UPDATE sequencer.enrollments SET subject = into_subject WHERE subject = from_subject;
+            GET DIAGNOSTICS count = ROW_COUNT;
+            RETURN count;
+        EXCEPTION WHEN unique_violation OR lock_not_available OR deadlock_detected THEN
+            -- one has been enrolled meanwhile, and will now be locked, too; the short lock_timeout ends
+            -- a wait for it before it becomes a deadlock that fails the other session
+            IF attempt = 200 THEN
+                RAISE;
+            END IF;
+        END;
+    END LOOP;
+END $$;
+
+COMMENT ON FUNCTION sequencer.merge IS 'Make all enrollments of a subject those of another, and return how many. Where both are in a sequence that allows one enrollment, the further one is kept, with the data of both, and the other is cancelled.';
 
 -- In plpgsql, which plans the statement for the given arguments.
 CREATE FUNCTION sequencer.reevaluate(
@@ -1169,7 +1442,7 @@ WITH roles (role) AS (
     UNION ALL
     SELECT 'sequencer_enroller', 'UPDATE', 'enrollments', unnest(ARRAY['data', 'timezone', 'status'])
     UNION ALL
-    SELECT 'sequencer_editor', 'UPDATE', 'enrollments', unnest(ARRAY['sequence', 'step', 'wake_at'])
+    SELECT 'sequencer_editor', 'UPDATE', 'enrollments', unnest(ARRAY['sequence', 'step', 'subject', 'wake_at'])
     UNION ALL -- the state of an enrollment, and not its identity
     SELECT 'sequencer_daemon', 'UPDATE', 'enrollments', name FROM columns
      WHERE name NOT IN ('id', 'subject', 'timezone', 'reentry', 'created_at', 'tag', 'entry')
@@ -1182,9 +1455,17 @@ WITH roles (role) AS (
     VALUES
     ('sequencer_enroller', 'reevaluate'),
     ('sequencer_enroller', 'enroll'),
+    ('sequencer_enroller', 'collect'),
+    ('sequencer_enroller', 'collect_at_most'),
+    ('sequencer_enroller', 'add_items'),
+    ('sequencer_enroller', 'merge'),
     ('sequencer_enroller', 'document'),
+    ('sequencer_enroller', 'as_duration'),
+    ('sequencer_enroller', 'reentry_time'),
     ('sequencer_daemon', 'reevaluate'),
     ('sequencer_daemon', 'document'),
+    ('sequencer_daemon', 'as_duration'),
+    ('sequencer_daemon', 'reentry_time'),
     ('sequencer_daemon', 'add_event_partitions'),
     ('sequencer_daemon', 'drop_event_partition'),
     ('sequencer_daemon', 'delete_ended')

@@ -330,7 +330,7 @@ class Definition:
     """
 
     sequence: Sequence
-    reentry: str
+    reentry: str | Mapping[str, Any]  # as in the document
     status: str | None
     lookup: str | None
     recheck: timedelta

@@ -27,8 +27,11 @@ class Change:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, dict | list):
-        return ""
+    match value:
+        case {"after": {"amount": amount, "unit": unit}}:
+            return f"after {amount} {unit}"
+        case dict() | list():
+            return ""
     text = "none" if value is None else str(value)
     return text if len(text) <= LONGEST_SHOWN and text.isprintable() else ""
 

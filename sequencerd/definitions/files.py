@@ -9,7 +9,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    StrictInt,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from sequencerd.core import model
 from sequencerd.core.calendar import dates
@@ -30,6 +39,16 @@ from sequencerd.errors import FileError
 MAX_NAME = 200  # bytes
 MAX_DESCRIPTION = 10_000  # bytes
 MAX_HINTS = 50
+BASE_UNITS = {
+    "year": (12, "months"),
+    "quarter": (3, "months"),
+    "month": (1, "months"),
+    "week": (7, "days"),
+    "day": (1, "days"),
+    "hour": (3600, "seconds"),
+    "minute": (60, "seconds"),
+    "second": (1, "seconds"),
+}
 
 
 def _zone(name: str) -> str:
@@ -53,6 +72,40 @@ Recheck = Annotated[
     BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value),
     Field(ge=timedelta(seconds=1), le=timedelta(days=360)),
     WithJsonSchema({"type": ["string", "number"]}),
+]
+
+
+class Span(Config):
+    """A fixed amount of a unit of time."""
+
+    amount: StrictInt = Field(gt=0, le=100_000)
+    """How many."""
+    unit: Literal[
+        "years", "quarters", "months", "weeks", "days", "hours", "minutes", "seconds",
+        "year", "quarter", "month", "week", "day", "hour", "minute", "second",
+    ]  # fmt: skip
+    """Years to seconds. Years to days are calendar time, the others are elapsed time."""
+
+    def document(self) -> dict[str, Any]:
+        """The same in months, days, hours or seconds, as sequencer.as_duration has it."""
+        factor, unit = BASE_UNITS[self.unit.removesuffix("s")]
+        amount = self.amount * factor
+        if unit == "seconds" and amount % 3600 == 0:
+            return {"amount": amount // 3600, "unit": "hours"}
+        return {"amount": amount, "unit": unit}
+
+
+class ReentryAfter(Config):
+    """A subject may enter again some time after its enrollment has ended."""
+
+    after: Span
+    """How long after the end, such as {amount: 90, unit: days}."""
+
+
+Reentry = Annotated[
+    Annotated[Literal["after_end", "always", "never"], Tag("policy")]
+    | Annotated[ReentryAfter, Tag("after")],
+    Discriminator(lambda value: "policy" if isinstance(value, str) else "after"),
 ]
 
 
@@ -87,8 +140,8 @@ class FileSequence(Config):
     status: Literal["active", "paused", "archived"] = "active"
     """paused: nothing is executed. archived: nobody enters, who is inside goes on. Left out:
     active, or paused while somebody has paused it by hand."""
-    reentry: Literal["after_end", "always", "never"] = "after_end"
-    """When a subject may enter again."""
+    reentry: Reentry = "after_end"
+    """When a subject may enter again; {after: {amount: 90, unit: days}} counts from the end."""
     lookup: Annotated[str, Field(min_length=1)] | None = None
     """Where external data come from: an endpoint, a Python function, or an SQL function's name."""
     recheck: Recheck = timedelta(minutes=1)
@@ -268,7 +321,9 @@ def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) ->
     where = f"{source}: sequence {parsed.name!r}"
     return Definition(
         sequence,
-        parsed.reentry,
+        {"after": parsed.reentry.after.document()}
+        if isinstance(parsed.reentry, ReentryAfter)
+        else parsed.reentry,
         parsed.status if "status" in parsed.model_fields_set else None,
         parsed.lookup,
         parsed.recheck,

@@ -369,16 +369,18 @@ async def _write(
 ) -> None:
     steps = step.after["steps"]
     names = [kept["name"] for kept in steps]
+    reentry = step.after["reentry"]
     await connection.execute(
         QUERIES["apply_sequence"],
         step.sequence,
         names[0],
         step.after["timezone"],
         step.after["status"],
-        step.after["reentry"],
+        "after" if isinstance(reentry, dict) else reentry,
         step.after["lookup"],
         definition.recheck,
         step.after["description"],
+        "{amount} {unit}".format(**reentry["after"]) if isinstance(reentry, dict) else None,
     )
     for old, new in step.changes.renamed.items():
         await connection.execute(QUERIES["rename_step"], step.sequence, old, new)

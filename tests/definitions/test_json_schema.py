@@ -169,7 +169,7 @@ GOOD: dict[str, list[Any]] = {
     "description": [None, "", "ü" * 5000],
     "timezone": ["europe/berlin", "UTC"],
     "status": ["paused", "archived"],
-    "reentry": ["always", "never"],
+    "reentry": ["always", "never", {"after": {"amount": 90, "unit": "days"}}],
     "lookup": [None, "app.plans"],
     "recheck": [60, 1.5, "PT5M", "1 day", "00:05:00"],
     "next": [None, "zero"],

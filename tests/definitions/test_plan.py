@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 from collections.abc import Mapping
@@ -359,6 +360,28 @@ async def test_what_is_the_same_to_postgresql_is_no_change(
     assert not await apply(GOOD.replace("text: Hello", "text: true"))
     await apply(GOOD.replace("text: Hello", "text: 1.0e+23"))
     assert not await apply(GOOD.replace("text: Hello", "text: 1.0e+23"))
+
+
+@pytest.mark.parametrize(
+    ("span", "kept"),
+    [
+        ("{amount: 90, unit: days}", "{'amount': 90, 'unit': 'days'}"),
+        ("{amount: 1, unit: year}", "{'amount': 12, 'unit': 'months'}"),
+        ("{amount: 36, unit: hours}", "{'amount': 36, 'unit': 'hours'}"),
+        ("{amount: 90, unit: minutes}", "{'amount': 5400, 'unit': 'seconds'}"),
+    ],
+)
+async def test_reentry_after_a_time_is_applied_and_exported(
+    apply: Applying, connection: asyncpg.Connection, span: str, kept: str
+) -> None:
+    text = f"{{name: s, reentry: {{after: {span}}}, steps: [{{name: a, type: GoTo}}]}}"
+    await apply("{name: s, steps: [{name: a, type: GoTo}]}")
+    after = " ".join(str(value) for value in ast.literal_eval(kept).values())
+    assert f"reentry: after_end → after {after}" in await apply.lines(text)
+    await apply(text)
+    document = json.loads(await connection.fetchval("SELECT sequencer.document('s')"))
+    assert document["reentry"] == {"after": ast.literal_eval(kept)}
+    assert await apply.lines(to_yaml(document)) == ["s: nothing changed"]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ MAY = {
         ),
         "SELECT sequencer.enroll('s', 'bob')",
         "SELECT sequencer.reevaluate(subject => 'ada')",
+        "SELECT sequencer.collect('s', 'ada', '1'), sequencer.collect('s', 'bob', '1')",
+        "SELECT sequencer.merge('ada', 'bob')",
         "UPDATE sequencer.enrollments SET data = '{\"paid\": true}', timezone = 'UTC'",
         "UPDATE sequencer.enrollments SET status = 'cancelled'",
         "INSERT INTO sequencer.suppressions (channel, address) VALUES ('email', 'a@b.c')",
@@ -82,6 +84,8 @@ MAY = {
             " WHERE name = 'second'"
         ),
         "UPDATE sequencer.enrollments SET step = 'second'",
+        "UPDATE sequencer.enrollments SET step = step",
+        "UPDATE sequencer.enrollments SET subject = 'bob'",
         "UPDATE sequencer.enrollments SET status = 'cancelled'",
     ],
     "daemon": [

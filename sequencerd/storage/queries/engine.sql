@@ -156,7 +156,10 @@ SELECT j.id, j.sequence, q.reentry,
             WHEN q.reentry <> 'always' AND EXISTS (
                 SELECT FROM sequencer.enrollments AS e
                  WHERE e.subject = j.subject AND e.sequence = j.sequence AND e.entry = 0
-                   AND e.id <> j.id) THEN 'already_enrolled' END AS refusal
+                   AND e.id <> j.id
+                   AND NOT (q.reentry = 'after' AND e.status <> 'active' AND sequencer.reentry_time(
+                                e.ended_at, q.reentry_after, q.timezone) <= now()))
+            THEN 'already_enrolled' END AS refusal
   FROM unnest($1::bigint[], $2::text[], $3::text[]) AS j (id, subject, sequence)
   JOIN sequencer.sequences AS q ON q.name = j.sequence;
 
