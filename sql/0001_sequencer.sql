@@ -123,12 +123,14 @@ CREATE TABLE sequencer.revisions (
     revision integer NOT NULL,
     at       timestamptz NOT NULL,
     by       text NOT NULL,
+    reason   text,
     document jsonb NOT NULL,
     PRIMARY KEY (sequence, revision)
 );
 
 COMMENT ON TABLE  sequencer.revisions IS 'All definitions, past and present: one for each transaction that changed a sequence.';
 COMMENT ON COLUMN sequencer.revisions.by IS 'The database user that made the change.';
+COMMENT ON COLUMN sequencer.revisions.reason IS 'Why, from SET LOCAL sequencer.reason; commands put the user and host before it.';
 COMMENT ON COLUMN sequencer.revisions.document IS 'The sequence and its steps, with the keys of a definition file.';
 
 
@@ -588,8 +590,9 @@ BEGIN
     END IF;
     IF present IS DISTINCT FROM last THEN
         -- it exists if SET CONSTRAINTS had an earlier change of this transaction recorded
-        INSERT INTO sequencer.revisions (sequence, revision, at, by, document)
-        VALUES (NEW.name, NEW.revision, clock_timestamp(), session_user, present)
+        INSERT INTO sequencer.revisions (sequence, revision, at, by, reason, document)
+        VALUES (NEW.name, NEW.revision, clock_timestamp(), session_user,
+                sequencer.reason(), present)
         ON CONFLICT (sequence, revision) DO UPDATE SET document = excluded.document;
     END IF;
     RETURN NULL;
@@ -950,11 +953,17 @@ CREATE TRIGGER wake_on_change BEFORE UPDATE OF data, timezone, subject ON sequen
             IS DISTINCT FROM (NEW.data, NEW.timezone, NEW.subject))
     EXECUTE FUNCTION sequencer.wake_on_change();
 
+CREATE FUNCTION sequencer.reason() RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT nullif(regexp_replace(
+        left(current_setting('sequencer.reason', true), 500), '[[:cntrl:]]', ' ', 'g'), '')
+$$;
+
+COMMENT ON FUNCTION sequencer.reason IS 'Return the reason that the user set for this transaction; NULL without one.';
+
 CREATE FUNCTION sequencer.changed_by() RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT 'by ' || session_user || coalesce(': ' || nullif(
-        regexp_replace(left(current_setting('sequencer.reason', true), 500), '[[:cntrl:]]', ' ', 'g'),
-        ''), '')
+    SELECT 'by ' || session_user || coalesce(': ' || sequencer.reason(), '')
 $$;
 
 COMMENT ON FUNCTION sequencer.changed_by IS 'Return the user and the reason that they set: the message of events for manual changes.';

@@ -93,7 +93,8 @@ async def history_command(arguments: argparse.Namespace, _: Settings, url: str) 
         say_json(shown)
         return 0
     for row in shown:
-        say(f"revision {row['revision']}, {text(row['at'])}, by {row['by']}")
+        why = f" ({row['reason']})" if row["reason"] else ""
+        say(f"revision {row['revision']}, {text(row['at'])}, by {row['by']}{why}")
         for line in row["changes"]:
             say(f"  {line}")
     return 0

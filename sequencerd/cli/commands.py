@@ -80,7 +80,10 @@ def _advice(arguments: argparse.Namespace, url: str) -> str:
     if role == _OWNER:
         return f"run `{arguments.command}` as the schema's owner"
     user = conninfo.arguments(url, name="", timeout=0).get("user", "the login")
-    return f"`{arguments.command}` needs a role: GRANT {role} TO {user}"
+    return (
+        f"`{arguments.command}` needs a login that has {role}: give it with --database, or "
+        f"GRANT {role} TO {user}"
+    )
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:

@@ -207,7 +207,13 @@ async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
     )  # fmt: skip
     shown = found[: min(query.rows, 10)]
     rows = [
-        {"revision": row["revision"], "at": row["at"], "by": row["by"], "changes": _changes(row)}
+        {
+            "revision": row["revision"],
+            "at": row["at"],
+            "by": row["by"],
+            "reason": row["reason"],
+            "changes": _changes(row),
+        }
         for row in shown
     ]
     more = None
@@ -217,6 +223,7 @@ async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
         Column("revision", "Revision", "number"),
         Column("at", "When", "time"),
         Column("by", "By"),
+        Column("reason", "Reason"),
         Column("changes", "Changes"),
     )
     return Table("revisions", columns, rows, query.given, more)

@@ -245,7 +245,11 @@ async def test_sequences_are_paused_and_go_on(
     sequencerd: Command, defined: asyncpg.Connection
 ) -> None:
     await enroll(defined, "s", "ada")
-    assert "s is paused: 1 enrollment wait" in sequencerd("pause", "s", "t")
+    paused = sequencerd("pause", "s", "t", "--reason", "wrong\ntext")
+    assert "s is paused: 1 enrollment wait" in paused
+    latest = json.loads(sequencerd("history", "s", "--json"))[0]
+    assert latest["reason"].endswith(": wrong text")
+    assert f"by {latest['by']} ({latest['reason']})\n" in sequencerd("history", "s")
     assert "s is paused already" in sequencerd("pause", "s")
     (told,) = json.loads(sequencerd("resume", "s", "--json"))
     assert told == {"name": "s", "before": "paused", "active": 1, "status": "active"}

@@ -116,7 +116,7 @@ SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, 
 
 -- name: console_revisions
 -- Read a page of the revisions of a sequence, the latest first, each with the document before it.
-SELECT r.revision, r.at, r.by, r.document,
+SELECT r.revision, r.at, r.by, r.reason, r.document,
        (SELECT b.document FROM sequencer.revisions AS b
          WHERE b.sequence = r.sequence AND b.revision < r.revision
          ORDER BY b.revision DESC LIMIT 1) AS before

@@ -87,7 +87,7 @@ UPDATE sequencer.sequences SET from_file = true WHERE name = ANY ($1::text[]) AN
 
 -- name: revisions_of
 -- Read the revisions of a sequence, the latest first, each with the document before it.
-SELECT revision, at, by, document, lag(document) OVER (ORDER BY revision) AS before
+SELECT revision, at, by, reason, document, lag(document) OVER (ORDER BY revision) AS before
   FROM sequencer.revisions WHERE sequence = $1 ORDER BY revision DESC;
 
 -- name: document
