@@ -8,41 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import asyncpg
+import hypothesis
 import pytest
 
 from sequencerd.storage import embedded, migrate
+from tests.helpers.commands import Command
+from tests.helpers.databases import FAST, execute, server_folder, with_database
 
 # a shell's background jobs ignore it, and so would every program that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-FAST = {
-    "fsync": "off",
-    "synchronous_commit": "off",
-    "full_page_writes": "off",
-    "max_prepared_transactions": "10",
-}
-
-
-def with_database(url: str, name: str) -> str:
-    """The URL of another database of the same server."""
-    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
-
-
-def with_login(url: str, user: str) -> str:
-    """The same URL for another user."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}"))
+# A busy machine breaks no deadline. `make test THOROUGH=1` tries ten times as many examples.
+PATIENT = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], max_examples=30
+)
+hypothesis.settings.register_profile("brief", PATIENT)
+hypothesis.settings.register_profile("thorough", PATIENT, max_examples=300)
+hypothesis.settings.load_profile("brief")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,13 +52,8 @@ def server() -> Iterator[str]:
     if url := SERVER:
         yield url
         return
-    # not within pytest's folder: root runs the server as a user who can't enter that
-    folder = Path(tempfile.mkdtemp(prefix="sequencerd-"))
-    try:
-        with embedded.running(folder, settings=FAST) as started:
-            yield started.url
-    finally:
-        shutil.rmtree(folder)
+    with server_folder() as folder, embedded.running(folder, settings=FAST) as started:
+        yield started.url
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +77,7 @@ def template(server: str) -> Iterator[str]:
 async def database(server: str, template: str) -> AsyncIterator[str]:
     """The URL of a database of its own for one test."""
     name = f"test_{uuid4().hex[:12]}"
-    await execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    await execute(server, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     yield with_database(server, name)
     await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -105,14 +88,6 @@ async def connection(database: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(database)
     yield connection
     await connection.close()
-
-
-async def execute(url: str, statement: str) -> None:
-    connection = await asyncpg.connect(url)
-    try:
-        await connection.execute(statement)
-    finally:
-        await connection.close()
 
 
 @pytest.fixture
@@ -128,30 +103,6 @@ steps:
   - {name: first, type: WaitForDuration, config: {amount: 3, unit: days}}
   - {name: second, type: GoTo}
 """
-
-
-class Command:
-    """Runs `sequencerd` on a test's database."""
-
-    def __init__(self, database: str, folder: Path) -> None:
-        self.variables = {**os.environ, "SEQUENCERD_DATABASE": database}
-        self.folder = folder
-        self.errors = ""
-
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "sequencerd", *arguments],
-            env=self.variables,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        self.errors = done.stderr
-        return done.stdout
 
 
 @pytest.fixture

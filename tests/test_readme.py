@@ -19,7 +19,7 @@ import pytest
 from sequencerd import settings
 from sequencerd.runners.registry import make_runners
 from sequencerd.storage import migrate
-from tests.conftest import execute, with_database
+from tests.helpers.databases import execute, with_database
 from tests.helpers.engines import until
 
 REPOSITORY = Path(__file__).parent.parent

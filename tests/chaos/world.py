@@ -26,7 +26,7 @@ import asyncpg
 from aiosmtpd.smtp import SMTP, Envelope
 
 from sequencerd.storage import embedded, migrate, store
-from tests.conftest import execute, with_database
+from tests.helpers.databases import execute, with_database
 from tests.helpers.engines import define
 from tests.helpers.servers import Answer, Request, http_server
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sequencerd.cli import main
-from tests.conftest import Command
+from tests.helpers.commands import Command
 
 
 def test_migrate_twice(sequencerd: Command) -> None:

@@ -19,7 +19,8 @@ from sequencerd.cli import doctor
 from sequencerd.cli.doctor import Finding
 from sequencerd.settings import Settings
 from sequencerd.storage import store
-from tests.conftest import Command, with_login
+from tests.helpers.commands import Command
+from tests.helpers.databases import with_login
 from tests.helpers.engines import define, enroll, running_engine
 from tests.helpers.servers import Answer, Request, http_server
 

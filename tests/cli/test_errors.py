@@ -15,7 +15,7 @@ from sequencerd.cli.arguments import make_parser
 from sequencerd.cli.commands import role_for
 from sequencerd.storage import store
 from tests.cli.test_doctor import examine
-from tests.conftest import with_login
+from tests.helpers.databases import with_login
 
 
 def test_the_page_of_roles_names_what_every_command_needs(repository: Path) -> None:

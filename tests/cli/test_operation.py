@@ -18,7 +18,7 @@ import pytest
 
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.storage import bulk
-from tests.conftest import Command
+from tests.helpers.commands import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
 
 DAYS = '{"amount": 3, "unit": "days"}'

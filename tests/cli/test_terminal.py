@@ -18,7 +18,7 @@ from sequencerd.core.describe import visible
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.service.logs import make_log
 from sequencerd.settings import Log, Settings
-from tests.conftest import Command
+from tests.helpers.commands import Command
 from tests.helpers.engines import enroll
 
 HOSTILE = (

@@ -20,8 +20,8 @@ from sequencerd import passwords
 from sequencerd.console import actions, auth, live
 from sequencerd.errors import SettingsError
 from sequencerd.settings import load
-from tests.conftest import Command
 from tests.console.conftest import BEGUN, FAILED, Mended, console, counted, people, token
+from tests.helpers.commands import Command
 from tests.helpers.engines import until, way
 from tests.service.test_http_server import answers, daemon, is_ok
 from tests.sql.test_roles import logins

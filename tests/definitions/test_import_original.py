@@ -9,7 +9,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.conftest import Command
+from tests.helpers.commands import Command
 from tests.helpers.engines import running_engine, until, way
 
 TABLES = """

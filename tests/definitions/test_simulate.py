@@ -22,7 +22,7 @@ from sequencerd.core.model import Enrollment
 from sequencerd.definitions.simulate import MAX_ENTRIES, Simulation
 from sequencerd.errors import UsageError
 from sequencerd.testing import Simulator, load
-from tests.conftest import Command
+from tests.helpers.commands import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from uuid import uuid4
 import asyncpg
 
 from sequencerd.core.model import Failed, Result, Task
-from tests.conftest import execute, with_database
+from tests.helpers.databases import execute, with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 GO = """{

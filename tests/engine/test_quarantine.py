@@ -18,7 +18,8 @@ from sequencerd.core.model import Answer, Result, Task
 from sequencerd.engine import quarantine
 from sequencerd.engine.clock import Clock
 from sequencerd.storage import migrate, store
-from tests.conftest import Command, execute, with_database, with_login
+from tests.helpers.commands import Command
+from tests.helpers.databases import execute, with_database, with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 QUARANTINED = (

@@ -27,7 +27,7 @@ from sequencerd.core.model import Answer, Enrollment, Event, Failed, Result
 from sequencerd.service import http_server
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.metrics import MAX_PLACES, Metrics
-from tests.conftest import execute
+from tests.helpers.databases import execute
 from tests.helpers.engines import ALL_ENDED, define, enroll, stuck_package, until
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -9,7 +9,7 @@ import pytest
 
 from sequencerd.storage import migrate
 from tests.cli.test_doctor import examine
-from tests.conftest import execute, with_database, with_login
+from tests.helpers.databases import execute, with_database, with_login
 
 OWNER = "login_owner"
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
-from tests.conftest import with_login
+from tests.helpers.databases import with_login
 from tests.helpers.engines import define
 
 WRITABLE = """SELECT array_agg(attname::text ORDER BY attnum) FROM pg_attribute

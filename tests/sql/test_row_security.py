@@ -7,7 +7,8 @@ import pytest
 
 from sequencerd.storage import store
 from tests.cli.test_doctor import examine
-from tests.conftest import Command, with_login
+from tests.helpers.commands import Command
+from tests.helpers.databases import with_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, until
 from tests.sql.test_roles import daemon
 

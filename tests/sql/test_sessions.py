@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from sequencerd.storage import store
-from tests.conftest import with_login
+from tests.helpers.databases import with_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
 
 HIJACK = """

@@ -15,7 +15,7 @@ import pytest
 
 from sequencerd.storage import embedded
 from sequencerd.storage.embedded import EmbeddedError, Server
-from tests.conftest import FAST
+from tests.helpers.databases import FAST
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from sequencerd.errors import MigrationError
 from sequencerd.storage import migrate
 from sequencerd.storage.migrate import Migration
-from tests.conftest import execute, with_database
+from tests.helpers.databases import execute, with_database
 
 MORE = Migration(9001, "9001_more.sql", "CREATE TABLE sequencer.more (id integer)")
 

@@ -1,0 +1,48 @@
+"""`sequencerd` on a test's database, in the test's own process."""
+
+from __future__ import annotations
+
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from sequencerd.cli import main
+
+# A command runs an event loop of its own, which a test's thread may have already. One thread for
+# all commands, as each thread makes its own JavaScript context.
+THREAD = ThreadPoolExecutor(1, thread_name_prefix="sequencerd")
+
+
+class Command:
+    """Runs `sequencerd` on a test's database."""
+
+    def __init__(self, database: str, folder: Path) -> None:
+        self.variables = {**os.environ, "SEQUENCERD_DATABASE": database}
+        self.folder = folder
+        self.errors = ""
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """What the command prints. It ends with `code`; `errors` has its standard error."""
+        out, errors = io.StringIO(), io.StringIO()
+        with (
+            patch.dict(os.environ, self.variables, clear=True),
+            patch("sys.stdin", io.StringIO()),
+            chdir(self.folder),
+            redirect_stdout(out),
+            redirect_stderr(errors),
+        ):
+            ended = THREAD.submit(_main, arguments).result()
+        assert ended == code, out.getvalue() + errors.getvalue()
+        self.errors = errors.getvalue()
+        return out.getvalue()
+
+
+def _main(arguments: tuple[str, ...]) -> object:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return end.value.code

@@ -1,0 +1,56 @@
+"""Servers and databases for tests, and the URLs that lead to them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+
+FAST = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_wal_size": "64MB",
+    "max_prepared_transactions": "10",
+}
+MEMORY = Path("/dev/shm")
+ENOUGH = 2 * 1024**3  # bytes; a container's /dev/shm may be small
+
+
+@contextmanager
+def server_folder() -> Iterator[Path]:
+    """A folder for a server, in memory where there is room: copying a database takes a quarter.
+
+    It is not within pytest's folder: root runs the server as a user who cannot enter that.
+    """
+    in_memory = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH
+    folder = Path(tempfile.mkdtemp(prefix="sequencerd-", dir=MEMORY if in_memory else None))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def with_database(url: str, name: str) -> str:
+    """The URL of another database of the same server."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+def with_login(url: str, user: str) -> str:
+    """The same URL for another user."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}"))
+
+
+async def execute(url: str, statement: str) -> None:
+    """Execute one statement on a connection of its own."""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
