@@ -59,6 +59,7 @@ CREATE SEQUENCE sequencer.revision_numbers AS integer;
 CREATE TABLE sequencer.sequences (
     name       text COLLATE "C" PRIMARY KEY CHECK (octet_length(name) BETWEEN 1 AND 200),
     description text CHECK (octet_length(description) <= 10000),
+    original_id text,
     first_step text NOT NULL CHECK (octet_length(first_step) BETWEEN 1 AND 200),
     timezone   text NOT NULL DEFAULT 'UTC',
     status     text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'paused', 'archived')),
@@ -79,6 +80,7 @@ CREATE TABLE sequencer.sequences (
 
 COMMENT ON TABLE  sequencer.sequences IS 'Named graphs of steps.';
 COMMENT ON COLUMN sequencer.sequences.description IS 'What the sequence is for; no effect.';
+COMMENT ON COLUMN sequencer.sequences.original_id IS 'Its id and title in the original Sequencer, if it was imported: so that another import finds it.';
 COMMENT ON COLUMN sequencer.sequences.first_step IS 'Where an enrollment starts unless it names a step.';
 COMMENT ON COLUMN sequencer.sequences.timezone IS 'IANA name; the default for enrollments without a time zone of their own.';
 COMMENT ON COLUMN sequencer.sequences.status IS 'paused: nothing is executed, but time passes. archived: no new enrollments; existing ones continue.';
@@ -102,6 +104,7 @@ CREATE TABLE sequencer.steps (
     reschedule_from bigint,
     reschedule_again boolean NOT NULL DEFAULT false,
     seed          text CHECK (octet_length(seed) BETWEEN 1 AND 1000),
+    original_id   text,
     PRIMARY KEY (sequence, name),
     FOREIGN KEY (sequence, next_step) REFERENCES sequencer.steps
         ON UPDATE CASCADE DEFERRABLE INITIALLY DEFERRED,
@@ -114,6 +117,7 @@ COMMENT ON COLUMN sequencer.steps.position IS 'The order in the definition; of s
 COMMENT ON COLUMN sequencer.steps.next_step IS 'Where the action next leads; NULL completes the enrollment.';
 COMMENT ON COLUMN sequencer.steps.alt_next_step IS 'Where the action altNext leads; NULL completes the enrollment.';
 COMMENT ON COLUMN sequencer.steps.seed IS 'Of a Split: the seed by which subjects are assigned to branches. Made of the original names, so that a rename reassigns no subject.';
+COMMENT ON COLUMN sequencer.steps.original_id IS 'Its id in the original Sequencer, if it was imported.';
 COMMENT ON COLUMN sequencer.steps.problem IS 'Why this step cannot be executed; written by the daemon.';
 COMMENT ON COLUMN sequencer.steps.reschedule_from IS 'Set when the step has changed, or by a request by NOTIFY: waiting enrollments with this id or a greater one have yet to be evaluated.';
 COMMENT ON COLUMN sequencer.steps.reschedule_again IS 'Whether another request arrived meanwhile: all are then evaluated once more.';
@@ -164,6 +168,7 @@ CREATE TABLE sequencer.enrollments (
                CHECK (created_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     ended_at   timestamptz,
     tag        uuid NOT NULL DEFAULT gen_random_uuid(),
+    original_id text CHECK (octet_length(original_id) BETWEEN 1 AND 1000),
     -- 0 where the reentry policy allows no second such row, otherwise a unique number
     entry      bigint NOT NULL GENERATED ALWAYS AS (
                    CASE WHEN reentry IN ('never', 'after') OR reentry = 'after_end' AND status = 'active'
@@ -181,6 +186,9 @@ CREATE INDEX enrollments_expiring ON sequencer.enrollments (sequence, step, expi
     WHERE status = 'active' AND expires_at IS NOT NULL;
 CREATE INDEX enrollments_failed ON sequencer.enrollments (sequence, step, failure)
     WHERE status = 'failed';
+-- for another import from the original
+CREATE INDEX enrollments_original ON sequencer.enrollments (original_id)
+    WHERE original_id IS NOT NULL;
 -- for delete_ended
 CREATE INDEX enrollments_ended ON sequencer.enrollments (ended_at)
     WHERE ended_at IS NOT NULL AND reentry NOT IN ('never', 'after');
@@ -204,6 +212,7 @@ COMMENT ON COLUMN sequencer.enrollments.expires_at IS 'The side effect is not st
 COMMENT ON COLUMN sequencer.enrollments.failure IS 'Why it failed, as a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown, already_enrolled, archived.';
 COMMENT ON COLUMN sequencer.enrollments.last_error IS 'The last error, as a sentence.';
 COMMENT ON COLUMN sequencer.enrollments.tag IS 'Random: makes idempotency keys unique across databases, in which ids repeat.';
+COMMENT ON COLUMN sequencer.enrollments.original_id IS 'Its id in the original Sequencer, if it was imported.';
 COMMENT ON COLUMN sequencer.enrollments.reentry IS 'The reentry policy of its sequence; after_end for an ended enrollment that no longer prevents another.';
 
 
@@ -1454,7 +1463,7 @@ WITH roles (role) AS (
     SELECT 'sequencer_editor', 'UPDATE', 'enrollments', unnest(ARRAY['sequence', 'step', 'subject', 'wake_at'])
     UNION ALL -- the state of an enrollment, and not its identity
     SELECT 'sequencer_daemon', 'UPDATE', 'enrollments', name FROM columns
-     WHERE name NOT IN ('id', 'subject', 'timezone', 'reentry', 'created_at', 'tag', 'entry')
+     WHERE name NOT IN ('id', 'subject', 'timezone', 'reentry', 'created_at', 'tag', 'original_id', 'entry')
     UNION ALL
     SELECT 'sequencer_daemon', 'INSERT', 'events', attname::text FROM pg_attribute
      WHERE attrelid = 'sequencer.events'::regclass AND attnum > 0 AND NOT attisdropped

@@ -208,6 +208,7 @@ class Enrollment(NamedTuple):
     data: str  # JSON text: most moves don't read it
     created_at: datetime
     tag: UUID  # random
+    original_id: str | None  # in the original, of one that was imported
     # its state
     sequence: str
     step: str
@@ -266,6 +267,7 @@ class Enrollment(NamedTuple):
             self.data,
             self.created_at,
             self.tag,
+            self.original_id,
             sequence,
             step,
             self.timezone,
@@ -290,6 +292,7 @@ class Enrollment(NamedTuple):
             self.data,
             self.created_at,
             self.tag,
+            self.original_id,
             self.sequence,
             self.step,
             self.timezone,
@@ -388,6 +391,7 @@ def _about(
     """
     return {
         "id": enrollment.id,
+        "originalId": _original_id(enrollment),
         "subject": enrollment.subject,
         "dataLookup": enrollment.subject,
         "sequence": enrollment.sequence,
@@ -399,6 +403,14 @@ def _about(
         "startSequence": iso(enrollment.created_at),
         "startStep": iso(entered_at),
     }
+
+
+def _original_id(enrollment: Enrollment) -> int | str:
+    """The id by which the original knew an enrollment; of one that it did not know, our own."""
+    id_ = enrollment.original_id
+    if id_ is None:
+        return enrollment.id
+    return int(id_) if id_.isascii() and id_.isdecimal() else id_
 
 
 class View(dict[str, Any]):

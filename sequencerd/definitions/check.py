@@ -28,10 +28,20 @@ from sequencerd.core.step_types import (
 )
 
 NAMES = (
-    "id", "subject", "dataLookup", "sequence", "step", "data", "external", "timezone", "visit",
-    "attempt", "startSequence", "startStep",
+    "id", "originalId", "subject", "dataLookup", "sequence", "step", "data", "external", "timezone",
+    "visit", "attempt", "startSequence", "startStep",
 )  # fmt: skip
 """What a path can begin with: the keys of model.view."""
+
+FORMER = {
+    "createdAt": "write startSequence",
+    "updatedAt": "write startStep",
+    "sequenceId": "write sequence, its name",
+    "stepId": "write step, its name",
+    "isActive": "it would always be true",
+    "endSequence": "it would always be empty",
+}
+"""The other fields that paths could read in the original, and what to do instead."""
 
 MESSAGES = ("Email", "SMS")  # everything in their configs is a template
 _ONE_WAY = (
@@ -129,7 +139,8 @@ def _check_condition(step: Step, config: ConditionConfig, sequence: Sequence) ->
             and operand.type == "get"
             and (wrong := _wrong_path(operand.value, first_key(operand), sequence))
         ):
-            yield Remark(step.name, ("config", key, "value"), wrong)
+            is_former = first_key(operand) in FORMER
+            yield Remark(step.name, ("config", key, "value"), wrong, is_former)
     if answer := always(config, sequence):
         yield _fixed(step, *answer)
 
@@ -206,6 +217,8 @@ def _wrong_path(path: object, root: str | None, sequence: Sequence) -> str | Non
         return None
     if not root or not isinstance(path, str):
         return f"no data has this path; it begins with one of {', '.join(NAMES)}"
+    if root in FORMER:
+        return f"{root!r} is a field of the original Sequencer only: {FORMER[root]}"
     near = get_close_matches(root, NAMES, n=1, cutoff=0.75)
     meant = path.replace(root, near[0], 1) if near else f"data.{path}"
     return f"no data has the path {path!r}; did you mean {meant!r}?"
@@ -223,5 +236,6 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
                 yield Remark(step.name, keys, str(error), is_error=True)
             continue
         for path in sorted(template.surely_reads - {"this"}):
-            if wrong := _wrong_path(path, path.split(".")[0], sequence):
-                yield Remark(step.name, keys, wrong)
+            root = path.split(".")[0]
+            if wrong := _wrong_path(path, root, sequence):
+                yield Remark(step.name, keys, wrong, root in FORMER)

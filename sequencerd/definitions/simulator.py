@@ -68,6 +68,7 @@ class Simulator:
             json.dumps(dict(data or {})),
             begun,
             UUID(int=0),
+            None,
             name,
             self.definitions[name].first_step,
             timezone,

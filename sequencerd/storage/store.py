@@ -115,6 +115,7 @@ _COLUMNS = {name: f"e.{name}" for name in Enrollment._fields} | {
 _BARE = {
     "subject": "'' AS subject",
     "data": "'{}' AS data",
+    "original_id": "NULL AS original_id",
     "sequence": "$1::text AS sequence",
     "step": "$2::text AS step",
     "timezone": "NULL AS timezone",
@@ -594,6 +595,7 @@ async def lock(
                 data,
                 was.created_at,
                 was.tag,
+                was.original_id,
                 sequence,
                 step,
                 timezone,

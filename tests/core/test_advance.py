@@ -18,6 +18,7 @@ from sequencerd.core.model import (
     NEVER,
     Action,
     Answer,
+    Context,
     Decision,
     DefinitionError,
     End,
@@ -78,10 +79,18 @@ def at(step: str, data: str = "{}", **values: Any) -> Enrollment:
         "timezone": None,
         "created_at": NOW,
         "tag": UUID(int=0),
+        "original_id": None,
         "wake_at": NOW,
         "entered_at": NOW,
     }
     return Enrollment(**(known | values))
+
+
+def test_an_imported_enrollment_shows_its_former_id() -> None:
+    for known, shown in (("12", 12), ("00f4-a", "00f4-a"), (None, 1)):
+        context = Context(at("x", original_id=known), NOW, "UTC", {})
+        assert json.loads(context.json({"id", "originalId"})) == {"id": 1, "originalId": shown}
+        assert context.has_read_own  # others are not in the same state
 
 
 def actions(

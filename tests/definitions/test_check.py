@@ -61,7 +61,7 @@ def test_everything_is_told_at_once_and_at_its_line(name: str) -> None:
 
 def test_what_is_known_of_an_enrollment_is_what_paths_may_begin_with() -> None:
     now = datetime.now(UTC)
-    enrollment = Enrollment(1, "ada", "{}", now, uuid4(), "s", "a", None, now)
+    enrollment = Enrollment(1, "ada", "{}", now, uuid4(), None, "s", "a", None, now)
     assert set(view(enrollment, "UTC", now, {})) == set(NAMES)
 
 

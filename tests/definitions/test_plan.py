@@ -441,7 +441,8 @@ async def dealt(connection: asyncpg.Connection, name: str = "s", step: str = "de
 def dealt_by(definitions: Mapping[str, Sequence], name: str, step: str) -> list[str]:
     now = datetime.now(UTC)
     subjects = [
-        Enrollment(n, f"u{n}", "{}", now, UUID(int=n), name, step, None, now) for n in range(100)
+        Enrollment(n, f"u{n}", "{}", now, UUID(int=n), None, name, step, None, now)
+        for n in range(100)
     ]
     return [advance(definitions, one, now).enrollment.step for one in subjects]
 

@@ -252,7 +252,9 @@ def test_lateness_is_exact() -> None:
     metrics = Metrics()
     late = [7200.0, 70.0, 10.0, 0.3, 0.005, 0.0]
     claimed = [
-        Enrollment(1, "u", "{}", AT, UUID(int=0), "s", "x", None, AT - timedelta(seconds=seconds))
+        Enrollment(
+            1, "u", "{}", AT, UUID(int=0), None, "s", "x", None, AT - timedelta(seconds=seconds)
+        )
         for seconds in late
     ]
     metrics.claimed(("s", "x"), claimed, AT)
