@@ -11,8 +11,10 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
+from zoneinfo import ZoneInfo
 
 from sequencerd.core.advance import advance
+from sequencerd.core.calendar import dates
 from sequencerd.core.javascript.conditions import Operand
 from sequencerd.core.model import (
     NEVER,
@@ -169,7 +171,8 @@ def simulate(
             continue
         if decision.until >= NEVER:
             return journey.ended("active", min(now, until), "waits for a change")
-        return journey.ended("active", until, f"waits until {decision.until.isoformat()}")
+        waits = f"waits until {decision.until.astimezone(journey.zone):%a %Y-%m-%d %H:%M:%S}"
+        return journey.ended("active", until, waits)
 
 
 def _holding(definitions: Mapping[str, Sequence], names: Collection[str]) -> dict[str, Sequence]:
@@ -238,14 +241,17 @@ class _Journey:
         message = f"changed by {json.dumps(dict(change), ensure_ascii=False)}"
         self._add(now, self.at, "data", message)
 
+    @property
+    def zone(self) -> ZoneInfo:
+        """The time zone of the enrollment, else of its sequence."""
+        sequence = self.definitions.get(self.at.sequence)
+        return dates.zone(self.at.timezone or (sequence.timezone if sequence else "UTC"))
+
     def ended(
         self, status: Literal["active", "completed", "failed"], at: datetime, end: str
     ) -> Simulation:
         """Return the whole simulation."""
-        sequence = self.definitions.get(self.at.sequence)
-        timezone = self.at.timezone or (sequence.timezone if sequence else "UTC")
-        entries = tuple(self.entries)
-        made = Simulation(entries, status, self.at, at, end, timezone)
+        made = Simulation(tuple(self.entries), status, self.at, at, end, self.zone.key)
         if status == "active" and (cycle := _cycle(made.steps)):
             end = f"{end}; it loops: {' → '.join([*cycle, cycle[0]])}"
             return replace(made, end=end, cycle=cycle)
