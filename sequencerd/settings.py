@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from difflib import get_close_matches
 from ipaddress import ip_address, ip_network
@@ -39,6 +39,9 @@ from sequencerd.errors import SettingsError
 
 DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
 
+CREDSTORE = Path("/etc/credstore")
+CREDENTIALS = Path("/run/credentials")
+
 CONSOLE_LISTEN = "127.0.0.1:9187"
 """Where a console is if nothing else is said."""
 
@@ -57,15 +60,27 @@ def _read_secret(value: object, info: ValidationInfo) -> object:
 
 
 def _contents(name: str, folder: str | None) -> str:
-    """A file's text without the line end. A relative name is one of systemd's credentials."""
-    if not Path(name).is_absolute() and folder is None:
-        raise ValueError(
-            f"{name!r} is no absolute path, and there is no $CREDENTIALS_DIRECTORY to find it in"
-        )
-    try:
-        return Path(folder or "/", name).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(str(error)) from error
+    """A file's text without the line end. A relative name is one of systemd's credentials: for a
+    command outside of the service, where the units load it from or have it loaded.
+    """
+    if folder is not None or Path(name).is_absolute():
+        files = [Path(folder or "/", name)]
+    else:
+        files = [CREDSTORE / f"sequencerd.{name}", *CREDENTIALS.glob(f"sequencerd*.service/{name}")]
+    for file in files:
+        try:
+            return file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            if file == files[-1]:
+                if isinstance(error, PermissionError):
+                    raise ValueError(f"{error}; use sudo") from error
+                if folder is None and file != Path(name):
+                    raise ValueError(
+                        f"there is no credential {name!r}: neither {files[0]} nor one of a running "
+                        "service, and $CREDENTIALS_DIRECTORY is not set"
+                    ) from error
+                raise ValueError(str(error)) from error
+    raise AssertionError(files)
 
 
 Secret = Annotated[SecretStr, BeforeValidator(_read_secret)]
@@ -417,8 +432,17 @@ def _secrets(value: object) -> Iterator[str]:
             yield from _secrets(part)
 
 
-def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
-    """Reads the file and the environment. Raises SettingsError with one line."""
+def load(
+    environment: Mapping[str, str],
+    file: Path | None = None,
+    *,
+    secrets: Collection[str] | None = None,
+) -> Settings:
+    """Read the file and the environment. Raises SettingsError with one line.
+
+    `secrets` are the sections whose secrets are read from files, all of them by default. Those of
+    other sections have a value that means nothing, so that definitions can be read without them.
+    """
     if file is None and (named := environment.get(f"{_PREFIX}CONFIG")):
         file = Path(named)
     folder = environment.get("CREDENTIALS_DIRECTORY")
@@ -429,11 +453,13 @@ def load(environment: Mapping[str, str], file: Path | None = None) -> Settings:
         values = _read(DEFAULT_FILE)
     for name, text in environment.items():
         if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _NO_SETTING:
-            section, key, value = _from_environment(name, text, folder)
+            section, key, value = _from_environment(name, text, folder, secrets)
             values.setdefault(section, {})
             if not isinstance(values[section], dict):
                 raise SettingsError(f"{section} must be a section of the file: [{section}]")
             values[section][key] = value
+    for section in () if secrets is None else values.keys() - set(secrets):
+        values[section] = _without_files(values[section], section)
     try:
         return Settings.model_validate(values, context={"folder": folder})
     except ValidationError as error:
@@ -447,13 +473,35 @@ def _read(file: Path) -> dict[str, Any]:
         raise SettingsError(f"settings file {file}: {error}") from error
 
 
-def _from_environment(name: str, text: str, folder: str | None) -> tuple[str, str, str]:
+def _without_files(value: object, *path: str) -> object:
+    """A part of the settings with a value that means nothing for each secret in a file."""
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"file"}:
+        return _MEANINGLESS.get(path, "c2VjcmV0")
+    return {key: _without_files(part, *path, key) for key, part in value.items()}
+
+
+_MEANINGLESS: Mapping[tuple[str, ...], str | None] = {
+    ("database", "url"): "postgresql:///",
+    ("database", "listen_url"): "postgresql:///",
+    ("email", "url"): "smtp://user@localhost",
+    ("console", "password_hash"): None,
+}
+"""What takes the place of a secret that must have a form of its own."""
+
+
+def _from_environment(
+    name: str, text: str, folder: str | None, secrets: Collection[str] | None
+) -> tuple[str, str, object]:
     """The section, the key and the value that a variable sets."""
     short = name.removeprefix(_PREFIX)
     known = _variables()
     if short in known:
         return *known[short], text
     if short.endswith("_FILE") and (place := known.get(short.removesuffix("_FILE"))):
+        if secrets is not None and place[0] not in secrets:
+            return *place, {"file": text}
         try:
             return *place, _contents(text, folder)
         except ValueError as error:

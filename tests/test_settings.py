@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sequencerd import settings as settings_module
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import load
@@ -112,3 +113,35 @@ def test_tokens_for_mail(tmp_path: Path) -> None:
     file.write_text(text.replace("news.example.com", "mailer"), encoding="utf-8")
     with pytest.raises(SettingsError, match="hello_name"):
         make_runners(load({}, file))
+
+
+def test_only_the_secrets_that_are_needed_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a command on the host, where the service's credentials are root's."""
+    monkeypatch.setattr(settings_module, "CREDSTORE", tmp_path)
+    monkeypatch.setattr(settings_module, "CREDENTIALS", tmp_path / "run")
+    file = tmp_path / "sequencerd.toml"
+    file.write_text(
+        "[database]\nurl = {file = 'database'}\n[email]\nurl = {file = 'smtp'}\n"
+        "[email.oauth]\ntoken_url = 'https://x'\nclient_id = 'x'\nclient_secret = {file = 'o'}\n"
+        "[runners.Crm]\nurl = 'http://x'\nsecret = {file = '/no/x'}\nheaders = {A = {file = 'h'}}\n"
+        "[console]\npassword_hash = {file = 'hash'}\n"
+    )
+    variables = {"SEQUENCERD_SMS_AUTH_TOKEN_FILE": "sms", "SEQUENCERD_SMS_ACCOUNT_SID": "AC1"}
+    definitions_only = load(variables, file, secrets=())
+    assert set(make_runners(definitions_only)) >= {"Email", "SMS", "Crm"}
+    with pytest.raises(SettingsError, match=r"no credential 'database': neither .*database nor"):
+        load(variables, file, secrets=("database",))
+    service = tmp_path / "run/sequencerd@1.service"
+    service.mkdir(parents=True)
+    (service / "database").write_text("postgresql://of-the-service/x\n")
+    url = load(variables, file, secrets=("database",)).database.url
+    assert url is not None
+    assert url.get_secret_value() == "postgresql://of-the-service/x"
+    (tmp_path / "sequencerd.database").write_text("postgresql://of-the-store/x\n")
+    url = load(variables, file, secrets=("database",)).database.url
+    assert url is not None
+    assert url.get_secret_value() == "postgresql://of-the-store/x"
+    with pytest.raises(SettingsError, match="no credential 'sms'"):
+        load(variables, file)

@@ -27,9 +27,15 @@ DatabaseCommand = Callable[[argparse.Namespace, Settings, str], Coroutine[Any, A
 """The same with the URL of the database."""
 
 
-def read_settings(arguments: argparse.Namespace) -> Settings:
-    """The settings, with what the command line overrides. Raises SettingsError."""
-    settings = load(os.environ, arguments.config)
+def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
+    """Return the settings, with what the command line overrides. Raises SettingsError.
+
+    `secrets` are the sections whose secrets the command reads; commands that call servers read all.
+    """
+    wanted: set[str] | None = None if arguments.command in ("run", "doctor") else set(secrets)
+    if wanted and arguments.database:
+        wanted.discard("database")
+    settings = load(os.environ, arguments.config, secrets=wanted)
     if arguments.database:
         database = settings.database.model_copy(
             update={"url": SecretStr(arguments.database), "listen_url": None}
@@ -57,7 +63,8 @@ def role_for(arguments: argparse.Namespace) -> str:
 def on_database(run: DatabaseCommand) -> Command:
     """A command that works on the database that is set, or else on the embedded one."""
 
-    def command(arguments: argparse.Namespace, settings: Settings) -> int:
+    def command(arguments: argparse.Namespace, _: Settings) -> int:
+        settings = read_settings(arguments, "database")
         with _database(settings) as url:
             try:
                 return _run(run(arguments, settings, url))
