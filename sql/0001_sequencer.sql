@@ -6,6 +6,7 @@
 --   events        what happened: append only, partitioned by month
 --   revisions     former definitions: a document for each change, however it was made
 --   suppressions  addresses to which no messages are sent
+--   holidays      days on which windows do not open, and which are no business days
 --   daemons       which daemons run, and until when each is taken to be alive
 --   problems      what daemons report for operators
 --   migrations    which files of sql/ have been applied
@@ -72,6 +73,7 @@ CREATE TABLE sequencer.sequences (
     lookup     text CHECK (lookup <> ''),
     recheck    interval NOT NULL DEFAULT '1 minute'
                CHECK (recheck BETWEEN interval '1 second' AND interval '1 year'),
+    time_window jsonb CHECK (jsonb_typeof(time_window) = 'object'),
     revision   integer NOT NULL DEFAULT 1,
     from_file  boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -88,6 +90,7 @@ COMMENT ON COLUMN sequencer.sequences.reentry IS 'When a subject may be enrolled
 COMMENT ON COLUMN sequencer.sequences.reentry_after IS 'With the reentry policy after: how long after the end of its previous enrollment a subject may be enrolled again. One unit: months, days, or a time.';
 COMMENT ON COLUMN sequencer.sequences.lookup IS 'The source of external data about subjects: an endpoint of the settings, an installed Python function, or an SQL function such as app.plans.';
 COMMENT ON COLUMN sequencer.sequences.recheck IS 'How often goals and conditions that read external data are evaluated.';
+COMMENT ON COLUMN sequencer.sequences.time_window IS 'When its side effects may begin, as the key window of a file; NULL: at any time. Named so since WINDOW is a reserved word.';
 COMMENT ON COLUMN sequencer.sequences.revision IS 'A new number for each transaction that changes the sequence or its steps; unique across sequences.';
 COMMENT ON COLUMN sequencer.sequences.from_file IS 'Whether it was applied from a file: apply --prune archives it when no file defines it any more.';
 
@@ -121,6 +124,16 @@ COMMENT ON COLUMN sequencer.steps.original_id IS 'Its id in the original Sequenc
 COMMENT ON COLUMN sequencer.steps.problem IS 'Why this step cannot be executed; written by the daemon.';
 COMMENT ON COLUMN sequencer.steps.reschedule_from IS 'Set when the step has changed, or by a request by NOTIFY: waiting enrollments with this id or a greater one have yet to be evaluated.';
 COMMENT ON COLUMN sequencer.steps.reschedule_again IS 'Whether another request arrived meanwhile: all are then evaluated once more.';
+
+CREATE TABLE sequencer.holidays (
+    calendar text COLLATE "C" NOT NULL CHECK (octet_length(calendar) BETWEEN 1 AND 200),
+    day      date NOT NULL CHECK (day BETWEEN '0001-01-01' AND '9999-12-31'),
+    name     text,
+    PRIMARY KEY (calendar, day)
+);
+
+COMMENT ON TABLE  sequencer.holidays IS 'Days on which windows with this calendar do not open, and which are no business days in it.';
+COMMENT ON COLUMN sequencer.holidays.calendar IS 'The name that windows and business days use, such as DE.';
 
 CREATE TABLE sequencer.revisions (
     sequence text COLLATE "C" NOT NULL, -- no foreign key: revisions outlive a deleted sequence
@@ -564,6 +577,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
             WHEN 'after' THEN jsonb_build_object('after', sequencer.as_duration(q.reentry_after))
             ELSE to_jsonb(q.reentry) END,
         'lookup', q.lookup, 'recheck', extract(epoch FROM q.recheck),
+        'window', q.time_window,
         'steps', (
             SELECT coalesce(jsonb_agg(jsonb_build_object(
                        'name', s.name, 'type', s.type, 'config', s.config,
@@ -624,10 +638,50 @@ END $$;
 CREATE TRIGGER mark_reschedule BEFORE UPDATE OF type, config ON sequencer.steps
     FOR EACH ROW WHEN ((OLD.type, OLD.config) IS DISTINCT FROM (NEW.type, NEW.config))
     EXECUTE FUNCTION sequencer.mark_reschedule();
-CREATE TRIGGER mark_reschedule AFTER UPDATE OF timezone, lookup, recheck ON sequencer.sequences
-    FOR EACH ROW WHEN ((OLD.timezone, OLD.lookup, OLD.recheck)
-        IS DISTINCT FROM (NEW.timezone, NEW.lookup, NEW.recheck))
+CREATE TRIGGER mark_reschedule AFTER UPDATE OF timezone, lookup, recheck, time_window
+    ON sequencer.sequences
+    FOR EACH ROW WHEN ((OLD.timezone, OLD.lookup, OLD.recheck, OLD.time_window)
+        IS DISTINCT FROM (NEW.timezone, NEW.lookup, NEW.recheck, NEW.time_window))
     EXECUTE FUNCTION sequencer.mark_reschedule();
+
+-- Holidays are part of the definitions that use their calendar: a change is a new revision of those, and
+-- the enrollments that wait there are rescheduled.
+CREATE FUNCTION sequencer.follow_holidays() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    changed jsonb;
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        SELECT jsonb_build_object('calendars', jsonb_agg(DISTINCT calendar)) INTO changed FROM new_days;
+    ELSIF TG_OP = 'DELETE' THEN
+        SELECT jsonb_build_object('calendars', jsonb_agg(DISTINCT calendar)) INTO changed FROM old_days;
+    ELSE
+        WITH before AS (SELECT calendar, day FROM old_days),
+             after AS (SELECT calendar, day FROM new_days),
+             difference AS ((TABLE before EXCEPT TABLE after) UNION ALL (TABLE after EXCEPT TABLE before))
+        SELECT jsonb_build_object('calendars', jsonb_agg(DISTINCT calendar)) INTO changed FROM difference;
+    END IF;
+    WITH concerned AS (
+        UPDATE sequencer.steps AS s SET reschedule_from = 0 FROM sequencer.sequences AS q
+         WHERE q.name = s.sequence
+           AND (changed->'calendars' ? (q.time_window->>'holidays')
+                OR jsonb_path_exists(s.config, '$.**.holidays ? (@ == $calendars[*])', changed))
+        RETURNING s.sequence
+    )
+    UPDATE sequencer.sequences SET revision = revision
+     WHERE name IN (SELECT sequence FROM concerned);
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER follow_insert AFTER INSERT ON sequencer.holidays
+    REFERENCING NEW TABLE AS new_days
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.follow_holidays();
+CREATE TRIGGER follow_update AFTER UPDATE ON sequencer.holidays
+    REFERENCING OLD TABLE AS old_days NEW TABLE AS new_days
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.follow_holidays();
+CREATE TRIGGER follow_delete AFTER DELETE ON sequencer.holidays
+    REFERENCING OLD TABLE AS old_days
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.follow_holidays();
 
 -- Replaces a foreign key on enrollments, whose check would lock the step's row on every move.
 CREATE FUNCTION sequencer.guard_step() RETURNS trigger
@@ -1446,6 +1500,9 @@ WITH roles (role) AS (
     ('sequencer_editor', 'INSERT', 'steps'),
     ('sequencer_editor', 'UPDATE', 'steps'),
     ('sequencer_editor', 'DELETE', 'steps'),
+    ('sequencer_editor', 'INSERT', 'holidays'),
+    ('sequencer_editor', 'UPDATE', 'holidays'),
+    ('sequencer_editor', 'DELETE', 'holidays'),
     ('sequencer_daemon', 'INSERT', 'daemons'),
     ('sequencer_daemon', 'UPDATE', 'daemons'),
     ('sequencer_daemon', 'DELETE', 'daemons'),

@@ -12,7 +12,8 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar, assert_never
 
 from sequencerd.core import retry
-from sequencerd.core.calendar import dates
+from sequencerd.core.calendar import dates, windows
+from sequencerd.core.calendar.windows import Window
 from sequencerd.core.model import (
     NEVER,
     Action,
@@ -294,7 +295,8 @@ class _Evaluation:
         """Return the enrollment as moved so far, for a step or a goal to read."""
         if self.context is None or not self.context.is_of(self.at):
             self.read_own_before = self.has_read_own
-            self.context = Context(self.at, self.now, self._zone(), self.external or {})
+            holidays = self.sequence().holidays
+            self.context = Context(self.at, self.now, self._zone(), self.external or {}, holidays)
         return self.context
 
     @property
@@ -423,20 +425,50 @@ class _Evaluation:
             return Fail("loop", _loop_message([*self.at.executed, key]))
         if failure := self._after_expired_lease(effect):
             return failure
-        if self.at.retry_at is not None and self.now < self.at.retry_at:
+        window = sequence.window if effect.follows_window else effect.window
+        begins_at = self._begins_at(step, window)
+        if self.now < begins_at:
             if effect.expires is None or (step.reads_external and self.external is None):
-                return Wait(self.at.retry_at)
+                return Wait(begins_at)
             expires = effect.expires(self._current_context())
             if self.now < expires:
-                return Wait(min(self.at.retry_at, expires))
+                return Wait(min(begins_at, expires))
         if step.reads_external and (missing := self._look_up(sequence, step)):
             return missing
         expires_at = None if effect.expires is None else effect.expires(self._current_context())
         if expires_at is not None and expires_at <= self.now:
             self.record("expired", f"too late since {expires_at:%Y-%m-%d %H:%M:%S}Z")
             return self._move_to(_target(step, effect.on_expired))
-        external = self.external or {}
-        return Execute(step, effect, self._zone(), external, sequence.revision, expires_at)
+        return Execute(
+            step,
+            effect,
+            self._zone(),
+            self.external or {},
+            sequence.revision,
+            expires_at,
+            None if window is None else self._closes_at(window),
+        )
+
+    def _begins_at(self, step: Step, window: Window | None) -> datetime:
+        """Return when a side effect may begin: after its retry delay, and in its window."""
+        earliest = max(self.now, self.at.retry_at or self.now)
+        if window is None:
+            return earliest
+        context = self._current_context()
+        return windows.begin(
+            window,
+            earliest,
+            dates.zone(context.timezone),
+            context.holidays(window.holidays),
+            since=context.entered_at,
+            share=lambda: context.share(effect_key(step.sequence, step.name)),
+        )
+
+    def _closes_at(self, window: Window) -> datetime:
+        """Return when a window that is open closes."""
+        context = self._current_context()
+        zone = dates.zone(context.timezone)
+        return windows.closing(window, self.now, zone, context.holidays(window.holidays))
 
     def _after_expired_lease(self, effect: SideEffect) -> Fail | None:
         """Decide on a side effect whose lease has expired: fail, or start it again.

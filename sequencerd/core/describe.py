@@ -9,6 +9,7 @@ from typing import Any
 from unicodedata import category
 
 from sequencerd.core.model import NEVER
+from sequencerd.core.window_config import describe_window
 
 
 def text(value: object) -> str:
@@ -69,14 +70,26 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
         return f"{row['type']} is being executed by {row['leased_by']}, {then}"
     if row["entered_at"] is None:
         return f"starts at {at(row['wake_at'])}"
+    config = json.loads(row["config"]) if row["config"] else {}
+    waits = _waits(row["type"], config)
+    window = "" if waits else _window(row, config)
     if row["attempt"] and not is_never(row["wake_at"]):
-        number = row["attempt"]
-        return f"attempt {number} failed, next attempt at {at(row['wake_at'])}, {then}"
-    waits = _waits(row["type"], json.loads(row["config"]) if row["config"] else {})
+        number, next_at = row["attempt"], at(row["wake_at"])
+        failed = f"attempt {number} failed, next attempt at {next_at}"
+        return f"{failed} in {window}, {then}" if window else f"{failed}, {then}"
+    waits = waits or (window and f"begins in {window}")
     if is_never(row["wake_at"]):
         return f"{waits or 'waits for a change'}, {then}"
     again = f"next check at {at(row['wake_at'])}, {then}"
     return f"{waits}; {again}" if waits else again
+
+
+def _window(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Describe the window of a side effect: its own, or that of its sequence; empty for none."""
+    window = config.get("window")
+    if "window" not in config and row.get("time_window"):
+        window = json.loads(row["time_window"])
+    return f"its window ({describe_window(window)})" if isinstance(window, dict) else ""
 
 
 def _waits(type_: str | None, config: Mapping[str, Any]) -> str:

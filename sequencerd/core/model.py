@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property, lru_cache
-from hashlib import blake2b
-from typing import Any, Literal, NamedTuple, assert_never
+from hashlib import blake2b, sha256
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, assert_never
 from uuid import UUID
+
+if TYPE_CHECKING:
+    from sequencerd.core.calendar.windows import Window
 
 NEVER = datetime.max.replace(tzinfo=UTC)
 """The wake time of who is woken by a change alone; PostgreSQL's 'infinity'."""
@@ -132,6 +135,8 @@ class SideEffect:
     on_suppressed: Exit = "next"
     expires: Callable[[Context], datetime] | None = None  # nothing is begun from then on
     on_expired: Exit = "next"
+    window: Window | None = None  # when it may begin, if it does not follow its sequence
+    follows_window: bool = True  # of its sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +186,28 @@ class Sequence:
         minutes=1
     )  # how often goals and waits that read it are looked at
     archived: bool = False  # GoTo steps of other sequences can't enter it
+    window: Window | None = None  # when its side effects may begin
+    holidays: Holidays | None = None  # None where no database was asked: no day is one
 
 
 Definitions = Mapping[str, Sequence]
+
+Holidays = Mapping[str, frozenset[date]]
+"""The days of each calendar in sequencer.holidays."""
+
+
+def no_holidays(calendar: str) -> str:
+    """Why a calendar cannot be used."""
+    return (
+        f"calendar {calendar!r} has no holidays: fill it with `sequencerd holidays`, or insert its "
+        "days into sequencer.holidays"
+    )
+
+
+def share(seed: str, subject: str) -> float:
+    """Where a subject is between 0 and 1: always the same for a seed, and even for all subjects."""
+    key = f"{seed}\0{subject}".encode("utf-8", "replace")
+    return float(int.from_bytes(sha256(key).digest()[:6]) / 2**48)
 
 
 # --- an enrollment
@@ -331,12 +355,26 @@ class Context:
     `has_read_own` tells whether own values of the enrollment were read, and not its state alone.
     """
 
-    __slots__ = ("_enrollment", "external", "has_read_own", "now", "seed", "timezone")
+    __slots__ = (
+        "_enrollment",
+        "_holidays",
+        "external",
+        "has_read_own",
+        "now",
+        "seed",
+        "timezone",
+    )
 
     def __init__(
-        self, enrollment: Enrollment, now: datetime, timezone: str, external: External
+        self,
+        enrollment: Enrollment,
+        now: datetime,
+        timezone: str,
+        external: External,
+        holidays: Holidays | None = None,
     ) -> None:
         self.external = external
+        self._holidays = holidays
         self.now = now
         self.timezone = timezone
         self.has_read_own = False
@@ -357,6 +395,18 @@ class Context:
     def entered_at(self) -> datetime:
         """Since when the enrollment has been at its step."""
         return self._enrollment.entered_at or self.now
+
+    def share(self, seed: str) -> float:
+        """Return where the subject is between 0 and 1."""
+        return share(seed, self.enrollment.subject)
+
+    def holidays(self, calendar: str | None) -> Collection[date]:
+        """Return the days of a calendar. Raise EvaluationError if it has none."""
+        if calendar is None or self._holidays is None:
+            return ()
+        if calendar not in self._holidays:
+            raise EvaluationError("invalid_step", no_holidays(calendar))
+        return self._holidays[calendar]
 
     def json(self, roots: Set[str] | None) -> str:
         """Return a view with these keys (None: all) as JSON text."""
@@ -601,7 +651,8 @@ class Execute(NamedTuple):
     timezone: str
     external: External
     revision: int  # of its sequence
-    expires_at: datetime | None = None  # not to be begun from then on
+    expires_at: datetime | None = None  # too late from then on
+    closes_at: datetime | None = None  # its window; not to be begun from then on
 
 
 class LookUp(NamedTuple):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import date, timedelta
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import asyncpg
@@ -16,18 +17,21 @@ from pydantic import Field, StrictFloat, StrictInt
 from pydantic.alias_generators import to_camel
 
 from sequencerd.core.calendar import dates
+from sequencerd.core.calendar.windows import Window
 from sequencerd.core.config import Config, Faults, nearest, parse_config
 from sequencerd.core.model import (
     DefinitionError,
     Elsewhere,
     Exit,
     Fault,
+    Holidays,
     Instant,
     Problem,
     RetryPolicy,
     Sequence,
     SideEffect,
     Step,
+    no_holidays,
 )
 from sequencerd.core.step_types import (
     COMPILERS,
@@ -36,6 +40,7 @@ from sequencerd.core.step_types import (
     compile_step,
     roots,
 )
+from sequencerd.core.window_config import WindowConfig
 from sequencerd.runners import Runner
 
 Runners = Mapping[str, Runner]
@@ -82,6 +87,8 @@ class EffectConfig(Config):
     """Where it goes when it is too late."""
     on_suppressed: Exit = "next"
     """Where it goes when nothing is sent, as whom it is meant for gets no messages."""
+    window: WindowConfig | None = None
+    """When it may begin, instead of in the window of the sequence; null: at any time."""
 
 
 _EFFECT_KEYS = frozenset(to_camel(name) for name in EffectConfig.model_fields)
@@ -137,6 +144,8 @@ def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
         on_suppressed=common.on_suppressed,
         expires=expires,
         on_expired=common.on_expired,
+        window=common.window.window() if common.window else None,
+        follows_window="window" not in common.model_fields_set,
     )
 
 
@@ -160,8 +169,13 @@ def build(
     revision: int = 0,
     lookup: str | None = None,
     recheck: timedelta = timedelta(minutes=1),
+    window: Mapping[str, Any] | None = None,
+    holidays: Holidays | None = None,
 ) -> Sequence:
-    """A sequence from its steps. What is wrong with the whole becomes the problem of its steps."""
+    """A sequence from its steps. What is wrong with the whole becomes the problem of its steps.
+
+    `holidays` are those of the database; None where it was not asked.
+    """
     ordered = sorted(steps, key=lambda step: step.position)
     by_name = {step.name: step for step in ordered}
     for stuck in _never_waiting(by_name):
@@ -184,6 +198,14 @@ def build(
         dates.zone(timezone)
     except DefinitionError as error:
         by_name = {key: _with_problem(step, Fault((), str(error))) for key, step in by_name.items()}
+    opens, fault = _window_of(window)
+    for step in ordered:
+        if fault and isinstance(step.behaviour, SideEffect) and step.behaviour.follows_window:
+            by_name[step.name] = _with_problem(by_name[step.name], Fault((), fault))
+        for calendar in calendars([step], opens):
+            if holidays is not None and calendar not in holidays:
+                fault_here = Fault((), no_holidays(calendar))
+                by_name[step.name] = _with_problem(by_name[step.name], fault_here)
     goals = tuple(step for step in reversed(ordered) if step.type == "Goal")
     return Sequence(
         name,
@@ -196,7 +218,37 @@ def build(
         lookup=lookup,
         recheck=recheck,
         archived=archived,
+        window=opens,
+        holidays=holidays,
     )
+
+
+def _window_of(config: Mapping[str, Any] | None) -> tuple[Window | None, str]:
+    """The window of a sequence, or what is wrong with it: in SQL it is any object."""
+    try:
+        return (None if config is None else parse_config(WindowConfig, config).window()), ""
+    except DefinitionError as error:
+        return None, f"the window of the sequence is wrong: {error}"
+
+
+def calendars(steps: Iterable[Step], window: Window | None) -> set[str]:
+    """The calendars of holidays that steps of a sequence with this window need."""
+    found: set[object] = set()
+    for step in steps:
+        if isinstance(step.behaviour, SideEffect):
+            opens = window if step.behaviour.follows_window else step.behaviour.window
+            found |= {opens.holidays} if opens else set()
+            found |= {*_named(step.config.get("expires"), "holidays")}
+        elif step.type in COMPILERS:
+            found |= {*_named(step.config, "holidays")}
+    return {name for name in found if isinstance(name, str)}
+
+
+def _named(config: Any, key: str) -> Iterator[object]:
+    """The values of a key, wherever it is in a config."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from [value] if name == key else _named(value, key)
 
 
 def _with_problem(step: Step, fault: Fault) -> Step:
@@ -283,7 +335,18 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
         revision=row["revision"],
         lookup=row["lookup"],
         recheck=row["recheck"],
+        window=None if row["time_window"] is None else json.loads(row["time_window"]),
+        holidays=parse_holidays(row["holidays"]),
     )
+
+
+@lru_cache(maxsize=8)  # all sequences that are read at once have the same
+def parse_holidays(text: str) -> Holidays:
+    """The holidays as the database writes them."""
+    return {
+        calendar: frozenset(map(date.fromisoformat, days))
+        for calendar, days in json.loads(text).items()
+    }
 
 
 def from_rows(
@@ -336,6 +399,7 @@ class Definition:
     recheck: timedelta
     where: str = field(compare=False)
     description: str | None = None
+    window: Mapping[str, Any] | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
 
     def pending_renames(self, present: Collection[str]) -> dict[str, str]:

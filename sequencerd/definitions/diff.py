@@ -9,7 +9,7 @@ from typing import Any
 Document = Mapping[str, Any]
 """A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
 
-SETTINGS = ("description", "timezone", "status", "reentry", "lookup", "recheck")
+SETTINGS = ("description", "timezone", "status", "reentry", "lookup", "recheck", "window")
 LONGEST_SHOWN = 40  # characters of a value
 
 

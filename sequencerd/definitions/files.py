@@ -25,6 +25,7 @@ from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, faults, nearest
 from sequencerd.core.model import Fault, KeyPath, Problem, Step, printable
 from sequencerd.core.step_types import COMPILERS
+from sequencerd.core.window_config import WindowConfig
 from sequencerd.definitions import check, cycles
 from sequencerd.definitions.compiler import (
     Definition,
@@ -146,6 +147,8 @@ class FileSequence(Config):
     """Where external data come from: an endpoint, a Python function, or an SQL function's name."""
     recheck: Recheck = timedelta(minutes=1)
     """How often goals and waits that read external data are looked at, such as PT5M."""
+    window: WindowConfig | None = None
+    """When its side effects may begin; one with a window of its own does not follow it."""
     steps: list[FileStep] = Field(min_length=1)
     """The first one is where an enrollment begins."""
 
@@ -263,6 +266,12 @@ def _text_at(value: object, key: str) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def _window_at(value: object) -> dict[str, Any] | None:
+    """The window of a sequence, as it is written."""
+    window = value.get("window") if isinstance(value, dict) else None
+    return window if isinstance(window, dict) else None
+
+
 def _read_sources(path: Path) -> tuple[list[_Source], list[Finding]]:
     """The sequences of a file, and what keeps it from being read to its end."""
     sources: list[_Source] = []
@@ -299,6 +308,7 @@ def _build(
         archived=_text_at(source.document.value, "status") == "archived",
         lookup=_text_at(source.document.value, "lookup"),
         recheck=parsed.recheck if parsed else timedelta(minutes=1),
+        window=_window_at(source.document.value) if parsed else None,
     )
     for step in steps:
         built = sequence.steps[step.name].behaviour
@@ -329,6 +339,7 @@ def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) ->
         parsed.recheck,
         where,
         parsed.description,
+        _window_at(source.document.value),
         {step.name: step.renamed_from for step in parsed.steps if step.renamed_from},
     )
 

@@ -13,8 +13,14 @@ import asyncpg
 
 from sequencerd.core.advance import advance, is_unchanged
 from sequencerd.core.config import nearest
-from sequencerd.core.model import Definitions, Enrollment, Fail, LookUp, Wait
-from sequencerd.definitions.compiler import Definition, Runners, from_rows
+from sequencerd.core.model import Definitions, Enrollment, Fail, LookUp, Wait, no_holidays
+from sequencerd.definitions.compiler import (
+    Definition,
+    Runners,
+    calendars,
+    from_rows,
+    parse_holidays,
+)
 from sequencerd.definitions.diff import Changes, Document, compare, seeds
 from sequencerd.errors import FileError, PlanError
 from sequencerd.storage import store
@@ -63,10 +69,12 @@ class SequencePlan:
     moves: Mapping[str, str] = field(default_factory=dict)  # new step by removed step
     at_step: Mapping[str, int] = field(default_factory=dict)  # people at removed steps
     waiting: tuple[Waiting, ...] = ()
+    empty_calendars: tuple[str, ...] = ()  # of holidays that it needs
 
     def lines(self, *, done: bool) -> Iterator[str]:
         """One for each change, and one for the people of each changed step."""
         yield from self.changes.lines()
+        yield from map(no_holidays, self.empty_calendars)
         for old, count in self.at_step.items():
             if new := self.moves.get(old):
                 yield f"{count} move from {old} to {new}, where their stay begins anew"
@@ -109,6 +117,7 @@ class Plan:
                     "moves": dict(one.moves),
                     "at_step": dict(one.at_step),
                     "waiting": [asdict(waiting) for waiting in one.waiting],
+                    "empty_calendars": one.empty_calendars,
                 }
                 for one in self.sequences
             ],
@@ -181,7 +190,18 @@ async def _make_one(
         after=after,
         moves={old: new for old, new in moves.items() if old in changes.removed},
         at_step={name: count for name, count in at_step.items() if count},
+        empty_calendars=await _empty_calendars(connection, definition),
     )
+
+
+async def _empty_calendars(
+    connection: asyncpg.Connection, definition: Definition
+) -> tuple[str, ...]:
+    wanted = calendars(definition.sequence.steps.values(), definition.sequence.window)
+    if not wanted:
+        return ()
+    known = parse_holidays(await connection.fetchval(QUERIES["holidays"]))
+    return tuple(sorted(wanted - known.keys()))
 
 
 async def _document(
@@ -202,6 +222,7 @@ async def _document(
         "reentry": definition.reentry,
         "lookup": definition.lookup,
         "recheck": definition.recheck.total_seconds(),
+        "window": definition.window,
         "steps": [
             {
                 "name": step.name,
@@ -258,7 +279,7 @@ def _concerned(changes: Changes, definition: Definition) -> list[str]:
         for name, keys in changes.changed.items()
         if any(key == "type" or key.startswith("config.") for key in keys)
     }
-    concerns_all = changes.settings.keys() & {"timezone", "lookup", "recheck"} or any(
+    concerns_all = changes.settings.keys() & {"timezone", "lookup", "recheck", "window"} or any(
         steps[name].type == "Goal" for name in altered | changes.added.keys()
     )
     return [
@@ -281,8 +302,15 @@ async def _everything(
         row["name"]: replace(from_rows(row, steps[row["name"]], runners), paused=False)
         for row in await connection.fetch(QUERIES["sequences"], wanted)
     }
+    holidays = parse_holidays(await connection.fetchval(QUERIES["holidays"]))
     for one in definitions:
-        sequence = replace(one.sequence, lookup=one.lookup, recheck=one.recheck, paused=False)
+        sequence = replace(
+            one.sequence,
+            lookup=one.lookup,
+            recheck=one.recheck,
+            paused=False,
+            holidays=holidays,
+        )
         found[sequence.name] = sequence
     return found
 
@@ -381,6 +409,7 @@ async def _write(
         definition.recheck,
         step.after["description"],
         "{amount} {unit}".format(**reentry["after"]) if isinstance(reentry, dict) else None,
+        None if step.after["window"] is None else json.dumps(step.after["window"]),
     )
     for old, new in step.changes.renamed.items():
         await connection.execute(QUERIES["rename_step"], step.sequence, old, new)

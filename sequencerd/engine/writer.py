@@ -229,12 +229,12 @@ class Writer:
 
     def _execute(self, batch: Batch, leased: Enrollment, execute: Execute) -> None:
         """Leases one. Raises EvaluationError for data that can't be read."""
-        step, effect, timezone, external, revision, expires_at = execute
+        step, effect, timezone, external, revision, *ends = execute
         assert leased.entered_at is not None
         view = model.view(leased, timezone, leased.entered_at, external)
         expires = None
-        if expires_at is not None:
-            seconds = self._clock.seconds_until(expires_at) + TICK
+        if end := min((at for at in ends if at is not None), default=None):
+            seconds = self._clock.seconds_until(end) + TICK
             expires = asyncio.get_running_loop().time() + seconds
         task = Task(leased.key, view, expires)
         executor = self.executors[step.type]

@@ -50,6 +50,15 @@ AGAIN = f"next check at {WHEN}, then b"
             f"waits for the date {{{{data.due}}}}; {AGAIN}",
         ),
         (
+            row("Email", time_window='{"days": ["mon"]}'),
+            f"begins in its window (mon); {AGAIN}",
+        ),
+        (
+            row("Email", {"window": {"from": "09:00", "to": "17:00"}}, attempt=2),
+            f"attempt 2 failed, next attempt at {WHEN} in its window (09:00 to 17:00), then b",
+        ),
+        (row("Email", {"window": None}, time_window='{"days": ["mon"]}'), AGAIN),
+        (
             row("WaitForDateComparison", {"attribute": "hour", "values": [9, 10]}),
             f"waits for the hour to be 9 or 10; {AGAIN}",
         ),

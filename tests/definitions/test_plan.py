@@ -153,6 +153,29 @@ async def test_a_plan_tells_what_becomes_of_whom(
     )
 
 
+async def test_a_window_is_planned_applied_and_exported(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    windowed = GOOD.replace("steps:", "window: {days: [sun, mon], holidays: DE}\nsteps:")
+    await apply(GOOD)
+    for subject in ("ada", "bob"):
+        await standing(connection, "hello", subject, "1 hours", "30 hours")
+    # it is told before, and after, that the calendar is empty
+    lines = await apply.lines(windowed)
+    assert lines[:2] == ["s:", "changed window"]
+    assert lines[2].startswith("calendar 'DE' has no holidays: fill it with")
+    assert lines[3].startswith("2 wait at hello: 2 would fail: invalid_step, calendar 'DE'")
+    await connection.execute("INSERT INTO sequencer.holidays VALUES ('DE', '2001-01-01')")
+    assert not any("calendar" in line for line in await apply.lines(windowed))
+    await apply(windowed)
+    assert not await apply.plan(windowed)
+    document = json.loads(await connection.fetchval("SELECT sequencer.document('s')"))
+    assert document["window"] == {"days": ["sun", "mon"], "holidays": "DE"}
+    exported = to_yaml(document)
+    assert not await apply.plan(exported)
+    assert await apply.lines(GOOD)
+
+
 async def test_a_goal_and_a_zone_concern_everybody(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:

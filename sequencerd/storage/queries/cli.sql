@@ -39,7 +39,7 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
        e.leased_by, e.goals_met, e.failure, e.last_error, e.created_at, e.ended_at, e.retry_at,
        CASE WHEN isfinite(e.expires_at) THEN e.expires_at END AS expires_at,
        coalesce(e.timezone, q.timezone) AS timezone, q.status AS sequence_status,
-       s.type, s.config, s.next_step, s.alt_next_step, s.problem, e.data
+       q.time_window, s.type, s.config, s.next_step, s.alt_next_step, s.problem, e.data
   FROM sequencer.enrollments AS e
   LEFT JOIN sequencer.steps AS s ON s.sequence = e.sequence AND s.name = e.step
   LEFT JOIN sequencer.sequences AS q ON q.name = e.sequence

@@ -5,15 +5,16 @@
 WITH changed AS (
     UPDATE sequencer.sequences
        SET first_step = $2, timezone = $3, status = $4, reentry = $5, lookup = $6, recheck = $7,
-           description = $8, reentry_after = $9::text::interval
+           description = $8, reentry_after = $9::text::interval, time_window = $10
      WHERE name = $1
-       AND (first_step, timezone, status, reentry, lookup, recheck, description, reentry_after)
-           IS DISTINCT FROM ($2, $3, $4, $5, $6, $7, $8, $9::text::interval)
+       AND (first_step, timezone, status, reentry, lookup, recheck, description, reentry_after,
+            time_window)
+           IS DISTINCT FROM ($2, $3, $4, $5, $6, $7, $8, $9::text::interval, $10)
 )
 INSERT INTO sequencer.sequences (name, first_step, timezone, status, reentry, lookup, recheck,
-                                 description, reentry_after)
+                                 description, reentry_after, time_window)
 SELECT $1::text, $2::text, $3::text, $4::text, $5::text, $6::text, $7::interval, $8::text,
-       $9::text::interval
+       $9::text::interval, $10::jsonb
  WHERE NOT EXISTS (SELECT FROM sequencer.sequences WHERE name = $1);
 
 -- name: apply_steps
@@ -76,6 +77,10 @@ SELECT count(*) FROM sequencer.enrollments
 SELECT {whole_enrollment}
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.entered_at IS NOT NULL;
+
+-- name: holidays
+-- Read the holidays of all calendars.
+SELECT {holidays_by_calendar};
 
 -- name: archive
 -- Archive sequences.

@@ -9,10 +9,19 @@ SELECT clock_timestamp();
 -- Read the revision of every sequence, to see which definitions have changed.
 SELECT name, revision FROM sequencer.sequences;
 
+-- part: holidays_by_calendar
+-- All holidays, as {calendar: [day, ...]}.
+(SELECT coalesce(jsonb_object_agg(calendar, days), '{}')
+   FROM (SELECT calendar, jsonb_agg(day) AS days FROM sequencer.holidays GROUP BY calendar) AS h)
+
 -- name: sequences
--- Read the definitions of some sequences, without their steps.
-SELECT name, first_step, timezone, status, lookup, recheck, revision
-  FROM sequencer.sequences WHERE name = ANY ($1::text[]);
+-- Read the definitions of some sequences, without their steps, and the holidays that they may need.
+SELECT name, first_step, timezone, status, lookup, recheck, revision, time_window,
+       CASE WHEN time_window ? 'holidays' OR EXISTS (
+                SELECT FROM sequencer.steps
+                 WHERE sequence = q.name AND config @? '$.**.holidays')
+            THEN {holidays_by_calendar} ELSE '{}' END AS holidays
+  FROM sequencer.sequences AS q WHERE name = ANY ($1::text[]);
 
 -- name: steps
 -- Read the steps of some sequences, in the order of the definitions.
