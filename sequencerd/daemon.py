@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.console.app import make_console
+from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.engine import retention
 from sequencerd.engine.clock import Clock
@@ -80,7 +81,7 @@ class Parts:
         """The parts for other settings; what they leave as it is, is kept. Raises SettingsError."""
         old = self.settings
         runners = make_runners(new, suppressions)
-        sections = {"Email": (old.email, new.email), "SMS": (old.sms, new.sms)} | {
+        sections = {EMAIL.name: (old.email, new.email), SMS.name: (old.sms, new.sms)} | {
             name: (old.runners.get(name), new.runners.get(name))
             for name in old.runners.keys() | new.runners.keys()
         }

@@ -92,10 +92,11 @@ def _shortened(scratch: Path) -> Path:
     text = (_examples() / "onboarding.yaml").read_text(encoding="utf-8")
     document = yaml.safe_load(text)
     for step in document["steps"]:
-        if step["type"] == "WaitForDuration":
-            step["config"] = {"amount": 6, "unit": "seconds"}
-        elif step["type"] == "WaitForDateComparison":
-            step["config"] = {"attribute": "second", "values": list(range(0, 60, 3))}
+        match step.get("config"):
+            case {"amount": _, "unit": _}:
+                step["config"] = {"amount": 6, "unit": "seconds"}
+            case {"attribute": _, "values": _}:
+                step["config"] = {"attribute": "second", "values": list(range(0, 60, 3))}
     file = scratch / "onboarding.yaml"
     file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return file

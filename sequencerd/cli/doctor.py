@@ -20,6 +20,7 @@ from sequencerd.cli.commands import on_database
 from sequencerd.cli.output import say, say_json
 from sequencerd.core.describe import text
 from sequencerd.core.model import Failed
+from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.engine import lookups
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
@@ -382,10 +383,10 @@ async def _steps(connection: asyncpg.Connection) -> Finding:
 async def _examine_endpoints(
     settings: Settings, types: set[str], used: Mapping[str, bool]
 ) -> AsyncIterator[Finding]:
-    if "Email" in types or settings.email.url:
+    if EMAIL.name in types or settings.email.url:
         yield await _mail(settings)
     if settings.sms.provider == "http" and settings.sms.url:
-        yield await _endpoint("SMS", settings.sms.url, settings.sms.allow_private)
+        yield await _endpoint(SMS.name, settings.sms.url, settings.sms.allow_private)
     elif settings.sms.account_sid and settings.sms.auth_token:
         yield await _twilio(settings)
     for name, runner in settings.runners.items():

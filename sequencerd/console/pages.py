@@ -136,7 +136,7 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
                 "type": step.type,
                 "url": at("/sequence", sequence=definition.name, step=step.name),
                 "first": step.name == definition.first_step,
-                "goal": step.type == "Goal",
+                "goal": step in definition.goals,
                 "chosen": step.name == chosen,
                 "active": html.number(row.get("active"), row.get("is_capped", False)),
                 "failed": html.number(row["failed"]) if row.get("failed") else "",

@@ -35,13 +35,13 @@ from sequencerd.core.model import (
     Failed,
     Found,
     Instant,
-    Jump,
     LookUp,
     NotStarted,
     Problem,
     Result,
     Sequence,
     SideEffect,
+    Skip,
     Stay,
     Step,
     Suppressed,
@@ -409,8 +409,8 @@ class _Evaluation:
                 self._merge(data)
                 self.record(Action.NEXT.value)
                 return self._move_to(step.next_step)
-            case Jump(target, name):
-                if name is not None and name != sequence.name:
+            case Exit(target=target, sequence=name):
+                if name is not None and name != sequence.name and target is not None:
                     return self._enter(step, target, name)
                 self.record("jump", f"to {target}" + (f" of {name}" if name else ""))
                 return self._move_to(target)
@@ -621,6 +621,6 @@ def _answer_of(step: Step, function: Callable[[Context], T], context: Context) -
         raise EvaluationError(error.failure, f"step {step.name!r}: {error}") from error
 
 
-def _target(step: Step, exit_: Exit) -> str | None:
+def _target(step: Step, skip: Skip) -> str | None:
     """Return where a skipped side effect leads."""
-    return {"next": step.next_step, "altNext": step.alt_next_step, "end": None}[exit_]
+    return {"next": step.next_step, "altNext": step.alt_next_step, "end": None}[skip]

@@ -59,6 +59,9 @@ def plain(value: object) -> object:
 
 def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> str:
     """Describe what an enrollment of the query "show" waits for; `at` formats times."""
+    # imported when it is needed, as most commands need none of it
+    from sequencerd.core.step_types import describe_wait  # noqa: PLC0415
+
     if row["status"] != "active":
         return f"nothing, it is {row['status']}"
     then = f"then {row['next_step'] or 'the end'}"
@@ -71,7 +74,7 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
     if row["entered_at"] is None:
         return f"starts at {at(row['wake_at'])}"
     config = json.loads(row["config"]) if row["config"] else {}
-    waits = _waits(row["type"], config)
+    waits = describe_wait(row["type"], config)
     window = "" if waits else _window(row, config)
     if row["attempt"] and not is_never(row["wake_at"]):
         number, next_at = row["attempt"], at(row["wake_at"])
@@ -90,33 +93,3 @@ def _window(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if "window" not in config and row.get("time_window"):
         window = json.loads(row["time_window"])
     return f"its window ({describe_window(window)})" if isinstance(window, dict) else ""
-
-
-def _waits(type_: str | None, config: Mapping[str, Any]) -> str:
-    """Describe what a step of a waiting type waits for; empty for other types."""
-    match type_, config:
-        case "WaitForDuration", {"amount": amount, "unit": unit}:
-            return f"waits for {amount} {unit}"
-        case "WaitForDate", {"date": date}:
-            return f"waits for the date {date}"
-        case "WaitForDateComparison", {"attribute": attribute, "values": list(values)}:
-            wanted = f"{attribute} to be {' or '.join(map(str, values))}"
-            is_next = config.get("occurrence") == "next"
-            return f"waits for the {wanted}" + (" the next time" if is_next else "")
-        case (("WaitForCondition" | "Goal"), {"lodashCommand": command, "value": value}):
-            operands = [value, *([config["compareTo"]] if "compareTo" in config else [])]
-            condition = f"waits until {command}({', '.join(map(_operand, operands))}) is true"
-            match config.get("timeout"):
-                case {"amount": amount, "unit": unit}:
-                    return f"{condition}, at most {amount} {unit}"
-            return condition
-    return ""
-
-
-def _operand(operand: object) -> str:
-    match operand:
-        case {"type": "get", "value": path}:
-            return str(path)
-        case {"value": value}:
-            return json.dumps(value, ensure_ascii=False)
-    return "?"

@@ -69,12 +69,28 @@ class Stay:
     until: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Jump:
-    """A step's answer: go to that step, of another sequence where one is named."""
+class Exit(NamedTuple):
+    """Where a step leads, and when."""
 
-    step: str
-    sequence: str | None = None
+    label: str  # of the action or the branch
+    path: KeyPath  # of the target in the step
+    target: str | None = None  # None: the end
+    sequence: str | None = None  # of the target, if the step names it
+    condition: Any = None  # taken if it holds, unless an earlier exit is; None: in any other case
+    condition_path: KeyPath = ("config",)
+    at_once: Literal["always", "sometimes", "never"] = "always"
+    """Whether it is taken on arrival, before time has passed."""
+    reason: str = ""  # of "sometimes": when no time passes, such as "where its date is past"
+    getter: tuple[str, frozenset[int]] | None = None  # of "sometimes": what it gives at such times
+    is_optional: bool = False  # no exit of a step that names no target
+
+
+NEXT = Exit("next", ("next",))
+ALT_NEXT = Exit("altNext", ("altNext",))
+"""The exits whose target the step names; the others are named in its config."""
+
+EITHER = (NEXT, ALT_NEXT._replace(is_optional=True))
+"""Of a step of which no more is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +100,8 @@ class Update:
     data: Mapping[str, Any]
 
 
-StepAnswer = Action | Stay | Jump | Update
+StepAnswer = Action | Stay | Exit | Update
+"""An exit that the config names, or an action, the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +113,7 @@ class Instant:
     """
 
     answer: Callable[[Context], StepAnswer]
+    exits: tuple[Exit, ...] = (NEXT,)
     met: Callable[[Context], bool] | None = None
     repeats: bool = False
 
@@ -120,7 +138,7 @@ MESSAGE_RETRY = RetryPolicy(None, 60.0, 3600.0, 2 * 86400.0)
 """The default of messages: mail servers refuse for hours what they take later."""
 
 
-Exit = Literal["next", "altNext", "end"]
+Skip = Literal["next", "altNext", "end"]
 """Where an enrollment goes whose side effect is skipped."""
 
 
@@ -132,11 +150,12 @@ class SideEffect:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     on_error: Literal["fail", "altNext"] = "fail"
     at_most_once: bool = False
-    on_suppressed: Exit = "next"
+    on_suppressed: Skip = "next"
     expires: Callable[[Context], datetime] | None = None  # nothing is begun from then on
-    on_expired: Exit = "next"
+    on_expired: Skip = "next"
     window: Window | None = None  # when it may begin, if it does not follow its sequence
     follows_window: bool = True  # of its sequence
+    exits: tuple[Exit, ...] = EITHER
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +164,7 @@ class Problem:
 
     message: str
     faults: tuple[Fault, ...] = ()  # the same, by the places in the config
+    exits: tuple[Exit, ...] = EITHER
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +172,7 @@ class Elsewhere:
     """A step that other daemons execute: they serve its type, this one does not."""
 
     problem: str  # what it would be here
+    exits: tuple[Exit, ...] = EITHER
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +189,16 @@ class Step:
     position: int = 0  # the order of the definition: of several goals met the last one wins
     reads_external: bool = False
     seed: str | None = None  # of a Split: what subjects are dealt by; None: by its names
+
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        """Where it leads: the exits of its behaviour, with the targets that the step names."""
+        targets = {NEXT.path: self.next_step, ALT_NEXT.path: self.alt_next_step}
+        found = [
+            exit_._replace(target=targets[exit_.path]) if exit_.path in targets else exit_
+            for exit_ in self.behaviour.exits
+        ]
+        return tuple(one for one in found if one.target is not None or not one.is_optional)
 
 
 @dataclass(frozen=True, slots=True)

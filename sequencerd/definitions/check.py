@@ -9,23 +9,22 @@ from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from typing import NamedTuple
 
+from sequencerd.core import graph
 from sequencerd.core.javascript.conditions import ALWAYS_TRUE, Operand, first_key
 from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import (
+    ALT_NEXT,
     DefinitionError,
     EvaluationError,
+    Exit,
     KeyPath,
     Problem,
     Sequence,
     SideEffect,
     Step,
 )
-from sequencerd.core.step_types import (
-    TEMPLATED,
-    ConditionConfig,
-    condition_of,
-    texts,
-)
+from sequencerd.core.step_types import BUILT_IN, is_goal, is_message, template_texts
+from sequencerd.core.step_types.conditions import ConditionConfig
 
 NAMES = (
     "id", "originalId", "subject", "dataLookup", "sequence", "step", "data", "external", "timezone",
@@ -43,10 +42,6 @@ FORMER = {
 }
 """The other fields that paths could read in the original, and what to do instead."""
 
-MESSAGES = ("Email", "SMS")  # everything in their configs is a template
-_ONE_WAY = (
-    "Goal", "WaitForDate", "WaitForDuration", "WaitForDateComparison", "UpdateData",
-)  # fmt: skip
 _SHOWN = 60  # characters of an operand
 
 
@@ -61,78 +56,38 @@ class Remark(NamedTuple):
 
 def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]:
     """All remarks on a sequence; `entered` are the steps to which other sequences lead."""
-    reachable = _reachable(sequence, entered)
+    starts = [sequence.first_step, *entered, *(goal.name for goal in sequence.goals)]
+    present = (name for name in starts if name in sequence.steps)
+    reachable = graph.reach(present, lambda name: targets(name, sequence))
     for step in sequence.steps.values():
-        if step.name not in reachable and step.type != "Goal":
+        if step.name not in reachable:
             yield Remark(step.name, (), "unreachable: no step leads here, write its name as a next")
         yield from _check_templates(step, sequence)
         if isinstance(step.behaviour, Problem):
             continue
-        if step.alt_next_step is not None and not goes_alt(step):
-            yield Remark(step.name, ("altNext",), _never_alt(step))
-        if condition := condition_of(step.type, step.config):
-            yield from _check_condition(step, condition, sequence)
-        is_custom = isinstance(step.behaviour, SideEffect) and step.type not in MESSAGES
+        if step.alt_next_step is not None and all(e.path != ALT_NEXT.path for e in step.exits):
+            told = BUILT_IN[step.type].never_alt or f"never taken by a {step.type}: leave it out"
+            yield Remark(step.name, ("altNext",), told)
+        for exit_ in step.exits:
+            if exit_.condition is not None:
+                yield from _check_condition(step, exit_, sequence)
+        is_custom = isinstance(step.behaviour, SideEffect) and not is_message(step.type)
         if is_custom and "external" in step.config and sequence.lookup is None:
             yield Remark(step.name, ("config", "external"), _NO_LOOKUP)
 
 
-# --- ways
-
-
-def _reachable(sequence: Sequence, entered: Collection[str]) -> set[str]:
-    """Where somebody can come: from the first step on, pulled by goals, from other sequences."""
-    found: set[str] = set()
-    goals = [goal.next_step for goal in sequence.goals]
-    ahead = [sequence.first_step, *entered, *(name for name in goals if name is not None)]
-    while ahead:
-        name = ahead.pop()
-        if name not in found and name in sequence.steps:
-            found.add(name)
-            ahead += ways(sequence.steps[name])
-    return found
-
-
-def ways(step: Step) -> list[str]:
+def targets(name: str, sequence: Sequence) -> list[str]:
     """The steps of its sequence to which a step leads."""
-    found: list[str | None] = [step.next_step]
-    if step.type == "GoTo" and "step" in step.config:
-        found = [None if step.config.get("sequence") else step.config["step"]]
-    if isinstance(step.behaviour, Problem) or goes_alt(step):
-        found.append(step.alt_next_step)
-    return [name for name in found if isinstance(name, str)]
-
-
-def goes_alt(step: Step) -> bool:
-    """Whether a step may take the other way."""
-    if step.type in MESSAGES:
-        exits = [key for key in _EXITS if step.config.get(key) == "altNext"]
-        return bool(exits) and (exits != ["onExpired"] or step.config.get("expires") is not None)
-    if step.type == "WaitForCondition":
-        return step.config.get("timeout") is not None
-    if step.type == "GoTo":
-        return bool(step.config.get("sequence"))
-    return step.type not in _ONE_WAY
-
-
-_EXITS = ("onError", "onSuppressed", "onExpired")
-
-
-def _never_alt(step: Step) -> str:
-    if step.type in MESSAGES:
-        return (
-            'never taken: write "onError: altNext" (or onSuppressed, or onExpired with expires) '
-            "into the config, or leave altNext out"
-        )
-    if step.type == "WaitForCondition":
-        return "never taken without a timeout: write one into the config, or leave altNext out"
-    return f"never taken by a {step.type}: leave it out"
+    exits = sequence.steps[name].exits
+    found = [one.target for one in exits if one.sequence in (None, sequence.name)]
+    return [target for target in found if target is not None and target in sequence.steps]
 
 
 # --- conditions
 
 
-def _check_condition(step: Step, config: ConditionConfig, sequence: Sequence) -> Iterator[Remark]:
+def _check_condition(step: Step, exit_: Exit, sequence: Sequence) -> Iterator[Remark]:
+    config: ConditionConfig = exit_.condition
     for key, operand in (("value", config.value), ("compareTo", config.compare_to)):
         if (
             operand is not None
@@ -140,9 +95,9 @@ def _check_condition(step: Step, config: ConditionConfig, sequence: Sequence) ->
             and (wrong := _wrong_path(operand.value, first_key(operand), sequence))
         ):
             is_former = first_key(operand) in FORMER
-            yield Remark(step.name, ("config", key, "value"), wrong, is_former)
+            yield Remark(step.name, (*exit_.condition_path, key, "value"), wrong, is_former)
     if answer := always(config, sequence):
-        yield _fixed(step, *answer)
+        yield _fixed(step, exit_, *answer)
 
 
 def always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
@@ -185,24 +140,22 @@ def _shown(text: str | None) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _fixed(step: Step, answer: bool | None, why: str) -> Remark:
-    keys = ("config",)
-    match step.type, answer:
-        case _, None:
-            return Remark(step.name, keys, f"this fails for everybody: {why}", is_error=True)
-        case "Goal", False:
-            return Remark(step.name, keys, f"nothing can meet this goal: {why}", is_error=True)
-        case "Goal", _:
-            message = f"everybody meets this goal before the first step: {why}"
-        case "Conditional", _:
-            message = f"always goes to {'next' if answer else 'altNext'}: {why}"
-        case _, True:
-            message = f"never waits: {why}"
-        case _ if step.config.get("timeout") is None:
-            return Remark(step.name, keys, f"nobody ever gets past here: {why}", is_error=True)
-        case _:
-            message = f"always waits for the timeout: {why}"
-    return Remark(step.name, keys, message)
+def _fixed(step: Step, exit_: Exit, answer: bool | None, why: str) -> Remark:
+    """A remark on the condition of an exit that is the same for every enrollment."""
+    following = step.exits[step.exits.index(exit_) + 1 :]
+    waits = exit_.at_once == "sometimes"
+    is_error = answer is None or (not answer and waits and not following)
+    if answer is None:
+        message = f"this fails for everybody: {why}"
+    elif is_goal(step.type):
+        does = "everybody meets this goal before the first step"
+        message = f"{does if answer else 'nothing can meet this goal'}: {why}"
+    elif waits:
+        does = "always waits for the timeout" if following else "nobody ever gets past here"
+        message = f"{'never waits' if answer else does}: {why}"
+    else:
+        message = f"always goes to {exit_.label if answer else following[0].label}: {why}"
+    return Remark(step.name, exit_.condition_path, message, is_error)
 
 
 # --- paths and templates
@@ -228,14 +181,15 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
     """Their paths; and, of a config that was not read as far as its templates, their errors."""
     problem = step.behaviour if isinstance(step.behaviour, Problem) else None
     told = {("config", *fault.path) for fault in problem.faults if fault.path} if problem else ()
-    for keys, source in texts(("config",), step.config if step.type in TEMPLATED else {}):
+    for path, source in template_texts(step.type, step.config):
+        keys = ("config", *path)
         try:
             template = compile_template(source, escape=False)
         except DefinitionError as error:
             if problem and not any(keys[: len(other)] == other for other in told):
                 yield Remark(step.name, keys, str(error), is_error=True)
             continue
-        for path in sorted(template.surely_reads - {"this"}):
-            root = path.split(".")[0]
-            if wrong := _wrong_path(path, root, sequence):
+        for read in sorted(template.surely_reads - {"this"}):
+            root = read.split(".")[0]
+            if wrong := _wrong_path(read, root, sequence):
                 yield Remark(step.name, keys, wrong, root in FORMER)

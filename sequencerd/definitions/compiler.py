@@ -10,16 +10,16 @@ from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
-from pydantic import Field, StrictFloat, StrictInt
-from pydantic.alias_generators import to_camel
 
+from sequencerd.core import graph, step_types
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.windows import Window
-from sequencerd.core.config import Config, Faults, nearest, parse_config
+from sequencerd.core.config import Faults, nearest, parse_config
 from sequencerd.core.model import (
+    EITHER,
     DefinitionError,
     Elsewhere,
     Exit,
@@ -27,18 +27,17 @@ from sequencerd.core.model import (
     Holidays,
     Instant,
     Problem,
-    RetryPolicy,
     Sequence,
     SideEffect,
     Step,
     no_holidays,
 )
-from sequencerd.core.step_types import (
-    COMPILERS,
-    DurationConfig,
+from sequencerd.core.step_types import BUILT_IN
+from sequencerd.core.step_types.effects import (
+    EFFECT_KEYS,
+    EffectConfig,
     compile_expiry,
-    compile_step,
-    roots,
+    effect_exits,
 )
 from sequencerd.core.window_config import WindowConfig
 from sequencerd.runners import Runner
@@ -46,52 +45,10 @@ from sequencerd.runners import Runner
 Runners = Mapping[str, Runner]
 
 MAX_STEPS = 20_000  # of a sequence; in sequencer.record_revision as well
-HINTS = 20  # steps that a GoTo names wrongly, for each of which all names are compared
+HINTS = 20  # steps that configs name wrongly, for each of which all names are compared
 
 
 # --- what is made of a step's type and config
-
-
-class RetryConfig(Config):
-    """How often a side effect that failed is tried again; what is left out, its runner says."""
-
-    attempts: StrictInt | None = Field(default=None, ge=1, le=1000)
-    """How often it is tried, with the first time."""
-    first_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=86400)
-    """Seconds before the second attempt; the delay doubles with each attempt."""
-    longest_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=30 * 86400)
-    """Seconds that the delay grows to."""
-    give_up_after: StrictInt | StrictFloat | None = Field(default=None, ge=1, le=365 * 86400)
-    """Seconds of waiting after which it is not tried again, instead of a number of attempts."""
-
-    def applied(self, policy: RetryPolicy) -> RetryPolicy:
-        """A runner's policy with what is written here; either end takes the place of its own."""
-        written = self.model_dump(exclude_none=True)
-        if written.keys() & {"attempts", "give_up_after"}:
-            policy = replace(policy, attempts=None, give_up_after=None)
-        return replace(policy, **written)
-
-
-class EffectConfig(Config):
-    """The keys that every step with a side effect takes, beside those of its runner."""
-
-    retry: RetryConfig = Field(default_factory=RetryConfig)
-    """How often it is tried again."""
-    on_error: Literal["fail", "altNext"] = "fail"
-    """What follows on the last failure: the enrollment fails, or goes on to altNext."""
-    delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
-    """at_most_once: never started again where it may have taken place; a person decides."""
-    expires: str | DurationConfig | None = None
-    """When it is too late: a date, a template that gives one, or a duration from the arrival."""
-    on_expired: Exit = "next"
-    """Where it goes when it is too late."""
-    on_suppressed: Exit = "next"
-    """Where it goes when nothing is sent, as whom it is meant for gets no messages."""
-    window: WindowConfig | None = None
-    """When it may begin, instead of in the window of the sequence; null: at any time."""
-
-
-_EFFECT_KEYS = frozenset(to_camel(name) for name in EffectConfig.model_fields)
 
 
 def served(runners: Runners) -> frozenset[str]:
@@ -106,34 +63,40 @@ def compile_behaviour(
 ) -> Instant | SideEffect | Problem:
     """What a step does, or why it can't."""
     try:
-        if type_ in COMPILERS:
-            return compile_step(type_, config)
+        if step_types.is_instant(type_):
+            return step_types.compile_step(type_, config)
         if type_ not in runners:
             raise DefinitionError(_unknown_type(type_, runners))
-        return _compile_effect(config, runners[type_])
+        return _compile_effect(type_, config, runners[type_])
     except DefinitionError as error:
-        return Problem(str(error), error.faults)
+        return Problem(str(error), error.faults, _named_exits(type_, config))
     except RecursionError as error:
         return Problem(str(error), (Fault((), str(error)),))
 
 
+def _named_exits(type_: str, config: Mapping[str, Any]) -> tuple[Exit, ...]:
+    """Where a step with an error may lead: its names of steps are known all the same."""
+    named = step_types.named_steps(type_, config)
+    return (*EITHER, *(Exit("next", ("config", *path), step, other) for path, step, other in named))
+
+
 def _unknown_type(type_: str, runners: Runners) -> str:
-    known = [*COMPILERS, *runners]
+    known = sorted({*BUILT_IN, *runners})
     return (
         f"type {type_!r} is served by no runner; {nearest(type_, known)}; a runner of your own is "
         f"set up as [runners.{type_}] in the settings, or installed as a Python package"
     )
 
 
-def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
+def _compile_effect(type_: str, config: Mapping[str, Any], runner: Runner) -> SideEffect:
     faults = Faults()
     expires = None
     with faults.at():
-        common = parse_config(EffectConfig, {k: config[k] for k in _EFFECT_KEYS & config.keys()})
+        common = parse_config(EffectConfig, {k: config[k] for k in EFFECT_KEYS & config.keys()})
         if common.expires is not None:
             expires = compile_expiry(common.expires)
     with faults.at():
-        program = runner.compile({k: v for k, v in config.items() if k not in _EFFECT_KEYS})
+        program = runner.compile({k: v for k, v in config.items() if k not in EFFECT_KEYS})
     faults.found = [_with_hint(fault) for fault in faults.found]
     faults.check()
     return SideEffect(
@@ -146,14 +109,15 @@ def _compile_effect(config: Mapping[str, Any], runner: Runner) -> SideEffect:
         on_expired=common.on_expired,
         window=common.window.window() if common.window else None,
         follows_window="window" not in common.model_fields_set,
+        exits=effect_exits(common, is_message=step_types.is_message(type_)),
     )
 
 
 def _with_hint(fault: Fault) -> Fault:
     """A runner doesn't know the keys that every one has: of a key that it refuses, the nearest."""
     key, *deeper = fault.path or ("",)
-    near = get_close_matches(str(key), _EFFECT_KEYS, n=1, cutoff=0.75)
-    if deeper or not near or key in _EFFECT_KEYS:
+    near = get_close_matches(str(key), EFFECT_KEYS, n=1, cutoff=0.75)
+    if deeper or not near or key in EFFECT_KEYS:
         return fault
     return Fault(fault.path, f"is not a key of this; did you mean {near[0]!r}?")
 
@@ -178,35 +142,34 @@ def build(
     """
     ordered = sorted(steps, key=lambda step: step.position)
     by_name = {step.name: step for step in ordered}
-    for stuck in _never_waiting(by_name):
-        by_name[stuck] = _with_problem(
-            by_name[stuck],
-            Fault((), "it is part of a cycle that never waits: put a step that waits into it"),
-        )
+    for stuck in _never_waiting(name, by_name):
+        fault = "it is part of a cycle that never waits: put a step that waits into it"
+        by_name[stuck] = _with_problems(by_name[stuck], [Fault((), fault)])
     hints = HINTS
     for step in ordered:
-        if step.type != "GoTo" or not isinstance(step.behaviour, Instant):
-            continue
-        target = step.config.get("step")
-        if not step.config.get("sequence") and target is not None and target not in by_name:
-            message = f"step {target!r} does not exist"
-            if hints:
-                hints -= 1
-                message += f"; {nearest(str(target), list(by_name))}"
-            by_name[step.name] = _with_problem(step, Fault(("step",), message))
+        missing = []
+        for exit_ in step.exits:
+            is_own = exit_.path[0] == "config" and exit_.sequence in (None, name)
+            if is_own and exit_.target is not None and exit_.target not in by_name:
+                hint = f"; {nearest(exit_.target, list(by_name))}" if hints else ""
+                hints = max(hints - 1, 0)
+                message = f"step {exit_.target!r} does not exist{hint}"
+                missing.append(Fault(exit_.path[1:], message))
+        by_name[step.name] = _with_problems(by_name[step.name], missing)
     try:
         dates.zone(timezone)
     except DefinitionError as error:
-        by_name = {key: _with_problem(step, Fault((), str(error))) for key, step in by_name.items()}
+        wrong = [Fault((), str(error))]
+        by_name = {key: _with_problems(step, wrong) for key, step in by_name.items()}
     opens, fault = _window_of(window)
     for step in ordered:
         if fault and isinstance(step.behaviour, SideEffect) and step.behaviour.follows_window:
-            by_name[step.name] = _with_problem(by_name[step.name], Fault((), fault))
+            by_name[step.name] = _with_problems(by_name[step.name], [Fault((), fault)])
         for calendar in calendars([step], opens):
             if holidays is not None and calendar not in holidays:
                 fault_here = Fault((), no_holidays(calendar))
-                by_name[step.name] = _with_problem(by_name[step.name], fault_here)
-    goals = tuple(step for step in reversed(ordered) if step.type == "Goal")
+                by_name[step.name] = _with_problems(by_name[step.name], [fault_here])
+    goals = tuple(step for step in reversed(ordered) if step_types.is_goal(step.type))
     return Sequence(
         name,
         first_step,
@@ -239,7 +202,7 @@ def calendars(steps: Iterable[Step], window: Window | None) -> set[str]:
             opens = window if step.behaviour.follows_window else step.behaviour.window
             found |= {opens.holidays} if opens else set()
             found |= {*_named(step.config.get("expires"), "holidays")}
-        elif step.type in COMPILERS:
+        elif step_types.is_instant(step.type):
             found |= {*_named(step.config, "holidays")}
     return {name for name in found if isinstance(name, str)}
 
@@ -251,37 +214,31 @@ def _named(config: Any, key: str) -> Iterator[object]:
             yield from [value] if name == key else _named(value, key)
 
 
-def _with_problem(step: Step, fault: Fault) -> Step:
-    if isinstance(step.behaviour, Problem):
+def _with_problems(step: Step, faults: Iterable[Fault]) -> Step:
+    """The step, with these faults next to its own."""
+    if not (found := list(faults)):
         return step
-    return replace(step, behaviour=Problem(str(fault), (fault,)))
+    before = step.behaviour.faults if isinstance(step.behaviour, Problem) else ()
+    error = DefinitionError([*before, *found])
+    return replace(step, behaviour=Problem(str(error), error.faults, step.behaviour.exits))
 
 
-def _never_waiting(steps: Mapping[str, Step]) -> set[str]:
-    """Steps from which every way leads round and round without a wait or a side effect.
-
-    The greatest set whose members are GoTo, Conditional, Split or UpdateData and lead only to
-    members.
-    """
-    ways: dict[str, set[str | None]] = {}
+def _never_waiting(name: str, steps: Mapping[str, Step]) -> set[str]:
+    """The steps from which every exit leads round and round, without a wait or a side effect."""
+    left: list[str] = []  # steps that something leads out of
+    sources: dict[str, list[str]] = defaultdict(list)
     for step in steps.values():
-        if isinstance(step.behaviour, Problem):
-            continue
-        if step.type == "GoTo" and not step.config.get("sequence"):
-            ways[step.name] = {step.config.get("step") or step.next_step}
-        elif step.type in ("Conditional", "Split"):
-            ways[step.name] = {step.next_step, step.alt_next_step}
-        elif step.type == "UpdateData":
-            ways[step.name] = {step.next_step}
-    coming: dict[str | None, list[str]] = defaultdict(list)
-    for name, targets in ways.items():
-        for target in targets:
-            coming[target].append(name)
-    leaving = [target for target in coming if target not in ways]
-    while leaving:
-        coming_there = coming[leaving.pop()]
-        leaving += [name for name in coming_there if ways.pop(name, None) is not None]
-    return set(ways)
+        for exit_ in step.exits:
+            if exit_.target is not None and exit_.sequence in (None, name):
+                sources[exit_.target].append(step.name)
+        if not isinstance(step.behaviour, Instant) or any(
+            exit_.at_once != "always"
+            or exit_.target not in steps
+            or exit_.sequence not in (None, name)
+            for exit_ in step.exits
+        ):
+            left.append(step.name)
+    return steps.keys() - graph.reach(left, lambda step: sources[step])
 
 
 class Compiled(NamedTuple):
@@ -359,12 +316,15 @@ def from_rows(
 def reads_external(type_: str, config: Mapping[str, Any]) -> bool:
     """Whether a step's condition or one of its templates reads external data, or all data.
 
-    Of a type that is not built in, whether the word is anywhere in the config.
+    Of a step with a side effect, whether the word is anywhere in the config.
     """
-    read = roots(type_, config)
+    read = step_types.roots(type_, config)
     if read is None or "external" in read:
         return True
-    return type_ not in COMPILERS and re.search(r"\bexternal\b", json.dumps(config)) is not None
+    return (
+        not step_types.is_instant(type_)
+        and re.search(r"\bexternal\b", json.dumps(config)) is not None
+    )
 
 
 def problems(
@@ -422,7 +382,7 @@ class Definition:
         old_names = {new: old for old, new in self.pending_renames(present).items()}
         found = {}
         for name, step in self.sequence.steps.items():
-            if step.type == "Split":
+            if step_types.is_seeded(step.type):
                 known = present.get(old_names.get(name, name))
                 first = f"{self.sequence.name}/{self.renames.get(name, name)}"
                 while not known and first in present.values():  # of one that was renamed

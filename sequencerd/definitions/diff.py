@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sequencerd.core.step_types import is_seeded
+
 Document = Mapping[str, Any]
 """A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
 
@@ -107,7 +109,7 @@ def seeds(document: Document) -> dict[str, str | None]:
 
 def _seeded(document: Document, step: Mapping[str, Any]) -> Mapping[str, Any]:
     """A step with what it deals by, if it does."""
-    if step["type"] != "Split":
+    if not is_seeded(step["type"]):
         return step
     return {**step, "seed": step.get("seed", f"{document['name']}/{step['name']}")}
 

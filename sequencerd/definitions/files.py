@@ -24,7 +24,7 @@ from sequencerd.core import model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, faults, nearest
 from sequencerd.core.model import Fault, KeyPath, Problem, Step, printable
-from sequencerd.core.step_types import COMPILERS
+from sequencerd.core.step_types import is_instant, is_seeded, named_steps
 from sequencerd.core.window_config import WindowConfig
 from sequencerd.definitions import check, cycles
 from sequencerd.definitions.compiler import (
@@ -194,7 +194,7 @@ def read_files(paths: Iterable[Path], runners: Runners) -> tuple[list[Definition
     }
     entered: dict[str, set[str]] = {}
     for source in sources.values():
-        for _, name, step in source.jumps():
+        for _, name, step in source.steps_elsewhere():
             entered.setdefault(name, set()).add(step)
     built = {
         source: one
@@ -252,13 +252,13 @@ class _Source:
         line = self.document.line(keys, int(within[1]) if within else 0)
         self.findings.append(Finding(self.path, line, self.name, step, text, is_error))
 
-    def jumps(self) -> Iterator[tuple[int, str, str]]:
-        """Where it leads to other sequences: number of the step, name of the sequence, and step."""
+    def steps_elsewhere(self) -> Iterator[tuple[KeyPath, str, str]]:
+        """Yield the steps of other sequences that configs name: path, sequence, and step."""
         for number, value in enumerate(self.steps):
             config = value.get("config") if isinstance(value, dict) else None
-            sequence, step = _text_at(config, "sequence"), _text_at(config, "step")
-            if _text_at(value, "type") == "GoTo" and sequence is not None and step is not None:
-                yield number, sequence, step
+            for path, step, sequence in named_steps(_text_at(value, "type") or "", config):
+                if sequence is not None:
+                    yield ("steps", number, "config", *path), sequence, step
 
 
 def _text_at(value: object, key: str) -> str | None:
@@ -312,8 +312,9 @@ def _build(
     )
     for step in steps:
         built = sequence.steps[step.name].behaviour
-        if isinstance(built, Problem) and built is not step.behaviour:
-            for keys, message in built.faults:
+        if isinstance(built, Problem):
+            known = step.behaviour.faults if isinstance(step.behaviour, Problem) else ()
+            for keys, message in built.faults[len(known) :]:
                 config = ("config",) if keys else ()
                 source.say(("steps", step.position, *config, *keys), message)
     return _Built(sequence, parsed, are_ways_known)
@@ -378,9 +379,9 @@ def _check_names(source: _Source, sources: Mapping[str | None, _Source]) -> None
                 ("steps", number, "renamedFrom"),
                 "these steps change names in a circle: rename one of them in a first apply",
             )
-    for number, other, target in source.jumps():
-        if other in sources:
-            _check_target(source, ("steps", number, "config", "step"), target, sources[other])
+    for path, other, target in source.steps_elsewhere():
+        if other in sources and other != source.name:
+            _check_target(source, path, target, sources[other])
 
 
 def _renamed_in_a_circle(
@@ -427,11 +428,12 @@ def _read_steps(source: _Source, runners: Runners) -> list[Step]:
             reads_external=reads_external(parsed.type, parsed.config),
             seed=parsed.seed,
         )
-        if parsed.seed is not None and parsed.type != "Split":
-            source.say(("steps", number, "seed"), "only a Split deals by a seed: leave it out")
+        if parsed.seed is not None and not is_seeded(parsed.type):
+            message = f"a {parsed.type} is not decided by a seed: leave it out"
+            source.say(("steps", number, "seed"), message)
         steps.setdefault(step.name, step)
         if isinstance(step.behaviour, Problem):
-            is_served = parsed.type in COMPILERS or parsed.type in runners
+            is_served = is_instant(parsed.type) or parsed.type in runners
             for keys, message in step.behaviour.faults:
                 key = "config" if is_served else "type"
                 source.say(("steps", number, key, *keys), message.removeprefix("type "))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from sequencerd.core.model import Sequence, Step
+from sequencerd.core.model import NEXT, Sequence, Step
 
 Counts = Mapping[tuple[str, str], int]
 """How many are at a step, by sequence and step."""
@@ -25,20 +25,9 @@ class Edge(NamedTuple):
 def edges(sequence: Sequence) -> Iterator[Edge]:
     """The ways in the order of the definition."""
     for step in sequence.steps.values():
-        jump, elsewhere = _jump(step)
-        if jump is not None:
-            yield Edge(step.name, jump, "", elsewhere)
-        else:
-            yield Edge(step.name, step.next_step)
-        if step.alt_next_step is not None:
-            yield Edge(step.name, step.alt_next_step, "altNext")
-
-
-def _jump(step: Step) -> tuple[str | None, str | None]:
-    target, sequence = step.config.get("step"), step.config.get("sequence")
-    if step.type != "GoTo" or not isinstance(target, str):
-        return None, None
-    return target, sequence if isinstance(sequence, str) else None
+        for exit_ in step.exits:
+            label = "" if exit_.label == NEXT.label else exit_.label
+            yield Edge(step.name, exit_.target, label, exit_.sequence)
 
 
 def text(sequence: Sequence, counts: Counts) -> str:
@@ -62,7 +51,7 @@ def mermaid(sequence: Sequence, counts: Counts) -> str:
     ids = {name: f"s{n}" for n, name in enumerate(sequence.steps)}
     lines = ["flowchart TD"]
     for name, step in sequence.steps.items():
-        left, right = ("{{", "}}") if step.type == "Goal" else ("[", "]")
+        left, right = ("{{", "}}") if step in sequence.goals else ("[", "]")
         label = "<br/>".join(map(_for_mermaid, _label(sequence, step, counts)))
         lines.append(f'  {ids[name]}{left}"{label}"{right}')
     others: dict[str, str] = {}
@@ -84,7 +73,7 @@ def dot(sequence: Sequence, counts: Counts) -> str:
     lines = [f"digraph {_for_dot(sequence.name)} {{", "  node [shape=box];"]
     for name, step in sequence.steps.items():
         label = _for_dot("\n".join(_label(sequence, step, counts)))
-        shape = ", shape=hexagon" if step.type == "Goal" else ""
+        shape = ", shape=hexagon" if step in sequence.goals else ""
         lines.append(f"  {_for_dot('step ' + name)} [label={label}{shape}];")
     others = set()
     for way in edges(sequence):

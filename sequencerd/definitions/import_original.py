@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.core import model
+from sequencerd.core import graph, model
 from sequencerd.definitions import files, plan
+from sequencerd.definitions.check import targets
 from sequencerd.definitions.compiler import Definition, Runners
 from sequencerd.definitions.diff import Document
 from sequencerd.definitions.yaml_writer import DEFAULTS, to_yaml
@@ -186,14 +187,13 @@ def _names(sequences: Iterable[asyncpg.Record]) -> dict[str, str]:
 def _in_order(first: str | None, rows: Sequence[asyncpg.Record]) -> list[asyncpg.Record]:
     """Along the ways, the first step first; what none of them reaches, such as goals, behind it."""
     by_id = {row["id"]: row for row in rows}
-    found: dict[str, asyncpg.Record] = {}
-    open_ = [first, *by_id]
-    while open_:
-        row = by_id.get(open_.pop(0) or "")
-        if row is not None and row["id"] not in found:
-            found[row["id"]] = row
-            open_[:0] = [row["next"], row["alt_next"]]
-    return list(found.values())
+
+    def following(id_: str) -> list[str]:
+        row = by_id[id_]
+        return [there for there in (row["next"], row["alt_next"]) if there in by_id]
+
+    starts = [id_ for id_ in (first, *by_id) if id_ in by_id]
+    return [by_id[id_] for id_, _ in graph.walk(starts, following, depth_first=True)]
 
 
 def _wrong(first: str | None, steps: Sequence[asyncpg.Record]) -> str | None:
@@ -241,24 +241,17 @@ def _goals_met(sequence: model.Sequence) -> dict[str, list[str]]:
 
     The original kept no record of that, and a goal pulls once.
     """
-    goals = [name for name, step in sequence.steps.items() if step.type == "Goal"]
+
+    def reached(start: str, but: str | None = None) -> set[str]:
+        starts = [] if start == but else [start]
+        return graph.reach(starts, lambda name: [t for t in targets(name, sequence) if t != but])
+
     met: dict[str, list[str]] = {}
-    for goal in goals:
-        around = _reached(sequence.steps, sequence.first_step, but=goal)
-        for name in _reached(sequence.steps, goal) - around - {goal}:
-            met.setdefault(name, []).append(goal)
+    for goal in reversed(sequence.goals):
+        around = reached(sequence.first_step, but=goal.name)
+        for name in reached(goal.name) - around - {goal.name}:
+            met.setdefault(name, []).append(goal.name)
     return met
-
-
-def _reached(steps: Mapping[str, model.Step], start: str, but: str | None = None) -> set[str]:
-    found: set[str] = set()
-    open_ = [start]
-    while open_:
-        name = open_.pop()
-        if name in steps and name not in found and name != but:
-            found.add(name)
-            open_ += [steps[name].next_step or "", steps[name].alt_next_step or ""]
-    return found
 
 
 # --- the people

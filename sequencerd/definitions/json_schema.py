@@ -6,11 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sequencerd.core.step_types import CONFIGS
-from sequencerd.definitions.compiler import EffectConfig
+from sequencerd.core.step_types import BUILT_IN, is_message
+from sequencerd.core.step_types.effects import EffectConfig
 from sequencerd.definitions.files import MAX_NAME, FileSequence
-from sequencerd.runners.email.runner import EmailConfig
-from sequencerd.runners.sms.runner import SmsConfig
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -22,9 +20,9 @@ def make() -> Schema:
     defs: Schema = {}
     root = _of(FileSequence, defs)
     step = defs["FileStep"]
-    configs = {name: _of(model, defs) for name, model in CONFIGS.items()}
-    for name, model in (("Email", EmailConfig), ("SMS", SmsConfig)):
-        configs[name] = _with_effect(_of(model, defs), defs)
+    configs = {name: _of(type_.config, defs) for name, type_ in BUILT_IN.items()}
+    for name in filter(is_message, BUILT_IN):
+        configs[name] = _with_effect(configs[name], defs)
     custom = _with_effect({"type": "object", "description": "What your runner takes."}, defs)
     step["properties"]["type"] = {
         "description": step["properties"]["type"]["description"],

@@ -279,9 +279,13 @@ def _concerned(changes: Changes, definition: Definition) -> list[str]:
         for name, keys in changes.changed.items()
         if any(key == "type" or key.startswith("config.") for key in keys)
     }
-    concerns_all = changes.settings.keys() & {"timezone", "lookup", "recheck", "window"} or any(
-        steps[name].type == "Goal" for name in altered | changes.added.keys()
-    )
+    goals = {goal.name for goal in definition.sequence.goals}
+    concerns_all = changes.settings.keys() & {
+        "timezone",
+        "lookup",
+        "recheck",
+        "window",
+    } or goals & (altered | changes.added.keys())
     return [
         name for name in steps if name in altered or (concerns_all and name not in changes.added)
     ]

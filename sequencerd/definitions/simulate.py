@@ -41,7 +41,7 @@ from sequencerd.core.model import (
     parse_data,
     view,
 )
-from sequencerd.core.step_types import ConditionConfig, condition_of
+from sequencerd.core.step_types.conditions import ConditionConfig
 
 MAX_ENTRIES = 10_000
 """A simulation ends here, as a sequence that loops has no end of its own."""
@@ -285,12 +285,12 @@ class _Journey:
             step = self._step(event)
             if step and isinstance(step.behaviour, Instant):
                 context = self._look(here, now)
-                is_move = event.action in (Action.NEXT, Action.ALT_NEXT)
-                if is_move and (condition := condition_of(step.type, step.config)):
-                    message = _because(condition, context)
-                elif event.action == Action.NEXT and step.type == "UpdateData":
-                    answer = step.behaviour.answer(context)
-                    assert isinstance(answer, Update)
+                conditions = [e.condition for e in step.exits if e.condition is not None]
+                if event.action not in (Action.NEXT, Action.ALT_NEXT):
+                    pass
+                elif conditions:
+                    message = "; ".join(_because(one, context) for one in conditions)
+                elif isinstance(answer := step.behaviour.answer(context), Update):
                     data = {**parse_data(here.data), **answer.data}
                     here = here._replace(data=json.dumps(data))
                     message = json.dumps(dict(answer.data), ensure_ascii=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from pydantic import SecretStr
 
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
+from sequencerd.core.step_types import BUILT_IN
+from sequencerd.core.step_types.effects import EMAIL, SMS, SmsConfig
 from sequencerd.errors import SettingsError
 from sequencerd.runners.aws_lambda import MAX_EVENT, LambdaFunction
 from sequencerd.runners.email.oauth import Client
@@ -16,7 +18,7 @@ from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http import BATCH_BYTES, BatchRunner, Endpoint, HttpEndpoint
 from sequencerd.runners.protocol import Runner
 from sequencerd.runners.python import load
-from sequencerd.runners.sms.runner import HttpSmsRunner, SmsConfig, TwilioRunner
+from sequencerd.runners.sms.runner import HttpSmsRunner, TwilioRunner
 from sequencerd.runners.suppressions import Suppressions
 from sequencerd.settings import Email, LookupEndpoint, Settings, Sms
 from sequencerd.settings import HttpEndpoint as RunnerEndpoint
@@ -29,10 +31,13 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
     """
     try:
         runners: dict[str, Runner] = {
-            "Email": make_email_runner(settings.email, suppressions),
-            "SMS": _sms_runner(settings.sms, suppressions),
+            EMAIL.name: make_email_runner(settings.email, suppressions),
+            SMS.name: _sms_runner(settings.sms, suppressions),
         }
-        runners |= load()
+        installed = load()
+        _check_names(installed, "the Python runner {}")
+        _check_names(settings.runners, "[runners.{}]")
+        runners |= installed
         for name, endpoint in settings.runners.items():
             runners[name] = BatchRunner(
                 make_endpoint(endpoint),
@@ -67,6 +72,15 @@ def make_endpoint(settings: RunnerEndpoint | LookupEndpoint) -> Endpoint:
         allow_private=settings.allow_private,
         http2=settings.http2 if isinstance(settings, RunnerEndpoint) else False,
     )
+
+
+def _check_names(names: Iterable[str], shown: str) -> None:
+    """Raise ValueError for a runner that has the name of a built-in type."""
+    for name in names:
+        if name in BUILT_IN:
+            raise ValueError(
+                f"{shown.format(name)}: {name} is a built-in step type, choose another name"
+            )
 
 
 def make_email_runner(

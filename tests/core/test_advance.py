@@ -24,7 +24,6 @@ from sequencerd.core.model import (
     End,
     Enrollment,
     Execute,
-    Exit,
     Fail,
     Failed,
     Found,
@@ -34,12 +33,15 @@ from sequencerd.core.model import (
     RetryPolicy,
     Sequence,
     SideEffect,
+    Skip,
     Step,
     Suppressed,
     Wait,
     effect_key,
 )
-from sequencerd.core.step_types import DurationConfig, compile_expiry, compile_step
+from sequencerd.core.step_types import compile_step
+from sequencerd.core.step_types.effects import compile_expiry
+from sequencerd.core.step_types.waits import DurationConfig
 
 NOW = datetime(2026, 3, 2, 10, 0, tzinfo=UTC)  # a Monday
 EFFECT = SideEffect(program=None, retry=RetryPolicy(attempts=3, first_delay=10, longest_delay=60))
@@ -396,7 +398,7 @@ def test_what_is_not_the_messages_fault_spends_no_attempt() -> None:
 
 @pytest.mark.parametrize(("way", "leads"), [("next", "end"), ("altNext", "other"), ("end", None)])
 def test_what_is_suppressed_is_recorded_as_such_and_goes_its_way(
-    way: Exit, leads: str | None
+    way: Skip, leads: str | None
 ) -> None:
     definitions = sequence(
         step("mail", "Email", None, "end", "other", effect=replace(EFFECT, on_suppressed=way)),

@@ -22,7 +22,8 @@ from sequencerd.core.model import (
     SideEffect,
     Wait,
 )
-from sequencerd.core.step_types import DurationConfig, compile_expiry
+from sequencerd.core.step_types.effects import compile_expiry
+from sequencerd.core.step_types.waits import DurationConfig
 from sequencerd.core.window_config import WindowConfig, describe_window
 from tests.core.test_advance import EFFECT, at, sequence, step
 

@@ -14,13 +14,13 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sequencerd.cli import main
 from sequencerd.core.model import Enrollment
 from sequencerd.definitions.simulate import MAX_ENTRIES, Simulation
-from sequencerd.errors import UsageError
+from sequencerd.errors import FileError, UsageError
 from sequencerd.testing import Simulator, load
 from tests.helpers.commands import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
@@ -151,6 +151,7 @@ def test_a_year_of_daily_steps_takes_no_time(tmp_path: Path) -> None:
     assert time.process_time() - begun < 60  # seconds; it takes a fraction of one
 
 
+@settings(deadline=None)
 @given(
     amounts=st.lists(st.integers(-2, 400), min_size=1, max_size=6),
     jumps=st.lists(st.integers(0, 5), min_size=6, max_size=6),
@@ -168,7 +169,10 @@ def test_it_always_ends_and_time_goes_on(
         f" next: {names[jump % len(names)]}}}\n"
         for name, amount, jump in zip(names, amounts, jumps, strict=False)
     )
-    sequences = loaded(tmp_path_factory.mktemp("s"), text)
+    try:
+        sequences = loaded(tmp_path_factory.mktemp("s"), text)
+    except FileError:
+        assume(condition=False)  # a cycle of waits that are over on arrival
     data = {f"PT{hours}H": {"paid": paid} for hours, paid in changes.items()}
     simulation = sequences.simulate(start=START, until="2026-03-20", changes=data)
     times = [entry.at for entry in simulation.entries]

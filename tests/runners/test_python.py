@@ -15,8 +15,11 @@ import pytest
 from pydantic import BaseModel
 
 from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result
+from sequencerd.errors import SettingsError
 from sequencerd.runners import Refused
 from sequencerd.runners.python import PythonRunner, as_runner, load, runner
+from sequencerd.runners.registry import make_runners
+from sequencerd.settings import Settings
 from tests.helpers.servers import KEY, task
 
 
@@ -259,6 +262,15 @@ def test_two_packages_with_the_same_type(tmp_path: Path, monkeypatch: pytest.Mon
         install(tmp_path, monkeypatch, f"Coupon = {name}_runners:coupon", code, name)
     with pytest.raises(ValueError, match="two packages"):
         load()
+
+
+def test_a_package_with_the_name_of_a_built_in_type_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "def go(config, runner):\n    pass\n"
+    install(tmp_path, monkeypatch, "GoTo = shop_runners:go", code)
+    with pytest.raises(SettingsError, match="the Python runner GoTo: GoTo is a built-in step type"):
+        make_runners(Settings())
 
 
 def test_an_object_that_is_a_runner_is_taken_as_it_is() -> None:

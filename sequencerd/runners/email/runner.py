@@ -12,9 +12,7 @@ from email.utils import format_datetime
 from typing import Any
 from urllib.parse import quote
 
-from pydantic import ConfigDict, Field, model_validator
-
-from sequencerd.core.config import Config, Faults, parse_config
+from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
     MESSAGE_RETRY,
@@ -28,6 +26,7 @@ from sequencerd.core.model import (
     Suppressed,
     Task,
 )
+from sequencerd.core.step_types.effects import EmailConfig
 from sequencerd.runners.email import mime, pending
 from sequencerd.runners.email.addresses import Addresses, compile_addresses
 from sequencerd.runners.email.oauth import Client, Tokens, token_source
@@ -42,54 +41,6 @@ from sequencerd.runners.pace import Pace
 from sequencerd.runners.suppressions import Suppressions
 
 MAX_RECIPIENTS = 100
-
-HEADERS = ("In-Reply-To", "References", "Precedence", "Auto-Submitted", "Feedback-ID")
-"""The headers that a config may set, next to X-... and List-..."""
-
-_HEADER_NAME = re.compile(rf"(?:X-|List-)[A-Za-z0-9-]+|{'|'.join(HEADERS)}", re.IGNORECASE)
-
-
-class EmailConfig(Config):
-    """Sends an e-mail; everything is a template."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"anyOf": [{"required": ["text"]}, {"required": ["html"]}]}
-    )
-
-    from_: str = Field(alias="from")
-    """The sender, such as Shop <hi@example.com>."""
-    to: str | list[str]
-    """Addresses, such as {{data.email}}."""
-    cc: str | list[str] | None = None
-    """More addresses; what renders to nothing is left out."""
-    bcc: str | list[str] | None = None
-    """Addresses that nobody sees."""
-    reply_to: str | list[str] | None = None
-    """Where answers go."""
-    subject: str
-    """The subject, in one line."""
-    text: str | None = None
-    """The message in plain text; text, html or both."""
-    html: str | None = None
-    """The message in HTML, in which {{x}} is escaped."""
-    headers: dict[str, str] = Field(default_factory=dict)
-    """Further headers: X-..., List-... and a few more."""
-    list_unsubscribe: str | None = None
-    """A URL to unsubscribe at with one click."""
-    many: bool = False
-    """Whether a value may hold several addresses, with commas; otherwise it is one."""
-
-    @model_validator(mode="after")
-    def _check(self) -> EmailConfig:
-        if self.text is None and self.html is None:
-            raise ValueError("text or html is missing: write one of them, or both")
-        for name in self.headers:
-            if not _HEADER_NAME.fullmatch(name):
-                raise ValueError(
-                    f"headers: {name!r} can't be set here: write X-..., List-..., "
-                    f"{', '.join(HEADERS)}"
-                )
-        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
-from sequencerd.core.config import Config, Faults, parse_config
+from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
     MESSAGE_RETRY,
@@ -26,6 +26,7 @@ from sequencerd.core.model import (
     Suppressed,
     Task,
 )
+from sequencerd.core.step_types.effects import SmsConfig
 from sequencerd.runners.fields import (
     RenderError,
     compile_field,
@@ -53,21 +54,6 @@ _ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region, also with 4
 _CARRIERS_DAY = 30027  # a carrier's messages of a day
 _PASSING = frozenset({30008, _CARRIERS_DAY})  # nobody knows what
 NO_TIME = timedelta(0)
-
-
-class SmsConfig(Config):
-    """Sends an SMS; everything is a template."""
-
-    from_: str | None = Field(None, alias="from")
-    """The sender's number."""
-    to: str
-    """The number, with its country, such as {{data.phone}}."""
-    message: str
-    """The text."""
-    messaging_service_sid: str | None = None
-    """Twilio's messaging service, instead of a sender."""
-    status_callback: str | None = None
-    """A URL that Twilio tells what became of the message."""
 
 
 class TwilioConfig(SmsConfig):

@@ -1,0 +1,99 @@
+"""The built-in step types: one record each, from which everything else is derived.
+
+A family of types has a file: their configs, and what they do. Names and keys are the original's.
+What reads a step type by its name reads it here; whoever imports this package may be anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from pydantic import ValidationError
+
+from sequencerd.core.config import parse_config
+from sequencerd.core.javascript.templates import compile_template
+from sequencerd.core.model import DefinitionError, Instant, KeyPath
+from sequencerd.core.step_types import branches, data, effects, waits
+from sequencerd.core.step_types.conditions import read_condition
+from sequencerd.core.step_types.record import StepType, find, texts
+
+BUILT_IN: Mapping[str, StepType] = {
+    type_.name: type_ for type_ in (*branches.TYPES, *waits.TYPES, *data.TYPES, *effects.TYPES)
+}
+"""All built-in types by name, in the order of the documentation."""
+
+
+def is_instant(type_: str) -> bool:
+    """Whether a type is built in and has no side effect."""
+    return type_ in BUILT_IN and BUILT_IN[type_].compile is not None
+
+
+def is_message(type_: str) -> bool:
+    """Whether a type is built in and has a side effect."""
+    return type_ in BUILT_IN and BUILT_IN[type_].compile is None
+
+
+def is_goal(type_: str) -> bool:
+    """Whether a step of this type is a goal."""
+    return type_ in BUILT_IN and BUILT_IN[type_].is_goal
+
+
+def is_seeded(type_: str) -> bool:
+    """Whether a seed decides where a step of this type leads a subject."""
+    return type_ in BUILT_IN and BUILT_IN[type_].is_seeded
+
+
+def compile_step(type_: str, config: Mapping[str, Any]) -> Instant:
+    """Compile a step without a side effect. Raises DefinitionError."""
+    record = BUILT_IN[type_]
+    assert record.compile is not None
+    return record.compile(parse_config(record.config, config))
+
+
+def describe_wait(type_: str | None, config: Mapping[str, Any]) -> str:
+    """Describe what an enrollment at a step waits for; empty for a step that does not wait."""
+    return BUILT_IN[type_].describe(config) if type_ is not None and type_ in BUILT_IN else ""
+
+
+def named_steps(type_: str, config: object) -> Iterator[tuple[KeyPath, str, str | None]]:
+    """Yield the steps that a config names, with their paths, and their sequences where it names
+    these, too.
+    """
+    for path in BUILT_IN[type_].steps if type_ in BUILT_IN else ():
+        for where, holder in find(config, path[:-1]):
+            step = holder.get(path[-1]) if isinstance(holder, dict) else None
+            if isinstance(step, str):
+                sequence = holder.get("sequence")
+                yield (*where, path[-1]), step, sequence if isinstance(sequence, str) else None
+
+
+def template_texts(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the templates in a config, with their paths."""
+    for key in BUILT_IN[type_].templates if type_ in BUILT_IN else ():
+        yield from texts(config.get(key), (key,))
+
+
+def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
+    """Return the first keys of what a step reads of the view; None for all of it.
+
+    Of a config with errors it is what can be told.
+    """
+    found: set[str] = set()
+    for path in BUILT_IN[type_].conditions if type_ in BUILT_IN else ():
+        for _, condition in find(config, path):
+            if not isinstance(condition, dict):
+                continue
+            with suppress(DefinitionError, ValidationError):
+                found |= read_condition(condition).predicate().roots
+    try:
+        for _, source in template_texts(type_, config):
+            with suppress(DefinitionError):
+                read = compile_template(source, escape=False).roots
+                if read is None:
+                    return None
+                found |= read
+    except RecursionError:
+        return None
+    return frozenset(found)

@@ -1,0 +1,175 @@
+"""The keys that every step with a side effect takes, and the built-in messages: Email, SMS."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from typing import Literal
+
+from pydantic import ConfigDict, Field, StrictFloat, StrictInt, model_validator
+from pydantic.alias_generators import to_camel
+
+from sequencerd.core.config import Config
+from sequencerd.core.model import (
+    ALT_NEXT,
+    NEXT,
+    Context,
+    Exit,
+    RetryPolicy,
+    Skip,
+)
+from sequencerd.core.step_types.record import StepType
+from sequencerd.core.step_types.templates import compile_date
+from sequencerd.core.step_types.waits import DurationConfig, compile_duration
+from sequencerd.core.window_config import WindowConfig
+
+
+class RetryConfig(Config):
+    """How often a side effect that failed is tried again; what is left out, its runner says."""
+
+    attempts: StrictInt | None = Field(default=None, ge=1, le=1000)
+    """How often it is tried, with the first time."""
+    first_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=86400)
+    """Seconds before the second attempt; the delay doubles with each attempt."""
+    longest_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=30 * 86400)
+    """Seconds that the delay grows to."""
+    give_up_after: StrictInt | StrictFloat | None = Field(default=None, ge=1, le=365 * 86400)
+    """Seconds of waiting after which it is not tried again, instead of a number of attempts."""
+
+    def applied(self, policy: RetryPolicy) -> RetryPolicy:
+        """A runner's policy with what is written here; either end takes the place of its own."""
+        written = self.model_dump(exclude_none=True)
+        if written.keys() & {"attempts", "give_up_after"}:
+            policy = replace(policy, attempts=None, give_up_after=None)
+        return replace(policy, **written)
+
+
+class EffectConfig(Config):
+    """The keys that every step with a side effect takes, beside those of its runner."""
+
+    retry: RetryConfig = Field(default_factory=RetryConfig)
+    """How often it is tried again."""
+    on_error: Literal["fail", "altNext"] = "fail"
+    """What follows on the last failure: the enrollment fails, or goes on to altNext."""
+    delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
+    """at_most_once: never started again where it may have taken place; a person decides."""
+    expires: str | DurationConfig | None = None
+    """When it is too late: a date, a template that gives one, or a duration from the arrival."""
+    on_expired: Skip = "next"
+    """Where it goes when it is too late."""
+    on_suppressed: Skip = "next"
+    """Where it goes when nothing is sent, as whom it is meant for gets no messages."""
+    window: WindowConfig | None = None
+    """When it may begin, instead of in the window of the sequence; null: at any time."""
+
+
+EFFECT_KEYS = frozenset(to_camel(name) for name in EffectConfig.model_fields)
+
+
+def compile_expiry(expires: str | DurationConfig) -> Callable[[Context], datetime]:
+    """Compile the time when a side effect is too late. Raises DefinitionError."""
+    if isinstance(expires, str):
+        return compile_date("expires", expires)
+    return compile_duration(expires)
+
+
+def effect_exits(config: EffectConfig, *, is_message: bool) -> tuple[Exit, ...]:
+    """Where a step with a side effect leads. A message is answered with next alone; a custom
+    runner may answer altNext, and noop, which is a wait.
+    """
+    skips = {config.on_suppressed, config.on_expired if config.expires is not None else "next"}
+    exits = [NEXT]
+    if not is_message:
+        exits = [NEXT._replace(at_once="sometimes"), ALT_NEXT._replace(at_once="sometimes")]
+        exits[1] = exits[1]._replace(is_optional="altNext" not in {config.on_error, *skips})
+    elif "altNext" in {config.on_error, *skips}:
+        exits.append(ALT_NEXT)
+    if "end" in skips:
+        exits.append(Exit("end", ("config",)))
+    return tuple(exits)
+
+
+# --- messages
+
+HEADERS = ("In-Reply-To", "References", "Precedence", "Auto-Submitted", "Feedback-ID")
+"""The headers that a config may set, next to X-... and List-..."""
+
+_HEADER_NAME = re.compile(rf"(?:X-|List-)[A-Za-z0-9-]+|{'|'.join(HEADERS)}", re.IGNORECASE)
+
+
+class EmailConfig(Config):
+    """Sends an e-mail; everything is a template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["text"]}, {"required": ["html"]}]}
+    )
+
+    from_: str = Field(alias="from")
+    """The sender, such as Shop <hi@example.com>."""
+    to: str | list[str]
+    """Addresses, such as {{data.email}}."""
+    cc: str | list[str] | None = None
+    """More addresses; what renders to nothing is left out."""
+    bcc: str | list[str] | None = None
+    """Addresses that nobody sees."""
+    reply_to: str | list[str] | None = None
+    """Where answers go."""
+    subject: str
+    """The subject, in one line."""
+    text: str | None = None
+    """The message in plain text; text, html or both."""
+    html: str | None = None
+    """The message in HTML, in which {{x}} is escaped."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """Further headers: X-..., List-... and a few more."""
+    list_unsubscribe: str | None = None
+    """A URL to unsubscribe at with one click."""
+    many: bool = False
+    """Whether a value may hold several addresses, with commas; otherwise it is one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EmailConfig:
+        if self.text is None and self.html is None:
+            raise ValueError("text or html is missing: write one of them, or both")
+        for name in self.headers:
+            if not _HEADER_NAME.fullmatch(name):
+                raise ValueError(
+                    f"headers: {name!r} can't be set here: write X-..., List-..., "
+                    f"{', '.join(HEADERS)}"
+                )
+        return self
+
+
+class SmsConfig(Config):
+    """Sends an SMS; everything is a template."""
+
+    from_: str | None = Field(None, alias="from")
+    """The sender's number."""
+    to: str
+    """The number, with its country, such as {{data.phone}}."""
+    message: str
+    """The text."""
+    messaging_service_sid: str | None = None
+    """Twilio's messaging service, instead of a sender."""
+    status_callback: str | None = None
+    """A URL that Twilio tells what became of the message."""
+
+
+def _message(name: str, config: type[Config]) -> StepType:
+    own = (field.alias or key for key, field in config.model_fields.items())
+    return StepType(
+        name=name,
+        config=config,
+        never_alt=(
+            'never taken: write "onError: altNext" (or onSuppressed, or onExpired with expires) '
+            "into the config, or leave altNext out"
+        ),
+        templates=(*own, "expires"),
+    )
+
+
+EMAIL = _message("Email", EmailConfig)
+SMS = _message("SMS", SmsConfig)
+TYPES = (EMAIL, SMS)

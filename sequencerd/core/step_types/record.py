@@ -1,0 +1,67 @@
+"""The record of a step type, and what is read in a config by where it stands there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sequencerd.core.config import Config
+from sequencerd.core.model import Instant, KeyPath
+
+ANY = "*"
+"""In a path: every item of a list."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepType:
+    """Everything that the project knows of one step type.
+
+    Paths lead into the config. They hold for configs with errors, too, of which the compiled step
+    knows nothing.
+    """
+
+    name: str
+    config: type[Config]
+    compile: Callable[[Any], Instant] | None = None
+    """Compile a parsed config. Raises DefinitionError. None: a runner executes a side effect."""
+    describe: Callable[[Mapping[str, Any]], str] = lambda _: ""
+    """Describe what an enrollment at such a step waits for; empty for a step that does not wait."""
+    never_alt: str = ""
+    """What to say of an altNext that is never taken, if there is a way to have it taken."""
+    templates: tuple[str, ...] = ()
+    """The keys in whose values every text is a template."""
+    conditions: tuple[KeyPath, ...] = ()
+    """Where conditions are."""
+    steps: tuple[KeyPath, ...] = ()
+    """Where steps are named. A key `sequence` beside it names the sequence of the step."""
+    is_goal: bool = False
+    is_seeded: bool = False
+    """Whether a seed decides where a subject goes."""
+
+
+def find(value: object, path: KeyPath, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield what is at a path with `ANY`, each with the path that leads there."""
+    if not path:
+        yield prefix, value
+        return
+    key, *rest = path
+    match value:
+        case list() if key == ANY:
+            for number, item in enumerate(value):
+                yield from find(item, tuple(rest), (*prefix, number))
+        case dict() if key in value:
+            yield from find(value[key], tuple(rest), (*prefix, key))
+
+
+def texts(value: object, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Yield all texts in a value, with their paths."""
+    match value:
+        case str():
+            yield path, value
+        case dict():
+            for key, item in value.items():
+                yield from texts(item, (*path, key))
+        case list():
+            for number, item in enumerate(value):
+                yield from texts(item, (*path, number))

@@ -1,0 +1,150 @@
+"""One record describes a step type: what the rest of the project knows follows from it."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sequencerd import settings
+from sequencerd.core.step_types import BUILT_IN, describe_wait, is_instant
+from sequencerd.definitions import graph
+from sequencerd.definitions.files import read_files
+from sequencerd.errors import SettingsError
+from sequencerd.runners.registry import make_runners
+from tests.definitions.test_check import RUNNERS
+from tests.definitions.test_json_schema import EMAIL, IS_PRO
+from tests.test_readme import REPOSITORY
+
+# Configs with as many exits as possible; "there" and "elsewhere" are steps.
+CONFIGS: dict[str, list[dict[str, Any]]] = {
+    "GoTo": [{}, {"step": "there"}, {"step": "there", "sequence": "other"}],
+    "Conditional": [IS_PRO],
+    "Goal": [IS_PRO],
+    "Split": [{"next": 1, "altNext": 1}],
+    "WaitForDuration": [{"amount": 1, "unit": "day"}],
+    "WaitForDate": [{"date": "{{data.due}}"}],
+    "WaitForDateComparison": [{"attribute": "hour", "values": [9]}],
+    "WaitForCondition": [IS_PRO, {**IS_PRO, "timeout": {"amount": 1, "unit": "day"}}],
+    "UpdateData": [{"data": {"x": 1}}],
+    "Email": [EMAIL, {**EMAIL, "onError": "altNext"}, {**EMAIL, "onSuppressed": "end"}],
+    "SMS": [{"from": "+15005550006", "to": "{{data.x}}", "message": "m", "onError": "altNext"}],
+    "Note": [{}],
+}
+CASES = [(type_, config) for type_, configs in CONFIGS.items() for config in configs]
+
+
+def test_every_type_has_a_case() -> None:
+    assert CONFIGS.keys() == {*BUILT_IN, "Note"}
+
+
+def document(type_: str, config: dict[str, Any]) -> dict[str, Any]:
+    ends = [
+        {"name": name, "type": "Note", "next": None}
+        for name in ("next", "altNext", "there", "lost")
+    ]
+    step = {"name": "it", "type": type_, "config": config, "next": "next", "altNext": "altNext"}
+    return {"name": "s", "steps": [copy.deepcopy(step), *ends]}
+
+
+def read(tmp_path: Path, document: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The definition, and what `check` says, without the file's name."""
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps(document, indent=1))
+    found, findings = read_files([file], RUNNERS)
+    return found[0].sequence if found else None, [
+        str(finding).removeprefix(f"{file}:") for finding in findings
+    ]
+
+
+@pytest.mark.parametrize(("type_", "config"), CASES)
+def test_each_exit_is_drawn_and_reachable_and_checked_at_its_line(
+    tmp_path: Path, type_: str, config: dict[str, Any]
+) -> None:
+    whole = document(type_, config)
+    sequence, told = read(tmp_path, whole)
+    exits = sequence.steps["it"].exits
+    assert exits
+    targets = {one.target for one in exits if one.sequence is None and one.target}
+    unreachable = {re.findall(r"s/(\w+): unreachable", line)[0] for line in told if "unrea" in line}
+    assert unreachable == {"next", "altNext", "there", "lost"} - targets
+    has_altnext = any(one.path == ("altNext",) for one in exits)
+    assert any("s/it: altNext: never taken" in line for line in told) != has_altnext
+
+    drawn = {(edge.target, edge.sequence, edge.label) for edge in graph.edges(sequence)}
+    for one in exits:
+        label = "" if one.label == "next" else one.label
+        assert (one.target, one.sequence, label) in drawn
+        shown = "end" if one.target is None else one.target
+        if one.sequence is not None:
+            shown = f"{one.sequence}/{shown}"
+        line = graph.text(sequence, {}).splitlines()[0]
+        assert f"{one.label} {shown}" in line
+        for draw in (graph.mermaid, graph.dot):
+            assert shown in draw(sequence, {})
+        if one.target is not None and one.sequence is None:
+            wrong = copy.deepcopy(whole)
+            holder = wrong["steps"][0]
+            for key in one.path[:-1]:
+                holder = holder[key]
+            holder[one.path[-1]] = "nowhere"
+            lines = json.dumps(wrong, indent=1).splitlines()
+            [number] = [n for n, text in enumerate(lines, 1) if '"nowhere"' in text]
+            _, errors = read(tmp_path, wrong)
+            assert any(
+                line.startswith(f"{number}: error: s/it: ") and "'nowhere' does not exist" in line
+                for line in errors
+            ), errors
+
+
+@pytest.mark.parametrize(("type_", "config"), CASES)
+def test_a_step_that_waits_is_described(type_: str, config: dict[str, Any]) -> None:
+    waits = type_.startswith("WaitFor") or type_ == "Goal"
+    assert describe_wait(type_, config).startswith("waits ") == waits
+    assert describe_wait(type_, {}) == ""
+
+
+def test_no_other_module_knows_a_type_by_its_name() -> None:
+    """What depends on the type is in its record, so that a new type changes no other module."""
+    package = REPOSITORY / "sequencerd"
+    found = [
+        f"{file.relative_to(REPOSITORY)}:{node.lineno}: {node.value}"
+        for file in package.rglob("*.py")
+        if package / "core/step_types" not in file.parents
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in BUILT_IN
+    ]
+    assert found == []
+
+
+def test_the_page_has_a_row_for_each_type() -> None:
+    page = (REPOSITORY / "docs/steps.md").read_text()
+    table = page.split("| type | config |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]*)", table, re.MULTILINE)
+    named = {type_: keys for types, keys in rows for type_ in re.findall(r"`(\w+)`", types)}
+    assert named.keys() == BUILT_IN.keys()
+    for type_ in filter(is_instant, BUILT_IN):
+        fields = BUILT_IN[type_].config.model_fields
+        if "the same" not in named[type_]:
+            for key, field in fields.items():
+                assert f"`{field.alias or key}`" in named[type_], f"{type_}: {key}"
+
+
+# --- names that are taken
+
+
+@pytest.mark.parametrize("type_", BUILT_IN)
+def test_a_runner_in_the_settings_with_a_built_in_name_is_refused(
+    tmp_path: Path, type_: str
+) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text(f'[runners.{type_}]\nurl = "https://example.com"\n')
+    loaded = settings.load({"SEQUENCERD_CONFIG": str(file)})
+    message = rf"\[runners.{type_}\]: {type_} is a built-in step type, choose another name"
+    with pytest.raises(SettingsError, match=message):
+        make_runners(loaded)
