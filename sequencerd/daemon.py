@@ -40,6 +40,7 @@ from sequencerd.storage import migrate, store
 from sequencerd.storage.listener import listen, poll
 
 CLOSE_TIMEOUT = 5.0  # seconds
+PROMOTION_INTERVAL = 1.0  # seconds between looks at a standby
 DESCRIPTORS = 65_536
 
 FIXED = ("database", "engine", "http", "console")
@@ -107,6 +108,12 @@ class Parts:
             await self.lookups.close()
 
 
+def check_settings(settings: Settings) -> None:
+    """Check what a start or a reload would reject, without a database. Raises SettingsError."""
+    settings.check_console()
+    make_runners(settings)
+
+
 async def run(
     url: str, settings: Settings, log: FilteringBoundLogger, read: Callable[[], Settings]
 ) -> None:
@@ -132,8 +139,10 @@ async def run(
     loop.add_signal_handler(signal.SIGHUP, told_to_reload.set)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_stop.set)
-    connection = await store.connect(url)
+    connection = await _wait_for_promotion(url, told_to_stop, log)
     try:
+        if told_to_stop.is_set():
+            return
         await migrate.check(connection)
         _check_visible(await store.hidden_tables(connection), log)
     finally:
@@ -153,12 +162,41 @@ async def run(
         )
         end_tracing = _trace(log)
         try:
-            async with serving(daemon.app(url), settings.listen):
+            async with serving(daemon.app(url), settings.listen, partial(_tell_taken, log)):
                 await daemon.run(url, told_to_reload, told_to_stop)
         finally:
             await daemon.parts.close()
             await asyncio.to_thread(end_tracing)
     log.info("stopped", daemon=daemon.name)
+
+
+def _tell_taken(log: FilteringBoundLogger, listen: str) -> None:
+    hint = "another daemon with these settings? set SEQUENCERD_HTTP_LISTEN for each instance"
+    log.warning("no health checks, metrics and console: address in use", listen=listen, hint=hint)
+
+
+async def _wait_for_promotion(
+    url: str, stop: asyncio.Event, log: FilteringBoundLogger
+) -> asyncpg.Connection:
+    """Return a connection to a server that can be written to; on a standby, wait for its promotion
+    or for `stop`.
+    """
+    connection = await store.connect(url)
+    is_reported = False
+    try:
+        while await store.is_standby(connection) and not stop.is_set():
+            if not is_reported:
+                log.warning("the server is a standby; waiting for its promotion")
+                notify("READY=1", "STATUS=the server is a standby; waiting for its promotion")
+                is_reported = True
+            notify("WATCHDOG=1")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PROMOTION_INTERVAL):
+                    await stop.wait()
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
 
 
 def _check_visible(hidden: list[store.HiddenTable], log: FilteringBoundLogger) -> None:

@@ -37,7 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _print(error: SequencerdError) -> None:
     from sequencerd.cli.output import say, say_lines  # noqa: PLC0415
+    from sequencerd.service.systemd import is_journal  # noqa: PLC0415
 
+    if is_journal():  # each line with its priority, or `journalctl -p warning` would hide it
+        for line in str(error).split("\n"):
+            say(f"<3>{line}", to=sys.stderr)
+        return
     # what is wrong in a file begins with the file, as editors expect it
     prefix = "" if isinstance(error, FileError) else "sequencerd: "
     several = isinstance(error, FileError | PlanError)  # what they name is quoted

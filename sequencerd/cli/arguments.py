@@ -105,9 +105,10 @@ def _add_demo(commands: Commands) -> None:
 
 def _add_service(commands: Commands) -> None:
     """Adds these commands."""
-    commands.add(
+    run = commands.add(
         "run", "service.run_command", "run the daemon until SIGTERM", "--config sequencerd.toml run"
     )
+    run.add_argument("--check", action="store_true", help="only check the settings, and exit")
     commands.add("migrate", "service.migrate_command", "create or update the schema", "migrate")
     grants = commands.add(
         "grants",

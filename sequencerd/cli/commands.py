@@ -14,8 +14,9 @@ from pydantic import SecretStr
 
 from sequencerd.cli.output import warn
 from sequencerd.core.config import nearest
-from sequencerd.errors import DatabaseError, UsageError
+from sequencerd.errors import DatabaseError, SettingsError, UsageError
 from sequencerd.service.dns import new_loop
+from sequencerd.service.systemd import is_service
 from sequencerd.settings import Settings, load
 from sequencerd.storage import conninfo, embedded, migrate, store
 from sequencerd.storage.store import QUERIES
@@ -111,6 +112,11 @@ def _database(settings: Settings) -> Iterator[str]:
     if conninfo.is_set(os.environ):
         yield ""  # all of it comes from libpq's variables
         return
+    if is_service():
+        raise SettingsError(
+            "no database is configured: set database.url in /etc/sequencerd/sequencerd.toml, or "
+            "SEQUENCERD_DATABASE in /etc/sequencerd/sequencerd.env"
+        )
     folder = embedded.default_folder()
     warn(f"sequencerd: no database is configured, using the embedded one in {folder}")
     with embedded.running(folder) as server:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -22,12 +23,12 @@ from sequencerd.core.describe import text
 from sequencerd.core.model import Failed
 from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.engine import lookups
-from sequencerd.errors import SequencerdError
+from sequencerd.errors import SequencerdError, SettingsError
 from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import LambdaFunction
 from sequencerd.runners.http_client import Unreachable, Web
 from sequencerd.settings import Database, HttpEndpoint, LookupEndpoint, Settings
-from sequencerd.storage import migrate, store
+from sequencerd.storage import conninfo, migrate, store
 from sequencerd.storage.listener import POLL_INTERVAL, PROBE_INTERVAL
 from sequencerd.storage.store import QUERIES
 
@@ -82,6 +83,8 @@ async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
             types, used = await _in_use(connection)
         finally:
             connection.terminate()
+    if names := _name_service(url):
+        yield names
     async for finding in _examine_endpoints(settings, types, used):
         yield finding
 
@@ -471,6 +474,22 @@ async def _twilio(settings: Settings) -> Finding:
         advice = "correct sms.account_sid and sms.auth_token"
         return Finding("Twilio", f"rejects the login with {reply.status}", "error", advice)
     return Finding("Twilio", "accepts the login")
+
+
+def _name_service(url: str, root: Path = Path("/")) -> Finding | None:
+    """Check whether the server can find the name of a dynamic user, for peer authentication."""
+    try:
+        unit = (root / "etc/systemd/system/sequencerd.service").read_text(encoding="utf-8")
+        names = (root / "etc/nsswitch.conf").read_text(encoding="utf-8")
+        host = conninfo.arguments(url, name="", timeout=0).get("host", ["/"])[0]
+    except (OSError, UnicodeDecodeError, SettingsError):
+        return None
+    if "\nDynamicUser=yes\n" not in unit or not host.startswith("/"):
+        return None
+    if re.search(r"^passwd:.*\bsystemd\b", names, re.MULTILINE):
+        return Finding("name service", "knows the service's dynamic user")
+    seen = "peer authentication would not know the service's dynamic user"
+    return Finding("name service", seen, "warning", "apt-get install libnss-systemd")
 
 
 def _some(items: Iterable[str], between: str = ", ") -> str:

@@ -31,7 +31,8 @@ def install_service_command(arguments: argparse.Namespace, _: Settings) -> int:
         return 0
     for path in install_service.write(arguments.to, units):
         say(f"wrote {path}")
-    say("next: systemctl daemon-reload && systemctl enable --now sequencerd")
+    say("next: set database.url in /etc/sequencerd/sequencerd.toml, and run: sequencerd migrate")
+    say("then: systemctl daemon-reload && systemctl enable --now sequencerd")
     return 0
 
 
@@ -48,8 +49,15 @@ def console_password_command(_: argparse.Namespace, __: Settings) -> int:
     return 0
 
 
-@on_database
-async def run_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+def run_command(arguments: argparse.Namespace, settings: Settings) -> int:
+    if arguments.check:
+        daemon.check_settings(settings)
+        say("the settings are valid")
+        return 0
+    return on_database(_run)(arguments, settings)
+
+
+async def _run(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
     await daemon.run(url, settings, make_log(settings), lambda: read_settings(arguments))
     return 0
 

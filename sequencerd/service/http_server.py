@@ -7,6 +7,7 @@ who asks it delays no enrollment.
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -151,8 +152,14 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving(app: Starlette, listen: str | None) -> AsyncIterator[None]:
-    """Serves meanwhile, if there is an address. Raises SettingsError if it can't be had."""
+async def serving(
+    app: Starlette, listen: str | None, taken: Callable[[str], None] | None = None
+) -> AsyncIterator[None]:
+    """Serve meanwhile, if there is an address. Raises SettingsError if it cannot be had.
+
+    `taken` is told of an address that another process has, and nothing is served then: so that a
+    second daemon with the same settings works all the same.
+    """
     if listen is None:
         yield
         return
@@ -161,6 +168,10 @@ async def serving(app: Starlette, listen: str | None) -> AsyncIterator[None]:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE and taken is not None:
+            taken(listen)
+            yield
+            return
         raise SettingsError(f"http.listen: can't listen on {listen}: {error.strerror}") from error
     server = _Server(app)
 

@@ -26,6 +26,11 @@ def notify_reloading() -> None:
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
+def is_service() -> bool:
+    """Return whether systemd has started this process as a service that notifies it."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
 def is_journal() -> bool:
     """Whether standard error goes to journald: systemd.exec(5) on $JOURNAL_STREAM."""
     try:

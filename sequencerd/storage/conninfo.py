@@ -106,6 +106,8 @@ def arguments(
     found = {key: variables[name] for name, key in _VARIABLES.items() if variables.get(name)}
     given = {key: value for key, value in (found | given).items() if value or key == "password"}
     _check(given)
+    if "user" not in given:
+        given["user"] = _login()
     made: dict[str, Any] = {
         "timeout": _timeout(given.get("connect_timeout"), timeout),
         "server_settings": {
@@ -298,7 +300,7 @@ def _password(given: Mapping[str, str]) -> str | None:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return None
-    user = given.get("user") or getpass.getuser()
+    user = given["user"]
     database = given.get("dbname", user)
     hosts = given.get("host", given.get("hostaddr", "localhost")).split(",")
     ports = given.get("port", "5432").split(",")
@@ -320,6 +322,16 @@ def _password(given: Mapping[str, str]) -> str | None:
 def _plain(text: str) -> str:
     """Resolve backslash escapes."""
     return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container
+        raise SettingsError(
+            "the database's URL names no user, and the user of this process has no name; write "
+            "postgresql://user@host/name"
+        ) from None
 
 
 def _home() -> Path:

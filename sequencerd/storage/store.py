@@ -358,6 +358,12 @@ async def set_problems(
 # --- the engine
 
 
+async def is_standby(connection: asyncpg.Connection) -> bool:
+    """Return whether the server is a standby, until it is promoted."""
+    found: bool = await connection.fetchval(QUERIES["is_standby"])
+    return found
+
+
 async def server_time(connection: asyncpg.Connection) -> datetime:
     """The database's clock."""
     now: datetime = await connection.fetchval(QUERIES["server_time"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -319,3 +320,20 @@ async def test_who_waits_for_a_runner_that_is_down(
     found = await examine(database)
     assert found["overdue"].level == "warning"
     assert found["problems"].level == "ok"
+
+
+def test_a_dynamic_user_needs_a_name(tmp_path: Path) -> None:
+    """For peer authentication over a socket."""
+    unit = tmp_path / "etc/systemd/system/sequencerd.service"
+    unit.parent.mkdir(parents=True)
+    unit.write_text("[Service]\nDynamicUser=yes\n")
+    names = tmp_path / "etc/nsswitch.conf"
+    names.write_text("passwd: files\n")
+    found = doctor._name_service("postgresql:///app", tmp_path)
+    assert found
+    assert (found.level, "libnss-systemd" in found.advice) == ("warning", True)
+    assert doctor._name_service("postgresql://host/app", tmp_path) is None
+    names.write_text("passwd: files systemd\n")
+    found = doctor._name_service("host=/run/postgresql", tmp_path)
+    assert found
+    assert found.level == "ok"

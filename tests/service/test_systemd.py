@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,9 +17,15 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from starlette.applications import Starlette
 
+from sequencerd import daemon as composition
 from sequencerd.cli import install_service, main
+from sequencerd.errors import SettingsError
+from sequencerd.service.http_server import serving
+from sequencerd.service.logs import make_log
 from sequencerd.service.systemd import notify
+from sequencerd.settings import Log, Settings
 from tests.helpers.engines import define, enroll, stuck_package, until
 
 UNITS = sorted((Path(__file__).parents[2] / "systemd").glob("*.service"))
@@ -258,3 +265,70 @@ def analyze(*arguments: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def test_a_start_that_fails_says_why_with_its_priority(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a service without a database: one line, and the status that systemd does not restart."""
+    for name in ("PGHOST", "PGDATABASE", "PGPORT", "SEQUENCERD_DATABASE", "SEQUENCERD_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setattr("sequencerd.service.systemd.is_journal", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        main(["run"])
+    assert ended.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("<3>")
+    assert "no database is configured: set database.url in /etc/sequencerd" in line
+
+
+def test_a_reload_checks_the_settings_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text("[runners.Score]\nurl = 'http://127.0.0.1:9/'\n")
+    assert "valid" in main_prints(capsys, "--config", str(file), "run", "--check")
+    file.write_text("[runners.Score]\nurl = 'http://127.0.0.1:9/'\nsecret = 'whsec_!'\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(file), "run", "--check"])
+    assert ended.value.code == 2
+    for unit in UNITS:
+        checks, signal_ = re.findall(r"^ExecReload=(.*)$", unit.read_text(), flags=re.MULTILINE)
+        assert checks.endswith("run --check")
+        assert "-HUP" in signal_
+        assert "\nRestartPreventExitStatus=2\n" in unit.read_text()
+
+
+async def test_on_a_standby_it_waits_for_the_promotion(
+    manager: socket.socket,
+    database: str,
+    settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answers = iter([True, True, False])
+
+    async def is_standby(_: asyncpg.Connection) -> bool:
+        return next(answers)
+
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    monkeypatch.setattr("sequencerd.storage.store.is_standby", is_standby)
+    monkeypatch.setattr(composition, "PROMOTION_INTERVAL", 0.01)
+    log = make_log(Settings(log=Log(format="json")))
+    connection = await composition._wait_for_promotion(database, asyncio.Event(), log)
+    await connection.close()
+    assert capsys.readouterr().err.count("waiting for its promotion") == 1
+    assert is_ready(told(manager, is_ready)[-1])
+    assert told(manager, lambda message: message == "WATCHDOG=1")
+
+
+async def test_an_address_that_is_taken_is_reported_once(manager: socket.socket) -> None:
+    reported: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        listen = f"127.0.0.1:{other.getsockname()[1]}"
+        async with serving(Starlette(), listen, reported.append):
+            assert reported == [listen]
+        with pytest.raises(SettingsError, match="in use"):
+            async with serving(Starlette(), listen):
+                pass

@@ -1,6 +1,10 @@
 -- Statements of the engine: claims, writes, leases, definitions, rescheduling, retention.
 -- Python's calendar has no infinity: where PostgreSQL says so, it sees the year 9999.
 
+-- name: is_standby
+-- Check whether the server is a standby, which cannot be written to.
+SELECT pg_is_in_recovery();
+
 -- name: server_time
 -- Read the database's clock, to measure the offset of the daemon's.
 SELECT clock_timestamp();
