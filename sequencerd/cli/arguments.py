@@ -208,6 +208,21 @@ def _add_changes(commands: Commands) -> None:
         "--revision", type=int, metavar="N", help="this revision (default: the current one)"
     )
 
+    holidays = commands.add(
+        "holidays",
+        "holidays.holidays_command",
+        "add the public holidays of a country to a calendar",
+        "holidays DE 2026 2027",
+    )
+    holidays.add_argument(
+        "country", metavar="COUNTRY", help="a code such as DE, or DE-BY for a part of a country"
+    )
+    holidays.add_argument("years", nargs="+", type=_year, metavar="YEAR")
+    holidays.add_argument(
+        "--calendar", metavar="NAME", help="the calendar to add to (default: the code)"
+    )
+    add_json(holidays)
+
     brought = commands.add(
         "import-original",
         "changes.import_command",
@@ -228,6 +243,12 @@ def _add_changes(commands: Commands) -> None:
         "--apply", action="store_true", help="apply the import (default: a dry run)"
     )
     add_json(brought)
+
+
+def _year(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 9999):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a year")
+    return int(text)
 
 
 def _add_files(command: argparse.ArgumentParser) -> None:

@@ -47,7 +47,9 @@ def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
 
 _OWNER = "the schema's owner"
 _ROLES = {
-    **dict.fromkeys(("apply", "archive", "move", "pause", "resume"), "sequencer_editor"),
+    **dict.fromkeys(
+        ("apply", "archive", "holidays", "move", "pause", "resume"), "sequencer_editor"
+    ),
     **dict.fromkeys(("doctor", "run"), "sequencer_daemon"),
     **dict.fromkeys(("migrate", "grants", "import-original"), _OWNER),
 }

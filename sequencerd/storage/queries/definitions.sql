@@ -82,6 +82,15 @@ SELECT {whole_enrollment}
 -- Read the holidays of all calendars.
 SELECT {holidays_by_calendar};
 
+-- name: add_holidays
+-- Add days to a calendar, and count the new ones; those that are there stay as they are.
+WITH added AS (
+    INSERT INTO sequencer.holidays (calendar, day, name)
+    SELECT $1, * FROM unnest($2::date[], $3::text[])
+    ON CONFLICT DO NOTHING RETURNING 1
+)
+SELECT count(*) FROM added;
+
 -- name: archive
 -- Archive sequences.
 UPDATE sequencer.sequences SET status = 'archived' WHERE name = ANY ($1::text[]);

@@ -1,0 +1,56 @@
+"""The command that fills the calendars of holidays."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Mapping
+from datetime import date
+
+from sequencerd.cli.commands import connect, on_database
+from sequencerd.cli.output import say, say_json
+from sequencerd.core.config import nearest
+from sequencerd.errors import UsageError
+from sequencerd.settings import Settings
+from sequencerd.storage.store import QUERIES
+
+
+@on_database
+async def holidays_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+    code = arguments.country.upper()
+    days = _public_holidays(code, arguments.years)
+    calendar = arguments.calendar or code
+    connection = await connect(url)
+    try:
+        added = await connection.fetchval(
+            QUERIES["add_holidays"], calendar, list(days), list(days.values())
+        )
+    finally:
+        await connection.close()
+    if arguments.json:
+        say_json({"calendar": calendar, "added": added, "known": len(days) - added})
+    else:
+        years = ", ".join(map(str, sorted(set(arguments.years))))
+        known = f"; {len(days) - added} were there" if added < len(days) else ""
+        say(f"{calendar}: added {added} holidays of {years}{known}")
+    return 0
+
+
+def _public_holidays(code: str, years: Collection[int]) -> Mapping[date, str]:
+    """The public holidays of a country, or a part of it such as DE-BY. Raises UsageError."""
+    import holidays  # noqa: PLC0415 - no other command needs it, and it takes long
+
+    known = holidays.list_supported_countries()
+    country, _, part = code.partition("-")
+    if country not in known:
+        raise UsageError(
+            f"holidays of {country!r} are not known: write the code of a country such as DE, or "
+            "DE-BY for a part of it; days of your own go into the table sequencer.holidays"
+        )
+    if part and part not in known[country]:
+        hint = nearest(part, known[country]) if known[country] else "it has no parts"
+        raise UsageError(f"{country} has no part {part!r}; {hint}")
+    found = holidays.country_holidays(country, subdiv=part or None, years=years)
+    for year in years:
+        if not any(day.year == year for day in found):
+            raise UsageError(f"the package holidays knows no holiday of {code} in {year}")
+    return dict(sorted(found.items()))
