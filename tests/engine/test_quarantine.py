@@ -332,26 +332,38 @@ BREAK_AND_MEND = {
 }
 
 
-@pytest.mark.parametrize("kind", BREAK_AND_MEND)
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *(f"lock_timeout {kind}" for kind in BREAK_AND_MEND),
+        "statement_timeout enrollments",
+        "statement_timeout events",
+    ],
+)
 async def test_an_error_of_the_environment_passes_and_fails_nobody(
-    database: str, connection: asyncpg.Connection, daemon_login: str, gate: Gate, kind: str
+    database: str,
+    connection: asyncpg.Connection,
+    daemon_login: str,
+    gate: Gate,
+    broken: str,
 ) -> None:
+    setting, kind = broken.split()
     name = await connection.fetchval("SELECT current_database()")
-    await connection.execute(f"ALTER DATABASE {name} SET lock_timeout = '300ms'")
-    other = await asyncpg.connect(database, server_settings={"lock_timeout": "0"})
+    await connection.execute(f"ALTER DATABASE {name} SET {setting} = '300ms'")
+    other = await asyncpg.connect(database, server_settings={setting: "0"})
     await define(connection, "s", ("call", "Slow", "{}", "note"), ("note", "Note", "{}", None))
     runners = {"Slow": patient(gate), "Note": Recorder()}
     async with running_engine(daemon_login, runners, lease=2.0, sweep=0.3) as engine:
         for number in range(10):
             await enroll(connection, "s", f"u{number}")
         await until_begun(gate, 10)
-        broken, mended = BREAK_AND_MEND[kind]
+        break_it, mend_it = BREAK_AND_MEND[kind]
         try:
-            await other.execute(broken)
+            await other.execute(break_it)
             gate.opened.set()
             await asyncio.sleep(3)  # longer than the lease: nothing tells what does not happen
         finally:
-            await other.execute(mended)
+            await other.execute(mend_it)
         await until(connection, ALL_ENDED)
         await until(connection, QUARANTINED, 0)
         async with asyncio.timeout(60):
