@@ -6,15 +6,16 @@ import argparse
 import asyncio
 import json
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.text import Text
 
 from sequencerd.cli.commands import check_names, connect, fetch, on_database
-from sequencerd.cli.output import cell, console, say, say_json, say_lines, show, table, warn
+from sequencerd.cli.output import laid_out, say, say_json, say_lines, show, warn
 from sequencerd.core.describe import text, what_next
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
@@ -52,7 +53,7 @@ def _check_found(rows: Sequence[object], sequence: str | None) -> None:
 async def watch_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     connection = await connect(url)
     loop = asyncio.get_running_loop()
-    screen = console()
+    screen = Console()
     before: dict[tuple[str, str], int] = {}
     try:
         with Live(console=screen, auto_refresh=False, screen=screen.is_terminal) as live:
@@ -68,9 +69,10 @@ async def watch_command(arguments: argparse.Namespace, _: Settings, url: str) ->
                     row["change"] = f"{row['active'] - before.get(place, row['active']):+}"
                     before[place] = row["active"]
                 if screen.is_terminal:
-                    live.update(table(rows), refresh=True)
+                    lines = laid_out(rows, screen.width, datetime.now(UTC))
+                    live.update(Text("\n".join(lines), no_wrap=True), refresh=True)
                 else:
-                    screen.print(table(rows))
+                    show(rows, as_json=False, empty="")
                 await asyncio.sleep(max(arguments.interval, loop.time() - begun))
     finally:
         connection.terminate()
@@ -113,13 +115,12 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, ur
     if arguments.json:
         say_json({**row, "history": history})
         return 0
-    facts = Table(show_header=False, box=None)
     for key in ("subject", "sequence", "status", "step", "type", "entered_at", "next", "wake_at"):
-        facts.add_row(key, cell(row[key]))
+        say(f"{key:10}  {text(row[key])}")
     for key in ("attempt", "failure", "last_error", "goals_met", "timezone", "data"):
         if row[key]:
-            facts.add_row(key, cell(row[key]))
-    console().print(facts)
+            say(f"{key:10}  {text(row[key])}")
+    say()
     show(history, as_json=False, empty="no events yet")
     return 0
 

@@ -7,25 +7,48 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from shutil import get_terminal_size
 from typing import Any, TextIO
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sequencerd.core.describe import plain, text, visible
+from sequencerd.core.describe import is_never, plain, text, visible
 
 
 def say(line: object = "", *, to: TextIO | None = None, end: str = "\n") -> None:
-    """A line; what would end it or move the cursor is shown instead."""
-    print(visible(str(line)), file=to, end=end, flush=True)
+    """A line; what would end it or move the cursor is shown instead. On a terminal, a long line is
+    continued between words.
+    """
+    shown = visible(str(line))
+    width = _width(to or sys.stdout)
+    if width and len(shown) > width:
+        indent = " " * (len(shown) - len(shown.lstrip()))
+        shown = "\n".join(_wrapped(shown.lstrip(), width, indent, indent + "    "))
+    print(shown, file=to, end=end, flush=True)
 
 
 def say_lines(lines: object, *, to: TextIO | None = None) -> None:
-    """The same for a text whose lines are ours."""
+    """The same for a text whose lines are ours; none is continued."""
     for line in str(lines).removesuffix("\n").split("\n"):
-        say(line, to=to)
+        print(visible(line), file=to, flush=True)
+
+
+def _width(stream: TextIO) -> int | None:
+    """Return the width of a terminal; None for what is none."""
+    return get_terminal_size().columns if stream.isatty() else None
+
+
+def _wrapped(text: str, width: int, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def warn(line: object) -> None:
@@ -39,18 +62,17 @@ def say_json(value: object, *, indent: int | None = None) -> None:
     print(made.replace("\x7f", "\\u007f"), flush=True)
 
 
-def console() -> Console:
-    """Tables are never cut where no terminal bounds them."""
-    return Console() if sys.stdout.isatty() else Console(width=10_000)
-
-
 def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:
+    """Print rows: for a program, for a terminal, or as a table without a limit of its width."""
     if as_json:
         say_json([dict(row) for row in rows])
     elif not rows:
         say(empty)
+    elif width := _width(sys.stdout):
+        for line in laid_out(rows, width, datetime.now(UTC)):
+            say_lines(line)
     else:
-        console().print(table(rows))
+        Console(width=10_000).print(table(rows))
 
 
 def table(rows: Sequence[Any]) -> Table:
@@ -66,3 +88,95 @@ def table(rows: Sequence[Any]) -> Table:
 def cell(value: object) -> Text:
     """A value in a table, as it is: it has no markup."""
     return Text(visible(text(value)))
+
+
+# --- on a terminal
+
+_PROSE = ("problem", "last_error", "message")
+"""Columns of whole sentences: below their row."""
+
+_RELATIVE = {"wake_at": "wakes", "next_wake_at": "next", "since": "since"}
+_NARROWEST = 8
+
+_SPARE = ("type", "attempt", "revision", "daemon")
+"""Columns that are left out where the names would not have room."""
+
+
+def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
+    """Return rows as lines for a terminal: a section for each sequence, no column that is empty or
+    has the same status in all rows, times from now on, and sentences below. No name is broken; if
+    the width does not suffice, the longest are cut.
+    """
+    found = [dict(row) for row in rows]
+    is_sectioned = "sequence" in found[0] and len(found[0]) > 2
+    heads = ["sequence"] if is_sectioned else []
+    if is_sectioned and len({row.get("status") for row in found}) == 1 and "status" in found[0]:
+        heads.append("status")
+    names = [
+        name
+        for name in found[0]
+        if name not in (*heads, *_PROSE) and any(row[name] not in _EMPTY for row in found)
+    ]
+    indent = "  " if is_sectioned else ""
+    for spare in (*_SPARE, None):
+        cells = [[_short(name, row[name], now) for name in names] for row in found]
+        titles = [_RELATIVE.get(name, name.replace("_", " ")) for name in names]
+        widths = [max(map(cell_len, column)) for column in zip(titles, *cells, strict=True)]
+        excess = len(indent) + sum(widths) + 2 * (len(widths) - 1) - width
+        if excess <= 0 or spare is None:
+            break
+        names = [name for name in names if name != spare]
+    while excess > 0 and max(widths) > _NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+        excess -= 1
+    numeric = [all(isinstance(row[name], int | None) for row in found) for name in names]
+
+    def line(texts: Sequence[str]) -> str:
+        fitted = (
+            " " * (size - cell_len(text)) + text if is_number else _fitted(text, size)
+            for text, size, is_number in zip(texts, widths, numeric, strict=True)
+        )
+        return (indent + "  ".join(fitted)).rstrip()
+
+    order = list(dict.fromkeys(row.get("sequence") for row in found)) if is_sectioned else [None]
+    for number, section in enumerate(order):
+        members = [
+            n for n, row in enumerate(found) if not is_sectioned or row["sequence"] == section
+        ]
+        if is_sectioned:
+            if number:
+                yield ""
+            yield ", ".join(visible(text(found[members[0]][name])) for name in heads)
+        yield line(titles)
+        for n in members:
+            yield line(cells[n])
+            for name in _PROSE:
+                if found[n].get(name):
+                    prose = visible(text(found[n][name]))
+                    yield from _wrapped(prose, width, indent + "    ", indent + "    ")
+
+
+_EMPTY: tuple[object, ...] = (None, 0, "", [], ())
+
+
+def _short(name: str, value: object, now: datetime) -> str:
+    if value in _EMPTY and value != 0:
+        return ""
+    if isinstance(value, datetime) and name in _RELATIVE and not is_never(value):
+        return relative(value, now)
+    return visible(text(value))
+
+
+def relative(at: datetime, now: datetime) -> str:
+    """Return how far a time is away, in its largest unit."""
+    seconds = round((at - now).total_seconds())
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        if count := abs(seconds) // size:
+            return f"in {count} {unit}" if seconds > 0 else f"{count} {unit} ago"
+    return "now"
+
+
+def _fitted(text: str, size: int) -> str:
+    if cell_len(text) > size:
+        return set_cell_size(text, size - 1) + "…"
+    return set_cell_size(text, size)

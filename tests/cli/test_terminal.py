@@ -6,14 +6,17 @@ import io
 import json
 import re
 from contextlib import redirect_stderr
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import asyncpg
 import pytest
 import structlog
 import yaml
+from rich.cells import cell_len
+from rich.console import Console
 
-from sequencerd.cli.output import cell, console
+from sequencerd.cli.output import cell, laid_out, relative, say
 from sequencerd.core.describe import visible
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.service.logs import make_log
@@ -102,8 +105,62 @@ async def test_json_stays_json(applied: Command, hostile: int) -> None:
 
 
 def test_cells_have_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    console().print(cell(HOSTILE))
+    Console(width=1000).print(cell(HOSTILE))
     assert capsys.readouterr().out == f"{SHOWN}\n"
+
+
+NOW = datetime(2026, 3, 2, 10, tzinfo=UTC)
+
+
+def status(sequence: str, step: str, problem: str | None = None) -> dict[str, object]:
+    return {
+        "sequence": sequence, "step": step, "type": "Email", "status": "active", "active": 1240,
+        "due": 0, "overdue": 0, "next_wake_at": NOW + timedelta(hours=3), "failed": 0,
+        "problem": problem,
+    }  # fmt: skip
+
+
+def test_eighty_columns_suffice() -> None:
+    """One section per sequence, no column that says nothing, no broken name, sentences below."""
+    problem = (
+        "no runner is installed for the type Emial; did you mean Email, or is a package missing?"
+    )
+    rows = [
+        status("onboarding-of-new-customers", "trial-has-ended-reminder", problem),
+        status("onboarding-of-new-customers", "日本"),
+        status("invoices", HOSTILE),
+    ]
+    assert list(laid_out(rows[:2], 80, NOW)) == [
+        "onboarding-of-new-customers, active",
+        "  step                      type   active  next",
+        "  trial-has-ended-reminder  Email    1240  in 3 h",
+        "      no runner is installed for the type Emial; did you mean Email, or is a",
+        "      package missing?",
+        "  日本                      Email    1240  in 3 h",
+    ]
+    for width in (40, 80, 120):
+        lines = list(laid_out(rows, width, NOW))
+        assert "invoices" in "\n".join(lines)
+        assert all(cell_len(line) <= width for line in lines)
+        assert not any(OBEYED.search(line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "now"), (59, "in 59 s"), (-60, "1 min ago"), (7199, "in 1 h"), (-200_000, "2 d ago")],
+)
+def test_times_from_now_on(seconds: int, shown: str) -> None:
+    assert relative(NOW + timedelta(seconds=seconds), NOW) == shown
+
+
+def test_long_lines_are_continued_between_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sequencerd.cli.output._width", lambda _: 30)
+    say("  3 wait at a-step-with-a-long-name: 3 would go on at once")
+    assert capsys.readouterr().out == (
+        "  3 wait at\n      a-step-with-a-long-name:\n      3 would go on at once\n"
+    )
 
 
 def test_an_export_that_turns_texts_is_escaped_and_the_same() -> None:
