@@ -23,6 +23,7 @@ from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.engine import retention
 from sequencerd.engine.clock import Clock
+from sequencerd.engine.enrolling import Enrolling
 from sequencerd.engine.lookups import Lookups
 from sequencerd.engine.loop import Engine
 from sequencerd.errors import DatabaseError, SettingsError
@@ -42,6 +43,7 @@ from sequencerd.storage.listener import listen, poll
 CLOSE_TIMEOUT = 5.0  # seconds
 PROMOTION_INTERVAL = 1.0  # seconds between looks at a standby
 DESCRIPTORS = 65_536
+ENROLLING_CONNECTIONS = 4  # its lock, and queries of users that may be slow
 
 FIXED = ("database", "engine", "http", "console")
 """Sections of the settings that hold as long as the process runs."""
@@ -152,13 +154,21 @@ async def run(
         _pool(url, settings.database, size) as pool,
         _pool(url, settings.database, 1) as heart,
         _pool(url, settings.database, settings.database.lookup_connections, 0) as for_lookups,
+        _pool(url, settings.database, ENROLLING_CONNECTIONS, 0) as for_enrolling,
     ):
         try:
             parts = Parts(settings, runners, for_lookups)
         except ValueError as error:
             raise SettingsError(f"wrong setting: {error}") from error
         daemon = _Daemon(
-            pool, heart, for_lookups, parts, suppressions=suppressions, log=log, read=read
+            pool,
+            heart,
+            for_lookups,
+            for_enrolling,
+            parts,
+            suppressions=suppressions,
+            log=log,
+            read=read,
         )
         end_tracing = _trace(log)
         try:
@@ -242,6 +252,7 @@ class _Daemon:
         pool: asyncpg.Pool,
         heart: asyncpg.Pool,
         for_lookups: asyncpg.Pool,
+        for_enrolling: asyncpg.Pool,
         parts: Parts,
         *,
         suppressions: Suppressions,
@@ -254,6 +265,7 @@ class _Daemon:
         self._pool = pool
         self._heart = heart
         self._for_lookups = for_lookups
+        self._for_enrolling = for_enrolling
         self._clock = Clock()
         self._suppressions = suppressions
         self._log = log
@@ -309,6 +321,13 @@ class _Daemon:
                         clock=self._clock,
                         log=self._log,
                     ),
+                    Enrolling(
+                        self._for_enrolling,
+                        engine.problems,
+                        timeout=self.parts.settings.database.lookup_timeout,
+                        clock=self._clock,
+                        log=self._log,
+                    ).keep(),
                 )
             ]
             await engine.run()
@@ -334,6 +353,7 @@ class _Daemon:
         # after the network was cut, connections that nobody used meanwhile are dead unnoticed
         await self._pool.expire_connections()
         await self._for_lookups.expire_connections()
+        await self._for_enrolling.expire_connections()
         await self._engine.sweep()
         self._log.info("ready", daemon=self.name, sequences=len(self._engine.catalog.sequences))
         notify("READY=1", f"STATUS={self._status()}")
@@ -352,7 +372,7 @@ class _Daemon:
         self._engine.stop()
         # a database that is silent then is not waited for
         seconds = self.parts.settings.engine.stop_timeout + CLOSE_TIMEOUT
-        for pool in (self._pool, self._heart, self._for_lookups):
+        for pool in (self._pool, self._heart, self._for_lookups, self._for_enrolling):
             asyncio.get_running_loop().call_later(seconds, pool.terminate)
 
     async def _reload_whenever(self, told: asyncio.Event, group: asyncio.TaskGroup) -> None:

@@ -9,6 +9,7 @@
 --   holidays      days on which windows do not open, and which are no business days
 --   daemons       which daemons run, and until when each is taken to be alive
 --   problems      what daemons report for operators
+--   scheduled_runs  when what a query returns was last enrolled, and when it is next
 --   migrations    which files of sql/ have been applied
 --
 -- The life of an enrollment, as SQL:
@@ -39,6 +40,7 @@
 --   3  definitions  apply: one process at a time
 --   4  notify       held by a daemon while it wants to be notified; shared by writers that do not notify
 --   5  requests     held by the one daemon that handles the requests that applications send by NOTIFY
+--   6  enrolling    enrolling by queries and schedules: one daemon at a time
 --
 -- Names and subjects are compared byte by byte (COLLATE "C"): this is faster than the rules of a
 -- language, and no update of the system's libraries can corrupt their indexes.
@@ -74,6 +76,7 @@ CREATE TABLE sequencer.sequences (
     recheck    interval NOT NULL DEFAULT '1 minute'
                CHECK (recheck BETWEEN interval '1 second' AND interval '1 year'),
     time_window jsonb CHECK (jsonb_typeof(time_window) = 'object'),
+    enroll     jsonb CHECK (jsonb_typeof(enroll) = 'object'),
     revision   integer NOT NULL DEFAULT 1,
     from_file  boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -91,6 +94,7 @@ COMMENT ON COLUMN sequencer.sequences.reentry_after IS 'With the reentry policy 
 COMMENT ON COLUMN sequencer.sequences.lookup IS 'The source of external data about subjects: an endpoint of the settings, an installed Python function, or an SQL function such as app.plans.';
 COMMENT ON COLUMN sequencer.sequences.recheck IS 'How often goals and conditions that read external data are evaluated.';
 COMMENT ON COLUMN sequencer.sequences.time_window IS 'When its side effects may begin, as the key window of a file; NULL: at any time. Named so since WINDOW is a reserved word.';
+COMMENT ON COLUMN sequencer.sequences.enroll IS 'Enrolls what a view or function returns, by a schedule: {"from": "app.overdue", "schedule": "0 9 * * 1-5", "at_most": 1000}; instead of schedule, "every": {"amount": 1, "unit": "hours"}.';
 COMMENT ON COLUMN sequencer.sequences.revision IS 'A new number for each transaction that changes the sequence or its steps; unique across sequences.';
 COMMENT ON COLUMN sequencer.sequences.from_file IS 'Whether it was applied from a file: apply --prune archives it when no file defines it any more.';
 
@@ -434,9 +438,31 @@ CREATE TABLE sequencer.problems (
 );
 
 COMMENT ON TABLE  sequencer.problems IS 'What daemons report for operators; a row is deleted when the problem is over or its daemon is gone.';
-COMMENT ON COLUMN sequencer.problems.kind IS 'quarantined: the database refuses to read or write an enrollment, which is retried later. runner: a runner is down.';
-COMMENT ON COLUMN sequencer.problems.about IS 'The enrollment''s id, or the runner''s name.';
+COMMENT ON COLUMN sequencer.problems.kind IS 'quarantined: the database refuses to read or write an enrollment, which is retried later. runner: a runner is down. enroll: what a query returns could not be enrolled.';
+COMMENT ON COLUMN sequencer.problems.about IS 'The enrollment''s id, or the name of the runner or sequence.';
 COMMENT ON COLUMN sequencer.problems.waiting IS 'How many enrollments wait because of it, if known.';
+
+CREATE TABLE sequencer.scheduled_runs (
+    sequence    text COLLATE "C" PRIMARY KEY
+                REFERENCES sequencer.sequences ON UPDATE CASCADE ON DELETE CASCADE,
+    definition  jsonb NOT NULL,
+    next_run_at timestamptz NOT NULL,
+    last_run_at timestamptz,
+    duration    interval,
+    found       bigint,
+    enrolled    bigint,
+    failures    integer NOT NULL DEFAULT 0,
+    problem     text,
+    daemon      text
+);
+
+COMMENT ON TABLE  sequencer.scheduled_runs IS 'When sequences with the key enroll last enrolled what their query returned, and when they next do: see the view schedules.';
+COMMENT ON COLUMN sequencer.scheduled_runs.definition IS 'The schedule by which next_run_at was set.';
+COMMENT ON COLUMN sequencer.scheduled_runs.next_run_at IS 'When the next run is due; set it to now() for a run within a minute.';
+COMMENT ON COLUMN sequencer.scheduled_runs.found IS 'How many subjects could have entered.';
+COMMENT ON COLUMN sequencer.scheduled_runs.enrolled IS 'How many of them were enrolled.';
+COMMENT ON COLUMN sequencer.scheduled_runs.failures IS 'How many runs in a row have failed: the next one is tried later each time.';
+COMMENT ON COLUMN sequencer.scheduled_runs.problem IS 'What was wrong with the last run.';
 
 CREATE TABLE sequencer.console_logouts (
     session text COLLATE "C" PRIMARY KEY,
@@ -578,6 +604,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
             ELSE to_jsonb(q.reentry) END,
         'lookup', q.lookup, 'recheck', extract(epoch FROM q.recheck),
         'window', q.time_window,
+        'enroll', q.enroll,
         'steps', (
             SELECT coalesce(jsonb_agg(jsonb_build_object(
                        'name', s.name, 'type', s.type, 'config', s.config,
@@ -1314,6 +1341,21 @@ END $$;
 
 COMMENT ON FUNCTION sequencer.collect IS 'Add an item to data.items of the subject''s active enrollment, or enroll the subject with it. Return the id; NULL if the reentry policy refuses.';
 
+-- Daemons may not insert enrollments themselves: this is the way for schedules and Enroll steps.
+CREATE FUNCTION sequencer.enroll_all(
+    sequences text[], subjects text[], data jsonb[], timezones text[], executed jsonb[]
+) RETURNS TABLE (sequence text, subject text, step text)
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    INSERT INTO sequencer.enrollments AS e (sequence, subject, data, timezone, executed)
+    SELECT n.sequence, n.subject, n.data, n.timezone,
+           ARRAY(SELECT jsonb_array_elements_text(n.executed))
+      FROM unnest(sequences, subjects, data, timezones, executed)
+           AS n (sequence, subject, data, timezone, executed)
+    ON CONFLICT DO NOTHING RETURNING e.sequence, e.subject, e.step
+$$;
+
+COMMENT ON FUNCTION sequencer.enroll_all IS 'Enroll subjects for a daemon, and return those that the reentry policy did not refuse. executed: side effects executed without a wait before.';
+
 CREATE FUNCTION sequencer.merge(from_subject text, into_subject text) RETURNS bigint
 LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     SET lock_timeout = '300ms' AS $$
@@ -1461,6 +1503,17 @@ SELECT e.id, e.sequence, e.step, e.subject, e.wake_at, now() - e.wake_at AS over
 
 COMMENT ON VIEW sequencer.overdue IS 'Enrollments overdue by more than a minute: no daemon runs, or it cannot keep up. Those that wait for a runner that is down are excluded: see sequencer.problems.';
 
+CREATE VIEW sequencer.schedules AS
+SELECT q.name AS sequence, q.status, q.enroll->>'from' AS source,
+       coalesce(q.enroll->>'schedule', concat_ws(' ', 'every', q.enroll->'every'->>'amount',
+                                                 q.enroll->'every'->>'unit')) AS schedule,
+       coalesce((q.enroll->>'at_most')::integer, 1000) AS at_most,
+       r.next_run_at, r.last_run_at, r.duration, r.found, r.enrolled, r.problem
+  FROM sequencer.sequences AS q LEFT JOIN sequencer.scheduled_runs AS r ON r.sequence = q.name
+ WHERE q.enroll IS NOT NULL ORDER BY q.name;
+
+COMMENT ON VIEW sequencer.schedules IS 'Sequences that enroll what a query returns: by which schedule, how long the last run took, how many it enrolled, and what was wrong.';
+
 CREATE VIEW sequencer.failures AS
 SELECT id, sequence, step, subject, failure, last_error, ended_at AS failed_at
   FROM sequencer.enrollments WHERE status = 'failed' ORDER BY ended_at DESC;
@@ -1506,6 +1559,8 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'INSERT', 'daemons'),
     ('sequencer_daemon', 'UPDATE', 'daemons'),
     ('sequencer_daemon', 'DELETE', 'daemons'),
+    ('sequencer_daemon', 'INSERT', 'scheduled_runs'),
+    ('sequencer_daemon', 'UPDATE', 'scheduled_runs'),
     ('sequencer_daemon', 'INSERT', 'problems'),
     ('sequencer_daemon', 'UPDATE', 'problems'),
     ('sequencer_daemon', 'DELETE', 'problems'),
@@ -1516,6 +1571,8 @@ WITH roles (role) AS (
     SELECT 'sequencer_enroller', 'INSERT', 'enrollments', name FROM columns
     UNION ALL
     SELECT 'sequencer_enroller', 'UPDATE', 'enrollments', unnest(ARRAY['data', 'timezone', 'status'])
+    UNION ALL
+    SELECT 'sequencer_editor', 'UPDATE', 'scheduled_runs', 'next_run_at'
     UNION ALL
     SELECT 'sequencer_editor', 'UPDATE', 'enrollments', unnest(ARRAY['sequence', 'step', 'subject', 'wake_at'])
     UNION ALL -- the state of an enrollment, and not its identity
@@ -1543,6 +1600,7 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'reentry_time'),
     ('sequencer_daemon', 'add_event_partitions'),
     ('sequencer_daemon', 'drop_event_partition'),
+    ('sequencer_daemon', 'enroll_all'),
     ('sequencer_daemon', 'delete_ended')
 ), statements (phase, role, statement) AS (
     SELECT 1, role, format('CREATE ROLE %I NOLOGIN', role) FROM roles WHERE to_regrole(role) IS NULL

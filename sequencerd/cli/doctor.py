@@ -349,6 +349,8 @@ def _problem(row: asyncpg.Record) -> str:
     if row["kind"] == "runner":
         waiting = f"{row['waiting']:,} wait; " if row["waiting"] else ""
         return f"{row['about']} is down since {text(row['since'])}, {waiting}{row['message']}"
+    if row["kind"] == "enroll":
+        return str(row["message"])
     what = f"enrollment {row['about']}" if row["kind"] == "quarantined" else row["about"]
     place = f" at {row['sequence']}/{row['step']}" if row["sequence"] else ""
     return f"{what}{place} {row['kind']}: {row['message']}"

@@ -32,6 +32,7 @@ from sequencerd.core.model import (
     Step,
     no_holidays,
 )
+from sequencerd.core.schedule import EnrollConfig
 from sequencerd.core.step_types import BUILT_IN
 from sequencerd.core.step_types.effects import (
     EFFECT_KEYS,
@@ -361,6 +362,7 @@ class Definition:
     description: str | None = None
     window: Mapping[str, Any] | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
+    enroll: EnrollConfig | None = None
 
     def pending_renames(self, present: Collection[str]) -> dict[str, str]:
         """New names by old ones, where steps of those names are `present`, in an order in which no

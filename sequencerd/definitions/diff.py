@@ -11,7 +11,7 @@ from sequencerd.core.step_types import is_seeded
 Document = Mapping[str, Any]
 """A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
 
-SETTINGS = ("description", "timezone", "status", "reentry", "lookup", "recheck", "window")
+SETTINGS = ("description", "timezone", "status", "reentry", "lookup", "recheck", "window", "enroll")
 LONGEST_SHOWN = 40  # characters of a value
 
 

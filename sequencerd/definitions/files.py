@@ -14,7 +14,6 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    StrictInt,
     Tag,
     ValidationError,
     WithJsonSchema,
@@ -24,6 +23,7 @@ from sequencerd.core import model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, faults, nearest
 from sequencerd.core.model import Fault, KeyPath, Problem, Step, printable
+from sequencerd.core.schedule import EnrollConfig, Span
 from sequencerd.core.step_types import is_instant, is_seeded, named_steps
 from sequencerd.core.window_config import WindowConfig
 from sequencerd.definitions import check, cycles
@@ -40,16 +40,6 @@ from sequencerd.errors import FileError
 MAX_NAME = 200  # bytes
 MAX_DESCRIPTION = 10_000  # bytes
 MAX_HINTS = 50
-BASE_UNITS = {
-    "year": (12, "months"),
-    "quarter": (3, "months"),
-    "month": (1, "months"),
-    "week": (7, "days"),
-    "day": (1, "days"),
-    "hour": (3600, "seconds"),
-    "minute": (60, "seconds"),
-    "second": (1, "seconds"),
-}
 
 
 def _zone(name: str) -> str:
@@ -74,26 +64,6 @@ Recheck = Annotated[
     Field(ge=timedelta(seconds=1), le=timedelta(days=360)),
     WithJsonSchema({"type": ["string", "number"]}),
 ]
-
-
-class Span(Config):
-    """A fixed amount of a unit of time."""
-
-    amount: StrictInt = Field(gt=0, le=100_000)
-    """How many."""
-    unit: Literal[
-        "years", "quarters", "months", "weeks", "days", "hours", "minutes", "seconds",
-        "year", "quarter", "month", "week", "day", "hour", "minute", "second",
-    ]  # fmt: skip
-    """Years to seconds. Years to days are calendar time, the others are elapsed time."""
-
-    def document(self) -> dict[str, Any]:
-        """The same in months, days, hours or seconds, as sequencer.as_duration has it."""
-        factor, unit = BASE_UNITS[self.unit.removesuffix("s")]
-        amount = self.amount * factor
-        if unit == "seconds" and amount % 3600 == 0:
-            return {"amount": amount // 3600, "unit": "hours"}
-        return {"amount": amount, "unit": unit}
 
 
 class ReentryAfter(Config):
@@ -149,6 +119,8 @@ class FileSequence(Config):
     """How often goals and waits that read external data are looked at, such as PT5M."""
     window: WindowConfig | None = None
     """When its side effects may begin; one with a window of its own does not follow it."""
+    enroll: EnrollConfig | None = None
+    """Enrolls what a view or function returns, by a schedule."""
     steps: list[FileStep] = Field(min_length=1)
     """The first one is where an enrollment begins."""
 
@@ -342,6 +314,7 @@ def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) ->
         parsed.description,
         _window_at(source.document.value),
         {step.name: step.renamed_from for step in parsed.steps if step.renamed_from},
+        enroll=parsed.enroll,
     )
 
 

@@ -27,6 +27,7 @@ from sequencerd.storage import store
 from sequencerd.storage.store import QUERIES
 
 BATCH = 5000  # people read at a time
+QUERY_TIMEOUT = 30.0  # seconds for the query of a key enroll
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ class SequencePlan:
     at_step: Mapping[str, int] = field(default_factory=dict)  # people at removed steps
     waiting: tuple[Waiting, ...] = ()
     empty_calendars: tuple[str, ...] = ()  # of holidays that it needs
+    entering: str | None = None  # by the key enroll
 
     def lines(self, *, done: bool) -> Iterator[str]:
         """One for each change, and one for the people of each changed step."""
@@ -79,6 +81,8 @@ class SequencePlan:
             if new := self.moves.get(old):
                 yield f"{count} move from {old} to {new}, where their stay begins anew"
         yield from filter(None, (waiting.line(done=done) for waiting in self.waiting))
+        if self.entering:
+            yield self.entering
         if self.waiting and self.after["status"] == "paused":
             yield "nothing is executed while it is paused"
 
@@ -116,6 +120,7 @@ class Plan:
                     **asdict(one.changes),
                     "moves": dict(one.moves),
                     "at_step": dict(one.at_step),
+                    "entering": one.entering,
                     "waiting": [asdict(waiting) for waiting in one.waiting],
                     "empty_calendars": one.empty_calendars,
                 }
@@ -191,6 +196,7 @@ async def _make_one(
         moves={old: new for old, new in moves.items() if old in changes.removed},
         at_step={name: count for name, count in at_step.items() if count},
         empty_calendars=await _empty_calendars(connection, definition),
+        entering=await _entering(connection, definition),
     )
 
 
@@ -202,6 +208,24 @@ async def _empty_calendars(
         return ()
     known = parse_holidays(await connection.fetchval(QUERIES["holidays"]))
     return tuple(sorted(wanted - known.keys()))
+
+
+async def _entering(connection: asyncpg.Connection, definition: Definition) -> str | None:
+    """Return how many a scheduled run would enroll now."""
+    if (enroll := definition.enroll) is None:
+        return None
+    try:
+        found, faults = await store.read_source(
+            connection, enroll.source, definition.sequence.name, enroll.at_most + 1, QUERY_TIMEOUT
+        )
+    except (asyncpg.PostgresError, ValueError) as error:
+        return f"{enroll.source} cannot be read: {error}"
+    text = f"{len(found)} of {enroll.source} would enter now"
+    if len(found) > enroll.at_most:
+        text = (
+            f"more than at_most = {enroll.at_most} of {enroll.source} would enter now: none would"
+        )
+    return "; ".join([text, *(f"{count} rows {fault}" for fault, count in faults.items())])
 
 
 async def _document(
@@ -223,6 +247,7 @@ async def _document(
         "lookup": definition.lookup,
         "recheck": definition.recheck.total_seconds(),
         "window": definition.window,
+        "enroll": definition.enroll and definition.enroll.document(),
         "steps": [
             {
                 "name": step.name,
@@ -414,6 +439,7 @@ async def _write(
         step.after["description"],
         "{amount} {unit}".format(**reentry["after"]) if isinstance(reentry, dict) else None,
         None if step.after["window"] is None else json.dumps(step.after["window"]),
+        json.dumps(step.after["enroll"]) if step.after["enroll"] else None,
     )
     for old, new in step.changes.renamed.items():
         await connection.execute(QUERIES["rename_step"], step.sequence, old, new)

@@ -19,6 +19,7 @@ DEFAULTS = {
     "lookup": None,
     "recheck": 60,
     "window": None,
+    "enroll": None,
 }
 # What YAML 1.2 takes for a number or a word, and the older YAML of the library does not.
 _PLAIN_IN_NEW_YAML = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|0o[0-7]+")

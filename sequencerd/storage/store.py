@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from contextlib import asynccontextmanager, contextmanager
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from sequencerd.core.model import Enrollment, Event, Fence
+from sequencerd.core.schedule import SOURCE
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.storage import conninfo
 
@@ -99,6 +101,7 @@ class AdvisoryLock(Enum):
     DEFINITIONS = 3
     NOTIFY = 4
     REQUESTS = 5
+    ENROLLING = 6
 
     def __str__(self) -> str:
         """Return the arguments of the functions that lock it."""
@@ -818,6 +821,44 @@ async def look_up(
         await connection.execute(QUERIES["limit_statement"], f"{seconds * 1000:.0f}")
         rows = await connection.fetch(query, subjects, timeout=seconds + COMMAND_TIMEOUT)
     return {row["subject"]: json.loads(row["data"] or "{}") for row in rows}
+
+
+class Candidate(NamedTuple):
+    """A subject that a user's query returns, and that could enter."""
+
+    subject: str
+    data: str | None
+    timezone: str | None
+
+
+async def read_source(
+    connection: asyncpg.Connection, source: str, sequence: str, limit: int, seconds: float
+) -> tuple[list[Candidate], Counter[str]]:
+    """Read the subjects that a user's view or function returns, without those that the sequence
+    refuses; and count the rows that cannot be enrolled, by what is wrong with them.
+
+    In a savepoint of the caller's transaction: nothing can be written, and the server ends the
+    query after so many seconds. Raises ValueError if there is no such view or function.
+    """
+    name = SOURCE.fullmatch(source)
+    assert name is not None  # it is checked with the definition
+    limited = connection.transaction()
+    await limited.start()
+    try:
+        await connection.execute(QUERIES["read_only"], f"{seconds * 1000:.0f}")
+        kind = await connection.fetchval(QUERIES["source_kind"], *name.groups())
+        if kind is None:
+            raise ValueError(f"no view, table or function {source} without arguments exists")
+        called = "" if kind == "relation" else "()"
+        query = QUERIES["read_source"].replace(
+            "{source}", '"{schema}"."{name}"'.format(**name.groupdict()) + called
+        )
+        rows = await connection.fetch(query, sequence, limit, timeout=seconds + COMMAND_TIMEOUT)
+    finally:
+        if not connection.is_closed():
+            await limited.rollback()  # and the settings with it
+    valid = [Candidate(*row[:3]) for row in rows if row["fault"] is None]
+    return valid, Counter(row["fault"] for row in rows if row["fault"] is not None)
 
 
 async def try_lock_retention(connection: asyncpg.Connection) -> bool:

@@ -169,6 +169,10 @@ GOOD: dict[str, list[Any]] = {
     "description": [None, "", "ü" * 5000],
     "timezone": ["europe/berlin", "UTC"],
     "status": ["paused", "archived"],
+    "enroll": [
+        {"from": "app.due", "schedule": "0 9 * * 1-5"},
+        {"from": "app.due", "every": {"amount": 1, "unit": "hours"}, "at_most": 5000},
+    ],
     "reentry": ["always", "never", {"after": {"amount": 90, "unit": "days"}}],
     "lookup": [None, "app.plans"],
     "window": [None, {"days": ["mon"]}, {"holidays": "DE", "spread": {"minutes": 1.5}}],

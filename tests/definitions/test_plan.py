@@ -385,6 +385,34 @@ async def test_what_is_the_same_to_postgresql_is_no_change(
     assert not await apply(GOOD.replace("text: Hello", "text: 1.0e+23"))
 
 
+async def test_a_plan_tells_how_many_a_schedule_would_enroll(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await connection.execute(
+        "CREATE SCHEMA app; CREATE VIEW app.due AS SELECT 'x' || n AS subject"
+        " FROM generate_series(1, 12) AS n"
+    )
+    text = (
+        "{name: s, enroll: {from: %s, schedule: 0 9 * * 1-5, at_most: 20},"
+        " steps: [{name: a, type: WaitForDuration, config: {amount: 3, unit: days}}]}"
+    )
+    assert "12 of app.due would enter now" in await apply.lines(text % "app.due")
+    await apply(text % "app.due")
+    await enroll(connection, "s", "x3")
+    assert "11 of app.due would enter now" in await apply.lines(text % "app.due")
+    few = text.replace("at_most: 20", "at_most: 2") % "app.due"
+    assert "more than at_most = 2 of app.due would enter now: none would" in await apply.lines(few)
+    told = "app.none cannot be read: no view, table or function app.none without arguments exists"
+    assert told in await apply.lines(text % "app.none")
+    document = json.loads(await connection.fetchval("SELECT sequencer.document('s')"))
+    assert await apply.lines(to_yaml(document)) == [
+        "s: nothing changed",
+        "11 of app.due would enter now",
+    ]
+    # what the query may not do is allowed again after it
+    assert await connection.fetchval("SHOW statement_timeout") == "0"
+
+
 @pytest.mark.parametrize(
     ("span", "kept"),
     [

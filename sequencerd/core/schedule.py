@@ -1,0 +1,99 @@
+"""Enrolling by a query and a schedule: the key `enroll` of a sequence, and when it is next due."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from cronsim import CronSim, CronSimError
+from pydantic import AfterValidator, Field, StrictInt, model_validator
+
+from sequencerd.core.calendar import dates
+from sequencerd.core.config import Config
+
+BASE_UNITS = {
+    "year": (12, "months"),
+    "quarter": (3, "months"),
+    "month": (1, "months"),
+    "week": (7, "days"),
+    "day": (1, "days"),
+    "hour": (3600, "seconds"),
+    "minute": (60, "seconds"),
+    "second": (1, "seconds"),
+}
+SOURCE = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*)")
+"""The name of a view or function of the user's, as it stands in SQL without quotes."""
+
+
+class Span(Config):
+    """A fixed amount of a unit of time."""
+
+    amount: StrictInt = Field(gt=0, le=100_000)
+    """How many."""
+    unit: Literal[
+        "years", "quarters", "months", "weeks", "days", "hours", "minutes", "seconds",
+        "year", "quarter", "month", "week", "day", "hour", "minute", "second",
+    ]  # fmt: skip
+    """Years to seconds. Years to days are calendar time, the others are elapsed time."""
+
+    def document(self) -> dict[str, Any]:
+        """The same in months, days, hours or seconds, as sequencer.as_duration has it."""
+        factor, unit = BASE_UNITS[self.unit.removesuffix("s")]
+        amount = self.amount * factor
+        if unit == "seconds" and amount % 3600 == 0:
+            return {"amount": amount // 3600, "unit": "hours"}
+        return {"amount": amount, "unit": unit}
+
+
+def _source(name: str) -> str:
+    if SOURCE.fullmatch(name) is None or re.match(r"pg_|information_schema\.|sequencer\.", name):
+        raise ValueError("must be the name of a view or function of yours, such as app.overdue")
+    return name
+
+
+def _cron(expression: str) -> str:
+    if len(expression.split()) != 5:  # six would be with seconds
+        raise ValueError('must be a cron expression of five fields, such as "0 9 * * 1-5"')
+    try:
+        next(CronSim(expression, datetime(2026, 1, 1, tzinfo=UTC)))
+    except CronSimError as error:
+        raise ValueError(f"is not a cron expression: {error}") from error
+    except StopIteration as error:
+        raise ValueError("is a time that never comes") from error
+    return expression
+
+
+class EnrollConfig(Config):
+    """Enrolls what a query returns, by a schedule."""
+
+    source: Annotated[str, AfterValidator(_source)] = Field(alias="from")
+    """A view, table or SQL function that returns subject, and optionally data and timezone."""
+    schedule: Annotated[str, AfterValidator(_cron)] | None = None
+    """A cron expression such as "0 9 * * 1-5", in the sequence's time zone."""
+    every: Span | None = None
+    """Instead of a schedule, the time between two runs, such as {amount: 1, unit: hours}."""
+    at_most: StrictInt = Field(default=1000, ge=1, le=100_000, alias="at_most")
+    """How many may enter in one run; if there are more, none is enrolled and a problem reported."""
+
+    @model_validator(mode="after")
+    def _has_one_time(self) -> EnrollConfig:
+        if (self.schedule is None) == (self.every is None):
+            raise ValueError("must have either schedule or every")
+        return self
+
+    def first_run(self, now: datetime, timezone: str) -> datetime:
+        """When a new schedule is due: at the time that it names, or at once."""
+        return now if self.every else self.next_run(now, timezone)
+
+    def next_run(self, now: datetime, timezone: str) -> datetime:
+        """When it is due after a run at this time; of runs that were missed there is one."""
+        zone = dates.zone(timezone)
+        if self.every is not None:
+            return dates.add(now, self.every.amount, self.every.unit, zone)
+        return next(CronSim(self.schedule or "", now.astimezone(zone))).astimezone(UTC)
+
+    def document(self) -> Mapping[str, Any]:
+        """As it is kept."""
+        return self.model_dump(by_alias=True, exclude_none=True)

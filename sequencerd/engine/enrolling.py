@@ -1,0 +1,290 @@
+"""Enroll what the users' queries return, by the schedules of their sequences.
+
+A query is read in a transaction that cannot write, with a time limit, on connections of its own.
+The entries and the time of the next run are written in one transaction, so that no run is done
+twice. One daemon at a time does it: the others read when the next run is due, and what went wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from functools import partial
+from typing import NamedTuple
+
+import asyncpg
+from pydantic import ValidationError
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.core.config import describe
+from sequencerd.core.model import DefinitionError, EvaluationError
+from sequencerd.core.retry import doubled
+from sequencerd.core.schedule import EnrollConfig
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.problems import Problems
+from sequencerd.engine.quarantine import isolate
+from sequencerd.storage import store
+from sequencerd.storage.store import QUERIES, Candidate
+
+INTERVAL = 60.0  # seconds between checks, if no run is due before
+TURN = 1.0  # seconds between checks while a run goes on
+FIRST_RETRY, LONGEST_RETRY = 60.0, 3600.0  # seconds after a run that failed
+BATCH = 1000  # subjects of one statement
+MOST_REFUSED = 20  # if no other was enrolled, the cause is a common one
+KIND = "enroll"
+
+
+class Due(NamedTuple):
+    """A run that is due."""
+
+    sequence: str
+    timezone: str
+    config: EnrollConfig
+    at: datetime
+    failures: int
+
+
+class Run(NamedTuple):
+    """What came of a run."""
+
+    found: int | None = None
+    enrolled: int | None = None
+    problem: str | None = None
+    has_failed: bool = False  # to be tried again soon
+
+
+class Enrolling:
+    """Does what is due, and reports what cannot be done."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        problems: Problems,
+        *,
+        timeout: float,
+        clock: Clock,
+        log: FilteringBoundLogger,
+    ) -> None:
+        """`timeout` is that of a user's query, in seconds."""
+        self._pool = pool
+        self._problems = problems
+        self._timeout = timeout
+        self._clock = clock
+        self._log = log
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._reported: set[str] = set()
+
+    async def keep(self) -> None:
+        """Enroll until it is cancelled."""
+        try:
+            while True:
+                pause = INTERVAL
+                try:
+                    pause = await self.turn()
+                except store.TRANSIENT_ERRORS as error:
+                    self._log.warning("database error, tried again", error=store.brief(error))
+                except Exception:
+                    self._log.exception("internal error")
+                await asyncio.sleep(pause)
+        finally:
+            for run in self._running.values():
+                run.cancel()
+
+    async def turn(self) -> float:
+        """Do what is due; return in how many seconds to check again."""
+        pause = await self._check(is_ours=False)
+        if pause > 0:
+            return pause
+        async with store.connection(self._pool) as connection, store.transaction(connection):
+            if not await connection.fetchval(QUERIES["try_lock_enrolling"]):
+                return TURN
+            while True:
+                pause = await self._check(is_ours=True, reading=connection)
+                if not self._running:
+                    return max(pause, TURN)
+                await asyncio.wait(
+                    self._running.values(), timeout=TURN, return_when=asyncio.FIRST_COMPLETED
+                )
+
+    async def _check(self, *, is_ours: bool, reading: asyncpg.Connection | None = None) -> float:
+        """Read the schedules, and start what is due if that `is_ours`. Return in how many seconds
+        something is due.
+        """
+        if reading is None:
+            async with store.connection(self._pool) as connection:
+                rows = await connection.fetch(QUERIES["schedules"])
+        else:
+            rows = await reading.fetch(QUERIES["schedules"])
+        now = self._clock.now()
+        times = [now + timedelta(seconds=INTERVAL)]
+        found: dict[str, str] = {}
+        for row in rows:
+            name, problem = row["sequence"], row["problem"]
+            if row["status"] != "active":
+                continue
+            try:
+                config = EnrollConfig.model_validate(json.loads(row["enroll"]))
+                first = config.first_run(now, row["timezone"])
+            except (ValidationError, DefinitionError, EvaluationError) as error:
+                text = describe(error) if isinstance(error, ValidationError) else str(error)
+                found[name] = f"sequence {name!r}: enroll: {text}"
+                continue
+            if problem is not None:
+                found[name] = f"sequence {name!r} enrolls {config.source}: {problem}"
+            if name in self._running:
+                continue
+            if row["scheduled"] != row["definition"]:
+                times.append(now)
+                if is_ours:
+                    async with store.connection(self._pool) as connection:
+                        await connection.execute(
+                            QUERIES["set_schedule"], name, row["definition"], first
+                        )
+                continue
+            due = row["next_run_at"]
+            times.append(due)
+            if is_ours and due <= now:
+                run = Due(name, row["timezone"], config, due, row["failures"])
+                task = asyncio.create_task(self._run(run))
+                self._running[name] = task
+                task.add_done_callback(partial(self._ended, name))
+        self._report(found)
+        return max(0.0, (min(times) - now).total_seconds())
+
+    def _ended(self, name: str, _task: asyncio.Task[None]) -> None:
+        self._running.pop(name, None)
+
+    def _report(self, found: dict[str, str]) -> None:
+        for name in self._reported - found.keys():
+            self._problems.clear(KIND, name)
+        for name, message in found.items():
+            self._problems.report(KIND, name, message, since=self._clock.now(), sequence=name)
+        self._reported = set(found)
+
+    async def _run(self, due: Due) -> None:
+        """Read and enroll. What goes wrong is this sequence's alone."""
+        log = self._log.bind(sequence=due.sequence)
+        begun = self._clock.now()
+        try:
+            candidates, faults = await self._read(due)
+            run = await self._enroll(due, begun, candidates, faults)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.warning("a scheduled run failed", error=store.brief(error))
+            run = Run(problem=_explain(error, due, self._timeout), has_failed=True)
+            try:
+                async with store.connection(self._pool) as connection:
+                    await self._finish(connection, due, begun, run)
+            except store.TRANSIENT_ERRORS as lost:  # it is still due
+                log.warning("database error, tried again", error=store.brief(lost))
+                await asyncio.sleep(TURN)
+        else:
+            log.info("a scheduled run ended", found=run.found, enrolled=run.enrolled)
+
+    async def _read(self, due: Due) -> tuple[list[Candidate], Counter[str]]:
+        limit = due.config.at_most + 1
+        async with store.connection(self._pool) as connection, store.transaction(connection):
+            return await store.read_source(
+                connection, due.config.source, due.sequence, limit, self._timeout
+            )
+
+    async def _enroll(
+        self, due: Due, begun: datetime, candidates: Sequence[Candidate], faults: Counter[str]
+    ) -> Run:
+        """Enroll what was read and record the run, in one transaction."""
+        at_most = due.config.at_most
+        problems = [f"{count:,} rows {fault}" for fault, count in faults.items()]
+        async with store.connection(self._pool) as connection, store.transaction(connection):
+            if not await connection.fetchval(QUERIES["lock_run"], due.sequence, due.at):
+                return Run()  # another daemon has done it, or it was scheduled otherwise
+            if len(candidates) > at_most:
+                problems.insert(
+                    0,
+                    f"more than at_most = {at_most:,} subjects would enter, so none was enrolled;"
+                    " change the query, or raise at_most",
+                )
+                run = Run(len(candidates), 0, "; ".join(problems))
+            else:
+                await connection.execute(QUERIES["turn_notifications_on"])
+                enrolled, refused = await _insert(connection, due.sequence, candidates)
+                problems += [f"subject {subject!r}: {error}" for subject, error in refused[:3]]
+                if refused[3:]:
+                    problems.append(f"{len(refused) - 3:,} more subjects could not be enrolled")
+                run = Run(len(candidates), enrolled, "; ".join(problems) or None)
+            await self._finish(connection, due, begun, run)
+        return run
+
+    async def _finish(
+        self, connection: asyncpg.Connection, due: Due, begun: datetime, run: Run
+    ) -> None:
+        now = self._clock.now()
+        following = due.config.next_run(now, due.timezone)
+        if run.has_failed:
+            pause = doubled(FIRST_RETRY, LONGEST_RETRY, due.failures + 1)
+            following = min(following, now + timedelta(seconds=pause))
+        await connection.execute(
+            QUERIES["finish_run"],
+            due.sequence,
+            due.at,
+            following,
+            begun,
+            now - begun,
+            run.found,
+            run.enrolled,
+            run.problem and run.problem[:2000],
+            run.has_failed,
+        )
+
+
+async def _insert(
+    connection: asyncpg.Connection, sequence: str, candidates: Iterable[Candidate]
+) -> tuple[int, list[tuple[str, Exception]]]:
+    """Enroll subjects; those that the database refuses are left out. Raises what is no subject's
+    fault.
+    """
+    enrolled = 0
+    refused: list[tuple[str, Exception]] = []
+
+    async def insert(part: Sequence[Candidate]) -> None:
+        nonlocal enrolled
+        async with connection.transaction():
+            enrolled += await connection.fetchval(
+                QUERIES["enroll_subjects"],
+                sequence,
+                [one.subject for one in part],
+                [one.data for one in part],
+                [one.timezone for one in part],
+            )
+
+    async def refuse(one: Candidate, error: Exception) -> None:
+        if store.is_environment(error):
+            raise error
+        refused.append((one.subject, error))
+        if not enrolled and len(refused) == MOST_REFUSED:
+            raise error
+
+    async def probe() -> None:
+        pass
+
+    wanted = list(candidates)
+    for first in range(0, len(wanted), BATCH):
+        _, common = await isolate(wanted[first : first + BATCH], insert, refuse, probe)
+        if common is not None:
+            raise common
+    return enrolled, refused
+
+
+def _explain(error: Exception, due: Due, timeout: float) -> str:
+    """Say what went wrong with a run, and what to do."""
+    match error:
+        case asyncpg.QueryCanceledError():
+            return f"it did not end within {timeout:g} seconds (database.lookup_timeout)"
+        case asyncpg.InsufficientPrivilegeError():
+            return f"{error}; grant SELECT or EXECUTE on {due.config.source} to the daemon's user"
+        case asyncpg.ReadOnlySQLTransactionError():
+            return f"{error}: it is read in a transaction that cannot write"
+    return str(error) or type(error).__name__

@@ -1,0 +1,69 @@
+"""When a schedule is due: cron expressions and intervals, in the sequence's time zone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from sequencerd.core.config import describe
+from sequencerd.core.schedule import EnrollConfig
+
+BERLIN = "Europe/Berlin"
+
+
+def config(**keys: Any) -> EnrollConfig:
+    return EnrollConfig.model_validate({"from": "app.overdue", **keys})
+
+
+def at(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "now", "due"),
+    [
+        ("0 9 * * 1-5", "2026-10-23T09:00:00+02:00", "2026-10-26T09:00:00+01:00"),
+        ("0 9 * * 1-5", "2026-10-23T08:59:59+02:00", "2026-10-23T09:00:00+02:00"),
+        # 2:30 does not exist on this day, and occurs twice on that one
+        ("30 2 * * *", "2026-03-28T12:00:00+01:00", "2026-03-29T03:00:00+02:00"),
+        ("30 2 * * *", "2026-10-24T12:00:00+02:00", "2026-10-25T02:30:00+02:00"),
+        ("30 2 * * *", "2026-10-25T02:30:00+02:00", "2026-10-26T02:30:00+01:00"),
+        ("0 0 29 2 *", "2026-01-01T00:00:00+01:00", "2028-02-29T00:00:00+01:00"),
+    ],
+)
+def test_a_cron_expression_is_local_time(schedule: str, now: str, due: str) -> None:
+    assert config(schedule=schedule).next_run(at(now), BERLIN) == at(due)
+    assert config(schedule=schedule).first_run(at(now), BERLIN) == at(due)
+
+
+def test_an_interval_begins_at_once_and_days_are_calendar_time() -> None:
+    every = config(every={"amount": 1, "unit": "days"})
+    now = at("2026-10-24T12:00:00+02:00")
+    assert every.first_run(now, BERLIN) == now
+    assert every.next_run(now, BERLIN) == at("2026-10-25T12:00:00+01:00")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({}, "either schedule or every"),
+        ({"schedule": "0 9 * * *", "every": {"amount": 1, "unit": "hours"}}, "either schedule or"),
+        ({"schedule": "0 9 * *"}, "five fields"),
+        ({"schedule": "* * * * * *"}, "five fields"),
+        ({"schedule": "0 25 * * *"}, "schedule: is not a cron expression: Bad hour"),
+        ({"schedule": "0 0 30 2 *"}, "schedule: is not a cron expression"),
+        ({"schedule": "0 9 * * *", "at_most": 0}, "at_most"),
+        ({"every": {"amount": 0, "unit": "hours"}}, "every.amount"),
+        *(
+            ({"schedule": "0 9 * * *", "from": name}, "a view or function of yours")
+            for name in ("overdue", "pg_catalog.pg_class", "sequencer.enrollments", "a.b; drop", "")
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        config(**keys)
+    assert words in describe(refused.value)
