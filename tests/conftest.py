@@ -18,6 +18,7 @@ import hypothesis
 import pytest
 
 from sequencerd.storage import embedded, migrate
+from tests.helpers import costs, leftovers
 from tests.helpers.commands import Command
 from tests.helpers.databases import FAST, execute, server_folder, with_database
 
@@ -31,6 +32,13 @@ PATIENT = hypothesis.settings(
 hypothesis.settings.register_profile("brief", PATIENT)
 hypothesis.settings.register_profile("thorough", PATIENT, max_examples=300)
 hypothesis.settings.load_profile("brief")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(leftovers)
+    if config.getoption("durations"):
+        config.pluginmanager.register(costs)
+        config.pluginmanager.register(costs.Costs())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,12 +56,13 @@ SERVER = os.environ.pop("SEQUENCERD_TEST_DATABASE", None)
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[str]:
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
     if url := SERVER:
         yield url
         return
     with server_folder() as folder, embedded.running(folder, settings=FAST) as started:
         yield started.url
+        costs.note_postgresql(request.config, started.data)
 
 
 @pytest.fixture(scope="session")

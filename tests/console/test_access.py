@@ -412,7 +412,7 @@ def test_a_console_for_everybody_is_refused(sequencerd: Command) -> None:
         ):
             load({**everywhere, **safe}).check_console()
     sequencerd.variables |= {**on, "SEQUENCERD_HTTP_LISTEN": "0.0.0.0:0"}
-    sequencerd("run", code=2)
+    sequencerd.program("run", code=2)
     assert "sequencerd console-password" in sequencerd.errors
 
 

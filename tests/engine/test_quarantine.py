@@ -385,8 +385,8 @@ async def test_a_database_that_is_not_utf8_is_refused(server: str, tmp_path: Pat
     )
     sequencerd = Command(with_database(server, name), tmp_path)
     try:
-        for command in ("migrate", "run", "status"):
-            await asyncio.to_thread(sequencerd, command, code=1)
+        for run, command in ((sequencerd, "migrate"), (sequencerd.program, "run")):
+            await asyncio.to_thread(run, command, code=1)
             assert "the database's encoding is SQL_ASCII, and must be UTF8" in sequencerd.errors
         found = await asyncio.to_thread(sequencerd, "doctor", code=1)
         assert "encoding is SQL_ASCII" in found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -40,6 +42,21 @@ class Command:
         assert ended == code, out.getvalue() + errors.getvalue()
         self.errors = errors.getvalue()
         return out.getvalue()
+
+    def program(self, *arguments: str, code: int = 0) -> str:
+        """The same by a process of its own, as `run` needs one for its signals."""
+        done = subprocess.run(
+            [sys.executable, "-m", "sequencerd", *arguments],
+            env=self.variables,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        self.errors = done.stderr
+        return done.stdout
 
 
 def _main(arguments: tuple[str, ...]) -> object:

@@ -85,7 +85,7 @@ async def test_what_is_hidden_is_told(
     assert "sequencer.enrollments from login_daemon" in found.seen
     if words == "all of":
         sequencerd.variables["SEQUENCERD_DATABASE"] = login
-        sequencerd("run", code=1)
+        sequencerd.program("run", code=1)
         assert "row-level security hides all of sequencer.enrollments" in sequencerd.errors
         assert "GRANT sequencer_daemon" in sequencerd.errors
 

@@ -1,0 +1,35 @@
+"""What the helpers of tests promise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+TWO_TESTS = """
+import gc, socket
+
+class Cycle:
+    def __init__(self):
+        self.me, self.socket = self, socket.socket()
+
+def test_one():
+    left = Cycle()
+    assert False, left
+
+def test_another():
+    gc.collect()
+"""
+
+
+def test_a_socket_that_a_failing_test_leaves_open_fails_no_other(
+    tmp_path: Path, repository: Path
+) -> None:
+    (tmp_path / "test_two.py").write_text(TWO_TESTS)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-W", "error::ResourceWarning",
+         "-W", "error::pytest.PytestUnraisableExceptionWarning", "-p", "tests.helpers.leftovers",
+         "-p", "no:cacheprovider", "--rootdir", tmp_path, "-c", "/dev/null", tmp_path],
+        cwd=repository, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "1 failed, 1 passed" in done.stdout, done.stdout
