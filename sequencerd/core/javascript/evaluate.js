@@ -11,6 +11,20 @@
   // --- conditions
 
   const PLAIN_PATH = /^\w+(\.\w+)+$/;
+  const ONLY_READS = /^(eq|gte?|lte?|is[A-Z]\w*|has|inRange|includes|startsWith|endsWith|size)$/;
+
+  // An enrollment's goals and conditions read the same text one after the other: parsed once, as
+  // no command that may change what was parsed gets it.
+  let lastText;
+  let lastView;
+
+  function parsedOnce(text) {
+    if (text !== lastText) {
+      lastView = parse(text);
+      lastText = text;
+    }
+    return lastView;
+  }
 
   function reader(operand) {
     if (operand === undefined) return () => undefined;
@@ -28,8 +42,9 @@
   function condition(program) {
     const { command, value, compareTo } = parse(program);
     const [ask, read, readOther] = [_[command], reader(value), reader(compareTo)];
+    const parsed = ONLY_READS.test(command) ? parsedOnce : parse;
     return (text) => {
-      const view = parse(text);
+      const view = parsed(text);
       return !!ask(read(view), readOther(view));
     };
   }

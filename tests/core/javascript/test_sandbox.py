@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from importlib.resources import files
 import pytest
 
 from sequencerd.core.javascript import sandbox
-from sequencerd.core.javascript.conditions import Operand, compile_predicate
+from sequencerd.core.javascript.conditions import COMMANDS, Operand, compile_predicate
 from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import EvaluationError
 
@@ -141,6 +142,19 @@ def test_fifty_megabytes_are_refused_at_once() -> None:
         template.render({"l": list(range(1_000)), "text": "<" * 50_000})
     assert time.process_time() - began < 5
     everything_answers()
+
+
+def test_no_command_changes_the_data_that_the_next_one_reads() -> None:
+    data = {"list": [3, 1, 2], "one": 1, "key": "a", "nested": {"a": {"b": [1]}}}
+    view = json.dumps({"data": data})
+    same = compile_predicate("isEqual", at("data"), Operand(type="raw", value=data))
+    operands = [("list", "one"), ("nested", "key"), ("list", "list"), ("nested", "list")]
+    for command, (value, other) in itertools.product(sorted(COMMANDS), operands):
+        assert same(view), command  # parsed and kept
+        predicate = compile_predicate(command, at(f"data.{value}"), at(f"data.{other}"))
+        with suppress(EvaluationError):
+            predicate(view)
+        assert same(view), command
 
 
 def test_a_raw_operand_is_new_in_each_evaluation() -> None:
