@@ -1438,7 +1438,9 @@ DECLARE
 BEGIN
     WITH woken AS (
         UPDATE sequencer.enrollments AS e SET wake_at = least(e.wake_at, now())
-         WHERE e.status = 'active' AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+         WHERE e.status = 'active' AND e.leased_by IS NULL
+           -- one that has yet to start keeps its time; after a silent load, it is due unnoticed
+           AND (e.entered_at IS NOT NULL OR e.wake_at <= now())
            AND (reevaluate.subject IS NULL OR e.subject = reevaluate.subject)
            AND (reevaluate.sequence IS NULL OR e.sequence = reevaluate.sequence)
            AND (reevaluate.step IS NULL OR e.step = reevaluate.step)
@@ -1454,7 +1456,7 @@ BEGIN
     RETURN count;
 END $$;
 
-COMMENT ON FUNCTION sequencer.reevaluate IS 'Wake waiting enrollments to be evaluated, and return how many. Part of the transaction; recorded if a reason is set.';
+COMMENT ON FUNCTION sequencer.reevaluate IS 'Wake waiting enrollments to be evaluated, and start those that are due, and return how many. Part of the transaction; recorded if a reason is set.';
 
 
 -- views -----------------------------------------------------------------------------------------

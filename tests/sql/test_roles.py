@@ -255,7 +255,7 @@ async def test_nobody_shadows_what_such_a_function_names(
         " $$ BEGIN RAISE 'in the rights of %', current_user; END $$"
     )
     await session.execute("SET search_path = pg_temp, pg_catalog, public")
-    assert await session.fetchval("SELECT sequencer.reevaluate()") == 0
+    assert await session.fetchval("SELECT sequencer.reevaluate()") == 1
     assert await session.fetchval("SELECT sequencer.enroll('s', 'bob')")
     await session.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
     by = await connection.fetchval("SELECT DISTINCT message FROM sequencer.events")

@@ -527,6 +527,24 @@ async def test_notifications_are_short_and_folded(defined: asyncpg.Connection, e
     assert await heard(ear, defined, cancel) == []
 
 
+async def test_after_a_silent_load_reevaluate_says_now(
+    defined: asyncpg.Connection, ear: Ear
+) -> None:
+    """Of those that are due; one that starts later keeps its time."""
+    load = (
+        "BEGIN; SET LOCAL sequencer.notify = off;"
+        "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'ada'), ('s', 'bob');"
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " VALUES ('s', 'eve', now() + interval '1 day'); COMMIT"
+    )
+    assert await heard(ear, defined, load) == []
+    now = "SELECT sequencer.reevaluate(sequence => 's')"
+    assert await heard(ear, defined, now) == ['{"due" : ["s", "first"]}']
+    assert await defined.fetchval(now) == 2
+    later = "SELECT wake_at > now() FROM sequencer.enrollments WHERE subject = 'eve'"
+    assert await defined.fetchval(later)
+
+
 async def test_a_status_is_complete_when_data_change_with_it(defined: asyncpg.Connection) -> None:
     id_ = await enroll(defined, "s", "ada")
     await defined.execute("UPDATE sequencer.enrollments SET entered_at = now()")
