@@ -119,6 +119,9 @@ CREATE TABLE sequencer.steps (
         ON UPDATE CASCADE DEFERRABLE INITIALLY DEFERRED
 );
 
+-- of the types that name steps in their configs: see sequencer.named_steps
+CREATE INDEX steps_naming ON sequencer.steps (sequence) WHERE type IN ('GoTo', 'Switch', 'Split');
+
 COMMENT ON TABLE  sequencer.steps IS 'The steps of sequences: what each does, and where it leads.';
 COMMENT ON COLUMN sequencer.steps.position IS 'The order in the definition; of several goals met at once, the last wins.';
 COMMENT ON COLUMN sequencer.steps.next_step IS 'Where the action next leads; NULL completes the enrollment.';
@@ -247,10 +250,12 @@ CREATE TABLE sequencer.events (
 ) PARTITION BY RANGE (at);
 
 CREATE INDEX events_of_enrollment ON sequencer.events (enrollment_id, at);
+-- for the view overview
+CREATE INDEX events_of_branches ON sequencer.events (sequence, step, message) WHERE action = 'branch';
 CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
-COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired; goal; jump; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, retargeted, reevaluated.';
+COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired; goal; jump; branch; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, retargeted, reevaluated.';
 COMMENT ON COLUMN sequencer.events.revision IS 'The revision of the definition in effect; for the result of a side effect, the one it was started under.';
 
 -- A daemon records present events only: it cannot rewrite history.
@@ -733,6 +738,50 @@ END $$;
 CREATE TRIGGER guard_delete BEFORE DELETE ON sequencer.steps
     FOR EACH ROW EXECUTE FUNCTION sequencer.guard_step();
 
+-- The same as `steps` in the records of sequencerd/core/step_types.
+CREATE FUNCTION sequencer.named_steps(type text, sequence text, config jsonb)
+RETURNS TABLE (path text[], of_sequence text, step text)
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT '{step}'::text[],
+           CASE jsonb_typeof(config->'sequence') WHEN 'string' THEN config->>'sequence'
+                                                 ELSE named_steps.sequence END,
+           config->>'step'
+     WHERE named_steps.type = 'GoTo' AND jsonb_typeof(config->'step') = 'string'
+    UNION ALL
+    SELECT ARRAY[l.key, (i.number - 1)::text, 'step'], named_steps.sequence, i.item->>'step'
+      FROM (VALUES ('Switch', 'cases'), ('Split', 'ways')) AS l (type, key),
+           jsonb_array_elements(CASE WHEN jsonb_typeof(config->l.key) = 'array'
+                                     THEN config->l.key ELSE '[]' END)
+               WITH ORDINALITY AS i (item, number)
+     WHERE l.type = named_steps.type AND jsonb_typeof(i.item->'step') = 'string'
+$$;
+
+COMMENT ON FUNCTION sequencer.named_steps IS 'Return the steps that a config names, each with its path in the config.';
+
+-- As the foreign keys of next_step and alt_next_step, at the end of the transaction.
+CREATE FUNCTION sequencer.guard_named_step() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    naming record;
+BEGIN
+    SELECT s.sequence, s.name INTO naming
+      FROM sequencer.steps AS s, sequencer.named_steps(s.type, s.sequence, s.config) AS n
+     WHERE s.type IN ('GoTo', 'Switch', 'Split')
+       AND n.of_sequence = OLD.sequence AND n.step = OLD.name LIMIT 1;
+    IF FOUND AND NOT EXISTS (SELECT FROM sequencer.steps
+                              WHERE sequence = OLD.sequence AND name = OLD.name) THEN
+        RAISE foreign_key_violation USING
+            MESSAGE = format('step %L of sequence %L cannot be deleted: step %L of sequence %L leads to it',
+                             OLD.name, OLD.sequence, naming.name, naming.sequence),
+            SCHEMA = 'sequencer', TABLE = 'steps', COLUMN = 'config',
+            HINT = 'Change the config of that step in the same transaction, or before.';
+    END IF;
+    RETURN NULL;
+END $$;
+
+CREATE CONSTRAINT TRIGGER guard_named AFTER DELETE ON sequencer.steps
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION sequencer.guard_named_step();
+
 -- Names a step with a side effect in `executed`; the same as model.effect_key in Python.
 CREATE FUNCTION sequencer.effect_key(sequence text, step text) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -741,7 +790,31 @@ $$;
 
 COMMENT ON FUNCTION sequencer.effect_key IS 'Return the unique name of a step across sequences, as in enrollments.executed.';
 
--- A rename updates the enrollments at the step, and the goals and side effects recorded by name.
+-- Called by follow_rename, for steps that name a renamed step or sequence in their configs.
+CREATE FUNCTION sequencer.rename_in_configs(sequence text, step text, new_sequence text, new_step text)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    naming record;
+BEGIN
+    FOR naming IN
+        SELECT s.sequence, s.name, n.path
+          FROM sequencer.steps AS s, sequencer.named_steps(s.type, s.sequence, s.config) AS n
+         WHERE s.type IN ('GoTo', 'Switch', 'Split')
+           AND CASE WHEN rename_in_configs.step IS NULL
+                    THEN s.config->>'sequence' = rename_in_configs.sequence
+                    ELSE n.of_sequence = rename_in_configs.sequence AND n.step = rename_in_configs.step END
+    LOOP
+        UPDATE sequencer.steps AS s
+           SET config = CASE WHEN rename_in_configs.step IS NULL
+                             THEN jsonb_set(s.config, '{sequence}', to_jsonb(new_sequence))
+                             ELSE jsonb_set(s.config, naming.path, to_jsonb(new_step)) END
+         WHERE s.sequence = naming.sequence AND s.name = naming.name;
+    END LOOP;
+END $$;
+
+-- A rename updates the enrollments at the step, the goals and side effects recorded by name, and the
+-- configs that name the step.
 CREATE FUNCTION sequencer.follow_rename() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -760,6 +833,7 @@ BEGIN
                            ELSE key END
                  FROM unnest(e.executed) WITH ORDINALITY AS known (key, number) ORDER BY number)
          WHERE status = 'active' AND executed <> '{}';
+        PERFORM sequencer.rename_in_configs(OLD.name, NULL, NEW.name, NULL);
         -- joins those of a deleted sequence that had the new name
         UPDATE sequencer.revisions SET sequence = NEW.name WHERE sequence = OLD.name;
     ELSIF NEW.name <> OLD.name THEN
@@ -779,6 +853,7 @@ BEGIN
            SET executed = array_replace(executed, sequencer.effect_key(NEW.sequence, OLD.name),
                                         sequencer.effect_key(NEW.sequence, NEW.name))
          WHERE status = 'active' AND executed <> '{}';
+        PERFORM sequencer.rename_in_configs(NEW.sequence, OLD.name, NEW.sequence, NEW.name);
         UPDATE sequencer.sequences SET first_step = NEW.name
          WHERE name = NEW.sequence AND first_step = OLD.name;
     END IF;
@@ -1472,6 +1547,12 @@ SELECT s.sequence, s.name AS step, s.type, q.status,
            SELECT count(*) FROM sequencer.enrollments AS e
             WHERE e.sequence = s.sequence AND e.step = s.name AND e.status = 'active'
               AND e.id >= s.reschedule_from) END AS rescheduling,
+       CASE WHEN s.type IN ('Switch', 'Split') THEN (
+           SELECT jsonb_object_agg(b.branch, b.times)
+             FROM (SELECT v.message AS branch, count(*) AS times FROM sequencer.events AS v
+                    WHERE v.sequence = s.sequence COLLATE "default"
+                      AND v.step = s.name COLLATE "default" AND v.action = 'branch'
+                    GROUP BY v.message) AS b) END AS branches,
        s.problem
   FROM sequencer.steps AS s
   JOIN sequencer.sequences AS q ON q.name = s.sequence
@@ -1487,7 +1568,7 @@ SELECT s.sequence, s.name AS step, s.type, q.status,
   ) AS f ON f.sequence = s.sequence AND f.step = s.name
  ORDER BY s.sequence, s.position;
 
-COMMENT ON VIEW sequencer.overview IS 'For each step: how many enrollments are active, due, and overdue by more than a minute; when the next one wakes; how many failed; and after a change of the step, how many have yet to be evaluated.';
+COMMENT ON VIEW sequencer.overview IS 'For each step: how many enrollments are active, due, and overdue by more than a minute; when the next one wakes; how many failed; after a change of the step, how many have yet to be evaluated; and how many took each branch of a Switch or of a Split with ways, according to the history.';
 
 CREATE VIEW sequencer.overdue AS
 SELECT e.id, e.sequence, e.step, e.subject, e.wake_at, now() - e.wake_at AS overdue_by,

@@ -25,7 +25,7 @@ from sequencerd.console.summary import Counts
 from sequencerd.console.tables import Table, as_csv, as_json, at
 from sequencerd.console.views import Journey
 from sequencerd.core.describe import what_next
-from sequencerd.core.model import Sequence
+from sequencerd.core.model import ALT_NEXT, Sequence
 from sequencerd.definitions import graph
 
 MAX_FORM = 100_000  # bytes
@@ -146,8 +146,9 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
         )
     edges = []
     for edge in graph.edges(definition):
-        key = "alt_next" if edge.label == "altNext" else "next"
-        times = counted.get(edge.source, {}).get(key, 0)
+        row = counted.get(edge.source, {})
+        keys = {"": "next", ALT_NEXT.label: "alt_next"}
+        times = row.get(keys.get(edge.label, ""), (row.get("branches") or {}).get(edge.label, 0))
         edges.append(
             {
                 "from": edge.source,

@@ -89,6 +89,11 @@ def steps(counts: Counts, query: Query) -> Table:
     def times(step: str, action: str) -> int:
         return counts.flow.get((name, step, action), Counter()).total()
 
+    branches: dict[str, dict[str, int]] = {}
+    for (sequence, step, action), days in counts.flow.items():
+        if sequence == name and action.startswith("branch "):
+            branches.setdefault(step, {})[action.removeprefix("branch ")] = days.total()
+
     rows = [
         {
             "step": step["step"],
@@ -101,6 +106,7 @@ def steps(counts: Counts, query: Query) -> Table:
             "failed": failed[step["step"]],
             "next": times(step["step"], "next") + times(step["step"], "jump"),
             "alt_next": times(step["step"], "altNext"),
+            "branches": branches.get(step["step"]),
             "goal": times(step["step"], "goal"),
             "median_stay": counts.stays.get((name, step["step"])),
             "problem": step["problem"],
@@ -117,6 +123,7 @@ def steps(counts: Counts, query: Query) -> Table:
         Column("failed", "Failed", "number"),
         Column("next", "Went next", "number"),
         Column("alt_next", "Went altNext", "number"),
+        Column("branches", "Branches", "json"),
         Column("goal", "Left for a goal", "number"),
         Column("median_stay", "Median stay", "duration"),
         Column("problem", "Problem"),

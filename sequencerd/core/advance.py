@@ -16,6 +16,7 @@ from sequencerd.core.calendar import dates, windows
 from sequencerd.core.calendar.windows import Window
 from sequencerd.core.model import (
     NEVER,
+    NEXT,
     Action,
     Advanced,
     Answer,
@@ -409,10 +410,13 @@ class _Evaluation:
                 self._merge(data)
                 self.record(Action.NEXT.value)
                 return self._move_to(step.next_step)
-            case Exit(target=target, sequence=name):
+            case Exit(label=label, target=target, sequence=name):
                 if name is not None and name != sequence.name and target is not None:
                     return self._enter(step, target, name)
-                self.record("jump", f"to {target}" + (f" of {name}" if name else ""))
+                if label == NEXT.label:
+                    self.record("jump", f"to {target}" + (f" of {name}" if name else ""))
+                else:
+                    self.record("branch", label)
                 return self._move_to(target)
             case Action.NOOP:
                 return Wait(self.now + NOOP_DELAY)

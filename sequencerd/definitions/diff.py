@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sequencerd.core.step_types import is_seeded
+from sequencerd.core.step_types import is_seeded, rename_steps
 
 Document = Mapping[str, Any]
 """A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
@@ -73,15 +73,19 @@ class Changes:
 
 
 def compare(
-    before: Document | None, after: Document, renamed: Mapping[str, str] | None = None
+    before: Document | None,
+    after: Document,
+    renames: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Changes:
-    """What makes `after` of `before`; `renamed` are new names by old ones."""
-    new_names = dict(renamed or {})
+    """What makes `after` of `before`; `renames` are new names of steps by sequence and old name."""
+    renames = renames or {}
+    new_names = dict(renames.get(after["name"], {}))
     if before is None:
         added = {step["name"]: step["type"] for step in after["steps"]}
         return Changes(is_new=True, added=added)
     seeded = [_seeded(before, step) for step in before["steps"]]
-    was = {step["name"]: step for step in (_renamed(s, new_names) for s in seeded)}
+    renamed_steps = (_renamed(after["name"], step, renames) for step in seeded)
+    was = {step["name"]: step for step in renamed_steps}
     now = {step["name"]: _seeded(after, step) for step in after["steps"]}
     settings = {
         key: Change(before[key], after[key])
@@ -114,10 +118,14 @@ def _seeded(document: Document, step: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**step, "seed": step.get("seed", f"{document['name']}/{step['name']}")}
 
 
-def _renamed(step: Mapping[str, Any], new_names: Mapping[str, str]) -> Mapping[str, Any]:
+def _renamed(
+    sequence: str, step: Mapping[str, Any], renames: Mapping[str, Mapping[str, str]]
+) -> Mapping[str, Any]:
     """As the database makes it of a step when some are renamed."""
+    new_names = renames.get(sequence, {})
     names = {key: new_names.get(step[key], step[key]) for key in ("name", "next", "altNext")}
-    return {**step, **names}
+    config = rename_steps(step["type"], step["config"], sequence, renames)
+    return {**step, **names, "config": config}
 
 
 def _keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Change]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -60,6 +60,15 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class Naming:
+    """A step of another sequence that names a removed step in its config."""
+
+    sequence: str
+    step: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
 class SequencePlan:
     """What a plan does to one sequence."""
 
@@ -69,6 +78,7 @@ class SequencePlan:
     after: Document
     moves: Mapping[str, str] = field(default_factory=dict)  # new step by removed step
     at_step: Mapping[str, int] = field(default_factory=dict)  # people at removed steps
+    named: tuple[Naming, ...] = ()  # removed steps that other sequences name
     waiting: tuple[Waiting, ...] = ()
     empty_calendars: tuple[str, ...] = ()  # of holidays that it needs
     entering: str | None = None  # by the key enroll
@@ -147,9 +157,14 @@ async def make(
     names = [definition.sequence.name for definition in definitions]
     rows = await connection.fetch(QUERIES["documents"], names)
     known = {row["name"]: row for row in rows}
+    renames = {
+        name: definition.pending_renames(seeds(json.loads(known[name]["document"])))
+        for name, definition in zip(names, definitions, strict=True)
+        if name in known
+    }
     made = [
-        await _make_one(connection, definition, known.get(definition.sequence.name), moves or {})
-        for definition in definitions
+        await _make_one(connection, definition, known.get(name), moves or {}, renames)
+        for name, definition in zip(names, definitions, strict=True)
     ]
     everything: Definitions | None = None
     for number, (one, definition) in enumerate(zip(made, definitions, strict=True)):
@@ -171,7 +186,10 @@ async def make(
     facts += [[name, known[name]["revision"]] for name in archived]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Plan(
-        tuple(made), tuple(archived), tuple(r for one in made for r in _refusals(one)), digest[:12]
+        tuple(made),
+        tuple(archived),
+        tuple(refusal for one in made for refusal in _refusals(one, names)),
+        digest[:12],
     )
 
 
@@ -180,11 +198,11 @@ async def _make_one(
     definition: Definition,
     row: asyncpg.Record | None,
     moves: Mapping[str, str],
+    renames: Mapping[str, Mapping[str, str]],
 ) -> SequencePlan:
     before = json.loads(row["document"]) if row else None
     after = await _document(connection, definition, before)
-    renamed = definition.pending_renames(seeds(before)) if before else {}
-    changes = compare(before, after, renamed)
+    changes = compare(before, after, renames)
     at_step = {}
     for name in changes.removed:
         at_step[name] = await connection.fetchval(QUERIES["count_at"], after["name"], name)
@@ -195,6 +213,12 @@ async def _make_one(
         after=after,
         moves={old: new for old, new in moves.items() if old in changes.removed},
         at_step={name: count for name, count in at_step.items() if count},
+        named=tuple(
+            Naming(*row)
+            for row in await connection.fetch(
+                QUERIES["named_elsewhere"], after["name"], changes.removed
+            )
+        ),
         empty_calendars=await _empty_calendars(connection, definition),
         entering=await _entering(connection, definition),
     )
@@ -276,8 +300,8 @@ def _seed(sequence: str, step: str, dealt_by: Mapping[str, str]) -> dict[str, st
     return {} if seed in (None, f"{sequence}/{step}") else {"seed": seed}
 
 
-def _refusals(step: SequencePlan) -> Iterator[str]:
-    """Why a plan cannot be applied."""
+def _refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
+    """Why a plan cannot be applied. What `planned` sequences name is checked with their files."""
     names = [kept["name"] for kept in step.after["steps"]]
     for old, count in step.at_step.items():
         if old not in step.moves:
@@ -289,6 +313,12 @@ def _refusals(step: SequencePlan) -> Iterator[str]:
         if new not in names:
             hint = nearest(new, names)
             yield f"{step.sequence}: --move {old}={new}: step {new!r} does not exist; {hint}"
+    for naming in step.named:
+        if naming.sequence not in planned:
+            yield (
+                f"{step.sequence}: step {naming.target} is removed, but {naming.sequence}/"
+                f"{naming.step} leads to it: change that sequence before, or in the same plan"
+            )
 
 
 # --- the people

@@ -34,7 +34,7 @@ LATE = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
-_MOVES = frozenset({"enrolled", "next", "altNext", "goal", "jump", "completed"})
+_MOVES = frozenset({"enrolled", "next", "altNext", "goal", "jump", "branch", "completed"})
 
 Due = tuple[str, str, int, int]
 """Of a step, its key and how many are due, and overdue by more than a minute."""

@@ -635,6 +635,72 @@ def test_other_weights_move_as_few_as_possible_and_a_seed_outlives_names() -> No
     assert first(50, "b", "s/a") == half
 
 
+def case(path: str, compare_to: object, target: str | None) -> dict[str, Any]:
+    value = {"type": "get", "value": path}
+    other = {"type": "raw", "value": compare_to}
+    return {
+        "when": {"lodashCommand": "eq", "value": value, "compareTo": other},
+        "step": target,
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "leads", "events"),
+    [
+        ('{"plan": "pro"}', "call", [("branch", "case 1")]),
+        ('{"plan": "pro", "seats": 5}', "call", [("branch", "case 1")]),
+        ('{"seats": 5}', "offer", [("branch", "case 2")]),
+        ('{"gone": true}', None, [("branch", "case 3"), ("completed", None)]),
+        ("{}", "nurture", [("next", None)]),
+    ],
+)
+def test_a_switch_goes_to_the_first_case_that_holds(
+    data: str, leads: str | None, events: list[tuple[str, str | None]]
+) -> None:
+    cases = [
+        case("data.plan", "pro", "call"),
+        case("data.seats", 5, "offer"),
+        case("data.gone", True, None),
+    ]
+    day = {"amount": 1, "unit": "day"}
+    definitions = sequence(
+        step("choose", "Switch", {"cases": cases}, then="nurture"),
+        *(step(name, "WaitForDuration", day) for name in ("call", "offer", "nurture")),
+    )
+    advanced = advance(definitions, at("choose", data), NOW)
+    assert [(event.action, event.message) for event in advanced.events] == events
+    if leads is None:
+        assert isinstance(advanced.decision, End)
+    else:
+        assert advanced.enrollment.step == leads
+    assert not advanced.is_shared  # it has read data
+
+
+def ways_of(weights: Mapping[str, float], seed: str | None = None) -> dict[str, str]:
+    """The way of each of some subjects."""
+    ways = [{"name": name, "weight": weight, "step": None} for name, weight in weights.items()]
+    definitions = sequence(replace(step("split", "Split", {"ways": ways}), seed=seed))
+    found = {}
+    for subject in (f"u{n}" for n in range(2000)):
+        branch, _ = advance(definitions, at("split", subject=subject), NOW).events
+        assert branch.action == "branch"
+        found[subject] = str(branch.message)
+    return found
+
+
+def test_the_ways_of_a_split_get_their_shares_and_other_weights_move_as_few_as_possible() -> None:
+    before = ways_of({"a": 45, "b": 45, "holdout": 10, "off": 0})
+    share = {name: list(before.values()).count(name) / 2000 for name in ("a", "b", "holdout")}
+    assert sum(share.values()) == 1
+    assert 0.41 < share["a"] < 0.49
+    assert 0.08 < share["holdout"] < 0.12
+    after = ways_of({"holdout": 20, "b": 45, "a": 45})  # in another order
+    moved = {subject: way for subject, way in after.items() if way != before[subject]}
+    assert set(moved.values()) == {"holdout"}
+    assert 0.06 < len(moved) / 2000 < 0.11
+    assert before != ways_of({"a": 45, "b": 45, "holdout": 10}, seed="other")
+
+
 def test_update_data_merges_templates_and_goals_see_it() -> None:
     config = {"data": {"paid": True, "note": "for {{subject}}", "list": ["{{id}}", 2]}}
     definitions = sequence(
@@ -666,6 +732,10 @@ def test_several_updates_are_all_written() -> None:
         ("Split", {"next": 0, "altNext": 0}, "weights"),
         ("Split", {"next": 1}, "altNext"),
         ("Split", {"next": -1, "altNext": 2}, "next"),
+        ("Split", {"next": 1, "altNext": 1, "ways": []}, "ways"),
+        ("Switch", {"cases": []}, "cases"),
+        ("Switch", {"cases": [{"when": PAID}]}, "cases.0.step: is missing"),
+        ("Switch", {"cases": [{"when": {**PAID, "lodashCommand": "now"}, "step": None}]}, "clock"),
         ("UpdateData", {"data": {}}, "data"),
         ("UpdateData", {"data": {"a": ["{{#if}}"]}}, "data.a.0"),
     ],

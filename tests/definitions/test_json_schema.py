@@ -69,6 +69,17 @@ STEPS: list[dict[str, Any]] = [
     {"name": "g", "type": "GoTo", "next": None},
     {"name": "h", "type": "GoTo", "config": {"step": "a"}},
     {"name": "i", "type": "Split", "config": {"next": 30, "altNext": 70}},
+    {
+        "name": "ways",
+        "type": "Split",
+        "config": {
+            "ways": [
+                {"name": "a", "weight": 1, "step": "zero"},
+                {"name": "b", "weight": 0.5, "step": None},
+            ]
+        },
+    },
+    {"name": "sw", "type": "Switch", "config": {"cases": [{"when": IS_PRO, "step": "zero"}]}},
     {"name": "j", "type": "UpdateData", "config": {"data": {"x": [1, "{{id}}"]}}},
     {"name": "k", "type": "WaitForDate", "config": {"date": "2030-01-01"}},
     {"name": "l", "type": "Note", "config": {"anything": {"at": "all"}, "retry": {"attempts": 2}}},
@@ -108,6 +119,12 @@ def test_good_steps_are_valid(step: dict[str, Any]) -> None:
         sequence({"name": "a", "type": "Goal", "config": {**IS_PRO, "value": {"type": "x"}}}),
         sequence({"name": "a", "type": "WaitForDuration", "config": {"amount": 1, "unit": "dayz"}}),
         sequence({"name": "a", "type": "WaitForDuration", "config": {"unit": "days"}}),
+        sequence({"name": "a", "type": "Split", "config": {"next": 1}}),
+        sequence({"name": "a", "type": "Split", "config": {"ways": []}}),
+        sequence({"name": "a", "type": "Split", "config": {"ways": [{"name": "b", "weight": 1}]}}),
+        sequence({"name": "a", "type": "Switch", "config": {"cases": [{"step": "a"}]}}),
+        sequence({"name": "a", "type": "Switch", "config": {"cases": [{"when": IS_PRO}]}}),
+        sequence({"name": "a", "type": "Switch"}),
         sequence(
             {"name": "a", "type": "WaitForDateComparison", "config": {"attribute": "hour"}},
         ),
@@ -191,6 +208,10 @@ GOOD: dict[str, list[Any]] = {
     "timeout": [None, {"amount": 0, "unit": "y"}],
     "amount": [0, -1.5, 10**20],
     "unit": ["DAY", "ms", "Years", "isoWeek", "Q"],
+    "cases": [[], [{"when": IS_PRO, "step": None}]],
+    "when": [IS_PRO],
+    "ways": [None, [{"name": "a", "weight": 1, "step": "zero"}]],
+    "weight": [0, 1.5],
     "attribute": ["Day", "hours", "isoWeekday", "DDD"],
     "values": [[1.0], [2, 3]],
     "late": ["pass", "look again"],

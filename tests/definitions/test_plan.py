@@ -16,6 +16,7 @@ import pytest
 
 from sequencerd.core.advance import advance
 from sequencerd.core.model import Enrollment, Sequence
+from sequencerd.core.step_types import BUILT_IN, named_steps
 from sequencerd.definitions import files, plan
 from sequencerd.definitions.compiler import from_rows
 from sequencerd.definitions.diff import compare, is_same
@@ -542,3 +543,126 @@ async def test_a_new_split_of_an_old_name_deals_independently(
     assert await dealt(connection) != before
     other = SPLIT.replace("name: deal,", "name: share, seed: mine,")
     assert "changed share: seed s/deal → mine" in await apply.lines(other)
+
+
+NAMING = """
+name: s
+steps:
+  - name: choose
+    type: Switch
+    config:
+      cases:
+        - {when: {lodashCommand: isNil, value: {type: get, value: data.x}}, step: mail}
+        - {when: {lodashCommand: isNil, value: {type: get, value: data.y}}, step: null}
+    next: split
+  - name: split
+    type: Split
+    config:
+      ways:
+        - {name: a, weight: 1, step: mail}
+        - {name: b, weight: 1, step: back}
+    next: null
+  - {name: back, type: GoTo, config: {step: mail}}
+  - {name: mail, type: Note, next: null}
+---
+name: other
+steps: [{name: over, type: GoTo, config: {sequence: s, step: mail}}]
+"""
+
+
+async def targets(connection: asyncpg.Connection) -> set[str]:
+    """All names of steps in configs."""
+    rows = await connection.fetch(
+        "SELECT DISTINCT n.of_sequence, n.step FROM sequencer.steps AS s,"
+        " sequencer.named_steps(s.type, s.sequence, s.config) AS n"
+    )
+    return {f"{row['of_sequence']}/{row['step']}" for row in rows}
+
+
+async def test_steps_that_configs_name_follow_renames(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(NAMING)
+    assert await targets(connection) == {"s/mail", "s/back"}
+    renamed = NAMING.replace("name: mail,", "name: letter, renamedFrom: mail,").replace(
+        "step: mail", "step: letter"
+    )
+    assert await apply.lines(renamed) == ["s:", "renamed mail → letter", "other: nothing changed"]
+    await apply(renamed)
+    assert await targets(connection) == {"s/letter", "s/back"}
+    await connection.execute("UPDATE sequencer.steps SET name = 'post' WHERE name = 'letter'")
+    await connection.execute("UPDATE sequencer.sequences SET name = 't' WHERE name = 's'")
+    assert await targets(connection) == {"t/post", "t/back"}
+    over = await connection.fetchval("SELECT config FROM sequencer.steps WHERE name = 'over'")
+    assert json.loads(over) == {"sequence": "t", "step": "post"}
+    sequences, steps = await store.definitions(connection, ["t"])
+    found = from_rows(sequences[0], steps, RUNNERS)
+    assert {one.target for one in found.steps["split"].exits} == {"post", "back"}
+
+
+async def test_a_step_that_a_config_names_cannot_be_deleted(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(NAMING)
+    words = "step 'back' of sequence 's' cannot be deleted: step 'split' of sequence 's' leads to"
+    with pytest.raises(asyncpg.ForeignKeyViolationError, match=words):
+        await connection.execute("DELETE FROM sequencer.steps WHERE name = 'back'")
+    async with connection.transaction():  # in any order
+        await connection.execute("DELETE FROM sequencer.steps WHERE name = 'back'")
+        await connection.execute("DELETE FROM sequencer.steps WHERE name = 'split'")
+        await connection.execute(
+            "UPDATE sequencer.steps SET next_step = 'mail' WHERE name = 'choose'"
+        )
+    first, _, _ = NAMING.partition("---")
+    kept = first.replace("name: mail", "name: post").replace("step: mail", "step: post")
+    planned = await apply.plan(kept)
+    [refused] = planned.refused
+    assert refused.startswith("s: step mail is removed, but other/over leads to it: change that")
+    with pytest.raises(PlanError, match="other/over leads to it"):
+        await apply(kept)
+    with pytest.raises(asyncpg.ForeignKeyViolationError, match="of sequence 'other' leads to"):
+        await connection.execute("DELETE FROM sequencer.sequences WHERE name = 's'")
+    assert not (
+        await apply.plan(kept + NAMING[NAMING.index("---") :].replace("mail", "post"))
+    ).refused
+    await connection.execute("DELETE FROM sequencer.sequences")
+
+
+async def test_the_database_finds_the_names_that_the_records_tell(
+    connection: asyncpg.Connection,
+) -> None:
+    wrong = [1, None, {"step": 1}, {"step": "b", "sequence": 1}, {"cases": 1}, {"ways": [1, {}]}]
+    right = [
+        {"step": "b"},
+        {"step": "b", "sequence": "o"},
+        {"cases": [{"step": "b"}, {"step": None}, {"step": "c", "when": {"step": "x"}}]},
+        {"ways": [{"step": "b"}, {"name": "c"}]},
+    ]
+    for type_ in (*BUILT_IN, "Note"):
+        for config in (*wrong, *right):
+            rows = await connection.fetch(
+                "SELECT * FROM sequencer.named_steps($1, 's', $2)", type_, json.dumps(config)
+            )
+            found = {(tuple(row["path"]), row["step"], row["of_sequence"]) for row in rows}
+            assert found == {
+                (tuple(map(str, path)), step, sequence or "s")
+                for path, step, sequence in named_steps(type_, config)
+            }, (type_, config)
+
+
+async def test_the_overview_counts_branches(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(NAMING)
+    id_ = await enroll(connection, "s", "ada")
+    await connection.execute(
+        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
+        " SELECT $1, now(), 's', 'split', n, 'branch', CASE WHEN n < 3 THEN 'a' ELSE 'b' END"
+        " FROM generate_series(1, 5) AS n",
+        id_,
+    )
+    rows = await connection.fetch("SELECT step, branches FROM sequencer.overview")
+    found = {row["step"]: json.loads(row["branches"] or "null") for row in rows}
+    assert found == {
+        "choose": None, "split": {"a": 2, "b": 3}, "back": None, "mail": None, "over": None
+    }  # fmt: skip

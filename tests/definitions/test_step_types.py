@@ -26,7 +26,16 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "GoTo": [{}, {"step": "there"}, {"step": "there", "sequence": "other"}],
     "Conditional": [IS_PRO],
     "Goal": [IS_PRO],
-    "Split": [{"next": 1, "altNext": 1}],
+    "Switch": [{"cases": [{"when": IS_PRO, "step": "there"}, {"when": IS_PRO, "step": None}]}],
+    "Split": [
+        {"next": 1, "altNext": 1},
+        {
+            "ways": [
+                {"name": "a", "weight": 1, "step": "there"},
+                {"name": "b", "weight": 1, "step": None},
+            ]
+        },
+    ],
     "WaitForDuration": [{"amount": 1, "unit": "day"}],
     "WaitForDate": [{"date": "{{data.due}}"}],
     "WaitForDateComparison": [{"attribute": "hour", "values": [9]}],

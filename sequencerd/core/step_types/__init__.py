@@ -6,6 +6,7 @@ What reads a step type by its name reads it here; whoever imports this package m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -67,6 +68,20 @@ def named_steps(type_: str, config: object) -> Iterator[tuple[KeyPath, str, str 
             if isinstance(step, str):
                 sequence = holder.get("sequence")
                 yield (*where, path[-1]), step, sequence if isinstance(sequence, str) else None
+
+
+def rename_steps(
+    type_: str, config: Mapping[str, Any], sequence: str, names: Mapping[str, Mapping[str, str]]
+) -> Mapping[str, Any]:
+    """Return a config of a step in a sequence, in which it names steps by their new names; `names`
+    are these, by sequence and old name.
+    """
+    renamed: dict[str, Any] = copy.deepcopy({**config})
+    for path, step, other in named_steps(type_, config):
+        if (new := names.get(other or sequence, {}).get(step)) is not None:
+            [(_, holder)] = find(renamed, path[:-1])
+            holder[path[-1]] = new
+    return renamed
 
 
 def template_texts(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:

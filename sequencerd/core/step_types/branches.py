@@ -1,12 +1,14 @@
-"""Steps that choose the next step: GoTo, Conditional, Goal, Split."""
+"""Steps that choose the next step: GoTo, Conditional, Switch, Goal, Split."""
 
 from __future__ import annotations
 
-from hashlib import sha256
+from math import log1p
+from operator import itemgetter
+from typing import Annotated
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
 
-from sequencerd.core.config import Config
+from sequencerd.core.config import Config, Faults
 from sequencerd.core.model import (
     ALT_NEXT,
     NEVER,
@@ -17,6 +19,7 @@ from sequencerd.core.model import (
     Exit,
     Fault,
     Instant,
+    KeyPath,
     Stay,
     StepAnswer,
 )
@@ -25,7 +28,7 @@ from sequencerd.core.step_types.conditions import (
     compile_condition,
     describe_wait,
 )
-from sequencerd.core.step_types.record import StepType
+from sequencerd.core.step_types.record import ANY, StepType
 
 
 class GoToConfig(Config):
@@ -60,6 +63,44 @@ def _conditional(config: ConditionalConfig) -> Instant:
     )
 
 
+class Case(Config):
+    """A branch of a Switch."""
+
+    when: ConditionConfig
+    """The condition."""
+    step: str | None
+    """Where to go if it holds; null ends the enrollment."""
+
+
+class SwitchConfig(Config):
+    """Goes to the step of the first case whose condition holds, else to next."""
+
+    cases: list[Case] = Field(min_length=1)
+    """The cases, in the order in which they are tried."""
+
+
+def _switch(config: SwitchConfig) -> Instant:
+    faults = Faults()
+    cases = []
+    for number, case in enumerate(config.cases):
+        path: KeyPath = ("config", "cases", number)
+        with faults.at("cases", number, "when"):
+            exit_ = Exit(
+                f"case {number + 1}",
+                (*path, "step"),
+                case.step,
+                condition=case.when,
+                condition_path=(*path, "when"),
+            )
+            cases.append((compile_condition(case.when), exit_))
+    faults.check()
+
+    def answer(context: Context) -> StepAnswer:
+        return next((exit_ for holds, exit_ in cases if holds(context)), Action.NEXT)
+
+    return Instant(answer, (*(exit_ for _, exit_ in cases), NEXT))
+
+
 class GoalConfig(ConditionConfig):
     """Pulls to its next from wherever somebody stands, as soon as the condition holds."""
 
@@ -77,38 +118,106 @@ def _goal(config: GoalConfig) -> Instant:
     )
 
 
-class SplitConfig(Config):
-    """Sends a part of the subjects each way, always the same ones: the weights of the two ways."""
+Weight = Annotated[StrictInt | StrictFloat, Field(ge=0, le=1e9)]
 
-    next: StrictInt | StrictFloat = Field(ge=0, le=1e9)
+
+class Way(Config):
+    """A branch of a Split."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    """Its name in the history; it decides with the seed which subjects go this way."""
+    weight: Weight
+    """Its share, in proportion to the weights of all ways."""
+    step: str | None
+    """Where it leads; null ends the enrollment."""
+
+
+class SplitConfig(Config):
+    """Sends a share of the subjects each way, always the same ones: two ways, or named ones."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [{"required": ["next", "altNext"]}, {"required": ["ways"]}],
+        }
+    )
+
+    next: Weight | None = None
     """The weight of next."""
-    alt_next: StrictInt | StrictFloat = Field(ge=0, le=1e9)
+    alt_next: Weight | None = None
     """The weight of altNext."""
+    ways: list[Way] | None = Field(default=None, min_length=1)
+    """Named ways, instead of the weights of next and altNext."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SplitConfig:
+        has_both = self.next is not None and self.alt_next is not None
+        has_any = self.next is not None or self.alt_next is not None
+        if has_any if self.ways is not None else not has_both:
+            raise ValueError("write the weights of next and altNext, or ways")
+        return self
 
 
 def _split(config: SplitConfig) -> Instant:
+    if config.ways is not None:
+        return _split_ways(config.ways)
+    assert config.next is not None
+    assert config.alt_next is not None
     if not config.next + config.alt_next:
         raise DefinitionError("next and altNext are weights, of which one must be above 0")
     share = config.next / (config.next + config.alt_next)
-    exits = [
-        exit_ if weight else exit_._replace(at_once="never")
-        for exit_, weight in ((NEXT, config.next), (ALT_NEXT, config.alt_next))
-    ]
 
     def answer(context: Context) -> StepAnswer:
-        # the same for a subject whenever it comes by, and independent of the other splits
-        here = context.enrollment
-        seed = context.seed or f"{here.sequence}/{here.step}"
-        key = f"{seed}\0{here.subject}".encode("utf-8", "replace")
-        point = int.from_bytes(sha256(key).digest()[:6]) / 2**48
-        return Action.NEXT if point < share else Action.ALT_NEXT
+        return Action.NEXT if _point(context) < share else Action.ALT_NEXT
+
+    return Instant(answer, (_weighted(NEXT, config.next), _weighted(ALT_NEXT, config.alt_next)))
+
+
+def _split_ways(ways: list[Way]) -> Instant:
+    names = [way.name for way in ways]
+    if twice := [n for n, name in enumerate(names) if names.index(name) != n]:
+        raise DefinitionError(
+            [Fault(("ways", n, "name"), f"way {names[n]!r} stands twice") for n in twice]
+        )
+    if not any(way.weight for way in ways):
+        raise DefinitionError([Fault(("ways",), "one of the weights must be above 0")])
+    exits = [
+        _weighted(Exit(way.name, ("config", "ways", number, "step"), way.step), way.weight)
+        for number, way in enumerate(ways)
+    ]
+    open_ = [(way, exit_) for way, exit_ in zip(ways, exits, strict=True) if way.weight]
+
+    def answer(context: Context) -> StepAnswer:
+        # Each way draws a number for the subject, which its weight scales. A changed weight moves
+        # subjects to or from this way alone.
+        drawn = [(-log1p(-_point(context, way.name)) / way.weight, exit_) for way, exit_ in open_]
+        return min(drawn, key=itemgetter(0))[1]
 
     return Instant(answer, tuple(exits))
+
+
+def _weighted(exit_: Exit, weight: float) -> Exit:
+    return exit_ if weight else exit_._replace(at_once="never")
+
+
+def _point(context: Context, way: str | None = None) -> float:
+    """Return a number from 0 to 1: the same for a subject at each visit, and independent of that
+    of other Splits and ways.
+    """
+    here = context.enrollment
+    seed = context.seed or f"{here.sequence}/{here.step}"
+    return context.share(seed if way is None else f"{seed}\0{way}")
 
 
 TYPES = (
     StepType(name="GoTo", config=GoToConfig, compile=_go_to, steps=(("step",),)),
     StepType(name="Conditional", config=ConditionalConfig, compile=_conditional, conditions=((),)),
+    StepType(
+        name="Switch",
+        config=SwitchConfig,
+        compile=_switch,
+        conditions=(("cases", ANY, "when"),),
+        steps=(("cases", ANY, "step"),),
+    ),
     StepType(
         name="Goal",
         config=GoalConfig,
@@ -117,5 +226,11 @@ TYPES = (
         conditions=((),),
         is_goal=True,
     ),
-    StepType(name="Split", config=SplitConfig, compile=_split, is_seeded=True),
+    StepType(
+        name="Split",
+        config=SplitConfig,
+        compile=_split,
+        steps=(("ways", ANY, "step"),),
+        is_seeded=True,
+    ),
 )

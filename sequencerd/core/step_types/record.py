@@ -41,15 +41,16 @@ class StepType:
 
 
 def find(value: object, path: KeyPath, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield what is at a path with `ANY`, each with the path that leads there."""
+    """Yield what is at a path, which may have `ANY` in it, each with the path that leads there."""
     if not path:
         yield prefix, value
         return
     key, *rest = path
     match value:
-        case list() if key == ANY:
+        case list():
             for number, item in enumerate(value):
-                yield from find(item, tuple(rest), (*prefix, number))
+                if key in (ANY, number):
+                    yield from find(item, tuple(rest), (*prefix, number))
         case dict() if key in value:
             yield from find(value[key], tuple(rest), (*prefix, key))
 

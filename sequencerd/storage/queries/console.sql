@@ -39,12 +39,13 @@ SELECT g.sequence, g.step, g.failure, g.failed, x.last_error, x.data
  ORDER BY g.sequence, g.step, g.failure;
 
 -- name: console_flow
--- Count the events at steps between two times, by day.
-SELECT date_trunc('day', at AT TIME ZONE 'UTC')::date AS day, sequence, step, action,
+-- Count the events at steps between two times, by day; of branches, each branch.
+SELECT date_trunc('day', at AT TIME ZONE 'UTC')::date AS day, sequence, step,
+       CASE action WHEN 'branch' THEN 'branch ' || message ELSE action END AS action,
        count(*) AS times
   FROM sequencer.events
  WHERE at >= $1 AND at < $2
-   AND action IN ('enrolled', 'next', 'altNext', 'goal', 'jump', 'completed', 'failed')
+   AND action IN ('enrolled', 'next', 'altNext', 'goal', 'jump', 'branch', 'completed', 'failed')
  GROUP BY 1, 2, 3, 4;
 
 -- name: console_stays
@@ -55,7 +56,7 @@ SELECT v.sequence, v.step, extract(epoch FROM v.at - (
             WHERE p.enrollment_id = v.enrollment_id AND p.at <= v.at
               AND (p.visit < v.visit OR p.action = 'enrolled')))::float8 AS seconds
   FROM (SELECT * FROM sequencer.events
-         WHERE at >= $1 AND at < $2 AND action IN ('next', 'altNext', 'goal', 'jump')
+         WHERE at >= $1 AND at < $2 AND action IN ('next', 'altNext', 'goal', 'jump', 'branch')
            AND abs(hashint8(enrollment_id)::bigint) % $3 = 0 LIMIT $4) AS v;
 
 -- name: console_waiting

@@ -35,6 +35,14 @@ ON CONFLICT (sequence, name) DO UPDATE
 -- Delete the steps of a sequence that its definition no longer has.
 DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]);
 
+-- name: named_elsewhere
+-- Read the steps of other sequences whose configs name some steps of a sequence.
+SELECT s.sequence, s.name, n.step
+  FROM sequencer.steps AS s, sequencer.named_steps(s.type, s.sequence, s.config) AS n
+ WHERE s.type IN ('GoTo', 'Switch', 'Split') AND s.sequence <> $1
+   AND n.of_sequence = $1 AND n.step = ANY ($2::text[])
+ ORDER BY s.sequence, s.position;
+
 -- name: rename_step
 -- Rename a step. Triggers update its enrollments and what leads to it.
 UPDATE sequencer.steps SET name = $3 WHERE sequence = $1 AND name = $2;
