@@ -138,7 +138,7 @@ def test_who_waits_beyond_the_end_is_told(tmp_path: Path) -> None:
     sequences = loaded(tmp_path, text)
     simulation = sequences.simulate(start=START, until="2026-03-03")
     assert (simulation.status, simulation.enrollment.step) == ("active", "wait")
-    assert simulation.end == "waits until 2026-03-07T09:00:00+00:00"
+    assert simulation.end == "waits until Sat 2026-03-07 09:00:00"
 
 
 def test_a_year_of_daily_steps_takes_no_time(tmp_path: Path) -> None:
