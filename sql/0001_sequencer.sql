@@ -180,6 +180,7 @@ CREATE TABLE sequencer.enrollments (
     executed   text[] NOT NULL DEFAULT '{}',
     leased_by  text,
     expires_at timestamptz,
+    waits_until timestamptz,
     retry_at   timestamptz CHECK (retry_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     failure    text,
     last_error text,
@@ -229,6 +230,7 @@ COMMENT ON COLUMN sequencer.enrollments.executed IS 'The side effects, as sequen
 COMMENT ON COLUMN sequencer.enrollments.leased_by IS 'The daemon that is executing the side effect; wake_at is then the end of its lease.';
 COMMENT ON COLUMN sequencer.enrollments.retry_at IS 'The side effect is not retried before this time.';
 COMMENT ON COLUMN sequencer.enrollments.expires_at IS 'The side effect is not started after this time; -infinity: unknown, as the data have changed.';
+COMMENT ON COLUMN sequencer.enrollments.waits_until IS 'When its wait ends, if it is evaluated before, at wake_at, because external data may have changed. NULL: at wake_at.';
 COMMENT ON COLUMN sequencer.enrollments.failure IS 'Why it failed, as a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown, already_enrolled, archived.';
 COMMENT ON COLUMN sequencer.enrollments.last_error IS 'The last error, as a sentence.';
 COMMENT ON COLUMN sequencer.enrollments.tag IS 'Random: makes idempotency keys unique across databases, in which ids repeat.';
@@ -929,13 +931,13 @@ BEGIN
        OR NEW.visit OPERATOR(pg_catalog.<>) 1 OR NEW.attempt OPERATOR(pg_catalog.<>) 0
        OR NEW.leases OPERATOR(pg_catalog.<>) 0 OR NEW.goals_met OPERATOR(pg_catalog.<>) '{}' OR NEW.goals_elsewhere IS NOT NULL
        OR NEW.executed OPERATOR(pg_catalog.<>) '{}' OR NEW.leased_by IS NOT NULL
-       OR NEW.retry_at IS NOT NULL OR NEW.expires_at IS NOT NULL OR NEW.failure IS NOT NULL
+       OR NEW.retry_at IS NOT NULL OR NEW.expires_at IS NOT NULL OR NEW.waits_until IS NOT NULL OR NEW.failure IS NOT NULL
        OR NEW.last_error IS NOT NULL OR NEW.ended_at IS NOT NULL THEN
         RAISE insufficient_privilege USING
             MESSAGE = pg_catalog.concat('permission denied: an enrollment begins as active, in its ',
                 'first visit; how far it has come is for the daemon to write'),
             SCHEMA = 'sequencer', TABLE = 'enrollments',
-            HINT = 'Leave out status, entered_at, visit, attempt, leases, goals_met, executed, leased_by, retry_at, expires_at, failure, last_error and ended_at, or write DEFAULT or NULL.';
+            HINT = 'Leave out status, entered_at, visit, attempt, leases, goals_met, executed, leased_by, retry_at, expires_at, waits_until, failure, last_error and ended_at, or write DEFAULT or NULL.';
     -- an id that the sequence has not reached would collide with a later enrollment
     ELSIF NEW.id OPERATOR(pg_catalog.<=) 0 OR NEW.id OPERATOR(pg_catalog.>) coalesce(
           pg_catalog.pg_sequence_last_value('sequencer.enrollments_id_seq'), 0) THEN
@@ -1138,6 +1140,7 @@ CREATE FUNCTION sequencer.normalise_status() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     NEW.leased_by := NULL;
+    NEW.waits_until := NULL;
     IF NEW.status = 'active' THEN
         NEW.wake_at := now();
         NEW.ended_at := NULL;
@@ -1189,6 +1192,7 @@ BEGIN
     NEW.leases := 0;
     NEW.retry_at := NULL;
     NEW.expires_at := NULL;
+    NEW.waits_until := NULL;
     NEW.leased_by := NULL;
     NEW.executed := '{}';
     IF OLD.sequence <> NEW.sequence AND OLD.goals_met = NEW.goals_met THEN -- as in core/advance.py

@@ -116,10 +116,10 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, ur
         say_json({**row, "history": history})
         return 0
     for key in ("subject", "sequence", "status", "step", "type", "entered_at", "next", "wake_at"):
-        say(f"{key:10}  {text(row[key])}")
-    for key in ("attempt", "failure", "last_error", "goals_met", "timezone", "data"):
+        say(f"{key:11}  {text(row[key])}")
+    for key in ("waits_until", "attempt", "failure", "last_error", "goals_met", "timezone", "data"):
         if row[key]:
-            say(f"{key:10}  {text(row[key])}")
+            say(f"{key:11}  {text(row[key])}")
     say()
     show(history, as_json=False, empty="no events yet")
     return 0

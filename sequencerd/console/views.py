@@ -175,7 +175,8 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     columns = (
         Column("id", "Enrollment", link="url"),
         Column("subject", "Subject"),
-        Column("wake_at", "Looked at", "time"),
+        Column("waits_until", "Waits until", "time"),
+        Column("wake_at", "Next check", "time"),
         Column("entered_at", "Here since", "time"),
         Column("attempt", "Attempt", "number"),
         Column("last_error", "Last error"),
@@ -282,7 +283,8 @@ async def search(
         Column("sequence", "Sequence"),
         Column("step", "Step"),
         Column("status", "Status", "code"),
-        Column("wake_at", "Looked at", "time"),
+        Column("waits_until", "Waits until", "time"),
+        Column("wake_at", "Next check", "time"),
         Column("last_error", "Last error"),
     )
     return Table("search", columns, shown, query.given, more), remark

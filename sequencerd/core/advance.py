@@ -249,7 +249,9 @@ class _Evaluation:
             ):
                 self.at = self.at._replace(executed=())
             if isinstance(decision, Wait) and self._rechecks(sequence, step):
-                return decision._replace(until=min(decision.until, self.now + sequence.recheck))
+                recheck = self.now + sequence.recheck
+                if recheck < decision.until:
+                    return decision._replace(until=recheck, waits_until=decision.until)
             if decision is not None:
                 return decision
             if self.moves > MAX_MOVES:

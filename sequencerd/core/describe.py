@@ -80,11 +80,14 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
         number, next_at = row["attempt"], at(row["wake_at"])
         failed = f"attempt {number} failed, next attempt at {next_at}"
         return f"{failed} in {window}, {then}" if window else f"{failed}, {then}"
-    waits = waits or (window and f"begins in {window}")
-    if is_never(row["wake_at"]):
-        return f"{waits or 'waits for a change'}, {then}"
-    again = f"next check at {at(row['wake_at'])}, {then}"
-    return f"{waits}; {again}" if waits else again
+    wake_at, waits_until = row["wake_at"], row["waits_until"]
+    check = "" if is_never(wake_at) else f"next check at {at(wake_at)}"
+    if is_never(waits_until):
+        return ", ".join(filter(None, (waits or "waits for a change", check, then)))
+    if waits:
+        until = f"until {at(waits_until)}"
+        return ", ".join([waits, until, *([check] if waits_until != wake_at else []), then])
+    return f"begins in {window}, {check}, {then}" if window else f"{check}, {then}"
 
 
 def _window(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -674,10 +674,14 @@ class Event(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Stays active, to be looked at again at that time; by other daemons if it is `elsewhere`."""
+    """Stays active and is evaluated again at that time; by other daemons if it is `elsewhere`.
+
+    `waits_until` is the end of the wait, where it is evaluated before, for external data.
+    """
 
     until: datetime
     elsewhere: bool = False
+    waits_until: datetime | None = None
 
 
 class Execute(NamedTuple):

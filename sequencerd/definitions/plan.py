@@ -13,6 +13,7 @@ import asyncpg
 
 from sequencerd.core.advance import advance, is_unchanged
 from sequencerd.core.config import nearest
+from sequencerd.core.describe import text
 from sequencerd.core.model import Definitions, Enrollment, Fail, LookUp, Wait, no_holidays
 from sequencerd.definitions.compiler import (
     Definition,
@@ -40,6 +41,8 @@ class Waiting:
     later: int = 0
     as_before: int = 0
     executing: int = 0
+    first: datetime | None = None  # end of the waits that last until another time
+    last: datetime | None = None
     unknown: int = 0  # it depends on external data
     failing: int = 0
     failure: str | None = None  # of the first of them
@@ -49,14 +52,26 @@ class Waiting:
         would = "" if done else "would "
         parts = [
             (self.at_once, f"{would}go on at once"),
-            (self.later, "wait until another time"),
+            (self.later, f"wait until another time{self._times()}"),
             (self.as_before, "wait as before"),
             (self.executing, "are being executed and finish as they began"),
             (self.unknown, "depend on external data"),
             (self.failing, f"{would}fail: {self.failure}"),
         ]
-        text = ", ".join(f"{count} {words}" for count, words in parts if count)
-        return f"{self.total} wait at {self.step}: {text}" if self.total else ""
+        counts = ", ".join(f"{count} {words}" for count, words in parts if count)
+        return f"{self.total} wait at {self.step}: {counts}" if self.total else ""
+
+    def add_later(self, until: datetime) -> None:
+        """Count one that waits until another time."""
+        self.later += 1
+        self.first = min(self.first or until, until)
+        self.last = max(self.last or until, until)
+
+    def _times(self) -> str:
+        if self.first is None or self.last is None:
+            return ""
+        times = dict.fromkeys(map(text, (self.first, self.last)))
+        return f", {' to '.join(times)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,8 +417,8 @@ def _classify(count: Waiting, before: Enrollment, definitions: Definitions, now:
     match after.decision:
         case Wait() if after.enrollment.visit == before.visit and is_unchanged(before, after):
             count.as_before += 1
-        case Wait() if after.enrollment.visit == before.visit:
-            count.later += 1
+        case Wait(until) if after.enrollment.visit == before.visit:
+            count.add_later(until)
         case LookUp():
             count.unknown += 1
         case Fail(failure, message):

@@ -200,6 +200,7 @@ class Writer:
             failure.message if failure else at.last_error,
             tuple(at.executed),
             decision.expires_at if isinstance(decision, Execute) else None,
+            decision.waits_until if isinstance(decision, Wait) else None,
         )
         ids = [batch.rows.setdefault(row, [])]
         ids += [batch.events.setdefault(event, []) for event in events]

@@ -184,6 +184,7 @@ class Row(NamedTuple):
     last_error: str | None = None
     executed: tuple[str, ...] = ()
     expires_at: datetime | None = None
+    waits_until: datetime | None = None
 
 
 @dataclass(slots=True)

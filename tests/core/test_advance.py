@@ -566,8 +566,11 @@ def test_who_waits_for_external_data_is_looked_at_every_recheck() -> None:
         step("goal", "Goal", EXTERNAL, "pause"),
     )
     assert isinstance(advance(definitions, at("pause"), NOW).decision, LookUp)
-    minute = Wait(NOW + timedelta(minutes=1))
+    minute = Wait(NOW + timedelta(minutes=1), waits_until=NOW + timedelta(days=1))
     assert advance(definitions, at("pause"), NOW, Found({})).decision == minute
+    nearly = NOW + timedelta(days=1, seconds=-1)  # the wait ends before the next check
+    last = advance(definitions, at("pause"), nearly, Found({})).decision
+    assert last == Wait(NOW + timedelta(days=1))
     pulled = advance(definitions, at("pause"), NOW, Found({"paid": True}))
     assert pulled.enrollment.goals_met == ("goal",)
     assert pulled.decision == Wait(NOW + timedelta(days=1))  # nothing more to be asked for

@@ -30,6 +30,7 @@ def row(
         "next_step": "b",
         "leased_by": None,
         "wake_at": AT,
+        "waits_until": more.get("wake_at", AT),
         "entered_at": AT,
         "attempt": 0,
         "expires_at": None,
@@ -39,19 +40,21 @@ def row(
 
 WHEN = "2030-01-01 00:00:00Z"
 AGAIN = f"next check at {WHEN}, then b"
+UNTIL = f"until {WHEN}, then b"
+LATER = datetime(2030, 1, 2, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
     ("enrollment", "words"),
     [
-        (row("WaitForDuration", {"amount": 3, "unit": "days"}), f"waits for 3 days; {AGAIN}"),
+        (row("WaitForDuration", {"amount": 3, "unit": "days"}), f"waits for 3 days, {UNTIL}"),
         (
             row("WaitForDate", {"date": "{{data.due}}"}),
-            f"waits for the date {{{{data.due}}}}; {AGAIN}",
+            f"waits for the date {{{{data.due}}}}, {UNTIL}",
         ),
         (
             row("Email", time_window='{"days": ["mon"]}'),
-            f"begins in its window (mon); {AGAIN}",
+            f"begins in its window (mon), {AGAIN}",
         ),
         (
             row("Email", {"window": {"from": "09:00", "to": "17:00"}}, attempt=2),
@@ -60,14 +63,14 @@ AGAIN = f"next check at {WHEN}, then b"
         (row("Email", {"window": None}, time_window='{"days": ["mon"]}'), AGAIN),
         (
             row("WaitForDateComparison", {"attribute": "hour", "values": [9, 10]}),
-            f"waits for the hour to be 9 or 10; {AGAIN}",
+            f"waits for the hour to be 9 or 10, {UNTIL}",
         ),
         (
             row(
                 "WaitForDateComparison",
                 {"attribute": "hour", "values": [9], "occurrence": "next"},
             ),
-            f"waits for the hour to be 9 the next time; {AGAIN}",
+            f"waits for the hour to be 9 the next time, {UNTIL}",
         ),
         (
             row("WaitForCondition", CONDITION, wake_at=NEVER),
@@ -75,7 +78,15 @@ AGAIN = f"next check at {WHEN}, then b"
         ),
         (
             row("WaitForCondition", {**CONDITION, "timeout": {"amount": 2, "unit": "weeks"}}),
-            f"waits until gte(data.score, 50) is true, at most 2 weeks; {AGAIN}",
+            f"waits until gte(data.score, 50) is true, at most 2 weeks, {UNTIL}",
+        ),
+        (
+            row("WaitForDuration", {"amount": 3, "unit": "days"}, waits_until=LATER),
+            f"waits for 3 days, until 2030-01-02 00:00:00Z, next check at {WHEN}, then b",
+        ),
+        (
+            row("WaitForCondition", CONDITION, waits_until=NEVER),
+            f"waits until gte(data.score, 50) is true, next check at {WHEN}, then b",
         ),
         (row("Goal", {"lodashCommand": "eq"}, wake_at=NEVER), "waits for a change, then b"),
         (row("Email", next_step=None), "next check at 2030-01-01 00:00:00Z, then the end"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,6 +37,7 @@ steps:
   - {name: bye, type: Note}
 """
 PAID = "{lodashCommand: eq, value: {type: get, value: data.paid}, compareTo: {type: raw, value: 1}}"
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ"
 GOAL = f"  - {{name: paid, type: Goal, config: {PAID}}}\n"
 
 
@@ -135,8 +137,9 @@ async def test_a_plan_tells_what_becomes_of_whom(
     )
     await connection.execute(begins_later)
     shorter = GOOD.replace("amount: 3", "amount: 36").replace("unit: days", "unit: hours")
-    assert (await apply.lines(shorter))[-1] == (
-        "3 wait at pause: 1 would go on at once, 2 wait until another time"
+    assert re.fullmatch(
+        rf"3 wait at pause: 1 would go on at once, 2 wait until another time, {TIME} to {TIME}",
+        (await apply.lines(shorter))[-1],
     )
     same = GOOD.replace("amount: 3", "amount: 72").replace("unit: days", "unit: hours")
     assert (await apply.lines(same))[-1] == "3 wait at pause: 3 wait as before"
@@ -149,8 +152,9 @@ async def test_a_plan_tells_what_becomes_of_whom(
     paused = shorter.replace("name: s", "name: s\nstatus: paused")
     assert (await apply.lines(paused))[-1] == "nothing is executed while it is paused"
     done = await apply(shorter)
-    assert list(done.lines(done=True))[-1].strip() == (
-        "3 wait at pause: 1 go on at once, 2 wait until another time"
+    assert re.fullmatch(
+        rf"3 wait at pause: 1 go on at once, 2 wait until another time, {TIME} to {TIME}",
+        list(done.lines(done=True))[-1].strip(),
     )
 
 

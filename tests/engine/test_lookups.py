@@ -96,9 +96,12 @@ async def test_a_goal_in_external_data_is_looked_at_again_and_again(
         id_ = await enroll(connection, "s", "ada")
         await until(connection, "SELECT wake_at > now() AND leased_by IS NULL"
                     " FROM sequencer.enrollments")  # fmt: skip
+        ends = "waits_until = entered_at + interval '3 days' AND wake_at < waits_until"
+        assert await connection.fetchval(f"SELECT {ends} FROM sequencer.enrollments")
         await connection.execute("INSERT INTO app.accounts VALUES ('ada', 'pro')")
         await until(connection, ALL_ENDED)
     assert (await way(connection, id_))[-2:] == ["pause goal", "pause completed"]
+    assert await connection.fetchval("SELECT waits_until IS NULL FROM sequencer.enrollments")
 
 
 async def test_a_request_for_all_asks_once_about_each(

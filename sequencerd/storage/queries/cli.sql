@@ -24,7 +24,9 @@ SELECT EXISTS (SELECT FROM sequencer.enrollments
 
 -- name: list
 -- Read a page of the enrollments that match the filters of `list`, by id.
-SELECT id, sequence, step, subject, status, wake_at, attempt, failure, last_error
+SELECT id, sequence, step, subject, status, wake_at,
+       CASE WHEN leased_by IS NULL THEN coalesce(waits_until, wake_at) END AS waits_until,
+       attempt, failure, last_error
   FROM sequencer.enrollments AS e
  WHERE ($1::text IS NULL OR sequence = $1) AND ($2::text IS NULL OR step = $2)
    AND ($3::text IS NULL OR subject = $3) AND ($4::text IS NULL OR status = $4)
@@ -38,6 +40,7 @@ SELECT id, sequence, step, subject, status, wake_at, attempt, failure, last_erro
 SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e.visit, e.attempt,
        e.leased_by, e.goals_met, e.failure, e.last_error, e.created_at, e.ended_at, e.retry_at,
        CASE WHEN isfinite(e.expires_at) THEN e.expires_at END AS expires_at,
+       CASE WHEN e.leased_by IS NULL THEN coalesce(e.waits_until, e.wake_at) END AS waits_until,
        coalesce(e.timezone, q.timezone) AS timezone, q.status AS sequence_status,
        q.time_window, s.type, s.config, s.next_step, s.alt_next_step, s.problem, e.data
   FROM sequencer.enrollments AS e

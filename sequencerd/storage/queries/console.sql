@@ -62,7 +62,8 @@ SELECT v.sequence, v.step, extract(epoch FROM v.at - (
 -- name: console_waiting
 -- Read a page of the active enrollments at a step, by wake time. Many may have the same wake time, so a
 -- page begins at an offset within it.
-SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data
+SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data,
+       CASE WHEN leased_by IS NULL THEN coalesce(waits_until, wake_at) END AS waits_until
   FROM sequencer.enrollments
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at >= $3
  ORDER BY wake_at LIMIT $5 OFFSET $4;
@@ -89,14 +90,16 @@ SELECT e.id, concat_ws('-', e.xmin, e.ctid, extract(epoch FROM (
 
 -- name: console_by_subject
 -- Read enrollments in a range of subjects, in order, after a given one.
-SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry,
+       CASE WHEN leased_by IS NULL THEN coalesce(waits_until, wake_at) END AS waits_until
   FROM sequencer.enrollments
  WHERE subject >= $1 AND subject < $2 AND (subject, sequence, entry) > ($3, $4, $5)
  ORDER BY subject, sequence, entry LIMIT $6;
 
 -- name: console_by_id
 -- Read the latest enrollments with an id below the given one.
-SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry,
+       CASE WHEN leased_by IS NULL THEN coalesce(waits_until, wake_at) END AS waits_until
   FROM sequencer.enrollments WHERE id < $1 ORDER BY id DESC LIMIT $2;
 
 -- name: console_has_email_index
@@ -106,12 +109,14 @@ SELECT EXISTS (SELECT FROM pg_index
 
 -- name: console_by_email
 -- Find enrollments by e-mail address, by an index.
-SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry,
+       CASE WHEN leased_by IS NULL THEN coalesce(waits_until, wake_at) END AS waits_until
   FROM sequencer.enrollments WHERE lower(data->>'email') = lower($1) LIMIT $2;
 
 -- name: console_by_email_of_latest
 -- Find enrollments by e-mail address among the latest, where there is no index.
-SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry
+SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry,
+       CASE WHEN leased_by IS NULL THEN coalesce(waits_until, wake_at) END AS waits_until
   FROM (SELECT * FROM sequencer.enrollments ORDER BY id DESC LIMIT $3) AS latest
  WHERE lower(data->>'email') = lower($1) LIMIT $2;
 

@@ -312,7 +312,8 @@ UPDATE sequencer.enrollments
        wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
        entered_at = $6, visit = $7, attempt = $8, leases = $9, retry_at = $10, leased_by = $11,
        failure = $12, last_error = $13, executed = $14, expires_at = $15,
-       ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $16::timestamptz END
+       waits_until = CASE WHEN $16::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $16 END,
+       ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
  WHERE id = ANY ($1::bigint[]);
 
 -- name: record
