@@ -568,8 +568,10 @@ class _Evaluation:
                 attempt=0, retry_at=again, leased_by=None, last_error=None, executed=executed
             )
             return None
-        self.record(answer.action.value, answer.message)
-        target = step.next_step if answer.action is Action.NEXT else step.alt_next_step
+        target, message = step.next_step, answer.message
+        if answer.action is Action.ALT_NEXT:
+            target, message = step.alt_next_step, _alt_message(step, message)
+        self.record(answer.action.value, message)
         return self._move_to(target, is_executed=True)
 
     def _merge(self, data: Mapping[str, Any]) -> None:
@@ -596,9 +598,17 @@ class _Evaluation:
                 self.at = self.at._replace(last_error=printable(failed.message))
             return None
         if effect.on_error == "altNext":
-            self.record(Action.ALT_NEXT.value, failed.message)
+            self.record(Action.ALT_NEXT.value, _alt_message(step, failed.message))
             return self._move_to(step.alt_next_step, is_executed=True)
-        return Fail("error", failed.message)
+        return Fail(failed.failure, failed.message)
+
+
+def _alt_message(step: Step, message: str | None) -> str | None:
+    """Return what the event of an altNext says: that it ends here, if the step has none."""
+    if step.alt_next_step is not None:
+        return message
+    ends = "the step has no altNext, so the enrollment ends here"
+    return f"{message}; {ends}" if message else ends
 
 
 def _repeats(goal: Step) -> bool:

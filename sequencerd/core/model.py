@@ -613,6 +613,7 @@ class Failed:
     unknown: bool = False
     asked: bool = True
     refund: int = 0
+    failure: Literal["error", "bad_data"] = "error"
     cause: Cause = "failing"
 
 

@@ -22,9 +22,9 @@ from pydantic import (
 from sequencerd.core import model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, faults, nearest
-from sequencerd.core.model import Fault, KeyPath, Problem, Step, printable
+from sequencerd.core.model import ALT_NEXT, Fault, KeyPath, Problem, SideEffect, Step, printable
 from sequencerd.core.schedule import EnrollConfig, Span
-from sequencerd.core.step_types import is_instant, is_seeded, named_steps
+from sequencerd.core.step_types import is_instant, is_message, is_seeded, named_steps
 from sequencerd.core.window_config import WindowConfig
 from sequencerd.definitions import check, cycles
 from sequencerd.definitions.compiler import (
@@ -380,6 +380,18 @@ def _check_target(source: _Source, keys: KeyPath, target: str, there: _Source) -
         source.say(keys, f"step {target!r} does not exist{where}{hint}")
 
 
+def _check_alt_next(source: _Source, number: int, step: Step) -> None:
+    """Warn of a side effect that can end an enrollment by an altNext that is not written."""
+    if isinstance(step.behaviour, SideEffect) and ALT_NEXT.path in {
+        exit_.path for exit_ in step.behaviour.exits
+    }:
+        cause = (
+            "its config has altNext" if is_message(step.type) else "its runner may answer altNext"
+        )
+        message = f"{cause}, which ends the enrollment here: write altNext, with a step or null"
+        source.say(("steps", number), message, is_error=False)
+
+
 def _read_steps(source: _Source, runners: Runners) -> list[Step]:
     """The steps that can be read, once each; what is wrong with their configs is told."""
     steps: dict[str, Step] = {}
@@ -401,6 +413,8 @@ def _read_steps(source: _Source, runners: Runners) -> list[Step]:
             reads_external=reads_external(parsed.type, parsed.config),
             seed=parsed.seed,
         )
+        if parsed.alt_next is None and "alt_next" not in parsed.model_fields_set:
+            _check_alt_next(source, number, step)
         if parsed.seed is not None and not is_seeded(parsed.type):
             message = f"a {parsed.type} is not decided by a seed: leave it out"
             source.say(("steps", number, "seed"), message)

@@ -19,10 +19,12 @@ class RenderError(ValueError):
     """What was rendered for a message can't be sent. The message names the field."""
 
 
-def compile_field(name: str, source: str, *, escape: bool = False) -> Template:
-    """The template of a field. Raises DefinitionError, which names it."""
+def compile_field(
+    name: str, source: str, *, escape: bool = False, strict: bool = False
+) -> Template:
+    """Compile the template of a field. Raises DefinitionError, which names the field."""
     try:
-        return compile_template(source, escape=escape)
+        return compile_template(source, escape=escape, strict=strict)
     except DefinitionError as error:
         found = [Fault((name, *fault.path), fault.message) for fault in error.faults]
         raise DefinitionError(found) from error

@@ -560,6 +560,17 @@ def test_external_data_are_asked_for_where_they_are_read() -> None:
     assert [(e.action, e.message) for e in failed.events] == [("retry", "it is away")]
 
 
+@pytest.mark.parametrize("message", [None, "score 20"])
+def test_an_answer_of_alt_next_to_a_step_without_one_is_told(message: str | None) -> None:
+    definitions = sequence(step("score", "Email", then="next"), step("next", "GoTo"))
+    leased = at("score", attempt=1, leased_by="host:1")
+    ended = advance(definitions, leased, NOW, Answer(Action.ALT_NEXT, message))
+    assert isinstance(ended.decision, End)
+    ends = "the step has no altNext, so the enrollment ends here"
+    told = ends if message is None else f"{message}; {ends}"
+    assert [(e.action, e.message) for e in ended.events] == [("altNext", told), ("completed", None)]
+
+
 def test_who_waits_for_external_data_is_looked_at_every_recheck() -> None:
     definitions = looking_up(
         step("pause", "WaitForDuration", {"amount": 1, "unit": "days"}),

@@ -109,7 +109,7 @@ def test_a_sequence_in_another_file_counts(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "name: a\nsteps: [{name: x, type: GoTo, config: {sequence: b, step: z}}]"
     )
-    (tmp_path / "b.yaml").write_text("name: b\nsteps: [{name: y, type: Note}]")
+    (tmp_path / "b.yaml").write_text("name: b\nsteps: [{name: y, type: Note, altNext: null}]")
     found = read_files([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)[1]
     assert [finding.message for finding in found] == [
         "step: step 'z' does not exist in sequence 'b'; known are y"
@@ -117,7 +117,7 @@ def test_a_sequence_in_another_file_counts(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="'z' does not exist in sequence 'b'"):
         read_all([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)
     assert read_files([tmp_path / "a.yaml"], RUNNERS)[1] == []
-    (tmp_path / "b.yaml").write_text("name: a\nsteps: [{name: y, type: Note}]")
+    (tmp_path / "b.yaml").write_text("name: a\nsteps: [{name: y, type: Note, altNext: null}]")
     (twice,) = read_files([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)[1]
     assert str(twice).endswith(f"sequence 'a' stands twice, first in {tmp_path}/a.yaml:1")
 

@@ -70,7 +70,7 @@
 
   const MAX_RENDERED = 1024 * 1024; // characters
   const locales = parse(localesText);
-  let rendering; // {source, html, answers, asked}
+  let rendering; // {source, html, strict, answers, asked}
 
   function fail(options, sentence) {
     const { start, end } = options.loc;
@@ -84,8 +84,18 @@
     return !Handlebars.Utils.isEmpty(value) && value !== 0; // as in {{#if}}
   }
 
+  function isMissing(value) {
+    return value === undefined || value === null;
+  }
+
   function text(value) {
-    return value === undefined || value === null ? "" : String(value);
+    return isMissing(value) ? "" : String(value);
+  }
+
+  // What a helper prints of a value: in strict mode there must be one.
+  function printed(value, options) {
+    if (rendering.strict && isMissing(value)) fail(options, "the value is missing");
+    return text(value);
   }
 
   const SCRIPT_SAFE = /[<>&\u2028\u2029]/g;
@@ -131,7 +141,7 @@
     or: (...values) => values.slice(0, -1).some(isTrue),
     not: (value) => !isTrue(value),
     includes: (collection, value) => _.includes(collection, value),
-    url: (value) => encodeURIComponent(text(value).toWellFormed()),
+    url: (value, options) => encodeURIComponent(printed(value, options).toWellFormed()),
     number(value, options) {
       const { decimals, locale } = options.hash;
       const number = typeof value === "string" && value.trim() ? Number(value) : value;
@@ -150,10 +160,10 @@
       const sign = number < 0 && /[1-9]/.test(digits) ? form.minus : "";
       return sign + grouped(whole, form) + (fraction ? form.decimal + fraction : "");
     },
-    upper: (value) => text(value).toUpperCase(),
-    lower: (value) => text(value).toLowerCase(),
-    trim: (value) => text(value).trim(),
-    capitalize: (value) => _.upperFirst(text(value)),
+    upper: (value, options) => printed(value, options).toUpperCase(),
+    lower: (value, options) => printed(value, options).toLowerCase(),
+    trim: (value, options) => printed(value, options).trim(),
+    capitalize: (value, options) => _.upperFirst(printed(value, options)),
   };
 
   // "de" for "de-AT" and "de_DE"; English where none is given.
@@ -367,6 +377,19 @@
   for (const [name, helper] of Object.entries(HELPERS)) Handlebars.registerHelper(name, helper);
   const knownHelpers = _.mapValues(USES, () => true);
 
+  // In strict mode a tag that prints a value needs one. Arguments of blocks, conditions and `default`
+  // may be missing.
+  function requireValues(container) {
+    const { lookupProperty } = container;
+    const read = (parent, name) => (isMissing(parent) ? undefined : lookupProperty(parent, name));
+    container.lookupProperty = read;
+    container.strict = (parent, name, loc) => {
+      const value = read(parent, name);
+      if (isMissing(value)) fail({ loc }, "the value is missing");
+      return value;
+    };
+  }
+
   // The templates of a message are rendered one after the other, and none can change its view.
   let last = { text: "null", view: null };
 
@@ -376,10 +399,10 @@
   }
 
   function template(program) {
-    const { source, html } = parse(program);
+    const { source, html, strict } = parse(program);
     const reader = new Reader();
     const tree = reader.read(source);
-    const spec = Handlebars.precompile(tree, { noEscape: !html, knownHelpers });
+    const spec = Handlebars.precompile(tree, { noEscape: !html, knownHelpers, strict });
     // only the helpers that it calls: the runtime copies them for each rendering
     const used = [...reader.helpers, "helperMissing", "blockHelperMissing"];
     const environment = {
@@ -391,6 +414,7 @@
     const { main } = parts;
     let prepared; // what the runtime makes anew for each rendering, unless it is that of a partial
     parts.main = (container, ...values) => {
+      if (strict) requireValues(container);
       prepared ??= {
         ..._.pick(container, ["decorators", "helpers", "hooks", "partials", "protoAccessControl"]),
         partial: true,
@@ -402,7 +426,7 @@
       prepared ? run(view, { ...prepared, data: { root: view } }) : run(view);
     return (viewText, answersText) => {
       const answers = answersText ? parse(answersText) : {};
-      rendering = { source, html, answers, asked: [] };
+      rendering = { source, html, strict, answers, asked: [] };
       let written = "";
       try {
         written = render(viewOf(viewText));

@@ -119,8 +119,9 @@ class _Date(NamedTuple):
     locale: str
 
 
-def compile_template(source: str, *, escape: bool) -> Template:
-    """Reads a template; `escape` is for HTML: {{x}} escapes it, {{{x}}} and {{&x}} do not.
+def compile_template(source: str, *, escape: bool, strict: bool = False) -> Template:
+    """Compile a template. `escape` is for HTML: {{x}} escapes it, {{{x}}} and {{&x}} do not.
+    With `strict`, a tag that prints a missing value is an error.
 
     Raises DefinitionError for a malformed or oversized template, for a helper or partial that does
     not exist, and for a helper that is given what it doesn't take.
@@ -149,7 +150,7 @@ def compile_template(source: str, *, escape: bool) -> Template:
         reads=reads,
         surely_reads=frozenset(found["surelyReads"]),
         roots=None if "this" in roots else roots | {"timezone"},
-        program=json.dumps({"source": source, "html": escape}),
+        program=json.dumps({"source": source, "html": escape, "strict": strict}),
         dates=tuple(
             _Date(tuple(keys), *[given.get(name, "") for name in ("format", "zone", "locale")])
             for keys, given in found["dates"]

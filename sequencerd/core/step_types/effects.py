@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Literal
 
-from pydantic import ConfigDict, Field, StrictFloat, StrictInt, model_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
 from pydantic.alias_generators import to_camel
 
 from sequencerd.core.config import Config
@@ -126,6 +126,8 @@ class EmailConfig(Config):
     """Further headers: X-..., List-... and a few more."""
     list_unsubscribe: str | None = None
     """A URL to unsubscribe at with one click."""
+    strict: StrictBool = False
+    """Whether a value that is missing from the subject, the texts or the headers is an error."""
     many: bool = False
     """Whether a value may hold several addresses, with commas; otherwise it is one."""
 
@@ -153,6 +155,8 @@ class SmsConfig(Config):
     """The text."""
     messaging_service_sid: str | None = None
     """Twilio's messaging service, instead of a sender."""
+    strict: StrictBool = False
+    """Whether a missing value is an error."""
     status_callback: str | None = None
     """A URL that Twilio tells what became of the message."""
 

@@ -119,7 +119,7 @@ class EmailRunner:
         headers = {}
         for name, template in parsed.headers.items():
             with faults.at("headers"):
-                headers[name] = compile_field(name, template)
+                headers[name] = compile_field(name, template, strict=parsed.strict)
         texts: dict[str, Template | None] = {}
         for name, source, escape in (
             ("subject", parsed.subject, False),
@@ -128,7 +128,11 @@ class EmailRunner:
             ("listUnsubscribe", parsed.list_unsubscribe, False),
         ):
             with faults.at():
-                texts[name] = None if source is None else compile_field(name, source, escape=escape)
+                texts[name] = (
+                    source
+                    if source is None
+                    else compile_field(name, source, escape=escape, strict=parsed.strict)
+                )
         faults.check()
         subject, text, html, unsubscribe = texts.values()
         assert subject is not None
@@ -159,7 +163,7 @@ class EmailRunner:
                     return Suppressed(f"not sent to {', '.join(sorted(without))}")
                 mail = write(program, task, now, without)
         except RenderError as error:
-            return Failed(str(error), permanent=True, asked=False)
+            return Failed(str(error), permanent=True, asked=False, failure="bad_data")
         left = pending.read(task)
         if left is not None:
             mail = mail.only(left.to)

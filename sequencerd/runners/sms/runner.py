@@ -105,12 +105,13 @@ class _SmsRunner:
 
     def compile(self, config: Mapping[str, Any]) -> Program:
         """Compiles all templates; a number without a tag is checked here. DefinitionError."""
-        fields = parse_config(self.model, config).model_dump(by_alias=True, exclude_none=True)
+        parsed = parse_config(self.model, config)
+        fields = parsed.model_dump(by_alias=True, exclude_none=True, exclude={"strict"})
         faults = Faults()
         program = {}
         for name, source in fields.items():
             with faults.at():
-                program[name] = compile_field(name, source)
+                program[name] = compile_field(name, source, strict=parsed.strict)
         if "to" in program and program["to"].is_literal:
             try:
                 read_number("to", program["to"].source)
@@ -145,7 +146,7 @@ class _SmsRunner:
                     return Suppressed(f"not sent to {', '.join(sorted(without))}")
             return await self._post(values, task)
         except RenderError as error:
-            return Failed(str(error), permanent=True, asked=False)
+            return Failed(str(error), permanent=True, asked=False, failure="bad_data")
         except Unreachable as error:
             return error.failed(str(error))
 

@@ -104,6 +104,43 @@ def test_a_block_alone_on_its_line_leaves_no_line(source: str, expected: str) ->
     assert render(source) == expected
 
 
+@pytest.mark.parametrize(
+    ("source", "tag"),
+    [
+        ("Hello {{data.name}},", "data.name"),
+        ("{{data.user.name}}", "data.user.name"),
+        ("{{data.nothing}}", "data.nothing"),
+        ("{{{data.name}}}", "data.name"),
+        ("{{@root.data.name}}", "@root.data.name"),
+        ("{{capitalize data.name}}", "{{capitalize data.name}}"),
+        ("{{#each data.items}}{{name}}{{/each}}", "name"),
+        ("{{#if data.yes}}{{data.code}}{{/if}}", "data.code"),
+    ],
+)
+def test_strict_a_missing_value_is_an_error(source: str, tag: str) -> None:
+    view: dict[str, object] = {"data": {"nothing": None, "items": [{}], "yes": True}}
+    template = compile_template(source, escape=False, strict=True)
+    with pytest.raises(EvaluationError, match=re.escape(f"{tag}: the value is missing")) as error:
+        template.render(view)
+    assert error.value.failure == "bad_data"
+    assert "missing" not in compile_template(source, escape=False).render(view)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{#if data.user.vip}}VIP{{else}}plain{{/if}}", "plain"),
+        ("{{#if data.no}}{{data.code}}{{/if}}", ""),
+        ('{{default data.user.name "you"}}', "you"),
+        ("{{#each data.none}}{{name}}{{/each}}", ""),
+        ("{{data.zero}} {{data.nope}} {{data.empty}}", "0 false "),
+    ],
+)
+def test_strict_what_is_asked_for_may_be_missing(source: str, expected: str) -> None:
+    view: dict[str, object] = {"data": {"zero": 0, "nope": False, "empty": ""}}
+    assert compile_template(source, escape=False, strict=True).render(view) == expected
+
+
 def test_neighbours_are_written_one_after_the_other() -> None:
     assert render("{{{a}}}{{{b}}}", {"a": 1, "b": 2}) == "12"
 

@@ -218,8 +218,18 @@ async def test_what_cannot_be_sent_is_refused_for_good(data: dict[str, Any], nam
     async with smtp_server() as server:
         result = failed(await send(server, {"many": True}, **data))
     assert result.permanent
+    assert result.failure == "bad_data"
     assert names in result.message
     assert server.messages == []
+
+
+async def test_strict_a_message_with_a_gap_is_not_sent() -> None:
+    async with smtp_server() as server:
+        plain = await send(server, {"text": "Hello {{data.nmae}},"})
+        strict = failed(await send(server, {"text": "Hello {{data.nmae}},", "strict": True}))
+    assert isinstance(plain, Answer)
+    assert (strict.failure, strict.message) == ("bad_data", "text: data.nmae: the value is missing")
+    assert len(server.messages) == 1
 
 
 @pytest.mark.parametrize(
