@@ -153,6 +153,12 @@ def _add_authoring(commands: Commands) -> None:
         "check *.yaml",
     )
     check.add_argument("files", nargs="+", type=Path, metavar="FILE", help="YAML or JSON")
+    check.add_argument(
+        "--data",
+        metavar="JSON",
+        help="warn of paths that this example of data does not have (default: the data of "
+        "enrollments, if a database is set)",
+    )
     check.add_argument("--strict", action="store_true", help="treat warnings as errors")
     add_json(check)
     commands.add(

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import json
 
-from sequencerd.cli.output import say, say_json
+from sequencerd.cli.commands import connect, json_object, on_database
+from sequencerd.cli.output import say, say_json, warn
 from sequencerd.definitions import files, json_schema
+from sequencerd.definitions.check import KnownPaths, known_paths
+from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
+from sequencerd.storage.store import QUERIES
 
 
 def check_command(arguments: argparse.Namespace, settings: Settings) -> int:
-    found, findings = files.read_files(arguments.files, registry.make_runners(settings))
+    """Check files; their paths by an example of data, or else by the data in the database."""
+    runners = registry.make_runners(settings)
+    if arguments.data is not None:
+        example = json_object(arguments.data, "--data")
+        known = dict.fromkeys(files.names(arguments.files), known_paths([example]))
+    else:
+        known = _known_in_database(arguments, settings)
+    found, findings = files.read_files(arguments.files, runners, known)
     errors = sum(finding.is_error for finding in findings)
     if arguments.json:
         say_json([_plain(finding) for finding in findings])
@@ -22,6 +34,28 @@ def check_command(arguments: argparse.Namespace, settings: Settings) -> int:
         counts = (len(found), "valid sequence"), (errors, "error"), (warnings, "warning")
         say(", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in counts))
     return 1 if errors or (findings and arguments.strict) else 0
+
+
+def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dict[str, KnownPaths]:
+    """Return the paths of data in the database, if one is set, of those sequences that have any."""
+    known: dict[str, KnownPaths] = {}
+
+    async def read(_: argparse.Namespace, __: Settings, url: str) -> int:
+        connection = await connect(url)
+        try:
+            for name in files.names(arguments.files):
+                if rows := await connection.fetch(QUERIES["sample_data"], name):
+                    known[name] = known_paths(json.loads(row["data"]) for row in rows)
+        finally:
+            await connection.close()
+        return 0
+
+    if settings.database.url is not None:
+        try:
+            on_database(read)(arguments, settings)
+        except SequencerdError as error:
+            warn(f"sequencerd: paths are not compared with data: {error}")
+    return known
 
 
 def _plain(finding: files.Finding) -> dict[str, object]:

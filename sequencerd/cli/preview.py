@@ -13,12 +13,13 @@ from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, on_database
-from sequencerd.cli.output import say, say_json, say_lines
+from sequencerd.cli.commands import connect, json_object, on_database
+from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import model
 from sequencerd.core.calendar import dates
 from sequencerd.core.model import DefinitionError, Enrollment
 from sequencerd.definitions import files, graph
+from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.compiler import Definition, from_rows
 from sequencerd.definitions.simulate import Entry, Simulation
 from sequencerd.definitions.simulator import WORDS, Outcome, Simulator, choose
@@ -38,11 +39,14 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.file is None:
         raise UsageError("simulate needs a FILE, or --from-enrollment ID")
     outcomes = _outcomes(arguments)
-    simulation = load(arguments.file, outcomes=outcomes, settings=settings).simulate(
+    simulator = load(arguments.file, outcomes=outcomes, settings=settings)
+    if arguments.data is not None:
+        _warn_of_paths(simulator, arguments, outcomes)
+    simulation = simulator.simulate(
         arguments.sequence,
         start=arguments.start or datetime.now(UTC).replace(microsecond=0),
         until=arguments.until,
-        data=_json(arguments.data or "{}", "--data"),
+        data=json_object(arguments.data or "{}", "--data"),
         subject=arguments.subject or "subject",
         timezone=_zone(arguments.timezone),
         changes=_changes(arguments),
@@ -50,6 +54,19 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
     )
     _print(simulation, arguments.json)
     return 0
+
+
+def _warn_of_paths(
+    simulator: Simulator, arguments: argparse.Namespace, outcomes: Mapping[str, Outcome]
+) -> None:
+    """Warn of paths that nothing has which the simulation is given."""
+    answers = (one.get("data") for one in outcomes.values() if not isinstance(one, str))
+    examples = [json_object(arguments.data, "--data"), *_changes(arguments).values()]
+    examples += [answer for answer in answers if isinstance(answer, dict)]
+    sequence = simulator.definitions[choose(simulator.definitions, arguments.sequence)]
+    for remark in unknown_paths(sequence, known_paths(examples, _external(arguments))):
+        path = ".".join(map(str, remark.keys[1:]))
+        warn(f"warning: {sequence.name}/{remark.step}: {path}: {remark.message}")
 
 
 async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
@@ -127,7 +144,7 @@ def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:
                 f"--runner {given!r}: use TYPE={'|'.join(WORDS)}, or an answer such as "
                 """'Score={"action": "next", "data": {"score": 80}}'"""
             )
-        outcomes[type_] = word or _json(text, "--runner")
+        outcomes[type_] = word or json_object(text, "--runner")
     return outcomes
 
 
@@ -139,22 +156,12 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
         if not found:
             raise UsageError(f"--set {given!r}: use for example 'P3D: {{\"paid\": true}}'")
         when = found[1].strip()
-        changes[when] = {**changes.get(when, {}), **_json(found[2], "--set")}
+        changes[when] = {**changes.get(when, {}), **json_object(found[2], "--set")}
     return changes
 
 
 def _external(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    return None if arguments.lookup is None else _json(arguments.lookup, "--lookup")
-
-
-def _json(text: str, option: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{option} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UsageError(f'{option} must be a JSON object such as {{"paid": true}}')
-    return value
+    return None if arguments.lookup is None else json_object(arguments.lookup, "--lookup")
 
 
 def _zone(name: str | None) -> str | None:

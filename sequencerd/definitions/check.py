@@ -5,9 +5,12 @@ Told is only what can be proved from the definition; docs/files.md says what tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from sequencerd.core import graph
 from sequencerd.core.javascript.conditions import ALWAYS_TRUE, Operand, first_key
@@ -23,8 +26,16 @@ from sequencerd.core.model import (
     SideEffect,
     Step,
 )
-from sequencerd.core.step_types import BUILT_IN, is_goal, is_message, template_texts
+from sequencerd.core.step_types import (
+    BUILT_IN,
+    is_goal,
+    is_instant,
+    is_message,
+    template_texts,
+    written_keys,
+)
 from sequencerd.core.step_types.conditions import ConditionConfig
+from sequencerd.core.step_types.record import texts
 
 NAMES = (
     "id", "originalId", "subject", "dataLookup", "sequence", "step", "data", "external", "timezone",
@@ -193,3 +204,86 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
             root = read.split(".")[0]
             if wrong := _wrong_path(read, root, sequence):
                 yield Remark(step.name, keys, wrong, root in FORMER)
+
+
+# --- paths that no data has
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPaths:
+    """The paths of examples of data. Below a value that is no object every path is known."""
+
+    objects: set[str] = field(default_factory=set)
+    values: set[str] = field(default_factory=set)
+
+    def add(self, value: object, path: str) -> None:
+        """Add the paths of an example, which is at a path."""
+        if isinstance(value, dict):
+            self.objects.add(path)
+            for key, item in value.items():
+                self.add(item, f"{path}.{key}")
+        else:
+            self.values.add(path)
+
+    def has(self, path: str) -> bool:
+        """Whether an example has the path."""
+        if path in self.objects or path in self.values:
+            return True
+        parents = accumulate(path.split("."), "{}.{}".format)
+        return any(parent in self.values for parent in parents)
+
+
+def known_paths(
+    examples: Iterable[Mapping[str, Any]], external: Mapping[str, Any] | None = None
+) -> KnownPaths:
+    """Collect the paths of examples of data, and of what a lookup gives."""
+    known = KnownPaths()
+    for example in examples:
+        known.add(example, "data")
+    if external is not None:
+        known.add(external, "external")
+    return known
+
+
+def unknown_paths(sequence: Sequence, known: KnownPaths) -> Iterator[Remark]:
+    """Warn of paths that no example of data and no step of the sequence has. The runners of custom
+    types may add any data, so that with one only what looks like a typing error is reported.
+    """
+    known = KnownPaths(set(known.objects), set(known.values))
+    roots = {path for path in known.objects if "." not in path}
+    is_open = False
+    for step in sequence.steps.values():
+        if isinstance(step.behaviour, SideEffect) and not is_message(step.type):
+            is_open = True
+        known.values.update(f"data.{key}" for key in written_keys(step.type, step.config))
+    for step in sequence.steps.values():
+        for keys, path in _paths(step):
+            if path.split(".")[0] not in roots or known.has(path):
+                continue
+            root, _, rest = path.partition(".")
+            others = [p.removeprefix(f"{root}.") for p in known.objects | known.values]
+            if near := get_close_matches(rest, sorted(others), n=1, cutoff=0.7):
+                message = f"no data has the path {path!r}; did you mean '{root}.{near[0]}'?"
+                yield Remark(step.name, keys, message)
+            elif not is_open:
+                yield Remark(step.name, keys, f"no data has the path {path!r}")
+
+
+def _paths(step: Step) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the plain paths that the conditions and templates of a step read for certain."""
+    if is_instant(step.type):
+        for keys, text in texts(step.config, ("config",)):
+            if keys[-1] == "value" and _at(step, keys[:-1]).get("type") == "get":
+                yield keys, text
+    for keys, source in template_texts(step.type, step.config):
+        with suppress(DefinitionError):
+            for read in sorted(compile_template(source, escape=False).surely_reads):
+                yield ("config", *keys), read
+
+
+def _at(step: Step, keys: KeyPath) -> Mapping[str, Any]:
+    """Return the object at a path of a step, or an empty one."""
+    value: Any = {"config": step.config}
+    for key in keys:
+        value = value[key]
+    return value if isinstance(value, dict) else {}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -157,8 +158,15 @@ def read_all(paths: Iterable[Path], runners: Runners) -> list[Definition]:
     return definitions
 
 
-def read_files(paths: Iterable[Path], runners: Runners) -> tuple[list[Definition], list[Finding]]:
-    """The sequences without an error, and what is wrong with any, in the order of the files."""
+def read_files(
+    paths: Iterable[Path],
+    runners: Runners,
+    data: Mapping[str, check.KnownPaths] = MappingProxyType({}),
+) -> tuple[list[Definition], list[Finding]]:
+    """Return the sequences without an error, and all findings, in the order of the files.
+
+    `data` has the paths of examples of data, by the names of sequences.
+    """
     definitions, findings = [], []
     read = {path: _read_sources(path) for path in paths}
     sources = {
@@ -183,11 +191,19 @@ def read_files(paths: Iterable[Path], runners: Runners) -> tuple[list[Definition
             if (one := built.get(source)) is not None:
                 found_here = check.check(one.sequence, entered.get(source.name or "", set()))
                 told = [*found_here, *remarks.pop(source.name, [])]
+                if source.name is not None and source.name in data:
+                    told += check.unknown_paths(one.sequence, data[source.name])
                 if (definition := _checked(source, one, told)) is not None:
                     definitions.append(definition)
             findings += sorted(source.findings, key=lambda finding: finding.line)
         findings += unreadable
     return definitions, findings
+
+
+def names(paths: Iterable[Path]) -> list[str]:
+    """Return the names of the sequences in some files, without checking these."""
+    found = [source.name for path in paths for source in _read_sources(path)[0]]
+    return [name for name in found if name is not None]
 
 
 def types(path: Path) -> set[str]:

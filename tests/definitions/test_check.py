@@ -19,12 +19,13 @@ from jsonschema import Draft202012Validator
 
 from sequencerd.cli import main
 from sequencerd.core.model import Enrollment, view
-from sequencerd.definitions.check import NAMES
+from sequencerd.definitions.check import NAMES, known_paths
 from sequencerd.definitions.files import Finding, read_all, read_files
 from sequencerd.definitions.yaml_reader import DocumentError, read_documents
 from sequencerd.errors import FileError
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import load
+from tests.helpers.commands import Command
 from tests.helpers.engines import Recorder
 from tests.test_readme import REPOSITORY, blocks
 
@@ -120,6 +121,81 @@ def test_a_sequence_in_another_file_counts(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("name: a\nsteps: [{name: y, type: Note, altNext: null}]")
     (twice,) = read_files([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)[1]
     assert str(twice).endswith(f"sequence 'a' stands twice, first in {tmp_path}/a.yaml:1")
+
+
+PATHS = """\
+name: p
+steps:
+  - {name: note, type: UpdateData, config: {data: {greeted: true}}}
+  - name: mail
+    type: Email
+    config:
+      from: a@x.org
+      to: "{{data.email}}"
+      subject: "{{data.nmae}}, {{data.user.city}}"
+      text: "{{data.greeted}} {{data.tags.[0]}} {{data.user.town}} {{default data.nick data.name}}"
+  - name: paid
+    type: Goal
+    config:
+      lodashCommand: eq
+      value: {type: get, value: data.paid}
+      compareTo: {type: raw, value: true}
+"""
+EXAMPLE = {"name": "Ada", "email": "a@x.org", "tags": ["x"], "user": {"town": "Bonn"}}
+UNKNOWN = [
+    (9, "subject: no data has the path 'data.nmae'; did you mean 'data.name'?"),
+    (9, "subject: no data has the path 'data.user.city'"),
+    (10, "text: no data has the path 'data.nick'"),
+    (15, "value.value: no data has the path 'data.paid'"),
+]
+
+
+def test_paths_are_compared_with_an_example_of_data(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(PATHS)
+    known = {"p": known_paths([EXAMPLE])}
+    found = read_files([file], RUNNERS, known)[1]
+    assert [(one.line, one.message) for one in found] == UNKNOWN
+    assert not any(one.is_error for one in found)
+    assert read_files([file], RUNNERS)[1] == []
+    complete = {**EXAMPLE, "nmae": "", "nick": None, "paid": False, "user": None}
+    assert read_files([file], RUNNERS, {"p": known_paths([complete])})[1] == []
+
+
+def test_a_custom_runner_may_add_data_but_no_typing_errors(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(f"{PATHS}  - {{name: own, type: Note, altNext: null}}\n")
+    found = read_files([file], RUNNERS, {"p": known_paths([EXAMPLE])})[1]
+    assert [one.message for one in found] == [UNKNOWN[0][1]]
+
+
+async def test_paths_are_compared_with_the_data_in_the_database(
+    sequencerd: Command, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    (tmp_path / "p.yaml").write_text(PATHS)
+    assert "0 warnings" in sequencerd("check", "p.yaml")  # nothing is known yet
+    sequencerd("apply", "p.yaml")
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES ('p', 'ada', $1)",
+        json.dumps(EXAMPLE),
+    )
+    told = sequencerd("check", "p.yaml")
+    assert "p.yaml:9: warning: p/mail: subject: no data has the path 'data.nmae'" in told
+    assert f"{len(UNKNOWN)} warnings" in told
+    assert "0 warnings" in sequencerd("check", "p.yaml", "--data", json.dumps({
+        **EXAMPLE, "nmae": "", "nick": "", "paid": True, "user": {"town": "", "city": ""},
+    }))  # fmt: skip
+
+
+def test_a_simulation_warns_of_paths_that_it_is_not_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.yaml").write_text(PATHS)
+    arguments = ["simulate", str(tmp_path / "p.yaml"), "--data", json.dumps(EXAMPLE)]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--set", 'P1D: {"paid": true, "nick": "A"}'])
+    warned = capsys.readouterr().err.splitlines()
+    assert warned == [f"warning: p/mail: {message}" for _, message in UNKNOWN[:2]]
 
 
 # --- YAML and JSON
@@ -309,7 +385,7 @@ async def test_the_page_about_files_can_be_followed(
     tmp_path: Path, database: str, connection: asyncpg.Connection
 ) -> None:
     found = blocks(REPOSITORY / "docs/files.md")
-    trial, first_line = [text for language, text in found if language == "yaml"]
+    trial, _, first_line = [text for language, text in found if language == "yaml"]
     (tmp_path / "trial.yaml").write_text(first_line + trial)
     (tmp_path / "wrong.yaml").write_text(SHOWN)
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SEQUENCERD_DATABASE": database}

@@ -90,6 +90,13 @@ def template_texts(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyP
         yield from texts(config.get(key), (key,))
 
 
+def written_keys(type_: str, config: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the data that a step writes."""
+    key = BUILT_IN[type_].writes if type_ in BUILT_IN else ""
+    written = config.get(key)
+    return list(written) if isinstance(written, dict) else []
+
+
 def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
     """Return the first keys of what a step reads of the view; None for all of it.
 

@@ -27,5 +27,11 @@ def _update_data(config: UpdateDataConfig) -> Instant:
 
 
 TYPES = (
-    StepType(name="UpdateData", config=UpdateDataConfig, compile=_update_data, templates=("data",)),
+    StepType(
+        name="UpdateData",
+        config=UpdateDataConfig,
+        compile=_update_data,
+        templates=("data",),
+        writes="data",
+    ),
 )

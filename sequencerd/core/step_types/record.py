@@ -35,6 +35,8 @@ class StepType:
     """Where conditions are."""
     steps: tuple[KeyPath, ...] = ()
     """Where steps are named. A key `sequence` beside it names the sequence of the step."""
+    writes: str = ""
+    """The key whose object is merged into the data."""
     is_goal: bool = False
     is_seeded: bool = False
     """Whether a seed decides where a subject goes."""

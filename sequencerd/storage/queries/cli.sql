@@ -72,3 +72,10 @@ SELECT v.at, v.enrollment_id, e.subject, v.sequence, v.step, v.visit, v.action, 
 INSERT INTO sequencer.enrollments (sequence, subject, data, timezone, step, wake_at)
 VALUES ($1, $2, $3::jsonb, $4, $5, coalesce($6::timestamptz, now()))
 ON CONFLICT DO NOTHING RETURNING id;
+
+-- name: sample_data
+-- Read examples of the data of a sequence: of active enrollments, and of the latest of all.
+(SELECT data FROM sequencer.enrollments WHERE sequence = $1 AND status = 'active' LIMIT 1000)
+UNION ALL
+(SELECT e.data FROM (SELECT sequence, data FROM sequencer.enrollments ORDER BY id DESC LIMIT 20000) AS e
+  WHERE e.sequence = $1 LIMIT 1000);
