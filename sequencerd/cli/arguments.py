@@ -246,6 +246,25 @@ def _add_changes(commands: Commands) -> None:
         "--lookup", metavar="NAME", help="lookup of sequences that use external data"
     )
     brought.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="SEQUENCE",
+        help="only this sequence, by title or id; may be repeated",
+    )
+    brought.add_argument(
+        "--conditional",
+        choices=["wait", "branch"],
+        help="what a false Conditional does: wait, as by the original's code, or branch to "
+        "altNextStep, as by its README",
+    )
+    brought.add_argument(
+        "--past-dates",
+        choices=["send", "skip", "hold"],
+        help="enrollments at a WaitForDate whose day is over: continue at once, skip the step that "
+        "follows, or wait as in the original",
+    )
+    brought.add_argument(
         "--apply", action="store_true", help="apply the import (default: a dry run)"
     )
     add_json(brought)

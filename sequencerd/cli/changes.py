@@ -13,13 +13,17 @@ import asyncpg
 from sequencerd.cli.commands import connect, fetch, on_database
 from sequencerd.cli.output import say, say_json, say_lines
 from sequencerd.core.describe import text
-from sequencerd.definitions import files, import_original, plan
+from sequencerd.definitions import files, plan
 from sequencerd.definitions.diff import compare
+from sequencerd.definitions.original import place
+from sequencerd.definitions.original.read import Source, read
+from sequencerd.definitions.original.translate import Choices
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import PlanError, UsageError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
 from sequencerd.storage import store
+from sequencerd.storage.store import QUERIES
 
 CHANGES = 2  # the exit code that `plan --detailed-exitcode` has for them, as elsewhere
 
@@ -124,31 +128,41 @@ async def import_command(arguments: argparse.Namespace, settings: Settings, url:
     there = None
     try:
         there = await store.connect(arguments.original or url)
-        found = await import_original.read(
-            there, ours, runners, schema=arguments.schema, lookup=arguments.lookup
+        source = Source(
+            there,
+            schema=arguments.schema,
+            lookup=arguments.lookup,
+            only=arguments.only,
+            choices=Choices(arguments.conditional, arguments.past_dates),
         )
+        found = await read(source, ours, runners)
         transaction = ours.transaction()
         await transaction.start()
         try:
-            if not found.errors:
-                await import_original.apply(there, ours, found, runners, schema=arguments.schema)
+            await place.apply(source, ours, found, runners)
+            if arguments.apply and not found.questions:
+                await ours.execute(QUERIES["leave_original_ids"])
         except BaseException:
             await transaction.rollback()
             raise
-        if arguments.apply and not found.errors:
-            await transaction.commit()
-        else:
-            await transaction.rollback()
+        is_done = arguments.apply and not found.questions
+        await (transaction.commit() if is_done else transaction.rollback())
     finally:
         for connection in filter(None, (ours, there)):
             await connection.close()
     if arguments.json:
         say_json(found.as_dict())
     else:
-        for line in found.lines(done=arguments.apply):
+        for line in found.lines(done=is_done):
             say(line)
+    if arguments.apply and found.questions:
+        raise UsageError("nothing is imported: answer the questions above")
     if found.errors:
-        raise UsageError("import aborted; fix the errors above")
+        others = "the others are imported" if is_done else "the others would be"
+        raise UsageError(
+            f"sequences with errors are not imported, {others}; fix the errors above, and repeat "
+            "the command"
+        )
     if not (arguments.apply or arguments.json):
         say("dry run; stop the original, then repeat the command with --apply")
     return 0

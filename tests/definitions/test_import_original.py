@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
 
+from sequencerd.definitions.original import place
+from sequencerd.runners.email.runner import EmailRunner, write
+from sequencerd.runners.fields import RenderError
 from tests.helpers.commands import Command
-from tests.helpers.engines import running_engine, until, way
+from tests.helpers.engines import Recorder, define, running_engine, until, way
+from tests.helpers.servers import task
 
 TABLES = """
-CREATE TABLE sequences (id serial PRIMARY KEY, title varchar(255), "firstStep" integer);
+CREATE TABLE sequences (
+    id serial PRIMARY KEY, title varchar(255), description varchar(255),
+    "createdAt" timestamptz NOT NULL DEFAULT now(), "updatedAt" timestamptz NOT NULL DEFAULT now(),
+    "firstStep" integer);
 CREATE TABLE steps (
     id serial PRIMARY KEY, "sequenceId" integer, "nextStep" integer, "altNextStep" integer,
-    type varchar(255), config json, "requiresExternalData" boolean DEFAULT false);
+    type varchar(255), config json, "requiresExternalData" boolean,
+    "createdAt" timestamptz NOT NULL DEFAULT now(), "updatedAt" timestamptz NOT NULL DEFAULT now());
 CREATE TABLE runners (
     id serial PRIMARY KEY, "dataLookup" varchar(255), "sequenceId" integer, "stepId" integer,
     "isActive" boolean, "startSequence" timestamptz, "endSequence" timestamptz,
-    "startStep" timestamptz);
-INSERT INTO sequences VALUES (1, 'Onboarding', 12), (2, 'Trial', 20);
-INSERT INTO steps VALUES
+    "startStep" timestamptz, "createdAt" timestamptz NOT NULL DEFAULT now(),
+    "updatedAt" timestamptz NOT NULL DEFAULT now());
+INSERT INTO sequences (id, title, description, "firstStep")
+VALUES (1, 'Onboarding', 'For new users', 12), (2, 'Trial', NULL, 20);
+INSERT INTO steps (id, "sequenceId", "nextStep", "altNextStep", type, config) VALUES
     (10, 1, NULL, NULL, 'GoTo', '{}'),
     (11, 1, 10, NULL, 'WaitForDuration', '{"amount": 3, "unit": "days"}'),
     (12, 1, 11, NULL, 'WaitForDuration', '{"amount": 1, "unit": "hours"}'),
@@ -36,9 +49,11 @@ INSERT INTO runners VALUES
     (1, 'ada', 1, 11, true, now() - interval '9 days', NULL, now() - interval '2 days'),
     (2, 'bob', 1, 11, true, now() - interval '9 days', NULL, now() - interval '4 days'),
     (3, 'eve', 1, 14, true, now() - interval '9 days', NULL, now() - interval '5 days'),
-    (4, 'ada', 2, 21, false, now() - interval '9 days', now() - interval '8 days', NULL),
+    (4, 'ada', 2, NULL, false, now() - interval '9 days', now() - interval '8 days', NULL),
     (5, 'bob', 2, 20, false, now() - interval '9 days', NULL, now() - interval '9 days');
 """
+EMAIL = {"from": "a@example.com", "to": "b@example.com", "subject": "Last reminder", "text": "!"}
+SETTINGS = '[runners.Letter]\nurl = "http://127.0.0.1:9/letter"\n'
 ROWS = (
     "SELECT subject, sequence, step, status, entered_at < now() - interval '36 hours' AS long,"
     " goals_met, ended_at IS NULL AS open FROM sequencer.enrollments ORDER BY id"
@@ -56,8 +71,8 @@ async def test_a_trial_says_all_and_does_nothing(
 ) -> None:
     lines = sequencerd("import-original").splitlines()
     assert lines == [
-        "Onboarding: would be made; people: 3 active",
-        "Trial: would be made; people: 1 completed, 1 cancelled",
+        "Onboarding: would be created; enrollments: 3 active",
+        "Trial: would be created; enrollments: 1 completed, 1 cancelled",
         "dry run; stop the original, then repeat the command with --apply",
     ]
     for table in ("sequences", "enrollments", "events"):
@@ -67,12 +82,14 @@ async def test_a_trial_says_all_and_does_nothing(
 async def test_everybody_goes_on_where_they_were(
     sequencerd: Command, original: asyncpg.Connection, database: str
 ) -> None:
-    assert "Onboarding: is made; people: 3 active" in sequencerd("import-original", "--apply")
+    assert "Onboarding: is created; enrollments: 3 active" in sequencerd(
+        "import-original", "--apply"
+    )
     assert [tuple(row) for row in await original.fetch(ROWS)] == [
         ("ada", "Onboarding", "WaitForDuration-11", "active", True, [], True),
         ("bob", "Onboarding", "WaitForDuration-11", "active", True, [], True),
         ("eve", "Onboarding", "WaitForDuration-14", "active", True, ["Goal-13"], True),
-        ("ada", "Trial", "GoTo-21", "completed", True, [], False),
+        ("ada", "Trial", "Conditional-20", "completed", True, [], False),
         ("bob", "Trial", "Conditional-20", "cancelled", True, [], False),
     ]
     exported = sequencerd("export", "Onboarding")
@@ -98,8 +115,8 @@ async def test_the_page_can_be_followed(
         r"```sh\n(.*?)```", (repository / "docs/import.md").read_text(), re.DOTALL
     )
     trial, done = [sequencerd(*line.split()[1:]) for line in block.splitlines()]
-    assert trial.splitlines()[0] == "Onboarding: would be made; people: 3 active"
-    assert done.splitlines()[0] == "Onboarding: is made; people: 3 active"
+    assert trial.splitlines()[0] == "Onboarding: would be created; enrollments: 3 active"
+    assert done.splitlines()[0] == "Onboarding: is created; enrollments: 3 active"
 
 
 async def test_nothing_is_brought_over_twice(
@@ -117,13 +134,13 @@ async def test_nothing_is_brought_over_twice(
     assert told["sequences"][0] == {
         "name": "Onboarding",
         "is_here": True,
-        "people": {"active": 1, "completed": 0, "cancelled": 0},
+        "enrollments": {"active": 1, "completed": 0, "cancelled": 0},
     }
     assert await original.fetchval("SELECT count(*) FROM sequencer.enrollments") == 6
     assert "amount: 5" in sequencerd("export", "Onboarding")
     again = sequencerd("import-original", "--apply")
-    assert "Onboarding: is here already and stays as it is; people: none" in again
-    assert "6 people are here already" in again
+    assert "Onboarding: is here already and stays as it is; enrollments: none" in again
+    assert "6 enrollments are here already" in again
 
 
 @pytest.mark.parametrize(
@@ -132,34 +149,37 @@ async def test_nothing_is_brought_over_twice(
         ("UPDATE steps SET type = 'Scoar' WHERE id = 10", "type: 'Scoar' is served by no runner"),
         ('UPDATE steps SET config = \'{"unit": "days"}\' WHERE id = 11', "WaitForDuration-11: "),
         ('UPDATE steps SET "nextStep" = 99 WHERE id = 11', "step 11: its nextStep 99"),
-        ('UPDATE sequences SET "firstStep" = NULL WHERE id = 2', "its firstStep None"),
-        ('UPDATE steps SET "requiresExternalData" = true', "--lookup NAME"),
+        ('UPDATE sequences SET "firstStep" = 99 WHERE id = 1', "its firstStep 99"),
+        ('UPDATE steps SET "requiresExternalData" = true WHERE id = 13', "--lookup NAME"),
+        ("UPDATE steps SET type = 'Split' WHERE id = 10", "Split is a custom type there"),
+        ("UPDATE steps SET config = '[1]' WHERE id = 10", "its config is not a JSON object"),
         (
             "ALTER TABLE steps ALTER config TYPE text; UPDATE steps SET config = 'x' WHERE id = 11",
             "step 11: its config is no JSON",
         ),
     ],
 )
-async def test_what_cannot_be_a_sequence_is_told_and_nothing_done(
+async def test_what_cannot_be_a_sequence_is_told_and_the_others_imported(
     sequencerd: Command, original: asyncpg.Connection, statement: str, words: str
 ) -> None:
     await original.execute(statement)
-    assert words in sequencerd("import-original", "--apply", code=1)
-    assert "import aborted" in sequencerd.errors
-    assert not await original.fetchval("SELECT count(*) FROM sequencer.sequences")
+    text = sequencerd("import-original", "--apply", code=1)
+    assert words in text
+    assert "in no sequence that is imported (runners 1, 2, 3)" in text
+    assert "the others are imported; fix the errors above" in sequencerd.errors
+    assert await original.fetchval("SELECT array_agg(name) FROM sequencer.sequences") == ["Trial"]
 
 
-async def test_people_who_cannot_be_are_left_out_and_told(
+async def test_rows_that_cannot_be_enrollments_are_left_out_and_told(
     sequencerd: Command, original: asyncpg.Connection
 ) -> None:
     await original.execute(
         """
         INSERT INTO runners VALUES
             (20, NULL, 1, 11, true, now(), NULL, now()),
-            (21, 'x', 9, 11, true, now(), NULL, now()),
-            (22, 'x', 1, 20, true, now(), NULL, now()),
-            (23, 'x', 1, NULL, true, now(), NULL, now()),
-            (24, 'x', 1, 11, true, NULL, NULL, NULL),
+            (21, 'x', 9, 99, true, now(), NULL, now()),
+            (22, 'x', 1, 99, true, now(), NULL, now()),
+            (23, 'x', 2, NULL, true, now(), NULL, now()),
             (25, 'x', 1, 11, true, 'infinity', NULL, now()),
             (26, 'x', 1, 11, true, now(), NULL, '20000-01-01');
         """
@@ -167,12 +187,43 @@ async def test_people_who_cannot_be_are_left_out_and_told(
     lines = sequencerd("import-original", "--apply").splitlines()
     assert set(lines[2:]) == {
         "1 are left out: no dataLookup, or a longer one than 1,000 bytes (runners 20)",
-        "1 are left out: in no sequence that is brought over (runners 21)",
-        "2 are left out: active, and at no step of the sequence (runners 22, 23)",
-        "1 are left out: neither startSequence nor startStep (runners 24)",
+        "1 are left out: in no sequence that is imported (runners 21)",
+        "1 are left out: active, at a step that is not imported, or was removed here (runners 22)",
+        "1 are left out: active, at no step, and without a goal to wait for (runners 23)",
         "2 are left out: a time before 1900 or after 9998 (runners 26, 25)",
     }
     assert await original.fetchval("SELECT count(*) FROM sequencer.enrollments") == 5
+
+
+async def test_starts_and_steps_that_are_missing(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    await original.execute(
+        """
+        INSERT INTO runners VALUES
+            (20, 'new', 1, 12, true, NULL, NULL, NULL, '2020-01-01Z'),
+            (21, 'goal', 1, NULL, true, NULL, NULL, NULL, '2021-01-01Z'),
+            (22, 'jumped', 2, 11, true, now(), NULL, now(), now());
+        """
+    )
+    text = sequencerd("import-original", "--apply")
+    assert "1 is imported into" not in text
+    assert "1 are imported into the sequence of the step they are at" in text
+    rows = await original.fetch(
+        "SELECT subject, sequence, step, extract(year FROM created_at)::int AS year"
+        " FROM sequencer.enrollments WHERE original_id::int >= 20 ORDER BY original_id"
+    )
+    assert [tuple(row)[:3] for row in rows] == [
+        ("new", "Onboarding", "WaitForDuration-12"),
+        ("goal", "Onboarding", "Goal-13"),
+        ("jumped", "Onboarding", "WaitForDuration-11"),
+    ]
+    assert [row["year"] for row in rows[:2]] == [2020, 2021]
+    # without the columns that an older version of the tables lacks
+    await original.execute(
+        'ALTER TABLE runners DROP "createdAt"; ALTER TABLE sequences DROP description'
+    )
+    assert "left out: neither startSequence" in sequencerd("import-original")
 
 
 async def test_names_are_unique_and_who_is_in_it_twice_stays_so(
@@ -181,7 +232,7 @@ async def test_names_are_unique_and_who_is_in_it_twice_stays_so(
     await original.execute("UPDATE sequences SET title = 'Same'")
     await original.execute("INSERT INTO runners VALUES (6, 'ada', 1, 11, true, now(), NULL, now())")
     text = sequencerd("import-original", "--apply")
-    assert "Same 1: is made; people: 4 active" in text
+    assert "Same 1: is created; enrollments: 4 active" in text
     policies = await original.fetch("SELECT name, reentry FROM sequencer.sequences ORDER BY name")
     assert [tuple(row) for row in policies] == [("Same 1", "always"), ("Same 2", "after_end")]
 
@@ -200,5 +251,420 @@ async def test_the_original_may_be_elsewhere(
         "import-original", "--database", database, "--schema", "old", "--lookup", "app.plans",
         "--apply",
     )  # fmt: skip
-    assert "Onboarding: is made" in text
+    assert "Onboarding: is created" in text
     assert await original.fetchval("SELECT lookup FROM sequencer.sequences LIMIT 1") == "app.plans"
+
+
+# --- where the original's code and its README differ
+
+
+async def send_reminder(original: asyncpg.Connection, alt_next: int | None = 31) -> None:
+    """A Conditional that is false for gus, and an e-mail on its other path."""
+    await original.execute(
+        """
+        INSERT INTO sequences (id, title, "firstStep") VALUES (3, 'Reminder', 30);
+        INSERT INTO runners
+        VALUES (30, 'gus', 3, 30, true, now(), NULL, now() - interval '40 days');
+        """
+    )
+    never = {
+        "lodashCommand": "eq",
+        "value": {"type": "get", "value": "data.paid"},
+        "compareTo": {"type": "raw", "value": True},
+    }
+    await original.executemany(
+        'INSERT INTO steps (id, "sequenceId", "altNextStep", type, config)'
+        " VALUES ($1, 3, $2, $3, $4)",
+        [(30, alt_next, "Conditional", json.dumps(never)), (31, None, "Email", json.dumps(EMAIL))],
+    )
+
+
+@pytest.mark.parametrize("alt_next", [31, None])
+async def test_a_conditional_where_enrollments_are_is_asked_about(
+    sequencerd: Command, original: asyncpg.Connection, database: str, alt_next: int | None
+) -> None:
+    await send_reminder(original, alt_next)
+    dry = sequencerd("import-original")
+    assert "1 would be at the Conditional Reminder/Conditional-30" in dry
+    assert "Decide with --conditional wait, or --conditional branch" in dry
+    sequencerd("import-original", "--apply", code=1)
+    assert "nothing is imported: answer the questions above" in sequencerd.errors
+    assert not await original.fetchval("SELECT count(*) FROM sequencer.sequences")
+
+    sequencerd("import-original", "--apply", "--conditional", "wait")
+    assert "type: WaitForCondition" in sequencerd("export", "Reminder")
+    recorder = Recorder()
+    gus = "SELECT {} FROM sequencer.enrollments WHERE subject = 'gus'"
+    async with running_engine(database, {"Email": recorder}):
+        await until(original, gus.format("wake_at = 'infinity'"))
+        await original.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
+        await until(original, gus.format("status = 'completed'"))
+    assert recorder.keys == []
+
+
+async def test_a_conditional_may_branch_as_the_readme_says(
+    sequencerd: Command, original: asyncpg.Connection, database: str
+) -> None:
+    await send_reminder(original)
+    told = json.loads(sequencerd("import-original", "--apply", "--conditional", "branch", "--json"))
+    assert told["at_conditionals"] == [
+        {"sequence": "Reminder", "step": "Conditional-30", "count": 1}
+    ]
+    recorder = Recorder()
+    async with running_engine(database, {"Email": recorder}):
+        gus = "SELECT status = 'completed' FROM sequencer.enrollments WHERE subject = 'gus'"
+        await until(original, gus)
+    assert len(recorder.keys) == 1
+    # later rows there are asked about as well, and wait only if the step is changed first
+    await original.execute(
+        "INSERT INTO runners VALUES (31, 'hal', 3, 30, true, now(), NULL, now())"
+    )
+    sequencerd("import-original", "--apply", code=1)
+    text = sequencerd("import-original", "--apply", "--conditional", "wait", code=1)
+    assert "Reminder/Conditional-30: 1: imported before, as Conditional" in text
+    sequencerd("import-original", "--apply", "--conditional", "branch")
+
+
+async def wait_for_past(original: asyncpg.Connection) -> None:
+    await original.execute(
+        """
+        INSERT INTO sequences (id, title, "firstStep") VALUES (4, 'Sale', 40);
+        INSERT INTO runners VALUES (40, 'gus', 4, 40, true, now(), NULL, now());
+        """
+    )
+    await original.executemany(
+        'INSERT INTO steps (id, "sequenceId", "nextStep", type, config) VALUES ($1, 4, $2, $3, $4)',
+        [
+            (40, 41, "WaitForDate", '{"date": "2018-06-08T17:49:31+00:00"}'),
+            (41, 42, "Email", json.dumps(EMAIL)),
+            (42, None, "WaitForDuration", '{"amount": 1, "unit": "year"}'),
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("send", "WaitForDuration-42", 1),
+        ("skip", "WaitForDuration-42", 0),
+        ("hold", "WaitForDate-40", 0),
+    ],
+)
+async def test_a_date_in_the_past_is_asked_about(
+    sequencerd: Command, original: asyncpg.Connection, database: str, case: tuple[str, str, int]
+) -> None:
+    choice, step, sent = case
+    await wait_for_past(original)
+    text = sequencerd("import-original", "--apply", code=1)
+    assert "1 enrollments are at a WaitForDate whose day is over (Sale/WaitForDate-40: 1)" in text
+    assert not await original.fetchval("SELECT count(*) FROM sequencer.sequences")
+    sequencerd("import-original", "--apply", "--past-dates", choice)
+    recorder = Recorder()
+    at_rest = (
+        "SELECT step = $1 AND wake_at > now() + interval '300 days' AND status = 'active'"
+        " FROM sequencer.enrollments WHERE subject = 'gus'"
+    )
+    async with running_engine(database, {"Email": recorder}):
+        await until(original, at_rest, step)
+    assert len(recorder.keys) == sent
+    if choice == "skip":
+        assert (
+            await original.fetchval("SELECT message FROM sequencer.events WHERE action = 'moved'")
+            == "its date was over at the import; Email-41 is skipped"
+        )
+
+
+async def test_the_day_of_a_date_is_not_over_before_midnight(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    await wait_for_past(original)
+    await original.execute(
+        "UPDATE steps SET config = json_build_object('date',"
+        " to_char(date_trunc('day', now() AT TIME ZONE 'UTC'), 'YYYY-MM-DD') || 'T00:00:00Z')"
+        " WHERE id = 40"
+    )
+    assert "Sale: is created; enrollments: 1 active" in sequencerd("import-original", "--apply")
+
+
+# --- again
+
+
+async def test_another_import_follows_what_was_renamed_here(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    sequencerd("import-original", "--apply")
+    await original.execute("UPDATE sequencer.sequences SET name = 'Welcome' WHERE name <> 'Trial'")
+    await original.execute(
+        "UPDATE sequencer.steps SET name = 'three days' WHERE name = 'WaitForDuration-11'"
+    )
+    await original.execute("UPDATE sequencer.steps SET name = 'a' || name WHERE sequence = 'Trial'")
+    await original.execute(
+        """
+        INSERT INTO runners VALUES (6, 'zoe', 1, 11, true, now(), NULL, now()),
+                                   (7, 'zoe', 2, NULL, false, now(), now(), NULL)
+        """
+    )
+    text = sequencerd("import-original", "--apply")
+    assert "Welcome: is here already and stays as it is; enrollments: 1 active" in text
+    assert "Trial: is here already and stays as it is; enrollments: 1 completed" in text
+    assert "5 enrollments are here already" in text
+    zoe = await original.fetch(
+        "SELECT sequence, step FROM sequencer.enrollments WHERE subject = 'zoe'"
+        " ORDER BY original_id"
+    )
+    assert [tuple(row) for row in zoe] == [("Welcome", "three days"), ("Trial", "aConditional-20")]
+
+
+async def test_a_refused_row_names_itself_and_the_others_come(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    await original.execute(
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION 'no % here', NEW.subject; END $$;
+        CREATE TRIGGER no_bob BEFORE INSERT ON sequencer.enrollments
+            FOR EACH ROW WHEN (NEW.subject = 'bob' AND NEW.status = 'active')
+            EXECUTE FUNCTION refuse();
+        """
+    )
+    text = sequencerd("import-original", "--apply")
+    assert "1 are left out: the database refuses it: no bob here (runners 2)" in text
+    assert await original.fetchval("SELECT count(*) FROM sequencer.enrollments") == 4
+
+
+async def test_equal_rows_are_all_imported_and_none_twice(
+    sequencerd: Command, original: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they are on both sides of a batch's border."""
+    monkeypatch.setattr(place, "BATCH", 2)
+    await original.execute(
+        "INSERT INTO runners SELECT n, 'twin', 1, 11, true, '2020-01-01', NULL, now()"
+        " FROM generate_series(100, 104) AS n"
+    )
+    assert "enrollments: 8 active" in sequencerd("import-original", "--apply")
+    assert "10 enrollments are here already" in sequencerd("import-original", "--apply")
+    assert await original.fetchval("SELECT count(*) FROM sequencer.enrollments") == 10
+
+
+async def test_the_reentry_policy_decides_about_a_second_enrollment(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    sequencerd("import-original", "--apply")
+    await original.execute("UPDATE sequencer.sequences SET reentry = 'never' WHERE name = 'Trial'")
+    await original.execute(
+        """
+        INSERT INTO runners VALUES (6, 'ada', 1, 11, true, now(), NULL, now()),
+                                   (7, 'ada', 2, 21, true, now(), NULL, now()),
+                                   (8, 'zoe', 2, 21, true, now(), NULL, now())
+        """
+    )
+    text = sequencerd("import-original", "--apply")
+    for name, row in (("Onboarding", 6), ("Trial", 7)):
+        assert (
+            f"1 are left out: the reentry policy of {name} allows their subjects no second "
+            f"enrollment (runners {row})" in text
+        )
+    assert await original.fetchval("SELECT count(*) FROM sequencer.enrollments") == 6
+
+
+# --- partly
+
+
+async def test_some_sequences_only(sequencerd: Command, original: asyncpg.Connection) -> None:
+    await original.execute("UPDATE steps SET type = 'Scoar' WHERE id = 10")
+    text = sequencerd("import-original", "--apply", "--only", "Trial")
+    assert text == "Trial: is created; enrollments: 1 completed, 1 cancelled\n"
+    sequencerd("import-original", "--only", "Trail", code=1)
+    assert "--only Trail: the original has no such sequence; did you mean 'Trial'?" in (
+        sequencerd.errors
+    )
+    assert "Trial: is here already" in sequencerd("import-original", "--only", "2")
+
+
+async def test_a_draft_keeps_nothing_back(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    await original.execute(
+        "INSERT INTO sequences (id, title, \"firstStep\") VALUES (3, 'New', NULL)"
+    )
+    text = sequencerd("import-original", "--apply")
+    assert "warning: New (sequence 3): a draft without a first step, not imported" in text
+    assert "Onboarding: is created" in text
+
+
+async def test_a_step_of_another_sequence_becomes_a_goto(
+    sequencerd: Command, original: asyncpg.Connection, database: str
+) -> None:
+    await original.execute('UPDATE steps SET "nextStep" = 21 WHERE id = 11')
+    sequencerd("import-original", "--apply", "--only", "Onboarding", code=1)
+    text = sequencerd("import-original", "--apply")
+    assert "WaitForDuration-11: its nextStep is a step of Trial: GoTo-21 leads there" in text
+    assert "step: GoTo-21\n      sequence: Trial" in sequencerd("export", "Onboarding")
+    async with running_engine(database):
+        bob = "SELECT sequence || status = 'Trialcompleted' FROM sequencer.enrollments WHERE id = 2"
+        await until(original, bob)
+    # into one that was imported before
+    await original.execute(
+        "INSERT INTO sequences (id, title, \"firstStep\") VALUES (3, 'Late', 30)"
+    )
+    await original.execute(
+        'INSERT INTO steps (id, "sequenceId", "nextStep", type) VALUES (30, 3, 10, \'GoTo\')'
+    )
+    text = sequencerd("import-original", "--apply", "--only", "Late")
+    assert "GoTo-30: its nextStep is a step of Onboarding: GoTo-10 leads there" in text
+
+
+async def test_a_step_of_a_sequence_that_is_not_imported_is_told(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    await original.execute('UPDATE steps SET "nextStep" = 21 WHERE id = 11')
+    await original.execute("UPDATE steps SET type = 'Scoar' WHERE id = 21")
+    text = sequencerd("import-original", "--apply", code=1)
+    assert "step 11 leads to step 21 of a sequence that is not imported" in text
+    assert not await original.fetchval("SELECT count(*) FROM sequencer.sequences")
+
+
+async def test_another_sequence_of_the_same_name_is_left_alone(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    await define(
+        original, "Trial", ("wait", "WaitForDuration", '{"amount": 1, "unit": "day"}', None)
+    )
+    text = sequencerd("import-original", "--apply", code=1)
+    assert "error: Trial (sequence 2): another sequence of that name is here" in text
+    assert "Onboarding: is created" in text
+
+
+# --- what configs mean
+
+
+@pytest.fixture
+async def letters(
+    sequencerd: Command, original: asyncpg.Connection, tmp_path: Path
+) -> Callable[..., Awaitable[dict[str, Any]]]:
+    """Imports one step of a type and a config, and returns the config that it has here."""
+    (tmp_path / "settings.toml").write_text(SETTINGS)
+    sequencerd.variables["SEQUENCERD_CONFIG"] = str(tmp_path / "settings.toml")
+    sequencerd.variables["SEQUENCERD_SMS_ACCOUNT_SID"] = "AC0123456789"
+    sequencerd.variables["SEQUENCERD_SMS_AUTH_TOKEN"] = "secret"
+
+    async def imported(type_: str, config: Any, *, external: bool = False) -> dict[str, Any]:
+        await original.execute("DELETE FROM runners; DELETE FROM sequences; DELETE FROM steps")
+        await original.execute(
+            "INSERT INTO sequences (id, title, \"firstStep\") VALUES (1, 'S', 1)"
+        )
+        await original.execute(
+            'INSERT INTO steps (id, "sequenceId", type, config, "requiresExternalData")'
+            " VALUES (1, 1, $1, $2, $3)",
+            *(type_, json.dumps(config), external),
+        )
+        imported.text = sequencerd("import-original", "--apply", "--lookup", "app.plans")  # type: ignore[attr-defined]
+        found = await original.fetchval("SELECT config FROM sequencer.steps")
+        await original.execute("DELETE FROM sequencer.sequences")
+        return json.loads(found)  # type: ignore[no-any-return]
+
+    return imported
+
+
+async def test_external_data_arrive_where_they_were_required(letters: Any) -> None:
+    assert await letters("Letter", {"text": "Hello"}, external=True) == {
+        "text": "Hello", "external": True,
+    }  # fmt: skip
+    assert "Letter-1: requires external data, so its config gets external: true" in letters.text
+    plain = {"text": "for external eyes"}
+    assert await letters("Letter", plain, external=True) == plain
+    assert await letters("Letter", {"text": "Hello"}) == {"text": "Hello"}
+
+
+async def test_keys_that_the_original_ignores_are_dropped_and_told(letters: Any) -> None:
+    config = {"amount": 1, "unit": "days", "note": "x", "timeout": 3}
+    assert await letters("WaitForDuration", config) == {"amount": 1, "unit": "days"}
+    assert "dropped from its config, as the original ignores it: 'note', 'timeout'" in letters.text
+    condition = {
+        "lodashCommand": "eq",
+        "value": {"type": "get", "value": "external.plan", "label": "Plan"},
+        "compareTo": {"type": "raw", "value": "pro"},
+    }
+    goal = await letters("Goal", condition | {"repeat": True}, external=True)
+    assert goal == condition | {"value": {"type": "get", "value": "external.plan"}}
+    assert "'repeat', 'value.label'" in letters.text
+
+
+@pytest.mark.parametrize("key", ["delivery", "retry", "expires"])
+async def test_settings_of_ours_in_a_custom_config_are_told(
+    sequencerd: Command, original: asyncpg.Connection, tmp_path: Path, key: str
+) -> None:
+    (tmp_path / "settings.toml").write_text(SETTINGS)
+    sequencerd.variables["SEQUENCERD_CONFIG"] = str(tmp_path / "settings.toml")
+    await original.execute(
+        "UPDATE steps SET type = 'Letter', config = json_build_object($1::text, 'express')"
+        " WHERE id = 10",
+        key,
+    )
+    text = sequencerd("import-original", "--apply", code=1)
+    assert f"Letter-10: the key '{key}' of its config is a setting of the step here" in text
+    assert await original.fetchval("SELECT array_agg(name) FROM sequencer.sequences") == ["Trial"]
+
+
+async def test_ids_mean_what_they_meant(letters: Any) -> None:
+    sms = {
+        "from": "+4915112345678",
+        "to": "{{external.phone}}",
+        "message": "x.org/{{id}}?{{createdAt}}",
+    }
+    assert (await letters("SMS", sms))["message"] == "x.org/{{originalId}}?{{startSequence}}"
+    lines = "{{#each external.items}}{{id}} of {{../id}} {{/each}}{{updatedAt}}"
+    assert (await letters("Email", EMAIL | {"text": lines}))["text"] == (
+        "{{#each external.items}}{{id}} of {{../originalId}} {{/each}}{{startStep}}"
+    )
+    for path, renamed in (
+        ("id", "originalId"),
+        (["createdAt"], ["startSequence"]),
+        ("ideas.id", "ideas.id"),
+    ):
+        condition = {
+            "lodashCommand": "gt",
+            "value": {"type": "get", "value": path},
+            "compareTo": {"type": "raw", "value": 100},
+        }
+        assert (await letters("Conditional", condition))["value"]["value"] == renamed
+
+
+async def test_later_ids_are_others_than_the_originals(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    await original.execute("UPDATE runners SET id = id + 1000")
+    sequencerd("import-original", "--apply")
+    assert await original.fetchval("SELECT sequencer.enroll('Trial', 'new')") > 1005
+
+
+@pytest.mark.parametrize(
+    ("text", "addresses"),
+    [
+        (
+            '[{{#each external.l}}"{{{this}}}"{{#unless @last}},{{/unless}}{{/each}}]',
+            ["a@example.com", "b@example.com"],
+        ),
+        ('["x@example.com", "Y <y@example.com>"]', ["x@example.com", "y@example.com"]),
+        (
+            '{{#if external.l}}[ "{{external.l.[0]}}" ]{{else}}["z@example.com"]{{/if}}',
+            ["a@example.com"],
+        ),
+        ("{{external.l.[1]}}", ["b@example.com"]),
+    ],
+)
+async def test_addresses_as_json_text_are_several(
+    letters: Any, text: str, addresses: list[str]
+) -> None:
+    config = await letters("Email", EMAIL | {"to": text})
+    assert ("a list as JSON text" in letters.text) == ('"' in text)
+    program = EmailRunner("smtp://127.0.0.1:9").compile(config)
+
+    def to(external: list[str]) -> tuple[str, ...]:
+        view = {**task(7).view, "external": {"l": external}}
+        return write(program, task(7)._replace(view=view), datetime.now(UTC)).to
+
+    assert list(to(["a@example.com", "b@example.com"])) == addresses
+    if "each" in text:  # a value is one address, whatever it holds
+        with pytest.raises(RenderError):
+            to(['a@example.com", "evil@example.com'])

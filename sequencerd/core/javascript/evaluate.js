@@ -223,6 +223,8 @@
       this.used = []; // [line, partial]
       this.reads = new Set();
       this.surelyReads = new Set(); // from the view itself, for certain
+      this.fromView = []; // the paths that begin at the view, for certain
+      this.depth = 0; // how many ../ lead to it
       this.names = []; // of block parameters in sight
       this.atRoot = true; // the current value may be the view itself
       this.surely = true; // it is
@@ -239,6 +241,9 @@
 
     PathExpression(path) {
       const { data, depth, parts } = path;
+      const isLocal = !data && !depth && this.names.includes(parts[0]) &&
+        !Handlebars.AST.helpers.scopedId(path);
+      if (data ? parts[0] === "root" : depth === this.depth && !isLocal) this.fromView.push(path);
       if (data && parts[0] !== "root") return;
       const found = (data ? parts.slice(1) : parts).join(".") || "this";
       if (data) {
@@ -302,10 +307,10 @@
     }
 
     within(program, state) {
-      const { names, atRoot, surely } = this;
+      const { names, atRoot, surely, depth } = this;
       Object.assign(this, state, { names: [...names, ...(program?.blockParams ?? [])] });
       this.accept(program);
-      Object.assign(this, { names, atRoot, surely });
+      Object.assign(this, { names, atRoot, surely, depth });
     }
 
     MustacheStatement(mustache) {
@@ -321,6 +326,7 @@
       this.within(block.program, {
         atRoot: this.atRoot && name !== "with" && name !== "each",
         surely: this.surely && (name === "if" || name === "unless"),
+        depth: this.depth + (name === "if" || name === "unless" ? 0 : 1),
       });
       this.within(block.inverse, {});
     }
@@ -359,6 +365,26 @@
     reader.read(parse(text));
     const { wrong, options, dates, reads, surelyReads } = reader;
     return stringify({ wrong, options, dates, reads: [...reads], surelyReads: [...surelyReads] });
+  }
+
+  // A template in which the keys of the view have other names.
+  function rename(text) {
+    const { source, names } = parse(text);
+    const reader = new Reader();
+    reader.read(source);
+    const lines = [0, ..._.map([...source.matchAll(/\r\n?|\n/g)], (end) => end.index + end[0].length)];
+    const offset = ({ line, column }) => lines[line - 1] + column;
+    const places = _.map(reader.fromView, ({ data, parts, loc }) =>
+      [offset(loc.start), offset(loc.end), parts[data ? 1 : 0]]);
+    let made = source;
+    for (const [start, end, key] of _.sortBy(places, ([start]) => -start)) {
+      if (!Object.hasOwn(names, key)) continue;
+      const path = source.slice(start, end);
+      const at = path.search(new RegExp(`(?<![\\w$-])${key}(?![\\w$-])`));
+      if (at < 0) continue;
+      made = made.slice(0, start + at) + names[key] + made.slice(start + at + key.length);
+    }
+    return made;
   }
 
   // --- rendering
@@ -486,6 +512,6 @@
   freeze(/x/);
   freeze(globalThis);
 
-  const makers = { analyse, condition, operands, root, template };
+  const makers = { analyse, condition, operands, rename, root, template };
   return (maker, text) => makers[maker](text);
 };

@@ -40,7 +40,7 @@ def evaluate(maker: Literal["condition", "operands", "template"], program: str, 
     return evaluate(maker, program, *texts)
 
 
-def ask(maker: Literal["analyse", "root"], text: str) -> str:
+def ask(maker: Literal["analyse", "rename", "root"], text: str) -> str:
     """What is to be known of a text before it is evaluated. Raises LimitError and ThrownError."""
     sandbox = _current()
     try:

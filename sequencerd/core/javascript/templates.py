@@ -158,6 +158,16 @@ def compile_template(source: str, *, escape: bool, strict: bool = False) -> Temp
     )
 
 
+def with_renamed_keys(source: str, names: Mapping[str, str]) -> str:
+    """The template in which keys of the view have other names. Raises DefinitionError."""
+    if "{{" not in source:
+        return source
+    try:
+        return sandbox.ask("rename", json.dumps({"source": source, "names": dict(names)}))
+    except (sandbox.ThrownError, sandbox.LimitError) as error:
+        raise DefinitionError(_syntax(str(error))) from error
+
+
 @lru_cache(maxsize=1000)  # compiled, checked and asked for what it reads, it is parsed once
 def _analysed(source: str) -> str:
     """What handlebars' own parser says of a template, as JSON. Raises DefinitionError."""

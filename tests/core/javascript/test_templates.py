@@ -13,7 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sequencerd.core.calendar.date_format import compile_format
-from sequencerd.core.javascript.templates import MAX_SOURCE, MAX_TAGS, compile_template
+from sequencerd.core.javascript.templates import (
+    MAX_SOURCE,
+    MAX_TAGS,
+    compile_template,
+    with_renamed_keys,
+)
 from sequencerd.core.model import DefinitionError, EvaluationError, View
 
 CONTEXT: dict[str, object] = {
@@ -542,3 +547,23 @@ def test_escaped_html_reads_back(text: str) -> None:
 )
 def test_the_paths_that_a_template_reads_are_known(source: str, expected: set[str]) -> None:
     assert compile_template(source, escape=False).reads == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "renamed"),
+    [
+        ("{{id}} {{{ id }}} {{~id~}} {{[id]}}", "{{ID}} {{{ ID }}} {{~ID~}} {{[ID]}}"),
+        ("{{this.id}} {{./id}} {{@root.id}}", "{{this.ID}} {{./ID}} {{@root.ID}}"),
+        ("{{data.id}} {{idx}} \\{{id}} {{!-- {{id}} --}}",) * 2,
+        ("{{#each data.l}}{{id}}{{../id}}{{/each}}", "{{#each data.l}}{{id}}{{../ID}}{{/each}}"),
+        ("{{#data.l}}{{#if x}}{{../id}}{{/if}}{{^}}{{id}}{{/data.l}}",
+         "{{#data.l}}{{#if x}}{{../ID}}{{/if}}{{^}}{{ID}}{{/data.l}}"),
+        ("{{#with external}}{{#each l}}{{../id}}{{../../id}}{{/each}}{{/with}}",
+         "{{#with external}}{{#each l}}{{../id}}{{../../ID}}{{/each}}{{/with}}"),
+        ("{{#each data.l as |id|}}{{id}}{{/each}}",) * 2,
+        ("{{#if id}}\U0001f600{{id}}\n\r\n\u00e4{{eq id 'id'}}{{/if}}",
+         "{{#if ID}}\U0001f600{{ID}}\n\r\n\u00e4{{eq ID 'id'}}{{/if}}"),
+    ],
+)  # fmt: skip
+def test_keys_of_the_view_are_renamed_where_they_are_read(source: str, renamed: str) -> None:
+    assert with_renamed_keys(source, {"id": "ID"}) == renamed

@@ -1,0 +1,292 @@
+"""Writes the original's enrollments where they are, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
+
+import asyncpg
+
+from sequencerd.core.describe import visible
+from sequencerd.core.step_types import is_goal, is_instant
+from sequencerd.definitions import plan
+from sequencerd.definitions.compiler import Runners
+from sequencerd.definitions.original.read import Source
+from sequencerd.definitions.original.report import At, Import, Sequenced
+from sequencerd.definitions.original.translate import Choices, is_past
+from sequencerd.storage import store
+from sequencerd.storage.store import QUERIES
+
+BATCH = 5000  # enrollments in memory
+LONGEST_SUBJECT = 1000  # bytes
+
+_NOT_A_ROWS = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InsufficientPrivilegeError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.UndefinedTableError,
+)
+"""Errors of the database that would meet every row."""
+
+
+class Placed(NamedTuple):
+    """An enrollment to be, in the columns of `import_enrollments`."""
+
+    original_id: str
+    sequence: str
+    step: str
+    subject: str
+    status: str
+    created_at: datetime
+    entered_at: datetime | None
+    ended_at: datetime | None
+    goals_met: str  # a line each
+    note: str | None  # for the history
+
+
+class Entry(NamedTuple):
+    """An enrollment to be, and where it was."""
+
+    placed: Placed
+    at: At
+    is_elsewhere: bool  # at a step of another sequence than its own
+
+
+class Row(NamedTuple):
+    """A row of `runners`."""
+
+    id: str
+    subject: str | None
+    sequence: str | None
+    step: str | None
+    is_active: bool
+    possible: bool
+    started_at: datetime | None
+    ended_at: datetime | None
+    entered_at: datetime | None
+    made_at: datetime | None
+
+
+async def apply(source: Source, ours: asyncpg.Connection, found: Import, runners: Runners) -> None:
+    """Write all that was read, in a transaction of the caller's; count it, and ask what is open."""
+    await plan.apply(ours, found.definitions, runners)
+    for one in found.sequences.values():
+        if not one.is_here:
+            mark = f"{one.original_id} {one.title}"
+            steps = one.step_names
+            await ours.execute(QUERIES["mark_sequence"], one.name, mark)
+            await ours.execute(QUERIES["mark_steps"], one.name, [*steps.values()], [*steps])
+    writer = _Writer(ours, found, source.choices, await store.server_time(ours))
+    query = source.query("original_runners", await source.optional())
+    async with source.connection.transaction(readonly=True):
+        await source.connection.execute(QUERIES["use_utc"])
+        async for row in source.connection.cursor(query, prefetch=BATCH):
+            await writer.add(Row(*row))
+    await writer.flush()
+    found.questions += _questions(found, source.choices)
+
+
+def _questions(found: Import, choices: Choices) -> list[str]:
+    """What the operator must decide before anything is imported."""
+    asked = []
+    if count := found.at_conditionals.total():
+        steps = _named(found.at_conditionals)
+        if choices.conditional is None:
+            asked.append(
+                f"{count:,} enrollments are at a Conditional ({steps}). While its condition is "
+                "false, the original's code keeps them there; its README says that they go to "
+                "altNextStep. Decide with --conditional wait, or --conditional branch"
+            )
+        elif choices.conditional == "wait":
+            asked.append(
+                f"{steps}: imported before, as Conditional. To let them wait, change the type to "
+                "WaitForCondition first; or use --conditional branch"
+            )
+    if count := found.at_past_dates.total():
+        steps = _named(found.at_past_dates)
+        if choices.past_dates is None:
+            asked.append(
+                f"{count:,} enrollments are at a WaitForDate whose day is over ({steps}). The "
+                "original keeps them there forever; here they would continue at once. Decide with "
+                "--past-dates send, --past-dates skip (without the step that follows), or "
+                "--past-dates hold"
+            )
+        elif choices.past_dates == "hold":
+            asked.append(
+                f"{steps}: imported before. To hold enrollments there, change the date first; or "
+                "use --past-dates skip or send"
+            )
+    return asked
+
+
+def _named(counts: Mapping[At, int]) -> str:
+    return ", ".join(f"{name}/{step}: {count:,}" for (name, step), count in sorted(counts.items()))
+
+
+class _Writer:
+    """Finds the place of each row, and writes them in batches."""
+
+    def __init__(
+        self, ours: asyncpg.Connection, found: Import, choices: Choices, now: datetime
+    ) -> None:
+        self._ours = ours
+        self._found = found
+        self._choices = choices
+        self._now = now
+        today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        self._sequences = found.sequences
+        self._steps: dict[At, Mapping[str, Any]] = {
+            (one.name, name): step
+            for one in found.sequences.values()
+            for name, step in one.steps.items()
+        }
+        self._places = {
+            id_: (one, name)
+            for one in found.sequences.values()
+            for id_, name in one.step_names.items()
+        }
+        self._past = {
+            at
+            for at, step in self._steps.items()
+            if step["type"] == "WaitForDate" and is_past(step["config"], today)
+        }
+        self._batch: list[Entry] = []
+
+    async def add(self, row: Row) -> None:
+        """Place a row, or say why it has no place."""
+        if row.sequence in self._found.unwanted and row.step not in self._places:
+            return
+        placed = self._place(row)
+        if isinstance(placed, str):
+            self._leave_out(placed, row.id)
+            return
+        self._batch.append(placed)
+        if len(self._batch) == BATCH:
+            await self.flush()
+
+    def _leave_out(self, reason: str, id_: str) -> None:
+        self._found.left_out.setdefault(reason, []).append(id_)
+
+    def _place(self, row: Row) -> Entry | str:
+        own = self._sequences.get(row.sequence or "")
+        created_at = row.started_at or row.made_at or row.entered_at
+        place = self._places.get(row.step or "")
+        if place is None and own is not None and row.step is None:
+            place = _without_step(own, is_active=row.is_active)
+        if own is None and (place is None or not row.is_active):
+            return "in no sequence that is imported"
+        if not row.is_active:
+            assert own is not None
+            if place is None or place[0] is not own:
+                place = own, own.document["steps"][0]["name"]
+        if place is None:
+            if row.step is None:
+                return "active, at no step, and without a goal to wait for"
+            return "active, at a step that is not imported, or was removed here"
+        if not 1 <= len((row.subject or "").encode()) <= LONGEST_SUBJECT:
+            return "no dataLookup, or a longer one than 1,000 bytes"
+        if not row.possible:
+            return "a time before 1900 or after 9998"
+        if created_at is None:
+            return "neither startSequence, createdAt nor startStep"
+        there, step = place
+        if row.is_active and there.document["status"] == "archived":
+            return f"active, and {there.name} is archived here"
+        status: Literal["active", "completed", "cancelled"] = (
+            "active" if row.is_active else "completed" if row.ended_at else "cancelled"
+        )
+        ended_at = row.ended_at or row.entered_at or created_at
+        placed = Placed(
+            row.id,
+            there.name,
+            step,
+            row.subject or "",
+            status,
+            created_at,
+            row.entered_at or created_at,
+            None if row.is_active else ended_at,
+            "\n".join(there.goals_met.get(step, ())),
+            None,
+        )
+        at = (there.name, step)
+        if row.is_active and at in self._past and self._choices.past_dates == "skip":
+            placed = self._beyond(placed, there)
+        return Entry(placed, at, there is not own)
+
+    def _beyond(self, placed: Placed, there: Sequenced) -> Placed:
+        """Past a WaitForDate, and past the side effect that follows, which would come too late."""
+        target = self._steps[there.name, placed.step]["next"]
+        skipped = None
+        step = self._steps.get((there.name, target or ""))
+        while step is not None and step["type"] == "GoTo" and not step["config"]:
+            step = self._steps.get((there.name, step["next"] or ""))
+        if step is not None and not is_instant(step["type"]):
+            skipped, target = step["name"], step["next"]
+        note = "its date was over at the import" + (f"; {skipped} is skipped" if skipped else "")
+        if target is None:
+            return placed._replace(status="completed", ended_at=self._now, note=note)
+        return placed._replace(
+            step=target,
+            entered_at=self._now,
+            goals_met="\n".join(there.goals_met.get(target, ())),
+            note=note,
+        )
+
+    async def flush(self) -> None:
+        """Write the batch."""
+        batch, self._batch = self._batch, []
+        await self._write(batch)
+
+    async def _write(self, batch: Sequence[Entry]) -> None:
+        """Write a part of a batch; where the database refuses it, each half of it."""
+        if not batch:
+            return
+        columns = map(list, zip(*(entry.placed for entry in batch), strict=True))
+        try:
+            async with self._ours.transaction():
+                rows = await self._ours.fetch(QUERIES["import_enrollments"], *columns)
+        except _NOT_A_ROWS:
+            raise
+        except asyncpg.PostgresError as error:
+            if len(batch) == 1:
+                self._leave_out(
+                    f"the database refuses it: {visible(str(error))}", batch[0].placed.original_id
+                )
+                return
+            half = len(batch) // 2
+            await self._write(batch[:half])
+            await self._write(batch[half:])
+            return
+        self._count(batch, {row["original_id"]: row["is_written"] for row in rows})
+
+    def _count(self, batch: Sequence[Entry], written: Mapping[str, bool]) -> None:
+        found = self._found
+        for placed, at, is_elsewhere in batch:
+            if placed.original_id not in written:
+                found.already_here += 1
+            elif not written[placed.original_id]:
+                self._leave_out(
+                    f"the reentry policy of {placed.sequence} allows their subjects no second "
+                    "enrollment",
+                    placed.original_id,
+                )
+            else:
+                found.counts[placed.sequence, placed.status] += 1
+                found.elsewhere += is_elsewhere
+                if placed.status == "active" or placed.note:
+                    found.at_past_dates[at] += at in self._past
+                    found.at_conditionals[at] += self._steps[at]["type"] == "Conditional"
+        found.at_past_dates = +found.at_past_dates
+        found.at_conditionals = +found.at_conditionals
+
+
+def _without_step(own: Sequenced, *, is_active: bool) -> tuple[Sequenced, str] | None:
+    """Where an enrollment is that has no step: in the original only goals move it on."""
+    if not is_active:
+        return None
+    goals = [name for name, step in own.steps.items() if is_goal(step["type"])]
+    return (own, goals[-1]) if goals else None

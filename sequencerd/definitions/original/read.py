@@ -1,0 +1,333 @@
+"""Reads the original's sequences, and makes and checks the definitions of those that are new."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import asyncpg
+
+from sequencerd.core import graph, model
+from sequencerd.core.config import nearest
+from sequencerd.definitions import files
+from sequencerd.definitions.check import targets
+from sequencerd.definitions.compiler import Definition, Runners
+from sequencerd.definitions.diff import Document
+from sequencerd.definitions.original.report import Import, Sequenced
+from sequencerd.definitions.original.translate import (
+    Choices,
+    Row,
+    in_order,
+    step_name,
+    translate,
+)
+from sequencerd.definitions.yaml_writer import DEFAULTS, to_yaml
+from sequencerd.errors import UsageError
+from sequencerd.storage import store
+from sequencerd.storage.store import QUERIES
+
+_TABLES = {
+    "sequences": {"id", "title", "firstStep"},
+    "steps": {
+        "id", "sequenceId", "nextStep", "altNextStep", "type", "config", "requiresExternalData",
+    },
+    "runners": {
+        "id", "dataLookup", "sequenceId", "stepId", "isActive", "startSequence", "endSequence",
+        "startStep",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the original's tables are, and what of them is wanted."""
+
+    connection: asyncpg.Connection
+    schema: str = "public"
+    lookup: str | None = None  # of sequences that require external data
+    only: Sequence[str] = ()  # names, titles or ids; empty: all
+    choices: Choices = field(default_factory=Choices)
+
+    def query(self, name: str, columns: Mapping[str, str] | None = None) -> str:
+        """A statement on the tables. `columns` are those that not every version has."""
+        schema = '"' + self.schema.replace('"', '""') + '"'
+        return QUERIES[name].format(schema=schema, **columns or {})
+
+    async def optional(self) -> dict[str, str]:
+        """The columns that may be missing. Raises UsageError where one that must be there is."""
+        rows = await self.connection.fetch(QUERIES["original_columns"], self.schema)
+        present = {(row["table"], row["column"]) for row in rows}
+        for table, columns in _TABLES.items():
+            if missing := sorted(c for c in columns if (table, c) not in present):
+                raise UsageError(
+                    f"{self.schema}.{table} has no column {', '.join(missing)}: name the schema of "
+                    "the original's tables with --schema, and their database with --database"
+                )
+        has_created = ("runners", "createdAt") in present
+        has_description = ("sequences", "description") in present
+        return {
+            "created": 'r."createdAt"' if has_created else "NULL",
+            "description": "description" if has_description else "NULL",
+        }
+
+
+async def read(source: Source, ours: asyncpg.Connection, runners: Runners) -> Import:
+    """The definitions, made and checked. Raises UsageError where the tables are not there.
+
+    A sequence that cannot be imported is reported, and keeps none of the others back.
+    """
+    columns = await source.optional()
+    rows: dict[str, list[Row]] = {}
+    for found in await source.connection.fetch(source.query("original_steps")):
+        sequence, *values = found
+        rows.setdefault(sequence, []).append(Row(*values))
+    sequences = await source.connection.fetch(source.query("original_sequences", columns))
+    names = _names(sequences)
+    wanted = _wanted(sequences, names, source.only)
+    repeated = await source.connection.fetch(source.query("original_repeated"))
+    now = await store.server_time(ours)
+    reading = _Reading(
+        source,
+        {id_: in_order(first, rows.get(id_, [])) for id_, _, _, first in sequences},
+        {row[0] for row in repeated},
+        now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0),
+    )
+    await reading.find_present(ours, sequences, names)
+    reading.result.sequences = {
+        row["id"]: reading.present[row["id"]] for row in wanted if row["id"] in reading.present
+    }
+    reading.result.unwanted = {row["id"] for row in sequences} - {row["id"] for row in wanted}
+    for id_, title, description, first in wanted:
+        if id_ not in reading.present:
+            reading.add(id_, title or "", names[id_], description, first)
+    reading.make()
+    reading.check(runners)
+    return reading.result
+
+
+def _names(sequences: Iterable[asyncpg.Record]) -> dict[str, str]:
+    """The name of each sequence by its id: its title, if no other has the same."""
+    titles = {row["id"]: (row["title"] or "").strip() for row in sequences}
+    count = Counter(titles.values())
+    return {
+        id_: title if title and count[title] == 1 else f"{title or 'sequence'} {id_}"
+        for id_, title in titles.items()
+    }
+
+
+def _wanted(
+    sequences: Sequence[asyncpg.Record], names: Mapping[str, str], only: Sequence[str]
+) -> list[asyncpg.Record]:
+    known = [
+        name for row in sequences for name in (names[row["id"]], row["title"] or "", row["id"])
+    ]
+    for name in only:
+        if name not in known:
+            hint = nearest(name, [*names.values()]) if names else "there are none"
+            raise UsageError(f"--only {name}: the original has no such sequence; {hint}")
+    return [
+        row
+        for row in sequences
+        if not only or {names[row["id"]], row["title"] or "", row["id"]} & set(only)
+    ]
+
+
+@dataclass(slots=True)
+class _New:
+    """A sequence that is not here yet."""
+
+    title: str
+    name: str
+    description: str | None
+    where: str
+
+
+class _Reading:
+    """One reading: what is present here, what is new, and what came of it."""
+
+    def __init__(
+        self,
+        source: Source,
+        rows: Mapping[str, Sequence[Row]],
+        repeated: set[str],
+        today: datetime,
+    ) -> None:
+        self.result = Import()
+        self.present: dict[str, Sequenced] = {}
+        self._source = source
+        self._rows = rows
+        self._repeated = repeated
+        self._today = today
+        self._new: dict[str, _New] = {}
+        self._taken: set[str] = set()  # whose names other sequences have here
+
+    async def find_present(
+        self,
+        ours: asyncpg.Connection,
+        sequences: Sequence[asyncpg.Record],
+        names: Mapping[str, str],
+    ) -> None:
+        """Find the sequences that were imported before, whatever their names are by now."""
+        marks = {f"{row['id']} {row['title'] or ''}": row["id"] for row in sequences}
+        by_name = {names[row["id"]]: row["id"] for row in sequences}
+        present = await ours.fetch(QUERIES["imported_sequences"], list(marks), list(by_name))
+        for row in sorted(present, key=lambda row: row["original_id"] is None):
+            id_ = marks[row["original_id"]] if row["original_id"] else by_name[row["name"]]
+            if id_ in self.present:
+                continue
+            document = json.loads(row["document"])
+            known = {step["name"] for step in document["steps"]}
+            by_mark = json.loads(row["steps"])
+            own = {step.id: by_mark.get(step.id, step_name(step)) for step in self._rows[id_]}
+            step_names = {key: name for key, name in own.items() if name in known}
+            if row["original_id"] or step_names:
+                self.present[id_] = Sequenced(id_, "", True, document, step_names)
+            else:
+                self._taken.add(id_)
+
+    def add(
+        self, id_: str, title: str, name: str, description: str | None, first: str | None
+    ) -> None:
+        """A sequence that is not here, if it can be one at all."""
+        rows, where = self._rows[id_], f"{name} (sequence {id_})"
+        if first is None:
+            self.result.warnings.append(f"{where}: a draft without a first step, not imported")
+        elif id_ in self._taken:
+            self.result.errors.append(
+                f"{where}: another sequence of that name is here; rename one of them"
+            )
+        elif problem := self._problem(first, rows):
+            self.result.errors.append(f"{where}: {problem}")
+        elif any(row.reads_external for row in rows) and self._source.lookup is None:
+            self.result.errors.append(f"{where} reads external data: say from where, --lookup NAME")
+        else:
+            self._new[id_] = _New(title, name, description, where)
+
+    def _problem(self, first: str, rows: Sequence[Row]) -> str | None:
+        """Why it cannot be a sequence at all."""
+        if first not in {row.id for row in rows}:
+            return f"its firstStep {first} does not exist there"
+        known = {row.id for others in self._rows.values() for row in others}
+        for row in rows:
+            for column, id_ in (("nextStep", row.next), ("altNextStep", row.alt_next)):
+                if id_ is not None and id_ not in known:
+                    return f"step {row.id}: its {column} {id_} does not exist there"
+            try:
+                json.loads(row.config or "{}")
+            except ValueError as error:
+                return f"step {row.id}: its config is no JSON: {error}"
+        return None
+
+    def make(self) -> None:
+        """Make documents of the new sequences."""
+        self._drop_dependent()
+        elsewhere = {
+            row.id: (new.name, step_name(row))
+            for id_, new in self._new.items()
+            for row in self._rows[id_]
+        } | {
+            step: (one.name, name)
+            for one in self.present.values()
+            for step, name in one.step_names.items()
+        }
+        for id_, new in self._new.items():
+            rows = self._rows[id_]
+            made = translate(rows, elsewhere, self._source.choices, self._today)
+            self.result.warnings += [f"{new.where}: {text}" for text in made.warnings]
+            self.result.errors += [f"{new.where}: {text}" for text in made.errors]
+            document = {
+                **DEFAULTS,
+                "name": new.name,
+                "description": new.description or None,
+                "reentry": "always" if id_ in self._repeated else "after_end",
+                "lookup": self._source.lookup if any(row.reads_external for row in rows) else None,
+                "steps": made.steps,
+            }
+            step_names = {row.id: step_name(row) for row in rows}
+            if not made.errors:
+                self.result.sequences[id_] = Sequenced(id_, new.title, False, document, step_names)
+        self._new = {id_: new for id_, new in self._new.items() if id_ in self.result.sequences}
+
+    def _drop_dependent(self) -> None:
+        """Report new sequences that lead to one that is not imported, and to none of their own."""
+        while True:
+            here = {row.id for id_ in self._new for row in self._rows[id_]}
+            here |= {step for one in self.present.values() for step in one.step_names}
+            left = {
+                id_: (row, target)
+                for id_ in self._new
+                for row in self._rows[id_]
+                for target in (row.next, row.alt_next)
+                if target is not None and target not in here
+            }
+            if not left:
+                return
+            for id_, (row, target) in left.items():
+                new = self._new.pop(id_)
+                self.result.sequences.pop(id_, None)
+                self.result.errors.append(
+                    f"{new.where}: step {row.id} leads to step {target} of a sequence that is not "
+                    "imported"
+                )
+
+    def check(self, runners: Runners) -> None:
+        """Check the new sequences as files would be, and all for what the enrollments must know."""
+        result = self.result
+        made = _check({id_: one.document for id_, one in result.sequences.items()}, runners)
+        for id_, (definition, findings) in made.items():
+            if id_ in self._new:
+                where = self._new[id_].where
+                for finding in findings:
+                    reported = result.errors if finding.is_error else result.warnings
+                    reported.append(": ".join(filter(None, (where, finding.step, finding.message))))
+                if definition is None:
+                    del result.sequences[id_]
+        self._new = {id_: new for id_, new in self._new.items() if id_ in result.sequences}
+        self._drop_dependent()
+        for id_, one in result.sequences.items():
+            definition, _ = made[id_]
+            if definition is not None:
+                one.goals_met = _goals_met(definition.sequence)
+                result.definitions += [definition] if id_ in self._new else []
+
+
+def _check(
+    documents: Mapping[str, Document], runners: Runners
+) -> dict[str, tuple[Definition | None, list[files.Finding]]]:
+    """Each definition, if it has no error, and what was found."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {id_: Path(folder, f"{number}.yaml") for number, id_ in enumerate(documents)}
+        for id_, path in paths.items():
+            path.write_text(to_yaml(documents[id_]), encoding="utf-8")
+        definitions, findings = files.read_files(paths.values(), runners)
+    by_name = {definition.sequence.name: definition for definition in definitions}
+    return {
+        id_: (
+            by_name.get(documents[id_]["name"]),
+            [finding for finding in findings if finding.path == path],
+        )
+        for id_, path in paths.items()
+    }
+
+
+def _goals_met(sequence: model.Sequence) -> dict[str, list[str]]:
+    """For each step, the goals that an enrollment there must have met: no path leads around them.
+
+    The original kept no record of that, and a goal moves an enrollment once.
+    """
+
+    def reached(start: str, but: str | None = None) -> set[str]:
+        starts = [] if start == but else [start]
+        return graph.reach(starts, lambda name: [t for t in targets(name, sequence) if t != but])
+
+    met: dict[str, list[str]] = {}
+    for goal in reversed(sequence.goals):
+        around = reached(sequence.first_step, but=goal.name)
+        for name in reached(goal.name) - around - {goal.name}:
+            met.setdefault(name, []).append(goal.name)
+    return met

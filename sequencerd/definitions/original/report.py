@@ -1,0 +1,114 @@
+"""What an import brings, what it leaves out and why, and what it asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sequencerd.definitions.compiler import Definition
+from sequencerd.definitions.diff import Document
+
+SHOWN = 5
+STATUSES = ("active", "completed", "cancelled")
+
+At = tuple[str, str]
+"""A step here: the names of its sequence and its own."""
+
+
+@dataclass(slots=True)
+class Sequenced:
+    """A sequence of the original, as it is here, or will be."""
+
+    original_id: str
+    title: str
+    is_here: bool  # and is left as it is
+    document: Document
+    step_names: Mapping[str, str]  # by the original's id
+    goals_met: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The goals that an enrollment at a step must have met."""
+
+    @property
+    def name(self) -> str:
+        """Its name here."""
+        name: str = self.document["name"]
+        return name
+
+    @property
+    def steps(self) -> Mapping[str, Mapping[str, Any]]:
+        """The steps of its document, by name."""
+        return {step["name"]: step for step in self.document["steps"]}
+
+
+@dataclass(slots=True)
+class Import:
+    """What is imported, and what is not and why."""
+
+    definitions: list[Definition] = field(default_factory=list)
+    sequences: dict[str, Sequenced] = field(default_factory=dict)  # by the original's id
+    unwanted: set[str] = field(default_factory=set)  # sequences that --only does not name
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # by sequence and status
+    already_here: int = 0
+    elsewhere: int = 0  # at a step of another sequence than their own
+    at_conditionals: Counter[At] = field(default_factory=Counter)
+    at_past_dates: Counter[At] = field(default_factory=Counter)
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # ids, by reason
+    questions: list[str] = field(default_factory=list)
+
+    def lines(self, *, done: bool) -> Iterator[str]:
+        """For people to read; of what was `done`, or else would be."""
+        yield from (f"warning: {text}" for text in self.warnings)
+        yield from (f"error: {text}" for text in self.errors)
+        is_, are = ("is", "are") if done else ("would be", "would be")
+        for sequence in self.sequences.values():
+            counts = [
+                f"{count:,} {status}"
+                for status in STATUSES
+                if (count := self.counts[sequence.name, status])
+            ]
+            new = "is here already and stays as it is" if sequence.is_here else f"{is_} created"
+            yield f"{sequence.name}: {new}; enrollments: {', '.join(counts) or 'none'}"
+        if self.already_here:
+            yield f"{self.already_here:,} enrollments are here already and stay as they are"
+        if self.elsewhere:
+            yield f"{self.elsewhere:,} {are} imported into the sequence of the step they are at"
+        for (name, step), count in sorted(self.at_conditionals.items()):
+            yield f"{count:,} {are} at the Conditional {name}/{step}"
+        for (name, step), count in sorted(self.at_past_dates.items()):
+            yield f"{count:,} {are} at the past date of {name}/{step}"
+        for reason, ids in self.left_out.items():
+            shown = ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
+            yield f"{len(ids):,} {are} left out: {reason} (runners {shown})"
+        yield from (f"question: {text}" for text in self.questions)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a program."""
+        return {
+            "sequences": [
+                {
+                    "name": sequence.name,
+                    "is_here": sequence.is_here,
+                    "enrollments": {
+                        status: self.counts[sequence.name, status] for status in STATUSES
+                    },
+                }
+                for sequence in self.sequences.values()
+            ],
+            "already_here": self.already_here,
+            "at_conditionals": _by_step(self.at_conditionals),
+            "at_past_dates": _by_step(self.at_past_dates),
+            "left_out": self.left_out,
+            "questions": self.questions,
+            "errors": self.errors,
+            "warnings": self.warnings,
+        }
+
+
+def _by_step(counts: Counter[At]) -> list[dict[str, Any]]:
+    return [
+        {"sequence": sequence, "step": step, "count": count}
+        for (sequence, step), count in sorted(counts.items())
+    ]
