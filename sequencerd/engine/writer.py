@@ -406,7 +406,7 @@ def late(leased: Leased, result: Result, now: datetime) -> Event:
         was.sequence,
         was.step,
         was.visit,
-        "late",
+        "stale_result",
         model.printable(f"attempt {was.attempt} came too late to move it: {text}"),
         leased.revision,
     )
