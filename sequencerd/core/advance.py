@@ -49,6 +49,7 @@ from sequencerd.core.model import (
     Update,
     Wait,
     effect_key,
+    merge_data,
     parse_data,
     printable,
 )
@@ -575,7 +576,7 @@ class _Evaluation:
         return self._move_to(target, is_executed=True)
 
     def _merge(self, data: Mapping[str, Any]) -> None:
-        merged = {**parse_data(self.at.data), **data}
+        merged = merge_data(parse_data(self.at.data), data)
         self.at = self.at._replace(data=json.dumps(merged))
         self.merged = {**(self.merged or {}), **data}
 

@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, assert_never
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, assert_never
 from uuid import UUID
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ EITHER = (NEXT, ALT_NEXT._replace(is_optional=True))
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A step's answer: merge this into the data, and go on."""
+    """A step's answer: merge this into the data, without what is REMOVED, and go on."""
 
     data: Mapping[str, Any]
 
@@ -536,6 +536,15 @@ def parse_data(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise EvaluationError("bad_data", f"data cannot be read: {error}") from error
     return data
+
+
+REMOVED: Final = object()
+"""In changes of data, as the value of a key that is removed."""
+
+
+def merge_data(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return data with changes of their first keys."""
+    return {key: value for key, value in {**data, **changes}.items() if value is not REMOVED}
 
 
 def printable(text: str) -> str:

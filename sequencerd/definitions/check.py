@@ -31,6 +31,7 @@ from sequencerd.core.step_types import (
     is_goal,
     is_instant,
     is_message,
+    read_paths,
     template_texts,
     written_keys,
 )
@@ -189,7 +190,12 @@ def _wrong_path(path: object, root: str | None, sequence: Sequence) -> str | Non
 
 
 def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
-    """Their paths; and, of a config that was not read as far as its templates, their errors."""
+    """Their paths, and others; and, of a config that was not read so far, their errors."""
+    for path, target in read_paths(step.type, step.config):
+        with suppress(DefinitionError):  # which the step's problem tells
+            root = first_key(Operand(type="get", value=target))
+            if wrong := _wrong_path(target, root, sequence):
+                yield Remark(step.name, ("config", *path), wrong, root in FORMER)
     problem = step.behaviour if isinstance(step.behaviour, Problem) else None
     told = {("config", *fault.path) for fault in problem.faults if fault.path} if problem else ()
     for path, source in template_texts(step.type, step.config):

@@ -18,6 +18,7 @@ from sequencerd.core.calendar import dates
 from sequencerd.core.javascript.conditions import Operand
 from sequencerd.core.model import (
     NEVER,
+    REMOVED,
     Action,
     Answer,
     Context,
@@ -38,6 +39,7 @@ from sequencerd.core.model import (
     Task,
     Update,
     Wait,
+    merge_data,
     parse_data,
     view,
 )
@@ -291,14 +293,16 @@ class _Journey:
                 elif conditions:
                     message = "; ".join(_because(one, context) for one in conditions)
                 elif isinstance(answer := step.behaviour.answer(context), Update):
-                    data = {**parse_data(here.data), **answer.data}
-                    here = here._replace(data=json.dumps(data))
-                    message = json.dumps(dict(answer.data), ensure_ascii=False)
+                    here = here._replace(
+                        data=json.dumps(merge_data(parse_data(here.data), answer.data))
+                    )
+                    message = _changes(answer.data)
             yield self._entry(event.at, event, event.action, message)
 
     def _look(self, here: Enrollment, now: datetime) -> Context:
-        timezone = here.timezone or self.definitions[here.sequence].timezone
-        return Context(here, now, timezone, self.external)
+        sequence = self.definitions[here.sequence]
+        timezone = here.timezone or sequence.timezone
+        return Context(here, now, timezone, self.external, sequence.holidays)
 
     def _step(self, place: Event | Enrollment) -> Step | None:
         sequence = self.definitions.get(place.sequence)
@@ -327,6 +331,14 @@ class _Journey:
         return Entry(
             at, place.sequence, place.step, type_, place.visit, action, message, details or {}
         )
+
+
+def _changes(data: Mapping[str, Any]) -> str:
+    """Changes of data, such as {"tries": 2}, note removed."""
+    parts = [f"{key} removed" for key, value in data.items() if value is REMOVED]
+    if set_ := merge_data({}, data):
+        parts.insert(0, json.dumps(set_, ensure_ascii=False))
+    return ", ".join(parts)
 
 
 def _because(condition: ConditionConfig, context: Context) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import Enrollment, Event, Fence
+from sequencerd.core.model import REMOVED, Enrollment, Event, Fence, merge_data
 from sequencerd.core.schedule import SOURCE
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.storage import conninfo
@@ -662,7 +662,14 @@ async def next_wake(
 async def write(connection: asyncpg.Connection, written: Written, now: datetime) -> None:
     """Writes where locked enrollments are now, and what happened to them."""
     if written.data:
-        data = [(id_, json.dumps(merged)) for id_, merged in written.data.items()]
+        data = [
+            (
+                id_,
+                json.dumps(merge_data({}, changes)),
+                [key for key, value in changes.items() if value is REMOVED],
+            )
+            for id_, changes in written.data.items()
+        ]
         await connection.executemany(QUERIES["merge_data"], data)
     if written.goals_met:
         goals = [(id_, *met) for id_, met in written.goals_met.items()]

@@ -117,7 +117,8 @@ _OPPOSITES = {
 }
 """What lodash has only the opposite of."""
 
-_PLAIN_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
+PLAIN_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
+"""Paths of names with dots between them, as most are."""
 
 
 class Operand(BaseModel):
@@ -222,7 +223,7 @@ def first_key(operand: Operand) -> str | None:
     path = operand.value
     if "value" not in operand.model_fields_set:
         return "undefined"
-    if isinstance(path, str) and _PLAIN_PATH.fullmatch(path):
+    if isinstance(path, str) and PLAIN_PATH.fullmatch(path):
         return path.partition(".")[0]
     try:
         root: str | None = json.loads(sandbox.ask("root", json.dumps(path, allow_nan=False)))

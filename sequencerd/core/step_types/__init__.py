@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sequencerd.core.config import parse_config
+from sequencerd.core.javascript.conditions import Operand, first_key
 from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import DefinitionError, Instant, KeyPath
 from sequencerd.core.step_types import branches, data, effects, waits
@@ -97,6 +98,12 @@ def written_keys(type_: str, config: Mapping[str, Any]) -> list[str]:
     return list(written) if isinstance(written, dict) else []
 
 
+def read_paths(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, object]]:
+    """Yield the paths that a config reads beside its conditions, and where they are."""
+    if type_ in BUILT_IN:
+        yield from BUILT_IN[type_].paths(config)
+
+
 def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
     """Return the first keys of what a step reads of the view; None for all of it.
 
@@ -110,6 +117,9 @@ def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
             with suppress(DefinitionError, ValidationError):
                 found |= read_condition(condition).predicate().roots
     try:
+        for _, target in read_paths(type_, config):
+            with suppress(DefinitionError):
+                found.add(first_key(Operand(type="get", value=target)) or "")
         for _, source in template_texts(type_, config):
             with suppress(DefinitionError):
                 read = compile_template(source, escape=False).roots

@@ -2,28 +2,193 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
+from math import isfinite
 from typing import Any
 
 from pydantic import Field
 
 from sequencerd.core.config import Config, Faults
-from sequencerd.core.model import Instant, Update
+from sequencerd.core.javascript.conditions import PLAIN_PATH, Operand, compile_predicate
+from sequencerd.core.model import (
+    REMOVED,
+    Context,
+    DefinitionError,
+    EvaluationError,
+    Instant,
+    KeyPath,
+    Update,
+    parse_data,
+)
 from sequencerd.core.step_types.record import StepType
-from sequencerd.core.step_types.templates import compile_value
+from sequencerd.core.step_types.templates import compile_number, compile_text, shown
+
+Value = Callable[[Context], Any]
+Change = Callable[[Context, Any], Any]
+"""Gets the present value of a key, and returns the next."""
+
+OPERATIONS = ("get", "add", "append", "remove")
 
 
 class UpdateDataConfig(Config):
     """Merges into the enrollment's data."""
 
     data: dict[str, Any] = Field(min_length=1)
-    """What is merged; texts are templates."""
+    """What is merged; texts are templates. {get: path} is the value there, with its type; {add: 1}
+    adds to a number, {append: x} to a list, and {remove: true} removes the key."""
 
 
 def _update_data(config: UpdateDataConfig) -> Instant:
     faults = Faults()
-    render = compile_value(("data",), config.data, faults)
+    changes: dict[str, Change] = {}
+    for key, value in config.data.items():
+        with faults.at("data", key):
+            changes[key] = _compile_change(("data", key), value)
     faults.check()
-    return Instant(lambda context: Update(render(context)))
+    reads = any(_operation(value) in ("add", "append") for value in config.data.values())
+
+    def answer(context: Context) -> Update:
+        data = parse_data(context.enrollment.data) if reads else {}
+        return Update({key: change(context, data.get(key)) for key, change in changes.items()})
+
+    return Instant(answer)
+
+
+def _operation(value: object) -> str | None:
+    """The operation that a value is, if it is one."""
+    if isinstance(value, dict) and len(value) == 1 and (name := next(iter(value))) in OPERATIONS:
+        return str(name)
+    return None
+
+
+def _compile_change(path: KeyPath, value: Any) -> Change:
+    """Compile the change of a key. Raises DefinitionError, by the place within the value."""
+    match _operation(value):
+        case "add":
+            return _compile_add(path, value["add"])
+        case "append":
+            item = _compile_item(("append",), (*path, "append"), value["append"])
+            return lambda context, present: _appended(path, present, item(context))
+        case "remove" if value["remove"] is not True:
+            raise DefinitionError("remove must be true")
+        case "remove":
+            return lambda _context, _present: REMOVED
+    made = _compile_item((), path, value)
+    return lambda context, _: made(context)
+
+
+def _compile_item(within: KeyPath, path: KeyPath, value: Any) -> Value:
+    faults = Faults()
+    made = _compile_nested(within, path, value, faults)
+    faults.check()
+    return made
+
+
+def _compile_nested(within: KeyPath, path: KeyPath, value: Any, faults: Faults) -> Value:
+    """Compile a value in which {get: path} can be anywhere; `within` is where it is in it."""
+    operation = _operation(value)
+    if operation == "get":
+        with faults.at(*within):
+            return _compile_get(value["get"])
+    if operation is not None:
+        with faults.at(*within):
+            raise DefinitionError(f"{operation} changes a key of data itself, not one within it")
+    match value:
+        case dict():
+            inner = {
+                key: _compile_nested((*within, key), (*path, key), item, faults)
+                for key, item in value.items()
+            }
+            return lambda context: {key: made(context) for key, made in inner.items()}
+        case list():
+            items = [
+                _compile_nested((*within, n), (*path, n), item, faults)
+                for n, item in enumerate(value)
+            ]
+            return lambda context: [made(context) for made in items]
+        case str():
+            with faults.at(*within):
+                return compile_text(path, value)
+    return lambda _: value
+
+
+def _compile_get(path: object) -> Value:
+    """Compile the value at a path of the view; null where there is none."""
+    if not isinstance(path, str | list) or not path:
+        raise DefinitionError("get must be a path such as data.points")
+    predicate = compile_predicate("isNil", Operand(type="get", value=path), None)
+    if isinstance(path, str) and PLAIN_PATH.fullmatch(path) and path.startswith("data."):
+        # numbers of JavaScript have 16 digits, ids may have more
+        return lambda context: _at(parse_data(context.enrollment.data), path.split(".")[1:])
+
+    def value(context: Context) -> Any:
+        text, _ = predicate.operands(context.json(predicate.roots))
+        return None if text is None else json.loads(text)
+
+    return value
+
+
+def _at(value: Any, keys: list[str]) -> Any:
+    for key in keys:
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return value
+
+
+def _compile_add(path: KeyPath, amount: Any) -> Change:
+    if isinstance(amount, bool) or not isinstance(amount, int | float | str):
+        raise DefinitionError("add must be a number, or a template that gives one")
+    number = compile_number((*path, "add"), amount)
+
+    def add(context: Context, present: Any) -> Any:
+        present = 0 if present is None else present
+        if isinstance(present, bool) or not isinstance(present, int | float):
+            raise _unsuitable(path, present, "number")
+        other = number(context)
+        if isinstance(present, int) and isinstance(other, int):
+            return present + other
+        total = float(Decimal(str(present)) + Decimal(str(other)))  # 0.1 and 0.2 are 0.3
+        if not isfinite(total):
+            raise EvaluationError("bad_data", f"{'.'.join(map(str, path))} becomes too large")
+        return total
+
+    return add
+
+
+def _appended(path: KeyPath, present: Any, item: Any) -> list[Any]:
+    if present is not None and not isinstance(present, list):
+        raise _unsuitable(path, present, "list")
+    return [*(present or []), item]
+
+
+def _unsuitable(path: KeyPath, present: Any, wanted: str) -> EvaluationError:
+    text = json.dumps(present, ensure_ascii=False)
+    return EvaluationError(
+        "bad_data", f"{'.'.join(map(str, path))} is {shown(text)}, not a {wanted}"
+    )
+
+
+def _paths(config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, object]]:
+    yield from _gets(config.get("data"), ("data",))
+
+
+def _gets(value: object, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
+    """The paths that a value reads, and where they are."""
+    match value:
+        case dict() if _operation(value) == "get":
+            yield (*path, "get"), value["get"]
+        case dict():
+            for key, item in value.items():
+                yield from _gets(item, (*path, key))
+        case list():
+            for number, item in enumerate(value):
+                yield from _gets(item, (*path, number))
 
 
 TYPES = (
@@ -33,5 +198,6 @@ TYPES = (
         compile=_update_data,
         templates=("data",),
         writes="data",
+        paths=_paths,
     ),
 )

@@ -33,6 +33,8 @@ class StepType:
     """The keys in whose values every text is a template."""
     conditions: tuple[KeyPath, ...] = ()
     """Where conditions are."""
+    paths: Callable[[Mapping[str, Any]], Iterator[tuple[KeyPath, object]]] = lambda _: iter(())
+    """Yield the paths that are read beside those of conditions, and where they are."""
     steps: tuple[KeyPath, ...] = ()
     """Where steps are named. A key `sequence` beside it names the sequence of the step."""
     writes: str = ""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from math import isfinite
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Faults
 from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import Context, DefinitionError, EvaluationError, KeyPath
+
+MAX_SHOWN = 100  # characters of a value
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,30}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
 
 def compile_text(path: KeyPath, source: str) -> Callable[[Context], str]:
@@ -28,19 +34,28 @@ def compile_text(path: KeyPath, source: str) -> Callable[[Context], str]:
     return render
 
 
-def compile_value(path: KeyPath, value: Any, faults: Faults) -> Callable[[Context], Any]:
-    """Compile a JSON value whose texts are templates; what is wrong with it goes to `faults`."""
-    match value:
-        case str():
-            with faults.at(*path):
-                return compile_text(path, value)
-        case dict():
-            inner = {key: compile_value((*path, key), item, faults) for key, item in value.items()}
-            return lambda context: {key: render(context) for key, render in inner.items()}
-        case list():
-            items = [compile_value((*path, n), item, faults) for n, item in enumerate(value)]
-            return lambda context: [render(context) for render in items]
-    return lambda _: value
+def compile_number(path: KeyPath, value: float | str) -> Callable[[Context], int | float]:
+    """Compile a number that is written out, or that a template gives. Raises DefinitionError."""
+    if not isinstance(value, str):
+        return lambda _: value
+    if "{{" not in value:
+        raise DefinitionError("must be a number, or a template that gives one")
+    render = compile_text(path, value)
+
+    def number(context: Context) -> int | float:
+        text = render(context).strip()
+        if not _NUMBER.fullmatch(text) or not isfinite(float(text)):
+            raise EvaluationError(
+                "bad_data", f"{'.'.join(map(str, path))}: {shown(text)!r} is no number"
+            )
+        return int(text) if _INTEGER.fullmatch(text) else float(text)
+
+    return number
+
+
+def shown(text: str) -> str:
+    """A text for a message, not endless."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def compile_date(key: str, source: str) -> Callable[[Context], datetime]:
@@ -63,5 +78,4 @@ def compile_date(key: str, source: str) -> Callable[[Context], datetime]:
 
 
 def _no_date(text: str) -> str:
-    shown = text if len(text) <= 100 else f"{text[:100]}..."
-    return f"{shown!r} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
+    return f"{shown(text)!r} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"

@@ -332,8 +332,8 @@ SELECT enrollment.id, what.at, what.sequence, what.step, what.visit, what.action
 UPDATE sequencer.enrollments SET goals_met = $2, goals_elsewhere = $3 WHERE id = $1;
 
 -- name: merge_data
--- Merge the result of a side effect into an enrollment's data.
-UPDATE sequencer.enrollments SET data = data || $2 WHERE id = $1;
+-- Merge changes into an enrollment's data, and remove keys.
+UPDATE sequencer.enrollments SET data = (data || $2) - $3::text[] WHERE id = $1;
 
 -- name: extend_leases
 -- Extend the leases of everything that this daemon is executing.
