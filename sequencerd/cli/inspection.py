@@ -117,7 +117,8 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, ur
         return 0
     for key in ("subject", "sequence", "status", "step", "type", "entered_at", "next", "wake_at"):
         say(f"{key:11}  {text(row[key])}")
-    for key in ("waits_until", "attempt", "failure", "last_error", "goals_met", "timezone", "data"):
+    others = ("waits_until", "attempt", "failure", "last_error", "goals_met", "timezone")
+    for key in (*others, "original_id", "data"):
         if row[key]:
             say(f"{key:11}  {text(row[key])}")
     say()

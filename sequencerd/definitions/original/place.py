@@ -97,8 +97,8 @@ def _questions(found: Import, choices: Choices) -> list[str]:
         steps = _named(found.at_conditionals)
         if choices.conditional is None:
             asked.append(
-                f"{count:,} enrollments are at a Conditional ({steps}). While its condition is "
-                "false, the original's code keeps them there; its README says that they go to "
+                f"enrollments at a Conditional: {count:,} ({steps}). While its condition is false, "
+                "the original's code keeps them there; its README says that they go to "
                 "altNextStep. Decide with --conditional wait, or --conditional branch"
             )
         elif choices.conditional == "wait":
@@ -110,7 +110,7 @@ def _questions(found: Import, choices: Choices) -> list[str]:
         steps = _named(found.at_past_dates)
         if choices.past_dates is None:
             asked.append(
-                f"{count:,} enrollments are at a WaitForDate whose day is over ({steps}). The "
+                f"enrollments at a WaitForDate whose day is over: {count:,} ({steps}). The "
                 "original keeps them there forever; here they would continue at once. Decide with "
                 "--past-dates send, --past-dates skip (without the step that follows), or "
                 "--past-dates hold"

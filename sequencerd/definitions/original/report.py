@@ -59,10 +59,10 @@ class Import:
     questions: list[str] = field(default_factory=list)
 
     def lines(self, *, done: bool) -> Iterator[str]:
-        """For people to read; of what was `done`, or else would be."""
+        """Lines for a terminal; of what was `done`, or else would be."""
         yield from (f"warning: {text}" for text in self.warnings)
         yield from (f"error: {text}" for text in self.errors)
-        is_, are = ("is", "are") if done else ("would be", "would be")
+        is_ = "is" if done else "would be"
         for sequence in self.sequences.values():
             counts = [
                 f"{count:,} {status}"
@@ -72,16 +72,16 @@ class Import:
             new = "is here already and stays as it is" if sequence.is_here else f"{is_} created"
             yield f"{sequence.name}: {new}; enrollments: {', '.join(counts) or 'none'}"
         if self.already_here:
-            yield f"{self.already_here:,} enrollments are here already and stay as they are"
+            yield f"{self.already_here:,} here already, left as they are"
         if self.elsewhere:
-            yield f"{self.elsewhere:,} {are} imported into the sequence of the step they are at"
+            yield f"{self.elsewhere:,} at a step of another sequence, imported into that one"
         for (name, step), count in sorted(self.at_conditionals.items()):
-            yield f"{count:,} {are} at the Conditional {name}/{step}"
+            yield f"{count:,} at the Conditional {name}/{step}"
         for (name, step), count in sorted(self.at_past_dates.items()):
-            yield f"{count:,} {are} at the past date of {name}/{step}"
+            yield f"{count:,} at the past date of {name}/{step}"
         for reason, ids in self.left_out.items():
             shown = ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
-            yield f"{len(ids):,} {are} left out: {reason} (runners {shown})"
+            yield f"{len(ids):,} left out: {reason} (runners {shown})"
         yield from (f"question: {text}" for text in self.questions)
 
     def as_dict(self) -> dict[str, Any]:

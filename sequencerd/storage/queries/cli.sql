@@ -38,7 +38,7 @@ SELECT id, sequence, step, subject, status, wake_at,
 -- name: show
 -- Read one enrollment with its step and its sequence.
 SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e.visit, e.attempt,
-       e.leased_by, e.goals_met, e.failure, e.last_error, e.created_at, e.ended_at, e.retry_at,
+       e.leased_by, e.goals_met, e.original_id, e.failure, e.last_error, e.created_at, e.ended_at, e.retry_at,
        CASE WHEN isfinite(e.expires_at) THEN e.expires_at END AS expires_at,
        CASE WHEN e.leased_by IS NULL THEN coalesce(e.waits_until, e.wake_at) END AS waits_until,
        coalesce(e.timezone, q.timezone) AS timezone, q.status AS sequence_status,
