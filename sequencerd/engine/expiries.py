@@ -7,7 +7,7 @@ evaluated once, which writes it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -15,8 +15,9 @@ import asyncpg
 
 from sequencerd.core.model import SideEffect
 from sequencerd.engine.catalog import Catalog
+from sequencerd.engine.claims import Claims
 from sequencerd.engine.clock import Clock
-from sequencerd.engine.writer import Writer
+from sequencerd.engine.executors import Executors
 from sequencerd.storage import store
 from sequencerd.storage.store import StepKey
 
@@ -30,25 +31,25 @@ class _Known(NamedTuple):
 
 
 class Expiries:
-    """`claim` evaluates enrollments of a step under a revision, `excluded` are not to be."""
+    """Finds what has expired, and claims it."""
 
     def __init__(
         self,
         pool: asyncpg.Pool,
         catalog: Catalog,
-        writer: Writer,
-        claim: Callable[[StepKey, int, Sequence[int]], Awaitable[None]],
-        excluded: Callable[[StepKey], list[int]],
+        executors: Executors,
+        claims: Claims,
         *,
+        stopping: asyncio.Event,
         daemon: str,
         clock: Clock,
         batch: int,
     ) -> None:
         self._pool = pool
         self._catalog = catalog
-        self._writer = writer
-        self._claim = claim
-        self._excluded = excluded
+        self._executors = executors
+        self._claims = claims
+        self._stopping = stopping
         self._daemon = daemon
         self._clock = clock
         self._batch = batch
@@ -62,18 +63,14 @@ class Expiries:
 
     async def turn(self) -> None:
         """Looks at each step that waits for a runner."""
-        for step_key in {
-            step_key
-            for executor in self._writer.executors.values()
-            for step_key in executor.waiting
-        }:
+        for step_key in self._executors.waiting():
             sequence = self._catalog.sequences.get(step_key[0])
             step = self._catalog.step(step_key)
             if sequence is None or sequence.paused or step is None:
                 continue
             if isinstance(step.behaviour, SideEffect) and step.behaviour.expires is not None:
                 before: list[int] | None = None
-                while not self._writer.stopping:
+                while not self._stopping.is_set():
                     ids = await self._look(step_key, sequence.revision)
                     if len(ids) < self._batch or ids == before:  # locked, or changed meanwhile
                         break
@@ -94,10 +91,10 @@ class Expiries:
                 known.until,
                 self._batch,
                 daemon=self._daemon,
-                excluding=self._excluded(step_key),
+                excluding=self._claims.excluded(step_key),
             )
         if ids:
-            await self._claim(step_key, revision, ids)
+            await self._claims.claim_some(step_key, revision, ids)
         if len(ids) < self._batch:
             self._known[step_key] = _Known(revision, now - OVERLAP)
         return ids

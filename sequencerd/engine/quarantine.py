@@ -23,7 +23,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.problems import Problems
 from sequencerd.storage import store
-from sequencerd.storage.store import StepKey
+from sequencerd.storage.store import LOST_ERRORS, StepKey
 
 FIRST = 1.0  # seconds until it is tried again, twice as long each time
 LONGEST = 120.0
@@ -77,6 +77,17 @@ async def isolate(
     return [], None
 
 
+async def refusal_of(work: Awaitable[None]) -> Exception | None:
+    """Return why the database refuses work, if so. Raises if the connection is lost."""
+    try:
+        await work
+    except Exception as error:
+        if isinstance(error, LOST_ERRORS) and not isinstance(error, TimeoutError | ValueError):
+            raise
+        return error
+    return None
+
+
 @dataclass(slots=True)
 class Quarantined:
     """An enrollment at a step, with the result of its side effect if that can't be written."""
@@ -110,6 +121,11 @@ class Quarantine:
     def all(self) -> list[Quarantined]:
         """Everything that is set aside."""
         return [one for there in self._by_step.values() for one in there.values()]
+
+    @property
+    def with_result(self) -> set[int]:
+        """The enrollments of which a result is kept."""
+        return {one.id for one in self.all if one.result is not None}
 
     def add(
         self,

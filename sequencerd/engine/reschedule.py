@@ -19,12 +19,13 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core import model
 from sequencerd.core.advance import is_unchanged
-from sequencerd.core.model import Advanced
+from sequencerd.engine.background import PAUSE, Background, Repeating
+from sequencerd.engine.batch import Batch
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.jumps import Jump
+from sequencerd.engine.leases import Leases
+from sequencerd.engine.moves import Moves
 from sequencerd.engine.quarantine import isolate
-from sequencerd.engine.repeating import Repeating
-from sequencerd.engine.writer import PAUSE, Batch, Writer
 from sequencerd.storage import store
 from sequencerd.storage.listener import Reevaluate
 from sequencerd.storage.store import TRANSIENT_ERRORS, StepKey
@@ -46,12 +47,12 @@ class Rescheduling:
         self,
         pool: asyncpg.Pool,
         sequences: Mapping[str, model.Sequence],
-        writer: Writer,
+        moves: Moves,
+        leases: Leases,
         *,
-        advance: Callable[..., Advanced],
         quarantine: Callable[[int, StepKey, Exception], None],
         probe: Callable[[], Awaitable[None]],
-        spawn: Callable[[Awaitable[None]], None],
+        background: Background,
         clock: Clock,
         batch: int,
         log: FilteringBoundLogger,
@@ -61,11 +62,12 @@ class Rescheduling:
         """
         self._pool = pool
         self._sequences = sequences
-        self._writer = writer
-        self._advance = advance
+        self._moves = moves
+        self._leases = leases
         self._quarantine = quarantine
         self._probe = probe
-        self._spawn = spawn
+        self._background = background
+        self._stopping = background.stopping
         self._clock = clock
         self._size = batch
         self._log = log
@@ -74,15 +76,15 @@ class Rescheduling:
         self._current: StepKey | None = None
         self._others: dict[StepKey, int] = {}  # how far another daemon had come
         self._requests: set[Reevaluate] = set()
-        self._walks = Repeating(self._mark, spawn, writer, log=log, pause=REQUEST_PAUSE)
-        self._subjects = Repeating(self._evaluate_subjects, spawn, writer, log=log)
+        self._walks = Repeating(self._mark, background, pause=REQUEST_PAUSE)
+        self._subjects = Repeating(self._evaluate_subjects, background)
 
     def start(self, step_key: StepKey) -> None:
         """Notes a step where those who wait are to be evaluated."""
         self._wanted[step_key] = None
         if not self._is_working:
             self._is_working = True
-            self._spawn(self._work())
+            self._background.spawn(self._work())
 
     def resume(self, unfinished: Mapping[StepKey, int]) -> None:
         """Goes on with what another daemon began, if it does not."""
@@ -149,7 +151,7 @@ class Rescheduling:
         subjects = list({subject for subject, _, _ in wanted if subject is not None})
         locked: set[str] = set()
         after, page = -1, PAGE
-        while page == PAGE and not self._writer.stopping:
+        while page == PAGE and not self._stopping.is_set():
             async with store.connection(self._pool) as connection:
                 rows = await store.waiting_of_subjects(
                     connection, subjects, after, self._clock.now(), PAGE
@@ -181,7 +183,7 @@ class Rescheduling:
 
     async def _work(self) -> None:
         try:
-            while self._wanted and not self._writer.stopping:
+            while self._wanted and not self._stopping.is_set():
                 await self._work_on(list(self._wanted))
         finally:
             self._is_working = False
@@ -189,7 +191,7 @@ class Rescheduling:
     async def _work_on(self, step_keys: list[StepKey]) -> None:
         outlasted = False
         for step_key in step_keys:
-            if self._writer.stopping:
+            if self._stopping.is_set():
                 return
             again = None
             try:
@@ -227,7 +229,7 @@ class Rescheduling:
     async def _from(self, step_key: StepKey, since: int) -> bool:
         """The same, from this id on."""
         count = 0
-        while not self._writer.stopping:
+        while not self._stopping.is_set():
             sequence = self._sequences.get(step_key[0])
             if sequence is None or sequence.paused:
                 return True  # it is begun again when it is resumed
@@ -236,7 +238,7 @@ class Rescheduling:
             for first in range(0, len(page), self._size):
                 batch = page[first : first + self._size]
                 done = await self._batch(step_key, since, batch, sequence.revision)
-                if self._writer.stopping:
+                if self._stopping.is_set():
                     return True
                 if done is None:
                     self._others[step_key] = since
@@ -275,7 +277,7 @@ class Rescheduling:
                 since = until
             return locked
 
-        while left and not self._writer.stopping:
+        while left and not self._stopping.is_set():
             left = await self._in_parts(evaluate, left, step_key)
             if left is None:
                 return None
@@ -322,22 +324,22 @@ class Rescheduling:
         """
         now = self._clock.now()
         batch = Batch()
-        async with self._writer.writing(batch) as connection:
+        async with self._leases.writing(batch) as connection:
             if progress is not None:
                 since, until, revision = progress
                 if not await store.lock_rescheduling(connection, step_key, since, revision):
                     return None
             waiting, locked = await store.lock_waiting(connection, step_key, ids, now)
             for number, enrollment in enumerate(waiting, 1):
-                advanced = self._advance(enrollment, now)
+                advanced = self._moves.advance(enrollment, now)
                 if advanced.entered:
-                    again = partial(self._advance, enrollment, now, None, None)
+                    again = partial(self._moves.advance, enrollment, now, None, None)
                     batch.jumps.append(Jump(enrollment, advanced, again))
                 elif not is_unchanged(enrollment, advanced):
-                    self._writer.add(batch, enrollment, advanced, now)
+                    self._moves.add(batch, enrollment, advanced, now)
                 if number % SLICE == 0:
                     await asyncio.sleep(0)
-            await self._writer.write(connection, batch, now)
+            await self._moves.write(connection, batch, now)
             if progress is not None and not locked:
                 await store.record_progress(connection, step_key, until)
         return locked
@@ -348,7 +350,7 @@ class Rescheduling:
             newest = await store.new_transaction(connection)
         loop = asyncio.get_running_loop()
         until = loop.time() + GRACE
-        while loop.time() < until and not self._writer.stopping:
+        while loop.time() < until and not self._stopping.is_set():
             async with store.connection(self._pool) as connection:
                 if await store.oldest_transaction(connection) >= newest:
                     return

@@ -14,7 +14,7 @@ import pytest
 
 from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Result, Task
 from sequencerd.engine.executors import Leased
-from sequencerd.engine.writer import Writer
+from sequencerd.engine.leases import Leases
 from sequencerd.storage import store
 from tests.helpers.engines import (
     ALL_ENDED,
@@ -165,14 +165,14 @@ async def test_an_orphan_whose_lease_is_yet_to_be_found_out_is_not_executed_twic
     """
     recorder = Recorder()
     asked, told = asyncio.Event(), asyncio.Event()
-    held = Writer.held
+    held = Leases.held
 
-    async def slowly(self: Writer, leased: Iterable[Leased]) -> set[Fence]:
+    async def slowly(self: Leases, leased: Iterable[Leased]) -> set[Fence]:
         asked.set()
         await told.wait()
         return await held(self, leased)
 
-    monkeypatch.setattr(Writer, "held", slowly)
+    monkeypatch.setattr(Leases, "held", slowly)
     await define(connection, "s", ("one", "Note", config, "two"), ("two", "Note", "{}", None))
     async with (
         losing_answers(database) as (url, lose),

@@ -140,8 +140,8 @@ async def test_a_mail_server_that_is_down_fails_nobody_and_they_go_on_at_once(
         assert problem["about"] == "Email"
         assert f"{HOST}:{port}" in problem["message"]
         await until(connection, "SELECT waiting > 50 FROM sequencer.problems")
-        executor = engine._writer.executors["Email"]
-        assert executor.trouble == problem["message"]
+        executor = engine._executors.by_key["Email"]
+        assert executor.outage == problem["message"]
         async with smtp_server(port=port) as box:
             await until(connection, ALL_ENDED)
             await runner.close()

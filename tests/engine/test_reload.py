@@ -57,11 +57,11 @@ async def test_what_is_in_flight_ends_with_the_runner_that_began_it(
             await enroll(connection, "s", f"u{n}")
         await until(connection, "SELECT count(*) = 4 FROM sequencer.enrollments"
                     " WHERE leased_by IS NOT NULL")  # fmt: skip
-        kept = engine._writer.executors["Other"]
+        kept = engine._executors.by_key["Other"]
         drained = asyncio.ensure_future(
-            await engine.use({"Work": new, "Other": same}, engine._writer._lookups)
+            await engine.use({"Work": new, "Other": same}, engine._executors.lookups)
         )
-        assert engine._writer.executors["Other"] is kept
+        assert engine._executors.by_key["Other"] is kept
         # those who found no room go on with the new one, while the old one still works
         await until(connection, "SELECT count(*) = 6 FROM sequencer.enrollments"
                     " WHERE status = 'completed'")  # fmt: skip
@@ -91,7 +91,7 @@ async def test_a_stop_while_the_old_one_still_works_gives_back_what_is_not_done(
         leased = "SELECT count(*) FROM sequencer.enrollments WHERE leased_by IS NOT NULL"
         await until(connection, f"SELECT ({leased}) = 1")
         drained = asyncio.ensure_future(
-            await engine.use({"Work": Strict()}, engine._writer._lookups)
+            await engine.use({"Work": Strict()}, engine._executors.lookups)
         )
     await drained
     assert await connection.fetchval(leased) == 0
@@ -104,11 +104,11 @@ async def test_a_type_that_goes_is_a_problem_until_it_comes_back(
     async with running_engine(database, {"Work": Strict()}) as engine:
         await define(connection, "s", ("w", "Work", "{}", None))
         await until(connection, "SELECT true")
-        await (await engine.use({}, engine._writer._lookups))
+        await (await engine.use({}, engine._executors.lookups))
         id_ = await enroll(connection, "s", "u")
         await until(connection, "SELECT failure = 'invalid_step' FROM sequencer.enrollments"
                     " WHERE id = $1", id_)  # fmt: skip
-        await (await engine.use({"Work": Strict()}, engine._writer._lookups))
+        await (await engine.use({"Work": Strict()}, engine._executors.lookups))
         await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments"
                     " WHERE id = $1", id_)  # fmt: skip
 

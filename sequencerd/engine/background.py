@@ -1,0 +1,108 @@
+"""Tasks beside the loop: work that survives errors of the database, and work on request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.storage.store import TRANSIENT_ERRORS, brief
+
+PAUSE = 1.0  # seconds after a transient error
+SHARE = 0.2  # of the time, for work that is requested again and again
+
+
+class Background:
+    """The tasks of an engine. Once `stopping` is set, none repeats its work."""
+
+    def __init__(self, stopping: asyncio.Event, log: FilteringBoundLogger) -> None:
+        self.stopping = stopping
+        self.log = log
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Awaitable[None]) -> None:
+        """Do work in a task of its own."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+        """Repeat work for ever, whether or not it succeeds."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await work()
+            except TRANSIENT_ERRORS as error:
+                self.log.warning("database error", error=brief(error))
+            except Exception:  # the next turn may succeed
+                self.log.exception("internal error")
+
+    async def until_done(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Repeat work while the database is not available."""
+        while not self.stopping.is_set():
+            try:
+                await work()
+            except TRANSIENT_ERRORS as error:
+                self.log.warning("database error, tried again", error=brief(error))
+                await asyncio.sleep(PAUSE)
+            except Exception:
+                self.log.exception("internal error")  # the sweep comes back to it
+                return
+            else:
+                return
+
+    async def end(self, at: float) -> None:
+        """Wait for the tasks until a time of the event loop, and cancel the others."""
+        if self._tasks:
+            seconds = at - asyncio.get_running_loop().time()
+            _, overdue = await asyncio.wait(self._tasks, timeout=seconds)
+            for task in overdue:
+                task.cancel()
+
+
+class Repeating:
+    """Work that anybody can request, as often as they like, at a bounded cost.
+
+    It is done once at a time: requests that arrive meanwhile cause it once more. After it comes a
+    pause, in seconds; a longer one after work that took long, unless it returns that it was useful.
+    """
+
+    def __init__(
+        self, work: Callable[[], Awaitable[object]], background: Background, *, pause: float = 0.0
+    ) -> None:
+        self._work = work
+        self._background = background
+        self._pause = pause
+        self._is_requested = False
+        self._is_busy = False
+
+    def request(self) -> None:
+        """Do the work from its beginning, soon."""
+        self._is_requested = True
+        self._start()
+
+    def _start(self) -> None:
+        if self._is_requested and not self._is_busy and not self._background.stopping.is_set():
+            self._is_requested, self._is_busy = False, True
+            self._background.spawn(self._once())
+
+    async def _once(self) -> None:
+        loop = asyncio.get_running_loop()
+        started, pause = loop.time(), self._pause
+        log = self._background.log
+        try:
+            if await self._work():
+                started = loop.time()
+        except TRANSIENT_ERRORS as error:
+            log.warning("database error, tried again", error=brief(error))
+            self._is_requested, pause = True, PAUSE
+        except Exception:
+            log.exception("internal error")  # the sweep comes back to it
+        finally:
+            # not slept here: a stop does not wait for it
+            loop.call_later(max(pause, (loop.time() - started) * (1 / SHARE - 1)), self._rested)
+
+    def _rested(self) -> None:
+        self._is_busy = False
+        self._start()

@@ -1,0 +1,73 @@
+"""The results that wait to be written: when to hold them back, and when to stop claiming.
+
+Enrollments that are late to start take precedence: while several batches of one step are claimed,
+results wait for up to a second. If too many results wait, no more side effects are claimed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from sequencerd.engine.executors import Finished
+
+BEHIND = 20  # batches of results that may wait to be written
+HOLD = 1.0  # seconds for which results wait while many enrollments are late to start
+
+
+class Backlog:
+    """The queue of results. `changed` is set when there may be some to write."""
+
+    def __init__(self, batch: int) -> None:
+        self.changed = asyncio.Event()
+        self._results: deque[Finished] = deque()
+        self._most = BEHIND * batch
+        self._floods = 0  # steps that are being claimed batch after batch
+        self._hold_until = 0.0  # in the loop's time
+
+    def __iter__(self) -> Iterator[Finished]:
+        return iter(self._results)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many results wait that no more side effects should be claimed."""
+        return len(self._results) >= self._most
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there are results that should be written now."""
+        return bool(self._results) and (self.is_full or not self._is_held)
+
+    @property
+    def _is_held(self) -> bool:
+        return self._floods > 0 and asyncio.get_running_loop().time() < self._hold_until
+
+    def add(self, results: Sequence[Finished]) -> None:
+        """Add results that executors have reported."""
+        self._results.extend(results)
+        self.changed.set()
+
+    def put_back(self, results: Sequence[Finished]) -> None:
+        """Put results back that could not be written, before all others."""
+        self._results.extendleft(reversed(results))
+        self.changed.set()
+
+    def take(self, most: int) -> list[Finished]:
+        """Remove and return the oldest results."""
+        return [self._results.popleft() for _ in range(min(most, len(self._results)))]
+
+    @contextmanager
+    def flood(self) -> Iterator[None]:
+        """Hold results back while a step is claimed batch after batch, for HOLD at most."""
+        loop = asyncio.get_running_loop()
+        if not self._floods and loop.time() >= self._hold_until:
+            self._hold_until = loop.time() + HOLD
+            loop.call_later(HOLD, self.changed.set)
+        self._floods += 1
+        try:
+            yield
+        finally:
+            self._floods -= 1
+            self.changed.set()

@@ -1,0 +1,95 @@
+"""What one transaction writes: rows and events, each once with the ids that it applies to.
+
+It decides nothing, and does no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sequencerd.core.model import Decision, End, Enrollment, Event, Execute, Fail, Wait
+from sequencerd.engine.executors import Leased
+from sequencerd.engine.jumps import Jump
+from sequencerd.engine.shared_outcome import SharedOutcomes
+from sequencerd.storage.store import Row, StepKey, Written
+
+
+@dataclass(slots=True)
+class Batch(Written):
+    """What one transaction writes, and what follows from it."""
+
+    leased: list[Leased] = field(default_factory=list)  # executed once it is committed
+    jumps: list[Jump] = field(default_factory=list)  # into other sequences, yet to be decided
+    outcomes: SharedOutcomes = field(default_factory=SharedOutcomes)
+    elsewhere: set[StepKey] = field(default_factory=set)  # steps that other daemons execute
+
+    def add(
+        self,
+        before: Enrollment,
+        at: Enrollment,
+        decision: Decision,
+        wake_at: datetime,
+        events: Iterable[Event],
+        *,
+        data: Mapping[str, Any] | None,
+    ) -> list[list[int]]:
+        """Add an enrollment that has been advanced to `at`. Return the lists that got its id."""
+        failure = decision if isinstance(decision, Fail) else None
+        status = "active"
+        if failure:
+            status = "failed"
+        elif isinstance(decision, End):
+            status = decision.status
+        if data:
+            self.data[at.id] = data
+        if at.goals != before.goals:
+            self.goals_met[at.id] = at.goals
+        row = Row(
+            at.sequence,
+            at.step,
+            status,
+            wake_at if status == "active" else None,
+            at.entered_at,
+            at.visit,
+            at.attempt,
+            at.leases,
+            at.retry_at,
+            at.leased_by,
+            failure.failure if failure else None,
+            failure.message if failure else at.last_error,
+            tuple(at.executed),
+            decision.expires_at if isinstance(decision, Execute) else None,
+            decision.waits_until if isinstance(decision, Wait) else None,
+        )
+        ids = [self.rows.setdefault(row, [])]
+        ids += [self.events.setdefault(event, []) for event in events]
+        for one in ids:
+            one.append(at.id)
+        return ids
+
+    def lease(self, leased: Leased) -> None:
+        """Reserve a slot, until the transaction has committed or failed."""
+        leased.executor.reserve(1)
+        self.leased.append(leased)
+
+    def wakes(self) -> dict[StepKey, datetime]:
+        """Return when the first of the waiting enrollments at each step wakes."""
+        wakes: dict[StepKey, datetime] = {}
+        for row in self.rows:
+            if row.wake_at is not None and row.leased_by is None:
+                step_key = (row.sequence, row.step)
+                if step_key not in wakes or row.wake_at < wakes[step_key]:
+                    wakes[step_key] = row.wake_at
+        return wakes
+
+    def failures(self) -> list[tuple[str, str, str]]:
+        """Return sequence, step and failure code of each enrollment that fails."""
+        return [
+            (row.sequence, row.step, row.failure)
+            for row, ids in self.rows.items()
+            if row.failure
+            for _ in ids
+        ]

@@ -1,0 +1,262 @@
+"""Claims the due enrollments of a step, and moves them on in the same transaction.
+
+A batch that the database refuses is claimed again in parts, down to the row at fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.core.model import Elsewhere, Enrollment, SideEffect
+from sequencerd.core.retry import doubled
+from sequencerd.engine.backpressure import Backlog
+from sequencerd.engine.batch import Batch
+from sequencerd.engine.catalog import Catalog
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.executors import Executors
+from sequencerd.engine.leases import Leases
+from sequencerd.engine.moves import Moves, failed, failure_code
+from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
+from sequencerd.service.metrics import Metrics
+from sequencerd.storage import store
+from sequencerd.storage.store import StepKey
+
+CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
+FRUITLESS = 3  # claims in a row that found nothing, after which notifications are delayed
+FRUITLESS_PAUSE = 0.5  # seconds of that delay at most
+LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
+
+
+class Claims:
+    """`push` schedules a step for a time, `reload` reads changed definitions, and `probe` raises
+    what keeps every row from being written.
+    """
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        catalog: Catalog,
+        executors: Executors,
+        moves: Moves,
+        leases: Leases,
+        *,
+        backlog: Backlog,
+        quarantine: Quarantine,
+        push: Callable[[StepKey, datetime], None],
+        reload: Callable[[], Awaitable[object]],
+        probe: Callable[[], Awaitable[None]],
+        stopping: asyncio.Event,
+        daemon: str,
+        clock: Clock,
+        batch: int,
+        log: FilteringBoundLogger,
+        metrics: Metrics,
+    ) -> None:
+        self._pool = pool
+        self._catalog = catalog
+        self._executors = executors
+        self._backlog = backlog
+        self._leases = leases
+        self._moves = moves
+        self._quarantine = quarantine
+        self._push = push
+        self._reload = reload
+        self._probe = probe
+        self._stopping = stopping
+        self._daemon = daemon
+        self._clock = clock
+        self._batch = batch
+        self._log = log
+        self._metrics = metrics
+        self._taken_over: set[int] = set()  # leased by another daemon, though executed here
+        self._fruitless: dict[StepKey, int] = {}  # claims in a row that found nothing
+
+    async def claim_all(self, step_key: StepKey) -> None:
+        """Move all due enrollments of a step. If there are many, several batches at a time."""
+        if not await self._claim(step_key):
+            return
+
+        async def until_none() -> None:
+            while not self._stopping.is_set() and await self._claim(step_key, CLAIMERS):
+                pass
+
+        with self._backlog.flood():
+            claimers = (until_none() for _ in range(CLAIMERS))
+            for ended in await asyncio.gather(*claimers, return_exceptions=True):
+                if isinstance(ended, BaseException):
+                    raise ended
+
+    def delay(self, step_key: StepKey) -> timedelta:
+        """Return how long a notification of a step waits: longer if many were fruitless."""
+        times = self._fruitless.get(step_key, 0)
+        seconds = 0.0 if times < FRUITLESS else doubled(0.002, FRUITLESS_PAUSE, times)
+        return timedelta(seconds=seconds)
+
+    async def _claim(self, step_key: StepKey, claimers: int = 1) -> bool:
+        """Move a batch. Return whether more may be due.
+
+        The free slots of an executor are divided among the `claimers` of the step.
+        """
+        if self._catalog.should_load(step_key[0]):
+            await self._reload()
+        sequence = self._catalog.sequences.get(step_key[0])
+        if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
+            return False
+        limit = self._batch
+        step = sequence.steps.get(step_key[1])
+        if step and isinstance(step.behaviour, Elsewhere):
+            return False
+        if step and isinstance(step.behaviour, SideEffect):
+            executor = self._executors.by_key[step.type]
+            limit = 0 if self._backlog.is_full else min(limit, executor.free_slots // claimers)
+            if limit <= 0:
+                executor.waiting.add(step_key)
+                return False
+        try:
+            count = await self._claim_batch(step_key, sequence.revision, limit)
+        except Exception as error:
+            count = await self._claim_in_parts(step_key, sequence.revision, limit, error)
+        if count:
+            self._fruitless.pop(step_key, None)
+        if count == limit:
+            return True
+        if count == 0:
+            self._fruitless[step_key] = self._fruitless.get(step_key, 0) + 1
+            await self._reload()  # nothing is claimed under a definition that has changed
+        return False
+
+    async def _claim_batch(self, step_key: StepKey, revision: int, limit: int) -> int:
+        """Move a batch in one transaction. Return how many rows it has locked."""
+        now = self._clock.now()
+        batch = Batch()
+        excluded = self.excluded(step_key)
+        async with self._leases.writing(batch) as connection:
+            claimed, count = await store.claim(
+                connection, step_key, now, revision, limit, daemon=self._daemon, excluding=excluded
+            )
+            self._metrics.claimed(step_key, claimed, now)
+            await self._move_all(connection, batch, claimed, now)
+            if len(claimed) < limit:
+                # the remaining due rows are locked; that may end without a notification
+                soon = now + timedelta(seconds=LOCKED_PAUSE)
+                next_at = await store.next_wake(
+                    connection, step_key, now, daemon=self._daemon, excluding=excluded
+                )
+                if next_at is not None:
+                    is_locked = next_at <= now and len(claimed) == count
+                    self._push(step_key, soon if is_locked else next_at)
+        return count
+
+    def excluded(self, step_key: StepKey) -> list[int]:
+        """Return what must not be claimed: what is quarantined, and what another daemon leased
+        while this one was cut off, for as long as its result is awaited here.
+        """
+        self._taken_over &= self._leases.by_id.keys()
+        return [*self._quarantine.ids(step_key), *self._taken_over]
+
+    async def _claim_in_parts(
+        self, step_key: StepKey, revision: int, limit: int, error: Exception
+    ) -> int:
+        """Move a batch in parts, after an error for which one of its rows may be to blame."""
+        if not store.is_data_error(error):
+            await self._probe()
+        self._log.warning("batch is done in parts", step=step_key, error=store.brief(error))
+        async with store.connection(self._pool) as connection:
+            ids = await store.due_ids(
+                connection,
+                step_key,
+                self._clock.now(),
+                limit,
+                daemon=self._daemon,
+                excluding=self.excluded(step_key),
+            )
+        await self.claim_some(step_key, revision, ids)
+        return len(ids)
+
+    async def claim_some(self, step_key: StepKey, revision: int, ids: Sequence[int]) -> None:
+        """Move given enrollments of a step.
+
+        One that cannot be moved fails with the database's message. If that cannot be written
+        either, it is quarantined.
+        """
+
+        async def work(part: list[int]) -> None:
+            await self._claim_part(step_key, revision, part)
+
+        async def refused(id_: int, error: Exception) -> None:
+            if store.is_data_error(error):
+                failing = self._claim_part(step_key, revision, [id_], failure=error)
+                refusal = await refusal_of(failing)
+                if refusal is None:
+                    return
+                error = refusal
+            self._quarantine.add(id_, step_key, error)
+
+        _, common = await isolate(ids, work, refused, self._probe)
+        if common is not None:
+            raise common
+
+    async def _claim_part(
+        self, step_key: StepKey, revision: int, ids: Sequence[int], failure: Exception | None = None
+    ) -> None:
+        """Move given enrollments in one transaction, or let them fail."""
+        now = self._clock.now()
+        batch = Batch()
+        async with self._leases.writing(batch) as connection:
+            claimed = await store.claim_some(
+                connection,
+                step_key,
+                now,
+                revision,
+                ids,
+                daemon=self._daemon,
+                bare=failure is not None,
+            )
+            if failure is None:
+                await self._move_all(connection, batch, claimed, now)
+                return
+            for enrollment in claimed:
+                is_text = isinstance(failure, UnicodeError | asyncpg.CharacterNotInRepertoireError)
+                verb = "read or written" if is_text else "written"
+                text = f"it cannot be {verb}: {failure}"
+                unwritten = failed(enrollment, now, text, failure_code(failure))
+                self._moves.add(batch, enrollment, unwritten, now)
+            await self._moves.write(connection, batch, now)
+
+    async def _move_all(
+        self,
+        connection: asyncpg.Connection,
+        batch: Batch,
+        claimed: Sequence[Enrollment],
+        now: datetime,
+    ) -> None:
+        """Advance claimed enrollments, and write them."""
+        expired_leases: Mapping[int, int] = {}
+        if leased := [one for one in claimed if one.leased_by is not None]:
+            # what is in this daemon's memory is never started again: its result will come
+            held = self._leases.known & {one.id for one in leased}
+            claimed = [one for one in claimed if one.id not in held]
+            self._taken_over |= held
+            expired_leases = await store.count_expired_leases(connection, leased, now)
+        for enrollment in claimed:
+            self._moves.move(
+                batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0)
+            )
+        await self._moves.write(connection, batch, now)
+
+    async def claim_orphans(self, step_keys: Iterable[StepKey], now: datetime) -> None:
+        """Move what is leased to this daemon and not in its memory, as after an internal error."""
+        if not step_keys:
+            return
+        async with store.connection(self._pool) as connection:
+            orphans = await store.orphans(
+                connection, step_keys, now, daemon=self._daemon, excluding=list(self._leases.known)
+            )
+        for step_key, ids in orphans.items():
+            if sequence := self._catalog.sequences.get(step_key[0]):
+                await self.claim_some(step_key, sequence.revision, ids)

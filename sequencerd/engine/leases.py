@@ -1,0 +1,134 @@
+"""What this daemon has leased: from the transaction that leases it to the write of its result.
+
+Side effects start when that transaction has committed; until then they only hold their slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+
+import asyncpg
+
+from sequencerd.core.model import Fence
+from sequencerd.engine.background import PAUSE
+from sequencerd.engine.batch import Batch
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.executors import Executor, Executors, Leased
+from sequencerd.engine.quarantine import isolate
+from sequencerd.service.metrics import Metrics
+from sequencerd.storage import store
+from sequencerd.storage.store import LOST_ERRORS, TRANSIENT_ERRORS, StepKey
+
+
+class Leases:
+    """`push` schedules a step for a time."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        executors: Executors,
+        push: Callable[[StepKey, datetime], None],
+        *,
+        clock: Clock,
+        lease_time: timedelta,
+        daemon: str,
+        metrics: Metrics,
+    ) -> None:
+        self.by_id: dict[int, Leased] = {}
+        self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
+        self._pool = pool
+        self._executors = executors
+        self._push = push
+        self._clock = clock
+        self._lease_time = lease_time
+        self._daemon = daemon
+        self._metrics = metrics
+
+    def __len__(self) -> int:
+        return len(self.by_id)
+
+    @property
+    def known(self) -> set[int]:
+        """The enrollments that are leased, or perhaps leased, by this daemon."""
+        return self.by_id.keys() | self._doubtful
+
+    @asynccontextmanager
+    async def writing(self, batch: Batch) -> AsyncIterator[asyncpg.Connection]:
+        """Open a transaction that writes a batch. Start its side effects after the commit.
+
+        If the answer to the commit is lost, the rows show whether it has happened.
+        """
+        try:
+            async with store.connection(self._pool) as connection, store.transaction(connection):
+                yield connection
+        except LOST_ERRORS:
+            ids = {one.enrollment.id for one in batch.leased}
+            self._doubtful |= ids
+            try:
+                held = await self.held(batch.leased)
+            finally:
+                self._doubtful -= ids
+            self._start(one for one in batch.leased if one.fence in held)
+            _give_back(one for one in batch.leased if one.fence not in held)
+            raise
+        except BaseException:
+            _give_back(batch.leased)
+            raise
+        self._start(batch.leased)
+        for step_key, at in batch.wakes().items():
+            if not self._executors.is_waited_for(step_key):
+                self._push(step_key, at)
+        self._metrics.written(sum(map(len, batch.rows.values())), batch.events, batch.failures())
+
+    def _start(self, leased: Iterable[Leased]) -> None:
+        """Start side effects, by step."""
+        by_step: dict[tuple[Executor, str, str], list[Leased]] = {}
+        for one in leased:
+            self.by_id[one.enrollment.id] = one
+            key = (one.executor, one.enrollment.sequence, one.step.name)
+            by_step.setdefault(key, []).append(one)
+        for (executor, _, _), group in by_step.items():
+            executor.start(group)
+
+    async def held(self, leased: Iterable[Leased]) -> set[Fence]:
+        """Read which leases are valid in the database. Ask until it answers."""
+        ids = [one.enrollment.id for one in leased]
+        while ids:
+            try:
+                async with store.connection(self._pool) as connection:
+                    return await store.fences(connection, ids)
+            except TRANSIENT_ERRORS:
+                await asyncio.sleep(PAUSE)
+        return set()
+
+    def forget(self, leased: Iterable[Leased]) -> None:
+        """Remove leases that have ended, unless the enrollment has been leased again."""
+        for one in leased:
+            if self.by_id.get(one.enrollment.id) is one:
+                del self.by_id[one.enrollment.id]
+
+    async def extend(self, excluding: set[int], probe: Callable[[], Awaitable[None]]) -> None:
+        """Extend the leases of what is being executed, `excluding` enrollments whose side effects
+        have ended. A row that cannot be written remains leased by the heartbeat.
+        """
+
+        async def refused(_id: int, _error: Exception) -> None:
+            pass
+
+        if ids := list(self.by_id.keys() - excluding):
+            _, common = await isolate(ids, self._extend, refused, probe)
+            if common is not None:
+                raise common
+
+    async def _extend(self, ids: Sequence[int]) -> None:
+        until = self._clock.now() + self._lease_time
+        async with store.connection(self._pool) as connection:
+            await store.extend_leases(connection, ids, self._daemon, until)
+
+
+def _give_back(leased: Iterable[Leased]) -> None:
+    for one in leased:
+        one.executor.reserve(-1)

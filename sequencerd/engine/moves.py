@@ -1,0 +1,240 @@
+"""Advances enrollments into a batch, and leases those that need a side effect or a lookup.
+
+Side effects start only after the transaction that writes the batch has committed (`leases`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from functools import partial
+from typing import assert_never
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.core import model
+from sequencerd.core.advance import advance
+from sequencerd.core.model import (
+    Advanced,
+    Decision,
+    End,
+    Enrollment,
+    EvaluationError,
+    Event,
+    Execute,
+    Fail,
+    LookUp,
+    Result,
+    Task,
+    Wait,
+)
+from sequencerd.engine.batch import Batch
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.executors import TICK, Executor, Executors, Leased
+from sequencerd.engine.jumps import Jump, decide
+from sequencerd.engine.shared_outcome import SharedOutcome
+from sequencerd.storage import store
+
+
+class Moves:
+    """`definitions` are the catalog's, which change; `executors` have the slots."""
+
+    def __init__(
+        self,
+        definitions: model.Definitions,
+        executors: Executors,
+        *,
+        clock: Clock,
+        lease_time: timedelta,
+        daemon: str,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self._definitions = definitions
+        self._executors = executors
+        self._clock = clock
+        self._lease_time = lease_time
+        self._daemon = daemon
+        self._log = log
+
+    def move(
+        self,
+        batch: Batch,
+        enrollment: Enrollment,
+        now: datetime,
+        result: Result | None = None,
+        started_revision: int | None = None,
+        *,
+        expired_leases: int = 0,
+        result_only: bool = False,
+    ) -> None:
+        """Advance an enrollment into a batch, or let it share the outcome of one before it."""
+        key = batch.outcomes.key(enrollment, result, started_revision, expired_leases)
+        if (
+            key is not None
+            and (shared := batch.outcomes.get(key)) is not None
+            and self._share(batch, enrollment, shared)
+        ):
+            return
+        advanced = self.advance(
+            enrollment,
+            now,
+            result,
+            started_revision,
+            expired_leases=expired_leases,
+            result_only=result_only,
+        )
+        if advanced.entered:
+            again = partial(
+                self.advance,
+                enrollment,
+                now,
+                result,
+                started_revision,
+                expired_leases=expired_leases,
+            )
+            batch.jumps.append(Jump(enrollment, advanced, again))
+            return
+        outcome = self.add(batch, enrollment, advanced, now)
+        if outcome is not None and key is not None:
+            batch.outcomes.add(key, outcome)
+
+    def advance(
+        self,
+        enrollment: Enrollment,
+        now: datetime,
+        result: Result | None = None,
+        started_revision: int | None = None,
+        refused: Mapping[str, str] | None = None,
+        *,
+        expired_leases: int = 0,
+        result_only: bool = False,
+    ) -> Advanced:
+        """Advance an enrollment by the present definitions. An internal error lets it fail."""
+        jitter = random.random()  # noqa: S311 - spreads load, guards nothing
+        try:
+            return advance(
+                self._definitions,
+                enrollment,
+                now,
+                result,
+                jitter,
+                started_revision=started_revision,
+                refused=refused,
+                expired_leases=expired_leases,
+                result_only=result_only,
+            )
+        except Exception as error:
+            self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
+            return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
+
+    def add(
+        self, batch: Batch, before: Enrollment, advanced: Advanced, now: datetime
+    ) -> SharedOutcome | None:
+        """Add an advanced enrollment to a batch, with a lease if it needs one.
+
+        Return the outcome if all enrollments in the same state share it.
+        """
+        at, decision, events = advanced.enrollment, advanced.decision, advanced.events
+        wake_at = now
+        is_shared = advanced.is_shared and at.goals == before.goals
+        execute: Execute | None = None
+        match decision:
+            case Wait(wake_at, elsewhere):
+                if elsewhere:
+                    batch.elsewhere.add((at.sequence, at.step))
+            case Execute(step):
+                try:
+                    if executor := self._executors.free(step.type, (at.sequence, at.step)):
+                        leased = at.leased_to(self._daemon)
+                        self._lease(batch, executor, leased, decision)
+                        at, execute = leased, decision
+                        wake_at = now + self._lease_time
+                    else:  # there may be a slot for the next enrollment
+                        is_shared, wake_at = False, _due_since(before, at, now)
+                except EvaluationError as error:
+                    unable = failed(at, now, str(error), error.failure)
+                    events += unable.events
+                    decision = unable.decision
+            case LookUp(step, lookup):
+                is_shared = False
+                if executor := self._executors.free(("lookup", lookup), (at.sequence, at.step)):
+                    at = at._replace(leased_by=self._daemon, leases=at.leases + 1)
+                    task = Task(at.key, {"subject": at.subject})
+                    batch.lease(Leased(at, step, executor, None, task))
+                    wake_at = now + self._lease_time
+            case End() | Fail():
+                pass
+            case _:
+                assert_never(decision)
+        if isinstance(decision, Fail):
+            is_shared = False  # each failure is logged
+            self._log_failure(at, decision)
+        ids = batch.add(before, at, decision, wake_at, events, data=advanced.data)
+        return SharedOutcome(ids, at, execute) if is_shared else None
+
+    def _share(self, batch: Batch, enrollment: Enrollment, shared: SharedOutcome) -> bool:
+        """Add an enrollment to a shared outcome. Return False if it must be advanced by itself."""
+        if shared.execute is not None:
+            at = shared.at
+            executor = self._executors.free(shared.execute.step.type, (at.sequence, at.step))
+            if executor is None:
+                return False
+            try:
+                self._lease(batch, executor, enrollment.in_state_of(at), shared.execute)
+            except EvaluationError:
+                return False
+        for ids in shared.ids:
+            ids.append(enrollment.id)
+        return True
+
+    def _lease(
+        self, batch: Batch, executor: Executor, leased: Enrollment, execute: Execute
+    ) -> None:
+        """Lease an enrollment for its side effect. Raises EvaluationError for unreadable data."""
+        step, effect, timezone, external, revision, *ends = execute
+        assert leased.entered_at is not None
+        view = model.view(leased, timezone, leased.entered_at, external)
+        expires = None
+        if end := min((at for at in ends if at is not None), default=None):
+            seconds = self._clock.seconds_until(end) + TICK
+            expires = asyncio.get_running_loop().time() + seconds
+        task = Task(leased.key, view, expires)
+        batch.lease(Leased(leased, step, executor, effect.program, task, revision))
+
+    def _log_failure(self, at: Enrollment, failure: Fail) -> None:
+        log = self._log.bind(enrollment=at.id, sequence=at.sequence, step=at.step)
+        log.warning("enrollment failed", failure=failure.failure)
+        log.debug("enrollment failed", error=failure.message)
+
+    async def write(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
+        """Write a batch, after deciding its jumps into other sequences."""
+        for jumped, advanced in await decide(connection, batch.jumps):
+            self.add(batch, jumped, advanced, now)
+        await store.write(connection, batch, now)
+        if batch.elsewhere:
+            await store.notify_due(connection, batch.elsewhere)
+
+
+def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:
+    """Return the wake time of an enrollment that got no slot: it keeps its turn."""
+    if before.wake_at is None or before.visit != at.visit:
+        return now
+    return min(before.wake_at, now)
+
+
+def failed(enrollment: Enrollment, now: datetime, message: str, failure: str = "error") -> Advanced:
+    """Return the outcome of an enrollment that fails for a reason outside of `advance`."""
+    text = model.printable(message)
+    here = enrollment
+    event = Event(now, here.sequence, here.step, here.visit, "failed", text)
+    decision: Decision = Fail(failure, text)
+    return Advanced(enrollment._replace(leased_by=None), decision, (event,))
+
+
+def failure_code(error: Exception) -> str:
+    """Return the failure of an enrollment that the database refuses to write."""
+    entered = getattr(error, "constraint_name", None) == "one_entry"
+    return "already_enrolled" if entered else "error"

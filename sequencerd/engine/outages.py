@@ -1,0 +1,75 @@
+"""Reports runners that are down, and how many enrollments wait for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.engine.catalog import Catalog
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.executors import Executor
+from sequencerd.engine.problems import Problems
+from sequencerd.service.metrics import Metrics
+from sequencerd.storage import store
+
+KIND = "runner"  # of problem
+MAX_DUE = 10_000  # enrollments that are counted at each due step
+
+
+class Outages:
+    """Reports to `problems`, which operators read, to the metrics and to the log."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        catalog: Catalog,
+        problems: Problems,
+        *,
+        clock: Clock,
+        log: FilteringBoundLogger,
+        metrics: Metrics,
+    ) -> None:
+        self._pool = pool
+        self._catalog = catalog
+        self._problems = problems
+        self._clock = clock
+        self._log = log
+        self._metrics = metrics
+
+    def report(self, executor: Executor) -> None:
+        """Report that a runner is down, or for another reason, or works again."""
+        name, outage = executor.name, executor.outage
+        self._metrics.runner_is_down(name, is_down=outage is not None)
+        if outage is None:
+            self._log.info("runner works again", runner=name)
+            self._problems.clear(KIND, name)
+            return
+        log = self._log.bind(runner=name)
+        log.warning("runner is down; enrollments wait", cause=executor.cause)
+        log.debug("runner is down; enrollments wait", error=outage)
+        self._problems.report(KIND, name, outage, since=self._clock.now())
+
+    async def count(self, executors: Iterable[Executor]) -> None:
+        """Report how many enrollments wait for runners that are down."""
+        down = {one.name: one for one in executors if one.outage is not None}
+        types = {
+            (step.sequence, step.name): step.type
+            for sequence in self._catalog.sequences.values()
+            for step in sequence.steps.values()
+            if step.type in down
+        }
+        if not types:
+            return
+        async with store.connection(self._pool) as connection:
+            counts = await store.count_due(connection, types, self._clock.now(), MAX_DUE)
+        waiting = dict.fromkeys(down, 0)
+        for sequence, step, due, _ in counts:
+            waiting[types[sequence, step]] += due
+        for name, executor in down.items():
+            if executor.outage is not None:  # still
+                self._metrics.runner_waits(name, waiting[name])
+                self._problems.report(
+                    KIND, name, executor.outage, since=self._clock.now(), waiting=waiting[name]
+                )

@@ -1,0 +1,220 @@
+"""Writes the results of side effects: moves on the enrollments whose lease is still valid.
+
+No result is lost: one that the database refuses with what follows is written alone, or quarantined.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import assert_never
+
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.core import model
+from sequencerd.core.model import (
+    Answer,
+    Event,
+    Failed,
+    Found,
+    NotStarted,
+    Result,
+    Suppressed,
+)
+from sequencerd.engine.background import PAUSE
+from sequencerd.engine.backpressure import Backlog
+from sequencerd.engine.batch import Batch
+from sequencerd.engine.clock import Clock
+from sequencerd.engine.executors import Executors, Finished, Leased
+from sequencerd.engine.leases import Leases
+from sequencerd.engine.moves import Moves, failed, failure_code
+from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
+from sequencerd.storage import store
+from sequencerd.storage.store import LOST_ERRORS
+
+LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
+
+
+class Results:
+    """`definitions` are the catalog's, and `reload` reads those that have changed. `probe` raises
+    what keeps every row from being written.
+    """
+
+    def __init__(
+        self,
+        definitions: model.Definitions,
+        executors: Executors,
+        moves: Moves,
+        leases: Leases,
+        *,
+        backlog: Backlog,
+        quarantine: Quarantine,
+        reload: Callable[[], Awaitable[object]],
+        probe: Callable[[], Awaitable[None]],
+        clock: Clock,
+        batch: int,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self._definitions = definitions
+        self._executors = executors
+        self._backlog = backlog
+        self._leases = leases
+        self._moves = moves
+        self._quarantine = quarantine
+        self._reload = reload
+        self._probe = probe
+        self._clock = clock
+        self._batch = batch
+        self._log = log
+
+    async def write(self) -> None:
+        """Write results for ever, in batches."""
+        while True:
+            await self._backlog.changed.wait()
+            self._backlog.changed.clear()
+            while self._backlog.is_ready:
+                was_full = self._backlog.is_full
+                results = self._backlog.take(self._batch)
+                if was_full:
+                    self._executors.resume()
+                left, common = await self._write_in_parts(results)
+                if common is not None:
+                    self._log.warning("results wait for the database", error=store.brief(common))
+                    await asyncio.sleep(PAUSE)
+                    if isinstance(common, LOST_ERRORS):
+                        left = await self._still_held(left)
+                    self._backlog.put_back(left)
+
+    async def retry(self, results: Sequence[Finished]) -> None:
+        """Write results that were quarantined. Raises if nothing can be written."""
+        _, common = await self._write_in_parts(results)
+        if common is not None:
+            raise common
+
+    async def _write_in_parts(
+        self, results: Sequence[Finished]
+    ) -> tuple[list[Finished], Exception | None]:
+        """Write results. Return what was not written, and why, if no result is to blame."""
+        return await isolate(results, self._write_batch, self._refused, self._probe)
+
+    async def _refused(self, finished: Finished, error: Exception) -> None:
+        """Write a result alone that cannot be written with what follows, so that it is not lost.
+
+        What follows then fails by itself. If the result cannot be written alone either, the
+        enrollment fails, or is quarantined.
+        """
+        leased, _ = finished
+        refusal: Exception | None = error
+        if not leased.executor.is_lookup:
+            refusal = await refusal_of(self._write_batch([finished], result_only=True))
+        if refusal is not None and store.is_data_error(refusal):
+            refusal = await refusal_of(self._write_batch([finished], failure=refusal))
+        if refusal is not None:
+            at = leased.enrollment
+            self._quarantine.add(at.id, (at.sequence, at.step), refusal, finished)
+
+    async def _write_batch(
+        self,
+        results: list[Finished],
+        *,
+        result_only: bool = False,
+        failure: Exception | None = None,
+    ) -> None:
+        """Move enrollments by the results of their side effects: by the result only, as far as
+        possible, or to a failure.
+        """
+        try:
+            while not await self._try_batch(results, result_only=result_only, failure=failure):
+                await self._reload()
+        except LOST_ERRORS:
+            results[:] = await self._still_held(results)
+            raise
+
+    async def _still_held(self, results: Sequence[Finished]) -> list[Finished]:
+        """Drop the results that a commit has written whose answer was lost."""
+        held = await self._leases.held(leased for leased, _ in results)
+        self._leases.forget(leased for leased, _ in results if leased.fence not in held)
+        return [one for one in results if one[0].fence in held]
+
+    async def _try_batch(
+        self, results: Sequence[Finished], *, result_only: bool, failure: Exception | None
+    ) -> bool:
+        """Write results by the known definitions. Return False if these have changed."""
+        now = self._clock.now()
+        known = [leased.enrollment for leased, _ in results]
+        batch, locked_elsewhere = Batch(), []
+        async with self._leases.writing(batch) as connection:
+            locked, ours, revisions = await store.lock(connection, known)
+            if any(self._revision(name) != revision for name, revision in revisions.items()):
+                return False
+            missing = [enrollment.id for enrollment in known if enrollment.id not in locked]
+            exist = await store.existing(connection, missing) if missing else set()
+            for leased, result in results:
+                if enrollment := ours.get(leased.fence):
+                    if failure is not None:
+                        text = _unwritten(result, failure)
+                        outcome = failed(enrollment, now, text, failure_code(failure))
+                        self._moves.add(batch, enrollment, outcome, now)
+                        continue
+                    answer = _of_lookup(result) if leased.executor.is_lookup else result
+                    self._moves.move(
+                        batch, enrollment, now, answer, leased.revision, result_only=result_only
+                    )
+                elif leased.enrollment.id in exist:
+                    locked_elsewhere.append((leased, result))
+                elif leased.enrollment.id not in locked:
+                    self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
+                elif not leased.executor.is_lookup:
+                    event = _stale(leased, result, now)
+                    batch.events.setdefault(event, []).append(leased.enrollment.id)
+            await self._moves.write(connection, batch, now)
+        keep = {leased.fence for leased, _ in locked_elsewhere}
+        self._leases.forget(leased for leased, _ in results if leased.fence not in keep)
+        if locked_elsewhere:
+            loop = asyncio.get_running_loop()
+            loop.call_later(LOCKED_PAUSE, self._backlog.add, locked_elsewhere)
+        return True
+
+    def _revision(self, name: str) -> int | None:
+        sequence = self._definitions.get(name)
+        return sequence.revision if sequence else None
+
+
+def _of_lookup(result: Result) -> Result:
+    """Return an executor's own failure, a timeout or a stop, as a lookup's."""
+    return Found(None, result.message) if isinstance(result, Failed) else result
+
+
+def _unwritten(result: Result, failure: Exception) -> str:
+    """Describe why an enrollment fails whose result cannot be written."""
+    if isinstance(result, Answer):
+        return f"its side effect is done ({result.action}), but it cannot be written: {failure}"
+    return f"it cannot be written: {failure}"
+
+
+def _stale(leased: Leased, result: Result, now: datetime) -> Event:
+    """Return the event of a result whose enrollment has moved on meanwhile."""
+    match result:
+        case Answer(action, message):
+            text = f"{action}: {message}" if message else str(action)
+        case Suppressed(message):
+            text = f"suppressed: {message}"
+        case Failed(message):
+            text = f"failed: {message}"
+        case NotStarted():
+            text = "not started"
+        case Found():
+            text = "found"
+        case _:
+            assert_never(result)
+    was = leased.enrollment
+    return Event(
+        now,
+        was.sequence,
+        was.step,
+        was.visit,
+        "stale_result",
+        model.printable(f"attempt {was.attempt} came too late to move it: {text}"),
+        leased.revision,
+    )

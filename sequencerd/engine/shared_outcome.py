@@ -1,0 +1,74 @@
+"""Advance once what differs in nothing that is read.
+
+Most enrollments of a batch are in the same state and have the same result. The first of them is
+advanced; if `advance` has read nothing else, the others share its outcome (`Advanced.is_shared`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from sequencerd.core.model import Answer, Enrollment, Execute, NotStarted, Result, Suppressed
+
+Key = tuple[Hashable, ...]
+"""All that a shared outcome depends on."""
+
+
+class SharedOutcome(NamedTuple):
+    """What is written of an enrollment, for all others with the same key."""
+
+    ids: Sequence[list[int]]  # of its row and its events, to which the others are added
+    at: Enrollment  # whose state the others get
+    execute: Execute | None  # the side effect, which each executes with its own data
+
+
+class SharedOutcomes:
+    """The shared outcomes of one batch."""
+
+    __slots__ = ("_by_key", "_result", "_result_key")
+
+    def __init__(self) -> None:
+        self._by_key: dict[Key, SharedOutcome] = {}
+        self._result: Result | None = None
+        self._result_key: Hashable = None
+
+    def key(
+        self,
+        enrollment: Enrollment,
+        result: Result | None,
+        started_revision: int | None,
+        expired_leases: int,
+    ) -> Key | None:
+        """Return what an outcome depends on, unless it depends on more than can be shared."""
+        if result is not self._result:  # most results of a batch are one object
+            self._result, self._result_key = result, _result_key(result)
+        if self._result_key is _UNSHARED:
+            return None
+        return enrollment.state, self._result_key, started_revision, expired_leases
+
+    def get(self, key: Key) -> SharedOutcome | None:
+        """Return the outcome of an earlier enrollment with this key."""
+        return self._by_key.get(key)
+
+    def add(self, key: Key, outcome: SharedOutcome) -> None:
+        """Share an outcome with the later enrollments that have this key."""
+        self._by_key[key] = outcome
+
+
+_UNSHARED = object()
+
+
+def _result_key(result: Result | None) -> Hashable:
+    """Return the values of a result that enrollments can have in common.
+
+    Data are merged into those of each enrollment, the wait after a failure is random, and external
+    data are of one subject.
+    """
+    match result:
+        case None | Suppressed() | NotStarted():
+            return result
+        case Answer(action, message, data, wake_at, retry_after) if not data:
+            return action, message, wake_at, retry_after
+        case _:
+            return _UNSHARED
