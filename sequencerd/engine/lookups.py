@@ -1,4 +1,4 @@
-"""Lookups: what other systems know of subjects, asked for many of them at once."""
+"""Lookups: read external data about subjects, for a whole batch in one request."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sequencerd.runners.registry import make_endpoint
 from sequencerd.settings import LookupEndpoint
 from sequencerd.storage import store
 
-GROUP = "sequencerd.engine.lookups"
+GROUP = "sequencerd.lookups"
 
 Ask = Callable[[list[str]], Awaitable[Mapping[str, External]]]
-"""Subjects to what is known of them. Raises whatever went wrong."""
+"""A function from subjects to their data. It may raise anything."""
 
 
 class Lookup:
-    """One source, in the form of what a executor executes."""
+    """One source, in the form that executors run."""
 
     def __init__(
         self, name: str, ask: Ask, *, batch_size: int, concurrency: int, timeout: float
@@ -40,7 +40,7 @@ class Lookup:
         self._time = timeout
 
     async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[Found]:
-        """Asks once for the whole batch. Of whom the source says nothing, nothing is known."""
+        """Request data once for the whole batch. Subjects that the source omits get no data."""
         subjects = list(dict.fromkeys(str(task.view["subject"]) for task in tasks))
         try:
             async with asyncio.timeout(self._time):
@@ -56,7 +56,7 @@ class Lookup:
 
 
 class Lookups:
-    """The sources by name: an endpoint of the settings, a Python function of a package, or else an
+    """The sources by name: an endpoint of the settings, a Python function of a package, or an
     SQL function.
     """
 
@@ -67,8 +67,8 @@ class Lookups:
         *,
         timeout: float = 30.0,
     ) -> None:
-        """`pool` is for SQL functions alone: what they hold is missing nowhere else. `timeout`
-        (seconds) is for each of them.
+        """`pool` is for SQL functions alone, so that slow ones delay nothing else. `timeout`
+        (seconds) applies to each.
         """
         self._pool = pool
         self._timeout = timeout
@@ -81,7 +81,7 @@ class Lookups:
         }
 
     def get(self, name: str) -> Lookup:
-        """The source that a definition names. Asking one that does not exist fails, and says so."""
+        """Return the source that a definition names. Requests to one that does not exist fail."""
         if name in self._set_up:
             return self._set_up[name]
         if name in self._installed:
@@ -131,13 +131,13 @@ class Lookups:
         )
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         for endpoint in self._endpoints:
             await endpoint.close()
 
 
 def _by_python(function: Callable[[list[str]], Any]) -> Ask:
-    """A function of a package: subjects to a mapping, or to a list of objects with `id`."""
+    """Adapt a function of a package, which returns a mapping or a list of objects with `id`."""
 
     async def ask(subjects: list[str]) -> Mapping[str, External]:
         if inspect.iscoroutinefunction(function):
@@ -150,7 +150,7 @@ def _by_python(function: Callable[[list[str]], Any]) -> Ask:
 
 
 def by_id(answer: object) -> dict[str, External]:
-    """A list of objects, each with the `id` of its subject. Raises ValueError."""
+    """Return objects by the `id` of their subject. Raises ValueError if it is no such list."""
     if not isinstance(answer, list) or not all(isinstance(item, dict) for item in answer):
         raise ValueError("the answer is not a list of objects with id")
     found: dict[str, External] = {}
