@@ -50,14 +50,16 @@ FIXED = ("database", "engine", "http", "console")
 
 
 def tune_collector() -> None:
-    """Lets Python look for cycles less often: batches are a hundred thousand short-lived tuples and
-    no cycle, and with the defaults a third of the time goes into looking.
+    """Let Python collect cycles less often.
+
+    A batch is a hundred thousand short-lived tuples without cycles; with the defaults, a third of
+    the time goes into the search for them.
     """
     gc.set_threshold(200_000, 20, 50)
 
 
 def raise_descriptor_limit() -> None:
-    """Lets this process open what the system allows it, within reason: the default is 1024."""
+    """Allow this process to open as many files as the system permits, within reason."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -66,12 +68,12 @@ def raise_descriptor_limit() -> None:
 
 
 def daemon_name() -> str:
-    """Who holds a lease: the host and process, for a person, and a part that never comes again."""
+    """Return the name of a lease's holder: host and process, and a part that is unique."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
 
 
 class Parts:
-    """What can be replaced while the daemon runs: runners and lookups, and the settings of both."""
+    """What can be replaced while the daemon runs: runners and lookups, and their settings."""
 
     def __init__(self, settings: Settings, runners: dict[str, Runner], pool: asyncpg.Pool) -> None:
         """`pool` is for lookups."""
@@ -81,7 +83,7 @@ class Parts:
         self._pool = pool
 
     def renewed(self, new: Settings, suppressions: Suppressions) -> Parts:
-        """The parts for other settings; what they leave as it is, is kept. Raises SettingsError."""
+        """Return the parts for other settings, with what does not change. Raises SettingsError."""
         old = self.settings
         runners = make_runners(new, suppressions)
         sections = {EMAIL.name: (old.email, new.email), SMS.name: (old.sms, new.sms)} | {
@@ -101,7 +103,7 @@ class Parts:
         return parts
 
     async def close(self, but: Parts | None = None) -> None:
-        """Closes what is not used by other parts."""
+        """Close what other parts do not use."""
         kept = [] if but is None else list(but.runners.values())
         for runner in self.runners.values():
             if runner not in kept:
@@ -119,8 +121,8 @@ def check_settings(settings: Settings) -> None:
 async def run(
     url: str, settings: Settings, log: FilteringBoundLogger, read: Callable[[], Settings]
 ) -> None:
-    """Runs until SIGTERM or SIGINT; on SIGHUP, `read` gives the settings anew. `url` is where to
-    listen. Raises SequencerdError if it can't begin.
+    """Run until SIGTERM or SIGINT; on SIGHUP, `read` returns the new settings. `url` is where to
+    LISTEN. Raises SequencerdError if the daemon cannot start.
     """
 
     async def suppressed(keys: list[Key]) -> set[Key]:
@@ -135,15 +137,15 @@ async def run(
     runners = make_runners(settings, suppressions)
     tune_collector()
     raise_descriptor_limit()
-    told_to_reload, told_to_stop = asyncio.Event(), asyncio.Event()
+    reload_requested, stop_requested = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(_tell(log))
-    loop.add_signal_handler(signal.SIGHUP, told_to_reload.set)
+    loop.set_exception_handler(_handle_loop_error(log))
+    loop.add_signal_handler(signal.SIGHUP, reload_requested.set)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told_to_stop.set)
-    connection = await _wait_for_promotion(url, told_to_stop, log)
+        loop.add_signal_handler(number, stop_requested.set)
+    connection = await _wait_for_promotion(url, stop_requested, log)
     try:
-        if told_to_stop.is_set():
+        if stop_requested.is_set():
             return
         await migrate.check(connection)
         _check_visible(await store.hidden_tables(connection), log)
@@ -172,15 +174,17 @@ async def run(
         )
         end_tracing = _trace(log)
         try:
-            async with serving(daemon.app(url), settings.listen, partial(_tell_taken, log)):
-                await daemon.run(url, told_to_reload, told_to_stop)
+            async with serving(
+                daemon.app(url), settings.listen, partial(_report_taken_address, log)
+            ):
+                await daemon.run(url, reload_requested, stop_requested)
         finally:
             await daemon.parts.close()
             await asyncio.to_thread(end_tracing)
     log.info("stopped", daemon=daemon.name)
 
 
-def _tell_taken(log: FilteringBoundLogger, listen: str) -> None:
+def _report_taken_address(log: FilteringBoundLogger, listen: str) -> None:
     hint = "another daemon with these settings? set SEQUENCERD_HTTP_LISTEN for each instance"
     log.warning("no health checks, metrics and console: address in use", listen=listen, hint=hint)
 
@@ -210,7 +214,7 @@ async def _wait_for_promotion(
 
 
 def _check_visible(hidden: list[store.HiddenTable], log: FilteringBoundLogger) -> None:
-    """Tells of row-level security. Raises DatabaseError where nothing can be seen."""
+    """Report row-level security. Raises DatabaseError if it hides everything."""
     advice = "GRANT sequencer_daemon TO the user, or let its policy be USING (true)"
     blind = [str(one) for one in hidden if one.hides_all]
     if blind:
@@ -227,25 +231,27 @@ def _trace(log: FilteringBoundLogger) -> Callable[[], None]:
         return lambda: None
 
 
-def _tell(
+def _handle_loop_error(
     log: FilteringBoundLogger,
 ) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """What asyncio and asyncpg have to say. Of a lost connection those who used it tell too, and
-    asyncpg says without an error that a transaction has ended with it.
+    """Return a handler of what asyncio and asyncpg report.
+
+    The users of a lost connection report it too, and asyncpg reports without an error that a
+    transaction has ended with it.
     """
 
-    def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if error is None or isinstance(error, store.TRANSIENT_ERRORS):
             log.warning("a connection was lost", error=str(error or context["message"]))
         else:
             loop.default_exception_handler(context)
 
-    return tell
+    return handle
 
 
 class _Daemon:
-    """The engine and what goes on beside it."""
+    """The engine, and what runs beside it."""
 
     def __init__(
         self,
@@ -292,7 +298,7 @@ class _Daemon:
         )
 
     def app(self, url: str) -> Starlette:
-        """What the HTTP listener serves."""
+        """Return what the HTTP listener serves."""
         settings = self.parts.settings.console
         console = None
         if settings is not None and settings.enabled:
@@ -301,18 +307,18 @@ class _Daemon:
         return make_app(health.why_not_alive, health.why_not_ready, self._metrics.registry, console)
 
     def _simulator(self) -> Simulator:
-        """The definitions and runners of the moment, for another thread to read."""
+        """Return the present definitions and runners, for another thread to read."""
         return Simulator(dict(self._engine.catalog.sequences), self.parts.runners)
 
     async def run(self, url: str, reload: asyncio.Event, stop: asyncio.Event) -> None:
-        """Works until it is told to stop."""
+        """Work until `stop` is set."""
         engine = self._engine
-        # whatever dies takes the process down: it is started again, and leases run out
+        # a task that dies ends the process, which systemd restarts; leases make that safe
         async with asyncio.TaskGroup() as group:
             helpers = [
                 group.create_task(work)
                 for work in (
-                    self._find_what_is_new(url),
+                    self._listen(url),
                     self._reload_whenever(reload, group),
                     self._stop_when(stop),
                     retention.keep(
@@ -334,7 +340,7 @@ class _Daemon:
             for helper in helpers:
                 helper.cancel()
 
-    async def _find_what_is_new(self, url: str) -> None:
+    async def _listen(self, url: str) -> None:
         if self.parts.settings.database.listen:
             engine = self._engine
             await listen(
@@ -350,7 +356,7 @@ class _Daemon:
             await poll(self._connected, self._engine.sweep, self._log, self._health.heard)
 
     async def _connected(self) -> None:
-        # after the network was cut, connections that nobody used meanwhile are dead unnoticed
+        # if the network was cut, idle connections may be dead unnoticed
         await self._pool.expire_connections()
         await self._for_lookups.expire_connections()
         await self._for_enrolling.expire_connections()
@@ -365,34 +371,36 @@ class _Daemon:
             f"in flight {self._engine.in_flight:,}"
         )
 
-    async def _stop_when(self, told: asyncio.Event) -> None:
-        await told.wait()
+    async def _stop_when(self, requested: asyncio.Event) -> None:
+        await requested.wait()
         notify("STOPPING=1")
         self._health.stopping = True
         self._engine.stop()
-        # a database that is silent then is not waited for
+        # shutdown does not wait for a silent database
         seconds = self.parts.settings.engine.stop_timeout + CLOSE_TIMEOUT
         for pool in (self._pool, self._heart, self._for_lookups, self._for_enrolling):
             asyncio.get_running_loop().call_later(seconds, pool.terminate)
 
-    async def _reload_whenever(self, told: asyncio.Event, group: asyncio.TaskGroup) -> None:
-        while await told.wait():
-            told.clear()
+    async def _reload_whenever(self, requested: asyncio.Event, group: asyncio.TaskGroup) -> None:
+        while await requested.wait():
+            requested.clear()
             notify_reloading()
             try:
                 new = self.parts.renewed(self._reread(), self._suppressions)
             except SettingsError as error:
-                self._log.error("wrong settings, the old ones stay", error=str(error))
+                self._log.error("invalid settings, the old ones remain", error=str(error))
             else:
                 make_log(new.settings)
                 drained = await self._engine.use(new.runners, new.lookups.get)
                 group.create_task(self._close_when(drained, self.parts, new))
                 self.parts = new
-                self._log.info("settings are taken over")
+                self._log.info("settings reloaded")
             notify("READY=1")
 
     def _reread(self) -> Settings:
-        """The settings anew; what can't be changed now stays as it is. Raises SettingsError."""
+        """Return the new settings, with the old values of those that take a restart. Raises
+        SettingsError.
+        """
         old, new = self.parts.settings, self._read()
         if fixed := old.differences(new, *FIXED):
             self._log.warning("settings take a restart to change", settings=fixed)

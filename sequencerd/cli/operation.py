@@ -173,7 +173,7 @@ async def _in_batches(
 
         try:
             await bulk.change(
-                connection, action, ids, reason=bulk.who(reason), to=to, progress=progress
+                connection, action, ids, reason=bulk.changed_by(reason), to=to, progress=progress
             )
         except asyncio.CancelledError:
             bar.stop()
@@ -223,7 +223,7 @@ async def set_status_command(arguments: argparse.Namespace, _: Settings, url: st
     connection = await connect(url)
     try:
         async with connection.transaction():
-            await connection.execute(QUERIES["set_reason"], bulk.who(arguments.reason))
+            await connection.execute(QUERIES["set_reason"], bulk.changed_by(arguments.reason))
             rows = await connection.fetch(QUERIES["set_sequence_status"], names, words.status)
             if missing := sorted(set(names) - {row["name"] for row in rows}):
                 raise UsageError(f"sequence {missing[0]!r} does not exist; nothing was changed")

@@ -1,4 +1,4 @@
-"""The definitions as the daemon knows them: read anew when they have changed."""
+"""The compiled definitions, read again when they have changed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from sequencerd.engine.clock import Clock
 from sequencerd.storage import store
 from sequencerd.storage.store import StepKey
 
-SLICE = 0.005  # seconds for which compiling may hold up the loop
-MANY = 500  # steps from which on a sequence is put together in a thread
+SLICE = 0.005  # seconds for which compiling may block the loop
+MANY = 500  # with so many steps, a sequence is assembled in a thread
 MAX_UNKNOWN = 10_000  # names that do not exist are remembered until definitions change
 
 
 class Catalog:
-    """The sequences by name. `reschedule` is told of steps that have changed while people wait."""
+    """The sequences by name. `reschedule` is called for changed steps with waiting enrollments."""
 
     def __init__(
         self,
@@ -46,28 +46,29 @@ class Catalog:
         self._runners = runners
         self._daemon = daemon
         self._others: frozenset[str] = frozenset()  # types that other daemons serve
-        self._unfinished: set[str] = set()  # sequences that are to be read once more
+        self._unfinished: set[str] = set()  # sequences that must be read once more
         self._reschedule = reschedule
         self._clock = clock
         self._log = log
         self._loading = asyncio.Lock()
         self._compiled: dict[str, dict[tuple[str, str], Compiled]] = {}  # by sequence
-        self._begun = self._read = 0  # reloads that have begun, and the last that has succeeded
-        self._unknown: set[str] = set()  # names that were asked for, and do not exist
+        self._started = self._read = 0  # the last reload that has started, and has succeeded
+        self._unknown: set[str] = set()  # names that were looked for, and do not exist
 
     @property
     def served(self) -> frozenset[str]:
-        """The types of steps for which this daemon has a runner."""
+        """The step types for which this daemon has a runner."""
         return served(self._runners)
 
     def step(self, step_key: StepKey) -> model.Step | None:
-        """Return the step of a key, if there is one."""
+        """Return the step with this key, if there is one."""
         sequence = self.sequences.get(step_key[0])
         return sequence.steps.get(step_key[1]) if sequence else None
 
     def should_load(self, name: str) -> bool:
-        """Whether a sequence that is not known may exist: it was not looked for in vain before.
-        Notes that it is looked for.
+        """Return whether a sequence that is not known may exist, once for each name.
+
+        An enrollment may be older than its sequence, and its name must not cause reloads for ever.
         """
         if name in self.sequences or name in self._unknown or len(self._unknown) >= MAX_UNKNOWN:
             return False
@@ -75,18 +76,19 @@ class Catalog:
         return True
 
     async def reload(self) -> bool:
-        """Reads the definitions that have changed. Whether there are any. Nothing is read for those
-        who waited while it was read for somebody else.
+        """Read the definitions that have changed. Return whether there were any.
+
+        A call that waits while another one starts to read does not read again.
         """
-        asked = self._begun
+        last = self._started
         async with self._loading:
-            if self._read > asked:
+            if self._read > last:
                 return False
-            self._begun += 1
-            begun = self._begun
+            self._started += 1
+            present = self._started
             async with store.connection(self._pool) as connection:
                 has_changed = await self._read_changed(connection)
-            self._read = begun
+            self._read = present
             return has_changed
 
     async def _read_changed(self, connection: asyncpg.Connection) -> bool:
@@ -109,7 +111,7 @@ class Catalog:
         return bool(changed)
 
     def _set_other_types(self, types: frozenset[str]) -> None:
-        """Notes what other daemons serve by now: the steps that it concerns are compiled anew."""
+        """Set the types that other daemons serve. Steps of changed types are compiled again."""
         others, self._others = self._others, types
         concerned = (others ^ types) - self.served
         for name, compiled in self._compiled.items():
@@ -120,8 +122,9 @@ class Catalog:
                 del compiled[key]
 
     async def use(self, runners: Runners, swap: Callable[[], object]) -> None:
-        """Reads all definitions anew, for other runners. `swap` is called in the same turn of the
-        loop, so that nobody finds a definition without its runner.
+        """Read all definitions again, for other runners.
+
+        `swap` is called in the same turn of the loop, so that no definition is without its runner.
         """
 
         def begin() -> None:
@@ -164,7 +167,7 @@ class Catalog:
                     )
         fixed = [step_key for step_key, text in found.items() if text is None]
         if count := await store.revive(connection, fixed, self._clock.now()):
-            self._log.info("failed enrollments go on, their steps are fixed", count=count)
+            self._log.info("failed enrollments resumed, as their steps are valid now", count=count)
         for row in step_rows:
             step_key = (row["sequence"], row["name"])
             if row["reschedule"]:
@@ -173,8 +176,10 @@ class Catalog:
     async def _make(
         self, row: asyncpg.Record, steps: Sequence[asyncpg.Record], runners: Runners
     ) -> model.Sequence:
-        """A sequence of its rows. What was compiled before is not compiled again, and the loop is
-        held up for some milliseconds at most, however many steps there are.
+        """Make a sequence from its rows.
+
+        What was compiled before is not compiled again, and the loop is blocked for some
+        milliseconds at most, however many steps there are.
         """
         before = self._compiled.get(row["name"], {})
         compiled: dict[tuple[str, str], Compiled] = {}

@@ -1,7 +1,7 @@
-"""The database's time, by its measured offset from this machine's.
+"""The database's time, by its measured offset from this machine's clock.
 
-The machine's monotonic clock carries the time on between measurements, so a wall clock that is
-wrong or set while the daemon runs changes nothing.
+Between measurements the machine's monotonic clock advances it, so a wall clock that is wrong or set
+while the daemon runs has no effect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Clock:
         self._offset = (datetime.now(UTC) - _EPOCH).total_seconds() - monotonic()
 
     def now(self) -> datetime:
-        """The time, aware, in UTC. A small correction makes it stand still, and never go back:
+        """Return the time, aware, in UTC. A small correction stops it, and never sets it back:
         what happens later is recorded as later.
         """
         now = self._corrected()
@@ -34,18 +34,18 @@ class Clock:
         return now
 
     def seconds_until(self, at: datetime) -> float:
-        """How long until then; negative when it is past."""
+        """Return how long it is until then; negative if that is past."""
         return (at - self.now()).total_seconds()
 
     def ahead(self) -> timedelta:
-        """How far the database's clock is ahead of this machine's wall clock."""
+        """Return how far the database's clock is ahead of this machine's wall clock."""
         return self._corrected() - datetime.now(UTC)
 
     def measured(self, server_time: datetime) -> timedelta:
-        """Takes over the time that a query answered just now. Returns by how much it was off.
+        """Set the clock to the time that a query has just returned. Return by how much it was off.
 
-        The answer was on its way for a part of the round trip, so the database's clock is a
-        little ahead: what is due by this clock is due by the database's.
+        The answer has taken a part of the round trip, so the database's clock is slightly ahead:
+        what is due by this clock is due by the database's.
         """
         off = server_time - self._corrected()
         self._offset += off.total_seconds()

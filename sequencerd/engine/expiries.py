@@ -1,7 +1,7 @@
 """Ends what expires while it waits for a runner that is down or full.
 
-Nothing is claimed there, so each second the enrollments are looked for whose `expires_at` is past.
-Those that came to the step without an evaluation, as by an insert, have none yet: they are
+Nothing is claimed at such steps, so enrollments whose `expires_at` has passed are looked for every
+second. Those that came to the step without an evaluation, as by an insert, have none yet: they are
 evaluated once, which writes it.
 """
 
@@ -21,13 +21,13 @@ from sequencerd.engine.executors import Executors
 from sequencerd.storage import store
 from sequencerd.storage.store import StepKey
 
-TURN = 1.0  # seconds between looks
+TURN = 1.0  # seconds between searches
 OVERLAP = timedelta(seconds=5)  # a transaction that takes longer to commit is found by the sweep
 
 
 class _Known(NamedTuple):
     revision: int  # under which each `expires_at` of the step was written
-    until: datetime | None  # who is due since before this has one
+    until: datetime | None  # all that were due before this have one
 
 
 class Expiries:
@@ -56,13 +56,13 @@ class Expiries:
         self._known: dict[StepKey, _Known] = {}
 
     def forget(self) -> None:
-        """All are looked through once more: what was committed late, or came in another way."""
+        """Search all due enrollments once more: some may have been committed late."""
         self._known = {
             step_key: known._replace(until=None) for step_key, known in self._known.items()
         }
 
     async def turn(self) -> None:
-        """Looks at each step that waits for a runner."""
+        """Claim what has expired at the steps that wait for a runner."""
         for step_key in self._executors.waiting():
             sequence = self._catalog.sequences.get(step_key[0])
             step = self._catalog.step(step_key)
@@ -71,13 +71,13 @@ class Expiries:
             if isinstance(step.behaviour, SideEffect) and step.behaviour.expires is not None:
                 before: list[int] | None = None
                 while not self._stopping.is_set():
-                    ids = await self._look(step_key, sequence.revision)
+                    ids = await self._claim_expired(step_key, sequence.revision)
                     if len(ids) < self._batch or ids == before:  # locked, or changed meanwhile
                         break
                     before = ids
 
-    async def _look(self, step_key: StepKey, revision: int) -> list[int]:
-        """Evaluates a batch of a step. Returns whom it has found."""
+    async def _claim_expired(self, step_key: StepKey, revision: int) -> list[int]:
+        """Claim a batch of a step. Return the ids that were found."""
         now = self._clock.now()
         known = self._known.get(step_key)
         async with store.connection(self._pool) as connection:

@@ -1,4 +1,4 @@
-"""The priority queue of the daemon: one entry for each key, the earliest time first."""
+"""The priority queue of the loop: one live entry per key, the earliest time first."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=tuple[str, ...])
 
-SLACK = 16  # stale entries that a small heap may hold: to rebuild it for fewer would not pay
+SLACK = 16  # stale entries that a small heap may hold: fewer are not worth a rebuild
 
 
 class Heap(Generic[K]):
-    """Keys with a due time each. A key's time only moves earlier until it is popped.
+    """Keys, each with a due time, which only moves earlier until the key is popped.
 
-    An entry that was overtaken by an earlier one stays in the heap and is dropped when it comes
-    up, so `push` never searches. Where more entries are stale than are not, all are dropped at
-    once: memory stays in proportion to the keys, and each entry pays for its own removal.
+    When a key gets an earlier time, its old entry becomes stale and is dropped when it surfaces, so
+    `push` never searches. If more entries are stale than live, all stale ones are dropped at once:
+    memory stays proportional to the keys, at a constant cost per push.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Heap(Generic[K]):
         return len(self._due)
 
     def push(self, key: K, at: datetime) -> bool:
-        """Makes the key due at that time, if it isn't earlier. True if it is now the first."""
+        """Make a key due at a time, unless it is due earlier. Return whether it is the first."""
         known = self._due.get(key)
         if known is not None and known <= at:
             return False
@@ -37,12 +37,12 @@ class Heap(Generic[K]):
         return self._heap[0][1] == key
 
     def next_at(self) -> datetime | None:
-        """When the first key is due; None when there is none."""
+        """Return when the first key is due; None if there is none."""
         self._drop_stale()
         return self._heap[0][0] if self._heap else None
 
     def pop_due(self, now: datetime) -> list[K]:
-        """Takes out the keys that are due, the earliest first."""
+        """Remove and return the keys that are due, the earliest first."""
         due = []
         while (at := self.next_at()) is not None and at <= now:
             key = heappop(self._heap)[1]
@@ -52,7 +52,7 @@ class Heap(Generic[K]):
         return due
 
     def clear(self) -> None:
-        """Takes everything out."""
+        """Remove all keys."""
         self._due.clear()
         self._heap.clear()
 

@@ -1,8 +1,8 @@
-"""The heartbeat: a small row that says until when this daemon is alive, and what it reports.
+"""The heartbeat: a row that states until when this daemon is alive, and the problems it reports.
 
-What a daemon has leased is its own while it is alive, so nothing that happens to enrollments may
-hold the heartbeat up: it has a connection of its own, and locks no row of theirs. A daemon that
-can't send it for the time of a lease has lost its leases; the fence keeps its results apart.
+A daemon's leases are valid while it is alive, so nothing may delay the heartbeat: it has a
+connection of its own, and locks no enrollment. A daemon that cannot send it for the duration of a
+lease has lost its leases; the fence then rejects its results.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.engine.problems import Problems
 from sequencerd.storage import store
 
-AGAIN = 1.0  # seconds after a heartbeat that failed
-TOGETHER = 0.2  # seconds in which changes of the problems are collected
+AGAIN = 1.0  # seconds after a failed heartbeat
+TOGETHER = 0.2  # seconds for which changed problems are collected
 
 
 class Heartbeat:
-    """Keeps a daemon alive, on the one connection of its own `pool`."""
+    """Keeps a daemon alive, on the one connection of `pool`."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Heartbeat:
         types: Callable[[], Iterable[str]],
         log: FilteringBoundLogger,
     ) -> None:
-        """`types` are those of the steps that it serves."""
+        """`types` returns the step types that the daemon serves."""
         self._pool = pool
         self._problems = problems
         self._name = name
@@ -46,7 +46,7 @@ class Heartbeat:
         self._had_problems = False
 
     async def keep(self) -> None:
-        """Beats three times in a lease for ever, and soon after the problems have changed."""
+        """Beat for ever: three times per lease, and soon after the problems have changed."""
         while True:
             changed = self._problems.changed
             changed.clear()
@@ -62,7 +62,7 @@ class Heartbeat:
                     await asyncio.sleep(TOGETHER)
 
     async def beat(self) -> None:
-        """One heartbeat, with the problems; and daemons that are dead are removed."""
+        """Write one heartbeat with the problems, and remove dead daemons."""
         async with asyncio.timeout(max(self._lease / 3, AGAIN)):
             async with store.connection(self._pool) as connection:
                 lease = timedelta(seconds=self._lease)
@@ -76,7 +76,7 @@ class Heartbeat:
                 await store.remove_dead_daemons(connection)
 
     async def end(self) -> None:
-        """Removes the daemon; where that fails, it is taken to be dead a lease later."""
+        """Remove the daemon. If that fails, it counts as dead after the duration of a lease."""
         with suppress(Exception):
             async with asyncio.timeout(AGAIN), store.connection(self._pool) as connection:
                 await store.remove_daemon(connection, self._name)

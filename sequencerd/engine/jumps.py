@@ -1,8 +1,8 @@
 """Jumps into other sequences, decided before they are written.
 
-`advance` does not know whether a sequence lets a subject in. All that have jumped are asked about
-in one query, in the transaction that writes them; those that are refused are advanced again with
-that answer. An entry between the query and the write makes the write fail, and it is done again.
+`advance` does not know whether a sequence admits a subject. One query checks all jumps of a batch,
+in the transaction that writes them; refused enrollments are advanced again with that answer. If an
+insert comes between the query and the write, the write fails and the batch is repeated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sequencerd.storage import store
 
 
 class Jump(NamedTuple):
-    """An enrollment that has jumped, and what advances it again under refusals by sequence."""
+    """An enrollment that has jumped; `again` advances it once more, given refusals by sequence."""
 
     before: Enrollment
     advanced: Advanced
@@ -28,10 +28,10 @@ class Jump(NamedTuple):
 async def decide(
     connection: asyncpg.Connection, jumps: Iterable[Jump]
 ) -> list[tuple[Enrollment, Advanced]]:
-    """Where they go, by what the sequences say that they enter."""
+    """Return the enrollments as advanced by what the entered sequences answer."""
     decided: list[tuple[Enrollment, Advanced]] = []
     refused: defaultdict[int, dict[str, str]] = defaultdict(dict)
-    inside: set[tuple[str, str]] = set()  # subjects that others of the batch have brought in
+    inside: set[tuple[str, str]] = set()  # subject and sequence of other jumps of the batch
     open_ = list(jumps)
     while open_:
         asked = [

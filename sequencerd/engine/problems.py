@@ -1,5 +1,6 @@
-"""What the daemon reports for operators: kept in memory, written to sequencer.problems with the
-heartbeat, shown by `status`, `doctor` and the console.
+"""What the daemon reports to operators, in `status`, `doctor` and the console.
+
+It is kept in memory, and written to sequencer.problems with the heartbeat.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from sequencerd.core.model import printable
 
 MOST = 1000
-"""More are not written: a table that an operator reads."""
+"""Problems that are written at most, as an operator reads the table."""
 
 
 class Problem(NamedTuple):
@@ -47,7 +48,7 @@ class Problems:
         step: str | None = None,
         waiting: int | None = None,
     ) -> None:
-        """Adds a problem, or brings it up to date; one that is known keeps its `since`."""
+        """Add or update a problem; a known one keeps its `since`."""
         key = (kind, about)
         if known := self._present.get(key):
             since = known.since
@@ -57,10 +58,10 @@ class Problems:
             self.changed.set()
 
     def clear(self, kind: str, about: str) -> None:
-        """Removes a problem that is over; nothing happens where there is none."""
+        """Remove a problem that is over, if there is one."""
         if self._present.pop((kind, about), None):
             self.changed.set()
 
     def rows(self) -> list[Problem]:
-        """What is to be written: the oldest of them."""
+        """Return the rows to write: the oldest problems."""
         return sorted(self._present.values(), key=lambda problem: problem.since)[:MOST]

@@ -1,9 +1,8 @@
-"""What the database refuses to read or write is taken apart from its neighbours, and set aside.
+"""Isolates rows that the database refuses to read or write, and sets them aside.
 
-A batch that fails is done again in halves, down to the one that is to blame. It stays in the tables
-as it is; in memory it is kept out of claims, with the result of its side effect where there is one,
-and tried again later and later. Where nothing can be written, nobody is to blame, and nothing is
-set aside.
+A batch that fails is repeated in halves, down to the row at fault. That row stays in the table as
+it is; in memory it is excluded from claims, with the result of its side effect if there is one, and
+tried again with growing pauses. If nothing can be written, no row is at fault or quarantined.
 """
 
 from __future__ import annotations
@@ -25,13 +24,11 @@ from sequencerd.engine.problems import Problems
 from sequencerd.storage import store
 from sequencerd.storage.store import LOST_ERRORS, StepKey
 
-FIRST = 1.0  # seconds until it is tried again, twice as long each time
+FIRST = 1.0  # seconds until the first retry; doubled each time
 LONGEST = 120.0
-LONGEST_OF_ENVIRONMENT = 30.0  # where it may pass by itself
-MOST = 10_000  # that are set aside: more have a common cause, and wait where they are
-SUSPECTS = (
-    3  # that fail of locks, time-outs or resources before any other was written: it is not they
-)
+LONGEST_OF_ENVIRONMENT = 30.0  # for errors that may pass by themselves
+MOST = 10_000  # rows: more have a common cause, and wait at their steps
+SUSPECTS = 3  # rows that fail by locks or resources before any is written: not their fault
 
 KIND = "quarantined"
 
@@ -44,11 +41,10 @@ async def isolate(
     refused: Callable[[T, Exception], Awaitable[None]],
     probe: Callable[[], Awaitable[None]],
 ) -> tuple[list[T], Exception | None]:
-    """Does in parts what can't be done together; `refused` gets each that can't be done alone.
-    Where `work` fails, it takes out of its list what it has done all the same.
+    """Do work in halves if it fails; `refused` gets each item for which it fails alone.
 
-    `probe` raises where nothing can be written. Returns what was not done, and why, where that is
-    no item's fault.
+    If `work` fails, it removes from its list what it has done nevertheless. `probe` raises if
+    nothing can be written. Return what was not done, and why, if that is no item's fault.
     """
     parts = deque([list(items)] if items else [])
     written, suspects = False, 0
@@ -57,7 +53,7 @@ async def isolate(
         try:
             await work(part)
             written = True
-        except Exception as error:  # whatever it is, one may be to blame
+        except Exception as error:  # whatever it is, one item may be at fault
             try:
                 if not store.is_data_error(error):
                     await probe()
@@ -90,7 +86,7 @@ async def refusal_of(work: Awaitable[None]) -> Exception | None:
 
 @dataclass(slots=True)
 class Quarantined:
-    """An enrollment at a step, with the result of its side effect if that can't be written."""
+    """An enrollment at a step, with the result of its side effect if that cannot be written."""
 
     id: int
     step_key: StepKey
@@ -101,7 +97,7 @@ class Quarantined:
 
 
 class Quarantine:
-    """The enrollments that this daemon has set aside."""
+    """The enrollments that this daemon has quarantined."""
 
     def __init__(self, problems: Problems, *, clock: Clock, log: FilteringBoundLogger) -> None:
         self._problems = problems
@@ -114,12 +110,12 @@ class Quarantine:
         return self._count
 
     def ids(self, step_key: StepKey) -> list[int]:
-        """Which of a step are set aside."""
+        """Return the quarantined enrollments of a step."""
         return list(self._by_step.get(step_key, ()))
 
     @property
     def all(self) -> list[Quarantined]:
-        """Everything that is set aside."""
+        """Everything that is quarantined."""
         return [one for there in self._by_step.values() for one in there.values()]
 
     @property
@@ -134,8 +130,9 @@ class Quarantine:
         error: Exception,
         result: tuple[Leased, Result] | None = None,
     ) -> None:
-        """Sets one aside, or once more. Raises the error where too many are, as they have it in
-        common.
+        """Quarantine an enrollment, or do so again after a retry.
+
+        Raises the error if too many are quarantined, as they must have it in common.
         """
         known = self._by_step.get(step_key, {}).get(id_)
         if known is None and self._count >= MOST:
@@ -159,7 +156,7 @@ class Quarantine:
             log.debug("enrollment is quarantined", error=str(error))
 
     def release(self, tried: Iterable[Quarantined]) -> None:
-        """Ends it for those that were written, or are gone; not for what was set aside again."""
+        """Release what was tried, except for what has been quarantined again."""
         for one in tried:
             there = self._by_step.get(one.step_key, {})
             if there.get(one.id) is not one:
@@ -172,7 +169,7 @@ class Quarantine:
             self._log.info("enrollment is out of quarantine", enrollment=one.id)
 
     def due(self, now: float) -> dict[StepKey, list[Quarantined]]:
-        """What is to be tried again, by step; the next time comes no sooner than FIRST."""
+        """Return what is due for a retry, by step. None is due again before FIRST."""
         found: dict[StepKey, list[Quarantined]] = {}
         for one in self.all:
             if one.due_at <= now:

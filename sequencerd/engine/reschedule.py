@@ -1,10 +1,9 @@
-"""Evaluates those who wait again, in step_key: at a step that has changed, or because NOTIFY asked.
+"""Evaluates waiting enrollments at steps that have changed, or because of a request by NOTIFY.
 
-They are read by id, a page at a time, and evaluated in batches, each in a transaction that also
-notes in the step how far it has come: what a crash interrupts goes on from there, in any daemon.
-Who waits on as before is not written at all. One step is done at a time, on one connection, so
-that everything else goes on meanwhile. A request that comes while a step is being done is noted
-there as well, and is done once more after that.
+Their ids are read a page at a time, and evaluated in batches. The transaction of each batch also
+records the progress in the step, so that any daemon can continue after a crash. Enrollments that go
+on waiting as before are not written. One step is done at a time, on one connection, so that
+everything else goes on. A request that arrives meanwhile is recorded too, and causes another pass.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from sequencerd.storage import store
 from sequencerd.storage.listener import Reevaluate
 from sequencerd.storage.store import TRANSIENT_ERRORS, StepKey
 
-PAGE = 100_000  # ids read at a time: to find them costs a request at everybody who is at the step
+PAGE = 100_000  # ids read at a time, as each read scans all enrollments at the step
 SLICE = 50  # enrollments that are evaluated in one turn of the loop
-OTHERS_PAUSE = 1.0  # seconds after which we request whether another daemon still goes on
-LOCKED_PAUSE = 0.2  # seconds until who is locked by somebody else is tried again
-GRACE = 5.0  # seconds for transactions that began before the change; they may bring people here
+OTHERS_PAUSE = 1.0  # seconds between checks whether another daemon makes progress
+LOCKED_PAUSE = 0.2  # seconds until rows that another session has locked are tried again
+GRACE = 5.0  # seconds for older transactions, which may move enrollments by the old definition
 GRACE_TURN = 0.05
-REQUESTS = 1000  # different ones that may wait; for more, all who wait are evaluated
-REQUEST_PAUSE = 1.0  # seconds between walks that NOTIFY asks for
+REQUESTS = 1000  # different requests that may wait; more become one for all enrollments
+REQUEST_PAUSE = 1.0  # seconds between passes that NOTIFY requests
 
 
 class Rescheduling:
@@ -57,8 +56,8 @@ class Rescheduling:
         batch: int,
         log: FilteringBoundLogger,
     ) -> None:
-        """`sequences` is the catalog's, which changes; `quarantine` gets what the database refuses
-        to write, where `probe` finds that it writes others; `spawn` runs what is not waited for.
+        """`sequences` are the catalog's, which change. `quarantine` gets what the database refuses
+        to write while `probe` finds that it writes other rows.
         """
         self._pool = pool
         self._sequences = sequences
@@ -74,20 +73,20 @@ class Rescheduling:
         self._wanted: dict[StepKey, None] = {}  # a set that keeps its order
         self._is_working = False
         self._current: StepKey | None = None
-        self._others: dict[StepKey, int] = {}  # how far another daemon had come
+        self._others: dict[StepKey, int] = {}  # the progress of another daemon, when last read
         self._requests: set[Reevaluate] = set()
-        self._walks = Repeating(self._mark, background, pause=REQUEST_PAUSE)
+        self._passes = Repeating(self._record_requests, background, pause=REQUEST_PAUSE)
         self._subjects = Repeating(self._evaluate_subjects, background)
 
     def start(self, step_key: StepKey) -> None:
-        """Notes a step where those who wait are to be evaluated."""
+        """Evaluate the waiting enrollments of a step, soon."""
         self._wanted[step_key] = None
         if not self._is_working:
             self._is_working = True
             self._background.spawn(self._work())
 
     def resume(self, unfinished: Mapping[StepKey, int]) -> None:
-        """Goes on with what another daemon began, if it does not."""
+        """Continue what another daemon has started, unless it makes progress."""
         for step_key, since in unfinished.items():
             if (
                 step_key not in self._wanted
@@ -98,17 +97,18 @@ class Rescheduling:
                 asyncio.get_running_loop().call_later(OTHERS_PAUSE, self.start, step_key)
 
     def request(self, request: Reevaluate) -> None:
-        """Evaluates whom an application means, soon. Equal requests are one, also those that come
-        faster than they can be done; of too many different ones become one for all.
+        """Evaluate the enrollments that an application requests, soon.
+
+        Equal requests that wait are one; too many different ones become one for all enrollments.
         """
         self._requests.add(request)
         if len(self._requests) > REQUESTS:
             self._requests = {Reevaluate()}
             request = Reevaluate()
-        (self._walks if request.subject is None else self._subjects).request()
+        (self._passes if request.subject is None else self._subjects).request()
 
-    async def _mark(self) -> None:
-        """Notes requests for everybody, sequences and steps in the steps where somebody waits."""
+    async def _record_requests(self) -> None:
+        """Record requests for all enrollments, sequences and steps in the steps concerned."""
         requests = {request for request in self._requests if request.subject is None}
         self._requests -= requests
         wanted = {(request.sequence, request.step) for request in requests}
@@ -132,7 +132,7 @@ class Rescheduling:
                 self.request(Reevaluate(sequence=sequence, step=step))  # it is locked
 
     async def _evaluate_subjects(self) -> None:
-        """Does the requests for subjects."""
+        """Handle the requests for subjects."""
         requests = {request for request in self._requests if request.subject is not None}
         self._requests -= requests
         try:
@@ -146,7 +146,7 @@ class Rescheduling:
             )
 
     async def _of_subjects(self, requests: Iterable[Reevaluate]) -> set[str]:
-        """Returns those of whom something is locked by somebody else."""
+        """Evaluate subjects. Return those with enrollments that another session has locked."""
         wanted = {(request.subject, request.sequence, request.step) for request in requests}
         subjects = list({subject for subject, _, _ in wanted if subject is not None})
         locked: set[str] = set()
@@ -174,7 +174,7 @@ class Rescheduling:
         return locked
 
     async def _evaluate_waiting(self, step_key: StepKey, ids: list[int]) -> list[int]:
-        """Evaluates some of those who wait at a step. Returns who was locked by somebody else."""
+        """Evaluate waiting enrollments. Return those that another session has locked."""
 
         async def evaluate(part: Sequence[int]) -> list[int] | None:
             return await self._evaluate(step_key, part)
@@ -207,7 +207,7 @@ class Rescheduling:
                 self._log.warning("database error, tried again", error=store.brief(error))
             except Exception:
                 again = 60.0
-                self._log.exception("who waits could not be looked at", step=step_key)
+                self._log.exception("waiting enrollments could not be evaluated", step=step_key)
             finally:
                 self._current = None
             if again is not None:
@@ -215,7 +215,7 @@ class Rescheduling:
                 asyncio.get_running_loop().call_later(again, self.start, step_key)
 
     async def _reschedule(self, step_key: StepKey) -> bool:
-        """Whether there is nothing more to do; False where another daemon is at it."""
+        """Evaluate a step. Return False if another daemon does."""
         async with store.connection(self._pool) as connection:
             since = await store.rescheduling_from(connection, step_key)
         seen = self._others.pop(step_key, since)
@@ -227,12 +227,12 @@ class Rescheduling:
         return False
 
     async def _from(self, step_key: StepKey, since: int) -> bool:
-        """The same, from this id on."""
+        """Evaluate a step from an id on. Return False if another daemon does."""
         count = 0
         while not self._stopping.is_set():
             sequence = self._sequences.get(step_key[0])
             if sequence is None or sequence.paused:
-                return True  # it is begun again when it is resumed
+                return True  # it starts again when the sequence is resumed
             async with store.connection(self._pool) as connection:
                 page = await store.active_ids(connection, step_key, since, PAGE)
             for first in range(0, len(page), self._size):
@@ -254,7 +254,7 @@ class Rescheduling:
                 return False
             if count:
                 self._log.info(
-                    "who waits at a step was evaluated again", step=step_key, count=count
+                    "waiting enrollments of a step were evaluated", step=step_key, count=count
                 )
             if again:
                 self.start(step_key)
@@ -264,8 +264,8 @@ class Rescheduling:
     async def _batch(
         self, step_key: StepKey, since: int, ids: list[int], revision: int
     ) -> int | None:
-        """Evaluates a batch, all of it. Returns from which id on others have yet to be evaluated;
-        None where it is not ours.
+        """Evaluate a whole batch. Return the id from which on others have yet to be evaluated, or
+        None if another daemon evaluates the step.
         """
         left: list[int] | None = ids
 
@@ -291,8 +291,8 @@ class Rescheduling:
         ids: list[int],
         step_key: StepKey,
     ) -> list[int] | None:
-        """Evaluates a batch, in parts where something can't be written. Returns who was locked by
-        somebody else; None where it is not ours.
+        """Evaluate a batch, in parts if something cannot be written. Return the enrollments that
+        another session has locked, or None if another daemon evaluates the step.
         """
         locked: list[int] = []
         is_ours = True
@@ -318,9 +318,9 @@ class Rescheduling:
         ids: Sequence[int],
         progress: tuple[int, int, int] | None = None,
     ) -> list[int] | None:
-        """The same in one transaction. Its `progress` is noted in the step, unless another
-        transaction has locked one: since which id, and after it from which id on it is to be done,
-        and under which revision.
+        """Evaluate enrollments in one transaction, and record the progress if none was locked.
+
+        `progress` is the id recorded in the step, the id to record, and the revision.
         """
         now = self._clock.now()
         batch = Batch()
@@ -345,7 +345,7 @@ class Rescheduling:
         return locked
 
     async def _outlast_older_transactions(self) -> None:
-        """Those of other daemons may still bring people to a step by how it was."""
+        """Wait for transactions that may move enrollments to a step by its old definition."""
         async with store.connection(self._pool) as connection:
             newest = await store.new_transaction(connection)
         loop = asyncio.get_running_loop()

@@ -1,7 +1,7 @@
-"""What keeps the tables small: the history's partitions are made ahead, and what is old goes.
+"""Retention: creates the history's partitions ahead, drops old ones, deletes ended enrollments.
 
-One daemon at a time does it, beside the engine: in short transactions, which wait for nobody's lock
-for longer than a moment, with pauses between them.
+One daemon at a time does this, beside the engine: in short transactions with pauses between them,
+which wait only briefly for the locks of others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sequencerd.settings import Retention as Settings
 from sequencerd.storage import store
 
 INTERVAL = 3600.0  # seconds
-SOONER = 60.0  # seconds, where somebody was in the way
+SOONER = 60.0  # seconds, after a lock or a transient error
 BATCH = 1000  # enrollments
 ERRORS = (*store.TRANSIENT_ERRORS, asyncpg.PostgresError)
 PAUSE = 0.05  # seconds between batches, and never less than a batch took
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 async def keep(
     pool: asyncpg.Pool, settings: Callable[[], Settings], *, clock: Clock, log: FilteringBoundLogger
 ) -> None:
-    """Tidies up for ever. What goes wrong is told, and tried again."""
+    """Run retention for ever. Errors are logged, and it is tried again."""
     while True:
         pause = INTERVAL
         try:
@@ -41,7 +41,7 @@ async def keep(
 
 
 def _report(error: BaseException, log: FilteringBoundLogger) -> float:
-    """Logs it; in how many seconds to try again."""
+    """Log an error. Return in how many seconds to try again."""
     if isinstance(error, asyncpg.LockNotAvailableError):
         log.info("the history is in use, it is tidied up later")
         return SOONER
@@ -55,9 +55,9 @@ def _report(error: BaseException, log: FilteringBoundLogger) -> float:
 async def tidy(
     pool: asyncpg.Pool, settings: Settings, now: datetime, log: FilteringBoundLogger
 ) -> None:
-    """Makes the partitions of the months to come, and takes away what is older than it is kept.
+    """Create the partitions of the coming months, and delete what is older than its retention.
 
-    Leaves off where another daemon is at it. Each part is done, whatever comes of the others; then
+    Nothing is done while another daemon does it. Each part is done even if another one fails; then
     the first error is raised.
     """
     failed: list[BaseException] = []
@@ -93,11 +93,11 @@ async def _delete_ended(
         return
     until, deleted = now - settings.ended, 0
     loop = asyncio.get_running_loop()
-    begun = loop.time()
+    started = loop.time()
     while count := await _alone(pool, lambda c: store.delete_ended(c, until, BATCH)):
         deleted += count
-        await asyncio.sleep(max(PAUSE, loop.time() - begun))
-        begun = loop.time()
+        await asyncio.sleep(max(PAUSE, loop.time() - started))
+        started = loop.time()
     if deleted:
         log.info("ended enrollments were deleted", count=deleted)
 
@@ -105,6 +105,6 @@ async def _delete_ended(
 async def _alone(
     pool: asyncpg.Pool, work: Callable[[asyncpg.Connection], Awaitable[Result]]
 ) -> Result | None:
-    """Does it in a transaction, unless another daemon is at it."""
+    """Do work in a transaction, unless another daemon runs retention."""
     async with store.connection(pool) as connection, store.transaction(connection):
         return await work(connection) if await store.try_lock_retention(connection) else None

@@ -1,4 +1,4 @@
-"""What custom runners answer, by HTTP or from Python, made into results."""
+"""Reads the answers of custom runners, by HTTP or from Python, as results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAIN: Mapping[object, Answer] = {
 
 
 class Outcome(BaseModel):
-    """One enrollment's answer: the original's action and message, and what we add."""
+    """The answer for one enrollment: the original's action and message, and our additions."""
 
     model_config = ConfigDict(alias_generator=to_camel, allow_inf_nan=False, strict=True)
 
@@ -60,7 +60,7 @@ class Outcome(BaseModel):
 
 
 def check_date(value: datetime) -> datetime:
-    """A time in UTC. Raises ValueError for what the database doesn't take."""
+    """Return a time in UTC. Raises ValueError for what the database does not accept."""
     if value.tzinfo is None:
         raise ValueError("write the offset, as in 2030-01-01T09:00:00Z")
     try:
@@ -73,7 +73,7 @@ def check_date(value: datetime) -> datetime:
 
 
 def check_json(value: object) -> None:
-    """Raises ValueError for what PostgreSQL's jsonb doesn't take."""
+    """Raise ValueError for what PostgreSQL's jsonb does not accept."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
@@ -84,16 +84,16 @@ def check_json(value: object) -> None:
 
 
 class StrictOutcome(Outcome):
-    """The same without other keys: in Python they are typing errors."""
+    """The same without other keys, which are typing errors in Python."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 def read_outcome(value: object, model: type[Outcome] = Outcome) -> Result:
-    """The result for an answer: None, an action, or an object with `action` and more.
+    """Return the result of an answer: None, an action, or an object with `action` and more.
 
-    What can't be understood is a passing failure: whoever answers it is going to be mended. What it
-    meant may have taken place.
+    An answer that cannot be read is a temporary failure, as its runner will be fixed. The side
+    effect may have taken place.
     """
     if value is None or isinstance(value, str):
         return PLAIN.get(value) or Failed(

@@ -1,4 +1,4 @@
-"""What an error was raised from, and whether this machine has run out of something."""
+"""Finds what an error was raised from, and whether this machine has run out of something."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ EXHAUSTED = frozenset(
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on; of several attempts, each one's. The last is
-    what all began with.
+    """Yield an error, what it was raised from, and so on; of several attempts, those of each. The
+    last one is the root cause.
 
-    Not its context, which may be anything that was being handled meanwhile. httpcore gives what an
-    error was raised from as an argument only.
+    The context of an error is not its cause: it may be anything that was being handled. httpcore
+    passes the cause of an error as an argument only.
     """
     seen: list[BaseException] = []
     below: list[object] = [error]
@@ -37,7 +37,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether this machine lacks descriptors, memory or ports, which is no message's fault."""
+    """Return whether this machine lacks descriptors, memory or ports: no message's fault."""
     return any(
         isinstance(one, MemoryError) or (isinstance(one, OSError) and one.errno in EXHAUSTED)
         for one in causes(error)

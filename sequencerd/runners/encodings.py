@@ -1,4 +1,4 @@
-"""Compressed answers (RFC 9110, 8.4.1), unpacked within bounds."""
+"""Decodes compressed answers (RFC 9110, 8.4.1), within limits."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import zlib
 
 
 class EncodingError(Exception):
-    """An answer that can't be unpacked, with the reason."""
+    """An answer that cannot be decoded, with the reason."""
 
 
 def decode(body: bytes, encodings: str, limit: int) -> bytes:
-    """The body without its encodings, as Content-Encoding lists them.
+    """Return the body without its encodings, as Content-Encoding lists them.
 
-    Raises EncodingError, before much more than `limit` bytes are made of it.
+    Raises EncodingError before it produces much more than `limit` bytes.
     """
     names = [name.strip().lower() for name in encodings.split(",")]
     for name in reversed([name for name in names if name not in ("", "identity")]):
@@ -30,9 +30,7 @@ def decode(body: bytes, encodings: str, limit: int) -> bytes:
 
 
 def _inflate(body: bytes, window: int, limit: int) -> bytes:
-    """All members of a stream, one behind the other. Raises EncodingError, or zlib.error at once
-    for what has another header.
-    """
+    """Return all members of a stream. Raises EncodingError, or zlib.error for another header."""
     found = bytearray()
     rest = body
     while rest:

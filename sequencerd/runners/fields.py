@@ -1,4 +1,4 @@
-"""What the runners share: the rendering of their templates, words for messages."""
+"""What runners share: rendering of templates, and texts for messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\s]+")
 
 
 class RenderError(ValueError):
-    """What was rendered for a message can't be sent. The message names the field."""
+    """A rendered value that cannot be sent. The message names the field."""
 
 
 def compile_field(
@@ -31,7 +31,7 @@ def compile_field(
 
 
 def render(name: str, template: Template, view: Mapping[str, Any]) -> str:
-    """What a field's template gives. Raises RenderError, which names the field."""
+    """Render a field's template. Raises RenderError, which names the field."""
     try:
         return template.render(view)
     except EvaluationError as error:
@@ -39,6 +39,6 @@ def render(name: str, template: Template, view: Mapping[str, Any]) -> str:
 
 
 def one_line(text: str, limit: int = MAX_SHOWN) -> str:
-    """A text from elsewhere as it may be shown and stored: one line, printable, not too long."""
+    """Return a text from elsewhere in one short, printable line, to be shown and stored."""
     text = _UNPRINTABLE.sub(" ", text[: limit * 4]).strip()
     return text if len(text) <= limit else f"{text[:limit]}..."

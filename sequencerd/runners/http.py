@@ -1,4 +1,6 @@
-"""Custom runners in any language: a batch goes to an endpoint, which answers for each."""
+"""Custom runners in any language: a batch is sent to an endpoint, which answers for each
+enrollment.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,8 @@ class Endpoint(Protocol):
 
 
 class HttpEndpoint:
-    """A URL that takes JSON. `secret` (whsec_...) signs the calls. Raises ValueError for settings
-    that can't work.
+    """A URL that accepts JSON. `secret` (whsec_...) signs the calls. Raises ValueError for settings
+    that cannot work.
     """
 
     def __init__(
@@ -104,8 +106,8 @@ class HttpEndpoint:
 class BatchRunner:
     """Posts `{"config": ..., "runners": [...]}` and expects a list of `{"id", "action", ...}`.
 
-    `name` is the step type, for messages; `timeout` (seconds) is for a whole call, `batch_size` and
-    `batch_bytes` are the most in one, `per_second` limits the calls.
+    `name` is the step type, for messages. `timeout` (seconds) applies to a whole call, `batch_size`
+    and `batch_bytes` limit its size, and `per_second` the rate of calls.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class BatchRunner:
         self._endpoint = endpoint
 
     def compile(self, config: Mapping[str, Any]) -> str:
-        """The config as JSON: the endpoint alone knows what it means. Raises DefinitionError."""
+        """Return the config as JSON, which the endpoint understands. Raises DefinitionError."""
         try:
             check_json(config)
         except ValueError as error:
@@ -140,7 +142,7 @@ class BatchRunner:
         return json.dumps(config)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
-        """One call for all tasks, or several where it would be too large; each task is judged by
+        """Make one call for all tasks, or several if it would be too large. Each task is judged by
         its own part of the answer.
         """
         assert isinstance(program, str)
@@ -170,7 +172,7 @@ class BatchRunner:
         return [results[task.key] for task in tasks]
 
     def _fitting(self, program: str, tasks: Sequence[Task], written: Mapping[str, str]) -> int:
-        """How many of the tasks fit into one call, one at least."""
+        """Return how many of the tasks fit into one call, at least one."""
         room = self._batch_bytes - len(_body(program, []))
         for count, task in enumerate(tasks):
             room -= len(written[task.key]) + 1
@@ -181,7 +183,7 @@ class BatchRunner:
     async def _ask(
         self, program: str, tasks: Sequence[Task], written: Mapping[str, str]
     ) -> dict[str, Result] | None:
-        """One call; None where it was too large and fewer tasks may fit."""
+        """Make one call. Return None if it was too large and fewer tasks may fit."""
         await self._pace.turn()
         now = _now()
         late: dict[str, Result] = {task.key: NotStarted() for task in tasks if task.is_late(now)}
@@ -237,12 +239,12 @@ class BatchRunner:
         return result
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._endpoint.close()
 
 
 class HttpRunner(BatchRunner):
-    """A runner behind a URL. Raises ValueError for settings that can't work."""
+    """A runner behind a URL. Raises ValueError for settings that cannot work."""
 
     def __init__(
         self,
@@ -270,8 +272,8 @@ class HttpRunner(BatchRunner):
 
 
 def _write(task: Task) -> str | None:
-    """What the endpoint sees of an enrollment, with the numbers of its data as PostgreSQL has them;
-    None for numbers beyond JSON (1e999 of a lookup).
+    """Return what the endpoint sees of an enrollment, with the numbers of its data as in
+    PostgreSQL; None for numbers that JSON does not have (1e999 of a lookup).
     """
     view = task.view
     try:
@@ -287,7 +289,7 @@ def _body(program: str, events: Sequence[str]) -> bytes:
 
 
 def _by_id(items: list[Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The answers by id, which may come as a number, as text, or as 7.0 from some languages."""
+    """Return the answers by id, which may be a number, a text, or 7.0 in some languages."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for item in items:
         id_ = item.get("id") if isinstance(item, dict) else None
@@ -303,12 +305,12 @@ def _now() -> float:
 
 
 def batch_key(keys: Sequence[str]) -> str:
-    """The idempotency key of a batch: the same for the same keys in the same order."""
+    """Return the idempotency key of a batch: the same for the same keys in the same order."""
     return f"batch_{hashlib.sha256(' '.join(keys).encode()).hexdigest()[:32]}"
 
 
 def read_secret(secret: str) -> bytes:
-    """The key in a Standard Webhooks secret, `whsec_` and base64. Raises ValueError."""
+    """Return the key of a Standard Webhooks secret, `whsec_` and base64. Raises ValueError."""
     try:
         key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
     except (binascii.Error, ValueError):
@@ -319,7 +321,7 @@ def read_secret(secret: str) -> bytes:
 
 
 def sign(key: bytes, id_: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The headers of Standard Webhooks: HMAC-SHA256 of `id.timestamp.body`."""
+    """Return the headers of Standard Webhooks: HMAC-SHA256 of `id.timestamp.body`."""
     signed = f"{id_}.{timestamp}.".encode() + body
     digest = base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
     return {

@@ -1,4 +1,4 @@
-"""Calls over HTTP: bounded, without redirects; what a status means for a side effect."""
+"""Makes calls over HTTP, limited and without redirects, and judges what a status means."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ _HEADER_VALUE = re.compile(r"[ -~]*")
 
 
 class Unreachable(Exception):  # noqa: N818 - it is what has happened
-    """No answer, or none that can be used. The message says why, without the URL's secrets.
+    """No answer, or none that can be used. The message gives the reason, without the URL's secrets.
 
-    `sent`: the request was on its way, so it may have been answered, and done what it asks for.
-    `exhausted`: this machine lacks descriptors, memory or ports. `retired`: the server closed the
-    connection on purpose, so the request is to be made again at once. `cause` is why, in a word.
+    `sent`: the request had been sent, so it may have taken effect. `exhausted`: this machine lacks
+    descriptors, memory or ports. `retired`: the server closed the connection on purpose, so the
+    request is repeated at once. `cause` is the reason in a word.
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
         self.retired = retired
 
     def failed(self, message: str) -> Failed:
-        """What it means: a server that takes no requests is down; one may break on a request."""
+        """Return the failure: a server that accepts no requests is down; one may break on a
+        request.
+        """
         is_servers = self.retired or self.exhausted or not self.sent
         return Failed(
             message,
@@ -91,7 +93,7 @@ class Reply:
     secrets: frozenset[str] = frozenset()  # that were sent, and may come back
 
     def excerpt(self) -> str:
-        """The beginning of the body, to be shown."""
+        """Return the beginning of the body, to be shown."""
         text = self.body[:1000].decode("utf-8", "replace")
         for secret in sorted(self.secrets, key=len, reverse=True):
             text = text.replace(secret, "***")
@@ -99,16 +101,16 @@ class Reply:
 
 
 class Web:
-    """A client with connections that are kept and reused.
+    """A client whose connections are kept and reused.
 
-    A name in the URL that resolves to a private address is refused unless `allow_private`; a URL
-    that names localhost or an address itself says what it wants.
+    A name that resolves to a private address is refused unless `allow_private`; a URL that contains
+    localhost or an address is intentional.
 
-    With `http2`, calls share a connection where the server offers that. httpx drops the answers
-    under way when a server retires a connection, since h2 reads nothing after GOAWAY
-    (https://github.com/python-hyper/h2/issues/1181). So it is given up before the server does:
-    nginx does after 1,000 requests. Where a server does it earlier, the requests under way are made
-    again at once.
+    With `http2`, calls share a connection if the server offers that. When a server retires a
+    connection, httpx drops the answers in progress, since h2 reads nothing after GOAWAY
+    (https://github.com/python-hyper/h2/issues/1181). Therefore the client retires it first: nginx
+    does after 1,000 requests. If a server does so earlier, the requests in progress are repeated at
+    once.
 
     Nothing is kept from one call to the next: no cookies.
     """
@@ -127,7 +129,7 @@ class Web:
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """The client for a call; one that was given up is closed after its last."""
+        """Return the client for a call. A retired one is closed after its last call."""
         if self._newest is None or (self._http2 and not self._calls_left):
             self._newest = self._make_client()
             self._calls_left = CALLS
@@ -164,7 +166,7 @@ class Web:
         auth: tuple[str, str] | None = None,
         max_answer: int = MAX_ANSWER,
     ) -> Reply:
-        """Sends a body, a form or nothing. Raises Unreachable."""
+        """Send a body, a form or nothing. Raises Unreachable."""
         named = httpx.URL(url)
         sent = False
 
@@ -217,7 +219,7 @@ class Web:
             return Reply(response.status_code, response.headers, body, secrets)
 
     async def _targets(self, url: httpx.URL) -> list[httpx.URL]:
-        """The URL, or with its host's addresses in it, once they are known to be public."""
+        """Return the URL, or URLs with its host's addresses once these are known to be public."""
         if self._allow_private or _names_itself(url.host):
             return [url]
         host = url.raw_host.decode("ascii")
@@ -233,7 +235,7 @@ class Web:
         return [url.copy_with(host=address) for address in addresses]
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         for client in list(self._clients):
             await client.aclose()
 
@@ -252,7 +254,7 @@ _COMPATIBLE = IPv6Network("::/96")
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Whether an address is a host's on the internet; one that carries others, whether all are."""
+    """Return whether an address is on the internet, with all addresses that it carries."""
     if carried := _carried(address):
         return all(is_public(one) for one in carried)
     if isinstance(address, IPv6Address) and address not in _GLOBAL_UNICAST:
@@ -261,7 +263,7 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
 
 
 def _carried(address: IPv4Address | IPv6Address) -> tuple[IPv4Address, ...]:
-    """The IPv4 addresses that an IPv6 address leads to."""
+    """Return the IPv4 addresses that an IPv6 address leads to."""
     if isinstance(address, IPv4Address):
         return ()
     if address.teredo is not None:
@@ -274,8 +276,8 @@ def _carried(address: IPv4Address | IPv6Address) -> tuple[IPv4Address, ...]:
 
 @cache
 def _tls(_http2: bool, _file: str | None, _folder: str | None) -> ssl.SSLContext:
-    """One for all clients, as each holds the system's certificates; but httpcore writes into it
-    which protocols it offers. The variables are those that httpx reads.
+    """Return one TLS context for all clients, as each holds the system's certificates; but httpcore
+    writes into it which protocols it offers. The variables are those that httpx reads.
     """
     return httpx.create_ssl_context()
 
@@ -285,13 +287,13 @@ def _port(url: httpx.URL) -> int:
 
 
 def _place(url: httpx.URL) -> str:
-    """The host and port, for a message."""
+    """Return host and port, for a message."""
     host = f"[{url.host}]" if ":" in url.host else url.host
     return f"{host}:{_port(url)}"
 
 
 def _is_retired(error: BaseException) -> bool:
-    """Whether an HTTP/2 connection has ended by GOAWAY; h2 then refuses whatever else comes."""
+    """Return whether an HTTP/2 connection has ended by GOAWAY; h2 then refuses everything."""
     return any(
         isinstance(one, h2.exceptions.ProtocolError) and "ConnectionState.CLOSED" in str(one)
         for one in causes(error)
@@ -303,7 +305,7 @@ def _is_retired(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said, where the client says only that it has failed."""
+    """Return the system's reason, if the client's error only says that it has failed."""
     *_, cause = causes(error)
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and cause.errno:
         # asyncio says the address once more
@@ -326,7 +328,7 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
 
 
 def check_url(url: str) -> str:
-    """The URL, if it can be called. Raises ValueError, which doesn't show it."""
+    """Return a URL that can be called. Raises ValueError, which does not show it."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
@@ -339,7 +341,7 @@ def check_url(url: str) -> str:
 
 
 def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers, if they can be sent. Raises ValueError, which doesn't show their values."""
+    """Return headers that can be sent. Raises ValueError, which does not show their values."""
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or name.lower() in ("host", "content-length"):
             raise ValueError(f"headers: {name!r} can't be set")
@@ -349,13 +351,13 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def judge(reply: Reply, message: str) -> Failed | None:
-    """What a status means: None for 2xx.
+    """Return what a status means: None for 2xx.
 
-    4xx is permanent but for 408, 409, 425 and 429. 429, and 503 with Retry-After, are the
-    server's; so are 401, 403 and 407, which want another login; and redirects, which are not
-    followed: who moves an endpoint changes the settings. Other 5xx and 408 may be its fault or
-    that of one enrollment. 409 says that the same request is still being worked on. After 502 and
-    504, which a gateway answers, it may have taken place.
+    4xx is permanent except for 408, 409, 425 and 429. 429, and 503 with Retry-After, are the
+    server's fault; so are 401, 403 and 407, which need another login, and redirects, which are not
+    followed: if an endpoint moves, its settings change. Other 5xx and 408 may be the fault of the
+    server or of one enrollment. 409 means that the same request is still in progress. After 502 and
+    504 of a gateway, the side effect may have taken place.
     """
     if 200 <= reply.status < 300:
         return None
@@ -382,7 +384,7 @@ def judge(reply: Reply, message: str) -> Failed | None:
 
 
 def retry_after(headers: httpx.Headers) -> timedelta | None:
-    """What Retry-After asks for, in seconds or as a date; None if it can't be read."""
+    """Return what Retry-After requests, in seconds or as a date; None if it cannot be read."""
     text = headers.get("Retry-After", "").strip()
     try:
         seconds = float(text)
@@ -399,7 +401,7 @@ def retry_after(headers: httpx.Headers) -> timedelta | None:
 
 
 def _secrets(headers: Mapping[str, str], auth: tuple[str, str] | None) -> frozenset[str]:
-    """What must not be shown when a server answers it, whole or without its "Bearer"."""
+    """Return what must not be shown if a server repeats it, whole or without its "Bearer"."""
     values = [value for name, value in headers.items() if name.lower() not in _PUBLIC]
     parts = [part for value in values for part in value.split()[1:]]
     return frozenset(text for text in (*values, *parts, *(auth or ())[1:]) if len(text) > 3)

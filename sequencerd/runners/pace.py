@@ -1,4 +1,4 @@
-"""A limit on how often something begins."""
+"""Limits how often something starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 class Pace:
-    """Lets callers pass at an even rate, in the order in which they ask; None is no limit."""
+    """Lets callers pass at an even rate, in the order of their calls; None is no limit."""
 
     def __init__(self, per_second: float | None) -> None:
         if per_second is not None and not 0 < per_second < float("inf"):
@@ -15,11 +15,11 @@ class Pace:
         self._next = 0.0
 
     def longest_wait(self, callers: int) -> float:
-        """How many seconds the last of so many callers waits for its turn."""
+        """Return how many seconds the last of so many callers waits for its turn."""
         return self._interval * callers
 
     async def turn(self) -> None:
-        """Returns when it is the caller's turn."""
+        """Return when it is the caller's turn."""
         if not self._interval:
             return
         now = asyncio.get_running_loop().time()

@@ -42,7 +42,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a function says of itself; a `batch_size` makes it one that takes lists."""
+    """What a function declares; with a `batch_size` it takes lists."""
 
     config: type[BaseModel] | None = None
     batch_size: int | None = None
@@ -59,7 +59,7 @@ def runner(
     timeout: float = 60.0,
     retry: RetryPolicy = RETRY,
 ) -> Callable[[Function], Function]:
-    """Describes a runner function: see the module. `timeout` is in seconds, for one call."""
+    """Describe a runner function: see the module. `timeout` is in seconds, for one call."""
     if (batch_size is not None and batch_size < 1) or concurrency < 1 or timeout <= 0:
         raise ValueError("batch_size, concurrency and timeout must be above 0")
     options = Options(config, batch_size, concurrency, timeout, retry)
@@ -91,11 +91,11 @@ class PythonRunner:
         self._threads = asyncio.Semaphore(options.concurrency)
 
     def compile(self, config: Mapping[str, Any]) -> object:
-        """The config as the function's model, if it has one. Raises DefinitionError."""
+        """Return the config as the function's model, if it has one. Raises DefinitionError."""
         return config if self._model is None else parse_config(self._model, config)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
-        """Calls the function: once for all, or once for each."""
+        """Call the function: once for all, or once for each."""
         views = [{**task.view, "idempotencyKey": task.key} for task in tasks]
         if self._in_batches:
             answer = await self._call(program, views)
@@ -104,7 +104,7 @@ class PythonRunner:
         return [self._result(answer) for answer in answers]
 
     async def _call(self, program: object, argument: object) -> object:
-        """What the function answers, or Failed for what it raises."""
+        """Return the function's answer, or Failed for what it raises."""
         if not self._is_async:
             return await self._call_in_thread(program, argument)
         try:
@@ -119,10 +119,11 @@ class PythonRunner:
         return answer
 
     async def _call_in_thread(self, program: object, argument: object) -> object:
-        """Calls it in a thread of its own.
+        """Call the function in a thread of its own.
 
-        The threads that everybody shares are not used: one that hangs (none can be stopped) would
-        take a place there. Here it takes one of this function's own, and ends with the process.
+        The default pool of threads is not used: a call that hangs (none can be stopped) would
+        occupy one of its threads. Here it occupies one of this function's own, and ends with the
+        process.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[object] = loop.create_future()
@@ -187,14 +188,14 @@ class PythonRunner:
         return Failed(message, fault=fault, unknown=True)
 
     async def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is nothing to release."""
 
 
 def load(group: str = GROUP) -> dict[str, Runner]:
-    """The runners of all installed packages, by step type.
+    """Return the runners of all installed packages, by step type.
 
     An entry point names a function, or an object that is a Runner already. Raises ValueError for
-    one that can't be loaded, and for a name that two packages use.
+    one that cannot be loaded, and for a name that two packages use.
     """
     found: dict[str, Runner] = {}
     for point in entry_points(group=group):
@@ -212,7 +213,7 @@ def load(group: str = GROUP) -> dict[str, Runner]:
 
 
 def as_runner(loaded: Any, *, name: str) -> Runner:
-    """A function, or an object that has all of a Runner, as a Runner. Raises ValueError."""
+    """Return a function, or an object with all of a Runner, as a Runner. Raises ValueError."""
     wanted = ("compile", "run", "close", "batch_size", "concurrency", "timeout", "retry")
     if not inspect.isclass(loaded) and all(hasattr(loaded, part) for part in wanted):
         made: Runner = loaded

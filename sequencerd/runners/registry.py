@@ -25,9 +25,9 @@ from sequencerd.settings import HttpEndpoint as RunnerEndpoint
 
 
 def make_runners(settings: Settings, suppressions: Suppressions | None = None) -> dict[str, Runner]:
-    """Every runner that is installed or set up, by the type of its steps. Raises SettingsError.
+    """Return every runner that is installed or set up, by step type. Raises SettingsError.
 
-    Messages are sent to nobody whom `suppressions` names; without it, definitions can be read.
+    No messages are sent to what `suppressions` lists; without it, definitions can be read only.
     """
     try:
         runners: dict[str, Runner] = {
@@ -55,7 +55,7 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
 
 
 def make_endpoint(settings: RunnerEndpoint | LookupEndpoint) -> Endpoint:
-    """What answers the calls of a runner or a lookup. Raises ValueError."""
+    """Return what answers the calls of a runner or a lookup. Raises ValueError."""
     if settings.arn is not None:
         return LambdaFunction(
             settings.arn,
@@ -86,7 +86,7 @@ def _check_names(names: Iterable[str], shown: str) -> None:
 def make_email_runner(
     email: Email, suppressions: Suppressions | None = None, *, reply_timeout: float | None = None
 ) -> EmailRunner:
-    """The runner for e-mail. Raises ValueError."""
+    """Return the runner for e-mail. Raises ValueError."""
     oauth: Client | str | None = email.token_command
     if email.oauth is not None:
         oauth = Client(
@@ -148,7 +148,7 @@ def _secrets(values: Mapping[str, SecretStr]) -> dict[str, str]:
 
 
 class _NotSetUp:
-    """Stands for the SMS runner where the settings say too little: its steps have a problem."""
+    """Replaces the SMS runner if the settings are incomplete: its steps have a problem."""
 
     batch_size = concurrency = 1
     timeout = 1.0

@@ -1,4 +1,4 @@
-"""Who gets no messages: asked right before each send, many at a time."""
+"""Checks which addresses are suppressed, right before each send and many at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Key = tuple[str, str]
 
 
 class Suppressions:
-    """What is asked of the database; `ask` gives those of the keys that are suppressed."""
+    """Checks keys in rounds; `ask` queries the database for those that are suppressed."""
 
     def __init__(self, ask: Callable[[list[Key]], Awaitable[AbstractSet[Key]]]) -> None:
         self._ask = ask
@@ -26,9 +26,9 @@ class Suppressions:
         self._round: asyncio.Task[AbstractSet[Key]] | None = None
 
     async def among(self, channel: Channel, addresses: Iterable[str]) -> set[str]:
-        """Which of the addresses are suppressed by now.
+        """Return which of the addresses are suppressed now.
 
-        While one question is under way, the next collects what all others want to know.
+        While one query is in progress, the next one collects the addresses of all other callers.
         """
         given = list(addresses)
         self._wanted.update((channel, form) for address in given for form in forms(address))
@@ -46,8 +46,8 @@ class Suppressions:
 
 
 def forms(address: str) -> set[str]:
-    """How an address may stand in the table: in lower case, its domain in ASCII or as people write
-    it; a number without what people put between the digits.
+    """Return how an address may be written in the table: in lower case, its domain in ASCII or as
+    users write it; a number without separators.
     """
     plain = address.strip().lower()
     local, at, domain = plain.rpartition("@")

@@ -1,7 +1,7 @@
-"""Traces by OpenTelemetry: a span for each side effect, and their context for HTTP runners.
+"""Traces by OpenTelemetry: a span for each side effect, and its context for HTTP runners.
 
-An extra, `pip install 'sequencerd[otel]'`, that OpenTelemetry's own variables set up: it is on
-where OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT says where spans go.
+An extra, `pip install 'sequencerd[otel]'`, configured by OpenTelemetry's own variables: it is on if
+OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ Ended = Callable[[Sequence[Result]], None]
 
 
 def start(environment: Mapping[str, str]) -> Callable[[], None]:
-    """Begins to trace, if the environment says so. Returns what ends it, and sends the rest.
+    """Start to trace, if the environment says so. Return a function that ends it and sends the
+    rest.
 
-    Raises ModuleNotFoundError where the extra is not installed.
+    Raises ModuleNotFoundError if the extra is not installed.
     """
     if not any(environment.get(name) for name in _ENDPOINTS):
         return lambda: None
@@ -47,22 +48,22 @@ def start(environment: Mapping[str, str]) -> Callable[[], None]:
 
 
 def use(provider: TracerProvider | None) -> None:
-    """Spans go there from now on; nowhere with None."""
+    """Send spans to a provider from now on; nowhere with None."""
     global _tracer  # noqa: PLW0603 - as OpenTelemetry's own: one for the process
     _tracer = None if provider is None else provider.get_tracer("sequencerd")
 
 
 @contextmanager
 def executing(type_: str, enrollments: Sequence[Enrollment]) -> Iterator[Ended]:
-    """Spans around one call of a runner; what is yielded takes the results.
+    """Open spans around one call of a runner; the value that is yielded takes the results.
 
-    Each side effect has one. Of a batch they are within another, which is what the call belongs to.
+    Each side effect has a span. Those of a batch are within another one, to which the call belongs.
     """
     spans: list[Span] = []
 
     def ended(results: Sequence[Result]) -> None:
         for span, result in zip(spans, results, strict=False):
-            _tell(span, result)
+            _record_error(span, result)
 
     name = f"execute {type_}"
     if _tracer is None or not enrollments:
@@ -85,7 +86,7 @@ def executing(type_: str, enrollments: Sequence[Enrollment]) -> Iterator[Ended]:
 
 
 def headers() -> dict[str, str]:
-    """What tells a server which span its work belongs to (W3C Trace Context)."""
+    """Return the headers that name the span of a call (W3C Trace Context)."""
     if _tracer is None:
         return {}
     from opentelemetry.propagate import inject  # noqa: PLC0415 - an extra
@@ -105,8 +106,8 @@ def _attributes(enrollment: Enrollment) -> dict[str, str | int]:
     }
 
 
-def _tell(span: Span, result: Result) -> None:
-    """Without the message, which may name a person."""
+def _record_error(span: Span, result: Result) -> None:
+    """Record an error without its message, which may name a recipient."""
     from opentelemetry.trace import StatusCode  # noqa: PLC0415 - an extra
 
     span.set_attribute("sequencerd.outcome", outcome(result))

@@ -1,7 +1,7 @@
-"""Changes of enrollments by hand: who is concerned is found out once, then changed in batches.
+"""Manual changes of enrollments: their ids are selected once, then changed in batches.
 
-The triggers make each change whole, record it, and tell the daemons. A side effect that is being
-executed is not waited for: by the fence, its result is recorded and moves nothing.
+The triggers complete each change, record it, and notify the daemons. A side effect in progress is
+not waited for: the fence rejects its result, which is recorded and moves nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STATUSES = {
 
 
 class Selection(NamedTuple):
-    """Whom it concerns; what is None does not matter."""
+    """Which enrollments a change applies to; None does not restrict."""
 
     ids: Sequence[int] | None = None
     subject: str | None = None
@@ -43,7 +43,7 @@ class Selection(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What came of a batch: how many were changed, were executing a side effect, and could not be
+    """How many enrollments of a batch were changed, were executing a side effect, or could not be
     changed, as their subjects are in the sequence again.
     """
 
@@ -52,14 +52,14 @@ class Done(NamedTuple):
     entered_again: int = 0
 
     def plus(self, other: Done) -> Done:
-        """Both together."""
+        """Return the sum of both."""
         return Done(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 async def select(
     connection: asyncpg.Connection, action: str, selection: Selection, to: str | None = None
 ) -> array[int]:
-    """The ids of those whom an action takes, in order; without those who are at the step `to`."""
+    """Return the ids that an action applies to, in order, without enrollments at `to`."""
     found = array("q")
     ids = None if selection.ids is None else list(selection.ids)
     async with connection.transaction(readonly=True):
@@ -80,10 +80,10 @@ async def change(
     to: str | None = None,
     progress: Callable[[Done], None],
 ) -> None:
-    """Changes them, a batch at a time; `progress` is told of each that is committed.
+    """Change enrollments, a batch at a time; `progress` is called for each that is committed.
 
-    Who has gone elsewhere since the selection is left alone. When this is cancelled, the batch that
-    has begun is finished first.
+    Enrollments that have moved since the selection are not changed. If this is cancelled, a batch
+    that has started is finished first.
     """
     for first in range(0, len(ids), BATCH):
         batch = asyncio.create_task(
@@ -115,7 +115,7 @@ async def _change_batch(
                         done = done.plus(await _run_alone(connection, action, id_, to))
                     return done
         except asyncpg.TransactionRollbackError:
-            continue  # a deadlock with somebody else's transaction: nothing is done yet
+            continue  # a deadlock with another transaction: nothing is done yet
 
 
 async def _run_alone(connection: asyncpg.Connection, action: str, id_: int, to: str | None) -> Done:
@@ -132,8 +132,8 @@ async def _run(connection: asyncpg.Connection, action: str, ids: list[int], to: 
     return Done(len(rows), sum(row["executing"] for row in rows))
 
 
-def who(reason: str | None) -> str:
-    """What events say beside the database's user: who was at the keyboard, and why."""
+def changed_by(reason: str | None) -> str:
+    """Return what events record besides the database user: the operator, and the reason."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name

@@ -1,9 +1,9 @@
 """An embedded PostgreSQL, for a first try and for tests: the server of the extra `embedded`.
 
-The package brings PostgreSQL's programs; they are run by ourselves. The server listens on a socket
-in a folder that only its owner can enter, and nowhere else. Several processes may use one folder:
-the first starts the server, the last one out stops it. PostgreSQL refuses to run as root, so root
-runs it as another user.
+The package contains PostgreSQL's programs, which this module runs. The server listens only on a
+socket in a folder that its owner alone can enter. Several processes may use one folder: the first
+starts the server, and the last one stops it. PostgreSQL refuses to run as root, so root runs it as
+another user.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ ROOTS_FOLDER = Path("/var/lib/sequencerd")
 
 
 class EmbeddedError(SequencerdError):
-    """The embedded server can't be used; the message says what to do."""
+    """The embedded server cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that runs: its URL for any client, its psql, and where its data are."""
+    """A running server: its URL for any client, its psql, and where its data are."""
 
     url: str
     psql: Path
@@ -49,7 +49,7 @@ class Server:
 
 
 def default_folder() -> Path:
-    """Where a user's own embedded database is kept: below XDG_DATA_HOME, for root as well."""
+    """Return where a user's own embedded database is: below XDG_DATA_HOME, for root as well."""
     return _base() / "postgresql"
 
 
@@ -62,9 +62,9 @@ def _base() -> Path:
 def running(
     folder: Path, *, database: str = "sequencerd", settings: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """A server with its data in `folder`, started if need be, as long as somebody uses it.
+    """Run a server with its data in `folder`, started if necessary, while any process uses it.
 
-    `settings` are PostgreSQL's, for when it is started. Raises EmbeddedError.
+    `settings` are PostgreSQL's, for the start. Raises EmbeddedError.
     """
     programs = Programs.find()
     _prepare(folder, programs)
@@ -80,7 +80,7 @@ def running(
             yield Server(url, programs.bin / "psql", folder / "data")
         finally:
             fcntl.flock(starting, fcntl.LOCK_EX)
-            with suppress(BlockingIOError):  # somebody else uses it
+            with suppress(BlockingIOError):  # another process uses it
                 fcntl.flock(using, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # it may be dead already; then the next start finds that out
                 programs.run(
@@ -90,7 +90,7 @@ def running(
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """PostgreSQL's programs, and who runs them: None for the user that we are."""
+    """PostgreSQL's programs, and the user that runs them: None for the present one."""
 
     bin: Path
     user: pwd.struct_passwd | None
@@ -113,14 +113,14 @@ class Programs:
         return programs
 
     def run(self, program: str, *arguments: str | Path, check: bool = True) -> str:
-        """The output of a program. Raises EmbeddedError with its complaint."""
+        """Return the output of a program. Raises EmbeddedError with its error message."""
         done = self._run([self.bin / program, *arguments])
         if check and done.returncode:
             raise EmbeddedError(f"{program} failed: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
     def can_read(self, path: Path) -> bool:
-        """Whether the user that runs the programs gets there."""
+        """Whether the user that runs the programs can enter a folder."""
         return self._run(["/bin/sh", "-c", 'test -r "$0"', path]).returncode == 0
 
     def _run(self, command: list[str | Path]) -> subprocess.CompletedProcess[str]:
@@ -146,7 +146,7 @@ class Programs:
 
 
 def _unprivileged() -> pwd.struct_passwd:
-    """Whom root becomes."""
+    """Return the user as which root runs the programs."""
     for name in ("postgres", "nobody"):
         try:
             return pwd.getpwnam(name)
@@ -156,7 +156,7 @@ def _unprivileged() -> pwd.struct_passwd:
 
 
 def _copy(programs: Path) -> Path:
-    """The programs where another user can run them; root's own folder stays closed to it."""
+    """Copy the programs to where another user can run them; root's own folder remains closed."""
     package = programs.parent.parent
     libraries = package.with_name(f"{PACKAGE}.libs")
     marker = sha256(f"{package} {programs.stat().st_mtime_ns}".encode()).hexdigest()[:12]
@@ -177,7 +177,7 @@ def _copy(programs: Path) -> Path:
 
 
 def _prepare(folder: Path, programs: Programs) -> None:
-    """A folder that its owner alone can enter."""
+    """Create a folder that its owner alone can enter."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if programs.user:
@@ -193,7 +193,7 @@ def _prepare(folder: Path, programs: Programs) -> None:
 
 
 def _socket_folder(folder: Path, programs: Programs) -> Path:
-    """The folder itself, or a short one where its path is too long for a socket."""
+    """Return the folder itself, or a short one if its path is too long for a socket."""
     if len(os.fsencode(folder.resolve())) + len("/.s.PGSQL.5432") <= LONGEST_SOCKET:
         return folder.resolve()
     owner = programs.user.pw_uid if programs.user else os.geteuid()

@@ -1,4 +1,4 @@
-"""Applies the files of sql/, each once, in the order of their numbers, under an advisory lock."""
+"""Applies the files of sql/, each once and in numerical order, under an advisory lock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Migration:
 
     @property
     def checksum(self) -> str:
-        """Of the file's text, whatever its line ends."""
+        """The checksum of the file's text, whatever its line endings."""
         return sha256(self.sql.replace("\r\n", "\n").encode()).hexdigest()
 
 
@@ -43,7 +43,7 @@ class Ungranted(NamedTuple):
 
 
 def available() -> list[Migration]:
-    """The migrations that come with this version, the oldest first."""
+    """Return the migrations of this version, the oldest first."""
     found = [
         Migration(int(match[1]), file.name, file.read_text(encoding="utf-8"))
         for file in _folder().iterdir()
@@ -53,7 +53,7 @@ def available() -> list[Migration]:
 
 
 def _folder() -> Traversable:
-    """sql/ within the installed package, or beside it in a checkout."""
+    """Return sql/ in the installed package, or beside it in a checkout."""
     packaged = files("sequencerd") / "sql"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "sql"
 
@@ -61,7 +61,7 @@ def _folder() -> Traversable:
 async def migrate(
     connection: asyncpg.Connection, migrations: Sequence[Migration] | None = None
 ) -> list[Migration]:
-    """Applies what is missing, all or nothing, and returns it. Raises MigrationError."""
+    """Apply what is missing, all or nothing, and return it. Raises MigrationError."""
     wanted = available() if migrations is None else migrations
     await _check_server(connection)
     async with connection.transaction():
@@ -96,7 +96,7 @@ async def grant(connection: asyncpg.Connection) -> list[Ungranted]:
 
 
 async def check(connection: asyncpg.Connection) -> None:
-    """Raises MigrationError unless the schema is the one that this version was made for."""
+    """Raise MigrationError unless the schema is the one that this version requires."""
     await _check_server(connection)
     if not await connection.fetchval(QUERIES["has_migrations"]):
         raise MigrationError("the database has no schema sequencer yet; run: sequencerd migrate")
@@ -120,7 +120,7 @@ async def _check_server(connection: asyncpg.Connection) -> None:
 
 
 def _missing(wanted: Sequence[Migration], applied: Sequence[asyncpg.Record]) -> list[Migration]:
-    """What is not applied yet. Raises MigrationError where the two don't belong together."""
+    """Return what is not applied yet. Raises MigrationError if schema and version do not match."""
     known = {migration.version: migration for migration in wanted}
     for row in applied:
         migration = known.get(row["version"])

@@ -30,8 +30,8 @@ TRANSIENT_ERRORS = (
     asyncpg.InternalClientError,  # a connection that is cut in the middle of an answer
     asyncpg.PostgresError,
 )
-"""Of the database: the same work is done again a little later. Where only one row meets such an
-error, or its data are to blame, it is taken apart from its neighbours first.
+"""Errors after which the same work is repeated a little later. If only one row meets such an error,
+or its data cause it, the row is isolated first.
 """
 
 LOST_ERRORS = (
@@ -44,7 +44,7 @@ LOST_ERRORS = (
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
 )
-"""The connection is gone, or has not answered: whether it has committed is not known."""
+"""Errors of a lost connection: whether it has committed is not known."""
 
 _DATA = frozenset({"21", "22", "23", "54"})
 _ENVIRONMENT = frozenset({"08", "25", "28", "40", "53", "55", "57", "58"})
@@ -52,14 +52,14 @@ _PLAIN = _ENVIRONMENT | {"0A", "26", "3D", "3F", "42", "XX"}
 
 
 def is_data_error(error: BaseException) -> bool:
-    """Whether the database, or the driver, says that a row's own data are wrong."""
+    """Return whether the database, or the driver, finds fault with a row's own data."""
     if isinstance(error, asyncpg.PostgresError):
         return _class(error) in _DATA
     return isinstance(error, (ValueError, OverflowError))
 
 
 def is_environment(error: BaseException) -> bool:
-    """Whether it is an error of locks, time-outs, resources or connections, whatever is written."""
+    """Return whether an error is one of locks, timeouts, resources or connections."""
     if isinstance(error, asyncpg.PostgresError):
         return _class(error) in _ENVIRONMENT
     return isinstance(error, LOST_ERRORS) and not is_data_error(error)
@@ -70,7 +70,7 @@ def _class(error: asyncpg.PostgresError) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """An error of the database for the log: without what it quotes from rows."""
+    """Describe an error of the database for the log, without what it quotes from rows."""
     name = type(error).__name__
     if isinstance(error, asyncpg.PostgresError):
         is_plain = _class(error) in _PLAIN
@@ -83,11 +83,11 @@ def brief(error: BaseException) -> str:
 
 CONNECT_TIMEOUT = 10.0  # seconds
 PROBE_TIMEOUT = 5.0  # seconds
-MAX_BYTES = 8_000_000  # of data that one transaction reads, but for one enrollment that is larger
+MAX_BYTES = 8_000_000  # of data that one transaction reads, except for a single larger enrollment
 FIRST_LARGE = 4  # enrollments with large data that are read before their size is known
-COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not hold us for ever
+COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not block the engine
 
-PROBLEM_COLUMNS = 7  # of sequencer.problems, but for the daemon
+PROBLEM_COLUMNS = 7  # of sequencer.problems, besides the daemon
 
 StepKey = tuple[str, str]
 """A step of a sequence: its key in the heap."""
@@ -137,7 +137,7 @@ _PLACEHOLDERS = {
 
 
 def _load_queries() -> dict[str, str]:
-    """Read the statements by name, with the parts that several of them share put in."""
+    """Read the statements by name, and insert the parts that they share."""
     queries, parts = {}, {}
     for file in (files("sequencerd.storage") / "queries").iterdir():
         _, *found = re.split(
@@ -161,14 +161,14 @@ QUERIES: Mapping[str, str] = _load_queries()
 
 
 class Claimed(NamedTuple):
-    """What a claim has read, of so many that it has locked."""
+    """The enrollments that a claim has read, and how many rows it has locked."""
 
     enrollments: list[Enrollment]
     locked: int
 
 
 class Row(NamedTuple):
-    """What is written of enrollments that are at the same step_key now, as most of a batch are."""
+    """What is written of enrollments that are in the same state, as most of a batch are."""
 
     sequence: str
     step: str
@@ -189,7 +189,7 @@ class Row(NamedTuple):
 
 @dataclass(slots=True)
 class Written:
-    """What a transaction writes of enrollments that it has locked, and to which of them."""
+    """What a transaction writes of enrollments that it has locked."""
 
     rows: dict[Row, list[int]] = field(default_factory=dict)
     events: dict[Event, list[int]] = field(default_factory=dict)
@@ -220,19 +220,20 @@ def explain(error: BaseException) -> str:
 async def connect_pool(
     url: str, size: int, *, pooled: bool = False, least: int = 1, **options: Any
 ) -> asyncpg.Pool:
-    """Connections for the daemon's statements, whose writes notify nobody.
+    """Open connections for the daemon, whose writes send no notifications.
 
-    `pooled` through a pooler, nothing is kept from one transaction to the next: no prepared
-    statements, and no setting, so that writes notify as anybody's. `least` are opened at once.
+    With `pooled`, through a pooler, nothing is kept from one transaction to the next: no prepared
+    statements, and no settings, so writes do send notifications. `least` connections are opened at
+    once.
     """
-    quiet = {} if pooled else {"sequencer.notify": "off"}
+    notify = {} if pooled else {"sequencer.notify": "off"}
     if pooled:
         options["statement_cache_size"] = 0
     else:
         # for as long as the connection lasts: a lone timer must not wait for them
         options["max_cached_statement_lifetime"] = 0
     return await asyncpg.create_pool(
-        **conninfo.arguments(url, name="sequencerd", timeout=CONNECT_TIMEOUT, settings=quiet),
+        **conninfo.arguments(url, name="sequencerd", timeout=CONNECT_TIMEOUT, settings=notify),
         min_size=least,
         max_size=size,
         command_timeout=COMMAND_TIMEOUT,
@@ -242,10 +243,10 @@ async def connect_pool(
 
 @asynccontextmanager
 async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
-    """A connection for a while; one that gives no answer is closed.
+    """Borrow a connection. One that does not answer is closed.
 
-    A cancellation stays one, though the ROLLBACK that follows it fails: who tries again after the
-    errors of a database would never end.
+    A cancellation remains one even if the ROLLBACK after it fails; otherwise a task that repeats
+    its work after database errors could not be cancelled.
     """
     waiting, ours = _waiting.setdefault(pool, {}), object()
     waiting[ours] = time.monotonic()
@@ -264,7 +265,7 @@ async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
 
 
 _waiting: dict[asyncpg.Pool, dict[object, float]] = {}
-"""Since when somebody waits for a connection, for pools where anybody does."""
+"""Since when tasks wait for a connection, for pools on which any task waits."""
 
 
 def _end_wait(pool: asyncpg.Pool, ours: object) -> None:
@@ -275,14 +276,14 @@ def _end_wait(pool: asyncpg.Pool, ours: object) -> None:
 
 
 def longest_wait(pool: asyncpg.Pool) -> float:
-    """For how many seconds a connection has been waited for. From any thread."""
+    """Return for how many seconds a connection has been waited for. Callable from any thread."""
     since = list(_waiting.get(pool, {}).values())
     return time.monotonic() - min(since) if since else 0.0
 
 
 @asynccontextmanager
 async def transaction(on: asyncpg.Connection, **options: Any) -> AsyncIterator[asyncpg.Connection]:
-    """The same for a transaction, whose ROLLBACK would wait for as long again."""
+    """Open a transaction. A connection that does not answer is closed, without a ROLLBACK."""
     async with on.transaction(**options):
         with _closed_when_dead(on):
             yield on
@@ -290,7 +291,7 @@ async def transaction(on: asyncpg.Connection, **options: Any) -> AsyncIterator[a
 
 @asynccontextmanager
 async def reading(pool: asyncpg.Pool, **options: Any) -> AsyncIterator[asyncpg.Connection]:
-    """A connection for a while, in a transaction that can write nothing."""
+    """Borrow a connection, in a read-only transaction."""
     async with connection(pool) as acquired, transaction(acquired, readonly=True, **options):
         yield acquired
 
@@ -298,7 +299,7 @@ async def reading(pool: asyncpg.Pool, **options: Any) -> AsyncIterator[asyncpg.C
 async def read(
     pool: asyncpg.Pool, query: str, *arguments: object, seconds: float | None = None
 ) -> list[asyncpg.Record]:
-    """The rows of one of the QUERIES, which can write nothing and take so long at most."""
+    """Return the rows of one of the QUERIES, in a read-only transaction and within a time."""
     async with reading(pool) as connection:
         rows: list[asyncpg.Record] = await connection.fetch(
             QUERIES[query], *arguments, timeout=seconds
@@ -319,7 +320,7 @@ def _closed_when_dead(used: asyncpg.Connection) -> Iterator[None]:
 
 
 async def revisions(connection: asyncpg.Connection) -> dict[str, int]:
-    """The revision of every sequence."""
+    """Read the revision of every sequence."""
     rows = await connection.fetch(QUERIES["revisions"])
     return {row["name"]: row["revision"] for row in rows}
 
@@ -327,7 +328,7 @@ async def revisions(connection: asyncpg.Connection) -> dict[str, int]:
 async def definitions(
     connection: asyncpg.Connection, names: Iterable[str]
 ) -> tuple[list[asyncpg.Record], list[asyncpg.Record]]:
-    """The rows of some sequences and of their steps, from one snapshot."""
+    """Read some sequences and their steps, from one snapshot."""
     wanted = list(names)
     async with transaction(connection, isolation="repeatable_read", readonly=True):
         return (
@@ -337,7 +338,7 @@ async def definitions(
 
 
 class HiddenTable(NamedTuple):
-    """A table of which row-level security hides rows from a user: all, or maybe some."""
+    """A table of which row-level security hides rows from a user: all, or perhaps some."""
 
     table: str
     user: str
@@ -348,14 +349,14 @@ class HiddenTable(NamedTuple):
 
 
 async def hidden_tables(connection: asyncpg.Connection) -> list[HiddenTable]:
-    """Where row-level security is in the way of the present user, or of triggers."""
+    """Find tables of which row-level security may hide rows from this user, or from triggers."""
     return [HiddenTable(*row) for row in await connection.fetch(QUERIES["row_security"])]
 
 
 async def set_problems(
     connection: asyncpg.Connection, problems: Mapping[StepKey, str | None]
 ) -> None:
-    """Writes what is wrong with steps; None clears it."""
+    """Write the problems of steps; None clears one."""
     await connection.execute(QUERIES["set_problems"], *_columns(problems), list(problems.values()))
 
 
@@ -369,7 +370,7 @@ async def is_standby(connection: asyncpg.Connection) -> bool:
 
 
 async def server_time(connection: asyncpg.Connection) -> datetime:
-    """The database's clock."""
+    """Read the database's clock."""
     now: datetime = await connection.fetchval(QUERIES["server_time"])
     return now
 
@@ -381,9 +382,7 @@ async def beat(
     lease: timedelta,
     types: Iterable[str],
 ) -> datetime:
-    """Keeps a daemon alive for the time of a lease, with the types that it serves. Returns since
-    when it runs.
-    """
+    """Extend the life of a daemon by the duration of a lease. Return since when it runs."""
     since: datetime = await connection.fetchval(
         QUERIES["beat"], daemon, started_at, lease, sorted(types)
     )
@@ -391,29 +390,29 @@ async def beat(
 
 
 async def types_elsewhere(connection: asyncpg.Connection, daemon: str) -> frozenset[str]:
-    """The types of steps that other living daemons serve."""
+    """Read the step types that other living daemons serve."""
     return frozenset(row[0] for row in await connection.fetch(QUERIES["types_elsewhere"], daemon))
 
 
 async def notify_due(connection: asyncpg.Connection, step_keys: Iterable[StepKey]) -> None:
-    """Tells other daemons to look at steps."""
+    """Notify other daemons of due steps."""
     await connection.execute(QUERIES["notify_due"], *_columns(step_keys))
 
 
 async def remove_dead_daemons(connection: asyncpg.Connection) -> None:
-    """Removes those that have sent no heartbeat for too long."""
+    """Remove daemons that have sent no heartbeat for too long."""
     await connection.execute(QUERIES["remove_dead_daemons"])
 
 
 async def remove_daemon(connection: asyncpg.Connection, daemon: str) -> None:
-    """Removes one that ends."""
+    """Remove a daemon that ends."""
     await connection.execute(QUERIES["remove_daemon"], daemon)
 
 
 async def write_problems(
     connection: asyncpg.Connection, daemon: str, problems: Rows[tuple[object, ...]]
 ) -> None:
-    """Writes what a daemon reports, in the order of the columns, and removes everything else."""
+    """Replace the problems that a daemon reports, given in the order of the columns."""
     columns = list(zip(*problems, strict=True)) or [()] * PROBLEM_COLUMNS
     await connection.execute(QUERIES["remove_problems"], daemon, *columns[:2])
     if problems:
@@ -421,28 +420,30 @@ async def write_problems(
 
 
 async def first_wakes(connection: asyncpg.Connection) -> list[tuple[StepKey, datetime]]:
-    """The earliest wake time of each step where somebody is."""
+    """Read the earliest wake time of each step that has active enrollments."""
     rows = await connection.fetch(QUERIES["first_wakes"])
     return [((row["sequence"], row["step"]), row["wake_at"]) for row in rows]
 
 
 async def acquire_notify_lock(connection: asyncpg.Connection) -> bool | None:
-    """Asks for notifications, for as long as the connection lasts. Whether the lock is ours, or
-    another daemon's; None: it is nobody's yet, as transactions are under way that tell nobody.
+    """Try to acquire the notify lock, for as long as the connection lasts.
+
+    Return True if this connection holds it, False if another daemon does, and None if transactions
+    are in progress that have skipped their notification.
     """
     is_ours: bool | None = await connection.fetchval(QUERIES["acquire_notify_lock"])
     return is_ours
 
 
 async def release_notify_lock(connection: asyncpg.Connection) -> None:
-    """Asks for no notifications, and tells the other daemons."""
+    """Release the notify lock, and notify the other daemons of that."""
     await connection.execute(QUERIES["release_notify_lock"])
 
 
 async def count_due(
     connection: asyncpg.Connection, step_keys: Iterable[StepKey], now: datetime, limit: int
 ) -> list[tuple[str, str, int, int]]:
-    """Of some steps: the key, how many are due there, and overdue; up to a limit for each."""
+    """Count due and overdue enrollments of steps, up to a limit each."""
     sequences, steps = _columns(step_keys)
     rows = await connection.fetch(QUERIES["count_due"], sequences, steps, now, limit)
     return [tuple(row) for row in rows]
@@ -476,7 +477,7 @@ async def due_ids(
     daemon: str,
     excluding: Rows[int],
 ) -> list[int]:
-    """Which enrollments a claim would find. Reads nothing of them that might be unreadable."""
+    """Find what a claim would find, reading nothing that may be unreadable."""
     rows = await connection.fetch(QUERIES["due_ids"], *step_key, now, daemon, excluding, limit)
     return [row["id"] for row in rows]
 
@@ -491,7 +492,9 @@ async def expired_ids(
     daemon: str,
     excluding: Rows[int],
 ) -> list[int]:
-    """Who has expired at a step without being leased, and who is due `since` and may have."""
+    """Find unleased enrollments of a step that have expired, or are due `since` a time and may
+    have.
+    """
     since = since or datetime.min.replace(tzinfo=UTC)
     query = QUERIES["expired_ids"]
     rows = await connection.fetch(query, *step_key, now, daemon, excluding, limit, since)
@@ -499,7 +502,7 @@ async def expired_ids(
 
 
 async def forget_expiries(connection: asyncpg.Connection, step_key: StepKey) -> None:
-    """When those at a step expire is to be evaluated anew: its definition may have changed."""
+    """Mark the expiries of a step as unknown, as its definition may have changed."""
     await connection.execute(QUERIES["forget_expiries"], *step_key)
 
 
@@ -513,8 +516,9 @@ async def claim_some(
     daemon: str,
     bare: bool = False,
 ) -> list[Enrollment]:
-    """Locks some enrollments of a step; also those that this daemon has leased, and no longer
-    knows of. `bare` without their data and subjects, which may be unreadable.
+    """Claim given enrollments of a step, including those leased to this daemon itself.
+
+    If `bare`, without their data and subjects, which may be unreadable.
     """
     query = QUERIES["claim_bare" if bare else "claim_some"]
     rows = await connection.fetch(query, *step_key, now, daemon, ids, revision)
@@ -524,8 +528,9 @@ async def claim_some(
 async def _with_data(
     connection: asyncpg.Connection, rows: Rows[asyncpg.Record]
 ) -> Rows[Iterable[Any]]:
-    """Rows with their data: those that are large are left out by the statement, and read here, as
-    many as fit into MAX_BYTES. The others are dropped.
+    """Add large data, which statements omit, to rows: as much as fits into MAX_BYTES.
+
+    Rows beyond that are dropped.
     """
     large = [row["id"] for row in rows if row["data"] is None]
     if not large:
@@ -550,7 +555,7 @@ async def _with_data(
 async def count_expired_leases(
     connection: asyncpg.Connection, claimed: Rows[Enrollment], now: datetime
 ) -> dict[int, int]:
-    """How often the leases of enrollments have expired in their visits, lately."""
+    """Count the recent leases of enrollments that expired in their present visits."""
     ids, visits = [one.id for one in claimed], [one.visit for one in claimed]
     return {
         row["enrollment_id"]: row["count"]
@@ -566,7 +571,7 @@ async def orphans(
     daemon: str,
     excluding: Rows[int],
 ) -> dict[StepKey, list[int]]:
-    """What a daemon has leased and no longer knows of, at some steps, though its lease is over."""
+    """Find what a daemon has leased and does not know of, by step, once it is due."""
     sequences, steps = _columns(step_keys)
     found: dict[StepKey, list[int]] = {}
     for row in await connection.fetch(QUERIES["orphans"], sequences, steps, now, daemon, excluding):
@@ -575,18 +580,18 @@ async def orphans(
 
 
 async def probe(connection: asyncpg.Connection) -> None:
-    """Raises what keeps enrollments and events from being written at all, whichever row it is."""
+    """Raise what keeps enrollments and events from being written, whichever row it is."""
     await connection.execute(QUERIES["probe"], timeout=PROBE_TIMEOUT)
 
 
 async def lock(
     connection: asyncpg.Connection, known: Rows[Enrollment]
 ) -> tuple[set[int], dict[Fence, Enrollment], dict[str, int | None]]:
-    """Locks enrollments but those that somebody else has locked. Returns the ids of the locked; of
-    those that are still as they are known in a fence, the enrollment read anew; and the revisions
-    of their sequences.
+    """Lock enrollments, except those that another session has locked.
 
-    What can't change in a visit is taken as it is known: dates take long to read.
+    Return the ids of the locked rows; by their fences, those that are still as known, read again;
+    and the revisions of their sequences. What cannot change within a visit is taken from what is
+    known, as dates take long to read.
     """
     by_fence = {enrollment.fence: enrollment for enrollment in known}
     ids = sorted({enrollment.id for enrollment in known})
@@ -625,21 +630,21 @@ async def lock(
 
 
 async def fences(connection: asyncpg.Connection, ids: Rows[int]) -> set[Fence]:
-    """To whom enrollments are leased, after every transaction that may still write them."""
+    """Read the fences of enrollments, after every transaction that may still write them."""
     rows = await connection.fetch(QUERIES["fences"], ids)
     return {(row["id"], row["visit"], row["leases"], row["leased_by"]) for row in rows}
 
 
 async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:
-    """Which of the enrollments are not deleted."""
+    """Return which enrollments are not deleted."""
     return {row["id"] for row in await connection.fetch(QUERIES["existing"], ids)}
 
 
 async def refusals(
     connection: asyncpg.Connection, jumps: Rows[tuple[int, str, str]]
 ) -> dict[tuple[int, str], tuple[str, str | None]]:
-    """Of jumps (id, subject, sequence): by id and sequence, its reentry policy, and the code of the
-    reason for which it refuses this one.
+    """Read, for jumps (id, subject, sequence), the reentry policy and the code of a refusal, if
+    any.
     """
     rows = await connection.fetch(QUERIES["refusals"], *map(list, zip(*jumps, strict=True)))
     return {(row["id"], row["sequence"]): (row["reentry"], row["refusal"]) for row in rows}
@@ -653,14 +658,14 @@ async def next_wake(
     daemon: str,
     excluding: Rows[int],
 ) -> datetime | None:
-    """When to claim at a step again, `but` for some enrollments."""
+    """Read when to claim at a step again, `excluding` some enrollments."""
     query = QUERIES["next_wake"]
     at: datetime | None = await connection.fetchval(query, *step_key, now, daemon, excluding)
     return at
 
 
 async def write(connection: asyncpg.Connection, written: Written, now: datetime) -> None:
-    """Writes where locked enrollments are now, and what happened to them."""
+    """Write the new states of locked enrollments, and their events."""
     if written.data:
         data = [
             (
@@ -678,20 +683,22 @@ async def write(connection: asyncpg.Connection, written: Written, now: datetime)
         rows = [(ids, *row, now) for row, ids in written.rows.items()]
         await connection.executemany(QUERIES["write"], rows)
     if written.events:
-        who = [id_ for ids in written.events.values() for id_ in ids]
+        enrollments = [id_ for ids in written.events.values() for id_ in ids]
         number = [n for n, ids in enumerate(written.events.values(), 1) for _ in ids]
-        await connection.execute(QUERIES["record"], who, number, *zip(*written.events, strict=True))
+        await connection.execute(
+            QUERIES["record"], enrollments, number, *zip(*written.events, strict=True)
+        )
 
 
 async def extend_leases(
     connection: asyncpg.Connection, ids: Rows[int], daemon: str, until: datetime
 ) -> None:
-    """Keeps what a daemon is executing from falling due."""
+    """Extend the leases of what a daemon is executing."""
     await connection.execute(QUERIES["extend_leases"], ids, daemon, until)
 
 
 async def occupied(connection: asyncpg.Connection) -> list[StepKey]:
-    """Each step where an enrollment is active."""
+    """Read the steps that have active enrollments."""
     rows = await connection.fetch(QUERIES["occupied"])
     return [(row["sequence"], row["step"]) for row in rows]
 
@@ -699,9 +706,7 @@ async def occupied(connection: asyncpg.Connection) -> list[StepKey]:
 async def request_evaluation(
     connection: asyncpg.Connection, step_keys: Iterable[StepKey]
 ) -> list[StepKey]:
-    """Notes that all who wait at steps are to be evaluated. Returns those steps that were not
-    locked by others.
-    """
+    """Request the evaluation of all that wait at steps. Return the steps that were not locked."""
     sequences, steps = _columns(step_keys)
     rows = await connection.fetch(QUERIES["request_evaluation"], sequences, steps)
     return [(row["sequence"], row["name"]) for row in rows]
@@ -710,26 +715,26 @@ async def request_evaluation(
 async def waiting_of_subjects(
     connection: asyncpg.Connection, subjects: Rows[str], after: int, now: datetime, limit: int
 ) -> list[asyncpg.Record]:
-    """Who waits of some subjects, with a greater id: id, subject, sequence and step."""
+    """Read id, subject, sequence and step of the waiting enrollments of subjects, after an id."""
     query = QUERIES["waiting_of_subjects"]
     rows: list[asyncpg.Record] = await connection.fetch(query, subjects, after, now, limit)
     return rows
 
 
 async def unfinished_rescheduling(connection: asyncpg.Connection) -> dict[StepKey, int]:
-    """Steps where waiting enrollments have yet to be evaluated, and from which id on."""
+    """Read the steps with enrollments yet to be evaluated, and from which id on."""
     rows = await connection.fetch(QUERIES["unfinished_rescheduling"])
     return {(row["sequence"], row["name"]): row["reschedule_from"] for row in rows}
 
 
 async def acquire_requests_lock(connection: asyncpg.Connection) -> bool:
-    """Whether this connection's daemon sees to requests, as long as the connection lasts."""
+    """Try to become the daemon that handles requests, for as long as the connection lasts."""
     is_ours: bool = await connection.fetchval(QUERIES["acquire_requests_lock"])
     return is_ours
 
 
 async def rescheduling_from(connection: asyncpg.Connection, step_key: StepKey) -> int | None:
-    """From which id on those who wait at a step have yet to be looked at; None if nobody has."""
+    """Read from which id on enrollments at a step are yet to be evaluated; None if none are."""
     since: int | None = await connection.fetchval(QUERIES["rescheduling_from"], *step_key)
     return since
 
@@ -737,7 +742,7 @@ async def rescheduling_from(connection: asyncpg.Connection, step_key: StepKey) -
 async def active_ids(
     connection: asyncpg.Connection, step_key: StepKey, since: int, limit: int
 ) -> list[int]:
-    """Who is at a step, by id, from this one on."""
+    """Read the ids of the enrollments at a step, in order, from one on."""
     rows = await connection.fetch(QUERIES["active_ids"], *step_key, since, limit)
     return [row["id"] for row in rows]
 
@@ -745,9 +750,9 @@ async def active_ids(
 async def lock_rescheduling(
     connection: asyncpg.Connection, step_key: StepKey, since: int, revision: int
 ) -> bool:
-    """Whether nobody but us evaluates who waits at a step until the end of the transaction.
+    """Lock a step, so that this daemon alone evaluates it until the end of the transaction.
 
-    Not where another daemon is at it, or the definition is not the one known.
+    Return False if another daemon has locked it, or the definition is not the known one.
     """
     return (
         await connection.fetchval(QUERIES["lock_rescheduling"], *step_key, since, revision)
@@ -756,14 +761,14 @@ async def lock_rescheduling(
 
 
 async def record_progress(connection: asyncpg.Connection, step_key: StepKey, until: int) -> None:
-    """Notes up to which id a step is done."""
+    """Record up to which id a step is done."""
     await connection.execute(QUERIES["record_progress"], *step_key, until)
 
 
 async def lock_waiting(
     connection: asyncpg.Connection, step_key: StepKey, ids: Rows[int], now: datetime
 ) -> tuple[list[Enrollment], list[int]]:
-    """Locks those who wait at a step beyond now, and tells who is locked by somebody else."""
+    """Lock enrollments that wait at a step. Return them, and those that others have locked."""
     rows = await connection.fetch(QUERIES["lock_waiting"], *step_key, ids, now)
     waiting = [Enrollment(*row) for row in await _with_data(connection, rows)]
     if len(waiting) == len(ids):
@@ -777,25 +782,25 @@ async def lock_waiting(
 async def finish_rescheduling(
     connection: asyncpg.Connection, step_key: StepKey, since: int
 ) -> bool | None:
-    """Notes that a step is done: whether it is to be done again; None if another was faster."""
+    """Record that a step is done. Return whether to do it again; None if another daemon did."""
     again: bool | None = await connection.fetchval(QUERIES["finish_rescheduling"], *step_key, since)
     return again
 
 
 async def new_transaction(connection: asyncpg.Connection) -> int:
-    """A number greater than those of all transactions that have written until now."""
+    """Draw a number greater than those of all transactions that have written until now."""
     number: int = await connection.fetchval(QUERIES["new_transaction"])
     return number
 
 
 async def oldest_transaction(connection: asyncpg.Connection) -> int:
-    """The number of the oldest transaction that has written and not ended."""
+    """Read the number of the oldest transaction in progress that has written."""
     number: int = await connection.fetchval(QUERIES["oldest_transaction"])
     return number
 
 
 async def revive(connection: asyncpg.Connection, step_keys: Rows[StepKey], now: datetime) -> int:
-    """Lets those go on who failed at steps that have been fixed. Returns how many."""
+    """Resume enrollments that failed at steps which are valid now. Return how many."""
     sequences, steps = _columns(step_keys)
     return _count(await connection.execute(QUERIES["revive"], sequences, steps, now))
 
@@ -803,7 +808,7 @@ async def revive(connection: asyncpg.Connection, step_keys: Rows[StepKey], now: 
 async def suppressed(
     connection: asyncpg.Connection, addresses: Rows[tuple[str, str]]
 ) -> set[tuple[str, str]]:
-    """Which of the (channel, address) get no messages."""
+    """Return which of the (channel, address) are suppressed."""
     channels, texts = [a[0] for a in addresses], [a[1] for a in addresses]
     rows = await connection.fetch(QUERIES["suppressed"], channels, texts)
     return {(row["channel"], row["address"]) for row in rows}
@@ -812,10 +817,10 @@ async def suppressed(
 async def look_up(
     connection: asyncpg.Connection, function: str, subjects: Rows[str], seconds: float
 ) -> dict[str, Mapping[str, Any]]:
-    """What a function `schema.name(subjects text[])` of the user's own knows, by subject.
+    """Call an SQL function `schema.name(subjects text[])` for data, by subject.
 
-    It can't write, and the server ends it after so many seconds. Raises ValueError for a name that
-    is none, or of a schema that is not theirs.
+    It cannot write, and the server ends it after some seconds. Raises ValueError for what is not
+    the name of a function, or in a schema that applications cannot have.
     """
     name = _FUNCTION.fullmatch(function)
     if name is None or re.match(r"pg_|information_schema$|sequencer$", name["schema"]):
@@ -870,24 +875,24 @@ async def read_source(
 
 
 async def try_lock_retention(connection: asyncpg.Connection) -> bool:
-    """Whether nobody else tidies up; until the end of the transaction nobody else will."""
+    """Try to become the only daemon that runs retention, until the end of the transaction."""
     is_alone: bool = await connection.fetchval(QUERIES["try_lock_retention"])
     return is_alone
 
 
 async def add_event_partitions(connection: asyncpg.Connection) -> None:
-    """Makes the partitions of the history that will be needed soon."""
+    """Create the partitions of the history that are needed soon."""
     await connection.execute(QUERIES["add_event_partitions"])
 
 
 async def drop_event_partition(connection: asyncpg.Connection, before: datetime) -> str | None:
-    """Drops the oldest partition of the history, if all of it is older. Returns its name."""
+    """Drop the oldest partition of the history, if all of it is older. Return its name."""
     name: str | None = await connection.fetchval(QUERIES["drop_event_partition"], before)
     return name
 
 
 async def delete_ended(connection: asyncpg.Connection, before: datetime, limit: int) -> int:
-    """Deletes a batch of the enrollments that have ended before. Returns how many."""
+    """Delete a batch of the enrollments that ended before a time. Return how many."""
     count: int = await connection.fetchval(QUERIES["delete_ended"], before, limit)
     return count
 
@@ -899,5 +904,5 @@ def _columns(step_keys: Iterable[StepKey]) -> tuple[list[str], list[str]]:
 
 
 def _count(tag: str) -> int:
-    """The number in a command tag such as "INSERT 0 5"."""
+    """Return the number in a command tag such as "INSERT 0 5"."""
     return int(tag.rsplit(" ", 1)[-1])

@@ -1,8 +1,8 @@
-"""Addresses made from templates: a value fills a name or an address, and never becomes another.
+"""Addresses made from templates: a value fills a name or an address, and never adds another.
 
-What separates mailboxes is read from the template's own text: its commas, angle brackets and
-quotation marks are replaced by marks that no value holds, before the template is compiled. So
-`{{data.name}} <{{data.email}}>` is one mailbox, whatever the name is, and a comma in a block such
+Separators of mailboxes are read from the template's own text: its commas, angle brackets and
+quotation marks are replaced by marks that no value contains, before the template is compiled. So
+`{{data.name}} <{{data.email}}>` is one mailbox, whatever the name is, and the comma in a block such
 as `{{#each data.team}}{{email}}, {{/each}}` separates as it should.
 """
 
@@ -40,7 +40,9 @@ _TAG = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """The addresses of a field. Each part is what a text without tags says, or a template."""
+    """The addresses of a field: the mailboxes of its literal parts, and the templates of the
+    others.
+    """
 
     name: str
     parts: tuple[tuple[Mailbox, ...] | Template, ...]
@@ -52,7 +54,7 @@ class Addresses:
         return not any(self.parts)
 
     def render(self, view: Mapping[str, Any]) -> list[Mailbox]:
-        """The mailboxes for an enrollment. Raises RenderError, which names the field."""
+        """Return the mailboxes for an enrollment. Raises RenderError, which names the field."""
         found: list[Mailbox] = []
         for part in self.parts:
             if isinstance(part, tuple):
@@ -81,7 +83,7 @@ class Addresses:
 def compile_addresses(
     name: str, field: str | Iterable[str] | None, *, many: bool = False
 ) -> Addresses:
-    """The addresses of a field, a text or several. Raises DefinitionError, which names it.
+    """Return the addresses of a field, a text or several. Raises DefinitionError, which names it.
 
     With `many`, a value may be a list of addresses.
     """
@@ -101,7 +103,7 @@ def _compile(name: str, source: str) -> tuple[Mailbox, ...] | Template:
 
 
 def _marked(source: str) -> str:
-    """The template with marks for what its own text separates; quotation marks are taken out."""
+    """Return the template with marks for its own separators, and without its quotation marks."""
     written = []
     position = 0
     is_quoted = False

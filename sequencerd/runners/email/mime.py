@@ -1,7 +1,7 @@
-"""Addresses and messages as RFC 5322 and MIME write them.
+"""Writes addresses and messages by RFC 5322 and MIME.
 
-The standard library's EmailMessage is not used to write: it turns long URLs in List-Unsubscribe
-and long lists in References into encoded words, which nobody reads there.
+The standard library's EmailMessage does not write them: it turns long URLs in List-Unsubscribe and
+long lists in References into encoded words, which no program reads there.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Mailbox:
 
     @property
     def domain(self) -> str:
-        """What comes after the @."""
+        """The part after the @."""
         return self.address.rpartition("@")[2]
 
     def __str__(self) -> str:
-        """As it stands in a header."""
+        """Return the mailbox as written in a header."""
         if not self.name:
             return self.address
         if not self.name.isascii() or "=?" in self.name or len(self.name) > MAX_WORD:
@@ -60,7 +60,7 @@ class Mailbox:
 
 
 def parse_mailboxes(field: str, text: str) -> list[Mailbox]:
-    """Reads `a@x, Ada <b@x>, "Lovelace, Ada" <c@x>`; none for an empty text. Raises RenderError."""
+    """Parse `a@x, Ada <b@x>, "Lovelace, Ada" <c@x>`; none for an empty text. Raises RenderError."""
     found = []
     position = 0
     check_header(field, text := text.strip())
@@ -77,7 +77,7 @@ def parse_mailboxes(field: str, text: str) -> list[Mailbox]:
 
 
 def parse_mailbox(field: str, text: str) -> Mailbox:
-    """Reads one mailbox; whatever stands before the last < is its name. Raises RenderError."""
+    """Parse one mailbox; what precedes the last < is its name. Raises RenderError."""
     check_header(field, text := text.strip())
     if not text.endswith(">"):
         return Mailbox("", parse_address(field, text))
@@ -91,8 +91,8 @@ def parse_mailbox(field: str, text: str) -> Mailbox:
 
 
 def parse_address(field: str, text: str) -> str:
-    """The address with its domain in ASCII, and a local part in quotes where RFC 5321 wants them:
-    `a..b@docomo.ne.jp` as `"a..b"@docomo.ne.jp`. Raises RenderError.
+    """Return an address with its domain in ASCII, and its local part quoted if RFC 5321 requires
+    that: `a..b@docomo.ne.jp` as `"a..b"@docomo.ne.jp`. Raises RenderError.
     """
     local, at, domain = text.rpartition("@")
     bad = RenderError(f"{field}: {one_line(text, 100)!r} is not an address such as ada@example.com")
@@ -113,7 +113,7 @@ def parse_address(field: str, text: str) -> str:
 
 
 def check_header(field: str, text: str) -> str:
-    """The text, if it fits into a header: no line break can add another. Raises RenderError."""
+    """Return a text that fits into a header: no line break can add another. Raises RenderError."""
     if _CONTROL.search(text):
         raise RenderError(f"{field}: a line break or control character can't be in a header")
     if _HALF.search(text):
@@ -124,19 +124,19 @@ def check_header(field: str, text: str) -> str:
 
 
 def unfold(text: str) -> str:
-    """A header's value in one line, where it was folded as headers are (RFC 5322, 2.2.3)."""
+    """Return a header's value in one line, unfolded by RFC 5322, 2.2.3."""
     return _FOLD.sub(" ", text)
 
 
 def header(name: str, text: str) -> str:
-    """A header of free text, folded; what is not ASCII becomes encoded words (RFC 2047)."""
+    """Return a folded header of free text; what is not ASCII becomes encoded words (RFC 2047)."""
     if not text.isascii() or "=?" in text or max(map(len, text.split(" "))) > MAX_WORD:
         return f"{name}: {_encoded_words(text, len(name) + 2)}"
     return _folded(name, text)
 
 
 def structured_header(name: str, text: str) -> str:
-    """A header of identifiers or addresses of pages, folded: encoded words are not read there.
+    """Return a folded header of identifiers or URLs, in which encoded words are not allowed.
 
     Raises RenderError for what is not ASCII, or too long for a line.
     """
@@ -159,7 +159,7 @@ def _folded(name: str, text: str) -> str:
 
 
 def address_header(name: str, mailboxes: Iterable[Mailbox]) -> str:
-    """A header of addresses, folded."""
+    """Return a folded header of addresses."""
     written = [str(mailbox) for mailbox in mailboxes]
     line = f"{name}: {', '.join(written)}"
     return line if len(line) <= MAX_LINE else f"{name}: " + ",\r\n ".join(written)
@@ -170,7 +170,7 @@ def _encoded_words(text: str, used: int) -> str:
 
 
 def message(headers: Iterable[str], text: str | None, html: str | None, boundary: str) -> bytes:
-    """The whole message; at least one of `text` and `html` is given. Raises RenderError."""
+    """Return the whole message, with `text` or `html` or both. Raises RenderError."""
     try:
         parts = [
             _part(subtype, content)
@@ -194,7 +194,7 @@ def message(headers: Iterable[str], text: str | None, html: str | None, boundary
 
 
 def _part(subtype: str, content: str) -> bytes:
-    """Quoted-printable throughout: any server takes it, and no line is too long."""
+    """Return a part in quoted-printable: any server accepts it, and no line is too long."""
     lines = content.replace("\r\n", "\n").replace("\r", "\n").encode()
     body = binascii.b2a_qp(lines, istext=True).replace(b"\n", b"\r\n")
     return (
@@ -204,7 +204,7 @@ def _part(subtype: str, content: str) -> bytes:
 
 
 def fields(content: bytes) -> dict[str, str]:
-    """What a reader sees of a message: from, subject, text and html, as far as it has them."""
+    """Return what a recipient sees of a message: from, subject, text and html, if present."""
     read = message_from_bytes(content, policy=default)
     found = {"from": str(read["From"]), "subject": str(read["Subject"])}
     for name, kind in (("text", "plain"), ("html", "html")):

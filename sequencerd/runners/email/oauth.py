@@ -1,4 +1,4 @@
-"""Access tokens for a mail server, from a token endpoint (RFC 6749) or from a command."""
+"""Fetches access tokens for a mail server, from a token endpoint (RFC 6749) or by a command."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ UNKNOWN_LIFE = 60.0  # seconds that a token is used for if nobody says how long 
 
 
 class TokenError(Exception):
-    """No token, with the reason; it shows no secret."""
+    """No token, with the reason, which contains no secret."""
 
 
 class Token(NamedTuple):
-    """An access token, and how many seconds it lives."""
+    """An access token, and for how many seconds it is valid."""
 
     text: str
     life: float
@@ -34,7 +34,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """What the token endpoint knows us by. With a refresh token, it stands for its user."""
+    """The client's credentials at the token endpoint. With a refresh token it acts for a user."""
 
     token_url: str
     client_id: str
@@ -44,7 +44,7 @@ class Client:
 
 
 class Tokens:
-    """The token of the time being: fetched when it is needed, once for all who ask meanwhile."""
+    """The present token: fetched when it is needed, once for all callers."""
 
     def __init__(self, fetch: Callable[[], Awaitable[Token]]) -> None:
         self._fetch = fetch
@@ -53,7 +53,7 @@ class Tokens:
         self._until = -math.inf
 
     async def get(self, *, instead_of: str | None = None) -> str:
-        """A token that is good for a while; `instead_of` names one that was refused.
+        """Return a token that is valid for a while; `instead_of` names one that was refused.
 
         Raises TokenError.
         """
@@ -65,7 +65,7 @@ class Tokens:
             return self._token
 
     def hide(self, text: str) -> str:
-        """A text without the token, should a server answer it."""
+        """Return a text without the token, in case a server repeats it."""
         return text.replace(self._token, "***") if self._token else text
 
 
@@ -85,8 +85,8 @@ def _read(body: bytes) -> _Answer:
 
 
 class Endpoint:
-    """Fetches tokens by the client's credentials, or by its refresh token. ValueError for a URL
-    that can't be called.
+    """Fetches tokens by the client's credentials, or by its refresh token. Raises ValueError for a
+    URL that cannot be called.
     """
 
     def __init__(self, client: Client, *, timeout: float = 30.0, web: Web | None = None) -> None:
@@ -96,7 +96,7 @@ class Endpoint:
         self._web = web or Web(timeout=timeout, connections=1, allow_private=True)
 
     async def fetch(self) -> Token:
-        """A new token. Raises TokenError."""
+        """Fetch a new token. Raises TokenError."""
         client = self._client
         form = {"client_id": client.client_id}
         if self._refresh_token is not None:
@@ -122,7 +122,7 @@ class Endpoint:
         return Token(answer.access_token, answer.expires_in or UNKNOWN_LIFE)
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._web.close()
 
 
@@ -136,7 +136,7 @@ class Command:
         self._timeout = timeout
 
     async def fetch(self) -> Token:
-        """What the program prints now. Raises TokenError, without its output."""
+        """Return what the program prints. Raises TokenError, without its output."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._words,
@@ -161,11 +161,11 @@ class Command:
         return _printed(output)
 
     async def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: there is nothing to release."""
 
 
 def token_source(oauth: Client | str) -> Endpoint | Command:
-    """Where tokens come from: a client's endpoint, or a command. Raises ValueError."""
+    """Return the source of tokens: a client's endpoint, or a command. Raises ValueError."""
     return Command(oauth) if isinstance(oauth, str) else Endpoint(oauth)
 
 

@@ -1,7 +1,7 @@
-"""Recipients that a server refused for now, while others have the message already.
+"""Recipients that a server refused temporarily, while others have the message already.
 
 The message goes to them alone, later. Until then the enrollment stays at its step, and its data
-say to whom the message still has to go: so it holds after a restart as well.
+list the recipients to which the message still has to go, so that a restart changes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ LONGEST = timedelta(days=2)
 
 
 class Pending(BaseModel):
-    """What is left to do of a message: `key` tells which, `tries` how often it was tried since."""
+    """What remains to be sent of a message: `key` identifies it, `tries` counts the further
+    attempts.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,12 +36,12 @@ class Pending(BaseModel):
     tries: int
 
     def end(self, message: str) -> Answer:
-        """No more tries: the enrollment goes on."""
+        """Give up: the enrollment moves on."""
         return Answer(message=message, data={DATA_KEY: None})
 
 
 def read(task: Task) -> Pending | None:
-    """What is left of this task's message, if a part of it was sent already."""
+    """Return what remains of this task's message, if a part of it was sent already."""
     data: Mapping[str, Any] = task.view["data"]
     try:
         left = Pending.model_validate(data.get(DATA_KEY))
@@ -51,7 +53,7 @@ def read(task: Task) -> Pending | None:
 def follow_up(
     task: Task, left: Pending | None, delivery: Delivery, retry: RetryPolicy, now: datetime
 ) -> Result:
-    """What the enrollment does after a delivery."""
+    """Return what the enrollment does after a delivery."""
     result = delivery.result
     later = delivery.later
     if isinstance(result, Failed):

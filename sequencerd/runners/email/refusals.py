@@ -46,7 +46,7 @@ class Meaning(StrEnum):
 
 
 class Refusal(NamedTuple):
-    """What a refusal means; of a quota, how long to wait at least."""
+    """What a refusal means; for a quota, the least wait."""
 
     meaning: Meaning
     wait: timedelta | None = None
@@ -66,7 +66,7 @@ def _any(*phrases: str) -> re.Pattern[str]:
 
 
 def _near(one: str, other: str) -> str:
-    """Both, in either order, in one sentence as far as can be told."""
+    """Return a pattern for both, in either order, within a sentence."""
     return rf"(?:{one}).{{0,60}}?(?:{other})|(?:{other}).{{0,60}}?(?:{one})"
 
 
@@ -220,7 +220,7 @@ _BUSY = _any(
 
 
 def read_refusal(code: int, text: str, stage: Stage) -> Refusal:
-    """What a reply means; `text` may have several lines, without the reply's code."""
+    """Return what a reply means; `text` may have several lines, without the reply's code."""
     enhanced = _ENHANCED.match(text) or _ENHANCED_BEHIND.search(text[:MAX_READ])
     level, about = enhanced.groups() if enhanced else (str(code)[0], "")
     said = _QUOTED.sub(" ", _REPEATED_CODE.sub(" ", text[:MAX_READ])).lower().replace("\u2019", "'")

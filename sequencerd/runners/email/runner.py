@@ -60,8 +60,8 @@ class EmailRunner:
 
     `url`, `timeout`, `final_timeout` and `hello_name` are explained at `smtp.Postman`; `oauth` is a
     client of a token endpoint or a command that prints a token. `per_second` limits the messages,
-    `list_unsubscribe` is the template of a URL for steps that give none. Raises ValueError for
-    what can't work.
+    `list_unsubscribe` is the template of a URL for steps without one. Raises ValueError for what
+    cannot work.
     """
 
     batch_size = 1  # what has been sent is written at once, so that a crash repeats little
@@ -100,7 +100,7 @@ class EmailRunner:
         )
 
     def compile(self, config: Mapping[str, Any]) -> Program:
-        """Compiles all templates; addresses without a tag are checked here. DefinitionError."""
+        """Compile all templates, and check literal addresses. Raises DefinitionError."""
         parsed = parse_config(EmailConfig, config)
         fields = {
             "from": parsed.from_,
@@ -139,13 +139,13 @@ class EmailRunner:
         return Program(addresses, subject, text, html, headers, unsubscribe or self._unsubscribe)
 
     def preview(self, program: object, task: Task) -> Mapping[str, str]:
-        """What `run` would send, field by field. Raises RenderError."""
+        """Return what `run` would send, by field. Raises RenderError."""
         assert isinstance(program, Program)
         mail = write(program, task, datetime.now(UTC))
         return {**mime.fields(mail.content), "to": ", ".join((*mail.to, *mail.others))}
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
-        """Sends the messages side by side."""
+        """Send the messages concurrently."""
         assert isinstance(program, Program)
         if len(tasks) == 1:
             return [await self._send(program, tasks[0])]
@@ -183,11 +183,11 @@ class EmailRunner:
         return await self._suppressions.among("email", (*mail.to, *mail.others, subject))
 
     async def check(self) -> Result:
-        """Connects and logs in, and sends nothing. Never raises for what the server does."""
+        """Connect and log in, and send nothing. Nothing that the server does raises."""
         return await self._postman.check()
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._postman.close()
         if self._source is not None:
             await self._source.close()
@@ -196,7 +196,9 @@ class EmailRunner:
 def write(
     program: Program, task: Task, at: datetime, without: AbstractSet[str] = frozenset()
 ) -> Mail:
-    """The message for an enrollment, dated `at`, to all but some addresses. Raises RenderError."""
+    """Write the message for an enrollment, dated `at`, to all but some addresses. Raises
+    RenderError.
+    """
     view = task.view
     found = {name: field.render(view) for name, field in program.addresses.items()}
     for name in ("to", "cc", "bcc"):
@@ -235,7 +237,7 @@ def write(
 
 
 def message_mark(task: Task) -> str:
-    """What tells this message from all others, the same in every attempt: its idempotency key."""
+    """Return what identifies this message in every attempt: its idempotency key."""
     return re.sub(r"[^A-Za-z0-9]+", ".", task.key)
 
 

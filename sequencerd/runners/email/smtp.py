@@ -1,4 +1,4 @@
-"""Mail over SMTP: connections that are kept and reused, and what a server's answers mean."""
+"""Delivers mail by SMTP: connections that are kept and reused, and what a server's answers mean."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHOWN_ADDRESSES = 10
 
 @dataclass(frozen=True, slots=True)
 class Mail:
-    """A message ready to go. `utf8`: an address is not ASCII, so the server must do SMTPUTF8."""
+    """A message ready for delivery. `utf8`: an address is not ASCII, which needs SMTPUTF8."""
 
     sender: str
     to: tuple[str, ...]
@@ -50,11 +50,11 @@ class Mail:
 
     @property
     def recipients(self) -> tuple[str, ...]:
-        """All of them."""
+        """All recipients."""
         return (*self.to, *self.others)
 
     def only(self, addresses: Collection[str]) -> Mail:
-        """The same message, to those of its recipients."""
+        """Return the same message to some of its recipients."""
         to = tuple(address for address in self.to if address in addresses)
         others = tuple(address for address in self.others if address in addresses)
         return replace(self, to=to, others=others)
@@ -62,8 +62,8 @@ class Mail:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What became of a message. `later` are recipients that may take it in another attempt, while
-    others have it already.
+    """The outcome of a message. `later` are recipients that another attempt may reach, while others
+    have it already.
     """
 
     result: Answer | Failed
@@ -71,7 +71,7 @@ class Delivery:
 
 
 def judge(reply: Reply, stage: Stage) -> Failed:
-    """What a refusal means."""
+    """Return what a refusal means."""
     refusal = read_refusal(reply.code, reply.text, stage)
     return _failed(refusal, f"{reply.code} {one_line(reply.text)}")
 
@@ -95,8 +95,8 @@ def _failed(refusal: Refusal, message: str) -> Failed:
 class Postman:
     """Delivers mail to one server, over at most `connections` connections at a time.
 
-    `timeout` (seconds) is for each reply of the server but the last, `final_timeout` for that one,
-    `hello_name` for EHLO. Raises ValueError for a URL or name that can't work.
+    `timeout` (seconds) applies to each reply of the server except the last, `final_timeout` to that
+    one, and `hello_name` is the name in EHLO. Raises ValueError for a URL or name that cannot work.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class Postman:
         self._is_named = hello_name is not None
 
     async def deliver(self, mail: Mail) -> Delivery:
-        """Hands a message over to the server. Never raises for what the server does."""
+        """Deliver a message to the server. Nothing that the server does raises."""
         attempt = _Attempt()
         failed = await self._try(partial(self._deliver, mail), attempt)
         return attempt.delivery(failed)
 
     async def check(self) -> Result:
-        """Connects and logs in, and sends nothing. Never raises for what the server does."""
+        """Connect and log in, and send nothing. Nothing that the server does raises."""
         failed = await self._try(self._greet, _Attempt())
         return failed or Answer(message=f"{self._place} is ready for mail")
 
@@ -166,7 +166,7 @@ class Postman:
         return text if self._tokens is None else self._tokens.hide(text)
 
     async def _deliver(self, mail: Mail, attempt: _Attempt) -> Failed | None:
-        """Sends it in as many transactions as the server wants to have."""
+        """Send a message in as many transactions as the server requires."""
         failed = None
         attempt.rest = list(mail.recipients)
         since = _now()
@@ -186,7 +186,7 @@ class Postman:
         return failed
 
     async def _transact(self, mail: Mail, attempt: _Attempt) -> Failed | None:
-        """One transaction, with the recipients that are left; those who get it in another stay."""
+        """Send one transaction to the recipients that are left; those it reaches are removed."""
         try:
             async with asyncio.timeout(OFFER_TIMEOUT):
                 within = REUSE_TIMEOUT
@@ -236,7 +236,7 @@ class Postman:
         return None
 
     async def _give_back(self, attempt: _Attempt) -> None:
-        """Keeps the connection for the next message; one that was begun is forgotten first."""
+        """Keep the connection for the next message, after resetting one that was started."""
         dialogue = attempt.dialogue
         if dialogue is None:
             return
@@ -253,7 +253,7 @@ class Postman:
                 self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
 
     def _drop(self) -> None:
-        """Closes what has been idle for too long."""
+        """Close connections that have been idle for too long."""
         kept = [(c, since) for c, since in self._idle if _now() - since < self._idle_for]
         for entry in self._idle:
             if entry not in kept:
@@ -270,7 +270,7 @@ class Postman:
         task.add_done_callback(self._quitting.discard)
 
     async def close(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -282,7 +282,7 @@ class Postman:
 
 @dataclass(slots=True)
 class _Attempt:
-    """How far a delivery has come."""
+    """The progress of a delivery."""
 
     dialogue: Dialogue | None = None  # until it is given back
     begun: bool = False  # the server knows of a message that is not sent yet
@@ -295,11 +295,11 @@ class _Attempt:
     said: str = ""  # by the server, of the last message that it took
 
     def sort(self, mail: Mail, replies: Sequence[Reply]) -> list[str]:
-        """Who gets the message in this transaction; nobody if it is not sent.
+        """Return the recipients of this transaction; none if it is not sent.
 
-        An addressee who is refused for now gets it with the rest, so it is sent to nobody yet. Who
-        is too many for one transaction stays for another one. Raises SmtpRefused where the server
-        ends the connection.
+        A recipient that is refused temporarily gets the message together with the others, so it is
+        sent to none yet. Recipients beyond the server's limit are left for another transaction.
+        Raises SmtpRefused if the server ends the connection.
         """
         taken = []
         left = []
@@ -321,7 +321,7 @@ class _Attempt:
         return [] if waits and not self.sent else taken
 
     def failure(self, mail: Mail) -> Failed:
-        """One failure for all recipients that were refused."""
+        """Return one failure for all recipients that were refused."""
         failures = list(self.refused.values())
         waits = [failed.retry_after for failed in failures if failed.retry_after]
         faults = {failed.fault for failed in failures if not failed.permanent}
@@ -334,7 +334,7 @@ class _Attempt:
         )
 
     def delivery(self, failed: Failed | None) -> Delivery:
-        """What became of it. Once one has it, it has not failed."""
+        """Return the outcome. If the message has reached one recipient, it has not failed."""
         if not self.sent:
             assert failed is not None
             return Delivery(failed)
@@ -346,7 +346,7 @@ class _Attempt:
         return Delivery(Answer(message=one_line(message, 2000)), tuple(later))
 
     def end(self) -> None:
-        """Closes a connection whose state nobody knows."""
+        """Close a connection in an unknown state."""
         if self.dialogue is not None:
             self.dialogue.close()
 
@@ -355,7 +355,7 @@ _LEFT = Failed("too many recipients at a time")
 
 
 async def _begin(mail: Mail, attempt: _Attempt, first_within: float) -> list[Reply]:
-    """Names the sender and the recipients: the replies to these. Raises SmtpRefused."""
+    """Send the sender and the recipients, and return the replies to these. Raises SmtpRefused."""
     dialogue = attempt.dialogue
     assert dialogue is not None
     options = f" SIZE={len(mail.content)}" if "size" in dialogue.extensions else ""
@@ -372,7 +372,7 @@ async def _begin(mail: Mail, attempt: _Attempt, first_within: float) -> list[Rep
 
 
 def _ends_connection(error: Exception) -> bool:
-    """Whether a connection can't be used any more, or was good for so many messages only."""
+    """Return whether a connection is unusable, or has reached its limit of messages."""
     if not isinstance(error, SmtpRefused):
         return True
     code = error.reply.code
@@ -403,7 +403,7 @@ def _listed(addresses: list[str]) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """An error of the connection, with what helps where one knows it."""
+    """Describe an error of the connection, with advice if there is any."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"the certificate is not trusted: {error.verify_message} (see cafile in the SMTP URL)"

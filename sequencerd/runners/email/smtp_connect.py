@@ -35,10 +35,10 @@ _LOCAL_NAMES = re.compile(r"localhost(?:\..*)?|.*\.(?:localhost|localdomain)", r
 async def connect(
     server: Server, *, name: str | None, reply_timeout: float, tokens: Tokens | None
 ) -> Dialogue:
-    """A connection that is ready for mail. Raises SmtpError or OSError.
+    """Return a connection that is ready for mail. Raises SmtpError or OSError.
 
-    `name` is what EHLO says; None is the connection's own address. `reply_timeout` (seconds) is
-    for each reply.
+    `name` is sent in EHLO; None is the connection's own address. `reply_timeout` (seconds) applies
+    to each reply.
     """
     client = _Client(server, reply_timeout)
     try:
@@ -72,7 +72,7 @@ async def _greet(client: _Client, server: Server) -> None:
 
 
 async def _hello(client: _Client) -> None:
-    """EHLO; HELO where the server doesn't know it, which a refusal for now does not tell."""
+    """Send EHLO; HELO if the server does not know it, which a temporary refusal does not show."""
     try:
         await client.ehlo()
     except SMTPHeloError as error:
@@ -95,7 +95,7 @@ async def _login(client: _Client, user: str, password: str) -> None:
 
 
 async def _login_with_token(client: _Client, user: str, tokens: Tokens) -> None:
-    """A token that is refused is tried anew once."""
+    """Log in, with a new token if the first one is refused."""
     if "xoauth2" not in client.server_auth_methods:
         raise SmtpError("the server offers no authentication with XOAUTH2")
     token = await tokens.get()
@@ -108,7 +108,7 @@ async def _login_with_token(client: _Client, user: str, tokens: Tokens) -> None:
 
 
 class _Client(SMTP):
-    """Has our protocol, and knows what the server said before it hung up."""
+    """Uses our protocol, and keeps what the server said before it closed the connection."""
 
     said: SMTPResponse | None = None
     """The last reply to a command."""
@@ -155,7 +155,7 @@ class _Client(SMTP):
 
 
 class _Protocol(SMTPProtocol):
-    """Takes blank lines, and refuses what is said in between STARTTLS and TLS."""
+    """Accepts blank lines, and refuses what is sent between STARTTLS and TLS."""
 
     asked = "the greeting"
     """What a reply is waited for; behind AUTH it stays AUTH, as what follows is secret."""
@@ -175,7 +175,7 @@ class _Protocol(SMTPProtocol):
         except SMTPReadTimeoutError:  # it doesn't say what was waited for, and how long
             raise SmtpError(f"no answer within {timeout:g} s to {self.asked}") from None
         if self.asked == "STARTTLS" and self._buffer:
-            # The library drops it (RFC 3207, 6). It may be an attack, so it is told.
+            # The library drops it (RFC 3207, 6). It may be an attack, so it is reported.
             raise SmtpError("the server says something between STARTTLS and TLS")
         return response
 
@@ -186,7 +186,7 @@ class _Protocol(SMTPProtocol):
 
 
 def _explained(error: SMTPException, client: _Client) -> SmtpError:
-    """The same in the words of the dialogue."""
+    """Return the same error in the terms of the dialogue."""
     if isinstance(error, SMTPServerDisconnected):
         if client.said is None or client.said.code < 400:
             return SmtpError("the server has closed the connection")
@@ -209,7 +209,7 @@ def _explained(error: SMTPException, client: _Client) -> SmtpError:
 
 
 def _literal(client: _Client) -> str:
-    """The address of this machine, as the server sees it if nothing is in between."""
+    """Return this machine's address as the server sees it without anything in between."""
     name = client.get_transport_info("sockname") or ("127.0.0.1",)
     address = str(name[0]).partition("%")[0]
     return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
@@ -219,7 +219,7 @@ def _literal(client: _Client) -> str:
 
 
 def check_hello_name(name: str) -> str:
-    """The name, if EHLO can say it. Raises ValueError."""
+    """Return a name that EHLO can send. Raises ValueError."""
     if not _HELLO_NAME.fullmatch(name) and not re.fullmatch(r"\[[0-9A-Za-z.:]+\]", name):
         raise ValueError(
             f"hello_name is {name!r}: write a host name with a dot, such as mail.example.com, "
@@ -229,7 +229,7 @@ def check_hello_name(name: str) -> str:
 
 
 async def own_name() -> str | None:
-    """The name of this machine with its domain; None if it has none that others could know."""
+    """Return this machine's name with its domain; None if it has none that is known elsewhere."""
     host = socket.gethostname()
     if _is_public(host):
         return host

@@ -1,7 +1,7 @@
-"""Mail transactions on an SMTP connection (RFC 5321), several commands at once (RFC 2920).
+"""Mail transactions on an SMTP connection (RFC 5321), with pipelined commands (RFC 2920).
 
-aiosmtplib connects, greets and logs in. It sends one command at a time and drops a reply that it
-doesn't wait for yet, so the transactions are ours.
+aiosmtplib connects, greets and logs in. It sends one command at a time and drops replies that it is
+not waiting for, so the transactions are implemented here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _LEADING_DOT = re.compile(rb"^\.", re.MULTILINE)
 
 
 class SmtpError(Exception):
-    """The connection broke, the server is silent, or it says something else than SMTP."""
+    """The connection broke, the server is silent, or it does not speak SMTP."""
 
 
 class SmtpRefused(SmtpError):  # noqa: N818 - it is what has happened
-    """A refusal. `what` was refused, such as "the login", in words; the stage says the same."""
+    """A refusal. `what` was refused, such as "the login"; the stage states the same."""
 
     def __init__(self, reply: Reply, stage: Stage, what: str = "") -> None:
         super().__init__(f"{reply.code} {reply.text}")
@@ -40,22 +40,22 @@ class SmtpRefused(SmtpError):  # noqa: N818 - it is what has happened
 
 
 class Reply(NamedTuple):
-    """What the server answers a command."""
+    """The server's answer to a command."""
 
     code: int
     text: str
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the command has failed, for now or for good."""
+        """Whether the command has failed, temporarily or permanently."""
         return not 200 <= self.code < 300
 
 
 class Dialogue:
     """A connection that is ready for mail, taken over from aiosmtplib. Raises SmtpError or OSError
-    where it breaks.
+    when it breaks.
 
-    `timeout` (seconds) is for each reply; `extensions` are what the server offers, by name in
+    `timeout` (seconds) applies to each reply; `extensions` are what the server offers, by name in
     lower case, with their parameters.
     """
 
@@ -74,14 +74,14 @@ class Dialogue:
 
     @property
     def is_open(self) -> bool:
-        """Whether nobody has ended it, as far as is known."""
+        """Whether the connection is open, as far as is known."""
         return not (self._writer.is_closing() or self._reader.at_eof())
 
     async def ask(self, *commands: str, first_within: float | None = None) -> list[Reply]:
-        """Sends commands and reads a reply to each, all at once if the server allows it.
+        """Send commands and read a reply to each, all at once if the server allows it.
 
-        A 421 is the last that the server says: it holds for the commands behind it too.
-        `first_within` limits the time for the first reply further.
+        A 421 is the server's last reply: it applies to the commands behind it too. `first_within`
+        limits the time for the first reply further.
         """
         size = GROUP if "pipelining" in self.extensions else 1
         within = min(first_within or self._timeout, self._timeout)
@@ -98,25 +98,25 @@ class Dialogue:
         return replies
 
     async def say(self, command: str) -> Reply:
-        """One command, and the reply to it."""
+        """Send one command, and return the reply."""
         (reply,) = await self.ask(command)
         return reply
 
     async def transfer(self, content: bytes, *, within: float) -> Reply:
-        """Sends a message, after the reply 354 to DATA; `within` limits the time for the answer."""
+        """Send a message, after the reply 354 to DATA; `within` limits the time for the answer."""
         lines = _LINE_END.sub(b"\r\n", content).removesuffix(b"\r\n")
         await self._write(_LEADING_DOT.sub(b"..", lines) + b"\r\n.\r\n", within)
         return await self._read("the message", within)
 
     async def quit(self) -> None:
-        """Takes leave, and closes."""
+        """Send QUIT, and close."""
         try:
             await self.say("QUIT")
         finally:
             self.close()
 
     def close(self) -> None:
-        """Ends the connection at once."""
+        """Close the connection at once."""
         self._writer.close()
 
     async def _write(self, data: bytes, within: float) -> None:

@@ -1,4 +1,4 @@
-"""The URL of a mail server."""
+"""Parses the URL of a mail server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What a URL says about a server."""
+    """The values of a server's URL."""
 
     host: str
     port: int
@@ -22,7 +22,7 @@ class Server:
     context: ssl.SSLContext | None = field(repr=False)
 
     def hide(self, text: str) -> str:
-        """A text without the password, as such or as it goes over the line."""
+        """Return a text without the password, whether plain or encoded."""
         if self.password:
             plain = f"\0{self.user}\0{self.password}"
             for secret in (plain, self.password):
@@ -32,13 +32,13 @@ class Server:
 
 
 def parse_url(url: str, *, has_token: bool = False) -> Server:
-    """Reads smtp://user:password@host:587?starttls=always, or smtps:// (port 465).
+    """Parse smtp://user:password@host:587?starttls=always, or smtps:// (port 465).
 
-    Query: `starttls` is `always`, `auto` (where it is offered) or `never`. By default it is
-    `always` with a password, so that none goes over the line in the clear, except to this machine;
-    there it is `never` without a password, and in all other cases `auto`. `cafile` names a file of
-    certificates to trust, `verify=no` trusts any. With `has_token` it names a user, whose token
-    stands for the password. Raises ValueError, which never shows the URL.
+    Query: `starttls` is `always`, `auto` (if offered) or `never`. By default it is `always` with a
+    password, so that none is sent in the clear, except to localhost; `never` to localhost without a
+    password; and otherwise `auto`. `cafile` names a file of certificates to trust, `verify=no`
+    trusts any. With `has_token` the URL names a user, whose token replaces the password. Raises
+    ValueError, which never shows the URL.
     """
     try:
         parts = urlsplit(url)

@@ -1,7 +1,7 @@
-"""Telephone numbers as they are written, and as they are sent to: E.164, +4915112345678.
+"""Telephone numbers as users write them, and as messages are sent to them: E.164, +4915112345678.
 
-`sequencer.normalise_suppression` in the database brings the entries of suppressions into the same
-form; the two are compared by a test.
+`sequencer.normalise_suppression` in the database normalises the entries of suppressions in the same
+way; a test compares the two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TRUNK_ZERO = re.compile(
 
 
 def normalise(text: str) -> str:
-    """A number without what is written between its digits; other addresses in lower case.
+    """Return a number without separators between its digits; other addresses in lower case.
 
     The zero in +49 (0)151 is for calls within the country, and not part of the number. `tel:` is
     dropped; whatsapp:+49 151 ... keeps its channel.
@@ -48,7 +48,7 @@ def normalise(text: str) -> str:
 
 
 def read_number(field: str, text: str) -> str:
-    """Whom a message goes to: a number in E.164 form, or an address of another channel such as
+    """Return a recipient: a number in E.164 form, or an address of another channel such as
     whatsapp:+4915112345678. Raises RenderError.
     """
     number = normalise(text)

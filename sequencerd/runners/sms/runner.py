@@ -57,7 +57,7 @@ NO_TIME = timedelta(0)
 
 
 class TwilioConfig(SmsConfig):
-    """Twilio takes a sender, a messaging service, or a sender of a messaging service."""
+    """Twilio needs a sender, a messaging service, or a sender of a messaging service."""
 
     @model_validator(mode="after")
     def _check(self) -> TwilioConfig:
@@ -67,7 +67,7 @@ class TwilioConfig(SmsConfig):
 
 
 class _Receipt(BaseModel):
-    """What Twilio says of a message, or of an error."""
+    """Twilio's answer about a message, or an error."""
 
     sid: str | None = None
     status: str | int | None = None
@@ -104,7 +104,7 @@ class _SmsRunner:
         self._web = Web(timeout=timeout, connections=concurrency, allow_private=allow_private)
 
     def compile(self, config: Mapping[str, Any]) -> Program:
-        """Compiles all templates; a number without a tag is checked here. DefinitionError."""
+        """Compile all templates, and check a literal number. Raises DefinitionError."""
         parsed = parse_config(self.model, config)
         fields = parsed.model_dump(by_alias=True, exclude_none=True, exclude={"strict"})
         faults = Faults()
@@ -121,12 +121,12 @@ class _SmsRunner:
         return program
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
-        """Sends the messages side by side."""
+        """Send the messages concurrently."""
         assert isinstance(program, Mapping)
         return await asyncio.gather(*(self._send(program, task) for task in tasks))
 
     def preview(self, program: object, task: Task) -> Mapping[str, str]:
-        """What `run` would send, field by field. Raises RenderError."""
+        """Return what `run` would send, by field. Raises RenderError."""
         assert isinstance(program, Mapping)
         values = {name: render(name, field, task.view) for name, field in program.items()}
         values["to"] = read_number("to", values["to"])
@@ -154,12 +154,12 @@ class _SmsRunner:
         raise NotImplementedError
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._web.close()
 
 
 class TwilioRunner(_SmsRunner):
-    """Sends by Twilio. `timeout` (seconds) is for one message, `per_second` limits the messages."""
+    """Sends by Twilio. `timeout` (seconds) applies to one message, `per_second` limits the rate."""
 
     model = TwilioConfig
 
@@ -204,14 +204,14 @@ class TwilioRunner(_SmsRunner):
 
 
 def rest_of_day(now: datetime) -> timedelta:
-    """The time until the next day in UTC, when caps of a day begin anew."""
+    """Return the time until the next day in UTC, when daily limits are reset."""
     return timedelta(days=1) - timedelta(
         hours=now.hour, minutes=now.minute, seconds=now.second, microseconds=now.microsecond
     )
 
 
 def _judge_twilio(reply: Reply, to: str, now: datetime) -> Result:
-    """Twilio's answer: by its error code where there is one, else by the status."""
+    """Judge Twilio's answer: by its error code if there is one, else by the status."""
     try:
         receipt = _Receipt.model_validate_json(reply.body)
     except ValidationError:
@@ -238,11 +238,11 @@ def _judge_twilio(reply: Reply, to: str, now: datetime) -> Result:
 
 
 class HttpSmsRunner(_SmsRunner):
-    """Sends by any gateway that takes JSON.
+    """Sends by any gateway that accepts JSON.
 
-    `body` is a template of the request's body, which sees `from`, `to`, `message`, `key` and the
-    enrollment as `enrollment`: `{"recipient": {{json to}}, "text": {{json message}}}`.
-    Raises ValueError for a URL or template that can't work.
+    `body` is a template of the request's body, which reads `from`, `to`, `message`, `key`, and the
+    enrollment as `enrollment`: `{"recipient": {{json to}}, "text": {{json message}}}`. Raises
+    ValueError for a URL or template that cannot work.
     """
 
     def __init__(
