@@ -175,8 +175,9 @@ async def test_a_function_can_neither_write_nor_be_anybody_elses(
             await store.look_up(connection, name, ["ada"], 60)
 
 
+@pytest.mark.parametrize("form", ["list", "original"])
 async def test_an_endpoint_gets_the_ids_and_answers_with_objects(
-    database: str, connection: asyncpg.Connection
+    database: str, connection: asyncpg.Connection, form: str
 ) -> None:
     asked: list[Any] = []
 
@@ -188,11 +189,16 @@ async def test_an_endpoint_gets_the_ids_and_answers_with_objects(
     await ask_plan(connection)
     await use(connection, "plans")
     async with http_server(respond) as server:
-        endpoint = LookupEndpoint.model_validate({"url": server.url, "headers": {"X-Key": "k"}})
+        endpoint = LookupEndpoint.model_validate(
+            {"url": server.url, "headers": {"X-Key": "k"}, "form": form}
+        )
         async with running_engine(database, {"Note": recorder}, {"plans": endpoint}):
             await enroll(connection, "s", "ada")
             await enroll(connection, "s", "bob")
             await until(connection, ALL_ENDED)
+    if form == "original":  # what its function for external data gets
+        assert {frozenset(body) for body, _ in asked} == {frozenset({"runners"})}
+        asked = [(body["runners"], key) for body, key in asked]
     assert sorted({name for names, _ in asked for name in names}) == ["ada", "bob"]
     assert {key for _, key in asked} == {"k"}
     (told,) = [view for view in recorder.views if view["step"] == "tell"]

@@ -153,15 +153,37 @@ def _translate_step(
                 _set(config, path, with_renamed_keys(text, _RENAMED))
     if row.type == "Email":
         _split_lists(config, name, made)
-    if row.type == "Conditional" and choices.conditional == "wait":
-        return "WaitForCondition", config
-    if row.type == "WaitForDate" and is_past(config, today) and choices.past_dates == "hold":
-        made.warnings.append(
-            f"{name}: its date {config['date']} has passed, and the original lets nobody pass any "
-            f"more: the date becomes {HELD}"
-        )
-        return row.type, {**config, "date": HELD}
+    if row.type == "Conditional":
+        return _conditional(config, choices, name, made)
+    if row.type == "WaitForDate" and is_past(config, today):
+        return row.type, _past_date(config, choices, name, made)
     return row.type, config
+
+
+def _conditional(
+    config: dict[str, Any], choices: Choices, name: str, made: Translated
+) -> tuple[str, dict[str, Any]]:
+    if choices.conditional is None:
+        made.warnings.append(
+            f"{name}: goes to altNextStep while its condition is false, as the original's README "
+            "says; its code waits there: see --conditional"
+        )
+    return "WaitForCondition" if choices.conditional == "wait" else "Conditional", config
+
+
+def _past_date(
+    config: dict[str, Any], choices: Choices, name: str, made: Translated
+) -> dict[str, Any]:
+    told = f"{name}: its date {config['date']} has passed"
+    if choices.past_dates is None:
+        made.warnings.append(
+            f"{told}: enrollments that arrive continue at once, in the original never: see "
+            "--past-dates"
+        )
+    if choices.past_dates != "hold":
+        return config
+    made.warnings.append(f"{told}, and becomes {HELD}: no enrollment passes it, as in the original")
+    return {**config, "date": HELD}
 
 
 def _known(type_: str, config: Mapping[str, Any], name: str, made: Translated) -> dict[str, Any]:
