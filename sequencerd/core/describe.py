@@ -95,4 +95,5 @@ def _window(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     window = config.get("window")
     if "window" not in config and row.get("time_window"):
         window = json.loads(row["time_window"])
-    return f"its window ({describe_window(window)})" if isinstance(window, dict) else ""
+    described = describe_window(window) if isinstance(window, dict) else ""
+    return f"its window ({described})" if described else ""

@@ -1,4 +1,4 @@
-"""The config of windows: at the top of a sequence, in a side effect, and of WaitForWindow."""
+"""The config of windows: at the top of a sequence, in a side effect, and of a step."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def _length(window: Window) -> timedelta:
 
 
 def describe_window(config: Mapping[str, Any]) -> str:
-    """Describe a window that is written so: "mon, tue, 09:00 to 17:00, without holidays of DE"."""
+    """Describe a window: "mon, tue, 09:00 to 17:00, without holidays of DE"; empty for none."""
     try:
         window = WindowConfig.model_validate(config)
     except ValueError:
-        return "a window that cannot be read"
+        return ""
     parts = [_describe_days(window.window().days)]
     if (window.from_, window.to) != ("00:00", "24:00"):
         parts.append(f"{window.from_} to {window.to}")

@@ -28,6 +28,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.step_types import (
     BUILT_IN,
+    in_a_row,
     is_goal,
     is_instant,
     is_message,
@@ -80,12 +81,22 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
         if step.alt_next_step is not None and all(e.path != ALT_NEXT.path for e in step.exits):
             told = BUILT_IN[step.type].never_alt or f"never taken by a {step.type}: leave it out"
             yield Remark(step.name, ("altNext",), told)
+        if wrong := _wrong_in_a_row(step, sequence):
+            yield Remark(step.name, ("next",), wrong)
         for exit_ in step.exits:
             if exit_.condition is not None:
                 yield from _check_condition(step, exit_, sequence)
         is_custom = isinstance(step.behaviour, SideEffect) and not is_message(step.type)
         if is_custom and "external" in step.config and sequence.lookup is None:
             yield Remark(step.name, ("config", "external"), _NO_LOOKUP)
+
+
+def _wrong_in_a_row(step: Step, sequence: Sequence) -> str | None:
+    following = sequence.steps.get(step.next_step or "")
+    if following is None or step.type != following.type or isinstance(following.behaviour, Problem):
+        return None
+    wrong = in_a_row(step.type, step.config, following.config)
+    return wrong and f"before {following.name}: {wrong}"
 
 
 def targets(name: str, sequence: Sequence) -> list[str]:

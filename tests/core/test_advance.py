@@ -40,8 +40,8 @@ from sequencerd.core.model import (
     effect_key,
 )
 from sequencerd.core.step_types import compile_step
+from sequencerd.core.step_types.durations import DurationConfig
 from sequencerd.core.step_types.effects import compile_expiry
-from sequencerd.core.step_types.waits import DurationConfig
 
 NOW = datetime(2026, 3, 2, 10, 0, tzinfo=UTC)  # a Monday
 EFFECT = SideEffect(program=None, retry=RetryPolicy(attempts=3, first_delay=10, longest_delay=60))

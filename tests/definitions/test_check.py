@@ -602,3 +602,47 @@ def test_the_ways_of_a_message_that_is_not_sent(tmp_path: Path, keys: str, is_ta
     )
     told = " ".join(map(str, found))
     assert ("never taken" not in told and "reach" not in told) == is_taken, told
+
+
+WORKDAYS = "{attribute: day, values: [1, 2, 3, 4, 5]}"
+NINE = "{attribute: hour, values: [9, 10, 11]}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "advice"),
+    [
+        (
+            WORKDAYS,
+            NINE,
+            (
+                'of the last of these days: write one WaitForWindow instead, such as {"days": '
+                '["mon", "tue", "wed", "thu", "fri"], "from": "09:00", "to": "12:00"}'
+            ),
+        ),
+        (NINE, WORKDAYS, 'such as {"from": "09:00", "to": "12:00", "days": ["mon"'),
+        (
+            "{attribute: hour, values: [9]}",
+            "{attribute: minute, values: [30]}",
+            'with from: "09:30", or of a date, WaitForDate with at: "09:30"',
+        ),
+        ("{attribute: isoWeekday, values: [7]}", "{attribute: hours, values: [9]}", '["sun"]'),
+        ("{attribute: month, values: [0]}", "{attribute: date, values: [1]}", "occurrence: next"),
+        ("{attribute: day, values: [1], occurrence: next}", NINE, ""),
+        ("{attribute: day, values: [1]}", "{attribute: day, values: [2]}", ""),
+    ],
+)
+def test_waits_for_parts_of_a_date_in_a_row_are_told(
+    tmp_path: Path, first: str, second: str, advice: str
+) -> None:
+    """From Friday's evening, day and then hour sends on Saturday."""
+    text = "name: s\nsteps:\n" + "".join(
+        f"  - {{name: {name}, type: WaitForDateComparison, config: {config}}}\n"
+        for name, config in (("one", first), ("two", second))
+    )
+    found = check(tmp_path / "s.yaml", text)
+    assert len(found) == bool(advice)
+    for finding in found:
+        assert not finding.is_error
+        assert finding.line == 3
+        assert finding.message.startswith("next: before two: ")
+        assert advice in finding.message

@@ -37,7 +37,12 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "WaitForDuration": [{"amount": 1, "unit": "day"}],
-    "WaitForDate": [{"date": "{{data.due}}"}],
+    "WaitForDate": [
+        {"date": "{{data.due}}"},
+        {"date": "{{data.due}}", "past": "altNext", "missing": "altNext"},
+        {"date": "{{data.due}}", "every": "year"},
+    ],
+    "WaitForWindow": [{"days": ["mon"], "from": "09:00"}],
     "WaitForDateComparison": [{"attribute": "hour", "values": [9]}],
     "WaitForCondition": [IS_PRO, {**IS_PRO, "timeout": {"amount": 1, "unit": "day"}}],
     "UpdateData": [{"data": {"x": 1}}],

@@ -7,7 +7,7 @@ with an instant before the one that it was given.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from difflib import get_close_matches
 from math import floor, trunc
 from zoneinfo import ZoneInfo
@@ -32,6 +32,7 @@ __all__ = [
     "ATTRIBUTES",
     "UNITS",
     "add",
+    "at_clock",
     "bounds",
     "format_iso",
     "get",
@@ -101,6 +102,17 @@ def add(instant: datetime, amount: float, unit: str, tz: ZoneInfo) -> datetime:
             moved = wall + timedelta(days=_rounded(float(amount) * _DAYS[unit]))
         return instant if moved == wall else _settled(moved, wall, tz)
     except (OverflowError, ValueError) as error:
+        raise EvaluationError("bad_data", OUT_OF_RANGE) from error
+
+
+def at_clock(instant: datetime, clock: time, tz: ZoneInfo) -> datetime:
+    """The same day of the zone at a time of day: moved on by the gap where the clock skips it, and
+    the first where it comes twice. Raises EvaluationError (bad_data) at the ends of the calendar.
+    """
+    day = to_wall(instant, tz).date()
+    try:
+        return datetime.combine(day, clock, tzinfo=tz).astimezone(UTC)
+    except OverflowError as error:
         raise EvaluationError("bad_data", OUT_OF_RANGE) from error
 
 

@@ -98,6 +98,12 @@ def written_keys(type_: str, config: Mapping[str, Any]) -> list[str]:
     return list(written) if isinstance(written, dict) else []
 
 
+def in_a_row(type_: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with two steps of a type that follow each other; None if nothing is."""
+    record = BUILT_IN.get(type_)
+    return record.in_a_row(first, second) if record else None
+
+
 def read_paths(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, object]]:
     """Yield the paths that a config reads beside its conditions, and where they are."""
     if type_ in BUILT_IN:

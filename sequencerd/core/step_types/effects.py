@@ -20,9 +20,9 @@ from sequencerd.core.model import (
     RetryPolicy,
     Skip,
 )
+from sequencerd.core.step_types.durations import DurationConfig, compile_duration
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.templates import compile_date
-from sequencerd.core.step_types.waits import DurationConfig, compile_duration
 from sequencerd.core.window_config import WindowConfig
 
 
@@ -72,7 +72,7 @@ def compile_expiry(expires: str | DurationConfig) -> Callable[[Context], datetim
     """Compile the time when a side effect is too late. Raises DefinitionError."""
     if isinstance(expires, str):
         return compile_date("expires", expires)
-    return compile_duration(expires)
+    return compile_duration(expires, ("expires",))
 
 
 def effect_exits(config: EffectConfig, *, is_message: bool) -> tuple[Exit, ...]:

@@ -35,6 +35,8 @@ class StepType:
     """Where conditions are."""
     paths: Callable[[Mapping[str, Any]], Iterator[tuple[KeyPath, object]]] = lambda _: iter(())
     """Yield the paths that are read beside those of conditions, and where they are."""
+    in_a_row: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] = lambda _, __: None
+    """Say what is wrong if such a step follows such a step, whose configs have no errors."""
     steps: tuple[KeyPath, ...] = ()
     """Where steps are named. A key `sequence` beside it names the sequence of the step."""
     writes: str = ""

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from math import isfinite
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Faults
 from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import Context, DefinitionError, EvaluationError, KeyPath
+
+
+def _template(text: str) -> str:
+    if "{{" not in text:
+        raise ValueError("must be a template such as {{data.days}}")
+    return text
+
+
+Template = Annotated[str, AfterValidator(_template), Field(json_schema_extra={"pattern": r"\{\{"})]
+"""A text with a template in it, where a number or the like can be written out."""
 
 MAX_SHOWN = 100  # characters of a value
 
@@ -58,24 +71,48 @@ def shown(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def compile_date(key: str, source: str) -> Callable[[Context], datetime]:
-    """Compile a date that a template gives, in the enrollment's zone. Raises DefinitionError."""
+class MissingDateError(EvaluationError):
+    """A date that is empty, and not one that cannot be read."""
+
+
+_UNIX = {"X": timedelta(seconds=1), "x": timedelta(milliseconds=1)}
+
+
+def compile_date(
+    key: str, source: str, unix: Literal["X", "x"] | None = None
+) -> Callable[[Context], datetime]:
+    """Compile a date that a template gives, in the enrollment's zone; `unix` is the token of
+    moment's for a number of seconds or milliseconds. Raises DefinitionError.
+    """
     faults = Faults()
     with faults.at(key):
-        if "{{" not in source and dates.parse(source, dates.zone("UTC")) is None:
-            raise DefinitionError(_no_date(source))
+        if "{{" not in source and _parse_date(source, unix, "UTC") is None:
+            raise DefinitionError(_no_date(source, unix))
         render = compile_text((key,), source)
     faults.check()
 
     def date(context: Context) -> datetime:
-        text = render(context)
-        found = dates.parse(text.strip(), dates.zone(context.timezone))
+        text = render(context).strip()
+        found = _parse_date(text, unix, context.timezone)
         if found is None:
-            raise EvaluationError("bad_data", f"{key} {_no_date(text)}")
+            kind = EvaluationError if text else MissingDateError
+            raise kind("bad_data", f"{key} {_no_date(text, unix)}")
         return found
 
     return date
 
 
-def _no_date(text: str) -> str:
-    return f"{shown(text)!r} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
+def _parse_date(text: str, unix: Literal["X", "x"] | None, timezone: str) -> datetime | None:
+    if unix is not None:
+        return dates.parse_unix(text, _UNIX[unix])
+    return None if dates.is_bare_number(text) else dates.parse(text, dates.zone(timezone))
+
+
+def _no_date(text: str, unix: Literal["X", "x"] | None) -> str:
+    if unix is not None:
+        unit = "seconds" if unix == "X" else "milliseconds"
+        return f"{shown(text)!r} is not a number of {unit} since 1970 (format {unix})"
+    message = f"{shown(text)!r} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
+    if dates.is_bare_number(text):
+        message += "; of a Unix time, write format: X for seconds, or format: x for milliseconds"
+    return message

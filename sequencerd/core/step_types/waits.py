@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, time, timedelta
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, JsonValue, StrictFloat, StrictInt
-from pydantic.config import JsonDict
+from pydantic import AfterValidator, Field, model_validator
 
-from sequencerd.core.calendar import dates
+from sequencerd.core.calendar import dates, windows
+from sequencerd.core.calendar.anniversaries import next_anniversary
+from sequencerd.core.calendar.business_days import BUSINESS_DAYS
 from sequencerd.core.calendar.next_match import full_name
-from sequencerd.core.config import Config
-from sequencerd.core.javascript.templates import compile_template
+from sequencerd.core.config import Config, Faults
 from sequencerd.core.model import (
     ALT_NEXT,
     NEVER,
@@ -22,34 +22,38 @@ from sequencerd.core.model import (
     DefinitionError,
     EvaluationError,
     Exit,
-    Fault,
     Instant,
     Stay,
     StepAnswer,
+    effect_key,
 )
 from sequencerd.core.step_types.conditions import (
     ConditionConfig,
     compile_condition,
     describe_wait,
 )
+from sequencerd.core.step_types.durations import (
+    DurationConfig,
+    compile_duration,
+    compile_move,
+    spelled,
+)
+from sequencerd.core.step_types.in_a_row import in_a_row
 from sequencerd.core.step_types.record import StepType
-from sequencerd.core.step_types.templates import compile_date
+from sequencerd.core.step_types.templates import (
+    MissingDateError,
+    compile_date,
+    compile_number,
+    compile_text,
+    shown,
+)
+from sequencerd.core.window_config import WindowConfig, describe_window, parse_clock
 
 ON_TIME = timedelta(minutes=1)
 """Who is woken later than this by a WaitForDateComparison has missed the time."""
 
-
-def _spelled(names: Iterable[str]) -> JsonDict:
-    """For the schema: moment's names as its manual spells them, or with capitals anywhere."""
-    lower = sorted({name.lower() for name in names if full_name(name.lower())})
-    letters = ("".join(f"[{letter}{letter.upper()}]" for letter in name) for name in lower)
-    known: list[JsonValue] = [*sorted(names)]
-    return {"anyOf": [{"enum": known}, {"pattern": f"^(?:{'|'.join(letters)})$"}]}
-
-
-def _unit(name: str) -> str:
-    dates.normalise_unit(name)
-    return name
+MISSED = timedelta(days=1)
+"""A date that is over for longer, after an outage or a change of data, is past."""
 
 
 def _attribute(name: str) -> str:
@@ -60,25 +64,12 @@ def _attribute(name: str) -> str:
 # --- durations
 
 
-class DurationConfig(Config):
-    """An amount of a unit of time."""
-
-    amount: StrictInt | StrictFloat
-    """How many."""
-    unit: Annotated[str, AfterValidator(_unit)] = Field(json_schema_extra=_spelled(dates.UNITS))
-    """Years to milliseconds. Years to days move the wall clock, the others are elapsed time."""
-
-
-def compile_duration(duration: DurationConfig) -> Callable[[Context], datetime]:
-    """Compile the end of a duration that begins with the arrival at the step."""
-    unit = dates.normalise_unit(duration.unit)
-    return lambda context: dates.add(
-        context.entered_at, duration.amount, unit, dates.zone(context.timezone)
-    )
-
-
 def _after(duration: DurationConfig, exit_: Exit) -> Exit:
     """An exit that is taken when a duration is over."""
+    if isinstance(duration.amount, str):
+        return exit_._replace(at_once="sometimes", reason="where its amount is 0 or less")
+    if duration.unit in BUSINESS_DAYS:
+        return exit_._replace(at_once="never" if duration.amount > 0 else "always")
     arrival = datetime(2026, 1, 1, tzinfo=UTC)
     unit = dates.normalise_unit(duration.unit)
     try:
@@ -123,7 +114,7 @@ class WaitForConditionConfig(ConditionConfig):
 
 def _wait_for_condition(config: WaitForConditionConfig) -> Instant:
     holds = compile_condition(config)
-    end = compile_duration(config.timeout) if config.timeout else lambda _: NEVER
+    end = compile_duration(config.timeout, ("timeout",)) if config.timeout else lambda _: NEVER
 
     def answer(context: Context) -> StepAnswer:
         if holds(context):
@@ -148,34 +139,130 @@ def _describe_condition(config: Mapping[str, Any]) -> str:
 # --- dates
 
 
+def _clock(text: str) -> str:
+    if "{{" not in text:
+        parse_clock(text)
+    return text
+
+
 class WaitForDateConfig(Config):
-    """Waits until a date."""
+    """Waits until a date, or until a time before or after it."""
 
     date: str
     """An ISO 8601 date, or a template that gives one, such as {{data.due}}."""
+    format: Literal["X", "x"] | None = None
+    """X: the date is a number of seconds since 1970, a Unix time; x: of milliseconds."""
+    every: Literal["year"] | None = None
+    """Its next anniversary after the arrival, as of a birthday; that of 29 February is 28 February
+    in common years."""
+    offset: DurationConfig | None = None
+    """How long after the date, such as {amount: -3, unit: days} for three days before it."""
+    at: Annotated[str, AfterValidator(_clock)] | None = None
+    """The time of that day, in the enrollment's zone, such as 09:00."""
+    past: Literal["next", "altNext"] = "next"
+    """Where it goes if the time was over on arrival, or has been over for more than a day."""
+    missing: Literal["fail", "altNext"] = "fail"
+    """What follows where the date is empty: the enrollment fails, or goes on to altNext."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.every is not None and self.past == "altNext":
+            raise ValueError("past is for dates that come once: leave it out, or every")
+        return self
 
 
 def _wait_for_date(config: WaitForDateConfig) -> Instant:
-    exit_ = NEXT
-    if not compile_template(config.date, escape=False).is_literal:
-        exit_ = NEXT._replace(at_once="sometimes", reason="where its date is past")
-    # a date that is written out is past whenever an enrollment comes back
-    return Instant(_wait_until(compile_date("date", config.date)), (exit_,))
+    end = _compile_end(config)
+
+    def answer(context: Context) -> StepAnswer:
+        try:
+            until = end(context)
+        except MissingDateError:
+            if config.missing == "altNext":
+                return Action.ALT_NEXT
+            raise
+        if until > context.now:
+            return Stay(until)
+        is_past = until < max(context.entered_at, context.now - MISSED)
+        return Action.ALT_NEXT if is_past and config.past == "altNext" else Action.NEXT
+
+    exits = [NEXT]  # a date that is written out is past whenever an enrollment comes back
+    if config.every is not None:
+        exits = [NEXT._replace(at_once="never")]
+    elif any(map(_is_template, (config.date, config.at, config.offset and config.offset.amount))):
+        exits = [NEXT._replace(at_once="sometimes", reason="where its date is past")]
+    if config.past == "altNext" or config.missing == "altNext":
+        where = "past" if config.past == "altNext" else "missing"
+        exits.append(ALT_NEXT._replace(at_once="sometimes", reason=f"where its date is {where}"))
+    return Instant(answer, tuple(exits))
+
+
+def _compile_end(config: WaitForDateConfig) -> Callable[[Context], datetime]:
+    """Compile the time that a WaitForDate waits for. Raises DefinitionError."""
+    faults = Faults()
+    with faults.at():
+        date = compile_date("date", config.date, config.format)
+    with faults.at():
+        offset = compile_move(config.offset, ("offset",)) if config.offset else None
+    with faults.at("at"):
+        clock = _compile_clock(config.at) if config.at is not None else None
+    faults.check()
+
+    def end(context: Context) -> datetime:
+        first = date(context)
+        tz = dates.zone(context.timezone)
+        move = offset(context) if offset else None
+        time_of_day = clock(context) if clock else None
+
+        def moved(instant: datetime) -> datetime:
+            instant = move(instant) if move else instant
+            return dates.at_clock(instant, time_of_day, tz) if time_of_day else instant
+
+        if config.every is None:
+            return moved(first)
+        since = max(context.entered_at, context.now - MISSED)
+        return next_anniversary(first, since, tz, moved)
+
+    return end
+
+
+def _compile_clock(source: str) -> Callable[[Context], time]:
+    render = compile_text(("at",), source)
+
+    def clock(context: Context) -> time:
+        text = render(context).strip()
+        try:
+            return parse_clock(text)
+        except ValueError as error:
+            raise EvaluationError("bad_data", f"at: {shown(text)!r} {error}") from error
+
+    return clock
 
 
 def _describe_date(config: Mapping[str, Any]) -> str:
-    return f"waits for the date {config['date']}" if "date" in config else ""
+    if "date" not in config:
+        return ""
+    what = f"the date {config['date']}"
+    if config.get("every"):
+        what = f"the next anniversary of {config['date']}"
+    match config.get("offset"):
+        case {"amount": int() | float() as amount, "unit": unit}:
+            what = f"{abs(amount)} {unit} {'before' if amount < 0 else 'after'} {what}"
+        case {"amount": amount, "unit": unit}:
+            what = f"{amount} {unit} from {what}"
+    at = config.get("at")
+    return f"waits for {what}" + (f" at {at}" if at else "")
 
 
 class WaitForDateComparisonConfig(Config):
     """Waits until moment's getter gives one of the values."""
 
     attribute: Annotated[str, AfterValidator(_attribute)] = Field(
-        json_schema_extra=_spelled(dates.ATTRIBUTES)
+        json_schema_extra=spelled(dates.ATTRIBUTES)
     )
     """The getter, such as hour, day (0 is Sunday), month (0 is January)."""
     values: list[Any] = Field(min_length=1)
-    """Whole numbers that it can give."""
+    """Whole numbers that it can give, or templates that give them, such as {{data.hour}}."""
     occurrence: Literal["current", "next"] = "current"
     """next: a matching hour, day or other period that begins after the arrival; current: also the
     one in which it arrives."""
@@ -185,20 +272,27 @@ class WaitForDateComparisonConfig(Config):
 
 def _wait_for_date_comparison(config: WaitForDateComparisonConfig) -> Instant:
     attribute = config.attribute
-    values = config.values
     lowest, highest = dates.bounds(attribute)
     hint = f"write whole numbers, {lowest} to {highest}"
-    if never := [
-        Fault(("values", n), f"{attribute} is never {value!r}: {hint}")
-        for n, value in enumerate(values)
-        if dates.impossible(attribute, [value])
-    ]:
-        raise DefinitionError(never)
+    faults = Faults()
+    wanted: list[Callable[[Context], object]] = []
+    for number, value in enumerate(config.values):
+        with faults.at("values", number):
+            if _is_template(value):
+                wanted.append(compile_number(("values", number), value))
+            elif dates.impossible(attribute, [value]):
+                raise DefinitionError(f"{attribute} is never {value!r}: {hint}")
+            else:
+                wanted.append(_constant(value))
+    faults.check()
 
     def answer(context: Context) -> StepAnswer:
         # From the arrival on, so that a change elsewhere can't make it miss its time; but a time
         # that was missed by more than a little counts only where the config says so.
         zone = dates.zone(context.timezone)
+        values = [value(context) for value in wanted]
+        if never := dates.impossible(attribute, values):
+            raise EvaluationError("bad_data", f"values: {attribute} is never {never[0]!r}: {hint}")
         since: datetime | None = context.entered_at
         if config.occurrence == "next":
             since = dates.next_start(context.entered_at, attribute, values, zone)
@@ -214,10 +308,21 @@ def _wait_for_date_comparison(config: WaitForDateComparisonConfig) -> Instant:
     return Instant(answer, (_comparing(config),))
 
 
+def _is_template(value: object) -> bool:
+    return isinstance(value, str) and "{{" in value
+
+
+def _constant(value: object) -> Callable[[Context], object]:
+    return lambda _: value
+
+
 def _comparing(config: WaitForDateComparisonConfig) -> Exit:
     """The exit, and at which times it is taken at once."""
     if config.occurrence == "next":
         return NEXT._replace(at_once="never")
+    reason = 'where it matches already (write "occurrence: next")'
+    if any(map(_is_template, config.values)):
+        return NEXT._replace(at_once="sometimes", reason=reason)
     name = full_name(config.attribute) or config.attribute
     lowest, highest = dates.bounds(name)
     values = frozenset(int(value) for value in config.values)
@@ -225,7 +330,6 @@ def _comparing(config: WaitForDateComparisonConfig) -> Exit:
         return NEXT
     if name in ("weekday", "isoWeekday"):
         name, values = "day", frozenset(value % 7 for value in values)
-    reason = 'where it matches already (write "occurrence: next")'
     return NEXT._replace(at_once="sometimes", reason=reason, getter=(name, values))
 
 
@@ -238,25 +342,63 @@ def _describe_comparison(config: Mapping[str, Any]) -> str:
     return ""
 
 
+# --- windows
+
+
+class WaitForWindowConfig(WindowConfig):
+    """Waits until a window is open."""
+
+
+def _wait_for_window(config: WaitForWindowConfig) -> Instant:
+    window = config.window()
+
+    def begin(context: Context) -> datetime:
+        return windows.begin(
+            window,
+            context.now,
+            dates.zone(context.timezone),
+            context.holidays(window.holidays),
+            since=context.entered_at,
+            share=lambda: context.share(
+                effect_key(context.enrollment.sequence, context.enrollment.step)
+            ),
+        )
+
+    exit_ = NEXT._replace(at_once="sometimes", reason="where the window is open")
+    return Instant(_wait_until(begin), (exit_,))
+
+
+def _describe_window(config: Mapping[str, Any]) -> str:
+    described = describe_window(config)
+    return f"waits for the window ({described})" if described else ""
+
+
 TYPES = (
     StepType(
         name="WaitForDuration",
         config=WaitForDurationConfig,
         compile=_wait_for_duration,
         describe=_describe_duration,
+        templates=("amount",),
     ),
     StepType(
         name="WaitForDate",
         config=WaitForDateConfig,
         compile=_wait_for_date,
         describe=_describe_date,
-        templates=("date",),
+        templates=("date", "offset", "at"),
+        never_alt=(
+            'never taken: write "past: altNext" or "missing: altNext" into the config, or leave '
+            "altNext out"
+        ),
     ),
     StepType(
         name="WaitForDateComparison",
         config=WaitForDateComparisonConfig,
         compile=_wait_for_date_comparison,
         describe=_describe_comparison,
+        templates=("values",),
+        in_a_row=in_a_row,
     ),
     StepType(
         name="WaitForCondition",
@@ -265,5 +407,12 @@ TYPES = (
         describe=_describe_condition,
         never_alt="never taken without a timeout: write one into the config, or leave altNext out",
         conditions=((),),
+        templates=("timeout",),
+    ),
+    StepType(
+        name="WaitForWindow",
+        config=WaitForWindowConfig,
+        compile=_wait_for_window,
+        describe=_describe_window,
     ),
 )

@@ -1,0 +1,94 @@
+"""Amounts of time in the configs of steps: years to milliseconds, and business days."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, JsonValue, StrictFloat, StrictInt, model_validator
+from pydantic.config import JsonDict
+
+from sequencerd.core.calendar import dates
+from sequencerd.core.calendar.business_days import BUSINESS_DAYS, MAX_AMOUNT, add_business_days
+from sequencerd.core.calendar.next_match import full_name
+from sequencerd.core.config import Config, Faults
+from sequencerd.core.model import Context, EvaluationError, KeyPath
+from sequencerd.core.step_types.templates import Template, compile_number
+from sequencerd.core.window_config import CalendarName
+
+
+def spelled(names: Iterable[str], others: Iterable[str] = ()) -> JsonDict:
+    """For the schema: moment's names as its manual spells them, or with capitals anywhere."""
+    lower = sorted({name.lower() for name in names if full_name(name.lower())})
+    letters = ("".join(f"[{letter}{letter.upper()}]" for letter in name) for name in lower)
+    known: list[JsonValue] = [*sorted(names), *sorted(others)]
+    return {"anyOf": [{"enum": known}, {"pattern": f"^(?:{'|'.join(letters)})$"}]}
+
+
+def _unit(name: str) -> str:
+    if name not in BUSINESS_DAYS:
+        dates.normalise_unit(name)
+    return name
+
+
+class DurationConfig(Config):
+    """An amount of a unit of time."""
+
+    amount: StrictInt | StrictFloat | Template
+    """How many; a number, or a template that gives one, such as {{data.days}}."""
+    unit: Annotated[str, AfterValidator(_unit)] = Field(
+        json_schema_extra=spelled(dates.UNITS, BUSINESS_DAYS)
+    )
+    """Years to milliseconds, or business days. Years to days move the wall clock, the others are
+    elapsed time."""
+    holidays: CalendarName | None = None
+    """Of business days: the calendar of sequencer.holidays whose days are none, such as DE."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.unit not in BUSINESS_DAYS:
+            if self.holidays is not None:
+                raise ValueError("holidays are for the unit business days")
+        elif not isinstance(self.amount, str) and (
+            self.amount != int(self.amount) or abs(self.amount) > MAX_AMOUNT
+        ):
+            raise ValueError(f"amount must be a whole number of days, at most {MAX_AMOUNT:,}")
+        return self
+
+
+Move = Callable[[datetime], datetime]
+
+
+def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Context], Move]:
+    """Compile how far instants are moved by a duration; errors name its path. DefinitionError."""
+    faults = Faults()
+    with faults.at(*path, "amount"):
+        amount = compile_number((*path, "amount"), duration.amount)
+    faults.check()
+    unit = "" if duration.unit in BUSINESS_DAYS else dates.normalise_unit(duration.unit)
+
+    def bind(context: Context) -> Move:
+        tz = dates.zone(context.timezone)
+        number = amount(context)
+        off = context.holidays(duration.holidays)
+
+        def move(instant: datetime) -> datetime:
+            try:
+                if not unit:
+                    return add_business_days(instant, number, tz, off)
+                return dates.add(instant, number, unit, tz)
+            except EvaluationError as error:
+                where = ".".join(map(str, (*path, "amount")))
+                message = f"{where} {number:g} {duration.unit}: {error}"
+                raise EvaluationError(error.failure, message) from error
+
+        return move
+
+    return bind
+
+
+def compile_duration(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Context], datetime]:
+    """Compile the end of a duration that begins with the arrival at the step."""
+    bind = compile_move(duration, path)
+    return lambda context: bind(context)(context.entered_at)
