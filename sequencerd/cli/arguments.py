@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints the version; reading the package's metadata takes longer than all arguments."""
+    """Prints the version, with the schema's; reading both takes longer than all arguments."""
 
     def __init__(self, option_strings: list[str], dest: str) -> None:
         super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
@@ -54,7 +54,10 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from importlib.metadata import version  # noqa: PLC0415 - see above
 
-        sys.stdout.write(version("sequencerd") + "\n")
+        from sequencerd.storage.migrate import available  # noqa: PLC0415
+
+        schema = available()[-1].name.removesuffix(".sql")
+        sys.stdout.write(f"{version('sequencerd')}, schema {schema}\n")
         parser.exit()
 
 
@@ -123,6 +126,13 @@ def _add_service(commands: Commands) -> None:
         "ask for a password and print its hash, for console.password_hash",
         "console-password",
     )
+    completion = commands.add(
+        "completion",
+        "completion.completion_command",
+        "print the completion of commands and options for a shell",
+        "completion bash | sudo tee /etc/bash_completion.d/sequencerd",
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "fish"])
     service = commands.add(
         "install-service",
         "service.install_service_command",
@@ -300,7 +310,13 @@ def _add_preview(commands: Commands) -> None:
         "show what would happen to an enrollment, for a year",
         """simulate onboarding.yaml --data '{"name": "Ada"}' --set 'P3D: {"paid": true}'""",
     )
-    simulate.add_argument("file", nargs="?", type=Path, metavar="FILE", help="YAML or JSON")
+    simulate.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        metavar="NAME|FILE",
+        help="a sequence in the database, or a file",
+    )
     simulate.add_argument("sequence", nargs="?", help="if the file has several")
     simulate.add_argument("--data", metavar="JSON", help="data of the enrollment")
     simulate.add_argument("--subject", help="for templates and Split (default: subject)")

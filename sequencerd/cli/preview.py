@@ -37,11 +37,29 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.from_enrollment is not None:
         return on_database(_simulate_enrollment)(arguments, settings)
     if arguments.file is None:
-        raise UsageError("simulate needs a FILE, or --from-enrollment ID")
+        raise UsageError("simulate needs a NAME or a FILE, or --from-enrollment ID")
+    if not _is_file(arguments.file):
+        return on_database(_simulate_present)(arguments, settings)
     outcomes = _outcomes(arguments)
-    simulator = load(arguments.file, outcomes=outcomes, settings=settings)
+    return _simulate(arguments, load(arguments.file, outcomes=outcomes, settings=settings))
+
+
+async def _simulate_present(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+    """Simulate a sequence as the database has it."""
+    outcomes = _outcomes(arguments)
+    runners = make_runners(settings, outcomes)
+    connection = await connect(url)
+    try:
+        definitions = await _definitions(connection, runners)
+    finally:
+        await connection.close()
+    arguments.sequence = choose(definitions, str(arguments.file))
+    return _simulate(arguments, Simulator(definitions, runners, outcomes))
+
+
+def _simulate(arguments: argparse.Namespace, simulator: Simulator) -> int:
     if arguments.data is not None:
-        _warn_of_paths(simulator, arguments, outcomes)
+        _warn_of_paths(simulator, arguments, _outcomes(arguments))
     simulation = simulator.simulate(
         arguments.sequence,
         start=arguments.start or datetime.now(UTC).replace(microsecond=0),
@@ -221,9 +239,14 @@ def _line(entry: Entry) -> str:
     return f"{action}: {entry.message}" if entry.message else action
 
 
+def _is_file(path: Path) -> bool:
+    """Return whether an argument means a file, and not a sequence of the database."""
+    return path.suffix in (".yaml", ".yml", ".json") or path.is_file()
+
+
 def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
     path = Path(arguments.target)
-    is_file = path.suffix in (".yaml", ".yml", ".json") or path.is_file()
+    is_file = _is_file(path)
     runners = make_runners(settings, files.types(path) if is_file else ())
     read = files.read_file(path, runners) if is_file else []
     if is_file and settings.database.url is None:

@@ -15,6 +15,7 @@ from sequencerd.cli.arguments import make_parser
 from sequencerd.cli.commands import role_for
 from sequencerd.storage import store
 from tests.cli.test_doctor import examine
+from tests.conftest import Command, with_login
 from tests.helpers.databases import with_login
 
 
@@ -93,3 +94,13 @@ def test_a_reader_that_goes_away_is_no_error(
         for command in (["doctor"], ["status"]):
             assert run("--database", database, *command) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_simulate_takes_a_sequence_of_the_database(
+    applied: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = applied.variables["SEQUENCERD_DATABASE"]
+    assert run("--database", url, "simulate", "s") == 0
+    assert "second" in capsys.readouterr().out
+    assert run("--database", url, "simulate", "t") == 1
+    assert "sequence 't' does not exist" in capsys.readouterr().err

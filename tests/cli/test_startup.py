@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from sequencerd.cli import main
 from sequencerd.cli.arguments import make_parser
 from sequencerd.definitions import graph
 from sequencerd.definitions.simulator import WORDS
@@ -52,3 +53,15 @@ def test_the_choices_in_the_arguments_are_those_that_there_are() -> None:
     (commands,) = (action.choices for action in parser._actions if action.dest == "command")
     assert isinstance(commands, dict)
     assert ", ".join(WORDS) in commands["simulate"].format_help().replace("\n", " ")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["completion", shell])
+    assert ended.value.code == 0
+    script = capsys.readouterr().out
+    assert "import-original" in script
+    assert "dry-run" in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
