@@ -15,7 +15,7 @@ from sequencerd.cli.arguments import make_parser
 from sequencerd.cli.commands import role_for
 from sequencerd.storage import store
 from tests.cli.test_doctor import examine
-from tests.conftest import Command, with_login
+from tests.helpers.commands import Command
 from tests.helpers.databases import with_login
 
 
