@@ -15,9 +15,13 @@ import pytest
 from sequencerd.definitions.original import place
 from sequencerd.runners.email.runner import EmailRunner, write
 from sequencerd.runners.fields import RenderError
+from sequencerd.runners.registry import make_runners
+from sequencerd.settings import load
+from tests.helpers import servers
+from tests.helpers.aws import ARN, aws, score, use_credentials
 from tests.helpers.commands import Command
-from tests.helpers.engines import Recorder, define, running_engine, until, way
-from tests.helpers.servers import task
+from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until, way
+from tests.helpers.servers import HOST, http_server, smtp_server, task
 
 TABLES = """
 CREATE TABLE sequences (
@@ -675,3 +679,84 @@ async def test_addresses_as_json_text_are_several(
     if "each" in text:  # a value is one address, whatever it holds
         with pytest.raises(RenderError):
             to(['a@example.com", "evil@example.com'])
+
+
+# --- from the original's database to the day after
+
+
+ACCOUNTS = ARN.replace("Score", "FetchExternalData")
+
+
+async def fetch_external_data(event: Any) -> servers.Answer:
+    """The original's function for external data, as deployed."""
+    found = [
+        {"id": id_, "name": f"Runner {id_}", "email": f"{id_}@example.com"}
+        for id_ in event["runners"]
+    ]
+    return servers.Answer(body=json.dumps(found).encode())
+
+
+async def test_the_first_day_after(
+    sequencerd: Command,
+    original: asyncpg.Connection,
+    database: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Functions that were deployed for the original work unchanged, and more comes from there."""
+    (tmp_path / "settings.toml").write_text(
+        f'[runners.Score]\nlambda = "{ARN}"\n[lookups.accounts]\nlambda = "{ACCOUNTS}"\n'
+    )
+    sequencerd.variables["SEQUENCERD_CONFIG"] = str(tmp_path / "settings.toml")
+    mail = {"from": "us@example.com", "to": "{{external.email}}", "subject": "Hello"}
+    mail |= {"text": "{{external.name}}, see x.org/{{id}}"}
+    await original.execute(
+        """
+        INSERT INTO sequences (id, title, "firstStep") VALUES (5, 'Digest', 50);
+        INSERT INTO runners VALUES (500, 'u1', 5, 50, true, now(), NULL, now());
+        """
+    )
+    await original.executemany(
+        'INSERT INTO steps (id, "sequenceId", "nextStep", type, config, "requiresExternalData")'
+        " VALUES ($1, 5, $2, $3, $4, true)",
+        [(50, 51, "Score", '{"model": "x"}'), (51, None, "Email", json.dumps(mail))],
+    )
+    options = ("import-original", "--apply", "--only", "Digest", "--lookup", "accounts")
+    assert "Digest: is created; enrollments: 1 active" in sequencerd(*options)
+
+    events: list[Any] = []
+
+    async def scores(event: Any) -> servers.Answer:
+        events.append(event)
+        return await score(event)
+
+    use_credentials(monkeypatch, tmp_path)
+    functions = {ARN: scores, ACCOUNTS: fetch_external_data}
+    async with http_server(aws(functions)) as server, smtp_server() as mailbox:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", server.url)
+        settings = load({}, tmp_path / "settings.toml")
+        email = EmailRunner(f"smtp://{HOST}:{mailbox.port}")
+        runners = make_runners(settings) | {"Email": email}
+        async with running_engine(database, runners, settings.lookups):
+            await until(original, ALL_ENDED)
+            # renamed here, and begun there meanwhile
+            (tmp_path / "digest.yaml").write_text(
+                sequencerd("export", "Digest").replace("Email-51", "digest")
+                + "    renamedFrom: Email-51\n"
+            )
+            sequencerd("apply", "digest.yaml")
+            await original.execute(
+                "INSERT INTO runners VALUES (501, 'u2', 5, 51, true, now(), NULL, now())"
+            )
+            again = sequencerd(*options)
+            assert "Digest: is here already and stays as it is; enrollments: 1 active" in again
+            await until(original, ALL_ENDED)
+        for runner in runners.values():
+            await runner.close()
+    (event,) = events
+    assert event["config"] == {"model": "x", "external": True}
+    (given,) = event["runners"]
+    assert (given["originalId"], given["dataLookup"]) == (500, "u1")
+    assert given["external"]["email"] == "u1@example.com"
+    texts = [mailbox.parsed(n).get_content().strip() for n in range(2)]
+    assert texts == ["Runner u1, see x.org/500", "Runner u2, see x.org/501"]

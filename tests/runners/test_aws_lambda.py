@@ -1,16 +1,11 @@
-"""Runners and lookups on AWS Lambda, against a server that verifies each signature by itself."""
+"""Runners and lookups on AWS Lambda, against a server that verifies signatures."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import asyncpg
 import pytest
@@ -22,96 +17,27 @@ from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import MAX_EVENT
 from sequencerd.settings import LookupEndpoint, Settings, load
 from tests.helpers import servers
+from tests.helpers.aws import (
+    ARN,
+    KEY_ID,
+    SECRET,
+    TOKEN,
+    aws,
+    refusal,
+    score,
+    use_credentials,
+)
 from tests.helpers.engines import define, enroll, running_engine, until
-from tests.helpers.servers import HttpServer, Request, http_server, task
-
-ARN = "arn:aws:lambda:eu-west-1:123456789012:function:sequencer-prod-Score"
-PATH = f"/2015-03-31/functions/{quote(ARN, safe='')}/invocations"
-KEY_ID, SECRET, TOKEN = "AKIDEXAMPLE", "a/secret+key", "a-session-token"
-
-Function = Callable[[Any], Awaitable[servers.Answer]]
-
-
-def signature(request: Request, names: str, date: str, scope: str) -> str:
-    """The signature of a request by AWS's specification, version 4."""
-    canonical = "\n".join(
-        [
-            request.method,
-            quote(request.target, safe="/-_.~"),  # each segment is encoded twice
-            "",
-            *(f"{name}:{request.headers[name].strip()}" for name in names.split(";")),
-            "",
-            names,
-            hashlib.sha256(request.body).hexdigest(),
-        ]
-    )
-    text = f"AWS4-HMAC-SHA256\n{date}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
-    key = f"AWS4{SECRET}".encode()
-    for part in scope.split("/"):
-        key = hmac.digest(key, part.encode(), "sha256")
-    return hmac.new(key, text.encode(), "sha256").hexdigest()
-
-
-def is_signed(request: Request) -> bool:
-    """Whether Lambda would accept a request."""
-    given = re.fullmatch(
-        rf"AWS4-HMAC-SHA256 Credential={KEY_ID}/(\d{{8}}/eu-west-1/lambda/aws4_request), "
-        r"SignedHeaders=([a-z0-9;-]+), Signature=([0-9a-f]{64})",
-        request.headers.get("authorization", ""),
-    )
-    if given is None:
-        return False
-    scope, names, sent = given.groups()
-    date = request.headers["x-amz-date"]
-    at = datetime.strptime(date, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-    return (
-        {"host", "x-amz-date", "x-amz-invocation-type"} <= set(names.split(";"))
-        and abs((datetime.now(UTC) - at).total_seconds()) < 300
-        and scope.startswith(date[:8])
-        and hmac.compare_digest(sent, signature(request, names, date, scope))
-    )
-
-
-def aws(function: Function) -> Callable[[Request], Awaitable[servers.Answer]]:
-    """Lambda's own part: 403 for what is not signed, 404 for other functions, dry runs."""
-
-    async def respond(request: Request) -> servers.Answer:
-        if not is_signed(request):
-            return refusal(403, "InvalidSignatureException")
-        if request.target != PATH:
-            return refusal(404, "ResourceNotFoundException")
-        if request.headers["x-amz-invocation-type"] == "DryRun":
-            return servers.Answer(204)
-        return await function(json.loads(request.body))
-
-    return respond
-
-
-def refusal(status: int, kind: str, **headers: str) -> servers.Answer:
-    body = json.dumps({"Type": "User", "message": "Rate Exceeded."}).encode()
-    return servers.Answer(status, body, {"x-amzn-ErrorType": f"{kind}:http://aws/", **headers})
+from tests.helpers.servers import HttpServer, http_server, task
 
 
 def function_error(**told: str) -> servers.Answer:
     return servers.Answer(200, json.dumps(told).encode(), {"X-Amz-Function-Error": "Unhandled"})
 
 
-async def score(event: Any) -> servers.Answer:
-    """A function as people have deployed them with the original."""
-    assert set(event) == {"config", "runners"}
-    answers = [{"id": runner["id"], "action": "next"} for runner in event["runners"]]
-    return servers.Answer(body=json.dumps(answers).encode())
-
-
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    use_credentials(monkeypatch, tmp_path)
 
 
 async def run(
@@ -128,7 +54,7 @@ async def run(
 
 
 async def test_a_deployed_function_works_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with http_server(aws(score)) as server:
+    async with http_server(aws({ARN: score})) as server:
         assert await run(server, monkeypatch, 7, 8) == [Answer(), Answer()]
         monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
         assert await run(server, monkeypatch) == [Answer()]
@@ -145,7 +71,7 @@ async def test_credentials_come_from_where_aws_tools_look(
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    async with http_server(aws(score)) as server:
+    async with http_server(aws({ARN: score})) as server:
         (missing,) = await run(server, monkeypatch)
         assert isinstance(missing, Failed)
         assert missing.message.startswith("Score: no AWS credentials: give the daemon a role")
@@ -164,7 +90,7 @@ async def test_credentials_come_from_where_aws_tools_look(
 
 async def test_a_wrong_key_is_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "other")
-    async with http_server(aws(score)) as server:
+    async with http_server(aws({ARN: score})) as server:
         (failed,) = await run(server, monkeypatch)
     assert isinstance(failed, Failed)
     assert (failed.fault, failed.cause, failed.permanent) == ("server", "refused", False)
@@ -174,7 +100,7 @@ async def test_a_wrong_key_is_the_operators(monkeypatch: pytest.MonkeyPatch) -> 
 async def test_a_function_that_does_not_exist_is_the_operators(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with http_server(aws(score)) as server:
+    async with http_server(aws({ARN: score})) as server:
         (failed,) = await run(server, monkeypatch, arn=f"{ARN}:live")
     assert isinstance(failed, Failed)
     assert (failed.fault, failed.cause, failed.permanent) == ("server", "refused", False)
@@ -210,7 +136,7 @@ async def test_whose_fault_a_failure_is(
     async def fails(_event: Any) -> servers.Answer:
         return answer
 
-    async with http_server(aws(fails)) as server:
+    async with http_server(aws({ARN: fails})) as server:
         (failed,) = await run(server, monkeypatch)
     assert isinstance(failed, Failed)
     assert words in failed.message
@@ -222,7 +148,7 @@ async def test_a_throttle_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch
     async def throttles(_event: Any) -> servers.Answer:
         return refusal(429, "TooManyRequestsException", **{"Retry-After": "7"})
 
-    async with http_server(aws(throttles)) as server:
+    async with http_server(aws({ARN: throttles})) as server:
         first, second = await run(server, monkeypatch, 7, 8)
     assert isinstance(first, Failed)
     assert first.retry_after is not None
@@ -231,7 +157,7 @@ async def test_a_throttle_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_an_event_is_no_larger_than_lambda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with http_server(aws(score)) as server:
+    async with http_server(aws({ARN: score})) as server:
         text = "x" * 900_000
         assert await run(server, monkeypatch, *range(1, 15), text=text) == [Answer()] * 14
         assert max(len(request.body) for request in server.requests) <= MAX_EVENT
@@ -242,7 +168,7 @@ async def test_an_event_is_no_larger_than_lambda_takes(monkeypatch: pytest.Monke
             return refusal(413, "RequestTooLargeException")
         return await score(event)
 
-    async with http_server(aws(takes_little)) as server:
+    async with http_server(aws({ARN: takes_little})) as server:
         assert await run(server, monkeypatch, 7, 8, 9) == [Answer()] * 3
 
 
@@ -268,7 +194,7 @@ async def test_a_lookup_by_a_function(
     }
     await define(connection, "s", ("pro", "WaitForCondition", json.dumps(is_pro), None))
     await connection.execute("UPDATE sequencer.sequences SET lookup = 'plans'")
-    async with http_server(aws(plans)) as server:
+    async with http_server(aws({ARN: plans})) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", server.url)
         endpoint = LookupEndpoint.model_validate({"lambda": ARN, "form": form})
         async with running_engine(database, endpoints={"plans": endpoint}):
@@ -281,7 +207,7 @@ async def test_the_doctor_asks_without_invoking(monkeypatch: pytest.MonkeyPatch)
     async def never(_event: Any) -> servers.Answer:
         raise AssertionError
 
-    async with http_server(aws(never)) as server:
+    async with http_server(aws({ARN: never})) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", server.url)
         settings = Settings.model_validate({"runners": {"Score": {"lambda": ARN}}})
         found = [one async for one in doctor._examine_endpoints(settings, set(), {})]
