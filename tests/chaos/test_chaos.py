@@ -30,6 +30,7 @@ from sequencerd.settings import Settings
 from tests.chaos.checker import check
 from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
 from tests.helpers.pooler import pgbouncer
+from tests.helpers.waiting import PATIENCE
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "6"))
 FIRST = int(os.environ.get("CHAOS_SEED", "1"))
@@ -507,7 +508,7 @@ async def test_a_daemon_ends_while_the_database_is_silent(world: World) -> None:
     async with proxy.running() as world.used:
         await world.keep(1)
         await world.enroll(2)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while not world.sink.mails:  # noqa: ASYNC110 - a process of its own is at work
                 await asyncio.sleep(0.05)
         proxy.swallow = True

@@ -40,10 +40,10 @@ from sequencerd.settings import Engine as Settings
 from sequencerd.storage import store
 from sequencerd.storage.listener import listen
 from tests.helpers.engines import define
+from tests.helpers.waiting import PATIENCE
 
 EXAMPLES = int(os.environ.get("CHAOS_EXAMPLES", "40"))
 ATTEMPTS = 3
-PATIENCE = 20.0  # seconds until the engine must be done with what is due
 LEASE = 0.01  # hours: less than any step of the clock
 T = TypeVar("T")
 
@@ -256,7 +256,7 @@ class Daemon:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        _, stuck = await asyncio.wait(tasks, timeout=10)
+        _, stuck = await asyncio.wait(tasks, timeout=PATIENCE)
         assert not stuck
 
 

@@ -104,7 +104,7 @@ async def test_nothing_grows(world: World, caplog: pytest.LogCaptureFixture) -> 
             samples.append(sample(engine))
         await app
         connection = await asyncpg.connect(world.database)
-        await until(connection, ALL_ENDED, seconds=120)
+        await until(connection, ALL_ENDED)
         await connection.close()
     grown = slopes(samples)
     shown = {name: f"{first:g} to {last:g}" for name, (first, last) in grown.items()}

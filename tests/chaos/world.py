@@ -29,6 +29,7 @@ from sequencerd.storage import embedded, migrate, store
 from tests.helpers.databases import execute, with_database
 from tests.helpers.engines import define
 from tests.helpers.servers import Answer, Request, http_server
+from tests.helpers.waiting import PATIENCE
 
 LEASE = 3  # seconds
 RATE = 80  # enrollments a second
@@ -316,7 +317,7 @@ class World:
             daemon.send(signal.SIGCONT)
             daemon.send(signal.SIGTERM)
         for daemon in self.daemons:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE):
                 code = await daemon.process.wait()
             ended = (0, 1, -signal.SIGKILL, -signal.SIGTERM)
             assert code in ended, (code, daemon.log.read_text()[-2000:])

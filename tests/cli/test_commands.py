@@ -13,6 +13,7 @@ import pytest
 
 from sequencerd.cli import main
 from tests.helpers.commands import Command
+from tests.helpers.waiting import PATIENCE
 
 
 def test_migrate_twice(sequencerd: Command) -> None:
@@ -121,7 +122,7 @@ async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
     )
     assert tail.stdout is not None
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             event = json.loads(await tail.stdout.readline())
     finally:
         run.terminate()

@@ -24,6 +24,7 @@ from tests.helpers.commands import Command
 from tests.helpers.databases import with_login
 from tests.helpers.engines import define, enroll, running_engine
 from tests.helpers.servers import Answer, Request, http_server
+from tests.helpers.waiting import PATIENCE
 
 READ_ONLY = (
     "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on',"
@@ -285,7 +286,7 @@ async def test_watch_shows_changes(sequencerd: Command, connection: asyncpg.Conn
     )  # fmt: skip
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while b"+0" not in await process.stdout.readline():
                 pass
             await enroll(connection, "s", "ada")

@@ -20,6 +20,7 @@ from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.storage import bulk
 from tests.helpers.commands import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
+from tests.helpers.waiting import PATIENCE
 
 DAYS = '{"amount": 3, "unit": "days"}'
 
@@ -336,7 +337,7 @@ class Terminal:
 
     async def expect(self, words: str) -> None:
         while words not in self.text:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE):
                 self.text += (await asyncio.to_thread(os.read, self.fd, 65536)).decode()
 
     def type(self, text: str) -> None:
@@ -344,7 +345,7 @@ class Terminal:
 
     async def end(self) -> int:
         """Reads the rest. The exit code."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             with suppress(OSError):  # nobody has it open any more
                 while data := await asyncio.to_thread(os.read, self.fd, 65536):
                     self.text += data.decode()

@@ -23,6 +23,7 @@ from sequencerd.runners import Runner
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.settings import Settings
 from tests.helpers.engines import Recorder, define, enroll, running_engine
+from tests.helpers.waiting import PATIENCE
 from tests.service.test_http_server import free_port
 
 DAY = '{"amount": 1, "unit": "day"}'
@@ -42,7 +43,7 @@ async def console(
     found = Settings.model_validate({"console": settings}).console
     assert found is not None
     runners = runners or {"Note": Recorder()}
-    async with running_engine(url, runners) as engine:
+    async with running_engine(url, runners, sweep=3600) as engine:
         app = make_app(
             list,
             list,
@@ -123,7 +124,7 @@ def token(page: httpx.Response) -> str:
 
 async def counted(client: httpx.AsyncClient, table: str, **query: str) -> list[dict[str, Any]]:
     """The rows of a table that is made of counts, once there are any."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while True:
             answer = await client.get(f"/tables/{table}.json", params=query)
             if answer.status_code == 200 and answer.json()["rows"]:
@@ -132,9 +133,9 @@ async def counted(client: httpx.AsyncClient, table: str, **query: str) -> list[d
             await asyncio.sleep(0.05)
 
 
-async def eventually(client: httpx.AsyncClient, path: str, status: int) -> httpx.Response:
+async def page_once(client: httpx.AsyncClient, path: str, status: int) -> httpx.Response:
     """The page, once it has this status."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while True:
             page = await client.get(path)
             if page.status_code == status:

@@ -546,10 +546,10 @@ def test_a_goal_that_pulls_once_into_a_cycle_is_told(tmp_path: Path) -> None:
 def test_many_cycles_are_told_in_time(tmp_path: Path) -> None:
     steps = [f"  - {{name: m{n}, type: Email, config: {MAIL}}}\n" for n in range(2000)]
     steps[-1] = steps[-1].replace("}}\n", "}, next: m0}\n")
-    start = time.monotonic()
+    start = time.process_time()
     told = check(tmp_path / "s.yaml", "name: s\nsteps:\n" + "".join(steps))
     assert len(told) == 1
-    assert time.monotonic() - start < 60
+    assert time.process_time() - start < 60
 
 
 @pytest.mark.parametrize(

@@ -155,12 +155,15 @@ async def test_a_later_attempt_has_the_new_config(
         return Failed("not now")
 
     recorder = Recorder(behave)
-    recorder.retry = RetryPolicy(first_delay=1, longest_delay=1)
+    recorder.retry = RetryPolicy(first_delay=3600, longest_delay=3600)
     async with running_engine(database, {"Note": recorder}):
         await enroll(connection, "s", "ada")
         await failing.wait()
         await until(connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action='retry')")
         await apply(SEQUENCE.replace("Hello", "Hi"))
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET wake_at = now(), retry_at = now()"
+        )
         await until(connection, "SELECT step = 'pause' FROM sequencer.enrollments")
     assert [dict(program)["text"] for program in recorder.programs] == ["Hello", "Hi"]  # type: ignore[call-overload]
 
@@ -254,7 +257,7 @@ async def test_a_changed_goal_concerns_everybody(
     text = SEQUENCE + f"  - {{name: paid, type: Goal, config: {PAID}}}\n"
     await apply(text.replace("Bye}}", "Bye}, next: null}"))
     await until(connection, RETIMED)
-    assert await connection.fetchval(AT, id_, "pause")
+    await until(connection, AT, id_, "pause")
     await apply(
         text.replace("Bye}}", "Bye}, next: null}").replace("raw, value: 1", "raw, value: 2")
     )

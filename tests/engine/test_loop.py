@@ -26,6 +26,7 @@ from tests.helpers.engines import (
     until,
     way,
 )
+from tests.helpers.waiting import PATIENCE
 
 PAID = """{
     "lodashCommand": "eq",
@@ -113,13 +114,13 @@ async def test_a_commit_whose_answer_is_lost_is_found_out(
     await define(connection, "s", ("one", "Note", "{}", "two"), ("two", "Note", "{}", None))
     async with (
         losing_answers(database) as (url, lose),
-        running_engine(url, {"Note": recorder}),
+        running_engine(url, {"Note": recorder}, lease=3600),
     ):
         # of a claim, and then of the write of a result that begins the next side effect as well
         for lost, subject in enumerate(("ada", "bob", "eve", "zoe")):
             lose.extend([True] * lost)
             await enroll(connection, "s", subject)
-            await until(connection, ALL_ENDED, seconds=10)  # long before a lease runs out
+            await until(connection, ALL_ENDED)
             assert not lose
     assert set(Counter(recorder.keys).values()) == {1}
     for id_ in range(1, 5):
@@ -139,7 +140,7 @@ async def test_a_lost_answer_begins_nothing_twice_that_was_given_back_and_taken_
     await define(connection, "s", ("one", "Note", "{}", None))
     async with (
         losing_answers(database) as (url, lose),
-        running_engine(url, {"Note": recorder}),
+        running_engine(url, {"Note": recorder}, lease=3600),
     ):
 
         async def not_at_first(_: Task) -> Result:
@@ -150,7 +151,7 @@ async def test_a_lost_answer_begins_nothing_twice_that_was_given_back_and_taken_
 
         recorder.behaviour = not_at_first
         id_ = await enroll(connection, "s", "ada")
-        await until(connection, ALL_ENDED, seconds=10)
+        await until(connection, ALL_ENDED)
         assert not lose
     assert len(recorder.keys) == 2  # not started, and then done once
     assert await way(connection, id_) == ["one enrolled", "one next", "one completed"]
@@ -180,7 +181,7 @@ async def test_an_orphan_whose_lease_is_yet_to_be_found_out_is_not_executed_twic
     ):
         lose.append(True)
         id_ = await enroll(connection, "s", "ada")
-        await asyncio.wait_for(asked.wait(), 60)
+        await asyncio.wait_for(asked.wait(), PATIENCE)
         await until(connection, "SELECT wake_at < now() FROM sequencer.enrollments")
         await engine.sweep()
         told.set()
@@ -340,12 +341,12 @@ async def test_many_who_enroll_at_a_time_are_found_without_being_told(
         await connection.add_listener("sequencer", ring)
         await until(connection, BELL_IS_ON)
         await asyncio.gather(*map(enroll_some, range(8)))
-        await until(connection, ALL_ENDED, seconds=5)
+        await until(connection, ALL_ENDED)
         assert rings < 8 * 300 / 2
-        await until(connection, BELL_IS_ON, seconds=5)
+        await until(connection, BELL_IS_ON)
         rings = 0
         id_ = await enroll(connection, "s", "ada")
-        await until(connection, ENDED, id_, seconds=5)
+        await until(connection, ENDED, id_)
         assert rings == 1
         await connection.remove_listener("sequencer", ring)
     for other in others:
@@ -362,10 +363,10 @@ async def test_who_was_told_of_to_nobody_is_found_when_the_transaction_ends(
     bob = await enroll(other, "s", "bob")
     async with running_engine(database, {"Note": Recorder()}, sweep=3600):
         ada = await enroll(connection, "s", "ada")
-        await until(connection, ENDED, ada, seconds=5)
+        await until(connection, ENDED, ada)
         await transaction.commit()
-        await until(connection, ENDED, bob, seconds=5)
-        await until(connection, BELL_IS_ON, seconds=5)
+        await until(connection, ENDED, bob)
+        await until(connection, BELL_IS_ON)
     await other.close()
 
 
@@ -375,14 +376,14 @@ async def test_the_bell_goes_to_another_daemon(
     await define(connection, "s", ("a", "Note", "{}", None))
     async with AsyncExitStack() as first:
         await first.enter_async_context(running_engine(database, {"Note": Recorder()}, sweep=3600))
-        await until(connection, BELL_IS_ON, seconds=5)
+        await until(connection, BELL_IS_ON)
         async with running_engine(database, {"Note": Recorder()}, sweep=3600):
             await asyncio.sleep(0.5)  # it has seen by now that the other one has it
             await first.aclose()
             for number in range(4):
                 id_ = await enroll(connection, "s", f"u{number}")
-                await until(connection, ENDED, id_, seconds=5)
-                await until(connection, BELL_IS_ON, seconds=5)
+                await until(connection, ENDED, id_)
+                await until(connection, BELL_IS_ON)
                 await connection.execute(f"SELECT pg_terminate_backend(pid) {BELL}")
 
 
@@ -401,7 +402,7 @@ async def test_a_cancelled_transaction_ends_though_its_connection_is_dead(databa
     task = asyncio.create_task(work())
     await begun.wait()
     task.cancel()
-    await asyncio.wait([task], timeout=5)
+    await asyncio.wait([task], timeout=PATIENCE)
     assert task.cancelled()
     pool.terminate()
 
@@ -635,14 +636,20 @@ async def test_several_daemons_share_the_work(
 async def test_a_lease_is_extended_while_the_work_goes_on(
     database: str, connection: asyncpg.Connection
 ) -> None:
+    go_on = asyncio.Event()
+
     async def slow(task: Task) -> Result:
-        await asyncio.sleep(2.5)
+        await go_on.wait()
         return Answer()
 
     recorder = Recorder(slow)
-    async with running_engine(database, {"Slow": recorder}, lease=1.0):
+    async with running_engine(database, {"Slow": recorder}, lease=3.0):
         await define(connection, "s", ("work", "Slow", "{}", None))
         id_ = await enroll(connection, "s", "ada")
+        await until(connection, "SELECT leased_by IS NOT NULL FROM sequencer.enrollments")
+        begun = await connection.fetchval("SELECT now()")
+        await until(connection, "SELECT now() > $1::timestamptz + interval '4 seconds'", begun)
+        go_on.set()
         await until(connection, ENDED, id_)
     assert recorder.visits == [f"{id_}:1"]
 

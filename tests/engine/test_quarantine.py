@@ -21,6 +21,7 @@ from sequencerd.storage import migrate, store
 from tests.helpers.commands import Command
 from tests.helpers.databases import execute, with_database, with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.waiting import PATIENCE
 
 QUARANTINED = (
     "SELECT count(*) = $1 FROM sequencer.problems AS p JOIN sequencer.daemons AS d"
@@ -84,7 +85,7 @@ async def gate() -> AsyncIterator[Gate]:
 
 
 async def until_begun(gate: Gate, count: int) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while gate.begun < count:  # noqa: ASYNC110 - counted in the same loop
             await asyncio.sleep(0.01)
 
@@ -366,7 +367,7 @@ async def test_an_error_of_the_environment_passes_and_fails_nobody(
             await other.execute(mend_it)
         await until(connection, ALL_ENDED)
         await until(connection, QUARANTINED, 0)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while engine.in_flight:  # noqa: ASYNC110 - it forgets a result after the commit
                 await asyncio.sleep(0.01)
     await other.close()
@@ -557,7 +558,7 @@ async def test_tables_that_are_emptied_meanwhile_leave_nothing_behind(
         gate.opened.set()
         await enroll(connection, "s", "ada")
         await until(connection, DONE, 1)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while engine.in_flight:  # noqa: ASYNC110 - counted in the same loop
                 await asyncio.sleep(0.01)
 

@@ -37,17 +37,17 @@ async def test_each_daemon_leaves_to_the_others_what_they_alone_execute(
     """One goes from a step that the other does not serve to one that itself does not, and back."""
     await define(connection, "s", *STEPS)
     notes, calls = Recorder(), Recorder()
-    async with running_engine(database, {"Call": calls}) as one:
+    async with running_engine(database, {"Call": calls}, sweep=3600) as one:
         await until(connection, SERVED)
         await one.sweep()
-        async with running_engine(database, {"Note": notes}):
+        async with running_engine(database, {"Note": notes}, sweep=3600):
             await until(
                 connection, "SELECT count(*) = 2 FROM sequencer.daemons WHERE types <> '{}'"
             )
             await one.sweep()
             ids = [await enroll(connection, "s", f"u{number}") for number in range(40)]
-            # by notifications: the next sweep would come in a minute
-            await until(connection, ALL_ENDED, seconds=30)
+            # by notifications: the next sweep would come in an hour
+            await until(connection, ALL_ENDED)
             assert await connection.fetchval(NO_FAILURE)
             assert await connection.fetchval(HAS_NONE)
             assert len(calls.visits) == len(set(calls.visits)) == 40

@@ -24,6 +24,7 @@ from sequencerd.settings import Engine as Settings
 from sequencerd.settings import LookupEndpoint
 from sequencerd.storage import store
 from sequencerd.storage.listener import listen
+from tests.helpers.waiting import PATIENCE
 
 Behaviour = Callable[[Task], Awaitable[Result]]
 
@@ -101,7 +102,7 @@ async def running_engine(
     listener = asyncio.create_task(listen(url, engine.receive, connected, engine.find_due, log=log))
     working = asyncio.create_task(engine.run())
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             await ready.wait()
         yield engine
     finally:
@@ -157,19 +158,17 @@ async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
         )
 
 
-async def until(
-    connection: asyncpg.Connection, query: str, *parameters: object, seconds: float = 60
-) -> None:
+async def until(connection: asyncpg.Connection, query: str, *parameters: object) -> None:
     """Waits until a query answers true; on time-out fails with what there is instead."""
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(PATIENCE):
             while not await connection.fetchval(query, *parameters):  # noqa: ASYNC110 - rows set no event
                 await asyncio.sleep(0.01)
     except TimeoutError:
         rows = await connection.fetch("SELECT * FROM sequencer.enrollments ORDER BY id LIMIT 5")
         events = await connection.fetch("SELECT * FROM sequencer.events ORDER BY at LIMIT 50")
         text = "\n".join(map(repr, [*rows, *events]))
-        raise AssertionError(f"not within {seconds} s: {query}\n{text}") from None
+        raise AssertionError(f"not within {PATIENCE} s: {query}\n{text}") from None
 
 
 async def define(
@@ -222,6 +221,7 @@ def stuck_package(folder: Path) -> Path:
     (folder / "site/stuck.py").write_text(
         "import pathlib, time\n"
         "async def run(config, runner):\n"
+        "    pathlib.Path(config['go'] + '.begun').touch()\n"
         "    while not pathlib.Path(config['go']).exists():\n"
         "        time.sleep(0.1)\n"
     )

@@ -14,6 +14,7 @@ import pytest
 
 from sequencerd.runners.http import HttpRunner
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
+from tests.helpers.waiting import PATIENCE
 
 SECRET = "whsec_c2VjcmV0LXNlY3JldC1zZWNyZXQ="
 
@@ -41,7 +42,7 @@ async def test_an_example_serves_a_step(
         env={**os.environ, "SECRET": SECRET, "PORT": str(port)},
     )
     try:
-        async with httpx.AsyncClient() as stranger, asyncio.timeout(60):
+        async with httpx.AsyncClient() as stranger, asyncio.timeout(PATIENCE):
             while True:
                 try:
                     refused = await stranger.post(url, json={"config": {}, "runners": []})

@@ -29,6 +29,7 @@ from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.metrics import MAX_PLACES, Metrics
 from tests.helpers.databases import execute
 from tests.helpers.engines import ALL_ENDED, define, enroll, stuck_package, until
+from tests.helpers.waiting import PATIENCE
 
 DOCS = Path(__file__).parents[2] / "docs"
 AT = datetime(2030, 1, 1, tzinfo=UTC)
@@ -66,7 +67,7 @@ async def answers(
 ) -> httpx.Response:
     """Asks until the answer is the wanted one."""
     response = None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while True:
             try:
                 response = await client.get(path)

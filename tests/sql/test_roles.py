@@ -17,6 +17,7 @@ from tests.helpers.commands import Command
 from tests.helpers.databases import with_login
 from tests.helpers.engines import define, enroll, until
 from tests.helpers.servers import Answer, Request, http_server
+from tests.helpers.waiting import PATIENCE
 
 ROLES = ("enroller", "editor", "daemon")
 DENIED = asyncpg.InsufficientPrivilegeError
@@ -345,7 +346,7 @@ class daemon:  # noqa: N801 - used as a function
         )  # fmt: skip
         stderr = self._process.stderr
         assert stderr is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while b'"ready"' not in (line := await stderr.readline()):
                 assert line, "it has ended"
         self._rest = asyncio.create_task(stderr.read())

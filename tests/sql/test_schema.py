@@ -17,6 +17,7 @@ from sequencerd.core.model import Enrollment, effect_key
 from sequencerd.storage import store
 from sequencerd.storage.store import LOCK_CLASS, QUERIES, AdvisoryLock
 from tests.helpers.engines import define, enroll
+from tests.helpers.waiting import PATIENCE
 
 DAYS = '{"amount": 3, "unit": "days"}'
 
@@ -510,7 +511,7 @@ async def heard(ear: Ear, connection: asyncpg.Connection, *statements: str) -> l
     for statement in statements:
         await connection.execute(statement)
     await connection.execute("SELECT pg_notify('sequencer', 'end')")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while "end" not in ear.heard:  # noqa: ASYNC110 - asyncpg calls, nobody sets an event
             await asyncio.sleep(0.01)
     return ear.heard[:-1]

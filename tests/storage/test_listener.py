@@ -19,6 +19,7 @@ from sequencerd.engine import loop, reschedule
 from sequencerd.storage import listener, store
 from sequencerd.storage.listener import Changed, Due, Message, Reevaluate, listen, parse
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.waiting import PATIENCE
 
 DAYS = '{"amount": 3, "unit": "days"}'
 NOTIFY = "SELECT pg_notify('sequencer', $1)"
@@ -93,7 +94,7 @@ async def wait_in(connection: asyncpg.Connection, sequence: str, count: int) -> 
 
 
 async def times(evaluated: Counter[int], total: int) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while evaluated.total() < total:  # noqa: ASYNC110 - a counter sets no event
             await asyncio.sleep(0.01)
 

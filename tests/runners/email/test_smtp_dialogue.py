@@ -14,6 +14,7 @@ from sequencerd.runners.email.smtp_connect import connect
 from sequencerd.runners.email.smtp_dialogue import Dialogue, Reply, SmtpError
 from sequencerd.runners.email.smtp_url import parse_url
 from tests.helpers.servers import HOST, smtp_server
+from tests.helpers.waiting import PATIENCE
 
 MAIL = Mail("hi@example.com", ("a@x.org", "b@x.org"), (), b"Subject: x\r\n\r\n.dot\r\nlast")
 HELLO = b"250-here\r\n250 PIPELINING\r\n"
@@ -117,7 +118,7 @@ async def test_both_sides_may_have_much_to_say() -> None:
             writer.write(b"250 " + b"x" * 4000 + b"\r\n")
             await writer.drain()
 
-    async with asyncio.timeout(60), dialogue(talk) as made:
+    async with asyncio.timeout(PATIENCE), dialogue(talk) as made:
         replies = await made.ask(*(f"RCPT TO:<{i:01000}@x.org>" for i in range(10_000)))
     assert len(replies) == 10_000
 
