@@ -477,7 +477,7 @@ async def test_the_daemon_serves_it(database: str, connection: asyncpg.Connectio
                     " WHERE id = $1", waiting)  # fmt: skip
         page = await client.get(f"/console/enrollments/{waiting}")
         assert page.status_code == 200
-        assert "Waits for 1 day; next check" in page.text
+        assert "Waits for 1 day, until " in page.text
         for path in ("/", "/console"):
             page = await client.get(path, follow_redirects=True)
             assert page.url.path == "/console/"

@@ -108,7 +108,7 @@ async def test_every_page_is_there(database: str, connection: asyncpg.Connection
         assert "s active" in overview
         assert "For <new> users" in check(await client.get("/sequence?sequence=s"))
         text = check(await client.get("/enrollments/1"))
-        assert "Waits for 1 day; next check at" in text
+        assert "Waits for 1 day, until " in text
         assert "then note" in text
         text = check(await client.get("/enrollments/2"))
         assert 'refused: {"email": "bob@example.com"}' in text
@@ -449,7 +449,7 @@ async def test_a_simulation_that_goes_round_is_given_up(
         )
     async with console(database) as client:
         page = await client.get("/simulate?sequence=s")
-        assert "more than 500 entries: it goes round" in check(page)
+        assert "stopped after 500 entries; it loops" in check(page)
         rows = (await client.get("/tables/simulation.json?sequence=s")).json()["rows"]
         assert 500 < len(rows) < 510
 
