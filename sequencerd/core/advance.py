@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar, assert_never
 
-from sequencerd.core import retry
+from sequencerd.core import exact_json, retry
 from sequencerd.core.calendar import dates, windows
 from sequencerd.core.calendar.windows import Window
 from sequencerd.core.model import (
@@ -576,8 +576,8 @@ class _Evaluation:
         return self._move_to(target, is_executed=True)
 
     def _merge(self, data: Mapping[str, Any]) -> None:
-        merged = merge_data(parse_data(self.at.data), data)
-        self.at = self.at._replace(data=json.dumps(merged))
+        merged = merge_data(parse_data(self.at.data, exact=True), data)
+        self.at = self.at._replace(data=exact_json.dumps(merged))
         self.merged = {**(self.merged or {}), **data}
 
     def _failed(self, failed: Failed, jitter: float) -> Decision | None:

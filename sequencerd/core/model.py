@@ -12,6 +12,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, assert_never
 from uuid import UUID
 
+from sequencerd.core import exact_json
+
 if TYPE_CHECKING:
     from sequencerd.core.calendar.windows import Window
 
@@ -529,10 +531,13 @@ def _with_data(others: Mapping[str, Any], data: str | None) -> str:
 _decode = json.JSONDecoder().raw_decode  # does not look for blanks around it, which jsonb lacks
 
 
-def parse_data(text: str) -> dict[str, Any]:
-    """An enrollment's data. Raises EvaluationError for what PostgreSQL takes and Python doesn't."""
+def parse_data(text: str, *, exact: bool = False) -> dict[str, Any]:
+    """Parse an enrollment's data, if they are to be written again `exact` to the last digit.
+
+    Raises EvaluationError for what PostgreSQL takes and Python doesn't.
+    """
     try:
-        data: dict[str, Any] = _decode(text)[0]
+        data: dict[str, Any] = exact_json.loads(text) if exact else _decode(text)[0]
     except (ValueError, RecursionError) as error:
         raise EvaluationError("bad_data", f"data cannot be read: {error}") from error
     return data

@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
+from sequencerd.core import exact_json
 from sequencerd.core.config import describe
 from sequencerd.core.model import Action, Answer, Failed, Result
 from sequencerd.runners.fields import one_line
@@ -40,6 +42,11 @@ class Outcome(BaseModel):
     data: dict[str, Any] | None = None
     retry_after: Annotated[float, Field(ge=0, le=LONGEST)] | None = None
     wake_at: datetime | None = None
+
+    @field_validator("retry_after", mode="before")
+    @classmethod
+    def _round(cls, value: object) -> object:
+        return float(value) if isinstance(value, Decimal) else value
 
     @field_validator("wake_at", mode="before")
     @classmethod
@@ -75,8 +82,8 @@ def check_date(value: datetime) -> datetime:
 def check_json(value: object) -> None:
     """Raise ValueError for what PostgreSQL's jsonb does not accept."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()
+        text = exact_json.dumps(value)
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {type(error).__name__}: {str(error)[:100]}") from None
     if _NUL.search(text):

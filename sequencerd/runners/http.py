@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from sequencerd.core import exact_json
 from sequencerd.core.model import (
     RETRY,
     DefinitionError,
@@ -210,7 +211,7 @@ class BatchRunner:
         failed = judge(reply, f"{self._name} answered {reply.status} {reply.excerpt()}".rstrip())
         if failed is None:
             try:
-                items = json.loads(reply.body)
+                items = exact_json.loads(reply.body)
             except (ValueError, RecursionError):
                 items = None
             if isinstance(items, list):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
+from sequencerd.core import exact_json
 from sequencerd.core.model import REMOVED, Enrollment, Event, Fence, merge_data
 from sequencerd.core.schedule import SOURCE
 from sequencerd.errors import DatabaseError, SettingsError
@@ -670,7 +671,7 @@ async def write(connection: asyncpg.Connection, written: Written, now: datetime)
         data = [
             (
                 id_,
-                json.dumps(merge_data({}, changes)),
+                exact_json.dumps(merge_data({}, changes)),
                 [key for key, value in changes.items() if value is REMOVED],
             )
             for id_, changes in written.data.items()

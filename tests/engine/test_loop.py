@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AsyncExitStack, suppress
@@ -12,10 +13,12 @@ from datetime import timedelta
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Result, Task
+from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Result, Task, View
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
+from sequencerd.runners.http import HttpRunner
 from sequencerd.storage import store
+from tests.helpers import servers
 from tests.helpers.engines import (
     ALL_ENDED,
     Recorder,
@@ -579,6 +582,35 @@ async def test_answers_may_bring_data_and_ask_to_come_again(
         "work altNext",
         "work completed",
     ]
+
+
+async def test_numbers_come_back_from_a_runner_to_the_last_digit(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    data = '{"a": 12345678901234567890.123456789, "b": 1e400, "c": 0.1, "d": 98765432109876543210}'
+
+    async def echo(request: servers.Request) -> servers.Answer:
+        (enrollment,) = re.findall(rb'"id": (\d+)', request.body)[:1]
+        (numbers,) = re.findall(rb'"data":({.*?})', request.body)
+        answer = b'[{"id": %b, "action": "next", "data": {"copy": %b}}]' % (enrollment, numbers)
+        return servers.Answer(body=answer)
+
+    later = Recorder()
+    async with servers.http_server(echo) as server:
+        call = HttpRunner(server.url, name="Call")
+        async with running_engine(database, {"Call": call, "Note": later}):
+            await define(
+                connection, "s", ("call", "Call", "{}", "note"), ("note", "Note", "{}", None)
+            )
+            id_ = await enroll(connection, "s", "ada", data)
+            await until(connection, ENDED, id_)
+        await call.close()
+    stored = "SELECT data - 'copy' = data -> 'copy', (data -> 'copy')::text"
+    is_same, text = await connection.fetchrow(f"{stored} FROM sequencer.enrollments")
+    assert is_same, text
+    (view,) = later.views
+    assert isinstance(view, View)
+    assert view.text.count("12345678901234567890.123456789") == 2
 
 
 async def test_a_stop_gives_back_what_is_not_done_and_spends_no_attempt(

@@ -1,0 +1,41 @@
+"""JSON whose numbers keep all their digits, as in jsonb: what a runner answers is stored as it is.
+
+A number that a float holds is a float. Any other is a Decimal, which Python's encoder cannot write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+_MARKED = re.compile(r'"\\u0000(-?[0-9.]+(?:[eE][+-]?[0-9]+)?)\\u0000"')
+
+
+def loads(text: str | bytes) -> Any:
+    """Parse JSON. Raises ValueError and RecursionError."""
+    return json.loads(text, parse_float=_number)
+
+
+def dumps(value: object) -> str:
+    """Write JSON. Raises ValueError, also for NaN and infinity, TypeError and RecursionError."""
+    text = json.dumps(value, allow_nan=False, default=_marked)
+    return _MARKED.sub(r"\1", text) if "\\u0000" in text else text
+
+
+def _number(text: str) -> float | Decimal:
+    try:
+        number, exact = float(text), Decimal(text)
+    except InvalidOperation as error:
+        raise ValueError(f"the exponent of {text:.30} is too large") from error
+    return number if Decimal(repr(number)) == exact else exact
+
+
+def _marked(value: object) -> str:
+    """Write a Decimal as a text with NUL characters, which no text of PostgreSQL has."""
+    if not isinstance(value, Decimal):
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    if not value.is_finite():
+        raise ValueError(f"{value} is not a JSON number")
+    return f"\0{value}\0"
