@@ -194,11 +194,12 @@ class Moves:
         self, batch: Batch, executor: Executor, leased: Enrollment, execute: Execute
     ) -> None:
         """Lease an enrollment for its side effect. Raises EvaluationError for unreadable data."""
-        step, effect, timezone, external, revision, *ends = execute
+        step, effect, timezone, external, revision, expires_at, closes_at = execute
         assert leased.entered_at is not None
         view = model.view(leased, timezone, leased.entered_at, external)
         expires = None
-        if end := min((at for at in ends if at is not None), default=None):
+        if expires_at or closes_at:
+            end = min(filter(None, (expires_at, closes_at)))
             seconds = self._clock.seconds_until(end) + TICK
             expires = asyncio.get_running_loop().time() + seconds
         task = Task(leased.key, view, expires)
