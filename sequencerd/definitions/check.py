@@ -5,6 +5,7 @@ Told is only what can be proved from the definition; docs/files.md says what tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from sequencerd.core.step_types import (
     template_texts,
     written_keys,
 )
-from sequencerd.core.step_types.conditions import ConditionConfig
+from sequencerd.core.step_types.conditions import ConditionConfig, commands
 from sequencerd.core.step_types.record import texts
 
 NAMES = (
@@ -110,24 +111,77 @@ def targets(name: str, sequence: Sequence) -> list[str]:
 
 
 def _check_condition(step: Step, exit_: Exit, sequence: Sequence) -> Iterator[Remark]:
-    config: ConditionConfig = exit_.condition
-    for key, operand in (("value", config.value), ("compareTo", config.compare_to)):
-        if (
-            operand is not None
-            and operand.type == "get"
-            and (wrong := _wrong_path(operand.value, first_key(operand), sequence))
-        ):
-            is_former = first_key(operand) in FORMER
-            yield Remark(step.name, (*exit_.condition_path, key, "value"), wrong, is_former)
-    if answer := always(config, sequence):
+    for path, command in commands(exit_.condition, exit_.condition_path):
+        for keys, operand in command.operands():
+            if operand.type != "get":
+                continue
+            root = first_key(operand)
+            if wrong := _wrong_path(operand.value, root, sequence):
+                yield Remark(step.name, (*path, *keys, "value"), wrong, root in FORMER)
+        if command.lodash_command in _TEXT_ORDER and _compares_times(command):
+            meant = _TEXT_ORDER[command.lodash_command]
+            yield Remark(
+                step.name,
+                (*path, "lodashCommand"),
+                f"{command.lodash_command} compares times as texts, which is wrong if they are "
+                f"written in different zones or forms: write momentCommand: {meant}",
+            )
+    if answer := always(exit_.condition, sequence):
         yield _fixed(step, exit_, *answer)
+
+
+_TEXT_ORDER = {
+    "gt": "isAfter", "gte": "isSameOrAfter", "lt": "isBefore", "lte": "isSameOrBefore",
+}  # fmt: skip
+"""lodash's commands that compare texts by their characters, and moment's for times."""
+
+_TIME = re.compile(r"\d{4}-\d{2}(-\d{2}.*)?")
+_NAME_OF_TIME = re.compile(
+    r"(.*[._])?(date|time|at|due|on)|.*[a-z](At|Date|Time)|start(Step|Sequence)"
+)
+
+
+def _compares_times(command: ConditionConfig) -> bool:
+    """Whether an operand looks like a time, and none like anything else."""
+    looks: list[bool] = []
+    for _, operand in command.operands():
+        if operand.type == "raw":
+            text = operand.value
+            looks.append(isinstance(text, str) and bool(_TIME.fullmatch(text)))
+            if not looks[-1]:
+                return False
+        else:
+            looks.append(bool(_NAME_OF_TIME.fullmatch(str(operand.value))))
+    return any(looks)
 
 
 def always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
     """What the condition answers for everybody, None where it can't be asked; and the reason."""
+    if config.lodash_command is not None:
+        return _command_always(config, sequence)
+    if config.not_ is not None:
+        known = always(config.not_, sequence)
+        return known and (None if known[0] is None else not known[0], known[1])
+    decides = config.any_ is not None  # the answer after which no other part is evaluated
+    reasons: list[str] | None = []
+    for _, part in config.parts():
+        known = always(part, sequence)
+        if known is None:
+            reasons = None
+        elif known[0] is decides:
+            return known
+        elif known[0] is None:
+            return known if reasons is not None else None
+        elif reasons is not None:
+            reasons.append(known[1])
+    return (not decides, "; ".join(reasons)) if reasons else None
+
+
+def _command_always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
     predicate = config.predicate()
     view = '{"external":{}}'
     other = config.compare_to
+    assert not isinstance(other, list)
     if (
         config.lodash_command == "eq"
         and other
@@ -137,12 +191,12 @@ def always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, st
         return False, "eq never holds for a list or an object, write isEqual"
     if config.lodash_command in ALWAYS_TRUE:
         return True, f"what {config.lodash_command} gives is true, even when it is empty"
-    if not (_is_fixed(config.value, sequence) and _is_fixed(config.compare_to, sequence)):
+    if not (_is_fixed(config.value, sequence) and _is_fixed(other, sequence)):
         return None
-    asked = config.lodash_command
+    asked = config.lodash_command or ""
     try:
         operands = predicate.operands(view)
-        shown = [_shown(text) for text in operands[: 1 if config.compare_to is None else 2]]
+        shown = [_shown(text) for text in operands[: 1 if other is None else 2]]
         asked += f"({', '.join(shown)})"
         answer = predicate(view)
     except EvaluationError as error:
@@ -165,7 +219,8 @@ def _shown(text: str | None) -> str:
 
 def _fixed(step: Step, exit_: Exit, answer: bool | None, why: str) -> Remark:
     """A remark on the condition of an exit that is the same for every enrollment."""
-    following = step.exits[step.exits.index(exit_) + 1 :]
+    index = step.exits.index(exit_)
+    following = step.exits[index + 1 :]
     waits = exit_.at_once == "sometimes"
     is_error = answer is None or (not answer and waits and not following)
     if answer is None:
@@ -176,8 +231,12 @@ def _fixed(step: Step, exit_: Exit, answer: bool | None, why: str) -> Remark:
     elif waits:
         does = "always waits for the timeout" if following else "nobody ever gets past here"
         message = f"{'never waits' if answer else does}: {why}"
+    elif answer:
+        message = f"{'never goes beyond' if index else 'always goes to'} {exit_.label}: {why}"
+    elif index or len(following) > 1:
+        message = f"never goes to {exit_.label}: {why}"
     else:
-        message = f"always goes to {exit_.label if answer else following[0].label}: {why}"
+        message = f"always goes to {following[0].label}: {why}"
     return Remark(step.name, exit_.condition_path, message, is_error)
 
 

@@ -56,7 +56,7 @@ def _with_effect(own: Schema, defs: Schema) -> Schema:
 def _bind(type_: Schema, name: str, config: Schema) -> Schema:
     """The rule that a step of this type has this config."""
     bound: Schema = {"properties": {"config": {"$ref": f"#/$defs/{name}Config"}}}
-    if config.get("required"):
+    if config.get("required") or config.get("anyOf"):
         bound["required"] = ["config"]
     return {"if": {"properties": {"type": type_}, "required": ["type"]}, "then": bound}
 

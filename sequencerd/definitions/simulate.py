@@ -15,7 +15,6 @@ from zoneinfo import ZoneInfo
 
 from sequencerd.core.advance import advance
 from sequencerd.core.calendar import dates
-from sequencerd.core.javascript.conditions import Operand
 from sequencerd.core.model import (
     NEVER,
     REMOVED,
@@ -43,7 +42,7 @@ from sequencerd.core.model import (
     parse_data,
     view,
 )
-from sequencerd.core.step_types.conditions import ConditionConfig
+from sequencerd.core.step_types.conditions import ConditionConfig, explain
 
 MAX_ENTRIES = 10_000
 """A simulation ends here, as a sequence that loops has no end of its own."""
@@ -287,11 +286,11 @@ class _Journey:
             step = self._step(event)
             if step and isinstance(step.behaviour, Instant):
                 context = self._look(here, now)
-                conditions = [e.condition for e in step.exits if e.condition is not None]
-                if event.action not in (Action.NEXT, Action.ALT_NEXT):
+                if event.action not in (Action.NEXT, Action.ALT_NEXT, "branch"):
                     pass
-                elif conditions:
-                    message = "; ".join(_because(one, context) for one in conditions)
+                elif conditions := _evaluated(step, event):
+                    because = "; ".join(explain(one, context) for one in conditions)
+                    message = f"{message}: {because}" if message else because
                 elif isinstance(answer := step.behaviour.answer(context), Update):
                     here = here._replace(
                         data=json.dumps(merge_data(parse_data(here.data), answer.data))
@@ -341,16 +340,12 @@ def _changes(data: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _because(condition: ConditionConfig, context: Context) -> str:
-    """Describe a condition with its values, such as "gte(data.score = 10, 50) is false"."""
-    predicate = condition.predicate()
-    view = context.json(predicate.roots)
-    operands = [condition.value, *[condition.compare_to] * (condition.compare_to is not None)]
-    shown = ", ".join(map(_operand, operands, predicate.operands(view)))
-    return f"{condition.lodash_command}({shown}) is {str(predicate(view)).lower()}"
-
-
-def _operand(operand: Operand | None, text: str | None) -> str:
-    text = "missing" if text is None else text
-    text = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-    return f"{operand.value} = {text}" if operand and operand.type == "get" else text
+def _evaluated(step: Step, event: Event) -> list[ConditionConfig]:
+    """Return the conditions that an event followed from, in the order of their evaluation."""
+    found = []
+    for exit_ in step.exits:
+        if exit_.condition is not None:
+            found.append(exit_.condition)
+        if event.message == exit_.label:
+            break
+    return found

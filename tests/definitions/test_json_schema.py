@@ -59,6 +59,12 @@ IS_PRO = {
     "value": {"type": "get", "value": "data.plan"},
     "compareTo": {"type": "raw", "value": "pro"},
 }
+IS_DUE = {
+    "momentCommand": "isBetween",
+    "value": {"type": "now"},
+    "compareTo": [{"type": "get", "value": "data.a"}, {"type": "raw", "value": "2030-01-01"}],
+    "granularity": "day",
+}
 STEPS: list[dict[str, Any]] = [
     {"name": "a", "type": "Email", "config": {**EMAIL, "onError": "altNext"}},
     {"name": "b", "type": "SMS", "config": {"from": "+15005550006", "to": "{{x}}", "message": "m"}},
@@ -80,8 +86,15 @@ STEPS: list[dict[str, Any]] = [
         },
     },
     {"name": "sw", "type": "Switch", "config": {"cases": [{"when": IS_PRO, "step": "zero"}]}},
+    {
+        "name": "nested",
+        "type": "Conditional",
+        "config": {"all": [IS_PRO, {"any": [{"not": IS_PRO}, IS_DUE]}]},
+    },
+    {"name": "reached", "type": "Goal", "config": {"not": IS_PRO, "repeat": True}},
     {"name": "j", "type": "UpdateData", "config": {"data": {"x": [1, "{{id}}"]}}},
     {"name": "k", "type": "WaitForDate", "config": {"date": "2030-01-01"}},
+    {"name": "w", "type": "WaitForWindow", "config": {"days": ["mon"], "from": "09:00"}},
     {"name": "l", "type": "Note", "config": {"anything": {"at": "all"}, "retry": {"attempts": 2}}},
     {
         "name": "m",
@@ -125,6 +138,14 @@ def test_good_steps_are_valid(step: dict[str, Any]) -> None:
         sequence({"name": "a", "type": "Switch", "config": {"cases": [{"step": "a"}]}}),
         sequence({"name": "a", "type": "Switch", "config": {"cases": [{"when": IS_PRO}]}}),
         sequence({"name": "a", "type": "Switch"}),
+        sequence({"name": "a", "type": "Conditional"}),
+        sequence({"name": "a", "type": "Goal", "config": {"repeat": True}}),
+        sequence({"name": "a", "type": "Conditional", "config": {"all": []}}),
+        sequence({"name": "a", "type": "Conditional", "config": {"not": {"all": [{}]}}}),
+        sequence(
+            {"name": "a", "type": "Conditional", "config": {**IS_DUE, "momentCommand": "isEqual"}}
+        ),
+        sequence({"name": "a", "type": "Conditional", "config": {**IS_DUE, "granularity": "x"}}),
         sequence(
             {"name": "a", "type": "WaitForDateComparison", "config": {"attribute": "hour"}},
         ),
@@ -214,6 +235,10 @@ GOOD: dict[str, list[Any]] = {
     "missing": ["altNext"],
     "amount": ["{{data.n}}", 0, -1.5, 10**20],
     "unit": ["businessDays", "DAY", "ms", "Years", "isoWeek", "Q"],
+    "all": [[IS_PRO], [IS_PRO, {"any": [IS_DUE]}]],
+    "not": [IS_PRO],
+    "momentCommand": ["isSame"],
+    "granularity": ["day", None],
     "cases": [[], [{"when": IS_PRO, "step": None}]],
     "when": [IS_PRO],
     "ways": [None, [{"name": "a", "weight": 1, "step": "zero"}]],

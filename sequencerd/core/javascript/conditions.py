@@ -122,15 +122,16 @@ PLAIN_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 
 
 class Operand(BaseModel):
-    """`{"type": "get", "value": path}` reads the enrollment, `{"type": "raw", ...}` is itself.
+    """`{"type": "get", "value": path}` reads the enrollment, `{"type": "raw", ...}` is itself,
+    `{"type": "now"}` is the present time.
 
     A path is a text such as "data.items[0].name", a list of keys, or what else lodash takes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    type: Literal["get", "raw"]
-    """get reads the enrollment at a path, raw is the value as it stands here."""
+    type: Literal["get", "raw", "now"]
+    """get reads the enrollment at a path, raw is the value as it stands here, now the time."""
     value: object = None
     """The path, such as data.items[0].name, or the value."""
 

@@ -18,7 +18,7 @@ from sequencerd.core.javascript.conditions import Operand, first_key
 from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import DefinitionError, Instant, KeyPath
 from sequencerd.core.step_types import branches, data, effects, waits
-from sequencerd.core.step_types.conditions import read_condition
+from sequencerd.core.step_types.conditions import condition_roots, read_condition
 from sequencerd.core.step_types.record import StepType, find, texts
 
 BUILT_IN: Mapping[str, StepType] = {
@@ -121,7 +121,7 @@ def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
             if not isinstance(condition, dict):
                 continue
             with suppress(DefinitionError, ValidationError):
-                found |= read_condition(condition).predicate().roots
+                found |= condition_roots(read_condition(condition))
     try:
         for _, target in read_paths(type_, config):
             with suppress(DefinitionError):

@@ -109,7 +109,7 @@ class GoalConfig(ConditionConfig):
 
 
 def _goal(config: GoalConfig) -> Instant:
-    is_met = compile_condition(config)
+    is_met = compile_condition(config, waits=True)
     return Instant(
         lambda context: Action.NEXT if is_met(context) else Stay(NEVER),
         (NEXT._replace(condition=config, at_once="sometimes", reason="where it holds"),),

@@ -1,64 +1,345 @@
-"""The condition in the config of a step."""
+"""Conditions in the configs of steps: lodash's commands, moment's, and their combinations."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 
-from sequencerd.core.config import Config
+from sequencerd.core.calendar import dates
+from sequencerd.core.calendar.granularity import GRANULARITIES, period
+from sequencerd.core.config import Config, Faults
 from sequencerd.core.javascript.conditions import (
     COMMANDS,
     Operand,
     Predicate,
     compile_predicate,
+    first_key,
     known_command,
 )
-from sequencerd.core.model import Context
+from sequencerd.core.model import Context, DefinitionError, EvaluationError, Fault, KeyPath
+from sequencerd.core.step_types.templates import no_date
+
+MAX_DEPTH = 50
+MAX_SHOWN = 100  # characters of a value
+
+_COMPARISONS: Mapping[str, Callable[[int, int], bool]] = {
+    "isBefore": operator.lt,
+    "isAfter": operator.gt,
+    "isSame": operator.eq,
+    "isSameOrBefore": operator.le,
+    "isSameOrAfter": operator.ge,
+}
+"""moment's comparisons of two times; isBetween compares with both ends, which are excluded."""
+
+MomentCommand = Literal[
+    "isBefore", "isAfter", "isSame", "isSameOrBefore", "isSameOrAfter", "isBetween"
+]
+
+
+def _granularity(name: str) -> str:
+    if name not in GRANULARITIES:
+        raise ValueError(f"must be one of {', '.join(GRANULARITIES)}")
+    return name
 
 
 class ConditionConfig(Config):
-    """A condition, Boolean(_[lodashCommand](value, compareTo))."""
+    """A condition: Boolean(_[lodashCommand](value, compareTo)), a comparison of times by
+    momentCommand, or others combined by all, any and not.
+    """
 
-    lodash_command: Annotated[str, AfterValidator(known_command)] = Field(
-        json_schema_extra={"enum": [*sorted(COMMANDS)]}
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["lodashCommand", "value"]},
+                {"required": ["momentCommand", "value", "compareTo"]},
+                {"required": ["all"]},
+                {"required": ["any"]},
+                {"required": ["not"]},
+            ]
+        }
     )
+
+    lodash_command: (
+        Annotated[
+            str,
+            AfterValidator(known_command),
+            Field(json_schema_extra={"enum": [*sorted(COMMANDS)]}),
+        ]
+        | None
+    ) = None
     """lodash's command, such as eq, gte, isEqual, includes."""
-    value: Operand
+    moment_command: MomentCommand | None = None
+    """moment's command; it compares instants, whatever the zones in which they are written."""
+    value: Operand | None = None
     """The first operand."""
-    compare_to: Operand | None = None
-    """The second operand, of those commands that have one."""
+    compare_to: (
+        Annotated[
+            Annotated[Operand, Tag("operand")] | Annotated[list[Operand], Tag("operands")],
+            Discriminator(lambda value: "operands" if isinstance(value, list) else "operand"),
+        ]
+        | None
+    ) = None
+    """The second operand, of those commands that have one; of isBetween a list of two."""
+    granularity: (
+        Annotated[
+            str,
+            AfterValidator(_granularity),
+            Field(json_schema_extra={"enum": [*GRANULARITIES]}),
+        ]
+        | None
+    ) = None
+    """Of momentCommand: what is compared, such as day, in the enrollment's time zone."""
+    all_: Annotated[list[ConditionConfig], Field(min_length=1)] | None = Field(None, alias="all")
+    """Conditions that must all hold."""
+    any_: Annotated[list[ConditionConfig], Field(min_length=1)] | None = Field(None, alias="any")
+    """Conditions of which one must hold."""
+    not_: ConditionConfig | None = Field(None, alias="not")
+    """A condition that must not hold."""
 
     def predicate(self) -> Predicate:
-        """Compile the condition."""
+        """Compile the lodashCommand."""
+        assert self.lodash_command is not None
+        assert self.value is not None
+        assert not isinstance(self.compare_to, list)
         return compile_predicate(self.lodash_command, self.value, self.compare_to)
+
+    def parts(self) -> list[tuple[KeyPath, ConditionConfig]]:
+        """Return the conditions that it combines, with their paths."""
+        parts: list[tuple[KeyPath, ConditionConfig]] = []
+        for key, conditions in (("all", self.all_), ("any", self.any_)):
+            parts += [((key, number), one) for number, one in enumerate(conditions or ())]
+        return [*parts, (("not",), self.not_)] if self.not_ else parts
+
+    def operands(self) -> list[tuple[KeyPath, Operand]]:
+        """Return its own operands, with their paths."""
+        found: list[tuple[KeyPath, Operand]] = [(("value",), self.value)] if self.value else []
+        match self.compare_to:
+            case Operand():
+                found.append((("compareTo",), self.compare_to))
+            case list():
+                found += [(("compareTo", n), operand) for n, operand in enumerate(self.compare_to)]
+        return found
+
+
+_KEYS = frozenset(field.alias or name for name, field in ConditionConfig.model_fields.items())
+_KINDS = ("lodashCommand", "momentCommand", "all", "any", "not")
 
 
 def read_condition(config: Mapping[str, Any]) -> ConditionConfig:
     """Read the condition in a mapping, whatever its other keys. Raises ValidationError."""
-    keys = ("lodashCommand", "value", "compareTo")
-    return ConditionConfig.model_validate({key: config[key] for key in keys if key in config})
+    return ConditionConfig.model_validate({key: config[key] for key in config.keys() & _KEYS})
 
 
-def compile_condition(config: ConditionConfig) -> Callable[[Context], bool]:
-    """Compile a condition to a function of the evaluation context. Raises DefinitionError."""
+def commands(
+    config: ConditionConfig, path: KeyPath = ()
+) -> Iterator[tuple[KeyPath, ConditionConfig]]:
+    """Yield the commands in a condition, with their paths."""
+    if not (parts := config.parts()):
+        yield path, config
+    for keys, part in parts:
+        yield from commands(part, (*path, *keys))
+
+
+def condition_roots(config: ConditionConfig) -> frozenset[str]:
+    """Return the first keys of all paths that a condition may read. Raises DefinitionError."""
+    read = [operand for _, one in commands(config) for _, operand in one.operands()]
+    roots = {first_key(operand) for operand in read if operand.type == "get"}
+    return frozenset(root for root in roots if root is not None)
+
+
+# --- compiled
+
+Holds = Callable[[Context], bool]
+
+
+def compile_condition(config: ConditionConfig, *, waits: bool = False) -> Holds:
+    """Compile a condition to a function of the evaluation context. If the step `waits` for it,
+    nothing in it may depend on the present time. Raises DefinitionError.
+    """
+    return _compile(config, 0, waits=waits)
+
+
+def _compile(config: ConditionConfig, depth: int, *, waits: bool) -> Holds:
+    if depth > MAX_DEPTH:
+        raise DefinitionError(f"conditions are nested more than {MAX_DEPTH} deep")
+    faults = Faults()
+    _check_keys(config, faults, waits=waits)
+    parts: list[Holds] = []
+    for path, part in config.parts():
+        with faults.at(*path):
+            parts.append(_compile(part, depth + 1, waits=waits))
+    faults.check()
+    if config.all_ is not None:
+        return lambda context: all(part(context) for part in parts)
+    if config.any_ is not None:
+        return lambda context: any(part(context) for part in parts)
+    if config.not_ is not None:
+        [inner] = parts
+        return lambda context: not inner(context)
+    if config.moment_command is not None:
+        return _compile_moment(config)
     predicate = config.predicate()
     return lambda context: predicate(context.json(predicate.roots))
 
 
+def _check_keys(config: ConditionConfig, faults: Faults, *, waits: bool) -> None:
+    """Find keys that do not go together, and operands that a command does not take."""
+    given = {
+        field.alias or name
+        for name, field in ConditionConfig.model_fields.items()
+        if getattr(config, name) is not None
+    }
+    kinds = [key for key in _KINDS if key in given]
+    if len(kinds) != 1:
+        raise DefinitionError(f"write one of {', '.join(_KINDS)} in a condition")
+    [kind] = kinds
+    is_moment = kind == "momentCommand"
+    wanted = (
+        {"value", "compareTo"} if is_moment else {"value"} if kind == "lodashCommand" else set()
+    )
+    taken = {*wanted, "compareTo", *({"granularity"} & given if is_moment else ())}
+    faults.found += [Fault((key,), "is missing") for key in sorted(wanted - given)]
+    for key in sorted(given - set(_KINDS) - (taken if wanted else set())):
+        owner = "momentCommand" if key == "granularity" else "lodashCommand or momentCommand"
+        faults.found.append(Fault((key,), f"belongs to {owner}, not to {kind}"))
+    is_between = config.moment_command == "isBetween"
+    if "compareTo" in given and wanted:
+        count = len(config.compare_to) if isinstance(config.compare_to, list) else None
+        if is_between and count != 2:
+            faults.found.append(Fault(("compareTo",), "must be a list of two operands"))
+        elif not is_between and count is not None:
+            faults.found.append(Fault(("compareTo",), "must be one operand: isBetween takes two"))
+    for path, operand in config.operands():
+        if operand.type == "now" and not is_moment:
+            faults.found.append(Fault((*path, "type"), "now can be compared by momentCommand only"))
+        elif operand.type == "now" and waits:
+            faults.found.append(Fault((*path, "type"), _NOT_WOKEN))
+        elif operand.type == "raw" and is_moment and not _is_date(operand.value):
+            faults.found.append(Fault((*path, "value"), no_date(operand.value)))
+
+
+_NOT_WOKEN = (
+    "nothing wakes an enrollment when the time has come: wait for it with a WaitForDate, "
+    "or compare with now in a Conditional or a Switch"
+)
+
+
+def _is_date(value: object) -> bool:
+    return (
+        isinstance(value, str)
+        and not dates.is_bare_number(value)
+        and dates.parse(value.strip(), dates.zone("UTC")) is not None
+    )
+
+
+def _compile_moment(config: ConditionConfig) -> Holds:
+    readers = [_compile_instant(config, path, operand) for path, operand in config.operands()]
+    unit = config.granularity or "millisecond"
+
+    def holds(context: Context) -> bool:
+        zone = dates.zone(context.timezone)
+        found = [read(context) for read in readers]
+        instants = [period(at, unit, zone) for at in found if at is not None]
+        if len(instants) < len(found):
+            return False  # as moment answers without a date
+        value, *others = instants
+        if config.moment_command == "isBetween":
+            return others[0] < value < others[1]
+        return _COMPARISONS[config.moment_command or ""](value, others[0])
+
+    return holds
+
+
+def _compile_instant(
+    config: ConditionConfig, path: KeyPath, operand: Operand
+) -> Callable[[Context], datetime | None]:
+    """Compile the time that an operand is; None if there is no value."""
+    if operand.type == "now":
+        return lambda context: context.now
+    if operand.type == "raw":
+        text = str(operand.value).strip()
+        return lambda context: dates.parse(text, dates.zone(context.timezone))
+    predicate = compile_predicate("isNil", operand, None)
+
+    def read(context: Context) -> datetime | None:
+        found, _ = predicate.operands(context.json(predicate.roots))
+        value = None if found is None else json.loads(found)
+        if value is None:
+            return None
+        if not _is_date(value):
+            where = ".".join(map(str, path))
+            message = f"momentCommand {config.moment_command}: {where}: {no_date(value)}"
+            raise EvaluationError("bad_data", message)
+        return dates.parse(value.strip(), dates.zone(context.timezone))
+
+    return read
+
+
+# --- described
+
+
+def explain(config: ConditionConfig, context: Context) -> str:
+    """Describe a condition with its values, such as "gte(data.score = 10, 50) is false"."""
+    holds = compile_condition(config)(context)
+    return f"{_with_values(config, context)} is {str(holds).lower()}"
+
+
+def _with_values(config: ConditionConfig, context: Context) -> str:
+    name = config.lodash_command or config.moment_command
+    if name is None:
+        [kind] = {str(path[0]) for path, _ in config.parts()}
+        parts = ", ".join(_with_values(part, context) for _, part in config.parts())
+        return f"{kind}({parts})"
+    shown = [_operand_with_value(operand, context) for _, operand in config.operands()]
+    shown += [config.granularity] if config.granularity else []
+    return f"{name}({', '.join(shown)})"
+
+
+def _operand_with_value(operand: Operand, context: Context) -> str:
+    if operand.type == "now":
+        return f"now = {context.now:%Y-%m-%dT%H:%M:%SZ}"
+    predicate = compile_predicate("isNil", operand, None)
+    text, _ = predicate.operands(context.json(predicate.roots))
+    text = "missing" if text is None else text
+    text = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return f"{operand.value} = {text}" if operand.type == "get" else text
+
+
 def describe_wait(config: Mapping[str, Any]) -> str:
     """Describe a wait for a condition; empty for what is none."""
+    described = describe_condition(config)
+    return f"waits until {described} is true" if described else ""
+
+
+def describe_condition(config: Any) -> str:
+    """Describe a condition, such as "gte(data.score, 50)"; empty for what is none."""
     match config:
-        case {"lodashCommand": command, "value": value}:
-            operands = [value, *([config["compareTo"]] if "compareTo" in config else [])]
-            return f"waits until {command}({', '.join(map(_describe_operand, operands))}) is true"
+        case {"lodashCommand": str(command), "value": value} | {
+            "momentCommand": str(command),
+            "value": value,
+        }:
+            others = config.get("compareTo", [])
+            operands = [value, *(others if isinstance(others, list) else [others])]
+            shown = [_describe_operand(operand) for operand in operands]
+            shown += [config["granularity"]] if config.get("granularity") else []
+            return f"{command}({', '.join(map(str, shown))})"
+        case {"all": list(parts)} | {"any": list(parts)}:
+            kind = "all" if "all" in config else "any"
+            return f"{kind}({', '.join(map(describe_condition, parts))})"
+        case {"not": part}:
+            return f"not({describe_condition(part)})"
     return ""
 
 
 def _describe_operand(operand: object) -> str:
     match operand:
+        case {"type": "now"}:
+            return "now"
         case {"type": "get", "value": path}:
             return str(path)
         case {"value": value}:

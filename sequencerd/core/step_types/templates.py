@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -108,11 +109,17 @@ def _parse_date(text: str, unix: Literal["X", "x"] | None, timezone: str) -> dat
     return None if dates.is_bare_number(text) else dates.parse(text, dates.zone(timezone))
 
 
+def no_date(value: object) -> str:
+    """Say that a value is no date."""
+    text = repr(shown(value)) if isinstance(value, str) else shown(json.dumps(value))
+    return f"{text} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
+
+
 def _no_date(text: str, unix: Literal["X", "x"] | None) -> str:
     if unix is not None:
         unit = "seconds" if unix == "X" else "milliseconds"
         return f"{shown(text)!r} is not a number of {unit} since 1970 (format {unix})"
-    message = f"{shown(text)!r} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
     if dates.is_bare_number(text):
-        message += "; of a Unix time, write format: X for seconds, or format: x for milliseconds"
-    return message
+        hint = "of a Unix time, write format: X for seconds, or format: x for milliseconds"
+        return f"{no_date(text)}; {hint}"
+    return no_date(text)

@@ -113,7 +113,7 @@ class WaitForConditionConfig(ConditionConfig):
 
 
 def _wait_for_condition(config: WaitForConditionConfig) -> Instant:
-    holds = compile_condition(config)
+    holds = compile_condition(config, waits=True)
     end = compile_duration(config.timeout, ("timeout",)) if config.timeout else lambda _: NEVER
 
     def answer(context: Context) -> StepAnswer:
