@@ -9,9 +9,11 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.core.model import Answer, Result, Task
+from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.databases import with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.servers import HOST, smtp_server
 
 ALL_WAIT = (
     "SELECT count(*) = $1 FROM sequencer.enrollments"
@@ -60,6 +62,54 @@ async def test_what_is_queued_when_the_window_closes_waits_without_an_attempt(
         # without a window they begin at once
         await set_window(connection, None)
         await until(connection, ALL_ENDED)
+
+
+async def test_what_a_rate_limit_holds_back_when_the_window_closes_waits(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with smtp_server() as box:
+        runner = EmailRunner(f"smtp://{HOST}:{box.port}", per_second=2, concurrency=4)
+        config = {"from": "a@x.test", "to": "b@x.test", "subject": "x", "text": "x"}
+        async with running_engine(database, {"Email": runner}):
+            await define(connection, "s", ("mail", "Email", json.dumps(config), None))
+            closes = datetime.now(UTC) + timedelta(seconds=4)
+            await set_window(
+                connection, {"from": clock(closes - timedelta(hours=2)), "to": clock(closes)}
+            )
+            await connection.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject)"
+                " SELECT 's', 'user-' || n FROM generate_series(1, 40) AS n"
+            )
+            await until(connection, "SELECT clock_timestamp() > $1", closes)
+            await until(
+                connection,
+                "SELECT count(*) = 0 FROM sequencer.enrollments"
+                " WHERE status = 'active' AND NOT (wake_at > now() + interval '20 hours'"
+                " AND leased_by IS NULL AND attempt = 0)",
+            )
+        await runner.close()
+        sent = len(box.messages)
+    assert sent < 40
+    ended = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'completed'"
+    assert await connection.fetchval(ended) == sent
+
+
+async def test_a_retry_waits_for_the_next_opening(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def fails(_task: Task) -> Result:
+        return Failed("not now", retry_after=timedelta(minutes=30))
+
+    async with running_engine(database, {"Work": Recorder(fails)}):
+        await define(connection, "s", ("work", "Work", "{}", None))
+        closes = datetime.now(UTC) + timedelta(minutes=10)
+        await set_window(
+            connection, {"from": clock(closes - timedelta(hours=2)), "to": clock(closes)}
+        )
+        await enroll(connection, "s", "ada")
+        await until(connection, "SELECT count(*) = 1 FROM sequencer.events WHERE action = 'retry'")
+        await until(connection, TOMORROW)
+        assert await connection.fetchval("SELECT attempt FROM sequencer.enrollments") == 1
 
 
 async def test_a_holiday_is_followed_while_enrollments_wait(
