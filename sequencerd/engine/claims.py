@@ -113,7 +113,9 @@ class Claims:
             return False
         if step and isinstance(step.behaviour, SideEffect):
             executor = self._executors.by_key[step.type]
-            limit = 0 if self._backlog.is_full else min(limit, executor.free_slots // claimers)
+            free = executor.free_slots
+            # a single slot is not divided: if nothing is in flight, nothing would wake the step
+            limit = 0 if self._backlog.is_full else min(limit, free // claimers or min(free, 1))
             if limit <= 0:
                 executor.waiting.add(step_key)
                 return False

@@ -350,6 +350,7 @@ class Engine:
             async with store.connection(self._pool) as connection:
                 counts = await store.count_due(connection, due, now, MAX_DUE)
         await self._claims.claim_orphans(due, now)
+        self._executors.resume()
         self._expiries.forget()
         await self._outages.count(list(self._executors.by_key.values()))
         # what waits for a runner that is down is counted there

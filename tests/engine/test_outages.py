@@ -15,6 +15,7 @@ import pytest
 
 from sequencerd.core.backoff import Pauses
 from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.engine.breaker import Breaker
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http import HttpRunner
@@ -247,6 +248,17 @@ async def test_throttling_is_no_hot_loop(
         assert await connection.fetchval(COMPLETED) == 30
     most = f"SELECT max(n) FROM ({RETRIES} GROUP BY enrollment_id) AS r(n)"
     assert await connection.fetchval(most) == 1
+
+
+async def test_a_single_free_slot_is_not_divided_among_claimers(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an outage; this runner answers before the claimers go on, so nothing wakes them."""
+    monkeypatch.setattr(Breaker, "allowed", 1)
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600):
+        await define(connection, "s", ("note", "Note", "{}", None))
+        await connection.execute(ENROLL, 5)
+        await until(connection, ALL_ENDED)
 
 
 async def test_the_reason_is_recorded_again_when_it_changes(
