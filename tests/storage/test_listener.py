@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from sequencerd.core.advance import advance
-from sequencerd.engine import loop, reschedule
+from sequencerd.engine import moves, reschedule
 from sequencerd.storage import listener, store
 from sequencerd.storage.listener import Changed, Due, Message, Reevaluate, listen, parse
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
@@ -68,7 +68,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
         counter[enrollment.id] += 1
         return original(definitions, enrollment, *arguments, **options)
 
-    monkeypatch.setattr(loop, "advance", counting)
+    monkeypatch.setattr(moves, "advance", counting)
     return counter
 
 
