@@ -148,11 +148,11 @@ class Mended(Recorder):
 
     def __init__(self) -> None:
         super().__init__(self._answer)
-        self.is_mended = False
+        self.is_fixed = False
 
     async def _answer(self, task: Task) -> Result:
         text = json.dumps(task.view["data"])
-        return Answer() if self.is_mended else Failed(f"refused: {text}", permanent=True)
+        return Answer() if self.is_fixed else Failed(f"refused: {text}", permanent=True)
 
 
 async def people(connection: asyncpg.Connection) -> tuple[int, int]:

@@ -249,7 +249,7 @@ async def test_who_failed_is_retried_to_the_end(
         await until(connection, FAILED)
         await log_in(client)
         page = await client.get(f"/enrollments/{failing}")
-        runner.is_mended = True
+        runner.is_fixed = True
         form = {
             "action": "retry",
             "id": str(failing),
@@ -297,7 +297,7 @@ async def test_a_whole_group_is_changed(
             connection,
             "SELECT status = 'failed' FROM sequencer.enrollments WHERE subject = 'bob'",
         )
-        runner.is_mended = True
+        runner.is_fixed = True
         group = {"sequence": "s", "step": "note", "failure": "error"}
         page = await client.get("/failures/group", params=group)
         await client.post("/change", data={**group, "action": action, "token": token(page)})
@@ -323,7 +323,7 @@ async def test_the_role_of_the_daemon_is_enough(
         for path in ("/", "/sequence?sequence=s&step=wait", "/search", "/search?q=ada@x.y"):
             assert (await client.get(path)).status_code == 200, path
         page = await client.get(f"/enrollments/{failing}")
-        runner.is_mended = True
+        runner.is_fixed = True
         form = {"action": "retry", "id": str(failing), "token": token(page)}
         await client.post("/change", data=form)
         await until(

@@ -183,7 +183,7 @@ async def test_who_failed_is_retried_in_the_page(
         await page.get_by_role("link", name="error").click()
         await page.get_by_role("link", name=str(failing), exact=True).click()
         await shows(page, ".why", "refused")
-        runner.is_mended = True
+        runner.is_fixed = True
         page.once("dialog", lambda dialog: asyncio.ensure_future(dialog.dismiss()))
         await page.get_by_role("button", name="Retry").click()
         assert await connection.fetchval(FAILED)

@@ -218,7 +218,7 @@ def test_a_paused_sequence_is_entered_and_no_more() -> None:
     assert advanced.decision == Wait(NOW)
 
 
-def test_a_problem_fails_who_comes_to_it() -> None:
+def test_a_problem_fails_the_enrollments_that_come_to_it() -> None:
     bad = replace(step("b", "GoTo"), behaviour=Problem("amount: is missing"))
     decision = advance(sequence(step("a", "GoTo", then="b"), bad), at("a"), NOW).decision
     assert decision == Fail("invalid_step", "amount: is missing")
@@ -237,7 +237,7 @@ def test_a_loop_ends() -> None:
 # --- time
 
 
-def test_begins_at_its_wake_time_even_when_looked_at_late() -> None:
+def test_a_journey_starts_at_its_wake_time_even_if_evaluated_late() -> None:
     planned = NOW - timedelta(hours=2)
     definitions = sequence(step("a", "WaitForDuration", {"amount": 3, "unit": "hours"}))
     advanced = advance(definitions, at("a", entered_at=None, wake_at=planned), NOW)
@@ -254,7 +254,7 @@ def test_begins_at_its_wake_time_even_when_looked_at_late() -> None:
         (timedelta(days=1, seconds=70), {"late": "pass"}, End()),
     ],
 )
-def test_woken_late_a_comparison_looks_again(
+def test_a_comparison_that_wakes_late_is_evaluated_again(
     late: timedelta, config: Mapping[str, Any], expected: Decision
 ) -> None:
     tuesday = {"attribute": "day", "values": [2], **config}
@@ -270,7 +270,7 @@ def test_on_time_to_the_millisecond_counts_a_minute_long() -> None:
     assert advance(definitions, at("a"), NOW + timedelta(seconds=30)).decision == End()
 
 
-def test_the_subjects_own_zone_wins_and_a_bad_one_is_told() -> None:
+def test_the_enrollments_own_zone_wins_and_an_unknown_one_is_recorded() -> None:
     midnight = {"date": "2026-03-03T00:00:00"}
     definitions = sequence(step("a", "WaitForDate", midnight), timezone="Europe/Berlin")
     berlin, tokyo = datetime(2026, 3, 2, 23, tzinfo=UTC), datetime(2026, 3, 2, 15, tzinfo=UTC)
@@ -355,7 +355,7 @@ def test_its_result_moves_it(result: Result, place: str, names: list[str]) -> No
     assert [event.action for event in advanced.events] == names
 
 
-def test_it_is_finished_before_a_goal_pulls() -> None:
+def test_a_side_effect_is_finished_before_goals_are_checked() -> None:
     paid = at("mail", '{"paid": true}', attempt=1, leased_by="me")
     advanced = advance(MAIL, paid, NOW, Answer(message="sent"))
     assert advanced.enrollment.step == "other"
@@ -463,7 +463,7 @@ def test_on_error_takes_the_other_way() -> None:
     assert [(e.action, e.message) for e in advanced.events] == [("altNext", "no such address")]
 
 
-def test_a_lease_that_ran_out_is_told_and_tried_again() -> None:
+def test_an_expired_lease_is_recorded_and_retried() -> None:
     lapsed = at("mail", attempt=1, leased_by="host:1")
     advanced = advance(MAIL, lapsed, NOW)
     assert isinstance(advanced.decision, Execute)
@@ -479,7 +479,7 @@ def test_at_most_once_is_left_to_a_person_after_a_crash() -> None:
     assert decision.failure == "outcome_unknown"
 
 
-def test_what_may_have_taken_place_is_told_and_done_again_only_where_it_may() -> None:
+def test_what_may_have_taken_place_is_recorded_and_repeated_only_if_allowed() -> None:
     lost = Failed("no answer", unknown=True)
     advanced = advance(MAIL, at("mail", attempt=1, leased_by="host:1"), NOW, lost)
     assert isinstance(advanced.decision, Wait)
@@ -571,7 +571,7 @@ def test_an_answer_of_alt_next_to_a_step_without_one_is_told(message: str | None
     assert [(e.action, e.message) for e in ended.events] == [("altNext", told), ("completed", None)]
 
 
-def test_who_waits_for_external_data_is_looked_at_every_recheck() -> None:
+def test_a_wait_for_external_data_is_evaluated_every_recheck() -> None:
     definitions = looking_up(
         step("pause", "WaitForDuration", {"amount": 1, "unit": "days"}),
         step("goal", "Goal", EXTERNAL, "pause"),
@@ -595,7 +595,7 @@ def test_a_lookup_does_not_hide_that_a_side_effect_was_cut_off() -> None:
     assert cut_off.decision.failure == "outcome_unknown"
 
 
-def test_nobody_is_asked_about_a_paused_sequence() -> None:
+def test_no_lookup_is_requested_in_a_paused_sequence() -> None:
     definitions = looking_up(step("goal", "Goal", EXTERNAL))
     paused = {"s": replace(definitions["s"], paused=True)}
     assert advance(paused, at("goal"), NOW).decision == Wait(NOW)
@@ -754,7 +754,7 @@ def test_several_updates_are_all_written() -> None:
         ("UpdateData", {"data": {"a": ["{{#if}}"]}}, "data.a.0"),
     ],
 )
-def test_wrong_configs_are_told(type_: str, config: Mapping[str, Any], words: str) -> None:
+def test_invalid_configs_are_reported(type_: str, config: Mapping[str, Any], words: str) -> None:
     with pytest.raises(DefinitionError, match=words):
         compile_step(type_, config)
 
@@ -862,7 +862,7 @@ def test_a_next_occurrence_may_be_missed(late: str, woken: timedelta, passes: bo
     assert advance(wait, at("wait"), now).decision == (End() if passes else missed)
 
 
-def test_names_with_slashes_are_told_apart() -> None:
+def test_names_with_slashes_are_distinguished() -> None:
     assert effect_key("a/b", "c") != effect_key("a", "b/c")
     assert effect_key("a%2Fb", "c") != effect_key("a/b", "c")
 
@@ -1079,7 +1079,7 @@ def test_it_always_ends_in_a_decision_that_can_be_kept(
 
 
 @given(worlds(), enrollments, results, DATA)
-def test_who_was_in_a_common_position_goes_the_same_way(
+def test_enrollments_in_the_same_state_share_the_outcome(
     definitions: dict[str, Sequence], enrollment: Enrollment, result: Result | None, data: str
 ) -> None:
     advanced = advance(definitions, enrollment, NOW, result, 0.5)

@@ -64,7 +64,7 @@ async def test_a_mail_that_expires_in_an_outage_is_never_sent(
     assert await connection.fetchval(EXPIRED, 200)
 
 
-async def test_who_waits_for_a_runner_that_is_full_expires(
+async def test_an_enrollment_that_waits_for_a_full_runner_expires(
     database: str, connection: asyncpg.Connection
 ) -> None:
     release = asyncio.Event()
@@ -116,7 +116,9 @@ async def test_a_date_that_changes_while_a_runner_is_down(
     assert await connection.fetchval(EXPIRED, 3)
 
 
-async def test_who_waits_keeps_the_turn(database: str, connection: asyncpg.Connection) -> None:
+async def test_a_waiting_enrollment_keeps_its_turn(
+    database: str, connection: asyncpg.Connection
+) -> None:
     work = Recorder(fails, batch_size=1, concurrency=1)
     async with running_engine(database, {"Work": work}, pauses=LONG):
         await define(connection, "s", ("work", "Work", FROM_DATA, None))
@@ -155,7 +157,7 @@ async def test_a_pause_ends_after_the_expiry(database: str, connection: asyncpg.
     assert not work.keys
 
 
-async def test_who_expires_in_the_queue_of_a_rate_limit(
+async def test_expiry_in_the_queue_of_a_rate_limit(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with smtp_server() as box:

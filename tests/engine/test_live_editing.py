@@ -185,7 +185,7 @@ async def test_a_step_behind_is_not_executed_and_one_ahead_is(
     ]  # fmt: skip
 
 
-async def test_another_way_is_for_those_who_leave(
+async def test_another_next_step_applies_to_enrollments_that_leave(
     apply: Applying, connection: asyncpg.Connection, note: Recorder
 ) -> None:
     stays, leaves = [await at_pause(connection, f"u{n}", n * DAY) for n in (1, 2)]
@@ -306,7 +306,7 @@ async def test_paused_nothing_is_executed_and_clocks_run_on(
     assert len(held.keys) == len(set(held.keys)) == 6
 
 
-async def test_archived_nobody_enters_and_who_is_inside_goes_on(
+async def test_an_archived_sequence_admits_none_and_existing_enrollments_continue(
     apply: Applying, connection: asyncpg.Connection, note: Recorder
 ) -> None:
     id_ = await at_pause(connection, "ada", 4 * DAY)
@@ -349,7 +349,7 @@ async def test_what_is_interrupted_goes_on_from_there(
     assert await connection.fetchval(rescheduling) is None
 
 
-async def test_who_waits_as_before_is_not_written(
+async def test_an_enrollment_that_waits_as_before_is_not_written(
     apply: Applying, connection: asyncpg.Connection, note: Recorder
 ) -> None:
     await at_pause(connection, "ada", DAY)
@@ -360,7 +360,7 @@ async def test_who_waits_as_before_is_not_written(
     assert await connection.fetchval(version) == before
 
 
-async def test_no_transaction_under_way_is_overlooked(
+async def test_no_transaction_in_progress_is_missed(
     connection: asyncpg.Connection, database: str
 ) -> None:
     """Even one whose number is greater than that of the last that ended."""

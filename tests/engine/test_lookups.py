@@ -85,7 +85,7 @@ async def test_an_sql_function_is_asked_once_for_a_batch(
     assert all(view["external"] == {} for view in plain)  # it does not read them: nobody asked
 
 
-async def test_a_goal_in_external_data_is_looked_at_again_and_again(
+async def test_a_goal_in_external_data_is_evaluated_repeatedly(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await connection.execute(ACCOUNTS)
@@ -141,7 +141,7 @@ async def test_a_request_for_all_asks_once_about_each(
     assert set(asked.values()) == {2}
 
 
-async def test_a_lookup_that_fails_is_asked_again_and_is_not_false(
+async def test_a_failed_lookup_is_repeated_and_is_not_false(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await ask_plan(connection)

@@ -46,7 +46,7 @@ BELL_IS_ON = f"SELECT EXISTS (SELECT {BELL})"
 SHORT = '{"amount": 30, "unit": "milliseconds"}'
 
 
-async def test_everybody_goes_the_whole_way(database: str, connection: asyncpg.Connection) -> None:
+async def test_all_enrollments_complete(database: str, connection: asyncpg.Connection) -> None:
     recorder = Recorder(batch_size=100)
     await define(
         connection,
@@ -74,7 +74,7 @@ async def test_everybody_goes_the_whole_way(database: str, connection: asyncpg.C
     ]
 
 
-async def test_who_goes_the_way_of_others_takes_its_own_along(
+async def test_a_shared_outcome_keeps_each_enrollments_own_data(
     database: str, connection: asyncpg.Connection
 ) -> None:
     done = Answer()
@@ -110,7 +110,7 @@ async def test_who_goes_the_way_of_others_takes_its_own_along(
     assert [tuple(row) for row in await connection.fetch(failed)] == [(7, "bad_data")]
 
 
-async def test_a_commit_whose_answer_is_lost_is_found_out(
+async def test_a_commit_whose_answer_is_lost_is_detected(
     database: str, connection: asyncpg.Connection
 ) -> None:
     recorder = Recorder()
@@ -161,7 +161,7 @@ async def test_a_lost_answer_begins_nothing_twice_that_was_given_back_and_taken_
 
 
 @pytest.mark.parametrize("config", ["{}", '{"delivery": "at_most_once"}'])
-async def test_an_orphan_whose_lease_is_yet_to_be_found_out_is_not_executed_twice(
+async def test_an_orphan_with_a_doubtful_lease_is_not_executed_twice(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, config: str
 ) -> None:
     """The answer to the COMMIT of a lease is lost, and it takes longer than the lease until the
@@ -212,7 +212,7 @@ ASLEEP = (
 ENDED = "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1"
 
 
-async def test_changed_data_are_looked_at_at_once(
+async def test_changed_data_are_evaluated_at_once(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with running_engine(database, {"Note": Recorder()}):
@@ -238,7 +238,7 @@ async def test_changed_data_are_looked_at_at_once(
         "SELECT sequencer.reevaluate(sequence => 's', step => 'pause')",
     ],
 )
-async def test_another_look_can_be_asked_for(
+async def test_a_reevaluation_can_be_requested(
     database: str, connection: asyncpg.Connection, statement: str
 ) -> None:
     async with running_engine(database, {"Note": Recorder()}):
@@ -251,7 +251,7 @@ async def test_another_look_can_be_asked_for(
         await until(connection, ENDED, id_)
 
 
-async def test_a_changed_step_re_times_who_waits_there(
+async def test_a_changed_step_reschedules_its_enrollments(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with running_engine(database, {"Note": Recorder()}, batch=7):
@@ -305,7 +305,7 @@ async def test_without_notifications_the_sweep_finds_everything(
         await until(connection, ENDED, other)
 
 
-async def test_who_is_locked_when_due_goes_on_soon_after(
+async def test_a_row_that_is_locked_when_due_is_claimed_soon_after(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """Locked by somebody who changes nothing, and so tells nobody."""
@@ -321,7 +321,7 @@ async def test_who_is_locked_when_due_goes_on_soon_after(
     await other.close()
 
 
-async def test_many_who_enroll_at_a_time_are_found_without_being_told(
+async def test_many_concurrent_inserts_are_found_without_notifications(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sequencerd.storage.listener.WITHIN", 10.0)  # however slow the machine
@@ -356,7 +356,7 @@ async def test_many_who_enroll_at_a_time_are_found_without_being_told(
         await other.close()
 
 
-async def test_who_was_told_of_to_nobody_is_found_when_the_transaction_ends(
+async def test_a_skipped_notification_is_found_when_its_transaction_ends(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("a", "Note", "{}", None))
@@ -373,7 +373,7 @@ async def test_who_was_told_of_to_nobody_is_found_when_the_transaction_ends(
     await other.close()
 
 
-async def test_the_bell_goes_to_another_daemon(
+async def test_the_notify_lock_goes_to_another_daemon(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("a", "Note", "{}", None))
@@ -410,7 +410,7 @@ async def test_a_cancelled_transaction_ends_though_its_connection_is_dead(databa
     pool.terminate()
 
 
-async def test_a_side_effect_is_finished_before_the_goal_pulls(
+async def test_a_side_effect_is_finished_before_goals_are_checked(
     database: str, connection: asyncpg.Connection
 ) -> None:
     started, go_on = asyncio.Event(), asyncio.Event()
@@ -443,7 +443,7 @@ async def test_a_side_effect_is_finished_before_the_goal_pulls(
     ]
 
 
-async def test_what_comes_back_after_a_cancel_is_recorded_and_moves_nothing(
+async def test_a_result_after_a_cancel_is_recorded_and_moves_nothing(
     database: str, connection: asyncpg.Connection
 ) -> None:
     started, go_on = asyncio.Event(), asyncio.Event()
@@ -475,7 +475,7 @@ async def test_what_comes_back_after_a_cancel_is_recorded_and_moves_nothing(
     assert await connection.fetchval("SELECT status FROM sequencer.enrollments") == "cancelled"
 
 
-async def test_a_failure_is_retried_and_at_last_told(
+async def test_a_failure_is_retried_and_finally_recorded(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async def broken(task: Task) -> Result:
@@ -529,7 +529,7 @@ async def test_one_that_cannot_be_written_does_not_hold_up_the_others(
     assert [row["subject"] for row in there] == ["ada", "bob", "eve"]
 
 
-async def test_a_problem_is_told_and_goes_away_when_it_is_mended(
+async def test_a_problem_is_reported_and_cleared_when_it_is_fixed(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with running_engine(database, {"Note": Recorder()}):
@@ -705,7 +705,7 @@ async def test_a_lease_of_a_dead_daemon_runs_out(
     assert await way(connection, id_) == ["work lease_expired", "work next", "work completed"]
 
 
-async def test_a_row_that_somebody_holds_is_not_waited_for(
+async def test_a_locked_row_is_not_waited_for(
     database: str, connection: asyncpg.Connection
 ) -> None:
     started, go_on = asyncio.Event(), asyncio.Event()
@@ -735,7 +735,7 @@ async def test_a_row_that_somebody_holds_is_not_waited_for(
         await until(connection, ENDED, held)
 
 
-async def test_everybody_at_a_step_that_is_gone_is_told(
+async def test_all_enrollments_at_a_missing_step_fail_with_a_message(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("work", "Note", "{}", None), ("other", "Note", "{}", None))
@@ -901,7 +901,7 @@ async def test_an_archived_sequence_is_not_entered_by_a_jump(
     assert await gone(connection, id_) == ("s", "over", "failed", "archived")
 
 
-async def test_of_those_who_jump_together_one_gets_in(
+async def test_of_enrollments_that_jump_together_one_is_admitted(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define_jump(connection)
@@ -920,7 +920,7 @@ async def test_of_those_who_jump_together_one_gets_in(
                     " WHERE failure = 'already_enrolled'")  # fmt: skip
 
 
-async def test_who_enters_while_another_jumps_comes_first(
+async def test_an_insert_during_a_jump_comes_first(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """An insert that commits between the look and the write."""

@@ -62,7 +62,9 @@ async def engine(database: str, connection: asyncpg.Connection) -> AsyncIterator
         yield engine
 
 
-async def test_nonsense_harms_nobody_else(engine: Engine, connection: asyncpg.Connection) -> None:
+async def test_nonsense_harms_no_other_enrollment(
+    engine: Engine, connection: asyncpg.Connection
+) -> None:
     columns = await connection.fetch(COLUMNS)
     assert {row["table_name"] for row in columns} >= {"sequences", "steps", "enrollments"}
     accepted = refused = 0
@@ -88,7 +90,7 @@ async def test_nonsense_harms_nobody_else(engine: Engine, connection: asyncpg.Co
                     "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1",
                     id_,
                 )
-                await _mend(connection)
+                await _restore(connection)
     assert accepted > 50
     assert refused > 50
     await until(connection, ALL_ENDED)
@@ -115,7 +117,7 @@ def _text(value: object) -> str | None:
             return str(value)
 
 
-async def _mend(connection: asyncpg.Connection) -> None:
+async def _restore(connection: asyncpg.Connection) -> None:
     """Makes the victim whole again. Who has failed tells why."""
     for row in await connection.fetch(
         "SELECT failure, last_error FROM sequencer.enrollments WHERE status = 'failed'"

@@ -119,7 +119,7 @@ def closed_port() -> int:
         return port
 
 
-async def test_a_mail_server_that_is_down_fails_nobody_and_they_go_on_at_once(
+async def test_a_mail_server_that_is_down_fails_none_and_all_continue_at_once(
     database: str, connection: asyncpg.Connection
 ) -> None:
     port = closed_port()
@@ -157,7 +157,7 @@ async def test_a_mail_server_that_is_down_fails_nobody_and_they_go_on_at_once(
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 3000])
-async def test_an_endpoint_that_answers_500_to_all_fails_nobody(
+async def test_an_endpoint_that_answers_500_to_all_fails_none(
     database: str, connection: asyncpg.Connection, count: int
 ) -> None:
     async with endpoint() as (server, runner):
@@ -173,7 +173,7 @@ async def test_an_endpoint_that_answers_500_to_all_fails_nobody(
         assert await connection.fetchval(COMPLETED) == count
 
 
-async def test_an_outage_after_a_time_without_one_fails_nobody(
+async def test_an_outage_after_a_time_without_one_fails_none(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with endpoint(batch_size=1) as (server, runner):
@@ -210,7 +210,7 @@ async def test_one_that_the_endpoint_cannot_cope_with_fails_alone(
     assert await connection.fetchval(COMPLETED) == 20
 
 
-async def test_one_that_fails_alone_in_an_idle_system_holds_up_nobody(
+async def test_one_that_fails_alone_in_an_idle_system_delays_no_other(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with endpoint(batch_size=1) as (server, runner):
@@ -282,7 +282,7 @@ async def test_the_reason_is_recorded_again_when_it_changes(
     assert len(set(recorder.keys)) == 1
 
 
-async def test_a_runner_that_is_down_holds_up_no_other(
+async def test_a_runner_that_is_down_delays_no_other(
     database: str, connection: asyncpg.Connection
 ) -> None:
     down = Recorder(fails)

@@ -90,7 +90,7 @@ async def until_begun(gate: Gate, count: int) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_row_that_a_trigger_refuses_is_set_aside_and_others_complete_once(
+async def test_a_row_that_a_trigger_refuses_is_quarantined_and_others_complete_once(
     database: str, connection: asyncpg.Connection, daemon_login: str, gate: Gate
 ) -> None:
     await connection.execute("CREATE TABLE audit (id bigint)")
@@ -129,7 +129,7 @@ async def test_a_row_that_a_trigger_refuses_is_set_aside_and_others_complete_onc
     "timing", ["BEFORE UPDATE", "AFTER UPDATE", "AFTER UPDATE DEFERRABLE INITIALLY DEFERRED"]
 )
 @pytest.mark.parametrize("code", ["P0001", "42501", "40001", "57014", "53100", "23514", "XX000"])
-async def test_the_oldest_row_that_is_refused_blocks_nobody(
+async def test_the_oldest_row_that_is_refused_blocks_no_other(
     database: str, connection: asyncpg.Connection, code: str, timing: str
 ) -> None:
     await refuse(connection, "NEW.subject LIKE 'bad%'", code, timing=timing)
@@ -189,13 +189,13 @@ async def keep_a_result(connection: asyncpg.Connection, gate: Gate) -> int:
     return id_
 
 
-@pytest.mark.parametrize("is_mended", [True, False])
-async def test_a_kept_result_is_written_when_the_daemon_stops_or_told(
+@pytest.mark.parametrize("is_fixed", [True, False])
+async def test_a_kept_result_is_written_or_logged_when_the_daemon_stops(
     database: str,
     connection: asyncpg.Connection,
     gate: Gate,
     monkeypatch: pytest.MonkeyPatch,
-    is_mended: bool,
+    is_fixed: bool,
 ) -> None:
     monkeypatch.setattr(quarantine, "FIRST", 1000.0)  # it is not tried by itself
     await define(connection, "s", ("call", "Slow", "{}", None))
@@ -203,13 +203,13 @@ async def test_a_kept_result_is_written_when_the_daemon_stops_or_told(
     with capture_logs() as logs:
         async with running_engine(database, {"Slow": slow}):
             id_ = await keep_a_result(connection, gate)
-            if is_mended:
+            if is_fixed:
                 await connection.execute("DROP TRIGGER refuse ON sequencer.enrollments")
         told = [entry for entry in logs if entry["event"] == "a result could not be written"]
-    assert await connection.fetchval(DONE, 1) is is_mended
+    assert await connection.fetchval(DONE, 1) is is_fixed
     assert len(slow.keys) == 1
     assert [(entry["enrollment"], entry["step"], entry["outcome"]) for entry in told] == (
-        [] if is_mended else [(id_, "call", "next")]
+        [] if is_fixed else [(id_, "call", "next")]
     )
 
 
@@ -308,7 +308,7 @@ async def test_what_is_locked_for_longer_than_its_lease_is_not_started_again(
     assert {row["action"] for row in events} == {"enrolled", "next", "completed"}
 
 
-BREAK_AND_MEND = {
+BREAK_AND_FIX = {
     "enrollments": ("BEGIN; LOCK TABLE sequencer.enrollments", "COMMIT"),
     "events": ("BEGIN; LOCK TABLE sequencer.events", "COMMIT"),
     "rights": (
@@ -336,12 +336,12 @@ BREAK_AND_MEND = {
 @pytest.mark.parametrize(
     "broken",
     [
-        *(f"lock_timeout {kind}" for kind in BREAK_AND_MEND),
+        *(f"lock_timeout {kind}" for kind in BREAK_AND_FIX),
         "statement_timeout enrollments",
         "statement_timeout events",
     ],
 )
-async def test_an_error_of_the_environment_passes_and_fails_nobody(
+async def test_an_error_of_the_environment_passes_and_fails_none(
     database: str,
     connection: asyncpg.Connection,
     daemon_login: str,
@@ -358,7 +358,7 @@ async def test_an_error_of_the_environment_passes_and_fails_nobody(
         for number in range(10):
             await enroll(connection, "s", f"u{number}")
         await until_begun(gate, 10)
-        break_it, mend_it = BREAK_AND_MEND[kind]
+        break_it, mend_it = BREAK_AND_FIX[kind]
         try:
             await other.execute(break_it)
             gate.opened.set()
@@ -513,7 +513,7 @@ async def test_an_answer_with_data_beyond_the_limit_fails_its_own_enrollment(
 # --- what nobody knows
 
 
-async def test_sequences_that_do_not_exist_are_asked_for_once(
+async def test_sequences_that_do_not_exist_are_looked_for_once(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await connection.execute(
@@ -546,7 +546,7 @@ async def test_sequences_that_do_not_exist_are_asked_for_once(
 # --- what nobody should do
 
 
-async def test_tables_that_are_emptied_meanwhile_leave_nothing_behind(
+async def test_tables_that_are_emptied_meanwhile_leave_no_leases(
     database: str, connection: asyncpg.Connection, gate: Gate
 ) -> None:
     await define(connection, "s", ("call", "Slow", "{}", None))

@@ -237,7 +237,7 @@ async def test_sequences_that_change_names_are_known_by_their_new_ones(
     assert recorder.programs == [{"text": "new"}]
 
 
-async def test_steps_that_change_names_take_along_who_is_there(
+async def test_renamed_steps_keep_their_enrollments(
     database: str, connection: asyncpg.Connection
 ) -> None:
     recorder = Recorder()

@@ -134,7 +134,7 @@ async def test_the_present_month_can_not_be_dropped(connection: asyncpg.Connecti
     assert await connection.fetchval("SELECT count(*) FROM sequencer.events") == 1
 
 
-async def test_nobody_who_writes_history_is_held_up(
+async def test_retention_delays_no_writer_of_history(
     database: str, defined: asyncpg.Connection, pool: asyncpg.Pool
 ) -> None:
     old = await make_past(defined, 14)
@@ -146,7 +146,7 @@ async def test_nobody_who_writes_history_is_held_up(
     assert old not in await partitions(defined)
 
 
-async def test_who_has_ended_long_ago_is_deleted(
+async def test_enrollments_that_ended_long_ago_are_deleted(
     defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "BATCH", 3)
@@ -171,7 +171,7 @@ async def test_who_has_ended_long_ago_is_deleted(
     assert await defined.fetchval("SELECT count(*) FROM sequencer.events") == 13  # they stay
 
 
-async def test_who_is_locked_is_not_waited_for(
+async def test_locked_rows_are_not_waited_for(
     database: str, defined: asyncpg.Connection, pool: asyncpg.Pool
 ) -> None:
     for subject in ("ada", "bob"):
@@ -213,7 +213,7 @@ async def test_what_goes_wrong_is_tried_again(
 
 
 @pytest.mark.parametrize("tables", ["ALL TABLES", "TABLES IN SCHEMA sequencer"])
-async def test_a_publication_is_in_nobodys_way(
+async def test_a_publication_does_not_interfere(
     defined: asyncpg.Connection, pool: asyncpg.Pool, tables: str
 ) -> None:
     """Rows that no key names can be deleted all the same: by us, and by who forgets a subject."""

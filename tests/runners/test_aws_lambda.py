@@ -130,7 +130,7 @@ async def test_a_function_that_does_not_exist_is_the_operators(
         (refusal(400, "InvalidRequestContentException"), "enrollment", False, "400"),
     ],
 )  # fmt: skip
-async def test_whose_fault_a_failure_is(
+async def test_the_fault_of_a_failure(
     monkeypatch: pytest.MonkeyPatch, answer: servers.Answer, fault: str, unknown: bool, words: str
 ) -> None:
     async def fails(_event: Any) -> servers.Answer:

@@ -82,7 +82,7 @@ async def test_null_for_enroll_is_not_given(session: asyncpg.Connection) -> None
         assert await session.fetchval(BEGUN, "ada")
 
 
-async def test_who_has_ended_has_no_wake_time(connection: asyncpg.Connection) -> None:
+async def test_an_ended_enrollment_has_no_wake_time(connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("first", "GoTo", "{}", None))
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, status, wake_at, data)"
@@ -96,7 +96,9 @@ async def test_who_has_ended_has_no_wake_time(connection: asyncpg.Connection) ->
 @pytest.mark.parametrize(
     "target", ["(subject, sequence, entry)", "ON CONSTRAINT one_entry"], ids=["columns", "name"]
 )
-async def test_an_upsert_finds_who_is_in_it(session: asyncpg.Connection, target: str) -> None:
+async def test_an_upsert_finds_the_existing_enrollment(
+    session: asyncpg.Connection, target: str
+) -> None:
     upsert = (
         "INSERT INTO sequencer.enrollments AS e (sequence, subject, data) VALUES ('s', 'ada', $1)"
         f" ON CONFLICT {target} DO UPDATE SET data = e.data || excluded.data RETURNING id, data"

@@ -245,7 +245,7 @@ async def test_functions_with_more_rights_are_pinned(connection: asyncpg.Connect
     assert not any(row["prosecdef"] for row in loose)
 
 
-async def test_nobody_shadows_what_such_a_function_names(
+async def test_no_user_shadows_what_such_a_function_names(
     sessions: dict[str, asyncpg.Connection], connection: asyncpg.Connection
 ) -> None:
     session = sessions["enroller"]
@@ -263,7 +263,7 @@ async def test_nobody_shadows_what_such_a_function_names(
     assert by == "by login_enroller"
 
 
-async def test_nobody_else_comes_in(connection: asyncpg.Connection, database: str) -> None:
+async def test_no_other_role_has_access(connection: asyncpg.Connection, database: str) -> None:
     await connection.execute(
         "DO $$ BEGIN CREATE ROLE login_nobody LOGIN;"
         " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"

@@ -50,7 +50,9 @@ async def test_a_daemon_sees_everything_as_before(
     assert await connection.fetchval(kept)
 
 
-async def test_the_policy_is_for_nobody_else(connection: asyncpg.Connection, database: str) -> None:
+async def test_the_policy_applies_to_no_other_role(
+    connection: asyncpg.Connection, database: str
+) -> None:
     await make_role(connection, "login_enroller")
     await connection.execute("GRANT sequencer_enroller TO login_enroller")
     await define(connection, "s", ("a", "GoTo", "{}", None))
@@ -73,7 +75,7 @@ async def test_the_policy_is_for_nobody_else(connection: asyncpg.Connection, dat
         ),
     ],
 )
-async def test_what_is_hidden_is_told(
+async def test_what_is_hidden_is_reported(
     connection: asyncpg.Connection, login: str, sequencerd: Command, policy: str, words: str
 ) -> None:
     await connection.execute(policy)
@@ -90,7 +92,7 @@ async def test_what_is_hidden_is_told(
         assert "GRANT sequencer_daemon" in sequencerd.errors
 
 
-async def test_an_owner_who_is_forced_is_told(
+async def test_an_owner_under_forced_row_security_is_reported(
     connection: asyncpg.Connection, database: str
 ) -> None:
     """As a daemon, and where triggers and functions work with its rights."""

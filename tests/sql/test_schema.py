@@ -187,7 +187,7 @@ async def test_each_row_of_an_insert_begins_as_its_own_sequence_says(
 
 
 @pytest.mark.parametrize("wrong", ["('', 'x')", "('nowhere', 'x')", "(NULL, 'x')"])
-async def test_what_a_row_was_told_holds_for_its_sequence_alone(
+async def test_the_entry_policy_applies_to_its_sequence_alone(
     defined: asyncpg.Connection, wrong: str
 ) -> None:
     insert = "INSERT INTO sequencer.enrollments (sequence, subject) VALUES"
@@ -243,7 +243,7 @@ async def test_reentry_always_and_never(defined: asyncpg.Connection) -> None:
         await enroll(defined, "s", "ada")
 
 
-async def test_an_archived_sequence_takes_nobody(defined: asyncpg.Connection) -> None:
+async def test_an_archived_sequence_admits_none(defined: asyncpg.Connection) -> None:
     await defined.execute("UPDATE sequencer.sequences SET status = 'archived'")
     with pytest.raises(asyncpg.CheckViolationError, match="archived"):
         await enroll(defined, "s", "ada")
@@ -297,7 +297,7 @@ async def test_changed_data_make_it_due_but_not_before_its_start_nor_under_a_lea
     assert await defined.fetchval("SELECT wake_at <= now() FROM sequencer.enrollments")
 
 
-async def test_renames_take_along_who_is_there(defined: asyncpg.Connection) -> None:
+async def test_renames_keep_the_enrollments_at_a_step(defined: asyncpg.Connection) -> None:
     id_ = await enroll(defined, "s", "ada")
     await defined.execute("UPDATE sequencer.steps SET name = 'start' WHERE name = 'first'")
     await defined.execute("UPDATE sequencer.steps SET name = 'end' WHERE name = 'second'")
@@ -405,7 +405,7 @@ async def test_no_edit_takes_a_revision_away(connection: asyncpg.Connection) -> 
     assert len(kept) == 6
 
 
-async def test_settings_set_by_hand_enroll_nobody_where_nothing_is(
+async def test_settings_set_by_hand_enroll_none_where_nothing_is(
     defined: asyncpg.Connection,
 ) -> None:
     await define(defined, "archived", ("first", "GoTo", "{}", None))
@@ -443,7 +443,7 @@ async def test_settings_set_by_hand_enroll_nobody_where_nothing_is(
     assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 5
 
 
-async def test_another_look_is_counted_and_kept_within_bounds(
+async def test_reevaluate_returns_a_count_and_respects_its_filters(
     defined: asyncpg.Connection,
 ) -> None:
     for name in ("ada", "bob", "eve"):
@@ -558,7 +558,7 @@ async def test_a_status_is_complete_when_data_change_with_it(defined: asyncpg.Co
     assert tuple(row) == (True, None, None)
 
 
-async def test_nobody_is_told_who_does_not_ask_for_it(
+async def test_without_the_notify_lock_nothing_is_notified(
     defined: asyncpg.Connection, ear: Ear, database: str
 ) -> None:
     enroll = (
@@ -579,7 +579,7 @@ async def test_nobody_is_told_who_does_not_ask_for_it(
     assert await heard(ear, defined, enroll.format("kim")) == told
 
 
-async def test_nobody_is_told_of_what_is_due_after_the_next_sweep(
+async def test_what_is_due_after_the_next_sweep_is_not_notified(
     defined: asyncpg.Connection, ear: Ear
 ) -> None:
     later = (
@@ -595,7 +595,7 @@ async def test_a_bulk_load_can_be_silent(defined: asyncpg.Connection, ear: Ear) 
     assert await heard(ear, defined, silent) == []
 
 
-async def test_changed_definitions_are_told(defined: asyncpg.Connection, ear: Ear) -> None:
+async def test_changed_definitions_are_notified(defined: asyncpg.Connection, ear: Ear) -> None:
     told = ['{"definitions": true}']
     change = "UPDATE sequencer.steps SET config = '{}'"
     assert await heard(ear, defined, change) == told

@@ -124,7 +124,7 @@ async def test_each_is_evaluated_once_for_a_request_and_not_written(
     )
 
 
-async def test_a_request_concerns_whom_it_names(
+async def test_a_request_applies_to_what_it_names(
     database: str, connection: asyncpg.Connection, evaluated: Counter[int]
 ) -> None:
     for name in ("s", "t", "paused"):
@@ -184,7 +184,7 @@ async def test_another_daemon_does_what_the_first_leaves(
         await until(connection, NONE_LEFT)
 
 
-async def test_a_walk_that_nobody_goes_on_with_is_found_by_the_sweep(
+async def test_an_abandoned_pass_is_found_by_the_sweep(
     database: str, connection: asyncpg.Connection, evaluated: Counter[int]
 ) -> None:
     await wait_in(connection, "s", 20)
@@ -202,7 +202,7 @@ async def test_a_walk_that_nobody_goes_on_with_is_found_by_the_sweep(
 # --- floods
 
 
-async def test_nonsense_is_counted_and_told_once(database: str) -> None:
+async def test_nonsense_is_counted_and_logged_once(database: str) -> None:
     refused = asyncio.Queue[None]()
     with capture_logs() as logs:
         log = structlog.get_logger()
@@ -235,7 +235,7 @@ async def test_nonsense_is_counted_and_told_once(database: str) -> None:
     assert [entry["log_level"] for entry in told].count("warning") == 1
 
 
-async def test_a_flood_of_notifications_delays_nobody_and_costs_little(
+async def test_a_flood_of_notifications_delays_no_enrollment_and_costs_little(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = Counter[str]()

@@ -34,7 +34,7 @@ async def test_two_at_the_same_time_apply_it_once(server: str) -> None:
         await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def test_a_database_without_the_schema_is_told_apart(server: str) -> None:
+async def test_a_database_without_the_schema_is_recognised(server: str) -> None:
     connection = await asyncpg.connect(server)
     with pytest.raises(MigrationError, match="run: sequencerd migrate"):
         await migrate.check(connection)
@@ -55,7 +55,7 @@ async def test_a_changed_file_is_refused(connection: asyncpg.Connection) -> None
         await migrate.migrate(connection, [replace(first, sql=first.sql + "-- more"), *rest])
 
 
-async def test_an_older_schema_is_told(
+async def test_an_older_schema_is_reported(
     connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newer = [*migrate.available(), MORE]
