@@ -222,8 +222,9 @@ class _Writer:
         target = self._steps[there.name, placed.step]["next"]
         skipped = None
         step = self._steps.get((there.name, target or ""))
-        while step is not None and step["type"] == "GoTo" and not step["config"]:
-            step = self._steps.get((there.name, step["next"] or ""))
+        for _ in there.steps:  # no longer, as there may be a cycle
+            if step is not None and step["type"] == "GoTo" and not step["config"]:
+                step = self._steps.get((there.name, step["next"] or ""))
         if step is not None and not is_instant(step["type"]):
             skipped, target = step["name"], step["next"]
         note = "its date was over at the import" + (f"; {skipped} is skipped" if skipped else "")

@@ -19,7 +19,7 @@ from sequencerd.core.step_types import BUILT_IN, is_message, template_texts
 from sequencerd.core.step_types.effects import EFFECT_KEYS
 
 HELD = "9998-12-31T00:00:00Z"
-"""The date of a step that nobody passes."""
+"""The date of a step that no enrollment passes."""
 
 _CONDITION = ("lodashCommand", "value", "compareTo")
 _KEYS = {
@@ -254,7 +254,7 @@ def _split_lists(config: dict[str, Any], name: str, made: Translated) -> None:
 
 
 def is_past(config: Mapping[str, Any], today: datetime) -> bool:
-    """Whether the day of a WaitForDate is over, by UTC: then nobody passes it in the original."""
+    """Whether the day of a WaitForDate is over, by UTC: then none passes it in the original."""
     date = config.get("date")
     if not isinstance(date, str) or "{{" in date:
         return False
