@@ -813,6 +813,11 @@ BEGIN
                              ELSE jsonb_set(s.config, naming.path, to_jsonb(new_step)) END
          WHERE s.sequence = naming.sequence AND s.name = naming.name;
     END LOOP;
+    IF rename_in_configs.step IS NULL THEN
+        UPDATE sequencer.steps AS s
+           SET config = jsonb_set(s.config, '{sequence}', to_jsonb(new_sequence))
+         WHERE s.type IN ('Enroll', 'Cancel') AND s.config->>'sequence' = rename_in_configs.sequence;
+    END IF;
 END $$;
 
 -- A rename updates the enrollments at the step, the goals and side effects recorded by name, and the
@@ -1679,6 +1684,7 @@ WITH roles (role) AS (
     ('sequencer_enroller', 'add_items'),
     ('sequencer_enroller', 'merge'),
     ('sequencer_enroller', 'document'),
+    ('sequencer_enroller', 'named_steps'),
     ('sequencer_enroller', 'as_duration'),
     ('sequencer_enroller', 'reentry_time'),
     ('sequencer_daemon', 'reevaluate'),

@@ -20,6 +20,7 @@ from sequencerd.core.model import (
     Action,
     Advanced,
     Answer,
+    Cancellation,
     Context,
     Decision,
     DefinitionError,
@@ -27,6 +28,7 @@ from sequencerd.core.model import (
     Elsewhere,
     End,
     Enrollment,
+    Entry,
     EvaluationError,
     Event,
     Execute,
@@ -39,6 +41,7 @@ from sequencerd.core.model import (
     LookUp,
     NotStarted,
     Problem,
+    Refusals,
     Result,
     Sequence,
     SideEffect,
@@ -65,6 +68,9 @@ MAX_MOVES = 100
 LOOKUP_DELAY = timedelta(minutes=1)
 """The longest wait before a failed lookup is repeated; jitter takes off up to a half."""
 
+LOCKED_DELAY = timedelta(milliseconds=200)
+"""The wait for other enrollments that another session has locked."""
+
 NOOP_DELAY = timedelta(minutes=1)
 """The wait after the answer noop, unless the runner names another: the original's cycle."""
 
@@ -80,7 +86,7 @@ def advance(
     jitter: float = 1.0,
     *,
     started_revision: int | None = None,
-    refused: Mapping[str, str] | None = None,
+    refused: Refusals | None = None,
     expired_leases: int = 0,
     result_only: bool = False,
 ) -> Advanced:
@@ -122,6 +128,8 @@ def advance(
         not isinstance(result, Failed | Found)
         and not evaluation.has_read_own
         and not evaluation.entered
+        and not evaluation.entries
+        and not evaluation.cancellations
         and refused is None
     )
     return Advanced(
@@ -131,6 +139,8 @@ def advance(
         evaluation.merged,
         is_shared,
         evaluation.entered,
+        tuple(evaluation.entries),
+        tuple(evaluation.cancellations),
     )
 
 
@@ -155,9 +165,11 @@ class _Evaluation:
     __slots__ = (
         "_timezone",
         "at",
+        "cancellations",
         "context",
         "definitions",
         "entered",
+        "entries",
         "events",
         "expired_holder",
         "expired_leases",
@@ -175,13 +187,15 @@ class _Evaluation:
         definitions: Definitions,
         enrollment: Enrollment,
         now: datetime,
-        refused: Mapping[str, str] | None,
+        refused: Refusals | None,
     ) -> None:
         self.definitions = definitions
         self.at = enrollment
         self.now = now
         self.refused = refused
         self.entered: tuple[str, ...] = ()
+        self.entries: list[Entry] = []
+        self.cancellations: list[Cancellation] = []
         self.events: list[Event] = []
         self.merged: Mapping[str, Any] | None = None
         self.moves = 0
@@ -370,7 +384,7 @@ class _Evaluation:
         self.at = self.at._replace(goals_met=(*self.at.goals_met, *names))
         others = f", with {', '.join(names[1:])}" if names[1:] else ""
         self.record("goal", f"{names[0]} is met{others}")
-        return self._move_to(met[0].next_step)
+        return self._move_to(met[0].next_step, is_goal=True)
 
     def _look_up(self, sequence: Sequence, step: Step) -> Fail | LookUp | None:
         """Return what must happen before external data can be read, if anything."""
@@ -409,10 +423,16 @@ class _Evaluation:
             case Action.ALT_NEXT:
                 self.record(answer.value)
                 return self._move_to(step.alt_next_step)
-            case Update(data):
+            case Update(data, note, has_waited):
                 self._merge(data)
-                self.record(Action.NEXT.value)
+                if has_waited:
+                    self.at = self.at._replace(executed=())
+                self.record(Action.NEXT.value, note)
                 return self._move_to(step.next_step)
+            case Entry():
+                return self._enroll(step, answer)
+            case Cancellation():
+                return self._cancel(step, answer)
             case Exit(label=label, target=target, sequence=name):
                 if name is not None and name != sequence.name and target is not None:
                     return self._enter(step, target, name)
@@ -513,6 +533,49 @@ class _Evaluation:
         self.record("jump", f"to {target} of {name}")
         return self._move_to(target, name)
 
+    def _enroll(self, step: Step, entry: Entry) -> End | Fail | None:
+        """Enroll a subject elsewhere and go on. If that is refused, take altNext, if there is one;
+        without one go on if the subject is in already.
+        """
+        executed = (*self.at.executed, effect_key(step.sequence, step.name))
+        if executed[-1] in self.at.executed:
+            return Fail("loop", _loop_message([*executed]))
+        name, subject = entry.sequence, entry.subject
+        known = self.definitions.get(name)
+        failure = (self.refused or {}).get(entry.key)
+        if known is not None and known.archived:
+            failure = "archived"
+        if failure is None:
+            first = known.steps.get(known.first_step) if known else None
+            if first is not None and isinstance(first.behaviour, Elsewhere):
+                entry = entry._replace(elsewhere=first.name)
+            self.entries.append(entry._replace(executed=executed))
+            self.at = self.at._replace(executed=executed)
+            self.record(Action.NEXT.value, f"enrolled {subject!r} in {name}")
+            return self._move_to(step.next_step)
+        if failure == "missing":
+            return Fail("invalid_step", f"step {step.name!r}: sequence {name!r} does not exist")
+        message = f"{subject!r} was not enrolled in {name}: " + (
+            "the sequence is archived" if failure == "archived" else "its reentry policy refuses"
+        )
+        if step.alt_next_step is None and failure == "archived":
+            return Fail(failure, f"step {step.name!r}: {message}")
+        is_alternative = step.alt_next_step is not None
+        self.record((Action.ALT_NEXT if is_alternative else Action.NEXT).value, message)
+        return self._move_to(step.alt_next_step if is_alternative else step.next_step)
+
+    def _cancel(self, step: Step, cancellation: Cancellation) -> Decision | None:
+        """Cancel enrollments of a subject elsewhere and go on. Wait while one of them is locked by
+        another session.
+        """
+        if cancellation.key in (self.refused or {}):
+            return Wait(self.now + LOCKED_DELAY)
+        by = f"by step {step.name} of {step.sequence}, enrollment {self.at.id}"
+        self.cancellations.append(cancellation._replace(message=printable(by)))
+        message = f"cancelled {cancellation.subject!r} in {cancellation.sequence}"
+        self.record(Action.NEXT.value, message)
+        return self._move_to(step.next_step)
+
     def _refusal(self, name: str) -> Fail | None:
         """Return why a jump cannot enter a sequence, if so."""
         failure = (self.refused or {}).get(name)
@@ -525,9 +588,20 @@ class _Evaluation:
         return None
 
     def _move_to(
-        self, target: str | None, sequence: str | None = None, *, is_executed: bool = False
+        self,
+        target: str | None,
+        sequence: str | None = None,
+        *,
+        is_executed: bool = False,
+        is_goal: bool = False,
     ) -> End | None:
-        """Move to another step, or end. `is_executed`: from a side effect that was executed."""
+        """Move to another step, or end. `is_executed`: from a side effect that was executed.
+
+        With items that came since it collected, it goes back to collect instead of ending, unless
+        a goal ends it.
+        """
+        if target is None and not is_goal and self._has_items():
+            target = self.sequence().collects
         if target is None:
             self.at = self.at._replace(leased_by=None, last_error=None)
             return End()
@@ -543,6 +617,17 @@ class _Evaluation:
             executed = (*executed, effect_key(here.sequence, here.step))
         self.at = here.entering(sequence, target, self.now, executed)
         return None
+
+    def _has_items(self) -> bool:
+        """Whether a sequence that collects would lose items by ending."""
+        if self.sequence().collects is None:
+            return False
+        data = self._current_context().enrollment.data
+        return (
+            '"items"' in data
+            and isinstance(items := parse_data(data).get("items"), list)
+            and (items != [])
+        )
 
     def _change_goals(self, sequence: str) -> None:
         """Keep the goals met in this sequence for a return, and restore those of the next one."""

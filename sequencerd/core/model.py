@@ -100,9 +100,46 @@ class Update:
     """A step's answer: merge this into the data, without what is REMOVED, and go on."""
 
     data: Mapping[str, Any]
+    message: str | None = None
+    has_waited: bool = False  # for what came from outside: it is no loop to come back
 
 
-StepAnswer = Action | Stay | Exit | Update
+class Entry(NamedTuple):
+    """A step's answer: enroll this subject in another sequence, and go on."""
+
+    sequence: str
+    subject: str
+    data: str  # JSON text
+    timezone: str | None
+    executed: tuple[str, ...] = ()  # side effects executed since the last wait, with this step
+    elsewhere: str | None = None  # its first step, if other daemons execute that
+
+    @property
+    def key(self) -> RefusalKey:
+        """What a refusal of it is known by."""
+        return ("enroll", self.sequence, self.subject)
+
+
+class Cancellation(NamedTuple):
+    """A step's answer: cancel this subject's enrollments in a sequence, and go on."""
+
+    sequence: str
+    subject: str
+    message: str = ""  # for their history
+
+    @property
+    def key(self) -> RefusalKey:
+        """What a refusal of it is known by."""
+        return ("cancel", self.sequence, self.subject)
+
+
+RefusalKey = str | tuple[str, str, str]
+Refusals = Mapping[Any, str]  # by RefusalKey, in which a mapping by names is one, too
+"""What is refused, with the code of the reason: jumps by their sequence, and what other enrollments
+are concerned by.
+"""
+
+StepAnswer = Action | Stay | Exit | Update | Entry | Cancellation
 """An exit that the config names, or an action, the others."""
 
 
@@ -118,6 +155,8 @@ class Instant:
     exits: tuple[Exit, ...] = (NEXT,)
     met: Callable[[Context], bool] | None = None
     repeats: bool = False
+    collects: bool = False  # items, which must not be lost when the enrollment ends
+    concerns: tuple[tuple[str, str], ...] = ()  # verb and name of the sequences that it acts on
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +260,7 @@ class Sequence:
     archived: bool = False  # GoTo steps of other sequences can't enter it
     window: Window | None = None  # when its side effects may begin
     holidays: Holidays | None = None  # None where no database was asked: no day is one
+    collects: str | None = None  # its first step that collects items
 
 
 Definitions = Mapping[str, Sequence]
@@ -745,3 +785,10 @@ class Advanced(NamedTuple):
     data: Mapping[str, Any] | None = None  # to be merged into the row
     is_shared: bool = False
     entered: tuple[str, ...] = ()  # the sequences that it jumps into, if they don't refuse it
+    entries: tuple[Entry, ...] = ()  # of others, if they are not refused
+    cancellations: tuple[Cancellation, ...] = ()  # of others, once these are locked
+
+    @property
+    def is_tentative(self) -> bool:
+        """Whether other enrollments decide whether this holds."""
+        return bool(self.entered or self.entries or self.cancellations)

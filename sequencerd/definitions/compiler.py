@@ -184,6 +184,14 @@ def build(
         archived=archived,
         window=opens,
         holidays=holidays,
+        collects=next(
+            (
+                step.name
+                for step in ordered
+                if isinstance(step.behaviour, Instant) and step.behaviour.collects
+            ),
+            None,
+        ),
     )
 
 

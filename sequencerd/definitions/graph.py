@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from sequencerd.core.model import NEXT, Sequence, Step
+from sequencerd.core.model import NEXT, Instant, Sequence, Step
 
 Counts = Mapping[tuple[str, str], int]
 """How many are at a step, by sequence and step."""
@@ -14,7 +14,9 @@ END = "end"
 
 
 class Edge(NamedTuple):
-    """A way from one step to another, to None for the end, or to a step of another sequence."""
+    """A way from one step to another, to None for the end, or to a step of another sequence; or
+    what a step does to another sequence, without a target.
+    """
 
     source: str
     target: str | None
@@ -28,6 +30,9 @@ def edges(sequence: Sequence) -> Iterator[Edge]:
         for exit_ in step.exits:
             label = "" if exit_.label == NEXT.label else exit_.label
             yield Edge(step.name, exit_.target, label, exit_.sequence)
+        if isinstance(step.behaviour, Instant):
+            for verb, name in step.behaviour.concerns:
+                yield Edge(step.name, None, verb, name)
 
 
 def text(sequence: Sequence, counts: Counts) -> str:
@@ -97,7 +102,7 @@ FORMATS: Mapping[str, Callable[[Sequence, Counts], str]] = {
 
 def _target(way: Edge) -> str:
     if way.target is None:
-        return END
+        return END if way.sequence is None else f"sequence {_words(way.sequence)}"
     return _words(f"{way.sequence}/{way.target}" if way.sequence else way.target)
 
 

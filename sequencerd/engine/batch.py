@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sequencerd.core.model import Decision, End, Enrollment, Event, Execute, Fail, Wait
+from sequencerd.core.model import Decision, End, Enrollment, Entry, Event, Execute, Fail, Wait
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.jumps import Jump
 from sequencerd.engine.shared_outcome import SharedOutcomes
@@ -25,6 +25,8 @@ class Batch(Written):
     jumps: list[Jump] = field(default_factory=list)  # into other sequences, yet to be decided
     outcomes: SharedOutcomes = field(default_factory=SharedOutcomes)
     elsewhere: set[StepKey] = field(default_factory=set)  # steps that other daemons execute
+    entries: list[Entry] = field(default_factory=list)  # of others, by Enroll steps
+    entered: dict[StepKey, datetime] = field(default_factory=dict)  # where these start, and when
 
     def add(
         self,
@@ -77,7 +79,7 @@ class Batch(Written):
 
     def wakes(self) -> dict[StepKey, datetime]:
         """Return when the first of the waiting enrollments at each step wakes."""
-        wakes: dict[StepKey, datetime] = {}
+        wakes = dict(self.entered)
         for row in self.rows:
             if row.wake_at is not None and row.leased_by is None:
                 step_key = (row.sequence, row.step)

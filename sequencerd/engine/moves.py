@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping
 from datetime import datetime, timedelta
 from functools import partial
 from typing import assert_never
@@ -27,6 +26,7 @@ from sequencerd.core.model import (
     Execute,
     Fail,
     LookUp,
+    Refusals,
     Result,
     Task,
     Wait,
@@ -86,7 +86,7 @@ class Moves:
             expired_leases=expired_leases,
             result_only=result_only,
         )
-        if advanced.entered:
+        if advanced.is_tentative:
             again = partial(
                 self.advance,
                 enrollment,
@@ -107,7 +107,7 @@ class Moves:
         now: datetime,
         result: Result | None = None,
         started_revision: int | None = None,
-        refused: Mapping[str, str] | None = None,
+        refused: Refusals | None = None,
         *,
         expired_leases: int = 0,
         result_only: bool = False,
@@ -211,10 +211,19 @@ class Moves:
         log.debug("enrollment failed", error=failure.message)
 
     async def write(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
-        """Write a batch, after deciding its jumps into other sequences."""
-        for jumped, advanced in await decide(connection, batch.jumps):
+        """Write a batch, after deciding what it does to other sequences and enrollments."""
+        decided = await decide(connection, batch.jumps)
+        for jumped, advanced in decided.advanced:
             self.add(batch, jumped, advanced, now)
+            batch.entries += advanced.entries
         await store.write(connection, batch, now)
+        if decided.cancelled:
+            await store.cancel(connection, decided.cancelled, now)
+        if batch.entries:
+            batch.entered = dict.fromkeys(await store.enter(connection, batch.entries), now)
+            batch.elsewhere |= {
+                (entry.sequence, entry.elsewhere) for entry in batch.entries if entry.elsewhere
+            }
         if batch.elsewhere:
             await store.notify_due(connection, batch.elsewhere)
 

@@ -332,7 +332,7 @@ class Rescheduling:
             waiting, locked = await store.lock_waiting(connection, step_key, ids, now)
             for number, enrollment in enumerate(waiting, 1):
                 advanced = self._moves.advance(enrollment, now)
-                if advanced.entered:
+                if advanced.is_tentative:
                     again = partial(self._moves.advance, enrollment, now, None, None)
                     batch.jumps.append(Jump(enrollment, advanced, again))
                 elif not is_unchanged(enrollment, advanced):

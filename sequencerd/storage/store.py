@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from sequencerd.core import exact_json
-from sequencerd.core.model import REMOVED, Enrollment, Event, Fence, merge_data
+from sequencerd.core.model import REMOVED, Enrollment, Entry, Event, Fence, merge_data
 from sequencerd.core.schedule import SOURCE
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.storage import conninfo
@@ -642,13 +642,48 @@ async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:
 
 
 async def refusals(
-    connection: asyncpg.Connection, jumps: Rows[tuple[int, str, str]]
-) -> dict[tuple[int, str], tuple[str, str | None]]:
-    """Read, for jumps (id, subject, sequence), the reentry policy and the code of a refusal, if
-    any.
+    connection: asyncpg.Connection, entered: Rows[tuple[int | None, str, str]]
+) -> list[tuple[str, str | None] | None]:
+    """Of those that enter a sequence (the id of what jumps there, subject, sequence): its reentry
+    policy, and the code of the reason for which it refuses. None where there is no such sequence.
     """
-    rows = await connection.fetch(QUERIES["refusals"], *map(list, zip(*jumps, strict=True)))
-    return {(row["id"], row["sequence"]): (row["reentry"], row["refusal"]) for row in rows}
+    rows = await connection.fetch(QUERIES["refusals"], *map(list, zip(*entered, strict=True)))
+    return [row["reentry"] and (row["reentry"], row["refusal"]) for row in rows]
+
+
+async def lock_cancelled(
+    connection: asyncpg.Connection, wanted: Rows[tuple[int, str, str]]
+) -> list[tuple[int, int | None]]:
+    """Lock what is to be cancelled (by the id of an enrollment, subject, sequence). Return for each
+    enrollment the index in `wanted`, and its id, or None if another session has locked it.
+    """
+    rows = await connection.fetch(QUERIES["lock_cancelled"], *map(list, zip(*wanted, strict=True)))
+    return [(row["number"] - 1, row["locked"]) for row in rows]
+
+
+async def cancel(
+    connection: asyncpg.Connection, messages: Mapping[int, str], now: datetime
+) -> None:
+    """Cancel locked enrollments, with a message for the history of each."""
+    query = QUERIES["cancel_others"]
+    await connection.execute(query, list(messages), list(messages.values()), now)
+
+
+async def enter(connection: asyncpg.Connection, entries: Rows[Entry]) -> set[StepKey]:
+    """Enroll subjects, and return where they begin. Raises ValueError if one has been enrolled
+    since it was asked.
+    """
+    rows = await connection.fetch(
+        QUERIES["enter"],
+        [entry.sequence for entry in entries],
+        [entry.subject for entry in entries],
+        [entry.data for entry in entries],
+        [entry.timezone for entry in entries],
+        [json.dumps(entry.executed) for entry in entries],
+    )
+    if len(rows) < len(entries):
+        raise ValueError("a subject has been enrolled meanwhile")
+    return {(row["sequence"], row["step"]) for row in rows}
 
 
 async def next_wake(

@@ -13,7 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sequencerd.core.advance import LOOKUP_DELAY, MAX_EXPIRED_LEASES, MAX_MOVES, advance
+from sequencerd.core.advance import (
+    LOCKED_DELAY,
+    LOOKUP_DELAY,
+    MAX_EXPIRED_LEASES,
+    MAX_MOVES,
+    advance,
+)
 from sequencerd.core.model import (
     NEVER,
     Action,
@@ -983,6 +989,158 @@ def test_jumps_within_a_sequence_are_never_refused() -> None:
     definitions = sequence(own, step("mail", "Email"))
     archived = {"s": replace(definitions["s"], archived=True)}
     assert isinstance(advance(archived, at("go"), NOW).decision, Execute)
+
+
+# --- other enrollments
+
+
+ENROLL = {"sequence": "other", "subject": "account-{{data.n}}", "data": {"plan": "{{data.n}}"}}
+
+
+def test_an_enrolled_subject_is_part_of_the_outcome() -> None:
+    definitions = {**sequence(step("go", "Enroll", ENROLL, "end"), step("end", "GoTo")), **OTHER}
+    advanced = advance(definitions, at("go", data='{"n": 7}'), NOW)
+    [entry] = advanced.entries
+    assert (entry.sequence, entry.subject, entry.data) == ("other", "account-7", '{"plan": "7"}')
+    assert entry.executed == ("s/go",)
+    assert (advanced.is_shared, advanced.is_tentative) == (False, True)
+    assert advanced.events[0].message == "enrolled 'account-7' in other"
+    own = sequence(step("go", "Enroll", {"sequence": "other"}))
+    [entry] = advance(own, at("go")._replace(timezone="Asia/Tokyo"), NOW).entries
+    assert (entry.subject, entry.timezone) == (at("go").subject, "Asia/Tokyo")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "then", "decision", "action"),
+    [
+        ("already_enrolled", None, "End", "next"),
+        ("already_enrolled", "mail", "Execute", "altNext"),
+        ("archived", None, "archived", "failed"),
+        ("archived", "mail", "Execute", "altNext"),
+        ("missing", "mail", "invalid_step", "failed"),
+    ],
+)
+def test_a_refused_entry_has_an_outcome(
+    refusal: str, then: str | None, decision: str, action: str
+) -> None:
+    go = step("go", "Enroll", {"sequence": "other"}, None, then)
+    key = ("enroll", "other", at("go").subject)
+    advanced = advance(sequence(go, step("mail", "Email")), at("go"), NOW, refused={key: refusal})
+    found = advanced.decision
+    assert decision in (type(found).__name__, getattr(found, "failure", None))
+    assert advanced.events[0].action == action
+    assert "other" in (advanced.events[0].message or "")
+    assert advanced.entries == ()
+
+
+@pytest.mark.parametrize("text", ["", "x" * 1001, "é" * 501])
+def test_a_subject_that_cannot_be_is_bad_data(text: str) -> None:
+    go = step("go", "Enroll", {"sequence": "other", "subject": "{{data.n}}"})
+    advanced = advance(sequence(go), at("go", data=json.dumps({"n": text})), NOW)
+    assert isinstance(advanced.decision, Fail)
+    assert advanced.decision.failure == "bad_data"
+
+
+def test_enrolling_in_a_circle_is_a_loop() -> None:
+    go = step("go", "Enroll", {"sequence": "other"}, "go")
+    advanced = advance(sequence(go), at("go"), NOW)
+    assert isinstance(advanced.decision, Fail)
+    assert advanced.decision.failure == "loop"
+    assert len(advanced.entries) == 1
+    # across enrollments: the new one brings what was executed before it
+    begun = advance(sequence(go), at("go")._replace(executed=("s/go",)), NOW)
+    assert isinstance(begun.decision, Fail)
+    assert begun.entries == ()
+
+
+def test_a_cancellation_waits_for_what_is_locked() -> None:
+    stop = step("stop", "Cancel", {"sequence": "other"})
+    advanced = advance(sequence(stop), at("stop"), NOW)
+    assert advanced.decision == End()
+    [cancellation] = advanced.cancellations
+    assert cancellation.message == "by step stop of s, enrollment 1"
+    waits = advance(sequence(stop), at("stop"), NOW, refused={cancellation.key: "locked"})
+    assert waits.decision == Wait(NOW + LOCKED_DELAY)
+    assert (waits.events, waits.cancellations) == ((), ())
+
+
+# --- items
+
+
+def collecting(config: dict[str, Any]) -> dict[str, Sequence]:
+    made = sequence(step("collect", "Collect", config, "mail"), step("mail", "Email"))
+    return {"s": replace(made["s"], collects="collect")}
+
+
+def items(*minutes: float, **more: Any) -> str:
+    """Data with items that came so many minutes ago."""
+    since, last = ((NOW - timedelta(minutes=ago)).isoformat() for ago in (minutes[0], minutes[-1]))
+    count = len(minutes)
+    known = {"count": count, "since": since, "last": last}
+    return json.dumps({"items": list(range(count)), "collecting": {**known, **more}})
+
+
+BOTH = {"quiet": {"minutes": 10}, "most": {"amount": 1, "unit": "hour"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "minutes"),
+    [
+        (BOTH, "{}", None),
+        (BOTH, '{"items": []}', None),
+        (BOTH, items(5, 1), 9),
+        (BOTH, items(55, 1), 5),
+        (BOTH, items(12, 10), 0),
+        (BOTH, items(60, 1), 0),
+        ({"most": {"hours": 1}}, items(55, 54), 5),
+        ({"at": "10:30"}, items(5), 30),
+        ({"at": "10:00"}, items(5), 0),
+        ({"at": "10:00"}, items(0), 24 * 60),
+        ({"at": "09:00"}, items(61, 5), 0),
+        # put there by an application, or nonsense: they came when it arrived
+        (BOTH, '{"items": [1]}', 10),
+        (BOTH, '{"items": [1], "collecting": {"since": 7, "last": "never", "count": "x"}}', 10),
+    ],
+)
+def test_items_are_moved_when_their_time_is_over(
+    config: dict[str, Any], data: str, minutes: float | None
+) -> None:
+    advanced = advance(collecting(config), at("collect", data=data), NOW)
+    if minutes == 0:
+        assert isinstance(advanced.decision, Execute)
+        moved = json.loads(advanced.enrollment.data)
+        before = json.loads(data)
+        assert (moved["batch"], moved["items"]) == (before["items"], [])
+        assert moved["collected"]["count"] == len(before["items"])
+        assert "collecting" not in moved
+    else:
+        until = NEVER if minutes is None else NOW + timedelta(minutes=minutes)
+        assert advanced.decision == Wait(until)
+
+
+def test_what_is_beyond_the_limit_is_counted() -> None:
+    data = items(20, 19, 18, count=9)
+    advanced = advance(collecting({**BOTH, "at_most": 2}), at("collect", data=data), NOW)
+    moved = json.loads(advanced.enrollment.data)
+    assert moved["batch"] == [0, 1]
+    assert (moved["collected"]["count"], moved["collected"]["omitted"]) == (9, 7)
+
+
+def test_items_of_the_send_are_the_next_round_and_no_loop() -> None:
+    """The mail took long: what came meanwhile is due when it ends."""
+    definitions = collecting(BOTH)
+    mailed = at("mail", data=items(30, 20), executed=())
+    ended = advance(definitions, mailed, NOW, Answer())
+    assert isinstance(ended.decision, Execute)
+    assert json.loads(ended.enrollment.data)["batch"] == [0, 1]
+    assert advance(definitions, at("mail"), NOW, Answer()).decision == End()
+
+
+def test_a_goal_ends_it_whatever_was_collected() -> None:
+    goal = step("out", "Goal", PAID)
+    definitions = sequence(step("collect", "Collect", BOTH), goal)
+    data = json.dumps({**json.loads(items(1)), "paid": True})
+    assert advance(definitions, at("collect", data=data), NOW).decision == End()
 
 
 # --- properties

@@ -47,6 +47,9 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "WaitForDateComparison": [{"attribute": "hour", "values": [9]}],
     "WaitForCondition": [IS_PRO, {**IS_PRO, "timeout": {"amount": 1, "unit": "day"}}],
     "UpdateData": [{"data": {"x": 1}}],
+    "Enroll": [{"sequence": "other"}, {"sequence": "other", "subject": "{{data.x}}"}],
+    "Cancel": [{"sequence": "other"}],
+    "Collect": [{"quiet": {"minutes": 10}, "most": {"hours": 1}}, {"at": "08:00"}],
     "Email": [EMAIL, {**EMAIL, "onError": "altNext"}, {**EMAIL, "onSuppressed": "end"}],
     "SMS": [{"from": "+15005550006", "to": "{{data.x}}", "message": "m", "onError": "altNext"}],
     "Note": [{}],
@@ -119,7 +122,7 @@ def test_each_exit_is_drawn_and_reachable_and_checked_at_its_line(
 
 @pytest.mark.parametrize(("type_", "config"), CASES)
 def test_a_step_that_waits_is_described(type_: str, config: dict[str, Any]) -> None:
-    waits = type_.startswith("WaitFor") or type_ == "Goal"
+    waits = type_.startswith("WaitFor") or type_ in ("Goal", "Collect")
     assert describe_wait(type_, config).startswith("waits ") == waits
     assert describe_wait(type_, {}) == ""
 

@@ -112,6 +112,18 @@ async def test_a_renamed_step_restarts_nothing(defined: asyncpg.Connection) -> N
     assert (row["sequence"], row["step"], row["visit"]) == ("t", "one", 1)
 
 
+async def test_steps_that_enroll_and_cancel_follow_a_renamed_sequence(
+    defined: asyncpg.Connection,
+) -> None:
+    for name, type_ in (("e", "Enroll"), ("c", "Cancel")):
+        await define(defined, name, (name, type_, '{"sequence": "s", "subject": "x"}', None))
+    await defined.execute("UPDATE sequencer.sequences SET name = 't' WHERE name = 's'")
+    configs = await defined.fetch(
+        "SELECT config->>'sequence' FROM sequencer.steps WHERE config ? 'sequence'"
+    )
+    assert [row[0] for row in configs] == ["t", "t"]
+
+
 # --- the subject
 
 

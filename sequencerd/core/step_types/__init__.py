@@ -17,12 +17,13 @@ from sequencerd.core.config import parse_config
 from sequencerd.core.javascript.conditions import Operand, first_key
 from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import DefinitionError, Instant, KeyPath
-from sequencerd.core.step_types import branches, data, effects, waits
+from sequencerd.core.step_types import branches, data, effects, journeys, waits
 from sequencerd.core.step_types.conditions import condition_roots, read_condition
 from sequencerd.core.step_types.record import StepType, find, texts
 
 BUILT_IN: Mapping[str, StepType] = {
-    type_.name: type_ for type_ in (*branches.TYPES, *waits.TYPES, *data.TYPES, *effects.TYPES)
+    type_.name: type_
+    for type_ in (*branches.TYPES, *waits.TYPES, *data.TYPES, *journeys.TYPES, *effects.TYPES)
 }
 """All built-in types by name, in the order of the documentation."""
 
@@ -93,9 +94,10 @@ def template_texts(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyP
 
 def written_keys(type_: str, config: Mapping[str, Any]) -> list[str]:
     """Return the keys of the data that a step writes."""
-    key = BUILT_IN[type_].writes if type_ in BUILT_IN else ""
-    written = config.get(key)
-    return list(written) if isinstance(written, dict) else []
+    if type_ not in BUILT_IN:
+        return []
+    written = config.get(BUILT_IN[type_].writes)
+    return [*BUILT_IN[type_].produces, *(written if isinstance(written, dict) else ())]
 
 
 def in_a_row(type_: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:

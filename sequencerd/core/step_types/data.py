@@ -69,17 +69,20 @@ def _compile_change(path: KeyPath, value: Any) -> Change:
         case "add":
             return _compile_add(path, value["add"])
         case "append":
-            item = _compile_item(("append",), (*path, "append"), value["append"])
+            item = compile_item(("append",), (*path, "append"), value["append"])
             return lambda context, present: _appended(path, present, item(context))
         case "remove" if value["remove"] is not True:
             raise DefinitionError("remove must be true")
         case "remove":
             return lambda _context, _present: REMOVED
-    made = _compile_item((), path, value)
+    made = compile_item((), path, value)
     return lambda context, _: made(context)
 
 
-def _compile_item(within: KeyPath, path: KeyPath, value: Any) -> Value:
+def compile_item(within: KeyPath, path: KeyPath, value: Any) -> Value:
+    """Compile a JSON value with templates and {get: path} in it. Raises DefinitionError, which
+    names the place within the value.
+    """
     faults = Faults()
     made = _compile_nested(within, path, value, faults)
     faults.check()
@@ -174,7 +177,8 @@ def _unsuitable(path: KeyPath, present: Any, wanted: str) -> EvaluationError:
     )
 
 
-def _paths(config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, object]]:
+def data_paths(config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, object]]:
+    """Yield the paths that the key `data` of a config reads, and where they are."""
     yield from _gets(config.get("data"), ("data",))
 
 
@@ -198,6 +202,6 @@ TYPES = (
         compile=_update_data,
         templates=("data",),
         writes="data",
-        paths=_paths,
+        paths=data_paths,
     ),
 )

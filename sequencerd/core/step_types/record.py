@@ -41,6 +41,8 @@ class StepType:
     """Where steps are named. A key `sequence` beside it names the sequence of the step."""
     writes: str = ""
     """The key whose object is merged into the data."""
+    produces: tuple[str, ...] = ()
+    """The keys of data that it writes, whatever its config."""
     is_goal: bool = False
     is_seeded: bool = False
     """Whether a seed decides where a subject goes."""

@@ -162,19 +162,54 @@ SELECT {enrollment}
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: refusals
--- Check whether sequences admit enrollments that jump into them, as they would an insert, and return
--- their reentry policies.
-SELECT j.id, j.sequence, q.reentry,
+-- Check whether sequences admit subjects as they would an insert, and return their reentry policies, in
+-- the order asked. An enrollment that jumps into a sequence does not count as being there.
+SELECT q.reentry,
        CASE WHEN q.status = 'archived' THEN 'archived'
             WHEN q.reentry <> 'always' AND EXISTS (
                 SELECT FROM sequencer.enrollments AS e
                  WHERE e.subject = j.subject AND e.sequence = j.sequence AND e.entry = 0
-                   AND e.id <> j.id
+                   AND e.id IS DISTINCT FROM j.id
                    AND NOT (q.reentry = 'after' AND e.status <> 'active' AND sequencer.reentry_time(
                                 e.ended_at, q.reentry_after, q.timezone) <= now()))
             THEN 'already_enrolled' END AS refusal
-  FROM unnest($1::bigint[], $2::text[], $3::text[]) AS j (id, subject, sequence)
-  JOIN sequencer.sequences AS q ON q.name = j.sequence;
+  FROM unnest($1::bigint[], $2::text[], $3::text[])
+       WITH ORDINALITY AS j (id, subject, sequence, number)
+  LEFT JOIN sequencer.sequences AS q ON q.name = j.sequence
+ ORDER BY j.number;
+
+-- name: lock_cancelled
+-- Lock the active enrollments of subjects in sequences, but for the enrollments that cancel them; those
+-- that another session has locked are returned as NULL.
+WITH wanted AS MATERIALIZED (
+    SELECT j.number, e.id
+      FROM unnest($1::bigint[], $2::text[], $3::text[])
+           WITH ORDINALITY AS j (id, subject, sequence, number)
+      JOIN sequencer.enrollments AS e ON e.subject = j.subject AND e.sequence = j.sequence
+     WHERE e.status = 'active' AND e.id <> j.id
+), locked AS MATERIALIZED (
+    SELECT e.id FROM sequencer.enrollments AS e
+     WHERE e.id IN (SELECT id FROM wanted) ORDER BY e.id FOR UPDATE OF e SKIP LOCKED
+)
+SELECT wanted.number, locked.id AS locked FROM wanted LEFT JOIN locked ON locked.id = wanted.id;
+
+-- name: cancel_others
+-- Cancel locked enrollments, and record by which other enrollment.
+WITH cancelled AS (
+    UPDATE sequencer.enrollments AS e
+       SET status = 'cancelled', wake_at = NULL, ended_at = $3, leased_by = NULL, retry_at = NULL,
+           expires_at = NULL, waits_until = NULL
+      FROM unnest($1::bigint[], $2::text[]) AS c (id, message)
+     WHERE e.id = c.id AND e.status = 'active'
+    RETURNING e.id, e.sequence, e.step, e.visit, c.message
+)
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+SELECT id, $3, sequence, step, visit, 'cancelled', message FROM cancelled;
+
+-- name: enter
+-- Enroll the subjects of Enroll steps, and return where each begins.
+SELECT sequence, step
+  FROM sequencer.enroll_all($1::text[], $2::text[], $3::jsonb[], $4::text[], $5::jsonb[]);
 
 -- name: due_ids
 -- Find the enrollments that `claim` would find, without a lock and without reading values that may be

@@ -1,0 +1,284 @@
+"""Steps that act on other enrollments, or collect items: Enroll, Cancel, Collect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, time, timedelta
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, StrictFloat, StrictInt, WithJsonSchema
+
+from sequencerd.core import exact_json
+from sequencerd.core.calendar import dates
+from sequencerd.core.config import Config, Faults
+from sequencerd.core.model import (
+    ALT_NEXT,
+    NEVER,
+    NEXT,
+    REMOVED,
+    Cancellation,
+    Context,
+    DefinitionError,
+    Entry,
+    EvaluationError,
+    Instant,
+    Stay,
+    StepAnswer,
+    Update,
+    parse_data,
+)
+from sequencerd.core.step_types.data import compile_item, data_paths
+from sequencerd.core.step_types.durations import DurationConfig
+from sequencerd.core.step_types.record import StepType
+from sequencerd.core.step_types.templates import compile_text
+
+MAX_SUBJECT = 1000  # bytes
+
+
+# --- other enrollments
+
+
+class EnrollStepConfig(Config):
+    """Enrolls a subject in another sequence; altNext if it refuses and there is one."""
+
+    sequence: str = Field(min_length=1)
+    """The sequence."""
+    subject: str | None = None
+    """A template; the enrollment's own subject by default."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """The data of the new enrollment; texts are templates, and {get: path} is a value."""
+
+
+def _enroll(config: EnrollStepConfig) -> Instant:
+    faults = Faults()
+    data: dict[str, Callable[[Context], Any]] = {}
+    for key, value in config.data.items():
+        with faults.at("data", key):
+            data[key] = compile_item((), ("data", key), value)
+    subject = _subject(config.subject, faults)
+    faults.check()
+
+    def answer(context: Context) -> StepAnswer:
+        own = context.enrollment
+        timezone = own.timezone if config.subject is None else None
+        made = {key: value(context) for key, value in data.items()}
+        return Entry(config.sequence, subject(context), exact_json.dumps(made), timezone)
+
+    refused = ALT_NEXT._replace(is_optional=True)
+    return Instant(answer, (NEXT, refused), concerns=(("enrolls", config.sequence),))
+
+
+class CancelConfig(Config):
+    """Cancels the active enrollments of a subject in a sequence, but for this one."""
+
+    sequence: str = Field(min_length=1)
+    """The sequence."""
+    subject: str | None = None
+    """A template; the enrollment's own subject by default."""
+
+
+def _cancel(config: CancelConfig) -> Instant:
+    faults = Faults()
+    subject = _subject(config.subject, faults)
+    faults.check()
+    return Instant(
+        lambda context: Cancellation(config.sequence, subject(context)),
+        concerns=(("cancels", config.sequence),),
+    )
+
+
+def _subject(source: str | None, faults: Faults) -> Callable[[Context], str]:
+    """Compile a subject; what is wrong with it goes to `faults`."""
+    if source is None:
+        return lambda context: context.enrollment.subject
+    render: Callable[[Context], str] = lambda _: source  # noqa: E731
+    with faults.at("subject"):
+        render = compile_text(("subject",), source)
+
+    def subject(context: Context) -> str:
+        found = render(context)
+        size = len(found.encode("utf-8", "replace"))
+        if not 1 <= size <= MAX_SUBJECT or "\0" in found:
+            raise EvaluationError(
+                "bad_data",
+                f"subject: {source!r} gives no subject of 1 to {MAX_SUBJECT} bytes",
+            )
+        return found
+
+    return subject
+
+
+# --- items
+
+
+def _short(value: object) -> object:
+    """{minutes: 10} is short for {amount: 10, unit: minutes}."""
+    if isinstance(value, dict) and len(value) == 1 and not value.keys() & {"amount", "unit"}:
+        [(unit, amount)] = value.items()
+        return {"amount": amount, "unit": unit}
+    return value
+
+
+class FixedDuration(DurationConfig):
+    """A fixed amount of a unit of time."""
+
+    amount: StrictInt | StrictFloat = Field(gt=0)
+    """How many."""
+
+
+Duration = Annotated[
+    FixedDuration,
+    BeforeValidator(_short),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": {
+                        "amount": {"type": "number", "description": "How many."},
+                        "unit": {"type": "string", "description": "The unit of time."},
+                    },
+                    "required": ["amount", "unit"],
+                    "additionalProperties": False,
+                },
+                {
+                    "type": "object",
+                    "not": {"anyOf": [{"required": ["amount"]}, {"required": ["unit"]}]},
+                    "additionalProperties": {"type": "number"},
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                },
+            ]
+        }
+    ),
+]
+
+
+CLOCK = "^([01][0-9]|2[0-3]):[0-5][0-9]$"
+
+
+def _time_of_day(text: str) -> str:
+    if re.match(CLOCK, text) is None:
+        raise ValueError('must be a time of day such as "08:00"')
+    return text
+
+
+class CollectConfig(Config):
+    """Waits for items that sequencer.collect() adds to data.items, and moves them to data.batch."""
+
+    quiet: Duration | None = None
+    """Passes when no item has come for so long, such as {minutes: 10}."""
+    most: Duration | None = None
+    """Passes so long after the first item at the latest, such as {hours: 1}."""
+    at: (
+        Annotated[str, AfterValidator(_time_of_day), Field(json_schema_extra={"pattern": CLOCK})]
+        | None
+    ) = None
+    """Instead of both, the local time of day at which it passes, such as "08:00"."""
+    at_most: StrictInt = Field(default=1000, ge=1, le=10_000, alias="at_most")
+    """How many items are kept; the others are counted only."""
+
+
+def _collect(config: CollectConfig) -> Instant:
+    end = _end_of_round(config)
+
+    def answer(context: Context) -> StepAnswer:
+        data = parse_data(context.enrollment.data)
+        items = data.get("items")
+        if items is None or items == []:
+            return Stay(NEVER)
+        if not isinstance(items, list):
+            raise EvaluationError("bad_data", "data.items is not a list")
+        known = data.get("collecting")
+        known = known if isinstance(known, dict) else {}
+        since = _instant(known.get("since"), context.entered_at)
+        last = _instant(known.get("last"), since)
+        until = end(context, since, min(last, context.now))
+        if until > context.now:
+            return Stay(until)
+        count = known.get("count")
+        count = max(count, len(items)) if isinstance(count, int) else len(items)
+        batch = items[: config.at_most]
+        collected = {
+            "count": count,
+            "omitted": count - len(batch),
+            "since": known.get("since"),
+            "last": known.get("last"),
+        }
+        moved = {"batch": batch, "collected": collected, "items": [], "collecting": REMOVED}
+        return Update(moved, f"{count} item{'' if count == 1 else 's'}", has_waited=True)
+
+    # what passes at once has items that came since it passed before: it is no loop
+    return Instant(answer, (NEXT._replace(at_once="never"),), collects=True)
+
+
+def _end_of_round(config: CollectConfig) -> Callable[[Context, datetime, datetime], datetime]:
+    """Compile when the items whose first and last came at some times are due."""
+    quiet, most, at = config.quiet, config.most, config.at
+    if (at is None) == (quiet is None and most is None):
+        raise DefinitionError("needs quiet, most or both, or else at")
+    if at is not None:
+        hour, minute = map(int, at.split(":"))
+        return lambda context, since, _: _next_time(since, hour, minute, context.timezone)
+
+    def end(context: Context, since: datetime, last: datetime) -> datetime:
+        zone = dates.zone(context.timezone)
+        ends = [
+            dates.add(start, duration.amount, dates.normalise_unit(duration.unit), zone)
+            for start, duration in ((last, quiet), (since, most))
+            if duration is not None
+        ]
+        return min(ends)
+
+    return end
+
+
+def _next_time(since: datetime, hour: int, minute: int, timezone: str) -> datetime:
+    """Return when the local clock next shows a time; where it skips it, after the gap."""
+    zone = dates.zone(timezone)
+    day = since.astimezone(zone).date()
+    while True:
+        found = datetime.combine(day, time(hour, minute), zone).astimezone(UTC)
+        if found > since:
+            return found
+        day += timedelta(days=1)
+
+
+def _instant(value: object, default: datetime) -> datetime:
+    """Return when an item came. Data can be changed by anybody, so it may be nonsense."""
+    try:
+        found = datetime.fromisoformat(value) if isinstance(value, str) else default
+        return found.astimezone(UTC) if found.tzinfo is not None else default
+    except (ValueError, OverflowError):
+        return default
+
+
+def _describe_collect(config: Mapping[str, Any]) -> str:
+    if at := config.get("at"):
+        return f"waits for items, until {at}"
+    ends = []
+    for key, words in (("quiet", "until {} without one"), ("most", "at most {}")):
+        match _short(config.get(key)):
+            case {"amount": amount, "unit": unit}:
+                ends.append(words.format(f"{amount} {unit}"))
+    return f"waits for items, {', '.join(ends)}" if ends else ""
+
+
+TYPES = (
+    StepType(
+        name="Enroll",
+        config=EnrollStepConfig,
+        compile=_enroll,
+        templates=("subject", "data"),
+        paths=data_paths,
+    ),
+    StepType(name="Cancel", config=CancelConfig, compile=_cancel, templates=("subject",)),
+    StepType(
+        name="Collect",
+        config=CollectConfig,
+        compile=_collect,
+        describe=_describe_collect,
+        produces=("batch", "collected", "items", "collecting"),
+    ),
+)
