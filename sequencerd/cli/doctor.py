@@ -38,6 +38,7 @@ ROUND_TRIP = 5.0  # seconds for a notification
 PATIENCE = 10.0  # seconds for an endpoint
 LARGEST_OFFSET = timedelta(seconds=1)
 OLD = timedelta(minutes=10)
+HOLIDAYS_AHEAD = timedelta(days=60)
 SHOWN = 5
 MOST_PROBLEMS = 1000
 WITHOUT_SCHEMA = ("pooler", "notifications", "clock", "old transactions")
@@ -115,6 +116,7 @@ async def _examine_database(
         "overdue": _overdue,
         "failed": _failed,
         "steps": _steps,
+        "holidays": _holidays,
     }
     has_schema = True
     for about, check in checks.items():
@@ -380,6 +382,18 @@ async def _steps(connection: asyncpg.Connection) -> Finding:
         advice = "fix the definition or the settings; enrollments then continue automatically"
         return Finding("steps", named, "error", advice)
     return Finding("steps", "all can be executed")
+
+
+async def _holidays(connection: asyncpg.Connection) -> Finding:
+    """Of a calendar that has ended, every later day is a business day, and nobody is told."""
+    rows = await connection.fetch(QUERIES["last_holidays"])
+    soon = datetime.now(UTC).date() + HOLIDAYS_AHEAD
+    if ending := [row for row in rows if row["last_day"] < soon]:
+        named = _some(f"{row['calendar']} ends on {row['last_day']}" for row in ending)
+        year = max(soon.year, ending[0]["last_day"].year + 1)
+        advice = f"sequencerd holidays {ending[0]['calendar']} {year}"
+        return Finding("holidays", named, "warning", f"add more days, as with {advice}")
+    return Finding("holidays", "known ahead" if rows else "none are used")
 
 
 # --- the endpoints

@@ -44,13 +44,20 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
         found = await examine(database)
     wrong = {about: f.seen for about, f in found.items() if f.level != "ok"}
     assert wrong == {"roles": "this user is a superuser"}
-    assert len(found) == 16
+    assert len(found) == 17
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         ("schema", "error", "no schema sequencer yet", "DROP SCHEMA sequencer CASCADE"),
+        (
+            "holidays",
+            "warning",
+            "DE ends on 2001-01-01",
+            """UPDATE sequencer.sequences SET time_window = '{"holidays": "DE"}';
+            INSERT INTO sequencer.holidays VALUES ('DE', '2001-01-01'), ('FR', '2001-01-01')""",
+        ),
         (
             "triggers",
             "error",

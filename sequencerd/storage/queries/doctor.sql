@@ -92,6 +92,15 @@ SELECT count(*), max(overdue_by) AS longest FROM sequencer.overdue;
 SELECT failure, count(*) FROM sequencer.enrollments
  WHERE status = 'failed' GROUP BY failure ORDER BY count(*) DESC;
 
+-- name: last_holidays
+-- Read the last day of each calendar of holidays that definitions use.
+SELECT used.calendar, max(h.day) AS last_day
+  FROM (SELECT time_window->>'holidays' AS calendar FROM sequencer.sequences
+        UNION
+        SELECT jsonb_path_query(config, '$.**.holidays') #>> '{}' FROM sequencer.steps) AS used
+  JOIN sequencer.holidays AS h ON h.calendar = used.calendar
+ GROUP BY used.calendar ORDER BY used.calendar;
+
 -- name: problems
 -- Read the steps that cannot be executed, and why.
 SELECT sequence, name AS step, problem FROM sequencer.steps
