@@ -136,3 +136,18 @@ def test_every_event_is_explained() -> None:
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page, re.MULTILINE)
     listed = {name for row in rows for name in re.findall(r"\w+", row)}
     assert known_actions() <= listed
+
+
+def test_the_designs_page_names_files_that_exist() -> None:
+    text = (REPOSITORY / "docs/design.md").read_text("utf-8")
+    rooms = [path.name for path in (REPOSITORY / "sequencerd").iterdir() if path.is_dir()]
+    named = re.findall(rf"`((?:{'|'.join(rooms)}|sequencerd|sql|tests|docs)/[^` ]*)`", text)
+    assert len(named) > 50
+    missing = [
+        name
+        for name in named
+        if not (REPOSITORY / name).exists() and not (REPOSITORY / "sequencerd" / name).exists()
+    ]
+    assert missing == []
+    modules = {path.stem for path in (REPOSITORY / "sequencerd/engine").glob("[a-z]*.py")}
+    assert not [name for name in modules if f"`{name}`" not in text and f"/{name}.py" not in text]

@@ -1,4 +1,4 @@
-"""The circuit breaker of an executor: what results say about the server, and who pays for them.
+"""The circuit breaker of an executor: what results say about the server, and whose fault they are.
 
 A server that fails is tried again after a pause, with one enrollment (`core/backoff.py`).
 """

@@ -113,7 +113,7 @@ def read_outcome(value: object, model: type[Outcome] = Outcome) -> Result:
     except ValidationError as error:
         return Failed(one_line(f"the answer can't be used: {describe(error)}"), unknown=True)
     if outcome.model_fields_set <= {"action"}:
-        # the same one each time: the engine moves those together who get it
+        # one object, so that the engine moves all enrollments that get it together
         return PLAIN[str(outcome.action)]
     return Answer(
         outcome.action,

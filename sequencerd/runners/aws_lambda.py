@@ -122,10 +122,10 @@ def _judged(reply: Reply) -> Reply:
 def _failure(reply: Reply) -> str:
     """What a function has raised, in a line."""
     try:
-        told: Any = json.loads(reply.body)
+        error: Any = json.loads(reply.body)
     except (ValueError, RecursionError):
-        told = None
-    if not isinstance(told, dict):
+        error = None
+    if not isinstance(error, dict):
         return reply.excerpt()
-    parts = [str(told[key]) for key in ("errorType", "errorMessage") if told.get(key)]
+    parts = [str(error[key]) for key in ("errorType", "errorMessage") if error.get(key)]
     return one_line(": ".join(parts), 300) or reply.excerpt()

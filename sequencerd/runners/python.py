@@ -113,7 +113,7 @@ class PythonRunner:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            return self._failed(error)  # the function's own, nobody has cancelled the call
+            return self._failed(error)  # raised by the function: the call was not cancelled
         except (Exception, SystemExit) as error:
             return self._failed(error)
         return answer

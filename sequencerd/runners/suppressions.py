@@ -34,7 +34,9 @@ class Suppressions:
         self._wanted.update((channel, form) for address in given for form in forms(address))
         if self._round is None:
             self._round = asyncio.create_task(self._ask_all())
-        found = await asyncio.shield(self._round)  # who is cancelled leaves it to the others
+        found = await asyncio.shield(
+            self._round
+        )  # a cancelled caller leaves the round to the others
         return {
             address for address in given if any((channel, form) in found for form in forms(address))
         }

@@ -18,7 +18,7 @@ from sequencerd.runners.http_client import Unreachable, Web, check_url
 EARLY = 120.0
 """So many seconds before its end a token is renewed, or half its life if it lives shorter."""
 
-UNKNOWN_LIFE = 60.0  # seconds that a token is used for if nobody says how long it lives
+UNKNOWN_LIFE = 60.0  # seconds for which a token without a lifetime is used
 
 
 class TokenError(Exception):

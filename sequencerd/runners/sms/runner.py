@@ -52,7 +52,7 @@ _DAILY = frozenset({63038})  # the account's messages of a day
 _OPERATORS = frozenset({20003, 20005, 30002})  # the login, or an account that is suspended
 _ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region, also with 403
 _CARRIERS_DAY = 30027  # a carrier's messages of a day
-_PASSING = frozenset({30008, _CARRIERS_DAY})  # nobody knows what
+_PASSING = frozenset({30008, _CARRIERS_DAY})  # of an unknown kind
 NO_TIME = timedelta(0)
 
 

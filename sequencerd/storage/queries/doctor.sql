@@ -79,7 +79,7 @@ UNION ALL
 SELECT format('prepared transaction %L', gid), now() - prepared
   FROM pg_prepared_xacts WHERE prepared < now() - $1::interval
 UNION ALL
-SELECT format('replication slot %s, which nobody reads', slot_name), NULL
+SELECT format('replication slot %s, which no client reads', slot_name), NULL
   FROM pg_replication_slots WHERE NOT active AND (xmin IS NOT NULL OR catalog_xmin IS NOT NULL)
  ORDER BY age DESC NULLS LAST;
 
