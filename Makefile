@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/bytecode
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick shell oracle chaos check format lock vendor clean
+.PHONY: help install demo test quick shell oracle chaos check format lock vendor deb audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -64,6 +64,12 @@ lock: install ## pin the newest versions with hashes
 
 vendor: ## fetch the browser libraries in the versions of bin/vendor
 	bin/vendor
+
+deb: ## build a Debian package in dist/
+	bin/deb
+
+audit: install ## compare requirements.txt with known vulnerabilities, and list licences
+	bin/audit
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

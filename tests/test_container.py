@@ -15,6 +15,7 @@ import tomllib
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
+import asyncpg
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -22,6 +23,9 @@ from packaging.utils import canonicalize_name
 
 from sequencerd import settings
 from sequencerd.cli.arguments import make_parser
+from sequencerd.storage import migrate
+from tests.cli.test_doctor import examine
+from tests.helpers.databases import execute, with_database, with_login
 from tests.service.test_http_server import answers, daemon, is_ok
 
 REPOSITORY = Path(__file__).parent.parent
@@ -172,5 +176,58 @@ def test_compose_runs_commands_and_sets_settings(monkeypatch: pytest.MonkeyPatch
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert set(service["depends_on"]) <= set(services)
+    assert services["sequencerd"]["environment"]["SEQUENCERD_DATABASE"].startswith(
+        "postgresql://sequencerd:"
+    )  # not the owner, and no superuser
     grace = int(services["sequencerd"]["stop_grace_period"].removesuffix("s"))
     assert grace > settings.Engine().stop_timeout
+
+
+@pytest.mark.usefixtures("template")  # which makes the roles
+async def test_the_logins_of_compose_suffice(server: str) -> None:
+    """The owner migrates and the daemon's login has its privileges, without a superuser."""
+    text = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["configs"]["logins"]["content"]
+    names = ("app", "sequencerd")
+    for statement in text.split(";\n"):
+        if statement.strip() and "ROLE sequencer_" not in statement.partition(" IN ")[0]:
+            own = re.sub(rf"\b({'|'.join(names)})\b", r"compose_\1", statement)
+            await execute(server, own)
+    try:
+        owner = await asyncpg.connect(
+            with_login(with_database(server, "compose_app"), "compose_app")
+        )
+        await migrate.migrate(owner)
+        assert await migrate.grant(owner) == []
+        await owner.close()
+        found = await examine(
+            with_login(with_database(server, "compose_app"), "compose_sequencerd")
+        )
+        assert found["roles"].seen == "this user has the privileges of a daemon"
+    finally:
+        await execute(server, "DROP DATABASE IF EXISTS compose_app WITH (FORCE)")
+        for name in names:
+            await execute(server, f"DROP ROLE IF EXISTS compose_{name}")
+
+
+def test_the_manifest_for_kubernetes_runs_the_daemon(tmp_path: Path) -> None:
+    manifest = (REPOSITORY / "packaging/kubernetes.yaml").read_text()
+    deployment, budget = yaml.safe_load_all(manifest)
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    assert budget["spec"]["selector"]["matchLabels"] == labels
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert make_parser().parse_args(container["args"])
+    variables = {one["name"]: one["value"] for one in container["env"]}
+    mount = container["volumeMounts"][0]["mountPath"]
+    assert variables["SEQUENCERD_DATABASE_URL_FILE"] == f"{mount}/database"
+    (tmp_path / "database").write_text("postgresql://sequencerd@db/app")
+    variables["SEQUENCERD_DATABASE_URL_FILE"] = str(tmp_path / "database")
+    read = settings.load(variables)
+    assert (
+        str(container["ports"][0]["containerPort"]) == (read.http.listen or "").rpartition(":")[2]
+    )
+    assert pod["terminationGracePeriodSeconds"] > settings.Engine().stop_timeout
+    assert str(pod["securityContext"]["runAsUser"]) == one("USER").partition(":")[0]
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    assert container["image"].endswith(f":{version}")
