@@ -18,12 +18,14 @@ install: $(VENV)/installed ## make the virtual environment
 
 $(VENV)/installed: requirements.txt pyproject.toml
 ifneq ($(UV),)
+	@echo "installing into $(VENV): a minute or two, once"
 	uv venv --quiet --clear $(VENV)
 	uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.txt
 	uv pip install --quiet --python $(BIN)/python --no-deps -e .
 else
+	@echo "installing into $(VENV): a minute or two, once"
 	python3 -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/pip install --progress-bar off --disable-pip-version-check --require-hashes -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 endif
 	touch $@
