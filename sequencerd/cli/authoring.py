@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from sequencerd.cli.commands import connect, json_object, on_database
+from sequencerd.cli.commands import connect, on_database
 from sequencerd.cli.output import say, say_json, warn
 from sequencerd.definitions import files, json_schema
 from sequencerd.definitions.check import KnownPaths, known_paths
+from sequencerd.definitions.options import read_object
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
@@ -19,7 +20,7 @@ def check_command(arguments: argparse.Namespace, settings: Settings) -> int:
     """Check files; their paths by an example of data, or else by the data in the database."""
     runners = registry.make_runners(settings)
     if arguments.data is not None:
-        example = json_object(arguments.data, "--data")
+        example = read_object(arguments.data, "--data")
         known = dict.fromkeys(files.names(arguments.files), known_paths([example]))
     else:
         known = _known_in_database(arguments, settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -189,14 +188,3 @@ def with_hint(error: asyncpg.PostgresError) -> str:
     """What the database refused, and what its hint says to do."""
     hint = getattr(error, "hint", None)
     return f"{error.args[0]}; {hint}" if hint else str(error.args[0])
-
-
-def json_object(text: str, option: str) -> dict[str, Any]:
-    """Read an option that is a JSON object. Raises UsageError."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{option} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UsageError(f'{option} must be a JSON object such as {{"paid": true}}')
-    return value

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from sequencerd.cli.commands import check_names, connect, on_database, with_hint
 from sequencerd.cli.output import say, say_json, show, warn
 from sequencerd.core.calendar import dates
+from sequencerd.definitions.options import read_object
 from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import bulk
@@ -42,12 +43,7 @@ SEQUENCE_STATUSES = {
 
 @on_database
 async def enroll_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    try:
-        data = json.loads(arguments.data)
-    except ValueError as error:
-        raise UsageError(f"--data is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UsageError('--data must be a JSON object such as {"email": "ada@example.com"}')
+    data = read_object(arguments.data, "--data")
     at = None
     if arguments.at is not None and (at := dates.parse(arguments.at, dates.zone("UTC"))) is None:
         raise UsageError(f"--at {arguments.at!r} is not an ISO 8601 date")
@@ -100,7 +96,7 @@ async def change_command(arguments: argparse.Namespace, _: Settings, url: str) -
         if arguments.dry_run:
             return _report(arguments, len(ids), Done())
         if len(ids) > 1 and not arguments.yes:
-            _confirm(f"{arguments.command} {_count(len(ids))}?")
+            _confirm(f"{arguments.command} {bulk.count(len(ids))}?")
         done = await _in_batches(connection, action, ids, to, arguments.reason)
     finally:
         await connection.close()
@@ -177,7 +173,7 @@ async def _in_batches(
             )
         except asyncio.CancelledError:
             bar.stop()
-            warn(f"interrupted: {total.changed:,} of {_count(len(ids))} done")
+            warn(f"interrupted: {total.changed:,} of {bulk.count(len(ids))} done")
             raise
         except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
             raise UsageError(f"{with_hint(error)}; {total.changed:,} were changed") from error
@@ -187,30 +183,22 @@ async def _in_batches(
 def _report(arguments: argparse.Namespace, selected: int, done: Done) -> int:
     unchanged = 0 if arguments.dry_run else selected - done.changed - done.entered_again
     if arguments.json:
-        told = {
+        report = {
             "action": arguments.command,
             "dry_run": arguments.dry_run,
             "selected": selected,
             **done._asdict(),
             "unchanged": unchanged,
         }
-        say_json(told)
+        say_json(report)
         return 0
     if arguments.dry_run:
-        say(f"would {arguments.command} {_count(selected)}")
+        say(f"would {arguments.command} {bulk.count(selected)}")
         return 0
-    say(f"{arguments.command}: {_count(done.changed)}")
-    if done.executing:
-        say(f"{done.executing:,} were executing a side effect, which is not undone")
-    if done.entered_again:
-        say(f"{done.entered_again:,} unchanged: the subject has entered the sequence again")
-    if unchanged:
-        say(f"{unchanged:,} unchanged: moved on meanwhile, or cannot be changed")
+    say(f"{arguments.command}: {bulk.count(done.changed)}")
+    for remark in done.remarks(selected):
+        say(remark)
     return 0
-
-
-def _count(number: int) -> str:
-    return f"{number:,} enrollment{'s' * (number != 1)}"
 
 
 # --- sequences
@@ -235,5 +223,5 @@ async def set_status_command(arguments: argparse.Namespace, _: Settings, url: st
         return 0
     for row in rows:
         already = " already" if row["before"] == words.status else ""
-        say(f"{row['name']} is {words.status}{already}: {_count(row['active'])} {words.inside}")
+        say(f"{row['name']} is {words.status}{already}: {bulk.count(row['active'])} {words.inside}")
     return 0

@@ -13,16 +13,16 @@ from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, json_object, on_database
+from sequencerd.cli.commands import connect, on_database
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import model
-from sequencerd.core.calendar import dates
-from sequencerd.core.model import DefinitionError, Enrollment
 from sequencerd.definitions import files, graph
 from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.compiler import Definition, from_rows
+from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulate import Entry, Simulation
 from sequencerd.definitions.simulator import WORDS, Outcome, Simulator, choose
+from sequencerd.definitions.started import read_started
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
 from sequencerd.settings import Settings
@@ -35,6 +35,9 @@ SHOWN_ROUNDS = 2  # of a cycle
 
 def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.from_enrollment is not None:
+        for option in ("data", "subject", "timezone", "start"):
+            if getattr(arguments, option) is not None:
+                raise UsageError(f"--{option} does not go with --from-enrollment")
         return on_database(_simulate_enrollment)(arguments, settings)
     if arguments.file is None:
         raise UsageError("simulate needs a NAME or a FILE, or --from-enrollment ID")
@@ -64,9 +67,9 @@ def _simulate(arguments: argparse.Namespace, simulator: Simulator) -> int:
         arguments.sequence,
         start=arguments.start or datetime.now(UTC).replace(microsecond=0),
         until=arguments.until,
-        data=json_object(arguments.data or "{}", "--data"),
+        data=read_object(arguments.data or "{}", "--data"),
         subject=arguments.subject or "subject",
-        timezone=_zone(arguments.timezone),
+        timezone=arguments.timezone,
         changes=_changes(arguments),
         external=_external(arguments),
     )
@@ -79,7 +82,7 @@ def _warn_of_paths(
 ) -> None:
     """Warn of paths that nothing has which the simulation is given."""
     answers = (one.get("data") for one in outcomes.values() if not isinstance(one, str))
-    examples = [json_object(arguments.data, "--data"), *_changes(arguments).values()]
+    examples = [read_object(arguments.data, "--data"), *_changes(arguments).values()]
     examples += [answer for answer in answers if isinstance(answer, dict)]
     sequence = simulator.definitions[choose(simulator.definitions, arguments.sequence)]
     for remark in unknown_paths(sequence, known_paths(examples, _external(arguments))):
@@ -89,36 +92,27 @@ def _warn_of_paths(
 
 async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
     outcomes = _outcomes(arguments)
-    for option in ("data", "subject", "timezone", "start"):
-        if getattr(arguments, option) is not None:
-            raise UsageError(f"--{option} does not go with --from-enrollment, which has its own")
     runners = make_runners(settings, outcomes)
     connection = await connect(url)
     try:
         async with connection.transaction(isolation="repeatable_read", readonly=True):
-            row = await connection.fetchrow(QUERIES["simulated"], arguments.from_enrollment)
+            started = await read_started(connection, arguments.from_enrollment)
             definitions = await _definitions(connection, runners)
-            enrolled = await _refusing(connection, row)
             now = await store.server_time(connection)
     finally:
         await connection.close()
-    if row is None:
+    if started is None:
         raise UsageError(f"enrollment {arguments.from_enrollment} does not exist")
-    *columns, status = row.values()
-    if status != "active":
-        raise UsageError(f"enrollment {arguments.from_enrollment} is {status}")
     if arguments.file is not None:
         read = files.read_all([arguments.file], runners)
         definitions |= {one.sequence.name: _dealing(one, definitions) for one in read}
-    # a side effect that is being executed is begun anew here
-    enrollment = Enrollment(*columns)._replace(leased_by=None)
     simulation = Simulator(definitions, runners, outcomes).follow(
-        enrollment,
+        started.enrollment,
         now,
         arguments.until,
         _changes(arguments),
         _external(arguments),
-        enrolled=enrolled,
+        enrolled=started.enrolled,
     )
     _print(simulation, arguments.json)
     return 0
@@ -129,14 +123,6 @@ def _dealing(definition: Definition, present: Mapping[str, model.Sequence]) -> m
     known = present.get(definition.sequence.name)
     steps = known.steps if known else {}
     return definition.seeded({name: step.seed for name, step in steps.items()})
-
-
-async def _refusing(connection: asyncpg.Connection, enrollment: asyncpg.Record | None) -> list[str]:
-    """The sequences that would refuse it."""
-    if enrollment is None:
-        return []
-    rows = await connection.fetch(QUERIES["refusing"], enrollment["subject"], enrollment["id"])
-    return [row["sequence"] for row in rows]
 
 
 async def _definitions(
@@ -162,7 +148,7 @@ def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:
                 f"--runner {given!r}: use TYPE={'|'.join(WORDS)}, or an answer such as "
                 """'Score={"action": "next", "data": {"score": 80}}'"""
             )
-        outcomes[type_] = word or json_object(text, "--runner")
+        outcomes[type_] = word or read_object(text, "--runner")
     return outcomes
 
 
@@ -174,21 +160,12 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
         if not found:
             raise UsageError(f"--set {given!r}: use for example 'P3D: {{\"paid\": true}}'")
         when = found[1].strip()
-        changes[when] = {**changes.get(when, {}), **json_object(found[2], "--set")}
+        changes[when] = {**changes.get(when, {}), **read_object(found[2], "--set")}
     return changes
 
 
 def _external(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    return None if arguments.lookup is None else json_object(arguments.lookup, "--lookup")
-
-
-def _zone(name: str | None) -> str | None:
-    if name is not None:
-        try:
-            dates.zone(name)
-        except DefinitionError as error:
-            raise UsageError(f"--timezone: {error}") from error
-    return name
+    return None if arguments.lookup is None else read_object(arguments.lookup, "--lookup")
 
 
 def _print(simulation: Simulation, as_json: bool) -> None:

@@ -111,17 +111,7 @@ class Actions:
 
 
 def _summary(action: str, selected: int, done: Done) -> str:
-    said = [f"{ACTIONS[action]} {_count(done.changed)}."]
-    if done.executing:
-        said.append(f"{done.executing:,} were executing a side effect, which is not undone.")
-    if done.entered_again:
-        said.append(f"{done.entered_again:,} stay: the subject is in the sequence again.")
-    if rest := selected - done.changed - done.entered_again:
-        said.append(f"{rest:,} had gone elsewhere meanwhile.")
     if not selected:
-        said = ["Nobody was there any more to be changed."]
-    return " ".join(said)
-
-
-def _count(number: int) -> str:
-    return f"{number:,} enrollment{'s' * (number != 1)}"
+        return "No matching enrollments."
+    sentences = [f"{ACTIONS[action]} {bulk.count(done.changed)}", *done.remarks(selected)]
+    return " ".join(f"{sentence}." for sentence in sentences)

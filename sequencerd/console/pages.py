@@ -200,7 +200,7 @@ async def _journey(request: Request, id_: int, query: Query) -> Journey:
     """Read once for all who have the page open."""
     context = context_of(request)
     if id_ >= 2**63:
-        raise NotFoundError(f"There is no enrollment {id_}.")
+        raise NotFoundError(f"Enrollment {id_} does not exist.")
     version = context.live.version(id_)
     is_shared = version is not None and not query.given and query.rows == PAGE
     if is_shared and (kept := context.enrollments_read.get(id_)) and kept[0] == version:

@@ -13,10 +13,10 @@ from starlette.responses import Response
 from sequencerd.console.context import PageContext, context_of, query_of, render
 from sequencerd.console.query import NotFoundError, Query
 from sequencerd.console.tables import Column, Table
-from sequencerd.core.calendar import dates
-from sequencerd.core.model import DefinitionError, Enrollment
+from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulate import Simulation
 from sequencerd.definitions.simulator import WORDS, Outcome, Simulator
+from sequencerd.definitions.started import read_started
 from sequencerd.errors import UsageError
 from sequencerd.storage import store
 
@@ -70,26 +70,17 @@ async def simulated(context: PageContext, query: Query) -> tuple[Simulation, Tab
     work: Callable[[], Simulation]
     if query.get("enrollment"):
         id_ = query.number("enrollment", 0)
-        rows = await store.read(context.pool, "simulated", id_)
-        if not rows:
-            raise NotFoundError(f"There is no enrollment {id_}, or not any more.")
-        *columns, status = rows[0].values()
-        if status != "active":
-            raise UsageError(f"enrollment {id_} is {status}: nothing lies ahead")
-        start = Enrollment(*columns)._replace(leased_by=None)
+        async with store.reading(context.pool) as connection:
+            started = await read_started(connection, id_)
+        if started is None:
+            raise NotFoundError(f"Enrollment {id_} does not exist.")
+        start, enrolled = started
         known = json.loads(start.data)
-        refusing = await store.read(context.pool, "refusing", start.subject, id_)
-        enrolled = [row["sequence"] for row in refusing]
 
         def work() -> Simulation:
             return simulator.follow(start, now, None, {}, None, enrolled=enrolled)
     else:
-        data, zone = _data(query.get("data") or "{}"), query.get("timezone")
-        if zone is not None:
-            try:
-                dates.zone(zone)
-            except DefinitionError as error:
-                raise UsageError(str(error)) from error
+        data, zone = read_object(query.get("data") or "{}", "data"), query.get("timezone")
         name = query.must("sequence")
 
         def work() -> Simulation:
@@ -121,13 +112,3 @@ def _entry(context: PageContext, entry: dict[str, Any], known: Mapping[str, Any]
     }
     shown = context.mask({"message": entry["message"], "known": known})
     return {**entry, "message": shown["message"], "details": details}
-
-
-def _data(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the data are not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UsageError('the data must be a JSON object such as {"name": "Ada"}')
-    return data

@@ -345,7 +345,7 @@ async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: Mask) -> Jou
         found = await connection.fetch(QUERIES["console_history"], id_, before, query.rows + 1)
         versions = await connection.fetch(QUERIES["console_versions"], [id_])
     if row is None:
-        raise NotFoundError(f"There is no enrollment {id_}, or not any more.")
+        raise NotFoundError(f"Enrollment {id_} does not exist.")
     known = row["data"]
     events = [mask({**event, "known": json.loads(known)}) for event in found[: query.rows]]
     for event in events:

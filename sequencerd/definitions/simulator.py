@@ -15,7 +15,15 @@ from pydantic import TypeAdapter, ValidationError
 from sequencerd.core import model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
-from sequencerd.core.model import Answer, Enrollment, Failed, SideEffect, Step, Task
+from sequencerd.core.model import (
+    Answer,
+    DefinitionError,
+    Enrollment,
+    Failed,
+    SideEffect,
+    Step,
+    Task,
+)
 from sequencerd.definitions.simulate import MAX_ENTRIES, Change, Simulation, simulate
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
@@ -62,6 +70,11 @@ class Simulator:
         """
         begun = _time(start, "start")
         name = choose(self.definitions, sequence)
+        if timezone is not None:
+            try:
+                dates.zone(timezone)
+            except DefinitionError as error:
+                raise UsageError(f"timezone: {error}") from error
         enrollment = Enrollment(
             1,
             subject,

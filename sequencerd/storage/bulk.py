@@ -42,6 +42,11 @@ class Selection(NamedTuple):
     failure: str | None = None
 
 
+def count(number: int) -> str:
+    """Return such as "3 enrollments"."""
+    return f"{number:,} enrollment{'s' * (number != 1)}"
+
+
 class Done(NamedTuple):
     """How many enrollments of a batch were changed, were executing a side effect, or could not be
     changed, as their subjects are in the sequence again.
@@ -54,6 +59,16 @@ class Done(NamedTuple):
     def plus(self, other: Done) -> Done:
         """Return the sum of both."""
         return Done(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def remarks(self, selected: int) -> list[str]:
+        """Describe what is worth knowing of the selected enrollments, beside those changed."""
+        unchanged = selected - self.changed - self.entered_again
+        remarks = (
+            (self.executing, "were executing a side effect, which is not undone"),
+            (self.entered_again, "unchanged: the subject has entered the sequence again"),
+            (unchanged, "unchanged: moved on meanwhile, or cannot be changed"),
+        )
+        return [f"{number:,} {text}" for number, text in remarks if number]
 
 
 async def select(

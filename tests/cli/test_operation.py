@@ -298,7 +298,7 @@ async def test_whose_side_effect_runs_is_not_waited_for(
         late = "SELECT count(*) = 1 FROM sequencer.events WHERE action = 'stale_result'"
         await until(defined, late)
     assert (await row(defined, id_))["status"] == "cancelled"
-    assert "sent" in await last_message(defined, id_, "late")
+    assert "sent" in await last_message(defined, id_, "stale_result")
 
 
 # --- many

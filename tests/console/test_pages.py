@@ -317,8 +317,8 @@ async def test_what_is_not_there(database: str, connection: asyncpg.Connection) 
     async with console(database) as client:
         for path, status, words in (
             ("/nonsense", 404, "no such page"),
-            ("/enrollments/99", 404, "no enrollment 99"),
-            (f"/enrollments/{'9' * 30}", 404, "no enrollment"),
+            ("/enrollments/99", 404, "enrollment 99 does not exist"),
+            (f"/enrollments/{'9' * 30}", 404, "does not exist"),
             ("/sequence?sequence=t", 404, "no sequence t"),
             ("/sequence?sequence=s&step=t", 404, "no step t"),
             ("/sequence", 422, "Sequence is missing"),
@@ -333,7 +333,7 @@ async def test_what_is_not_there(database: str, connection: asyncpg.Connection) 
             ("/simulate?sequence=s&data={", 422, "not JSON"),
             ("/simulate?sequence=s&timezone=Moon/Base", 422, "Moon/Base"),
             ("/simulate?sequence=t", 422, "does not exist"),
-            ("/simulate?enrollment=99", 404, "no enrollment 99"),
+            ("/simulate?enrollment=99", 404, "enrollment 99 does not exist"),
             ("/static/../app.py", 404, ""),
             ("/static/vendor/VERSIONS", 404, ""),
         ):

@@ -285,7 +285,7 @@ def test_the_timeline_is_told_in_the_zone_of_the_subject(
         (("--set", "P3D: 7"), "must be a JSON object"),
         (("--data", "{"), "--data is not JSON"),
         (("--runner", "Score"), "use TYPE=next|altNext|noop|fail"),
-        (("--timezone", "Mars"), "--timezone"),
+        (("--timezone", "Mars"), "timezone: "),
     ],
 )
 def test_wrong_options(applied: Command, option: tuple[str, str], words: str) -> None:

@@ -1,0 +1,19 @@
+"""What users enter on the command line and in the console."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sequencerd.errors import UsageError
+
+
+def read_object(text: str, name: str) -> dict[str, Any]:
+    """Read a JSON object, such as the data of an enrollment. Raises UsageError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f'{name} must be a JSON object such as {{"email": "ada@example.com"}}')
+    return value
