@@ -371,7 +371,7 @@ class Settings(Section):
     log: Log = Log()
 
     def check_console(self) -> None:
-        """Refuses to let everybody in. Raises SettingsError; a command that only reads settings
+        """Refuse an open console. Raises SettingsError; a command that only reads settings
         works all the same, such as the one that makes a password.
         """
         console = self.console
@@ -383,7 +383,7 @@ class Settings(Section):
             and not (console.password_hash or console.trusted_proxy)
         ):
             raise SettingsError(
-                f"wrong setting: the console would be open to everybody at {self.listen}: set "
+                f"wrong setting: the console would be open to everyone at {self.listen}: set "
                 "console.password_hash (sequencerd console-password makes one) or "
                 "console.trusted_proxy, or http.listen to an address of this machine alone"
             )
@@ -396,7 +396,7 @@ class Settings(Section):
         return self.http.listen
 
     def secrets(self) -> list[str]:
-        """The values of all secrets, which nobody may see."""
+        """Return the values of all secrets, for redaction."""
         return list(_secrets(self))
 
     def differences(self, other: Settings, *sections: str) -> list[str]:
@@ -418,7 +418,7 @@ _SECTIONS: Mapping[str, type[Section]] = {
     and not field.is_required()
     and get_origin(field.annotation) is not dict
 }
-"""The sections whose keys are known."""
+"""The sections with known keys."""
 
 
 def _secrets(value: object) -> Iterator[str]:
@@ -440,8 +440,8 @@ def load(
 ) -> Settings:
     """Read the file and the environment. Raises SettingsError with one line.
 
-    `secrets` are the sections whose secrets are read from files, all of them by default. Those of
-    other sections have a value that means nothing, so that definitions can be read without them.
+    `secrets` are the sections with secrets that are read from files, by default all. Those of other
+    sections have a value that means nothing, so that definitions can be read without them.
     """
     if file is None and (named := environment.get(f"{_PREFIX}CONFIG")):
         file = Path(named)

@@ -80,7 +80,7 @@ class Commands:
 
 
 def add_json(command: argparse.ArgumentParser) -> None:
-    """Add the option of every command whose output a program may read."""
+    """Add the option of every command with an output for programs."""
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -271,7 +271,7 @@ def _add_changes(commands: Commands) -> None:
     brought.add_argument(
         "--past-dates",
         choices=["send", "skip", "hold"],
-        help="enrollments at a WaitForDate whose day is over: continue at once, skip the step that "
+        help="enrollments at a WaitForDate of a past day: continue at once, skip the step that "
         "follows, or wait as in the original",
     )
     brought.add_argument(

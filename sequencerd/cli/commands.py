@@ -31,7 +31,8 @@ DatabaseCommand = Callable[[argparse.Namespace, Settings, str], Coroutine[Any, A
 def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
     """Return the settings, with what the command line overrides. Raises SettingsError.
 
-    `secrets` are the sections whose secrets the command reads; commands that call servers read all.
+    `secrets` names the sections with secrets that the command reads; those that call servers read
+    all.
     """
     wanted: set[str] | None = None if arguments.command in ("run", "doctor") else set(secrets)
     if wanted and arguments.database:
@@ -138,7 +139,7 @@ async def apply_migrations(url: str) -> tuple[list[migrate.Migration], list[migr
 
 
 async def connect(url: str) -> asyncpg.Connection:
-    """A connection to a database whose schema is ours. Raises SequencerdError."""
+    """Connect to a database with our schema. Raises SequencerdError."""
     connection = await store.connect(url)
     try:
         await migrate.check(connection)

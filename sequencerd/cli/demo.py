@@ -32,7 +32,7 @@ from sequencerd.storage import embedded, migrate, store
 from sequencerd.storage.store import QUERIES
 
 SECONDS = 60  # after which something is wrong
-PEOPLE = """\
+ENROLLMENTS = """\
 INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES
   ('onboarding', 'ada',  '{"name": "Ada",  "email": "ada@example.com",  "phone": "+15005550010", "logins": 8}'),
   ('onboarding', 'bob',  '{"name": "Bob",  "email": "bob@example.com",  "phone": "+15005550011", "logins": 0}'),
@@ -79,8 +79,8 @@ async def _show(url: str, http: str, example: Path, scratch: Path) -> None:
         await migrate.migrate(connection)
         async with _mail_server() as smtp, _daemon(url, smtp, http, scratch / "demo.toml"):
             await _apply(connection, example, load({}, scratch / "demo.toml"))
-            print(f"\n{PEOPLE}\n")
-            await connection.execute(PEOPLE)
+            print(f"\n{ENROLLMENTS}\n")
+            await connection.execute(ENROLLMENTS)
             await _follow(connection)
         await _print_history(connection)
     finally:
@@ -119,7 +119,7 @@ def _examples() -> Path:
 
 
 async def _follow(connection: asyncpg.Connection) -> None:
-    """Prints events as they happen, lets Cleo pay in between, until everybody has ended."""
+    """Prints events as they happen, lets Cleo pay in between, until all enrollments have ended."""
     seen: set[tuple[int, Any, str]] = set()
     pays = float("inf")
     since = await connection.fetchval(QUERIES["server_time"])

@@ -34,7 +34,7 @@ def say(line: object = "", *, to: TextIO | None = None, end: str = "\n") -> None
 
 
 def say_lines(lines: object, *, to: TextIO | None = None) -> None:
-    """The same for a text whose lines are ours; none is continued."""
+    """Print a text of several lines that are ours; none is continued."""
     for line in str(lines).removesuffix("\n").split("\n"):
         print(visible(line), file=to, flush=True)
 

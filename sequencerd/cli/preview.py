@@ -119,7 +119,7 @@ async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings
 
 
 def _dealing(definition: Definition, present: Mapping[str, model.Sequence]) -> model.Sequence:
-    """A file's sequence, whose Splits deal as those of the database."""
+    """Return a file's sequence with the seeds of the database's."""
     known = present.get(definition.sequence.name)
     steps = known.steps if known else {}
     return definition.seeded({name: step.seed for name, step in steps.items()})

@@ -1,4 +1,4 @@
-"""Changes that are made in the console: the same as those of the command line."""
+"""Changes made in the console, by the same code as those of the command line."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sequencerd.storage.store import brief
 ACTIONS = {"retry": "Retried", "skip": "Skipped the step for", "cancel": "Cancelled"}
 WAIT = 1.0  # seconds that a page waits for the end of a change
 CONNECT_TIMEOUT = 10.0
-SHOWN = 20.0  # seconds for which a page tells what came of a change
+SHOWN = 20.0  # seconds for which a page shows the report of a change
 MOST = 4  # changes at the same time
 
 
 class Actions:
-    """What is being changed, and what is to be told of it to whom."""
+    """The changes in progress, and their reports for the sessions that requested them."""
 
     def __init__(self, url: str, log: FilteringBoundLogger) -> None:
         self._url = url
@@ -35,7 +35,7 @@ class Actions:
         ] = {}  # by the nonce of the session; and until when
 
     def report(self, nonce: str) -> str | None:
-        """What comes of the visitor's change; for a while, once it is over."""
+        """Return the report of the session's change, for a while after its end."""
         now = time.monotonic()
         self._reports = {
             known: report for known, report in self._reports.items() if report[1] > now
@@ -54,13 +54,13 @@ class Actions:
         step: str | None,
         failure: str | None,
     ) -> None:
-        """Begins a change, and waits a moment for its end. Raises UsageError."""
+        """Start a change and wait briefly for its end. Raises UsageError."""
         if action not in ACTIONS:
-            raise UsageError(f"there is no change {action!r}")
+            raise UsageError(f"unknown action {action!r}")
         if id_ is None and not (sequence and step and failure):
-            raise UsageError("a change needs an enrollment, or a sequence, a step and a reason")
+            raise UsageError("select an enrollment, or a sequence, a step and a failure")
         if len(self._running) >= MOST:
-            raise UsageError("other changes are still under way; try again later")
+            raise UsageError("other changes are in progress; try again later")
         ids = None if id_ is None else [id_]
         selection = Selection(ids, None, sequence, step, failure)
         why = f"{user} in the console"
@@ -70,7 +70,7 @@ class Actions:
         await asyncio.wait([task], timeout=WAIT)
 
     async def close(self) -> None:
-        """Ends what goes on after the batch that is under way."""
+        """Stop after the current batch."""
         for task in self._running:
             task.cancel()
         if self._running:
@@ -82,7 +82,8 @@ class Actions:
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
             self._log.warning("a change in the console failed", error=brief(error))
             self._report(
-                nonce, f"The database refuses it: {brief(error)}. Nothing more is changed."
+                nonce,
+                f"The database rejected the change: {brief(error)}. Nothing more was changed.",
             )
 
     def _report(self, nonce: str, text: str, seconds: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The console's application: its ways, and what holds for every request."""
+"""The console's application: its routes, and what applies to every request."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make_console(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        # no connection before somebody asks
+        # no connection before the first request
         async with asyncpg.create_pool(
             **conninfo.arguments(url, name="sequencerd console", timeout=TIMEOUT),
             min_size=0,
@@ -126,7 +126,7 @@ def make_console(
 
 
 class _WithHeaders:
-    """Headers for every answer."""
+    """Add headers to every response."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -146,8 +146,8 @@ class _WithHeaders:
 def _said(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     texts: Mapping[int, str] = {
-        404: "There is no such page.",
-        405: "That can't be done with this page.",
+        404: "Page not found.",
+        405: "This page does not support that method.",
     }
     answer = say(
         request, error.status_code, error.detail, texts.get(error.status_code, error.detail)
@@ -157,14 +157,14 @@ def _said(request: Request, error: Exception) -> Response:
 
 
 PUBLIC = (pages.login, pages.log_in, pages.static)
-"""What needs no login."""
+"""Pages that need no login."""
 
 PROGRAMS = (pages.table, pages.stream)
-"""What no person reads: who is not logged in is told so, and not led to a form."""
+"""Read by programs: without a login they get status 401 and no form."""
 
 
 def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
-    """The page for whoever may see it; what goes wrong as a page that says so."""
+    """Return the page for authorized requests; errors become pages."""
 
     async def answer(request: Request) -> Response:
         auth = context_of(request).auth
@@ -173,7 +173,7 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
         request.state.visitor = visitor = auth.visitor(request)
         try:
             if page not in PUBLIC and await auth.is_logged_out(request, visitor):
-                request.state.visitor = visitor = auth.nobody()
+                request.state.visitor = visitor = auth.anonymous()
             if visitor.user is None and page not in PUBLIC:
                 if page in PROGRAMS:
                     return PlainTextResponse("Log in first.\n", 401)
@@ -184,11 +184,14 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
                 if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
                     return say(
                         request, 403, "Not done",
-                        "This form is too old, or does not come from here. Load the page again.",
+                        "This form has expired or comes from another site. Reload the page.",
                     )  # fmt: skip
                 if page is pages.change and not context_of(request).settings.write:
                     return say(
-                        request, 403, "Read only", "Set console.write = true to change something."
+                        request,
+                        403,
+                        "Read only",
+                        "Changes are disabled. Set console.write = true to allow them.",
                     )
             made = await page(request)
         except NotFoundError as error:
@@ -197,18 +200,20 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
             text = str(error)
             made = say(request, 422, "Not possible", f"{text[:1].upper()}{text[1:]}.")
         except pages.NotYetError:
-            made = PlainTextResponse("The first count is under way.\n", 503, {"Retry-After": "1"})
+            made = PlainTextResponse(
+                "The first count is not finished.\n", 503, {"Retry-After": "1"}
+            )
         except TRANSIENT_ERRORS as error:
-            log.warning("the console can't reach the database", error=brief(error))
+            log.warning("the console cannot reach the database", error=brief(error))
             made = say(
-                request, 503, "The database can't be reached",
-                "Nothing can be shown until it answers again. This page tries it by itself.",
+                request, 503, "The database cannot be reached",
+                "This page retries automatically.",
                 retry=True,
             )  # fmt: skip
             made.headers["Retry-After"] = "5"
-        except Exception as error:  # its text may hold data of people
-            log.error("a page of the console failed", path=request.url.path, error=_where(error))
-            made = say(request, 500, "Something is wrong here", "The log says where.")
+        except Exception as error:  # its text may hold data of enrollments
+            log.error("a console page failed", path=request.url.path, error=_where(error))
+            made = say(request, 500, "Internal error", "The daemon's log has the details.")
         return _kept(request, made)
 
     return answer

@@ -1,4 +1,4 @@
-"""Who is at the console: a login by password, a proxy's word, or whoever is at this machine."""
+"""Authentication of the console: a password, a proxy's header, or the local machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 @dataclass(frozen=True)
 class Visitor:
-    """Who asks. `user` is None until they have logged in; `token` proves that a form is ours."""
+    """The user of a request: None before the login. `token` proves that a form is ours."""
 
     user: str | None
     nonce: str
@@ -44,7 +44,7 @@ class Visitor:
 
 
 class Auth:
-    """What the settings say of who may come in."""
+    """Authentication by the settings."""
 
     def __init__(self, settings: Console, pool: asyncpg.Pool) -> None:
         self._settings = settings
@@ -53,7 +53,7 @@ class Auth:
             settings.password_hash.get_secret_value() if settings.password_hash else None
         )
         # from the hash: sessions outlive a restart, hold for several daemons, and end with the
-        # password. Without one a session is nobody's proof, and may end
+        # password. Without one a session proves nothing, and may end
         root = self.password_hash or secrets.token_hex()
         self._key = hashlib.sha256(f"sequencerd console {root}".encode()).digest()
         self._serializer = URLSafeTimedSerializer(self._key, salt="session")
@@ -63,25 +63,25 @@ class Auth:
 
     @property
     def is_open(self) -> bool:
-        """Whether everybody on this machine may come in."""
+        """Whether every local user has access."""
         return self.password_hash is None and not self._proxies
 
     def refusal(self, request: Request) -> str | None:
-        """Why nobody is served who asks like this, whoever they are."""
+        """Return why a request is refused regardless of its user, or None."""
         # a name that leads here is how a page from elsewhere would read what needs no login
         if self.is_open and request.url.hostname not in (*LOOPBACK_NAMES, "::1"):
             return "Without a password the console answers at 127.0.0.1 and localhost alone."
         if self.password_hash is None and self._proxies and self._from_proxy(request) is None:
-            return "The console is behind a proxy, which has to say who you are."
+            return "The proxy in front of the console must name the user."
         return None
 
     def visitor(self, request: Request) -> Visitor:
-        """Who asks."""
+        """Return the user of a request."""
         kept = self._session(request)
         nonce = kept.get("nonce") or secrets.token_urlsafe(16)
         user = self._from_proxy(request)
         if user is None and self.is_open:
-            user = "somebody at this machine"
+            user = "local user"
         if user is None and self.password_hash is not None:
             user = kept.get("user")
         return Visitor(user, nonce, self._token(nonce, user))
@@ -104,13 +104,13 @@ class Auth:
                 timedelta(seconds=LONGEST_SESSION),
             )
 
-    def nobody(self) -> Visitor:
-        """Who has just gone."""
+    def anonymous(self) -> Visitor:
+        """Return a visitor without a login."""
         nonce = secrets.token_urlsafe(16)
         return Visitor(None, nonce, self._token(nonce, None))
 
     async def log_in(self, request: Request, user: str, password: str) -> Visitor | None:
-        """Who has logged in; None for a wrong password. Raises TooManyError."""
+        """Log a user in; None for a wrong password. Raises TooManyError."""
         address = self.address(request)
         if wait := self._wait(address):
             raise TooManyError(wait)

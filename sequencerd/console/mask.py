@@ -11,7 +11,7 @@ HIDDEN = "•••"
 SHORTEST = 3  # characters: what is shorter is in every text
 
 _ADDRESS = re.compile(r"[^\s<>(),;:\"']+@[^\s<>(),;:\"']+|\+?\d[\d ()/.-]{6,}\d")
-"""An e-mail address, or a telephone number: those of the past are in nobody's data any more."""
+"""An e-mail address, or a telephone number: past ones are no longer in the data."""
 
 _TEXTS = ("subject", "last_error", "message")
 
@@ -22,7 +22,7 @@ def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], Row]:
     """A function that gives a row as it may be shown.
 
     Its `data` become a dict, with nothing where the paths lead; what was there is hidden in the
-    texts of the row as well. `known` of a row are further data whose values are hidden.
+    texts of the row as well. `known` of a row is further data; its values are hidden.
     """
     if not paths:
         return _parsed

@@ -1,4 +1,4 @@
-"""The pages: each function answers a request of somebody who may ask."""
+"""The pages: each function answers an authorized request."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _since(counts: Counts | None) -> str:
 
 
 async def overview(request: Request) -> Response:
-    """Every sequence."""
+    """All sequences."""
     context = context_of(request)
     counts = await context.summary.get()
     table = views.overview(counts, query_of(request)) if counts else None
@@ -64,7 +64,7 @@ async def overview(request: Request) -> Response:
 
 
 async def failures(request: Request) -> Response:
-    """Who failed, by step and reason."""
+    """Failed enrollments by step and failure."""
     context = context_of(request)
     counts = await context.summary.get()
     return render(
@@ -79,7 +79,7 @@ async def failures(request: Request) -> Response:
 
 
 async def sequence(request: Request) -> Response:
-    """A sequence: its graph and steps; where one is chosen, who waits there."""
+    """A sequence: its graph and steps, and the enrollments at the chosen step."""
     context, query = context_of(request), query_of(request)
     name, step = query.must("sequence"), query.get("step")
     definition = _definition(context, name)
@@ -161,11 +161,11 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
     return {"nodes": nodes, "edges": edges}
 
 
-# --- people
+# --- enrollments
 
 
 async def group(request: Request) -> Response:
-    """Who failed at a step for a reason."""
+    """The enrollments that failed at a step with one failure."""
     context, query = context_of(request), query_of(request)
     table = await views.failed_enrollments(context.pool, query, context.mask)
     return render(
@@ -180,7 +180,7 @@ async def group(request: Request) -> Response:
 
 
 async def enrollment(request: Request) -> Response:
-    """Where an enrollment is, why, and what has happened to it."""
+    """One enrollment: its state and its history."""
     found = await _journey(request, request.path_params["id"], query_of(request))
     zone = found.row["timezone"] or "UTC"
     row = {**found.row, "timezone": zone}
@@ -197,7 +197,7 @@ async def enrollment(request: Request) -> Response:
 
 
 async def _journey(request: Request, id_: int, query: Query) -> Journey:
-    """Read once for all who have the page open."""
+    """Read an enrollment once for all open pages of it."""
     context = context_of(request)
     if id_ >= 2**63:
         raise NotFoundError(f"Enrollment {id_} does not exist.")
@@ -217,7 +217,7 @@ async def _journey(request: Request, id_: int, query: Query) -> Journey:
 
 
 async def search(request: Request) -> Response:
-    """Who is meant."""
+    """Search for enrollments."""
     context, query = context_of(request), query_of(request)
     table, remark = await views.search(context.pool, query, context.mask, context.settings.mask)
     q = query.get("q") or ""
@@ -271,18 +271,18 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
 
 
 class NotYetError(Exception):
-    """The first count is still under way."""
+    """The first count is not finished."""
 
 
 # --- live
 
 
 async def stream(request: Request) -> Response:
-    """Tells a page when it has changed."""
+    """Notify a page of changes."""
     context, query = context_of(request), query_of(request)
     topic = query.number("topic", COUNTS)
     known = request.headers.get("last-event-id") or query.get("version") or ""
-    if request.method == "HEAD":  # there is nobody whose going ends the stream
+    if request.method == "HEAD":  # no client would close the stream
         return Response(media_type="text/event-stream")
 
     async def events() -> AsyncIterator[str]:
@@ -302,20 +302,20 @@ async def stream(request: Request) -> Response:
 
 
 async def form(request: Request) -> dict[str, str]:
-    """What was filled in. Raises WrongQueryError."""
+    """Read a form. Raises WrongQueryError."""
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > MAX_FORM:
-            raise WrongQueryError("that is too much")
+            raise WrongQueryError("the form is too large")
     try:
         return dict(parse_qsl(body.decode(), keep_blank_values=True, errors="strict"))
     except ValueError as error:
-        raise WrongQueryError("that can't be read") from error
+        raise WrongQueryError("the form cannot be read") from error
 
 
 async def change(request: Request) -> Response:
-    """Retries, skips or cancels one enrollment or all of a group."""
+    """Retry, skip or cancel an enrollment or all of a group."""
     context = context_of(request)
     visitor: Visitor = request.state.visitor
     assert visitor.user is not None
@@ -334,16 +334,16 @@ async def change(request: Request) -> Response:
 
 
 def _local(address: str | None) -> str:
-    """An address of the console: no other may be gone to."""
+    """Return the address if it is one of the console, else the overview."""
     is_ours = address and (address == "/console" or address.startswith(("/console/", "/console?")))
     return address if address and is_ours else at("/")
 
 
-# --- coming and going
+# --- sessions
 
 
 async def login(request: Request) -> Response:
-    """Asks for the password."""
+    """Ask for the password."""
     context = context_of(request)
     if context.auth.password_hash is None or request.state.visitor.user:
         return RedirectResponse(at("/"), 303)
@@ -357,7 +357,7 @@ def _ask(request: Request, status: int, to: str | None, name: str, wrong: str | 
 
 
 async def log_in(request: Request) -> Response:
-    """Looks at the password."""
+    """Check the password."""
     context = context_of(request)
     query = Query(request.state.form)
     name, to = " ".join((query.get("name") or "").split())[:100], query.get("to")
@@ -378,10 +378,10 @@ async def log_in(request: Request) -> Response:
 
 
 async def log_out(request: Request) -> Response:
-    """Ends the session, for whoever has its cookie."""
+    """End the session for all copies of its cookie."""
     auth = context_of(request).auth
     await auth.log_out(request.state.visitor)
-    request.state.visitor = auth.nobody()
+    request.state.visitor = auth.anonymous()
     return RedirectResponse(at("/login"), 303)
 
 

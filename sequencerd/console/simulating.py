@@ -1,4 +1,4 @@
-"""The page that shows a year in no time."""
+"""The page Simulate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
 
 
 async def simulate(request: Request) -> Response:
-    """The year of somebody."""
+    """The page that simulates an enrollment."""
     context, query = context_of(request), query_of(request)
     given = {
         "sequences": sorted(context.simulator().definitions),
@@ -59,7 +59,7 @@ async def simulate(request: Request) -> Response:
 
 
 async def simulated(context: PageContext, query: Query) -> tuple[Simulation, Table]:
-    """Raises UsageError."""
+    """Simulate as the query asks. Raises UsageError."""
     simulator = context.simulator()
     if (outcome := query.get("outcome") or "next") not in WORDS:
         raise UsageError(f"side effects can't end with {outcome!r}")
@@ -103,7 +103,7 @@ async def simulated(context: PageContext, query: Query) -> tuple[Simulation, Tab
 
 
 def _entry(context: PageContext, entry: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """As it may be shown: the data of somebody who is there may be masked."""
+    """Mask an entry of an existing enrollment."""
     if not known:
         return entry
     details = {

@@ -22,7 +22,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.storage.store import StepKey, brief, read
 
-MOST = 1_000_000  # people at a step: there may be more
+MOST = 1_000_000  # enrollments at a step that are counted
 MOST_PROBLEMS = 100  # of those that daemons report
 DAYS = 14
 RESTS = 9  # times as long as it worked
@@ -36,7 +36,7 @@ OLD = timedelta(seconds=5)
 LATE = timedelta(seconds=10)
 """Events are committed in another order than they are made: the last are not yet counted."""
 
-SAMPLE = 5000  # of those who left a step, in each look
+SAMPLE = 5000  # events that are read in each round
 STAYS = 500  # of a step that are kept
 
 LOST = "lost"
@@ -93,7 +93,7 @@ class Summary:
         return self._counts.at.isoformat() if self._counts else ""
 
     def look(self) -> None:
-        """Somebody looks."""
+        """Note that a page is open."""
         self._looked = time.monotonic()
         self._wanted.set()
 
@@ -142,7 +142,7 @@ class Summary:
         steps = await read(self._pool, "console_steps", now, MOST, seconds=TIMEOUT)
         failed = await read(self._pool, "console_failed", MOST, seconds=TIMEOUT)
         problems = await read(self._pool, "reported_problems", None, MOST_PROBLEMS)
-        if self._counts is not None:  # the first look is for who waits for it
+        if self._counts is not None:  # the first page waits for it
             await self._count_flow(now)
         stays = {place: median(kept) for place, kept in self._stays.items() if kept}
         flow = {key: Counter(days) for key, days in self._flow.items()}

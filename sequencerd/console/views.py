@@ -1,4 +1,4 @@
-"""What the pages show: each function makes a table, or the facts of a page."""
+"""What the pages show: each function returns a table, or the data of a page."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def steps(counts: Counts, query: Query) -> Table:
 
 
 def failures(counts: Counts, query: Query, mask: Mask) -> Table:
-    """A row for each step and reason, and what went wrong for one of them."""
+    """A row for each step and failure, with an example."""
     rows = [
         {
             **mask(row),
@@ -146,7 +146,7 @@ def failures(counts: Counts, query: Query, mask: Mask) -> Table:
         Column("sequence", "Sequence"),
         Column("step", "Step"),
         Column("failure", "Reason", "code", link="url"),
-        Column("failed", "People", "number"),
+        Column("failed", "Enrollments", "number"),
         Column("last_error", "For example"),
     )
     return Table("failures", columns, rows, query.given)
@@ -156,10 +156,10 @@ def failures(counts: Counts, query: Query, mask: Mask) -> Table:
 
 
 async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
-    """Who waits at a step: who is due first, first."""
+    """The enrollments at a step, by wake time."""
     since, skip = query.time("from", FIRST), query.number("skip", 0)
     if skip > FURTHEST:
-        raise WrongQueryError(f"a page can't begin after more than {FURTHEST:,} rows")
+        raise WrongQueryError(f"a page cannot start after more than {FURTHEST:,} rows")
     found = await store.read(
         pool, "console_waiting", query.must("sequence"), query.must("step"), since, skip,
         query.rows + 1,
@@ -177,7 +177,7 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
         Column("subject", "Subject"),
         Column("waits_until", "Waits until", "time"),
         Column("wake_at", "Next check", "time"),
-        Column("entered_at", "Here since", "time"),
+        Column("entered_at", "At the step since", "time"),
         Column("attempt", "Attempt", "number"),
         Column("last_error", "Last error"),
     )
@@ -185,10 +185,10 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
 
 
 async def failed_enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
-    """Who failed at a step for a reason."""
+    """The enrollments that failed at a step with one failure."""
     skip = query.number("skip", 0)
     if skip > FURTHEST:
-        raise WrongQueryError(f"a page can't begin after more than {FURTHEST:,} rows")
+        raise WrongQueryError(f"a page cannot start after more than {FURTHEST:,} rows")
     found = await store.read(
         pool, "console_failed_at", query.must("sequence"), query.must("step"),
         query.get("failure"), skip, query.rows + 1,
@@ -202,7 +202,7 @@ async def failed_enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Ta
         Column("subject", "Subject"),
         Column("ended_at", "Failed", "time"),
         Column("attempt", "Attempts", "number"),
-        Column("last_error", "What went wrong"),
+        Column("last_error", "Last error"),
     )
     return Table("failed", columns, rows, query.given, more)
 
@@ -245,7 +245,7 @@ def _changes(row: Mapping[str, Any]) -> str:
 async def search(
     pool: asyncpg.Pool, query: Query, mask: Mask, masked: tuple[str, ...]
 ) -> tuple[Table, str | None]:
-    """Who is meant: by id, the beginning of a subject, or an e-mail address. And a remark."""
+    """Enrollments by id, beginning of the subject, or e-mail address; and a remark."""
     wanted = query.get("q")
     rows: list[asyncpg.Record] = []
     more: dict[str, str] | None = None
@@ -262,12 +262,12 @@ async def search(
             rows += [row for row in found if row["id"] == int(wanted)]
         is_first = query.get("after") is None
         if "@" in wanted and is_first and "data.email" in masked:
-            remark = "Addresses are masked, so nobody is looked for by data.email."
+            remark = "Addresses are masked, so data.email is not searched."
         elif "@" in wanted and is_first:
             found, remark = await _by_email(pool, wanted, query.rows)
             rows += found
         if "subject" in masked:
-            remark = "Subjects are masked, so nobody is looked for by them."
+            remark = "Subjects are masked, so they are not searched."
         else:
             following = await _by_subject(pool, wanted, query)
             if len(following) > query.rows:
@@ -300,7 +300,7 @@ async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asy
             assert isinstance(sequence, str)
             assert isinstance(entry, int)
         except (ValueError, TypeError, AssertionError) as error:
-            raise WrongQueryError("after does not come from a page before") from error
+            raise WrongQueryError("the parameter after is not from a previous page") from error
     rows: list[asyncpg.Record] = await store.read(
         pool, "console_by_subject", wanted, wanted + LAST_CHARACTER, *after, query.rows + 1
     )
@@ -316,8 +316,8 @@ async def _by_email(
         query = QUERIES["console_by_email_of_latest"]
         rows = await connection.fetch(query, wanted, limit, LATEST)
     return rows, (
-        f"By data.email, only the latest {LATEST:,} enrollments were looked through: "
-        "there is no index enrollments_email."
+        f"data.email was searched in the latest {LATEST:,} enrollments only: "
+        "the index enrollments_email does not exist."
     )
 
 

@@ -1,4 +1,5 @@
-"""When a runner whose server fails is tried again, with how many enrollments, and who pays.
+"""When a runner with a failing server is tried again, with how many enrollments, and which failures
+spend an attempt.
 
 Pure: it reads no clock. Times are seconds of any clock that goes on evenly.
 """
@@ -83,7 +84,7 @@ Key = tuple[int, int]
 
 
 class Verdict(NamedTuple):
-    """Whose fault an unclear failure is. "unclear": an attempt is spent, but it is not the last.
+    """The cause of an unclear failure. "unclear": an attempt is spent, but it is not the last.
 
     `refund`: so many attempts that were spent before are given back. `is_outage`: everything fails.
     """
@@ -100,7 +101,7 @@ class _Failing(NamedTuple):
 
 
 class Suspects:
-    """Decides whose fault failures are that may be the server's or an enrollment's, such as a 500.
+    """Attribute failures that may be the server's or the enrollment's, such as a 500.
 
     An attempt is spent where something says that the server works: another call that was answered
     since the enrollment's last failure, or within the last minute. None is spent where others fail

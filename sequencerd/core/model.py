@@ -1,4 +1,4 @@
-"""The words of the system as data. Start here, then read advance.py."""
+"""The terms of the system as data. Start here, then read advance.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sequencerd.core.calendar.windows import Window
 
 NEVER = datetime.max.replace(tzinfo=UTC)
-"""The wake time of who is woken by a change alone; PostgreSQL's 'infinity'."""
+"""The wake time of enrollments that only a change wakes; PostgreSQL's 'infinity'."""
 
 MAX_MESSAGE = 2000  # characters
 
@@ -180,7 +180,7 @@ MESSAGE_RETRY = RetryPolicy(None, 60.0, 3600.0, 2 * 86400.0)
 
 
 Skip = Literal["next", "altNext", "end"]
-"""Where an enrollment goes whose side effect is skipped."""
+"""Where an enrollment goes if its side effect is skipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class SideEffect:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a step cannot be executed. Who comes to it fails as `invalid_step`."""
+    """Why a step cannot be executed. Enrollments that reach it fail with `invalid_step`."""
 
     message: str
     faults: tuple[Fault, ...] = ()  # the same, by the places in the config
@@ -335,7 +335,7 @@ class Enrollment(NamedTuple):
 
     @property
     def fence(self) -> Fence:
-        """Unchanged as long as nobody has moved it or leased it anew."""
+        """Unchanged until the enrollment is moved or leased again."""
         return (self.id, self.visit, self.leases, self.leased_by)
 
     @property
@@ -638,7 +638,7 @@ Attribution = Literal["enrollment", "server", "unclear"]
 
 Cause = Literal["failing", "over quota", "refused", "unavailable", "unreachable"]
 """Why a server fails, in a log's words; refused: its operator must see to a login or a setting."""
-"""Who has to answer for a failure; "server" is the operator as well."""
+"""The cause of a failure; "server" includes the operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -648,7 +648,7 @@ class Failed:
     A permanent failure is not tried again. `retry_after` is the least wait that the server asks
     for. `unknown`: it may have taken place all the same, as where an answer was lost.
 
-    `fault` says who pays. "enrollment": this message, address or data was refused; an attempt is
+    `fault` is the cause. "enrollment": this message, address or data was refused; an attempt is
     spent. "server": nothing would have gone through, as with an outage, a login, a quota or a
     throttle; no attempt is spent, and the executor holds back the whole runner. "unclear": it may
     be either, as a 500 or a time-out; the executor decides by what its other calls come to.
@@ -680,7 +680,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Suppressed:
-    """Nothing is sent: whom it is meant for gets no messages. The message says who that is."""
+    """Nothing is sent, because its recipients are suppressed; the message names them."""
 
     message: str
 

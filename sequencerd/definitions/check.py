@@ -1,6 +1,6 @@
-"""What in a sequence that can be executed is a mistake all the same, or looks like one.
+"""Find mistakes in sequences that can be executed.
 
-Told is only what can be proved from the definition; docs/files.md says what that is.
+Reports only what follows from the definition, as documented in docs/files.md.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _SHOWN = 60  # characters of an operand
 
 
 class Remark(NamedTuple):
-    """What was found: the step, the place within it, what is wrong and what to write instead."""
+    """A finding: the step, the path within it, and what to write instead."""
 
     step: str
     keys: KeyPath
@@ -69,7 +69,7 @@ class Remark(NamedTuple):
 
 
 def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]:
-    """All remarks on a sequence; `entered` are the steps to which other sequences lead."""
+    """Yield all findings in a sequence; `entered` are the steps to which other sequences lead."""
     starts = [sequence.first_step, *entered, *(goal.name for goal in sequence.goals)]
     present = (name for name in starts if name in sequence.steps)
     reachable = graph.reach(present, lambda name: targets(name, sequence))
@@ -156,7 +156,7 @@ def _compares_times(command: ConditionConfig) -> bool:
 
 
 def always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
-    """What the condition answers for everybody, None where it can't be asked; and the reason."""
+    """Return the result of a constant condition (None: it always fails), and the reason."""
     if config.lodash_command is not None:
         return _command_always(config, sequence)
     if config.not_ is not None:
@@ -205,7 +205,7 @@ def _command_always(config: ConditionConfig, sequence: Sequence) -> tuple[bool |
 
 
 def _is_fixed(operand: Operand | None, sequence: Sequence) -> bool:
-    """Whether an operand is the same for everybody at all times."""
+    """Whether an operand is constant."""
     if operand is None or operand.type == "raw":
         return True
     root = first_key(operand)
@@ -224,12 +224,12 @@ def _fixed(step: Step, exit_: Exit, answer: bool | None, why: str) -> Remark:
     waits = exit_.at_once == "sometimes"
     is_error = answer is None or (not answer and waits and not following)
     if answer is None:
-        message = f"this fails for everybody: {why}"
+        message = f"this fails for every enrollment: {why}"
     elif is_goal(step.type):
-        does = "everybody meets this goal before the first step"
+        does = "every enrollment meets this goal before the first step"
         message = f"{does if answer else 'nothing can meet this goal'}: {why}"
     elif waits:
-        does = "always waits for the timeout" if following else "nobody ever gets past here"
+        does = "always waits for the timeout" if following else "no enrollment ever gets past here"
         message = f"{'never waits' if answer else does}: {why}"
     elif answer:
         message = f"{'never goes beyond' if index else 'always goes to'} {exit_.label}: {why}"

@@ -401,7 +401,7 @@ class Definition:
         return found
 
     def seeded(self, present: Mapping[str, str | None]) -> Sequence:
-        """The sequence, whose Splits deal as they would in a database with those `present`."""
+        """Return the sequence with seeds as in a database with those `present`."""
         seeds = self.seeds(present)
         steps = {
             name: replace(step, seed=seeds.get(name)) for name, step in self.sequence.steps.items()

@@ -82,7 +82,7 @@ Reentry = Annotated[
 
 
 class FileStep(Config):
-    """A step: what happens, and what comes after it."""
+    """A step: its type and config, and the steps it leads to."""
 
     name: Name
     """Unique in the sequence."""
@@ -97,7 +97,7 @@ class FileStep(Config):
     seed: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
     """Of a Split: what subjects are dealt by. Left out: the names that it had at first."""
     renamed_from: Name | None = None
-    """The step's former name: who is at it stays there. Can be left out once it is applied."""
+    """The step's former name; its enrollments stay at the step. Can be removed once applied."""
 
 
 class FileSequence(Config):
@@ -110,14 +110,14 @@ class FileSequence(Config):
     timezone: Annotated[str, AfterValidator(_zone)] = "UTC"
     """IANA name, such as Europe/Berlin; holds for subjects without one of their own."""
     status: Literal["active", "paused", "archived"] = "active"
-    """paused: nothing is executed. archived: nobody enters, who is inside goes on. Left out:
-    active, or paused while somebody has paused it by hand."""
+    """paused: nothing is executed. archived: no new enrollments; existing ones continue. Default:
+    active, or paused if it has been paused by hand."""
     reentry: Reentry = "after_end"
     """When a subject may enter again; {after: {amount: 90, unit: days}} counts from the end."""
     lookup: Annotated[str, Field(min_length=1)] | None = None
     """Where external data come from: an endpoint, a Python function, or an SQL function's name."""
     recheck: Recheck = timedelta(minutes=1)
-    """How often goals and waits that read external data are looked at, such as PT5M."""
+    """How often goals and waits that read external data are checked, such as PT5M."""
     window: WindowConfig | None = None
     """When its side effects may begin; one with a window of its own does not follow it."""
     enroll: EnrollConfig | None = None
@@ -128,7 +128,7 @@ class FileSequence(Config):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong at a line of a file, and what to write instead."""
+    """An error or warning at a line of a file."""
 
     path: Path
     line: int
@@ -138,9 +138,9 @@ class Finding:
     is_error: bool = True
 
     def __str__(self) -> str:
-        """In the form that editors and build servers understand."""
-        who = "/".join(name for name in (self.sequence, self.step) if name is not None)
-        text = printable(f"{who}: {self.message}" if who else self.message)
+        """Format it as editors and build servers expect."""
+        where = "/".join(name for name in (self.sequence, self.step) if name is not None)
+        text = printable(f"{where}: {self.message}" if where else self.message)
         text = text.replace("\n", " ").replace("\t", " ")
         return f"{self.path}:{self.line}: {'error' if self.is_error else 'warning'}: {text}"
 
@@ -207,7 +207,7 @@ def names(paths: Iterable[Path]) -> list[str]:
 
 
 def types(path: Path) -> set[str]:
-    """The types of the steps of a file, whether or not anybody serves them."""
+    """Return the types of the steps of a file, served or not."""
     sources, _ = _read_sources(path)
     found = (_text_at(step, "type") for source in sources for step in source.steps)
     return {type_ for type_ in found if type_ is not None}

@@ -1,4 +1,4 @@
-"""What applying definitions would change, for whom; and the same, done."""
+"""Plan and apply: what definitions change, and what happens to the enrollments."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from sequencerd.errors import FileError, PlanError
 from sequencerd.storage import store
 from sequencerd.storage.store import QUERIES
 
-BATCH = 5000  # people read at a time
+BATCH = 5000  # enrollments read at a time
 QUERY_TIMEOUT = 30.0  # seconds for the query of a key enroll
 
 
 @dataclass(slots=True)
 class Waiting:
-    """What becomes of those who are at a step when it changes: how many of each."""
+    """What happens to the enrollments at a step that changes, in numbers."""
 
     step: str
     total: int = 0
@@ -48,13 +48,13 @@ class Waiting:
     failure: str | None = None  # of the first of them
 
     def line(self, *, done: bool) -> str:
-        """In a sentence; of what was `done`, or else would be."""
+        """Describe it in a sentence, before or after it is `done`."""
         would = "" if done else "would "
         parts = [
-            (self.at_once, f"{would}go on at once"),
+            (self.at_once, f"{would}continue at once"),
             (self.later, f"wait until another time{self._times()}"),
             (self.as_before, "wait as before"),
-            (self.executing, "are being executed and finish as they began"),
+            (self.executing, "are being executed and finish unchanged"),
             (self.unknown, "depend on external data"),
             (self.failing, f"{would}fail: {self.failure}"),
         ]
@@ -85,26 +85,26 @@ class Naming:
 
 @dataclass(frozen=True, slots=True)
 class SequencePlan:
-    """What a plan does to one sequence."""
+    """The plan for one sequence."""
 
     sequence: str
     revision: int | None  # before; None where the sequence is new
     changes: Changes
     after: Document
     moves: Mapping[str, str] = field(default_factory=dict)  # new step by removed step
-    at_step: Mapping[str, int] = field(default_factory=dict)  # people at removed steps
+    at_step: Mapping[str, int] = field(default_factory=dict)  # enrollments at removed steps
     named: tuple[Naming, ...] = ()  # removed steps that other sequences name
     waiting: tuple[Waiting, ...] = ()
     empty_calendars: tuple[str, ...] = ()  # of holidays that it needs
     entering: str | None = None  # by the key enroll
 
     def lines(self, *, done: bool) -> Iterator[str]:
-        """One for each change, and one for the people of each changed step."""
+        """Yield a line for each change, and one for the enrollments at each changed step."""
         yield from self.changes.lines()
         yield from map(no_holidays, self.empty_calendars)
         for old, count in self.at_step.items():
             if new := self.moves.get(old):
-                yield f"{count} move from {old} to {new}, where their stay begins anew"
+                yield f"{count} move from {old} to {new}, where their visit starts again"
         yield from filter(None, (waiting.line(done=done) for waiting in self.waiting))
         if self.entering:
             yield self.entering
@@ -126,7 +126,7 @@ class Plan:
         return bool(self.archived) or any(one.changes for one in self.sequences)
 
     def lines(self, *, done: bool) -> Iterator[str]:
-        """For people to read."""
+        """Yield the plan as text."""
         for one in self.sequences:
             heading = "new" if one.changes.is_new else "" if one.changes else "nothing changed"
             yield f"{one.sequence}: {heading}".rstrip()
@@ -166,7 +166,7 @@ async def make(
 ) -> Plan:
     """What `apply` would do. Reads only, in a transaction of the caller's.
 
-    `moves` are new steps by removed ones, for those who stand there. `prune` archives what was
+    `moves` are new steps by removed ones, for the enrollments there. `prune` archives what was
     applied from files and is in none of these. Raises FileError for what PostgreSQL can't hold.
     """
     names = [definition.sequence.name for definition in definitions]
@@ -184,7 +184,7 @@ async def make(
     everything: Definitions | None = None
     for number, (one, definition) in enumerate(zip(made, definitions, strict=True)):
         if concerned := _concerned(one.changes, definition):
-            if everything is None:  # people may go on into other sequences
+            if everything is None:  # enrollments may continue in other sequences
                 seeded = [
                     replace(d, sequence=d.seeded(seeds(m.after)))
                     for d, m in zip(definitions, made, strict=True)
@@ -273,7 +273,7 @@ async def _document(
     """What will be kept of a definition: as PostgreSQL makes it of the same values."""
     sequence = definition.sequence
     status = definition.status
-    if status is None:  # a deploy does not end a pause that somebody has made by hand
+    if status is None:  # a deploy does not end a pause made by hand
         status = "paused" if before and before["status"] == "paused" else "active"
     steps = sorted(sequence.steps.values(), key=lambda step: step.position)
     dealt_by = definition.seeds(seeds(before) if before else {})
@@ -321,8 +321,8 @@ def _refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
     for old, count in step.at_step.items():
         if old not in step.moves:
             yield (
-                f"{step.sequence}: {count} stand at {old}, which is removed; say where they go on: "
-                f"--move {old}=STEP"
+                f"{step.sequence}: {count} enrollments are at {old}, which is removed; specify "
+                f"where they continue: --move {old}=STEP"
             )
     for old, new in step.moves.items():
         if new not in names:
@@ -336,11 +336,11 @@ def _refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
             )
 
 
-# --- the people
+# --- the enrollments
 
 
 def _concerned(changes: Changes, definition: Definition) -> list[str]:
-    """The steps, by their new names, whose people are looked at again: what the triggers mark."""
+    """Return the steps with enrollments to be rescheduled: those that the triggers mark."""
     if changes.is_new:
         return []
     steps = definition.sequence.steps
@@ -392,7 +392,7 @@ async def _everything(
 async def _count(
     connection: asyncpg.Connection, step: SequencePlan, name: str, definitions: Definitions
 ) -> Waiting:
-    """Evaluates everybody at a step, one batch in memory at a time, and counts what comes of it."""
+    """Evaluate all enrollments at a step, one batch in memory at a time, and count the outcomes."""
     old_names = {new: old for old, new in step.changes.renamed.items()}
     old_name = old_names.get(name, name)
     count = Waiting(name)
@@ -428,7 +428,7 @@ def _classify(count: Waiting, before: Enrollment, definitions: Definitions, now:
             count.at_once += 1
 
 
-# --- the same, done
+# --- apply
 
 
 async def apply(
@@ -500,7 +500,7 @@ async def _write(
         [seeds(step.after).get(name) for name in names],
     )
     for old, new in step.moves.items():
-        # more may come to the step while those who were there are moved
+        # more may arrive at the step while others are moved
         while await connection.fetchval(QUERIES["move_enrollments"], step.sequence, old, new):
             pass
     await connection.execute(QUERIES["remove_steps"], step.sequence, names)

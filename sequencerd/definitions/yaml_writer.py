@@ -29,7 +29,7 @@ class _Dumper(yaml.SafeDumper):
     """Texts of several lines as blocks; what might be read as something else in quotes."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
-        """Lists are indented, as people write them."""
+        """Indent lists, as is usual."""
         super().increase_indent(flow, indentless=False)
 
     def ignore_aliases(self, _data: Any) -> bool:

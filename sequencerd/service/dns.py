@@ -1,7 +1,7 @@
 """The event loop, which resolves names so that one that hangs delays no other.
 
 Whatever connects goes through it: HTTP, SMTP and the database. A name is asked for once at a time,
-in a thread of its own that nobody waits for at the exit; the threads that asyncio shares are few,
+in a thread of its own that the exit does not wait for; the threads that asyncio shares are few,
 and its end waits for them.
 """
 
@@ -53,7 +53,7 @@ class Names:
                 raise type(known)(*known.args)  # each with a traceback of its own
             return known
         asked = self._asked.get(key) or self._ask(key)
-        # what one who waits is cancelled by does not end the question, which is others' as well
+        # cancelling one caller does not end the query, which others share
         done, _ = await asyncio.wait([asked], timeout=TIMEOUT)
         if not done:
             raise socket.gaierror(
@@ -63,7 +63,7 @@ class Names:
 
     def _ask(self, key: Key) -> asyncio.Future[Addresses]:
         asked: asyncio.Future[Addresses] = self._loop.create_future()
-        asked.add_done_callback(lambda done: done.exception())  # nobody may wait for it any more
+        asked.add_done_callback(lambda done: done.exception())  # all callers may have gone
 
         def end(answer: Addresses | OSError) -> None:
             del self._asked[key]

@@ -15,7 +15,7 @@ from sequencerd.storage.listener import PROBE_INTERVAL, PROBE_TIMEOUT
 BEAT = 1.0  # seconds: the engine's loop turns as often, or more
 BLOCKED = 5.0
 STATUS_INTERVAL = 5.0
-STARVED = 5.0  # seconds for which nobody got a connection
+STARVED = 5.0  # seconds without a free connection
 QUIET = 2 * PROBE_INTERVAL + PROBE_TIMEOUT  # without an answer for so long, the listener is deaf
 
 

@@ -139,7 +139,7 @@ class _Server(uvicorn.Server):
                 backlog=MAX_CONNECTIONS,  # as many are accepted in one turn of the loop
                 log_config=None,
                 access_log=False,
-                proxy_headers=False,  # whom to believe is for the console's settings to say
+                proxy_headers=False,  # which proxies to trust is a setting of the console
                 server_header=False,
                 timeout_graceful_shutdown=1,
             )

@@ -49,7 +49,7 @@ class Metrics(Collector):
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.swept_at: float | None = None  # monotonic
-        self.places = 0  # steps where somebody waits, by the last sweep
+        self.places = 0  # steps with active enrollments, by the last sweep
         self._due: Sequence[Due] = ()
         self._oldest: datetime | None = None
         self._now: Callable[[], datetime] | None = None
@@ -64,7 +64,7 @@ class Metrics(Collector):
         )
         self._retries = self._counter("retries", "Side effects and lookups to be retried", *place)
         self._lease_expired = self._counter(
-            "lease_expired", "Side effects cut off in mid-air, by a crash", *place
+            "lease_expired", "Side effects interrupted by a crash", *place
         )
         self._failures = self._counter("failures", "Enrollments that failed", *place, "failure")
         self._effects = self._counter("effects", "Side effects that ended", "type", "outcome")
@@ -86,13 +86,13 @@ class Metrics(Collector):
         )
         self._waiting = Gauge(
             "sequencerd_runner_waiting",
-            "Due enrollments that wait for a runner whose server fails; up to 10,000 for each step",
+            "Due enrollments that wait for a failing runner; up to 10,000 for each step",
             ["type"],
             registry=self.registry,
         )
         self._in_flight = Gauge(
             "sequencerd_in_flight",
-            "Enrollments whose side effects this daemon has begun or queued",
+            "Enrollments with side effects that this daemon has started or queued",
             ["type"],
             registry=self.registry,
         )
@@ -207,7 +207,7 @@ class Metrics(Collector):
     def swept(
         self, now: Callable[[], datetime], places: int, oldest: datetime | None, due: Iterable[Due]
     ) -> None:
-        """What the sweep has found: steps where somebody waits, who is due first, and where."""
+        """Note what the sweep found: steps with active enrollments, and the earliest due one."""
         self._now, self._oldest, self.places = now, oldest, places
         named: list[Due] = []
         others = [0, 0]
@@ -260,5 +260,5 @@ class Metrics(Collector):
 
 
 def _wake_at(enrollment: Enrollment) -> datetime:
-    assert enrollment.wake_at is not None, "who is claimed is due"
+    assert enrollment.wake_at is not None, "a claimed enrollment is due"
     return enrollment.wake_at

@@ -157,9 +157,9 @@ def test_long_lines_are_continued_between_words(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sequencerd.cli.output._width", lambda _: 30)
-    say("  3 wait at a-step-with-a-long-name: 3 would go on at once")
+    say("  3 wait at a-step-with-a-long-name: 3 would continue at once")
     assert capsys.readouterr().out == (
-        "  3 wait at\n      a-step-with-a-long-name:\n      3 would go on at once\n"
+        "  3 wait at\n      a-step-with-a-long-name:\n      3 would continue at once\n"
     )
 
 

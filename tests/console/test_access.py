@@ -332,7 +332,7 @@ async def test_the_role_of_the_daemon_is_enough(
     message = await connection.fetchval(
         "SELECT message FROM sequencer.events WHERE action = 'resumed'"
     )
-    assert message == "by login_daemon: somebody at this machine in the console"
+    assert message == "by login_daemon: local user in the console"
 
 
 # --- what is masked
@@ -402,7 +402,7 @@ def test_a_console_for_everybody_is_refused(sequencerd: Command) -> None:
         load({**on, "SEQUENCERD_HTTP_LISTEN": listen}).check_console()
     for listen in ("0.0.0.0:80", "[::]:80", "10.0.0.1:80", "console.example:80"):
         everywhere = {**on, "SEQUENCERD_HTTP_LISTEN": listen}
-        with pytest.raises(SettingsError, match="open to everybody"):
+        with pytest.raises(SettingsError, match="open to everyone"):
             load(everywhere).check_console()
         for safe in (
             {"SEQUENCERD_CONSOLE_PASSWORD_HASH": HASH},

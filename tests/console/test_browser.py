@@ -193,7 +193,7 @@ async def test_who_failed_is_retried_in_the_page(
         await shows(page, ".head .tag", "completed")
         text = await text_of(page, ".timeline")
         assert "resumed" in text
-        assert "somebody at this machine in the console" in text
+        assert "local user in the console" in text
         assert await page.get_by_role("button", name="Retry").count() == 0
 
 
@@ -205,7 +205,7 @@ async def test_by_keyboard_alone(
         await page.goto("/console/")
         await page.locator("table").wait_for()
         await page.keyboard.press("Tab")
-        assert await page.evaluate("document.activeElement.textContent") == "To the content"
+        assert await page.evaluate("document.activeElement.textContent") == "Skip to content"
         await page.keyboard.press("Enter")
         seen = []
         while (await page.evaluate("document.activeElement.textContent")).strip() != "s":
@@ -357,7 +357,7 @@ async def test_the_database_goes_and_comes_back(
             await shows(window_, "#state", "Not connected")
         assert await text_of(page, "h1") == "ada"
         await late.goto(f"/console/enrollments/{waiting}")
-        await shows(late, "h1", "The database can't be reached")
+        await shows(late, "h1", "The database cannot be reached")
         await connection.execute(
             "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", waiting
         )
@@ -427,11 +427,11 @@ async def test_simulate_in_the_page(
     async with console(database) as client, window(browser, client) as page:
         await page.goto("/console/simulate")
         await page.locator("#data").fill('{"name": "Ada"}')
-        await page.get_by_role("button", name="Show the year").click()
+        await page.get_by_role("button", name="Simulate").click()
         await shows(page, "#year", "completed")
         await page.wait_for_url("**/simulate?sequence=s&*Ada*")
         await page.locator("#data").fill("{")
-        await page.get_by_role("button", name="Show the year").click()
+        await page.get_by_role("button", name="Simulate").click()
         await shows(page, "#year .wrong", "not JSON")
 
 

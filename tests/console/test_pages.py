@@ -304,19 +304,19 @@ async def test_search(database: str, connection: asyncpg.Connection) -> None:
         assert await found("Bob@Example.com") == ["bob"]
         assert await found("nobody") == []
         assert await found("9" * 30) == []
-        assert "only the latest" in (await client.get("/search?q=bob@example.com")).text
+        assert "enrollments only" in (await client.get("/search?q=bob@example.com")).text
         await connection.execute(
             "CREATE INDEX enrollments_email ON sequencer.enrollments (lower(data->>'email'))"
         )
         assert await found("Bob@Example.com") == ["bob"]
-        assert "only the latest" not in (await client.get("/search?q=bob@example.com")).text
+        assert "enrollments only" not in (await client.get("/search?q=bob@example.com")).text
 
 
 async def test_what_is_not_there(database: str, connection: asyncpg.Connection) -> None:
     await people(connection)
     async with console(database) as client:
         for path, status, words in (
-            ("/nonsense", 404, "no such page"),
+            ("/nonsense", 404, "page not found"),
             ("/enrollments/99", 404, "enrollment 99 does not exist"),
             (f"/enrollments/{'9' * 30}", 404, "does not exist"),
             ("/sequence?sequence=t", 404, "no sequence t"),
@@ -324,8 +324,8 @@ async def test_what_is_not_there(database: str, connection: asyncpg.Connection) 
             ("/sequence", 422, "Sequence is missing"),
             ("/sequence?sequence=a%00b", 422, "can't be read"),
             ("/search?q=%00", 422, "can't be read"),
-            ("/search?q=u&after=[]", 422, "does not come from"),
-            ("/search?q=u&after=[1,2,3]", 422, "does not come from"),
+            ("/search?q=u&after=[]", 422, "not from a previous page"),
+            ("/search?q=u&after=[1,2,3]", 422, "not from a previous page"),
             ("/search?before=-1", 422, "not a number"),
             ("/enrollments/1?before=yesterday", 422, "not a time"),
             ("/sequence?sequence=s&step=wait&skip=999999", 422, "can't begin after"),
@@ -381,7 +381,7 @@ async def test_without_the_database_pages_say_so(
         line.cut()
         for path in ("/enrollments/1", "/search", "/", "/tables/overview.json"):
             page = await page_once(client, path, 503)
-            assert "database can't be reached" in check(page).replace("’", "'")
+            assert "database cannot be reached" in check(page).replace("’", "'")
             assert page.headers["retry-after"]
             assert "default-src 'none'" in page.headers["content-security-policy"]
         line.is_cut = False

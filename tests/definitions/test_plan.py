@@ -138,7 +138,7 @@ async def test_a_plan_tells_what_becomes_of_whom(
     await connection.execute(begins_later)
     shorter = GOOD.replace("amount: 3", "amount: 36").replace("unit: days", "unit: hours")
     assert re.fullmatch(
-        rf"3 wait at pause: 1 would go on at once, 2 wait until another time, {TIME} to {TIME}",
+        rf"3 wait at pause: 1 would continue at once, 2 wait until another time, {TIME} to {TIME}",
         (await apply.lines(shorter))[-1],
     )
     same = GOOD.replace("amount: 3", "amount: 72").replace("unit: days", "unit: hours")
@@ -153,7 +153,7 @@ async def test_a_plan_tells_what_becomes_of_whom(
     assert (await apply.lines(paused))[-1] == "nothing is executed while it is paused"
     done = await apply(shorter)
     assert re.fullmatch(
-        rf"3 wait at pause: 1 go on at once, 2 wait until another time, {TIME} to {TIME}",
+        rf"3 wait at pause: 1 continue at once, 2 wait until another time, {TIME} to {TIME}",
         list(done.lines(done=True))[-1].strip(),
     )
 
@@ -194,7 +194,7 @@ async def test_a_goal_and_a_zone_concern_everybody(
     assert (await apply.lines(GOOD + GOAL))[1:] == [
         "added paid (Goal)",
         "changed bye: next none → paid",
-        "2 wait at pause: 1 would go on at once, 1 are being executed and finish as they began",
+        "2 wait at pause: 1 would continue at once, 1 are being executed and finish unchanged",
     ]
     assert len(await apply.lines(GOOD.replace("Berlin", "Rome"))) == 3
     await apply(GOOD + GOAL)
@@ -221,15 +221,16 @@ async def test_a_step_where_somebody_is_needs_a_move(
     without = "\n".join(line for line in GOOD.splitlines() if "pause" not in line)
     (refused,) = (await apply.plan(without)).refused
     assert refused == (
-        "s: 2 stand at pause, which is removed; say where they go on: --move pause=STEP"
+        "s: 2 enrollments are at pause, which is removed; specify where they continue: "
+        "--move pause=STEP"
     )
-    with pytest.raises(PlanError, match="2 stand at pause"):
+    with pytest.raises(PlanError, match="2 enrollments are at pause"):
         await apply(without)
     with pytest.raises(PlanError, match="'bey' does not exist; did you mean 'bye'"):
         await apply(without, moves={"pause": "bey"})
     assert await connection.fetchval("SELECT count(*) FROM sequencer.steps") == 3
     done = await apply(without, moves={"pause": "bye", "long": "gone"})
-    assert "  2 move from pause to bye, where their stay begins anew" in done.lines(done=True)
+    assert "  2 move from pause to bye, where their visit starts again" in done.lines(done=True)
     rows = await connection.fetch(
         "SELECT id, step, visit, entered_at > now() - interval '1 hour' AS new, wake_at <= now()"
         " AS due FROM sequencer.enrollments ORDER BY id"
@@ -252,7 +253,7 @@ async def test_who_comes_to_a_removed_step_since_the_plan_is_not_lost(
     without = "\n".join(line for line in GOOD.splitlines() if "pause" not in line)
     planned = await apply.plan(without)
     await standing(connection, "pause", "ada", "1 days", "3 days")
-    with pytest.raises(PlanError, match="1 stand at pause"):
+    with pytest.raises(PlanError, match="1 enrollments are at pause"):
         await apply(without, expected=planned.fingerprint)
 
 

@@ -4,8 +4,8 @@ An instant is an aware datetime in UTC. A wall time is an aware datetime in its 
 own arithmetic on it moves the hands of the clock and asks the zone only when it is converted back.
 
 The rules come from the package tzdata, never from the machine: two daemons of one version must
-wake people at the same second, whatever their containers bring along. The package is built from
-the same sources, pre-1970 history included, as the data of moment-timezone (0.6.6 has 2026f).
+wake enrollments at the same second, whatever their containers bring along. The package is built
+from the same sources, pre-1970 history included, as the data of moment-timezone (0.6.6 has 2026f).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The built-in step types: one record each, from which everything else is derived.
 
 A family of types has a file: their configs, and what they do. Names and keys are the original's.
-What reads a step type by its name reads it here; whoever imports this package may be anybody.
+All other rooms look up step types by name here.
 """
 
 from __future__ import annotations

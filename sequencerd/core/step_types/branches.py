@@ -102,7 +102,7 @@ def _switch(config: SwitchConfig) -> Instant:
 
 
 class GoalConfig(ConditionConfig):
-    """Pulls to its next from wherever somebody stands, as soon as the condition holds."""
+    """Moves an enrollment to its next from any step, as soon as the condition holds."""
 
     repeat: StrictBool = False
     """Pulls again each time that the condition holds after it did not; else once."""

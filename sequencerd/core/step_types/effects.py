@@ -60,7 +60,7 @@ class EffectConfig(Config):
     on_expired: Skip = "next"
     """Where it goes when it is too late."""
     on_suppressed: Skip = "next"
-    """Where it goes when nothing is sent, as whom it is meant for gets no messages."""
+    """Where it goes if nothing is sent because the recipients are suppressed."""
     window: WindowConfig | None = None
     """When it may begin, instead of in the window of the sequence; null: at any time."""
 
@@ -113,7 +113,7 @@ class EmailConfig(Config):
     cc: str | list[str] | None = None
     """More addresses; what renders to nothing is left out."""
     bcc: str | list[str] | None = None
-    """Addresses that nobody sees."""
+    """Addresses that other recipients do not see."""
     reply_to: str | list[str] | None = None
     """Where answers go."""
     subject: str

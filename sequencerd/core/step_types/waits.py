@@ -50,7 +50,7 @@ from sequencerd.core.step_types.templates import (
 from sequencerd.core.window_config import WindowConfig, describe_window, parse_clock
 
 ON_TIME = timedelta(minutes=1)
-"""Who is woken later than this by a WaitForDateComparison has missed the time."""
+"""An enrollment that a WaitForDateComparison wakes later than this has missed the time."""
 
 MISSED = timedelta(days=1)
 """A date that is over for longer, after an outage or a change of data, is past."""
