@@ -1,4 +1,4 @@
-"""The step type Coupon: gives everybody a code of their own, as `data.coupon`.
+"""The step type Coupon: gives each enrollment a code of its own, as `data.coupon`.
 
 steps:
   - name: gift
@@ -18,7 +18,7 @@ class Config(BaseModel, extra="forbid"):
     """What a step of this type can say; checked when it is applied."""
 
     prefix: str = Field(min_length=1, max_length=10)
-    plans: list[str] = []  # who gets one; empty: everybody
+    plans: list[str] = []  # that get one; empty: all
 
 
 @runner(config=Config, concurrency=5, timeout=10)
