@@ -6,7 +6,7 @@
     │   └── MigrationError     the schema is missing, older, newer or changed
     ├── FileError              a file of definitions is wrong
     ├── PlanError              a plan cannot be applied, or holds no longer
-    └── UsageError             a command was asked for what cannot be
+    └── UsageError             wrong use of a command
         └── ArgumentError      by its arguments alone
 
 `DefinitionError` and `EvaluationError` belong to the core: core/model.py.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 
 class SequencerdError(Exception):
-    """Something that the user can mend; the command line prints its message and exits with 1."""
+    """An error that the user can fix; the command line prints its message and exits with 1."""
 
     exit_code = 1
 
@@ -44,7 +44,7 @@ class PlanError(SequencerdError):
 
 
 class UsageError(SequencerdError):
-    """A command was asked for something that cannot be."""
+    """Wrong use of a command."""
 
 
 class ArgumentError(UsageError):

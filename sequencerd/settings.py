@@ -43,7 +43,7 @@ CREDSTORE = Path("/etc/credstore")
 CREDENTIALS = Path("/run/credentials")
 
 CONSOLE_LISTEN = "127.0.0.1:9187"
-"""Where a console is if nothing else is said."""
+"""The default address of the console."""
 
 _PREFIX = "SEQUENCERD_"
 _SHORT = {"DATABASE": ("database", "url"), "SMTP_URL": ("email", "url")}
@@ -51,7 +51,7 @@ _NO_SETTING = {"CONFIG"}
 
 
 def _read_secret(value: object, info: ValidationInfo) -> object:
-    """A secret as it is, or `{file = "NAME"}`."""
+    """Return a secret as it is, or `{file = "NAME"}`."""
     if not isinstance(value, dict):
         return value
     if set(value) != {"file"} or not isinstance(value["file"], str):
@@ -60,8 +60,8 @@ def _read_secret(value: object, info: ValidationInfo) -> object:
 
 
 def _contents(name: str, folder: str | None) -> str:
-    """A file's text without the line end. A relative name is one of systemd's credentials: for a
-    command outside of the service, where the units load it from or have it loaded.
+    """Return a file's text without the line end. A relative name is one of systemd's credentials:
+    for a command outside of the service, where the units load it from or have it loaded.
     """
     if folder is not None or Path(name).is_absolute():
         files = [Path(folder or "/", name)]
@@ -100,7 +100,7 @@ Duration = Annotated[timedelta, BeforeValidator(_read_duration)]
 
 
 def _read_words(value: object) -> object:
-    """A list; in a variable, with blanks or commas between."""
+    """Return a list; in a variable, with blanks or commas between."""
     return re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else value
 
 
@@ -282,7 +282,7 @@ def _check_address(text: str) -> str:
 
 
 def is_loopback(listen: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """Return whether an address can be reached from this machine alone."""
     host, _ = split_address(listen)
     try:
         return host == "localhost" or ip_address(host).is_loopback
@@ -291,7 +291,7 @@ def is_loopback(listen: str) -> bool:
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """The host and port of "127.0.0.1:9187", "[::1]:9187" or "9187", which is loopback's."""
+    """Return the host and port of "127.0.0.1:9187", "[::1]:9187" or "9187", which is loopback's."""
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdecimal() and int(port) < 65536) or text.startswith(":"):
         raise ValueError('write a host and a port, such as "127.0.0.1:9187"')
@@ -400,7 +400,7 @@ class Settings(Section):
         return list(_secrets(self))
 
     def differences(self, other: Settings, *sections: str) -> list[str]:
-        """Which settings of some sections are others there, such as "engine.batch"."""
+        """Return which settings of some sections are others there, such as "engine.batch"."""
         return [
             f"{name}.{key}"
             for name in sections
@@ -474,7 +474,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _without_files(value: object, *path: str) -> object:
-    """A part of the settings with a value that means nothing for each secret in a file."""
+    """Return a part of the settings with a value that means nothing for each secret in a file."""
     if not isinstance(value, dict):
         return value
     if set(value) == {"file"}:
@@ -494,7 +494,7 @@ _MEANINGLESS: Mapping[tuple[str, ...], str | None] = {
 def _from_environment(
     name: str, text: str, folder: str | None, secrets: Collection[str] | None
 ) -> tuple[str, str, object]:
-    """The section, the key and the value that a variable sets."""
+    """Return the section, the key and the value that a variable sets."""
     short = name.removeprefix(_PREFIX)
     known = _variables()
     if short in known:
@@ -512,7 +512,7 @@ def _from_environment(
 
 
 def _variables() -> dict[str, tuple[str, str]]:
-    """What a variable can set: all but the tables of runners, which have names of their own."""
+    """Return what a variable can set: all but the tables of runners, which have their own names."""
     places = {
         f"{section}_{key}".upper(): (section, key)
         for section, kind in _SECTIONS.items()

@@ -61,7 +61,7 @@ def load(
 
 
 def make_runners(settings: Settings, types: Iterable[str]) -> dict[str, Runner]:
-    """The runners of the settings, for what they would send; others for further types."""
+    """Return the runners of the settings, for what they would send; others for further types."""
     sms = settings.sms
     if sms.provider == "twilio" and not (sms.account_sid and sms.auth_token):
         account = {"account_sid": "unknown", "auth_token": SecretStr("unknown")}

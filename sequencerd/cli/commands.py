@@ -65,7 +65,7 @@ def role_for(arguments: argparse.Namespace) -> str:
 
 
 def on_database(run: DatabaseCommand) -> Command:
-    """A command that works on the database that is set, or else on the embedded one."""
+    """Return a command that works on the database that is set, or else on the embedded one."""
 
     def command(arguments: argparse.Namespace, _: Settings) -> int:
         settings = read_settings(arguments, "database")
@@ -105,8 +105,8 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
 
 @contextmanager
 def _database(settings: Settings) -> Iterator[str]:
-    """The URL of the database: the one that is set, past a pooler where there is a way; or of an
-    embedded server, started for us.
+    """Provide the URL of the database: the one that is set, past a pooler where there is a way; or
+    of an embedded server, started for us.
     """
     url = settings.database.listen_url or settings.database.url
     if url is not None:
@@ -150,7 +150,7 @@ async def connect(url: str) -> asyncpg.Connection:
 
 
 async def fetch(url: str, query: str, *parameters: object) -> list[asyncpg.Record]:
-    """The rows of one named query."""
+    """Return the rows of one named query."""
     connection = await connect(url)
     try:
         rows: list[asyncpg.Record] = await connection.fetch(QUERIES[query], *parameters)
@@ -186,6 +186,6 @@ def _hint(name: str, known: list[str]) -> str:
 
 
 def with_hint(error: asyncpg.PostgresError) -> str:
-    """What the database refused, and what its hint says to do."""
+    """Return what the database refused, and what its hint says to do."""
     hint = getattr(error, "hint", None)
     return f"{error.args[0]}; {hint}" if hint else str(error.args[0])

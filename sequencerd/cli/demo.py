@@ -66,7 +66,7 @@ def demo_command(arguments: argparse.Namespace, _: Settings) -> int:
 
 
 def _program() -> str:
-    """How the reader calls us."""
+    """Return how the reader calls us."""
     installed = Path(sys.executable).with_name("sequencerd")
     if found := shutil.which("sequencerd"):
         return "sequencerd" if Path(found).samefile(installed) else str(installed)
@@ -88,7 +88,7 @@ async def _show(url: str, http: str, example: Path, scratch: Path) -> None:
 
 
 def _shortened(scratch: Path) -> Path:
-    """The example, with its waits shortened to seconds."""
+    """Return the example, with its waits shortened to seconds."""
     text = (_examples() / "onboarding.yaml").read_text(encoding="utf-8")
     document = yaml.safe_load(text)
     for step in document["steps"]:
@@ -119,7 +119,7 @@ def _examples() -> Path:
 
 
 async def _follow(connection: asyncpg.Connection) -> None:
-    """Prints events as they happen, lets Cleo pay in between, until all enrollments have ended."""
+    """Print events as they happen, and let Cleo pay, until all enrollments have ended."""
     seen: set[tuple[int, Any, str]] = set()
     pays = float("inf")
     since = await connection.fetchval(QUERIES["server_time"])
@@ -177,7 +177,7 @@ def _write_settings(smtp: str, http: str, file: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def _daemon(url: str, smtp: str, http: str, config: Path) -> AsyncIterator[None]:
-    """The daemon as a process of its own, as it runs everywhere."""
+    """Provide the daemon as a process of its own, as it runs everywhere."""
     _write_settings(smtp, http, config)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sequencerd", "--config", str(config), "--database", url, "run"
@@ -196,7 +196,7 @@ async def _daemon(url: str, smtp: str, http: str, config: Path) -> AsyncIterator
 
 @contextlib.asynccontextmanager
 async def _mail_server() -> AsyncIterator[str]:
-    """A real SMTP server that prints what it receives."""
+    """Provide a real SMTP server that prints what it receives."""
     try:
         from aiosmtpd.smtp import SMTP  # noqa: PLC0415 - comes with the extra
     except ImportError as error:
@@ -241,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Prints nothing: the timeline says it."""
+        """Print nothing: the timeline says it."""
 
 
 def _score(runner: Mapping[str, Any]) -> dict[str, object]:

@@ -17,7 +17,9 @@ _HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108
 
 
 def units(*, config: Path | None = None, user: str | None = None) -> dict[str, str]:
-    """The units by file name, for the program that runs now, and another user or settings file."""
+    """Return the units by file name, for the program that runs now, and another user or settings
+    file.
+    """
     start = program() if config is None else f"{program()} --config {_quoted(config)}"
     found = {}
     for file in _folder().iterdir():
@@ -32,7 +34,7 @@ def units(*, config: Path | None = None, user: str | None = None) -> dict[str, s
 
 
 def program() -> str:
-    """What starts this installation."""
+    """Return what starts this installation."""
     script = Path(sysconfig.get_path("scripts"), "sequencerd")
     return _quoted(script) if script.exists() else f"{_quoted(Path(sys.executable))} -m sequencerd"
 
@@ -44,7 +46,7 @@ def _quoted(path: Path) -> str:
 
 
 def warnings() -> list[str]:
-    """Why the service would not find this installation."""
+    """Return why the service would not find this installation."""
     hidden = [folder for folder in _HIDDEN if program().lstrip('"').startswith(folder)]
     return [
         f"the service can't see {folder}, where this installation is; install it into /opt"
@@ -53,7 +55,7 @@ def warnings() -> list[str]:
 
 
 def write(folder: Path, texts: dict[str, str]) -> list[Path]:
-    """Writes the units. Returns where. Raises UsageError."""
+    """Write the units. Returns where. Raises UsageError."""
     written = []
     for name, text in texts.items():
         path = folder / name

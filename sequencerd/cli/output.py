@@ -76,7 +76,7 @@ def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:
 
 
 def table(rows: Sequence[Any]) -> Table:
-    """A row for each, with the first one's keys as headings."""
+    """Return a row for each, with the first one's keys as headings."""
     made = Table(box=None)
     for name in dict(rows[0]) if rows else ():
         made.add_column(cell(name), overflow="fold")
@@ -86,7 +86,7 @@ def table(rows: Sequence[Any]) -> Table:
 
 
 def cell(value: object) -> Text:
-    """A value in a table, as it is: it has no markup."""
+    """Return a value in a table, as it is: it has no markup."""
     return Text(visible(text(value)))
 
 

@@ -59,7 +59,7 @@ def make_console(
     now: Callable[[], datetime],
     log: FilteringBoundLogger,
 ) -> Starlette:
-    """The application, for a thread beside the engine's.
+    """Return the application, for a thread beside the engine's.
 
     `simulator` gives the sequences and runners as they are at the moment. `app.state.close` ends
     what would keep its connections open.
@@ -226,7 +226,7 @@ def _kept(request: Request, response: Response) -> Response:
 
 
 def _where(error: BaseException) -> str:
-    """The kind of an error and where it arose, without what it says."""
+    """Return the kind of an error and where it arose, without what it says."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

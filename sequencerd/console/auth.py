@@ -87,7 +87,9 @@ class Auth:
         return Visitor(user, nonce, self._token(nonce, user))
 
     async def is_logged_out(self, request: Request, visitor: Visitor) -> bool:
-        """Whether the visitor's session was ended by a logout; its cookie may have been copied."""
+        """Return whether the visitor's session was ended by a logout; its cookie may have been
+        copied.
+        """
         if self.password_hash is None or visitor.user is None or self._from_proxy(request):
             return False  # what lets them in is no session
         ((answer,),) = await store.read(
@@ -96,7 +98,7 @@ class Auth:
         return bool(answer)
 
     async def log_out(self, visitor: Visitor) -> None:
-        """Ends the visitor's session, at all daemons."""
+        """End the visitor's session, at all daemons."""
         async with store.connection(self._pool) as connection:
             await connection.execute(
                 QUERIES["console_log_out"],
@@ -127,14 +129,14 @@ class Auth:
         return Visitor(user, nonce, self._token(nonce, user))
 
     def is_ours(self, request: Request, visitor: Visitor, token: str) -> bool:
-        """Whether a form was made here for this visitor."""
+        """Return whether a form was made here for this visitor."""
         site = request.headers.get("sec-fetch-site", "same-origin")
         return site in ("same-origin", "none") and hmac.compare_digest(
             token.encode("utf-8", "surrogatepass"), visitor.token.encode()
         )
 
     def keep(self, request: Request, response: Response, visitor: Visitor) -> None:
-        """Sets the cookie where the visitor has another one."""
+        """Set the cookie where the visitor has another one."""
         if self._session(request) != (wanted := {"nonce": visitor.nonce, "user": visitor.user}):
             response.set_cookie(
                 COOKIE,
@@ -147,7 +149,7 @@ class Auth:
             )
 
     def address(self, request: Request) -> str:
-        """Where the request comes from: for an IPv6 address its network."""
+        """Return where the request comes from: for an IPv6 address its network."""
         text = request.client.host if request.client else ""
         if self._is_proxy(request):
             text = request.headers.get("x-forwarded-for", text).rpartition(",")[2].strip()

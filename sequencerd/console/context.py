@@ -1,4 +1,4 @@
-"""What every page works with, and how one is made."""
+"""The context of the console's pages, and how a page is rendered."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sequencerd.settings import Console
 
 @dataclass
 class PageContext:
-    """What the pages work with."""
+    """What the pages share."""
 
     settings: Console
     url: str
@@ -46,13 +46,13 @@ class PageContext:
 
 
 def context_of(request: Request) -> PageContext:
-    """What the pages work with."""
+    """Return the context of the pages."""
     context: PageContext = request.app.state.console
     return context
 
 
 def render(request: Request, template: str, code: int = 200, /, **given: Any) -> Response:
-    """A page."""
+    """Return a page."""
     context = context_of(request)
     visitor: Visitor | None = getattr(request.state, "visitor", None)
     text = context.templates.get_template(template).render(
@@ -69,10 +69,10 @@ def render(request: Request, template: str, code: int = 200, /, **given: Any) ->
 
 
 def say(request: Request, status: int, title: str, text: str, *, retry: bool = False) -> Response:
-    """A page with a sentence; one that is asked for again by itself, if that may help."""
+    """Return a page with a sentence, which reloads by itself if `retry`."""
     return render(request, "message.html", status, title=title, text=text, retry=retry)
 
 
 def query_of(request: Request, rows: int = PAGE) -> Query:
-    """What it is asked for."""
+    """Return the query parameters."""
     return Query(dict(request.query_params), rows)

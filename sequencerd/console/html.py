@@ -26,7 +26,7 @@ _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def make_templates() -> Environment:
-    """The templates with what they use."""
+    """Return the templates with what they use."""
     made = Environment(
         autoescape=True,
         loader=PackageLoader("sequencerd.console"),
@@ -45,18 +45,18 @@ def make_templates() -> Environment:
 
 @cache
 def asset(name: str) -> str:
-    """The URL of a static file, another one when its contents are others."""
+    """Return the URL of a static file, another one when its contents are others."""
     digest = hashlib.sha256((STATIC / name).read_bytes()).hexdigest()[:12]
     return at(f"/static/{name}", v=digest)
 
 
 def when(value: datetime | None) -> str:
-    """A time in UTC, which the reader's browser shows in the reader's zone."""
+    """Return a time in UTC, which the reader's browser shows in the reader's zone."""
     return _time(value, "UTC", "reader")
 
 
 def in_zone(value: datetime | None, zone: str, named: bool = True) -> str:
-    """A time in the subject's zone, and after it in the reader's."""
+    """Return a time in the subject's zone, and after it in the reader's."""
     return _time(value, zone, "both", named=named)
 
 
@@ -71,7 +71,7 @@ def _time(value: datetime | None, zone: str, shown: str, *, named: bool = True) 
 
 
 def clock(value: datetime, zone: str, *, named: bool = True) -> str:
-    """A time as a clock in a zone shows it, and the zone."""
+    """Return a time as a clock in a zone shows it, and the zone."""
     try:
         found = find_zone(zone)
     except DefinitionError:
@@ -84,14 +84,14 @@ def clock(value: datetime, zone: str, *, named: bool = True) -> str:
 
 
 def number(value: int | None, is_capped: bool = False) -> str:
-    """A count, or where it was not counted to the end, a lower bound."""
+    """Return a count, or where it was not counted to the end, a lower bound."""
     if value is None:
         return "–"
     return f"{value:,}{'+' if is_capped else ''}"
 
 
 def duration(seconds: float | None) -> str:
-    """The two greatest units."""
+    """Return the two greatest units."""
     if seconds is None:
         return "–"
     if seconds < 1:
@@ -128,5 +128,5 @@ def _bar(x: int, height: int, title: str) -> str:
 
 
 def pretty(value: Any) -> str:
-    """JSON over several lines."""
+    """Return JSON over several lines."""
     return escape(json.dumps(value, indent=2, ensure_ascii=False, default=str))

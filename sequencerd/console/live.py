@@ -1,4 +1,4 @@
-"""Tells open pages when what they show has changed: one query for all of them."""
+"""Notifies open pages of changes: one query for all of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import asyncpg
 from sequencerd.console.summary import LOST, Summary
 from sequencerd.storage import store
 
-INTERVAL = 1.0  # seconds between looks at the enrollments that are open
+INTERVAL = 1.0  # seconds between polls of open enrollments
 QUIET = 15.0  # after so long without a change something is sent, for what cuts silent connections
 COUNTS = 0
 """What a page watches that shows counts; others watch an enrollment's id."""
 
 
 class Live:
-    """What is watched, and which version of it is the latest."""
+    """The topics that pages watch, with their latest versions."""
 
     def __init__(self, pool: asyncpg.Pool, summary: Summary) -> None:
         self._pool = pool
@@ -40,12 +40,12 @@ class Live:
         return self._versions.get(topic)
 
     def close(self) -> None:
-        """Ends all streams."""
+        """End all streams."""
         self.closing = True
         self._announce()
 
     async def keep(self) -> None:
-        """Looks for as long as it runs, while a page is open."""
+        """Poll while a page is open, until cancelled."""
         while True:
             await self._open.wait()
             if self._watched[COUNTS]:
@@ -63,7 +63,7 @@ class Live:
             await asyncio.sleep(INTERVAL)
 
     async def stream(self, topic: int, known: str) -> AsyncIterator[str]:
-        """The events of a page that knows a version: each new one."""
+        """Yield the events of a page that knows a version: each new one."""
         self._watched[topic] += 1
         self._open.set()
         try:

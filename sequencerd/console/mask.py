@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], Row]:
-    """A function that gives a row as it may be shown.
+    """Return a function that gives a row as it may be shown.
 
     Its `data` become a dict, with nothing where the paths lead; what was there is hidden in the
     texts of the row as well. `known` of a row is further data; its values are hidden.
@@ -62,7 +62,7 @@ def _parsed(row: Mapping[str, Any]) -> Row:
 
 
 def _hide(data: Any, path: Sequence[str]) -> Iterator[str]:
-    """Replaces what is at a path, and gives the texts that were there.
+    """Replace what is at a path, and return the texts that were there.
 
     A part of a path leads to a key, to an item of a list by its number, and through all its items.
     """

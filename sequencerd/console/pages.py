@@ -125,7 +125,7 @@ def _definition(context: PageContext, name: str) -> Sequence:
 
 
 def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dict[str, Any]:
-    """What the browser draws: the goals apart, ways with how many went there."""
+    """Return what the browser draws: the goals apart, ways with how many went there."""
     counted = {row["step"]: row for row in steps.rows} if steps else {}
     nodes = []
     for step in definition.steps.values():

@@ -1,4 +1,4 @@
-"""What a page or table is asked for, and what is wrong with it."""
+"""The query parameters of pages and tables."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ MOST_ROWS = 1000  # of a table that a program asks for
 
 
 class NotFoundError(Exception):
-    """There is no such thing: a sentence."""
+    """What was requested does not exist: a sentence."""
 
 
 class WrongQueryError(Exception):
-    """The page can't be asked like this: a sentence."""
+    """A wrong query parameter: a sentence."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """What a page or table is asked for."""
+    """The query parameters of a page or table."""
 
     given: Mapping[str, str]
     rows: int = PAGE
 
     def get(self, name: str) -> str | None:
-        """A value; None where it is empty or missing. Raises WrongQueryError."""
+        """Return a value; None where it is empty or missing. Raises WrongQueryError."""
         value = self.given.get(name) or None
         if value is not None and ("\0" in value or _is_broken(value)):
-            raise WrongQueryError(f"{name} holds characters that can't be read")
+            raise WrongQueryError(f"{name} contains invalid characters")
         return value
 
     def must(self, name: str) -> str:
-        """The same, where it can't be missing."""
+        """Return a value that must not be missing."""
         if (value := self.get(name)) is None:
-            raise WrongQueryError(f"{name} is missing in the address of this page")
+            raise WrongQueryError(f"{name} is missing from the address of this page")
         return value
 
     def number(self, name: str, default: int) -> int:
-        """A number from 0 on."""
+        """Return a number from 0 on."""
         text = self.get(name)
         if text is None:
             return default
@@ -50,7 +50,7 @@ class Query:
         return int(text)
 
     def time(self, name: str, default: datetime) -> datetime:
-        """A time in ISO 8601, or infinity."""
+        """Return a time in ISO 8601, or infinity."""
         text = self.get(name)
         if text is None:
             return default

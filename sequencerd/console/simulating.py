@@ -24,7 +24,7 @@ MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
 
 
 async def simulate(request: Request) -> Response:
-    """The page that simulates an enrollment."""
+    """Return the page that simulates an enrollment."""
     context, query = context_of(request), query_of(request)
     given = {
         "sequences": sorted(context.simulator().definitions),

@@ -98,8 +98,8 @@ class Summary:
         self._wanted.set()
 
     async def get(self, first: float = PATIENCE) -> Counts | None:
-        """The latest counts; None if there are none after so many seconds. Raises what keeps them
-        from being made.
+        """Return the latest counts; None if there are none after so many seconds. Raises what keeps
+        them from being made.
         """
         self.look()
         if self._counts is None or datetime.now(UTC) - self._counts.at > OLD:
@@ -111,7 +111,7 @@ class Summary:
         return self._counts
 
     async def keep(self) -> None:
-        """Counts for as long as it runs."""
+        """Count for as long as it runs."""
         while True:
             await self._wanted.wait()
             if time.monotonic() - self._looked > ATTENTION:

@@ -1,4 +1,4 @@
-"""The tables of the pages, which can be had as JSON and CSV as well."""
+"""The tables of the pages, also as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Table:
     more: Mapping[str, str] | None = None
 
     def url(self, form: str) -> str:
-        """Where the same can be had as "json" or "csv"."""
+        """Return the URL of the table as "json" or "csv"."""
         return at(f"/tables/{self.name}.{form}", **self.query)
 
 
 def at(path: str, **query: object) -> str:
-    """The URL of a page; what is None is left out."""
+    """Return the URL of a page; what is None is left out."""
     given = {key: value for key, value in query.items() if value is not None}
     return ROOT + quote(path) + (f"?{urlencode(given, errors='replace')}" if given else "")
 
 
 def as_json(table: Table) -> Response:
-    """The rows, and where the next ones are."""
+    """Return the rows, and where the next ones are."""
     keys = [column.key for column in table.columns]
     body = {
         "rows": [{key: row[key] for key in keys} for row in table.rows],
@@ -64,7 +64,7 @@ def as_json(table: Table) -> Response:
 
 
 def as_csv(table: Table) -> Response:
-    """The rows under a line of names; where the next ones are is in the header Link."""
+    """Return the rows under a line of names; where the next ones are is in the header Link."""
     written = io.StringIO()
     # quoted, as there are spreadsheets that take a semicolon for the end of a cell
     writer = csv.writer(written, quoting=csv.QUOTE_NONNUMERIC)

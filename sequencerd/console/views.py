@@ -33,7 +33,7 @@ Mask = Callable[[Mapping[str, Any]], Row]
 
 
 def overview(counts: Counts, query: Query) -> Table:
-    """A row for each sequence."""
+    """Return a row for each sequence."""
     rows = [
         {
             "sequence": sequence["name"],
@@ -79,7 +79,7 @@ def _sums(counts: Counts, name: str) -> dict[str, Any]:
 
 
 def steps(counts: Counts, query: Query) -> Table:
-    """A row for each step of a sequence."""
+    """Return a row for each step of a sequence."""
     name = query.must("sequence")
     failed: Counter[str] = Counter()
     for row in counts.failed:
@@ -132,7 +132,7 @@ def steps(counts: Counts, query: Query) -> Table:
 
 
 def failures(counts: Counts, query: Query, mask: Mask) -> Table:
-    """A row for each step and failure, with an example."""
+    """Return a row for each step and failure, with an example."""
     rows = [
         {
             **mask(row),
@@ -156,7 +156,7 @@ def failures(counts: Counts, query: Query, mask: Mask) -> Table:
 
 
 async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
-    """The enrollments at a step, by wake time."""
+    """Return the enrollments at a step, by wake time."""
     since, skip = query.time("from", FIRST), query.number("skip", 0)
     if skip > FURTHEST:
         raise WrongQueryError(f"a page cannot start after more than {FURTHEST:,} rows")
@@ -185,7 +185,7 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
 
 
 async def failed_enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
-    """The enrollments that failed at a step with one failure."""
+    """Return the enrollments that failed at a step with one failure."""
     skip = query.number("skip", 0)
     if skip > FURTHEST:
         raise WrongQueryError(f"a page cannot start after more than {FURTHEST:,} rows")
@@ -208,7 +208,7 @@ async def failed_enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Ta
 
 
 async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
-    """The changes of a sequence, the latest first."""
+    """Return the changes of a sequence, the latest first."""
     found = await store.read(
         pool, "console_revisions", query.must("sequence"),
         min(query.number("before", 2**31 - 1), 2**31 - 1), min(query.rows, 10) + 1,
@@ -338,7 +338,7 @@ class Journey:
 
 
 async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: Mask) -> Journey:
-    """Where an enrollment is, and its latest events. Raises NotFoundError."""
+    """Return where an enrollment is, and its latest events. Raises NotFoundError."""
     before = query.time("before", NEVER)
     async with store.reading(pool, isolation="repeatable_read") as connection:
         row = await connection.fetchrow(QUERIES["show"], id_)

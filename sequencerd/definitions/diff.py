@@ -51,7 +51,7 @@ class Changes:
     is_reordered: bool = False
 
     def __bool__(self) -> bool:
-        """Whether anything differs."""
+        """Return whether anything differs."""
         parts = (self.settings, self.renamed, self.added, self.changed, self.removed)
         return self.is_new or self.is_reordered or any(parts)
 
@@ -77,7 +77,9 @@ def compare(
     after: Document,
     renames: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Changes:
-    """What makes `after` of `before`; `renames` are new names of steps by sequence and old name."""
+    """Return what makes `after` of `before`; `renames` are new names of steps by sequence and old
+    name.
+    """
     renames = renames or {}
     new_names = dict(renames.get(after["name"], {}))
     if before is None:
@@ -107,12 +109,12 @@ def compare(
 
 
 def seeds(document: Document) -> dict[str, str | None]:
-    """What each step of a definition deals by: a Split's first names; None for the others."""
+    """Return the seed of each step: a Split's first names; None for the others."""
     return {step["name"]: _seeded(document, step).get("seed") for step in document["steps"]}
 
 
 def _seeded(document: Document, step: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A step with what it deals by, if it does."""
+    """Return a step with its seed, if it has one."""
     if not is_seeded(step["type"]):
         return step
     return {**step, "seed": step.get("seed", f"{document['name']}/{step['name']}")}
@@ -129,7 +131,7 @@ def _renamed(
 
 
 def _keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Change]:
-    """The keys of a step that differ."""
+    """Return the keys of a step that differ."""
     was, now = _flat(before), _flat(after)
     if "seed" in before and "seed" in after:
         was["seed"], now["seed"] = before["seed"], after["seed"]

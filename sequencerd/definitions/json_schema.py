@@ -16,7 +16,7 @@ Schema = dict[str, Any]
 
 
 def make() -> Schema:
-    """The schema of one document. Whatever `check` accepts is valid by it, not the reverse."""
+    """Return the schema of a document. What `check` accepts is valid by it, not the reverse."""
     defs: Schema = {}
     root = _of(FileSequence, defs)
     step = defs["FileStep"]
@@ -41,20 +41,20 @@ def make() -> Schema:
 
 
 def _of(model: type[BaseModel], defs: Schema) -> Schema:
-    """A model's schema; what it refers to goes into `defs`."""
+    """Return a model's schema; what it refers to goes into `defs`."""
     made = model.model_json_schema(by_alias=True)
     defs |= made.pop("$defs", {})
     return made
 
 
 def _with_effect(own: Schema, defs: Schema) -> Schema:
-    """A config with the keys that every side effect takes."""
+    """Return a config with the keys that every side effect takes."""
     common = _of(EffectConfig, defs)["properties"]
     return {**own, "properties": {**own.get("properties", {}), **common}}
 
 
 def _bind(type_: Schema, name: str, config: Schema) -> Schema:
-    """The rule that a step of this type has this config."""
+    """Return the rule that a step of this type has this config."""
     bound: Schema = {"properties": {"config": {"$ref": f"#/$defs/{name}Config"}}}
     if config.get("required") or config.get("anyOf"):
         bound["required"] = ["config"]

@@ -122,7 +122,7 @@ class Plan:
     fingerprint: str
 
     def __bool__(self) -> bool:
-        """Whether anything changes."""
+        """Return whether anything changes."""
         return bool(self.archived) or any(one.changes for one in self.sequences)
 
     def lines(self, *, done: bool) -> Iterator[str]:
@@ -164,7 +164,7 @@ async def make(
     moves: Mapping[str, str] | None = None,
     prune: bool = False,
 ) -> Plan:
-    """What `apply` would do. Reads only, in a transaction of the caller's.
+    """Return what `apply` would do. Reads only, in a transaction of the caller's.
 
     `moves` are new steps by removed ones, for the enrollments there. `prune` archives what was
     applied from files and is in none of these. Raises FileError for what PostgreSQL can't hold.
@@ -270,7 +270,7 @@ async def _entering(connection: asyncpg.Connection, definition: Definition) -> s
 async def _document(
     connection: asyncpg.Connection, definition: Definition, before: Document | None
 ) -> Document:
-    """What will be kept of a definition: as PostgreSQL makes it of the same values."""
+    """Return what will be kept of a definition: as PostgreSQL makes it of the same values."""
     sequence = definition.sequence
     status = definition.status
     if status is None:  # a deploy does not end a pause made by hand
@@ -310,13 +310,15 @@ async def _document(
 
 
 def _seed(sequence: str, step: str, dealt_by: Mapping[str, str]) -> dict[str, str]:
-    """The key of a Split that does not deal by its present names."""
+    """Return the key of a Split that does not deal by its present names."""
     seed = dealt_by.get(step)
     return {} if seed in (None, f"{sequence}/{step}") else {"seed": seed}
 
 
 def _refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
-    """Why a plan cannot be applied. What `planned` sequences name is checked with their files."""
+    """Yield why a plan cannot be applied. What `planned` sequences name is checked with their
+    files.
+    """
     names = [kept["name"] for kept in step.after["steps"]]
     for old, count in step.at_step.items():
         if old not in step.moves:
@@ -367,7 +369,7 @@ async def _everything(
     definitions: Iterable[Definition],
     runners: Runners,
 ) -> Definitions:
-    """All sequences as they would be."""
+    """Return all sequences as they would be."""
     wanted = list(names)
     steps: dict[str, list[asyncpg.Record]] = {name: [] for name in wanted}
     for row in await connection.fetch(QUERIES["steps"], wanted):
@@ -440,7 +442,7 @@ async def apply(
     prune: bool = False,
     expected: str | None = None,
 ) -> Plan:
-    """Makes the database's sequences what the definitions say, in one transaction of the caller's.
+    """Make the database's sequences what the definitions say, in one transaction of the caller's.
 
     Raises PlanError where the plan cannot be done, or is another than the `expected` fingerprint;
     FileError where the database refuses a definition.

@@ -44,8 +44,8 @@ class Document:
     blocks: dict[KeyPath, int] = field(repr=False)  # the line above the text of each `|`
 
     def line(self, keys: KeyPath, within: int = 0) -> int:
-        """Where a value stands, or else the nearest that it would stand in; of a text that is
-        written in lines of its own, the line `within` it (from 1).
+        """Return where a value stands, or else the nearest that it would stand in; of a text that
+        is written in lines of its own, the line `within` it (from 1).
         """
         if within and keys in self.blocks:
             return self.blocks[keys] + within
@@ -55,7 +55,7 @@ class Document:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of a file that are not empty. Raises DocumentError."""
+    """Yield the documents of a file that are not empty. Raises DocumentError."""
     text = _read_text(path)
     try:
         loader = _Loader(text)
@@ -101,7 +101,7 @@ class _Loader(yaml.SafeLoader):
         self._values = 0
 
     def document(self) -> Document:
-        """The next document."""
+        """Return the next document."""
         node = self.get_node()
         made = Document(None, {(): 1}, {})
         if node is None:
@@ -110,7 +110,7 @@ class _Loader(yaml.SafeLoader):
         return Document(self._plain(node, (), made), made.lines, made.blocks)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Bounds what is read: each level is a few calls of Python's, each value costs time."""
+        """Limit what is read: each level is a few calls of Python's, each value costs time."""
         self._depth += 1
         self._count(self.peek_event().start_mark)  # type: ignore[no-untyped-call] # has no types
         node = super().compose_node(parent, index)
@@ -149,7 +149,7 @@ class _Loader(yaml.SafeLoader):
         return value
 
     def _items(self, node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
-        """Its own keys, none of them twice, and those of merge keys that it doesn't have."""
+        """Return its own keys, none of them twice, and those of merge keys that it doesn't have."""
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         merged: list[yaml.Node] = []
         for key_node, value_node in node.value:
@@ -210,7 +210,7 @@ def _scalar(node: yaml.Node) -> str | int | float | bool | None:
 
 
 def _text(text: str, mark: yaml.Mark) -> str:
-    """JSON escapes characters beyond U+FFFF by halves, "\\ud83d\\ude00"; YAML doesn't join them."""
+    """Join the halves of characters beyond U+FFFF, as JSON escapes them; YAML does not."""
     try:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:

@@ -46,7 +46,7 @@ _Dumper.add_representer(str, _text)
 
 
 def to_yaml(document: Document) -> str:
-    """The document as a file would have it, without what goes without saying."""
+    """Return the document as a file would have it, without what goes without saying."""
     sequence: dict[str, Any] = {"name": document["name"]}
     for key, default in DEFAULTS.items():
         if document[key] != default:

@@ -46,7 +46,7 @@ class Names:
         self._known: dict[Key, tuple[float, Addresses | OSError]] = {}  # with when it ends
 
     async def resolve(self, key: Key) -> Addresses:
-        """The addresses. Raises socket.gaierror, or another OSError."""
+        """Return the addresses. Raises socket.gaierror, or another OSError."""
         until, known = self._known.get(key, (0.0, []))
         if time.monotonic() < until:
             if isinstance(known, OSError):
@@ -113,7 +113,7 @@ class Loop(_Base):
         proto: int = 0,
         flags: int = 0,
     ) -> Addresses:
-        """The addresses of a name; an address itself takes no thread."""
+        """Return the addresses of a name; an address itself takes no thread."""
         if not _is_name(host):
             return socket.getaddrinfo(host, port, family, type, proto, flags)
         text = host.decode("ascii") if isinstance(host, bytes) else str(host)
@@ -132,7 +132,7 @@ class Loop(_Base):
         port: Any = None,
         **options: Any,
     ) -> tuple[asyncio.BaseTransport, asyncio.BaseProtocol]:
-        """The same for a name: uvloop would resolve it in threads that all share."""
+        """Return the same for a name: uvloop would resolve it in threads that all share."""
         connect: Any = super().create_connection
         if not _is_name(host):
             made: tuple[asyncio.BaseTransport, asyncio.BaseProtocol] = await connect(

@@ -59,8 +59,8 @@ class Health:
         self._heard = time.monotonic() if alive else None
 
     def why_not_alive(self) -> list[str]:
-        """What is wrong with the process. While it stops, it waits for side effects and turns no
-        more.
+        """Return what is wrong with the process. While it stops, it waits for side effects and
+        turns no more.
         """
         still = time.monotonic() - self._beat
         if still < BLOCKED or self.stopping:
@@ -68,7 +68,7 @@ class Health:
         return [f"the event loop has been blocked for {still:.0f} s"]
 
     def why_not_ready(self) -> list[str]:
-        """Why nothing would be moved in time, in sentences; none when all is well."""
+        """Return why nothing would be moved in time, in sentences; none when all is well."""
         now, swept, heard = time.monotonic(), self._metrics.swept_at, self._heard
         reasons = self.why_not_alive()
         if self.stopping:

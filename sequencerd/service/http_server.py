@@ -82,7 +82,7 @@ class _Connection(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Makes room by closing whoever has kept us waiting for longest."""
+        """Make room by closing whoever has kept us waiting for longest."""
         others = [one for one in self.connections if isinstance(one, _Connection)]
         super().connection_made(transport)
         self._look()
@@ -104,7 +104,7 @@ class _Connection(H11Protocol):
         return not works or self.flow.write_paused
 
     def _look(self) -> None:
-        """Looks every second, as there is no event for each way of being slow."""
+        """Look every second, as there is no event for each way of being slow."""
         now = self.loop.time()
         if not self._is_clients_turn:
             self._since = None
@@ -116,12 +116,12 @@ class _Connection(H11Protocol):
         self._timer = self.loop.call_later(min(1.0, PATIENCE), self._look)
 
     def drop(self) -> None:
-        """Closes the connection without a word."""
+        """Close the connection without a word."""
         self.connections.discard(self)
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends with the timer."""
+        """End with the timer."""
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)

@@ -31,7 +31,9 @@ _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 
 def make_log(settings: Settings) -> FilteringBoundLogger:
-    """The logger that everything is given. Called again, it changes all that were made before."""
+    """Return the logger that everything is given. Called again, it changes all that were made
+    before.
+    """
     form = settings.log.format
     is_terminal = sys.stderr.isatty()
     render: Processor
@@ -63,7 +65,7 @@ def make_log(settings: Settings) -> FilteringBoundLogger:
 
 
 def _make_visible(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """The values as a terminal may see them; what is no text is shown as Python writes it."""
+    """Return the values as a terminal may show them; what is no text as Python writes it."""
     return {
         key: visible(value) if isinstance(value, str) else value for key, value in event.items()
     }
@@ -81,7 +83,7 @@ _format_exception = structlog.processors.format_exc_info
 
 
 def _finish(render: Processor, secrets: Iterable[str]) -> Processor:
-    """The last word: renders a line, without secrets, for journald with its priority."""
+    """Return the last processor: it renders a line without secrets, with its priority."""
     in_journal = is_journal()
 
     def finish(logger: WrappedLogger, method: str, event: EventDict) -> str:

@@ -225,7 +225,7 @@ class Metrics(Collector):
         return sum(overdue for _, _, _, overdue in self._due)
 
     def _place(self, place: tuple[str, str]) -> tuple[str, str]:
-        """The labels of a step."""
+        """Return the labels of a step."""
         if place not in self._known and len(self._known) >= MAX_PLACES:
             return OTHER
         return self._known.setdefault(place, place)
@@ -233,7 +233,7 @@ class Metrics(Collector):
     # --- what the registry asks
 
     def collect(self) -> Iterator[Metric]:
-        """The figures that are kept here."""
+        """Yield the figures that are kept here."""
         place = ("sequence", "step")
         about = "Enrollments that are due, as of the last sweep; counted up to 10,000 for each step"
         due = GaugeMetricFamily("sequencerd_due", about, labels=place)

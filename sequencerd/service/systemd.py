@@ -10,7 +10,7 @@ from contextlib import suppress
 
 
 def notify(*states: str) -> None:
-    """Tells systemd states such as "READY=1" or "WATCHDOG=1", in one message."""
+    """Report systemd states such as "READY=1" or "WATCHDOG=1", in one message."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -22,7 +22,7 @@ def notify(*states: str) -> None:
 
 
 def notify_reloading() -> None:
-    """Tells that the settings are read again; READY=1 ends it. systemd wants the time with it."""
+    """Report that the settings are read again; READY=1 ends it. systemd wants the time with it."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
@@ -32,7 +32,7 @@ def is_service() -> bool:
 
 
 def is_journal() -> bool:
-    """Whether standard error goes to journald: systemd.exec(5) on $JOURNAL_STREAM."""
+    """Return whether standard error goes to journald: systemd.exec(5) on $JOURNAL_STREAM."""
     try:
         there = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
