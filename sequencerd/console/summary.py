@@ -1,8 +1,8 @@
-"""How many are where, and what has happened in the last days: counted in the background, once for
-all who look, and only while somebody does.
+"""The numbers of enrollments and events: counted in the background, once for all pages, and only
+while a page is open.
 
-A count takes longer the more there is to count, so it rests nine times as long as it worked: it
-takes at most a tenth of one connection, and what the pages show is as old as that makes it.
+A count is followed by a pause nine times as long, so that it takes at most a tenth of one
+connection, however much there is to count. The pages show when the count was made.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The HTTP listener: health checks, metrics, and the console if there is one.
 
-It has a thread and an event loop of its own: so it can tell that the daemon's loop is blocked, and
-who asks it delays no enrollment.
+It has a thread and an event loop of its own, so that it can report a blocked daemon, and requests
+delay no enrollment.
 """
 
 from __future__ import annotations

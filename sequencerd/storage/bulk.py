@@ -29,7 +29,7 @@ STATUSES = {
     "move": ("active", "failed"),
     "reevaluate": ("active",),
 }
-"""Whom an action takes: the names of the actions are those of their statements."""
+"""The statuses to which an action applies; actions have the names of their statements."""
 
 
 class Selection(NamedTuple):

@@ -187,8 +187,8 @@ def _prepare(folder: Path, programs: Programs) -> None:
     if not programs.can_read(folder):
         assert programs.user is not None
         raise EmbeddedError(
-            f"the user {programs.user.pw_name}, who runs PostgreSQL for root, cannot enter "
-            f"{folder}; choose a folder that everybody can reach"
+            f"the user {programs.user.pw_name}, which runs PostgreSQL for root, cannot enter "
+            f"{folder}; choose a folder that every user can reach"
         )
 
 
@@ -203,7 +203,7 @@ def _socket_folder(folder: Path, programs: Programs) -> Path:
         short.mkdir(mode=0o700)
         if programs.user:
             os.chown(short, programs.user.pw_uid, programs.user.pw_gid, follow_symlinks=False)
-    # anybody can put something there first, in a folder that all can write to: it is not touched
+    # any user may have put something there first, as all can write to /tmp: it is not touched
     status = short.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != owner or status.st_mode & 0o077:
         raise EmbeddedError(f"{short} is not a folder of ours alone; remove it")
