@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
+from itertools import groupby
 from pathlib import Path
 from uuid import uuid4
 
@@ -42,13 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make quick` leaves out: tests that start programs, and chaos."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        module = getattr(item, "module", None)
-        starts = "sequencerd" in fixtures or hasattr(module, "subprocess")
-        if starts or "chaos" in item.path.parts:
-            item.add_marker("slow")
+    """Mark what `make quick` leaves out: modules whose tests start programs, and chaos."""
+    for path, of_module in groupby(items, lambda item: item.path):
+        if "chaos" in path.parts or "subprocess" in path.read_text():
+            for item in of_module:
+                item.add_marker("slow")
 
 
 # taken out of the environment: to the programs that tests start it is no setting
