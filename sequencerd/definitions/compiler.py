@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from difflib import get_close_matches
@@ -205,22 +205,17 @@ def _window_of(config: Mapping[str, Any] | None) -> tuple[Window | None, str]:
 
 def calendars(steps: Iterable[Step], window: Window | None) -> set[str]:
     """The calendars of holidays that steps of a sequence with this window need."""
-    found: set[object] = set()
+    found: set[str] = set()
     for step in steps:
+        found |= step_types.calendars(step.type, step.config)
         if isinstance(step.behaviour, SideEffect):
             opens = window if step.behaviour.follows_window else step.behaviour.window
-            found |= {opens.holidays} if opens else set()
-            found |= {*_named(step.config.get("expires"), "holidays")}
-        elif step_types.is_instant(step.type):
-            found |= {*_named(step.config, "holidays")}
-    return {name for name in found if isinstance(name, str)}
-
-
-def _named(config: Any, key: str) -> Iterator[object]:
-    """The values of a key, wherever it is in a config."""
-    if isinstance(config, dict):
-        for name, value in config.items():
-            yield from [value] if name == key else _named(value, key)
+            if opens and opens.holidays:
+                found.add(opens.holidays)
+            match step.config.get("expires"):
+                case {"holidays": str(calendar)}:
+                    found.add(calendar)
+    return found
 
 
 def _with_problems(step: Step, faults: Iterable[Fault]) -> Step:

@@ -6,15 +6,18 @@ import ast
 import copy
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sequencerd import settings
-from sequencerd.core.step_types import BUILT_IN, describe_wait, is_instant
+from sequencerd.core.model import Problem, Step
+from sequencerd.core.step_types import BUILT_IN, compile_step, describe_wait, is_instant
 from sequencerd.core.step_types.conditions import ConditionConfig
 from sequencerd.definitions import graph
+from sequencerd.definitions.compiler import build
 from sequencerd.definitions.files import read_files
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
@@ -54,6 +57,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "SMS": [{"from": "+15005550006", "to": "{{data.x}}", "message": "m", "onError": "altNext"}],
     "Note": [{}],
 }
+BUSINESS_DAYS = {"unit": "business days", "holidays": "DE"}
 CASES = [(type_, config) for type_, configs in CONFIGS.items() for config in configs]
 
 
@@ -169,3 +173,26 @@ def test_a_runner_in_the_settings_with_a_built_in_name_is_refused(
     message = rf"\[runners.{type_}\]: {type_} is a built-in step type, choose another name"
     with pytest.raises(SettingsError, match=message):
         make_runners(loaded)
+
+
+@pytest.mark.parametrize(
+    ("type_", "config", "has_problem"),
+    [
+        ("WaitForDuration", {"amount": 1, **BUSINESS_DAYS}, True),
+        ("WaitForDate", {"date": "2030-01-01", "offset": {"amount": 1, **BUSINESS_DAYS}}, True),
+        ("WaitForCondition", {**IS_PRO, "timeout": {"amount": 1, **BUSINESS_DAYS}}, True),
+        ("WaitForWindow", {"holidays": "DE"}, True),
+        ("WaitForWindow", {"holidays": "FR"}, False),
+        ("UpdateData", {"data": {"holidays": "DE"}}, False),  # a key of the user's
+    ],
+)
+def test_a_calendar_without_holidays_is_a_problem_of_the_steps_that_need_it(
+    type_: str, config: dict[str, Any], has_problem: bool
+) -> None:
+    behaviour = compile_step(type_, config)
+    step = Step("s", "it", type_, config, None, None, behaviour)
+    holidays = {"FR": frozenset({date(2026, 7, 14)})}
+    built = build("s", "it", "UTC", [step], holidays=holidays).steps["it"].behaviour
+    assert isinstance(built, Problem) == has_problem
+    if isinstance(built, Problem):
+        assert "calendar 'DE' has no holidays" in built.message

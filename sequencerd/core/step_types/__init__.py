@@ -106,6 +106,13 @@ def in_a_row(type_: str, first: Mapping[str, Any], second: Mapping[str, Any]) ->
     return record.in_a_row(first, second) if record else None
 
 
+def calendars(type_: str, config: Mapping[str, Any]) -> set[str]:
+    """Return the calendars of holidays that a built-in step without a side effect needs."""
+    paths = BUILT_IN[type_].calendars if type_ in BUILT_IN else ()
+    found = (name for path in paths for _, name in find(config, path))
+    return {name for name in found if isinstance(name, str)}
+
+
 def read_paths(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, object]]:
     """Yield the paths that a config reads beside its conditions, and where they are."""
     if type_ in BUILT_IN:

@@ -43,6 +43,8 @@ class StepType:
     """The key whose object is merged into the data."""
     produces: tuple[str, ...] = ()
     """The keys of data that it writes, whatever its config."""
+    calendars: tuple[KeyPath, ...] = ()
+    """Where calendars of holidays are named."""
     is_goal: bool = False
     is_seeded: bool = False
     """Whether a seed decides where a subject goes."""

@@ -380,6 +380,7 @@ TYPES = (
         compile=_wait_for_duration,
         describe=_describe_duration,
         templates=("amount",),
+        calendars=(("holidays",),),
     ),
     StepType(
         name="WaitForDate",
@@ -387,6 +388,7 @@ TYPES = (
         compile=_wait_for_date,
         describe=_describe_date,
         templates=("date", "offset", "at"),
+        calendars=(("offset", "holidays"),),
         never_alt=(
             'never taken: write "past: altNext" or "missing: altNext" into the config, or leave '
             "altNext out"
@@ -408,11 +410,13 @@ TYPES = (
         never_alt="never taken without a timeout: write one into the config, or leave altNext out",
         conditions=((),),
         templates=("timeout",),
+        calendars=(("timeout", "holidays"),),
     ),
     StepType(
         name="WaitForWindow",
         config=WaitForWindowConfig,
         compile=_wait_for_window,
         describe=_describe_window,
+        calendars=(("holidays",),),
     ),
 )
