@@ -95,24 +95,38 @@ def _plain(kind: str, limits: Mapping[str, Any]) -> str | None:
     match kind:
         case "string_type":
             return "must be a text"
-        case "list_type":
+        case "string_pattern_mismatch":
+            return f"must match {limits['pattern']}"
+        case "list_type" | "tuple_type" | "set_type" | "frozen_set_type":
             return "must be a list"
-        case "bool_type":
+        case "bool_type" | "bool_parsing":
             return "must be true or false"
-        case "int_type":
+        case "int_type" | "int_parsing" | "int_from_float" | "int_parsing_size":
             return "must be a whole number"
-        case "float_type":
+        case "float_type" | "float_parsing" | "finite_number":
             return "must be a number"
+        case "none_required":
+            return "must be null"
+        case "greater_than":
+            return f"must be more than {limits['gt']}"
         case "greater_than_equal":
             return f"must be {limits['ge']} or more"
+        case "less_than":
+            return f"must be less than {limits['lt']}"
         case "less_than_equal":
             return f"must be {limits['le']} or less"
         case "too_short" | "string_too_short":
-            least = limits["min_length"]
-            return "must not be empty" if least == 1 else f"must be {least:,} long or longer"
+            least, unit = limits["min_length"], _UNITS[kind]
+            return "must not be empty" if least == 1 else f"must have at least {least:,} {unit}"
         case "too_long" | "string_too_long":
-            return f"must be {limits['max_length']:,} long or shorter"
+            return f"must have at most {limits['max_length']:,} {_UNITS[kind]}"
     return None
+
+
+_UNITS = {
+    "too_short": "items", "string_too_short": "characters",
+    "too_long": "items", "string_too_long": "characters",
+}  # fmt: skip
 
 
 def _within(location: KeyPath, value: Any) -> KeyPath:

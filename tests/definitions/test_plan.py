@@ -25,7 +25,7 @@ from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import FileError, PlanError
 from sequencerd.storage import store
 from sequencerd.testing import load
-from tests.helpers.engines import enroll
+from tests.helpers.engines import ALL_ENDED, enroll, running_engine, until
 from tests.helpers.plans import RUNNERS, Applying
 
 GOOD = """
@@ -94,7 +94,7 @@ async def test_a_description_is_kept_and_its_change_wakes_nothing(
     assert to_yaml(json.loads(text)).startswith("name: s\ndescription: Greets.\n")
     marked = "SELECT count(*) FROM sequencer.steps WHERE reschedule_from IS NOT NULL"
     assert await connection.fetchval(marked) == 0
-    with pytest.raises(FileError, match="description: must be 10,000 long or shorter"):
+    with pytest.raises(FileError, match="description: must have at most 10,000 characters"):
         await apply(GOOD.replace("name: s\n", f"name: s\ndescription: {'x' * 10_001}\n", 1))
 
 
@@ -655,19 +655,30 @@ async def test_the_database_finds_the_names_that_the_records_tell(
             }, (type_, config)
 
 
-async def test_the_overview_counts_branches(
-    apply: Applying, connection: asyncpg.Connection
+async def test_the_history_and_the_overview_tell_the_branches(
+    apply: Applying, database: str, connection: asyncpg.Connection
 ) -> None:
     await apply(NAMING)
-    id_ = await enroll(connection, "s", "ada")
-    await connection.execute(
-        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
-        " SELECT $1, now(), 's', 'split', n, 'branch', CASE WHEN n < 3 THEN 'a' ELSE 'b' END"
-        " FROM generate_series(1, 5) AS n",
-        id_,
+    for number in range(12):
+        await enroll(connection, "s", f"u{number}", json.dumps({"x": 1, "y": number % 3 or None}))
+    async with running_engine(database, RUNNERS):
+        await until(connection, ALL_ENDED)
+    rows = await connection.fetch(
+        "SELECT step, action, message, count(*) FROM sequencer.events"
+        " WHERE step IN ('choose', 'split') AND action <> 'completed' AND action <> 'enrolled'"
+        " GROUP BY 1, 2, 3"
     )
-    rows = await connection.fetch("SELECT step, branches FROM sequencer.overview")
-    found = {row["step"]: json.loads(row["branches"] or "null") for row in rows}
+    told = {(step, action, message): count for step, action, message, count in rows}
+    ways = {message: count for (step, _, message), count in told.items() if step == "split"}
+    assert told.keys() - {("split", "branch", way) for way in ways} == {
+        ("choose", "branch", "case 2"),
+        ("choose", "next", None),
+    }
+    assert told["choose", "branch", "case 2"] == 4
+    assert sum(ways.values()) == 8
+    assert ways.keys() == {"a", "b"}
+    overview = await connection.fetch("SELECT step, branches FROM sequencer.overview")
+    found = {row["step"]: json.loads(row["branches"] or "null") for row in overview}
     assert found == {
-        "choose": None, "split": {"a": 2, "b": 3}, "back": None, "mail": None, "over": None
+        "choose": {"case 2": 4}, "split": ways, "back": None, "mail": None, "over": None
     }  # fmt: skip
