@@ -23,14 +23,12 @@ from sequencerd.core.model import (
     Task,
 )
 from sequencerd.definitions.compiler import Runners
-from sequencerd.engine.breaker import TICK, Breaker, now
+from sequencerd.engine.breaker import Breaker, now
 from sequencerd.runners import tracing
 from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.protocol import NotNow
 from sequencerd.service.metrics import Metrics
 from sequencerd.storage.store import StepKey
-
-__all__ = ["TICK", "Executor", "Executors", "Finished", "Leased", "Work"]
 
 INTERRUPTED = Failed(
     "interrupted: the daemon stopped", retry_after=timedelta(0), fault="server", unknown=True

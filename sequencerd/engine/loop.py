@@ -26,10 +26,11 @@ from sequencerd.core.model import NEVER, outcome
 from sequencerd.definitions.compiler import Runners
 from sequencerd.engine.background import PAUSE, Background, Repeating
 from sequencerd.engine.backpressure import Backlog
+from sequencerd.engine.breaker import TICK
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.claims import Claims
 from sequencerd.engine.clock import Clock
-from sequencerd.engine.executors import TICK, Executor, Executors, Work
+from sequencerd.engine.executors import Executor, Executors, Work
 from sequencerd.engine.expiries import TURN as EXPIRY_TURN
 from sequencerd.engine.expiries import Expiries
 from sequencerd.engine.heap import Heap

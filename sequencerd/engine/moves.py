@@ -32,8 +32,9 @@ from sequencerd.core.model import (
     Wait,
 )
 from sequencerd.engine.batch import Batch
+from sequencerd.engine.breaker import TICK
 from sequencerd.engine.clock import Clock
-from sequencerd.engine.executors import TICK, Executor, Executors, Leased
+from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import Jump, decide
 from sequencerd.engine.shared_outcome import SharedOutcome
 from sequencerd.storage import store
