@@ -97,11 +97,8 @@ async def test_partitions_are_made_ahead_and_take_over_what_came_before_them(
     assert await partitions(defined) == sorted([*ahead, "events_other"])
     assert await defined.fetchval("SELECT count(*) FROM sequencer.events_other") == 0
     assert await defined.fetchval(f"SELECT count(*) FROM sequencer.{ahead[0]}") == 1
-    indexes = await defined.fetch(
-        "SELECT indexdef FROM pg_indexes WHERE tablename = $1 AND schemaname = 'sequencer'",
-        ahead[1],
-    )
-    assert len(indexes) == 2
+    indexes = "SELECT count(*) FROM pg_indexes WHERE tablename = $1 AND schemaname = 'sequencer'"
+    assert await defined.fetchval(indexes, ahead[1]) == await defined.fetchval(indexes, "events")
 
 
 async def test_a_month_is_dropped_when_all_of_it_is_old(
