@@ -68,6 +68,35 @@ def test_a_key_that_is_not_there_gets(change: object, value: object) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("Hello {{data.nmae}}", "data.new: data.nmae: the value is missing"),
+        (["x", "{{data.none}}"], "data.new.1: data.none: the value is missing"),
+        ({"deep": {"get": "data.user.nmae"}}, "data.new.deep: data.user.nmae: the value is"),
+        ({"get": ["data", "none"]}, "data.new: data.none: the value is missing"),
+        ({"append": "{{data.nmae}}"}, "data.new.append: data.nmae: the value is missing"),
+        ({"append": {"get": "external.nmae"}}, "data.new.append: external.nmae: the value is"),
+        ({"add": "{{data.nmae}}"}, "data.new.add: data.nmae: the value is missing"),
+    ],
+)
+def test_strict_a_missing_value_is_bad_data(change: object, message: str) -> None:
+    config = {"data": {"new": change}, "strict": True}
+    definitions = sequence(step("set", "UpdateData", config))
+    decision = advance(definitions, at("set", json.dumps(DATA)), NOW).decision
+    assert isinstance(decision, Fail)
+    assert decision.failure == "bad_data"
+    assert decision.message.startswith(f"step 'set': {message}")
+
+
+def test_strict_what_is_there_or_has_a_default_is_written() -> None:
+    changes = {"a": '{{default data.nmae ""}}', "b": {"get": "data.points"}, "c": {"remove": True}}
+    config = {"data": changes, "strict": True}
+    definitions = sequence(step("set", "UpdateData", config))
+    advanced = advance(definitions, at("set", json.dumps(DATA)), NOW)
+    assert json.loads(advanced.enrollment.data) == {**DATA, "a": "", "b": 12}
+
+
+@pytest.mark.parametrize(
     ("key", "change", "value"),
     [
         ("points", {"add": 1}, 13),

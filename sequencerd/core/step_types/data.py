@@ -8,7 +8,7 @@ from decimal import Decimal
 from math import isfinite
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, StrictBool
 
 from sequencerd.core.config import Config, Faults
 from sequencerd.core.javascript.conditions import PLAIN_PATH, Operand, compile_predicate
@@ -38,6 +38,8 @@ class UpdateDataConfig(Config):
     data: dict[str, Any] = Field(min_length=1)
     """What is merged; texts are templates. {get: path} is the value there, with its type; {add: 1}
     adds to a number, {append: x} to a list, and {remove: true} removes the key."""
+    strict: StrictBool = False
+    """Whether a missing value is an error, instead of nothing or null."""
 
 
 def _update_data(config: UpdateDataConfig) -> Instant:
@@ -45,7 +47,7 @@ def _update_data(config: UpdateDataConfig) -> Instant:
     changes: dict[str, Change] = {}
     for key, value in config.data.items():
         with faults.at("data", key):
-            changes[key] = _compile_change(("data", key), value)
+            changes[key] = _compile_change(("data", key), value, config.strict)
     faults.check()
     reads = any(_operation(value) in ("add", "append") for value in config.data.values())
 
@@ -63,57 +65,60 @@ def _operation(value: object) -> str | None:
     return None
 
 
-def _compile_change(path: KeyPath, value: Any) -> Change:
+def _compile_change(path: KeyPath, value: Any, strict: bool) -> Change:
     """Compile the change of a key. Raises DefinitionError, by the place within the value."""
     match _operation(value):
         case "add":
-            return _compile_add(path, value["add"])
+            return _compile_add(path, value["add"], strict)
         case "append":
-            item = compile_item(("append",), (*path, "append"), value["append"])
+            item = compile_item(("append",), (*path, "append"), value["append"], strict=strict)
             return lambda context, present: _appended(path, present, item(context))
         case "remove" if value["remove"] is not True:
             raise DefinitionError("remove must be true")
         case "remove":
             return lambda _context, _present: REMOVED
-    made = compile_item((), path, value)
+    made = compile_item((), path, value, strict=strict)
     return lambda context, _: made(context)
 
 
-def compile_item(within: KeyPath, path: KeyPath, value: Any) -> Value:
+def compile_item(within: KeyPath, path: KeyPath, value: Any, *, strict: bool = False) -> Value:
     """Compile a JSON value with templates and {get: path} in it. Raises DefinitionError, which
-    names the place within the value.
+    names the place within the value. With `strict`, a missing value is an error.
     """
     faults = Faults()
-    made = _compile_nested(within, path, value, faults)
+    made = _compile_nested(within, path, value, faults, strict)
     faults.check()
     return made
 
 
-def _compile_nested(within: KeyPath, path: KeyPath, value: Any, faults: Faults) -> Value:
+def _compile_nested(
+    within: KeyPath, path: KeyPath, value: Any, faults: Faults, strict: bool
+) -> Value:
     """Compile a value in which {get: path} can be anywhere; `within` is where it is in it."""
     operation = _operation(value)
     if operation == "get":
         with faults.at(*within):
-            return _compile_get(value["get"])
+            found = _compile_get(value["get"])
+            return _required(path, value["get"], found) if strict else found
     if operation is not None:
         with faults.at(*within):
             raise DefinitionError(f"{operation} changes a key of data itself, not one within it")
     match value:
         case dict():
             inner = {
-                key: _compile_nested((*within, key), (*path, key), item, faults)
+                key: _compile_nested((*within, key), (*path, key), item, faults, strict)
                 for key, item in value.items()
             }
             return lambda context: {key: made(context) for key, made in inner.items()}
         case list():
             items = [
-                _compile_nested((*within, n), (*path, n), item, faults)
+                _compile_nested((*within, n), (*path, n), item, faults, strict)
                 for n, item in enumerate(value)
             ]
             return lambda context: [made(context) for made in items]
         case str():
             with faults.at(*within):
-                return compile_text(path, value)
+                return compile_text(path, value, strict=strict)
     return lambda _: value
 
 
@@ -133,6 +138,19 @@ def _compile_get(path: object) -> Value:
     return value
 
 
+def _required(path: KeyPath, read: object, found: Value) -> Value:
+    """Return `found` with a missing value as an error."""
+    where = ".".join(map(str, read)) if isinstance(read, list) else read
+
+    def value(context: Context) -> Any:
+        if (value := found(context)) is None:
+            place = ".".join(map(str, path))
+            raise EvaluationError("bad_data", f"{place}: {where}: the value is missing")
+        return value
+
+    return value
+
+
 def _at(value: Any, keys: list[str]) -> Any:
     for key in keys:
         if isinstance(value, dict):
@@ -144,10 +162,10 @@ def _at(value: Any, keys: list[str]) -> Any:
     return value
 
 
-def _compile_add(path: KeyPath, amount: Any) -> Change:
+def _compile_add(path: KeyPath, amount: Any, strict: bool) -> Change:
     if isinstance(amount, bool) or not isinstance(amount, int | float | str):
         raise DefinitionError("add must be a number, or a template that gives one")
-    number = compile_number((*path, "add"), amount)
+    number = compile_number((*path, "add"), amount, strict=strict)
 
     def add(context: Context, present: Any) -> Any:
         present = 0 if present is None else present

@@ -127,7 +127,7 @@ class EmailConfig(Config):
     list_unsubscribe: str | None = None
     """A URL to unsubscribe at with one click."""
     strict: StrictBool = False
-    """Whether a value that is missing from the subject, the texts or the headers is an error."""
+    """Whether a missing value is an error, instead of nothing."""
     many: bool = False
     """Whether a value may hold several addresses, with commas; otherwise it is one."""
 

@@ -32,9 +32,9 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,30}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
 
-def compile_text(path: KeyPath, source: str) -> Callable[[Context], str]:
+def compile_text(path: KeyPath, source: str, *, strict: bool = False) -> Callable[[Context], str]:
     """Compile a template; errors in rendering name its path. Raises DefinitionError."""
-    template = compile_template(source, escape=False)
+    template = compile_template(source, escape=False, strict=strict)
     if template.is_literal:
         return lambda _: source
 
@@ -48,13 +48,15 @@ def compile_text(path: KeyPath, source: str) -> Callable[[Context], str]:
     return render
 
 
-def compile_number(path: KeyPath, value: float | str) -> Callable[[Context], int | float]:
+def compile_number(
+    path: KeyPath, value: float | str, *, strict: bool = False
+) -> Callable[[Context], int | float]:
     """Compile a number that is written out, or that a template gives. Raises DefinitionError."""
     if not isinstance(value, str):
         return lambda _: value
     if "{{" not in value:
         raise DefinitionError("must be a number, or a template that gives one")
-    render = compile_text(path, value)
+    render = compile_text(path, value, strict=strict)
 
     def number(context: Context) -> int | float:
         text = render(context).strip()

@@ -81,20 +81,24 @@ class Addresses:
 
 
 def compile_addresses(
-    name: str, field: str | Iterable[str] | None, *, many: bool = False
+    name: str,
+    field: str | Iterable[str] | None,
+    *,
+    many: bool = False,
+    strict: bool = False,
 ) -> Addresses:
     """Return the addresses of a field, a text or several. Raises DefinitionError, which names it.
 
-    With `many`, a value may be a list of addresses.
+    With `many`, a value may be a list of addresses; with `strict`, a missing one is an error.
     """
     sources = [] if field is None else [field] if isinstance(field, str) else list(field)
-    return Addresses(name, tuple(_compile(name, source) for source in sources), many)
+    return Addresses(name, tuple(_compile(name, source, strict) for source in sources), many)
 
 
-def _compile(name: str, source: str) -> tuple[Mailbox, ...] | Template:
+def _compile(name: str, source: str, strict: bool) -> tuple[Mailbox, ...] | Template:
     template = compile_field(name, source)  # what is wrong is said of the source as it is
     if not template.is_literal:
-        return compile_field(name, _marked(source))
+        return compile_field(name, _marked(source), strict=strict)
     try:
         return tuple(parse_mailboxes(name, source))
     except RenderError as error:

@@ -113,7 +113,9 @@ class EmailRunner:
         addresses = {}
         for name, field in fields.items():
             with faults.at():
-                addresses[name] = compile_addresses(name, field, many=parsed.many)
+                addresses[name] = compile_addresses(
+                    name, field, many=parsed.many, strict=parsed.strict
+                )
                 if name == "to" and addresses[name].is_empty:
                     raise DefinitionError([Fault(("to",), "no address")])
         headers = {}

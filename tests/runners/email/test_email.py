@@ -232,6 +232,24 @@ async def test_strict_a_message_with_a_gap_is_not_sent() -> None:
     assert len(server.messages) == 1
 
 
+async def test_strict_holds_for_addresses() -> None:
+    async with smtp_server() as server:
+        for change, where in (
+            ({"to": ["{{data.email}}", "{{data.boss}}"]}, "to: data.boss"),
+            ({"cc": "{{data.boss}}"}, "cc: data.boss"),
+            ({"to": "{{data.nick}} <{{data.email}}>"}, "to: data.nick"),
+        ):
+            assert isinstance(await send(server, change), Answer)
+            strict = failed(await send(server, {**change, "strict": True}))
+            assert (strict.failure, strict.message) == (
+                "bad_data",
+                f"{where}: the value is missing",
+            )
+        optional = {"cc": '{{default data.boss ""}}', "strict": True}
+        assert isinstance(await send(server, optional), Answer)
+    assert len(server.messages) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
