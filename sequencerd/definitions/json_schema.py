@@ -35,7 +35,8 @@ def make() -> Schema:
         *(_bind({"const": name}, name, config) for name, config in configs.items()),
         _bind({"not": {"enum": list(configs)}}, "Custom", custom),
     ]
-    defs |= {f"{name}Config": config for name, config in {**configs, "Custom": custom}.items()}
+    # no model has a dot in its name, so that none is replaced
+    defs |= {f"step.{name}": config for name, config in {**configs, "Custom": custom}.items()}
     schema: Schema = _tidy({"$schema": DRAFT, **root, "$defs": defs})
     return schema
 
@@ -55,7 +56,7 @@ def _with_effect(own: Schema, defs: Schema) -> Schema:
 
 def _bind(type_: Schema, name: str, config: Schema) -> Schema:
     """Return the rule that a step of this type has this config."""
-    bound: Schema = {"properties": {"config": {"$ref": f"#/$defs/{name}Config"}}}
+    bound: Schema = {"properties": {"config": {"$ref": f"#/$defs/step.{name}"}}}
     if config.get("required") or config.get("anyOf"):
         bound["required"] = ["config"]
     return {"if": {"properties": {"type": type_}, "required": ["type"]}, "then": bound}

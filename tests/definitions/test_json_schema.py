@@ -302,6 +302,14 @@ def test_whatever_check_accepts_is_valid(document: dict[str, Any]) -> None:
         VALIDATOR.validate(document)
 
 
+def test_enrolling_by_a_schedule() -> None:
+    step = {"name": "a", "type": "Note"}
+    for good in GOOD["enroll"]:
+        assert is_valid(sequence(step, enroll=good))
+    for wrong in ({}, {"sequence": "s"}, {"from": "app.due", "every": "hour"}):
+        assert not is_valid(sequence(step, enroll=wrong))
+
+
 def test_the_ways_of_what_is_not_sent() -> None:
     for keys in (
         {"expires": "{{data.begins}}", "onExpired": "altNext", "onSuppressed": "end"},
