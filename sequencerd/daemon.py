@@ -38,7 +38,7 @@ from sequencerd.service.metrics import Metrics
 from sequencerd.service.systemd import notify, notify_reloading
 from sequencerd.settings import Database, Settings
 from sequencerd.storage import migrate, store
-from sequencerd.storage.listener import listen, poll
+from sequencerd.storage.listener import Changed, Message, listen, poll
 
 CLOSE_TIMEOUT = 5.0  # seconds
 PROMOTION_INTERVAL = 1.0  # seconds between looks at a standby
@@ -296,6 +296,13 @@ class _Daemon:
             metrics=self._metrics,
             turned=self._health.turned,
         )
+        self._enrolling = Enrolling(
+            for_enrolling,
+            self._engine.problems,
+            timeout=parts.settings.database.lookup_timeout,
+            clock=self._clock,
+            log=log,
+        )
 
     def app(self, url: str) -> Starlette:
         """Return what the HTTP listener serves."""
@@ -327,13 +334,7 @@ class _Daemon:
                         clock=self._clock,
                         log=self._log,
                     ),
-                    Enrolling(
-                        self._for_enrolling,
-                        engine.problems,
-                        timeout=self.parts.settings.database.lookup_timeout,
-                        clock=self._clock,
-                        log=self._log,
-                    ).keep(),
+                    self._enrolling.keep(),
                 )
             ]
             await engine.run()
@@ -342,18 +343,22 @@ class _Daemon:
 
     async def _listen(self, url: str) -> None:
         if self.parts.settings.database.listen:
-            engine = self._engine
             await listen(
                 url,
-                engine.receive,
+                self._receive,
                 self._connected,
-                engine.find_due,
+                self._engine.find_due,
                 log=self._log,
                 heard=self._health.heard,
                 refused=self._metrics.refused.inc,
             )
         else:
             await poll(self._connected, self._engine.sweep, self._log, self._health.heard)
+
+    def _receive(self, message: Message) -> None:
+        self._engine.receive(message)
+        if isinstance(message, Changed):
+            self._enrolling.check_soon()
 
     async def _connected(self) -> None:
         # if the network was cut, idle connections may be dead unnoticed

@@ -13,6 +13,9 @@ SHORTEST = 3  # characters: what is shorter is in every text
 _ADDRESS = re.compile(r"[^\s<>(),;:\"']+@[^\s<>(),;:\"']+|\+?\d[\d ()/.-]{6,}\d")
 """An e-mail address, or a telephone number: past ones are no longer in the data."""
 
+_NAMED = re.compile(r"""(?<=\bsubject )('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+"""A subject in the problem of a scheduled run, which names it as repr() writes it."""
+
 _TEXTS = ("subject", "last_error", "message")
 
 Row = dict[str, Any]
@@ -47,6 +50,8 @@ def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], Row]:
                 is_text = name != "subject"
                 text = hide(shown[name])
                 shown[name] = _ADDRESS.sub(HIDDEN, text) if is_text else text
+                if "subject" in paths and is_text:
+                    shown[name] = _NAMED.sub(HIDDEN, shown[name])
         if "subject" in paths and "subject" in shown:
             shown["subject"] = HIDDEN
         return shown

@@ -89,6 +89,7 @@ async def sequence(request: Request) -> Response:
     counts = await context.summary.get()
     enrollments = await views.enrollments(context.pool, query, context.mask) if step else None
     revisions = await views.revisions(context.pool, query)
+    schedule = await views.schedule(context.pool, name, context.mask)
     known = counts.sequences if counts else []
     row = next((row for row in known if row["name"] == name), {})
     steps = views.steps(counts, query) if counts else None
@@ -107,6 +108,7 @@ async def sequence(request: Request) -> Response:
         description=row.get("description"),
         status=row.get("status") or ("paused" if definition.paused else "active"),
         definition=definition,
+        schedule=schedule,
         graph=json.dumps(_graph(definition, steps, step)),
         steps=steps,
         step=step,

@@ -207,6 +207,12 @@ async def failed_enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Ta
     return Table("failed", columns, rows, query.given, more)
 
 
+async def schedule(pool: asyncpg.Pool, sequence: str, mask: Mask) -> Row | None:
+    """Return the schedule by which a sequence enrolls what a query returns, and its last run."""
+    rows = await store.read(pool, "console_schedule", sequence)
+    return mask(rows[0]) if rows else None
+
+
 async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
     """Return the changes of a sequence, the latest first."""
     found = await store.read(

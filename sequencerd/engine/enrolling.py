@@ -11,6 +11,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
 from typing import NamedTuple
@@ -76,19 +77,28 @@ class Enrolling:
         self._log = log
         self._running: dict[str, asyncio.Task[None]] = {}
         self._reported: set[str] = set()
+        self._changed = asyncio.Event()
+
+    def check_soon(self) -> None:
+        """Read the schedules soon, as they may have changed."""
+        self._changed.set()
 
     async def keep(self) -> None:
         """Enroll until it is cancelled."""
         try:
             while True:
                 pause = INTERVAL
+                self._changed.clear()
                 try:
                     pause = await self.turn()
                 except store.TRANSIENT_ERRORS as error:
                     self._log.warning("database error, tried again", error=store.brief(error))
                 except Exception:
                     self._log.exception("internal error")
-                await asyncio.sleep(pause)
+                await asyncio.sleep(min(pause, TURN))  # anybody can notify, as often as they like
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(max(pause - TURN, 0.0)):
+                        await self._changed.wait()
         finally:
             for run in self._running.values():
                 run.cancel()

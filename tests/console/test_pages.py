@@ -121,6 +121,39 @@ async def test_every_page_is_there(database: str, connection: asyncpg.Connection
         assert root.headers["location"] == "/console/"
 
 
+async def test_a_sequence_shows_its_schedule_and_the_last_run(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await people(connection)
+    path = "/sequence?sequence=s"
+    async with console(database) as client, console(database, mask=["subject"]) as masked:
+        assert "Enrolls what" not in check(await client.get(path))
+        await connection.execute(
+            "UPDATE sequencer.sequences SET enroll ="
+            """ '{"from": "app.due", "every": {"amount": 2, "unit": "hours"}}'"""
+        )
+        text = check(await client.get(path))
+        assert "Enrolls what app.due returns: every 2 hours." in text
+        assert "Last run" not in text
+        await connection.execute(
+            "INSERT INTO sequencer.scheduled_runs"
+            " VALUES ('s', '{}', '2030-01-02 03:04Z', '2030-01-01 03:04Z', '90 s', 1200, 1100,"
+            """ 0, $$subject 'ada "O\\'Hara"': <not> here; 99 more subjects$$)"""
+        )
+        text = check(await client.get(path))
+        assert "Last run Tue 2030-01-01 03:04:00 UTC, took 1 min 30 s" in text
+        assert "enrolled 1,100 of 1,200" in text
+        assert "Next run Wed 2030-01-02 03:04:00 UTC" in text
+        assert "ada" in text
+        assert "<not> here; 99 more" in text
+        text = check(await masked.get(path))
+        assert "subject •••: <not> here; 99 more" in text
+        await connection.execute("UPDATE sequencer.scheduled_runs SET next_run_at = 'infinity'")
+        assert (await client.get(path)).status_code == 200
+        await connection.execute("UPDATE sequencer.scheduled_runs SET found = NULL")
+        assert "took 1 min 30 s. Next run" in check(await client.get(path))
+
+
 async def test_what_counts_counts(database: str, connection: asyncpg.Connection) -> None:
     _, failing = await people(connection)
     await enroll(connection, "s", "carl")

@@ -13,6 +13,7 @@ import asyncpg
 import pytest
 import structlog
 
+from sequencerd.engine import enrolling
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.enrolling import Enrolling
 from sequencerd.engine.problems import Problems
@@ -277,3 +278,18 @@ async def test_what_is_enrolled_starts_at_once(defined: asyncpg.Connection, data
     async with running_engine(database, sweep=3600), daemon(database) as one:
         await one.turn()
         await until(defined, f"{ALL_ENDED} AND EXISTS (SELECT FROM sequencer.enrollments)")
+
+
+async def test_a_new_schedule_is_noticed_by_a_notification(
+    defined: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(enrolling, "INTERVAL", 3600.0)
+    await define(defined, "other", ("a", "WaitForDuration", '{"amount": 3, "unit": "days"}', None))
+    async with daemon(database) as one:
+        keeping = asyncio.create_task(one.enrolling.keep())
+        await until(defined, "SELECT count(*) = 3 FROM sequencer.enrollments")
+        await schedule(defined, HOURLY, "other")
+        one.enrolling.check_soon()
+        await until(defined, "SELECT count(*) = 6 FROM sequencer.enrollments")
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)

@@ -129,6 +129,12 @@ SELECT r.revision, r.at, r.by, r.reason, r.document,
   FROM sequencer.revisions AS r
  WHERE r.sequence = $1 AND r.revision < $2 ORDER BY r.revision DESC LIMIT $3;
 
+-- name: console_schedule
+-- Read by which schedule a sequence enrolls what a query returns, and what came of the last run.
+SELECT source, schedule, next_run_at, last_run_at, extract(epoch FROM duration)::float8 AS duration,
+       found, enrolled, problem AS message
+  FROM sequencer.schedules WHERE sequence = $1;
+
 -- name: console_log_out
 -- End a session for all daemons, and delete the logouts of sessions that have expired since.
 WITH over AS (DELETE FROM sequencer.console_logouts WHERE until < now())
