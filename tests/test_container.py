@@ -126,7 +126,12 @@ def test_the_daemon_imports_what_is_installed_with_it() -> None:
     """Nothing of the packages for development, and of those of an extra only by its feature."""
     packages = packages_distributions()
     for file in sorted((REPOSITORY / "sequencerd").rglob("*.py")):
-        extras = {"demo": "embedded", "embedded": "embedded", "tracing": "otel"}
+        extras = {
+            "demo": "embedded",
+            "embedded": "embedded",
+            "tracing": "otel",
+            "aws_lambda": "aws",
+        }
         allowed = needed(extras.get(file.stem, "uvloop"))
         for node in ast.walk(ast.parse(file.read_text())):
             names = [name.name for name in node.names] if isinstance(node, ast.Import) else []

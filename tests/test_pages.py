@@ -108,7 +108,9 @@ async def test_installing_can_be_followed(
         for line in text.splitlines():
             if "requirements.txt" not in line:  # those come from the network: make test does it
                 run(line, home, environment(home, database))
-    assert (home / "apt").read_text() == "install --yes python3-venv\n"
+    assert (home / "apt").read_text() == (
+        "install --yes python3-venv\ninstall ./dist/sequencerd_*.deb\n"
+    )
     assert len((home / "docker").read_text().splitlines()) == 3
 
 

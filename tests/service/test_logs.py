@@ -15,6 +15,7 @@ import asyncpg
 import pytest
 
 from tests.helpers.engines import define, until
+from tests.helpers.waiting import PATIENCE
 
 PERSON = "ada.lovelace@example.com"
 MAIL = '{"from": "a@example.com", "to": "{{data.email}}", "subject": "x", "text": "x"}'
@@ -217,21 +218,27 @@ async def test_no_secret_and_no_person_is_logged(
     await connection.execute("SELECT pg_notify('sequencer', $1)", f'{{"person": "{PERSON}"}}')
     config.write_text("[email]\nurl = 'smtp://ada:other-secret@nowhere:port'\n")
     process.send_signal(signal.SIGHUP)
-    await asyncio.sleep(1)
-    process.terminate()
-    _, errors = await process.communicate()
+    assert process.stderr is not None
+    errors = b""
+    async with asyncio.timeout(PATIENCE):
+        while b"invalid settings" not in errors:
+            line = await process.stderr.readline()
+            assert line, errors.decode()
+            errors += line
+        process.terminate()
+        errors += (await process.communicate())[1]
     web.close()
     post.close()
     lines = [json.loads(line) for line in errors.decode().splitlines()]
     assert {"ready", "enrollment failed", "notifications not understood", "stopped"} <= {
         line["event"] for line in lines
     }
-    assert any("wrong settings" in line["event"] for line in lines)
+    assert any("invalid settings" in line["event"] for line in lines)
     told = "\n".join(heard)
     for secret in ("sms-secret", "header-secret", "lookup-secret", "webhook-signature", "AUTH"):
         assert secret in told, f"{secret} was not needed, so the test shows nothing"
     for secret in ("secret", "cnVubmVyLXNlY3JldA"):
-        assert secret not in errors.decode().replace("wrong settings", "")
+        assert secret not in errors.decode().replace("invalid settings", "")
     written = await connection.fetch("SELECT message FROM sequencer.events")
     assert not [row for row in written if "secret" in (row["message"] or "")]
     down = [line for line in lines if line["event"].startswith("runner is down")]

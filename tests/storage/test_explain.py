@@ -34,9 +34,9 @@ HOT = {
     "fences": IDS,
     "existing": IDS,
     "write": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL, '{{}}',"
-    " NULL, now()",
+    " NULL, NULL, now()",
     "write_goals": "1, '{}', NULL",
-    "merge_data": "1, '{}'",
+    "merge_data": "1, '{}', '{}'",
     "extend_leases": f"{IDS}, 'me', now()",
     "active_ids": f"{HERE}, 1, 10000",
     "lock_waiting": f"{HERE}, {IDS}, now()",

@@ -121,7 +121,8 @@ def begin(
                 return now
             opens = opening(window, closes, tz, holidays)
     length = closing(window, opens, tz, holidays) - opens
-    return max(now, opens + min(window.spread, length) * share())
+    delay = min(window.spread, length) * share()
+    return max(now, opens + min(delay, length - timedelta.resolution))  # rounded, it may be closed
 
 
 def _next_start(window: Window, wall: datetime, holidays: Collection[date]) -> datetime | None:

@@ -186,7 +186,9 @@ async def test_what_is_no_number_is_refused_for_good(data: dict[str, Any], says:
 
 async def test_nothing_to_say() -> None:
     result, server = await send(SENT, {**BASIC, "message": " {{data.nothing}} "})
-    assert failed(result) == Failed("message: empty", permanent=True, asked=False)
+    assert failed(result) == Failed(
+        "message: empty", permanent=True, asked=False, failure="bad_data"
+    )
     assert server.requests == []
 
 
