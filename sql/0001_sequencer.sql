@@ -223,7 +223,7 @@ COMMENT ON COLUMN sequencer.enrollments.wake_at IS 'When it is next evaluated; i
 COMMENT ON COLUMN sequencer.enrollments.entered_at IS 'Since when it has been at its step; NULL until it has started.';
 COMMENT ON COLUMN sequencer.enrollments.visit IS 'The number of the present visit; each visit is one stay at one step.';
 COMMENT ON COLUMN sequencer.enrollments.attempt IS 'How many times the side effect of this visit has been started.';
-COMMENT ON COLUMN sequencer.enrollments.leases IS 'How many leases this visit has had: never fewer, even if an attempt is not counted, so that the result of an earlier lease is told from that of the present one.';
+COMMENT ON COLUMN sequencer.enrollments.leases IS 'The number of its latest lease in this visit, unique within the daemon that holds it: the result of an earlier lease is recognised by it.';
 COMMENT ON COLUMN sequencer.enrollments.goals_met IS 'The goals of its sequence that it has met: each moves it once. A goal with repeat: true is removed when it no longer holds.';
 COMMENT ON COLUMN sequencer.enrollments.goals_elsewhere IS 'The goals that it has met in sequences that it has left, by sequence, in case it returns.';
 COMMENT ON COLUMN sequencer.enrollments.executed IS 'The side effects, as sequence/step, executed since it last waited: reaching one of them again is a loop.';

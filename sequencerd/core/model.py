@@ -314,7 +314,7 @@ class Enrollment(NamedTuple):
     entered_at: datetime | None = None
     visit: int = 1
     attempt: int = 0
-    leases: int = 0  # of this visit
+    leases: int = 0  # the number of its latest lease in this visit
     retry_at: datetime | None = None  # the side effect is not started before
     leased_by: str | None = None  # the daemon that executes the side effect until wake_at
     last_error: str | None = None  # of this visit
@@ -382,8 +382,8 @@ class Enrollment(NamedTuple):
             executed,
         )
 
-    def leased_to(self, daemon: str) -> Enrollment:
-        """With one more attempt begun, by this daemon."""
+    def leased_to(self, daemon: str, number: int) -> Enrollment:
+        """With one more attempt begun, by this daemon, under a lease with this number."""
         return Enrollment(
             self.id,
             self.subject,
@@ -398,7 +398,7 @@ class Enrollment(NamedTuple):
             self.entered_at,
             self.visit,
             self.attempt + 1,
-            self.leases + 1,
+            number,
             None,
             daemon,
             self.last_error,

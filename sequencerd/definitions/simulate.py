@@ -228,7 +228,7 @@ class _Journey:
         self.at = advanced.enrollment
         match advanced.decision:
             case Execute(step, _, timezone, external):
-                self.at = self.at.leased_to(DAEMON)
+                self.at = self.at.leased_to(DAEMON, self.at.leases + 1)
                 return advanced.decision, self._execute(step, timezone, external, now)
             case LookUp():
                 self.at = self.at._replace(leased_by=DAEMON)

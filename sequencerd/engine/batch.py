@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 from sequencerd.core.model import Decision, End, Enrollment, Entry, Event, Execute, Fail, Wait
@@ -16,11 +17,20 @@ from sequencerd.engine.jumps import Jump
 from sequencerd.engine.shared_outcome import SharedOutcomes
 from sequencerd.storage.store import Row, StepKey, Written
 
+MOST_NUMBERS = 1_000_000_000  # what the column takes
+_NUMBERS = count()
+
 
 @dataclass(slots=True)
 class Batch(Written):
     """What one transaction writes, and what follows from it."""
 
+    lease_number: int = field(default_factory=lambda: next(_NUMBERS) % MOST_NUMBERS + 1)
+    """Of all leases of this transaction, and of no other of this process.
+
+    If the answer to a commit is lost, the number tells whether the rows show this lease, or one of
+    a later transaction after this one was rolled back.
+    """
     leased: list[Leased] = field(default_factory=list)  # executed once it is committed
     jumps: list[Jump] = field(default_factory=list)  # into other sequences, yet to be decided
     outcomes: SharedOutcomes = field(default_factory=SharedOutcomes)

@@ -149,7 +149,7 @@ class Moves:
             case Execute(step):
                 try:
                     if executor := self._executors.free(step.type, (at.sequence, at.step)):
-                        leased = at.leased_to(self._daemon)
+                        leased = at.leased_to(self._daemon, batch.lease_number)
                         self._lease(batch, executor, leased, decision)
                         at, execute = leased, decision
                         wake_at = now + self._lease_time
@@ -162,7 +162,7 @@ class Moves:
             case LookUp(step, lookup):
                 is_shared = False
                 if executor := self._executors.free(("lookup", lookup), (at.sequence, at.step)):
-                    at = at._replace(leased_by=self._daemon, leases=at.leases + 1)
+                    at = at._replace(leased_by=self._daemon, leases=batch.lease_number)
                     task = Task(at.key, {"subject": at.subject})
                     batch.lease(Leased(at, step, executor, None, task))
                     wake_at = now + self._lease_time

@@ -782,7 +782,11 @@ def drive(
         if isinstance(decision, Execute):
             executed.append((now, f"{here.sequence}/{here.step}"))
             assert len(executed) < 100, executed
-            here, result, now = here.leased_to("host:1"), Answer(), now + timedelta(seconds=1)
+            here, result, now = (
+                here.leased_to("host:1", here.leases + 1),
+                Answer(),
+                now + timedelta(seconds=1),
+            )
         elif isinstance(decision, Wait) and decision.until < NOW + timedelta(days=days):
             now = decision.until
         else:
@@ -1278,7 +1282,7 @@ def test_between_two_executions_of_a_step_it_waits(
             case Execute():
                 assert executed.get(here.step) != now
                 executed[here.step] = now
-                here, result = here.leased_to("host:1"), answer
+                here, result = here.leased_to("host:1", here.leases + 1), answer
             case Wait(until) if until < NEVER:
                 now = until
             case _:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
+from typing import Any
 
 import asyncpg
 import pytest
@@ -191,6 +192,51 @@ async def test_an_orphan_with_a_doubtful_lease_is_not_executed_twice(
         await until(connection, ALL_ENDED)
     assert Counter(recorder.keys).most_common(1)[0][1] == 1
     assert await way(connection, id_) == ["one enrolled", "one next", "two next", "two completed"]
+
+
+async def test_a_lease_that_was_rolled_back_is_not_taken_for_a_later_one(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the rows are asked what became of one transaction, another leases the same enrollment:
+    both have the same visit and daemon.
+    """
+    asked, told, answered, finish = (asyncio.Event() for _ in range(4))
+    held, write = Leases.held, store.write
+
+    async def slowly(self: Leases, leased: Iterable[Leased]) -> set[Fence]:
+        asked.set()
+        await told.wait()
+        try:
+            return await held(self, leased)
+        finally:
+            answered.set()
+
+    async def cut_off_once(*arguments: Any) -> None:
+        await write(*arguments)
+        if not asked.is_set():
+            raise ConnectionResetError("cut off")
+
+    async def wait(_: Task) -> Result:
+        await finish.wait()
+        return Answer()
+
+    monkeypatch.setattr(Leases, "held", slowly)
+    monkeypatch.setattr(store, "write", cut_off_once)
+    recorder = Recorder(wait)
+    await define(connection, "s", ("one", "Note", "{}", None))
+    async with running_engine(database, {"Note": recorder}) as engine:
+        id_ = await enroll(connection, "s", "ada")
+        await asyncio.wait_for(asked.wait(), PATIENCE)
+        key = ("s", "one")
+        revision = engine.catalog.sequences["s"].revision
+        claiming = asyncio.create_task(engine._claims.claim_some(key, revision, [id_]))
+        await asyncio.wait_for(claiming, PATIENCE)
+        told.set()
+        await asyncio.wait_for(answered.wait(), PATIENCE)
+        finish.set()
+        await until(connection, ALL_ENDED)
+    assert len(recorder.keys) == 1
+    assert await way(connection, id_) == ["one enrolled", "one next", "one completed"]
 
 
 async def sleeper(connection: asyncpg.Connection, then: str | None = None) -> int:
