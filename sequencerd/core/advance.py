@@ -474,6 +474,7 @@ class _Evaluation:
             sequence.revision,
             expires_at,
             None if window is None else self._closes_at(window),
+            sequence.topic if effect.follows_topic else effect.topic,
         )
 
     def _begins_at(self, step: Step, window: Window | None) -> datetime:

@@ -196,6 +196,8 @@ class SideEffect:
     on_expired: Skip = "next"
     window: Window | None = None  # when it may begin, if it does not follow its sequence
     follows_window: bool = True  # of its sequence
+    topic: str | None = None  # what it is about, if it does not follow its sequence
+    follows_topic: bool = True  # of its sequence
     exits: tuple[Exit, ...] = EITHER
 
 
@@ -259,6 +261,7 @@ class Sequence:
     )  # how often goals and waits that read it are looked at
     archived: bool = False  # GoTo steps of other sequences can't enter it
     window: Window | None = None  # when its side effects may begin
+    topic: str | None = None  # what its side effects are about
     holidays: Holidays | None = None  # None where no database was asked: no day is one
     collects: str | None = None  # its first step that collects items
 
@@ -617,6 +620,7 @@ class Task(NamedTuple):
     key: str
     view: Mapping[str, Any]
     expires: float | None = None  # by the event loop's clock
+    topic: str | None = None  # what it is about
 
     def is_late(self, now: float) -> bool:
         """Whether it is too late to begin, after a queue or a limited rate: it is NotStarted."""
@@ -748,6 +752,7 @@ class Execute(NamedTuple):
     revision: int  # of its sequence
     expires_at: datetime | None = None  # too late from then on
     closes_at: datetime | None = None  # its window; not to be begun from then on
+    topic: str | None = None
 
 
 class LookUp(NamedTuple):

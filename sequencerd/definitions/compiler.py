@@ -97,7 +97,8 @@ def _compile_effect(type_: str, config: Mapping[str, Any], runner: Runner) -> Si
         if common.expires is not None:
             expires = compile_expiry(common.expires)
     with faults.at():
-        program = runner.compile({k: v for k, v in config.items() if k not in EFFECT_KEYS})
+        ours = EFFECT_KEYS if step_types.is_message(type_) else EFFECT_KEYS - {"topic"}
+        program = runner.compile({k: v for k, v in config.items() if k not in ours})
     faults.found = [_with_hint(fault) for fault in faults.found]
     faults.check()
     return SideEffect(
@@ -110,6 +111,8 @@ def _compile_effect(type_: str, config: Mapping[str, Any], runner: Runner) -> Si
         on_expired=common.on_expired,
         window=common.window.window() if common.window else None,
         follows_window="window" not in common.model_fields_set,
+        topic=common.topic,
+        follows_topic="topic" not in common.model_fields_set,
         exits=effect_exits(common, is_message=step_types.is_message(type_)),
     )
 
@@ -136,6 +139,7 @@ def build(
     recheck: timedelta = timedelta(minutes=1),
     window: Mapping[str, Any] | None = None,
     holidays: Holidays | None = None,
+    topic: str | None = None,
 ) -> Sequence:
     """A sequence from its steps. What is wrong with the whole becomes the problem of its steps.
 
@@ -184,6 +188,7 @@ def build(
         archived=archived,
         window=opens,
         holidays=holidays,
+        topic=topic,
         collects=next(
             (
                 step.name
@@ -298,6 +303,7 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
         recheck=row["recheck"],
         window=None if row["time_window"] is None else json.loads(row["time_window"]),
         holidays=parse_holidays(row["holidays"]),
+        topic=row["topic"],
     )
 
 

@@ -11,7 +11,10 @@ from sequencerd.core.step_types import is_seeded, rename_steps
 Document = Mapping[str, Any]
 """A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
 
-SETTINGS = ("description", "timezone", "status", "reentry", "lookup", "recheck", "window", "enroll")
+SETTINGS = (
+    "description", "timezone", "status", "reentry", "lookup", "recheck", "window", "topic",
+    "enroll",
+)  # fmt: skip
 LONGEST_SHOWN = 40  # characters of a value
 
 

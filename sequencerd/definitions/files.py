@@ -26,6 +26,7 @@ from sequencerd.core.config import Config, faults, nearest
 from sequencerd.core.model import ALT_NEXT, Fault, KeyPath, Problem, SideEffect, Step, printable
 from sequencerd.core.schedule import EnrollConfig, Span
 from sequencerd.core.step_types import is_instant, is_message, is_seeded, named_steps
+from sequencerd.core.step_types.effects import Topic
 from sequencerd.core.window_config import WindowConfig
 from sequencerd.definitions import check, cycles
 from sequencerd.definitions.compiler import (
@@ -120,6 +121,8 @@ class FileSequence(Config):
     """How often goals and waits that read external data are checked, such as PT5M."""
     window: WindowConfig | None = None
     """When its side effects may begin; one with a window of its own does not follow it."""
+    topic: Topic | None = None
+    """What its side effects are about, such as marketing; a step may have its own."""
     enroll: EnrollConfig | None = None
     """Enrolls what a view or function returns, by a schedule."""
     steps: list[FileStep] = Field(min_length=1)
@@ -297,6 +300,7 @@ def _build(
         lookup=_text_at(source.document.value, "lookup"),
         recheck=parsed.recheck if parsed else timedelta(minutes=1),
         window=_window_at(source.document.value) if parsed else None,
+        topic=parsed.topic if parsed else None,
     )
     for step in steps:
         built = sequence.steps[step.name].behaviour

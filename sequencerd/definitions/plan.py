@@ -286,6 +286,7 @@ async def _document(
         "lookup": definition.lookup,
         "recheck": definition.recheck.total_seconds(),
         "window": definition.window,
+        "topic": sequence.topic,
         "enroll": definition.enroll and definition.enroll.document(),
         "steps": [
             {
@@ -487,6 +488,7 @@ async def _write(
         "{amount} {unit}".format(**reentry["after"]) if isinstance(reentry, dict) else None,
         None if step.after["window"] is None else json.dumps(step.after["window"]),
         json.dumps(step.after["enroll"]) if step.after["enroll"] else None,
+        step.after["topic"],
     )
     for old, new in step.changes.renamed.items():
         await connection.execute(QUERIES["rename_step"], step.sequence, old, new)

@@ -19,6 +19,7 @@ DEFAULTS = {
     "lookup": None,
     "recheck": 60,
     "window": None,
+    "topic": None,
     "enroll": None,
 }
 # What YAML 1.2 takes for a number or a word, and the older YAML of the library does not.

@@ -195,7 +195,7 @@ class Moves:
         self, batch: Batch, executor: Executor, leased: Enrollment, execute: Execute
     ) -> None:
         """Lease an enrollment for its side effect. Raises EvaluationError for unreadable data."""
-        step, effect, timezone, external, revision, expires_at, closes_at = execute
+        step, effect, timezone, external, revision, expires_at, closes_at, topic = execute
         assert leased.entered_at is not None
         view = model.view(leased, timezone, leased.entered_at, external)
         expires = None
@@ -203,7 +203,7 @@ class Moves:
             end = min(filter(None, (expires_at, closes_at)))
             seconds = self._clock.seconds_until(end) + TICK
             expires = asyncio.get_running_loop().time() + seconds
-        task = Task(leased.key, view, expires)
+        task = Task(leased.key, view, expires, topic)
         batch.lease(Leased(leased, step, executor, effect.program, task, revision))
 
     def _log_failure(self, at: Enrollment, failure: Fail) -> None:

@@ -402,6 +402,24 @@ def test_what_is_not_the_messages_fault_spends_no_attempt() -> None:
     assert isinstance(stopped.decision, Execute)
 
 
+@pytest.mark.parametrize(
+    ("effect", "topic"),
+    [
+        (EFFECT, "news"),
+        (replace(EFFECT, topic="invoices", follows_topic=False), "invoices"),
+        (replace(EFFECT, topic=None, follows_topic=False), None),
+    ],
+)
+def test_the_topic_of_a_step_beats_that_of_its_sequence(
+    effect: SideEffect, topic: str | None
+) -> None:
+    definitions = sequence(step("mail", "Email", effect=effect))
+    definitions["s"] = replace(definitions["s"], topic="news")
+    decision = advance(definitions, at("mail"), NOW).decision
+    assert isinstance(decision, Execute)
+    assert decision.topic == topic
+
+
 @pytest.mark.parametrize(("way", "leads"), [("next", "end"), ("altNext", "other"), ("end", None)])
 def test_what_is_suppressed_is_recorded_as_such_and_goes_its_way(
     way: Skip, leads: str | None

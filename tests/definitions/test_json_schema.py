@@ -218,6 +218,7 @@ GOOD: dict[str, list[Any]] = {
     "reentry": ["always", "never", {"after": {"amount": 90, "unit": "days"}}],
     "lookup": [None, "app.plans"],
     "window": [None, {"days": ["mon"]}, {"holidays": "DE", "spread": {"minutes": 1.5}}],
+    "topic": [None, "marketing", "shop/offers.v2"],
     "days": [["mon", "sun"]],
     "from": ["9:00", "22:15:30"],
     "recheck": [60, 1.5, "PT5M", "1 day", "00:05:00"],
@@ -322,5 +323,6 @@ def test_the_ways_of_what_is_not_sent() -> None:
         {"expires": {"amount": 2, "unit": "moons"}},
         {"onExpired": "fail"},
         {"onSuppressed": "b"},
+        {"topic": "new offers"},
     ):
         assert not is_valid(sequence({"name": "a", "type": "Email", "config": {**EMAIL, **wrong}}))

@@ -181,6 +181,21 @@ async def test_a_window_is_planned_applied_and_exported(
     assert await apply.lines(GOOD)
 
 
+async def test_a_topic_is_planned_applied_and_exported(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    about = GOOD.replace("steps:", "topic: marketing\nsteps:")
+    await apply(GOOD)
+    await standing(connection, "pause", "ada", "1 days", "3 days")
+    assert await apply.lines(about) == ["s:", "topic: none → marketing"]
+    await apply(about)
+    assert not await apply.plan(about)
+    document = json.loads(await connection.fetchval("SELECT sequencer.document('s')"))
+    assert document["topic"] == "marketing"
+    assert not await apply.plan(to_yaml(document))
+    assert await apply.lines(GOOD) == ["s:", "topic: marketing → none"]
+
+
 async def test_a_goal_and_a_zone_concern_everybody(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
 from pydantic.alias_generators import to_camel
@@ -46,6 +46,10 @@ class RetryConfig(Config):
         return replace(policy, **written)
 
 
+Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$")]
+"""The name of a topic, as in sequencer.topics."""
+
+
 class EffectConfig(Config):
     """The keys that every step with a side effect takes, beside those of its runner."""
 
@@ -61,6 +65,8 @@ class EffectConfig(Config):
     """Where it goes when it is too late."""
     on_suppressed: Skip = "next"
     """Where it goes if nothing is sent because the recipients are suppressed."""
+    topic: Topic | None = None
+    """What it is about, such as marketing, instead of the topic of the sequence; null: none."""
     window: WindowConfig | None = None
     """When it may begin, instead of in the window of the sequence; null: at any time."""
 
