@@ -33,8 +33,9 @@ from sequencerd.definitions.compiler import from_rows
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.settings import Console
-from sequencerd.storage import migrate, store
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage import migrate
+from sequencerd.storage.sequences import read_definitions, read_revisions
+from sequencerd.storage.statements import QUERIES
 
 SEQUENCES = 20
 STEPS = 10
@@ -100,8 +101,8 @@ async def main() -> None:
         begun = time.perf_counter()
         await fill(connection, given.enrollments)
         print(json.dumps({"filled": given.enrollments, "s": round(time.perf_counter() - begun)}))
-        names = list(await store.revisions(connection))
-        sequences, steps = await store.definitions(connection, names)
+        names = list(await read_revisions(connection))
+        sequences, steps = await read_definitions(connection, names)
         definitions: dict[str, Sequence] = {
             row["name"]: from_rows(row, [s for s in steps if s["sequence"] == row["name"]], {})
             for row in sequences

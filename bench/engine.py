@@ -48,7 +48,7 @@ from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.python import PythonRunner, runner
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
-from sequencerd.storage import migrate, store
+from sequencerd.storage import connections, migrate
 from sequencerd.storage.listener import listen
 
 NAME = "sequencerd_bench"
@@ -109,7 +109,7 @@ async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple
 @asynccontextmanager
 async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> AsyncIterator[None]:
     """The daemon's engine and listener, ready."""
-    pool, heart = await store.connect_pool(url, 5), await store.connect_pool(url, 1)
+    pool, heart = await connections.connect_pool(url, 5), await connections.connect_pool(url, 1)
     log = structlog.wrap_logger(structlog.PrintLogger(sys.stderr))
     made = Engine(
         pool,

@@ -37,8 +37,10 @@ from sequencerd.service.logs import make_log
 from sequencerd.service.metrics import Metrics
 from sequencerd.service.systemd import notify, notify_reloading
 from sequencerd.settings import Database, Settings
-from sequencerd.storage import migrate, store
+from sequencerd.storage import connections, migrate, server
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.listener import Changed, Message, listen, poll
+from sequencerd.storage.suppressions import read_suppressed
 
 CLOSE_TIMEOUT = 5.0  # seconds
 PROMOTION_INTERVAL = 1.0  # seconds between looks at a standby
@@ -127,9 +129,9 @@ async def run(
 
     async def suppressed(keys: list[Key]) -> set[Key]:
         try:
-            async with store.connection(pool) as connection:
-                return await store.suppressed(connection, keys)
-        except store.TRANSIENT_ERRORS as error:
+            async with connections.borrow(pool) as connection:
+                return await read_suppressed(connection, keys)
+        except TRANSIENT_ERRORS as error:
             raise NotNow(f"the suppressions can't be read: {error}") from error
 
     settings.check_console()
@@ -148,7 +150,7 @@ async def run(
         if stop_requested.is_set():
             return
         await migrate.check(connection)
-        _check_visible(await store.hidden_tables(connection), log)
+        _check_visible(await server.hidden_tables(connection), log)
     finally:
         await connection.close()
     size = settings.database.connections
@@ -195,10 +197,10 @@ async def _wait_for_promotion(
     """Return a connection to a server that can be written to; on a standby, wait for its promotion
     or for `stop`.
     """
-    connection = await store.connect(url)
+    connection = await connections.connect(url)
     is_reported = False
     try:
-        while await store.is_standby(connection) and not stop.is_set():
+        while await server.is_standby(connection) and not stop.is_set():
             if not is_reported:
                 log.warning("the server is a standby; waiting for its promotion")
                 notify("READY=1", "STATUS=the server is a standby; waiting for its promotion")
@@ -213,7 +215,7 @@ async def _wait_for_promotion(
     return connection
 
 
-def _check_visible(hidden: list[store.HiddenTable], log: FilteringBoundLogger) -> None:
+def _check_visible(hidden: list[server.HiddenTable], log: FilteringBoundLogger) -> None:
     """Report row-level security. Raises DatabaseError if it hides everything."""
     advice = "GRANT sequencer_daemon TO the user, or let its policy be USING (true)"
     blind = [str(one) for one in hidden if one.hides_all]
@@ -242,7 +244,7 @@ def _handle_loop_error(
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if error is None or isinstance(error, store.TRANSIENT_ERRORS):
+        if error is None or isinstance(error, TRANSIENT_ERRORS):
             log.warning("a connection was lost", error=str(error or context["message"]))
         else:
             loop.default_exception_handler(context)
@@ -279,8 +281,8 @@ class _Daemon:
         self._metrics = Metrics()
         self._health = Health(self._metrics, self._status, sweep=settings.sweep)
         self._health.waits = {
-            "engine": partial(store.longest_wait, pool),
-            "lookups": partial(store.longest_wait, for_lookups),
+            "engine": partial(connections.longest_wait, pool),
+            "lookups": partial(connections.longest_wait, for_lookups),
         }
         for name, seconds in self._health.waits.items():
             self._metrics.connection_wait.labels(name).set_function(seconds)
@@ -423,9 +425,11 @@ async def _pool(
     if settings.url is not None:
         url = settings.url.get_secret_value()
     try:
-        pool = await store.connect_pool(url, size, pooled=settings.pooled, least=least)
+        pool = await connections.connect_pool(url, size, pooled=settings.pooled, least=least)
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-        raise DatabaseError(f"cannot connect to the database: {store.explain(error)}") from error
+        raise DatabaseError(
+            f"cannot connect to the database: {connections.explain(error)}"
+        ) from error
     try:
         yield pool
     finally:

@@ -13,7 +13,7 @@ from sequencerd.definitions.options import read_object
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage.statements import QUERIES
 
 
 def check_command(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -22,8 +22,8 @@ from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import PlanError, UsageError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
-from sequencerd.storage import store
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage import connections
+from sequencerd.storage.statements import QUERIES
 
 CHANGES = 2  # the exit code that `plan --detailed-exitcode` has for them, as elsewhere
 
@@ -127,7 +127,7 @@ async def import_command(arguments: argparse.Namespace, settings: Settings, url:
     ours = await connect(url)
     there = None
     try:
-        there = await store.connect(arguments.original or url)
+        there = await connections.connect(arguments.original or url)
         source = Source(
             there,
             schema=arguments.schema,

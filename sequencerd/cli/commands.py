@@ -18,8 +18,8 @@ from sequencerd.errors import DatabaseError, SettingsError, UsageError
 from sequencerd.service.dns import new_loop
 from sequencerd.service.systemd import is_service
 from sequencerd.settings import Settings, load
-from sequencerd.storage import conninfo, embedded, migrate, store
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage import connections, conninfo, embedded, migrate
+from sequencerd.storage.statements import QUERIES
 
 Command = Callable[[argparse.Namespace, Settings], int]
 """Does its work and returns the exit code: 0 done, 1 failed."""
@@ -131,7 +131,7 @@ async def apply_migrations(url: str) -> tuple[list[migrate.Migration], list[migr
     """Create or update the schema and grant its roles what they lack. Return what was applied, and
     what could not be granted.
     """
-    connection = await store.connect(url)
+    connection = await connections.connect(url)
     try:
         return await migrate.migrate(connection), await migrate.grant(connection)
     finally:
@@ -140,7 +140,7 @@ async def apply_migrations(url: str) -> tuple[list[migrate.Migration], list[migr
 
 async def connect(url: str) -> asyncpg.Connection:
     """Connect to a database with our schema. Raises SequencerdError."""
-    connection = await store.connect(url)
+    connection = await connections.connect(url)
     try:
         await migrate.check(connection)
     except BaseException:

@@ -28,8 +28,8 @@ from sequencerd.definitions import files, plan
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings, load
-from sequencerd.storage import embedded, migrate, store
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage import connections, embedded, migrate
+from sequencerd.storage.statements import QUERIES
 
 SECONDS = 60  # after which something is wrong
 ENROLLMENTS = """\
@@ -74,7 +74,7 @@ def _program() -> str:
 
 
 async def _show(url: str, http: str, example: Path, scratch: Path) -> None:
-    connection = await store.connect(url)
+    connection = await connections.connect(url)
     try:
         await migrate.migrate(connection)
         async with _mail_server() as smtp, _daemon(url, smtp, http, scratch / "demo.toml"):

@@ -28,9 +28,10 @@ from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import LambdaFunction
 from sequencerd.runners.http_client import Unreachable, Web
 from sequencerd.settings import Database, HttpEndpoint, LookupEndpoint, Settings
-from sequencerd.storage import conninfo, migrate, store
+from sequencerd.storage import connections, conninfo, migrate, server
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.listener import POLL_INTERVAL, PROBE_INTERVAL
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage.statements import QUERIES
 
 Level = Literal["ok", "warning", "error"]
 
@@ -74,7 +75,7 @@ async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
     types: set[str] = set()
     used: dict[str, bool] = {}
     try:
-        connection = await store.connect(url)
+        connection = await connections.connect(url)
     except SequencerdError as error:
         yield Finding("database", str(error), "error", "start it, or correct database.url")
     else:
@@ -127,7 +128,7 @@ async def _examine_database(
         except asyncpg.InsufficientPrivilegeError as error:
             advice = "GRANT sequencer_daemon TO the user of this command"
             finding = Finding(about, f"cannot be checked: {error}", "error", advice)
-        except (SequencerdError, *store.TRANSIENT_ERRORS, ValueError) as error:
+        except (SequencerdError, *TRANSIENT_ERRORS, ValueError) as error:
             seen = f"cannot be checked: {error or type(error).__name__}"
             finding = Finding(about, seen, "error", "see the log of the server")
         yield finding
@@ -140,7 +141,7 @@ async def _in_use(connection: asyncpg.Connection) -> tuple[set[str], dict[str, b
     try:
         types = await connection.fetch(QUERIES["types_in_use"])
         used = await connection.fetch(QUERIES["lookups_in_use"])
-    except store.TRANSIENT_ERRORS:  # a check has reported it
+    except TRANSIENT_ERRORS:  # a check has reported it
         return set(), {}
     return {row["type"] for row in types}, {row["name"]: row["is_function"] for row in used}
 
@@ -192,7 +193,7 @@ async def _triggers(connection: asyncpg.Connection) -> Finding:
 
 
 async def _roles(connection: asyncpg.Connection) -> Finding:
-    if hidden := await store.hidden_tables(connection):
+    if hidden := await server.hidden_tables(connection):
         advice = "GRANT sequencer_daemon TO the user, or give it a policy USING (true)"
         seen = f"row-level security may hide rows: {_some(map(str, hidden))}"
         return Finding("roles", seen, "error", advice)
@@ -221,7 +222,7 @@ async def _pooler(connection: asyncpg.Connection, settings: Database) -> Finding
     if settings.listen_url is None or settings.url is None:
         return Finding("pooler", "none")
     try:
-        through = await store.connect(settings.url.get_secret_value())
+        through = await connections.connect(settings.url.get_secret_value())
     except SequencerdError as error:
         return Finding("pooler", str(error), "error", "start it, or correct database.url")
     try:
@@ -239,7 +240,7 @@ async def _is_pooled(connection: asyncpg.Connection) -> bool:
 async def _listening(connection: asyncpg.Connection, url: str) -> Finding:
     """Listen on a separate connection, as the daemon does."""
     channel, heard = f"sequencer_{uuid4().hex}", asyncio.Event()
-    listener = await store.connect(url)
+    listener = await connections.connect(url)
     try:
         await listener.add_listener(channel, lambda *_: heard.set())
         begun = time.perf_counter()

@@ -11,7 +11,7 @@ from sequencerd.cli.output import say, say_json
 from sequencerd.core.config import nearest
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage.statements import QUERIES
 
 
 @on_database

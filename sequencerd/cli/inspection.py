@@ -19,7 +19,7 @@ from sequencerd.cli.output import laid_out, say, say_json, say_lines, show, warn
 from sequencerd.core.describe import text, what_next
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage.statements import QUERIES
 
 PROBLEMS = 20  # that are shown below the steps
 TAIL_INTERVAL = 0.5  # seconds

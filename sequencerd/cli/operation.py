@@ -24,7 +24,7 @@ from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import bulk
 from sequencerd.storage.bulk import Done, Selection
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage.statements import QUERIES
 
 
 class Words(NamedTuple):

@@ -16,6 +16,7 @@ import asyncpg
 from sequencerd.cli.commands import connect, on_database
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import model
+from sequencerd.core.model import StepKey
 from sequencerd.definitions import files, graph
 from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.compiler import Definition, from_rows
@@ -26,8 +27,9 @@ from sequencerd.definitions.started import read_started
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
 from sequencerd.settings import Settings
-from sequencerd.storage import store
-from sequencerd.storage.store import QUERIES, StepKey
+from sequencerd.storage import server
+from sequencerd.storage.sequences import read_definitions, read_revisions
+from sequencerd.storage.statements import QUERIES
 from sequencerd.testing import load, make_runners
 
 SHOWN_ROUNDS = 2  # of a cycle
@@ -98,7 +100,7 @@ async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             started = await read_started(connection, arguments.from_enrollment)
             definitions = await _definitions(connection, runners)
-            now = await store.server_time(connection)
+            now = await server.server_time(connection)
     finally:
         await connection.close()
     if started is None:
@@ -129,8 +131,8 @@ async def _definitions(
     connection: asyncpg.Connection, runners: Mapping[str, Runner]
 ) -> dict[str, model.Sequence]:
     """All sequences of the database."""
-    names = list(await store.revisions(connection))
-    sequences, steps = await store.definitions(connection, names)
+    names = list(await read_revisions(connection))
+    sequences, steps = await read_definitions(connection, names)
     return {
         row["name"]: from_rows(row, [s for s in steps if s["sequence"] == row["name"]], runners)
         for row in sequences

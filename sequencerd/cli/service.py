@@ -14,7 +14,7 @@ from sequencerd.errors import UsageError
 from sequencerd.service.logs import make_log
 from sequencerd.settings import Settings
 from sequencerd.storage import migrate
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage.statements import QUERIES
 
 SHORTEST_PASSWORD = 8  # characters
 SHOWN = 5  # statements that had no effect

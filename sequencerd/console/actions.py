@@ -14,7 +14,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.errors import UsageError
 from sequencerd.storage import bulk, conninfo
 from sequencerd.storage.bulk import Done, Selection
-from sequencerd.storage.store import brief
+from sequencerd.storage.database_errors import brief
 
 ACTIONS = {"retry": "Retried", "skip": "Skipped the step for", "cancel": "Cancelled"}
 WAIT = 1.0  # seconds that a page waits for the end of a change

@@ -30,7 +30,7 @@ from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import UsageError
 from sequencerd.settings import Console
 from sequencerd.storage import conninfo
-from sequencerd.storage.store import TRANSIENT_ERRORS, brief
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 CONNECTIONS = 4
 TIMEOUT = 10.0  # seconds that a page waits for the database

@@ -19,8 +19,8 @@ from starlette.responses import Response
 
 from sequencerd import passwords
 from sequencerd.settings import Console
-from sequencerd.storage import store
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage import connections
+from sequencerd.storage.statements import QUERIES
 
 COOKIE = "sequencerd"
 LONGEST_SESSION = 12 * 3600  # seconds
@@ -92,14 +92,14 @@ class Auth:
         """
         if self.password_hash is None or visitor.user is None or self._from_proxy(request):
             return False  # what lets them in is no session
-        ((answer,),) = await store.read(
+        ((answer,),) = await connections.read(
             self._pool, "console_is_logged_out", _hash(visitor.nonce), seconds=TIMEOUT
         )
         return bool(answer)
 
     async def log_out(self, visitor: Visitor) -> None:
         """End the visitor's session, at all daemons."""
-        async with store.connection(self._pool) as connection:
+        async with connections.borrow(self._pool) as connection:
             await connection.execute(
                 QUERIES["console_log_out"],
                 _hash(visitor.nonce),

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import asyncpg
 
 from sequencerd.console.summary import LOST, Summary
-from sequencerd.storage import store
+from sequencerd.storage import connections
 
 INTERVAL = 1.0  # seconds between polls of open enrollments
 QUIET = 15.0  # after so long without a change something is sent, for what cuts silent connections
@@ -53,7 +53,7 @@ class Live:
             ids = [id_ for id_, pages in self._watched.items() if id_ != COUNTS and pages > 0]
             if ids:
                 try:
-                    rows = await store.read(self._pool, "console_versions", ids)
+                    rows = await connections.read(self._pool, "console_versions", ids)
                     new = {row["id"]: row["version"] for row in rows}
                 except Exception:  # the pages ask, and are told why
                     new = dict.fromkeys(ids, LOST)

@@ -18,7 +18,7 @@ from sequencerd.definitions.simulate import Simulation
 from sequencerd.definitions.simulator import WORDS, Outcome, Simulator
 from sequencerd.definitions.started import read_started
 from sequencerd.errors import UsageError
-from sequencerd.storage import store
+from sequencerd.storage import connections
 
 MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
 
@@ -70,7 +70,7 @@ async def simulated(context: PageContext, query: Query) -> tuple[Simulation, Tab
     work: Callable[[], Simulation]
     if query.get("enrollment"):
         id_ = query.number("enrollment", 0)
-        async with store.reading(context.pool) as connection:
+        async with connections.reading(context.pool) as connection:
             started = await read_started(connection, id_)
         if started is None:
             raise NotFoundError(f"Enrollment {id_} does not exist.")

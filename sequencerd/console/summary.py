@@ -20,7 +20,9 @@ from typing import Any
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.storage.store import StepKey, brief, read
+from sequencerd.core.model import StepKey
+from sequencerd.storage.connections import read
+from sequencerd.storage.database_errors import brief
 
 MOST = 1_000_000  # enrollments at a step that are counted
 MOST_PROBLEMS = 100  # of those that daemons report

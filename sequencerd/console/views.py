@@ -18,8 +18,8 @@ from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
 from sequencerd.core.model import NEVER
 from sequencerd.definitions.diff import compare
-from sequencerd.storage import store
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage import connections
+from sequencerd.storage.statements import QUERIES
 
 FURTHEST = 5000  # rows that a page may begin after
 LATEST = 10_000  # enrollments among which an e-mail address is looked for without an index
@@ -160,7 +160,7 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     since, skip = query.time("from", FIRST), query.number("skip", 0)
     if skip > FURTHEST:
         raise WrongQueryError(f"a page cannot start after more than {FURTHEST:,} rows")
-    found = await store.read(
+    found = await connections.read(
         pool, "console_waiting", query.must("sequence"), query.must("step"), since, skip,
         query.rows + 1,
     )  # fmt: skip
@@ -189,7 +189,7 @@ async def failed_enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Ta
     skip = query.number("skip", 0)
     if skip > FURTHEST:
         raise WrongQueryError(f"a page cannot start after more than {FURTHEST:,} rows")
-    found = await store.read(
+    found = await connections.read(
         pool, "console_failed_at", query.must("sequence"), query.must("step"),
         query.get("failure"), skip, query.rows + 1,
     )  # fmt: skip
@@ -209,13 +209,13 @@ async def failed_enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Ta
 
 async def schedule(pool: asyncpg.Pool, sequence: str, mask: Mask) -> Row | None:
     """Return the schedule by which a sequence enrolls what a query returns, and its last run."""
-    rows = await store.read(pool, "console_schedule", sequence)
+    rows = await connections.read(pool, "console_schedule", sequence)
     return mask(rows[0]) if rows else None
 
 
 async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
     """Return the changes of a sequence, the latest first."""
-    found = await store.read(
+    found = await connections.read(
         pool, "console_revisions", query.must("sequence"),
         min(query.number("before", 2**31 - 1), 2**31 - 1), min(query.rows, 10) + 1,
     )  # fmt: skip
@@ -257,14 +257,14 @@ async def search(
     more: dict[str, str] | None = None
     remark = None
     if wanted is None:
-        rows = await store.read(
+        rows = await connections.read(
             pool, "console_by_id", query.number("before", 2**63 - 1), query.rows + 1
         )
         if len(rows) > query.rows:
             more = {**query.given, "before": str(rows[query.rows - 1]["id"])}
     else:
         if wanted.isascii() and wanted.isdecimal() and 0 < int(wanted) < 2**63 - 1:
-            found = await store.read(pool, "console_by_id", int(wanted) + 1, 1)
+            found = await connections.read(pool, "console_by_id", int(wanted) + 1, 1)
             rows += [row for row in found if row["id"] == int(wanted)]
         is_first = query.get("after") is None
         if "@" in wanted and is_first and "data.email" in masked:
@@ -307,7 +307,7 @@ async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asy
             assert isinstance(entry, int)
         except (ValueError, TypeError, AssertionError) as error:
             raise WrongQueryError("the parameter after is not from a previous page") from error
-    rows: list[asyncpg.Record] = await store.read(
+    rows: list[asyncpg.Record] = await connections.read(
         pool, "console_by_subject", wanted, wanted + LAST_CHARACTER, *after, query.rows + 1
     )
     return rows
@@ -316,7 +316,7 @@ async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asy
 async def _by_email(
     pool: asyncpg.Pool, wanted: str, limit: int
 ) -> tuple[list[asyncpg.Record], str | None]:
-    async with store.reading(pool) as connection:
+    async with connections.reading(pool) as connection:
         if await connection.fetchval(QUERIES["console_has_email_index"]):
             return await connection.fetch(QUERIES["console_by_email"], wanted, limit), None
         query = QUERIES["console_by_email_of_latest"]
@@ -346,7 +346,7 @@ class Journey:
 async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: Mask) -> Journey:
     """Return where an enrollment is, and its latest events. Raises NotFoundError."""
     before = query.time("before", NEVER)
-    async with store.reading(pool, isolation="repeatable_read") as connection:
+    async with connections.reading(pool, isolation="repeatable_read") as connection:
         row = await connection.fetchrow(QUERIES["show"], id_)
         found = await connection.fetch(QUERIES["console_history"], id_, before, query.rows + 1)
         versions = await connection.fetch(QUERIES["console_versions"], [id_])

@@ -288,6 +288,8 @@ def share(seed: str, subject: str) -> float:
 
 # --- an enrollment
 
+StepKey = tuple[str, str]
+"""A step of a sequence, by the names of both: where enrollments are, and a key of the heap."""
 
 Fence = tuple[int, int, int, str | None]
 """Identifies a lease of an enrollment: id, visit, number of the lease in it, and the daemon. The

@@ -24,8 +24,8 @@ from sequencerd.definitions.compiler import (
 )
 from sequencerd.definitions.diff import Changes, Document, compare, seeds
 from sequencerd.errors import FileError, PlanError
-from sequencerd.storage import store
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage import server, sources
+from sequencerd.storage.statements import QUERIES
 
 BATCH = 5000  # enrollments read at a time
 QUERY_TIMEOUT = 30.0  # seconds for the query of a key enroll
@@ -254,7 +254,7 @@ async def _entering(connection: asyncpg.Connection, definition: Definition) -> s
     if (enroll := definition.enroll) is None:
         return None
     try:
-        found, faults = await store.read_source(
+        found, faults = await sources.read_source(
             connection, enroll.source, definition.sequence.name, enroll.at_most + 1, QUERY_TIMEOUT
         )
     except (asyncpg.PostgresError, ValueError) as error:
@@ -399,7 +399,7 @@ async def _count(
     old_names = {new: old for old, new in step.changes.renamed.items()}
     old_name = old_names.get(name, name)
     count = Waiting(name)
-    now = await store.server_time(connection)
+    now = await server.server_time(connection)
     async with connection.transaction():  # a cursor needs one
         cursor = await connection.cursor(QUERIES["enrollments_at"], step.sequence, old_name)
         while rows := await cursor.fetch(BATCH):

@@ -8,7 +8,7 @@ import asyncpg
 
 from sequencerd.core.model import Enrollment
 from sequencerd.errors import UsageError
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage.statements import QUERIES
 
 
 class Started(NamedTuple):

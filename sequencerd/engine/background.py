@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.storage.store import TRANSIENT_ERRORS, brief
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 PAUSE = 1.0  # seconds after a transient error
 SHARE = 0.2  # of the time, for work that is requested again and again

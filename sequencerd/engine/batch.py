@@ -11,11 +11,21 @@ from datetime import datetime
 from itertools import count
 from typing import Any
 
-from sequencerd.core.model import Decision, End, Enrollment, Entry, Event, Execute, Fail, Wait
+from sequencerd.core.model import (
+    Decision,
+    End,
+    Enrollment,
+    Entry,
+    Event,
+    Execute,
+    Fail,
+    StepKey,
+    Wait,
+)
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.jumps import Jump
 from sequencerd.engine.shared_outcome import SharedOutcomes
-from sequencerd.storage.store import Row, StepKey, Written
+from sequencerd.storage.writes import Row, Written
 
 MOST_NUMBERS = 1_000_000_000  # what the column takes
 _NUMBERS = count()

@@ -10,6 +10,7 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core import model
+from sequencerd.core.model import StepKey
 from sequencerd.definitions.compiler import (
     Compiled,
     Runners,
@@ -20,8 +21,7 @@ from sequencerd.definitions.compiler import (
     served,
 )
 from sequencerd.engine.clock import Clock
-from sequencerd.storage import store
-from sequencerd.storage.store import StepKey
+from sequencerd.storage import connections, daemons, sequences
 
 SLICE = 0.005  # seconds for which compiling may block the loop
 MANY = 500  # with so many steps, a sequence is assembled in a thread
@@ -86,14 +86,14 @@ class Catalog:
                 return False
             self._started += 1
             present = self._started
-            async with store.connection(self._pool) as connection:
+            async with connections.borrow(self._pool) as connection:
                 has_changed = await self._read_changed(connection)
             self._read = present
             return has_changed
 
     async def _read_changed(self, connection: asyncpg.Connection) -> bool:
-        self._set_other_types(await store.types_elsewhere(connection, self._daemon))
-        revisions = await store.revisions(connection)
+        self._set_other_types(await daemons.types_elsewhere(connection, self._daemon))
+        revisions = await sequences.read_revisions(connection)
         for name in self.sequences.keys() - revisions.keys():
             del self.sequences[name]
             self._compiled.pop(name, None)
@@ -132,9 +132,9 @@ class Catalog:
             self.sequences.clear()
             swap()
 
-        async with self._loading, store.connection(self._pool) as connection:
+        async with self._loading, connections.borrow(self._pool) as connection:
             self._compiled.clear()
-            names = list(await store.revisions(connection))
+            names = list(await sequences.read_revisions(connection))
             await self._load(connection, names, runners, begin)
 
     async def _load(
@@ -144,7 +144,7 @@ class Catalog:
         runners: Runners,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        sequence_rows, step_rows = await store.definitions(connection, names)
+        sequence_rows, step_rows = await sequences.read_definitions(connection, names)
         steps = defaultdict(list)
         for row in step_rows:
             steps[row["sequence"]].append(row)
@@ -159,14 +159,14 @@ class Catalog:
             found |= problems(sequence, known)
             await asyncio.sleep(0)
         if news := {step_key: text for step_key, text in found.items() if text != known[step_key]}:
-            await store.set_problems(connection, news)
+            await sequences.set_problems(connection, news)
             for step_key, text in news.items():
                 if text is not None:
                     self._log.error(
                         "step has a problem", sequence=step_key[0], step=step_key[1], problem=text
                     )
         fixed = [step_key for step_key, text in found.items() if text is None]
-        if count := await store.revive(connection, fixed, self._clock.now()):
+        if count := await sequences.revive(connection, fixed, self._clock.now()):
             self._log.info("failed enrollments resumed, as their steps are valid now", count=count)
         for row in step_rows:
             step_key = (row["sequence"], row["name"])

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.core.model import Elsewhere, Enrollment, SideEffect
+from sequencerd.core.model import Elsewhere, Enrollment, SideEffect, StepKey
 from sequencerd.core.retry import doubled
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import Batch
@@ -23,8 +23,8 @@ from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.service.metrics import Metrics
-from sequencerd.storage import store
-from sequencerd.storage.store import StepKey
+from sequencerd.storage import claims, connections, wakes
+from sequencerd.storage.database_errors import brief, is_data_error
 
 CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
 FRUITLESS = 3  # claims in a row that found nothing, after which notifications are delayed
@@ -138,7 +138,7 @@ class Claims:
         batch = Batch()
         excluded = self.excluded(step_key)
         async with self._leases.writing(batch) as connection:
-            claimed, count = await store.claim(
+            claimed, count = await claims.claim(
                 connection, step_key, now, revision, limit, daemon=self._daemon, excluding=excluded
             )
             self._metrics.claimed(step_key, claimed, now)
@@ -146,7 +146,7 @@ class Claims:
             if len(claimed) < limit:
                 # the remaining due rows are locked; that may end without a notification
                 soon = now + timedelta(seconds=LOCKED_PAUSE)
-                next_at = await store.next_wake(
+                next_at = await wakes.next_wake(
                     connection, step_key, now, daemon=self._daemon, excluding=excluded
                 )
                 if next_at is not None:
@@ -165,11 +165,11 @@ class Claims:
         self, step_key: StepKey, revision: int, limit: int, error: Exception
     ) -> int:
         """Move a batch in parts, after an error for which one of its rows may be to blame."""
-        if not store.is_data_error(error):
+        if not is_data_error(error):
             await self._probe()
-        self._log.warning("batch is done in parts", step=step_key, error=store.brief(error))
-        async with store.connection(self._pool) as connection:
-            ids = await store.due_ids(
+        self._log.warning("batch is done in parts", step=step_key, error=brief(error))
+        async with connections.borrow(self._pool) as connection:
+            ids = await claims.due_ids(
                 connection,
                 step_key,
                 self._clock.now(),
@@ -191,7 +191,7 @@ class Claims:
             await self._claim_part(step_key, revision, part)
 
         async def refused(id_: int, error: Exception) -> None:
-            if store.is_data_error(error):
+            if is_data_error(error):
                 failing = self._claim_part(step_key, revision, [id_], failure=error)
                 refusal = await refusal_of(failing)
                 if refusal is None:
@@ -210,7 +210,7 @@ class Claims:
         now = self._clock.now()
         batch = Batch()
         async with self._leases.writing(batch) as connection:
-            claimed = await store.claim_some(
+            claimed = await claims.claim_some(
                 connection,
                 step_key,
                 now,
@@ -244,7 +244,7 @@ class Claims:
             held = self._leases.known & {one.id for one in leased}
             claimed = [one for one in claimed if one.id not in held]
             self._taken_over |= held
-            expired_leases = await store.count_expired_leases(connection, leased, now)
+            expired_leases = await claims.count_expired_leases(connection, leased, now)
         for enrollment in claimed:
             self._moves.move(
                 batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0)
@@ -255,8 +255,8 @@ class Claims:
         """Move what is leased to this daemon and not in its memory, as after an internal error."""
         if not step_keys:
             return
-        async with store.connection(self._pool) as connection:
-            orphans = await store.orphans(
+        async with connections.borrow(self._pool) as connection:
+            orphans = await claims.orphans(
                 connection, step_keys, now, daemon=self._daemon, excluding=list(self._leases.known)
             )
         for step_key, ids in orphans.items():

@@ -27,8 +27,10 @@ from sequencerd.core.schedule import EnrollConfig
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.problems import Problems
 from sequencerd.engine.quarantine import isolate
-from sequencerd.storage import store
-from sequencerd.storage.store import QUERIES, Candidate
+from sequencerd.storage import connections, sources
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief, is_environment
+from sequencerd.storage.sources import Candidate
+from sequencerd.storage.statements import QUERIES
 
 INTERVAL = 60.0  # seconds between checks, if no run is due before
 TURN = 1.0  # seconds between checks while a run goes on
@@ -91,8 +93,8 @@ class Enrolling:
                 self._changed.clear()
                 try:
                     pause = await self.turn()
-                except store.TRANSIENT_ERRORS as error:
-                    self._log.warning("database error, tried again", error=store.brief(error))
+                except TRANSIENT_ERRORS as error:
+                    self._log.warning("database error, tried again", error=brief(error))
                 except Exception:
                     self._log.exception("internal error")
                 await asyncio.sleep(min(pause, TURN))  # anybody can notify, as often as they like
@@ -108,7 +110,10 @@ class Enrolling:
         pause = await self._check(is_ours=False)
         if pause > 0:
             return pause
-        async with store.connection(self._pool) as connection, store.transaction(connection):
+        async with (
+            connections.borrow(self._pool) as connection,
+            connections.transaction(connection),
+        ):
             if not await connection.fetchval(QUERIES["try_lock_enrolling"]):
                 return TURN
             while True:
@@ -124,7 +129,7 @@ class Enrolling:
         something is due.
         """
         if reading is None:
-            async with store.connection(self._pool) as connection:
+            async with connections.borrow(self._pool) as connection:
                 rows = await connection.fetch(QUERIES["schedules"])
         else:
             rows = await reading.fetch(QUERIES["schedules"])
@@ -149,7 +154,7 @@ class Enrolling:
             if row["scheduled"] != row["definition"]:
                 times.append(now)
                 if is_ours:
-                    async with store.connection(self._pool) as connection:
+                    async with connections.borrow(self._pool) as connection:
                         await connection.execute(
                             QUERIES["set_schedule"], name, row["definition"], first
                         )
@@ -184,21 +189,24 @@ class Enrolling:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            log.warning("a scheduled run failed", error=store.brief(error))
+            log.warning("a scheduled run failed", error=brief(error))
             run = Run(problem=_explain(error, due, self._timeout), has_failed=True)
             try:
-                async with store.connection(self._pool) as connection:
+                async with connections.borrow(self._pool) as connection:
                     await self._finish(connection, due, begun, run)
-            except store.TRANSIENT_ERRORS as lost:  # it is still due
-                log.warning("database error, tried again", error=store.brief(lost))
+            except TRANSIENT_ERRORS as lost:  # it is still due
+                log.warning("database error, tried again", error=brief(lost))
                 await asyncio.sleep(TURN)
         else:
             log.info("a scheduled run ended", found=run.found, enrolled=run.enrolled)
 
     async def _read(self, due: Due) -> tuple[list[Candidate], Counter[str]]:
         limit = due.config.at_most + 1
-        async with store.connection(self._pool) as connection, store.transaction(connection):
-            return await store.read_source(
+        async with (
+            connections.borrow(self._pool) as connection,
+            connections.transaction(connection),
+        ):
+            return await sources.read_source(
                 connection, due.config.source, due.sequence, limit, self._timeout
             )
 
@@ -208,7 +216,10 @@ class Enrolling:
         """Enroll what was read and record the run, in one transaction."""
         at_most = due.config.at_most
         problems = [f"{count:,} rows {fault}" for fault, count in faults.items()]
-        async with store.connection(self._pool) as connection, store.transaction(connection):
+        async with (
+            connections.borrow(self._pool) as connection,
+            connections.transaction(connection),
+        ):
             if not await connection.fetchval(QUERIES["lock_run"], due.sequence, due.at):
                 return Run()  # another daemon has done it, or it was scheduled otherwise
             if len(candidates) > at_most:
@@ -271,7 +282,7 @@ async def _insert(
             )
 
     async def refuse(one: Candidate, error: Exception) -> None:
-        if store.is_environment(error):
+        if is_environment(error):
             raise error
         refused.append((one.subject, error))
         if not enrolled and len(refused) == MOST_REFUSED:

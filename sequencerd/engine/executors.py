@@ -20,6 +20,7 @@ from sequencerd.core.model import (
     NotStarted,
     Result,
     Step,
+    StepKey,
     Task,
 )
 from sequencerd.definitions.compiler import Runners
@@ -28,7 +29,6 @@ from sequencerd.runners import tracing
 from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.protocol import NotNow
 from sequencerd.service.metrics import Metrics
-from sequencerd.storage.store import StepKey
 
 INTERRUPTED = Failed(
     "interrupted: the daemon stopped", retry_after=timedelta(0), fault="server", unknown=True

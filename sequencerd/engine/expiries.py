@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import SideEffect
+from sequencerd.core.model import SideEffect, StepKey
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.claims import Claims
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executors
-from sequencerd.storage import store
-from sequencerd.storage.store import StepKey
+from sequencerd.storage import connections
+from sequencerd.storage.claims import expired_ids, forget_expiries
 
 TURN = 1.0  # seconds between searches
 OVERLAP = timedelta(seconds=5)  # a transaction that takes longer to commit is found by the sweep
@@ -80,11 +80,11 @@ class Expiries:
         """Claim a batch of a step. Return the ids that were found."""
         now = self._clock.now()
         known = self._known.get(step_key)
-        async with store.connection(self._pool) as connection:
+        async with connections.borrow(self._pool) as connection:
             if known is None or known.revision != revision:
-                await store.forget_expiries(connection, step_key)
+                await forget_expiries(connection, step_key)
                 known = self._known[step_key] = _Known(revision, None)
-            ids = await store.expired_ids(
+            ids = await expired_ids(
                 connection,
                 step_key,
                 now,

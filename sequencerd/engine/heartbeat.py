@@ -16,7 +16,8 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.engine.problems import Problems
-from sequencerd.storage import store
+from sequencerd.storage import connections, daemons
+from sequencerd.storage.database_errors import brief
 
 AGAIN = 1.0  # seconds after a failed heartbeat
 TOGETHER = 0.2  # seconds for which changed problems are collected
@@ -53,7 +54,7 @@ class Heartbeat:
             try:
                 await self.beat()
             except Exception as error:  # whatever it is, the next one may succeed
-                self._log.warning("heartbeat failed, tried again", error=store.brief(error))
+                self._log.warning("heartbeat failed, tried again", error=brief(error))
                 await asyncio.sleep(min(AGAIN, self._lease / 3))
                 continue
             with suppress(TimeoutError):
@@ -64,19 +65,19 @@ class Heartbeat:
     async def beat(self) -> None:
         """Write one heartbeat with the problems, and remove dead daemons."""
         async with asyncio.timeout(max(self._lease / 3, AGAIN)):
-            async with store.connection(self._pool) as connection:
+            async with connections.borrow(self._pool) as connection:
                 lease = timedelta(seconds=self._lease)
-                self._started_at = await store.beat(
+                self._started_at = await daemons.beat(
                     connection, self._name, self._started_at, lease, self._types()
                 )
                 rows = self._problems.rows()
                 if rows or self._had_problems:
-                    await store.write_problems(connection, self._name, rows)
+                    await daemons.write_problems(connection, self._name, rows)
                     self._had_problems = bool(rows)
-                await store.remove_dead_daemons(connection)
+                await daemons.remove_dead_daemons(connection)
 
     async def end(self) -> None:
         """Remove the daemon. If that fails, it counts as dead after the duration of a lease."""
         with suppress(Exception):
-            async with asyncio.timeout(AGAIN), store.connection(self._pool) as connection:
-                await store.remove_daemon(connection, self._name)
+            async with asyncio.timeout(AGAIN), connections.borrow(self._pool) as connection:
+                await daemons.remove_daemon(connection, self._name)

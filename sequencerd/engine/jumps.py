@@ -23,7 +23,7 @@ from sequencerd.core.model import (
     RefusalKey,
     Refusals,
 )
-from sequencerd.storage import store
+from sequencerd.storage.jumps import lock_cancelled, refusals
 
 UNKNOWN = ("always", None)  # what is taken for the policy and refusal of no such sequence
 
@@ -110,7 +110,7 @@ async def _policies(
     ]
     found: defaultdict[int, dict[RefusalKey, tuple[str, str | None]]] = defaultdict(dict)
     if asked:
-        answers = await store.refusals(connection, [one[2:] for one in asked])
+        answers = await refusals(connection, [one[2:] for one in asked])
         for (id_, key, *_), answer in zip(asked, answers, strict=True):
             if answer is not None:
                 found[id_][key] = answer
@@ -129,7 +129,7 @@ async def _lock_cancelled(
     }
     if asked:
         targets = [(id_, one.subject, one.sequence) for id_, one in asked]
-        for number, locked in await store.lock_cancelled(connection, targets):
+        for number, locked in await lock_cancelled(connection, targets):
             id_, one = asked[number]
             found[id_, one.key].append(locked)
     return found

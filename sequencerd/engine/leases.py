@@ -12,15 +12,15 @@ from datetime import datetime, timedelta
 
 import asyncpg
 
-from sequencerd.core.model import Fence
+from sequencerd.core.model import Fence, StepKey
 from sequencerd.engine.background import PAUSE
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.quarantine import isolate
 from sequencerd.service.metrics import Metrics
-from sequencerd.storage import store
-from sequencerd.storage.store import LOST_ERRORS, TRANSIENT_ERRORS, StepKey
+from sequencerd.storage import claims, connections, writes
+from sequencerd.storage.database_errors import LOST_ERRORS, TRANSIENT_ERRORS
 
 
 class Leases:
@@ -62,7 +62,10 @@ class Leases:
         If the answer to the commit is lost, the rows show whether it has happened.
         """
         try:
-            async with store.connection(self._pool) as connection, store.transaction(connection):
+            async with (
+                connections.borrow(self._pool) as connection,
+                connections.transaction(connection),
+            ):
                 yield connection
         except LOST_ERRORS:
             ids = {one.enrollment.id for one in batch.leased}
@@ -98,8 +101,8 @@ class Leases:
         ids = [one.enrollment.id for one in leased]
         while ids:
             try:
-                async with store.connection(self._pool) as connection:
-                    return await store.fences(connection, ids)
+                async with connections.borrow(self._pool) as connection:
+                    return await claims.fences(connection, ids)
             except TRANSIENT_ERRORS:
                 await asyncio.sleep(PAUSE)
         return set()
@@ -125,8 +128,8 @@ class Leases:
 
     async def _extend(self, ids: Sequence[int]) -> None:
         until = self._clock.now() + self._lease_time
-        async with store.connection(self._pool) as connection:
-            await store.extend_leases(connection, ids, self._daemon, until)
+        async with connections.borrow(self._pool) as connection:
+            await writes.extend_leases(connection, ids, self._daemon, until)
 
 
 def _give_back(leased: Iterable[Leased]) -> None:

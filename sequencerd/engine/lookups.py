@@ -18,7 +18,7 @@ from sequencerd.runners.http import Endpoint
 from sequencerd.runners.http_client import Unreachable, judge
 from sequencerd.runners.registry import make_endpoint
 from sequencerd.settings import LookupEndpoint
-from sequencerd.storage import store
+from sequencerd.storage import connections, sources
 
 GROUP = "sequencerd.lookups"
 
@@ -98,14 +98,14 @@ class Lookups:
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(self._timeout):
-                    connection = await stack.enter_async_context(store.connection(self._pool))
+                    connection = await stack.enter_async_context(connections.borrow(self._pool))
             except TimeoutError:
                 raise RuntimeError(
                     "other lookups have held all of database.lookup_connections "
                     f"({self._pool.get_max_size()}) for {self._timeout:g} seconds"
                 ) from None
             try:
-                return await store.look_up(connection, name, subjects, self._timeout)
+                return await sources.look_up(connection, name, subjects, self._timeout)
             except asyncpg.QueryCanceledError:
                 raise RuntimeError(f"no answer within {self._timeout:g} seconds") from None
 

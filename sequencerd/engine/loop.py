@@ -22,7 +22,7 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.backoff import Pauses
-from sequencerd.core.model import NEVER, outcome
+from sequencerd.core.model import NEVER, StepKey, outcome
 from sequencerd.definitions.compiler import Runners
 from sequencerd.engine.background import PAUSE, Background, Repeating
 from sequencerd.engine.backpressure import Backlog
@@ -44,9 +44,10 @@ from sequencerd.engine.reschedule import Rescheduling
 from sequencerd.engine.results import Results
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
-from sequencerd.storage import store
+from sequencerd.storage import connections, reschedule, server
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.listener import Changed, Due, DueSteps, Message, Reevaluate
-from sequencerd.storage.store import TRANSIENT_ERRORS, StepKey
+from sequencerd.storage.wakes import count_due, first_wakes
 
 WRITERS = 3  # of results: one computes while the others wait for the database
 MAX_SLEEP = 1.0  # seconds: the watchdog checks that the loop turns
@@ -276,7 +277,7 @@ class Engine:
             await self._claims.claim_all(step_key)
         except TRANSIENT_ERRORS as error:
             self._log.warning(
-                "database error, work is done again", step=step_key, error=store.brief(error)
+                "database error, work is done again", step=step_key, error=brief(error)
             )
             self._push(step_key, self._clock.now() + timedelta(seconds=PAUSE))
         except Exception:  # the other steps go on, and the sweep comes back to this one
@@ -317,7 +318,7 @@ class Engine:
                 try:
                     await self._try_quarantined(results_only=True)
                 except Exception as error:
-                    self._log.warning("kept results cannot be written", error=store.brief(error))
+                    self._log.warning("kept results cannot be written", error=brief(error))
                 while self._leases.by_id.keys() - self._quarantine.with_result:
                     self._backlog.changed.set()
                     await asyncio.sleep(0.01)
@@ -336,20 +337,20 @@ class Engine:
 
     async def sweep(self) -> None:
         """Find whatever no notification has reported: at the start, and regularly after it."""
-        async with store.connection(self._pool) as connection:
-            off = self._clock.measured(await store.server_time(connection))
+        async with connections.borrow(self._pool) as connection:
+            off = self._clock.measured(await server.server_time(connection))
             if abs(off) > timedelta(seconds=1):
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
         await self.reload()
-        async with store.connection(self._pool) as connection:
-            self._rescheduling.resume(await store.unfinished_rescheduling(connection))
+        async with connections.borrow(self._pool) as connection:
+            self._rescheduling.resume(await reschedule.unfinished_rescheduling(connection))
         wakes = await self.rebuild()
         now = self._clock.now()
         due = self._due(wakes, now)
         counts = []
         if due:
-            async with store.connection(self._pool) as connection:
-                counts = await store.count_due(connection, due, now, MAX_DUE)
+            async with connections.borrow(self._pool) as connection:
+                counts = await count_due(connection, due, now, MAX_DUE)
         await self._claims.claim_orphans(due, now)
         self._executors.resume()
         self._expiries.forget()
@@ -372,8 +373,8 @@ class Engine:
 
     async def rebuild(self) -> list[tuple[StepKey, datetime]]:
         """Fill the heap from the index. An entry that is too early costs one empty claim."""
-        async with store.connection(self._pool) as connection:
-            wakes = await store.first_wakes(connection)
+        async with connections.borrow(self._pool) as connection:
+            wakes = await first_wakes(connection)
         for step_key, at in wakes:
             self._push(step_key, at)
         return wakes
@@ -410,8 +411,8 @@ class Engine:
 
     async def _probe(self) -> None:
         """Raise what keeps every row from being written, and so is the fault of none."""
-        async with store.connection(self._pool) as connection:
-            await store.probe(connection)
+        async with connections.borrow(self._pool) as connection:
+            await server.probe(connection)
 
     async def _extend_leases(self) -> None:
         await self._leases.extend(self._quarantine.with_result, self._probe)

@@ -37,7 +37,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import Jump, decide
 from sequencerd.engine.shared_outcome import SharedOutcome
-from sequencerd.storage import store
+from sequencerd.storage import jumps, wakes, writes
 
 
 class Moves:
@@ -217,16 +217,16 @@ class Moves:
         for jumped, advanced in decided.advanced:
             self.add(batch, jumped, advanced, now)
             batch.entries += advanced.entries
-        await store.write(connection, batch, now)
+        await writes.write(connection, batch, now)
         if decided.cancelled:
-            await store.cancel(connection, decided.cancelled, now)
+            await jumps.cancel(connection, decided.cancelled, now)
         if batch.entries:
-            batch.entered = dict.fromkeys(await store.enter(connection, batch.entries), now)
+            batch.entered = dict.fromkeys(await jumps.enter(connection, batch.entries), now)
             batch.elsewhere |= {
                 (entry.sequence, entry.elsewhere) for entry in batch.entries if entry.elsewhere
             }
         if batch.elsewhere:
-            await store.notify_due(connection, batch.elsewhere)
+            await wakes.notify_due(connection, batch.elsewhere)
 
 
 def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:

@@ -12,7 +12,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor
 from sequencerd.engine.problems import Problems
 from sequencerd.service.metrics import Metrics
-from sequencerd.storage import store
+from sequencerd.storage import connections, wakes
 
 KIND = "runner"  # of problem
 MAX_DUE = 10_000  # enrollments that are counted at each due step
@@ -62,8 +62,8 @@ class Outages:
         }
         if not types:
             return
-        async with store.connection(self._pool) as connection:
-            counts = await store.count_due(connection, types, self._clock.now(), MAX_DUE)
+        async with connections.borrow(self._pool) as connection:
+            counts = await wakes.count_due(connection, types, self._clock.now(), MAX_DUE)
         waiting = dict.fromkeys(down, 0)
         for sequence, step, due, _ in counts:
             waiting[types[sequence, step]] += due

@@ -16,13 +16,12 @@ from typing import TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.core.model import Result
+from sequencerd.core.model import Result, StepKey
 from sequencerd.core.retry import doubled
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.problems import Problems
-from sequencerd.storage import store
-from sequencerd.storage.store import LOST_ERRORS, StepKey
+from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error, is_environment
 
 FIRST = 1.0  # seconds until the first retry; doubled each time
 LONGEST = 120.0
@@ -55,7 +54,7 @@ async def isolate(
             written = True
         except Exception as error:  # whatever it is, one item may be at fault
             try:
-                if not store.is_data_error(error):
+                if not is_data_error(error):
                     await probe()
                 if not part:
                     continue
@@ -63,7 +62,7 @@ async def isolate(
                     half = len(part) // 2
                     parts.extendleft((part[half:], part[:half]))
                     continue
-                if store.is_environment(error) and not written:
+                if is_environment(error) and not written:
                     suspects += 1
                     if suspects == SUSPECTS:
                         raise
@@ -139,7 +138,7 @@ class Quarantine:
             raise error
         tries = known.tries + 1 if known else 1
         since = known.since if known else self._clock.now()
-        longest = LONGEST_OF_ENVIRONMENT if store.is_environment(error) else LONGEST
+        longest = LONGEST_OF_ENVIRONMENT if is_environment(error) else LONGEST
         pause = doubled(FIRST, longest, tries)
         due_at = asyncio.get_running_loop().time() + pause
         one = Quarantined(id_, step_key, result, since, tries, due_at)
@@ -152,7 +151,7 @@ class Quarantine:
         self._problems.report(KIND, str(id_), message, since=since, sequence=sequence, step=step)
         if known is None:
             log = self._log.bind(enrollment=id_, sequence=sequence, step=step)
-            log.warning("enrollment is quarantined", error=store.brief(error))
+            log.warning("enrollment is quarantined", error=brief(error))
             log.debug("enrollment is quarantined", error=str(error))
 
     def release(self, tried: Iterable[Quarantined]) -> None:

@@ -18,6 +18,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core import model
 from sequencerd.core.advance import is_unchanged
+from sequencerd.core.model import StepKey
 from sequencerd.engine.background import PAUSE, Background, Repeating
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.clock import Clock
@@ -25,9 +26,9 @@ from sequencerd.engine.jumps import Jump
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves
 from sequencerd.engine.quarantine import isolate
-from sequencerd.storage import store
+from sequencerd.storage import claims, connections, reschedule, wakes
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.listener import Reevaluate
-from sequencerd.storage.store import TRANSIENT_ERRORS, StepKey
 
 PAGE = 100_000  # ids read at a time, as each read scans all enrollments at the step
 SLICE = 50  # enrollments that are evaluated in one turn of the loop
@@ -113,15 +114,15 @@ class Rescheduling:
         self._requests -= requests
         wanted = {(request.sequence, request.step) for request in requests}
         try:
-            async with store.connection(self._pool) as connection:
+            async with connections.borrow(self._pool) as connection:
                 step_keys = [
                     (sequence, step)
-                    for sequence, step in await store.occupied(connection)
+                    for sequence, step in await wakes.occupied(connection)
                     if not wanted.isdisjoint(
                         [(sequence, step), (sequence, None), (None, step), (None, None)]
                     )
                 ]
-                marked = await store.request_evaluation(connection, step_keys)
+                marked = await reschedule.request_evaluation(connection, step_keys)
         except BaseException:
             self._requests |= requests
             raise
@@ -152,8 +153,8 @@ class Rescheduling:
         locked: set[str] = set()
         after, page = -1, PAGE
         while page == PAGE and not self._stopping.is_set():
-            async with store.connection(self._pool) as connection:
-                rows = await store.waiting_of_subjects(
+            async with connections.borrow(self._pool) as connection:
+                rows = await reschedule.waiting_of_subjects(
                     connection, subjects, after, self._clock.now(), PAGE
                 )
             page = len(rows)
@@ -204,7 +205,7 @@ class Rescheduling:
                     again = OTHERS_PAUSE
             except TRANSIENT_ERRORS as error:
                 again = PAUSE
-                self._log.warning("database error, tried again", error=store.brief(error))
+                self._log.warning("database error, tried again", error=brief(error))
             except Exception:
                 again = 60.0
                 self._log.exception("waiting enrollments could not be evaluated", step=step_key)
@@ -216,8 +217,8 @@ class Rescheduling:
 
     async def _reschedule(self, step_key: StepKey) -> bool:
         """Evaluate a step. Return False if another daemon does."""
-        async with store.connection(self._pool) as connection:
-            since = await store.rescheduling_from(connection, step_key)
+        async with connections.borrow(self._pool) as connection:
+            since = await reschedule.rescheduling_from(connection, step_key)
         seen = self._others.pop(step_key, since)
         if since is None:
             return True
@@ -233,8 +234,8 @@ class Rescheduling:
             sequence = self._sequences.get(step_key[0])
             if sequence is None or sequence.paused:
                 return True  # it starts again when the sequence is resumed
-            async with store.connection(self._pool) as connection:
-                page = await store.active_ids(connection, step_key, since, PAGE)
+            async with connections.borrow(self._pool) as connection:
+                page = await reschedule.active_ids(connection, step_key, since, PAGE)
             for first in range(0, len(page), self._size):
                 batch = page[first : first + self._size]
                 done = await self._batch(step_key, since, batch, sequence.revision)
@@ -247,8 +248,8 @@ class Rescheduling:
             count += len(page)
             if len(page) == PAGE:
                 continue
-            async with store.connection(self._pool) as connection:
-                again = await store.finish_rescheduling(connection, step_key, since)
+            async with connections.borrow(self._pool) as connection:
+                again = await reschedule.finish_rescheduling(connection, step_key, since)
             if again is None:
                 self._others[step_key] = since
                 return False
@@ -327,9 +328,9 @@ class Rescheduling:
         async with self._leases.writing(batch) as connection:
             if progress is not None:
                 since, until, revision = progress
-                if not await store.lock_rescheduling(connection, step_key, since, revision):
+                if not await reschedule.lock_rescheduling(connection, step_key, since, revision):
                     return None
-            waiting, locked = await store.lock_waiting(connection, step_key, ids, now)
+            waiting, locked = await claims.lock_waiting(connection, step_key, ids, now)
             for number, enrollment in enumerate(waiting, 1):
                 advanced = self._moves.advance(enrollment, now)
                 if advanced.is_tentative:
@@ -341,17 +342,17 @@ class Rescheduling:
                     await asyncio.sleep(0)
             await self._moves.write(connection, batch, now)
             if progress is not None and not locked:
-                await store.record_progress(connection, step_key, until)
+                await reschedule.record_progress(connection, step_key, until)
         return locked
 
     async def _outlast_older_transactions(self) -> None:
         """Wait for transactions that may move enrollments to a step by its old definition."""
-        async with store.connection(self._pool) as connection:
-            newest = await store.new_transaction(connection)
+        async with connections.borrow(self._pool) as connection:
+            newest = await reschedule.new_transaction(connection)
         loop = asyncio.get_running_loop()
         until = loop.time() + GRACE
         while loop.time() < until and not self._stopping.is_set():
-            async with store.connection(self._pool) as connection:
-                if await store.oldest_transaction(connection) >= newest:
+            async with connections.borrow(self._pool) as connection:
+                if await reschedule.oldest_transaction(connection) >= newest:
                     return
             await asyncio.sleep(GRACE_TURN)

@@ -30,8 +30,8 @@ from sequencerd.engine.executors import Executors, Finished, Leased
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
-from sequencerd.storage import store
-from sequencerd.storage.store import LOST_ERRORS
+from sequencerd.storage import claims
+from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error
 
 LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
 
@@ -80,7 +80,7 @@ class Results:
                     self._executors.resume()
                 left, common = await self._write_in_parts(results)
                 if common is not None:
-                    self._log.warning("results wait for the database", error=store.brief(common))
+                    self._log.warning("results wait for the database", error=brief(common))
                     await asyncio.sleep(PAUSE)
                     if isinstance(common, LOST_ERRORS):
                         left = await self._still_held(left)
@@ -108,7 +108,7 @@ class Results:
         refusal: Exception | None = error
         if not leased.executor.is_lookup:
             refusal = await refusal_of(self._write_batch([finished], result_only=True))
-        if refusal is not None and store.is_data_error(refusal):
+        if refusal is not None and is_data_error(refusal):
             refusal = await refusal_of(self._write_batch([finished], failure=refusal))
         if refusal is not None:
             at = leased.enrollment
@@ -145,11 +145,11 @@ class Results:
         known = [leased.enrollment for leased, _ in results]
         batch, locked_elsewhere = Batch(), []
         async with self._leases.writing(batch) as connection:
-            locked, ours, revisions = await store.lock(connection, known)
+            locked, ours, revisions = await claims.lock(connection, known)
             if any(self._revision(name) != revision for name, revision in revisions.items()):
                 return False
             missing = [enrollment.id for enrollment in known if enrollment.id not in locked]
-            exist = await store.existing(connection, missing) if missing else set()
+            exist = await claims.existing(connection, missing) if missing else set()
             for leased, result in results:
                 if enrollment := ours.get(leased.fence):
                     if failure is not None:

@@ -16,12 +16,13 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.engine.clock import Clock
 from sequencerd.settings import Retention as Settings
-from sequencerd.storage import store
+from sequencerd.storage import connections, retention
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 INTERVAL = 3600.0  # seconds
 SOONER = 60.0  # seconds, after a lock or a transient error
 BATCH = 1000  # enrollments
-ERRORS = (*store.TRANSIENT_ERRORS, asyncpg.PostgresError)
+ERRORS = (*TRANSIENT_ERRORS, asyncpg.PostgresError)
 PAUSE = 0.05  # seconds between batches, and never less than a batch took
 
 Result = TypeVar("Result")
@@ -45,7 +46,7 @@ def _report(error: BaseException, log: FilteringBoundLogger) -> float:
     if isinstance(error, asyncpg.LockNotAvailableError):
         log.info("the history is in use, it is tidied up later")
         return SOONER
-    if isinstance(error, store.TRANSIENT_ERRORS):
+    if isinstance(error, TRANSIENT_ERRORS):
         log.warning("database error, tidied up later", error=str(error))
         return SOONER
     log.error("the tables can't be tidied up", error=str(error))
@@ -73,7 +74,7 @@ async def tidy(
 
 
 async def _add_partitions(pool: asyncpg.Pool, *_: object) -> None:
-    await _alone(pool, store.add_event_partitions)
+    await _alone(pool, retention.add_event_partitions)
 
 
 async def _drop_history(
@@ -82,7 +83,7 @@ async def _drop_history(
     if settings.events is None:
         return
     before = now - settings.events
-    while name := await _alone(pool, lambda c: store.drop_event_partition(c, before)):
+    while name := await _alone(pool, lambda c: retention.drop_event_partition(c, before)):
         log.info("old history was dropped", partition=name)
 
 
@@ -94,7 +95,7 @@ async def _delete_ended(
     until, deleted = now - settings.ended, 0
     loop = asyncio.get_running_loop()
     started = loop.time()
-    while count := await _alone(pool, lambda c: store.delete_ended(c, until, BATCH)):
+    while count := await _alone(pool, lambda c: retention.delete_ended(c, until, BATCH)):
         deleted += count
         await asyncio.sleep(max(PAUSE, loop.time() - started))
         started = loop.time()
@@ -106,5 +107,5 @@ async def _alone(
     pool: asyncpg.Pool, work: Callable[[asyncpg.Connection], Awaitable[Result]]
 ) -> Result | None:
     """Do work in a transaction, unless another daemon runs retention."""
-    async with store.connection(pool) as connection, store.transaction(connection):
-        return await work(connection) if await store.try_lock_retention(connection) else None
+    async with connections.borrow(pool) as connection, connections.transaction(connection):
+        return await work(connection) if await retention.try_lock_retention(connection) else None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import asyncpg
 
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage.statements import QUERIES
 
 BATCH = 1000  # enrollments in a transaction
 FETCH = 10_000

@@ -19,15 +19,14 @@ import asyncpg
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from structlog.typing import FilteringBoundLogger
 
+from sequencerd.core.model import StepKey
 from sequencerd.storage import conninfo
-from sequencerd.storage.store import (
-    TRANSIENT_ERRORS,
-    StepKey,
+from sequencerd.storage.daemons import (
     acquire_notify_lock,
     acquire_requests_lock,
-    brief,
     release_notify_lock,
 )
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 CHANNEL = "sequencer"
 PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import asyncpg
 
 from sequencerd.errors import DatabaseError, MigrationError
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage.statements import QUERIES
 
 OLDEST_SERVER = 150000  # PostgreSQL 15
 

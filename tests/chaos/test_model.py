@@ -37,7 +37,7 @@ from sequencerd.engine.lookups import Lookups
 from sequencerd.engine.loop import Engine
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
-from sequencerd.storage import store
+from sequencerd.storage import connections
 from sequencerd.storage.listener import listen
 from tests.helpers.engines import define
 from tests.helpers.waiting import PATIENCE
@@ -222,8 +222,8 @@ class Daemon:
 
     async def start(self) -> None:
         log = structlog.get_logger()
-        self._pool = await store.connect_pool(self._url, 5)
-        self._heart = await store.connect_pool(self._url, 1)
+        self._pool = await connections.connect_pool(self._url, 5)
+        self._heart = await connections.connect_pool(self._url, 1)
         self.engine = Engine(
             self._pool,
             self._heart,

@@ -19,7 +19,7 @@ import pytest
 
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.engine.loop import Engine
-from sequencerd.storage import store
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from tests.chaos.test_chaos import SECONDS, server, world  # noqa: F401 - fixtures
 from tests.chaos.world import CONNECT, World
 from tests.helpers.engines import ALL_ENDED, Recorder, running_engine, until
@@ -163,7 +163,7 @@ async def notify(connection: asyncpg.Connection, _: World, rng: random.Random) -
 
 async def crowd(_: asyncpg.Connection, world: World, __: random.Random) -> None:  # noqa: F811
     taken: list[asyncpg.Connection] = []
-    with suppress(*store.TRANSIENT_ERRORS):
+    with suppress(*TRANSIENT_ERRORS):
         while len(taken) < 100:
             taken.append(await asyncpg.connect(world.server.url, timeout=5))
     await asyncio.sleep(1)

@@ -25,7 +25,8 @@ from urllib.parse import parse_qs, urlsplit
 import asyncpg
 from aiosmtpd.smtp import SMTP, Envelope
 
-from sequencerd.storage import embedded, migrate, store
+from sequencerd.storage import embedded, migrate
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from tests.helpers.databases import execute, with_database
 from tests.helpers.engines import define
 from tests.helpers.servers import Answer, Request, http_server
@@ -33,7 +34,7 @@ from tests.helpers.waiting import PATIENCE
 
 LEASE = 3  # seconds
 RATE = 80  # enrollments a second
-CONNECT = store.TRANSIENT_ERRORS
+CONNECT = TRANSIENT_ERRORS
 
 MAIL = '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}'
 PAUSE = 400  # milliseconds

@@ -19,7 +19,7 @@ from aiosmtpd.controller import Controller
 from sequencerd.cli import doctor
 from sequencerd.cli.doctor import Finding
 from sequencerd.settings import Settings
-from sequencerd.storage import store
+from sequencerd.storage.statements import QUERIES
 from tests.helpers.commands import Command
 from tests.helpers.databases import with_login
 from tests.helpers.engines import define, enroll, running_engine
@@ -168,7 +168,7 @@ async def test_a_notification_that_does_not_come(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "ROUND_TRIP", 0.2)
-    monkeypatch.setitem(store.QUERIES, "notify", "SELECT $1::text")
+    monkeypatch.setitem(QUERIES, "notify", "SELECT $1::text")
     finding = (await examine(database))["notifications"]
     assert finding.level == "error"
     assert "direct connection" in finding.advice
@@ -189,8 +189,8 @@ async def test_nothing_is_listened_to(database: str, connection: asyncpg.Connect
 async def test_a_pooler(
     database: str, monkeypatch: pytest.MonkeyPatch, listen: bool, level: str, words: str
 ) -> None:
-    facts = store.QUERIES["server_facts"]
-    monkeypatch.setitem(store.QUERIES, "server_facts", facts.replace("pg_backend_pid()", "0"))
+    facts = QUERIES["server_facts"]
+    monkeypatch.setitem(QUERIES, "server_facts", facts.replace("pg_backend_pid()", "0"))
     finding = (await examine(database, database={"listen": listen}))["pooler"]
     assert (finding.level, words in finding.seen) == (level, True)
 

@@ -13,7 +13,7 @@ import pytest
 from sequencerd.cli import main
 from sequencerd.cli.arguments import make_parser
 from sequencerd.cli.commands import role_for
-from sequencerd.storage import store
+from sequencerd.storage.statements import QUERIES
 from tests.cli.test_doctor import examine
 from tests.helpers.commands import Command
 from tests.helpers.databases import with_login
@@ -77,7 +77,7 @@ async def test_doctor_goes_on_when_a_check_fails(
     assert "GRANT sequencer_daemon" in found["schema"].advice
     assert (found["clock"].level, found["runner Crm"].level) == ("ok", "error")
     end = "SELECT pg_terminate_backend(pg_backend_pid())"
-    monkeypatch.setitem(store.QUERIES, "vacuum_facts", end)
+    monkeypatch.setitem(QUERIES, "vacuum_facts", end)
     found = await examine(database, runners={"Crm": {"url": "http://127.0.0.1:9/"}})
     assert found["vacuum"].level == "error"
     assert "runner Crm" in found

@@ -19,7 +19,7 @@ from sequencerd.console import html, summary, views
 from sequencerd.console.live import INTERVAL
 from sequencerd.console.pages import FILES
 from sequencerd.console.tables import Column, Table, as_csv
-from sequencerd.storage import store
+from sequencerd.storage import connections
 from tests.console.conftest import (
     BEGUN,
     DAY,
@@ -450,7 +450,7 @@ async def test_many_viewers_cost_one_query(
 ) -> None:
     waiting, _ = await people(connection)
     asked: list[str] = []
-    read = store.read
+    read = connections.read
 
     async def counting(pool: asyncpg.Pool, query: str, *arguments: object) -> object:
         asked.append(query)
@@ -459,7 +459,7 @@ async def test_many_viewers_cost_one_query(
     async with console(database) as client:
         page = client.build_request("GET", "/live", params={"topic": waiting, "version": ""})
         streams = [await client.send(page, stream=True) for _ in range(20)]
-        monkeypatch.setattr(store, "read", counting)
+        monkeypatch.setattr(connections, "read", counting)
         begun = asyncio.get_running_loop().time()
         await eventually(lambda: len(asked) > 1)
         took = asyncio.get_running_loop().time() - begun

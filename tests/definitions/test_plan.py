@@ -23,7 +23,8 @@ from sequencerd.definitions.compiler import from_rows
 from sequencerd.definitions.diff import compare, is_same
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import FileError, PlanError
-from sequencerd.storage import store
+from sequencerd.storage.sequences import read_definitions
+from sequencerd.storage.statements import QUERIES
 from sequencerd.testing import load
 from tests.helpers.engines import ALL_ENDED, enroll, running_engine, until
 from tests.helpers.plans import RUNNERS, Applying
@@ -475,7 +476,7 @@ async def test_every_transaction_keeps_one_revision(
     await connection.execute("UPDATE sequencer.sequences SET status = status")
     await connection.execute("UPDATE sequencer.steps SET problem = 'by the daemon'")
     await connection.execute("UPDATE sequencer.steps SET name = 'start' WHERE name = 'hello'")
-    rows = await connection.fetch(store.QUERIES["revisions_of"], "s")
+    rows = await connection.fetch(QUERIES["revisions_of"], "s")
     changes = [
         list(compare(json.loads(row["before"]), json.loads(row["document"])).lines())
         for row in rows[:-1]
@@ -506,7 +507,7 @@ steps:
 
 async def dealt(connection: asyncpg.Connection, name: str = "s", step: str = "deal") -> list[str]:
     """Where the Split of the database's definition sends subjects."""
-    sequences, steps = await store.definitions(connection, [name])
+    sequences, steps = await read_definitions(connection, [name])
     return dealt_by({name: from_rows(sequences[0], steps, RUNNERS)}, name, step)
 
 
@@ -615,7 +616,7 @@ async def test_steps_that_configs_name_follow_renames(
     assert await targets(connection) == {"t/post", "t/back"}
     over = await connection.fetchval("SELECT config FROM sequencer.steps WHERE name = 'over'")
     assert json.loads(over) == {"sequence": "t", "step": "post"}
-    sequences, steps = await store.definitions(connection, ["t"])
+    sequences, steps = await read_definitions(connection, ["t"])
     found = from_rows(sequences[0], steps, RUNNERS)
     assert {one.target for one in found.steps["split"].exits} == {"post", "back"}
 

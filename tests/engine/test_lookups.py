@@ -18,7 +18,7 @@ from sequencerd.engine import lookups
 from sequencerd.service.health import Health
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import LookupEndpoint
-from sequencerd.storage import store
+from sequencerd.storage import connections, sources
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.helpers.pooler import pgbouncer
 from tests.helpers.servers import Answer, Request, http_server, task
@@ -110,13 +110,13 @@ async def test_a_request_for_all_asks_once_about_each(
 ) -> None:
     """Also where more wait than a lookup takes on at a time."""
     asked: Counter[str] = Counter()
-    original = store.look_up
+    original = sources.look_up
 
     async def counting(*arguments: Any) -> Any:
         asked.update(arguments[2])
         return await original(*arguments)
 
-    monkeypatch.setattr(store, "look_up", counting)
+    monkeypatch.setattr(sources, "look_up", counting)
     await connection.execute(ACCOUNTS)
     await define(
         connection, "s", ("pause", "WaitForDuration", DAYS, None), ("pro", "Goal", PRO, None)
@@ -170,10 +170,10 @@ async def test_a_function_can_neither_write_nor_be_anybody_elses(
         " LANGUAGE sql AS $$ INSERT INTO app.questions VALUES ($1) RETURNING 'x', '{}'::jsonb $$"
     )
     with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
-        await store.look_up(connection, "app.noting", ["ada"], 60)
+        await sources.look_up(connection, "app.noting", ["ada"], 60)
     for name in ("plans", "pg_catalog.unnest", "sequencer.enroll", 'app."x"', "app.f(); --"):
         with pytest.raises(ValueError, match="SQL function"):
-            await store.look_up(connection, name, ["ada"], 60)
+            await sources.look_up(connection, name, ["ada"], 60)
 
 
 @pytest.mark.parametrize("form", ["list", "original"])
@@ -307,7 +307,7 @@ async def test_the_server_ends_a_slow_lookup(
 ) -> None:
     await connection.execute(ACCOUNTS + SLOW)
     with pgbouncer(database, tmp_path) if through_pooler else nullcontext(database) as url:
-        pool = await store.connect_pool(url, 1, pooled=through_pooler, least=0)
+        pool = await connections.connect_pool(url, 1, pooled=through_pooler, least=0)
         made = lookups.Lookups(pool, {}, timeout=0.2)
         (found,) = await made.get("slow.one").run(None, [task()])
         assert found.message == "lookup 'slow.one' failed: no answer within 0.2 seconds"
@@ -317,10 +317,10 @@ async def test_the_server_ends_a_slow_lookup(
             (found,) = await made.get("app.plans").run(None, [task()])
             assert "have held all of database.lookup_connections (1) for 0.2 s" in found.message
             waiting = asyncio.create_task(made._by_sql("app.plans", []))
-            while store.longest_wait(pool) == 0:  # noqa: ASYNC110 - it sets no event
+            while connections.longest_wait(pool) == 0:  # noqa: ASYNC110 - it sets no event
                 await asyncio.sleep(0.01)
         assert await waiting == {}
-        assert store.longest_wait(pool) == 0
+        assert connections.longest_wait(pool) == 0
         await pool.close()
 
 

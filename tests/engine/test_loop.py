@@ -18,7 +18,9 @@ from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Res
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
 from sequencerd.runners.http import HttpRunner
-from sequencerd.storage import store
+from sequencerd.storage import connections, writes
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.statements import AdvisoryLock
 from tests.helpers import servers
 from tests.helpers.engines import (
     ALL_ENDED,
@@ -39,7 +41,7 @@ PAID = """{
 }"""
 DAYS = '{"amount": 3, "unit": "days"}'
 BELL = f"""FROM pg_locks
-    WHERE locktype = 'advisory' AND (classid, objid) = ({store.AdvisoryLock.NOTIFY})
+    WHERE locktype = 'advisory' AND (classid, objid) = ({AdvisoryLock.NOTIFY})
       AND mode = 'ExclusiveLock' AND granted
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
@@ -201,7 +203,7 @@ async def test_a_lease_that_was_rolled_back_is_not_taken_for_a_later_one(
     both have the same visit and daemon.
     """
     asked, told, answered, finish = (asyncio.Event() for _ in range(4))
-    held, write = Leases.held, store.write
+    held, write = Leases.held, writes.write
 
     async def slowly(self: Leases, leased: Iterable[Leased]) -> set[Fence]:
         asked.set()
@@ -221,7 +223,7 @@ async def test_a_lease_that_was_rolled_back_is_not_taken_for_a_later_one(
         return Answer()
 
     monkeypatch.setattr(Leases, "held", slowly)
-    monkeypatch.setattr(store, "write", cut_off_once)
+    monkeypatch.setattr(writes, "write", cut_off_once)
     recorder = Recorder(wait)
     await define(connection, "s", ("one", "Note", "{}", None))
     async with running_engine(database, {"Note": recorder}) as engine:
@@ -437,13 +439,16 @@ async def test_the_notify_lock_goes_to_another_daemon(
 
 
 async def test_a_cancelled_transaction_ends_though_its_connection_is_dead(database: str) -> None:
-    pool = await store.connect_pool(database, 1)
+    pool = await connections.connect_pool(database, 1)
     begun = asyncio.Event()
 
     async def work() -> None:
         while True:
-            with suppress(*store.TRANSIENT_ERRORS):
-                async with store.connection(pool) as connection, store.transaction(connection):
+            with suppress(*TRANSIENT_ERRORS):
+                async with (
+                    connections.borrow(pool) as connection,
+                    connections.transaction(connection),
+                ):
                     connection.terminate()
                     begun.set()
                     await asyncio.Event().wait()

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from sequencerd.core.model import Answer, Result, Task
 from sequencerd.engine import quarantine
 from sequencerd.engine.clock import Clock
-from sequencerd.storage import migrate, store
+from sequencerd.storage import claims, migrate, sequences
 from tests.helpers.commands import Command
 from tests.helpers.databases import execute, with_database, with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
@@ -439,7 +439,7 @@ async def test_a_row_that_cannot_be_read_fails_alone(
 async def test_a_claim_is_bounded_by_bytes(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(claims, "MAX_BYTES", 1_000_000)
     await define(connection, "s", ("note", "Note", "{}", None))
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, data)"
@@ -448,7 +448,7 @@ async def test_a_claim_is_bounded_by_bytes(
     )
     place, at = ("s", "note"), Clock().now() + timedelta(hours=1)
     revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
-    claimed, locked = await store.claim(
+    claimed, locked = await claims.claim(
         connection, place, at, revision, 100, daemon="me", excluding=[]
     )
     assert locked == 30
@@ -523,14 +523,14 @@ async def test_sequences_that_do_not_exist_are_looked_for_once(
         "RESET session_replication_role"
     )
     asked = 0
-    revisions = store.revisions
+    revisions = sequences.read_revisions
 
     async def counted(connection: asyncpg.Connection) -> dict[str, int]:
         nonlocal asked
         asked += 1
         return await revisions(connection)
 
-    monkeypatch.setattr(store, "revisions", counted)
+    monkeypatch.setattr(sequences, "read_revisions", counted)
     async with running_engine(database, {"Note": Recorder()}) as engine:
         for _ in range(3):
             await engine.sweep()

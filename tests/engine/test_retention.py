@@ -13,7 +13,8 @@ import structlog
 from sequencerd.engine import retention
 from sequencerd.engine.clock import Clock
 from sequencerd.settings import Retention
-from sequencerd.storage import store
+from sequencerd.storage import connections
+from sequencerd.storage.retention import try_lock_retention
 from tests.helpers.engines import define, enroll, until
 
 LOG = structlog.get_logger()
@@ -26,7 +27,7 @@ YEAR = timedelta(days=365)
 
 @pytest.fixture
 async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
-    pool = await store.connect_pool(database, 3)
+    pool = await connections.connect_pool(database, 3)
     yield pool
     await pool.close()
 
@@ -184,7 +185,7 @@ async def test_locked_rows_are_not_waited_for(
 async def test_one_daemon_at_a_time(defined: asyncpg.Connection, pool: asyncpg.Pool) -> None:
     old = await make_past(defined, 14)
     async with defined.transaction():
-        assert await store.try_lock_retention(defined)
+        assert await try_lock_retention(defined)
         await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
         assert old in await partitions(defined)
     await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)

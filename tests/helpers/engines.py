@@ -22,7 +22,7 @@ from sequencerd.runners import Runner
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
 from sequencerd.settings import LookupEndpoint
-from sequencerd.storage import store
+from sequencerd.storage import connections
 from sequencerd.storage.listener import listen
 from tests.helpers.waiting import PATIENCE
 
@@ -77,9 +77,9 @@ async def running_engine(
     **settings: Any,
 ) -> AsyncIterator[Engine]:
     """A daemon in the test's own loop: engine and listener, ready."""
-    pool, heart = await store.connect_pool(url, 5), await store.connect_pool(url, 1)
+    pool, heart = await connections.connect_pool(url, 5), await connections.connect_pool(url, 1)
     log = structlog.get_logger()
-    for_lookups = await store.connect_pool(url, 3, least=0)
+    for_lookups = await connections.connect_pool(url, 3, least=0)
     lookups = Lookups(for_lookups, endpoints or {}, timeout=lookup_timeout)
     engine = Engine(
         pool,

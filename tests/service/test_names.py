@@ -17,7 +17,7 @@ from sequencerd.errors import DatabaseError
 from sequencerd.runners.email.smtp import Mail, Postman
 from sequencerd.runners.http import HttpRunner
 from sequencerd.service import dns
-from sequencerd.storage.store import connect
+from sequencerd.storage.connections import connect
 from tests.helpers.servers import HOST, http_server, smtp_server, task
 from tests.runners.test_http import all_next
 

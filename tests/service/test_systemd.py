@@ -313,7 +313,7 @@ async def test_on_a_standby_it_waits_for_the_promotion(
         return next(answers)
 
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
-    monkeypatch.setattr("sequencerd.storage.store.is_standby", is_standby)
+    monkeypatch.setattr("sequencerd.storage.server.is_standby", is_standby)
     monkeypatch.setattr(composition, "PROMOTION_INTERVAL", 0.01)
     log = make_log(Settings(log=Log(format="json")))
     connection = await composition._wait_for_promotion(database, asyncio.Event(), log)

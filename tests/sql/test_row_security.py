@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from sequencerd.storage import store
+from sequencerd.storage import server
 from tests.cli.test_doctor import examine
 from tests.helpers.commands import Command
 from tests.helpers.databases import with_login
@@ -103,16 +103,16 @@ async def test_an_owner_under_forced_row_security_is_reported(
         await connection.execute(f"ALTER TABLE sequencer.{row[0]} OWNER TO login_owner")
     owner = await asyncpg.connect(with_login(database, "login_owner"))
     await enable(connection)
-    assert await store.hidden_tables(owner) == []
+    assert await server.hidden_tables(owner) == []
     await enable(connection, force=True)
-    hidden = await store.hidden_tables(owner)
+    hidden = await server.hidden_tables(owner)
     assert ("sequencer.enrollments", "login_owner", True) in hidden
     await make_role(connection, "login_daemon")
     await connection.execute("GRANT sequencer_daemon TO login_daemon")
     other = await asyncpg.connect(with_login(database, "login_daemon"))
-    assert {one.user for one in await store.hidden_tables(other)} == {"login_owner"}
+    assert {one.user for one in await server.hidden_tables(other)} == {"login_owner"}
     await connection.execute("GRANT sequencer_daemon TO login_owner")
-    assert await store.hidden_tables(owner) == []
+    assert await server.hidden_tables(owner) == []
     await owner.close()
     await other.close()
     await connection.execute("REVOKE sequencer_daemon FROM login_owner")

@@ -14,8 +14,8 @@ import asyncpg
 import pytest
 
 from sequencerd.core.model import Enrollment, effect_key
-from sequencerd.storage import store
-from sequencerd.storage.store import LOCK_CLASS, QUERIES, AdvisoryLock
+from sequencerd.storage import daemons
+from sequencerd.storage.statements import LOCK_CLASS, QUERIES, AdvisoryLock
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 
@@ -72,7 +72,7 @@ def test_advisory_locks_have_the_same_numbers_in_sql_and_python(repository: Path
     numbers = re.findall(r"advisory\w*\((\d.+?)\)", schema)
     assert numbers == [str(AdvisoryLock.NOTIFY)]
     for path in [*(repository / "sequencerd").rglob("*.py"), *(repository / "tests").rglob("*.py")]:
-        assert str(LOCK_CLASS) not in path.read_text() or path.name == "store.py"
+        assert str(LOCK_CLASS) not in path.read_text() or path.name == "statements.py"
     assert str(LOCK_CLASS) not in "".join(
         p.read_text() for p in (repository / "sequencerd/storage/queries").iterdir()
     )
@@ -500,7 +500,7 @@ async def ear(database: str) -> AsyncIterator[Ear]:
     listening = await asyncpg.connect(database)
     ear = Ear(listening)
     await listening.add_listener("sequencer", ear.hear)
-    assert await store.acquire_notify_lock(listening)
+    assert await daemons.acquire_notify_lock(listening)
     yield ear
     await listening.close()
 
@@ -571,10 +571,10 @@ async def test_without_the_notify_lock_nothing_is_notified(
     other = await asyncpg.connect(database)
     async with other.transaction():
         await other.execute(enroll.format("eve"))
-        assert await store.acquire_notify_lock(ear.connection) is None  # or eve would be missed
+        assert await daemons.acquire_notify_lock(ear.connection) is None  # or eve would be missed
         assert await heard(ear, defined, enroll.format("joe")) == []
-    assert await store.acquire_notify_lock(ear.connection) is True
-    assert await store.acquire_notify_lock(other) is False
+    assert await daemons.acquire_notify_lock(ear.connection) is True
+    assert await daemons.acquire_notify_lock(other) is False
     await other.close()
     assert await heard(ear, defined, enroll.format("kim")) == told
 

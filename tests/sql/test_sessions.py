@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from sequencerd.storage import store
+from sequencerd.storage import daemons
 from tests.helpers.databases import with_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
 
@@ -87,7 +87,7 @@ async def editor(connection: asyncpg.Connection, database: str) -> str:
 async def test_no_trigger_fails_of_what_a_session_has_set(
     editor: str, connection: asyncpg.Connection
 ) -> None:
-    assert await store.acquire_notify_lock(connection)  # as a daemon, to be notified
+    assert await daemons.acquire_notify_lock(connection)  # as a daemon, to be notified
     for setting in SETTINGS:
         session = await asyncpg.connect(editor)
         await session.execute(f"SET {setting}")

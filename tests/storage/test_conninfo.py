@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sequencerd.errors import SettingsError
-from sequencerd.storage import conninfo, store
+from sequencerd.storage import connections, conninfo
 
 SECRET = "pa55word"  # in no message
 
@@ -133,6 +133,6 @@ async def test_the_server_takes_them(database: str, monkeypatch: pytest.MonkeyPa
         "application_name=x options='-c geqo=off' connect_timeout=5",
         "postgresql:///?application_name=x&options=-c%20geqo%3Doff&keepalives_idle=5",
     ):
-        connection = await store.connect(text)
+        connection = await connections.connect(text)
         assert tuple(await connection.fetchrow(shown)) == ("x", "off", "postgres")
         await connection.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage.statements import QUERIES
 from tests.helpers.engines import define
 
 SLEEPERS = 1_000_000

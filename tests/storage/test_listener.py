@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from sequencerd.core.advance import advance
 from sequencerd.engine import moves, reschedule
-from sequencerd.storage import listener, store
+from sequencerd.storage import claims, listener, sequences
 from sequencerd.storage.listener import Changed, Due, Message, Reevaluate, listen, parse
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import PATIENCE
@@ -239,8 +239,8 @@ async def test_a_flood_of_notifications_delays_no_enrollment_and_costs_little(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = Counter[str]()
-    for name in ("revisions", "claim"):
-        original = getattr(store, name)
+    for module, name in ((sequences, "read_revisions"), (claims, "claim")):
+        original = getattr(module, name)
 
         def counting(
             *arguments: Any, name: str = name, original: Any = original, **options: Any
@@ -248,7 +248,7 @@ async def test_a_flood_of_notifications_delays_no_enrollment_and_costs_little(
             reads[name] += 1
             return original(*arguments, **options)
 
-        monkeypatch.setattr(store, name, counting)
+        monkeypatch.setattr(module, name, counting)
     recorder = Recorder()
     await define(connection, "s", ("send", "Note", "{}", None))
     await define(connection, "idle", ("a", "Note", "{}", None))
@@ -269,7 +269,7 @@ async def test_a_flood_of_notifications_delays_no_enrollment_and_costs_little(
     assert len(recorder.keys) == 50
     # 20,000 notifications that could have asked for something
     assert reads["claim"] < 1000, reads
-    assert reads["revisions"] < 1500, reads
+    assert reads["read_revisions"] < 1500, reads
 
 
 async def test_a_name_that_does_not_exist_is_looked_for_once(

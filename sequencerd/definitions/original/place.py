@@ -15,8 +15,8 @@ from sequencerd.definitions.compiler import Runners
 from sequencerd.definitions.original.read import Source
 from sequencerd.definitions.original.report import At, Import, Sequenced
 from sequencerd.definitions.original.translate import Choices, is_past
-from sequencerd.storage import store
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage import server
+from sequencerd.storage.statements import QUERIES
 
 BATCH = 5000  # enrollments in memory
 LONGEST_SUBJECT = 1000  # bytes
@@ -80,7 +80,7 @@ async def apply(source: Source, ours: asyncpg.Connection, found: Import, runners
             steps = one.step_names
             await ours.execute(QUERIES["mark_sequence"], one.name, mark)
             await ours.execute(QUERIES["mark_steps"], one.name, [*steps.values()], [*steps])
-    writer = _Writer(ours, found, source.choices, await store.server_time(ours))
+    writer = _Writer(ours, found, source.choices, await server.server_time(ours))
     query = source.query("original_runners", await source.optional())
     async with source.connection.transaction(readonly=True):
         await source.connection.execute(QUERIES["use_utc"])

@@ -28,8 +28,8 @@ from sequencerd.definitions.original.translate import (
 )
 from sequencerd.definitions.yaml_writer import DEFAULTS, to_yaml
 from sequencerd.errors import UsageError
-from sequencerd.storage import store
-from sequencerd.storage.store import QUERIES
+from sequencerd.storage import server
+from sequencerd.storage.statements import QUERIES
 
 _TABLES = {
     "sequences": {"id", "title", "firstStep"},
@@ -90,7 +90,7 @@ async def read(source: Source, ours: asyncpg.Connection, runners: Runners) -> Im
     names = _names(sequences)
     wanted = _wanted(sequences, names, source.only)
     repeated = await source.connection.fetch(source.query("original_repeated"))
-    now = await store.server_time(ours)
+    now = await server.server_time(ours)
     reading = _Reading(
         source,
         {id_: in_order(first, rows.get(id_, [])) for id_, _, _, first in sequences},

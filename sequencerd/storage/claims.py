@@ -1,0 +1,223 @@
+"""Locks and reads enrollments: due ones, given ones, and those whose side effects have ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import asyncpg
+
+from sequencerd.core.model import Enrollment, Fence, StepKey
+from sequencerd.storage.statements import QUERIES, columns
+
+MAX_BYTES = 8_000_000  # of data that one transaction reads, except for a single larger enrollment
+FIRST_LARGE = 4  # enrollments with large data that are read before their size is known
+
+
+class Claimed(NamedTuple):
+    """The enrollments that a claim has read, and how many rows it has locked."""
+
+    enrollments: list[Enrollment]
+    locked: int
+
+
+async def claim(
+    connection: asyncpg.Connection,
+    step_key: StepKey,
+    now: datetime,
+    revision: int,
+    limit: int,
+    *,
+    daemon: str,
+    excluding: Rows[int],
+) -> Claimed:
+    """Claim due enrollments of a step: none that a living daemon has leased, and no more than fit
+    into MAX_BYTES. They stay locked until the end of the transaction.
+    """
+    rows = await connection.fetch(
+        QUERIES["claim"], *step_key, now, daemon, excluding, revision, limit
+    )
+    return Claimed([Enrollment(*row) for row in await _with_data(connection, rows)], len(rows))
+
+
+async def due_ids(
+    connection: asyncpg.Connection,
+    step_key: StepKey,
+    now: datetime,
+    limit: int,
+    *,
+    daemon: str,
+    excluding: Rows[int],
+) -> list[int]:
+    """Find what a claim would find, reading nothing that may be unreadable."""
+    rows = await connection.fetch(QUERIES["due_ids"], *step_key, now, daemon, excluding, limit)
+    return [row["id"] for row in rows]
+
+
+async def expired_ids(
+    connection: asyncpg.Connection,
+    step_key: StepKey,
+    now: datetime,
+    since: datetime | None,
+    limit: int,
+    *,
+    daemon: str,
+    excluding: Rows[int],
+) -> list[int]:
+    """Find unleased enrollments of a step that have expired, or are due `since` a time and may
+    have.
+    """
+    since = since or datetime.min.replace(tzinfo=UTC)
+    query = QUERIES["expired_ids"]
+    rows = await connection.fetch(query, *step_key, now, daemon, excluding, limit, since)
+    return [row["id"] for row in rows]
+
+
+async def forget_expiries(connection: asyncpg.Connection, step_key: StepKey) -> None:
+    """Mark the expiries of a step as unknown, as its definition may have changed."""
+    await connection.execute(QUERIES["forget_expiries"], *step_key)
+
+
+async def claim_some(
+    connection: asyncpg.Connection,
+    step_key: StepKey,
+    now: datetime,
+    revision: int,
+    ids: Rows[int],
+    *,
+    daemon: str,
+    bare: bool = False,
+) -> list[Enrollment]:
+    """Claim given enrollments of a step, including those leased to this daemon itself.
+
+    If `bare`, without their data and subjects, which may be unreadable.
+    """
+    query = QUERIES["claim_bare" if bare else "claim_some"]
+    rows = await connection.fetch(query, *step_key, now, daemon, ids, revision)
+    return [Enrollment(*row) for row in await _with_data(connection, rows)]
+
+
+async def _with_data(
+    connection: asyncpg.Connection, rows: Rows[asyncpg.Record]
+) -> Rows[Iterable[Any]]:
+    """Add large data, which statements omit, to rows: as much as fits into MAX_BYTES.
+
+    Rows beyond that are dropped.
+    """
+    large = [row["id"] for row in rows if row["data"] is None]
+    if not large:
+        return rows
+    data: dict[int, str] = {}
+    size, take = 0, FIRST_LARGE
+    while large and size < MAX_BYTES:
+        part, large = large[:take], large[take:]
+        for id_, text in await connection.fetch(QUERIES["large_data"], part):
+            data[id_] = text
+            size += len(text)
+        take = max(1, (MAX_BYTES - size) * len(data) // max(size, 1))
+    return [
+        tuple(data[row["id"]] if key == "data" else value for key, value in row.items())
+        if row["data"] is None
+        else row
+        for row in rows
+        if row["data"] is not None or row["id"] in data
+    ]
+
+
+async def count_expired_leases(
+    connection: asyncpg.Connection, claimed: Rows[Enrollment], now: datetime
+) -> dict[int, int]:
+    """Count the recent leases of enrollments that expired in their present visits."""
+    ids, visits = [one.id for one in claimed], [one.visit for one in claimed]
+    return {
+        row["enrollment_id"]: row["count"]
+        for row in await connection.fetch(QUERIES["count_expired_leases"], ids, visits, now)
+    }
+
+
+async def orphans(
+    connection: asyncpg.Connection,
+    step_keys: Iterable[StepKey],
+    now: datetime,
+    *,
+    daemon: str,
+    excluding: Rows[int],
+) -> dict[StepKey, list[int]]:
+    """Find what a daemon has leased and does not know of, by step, once it is due."""
+    sequences, steps = columns(step_keys)
+    found: dict[StepKey, list[int]] = {}
+    for row in await connection.fetch(QUERIES["orphans"], sequences, steps, now, daemon, excluding):
+        found.setdefault((row["sequence"], row["step"]), []).append(row["id"])
+    return found
+
+
+async def lock(
+    connection: asyncpg.Connection, known: Rows[Enrollment]
+) -> tuple[set[int], dict[Fence, Enrollment], dict[str, int | None]]:
+    """Lock enrollments, except those that another session has locked.
+
+    Return the ids of the locked rows; by their fences, those that are still as known, read again;
+    and the revisions of their sequences. What cannot change within a visit is taken from what is
+    known, as dates take long to read.
+    """
+    by_fence = {enrollment.fence: enrollment for enrollment in known}
+    ids = sorted({enrollment.id for enrollment in known})
+    locked, now, revisions = set(), {}, {}
+    rows = await _with_data(connection, await connection.fetch(QUERIES["lock"], ids))
+    for row in rows:
+        id_, visit, leases, leased_by, *rest = row
+        subject, data, sequence, step, timezone, error, goals, elsewhere, executed, revision = rest
+        fence = (id_, visit, leases, leased_by)
+        locked.add(id_)
+        if was := by_fence.get(fence):
+            revisions[sequence] = revision
+            now[fence] = Enrollment(
+                id_,
+                subject,
+                data,
+                was.created_at,
+                was.tag,
+                was.original_id,
+                sequence,
+                step,
+                timezone,
+                None,
+                was.entered_at,
+                visit,
+                was.attempt,
+                leases,
+                was.retry_at,
+                leased_by,
+                error,
+                goals,
+                elsewhere,
+                executed,
+            )
+    return locked, now, revisions
+
+
+async def fences(connection: asyncpg.Connection, ids: Rows[int]) -> set[Fence]:
+    """Read the fences of enrollments, after every transaction that may still write them."""
+    rows = await connection.fetch(QUERIES["fences"], ids)
+    return {(row["id"], row["visit"], row["leases"], row["leased_by"]) for row in rows}
+
+
+async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:
+    """Return which enrollments are not deleted."""
+    return {row["id"] for row in await connection.fetch(QUERIES["existing"], ids)}
+
+
+async def lock_waiting(
+    connection: asyncpg.Connection, step_key: StepKey, ids: Rows[int], now: datetime
+) -> tuple[list[Enrollment], list[int]]:
+    """Lock enrollments that wait at a step. Return them, and those that others have locked."""
+    rows = await connection.fetch(QUERIES["lock_waiting"], *step_key, ids, now)
+    waiting = [Enrollment(*row) for row in await _with_data(connection, rows)]
+    if len(waiting) == len(ids):
+        return waiting, []
+    ours = {enrollment.id for enrollment in waiting}
+    others = [id_ for id_ in ids if id_ not in ours]
+    rows = await connection.fetch(QUERIES["waiting"], *step_key, others, now)
+    return waiting, [row["id"] for row in rows]

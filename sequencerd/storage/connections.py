@@ -1,0 +1,138 @@
+"""Opens connections and pools, and borrows them: one that does not answer is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import asyncpg
+
+from sequencerd.errors import DatabaseError, SettingsError
+from sequencerd.storage import conninfo
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.statements import QUERIES
+
+CONNECT_TIMEOUT = 10.0  # seconds
+COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not block the engine
+
+
+async def connect(url: str) -> asyncpg.Connection:
+    """Open a connection for a command. Raises DatabaseError without the password in it."""
+    try:
+        connection = await asyncpg.connect(
+            **conninfo.arguments(url, name="sequencerd", timeout=CONNECT_TIMEOUT),
+            statement_cache_size=0,  # it may lead to a pooler
+        )
+    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+        raise DatabaseError(f"cannot connect to the database: {explain(error)}") from error
+    except (ValueError, asyncpg.InterfaceError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(f"wrong setting of the database: {reason}") from error
+    return connection
+
+
+def explain(error: BaseException) -> str:
+    """Return why a connection could not be made."""
+    return str(error) or f"no answer within {CONNECT_TIMEOUT:g} seconds"
+
+
+async def connect_pool(
+    url: str, size: int, *, pooled: bool = False, least: int = 1, **options: Any
+) -> asyncpg.Pool:
+    """Open connections for the daemon, whose writes send no notifications.
+
+    With `pooled`, through a pooler, nothing is kept from one transaction to the next: no prepared
+    statements, and no settings, so writes do send notifications. `least` connections are opened at
+    once.
+    """
+    notify = {} if pooled else {"sequencer.notify": "off"}
+    if pooled:
+        options["statement_cache_size"] = 0
+    else:
+        # for as long as the connection lasts: a lone timer must not wait for them
+        options["max_cached_statement_lifetime"] = 0
+    return await asyncpg.create_pool(
+        **conninfo.arguments(url, name="sequencerd", timeout=CONNECT_TIMEOUT, settings=notify),
+        min_size=least,
+        max_size=size,
+        command_timeout=COMMAND_TIMEOUT,
+        **options,
+    )
+
+
+@asynccontextmanager
+async def borrow(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
+    """Borrow a connection. One that does not answer is closed.
+
+    A cancellation remains one even if the ROLLBACK after it fails; otherwise a task that repeats
+    its work after database errors could not be cancelled.
+    """
+    waiting, ours = _waiting.setdefault(pool, {}), object()
+    waiting[ours] = time.monotonic()
+    try:
+        async with pool.acquire() as acquired:
+            _end_wait(pool, ours)
+            with _closed_when_dead(acquired):
+                yield acquired
+    except TRANSIENT_ERRORS as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError from error
+        raise
+    finally:
+        _end_wait(pool, ours)
+
+
+_waiting: dict[asyncpg.Pool, dict[object, float]] = {}
+"""Since when tasks wait for a connection, for pools on which any task waits."""
+
+
+def _end_wait(pool: asyncpg.Pool, ours: object) -> None:
+    if (waiting := _waiting.get(pool)) is not None:
+        waiting.pop(ours, None)
+        if not waiting:
+            del _waiting[pool]
+
+
+def longest_wait(pool: asyncpg.Pool) -> float:
+    """Return for how many seconds a connection has been waited for. Callable from any thread."""
+    since = list(_waiting.get(pool, {}).values())
+    return time.monotonic() - min(since) if since else 0.0
+
+
+@asynccontextmanager
+async def transaction(on: asyncpg.Connection, **options: Any) -> AsyncIterator[asyncpg.Connection]:
+    """Open a transaction. A connection that does not answer is closed, without a ROLLBACK."""
+    async with on.transaction(**options):
+        with _closed_when_dead(on):
+            yield on
+
+
+@asynccontextmanager
+async def reading(pool: asyncpg.Pool, **options: Any) -> AsyncIterator[asyncpg.Connection]:
+    """Borrow a connection, in a read-only transaction."""
+    async with borrow(pool) as acquired, transaction(acquired, readonly=True, **options):
+        yield acquired
+
+
+async def read(
+    pool: asyncpg.Pool, query: str, *arguments: object, seconds: float | None = None
+) -> list[asyncpg.Record]:
+    """Return the rows of one of the QUERIES, in a read-only transaction and within a time."""
+    async with reading(pool) as connection:
+        rows: list[asyncpg.Record] = await connection.fetch(
+            QUERIES[query], *arguments, timeout=seconds
+        )
+        return rows
+
+
+@contextmanager
+def _closed_when_dead(used: asyncpg.Connection) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        used.terminate()
+        raise

@@ -1,0 +1,73 @@
+"""The row of a daemon, the problems that it reports, and the locks that one daemon holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from datetime import datetime, timedelta
+
+import asyncpg
+
+from sequencerd.storage.statements import QUERIES
+
+PROBLEM_COLUMNS = 7  # of sequencer.problems, besides the daemon
+
+
+async def beat(
+    connection: asyncpg.Connection,
+    daemon: str,
+    started_at: datetime | None,
+    lease: timedelta,
+    types: Iterable[str],
+) -> datetime:
+    """Extend the life of a daemon by the duration of a lease. Return since when it runs."""
+    since: datetime = await connection.fetchval(
+        QUERIES["beat"], daemon, started_at, lease, sorted(types)
+    )
+    return since
+
+
+async def types_elsewhere(connection: asyncpg.Connection, daemon: str) -> frozenset[str]:
+    """Read the step types that other living daemons serve."""
+    return frozenset(row[0] for row in await connection.fetch(QUERIES["types_elsewhere"], daemon))
+
+
+async def remove_dead_daemons(connection: asyncpg.Connection) -> None:
+    """Remove daemons that have sent no heartbeat for too long."""
+    await connection.execute(QUERIES["remove_dead_daemons"])
+
+
+async def remove_daemon(connection: asyncpg.Connection, daemon: str) -> None:
+    """Remove a daemon that ends."""
+    await connection.execute(QUERIES["remove_daemon"], daemon)
+
+
+async def write_problems(
+    connection: asyncpg.Connection, daemon: str, problems: Rows[tuple[object, ...]]
+) -> None:
+    """Replace the problems that a daemon reports, given in the order of the columns."""
+    columns = list(zip(*problems, strict=True)) or [()] * PROBLEM_COLUMNS
+    await connection.execute(QUERIES["remove_problems"], daemon, *columns[:2])
+    if problems:
+        await connection.execute(QUERIES["write_problems"], daemon, *columns)
+
+
+async def acquire_notify_lock(connection: asyncpg.Connection) -> bool | None:
+    """Try to acquire the notify lock, for as long as the connection lasts.
+
+    Return True if this connection holds it, False if another daemon does, and None if transactions
+    are in progress that have skipped their notification.
+    """
+    is_ours: bool | None = await connection.fetchval(QUERIES["acquire_notify_lock"])
+    return is_ours
+
+
+async def release_notify_lock(connection: asyncpg.Connection) -> None:
+    """Release the notify lock, and notify the other daemons of that."""
+    await connection.execute(QUERIES["release_notify_lock"])
+
+
+async def acquire_requests_lock(connection: asyncpg.Connection) -> bool:
+    """Try to become the daemon that handles requests, for as long as the connection lasts."""
+    is_ours: bool = await connection.fetchval(QUERIES["acquire_requests_lock"])
+    return is_ours

@@ -1,0 +1,62 @@
+"""What an error of the database means: transient, a lost connection, or the data of a row."""
+
+from __future__ import annotations
+
+import asyncpg
+
+TRANSIENT_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a connection that is cut in the middle of an answer
+    asyncpg.PostgresError,
+)
+"""Errors after which the same work is repeated a little later. If only one row meets such an error,
+or its data cause it, the row is isolated first.
+"""
+
+LOST_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+)
+"""Errors of a lost connection: whether it has committed is not known."""
+
+_DATA = frozenset({"21", "22", "23", "54"})
+_ENVIRONMENT = frozenset({"08", "25", "28", "40", "53", "55", "57", "58"})
+_PLAIN = _ENVIRONMENT | {"0A", "26", "3D", "3F", "42", "XX"}
+
+
+def is_data_error(error: BaseException) -> bool:
+    """Return whether the database, or the driver, finds fault with a row's own data."""
+    if isinstance(error, asyncpg.PostgresError):
+        return _class(error) in _DATA
+    return isinstance(error, (ValueError, OverflowError))
+
+
+def is_environment(error: BaseException) -> bool:
+    """Return whether an error is one of locks, timeouts, resources or connections."""
+    if isinstance(error, asyncpg.PostgresError):
+        return _class(error) in _ENVIRONMENT
+    return isinstance(error, LOST_ERRORS) and not is_data_error(error)
+
+
+def _class(error: asyncpg.PostgresError) -> str:
+    return (error.sqlstate or "")[:2]
+
+
+def brief(error: BaseException) -> str:
+    """Describe an error of the database for the log, without what it quotes from rows."""
+    name = type(error).__name__
+    if isinstance(error, asyncpg.PostgresError):
+        is_plain = _class(error) in _PLAIN
+    else:
+        is_plain = is_environment(error)
+    if is_plain:
+        return str(error).partition("\n")[0] or name
+    return f"{name} {getattr(error, 'sqlstate', '')}".rstrip()

@@ -1,0 +1,58 @@
+"""What enrollments do to others: they enter sequences, and cancel enrollments there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence as Rows
+from datetime import datetime
+
+import asyncpg
+
+from sequencerd.core.model import Entry, StepKey
+from sequencerd.storage.statements import QUERIES
+
+
+async def refusals(
+    connection: asyncpg.Connection, entered: Rows[tuple[int | None, str, str]]
+) -> list[tuple[str, str | None] | None]:
+    """Of those that enter a sequence (the id of what jumps there, subject, sequence): its reentry
+    policy, and the code of the reason for which it refuses. None where there is no such sequence.
+    """
+    rows = await connection.fetch(QUERIES["refusals"], *map(list, zip(*entered, strict=True)))
+    return [row["reentry"] and (row["reentry"], row["refusal"]) for row in rows]
+
+
+async def lock_cancelled(
+    connection: asyncpg.Connection, wanted: Rows[tuple[int, str, str]]
+) -> list[tuple[int, int | None]]:
+    """Lock what is to be cancelled (by the id of an enrollment, subject, sequence). Return for each
+    enrollment the index in `wanted`, and its id, or None if another session has locked it.
+    """
+    rows = await connection.fetch(QUERIES["lock_cancelled"], *map(list, zip(*wanted, strict=True)))
+    return [(row["number"] - 1, row["locked"]) for row in rows]
+
+
+async def cancel(
+    connection: asyncpg.Connection, messages: Mapping[int, str], now: datetime
+) -> None:
+    """Cancel locked enrollments, with a message for the history of each."""
+    query = QUERIES["cancel_others"]
+    await connection.execute(query, list(messages), list(messages.values()), now)
+
+
+async def enter(connection: asyncpg.Connection, entries: Rows[Entry]) -> set[StepKey]:
+    """Enroll subjects, and return where they begin. Raises ValueError if one has been enrolled
+    since it was asked.
+    """
+    rows = await connection.fetch(
+        QUERIES["enter"],
+        [entry.sequence for entry in entries],
+        [entry.subject for entry in entries],
+        [entry.data for entry in entries],
+        [entry.timezone for entry in entries],
+        [json.dumps(entry.executed) for entry in entries],
+    )
+    if len(rows) < len(entries):
+        raise ValueError("a subject has been enrolled meanwhile")
+    return {(row["sequence"], row["step"]) for row in rows}

@@ -1,0 +1,32 @@
+"""Deletes what is older than it is kept."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import asyncpg
+
+from sequencerd.storage.statements import QUERIES
+
+
+async def try_lock_retention(connection: asyncpg.Connection) -> bool:
+    """Try to become the only daemon that runs retention, until the end of the transaction."""
+    is_alone: bool = await connection.fetchval(QUERIES["try_lock_retention"])
+    return is_alone
+
+
+async def add_event_partitions(connection: asyncpg.Connection) -> None:
+    """Create the partitions of the history that are needed soon."""
+    await connection.execute(QUERIES["add_event_partitions"])
+
+
+async def drop_event_partition(connection: asyncpg.Connection, before: datetime) -> str | None:
+    """Drop the oldest partition of the history, if all of it is older. Return its name."""
+    name: str | None = await connection.fetchval(QUERIES["drop_event_partition"], before)
+    return name
+
+
+async def delete_ended(connection: asyncpg.Connection, before: datetime, limit: int) -> int:
+    """Delete a batch of the enrollments that ended before a time. Return how many."""
+    count: int = await connection.fetchval(QUERIES["delete_ended"], before, limit)
+    return count

@@ -1,0 +1,49 @@
+"""Definitions as the engine reads them, and the problems of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Rows
+from datetime import datetime
+
+import asyncpg
+
+from sequencerd.core.model import StepKey
+from sequencerd.storage.connections import transaction
+from sequencerd.storage.statements import QUERIES, columns
+
+
+async def read_revisions(connection: asyncpg.Connection) -> dict[str, int]:
+    """Read the revision of every sequence."""
+    rows = await connection.fetch(QUERIES["revisions"])
+    return {row["name"]: row["revision"] for row in rows}
+
+
+async def read_definitions(
+    connection: asyncpg.Connection, names: Iterable[str]
+) -> tuple[list[asyncpg.Record], list[asyncpg.Record]]:
+    """Read some sequences and their steps, from one snapshot."""
+    wanted = list(names)
+    async with transaction(connection, isolation="repeatable_read", readonly=True):
+        return (
+            await connection.fetch(QUERIES["sequences"], wanted),
+            await connection.fetch(QUERIES["steps"], wanted),
+        )
+
+
+async def set_problems(
+    connection: asyncpg.Connection, problems: Mapping[StepKey, str | None]
+) -> None:
+    """Write the problems of steps; None clears one."""
+    await connection.execute(QUERIES["set_problems"], *columns(problems), list(problems.values()))
+
+
+async def revive(connection: asyncpg.Connection, step_keys: Rows[StepKey], now: datetime) -> int:
+    """Resume enrollments that failed at steps which are valid now. Return how many."""
+    sequences, steps = columns(step_keys)
+    return _count(await connection.execute(QUERIES["revive"], sequences, steps, now))
+
+
+def _count(tag: str) -> int:
+    """Return the number in a command tag such as "INSERT 0 5"."""
+    return int(tag.rsplit(" ", 1)[-1])

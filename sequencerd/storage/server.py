@@ -1,0 +1,45 @@
+"""What the server says of itself: its clock, whether it is a standby, what it hides or refuses."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import NamedTuple
+
+import asyncpg
+
+from sequencerd.storage.statements import QUERIES
+
+PROBE_TIMEOUT = 5.0  # seconds
+
+
+class HiddenTable(NamedTuple):
+    """A table of which row-level security hides rows from a user: all, or perhaps some."""
+
+    table: str
+    user: str
+    hides_all: bool
+
+    def __str__(self) -> str:
+        return f"{'all' if self.hides_all else 'some'} of {self.table} from {self.user}"
+
+
+async def hidden_tables(connection: asyncpg.Connection) -> list[HiddenTable]:
+    """Find tables of which row-level security may hide rows from this user, or from triggers."""
+    return [HiddenTable(*row) for row in await connection.fetch(QUERIES["row_security"])]
+
+
+async def is_standby(connection: asyncpg.Connection) -> bool:
+    """Return whether the server is a standby, until it is promoted."""
+    found: bool = await connection.fetchval(QUERIES["is_standby"])
+    return found
+
+
+async def server_time(connection: asyncpg.Connection) -> datetime:
+    """Read the database's clock."""
+    now: datetime = await connection.fetchval(QUERIES["server_time"])
+    return now
+
+
+async def probe(connection: asyncpg.Connection) -> None:
+    """Raise what keeps enrollments and events from being written, whichever row it is."""
+    await connection.execute(QUERIES["probe"], timeout=PROBE_TIMEOUT)

@@ -1,0 +1,81 @@
+"""The statements of queries/*.sql by name, and the advisory locks that they take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from importlib.resources import files
+
+from sequencerd.core.model import Enrollment, StepKey
+
+
+class AdvisoryLock(Enum):
+    """The advisory locks, by the second of their two numbers; sql/0001_sequencer.sql lists them."""
+
+    MIGRATIONS = 1
+    RETENTION = 2
+    DEFINITIONS = 3
+    NOTIFY = 4
+    REQUESTS = 5
+    ENROLLING = 6
+
+    def __str__(self) -> str:
+        """Return the arguments of the functions that lock it."""
+        return f"{LOCK_CLASS}, {self.value}"
+
+
+LOCK_CLASS = 7364528
+"""The first number of each advisory lock: those of other applications have another."""
+
+_SMALL_DATA = "CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data"
+_COLUMNS = {name: f"e.{name}" for name in Enrollment._fields} | {
+    "wake_at": "least(e.wake_at, '9999-12-31Z') AS wake_at",  # Python's calendar has no infinity
+}
+_BARE = {
+    "subject": "'' AS subject",
+    "data": "'{}' AS data",
+    "original_id": "NULL AS original_id",
+    "sequence": "$1::text AS sequence",
+    "step": "$2::text AS step",
+    "timezone": "NULL AS timezone",
+    "last_error": "NULL AS last_error",
+    "goals_met": "'{}'::text[] AS goals_met",
+    "goals_elsewhere": "NULL AS goals_elsewhere",
+    "executed": "'{}'::text[] AS executed",
+}  # what may be unreadable is not read
+_PLACEHOLDERS = {
+    "{enrollment}": ", ".join((_COLUMNS | {"data": _SMALL_DATA}).values()),
+    "{whole_enrollment}": ", ".join(_COLUMNS.values()),
+    "{bare_enrollment}": ", ".join((_COLUMNS | _BARE).values()),
+    "{small_data}": _SMALL_DATA,
+    **{f"{{{lock.name.lower()}_lock}}": str(lock) for lock in AdvisoryLock},
+}
+
+
+def _load_queries() -> dict[str, str]:
+    """Read the statements by name, and insert the parts that they share."""
+    queries, parts = {}, {}
+    for file in (files("sequencerd.storage") / "queries").iterdir():
+        _, *found = re.split(
+            r"^-- (name|part): (\w+)\n", file.read_text("utf-8"), flags=re.MULTILINE
+        )
+        for kind, name, sql in zip(found[::3], found[1::3], found[2::3], strict=True):
+            if kind == "name":
+                queries[name] = sql
+            else:
+                parts[f"{{{name}}}"] = re.sub(r"^--.*\n", "", sql, flags=re.MULTILINE).strip()
+    # a part may use those before it
+    for placeholder, expanded in (*reversed(parts.items()), *_PLACEHOLDERS.items()):
+        queries = {name: text.replace(placeholder, expanded) for name, text in queries.items()}
+    return queries
+
+
+QUERIES: Mapping[str, str] = _load_queries()
+"""The statements by name."""
+
+
+def columns(step_keys: Iterable[StepKey]) -> tuple[list[str], list[str]]:
+    """Return the sequences and the steps of keys, each as an array."""
+    wanted = list(step_keys)
+    return [sequence for sequence, _ in wanted], [step for _, step in wanted]

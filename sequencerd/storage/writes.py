@@ -1,0 +1,78 @@
+"""Writes what becomes of enrollments that are locked, with their events, and extends leases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import asyncpg
+
+from sequencerd.core import exact_json
+from sequencerd.core.model import REMOVED, Event, merge_data
+from sequencerd.storage.statements import QUERIES
+
+
+class Row(NamedTuple):
+    """What is written of enrollments that are in the same state, as most of a batch are."""
+
+    sequence: str
+    step: str
+    status: str
+    wake_at: datetime | None
+    entered_at: datetime | None
+    visit: int
+    attempt: int
+    leases: int
+    retry_at: datetime | None
+    leased_by: str | None
+    failure: str | None = None
+    last_error: str | None = None
+    executed: tuple[str, ...] = ()
+    expires_at: datetime | None = None
+    waits_until: datetime | None = None
+
+
+@dataclass(slots=True)
+class Written:
+    """What a transaction writes of enrollments that it has locked."""
+
+    rows: dict[Row, list[int]] = field(default_factory=dict)
+    events: dict[Event, list[int]] = field(default_factory=dict)
+    goals_met: dict[int, tuple[Rows[str], str | None]] = field(default_factory=dict)  # elsewhere
+    data: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # merged into what is there
+
+
+async def write(connection: asyncpg.Connection, written: Written, now: datetime) -> None:
+    """Write the new states of locked enrollments, and their events."""
+    if written.data:
+        data = [
+            (
+                id_,
+                exact_json.dumps(merge_data({}, changes)),
+                [key for key, value in changes.items() if value is REMOVED],
+            )
+            for id_, changes in written.data.items()
+        ]
+        await connection.executemany(QUERIES["merge_data"], data)
+    if written.goals_met:
+        goals = [(id_, *met) for id_, met in written.goals_met.items()]
+        await connection.executemany(QUERIES["write_goals"], goals)
+    if written.rows:
+        rows = [(ids, *row, now) for row, ids in written.rows.items()]
+        await connection.executemany(QUERIES["write"], rows)
+    if written.events:
+        enrollments = [id_ for ids in written.events.values() for id_ in ids]
+        number = [n for n, ids in enumerate(written.events.values(), 1) for _ in ids]
+        await connection.execute(
+            QUERIES["record"], enrollments, number, *zip(*written.events, strict=True)
+        )
+
+
+async def extend_leases(
+    connection: asyncpg.Connection, ids: Rows[int], daemon: str, until: datetime
+) -> None:
+    """Extend the leases of what a daemon is executing."""
+    await connection.execute(QUERIES["extend_leases"], ids, daemon, until)
