@@ -455,7 +455,7 @@ CREATE TABLE sequencer.scheduled_runs (
     sequence    text COLLATE "C" PRIMARY KEY
                 REFERENCES sequencer.sequences ON UPDATE CASCADE ON DELETE CASCADE,
     definition  jsonb NOT NULL,
-    next_run_at timestamptz NOT NULL,
+    next_run_at timestamptz NOT NULL CHECK (next_run_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     last_run_at timestamptz,
     duration    interval,
     found       bigint,

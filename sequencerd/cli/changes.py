@@ -5,7 +5,6 @@ import-original.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 import asyncpg
@@ -14,7 +13,7 @@ from sequencerd.cli.commands import connect, fetch, on_database
 from sequencerd.cli.output import say, say_json, say_lines
 from sequencerd.core.describe import text
 from sequencerd.definitions import files, plan
-from sequencerd.definitions.diff import compare
+from sequencerd.definitions.diff import describe_revision, parse_document
 from sequencerd.definitions.original import place
 from sequencerd.definitions.original.read import Source, read
 from sequencerd.definitions.original.translate import Choices
@@ -92,23 +91,25 @@ async def history_command(arguments: argparse.Namespace, _: Settings, url: str) 
     rows = await fetch(url, "revisions_of", arguments.sequence)
     if not rows:
         raise UsageError(f"sequence {arguments.sequence!r} does not exist")
-    shown = [_revision(row) for row in rows]
+    name = arguments.sequence
     if arguments.json:
-        say_json(shown)
+        say_json([_revision(name, row) for row in rows])
         return 0
-    for row in shown:
+    for row in rows:
         why = f" ({row['reason']})" if row["reason"] else ""
         say(f"revision {row['revision']}, {text(row['at'])}, by {row['by']}{why}")
-        for line in row["changes"]:
+        for line in describe_revision(name, row["before"], row["document"]):
             say(f"  {line}")
     return 0
 
 
-def _revision(row: asyncpg.Record) -> dict[str, Any]:
-    before = json.loads(row["before"]) if row["before"] else None
-    after = json.loads(row["document"])
-    lines = list(compare(before, after).lines())
-    return {**row, "before": before, "document": after, "changes": lines}
+def _revision(sequence: str, row: asyncpg.Record) -> dict[str, Any]:
+    before, after = (
+        document and parse_document(sequence, document)
+        for document in (row["before"], row["document"])
+    )
+    changes = describe_revision(sequence, row["before"], row["document"])
+    return {**row, "before": before, "document": after, "changes": changes}
 
 
 @on_database
@@ -117,7 +118,7 @@ async def export_command(arguments: argparse.Namespace, _: Settings, url: str) -
     if document is None:
         revision = "" if arguments.revision is None else f" in revision {arguments.revision}"
         raise UsageError(f"sequence {arguments.sequence!r} does not exist{revision}")
-    say_lines(to_yaml(json.loads(document)))
+    say_lines(to_yaml(parse_document(arguments.sequence, document)))
     return 0
 
 

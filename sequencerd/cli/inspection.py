@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,7 +16,9 @@ from rich.text import Text
 
 from sequencerd.cli.commands import check_names, connect, fetch, on_database
 from sequencerd.cli.output import laid_out, say, say_json, say_lines, show, warn
+from sequencerd.core.config import parse_json
 from sequencerd.core.describe import text, what_next
+from sequencerd.core.model import DefinitionError
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage.statements import QUERIES
@@ -109,9 +111,10 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, ur
         raise UsageError(f"enrollment {arguments.id} does not exist")
     history = [dict(row) for row in await fetch(url, "history", arguments.id)]
     row = dict(found[0])
-    row["data"] = json.loads(row["data"])
     row["next"] = what_next(row)
-    row["config"] = json.loads(row["config"] or "null")
+    for key in ("data", "config"):
+        with suppress(DefinitionError):  # what Python can't read stays a text
+            row[key] = parse_json(row[key] or "null")
     if arguments.json:
         say_json({**row, "history": history})
         return 0

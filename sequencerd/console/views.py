@@ -17,7 +17,7 @@ from sequencerd.console.summary import MOST, Counts
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
 from sequencerd.core.model import NEVER
-from sequencerd.definitions.diff import compare
+from sequencerd.definitions.diff import describe_revision
 from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 
@@ -226,7 +226,9 @@ async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
             "at": row["at"],
             "by": row["by"],
             "reason": row["reason"],
-            "changes": _changes(row),
+            "changes": "\n".join(
+                describe_revision(query.must("sequence"), row["before"], row["document"])
+            ),
         }
         for row in shown
     ]
@@ -241,11 +243,6 @@ async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
         Column("changes", "Changes"),
     )
     return Table("revisions", columns, rows, query.given, more)
-
-
-def _changes(row: Mapping[str, Any]) -> str:
-    before = json.loads(row["before"]) if row["before"] else None
-    return "\n".join(compare(before, json.loads(row["document"])).lines())
 
 
 async def search(

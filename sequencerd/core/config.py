@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -27,6 +28,16 @@ class Config(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+def parse_json(text: str) -> Any:
+    """Parse the JSON of a definition. Raises DefinitionError for what PostgreSQL takes and Python
+    does not, such as thousands of brackets or of digits.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DefinitionError(f"cannot be read: {error}") from error
 
 
 def parse_config(model: type[Model], config: Mapping[str, Any]) -> Model:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 from unicodedata import category
 
-from sequencerd.core.model import NEVER
+from sequencerd.core.config import parse_json
+from sequencerd.core.model import NEVER, DefinitionError
 from sequencerd.core.window_config import describe_window
 
 
@@ -73,7 +75,7 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
         return f"{row['type']} is being executed by {row['leased_by']}, {then}"
     if row["entered_at"] is None:
         return f"starts at {at(row['wake_at'])}"
-    config = json.loads(row["config"]) if row["config"] else {}
+    config = _object(row["config"])
     waits = describe_wait(row["type"], config)
     window = "" if waits else _window(row, config)
     if row["attempt"] and not is_never(row["wake_at"]):
@@ -92,8 +94,15 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
 
 def _window(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Describe the window of a side effect: its own, or that of its sequence; empty for none."""
-    window = config.get("window")
-    if "window" not in config and row.get("time_window"):
-        window = json.loads(row["time_window"])
+    window = config["window"] if "window" in config else _object(row.get("time_window"))
     described = describe_window(window) if isinstance(window, dict) else ""
     return f"its window ({described})" if described else ""
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    """Parse a JSON object; what is none is a fault of the definition, which is reported there."""
+    with suppress(DefinitionError):
+        found = parse_json(text or "{}")
+        if isinstance(found, dict):
+            return found
+    return {}

@@ -23,6 +23,7 @@ BASE_UNITS = {
     "minute": (60, "seconds"),
     "second": (1, "seconds"),
 }
+LONGEST_YEARS = 1000  # dates end with the year 9999
 SOURCE = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*)")
 """The name of a view or function of the user's, as it stands in SQL without quotes."""
 
@@ -37,6 +38,13 @@ class Span(Config):
         "year", "quarter", "month", "week", "day", "hour", "minute", "second",
     ]  # fmt: skip
     """Years to seconds. Years to days are calendar time, the others are elapsed time."""
+
+    @model_validator(mode="after")
+    def _ends_in_this_calendar(self) -> Span:
+        factor, unit = BASE_UNITS[self.unit.removesuffix("s")]
+        if unit == "months" and self.amount * factor > LONGEST_YEARS * 12:
+            raise ValueError(f"must be at most {LONGEST_YEARS:,} years")
+        return self
 
     def document(self) -> dict[str, Any]:
         """The same in months, days, hours or seconds, as sequencer.as_duration has it."""
@@ -84,8 +92,11 @@ class EnrollConfig(Config):
         return self
 
     def first_run(self, now: datetime, timezone: str) -> datetime:
-        """When a new schedule is due: at the time that it names, or at once."""
-        return now if self.every else self.next_run(now, timezone)
+        """When a new schedule is due: at the time that it names, or at once. Raises EvaluationError
+        where there is no second run.
+        """
+        following = self.next_run(now, timezone)
+        return now if self.every else following
 
     def next_run(self, now: datetime, timezone: str) -> datetime:
         """When it is due after a run at this time; of runs that were missed there is one."""

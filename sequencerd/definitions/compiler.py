@@ -17,7 +17,7 @@ import asyncpg
 from sequencerd.core import graph, step_types
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.windows import Window
-from sequencerd.core.config import Faults, nearest, parse_config
+from sequencerd.core.config import Faults, nearest, parse_config, parse_json
 from sequencerd.core.model import (
     EITHER,
     DefinitionError,
@@ -137,7 +137,7 @@ def build(
     revision: int = 0,
     lookup: str | None = None,
     recheck: timedelta = timedelta(minutes=1),
-    window: Mapping[str, Any] | None = None,
+    window: Mapping[str, Any] | str | None = None,
     holidays: Holidays | None = None,
     topic: str | None = None,
 ) -> Sequence:
@@ -200,10 +200,11 @@ def build(
     )
 
 
-def _window_of(config: Mapping[str, Any] | None) -> tuple[Window | None, str]:
+def _window_of(config: Mapping[str, Any] | str | None) -> tuple[Window | None, str]:
     """The window of a sequence, or what is wrong with it: in SQL it is any object."""
     try:
-        return (None if config is None else parse_config(WindowConfig, config).window()), ""
+        read = parse_json(config) if isinstance(config, str) else config
+        return (None if read is None else parse_config(WindowConfig, read).window()), ""
     except DefinitionError as error:
         return None, f"the window of the sequence is wrong: {error}"
 
@@ -263,9 +264,9 @@ def compile_row(row: asyncpg.Record, runners: Runners, elsewhere: Collection[str
     other daemons serve, and this one does not.
     """
     try:
-        config = json.loads(row["config"])
-    except (ValueError, RecursionError) as error:
-        return Compiled({}, Problem(f"config cannot be read: {error}"), False)
+        config = parse_json(row["config"])
+    except DefinitionError as error:
+        return Compiled({}, Problem(f"config {error}"), False)
     behaviour: Instant | SideEffect | Problem | Elsewhere
     behaviour = compile_behaviour(row["type"], config, runners)
     if row["type"] in elsewhere and isinstance(behaviour, Problem):
@@ -301,7 +302,7 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
         revision=row["revision"],
         lookup=row["lookup"],
         recheck=row["recheck"],
-        window=None if row["time_window"] is None else json.loads(row["time_window"]),
+        window=row["time_window"],
         holidays=parse_holidays(row["holidays"]),
         topic=row["topic"],
     )

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sequencerd.core.config import parse_json
+from sequencerd.core.model import DefinitionError
 from sequencerd.core.step_types import is_seeded, rename_steps
+from sequencerd.errors import PlanError
 
 Document = Mapping[str, Any]
 """A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
@@ -16,6 +19,24 @@ SETTINGS = (
     "enroll",
 )  # fmt: skip
 LONGEST_SHOWN = 40  # characters of a value
+
+
+def parse_document(sequence: str, text: str) -> Document:
+    """Parse a document as the database returns it. Raises PlanError for what Python can't read."""
+    try:
+        document: Document = parse_json(text)
+    except DefinitionError as error:
+        raise PlanError(f"sequence {sequence!r}: its definition in the database {error}") from error
+    return document
+
+
+def describe_revision(sequence: str, before: str | None, after: str) -> list[str]:
+    """Describe what a revision changed, given the documents before and after as JSON texts."""
+    try:
+        known = None if before is None else parse_document(sequence, before)
+        return list(compare(known, parse_document(sequence, after)).lines())
+    except PlanError as error:
+        return [str(error)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from sequencerd.definitions.compiler import (
     from_rows,
     parse_holidays,
 )
-from sequencerd.definitions.diff import Changes, Document, compare, seeds
+from sequencerd.definitions.diff import Changes, Document, compare, parse_document, seeds
 from sequencerd.errors import FileError, PlanError
 from sequencerd.storage import server, sources
 from sequencerd.storage.statements import QUERIES
@@ -173,7 +173,7 @@ async def make(
     rows = await connection.fetch(QUERIES["documents"], names)
     known = {row["name"]: row for row in rows}
     renames = {
-        name: definition.pending_renames(seeds(json.loads(known[name]["document"])))
+        name: definition.pending_renames(seeds(parse_document(name, known[name]["document"])))
         for name, definition in zip(names, definitions, strict=True)
         if name in known
     }
@@ -215,7 +215,7 @@ async def _make_one(
     moves: Mapping[str, str],
     renames: Mapping[str, Mapping[str, str]],
 ) -> SequencePlan:
-    before = json.loads(row["document"]) if row else None
+    before = parse_document(row["name"], row["document"]) if row else None
     after = await _document(connection, definition, before)
     changes = compare(before, after, renames)
     at_step = {}

@@ -8,7 +8,6 @@ twice. One daemon at a time does it: the others read when the next run is due, a
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -17,10 +16,9 @@ from functools import partial
 from typing import NamedTuple
 
 import asyncpg
-from pydantic import ValidationError
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.core.config import describe
+from sequencerd.core.config import parse_config, parse_json
 from sequencerd.core.model import DefinitionError, EvaluationError
 from sequencerd.core.retry import doubled
 from sequencerd.core.schedule import EnrollConfig
@@ -141,11 +139,10 @@ class Enrolling:
             if row["status"] != "active":
                 continue
             try:
-                config = EnrollConfig.model_validate(json.loads(row["enroll"]))
+                config = parse_config(EnrollConfig, parse_json(row["enroll"]))
                 first = config.first_run(now, row["timezone"])
-            except (ValidationError, DefinitionError, EvaluationError) as error:
-                text = describe(error) if isinstance(error, ValidationError) else str(error)
-                found[name] = f"sequence {name!r}: enroll: {text}"
+            except (DefinitionError, EvaluationError) as error:
+                found[name] = f"sequence {name!r}: enroll: {error}"
                 continue
             if problem is not None:
                 found[name] = f"sequence {name!r} enrolls {config.source}: {problem}"
@@ -194,8 +191,8 @@ class Enrolling:
             try:
                 async with connections.borrow(self._pool) as connection:
                     await self._finish(connection, due, begun, run)
-            except TRANSIENT_ERRORS as lost:  # it is still due
-                log.warning("database error, tried again", error=brief(lost))
+            except Exception as lost:  # it is still due
+                log.warning("a scheduled run is tried again", error=brief(lost))
                 await asyncio.sleep(TURN)
         else:
             log.info("a scheduled run ended", found=run.found, enrolled=run.enrolled)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from sequencerd.cli import main
@@ -173,3 +174,21 @@ def test_the_demo_goes_well(tmp_path: Path) -> None:
     ):
         assert words in done.stdout
     assert done.stderr == ""
+
+
+async def test_a_definition_that_python_cannot_read_is_an_error_of_its_own(
+    applied: Command, connection: asyncpg.Connection
+) -> None:
+    id_ = json.loads(applied("enroll", "s", "ada", "--json"))["id"]
+    deep = '{"a": ' * 5000 + "1" + "}" * 5000
+    for text in (deep, '{"a": ' + "1" * 5000 + "}"):
+        await connection.execute(
+            "UPDATE sequencer.steps SET config = $1::text::jsonb WHERE sequence = 's'", text
+        )
+        await connection.execute("UPDATE sequencer.enrollments SET data = $1::text::jsonb", text)
+        assert "ada" in applied("show", str(id_))
+        assert json.loads(applied("show", str(id_), "--json"))["config"].startswith(text[:9])
+        assert "cannot be read" in applied("history", "s")
+        for command in (("export", "s"), ("history", "s", "--json"), ("plan", "s.yaml")):
+            applied(*command, code=1)
+            assert "'s': its definition in the database cannot be read" in applied.errors

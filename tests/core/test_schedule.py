@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from sequencerd.core.config import describe
+from sequencerd.core.model import EvaluationError
 from sequencerd.core.schedule import EnrollConfig
 
 BERLIN = "Europe/Berlin"
@@ -46,6 +47,12 @@ def test_an_interval_begins_at_once_and_days_are_calendar_time() -> None:
     assert every.next_run(now, BERLIN) == at("2026-10-25T12:00:00+01:00")
 
 
+def test_a_schedule_without_a_second_run_is_an_error_of_its_own() -> None:
+    every = config(every={"amount": 1000, "unit": "years"})
+    with pytest.raises(EvaluationError):
+        every.first_run(at("9001-01-01T00:00:00+00:00"), BERLIN)
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
@@ -57,6 +64,8 @@ def test_an_interval_begins_at_once_and_days_are_calendar_time() -> None:
         ({"schedule": "0 0 30 2 *"}, "schedule: is not a cron expression"),
         ({"schedule": "0 9 * * *", "at_most": 0}, "at_most"),
         ({"every": {"amount": 0, "unit": "hours"}}, "every.amount"),
+        ({"every": {"amount": 1001, "unit": "years"}}, "every: must be at most 1,000 years"),
+        ({"every": {"amount": 12_001, "unit": "month"}}, "every: must be at most 1,000 years"),
         *(
             ({"schedule": "0 9 * * *", "from": name}, "a view or function of yours")
             for name in ("overdue", "pg_catalog.pg_class", "sequencer.enrollments", "a.b; drop", "")

@@ -10,24 +10,36 @@ import asyncpg
 import pytest
 
 from sequencerd.engine.loop import Engine
+from tests.engine.test_enrolling import HOURLY, daemon, schedule
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 NOBODY = "no such thing"
 LONG = "x" * 100_000
+WINDOW = '{"days": ["mon", "tue", "wed", "thu", "fri", "sat", "sun"], "holidays": "DE"}'
 DEEP = '{"a":' * 5000 + "1" + "}" * 5000
+LARGE = '{"a": ' + "1" * 5000 + "}"  # more digits than Python reads
+NEVER = '{"from": "app.overdue", "every": {"amount": 9000, "unit": "years"}}'
 
 VALUES: dict[str, list[object]] = {
     "text": ["", " ", NOBODY, LONG, "a\nb\x1b[31m", "'; DROP TABLE x; --", "\u202e", None],
     "text[]": [[], [NOBODY], [""], [LONG], None],
-    "jsonb": ["null", "[]", '"x"', "1", "{}", '{"a": 1}', DEEP, '{"amount": "x"}', None],
+    "jsonb": [
+        *("null", "[]", '"x"', "1", "{}", '{"a": 1}', DEEP, LARGE, '{"amount": "x"}', NEVER, None)
+    ],
     "boolean": [True, False, None],
     "integer": [-(2**31), -1, 0, 2**31 - 1, None],
     "bigint": [-(2**63), -1, 0, 2**63 - 1, None],
     "interval": ["-1 day", "0", "178000000 years", None],
     "uuid": ["00000000-0000-0000-0000-000000000000", None],
+    "date": ["-infinity", "infinity", "0001-01-01", "9999-12-31", None],
     "timestamp with time zone": ["-infinity", "infinity", "0001-01-01", "9999-12-31", None],
 }
 
+SCHEDULE = """
+    INSERT INTO sequencer.scheduled_runs (sequence, definition, next_run_at)
+    SELECT name, enroll || jsonb_build_object('timezone', timezone), '9000-01-01Z'
+      FROM sequencer.sequences WHERE name = 'victim'
+"""
 COLUMNS = """
     SELECT c.table_name, c.column_name,
            CASE c.data_type WHEN 'ARRAY' THEN 'text[]' ELSE c.data_type END AS type
@@ -35,8 +47,7 @@ COLUMNS = """
            ON t.table_schema = c.table_schema AND t.table_name = c.table_name
      WHERE c.table_schema = 'sequencer' AND t.table_type = 'BASE TABLE'
        AND c.table_name NOT LIKE 'events%'
-       AND c.table_name NOT IN ('console_logouts', 'daemons', 'holidays', 'migrations', 'problems',
-                                'scheduled_runs')
+       AND c.table_name NOT IN ('console_logouts', 'daemons', 'migrations', 'problems')
      ORDER BY c.table_name, c.ordinal_position
 """
 
@@ -44,11 +55,16 @@ COLUMNS = """
 @pytest.fixture
 async def engine(database: str, connection: asyncpg.Connection) -> AsyncIterator[Engine]:
     """Two sequences of the same kind, of which one is going to suffer."""
+    await connection.execute(
+        "CREATE SCHEMA app; CREATE VIEW app.overdue AS SELECT 'x' AS subject WHERE false;"
+        "INSERT INTO sequencer.holidays VALUES ('DE', '2019-01-01')"
+    )
     for name in ("victim", "witness"):
         await define(
             connection,
             name,
-            ("work", "Note", "{}", "pause"),
+            ("work", "Note", "{}", "open"),
+            ("open", "WaitForWindow", WINDOW, "pause"),
             ("pause", "WaitForDuration", '{"amount": 20, "unit": "milliseconds"}', "check"),
             (
                 "check",
@@ -57,13 +73,14 @@ async def engine(database: str, connection: asyncpg.Connection) -> AsyncIterator
                 None,
             ),
         )
+        await schedule(connection, HOURLY, name)
     runners = {"Note": Recorder()}
     async with running_engine(database, runners, sweep=0.5, lease=1) as engine:
         yield engine
 
 
 async def test_nonsense_harms_no_other_enrollment(
-    engine: Engine, connection: asyncpg.Connection
+    engine: Engine, database: str, connection: asyncpg.Connection
 ) -> None:
     columns = await connection.fetch(COLUMNS)
     assert {row["table_name"] for row in columns} >= {"sequences", "steps", "enrollments"}
@@ -76,6 +93,10 @@ async def test_nonsense_harms_no_other_enrollment(
                     await enroll(connection, "victim", subject)
                     await connection.execute(
                         "INSERT INTO sequencer.suppressions VALUES ('email', 'a@example.com')"
+                    )
+                    await connection.execute(SCHEDULE)
+                    await connection.execute(
+                        "INSERT INTO sequencer.holidays VALUES ('DE', '2020-01-01', 'New Year')"
                     )
                     await connection.execute(_update(table, column, type_), _text(value))
             except asyncpg.PostgresError as error:
@@ -90,6 +111,8 @@ async def test_nonsense_harms_no_other_enrollment(
                     "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1",
                     id_,
                 )
+                if column == "enroll" or table == "scheduled_runs":
+                    await _run_of_witness(database, connection)
                 await _restore(connection)
     assert accepted > 50
     assert refused > 50
@@ -102,6 +125,8 @@ def _update(table: str, column: str, type_: str) -> str:
         "steps": "sequence = 'victim' AND name = 'pause'",
         "enrollments": "sequence = 'victim' AND status = 'active'",
         "revisions": "sequence = 'victim'",
+        "holidays": "name = 'New Year'",
+        "scheduled_runs": "sequence = 'victim'",
         "suppressions": "address = 'a@example.com'",
     }[table]
     return f"UPDATE sequencer.{table} SET {column} = $1::text::{type_} WHERE {which}"
@@ -117,6 +142,16 @@ def _text(value: object) -> str | None:
             return str(value)
 
 
+async def _run_of_witness(database: str, connection: asyncpg.Connection) -> None:
+    await connection.execute("DELETE FROM sequencer.scheduled_runs WHERE sequence = 'witness'")
+    async with daemon(database) as one:
+        told = await one.turn()
+    assert "witness" not in told
+    assert await connection.fetchval(
+        "SELECT last_run_at FROM sequencer.scheduled_runs WHERE sequence = 'witness'"
+    )
+
+
 async def _restore(connection: asyncpg.Connection) -> None:
     """Makes the victim whole again. Who has failed tells why."""
     for row in await connection.fetch(
@@ -128,10 +163,13 @@ async def _restore(connection: asyncpg.Connection) -> None:
     await connection.execute("DELETE FROM sequencer.sequences WHERE name <> 'witness'")
     await connection.execute("DELETE FROM sequencer.revisions WHERE sequence <> 'witness'")
     await connection.execute("DELETE FROM sequencer.suppressions")
+    await connection.execute("DELETE FROM sequencer.holidays WHERE day <> '2019-01-01'")
     await define(
         connection,
         "victim",
-        ("work", "Note", "{}", "pause"),
+        ("work", "Note", "{}", "open"),
+        ("open", "WaitForWindow", WINDOW, "pause"),
         ("pause", "WaitForDuration", '{"amount": 20, "unit": "milliseconds"}', "check"),
         ("check", "GoTo", "{}", None),
     )
+    await schedule(connection, HOURLY, "victim")
