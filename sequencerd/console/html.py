@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
@@ -34,9 +34,7 @@ def make_templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(
-        when=when, in_zone=in_zone, number=number, duration=duration, days=days, pretty=pretty
-    )
+    made.filters.update(when=when, number=number, duration=duration, days=days, pretty=pretty)
     made.globals.update(at=at, asset=asset)
     for name in made.list_templates():
         made.get_template(name)  # not while the first reader waits
@@ -50,27 +48,40 @@ def asset(name: str) -> str:
     return at(f"/static/{name}", v=digest)
 
 
-def when(value: datetime | None) -> str:
-    """Return a time in UTC, which the reader's browser shows in the reader's zone."""
-    return _time(value, "UTC", "reader")
-
-
-def in_zone(value: datetime | None, zone: str, named: bool = True) -> str:
-    """Return a time in the subject's zone, and after it in the reader's."""
-    return _time(value, zone, "both", named=named)
-
-
-def _time(value: datetime | None, zone: str, shown: str, *, named: bool = True) -> str:
+def when(value: datetime | None, zone: str = "UTC") -> str:
+    """Return a time in UTC, which the browser shows in its own time zone. The title has the exact
+    time, also in the given zone.
+    """
     if value is None:
         return Markup('<span class="none">not yet</span>')
     if is_never(value):
         return "when something changes"
-    return Markup('<time datetime="{}" data-shown="{}">{}</time>').format(
-        value.astimezone(UTC).isoformat(), shown, clock(value, zone, named=named)
+    exact = value.astimezone(UTC).isoformat(" ").replace("+00:00", " UTC")
+    if zone != "UTC":
+        exact += f", {clock(value, zone)}"
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        value.astimezone(UTC).isoformat(), exact, clock(value, "UTC")
     )
 
 
-def clock(value: datetime, zone: str, *, named: bool = True) -> str:
+def sentence(describe: Callable[[Callable[[datetime], str]], str], zone: str) -> str:
+    """Return a sentence whose times are shown as in tables; `describe` makes it, given a function
+    that formats a time.
+    """
+    times: list[datetime] = []
+
+    def keep(value: datetime) -> str:
+        times.append(value)
+        return f"\0{len(times) - 1}\0"
+
+    text = describe(keep)
+    texts = f"{text[:1].upper()}{text[1:]}.".split("\0")
+    return Markup("").join(
+        when(times[int(text)], zone) if n % 2 else text for n, text in enumerate(texts)
+    )
+
+
+def clock(value: datetime, zone: str) -> str:
     """Return a time as a clock in a zone shows it, and the zone."""
     try:
         found = find_zone(zone)
@@ -80,7 +91,7 @@ def clock(value: datetime, zone: str, *, named: bool = True) -> str:
         local = value.astimezone(found)
     except OverflowError:
         local, zone = value, "UTC"
-    return f"{local:%a %Y-%m-%d %H:%M:%S}" + (f" {zone}" if named else "")
+    return f"{local:%a %Y-%m-%d %H:%M:%S} {zone}"
 
 
 def number(value: int | None, is_capped: bool = False) -> str:
@@ -116,7 +127,7 @@ def days(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     words = f"{total:,} in {len(counts)} days, at most {most:,} in one"
     return Markup(
-        '<svg class="days" viewBox="0 0 {} 24" role="img" aria-label="{}">{}</svg> '
+        '<svg class="chart" viewBox="0 0 {} 24" role="img" aria-label="{}">{}</svg> '
         '<span class="sum">{}</span>'
     ).format(len(counts) * 7 - 2, words, bars, f"{total:,}")
 

@@ -193,7 +193,7 @@ async def enrollment(request: Request) -> Response:
         live=row["id"],
         version=found.version,
         row=row,
-        why=what_next(row, lambda time: html.clock(time, zone)),
+        why=html.sentence(lambda at: what_next(row, at), zone),
         events=found.events,
     )
 

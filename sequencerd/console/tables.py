@@ -23,12 +23,17 @@ Kind = Literal["text", "number", "time", "duration", "json", "days", "code"]
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the key of its values, and how a page shows them; `link` is the key of an URL."""
+    """A column: the key of its values, and how a page shows them. `link` is the key of an URL. An
+    `optional` column is shown only where a row has something in it, other than in the column
+    `like`.
+    """
 
     key: str
     title: str
     kind: Kind = "text"
     link: str | None = None
+    optional: bool = False
+    like: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,17 @@ class Table:
     rows: Sequence[Mapping[str, Any]]
     query: Mapping[str, str]
     more: Mapping[str, str] | None = None
+
+    @property
+    def shown(self) -> list[Column]:
+        """Return the columns of a page."""
+        return [column for column in self.columns if not column.optional or self._says(column)]
+
+    def _says(self, column: Column) -> bool:
+        return any(
+            row[column.key] and (column.like is None or row[column.key] != row[column.like])
+            for row in self.rows
+        )
 
     def url(self, form: str) -> str:
         """Return the URL of the table as "json" or "csv"."""

@@ -47,12 +47,12 @@ def overview(counts: Counts, query: Query) -> Table:
         Column("sequence", "Sequence", link="url"),
         Column("status", "Status", "code"),
         Column("active", "Active", "number"),
-        Column("soon", "Due in an hour", "number"),
-        Column("overdue", "Overdue", "number"),
-        Column("failed", "Failed", "number"),
-        Column("goals", "Goals met", "number"),
+        Column("soon", "Due in an hour", "number", optional=True),
+        Column("overdue", "Overdue", "number", optional=True),
+        Column("failed", "Failed", "number", optional=True),
+        Column("goals", "Goals met", "number", optional=True),
         Column("completed", "Completed by day", "days"),
-        Column("problems", "Problems", "number"),
+        Column("problems", "Problems", "number", optional=True),
     )
     return Table("overview", columns, rows, query.given)
 
@@ -118,15 +118,15 @@ def steps(counts: Counts, query: Query) -> Table:
         Column("step", "Step", link="url"),
         Column("type", "Type"),
         Column("active", "Waiting", "number"),
-        Column("soon", "Due in an hour", "number"),
-        Column("overdue", "Overdue", "number"),
-        Column("failed", "Failed", "number"),
-        Column("next", "Went next", "number"),
-        Column("alt_next", "Went altNext", "number"),
-        Column("branches", "Branches", "json"),
-        Column("goal", "Left for a goal", "number"),
-        Column("median_stay", "Median stay", "duration"),
-        Column("problem", "Problem"),
+        Column("soon", "Due in an hour", "number", optional=True),
+        Column("overdue", "Overdue", "number", optional=True),
+        Column("failed", "Failed", "number", optional=True),
+        Column("next", "Went next", "number", optional=True),
+        Column("alt_next", "Went altNext", "number", optional=True),
+        Column("branches", "Branches", "json", optional=True),
+        Column("goal", "Left for a goal", "number", optional=True),
+        Column("median_stay", "Median stay", "duration", optional=True),
+        Column("problem", "Problem", optional=True),
     )
     return Table("steps", columns, rows, query.given)
 
@@ -140,7 +140,7 @@ def failures(counts: Counts, query: Query, mask: Mask) -> Table:
             "url": at("/failures/group", sequence=row["sequence"], step=row["step"],
                       failure=row["failure"]),
         }
-        for row in counts.failed
+        for row in sorted(counts.failed, key=lambda row: -row["failed"])
     ]  # fmt: skip
     columns = (
         Column("sequence", "Sequence"),
@@ -175,11 +175,11 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     columns = (
         Column("id", "Enrollment", link="url"),
         Column("subject", "Subject"),
-        Column("waits_until", "Waits until", "time"),
-        Column("wake_at", "Next check", "time"),
+        Column("waits_until", "Waits until", "time", optional=True),
+        Column("wake_at", "Next check", "time", optional=True, like="waits_until"),
         Column("entered_at", "At the step since", "time"),
-        Column("attempt", "Attempt", "number"),
-        Column("last_error", "Last error"),
+        Column("attempt", "Attempt", "number", optional=True),
+        Column("last_error", "Last error", optional=True),
     )
     return Table("enrollments", columns, rows, query.given, more)
 
@@ -201,8 +201,8 @@ async def failed_enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Ta
         Column("id", "Enrollment", link="url"),
         Column("subject", "Subject"),
         Column("ended_at", "Failed", "time"),
-        Column("attempt", "Attempts", "number"),
-        Column("last_error", "Last error"),
+        Column("attempt", "Attempts", "number", optional=True),
+        Column("last_error", "Last error", optional=True),
     )
     return Table("failed", columns, rows, query.given, more)
 
@@ -239,7 +239,7 @@ async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
         Column("revision", "Revision", "number"),
         Column("at", "When", "time"),
         Column("by", "By"),
-        Column("reason", "Reason"),
+        Column("reason", "Reason", optional=True),
         Column("changes", "Changes"),
     )
     return Table("revisions", columns, rows, query.given, more)
@@ -286,9 +286,9 @@ async def search(
         Column("sequence", "Sequence"),
         Column("step", "Step"),
         Column("status", "Status", "code"),
-        Column("waits_until", "Waits until", "time"),
-        Column("wake_at", "Next check", "time"),
-        Column("last_error", "Last error"),
+        Column("waits_until", "Waits until", "time", optional=True),
+        Column("wake_at", "Next check", "time", optional=True, like="waits_until"),
+        Column("last_error", "Last error", optional=True),
     )
     return Table("search", columns, shown, query.given, more), remark
 

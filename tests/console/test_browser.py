@@ -20,12 +20,14 @@ import asyncpg
 import httpx
 import pytest
 
+from sequencerd.console import live, summary
 from sequencerd.console.summary import DAYS
 from sequencerd.definitions import plan
 from sequencerd.definitions.files import read_file
 from sequencerd.passwords import make_hash
 from tests.console.conftest import BEGUN, FAILED, Line, Mended, console, people
 from tests.helpers.engines import Recorder, enroll, until
+from tests.helpers.waiting import PATIENCE
 from tests.service.test_http_server import answers, free_port, is_ok
 
 if TYPE_CHECKING:
@@ -54,6 +56,12 @@ playwright = pytest.importorskip(
 )
 
 
+@pytest.fixture(autouse=True)
+def _in_short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "SHORTEST", 0.1)
+    monkeypatch.setattr(live, "INTERVAL", 0.1)
+
+
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
     async with playwright.async_playwright() as started:
@@ -71,7 +79,7 @@ async def window(
     base = str(client.base_url).removesuffix("/console/")
     context = await browser.new_context(base_url=base, **options)
     page = await context.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(PATIENCE * 1000)
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda said: wrong.append(said.text) if is_complaint(said.text) else None)
@@ -282,10 +290,14 @@ async def test_times_are_in_the_reader_s_zone(
         )
         await page.goto("/console/enrollments/1")
         text = await text_of(page, ".rows")
-        assert "Tue 2030-01-01 13:00:00 Europe/Berlin" in text
-        assert "Tue 2030-01-01 21:00:00 yours" in text
+        assert "Tue 2030-01-01 21:00:00" in text
+        assert "13:00:00" not in text
+        exact = await page.locator(".rows dt:text-is('Waits until') + dd time").get_attribute(
+            "title"
+        )
+        assert exact == "2030-01-01 12:00:00 UTC, Tue 2030-01-01 13:00:00 Europe/Berlin"
         await page.goto("/console/sequence?sequence=s&step=wait")
-        assert await text_of(page, "td.wake_at time") == "Tue 2030-01-01 21:00:00"
+        assert await text_of(page, "td.waits_until time") == "Tue 2030-01-01 21:00:00"
 
 
 async def test_a_daemon_is_restarted_under_an_open_page(

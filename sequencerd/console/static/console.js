@@ -2,28 +2,15 @@
 // What a page does beside showing: times in the reader's zone, questions before changes, and
 // following what changes.
 
-const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
 const clock = new Intl.DateTimeFormat("sv-SE", {
   dateStyle: "short", timeStyle: "medium",
 });
 const weekday = new Intl.DateTimeFormat("en-GB", { weekday: "short" });
 
 function showTimes(root) {
-  for (const time of root.querySelectorAll("time[data-shown]")) {
+  for (const time of root.querySelectorAll("time[datetime]")) {
     const at = new Date(time.dateTime);
-    if (isNaN(at)) continue;
-    const local = `${weekday.format(at)} ${clock.format(at)}`;
-    if (time.dataset.shown === "reader") {
-      time.title = time.textContent;
-      time.textContent = local;
-    } else if (!time.textContent.startsWith(local)) {
-      const span = document.createElement("span");
-      span.className = "local";
-      span.textContent = ` ${local} yours`;
-      time.title = zone;
-      time.append(span);
-    }
-    delete time.dataset.shown;
+    if (!isNaN(at)) time.textContent = `${weekday.format(at)} ${clock.format(at)}`;
   }
 }
 
