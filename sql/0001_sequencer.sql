@@ -22,6 +22,7 @@
 --   move          UPDATE sequencer.enrollments SET step = ... WHERE ...; the same step restarts it
 --   collect       SELECT sequencer.collect('digest', 'user-42', '{"comment": 7}')
 --   merge         SELECT sequencer.merge('anonymous-7', 'user-42')
+--   forget        SELECT * FROM sequencer.forget('user-42')
 --
 -- An active enrollment waits for its wake_at. When that has passed, a daemon claims the row, advances
 -- it, and writes the next wake_at. While a daemon executes a side effect, leased_by names the daemon and
@@ -41,6 +42,7 @@
 --   4  notify       held by a daemon while it wants to be notified; shared by writers that do not notify
 --   5  requests     held by the one daemon that handles the requests that applications send by NOTIFY
 --   6  enrolling    enrolling by queries and schedules: one daemon at a time
+--   7  forgetting   forget: one transaction at a time
 --
 -- Names and subjects are compared byte by byte (COLLATE "C"): this is faster than the rules of a
 -- language, and no update of the system's libraries can corrupt their indexes.
@@ -1546,6 +1548,177 @@ END $$;
 COMMENT ON FUNCTION sequencer.reevaluate IS 'Wake waiting enrollments to be evaluated, and start those that are due, and return how many. Part of the transaction; recorded if a reason is set.';
 
 
+-- privacy ---------------------------------------------------------------------------------------
+
+-- runners/suppressions.py computes the same, and checks for both forms of an address.
+CREATE FUNCTION sequencer.suppression_hash(address text) RETURNS text
+LANGUAGE sql IMMUTABLE STRICT SET search_path = pg_catalog, pg_temp AS $$
+    SELECT 'sha256:' || encode(sha256(convert_to(address, 'UTF8')), 'hex')
+$$;
+
+COMMENT ON FUNCTION sequencer.suppression_hash IS 'Return what replaces a forgotten address in suppressions, which still suppresses it.';
+
+-- An address is one wherever it stands in the data. In messages it may be another's, such as the
+-- sender's, so those only serve to find suppressions.
+CREATE FUNCTION sequencer.terms_of(subject text) RETURNS TABLE (kind text, term text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    WITH texts (value, is_own) AS (
+        SELECT terms_of.subject, true
+        UNION
+        SELECT v.value #>> '{}', true
+          FROM sequencer.enrollments AS e, jsonb_path_query(e.data, 'strict $.**') AS v (value)
+         WHERE e.subject = terms_of.subject AND jsonb_typeof(v.value) IN ('string', 'number')
+        UNION
+        SELECT v.message, false
+          FROM sequencer.enrollments AS e JOIN sequencer.events AS v ON v.enrollment_id = e.id
+         WHERE e.subject = terms_of.subject AND v.message LIKE '%@%'
+        UNION
+        SELECT e.last_error, false FROM sequencer.enrollments AS e
+         WHERE e.subject = terms_of.subject AND e.last_error LIKE '%@%'
+    )
+    SELECT CASE WHEN is_own THEN 'email' ELSE 'message' END, lower(rtrim(m.found[1], '.'))
+      FROM texts, regexp_matches(value, '[^[:space:]<>,;:"''()]+@[^[:space:]<>,;:"''()]+', 'g') AS m (found)
+    UNION
+    SELECT 'phone', regexp_replace(replace(value, '(0)', ''), '[^0-9]', '', 'g') FROM texts
+     WHERE is_own AND value ~ '^\s*(\+|00)[0-9 ()./-]{6,30}\s*$'
+    UNION
+    SELECT 'digits', regexp_replace(replace(value, '(0)', ''), '[^0-9]', '', 'g') FROM texts
+     WHERE is_own AND value ~ '^[0-9 ()./-]{7,30}$'
+    UNION
+    SELECT 'value', lower(btrim(value)) FROM texts
+     WHERE is_own AND octet_length(value) BETWEEN 1 AND 1000
+$$;
+
+COMMENT ON FUNCTION sequencer.terms_of IS 'Return what identifies a subject in the data of its enrollments: addresses, numbers, and all values.';
+
+CREATE FUNCTION sequencer.suppressions_of(subject text) RETURNS SETOF sequencer.suppressions
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    WITH terms AS MATERIALIZED (SELECT * FROM sequencer.terms_of(suppressions_of.subject)), forms (form) AS (
+        SELECT term FROM terms WHERE kind IN ('email', 'message', 'value')
+        UNION SELECT prefix || term FROM terms, unnest(ARRAY['', '+', '00']) AS prefix
+               WHERE kind IN ('phone', 'digits')
+    )
+    SELECT s.* FROM sequencer.suppressions AS s
+     WHERE s.address IN (SELECT form FROM forms
+                         UNION ALL SELECT sequencer.suppression_hash(form) FROM forms)
+$$;
+
+COMMENT ON FUNCTION sequencer.suppressions_of IS 'Return the suppressions of a subject''s addresses, in clear or as hashes.';
+
+-- Matches whole words alone; a short subject, such as 7, only where our messages quote it.
+CREATE FUNCTION sequencer.mentions_of(subject text) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT string_agg(pattern, '|') FROM (
+        SELECT CASE WHEN length(word) < 5
+            THEN '(?<='')' || word || '(?='')|(?<=\mfrom )' || word || '(?= to )|(?<= to )' || word
+                 || '(?= by )'
+            ELSE '(?<![[:alnum:]_.@+-])' || word || '(?![[:alnum:]_@-]|\.[[:alnum:]])' END
+          FROM (SELECT mentions_of.subject AS text
+                UNION SELECT term FROM sequencer.terms_of(mentions_of.subject) WHERE kind = 'email') AS t,
+               regexp_replace(t.text, '([][!-/:-@^_`{-~\\])', '\\\1', 'g') AS word
+        UNION ALL
+        SELECT '(?<![0-9])' || array_to_string(regexp_split_to_array(term, ''), '[ ()./-]*') || '(?![0-9])'
+          FROM sequencer.terms_of(mentions_of.subject) WHERE kind = 'phone') AS patterns (pattern)
+$$;
+
+COMMENT ON FUNCTION sequencer.mentions_of IS 'Return a regular expression for a subject and its addresses in a text.';
+
+CREATE FUNCTION sequencer.mentioned_in(subject text, pattern text) RETURNS bigint[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(array_agg(id ORDER BY id), '{}') FROM (
+        SELECT e.id FROM sequencer.enrollments AS e
+         WHERE e.subject <> mentioned_in.subject
+           AND (e.data::text ~* mentioned_in.pattern OR e.subject ~* mentioned_in.pattern)
+         ORDER BY e.id LIMIT 1000) AS found
+$$;
+
+COMMENT ON FUNCTION sequencer.mentioned_in IS 'Return the enrollments of other subjects whose data match, at most 1000.';
+
+-- Deletes what belongs to a subject, and removes its name from what belongs to others. One at a time: two
+-- would wait for each other's rows.
+CREATE FUNCTION sequencer.forget(
+    subject text, OUT enrollments bigint, OUT events bigint, OUT suppressions bigint,
+    OUT redacted bigint, OUT mentioned_in bigint[]
+) LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    pattern text;
+    ids bigint[];
+    busy record;
+    place record;
+    count bigint;
+BEGIN
+    PERFORM pg_advisory_xact_lock(7364528, 7);
+    PERFORM FROM sequencer.enrollments AS e WHERE e.subject = forget.subject ORDER BY e.id FOR UPDATE;
+    SELECT e.id, e.sequence, e.step, e.leased_by INTO busy
+      FROM sequencer.enrollments AS e LEFT JOIN sequencer.daemons AS d ON d.name = e.leased_by
+     WHERE e.subject = forget.subject AND e.leased_by IS NOT NULL
+       AND greatest(e.wake_at, d.alive_until) > clock_timestamp() LIMIT 1;
+    IF FOUND THEN
+        RAISE object_in_use USING
+            MESSAGE = format('nothing was forgotten: enrollment %s is executing step %L of sequence %L',
+                             busy.id, busy.step, busy.sequence),
+            SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'leased_by',
+            HINT = format('Try again when that has ended, or its daemon %s is gone.', busy.leased_by);
+    END IF;
+    SELECT coalesce(array_agg(e.id), '{}') INTO ids
+      FROM sequencer.enrollments AS e WHERE e.subject = forget.subject;
+    pattern := sequencer.mentions_of(forget.subject);
+
+    WITH gone AS (
+        DELETE FROM sequencer.suppressions AS s USING sequencer.suppressions_of(forget.subject) AS o
+         WHERE s.channel = o.channel AND s.address = o.address AND s.address !~ '^sha256:[0-9a-f]{64}$'
+        RETURNING s.*
+    ), kept AS (
+        INSERT INTO sequencer.suppressions (channel, address, created_at)
+        SELECT channel, sequencer.suppression_hash(address), created_at FROM gone
+        ON CONFLICT DO NOTHING
+    )
+    SELECT count(*) INTO suppressions FROM gone;
+    DELETE FROM sequencer.events AS v WHERE v.enrollment_id = ANY (ids);
+    GET DIAGNOSTICS events = ROW_COUNT;
+    DELETE FROM sequencer.problems AS p
+     WHERE p.kind = 'quarantined' AND p.about = ANY (ids::text[]);
+    DELETE FROM sequencer.enrollments AS e WHERE e.id = ANY (ids);
+    GET DIAGNOSTICS enrollments = ROW_COUNT;
+
+    redacted := 0;
+    FOR place IN VALUES
+        ('events', 'message'), ('enrollments', 'last_error'), ('problems', 'message'),
+        ('scheduled_runs', 'problem'), ('suppressions', 'reason'), ('revisions', 'reason')
+    LOOP
+        EXECUTE format('UPDATE sequencer.%I SET %2$I = regexp_replace(%2$I, $1, ''[forgotten]'', ''gi'')'
+                       ' WHERE %2$I ~* $1', place.column1, place.column2) USING pattern;
+        GET DIAGNOSTICS count = ROW_COUNT;
+        redacted := redacted + count;
+    END LOOP;
+    mentioned_in := sequencer.mentioned_in(forget.subject, pattern);
+END $$;
+
+COMMENT ON FUNCTION sequencer.forget IS 'Delete the enrollments of a subject and their history, replace its suppressed addresses by hashes, and remove its name and addresses from the messages of others. mentioned_in: enrollments of other subjects whose data name it; these are left as they are.';
+
+CREATE FUNCTION sequencer.export_subject(subject text) RETURNS jsonb
+LANGUAGE sql STABLE STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT jsonb_build_object(
+        'subject', export_subject.subject, 'exported_at', now(),
+        'enrollments', (
+            SELECT coalesce(jsonb_agg(to_jsonb(e) || jsonb_build_object('history', (
+                       SELECT coalesce(jsonb_agg(to_jsonb(v) - 'enrollment_id' ORDER BY v.visit, v.at), '[]')
+                         FROM sequencer.events AS v WHERE v.enrollment_id = e.id)) ORDER BY e.id), '[]')
+              FROM sequencer.enrollments AS e WHERE e.subject = export_subject.subject),
+        'suppressions', (
+            SELECT coalesce(jsonb_agg(to_jsonb(s) ORDER BY s.channel, s.address), '[]')
+              FROM sequencer.suppressions_of(export_subject.subject) AS s),
+        'problems', (
+            SELECT coalesce(jsonb_agg(to_jsonb(p) ORDER BY p.since), '[]')
+              FROM sequencer.problems AS p JOIN sequencer.enrollments AS e ON e.id::text = p.about
+             WHERE p.kind = 'quarantined' AND e.subject = export_subject.subject),
+        'mentioned_in', sequencer.mentioned_in(
+            export_subject.subject, sequencer.mentions_of(export_subject.subject)))
+$$;
+
+COMMENT ON FUNCTION sequencer.export_subject IS 'Return what is held of a subject: its enrollments with data and history, the suppressions of its addresses, problems, and the ids of other enrollments that name it in their data.';
+
+
 -- views -----------------------------------------------------------------------------------------
 
 CREATE VIEW sequencer.overview AS
@@ -1626,7 +1799,7 @@ REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sequencer FROM PUBLIC;
 -- administrator can do the same in psql: SELECT statement FROM sequencer.missing_grants \gexec
 CREATE VIEW sequencer.missing_grants AS
 WITH roles (role) AS (
-    VALUES ('sequencer_enroller'), ('sequencer_editor'), ('sequencer_daemon')
+    VALUES ('sequencer_enroller'), ('sequencer_editor'), ('sequencer_daemon'), ('sequencer_privacy')
 ), relations AS (
     SELECT oid, relname::text AS name, relkind FROM pg_class
      WHERE relnamespace = 'sequencer'::regnamespace AND relkind IN ('r', 'p', 'v')
@@ -1638,8 +1811,10 @@ WITH roles (role) AS (
     SELECT attname::text AS name FROM pg_attribute
      WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped
 ), on_relations (role, privilege, relation) AS (
-    SELECT role, 'SELECT', name FROM relations, roles WHERE role <> 'sequencer_editor'
+    SELECT role, 'SELECT', name FROM relations, roles
+     WHERE role IN ('sequencer_enroller', 'sequencer_daemon')
     UNION ALL VALUES
+    ('sequencer_privacy', 'SELECT', 'migrations'),
     ('sequencer_enroller', 'INSERT', 'suppressions'),
     ('sequencer_enroller', 'DELETE', 'suppressions'),
     ('sequencer_editor', 'INSERT', 'sequences'),
@@ -1690,6 +1865,9 @@ WITH roles (role) AS (
     ('sequencer_enroller', 'named_steps'),
     ('sequencer_enroller', 'as_duration'),
     ('sequencer_enroller', 'reentry_time'),
+    ('sequencer_enroller', 'suppression_hash'),
+    ('sequencer_privacy', 'forget'),
+    ('sequencer_privacy', 'export_subject'),
     ('sequencer_daemon', 'reevaluate'),
     ('sequencer_daemon', 'document'),
     ('sequencer_daemon', 'as_duration'),

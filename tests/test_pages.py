@@ -61,10 +61,12 @@ async def test_a_day_of_an_operator(
 
 
 @pytest.mark.parametrize("page", ["reliability", "scaling", "security"])
-async def test_the_sql_of_a_page_runs(connection: asyncpg.Connection, page: str) -> None:
+async def test_the_sql_of_a_page_runs(
+    connection: asyncpg.Connection, sequencerd: Command, page: str
+) -> None:
     await define(connection, "onboarding", ("hello", "GoTo", "{}", None))
     await enroll(connection, "onboarding", {"security": "user-42"}.get(page, "ada"))
-    for role in ("shop", "marketing", "sequencerd"):
+    for role in ("shop", "marketing", "sequencerd", "dpo"):
         await connection.execute(
             f"DO $$ BEGIN CREATE ROLE {role};"
             " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"
@@ -74,6 +76,10 @@ async def test_the_sql_of_a_page_runs(connection: asyncpg.Connection, page: str)
             await connection.execute(text)
         elif language == "toml":
             assert Settings.model_validate(tomllib.loads(text)).database.pooled
+        elif language == "sh":
+            for line in text.splitlines():
+                command, *arguments = shlex.split(line.partition(" > ")[0])[1:]
+                sequencerd(command, *arguments, *(["--yes"] if command == "forget" else []))
         else:
             Settings.model_validate({"database": {"url": text.strip()}})
     count = await connection.fetchval("SELECT count(*) FROM sequencer.enrollments")

@@ -147,7 +147,7 @@ async def test_the_sql_page_can_be_followed(empty_database: str) -> None:
     for language, text in blocks(REPOSITORY / "docs/sql.md"):
         assert language == "sql"
         await connection.execute(text)
-    assert await connection.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1003
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1002
     await connection.close()
 
 

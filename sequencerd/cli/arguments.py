@@ -32,6 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_changes(commands)
     _add_preview(commands)
     _add_operation(commands)
+    _add_privacy(commands)
     _add_inspection(commands)
     _add_demo(commands)
     return parser
@@ -432,6 +433,29 @@ def _add_change(commands: Commands, name: str, about: str, example: str) -> argp
 
 def _add_reason(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reason", metavar="TEXT", help="reason, recorded in the history")
+
+
+def _add_privacy(commands: Commands) -> None:
+    """Adds these commands."""
+    forget = commands.add(
+        "forget",
+        "privacy.forget_command",
+        "delete what is held of a subject; its suppressed addresses remain as hashes",
+        "forget user-42",
+    )
+    forget.add_argument("subject")
+    forget.add_argument("--yes", action="store_true", help="do not ask for confirmation")
+    forget.add_argument(
+        "--dry-run", action="store_true", help="show what would be deleted, change nothing"
+    )
+    add_json(forget)
+    export = commands.add(
+        "export-subject",
+        "privacy.export_subject_command",
+        "print all that is held of a subject, as JSON",
+        "export-subject user-42 > user-42.json",
+    )
+    export.add_argument("subject")
 
 
 def _add_inspection(commands: Commands) -> None:

@@ -52,6 +52,7 @@ _ROLES = {
         ("apply", "archive", "holidays", "move", "pause", "resume"), "sequencer_editor"
     ),
     **dict.fromkeys(("doctor", "run"), "sequencer_daemon"),
+    **dict.fromkeys(("export-subject", "forget"), "sequencer_privacy"),
     **dict.fromkeys(("migrate", "grants", "import-original"), _OWNER),
 }
 """What commands need beyond sequencer_enroller; docs/security.md has the whole table."""

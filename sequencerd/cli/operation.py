@@ -96,7 +96,7 @@ async def change_command(arguments: argparse.Namespace, _: Settings, url: str) -
         if arguments.dry_run:
             return _report(arguments, len(ids), Done())
         if len(ids) > 1 and not arguments.yes:
-            _confirm(f"{arguments.command} {bulk.count(len(ids))}?")
+            confirm(f"{arguments.command} {bulk.count(len(ids))}?")
         done = await _in_batches(connection, action, ids, to, arguments.reason)
     finally:
         await connection.close()
@@ -137,7 +137,7 @@ async def _check_step(
         raise UsageError(f"sequence {missing[0]!r} has no step {step!r}")
 
 
-def _confirm(question: str) -> None:
+def confirm(question: str) -> None:
     """Ask the user for confirmation. Raises UsageError without it."""
     if not sys.stdin.isatty():
         raise ArgumentError(f"{question} Standard input is not a terminal: use --yes, or --dry-run")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from hashlib import sha256
 from typing import Literal
 
 import idna
@@ -49,14 +51,19 @@ class Suppressions:
 
 def forms(address: str) -> set[str]:
     """Return how an address may be written in the table: in lower case, its domain in ASCII or as
-    users write it; a number without separators.
+    users write it; a number without separators; each also as the hash that a forgotten one has.
     """
     plain = address.strip().lower()
     local, at, domain = plain.rpartition("@")
+    known = {plain}
     if not at:
-        return {plain, normalise(address)}
-    try:
-        written = idna.decode(domain)
-    except ValueError:
-        return {plain}
-    return {plain, f"{local}@{written}"}
+        known.add(normalise(address))
+    else:
+        with suppress(ValueError):
+            known.add(f"{local}@{idna.decode(domain)}")
+    return known | set(map(hashed, known))
+
+
+def hashed(address: str) -> str:
+    """Return what stands for a forgotten address; SQL has the same function, suppression_hash."""
+    return f"sha256:{sha256(address.encode('utf-8', 'replace')).hexdigest()}"

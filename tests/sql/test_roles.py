@@ -19,7 +19,7 @@ from tests.helpers.engines import define, enroll, until
 from tests.helpers.servers import Answer, Request, http_server
 from tests.helpers.waiting import PATIENCE
 
-ROLES = ("enroller", "editor", "daemon")
+ROLES = ("enroller", "editor", "daemon", "privacy")
 DENIED = asyncpg.InsufficientPrivilegeError
 
 
@@ -100,6 +100,10 @@ MAY = {
         "SELECT sequencer.add_event_partitions()",
         "SELECT sequencer.delete_ended(now(), 10)",
     ],
+    "privacy": [
+        "SELECT * FROM sequencer.forget('ada')",
+        "SELECT sequencer.export_subject('ada')",
+    ],
 }
 ON_A_TABLE_OF_ONES_OWN = [
     "CREATE TEMP TABLE sequences (name text) ON COMMIT DROP;"
@@ -149,8 +153,11 @@ MAY_NOT = {
         "SELECT * FROM app.invoices",
         "SELECT sequencer.delete_ended(now(), 10)",
         "SELECT sequencer.drop_event_partition(now())",
+        "SELECT sequencer.forget('ada')",
+        "SELECT sequencer.export_subject('ada')",
     ],
     "editor": [
+        "SELECT sequencer.forget('ada')",
         "UPDATE sequencer.enrollments SET visit = 9",
         "UPDATE sequencer.revisions SET by = 'somebody else'",
         "DELETE FROM sequencer.revisions",
@@ -185,6 +192,14 @@ MAY_NOT = {
         "DELETE FROM sequencer.events",
         "CREATE TABLE sequencer.mine (id integer)",
         "SELECT * FROM app.invoices",
+        "SELECT sequencer.forget('ada')",
+    ],
+    "privacy": [
+        "SELECT * FROM sequencer.enrollments",
+        "SELECT * FROM sequencer.suppressions",
+        "DELETE FROM sequencer.enrollments",
+        "SELECT sequencer.enroll('s', 'bob')",
+        "SELECT sequencer.mentions_of('ada')",
     ],
 }
 

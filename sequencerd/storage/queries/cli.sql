@@ -79,3 +79,11 @@ ON CONFLICT DO NOTHING RETURNING id;
 UNION ALL
 (SELECT e.data FROM (SELECT sequence, data FROM sequencer.enrollments ORDER BY id DESC LIMIT 20000) AS e
   WHERE e.sequence = $1 LIMIT 1000);
+
+-- name: forget
+-- Delete what belongs to a subject, and return the counts.
+SELECT enrollments, events, suppressions, redacted, mentioned_in FROM sequencer.forget($1);
+
+-- name: export_subject
+-- Read all that is held of a subject, as JSON.
+SELECT sequencer.export_subject($1)::text;

@@ -1,0 +1,274 @@
+"""Forgetting a subject, and exporting what is held of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import asyncpg
+import pytest
+
+from sequencerd.core.model import Answer, Result, Task
+from sequencerd.runners.suppressions import Suppressions
+from sequencerd.storage.suppressions import read_suppressed
+from tests.helpers.commands import Command
+from tests.helpers.engines import Recorder, define, enroll, running_engine, until
+
+EMAIL, PHONE, SUBJECT = "ada.l@example.com", "+49 151 234567-8", "customer-4711"
+NUMBER = "+491512345678"
+DATA = {
+    "email": "Ada.L@Example.com",
+    "contact": {"phones": [PHONE]},
+    "items": [{"comment": "by Lovelace"}],
+}
+TERMS = (EMAIL, NUMBER, "1512345678", PHONE, SUBJECT, "Lovelace")
+
+
+@pytest.fixture
+async def held(connection: asyncpg.Connection) -> asyncpg.Connection:
+    """A subject of whom every table holds something, beside others."""
+    await define(connection, "s", ("send", "Note", "{}", "wait"),
+                 ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None))  # fmt: skip
+    await define(
+        connection, "t", ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None)
+    )
+    for sequence, status in (("s", "active"), ("t", "failed")):
+        id_ = await enroll(connection, sequence, SUBJECT, json.dumps(DATA))
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET status = $2, last_error = $3 WHERE id = $1",
+            id_, status, f"550 <{EMAIL}>: unknown",
+        )  # fmt: skip
+        await event(connection, id_, f"sent to {EMAIL}, signed Lovelace")
+        await connection.execute(
+            "INSERT INTO sequencer.daemons (name, alive_until) VALUES ($1, now())", f"d{id_}"
+        )
+        await connection.execute(
+            "INSERT INTO sequencer.problems (daemon, kind, about, since, message)"
+            " VALUES ($1, 'quarantined', $2, now(), $3), ($1, 'runner', 'Email', now(), $4)",
+            f"d{id_}", str(id_), f"Lovelace, {SUBJECT}", f"421 4.7.0 <{EMAIL}>: try later",
+        )  # fmt: skip
+    other = await enroll(connection, "s", "other", '{"email": "bob@example.com"}')
+    await event(connection, other, f"enrolled '{SUBJECT}' in t")
+    await event(connection, other, f"to {NUMBER}: not x{EMAIL}, and not {SUBJECT}1")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET last_error = $2 WHERE id = $1", other, f"cc {EMAIL}."
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.suppressions (channel, address, reason) VALUES"
+        " ('email', $1, $3), ('sms', $2, 'STOP'), ('email', 'bob@example.com', $3)",
+        EMAIL, PHONE, f"asked by {EMAIL}",
+    )  # fmt: skip
+    await connection.execute(
+        "SELECT set_config('sequencer.reason', $1, false)", f"{EMAIL} complained"
+    )
+    await connection.execute("UPDATE sequencer.sequences SET status = 'paused' WHERE name = 't'")
+    await connection.execute("SELECT set_config('sequencer.reason', '', false)")
+    await connection.execute(
+        "INSERT INTO sequencer.scheduled_runs (sequence, definition, next_run_at, problem)"
+        " VALUES ('s', '{}', now(), $1)", f"data of subject '{SUBJECT}' have 2 MB",
+    )  # fmt: skip
+    return connection
+
+
+async def event(connection: asyncpg.Connection, id_: int, message: str) -> None:
+    await connection.execute(
+        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
+        " VALUES ($1, clock_timestamp(), 's', 'send', 1, 'next', $2)", id_, message,
+    )  # fmt: skip
+
+
+async def everything(connection: asyncpg.Connection) -> str:
+    """All rows of all tables, as text."""
+    tables = await connection.fetch(
+        "SELECT oid::regclass::text FROM pg_class WHERE relkind = 'r'"
+        " AND relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)"
+        " AND relnamespace::regnamespace::text NOT LIKE 'pg_toast%'"
+    )
+    rows = [
+        text
+        for (table,) in tables
+        for (text,) in await connection.fetch(f"SELECT t::text FROM {table} AS t")
+    ]
+    return "\n".join(rows)
+
+
+async def forget(connection: asyncpg.Connection, subject: str = SUBJECT) -> asyncpg.Record:
+    return await connection.fetchrow("SELECT * FROM sequencer.forget($1)", subject)
+
+
+async def test_nothing_of_a_forgotten_subject_is_left_in_any_table(
+    held: asyncpg.Connection,
+) -> None:
+    before = await everything(held)
+    assert all(term in before for term in (EMAIL, NUMBER, SUBJECT, "Lovelace"))
+    done = await forget(held)
+    assert (done["enrollments"], done["suppressions"], done["mentioned_in"]) == (2, 2, [])
+    after = await everything(held)
+    kept = f"not x{EMAIL}, and not {SUBJECT}1"  # other words that contain one of these
+    assert after.count(kept) == 1
+    for term in TERMS:
+        assert term.lower() not in after.replace(kept, "").lower(), term
+    assert "enrolled '[forgotten]' in t" in after
+    assert after.count("bob@example.com") == 2
+    assert dict(await forget(held)) == {
+        "enrollments": 0, "events": 0, "suppressions": 0, "redacted": 0, "mentioned_in": [],
+    }  # fmt: skip
+
+
+async def test_a_forgotten_address_stays_suppressed(held: asyncpg.Connection) -> None:
+    await forget(held)
+
+    async def ask(keys: list[tuple[str, str]]) -> set[tuple[str, str]]:
+        return await read_suppressed(held, keys)
+
+    check = Suppressions(ask)
+    written = [EMAIL, "ADA.L@example.com", "eve@example.com"]
+    assert await check.among("email", written) == set(written[:2])
+    assert await check.among("sms", [PHONE, NUMBER, "+491512345679"]) == {PHONE, NUMBER}
+    # once more in clear, and forgotten again
+    await held.execute("INSERT INTO sequencer.suppressions VALUES ('email', $1)", EMAIL)
+    assert (await forget(held, EMAIL))["suppressions"] == 1
+    assert EMAIL not in await held.fetchval(
+        "SELECT string_agg(address, ' ') FROM sequencer.suppressions"
+    )
+
+
+async def test_an_address_that_only_messages_name_is_forgotten_with_its_suppression(
+    connection: asyncpg.Connection,
+) -> None:
+    """As of a lookup, which is not kept; and the sender in the same message is no subject."""
+    await define(connection, "s", ("send", "Note", "{}", None))
+    for subject in ("user-42", "user-43"):
+        id_ = await enroll(connection, "s", subject)
+        await event(connection, id_, f"<{subject}@example.org> bounced, from shop@example.com")
+    await connection.execute(
+        "INSERT INTO sequencer.suppressions VALUES ('email', 'user-42@example.org')"
+    )
+    assert (await forget(connection, "user-42"))["suppressions"] == 1
+    (message,) = [row[0] for row in await connection.fetch("SELECT message FROM sequencer.events")]
+    assert message == "<user-43@example.org> bounced, from shop@example.com"
+
+
+@pytest.mark.parametrize("subject", ["7", "a+b (c)*", "[x", "back\\slash", "it's", "ä" * 300])
+async def test_a_subject_is_a_word_and_no_pattern(
+    connection: asyncpg.Connection, subject: str
+) -> None:
+    await define(connection, "s", ("send", "Note", "{}", None))
+    await enroll(connection, "s", subject)
+    other = await enroll(connection, "s", "other")
+    await event(connection, other, f"attempt 7 of 17 by d7; enrolled '{subject}' in s")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET subject = 'new' WHERE id = $1", other
+    )
+    await event(connection, other, f"from {subject} to new by me")
+    await forget(connection, subject)
+    texts = [
+        r[0] for r in await connection.fetch("SELECT message FROM sequencer.events ORDER BY at")
+    ]
+    assert texts[0] == "attempt 7 of 17 by d7; enrolled '[forgotten]' in s"
+    assert texts[2] == "from [forgotten] to new by me"
+
+
+async def test_data_of_others_are_left_and_reported(held: asyncpg.Connection) -> None:
+    invoice = await enroll(held, "s", "invoice-9", json.dumps({"to": EMAIL}))
+    same = await enroll(held, "s", EMAIL)
+    owner = await enroll(held, "s", "invoice-10", json.dumps({"customer": SUBJECT}))
+    done = await forget(held)
+    assert done["mentioned_in"] == [invoice, same, owner]
+    data = await held.fetchval("SELECT data FROM sequencer.enrollments WHERE id = $1", invoice)
+    assert json.loads(data)["to"] == EMAIL
+
+
+async def test_nothing_is_forgotten_while_a_side_effect_runs(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def behave(_: Task) -> Result:
+        begun.set()
+        await go_on.wait()
+        return Answer(message="sent")
+
+    await define(connection, "s", ("send", "Note", "{}", "wait"),
+                 ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None))  # fmt: skip
+    async with running_engine(database, {"Note": Recorder(behave)}):
+        id_ = await enroll(connection, "s", "ada")
+        await begun.wait()
+        with pytest.raises(asyncpg.ObjectInUseError) as refused:
+            await forget(connection, "ada")
+        assert f"nothing was forgotten: enrollment {id_} is executing step 'send'" in str(
+            refused.value
+        )
+        assert "Try again when that has ended" in (refused.value.hint or "")
+        go_on.set()
+        await until(connection, "SELECT step = 'wait' FROM sequencer.enrollments")
+        done = await forget(connection, "ada")
+        assert done["enrollments"] == 1
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.events") == 0
+
+
+async def test_a_lease_that_has_expired_keeps_nothing(connection: asyncpg.Connection) -> None:
+    await define(connection, "s", ("send", "Note", "{}", None))
+    await enroll(connection, "s", "ada")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET leased_by = 'gone', wake_at = now() - interval '1 s'"
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.daemons (name, alive_until) VALUES ('gone', now() + interval '1 h')"
+    )
+    with pytest.raises(asyncpg.ObjectInUseError):
+        await forget(connection, "ada")
+    await connection.execute("UPDATE sequencer.daemons SET alive_until = now()")
+    assert (await forget(connection, "ada"))["enrollments"] == 1
+
+
+async def test_an_export_has_all_that_is_held(held: asyncpg.Connection) -> None:
+    invoice = await enroll(held, "s", "invoice-9", json.dumps({"to": EMAIL}))
+    text = await held.fetchval("SELECT sequencer.export_subject($1)", SUBJECT)
+    exported = json.loads(text)
+    first, second = exported["enrollments"]
+    assert (first["sequence"], first["data"]) == ("s", DATA)
+    assert second["last_error"] == f"550 <{EMAIL}>: unknown"
+    assert [one["message"] for one in first["history"]] == [f"sent to {EMAIL}, signed Lovelace"]
+    assert {one["address"] for one in exported["suppressions"]} == {EMAIL, NUMBER}
+    assert [one["about"] for one in exported["problems"]] == [str(first["id"]), str(second["id"])]
+    assert exported["mentioned_in"] == [invoice]
+    assert "bob" not in text
+    # of an address that was forgotten, the hash is found by the address
+    await forget(held)
+    await enroll(held, "s", "new-1", json.dumps({"email": EMAIL}))
+    exported = json.loads(await held.fetchval("SELECT sequencer.export_subject('new-1')"))
+    (kept,) = exported["suppressions"]
+    assert kept["address"].startswith("sha256:")
+    empty = json.loads(await held.fetchval("SELECT sequencer.export_subject('nobody')"))
+    assert empty["enrollments"] == empty["suppressions"] == []
+
+
+# --- the commands
+
+
+async def test_the_commands_ask_tell_and_export(
+    sequencerd: Command, held: asyncpg.Connection
+) -> None:
+    invoice = await enroll(held, "s", "invoice-9", json.dumps({"to": EMAIL}))
+    exported = json.loads(sequencerd("export-subject", SUBJECT))
+    assert len(exported["enrollments"]) == 2
+    before = await everything(held)
+    would = sequencerd("forget", SUBJECT, "--dry-run")
+    assert f"would forget {SUBJECT}: enrollments: 2, events: " in would
+    assert f"enrollments {invoice}" in would
+    sequencerd("forget", SUBJECT, code=2)
+    assert "use --yes, or --dry-run" in sequencerd.errors
+    assert await everything(held) == before
+    done = json.loads(sequencerd("forget", SUBJECT, "--yes", "--json"))
+    assert (done["enrollments"], done["suppressions"], done["dry_run"]) == (2, 2, False)
+    assert sequencerd("forget", "nobody") == "nothing is held of nobody\n"
+
+
+async def test_the_command_says_what_runs(sequencerd: Command, held: asyncpg.Connection) -> None:
+    await held.execute(
+        "UPDATE sequencer.enrollments SET leased_by = 'd', wake_at = now() + interval '1 h'"
+        " WHERE status = 'active'"
+    )
+    sequencerd("forget", SUBJECT, "--yes", code=1)
+    assert "is executing step 'send' of sequence 's'; Try again when" in sequencerd.errors
