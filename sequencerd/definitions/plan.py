@@ -23,6 +23,7 @@ from sequencerd.definitions.compiler import (
     parse_holidays,
 )
 from sequencerd.definitions.diff import Changes, Document, compare, parse_document, seeds
+from sequencerd.definitions.graph import Edge, edges
 from sequencerd.errors import FileError, PlanError
 from sequencerd.storage import server, sources
 from sequencerd.storage.statements import QUERIES
@@ -96,12 +97,14 @@ class SequencePlan:
     named: tuple[Naming, ...] = ()  # removed steps that other sequences name
     waiting: tuple[Waiting, ...] = ()
     empty_calendars: tuple[str, ...] = ()  # of holidays that it needs
+    missing: tuple[str, ...] = ()  # other sequences or steps of these, to which it leads
     entering: str | None = None  # by the key enroll
 
     def lines(self, *, done: bool) -> Iterator[str]:
         """Yield a line for each change, and one for the enrollments at each changed step."""
         yield from self.changes.lines()
         yield from map(no_holidays, self.empty_calendars)
+        yield from self.missing
         for old, count in self.at_step.items():
             if new := self.moves.get(old):
                 yield f"{count} move from {old} to {new}, where their visit starts again"
@@ -148,6 +151,7 @@ class Plan:
                     "entering": one.entering,
                     "waiting": [asdict(waiting) for waiting in one.waiting],
                     "empty_calendars": one.empty_calendars,
+                    "missing": one.missing,
                 }
                 for one in self.sequences
             ],
@@ -178,7 +182,10 @@ async def make(
         if name in known
     }
     made = [
-        await _make_one(connection, definition, known.get(name), moves or {}, renames)
+        replace(
+            await _make_one(connection, definition, known.get(name), moves or {}, renames),
+            missing=await _missing(connection, definition, names),
+        )
         for name, definition in zip(names, definitions, strict=True)
     ]
     everything: Definitions | None = None
@@ -247,6 +254,27 @@ async def _empty_calendars(
         return ()
     known = parse_holidays(await connection.fetchval(QUERIES["holidays"]))
     return tuple(sorted(wanted - known.keys()))
+
+
+async def _missing(
+    connection: asyncpg.Connection, definition: Definition, planned: Collection[str]
+) -> tuple[str, ...]:
+    """Say which steps lead to a sequence, or a step of one, that does not exist. What `planned`
+    sequences name of each other is checked with their files.
+    """
+    found = [edge for edge in edges(definition.sequence) if edge.sequence not in (None, *planned)]
+    rows = await connection.fetch(
+        QUERIES["missing_targets"],
+        [edge.sequence for edge in found],
+        [edge.target for edge in found],
+    )
+    return tuple(dict.fromkeys(_missing_target(found[number - 1]) for (number,) in rows))
+
+
+def _missing_target(edge: Edge) -> str:
+    does = edge.label if edge.target is None else "leads to"
+    step = "" if edge.target is None else f"step {edge.target!r} of "
+    return f"{edge.source} {does} {step}sequence {edge.sequence!r}, which does not exist"
 
 
 async def _entering(connection: asyncpg.Connection, definition: Definition) -> str | None:

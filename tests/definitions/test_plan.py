@@ -698,3 +698,28 @@ async def test_the_history_and_the_overview_tell_the_branches(
     assert found == {
         "choose": {"case 2": 4}, "split": ways, "back": None, "mail": None, "over": None
     }  # fmt: skip
+
+
+async def test_sequences_and_steps_that_do_not_exist_are_named(apply: Applying) -> None:
+    other = GOOD.replace("name: s\n", "name: other\n")
+    leading = """
+name: leading
+steps:
+  - {name: start, type: Enroll, config: {sequence: other}}
+  - {name: stop, type: Cancel, config: {sequence: nope}}
+  - {name: jump, type: GoTo, config: {sequence: other, step: bye}}
+"""
+    missing = "which does not exist"
+    assert [line for line in await apply.lines(leading) if missing in line] == [
+        f"start enrolls sequence 'other', {missing}",
+        f"stop cancels sequence 'nope', {missing}",
+        f"jump leads to step 'bye' of sequence 'other', {missing}",
+    ]
+    assert [line for line in await apply.lines(f"{leading}---{other}") if missing in line] == [
+        f"stop cancels sequence 'nope', {missing}",
+    ]
+    await apply(other.replace("bye", "goodbye"))
+    assert [line for line in await apply.lines(leading) if missing in line] == [
+        f"stop cancels sequence 'nope', {missing}",
+        f"jump leads to step 'bye' of sequence 'other', {missing}",
+    ]

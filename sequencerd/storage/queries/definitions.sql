@@ -35,6 +35,15 @@ ON CONFLICT (sequence, name) DO UPDATE
 -- Delete the steps of a sequence that its definition no longer has.
 DELETE FROM sequencer.steps WHERE sequence = $1 AND name <> ALL ($2::text[]);
 
+-- name: missing_targets
+-- Return the numbers of the sequences, or steps of these, that do not exist.
+SELECT t.number::integer
+  FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS t (sequence, step, number)
+ WHERE NOT EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = t.sequence)
+    OR t.step IS NOT NULL AND NOT EXISTS (
+           SELECT FROM sequencer.steps AS s WHERE (s.sequence, s.name) = (t.sequence, t.step))
+ ORDER BY t.number;
+
 -- name: named_elsewhere
 -- Read the steps of other sequences whose configs name some steps of a sequence.
 SELECT s.sequence, s.name, n.step
