@@ -107,6 +107,21 @@ def _read_words(value: object) -> object:
 Words = Annotated[tuple[str, ...], BeforeValidator(_read_words)]
 
 
+def _check_patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    patterns = tuple(filter(None, patterns))
+    for pattern in patterns:
+        if not re.search(r"[@*+:]", pattern):
+            raise ValueError(
+                f"{pattern!r} matches no recipient: write addresses, numbers, or patterns such as "
+                '"*@example.com" or "+49*"'
+            )
+    return patterns
+
+
+Patterns = Annotated[Words, AfterValidator(_check_patterns)]
+"""Of recipients; none at all is an empty list."""
+
+
 class Section(BaseModel):
     """Unknown keys are errors: a misspelt setting must not be silently without effect."""
 
@@ -184,7 +199,8 @@ class Email(Messaging):
     """The mail server: smtp://user:password@host:587, smtps://... for TLS from the start.
 
     `timeout` is for each reply of the server but the one to the message, which may take as long as
-    RFC 5321 says. `oauth` or `token_command` stand for the password.
+    RFC 5321 says. `oauth` or `token_command` stand for the password. `only_to` are patterns of
+    the recipients that get messages, for staging.
     """
 
     url: Secret | None = None
@@ -195,6 +211,7 @@ class Email(Messaging):
     oauth: OAuth | None = None
     token_command: str | None = None
     list_unsubscribe: str | None = None
+    only_to: Patterns | None = None
 
     @model_validator(mode="after")
     def _check_tokens(self) -> Email:
@@ -222,6 +239,7 @@ class Sms(Messaging):
     concurrency: int = Field(default=10, ge=1, le=1000)
     timeout: float = Field(default=30.0, gt=0, le=600)
     per_second: float | None = Field(default=None, gt=0)
+    only_to: Patterns | None = None
 
 
 def _check_target(section: HttpEndpoint | LookupEndpoint) -> None:

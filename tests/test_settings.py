@@ -115,6 +115,15 @@ def test_tokens_for_mail(tmp_path: Path) -> None:
         make_runners(load({}, file))
 
 
+def test_to_whom_a_staging_system_writes() -> None:
+    settings = load({"SEQUENCERD_EMAIL_ONLY_TO": "*@example.com, ada@example.org"})
+    assert settings.email.only_to == ("*@example.com", "ada@example.org")
+    assert settings.sms.only_to is None
+    assert load({"SEQUENCERD_EMAIL_ONLY_TO": ""}).email.only_to == ()
+    with pytest.raises(SettingsError, match=r"'example\.com' matches no recipient"):
+        load({"SEQUENCERD_EMAIL_ONLY_TO": "example.com"})
+
+
 def test_only_the_secrets_that_are_needed_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

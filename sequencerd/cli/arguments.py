@@ -31,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_authoring(commands)
     _add_changes(commands)
     _add_preview(commands)
+    _add_messages(commands)
     _add_operation(commands)
     _add_privacy(commands)
     _add_inspection(commands)
@@ -356,6 +357,52 @@ def _add_preview(commands: Commands) -> None:
     shown.add_argument("target", metavar="NAME|FILE", help="a sequence in the database, or a file")
     shown.add_argument("sequence", nargs="?", help="if the file has several")
     shown.add_argument("--format", choices=["text", "mermaid", "dot"], default="text")
+
+
+def _add_messages(commands: Commands) -> None:
+    """Adds these commands."""
+    preview = commands.add(
+        "preview",
+        "messages.preview_command",
+        "print the finished message of a step, without sending it",
+        """preview onboarding.yaml welcome --data '{"name": "Ada"}' > welcome.eml""",
+    )
+    _add_message(preview)
+    preview.add_argument(
+        "--html", action="store_true", help="print a page for a browser instead of the message"
+    )
+    preview.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write to this file (default: stdout)"
+    )
+    test = commands.add(
+        "send-test",
+        "messages.send_test_command",
+        "send the message of a step to one address, marked as a test",
+        "send-test onboarding welcome --to me@example.com --enrollment 7",
+    )
+    _add_message(test)
+    test.add_argument(
+        "--to", required=True, metavar="ADDRESS", help="the only recipient: an address or a number"
+    )
+
+
+def _add_message(command: argparse.ArgumentParser) -> None:
+    """Adds what names a message: a step, and the data for it."""
+    command.add_argument(
+        "target", metavar="NAME|FILE", help="a sequence in the database, or a file"
+    )
+    command.add_argument("sequence", nargs="?", help="if the file has several")
+    command.add_argument("step", help="a step that sends a message")
+    command.add_argument("--data", metavar="JSON", help="data of the enrollment")
+    command.add_argument(
+        "--enrollment",
+        type=positive,
+        metavar="ID",
+        help="use the data, subject and time zone of this enrollment, read-only",
+    )
+    command.add_argument("--subject", help="for templates (default: subject)")
+    command.add_argument("--timezone", metavar="ZONE", help="time zone of the subject")
+    command.add_argument("--lookup", metavar="JSON", help="result of the lookup")
 
 
 def _add_operation(commands: Commands) -> None:

@@ -435,7 +435,10 @@ async def _mail(settings: Settings) -> Finding:
         await runner.close()
     if isinstance(result, Failed):
         return Finding("mail server", result.message, "error", "start it, or correct email.url")
-    return Finding("mail server", getattr(result, "message", None) or "ready")
+    seen = getattr(result, "message", None) or "ready"
+    if settings.email.only_to is not None:
+        seen += f"; messages go to {', '.join(settings.email.only_to) or 'nobody'} only"
+    return Finding("mail server", seen)
 
 
 async def _called(about: str, settings: HttpEndpoint | LookupEndpoint) -> Finding:

@@ -43,7 +43,7 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
         return on_database(_simulate_enrollment)(arguments, settings)
     if arguments.file is None:
         raise UsageError("simulate needs a NAME or a FILE, or --from-enrollment ID")
-    if not _is_file(arguments.file):
+    if not is_file(arguments.file):
         return on_database(_simulate_present)(arguments, settings)
     outcomes = _outcomes(arguments)
     return _simulate(arguments, load(arguments.file, outcomes=outcomes, settings=settings))
@@ -55,7 +55,7 @@ async def _simulate_present(arguments: argparse.Namespace, settings: Settings, u
     runners = make_runners(settings, outcomes)
     connection = await connect(url)
     try:
-        definitions = await _definitions(connection, runners)
+        definitions = await read_sequences(connection, runners)
     finally:
         await connection.close()
     arguments.sequence = choose(definitions, str(arguments.file))
@@ -99,7 +99,7 @@ async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings
     try:
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             started = await read_started(connection, arguments.from_enrollment)
-            definitions = await _definitions(connection, runners)
+            definitions = await read_sequences(connection, runners)
             now = await server.server_time(connection)
     finally:
         await connection.close()
@@ -127,7 +127,7 @@ def _dealing(definition: Definition, present: Mapping[str, model.Sequence]) -> m
     return definition.seeded({name: step.seed for name, step in steps.items()})
 
 
-async def _definitions(
+async def read_sequences(
     connection: asyncpg.Connection, runners: Mapping[str, Runner]
 ) -> dict[str, model.Sequence]:
     """All sequences of the database."""
@@ -218,28 +218,28 @@ def _line(entry: Entry) -> str:
     return f"{action}: {entry.message}" if entry.message else action
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
     """Return whether an argument means a file, and not a sequence of the database."""
     return path.suffix in (".yaml", ".yml", ".json") or path.is_file()
 
 
 def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
     path = Path(arguments.target)
-    is_file = _is_file(path)
-    runners = make_runners(settings, files.types(path) if is_file else ())
-    read = files.read_file(path, runners) if is_file else []
-    if is_file and settings.database.url is None:
+    reads_file = is_file(path)
+    runners = make_runners(settings, files.types(path) if reads_file else ())
+    read = files.read_file(path, runners) if reads_file else []
+    if reads_file and settings.database.url is None:
         say_lines(_drawn(arguments, {one.sequence.name: one.sequence for one in read}, {}))
         return 0
 
     async def with_counts(_: argparse.Namespace, __: Settings, url: str) -> int:
         connection = await connect(url)
         try:
-            definitions = await _definitions(connection, runners)
+            definitions = await read_sequences(connection, runners)
             rows = await connection.fetch(QUERIES["status"], None)
         finally:
             await connection.close()
-        if is_file:
+        if reads_file:
             definitions = {one.sequence.name: one.sequence for one in read}
         counts = {(row["sequence"], row["step"]): row["active"] for row in rows}
         say_lines(_drawn(arguments, definitions, counts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sequencerd.core.model import Result, RetryPolicy, Task
 
@@ -43,4 +43,19 @@ class Runner(Protocol):
 
     async def close(self) -> None:
         """Release connections; no call is in progress any more."""
+        ...
+
+
+@runtime_checkable
+class MessageRunner(Runner, Protocol):
+    """A runner whose messages can be shown before they are sent, and sent as a test."""
+
+    async def write(self, program: object, task: Task) -> bytes:
+        """Return the finished message of an enrollment. Raises ValueError if it cannot be sent."""
+        ...
+
+    def as_test(self, config: Mapping[str, Any], address: str) -> dict[str, Any]:
+        """Return a config that sends the same message to this address alone, marked as a test.
+        Raises ValueError for what is not an address.
+        """
         ...

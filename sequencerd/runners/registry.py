@@ -105,6 +105,7 @@ def make_email_runner(
         oauth=oauth,
         list_unsubscribe=email.list_unsubscribe,
         suppressions=suppressions,
+        only_to=email.only_to,
         retry=email.retry,
     )
 
@@ -122,6 +123,7 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
             per_second=sms.per_second,
             allow_private=sms.allow_private,
             suppressions=suppressions,
+            only_to=sms.only_to,
             retry=sms.retry,
         )
     token = _secret(sms.auth_token)
@@ -135,6 +137,7 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
         timeout=sms.timeout,
         per_second=sms.per_second,
         suppressions=suppressions,
+        only_to=sms.only_to,
         retry=sms.retry,
     )
 

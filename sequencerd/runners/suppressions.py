@@ -50,8 +50,16 @@ class Suppressions:
 
 
 def forms(address: str) -> set[str]:
-    """Return how an address may be written in the table: in lower case, its domain in ASCII or as
-    users write it; a number without separators; each also as the hash that a forgotten one has.
+    """Return how an address may be written in the table: each of its `spellings`, also as the hash
+    that a forgotten one has.
+    """
+    known = spellings(address)
+    return known | set(map(hashed, known))
+
+
+def spellings(address: str) -> set[str]:
+    """Return an address in lower case, with its domain in ASCII and as users write it, and a number
+    without separators.
     """
     plain = address.strip().lower()
     local, at, domain = plain.rpartition("@")
@@ -61,7 +69,7 @@ def forms(address: str) -> set[str]:
     else:
         with suppress(ValueError):
             known.add(f"{local}@{idna.decode(domain)}")
-    return known | set(map(hashed, known))
+    return known
 
 
 def hashed(address: str) -> str:

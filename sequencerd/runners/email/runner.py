@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from sequencerd.core.model import (
 from sequencerd.core.step_types.effects import EmailConfig
 from sequencerd.runners.email import mime, pending
 from sequencerd.runners.email.addresses import Addresses, compile_addresses
+from sequencerd.runners.email.mime import parse_mailbox
 from sequencerd.runners.email.oauth import Client, Tokens, token_source
 from sequencerd.runners.email.smtp import FINAL_TIMEOUT, OFFER_TIMEOUT, REPLY_TIMEOUT, Mail, Postman
 from sequencerd.runners.fields import (
@@ -37,10 +38,14 @@ from sequencerd.runners.fields import (
     one_line,
     render,
 )
+from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace
 from sequencerd.runners.suppressions import Suppressions
 
 MAX_RECIPIENTS = 100
+
+TEST_MARK = "[Test] "
+"""What the subject of a test begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +65,8 @@ class EmailRunner:
 
     `url`, `timeout`, `final_timeout` and `hello_name` are explained at `smtp.Postman`; `oauth` is a
     client of a token endpoint or a command that prints a token. `per_second` limits the messages,
-    `list_unsubscribe` is the template of a URL for steps without one. Raises ValueError for what
-    cannot work.
+    `list_unsubscribe` is the template of a URL for steps without one, and `only_to` are patterns of
+    the recipients that get messages. Raises ValueError for what cannot work.
     """
 
     batch_size = 1  # what has been sent is written at once, so that a crash repeats little
@@ -78,10 +83,12 @@ class EmailRunner:
         oauth: Client | str | None = None,
         list_unsubscribe: str | None = None,
         suppressions: Suppressions | None = None,
+        only_to: Iterable[str] | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         self.retry = retry
         self._suppressions = suppressions
+        self._only_to = OnlyTo("email.only_to", only_to)
         self.concurrency = concurrency
         self._pace = Pace(per_second)
         # the postman keeps its own limits: this one is for what they can't come to
@@ -146,6 +153,25 @@ class EmailRunner:
         mail = write(program, task, datetime.now(UTC))
         return {**mime.fields(mail.content), "to": ", ".join((*mail.to, *mail.others))}
 
+    async def write(self, program: object, task: Task) -> bytes:
+        """Return the finished message of an enrollment. Raises RenderError."""
+        assert isinstance(program, Program)
+        return write(program, task, datetime.now(UTC)).content
+
+    def as_test(self, config: Mapping[str, Any], address: str) -> dict[str, Any]:
+        """Return a config that sends the message to this address alone, marked as a test: nothing
+        in it unsubscribes. Raises RenderError.
+        """
+        parse_mailbox("to", address)
+        kept = {k: v for k, v in config.items() if k not in ("cc", "bcc", "listUnsubscribe")}
+        headers = {k: v for k, v in config.get("headers", {}).items() if not _is_list_header(k)}
+        return {
+            **kept,
+            "to": address,
+            "subject": f"{TEST_MARK}{config['subject']}",
+            "headers": {**headers, "List-Unsubscribe": "", "X-Sequencerd-Test": "true"},
+        }
+
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Send the messages concurrently."""
         assert isinstance(program, Program)
@@ -157,13 +183,17 @@ class EmailRunner:
         now = datetime.now(UTC)
         try:
             mail = write(program, task, now)
+            outside = self._only_to.outside(mail.recipients)
+            if outside.issuperset(mail.to):
+                return Suppressed(f"not sent to {self._only_to.told(outside)}")
             await self._pace.turn()
             if task.is_late(asyncio.get_running_loop().time()):
                 return NotStarted()
-            if without := await self._suppressed(mail, task):
-                if without >= set(mail.to) or task.view["subject"] in without:
-                    return Suppressed(f"not sent to {', '.join(sorted(without))}")
-                mail = write(program, task, now, without)
+            without = await self._suppressed(mail, task)
+            if without | outside:
+                if without | outside >= set(mail.to) or task.view["subject"] in without:
+                    return Suppressed(f"not sent to {', '.join(sorted(without | outside))}")
+                mail = write(program, task, now, without | outside)
         except RenderError as error:
             return Failed(str(error), permanent=True, asked=False, failure="bad_data")
         left = pending.read(task)
@@ -173,8 +203,12 @@ class EmailRunner:
                 return left.end("not sent to anybody else: the others are no recipients any more")
         delivery = await self._postman.deliver(mail)
         result = pending.follow_up(task, left, delivery, self.retry, now)
-        if without and isinstance(result, Answer):
-            message = f"{result.message}; suppressed: {', '.join(sorted(without))}"
+        if isinstance(result, Answer) and without | outside:
+            message = result.message or ""
+            if without:
+                message += f"; suppressed: {', '.join(sorted(without))}"
+            if outside:
+                message += f"; not sent to {self._only_to.told(outside)}"
             return replace(result, message=one_line(message, 2000))
         return result
 
@@ -261,8 +295,12 @@ _URL = "%:/?#[]@!$&'()*+,;=~-._"
 _STRUCTURED = frozenset({"in-reply-to", "references", "feedback-id"})
 
 
+def _is_list_header(name: str) -> bool:
+    return name.lower().startswith("list-")
+
+
 def _header(name: str, value: str) -> str:
-    if name.lower().startswith("list-"):
+    if _is_list_header(name):
         return mime.structured_header(name, quote(value, safe=f' <>"{_URL}'))
     if name.lower() in _STRUCTURED:
         return mime.structured_header(name, value)

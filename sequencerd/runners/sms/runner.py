@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -42,7 +42,9 @@ from sequencerd.runners.http_client import (
     judge,
     retry_after,
 )
+from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace
+from sequencerd.runners.sms import segments
 from sequencerd.runners.sms.numbers import read_number
 from sequencerd.runners.suppressions import Suppressions
 
@@ -54,6 +56,9 @@ _ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region, also with 4
 _CARRIERS_DAY = 30027  # a carrier's messages of a day
 _PASSING = frozenset({30008, _CARRIERS_DAY})  # of an unknown kind
 NO_TIME = timedelta(0)
+
+TEST_MARK = "[Test] "
+"""What the text of a test begins with."""
 
 
 class TwilioConfig(SmsConfig):
@@ -94,10 +99,12 @@ class _SmsRunner:
         per_second: float | None,
         allow_private: bool,
         suppressions: Suppressions | None,
+        only_to: Iterable[str] | None,
         retry: RetryPolicy,
     ) -> None:
         self.retry = retry
         self._suppressions = suppressions
+        self._only_to = OnlyTo("sms.only_to", only_to)
         self.concurrency = concurrency
         self._pace = Pace(per_second)
         self.timeout = timeout + self._pace.longest_wait(concurrency) + 1
@@ -134,9 +141,28 @@ class _SmsRunner:
             raise RenderError("message: empty")
         return values
 
+    async def write(self, program: object, task: Task) -> bytes:
+        """Return the finished message of an enrollment. Raises RenderError."""
+        values = self.preview(program, task)
+        number, encoding = segments.count(values["message"])
+        fields = {"From": values.get("from"), "To": values["to"]}
+        fields["Segments"] = f"{number} ({encoding})"
+        head = "".join(f"{name}: {value}\n" for name, value in fields.items() if value)
+        return f"{head}\n{values['message']}\n".encode()
+
+    def as_test(self, config: Mapping[str, Any], address: str) -> dict[str, Any]:
+        """Return a config that sends the message to this number alone, marked as a test. Raises
+        RenderError.
+        """
+        kept = {k: v for k, v in config.items() if k != "statusCallback"}
+        message = f"{TEST_MARK}{config['message']}"
+        return {**kept, "to": read_number("to", address), "message": message}
+
     async def _send(self, program: Program, task: Task) -> Result:
         try:
             values = self.preview(program, task)
+            if outside := self._only_to.outside([values["to"]]):
+                return Suppressed(f"not sent to {self._only_to.told(outside)}")
             await self._pace.turn()
             if task.is_late(asyncio.get_running_loop().time()):
                 return NotStarted()
@@ -173,6 +199,7 @@ class TwilioRunner(_SmsRunner):
         timeout: float = 30.0,
         per_second: float | None = None,
         suppressions: Suppressions | None = None,
+        only_to: Iterable[str] | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         super().__init__(
@@ -181,6 +208,7 @@ class TwilioRunner(_SmsRunner):
             per_second=per_second,
             allow_private=True,
             suppressions=suppressions,
+            only_to=only_to,
             retry=retry,
         )
         self._auth = (account_sid, auth_token)
@@ -256,6 +284,7 @@ class HttpSmsRunner(_SmsRunner):
         per_second: float | None = None,
         allow_private: bool = False,
         suppressions: Suppressions | None = None,
+        only_to: Iterable[str] | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         super().__init__(
@@ -264,6 +293,7 @@ class HttpSmsRunner(_SmsRunner):
             per_second=per_second,
             allow_private=allow_private,
             suppressions=suppressions,
+            only_to=only_to,
             retry=retry,
         )
         self._url = check_url(url)

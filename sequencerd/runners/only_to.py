@@ -1,0 +1,35 @@
+"""Restricts messages to some recipients, for systems that must not write to others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from sequencerd.runners.suppressions import spellings
+
+
+class OnlyTo:
+    """The patterns of recipients that get messages, such as *@example.com; None: all do."""
+
+    def __init__(self, setting: str, patterns: Iterable[str] | None) -> None:
+        self._setting = setting
+        self._patterns = (
+            None if patterns is None else {form for p in patterns for form in spellings(p)}
+        )
+
+    def outside(self, addresses: Iterable[str]) -> frozenset[str]:
+        """Return the addresses that get no message."""
+        if self._patterns is None:
+            return frozenset()
+        return frozenset(address for address in addresses if not self._has(address))
+
+    def _has(self, address: str) -> bool:
+        return any(
+            fnmatchcase(form, pattern)
+            for form in spellings(address)
+            for pattern in self._patterns or ()
+        )
+
+    def told(self, addresses: Iterable[str]) -> str:
+        """Name addresses that get no message, and why."""
+        return f"{', '.join(sorted(addresses))}: not in {self._setting}"
