@@ -5,7 +5,8 @@
 --   enrollments   one row for each journey of a subject through a sequence: where it is, when it wakes
 --   events        what happened: append only, partitioned by month
 --   revisions     former definitions: a document for each change, however it was made
---   suppressions  addresses to which no messages are sent
+--   topics        what messages are about, in the words of their recipients
+--   suppressions  addresses to which no messages are sent, for one topic or all
 --   holidays      days on which windows do not open, and which are no business days
 --   daemons       which daemons run, and until when each is taken to be alive
 --   problems      what daemons report for operators
@@ -378,15 +379,29 @@ END $$;
 
 COMMENT ON FUNCTION sequencer.delete_ended IS 'Delete a batch of the enrollments that ended before the given time, the oldest first, and return how many. Enrollments that prevent another one, by the reentry policy never or after, are kept.';
 
-CREATE TABLE sequencer.suppressions (
-    channel    text NOT NULL CHECK (channel IN ('email', 'sms')),
-    address    text COLLATE "C" NOT NULL CHECK (octet_length(address) BETWEEN 1 AND 1000),
-    reason     text,
-    created_at timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (channel, address)
+CREATE TABLE sequencer.topics (
+    name        text COLLATE "C" PRIMARY KEY CHECK (name ~ '^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$'),
+    title       text NOT NULL CHECK (octet_length(title) BETWEEN 1 AND 1000),
+    description text CHECK (octet_length(description) <= 10000)
 );
 
-COMMENT ON TABLE sequencer.suppressions IS 'Addresses and subjects to which no messages are sent. E-mail addresses are stored in lower case, phone numbers without separators.';
+COMMENT ON TABLE  sequencer.topics IS 'What messages are about, in the words of their recipients. A topic that is not listed works all the same, under its name.';
+COMMENT ON COLUMN sequencer.topics.name IS 'As in the key topic of a step or a sequence.';
+COMMENT ON COLUMN sequencer.topics.title IS 'What recipients see, such as Offers and news.';
+
+CREATE TABLE sequencer.suppressions (
+    channel    text NOT NULL CHECK (channel ~ '^[a-z0-9][a-z0-9._-]{0,99}$'),
+    address    text COLLATE "C" NOT NULL CHECK (octet_length(address) BETWEEN 1 AND 1000),
+    topic      text COLLATE "C" NOT NULL DEFAULT '*'
+               CHECK (topic = '*' OR topic ~ '^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$'),
+    reason     text,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (channel, address, topic)
+);
+
+COMMENT ON TABLE  sequencer.suppressions IS 'Addresses and subjects to which no messages are sent. E-mail addresses are stored in lower case, phone numbers without separators, addresses of other channels as they are.';
+COMMENT ON COLUMN sequencer.suppressions.channel IS 'email, sms, or what the steps of a custom runner say, such as push.';
+COMMENT ON COLUMN sequencer.suppressions.topic IS 'Stops the messages of this topic; * stops all.';
 
 -- runners/sms/numbers.py normalises the recipient's number in the same way: it removes blanks, dashes,
 -- invisible characters, and the zero of national calls as in +49 (0)151.
@@ -400,7 +415,14 @@ DECLARE
     channel text;
     number text;
 BEGIN
-    NEW.address := lower(btrim(NEW.address, E' \t\r\n\u00a0\u3000'));
+    NEW.topic := coalesce(NEW.topic, '*');
+    NEW.created_at := coalesce(NEW.created_at, now());
+    NEW.channel := lower(btrim(NEW.channel));
+    NEW.address := btrim(NEW.address, E' \t\r\n\u00a0\u3000');
+    IF NEW.channel NOT IN ('email', 'sms') THEN
+        RETURN NEW;
+    END IF;
+    NEW.address := lower(NEW.address);
     IF NEW.channel = 'email' AND NEW.address ~ '<[^<>@]+@[^<>@]+>$' THEN -- Ada <a@x.org>
         NEW.address := btrim(substring(NEW.address FROM '<([^<>]+)>$'));
     END IF;
@@ -419,7 +441,7 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER normalise_suppression BEFORE INSERT OR UPDATE OF channel, address
+CREATE TRIGGER normalise_suppression BEFORE INSERT OR UPDATE OF channel, address, topic, created_at
     ON sequencer.suppressions FOR EACH ROW EXECUTE FUNCTION sequencer.normalise_suppression();
 
 
@@ -1587,6 +1609,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     UNION
     SELECT 'value', lower(btrim(value)) FROM texts
      WHERE is_own AND octet_length(value) BETWEEN 1 AND 1000
+    UNION -- as addresses of custom runners are kept
+    SELECT 'verbatim', btrim(value, E' \t\r\n\u00a0\u3000') FROM texts
+     WHERE is_own AND octet_length(value) BETWEEN 1 AND 1000
 $$;
 
 COMMENT ON FUNCTION sequencer.terms_of IS 'Return what identifies a subject in the data of its enrollments: addresses, numbers, and all values.';
@@ -1594,7 +1619,7 @@ COMMENT ON FUNCTION sequencer.terms_of IS 'Return what identifies a subject in t
 CREATE FUNCTION sequencer.suppressions_of(subject text) RETURNS SETOF sequencer.suppressions
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     WITH terms AS MATERIALIZED (SELECT * FROM sequencer.terms_of(suppressions_of.subject)), forms (form) AS (
-        SELECT term FROM terms WHERE kind IN ('email', 'message', 'value')
+        SELECT term FROM terms WHERE kind IN ('email', 'message', 'value', 'verbatim')
         UNION SELECT prefix || term FROM terms, unnest(ARRAY['', '+', '00']) AS prefix
                WHERE kind IN ('phone', 'digits')
     )
@@ -1669,8 +1694,8 @@ BEGIN
          WHERE s.channel = o.channel AND s.address = o.address AND s.address !~ '^sha256:[0-9a-f]{64}$'
         RETURNING s.*
     ), kept AS (
-        INSERT INTO sequencer.suppressions (channel, address, created_at)
-        SELECT channel, sequencer.suppression_hash(address), created_at FROM gone
+        INSERT INTO sequencer.suppressions (channel, address, topic, created_at)
+        SELECT channel, sequencer.suppression_hash(address), topic, created_at FROM gone
         ON CONFLICT DO NOTHING
     )
     SELECT count(*) INTO suppressions FROM gone;
@@ -1823,6 +1848,9 @@ WITH roles (role) AS (
     ('sequencer_editor', 'INSERT', 'steps'),
     ('sequencer_editor', 'UPDATE', 'steps'),
     ('sequencer_editor', 'DELETE', 'steps'),
+    ('sequencer_editor', 'INSERT', 'topics'),
+    ('sequencer_editor', 'UPDATE', 'topics'),
+    ('sequencer_editor', 'DELETE', 'topics'),
     ('sequencer_editor', 'INSERT', 'holidays'),
     ('sequencer_editor', 'UPDATE', 'holidays'),
     ('sequencer_editor', 'DELETE', 'holidays'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -218,6 +219,37 @@ async def test_the_suppressed_get_nothing_and_go_on(
     assert (await connection.fetch(said + " AND action = 'suppressed'"))[0]["message"] == (
         "not sent to u1@example.com"
     )
+
+
+async def test_an_opt_out_from_promotions_stops_no_invoice(
+    database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
+) -> None:
+    box, smtp = mailbox
+    mail = {"from": "a@x.org", "to": "{{data.email}}", "text": "x"}
+    offer = json.dumps({**mail, "subject": "offer"})
+    invoice = json.dumps({**mail, "subject": "invoice", "topic": "invoices"})
+    await connection.execute(
+        "INSERT INTO sequencer.suppressions (channel, address, topic)"
+        " VALUES ('email', 'ada@x.org', 'marketing'), ('email', 'bob@x.org', '*')"
+    )
+    async with daemon(database, smtp):
+        await define(
+            connection, "s", ("offer", "Email", offer, "bill"), ("bill", "Email", invoice, None)
+        )
+        await connection.execute("UPDATE sequencer.sequences SET topic = 'marketing'")
+        for name in ("ada", "bob", "eve"):
+            await enroll(connection, "s", name, f'{{"email": "{name}@x.org"}}')
+        await until(connection, ALL_ENDED)
+    assert sorted(address for address, _ in box.received) == ["ada@x.org", "eve@x.org", "eve@x.org"]
+    events = await connection.fetch(
+        "SELECT step, message FROM sequencer.events WHERE action = 'suppressed'"
+        " ORDER BY enrollment_id, at"
+    )
+    assert [tuple(row) for row in events] == [
+        ("offer", "not sent to ada@x.org (topic marketing)"),
+        ("offer", "not sent to bob@x.org"),
+        ("bill", "not sent to bob@x.org"),
+    ]
 
 
 async def test_a_server_that_never_answers_delays_no_mail(

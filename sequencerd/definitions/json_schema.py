@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from sequencerd.core.step_types import BUILT_IN, is_message
 from sequencerd.core.step_types.effects import EffectConfig
 from sequencerd.definitions.files import MAX_NAME, FileSequence
+from sequencerd.runners.addressed import RecipientConfig
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -23,7 +24,8 @@ def make() -> Schema:
     configs = {name: _of(type_.config, defs) for name, type_ in BUILT_IN.items()}
     for name in filter(is_message, BUILT_IN):
         configs[name] = _with_effect(configs[name], defs)
-    custom = _with_effect({"type": "object", "description": "What your runner takes."}, defs)
+    own = {"type": "object", "description": "What your runner takes.", **_recipient(defs)}
+    custom = _with_effect(own, defs)
     step["properties"]["type"] = {
         "description": step["properties"]["type"]["description"],
         "anyOf": [
@@ -52,6 +54,15 @@ def _with_effect(own: Schema, defs: Schema) -> Schema:
     """Return a config with the keys that every side effect takes."""
     common = _of(EffectConfig, defs)["properties"]
     return {**own, "properties": {**own.get("properties", {}), **common}}
+
+
+def _recipient(defs: Schema) -> Schema:
+    """Return the rule that both of its keys, if a custom step has both, say where it sends."""
+    recipient = _of(RecipientConfig, defs)
+    return {
+        "if": {"required": recipient["required"]},
+        "then": {"properties": recipient["properties"]},
+    }
 
 
 def _bind(type_: Schema, name: str, config: Schema) -> Schema:

@@ -14,7 +14,15 @@ import asyncpg
 from sequencerd.core.advance import advance, is_unchanged
 from sequencerd.core.config import nearest
 from sequencerd.core.describe import text
-from sequencerd.core.model import Definitions, Enrollment, Fail, LookUp, Wait, no_holidays
+from sequencerd.core.model import (
+    Definitions,
+    Enrollment,
+    Fail,
+    LookUp,
+    SideEffect,
+    Wait,
+    no_holidays,
+)
 from sequencerd.definitions.compiler import (
     Definition,
     Runners,
@@ -99,12 +107,14 @@ class SequencePlan:
     empty_calendars: tuple[str, ...] = ()  # of holidays that it needs
     missing: tuple[str, ...] = ()  # other sequences or steps of these, to which it leads
     entering: str | None = None  # by the key enroll
+    unlisted_topics: tuple[str, ...] = ()  # in sentences
 
     def lines(self, *, done: bool) -> Iterator[str]:
         """Yield a line for each change, and one for the enrollments at each changed step."""
         yield from self.changes.lines()
         yield from map(no_holidays, self.empty_calendars)
         yield from self.missing
+        yield from self.unlisted_topics
         for old, count in self.at_step.items():
             if new := self.moves.get(old):
                 yield f"{count} move from {old} to {new}, where their visit starts again"
@@ -152,6 +162,7 @@ class Plan:
                     "waiting": [asdict(waiting) for waiting in one.waiting],
                     "empty_calendars": one.empty_calendars,
                     "missing": one.missing,
+                    "unlisted_topics": one.unlisted_topics,
                 }
                 for one in self.sequences
             ],
@@ -243,6 +254,7 @@ async def _make_one(
         ),
         empty_calendars=await _empty_calendars(connection, definition),
         entering=await _entering(connection, definition),
+        unlisted_topics=await _unlisted_topics(connection, definition),
     )
 
 
@@ -275,6 +287,22 @@ def _missing_target(edge: Edge) -> str:
     does = edge.label if edge.target is None else "leads to"
     step = "" if edge.target is None else f"step {edge.target!r} of "
     return f"{edge.source} {does} {step}sequence {edge.sequence!r}, which does not exist"
+
+
+async def _unlisted_topics(
+    connection: asyncpg.Connection, definition: Definition
+) -> tuple[str, ...]:
+    """Describe the topics that sequencer.topics lacks, if it has any: perhaps they are misspelt."""
+    effects = (step.behaviour for step in definition.sequence.steps.values())
+    used = {effect.topic for effect in effects if isinstance(effect, SideEffect)}
+    used = (used | {definition.sequence.topic}) - {None}
+    listed = [row["name"] for row in await connection.fetch(QUERIES["topics"])] if used else []
+    if not listed:
+        return ()
+    return tuple(
+        f"topic {name!r} is not in sequencer.topics; {nearest(str(name), listed)}"
+        for name in sorted(used - {*listed}, key=str)
+    )
 
 
 async def _entering(connection: asyncpg.Connection, definition: Definition) -> str | None:

@@ -37,6 +37,9 @@ from sequencerd.runners.protocol import Refused, Runner
 
 GROUP = "sequencerd.runners"
 
+COMMON = frozenset({"topic", "channel", "address"})
+"""The keys of every custom step that a model need not have."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -92,7 +95,12 @@ class PythonRunner:
 
     def compile(self, config: Mapping[str, Any]) -> object:
         """Return the config as the function's model, if it has one. Raises DefinitionError."""
-        return config if self._model is None else parse_config(self._model, config)
+        if self._model is None:
+            return config
+        fields = self._model.model_fields
+        known = fields.keys() | {field.alias for field in fields.values()}
+        own = {key: value for key, value in config.items() if key in known or key not in COMMON}
+        return parse_config(self._model, own)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Call the function: once for all, or once for each."""

@@ -12,6 +12,7 @@ from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result,
 from sequencerd.core.step_types import BUILT_IN
 from sequencerd.core.step_types.effects import EMAIL, SMS, SmsConfig
 from sequencerd.errors import SettingsError
+from sequencerd.runners.addressed import AddressedRunner
 from sequencerd.runners.aws_lambda import MAX_EVENT, LambdaFunction
 from sequencerd.runners.email.oauth import Client
 from sequencerd.runners.email.runner import EmailRunner
@@ -37,9 +38,9 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
         installed = load()
         _check_names(installed, "the Python runner {}")
         _check_names(settings.runners, "[runners.{}]")
-        runners |= installed
+        runners |= {name: AddressedRunner(one, suppressions) for name, one in installed.items()}
         for name, endpoint in settings.runners.items():
-            runners[name] = BatchRunner(
+            runner = BatchRunner(
                 make_endpoint(endpoint),
                 name=name,
                 timeout=endpoint.timeout,
@@ -49,6 +50,7 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
                 per_second=endpoint.per_second,
                 retry=endpoint.retry,
             )
+            runners[name] = AddressedRunner(runner, suppressions)
     except ValueError as error:
         raise SettingsError(f"wrong setting: {error}") from error
     return runners

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from hashlib import sha256
-from typing import Literal
 
 import idna
 
 from sequencerd.runners.sms.numbers import normalise
 
-Channel = Literal["email", "sms"]
-Key = tuple[str, str]
-"""A channel and an address as `sequencer.suppressions` has it."""
+EVERYTHING = "*"
+"""The topic of entries that stop all messages."""
+
+Key = tuple[str, str, str]
+"""A channel, an address and a topic as `sequencer.suppressions` has them."""
 
 
 class Suppressions:
@@ -27,21 +28,30 @@ class Suppressions:
         self._wanted: set[Key] = set()
         self._round: asyncio.Task[AbstractSet[Key]] | None = None
 
-    async def among(self, channel: Channel, addresses: Iterable[str]) -> set[str]:
-        """Return which of the addresses are suppressed now.
+    async def among(
+        self, channel: str, addresses: Iterable[str], topic: str | None
+    ) -> dict[str, str]:
+        """Return which of the addresses are suppressed now, for all topics or this one, each with
+        the topic of its entry.
 
         While one query is in progress, the next one collects the addresses of all other callers.
         """
-        given = list(addresses)
-        self._wanted.update((channel, form) for address in given for form in forms(address))
+        topics = [EVERYTHING] if topic is None else [EVERYTHING, topic]
+        keys = {
+            address: [(channel, form, name) for name in topics for form in forms(channel, address)]
+            for address in addresses
+        }
+        for wanted in keys.values():
+            self._wanted.update(wanted)
         if self._round is None:
             self._round = asyncio.create_task(self._ask_all())
         found = await asyncio.shield(
             self._round
         )  # a cancelled caller leaves the round to the others
-        return {
-            address for address in given if any((channel, form) in found for form in forms(address))
+        entries = {
+            address: [key for key in wanted if key in found] for address, wanted in keys.items()
         }
+        return {address: matched[0][2] for address, matched in entries.items() if matched}
 
     async def _ask_all(self) -> AbstractSet[Key]:
         async with self._turn:
@@ -49,11 +59,20 @@ class Suppressions:
             return await self._ask(sorted(wanted))
 
 
-def forms(address: str) -> set[str]:
-    """Return how an address may be written in the table: each of its `spellings`, also as the hash
-    that a forgotten one has.
+def describe(found: Mapping[str, str]) -> str:
+    """Name suppressed addresses, with the topic where that is not everything."""
+    return ", ".join(
+        address if topic == EVERYTHING else f"{address} (topic {topic})"
+        for address, topic in sorted(found.items())
+    )
+
+
+def forms(channel: str, address: str) -> set[str]:
+    """Return how an address may be written in the table: e-mail addresses and numbers in each of
+    their `spellings`, others as they are, and all also as the hash that a forgotten one has.
     """
-    known = spellings(address)
+    is_known = channel in ("email", "sms")
+    known = spellings(address) if is_known else {address.strip(" \t\r\n\u00a0\u3000")}
     return known | set(map(hashed, known))
 
 

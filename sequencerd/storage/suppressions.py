@@ -10,9 +10,9 @@ from sequencerd.storage.statements import QUERIES
 
 
 async def read_suppressed(
-    connection: asyncpg.Connection, addresses: Rows[tuple[str, str]]
-) -> set[tuple[str, str]]:
-    """Return which of the (channel, address) are suppressed."""
-    channels, texts = [a[0] for a in addresses], [a[1] for a in addresses]
-    rows = await connection.fetch(QUERIES["suppressed"], channels, texts)
-    return {(row["channel"], row["address"]) for row in rows}
+    connection: asyncpg.Connection, keys: Rows[tuple[str, str, str]]
+) -> set[tuple[str, str, str]]:
+    """Return which of the (channel, address, topic) are suppressed."""
+    columns = [[key[number] for key in keys] for number in range(3)]
+    rows = await connection.fetch(QUERIES["suppressed"], *columns)
+    return {(row["channel"], row["address"], row["topic"]) for row in rows}

@@ -219,6 +219,8 @@ GOOD: dict[str, list[Any]] = {
     "lookup": [None, "app.plans"],
     "window": [None, {"days": ["mon"]}, {"holidays": "DE", "spread": {"minutes": 1.5}}],
     "topic": [None, "marketing", "shop/offers.v2"],
+    "channel": ["push", "web-push"],
+    "address": ["{{data.token}}", ""],
     "days": [["mon", "sun"]],
     "from": ["9:00", "22:15:30"],
     "recheck": [60, 1.5, "PT5M", "1 day", "00:05:00"],
@@ -309,6 +311,17 @@ def test_enrolling_by_a_schedule() -> None:
         assert is_valid(sequence(step, enroll=good))
     for wrong in ({}, {"sequence": "s"}, {"from": "app.due", "every": "hour"}):
         assert not is_valid(sequence(step, enroll=wrong))
+
+
+def test_the_recipient_of_a_custom_step() -> None:
+    for good in (
+        {"channel": "push", "address": "{{data.token}}"},
+        {"channel": "#general"},
+        {"address": ["a", 1]},
+    ):
+        assert is_valid(sequence({"name": "a", "type": "Score", "config": good}))
+    for wrong in ({"channel": "#general", "address": "x"}, {"channel": "push", "address": 5}):
+        assert not is_valid(sequence({"name": "a", "type": "Score", "config": wrong}))
 
 
 def test_the_ways_of_what_is_not_sent() -> None:

@@ -47,7 +47,7 @@ COLUMNS = """
            ON t.table_schema = c.table_schema AND t.table_name = c.table_name
      WHERE c.table_schema = 'sequencer' AND t.table_type = 'BASE TABLE'
        AND c.table_name NOT LIKE 'events%'
-       AND c.table_name NOT IN ('console_logouts', 'daemons', 'migrations', 'problems')
+       AND c.table_name NOT IN ('console_logouts', 'daemons', 'migrations', 'problems', 'topics')
      ORDER BY c.table_name, c.ordinal_position
 """
 

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.model import Answer, Result, Task
-from sequencerd.runners.suppressions import Suppressions
+from sequencerd.runners.suppressions import Key, Suppressions
 from sequencerd.storage.suppressions import read_suppressed
 from tests.helpers.commands import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until
@@ -118,19 +118,44 @@ async def test_nothing_of_a_forgotten_subject_is_left_in_any_table(
 async def test_a_forgotten_address_stays_suppressed(held: asyncpg.Connection) -> None:
     await forget(held)
 
-    async def ask(keys: list[tuple[str, str]]) -> set[tuple[str, str]]:
+    async def ask(keys: list[Key]) -> set[Key]:
         return await read_suppressed(held, keys)
 
     check = Suppressions(ask)
     written = [EMAIL, "ADA.L@example.com", "eve@example.com"]
-    assert await check.among("email", written) == set(written[:2])
-    assert await check.among("sms", [PHONE, NUMBER, "+491512345679"]) == {PHONE, NUMBER}
+    assert (await check.among("email", written, None)).keys() == set(written[:2])
+    numbers = [PHONE, NUMBER, "+491512345679"]
+    assert (await check.among("sms", numbers, "news")).keys() == {PHONE, NUMBER}
     # once more in clear, and forgotten again
     await held.execute("INSERT INTO sequencer.suppressions VALUES ('email', $1)", EMAIL)
     assert (await forget(held, EMAIL))["suppressions"] == 1
     assert EMAIL not in await held.fetchval(
         "SELECT string_agg(address, ' ') FROM sequencer.suppressions"
     )
+
+
+async def test_a_forgotten_address_stays_suppressed_for_its_topics(
+    connection: asyncpg.Connection,
+) -> None:
+    await define(connection, "s", ("send", "Note", "{}", None))
+    await enroll(connection, "s", "user-42", '{"token": "fH7:Xy", "email": "ada@x.org"}')
+    await connection.execute(
+        "INSERT INTO sequencer.suppressions VALUES ('push', 'fH7:Xy', 'news'),"
+        " ('push', 'fh7:xy', '*'), ('email', 'ada@x.org', 'news'), ('email', 'ada@x.org', 'bills')"
+    )
+
+    async def ask(keys: list[Key]) -> set[Key]:
+        return await read_suppressed(connection, keys)
+
+    check = Suppressions(ask)
+    await forget(connection, "user-42")
+    for topic, push, mail in (
+        ("news", "news", "news"),
+        ("bills", None, "bills"),
+        (None, None, None),
+    ):
+        assert (await check.among("push", ["fH7:Xy"], topic)).get("fH7:Xy") == push
+        assert (await check.among("email", ["ada@x.org"], topic)).get("ada@x.org") == mail
 
 
 async def test_an_address_that_only_messages_name_is_forgotten_with_its_suppression(

@@ -73,6 +73,7 @@ MAY = {
         "UPDATE sequencer.enrollments SET data = '{\"paid\": true}', timezone = 'UTC'",
         "UPDATE sequencer.enrollments SET status = 'cancelled'",
         "INSERT INTO sequencer.suppressions (channel, address) VALUES ('email', 'a@b.c')",
+        "INSERT INTO sequencer.suppressions (channel, address, topic) VALUES ('push', 'x', 'news')",
         "DELETE FROM sequencer.suppressions",
         "SELECT * FROM sequencer.overview, sequencer.overdue, sequencer.events, sequencer.steps",
         "NOTIFY sequencer",
@@ -85,6 +86,7 @@ MAY = {
             "UPDATE sequencer.steps SET next_step = NULL; DELETE FROM sequencer.steps"
             " WHERE name = 'second'"
         ),
+        "INSERT INTO sequencer.topics (name, title) VALUES ('news', 'News')",
         "UPDATE sequencer.enrollments SET step = 'second'",
         "UPDATE sequencer.enrollments SET step = step",
         "UPDATE sequencer.enrollments SET subject = 'bob'",

@@ -136,13 +136,18 @@ async def test_what_an_insert_leaves_out_is_filled_in(defined: asyncpg.Connectio
             "step",
         ),
         (
-            "INSERT INTO sequencer.suppressions (channel, address) VALUES ('fax', 'x')",
+            "INSERT INTO sequencer.suppressions (channel, address) VALUES ('e mail', 'x')",
             "channel",
         ),
         (
             "INSERT INTO sequencer.suppressions (channel, address) VALUES ('sms', '')",
             "address",
         ),
+        (
+            "INSERT INTO sequencer.suppressions VALUES ('sms', '1', 'a b')",
+            "topic",
+        ),
+        ("INSERT INTO sequencer.topics (name, title) VALUES ('a b', 'x')", "name"),
         ("DELETE FROM sequencer.steps WHERE name = 'first'", "first"),
     ],
 )
@@ -702,6 +707,19 @@ async def test_goals_are_of_their_sequence_and_follow_its_name(
     await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{}'")
     await connection.execute("UPDATE sequencer.enrollments SET sequence = 'b', step = 'wait'")
     assert await goals() == (["paid"], None)
+
+
+async def test_entries_are_kept_as_addresses_are_compared(
+    connection: asyncpg.Connection,
+) -> None:
+    await connection.execute(
+        "INSERT INTO sequencer.suppressions (channel, address, topic, created_at) VALUES"
+        " (' Push ', ' fH7:Xy ', 'news', NULL), ('email', 'A@X.org', NULL, NULL)"
+    )
+    kept = await connection.fetch(
+        "SELECT channel, address, topic FROM sequencer.suppressions ORDER BY channel"
+    )
+    assert [tuple(row) for row in kept] == [("email", "a@x.org", "*"), ("push", "fH7:Xy", "news")]
 
 
 async def test_an_entry_with_a_name_is_kept_as_its_address(

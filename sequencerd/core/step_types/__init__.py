@@ -88,7 +88,8 @@ def rename_steps(
 
 def template_texts(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Yield the templates in a config, with their paths."""
-    for key in BUILT_IN[type_].templates if type_ in BUILT_IN else ():
+    custom = ("address",) if "channel" in config else ()
+    for key in BUILT_IN[type_].templates if type_ in BUILT_IN else custom:
         yield from texts(config.get(key), (key,))
 
 

@@ -40,7 +40,7 @@ from sequencerd.runners.fields import (
 )
 from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace
-from sequencerd.runners.suppressions import Suppressions
+from sequencerd.runners.suppressions import Suppressions, describe
 
 MAX_RECIPIENTS = 100
 
@@ -190,10 +190,12 @@ class EmailRunner:
             if task.is_late(asyncio.get_running_loop().time()):
                 return NotStarted()
             without = await self._suppressed(mail, task)
-            if without | outside:
-                if without | outside >= set(mail.to) or task.view["subject"] in without:
-                    return Suppressed(f"not sent to {', '.join(sorted(without | outside))}")
-                mail = write(program, task, now, without | outside)
+            left_out = without.keys() | outside
+            if left_out:
+                if left_out >= set(mail.to) or task.view["subject"] in without:
+                    told = filter(None, (describe(without), ", ".join(sorted(outside))))
+                    return Suppressed(f"not sent to {', '.join(told)}")
+                mail = write(program, task, now, left_out)
         except RenderError as error:
             return Failed(str(error), permanent=True, asked=False, failure="bad_data")
         left = pending.read(task)
@@ -203,20 +205,20 @@ class EmailRunner:
                 return left.end("not sent to anybody else: the others are no recipients any more")
         delivery = await self._postman.deliver(mail)
         result = pending.follow_up(task, left, delivery, self.retry, now)
-        if isinstance(result, Answer) and without | outside:
+        if isinstance(result, Answer) and left_out:
             message = result.message or ""
             if without:
-                message += f"; suppressed: {', '.join(sorted(without))}"
+                message += f"; suppressed: {describe(without)}"
             if outside:
                 message += f"; not sent to {self._only_to.told(outside)}"
             return replace(result, message=one_line(message, 2000))
         return result
 
-    async def _suppressed(self, mail: Mail, task: Task) -> AbstractSet[str]:
+    async def _suppressed(self, mail: Mail, task: Task) -> Mapping[str, str]:
         if self._suppressions is None:
-            return frozenset()
-        subject = str(task.view["subject"])
-        return await self._suppressions.among("email", (*mail.to, *mail.others, subject))
+            return {}
+        addresses = (*mail.to, *mail.others, str(task.view["subject"]))
+        return await self._suppressions.among("email", addresses, task.topic)
 
     async def check(self) -> Result:
         """Connect and log in, and send nothing. Nothing that the server does raises."""

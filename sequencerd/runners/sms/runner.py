@@ -46,7 +46,7 @@ from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace
 from sequencerd.runners.sms import segments
 from sequencerd.runners.sms.numbers import read_number
-from sequencerd.runners.suppressions import Suppressions
+from sequencerd.runners.suppressions import Suppressions, describe
 
 # Twilio's error codes that say more than the status: https://www.twilio.com/docs/api/errors
 _THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63018})
@@ -168,8 +168,8 @@ class _SmsRunner:
                 return NotStarted()
             if self._suppressions is not None:
                 asked = (values["to"], str(task.view["subject"]))
-                if without := await self._suppressions.among("sms", asked):
-                    return Suppressed(f"not sent to {', '.join(sorted(without))}")
+                if without := await self._suppressions.among("sms", asked, task.topic):
+                    return Suppressed(f"not sent to {describe(without)}")
             return await self._post(values, task)
         except RenderError as error:
             return Failed(str(error), permanent=True, asked=False, failure="bad_data")

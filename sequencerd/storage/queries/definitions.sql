@@ -109,6 +109,10 @@ WITH added AS (
 )
 SELECT count(*) FROM added;
 
+-- name: topics
+-- Read the topics that are listed.
+SELECT name FROM sequencer.topics ORDER BY name;
+
 -- name: archive
 -- Archive sequences.
 UPDATE sequencer.sequences SET status = 'archived' WHERE name = ANY ($1::text[]);

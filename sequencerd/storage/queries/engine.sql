@@ -511,9 +511,9 @@ SELECT sequencer.delete_ended($1, $2);
 SELECT pg_try_advisory_xact_lock({retention_lock});
 
 -- name: suppressed
--- Find which addresses are suppressed.
-SELECT channel, address FROM sequencer.suppressions
- WHERE (channel, address) IN (SELECT * FROM unnest($1::text[], $2::text[]));
+-- Find which addresses are suppressed, each for a topic or for all of them.
+SELECT channel, address, topic FROM sequencer.suppressions
+ WHERE (channel, address, topic) IN (SELECT * FROM unnest($1::text[], $2::text[], $3::text[]));
 
 -- name: row_security
 -- Find the tables where row-level security may hide rows from the present user, or from the owner, with

@@ -485,7 +485,7 @@ async def test_no_smtp_at_all() -> None:
 
 def suppressing(*addresses: str) -> Suppressions:
     async def ask(keys: list[Key]) -> set[Key]:
-        return {("email", address) for address in addresses} & set(keys)
+        return {("email", address, "*") for address in addresses} & set(keys)
 
     return Suppressions(ask)
 
@@ -514,17 +514,32 @@ async def test_a_subject_can_be_suppressed() -> None:
         assert not server.messages
 
 
+async def test_an_entry_stops_its_topic_alone() -> None:
+    async def ask(keys: list[Key]) -> set[Key]:
+        return {("email", "ada@x.org", "marketing")} & set(keys)
+
+    async with smtp_server() as server, runner(server, suppressions=Suppressions(ask)) as made:
+        program = made.compile(BASIC)
+        about = task(email="Ada@X.org")._replace(topic="marketing")
+        assert await made.run(program, [about]) == [
+            Suppressed("not sent to Ada@X.org (topic marketing)")
+        ]
+        for topic in ("invoices", None):
+            await made.run(program, [about._replace(topic=topic)])
+        assert len(server.messages) == 2
+
+
 async def test_one_question_serves_many_messages() -> None:
     asked: list[list[Key]] = []
 
     async def ask(keys: list[Key]) -> set[Key]:
         asked.append(keys)
         await asyncio.sleep(0.01)
-        return {("sms", "+4915112345678")}
+        return {("sms", "+4915112345678", "*")}
 
     suppressions = Suppressions(ask)
     found = await asyncio.gather(
-        *(suppressions.among("sms", [f"+49151123456{n}"]) for n in range(70, 90))
+        *(suppressions.among("sms", [f"+49151123456{n}"], None) for n in range(70, 90))
     )
     assert sum(map(len, found)) == 1
     assert 1 <= len(asked) <= 2

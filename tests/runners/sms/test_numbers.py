@@ -45,7 +45,7 @@ WRITTEN = {
 @pytest.mark.parametrize(("text", "expected"), list(WRITTEN.items()))
 def test_numbers_as_they_are_written(text: str, expected: str) -> None:
     assert normalise(text) == expected
-    assert expected in forms(text)
+    assert expected in forms("sms", text)
 
 
 @pytest.mark.parametrize("text", [text for text, number in WRITTEN.items() if number[0] == "+"])
@@ -105,4 +105,4 @@ async def test_the_database_and_the_runner_agree(connection: asyncpg.Connection)
     collect()
     for text in texts:
         if normalised := normalise(text):
-            assert await entry(connection, text) in forms(text) | {normalised}, text
+            assert await entry(connection, text) in forms("sms", text) | {normalised}, text

@@ -1,0 +1,100 @@
+"""Custom runners whose steps say where a message goes: nothing is sent to what is suppressed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from sequencerd.core.config import Config, Faults, parse_config
+from sequencerd.core.javascript.templates import Template
+from sequencerd.core.model import Failed, Result, Suppressed, Task
+from sequencerd.runners.fields import RenderError, compile_field, render
+from sequencerd.runners.protocol import Runner
+from sequencerd.runners.suppressions import Suppressions, describe
+
+KEYS = frozenset({"channel", "address"})
+"""A step that has both is held to the suppressions. One of them alone is the runner's own key."""
+
+
+class RecipientConfig(Config):
+    """Where a custom runner sends a message, so that suppressions hold for it."""
+
+    channel: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")]
+    """Such as push; as in sequencer.suppressions."""
+    address: str
+    """A template, such as {{data.token}}."""
+
+
+class Recipient(NamedTuple):
+    """What is made of a step's recipient."""
+
+    channel: str
+    address: Template
+
+
+class Program(NamedTuple):
+    """What is made of a step's config: the runner's own program, and the recipient, if any."""
+
+    own: object
+    recipient: Recipient | None
+
+
+class AddressedRunner:
+    """A custom runner, which is not called for recipients that are suppressed."""
+
+    def __init__(self, runner: Runner, suppressions: Suppressions | None) -> None:
+        self.batch_size = runner.batch_size
+        self.concurrency = runner.concurrency
+        self.timeout = runner.timeout
+        self.retry = runner.retry
+        self._runner = runner
+        self._suppressions = suppressions
+
+    def compile(self, config: Mapping[str, Any]) -> Program:
+        """Compile the recipient, and the whole config for the runner. Raises DefinitionError."""
+        faults = Faults()
+        recipient, own = None, None
+        if config.keys() >= KEYS:
+            with faults.at():
+                recipient = _compile_recipient(config)
+        with faults.at():
+            own = self._runner.compile(config)
+        faults.check()
+        return Program(own, recipient)
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        """Call the runner for the tasks whose recipients are not suppressed."""
+        assert isinstance(program, Program)
+        if program.recipient is None or self._suppressions is None:
+            return await self._runner.run(program.own, tasks)
+        checks = (self._check(program.recipient, task, self._suppressions) for task in tasks)
+        held = await asyncio.gather(*checks)
+        rest = [task for task, result in zip(tasks, held, strict=True) if result is None]
+        if not rest:
+            return [result for result in held if result is not None]
+        answers = await self._runner.run(program.own, rest)
+        by_key = {task.key: answer for task, answer in zip(rest, answers, strict=True)}
+        return [result or by_key[task.key] for task, result in zip(tasks, held, strict=True)]
+
+    async def _check(
+        self, recipient: Recipient, task: Task, suppressions: Suppressions
+    ) -> Result | None:
+        try:
+            address = render("address", recipient.address, task.view)
+        except RenderError as error:
+            return Failed(str(error), permanent=True, asked=False, failure="bad_data")
+        asked = (address, str(task.view["subject"]))
+        found = await suppressions.among(recipient.channel, asked, task.topic)
+        return Suppressed(f"not sent to {describe(found)}") if found else None
+
+    async def close(self) -> None:
+        """Release the runner's connections."""
+        await self._runner.close()
+
+
+def _compile_recipient(config: Mapping[str, Any]) -> Recipient:
+    parsed = parse_config(RecipientConfig, {key: config[key] for key in KEYS})
+    return Recipient(parsed.channel, compile_field("address", parsed.address))
