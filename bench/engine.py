@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -39,12 +40,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from sequencerd.core.model import CALL_LIMITS
 from sequencerd.daemon import daemon_name, tune_collector
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.lookups import Lookups
 from sequencerd.engine.loop import Engine
 from sequencerd.runners import Runner
-from sequencerd.runners.http import HttpRunner
+from sequencerd.runners.http import BatchRunner, HttpEndpoint
 from sequencerd.runners.python import PythonRunner, runner
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
@@ -201,7 +203,11 @@ def answer_calls(port: Any) -> None:
 
 async def http(dsn: str, subjects: int) -> None:
     with process(answer_calls) as port:
-        runner = HttpRunner(f"http://127.0.0.1:{port}/", name="Call", batch_size=BATCH)
+        limits = replace(CALL_LIMITS, batch_size=BATCH)
+        called = HttpEndpoint(
+            f"http://127.0.0.1:{port}/", timeout=limits.timeout, connections=limits.concurrency
+        )
+        runner = BatchRunner(called, name="Call", limits=limits)
         await steps_in_a_row(dsn, subjects, "http", ("Call", "{}"), {"Call": runner})
         await runner.close()
 

@@ -202,9 +202,7 @@ async def mix(dsn: str, arguments: argparse.Namespace) -> None:
         ("mail", "Email", json.dumps(mail)),
     )
     with process(take_mail) as port:
-        runners: dict[str, Runner] = {
-            "Email": EmailRunner(f"smtp://127.0.0.1:{port}", concurrency=10)
-        }
+        runners: dict[str, Runner] = {"Email": EmailRunner(f"smtp://127.0.0.1:{port}")}
         async with defined(dsn, *steps) as (url, connection):
             await connection.execute(
                 "UPDATE sequencer.steps SET alt_next_step = 'mail' WHERE name = 'decide';"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from difflib import get_close_matches
 from ipaddress import ip_address, ip_network
@@ -34,7 +35,15 @@ from pydantic import (
 
 from sequencerd import passwords
 from sequencerd.core.config import describe
-from sequencerd.core.model import MESSAGE_RETRY, RETRY, RetryPolicy
+from sequencerd.core.model import (
+    CALL_LIMITS,
+    LOOKUP_LIMITS,
+    MESSAGE_LIMITS,
+    MESSAGE_RETRY,
+    RETRY,
+    Limits,
+    RetryPolicy,
+)
 from sequencerd.errors import SettingsError
 
 DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
@@ -177,8 +186,21 @@ class Retrying(Section):
         )
 
 
-class Messaging(Retrying):
-    """The same for messages, whose default is a time span."""
+class Server(Retrying):
+    """A server that executes side effects, and what it can take."""
+
+    concurrency: int = Field(default=MESSAGE_LIMITS.concurrency, ge=1, le=1000)
+    timeout: float = Field(default=MESSAGE_LIMITS.timeout, gt=0, le=600)
+    per_second: float | None = Field(default=MESSAGE_LIMITS.per_second, gt=0)
+
+    @property
+    def limits(self) -> Limits:
+        """As runners have them."""
+        return Limits(self.concurrency, self.timeout, per_second=self.per_second)
+
+
+class Messaging(Server):
+    """A server for messages, which are retried for a time span by default."""
 
     attempts: int | None = Field(default=MESSAGE_RETRY.attempts, ge=1, le=1000)
     first_delay: float = Field(default=MESSAGE_RETRY.first_delay, ge=0, le=86400)
@@ -204,9 +226,7 @@ class Email(Messaging):
     """
 
     url: Secret | None = None
-    concurrency: int = Field(default=10, ge=1, le=1000)
     timeout: float = Field(default=300.0, gt=0, le=600)
-    per_second: float | None = Field(default=None, gt=0)
     hello_name: str | None = None
     oauth: OAuth | None = None
     token_command: str | None = None
@@ -236,9 +256,6 @@ class Sms(Messaging):
     body: str | None = None
     headers: dict[str, Secret] = {}
     allow_private: bool = False
-    concurrency: int = Field(default=10, ge=1, le=1000)
-    timeout: float = Field(default=30.0, gt=0, le=600)
-    per_second: float | None = Field(default=None, gt=0)
     only_to: Patterns | None = None
 
 
@@ -253,20 +270,24 @@ def _check_target(section: HttpEndpoint | LookupEndpoint) -> None:
                 )
 
 
-class HttpEndpoint(Retrying):
+class HttpEndpoint(Server):
     """A custom runner in any language: [runners.NAME]."""
 
     url: str | None = Field(default=None, pattern=r"^https?://")
     arn: str | None = Field(default=None, alias="lambda")
-    timeout: float = Field(default=30.0, gt=0, le=3600)
-    batch_size: int = Field(default=100, ge=1, le=1000)
+    concurrency: int = Field(default=CALL_LIMITS.concurrency, ge=1, le=1000)
+    timeout: float = Field(default=CALL_LIMITS.timeout, gt=0, le=3600)
+    batch_size: int = Field(default=CALL_LIMITS.batch_size, ge=1, le=1000)
     batch_bytes: int | None = Field(default=None, ge=1000, le=100_000_000)
-    concurrency: int = Field(default=4, ge=1, le=1000)
-    per_second: float | None = Field(default=None, gt=0)
     secret: Secret | None = None
     allow_private: bool = False
     http2: bool = True
     headers: dict[str, Secret] = {}
+
+    @property
+    def limits(self) -> Limits:
+        """As the runner has them."""
+        return replace(super().limits, batch_size=self.batch_size)
 
     @model_validator(mode="after")
     def _check(self) -> HttpEndpoint:
@@ -282,11 +303,16 @@ class LookupEndpoint(Section):
     url: str | None = Field(default=None, pattern=r"^https?://")
     arn: str | None = Field(default=None, alias="lambda")
     form: Literal["list", "original"] | None = None
-    timeout: float = Field(default=30.0, gt=0, le=600)
-    batch_size: int = Field(default=1000, ge=1, le=10_000)
-    concurrency: int = Field(default=2, ge=1, le=100)
+    timeout: float = Field(default=LOOKUP_LIMITS.timeout, gt=0, le=600)
+    batch_size: int = Field(default=LOOKUP_LIMITS.batch_size, ge=1, le=10_000)
+    concurrency: int = Field(default=LOOKUP_LIMITS.concurrency, ge=1, le=100)
     allow_private: bool = False
     headers: dict[str, Secret] = {}
+
+    @property
+    def limits(self) -> Limits:
+        """As the lookup has them."""
+        return Limits(self.concurrency, self.timeout, self.batch_size)
 
     @model_validator(mode="after")
     def _check(self) -> LookupEndpoint:

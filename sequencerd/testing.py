@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from sequencerd.core.model import RETRY, Result, Task
+from sequencerd.core.model import RETRY, Limits, Result, Task
 from sequencerd.definitions import files
 from sequencerd.definitions.simulate import Entry, Simulation
 from sequencerd.definitions.simulator import Outcome, Simulator
@@ -73,8 +73,7 @@ def make_runners(settings: Settings, types: Iterable[str]) -> dict[str, Runner]:
 class _Stub:
     """Stands for a runner of which only the outcome is known."""
 
-    batch_size = concurrency = 1
-    timeout = 1.0
+    limits = Limits()
     retry = RETRY
 
     def compile(self, config: Mapping[str, Any]) -> object:

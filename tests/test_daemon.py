@@ -18,8 +18,8 @@ import pytest
 from aiosmtpd.smtp import SMTP
 
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.http import HttpRunner
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until, way
+from tests.helpers.runners import http_runner
 from tests.helpers.waiting import PATIENCE
 
 MAIL = (
@@ -266,7 +266,7 @@ async def test_a_server_that_never_answers_delays_no_mail(
     connection_lost = asyncio.Event()
     server = await asyncio.start_server(never_answer, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    stuck = HttpRunner(f"http://127.0.0.1:{port}/", name="Stuck", allow_private=True)
+    stuck = http_runner(f"http://127.0.0.1:{port}/", name="Stuck", allow_private=True)
     box, smtp = mailbox
     mail = EmailRunner(smtp)
     async with running_engine(database, {"Stuck": stuck, "Email": mail}, stop_timeout=0):

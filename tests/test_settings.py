@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from sequencerd import settings as settings_module
+from sequencerd.core.model import Limits
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import load
@@ -83,6 +85,41 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, words: str) -> Non
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"missing\.toml"):
         load({}, tmp_path / "missing.toml")
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("email", Limits(3, 7.0, 1, 5.0)),
+        ("sms", Limits(3, 7.0, 1, 5.0)),
+        ("runners.Score", Limits(3, 7.0, 20, 5.0)),
+    ],
+)
+def test_the_limits_of_a_server_reach_its_runner(
+    tmp_path: Path, section: str, expected: Limits
+) -> None:
+    """They are those of a request there; a call of the runner also waits for its turn."""
+    file = tmp_path / "sequencerd.toml"
+    file.write_text(
+        f"[{section}]\nconcurrency = 3\ntimeout = 7\nper_second = 5\n"
+        + {"email": "", "sms": 'account_sid = "AC1"\nauth_token = "t"\n'}.get(
+            section, 'url = "http://localhost:9/"\nbatch_size = 20\n'
+        )
+    )
+    settings = load({"SEQUENCERD_CONFIG": str(file)})
+    given = {"email": settings.email, "sms": settings.sms, **settings.runners}
+    type_ = {"email": "Email", "sms": "SMS"}.get(section, "Score")
+    assert given[section.removeprefix("runners.")].limits == expected
+    made = make_runners(settings)[type_].limits
+    assert replace(made, timeout=7.0) == expected
+    assert made.timeout > 7 + 3 / 5
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", [field.name for field in fields(Limits)])
+def test_limits_with_which_nothing_could_be_done(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}: write a number above 0"):
+        Limits(**{name: value})  # type: ignore[arg-type]
 
 
 def test_how_long_what_is_over_is_kept() -> None:

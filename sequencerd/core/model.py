@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -177,6 +178,35 @@ RETRY = RetryPolicy()
 
 MESSAGE_RETRY = RetryPolicy(None, 60.0, 3600.0, 2 * 86400.0)
 """The default of messages: mail servers refuse for hours what they take later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one daemon demands of a server at most: calls at the same time, enrollments in a call,
+    and calls per second. A call that takes longer than `timeout` seconds is given up.
+    """
+
+    concurrency: int = 10
+    timeout: float = 30.0
+    batch_size: int = 1
+    per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for limits with which nothing could be done."""
+        for name in ("concurrency", "timeout", "batch_size", "per_second"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}: write a number above 0")
+
+
+MESSAGE_LIMITS = Limits()
+"""The default of messages. One by one: each is written when it is sent, so a crash repeats few."""
+
+CALL_LIMITS = Limits(concurrency=4, batch_size=100)
+"""The default of custom runners that are called over HTTP."""
+
+LOOKUP_LIMITS = Limits(concurrency=2, batch_size=1000)
+"""The default of lookups."""
 
 
 Skip = Literal["next", "altNext", "end"]

@@ -17,6 +17,7 @@ from sequencerd.core.model import (
     Enrollment,
     Failed,
     Fence,
+    Limits,
     NotStarted,
     Result,
     Step,
@@ -41,9 +42,7 @@ ExecutorKey = str | tuple[str, str]
 class Work(Protocol):
     """What an executor executes: a runner, or a lookup."""
 
-    batch_size: int
-    concurrency: int
-    timeout: float
+    limits: Limits
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Return one result for each task, in their order."""
@@ -99,12 +98,12 @@ class Executor:
         self._kind = "lookup" if isinstance(key, tuple) else key
         self._finished = finished
         self._metrics = metrics
-        self._capacity = 2 * runner.concurrency * runner.batch_size
+        self._capacity = 2 * runner.limits.concurrency * runner.limits.batch_size
         self._breaker = Breaker(
             self._capacity, pauses, lambda: resumed(self), lambda: outage_changed(self)
         )
         self._reserved = 0
-        self._running_slots = asyncio.Semaphore(runner.concurrency)
+        self._running_slots = asyncio.Semaphore(runner.limits.concurrency)
         self._queued: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Task[None]] = set()
 
@@ -137,7 +136,7 @@ class Executor:
     def start(self, leased: Sequence[Leased]) -> None:
         """Execute side effects of one step, in batches of the runner's size."""
         self._metrics.begun(self._kind, len(leased))
-        size = self.runner.batch_size
+        size = self.runner.limits.batch_size
         alone = [one for one in leased if size > 1 and self._breaker.is_suspect(_key(one))]
         if alone:
             suspects = set(map(_key, alone))
@@ -198,7 +197,7 @@ class Executor:
 
     async def _run(self, batch: Sequence[Leased]) -> Sequence[Result]:
         """Call the runner once. Whatever it raises is a failure of the batch."""
-        timeout = self.runner.timeout
+        timeout = self.runner.limits.timeout
         tasks = [leased.task for leased in batch]
         at = now()
         if any(task.is_late(at) for task in tasks):

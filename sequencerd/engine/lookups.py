@@ -7,12 +7,13 @@ import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
 import asyncpg
 
-from sequencerd.core.model import External, Found, Task
+from sequencerd.core.model import LOOKUP_LIMITS, External, Found, Limits, Task
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http import Endpoint
 from sequencerd.runners.http_client import Unreachable, judge
@@ -29,15 +30,11 @@ Ask = Callable[[list[str]], Awaitable[Mapping[str, External]]]
 class Lookup:
     """One source, in the form that executors run."""
 
-    def __init__(
-        self, name: str, ask: Ask, *, batch_size: int, concurrency: int, timeout: float
-    ) -> None:
-        self.batch_size = batch_size
-        self.concurrency = concurrency
-        self.timeout = timeout + 1
+    def __init__(self, name: str, ask: Ask, limits: Limits) -> None:
+        self.limits = replace(limits, timeout=limits.timeout + 1)
         self._name = name
         self._ask = ask
-        self._time = timeout
+        self._time = limits.timeout
 
     async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[Found]:
         """Request data once for the whole batch. Subjects that the source omits get no data."""
@@ -85,14 +82,14 @@ class Lookups:
         if name in self._set_up:
             return self._set_up[name]
         if name in self._installed:
-            return Lookup(name, self._installed[name], batch_size=1000, concurrency=2, timeout=30)
+            return Lookup(name, self._installed[name], LOOKUP_LIMITS)
 
         async def ask(subjects: list[str]) -> dict[str, External]:
             return await self._by_sql(name, subjects)
 
         # the server ends the statement; this is for what it can't, and the wait for a connection
         timeout = 2 * self._timeout + 5
-        return Lookup(name, ask, batch_size=1000, concurrency=2, timeout=timeout)
+        return Lookup(name, ask, replace(LOOKUP_LIMITS, timeout=timeout))
 
     async def _by_sql(self, name: str, subjects: list[str]) -> dict[str, External]:
         async with AsyncExitStack() as stack:
@@ -122,13 +119,7 @@ class Lookups:
                 raise Unreachable(text)
             return by_id(json.loads(reply.body))
 
-        return Lookup(
-            name,
-            ask,
-            batch_size=settings.batch_size,
-            concurrency=settings.concurrency,
-            timeout=settings.timeout,
-        )
+        return Lookup(name, ask, settings.limits)
 
     async def close(self) -> None:
         """Close the connections."""

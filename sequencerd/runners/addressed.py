@@ -46,9 +46,7 @@ class AddressedRunner:
     """A custom runner, which is not called for recipients that are suppressed."""
 
     def __init__(self, runner: Runner, suppressions: Suppressions | None) -> None:
-        self.batch_size = runner.batch_size
-        self.concurrency = runner.concurrency
-        self.timeout = runner.timeout
+        self.limits = runner.limits
         self.retry = runner.retry
         self._runner = runner
         self._suppressions = suppressions

@@ -20,6 +20,7 @@ from sequencerd.core.model import (
     RETRY,
     DefinitionError,
     Failed,
+    Limits,
     NotStarted,
     Result,
     RetryPolicy,
@@ -107,8 +108,8 @@ class HttpEndpoint:
 class BatchRunner:
     """Posts `{"config": ..., "runners": [...]}` and expects a list of `{"id", "action", ...}`.
 
-    `name` is the step type, for messages. `timeout` (seconds) applies to a whole call, `batch_size`
-    and `batch_bytes` limit its size, and `per_second` the rate of calls.
+    `name` is the step type, for messages. `limits` are those of the endpoint, of whose calls none
+    is larger than `batch_bytes`.
     """
 
     def __init__(
@@ -116,20 +117,16 @@ class BatchRunner:
         endpoint: Endpoint,
         *,
         name: str,
-        timeout: float = 30.0,
-        batch_size: int = 100,
+        limits: Limits,
         batch_bytes: int = BATCH_BYTES,
-        concurrency: int = 4,
-        per_second: float | None = None,
         retry: RetryPolicy = RETRY,
     ) -> None:
         self.retry = retry
-        self.batch_size = batch_size
-        self.concurrency = concurrency
-        self._pace = Pace(per_second)
-        self._call_timeout = timeout
+        self._pace = Pace(limits)
+        self._call_timeout = limits.timeout
         # a batch that needs several calls begins none after the time of one
-        self.timeout = 2 * timeout + self._pace.longest_wait(concurrency) + 1
+        longest = 2 * limits.timeout + self._pace.longest_wait + 1
+        self.limits = replace(limits, timeout=longest)
         self._batch_bytes = batch_bytes
         self._name = name
         self._endpoint = endpoint
@@ -242,34 +239,6 @@ class BatchRunner:
     async def close(self) -> None:
         """Close the connections."""
         await self._endpoint.close()
-
-
-class HttpRunner(BatchRunner):
-    """A runner behind a URL. Raises ValueError for settings that cannot work."""
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        name: str,
-        timeout: float = 30.0,
-        concurrency: int = 4,
-        secret: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        allow_private: bool = False,
-        http2: bool = True,
-        **options: Any,
-    ) -> None:
-        endpoint = HttpEndpoint(
-            url,
-            timeout=timeout,
-            connections=concurrency,
-            secret=secret,
-            headers=headers,
-            allow_private=allow_private,
-            http2=http2,
-        )
-        super().__init__(endpoint, name=name, timeout=timeout, concurrency=concurrency, **options)
 
 
 def _write(task: Task) -> str | None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 
+from sequencerd.core.model import Limits
+
 
 class Pace:
     """Lets callers pass at an even rate, in the order of their calls; None is no limit."""
 
-    def __init__(self, per_second: float | None) -> None:
-        if per_second is not None and not 0 < per_second < float("inf"):
-            raise ValueError(f"per_second is {per_second}: write a number above 0")
-        self._interval = 0.0 if per_second is None else 1 / per_second
+    def __init__(self, limits: Limits) -> None:
+        self.longest_wait = (
+            0.0 if limits.per_second is None else limits.concurrency / limits.per_second
+        )
+        """For how many seconds the last of all concurrent calls waits for its turn."""
+        self._interval = 0.0 if limits.per_second is None else 1 / limits.per_second
         self._next = 0.0
-
-    def longest_wait(self, callers: int) -> float:
-        """Return how many seconds the last of so many callers waits for its turn."""
-        return self._interval * callers
 
     async def turn(self) -> None:
         """Return when it is the caller's turn."""

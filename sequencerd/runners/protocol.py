@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from sequencerd.core.model import Result, RetryPolicy, Task
+from sequencerd.core.model import Limits, Result, RetryPolicy, Task
 
 
 class Refused(Exception):  # noqa: N818 - what an author raises reads as what has happened
@@ -19,14 +19,11 @@ class NotNow(Exception):  # noqa: N818 - as above
 class Runner(Protocol):
     """What executes the steps of one type.
 
-    `batch_size` is the most enrollments that one call of `run` gets, `concurrency` the number of
-    calls at the same time, and `timeout` the seconds that a call may take, including the wait for
-    its turn if a rate is limited. `retry` applies to steps without a retry policy.
+    `limits` are those of `run`: the time of a call includes the wait for its turn, if the rate is
+    limited. `retry` applies to steps without a retry policy.
     """
 
-    batch_size: int
-    concurrency: int
-    timeout: float
+    limits: Limits
     retry: RetryPolicy
 
     def compile(self, config: Mapping[str, Any]) -> object:

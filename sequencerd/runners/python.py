@@ -29,7 +29,16 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from sequencerd.core.config import parse_config
-from sequencerd.core.model import RETRY, Answer, Attribution, Failed, Result, RetryPolicy, Task
+from sequencerd.core.model import (
+    RETRY,
+    Answer,
+    Attribution,
+    Failed,
+    Limits,
+    Result,
+    RetryPolicy,
+    Task,
+)
 from sequencerd.runners.answers import PLAIN, StrictOutcome, check_date, read_outcome
 from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.fields import one_line
@@ -40,17 +49,19 @@ GROUP = "sequencerd.runners"
 COMMON = frozenset({"topic", "channel", "address"})
 """The keys of every custom step that a model need not have."""
 
+LIMITS = Limits(timeout=60.0)
+"""The default of functions."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a function declares; with a `batch_size` it takes lists."""
+    """What a function declares."""
 
     config: type[BaseModel] | None = None
-    batch_size: int | None = None
-    concurrency: int = 10
-    timeout: float = 60.0
+    limits: Limits = LIMITS
+    in_batches: bool = False
     retry: RetryPolicy = RETRY
 
 
@@ -58,14 +69,14 @@ def runner(
     *,
     config: type[BaseModel] | None = None,
     batch_size: int | None = None,
-    concurrency: int = 10,
-    timeout: float = 60.0,
+    concurrency: int = LIMITS.concurrency,
+    timeout: float = LIMITS.timeout,
     retry: RetryPolicy = RETRY,
 ) -> Callable[[Function], Function]:
     """Describe a runner function: see the module. `timeout` is in seconds, for one call."""
-    if (batch_size is not None and batch_size < 1) or concurrency < 1 or timeout <= 0:
-        raise ValueError("batch_size, concurrency and timeout must be above 0")
-    options = Options(config, batch_size, concurrency, timeout, retry)
+    in_batches = batch_size is not None
+    limits = Limits(concurrency, timeout, 1 if batch_size is None else batch_size)
+    options = Options(config, limits, in_batches, retry)
 
     def describe(function: Function) -> Function:
         vars(function)["sequencerd_runner"] = options
@@ -80,18 +91,16 @@ class PythonRunner:
     def __init__(self, function: Callable[..., Any], *, name: str) -> None:
         options = getattr(function, "sequencerd_runner", Options())
         assert isinstance(options, Options)
-        self.batch_size = options.batch_size or 1
-        self.concurrency = options.concurrency
-        self.timeout = options.timeout
+        self.limits = options.limits
         self.retry = options.retry
         self._function = function
         self._name = name
-        self._in_batches = options.batch_size is not None
+        self._in_batches = options.in_batches
         self._model = options.config
         self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             type(function).__call__
         )
-        self._threads = asyncio.Semaphore(options.concurrency)
+        self._threads = asyncio.Semaphore(options.limits.concurrency)
 
     def compile(self, config: Mapping[str, Any]) -> object:
         """Return the config as the function's model, if it has one. Raises DefinitionError."""
@@ -222,7 +231,7 @@ def load(group: str = GROUP) -> dict[str, Runner]:
 
 def as_runner(loaded: Any, *, name: str) -> Runner:
     """Return a function, or an object with all of a Runner, as a Runner. Raises ValueError."""
-    wanted = ("compile", "run", "close", "batch_size", "concurrency", "timeout", "retry")
+    wanted = ("compile", "run", "close", "limits", "retry")
     if not inspect.isclass(loaded) and all(hasattr(loaded, part) for part in wanted):
         made: Runner = loaded
         return made

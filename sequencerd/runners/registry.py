@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from pydantic import SecretStr
 
 from sequencerd.core.config import Faults, parse_config
-from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Result, Task
+from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Limits, Result, Task
 from sequencerd.core.step_types import BUILT_IN
 from sequencerd.core.step_types.effects import EMAIL, SMS, SmsConfig
 from sequencerd.errors import SettingsError
@@ -43,11 +44,8 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
             runner = BatchRunner(
                 make_endpoint(endpoint),
                 name=name,
-                timeout=endpoint.timeout,
-                batch_size=endpoint.batch_size,
+                limits=endpoint.limits,
                 batch_bytes=endpoint.batch_bytes or (MAX_EVENT if endpoint.arn else BATCH_BYTES),
-                concurrency=endpoint.concurrency,
-                per_second=endpoint.per_second,
                 retry=endpoint.retry,
             )
             runners[name] = AddressedRunner(runner, suppressions)
@@ -100,9 +98,9 @@ def make_email_runner(
         )
     return EmailRunner(
         email.server,
-        concurrency=email.concurrency,
-        timeout=reply_timeout or email.timeout,
-        per_second=email.per_second,
+        limits=email.limits
+        if reply_timeout is None
+        else replace(email.limits, timeout=reply_timeout),
         hello_name=email.hello_name,
         oauth=oauth,
         list_unsubscribe=email.list_unsubscribe,
@@ -120,9 +118,7 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
             sms.url,
             body=sms.body,
             headers=_secrets(sms.headers),
-            concurrency=sms.concurrency,
-            timeout=sms.timeout,
-            per_second=sms.per_second,
+            limits=sms.limits,
             allow_private=sms.allow_private,
             suppressions=suppressions,
             only_to=sms.only_to,
@@ -135,9 +131,7 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
         sms.account_sid,
         token,
         base_url=sms.base_url,
-        concurrency=sms.concurrency,
-        timeout=sms.timeout,
-        per_second=sms.per_second,
+        limits=sms.limits,
         suppressions=suppressions,
         only_to=sms.only_to,
         retry=sms.retry,
@@ -155,8 +149,7 @@ def _secrets(values: Mapping[str, SecretStr]) -> dict[str, str]:
 class _NotSetUp:
     """Replaces the SMS runner if the settings are incomplete: its steps have a problem."""
 
-    batch_size = concurrency = 1
-    timeout = 1.0
+    limits = Limits()
     retry = RETRY
     lacks_settings = True
 

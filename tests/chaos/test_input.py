@@ -18,15 +18,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sequencerd.core.model import Answer, Failed, Result
+from sequencerd.core.model import Answer, Failed, Limits, Result
 from sequencerd.definitions.files import read_files
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import load
 from tests.helpers import servers
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
+from tests.helpers.runners import http_runner
 from tests.helpers.servers import Request, http_server, task
 
 INPUTS = int(os.environ.get("CHAOS_INPUTS", "50"))
@@ -136,7 +136,7 @@ def test_any_answer_of_an_endpoint_is_a_result_for_each(
 
     async def ask() -> Sequence[Result]:
         async with http_server(respond) as server:
-            runner = HttpRunner(server.url, name="Any", timeout=5)
+            runner = http_runner(server.url, name="Any", timeout=5)
             try:
                 return await runner.run(runner.compile({}), [task(1), task(2)])
             finally:
@@ -185,7 +185,7 @@ REPLIES = st.one_of(
 def test_any_reply_of_a_mail_server_is_a_result(replies: list[bytes]) -> None:
     async def send() -> Sequence[Result]:
         async with says(replies) as port:
-            runner = EmailRunner(f"smtp://127.0.0.1:{port}", timeout=0.5)
+            runner = EmailRunner(f"smtp://127.0.0.1:{port}", limits=Limits(timeout=0.5))
             mail = {"from": "a@b.org", "to": "c@d.org", "subject": "x", "text": "x"}
             try:
                 return await runner.run(runner.compile(mail), [task(1)])

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sequencerd.core.model import Action, Answer, Failed, Result, RetryPolicy, Task
+from sequencerd.core.model import Action, Answer, Failed, Limits, Result, RetryPolicy, Task
 from sequencerd.daemon import daemon_name
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.lookups import Lookups
@@ -177,7 +177,7 @@ class Model:
 class TaskRunner:
     """A runner that does what each is told to get, and counts."""
 
-    batch_size, concurrency, timeout = 1, 1000, 3600.0
+    limits = Limits(1000, 3600.0)
     retry = RetryPolicy(ATTEMPTS, 20, 20)
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.backoff import Pauses
-from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.core.model import Answer, Failed, Limits, Result, Task
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 from tests.engine.test_outages import DOWN, closed_port, fails
@@ -161,7 +161,7 @@ async def test_expiry_in_the_queue_of_a_rate_limit(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with smtp_server() as box:
-        runner = EmailRunner(f"smtp://{HOST}:{box.port}", per_second=1, concurrency=10)
+        runner = EmailRunner(f"smtp://{HOST}:{box.port}", limits=Limits(per_second=1))
         config = {"from": "a@x.test", "to": "b@x.test", "subject": "x", "text": "x", **SOON}
         async with running_engine(database, {"Email": runner}):
             await define(connection, "s", ("mail", "Email", json.dumps(config), None))

@@ -17,7 +17,6 @@ import pytest
 from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Result, Task, View
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
-from sequencerd.runners.http import HttpRunner
 from sequencerd.storage import connections, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import AdvisoryLock
@@ -32,6 +31,7 @@ from tests.helpers.engines import (
     until,
     way,
 )
+from tests.helpers.runners import http_runner
 from tests.helpers.waiting import PATIENCE
 
 PAID = """{
@@ -653,7 +653,7 @@ async def test_numbers_come_back_from_a_runner_to_the_last_digit(
 
     later = Recorder()
     async with servers.http_server(echo) as server:
-        call = HttpRunner(server.url, name="Call")
+        call = http_runner(server.url, name="Call")
         async with running_engine(database, {"Call": call, "Note": later}):
             await define(
                 connection, "s", ("call", "Call", "{}", "note"), ("note", "Note", "{}", None)

@@ -18,9 +18,10 @@ from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.engine.breaker import Breaker
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.http import HttpRunner
+from sequencerd.runners.http import BatchRunner
 from tests.helpers import servers
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until
+from tests.helpers.runners import http_runner
 from tests.helpers.servers import HOST, Request, http_server, smtp_server
 
 SHORT = Pauses(0.02, 0.05)
@@ -72,10 +73,10 @@ class Endpoint:
 
 
 @asynccontextmanager
-async def endpoint(**options: Any) -> AsyncIterator[tuple[Endpoint, HttpRunner]]:
+async def endpoint(**options: Any) -> AsyncIterator[tuple[Endpoint, BatchRunner]]:
     made = Endpoint()
     async with http_server(made.respond) as server:
-        runner = HttpRunner(server.url, name="Score", **options)
+        runner = http_runner(server.url, name="Score", **options)
         yield made, runner
         await runner.close()
 
@@ -85,8 +86,7 @@ class Counted:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self.batch_size, self.concurrency = runner.batch_size, runner.concurrency
-        self.timeout, self.retry = runner.timeout, runner.retry
+        self.limits, self.retry = runner.limits, runner.retry
         self.compile, self.close = runner.compile, runner.close
         self.calls = 0
         self.turn = asyncio.Condition()

@@ -9,7 +9,7 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.core.model import Answer, Failed, Limits, Result, Task
 from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.databases import with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
@@ -68,7 +68,7 @@ async def test_what_a_rate_limit_holds_back_when_the_window_closes_waits(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with smtp_server() as box:
-        runner = EmailRunner(f"smtp://{HOST}:{box.port}", per_second=2, concurrency=4)
+        runner = EmailRunner(f"smtp://{HOST}:{box.port}", limits=Limits(4, per_second=2))
         config = {"from": "a@x.test", "to": "b@x.test", "subject": "x", "text": "x"}
         async with running_engine(database, {"Email": runner}):
             await define(connection, "s", ("mail", "Email", json.dumps(config), None))

@@ -13,7 +13,7 @@ import asyncpg
 import structlog
 
 from sequencerd.core.backoff import Pauses
-from sequencerd.core.model import Answer, DefinitionError, Result, RetryPolicy, Task
+from sequencerd.core.model import Answer, DefinitionError, Limits, Result, RetryPolicy, Task
 from sequencerd.daemon import daemon_name
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.lookups import Lookups
@@ -36,9 +36,7 @@ class Recorder:
         self, behaviour: Behaviour | None = None, *, batch_size: int = 10, concurrency: int = 4
     ) -> None:
         self.behaviour = behaviour
-        self.batch_size = batch_size
-        self.concurrency = concurrency
-        self.timeout = 10.0
+        self.limits = Limits(concurrency, 10.0, batch_size)
         self.retry = RetryPolicy()
         self.keys: list[str] = []
         self.programs: list[object] = []

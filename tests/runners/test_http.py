@@ -19,9 +19,10 @@ import httpx
 import pytest
 
 from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result, View
-from sequencerd.runners.http import HttpRunner
+from sequencerd.runners.http import BatchRunner
 from sequencerd.runners.http_client import MAX_ANSWER, Web, is_public
 from tests.helpers import servers
+from tests.helpers.runners import http_runner
 from tests.helpers.servers import (
     HOST,
     KEY,
@@ -54,9 +55,9 @@ async def all_next(request: Request) -> servers.Answer:
 
 
 @asynccontextmanager
-async def runner(server: HttpServer, **options: Any) -> AsyncIterator[HttpRunner]:
+async def runner(server: HttpServer, **options: Any) -> AsyncIterator[BatchRunner]:
     """A runner for this server, closed at the end."""
-    made = HttpRunner(f"{server.url}/crm", name="Crm", **options)
+    made = http_runner(f"{server.url}/crm", **options)
     try:
         yield made
     finally:
@@ -278,7 +279,7 @@ async def test_an_endpoint_that_hangs() -> None:
 async def test_nobody_listens_there() -> None:
     async with http_server(all_next) as server:
         url = server.url
-    made = HttpRunner(f"{url.replace('//', '//user:hidden@')}/?token=hidden", name="Crm")
+    made = http_runner(f"{url.replace('//', '//user:hidden@')}/?token=hidden")
     (result,) = await made.run(made.compile({}), [task()])
     await made.close()
     assert not failed(result).permanent
@@ -291,7 +292,7 @@ async def test_a_name_that_leads_to_a_private_address() -> None:
     async with http_server(all_next) as server:
         url = server.url.replace("127.0.0.1", "127.1")  # not an address, but resolved to one
         for allow in (False, True):
-            made = HttpRunner(url, name="Crm", allow_private=allow)
+            made = http_runner(url, allow_private=allow)
             results += await made.run(made.compile({}), [task()])
             await made.close()
     assert "127.1 has the private address 127.0.0.1" in failed(results[0]).message
@@ -323,7 +324,7 @@ async def test_calls_are_paced() -> None:
 
 
 def test_a_config_that_is_not_json() -> None:
-    made = HttpRunner("https://crm.example.com", name="Crm")
+    made = http_runner("https://crm.example.com")
     with pytest.raises(DefinitionError, match="config"):
         made.compile({"a": math.nan})
 
@@ -401,7 +402,7 @@ async def test_a_machine_without_descriptors_spends_no_attempt() -> None:
 async def test_the_cause_is_told_whatever_was_being_handled() -> None:
     async with http_server(all_next) as server:
         url = server.url
-    made = HttpRunner(url, name="Crm")
+    made = http_runner(url)
     try:
         raise ModuleNotFoundError("No module named 'uvloop'")
     except ModuleNotFoundError:
@@ -429,5 +430,5 @@ async def test_the_cause_is_told_whatever_was_being_handled() -> None:
 )
 def test_settings_that_cannot_work(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"URL|secret|headers|per_second") as caught:
-        HttpRunner(**{"url": "https://crm.example.com", "name": "Crm"} | options)
+        http_runner(**{"url": "https://crm.example.com", "name": "Crm"} | options)
     assert "secret\r" not in str(caught.value)

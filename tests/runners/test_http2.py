@@ -13,9 +13,9 @@ import pytest
 
 from sequencerd.core.model import Answer, Failed, Result
 from sequencerd.runners import http_client
-from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.http_client import MAX_ANSWER
 from tests.helpers import servers
+from tests.helpers.runners import http_runner
 from tests.helpers.servers import HttpServer, Request, certificate, http_server, task
 
 
@@ -32,7 +32,7 @@ async def call(
 ) -> list[Result]:
     """The results of as many calls at the same time."""
     url = server.url.replace("localhost", host)
-    made = HttpRunner(url, name="Crm", **{"timeout": 60} | options)
+    made = http_runner(url, **{"timeout": 60} | options)
     tasks = (task(id_) for id_ in range(count))
     results = await asyncio.gather(*(made.run(made.compile({}), [one]) for one in tasks))
     await made.close()
@@ -125,7 +125,7 @@ async def test_a_connection_that_the_server_gives_up_is_asked_again_at_once(
 
     given_up = asyncio.Event()
     async with http_server(respond, tls) as server:
-        made = HttpRunner(server.url, name="Crm", timeout=60)
+        made = http_runner(server.url, timeout=60)
         program = made.compile({})
         first = await asyncio.gather(*(made.run(program, [task(id_)]) for id_ in range(3)))
         second = await asyncio.gather(*(made.run(program, [task(id_)]) for id_ in range(3)))
@@ -147,7 +147,7 @@ async def test_a_server_that_gives_up_every_connection_is_not_asked_for_ever(
         return servers.Answer(raw=servers.GOAWAY)
 
     async with http_server(respond, tls) as server:
-        made = HttpRunner(server.url, name="Crm", timeout=60)
+        made = http_runner(server.url, timeout=60)
         results = [(await made.run(made.compile({}), [task()]))[0] for _ in range(5)]
         await made.close()
     faults = [isinstance(result, Failed) and result.fault for result in results]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from sequencerd.core.model import Answer, Failed, NotStarted, Result
-from sequencerd.runners.http import HttpRunner
 from sequencerd.runners.http_client import MAX_ANSWER
 from tests.helpers import servers
+from tests.helpers.runners import http_runner
 from tests.helpers.servers import HttpServer, Request, http_server, task
 
 
@@ -29,7 +29,7 @@ def answer_all(request: Request, **headers: str) -> servers.Answer:
 
 async def run(server: HttpServer, count: int, size: int = 10, **options: Any) -> list[Result]:
     """One batch of enrollments with so much data each."""
-    made = HttpRunner(server.url, name="Crm", **options)
+    made = http_runner(server.url, **options)
     tasks = [task(n, text="x" * size) for n in range(count)]
     results = await made.run(made.compile({"a": 1}), tasks)
     await made.close()
@@ -64,7 +64,7 @@ async def test_a_batch_of_small_ones_is_one_call() -> None:
 
 async def test_too_large_a_batch_is_halved_until_it_fits() -> None:
     async with http_server(limited(3_000)) as server:
-        made = HttpRunner(server.url, name="Crm")
+        made = http_runner(server.url)
         tasks = [task(n, text="x" * 100) for n in range(100)]
         program = made.compile({})
         assert await made.run(program, tasks) == [Answer()] * 100
@@ -77,7 +77,7 @@ async def test_too_large_a_batch_is_halved_until_it_fits() -> None:
 
 async def test_one_that_is_too_large_alone_fails_alone() -> None:
     async with http_server(limited(3_000)) as server:
-        made = HttpRunner(server.url, name="Crm")
+        made = http_runner(server.url)
         tasks = [task(n, text="x" * (5_000 if n == 7 else 100)) for n in range(20)]
         results = await made.run(made.compile({}), tasks)
         await made.close()
@@ -127,7 +127,7 @@ async def test_an_id_is_a_number_or_its_text(id_: str) -> None:
         return servers.Answer(body=f'[{{"id": {id_}, "action": "next"}}]'.encode())
 
     async with http_server(respond) as server:
-        made = HttpRunner(server.url, name="Crm")
+        made = http_runner(server.url)
         assert await made.run(made.compile({}), [task(7)]) == [Answer()]
         await made.close()
 
@@ -146,7 +146,7 @@ async def test_an_answer_without_our_ids_names_those_that_came(body: bytes, says
         return servers.Answer(body=body)
 
     async with http_server(respond) as server:
-        made = HttpRunner(server.url, name="Crm")
+        made = http_runner(server.url)
         (result,) = await made.run(made.compile({}), [task(7)])
         await made.close()
     assert isinstance(result, Failed)

@@ -12,8 +12,8 @@ import asyncpg
 import httpx
 import pytest
 
-from sequencerd.runners.http import HttpRunner
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
+from tests.helpers.runners import http_runner
 from tests.helpers.waiting import PATIENCE
 
 SECRET = "whsec_c2VjcmV0LXNlY3JldC1zZWNyZXQ="
@@ -53,7 +53,7 @@ async def test_an_example_serves_a_step(
         await define(connection, "s", ("score", "Score", '{"perVisit": 30}', None))
         for subject, visits in (("ada", "[1, 2]"), ("bob", "[]")):
             await enroll(connection, "s", subject, f'{{"visits": {visits}}}')
-        runner = HttpRunner(url, name="Score", secret=SECRET, allow_private=True)
+        runner = http_runner(url, name="Score", secret=SECRET, allow_private=True)
         async with running_engine(database, {"Score": runner}):
             await until(connection, ALL_ENDED)
         await runner.close()

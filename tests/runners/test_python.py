@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result
+from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Limits, Result
 from sequencerd.errors import SettingsError
 from sequencerd.runners import Refused
 from sequencerd.runners.python import PythonRunner, as_runner, load, runner
@@ -142,7 +142,7 @@ async def test_batches() -> None:
         return config["answer"] and [config["answer"]] * (len(runners) - config.get("less", 0))
 
     made = PythonRunner(coupons, name="Coupon")
-    assert (made.batch_size, made.concurrency, made.timeout) == (1000, 2, 5)
+    assert made.limits == Limits(2, 5, 1000)
     assert await run(coupons, 1, 2, config={"answer": "altNext"}) == [Answer(Action.ALT_NEXT)] * 2
     assert await run(coupons, 1, 2, config={"answer": None}) == [Answer()] * 2
     short = await run(coupons, 1, 2, config={"answer": "next", "less": 1})

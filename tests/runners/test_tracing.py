@@ -14,10 +14,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.runners import tracing
-from sequencerd.runners.http import HttpRunner
 from tests import test_daemon
 from tests.helpers import servers
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.runners import http_runner
 from tests.helpers.servers import Request, http_server
 
 mailbox = test_daemon.mailbox
@@ -79,7 +79,7 @@ async def test_an_http_runner_gets_the_context(
         for number in range(people):
             await enroll(connection, "s", f"u{number}")
     async with http_server(respond) as server:
-        runner = HttpRunner(server.url, name="Crm", allow_private=True)
+        runner = http_runner(server.url, allow_private=True)
         async with running_engine(database, {"Crm": runner}):
             await until(connection, ALL_ENDED)
         await runner.close()
@@ -94,7 +94,7 @@ async def test_without_it_nothing_is_sent(database: str, connection: asyncpg.Con
     await define(connection, "s", ("call", "Crm", "{}", None))
     await enroll(connection, "s", "ada")
     async with http_server(respond) as server:
-        runner = HttpRunner(server.url, name="Crm", allow_private=True)
+        runner = http_runner(server.url, allow_private=True)
         async with running_engine(database, {"Crm": runner}):
             await until(connection, ALL_ENDED)
         await runner.close()

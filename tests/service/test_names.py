@@ -15,9 +15,9 @@ import pytest
 from sequencerd.core.model import Answer, Failed
 from sequencerd.errors import DatabaseError
 from sequencerd.runners.email.smtp import Mail, Postman
-from sequencerd.runners.http import HttpRunner
 from sequencerd.service import dns
 from sequencerd.storage.connections import connect
+from tests.helpers.runners import http_runner
 from tests.helpers.servers import HOST, http_server, smtp_server, task
 from tests.runners.test_http import all_next
 
@@ -87,9 +87,7 @@ def test_a_name_that_hangs_delays_no_other(resolver: Resolver) -> None:
             assert isinstance((await postman.deliver(MAIL)).result, Answer)
             await postman.close()
             for allow_private in (True, False):
-                made = HttpRunner(
-                    f"http://localhost:{server.port}/", name="Crm", allow_private=allow_private
-                )
+                made = http_runner(f"http://localhost:{server.port}/", allow_private=allow_private)
                 assert await made.run(made.compile({}), [task()]) == [Answer()]
                 await made.close()
         assert not any(one.done() for one in tasks)
@@ -118,7 +116,7 @@ def test_a_name_that_hangs_is_waited_for_so_long(
     monkeypatch.setattr(dns, "TIMEOUT", 0.1)
 
     async def work() -> None:
-        made = HttpRunner("http://slow.example/", name="Crm", timeout=60)
+        made = http_runner("http://slow.example/", timeout=60)
         (result,) = await made.run(made.compile({}), [task()])
         await made.close()
         assert isinstance(result, Failed)

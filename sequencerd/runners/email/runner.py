@@ -15,11 +15,13 @@ from urllib.parse import quote
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
+    MESSAGE_LIMITS,
     MESSAGE_RETRY,
     Answer,
     DefinitionError,
     Failed,
     Fault,
+    Limits,
     NotStarted,
     Result,
     RetryPolicy,
@@ -60,25 +62,25 @@ class Program:
     list_unsubscribe: Template | None
 
 
+LIMITS = replace(MESSAGE_LIMITS, timeout=REPLY_TIMEOUT)
+
+
 class EmailRunner:
     """Sends each enrollment of a step a message of its own.
 
-    `url`, `timeout`, `final_timeout` and `hello_name` are explained at `smtp.Postman`; `oauth` is a
-    client of a token endpoint or a command that prints a token. `per_second` limits the messages,
-    `list_unsubscribe` is the template of a URL for steps without one, and `only_to` are patterns of
-    the recipients that get messages. Raises ValueError for what cannot work.
+    `url`, `final_timeout`, `hello_name` and the timeout of `limits` are explained at
+    `smtp.Postman`; each call sends one message. `oauth` is a client of a token endpoint or a
+    command that prints a token, `list_unsubscribe` the template of a URL for steps without one,
+    and `only_to` are patterns of the recipients that get messages. Raises ValueError for what
+    cannot work.
     """
-
-    batch_size = 1  # what has been sent is written at once, so that a crash repeats little
 
     def __init__(
         self,
         url: str,
         *,
-        concurrency: int = 10,
-        timeout: float = REPLY_TIMEOUT,
+        limits: Limits = LIMITS,
         final_timeout: float = FINAL_TIMEOUT,
-        per_second: float | None = None,
         hello_name: str | None = None,
         oauth: Client | str | None = None,
         list_unsubscribe: str | None = None,
@@ -89,15 +91,15 @@ class EmailRunner:
         self.retry = retry
         self._suppressions = suppressions
         self._only_to = OnlyTo("email.only_to", only_to)
-        self.concurrency = concurrency
-        self._pace = Pace(per_second)
+        self._pace = Pace(limits)
         # the postman keeps its own limits: this one is for what they can't come to
-        self.timeout = 2 * OFFER_TIMEOUT + final_timeout + self._pace.longest_wait(concurrency)
+        longest = 2 * OFFER_TIMEOUT + final_timeout + self._pace.longest_wait
+        self.limits = replace(limits, timeout=longest)
         self._source = None if oauth is None else token_source(oauth)
         self._postman = Postman(
             url,
-            connections=concurrency,
-            timeout=timeout,
+            connections=limits.concurrency,
+            timeout=limits.timeout,
             final_timeout=final_timeout,
             hello_name=hello_name,
             tokens=None if self._source is None else Tokens(self._source.fetch),

@@ -15,11 +15,13 @@ from pydantic import BaseModel, ValidationError, model_validator
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
+    MESSAGE_LIMITS,
     MESSAGE_RETRY,
     Answer,
     Cause,
     Failed,
     Fault,
+    Limits,
     NotStarted,
     Result,
     RetryPolicy,
@@ -88,15 +90,12 @@ Program = Mapping[str, Template]
 class _SmsRunner:
     """What both providers have in common: one message for each enrollment."""
 
-    batch_size = 1  # what has been sent is written at once, so that a crash repeats little
     model: type[SmsConfig] = SmsConfig
 
     def __init__(
         self,
         *,
-        concurrency: int,
-        timeout: float,
-        per_second: float | None,
+        limits: Limits,
         allow_private: bool,
         suppressions: Suppressions | None,
         only_to: Iterable[str] | None,
@@ -105,10 +104,11 @@ class _SmsRunner:
         self.retry = retry
         self._suppressions = suppressions
         self._only_to = OnlyTo("sms.only_to", only_to)
-        self.concurrency = concurrency
-        self._pace = Pace(per_second)
-        self.timeout = timeout + self._pace.longest_wait(concurrency) + 1
-        self._web = Web(timeout=timeout, connections=concurrency, allow_private=allow_private)
+        self._pace = Pace(limits)
+        self.limits = replace(limits, timeout=limits.timeout + self._pace.longest_wait + 1)
+        self._web = Web(
+            timeout=limits.timeout, connections=limits.concurrency, allow_private=allow_private
+        )
 
     def compile(self, config: Mapping[str, Any]) -> Program:
         """Compile all templates, and check a literal number. Raises DefinitionError."""
@@ -185,7 +185,7 @@ class _SmsRunner:
 
 
 class TwilioRunner(_SmsRunner):
-    """Sends by Twilio. `timeout` (seconds) applies to one message, `per_second` limits the rate."""
+    """Sends by Twilio; each call sends one message."""
 
     model = TwilioConfig
 
@@ -195,17 +195,13 @@ class TwilioRunner(_SmsRunner):
         auth_token: str,
         *,
         base_url: str = "https://api.twilio.com",
-        concurrency: int = 10,
-        timeout: float = 30.0,
-        per_second: float | None = None,
+        limits: Limits = MESSAGE_LIMITS,
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         super().__init__(
-            concurrency=concurrency,
-            timeout=timeout,
-            per_second=per_second,
+            limits=limits,
             allow_private=True,
             suppressions=suppressions,
             only_to=only_to,
@@ -279,18 +275,14 @@ class HttpSmsRunner(_SmsRunner):
         *,
         body: str,
         headers: Mapping[str, str] | None = None,
-        concurrency: int = 10,
-        timeout: float = 30.0,
-        per_second: float | None = None,
+        limits: Limits = MESSAGE_LIMITS,
         allow_private: bool = False,
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         super().__init__(
-            concurrency=concurrency,
-            timeout=timeout,
-            per_second=per_second,
+            limits=limits,
             allow_private=allow_private,
             suppressions=suppressions,
             only_to=only_to,

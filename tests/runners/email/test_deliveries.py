@@ -8,9 +8,9 @@ import asyncpg
 
 from sequencerd.core.model import RetryPolicy
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.http import HttpRunner
 from tests.helpers import servers
 from tests.helpers.engines import define, enroll, running_engine, until
+from tests.helpers.runners import http_runner
 from tests.helpers.servers import Request, http_server, scripted
 
 CONFIG = json.dumps(
@@ -59,7 +59,7 @@ async def test_a_wave_against_a_limit_of_a_request(
 
     await define(connection, "s", ("work", "Crm", "{}", None))
     async with http_server(respond) as server:
-        runner = HttpRunner(server.url, name="Crm")
+        runner = http_runner(server.url)
         async with running_engine(database, {"Crm": runner}):
             await connection.execute(
                 "INSERT INTO sequencer.enrollments (sequence, subject, data)"

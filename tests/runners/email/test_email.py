@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result, Suppressed
+from sequencerd.core.model import (
+    Action,
+    Answer,
+    DefinitionError,
+    Failed,
+    Limits,
+    Result,
+    Suppressed,
+)
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp import Postman
 from sequencerd.runners.suppressions import Key, Suppressions
@@ -350,7 +358,7 @@ async def test_all_recipients_refused_is_permanent_only_if_all_are() -> None:
 
 
 async def test_many_messages_go_over_few_connections() -> None:
-    async with smtp_server() as server, runner(server, concurrency=2) as made:
+    async with smtp_server() as server, runner(server, limits=Limits(2)) as made:
         program = made.compile(BASIC)
         tasks = [task(n, email=f"a{n}@example.com") for n in range(40)]
         results = await made.run(program, tasks)
@@ -448,7 +456,7 @@ async def test_nobody_listens_there() -> None:
 
 
 async def test_a_name_that_does_not_exist() -> None:
-    made = EmailRunner("smtp://mail.invalid", timeout=5)
+    made = EmailRunner("smtp://mail.invalid", limits=Limits(timeout=5))
     result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
     assert not result.permanent
     assert "mail.invalid" in result.message
@@ -546,13 +554,13 @@ async def test_one_question_serves_many_messages() -> None:
 
 
 async def test_messages_are_paced() -> None:
-    async with smtp_server() as server, runner(server, per_second=50) as made:
+    async with smtp_server() as server, runner(server, limits=Limits(per_second=50)) as made:
         loop = asyncio.get_running_loop()
         begin = loop.time()
         await made.run(made.compile(BASIC), [task(n, email="a@x.org") for n in range(11)])
         assert loop.time() - begin >= 0.2
     assert len(server.messages) == 11
-    assert made.timeout > 30
+    assert made.limits.timeout > 30
 
 
 # --- TLS and login

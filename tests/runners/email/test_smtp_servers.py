@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from sequencerd.core.model import Action, Answer, Failed, Result, RetryPolicy, Task
+from sequencerd.core.model import Action, Answer, Failed, Limits, Result, RetryPolicy, Task
 from sequencerd.runners.email import smtp
 from sequencerd.runners.email.oauth import Client
 from sequencerd.runners.email.pending import DATA_KEY
@@ -63,7 +63,10 @@ def failed(result: Result) -> Failed:
 
 
 async def test_the_answer_to_the_message_is_waited_for() -> None:
-    async with scripted(slow={".": 1.5}) as server, runner(server, timeout=1) as made:
+    async with (
+        scripted(slow={".": 1.5}) as server,
+        runner(server, limits=Limits(timeout=1)) as made,
+    ):
         result = await send(made)
     assert isinstance(result, Answer)
     assert len(server.messages) == 1
@@ -74,7 +77,10 @@ async def test_the_answer_to_the_message_is_waited_for() -> None:
     [("CONNECT", "server"), ("EHLO", "server"), ("MAIL", "unclear"), ("DATA", "unclear")],
 )
 async def test_each_other_reply_has_its_time(command: str, fault: str) -> None:
-    async with scripted(slow={command: 60}) as server, runner(server, timeout=1) as made:
+    async with (
+        scripted(slow={command: 60}) as server,
+        runner(server, limits=Limits(timeout=1)) as made,
+    ):
         result = failed(await send(made))
     assert "no answer within 1 s to " in result.message
     assert (result.fault, result.unknown, result.permanent) == (fault, False, False)
@@ -82,8 +88,8 @@ async def test_each_other_reply_has_its_time(command: str, fault: str) -> None:
 
 
 async def test_the_time_of_a_call_leaves_room_for_all_phases() -> None:
-    made = EmailRunner("smtp://mail.example.com", concurrency=2, per_second=1)
-    assert made.timeout >= smtp.OFFER_TIMEOUT + smtp.FINAL_TIMEOUT + 2
+    made = EmailRunner("smtp://mail.example.com", limits=Limits(2, per_second=1))
+    assert made.limits.timeout >= smtp.OFFER_TIMEOUT + smtp.FINAL_TIMEOUT + 2
 
 
 # --- the greeting
@@ -213,7 +219,7 @@ async def test_a_login_that_is_not_answered_shows_no_password() -> None:
         server.answers["AUTH"] = ["334 UGFzc3dvcmQ6"]
         server.slow[base64.b64encode(b"secret").decode().upper()] = 60
         url = f"smtp://ada:secret@{HOST}:{server.port}?starttls=never"
-        made = EmailRunner(url, timeout=1)
+        made = EmailRunner(url, limits=Limits(timeout=1))
         result = failed(await send(made))
         await made.close()
     assert "no answer within 1 s to AUTH" in result.message
