@@ -3,6 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 JOBS ?= 4
+LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header \
+	--no-emit-index-url --no-emit-find-links $(if $(UPGRADE),--upgrade)
+LOCKED := build audit # groups with a file of their own in packaging/
 
 # Bytecode is kept, but not in the clone: it saves a third of the time that tests take.
 export PYTHONDONTWRITEBYTECODE :=
@@ -60,9 +63,11 @@ format: install ## format and mend what lint can mend
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-lock: install ## pin the newest versions with hashes
-	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --no-emit-index-url \
-		--no-emit-find-links --no-emit-trusted-host --all-extras --group dev -o requirements.txt pyproject.toml
+lock: install ## pin with hashes what is not pinned yet; UPGRADE=1: the newest versions of all
+	$(LOCK) --all-extras --group dev -o requirements.txt pyproject.toml
+	for group in $(LOCKED); do \
+		$(LOCK) --group $$group -c requirements.txt -o packaging/$$group-requirements.txt || exit 1; \
+	done
 
 vendor: ## fetch the browser libraries in the versions of bin/vendor
 	bin/vendor
@@ -70,8 +75,13 @@ vendor: ## fetch the browser libraries in the versions of bin/vendor
 deb: ## build a Debian package in dist/
 	bin/deb
 
-audit: install ## compare requirements.txt with known vulnerabilities, and list licences
-	bin/audit
+audit: $(VENV)/audit/installed ## compare requirements.txt with lists of known vulnerabilities
+	$(VENV)/audit/bin/python bin/audit
+
+$(VENV)/audit/installed: packaging/audit-requirements.txt $(VENV)/installed
+	$(BIN)/python -m venv --clear $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --require-hashes -r packaging/audit-requirements.txt
+	touch $@
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

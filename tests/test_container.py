@@ -21,6 +21,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import sequencerd
 from sequencerd import settings
 from sequencerd.cli.arguments import make_parser
 from sequencerd.storage import migrate
@@ -234,5 +235,4 @@ def test_the_manifest_for_kubernetes_runs_the_daemon(tmp_path: Path) -> None:
     )
     assert pod["terminationGracePeriodSeconds"] > settings.Engine().stop_timeout
     assert str(pod["securityContext"]["runAsUser"]) == one("USER").partition(":")[0]
-    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
-    assert container["image"].endswith(f":{version}")
+    assert container["image"].endswith(f":{sequencerd.__version__}")

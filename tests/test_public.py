@@ -7,13 +7,18 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import sequencerd
 from tests.test_readme import REPOSITORY
+
+LOCKS = sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("packaging/*.txt"))
 
 PUBLIC = {"sequencerd.runners", "sequencerd.testing"}
 
@@ -64,21 +69,54 @@ def test_a_plug_in_sees_the_types(tmp_path: Path) -> None:
     assert "'active'" in done.stdout, done.stdout
 
 
-def test_the_wheel_has_the_license_and_the_types(tmp_path: Path) -> None:
-    with zipfile.ZipFile(build(tmp_path)) as archive:
-        names = archive.namelist()
+def test_the_wheel_has_the_licenses_and_the_types(tmp_path: Path) -> None:
+    """Built from the source archive, as a distribution's builder does."""
+    source = build("sdist", REPOSITORY, tmp_path)
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / source.name.removesuffix(".tar.gz")
+    with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as wheel:
+        names = wheel.namelist()
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
-        fields = email.message_from_bytes(archive.read(metadata))
-        (text,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
-        assert archive.read(text) == (REPOSITORY / "LICENSE").read_bytes()
+        fields = email.message_from_bytes(wheel.read(metadata))
+        folder = metadata.replace("METADATA", "licenses")
+        vendored = sorted(REPOSITORY.glob("sequencerd/**/vendor/*.LICENSE"))
+        assert len(vendored) == 5
+        for path in [REPOSITORY / "LICENSE", *vendored]:
+            name = path.relative_to(REPOSITORY)
+            assert wheel.read(f"{folder}/{name}") == path.read_bytes()
+            assert (unpacked / name).read_bytes() == path.read_bytes()
     assert fields["License-Expression"] == "Apache-2.0"
-    assert "sequencerd/py.typed" in names
+    assert fields["Version"] == sequencerd.__version__
+    assert {"sequencerd/py.typed", "sequencerd/sql/0001_sequencer.sql"} <= set(names)
 
 
-def build(folder: Path) -> Path:
+def build(kind: str, source: Path, folder: Path) -> Path:
+    before = set(folder.iterdir())
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        cwd=REPOSITORY, check=True, capture_output=True,
+        [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)],
+        cwd=source, check=True, capture_output=True,
     )  # fmt: skip
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+    (built,) = set(folder.iterdir()) - before
+    return built
+
+
+def test_what_builds_it_is_pinned() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    (backend,) = project["build-system"]["requires"]
+    assert backend in project["dependency-groups"]["build"]
+    for name in ("requirements.txt", "packaging/build-requirements.txt"):
+        assert re.search(
+            rf"^{backend} \\\n    --hash=", (REPOSITORY / name).read_text(), re.MULTILINE
+        )
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", *LOCKS])
+def test_a_lock_has_a_hash_for_each_package_and_names_no_index(file: str) -> None:
+    lines = (REPOSITORY / file).read_text().splitlines()
+    pins = [line for line in lines if re.match(r"\w", line)]
+    assert pins
+    for pin in pins:
+        assert re.fullmatch(r"[\w.\[\],-]+==[\w.]+( ; .+)? \\", pin), pin
+        assert lines[lines.index(pin) + 1].startswith("    --hash=sha256:")
+    assert not [line for line in lines if line.startswith("--") or "://" in line]
