@@ -403,6 +403,7 @@ def _add_message(command: argparse.ArgumentParser) -> None:
     command.add_argument("--subject", help="for templates (default: subject)")
     command.add_argument("--timezone", metavar="ZONE", help="time zone of the subject")
     command.add_argument("--lookup", metavar="JSON", help="result of the lookup")
+    command.add_argument("--locale", metavar="LANGUAGE", help="language of the subject, such as de")
 
 
 def _add_operation(commands: Commands) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from sequencerd.cli.output import say, say_lines, warn
 from sequencerd.cli.preview import is_file, read_sequences
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
+from sequencerd.core.languages import DEFAULT_LOCALE
 from sequencerd.core.model import (
     DefinitionError,
     Enrollment,
@@ -28,6 +30,7 @@ from sequencerd.core.model import (
     Step,
     Suppressed,
     Task,
+    parse_data,
     view,
 )
 from sequencerd.definitions import files
@@ -47,6 +50,7 @@ from sequencerd.testing import make_runners
 class _Message(NamedTuple):
     """A step that sends a message, what would send it, and the enrollment for it."""
 
+    sequence: Sequence
     step: Step
     runner: MessageRunner
     program: object
@@ -88,7 +92,7 @@ def send_test_command(arguments: argparse.Namespace, settings: Settings) -> int:
     except ValueError as error:
         raise UsageError(f"--{error}") from error
     runners = registry.make_runners(read_settings(arguments, "email", "sms"))
-    behaviour = compile_behaviour(message.step.type, config, runners)
+    behaviour = compile_behaviour(message.step.type, config, runners, message.sequence.shared)
     if isinstance(behaviour, Problem):
         raise UsageError(f"{_place(message.step)}: {behaviour.message}")
     assert isinstance(behaviour, SideEffect)
@@ -143,9 +147,28 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> _Message:
         raise UsageError(f"{_place(step)} is a {step.type}, which sends no message")
     enrollment = Enrollment(*found[0][:-1]) if found else _enrollment(arguments)
     external = {} if arguments.lookup is None else read_object(arguments.lookup, "--lookup")
+    if arguments.locale is not None:
+        place = sequence.shared.locale or DEFAULT_LOCALE
+        enrollment, external = _in_language(enrollment, external, place, arguments.locale)
     if arguments.data is not None:
         _warn_of_paths(sequence, step, read_object(arguments.data, "--data"), external)
-    return _Message(step, runner, program, _task(enrollment, sequence, step, external))
+    return _Message(sequence, step, runner, program, _task(enrollment, sequence, step, external))
+
+
+def _in_language(
+    enrollment: Enrollment, external: dict[str, Any], path: str, language: str
+) -> tuple[Enrollment, dict[str, Any]]:
+    """Return the same with a language at the path where it is read."""
+    data = parse_data(enrollment.data)
+    read = {"data": data, "external": external}
+    holder: dict[str, Any] = read
+    *keys, last = path.split(".")
+    for key in keys:
+        if not isinstance(holder.get(key), dict):
+            holder[key] = {}
+        holder = holder[key]
+    holder[last] = language
+    return enrollment._replace(data=json.dumps(read["data"])), read["external"]
 
 
 def _message_step(sequence: Sequence, name: str) -> tuple[Step, object]:

@@ -231,6 +231,15 @@ class SideEffect:
     exits: tuple[Exit, ...] = EITHER
 
 
+class Shared(NamedTuple):
+    """What the messages of a sequence have in common."""
+
+    locale: str | None = None  # the path of the subject's language
+
+
+NOTHING_SHARED = Shared()
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Why a step cannot be executed. Enrollments that reach it fail with `invalid_step`."""
@@ -292,6 +301,7 @@ class Sequence:
     archived: bool = False  # GoTo steps of other sequences can't enter it
     window: Window | None = None  # when its side effects may begin
     topic: str | None = None  # what its side effects are about
+    shared: Shared = NOTHING_SHARED  # by its messages
     holidays: Holidays | None = None  # None where no database was asked: no day is one
     collects: str | None = None  # its first step that collects items
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from sequencerd.core import graph
 from sequencerd.core.javascript.conditions import ALWAYS_TRUE, Operand, first_key
 from sequencerd.core.javascript.templates import compile_template
+from sequencerd.core.languages import DEFAULT, fallback, normalised
 from sequencerd.core.model import (
     ALT_NEXT,
     DefinitionError,
@@ -29,10 +30,12 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.step_types import (
     BUILT_IN,
+    has_languages,
     in_a_row,
     is_goal,
     is_instant,
     is_message,
+    language_texts,
     read_paths,
     template_texts,
     written_keys,
@@ -79,6 +82,7 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
         yield from _check_templates(step, sequence)
         if isinstance(step.behaviour, Problem):
             continue
+        yield from _check_languages(step)
         if step.alt_next_step is not None and all(e.path != ALT_NEXT.path for e in step.exits):
             told = BUILT_IN[step.type].never_alt or f"never taken by a {step.type}: leave it out"
             yield Remark(step.name, ("altNext",), told)
@@ -90,6 +94,25 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
         is_custom = isinstance(step.behaviour, SideEffect) and not is_message(step.type)
         if is_custom and "external" in step.config and sequence.lookup is None:
             yield Remark(step.name, ("config", "external"), _NO_LOOKUP)
+
+
+def _check_languages(step: Step) -> Iterator[Remark]:
+    """Texts of a message that are not in all of its languages."""
+    if not has_languages(step.type, step.config):
+        return
+    texts = language_texts(step.type, step.config)
+    languages = {
+        key: set(map(normalised, text)) if isinstance(text, dict) else {DEFAULT}
+        for key, text in texts.items()
+    }
+    for key, own in languages.items():
+        for other, more in languages.items():
+            known = {fallback(own), fallback(more)} if DEFAULT in own | more else set()
+            if missing := sorted(more - own - known - {DEFAULT}):
+                what = ", ".join(missing)
+                message = f"has no text in {what}, as {other} has: write it in the same languages"
+                yield Remark(step.name, ("config", key), message)
+                break
 
 
 def _wrong_in_a_row(step: Step, sequence: Sequence) -> str | None:

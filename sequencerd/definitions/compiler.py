@@ -20,6 +20,7 @@ from sequencerd.core.calendar.windows import Window
 from sequencerd.core.config import Faults, nearest, parse_config, parse_json
 from sequencerd.core.model import (
     EITHER,
+    NOTHING_SHARED,
     DefinitionError,
     Elsewhere,
     Exit,
@@ -28,6 +29,7 @@ from sequencerd.core.model import (
     Instant,
     Problem,
     Sequence,
+    Shared,
     SideEffect,
     Step,
     no_holidays,
@@ -42,6 +44,7 @@ from sequencerd.core.step_types.effects import (
 )
 from sequencerd.core.window_config import WindowConfig
 from sequencerd.runners import Runner
+from sequencerd.runners.protocol import MessageRunner
 
 Runners = Mapping[str, Runner]
 
@@ -60,7 +63,7 @@ def served(runners: Runners) -> frozenset[str]:
 
 
 def compile_behaviour(
-    type_: str, config: Mapping[str, Any], runners: Runners
+    type_: str, config: Mapping[str, Any], runners: Runners, shared: Shared = NOTHING_SHARED
 ) -> Instant | SideEffect | Problem:
     """What a step does, or why it can't."""
     try:
@@ -68,7 +71,7 @@ def compile_behaviour(
             return step_types.compile_step(type_, config)
         if type_ not in runners:
             raise DefinitionError(_unknown_type(type_, runners))
-        return _compile_effect(type_, config, runners[type_])
+        return _compile_effect(type_, config, runners[type_], shared)
     except DefinitionError as error:
         return Problem(str(error), error.faults, _named_exits(type_, config))
     except RecursionError as error:
@@ -89,7 +92,9 @@ def _unknown_type(type_: str, runners: Runners) -> str:
     )
 
 
-def _compile_effect(type_: str, config: Mapping[str, Any], runner: Runner) -> SideEffect:
+def _compile_effect(
+    type_: str, config: Mapping[str, Any], runner: Runner, shared: Shared
+) -> SideEffect:
     faults = Faults()
     expires = None
     with faults.at():
@@ -98,7 +103,11 @@ def _compile_effect(type_: str, config: Mapping[str, Any], runner: Runner) -> Si
             expires = compile_expiry(common.expires)
     with faults.at():
         ours = EFFECT_KEYS if step_types.is_message(type_) else EFFECT_KEYS - {"topic"}
-        program = runner.compile({k: v for k, v in config.items() if k not in ours})
+        own = {k: v for k, v in config.items() if k not in ours}
+        if isinstance(runner, MessageRunner):
+            program = runner.compile(own, shared)
+        else:
+            program = runner.compile(own)
     faults.found = [_with_hint(fault) for fault in faults.found]
     faults.check()
     return SideEffect(
@@ -140,6 +149,7 @@ def build(
     window: Mapping[str, Any] | str | None = None,
     holidays: Holidays | None = None,
     topic: str | None = None,
+    shared: Shared = NOTHING_SHARED,
 ) -> Sequence:
     """A sequence from its steps. What is wrong with the whole becomes the problem of its steps.
 
@@ -189,6 +199,7 @@ def build(
         window=opens,
         holidays=holidays,
         topic=topic,
+        shared=shared,
         collects=next(
             (
                 step.name
@@ -252,14 +263,16 @@ def _never_waiting(name: str, steps: Mapping[str, Step]) -> set[str]:
 
 
 class Compiled(NamedTuple):
-    """What is made of a step's type and config alone."""
+    """What is made of a step's type and config, and of what its sequence's messages share."""
 
     config: dict[str, Any]
     behaviour: Instant | SideEffect | Problem | Elsewhere
     reads_external: bool
 
 
-def compile_row(row: asyncpg.Record, runners: Runners, elsewhere: Collection[str] = ()) -> Compiled:
+def compile_row(
+    row: asyncpg.Record, runners: Runners, shared: Shared, elsewhere: Collection[str] = ()
+) -> Compiled:
     """What the type and the config of a row of sequencer.steps mean. `elsewhere` are the types that
     other daemons serve, and this one does not.
     """
@@ -268,10 +281,10 @@ def compile_row(row: asyncpg.Record, runners: Runners, elsewhere: Collection[str
     except DefinitionError as error:
         return Compiled({}, Problem(f"config {error}"), False)
     behaviour: Instant | SideEffect | Problem | Elsewhere
-    behaviour = compile_behaviour(row["type"], config, runners)
+    behaviour = compile_behaviour(row["type"], config, runners, shared)
     if row["type"] in elsewhere and isinstance(behaviour, Problem):
         behaviour = Elsewhere(behaviour.message)
-    return Compiled(config, behaviour, reads_external(row["type"], config))
+    return Compiled(config, behaviour, reads_external(row["type"], config, shared))
 
 
 def make_step(row: asyncpg.Record, compiled: Compiled) -> Step:
@@ -305,7 +318,13 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
         window=row["time_window"],
         holidays=parse_holidays(row["holidays"]),
         topic=row["topic"],
+        shared=shared_of(row),
     )
+
+
+def shared_of(row: asyncpg.Record) -> Shared:
+    """What the messages of a sequence share, of its row in sequencer.sequences."""
+    return Shared(row["locale"])
 
 
 @lru_cache(maxsize=8)  # all sequences that are read at once have the same
@@ -321,16 +340,20 @@ def from_rows(
     sequence: asyncpg.Record, steps: Iterable[asyncpg.Record], runners: Runners
 ) -> Sequence:
     """A sequence as the database has it."""
-    return make_sequence(sequence, [make_step(row, compile_row(row, runners)) for row in steps])
+    shared = shared_of(sequence)
+    made = [make_step(row, compile_row(row, runners, shared)) for row in steps]
+    return make_sequence(sequence, made)
 
 
-def reads_external(type_: str, config: Mapping[str, Any]) -> bool:
+def reads_external(type_: str, config: Mapping[str, Any], shared: Shared = NOTHING_SHARED) -> bool:
     """Whether a step's condition or one of its templates reads external data, or all data.
 
     Of a step with a side effect, whether the word is anywhere in the config.
     """
     read = step_types.roots(type_, config)
     if read is None or "external" in read:
+        return True
+    if (shared.locale or "").startswith("external.") and step_types.has_languages(type_, config):
         return True
     return (
         not step_types.is_instant(type_)

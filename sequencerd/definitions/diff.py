@@ -8,7 +8,7 @@ from typing import Any
 
 from sequencerd.core.config import parse_json
 from sequencerd.core.model import DefinitionError
-from sequencerd.core.step_types import is_seeded, rename_steps
+from sequencerd.core.step_types import is_seeded, language_texts, rename_steps
 from sequencerd.errors import PlanError
 
 Document = Mapping[str, Any]
@@ -16,7 +16,7 @@ Document = Mapping[str, Any]
 
 SETTINGS = (
     "description", "timezone", "status", "reentry", "lookup", "recheck", "window", "topic",
-    "enroll",
+    "locale", "enroll",
 )  # fmt: skip
 LONGEST_SHOWN = 40  # characters of a value
 
@@ -167,7 +167,14 @@ def _keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Chan
 
 
 def _flat(step: Mapping[str, Any]) -> dict[str, Any]:
-    config = {f"config.{key}": value for key, value in step["config"].items()}
+    config: dict[str, Any] = {}
+    texts = language_texts(step["type"], step["config"])
+    for key, value in step["config"].items():
+        match texts.get(key):
+            case dict(languages):
+                config |= {f"config.{key}.{one}": text for one, text in languages.items()}
+            case _:
+                config[f"config.{key}"] = value
     return {"type": step["type"], **config, "next": step["next"], "altNext": step["altNext"]}
 
 

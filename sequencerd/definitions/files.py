@@ -23,7 +23,17 @@ from pydantic import (
 from sequencerd.core import model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, faults, nearest
-from sequencerd.core.model import ALT_NEXT, Fault, KeyPath, Problem, SideEffect, Step, printable
+from sequencerd.core.languages import check_locale_path
+from sequencerd.core.model import (
+    ALT_NEXT,
+    Fault,
+    KeyPath,
+    Problem,
+    Shared,
+    SideEffect,
+    Step,
+    printable,
+)
 from sequencerd.core.schedule import EnrollConfig, Span
 from sequencerd.core.step_types import is_instant, is_message, is_seeded, named_steps
 from sequencerd.core.step_types.effects import Topic
@@ -123,6 +133,8 @@ class FileSequence(Config):
     """When its side effects may begin; one with a window of its own does not follow it."""
     topic: Topic | None = None
     """What its side effects are about, such as marketing; a step may have its own."""
+    locale: Annotated[str, AfterValidator(check_locale_path)] | None = None
+    """The path of the subject's language, for texts in several ones. Default: data.locale."""
     enroll: EnrollConfig | None = None
     """Enrolls what a view or function returns, by a schedule."""
     steps: list[FileStep] = Field(min_length=1)
@@ -288,7 +300,8 @@ def _build(
     parsed = _parse(source)
     _check_names(source, sources)
     are_ways_known = not source.findings
-    steps = _read_steps(source, runners)
+    shared = Shared(parsed.locale if parsed else None)
+    steps = _read_steps(source, runners, shared)
     if not steps:
         return None
     sequence = build(
@@ -301,6 +314,7 @@ def _build(
         recheck=parsed.recheck if parsed else timedelta(minutes=1),
         window=_window_at(source.document.value) if parsed else None,
         topic=parsed.topic if parsed else None,
+        shared=shared,
     )
     for step in steps:
         built = sequence.steps[step.name].behaviour
@@ -412,7 +426,7 @@ def _check_alt_next(source: _Source, number: int, step: Step) -> None:
         source.say(("steps", number), message, is_error=False)
 
 
-def _read_steps(source: _Source, runners: Runners) -> list[Step]:
+def _read_steps(source: _Source, runners: Runners, shared: Shared) -> list[Step]:
     """The steps that can be read, once each; what is wrong with their configs is told."""
     steps: dict[str, Step] = {}
     for number, value in enumerate(source.steps):
@@ -428,9 +442,9 @@ def _read_steps(source: _Source, runners: Runners) -> list[Step]:
             config=parsed.config,
             next_step=parsed.next if "next" in parsed.model_fields_set else following,
             alt_next_step=parsed.alt_next,
-            behaviour=compile_behaviour(parsed.type, parsed.config, runners),
+            behaviour=compile_behaviour(parsed.type, parsed.config, runners, shared),
             position=number,
-            reads_external=reads_external(parsed.type, parsed.config),
+            reads_external=reads_external(parsed.type, parsed.config, shared),
             seed=parsed.seed,
         )
         if parsed.alt_next is None and "alt_next" not in parsed.model_fields_set:

@@ -343,6 +343,7 @@ async def _document(
         "recheck": definition.recheck.total_seconds(),
         "window": definition.window,
         "topic": sequence.topic,
+        "locale": sequence.shared.locale,
         "enroll": definition.enroll and definition.enroll.document(),
         "steps": [
             {
@@ -545,6 +546,7 @@ async def _write(
         None if step.after["window"] is None else json.dumps(step.after["window"]),
         json.dumps(step.after["enroll"]) if step.after["enroll"] else None,
         step.after["topic"],
+        step.after["locale"],
     )
     for old, new in step.changes.renamed.items():
         await connection.execute(QUERIES["rename_step"], step.sequence, old, new)

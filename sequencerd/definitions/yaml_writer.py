@@ -20,6 +20,7 @@ DEFAULTS = {
     "recheck": 60,
     "window": None,
     "topic": None,
+    "locale": None,
     "enroll": None,
 }
 # What YAML 1.2 takes for a number or a word, and the older YAML of the library does not.

@@ -19,12 +19,14 @@ from sequencerd.definitions.compiler import (
     make_step,
     problems,
     served,
+    shared_of,
 )
 from sequencerd.engine.clock import Clock
 from sequencerd.storage import connections, daemons, sequences
 
 SLICE = 0.005  # seconds for which compiling may block the loop
 MANY = 500  # with so many steps, a sequence is assembled in a thread
+_Key = tuple[str, str, model.Shared]  # type, config as JSON, what messages share
 MAX_UNKNOWN = 10_000  # names that do not exist are remembered until definitions change
 
 
@@ -51,7 +53,7 @@ class Catalog:
         self._clock = clock
         self._log = log
         self._loading = asyncio.Lock()
-        self._compiled: dict[str, dict[tuple[str, str], Compiled]] = {}  # by sequence
+        self._compiled: dict[str, dict[_Key, Compiled]] = {}  # by sequence
         self._started = self._read = 0  # the last reload that has started, and has succeeded
         self._unknown: set[str] = set()  # names that were looked for, and do not exist
 
@@ -182,15 +184,18 @@ class Catalog:
         milliseconds at most, however many steps there are.
         """
         before = self._compiled.get(row["name"], {})
-        compiled: dict[tuple[str, str], Compiled] = {}
+        compiled: dict[_Key, Compiled] = {}
         made = []
         loop = asyncio.get_running_loop()
         end = loop.time() + SLICE
         elsewhere = self._others - served(runners)
+        shared = shared_of(row)
         for step in steps:
-            key = (step["type"], step["config"])
+            key = (step["type"], step["config"], shared)
             compiled[key] = (
-                compiled.get(key) or before.get(key) or compile_row(step, runners, elsewhere)
+                compiled.get(key)
+                or before.get(key)
+                or compile_row(step, runners, shared, elsewhere)
             )
             made.append(make_step(step, compiled[key]))
             if loop.time() >= end:

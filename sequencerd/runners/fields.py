@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from sequencerd.core.config import Faults
 from sequencerd.core.javascript.templates import Template, compile_template
-from sequencerd.core.model import DefinitionError, EvaluationError, Fault
+from sequencerd.core.languages import DEFAULT_LOCALE, choose, read_locale
+from sequencerd.core.model import NOTHING_SHARED, DefinitionError, EvaluationError, Fault, Shared
 
 MAX_SHOWN = 300  # characters of what a server says
 
@@ -30,8 +33,51 @@ def compile_field(
         raise DefinitionError(found) from error
 
 
-def render(name: str, template: Template, view: Mapping[str, Any]) -> str:
-    """Render a field's template. Raises RenderError, which names the field."""
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """A template for each language, and the path of the subject's language."""
+
+    templates: Mapping[str, Template]
+    locale: str
+
+
+def compile_texts(
+    name: str,
+    source: str | Mapping[str, str],
+    shared: Shared = NOTHING_SHARED,
+    *,
+    escape: bool = False,
+    strict: bool = False,
+) -> Template | Translated:
+    """Compile a text of a message, or one for each language. Raises DefinitionError, which names
+    the field.
+    """
+    if isinstance(source, str):
+        return compile_field(name, source, escape=escape, strict=strict)
+    faults = Faults()
+    templates = {}
+    for language, text in source.items():
+        with faults.at(name):
+            templates[language] = compile_field(language, text, escape=escape, strict=strict)
+    faults.check()
+    return Translated(templates, shared.locale or DEFAULT_LOCALE)
+
+
+def with_prefix(prefix: str, text: str | Mapping[str, str]) -> str | dict[str, str]:
+    """Return the text that begins with this, in each of its languages."""
+    if isinstance(text, str):
+        return prefix + text
+    return {language: prefix + one for language, one in text.items()}
+
+
+def render(name: str, template: Template | Translated, view: Mapping[str, Any]) -> str:
+    """Render a field's template, in the language of the subject. Raises RenderError, which names
+    the field.
+    """
+    if isinstance(template, Translated):
+        locale = read_locale(view, template.locale)
+        language, one = choose(template.templates, locale)
+        return render(f"{name}.{language}", one, view)
     try:
         return template.render(view)
     except EvaluationError as error:

@@ -87,6 +87,17 @@ def test_a_preview_is_the_message_as_it_would_be_sent(
     )
 
 
+def test_a_preview_in_a_language(trial: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = FILE.replace('"Welcome, {{data.name}}"', "{en: Welcome, de: Willkommen}")
+    text = text.replace('"Hi {{data.name}}"', "{en: Hi, de: Tach}")
+    for locale in ("data.locale", "data.user.language", "external.language"):
+        trial.write_text(text.replace("timezone:", f"locale: {locale}\ntimezone:"))
+        options = ("--data", DATA, "--locale", "de-AT")
+        assert "Subject: Willkommen" in run(capsys, "preview", "trial.yaml", "welcome", *options)
+        assert "\n\nTach\n" in run(capsys, "preview", "trial.yaml", "text", *options)
+        assert "\n\nHi\n" in run(capsys, "preview", "trial.yaml", "text", "--data", DATA)
+
+
 def test_why_there_is_no_preview(trial: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         ("trial.yaml welcom", "has no step 'welcom'; did you mean 'welcome'?"),

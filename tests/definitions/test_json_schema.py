@@ -221,6 +221,7 @@ GOOD: dict[str, list[Any]] = {
     "topic": [None, "marketing", "shop/offers.v2"],
     "channel": ["push", "web-push"],
     "address": ["{{data.token}}", ""],
+    "locale": [None, "data.language"],
     "days": [["mon", "sun"]],
     "from": ["9:00", "22:15:30"],
     "recheck": [60, 1.5, "PT5M", "1 day", "00:05:00"],
@@ -263,7 +264,7 @@ GOOD: dict[str, list[Any]] = {
     "to": ["24:00", ["a@example.com"], "{{data.email}}, b@example.com"],
     "cc": [None, "", []],
     "text": [None, ""],
-    "html": [None, "<p>{{x}}</p>"],
+    "html": [None, "<p>{{x}}</p>", {"default": "Hello", "pt-BR": "Ola"}],
     "headers": [{}, {"X-A": "b"}],
     "replyTo": ["a@example.com"],
     "statusCallback": ["https://example.com/{{id}}"],
@@ -322,6 +323,19 @@ def test_the_recipient_of_a_custom_step() -> None:
         assert is_valid(sequence({"name": "a", "type": "Score", "config": good}))
     for wrong in ({"channel": "#general", "address": "x"}, {"channel": "push", "address": 5}):
         assert not is_valid(sequence({"name": "a", "type": "Score", "config": wrong}))
+
+
+def test_texts_in_several_languages_and_in_files() -> None:
+    for good in (
+        "Hello",
+        {"en": "Hello", "pt-BR": "Ola"},
+        {"file": "welcome.html"},
+        {"en": {"file": "en.html"}, "de": "Hallo"},
+    ):
+        assert is_valid(sequence({"name": "a", "type": "Email", "config": {**EMAIL, "text": good}}))
+    for wrong in (7, {}, {"german!": "Hallo"}, {"en": 7}, {"en": {"path": "x"}}, ["Hello"]):
+        step = {"name": "a", "type": "Email", "config": {**EMAIL, "text": wrong}}
+        assert not is_valid(sequence(step))
 
 
 def test_the_ways_of_what_is_not_sent() -> None:

@@ -203,6 +203,38 @@ async def test_a_topic_is_planned_applied_and_exported(
     assert hint not in await apply.lines(about)
 
 
+async def test_texts_in_several_languages_are_planned_by_language(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    mail = """
+name: s
+locale: data.language
+steps:
+  - name: mail
+    type: Email
+    config:
+      from: a@example.com
+      to: "{{data.email}}"
+      subject: {en: Hello, de: Hallo}
+      text: Hello
+"""
+    other = mail.replace("locale: data.language\n", "").replace("de: Hallo", "de: Moin, fr: Salut")
+    await apply(mail)
+    assert not await apply.plan(mail)
+    assert await apply.lines(other) == [
+        "s:",
+        "locale: data.language → none",
+        "changed mail: config.subject.de Hallo → Moin, config.subject.fr none → Salut",
+    ]
+    document = json.loads(await connection.fetchval("SELECT sequencer.document('s')"))
+    assert document["locale"] == "data.language"
+    assert not await apply.plan(to_yaml(document))
+    await apply(other)
+    assert await connection.fetchval("SELECT locale FROM sequencer.sequences") is None
+    with pytest.raises(asyncpg.CheckViolationError):
+        await connection.execute("UPDATE sequencer.sequences SET locale = 'language'")
+
+
 async def test_a_goal_and_a_zone_concern_everybody(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:

@@ -9,9 +9,11 @@ import asyncpg
 
 from sequencerd.definitions import files, plan
 from sequencerd.definitions.plan import Plan
+from sequencerd.runners import Runner
+from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.engines import Recorder
 
-RUNNERS = {"Note": Recorder()}
+RUNNERS: dict[str, Runner] = {"Note": Recorder(), "Email": EmailRunner("smtp://127.0.0.1:9")}
 
 
 class Applying:

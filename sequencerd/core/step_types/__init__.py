@@ -93,6 +93,17 @@ def template_texts(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyP
         yield from texts(config.get(key), (key,))
 
 
+def language_texts(type_: str, config: Mapping[str, Any]) -> Mapping[str, str | dict[str, str]]:
+    """Return the texts of a config that may be in several languages, by key."""
+    keys = BUILT_IN[type_].localised if type_ in BUILT_IN else ()
+    return {key: config[key] for key in keys if isinstance(config.get(key), str | dict)}
+
+
+def has_languages(type_: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a message has a text for each language."""
+    return any(isinstance(text, dict) for text in language_texts(type_, config).values())
+
+
 def written_keys(type_: str, config: Mapping[str, Any]) -> list[str]:
     """Return the keys of the data that a step writes."""
     if type_ not in BUILT_IN:

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, mode
 from pydantic.alias_generators import to_camel
 
 from sequencerd.core.config import Config
+from sequencerd.core.languages import LanguageText
 from sequencerd.core.model import (
     ALT_NEXT,
     NEXT,
@@ -122,11 +123,11 @@ class EmailConfig(Config):
     """Addresses that other recipients do not see."""
     reply_to: str | list[str] | None = None
     """Where answers go."""
-    subject: str
-    """The subject, in one line."""
-    text: str | None = None
+    subject: LanguageText
+    """The subject, in one line; or one for each language, such as {en: Hello, de: Hallo}."""
+    text: LanguageText | None = None
     """The message in plain text; text, html or both."""
-    html: str | None = None
+    html: LanguageText | None = None
     """The message in HTML, in which {{x}} is escaped."""
     headers: dict[str, str] = Field(default_factory=dict)
     """Further headers: X-..., List-... and a few more."""
@@ -157,8 +158,8 @@ class SmsConfig(Config):
     """The sender's number."""
     to: str
     """The number, with its country, such as {{data.phone}}."""
-    message: str
-    """The text."""
+    message: LanguageText
+    """The text; or one for each language, such as {en: Hello, de: Hallo}."""
     messaging_service_sid: str | None = None
     """Twilio's messaging service, instead of a sender."""
     strict: StrictBool = False
@@ -167,7 +168,7 @@ class SmsConfig(Config):
     """A URL that Twilio tells what became of the message."""
 
 
-def _message(name: str, config: type[Config]) -> StepType:
+def _message(name: str, config: type[Config], *localised: str) -> StepType:
     own = (field.alias or key for key, field in config.model_fields.items())
     return StepType(
         name=name,
@@ -177,9 +178,10 @@ def _message(name: str, config: type[Config]) -> StepType:
             "into the config, or leave altNext out"
         ),
         templates=(*own, "expires"),
+        localised=localised,
     )
 
 
-EMAIL = _message("Email", EmailConfig)
-SMS = _message("SMS", SmsConfig)
+EMAIL = _message("Email", EmailConfig, "subject", "text", "html")
+SMS = _message("SMS", SmsConfig, "message")
 TYPES = (EMAIL, SMS)

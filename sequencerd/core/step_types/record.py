@@ -31,6 +31,8 @@ class StepType:
     """What to say of an altNext that is never taken, if there is a way to have it taken."""
     templates: tuple[str, ...] = ()
     """The keys in whose values every text is a template."""
+    localised: tuple[str, ...] = ()
+    """Those of them that may have a text for each language."""
     conditions: tuple[KeyPath, ...] = ()
     """Where conditions are."""
     paths: Callable[[Mapping[str, Any]], Iterator[tuple[KeyPath, object]]] = lambda _: iter(())

@@ -17,6 +17,7 @@ from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
     MESSAGE_LIMITS,
     MESSAGE_RETRY,
+    NOTHING_SHARED,
     Answer,
     DefinitionError,
     Failed,
@@ -25,6 +26,7 @@ from sequencerd.core.model import (
     NotStarted,
     Result,
     RetryPolicy,
+    Shared,
     Suppressed,
     Task,
 )
@@ -36,9 +38,12 @@ from sequencerd.runners.email.oauth import Client, Tokens, token_source
 from sequencerd.runners.email.smtp import FINAL_TIMEOUT, OFFER_TIMEOUT, REPLY_TIMEOUT, Mail, Postman
 from sequencerd.runners.fields import (
     RenderError,
+    Translated,
     compile_field,
+    compile_texts,
     one_line,
     render,
+    with_prefix,
 )
 from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace
@@ -55,11 +60,11 @@ class Program:
     """The templates of a config, by field."""
 
     addresses: Mapping[str, Addresses]  # from, to, cc, bcc, replyTo
-    subject: Template
-    text: Template | None
-    html: Template | None
+    subject: Template | Translated
+    text: Template | Translated | None
+    html: Template | Translated | None
     headers: Mapping[str, Template]
-    list_unsubscribe: Template | None
+    list_unsubscribe: Template | Translated | None
 
 
 LIMITS = replace(MESSAGE_LIMITS, timeout=REPLY_TIMEOUT)
@@ -108,7 +113,7 @@ class EmailRunner:
             None if list_unsubscribe is None else compile_field("listUnsubscribe", list_unsubscribe)
         )
 
-    def compile(self, config: Mapping[str, Any]) -> Program:
+    def compile(self, config: Mapping[str, Any], shared: Shared = NOTHING_SHARED) -> Program:
         """Compile all templates, and check literal addresses. Raises DefinitionError."""
         parsed = parse_config(EmailConfig, config)
         fields = {
@@ -131,7 +136,7 @@ class EmailRunner:
         for name, template in parsed.headers.items():
             with faults.at("headers"):
                 headers[name] = compile_field(name, template, strict=parsed.strict)
-        texts: dict[str, Template | None] = {}
+        texts: dict[str, Template | Translated | None] = {}
         for name, source, escape in (
             ("subject", parsed.subject, False),
             ("text", parsed.text, False),
@@ -142,7 +147,7 @@ class EmailRunner:
                 texts[name] = (
                     source
                     if source is None
-                    else compile_field(name, source, escape=escape, strict=parsed.strict)
+                    else compile_texts(name, source, shared, escape=escape, strict=parsed.strict)
                 )
         faults.check()
         subject, text, html, unsubscribe = texts.values()
@@ -170,7 +175,7 @@ class EmailRunner:
         return {
             **kept,
             "to": address,
-            "subject": f"{TEST_MARK}{config['subject']}",
+            "subject": with_prefix(TEST_MARK, config["subject"]),
             "headers": {**headers, "List-Unsubscribe": "", "X-Sequencerd-Test": "true"},
         }
 
@@ -311,5 +316,5 @@ def _header(name: str, value: str) -> str:
     return mime.header(name, value)
 
 
-def _header_value(name: str, template: Template, view: Mapping[str, Any]) -> str:
+def _header_value(name: str, template: Template | Translated, view: Mapping[str, Any]) -> str:
     return mime.check_header(name, mime.unfold(render(name, template, view)).strip())

@@ -17,6 +17,7 @@ from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import (
     MESSAGE_LIMITS,
     MESSAGE_RETRY,
+    NOTHING_SHARED,
     Answer,
     Cause,
     Failed,
@@ -25,15 +26,19 @@ from sequencerd.core.model import (
     NotStarted,
     Result,
     RetryPolicy,
+    Shared,
     Suppressed,
     Task,
 )
 from sequencerd.core.step_types.effects import SmsConfig
 from sequencerd.runners.fields import (
     RenderError,
+    Translated,
     compile_field,
+    compile_texts,
     one_line,
     render,
+    with_prefix,
 )
 from sequencerd.runners.http_client import (
     Reply,
@@ -84,7 +89,7 @@ class _Receipt(BaseModel):
     message: str | None = None
 
 
-Program = Mapping[str, Template]
+Program = Mapping[str, Template | Translated]
 
 
 class _SmsRunner:
@@ -110,7 +115,7 @@ class _SmsRunner:
             timeout=limits.timeout, connections=limits.concurrency, allow_private=allow_private
         )
 
-    def compile(self, config: Mapping[str, Any]) -> Program:
+    def compile(self, config: Mapping[str, Any], shared: Shared = NOTHING_SHARED) -> Program:
         """Compile all templates, and check a literal number. Raises DefinitionError."""
         parsed = parse_config(self.model, config)
         fields = parsed.model_dump(by_alias=True, exclude_none=True, exclude={"strict"})
@@ -118,10 +123,10 @@ class _SmsRunner:
         program = {}
         for name, source in fields.items():
             with faults.at():
-                program[name] = compile_field(name, source, strict=parsed.strict)
-        if "to" in program and program["to"].is_literal:
+                program[name] = compile_texts(name, source, shared, strict=parsed.strict)
+        if "{{" not in parsed.to:
             try:
-                read_number("to", program["to"].source)
+                read_number("to", parsed.to)
             except RenderError as error:
                 faults.found.append(Fault(("to",), str(error).removeprefix("to: ")))
         faults.check()
@@ -155,7 +160,7 @@ class _SmsRunner:
         RenderError.
         """
         kept = {k: v for k, v in config.items() if k != "statusCallback"}
-        message = f"{TEST_MARK}{config['message']}"
+        message = with_prefix(TEST_MARK, config["message"])
         return {**kept, "to": read_number("to", address), "message": message}
 
     async def _send(self, program: Program, task: Task) -> Result:

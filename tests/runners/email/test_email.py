@@ -20,6 +20,7 @@ from sequencerd.core.model import (
     Failed,
     Limits,
     Result,
+    Shared,
     Suppressed,
 )
 from sequencerd.runners.email.runner import EmailRunner
@@ -489,6 +490,30 @@ async def test_no_smtp_at_all() -> None:
     server.close()
     await server.wait_closed()
     assert not result.permanent
+
+
+async def test_each_subject_gets_a_language() -> None:
+    config = {
+        "subject": {"en": "Hello {{data.name}}", "de": "Hallo {{data.name}}"},
+        "text": {"default": "Dear", "de": "Lieb {{number data.name}}"},
+        "html": "<p>{{data.name}}</p>",
+    }
+    async with smtp_server() as server:
+        await send(server, config, locale="de-AT", name="7")
+        await send(server, config, locale="fr", name="7")
+        failure = failed(await send(server, config, locale="de", name="x"))
+        async with runner(server) as made:
+            program = made.compile(BASIC | config, Shared(locale="data.user.language"))
+            await made.run(program, [task(email="a@x.org", user={"language": "de"}, name="7")])
+    assert failure.message.startswith("text.de: ")
+    found = [server.parsed(n) for n in range(3)]
+    assert [message["Subject"] for message in found] == ["Hallo 7", "Hello 7", "Hallo 7"]
+    texts = [message.get_body(("plain",)) for message in found]
+    assert [str(text and text.get_content()).strip() for text in texts] == [
+        "Lieb 7",
+        "Dear",
+        "Lieb 7",
+    ]
 
 
 def suppressing(*addresses: str) -> Suppressions:

@@ -63,6 +63,14 @@ async def test_a_message_as_twilio_wants_it() -> None:
     }
 
 
+async def test_a_message_in_the_language_of_the_subject() -> None:
+    config = {**BASIC, "message": {"en": "Hello", "de": "Hallo"}}
+    _, server = await send(SENT, config, locale="de_AT")
+    assert parse_qs(server.requests[0].body.decode())["Body"] == ["Hallo"]
+    _, server = await send(SENT, config)
+    assert parse_qs(server.requests[0].body.decode())["Body"] == ["Hello"]
+
+
 async def test_a_messaging_service_instead_of_a_sender() -> None:
     config = {"to": "+49 (151) 123-456", "message": "x", "messagingServiceSid": "MG1"}
     _, server = await send(SENT, config)
