@@ -200,11 +200,14 @@ class Server(Retrying):
 
 
 class Messaging(Server):
-    """A server for messages, which are retried for a time span by default."""
+    """A server for messages, which are retried for a time span by default. `suppress_bounces`:
+    addresses that do not exist, as it says, are suppressed.
+    """
 
     attempts: int | None = Field(default=MESSAGE_RETRY.attempts, ge=1, le=1000)
     first_delay: float = Field(default=MESSAGE_RETRY.first_delay, ge=0, le=86400)
     give_up_after: float | None = Field(default=MESSAGE_RETRY.give_up_after, ge=1, le=365 * 86400)
+    suppress_bounces: bool = True
 
 
 class OAuth(Section):

@@ -397,6 +397,7 @@ CREATE TABLE sequencer.suppressions (
     topic      text COLLATE "C" NOT NULL DEFAULT '*'
                CHECK (topic = '*' OR topic ~ '^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$'),
     reason     text,
+    source     text NOT NULL DEFAULT 'application' CHECK (octet_length(source) BETWEEN 1 AND 100),
     created_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (channel, address, topic)
 );
@@ -404,6 +405,7 @@ CREATE TABLE sequencer.suppressions (
 COMMENT ON TABLE  sequencer.suppressions IS 'Addresses and subjects to which no messages are sent. E-mail addresses are stored in lower case, phone numbers without separators, addresses of other channels as they are.';
 COMMENT ON COLUMN sequencer.suppressions.channel IS 'email, sms, or what the steps of a custom runner say, such as push.';
 COMMENT ON COLUMN sequencer.suppressions.topic IS 'Stops the messages of this topic; * stops all.';
+COMMENT ON COLUMN sequencer.suppressions.source IS 'How it became known: application, or by a daemon: refused, bounce, complaint, stop, unsubscribe.';
 
 -- runners/sms/numbers.py normalises the recipient's number in the same way: it removes blanks, dashes,
 -- invisible characters, and the zero of national calls as in +49 (0)151.
@@ -418,6 +420,7 @@ DECLARE
     number text;
 BEGIN
     NEW.topic := coalesce(NEW.topic, '*');
+    NEW.source := coalesce(NEW.source, 'application');
     NEW.created_at := coalesce(NEW.created_at, now());
     NEW.channel := lower(btrim(NEW.channel));
     NEW.address := btrim(NEW.address, E' \t\r\n\u00a0\u3000');
@@ -443,7 +446,7 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER normalise_suppression BEFORE INSERT OR UPDATE OF channel, address, topic, created_at
+CREATE TRIGGER normalise_suppression BEFORE INSERT OR UPDATE OF channel, address, topic, source, created_at
     ON sequencer.suppressions FOR EACH ROW EXECUTE FUNCTION sequencer.normalise_suppression();
 
 
@@ -1696,8 +1699,8 @@ BEGIN
          WHERE s.channel = o.channel AND s.address = o.address AND s.address !~ '^sha256:[0-9a-f]{64}$'
         RETURNING s.*
     ), kept AS (
-        INSERT INTO sequencer.suppressions (channel, address, topic, created_at)
-        SELECT channel, sequencer.suppression_hash(address), topic, created_at FROM gone
+        INSERT INTO sequencer.suppressions (channel, address, topic, source, created_at)
+        SELECT channel, sequencer.suppression_hash(address), topic, source, created_at FROM gone
         ON CONFLICT DO NOTHING
     )
     SELECT count(*) INTO suppressions FROM gone;
@@ -1856,6 +1859,8 @@ WITH roles (role) AS (
     ('sequencer_editor', 'INSERT', 'holidays'),
     ('sequencer_editor', 'UPDATE', 'holidays'),
     ('sequencer_editor', 'DELETE', 'holidays'),
+    ('sequencer_daemon', 'INSERT', 'suppressions'),
+    ('sequencer_daemon', 'DELETE', 'suppressions'),
     ('sequencer_daemon', 'INSERT', 'daemons'),
     ('sequencer_daemon', 'UPDATE', 'daemons'),
     ('sequencer_daemon', 'DELETE', 'daemons'),

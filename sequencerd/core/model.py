@@ -669,15 +669,31 @@ class Task(NamedTuple):
         return self.expires is not None and now >= self.expires
 
 
+class Undeliverable(NamedTuple):
+    """An address that no message can reach, or that opted out at its provider, to be suppressed.
+
+    `source` says how that became known, as in `sequencer.suppressions`.
+    """
+
+    channel: str
+    address: str
+    reason: str
+    source: Literal["refused", "bounce", "complaint", "stop", "unsubscribe"] = "refused"
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The side effect is done, or (NOOP) to be executed again at `wake_at`, if not told later."""
+    """The side effect is done, or (NOOP) to be executed again at `wake_at`, if not told later.
+
+    `undeliverable` are recipients that turned out to be.
+    """
 
     action: Action = Action.NEXT
     message: str | None = None
     data: Mapping[str, Any] | None = None  # merged into the enrollment's data
     wake_at: datetime | None = None
     retry_after: timedelta | None = None
+    undeliverable: tuple[Undeliverable, ...] = ()
 
 
 Attribution = Literal["enrollment", "server", "unclear"]
@@ -702,7 +718,7 @@ class Failed:
     `asked` is False where the server was not asked, as for a template that can't be rendered: that
     tells nothing of the server. `refund`: so many attempts of before were no fault of the
     enrollment either, which turned out since. `cause` tells it without the server's words, which
-    may name a recipient.
+    may name a recipient. `undeliverable` are recipients that turned out to be.
     """
 
     message: str
@@ -714,6 +730,7 @@ class Failed:
     refund: int = 0
     failure: Literal["error", "bad_data"] = "error"
     cause: Cause = "failing"
+    undeliverable: tuple[Undeliverable, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

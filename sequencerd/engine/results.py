@@ -21,6 +21,7 @@ from sequencerd.core.model import (
     NotStarted,
     Result,
     Suppressed,
+    Undeliverable,
 )
 from sequencerd.engine.background import PAUSE
 from sequencerd.engine.backpressure import Backlog
@@ -30,7 +31,7 @@ from sequencerd.engine.executors import Executors, Finished, Leased
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
-from sequencerd.storage import claims
+from sequencerd.storage import claims, suppressions
 from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error
 
 LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
@@ -169,6 +170,9 @@ class Results:
                     event = _stale(leased, result, now)
                     batch.events.setdefault(event, []).append(leased.enrollment.id)
             await self._moves.write(connection, batch, now)
+            if failure is None:
+                written = [one for one in results if one[0].enrollment.id not in exist]
+                await suppressions.add(connection, _undeliverable(written))
         keep = {leased.fence for leased, _ in locked_elsewhere}
         self._leases.forget(leased for leased, _ in results if leased.fence not in keep)
         if locked_elsewhere:
@@ -179,6 +183,15 @@ class Results:
     def _revision(self, name: str) -> int | None:
         sequence = self._definitions.get(name)
         return sequence.revision if sequence else None
+
+
+def _undeliverable(results: Sequence[Finished]) -> list[Undeliverable]:
+    return [
+        one._replace(reason=f"{one.reason} (enrollment {leased.enrollment.id})")
+        for leased, result in results
+        if isinstance(result, Answer | Failed)
+        for one in result.undeliverable
+    ]
 
 
 def _of_lookup(result: Result) -> Result:

@@ -106,6 +106,7 @@ def make_email_runner(
         list_unsubscribe=email.list_unsubscribe,
         suppressions=suppressions,
         only_to=email.only_to,
+        suppress_bounces=email.suppress_bounces,
         retry=email.retry,
     )
 
@@ -134,6 +135,7 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
         limits=sms.limits,
         suppressions=suppressions,
         only_to=sms.only_to,
+        suppress_bounces=sms.suppress_bounces,
         retry=sms.retry,
     )
 

@@ -1,4 +1,4 @@
-"""Reads which addresses are suppressed."""
+"""Reads which addresses are suppressed, and suppresses more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence as Rows
 
 import asyncpg
 
+from sequencerd.core.model import Undeliverable, printable
 from sequencerd.storage.statements import QUERIES
 
 
@@ -16,3 +17,18 @@ async def read_suppressed(
     columns = [[key[number] for key in keys] for number in range(3)]
     rows = await connection.fetch(QUERIES["suppressed"], *columns)
     return {(row["channel"], row["address"], row["topic"]) for row in rows}
+
+
+async def add(
+    connection: asyncpg.Connection, addresses: Rows[Undeliverable], topic: str = "*"
+) -> None:
+    """Suppress addresses, for all topics or one."""
+    if addresses:
+        await connection.execute(
+            QUERIES["suppress"],
+            [one.channel for one in addresses],
+            [one.address for one in addresses],
+            [printable(one.reason) for one in addresses],
+            [one.source for one in addresses],
+            topic,
+        )

@@ -99,6 +99,8 @@ MAY = {
             " VALUES (1, now() + interval '1 hour', 's', 'first', 1, 'next')"
         ),
         "UPDATE sequencer.steps SET problem = 'x'",
+        "INSERT INTO sequencer.suppressions (channel, address) VALUES ('email', 'a@b.c')",
+        "DELETE FROM sequencer.suppressions",
         "SELECT sequencer.add_event_partitions()",
         "SELECT sequencer.delete_ended(now(), 10)",
     ],

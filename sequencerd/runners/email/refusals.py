@@ -219,18 +219,47 @@ _BUSY = _any(
 )  # fmt: skip
 
 
+def _enhanced(text: str) -> tuple[str, str]:
+    """Return the class and the rest of an enhanced code; empty without one."""
+    enhanced = _ENHANCED.match(text) or _ENHANCED_BEHIND.search(text[:MAX_READ])
+    return (enhanced[1], enhanced[2]) if enhanced else ("", "")
+
+
+def _said(text: str) -> str:
+    """Return what the server says, without what it quotes, on one line in lower case."""
+    said = _QUOTED.sub(" ", _REPEATED_CODE.sub(" ", text[:MAX_READ])).lower().replace("\u2019", "'")
+    return " ".join(said.split())
+
+
 def read_refusal(code: int, text: str, stage: Stage) -> Refusal:
     """Return what a reply means; `text` may have several lines, without the reply's code."""
-    enhanced = _ENHANCED.match(text) or _ENHANCED_BEHIND.search(text[:MAX_READ])
-    level, about = enhanced.groups() if enhanced else (str(code)[0], "")
-    said = _QUOTED.sub(" ", _REPEATED_CODE.sub(" ", text[:MAX_READ])).lower().replace("\u2019", "'")
-    said = " ".join(said.split())
+    level, about = _enhanced(text)
+    level = level or str(code)[0]
+    said = _said(text)
     by_code = Meaning.REFUSED if level == "5" else Meaning.PASSING
     if stage == "connection":
         meaning = _of_connection(code, about, said)
     else:
         meaning = _of_message(code, about, said, stage, by_code)
     return Refusal(meaning, _wait(said) if meaning is Meaning.QUOTA else None)
+
+
+_UNKNOWN = frozenset({"1.1", "1.2", "1.6", "1.10"})
+_POLICY = _any(
+    r"\bspam\b|\bscore\b|virus|malware|phish|unsolicited|content|polic(?:y|ies)\b|reputation",
+    r"\bblock|black ?list|\brbl\b|\bspf\b|\bdkim\b|\bdmarc\b|access denied",
+    r"\bsender (?:address )?(?:rejected|refused|denied|unknown)",
+)
+
+
+def says_unknown(text: str) -> bool:
+    """Whether a reply, without its code, says that the recipient's address does not exist.
+
+    Only an enhanced code says so: servers answer a bare 550 to what they block as well, with any
+    words. A code whose text speaks of a policy is not believed.
+    """
+    level, about = _enhanced(text)
+    return level == "5" and about in _UNKNOWN and not _POLICY.search(_said(text))
 
 
 def _of_connection(code: int, about: str, said: str) -> Meaning:

@@ -29,6 +29,7 @@ from sequencerd.core.model import (
     Shared,
     Suppressed,
     Task,
+    Undeliverable,
 )
 from sequencerd.core.step_types.effects import EmailConfig
 from sequencerd.runners.email import mime, pending
@@ -76,8 +77,8 @@ class EmailRunner:
     `url`, `final_timeout`, `hello_name` and the timeout of `limits` are explained at
     `smtp.Postman`; each call sends one message. `oauth` is a client of a token endpoint or a
     command that prints a token, `list_unsubscribe` the template of a URL for steps without one,
-    and `only_to` are patterns of the recipients that get messages. Raises ValueError for what
-    cannot work.
+    and `only_to` are patterns of the recipients that get messages. With `suppress_bounces`, results
+    name the addresses that do not exist. Raises ValueError for what cannot work.
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class EmailRunner:
         list_unsubscribe: str | None = None,
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
+        suppress_bounces: bool = True,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         self.retry = retry
+        self._suppress_bounces = suppress_bounces
         self._suppressions = suppressions
         self._only_to = OnlyTo("email.only_to", only_to)
         self._pace = Pace(limits)
@@ -212,6 +215,10 @@ class EmailRunner:
                 return left.end("not sent to anybody else: the others are no recipients any more")
         delivery = await self._postman.deliver(mail)
         result = pending.follow_up(task, left, delivery, self.retry, now)
+        if isinstance(result, Answer | Failed) and self._suppress_bounces:
+            unknown = delivery.unknown.items()
+            gone = tuple(Undeliverable("email", address, said) for address, said in unknown)
+            result = replace(result, undeliverable=gone) if gone else result
         if isinstance(result, Answer) and left_out:
             message = result.message or ""
             if without:

@@ -13,7 +13,7 @@ from sequencerd.core.model import Answer, Attribution, Failed, Result
 from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.email import smtp_connect
 from sequencerd.runners.email.oauth import TokenError, Tokens
-from sequencerd.runners.email.refusals import Meaning, Refusal, Stage, read_refusal
+from sequencerd.runners.email.refusals import Meaning, Refusal, Stage, read_refusal, says_unknown
 from sequencerd.runners.email.smtp_dialogue import Dialogue, Reply, SmtpError, SmtpRefused
 from sequencerd.runners.email.smtp_url import parse_url
 from sequencerd.runners.fields import one_line
@@ -68,6 +68,8 @@ class Delivery:
 
     result: Answer | Failed
     later: tuple[str, ...] = ()
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Addresses that do not exist, as the server says, with its reply."""
 
 
 def judge(reply: Reply, stage: Stage) -> Failed:
@@ -127,7 +129,9 @@ class Postman:
         """Deliver a message to the server. Nothing that the server does raises."""
         attempt = _Attempt()
         failed = await self._try(partial(self._deliver, mail), attempt)
-        return attempt.delivery(failed)
+        delivery = attempt.delivery(failed)
+        unknown = {address: self._hide(said) for address, said in attempt.unknown.items()}
+        return replace(delivery, unknown=unknown)
 
     async def check(self) -> Result:
         """Connect and log in, and send nothing. Nothing that the server does raises."""
@@ -148,6 +152,8 @@ class Postman:
             about = f"{self._place} refuses {error.what}" if error.what else self._place
             failed = judge(error.reply, error.stage)
             failed = replace(failed, message=f"{about}: {failed.message}")
+            if error.stage == "message" and len(attempt.rest) == 1:
+                attempt.note_unknown(attempt.rest[0], error.reply)
             await self._give_back(attempt)
         except (SmtpError, TokenError, OSError) as error:
             is_servers = not attempt.begun or is_exhausted(error)
@@ -293,6 +299,12 @@ class _Attempt:
     sent: list[str] = field(default_factory=list)
     refused: dict[str, Failed] = field(default_factory=dict)
     said: str = ""  # by the server, of the last message that it took
+    unknown: dict[str, str] = field(default_factory=dict)  # addresses, with the server's replies
+
+    def note_unknown(self, address: str, reply: Reply) -> None:
+        """Keep an address if the server says that it does not exist."""
+        if reply.code >= 500 and says_unknown(reply.text):
+            self.unknown[address] = f"{reply.code} {one_line(reply.text)}"
 
     def sort(self, mail: Mail, replies: Sequence[Reply]) -> list[str]:
         """Return the recipients of this transaction; none if it is not sent.
@@ -306,6 +318,7 @@ class _Attempt:
         for address, reply in zip(self.rest, replies, strict=True):
             if reply.code == 421:
                 raise SmtpRefused(reply, "recipient")
+            self.note_unknown(address, reply)
             if not reply.is_refusal:
                 taken.append(address)
             elif read_refusal(*reply, "recipient").meaning is Meaning.RECIPIENTS:

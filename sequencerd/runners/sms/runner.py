@@ -29,6 +29,7 @@ from sequencerd.core.model import (
     Shared,
     Suppressed,
     Task,
+    Undeliverable,
 )
 from sequencerd.core.step_types.effects import SmsConfig
 from sequencerd.runners.fields import (
@@ -62,6 +63,8 @@ _OPERATORS = frozenset({20003, 20005, 30002})  # the login, or an account that i
 _ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region, also with 403
 _CARRIERS_DAY = 30027  # a carrier's messages of a day
 _PASSING = frozenset({30008, _CARRIERS_DAY})  # of an unknown kind
+OPTED_OUT = 21610  # the recipient answered STOP
+_UNREACHABLE = frozenset({21211, 21614, 30005, 30006})  # invalid, no mobile, unknown, a landline
 NO_TIME = timedelta(0)
 
 TEST_MARK = "[Test] "
@@ -203,6 +206,7 @@ class TwilioRunner(_SmsRunner):
         limits: Limits = MESSAGE_LIMITS,
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
+        suppress_bounces: bool = True,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         super().__init__(
@@ -212,6 +216,7 @@ class TwilioRunner(_SmsRunner):
             only_to=only_to,
             retry=retry,
         )
+        self._suppress_bounces = suppress_bounces
         self._auth = (account_sid, auth_token)
         account = quote(account_sid, safe="")
         self._url = f"{check_url(base_url).rstrip('/')}/2010-04-01/Accounts/{account}/Messages.json"
@@ -229,7 +234,8 @@ class TwilioRunner(_SmsRunner):
             if field in values
         }
         reply = await self._web.call("POST", self._url, headers={}, form=form, auth=self._auth)
-        return _judge_twilio(reply, values["to"], datetime.now(UTC))
+        result = _judge_twilio(reply, values["to"], datetime.now(UTC))
+        return result if self._suppress_bounces else replace(result, undeliverable=())
 
 
 def rest_of_day(now: datetime) -> timedelta:
@@ -239,7 +245,16 @@ def rest_of_day(now: datetime) -> timedelta:
     )
 
 
-def _judge_twilio(reply: Reply, to: str, now: datetime) -> Result:
+def undeliverable(code: int | None, to: str, text: str) -> Undeliverable | None:
+    """Return what an error code of Twilio says of a number for good; None if nothing."""
+    if code == OPTED_OUT:
+        return Undeliverable("sms", to, one_line(f"Twilio: {code} {text}"), "stop")
+    if code in _UNREACHABLE:
+        return Undeliverable("sms", to, one_line(f"Twilio: {code} {text}"))
+    return None
+
+
+def _judge_twilio(reply: Reply, to: str, now: datetime) -> Answer | Failed:
     """Judge Twilio's answer: by its error code if there is one, else by the status."""
     try:
         receipt = _Receipt.model_validate_json(reply.body)
@@ -262,6 +277,8 @@ def _judge_twilio(reply: Reply, to: str, now: datetime) -> Result:
         failed = replace(failed, permanent=True, fault="enrollment")
     if failed is None and receipt.status in ("failed", "undelivered"):
         failed = Failed(message, permanent=code is not None)
+    if failed is not None and (gone := undeliverable(code, to, text)) is not None:
+        return replace(failed, undeliverable=(gone,))
     status = reply.status if receipt.status is None else receipt.status
     return failed or Answer(message=one_line(f"sent to {to}: {receipt.sid or 'no sid'} {status}"))
 

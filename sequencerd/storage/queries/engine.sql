@@ -515,6 +515,15 @@ SELECT pg_try_advisory_xact_lock({retention_lock});
 SELECT channel, address, topic FROM sequencer.suppressions
  WHERE (channel, address, topic) IN (SELECT * FROM unnest($1::text[], $2::text[], $3::text[]));
 
+-- name: suppress
+-- Suppress addresses for a topic; those that are suppressed stay as they are.
+INSERT INTO sequencer.suppressions (channel, address, topic, reason, source)
+SELECT channel, address, $5, reason, source
+  FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]) AS u (channel, address, reason, source)
+ WHERE octet_length(address) BETWEEN 1 AND 1000
+ ORDER BY channel, address
+ON CONFLICT DO NOTHING;
+
 -- name: row_security
 -- Find the tables where row-level security may hide rows from the present user, or from the owner, with
 -- whose rights triggers and functions run; and whether it hides all rows, as no policy permits any.

@@ -22,6 +22,7 @@ from sequencerd.core.model import (
     Result,
     Shared,
     Suppressed,
+    Undeliverable,
 )
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp import Postman
@@ -560,6 +561,40 @@ async def test_an_entry_stops_its_topic_alone() -> None:
         for topic in ("invoices", None):
             await made.run(program, [about._replace(topic=topic)])
         assert len(server.messages) == 2
+
+
+async def test_recipients_that_do_not_exist_are_named_in_the_result() -> None:
+    config = BASIC | {"cc": ["bob@x.org", "eve@x.org", "max@x.org"]}
+    unknown = "550 5.1.1 <bob@x.org>: Recipient address rejected: User unknown"
+    for suppress in (True, False):
+        async with smtp_server() as server, runner(server, suppress_bounces=suppress) as made:
+            server.refused = {
+                "bob@x.org": unknown,
+                "eve@x.org": "550 5.7.1 Rejected by policy",
+                "max@x.org": "550 User unknown",
+            }
+            program = made.compile(config)
+            (sent,) = await made.run(program, [task(email="ada@x.org")])
+            assert isinstance(sent, Answer)
+            gone = (Undeliverable("email", "bob@x.org", unknown),) if suppress else ()
+            assert sent.undeliverable == gone
+            server.refused["ada@x.org"] = "550 5.1.10 Recipient not found"
+            (result,) = await made.run(program, [task(email="ada@x.org")])
+            assert isinstance(result, Failed)
+            named = {one.address for one in result.undeliverable}
+            assert named == ({"ada@x.org", "bob@x.org"} if suppress else set())
+
+
+async def test_a_message_is_refused_for_its_one_recipient() -> None:
+    async with smtp_server() as server, runner(server) as made:
+        server.answers["DATA"] = ["550 5.1.1 The account does not exist"] * 2
+        (result,) = await made.run(made.compile(BASIC), [task(email="ada@x.org")])
+        assert isinstance(result, Failed)
+        assert [one.address for one in result.undeliverable] == ["ada@x.org"]
+        two = made.compile(BASIC | {"cc": "bob@x.org"})
+        (result,) = await made.run(two, [task(email="ada@x.org")])
+        assert isinstance(result, Failed)  # it does not say which
+        assert not result.undeliverable
 
 
 async def test_one_question_serves_many_messages() -> None:

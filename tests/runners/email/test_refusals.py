@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from sequencerd.runners.email.refusals import LONG_WAIT, SHORT_WAIT, Meaning, Stage, read_refusal
+from sequencerd.runners.email.refusals import (
+    LONG_WAIT,
+    SHORT_WAIT,
+    Meaning,
+    Stage,
+    read_refusal,
+    says_unknown,
+)
 
 STAGES: dict[str, Stage] = {
     "connection": "connection",
@@ -33,6 +40,46 @@ def texts() -> Iterator[tuple[Meaning, Stage, int, str]]:
 @pytest.mark.parametrize(("meaning", "stage", "code", "text"), list(texts()))
 def test_what_a_refusal_means(meaning: Meaning, stage: Stage, code: int, text: str) -> None:
     assert read_refusal(code, text, stage).meaning is meaning
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5.1.1 <x@y.org>: Recipient address rejected: User unknown in relay recipient table",
+        "5.1.10 RESOLVER.ADR.RecipientNotFound; Recipient not found by SMTP address lookup",
+        "5.1.2 The domain y.org was not found",
+        "5.1.6 The mailbox has moved",
+        "5.1.1 The account does not exist.\n5.1.1 See https://example.com/spam-policy",
+        "sorry, no mailbox here by that name (#5.1.1)",
+    ],
+)
+def test_an_address_that_does_not_exist(text: str) -> None:
+    assert says_unknown(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "User unknown",  # servers say so to what they block, too
+        "No such user here",
+        "5.1.3 bad syntax",
+        "5.1.0 Address rejected",
+        "5.2.1 The mailbox is disabled",
+        "5.2.2 The mailbox is full",
+        "5.3.4 The message is too large",
+        "5.4.1 Recipient address rejected: Access denied",
+        "5.6.1 The message cannot be read",
+        "5.7.1 User unknown",
+        "5.7.26 Unauthenticated email is not accepted",
+        "4.1.1 The mailbox is being moved",
+        "5.1.1 Rejected as spam",
+        "5.1.1 Your network is on a blocklist",
+        "5.1.1 Rejected by the recipient's policy",
+        "5.1.1 Sender address rejected",
+    ],
+)
+def test_what_says_nothing_of_the_address(text: str) -> None:
+    assert not says_unknown(text)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,27 @@ def test_a_config_that_cannot_work_is_refused(change: dict[str, Any], says: str)
         TwilioRunner("AC1", "t").compile(BASIC | change)
 
 
+@pytest.mark.parametrize(
+    ("code", "source"),
+    [
+        *((code, "refused") for code in (21211, 21614, 30005, 30006)),
+        (21610, "stop"),
+        *((code, None) for code in (21408, 21617, 30003, 30007, 30034, None)),
+    ],
+)
+async def test_numbers_that_nothing_reaches_are_named_in_the_result(
+    code: int | None, source: str | None
+) -> None:
+    answer = servers.Answer(400, json.dumps({"code": code, "message": "why"}).encode())
+    for suppress in (True, False):
+        async with http_server(answering(answer)) as server:
+            made = TwilioRunner("AC1", "t", base_url=server.url, suppress_bounces=suppress)
+            (result,) = await made.run(made.compile(BASIC), [task(phone="+49151123456")])
+            await made.close()
+        named = [(one.address, one.source) for one in failed(result).undeliverable]
+        assert named == ([("+49151123456", source)] if source and suppress else [])
+
+
 async def test_any_gateway() -> None:
     body = '{"to": {{json to}}, "text": {{json message}}, "ref": "{{key}} {{enrollment.id}}"}'
     async with http_server(answering(servers.Answer(202, b"ok"))) as server:
