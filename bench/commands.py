@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import resource
 import shutil
 import subprocess
 import sys
@@ -56,9 +57,9 @@ async def fill(url: str, rows: int) -> None:
     await connection.close()
 
 
-def run(url: str, *arguments: str) -> float:
-    """Return the seconds that a command takes."""
-    begun = time.perf_counter()
+def run(url: str, *arguments: str) -> tuple[float, float]:
+    """Return the seconds that a command takes, and those of them on a CPU of this side."""
+    begun, before = time.perf_counter(), _cpu()
     done = subprocess.run(
         [sys.executable, "-m", "sequencerd", "--database", url, *arguments],
         capture_output=True, text=True, check=False,
@@ -66,7 +67,17 @@ def run(url: str, *arguments: str) -> float:
     seconds = time.perf_counter() - begun
     if done.returncode and arguments[0] != "doctor":
         raise SystemExit(done.stderr)
-    return seconds
+    return seconds, _cpu() - before
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def show(seconds: float, cpu: float, arguments: tuple[str, ...]) -> None:
+    """Print a line."""
+    print(f"{seconds:6.2f} s, {cpu:4.2f} s here  sequencerd {' '.join(arguments)}", flush=True)
 
 
 def main() -> None:
@@ -79,10 +90,9 @@ def main() -> None:
         with embedded.running(folder, settings={"fsync": "off"}) as server:
             asyncio.run(fill(server.url, rows))
             for arguments in COMMANDS:
-                best = min(run(server.url, *arguments) for _ in range(3))
-                print(f"{best:6.2f} s  sequencerd {' '.join(arguments)}", flush=True)
+                show(*min(run(server.url, *arguments) for _ in range(3)), arguments)
             third = ("cancel", "--sequence", "sequence-2", "--step", "third", "--yes")
-            print(f"{run(server.url, *third):6.2f} s  sequencerd {' '.join(third)}", flush=True)
+            show(*run(server.url, *third), third)
     finally:
         shutil.rmtree(folder)
 

@@ -134,7 +134,7 @@ Patterns = Annotated[Words, AfterValidator(_check_patterns)]
 class Section(BaseModel):
     """Unknown keys are errors: a misspelt setting must not be silently without effect."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Database(Section):

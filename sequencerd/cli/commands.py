@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import asyncpg
 from pydantic import SecretStr
 
-from sequencerd.cli.output import warn
+from sequencerd.cli.output import busy, warn
 from sequencerd.core.config import nearest
 from sequencerd.errors import DatabaseError, SettingsError, UsageError
 from sequencerd.service.dns import new_loop
 from sequencerd.service.systemd import is_service
 from sequencerd.settings import Settings, load
-from sequencerd.storage import connections, conninfo, embedded, migrate
+from sequencerd.storage import connections, conninfo, migrate
 from sequencerd.storage.statements import QUERIES
 
 Command = Callable[[argparse.Namespace, Settings], int]
@@ -121,6 +121,8 @@ def _database(settings: Settings) -> Iterator[str]:
             "no database is configured: set database.url in /etc/sequencerd/sequencerd.toml, or "
             "SEQUENCERD_DATABASE in /etc/sequencerd/sequencerd.env"
         )
+    from sequencerd.storage import embedded  # noqa: PLC0415 - most commands need none
+
     folder = embedded.default_folder()
     warn(f"sequencerd: no database is configured, using the embedded one in {folder}")
     with embedded.running(folder) as server:
@@ -150,13 +152,22 @@ async def connect(url: str) -> asyncpg.Connection:
     return connection
 
 
-async def fetch(url: str, query: str, *parameters: object) -> list[asyncpg.Record]:
-    """Return the rows of one named query."""
+@asynccontextmanager
+async def reading(url: str) -> AsyncIterator[asyncpg.Connection]:
+    """Connect to a database with our schema, to read one state of it."""
     connection = await connect(url)
     try:
-        rows: list[asyncpg.Record] = await connection.fetch(QUERIES[query], *parameters)
+        with busy("reading"):
+            async with connections.counting(connection, isolation="repeatable_read"):
+                yield connection
     finally:
         await connection.close()
+
+
+async def fetch(url: str, query: str, *parameters: object) -> list[asyncpg.Record]:
+    """Return the rows of one named query."""
+    async with reading(url) as connection:
+        rows: list[asyncpg.Record] = await connection.fetch(QUERIES[query], *parameters)
     return rows
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -18,16 +17,10 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import asyncpg
 
 from sequencerd.cli.commands import on_database
-from sequencerd.cli.output import say, say_json
+from sequencerd.cli.output import busy, say, say_json
 from sequencerd.core.describe import text
-from sequencerd.core.model import Failed
-from sequencerd.core.step_types.effects import EMAIL, SMS
-from sequencerd.engine import lookups
 from sequencerd.errors import SequencerdError, SettingsError
-from sequencerd.runners import registry
-from sequencerd.runners.aws_lambda import LambdaFunction
-from sequencerd.runners.http_client import Unreachable, Web
-from sequencerd.settings import Database, HttpEndpoint, LookupEndpoint, Settings
+from sequencerd.settings import Database, Settings
 from sequencerd.storage import connections, conninfo, migrate, server
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.listener import POLL_INTERVAL, PROBE_INTERVAL
@@ -36,7 +29,6 @@ from sequencerd.storage.statements import QUERIES
 Level = Literal["ok", "warning", "error"]
 
 ROUND_TRIP = 5.0  # seconds for a notification
-PATIENCE = 10.0  # seconds for an endpoint
 LARGEST_OFFSET = timedelta(seconds=1)
 OLD = timedelta(minutes=10)
 HOLIDAYS_AHEAD = timedelta(days=60)
@@ -87,8 +79,21 @@ async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
             connection.terminate()
     if names := _name_service(url):
         yield names
-    async for finding in _examine_endpoints(settings, types, used):
-        yield finding
+    if _calls_servers(settings, types, used):
+        # only then, as it takes longer to import than all else
+        from sequencerd.cli.doctor_endpoints import examine_endpoints  # noqa: PLC0415
+
+        async for finding in examine_endpoints(settings, types, used):
+            yield finding
+
+
+def _calls_servers(settings: Settings, types: set[str], used: Mapping[str, bool]) -> bool:
+    """Return whether a daemon calls any server."""
+    from sequencerd.core.step_types import is_message  # noqa: PLC0415 - as above
+
+    sms = settings.sms.url or settings.sms.account_sid
+    is_set = settings.email.url or sms or settings.runners or settings.lookups
+    return bool(is_set or used or any(map(is_message, types)))
 
 
 async def _examine_database(
@@ -124,7 +129,8 @@ async def _examine_database(
         if not has_schema and about not in WITHOUT_SCHEMA:
             continue
         try:
-            finding = await check(connection)
+            with busy(f"checking {about}"):
+                finding = await check(connection)
         except asyncpg.InsufficientPrivilegeError as error:
             advice = "GRANT sequencer_daemon TO the user of this command"
             finding = Finding(about, f"cannot be checked: {error}", "error", advice)
@@ -360,7 +366,8 @@ def _problem(row: asyncpg.Record) -> str:
 
 
 async def _overdue(connection: asyncpg.Connection) -> Finding:
-    row = await connection.fetchrow(QUERIES["count_overdue"])
+    async with connections.counting(connection):
+        row = await connection.fetchrow(QUERIES["count_overdue"])
     if row["count"]:
         seen = f"{row['count']:,} enrollments, the oldest for {_rounded(row['longest'])}"
         advice = "see sequencerd status and sequencerd list --overdue"
@@ -369,7 +376,8 @@ async def _overdue(connection: asyncpg.Connection) -> Finding:
 
 
 async def _failed(connection: asyncpg.Connection) -> Finding:
-    rows = await connection.fetch(QUERIES["failed_by_code"])
+    async with connections.counting(connection):
+        rows = await connection.fetch(QUERIES["failed_by_code"])
     if rows:
         named = _some(f"{row['count']:,} with {row['failure']}" for row in rows)
         advice = "see sequencerd list --status failed; fix the cause, then sequencerd retry"
@@ -395,105 +403,6 @@ async def _holidays(connection: asyncpg.Connection) -> Finding:
         advice = f"sequencerd holidays {ending[0]['calendar']} {year}"
         return Finding("holidays", named, "warning", f"add more days, as with {advice}")
     return Finding("holidays", "known ahead" if rows else "none are used")
-
-
-# --- the endpoints
-
-
-async def _examine_endpoints(
-    settings: Settings, types: set[str], used: Mapping[str, bool]
-) -> AsyncIterator[Finding]:
-    if EMAIL.name in types or settings.email.url:
-        yield await _mail(settings)
-    if settings.sms.provider == "http" and settings.sms.url:
-        yield await _endpoint(SMS.name, settings.sms.url, settings.sms.allow_private)
-    elif settings.sms.account_sid and settings.sms.auth_token:
-        yield await _twilio(settings)
-    for name, runner in settings.runners.items():
-        yield await _called(f"runner {name}", runner)
-    for name, lookup in settings.lookups.items():
-        yield await _called(f"lookup {name}", lookup)
-    installed = {point.name for point in entry_points(group=lookups.GROUP)}
-    for name, is_function in used.items():
-        if name not in settings.lookups and name not in installed:
-            about = f"lookup {name}"
-            if is_function:
-                yield Finding(about, "is an SQL function")
-            else:
-                advice = f"create the function {name}(text[]), or configure [lookups.{name}]"
-                yield Finding(about, "no such function or endpoint", "error", advice)
-
-
-async def _mail(settings: Settings) -> Finding:
-    try:
-        runner = registry.make_email_runner(settings.email, reply_timeout=PATIENCE)
-    except ValueError as error:
-        return Finding("mail server", str(error), "error", "correct [email]")
-    try:
-        result = await runner.check()
-    finally:
-        await runner.close()
-    if isinstance(result, Failed):
-        return Finding("mail server", result.message, "error", "start it, or correct email.url")
-    seen = getattr(result, "message", None) or "ready"
-    if settings.email.only_to is not None:
-        seen += f"; messages go to {', '.join(settings.email.only_to) or 'nobody'} only"
-    return Finding("mail server", seen)
-
-
-async def _called(about: str, settings: HttpEndpoint | LookupEndpoint) -> Finding:
-    if settings.url is not None:
-        return await _endpoint(about, settings.url, settings.allow_private)
-    return await _function(about, settings.arn or "", settings.allow_private)
-
-
-async def _function(about: str, arn: str, allow_private: bool) -> Finding:
-    """Ask Lambda whether it would invoke a function, without invoking it."""
-    advice = "correct lambda, or grant lambda:InvokeFunction to the daemon's credentials"
-    try:
-        function = LambdaFunction(arn, timeout=PATIENCE, connections=1, allow_private=allow_private)
-    except ValueError as error:
-        return Finding(about, str(error), "error", "correct the settings")
-    try:
-        reply = await function.check()
-    except Unreachable as error:
-        return Finding(about, str(error), "error", advice)
-    finally:
-        await function.close()
-    if reply.status != 204:
-        seen = f"Lambda answers a dry run with {reply.status} {reply.excerpt()}"
-        return Finding(about, seen.rstrip(), "error", advice)
-    return Finding(about, "can be invoked")
-
-
-async def _endpoint(about: str, url: str, allow_private: bool) -> Finding:
-    """Send a GET, which is safe by RFC 9110: any response shows that the server is up."""
-    web = Web(timeout=PATIENCE, connections=1, allow_private=allow_private)
-    try:
-        reply = await web.call("GET", url, headers={})
-    except Unreachable as error:
-        return Finding(about, str(error), "error", "start it, or correct its url")
-    finally:
-        await web.close()
-    return Finding(about, f"reachable; responds to GET with {reply.status}")
-
-
-async def _twilio(settings: Settings) -> Finding:
-    sms = settings.sms
-    account, token = sms.account_sid or "", sms.auth_token
-    url = f"{sms.base_url.rstrip('/')}/2010-04-01/Accounts/{account}.json"
-    web = Web(timeout=PATIENCE, connections=1, allow_private=True)
-    try:
-        auth = (account, token.get_secret_value() if token else "")
-        reply = await web.call("GET", url, headers={}, auth=auth)
-    except Unreachable as error:
-        return Finding("Twilio", str(error), "error", "see status.twilio.com, or sms.base_url")
-    finally:
-        await web.close()
-    if reply.status != 200:
-        advice = "correct sms.account_sid and sms.auth_token"
-        return Finding("Twilio", f"rejects the login with {reply.status}", "error", advice)
-    return Finding("Twilio", "accepts the login")
 
 
 def _name_service(url: str, root: Path = Path("/")) -> Finding | None:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
-from sequencerd.cli.commands import check_names, connect, fetch, on_database
+from sequencerd.cli.commands import check_names, connect, on_database, reading
 from sequencerd.cli.output import laid_out, say, say_json, say_lines, show, warn
 from sequencerd.core.config import parse_json
-from sequencerd.core.describe import text, what_next
+from sequencerd.core.describe import text
 from sequencerd.core.model import DefinitionError
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
+from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 
+NO_SEQUENCES = "no sequences yet; create one with sequencerd apply FILE"
 PROBLEMS = 20  # that are shown below the steps
 TAIL_INTERVAL = 0.5  # seconds
 TAIL_OVERLAP = timedelta(seconds=10)
@@ -31,16 +31,17 @@ TAIL_OVERLAP = timedelta(seconds=10)
 
 @on_database
 async def status_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    rows = await fetch(url, "status", arguments.sequence)
+    async with reading(url) as connection:
+        rows = await connection.fetch(QUERIES["status"], arguments.sequence)
+        description = await connection.fetchval(QUERIES["description"], arguments.sequence)
+        problems = await connection.fetch(
+            QUERIES["reported_problems"], arguments.sequence, PROBLEMS
+        )
     _check_found(rows, arguments.sequence)
-    if arguments.sequence and not arguments.json:
-        for (description,) in await fetch(url, "description", arguments.sequence):
-            if description:
-                say_lines(description)
-    show(rows, arguments.json, empty="no sequences yet; create one with sequencerd apply FILE")
-    if not arguments.json and (
-        problems := await fetch(url, "reported_problems", arguments.sequence, PROBLEMS)
-    ):
+    if description and not arguments.json:
+        say_lines(description)
+    show(rows, arguments.json, empty=NO_SEQUENCES)
+    if problems and not arguments.json:
         say()
         show(problems, as_json=False, empty="")
     return 0
@@ -55,35 +56,48 @@ def _check_found(rows: Sequence[object], sequence: str | None) -> None:
 async def watch_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
     connection = await connect(url)
     loop = asyncio.get_running_loop()
-    screen = Console()
     before: dict[tuple[str, str], int] = {}
     try:
-        with Live(console=screen, auto_refresh=False, screen=screen.is_terminal) as live:
+        with _screen() as draw:
             while True:
                 begun = loop.time()
-                rows = [
-                    dict(row)
-                    for row in await connection.fetch(QUERIES["status"], arguments.sequence)
-                ]
-                _check_found(rows, arguments.sequence)
+                async with connections.counting(connection):
+                    found = await connection.fetch(QUERIES["status"], arguments.sequence)
+                _check_found(found, arguments.sequence)
+                rows = [dict(row) for row in found]
                 for row in rows:
                     place = row["sequence"], row["step"]
                     row["change"] = f"{row['active'] - before.get(place, row['active']):+}"
                     before[place] = row["active"]
-                if screen.is_terminal:
-                    lines = laid_out(rows, screen.width, datetime.now(UTC))
-                    live.update(Text("\n".join(lines), no_wrap=True), refresh=True)
-                else:
-                    show(rows, as_json=False, empty="")
+                draw(rows)
                 await asyncio.sleep(max(arguments.interval, loop.time() - begun))
     finally:
         connection.terminate()
 
 
+@contextmanager
+def _screen() -> Iterator[Callable[[Sequence[Any]], None]]:
+    """Return what draws rows: on a terminal in place of those before, otherwise below them."""
+    if not sys.stdout.isatty():
+        yield lambda rows: show(rows, as_json=False, empty=NO_SEQUENCES)
+        return
+    from rich.console import Console  # noqa: PLC0415 - only a terminal needs it
+    from rich.live import Live  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    screen = Console()
+    with Live(console=screen, auto_refresh=False, screen=True) as live:
+
+        def draw(rows: Sequence[Any]) -> None:
+            lines = laid_out(rows, screen.width, datetime.now(UTC)) if rows else [NO_SEQUENCES]
+            live.update(Text("\n".join(lines), no_wrap=True), refresh=True)
+
+        yield draw
+
+
 @on_database
 async def list_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    connection = await connect(url)
-    try:
+    async with reading(url) as connection:
         await check_names(connection, arguments.sequence, arguments.step)
         rows = await connection.fetch(
             QUERIES["list"],
@@ -96,8 +110,6 @@ async def list_command(arguments: argparse.Namespace, _: Settings, url: str) -> 
             arguments.after,
             arguments.limit,
         )
-    finally:
-        await connection.close()
     show(rows, arguments.json, empty="no matching enrollments")
     if len(rows) == arguments.limit and not arguments.json:
         warn(f"there may be more; next page: --after {rows[-1]['id']}")
@@ -106,11 +118,14 @@ async def list_command(arguments: argparse.Namespace, _: Settings, url: str) -> 
 
 @on_database
 async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    found = await fetch(url, "show", arguments.id)
+    from sequencerd.core.what_next import what_next  # noqa: PLC0415 - the others need no step types
+
+    async with reading(url) as connection:
+        found = await connection.fetchrow(QUERIES["show"], arguments.id)
+        history = [dict(row) for row in await connection.fetch(QUERIES["history"], arguments.id)]
     if not found:
         raise UsageError(f"enrollment {arguments.id} does not exist")
-    history = [dict(row) for row in await fetch(url, "history", arguments.id)]
-    row = dict(found[0])
+    row = dict(found)
     row["next"] = what_next(row)
     for key in ("data", "config"):
         with suppress(DefinitionError):  # what Python can't read stays a text

@@ -13,16 +13,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import asyncpg
-from rich.console import Console
-from rich.progress import Progress
 
 from sequencerd.cli.commands import check_names, connect, on_database, with_hint
-from sequencerd.cli.output import say, say_json, show, warn
+from sequencerd.cli.output import busy, progress_bar, say, say_json, show, warn
 from sequencerd.core.calendar import dates
 from sequencerd.definitions.options import read_object
 from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
-from sequencerd.storage import bulk
+from sequencerd.storage import bulk, connections
 from sequencerd.storage.bulk import Done, Selection
 from sequencerd.storage.statements import QUERIES
 
@@ -85,22 +83,40 @@ async def change_command(arguments: argparse.Namespace, _: Settings, url: str) -
     connection = await connect(url)
     try:
         await check_names(connection, selection.sequence, selection.step)
-        ids = await bulk.select(connection, action, selection, to)
+        ids, groups = await _select(connection, action, selection, to, arguments.dry_run)
+        selected = sum(group["count"] for group in groups)
         if selection.ids is not None:
             _check_ids(arguments.command, action, selection.ids, ids)
         if to is not None:
-            await _check_step(connection, to, ids, selection.sequence)
-        if (len(ids) > 1 or arguments.dry_run) and not arguments.json:
-            rows = await connection.fetch(QUERIES["selected"], ids)
-            show(rows, as_json=False, empty="no matching enrollments")
+            await _check_step(connection, to, groups, selection.sequence)
+        if (selected > 1 or arguments.dry_run) and not arguments.json:
+            show(groups, as_json=False, empty="no matching enrollments")
         if arguments.dry_run:
-            return _report(arguments, len(ids), Done())
-        if len(ids) > 1 and not arguments.yes:
-            confirm(f"{arguments.command} {bulk.count(len(ids))}?")
+            return _report(arguments, selected, Done())
+        if selected > 1 and not arguments.yes:
+            confirm(f"{arguments.command} {bulk.count(selected)}?")
         done = await _in_batches(connection, action, ids, to, arguments.reason)
     finally:
         await connection.close()
     return _report(arguments, len(ids), done)
+
+
+async def _select(
+    connection: asyncpg.Connection,
+    action: str,
+    selection: Selection,
+    to: str | None,
+    is_dry_run: bool,
+) -> tuple[Sequence[int], list[asyncpg.Record]]:
+    """Return the ids of the selected enrollments, and how many there are of what. A dry run needs
+    no ids, unless to say which of those that were given are wrong.
+    """
+    with busy("selecting"):
+        async with connections.counting(connection, isolation="repeatable_read"):
+            groups = await bulk.selected(connection, action, selection, to)
+            if is_dry_run and selection.ids is None:
+                return (), groups
+            return await bulk.select(connection, action, selection, to), groups
 
 
 def _selection(arguments: argparse.Namespace) -> Selection:
@@ -128,10 +144,12 @@ def _check_ids(command: str, action: str, wanted: Sequence[int], found: Sequence
 
 
 async def _check_step(
-    connection: asyncpg.Connection, step: str, ids: Sequence[int], sequence: str | None
+    connection: asyncpg.Connection,
+    step: str,
+    groups: Sequence[asyncpg.Record],
+    sequence: str | None,
 ) -> None:
-    rows = await connection.fetch(QUERIES["selected"], ids)
-    sequences = {row["sequence"] for row in rows} or ({sequence} if sequence else set())
+    sequences = {group["sequence"] for group in groups} or ({sequence} if sequence else set())
     known = await connection.fetch(QUERIES["with_step"], step, list(sequences))
     if missing := sorted(sequences - {row["sequence"] for row in known}):
         raise UsageError(f"sequence {missing[0]!r} has no step {step!r}")
@@ -159,24 +177,22 @@ async def _in_batches(
     reason: str | None,
 ) -> Done:
     total = Done()
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        shown = bar.add_task(action, total=len(ids))
+    try:
+        with progress_bar(action, len(ids)) as advance:
 
-        def progress(done: Done) -> None:
-            nonlocal total
-            total = total.plus(done)
-            bar.advance(shown, bulk.BATCH)
+            def progress(done: Done) -> None:
+                nonlocal total
+                total = total.plus(done)
+                advance(bulk.BATCH)
 
-        try:
             await bulk.change(
                 connection, action, ids, reason=bulk.changed_by(reason), to=to, progress=progress
             )
-        except asyncio.CancelledError:
-            bar.stop()
-            warn(f"interrupted: {total.changed:,} of {bulk.count(len(ids))} done")
-            raise
-        except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
-            raise UsageError(f"{with_hint(error)}; {total.changed:,} were changed") from error
+    except asyncio.CancelledError:
+        warn(f"interrupted: {total.changed:,} of {bulk.count(len(ids))} done")
+        raise
+    except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
+        raise UsageError(f"{with_hint(error)}; {total.changed:,} were changed") from error
     return total
 
 

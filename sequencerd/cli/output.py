@@ -5,18 +5,17 @@ All of it goes through here, as names, subjects and messages may hold what a ter
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from shutil import get_terminal_size
 from typing import Any, TextIO
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from sequencerd.core.describe import is_never, plain, text, visible
 
@@ -56,6 +55,43 @@ def warn(line: object) -> None:
     say(line, to=sys.stderr)
 
 
+BUSY_AFTER = 0.3  # seconds
+
+
+@contextmanager
+def busy(doing: str) -> Iterator[None]:
+    """Say on a terminal what goes on, if it takes longer than a moment. Nothing may be printed
+    meanwhile.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console  # noqa: PLC0415 - only a terminal needs it
+    from rich.status import Status  # noqa: PLC0415
+
+    status = Status(f"{doing}…", console=Console(stderr=True))
+    start = asyncio.get_running_loop().call_later(BUSY_AFTER, status.start)
+    try:
+        yield
+    finally:
+        start.cancel()
+        status.stop()
+
+
+@contextmanager
+def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal; return what advances it."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console  # noqa: PLC0415 - only a terminal needs it
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=Console(stderr=True)) as bar:
+        shown = bar.add_task(doing, total=total)
+        yield lambda count: bar.advance(shown, count)
+
+
 def say_json(value: object, *, indent: int | None = None) -> None:
     """A value for a program, in ASCII."""
     made = json.dumps(value, default=plain, indent=indent)
@@ -72,22 +108,16 @@ def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:
         for line in laid_out(rows, width, datetime.now(UTC)):
             say_lines(line)
     else:
-        Console(width=10_000).print(table(rows))
+        for line in aligned([dict(row) for row in rows]):
+            say_lines(line)
 
 
-def table(rows: Sequence[Any]) -> Table:
-    """Return a row for each, with the first one's keys as headings."""
-    made = Table(box=None)
-    for name in dict(rows[0]) if rows else ():
-        made.add_column(cell(name), overflow="fold")
-    for row in rows:
-        made.add_row(*map(cell, dict(row).values()))
-    return made
-
-
-def cell(value: object) -> Text:
-    """Return a value in a table, as it is: it has no markup."""
-    return Text(visible(text(value)))
+def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Return rows as lines of columns, below the keys of the first row."""
+    cells = [list(rows[0]), *([visible(text(value)) for value in row.values()] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        yield "  ".join(map(set_cell_size, line, widths)).rstrip()
 
 
 # --- on a terminal

@@ -24,8 +24,8 @@ from sequencerd.console.simulating import simulated
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import Table, as_csv, as_json, at
 from sequencerd.console.views import Journey
-from sequencerd.core.describe import what_next
 from sequencerd.core.model import ALT_NEXT, Sequence
+from sequencerd.core.what_next import what_next
 from sequencerd.definitions import graph
 
 MAX_FORM = 100_000  # bytes

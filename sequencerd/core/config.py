@@ -27,6 +27,7 @@ class Config(BaseModel):
         alias_generator=to_camel,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
+        defer_build=True,  # most commands use few of them, or none
     )
 
 

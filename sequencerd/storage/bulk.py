@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import asyncpg
 
+from sequencerd.storage.connections import counting
 from sequencerd.storage.statements import QUERIES
 
 BATCH = 1000  # enrollments in a transaction
@@ -75,15 +76,28 @@ async def select(
     connection: asyncpg.Connection, action: str, selection: Selection, to: str | None = None
 ) -> array[int]:
     """Return the ids that an action applies to, in order, without enrollments at `to`."""
-    found = array("q")
-    ids = None if selection.ids is None else list(selection.ids)
-    async with connection.transaction(readonly=True):
-        cursor = await connection.cursor(
-            QUERIES["select"], ids, *selection[1:], list(STATUSES[action]), to
-        )
+    found: list[int] = []
+    async with counting(connection):
+        cursor = await connection.cursor(QUERIES["select"], *_parameters(action, selection, to))
         while rows := await cursor.fetch(FETCH):
             found.extend(row[0] for row in rows)
-    return found
+    return array("q", sorted(found))
+
+
+async def selected(
+    connection: asyncpg.Connection, action: str, selection: Selection, to: str | None = None
+) -> list[asyncpg.Record]:
+    """Count what `select` returns the ids of, by sequence, step, status and failure."""
+    async with counting(connection):
+        rows: list[asyncpg.Record] = await connection.fetch(
+            QUERIES["selected"], *_parameters(action, selection, to)
+        )
+    return rows
+
+
+def _parameters(action: str, selection: Selection, to: str | None) -> list[object]:
+    ids = None if selection.ids is None else list(selection.ids)
+    return [ids, *selection[1:], list(STATUSES[action]), to]
 
 
 async def change(

@@ -112,6 +112,14 @@ async def transaction(on: asyncpg.Connection, **options: Any) -> AsyncIterator[a
 
 
 @asynccontextmanager
+async def counting(on: asyncpg.Connection, **options: Any) -> AsyncIterator[asyncpg.Connection]:
+    """Open a read-only transaction for statements that read many rows."""
+    async with transaction(on, readonly=True, **options):
+        await on.execute(QUERIES["without_jit"])
+        yield on
+
+
+@asynccontextmanager
 async def reading(pool: asyncpg.Pool, **options: Any) -> AsyncIterator[asyncpg.Connection]:
     """Borrow a connection, in a read-only transaction."""
     async with borrow(pool) as acquired, transaction(acquired, readonly=True, **options):

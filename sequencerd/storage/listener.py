@@ -13,11 +13,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import asyncpg
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import StepKey
 from sequencerd.storage import conninfo
@@ -27,6 +26,9 @@ from sequencerd.storage.daemons import (
     release_notify_lock,
 )
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
 
 CHANNEL = "sequencer"
 PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10

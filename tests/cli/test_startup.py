@@ -12,6 +12,7 @@ from sequencerd.cli.arguments import make_parser
 from sequencerd.definitions import graph
 from sequencerd.definitions.simulator import WORDS
 
+SLOW = {"rich.console", "sequencerd.core.step_types", "sequencerd.storage.embedded"}
 DAEMON = {"sequencerd.daemon", "sequencerd.engine.loop", "sequencerd.console", "httpx", "uvicorn"}
 
 
@@ -19,8 +20,9 @@ DAEMON = {"sequencerd.daemon", "sequencerd.engine.loop", "sequencerd.console", "
     ("module", "unwanted"),
     [
         ("cli", {*DAEMON, "pydantic", "asyncpg", "rich", "sequencerd.settings"}),
-        ("cli.inspection", {*DAEMON, "sequencerd.runners", "aiosmtplib"}),
-        ("cli.operation", {*DAEMON, "sequencerd.runners", "aiosmtplib"}),
+        ("cli.inspection", {*DAEMON, *SLOW, "sequencerd.runners", "aiosmtplib"}),
+        ("cli.operation", {*DAEMON, *SLOW, "sequencerd.runners", "aiosmtplib"}),
+        ("cli.doctor", {*DAEMON, *SLOW, "sequencerd.runners", "structlog"}),
         ("cli.authoring", DAEMON - {"httpx"}),
         ("cli.changes", DAEMON - {"httpx"}),
         ("testing", DAEMON - {"httpx"}),

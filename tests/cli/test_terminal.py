@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
@@ -14,9 +15,8 @@ import pytest
 import structlog
 import yaml
 from rich.cells import cell_len
-from rich.console import Console
 
-from sequencerd.cli.output import cell, laid_out, relative, say
+from sequencerd.cli.output import aligned, busy, laid_out, progress_bar, relative, say
 from sequencerd.core.describe import visible
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.service.logs import make_log
@@ -104,9 +104,10 @@ async def test_json_stays_json(applied: Command, hostile: int) -> None:
         assert (found[0] if isinstance(found, list) else found)["subject"] == HOSTILE
 
 
-def test_cells_have_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(width=1000).print(cell(HOSTILE))
-    assert capsys.readouterr().out == f"{SHOWN}\n"
+def test_columns_of_what_is_no_terminal() -> None:
+    """They have their whole width, and no markup."""
+    rows = [{"id": 1, "subject": "日本 [bold]"}, {"id": 22, "subject": HOSTILE}]
+    assert list(aligned(rows)) == ["id  subject", "1   日本 [bold]", f"22  {SHOWN}"]
 
 
 NOW = datetime(2026, 3, 2, 10, tzinfo=UTC)
@@ -143,6 +144,30 @@ def test_eighty_columns_suffice() -> None:
         assert "invoices" in "\n".join(lines)
         assert all(cell_len(line) <= width for line in lines)
         assert not any(OBEYED.search(line) for line in lines)
+
+
+class Screen(io.StringIO):
+    """Standard error of a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(Screen(), True), (io.StringIO(), False)])
+async def test_progress_is_for_a_terminal_alone(
+    stream: io.StringIO, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sequencerd.cli.output.BUSY_AFTER", 0)
+    monkeypatch.setenv("TERM", "xterm")
+    with redirect_stderr(stream):
+        with busy("counting"):
+            await asyncio.sleep(0)  # the loop starts what is due
+            await asyncio.sleep(0)
+        with progress_bar("cancel", 2000) as advance:
+            advance(1000)
+    assert ("counting…" in stream.getvalue()) == shown
+    assert ("50%" in stream.getvalue()) == shown
+    assert bool(stream.getvalue()) == shown
 
 
 @pytest.mark.parametrize(

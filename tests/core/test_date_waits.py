@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from sequencerd.core.advance import advance
 from sequencerd.core.calendar import dates
-from sequencerd.core.describe import what_next
 from sequencerd.core.model import Decision, DefinitionError, End, Fail, Sequence, Wait
 from sequencerd.core.step_types import compile_step, roots
+from sequencerd.core.what_next import what_next
 from tests.core.calendar.test_dates import ZONES, instants
 from tests.core.test_advance import NOW, at, sequence, step
-from tests.core.test_describe import row
+from tests.core.test_what_next import row
 
 HOLIDAYS = {"DE": frozenset({date(2026, 4, 3), date(2026, 4, 6)})}  # Easter
 OVER = "other"

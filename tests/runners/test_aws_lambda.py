@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.cli import doctor
+from sequencerd.cli import doctor_endpoints
 from sequencerd.core.model import Answer, Failed, NotStarted, Result
 from sequencerd.errors import SettingsError
 from sequencerd.runners import registry
@@ -210,10 +210,10 @@ async def test_the_doctor_asks_without_invoking(monkeypatch: pytest.MonkeyPatch)
     async with http_server(aws({ARN: never})) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", server.url)
         settings = Settings.model_validate({"runners": {"Score": {"lambda": ARN}}})
-        found = [one async for one in doctor._examine_endpoints(settings, set(), {})]
+        found = [one async for one in doctor_endpoints.examine_endpoints(settings, set(), {})]
         assert [(one.level, one.seen) for one in found] == [("ok", "can be invoked")]
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "other")
-        found = [one async for one in doctor._examine_endpoints(settings, set(), {})]
+        found = [one async for one in doctor_endpoints.examine_endpoints(settings, set(), {})]
         assert found[0].level == "error"
         assert "403" in found[0].seen
 

@@ -251,6 +251,7 @@ async def test_functions_with_more_rights_are_pinned(connection: asyncpg.Connect
     rows = await connection.fetch(
         "SELECT proname, proconfig, prosecdef FROM pg_proc"
         " WHERE pronamespace = 'sequencer'::regnamespace"
+        " AND prosqlbody IS NULL"  # parsed by the migration
     )
     assert any(row["prosecdef"] for row in rows)
     pinned = "search_path=pg_catalog, pg_temp"

@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 
+from sequencerd.storage.connections import counting
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.engines import define
 
@@ -92,3 +93,10 @@ def nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield plan
     for below in plan.get("Plans", []):
         yield from nodes(below)
+
+
+async def test_what_counts_is_not_compiled(connection: asyncpg.Connection) -> None:
+    """A view over a million rows costs enough for it, and takes less time than the compiler."""
+    async with counting(connection):
+        assert await connection.fetchval("SHOW jit") == "off"
+    assert await connection.fetchval("SHOW jit") == "on"

@@ -1,19 +1,23 @@
 -- Statements that change enrollments and sequences by hand.
 
--- name: select
--- Find the enrollments that an operator selects. Plan it for its arguments, so that each filter finds
--- its index.
-SELECT id FROM sequencer.enrollments
+-- part: selection
+-- The enrollments that an operator selects. Planned for its arguments, so that each filter finds its
+-- index.
+  FROM sequencer.enrollments
  WHERE ($1::bigint[] IS NULL OR id = ANY ($1)) AND ($2::text IS NULL OR subject = $2)
    AND ($3::text IS NULL OR sequence = $3) AND ($4::text IS NULL OR step = $4)
    AND ($5::text IS NULL OR failure = $5)
    AND status = ANY ($6::text[]) AND ($7::text IS NULL OR step <> $7)
- ORDER BY id;
+
+-- name: select
+-- Find the selected enrollments, in no order: a million would be sorted on disk.
+SELECT id
+{selection};
 
 -- name: selected
--- Count selected enrollments by sequence, step, status and failure.
+-- Count the selected enrollments by sequence, step, status and failure.
 SELECT sequence, step, status, failure, count(*)
-  FROM sequencer.enrollments WHERE id = ANY ($1::bigint[])
+{selection}
  GROUP BY sequence, step, status, failure ORDER BY sequence, step, status, failure;
 
 -- name: with_step

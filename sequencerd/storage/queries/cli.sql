@@ -1,5 +1,10 @@
 -- Statements of the command line.
 
+-- name: without_jit
+-- Have the statements of this transaction run as they are: to compile one takes longer than to count a
+-- million rows.
+SET LOCAL jit = off;
+
 -- name: status
 -- Read the counts of each step, for one sequence or all.
 SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, rescheduling, problem

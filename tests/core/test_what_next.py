@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.describe import what_next
 from sequencerd.core.model import NEVER
+from sequencerd.core.what_next import what_next
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
 CONDITION = {

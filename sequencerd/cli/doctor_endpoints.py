@@ -1,0 +1,114 @@
+"""Find problems of the servers that a daemon calls: runners, lookups and those for messages."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from importlib.metadata import entry_points
+
+from sequencerd.cli.doctor import Finding
+from sequencerd.core.model import Failed
+from sequencerd.core.step_types.effects import EMAIL, SMS
+from sequencerd.engine import lookups
+from sequencerd.runners import registry
+from sequencerd.runners.aws_lambda import LambdaFunction
+from sequencerd.runners.http_client import Unreachable, Web
+from sequencerd.settings import HttpEndpoint, LookupEndpoint, Settings
+
+PATIENCE = 10.0  # seconds for an endpoint
+
+
+async def examine_endpoints(
+    settings: Settings, types: set[str], used: Mapping[str, bool]
+) -> AsyncIterator[Finding]:
+    """Check what the settings and the definitions name, in order."""
+    if EMAIL.name in types or settings.email.url:
+        yield await _mail(settings)
+    if settings.sms.provider == "http" and settings.sms.url:
+        yield await _endpoint(SMS.name, settings.sms.url, settings.sms.allow_private)
+    elif settings.sms.account_sid and settings.sms.auth_token:
+        yield await _twilio(settings)
+    for name, runner in settings.runners.items():
+        yield await _called(f"runner {name}", runner)
+    for name, lookup in settings.lookups.items():
+        yield await _called(f"lookup {name}", lookup)
+    installed = {point.name for point in entry_points(group=lookups.GROUP)}
+    for name, is_function in used.items():
+        if name not in settings.lookups and name not in installed:
+            about = f"lookup {name}"
+            if is_function:
+                yield Finding(about, "is an SQL function")
+            else:
+                advice = f"create the function {name}(text[]), or configure [lookups.{name}]"
+                yield Finding(about, "no such function or endpoint", "error", advice)
+
+
+async def _mail(settings: Settings) -> Finding:
+    try:
+        runner = registry.make_email_runner(settings.email, reply_timeout=PATIENCE)
+    except ValueError as error:
+        return Finding("mail server", str(error), "error", "correct [email]")
+    try:
+        result = await runner.check()
+    finally:
+        await runner.close()
+    if isinstance(result, Failed):
+        return Finding("mail server", result.message, "error", "start it, or correct email.url")
+    seen = getattr(result, "message", None) or "ready"
+    if settings.email.only_to is not None:
+        seen += f"; messages go to {', '.join(settings.email.only_to) or 'nobody'} only"
+    return Finding("mail server", seen)
+
+
+async def _called(about: str, settings: HttpEndpoint | LookupEndpoint) -> Finding:
+    if settings.url is not None:
+        return await _endpoint(about, settings.url, settings.allow_private)
+    return await _function(about, settings.arn or "", settings.allow_private)
+
+
+async def _function(about: str, arn: str, allow_private: bool) -> Finding:
+    """Ask Lambda whether it would invoke a function, without invoking it."""
+    advice = "correct lambda, or grant lambda:InvokeFunction to the daemon's credentials"
+    try:
+        function = LambdaFunction(arn, timeout=PATIENCE, connections=1, allow_private=allow_private)
+    except ValueError as error:
+        return Finding(about, str(error), "error", "correct the settings")
+    try:
+        reply = await function.check()
+    except Unreachable as error:
+        return Finding(about, str(error), "error", advice)
+    finally:
+        await function.close()
+    if reply.status != 204:
+        seen = f"Lambda answers a dry run with {reply.status} {reply.excerpt()}"
+        return Finding(about, seen.rstrip(), "error", advice)
+    return Finding(about, "can be invoked")
+
+
+async def _endpoint(about: str, url: str, allow_private: bool) -> Finding:
+    """Send a GET, which is safe by RFC 9110: any response shows that the server is up."""
+    web = Web(timeout=PATIENCE, connections=1, allow_private=allow_private)
+    try:
+        reply = await web.call("GET", url, headers={})
+    except Unreachable as error:
+        return Finding(about, str(error), "error", "start it, or correct its url")
+    finally:
+        await web.close()
+    return Finding(about, f"reachable; responds to GET with {reply.status}")
+
+
+async def _twilio(settings: Settings) -> Finding:
+    sms = settings.sms
+    account, token = sms.account_sid or "", sms.auth_token
+    url = f"{sms.base_url.rstrip('/')}/2010-04-01/Accounts/{account}.json"
+    web = Web(timeout=PATIENCE, connections=1, allow_private=True)
+    try:
+        auth = (account, token.get_secret_value() if token else "")
+        reply = await web.call("GET", url, headers={}, auth=auth)
+    except Unreachable as error:
+        return Finding("Twilio", str(error), "error", "see status.twilio.com, or sms.base_url")
+    finally:
+        await web.close()
+    if reply.status != 200:
+        advice = "correct sms.account_sid and sms.auth_token"
+        return Finding("Twilio", f"rejects the login with {reply.status}", "error", advice)
+    return Finding("Twilio", "accepts the login")

@@ -1,0 +1,60 @@
+"""Describe what an enrollment waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+from sequencerd.core.config import parse_json
+from sequencerd.core.describe import is_never, text
+from sequencerd.core.model import DefinitionError
+from sequencerd.core.step_types import describe_wait
+from sequencerd.core.window_config import describe_window
+
+
+def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> str:
+    """Describe what an enrollment of the query "show" waits for; `at` formats times."""
+    if row["status"] != "active":
+        return f"nothing, it is {row['status']}"
+    then = f"then {row['next_step'] or 'the end'}"
+    if row["expires_at"]:
+        then += f"; not started after {at(row['expires_at'])}"
+    if row["sequence_status"] == "paused":
+        return "nothing while the sequence is paused"
+    if row["leased_by"]:
+        return f"{row['type']} is being executed by {row['leased_by']}, {then}"
+    if row["entered_at"] is None:
+        return f"starts at {at(row['wake_at'])}"
+    config = _object(row["config"])
+    waits = describe_wait(row["type"], config)
+    window = "" if waits else _window(row, config)
+    if row["attempt"] and not is_never(row["wake_at"]):
+        number, next_at = row["attempt"], at(row["wake_at"])
+        failed = f"attempt {number} failed, next attempt at {next_at}"
+        return f"{failed} in {window}, {then}" if window else f"{failed}, {then}"
+    wake_at, waits_until = row["wake_at"], row["waits_until"]
+    check = "" if is_never(wake_at) else f"next check at {at(wake_at)}"
+    if is_never(waits_until):
+        return ", ".join(filter(None, (waits or "waits for a change", check, then)))
+    if waits:
+        until = f"until {at(waits_until)}"
+        return ", ".join([waits, until, *([check] if waits_until != wake_at else []), then])
+    return f"begins in {window}, {check}, {then}" if window else f"{check}, {then}"
+
+
+def _window(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Describe the window of a side effect: its own, or that of its sequence; empty for none."""
+    window = config["window"] if "window" in config else _object(row.get("time_window"))
+    described = describe_window(window) if isinstance(window, dict) else ""
+    return f"its window ({described})" if described else ""
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    """Parse a JSON object; what is none is a fault of the definition, which is reported there."""
+    with suppress(DefinitionError):
+        found = parse_json(text or "{}")
+        if isinstance(found, dict):
+            return found
+    return {}
