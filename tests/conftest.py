@@ -60,8 +60,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
         yield url
         return
     with server_folder() as folder, embedded.running(folder, settings=FAST) as started:
+        costs.watch_postgresql(request.config, started.data)
         yield started.url
-        costs.note_postgresql(request.config, started.data)
 
 
 @pytest.fixture(scope="session")

@@ -6,41 +6,45 @@ import os
 from collections import defaultdict
 from collections.abc import Generator
 from contextlib import suppress
+from operator import add, sub
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-STARTED: pytest.StashKey[tuple[float, float]] = pytest.StashKey()
-POSTGRESQL = "postgresql_seconds"
+Seconds = list[float]
+"""Of the tests' own processes, of programs that they have started, and of their PostgreSQL."""
+
+DEAREST = 20  # tests that are named
+SERVER: pytest.StashKey[int] = pytest.StashKey()
+STARTED: pytest.StashKey[Seconds] = pytest.StashKey()
+NAME = "seconds"
 
 
-def note_postgresql(config: pytest.Config, data: Path) -> None:
-    """Note what a server has used, before it is stopped; without /proc nothing is known."""
+def watch_postgresql(config: pytest.Config, data: Path) -> None:
+    """Count what a server uses from now on; without /proc nothing is known."""
     with suppress(OSError):
-        pid = (data / "postmaster.pid").read_text().split()[0]
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks = sum(map(int, fields[11:15]))  # its own, and those of processes that have ended
-        _output(config)[POSTGRESQL] = ticks / os.sysconf("SC_CLK_TCK")
+        config.stash[SERVER] = int((data / "postmaster.pid").read_text().split()[0])
 
 
-def _output(config: pytest.Config) -> dict[str, Any]:
-    """Return what the controller gets from a worker of pytest-xdist; the process may be both."""
-    if not hasattr(config, "workeroutput"):
-        config.workeroutput = {}  # type: ignore[attr-defined]
-    output: dict[str, Any] = config.workeroutput  # type: ignore[attr-defined]
-    return output
-
-
-def _used() -> tuple[float, float]:
-    """Return the seconds of this process, and of the programs that it has started."""
+def _used(config: pytest.Config) -> Seconds:
     times = os.times()
-    return times.user + times.system, times.children_user + times.children_system
+    python = times.user + times.system
+    return [python, times.children_user + times.children_system, _postgresql(config)]
+
+
+def _postgresql(config: pytest.Config) -> float:
+    try:
+        fields = Path(f"/proc/{config.stash[SERVER]}/stat").read_text().rpartition(")")[2].split()
+    except (KeyError, OSError):
+        return 0.0
+    ticks = sum(map(int, fields[11:15]))  # its own, and those of connections that have ended
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
-    item.stash[STARTED] = _used()
+    item.stash[STARTED] = _used(item.config)
     yield
 
 
@@ -50,40 +54,46 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if call.when == "teardown":
-        (python, programs), (then, others) = _used(), item.stash[STARTED]
-        report.user_properties.append(("seconds", [python - then, programs - others]))
+        used: Seconds = list(map(sub, _used(item.config), item.stash[STARTED]))
+        report.user_properties.append((NAME, used))
     return report
 
 
 class Costs:
-    """What the tests of each folder have used, in all processes."""
+    """What the tests have used, in all processes."""
 
     def __init__(self) -> None:
-        self.folders: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-        self.postgresql = 0.0
+        self.tests: dict[str, Seconds] = {}
         self.begun = os.times().elapsed
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, value in report.user_properties:
-            if report.when == "teardown" and name == "seconds":
+            if report.when == "teardown" and name == NAME:
                 assert isinstance(value, list)
-                path = report.nodeid.partition("::")[0]
-                sums = self.folders["/".join(path.split("/")[:2])]
-                sums[:] = [had + new for had, new in zip(sums, [1, *value], strict=True)]
+                self.tests[report.nodeid] = value
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any) -> None:
-        self.postgresql += getattr(node, "workeroutput", {}).get(POSTGRESQL, 0.0)
-
-    def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
-        self.postgresql += _output(config).get(POSTGRESQL, 0.0)
-        times = os.times()
-        terminalreporter.section("CPU seconds of tests and of the programs that they start")
-        for folder, (tests, python, programs) in sorted(
-            self.folders.items(), key=lambda item: -sum(item[1][1:])
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        folders: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+        for test, seconds in self.tests.items():
+            folder = "/".join(test.partition("::")[0].split("/")[:2])
+            folders[folder] = list(map(add, folders[folder], [1, *seconds]))
+        sums = [0, 0.0, 0.0, 0.0]
+        terminalreporter.section("CPU seconds of tests, programs that they start, and PostgreSQL")
+        for folder, (tests, *seconds) in sorted(
+            folders.items(), key=lambda item: -sum(item[1][1:])
         ):
-            terminalreporter.line(f"{python:6.1f} {programs:6.1f}  {folder}: {tests} tests")
+            terminalreporter.line(f"{_columns(seconds)}  {folder}: {tests:.0f} tests")
+            sums = list(map(add, sums, [tests, *seconds]))
+        terminalreporter.line(f"{_columns(sums[1:])}  {sums[0]:.0f} tests")
+        dearest = sorted(self.tests.items(), key=lambda item: -sum(item[1]))[:DEAREST]
+        terminalreporter.line("the dearest:")
+        for test, seconds in dearest:
+            terminalreporter.line(f"{_columns(seconds)}  {test}")
+        times = os.times()
         terminalreporter.line(
-            f"{sum(times[:4]):.0f} in all and {self.postgresql:.0f} of PostgreSQL, within"
-            f" {times.elapsed - self.begun:.0f} seconds"
+            f"{sum(times[:4]):.0f} in all, within {times.elapsed - self.begun:.0f} seconds"
         )
+
+
+def _columns(seconds: Seconds) -> str:
+    return " ".join(f"{one:6.1f}" for one in seconds)
