@@ -81,16 +81,16 @@ class Breaker:
             self._suspects.failed_together(keys, at)
             self._set_gate(self._gate.suspected(at))
         judged: list[Result] = []
-        distinct: dict[int, Result] = {}  # most results of a call are one object
+        postponed: dict[Failed, Failed] = {}  # the same for all that failed in the same way
         for key, result in zip(keys, results, strict=True):
             if not isinstance(result, Failed) or result.fault == "enrollment":
                 judged.append(result)
             elif result.fault == "unclear" and not together:
                 judged.append(self._judge_alone(key, result, started, at))
             else:
-                if id(result) not in distinct:
-                    distinct[id(result)] = self._postponed(result, at)
-                judged.append(distinct[id(result)])
+                if result not in postponed:
+                    postponed[result] = self._postponed(result, at)
+                judged.append(postponed[result])
         return judged
 
     def _judge_alone(self, key: Key, failed: Failed, started: float, at: float) -> Result:

@@ -12,6 +12,7 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from importlib.metadata import version
+from itertools import groupby
 
 from prometheus_client import (
     CollectorRegistry,
@@ -199,10 +200,8 @@ class Metrics(Collector):
         self._in_flight.labels(kind).dec(len(results))
         if seconds is not None:
             self._latency.labels(kind).observe(seconds)
-        # most results of a batch are one and the same object
-        distinct = {id(result): result for result in results}
-        for key, times in Tally(map(id, results)).items():
-            self._effects.labels(kind, outcome(distinct[key])).inc(times)
+        for result, same in groupby(results):  # most results of a batch are equal
+            self._effects.labels(kind, outcome(result)).inc(sum(1 for _ in same))
 
     def swept(
         self, now: Callable[[], datetime], places: int, oldest: datetime | None, due: Iterable[Due]

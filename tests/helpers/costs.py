@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Generator
 from contextlib import suppress
-from operator import add, sub
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ Seconds = list[float]
 
 DEAREST = 20  # tests that are named
 SERVER: pytest.StashKey[int] = pytest.StashKey()
-STARTED: pytest.StashKey[Seconds] = pytest.StashKey()
+STARTED: pytest.StashKey[list[float]] = pytest.StashKey()
 NAME = "seconds"
 
 
@@ -54,7 +54,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if call.when == "teardown":
-        used: Seconds = list(map(sub, _used(item.config), item.stash[STARTED]))
+        started = item.stash[STARTED]
+        used = [now - then for now, then in zip(_used(item.config), started, strict=True)]
         report.user_properties.append((NAME, used))
     return report
 
