@@ -61,7 +61,7 @@ def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dic
 
 def _plain(finding: files.Finding) -> dict[str, object]:
     return {
-        "file": str(finding.path),
+        "file": finding.origin,
         "line": finding.line,
         "severity": "error" if finding.is_error else "warning",
         "sequence": finding.sequence,

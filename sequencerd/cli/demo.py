@@ -24,7 +24,7 @@ from urllib.parse import parse_qs
 import asyncpg
 import yaml
 
-from sequencerd.definitions import files, plan
+from sequencerd.definitions import files, plan, yaml_reader
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings, load
@@ -59,7 +59,7 @@ def demo_command(arguments: argparse.Namespace, _: Settings) -> int:
         _http_server() as http,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        asyncio.run(_show(server.url, http, _shortened(Path(scratch)), Path(scratch)))
+        asyncio.run(_show(server.url, http, Path(scratch, "demo.toml")))
     print("\nTo continue with psql on the same database:\n")
     print(f"    {_program()} demo --psql")
     return 0
@@ -73,12 +73,12 @@ def _program() -> str:
     return str(installed) if installed.exists() else f"{sys.executable} -m sequencerd"
 
 
-async def _show(url: str, http: str, example: Path, scratch: Path) -> None:
+async def _show(url: str, http: str, config: Path) -> None:
     connection = await connections.connect(url)
     try:
         await migrate.migrate(connection)
-        async with _mail_server() as smtp, _daemon(url, smtp, http, scratch / "demo.toml"):
-            await _apply(connection, example, load({}, scratch / "demo.toml"))
+        async with _mail_server() as smtp, _daemon(url, smtp, http, config):
+            await _apply(connection, load({}, config))
             print(f"\n{ENROLLMENTS}\n")
             await connection.execute(ENROLLMENTS)
             await _follow(connection)
@@ -87,7 +87,7 @@ async def _show(url: str, http: str, example: Path, scratch: Path) -> None:
         await connection.close()
 
 
-def _shortened(scratch: Path) -> Path:
+def _shortened() -> str:
     """Return the example, with its waits shortened to seconds."""
     text = (_examples() / "onboarding.yaml").read_text(encoding="utf-8")
     document = yaml.safe_load(text)
@@ -97,14 +97,13 @@ def _shortened(scratch: Path) -> Path:
                 step["config"] = {"amount": 6, "unit": "seconds"}
             case {"attribute": _, "values": _}:
                 step["config"] = {"attribute": "second", "values": list(range(0, 60, 3))}
-    file = scratch / "onboarding.yaml"
-    file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    return file
+    return yaml.safe_dump(document, sort_keys=False)
 
 
-async def _apply(connection: asyncpg.Connection, file: Path, settings: Settings) -> None:
+async def _apply(connection: asyncpg.Connection, settings: Settings) -> None:
     runners = registry.make_runners(settings)
-    found = files.read_file(file, runners)
+    documents = {"the example": yaml_reader.parse(_shortened())}
+    found, _ = files.check_documents(documents, runners)
     async with connection.transaction():
         applied = await plan.apply(connection, found, runners)
     for one in applied.sequences:

@@ -1,4 +1,4 @@
-"""Files of sequences: YAML or JSON, read and checked as a whole."""
+"""Documents of sequences, from files of YAML or JSON or made: read and checked as a whole."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ class FileSequence(Config):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """An error or warning at a line of a file."""
+    """An error or warning at a line of a document."""
 
-    path: Path
+    origin: str  # such as the path of the file
     line: int
     sequence: str | None
     step: str | None
@@ -157,7 +157,7 @@ class Finding:
         where = "/".join(name for name in (self.sequence, self.step) if name is not None)
         text = printable(f"{where}: {self.message}" if where else self.message)
         text = text.replace("\n", " ").replace("\t", " ")
-        return f"{self.path}:{self.line}: {'error' if self.is_error else 'warning'}: {text}"
+        return f"{self.origin}:{self.line}: {'error' if self.is_error else 'warning'}: {text}"
 
 
 def read_file(path: Path, runners: Runners) -> list[Definition]:
@@ -178,12 +178,22 @@ def read_files(
     runners: Runners,
     data: Mapping[str, check.KnownPaths] = MappingProxyType({}),
 ) -> tuple[list[Definition], list[Finding]]:
-    """Return the sequences without an error, and all findings, in the order of the files.
+    """Return the sequences without an error, and all findings, as `check_documents` does."""
+    return check_documents({str(path): read_documents(path) for path in paths}, runners, data)
 
-    `data` has the paths of examples of data, by the names of sequences.
+
+def check_documents(
+    documents: Mapping[str, Iterable[Document]],
+    runners: Runners,
+    data: Mapping[str, check.KnownPaths] = MappingProxyType({}),
+) -> tuple[list[Definition], list[Finding]]:
+    """Return the sequences without an error, and all findings, in the order of the documents.
+
+    These are given by their origins; a DocumentError that they raise is a finding. `data`
+    has the paths of examples of data, by the names of sequences.
     """
     definitions, findings = [], []
-    read = {path: _read_sources(path) for path in paths}
+    read = {origin: _read_sources(origin, found) for origin, found in documents.items()}
     sources = {
         source.name: source for found, _ in reversed(read.values()) for source in reversed(found)
     }
@@ -217,22 +227,21 @@ def read_files(
 
 def names(paths: Iterable[Path]) -> list[str]:
     """Return the names of the sequences in some files, without checking these."""
-    found = [source.name for path in paths for source in _read_sources(path)[0]]
+    found = [source.name for path in paths for source in _sources_of(path)]
     return [name for name in found if name is not None]
 
 
 def types(path: Path) -> set[str]:
     """Return the types of the steps of a file, served or not."""
-    sources, _ = _read_sources(path)
-    found = (_text_at(step, "type") for source in sources for step in source.steps)
+    found = (_text_at(step, "type") for source in _sources_of(path) for step in source.steps)
     return {type_ for type_ in found if type_ is not None}
 
 
 class _Source:
     """One sequence as it is written, and what was found wrong with it so far."""
 
-    def __init__(self, path: Path, document: Document) -> None:
-        self.path = path
+    def __init__(self, origin: str, document: Document) -> None:
+        self.origin = origin
         self.document = document
         self.name = _text_at(document.value, "name")
         steps = document.value.get("steps") if isinstance(document.value, dict) else None
@@ -241,7 +250,7 @@ class _Source:
         self.findings: list[Finding] = []
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.document.line(())}"
+        return f"{self.origin}:{self.document.line(())}"
 
     def say(self, keys: KeyPath, message: str, *, is_error: bool = True) -> None:
         """Adds a finding; `keys` are the keys that lead there from the top of the document."""
@@ -253,7 +262,7 @@ class _Source:
         text = str(Fault(shown, message))
         within = re.match(r"line (\d+): ", message)  # of a template
         line = self.document.line(keys, int(within[1]) if within else 0)
-        self.findings.append(Finding(self.path, line, self.name, step, text, is_error))
+        self.findings.append(Finding(self.origin, line, self.name, step, text, is_error))
 
     def steps_elsewhere(self) -> Iterator[tuple[KeyPath, str, str]]:
         """Yield the steps of other sequences that configs name: path, sequence, and step."""
@@ -275,14 +284,22 @@ def _window_at(value: object) -> dict[str, Any] | None:
     return window if isinstance(window, dict) else None
 
 
-def _read_sources(path: Path) -> tuple[list[_Source], list[Finding]]:
-    """The sequences of a file, and what keeps it from being read to its end."""
+def _read_sources(
+    origin: str, documents: Iterable[Document]
+) -> tuple[list[_Source], list[Finding]]:
+    """The sequences of one origin, and what keeps it from being read to its end."""
     sources: list[_Source] = []
     try:
-        sources.extend(_Source(path, document) for document in read_documents(path))
+        sources.extend(_Source(origin, document) for document in documents)
     except DocumentError as error:
-        return sources, [Finding(path, error.line, None, None, str(error))]
-    return sources, [] if sources else [Finding(path, 1, None, None, "there is no sequence in it")]
+        return sources, [Finding(origin, error.line, None, None, str(error))]
+    empty = Finding(origin, 1, None, None, "there is no sequence in it")
+    return sources, [] if sources else [empty]
+
+
+def _sources_of(path: Path) -> list[_Source]:
+    sources, _ = _read_sources(str(path), read_documents(path))
+    return sources
 
 
 class _Built(NamedTuple):

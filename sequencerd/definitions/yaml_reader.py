@@ -56,7 +56,11 @@ class Document:
 
 def read_documents(path: Path) -> Iterator[Document]:
     """Yield the documents of a file that are not empty. Raises DocumentError."""
-    text = _read_text(path)
+    yield from parse(_read_text(path))
+
+
+def parse(text: str) -> Iterator[Document]:
+    """Yield the documents of a text that are not empty. Raises DocumentError."""
     try:
         loader = _Loader(text)
         while loader.check_node():

@@ -20,8 +20,8 @@ from jsonschema import Draft202012Validator
 from sequencerd.cli import main
 from sequencerd.core.model import Enrollment, view
 from sequencerd.definitions.check import NAMES, known_paths
-from sequencerd.definitions.files import Finding, read_all, read_files
-from sequencerd.definitions.yaml_reader import DocumentError, read_documents
+from sequencerd.definitions.files import Finding, check_documents, read_all, read_files
+from sequencerd.definitions.yaml_reader import DocumentError, parse, read_documents
 from sequencerd.errors import FileError
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import load
@@ -196,6 +196,26 @@ def test_a_simulation_warns_of_paths_that_it_is_not_given(
         main([*arguments, "--set", 'P1D: {"paid": true, "nick": "A"}'])
     warned = capsys.readouterr().err.splitlines()
     assert warned == [f"warning: p/mail: {message}" for _, message in UNKNOWN[:2]]
+
+
+# --- documents
+
+
+def test_documents_are_checked_together_wherever_they_come_from() -> None:
+    """The import and the demo have no files."""
+    written = {
+        "first": "{name: a, steps: [{name: on, type: GoTo, config: {sequence: b, step: x}}]}",
+        "second": "name: b\nsteps:\n  - {name: y, type: GoTo}",
+        "third": "name: [c",
+    }
+    found, findings = check_documents({origin: parse(text) for origin, text in written.items()}, {})
+    assert [definition.sequence.name for definition in found] == ["b"]
+    lines = [str(finding) for finding in findings if finding.is_error]
+    assert lines[0].startswith(
+        "first:1: error: a/on: step: step 'x' does not exist in sequence 'b'"
+    )
+    assert lines[1].startswith("third:1: error: while parsing a flow sequence")
+    assert len(lines) == 2
 
 
 # --- YAML and JSON

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
 import asyncpg
 
 from sequencerd.core import graph, model
 from sequencerd.core.config import nearest
-from sequencerd.definitions import files
+from sequencerd.definitions import files, yaml_reader
 from sequencerd.definitions.check import targets
 from sequencerd.definitions.compiler import Definition, Runners
 from sequencerd.definitions.diff import Document
@@ -300,18 +298,15 @@ def _check(
     documents: Mapping[str, Document], runners: Runners
 ) -> dict[str, tuple[Definition | None, list[files.Finding]]]:
     """Each definition, if it has no error, and what was found."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {id_: Path(folder, f"{number}.yaml") for number, id_ in enumerate(documents)}
-        for id_, path in paths.items():
-            path.write_text(to_yaml(documents[id_]), encoding="utf-8")
-        definitions, findings = files.read_files(paths.values(), runners)
+    written = {id_: yaml_reader.parse(to_yaml(document)) for id_, document in documents.items()}
+    definitions, findings = files.check_documents(written, runners)
     by_name = {definition.sequence.name: definition for definition in definitions}
     return {
         id_: (
-            by_name.get(documents[id_]["name"]),
-            [finding for finding in findings if finding.path == path],
+            by_name.get(document["name"]),
+            [finding for finding in findings if finding.origin == id_],
         )
-        for id_, path in paths.items()
+        for id_, document in documents.items()
     }
 
 
