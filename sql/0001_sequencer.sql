@@ -255,7 +255,8 @@ CREATE TABLE sequencer.events (
     visit         integer NOT NULL,
     action        text NOT NULL,
     message       text,
-    revision      integer
+    revision      integer,
+    seconds_at_step real
 ) PARTITION BY RANGE (at);
 
 CREATE INDEX events_of_enrollment ON sequencer.events (enrollment_id, at);
@@ -266,6 +267,8 @@ CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
 COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired; goal; jump; branch; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, retargeted, reevaluated.';
 COMMENT ON COLUMN sequencer.events.revision IS 'The revision of the definition in effect; for the result of a side effect, the one it was started under.';
+
+COMMENT ON COLUMN sequencer.events.seconds_at_step IS 'How long the enrollment had been at the step.';
 
 -- A daemon records present events only: it cannot rewrite history.
 CREATE FUNCTION sequencer.check_event() RETURNS trigger
@@ -1196,9 +1199,10 @@ BEGIN
             NEW.failure := NULL;
         END IF;
     END IF;
-    INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+    INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, seconds_at_step)
     VALUES (NEW.id, clock_timestamp(), NEW.sequence, NEW.step, NEW.visit,
-            CASE NEW.status WHEN 'active' THEN 'resumed' ELSE NEW.status END, sequencer.changed_by());
+            CASE NEW.status WHEN 'active' THEN 'resumed' ELSE NEW.status END, sequencer.changed_by(),
+            extract(epoch FROM clock_timestamp() - NEW.entered_at));
     RETURN NEW;
 END $$;
 
@@ -1245,10 +1249,11 @@ BEGIN
             NEW.wake_at := now();
         END IF;
     END IF;
-    INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+    INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, seconds_at_step)
     VALUES (NEW.id, clock_timestamp(), OLD.sequence, OLD.step, OLD.visit, 'moved',
             format('%s %s %s', CASE WHEN (OLD.sequence, OLD.step) = (NEW.sequence, NEW.step)
-                                    THEN 'restarted' ELSE 'to' END, NEW.step, sequencer.changed_by()));
+                                    THEN 'restarted' ELSE 'to' END, NEW.step, sequencer.changed_by()),
+            extract(epoch FROM clock_timestamp() - OLD.entered_at));
     RETURN NEW;
 END $$;
 
@@ -1573,6 +1578,128 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION sequencer.reevaluate IS 'Wake waiting enrollments to be evaluated, and start those that are due, and return how many. Part of the transaction; recorded if a reason is set.';
+
+
+-- funnels ---------------------------------------------------------------------------------------
+
+-- Reads the history since that time once, in parallel. An index for it would cost with every move. Times
+-- are counted in classes of 1%, of a sample if there are many: to sort them would take several times as
+-- long. JIT takes longer than it saves.
+CREATE FUNCTION sequencer.funnel(
+    sequence text, since timestamptz DEFAULT NULL, split text DEFAULT NULL
+) RETURNS TABLE (
+    step text, way text, arm text, entered bigint, exited bigint, waiting bigint, failed bigint,
+    cancelled bigint, suppressed bigint, goals bigint, median interval, p90 interval
+)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off SET work_mem = '128MB' AS $$
+#variable_conflict use_column
+DECLARE
+    of_sequence CONSTANT text := funnel.sequence;
+    start CONSTANT timestamptz := coalesce(funnel.since, '-infinity');
+    start_seconds CONSTANT float8 := date_part('epoch', start);
+    ends CONSTANT text[] := ARRAY['next', 'altNext', 'jump', 'branch', 'goal', 'suppressed', 'expired',
+                                  'moved', 'completed', 'failed', 'cancelled', 'resumed'];
+    arms_of text := funnel.split;
+    labels text[];
+    one_in bigint;
+BEGIN
+    IF NOT EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = funnel.sequence) THEN
+        RAISE undefined_object USING
+            MESSAGE = format('sequence %L does not exist', of_sequence),
+            HINT = 'SELECT name FROM sequencer.sequences lists those that do.';
+    ELSIF arms_of IS NULL THEN
+        SELECT s.name INTO arms_of FROM sequencer.steps AS s
+         WHERE s.sequence = funnel.sequence AND s.type = 'Split' ORDER BY s.position LIMIT 1;
+    ELSIF NOT EXISTS (SELECT FROM sequencer.steps AS s
+                       WHERE s.sequence = funnel.sequence AND s.name = arms_of AND s.type = 'Split') THEN
+        RAISE undefined_object USING
+            MESSAGE = format('sequence %L has no Split %L', of_sequence, arms_of),
+            HINT = 'Without split, the arms are those of its first Split.';
+    END IF;
+    SELECT ARRAY['next', 'altNext'] || array_agg(DISTINCT v.message) INTO labels
+      FROM sequencer.events AS v
+     WHERE v.sequence = of_sequence AND v.step = arms_of AND v.action = 'branch' AND v.at >= start;
+    SELECT greatest(1, sum(c.reltuples) / 500000)::bigint INTO one_in
+      FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
+     WHERE i.inhparent = 'sequencer.events'::regclass;
+
+    RETURN QUERY
+    WITH cells AS (
+        SELECT v.step, v.action, v.message, a.arm,
+               CASE WHEN v.id % one_in = 0 THEN (ln(greatest(v.seconds, 0.001::real)) * 100)::integer
+                    END AS class,
+               count(*) AS times, min(CASE WHEN v.id % one_in = 0 THEN v.seconds END) AS seconds
+          FROM (
+            SELECT v.enrollment_id AS id, v.visit, v.step, v.action, v.seconds_at_step AS seconds,
+                   CASE WHEN v.action IN ('branch', 'goal') THEN v.message END AS message
+              FROM sequencer.events AS v
+             WHERE v.sequence = of_sequence AND v.at >= start
+               AND date_part('epoch', v.at) - v.seconds_at_step >= start_seconds
+               AND v.action = ANY (ends)
+               AND CASE WHEN v.action = 'completed' THEN v.message IS NOT NULL -- by hand alone
+                        WHEN v.action IN ('failed', 'cancelled') THEN NOT EXISTS (
+                            SELECT FROM sequencer.events AS l
+                             WHERE l.enrollment_id = v.enrollment_id AND l.at > v.at
+                               AND l.action = ANY (ends))
+                        ELSE v.action <> 'resumed' END
+            UNION ALL
+            SELECT e.id, e.visit, e.step, 'waiting', NULL, NULL
+              FROM sequencer.enrollments AS e
+             WHERE e.sequence = funnel.sequence AND e.status = 'active' AND e.entered_at >= start
+          ) AS v
+          LEFT JOIN ( -- the first, of an enrollment that comes back to the Split
+            SELECT v.enrollment_id AS id, min(v.visit) AS visit,
+                   min(array_position(labels, CASE v.action WHEN 'branch' THEN v.message
+                                                            ELSE v.action END)) AS arm
+              FROM sequencer.events AS v
+             WHERE v.sequence = of_sequence AND v.step = arms_of AND v.at >= start
+               AND v.action IN ('branch', 'next', 'altNext')
+             GROUP BY v.enrollment_id
+          ) AS a ON a.id = v.id AND a.visit <= v.visit
+         GROUP BY 1, 2, 3, 4, 5
+    ), ways AS (
+        SELECT c.step, c.action, labels[c.arm] AS arm, c.class, c.times, c.seconds,
+               CASE WHEN c.action IN ('waiting', 'failed', 'cancelled') THEN NULL
+                         WHEN c.action = 'branch' THEN c.message
+                         WHEN c.action = 'goal' THEN 'goal ' || split_part(c.message, ' is met', 1)
+                         ELSE c.action END AS way,
+               c.action = 'goal' OR (c.action = 'next' AND s.type = 'Goal') AS is_goal
+          FROM cells AS c LEFT JOIN sequencer.steps AS s ON s.sequence = funnel.sequence AND s.name = c.step
+    ), classes AS ( -- of each step (way NULL) and way, for all arms (arm NULL) and each
+        SELECT w.step, w.way, w.arm, w.class, min(w.seconds) AS seconds, sum(w.times) AS times,
+               sum(w.times) FILTER (WHERE w.way IS NOT NULL) AS exited,
+               sum(w.times) FILTER (WHERE w.action = 'waiting') AS waiting,
+               sum(w.times) FILTER (WHERE w.action = 'failed') AS failed,
+               sum(w.times) FILTER (WHERE w.action = 'cancelled') AS cancelled,
+               sum(w.times) FILTER (WHERE w.action = 'suppressed') AS suppressed,
+               sum(w.times) FILTER (WHERE w.is_goal) AS goals
+          FROM ways AS w
+         GROUP BY w.step, w.class, GROUPING SETS ((w.way, w.arm), (w.way), (w.arm), ())
+        HAVING (grouping(w.way) = 1 OR w.way IS NOT NULL) AND (grouping(w.arm) = 1 OR w.arm IS NOT NULL)
+    ), ranks AS (
+        SELECT c.*, sum(c.exited) FILTER (WHERE c.class IS NOT NULL) OVER up_to AS up_to,
+               sum(c.exited) FILTER (WHERE c.class IS NOT NULL) OVER every AS every
+          FROM classes AS c
+        WINDOW every AS (PARTITION BY c.step, c.way, c.arm), up_to AS (every ORDER BY c.class)
+    )
+    SELECT r.step, r.way, r.arm, CASE WHEN r.way IS NULL THEN sum(r.times)::bigint END,
+           coalesce(sum(r.exited), 0)::bigint,
+           CASE WHEN r.way IS NULL THEN coalesce(sum(r.waiting), 0)::bigint END,
+           CASE WHEN r.way IS NULL THEN coalesce(sum(r.failed), 0)::bigint END,
+           CASE WHEN r.way IS NULL THEN coalesce(sum(r.cancelled), 0)::bigint END,
+           coalesce(sum(r.suppressed), 0)::bigint, coalesce(sum(r.goals), 0)::bigint,
+           make_interval(secs => round(min(r.seconds) FILTER (
+               WHERE r.class IS NOT NULL AND r.up_to >= r.every * 0.5)::numeric, 3)::float8),
+           make_interval(secs => round(min(r.seconds) FILTER (
+               WHERE r.class IS NOT NULL AND r.up_to >= r.every * 0.9)::numeric, 3)::float8)
+      FROM ranks AS r
+      LEFT JOIN sequencer.steps AS s ON s.sequence = funnel.sequence AND s.name = r.step
+      LEFT JOIN sequencer.sequences AS q ON q.name = s.sequence AND q.first_step = s.name
+     GROUP BY r.step, r.way, r.arm, q.name, s.position
+     ORDER BY q.name IS NULL, s.position NULLS LAST, r.step, r.arm NULLS FIRST, r.way NULLS FIRST;
+END $$;
+
+COMMENT ON FUNCTION sequencer.funnel IS 'Count, for each step (way NULL) and each way out of it, the visits that began since a time: for all enrollments (arm NULL), and for each arm of a Split (by default, of the first one). entered is the sum of exited, waiting, failed and cancelled. Times are exact to 1%.';
 
 
 -- privacy ---------------------------------------------------------------------------------------
@@ -1901,6 +2028,7 @@ WITH roles (role) AS (
     ('sequencer_enroller', 'as_duration'),
     ('sequencer_enroller', 'reentry_time'),
     ('sequencer_enroller', 'suppression_hash'),
+    ('sequencer_enroller', 'funnel'),
     ('sequencer_privacy', 'forget'),
     ('sequencer_privacy', 'export_subject'),
     ('sequencer_daemon', 'reevaluate'),

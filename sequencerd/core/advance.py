@@ -300,6 +300,7 @@ class _Evaluation:
                 action,
                 None if message is None else printable(message),
                 self.revision,
+                None if here.entered_at is None else (at - here.entered_at).total_seconds(),
             )
         )
 

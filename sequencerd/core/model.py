@@ -788,6 +788,7 @@ class Event(NamedTuple):
     action: str
     message: str | None = None
     revision: int | None = None  # of the definition that it happened under
+    seconds_at_step: float | None = None  # that it had been there
 
 
 class Wait(NamedTuple):

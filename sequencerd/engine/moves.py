@@ -240,7 +240,10 @@ def failed(enrollment: Enrollment, now: datetime, message: str, failure: str = "
     """Return the outcome of an enrollment that fails for a reason outside of `advance`."""
     text = model.printable(message)
     here = enrollment
-    event = Event(now, here.sequence, here.step, here.visit, "failed", text)
+    seconds = None if here.entered_at is None else (now - here.entered_at).total_seconds()
+    event = Event(
+        now, here.sequence, here.step, here.visit, "failed", text, seconds_at_step=seconds
+    )
     decision: Decision = Fail(failure, text)
     return Advanced(enrollment._replace(leased_by=None), decision, (event,))
 

@@ -201,10 +201,11 @@ WITH cancelled AS (
            expires_at = NULL, waits_until = NULL
       FROM unnest($1::bigint[], $2::text[]) AS c (id, message)
      WHERE e.id = c.id AND e.status = 'active'
-    RETURNING e.id, e.sequence, e.step, e.visit, c.message
+    RETURNING e.id, e.sequence, e.step, e.visit, e.entered_at, c.message
 )
-INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
-SELECT id, $3, sequence, step, visit, 'cancelled', message FROM cancelled;
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, seconds_at_step)
+SELECT id, $3, sequence, step, visit, 'cancelled', message, extract(epoch FROM $3 - entered_at)
+  FROM cancelled;
 
 -- name: enter
 -- Enroll the subjects of Enroll steps, and return where each begins.
@@ -353,13 +354,14 @@ UPDATE sequencer.enrollments
 
 -- name: record
 -- Insert events. Most events of a batch are the same but for the enrollment, so each is sent once.
-INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision)
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision,
+                              seconds_at_step)
 SELECT enrollment.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
-       what.revision
+       what.revision, what.seconds_at_step
   FROM unnest($1::bigint[], $2::int[]) AS enrollment (id, number)
   JOIN unnest($3::timestamptz[], $4::text[], $5::text[], $6::int[], $7::text[], $8::text[],
-              $9::int[]) WITH ORDINALITY
-       AS what (at, sequence, step, visit, action, message, revision, number)
+              $9::int[], $10::real[]) WITH ORDINALITY
+       AS what (at, sequence, step, visit, action, message, revision, seconds_at_step, number)
     ON what.number = enrollment.number;
 
 -- name: write_goals

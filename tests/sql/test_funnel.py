@@ -1,0 +1,183 @@
+"""Funnels: what became of the visits to each step, by way and by arm of a Split."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+import asyncpg
+import pytest
+
+from sequencerd.core.model import Answer, Failed, Result, Suppressed, Task
+from tests.helpers.engines import Recorder, define, enroll, running_engine, until
+
+WAYS = json.dumps(
+    {"ways": [{"name": name, "weight": 1, "step": "note"} for name in ("red", "blue")]}
+)
+PAID = json.dumps(
+    {
+        "lodashCommand": "eq",
+        "value": {"type": "get", "value": "data.paid"},
+        "compareTo": {"type": "raw", "value": True},
+    }
+)
+DAYS = '{"amount": 3, "unit": "days"}'
+SUMS = ("entered", "exited", "waiting", "failed", "cancelled", "suppressed", "goals")
+
+
+async def funnel(
+    connection: asyncpg.Connection, *arguments: object
+) -> dict[tuple[str | None, ...], asyncpg.Record]:
+    marks = ", ".join(f"${n}" for n, _ in enumerate(arguments, 1))
+    rows = await connection.fetch(f"SELECT * FROM sequencer.funnel({marks})", *arguments)
+    return {(row["step"], row["way"], row["arm"]): row for row in rows}
+
+
+def counts(row: asyncpg.Record) -> dict[str, int]:
+    return {name: row[name] for name in SUMS if row[name]}
+
+
+async def run(connection: asyncpg.Connection, database: str, *subjects: str) -> None:
+    """Take these through split, note and wait; what becomes of each depends on its name."""
+
+    async def behave(task: Task) -> Result:
+        name = task.view["subject"]
+        if name.startswith("fails"):
+            return Failed("no", permanent=True)
+        return Suppressed("bob@example.com") if name.startswith("suppressed") else Answer()
+
+    await define(
+        connection, "s", ("split", "Split", WAYS, None), ("note", "Note", "{}", "wait"),
+        ("wait", "WaitForDuration", DAYS, None), ("paid", "Goal", PAID, None),
+    )  # fmt: skip
+    async with running_engine(database, {"Note": Recorder(behave)}):
+        for subject in subjects:
+            await enroll(connection, "s", subject)
+        await until(
+            connection,
+            "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments"
+            " WHERE status = 'active' AND step <> 'wait')",
+        )
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET data = '{\"paid\": true}' WHERE subject LIKE 'pays%'"
+        )
+        await until(
+            connection,
+            "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments"
+            " WHERE status = 'active' AND subject LIKE 'pays%')",
+        )
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE subject LIKE 'stops%'"
+    )
+
+
+async def test_a_funnel_counts_what_became_of_each_visit(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    subjects = [
+        f"{name}-{n}"
+        for name in ("fails", "suppressed", "pays", "stops", "stays")
+        for n in range(8)
+    ]
+    await run(connection, database, *subjects)
+    rows = await funnel(connection, "s")
+    assert list(dict.fromkeys(step for step, _, _ in rows)) == ["split", "note", "wait"]
+    assert counts(rows["split", None, None]) == {"entered": 40, "exited": 40}
+    assert counts(rows["note", None, None]) == {
+        "entered": 40, "exited": 32, "failed": 8, "suppressed": 8,
+    }  # fmt: skip
+    assert counts(rows["note", "suppressed", None]) == {"exited": 8, "suppressed": 8}
+    assert counts(rows["note", "next", None]) == {"exited": 24}
+    assert counts(rows["wait", None, None]) == {
+        "entered": 32, "exited": 8, "waiting": 16, "cancelled": 8, "goals": 8,
+    }  # fmt: skip
+    assert counts(rows["wait", "goal paid", None]) == {"exited": 8, "goals": 8}
+    # arms add up to all
+    arms = {arm for _, _, arm in rows if arm}
+    assert arms == {"red", "blue"}
+    for step in ("split", "note", "wait"):
+        for name in SUMS:
+            parts = [
+                row[name] for (s, way, arm), row in rows.items() if s == step and not way and arm
+            ]
+            assert sum(parts) == rows[step, None, None][name], (step, name)
+    red = rows["split", "red", None]
+    assert red["exited"] == rows["split", None, "red"]["entered"]
+    assert 0 < red["exited"] < 40
+    # what was deleted since is left in the history, and what has not begun is no visit
+    await connection.execute("DELETE FROM sequencer.enrollments WHERE status <> 'active'")
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " VALUES ('s', 'x', now() + interval '1 day')"
+    )
+    assert {key: dict(row) for key, row in (await funnel(connection, "s")).items()} == {
+        key: dict(row) for key, row in rows.items()
+    }
+
+
+async def test_visits_that_began_before_do_not_count(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    await run(connection, database, "pays-1", "stays-1")
+    await connection.execute(
+        "UPDATE sequencer.events SET seconds_at_step = 86400 WHERE action = 'goal'"
+    )
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET entered_at = now() - interval '1 day'"
+        " WHERE status = 'active'"
+    )
+    hour = timedelta(hours=1)
+    since = await connection.fetchval("SELECT now() - $1::interval", hour)
+    assert {step for step, _, _ in await funnel(connection, "s", since)} == {"split", "note"}
+    assert await funnel(connection, "s", since + 2 * hour) == {}
+
+
+async def test_times_are_those_at_the_step(connection: asyncpg.Connection) -> None:
+    await define(connection, "s", ("wait", "WaitForDuration", DAYS, None))
+    await connection.execute(
+        "INSERT INTO sequencer.events"
+        " (enrollment_id, at, sequence, step, visit, action, seconds_at_step)"
+        " SELECT n, now(), 's', 'wait', 1, CASE WHEN n <= 10 THEN 'next' ELSE 'altNext' END, n * 60"
+        " FROM generate_series(1, 20) AS n"
+    )
+    rows = await funnel(connection, "s")
+    minutes = {way: (row["median"] / timedelta(minutes=1), row["p90"] / timedelta(minutes=1))
+               for (_, way, _), row in rows.items()}  # fmt: skip
+    assert minutes == {None: (10, 18), "next": (5, 9), "altNext": (15, 19)}
+
+
+async def test_a_retried_failure_is_one_visit(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    await run(connection, database, "fails-1")
+    for _ in range(2):
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET status = 'active' WHERE status = 'failed'"
+        )
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET status = 'failed' WHERE status = 'active'"
+        )
+    assert counts((await funnel(connection, "s"))["note", None, None]) == {
+        "entered": 1,
+        "failed": 1,
+    }
+    await connection.execute("UPDATE sequencer.enrollments SET status = 'active'")
+    assert counts((await funnel(connection, "s"))["note", None, None]) == {
+        "entered": 1,
+        "waiting": 1,
+    }
+    await connection.execute("UPDATE sequencer.enrollments SET step = 'wait'")
+    rows = await funnel(connection, "s")
+    assert counts(rows["note", "moved", None]) == {"exited": 1}
+    assert counts(rows["wait", None, None]) == {"entered": 1, "waiting": 1}
+
+
+async def test_names_are_checked(connection: asyncpg.Connection, database: str) -> None:
+    await run(connection, database, "stays-1")
+    for arguments, words in (
+        (("nowhere",), "sequence 'nowhere' does not exist"),
+        (("s", None, "note"), "sequence 's' has no Split 'note'"),
+    ):
+        with pytest.raises(asyncpg.UndefinedObjectError, match=words):
+            await funnel(connection, *arguments)
+    assert await funnel(connection, "s", None, "split") == await funnel(connection, "s")
