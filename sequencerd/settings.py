@@ -225,7 +225,7 @@ class Email(Messaging):
 
     `timeout` is for each reply of the server but the one to the message, which may take as long as
     RFC 5321 says. `oauth` or `token_command` stand for the password. `only_to` are patterns of
-    the recipients that get messages, for staging.
+    the recipients that get messages, for staging. `bounce_address` is the envelope's sender.
     """
 
     url: Secret | None = None
@@ -234,7 +234,16 @@ class Email(Messaging):
     oauth: OAuth | None = None
     token_command: str | None = None
     list_unsubscribe: str | None = None
+    bounce_address: str | None = None
     only_to: Patterns | None = None
+
+    @field_validator("bounce_address")
+    @classmethod
+    def _check_bounce_address(cls, value: str | None) -> str | None:
+        local = r"[A-Za-z0-9!#$%&'*+/=?^_`|~.-]{0,16}"  # of the 64 that there may be
+        if value is not None and not re.fullmatch(rf"{local}\{{token\}}@[A-Za-z0-9.-]+", value):
+            raise ValueError('write an address such as "bounces+{token}@example.com"')
+        return value
 
     @model_validator(mode="after")
     def _check_tokens(self) -> Email:

@@ -82,6 +82,16 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, words: str) -> Non
         load({}, file)
 
 
+@pytest.mark.parametrize(
+    "address", ["bounces@x.org", "{token}", "a b+{token}@x.org", "seventeen-letters{token}@x.org"]
+)
+def test_a_bounce_address_has_one_token(address: str) -> None:
+    good = "bounces+{token}@x.org"
+    assert load({"SEQUENCERD_EMAIL_BOUNCE_ADDRESS": good}).email.bounce_address == good
+    with pytest.raises(SettingsError, match=r"email\.bounce_address: write an address such as"):
+        load({"SEQUENCERD_EMAIL_BOUNCE_ADDRESS": address})
+
+
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"missing\.toml"):
         load({}, tmp_path / "missing.toml")

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code: int = run(given, read_settings(given))
     except SequencerdError as error:
         _print(error)
-        code = error.exit_code
+        code = getattr(given, "exit_code_of_errors", error.exit_code)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+TRY_AGAIN = 75  # EX_TEMPFAIL: a mail server keeps the message
 MAX_SECONDS = 10 * 365 * 86400
 
 
@@ -33,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_preview(commands)
     _add_messages(commands)
     _add_operation(commands)
+    _add_bounces(commands)
     _add_privacy(commands)
     _add_inspection(commands)
     _add_demo(commands)
@@ -481,6 +483,17 @@ def _add_change(commands: Commands, name: str, about: str, example: str) -> argp
 
 def _add_reason(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reason", metavar="TEXT", help="reason, recorded in the history")
+
+
+def _add_bounces(commands: Commands) -> None:
+    """Adds this command."""
+    bounce = commands.add(
+        "bounce",
+        "bounces.bounce_command",
+        "read a bounce or an abuse report from standard input, and suppress its recipient",
+        "bounce < message.eml",
+    )
+    bounce.set_defaults(exit_code_of_errors=TRY_AGAIN)
 
 
 def _add_privacy(commands: Commands) -> None:

@@ -107,6 +107,7 @@ def make_email_runner(
         suppressions=suppressions,
         only_to=email.only_to,
         suppress_bounces=email.suppress_bounces,
+        bounce_address=email.bounce_address,
         retry=email.retry,
     )
 

@@ -19,6 +19,14 @@ async def read_suppressed(
     return {(row["channel"], row["address"], row["topic"]) for row in rows}
 
 
+async def sent_messages(
+    connection: asyncpg.Connection, enrollment: int, visit: int, tag: str
+) -> list[str]:
+    """Return what the history says of a message; nothing if the tag is another."""
+    rows = await connection.fetch(QUERIES["sent_messages"], enrollment, visit, tag)
+    return [row["message"] for row in rows]
+
+
 async def add(
     connection: asyncpg.Connection, addresses: Rows[Undeliverable], topic: str = "*"
 ) -> None:

@@ -28,12 +28,12 @@ class Command:
         self.folder = folder
         self.errors = ""
 
-    def __call__(self, *arguments: str, code: int = 0) -> str:
+    def __call__(self, *arguments: str, code: int = 0, stdin: bytes = b"") -> str:
         """What the command prints. It ends with `code`; `errors` has its standard error."""
         out, errors = io.StringIO(), io.StringIO()
         with (
             patch.dict(os.environ, self.variables, clear=True),
-            patch("sys.stdin", io.StringIO()),
+            patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin))),
             chdir(self.folder),
             redirect_stdout(out),
             redirect_stderr(errors),

@@ -66,6 +66,7 @@ class Program:
     html: Template | Translated | None
     headers: Mapping[str, Template]
     list_unsubscribe: Template | Translated | None
+    bounce_address: str | None = None
 
 
 LIMITS = replace(MESSAGE_LIMITS, timeout=REPLY_TIMEOUT)
@@ -78,7 +79,8 @@ class EmailRunner:
     `smtp.Postman`; each call sends one message. `oauth` is a client of a token endpoint or a
     command that prints a token, `list_unsubscribe` the template of a URL for steps without one,
     and `only_to` are patterns of the recipients that get messages. With `suppress_bounces`, results
-    name the addresses that do not exist. Raises ValueError for what cannot work.
+    name the addresses that do not exist; bounces go to `bounce_address`, whose {token} identifies
+    the message. Raises ValueError for what cannot work.
     """
 
     def __init__(
@@ -93,10 +95,12 @@ class EmailRunner:
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
         suppress_bounces: bool = True,
+        bounce_address: str | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         self.retry = retry
         self._suppress_bounces = suppress_bounces
+        self._bounce_address = bounce_address
         self._suppressions = suppressions
         self._only_to = OnlyTo("email.only_to", only_to)
         self._pace = Pace(limits)
@@ -155,7 +159,8 @@ class EmailRunner:
         faults.check()
         subject, text, html, unsubscribe = texts.values()
         assert subject is not None
-        return Program(addresses, subject, text, html, headers, unsubscribe or self._unsubscribe)
+        unsubscribe = unsubscribe or self._unsubscribe
+        return Program(addresses, subject, text, html, headers, unsubscribe, self._bounce_address)
 
     def preview(self, program: object, task: Task) -> Mapping[str, str]:
         """Return what `run` would send, by field. Raises RenderError."""
@@ -284,8 +289,9 @@ def write(
         None if program.html is None else render("html", program.html, view),
         boundary=f"=_{mark}",  # quoted-printable text never holds =_
     )
-    utf8 = not all(map(str.isascii, (sender.address, *to, *others, *headers)))
-    return Mail(sender.address, to, others, content, utf8)
+    bounces_to = (program.bounce_address or sender.address).replace("{token}", mark)
+    utf8 = not all(map(str.isascii, (bounces_to, *to, *others, *headers)))
+    return Mail(bounces_to, to, others, content, utf8)
 
 
 def message_mark(task: Task) -> str:

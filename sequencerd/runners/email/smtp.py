@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -413,6 +414,12 @@ def _listed(addresses: list[str]) -> str:
     more = len(addresses) - SHOWN_ADDRESSES
     shown = ", ".join(addresses[:SHOWN_ADDRESSES])
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def read_sent(message: str) -> list[str]:
+    """Return the recipients in the message of a delivery, as far as it names them."""
+    told = re.search(r"\bsent to (\S+@.+?)(?: and \d+ more)?: \d{3}\b", message)
+    return told[1].split(", ") if told else []
 
 
 def _describe(error: Exception) -> str:

@@ -526,6 +526,12 @@ SELECT channel, address, $5, reason, source
  ORDER BY channel, address
 ON CONFLICT DO NOTHING;
 
+-- name: sent_messages
+-- Read what was sent in a visit, for whoever knows the half of the random tag that messages have.
+SELECT v.message FROM sequencer.enrollments AS e
+  JOIN sequencer.events AS v ON v.enrollment_id = e.id AND v.visit = $2
+ WHERE e.id = $1 AND left(replace(e.tag::text, '-', ''), 16) = $3 AND v.message LIKE '%sent to %';
+
 -- name: row_security
 -- Find the tables where row-level security may hide rows from the present user, or from the owner, with
 -- whose rights triggers and functions run; and whether it hides all rows, as no policy permits any.

@@ -585,6 +585,15 @@ async def test_recipients_that_do_not_exist_are_named_in_the_result() -> None:
             assert named == ({"ada@x.org", "bob@x.org"} if suppress else set())
 
 
+async def test_bounces_go_to_an_address_with_the_mark_of_the_message() -> None:
+    async with smtp_server() as server, runner(server, bounce_address="b+{token}@x.org") as made:
+        await made.run(made.compile(BASIC), [task(email="ada@x.org")])
+        (envelope,) = server.messages
+        mark = server.parsed()["Message-ID"].strip("<").partition("@")[0]
+        assert envelope.mail_from == f"b+{mark}@x.org"
+        assert server.parsed()["From"] != envelope.mail_from
+
+
 async def test_a_message_is_refused_for_its_one_recipient() -> None:
     async with smtp_server() as server, runner(server) as made:
         server.answers["DATA"] = ["550 5.1.1 The account does not exist"] * 2

@@ -1,0 +1,72 @@
+"""The command that a mail server gives bounces and abuse reports to."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import asyncpg
+
+from sequencerd.cli.commands import connect, on_database
+from sequencerd.cli.output import say
+from sequencerd.core.model import Undeliverable
+from sequencerd.runners.email.bounces import MAX_READ, Dead, Report, read_report
+from sequencerd.runners.email.smtp import read_sent
+from sequencerd.runners.suppressions import spellings
+from sequencerd.settings import Settings
+from sequencerd.storage import suppressions
+
+
+@on_database
+async def bounce_command(_arguments: argparse.Namespace, _: Settings, url: str) -> int:
+    """Suppress what a bounce on standard input reports. What it does not concern is ignored: a
+    failure would make the mail server bounce the bounce.
+    """
+    report = read_report(_read())
+    if not report.dead:
+        say("ignored: it reports no address that does not exist, and no abuse")
+        return 0
+    connection = await connect(url)
+    try:
+        found = await _find(connection, report)
+        await suppressions.add(connection, found)
+    finally:
+        await connection.close()
+    for one in found:
+        say(f"suppressed {one.address}: {one.reason}")
+    if not found:
+        say("ignored: the history has no message of sequencerd to the address that it reports")
+    return 0
+
+
+def _read() -> bytes:
+    """Read the message, and the rest of one that is too long, for which the mail server waits."""
+    raw = sys.stdin.buffer.read(MAX_READ)
+    while sys.stdin.buffer.read(MAX_READ):
+        pass
+    return raw
+
+
+async def _find(connection: asyncpg.Connection, report: Report) -> list[Undeliverable]:
+    """Return the recipients of our messages that a report concerns."""
+    found = {}
+    for mark in report.marks:
+        sent = [
+            address
+            for message in await suppressions.sent_messages(connection, *mark)
+            for address in read_sent(message)
+        ]
+        for dead in report.dead:
+            for address in _matching(dead, sent):
+                reason = f"{dead.reason} (enrollment {mark.enrollment})"
+                found[address] = Undeliverable("email", address, reason, report.kind)
+    return [*found.values()]
+
+
+def _matching(dead: Dead, sent: Sequence[str]) -> list[str]:
+    """Return which recipients are meant; the one that there is, if the report names none."""
+    if dead.address is None:
+        return [*sent] if len({*sent}) == 1 else []
+    named = spellings(dead.address)
+    return [address for address in sent if spellings(address) & named]

@@ -1,0 +1,252 @@
+"""What bounces and abuse reports say, as mail servers write them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sequencerd.runners.email.bounces import Mark, read_report
+from sequencerd.runners.email.smtp import read_sent
+
+MARK = Mark(7, 1, "f66a91ef9a4ab3d4")
+TOKEN = "7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1"
+
+DSN = """\
+Return-Path: <>
+From: MAILER-DAEMON@mx.example.org (Mail Delivery System)
+To: {to}
+Subject: Undelivered Mail Returned to Sender
+MIME-Version: 1.0
+Content-Type: multipart/report; report-type=delivery-status; boundary="b"
+
+--b
+Content-Type: text/plain
+
+I'm sorry to have to inform you that your message could not be delivered.
+
+--b
+Content-Type: message/delivery-status
+
+Reporting-MTA: dns; mx.example.org
+
+{recipient}
+--b
+Content-Type: text/rfc822-headers
+
+From: shop@example.com
+To: ada@example.org
+Message-ID: <{token}@sequencerd.example.com>
+
+--b--
+"""
+
+
+def dsn(recipient: str, to: str = "shop@example.com", token: str = TOKEN) -> bytes:
+    """A delivery status notification about one recipient."""
+    return DSN.format(recipient=recipient, to=to, token=token).encode()
+
+
+def failed(status: str, diagnostic: str = "", address: str = "ada@example.org") -> str:
+    """The group of fields of a recipient."""
+    return (
+        f"Final-Recipient: rfc822; {address}\nAction: failed\nStatus: {status}\n"
+        + f"Diagnostic-Code: {diagnostic}\n" * bool(diagnostic)
+    )
+
+
+@pytest.mark.parametrize(
+    "recipient",
+    [
+        failed("5.1.1"),
+        failed("5.1.1 (bad destination mailbox address)"),
+        failed("5.1.1", "smtp; 550 5.1.1 <ada@example.org>: User unknown in virtual table"),
+        failed("5.0.0", "smtp; 550-5.1.1 The email account does not exist."),
+        failed("5.1.10", "smtp;550 5.1.10 RESOLVER.ADR.RecipientNotFound; not found"),
+        failed("5.1.1", "smtp; 550 ada is not known here"),
+        failed("5.1.2", "x-unix; host unknown").replace("Action: failed", "action: Failed"),
+    ],
+)
+def test_an_address_that_does_not_exist(recipient: str) -> None:
+    report = read_report(dsn(recipient))
+    assert report.kind == "bounce"
+    assert report.marks == (MARK,)
+    assert [one.address for one in report.dead] == ["ada@example.org"]
+
+
+@pytest.mark.parametrize(
+    "recipient",
+    [
+        failed("5.1.1").replace("failed", "delayed"),
+        failed("5.1.1").replace("failed", "relayed"),
+        failed("4.4.1", "smtp; connection timed out"),
+        failed("4.1.1"),
+        failed("5.2.2", "smtp; 552 5.2.2 mailbox full"),
+        failed("5.7.1", "smtp; 550 5.7.1 rejected by policy"),
+        failed("5.1.1", "smtp; 550 5.7.1 blocked"),
+        failed("5.1.1", "smtp; 550 Blocked as spam"),
+        failed("5.0.0", "smtp; 550 User unknown"),
+        failed("5.1.1", address="nobody"),
+        "",
+    ],
+)
+def test_what_says_nothing_of_the_address(recipient: str) -> None:
+    assert read_report(dsn(recipient)).dead == ()
+
+
+def test_a_forwarded_message_names_its_original_recipient_too() -> None:
+    fields = "Original-Recipient: rfc822;ada@example.org\n" + failed("5.1.1", address="a@b.org")
+    assert [one.address for one in read_report(dsn(fields)).dead] == ["ada@example.org", "a@b.org"]
+
+
+def test_several_recipients_are_judged_one_by_one() -> None:
+    fields = failed("5.1.1") + "\n" + failed("5.7.1", address="b@x.org")
+    fields += "\n" + failed("5.1.1", address="c@x.org")
+    found = [one.address for one in read_report(dsn(fields)).dead]
+    assert found == ["ada@example.org", "c@x.org"]
+
+
+def test_the_mark_of_the_bounce_address() -> None:
+    to = f"bounces+{TOKEN.upper()}@example.com"
+    assert read_report(dsn(failed("5.1.1"), to, token="hidden")).marks == (MARK,)
+    assert read_report(dsn(failed("5.1.1"), token="hidden")).marks == ()
+
+
+FEEDBACK = """\
+From: <abusedesk@provider.example>
+To: abuse@example.com
+Subject: FW: Buy now
+MIME-Version: 1.0
+Content-Type: multipart/report; report-type=feedback-report; boundary="b"
+
+--b
+Content-Type: text/plain
+
+This is an email abuse report.
+
+--b
+Content-Type: message/feedback-report
+
+Feedback-Type: {kind}
+User-Agent: SomeGenerator/1.0
+Version: 1
+{recipient}
+--b
+Content-Type: message/rfc822
+Content-Disposition: inline
+
+From: <shop@example.com>
+To: <redacted@provider.example>
+Message-ID: <7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1@sequencerd.example.com>
+
+Buy now
+
+--b--
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipient", "dead"),
+    [
+        ("abuse", "Original-Rcpt-To: <ada@example.org>\n", ["ada@example.org"]),
+        ("fraud", "", [None]),
+        ("abuse", "Original-Rcpt-To: 6c9ad4\n", [None]),  # redacted
+        ("not-spam", "Original-Rcpt-To: <ada@example.org>\n", []),
+        ("auth-failure", "Original-Rcpt-To: <ada@example.org>\n", []),
+    ],
+)
+def test_abuse_reports(kind: str, recipient: str, dead: list[str | None]) -> None:
+    report = read_report(FEEDBACK.format(kind=kind, recipient=recipient).encode())
+    assert [one.address for one in report.dead] == dead
+    assert report.kind == "complaint"
+    assert report.marks == (MARK,)
+
+
+QMAIL = """\
+Return-Path: <>
+From: MAILER-DAEMON@mx.example.org
+To: shop@example.com
+Subject: failure notice
+
+Hi. This is the qmail-send program at mx.example.org.
+I'm afraid I wasn't able to deliver your message to the following addresses.
+This is a permanent error; I've given up. Sorry it didn't work out.
+
+<ada@example.org>:
+Sorry, no mailbox here by that name. (#5.1.1)
+
+<bob@example.org>:
+192.0.2.1 does not like recipient.
+Remote host said: 550 5.7.1 Blocked (#5.1.1)
+Giving up on 192.0.2.1.
+
+--- Below this line is a copy of the message.
+
+Return-Path: <shop@example.com>
+Message-ID: <7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1@sequencerd.example.com>
+To: eve@example.org
+
+Write to max@example.org: 550 5.1.1
+"""
+EXIM = """\
+From: Mail Delivery System <Mailer-Daemon@mx.example.org>
+To: shop@example.com
+Subject: Mail delivery failed: returning message to sender
+
+This message was created automatically by mail delivery software.
+
+A message that you sent could not be delivered to one or more of its
+recipients. This is a permanent error. The following address(es) failed:
+
+  ada@example.org
+    host mx.example.org [192.0.2.1]
+    SMTP error from remote mail server after RCPT TO:<ada@example.org>:
+    550 5.1.1 User unknown
+
+------ This is a copy of the message, including all the headers. ------
+
+Message-ID: <7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1@sequencerd.example.com>
+"""
+
+
+@pytest.mark.parametrize("text", [QMAIL, EXIM])
+def test_plain_bounces(text: str) -> None:
+    report = read_report(text.encode())
+    assert {one.address for one in report.dead} == {"ada@example.org"}
+    assert report.marks == (MARK,)
+
+
+def test_an_answer_that_quotes_a_bounce_is_none() -> None:
+    answer = EXIM.replace("Mail Delivery System <Mailer-Daemon@", "Ada <ada@")
+    assert read_report(answer.encode()).dead == ()
+    assert read_report(EXIM.replace("5.1.1 ", "").encode()).dead == ()
+
+
+def test_a_large_message_is_read_in_part() -> None:
+    raw = dsn(failed("5.1.1")).replace(b"--b--", b"x" * 2_000_000 + b"\n--b--")
+    assert read_report(raw).dead
+
+
+PIECES = [DSN, QMAIL, FEEDBACK, "\n\n", "--b\n", "Content-Type: message/delivery-status\n",
+          "Content-Transfer-Encoding: base64\n", "=?x?q?y?=", "\x00", "charset=nonsense", TOKEN,
+          "Action: failed\n", "Status: 5.1.1\n", "Final-Recipient: rfc822;a@b.org\n"]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from([piece.encode() for piece in PIECES]) | st.binary(max_size=40)))
+def test_nothing_that_arrives_raises(pieces: list[bytes]) -> None:
+    read_report(b"".join(pieces))
+
+
+@pytest.mark.parametrize(
+    ("message", "addresses"),
+    [
+        ("sent to a@x.org: 250 2.0.0 queued", ["a@x.org"]),
+        ("sent to a@x.org, b@x.org and 3 more: 250 ok; refused: c@x.org (550 no)",
+         ["a@x.org", "b@x.org"]),
+        ("attempt 1 came too late to move it: next: sent to a@x.org: 250 ok", ["a@x.org"]),
+        ("not sent to a@x.org", []),
+        ("sent to +49151123456: SM1 queued", []),
+    ],
+)  # fmt: skip
+def test_recipients_in_the_history(message: str, addresses: list[str]) -> None:
+    assert read_sent(message) == addresses
