@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Coroutine
-from math import inf
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -16,58 +18,95 @@ from sequencerd.storage import bulk, conninfo
 from sequencerd.storage.bulk import Done, Selection
 from sequencerd.storage.database_errors import brief
 
-ACTIONS = {"retry": "Retried", "skip": "Skipped the step for", "cancel": "Cancelled"}
+ACTIONS = {
+    "retry": "Retried",
+    "skip": "Skipped the step for",
+    "cancel": "Cancelled",
+    "move": "Moved",
+    "reevaluate": "Reevaluated",
+}
 WAIT = 1.0  # seconds that a page waits for the end of a change
 CONNECT_TIMEOUT = 10.0
 SHOWN = 20.0  # seconds for which a page shows the report of a change
 MOST = 4  # changes at the same time
+KEPT = 50  # changes that can be followed
+
+
+@dataclass(eq=False)
+class Change:
+    """A change of the enrollments that a user selected, and how far it has come."""
+
+    number: int
+    nonce: str  # of the session
+    user: str
+    reason: str
+    action: str
+    to: str | None
+    ids: array[int] = field(default_factory=lambda: array("q"))
+    begun_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    done: Done = field(default_factory=Done)
+    error: str | None = None
+    ended: float | None = None  # by the monotonic clock
+
+    @property
+    def why(self) -> str:
+        """Return what events record."""
+        return f"{self.user} in the console: {self.reason}"
+
+    @property
+    def report(self) -> str:
+        """Describe the change as it is now."""
+        words = ACTIONS[self.action] + (f" to {self.to}" if self.to else "")
+        if self.ended is None:
+            return f"{words} {self.done.changed:,} of {len(self.ids):,}…"
+        if not self.ids and self.error is None:
+            return "No matching enrollments."
+        sentences = [f"{words} {bulk.count(self.done.changed)}"]
+        if self.error is None:
+            sentences += self.done.remarks(len(self.ids))
+        else:
+            sentences.append(self.error)
+        return " ".join(f"{sentence}." for sentence in sentences)
 
 
 class Actions:
-    """The changes in progress, and their reports for the sessions that requested them."""
+    """The changes in progress, and the latest that ended."""
 
     def __init__(self, url: str, log: FilteringBoundLogger) -> None:
         self._url = url
         self._log = log
         self._running: set[asyncio.Task[None]] = set()
-        self._reports: dict[
-            str, tuple[str, float]
-        ] = {}  # by the nonce of the session; and until when
+        self._changes: dict[int, Change] = {}
 
     def report(self, nonce: str) -> str | None:
-        """Return the report of the session's change, for a while after its end."""
-        now = time.monotonic()
-        self._reports = {
-            known: report for known, report in self._reports.items() if report[1] > now
-        }
-        text, _ = self._reports.get(nonce, (None, 0))
-        return text
+        """Return the report of the session's latest change, for a while after its end."""
+        for change in reversed(self._changes.values()):
+            if change.nonce == nonce:
+                is_shown = change.ended is None or time.monotonic() - change.ended < SHOWN
+                return change.report if is_shown else None
+        return None
+
+    def get(self, number: int) -> Change | None:
+        """Return a change by its number."""
+        return self._changes.get(number)
 
     async def make(
-        self,
-        nonce: str,
-        user: str,
-        action: str,
-        *,
-        id_: int | None,
-        sequence: str | None,
-        step: str | None,
-        failure: str | None,
-    ) -> None:
+        self, nonce: str, user: str, action: str, selection: Selection, *, reason: str,
+        to: str | None,
+    ) -> Change:  # fmt: skip
         """Start a change and wait briefly for its end. Raises UsageError."""
-        if action not in ACTIONS:
-            raise UsageError(f"unknown action {action!r}")
-        if id_ is None and not (sequence and step and failure):
-            raise UsageError("select an enrollment, or a sequence, a step and a failure")
         if len(self._running) >= MOST:
             raise UsageError("other changes are in progress; try again later")
-        ids = None if id_ is None else [id_]
-        selection = Selection(ids, None, sequence, step, failure)
-        why = f"{user} in the console"
-        task = asyncio.create_task(self._guard(nonce, self._make(nonce, action, selection, why)))
+        number = max(self._changes, default=0) + 1
+        change = self._changes[number] = Change(number, nonce, user, reason, action, to)
+        for known in list(self._changes)[:-KEPT]:
+            if self._changes[known].ended is not None:
+                del self._changes[known]
+        task = asyncio.create_task(self._guard(change, self._make(change, selection)))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         await asyncio.wait([task], timeout=WAIT)
+        return change
 
     async def close(self) -> None:
         """Stop after the current batch."""
@@ -76,43 +115,32 @@ class Actions:
         if self._running:
             await asyncio.wait(self._running)
 
-    async def _guard(self, nonce: str, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, change: Change, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
             self._log.warning("a change in the console failed", error=brief(error))
-            self._report(
-                nonce,
-                f"The database rejected the change: {brief(error)}. Nothing more was changed.",
+            change.error = (
+                f"The database rejected the change: {brief(error)}. Nothing more was changed"
             )
+        finally:
+            change.ended = time.monotonic()
 
-    def _report(self, nonce: str, text: str, seconds: float | None = None) -> None:
-        self._reports[nonce] = (text, time.monotonic() + (SHOWN if seconds is None else seconds))
-
-    async def _make(self, nonce: str, action: str, selection: Selection, why: str) -> None:
+    async def _make(self, change: Change, selection: Selection) -> None:
         # not one of the pool's: the daemons are to be notified
         connection = await asyncpg.connect(
             **conninfo.arguments(self._url, name="sequencerd console", timeout=CONNECT_TIMEOUT),
             statement_cache_size=0,  # it may lead to a pooler
         )
-        total = Done()
 
         def progress(done: Done) -> None:
-            nonlocal total
-            total = total.plus(done)
-            text = f"{ACTIONS[action]} {total.changed:,} of {len(ids):,}…"
-            self._report(nonce, text, inf)
+            change.done = change.done.plus(done)
 
         try:
-            ids = await bulk.select(connection, action, selection)
-            await bulk.change(connection, action, ids, reason=why, progress=progress)
+            change.ids = await bulk.select(connection, change.action, selection, change.to)
+            await bulk.change(
+                connection, change.action, change.ids, reason=change.why, to=change.to,
+                progress=progress,
+            )  # fmt: skip
         finally:
             connection.terminate()
-        self._report(nonce, _summary(action, len(ids), total))
-
-
-def _summary(action: str, selected: int, done: Done) -> str:
-    if not selected:
-        return "No matching enrollments."
-    sentences = [f"{ACTIONS[action]} {bulk.count(done.changed)}", *done.remarks(selected)]
-    return " ".join(f"{sentence}." for sentence in sentences)

@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console import html, pages, simulating
+from sequencerd.console import changing, html, pages, simulating
 from sequencerd.console.actions import Actions
 from sequencerd.console.auth import Auth
 from sequencerd.console.context import PageContext, context_of, say
@@ -108,12 +108,13 @@ def make_console(
             get("/sequence", pages.sequence),
             get("/enrollments/{id:int}", pages.enrollment),
             get("/failures", pages.failures),
-            get("/failures/group", pages.group),
             get("/search", pages.search),
             get("/simulate", simulating.simulate),
             get("/tables/{name}.{form}", pages.table),
             get("/live", pages.stream),
-            post("/change", pages.change),
+            get("/change", changing.question),
+            post("/change", changing.change),
+            get("/changes/{number:int}", changing.follow),
             get("/login", pages.login),
             post("/login", pages.log_in),
             post("/logout", pages.log_out),
@@ -159,6 +160,9 @@ def _said(request: Request, error: Exception) -> Response:
 PUBLIC = (pages.login, pages.log_in, pages.static)
 """Pages that need no login."""
 
+CHANGES = (changing.question, changing.change)
+"""Pages that need console.write."""
+
 PROGRAMS = (pages.table, pages.stream)
 """Read by programs: without a login they get status 401 and no form."""
 
@@ -186,13 +190,11 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
                         request, 403, "Not done",
                         "This form has expired or comes from another site. Reload the page.",
                     )  # fmt: skip
-                if page is pages.change and not context_of(request).settings.write:
-                    return say(
-                        request,
-                        403,
-                        "Read only",
-                        "Changes are disabled. Set console.write = true to allow them.",
-                    )
+            if page in CHANGES and not context_of(request).settings.write:
+                return say(
+                    request, 403, "Read only",
+                    "Changes are disabled. Set console.write = true to allow them.",
+                )  # fmt: skip
             made = await page(request)
         except NotFoundError as error:
             made = say(request, 404, "Not found", str(error))

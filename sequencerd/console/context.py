@@ -19,6 +19,7 @@ from sequencerd.console.live import Live
 from sequencerd.console.mask import make_mask
 from sequencerd.console.query import PAGE, Query
 from sequencerd.console.summary import Summary
+from sequencerd.console.tables import at
 from sequencerd.console.views import Journey
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.settings import Console
@@ -73,6 +74,20 @@ def say(request: Request, status: int, title: str, text: str, *, retry: bool = F
     return render(request, "message.html", status, title=title, text=text, retry=retry)
 
 
+LISTS = ("id", "columns")
+"""Query parameters of which a form sends several."""
+
+
 def query_of(request: Request, rows: int = PAGE) -> Query:
     """Return the query parameters."""
-    return Query(dict(request.query_params), rows)
+    given: dict[str, str] = {}
+    for key, value in request.query_params.multi_items():
+        if value:  # a form sends empty fields as well
+            given[key] = f"{given[key]},{value}" if key in LISTS and key in given else value
+    return Query(given, rows)
+
+
+def local(address: str | None) -> str:
+    """Return the address if it is one of the console, else the overview."""
+    is_ours = address and (address == "/console" or address.startswith(("/console/", "/console?")))
+    return address if address and is_ours else at("/")

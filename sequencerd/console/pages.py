@@ -16,12 +16,15 @@ from starlette.responses import (
 )
 
 from sequencerd.console import html, views
-from sequencerd.console.auth import TooManyError, Visitor
-from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.auth import TooManyError
+from sequencerd.console.causes import Cause, causes
+from sequencerd.console.changing import select
+from sequencerd.console.context import PageContext, context_of, local, query_of, render
+from sequencerd.console.lists import COLUMNS, FILTERS, Found, enrollments
 from sequencerd.console.live import COUNTS
 from sequencerd.console.query import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
 from sequencerd.console.simulating import simulated
-from sequencerd.console.summary import Counts
+from sequencerd.console.summary import MOST_CAUSES, Counts
 from sequencerd.console.tables import Table, as_csv, as_json, at
 from sequencerd.console.views import Journey
 from sequencerd.core.model import ALT_NEXT, Sequence
@@ -75,6 +78,8 @@ async def failures(request: Request) -> Response:
         version=context.summary.version,
         counts=counts,
         failures=views.failures(counts, query_of(request), context.mask) if counts else None,
+        most=MOST_CAUSES,
+        is_capped=counts is not None and sum(row["failed"] for row in counts.causes) == MOST_CAUSES,
     )
 
 
@@ -166,21 +171,6 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
 # --- enrollments
 
 
-async def group(request: Request) -> Response:
-    """The enrollments that failed at a step with one failure."""
-    context, query = context_of(request), query_of(request)
-    table = await views.failed_enrollments(context.pool, query, context.mask)
-    return render(
-        request,
-        "group.html",
-        title="Failures",
-        live=COUNTS,
-        version=context.summary.version,
-        group={key: query.get(key) for key in ("sequence", "step", "failure")},
-        failed=table,
-    )
-
-
 async def enrollment(request: Request) -> Response:
     """One enrollment: its state and its history."""
     found = await _journey(request, request.path_params["id"], query_of(request))
@@ -219,11 +209,43 @@ async def _journey(request: Request, id_: int, query: Query) -> Journey:
 
 
 async def search(request: Request) -> Response:
-    """Search for enrollments."""
+    """Find and filter enrollments."""
     context, query = context_of(request), query_of(request)
-    table, remark = await views.search(context.pool, query, context.mask, context.settings.mask)
-    q = query.get("q") or ""
-    return render(request, "search.html", title="Search", q=q, found=table, remark=remark)
+    found = await _found(context, query)
+    counts = await context.summary.get()
+    definitions = context.simulator().definitions
+    chosen = definitions.get(query.get("sequence") or "")
+    answer = render(
+        request,
+        "search.html",
+        title="Enrollments",
+        given={name: query.get(name) or "" for name in ("q", "sort", "columns", *FILTERS)},
+        found=found.table,
+        remark=found.remark,
+        advice=found.advice,
+        sequences=sorted(definitions),
+        steps=list(chosen.steps) if chosen else [],
+        topics=sorted({one.topic for one in definitions.values() if one.topic}),
+        cause=_cause(counts, context, query.get("cause")),
+        columns=COLUMNS,
+        filters=[(name, query.get(name)) for name in ("q", *FILTERS) if query.get(name)],
+        is_filtered=any(query.get(name) for name in FILTERS),
+    )
+    answer.headers["HX-Replace-Url"] = at("/search", **query.given)  # without empty fields
+    return answer
+
+
+async def _found(context: PageContext, query: Query) -> Found:
+    """Return a list by filters, or the enrollments that one text finds."""
+    if query.get("q") and not any(query.get(name) for name in (*FILTERS, "sort", "columns")):
+        return await views.search(context.pool, query, context.mask, context.settings.mask)
+    selection = await select(context, query)
+    return await enrollments(context.pool, query, selection, context.mask)
+
+
+def _cause(counts: Counts | None, context: PageContext, key: str | None) -> Cause | None:
+    known = causes(counts, context.mask) if counts and key else []
+    return next((cause for cause in known if cause.key == key), None)
 
 
 # --- tables
@@ -257,13 +279,10 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
             return views.failures(counts, query, context.mask)
         case "enrollments":
             return await views.enrollments(context.pool, query, context.mask)
-        case "failed":
-            return await views.failed_enrollments(context.pool, query, context.mask)
         case "revisions":
             return await views.revisions(context.pool, query)
         case "search":
-            found, _ = await views.search(context.pool, query, context.mask, context.settings.mask)
-            return found
+            return (await _found(context, query)).table
         case "events":
             found_journey = await _journey(request, query.number("id", 0), query)
             return found_journey.events
@@ -300,7 +319,7 @@ async def stream(request: Request) -> Response:
     )
 
 
-# --- changes
+# --- forms
 
 
 async def form(request: Request) -> dict[str, str]:
@@ -316,31 +335,6 @@ async def form(request: Request) -> dict[str, str]:
         raise WrongQueryError("the form cannot be read") from error
 
 
-async def change(request: Request) -> Response:
-    """Retry, skip or cancel an enrollment or all of a group."""
-    context = context_of(request)
-    visitor: Visitor = request.state.visitor
-    assert visitor.user is not None
-    query = Query(request.state.form)
-    await context.actions.make(
-        visitor.nonce,
-        visitor.user,
-        query.must("action"),
-        id_=query.number("id", 0) or None,
-        sequence=query.get("sequence"),
-        step=query.get("step"),
-        failure=query.get("failure"),
-    )
-    context.enrollments_read.clear()
-    return RedirectResponse(_local(query.get("back")), 303)
-
-
-def _local(address: str | None) -> str:
-    """Return the address if it is one of the console, else the overview."""
-    is_ours = address and (address == "/console" or address.startswith(("/console/", "/console?")))
-    return address if address and is_ours else at("/")
-
-
 # --- sessions
 
 
@@ -354,7 +348,7 @@ async def login(request: Request) -> Response:
 
 def _ask(request: Request, status: int, to: str | None, name: str, wrong: str | None) -> Response:
     return render(
-        request, "login.html", status, title="Log in", to=_local(to), name=name, wrong=wrong
+        request, "login.html", status, title="Log in", to=local(to), name=name, wrong=wrong
     )
 
 
@@ -376,7 +370,7 @@ async def log_in(request: Request) -> Response:
     if visitor is None:
         return _ask(request, 403, to, name, "The password is wrong.")
     request.state.visitor = visitor
-    return RedirectResponse(_local(to), 303)
+    return RedirectResponse(local(to), 303)
 
 
 async def log_out(request: Request) -> Response:

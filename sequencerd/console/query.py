@@ -43,11 +43,23 @@ class Query:
     def number(self, name: str, default: int) -> int:
         """Return a number from 0 on."""
         text = self.get(name)
-        if text is None:
-            return default
-        if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
+        return default if text is None else self._number(name, text)
+
+    def _number(self, name: str, text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
             raise WrongQueryError(f"{name} is not a number")
         return int(text)
+
+    def numbers(self, name: str) -> list[int] | None:
+        """Return numbers that are separated by commas; None where there are none."""
+        text = self.get(name)
+        if text is None:
+            return None
+        return [self._number(name, part) for part in text.split(",")]
+
+    def time_or_none(self, name: str) -> datetime | None:
+        """Return a time; None where it is missing."""
+        return None if self.get(name) is None else self.time(name, NEVER)
 
     def time(self, name: str, default: datetime) -> datetime:
         """Return a time in ISO 8601, or infinity."""

@@ -25,6 +25,7 @@ from sequencerd.storage.connections import read
 from sequencerd.storage.database_errors import brief
 
 MOST = 1_000_000  # enrollments at a step that are counted
+MOST_CAUSES = 50_000  # failed enrollments of which the cause is found
 MOST_PROBLEMS = 100  # of those that daemons report
 DAYS = 14
 RESTS = 9  # times as long as it worked
@@ -57,6 +58,7 @@ class Counts:
     sequences: list[Row]
     steps: list[Row]
     failed: list[Row]
+    causes: list[Row]  # of failures, by step
     problems: list[Row]  # that daemons report
     flow: Flow
     stays: Mapping[StepKey, float]  # the median in seconds
@@ -143,12 +145,15 @@ class Summary:
         sequences = await read(self._pool, "console_sequences")
         steps = await read(self._pool, "console_steps", now, MOST, seconds=TIMEOUT)
         failed = await read(self._pool, "console_failed", MOST, seconds=TIMEOUT)
+        causes = await read(self._pool, "console_causes", MOST_CAUSES, seconds=TIMEOUT)
         problems = await read(self._pool, "reported_problems", None, MOST_PROBLEMS)
         if self._counts is not None:  # the first page waits for it
             await self._count_flow(now)
         stays = {place: median(kept) for place, kept in self._stays.items() if kept}
         flow = {key: Counter(days) for key, days in self._flow.items()}
-        return Counts(now, sequences, steps, failed, problems, flow, stays, self._known_since)
+        return Counts(
+            now, sequences, steps, failed, causes, problems, flow, stays, self._known_since
+        )
 
     async def _count_flow(self, now: datetime) -> None:
         """What has happened since the last time, and one more day of the past."""

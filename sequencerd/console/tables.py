@@ -18,7 +18,7 @@ from sequencerd.core.describe import plain, text
 
 ROOT = "/console"
 
-Kind = Literal["text", "number", "time", "duration", "json", "days", "code"]
+Kind = Literal["text", "number", "time", "duration", "json", "days", "code", "list"]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import getpass
 import os
+import re
 import socket
 from array import array
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 import asyncpg
@@ -41,6 +43,27 @@ class Selection(NamedTuple):
     sequence: str | None = None
     step: str | None = None
     failure: str | None = None
+    status: str | None = None
+    prefix: str | None = None  # of the subject
+    sequences: Sequence[str] | None = None
+    wakes_from: datetime | None = None
+    wakes_before: datetime | None = None
+    entered_before: datetime | None = None  # its step
+    ended_by: datetime | None = None  # if it has ended
+    path: Sequence[str] | None = None  # in the data, and the text of the value there
+    value: str | None = None
+    causes: Sequence[str] | None = None  # of the failure, as the queries have them
+
+    def parameters(self) -> tuple[object, ...]:
+        """Return the parameters of the queries' part "matching"."""
+        likes = None if self.causes is None else [_like(cause) for cause in self.causes]
+        return (*self, likes)
+
+
+def _like(cause: str) -> str:
+    """Return a pattern that all errors with this cause match."""
+    escaped = re.sub(r"([\\%_])", r"\\\1", cause)
+    return re.sub('<address>|"…"|…', "%", escaped) + "%"
 
 
 def count(number: int) -> str:
@@ -96,8 +119,7 @@ async def selected(
 
 
 def _parameters(action: str, selection: Selection, to: str | None) -> list[object]:
-    ids = None if selection.ids is None else list(selection.ids)
-    return [ids, *selection[1:], list(STATUSES[action]), to]
+    return [*selection.parameters(), list(STATUSES[action]), to]
 
 
 async def change(

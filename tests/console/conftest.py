@@ -143,6 +143,16 @@ async def page_once(client: httpx.AsyncClient, path: str, status: int) -> httpx.
             await asyncio.sleep(0.05)
 
 
+async def page_with(client: httpx.AsyncClient, path: str, words: str) -> httpx.Response:
+    """The page, once it has these words."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            page = await client.get(path)
+            if words in page.text:
+                return page
+            await asyncio.sleep(0.05)
+
+
 class Mended(Recorder):
     """A runner that refuses until it is mended."""
 

@@ -16,10 +16,19 @@ import httpx
 import pytest
 
 from sequencerd import passwords
-from sequencerd.console import actions, auth, live
+from sequencerd.console import actions, auth, changing, live
 from sequencerd.errors import SettingsError
 from sequencerd.settings import load
-from tests.console.conftest import BEGUN, FAILED, Mended, console, counted, people, token
+from tests.console.conftest import (
+    BEGUN,
+    FAILED,
+    Mended,
+    console,
+    counted,
+    page_once,
+    people,
+    token,
+)
 from tests.helpers.commands import Command
 from tests.helpers.engines import until, way
 from tests.service.test_http_server import answers, daemon, is_ok
@@ -204,9 +213,12 @@ async def test_what_is_read_only_changes_nothing(
         page = await client.get(f"/enrollments/{failing}")
         assert "/console/change" not in page.text
         form = {"action": "retry", "id": str(failing), "token": token(page)}
-        refused = await client.post("/change", data=form)
-        assert refused.status_code == 403
-        assert "Read only" in refused.text
+        for refused in (
+            await client.post("/change", data=form),
+            await client.get("/change", params=form),
+        ):
+            assert refused.status_code == 403
+            assert "Read only" in refused.text
         assert await connection.fetchval(FAILED)
 
 
@@ -214,8 +226,8 @@ async def test_forms_of_others_are_refused(database: str, connection: asyncpg.Co
     _, failing = await people(connection)
     async with console(database, {"Note": Mended()}, write=True) as client:
         await until(connection, FAILED)
-        form = {"action": "cancel", "id": str(failing)}
-        right = token(await client.get(f"/enrollments/{failing}"))
+        form = {"action": "cancel", "id": str(failing), "number": "1", "reason": "test"}
+        right = token(await client.get("/change", params=form))
         for wrong, headers in (
             ({}, {}),
             ({"token": "x"}, {}),
@@ -225,13 +237,15 @@ async def test_forms_of_others_are_refused(database: str, connection: asyncpg.Co
         ):
             refused = await client.post("/change", data={**form, **wrong}, headers=headers)
             assert refused.status_code in (403, 422)
-        assert (await client.get("/change", params={**form, "token": right})).status_code == 405
         assert await connection.fetchval(FAILED)
         for wrong in (
             {"action": "drop"},
             {"action": "cancel", "id": ""},
-            {"action": "cancel", "id": "", "sequence": "s"},
             {"action": "cancel", "id": "x"},
+            {"action": "cancel", "id": "1,,2"},
+            {"reason": " "},
+            {"action": "move"},
+            {"action": "move", "to": "nowhere"},
         ):
             refused = await client.post("/change", data={**form, **wrong, "token": right})
             assert refused.status_code == 422
@@ -253,6 +267,8 @@ async def test_who_failed_is_retried_to_the_end(
         form = {
             "action": "retry",
             "id": str(failing),
+            "number": "1",
+            "reason": "mailbox  fixed",
             "token": token(page),
             "back": f"/console/enrollments/{failing}",
         }
@@ -272,7 +288,7 @@ async def test_who_failed_is_retried_to_the_end(
         message = await connection.fetchval(
             "SELECT message FROM sequencer.events WHERE action = 'resumed'"
         )
-        assert message == "by postgres: Ada Lovelace in the console"
+        assert message == "by postgres: Ada Lovelace in the console: mailbox fixed"
         # no way out of the console
         for to in ("https://evil.example/", "//evil.example", "/consolex", "/console\\@evil"):
             away = await client.post("/change", data={**form, "back": to})
@@ -298,9 +314,15 @@ async def test_a_whole_group_is_changed(
             "SELECT status = 'failed' FROM sequencer.enrollments WHERE subject = 'bob'",
         )
         runner.is_fixed = True
-        group = {"sequence": "s", "step": "note", "failure": "error"}
-        page = await client.get("/failures/group", params=group)
-        await client.post("/change", data={**group, "action": action, "token": token(page)})
+        group = {"sequence": "s", "step": "note", "failure": "error", "action": action}
+        page = await client.get("/change", params=group)
+        assert f"{changing.VERBS[action]} 2,501 enrollments?" in page.text
+        form = {**group, "token": token(page), "reason": "test"}
+        # more than were asked about are not changed
+        asked = await client.post("/change", data={**form, "number": "2500"})
+        assert asked.status_code == 409
+        assert "2,501 enrollments?" in asked.text
+        made = await client.post("/change", data={**form, "number": "2501"})
         await until(
             connection,
             "SELECT count(*) = 2501 FROM sequencer.enrollments WHERE status = $1",
@@ -310,6 +332,9 @@ async def test_a_whole_group_is_changed(
             "SELECT count(*) FROM sequencer.enrollments WHERE failure = 'loop'"
         )
         assert left == 10
+        page = await page_once(client, made.headers["location"].removeprefix("/console"), 200)
+        assert "2,501 enrollments" in page.text
+        assert "local user" in page.text
 
 
 async def test_the_role_of_the_daemon_is_enough(
@@ -322,17 +347,17 @@ async def test_the_role_of_the_daemon_is_enough(
         await counted(client, "failures")
         for path in ("/", "/sequence?sequence=s&step=wait", "/search", "/search?q=ada@x.y"):
             assert (await client.get(path)).status_code == 200, path
-        page = await client.get(f"/enrollments/{failing}")
+        page = await client.get(f"/change?action=retry&id={failing}")
         runner.is_fixed = True
         form = {"action": "retry", "id": str(failing), "token": token(page)}
-        await client.post("/change", data=form)
+        await client.post("/change", data={**form, "number": "1", "reason": "test"})
         await until(
             connection, "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = 2"
         )
     message = await connection.fetchval(
         "SELECT message FROM sequencer.events WHERE action = 'resumed'"
     )
-    assert message == "by login_daemon: local user in the console"
+    assert message == "by login_daemon: local user in the console: test"
 
 
 # --- what is masked
@@ -359,11 +384,11 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
         for path in (
             f"/enrollments/{failing}",
             f"/enrollments/{waiting}",
-            f"/failures/group?{group}",
+            f"/search?{group}&columns=subject,data.email,data.contact.phone,last_error",
+            f"/tables/search.json?{group}&columns=data.email,last_error,subject",
             "/failures",
             "/tables/failures.json",
-            f"/tables/failed.json?{group}",
-            f"/tables/failed.csv?{group}",
+            f"/tables/search.csv?{group}&sort=subject&columns=data.contact,subject",
             f"/tables/events.json?id={failing}",
             f"/tables/events.csv?id={failing}",
             "/tables/enrollments.json?sequence=s&step=wait",
@@ -382,6 +407,10 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
         page = await client.get(f"/enrollments/{failing}")
         assert "•••" in page.text
         assert "&#34;ok&#34;: &#34;yes&#34;" in page.text
+        for where in ("data.email = bob@example.com", "data.contact = {}", "contact.phone.0=1"):
+            refused = await client.get("/search", params={"where": where})
+            assert refused.status_code == 422
+            assert "is masked" in refused.text
         # nobody can ask whose an address is
         page = await client.get("/tables/search.json?q=ada@example.com")
         assert page.json()["rows"] == []

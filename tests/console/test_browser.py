@@ -120,7 +120,8 @@ PAGES = (
     "/console/enrollments/1",
     "/console/enrollments/2",
     "/console/failures",
-    "/console/failures/group?sequence=s&step=note&failure=error",
+    "/console/search?sequence=s&step=note&status=failed&failure=error",
+    "/console/change?action=move&status=failed",
     "/console/search?q=ada",
     "/console/simulate?sequence=s&data=%7B%7D",
     "/console/nonsense",
@@ -179,7 +180,7 @@ async def test_counts_and_timelines_move_by_themselves_for_all_who_look(
 async def test_who_failed_is_retried_in_the_page(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    _, failing = await people(connection)
+    await people(connection)
     runner = Mended()
     async with (
         console(database, {"Note": runner}, write=True) as client,
@@ -188,15 +189,19 @@ async def test_who_failed_is_retried_in_the_page(
         await until(connection, FAILED)
         await page.goto("/console/")
         await page.get_by_role("link", name="Failures").click()
-        await page.get_by_role("link", name="error").click()
-        await page.get_by_role("link", name=str(failing), exact=True).click()
+        await page.get_by_role("link", name="refused").click()
+        # without a mouse: down to the row, tick it, and open it
+        await page.locator("h1").click()
+        await page.keyboard.press("j")
+        await page.keyboard.press("x")
+        assert await page.locator("input[name=id]").is_checked()
+        await page.keyboard.press("Enter")
         await shows(page, ".why", "refused")
         runner.is_fixed = True
-        page.once("dialog", lambda dialog: asyncio.ensure_future(dialog.dismiss()))
         await page.get_by_role("button", name="Retry").click()
-        assert await connection.fetchval(FAILED)
-        page.once("dialog", lambda dialog: asyncio.ensure_future(dialog.accept()))
-        await page.get_by_role("button", name="Retry").click()
+        await shows(page, "h1", "Retry 1 enrollment?")
+        await page.get_by_label("Reason").fill("fixed")
+        await page.get_by_role("button", name="Retry 1 enrollment").click()
         await shows(page, ".done", "Retried 1 enrollment.")
         await shows(page, ".head .tag", "completed")
         text = await text_of(page, ".timeline")

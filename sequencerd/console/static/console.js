@@ -1,6 +1,6 @@
 "use strict";
-// What a page does beside showing: times in the reader's zone, questions before changes, and
-// following what changes.
+// What a page does beside showing: times in the reader's zone, keys, and following what
+// changes.
 
 const clock = new Intl.DateTimeFormat("sv-SE", {
   dateStyle: "short", timeStyle: "medium",
@@ -14,9 +14,24 @@ function showTimes(root) {
   }
 }
 
-document.addEventListener("submit", (event) => {
-  const question = event.target.dataset.question;
-  if (question && !window.confirm(question)) event.preventDefault();
+// Keys as in mail programs: j and k go down and up the rows, x ticks one, Enter opens it, / searches.
+const isTyping = (element) => element?.matches("input:not([type=checkbox]), select, textarea");
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || isTyping(document.activeElement)) return;
+  const links = [...document.querySelectorAll("tbody tr td > a:first-of-type")];
+  const at = links.findIndex((link) => link.closest("tr").contains(document.activeElement));
+  if (event.key === "/" && document.getElementById("q")) {
+    document.getElementById("q").focus();
+  } else if (event.key === "j" || event.key === "k") {
+    const step = event.key === "j" ? 1 : -1;
+    links[at < 0 ? 0 : Math.min(Math.max(at + step, 0), links.length - 1)]?.focus();
+  } else if (event.key === "x" && at >= 0) {
+    links[at].closest("tr").querySelector("input[type=checkbox]")?.click();
+  } else {
+    return;
+  }
+  event.preventDefault();
 });
 
 // One stream while the page is seen. The server tells that there is a newer version of what is

@@ -1,18 +1,59 @@
 -- Statements that change enrollments and sequences by hand.
 
+-- part: cause
+-- The cause in an error: what is the same for all enrollments that meet it. Addresses, quoted texts,
+-- numbers and ids are replaced; a reply code of SMTP or HTTP remains, marked meanwhile.
+replace(regexp_replace(regexp_replace(regexp_replace(regexp_replace(left(coalesce(e.last_error, ''), 300),
+    '((?<=^|: |[(]|HTTP |status |answered )[1-5][0-9]{2}|'
+        || '(?<=[1-5][0-9]{2}[ -])[245]\.[0-9]{1,3}\.[0-9]{1,3})(?=$|[ :,;-])',
+    chr(57344) || '\1', 'g'),
+    '<?[^[:space:]<>(),;:"'']+@[^[:space:]<>(),;:"'']+>?', '<address>', 'g'),
+    '(?<![[:alnum:].]|":|": )"[^"]*"(?!:)|(?<![[:alnum:]])''[^'']*''', '"…"', 'g'),
+    '\+?(?<![[:alnum:]_.-]|' || chr(57344) || ')(?:[0-9][0-9 ()/.-]{6,}[0-9]|[[:alpha:]_.-]*[0-9][[:alnum:]_.-]*)',
+    '…', 'g'),
+    chr(57344), '')
+
+-- part: matching
+-- Whether an enrollment e is selected, by the fields of a Selection; NULL restricts nothing. LIKE spares
+-- most errors the regular expressions of the cause.
+($1::bigint[] IS NULL OR e.id = ANY ($1)) AND ($2::text IS NULL OR e.subject = $2)
+   AND ($3::text IS NULL OR e.sequence = $3) AND ($4::text IS NULL OR e.step = $4)
+   AND ($5::text IS NULL OR e.failure = $5) AND ($6::text IS NULL OR e.status = $6)
+   AND ($7::text IS NULL OR e.subject >= $7 AND e.subject < $7 || chr(1114111))
+   AND ($8::text[] IS NULL OR e.sequence = ANY ($8))
+   AND ($9::timestamptz IS NULL OR e.wake_at >= $9) AND ($10::timestamptz IS NULL OR e.wake_at < $10)
+   AND ($11::timestamptz IS NULL OR coalesce(e.entered_at, e.created_at) < $11)
+   AND ($12::timestamptz IS NULL OR e.ended_at IS NULL OR e.ended_at <= $12)
+   AND ($13::text[] IS NULL OR e.data #>> $13 = $14)
+   AND ($15::text[] IS NULL OR e.status = 'failed' AND coalesce(e.last_error, '') LIKE ANY ($16)
+        AND {cause} = ANY ($15))
+
 -- part: selection
 -- The enrollments that an operator selects. Planned for its arguments, so that each filter finds its
 -- index.
-  FROM sequencer.enrollments
- WHERE ($1::bigint[] IS NULL OR id = ANY ($1)) AND ($2::text IS NULL OR subject = $2)
-   AND ($3::text IS NULL OR sequence = $3) AND ($4::text IS NULL OR step = $4)
-   AND ($5::text IS NULL OR failure = $5)
-   AND status = ANY ($6::text[]) AND ($7::text IS NULL OR step <> $7)
+  FROM sequencer.enrollments AS e
+ WHERE {matching}
+   AND e.status = ANY ($17::text[]) AND ($18::text IS NULL OR e.step <> $18)
 
 -- name: select
 -- Find the selected enrollments, in no order: a million would be sorted on disk.
 SELECT id
 {selection};
+
+-- name: outcomes
+-- Count what became of enrollments that were retried or moved: by status, those that failed after a time
+-- by cause.
+SELECT g.*, x.data
+  FROM (SELECT e.status, e.ended_at > $2 AS is_after, CASE e.status WHEN 'failed' THEN {cause} END AS cause,
+               count(*) AS enrollments, max(e.id) AS example
+          FROM sequencer.enrollments AS e WHERE e.id = ANY ($1::bigint[])
+         GROUP BY 1, 2, 3 ORDER BY 4 DESC LIMIT 100) AS g
+  JOIN sequencer.enrollments AS x ON x.id = g.example ORDER BY g.enrollments DESC;
+
+-- name: steps_of_all
+-- Read the names of the steps that all these sequences have.
+SELECT name FROM sequencer.steps WHERE sequence = ANY ($1::text[])
+ GROUP BY name HAVING count(*) = cardinality($1) ORDER BY min(position), name;
 
 -- name: selected
 -- Count the selected enrollments by sequence, step, status and failure.

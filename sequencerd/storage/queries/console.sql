@@ -25,18 +25,35 @@ SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.confi
  ORDER BY s.sequence, s.position;
 
 -- name: console_failed
--- Count the failed enrollments by step and failure, with an example of each; at most the limit are
--- counted.
-SELECT g.sequence, g.step, g.failure, g.failed, x.last_error, x.data
-  FROM (SELECT sequence, step, failure, count(*) AS failed
-          FROM (SELECT sequence, step, failure FROM sequencer.enrollments WHERE status = 'failed'
-                 ORDER BY sequence, step, failure LIMIT $1) AS first
-         GROUP BY sequence, step, failure) AS g
-  LEFT JOIN LATERAL (
-    SELECT e.last_error, e.data FROM sequencer.enrollments AS e
-     WHERE e.status = 'failed' AND e.sequence = g.sequence AND e.step = g.step
-       AND e.failure = g.failure LIMIT 1) AS x ON true
- ORDER BY g.sequence, g.step, g.failure;
+-- Count the failed enrollments by step; at most the limit are counted.
+SELECT sequence, step, count(*) AS failed
+  FROM (SELECT sequence, step FROM sequencer.enrollments WHERE status = 'failed'
+         ORDER BY sequence, step LIMIT $1) AS first
+ GROUP BY sequence, step;
+
+-- name: console_causes
+-- Count the failed enrollments by cause and step, each with an example; at most the limit are read, and the
+-- most frequent are returned.
+SELECT g.*, x.last_error, x.data
+  FROM (SELECT {cause} AS cause, e.sequence, e.step, e.failure, count(*) AS failed,
+               min(e.ended_at) AS since, max(e.ended_at) AS latest, max(e.id) AS example
+          FROM (SELECT * FROM sequencer.enrollments WHERE status = 'failed'
+                 ORDER BY sequence, step, failure LIMIT $1) AS e
+         GROUP BY 1, 2, 3, 4 ORDER BY failed DESC LIMIT 1000) AS g
+  LEFT JOIN sequencer.enrollments AS x ON x.id = g.example;
+
+-- name: console_last_id
+-- Read the largest id below the given one.
+SELECT max(id) FROM sequencer.enrollments WHERE id < $1;
+
+-- name: console_list
+-- Read the latest enrollments that match, in a range of ids.
+SELECT e.id, e.subject, e.sequence, e.step, e.status, e.wake_at, e.entered_at, e.created_at, e.ended_at,
+       e.attempt, e.failure, e.last_error, e.data,
+       CASE WHEN e.leased_by IS NULL THEN coalesce(e.waits_until, e.wake_at) END AS waits_until
+  FROM sequencer.enrollments AS e
+ WHERE {matching} AND e.id >= $17 AND e.id < $18
+ ORDER BY e.id DESC LIMIT $19;
 
 -- name: console_flow
 -- Count the events at steps between two times, by day; of branches, each branch.
@@ -68,14 +85,6 @@ SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data,
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at >= $3
  ORDER BY wake_at LIMIT $5 OFFSET $4;
 
--- name: console_failed_at
--- Read a page of the enrollments that failed at a step with one failure code.
-SELECT id, subject, status, ended_at, attempt, last_error, data
-  FROM sequencer.enrollments
- WHERE sequence = $1 AND step = $2 AND ($3::text IS NULL AND failure IS NULL OR failure = $3)
-   AND status = 'failed'
- LIMIT $5 OFFSET $4;
-
 -- name: console_history
 -- Read the latest events of an enrollment before a time.
 SELECT at, sequence, step, visit, action, message, revision
@@ -97,10 +106,14 @@ SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, 
  ORDER BY subject, sequence, entry LIMIT $6;
 
 -- name: console_by_id
--- Read the latest enrollments with an id below the given one.
+-- Read one enrollment as a list does.
 SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry,
        CASE WHEN leased_by IS NULL THEN coalesce(waits_until, wake_at) END AS waits_until
-  FROM sequencer.enrollments WHERE id < $1 ORDER BY id DESC LIMIT $2;
+  FROM sequencer.enrollments WHERE id = $1;
+
+-- name: console_has_at_most
+-- Check whether there are no more enrollments than so many.
+SELECT NOT EXISTS (SELECT FROM sequencer.enrollments OFFSET $1);
 
 -- name: console_has_email_index
 -- Check whether the index of e-mail addresses exists and is valid.

@@ -1,0 +1,245 @@
+"""Lists of enrollments: filters that combine, sorting, columns, all in the page's address."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+
+from sequencerd.console.causes import Cause
+from sequencerd.console.mask import Row
+from sequencerd.console.query import Query, WrongQueryError
+from sequencerd.console.tables import Column, Table, at
+from sequencerd.storage.bulk import Selection
+from sequencerd.storage.connections import reading
+from sequencerd.storage.statements import QUERIES
+
+Mask = Callable[[Mapping[str, Any]], Row]
+
+FILTERS = (
+    "sequence", "step", "status", "failure", "cause", "topic", "where", "age", "wakes_from",
+    "wakes_before",
+)  # fmt: skip
+"""The query parameters that select; `q` finds by subject."""
+
+COLUMNS = {
+    column.key: column
+    for column in (
+        Column("id", "Enrollment", link="url"),
+        Column("subject", "Subject"),
+        Column("sequence", "Sequence"),
+        Column("step", "Step"),
+        Column("status", "Status", "code"),
+        Column("waits_until", "Waits until", "time", optional=True),
+        Column("wake_at", "Next check", "time", optional=True, like="waits_until"),
+        Column("entered_at", "At the step since", "time"),
+        Column("created_at", "Enrolled", "time"),
+        Column("ended_at", "Ended", "time", optional=True),
+        Column("attempt", "Attempts", "number"),
+        Column("failure", "Failure", "code"),
+        Column("last_error", "Last error", optional=True),
+    )
+}
+USUAL = ("id", "subject", "sequence", "step", "status", "waits_until", "wake_at", "last_error")
+MOST_COLUMNS = 20
+
+FIRST_WINDOW = 20_000  # ids that are searched first; then four times as many
+BUDGET = 0.08  # seconds for a search; the page leads on from where it ended
+MOST_SORTED = 2000  # enrollments that are sorted by another column than the id
+FURTHEST = 2**63 - 1
+
+_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A page of a list, with what else is to be said."""
+
+    table: Table
+    remark: str | None = None
+    advice: str | None = None  # SQL
+
+
+def selection_of(
+    query: Query, masked: Sequence[str], causes: Sequence[Cause], topics: Mapping[str, str | None],
+    now: datetime,
+) -> Selection:  # fmt: skip
+    """Return what the query parameters select. Raises WrongQueryError."""
+    path, value = _where(query.get("where"), masked)
+    patterns = None
+    if key := query.get("cause"):
+        patterns = next((cause.patterns for cause in causes if cause.key == key), [])
+    if (prefix := query.get("q")) and "subject" in masked:
+        raise WrongQueryError("subjects are masked, so they are not searched")
+    age, topic, status = query.get("age"), query.get("topic"), query.get("status")
+    if status not in (None, "active", "completed", "failed", "cancelled"):
+        raise WrongQueryError(f"there is no status {status}")
+    return Selection(
+        ids=query.numbers("id"),
+        sequence=query.get("sequence"),
+        step=query.get("step"),
+        failure=query.get("failure"),
+        status=status,
+        prefix=prefix,
+        sequences=[name for name, of in topics.items() if of == topic] if topic else None,
+        wakes_from=query.time_or_none("wakes_from"),
+        wakes_before=query.time_or_none("wakes_before"),
+        entered_before=now - _age(age) if age else None,
+        ended_by=query.time_or_none("ended_by"),
+        path=path,
+        value=value,
+        causes=patterns,
+    )
+
+
+def _where(text: str | None, masked: Sequence[str]) -> tuple[list[str] | None, str | None]:
+    """Return the path and the value in such as "data.plan = pro"."""
+    if text is None:
+        return None, None
+    if not (found := re.fullmatch(r"\s*(?:data\.)?([^=\s]+)\s*=\s*(.*?)\s*", text)):
+        raise WrongQueryError("write the filter of data such as data.plan = pro")
+    path = found[1].split(".")
+    _check_path(path, masked)
+    return path, found[2]
+
+
+def _check_path(path: Sequence[str], masked: Sequence[str]) -> None:
+    """Refuse a path to masked values, from above or below. All items of a list count alike."""
+    wanted = [part for part in path if not part.isdecimal()]
+    for other in masked:
+        hidden = [part for part in other.split(".")[1:] if not part.isdecimal()]
+        shorter = min(len(wanted), len(hidden))
+        if other != "subject" and wanted[:shorter] == hidden[:shorter]:
+            raise WrongQueryError(f"{other} is masked, so it is not searched")
+
+
+def _age(text: str) -> timedelta:
+    found = re.fullmatch(r"\s*([0-9]{1,5})\s*([mhdw])[a-z]*\s*", text)
+    if not found:
+        raise WrongQueryError("write the age such as 3 d, with m, h, d or w")
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+
+
+async def enrollments(pool: asyncpg.Pool, query: Query, selection: Selection, mask: Mask) -> Found:
+    """Return the enrollments that match, the latest first, or sorted by a column."""
+    columns = _columns(query)
+    sort = query.get("sort") or "-id"
+    key = sort.removeprefix("-")
+    if key not in {column.key for column in columns}:
+        raise WrongQueryError(f"the list has no column {key} to sort by")
+    if sort == "-id":
+        before = min(query.number("before", FURTHEST), FURTHEST)
+        rows, searched_to = await _search(pool, selection, before, query.rows + 1)
+        shown, more, remark = rows[: query.rows], None, None
+        if len(rows) > query.rows:
+            more = {**query.given, "before": str(shown[-1]["id"])}
+        elif searched_to > 1:
+            more = {**query.given, "before": str(searched_to)}
+            remark = (
+                f"Searched down to enrollment {searched_to:,}; the next page goes on from there."
+            )
+        return Found(
+            Table("search", columns, _shown(shown, columns, mask), query.given, more), remark
+        )
+    rows, searched_to = await _search(pool, selection, FURTHEST, MOST_SORTED + 1)
+    is_part = len(rows) > MOST_SORTED or searched_to > 1
+    every = _shown(rows[:MOST_SORTED], columns, mask)
+    every.sort(key=lambda row: _comparable(row[key]), reverse=sort.startswith("-"))
+    skip = query.number("skip", 0)
+    more = None
+    if skip + query.rows < len(every):
+        more = {**query.given, "skip": str(skip + query.rows)}
+    remark = None
+    if is_part:
+        remark = (
+            f"Sorted are the latest {len(every):,} that were found. Add filters to sort them all."
+        )
+    page = every[skip : skip + query.rows]
+    return Found(Table("search", columns, page, query.given, more), remark)
+
+
+def _columns(query: Query) -> list[Column]:
+    names = (query.get("columns") or ",".join(USUAL)).split(",")[:MOST_COLUMNS]
+    columns = []
+    for name in dict.fromkeys(["id", *filter(None, map(str.strip, names))]):
+        if name.startswith("data."):
+            columns.append(Column(name, name))
+        elif name in COLUMNS:
+            columns.append(COLUMNS[name])
+        else:
+            raise WrongQueryError(f"there is no column {name}")
+    return columns
+
+
+async def _search(
+    pool: asyncpg.Pool, selection: Selection, before: int, most: int
+) -> tuple[list[asyncpg.Record], int]:
+    """Return the latest that match, and the id down to which was searched: 1 for all.
+
+    Filters that no index serves are applied to a bounded range of ids at a time, for as long as
+    there is time.
+    """
+    rows: list[asyncpg.Record] = []
+    begun = time.perf_counter()
+    async with reading(pool) as connection:
+        last = await connection.fetchval(QUERIES["console_last_id"], before)
+        if last is None:
+            return [], 1
+        top, window = last + 1, FIRST_WINDOW
+        while top > 1:
+            first = max(top - window, 1)
+            started = time.perf_counter()
+            rows += await connection.fetch(
+                QUERIES["console_list"], *selection.parameters(), first, top, most - len(rows)
+            )
+            top = first
+            if len(rows) >= most:
+                break
+            now = time.perf_counter()
+            if (now - begun) + 4 * (now - started) > BUDGET:
+                break
+            window *= 4
+    return rows, top
+
+
+def _shown(
+    rows: Sequence[asyncpg.Record], columns: Sequence[Column], mask: Mask
+) -> list[dict[str, Any]]:
+    paths = [column.key for column in columns if column.key.startswith("data.")]
+    shown = []
+    for row in rows:
+        made = mask(row)
+        made["url"] = at(f"/enrollments/{row['id']}")
+        for path in paths:
+            made[path] = _inside(made["data"], path.split(".")[1:])
+        shown.append(made)
+    return shown
+
+
+def _inside(data: Any, path: Sequence[str]) -> Any:
+    for part in path:
+        if isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, list) and part.isdecimal() and int(part) < len(data):
+            data = data[int(part)]
+        else:
+            return None
+    return data
+
+
+def _comparable(value: Any) -> tuple[int, Any]:
+    """Return a key that sorts values of all kinds: none first, then numbers, times, texts."""
+    match value:
+        case None:
+            return 0, 0
+        case bool() | int() | float():
+            return 1, value
+        case datetime():
+            return 2, value.astimezone(UTC).timestamp() if value.year < 9999 else float("inf")
+        case _:
+            return 3, str(value)

@@ -1,0 +1,244 @@
+"""Failures by cause, lists with filters, and what can be done with what is selected."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+
+from sequencerd.console import lists
+from sequencerd.storage.bulk import Selection
+from sequencerd.storage.statements import QUERIES
+from tests.console.conftest import (
+    DAY,
+    FAILED,
+    Line,
+    Mended,
+    console,
+    counted,
+    page_with,
+    people,
+    token,
+)
+from tests.helpers.engines import define, until
+from tests.helpers.waiting import PATIENCE
+
+CAUSES = {
+    "to ada@example.com: 550 5.1.1 no such user 77": "to <address>: 550 5.1.1 no such user …",
+    "refused: x@y.z (552 mailbox is full)": "refused: <address> (552 mailbox is full)",
+    "account 412 is closed": "account … is closed",
+    "account 13 is closed": "account … is closed",
+    "the server answered 503": "the server answered 503",
+    'answered 422 {"error": "no account 5"}': 'answered 422 {"error": "no account …"}',
+    "to: 'O''Brien' is not an address": 'to: "…"',
+    'not an address: "n7@@example"': 'not an address: "…"',
+    "order INV-2026-1, uuid 550e8400-e29b-41d4-a716-446655440000": "order …, uuid …",
+    "don't call +49 (151) 123-456": "don't call …",
+    "127.0.0.1:25: Connection refused": "…:…: Connection refused",
+    "100% of a_b\\c": "…% of a_b\\c",
+    "": "",
+}
+
+
+async def test_errors_of_one_cause_have_one_pattern(connection: asyncpg.Connection) -> None:
+    await define(connection, "s", ("wait", "WaitForDuration", DAY, None))
+    await connection.executemany(
+        "INSERT INTO sequencer.enrollments (sequence, subject, status, last_error)"
+        " VALUES ('s', $1, 'failed', $2)",
+        [(str(n), error) for n, error in enumerate(CAUSES)],
+    )
+    rows = await connection.fetch(QUERIES["console_causes"], 1000)
+    found = {row["cause"] for row in rows}
+    for error, wanted in CAUSES.items():
+        if not error.startswith("to: "):  # what follows a quotation within a quotation may differ
+            assert wanted in found, error
+    # each is found again by its cause
+    for row in rows:
+        parameters = Selection(causes=[row["cause"]]).parameters()
+        matching = await connection.fetch(QUERIES["select"], *parameters, ["failed"], None)
+        assert len(matching) == sum(r["failed"] for r in rows if r["cause"] == row["cause"]), row
+
+
+async def failing(connection: asyncpg.Connection) -> None:
+    """Two causes at two steps, and others that wait."""
+    await define(
+        connection, "s", ("wait", "WaitForDuration", DAY, "note"), ("note", "Note", "{}", None)
+    )
+    await define(connection, "t", ("note", "Note", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, step, subject, status, failure, last_error,"
+        " data, ended_at)"
+        " SELECT CASE WHEN n % 3 = 0 THEN 't' ELSE 's' END, 'note', 'f' || n, 'failed', 'error',"
+        " CASE WHEN n <= 6 THEN 'to a' || n || '@b.c: 550 no such user' ELSE 'id ' || n END,"
+        """ jsonb_build_object('name', 'Ada ' || n, 'plan', CASE WHEN n % 2 = 0 THEN 'pro' END),"""
+        " now() - interval '1 hour' FROM generate_series(1, 9) AS n"
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data, wake_at, entered_at)"
+        """ SELECT 's', 'w' || n, jsonb_build_object('plan', 'pro', 'n', n),"""
+        " '2100-01-01Z'::timestamptz + n * interval '1 day', now() - n * interval '1 day'"
+        " FROM generate_series(1, 5) AS n"
+    )
+
+
+async def found(client: httpx.AsyncClient, **query: str) -> list[dict[str, Any]]:
+    answer = await client.get("/tables/search.json", params=query)
+    assert answer.status_code == 200, answer.text
+    rows: list[dict[str, Any]] = answer.json()["rows"]
+    return rows
+
+
+async def test_a_cause_is_retried_and_followed(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await failing(connection)
+    runner = Mended()
+    async with console(database, {"Note": runner}, write=True) as client:
+        first, second = await counted(client, "failures")
+        assert (first["cause"], first["failed"]) == ("to <address>: 550 no such user", 6)
+        assert first["steps"] == ["s/note", "t/note"]
+        assert (second["cause"], second["failed"]) == ("id …", 3)
+        page = await client.get("/failures")
+        address = page.text.partition("/console/search?status=failed&amp;cause=")[2][:12]
+        assert len(await found(client, status="failed", cause=address)) == 6
+        query = {"action": "retry", "status": "failed", "cause": address}
+        asked = await client.get("/change", params=query)
+        assert "Retry 6 enrollments?" in asked.text
+        form = {**query, "number": "6", "reason": "the server is fixed", "token": token(asked)}
+        made = await client.post("/change", data=form)
+        assert made.status_code == 303
+        followed = made.headers["location"].removeprefix("/console")
+        page = await page_with(client, followed, "6 failed again")
+        assert "Retried 6 enrollments" in page.text
+        assert "the server is fixed" in page.text
+        # of those, a selection; what is fixed completes
+        runner.is_fixed = True
+        ids = await connection.fetch(
+            "SELECT id FROM sequencer.enrollments WHERE status = 'failed' ORDER BY id LIMIT 2"
+        )
+        form = {**form, "cause": "", "id": ",".join(str(row["id"]) for row in ids), "number": "2"}
+        made = await client.post("/change", data=form)
+        followed = made.headers["location"].removeprefix("/console")
+        await page_with(client, followed, "2 completed")
+        assert (await client.get("/changes/99")).status_code == 404
+        # a move needs a step that all of them have
+        moved = {"action": "move", "status": "failed", "sequence": "t"}
+        asked = await client.get("/change", params=moved)
+        assert "<option>note</option>" in asked.text
+        assert "<option>wait</option>" not in asked.text
+
+
+async def test_filters_combine(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await failing(connection)
+    async with console(database, {"Note": Mended()}) as client:
+
+        async def subjects(**query: str) -> list[str]:
+            return [row["subject"] for row in await found(client, **query)]
+
+        assert await subjects(where="data.plan = pro", status="active") == [
+            "w5", "w4", "w3", "w2", "w1",
+        ]  # fmt: skip
+        assert await subjects(where="plan=pro", sequence="t") == ["f6"]
+        assert await subjects(where="data.n = 3") == ["w3"]
+        assert await subjects(status="failed", q="f9") == ["f9"]
+        assert await subjects(age="3d", sequence="s", status="active") == ["w5", "w4", "w3"]
+        assert await subjects(wakes_from="2100-01-03", wakes_before="2100-01-05") == ["w3", "w2"]
+        assert await subjects(status="active", sort="data.n", columns="subject,data.n") == [
+            "w1", "w2", "w3", "w4", "w5",
+        ]  # fmt: skip
+        assert await subjects(cause="0" * 12) == []
+        (row,) = await found(client, where="n = 3", columns="subject,data.n,data.no.way")
+        assert row == {"id": row["id"], "subject": "w3", "data.n": 3, "data.no.way": None}
+        text = (await client.get("/tables/search.csv?where=n=3&columns=data.n")).text
+        assert text.splitlines()[0] == '"id","data.n"'
+        # what no index serves is searched a part at a time, and the page leads on
+        monkeypatch.setattr(lists, "BUDGET", 0)
+        monkeypatch.setattr(lists, "FIRST_WINDOW", 4)
+        page = await client.get("/search?where=data.n+%3D+1")
+        assert "Searched down to enrollment" in page.text
+        assert "No matching" not in page.text
+        assert await subjects(where="data.n = 1") == []
+        path, seen = "/console/tables/search.json?where=data.n+%3D+1", []
+        while path:
+            answer = await client.get(str(client.base_url.join(path)))
+            seen += [row["subject"] for row in answer.json()["rows"]]
+            path = answer.json()["next"]
+        assert seen == ["w1"]
+
+
+@pytest.mark.parametrize("mask", [[], ["subject", "data.email"]])
+async def test_nonsense_in_filters(
+    database: str, connection: asyncpg.Connection, mask: list[str]
+) -> None:
+    await people(connection)
+    async with console(database, {"Note": Mended()}, write=True, mask=mask) as client:
+        for path, words in (
+            ("/search?where=plan", "such as data.plan = pro"),
+            ("/search?age=long", "such as 3 d"),
+            ("/search?status=dead", "no status dead"),
+            ("/search?sort=mood", "no column mood"),
+            ("/search?columns=mood", "no column mood"),
+            ("/search?wakes_from=soon", "not a time"),
+            ("/search?id=1,x", "not a number"),
+            ("/search?sequence=a%00b", "invalid characters"),
+            ("/search?before=x", "not a number"),
+            ("/change?action=retry", "nothing is selected"),
+            ("/change?action=drop&id=1", "unknown action"),
+            ("/change?id=1", "action is missing"),
+            ("/changes/x", "page not found"),
+            *((("/search?q=a&status=active", "masked"),) if mask else ()),
+            *((("/change?action=cancel&where=email=x", "masked"),) if mask else ()),
+        ):
+            page = await client.get(path)
+            assert page.status_code in (404, 422), path
+            assert words in page.text.lower(), path
+        for empty in ("/search?sequence=none", "/search?step=none&sort=subject"):
+            page = await client.get(empty)
+            assert page.status_code == 200
+            assert "No matching enrollments." in page.text
+
+
+async def test_a_masked_cause_is_masked_everywhere(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await people(connection)
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, step, subject, status, failure, last_error,"
+        " data) SELECT 's', 'note', name, 'failed', 'error', name || ' is unknown',"
+        """ jsonb_build_object('name', name) FROM unnest(ARRAY['Grace', 'Edsger']) AS name"""
+    )
+    async with console(database, {"Note": Mended()}, mask=["data.name"], write=True) as client:
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                rows = await counted(client, "failures")
+                if shown := [row for row in rows if "unknown" in row["cause"]]:
+                    break
+        # those that look alike are one cause, with both of its patterns
+        assert [(row["cause"], row["failed"]) for row in shown] == [("••• is unknown", 2)]
+        page = await client.get("/failures")
+        key = page.text.partition("cause=")[2][:12]
+        for path in ("/failures", "/tables/failures.csv", f"/search?cause={key}"):
+            text = (await client.get(path)).text
+            assert "•••" in text
+            assert "Grace" not in text
+            assert "Edsger" not in text
+        both = await found(client, cause=key)
+        assert len(both) == max(row["failed"] for row in rows)
+
+
+async def test_a_list_without_a_database(database: str, connection: asyncpg.Connection) -> None:
+    await people(connection)
+    line = Line(database)
+    async with line.open() as through, console(database, through=through, write=True) as client:
+        await until(connection, FAILED.replace("= 1", ">= 0"))
+        assert (await client.get("/search?status=active")).status_code == 200
+        line.cut()
+        for path in ("/search?status=active", "/change?action=cancel&status=active"):
+            page = await client.get(path)
+            assert page.status_code == 503
+            assert "The database cannot be reached" in page.text
