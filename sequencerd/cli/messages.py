@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from sequencerd.cli.commands import connect, on_database, read_settings
-from sequencerd.cli.output import say, say_lines, warn
+from sequencerd.cli.output import say, say_lines, say_raw, warn
 from sequencerd.cli.preview import is_file, read_sequences
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
@@ -73,7 +73,7 @@ def preview_command(arguments: argparse.Namespace, settings: Settings) -> int:
     elif sys.stdout.isatty():
         say_lines(content.decode(errors="replace").replace("\r\n", "\n"))
     else:
-        sys.stdout.write(content.decode(errors="replace"))
+        say_raw(content.decode(errors="replace"))
     return 0
 
 

@@ -92,6 +92,11 @@ def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(shown, count)
 
 
+def say_raw(content: str) -> None:
+    """Print a text for a program, as it is."""
+    print(content, end="", flush=True)
+
+
 def say_json(value: object, *, indent: int | None = None) -> None:
     """A value for a program, in ASCII."""
     made = json.dumps(value, default=plain, indent=indent)

@@ -194,7 +194,8 @@ def test_an_export_that_turns_texts_is_escaped_and_the_same() -> None:
     document = {
         "name": "s", "description": None, "timezone": "UTC", "status": "active",
         "reentry": "after_end", "lookup": None,
-        "recheck": 60, "window": None, "topic": None, "enroll": None, "steps": [step],
+        "recheck": 60, "window": None, "topic": None, "locale": None, "enroll": None,
+        "steps": [step],
     }  # fmt: skip
     made = to_yaml(document)
     assert not OBEYED.search(made)
