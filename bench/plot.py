@@ -1,6 +1,6 @@
 """Draws what the benchmarks printed, as SVG.
 
-    PYTHONPATH=. python bench/compare.py --dsn ... | tee results.txt
+    PYTHONPATH=. python bench/compare.py 2> results.txt
     PYTHONPATH=. python bench/scale.py --dsn ... --works mix | tee --append results.txt
     python bench/plot.py results.txt docs
 

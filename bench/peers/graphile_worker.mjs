@@ -1,6 +1,6 @@
 // graphile-worker with a local queue, completing jobs in batches.
 import { Logger, makeWorkerUtils, run } from "graphile-worker";
-import { fresh, given, inARow, wave } from "./measure.mjs";
+import { fresh, given, inARow, wake, wave } from "./measure.mjs";
 
 const LEFT = "SELECT count(*) FROM graphile_worker._private_jobs";
 const logger = new Logger(() => () => {});
@@ -17,7 +17,7 @@ const worker = (url) => async (note) => {
     if (next) await helpers.addJob(next, payload);
   };
   const runner = await run({
-    taskList: { a: then("b"), b: then("c"), c: then(), wave: then() },
+    taskList: { a: then("b"), b: then("c"), c: then(), flat: then(), wave: then(), wake: then() },
     noHandleSignals: true,
     preset: {
       worker: {
@@ -41,7 +41,19 @@ const jobs = (identifier, numbers, runAt) =>
 const works = {
   w1: async (url, client) => {
     const made = await utilities(url);
-    await inARow(client, (numbers) => made.addJobs(jobs("a", numbers)), worker(url), LEFT);
+    const add = (numbers) => made.addJobs(jobs("a", numbers));
+    await inARow(client, "w1", 3, add, worker(url), LEFT);
+    await made.release();
+  },
+  flat: async (url, client) => {
+    const made = await utilities(url);
+    const add = (numbers) => made.addJobs(jobs("flat", numbers));
+    await inARow(client, "flat", 1, add, worker(url), LEFT);
+    await made.release();
+  },
+  wake: async (url, client) => {
+    const made = await utilities(url);
+    await wake(client, (numbers) => made.addJobs(jobs("wake", numbers)), worker(url), LEFT);
     await made.release();
   },
   wave: async (url, client) => {

@@ -8,7 +8,8 @@ export const { values: given } = parseArgs({
     dsn: { type: "string" },
     subjects: { type: "string", default: "50000" },
     wave: { type: "string", default: "20000" },
-    works: { type: "string", default: "w1,wave" },
+    samples: { type: "string", default: "200" },
+    works: { type: "string", default: "w1,flat,wave,wake" },
   },
 });
 
@@ -60,10 +61,13 @@ export async function inSlices(count, add) {
   }
 }
 
-/** W1: `add` enqueues, `start` starts a worker that calls its argument at every task. */
-export async function inARow(client, add, start, left) {
+/** `add` enqueues jobs of so many tasks each, `start` starts a worker that calls its argument at
+ * every task. */
+export async function inARow(client, work, tasks, add, start, left) {
   const subjects = Number(given.subjects);
+  const adding = now();
   await inSlices(subjects, add);
+  const enrolled_per_s = subjects / (now() - adding);
   await client.query("ANALYZE");
   await client.query("CHECKPOINT");
   let begun;
@@ -71,10 +75,31 @@ export async function inARow(client, add, start, left) {
   await untilNone(client, left);
   const seconds = now() - begun;
   await stop();
-  say({ work: "w1", subjects, seconds, transitions_per_s: (3 * subjects) / seconds });
+  const transitions_per_s = (tasks * subjects) / seconds;
+  say({ work, subjects, seconds, transitions_per_s, enrolled_per_s });
 }
 
-/** W2: `add` enqueues for a time, 20 s ahead; how late do they start? */
+/** `add` enqueues one job: how long after that does it start, in an idle worker? */
+export async function wake(client, add, start, left) {
+  const samples = Number(given.samples);
+  const late = [];
+  let started;
+  const stop = await start(() => started(now()));
+  await sleep(2);
+  for (let n = 0; n < samples; n++) {
+    const start = new Promise((done) => (started = done));
+    await add([n]);
+    const added = now();
+    late.push((await start) - added); // below zero if it starts before the insert has returned
+    await sleep(0.05);
+  }
+  await untilNone(client, left);
+  await stop();
+  const { p50_s, p99_s } = percentiles(late);
+  say({ work: "wake", samples, p50_ms: 1000 * p50_s, p99_ms: 1000 * p99_s });
+}
+
+/** `add` enqueues for a time, 20 s ahead; how late do they start? */
 export async function wave(client, add, start, left) {
   const subjects = Number(given.wave);
   const late = [];

@@ -1,6 +1,6 @@
 // pg-boss as fast as it goes: batches, a table for each queue, the next tasks in one insert.
 import { PgBoss } from "pg-boss";
-import { fresh, given, inARow, wave } from "./measure.mjs";
+import { fresh, given, inARow, wake, wave } from "./measure.mjs";
 
 const BATCH = 500;
 const LEFT = "SELECT count(*) FROM pgboss.job WHERE state < 'completed'";
@@ -10,7 +10,7 @@ async function connected(url) {
   const boss = new PgBoss({ connectionString: url, useListenNotify: true });
   boss.on("error", (error) => console.error(error));
   await boss.start();
-  for (const queue of ["a", "b", "c", "wave"])
+  for (const queue of ["a", "b", "c", "flat", "wave", "wake"])
     await boss.createQueue(queue, { notify: true, partition: true });
   return boss;
 }
@@ -36,8 +36,18 @@ const jobs = (numbers, startAfter) => numbers.map((n) => ({ data: { n }, startAf
 const works = {
   w1: async (url, client) => {
     const boss = await connected(url);
-    await inARow(
-      client, (numbers) => boss.insert("a", jobs(numbers)), worker(boss, ["a", "b", "c"]), LEFT);
+    const add = (numbers) => boss.insert("a", jobs(numbers));
+    await inARow(client, "w1", 3, add, worker(boss, ["a", "b", "c"]), LEFT);
+  },
+  flat: async (url, client) => {
+    const boss = await connected(url);
+    const add = (numbers) => boss.insert("flat", jobs(numbers));
+    await inARow(client, "flat", 1, add, worker(boss, ["flat"]), LEFT);
+  },
+  wake: async (url, client) => {
+    const boss = await connected(url);
+    const add = ([n]) => boss.send("wake", { n });
+    await wake(client, add, worker(boss, ["wake"]), LEFT);
   },
   wave: async (url, client) => {
     const boss = await connected(url);

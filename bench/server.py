@@ -1,0 +1,72 @@
+"""A PostgreSQL server for a benchmark: the machine's or the embedded one, with settings that are
+named in the report, in a folder that is deleted at the end.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sequencerd.storage.embedded import Programs
+
+SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB", "max_connections": "200"}
+"""Beside these, everything is PostgreSQL's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server: its superuser's URL, the process id of its postmaster, and its version."""
+
+    dsn: str
+    process: int
+    version: str
+
+
+def find(wanted: str) -> Path | None:
+    """Return the folder of a server's programs: of a version, a path, or None for the embedded."""
+    if wanted == "embedded":
+        return None
+    folder = Path(f"/usr/lib/postgresql/{wanted}/bin") if wanted.isdigit() else Path(wanted)
+    if not (folder / "initdb").exists():
+        raise SystemExit(f"no PostgreSQL server in {folder}")
+    return folder
+
+
+@contextmanager
+def running(wanted: str) -> Iterator[Server]:
+    """Run a server as long as the context lasts; as an unprivileged user where this is root."""
+    folder = find(wanted)
+    programs = Programs.find() if folder is None else replace(Programs.find(), bin=folder)
+    data = Path(tempfile.mkdtemp(prefix="sequencerd-bench-"))
+    if programs.user:
+        shutil.chown(data, programs.user.pw_uid, programs.user.pw_gid)
+    try:
+        programs.run("initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        settings = {
+            **SETTINGS, "port": port, "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": data,
+        }  # fmt: skip
+        with (data / "postgresql.conf").open("a") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
+        programs.run("pg_ctl", "-D", data, "-l", data / "log", "-w", "start")
+        try:
+            process = int((data / "postmaster.pid").read_text().split()[0])
+            shown = programs.run("postgres", "--version")
+            found = re.search(r"[0-9][0-9.]*", shown)
+            yield Server(
+                f"postgresql://postgres@127.0.0.1:{port}/postgres",
+                process,
+                found[0] if found else "?",
+            )
+        finally:
+            programs.run("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop", check=False)
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
