@@ -80,6 +80,8 @@ CREATE TABLE sequencer.sequences (
                CHECK (recheck BETWEEN interval '1 second' AND interval '1 year'),
     time_window jsonb CHECK (jsonb_typeof(time_window) = 'object'),
     locale     text CHECK (locale ~ '^(data|external)([.][^.[:space:]{}\[\]]+)+$'),
+    partials   jsonb CHECK (jsonb_typeof(partials) = 'object'
+                   AND NOT partials @? '$.* ? (@.type() != "string")'),
     topic      text CHECK (topic ~ '^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$'),
     enroll     jsonb CHECK (jsonb_typeof(enroll) = 'object'),
     revision   integer NOT NULL DEFAULT 1,
@@ -100,6 +102,7 @@ COMMENT ON COLUMN sequencer.sequences.lookup IS 'The source of external data abo
 COMMENT ON COLUMN sequencer.sequences.recheck IS 'How often goals and conditions that read external data are evaluated.';
 COMMENT ON COLUMN sequencer.sequences.time_window IS 'When its side effects may begin, as the key window of a file; NULL: at any time. Named so since WINDOW is a reserved word.';
 COMMENT ON COLUMN sequencer.sequences.locale IS 'The path of the language of a subject, such as data.language, which chooses among the texts of messages; NULL: data.locale.';
+COMMENT ON COLUMN sequencer.sequences.partials IS 'Templates by name, which the messages of the sequence use as {{> name}}.';
 COMMENT ON COLUMN sequencer.sequences.topic IS 'What its side effects are about, unless their configs have a topic: suppressions of this topic hold for them.';
 COMMENT ON COLUMN sequencer.sequences.enroll IS 'Enrolls what a view or function returns, by a schedule: {"from": "app.overdue", "schedule": "0 9 * * 1-5", "at_most": 1000}; instead of schedule, "every": {"amount": 1, "unit": "hours"}.';
 COMMENT ON COLUMN sequencer.sequences.revision IS 'A new number for each transaction that changes the sequence or its steps; unique across sequences.';
@@ -646,6 +649,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
         'lookup', q.lookup, 'recheck', extract(epoch FROM q.recheck),
         'window', q.time_window,
         'topic', q.topic, 'locale', q.locale,
+        'partials', coalesce(q.partials, '{}'),
         'enroll', q.enroll,
         'steps', (
             SELECT coalesce(jsonb_agg(jsonb_build_object(

@@ -235,6 +235,7 @@ class Shared(NamedTuple):
     """What the messages of a sequence have in common."""
 
     locale: str | None = None  # the path of the subject's language
+    partials: tuple[tuple[str, str], ...] = ()  # of their texts, by name
 
 
 NOTHING_SHARED = Shared()

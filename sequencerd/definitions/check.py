@@ -15,7 +15,12 @@ from typing import Any, NamedTuple
 
 from sequencerd.core import graph
 from sequencerd.core.javascript.conditions import ALWAYS_TRUE, Operand, first_key
-from sequencerd.core.javascript.templates import compile_template
+from sequencerd.core.javascript.templates import (
+    Template,
+    compile_template,
+    missing_layouts,
+    surely_used,
+)
 from sequencerd.core.languages import DEFAULT, fallback, normalised
 from sequencerd.core.model import (
     ALT_NEXT,
@@ -25,6 +30,7 @@ from sequencerd.core.model import (
     KeyPath,
     Problem,
     Sequence,
+    Shared,
     SideEffect,
     Step,
 )
@@ -36,6 +42,7 @@ from sequencerd.core.step_types import (
     is_instant,
     is_message,
     language_texts,
+    localised_keys,
     read_paths,
     template_texts,
     written_keys,
@@ -80,6 +87,7 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
         if step.name not in reachable:
             yield Remark(step.name, (), "unreachable: no step leads here, write its name as a next")
         yield from _check_templates(step, sequence)
+        yield from _check_styles(step)
         if isinstance(step.behaviour, Problem):
             continue
         yield from _check_languages(step)
@@ -291,18 +299,77 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
                 yield Remark(step.name, ("config", *path), wrong, root in FORMER)
     problem = step.behaviour if isinstance(step.behaviour, Problem) else None
     told = {("config", *fault.path) for fault in problem.faults if fault.path} if problem else ()
+    partials = dict(sequence.shared.partials)
     for path, source in template_texts(step.type, step.config):
         keys = ("config", *path)
+        known = partials if path[0] in localised_keys(step.type) else {}
         try:
-            template = compile_template(source, escape=False)
+            template = compile_template(source, escape=False, partials=known)
+            for missing in missing_layouts(source, known):
+                yield Remark(step.name, keys, missing, is_error=True)
         except DefinitionError as error:
             if problem and not any(keys[: len(other)] == other for other in told):
                 yield Remark(step.name, keys, str(error), is_error=True)
             continue
-        for read in sorted(template.surely_reads - {"this"}):
-            root = read.split(".")[0]
-            if wrong := _wrong_path(read, root, sequence):
-                yield Remark(step.name, keys, wrong, root in FORMER)
+        yield from _check_reads(step.name, keys, source, template, sequence)
+
+
+def _check_reads(
+    step: str, keys: KeyPath, source: str, template: Template, sequence: Sequence
+) -> Iterator[Remark]:
+    in_css = dict(_in_css(source))
+    for read in sorted(template.surely_reads - {"this"}):
+        root = read.split(".")[0]
+        if (wrong := _wrong_path(read, root, sequence)) and read not in in_css:
+            yield Remark(step, keys, wrong, root in FORMER)
+
+
+_STYLE = re.compile(r"<style\b[^>]*>(.*?)</style\b", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"\{\{~?\s*([^\s~{}#/>!&^\"'()]+)\s*~?\}\}")
+_DATA = ("@root", "@key", "@index", "@first", "@last")
+
+
+def _in_css(source: str) -> Iterator[tuple[str, int]]:
+    """Yield what looks like a tag within a style and prints nothing, with its line."""
+    for style in _STYLE.finditer(source):
+        for tag in _TAG.finditer(style[1]):
+            root = re.split(r"[./]", tag[1])[0]
+            if root in NAMES or root in ("this", "else", "") or tag[1].startswith(_DATA):
+                continue
+            if ":" in tag[1] or "@" in tag[1]:
+                yield tag[1], source.count("\n", 0, style.start(1) + tag.start()) + 1
+
+
+def _check_styles(step: Step) -> Iterator[Remark]:
+    """CSS in two braces, which is a tag that prints nothing."""
+    for path, source in template_texts(step.type, step.config):
+        for text, line in _in_css(source):
+            yield Remark(step.name, ("config", *path), _vanishes(text, line))
+
+
+def _vanishes(text: str, line: int) -> str:
+    return (
+        f"line {line}: {{{{{text}}}}} in a style is a tag that prints nothing: write CSS in one "
+        "brace"
+    )
+
+
+def check_partials(sequence: Sequence) -> Iterator[Remark]:
+    """Yield findings in the partials of a sequence, which belong to no step."""
+    partials = dict(sequence.shared.partials)
+    sure: set[str] = set()
+    for step in sequence.steps.values():
+        for _, source in texts(dict(language_texts(step.type, step.config))):
+            with suppress(DefinitionError):
+                sure |= surely_used(source, partials)
+    for name, source in partials.items():
+        keys = ("partials", name)
+        for text, line in _in_css(source):
+            yield Remark("", keys, _vanishes(text, line))
+        if name in sure:
+            with suppress(DefinitionError):
+                template = compile_template(source, escape=False, partials=partials)
+                yield from _check_reads("", keys, source, template, sequence)
 
 
 # --- paths that no data has
@@ -356,7 +423,7 @@ def unknown_paths(sequence: Sequence, known: KnownPaths) -> Iterator[Remark]:
             is_open = True
         known.values.update(f"data.{key}" for key in written_keys(step.type, step.config))
     for step in sequence.steps.values():
-        for keys, path in _paths(step):
+        for keys, path in _paths(step, sequence.shared):
             if path.split(".")[0] not in roots or known.has(path):
                 continue
             root, _, rest = path.partition(".")
@@ -368,7 +435,7 @@ def unknown_paths(sequence: Sequence, known: KnownPaths) -> Iterator[Remark]:
                 yield Remark(step.name, keys, f"no data has the path {path!r}")
 
 
-def _paths(step: Step) -> Iterator[tuple[KeyPath, str]]:
+def _paths(step: Step, shared: Shared) -> Iterator[tuple[KeyPath, str]]:
     """Yield the plain paths that the conditions and templates of a step read for certain."""
     if is_instant(step.type):
         for keys, text in texts(step.config, ("config",)):
@@ -376,7 +443,9 @@ def _paths(step: Step) -> Iterator[tuple[KeyPath, str]]:
                 yield keys, text
     for keys, source in template_texts(step.type, step.config):
         with suppress(DefinitionError):
-            for read in sorted(compile_template(source, escape=False).surely_reads):
+            partials = dict(shared.partials) if keys[0] in localised_keys(step.type) else {}
+            template = compile_template(source, escape=False, partials=partials)
+            for read in sorted(template.surely_reads):
                 yield ("config", *keys), read
 
 

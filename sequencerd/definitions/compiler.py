@@ -324,7 +324,8 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
 
 def shared_of(row: asyncpg.Record) -> Shared:
     """What the messages of a sequence share, of its row in sequencer.sequences."""
-    return Shared(row["locale"])
+    partials = parse_json(row["partials"]) if row["partials"] else {}
+    return Shared(row["locale"], tuple(partials.items()))
 
 
 @lru_cache(maxsize=8)  # all sequences that are read at once have the same
@@ -355,9 +356,10 @@ def reads_external(type_: str, config: Mapping[str, Any], shared: Shared = NOTHI
         return True
     if (shared.locale or "").startswith("external.") and step_types.has_languages(type_, config):
         return True
-    return (
-        not step_types.is_instant(type_)
-        and re.search(r"\bexternal\b", json.dumps(config)) is not None
+    used = step_types.used_partials(type_, config, dict(shared.partials))
+    sources = [json.dumps(config), *(text for name, text in shared.partials if name in used)]
+    return not step_types.is_instant(type_) and any(
+        re.search(r"\bexternal\b", source) for source in sources
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sequencerd.core.config import parse_json
 from sequencerd.core.model import DefinitionError
-from sequencerd.core.step_types import is_seeded, language_texts, rename_steps
+from sequencerd.core.step_types import is_seeded, language_texts, rename_steps, used_partials
 from sequencerd.errors import PlanError
 
 Document = Mapping[str, Any]
@@ -18,6 +18,7 @@ SETTINGS = (
     "description", "timezone", "status", "reentry", "lookup", "recheck", "window", "topic",
     "locale", "enroll",
 )  # fmt: skip
+MOST_NAMED = 5
 LONGEST_SHOWN = 40  # characters of a value
 
 
@@ -71,12 +72,17 @@ class Changes:
     renamed: Mapping[str, str] = field(default_factory=dict)
     added: Mapping[str, str] = field(default_factory=dict)  # with its type
     changed: Mapping[str, Mapping[str, Change]] = field(default_factory=dict)  # by key
+    partials: Mapping[str, Change] = field(default_factory=dict)
+    messages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The steps whose messages a changed partial is part of."""
     removed: tuple[str, ...] = ()
     is_reordered: bool = False
 
     def __bool__(self) -> bool:
         """Return whether anything differs."""
-        parts = (self.settings, self.renamed, self.added, self.changed, self.removed)
+        parts = (
+            self.settings, self.renamed, self.added, self.changed, self.removed, self.partials,
+        )  # fmt: skip
         return self.is_new or self.is_reordered or any(parts)
 
     def lines(self) -> Iterator[str]:
@@ -92,6 +98,18 @@ class Changes:
             yield f"changed {name}: {told}"
         for name in self.removed:
             yield f"removed {name}"
+        for name, change in self.partials.items():
+            verb = "added" if change.before is None else "removed"
+            if change.before is not None and change.after is not None:
+                verb = "changed"
+            count = len(self.messages[name])
+            steps = "no message changes"
+            if count:
+                named = ", ".join(self.messages[name][:MOST_NAMED])
+                more = ", ..." if count > MOST_NAMED else ""
+                plural = "" if count == 1 else "s"
+                steps = f"a message of {count} step{plural} changes: {named}{more}"
+            yield f"{verb} partial {name}: {steps}"
         if self.is_reordered:
             yield "the order of the steps"
 
@@ -122,13 +140,36 @@ def compare(
     if first_before != first_after:
         settings["first step"] = Change(first_before, first_after)
     changed = {name: _keys(was[name], now[name]) for name in now if name in was}
+    texts_before, texts_after = before["partials"], after["partials"]
+    partials = {
+        name: Change(texts_before.get(name), texts_after.get(name))
+        for name in sorted({*texts_before, *texts_after})
+        if texts_before.get(name) != texts_after.get(name)
+    }
     return Changes(
         settings=settings,
         renamed=new_names,
         added={name: step["type"] for name, step in now.items() if name not in was},
         changed={name: keys for name, keys in changed.items() if keys},
+        partials=partials,
+        messages={name: _using(name, before, after) for name in partials},
         removed=tuple(name for name in was if name not in now),
         is_reordered=[n for n in was if n in now] != [n for n in now if n in was],
+    )
+
+
+def _using(partial: str, before: Document, after: Document) -> tuple[str, ...]:
+    """Return the steps whose messages have a partial in them, or had it."""
+    steps = {step["name"]: step for step in after["steps"]}
+    present = {step["name"] for step in before["steps"]}
+    return tuple(
+        name
+        for name, step in steps.items()
+        if name in present
+        and any(
+            partial in used_partials(step["type"], step["config"], document["partials"])
+            for document in (before, after)
+        )
     )
 
 

@@ -23,9 +23,11 @@ from pydantic import (
 from sequencerd.core import model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, faults, nearest
-from sequencerd.core.languages import check_locale_path
+from sequencerd.core.javascript.templates import check_partial
+from sequencerd.core.languages import FILE, TEXT_SCHEMA, check_locale_path
 from sequencerd.core.model import (
     ALT_NEXT,
+    DefinitionError,
     Fault,
     KeyPath,
     Problem,
@@ -38,7 +40,7 @@ from sequencerd.core.schedule import EnrollConfig, Span
 from sequencerd.core.step_types import is_instant, is_message, is_seeded, named_steps
 from sequencerd.core.step_types.effects import Topic
 from sequencerd.core.window_config import WindowConfig
-from sequencerd.definitions import check, cycles
+from sequencerd.definitions import check, cycles, included
 from sequencerd.definitions.compiler import (
     Definition,
     Runners,
@@ -70,6 +72,8 @@ def _short_enough(most: int) -> AfterValidator:
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), _short_enough(MAX_NAME)]
 Description = Annotated[str, Field(max_length=MAX_DESCRIPTION), _short_enough(MAX_DESCRIPTION)]
+PartialName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_./-]{0,99}$")]
+PartialText = Annotated[str, WithJsonSchema(TEXT_SCHEMA)]
 Recheck = Annotated[
     timedelta,
     BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value),
@@ -135,6 +139,8 @@ class FileSequence(Config):
     """What its side effects are about, such as marketing; a step may have its own."""
     locale: Annotated[str, AfterValidator(check_locale_path)] | None = None
     """The path of the subject's language, for texts in several ones. Default: data.locale."""
+    partials: dict[PartialName, PartialText] = Field(default_factory=dict)
+    """Templates that messages of the sequence use as {{> name}}."""
     enroll: EnrollConfig | None = None
     """Enrolls what a view or function returns, by a schedule."""
     steps: list[FileStep] = Field(min_length=1)
@@ -216,6 +222,7 @@ def check_documents(
             if (one := built.get(source)) is not None:
                 found_here = check.check(one.sequence, entered.get(source.name or "", set()))
                 told = [*found_here, *remarks.pop(source.name, [])]
+                told += check.check_partials(one.sequence)
                 if source.name is not None and source.name in data:
                     told += check.unknown_paths(one.sequence, data[source.name])
                 if (definition := _checked(source, one, told)) is not None:
@@ -248,6 +255,29 @@ class _Source:
         self.steps: list[Any] = steps if isinstance(steps, list) else []
         self.step_names = [_text_at(step, "name") for step in self.steps]
         self.findings: list[Finding] = []
+        self.files: dict[KeyPath, Path] = {}  # of texts that are in files of their own
+        self.wrong_partials: set[str] = set()
+        if document.folder is not None:
+            self._include(document.folder)
+
+    def _include(self, folder: Path) -> None:
+        """Put the texts that are in files of their own where they are named."""
+        value = self.document.value
+        for path, holder in list(included.places(value)):
+            key = str(path[-1])
+            try:
+                self.files[path], holder[key] = included.read(folder, holder[key][FILE])
+            except included.IncludedError as error:
+                self.say((*path, FILE), str(error))
+                holder[key] = ""
+        if not isinstance(value, dict) or not isinstance(value.get("partials", {}), dict):
+            return
+        try:
+            for name, file in list(included.partials_beside(folder, value)):
+                self.files["partials", name], text = included.read(folder, file)
+                value.setdefault("partials", {})[name] = text
+        except included.IncludedError as error:
+            self.say((), f"partials: {error}")
 
     def __str__(self) -> str:
         return f"{self.origin}:{self.document.line(())}"
@@ -261,8 +291,11 @@ class _Source:
                 shown = keys[3:] if keys[2:3] == ("config",) else keys[2:]
         text = str(Fault(shown, message))
         within = re.match(r"line (\d+): ", message)  # of a template
-        line = self.document.line(keys, int(within[1]) if within else 0)
-        self.findings.append(Finding(self.origin, line, self.name, step, text, is_error))
+        if file := self.files.get(keys):
+            origin, line = str(file), int(within[1]) if within else 1
+        else:
+            origin, line = self.origin, self.document.line(keys, int(within[1]) if within else 0)
+        self.findings.append(Finding(origin, line, self.name, step, text, is_error))
 
     def steps_elsewhere(self) -> Iterator[tuple[KeyPath, str, str]]:
         """Yield the steps of other sequences that configs name: path, sequence, and step."""
@@ -317,7 +350,7 @@ def _build(
     parsed = _parse(source)
     _check_names(source, sources)
     are_ways_known = not source.findings
-    shared = Shared(parsed.locale if parsed else None)
+    shared = Shared(parsed.locale if parsed else None, _check_partials(source))
     steps = _read_steps(source, runners, shared)
     if not steps:
         return None
@@ -347,7 +380,9 @@ def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) ->
     """The definition, if there is no error in it."""
     sequence, parsed, are_ways_known = built
     for name, keys, message, is_error in remarks:
-        if are_ways_known or keys:
+        if keys[:1] == ("partials",):
+            source.say(keys, message, is_error=is_error)
+        elif are_ways_known or keys:
             number = sequence.steps[name].position
             source.say(("steps", number, *keys), message, is_error=is_error)
     if parsed is None or any(finding.is_error for finding in source.findings):
@@ -367,6 +402,22 @@ def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) ->
         {step.name: step.renamed_from for step in parsed.steps if step.renamed_from},
         enroll=parsed.enroll,
     )
+
+
+def _check_partials(source: _Source) -> tuple[tuple[str, str], ...]:
+    """Return the partials of a sequence. Their errors are told here, and not by each step."""
+    value = source.document.value
+    partials = value.get("partials") if isinstance(value, dict) else None
+    found = partials if isinstance(partials, dict) else {}
+    texts = {name: text for name, text in found.items() if isinstance(text, str)}
+    for name, text in texts.items():
+        try:
+            check_partial(text)
+        except DefinitionError as error:
+            source.wrong_partials.add(name)
+            for fault in error.faults:
+                source.say(("partials", name), fault.message)
+    return tuple(texts.items())
 
 
 def _parse(source: _Source) -> FileSequence | None:
@@ -473,6 +524,8 @@ def _read_steps(source: _Source, runners: Runners, shared: Shared) -> list[Step]
         if isinstance(step.behaviour, Problem):
             is_served = is_instant(parsed.type) or parsed.type in runners
             for keys, message in step.behaviour.faults:
+                if any(message.startswith(f"partial {name!r}: ") for name in source.wrong_partials):
+                    continue
                 key = "config" if is_served else "type"
                 source.say(("steps", number, key, *keys), message.removeprefix("type "))
     return list(steps.values())

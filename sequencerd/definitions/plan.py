@@ -344,6 +344,7 @@ async def _document(
         "window": definition.window,
         "topic": sequence.topic,
         "locale": sequence.shared.locale,
+        "partials": dict(sequence.shared.partials),
         "enroll": definition.enroll and definition.enroll.document(),
         "steps": [
             {
@@ -547,6 +548,7 @@ async def _write(
         json.dumps(step.after["enroll"]) if step.after["enroll"] else None,
         step.after["topic"],
         step.after["locale"],
+        json.dumps(step.after["partials"]) if step.after["partials"] else None,
     )
     for old, new in step.changes.renamed.items():
         await connection.execute(QUERIES["rename_step"], step.sequence, old, new)

@@ -11,7 +11,7 @@ import codecs
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Document:
     value: Any
     lines: dict[KeyPath, int] = field(repr=False)
     blocks: dict[KeyPath, int] = field(repr=False)  # the line above the text of each `|`
+    folder: Path | None = None  # of the file
 
     def line(self, keys: KeyPath, within: int = 0) -> int:
         """Return where a value stands, or else the nearest that it would stand in; of a text that
@@ -56,7 +57,8 @@ class Document:
 
 def read_documents(path: Path) -> Iterator[Document]:
     """Yield the documents of a file that are not empty. Raises DocumentError."""
-    yield from parse(_read_text(path))
+    for document in parse(_read_text(path)):
+        yield replace(document, folder=path.parent)
 
 
 def parse(text: str) -> Iterator[Document]:

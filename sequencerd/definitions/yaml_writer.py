@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from sequencerd.definitions.diff import Document
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "description": None,
     "timezone": "UTC",
     "status": "active",
@@ -21,6 +21,7 @@ DEFAULTS = {
     "window": None,
     "topic": None,
     "locale": None,
+    "partials": {},
     "enroll": None,
 }
 # What YAML 1.2 takes for a number or a word, and the older YAML of the library does not.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sequencerd.core.config import Faults
-from sequencerd.core.javascript.templates import Template, compile_template
+from sequencerd.core.javascript.templates import NO_PARTIALS, Template, compile_template
 from sequencerd.core.languages import DEFAULT_LOCALE, choose, read_locale
 from sequencerd.core.model import NOTHING_SHARED, DefinitionError, EvaluationError, Fault, Shared
 
@@ -23,11 +23,16 @@ class RenderError(ValueError):
 
 
 def compile_field(
-    name: str, source: str, *, escape: bool = False, strict: bool = False
+    name: str,
+    source: str,
+    *,
+    escape: bool = False,
+    strict: bool = False,
+    partials: Mapping[str, str] = NO_PARTIALS,
 ) -> Template:
     """Compile the template of a field. Raises DefinitionError, which names the field."""
     try:
-        return compile_template(source, escape=escape, strict=strict)
+        return compile_template(source, escape=escape, strict=strict, partials=partials)
     except DefinitionError as error:
         found = [Fault((name, *fault.path), fault.message) for fault in error.faults]
         raise DefinitionError(found) from error
@@ -52,13 +57,16 @@ def compile_texts(
     """Compile a text of a message, or one for each language. Raises DefinitionError, which names
     the field.
     """
+    partials = dict(shared.partials)
     if isinstance(source, str):
-        return compile_field(name, source, escape=escape, strict=strict)
+        return compile_field(name, source, escape=escape, strict=strict, partials=partials)
     faults = Faults()
     templates = {}
     for language, text in source.items():
         with faults.at(name):
-            templates[language] = compile_field(language, text, escape=escape, strict=strict)
+            templates[language] = compile_field(
+                language, text, escape=escape, strict=strict, partials=partials
+            )
     faults.check()
     return Translated(templates, shared.locale or DEFAULT_LOCALE)
 

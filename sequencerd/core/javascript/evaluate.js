@@ -70,14 +70,16 @@
 
   const MAX_RENDERED = 1024 * 1024; // characters
   const locales = parse(localesText);
-  let rendering; // {source, html, strict, answers, asked}
+  let rendering; // {source, partials, html, strict, answers, asked}
 
   function fail(options, sentence) {
-    const { start, end } = options.loc;
-    const lines = rendering.source.split("\n").slice(start.line - 1, end.line);
+    const { source: partial, start, end } = options.loc;
+    const source = partial === undefined ? rendering.source : rendering.partials[partial];
+    const lines = source.split("\n").slice(start.line - 1, end.line);
     lines[lines.length - 1] = lines.at(-1).slice(0, end.column);
     lines[0] = lines[0].slice(start.column);
-    throw new Error(`${_.truncate(lines.join(" "), { length: 100 })}: ${sentence}`);
+    const where = partial === undefined ? "" : `partial '${partial}': `;
+    throw new Error(`${where}${_.truncate(lines.join(" "), { length: 100 })}: ${sentence}`);
   }
 
   function isTrue(value) {
@@ -201,12 +203,31 @@
 
   // The lexer's expressions begin with ^, for which QuickJS looks from each character on.
   const { lexer } = Handlebars.Parser;
-  lexer.rules = lexer.rules.map((rule) => {
-    const sticky = new RegExp(rule.source, "y");
+  // In a style, a tag that begins with two braces ends with two: in {color:{{data.color}}} the third
+  // is CSS. Elsewhere it is a mistake.
+  const CONTENT = lexer.rules[0].source;
+  const OPENS = "^(?:\\{\\{";
+  const OPENED_BY = {
+    "^(?:\\}(~)?\\}\\})": "^(?:\\{\\{(~)?\\{)", // {{{x}}}
+    "^(?:\\}\\}\\}\\})": "^(?:\\{\\{\\{\\{)", // {{{{x}}}}
+  };
+  const STYLE = /<\/?style\b/gi;
+  let opened = "";
+  let inStyle = false;
+  lexer.rules = lexer.rules.map(({ source }) => {
+    const sticky = new RegExp(source, "y");
     return {
       [Symbol.match](input) {
+        const opener = inStyle && OPENED_BY[source];
+        if (opener && opener !== opened) return null;
         sticky.lastIndex = 0;
-        return sticky.exec(input);
+        const found = sticky.exec(input);
+        if (found && source.startsWith(OPENS)) opened = source;
+        if (found && source === CONTENT) {
+          const tag = found[0].match(STYLE)?.at(-1);
+          if (tag) inStyle = tag[1] !== "/";
+        }
+        return found;
       },
     };
   });
@@ -219,8 +240,9 @@
       this.options = []; // [line, helper, option, text] of those written in place
       this.dates = []; // [keys, {option: text}] of the dates that are surely written
       this.helpers = new Set();
-      this.partials = new Set(["@partial-block"]);
-      this.used = []; // [line, partial]
+      this.inlines = new Set(["@partial-block"]); // partials that it defines
+      this.used = []; // [line, partial, has a block, is called for certain with the view itself]
+      this.isDynamic = false; // it computes the name of a partial
       this.reads = new Set();
       this.surelyReads = new Set(); // from the view itself, for certain
       this.fromView = []; // the paths that begin at the view, for certain
@@ -230,12 +252,10 @@
       this.surely = true; // it is
     }
 
-    read(source) {
-      const program = Handlebars.parse(source);
+    read(source, srcName) {
+      inStyle = false;
+      const program = Handlebars.parse(source, { srcName });
       this.accept(program);
-      for (const [line, name] of this.used) {
-        if (!this.partials.has(name)) this.wrong.push([line, "partial", name]);
-      }
       return program;
     }
 
@@ -331,18 +351,25 @@
       this.within(block.inverse, {});
     }
 
+    partial({ name, params, hash, loc }, hasBlock) {
+      this.isDynamic ||= name.type === "SubExpression";
+      if (name.type === "SubExpression") this.accept(name);
+      else {
+        const isSure = this.surely && !params.length && !hash;
+        this.used.push([loc.start.line, String(name.original), hasBlock, isSure]);
+      }
+      this.acceptArray(params);
+      this.accept(hash);
+    }
+
     PartialStatement(partial) {
-      if (partial.name.type === "SubExpression") this.accept(partial.name);
-      else this.used.push([partial.loc.start.line, partial.name.original]);
-      this.acceptArray(partial.params);
-      this.accept(partial.hash);
+      this.partial(partial, false);
     }
 
     PartialBlockStatement(partial) {
-      if (partial.name.type === "SubExpression") this.accept(partial.name);
-      this.acceptArray(partial.params);
-      this.accept(partial.hash);
-      this.within(partial.program, { surely: false });
+      this.partial(partial, true);
+      const hasView = !partial.params.length && !partial.hash;
+      this.within(partial.program, { surely: this.surely && hasView });
     }
 
     Decorator(decorator) {
@@ -354,7 +381,7 @@
         this.Decorator(decorator);
         return;
       }
-      this.partials.add(String(decorator.params[0].original ?? decorator.params[0].value));
+      this.inlines.add(String(decorator.params[0].original ?? decorator.params[0].value));
       this.within(decorator.program, { atRoot: true, surely: false });
     }
   }
@@ -363,8 +390,9 @@
   function analyse(text) {
     const reader = new Reader();
     reader.read(parse(text));
-    const { wrong, options, dates, reads, surelyReads } = reader;
-    return stringify({ wrong, options, dates, reads: [...reads], surelyReads: [...surelyReads] });
+    const { wrong, options, dates, reads, surelyReads, inlines, used, isDynamic } = reader;
+    const sets = { reads: [...reads], surelyReads: [...surelyReads], inlines: [...inlines] };
+    return stringify({ wrong, options, dates, ...sets, used, isDynamic });
   }
 
   // A template in which the keys of the view have other names.
@@ -425,34 +453,50 @@
   }
 
   function template(program) {
-    const { source, html, strict } = parse(program);
-    const reader = new Reader();
-    const tree = reader.read(source);
-    const spec = Handlebars.precompile(tree, { noEscape: !html, knownHelpers, strict });
+    const { source, partials = {}, html, strict } = parse(program);
     // only the helpers that it calls: the runtime copies them for each rendering
-    const used = [...reader.helpers, "helperMissing", "blockHelperMissing"];
-    const environment = {
-      ..._.pick(Handlebars, ["VM", "decorators", "escapeExpression", "log"]),
-      helpers: _.pick(Handlebars.helpers, used),
-      partials: {},
+    const used = new Set(["helperMissing", "blockHelperMissing"]);
+    const parts = (text, name) => {
+      const reader = new Reader();
+      const tree = reader.read(text, name);
+      const spec = Handlebars.precompile(tree, { noEscape: !html, knownHelpers, strict });
+      for (const helper of reader.helpers) used.add(helper);
+      return compile(`(${spec})`);
     };
-    const parts = compile(`(${spec})`);
-    const { main } = parts;
+    // calls `begin` before a part is rendered for the first time
+    const beginning = (made, begin) => {
+      const { main } = made;
+      let isBegun = false;
+      const whole = (container, ...values) => {
+        if (!isBegun) {
+          isBegun = true;
+          if (strict) requireValues(container);
+          begin(container);
+        }
+        return main(container, ...values);
+      };
+      return { ...made, main: whole };
+    };
     let prepared; // what the runtime makes anew for each rendering, unless it is that of a partial
-    parts.main = (container, ...values) => {
-      if (strict) requireValues(container);
-      prepared ??= {
+    const mainParts = beginning(parts(source), (container) => {
+      prepared = {
         ..._.pick(container, ["decorators", "helpers", "hooks", "partials", "protoAccessControl"]),
         partial: true,
       };
-      return main(container, ...values);
+    });
+    const partialParts = _.mapValues(partials, (text, name) => beginning(parts(text, name), _.noop));
+    const environment = {
+      ..._.pick(Handlebars, ["VM", "decorators", "escapeExpression", "log"]),
+      helpers: _.pick(Handlebars.helpers, [...used]),
+      partials: {},
     };
-    const run = Handlebars.VM.template(parts, environment);
+    environment.partials = _.mapValues(partialParts, (made) => Handlebars.VM.template(made, environment));
+    const run = Handlebars.VM.template(mainParts, environment);
     const render = (view) =>
       prepared ? run(view, { ...prepared, data: { root: view } }) : run(view);
     return (viewText, answersText) => {
       const answers = answersText ? parse(answersText) : {};
-      rendering = { source, html, strict, answers, asked: [] };
+      rendering = { source, partials, html, strict, answers, asked: [] };
       let written = "";
       try {
         written = render(viewOf(viewText));

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.date_format import DEFAULT, check_locale, compile_format
@@ -22,6 +24,8 @@ from sequencerd.core.model import DefinitionError, EvaluationError, Fault, View
 MAX_SOURCE = 256 * 1024  # characters
 MAX_TAGS = 5_000
 MAX_ROUNDS = 20  # of dates that depend on dates
+
+NO_PARTIALS: Mapping[str, str] = MappingProxyType({})
 
 USAGE: Mapping[str, str] = {
     "and": "(and value value ...)",
@@ -119,43 +123,170 @@ class _Date(NamedTuple):
     locale: str
 
 
-def compile_template(source: str, *, escape: bool, strict: bool = False) -> Template:
+def compile_template(
+    source: str,
+    *,
+    escape: bool,
+    strict: bool = False,
+    partials: Mapping[str, str] = NO_PARTIALS,
+) -> Template:
     """Compile a template. `escape` is for HTML: {{x}} escapes it, {{{x}}} and {{&x}} do not.
-    With `strict`, a tag that prints a missing value is an error.
+    With `strict`, a tag that prints a missing value is an error. `partials` are those that it may
+    use, which are compiled in the same way.
 
     Raises DefinitionError for a malformed or oversized template, for a helper or partial that does
     not exist, and for a helper that is given what it doesn't take.
     """
-    if len(source) > MAX_SOURCE:
-        raise DefinitionError(
-            f"the template has {len(source)} characters: write at most {MAX_SOURCE}"
-        )
-    if "{{" not in source:
+    if "{{" not in source and len(source) <= MAX_SOURCE:
         none = frozenset[str]()
         return Template(source, True, none, none, none, "", ())
-    if source.count("{{") > MAX_TAGS:
-        raise DefinitionError(
-            f"the template has {source.count('{{')} tags: write at most {MAX_TAGS}"
-        )
-    found = json.loads(_analysed(source))
-    wrong = [(line, _described(kind, name)) for line, kind, name in found["wrong"]]
-    wrong += [(line, said) for line, *option in found["options"] for said in _misused(*option)]
+    found = _analysis(source)
+    used = _used(found, partials)
+    inlines = set(found["inlines"]).union(*(one["inlines"] for one in used.values()))
+    is_certain = not any(one["isDynamic"] for one in (found, *used.values()))
+    wrong = [*_wrong(found), *_missing(found, partials, inlines)]
+    for name, one in used.items():
+        wrong += [f"partial {name!r}: {text}" for text in _wrong(one)]
+        if is_certain:
+            missing = _missing(one, partials, inlines)
+            wrong += [f"partial {name!r}: {text}" for text in missing]
     if wrong:
-        raise DefinitionError([Fault((), f"line {line}: {message}") for line, message in wrong])
-    reads = frozenset(found["reads"])
+        raise DefinitionError([Fault((), text) for text in wrong])
+    reads = frozenset(found["reads"]).union(*(one["reads"] for one in used.values()))
     roots = frozenset(path.split(".")[0] for path in reads)
+    program = {"source": source, "html": escape, "strict": strict}
+    if used:
+        program["partials"] = {name: partials[name] for name in used}
     return Template(
         source=source,
         is_literal=False,
         reads=reads,
         surely_reads=frozenset(found["surelyReads"]),
         roots=None if "this" in roots else roots | {"timezone"},
-        program=json.dumps({"source": source, "html": escape, "strict": strict}),
+        program=json.dumps(program),
         dates=tuple(
             _Date(tuple(keys), *[given.get(name, "") for name in ("format", "zone", "locale")])
             for keys, given in found["dates"]
         ),
     )
+
+
+def check_partial(source: str) -> None:
+    """Raise DefinitionError for a partial that no template can use. Partials that are missing in it
+    are errors of the templates, which may define them.
+    """
+    if "{{" not in source and len(source) <= MAX_SOURCE:
+        return
+    if wrong := list(_wrong(_analysis(source))):
+        raise DefinitionError([Fault((), text) for text in wrong])
+
+
+def missing_layouts(source: str, partials: Mapping[str, str]) -> list[str]:
+    """Return the names of partials with a block that do not exist, as sentences: handlebars renders
+    the block in their place. The template has no errors.
+    """
+    if "{{" not in source:
+        return []
+    found = _analysis(source)
+    used = _used(found, partials)
+    inlines = set(found["inlines"]).union(*(one["inlines"] for one in used.values()))
+    return list(_missing(found, partials, inlines, with_block=True))
+
+
+def called_partials(source: str, partials: Mapping[str, str]) -> set[str]:
+    """Return the partials that a template uses, also within others, as far as they can be read."""
+    used: set[str] = set()
+    sources = [source]
+    while sources:
+        text = sources.pop()
+        if "{{" not in text:
+            continue
+        with suppress(DefinitionError):
+            new = _named(_analysis(text), partials) - used
+            used |= new
+            sources += [partials[name] for name in new]
+    return used
+
+
+def _named(found: Mapping[str, Any], partials: Mapping[str, str]) -> set[str]:
+    """Return the partials that a template calls; all, if it computes a name."""
+    if found["isDynamic"]:
+        return set(partials)
+    return {name for _, name, _, _ in found["used"] if name in partials}
+
+
+def surely_used(source: str, partials: Mapping[str, str]) -> set[str]:
+    """Return the partials that a template without errors surely renders with the whole view."""
+    found: set[str] = set()
+    sources = [source]
+    while sources:
+        text = sources.pop()
+        for _, name, _, is_sure in _analysis(text)["used"] if "{{" in text else ():
+            if is_sure and name in partials and name not in found:
+                found.add(name)
+                sources.append(partials[name])
+    return found
+
+
+def _analysis(source: str) -> dict[str, Any]:
+    """Return what is known of a template by itself. Raises DefinitionError."""
+    if len(source) > MAX_SOURCE:
+        raise DefinitionError(
+            f"the template has {len(source)} characters: write at most {MAX_SOURCE}"
+        )
+    if source.count("{{") > MAX_TAGS:
+        raise DefinitionError(
+            f"the template has {source.count('{{')} tags: write at most {MAX_TAGS}"
+        )
+    found: dict[str, Any] = json.loads(_analysed(source))
+    return found
+
+
+def _wrong(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each mistake of a template but partials that are missing."""
+    for line, kind, name in found["wrong"]:
+        yield f"line {line}: {_described(kind, name)}"
+    for line, *option in found["options"]:
+        for said in _misused(*option):
+            yield f"line {line}: {said}"
+
+
+def _used(found: Mapping[str, Any], partials: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return what is known of the partials that a template uses, also within others; of all, if it
+    computes a name. Raises DefinitionError, which names the partial.
+    """
+    used: dict[str, dict[str, Any]] = {}
+    open_ = [found]
+    while open_ and partials:
+        one = open_.pop()
+        for name in sorted(_named(one, partials)):
+            if name not in used:
+                try:
+                    used[name] = _analysis(partials[name])
+                except DefinitionError as error:
+                    wrong = [Fault((), f"partial {name!r}: {fault}") for fault in error.faults]
+                    raise DefinitionError(wrong) from error
+                open_.append(used[name])
+    return used
+
+
+def _missing(
+    found: Mapping[str, Any],
+    partials: Mapping[str, str],
+    inlines: Collection[str],
+    *,
+    with_block: bool = False,
+) -> Iterator[str]:
+    """Yield a sentence for each partial that does not exist."""
+    for line, name, has_block, _ in found["used"]:
+        if has_block is with_block and name not in partials and name not in inlines:
+            near = get_close_matches(name, partials, n=1)
+            shown = name[:60]
+            inline = f'{{{{#*inline "{shown}"}}}}...{{{{/inline}}}}'
+            hint = f"write it under partials, or {inline} before it"
+            if near:
+                hint = f"did you mean {near[0]!r}?"
+            yield f"line {line}: the template has no partial {shown!r}: {hint}"
 
 
 def with_renamed_keys(source: str, names: Mapping[str, str]) -> str:
@@ -194,11 +325,6 @@ def _described(kind: str, name: str) -> str:
             near = get_close_matches(name, USAGE, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(USAGE)}"
             return f"the template calls the unknown helper {name[:60]!r}: {hint}"
-        case "partial":
-            return (
-                f"the template has no partial {name[:60]!r}: write "
-                f'{{{{#*inline "{name[:60]}"}}}}...{{{{/inline}}}} before it'
-            )
         case "decorator":
             return f"{name[:60]!r} is not a decorator: there is {{{{#*inline}}}}"
         case "inline":

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from sequencerd.core.config import parse_config
 from sequencerd.core.javascript.conditions import Operand, first_key
-from sequencerd.core.javascript.templates import compile_template
+from sequencerd.core.javascript.templates import called_partials, compile_template
 from sequencerd.core.model import DefinitionError, Instant, KeyPath
 from sequencerd.core.step_types import branches, data, effects, journeys, waits
 from sequencerd.core.step_types.conditions import condition_roots, read_condition
@@ -95,8 +95,21 @@ def template_texts(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyP
 
 def language_texts(type_: str, config: Mapping[str, Any]) -> Mapping[str, str | dict[str, str]]:
     """Return the texts of a config that may be in several languages, by key."""
-    keys = BUILT_IN[type_].localised if type_ in BUILT_IN else ()
+    keys = localised_keys(type_)
     return {key: config[key] for key in keys if isinstance(config.get(key), str | dict)}
+
+
+def used_partials(
+    type_: str, config: Mapping[str, Any], partials: Mapping[str, str]
+) -> frozenset[str]:
+    """Return the partials that the texts of a message use, also within others."""
+    sources = texts(dict(language_texts(type_, config))) if partials else ()
+    return frozenset().union(*(called_partials(text, partials) for _, text in sources))
+
+
+def localised_keys(type_: str) -> tuple[str, ...]:
+    """Return the keys of a type's config that may have a text for each language."""
+    return BUILT_IN[type_].localised if type_ in BUILT_IN else ()
 
 
 def has_languages(type_: str, config: Mapping[str, Any]) -> bool:

@@ -36,6 +36,7 @@ from sequencerd.runners.email import mime, pending
 from sequencerd.runners.email.addresses import Addresses, compile_addresses
 from sequencerd.runners.email.mime import parse_mailbox
 from sequencerd.runners.email.oauth import Client, Tokens, token_source
+from sequencerd.runners.email.plain import plain_text
 from sequencerd.runners.email.smtp import FINAL_TIMEOUT, OFFER_TIMEOUT, REPLY_TIMEOUT, Mail, Postman
 from sequencerd.runners.fields import (
     RenderError,
@@ -283,10 +284,15 @@ def write(
         f"Message-ID: <{mark}@sequencerd.{sender.domain}>",
         *_more_headers(program, view),
     ]
+    html = None if program.html is None else render("html", program.html, view)
+    if program.text is not None:
+        text: str | None = render("text", program.text, view)
+    else:
+        text = plain_text(html or "")
     content = mime.message(
         headers,
-        None if program.text is None else render("text", program.text, view),
-        None if program.html is None else render("html", program.html, view),
+        text,
+        html,
         boundary=f"=_{mark}",  # quoted-printable text never holds =_
     )
     bounces_to = (program.bounce_address or sender.address).replace("{token}", mark)

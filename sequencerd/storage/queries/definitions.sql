@@ -6,16 +6,18 @@ WITH changed AS (
     UPDATE sequencer.sequences
        SET first_step = $2, timezone = $3, status = $4, reentry = $5, lookup = $6, recheck = $7,
            description = $8, reentry_after = $9::text::interval, time_window = $10,
-           enroll = $11, topic = $12, locale = $13
+           enroll = $11, topic = $12, locale = $13, partials = $14
      WHERE name = $1
        AND (first_step, timezone, status, reentry, lookup, recheck, description, reentry_after,
-            time_window, enroll, topic, locale)
-           IS DISTINCT FROM ($2, $3, $4, $5, $6, $7, $8, $9::text::interval, $10, $11, $12, $13)
+            time_window, enroll, topic, locale, partials)
+           IS DISTINCT FROM ($2, $3, $4, $5, $6, $7, $8, $9::text::interval, $10, $11, $12, $13,
+                             $14)
 )
 INSERT INTO sequencer.sequences (name, first_step, timezone, status, reentry, lookup, recheck,
-                                 description, reentry_after, time_window, enroll, topic, locale)
+                                 description, reentry_after, time_window, enroll, topic, locale,
+                                 partials)
 SELECT $1::text, $2::text, $3::text, $4::text, $5::text, $6::text, $7::interval, $8::text,
-       $9::text::interval, $10::jsonb, $11::jsonb, $12::text, $13::text
+       $9::text::interval, $10::jsonb, $11::jsonb, $12::text, $13::text, $14::jsonb
  WHERE NOT EXISTS (SELECT FROM sequencer.sequences WHERE name = $1);
 
 -- name: apply_steps

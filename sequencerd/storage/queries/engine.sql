@@ -21,6 +21,7 @@ SELECT name, revision FROM sequencer.sequences;
 -- name: sequences
 -- Read the definitions of some sequences, without their steps, and the holidays that they may need.
 SELECT name, first_step, timezone, status, lookup, recheck, revision, time_window, topic, locale,
+       partials,
        CASE WHEN time_window ? 'holidays' OR EXISTS (
                 SELECT FROM sequencer.steps
                  WHERE sequence = q.name AND config @? '$.**.holidays')

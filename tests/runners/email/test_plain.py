@@ -1,0 +1,60 @@
+"""The text part that is made of HTML."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from sequencerd.core.model import Answer
+from sequencerd.runners.email.plain import LONGEST, plain_text
+from sequencerd.runners.email.runner import EmailRunner
+from tests.helpers.servers import HOST, smtp_server, task
+
+HTML = """<html><head><title>T</title><style>a{b:c}</style></head><body>
+<div style="display:none">preview</div><h1>Hello  Ada &amp; Co</h1>
+<p>See <a href="https://example.com/a?b=c">your order</a>, or
+<a href="https://example.com">https://example.com</a>,
+<a href="mailto:a@example.com">a@example.com</a>.</p><ul><li>one</li><li>two</li></ul>
+
+
+<table><tr><td>Sum</td><td>12</td></tr></table><script>x()</script></body></html>"""
+
+
+def test_what_a_reader_sees() -> None:
+    assert plain_text(HTML) == (
+        "Hello Ada & Co\n\n"
+        "See [your order](https://example.com/a?b=c), or https://example.com, a@example.com.\n\n"
+        "  * one\n  * two\nSum  12"
+    )
+
+
+@pytest.mark.parametrize("html", ["", "  ", "<img src=x>", "<!-- x -->", "x" * (LONGEST + 1)])
+def test_no_text_where_there_is_none(html: str) -> None:
+    assert plain_text(html) is None
+
+
+def test_nonsense_ends() -> None:
+    for html in ("<div>" * 5000 + "x", "<p>a" * 2000, "</b></table><", "\x00a", "\ud800"):
+        plain_text(html)
+
+
+async def test_a_message_with_html_alone_has_both_parts() -> None:
+    config = {"from": "a@x.org", "to": "b@x.org", "subject": "x", "html": "<p>{{data.name}}</p>"}
+    async with smtp_server() as server:
+        runner = EmailRunner(f"smtp://{HOST}:{server.port}")
+        tasks = [task(name="<Ada> & Co"), task(name="")]
+        results = await runner.run(runner.compile(config), tasks)
+        await runner.close()
+        assert all(isinstance(result, Answer) for result in results)
+        found = sorted((server.parsed(n) for n in range(2)), key=lambda one: not one.is_multipart())
+    text, html = found[0].iter_parts()
+    assert text.get_content().strip() == "<Ada> & Co"
+    assert html.get_content().strip() == "<p>&lt;Ada&gt; &amp; Co</p>"
+    assert found[1].get_content_type() == "text/html"  # nothing to say in plain text
+
+
+def test_the_library_is_imported_when_it_is_needed() -> None:
+    program = "import sys, sequencerd.runners.email.runner; assert 'inscriptis' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
