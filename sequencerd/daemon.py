@@ -355,7 +355,8 @@ class _Daemon:
                 refused=self._metrics.refused.inc,
             )
         else:
-            await poll(self._connected, self._engine.sweep, self._log, self._health.heard)
+            sweep = partial(self._engine.sweep, whole=False)
+            await poll(self._connected, sweep, self._log, self._health.heard)
 
     def _receive(self, message: Message) -> None:
         self._engine.receive(message)

@@ -1334,13 +1334,21 @@ BEGIN
        OR pg_catalog.pg_try_advisory_xact_lock_shared(7364528, 4) THEN
         RETURN NULL;
     END IF;
-    FOR due IN SELECT DISTINCT sequence, step FROM changed
+    FOR due IN SELECT sequence, step, pg_catalog.min(wake_at) AS since,
+                      pg_catalog.max(wake_at) AS until FROM changed
         WHERE status OPERATOR(pg_catalog.=) 'active' AND leased_by IS NULL
           AND wake_at OPERATOR(pg_catalog.<)
               (pg_catalog.now() OPERATOR(pg_catalog.+) interval '1 minute')
+        GROUP BY sequence, step
     LOOP
-        PERFORM pg_catalog.pg_notify('sequencer', pg_catalog.json_build_object(
-            'due', pg_catalog.json_build_array(due.sequence, due.step))::pg_catalog.text);
+        -- now() is the same in the whole transaction, whose equal notifications are sent once
+        PERFORM pg_catalog.pg_notify('sequencer', pg_catalog.json_strip_nulls(
+            pg_catalog.json_build_object(
+                'due', pg_catalog.json_build_array(due.sequence, due.step),
+                'since', CASE WHEN due.since OPERATOR(pg_catalog.>=) pg_catalog.now()
+                              THEN pg_catalog.now() END,
+                'later', CASE WHEN due.until OPERATOR(pg_catalog.>) pg_catalog.now()
+                              THEN true END))::pg_catalog.text);
     END LOOP;
     RETURN NULL;
 END $$;

@@ -6,18 +6,19 @@ A batch that the database refuses is claimed again in parts, down to the row at 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.core.model import Elsewhere, Enrollment, SideEffect, StepKey
+from sequencerd.core.model import NEVER, Elsewhere, Enrollment, SideEffect, StepKey
 from sequencerd.core.retry import doubled
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.clock import Clock
+from sequencerd.engine.cursors import Cursors
 from sequencerd.engine.executors import Executors
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
@@ -47,6 +48,7 @@ class Claims:
         *,
         backlog: Backlog,
         quarantine: Quarantine,
+        cursors: Cursors,
         push: Callable[[StepKey, datetime], None],
         reload: Callable[[], Awaitable[object]],
         probe: Callable[[], Awaitable[None]],
@@ -73,6 +75,7 @@ class Claims:
         self._batch = batch
         self._log = log
         self._metrics = metrics
+        self._cursors = cursors
         self._taken_over: set[int] = set()  # leased by another daemon, though executed here
         self._fruitless: dict[StepKey, int] = {}  # claims in a row that found nothing
 
@@ -137,21 +140,39 @@ class Claims:
         now = self._clock.now()
         batch = Batch()
         excluded = self.excluded(step_key)
-        async with self._leases.writing(batch) as connection:
-            claimed, count = await claims.claim(
-                connection, step_key, now, revision, limit, daemon=self._daemon, excluding=excluded
-            )
-            self._metrics.claimed(step_key, claimed, now)
-            await self._move_all(connection, batch, claimed, now)
-            if len(claimed) < limit:
-                # the remaining due rows are locked; that may end without a notification
-                soon = now + timedelta(seconds=LOCKED_PAUSE)
-                next_at = await wakes.next_wake(
-                    connection, step_key, now, daemon=self._daemon, excluding=excluded
+        with self._cursors.claim(step_key, frozenset(excluded), now) as claim:
+            async with self._leases.writing(batch) as connection:
+                claimed, count = await claims.claim(
+                    connection,
+                    step_key,
+                    now,
+                    revision,
+                    limit,
+                    daemon=self._daemon,
+                    excluding=excluded,
+                    since=claim.start,
                 )
-                if next_at is not None:
-                    is_locked = next_at <= now and len(claimed) == count
-                    self._push(step_key, soon if is_locked else next_at)
+                self._metrics.claimed(step_key, claimed, now)
+                await self._move_all(connection, batch, claimed, now)
+                if claimed and len(claimed) == count:
+                    claim.reached = claimed[-1].wake_at
+                is_last = len(claimed) < limit
+                if is_last or claim.is_to_check:
+                    left = claim.left = await wakes.left(
+                        connection,
+                        step_key,
+                        now,
+                        daemon=self._daemon,
+                        excluding=excluded,
+                        since=claim.since,
+                        with_ahead=is_last and claim.ahead is None,
+                    )
+                    if is_last:
+                        next_at = min(left.again_at or NEVER, claim.ahead or left.ahead or NEVER)
+                        # the remaining due rows are locked; that may end without a notification
+                        is_locked = next_at <= now and len(claimed) == count
+                        soon = now + timedelta(seconds=LOCKED_PAUSE)
+                        self._push(step_key, soon if is_locked else next_at)
         return count
 
     def excluded(self, step_key: StepKey) -> list[int]:
@@ -176,6 +197,7 @@ class Claims:
                 limit,
                 daemon=self._daemon,
                 excluding=self.excluded(step_key),
+                since=self._cursors.since(step_key),
             )
         await self.claim_some(step_key, revision, ids)
         return len(ids)
@@ -251,13 +273,16 @@ class Claims:
             )
         await self._moves.write(connection, batch, now)
 
-    async def claim_orphans(self, step_keys: Iterable[StepKey], now: datetime) -> None:
-        """Move what is leased to this daemon and not in its memory, as after an internal error."""
-        if not step_keys:
+    async def claim_orphans(self, due: Mapping[StepKey, datetime], now: datetime) -> None:
+        """Move what is leased to this daemon and not in its memory, as after an internal error.
+
+        `due` are the steps with due enrollments, and since when these are.
+        """
+        if not due:
             return
         async with connections.borrow(self._pool) as connection:
             orphans = await claims.orphans(
-                connection, step_keys, now, daemon=self._daemon, excluding=list(self._leases.known)
+                connection, due, now, daemon=self._daemon, excluding=list(self._leases.known)
             )
         for step_key, ids in orphans.items():
             if sequence := self._catalog.sequences.get(step_key[0]):

@@ -24,13 +24,13 @@ from sequencerd.storage.database_errors import LOST_ERRORS, TRANSIENT_ERRORS
 
 
 class Leases:
-    """`push` schedules a step for a time."""
+    """`wakes` gets the steps to which a batch has brought enrollments, and when the first wakes."""
 
     def __init__(
         self,
         pool: asyncpg.Pool,
         executors: Executors,
-        push: Callable[[StepKey, datetime], None],
+        wakes: Callable[[StepKey, datetime], None],
         *,
         clock: Clock,
         lease_time: timedelta,
@@ -41,7 +41,7 @@ class Leases:
         self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
         self._pool = pool
         self._executors = executors
-        self._push = push
+        self._wakes = wakes
         self._clock = clock
         self._lease_time = lease_time
         self._daemon = daemon
@@ -76,15 +76,18 @@ class Leases:
                 self._doubtful -= ids
             self._start(one for one in batch.leased if one.fence in held)
             _give_back(one for one in batch.leased if one.fence not in held)
+            self._report(batch)
             raise
         except BaseException:
             _give_back(batch.leased)
             raise
         self._start(batch.leased)
-        for step_key, at in batch.wakes().items():
-            if not self._executors.is_waited_for(step_key):
-                self._push(step_key, at)
+        self._report(batch)
         self._metrics.written(sum(map(len, batch.rows.values())), batch.events, batch.failures())
+
+    def _report(self, batch: Batch) -> None:
+        for step_key, at in batch.wakes().items():
+            self._wakes(step_key, at)
 
     def _start(self, leased: Iterable[Leased]) -> None:
         """Start side effects, by step."""

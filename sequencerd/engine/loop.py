@@ -30,6 +30,7 @@ from sequencerd.engine.breaker import TICK
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.claims import Claims
 from sequencerd.engine.clock import Clock
+from sequencerd.engine.cursors import Cursors
 from sequencerd.engine.executors import Executor, Executors, Work
 from sequencerd.engine.expiries import TURN as EXPIRY_TURN
 from sequencerd.engine.expiries import Expiries
@@ -52,6 +53,7 @@ from sequencerd.storage.wakes import count_due, first_wakes
 WRITERS = 3  # of results: one computes while the others wait for the database
 MAX_SLEEP = 1.0  # seconds: the watchdog checks that the loop turns
 QUARANTINE_TURN = 1.0  # seconds between checks for what is to be tried again
+LOOK_SHARE = 0.1  # of the time, for looks through the whole index
 
 
 class Engine:
@@ -87,9 +89,11 @@ class Engine:
         self._heap: Heap[StepKey] = Heap()
         self._busy: set[StepKey] = set()
         self._again: set[StepKey] = set()  # busy steps that are to be worked on once more
+        self._look_at = 0.0  # when to look through the whole index again, in the loop's time
         self._background = Background(self._stopping, log)
         lease_time = timedelta(seconds=settings.lease)
         self.problems = Problems()
+        self._cursors = Cursors()
         self.catalog = Catalog(
             pool, runners, self._start_rescheduling, daemon=name, clock=clock, log=log
         )
@@ -105,7 +109,13 @@ class Engine:
         self._quarantine = Quarantine(self.problems, clock=clock, log=log)
         metrics.quarantined.set_function(lambda: len(self._quarantine))
         self._outages = Outages(
-            pool, self.catalog, self.problems, clock=clock, log=log, metrics=metrics
+            pool,
+            self.catalog,
+            self.problems,
+            clock=clock,
+            log=log,
+            metrics=metrics,
+            since=self._cursors.since,
         )
         self._backlog = Backlog(settings.batch)
         self._executors = Executors(
@@ -130,7 +140,7 @@ class Engine:
         self._leases = Leases(
             pool,
             self._executors,
-            self._push,
+            self._report_wake,
             clock=clock,
             lease_time=lease_time,
             daemon=name,
@@ -144,6 +154,7 @@ class Engine:
             self._leases,
             backlog=self._backlog,
             quarantine=self._quarantine,
+            cursors=self._cursors,
             push=self._push,
             reload=self.reload,
             probe=self._probe,
@@ -198,7 +209,9 @@ class Engine:
         async with asyncio.TaskGroup() as group:
             helpers = [
                 group.create_task(self._heartbeat.keep()),
-                group.create_task(self._background.every(self._settings.sweep, self.sweep)),
+                group.create_task(
+                    self._background.every(self._settings.sweep, partial(self.sweep, whole=False))
+                ),
                 group.create_task(
                     self._background.every(self._settings.lease / 3, self._extend_leases)
                 ),
@@ -242,7 +255,8 @@ class Engine:
     def receive(self, message: Message) -> None:
         """Handle a notification."""
         match message:
-            case Due(due=step_key):
+            case Due(due=step_key, since=since, later=is_later):
+                self._cursors.report_notified(step_key, since, is_later, self._clock.now())
                 self._check_soon(step_key)
             case Changed():
                 self._reloads.request()
@@ -302,6 +316,12 @@ class Engine:
         if at < NEVER and self._heap.push(step_key, at):
             self._wake.set()
 
+    def _report_wake(self, step_key: StepKey, at: datetime) -> None:
+        """Note that an enrollment has been brought to a step, and when it wakes."""
+        self._cursors.report(step_key, at, self._clock.now())
+        if not self._executors.is_waited_for(step_key):
+            self._push(step_key, at)
+
     def _push_now(self, step_key: StepKey) -> None:
         self._push(step_key, self._clock.now())
 
@@ -335,7 +355,7 @@ class Engine:
 
     # --- definitions, and what is due
 
-    async def sweep(self) -> None:
+    async def sweep(self, *, whole: bool = True) -> None:
         """Find whatever no notification has reported: at the start, and regularly after it."""
         async with connections.borrow(self._pool) as connection:
             off = self._clock.measured(await server.server_time(connection))
@@ -344,7 +364,8 @@ class Engine:
         await self.reload()
         async with connections.borrow(self._pool) as connection:
             self._rescheduling.resume(await reschedule.unfinished_rescheduling(connection))
-        wakes = await self.rebuild()
+        self._cursors.forget_ahead()  # triggers do not notify of what wakes after a sweep
+        wakes = await self.rebuild(whole=whole)
         now = self._clock.now()
         due = self._due(wakes, now)
         counts = []
@@ -371,17 +392,31 @@ class Engine:
         executor = self._executors.by_key.get(step.type) if step else None
         return executor is not None and executor.outage is not None
 
-    async def rebuild(self) -> list[tuple[StepKey, datetime]]:
-        """Fill the heap from the index. An entry that is too early costs one empty claim."""
+    async def rebuild(self, *, whole: bool = True) -> list[tuple[StepKey, datetime]]:
+        """Fill the heap from the index. An entry that is too early costs one empty claim.
+
+        While a snapshot is held open, it takes long to look through the `whole` index, with all
+        that is dead. So whatever is done often begins at the cursors, except in a part of the time.
+        """
+        loop = asyncio.get_running_loop()
+        whole = whole or loop.time() >= self._look_at
         async with connections.borrow(self._pool) as connection:
-            wakes = await first_wakes(connection)
+            started = loop.time()
+            wakes = await first_wakes(connection, {} if whole else self._cursors.known)
+            ended = loop.time()
+        now = self._clock.now()
         for step_key, at in wakes:
+            self._cursors.report(step_key, at, now)
             self._push(step_key, at)
+        if whole:
+            self._cursors.forget_ahead()
+            self._look_at = ended + (ended - started) * (1 / LOOK_SHARE - 1)
+            self._cursors.forget_unused(now)
         return wakes
 
-    async def find_due(self) -> DueSteps:
+    async def find_due(self, whole: bool) -> DueSteps:
         """Find the due steps while notifications are off."""
-        wakes = await self.rebuild()
+        wakes = await self.rebuild(whole=whole)
         return DueSteps(len(wakes), frozenset(self._due(wakes, self._clock.now()).items()))
 
     def _due(

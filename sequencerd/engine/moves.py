@@ -226,7 +226,7 @@ class Moves:
                 (entry.sequence, entry.elsewhere) for entry in batch.entries if entry.elsewhere
             }
         if batch.elsewhere:
-            await wakes.notify_due(connection, batch.elsewhere)
+            await wakes.notify_due(connection, batch.elsewhere, now)
 
 
 def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import datetime
 
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
+from sequencerd.core.model import StepKey
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor
@@ -30,13 +32,16 @@ class Outages:
         clock: Clock,
         log: FilteringBoundLogger,
         metrics: Metrics,
+        since: Callable[[StepKey], datetime],
     ) -> None:
+        """`since` says before which time nothing is due at a step."""
         self._pool = pool
         self._catalog = catalog
         self._problems = problems
         self._clock = clock
         self._log = log
         self._metrics = metrics
+        self._since = since
 
     def report(self, executor: Executor) -> None:
         """Report that a runner is down, or for another reason, or works again."""
@@ -63,7 +68,8 @@ class Outages:
         if not types:
             return
         async with connections.borrow(self._pool) as connection:
-            counts = await wakes.count_due(connection, types, self._clock.now(), MAX_DUE)
+            since = {step_key: self._since(step_key) for step_key in types}
+            counts = await wakes.count_due(connection, since, self._clock.now(), MAX_DUE)
         waiting = dict.fromkeys(down, 0)
         for sequence, step, due, _ in counts:
             waiting[types[sequence, step]] += due

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -32,12 +32,13 @@ async def claim(
     *,
     daemon: str,
     excluding: Rows[int],
+    since: datetime,
 ) -> Claimed:
-    """Claim due enrollments of a step: none that a living daemon has leased, and no more than fit
-    into MAX_BYTES. They stay locked until the end of the transaction.
+    """Claim due enrollments of a step, from a time on: none that a living daemon has leased, and no
+    more than fit into MAX_BYTES. They stay locked until the end of the transaction.
     """
     rows = await connection.fetch(
-        QUERIES["claim"], *step_key, now, daemon, excluding, revision, limit
+        QUERIES["claim"], *step_key, now, daemon, excluding, revision, limit, since
     )
     return Claimed([Enrollment(*row) for row in await _with_data(connection, rows)], len(rows))
 
@@ -50,9 +51,12 @@ async def due_ids(
     *,
     daemon: str,
     excluding: Rows[int],
+    since: datetime,
 ) -> list[int]:
     """Find what a claim would find, reading nothing that may be unreadable."""
-    rows = await connection.fetch(QUERIES["due_ids"], *step_key, now, daemon, excluding, limit)
+    rows = await connection.fetch(
+        QUERIES["due_ids"], *step_key, now, daemon, excluding, limit, since
+    )
     return [row["id"] for row in rows]
 
 
@@ -139,16 +143,17 @@ async def count_expired_leases(
 
 async def orphans(
     connection: asyncpg.Connection,
-    step_keys: Iterable[StepKey],
+    since: Mapping[StepKey, datetime],
     now: datetime,
     *,
     daemon: str,
     excluding: Rows[int],
 ) -> dict[StepKey, list[int]]:
     """Find what a daemon has leased and does not know of, by step, once it is due."""
-    sequences, steps = columns(step_keys)
     found: dict[StepKey, list[int]] = {}
-    for row in await connection.fetch(QUERIES["orphans"], sequences, steps, now, daemon, excluding):
+    for row in await connection.fetch(
+        QUERIES["orphans"], *columns(since), list(since.values()), now, daemon, excluding
+    ):
         found.setdefault((row["sequence"], row["step"]), []).append(row["id"])
     return found
 

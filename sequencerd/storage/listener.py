@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import asyncpg
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sequencerd.core.model import StepKey
 from sequencerd.storage import conninfo
@@ -54,9 +54,15 @@ class _Message(BaseModel):
 
 
 class Due(_Message):
-    """From the triggers: an enrollment at this step (sequence, step) is due soon."""
+    """From the triggers: an enrollment at this step (sequence, step) is due soon.
+
+    None of those that the notification is about wakes before `since`, if that is set; and all are
+    due at that time, unless some are `later`.
+    """
 
     due: tuple[str, str]
+    since: AwareDatetime | None = None
+    later: bool = False
 
 
 class Changed(_Message):
@@ -135,7 +141,7 @@ async def listen(
     url: str,
     receive: Callable[[Message], None],
     connected: Callable[[], Awaitable[None]],
-    find_due: Callable[[], Awaitable[DueSteps]],
+    find_due: Callable[[bool], Awaitable[DueSteps]],
     *,
     log: FilteringBoundLogger,
     heard: Callable[[bool], None] = lambda _: None,
@@ -145,8 +151,9 @@ async def listen(
     """Listen for ever, and reconnect whatever happens to the connection or the server.
 
     `connected` is awaited after each LISTEN, to find what was missed before it. `find_due` polls
-    while notifications are off. `heard` is called with True after each LISTEN and probe, and with
-    False when the connection is lost. `refused` is called for each invalid notification.
+    while notifications are off; with True, it has to find all that was written without one. `heard`
+    is called with True after each LISTEN and probe, and with False when the connection is lost.
+    `refused` is called for each invalid notification.
     """
     pause = 0.0
     refusals = _Refusals(refused, log)
@@ -206,7 +213,7 @@ class _Watch:
         self,
         connection: asyncpg.Connection,
         receive: Callable[[Message], None],
-        find_due: Callable[[], Awaitable[DueSteps]],
+        find_due: Callable[[bool], Awaitable[DueSteps]],
         heard: Callable[[bool], None],
         *,
         refusals: _Refusals,
@@ -290,7 +297,7 @@ class _Watch:
             if self._has_notify_lock is not had_notify_lock:
                 self._is_off = False
                 self._notified_at.clear()
-                await self._poll_once()
+                await self._poll_once(whole=True)
             with suppress(TimeoutError):
                 async with asyncio.timeout(
                     PROBE_INTERVAL if self._has_notify_lock else LOCK_INTERVAL
@@ -314,15 +321,15 @@ class _Watch:
     async def _poll_and_pause(self) -> None:
         loop = asyncio.get_running_loop()
         started, known = loop.time(), self._last.due
-        await self._poll_once()
+        await self._poll_once(whole=False)
         shortest, longest = POLL_INTERVALS
         self._pause = shortest if self._last.due - known else min(2 * self._pause, longest)
         await asyncio.sleep(max(self._pause, (loop.time() - started) / POLL_SHARE))
 
-    async def _poll_once(self) -> None:
+    async def _poll_once(self, *, whole: bool) -> None:
         """Poll until it succeeds, and probe the connection meanwhile."""
         while True:
-            polling = asyncio.ensure_future(self._find_due())
+            polling = asyncio.ensure_future(self._find_due(whole))
             try:
                 while not (await asyncio.wait([polling], timeout=PROBE_INTERVAL))[0]:
                     await self._probe()

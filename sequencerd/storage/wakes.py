@@ -2,48 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from datetime import datetime
+from typing import NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import StepKey
+from sequencerd.core.model import NEVER, StepKey
 from sequencerd.storage.statements import QUERIES, columns
 
+FIRST_KEY = ("", "")
+LAST_KEY = (chr(0x10FFFF) * 51, "")
+"""Before and after all step keys: names have 1 to 200 bytes."""
 
-async def notify_due(connection: asyncpg.Connection, step_keys: Iterable[StepKey]) -> None:
+
+async def notify_due(
+    connection: asyncpg.Connection, step_keys: Iterable[StepKey], since: datetime
+) -> None:
     """Notify other daemons of due steps."""
-    await connection.execute(QUERIES["notify_due"], *columns(step_keys))
+    await connection.execute(QUERIES["notify_due"], *columns(step_keys), since)
 
 
-async def first_wakes(connection: asyncpg.Connection) -> list[tuple[StepKey, datetime]]:
-    """Read the earliest wake time of each step that has active enrollments."""
-    rows = await connection.fetch(QUERIES["first_wakes"])
+async def first_wakes(
+    connection: asyncpg.Connection, since: Mapping[StepKey, datetime]
+) -> list[tuple[StepKey, datetime]]:
+    """Read the earliest wake time of each step that has active enrollments: at some steps, the
+    earliest from a time on.
+    """
+    known = sorted(since)
+    before, after = [FIRST_KEY, *known], [*known, LAST_KEY]
+    rows = await connection.fetch(
+        QUERIES["first_wakes"],
+        *columns(known),
+        [since[step_key] for step_key in known],
+        *columns(before),
+        *columns(after),
+    )
     return [((row["sequence"], row["step"]), row["wake_at"]) for row in rows]
 
 
 async def count_due(
-    connection: asyncpg.Connection, step_keys: Iterable[StepKey], now: datetime, limit: int
+    connection: asyncpg.Connection, since: Mapping[StepKey, datetime], now: datetime, limit: int
 ) -> list[tuple[str, str, int, int]]:
-    """Count due and overdue enrollments of steps, up to a limit each."""
-    sequences, steps = columns(step_keys)
-    rows = await connection.fetch(QUERIES["count_due"], sequences, steps, now, limit)
+    """Count due and overdue enrollments of steps, from a time on and up to a limit each."""
+    rows = await connection.fetch(
+        QUERIES["count_due"], *columns(since), list(since.values()), now, limit
+    )
     return [tuple(row) for row in rows]
 
 
-async def next_wake(
+class Left(NamedTuple):
+    """What a claim has left at a step."""
+
+    now: datetime  # by the database's clock
+    first_due: datetime | None
+    again_at: datetime | None  # when to claim again what is due
+    ahead: datetime | None  # when the next one wakes that is not due yet; None if it was not read
+
+
+async def left(
     connection: asyncpg.Connection,
     step_key: StepKey,
     now: datetime,
     *,
     daemon: str,
     excluding: Rows[int],
-) -> datetime | None:
-    """Read when to claim at a step again, `excluding` some enrollments."""
-    query = QUERIES["next_wake"]
-    at: datetime | None = await connection.fetchval(query, *step_key, now, daemon, excluding)
-    return at
+    since: datetime,
+    with_ahead: bool,
+) -> Left:
+    """Read what a claim has left at a step from a time on, `excluding` some enrollments."""
+    at, first_due, again_at, ahead = await connection.fetchrow(
+        QUERIES["left"], *step_key, now, daemon, excluding, since, with_ahead
+    )
+    return Left(at, first_due, again_at, (ahead or NEVER) if with_ahead else None)
 
 
 async def occupied(connection: asyncpg.Connection) -> list[StepKey]:

@@ -196,6 +196,34 @@ async def test_an_orphan_with_a_doubtful_lease_is_not_executed_twice(
     assert await way(connection, id_) == ["one enrolled", "one next", "two next", "two completed"]
 
 
+async def test_beside_a_held_snapshot_a_claim_does_not_read_what_is_done(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Nor do they when a notification claims anything about the past or the future."""
+    await define(connection, "s", ("a", "Note", "{}", None))
+    other = await asyncpg.connect(database)
+    await other.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+    async with running_engine(database, {"Note": Recorder(batch_size=100)}) as engine:
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, data)"
+            " SELECT 's', 'u' || n, '{}' FROM generate_series(1, 1000) AS n"
+        )
+        await until(connection, ALL_ENDED)
+        await until(
+            connection, "SELECT max(at) < now() - interval '0.3 second' FROM sequencer.events"
+        )
+        for since in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+            payload = json.dumps({"due": ["s", "a"], "since": since, "later": True})
+            await connection.execute("SELECT pg_notify('sequencer', $1)", payload)
+        await enroll(connection, "s", "last")
+        await until(connection, ALL_ENDED)
+    await other.close()
+    assert await connection.fetchval(
+        "SELECT max(created_at) < $1 FROM sequencer.enrollments WHERE subject <> 'last'",
+        engine._cursors.since(("s", "a")),
+    )
+
+
 async def test_a_lease_that_was_rolled_back_is_not_taken_for_a_later_one(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

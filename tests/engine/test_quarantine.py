@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from sequencerd.core.model import Answer, Result, Task
 from sequencerd.engine import quarantine
 from sequencerd.engine.clock import Clock
+from sequencerd.engine.cursors import EARLIEST
 from sequencerd.storage import claims, migrate, sequences
 from tests.helpers.commands import Command
 from tests.helpers.databases import execute, with_database, with_login
@@ -450,7 +451,7 @@ async def test_a_claim_is_bounded_by_bytes(
     place, at = ("s", "note"), Clock().now() + timedelta(hours=1)
     revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
     claimed, locked = await claims.claim(
-        connection, place, at, revision, 100, daemon="me", excluding=[]
+        connection, place, at, revision, 100, daemon="me", excluding=[], since=EARLIEST
     )
     assert locked == 30
     assert 1 <= len(claimed) <= 5

@@ -15,6 +15,7 @@ import pytest
 
 from sequencerd.core.model import Enrollment, effect_key
 from sequencerd.storage import daemons
+from sequencerd.storage.listener import Due, parse
 from sequencerd.storage.statements import LOCK_CLASS, QUERIES, AdvisoryLock
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
@@ -510,6 +511,10 @@ async def ear(database: str) -> AsyncIterator[Ear]:
     await listening.close()
 
 
+DUE_EARLIER = '{"due":["s","first"]}'
+"""What is notified of enrollments that were due before the transaction began."""
+
+
 async def heard(ear: Ear, connection: asyncpg.Connection, *statements: str) -> list[str]:
     """What is heard of some statements; a last notification marks the end."""
     ear.heard.clear()
@@ -523,12 +528,13 @@ async def heard(ear: Ear, connection: asyncpg.Connection, *statements: str) -> l
 
 
 async def test_notifications_are_short_and_folded(defined: asyncpg.Connection, ear: Ear) -> None:
-    due = '{"due" : ["s", "first"]}'
-    many = (
-        "INSERT INTO sequencer.enrollments (sequence, subject)"
-        " SELECT 's', 'u' || n FROM generate_series(1, 1000) AS n"
+    one_by_one = (
+        "DO $$ BEGIN FOR n IN 1..1000 LOOP INSERT INTO sequencer.enrollments (sequence, subject)"
+        " VALUES ('s', 'u' || n); END LOOP; END $$"
     )
-    assert await heard(ear, defined, many) == [due]
+    [payload] = await heard(ear, defined, one_by_one)
+    begun = await defined.fetchval("SELECT DISTINCT wake_at FROM sequencer.enrollments")
+    assert parse(payload) == Due(due=("s", "first"), since=begun)
     cancel = "UPDATE sequencer.enrollments SET status = 'cancelled'"
     assert await heard(ear, defined, cancel) == []
 
@@ -545,7 +551,7 @@ async def test_after_a_silent_load_reevaluate_says_now(
     )
     assert await heard(ear, defined, load) == []
     now = "SELECT sequencer.reevaluate(sequence => 's')"
-    assert await heard(ear, defined, now) == ['{"due" : ["s", "first"]}']
+    assert await heard(ear, defined, now) == [DUE_EARLIER]
     assert await defined.fetchval(now) == 2
     later = "SELECT wake_at > now() FROM sequencer.enrollments WHERE subject = 'eve'"
     assert await defined.fetchval(later)
@@ -567,9 +573,10 @@ async def test_without_the_notify_lock_nothing_is_notified(
     defined: asyncpg.Connection, ear: Ear, database: str
 ) -> None:
     enroll = (
-        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at) VALUES ('s', '{}', now())"
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " VALUES ('s', '{}', now() - interval '1 second')"
     )
-    told = ['{"due" : ["s", "first"]}']
+    told = [DUE_EARLIER]
     assert await heard(ear, defined, enroll.format("ada")) == told
     await ear.connection.execute("SELECT pg_advisory_unlock_all()")
     assert await heard(ear, defined, enroll.format("bob")) == []
@@ -582,6 +589,21 @@ async def test_without_the_notify_lock_nothing_is_notified(
     assert await daemons.acquire_notify_lock(other) is False
     await other.close()
     assert await heard(ear, defined, enroll.format("kim")) == told
+
+
+async def test_a_notification_says_if_some_start_later(
+    defined: asyncpg.Connection, ear: Ear
+) -> None:
+    start = "INSERT INTO sequencer.enrollments (sequence, subject, wake_at) VALUES ('s', '{}', {})"
+    [payload] = await heard(ear, defined, start.format("ada", "now() + interval '1 second'"))
+    due = parse(payload)
+    assert isinstance(due, Due)
+    assert due.since is not None
+    assert due.later
+    [payload] = await heard(ear, defined, start.format("bob", "now()"))
+    due = parse(payload)
+    assert isinstance(due, Due)
+    assert not due.later
 
 
 async def test_what_is_due_after_the_next_sweep_is_not_notified(

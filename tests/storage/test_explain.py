@@ -20,17 +20,17 @@ IDS = "'{" + ",".join(map(str, range(1, 1001))) + "}'"
 HERE = "'s', 'a'"
 
 HOT = {
-    "claim": f"{HERE}, now(), 'me', '{{}}', 1, 1000",
+    "claim": f"{HERE}, now(), 'me', '{{}}', 1, 1000, '-infinity'",
     "claim_some": f"{HERE}, now(), 'me', {IDS}, 1",
     "claim_bare": f"{HERE}, now(), 'me', {IDS}, 1",
-    "due_ids": f"{HERE}, now(), 'me', '{{}}', 1000",
-    "orphans": f"ARRAY['s'], ARRAY['a'], now(), 'me', {IDS}",
+    "due_ids": f"{HERE}, now(), 'me', '{{}}', 1000, '-infinity'",
+    "orphans": f"ARRAY['s'], ARRAY['a'], '{{-infinity}}', now(), 'me', {IDS}",
     "large_data": IDS,
     "expired_ids": f"{HERE}, now(), 'me', '{{}}', 1000, now()",
     "forget_expiries": HERE,
-    "next_wake": f"{HERE}, now(), 'me', '{{}}'",
-    "first_wakes": "",
-    "count_due": "ARRAY['s'], ARRAY['a'], now(), 1000",
+    "left": f"{HERE}, now(), 'me', '{{}}', '-infinity', true",
+    "first_wakes": "'{s}', '{a}', '{-infinity}', '{\"\",s}', '{\"\",a}', '{s,z}', '{a,z}'",
+    "count_due": "ARRAY['s'], ARRAY['a'], '{-infinity}', now(), 1000",
     "lock": IDS,
     "fences": IDS,
     "existing": IDS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -34,6 +35,12 @@ NONE_LEFT = "SELECT bool_and(reschedule_from IS NULL AND NOT reschedule_again) F
         ('{"subject": "ada"}', Reevaluate(subject="ada")),
         ('{"sequence": "s", "step": "a"}', Reevaluate(sequence="s", step="a")),
         ('{"due" : ["s", "a"]}', Due(due=("s", "a"))),
+        (
+            '{"due":["s","a"],"since":"2026-01-01T01:00:00.5+01:00","later":true}',
+            Due(
+                due=("s", "a"), since=datetime(2026, 1, 1, 0, 0, 0, 500_000, tzinfo=UTC), later=True
+            ),
+        ),
         ('{"definitions": true}', Changed(definitions=True)),
     ],
 )
@@ -211,7 +218,7 @@ async def test_nonsense_is_counted_and_logged_once(database: str) -> None:
         async def connected() -> None:
             ready.set()
 
-        async def find_due() -> listener.DueSteps:
+        async def find_due(_whole: bool) -> listener.DueSteps:
             return listener.DueSteps(0, frozenset())
 
         def refuse() -> None:

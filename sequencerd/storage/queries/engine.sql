@@ -59,8 +59,10 @@ SELECT started_at,
 SELECT DISTINCT unnest(types) FROM sequencer.daemons WHERE name <> $1 AND alive_until > now();
 
 -- name: notify_due
--- Notify other daemons of steps with due enrollments: the daemon's own writes send no notification.
-SELECT pg_notify('sequencer', json_build_object('due', json_build_array(sequence, step))::text)
+-- Notify other daemons of steps with enrollments that are due since a time: the daemon's own writes send
+-- no notification.
+SELECT pg_notify('sequencer', json_build_object(
+           'due', json_build_array(sequence, step), 'since', $3::timestamptz)::text)
   FROM unnest($1::text[], $2::text[]) AS p (sequence, step);
 
 -- name: remove_dead_daemons
@@ -92,17 +94,33 @@ ON CONFLICT (daemon, kind, about) DO UPDATE
 
 -- name: first_wakes
 -- Find the earliest wake time of each step that has active enrollments. It skips from one step to the
--- next in the index, so it costs the same with ten enrollments as with ten million.
-WITH RECURSIVE step_key AS (
-    (SELECT sequence, step, wake_at FROM sequencer.enrollments
-      WHERE status = 'active' ORDER BY sequence, step, wake_at LIMIT 1)
-    UNION ALL
-    SELECT following.* FROM step_key CROSS JOIN LATERAL (
-        SELECT sequence, step, wake_at FROM sequencer.enrollments AS e
-         WHERE e.status = 'active' AND (e.sequence, e.step) > (step_key.sequence, step_key.step)
-         ORDER BY sequence, step, wake_at LIMIT 1) AS following
-)
-SELECT sequence, step, wake_at FROM step_key WHERE wake_at < 'infinity';
+-- next in the index, so it costs the same with ten enrollments as with ten million. At the steps $1, $2
+-- it begins at the times $3. Their neighbours ($4, $5 and $6, $7) are the gaps between those steps.
+SELECT k.sequence, k.step, k.wake_at
+  FROM unnest($4::text[], $5::text[], $6::text[], $7::text[])
+       AS gap (after_sequence, after_step, before_sequence, before_step)
+ CROSS JOIN LATERAL (
+    WITH RECURSIVE step_key AS (
+        (SELECT e.sequence, e.step, e.wake_at FROM sequencer.enrollments AS e
+          WHERE e.status = 'active' AND (e.sequence, e.step) > (gap.after_sequence, gap.after_step)
+            AND (e.sequence, e.step) < (gap.before_sequence, gap.before_step)
+          ORDER BY e.sequence, e.step, e.wake_at LIMIT 1)
+        UNION ALL
+        SELECT following.* FROM step_key CROSS JOIN LATERAL (
+            SELECT e.sequence, e.step, e.wake_at FROM sequencer.enrollments AS e
+             WHERE e.status = 'active' AND (e.sequence, e.step) > (step_key.sequence, step_key.step)
+               AND (e.sequence, e.step) < (gap.before_sequence, gap.before_step)
+             ORDER BY e.sequence, e.step, e.wake_at LIMIT 1) AS following
+    )
+    SELECT sequence, step, wake_at FROM step_key WHERE wake_at < 'infinity') AS k
+UNION ALL
+SELECT p.sequence, p.step, first.wake_at
+  FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS p (sequence, step, since)
+ CROSS JOIN LATERAL (
+    SELECT e.wake_at FROM sequencer.enrollments AS e
+     WHERE e.sequence = p.sequence AND e.step = p.step AND e.status = 'active'
+       AND e.wake_at >= p.since AND e.wake_at < 'infinity'
+     ORDER BY e.wake_at LIMIT 1) AS first;
 
 -- name: acquire_notify_lock
 -- Try to acquire the notify lock, which makes triggers notify. True: this session holds it. False:
@@ -120,17 +138,17 @@ SELECT CASE WHEN pg_try_advisory_lock({notify_lock}) THEN true
 SELECT pg_advisory_unlock({notify_lock}), pg_notify('sequencer', '{"notifications": "off"}');
 
 -- name: count_due
--- Count the enrollments that are due at steps, and those overdue by more than a minute. The limit
--- applies to each step, so that a backlog of millions is not counted through.
+-- Count the enrollments that are due at steps since given times, and those overdue by more than a
+-- minute. The limit applies to each step, so that a backlog of millions is not counted through.
 SELECT p.sequence, p.step, d.due, d.overdue
-  FROM unnest($1::text[], $2::text[]) AS p (sequence, step)
+  FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS p (sequence, step, since)
  CROSS JOIN LATERAL (
     SELECT count(*) AS due,
-           count(*) FILTER (WHERE wake_at < $3::timestamptz - interval '1 minute') AS overdue
+           count(*) FILTER (WHERE wake_at < $4::timestamptz - interval '1 minute') AS overdue
       FROM (SELECT e.wake_at FROM sequencer.enrollments AS e
              WHERE e.sequence = p.sequence AND e.step = p.step AND e.status = 'active'
-               AND e.wake_at <= $3
-             ORDER BY e.wake_at LIMIT $4) AS first) AS d
+               AND e.wake_at >= p.since AND e.wake_at <= $4
+             ORDER BY e.wake_at LIMIT $5) AS first) AS d
  WHERE d.due > 0;
 
 -- part: is_free
@@ -152,12 +170,12 @@ e.id = ANY ($5::bigint[]) AND e.sequence = $1::text AND e.step = $2::text AND e.
    AND (e.leased_by = $4 OR {is_free})
 
 -- name: claim
--- Claim due enrollments of one step, the oldest first. None if the definition is not the known revision;
--- none that a living daemon has leased, even if a lock kept that daemon from extending the lease. Large
--- data are read separately.
+-- Claim due enrollments of one step, the oldest first, from a time on: see engine/cursors.py. None if the
+-- definition is not the known revision; none that a living daemon has leased, even if a lock kept that
+-- daemon from extending the lease. Large data are read separately.
 SELECT {enrollment}
   FROM sequencer.enrollments AS e
- WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
+ WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at BETWEEN $8 AND $3
    AND {is_current} AND {is_free} AND e.id <> ALL ($5::bigint[])
  ORDER BY e.wake_at LIMIT $7
    FOR UPDATE OF e SKIP LOCKED;
@@ -218,7 +236,7 @@ SELECT sequence, step
 -- unreadable.
 SELECT e.id
   FROM sequencer.enrollments AS e
- WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
+ WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at BETWEEN $7 AND $3
    AND {is_free} AND e.id <> ALL ($5::bigint[])
  ORDER BY e.wake_at LIMIT $6;
 
@@ -277,12 +295,13 @@ SELECT v.enrollment_id, count(*)
 -- name: orphans
 -- Find enrollments that a daemon has leased but does not know of, among the first due at steps.
 SELECT o.sequence, o.step, o.id
-  FROM unnest($1::text[], $2::text[]) AS p (sequence, step)
+  FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS p (sequence, step, since)
  CROSS JOIN LATERAL (
     SELECT e.id, e.sequence, e.step, e.leased_by FROM sequencer.enrollments AS e
-     WHERE e.sequence = p.sequence AND e.step = p.step AND e.status = 'active' AND e.wake_at <= $3
+     WHERE e.sequence = p.sequence AND e.step = p.step AND e.status = 'active'
+       AND e.wake_at >= p.since AND e.wake_at <= $4
      ORDER BY e.wake_at LIMIT 1000) AS o
- WHERE o.leased_by = $4 AND o.id <> ALL ($5::bigint[]);
+ WHERE o.leased_by = $5 AND o.id <> ALL ($6::bigint[]);
 
 -- name: probe
 -- Check that enrollments and events can be written at all; it writes none.
@@ -301,21 +320,25 @@ WITH nothing AS (
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision)
 SELECT id, now(), sequence, step, visit, 'warning', NULL, NULL FROM nothing;
 
--- name: next_wake
--- Find when to claim at the step again. The remaining due rows are locked by another session, and tried
--- again soon, or leased by another daemon, and tried again when that may be dead. Enrollments that this
--- daemon has leased or quarantined are not counted.
-SELECT least(
-    (SELECT e.wake_at FROM sequencer.enrollments AS e
+-- name: left
+-- Find what a claim has left at the step from a time on: the first due row, when to claim again, and, if
+-- wanted, when the next one wakes; and read the clock. Due rows that are left are locked by another
+-- session, and tried again soon, or leased by another daemon, and tried again when that may be dead.
+-- Enrollments that this daemon has leased or quarantined are not counted.
+SELECT now(), due.wake_at, due.again_at, CASE WHEN $7::boolean THEN (
+    SELECT e.wake_at FROM sequencer.enrollments AS e
       WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
         AND e.wake_at > $3 AND e.wake_at < 'infinity'
-      ORDER BY e.wake_at LIMIT 1),
-    (SELECT CASE WHEN e.leased_by IS NULL THEN e.wake_at
-                 ELSE greatest(e.wake_at, d.alive_until) END
-       FROM sequencer.enrollments AS e LEFT JOIN sequencer.daemons AS d ON d.name = e.leased_by
-      WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
-        AND e.leased_by IS DISTINCT FROM $4 AND e.id <> ALL ($5::bigint[])
-      ORDER BY 1 LIMIT 1));
+      ORDER BY e.wake_at LIMIT 1) END
+  FROM (SELECT min(f.wake_at) AS wake_at,
+               min(CASE WHEN f.leased_by IS NULL THEN f.wake_at
+                        ELSE greatest(f.wake_at, d.alive_until) END) AS again_at
+          FROM (SELECT e.wake_at, e.leased_by FROM sequencer.enrollments AS e
+                 WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
+                   AND e.wake_at BETWEEN $6 AND $3
+                   AND e.leased_by IS DISTINCT FROM $4 AND e.id <> ALL ($5::bigint[])
+                 ORDER BY e.wake_at LIMIT 1000) AS f
+          LEFT JOIN sequencer.daemons AS d ON d.name = f.leased_by) AS due;
 
 -- name: lock
 -- Lock enrollments whose side effects have ended, and read what may have changed meanwhile. Enrollments

@@ -1,0 +1,148 @@
+"""Where the claims of each step begin: nothing that is due there has an earlier wake time.
+
+Without that, a claim begins at the earliest wake time that the step has ever had, and reads each
+version of a row since then that VACUUM cannot remove yet: while another session keeps a snapshot
+open, each claim takes longer than the one before.
+
+A claim skips what another session has locked. So a cursor keeps two times: claims begin at `next`,
+where the last one ended, and a check of what is due from `since` on, made with the last claim and
+every second, brings both to where something was left. Whatever becomes due at an earlier time is
+reported: by the daemon's own writes, by notifications, by polls and by the sweep.
+
+When the next one wakes is not read with each claim either: a lease that has ended leaves a dead
+version with its end as the wake time, and so there are as many as side effects in that time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from sequencerd.core.model import NEVER, StepKey
+from sequencerd.storage.wakes import Left
+
+EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)  # no row wakes before
+CHECK_INTERVAL = timedelta(seconds=1)
+OVERLAP = timedelta(seconds=0.2)
+"""How far a cursor stays behind the time of its check. What another daemon, or a writer that does
+not notify, commits within this time is found by the next claim; what takes longer, by a poll or by
+the sweep.
+"""
+KEPT_FOR = timedelta(minutes=10)  # that is, unused
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """One claim of a step, while it is made."""
+
+    now: datetime  # what is due by then is claimed
+    since: datetime  # where the check begins
+    start: datetime  # where the claim begins
+    is_to_check: bool  # even if as much is claimed as was asked for
+    ahead: datetime | None  # when the next one wakes that is not due yet, if that is known
+    reached: datetime | None = None  # the last wake time that it has claimed
+    left: Left | None = None  # what a check has found
+    lowered: datetime = NEVER  # the earliest wake time that was reported meanwhile
+    later: datetime = NEVER  # the same of what is not due yet
+
+
+@dataclass(slots=True)
+class _Cursor:
+    since: datetime = EARLIEST
+    next: datetime = EARLIEST
+    checked_at: datetime = EARLIEST
+    ahead: datetime = EARLIEST  # when the next one wakes; not known if that is past
+    excluded: Set[int] = frozenset()
+    claims: list[Claim] = field(default_factory=list)
+
+    def lower(self, at: datetime) -> None:
+        self.since = min(self.since, at)
+        self.next = min(self.next, at)
+        for claim in self.claims:  # it may not have seen what is reported
+            claim.lowered = min(claim.lowered, at)
+
+    def lower_ahead(self, at: datetime) -> None:
+        self.ahead = min(self.ahead, at)
+        for claim in self.claims:
+            claim.later = min(claim.later, at)
+
+    def finish(self, claim: Claim) -> None:
+        if claim.left is None:
+            if claim.reached is not None:
+                self.next = min(claim.reached, claim.lowered)
+            return
+        # by the clock that is behind: what is due by the other only has not been looked for
+        self.checked_at = min(claim.left.now, claim.now)
+        until = self.checked_at - OVERLAP
+        self.since = self.next = min(claim.left.first_due or until, until, claim.lowered)
+        if claim.left.ahead is not None:
+            self.ahead = min(claim.left.ahead, claim.later)
+
+
+class Cursors:
+    """The cursors of the steps that have been claimed lately."""
+
+    def __init__(self) -> None:
+        self._by_step: dict[StepKey, _Cursor] = {}
+
+    @property
+    def known(self) -> dict[StepKey, datetime]:
+        """Before which time nothing is due at steps, as far as is known."""
+        return {key: one.since for key, one in self._by_step.items() if one.since > EARLIEST}
+
+    def since(self, step_key: StepKey) -> datetime:
+        """Return before which time nothing is due at a step, as far as is known."""
+        cursor = self._by_step.get(step_key)
+        return EARLIEST if cursor is None else cursor.since
+
+    def report(self, step_key: StepKey, at: datetime, now: datetime) -> None:
+        """Report that something is due at a step since a time, or will be."""
+        if (cursor := self._by_step.get(step_key)) is not None:
+            cursor.lower(max(at, EARLIEST))
+            if at > now:
+                cursor.lower_ahead(at)
+
+    def report_notified(
+        self, step_key: StepKey, since: datetime | None, is_later: bool, now: datetime
+    ) -> None:
+        """Report a notification: something is due at a step `since` a time, if that is known, and
+        something may be later than that. The database's clock may be ahead of `now`.
+        """
+        self.report(step_key, since or EARLIEST, now)
+        if (is_later or since is None) and (cursor := self._by_step.get(step_key)) is not None:
+            cursor.lower_ahead(EARLIEST)
+
+    def forget_ahead(self) -> None:
+        """Report that something may wake at any step."""
+        for cursor in self._by_step.values():
+            cursor.lower_ahead(EARLIEST)
+
+    @contextmanager
+    def claim(self, step_key: StepKey, excluded: Set[int], now: datetime) -> Iterator[Claim]:
+        """Claim at a step, without some enrollments. Its transaction ends within."""
+        cursor = self._by_step.setdefault(step_key, _Cursor())
+        if not cursor.excluded <= excluded:  # what is no longer excluded may be due at any time
+            cursor.lower(EARLIEST)
+        cursor.excluded = excluded
+        is_to_check = now - cursor.checked_at >= CHECK_INTERVAL
+        ahead = cursor.ahead if cursor.ahead > now else None
+        claim = Claim(now, cursor.since, cursor.next, is_to_check, ahead)
+        cursor.claims.append(claim)
+        try:
+            yield claim
+        except BaseException:
+            cursor.claims.remove(claim)
+            cursor.lower(claim.start)  # what it had locked is due again, perhaps skipped by others
+            raise
+        cursor.claims.remove(claim)
+        cursor.finish(claim)
+
+    def forget_unused(self, now: datetime) -> None:
+        """Forget the cursors of steps at which nothing has been claimed for some time."""
+        self._by_step = {
+            step_key: cursor
+            for step_key, cursor in self._by_step.items()
+            if cursor.claims or now - cursor.checked_at < KEPT_FOR
+        }
