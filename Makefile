@@ -5,7 +5,7 @@ UV := $(shell command -v uv 2>/dev/null)
 JOBS ?= 4
 LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header \
 	--no-emit-index-url --no-emit-find-links $(if $(UPGRADE),--upgrade)
-LOCKED := build audit # groups with a file of their own in packaging/
+LOCKED := build audit browser # groups with a file of their own in packaging/
 
 # Bytecode is kept, but not in the clone: it saves a third of the time that tests take.
 export PYTHONDONTWRITEBYTECODE :=

@@ -42,6 +42,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(costs.Costs())
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say loudly that a run was without a browser."""
+    for skipped in terminalreporter.stats.get("skipped", ()):
+        if "test_browser.py" in skipped.nodeid:
+            _, _, reason = skipped.longrepr
+            terminalreporter.section("THE BROWSER TESTS DID NOT RUN", red=True, bold=True)
+            terminalreporter.line(reason, red=True, bold=True)
+            return
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make quick` leaves out: modules whose tests start programs, and chaos."""
     for path, of_module in groupby(items, lambda item: item.path):

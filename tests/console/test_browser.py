@@ -1,6 +1,6 @@
-"""The console in a real browser: Debian's chromium, driven by Playwright. Skipped where one of them
-is missing, and in CI. Screenshots for docs/console.md are made here: with SCREENSHOTS=1 they are
-written to docs/.
+"""The console in a real browser: Debian's chromium, driven by Playwright. `bin/browser` installs
+them; where one of them is missing, the tests are skipped, and the end of the run says so. The
+screenshots of docs/console.md are made here: with SCREENSHOTS=1 they are written to docs/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
 import httpx
@@ -47,12 +47,10 @@ OPTIONS = [
     "--disable-sync",
 ]
 
-if os.environ.get("CI"):
-    pytest.skip("no browser in CI", allow_module_level=True)
 if CHROMIUM is None:
-    pytest.skip("there is no chromium", allow_module_level=True)
+    pytest.skip("there is no chromium: run bin/browser", allow_module_level=True)
 playwright = pytest.importorskip(
-    "playwright.async_api", reason="playwright is missing: pip install --group browser"
+    "playwright.async_api", reason="playwright is missing: run bin/browser"
 )
 
 
@@ -128,26 +126,45 @@ PAGES = (
 )
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-async def test_every_page_is_accessible(
-    database: str, connection: asyncpg.Connection, browser: Browser, scheme: str, width: int
+WIDTHS = (360, 768, 1280, 1920)
+SCHEMES: tuple[tuple[Literal["dark", "light"], int], ...] = (("dark", 360), ("light", 1280))
+
+CUT_OFF = """() => [...document.querySelectorAll("td, dd, dt, h1, h2, p, li, button, label, nav a")]
+    .filter((e) => e.offsetParent !== null && getComputedStyle(e).position !== "absolute")
+    .filter((e) => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== "inline"
+        || e.tagName === "TD" && e.scrollHeight > e.clientHeight + 2)
+    .map((e) => e.outerHTML)"""
+"""What spills over its box."""
+
+
+async def test_every_page_fits_every_width_and_is_accessible(
+    database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     await people(connection)
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, step, status, ended_at)"
+        " SELECT 's', 'a-long-subject-of-an-enrollment-' || n, 'note', 'completed', now()"
+        " FROM generate_series(1, 3) AS n"
+    )
     async with console(database, {"Note": Mended()}, write=True) as client:
         await until(connection, FAILED)
         await until(connection, BEGUN)
-        size = {"width": width, "height": 844}
-        async with window(browser, client, color_scheme=scheme, viewport=size) as page:
+        async with window(browser, client) as page:
             for path in PAGES:
                 await page.goto(path)
                 if "failures" in path or path == "/console/":
                     await page.locator("table, .actions").first.wait_for()
-                await check_accessible(page)
-                wide = await page.evaluate("document.documentElement.scrollWidth")
-                assert wide <= width, f"{path} is wider than the window"
-                colour = await page.evaluate("getComputedStyle(document.body).backgroundColor")
-                assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
+                for width in WIDTHS:
+                    await page.set_viewport_size({"width": width, "height": 844})
+                    wide = await page.evaluate("document.documentElement.scrollWidth")
+                    assert wide <= width, f"{path} is wider than {width}"
+                    assert await page.evaluate(CUT_OFF) == [], f"{path} at {width}"
+                for scheme, width in SCHEMES:
+                    await page.emulate_media(color_scheme=scheme)
+                    await page.set_viewport_size({"width": width, "height": 844})
+                    await check_accessible(page)
+                    colour = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+                    assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
 
 
 async def test_counts_and_timelines_move_by_themselves_for_all_who_look(
