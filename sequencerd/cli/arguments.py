@@ -116,6 +116,17 @@ def _add_service(commands: Commands) -> None:
         "run", "service.run_command", "run the daemon until SIGTERM", "--config sequencerd.toml run"
     )
     run.add_argument("--check", action="store_true", help="only check the settings, and exit")
+    console = commands.add(
+        "console",
+        "console.console_command",
+        "run the console in the browser without a daemon, until SIGTERM",
+        "--config sequencerd.toml console --listen 127.0.0.1:9188",
+    )
+    console.add_argument(
+        "--listen",
+        metavar="ADDRESS",
+        help="host and port (default: http.listen, or else 127.0.0.1:9187)",
+    )
     commands.add("migrate", "service.migrate_command", "create or update the schema", "migrate")
     grants = commands.add(
         "grants",

@@ -35,6 +35,8 @@ def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
     all.
     """
     wanted: set[str] | None = None if arguments.command in ("run", "doctor") else set(secrets)
+    if wanted and arguments.command == "console":
+        wanted.add("console")
     if wanted and arguments.database:
         wanted.discard("database")
     settings = load(os.environ, arguments.config, secrets=wanted)
@@ -51,7 +53,7 @@ _ROLES = {
     **dict.fromkeys(
         ("apply", "archive", "holidays", "move", "pause", "resume"), "sequencer_editor"
     ),
-    **dict.fromkeys(("doctor", "run"), "sequencer_daemon"),
+    **dict.fromkeys(("console", "doctor", "run"), "sequencer_daemon"),
     **dict.fromkeys(("export-subject", "forget"), "sequencer_privacy"),
     **dict.fromkeys(("migrate", "grants", "import-original"), _OWNER),
 }

@@ -16,7 +16,7 @@ import asyncpg
 
 from sequencerd.cli.commands import connect, on_database, read_settings
 from sequencerd.cli.output import say, say_lines, say_raw, warn
-from sequencerd.cli.preview import is_file, read_sequences
+from sequencerd.cli.preview import is_file
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
 from sequencerd.core.languages import DEFAULT_LOCALE
@@ -38,6 +38,7 @@ from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.compiler import compile_behaviour
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulator import choose
+from sequencerd.definitions.stored import read_sequences
 from sequencerd.errors import UsageError
 from sequencerd.runners import registry
 from sequencerd.runners.email.page import page

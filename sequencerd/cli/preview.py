@@ -11,24 +11,21 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-import asyncpg
-
 from sequencerd.cli.commands import connect, on_database
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import model
 from sequencerd.core.model import StepKey
 from sequencerd.definitions import files, graph
 from sequencerd.definitions.check import known_paths, unknown_paths
-from sequencerd.definitions.compiler import Definition, from_rows
+from sequencerd.definitions.compiler import Definition
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulate import Entry, Simulation
 from sequencerd.definitions.simulator import WORDS, Outcome, Simulator, choose
 from sequencerd.definitions.started import read_started
+from sequencerd.definitions.stored import read_sequences
 from sequencerd.errors import UsageError
-from sequencerd.runners import Runner
 from sequencerd.settings import Settings
 from sequencerd.storage import server
-from sequencerd.storage.sequences import read_definitions, read_revisions
 from sequencerd.storage.statements import QUERIES
 from sequencerd.testing import load, make_runners
 
@@ -125,18 +122,6 @@ def _dealing(definition: Definition, present: Mapping[str, model.Sequence]) -> m
     known = present.get(definition.sequence.name)
     steps = known.steps if known else {}
     return definition.seeded({name: step.seed for name, step in steps.items()})
-
-
-async def read_sequences(
-    connection: asyncpg.Connection, runners: Mapping[str, Runner]
-) -> dict[str, model.Sequence]:
-    """All sequences of the database."""
-    names = list(await read_revisions(connection))
-    sequences, steps = await read_definitions(connection, names)
-    return {
-        row["name"]: from_rows(row, [s for s in steps if s["sequence"] == row["name"]], runners)
-        for row in sequences
-    }
 
 
 def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:

@@ -22,6 +22,7 @@ DAEMON = {"sequencerd.daemon", "sequencerd.engine.loop", "sequencerd.console", "
         ("cli", {*DAEMON, "pydantic", "asyncpg", "rich", "sequencerd.settings"}),
         ("cli.inspection", {*DAEMON, *SLOW, "sequencerd.runners", "aiosmtplib"}),
         ("cli.operation", {*DAEMON, *SLOW, "sequencerd.runners", "aiosmtplib"}),
+        ("cli.console", {"sequencerd.daemon", "sequencerd.engine.loop"}),
         ("cli.doctor", {*DAEMON, *SLOW, "sequencerd.runners", "structlog"}),
         ("cli.authoring", DAEMON - {"httpx"}),
         ("cli.changes", DAEMON - {"httpx"}),

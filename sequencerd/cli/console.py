@@ -1,0 +1,22 @@
+"""The console as a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+
+from sequencerd.cli.commands import on_database
+from sequencerd.console import process
+from sequencerd.errors import ArgumentError
+from sequencerd.service.logs import make_log
+from sequencerd.settings import Settings, split_address
+
+
+@on_database
+async def console_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+    if arguments.listen is not None:
+        try:
+            split_address(arguments.listen)
+        except ValueError as error:
+            raise ArgumentError(f"--listen {arguments.listen!r}: {error}") from error
+    await process.run(url, settings, arguments.listen, make_log(settings))
+    return 0
