@@ -35,6 +35,7 @@ from sequencerd.service.health import Health
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.logs import make_log
 from sequencerd.service.metrics import Metrics
+from sequencerd.service.public import Public
 from sequencerd.service.systemd import notify, notify_reloading
 from sequencerd.settings import Database, Settings
 from sequencerd.storage import connections, migrate, server
@@ -88,7 +89,11 @@ class Parts:
         """Return the parts for other settings, with what does not change. Raises SettingsError."""
         old = self.settings
         runners = make_runners(new, suppressions)
-        sections = {EMAIL.name: (old.email, new.email), SMS.name: (old.sms, new.sms)} | {
+        links = (old.unsubscribe, new.unsubscribe)
+        sections: dict[str, tuple[object, object]] = {
+            EMAIL.name: ((old.email, links[0]), (new.email, links[1])),
+            SMS.name: ((old.sms, links[0]), (new.sms, links[1])),
+        } | {
             name: (old.runners.get(name), new.runners.get(name))
             for name in old.runners.keys() | new.runners.keys()
         }
@@ -176,8 +181,15 @@ async def run(
         )
         end_tracing = _trace(log)
         try:
-            async with serving(
-                daemon.app(url), settings.listen, partial(_report_taken_address, log)
+            report = partial(_report_taken_address, log)
+            async with (
+                serving(daemon.app(url), settings.listen, report),
+                serving(
+                    daemon.public_app(url),
+                    settings.http.public_listen,
+                    report,
+                    setting="http.public_listen",
+                ),
             ):
                 await daemon.run(url, reload_requested, stop_requested)
         finally:
@@ -188,7 +200,7 @@ async def run(
 
 def _report_taken_address(log: FilteringBoundLogger, listen: str) -> None:
     hint = "another daemon with these settings? set SEQUENCERD_HTTP_LISTEN for each instance"
-    log.warning("no health checks, metrics and console: address in use", listen=listen, hint=hint)
+    log.warning("nothing is served there: address in use", listen=listen, hint=hint)
 
 
 async def _wait_for_promotion(
@@ -313,7 +325,17 @@ class _Daemon:
         if settings is not None and settings.enabled:
             console = make_console(settings, url, self._simulator, self._clock.now, self._log)
         health = self._health
-        return make_app(health.why_not_alive, health.why_not_ready, self._metrics.registry, console)
+        public = () if self.parts.settings.http.public_listen else self._public(url).routes
+        return make_app(
+            health.why_not_alive, health.why_not_ready, self._metrics.registry, console, public
+        )
+
+    def public_app(self, url: str) -> Starlette:
+        """Return what the listener for recipients serves."""
+        return self._public(url).app()
+
+    def _public(self, url: str) -> Public:
+        return Public(url, lambda: self.parts.settings, self._log)
 
     def _simulator(self) -> Simulator:
         """Return the present definitions and runners, for another thread to read."""

@@ -264,6 +264,7 @@ class Sms(Messaging):
     account_sid: str | None = None
     auth_token: Secret | None = None
     base_url: str = "https://api.twilio.com"
+    hook_url: str | None = Field(default=None, pattern=r"^https?://")
     url: str | None = Field(default=None, pattern=r"^https?://")
     body: str | None = None
     headers: dict[str, Secret] = {}
@@ -355,9 +356,37 @@ def split_address(text: str) -> tuple[str, int]:
 
 
 class Http(Section):
-    """The listener for health checks, metrics and the console; none without an address."""
+    """The listener for health checks, metrics and the console; none without an address.
+
+    `public_listen` is that of the pages for recipients and of Twilio's hook, which are otherwise
+    served by the same one.
+    """
 
     listen: Annotated[str, AfterValidator(_check_address)] | None = None
+    public_listen: Annotated[str, AfterValidator(_check_address)] | None = None
+
+
+def _read_keys(value: object, info: ValidationInfo) -> object:
+    """Return a list of secrets; a file or a variable has one on each line, or blanks between."""
+    value = _read_secret(value, info)
+    keys = value.split() if isinstance(value, str) else value
+    return [_read_secret(key, info) for key in keys] if isinstance(keys, list) else keys
+
+
+class Unsubscribe(Section):
+    """The page with which recipients unsubscribe: where it is, and the keys of its links, of which
+    the first one signs and all verify.
+    """
+
+    url: str = Field(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")
+    keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_read_keys)] = Field(min_length=1)
+
+    @field_validator("keys")
+    @classmethod
+    def _check_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(len(key.get_secret_value()) < 32 for key in value):
+            raise ValueError("a key has fewer than 32 characters; openssl rand -hex 32 prints one")
+        return value
 
 
 class Console(Section):
@@ -423,6 +452,7 @@ class Settings(Section):
     lookups: dict[str, LookupEndpoint] = {}
     http: Http = Http()
     console: Console | None = None
+    unsubscribe: Unsubscribe | None = None
     retention: Retention = Retention()
     log: Log = Log()
 
@@ -486,6 +516,9 @@ def _secrets(value: object) -> Iterator[str]:
     elif isinstance(value, Mapping):
         for part in value.values():
             yield from _secrets(part)
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _secrets(part)
 
 
 def load(
@@ -531,6 +564,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _without_files(value: object, *path: str) -> object:
     """Return a part of the settings with a value that means nothing for each secret in a file."""
+    if isinstance(value, list):
+        return [_without_files(part, *path) for part in value]
     if not isinstance(value, dict):
         return value
     if set(value) == {"file"}:
@@ -543,6 +578,7 @@ _MEANINGLESS: Mapping[tuple[str, ...], str | None] = {
     ("database", "listen_url"): "postgresql:///",
     ("email", "url"): "smtp://user@localhost",
     ("console", "password_hash"): None,
+    ("unsubscribe", "keys"): "0" * 32,
 }
 """What takes the place of a secret that must have a form of its own."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -90,6 +91,43 @@ def test_a_bounce_address_has_one_token(address: str) -> None:
     assert load({"SEQUENCERD_EMAIL_BOUNCE_ADDRESS": good}).email.bounce_address == good
     with pytest.raises(SettingsError, match=r"email\.bounce_address: write an address such as"):
         load({"SEQUENCERD_EMAIL_BOUNCE_ADDRESS": address})
+
+
+def test_the_keys_of_links_may_be_in_files(tmp_path: Path) -> None:
+    first, second = "a" * 32, "b" * 32
+    (tmp_path / "keys").write_text(f"{first}\n{second}\n")
+    (tmp_path / "one").write_text(second)
+    url = 'url = "https://mail.example.com"'
+    for keys in (
+        f'["{first}", "{second}"]',
+        f'{{file = "{tmp_path}/keys"}}',
+        f'["{first}", {{file = "{tmp_path}/one"}}]',
+    ):
+        file = tmp_path / "sequencerd.toml"
+        file.write_text(f"[unsubscribe]\n{url}\nkeys = {keys}\n")
+        section = load({}, file).unsubscribe
+        assert section is not None
+        assert [key.get_secret_value() for key in section.keys] == [first, second]
+        assert {first, second} <= set(load({}, file).secrets())
+        # a command that only reads definitions does not open them
+        assert load({}, Path(file), secrets=()).unsubscribe is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('url = "https://x.org"', "unsubscribe.keys"),
+        ('url = "x.org"\nkeys = ["' + "a" * 32 + '"]', "unsubscribe.url"),
+        ('url = "https://x.org"\nkeys = []', "unsubscribe.keys"),
+        ('url = "https://x.org"\nkeys = ["short"]', "openssl rand -hex 32"),
+    ],
+)
+def test_links_need_a_url_and_keys(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text(f"[unsubscribe]\n{text}\n")
+    with pytest.raises(SettingsError, match=re.escape(message)) as error:
+        load({}, file)
+    assert "short" not in str(error.value)
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:

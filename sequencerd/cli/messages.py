@@ -92,7 +92,7 @@ def send_test_command(arguments: argparse.Namespace, settings: Settings) -> int:
         config = message.runner.as_test(config, arguments.to)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
-    runners = registry.make_runners(read_settings(arguments, "email", "sms"))
+    runners = registry.make_runners(read_settings(arguments, "email", "sms", "unsubscribe"))
     behaviour = compile_behaviour(message.step.type, config, runners, message.sequence.shared)
     if isinstance(behaviour, Problem):
         raise UsageError(f"{_place(message.step)}: {behaviour.message}")

@@ -6,7 +6,7 @@ Reports only what follows from the definition, as documented in docs/files.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from sequencerd.core import graph
 from sequencerd.core.javascript.conditions import ALWAYS_TRUE, Operand, first_key
 from sequencerd.core.javascript.templates import (
-    Template,
     compile_template,
     missing_layouts,
     surely_used,
@@ -55,6 +54,9 @@ NAMES = (
     "visit", "attempt", "startSequence", "startStep",
 )  # fmt: skip
 """What a path can begin with: the keys of model.view."""
+
+UNSUBSCRIBE_URL = "unsubscribe_url"
+"""What the templates of messages may read as well."""
 
 FORMER = {
     "createdAt": "write startSequence",
@@ -311,14 +313,15 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
             if problem and not any(keys[: len(other)] == other for other in told):
                 yield Remark(step.name, keys, str(error), is_error=True)
             continue
-        yield from _check_reads(step.name, keys, source, template, sequence)
+        others = {UNSUBSCRIBE_URL} if is_message(step.type) else set()
+        yield from _check_reads(step.name, keys, source, template.surely_reads - others, sequence)
 
 
 def _check_reads(
-    step: str, keys: KeyPath, source: str, template: Template, sequence: Sequence
+    step: str, keys: KeyPath, source: str, reads: Set[str], sequence: Sequence
 ) -> Iterator[Remark]:
     in_css = dict(_in_css(source))
-    for read in sorted(template.surely_reads - {"this"}):
+    for read in sorted(reads - {"this"}):
         root = read.split(".")[0]
         if (wrong := _wrong_path(read, root, sequence)) and read not in in_css:
             yield Remark(step, keys, wrong, root in FORMER)
@@ -369,7 +372,8 @@ def check_partials(sequence: Sequence) -> Iterator[Remark]:
         if name in sure:
             with suppress(DefinitionError):
                 template = compile_template(source, escape=False, partials=partials)
-                yield from _check_reads("", keys, source, template, sequence)
+                reads = template.surely_reads - {UNSUBSCRIBE_URL}
+                yield from _check_reads("", keys, source, reads, sequence)
 
 
 # --- paths that no data has

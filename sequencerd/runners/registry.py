@@ -22,6 +22,7 @@ from sequencerd.runners.protocol import Runner
 from sequencerd.runners.python import load
 from sequencerd.runners.sms.runner import HttpSmsRunner, TwilioRunner
 from sequencerd.runners.suppressions import Suppressions
+from sequencerd.runners.unsubscribe import Links
 from sequencerd.settings import Email, LookupEndpoint, Settings, Sms
 from sequencerd.settings import HttpEndpoint as RunnerEndpoint
 
@@ -33,8 +34,8 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
     """
     try:
         runners: dict[str, Runner] = {
-            EMAIL.name: make_email_runner(settings.email, suppressions),
-            SMS.name: _sms_runner(settings.sms, suppressions),
+            EMAIL.name: make_email_runner(settings.email, suppressions, links=make_links(settings)),
+            SMS.name: _sms_runner(settings.sms, suppressions, make_links(settings)),
         }
         installed = load()
         _check_names(installed, "the Python runner {}")
@@ -84,7 +85,11 @@ def _check_names(names: Iterable[str], shown: str) -> None:
 
 
 def make_email_runner(
-    email: Email, suppressions: Suppressions | None = None, *, reply_timeout: float | None = None
+    email: Email,
+    suppressions: Suppressions | None = None,
+    *,
+    reply_timeout: float | None = None,
+    links: Links | None = None,
 ) -> EmailRunner:
     """Return the runner for e-mail. Raises ValueError."""
     oauth: Client | str | None = email.token_command
@@ -108,11 +113,20 @@ def make_email_runner(
         only_to=email.only_to,
         suppress_bounces=email.suppress_bounces,
         bounce_address=email.bounce_address,
+        links=links,
         retry=email.retry,
     )
 
 
-def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
+def make_links(settings: Settings) -> Links | None:
+    """Return what makes and reads links to unsubscribe with, if it is set up."""
+    section = settings.unsubscribe
+    if section is None:
+        return None
+    return Links(section.url, [key.get_secret_value() for key in section.keys])
+
+
+def _sms_runner(sms: Sms, suppressions: Suppressions | None, links: Links | None) -> Runner:
     if sms.provider == "http":
         if not sms.url or not sms.body:
             return _NotSetUp("SMS needs a gateway: set sms.url and sms.body")
@@ -124,6 +138,7 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
             allow_private=sms.allow_private,
             suppressions=suppressions,
             only_to=sms.only_to,
+            links=links,
             retry=sms.retry,
         )
     token = _secret(sms.auth_token)
@@ -136,7 +151,9 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None) -> Runner:
         limits=sms.limits,
         suppressions=suppressions,
         only_to=sms.only_to,
+        links=links,
         suppress_bounces=sms.suppress_bounces,
+        status_callback=sms.hook_url,
         retry=sms.retry,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import uvicorn
@@ -30,9 +30,15 @@ Check = Callable[[], list[str]]
 
 
 def make_app(
-    alive: Check, ready: Check, registry: CollectorRegistry, console: Starlette | None = None
+    alive: Check,
+    ready: Check,
+    registry: CollectorRegistry,
+    console: Starlette | None = None,
+    public: Sequence[BaseRoute] = (),
 ) -> Starlette:
-    """/healthz and /readyz, each 200 or 503 with its reasons, /metrics, and /console."""
+    """/healthz and /readyz, each 200 or 503 with its reasons, /metrics, /console, and what is
+    `public`, if that has no listener of its own.
+    """
 
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -42,6 +48,7 @@ def make_app(
         Route("/healthz", _answer(alive)),
         Route("/readyz", _answer(ready)),
         Route("/metrics", metrics),
+        *public,
     ]
     if console is None:
         return Starlette(routes=routes)
@@ -153,7 +160,11 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def serving(
-    app: Starlette, listen: str | None, taken: Callable[[str], None] | None = None
+    app: Starlette,
+    listen: str | None,
+    taken: Callable[[str], None] | None = None,
+    *,
+    setting: str = "http.listen",
 ) -> AsyncIterator[None]:
     """Serve meanwhile, if there is an address. Raises SettingsError if it cannot be had.
 
@@ -172,7 +183,7 @@ async def serving(
             taken(listen)
             yield
             return
-        raise SettingsError(f"http.listen: can't listen on {listen}: {error.strerror}") from error
+        raise SettingsError(f"{setting}: can't listen on {listen}: {error.strerror}") from error
     server = _Server(app)
 
     def serve() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 
 import asyncpg
@@ -17,6 +18,22 @@ async def read_suppressed(
     columns = [[key[number] for key in keys] for number in range(3)]
     rows = await connection.fetch(QUERIES["suppressed"], *columns)
     return {(row["channel"], row["address"], row["topic"]) for row in rows}
+
+
+async def remove(
+    connection: asyncpg.Connection,
+    channel: str,
+    addresses: Iterable[str],
+    topics: Iterable[str],
+    source: str,
+) -> None:
+    """Lift the suppression of an address, in all its forms, as far as it has this source."""
+    await connection.execute(QUERIES["unsuppress"], channel, [*addresses], [*topics], source)
+
+
+async def titles(connection: asyncpg.Connection) -> dict[str, str]:
+    """Return the titles of topics by name."""
+    return {row["name"]: row["title"] for row in await connection.fetch(QUERIES["titles"])}
 
 
 async def sent_messages(

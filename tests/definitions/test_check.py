@@ -162,6 +162,28 @@ def test_paths_are_compared_with_an_example_of_data(tmp_path: Path) -> None:
     assert read_files([file], RUNNERS, {"p": known_paths([complete])})[1] == []
 
 
+def test_only_messages_have_a_link_to_unsubscribe_and_only_with_its_settings(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "u.yaml"
+    file.write_text(
+        "name: u\nsteps:\n"
+        "  - {name: set, type: UpdateData, config: {data: {link: '{{unsubscribe_url}}'}}}\n"
+        "  - name: mail\n    type: Email\n    config:\n      from: a@x.org\n      to: b@x.org\n"
+        "      subject: x\n      text: '{{unsubscribe_url}}'\n"
+    )
+    settings = {
+        "SEQUENCERD_UNSUBSCRIBE_URL": "https://x.org",
+        "SEQUENCERD_UNSUBSCRIBE_KEYS": "k" * 32,
+    }
+    (found,) = read_files([file], make_runners(load(settings)))[1]
+    assert (found.line, found.step, found.is_error) == (3, "set", False)
+    told = [one for one in read_files([file], RUNNERS)[1] if one.is_error]
+    assert [(one.line, one.message) for one in told] == [
+        (10, "text: unsubscribe_url would be empty: set unsubscribe.url and unsubscribe.keys")
+    ]
+
+
 def test_a_custom_runner_may_add_data_but_no_typing_errors(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
     file.write_text(f"{PATHS}  - {{name: own, type: Note, altNext: null}}\n")

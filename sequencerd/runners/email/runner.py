@@ -32,6 +32,7 @@ from sequencerd.core.model import (
     Undeliverable,
 )
 from sequencerd.core.step_types.effects import EmailConfig
+from sequencerd.runners import unsubscribe
 from sequencerd.runners.email import mime, pending
 from sequencerd.runners.email.addresses import Addresses, compile_addresses
 from sequencerd.runners.email.mime import parse_mailbox
@@ -50,6 +51,7 @@ from sequencerd.runners.fields import (
 from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace
 from sequencerd.runners.suppressions import Suppressions, describe
+from sequencerd.runners.unsubscribe import Links
 
 MAX_RECIPIENTS = 100
 
@@ -68,6 +70,7 @@ class Program:
     headers: Mapping[str, Template]
     list_unsubscribe: Template | Translated | None
     bounce_address: str | None = None
+    links: Links | None = None  # to unsubscribe with
 
 
 LIMITS = replace(MESSAGE_LIMITS, timeout=REPLY_TIMEOUT)
@@ -81,7 +84,7 @@ class EmailRunner:
     command that prints a token, `list_unsubscribe` the template of a URL for steps without one,
     and `only_to` are patterns of the recipients that get messages. With `suppress_bounces`, results
     name the addresses that do not exist; bounces go to `bounce_address`, whose {token} identifies
-    the message. Raises ValueError for what cannot work.
+    the message; `links` are those to unsubscribe with. Raises ValueError for what cannot work.
     """
 
     def __init__(
@@ -97,11 +100,13 @@ class EmailRunner:
         only_to: Iterable[str] | None = None,
         suppress_bounces: bool = True,
         bounce_address: str | None = None,
+        links: Links | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         self.retry = retry
         self._suppress_bounces = suppress_bounces
         self._bounce_address = bounce_address
+        self._links = links
         self._suppressions = suppressions
         self._only_to = OnlyTo("email.only_to", only_to)
         self._pace = Pace(limits)
@@ -117,6 +122,8 @@ class EmailRunner:
             hello_name=hello_name,
             tokens=None if self._source is None else Tokens(self._source.fetch),
         )
+        if list_unsubscribe is None and links is not None:
+            list_unsubscribe = f"{{{{{unsubscribe.NAME}}}}}"
         self._unsubscribe = (
             None if list_unsubscribe is None else compile_field("listUnsubscribe", list_unsubscribe)
         )
@@ -157,11 +164,21 @@ class EmailRunner:
                     if source is None
                     else compile_texts(name, source, shared, escape=escape, strict=parsed.strict)
                 )
+        if self._links is None:
+            with faults.at():
+                unsubscribe.check_reads(texts)
         faults.check()
-        subject, text, html, unsubscribe = texts.values()
-        assert subject is not None
-        unsubscribe = unsubscribe or self._unsubscribe
-        return Program(addresses, subject, text, html, headers, unsubscribe, self._bounce_address)
+        assert texts["subject"] is not None
+        return Program(
+            addresses,
+            texts["subject"],
+            texts["text"],
+            texts["html"],
+            headers,
+            texts["listUnsubscribe"] or self._unsubscribe,
+            self._bounce_address,
+            self._links,
+        )
 
     def preview(self, program: object, task: Task) -> Mapping[str, str]:
         """Return what `run` would send, by field. Raises RenderError."""
@@ -273,6 +290,9 @@ def write(
         raise RenderError(
             f"to, cc, bcc: {len(to) + len(others)} addresses, at most {MAX_RECIPIENTS}"
         )
+    if program.links is not None:
+        texts = (program.subject, program.text, program.html)
+        view = program.links.added(view, "email", to, task.topic, texts)
     mark = message_mark(task)
     headers = [
         mime.address_header("From", found["from"]),
@@ -309,9 +329,9 @@ def _more_headers(program: Program, view: Mapping[str, Any]) -> list[str]:
     values = {
         name: _header_value(name, template, view) for name, template in program.headers.items()
     }
-    unsubscribe = program.list_unsubscribe
-    if unsubscribe is not None and not any(n.lower() == "list-unsubscribe" for n in values):
-        url = quote(_header_value("listUnsubscribe", unsubscribe, view), safe=_URL)
+    template = program.list_unsubscribe
+    if template is not None and not any(n.lower() == "list-unsubscribe" for n in values):
+        url = quote(_header_value("listUnsubscribe", template, view), safe=_URL)
         values["List-Unsubscribe"] = f"<{url}>" if url else ""
         if url.lower().startswith("https:"):
             values = {n: v for n, v in values.items() if n.lower() != "list-unsubscribe-post"}

@@ -55,6 +55,7 @@ from sequencerd.runners.pace import Pace
 from sequencerd.runners.sms import segments
 from sequencerd.runners.sms.numbers import read_number
 from sequencerd.runners.suppressions import Suppressions, describe
+from sequencerd.runners.unsubscribe import Links, check_reads
 
 # Twilio's error codes that say more than the status: https://www.twilio.com/docs/api/errors
 _THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63018})
@@ -107,9 +108,11 @@ class _SmsRunner:
         allow_private: bool,
         suppressions: Suppressions | None,
         only_to: Iterable[str] | None,
+        links: Links | None,
         retry: RetryPolicy,
     ) -> None:
         self.retry = retry
+        self._links = links
         self._suppressions = suppressions
         self._only_to = OnlyTo("sms.only_to", only_to)
         self._pace = Pace(limits)
@@ -132,6 +135,9 @@ class _SmsRunner:
                 read_number("to", parsed.to)
             except RenderError as error:
                 faults.found.append(Fault(("to",), str(error).removeprefix("to: ")))
+        if self._links is None:
+            with faults.at():
+                check_reads(program)
         faults.check()
         return program
 
@@ -143,8 +149,12 @@ class _SmsRunner:
     def preview(self, program: object, task: Task) -> Mapping[str, str]:
         """Return what `run` would send, by field. Raises RenderError."""
         assert isinstance(program, Mapping)
-        values = {name: render(name, field, task.view) for name, field in program.items()}
-        values["to"] = read_number("to", values["to"])
+        view = task.view
+        to = read_number("to", render("to", program["to"], view))
+        if self._links is not None:
+            view = self._links.added(view, "sms", [to], task.topic, program.values())
+        values = {name: render(name, field, view) for name, field in program.items()}
+        values["to"] = to
         if not values["message"].strip():
             raise RenderError("message: empty")
         return values
@@ -206,7 +216,9 @@ class TwilioRunner(_SmsRunner):
         limits: Limits = MESSAGE_LIMITS,
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
+        links: Links | None = None,
         suppress_bounces: bool = True,
+        status_callback: str | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         super().__init__(
@@ -214,9 +226,11 @@ class TwilioRunner(_SmsRunner):
             allow_private=True,
             suppressions=suppressions,
             only_to=only_to,
+            links=links,
             retry=retry,
         )
         self._suppress_bounces = suppress_bounces
+        self._status_callback = status_callback
         self._auth = (account_sid, auth_token)
         account = quote(account_sid, safe="")
         self._url = f"{check_url(base_url).rstrip('/')}/2010-04-01/Accounts/{account}/Messages.json"
@@ -233,6 +247,8 @@ class TwilioRunner(_SmsRunner):
             )
             if field in values
         }
+        if self._status_callback is not None:
+            form.setdefault("StatusCallback", self._status_callback)
         reply = await self._web.call("POST", self._url, headers={}, form=form, auth=self._auth)
         result = _judge_twilio(reply, values["to"], datetime.now(UTC))
         return result if self._suppress_bounces else replace(result, undeliverable=())
@@ -301,6 +317,7 @@ class HttpSmsRunner(_SmsRunner):
         allow_private: bool = False,
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
+        links: Links | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
     ) -> None:
         super().__init__(
@@ -308,6 +325,7 @@ class HttpSmsRunner(_SmsRunner):
             allow_private=allow_private,
             suppressions=suppressions,
             only_to=only_to,
+            links=links,
             retry=retry,
         )
         self._url = check_url(url)

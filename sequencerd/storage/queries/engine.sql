@@ -550,6 +550,15 @@ SELECT channel, address, $5, reason, source
  ORDER BY channel, address
 ON CONFLICT DO NOTHING;
 
+-- name: unsuppress
+-- Lift suppressions of one source.
+DELETE FROM sequencer.suppressions
+ WHERE channel = $1 AND address = ANY ($2::text[]) AND topic = ANY ($3::text[]) AND source = $4;
+
+-- name: titles
+-- Read what recipients see of topics.
+SELECT name, title FROM sequencer.topics;
+
 -- name: sent_messages
 -- Read what was sent in a visit, for whoever knows the half of the random tag that messages have.
 SELECT v.message FROM sequencer.enrollments AS e

@@ -1,0 +1,281 @@
+"""What recipients and Twilio reach over HTTP: the page to unsubscribe, and the hook for SMS.
+
+A GET changes nothing, as mail scanners follow every link; a POST does, by the button of the page
+or, with one click, by the recipient's mail program (RFC 8058).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from hashlib import sha1, sha256
+from html import escape
+from typing import NamedTuple
+from urllib.parse import parse_qs, parse_qsl
+
+import asyncpg
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute, Route
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.core.languages import choose, normalised
+from sequencerd.core.model import Undeliverable
+from sequencerd.errors import DatabaseError
+from sequencerd.runners.registry import make_links
+from sequencerd.runners.sms.runner import undeliverable
+from sequencerd.runners.suppressions import EVERYTHING, forms
+from sequencerd.runners.unsubscribe import PATH, Subscription
+from sequencerd.service.page_texts import TEXTS, Texts
+from sequencerd.settings import Settings, Sms
+from sequencerd.storage import connections, suppressions
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
+
+MAX_BODY = 64 * 1024  # bytes
+CONNECTIONS = 4  # to the database, at the same time
+TIMEOUT = 5.0  # seconds for a connection and what is done with it
+RETRY_AFTER = "60"  # seconds
+MAX_LANGUAGES = 10  # of a browser
+TITLES_FOR = 60.0  # seconds for which the titles of topics are known
+
+Unavailable = (*TRANSIENT_ERRORS, asyncpg.PostgresError, DatabaseError, TimeoutError, OSError)
+
+
+class TooLarge(Exception):  # noqa: N818 - what a request is
+    """The body of a request is larger than any that is meant."""
+
+
+class Public:
+    """The pages for the world; `settings` are those of the moment, `url` is the database's."""
+
+    def __init__(
+        self, url: str, settings: Callable[[], Settings], log: FilteringBoundLogger
+    ) -> None:
+        self._url = url
+        self._settings = settings
+        self._log = log
+        self._slots = asyncio.Semaphore(CONNECTIONS)
+        self._titles: dict[str, str] = {}
+        self._titles_until = 0.0
+
+    @property
+    def routes(self) -> list[BaseRoute]:
+        """All that is served; each is absent without its settings."""
+        return [
+            Route(f"{PATH}{{token}}", self._guarded(self._show), methods=["GET"]),
+            Route(f"{PATH}{{token}}", self._guarded(self._unsubscribe), methods=["POST"]),
+            Route("/hooks/twilio", self._guarded(self._twilio), methods=["POST"]),
+        ]
+
+    def app(self) -> Starlette:
+        """Return an application with nothing else."""
+        return Starlette(routes=self.routes)
+
+    def _guarded(
+        self, answer: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def guarded(request: Request) -> Response:
+            try:
+                return await answer(request)
+            except TooLarge:
+                return Response("too large", 413)
+            except ClientDisconnect:
+                return Response(status_code=400)
+            except Unavailable as error:
+                self._log.warning("a request waits for the database", error=brief(error))
+                texts = TEXTS[_language(None, request)]
+                response = _page(texts, [texts.unavailable], status=503)
+                response.headers["Retry-After"] = RETRY_AFTER
+                return response
+
+        return guarded
+
+    @asynccontextmanager
+    async def _database(self) -> AsyncIterator[asyncpg.Connection]:
+        async with asyncio.timeout(TIMEOUT), self._slots:
+            connection = await connections.connect(self._url)
+            try:
+                yield connection
+            finally:
+                await connection.close()
+
+    # --- unsubscribing
+
+    async def _show(self, request: Request) -> Response:
+        subscription = self._read(request)
+        if subscription is None:
+            return _invalid(request)
+        texts = TEXTS[_language(subscription, request)]
+        filled = await self._filled(texts, subscription)
+        buttons = [("all", filled.everything)]
+        if subscription.topic != EVERYTHING:
+            buttons.insert(0, ("this", filled.this))
+        return _page(texts, [filled.question], buttons)
+
+    async def _unsubscribe(self, request: Request) -> Response:
+        subscription = self._read(request)
+        if subscription is None:
+            return _invalid(request)
+        body = await _body(request)
+        choice = parse_qs(body.decode("latin-1"), max_num_fields=20).get("choice", [""])[0]
+        texts = TEXTS[_language(subscription, request)]
+        filled = await self._filled(texts, subscription)
+        channel, address, topic, _ = subscription
+        if choice == "undo":
+            async with self._database() as connection:
+                await suppressions.remove(
+                    connection, channel, forms(channel, address), [topic, EVERYTHING], "unsubscribe"
+                )
+            return _page(texts, [filled.undone])
+        topic = EVERYTHING if choice == "all" else topic
+        entry = Undeliverable(channel, address, "unsubscribed", "unsubscribe")
+        async with self._database() as connection:
+            await suppressions.add(connection, [entry], topic)
+        self._log.info("a recipient unsubscribed", channel=channel, topic=topic)
+        ended = filled.ended_everything if topic == EVERYTHING else filled.ended_this
+        return _page(texts, [ended], [("undo", filled.undo)])
+
+    def _read(self, request: Request) -> Subscription | None:
+        links = make_links(self._settings())
+        return None if links is None else links.read(request.path_params["token"])
+
+    async def _filled(self, texts: Texts, subscription: Subscription) -> Texts:
+        topic = subscription.topic
+        if topic != EVERYTHING and asyncio.get_running_loop().time() > self._titles_until:
+            async with self._database() as connection:
+                self._titles = await suppressions.titles(connection)
+            self._titles_until = asyncio.get_running_loop().time() + TITLES_FOR
+        names = {"address": subscription.address, "topic": self._titles.get(topic, topic)}
+        return Texts(*(text.format(**names) for text in texts))
+
+    # --- Twilio
+
+    async def _twilio(self, request: Request) -> Response:
+        sms = self._settings().sms
+        if sms.hook_url is None or sms.auth_token is None:
+            return Response("not found", 404)
+        body = await _body(request)
+        try:
+            pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=200)
+        except ValueError:
+            return Response("not a form", 400)
+        expected = twilio_signature(sms.auth_token.get_secret_value(), sms.hook_url, pairs)
+        given = request.headers.get("X-Twilio-Signature", "")
+        if not hmac.compare_digest(expected.encode(), given.encode()):
+            return Response("the signature is wrong", 403)
+        change = read_hook(dict(pairs), sms)
+        if change is not None:
+            async with self._database() as connection:
+                if isinstance(change, Resumed):
+                    number = forms("sms", change.address)
+                    await suppressions.remove(connection, "sms", number, [EVERYTHING], "stop")
+                else:
+                    await suppressions.add(connection, [change])
+        return Response("<Response/>", media_type="text/xml")
+
+
+async def _body(request: Request) -> bytes:
+    """Read the body of a request. Raises TooLarge."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise TooLarge
+    return body
+
+
+# --- the page
+
+STYLE = (
+    "body{font:1.1rem/1.5 system-ui,sans-serif;max-width:34rem;margin:4rem auto;padding:0 1rem;"
+    "color-scheme:light dark}button{font:inherit;padding:.5rem 1rem;margin:0 .5rem .5rem 0}"
+)
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'; style-src"
+        f" 'sha256-{base64.b64encode(sha256(STYLE.encode()).digest()).decode()}'"
+    ),
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Robots-Tag": "noindex",
+}
+
+
+def _page(
+    texts: Texts,
+    paragraphs: Iterable[str],
+    buttons: Iterable[tuple[str, str]] = (),
+    *,
+    status: int = 200,
+) -> Response:
+    """Return a page of plain texts, and of buttons that post a choice to the same URL."""
+    language = next(key for key, one in TEXTS.items() if one is texts)
+    form = "".join(
+        f'<button name="choice" value="{choice}">{escape(text)}</button>'
+        for choice, text in buttons
+    )
+    html = (
+        f'<!doctype html><html lang="{language}"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{escape(texts.title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{escape(texts.title)}</h1>"
+        + "".join(f"<p>{escape(text)}</p>" for text in paragraphs)
+        + (f'<form method="post">{form}</form>' if form else "")
+        + "</body></html>"
+    )
+    return HTMLResponse(html, status, {**_HEADERS, "Vary": "Accept-Language"})
+
+
+def _invalid(request: Request) -> Response:
+    texts = TEXTS[_language(None, request)]
+    return _page(texts, [texts.invalid], status=404)
+
+
+def _language(subscription: Subscription | None, request: Request) -> str:
+    """Return the language of the recipient, or of the browser."""
+    accepted = request.headers.get("Accept-Language", "").split(",")[:MAX_LANGUAGES]
+    tags = [tag.partition(";")[0].strip() for tag in accepted]
+    for tag in [subscription.language if subscription else "", *tags]:
+        key, _ = choose(TEXTS, tag)
+        if normalised(tag).split("-")[0] == key:
+            return key
+    return "en"
+
+
+# --- what Twilio says
+
+STOP = frozenset({"STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "OPTOUT", "REVOKE"})
+START = frozenset({"START", "YES", "UNSTOP"})
+"""The words by which Twilio itself stops and resumes messages to a number."""
+
+
+class Resumed(NamedTuple):
+    """A number whose owner wants messages again."""
+
+    address: str
+
+
+def twilio_signature(token: str, url: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Return what X-Twilio-Signature has to be for a form that is posted to a URL."""
+    signed = url + "".join(name + value for name, value in sorted(set(pairs)))
+    return base64.b64encode(hmac.digest(token.encode(), signed.encode(), sha1)).decode()
+
+
+def read_hook(form: Mapping[str, str], sms: Sms) -> Undeliverable | Resumed | None:
+    """Return what an incoming message or a status says of a number; None if nothing."""
+    if form.get("MessageStatus") in ("failed", "undelivered"):
+        code = form.get("ErrorCode", "")
+        known = int(code) if code.isascii() and code.isdecimal() and len(code) < 10 else None
+        gone = undeliverable(known, form.get("To", ""), form["MessageStatus"])
+        return gone if sms.suppress_bounces else None
+    word = form.get("OptOutType") or form.get("Body", "")
+    word = word.strip().rstrip(".!").upper()
+    sender = form.get("From", "")
+    if sender and word in STOP:
+        return Undeliverable("sms", sender, f"answered {word}", "stop")
+    return Resumed(sender) if sender and word in START else None

@@ -1,0 +1,119 @@
+"""Links to unsubscribe with: in messages, and what their tokens are good for."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from email import message_from_bytes, policy
+from email.message import EmailMessage
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sequencerd.core.model import DefinitionError, Task
+from sequencerd.runners.email.runner import EmailRunner, write
+from sequencerd.runners.sms.runner import TwilioRunner
+from sequencerd.runners.unsubscribe import Links, Subscription
+
+OLD, NEW = "o" * 32, "n" * 32
+LINKS = Links("https://mail.example.com/", [NEW, OLD])
+MAIL = {
+    "from": "shop@example.com", "to": "{{data.email}}", "subject": "Offer",
+    "html": '<a href="{{unsubscribe_url}}">Stop</a>',
+}  # fmt: skip
+SMS = {"from": "+15005550006", "to": "{{data.phone}}", "message": "Stop: {{unsubscribe_url}}"}
+
+
+def token(link: str) -> str:
+    return link.removeprefix("https://mail.example.com/unsubscribe/")
+
+
+def task(topic: str | None = "news", **data: Any) -> Task:
+    return Task("7:1:x", {"subject": "user-7", "data": data}, None, topic)
+
+
+def headers(config: dict[str, Any], one: Task, **options: Any) -> dict[str, str]:
+    """The headers and the text of a message, as one mapping."""
+    made = EmailRunner("smtp://localhost", **{"links": LINKS, **options})
+    content = write(made.compile(config), one, datetime.now(UTC)).content
+    message = message_from_bytes(content, policy=policy.default)
+    assert isinstance(message, EmailMessage)
+    html = message.get_body(("html",))
+    assert html is not None
+    return {**message, "html": html.get_content()}
+
+
+@given(st.builds(Subscription, *[st.text(max_size=20)] * 4))
+def test_a_token_is_good_for_what_it_was_made_for(subscription: Subscription) -> None:
+    made = token(LINKS.link(subscription))
+    assert LINKS.read(made) == subscription
+    assert made.isascii()
+    assert not set(made) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+
+
+def test_keys_rotate() -> None:
+    subscription = Subscription("email", "ada@x.org", "news", "de")
+    before = token(Links("https://x.org", [OLD]).link(subscription)).rpartition("/")[2]
+    assert LINKS.read(before) == subscription  # an older key verifies
+    signed = token(LINKS.link(subscription))
+    assert Links("https://x.org", [NEW]).read(signed) == subscription  # the first one signs
+    assert Links("https://x.org", [OLD]).read(signed) is None
+    assert "ada" not in signed
+
+
+def test_no_token_can_be_changed() -> None:
+    made = token(LINKS.link(Subscription("email", "ada@x.org", "news")))
+    for number, one in enumerate(made):
+        other = "A" if one != "A" else "Z"
+        changed = LINKS.read(made[:number] + other + made[number + 1 :])
+        # the last characters of base64 have bits that mean nothing
+        assert changed is None or changed == LINKS.read(made)
+    for wrong in ("", ".", made[:-1], made + "x" * 2000, f"{made}.{made}", "\u00fc"):
+        assert LINKS.read(wrong) is None
+
+
+def test_a_message_has_the_link_in_its_text_and_its_header() -> None:
+    found = headers(MAIL, task(email="Ada@X.org", locale="de-AT"))
+    link = found["List-Unsubscribe"].strip("<>")
+    assert LINKS.read(token(link)) == Subscription("email", "Ada@X.org", "news", "de-AT")
+    assert found["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
+    assert link in found["html"]
+
+
+def test_a_message_without_a_topic_ends_all() -> None:
+    found = headers(MAIL, task(None, email="ada@x.org"))
+    link = token(found["List-Unsubscribe"].strip("<>"))
+    assert LINKS.read(link) == Subscription("email", "ada@x.org", "*")
+
+
+def test_of_several_recipients_nobody_can_unsubscribe_another() -> None:
+    found = headers({**MAIL, "to": ["{{data.email}}", "bob@x.org"]}, task(email="ada@x.org"))
+    link = token(found["List-Unsubscribe"].strip("<>"))
+    assert LINKS.read(link) == Subscription("email", "user-7", "news")
+
+
+def test_a_step_and_a_setting_have_their_own_links() -> None:
+    own = {**MAIL, "html": "x", "listUnsubscribe": "https://shop.example/{{subject}}"}
+    found = headers(own, task(email="ada@x.org"))
+    assert found["List-Unsubscribe"] == "<https://shop.example/user-7>"
+    assert "List-Unsubscribe" not in headers({**own, "listUnsubscribe": ""}, task(email="a@x.org"))
+    theirs = headers({**MAIL, "html": "x"}, task(email="a@x.org"), list_unsubscribe="https://y.org")
+    assert theirs["List-Unsubscribe"] == "<https://y.org>"
+
+
+def test_an_sms_has_a_link_for_its_number() -> None:
+    made = TwilioRunner("AC1", "t", links=LINKS)
+    values = made.preview(made.compile(SMS), task(phone="+49 151 123456"))
+    link = token(values["message"].removeprefix("Stop: "))
+    assert LINKS.read(link) == Subscription("sms", "+49151123456", "news")
+
+
+def test_without_the_setting_a_link_would_be_empty() -> None:
+    with pytest.raises(DefinitionError, match="html: unsubscribe_url would be empty"):
+        EmailRunner("smtp://localhost").compile(MAIL)
+    with pytest.raises(DefinitionError, match="message: unsubscribe_url would be empty"):
+        TwilioRunner("AC1", "t").compile(SMS)
+    assert "List-Unsubscribe" not in headers(
+        {**MAIL, "html": "x"}, task(email="a@x.org"), links=None
+    )
