@@ -6,6 +6,7 @@
 --   events        what happened: append only, partitioned by month
 --   revisions     former definitions: a document for each change, however it was made
 --   topics        what messages are about, in the words of their recipients
+--   reservations  side effects that limits count
 --   suppressions  addresses to which no messages are sent, for one topic or all
 --   holidays      days on which windows do not open, and which are no business days
 --   daemons       which daemons run, and until when each is taken to be alive
@@ -268,7 +269,7 @@ CREATE INDEX events_of_branches ON sequencer.events (sequence, step, message) WH
 CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
-COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired; goal; jump; branch; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, retargeted, reevaluated.';
+COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired, limited; goal; jump; branch; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, retargeted, reevaluated.';
 COMMENT ON COLUMN sequencer.events.revision IS 'The revision of the definition in effect; for the result of a side effect, the one it was started under.';
 
 COMMENT ON COLUMN sequencer.events.seconds_at_step IS 'How long the enrollment had been at the step.';
@@ -454,6 +455,79 @@ END $$;
 
 CREATE TRIGGER normalise_suppression BEFORE INSERT OR UPDATE OF channel, address, topic, source, created_at
     ON sequencer.suppressions FOR EACH ROW EXECUTE FUNCTION sequencer.normalise_suppression();
+
+
+-- limits ----------------------------------------------------------------------------------------
+
+-- One row for what is counted together, so that its lock lets one transaction count at a time.
+CREATE TABLE sequencer.reservations (
+    key          bytea PRIMARY KEY,
+    topic        text NOT NULL,
+    at           timestamptz[] NOT NULL DEFAULT '{}',
+    enrollments  bigint[] NOT NULL DEFAULT '{}',
+    visits       integer[] NOT NULL DEFAULT '{}',
+    longest      interval NOT NULL DEFAULT '0',
+    counts_until timestamptz NOT NULL
+);
+
+COMMENT ON TABLE  sequencer.reservations IS 'Side effects with the key limit that have begun lately, by what their limits count together.';
+COMMENT ON COLUMN sequencer.reservations.key IS 'A hash of the topic and the key of the limit, such as the subject.';
+COMMENT ON COLUMN sequencer.reservations.at IS 'When each began; the other lists have the enrollment and visit of each.';
+COMMENT ON COLUMN sequencer.reservations.longest IS 'The longest period of the limits that count them.';
+COMMENT ON COLUMN sequencer.reservations.counts_until IS 'When the last of them falls out of that period.';
+
+-- All rows are locked first, in the order of their keys, so that no two transactions wait for each other.
+CREATE FUNCTION sequencer.reserve(
+    keys bytea[], topics text[], enrollments bigint[], visits integer[], at_most integer[],
+    periods interval[], at timestamptz
+) RETURNS TABLE (number integer, free_at timestamptz)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    wanted record;
+    others record;
+    counted timestamptz[];
+    present timestamptz;
+BEGIN
+    INSERT INTO sequencer.reservations AS r (key, topic, longest, counts_until)
+    SELECT w.key, min(w.topic), max(w.period), reserve.at + max(w.period)
+      FROM unnest(keys, topics, periods) AS w (key, topic, period) GROUP BY w.key ORDER BY w.key
+    ON CONFLICT ON CONSTRAINT reservations_pkey
+    DO UPDATE SET longest = greatest(r.longest, excluded.longest),
+                  counts_until = greatest(r.counts_until, excluded.counts_until);
+    FOR wanted IN
+        SELECT w.* FROM unnest(keys, enrollments, visits, at_most, periods)
+               WITH ORDINALITY AS w (key, enrollment, visit, at_most, period, number) ORDER BY w.number
+    LOOP
+        -- the daemons' clocks may differ by a little: time never goes back for a row
+        SELECT greatest(reserve.at, max(o.at)) INTO present
+          FROM sequencer.reservations AS r, unnest(r.at) AS o (at) WHERE r.key = wanted.key;
+        -- a retry gives its former place back for the new one
+        SELECT array_agg(o.at ORDER BY o.at) AS at, array_agg(o.enrollment ORDER BY o.at) AS enrollments,
+               array_agg(o.visit ORDER BY o.at) AS visits,
+               array_agg(o.at ORDER BY o.at) FILTER (WHERE o.at > present - wanted.period) AS counted
+          INTO others
+          FROM sequencer.reservations AS r, unnest(r.at, r.enrollments, r.visits) AS o (at, enrollment, visit)
+         WHERE r.key = wanted.key AND o.at > present - r.longest - interval '1 minute'
+           AND (o.enrollment, o.visit) <> (wanted.enrollment, wanted.visit);
+        counted := coalesce(others.counted, '{}');
+        IF cardinality(counted) >= wanted.at_most THEN
+            number := wanted.number;
+            free_at := counted[cardinality(counted) - wanted.at_most + 1] + wanted.period;
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+        UPDATE sequencer.reservations AS r
+           SET at = coalesce(others.at, '{}')
+                    || CASE WHEN wanted.at_most IS NULL THEN '{}' ELSE ARRAY[present] END,
+               enrollments = coalesce(others.enrollments, '{}')
+                    || CASE WHEN wanted.at_most IS NULL THEN '{}' ELSE ARRAY[wanted.enrollment] END,
+               visits = coalesce(others.visits, '{}')
+                    || CASE WHEN wanted.at_most IS NULL THEN '{}' ELSE ARRAY[wanted.visit] END
+         WHERE r.key = wanted.key;
+    END LOOP;
+END $$;
+
+COMMENT ON FUNCTION sequencer.reserve IS 'Reserve places under limits until the end of their periods, in the order given; without at_most, give one back. Return what found none, and when there is one.';
 
 
 -- daemons ---------------------------------------------------------------------------------------
@@ -1610,7 +1684,7 @@ DECLARE
     start CONSTANT timestamptz := coalesce(funnel.since, '-infinity');
     start_seconds CONSTANT float8 := date_part('epoch', start);
     ends CONSTANT text[] := ARRAY['next', 'altNext', 'jump', 'branch', 'goal', 'suppressed', 'expired',
-                                  'moved', 'completed', 'failed', 'cancelled', 'resumed'];
+                                  'limited', 'moved', 'completed', 'failed', 'cancelled', 'resumed'];
     arms_of text := funnel.split;
     labels text[];
     one_in bigint;
@@ -1847,6 +1921,8 @@ BEGIN
     GET DIAGNOSTICS events = ROW_COUNT;
     DELETE FROM sequencer.problems AS p
      WHERE p.kind = 'quarantined' AND p.about = ANY (ids::text[]);
+    DELETE FROM sequencer.reservations AS r
+     WHERE r.enrollments && ids AND ids @> r.enrollments; -- what others count with it, only hashes name
     DELETE FROM sequencer.enrollments AS e WHERE e.id = ANY (ids);
     GET DIAGNOSTICS enrollments = ROW_COUNT;
 
@@ -2008,6 +2084,9 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'INSERT', 'problems'),
     ('sequencer_daemon', 'UPDATE', 'problems'),
     ('sequencer_daemon', 'DELETE', 'problems'),
+    ('sequencer_daemon', 'INSERT', 'reservations'),
+    ('sequencer_daemon', 'UPDATE', 'reservations'),
+    ('sequencer_daemon', 'DELETE', 'reservations'),
     ('sequencer_daemon', 'INSERT', 'console_logouts'),
     ('sequencer_daemon', 'DELETE', 'console_logouts')
 ), on_columns (role, privilege, relation, name) AS (
@@ -2050,6 +2129,7 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'add_event_partitions'),
     ('sequencer_daemon', 'drop_event_partition'),
     ('sequencer_daemon', 'enroll_all'),
+    ('sequencer_daemon', 'reserve'),
     ('sequencer_daemon', 'delete_ended')
 ), statements (phase, role, statement) AS (
     SELECT 1, role, format('CREATE ROLE %I NOLOGIN', role) FROM roles WHERE to_regrole(role) IS NULL

@@ -15,6 +15,7 @@ from sequencerd.core import exact_json, retry
 from sequencerd.core.calendar import dates, windows
 from sequencerd.core.calendar.windows import Window
 from sequencerd.core.model import (
+    LIMIT_REACHED,
     NEVER,
     NEXT,
     Action,
@@ -38,6 +39,7 @@ from sequencerd.core.model import (
     Failed,
     Found,
     Instant,
+    Limit,
     LookUp,
     NotStarted,
     Problem,
@@ -89,6 +91,7 @@ def advance(
     refused: Refusals | None = None,
     expired_leases: int = 0,
     result_only: bool = False,
+    full_until: datetime | None = None,
 ) -> Advanced:
     """Move an enrollment as far as possible at this time.
 
@@ -103,10 +106,12 @@ def advance(
     jump to the code of the reason, such as `already_enrolled`: the caller checks the sequences
     in `entered`, and calls again if one refuses. `expired_leases` counts the recent leases of this
     visit that expired before. `result_only` applies the result, and leaves what follows to another
-    evaluation.
+    evaluation. `full_until` is when the limit of the first side effect with one has room again, if
+    it has none now: the caller reserves it, and calls again.
     """
     evaluation = _Evaluation(definitions, enrollment, now, refused)
     evaluation.expired_leases = expired_leases
+    evaluation.full_until = full_until
     if started_revision is not None:
         evaluation.revision = started_revision
     try:
@@ -174,6 +179,8 @@ class _Evaluation:
         "expired_holder",
         "expired_leases",
         "external",
+        "full_until",
+        "is_limited",
         "merged",
         "moves",
         "now",
@@ -203,6 +210,8 @@ class _Evaluation:
         self.revision = known.revision if known else None  # recorded with each event
         self.expired_holder: str | None = None  # the daemon whose lease of this visit expired
         self.expired_leases = 0  # earlier leases of this visit that expired
+        self.full_until: datetime | None = None
+        self.is_limited = False  # whether a limit had no room
         self._timezone: str | None = None
         self.context: Context | None = None
         self.read_own_before = False  # whether an earlier context has read own values
@@ -467,6 +476,15 @@ class _Evaluation:
         if expires_at is not None and expires_at <= self.now:
             self.record("expired", f"too late since {expires_at:%Y-%m-%d %H:%M:%S}Z")
             return self._move_to(_target(step, effect.on_expired))
+        topic = sequence.topic if effect.follows_topic else effect.topic
+        reservation = None
+        if effect.limit is not None:
+            if self.is_limited or self.entered or self.entries or self.cancellations:
+                return Wait(self.now)  # a transaction reserves once, and nothing else is open then
+            if self.full_until is not None:
+                return self._limited(step, effect.limit, self.full_until, expires_at)
+            counted = effect.limit.topic or topic or effect_key(sequence.name, step.name)
+            reservation = effect.limit.reservation(self._current_context(), counted)
         return Execute(
             step,
             effect,
@@ -475,8 +493,23 @@ class _Evaluation:
             sequence.revision,
             expires_at,
             None if window is None else self._closes_at(window),
-            sequence.topic if effect.follows_topic else effect.topic,
+            topic,
+            reservation,
         )
+
+    def _limited(
+        self, step: Step, limit: Limit, until: datetime, expires_at: datetime | None
+    ) -> Decision | None:
+        """Wait until a limit has room again, or go on without the side effect."""
+        self.is_limited = True
+        message = f"{LIMIT_REACHED} {limit.words}"
+        if limit.then == "wait":
+            if message != self.at.last_error:
+                self.record(Action.NOOP.value, message)
+                self.at = self.at._replace(last_error=message)
+            return Wait(min(until, expires_at or until))
+        self.record("limited", message)
+        return self._move_to(_target(step, "next" if limit.then == "skip" else "altNext"))
 
     def _begins_at(self, step: Step, window: Window | None) -> datetime:
         """Return when a side effect may begin: after its retry delay, and in its window."""

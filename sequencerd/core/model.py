@@ -213,6 +213,36 @@ Skip = Literal["next", "altNext", "end"]
 """Where an enrollment goes if its side effect is skipped."""
 
 
+LIMIT_REACHED = "the limit is reached:"
+"""Begins the last_error of an enrollment that waits for its limit."""
+
+
+class Reservation(NamedTuple):
+    """A place among those that a limit has in a period."""
+
+    key: bytes  # of the topic and the text that are counted together
+    topic: str
+    at_most: int
+    per: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How often side effects of a topic may begin for a key, such as a subject, in any period."""
+
+    key: Callable[[Context], str]
+    topic: str | None  # None: that of the step; without one, the step counts alone
+    at_most: int
+    per: timedelta
+    then: Literal["wait", "skip", "altNext"]
+    words: str  # for messages
+
+    def reservation(self, context: Context, topic: str) -> Reservation:
+        """Return what must be reserved before it begins. Raises EvaluationError."""
+        counted = f"{topic}\0{self.key(context)}".encode("utf-8", "replace")
+        return Reservation(sha256(counted).digest()[:16], topic, self.at_most, self.per)
+
+
 @dataclass(frozen=True, slots=True)
 class SideEffect:
     """What a runner does: `program` is what the runner made of the config."""
@@ -228,6 +258,7 @@ class SideEffect:
     follows_window: bool = True  # of its sequence
     topic: str | None = None  # what it is about, if it does not follow its sequence
     follows_topic: bool = True  # of its sequence
+    limit: Limit | None = None
     exits: tuple[Exit, ...] = EITHER
 
 
@@ -757,6 +788,11 @@ class NotStarted:
 Result = Answer | Suppressed | Failed | NotStarted | Found
 
 
+def may_have_taken_place(result: Result) -> bool:
+    """Whether a side effect with this result may have taken place."""
+    return isinstance(result, Answer) or (isinstance(result, Failed) and result.unknown)
+
+
 def outcome(result: Result) -> str:
     """In a word, for metrics and traces."""
     match result:
@@ -814,6 +850,7 @@ class Execute(NamedTuple):
     expires_at: datetime | None = None  # too late from then on
     closes_at: datetime | None = None  # its window; not to be begun from then on
     topic: str | None = None
+    reservation: Reservation | None = None  # that must succeed first
 
 
 class LookUp(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 from sequencerd.core.config import parse_json
 from sequencerd.core.describe import is_never, text
-from sequencerd.core.model import DefinitionError
+from sequencerd.core.model import LIMIT_REACHED, DefinitionError
 from sequencerd.core.step_types import describe_wait
 from sequencerd.core.window_config import describe_window
 
@@ -36,6 +36,8 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
         return f"{failed} in {window}, {then}" if window else f"{failed}, {then}"
     wake_at, waits_until = row["wake_at"], row["waits_until"]
     check = "" if is_never(wake_at) else f"next check at {at(wake_at)}"
+    if not waits and (row["last_error"] or "").startswith(LIMIT_REACHED):
+        return f"{row['last_error']}, {check}, {then}"
     if is_never(waits_until):
         return ", ".join(filter(None, (waits or "waits for a change", check, then)))
     if waits:

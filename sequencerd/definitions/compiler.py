@@ -96,9 +96,12 @@ def _compile_effect(
     type_: str, config: Mapping[str, Any], runner: Runner, shared: Shared
 ) -> SideEffect:
     faults = Faults()
-    expires = None
+    expires = limit = None
     with faults.at():
         common = parse_config(EffectConfig, {k: config[k] for k in EFFECT_KEYS & config.keys()})
+        if common.limit is not None:
+            with faults.at():
+                limit = common.limit.compile()
         if common.expires is not None:
             expires = compile_expiry(common.expires)
     with faults.at():
@@ -122,6 +125,7 @@ def _compile_effect(
         follows_window="window" not in common.model_fields_set,
         topic=common.topic,
         follows_topic="topic" not in common.model_fields_set,
+        limit=limit,
         exits=effect_exits(common, is_message=step_types.is_message(type_)),
     )
 

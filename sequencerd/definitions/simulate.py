@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -19,6 +20,7 @@ from sequencerd.core.model import (
     NEVER,
     REMOVED,
     Action,
+    Advanced,
     Answer,
     Context,
     End,
@@ -38,6 +40,7 @@ from sequencerd.core.model import (
     Task,
     Update,
     Wait,
+    may_have_taken_place,
     merge_data,
     parse_data,
     view,
@@ -216,11 +219,21 @@ class _Journey:
     preview: Preview
     refused: Mapping[str, str]
     entries: list[Entry] = field(default_factory=list)
+    reserved: dict[bytes, dict[int, datetime]] = field(default_factory=dict)
+    """When side effects with a limit began, by what is counted together and by visit."""
 
     def advance(self, now: datetime, result: Result | None) -> tuple[object, Result | None]:
         """Evaluate once. Return the decision, and the result of a side effect or lookup."""
         before = self.at
-        advanced = advance(self.definitions, before, now, result, jitter=1.0, refused=self.refused)
+        if result is not None and not may_have_taken_place(result):
+            for reserved in self.reserved.values():
+                reserved.pop(before.visit, None)
+        again = partial(
+            advance, self.definitions, before, now, result, jitter=1.0, refused=self.refused
+        )
+        advanced = again()
+        if until := self._full_until(advanced, now):
+            advanced = again(full_until=until)
         if isinstance(result, Answer) and result.data:
             data = {**parse_data(before.data), **result.data}
             before = before._replace(data=json.dumps(data))
@@ -234,6 +247,20 @@ class _Journey:
                 self.at = self.at._replace(leased_by=DAEMON)
                 return advanced.decision, Found(self.external)
         return advanced.decision, None
+
+    def _full_until(self, advanced: Advanced, now: datetime) -> datetime | None:
+        """Reserve a side effect that has a limit. Return when there is room, if there is none."""
+        decision = advanced.decision
+        if not isinstance(decision, Execute) or decision.reservation is None:
+            return None
+        key, _, at_most, per = decision.reservation
+        before = self.reserved.setdefault(key, {})
+        visit = advanced.enrollment.visit
+        counted = sorted(at for of, at in before.items() if of != visit and at > now - per)
+        if len(counted) >= at_most:
+            return counted[-at_most] + per
+        before[visit] = now
+        return None
 
     def change(self, change: Mapping[str, Any], now: datetime) -> None:
         """Merge data, as `data || ...` does."""

@@ -5,13 +5,14 @@ It decides nothing, and does no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from sequencerd.core.model import (
+    Advanced,
     Decision,
     End,
     Enrollment,
@@ -25,10 +26,29 @@ from sequencerd.core.model import (
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.jumps import Jump
 from sequencerd.engine.shared_outcome import SharedOutcomes
+from sequencerd.storage.reservations import Reserved
 from sequencerd.storage.writes import Row, Written
 
 MOST_NUMBERS = 1_000_000_000  # what the column takes
 _NUMBERS = count()
+
+
+class Limited(NamedTuple):
+    """An enrollment whose side effect is reserved first, and what advances it again with the time
+    `full_until` if its limit has no room.
+    """
+
+    before: Enrollment
+    advanced: Advanced
+    again: Callable[..., Advanced]
+
+    @property
+    def reserved(self) -> Reserved:
+        """What it needs."""
+        at, decision = self.advanced.enrollment, self.advanced.decision
+        assert isinstance(decision, Execute)
+        assert decision.reservation is not None
+        return Reserved(at.id, at.visit, decision.reservation)
 
 
 @dataclass(slots=True)
@@ -43,6 +63,8 @@ class Batch(Written):
     """
     leased: list[Leased] = field(default_factory=list)  # executed once it is committed
     jumps: list[Jump] = field(default_factory=list)  # into other sequences, yet to be decided
+    limited: list[Limited] = field(default_factory=list)  # by limits, yet to be reserved
+    given_back: list[Reserved] = field(default_factory=list)
     outcomes: SharedOutcomes = field(default_factory=SharedOutcomes)
     elsewhere: set[StepKey] = field(default_factory=set)  # steps that other daemons execute
     entries: list[Entry] = field(default_factory=list)  # of others, by Enroll steps

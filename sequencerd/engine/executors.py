@@ -19,6 +19,7 @@ from sequencerd.core.model import (
     Fence,
     Limits,
     NotStarted,
+    Reservation,
     Result,
     Step,
     StepKey,
@@ -58,6 +59,7 @@ class Leased(NamedTuple):
     program: object
     task: Task
     revision: int | None = None  # of the definition under which it was started
+    reservation: Reservation | None = None
 
     @property
     def fence(self) -> Fence:

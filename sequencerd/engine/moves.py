@@ -31,13 +31,13 @@ from sequencerd.core.model import (
     Task,
     Wait,
 )
-from sequencerd.engine.batch import Batch
+from sequencerd.engine.batch import Batch, Limited
 from sequencerd.engine.breaker import TICK
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import Jump, decide
 from sequencerd.engine.shared_outcome import SharedOutcome
-from sequencerd.storage import jumps, wakes, writes
+from sequencerd.storage import jumps, reservations, wakes, writes
 
 
 class Moves:
@@ -87,7 +87,7 @@ class Moves:
             expired_leases=expired_leases,
             result_only=result_only,
         )
-        if advanced.is_tentative:
+        if advanced.is_tentative or self._needs_reservation(advanced):
             again = partial(
                 self.advance,
                 enrollment,
@@ -96,7 +96,10 @@ class Moves:
                 started_revision,
                 expired_leases=expired_leases,
             )
-            batch.jumps.append(Jump(enrollment, advanced, again))
+            if advanced.is_tentative:
+                batch.jumps.append(Jump(enrollment, advanced, again))
+            else:
+                batch.limited.append(Limited(enrollment, advanced, again))
             return
         outcome = self.add(batch, enrollment, advanced, now)
         if outcome is not None and key is not None:
@@ -112,6 +115,7 @@ class Moves:
         *,
         expired_leases: int = 0,
         result_only: bool = False,
+        full_until: datetime | None = None,
     ) -> Advanced:
         """Advance an enrollment by the present definitions. An internal error lets it fail."""
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
@@ -126,10 +130,20 @@ class Moves:
                 refused=refused,
                 expired_leases=expired_leases,
                 result_only=result_only,
+                full_until=full_until,
             )
         except Exception as error:
             self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
             return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
+
+    def _needs_reservation(self, advanced: Advanced) -> bool:
+        """Whether a side effect is to be reserved: it has a limit, and there is a free slot."""
+        at, decision = advanced.enrollment, advanced.decision
+        return (
+            isinstance(decision, Execute)
+            and decision.reservation is not None
+            and self._executors.free(decision.step.type, (at.sequence, at.step)) is not None
+        )
 
     def add(
         self, batch: Batch, before: Enrollment, advanced: Advanced, now: datetime
@@ -195,7 +209,7 @@ class Moves:
         self, batch: Batch, executor: Executor, leased: Enrollment, execute: Execute
     ) -> None:
         """Lease an enrollment for its side effect. Raises EvaluationError for unreadable data."""
-        step, effect, timezone, external, revision, expires_at, closes_at, topic = execute
+        step, effect, timezone, external, revision, expires_at, closes_at, topic, place = execute
         assert leased.entered_at is not None
         view = model.view(leased, timezone, leased.entered_at, external)
         expires = None
@@ -204,7 +218,7 @@ class Moves:
             seconds = self._clock.seconds_until(end) + TICK
             expires = asyncio.get_running_loop().time() + seconds
         task = Task(leased.key, view, expires, topic)
-        batch.lease(Leased(leased, step, executor, effect.program, task, revision))
+        batch.lease(Leased(leased, step, executor, effect.program, task, revision, place))
 
     def _log_failure(self, at: Enrollment, failure: Fail) -> None:
         log = self._log.bind(enrollment=at.id, sequence=at.sequence, step=at.step)
@@ -217,6 +231,8 @@ class Moves:
         for jumped, advanced in decided.advanced:
             self.add(batch, jumped, advanced, now)
             batch.entries += advanced.entries
+        if batch.limited or batch.given_back:
+            await self._reserve(connection, batch, now)
         await writes.write(connection, batch, now)
         if decided.cancelled:
             await jumps.cancel(connection, decided.cancelled, now)
@@ -227,6 +243,22 @@ class Moves:
             }
         if batch.elsewhere:
             await wakes.notify_due(connection, batch.elsewhere, now)
+
+    async def _reserve(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
+        """Reserve what is limited, and add it, with a lease or as the limit says."""
+        wanted = [one.reserved for one in batch.limited]
+        full = await reservations.reserve(connection, wanted, batch.given_back, now)
+        unused = []
+        for number, (before, advanced, again) in enumerate(batch.limited):
+            if until := full.get(number):
+                self.add(batch, before, again(full_until=until), now)
+                continue
+            leased = len(batch.leased)
+            self.add(batch, before, advanced, now)
+            if len(batch.leased) == leased:  # others took the last free slots
+                unused.append(wanted[number])
+        if unused:
+            await reservations.reserve(connection, [], unused, now)
 
 
 def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:

@@ -22,6 +22,7 @@ from sequencerd.core.model import (
     Result,
     Suppressed,
     Undeliverable,
+    may_have_taken_place,
 )
 from sequencerd.engine.background import PAUSE
 from sequencerd.engine.backpressure import Backlog
@@ -33,6 +34,7 @@ from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.storage import claims, suppressions
 from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error
+from sequencerd.storage.reservations import Reserved
 
 LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
 
@@ -153,6 +155,9 @@ class Results:
             exist = await claims.existing(connection, missing) if missing else set()
             for leased, result in results:
                 if enrollment := ours.get(leased.fence):
+                    if leased.reservation and not may_have_taken_place(result):
+                        given = Reserved(enrollment.id, enrollment.visit, leased.reservation)
+                        batch.given_back.append(given)
                     if failure is not None:
                         text = _unwritten(result, failure)
                         outcome = failed(enrollment, now, text, failure_code(failure))

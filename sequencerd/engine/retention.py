@@ -16,7 +16,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.engine.clock import Clock
 from sequencerd.settings import Retention as Settings
-from sequencerd.storage import connections, retention
+from sequencerd.storage import connections, reservations, retention
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 INTERVAL = 3600.0  # seconds
@@ -62,7 +62,7 @@ async def tidy(
     the first error is raised.
     """
     failed: list[BaseException] = []
-    for part in (_add_partitions, _drop_history, _delete_ended):
+    for part in (_add_partitions, _drop_history, _delete_ended, _prune_reservations):
         try:
             await part(pool, settings, now, log)
         except ERRORS as error:
@@ -101,6 +101,12 @@ async def _delete_ended(
         started = loop.time()
     if deleted:
         log.info("ended enrollments were deleted", count=deleted)
+
+
+async def _prune_reservations(
+    pool: asyncpg.Pool, _settings: Settings, now: datetime, _log: FilteringBoundLogger
+) -> None:
+    await _alone(pool, lambda c: reservations.prune(c, now))
 
 
 async def _alone(

@@ -47,7 +47,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.step_types import compile_step
 from sequencerd.core.step_types.durations import DurationConfig
-from sequencerd.core.step_types.effects import compile_expiry
+from sequencerd.core.step_types.effects import LimitConfig, compile_expiry
 
 NOW = datetime(2026, 3, 2, 10, 0, tzinfo=UTC)  # a Monday
 EFFECT = SideEffect(program=None, retry=RetryPolicy(attempts=3, first_delay=10, longest_delay=60))
@@ -485,6 +485,31 @@ def test_on_error_takes_the_other_way() -> None:
     advanced = advance(definitions, at("mail", attempt=1, leased_by="me"), NOW, refused)
     assert advanced.enrollment.step == "other"
     assert [(e.action, e.message) for e in advanced.events] == [("altNext", "no such address")]
+
+
+def test_a_limit_is_reserved_and_without_room_waits_or_leads_on() -> None:
+    config = LimitConfig.model_validate({"topic": "news", "at_most": 1, "per": {"days": 7}})
+    later, until = NOW + timedelta(days=2), NOW + timedelta(days=1)
+    for then, leads in (("wait", "mail"), ("skip", "end"), ("altNext", "other")):
+        limit = replace(config.compile(), then=then)  # type: ignore[arg-type]
+        definitions = sequence(
+            step("mail", "Email", None, "end", "other", effect=replace(EFFECT, limit=limit)),
+            step("other", "WaitForDuration", {"amount": 2, "unit": "day"}),
+            step("end", "Email", None, effect=replace(EFFECT, limit=limit)),
+        )
+        decision = advance(definitions, at("mail"), NOW).decision
+        assert isinstance(decision, Execute)
+        assert decision.reservation is not None
+        assert decision.reservation[1:] == ("news", 1, timedelta(days=7))
+        full = advance(definitions, at("mail"), NOW, full_until=until)
+        assert full.enrollment.step == leads
+        assert full.events[0].message == "the limit is reached: 1 in 7 days"
+        if then == "wait":
+            assert full.decision == Wait(until)
+            again = advance(definitions, full.enrollment, until, full_until=later)
+            assert (again.decision, again.events) == (Wait(later), ())
+        elif then == "skip":  # the next one is reserved in a transaction of its own
+            assert full.decision == Wait(NOW)
 
 
 def test_an_expired_lease_is_recorded_and_retried() -> None:

@@ -342,6 +342,16 @@ def test_the_ways_of_what_is_not_sent() -> None:
     for keys in (
         {"expires": "{{data.begins}}", "onExpired": "altNext", "onSuppressed": "end"},
         {"expires": {"amount": 2, "unit": "hours"}, "onExpired": "next"},
+        {"limit": {"at_most": 3, "per": {"days": 7}}},
+        {
+            "limit": {
+                "key": "{{data.email}}",
+                "topic": "marketing",
+                "at_most": 3,
+                "per": {"amount": 7, "unit": "days"},
+                "then": "altNext",
+            }
+        },
     ):
         assert is_valid(sequence({"name": "a", "type": "Email", "config": {**EMAIL, **keys}}))
         assert is_valid(sequence({"name": "a", "type": "Score", "config": keys}))
@@ -351,5 +361,8 @@ def test_the_ways_of_what_is_not_sent() -> None:
         {"onExpired": "fail"},
         {"onSuppressed": "b"},
         {"topic": "new offers"},
+        {"limit": {"at_most": 0, "per": {"days": 7}}},
+        {"limit": {"at_most": 3}},
+        {"limit": {"at_most": 3, "per": {"days": 7}, "then": "fail"}},
     ):
         assert not is_valid(sequence({"name": "a", "type": "Email", "config": {**EMAIL, **wrong}}))

@@ -116,6 +116,22 @@ def test_outcomes(tmp_path: Path, outcome: str, status: str, way: list[str]) -> 
         assert "stopped after 10000 entries" in simulation.end
 
 
+def test_a_limit_counts_what_was_sent(tmp_path: Path) -> None:
+    limit = "{limit: {topic: news, at_most: 1, per: {days: 7}}}"
+    sequences = loaded(
+        tmp_path,
+        f"  - {{name: one, type: Call, config: {limit}, next: two}}\n"
+        f"  - {{name: two, type: Call, config: {limit}, next: null}}\n",
+        Call="next",
+    )
+    simulation = sequences.simulate(start=START)
+    assert actions(simulation) == [
+        "one enrolled", "one execute", "one next", "two noop", "two execute", "two next",
+        "two completed",
+    ]  # fmt: skip
+    assert simulation.ended_at - simulation.entries[0].at == timedelta(days=7)
+
+
 def test_changes_wake_who_waits(tmp_path: Path) -> None:
     sequences = loaded(
         tmp_path,

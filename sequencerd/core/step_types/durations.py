@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, JsonValue, StrictFloat, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    StrictFloat,
+    StrictInt,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.business_days import BUSINESS_DAYS, MAX_AMOUNT, add_business_days
 from sequencerd.core.calendar.next_match import full_name
 from sequencerd.core.config import Config, Faults
-from sequencerd.core.model import Context, EvaluationError, KeyPath
+from sequencerd.core.model import Context, DefinitionError, EvaluationError, KeyPath
 from sequencerd.core.step_types.templates import Template, compile_number
 from sequencerd.core.window_config import CalendarName
+
+LONGEST_PERIOD = timedelta(days=366)
 
 
 def spelled(names: Iterable[str], others: Iterable[str] = ()) -> JsonDict:
@@ -92,3 +103,66 @@ def compile_duration(duration: DurationConfig, path: KeyPath = ()) -> Callable[[
     """Compile the end of a duration that begins with the arrival at the step."""
     bind = compile_move(duration, path)
     return lambda context: bind(context)(context.entered_at)
+
+
+def spelled_out(value: object) -> object:
+    """Return {minutes: 10}, which is short for {amount: 10, unit: minutes}, in full."""
+    if isinstance(value, dict) and len(value) == 1 and not value.keys() & {"amount", "unit"}:
+        [(unit, amount)] = value.items()
+        return {"amount": amount, "unit": unit}
+    return value
+
+
+class FixedDuration(DurationConfig):
+    """A fixed amount of a unit of time."""
+
+    amount: StrictInt | StrictFloat = Field(gt=0)
+    """How many."""
+
+
+Duration = Annotated[
+    FixedDuration,
+    BeforeValidator(spelled_out),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": {
+                        "amount": {"type": "number", "description": "How many."},
+                        "unit": {"type": "string", "description": "The unit of time."},
+                    },
+                    "required": ["amount", "unit"],
+                    "additionalProperties": False,
+                },
+                {
+                    "type": "object",
+                    "not": {"anyOf": [{"required": ["amount"]}, {"required": ["unit"]}]},
+                    "additionalProperties": {"type": "number"},
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                },
+            ]
+        }
+    ),
+]
+
+
+_ELAPSED = {
+    "week": timedelta(weeks=1),
+    "day": timedelta(days=1),
+    "hour": timedelta(hours=1),
+    "minute": timedelta(minutes=1),
+    "second": timedelta(seconds=1),
+}
+
+
+def elapsed(duration: FixedDuration) -> timedelta:
+    """Return a duration as elapsed time: a day has 24 hours. Raises DefinitionError."""
+    unit = "" if duration.unit in BUSINESS_DAYS else dates.normalise_unit(duration.unit)
+    size = _ELAPSED.get(unit)
+    if size is None:
+        raise DefinitionError("unit must be weeks, days, hours, minutes or seconds")
+    if duration.amount * size > LONGEST_PERIOD:
+        raise DefinitionError("is more than a year")
+    return duration.amount * size

@@ -5,25 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
 from pydantic.alias_generators import to_camel
 
-from sequencerd.core.config import Config
+from sequencerd.core.config import Config, Faults
 from sequencerd.core.languages import LanguageText
 from sequencerd.core.model import (
     ALT_NEXT,
     NEXT,
     Context,
     Exit,
+    Limit,
     RetryPolicy,
     Skip,
 )
-from sequencerd.core.step_types.durations import DurationConfig, compile_duration
+from sequencerd.core.step_types.durations import (
+    Duration,
+    DurationConfig,
+    compile_duration,
+    elapsed,
+)
 from sequencerd.core.step_types.record import StepType
-from sequencerd.core.step_types.templates import compile_date
+from sequencerd.core.step_types.templates import compile_date, compile_text
 from sequencerd.core.window_config import WindowConfig
 
 
@@ -51,6 +57,34 @@ Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$")]
 """The name of a topic, as in sequencer.topics."""
 
 
+class LimitConfig(Config):
+    """How often side effects may begin: at most so many in any period, in all sequences."""
+
+    key: str = "{{subject}}"
+    """What is counted together with others of the topic: a template."""
+    topic: Topic | None = None
+    """Whose side effects are counted (default: the topic of the step; without one, the step's)."""
+    at_most: StrictInt = Field(ge=1, le=1000, alias="at_most")
+    """How many."""
+    per: Duration
+    """The period, such as {days: 7}: weeks to seconds, of elapsed time."""
+    then: Literal["wait", "skip", "altNext"] = "wait"
+    """What follows when there have been so many: wait until there is room, or go on without it."""
+
+    def compile(self) -> Limit:
+        """Compile it. Raises DefinitionError."""
+        faults = Faults()
+        per = timedelta()
+        key: Callable[[Context], str] = lambda _: ""  # noqa: E731
+        with faults.at("limit", "per"):
+            per = elapsed(self.per)
+        with faults.at("limit", "key"):
+            key = compile_text(("limit", "key"), self.key)
+        faults.check()
+        words = f"{self.at_most} in {self.per.amount:g} {self.per.unit}"
+        return Limit(key, self.topic, self.at_most, per, self.then, words)
+
+
 class EffectConfig(Config):
     """The keys that every step with a side effect takes, beside those of its runner."""
 
@@ -68,6 +102,8 @@ class EffectConfig(Config):
     """Where it goes if nothing is sent because the recipients are suppressed."""
     topic: Topic | None = None
     """What it is about, such as marketing, instead of the topic of the sequence; null: none."""
+    limit: LimitConfig | None = None
+    """How often it and others of its topic may begin, for each subject or another key."""
     window: WindowConfig | None = None
     """When it may begin, instead of in the window of the sequence; null: at any time."""
 
@@ -87,6 +123,8 @@ def effect_exits(config: EffectConfig, *, is_message: bool) -> tuple[Exit, ...]:
     runner may answer altNext, and noop, which is a wait.
     """
     skips = {config.on_suppressed, config.on_expired if config.expires is not None else "next"}
+    if config.limit is not None and config.limit.then == "altNext":
+        skips.add("altNext")
     exits = [NEXT]
     if not is_message:
         exits = [NEXT._replace(at_once="sometimes"), ALT_NEXT._replace(at_once="sometimes")]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, time, timedelta
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictFloat, StrictInt, WithJsonSchema
+from pydantic import AfterValidator, Field, StrictInt
 
 from sequencerd.core import exact_json
 from sequencerd.core.calendar import dates
@@ -29,7 +29,7 @@ from sequencerd.core.model import (
     parse_data,
 )
 from sequencerd.core.step_types.data import compile_item, data_paths
-from sequencerd.core.step_types.durations import DurationConfig
+from sequencerd.core.step_types.durations import Duration, spelled_out
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.templates import compile_text
 
@@ -110,49 +110,6 @@ def _subject(source: str | None, faults: Faults) -> Callable[[Context], str]:
 
 
 # --- items
-
-
-def _short(value: object) -> object:
-    """{minutes: 10} is short for {amount: 10, unit: minutes}."""
-    if isinstance(value, dict) and len(value) == 1 and not value.keys() & {"amount", "unit"}:
-        [(unit, amount)] = value.items()
-        return {"amount": amount, "unit": unit}
-    return value
-
-
-class FixedDuration(DurationConfig):
-    """A fixed amount of a unit of time."""
-
-    amount: StrictInt | StrictFloat = Field(gt=0)
-    """How many."""
-
-
-Duration = Annotated[
-    FixedDuration,
-    BeforeValidator(_short),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {
-                    "type": "object",
-                    "properties": {
-                        "amount": {"type": "number", "description": "How many."},
-                        "unit": {"type": "string", "description": "The unit of time."},
-                    },
-                    "required": ["amount", "unit"],
-                    "additionalProperties": False,
-                },
-                {
-                    "type": "object",
-                    "not": {"anyOf": [{"required": ["amount"]}, {"required": ["unit"]}]},
-                    "additionalProperties": {"type": "number"},
-                    "minProperties": 1,
-                    "maxProperties": 1,
-                },
-            ]
-        }
-    ),
-]
 
 
 CLOCK = "^([01][0-9]|2[0-3]):[0-5][0-9]$"
@@ -259,7 +216,7 @@ def _describe_collect(config: Mapping[str, Any]) -> str:
         return f"waits for items, until {at}"
     ends = []
     for key, words in (("quiet", "until {} without one"), ("most", "at most {}")):
-        match _short(config.get(key)):
+        match spelled_out(config.get(key)):
             case {"amount": amount, "unit": unit}:
                 ends.append(words.format(f"{amount} {unit}"))
     return f"waits for items, {', '.join(ends)}" if ends else ""

@@ -593,3 +593,13 @@ SELECT c.oid::regclass::text AS "table", u.oid::regrole::text AS "user",
                                AND NOT p.permits AND NOT p.is_all))
    AND NOT (u.is_owner AND EXISTS (SELECT FROM users WHERE NOT is_owner AND oid = u.oid))
  ORDER BY u.is_owner, c.oid::regclass::text;
+
+-- name: reserve
+-- Give back and reserve places under limits; return what found no place, and when there is one.
+SELECT number, free_at
+  FROM sequencer.reserve($1::bytea[], $2::text[], $3::bigint[], $4::integer[], $5::integer[],
+                         $6::interval[], $7);
+
+-- name: prune_reservations
+-- Delete the reservations that no limit counts any more.
+DELETE FROM sequencer.reservations WHERE counts_until < $1;

@@ -1,0 +1,260 @@
+"""Frequency limits of side effects, which sequences and daemons share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import defaultdict
+from datetime import UTC, datetime, timedelta
+from random import Random
+from typing import Any
+
+import asyncpg
+import pytest
+
+from sequencerd.core.model import Answer, Failed, Reservation, Result, Suppressed, Task
+from sequencerd.storage.reservations import Reserved, prune, reserve
+from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
+
+NOW = datetime(2026, 3, 2, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+
+
+def limit(at_most: int = 1, **keys: Any) -> str:
+    written = {"topic": "marketing", "at_most": at_most, "per": {"days": 7}, **keys}
+    return json.dumps({"limit": written})
+
+
+def place(key: str = "ada", at_most: int = 1, per: timedelta = HOUR) -> Reservation:
+    return Reservation(key.encode(), "marketing", at_most, per)
+
+
+async def test_two_daemons_and_sequences_in_one_instant_send_as_often_as_the_limit_says(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    for name in ("s", "t"):
+        await define(connection, name, ("send", "Note", limit(then="skip"), None))
+        await connection.execute(
+            "UPDATE sequencer.sequences SET status = 'paused' WHERE name = $1", name
+        )
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT $1, 'u' || n FROM generate_series(1, 200) AS n",
+            name,
+        )
+    one, other = Recorder(), Recorder()
+    async with running_engine(database, {"Note": one}), running_engine(database, {"Note": other}):
+        await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
+        await until(connection, ALL_ENDED)
+    sent: defaultdict[str, int] = defaultdict(int)
+    for view in (*one.views, *other.views):
+        sent[view["subject"]] += 1
+    assert len(sent) == 200
+    assert set(sent.values()) == {1}
+    skipped = await connection.fetchval(
+        "SELECT count(*) FROM sequencer.events WHERE action = 'limited'"
+    )
+    assert skipped == 200
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.enrollments"
+                                     " WHERE status = 'failed'") == 0  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("then", "went"),
+    [
+        ("skip", ["send enrolled", "send limited", "end next", "end completed"]),
+        ("altNext", ["send enrolled", "send limited", "other next", "other completed"]),
+        ("wait", ["send enrolled", "send noop"]),
+    ],
+)
+async def test_what_follows_a_limit_without_room(
+    connection: asyncpg.Connection, database: str, then: str, went: list[str]
+) -> None:
+    await define(
+        connection, "s", ("send", "Note", limit(then=then), "end"),
+        ("end", "Free", "{}", None), ("other", "Free", "{}", None),
+    )  # fmt: skip
+    await connection.execute("UPDATE sequencer.sequences SET reentry = 'always'")
+    await connection.execute(
+        "UPDATE sequencer.steps SET alt_next_step = 'other' WHERE name = 'send'"
+    )
+    async with running_engine(database, {"Note": Recorder(), "Free": Recorder()}):
+        first = await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+        second = await enroll(connection, "s", "ada")
+        await until(
+            connection,
+            "SELECT EXISTS (SELECT FROM sequencer.events WHERE message LIKE 'the limit is %')",
+        )
+        await until(connection, ALL_ENDED if then != "wait" else "SELECT true")
+    assert await way(connection, second) == went
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE id = $1", second)
+    if then == "wait":
+        sent = await connection.fetchval("SELECT at[1] FROM sequencer.reservations")
+        assert row["wake_at"] == sent + timedelta(days=7)
+        assert row["last_error"] == "the limit is reached: 1 in 7 days"
+        assert (row["attempt"], row["leased_by"]) == (0, None)
+    assert await way(connection, first) == [
+        "send enrolled", "send next", "end next", "end completed",
+    ]  # fmt: skip
+
+
+async def test_it_goes_on_when_the_oldest_falls_out_of_the_period(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    config = limit(per={"amount": 1, "unit": "seconds"})
+    await define(connection, "s", ("send", "Note", config, None))
+    await connection.execute("UPDATE sequencer.sequences SET reentry = 'always'")
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600):
+        for _ in range(3):
+            await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    reserved = await connection.fetchval("SELECT at FROM sequencer.reservations")
+    first, second, third = reserved
+    assert second - first >= timedelta(seconds=1) <= third - second
+
+
+@pytest.mark.parametrize(
+    ("result", "keeps"),
+    [
+        (Answer(), True),
+        (Failed("no such address", permanent=True), False),
+        (Failed("cut off", permanent=True, unknown=True), True),
+        (Suppressed("ada@example.com"), False),
+    ],
+)
+async def test_what_was_not_sent_gives_its_place_back(
+    connection: asyncpg.Connection, database: str, result: Result, *, keeps: bool
+) -> None:
+    await define(connection, "s", ("send", "Note", limit(), None))
+
+    async def behave(_: Task) -> Result:
+        return result
+
+    async with running_engine(database, {"Note": Recorder(behave)}):
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    kept = await connection.fetchval("SELECT enrollments FROM sequencer.reservations")
+    assert bool(kept) == keeps
+
+
+async def test_attempts_of_a_visit_count_once(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    answers: list[Result] = [Failed("cut off", unknown=True, retry_after=timedelta(0)), Answer()]
+    config = json.loads(limit()) | {"retry": {"attempts": 3, "firstDelay": 0}}
+    await define(connection, "s", ("send", "Note", json.dumps(config), None))
+
+    async def behave(_: Task) -> Result:
+        return answers.pop(0)
+
+    async with running_engine(database, {"Note": Recorder(behave)}):
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    assert not answers
+    assert await connection.fetchval("SELECT enrollments FROM sequencer.reservations") == [1]
+    assert await way(connection, 1) == [
+        "send enrolled", "send retry", "send next", "send completed",
+    ]  # fmt: skip
+
+
+async def test_a_limit_counts_by_its_key_and_topic(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    """Of the topic of the step or the sequence, or of the step alone; and by data."""
+    by_mail = limit(key="{{data.email}}", then="skip")
+    await define(connection, "mail", ("send", "Note", by_mail, None))
+    own = json.dumps({"limit": {"at_most": 1, "per": {"days": 1}, "then": "skip"}})
+    await define(connection, "a", ("send", "Note", own, None))
+    await define(connection, "b", ("send", "Note", own, None))
+    async with running_engine(database, {"Note": (notes := Recorder())}):
+        for subject in ("ada", "bob"):
+            await enroll(connection, "mail", subject, '{"email": "same@example.com"}')
+        await until(connection, ALL_ENDED)
+        assert len(notes.keys) == 1
+        for sequence in ("a", "b"):
+            await enroll(connection, sequence, "ada")
+        await until(connection, ALL_ENDED)
+        assert len(notes.keys) == 3
+        await connection.execute(
+            "UPDATE sequencer.sequences SET topic = 'news' WHERE name <> 'mail'"
+        )
+        for sequence in ("a", "b"):
+            await enroll(connection, sequence, "eve")
+        await until(connection, ALL_ENDED)
+        assert len(notes.keys) == 4
+
+
+async def test_a_step_without_a_limit_asks_nothing(
+    connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("sequencerd.storage.reservations.reserve", never)
+    await define(connection, "s", ("send", "Note", "{}", None))
+    async with running_engine(database, {"Note": Recorder()}):
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    assert await way(connection, 1) == ["send enrolled", "send next", "send completed"]
+
+
+# --- the table
+
+
+async def test_sessions_that_reserve_the_same_in_another_order_do_not_deadlock(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    keys = [f"k{n}" for n in range(20)]
+
+    async def work(order: list[str], enrollment: int) -> None:
+        session = await asyncpg.connect(database)
+        try:
+            for visit in range(20):
+                async with session.transaction():
+                    wanted = [
+                        Reserved(enrollment, visit, place(key, at_most=1000)) for key in order
+                    ]
+                    given = [Reserved(enrollment, visit - 1, place(key)) for key in order[::2]]
+                    await reserve(session, wanted, given, NOW)
+        finally:
+            await session.close()
+
+    await asyncio.gather(*(work(keys[::step], n) for n, step in enumerate((1, -1, 1, -1))))
+    counts = await connection.fetch("SELECT cardinality(at) FROM sequencer.reservations")
+    assert len(counts) == 20
+
+
+async def test_what_no_limit_counts_any_more_is_pruned(connection: asyncpg.Connection) -> None:
+    wanted = [Reserved(1, 1, place("a")), Reserved(2, 1, place("b", per=9 * HOUR))]
+    await reserve(connection, wanted, [], NOW)
+    await prune(connection, NOW + 2 * HOUR)
+    assert await connection.fetch("SELECT key FROM sequencer.reservations") == [(b"b",)]
+
+
+async def test_no_period_ever_has_more_than_its_limit(connection: asyncpg.Connection) -> None:
+    """In whatever order they ask, also with clocks that differ, and whatever is given back."""
+    for seed in range(60):
+        random = Random(seed)
+        at_most, minutes = random.choice([(1, 60), (2, 60), (3, 120)])
+        one = place(f"seed {seed}", at_most, timedelta(minutes=minutes))
+        kept: dict[tuple[int, int], datetime] = {}
+        time = NOW
+        for _ in range(30):
+            time += timedelta(minutes=random.choice([0, 1, 7, 20]))
+            id_, visit = random.randint(1, 5), random.randint(1, 2)
+            at = time + timedelta(seconds=random.randint(-30, 30))
+            if random.random() < 0.2:
+                await reserve(connection, [], [Reserved(id_, visit, one)], at)
+                kept.pop((id_, visit), None)
+                continue
+            full = await reserve(connection, [Reserved(id_, visit, one)], [], at)
+            others = [t for key, t in kept.items() if key != (id_, visit)]
+            if not full:
+                kept[id_, visit] = max([at, *kept.values()])
+            else:
+                assert len([t for t in others if t > at - one.per]) >= at_most
+                assert len([t for t in others if t > full[0] - one.per]) < at_most
+            for start in kept.values():
+                inside = [t for t in kept.values() if start <= t < start + one.per]
+                assert len(inside) <= at_most
