@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from importlib.metadata import entry_points
 
-from sequencerd.cli.doctor import Finding
 from sequencerd.core.model import Failed
 from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.engine import lookups
 from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import LambdaFunction
 from sequencerd.runners.http_client import Unreachable, Web
+from sequencerd.service.doctor import Finding
 from sequencerd.settings import HttpEndpoint, LookupEndpoint, Settings
 
 PATIENCE = 10.0  # seconds for an endpoint

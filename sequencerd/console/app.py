@@ -108,6 +108,7 @@ def make_console(
             get("/sequence", pages.sequence),
             get("/enrollments/{id:int}", pages.enrollment),
             get("/failures", pages.failures),
+            get("/health", pages.health),
             get("/search", pages.search),
             get("/simulate", simulating.simulate),
             get("/tables/{name}.{form}", pages.table),

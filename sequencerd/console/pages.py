@@ -34,7 +34,7 @@ from sequencerd.definitions import graph
 MAX_FORM = 100_000  # bytes
 PROGRAMS_WAIT = 10.0  # seconds, for the first counts: nothing fills their tables by itself
 
-COUNTED = ("overview", "steps", "failures")
+COUNTED = ("overview", "steps", "failures", "health")
 """The tables that are made of the counts."""
 
 
@@ -80,6 +80,23 @@ async def failures(request: Request) -> Response:
         failures=views.failures(counts, query_of(request), context.mask) if counts else None,
         most=MOST_CAUSES,
         is_capped=counts is not None and sum(row["failed"] for row in counts.causes) == MOST_CAUSES,
+    )
+
+
+async def health(request: Request) -> Response:
+    """What doctor finds, and the problems that daemons report."""
+    context = context_of(request)
+    counts = await context.summary.get()
+    problems = counts.problems if counts else []
+    return render(
+        request,
+        "health.html",
+        title="Health",
+        live=COUNTS,
+        version=context.summary.version,
+        counts=counts,
+        health=views.health(counts, query_of(request), context.mask) if counts else None,
+        problems=[context.mask({**row, "last_error": row["message"]}) for row in problems],
     )
 
 
@@ -277,6 +294,8 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
             return views.steps(counts, query)
         case "failures" if counts:
             return views.failures(counts, query, context.mask)
+        case "health" if counts:
+            return views.health(counts, query, context.mask)
         case "enrollments":
             return await views.enrollments(context.pool, query, context.mask)
         case "revisions":

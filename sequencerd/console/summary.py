@@ -21,7 +21,8 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import StepKey
-from sequencerd.storage.connections import read
+from sequencerd.service.doctor import CHECKS, Finding, run_check
+from sequencerd.storage.connections import read, reading
 from sequencerd.storage.database_errors import brief
 
 MOST = 1_000_000  # enrollments at a step that are counted
@@ -29,6 +30,7 @@ MOST_CAUSES = 50_000  # failed enrollments of which the cause is found
 MOST_PROBLEMS = 100  # of those that daemons report
 DAYS = 14
 RESTS = 9  # times as long as it worked
+CHECKS_EVERY = 10.0  # seconds, at least
 SHORTEST = 1.0  # seconds between counts
 AFTER_ERROR = 2.0
 TIMEOUT = 60.0  # of a statement
@@ -60,6 +62,7 @@ class Counts:
     failed: list[Row]
     causes: list[Row]  # of failures, by step
     problems: list[Row]  # that daemons report
+    findings: list[Finding]  # of doctor
     flow: Flow
     stays: Mapping[StepKey, float]  # the median in seconds
     flow_since: date | None  # from this day on the flow is known
@@ -87,6 +90,8 @@ class Summary:
         self._stays: defaultdict[StepKey, deque[float]] = defaultdict(lambda: deque(maxlen=STAYS))
         self._counted_to: datetime | None = None
         self._known_since: date | None = None
+        self._findings: list[Finding] = []
+        self._examined = float("-inf")
         self._past: list[date] = []  # days that are yet to be counted, the latest at the end
 
     @property
@@ -149,11 +154,31 @@ class Summary:
         problems = await read(self._pool, "reported_problems", None, MOST_PROBLEMS)
         if self._counts is not None:  # the first page waits for it
             await self._count_flow(now)
+        await self._examine()
         stays = {place: median(kept) for place, kept in self._stays.items() if kept}
         flow = {key: Counter(days) for key, days in self._flow.items()}
         return Counts(
-            now, sequences, steps, failed, causes, problems, flow, stays, self._known_since
+            now,
+            sequences,
+            steps,
+            failed,
+            causes,
+            problems,
+            self._findings,
+            flow,
+            stays,
+            self._known_since,
         )
+
+    async def _examine(self) -> None:
+        """Run the checks of doctor from time to time, but not while the first page waits."""
+        if self._counts is None or time.monotonic() - self._examined < CHECKS_EVERY:
+            return
+        findings = []
+        for about, check in CHECKS.items():
+            async with reading(self._pool) as connection:
+                findings.append(await run_check(about, check, connection))
+        self._findings, self._examined = findings, time.monotonic()
 
     async def _count_flow(self, now: datetime) -> None:
         """What has happened since the last time, and one more day of the past."""

@@ -20,17 +20,14 @@ from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
 from sequencerd.core.model import NEVER
 from sequencerd.definitions.diff import describe_revision
+from sequencerd.service.doctor import EMAIL_INDEX, EMAILS_SEARCHED
 from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 
 FURTHEST = 5000  # rows that a page may begin after
-LATEST = 10_000  # enrollments among which an e-mail address is looked for without an index
 NOT_ALL = (
-    f"Addresses were searched in the latest {LATEST:,} enrollments only, so others may have this"
-    " one. This index finds them all; it slows moves by about 2% and enrolling by 4%:"
-)
-INDEX = (
-    "CREATE INDEX CONCURRENTLY enrollments_email ON sequencer.enrollments (lower(data->>'email'));"
+    f"Addresses were searched in the latest {EMAILS_SEARCHED:,} enrollments only, so others may"
+    " have this one. This index finds them all; it slows moves by about 2% and enrolling by 4%:"
 )
 LAST_CHARACTER = "\U0010ffff"
 FIRST = datetime(1900, 1, 1, tzinfo=UTC)
@@ -167,6 +164,27 @@ def failures(counts: Counts, query: Query, mask: Mask) -> Table:
     return Table("failures", columns, rows, query.given)
 
 
+def health(counts: Counts, query: Query, mask: Mask) -> Table:
+    """Return what `doctor` finds, errors first."""
+    found = sorted(counts.findings, key=lambda one: ("error", "warning", "ok").index(one.level))
+    rows = [
+        {
+            "level": one.level,
+            "about": one.about,
+            "message": mask({"message": one.seen})["message"],
+            "advice": one.advice or None,
+        }
+        for one in found
+    ]
+    columns = (
+        Column("about", "Check"),
+        Column("level", "Result", "code"),
+        Column("message", "Found"),
+        Column("advice", "What to do", optional=True),
+    )
+    return Table("health", columns, rows, query.given)
+
+
 # --- rows
 
 
@@ -252,7 +270,7 @@ async def search(pool: asyncpg.Pool, query: Query, mask: Mask, masked: tuple[str
         found, is_whole = await _by_email(pool, wanted, query.rows)
         rows += found
         if not is_whole:
-            remark, advice = NOT_ALL, INDEX
+            remark, advice = NOT_ALL, EMAIL_INDEX
     if "subject" in masked:
         remark = "Subjects are masked, so they are not searched."
     else:
@@ -293,8 +311,8 @@ async def _by_email(
         if await connection.fetchval(QUERIES["console_has_email_index"]):
             return await connection.fetch(QUERIES["console_by_email"], wanted, limit), True
         query = QUERIES["console_by_email_of_latest"]
-        rows = await connection.fetch(query, wanted, limit, LATEST)
-        return rows, await connection.fetchval(QUERIES["console_has_at_most"], LATEST)
+        rows = await connection.fetch(query, wanted, limit, EMAILS_SEARCHED)
+        return rows, await connection.fetchval(QUERIES["console_has_at_most"], EMAILS_SEARCHED)
 
 
 def _linked(row: Row) -> Row:

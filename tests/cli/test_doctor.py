@@ -16,8 +16,9 @@ import asyncpg
 import pytest
 from aiosmtpd.controller import Controller
 
-from sequencerd.cli import doctor
-from sequencerd.cli.doctor import Finding
+from sequencerd.cli import doctor as command
+from sequencerd.service import doctor
+from sequencerd.service.doctor import Finding
 from sequencerd.settings import Settings
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.commands import Command
@@ -35,7 +36,7 @@ Findings = Mapping[str, Finding]
 
 async def examine(url: str, **settings: Any) -> Findings:
     read = Settings.model_validate(settings)
-    return {finding.about: finding async for finding in doctor.examine(url, read)}
+    return {finding.about: finding async for finding in command.examine(url, read)}
 
 
 async def test_all_is_well(database: str, connection: asyncpg.Connection) -> None:
@@ -44,7 +45,7 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
         found = await examine(database)
     wrong = {about: f.seen for about, f in found.items() if f.level != "ok"}
     assert wrong == {"roles": "this user is a superuser"}
-    assert len(found) == 17
+    assert len(found) == 18
 
 
 @pytest.mark.parametrize(
@@ -337,11 +338,25 @@ def test_a_dynamic_user_needs_a_name(tmp_path: Path) -> None:
     unit.write_text("[Service]\nDynamicUser=yes\n")
     names = tmp_path / "etc/nsswitch.conf"
     names.write_text("passwd: files\n")
-    found = doctor._name_service("postgresql:///app", tmp_path)
+    found = command._name_service("postgresql:///app", tmp_path)
     assert found
     assert (found.level, "libnss-systemd" in found.advice) == ("warning", True)
-    assert doctor._name_service("postgresql://host/app", tmp_path) is None
+    assert command._name_service("postgresql://host/app", tmp_path) is None
     names.write_text("passwd: files systemd\n")
-    found = doctor._name_service("host=/run/postgresql", tmp_path)
+    found = command._name_service("host=/run/postgresql", tmp_path)
     assert found
     assert found.level == "ok"
+
+
+async def test_the_search_by_address_may_need_an_index(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await define(connection, "s", ("wait", "WaitForDuration", '{"amount": 1, "unit": "day"}', None))
+    await enroll(connection, "s", "ada")
+    await enroll(connection, "s", "bob")
+    assert (await examine(database))["e-mail search"].seen == "needs no index yet"
+    monkeypatch.setattr(doctor, "EMAILS_SEARCHED", 1)
+    found = (await examine(database))["e-mail search"]
+    assert found.level == "ok"
+    await connection.execute(found.advice.partition(": ")[2])
+    assert (await examine(database))["e-mail search"].seen == "has its index"

@@ -43,6 +43,7 @@ PAGES = (
     "/enrollments/1",
     "/enrollments/2",
     "/failures",
+    "/health",
     "/search?sequence=s&step=note&status=failed&failure=error",
     "/search",
     "/search?q=ada",
@@ -193,6 +194,29 @@ async def test_what_counts_counts(database: str, connection: asyncpg.Connection)
                 await asyncio.sleep(0.1)
 
 
+async def test_health_is_what_doctor_finds(database: str, connection: asyncpg.Connection) -> None:
+    await people(connection)
+    await connection.execute("ALTER TABLE sequencer.enrollments DISABLE TRIGGER USER")
+    await connection.execute("ALTER TABLE sequencer.steps DISABLE TRIGGER USER")
+    async with (
+        console(database, {"Note": Mended()}) as client,
+        console(database, {"Note": Mended()}, mask=["data.email"]) as masked,
+    ):
+        await connection.execute(  # unnoticed by the engines
+            "UPDATE sequencer.steps SET problem = 'ask ada@example.com' WHERE name = 'wait'"
+        )
+        found = {row["about"]: row for row in await counted(client, "health")}
+        assert found["triggers"]["level"] == "error"
+        assert "ENABLE TRIGGER ALL" in found["triggers"]["advice"]
+        assert found["roles"]["level"] == "warning"
+        assert found["server"]["level"] == found["clock"]["level"] == "ok"
+        assert "ask ada@example.com" in found["steps"]["message"]
+        page = check(await client.get("/health"))
+        assert page.index("ENABLE TRIGGER ALL") < page.index("this user is a superuser")
+        await counted(masked, "health")
+        assert "ask •••" in check(await masked.get("/health"))
+
+
 async def test_counts_have_an_end(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,7 +363,7 @@ async def test_search(
         assert await found("Bob@Example.com") == ["bob"]
         assert await found("nobody") == []
         assert await found("9" * 30) == []
-        monkeypatch.setattr(views, "LATEST", 1)
+        monkeypatch.setattr(views, "EMAILS_SEARCHED", 1)
         assert await found("ada@example.com") == []
         page = check(await client.get("/search?q=ada@example.com"))
         assert "CREATE INDEX CONCURRENTLY enrollments_email" in page

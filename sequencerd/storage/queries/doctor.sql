@@ -11,7 +11,7 @@ SELECT DISTINCT ON (p.kind, p.about)
 -- name: server_facts
 -- Read what `doctor` checks about the server and the session.
 SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_standby,
-       pg_backend_pid() AS pid, current_setting('transaction_read_only') = 'on' AS is_read_only,
+       pg_backend_pid() AS pid, current_setting('default_transaction_read_only') = 'on' AS is_read_only,
        current_setting('idle_session_timeout')::interval AS idle_timeout;
 
 -- name: present_triggers

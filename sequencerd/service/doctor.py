@@ -1,0 +1,384 @@
+"""Find problems that would keep a daemon from working on time. Changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+from uuid import uuid4
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import asyncpg
+
+from sequencerd.core.describe import text
+from sequencerd.errors import SequencerdError
+from sequencerd.settings import Database
+from sequencerd.storage import connections, migrate, server
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.listener import POLL_INTERVAL, PROBE_INTERVAL
+from sequencerd.storage.statements import QUERIES
+
+Level = Literal["ok", "warning", "error"]
+
+ROUND_TRIP = 5.0  # seconds for a notification
+LARGEST_OFFSET = timedelta(seconds=1)
+OLD = timedelta(minutes=10)
+HOLIDAYS_AHEAD = timedelta(days=60)
+SHOWN = 5
+MOST_PROBLEMS = 1000
+EMAILS_SEARCHED = 10_000  # enrollments in which the console looks for an address without an index
+EMAIL_INDEX = (
+    "CREATE INDEX CONCURRENTLY enrollments_email ON sequencer.enrollments (lower(data->>'email'));"
+)
+WITHOUT_SCHEMA = ("pooler", "notifications", "clock", "old transactions")
+"""The checks that still run if the schema cannot be used."""
+
+_TRIGGER = re.compile(
+    r"^CREATE (?:CONSTRAINT )?TRIGGER (\w+)\s.*?\sON sequencer\.(\w+)", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The subject of a check, its result, and what to do."""
+
+    about: str
+    seen: str
+    level: Level = "ok"
+    advice: str = ""
+
+
+Check = Callable[[asyncpg.Connection], Awaitable[Finding]]
+
+NOT_LISTENING = Finding(
+    "notifications",
+    f"database.listen is false: daemons poll every {POLL_INTERVAL:g} s",
+    "warning",
+    "set database.listen_url to the server's own address",
+)
+
+
+def checks_of(url: str, settings: Database) -> dict[str, Check]:
+    """Return the checks of a database, in order: those of the settings among them."""
+
+    async def listening(connection: asyncpg.Connection) -> Finding:
+        return await _listening(connection, url) if settings.listen else NOT_LISTENING
+
+    async def pooler(connection: asyncpg.Connection) -> Finding:
+        return await _pooler(connection, settings)
+
+    names = list(CHECKS)
+    place = names.index("clock")
+    of_settings = {"pooler": pooler, "notifications": listening}
+    first = {name: CHECKS[name] for name in names[:place]}
+    return first | of_settings | {name: CHECKS[name] for name in names[place:]}
+
+
+async def run_check(about: str, check: Check, connection: asyncpg.Connection) -> Finding:
+    """Return what a check finds. A check that cannot run is an error as well."""
+    try:
+        return await check(connection)
+    except asyncpg.InsufficientPrivilegeError as error:
+        advice = "GRANT sequencer_daemon TO the user of this command"
+        return Finding(about, f"cannot be checked: {error}", "error", advice)
+    except (SequencerdError, *TRANSIENT_ERRORS, ValueError) as error:
+        seen = f"cannot be checked: {error or type(error).__name__}"
+        return Finding(about, seen, "error", "see the log of the server")
+
+
+# --- the database
+
+
+async def _server(connection: asyncpg.Connection) -> Finding:
+    row = await connection.fetchrow(QUERIES["server_facts"])
+    version = f"PostgreSQL {row['version']}"
+    if row["is_standby"]:
+        advice = "name all servers in database.url, with ?target_session_attrs=read-write"
+        return Finding("server", f"{version}, a standby: nothing can be written", "error", advice)
+    if row["is_read_only"]:
+        advice = "set default_transaction_read_only = off for this user and database"
+        return Finding("server", f"{version}; transactions are read-only", "error", advice)
+    if timedelta(0) < row["idle_timeout"] <= timedelta(seconds=PROBE_INTERVAL):
+        seen = f"{version}; idle_session_timeout is {row['idle_timeout'].total_seconds():g} s"
+        advice = (
+            f"set it to 0 or to more than {PROBE_INTERVAL:g} s for this user: "
+            "it closes the LISTEN connection, which is probed at that interval"
+        )
+        return Finding("server", seen, "error", advice)
+    return Finding("server", version)
+
+
+async def _schema(connection: asyncpg.Connection) -> Finding:
+    try:
+        await migrate.check(connection)
+    except SequencerdError as error:
+        what, _, advice = str(error).partition("; ")
+        return Finding("schema", what, "error", advice)
+    return Finding("schema", f"{migrate.available()[-1].name} is applied")
+
+
+async def _triggers(connection: asyncpg.Connection) -> Finding:
+    wanted = {
+        (table, name)
+        for migration in migrate.available()
+        for name, table in _TRIGGER.findall(migration.sql)
+    }
+    rows = await connection.fetch(QUERIES["present_triggers"])
+    fire = {(row["table"], row["name"]) for row in rows if row["fires"]}
+    if missing := sorted(wanted - fire):
+        named = _some(f"{name} on {table}" for table, name in missing)
+        advice = "ALTER TABLE sequencer.TABLE ENABLE TRIGGER ALL; create dropped triggers again"
+        return Finding("triggers", f"dropped or disabled: {named}", "error", advice)
+    return Finding("triggers", f"all {len(wanted)} fire")
+
+
+async def _roles(connection: asyncpg.Connection) -> Finding:
+    if hidden := await server.hidden_tables(connection):
+        advice = "GRANT sequencer_daemon TO the user, or give it a policy USING (true)"
+        seen = f"row-level security may hide rows: {_some(map(str, hidden))}"
+        return Finding("roles", seen, "error", advice)
+    if missing := await connection.fetch(QUERIES["missing_grants"]):
+        named = _some((row["statement"] for row in missing), between=" ")
+        advice = "run `sequencerd grants --apply` as an administrator"
+        return Finding(
+            "roles", f"{len(missing):,} statements are missing: {named}", "warning", advice
+        )
+    if lacking := await connection.fetch(QUERIES["lacking_privileges"]):
+        named = _some(row["missing"] for row in lacking)
+        advice = "if a daemon runs as this user, GRANT sequencer_daemon TO it"
+        return Finding("roles", f"this user lacks {named}", "warning", advice)
+    if await connection.fetchval(QUERIES["is_superuser"]):
+        advice = "run the daemon as a user with the privileges of sequencer_daemon only"
+        return Finding("roles", "this user is a superuser", "warning", advice)
+    return Finding("roles", "this user has the privileges of a daemon")
+
+
+async def _pooler(connection: asyncpg.Connection, settings: Database) -> Finding:
+    if await _is_pooled(connection):
+        if settings.listen:
+            advice = "set database.listen_url to the server's own address, or listen = false"
+            return Finding("pooler", "a pooler in transaction mode breaks LISTEN", "error", advice)
+        return Finding("pooler", "in use, as configured")
+    if settings.listen_url is None or settings.url is None:
+        return Finding("pooler", "none")
+    try:
+        through = await connections.connect(settings.url.get_secret_value())
+    except SequencerdError as error:
+        return Finding("pooler", str(error), "error", "start it, or correct database.url")
+    try:
+        seen = "listen_url bypasses it" if await _is_pooled(through) else "url uses none"
+    finally:
+        await through.close()
+    return Finding("pooler", seen)
+
+
+async def _is_pooled(connection: asyncpg.Connection) -> bool:
+    row = await connection.fetchrow(QUERIES["server_facts"])
+    return bool(row["pid"] != connection.get_server_pid())
+
+
+async def _listening(connection: asyncpg.Connection, url: str) -> Finding:
+    """Listen on a separate connection, as the daemon does."""
+    channel, heard = f"sequencer_{uuid4().hex}", asyncio.Event()
+    listener = await connections.connect(url)
+    try:
+        await listener.add_listener(channel, lambda *_: heard.set())
+        begun = time.perf_counter()
+        await connection.execute(QUERIES["notify"], channel)
+        async with asyncio.timeout(ROUND_TRIP):
+            await heard.wait()
+        took = (time.perf_counter() - begun) * 1000
+    except TimeoutError:
+        advice = "LISTEN needs a direct connection; without it everything waits for the next sweep"
+        seen = f"none received within {ROUND_TRIP:g} s"
+        return Finding("notifications", seen, "error", advice)
+    finally:
+        listener.terminate()
+    return Finding("notifications", f"received after {took:.1f} ms")
+
+
+async def _clock(connection: asyncpg.Connection) -> Finding:
+    before = datetime.now(UTC)
+    there = await connection.fetchval(QUERIES["server_time"])
+    offset = there - (before + (datetime.now(UTC) - before) / 2)
+    seen = f"the database's clock is {abs(offset.total_seconds()):.3f} s " + (
+        "ahead of this machine's" if offset > timedelta(0) else "behind this machine's"
+    )
+    if abs(offset) > LARGEST_OFFSET:
+        advice = "synchronize both with NTP; the database's clock decides what is due"
+        return Finding("clock", seen, "warning", advice)
+    return Finding("clock", seen)
+
+
+async def _time_zones(connection: asyncpg.Connection) -> Finding:
+    unknown, other = set(), set()
+    rows = await connection.fetch(QUERIES["zones_in_use"])
+    for row in rows:
+        name = row["timezone"]
+        try:
+            local = row["at"].astimezone(ZoneInfo(name)).replace(tzinfo=None)
+        except (ZoneInfoNotFoundError, ValueError):
+            unknown.add(name)
+        else:
+            if local != row["local"]:
+                other.add(name)
+    if unknown:
+        advice = "correct the sequence's timezone; the IANA database lists the names"
+        return Finding(
+            "time zones", f"unknown on this machine: {_some(sorted(unknown))}", "error", advice
+        )
+    if other:
+        advice = "update tzdata on this machine, which the daemon uses, or on the server"
+        seen = f"rules differ from the server's for {_some(sorted(other))}"
+        return Finding("time zones", seen, "warning", advice)
+    count = len({row["timezone"] for row in rows})
+    return Finding(
+        "time zones", f"the {count} in use are known, with the same rules as on the server"
+    )
+
+
+async def _vacuum(connection: asyncpg.Connection) -> Finding:
+    row = await connection.fetchrow(QUERIES["vacuum_facts"])
+    if not (row["is_on"] and row["counts"]) or "autovacuum_enabled=false" in row["options"]:
+        advice = "set autovacuum and track_counts on; ALTER TABLE ... RESET (autovacuum_enabled)"
+        return Finding("vacuum", "autovacuum is off for sequencer.enrollments", "error", advice)
+    seen = f"enrollments: {row['live']:,} rows, {row['dead']:,} dead"
+    if row["dead"] > 10_000 and row["dead"] > row["live"]:
+        advice = "VACUUM sequencer.enrollments; find out what blocks autovacuum"
+        return Finding("vacuum", seen, "warning", advice)
+    return Finding("vacuum", seen)
+
+
+async def _old_transactions(connection: asyncpg.Connection) -> Finding:
+    rows = await connection.fetch(QUERIES["old_snapshots"], OLD)
+    if rows:
+        named = _some(
+            row["what"] + (f" for {_rounded(row['age'])}" if row["age"] else "") for row in rows
+        )
+        advice = (
+            "end them, or set idle_in_transaction_session_timeout: dead rows accumulate meanwhile"
+        )
+        return Finding("old transactions", named, "warning", advice)
+    return Finding("old transactions", f"none older than {_rounded(OLD)}")
+
+
+async def _history(connection: asyncpg.Connection) -> Finding:
+    row = await connection.fetchrow(QUERIES["partition_facts"])
+    if row["has_others"] or not row["has_month"]:
+        advice = "start a daemon, which adds them; or SELECT sequencer.add_event_partitions()"
+        return Finding("history", "there is no partition for this month", "warning", advice)
+    return Finding("history", "partitions exist")
+
+
+# --- the work
+
+
+async def _daemons(connection: asyncpg.Connection) -> Finding:
+    count = await connection.fetchval(QUERIES["count_daemons"])
+    if not count:
+        return Finding("daemons", "none connected", "warning", "start one: sequencerd run")
+    return Finding("daemons", f"{count} connected")
+
+
+async def _problems(connection: asyncpg.Connection) -> Finding:
+    if rows := await connection.fetch(QUERIES["reported_problems"], None, MOST_PROBLEMS):
+        named = _some((_problem(row) for row in rows), between="; ")
+        advice = "remove the cause; the daemon retries automatically"
+        return Finding("problems", named, "error", advice)
+    return Finding("problems", "none reported by daemons")
+
+
+def _problem(row: asyncpg.Record) -> str:
+    if row["kind"] == "runner":
+        waiting = f"{row['waiting']:,} wait; " if row["waiting"] else ""
+        return f"{row['about']} is down since {text(row['since'])}, {waiting}{row['message']}"
+    if row["kind"] == "enroll":
+        return str(row["message"])
+    what = f"enrollment {row['about']}" if row["kind"] == "quarantined" else row["about"]
+    place = f" at {row['sequence']}/{row['step']}" if row["sequence"] else ""
+    return f"{what}{place} {row['kind']}: {row['message']}"
+
+
+async def _overdue(connection: asyncpg.Connection) -> Finding:
+    async with connections.counting(connection):
+        row = await connection.fetchrow(QUERIES["count_overdue"])
+    if row["count"]:
+        seen = f"{row['count']:,} enrollments, the oldest for {_rounded(row['longest'])}"
+        advice = "see sequencerd status and sequencerd list --overdue"
+        return Finding("overdue", seen, "warning", advice)
+    return Finding("overdue", "none")
+
+
+async def _failed(connection: asyncpg.Connection) -> Finding:
+    async with connections.counting(connection):
+        rows = await connection.fetch(QUERIES["failed_by_code"])
+    if rows:
+        named = _some(f"{row['count']:,} with {row['failure']}" for row in rows)
+        advice = "see sequencerd list --status failed; fix the cause, then sequencerd retry"
+        return Finding("failed", named, "warning", advice)
+    return Finding("failed", "none")
+
+
+async def _steps(connection: asyncpg.Connection) -> Finding:
+    if rows := await connection.fetch(QUERIES["problems"]):
+        named = _some((f"{r['sequence']}/{r['step']}: {r['problem']}" for r in rows), between="; ")
+        advice = "fix the definition or the settings; enrollments then continue automatically"
+        return Finding("steps", named, "error", advice)
+    return Finding("steps", "all can be executed")
+
+
+async def _holidays(connection: asyncpg.Connection) -> Finding:
+    """Of a calendar that has ended, every later day is a business day, and nobody is told."""
+    rows = await connection.fetch(QUERIES["last_holidays"])
+    soon = datetime.now(UTC).date() + HOLIDAYS_AHEAD
+    if ending := [row for row in rows if row["last_day"] < soon]:
+        named = _some(f"{row['calendar']} ends on {row['last_day']}" for row in ending)
+        year = max(soon.year, ending[0]["last_day"].year + 1)
+        advice = f"sequencerd holidays {ending[0]['calendar']} {year}"
+        return Finding("holidays", named, "warning", f"add more days, as with {advice}")
+    return Finding("holidays", "known ahead" if rows else "none are used")
+
+
+async def _email_search(connection: asyncpg.Connection) -> Finding:
+    if await connection.fetchval(QUERIES["console_has_email_index"]):
+        return Finding("e-mail search", "has its index")
+    if await connection.fetchval(QUERIES["console_has_at_most"], EMAILS_SEARCHED):
+        return Finding("e-mail search", "needs no index yet")
+    seen = f"the console searches data.email in the latest {EMAILS_SEARCHED:,} enrollments only"
+    return Finding("e-mail search", seen, "ok", f"if that matters: {EMAIL_INDEX}")
+
+
+CHECKS: dict[str, Check] = {
+    "server": _server,
+    "schema": _schema,
+    "triggers": _triggers,
+    "roles": _roles,
+    "clock": _clock,
+    "time zones": _time_zones,
+    "vacuum": _vacuum,
+    "old transactions": _old_transactions,
+    "history": _history,
+    "daemons": _daemons,
+    "problems": _problems,
+    "overdue": _overdue,
+    "failed": _failed,
+    "steps": _steps,
+    "holidays": _holidays,
+    "e-mail search": _email_search,
+}
+"""The checks that need a connection alone, in order."""
+
+
+def _some(items: Iterable[str], between: str = ", ") -> str:
+    """Join the first items, and add the number of the others."""
+    every = list(items)
+    more = f" and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""
+    return between.join(every[:SHOWN]) + more
+
+
+def _rounded(span: timedelta) -> str:
+    return str(timedelta(seconds=round(span.total_seconds())))
