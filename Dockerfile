@@ -4,7 +4,7 @@ WORKDIR /build
 COPY requirements.txt ./
 # Checked against their hashes here, so that the next step takes what it needs without asking.
 RUN pip download --quiet --no-cache-dir --require-hashes --dest wheels -r requirements.txt
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY sequencerd ./sequencerd
 COPY sql ./sql
 COPY examples ./examples

@@ -89,6 +89,13 @@ def test_the_wheel_has_the_licenses_and_the_types(tmp_path: Path) -> None:
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Version"] == sequencerd.__version__
     assert {"sequencerd/py.typed", "sequencerd/sql/0001_sequencer.sql"} <= set(names)
+    installed = {name.partition(".data/data/share/")[2] for name in names} - {""}
+    assert installed == {
+        "bash-completion/completions/sequencerd",
+        "fish/vendor_completions.d/sequencerd.fish",
+        "man/man1/sequencerd.1",
+        "zsh/site-functions/_sequencerd",
+    }
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:
@@ -103,12 +110,11 @@ def build(kind: str, source: Path, folder: Path) -> Path:
 
 def test_what_builds_it_is_pinned() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    (backend,) = project["build-system"]["requires"]
-    assert backend in project["dependency-groups"]["build"]
-    for name in ("requirements.txt", "packaging/build-requirements.txt"):
-        assert re.search(
-            rf"^{backend} \\\n    --hash=", (REPOSITORY / name).read_text(), re.MULTILINE
-        )
+    for pinned in project["build-system"]["requires"]:
+        assert pinned in project["dependency-groups"]["build"]
+        for name in ("requirements.txt", "packaging/build-requirements.txt"):
+            text = (REPOSITORY / name).read_text()
+            assert re.search(rf"^{pinned} \\\n    --hash=", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("file", ["requirements.txt", *LOCKS])

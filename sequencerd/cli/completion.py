@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import shtab
 
 from sequencerd.cli.arguments import make_parser
-from sequencerd.cli.output import say_lines
-from sequencerd.settings import Settings
+
+if TYPE_CHECKING:
+    from sequencerd.settings import Settings
 
 
 def completion_command(arguments: argparse.Namespace, _: Settings) -> int:
+    from sequencerd.cli.output import say_lines  # noqa: PLC0415 - a build of the package has none
+
+    say_lines(complete(arguments.shell))
+    return 0
+
+
+def complete(shell: str) -> str:
+    """Return the script that completes commands and options in a shell."""
     parser = make_parser()
     _complete_files(parser)
-    say_lines(shtab.complete(parser, arguments.shell))
-    return 0
+    return str(shtab.complete(parser, shell))
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
