@@ -118,7 +118,8 @@ async def list_command(arguments: argparse.Namespace, _: Settings, url: str) -> 
 
 @on_database
 async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    from sequencerd.core.what_next import what_next  # noqa: PLC0415 - the others need no step types
+    from sequencerd.core.step_types import is_instant  # noqa: PLC0415 - only this one needs them
+    from sequencerd.core.what_next import what_next  # noqa: PLC0415 - as above
 
     async with reading(url) as connection:
         found = await connection.fetchrow(QUERIES["show"], arguments.id)
@@ -127,6 +128,8 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, ur
         raise UsageError(f"enrollment {arguments.id} does not exist")
     row = dict(found)
     row["next"] = what_next(row)
+    if is_instant(row["type"] or ""):
+        row["topic"] = None  # which is of side effects
     for key in ("data", "config"):
         with suppress(DefinitionError):  # what Python can't read stays a text
             row[key] = parse_json(row[key] or "null")
@@ -135,7 +138,7 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, ur
         return 0
     for key in ("subject", "sequence", "status", "step", "type", "entered_at", "next", "wake_at"):
         say(f"{key:11}  {text(row[key])}")
-    others = ("waits_until", "attempt", "failure", "last_error", "goals_met", "timezone")
+    others = ("topic", "waits_until", "attempt", "failure", "last_error", "goals_met", "timezone")
     for key in (*others, "original_id", "data"):
         if row[key]:
             say(f"{key:11}  {text(row[key])}")

@@ -126,11 +126,16 @@ class Public:
         filled = await self._filled(texts, subscription)
         channel, address, topic, _ = subscription
         if choice == "undo":
+            known, topics = forms(channel, address), {topic, EVERYTHING}
             async with self._database() as connection:
-                await suppressions.remove(
-                    connection, channel, forms(channel, address), [topic, EVERYTHING], "unsubscribe"
-                )
-            return _page(texts, [filled.undone])
+                await suppressions.remove(connection, channel, known, topics, "unsubscribe")
+                keys = [(channel, form, name) for form in known for name in topics]
+                others = await suppressions.read_suppressed(connection, keys)
+            if not others:
+                return _page(texts, [filled.undone])
+            # of another source, such as a bounce
+            is_all = any(key[2] == EVERYTHING for key in others)
+            return _page(texts, [filled.ended_everything if is_all else filled.ended_this])
         topic = EVERYTHING if choice == "all" else topic
         entry = Undeliverable(channel, address, "unsubscribed", "unsubscribe")
         async with self._database() as connection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from sequencerd.cli import main
 from tests.helpers.commands import Command
+from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 
 
@@ -39,6 +41,30 @@ def test_from_a_file_to_a_history(applied: Command) -> None:
     shown = json.loads(applied("show", str(id_), "--json"))
     assert (shown["subject"], shown["step"], shown["history"]) == ("ada", "first", [])
     assert "starts at" in shown["next"]
+
+
+async def test_show_names_the_topic_of_a_side_effect(
+    sequencerd: Command, connection: asyncpg.Connection
+) -> None:
+    await define(
+        connection,
+        "s",
+        ("news", "Email", "{}", "bill"),
+        ("bill", "Email", '{"topic": "invoices"}', "other"),
+        ("other", "Email", '{"topic": null}', "wait"),
+        ("wait", "GoTo", "{}", None),
+    )
+    await connection.execute("UPDATE sequencer.sequences SET topic = 'marketing'")
+    id_ = await enroll(connection, "s", "ada")
+    for step, topic in (
+        ("news", "marketing"),
+        ("bill", "invoices"),
+        ("other", None),
+        ("wait", None),
+    ):
+        await connection.execute("UPDATE sequencer.enrollments SET step = $1", step)
+        shown = sequencerd("show", str(id_))
+        assert re.findall(r"^topic +(.*)$", shown, re.MULTILINE) == [topic] * bool(topic)
 
 
 def test_a_status_begins_with_the_description(applied: Command, tmp_path: Path) -> None:

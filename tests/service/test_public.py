@@ -101,8 +101,16 @@ async def test_all_messages_and_back(
     done = await web.post(path(ADA), data={"choice": "all"})
     assert "any messages" in done.text
     assert ("email", "ada@x.org", "*", "unsubscribe") in await entries(connection)
-    await web.post(path(ADA), data={"choice": "undo"})
+    undone = await web.post(path(ADA), data={"choice": "undo"})
+    assert "will receive messages again" in undone.text
     assert await entries(connection) == others
+    # one of another source stays, and the page says so
+    await connection.execute(
+        "INSERT INTO sequencer.suppressions (channel, address, topic, source)"
+        " VALUES ('email', 'ada@x.org', 'news', 'bounce')"
+    )
+    undone = await web.post(path(ADA), data={"choice": "undo"})
+    assert "will no longer receive “news”" in undone.text
 
 
 async def test_a_token_is_for_its_channel_and_topic_alone(
