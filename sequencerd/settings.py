@@ -225,7 +225,8 @@ class Email(Messaging):
 
     `timeout` is for each reply of the server but the one to the message, which may take as long as
     RFC 5321 says. `oauth` or `token_command` stand for the password. `only_to` are patterns of
-    the recipients that get messages, for staging. `bounce_address` is the envelope's sender.
+    the recipients that get messages, for staging; `attachments_from` of the URLs of attachments.
+    `bounce_address` is the envelope's sender.
     """
 
     url: Secret | None = None
@@ -236,6 +237,7 @@ class Email(Messaging):
     list_unsubscribe: str | None = None
     bounce_address: str | None = None
     only_to: Patterns | None = None
+    attachments_from: Words = ()
 
     @field_validator("bounce_address")
     @classmethod

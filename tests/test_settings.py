@@ -209,6 +209,15 @@ def test_to_whom_a_staging_system_writes() -> None:
         load({"SEQUENCERD_EMAIL_ONLY_TO": "example.com"})
 
 
+def test_where_attachments_may_come_from() -> None:
+    variable = "SEQUENCERD_EMAIL_ATTACHMENTS_FROM"
+    settings = load({variable: "files.example.com http://localhost:8000"})
+    assert settings.email.attachments_from == ("files.example.com", "http://localhost:8000")
+    assert make_runners(settings)["Email"]
+    with pytest.raises(SettingsError, match="'ftp://x' is not a host"):
+        make_runners(load({variable: "ftp://x"}))
+
+
 def test_only_the_secrets_that_are_needed_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

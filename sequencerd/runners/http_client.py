@@ -83,6 +83,10 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
         )
 
 
+class TooLarge(Unreachable):
+    """An answer that is larger than the caller takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A server's answer."""
@@ -318,7 +322,7 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
     async for chunk in response.aiter_raw():
         body += chunk
         if len(body) > limit:
-            raise Unreachable(f"the answer has more than {limit} bytes", sent=True)
+            raise TooLarge(f"the answer has more than {limit} bytes", sent=True)
     try:
         return decode(bytes(body), response.headers.get("Content-Encoding", ""), limit)
     except EncodingError as error:

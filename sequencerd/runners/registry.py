@@ -111,6 +111,7 @@ def make_email_runner(
         list_unsubscribe=email.list_unsubscribe,
         suppressions=suppressions,
         only_to=email.only_to,
+        attachments_from=email.attachments_from,
         suppress_bounces=email.suppress_bounces,
         bounce_address=email.bounce_address,
         links=links,

@@ -222,6 +222,7 @@ GOOD: dict[str, list[Any]] = {
     "channel": ["push", "web-push"],
     "address": ["{{data.token}}", ""],
     "locale": [None, "data.language"],
+    "attachments": [[], [{"url": "{{x}}"}], [{"base64": "aGk=", "inline": True}]],
     "days": [["mon", "sun"]],
     "from": ["9:00", "22:15:30"],
     "recheck": [60, 1.5, "PT5M", "1 day", "00:05:00"],
@@ -336,6 +337,19 @@ def test_texts_in_several_languages_and_in_files() -> None:
     for wrong in (7, {}, {"german!": "Hallo"}, {"en": 7}, {"en": {"path": "x"}}, ["Hello"]):
         step = {"name": "a", "type": "Email", "config": {**EMAIL, "text": wrong}}
         assert not is_valid(sequence(step))
+
+
+def test_attachments() -> None:
+    for wrong in (
+        {},
+        {"url": "x", "base64": "y"},
+        {"url": "x", "name": "y"},
+        {"url": "x", "inline": "yes"},
+    ):
+        config = {**EMAIL, "attachments": [wrong]}
+        assert not is_valid(sequence({"name": "a", "type": "Email", "config": config}))
+    config = {**EMAIL, "attachments": [{"url": "x"}] * 11}
+    assert not is_valid(sequence({"name": "a", "type": "Email", "config": config}))
 
 
 def test_the_ways_of_what_is_not_sent() -> None:

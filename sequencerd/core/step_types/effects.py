@@ -144,6 +144,36 @@ HEADERS = ("In-Reply-To", "References", "Precedence", "Auto-Submitted", "Feedbac
 _HEADER_NAME = re.compile(rf"(?:X-|List-)[A-Za-z0-9-]+|{'|'.join(HEADERS)}", re.IGNORECASE)
 
 
+class AttachmentConfig(Config):
+    """A file of a message, from data or from a URL; everything is a template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["url"]}, {"required": ["base64"]}]}
+    )
+
+    url: str | None = None
+    """Where it is, at a host that the settings allow; nothing is attached if it is empty."""
+    base64: str | None = None
+    """Its content, such as {{data.pdf}}, instead of a URL; nothing is attached if it is empty."""
+    filename: str | None = None
+    """Its name. Default: the end of the URL."""
+    content_type: str | None = None
+    """Such as application/pdf. Default: by the name."""
+    content_id: str | None = None
+    """Of an image in html, which refers to it as cid:..."""
+    inline: StrictBool = False
+    """Whether html refers to it, by its name if it has no contentId."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AttachmentConfig:
+        if (self.url is None) == (self.base64 is None):
+            raise ValueError("write url or base64, one of them")
+        return self
+
+
+MAX_ATTACHMENTS = 10
+
+
 class EmailConfig(Config):
     """Sends an e-mail; everything is a template."""
 
@@ -167,6 +197,8 @@ class EmailConfig(Config):
     """The message in plain text; text, html or both."""
     html: LanguageText | None = None
     """The message in HTML, in which {{x}} is escaped."""
+    attachments: list[AttachmentConfig] = Field(default_factory=list, max_length=MAX_ATTACHMENTS)
+    """Files, and images in html."""
     headers: dict[str, str] = Field(default_factory=dict)
     """Further headers: X-..., List-... and a few more."""
     list_unsubscribe: str | None = None

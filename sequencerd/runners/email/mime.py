@@ -6,13 +6,16 @@ long lists in References into encoded words, which no program reads there.
 
 from __future__ import annotations
 
+import base64
 import binascii
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from email import message_from_bytes
 from email.header import Header
 from email.policy import default
+from typing import Protocol
+from urllib.parse import quote
 
 import idna
 
@@ -169,8 +172,33 @@ def _encoded_words(text: str, used: int) -> str:
     return Header(text, "utf-8", maxlinelen=75, header_name="x" * used).encode(linesep="\r\n")
 
 
-def message(headers: Iterable[str], text: str | None, html: str | None, boundary: str) -> bytes:
-    """Return the whole message, with `text` or `html` or both. Raises RenderError."""
+class Attached(Protocol):
+    """A file of a message. With a content id, it is part of the HTML."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def type(self) -> str: ...
+
+    @property
+    def content(self) -> bytes: ...
+
+    @property
+    def content_id(self) -> str | None: ...
+
+
+def message(
+    headers: Iterable[str],
+    text: str | None,
+    html: str | None,
+    boundary: str,
+    files: Sequence[Attached] = (),
+) -> bytes:
+    """Return the whole message, with `text` or `html` or both. Raises RenderError.
+
+    No part holds `boundary`, which begins with =_; of several, none is the beginning of another.
+    """
     try:
         parts = [
             _part(subtype, content)
@@ -180,17 +208,56 @@ def message(headers: Iterable[str], text: str | None, html: str | None, boundary
         head = "\r\n".join([*headers, "MIME-Version: 1.0"]).encode()
     except UnicodeEncodeError:
         raise RenderError("text, html: half of a character (a lone surrogate)") from None
-    if len(parts) == 1:
-        return head + b"\r\n" + parts[0]
+    inline = [_file(one) for one in files if html is not None and one.content_id is not None]
+    others = [_file(one) for one in files if html is None or one.content_id is None]
+    if inline:
+        related = boundary.replace("=_", "=_r", 1)
+        parts[-1] = _multipart('related; type="text/html"', related, [parts[-1], *inline])
+    body = parts[0] if len(parts) == 1 else _multipart("alternative", boundary, parts)
+    if others:
+        body = _multipart("mixed", boundary.replace("=_", "=_m", 1), [body, *others])
+    return head + b"\r\n" + body
+
+
+def _multipart(subtype: str, boundary: str, parts: Iterable[bytes]) -> bytes:
     mark = boundary.encode()
     return b"".join(
         [
-            head,
-            b'\r\nContent-Type: multipart/alternative; boundary="%b"\r\n' % mark,
+            b'Content-Type: multipart/%b; boundary="%b"\r\n' % (subtype.encode(), mark),
             *(b"\r\n--%b\r\n%b" % (mark, part) for part in parts),
             b"\r\n--%b--\r\n" % mark,
         ]
     )
+
+
+def _file(file: Attached) -> bytes:
+    """Return a file as a part."""
+    kind = "attachment" if file.content_id is None else "inline"
+    head = [f"Content-Type: {file.type}", "Content-Transfer-Encoding: base64"]
+    head.append(";\r\n ".join([f"Content-Disposition: {kind}", *_file_name(file.name)]))
+    if file.content_id is not None:
+        head.append(f"Content-ID: <{file.content_id}>")
+    content = base64.encodebytes(file.content).replace(b"\n", b"\r\n")
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + content
+
+
+MAX_PARAMETER = 60  # characters, so that its line is not too long
+
+
+def _file_name(name: str) -> list[str]:
+    """Return the parameters with a file name, in pieces if it is long (RFC 2231)."""
+    if name.isascii() and len(name) <= MAX_PARAMETER:
+        return ['filename="{}"'.format(re.sub(r'(["\\])', r"\\\1", name))]
+    pieces = [""]
+    for character in name:
+        encoded = quote(character, safe="")
+        if len(pieces[-1]) + len(encoded) > MAX_PARAMETER:
+            pieces.append("")
+        pieces[-1] += encoded
+    if len(pieces) == 1:
+        return [f"filename*=UTF-8''{pieces[0]}"]
+    pieces[0] = f"UTF-8''{pieces[0]}"
+    return [f"filename*{number}*={piece}" for number, piece in enumerate(pieces)]
 
 
 def _part(subtype: str, content: str) -> bytes:

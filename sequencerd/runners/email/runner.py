@@ -35,6 +35,15 @@ from sequencerd.core.step_types.effects import EmailConfig
 from sequencerd.runners import unsubscribe
 from sequencerd.runners.email import mime, pending
 from sequencerd.runners.email.addresses import Addresses, compile_addresses
+from sequencerd.runners.email.attachments import (
+    FETCH_TIMEOUT,
+    FETCHES,
+    Attachment,
+    AttachmentError,
+    Attachments,
+    File,
+    compile_attachment,
+)
 from sequencerd.runners.email.mime import parse_mailbox
 from sequencerd.runners.email.oauth import Client, Tokens, token_source
 from sequencerd.runners.email.plain import plain_text
@@ -69,6 +78,7 @@ class Program:
     html: Template | Translated | None
     headers: Mapping[str, Template]
     list_unsubscribe: Template | Translated | None
+    attachments: tuple[Attachment, ...] = ()
     bounce_address: str | None = None
     links: Links | None = None  # to unsubscribe with
 
@@ -82,7 +92,8 @@ class EmailRunner:
     `url`, `final_timeout`, `hello_name` and the timeout of `limits` are explained at
     `smtp.Postman`; each call sends one message. `oauth` is a client of a token endpoint or a
     command that prints a token, `list_unsubscribe` the template of a URL for steps without one,
-    and `only_to` are patterns of the recipients that get messages. With `suppress_bounces`, results
+    `only_to` are patterns of the recipients that get messages, and `attachments_from` of the URLs
+    of attachments. With `suppress_bounces`, results
     name the addresses that do not exist; bounces go to `bounce_address`, whose {token} identifies
     the message; `links` are those to unsubscribe with. Raises ValueError for what cannot work.
     """
@@ -98,6 +109,7 @@ class EmailRunner:
         list_unsubscribe: str | None = None,
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
+        attachments_from: Iterable[str] = (),
         suppress_bounces: bool = True,
         bounce_address: str | None = None,
         links: Links | None = None,
@@ -109,9 +121,11 @@ class EmailRunner:
         self._links = links
         self._suppressions = suppressions
         self._only_to = OnlyTo("email.only_to", only_to)
+        self._attachments = Attachments(attachments_from)
         self._pace = Pace(limits)
         # the postman keeps its own limits: this one is for what they can't come to
         longest = 2 * OFFER_TIMEOUT + final_timeout + self._pace.longest_wait
+        longest += FETCH_TIMEOUT * (1 + limits.concurrency // FETCHES)
         self.limits = replace(limits, timeout=longest)
         self._source = None if oauth is None else token_source(oauth)
         self._postman = Postman(
@@ -151,6 +165,10 @@ class EmailRunner:
         for name, template in parsed.headers.items():
             with faults.at("headers"):
                 headers[name] = compile_field(name, template, strict=parsed.strict)
+        attachments = []
+        for number, attachment in enumerate(parsed.attachments):
+            with faults.at():
+                attachments.append(compile_attachment(number, attachment, strict=parsed.strict))
         texts: dict[str, Template | Translated | None] = {}
         for name, source, escape in (
             ("subject", parsed.subject, False),
@@ -176,6 +194,7 @@ class EmailRunner:
             texts["html"],
             headers,
             texts["listUnsubscribe"] or self._unsubscribe,
+            tuple(attachments),
             self._bounce_address,
             self._links,
         )
@@ -184,12 +203,19 @@ class EmailRunner:
         """Return what `run` would send, by field. Raises RenderError."""
         assert isinstance(program, Program)
         mail = write(program, task, datetime.now(UTC))
-        return {**mime.fields(mail.content), "to": ", ".join((*mail.to, *mail.others))}
+        found = {**mime.fields(mail.content), "to": ", ".join((*mail.to, *mail.others))}
+        names = [
+            one.value("filename", task.view) or one.value("url", task.view) or "attachment"
+            for one in program.attachments
+            if one.value("url", task.view) or one.value("base64", task.view)
+        ]
+        return {**found, "files": ", ".join(names)} if names else found
 
     async def write(self, program: object, task: Task) -> bytes:
         """Return the finished message of an enrollment. Raises RenderError."""
         assert isinstance(program, Program)
-        return write(program, task, datetime.now(UTC)).content
+        files = await self._attachments.get(program.attachments, task.view)
+        return write(program, task, datetime.now(UTC), files=files).content
 
     def as_test(self, config: Mapping[str, Any], address: str) -> dict[str, Any]:
         """Return a config that sends the message to this address alone, marked as a test: nothing
@@ -219,16 +245,24 @@ class EmailRunner:
             outside = self._only_to.outside(mail.recipients)
             if outside.issuperset(mail.to):
                 return Suppressed(f"not sent to {self._only_to.told(outside)}")
+            files: tuple[File, ...] = ()
+            if program.attachments:
+                # what is not sent needs none; whether it is sent is asked again when they are here
+                without = await self._suppressed(mail, task)
+                if skipped := _skipped(mail, task, without, outside):
+                    return skipped
+                files = await self._attachments.get(program.attachments, task.view)
             await self._pace.turn()
             if task.is_late(asyncio.get_running_loop().time()):
                 return NotStarted()
             without = await self._suppressed(mail, task)
             left_out = without.keys() | outside
-            if left_out:
-                if left_out >= set(mail.to) or task.view["subject"] in without:
-                    told = filter(None, (describe(without), ", ".join(sorted(outside))))
-                    return Suppressed(f"not sent to {', '.join(told)}")
-                mail = write(program, task, now, left_out)
+            if skipped := _skipped(mail, task, without, outside):
+                return skipped
+            if left_out or files:
+                mail = write(program, task, now, left_out, files)
+        except AttachmentError as error:
+            return error.failed
         except RenderError as error:
             return Failed(str(error), permanent=True, asked=False, failure="bad_data")
         left = pending.read(task)
@@ -264,12 +298,27 @@ class EmailRunner:
     async def close(self) -> None:
         """Close the connections."""
         await self._postman.close()
+        await self._attachments.close()
         if self._source is not None:
             await self._source.close()
 
 
+def _skipped(
+    mail: Mail, task: Task, without: Mapping[str, str], outside: AbstractSet[str]
+) -> Suppressed | None:
+    """Return the result if no recipient is left, or the subject is suppressed."""
+    if not (without.keys() | outside >= set(mail.to) or task.view["subject"] in without):
+        return None
+    told = filter(None, (describe(without), ", ".join(sorted(outside))))
+    return Suppressed(f"not sent to {', '.join(told)}")
+
+
 def write(
-    program: Program, task: Task, at: datetime, without: AbstractSet[str] = frozenset()
+    program: Program,
+    task: Task,
+    at: datetime,
+    without: AbstractSet[str] = frozenset(),
+    files: Sequence[File] = (),
 ) -> Mail:
     """Write the message for an enrollment, dated `at`, to all but some addresses. Raises
     RenderError.
@@ -313,7 +362,8 @@ def write(
         headers,
         text,
         html,
-        boundary=f"=_{mark}",  # quoted-printable text never holds =_
+        boundary=f"=_{mark}",  # quoted-printable text never holds =_, and base64 neither
+        files=files,
     )
     bounces_to = (program.bounce_address or sender.address).replace("{token}", mark)
     utf8 = not all(map(str.isascii, (bounces_to, *to, *others, *headers)))

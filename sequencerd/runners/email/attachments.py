@@ -1,0 +1,314 @@
+"""Attachments of messages: from data, or fetched from hosts that the settings allow."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import mimetypes
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import httpx
+
+from sequencerd.core.config import Faults
+from sequencerd.core.javascript.templates import Template
+from sequencerd.core.model import DefinitionError, Failed
+from sequencerd.core.step_types.effects import AttachmentConfig
+from sequencerd.runners.fields import RenderError, compile_field, one_line, render
+from sequencerd.runners.http_client import Reply, TooLarge, Unreachable, Web, judge
+
+MAX_BYTES = 10 * 1024 * 1024  # of all attachments of a message, before their encoding
+MAX_NAME = 100  # characters
+LONG_SUFFIX = 20  # characters
+MAX_REDIRECTS = 3
+FETCHES = 4  # messages at the same time whose attachments are fetched
+CALL_TIMEOUT = 30.0  # seconds for one attachment
+FETCH_TIMEOUT = 60.0  # seconds for those of a message
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_SOURCE = re.compile(r"(?:(https?)://)?([^/:?#@\s\[\]]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(/\S*)?")
+_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,80}/[a-z0-9][a-z0-9.+-]{0,80}")
+_CONTENT_ID = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~@-]{1,200}")
+_UNSAFE = re.compile(r'[<>:"/\\|?*]')
+_BLANK = re.compile(r"\s+")
+_UNKNOWN = "application/octet-stream"
+
+
+class AttachmentError(ValueError):
+    """An attachment that a message cannot have now, or ever: `failed` says which."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        permanent: bool = True,
+        is_data: bool = False,
+        reply: Reply | None = None,
+    ) -> None:
+        super().__init__(message)
+        # the mail server was not asked, and its messages need not wait
+        self.failed = Failed(
+            message, permanent, asked=False, failure="bad_data" if is_data else "error"
+        )
+        judged = None if reply is None else judge(reply, message)
+        if judged is not None:
+            self.failed = Failed(message, judged.permanent, judged.retry_after, asked=False)
+
+
+class File(NamedTuple):
+    """An attachment that is complete. With a content id, HTML refers to it as cid:..."""
+
+    name: str
+    type: str
+    content: bytes
+    content_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """The templates of one attachment: one of `url` and `base64` is set."""
+
+    path: str
+    url: Template | None
+    base64: Template | None
+    filename: Template | None
+    content_type: Template | None
+    content_id: Template | None
+    inline: bool
+
+    def value(self, key: str, view: Mapping[str, Any]) -> str:
+        """Render a template; empty if there is none. Raises RenderError."""
+        template: Template | None = getattr(self, key)
+        name = {"content_type": "contentType", "content_id": "contentId"}.get(key, key)
+        return "" if template is None else render(f"{self.path}.{name}", template, view).strip()
+
+
+def compile_attachment(number: int, config: AttachmentConfig, *, strict: bool) -> Attachment:
+    """Compile the templates of an attachment. Raises DefinitionError."""
+    faults = Faults()
+    compiled: dict[str, Template | None] = {}
+    for key, name in (
+        ("url", "url"),
+        ("base64", "base64"),
+        ("filename", "filename"),
+        ("content_type", "contentType"),
+        ("content_id", "contentId"),
+    ):
+        source = getattr(config, key)
+        with faults.at("attachments", number):
+            compiled[key] = None if source is None else compile_field(name, source, strict=strict)
+    url = config.url
+    if url is not None and "{{" not in url and not re.match(r"https?://[^/]", url):
+        with faults.at("attachments", number, "url"):
+            raise DefinitionError("must be a URL such as https://example.com/terms.pdf")
+    faults.check()
+    return Attachment(f"attachments.{number}", **compiled, inline=config.inline)
+
+
+# --- where they may come from
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A pattern of URLs. `is_exact` tells that it names a host, and not any of many."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+    is_exact: bool
+
+    def matches(self, url: httpx.URL) -> bool:
+        """Return whether a URL is one of this source."""
+        return (
+            url.scheme == self.scheme
+            and (url.port or _PORTS[url.scheme]) == self.port
+            and any(fnmatchcase(host, self.host) for host in _hosts(url))
+            and fnmatchcase(url.path, self.path)
+        )
+
+
+_PORTS = {"http": 80, "https": 443}
+
+
+def _hosts(url: httpx.URL) -> tuple[str, str]:
+    return url.host.lower(), url.raw_host.decode("ascii").lower()
+
+
+def parse_source(pattern: str) -> Source:
+    """Parse a pattern such as files.example.com, *.example.com, or http://localhost:8000/public/*.
+    Raises ValueError.
+    """
+    found = _SOURCE.fullmatch(pattern)
+    if not found or (found[3] and not 0 < int(found[3]) < 65536):
+        raise ValueError(
+            f"{pattern!r} is not a host, or a URL with wildcards: write files.example.com, "
+            "https://*.example.com, or https://files.example.com/public/*"
+        )
+    scheme, host, port, path = found.groups()
+    scheme = scheme or "https"
+    host = host.lower().strip("[]")
+    is_exact = not re.search(r"[*?]", host)
+    return Source(scheme, host, int(port or _PORTS[scheme]), path or "*", is_exact)
+
+
+# --- fetching
+
+
+class Attachments:
+    """Gets the attachments of messages. `allowed` are patterns of the URLs that it fetches. Raises
+    ValueError for one that cannot be read.
+    """
+
+    def __init__(self, allowed: Iterable[str]) -> None:
+        self._sources = [parse_source(pattern) for pattern in allowed]
+        self._slots = asyncio.Semaphore(FETCHES)
+        # a host that is named may be one of a private network; one of many must not become one
+        self._clients: dict[bool, Web] = {
+            is_exact: Web(timeout=CALL_TIMEOUT, connections=FETCHES, allow_private=is_exact)
+            for is_exact in (True, False)
+        }
+
+    async def get(
+        self, attachments: Sequence[Attachment], view: Mapping[str, Any]
+    ) -> tuple[File, ...]:
+        """Return the attachments of a message, without those whose URL or content renders to
+        nothing. Raises AttachmentError and RenderError.
+        """
+        if not attachments:
+            return ()
+        async with self._slots:
+            try:
+                async with asyncio.timeout(FETCH_TIMEOUT):
+                    return await self._get(attachments, view)
+            except TimeoutError:
+                message = f"attachments: not complete within {FETCH_TIMEOUT:g} s"
+                raise AttachmentError(message, permanent=False) from None
+
+    async def _get(
+        self, attachments: Sequence[Attachment], view: Mapping[str, Any]
+    ) -> tuple[File, ...]:
+        found: list[File] = []
+        left = MAX_BYTES
+        for one in attachments:
+            if url := one.value("url", view):
+                content, given = await self._fetch(one.path, url, left)
+                name = one.value("filename", view) or _last_part(url)
+            elif encoded := one.value("base64", view):
+                content, given, name = _decoded(one.path, encoded), "", one.value("filename", view)
+            else:
+                continue
+            left -= len(content)
+            if left < 0:
+                raise _too_large(one.path)
+            type_ = _content_type(one.value("content_type", view), name, given)
+            name = file_name(name, type_)
+            found.append(File(name, type_, content, _content_id(one, name, view)))
+        return tuple(found)
+
+    async def _fetch(self, path: str, url: str, left: int) -> tuple[bytes, str]:
+        """Return the content at a URL, and its type as the server says. Messages name the host
+        alone, as the rest of a URL may be a secret.
+        """
+        for _ in range(1 + MAX_REDIRECTS):
+            parsed, source = self._allowed(path, url)
+            place = f"{path}: {one_line(parsed.host, 100)}"
+            try:
+                reply = await self._clients[source.is_exact].call(
+                    "GET", url, headers={}, max_answer=left
+                )
+            except TooLarge as error:
+                raise _too_large(path) from error
+            except Unreachable as error:
+                raise AttachmentError(f"{path}: {error}", permanent=False) from error
+            if reply.status not in _REDIRECTS:
+                break
+            with suppress(httpx.InvalidURL):
+                url = str(parsed.join(reply.headers.get("Location", "")))
+        else:
+            message = f"{place} redirects more than {MAX_REDIRECTS} times"
+            raise AttachmentError(message, permanent=False)
+        if not 200 <= reply.status < 300:
+            raise AttachmentError(f"{place} answers {reply.status}", reply=reply)
+        return reply.body, reply.headers.get("Content-Type", "")
+
+    def _allowed(self, path: str, url: str) -> tuple[httpx.URL, Source]:
+        """Return a URL that may be fetched, with the source that allows it."""
+        try:
+            parsed = httpx.URL(url)
+            host = parsed.host
+        except (httpx.InvalidURL, ValueError) as error:
+            raise AttachmentError(f"{path}.url: is not a URL", is_data=True) from error
+        is_plain = not parsed.userinfo and ".." not in parsed.path.split("/")
+        for source in self._sources:
+            if is_plain and source.matches(parsed):
+                return parsed, source
+        place = one_line(f"{parsed.scheme}://{host}", 100)
+        raise AttachmentError(f"{path}: {place} is not allowed by email.attachments_from")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for client in self._clients.values():
+            await client.close()
+
+
+def _too_large(path: str) -> AttachmentError:
+    limit = MAX_BYTES // 1024 // 1024
+    return AttachmentError(f"{path}: the attachments have more than {limit} MB")
+
+
+def _decoded(path: str, encoded: str) -> bytes:
+    try:
+        return base64.b64decode(_BLANK.sub("", encoded), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise AttachmentError(f"{path}.base64: is not base64", is_data=True) from error
+
+
+# --- names and types
+
+
+def _last_part(url: str) -> str:
+    with suppress(httpx.InvalidURL, ValueError):
+        return unquote(httpx.URL(url).path.rpartition("/")[2])
+    return ""
+
+
+def file_name(name: str, type_: str) -> str:
+    """Return a name that is a file's on every system, for a text from elsewhere."""
+    kept = "".join(
+        " " if c.isspace() else c
+        for c in name.replace("\\", "/").rpartition("/")[2]
+        if c.isspace() or unicodedata.category(c)[0] != "C"
+    )
+    kept = _BLANK.sub(" ", _UNSAFE.sub("_", kept)).strip(" .")
+    stem, dot, suffix = kept.rpartition(".")
+    if dot and len(suffix) < LONG_SUFFIX:
+        kept = f"{stem[: MAX_NAME - len(suffix) - 1]}.{suffix}"
+    return kept[:MAX_NAME] or f"attachment{mimetypes.guess_extension(type_) or ''}"
+
+
+def _content_type(written: str, name: str, given: str) -> str:
+    """Return the type that is written, or that the name has, or that a server has given."""
+    for type_ in (written, mimetypes.guess_type(name)[0] or "", given.partition(";")[0]):
+        plain = type_.strip().lower()
+        # of these, the content must not be encoded
+        if _TYPE.fullmatch(plain) and not plain.startswith(("multipart/", "message/")):
+            return plain
+    return _UNKNOWN
+
+
+def _content_id(attachment: Attachment, name: str, view: Mapping[str, Any]) -> str | None:
+    content_id = attachment.value("content_id", view).removeprefix("cid:")
+    if not content_id and not attachment.inline:
+        return None
+    content_id = content_id or name
+    if not _CONTENT_ID.fullmatch(content_id):
+        raise RenderError(f"{attachment.path}.contentId: {one_line(content_id, 50)!r} can't be one")
+    return content_id
