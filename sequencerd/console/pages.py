@@ -34,7 +34,7 @@ from sequencerd.definitions import graph
 MAX_FORM = 100_000  # bytes
 PROGRAMS_WAIT = 10.0  # seconds, for the first counts: nothing fills their tables by itself
 
-COUNTED = ("overview", "steps", "failures", "health")
+COUNTED = ("overview", "steps", "failures", "health", "coming")
 """The tables that are made of the counts."""
 
 
@@ -62,6 +62,7 @@ async def overview(request: Request) -> Response:
         counts=counts,
         since=_since(counts),
         overview=table,
+        coming=views.coming(counts, Query({})) if counts else None,
         problems=[context.mask({**row, "last_error": row["message"]}) for row in problems],
     )
 
@@ -294,6 +295,8 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
             return views.steps(counts, query)
         case "failures" if counts:
             return views.failures(counts, query, context.mask)
+        case "coming" if counts:
+            return views.coming(counts, query)
         case "health" if counts:
             return views.health(counts, query, context.mask)
         case "enrollments":

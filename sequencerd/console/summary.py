@@ -27,6 +27,8 @@ from sequencerd.storage.database_errors import brief
 
 MOST = 1_000_000  # enrollments at a step that are counted
 MOST_CAUSES = 50_000  # failed enrollments of which the cause is found
+NEXT = timedelta(days=1)  # ahead of which is shown what is checked
+MOST_NEXT = 100_000  # of a step
 MOST_PROBLEMS = 100  # of those that daemons report
 DAYS = 14
 RESTS = 9  # times as long as it worked
@@ -61,6 +63,7 @@ class Counts:
     steps: list[Row]
     failed: list[Row]
     causes: list[Row]  # of failures, by step
+    next: list[Row]  # what is checked in the next day, by ten minutes
     problems: list[Row]  # that daemons report
     findings: list[Finding]  # of doctor
     flow: Flow
@@ -91,7 +94,10 @@ class Summary:
         self._counted_to: datetime | None = None
         self._known_since: date | None = None
         self._findings: list[Finding] = []
-        self._examined = float("-inf")
+        self._checks_due = float("-inf")
+        self._details: tuple[list[Row], list[Row]] = [], []
+        self._details_due = float("-inf")
+        self._details_took = 0.0  # in this round, the checks included
         self._past: list[date] = []  # days that are yet to be counted, the latest at the end
 
     @property
@@ -110,8 +116,9 @@ class Summary:
         """Return the latest counts; None if there are none after so many seconds. Raises what keeps
         them from being made.
         """
+        was_idle = not self._wanted.is_set()
         self.look()
-        if self._counts is None or datetime.now(UTC) - self._counts.at > OLD:
+        if self._counts is None or (was_idle and datetime.now(UTC) - self._counts.at > OLD):
             patience = first if self._counts is None else PATIENCE
             with suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._next), patience)
@@ -126,7 +133,7 @@ class Summary:
             if time.monotonic() - self._looked > ATTENTION:
                 self._wanted.clear()
                 continue
-            begun = time.monotonic()
+            begun, self._details_took = time.monotonic(), 0.0
             failed = True
             try:
                 self._counts = await self._count()
@@ -141,7 +148,7 @@ class Summary:
             done, self._next = self._next, asyncio.get_running_loop().create_future()
             done.set_result(None)
             self.changed()
-            took = time.monotonic() - begun
+            took = time.monotonic() - begun - self._details_took
             await asyncio.sleep(AFTER_ERROR if failed else max(SHORTEST, RESTS * took))
 
     async def _count(self) -> Counts:
@@ -150,7 +157,8 @@ class Summary:
         sequences = await read(self._pool, "console_sequences")
         steps = await read(self._pool, "console_steps", now, MOST, seconds=TIMEOUT)
         failed = await read(self._pool, "console_failed", MOST, seconds=TIMEOUT)
-        causes = await read(self._pool, "console_causes", MOST_CAUSES, seconds=TIMEOUT)
+        if time.monotonic() >= self._details_due:
+            await self._count_details(now)
         problems = await read(self._pool, "reported_problems", None, MOST_PROBLEMS)
         if self._counts is not None:  # the first page waits for it
             await self._count_flow(now)
@@ -162,7 +170,7 @@ class Summary:
             sequences,
             steps,
             failed,
-            causes,
+            *self._details,
             problems,
             self._findings,
             flow,
@@ -170,15 +178,31 @@ class Summary:
             self._known_since,
         )
 
+    async def _count_details(self, now: datetime) -> None:
+        """Count what may take longer, and rest longer after it."""
+        begun = time.monotonic()
+        causes = await read(self._pool, "console_causes", MOST_CAUSES, seconds=TIMEOUT)
+        next_ = await read(
+            self._pool, "console_next", _tens(now), now + NEXT, MOST_NEXT, seconds=TIMEOUT
+        )
+        self._details = causes, next_
+        took = time.monotonic() - begun
+        self._details_took += took
+        self._details_due = time.monotonic() + RESTS * took
+
     async def _examine(self) -> None:
         """Run the checks of doctor from time to time, but not while the first page waits."""
-        if self._counts is None or time.monotonic() - self._examined < CHECKS_EVERY:
+        begun = time.monotonic()
+        if self._counts is None or begun < self._checks_due:
             return
         findings = []
         for about, check in CHECKS.items():
             async with reading(self._pool) as connection:
                 findings.append(await run_check(about, check, connection))
-        self._findings, self._examined = findings, time.monotonic()
+        self._findings = findings
+        took = time.monotonic() - begun
+        self._details_took += took
+        self._checks_due = time.monotonic() + max(CHECKS_EVERY, RESTS * took)
 
     async def _count_flow(self, now: datetime) -> None:
         """What has happened since the last time, and one more day of the past."""
@@ -219,6 +243,11 @@ class Summary:
 
 def _days(number: int) -> timedelta:
     return timedelta(days=number)
+
+
+def _tens(time: datetime) -> datetime:
+    """Return the beginning of its ten minutes."""
+    return time.replace(minute=time.minute // 10 * 10, second=0, microsecond=0)
 
 
 def _midnight(day: date) -> datetime:

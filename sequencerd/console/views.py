@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -162,6 +162,39 @@ def failures(counts: Counts, query: Query, mask: Mask) -> Table:
         Column("last_error", "For example", optional=True, like="cause"),
     )
     return Table("failures", columns, rows, query.given)
+
+
+def coming(counts: Counts, query: Query) -> Table:
+    """Return a row for each hour of the next day in which enrollments are checked."""
+    hours: dict[datetime, Counter[datetime]] = {}
+    sequences: dict[datetime, Counter[str]] = {}
+    for row in counts.next:
+        hour = row["at"].replace(minute=0)
+        hours.setdefault(hour, Counter())[row["at"]] += row["enrollments"]
+        sequences.setdefault(hour, Counter())[row["sequence"]] += row["enrollments"]
+    rows = []
+    for hour, tens in hours.items():
+        peak, most = tens.most_common(1)[0]
+        until = hour + timedelta(hours=1)
+        rows.append(
+            {
+                "at": hour,
+                "url": at("/search", status="active", wakes_from=hour.isoformat(),
+                          wakes_before=until.isoformat()),
+                "enrollments": tens.total(),
+                "peak": peak,
+                "most": most,
+                "sequences": [name for name, _ in sequences[hour].most_common()],
+            }
+        )  # fmt: skip
+    columns = (
+        Column("at", "Hour from", "time", link="url"),
+        Column("enrollments", "Enrollments", "number"),
+        Column("most", "Most in ten minutes", "number"),
+        Column("peak", "From", "time"),
+        Column("sequences", "Sequences", "list"),
+    )
+    return Table("coming", columns, rows, query.given)
 
 
 def health(counts: Counts, query: Query, mask: Mask) -> Table:

@@ -194,6 +194,25 @@ async def test_what_counts_counts(database: str, connection: asyncpg.Connection)
                 await asyncio.sleep(0.1)
 
 
+async def test_what_comes_next(database: str, connection: asyncpg.Connection) -> None:
+    await define(connection, "s", ("wait", "WaitForCondition", "{}", None))
+    await define(connection, "paused", ("wait", "WaitForCondition", "{}", None))
+    await connection.execute(
+        "UPDATE sequencer.sequences SET status = 'paused' WHERE name = 'paused'"
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " SELECT CASE WHEN n > 20 THEN 'paused' ELSE 's' END, 'u' || n,"
+        " date_trunc('hour', now()) + interval '5 hours 20 minutes' + n % 2 * interval '25 minutes'"
+        " + n / 15 * interval '2 days' FROM generate_series(1, 30) AS n"
+    )
+    async with console(database) as client:
+        (row,) = await counted(client, "coming")
+        assert (row["enrollments"], row["most"], row["sequences"]) == (14, 7, ["s"])
+        page = check(await client.get("/"))
+        assert "most enrollments are checked in the ten minutes from" in page
+
+
 async def test_health_is_what_doctor_finds(database: str, connection: asyncpg.Connection) -> None:
     await people(connection)
     await connection.execute("ALTER TABLE sequencer.enrollments DISABLE TRIGGER USER")

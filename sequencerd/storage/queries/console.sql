@@ -24,6 +24,19 @@ SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.confi
              ORDER BY e.wake_at LIMIT $2) AS first) AS a
  ORDER BY s.sequence, s.position;
 
+-- name: console_next
+-- Count the enrollments that are checked next, in periods of ten minutes from a time on; of each step at
+-- most the limit are read, from the index of due enrollments.
+SELECT date_bin('10 minutes', a.wake_at, $1) AS at, s.sequence, count(*) AS enrollments
+  FROM sequencer.steps AS s
+  JOIN sequencer.sequences AS q ON q.name = s.sequence AND q.status <> 'paused'
+ CROSS JOIN LATERAL (
+    SELECT e.wake_at FROM sequencer.enrollments AS e
+     WHERE e.sequence = s.sequence AND e.step = s.name AND e.status = 'active'
+       AND e.wake_at >= $1 AND e.wake_at < $2
+     ORDER BY e.wake_at LIMIT $3) AS a
+ GROUP BY 1, 2 ORDER BY 1, 2;
+
 -- name: console_failed
 -- Count the failed enrollments by step; at most the limit are counted.
 SELECT sequence, step, count(*) AS failed
