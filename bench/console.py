@@ -3,10 +3,11 @@
     PYTHONPATH=. python bench/console.py --dsn postgresql://postgres@localhost/postgres
 
 It makes and drops a database "sequencerd_bench" with so many enrollments: twenty sequences of ten
-steps, two fifths of the people at one step and with one wake time, one in fifty failed, and two
-events for each in the last two weeks. Pages are asked for in turn, as by one reader after another;
-meanwhile the counts are made in the background, as always. Then come what those cost, and how late
-an idle engine starts a runner after an INSERT, alone and while a reader asks for page after page.
+steps, two fifths of the enrollments at one step and with one wake time, one in fifty failed, and
+two events for each in the last two weeks. Pages are requested in turn, as by one reader after
+another; meanwhile the counts are made in the background, as always. Then come what those cost,
+and how late an idle engine starts a runner after an INSERT, alone and while a reader asks for
+page after page.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ async def measure(client: httpx.AsyncClient, requests: int, count: int) -> None:
     pages = {
         "overview": "/",
         "sequence": "/sequence?sequence=s1",
-        "step, 400,000 people of a million with one time": "/sequence?sequence=s0&step=t3",
+        "step, 400,000 of a million with one time": "/sequence?sequence=s0&step=t3",
         "step, its last page": "/tables/enrollments.json"
         "?sequence=s0&step=t3&from=infinity&skip=5000",
         "enrollment": f"/enrollments/{count // 2}",
@@ -183,7 +184,7 @@ async def cost(connection: asyncpg.Connection) -> None:
 
 
 async def disturbance(dsn: str, samples: int) -> None:
-    """The engine's latency with nobody at the pages, and with a reader who never pauses."""
+    """The engine's latency without viewers, and with a reader who never pauses."""
     async with engine.defined(dsn, ("a", "Task", "{}")) as (url, connection):
         console = make_console(
             Console(),

@@ -7,7 +7,7 @@
     flat   one no-op task for each enrollment, counted likewise
     http   the same with an HTTP runner, a server of its own that answers batches of 1,000
     pure   three steps in a row without a side effect
-    data   three conditions in a row on everybody's own data
+    data   three conditions in a row on each enrollment's own data
     limit  what one session reaches with the same batches on a bare table
     wave   timers that are due at one instant: how late they start
     timer  one timer at a time, in an idle daemon: how late it starts
@@ -69,7 +69,7 @@ listeners: list[Callable[[Sequence[Any]], None]] = []
 
 @runner(batch_size=BATCH, concurrency=2)
 async def no_op(_config: object, runners: Sequence[Any]) -> None:
-    """Does nothing, at a time that somebody may want to know."""
+    """Do nothing, and note the time if it is wanted."""
     for listener in listeners:
         listener(runners)
 
@@ -197,7 +197,7 @@ async def steps_in_a_row(
 
 
 def answer_calls(port: Any) -> None:
-    """An HTTP server that says "next" for everybody, as a process of its own."""
+    """An HTTP server that answers "next" for all, as a process of its own."""
 
     async def answer(request: Request) -> JSONResponse:
         event = await request.json()

@@ -9,13 +9,13 @@ ONBOARDING = load(Path(__file__).parent / "onboarding.yaml", outcomes={"Score": 
 ADA = {"name": "Ada", "email": "ada@example.com", "phone": "+4915112345678"}
 
 
-def test_who_does_nothing_is_nudged_and_told_at_the_end() -> None:
+def test_an_inactive_subject_is_reminded_and_gets_the_end_of_the_trial() -> None:
     journey = ONBOARDING.simulate(start="2026-03-02T09:00:00Z", data={**ADA, "score": 20})
     assert [entry.step for entry in journey.sent] == ["welcome", "score", "nudge", "last-call"]
     assert journey.status == "completed"
 
 
-def test_who_is_active_gets_tips() -> None:
+def test_an_active_subject_gets_tips() -> None:
     journey = ONBOARDING.simulate(
         start="2026-03-02T09:00:00Z", data=ADA, changes={"P2D": {"score": 80}}
     )
@@ -23,7 +23,7 @@ def test_who_is_active_gets_tips() -> None:
     assert "nudge" not in journey.steps
 
 
-def test_who_pays_is_thanked_at_once() -> None:
+def test_a_payment_is_confirmed_at_once() -> None:
     journey = ONBOARDING.simulate(
         start="2026-03-02T09:00:00Z", data=ADA, changes={"P1D": {"plan": "pro"}}
     )

@@ -44,7 +44,7 @@ from sequencerd.storage.listener import Changed, Message, listen, poll
 from sequencerd.storage.suppressions import read_suppressed
 
 CLOSE_TIMEOUT = 5.0  # seconds
-PROMOTION_INTERVAL = 1.0  # seconds between looks at a standby
+PROMOTION_INTERVAL = 1.0  # seconds between checks of a standby
 DESCRIPTORS = 65_536
 ENROLLING_CONNECTIONS = 4  # its lock, and queries of users that may be slow
 

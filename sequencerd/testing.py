@@ -4,7 +4,7 @@ from sequencerd.testing import load
 
 onboarding = load("onboarding.yaml", outcomes={"Score": "next"})
 
-def test_who_pays_gets_no_reminder() -> None:
+def test_a_payment_prevents_the_reminder() -> None:
     journey = onboarding.simulate(
         start="2026-03-02T09:00:00Z",
         data={"email": "ada@example.com"},

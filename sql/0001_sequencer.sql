@@ -1798,7 +1798,7 @@ $$;
 
 COMMENT ON FUNCTION sequencer.suppression_hash IS 'Return what replaces a forgotten address in suppressions, which still suppresses it.';
 
--- An address is one wherever it stands in the data. In messages it may be another's, such as the
+-- An address is one wherever it is in the data. In messages it may be another's, such as the
 -- sender's, so those only serve to find suppressions.
 CREATE FUNCTION sequencer.terms_of(subject text) RETURNS TABLE (kind text, term text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$

@@ -30,7 +30,7 @@ SHORT = '{"amount": 50, "unit": "milliseconds"}'
 
 
 class Mailbox:
-    """A real SMTP server, and who got a mail how often."""
+    """A real SMTP server, and how often each recipient got a mail."""
 
     def __init__(self) -> None:
         self.received: Counter[tuple[str, str]] = Counter()  # by address and Message-ID
@@ -199,7 +199,7 @@ async def test_at_most_once_a_kill_repeats_nothing_and_says_what_is_unknown(
     assert all("check its outcome" in row["last_error"] for row in unknown)
     completed = await connection.fetchval(COMPLETED)
     assert completed + len(unknown) == 300
-    # of those that are unknown some have arrived: nobody but the mail server could tell
+    # of those that are unknown some have arrived: only the mail server could know
     assert 2 * completed <= len(box.received) <= 2 * 300
 
 

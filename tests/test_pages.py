@@ -47,7 +47,7 @@ async def test_a_day_of_an_operator(
                 sequencerd(command, *arguments, "--nonsense", code=2)
                 continue
             yes = ["--yes"] if command in ASKS else []
-            if "2 --skip" in line:  # who has been retried has failed again
+            if "2 --skip" in line:  # what has been retried has failed again
                 await connection.execute(
                     "UPDATE sequencer.enrollments SET status = 'failed' WHERE id = 2"
                 )

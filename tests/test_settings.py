@@ -200,7 +200,7 @@ def test_tokens_for_mail(tmp_path: Path) -> None:
         make_runners(load({}, file))
 
 
-def test_to_whom_a_staging_system_writes() -> None:
+def test_recipients_of_a_staging_system() -> None:
     settings = load({"SEQUENCERD_EMAIL_ONLY_TO": "*@example.com, ada@example.org"})
     assert settings.email.only_to == ("*@example.com", "ada@example.org")
     assert settings.sms.only_to is None

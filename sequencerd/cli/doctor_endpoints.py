@@ -55,7 +55,7 @@ async def _mail(settings: Settings) -> Finding:
         return Finding("mail server", result.message, "error", "start it, or correct email.url")
     seen = getattr(result, "message", None) or "ready"
     if settings.email.only_to is not None:
-        seen += f"; messages go to {', '.join(settings.email.only_to) or 'nobody'} only"
+        seen += f"; messages go to {', '.join(settings.email.only_to) or 'no recipient'} only"
     return Finding("mail server", seen)
 
 

@@ -55,7 +55,7 @@ class Live:
                 try:
                     rows = await connections.read(self._pool, "console_versions", ids)
                     new = {row["id"]: row["version"] for row in rows}
-                except Exception:  # the pages ask, and are told why
+                except Exception:  # the pages ask, and get the reason
                     new = dict.fromkeys(ids, LOST)
                 if any(self._versions.get(id_) != version for id_, version in new.items()):
                     self._versions |= new

@@ -36,7 +36,7 @@ CHECKS_EVERY = 10.0  # seconds, at least
 SHORTEST = 1.0  # seconds between counts
 AFTER_ERROR = 2.0
 TIMEOUT = 60.0  # of a statement
-ATTENTION = 30.0  # for so long after the last look it goes on
+ATTENTION = 30.0  # for so long after the last view it goes on
 PATIENCE = 0.05  # how long a page waits for the first counts, or those after a long pause
 OLD = timedelta(seconds=5)
 
@@ -78,7 +78,7 @@ class Counts:
 
 
 class Summary:
-    """Keeps the counts; `changed` is told when there are new ones."""
+    """Keeps the counts; `changed` is called when there are new ones."""
 
     def __init__(self, pool: asyncpg.Pool, log: FilteringBoundLogger) -> None:
         self.changed: Callable[[], None] = lambda: None

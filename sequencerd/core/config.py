@@ -50,7 +50,7 @@ def parse_config(model: type[Model], config: Mapping[str, Any]) -> Model:
 
 
 class Faults:
-    """Gathers what is wrong with the parts of a config, so that all of it is told at once."""
+    """Gathers what is wrong with the parts of a config, so that all of it is reported at once."""
 
     def __init__(self) -> None:
         self.found: list[Fault] = []

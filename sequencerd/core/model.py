@@ -632,13 +632,13 @@ class View(dict[str, Any]):
 
     @cached_property
     def text(self) -> str:
-        """As JSON; the data stand in it as PostgreSQL has them."""
+        """As JSON, with the data as PostgreSQL has them."""
         others = {name: value for name, value in self.items() if name != "data"}
         return _with_data(others, self.data)
 
 
 def _with_data(others: Mapping[str, Any], data: str | None) -> str:
-    """JSON text, in which the data stand as PostgreSQL has them."""
+    """JSON text, with the data as PostgreSQL has them."""
     text = json.dumps(others)
     if data is None:
         return text
@@ -715,7 +715,7 @@ class Undeliverable(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The side effect is done, or (NOOP) to be executed again at `wake_at`, if not told later.
+    """The side effect is done, or (NOOP) to be executed again: at `wake_at`, or later.
 
     `undeliverable` are recipients that turned out to be.
     """

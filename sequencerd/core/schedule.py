@@ -25,7 +25,7 @@ BASE_UNITS = {
 }
 LONGEST_YEARS = 1000  # dates end with the year 9999
 SOURCE = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*)")
-"""The name of a view or function of the user's, as it stands in SQL without quotes."""
+"""The name of a view or function of the user's, as it is written in SQL without quotes."""
 
 
 class Span(Config):

@@ -1,7 +1,7 @@
 """Cycles of sequences: those that come back to a side effect without a wait, and goals before them.
 
-What is told follows from the definitions alone, of all sequences at once, as GoTo leads from one to
-another. A wait counts as one where it surely waits each time that the cycle is walked.
+What is reported follows from the definitions alone, of all sequences at once, as GoTo leads from
+one to another. A wait counts as one where it surely waits each time that the cycle is walked.
 """
 
 from __future__ import annotations

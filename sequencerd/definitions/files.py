@@ -432,14 +432,14 @@ def _parse(source: _Source) -> FileSequence | None:
 
 
 def _check_names(source: _Source, sources: Mapping[str | None, _Source]) -> None:
-    """That no name stands twice, and that every name that is gone to is there."""
+    """Report names that are given twice, and targets that do not exist."""
     first = sources[source.name]
     if source.name is not None and first is not source:
-        source.say(("name",), f"sequence {source.name!r} stands twice, first in {first}")
+        source.say(("name",), f"sequence {source.name!r} is defined twice, first in {first}")
     for number, step in enumerate(source.steps):
         name = source.step_names[number]
         if name is not None and source.step_names.index(name) != number:
-            source.say(("steps", number, "name"), f"step {name!r} stands twice")
+            source.say(("steps", number, "name"), f"step {name!r} is defined twice")
         for key in ("next", "altNext"):
             if (target := _text_at(step, key)) is not None:
                 _check_target(source, ("steps", number, key), target, source)
@@ -495,13 +495,13 @@ def _check_alt_next(source: _Source, number: int, step: Step) -> None:
 
 
 def _read_steps(source: _Source, runners: Runners, shared: Shared) -> list[Step]:
-    """The steps that can be read, once each; what is wrong with their configs is told."""
+    """The steps that can be read, once each; the errors of their configs are reported."""
     steps: dict[str, Step] = {}
     for number, value in enumerate(source.steps):
         try:
             parsed = FileStep.model_validate(value)
         except ValidationError:
-            continue  # it was told with the whole
+            continue  # it was reported with the whole
         following = [*source.step_names, None][number + 1]
         step = Step(
             sequence=source.name or "",

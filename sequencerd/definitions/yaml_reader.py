@@ -1,4 +1,4 @@
-"""YAML and JSON files as plain values, each with the line where it stands.
+"""YAML and JSON files as plain values, each with its line.
 
 YAML is read by the core schema of YAML 1.2, of which JSON is a part: dates, times of day, `yes` and
 `no` are texts, `1e3` is a number. Anchors, aliases and merge keys work. What JSON and PostgreSQL
@@ -45,7 +45,7 @@ class Document:
     folder: Path | None = None  # of the file
 
     def line(self, keys: KeyPath, within: int = 0) -> int:
-        """Return where a value stands, or else the nearest that it would stand in; of a text that
+        """Return the line of a value, or else of the nearest that would contain it; of a text that
         is written in lines of its own, the line `within` it (from 1).
         """
         if within and keys in self.blocks:
@@ -75,7 +75,7 @@ def parse(text: str) -> Iterator[Document]:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         shown = f"{ord(text[error.position]):#04x}"
-        raise DocumentError(f"the character {shown} can't stand here", line) from error
+        raise DocumentError(f"the character {shown} is not allowed here", line) from error
 
 
 def _read_text(path: Path) -> str:
@@ -168,7 +168,7 @@ class _Loader(yaml.SafeLoader):
                 shown = f" {key_node.value}" if isinstance(key_node, yaml.ScalarNode) else ""
                 raise _wrong(f"the key{shown} must be text, in quotes", key_node.start_mark)
             if key in own:
-                raise _wrong(f"the key {key!r} stands twice", key_node.start_mark)
+                raise _wrong(f"the key {key!r} is given twice", key_node.start_mark)
             own[key] = key_node, value_node
         for source in merged:
             if not isinstance(source, yaml.MappingNode):

@@ -62,7 +62,7 @@ class Background:
 
 
 class Repeating:
-    """Work that anybody can request, as often as they like, at a bounded cost.
+    """Work that any user can request, as often as they like, at a bounded cost.
 
     It is done once at a time: requests that arrive meanwhile cause it once more. After it comes a
     pause, in seconds; a longer one after work that took long, unless it returns that it was useful.

@@ -95,7 +95,7 @@ class Enrolling:
                     self._log.warning("database error, tried again", error=brief(error))
                 except Exception:
                     self._log.exception("internal error")
-                await asyncio.sleep(min(pause, TURN))  # anybody can notify, as often as they like
+                await asyncio.sleep(min(pause, TURN))  # any user can notify, as often as they like
                 with suppress(TimeoutError):
                     async with asyncio.timeout(max(pause - TURN, 0.0)):
                         await self._changed.wait()

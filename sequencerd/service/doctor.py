@@ -332,7 +332,7 @@ async def _steps(connection: asyncpg.Connection) -> Finding:
 
 
 async def _holidays(connection: asyncpg.Connection) -> Finding:
-    """Of a calendar that has ended, every later day is a business day, and nobody is told."""
+    """Of a calendar that has ended, every later day is a business day, without a notice."""
     rows = await connection.fetch(QUERIES["last_holidays"])
     soon = datetime.now(UTC).date() + HOLIDAYS_AHEAD
     if ending := [row for row in rows if row["last_day"] < soon]:

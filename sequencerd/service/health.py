@@ -39,7 +39,7 @@ class Health:
         metrics.ready.set_function(lambda: float(not self.why_not_ready()))
 
     def turned(self) -> None:
-        """The engine's loop goes on: feeds systemd's watchdog, and tells a status that is new."""
+        """The engine's loop goes on: feed systemd's watchdog, and send a status that is new."""
         self._beat = now = time.monotonic()
         if now - self._fed >= BEAT:
             self._fed = now

@@ -168,8 +168,8 @@ async def serving(
 ) -> AsyncIterator[None]:
     """Serve meanwhile, if there is an address. Raises SettingsError if it cannot be had.
 
-    `taken` is told of an address that another process has, and nothing is served then: so that a
-    second daemon with the same settings works all the same.
+    `taken` is called with an address that another process has, and nothing is served then,
+    so that a second daemon with the same settings works all the same.
     """
     if listen is None:
         yield

@@ -141,7 +141,7 @@ class Metrics(Collector):
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f"sequencerd_{name}", about, labels, registry=self.registry)
 
-    # --- what the engine tells
+    # --- what the engine reports
 
     def claimed(self, place: tuple[str, str], claimed: Sequence[Enrollment], now: datetime) -> None:
         """A claim: enrollments of one step, in the order of their wake times."""

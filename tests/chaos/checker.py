@@ -1,4 +1,4 @@
-"""The judge: whether everybody got where they should, and every delivery is explained."""
+"""The judge: whether each enrollment got where it should, and every delivery is explained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOVES = ("next", "altNext", "goal", "jump", "completed", "failed", "cancelled", 
 WAY = [*((name, "next") for name, *_ in STEPS), (STEPS[-1][0], "completed")]
 EXPLANATIONS = {"retry", "lease_expired", "stale_result"}
 ONCE = next(number for number, step in enumerate(STEPS, 1) if "at_most_once" in step[2])
-"""The visit of the step that must not be done twice: nobody goes in circles here."""
+"""The visit of the step that must not be done twice: there are no loops here."""
 WAITED = (1, 3)
 """The visits of the mail before the wait and of the call after it."""
 
@@ -36,7 +36,7 @@ async def _problems(world: World, *, duplicates: bool):  # type: ignore[no-untyp
     )
     await connection.close()
     if not rows:
-        yield "nobody was enrolled"
+        yield "nothing was enrolled"
     if lost := set(world.acknowledged) - {row["subject"] for row in rows}:
         yield f"{len(lost)} were committed and are gone: {sorted(lost)[:5]}"
     history: dict[int, list[asyncpg.Record]] = defaultdict(list)

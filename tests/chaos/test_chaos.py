@@ -1,4 +1,4 @@
-"""Everything is broken while people are under way, and nobody is lost.
+"""Everything is broken while enrollments are in progress, and none is lost.
 
 `make chaos` goes on for longer: CHAOS_SECONDS is how long each scenario takes, CHAOS_SEED the first
 seed of its faults, CHAOS_ROUNDS how many seeds are tried.
@@ -80,7 +80,7 @@ async def breaking(
     try:
         await world.drain(daemons)
     except TimeoutError:
-        world.note("somebody stays active")
+        world.note("an enrollment stays active")
     await check(world)
 
 

@@ -199,7 +199,9 @@ def test_any_reply_of_a_mail_server_is_a_result(replies: list[bytes]) -> None:
 # --- very much of it
 
 
-async def test_huge_data_hold_up_nobody(database: str, connection: asyncpg.Connection) -> None:
+async def test_huge_data_delay_no_other_enrollment(
+    database: str, connection: asyncpg.Connection
+) -> None:
     await define(connection, "s", ("a", "Note", "{}", "b"), ("b", "GoTo", "{}", None))
     await connection.execute("SET sequencer.max_data = '1GB'")
     huge = json.dumps({"a": "x" * (SIZE * 10_000)})  # 100 MB in `make chaos`
@@ -238,7 +240,7 @@ async def test_very_many_sequences(database: str, connection: asyncpg.Connection
         )
 
 
-async def test_who_goes_in_circles_leaves_room_for_others(
+async def test_an_endless_loop_leaves_slots_for_others(
     database: str, connection: asyncpg.Connection
 ) -> None:
     wait = '{"amount": 1, "unit": "milliseconds"}'

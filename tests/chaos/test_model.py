@@ -1,4 +1,4 @@
-"""The engine against a model of it, in any order of what may happen to people and to daemons.
+"""The engine against a model of it, in any order of what may happen to enrollments and daemons.
 
 The model knows of each where they must be, and how often every side effect was begun: in forty
 lines, and with hours for a clock. CHAOS_EXAMPLES is how many ways are tried.
@@ -66,7 +66,7 @@ MODES = ("next", "altNext", "down", "refuse", "hang")
 
 @dataclass
 class Person:
-    """Where somebody is, by the model. Times are hours since the beginning."""
+    """Where an enrollment is, by the model. Times are hours since the beginning."""
 
     id: int
     mode: str
@@ -86,7 +86,7 @@ class Person:
 
 @dataclass
 class Model:
-    """What must have become of everybody."""
+    """Where each enrollment must be."""
 
     people: list[Person] = field(default_factory=list)
     now: float = 0.0
@@ -349,7 +349,7 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.model.people)
     @rule(data=st.data(), mode=st.sampled_from(MODES))
     def change_mode(self, data: st.DataObject, mode: str) -> None:
-        """Of who is not under way already."""
+        """Of a subject that is not in the sequence already."""
         person = self._somebody(data)
         self.runner.modes[person.id] = person.mode = mode
 
@@ -385,7 +385,7 @@ class World(RuleBasedStateMachine):
 
     @rule(hours=st.integers(1, 12))
     def edit(self, hours: int) -> None:
-        """The first wait is another, for those as well who wait already."""
+        """The first wait is another, for waiting enrollments as well."""
         self.model.wait = hours
         self._do(
             "UPDATE sequencer.steps SET config = config || $1 WHERE name = 'wait'",

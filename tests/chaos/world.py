@@ -154,7 +154,7 @@ class Sink:
         self.mails: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.keys: dict[str, set[str]] = defaultdict(set)  # of each visit
-        self.first: dict[str, float] = {}  # when, by a clock that nobody sets
+        self.first: dict[str, float] = {}  # when, by a monotonic clock
         self.lose = 0.0  # of answers
         self.refuse = 0.0  # of calls and mails
         self.slow = 0.0  # seconds
@@ -223,7 +223,7 @@ class Daemon:
 class World:
     """Everything together; `database` is what applications use, `used` what daemons use."""
 
-    server: Server  # for who breaks it
+    server: Server  # for the faults
 
     def __init__(self, database: str, folder: Path, seed: int) -> None:
         self.database = database
@@ -234,7 +234,7 @@ class World:
         self.daemons: list[Daemon] = []
         self.acknowledged: list[str] = []
         self.faulty: set[str] | None = None  # subjects, where all others are blameless
-        self.plan: list[str] = []  # what was done, for who reads a failure
+        self.plan: list[str] = []  # what was done, for the reader of a failure
         self.settings = ""  # of the daemons, in TOML
         self.environment: dict[str, str] = {}
         self.stderr: Path | None = None  # of the daemons, if it is no file that can be read
@@ -295,7 +295,7 @@ class World:
             connection.terminate()
 
     async def drain(self, daemons: int, seconds: float = 120) -> None:
-        """Returns when nobody is active any more, or raises TimeoutError."""
+        """Return when no enrollment is active any more, or raise TimeoutError."""
         async with asyncio.timeout(seconds):
             while True:
                 await self.keep(daemons)
@@ -358,7 +358,7 @@ class Proxy:
         self._socket = f"{parse_qs(parts.query)['host'][0]}/.s.PGSQL.5432"
         self._database = parts.path.lstrip("/")
         self.delay = 0.0
-        self.swallow = False  # what comes from now on is lost, and nobody is told
+        self.swallow = False  # what comes from now on is lost silently
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 

@@ -106,7 +106,7 @@ def test_what_cannot_be_is_explained(
     assert "Traceback" not in applied.errors
 
 
-def test_names_that_do_not_exist_are_told(
+def test_names_that_do_not_exist_are_reported(
     applied: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SEQUENCERD_DATABASE", applied.variables["SEQUENCERD_DATABASE"])

@@ -147,7 +147,9 @@ async def test_a_transaction_that_was_left_open(
     assert f"process {connection.get_server_pid()} of postgres" in finding.seen
 
 
-async def test_a_user_who_may_too_little(database: str, connection: asyncpg.Connection) -> None:
+async def test_a_user_with_too_few_privileges(
+    database: str, connection: asyncpg.Connection
+) -> None:
     await connection.execute(
         "DO $$ BEGIN CREATE ROLE sequencer_test_nobody LOGIN;"
         " EXCEPTION WHEN duplicate_object THEN END $$"
@@ -309,7 +311,7 @@ async def test_watch_shows_changes(sequencerd: Command, connection: asyncpg.Conn
     assert "'nowhere' does not exist" in sequencerd.errors
 
 
-async def test_who_waits_for_a_runner_that_is_down(
+async def test_enrollments_that_wait_for_a_runner_that_is_down(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("a", "Email", "{}", None))

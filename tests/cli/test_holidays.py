@@ -31,7 +31,7 @@ async def test_holidays_are_added_and_what_is_there_stays(
     )
 
 
-def test_what_is_not_known_is_told(sequencerd: Command) -> None:
+def test_an_unknown_calendar_or_country_is_reported(sequencerd: Command) -> None:
     for arguments, message in (
         (("GERMANY", "2026"), "'GERMANY' are not known: write the code"),
         (("DE-ZZ", "2026"), "DE has no part 'ZZ'"),

@@ -1,4 +1,4 @@
-"""An operator's commands: whom they take, what they ask, what they leave behind."""
+"""An operator's commands: what they select, what they ask, what they leave behind."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ async def last_message(connection: asyncpg.Connection, id_: int, action: str) ->
     return text
 
 
-# --- whom a command takes
+# --- what a command selects
 
 
-async def test_retry_takes_the_failed_and_says_who_and_why(
+async def test_retry_takes_the_failed_and_records_the_operator_and_the_reason(
     sequencerd: Command, defined: asyncpg.Connection
 ) -> None:
     ada, bob = [await enroll(defined, "s", name) for name in ("ada", "bob")]
@@ -131,7 +131,7 @@ async def test_what_is_not_said_is_not_done(
     assert await defined.fetchval("SELECT count(*) FROM sequencer.events") == 0
 
 
-async def test_a_dry_run_tells_and_changes_nothing(
+async def test_a_dry_run_reports_and_changes_nothing(
     sequencerd: Command, defined: asyncpg.Connection
 ) -> None:
     for name in ("ada", "bob"):
@@ -212,7 +212,7 @@ async def test_move_enters_a_step_now_whether_failed_or_not(
     assert "sequence 's' has no step 'nowhere'" in sequencerd.errors
 
 
-async def test_reevaluate_looks_again_and_is_recorded(
+async def test_reevaluate_evaluates_and_is_recorded(
     sequencerd: Command, defined: asyncpg.Connection
 ) -> None:
     ada, bob = [await enroll(defined, "s", name) for name in ("ada", "bob")]
@@ -226,7 +226,7 @@ async def test_reevaluate_looks_again_and_is_recorded(
     assert await way(defined, ada) == ["send reevaluated"]
 
 
-async def test_who_has_entered_again_is_left_alone(
+async def test_a_subject_that_has_entered_again_is_unchanged(
     sequencerd: Command, defined: asyncpg.Connection
 ) -> None:
     first, other = [await enroll(defined, "s", name) for name in ("ada", "bob")]
@@ -279,7 +279,7 @@ async def test_a_running_engine_takes_it_up_at_once(
         await until(defined, "SELECT step = 'wait' FROM sequencer.enrollments")
 
 
-async def test_whose_side_effect_runs_is_not_waited_for(
+async def test_a_side_effect_in_progress_is_not_waited_for(
     sequencerd: Command, database: str, defined: asyncpg.Connection
 ) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
@@ -346,7 +346,7 @@ class Terminal:
     async def end(self) -> int:
         """Reads the rest. The exit code."""
         async with asyncio.timeout(PATIENCE):
-            with suppress(OSError):  # nobody has it open any more
+            with suppress(OSError):  # no process has it open any more
                 while data := await asyncio.to_thread(os.read, self.fd, 65536):
                     self.text += data.decode()
             return await self.process.wait()

@@ -166,7 +166,7 @@ class Mended(Recorder):
 
 
 async def people(connection: asyncpg.Connection) -> tuple[int, int]:
-    """A sequence with somebody who waits, and somebody who fails at its note. Their ids."""
+    """A sequence with an enrollment that waits and one that fails at its note. Their ids."""
     await define(
         connection,
         "s",

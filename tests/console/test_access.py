@@ -1,4 +1,4 @@
-"""Who may come in, who may change something, and what nobody gets to see."""
+"""Which users may log in and change something, and what no page shows."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def cookie(response: httpx.Response) -> SimpleCookie:
 # --- coming in
 
 
-async def test_a_password_is_asked_for(database: str, connection: asyncpg.Connection) -> None:
+async def test_a_password_is_required(database: str, connection: asyncpg.Connection) -> None:
     await people(connection)
     async with console(database, password_hash=HASH) as client:
         page = await client.get("/enrollments/1?before=2026-01-01")
@@ -101,7 +101,9 @@ async def test_a_session_ends_with_the_password_and_not_with_the_daemon(
         assert (await client.get("/", headers=kept)).status_code == 303
 
 
-async def test_who_logs_out_is_out(database: str, connection: asyncpg.Connection) -> None:
+async def test_a_session_ends_with_the_logout(
+    database: str, connection: asyncpg.Connection
+) -> None:
     async with console(database, password_hash=HASH) as client:
         await log_in(client)
         page = await client.get("/")
@@ -156,7 +158,7 @@ async def test_passwords_are_not_guessed(
         assert (await log_in(client)).status_code == 303
 
 
-async def test_a_proxy_says_who_it_is(database: str, connection: asyncpg.Connection) -> None:
+async def test_a_proxy_names_the_user(database: str, connection: asyncpg.Connection) -> None:
     ada = {"X-Forwarded-User": "ada", "X-Forwarded-Proto": "https"}
     async with console(database, trusted_proxy=["127.0.0.0/8"]) as client:
         assert (await client.get("/")).status_code == 403
@@ -165,7 +167,7 @@ async def test_a_proxy_says_who_it_is(database: str, connection: asyncpg.Connect
         assert '<span class="user">ada</span>' in page.text
         assert cookie(page)["sequencerd"]["secure"]
         client.cookies.set("sequencerd", cookie(page)["sequencerd"].value)
-        assert (await client.get("/")).status_code == 403, "the cookie alone is nobody's proof"
+        assert (await client.get("/")).status_code == 403, "the cookie alone proves nothing"
     async with console(database, trusted_proxy=["10.1.2.3"]) as client:
         assert (await client.get("/", headers=ada)).status_code == 403
     async with console(database, trusted_proxy=["10.1.2.3"], password_hash=HASH) as client:
@@ -177,7 +179,7 @@ async def test_a_proxy_says_who_it_is(database: str, connection: asyncpg.Connect
         assert (await client.get("/", headers={"Remote-User": "bob"})).status_code == 200
 
 
-async def test_a_limit_holds_for_who_is_behind_the_proxy(
+async def test_a_limit_holds_for_each_client_of_the_proxy(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with console(database, trusted_proxy=["127.0.0.1"], password_hash=HASH) as client:
@@ -254,7 +256,7 @@ async def test_forms_of_others_are_refused(database: str, connection: asyncpg.Co
         assert await connection.fetchval(FAILED)
 
 
-async def test_who_failed_is_retried_to_the_end(
+async def test_failed_enrollments_are_retried_to_the_end(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, failing = await people(connection)
@@ -411,7 +413,7 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
             refused = await client.get("/search", params={"where": where})
             assert refused.status_code == 422
             assert "is masked" in refused.text
-        # nobody can ask whose an address is
+        # it cannot be found out whose an address is
         page = await client.get("/tables/search.json?q=ada@example.com")
         assert page.json()["rows"] == []
         assert "masked" in (await client.get("/search?q=ada@example.com")).text
@@ -423,7 +425,7 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
 # --- settings
 
 
-def test_a_console_for_everybody_is_refused(sequencerd: Command) -> None:
+def test_a_console_open_to_everyone_is_refused(sequencerd: Command) -> None:
     on = {"SEQUENCERD_CONSOLE_ENABLED": "true"}
     assert load(on).listen == "127.0.0.1:9187"
     assert load({}).listen is None

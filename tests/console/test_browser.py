@@ -167,7 +167,7 @@ async def test_every_page_fits_every_width_and_is_accessible(
                     assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
 
 
-async def test_counts_and_timelines_move_by_themselves_for_all_who_look(
+async def test_counts_and_timelines_update_by_themselves_for_all_viewers(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     waiting, _ = await people(connection)
@@ -194,7 +194,7 @@ async def test_counts_and_timelines_move_by_themselves_for_all_who_look(
             await shows(page, "td.active", "1")
 
 
-async def test_who_failed_is_retried_in_the_page(
+async def test_a_failed_enrollment_is_retried_in_the_page(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     await people(connection)
@@ -404,7 +404,7 @@ async def test_the_database_goes_and_comes_back(
 
 
 @pytest.mark.parametrize("failure", ["abort", "503"])
-async def test_what_could_not_be_fetched_is_asked_for_again(
+async def test_a_failed_request_is_repeated(
     database: str, connection: asyncpg.Connection, browser: Browser, failure: str
 ) -> None:
     waiting, _ = await people(connection)

@@ -538,7 +538,7 @@ async def test_a_simulation_that_goes_round_is_given_up(
         assert 500 < len(rows) < 510
 
 
-async def test_nobody_who_looks_costs_nothing(
+async def test_a_console_without_viewers_costs_nothing(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(summary, "ATTENTION", 0.5)
@@ -574,7 +574,7 @@ async def test_an_open_stream_does_not_hold_up_the_end(
     assert caplog.records == [], "uvicorn had to break it off"
 
 
-async def test_a_stream_tells_of_changes(database: str, connection: asyncpg.Connection) -> None:
+async def test_a_stream_reports_changes(database: str, connection: asyncpg.Connection) -> None:
     waiting, _ = await people(connection)
     async with console(database, write=True) as client:
         await until(connection, BEGUN)

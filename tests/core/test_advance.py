@@ -301,7 +301,7 @@ GOALS = sequence(
 )
 
 
-def test_a_goal_pulls_from_wherever_it_stands() -> None:
+def test_a_goal_moves_enrollments_from_any_step() -> None:
     advanced = advance(GOALS, at("wait", '{"paid": true}'), NOW)
     assert advanced.enrollment.step == "thanks"
     assert advanced.enrollment.goals_met == ("paid",)
@@ -520,7 +520,7 @@ def test_an_expired_lease_is_recorded_and_retried() -> None:
     assert "host:1" in str(advanced.events[0].message)
 
 
-def test_at_most_once_is_left_to_a_person_after_a_crash() -> None:
+def test_at_most_once_is_left_to_an_operator_after_a_crash() -> None:
     once = replace(EFFECT, at_most_once=True)
     definitions = sequence(step("mail", "Email", effect=once))
     decision = advance(definitions, at("mail", attempt=1, leased_by="host:1"), NOW).decision
@@ -590,7 +590,7 @@ def looking_up(*steps: Step) -> dict[str, Sequence]:
     return {"s": replace(sequence(*reading)["s"], lookup="app.f")}
 
 
-def test_external_data_are_asked_for_where_they_are_read() -> None:
+def test_external_data_are_requested_where_they_are_read() -> None:
     definitions = looking_up(
         step("pause", "WaitForDuration", {"amount": 1, "unit": "days"}, "ask"),
         step("ask", "Conditional", EXTERNAL, "yes"),
@@ -610,7 +610,7 @@ def test_external_data_are_asked_for_where_they_are_read() -> None:
 
 
 @pytest.mark.parametrize("message", [None, "score 20"])
-def test_an_answer_of_alt_next_to_a_step_without_one_is_told(message: str | None) -> None:
+def test_an_answer_of_alt_next_to_a_step_without_one_is_recorded(message: str | None) -> None:
     definitions = sequence(step("score", "Email", then="next"), step("next", "GoTo"))
     leased = at("score", attempt=1, leased_by="host:1")
     ended = advance(definitions, leased, NOW, Answer(Action.ALT_NEXT, message))
@@ -1002,7 +1002,7 @@ OTHER = sequence(step("x", "Email"), name="other")
 ARCHIVED = {"other": replace(OTHER["other"], archived=True)}
 
 
-def test_a_jump_tells_what_it_enters() -> None:
+def test_a_jump_reports_what_it_enters() -> None:
     advanced = advance({**sequence(JUMP), **OTHER}, at("go"), NOW)
     assert (advanced.entered, advanced.is_shared) == (("other",), False)
 
@@ -1347,7 +1347,7 @@ def test_every_goal_pulls_at_most_once(
     assert pulls <= len(next(iter(definitions.values())).goals)
 
 
-def test_a_goal_that_cannot_be_asked_is_named() -> None:
+def test_a_goal_that_cannot_be_evaluated_is_named() -> None:
     endless = {"lodashCommand": "range", "value": {"type": "raw", "value": 1e9}}
     found = sequence(
         step("a", "WaitForDuration", {"amount": 1, "unit": "day"}), step("won", "Goal", endless)

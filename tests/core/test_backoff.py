@@ -1,4 +1,4 @@
-"""When a runner whose server fails is tried again, and who pays."""
+"""When a runner whose server fails is tried again, and which enrollments spend attempts."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_what_was_spent_when_an_outage_began_is_given_back() -> None:
     assert runner.call(7, works=False, later=RECENT + 1) == Verdict("server", refund=1)
 
 
-def test_a_call_for_several_accuses_nobody() -> None:
+def test_a_call_for_several_blames_no_enrollment() -> None:
     runner = Runner({7})
     keys = [(number, 1) for number in range(100)]
     runner.suspects.failed_together(keys, 0.0)
@@ -152,7 +152,7 @@ def test_a_call_for_several_accuses_nobody() -> None:
     st.lists(st.integers(0, 30), min_size=200, max_size=200),
     st.floats(0.01, 100),
 )
-def test_a_total_outage_costs_nobody_a_last_attempt(
+def test_a_total_outage_costs_no_enrollment_its_last_attempt(
     before: list[int], during: list[int], later: float
 ) -> None:
     """Of an outage after a time in which all went well: at most one enrollment is accused, once,

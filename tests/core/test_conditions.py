@@ -108,7 +108,7 @@ def test_all_that_is_read_is_known_before() -> None:
         assert roots(type_, config) == wanted
 
 
-def test_an_outcome_is_shared_by_those_alone_of_whom_nothing_was_read() -> None:
+def test_an_outcome_is_shared_unless_own_values_were_read() -> None:
     visited = {"lodashCommand": "gt", "value": get("visit"), "compareTo": raw(5)}
     for part, is_shared in ((visited, True), (truth("a"), False)):
         config = {"not": {"all": [{"not": visited}, part]}}

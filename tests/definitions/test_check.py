@@ -42,7 +42,7 @@ def check(path: Path, text: str) -> list[Finding]:
 
 
 @pytest.mark.parametrize("name", ["wrong", "doubtful"])
-def test_everything_is_told_at_once_and_at_its_line(name: str) -> None:
+def test_everything_is_reported_at_once_and_at_its_line(name: str) -> None:
     file = FILES / f"{name}.yaml"
     expected = [
         (number, severity, words.strip())
@@ -72,7 +72,7 @@ def test_the_examples_are_beyond_doubt() -> None:
     assert (len(found), findings) == (len(files), [])
 
 
-def test_what_is_wrong_in_a_block_of_text_is_told_at_its_line(tmp_path: Path) -> None:
+def test_an_error_in_a_block_of_text_is_reported_at_its_line(tmp_path: Path) -> None:
     text = """\
 name: s
 steps:
@@ -120,7 +120,7 @@ def test_a_sequence_in_another_file_counts(tmp_path: Path) -> None:
     assert read_files([tmp_path / "a.yaml"], RUNNERS)[1] == []
     (tmp_path / "b.yaml").write_text("name: a\nsteps: [{name: y, type: Note, altNext: null}]")
     (twice,) = read_files([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)[1]
-    assert str(twice).endswith(f"sequence 'a' stands twice, first in {tmp_path}/a.yaml:1")
+    assert str(twice).endswith(f"sequence 'a' is defined twice, first in {tmp_path}/a.yaml:1")
 
 
 PATHS = """\
@@ -294,12 +294,12 @@ def test_encodings(tmp_path: Path, content: bytes) -> None:
         ("a: " + "9" * 5000, 1, "is no int"),
         ("a: 1\n2: b", 2, "the key 2 must be text"),
         ("? [a]\n: b", 1, "the key must be text"),
-        ("a: 1\nb: 1\na: 2", 3, "the key 'a' stands twice"),
+        ("a: 1\nb: 1\na: 2", 3, "the key 'a' is given twice"),
         ("<<: 1", 1, "<< merges a mapping"),
         ('a: "\\0"', 1, "PostgreSQL can't hold"),
         ('a: "\\ud800"', 1, "half a character"),
         (b"a: 1\nb: \xff", 2, "not in UTF-8"),
-        (b"a: 1\nb: \x01", 2, "0x01 can't stand here"),
+        (b"a: 1\nb: \x01", 2, "0x01 is not allowed here"),
         ("a:\n\tb: 1", 2, "'\\t'"),
         ("a: 1\nb: [", 2, "expected the node content"),
         ("a: 1\nb: *c", 2, "undefined alias 'c'"),
@@ -533,7 +533,7 @@ AT_NINE = "{name: wait, type: WaitForDateComparison, config: {attribute: hour, v
           " value: 1}}, altNext: out}")], None, ""),
     ],
 )  # fmt: skip
-def test_a_cycle_that_may_not_wait_is_told(
+def test_a_cycle_that_may_not_wait_is_reported(
     tmp_path: Path, steps: list[str], severity: str | None, words: str
 ) -> None:
     lines = [f"{{name: welcome, type: Email, config: {MAIL}}}", *steps]
@@ -551,7 +551,7 @@ def test_a_cycle_that_may_not_wait_is_told(
     assert words in cycle
 
 
-def test_a_cycle_through_two_sequences_is_told(tmp_path: Path) -> None:
+def test_a_cycle_through_two_sequences_is_reported(tmp_path: Path) -> None:
     text = (
         f"name: s\nsteps:\n  - {{name: mail, type: Email, config: {MAIL}}}\n"
         "  - {name: over, type: GoTo, config: {sequence: t, step: back}}\n---\n"
@@ -574,7 +574,7 @@ steps:
 """
 
 
-def test_a_goal_that_pulls_once_into_a_cycle_is_told(tmp_path: Path) -> None:
+def test_a_goal_that_leads_once_into_a_cycle_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     [told] = check(file, GOAL_BEFORE_CYCLE.replace("REPEAT", ""))
     assert (told.step, told.is_error) == ("paid", False)
@@ -585,7 +585,7 @@ def test_a_goal_that_pulls_once_into_a_cycle_is_told(tmp_path: Path) -> None:
     assert check(file, ends) == []
 
 
-def test_many_cycles_are_told_in_time(tmp_path: Path) -> None:
+def test_many_cycles_are_reported_in_time(tmp_path: Path) -> None:
     steps = [f"  - {{name: m{n}, type: Email, config: {MAIL}}}\n" for n in range(2000)]
     steps[-1] = steps[-1].replace("}}\n", "}, next: m0}\n")
     start = time.process_time()
@@ -673,7 +673,7 @@ NINE = "{attribute: hour, values: [9, 10, 11]}"
         ("{attribute: day, values: [1]}", "{attribute: day, values: [2]}", ""),
     ],
 )
-def test_waits_for_parts_of_a_date_in_a_row_are_told(
+def test_waits_for_parts_of_a_date_in_a_row_are_reported(
     tmp_path: Path, first: str, second: str, advice: str
 ) -> None:
     """From Friday's evening, day and then hour sends on Saturday."""

@@ -105,9 +105,9 @@ def steps(*lines: str) -> str:
         ),
         (GOOD.replace("altNext: bye", "altNext: buy"), "did you mean 'bye'"),
         (GOOD.replace("attempts: 2", "attempts: 0"), "s/hello: retry.attempts"),
-        (GOOD.replace("name: pause", "name: hello"), "step 'hello' stands twice"),
-        (GOOD + "---\n" + GOOD, "sequence 's' stands twice"),
-        ("name: s\nname: t", "the key 'name' stands twice"),
+        (GOOD.replace("name: pause", "name: hello"), "step 'hello' is defined twice"),
+        (GOOD + "---\n" + GOOD, "sequence 's' is defined twice"),
+        ("name: s\nname: t", "the key 'name' is given twice"),
         ("1: s", "must be text"),
         (steps("name: a, type: WaitForDurations"), "did you mean 'WaitForDuration'"),
         (steps("name: a, type: Note, config: {bad: 1}"), "s/a: bad: this key is not known"),
@@ -140,7 +140,7 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, words: str) -> Non
     assert words in str(wrong.value)
 
 
-def test_all_errors_are_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     text = steps("name: a, type: Nope", "name: b, type: GoTo, next: zzz", "name: b, type: GoTo")
     with pytest.raises(FileError) as wrong:
         read(tmp_path, text)
@@ -177,5 +177,5 @@ def test_a_cycle_with_a_way_out_is_fine(tmp_path: Path) -> None:
         ("Score", {"what": "externals"}, False),
     ],
 )
-def test_who_reads_external_data(type_: str, config: dict[str, object], reads: bool) -> None:
+def test_which_steps_read_external_data(type_: str, config: dict[str, object], reads: bool) -> None:
     assert compiler.reads_external(type_, config) is reads

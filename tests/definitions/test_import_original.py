@@ -1,4 +1,4 @@
-"""`sequencerd import-original`: tables as the original has them, with people in every state."""
+"""`sequencerd import-original`: the original's tables, with enrollments in every state."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_a_trial_says_all_and_does_nothing(
         assert not await original.fetchval(f"SELECT count(*) FROM sequencer.{table}")
 
 
-async def test_everybody_goes_on_where_they_were(
+async def test_enrollments_continue_where_they_were(
     sequencerd: Command, original: asyncpg.Connection, database: str
 ) -> None:
     assert "Onboarding: is created; enrollments: 3 active" in sequencerd(
@@ -133,7 +133,7 @@ async def test_nothing_is_brought_over_twice(
     sequencerd: Command, original: asyncpg.Connection
 ) -> None:
     sequencerd("import-original", "--apply")
-    # what was changed here since stays so, and who has begun there since follows
+    # what was changed here since stays so, and subjects that have begun there since follow
     await original.execute(
         'UPDATE sequencer.steps SET config = \'{"amount": 5, "unit": "days"}\''
         " WHERE name = 'WaitForDuration-11'"
@@ -169,7 +169,7 @@ async def test_nothing_is_brought_over_twice(
         ),
     ],
 )
-async def test_what_cannot_be_a_sequence_is_told_and_the_others_imported(
+async def test_what_cannot_be_a_sequence_is_reported_and_the_others_imported(
     sequencerd: Command, original: asyncpg.Connection, statement: str, words: str
 ) -> None:
     await original.execute(statement)
@@ -180,7 +180,7 @@ async def test_what_cannot_be_a_sequence_is_told_and_the_others_imported(
     assert await original.fetchval("SELECT array_agg(name) FROM sequencer.sequences") == ["Trial"]
 
 
-async def test_rows_that_cannot_be_enrollments_are_left_out_and_told(
+async def test_rows_that_cannot_be_enrollments_are_omitted_and_reported(
     sequencerd: Command, original: asyncpg.Connection
 ) -> None:
     await original.execute(
@@ -235,7 +235,7 @@ async def test_starts_and_steps_that_are_missing(
     assert "left out: neither startSequence" in sequencerd("import-original")
 
 
-async def test_names_are_unique_and_who_is_in_it_twice_stays_so(
+async def test_names_are_unique_and_a_subject_may_be_in_a_sequence_twice(
     sequencerd: Command, original: asyncpg.Connection
 ) -> None:
     await original.execute("UPDATE sequences SET title = 'Same'")
@@ -289,7 +289,7 @@ async def send_reminder(original: asyncpg.Connection, alt_next: int | None = 31)
 
 
 @pytest.mark.parametrize("alt_next", [31, None])
-async def test_a_conditional_where_enrollments_are_is_asked_about(
+async def test_a_conditional_with_enrollments_needs_a_choice(
     sequencerd: Command, original: asyncpg.Connection, database: str, alt_next: int | None
 ) -> None:
     await send_reminder(original, alt_next)
@@ -359,7 +359,7 @@ async def wait_for_past(original: asyncpg.Connection) -> None:
         ("hold", "WaitForDate-40", 0),
     ],
 )
-async def test_a_date_in_the_past_is_asked_about(
+async def test_a_date_in_the_past_needs_a_choice(
     sequencerd: Command, original: asyncpg.Connection, database: str, case: tuple[str, str, int]
 ) -> None:
     choice, step, sent = case
@@ -525,7 +525,7 @@ async def test_a_step_of_another_sequence_becomes_a_goto(
     assert "GoTo-30: its nextStep is a step of Onboarding: GoTo-10 leads there" in text
 
 
-async def test_a_step_of_a_sequence_that_is_not_imported_is_told(
+async def test_a_step_of_a_sequence_that_is_not_imported_is_reported(
     sequencerd: Command, original: asyncpg.Connection
 ) -> None:
     await original.execute('UPDATE steps SET "nextStep" = 21 WHERE id = 11')
@@ -587,7 +587,7 @@ async def test_external_data_arrive_where_they_were_required(letters: Any) -> No
     assert await letters("Letter", {"text": "Hello"}) == {"text": "Hello"}
 
 
-async def test_keys_that_the_original_ignores_are_dropped_and_told(letters: Any) -> None:
+async def test_keys_that_the_original_ignores_are_dropped_and_reported(letters: Any) -> None:
     config = {"amount": 1, "unit": "days", "note": "x", "timeout": 3}
     assert await letters("WaitForDuration", config) == {"amount": 1, "unit": "days"}
     assert "dropped from its config, as the original ignores it: 'note', 'timeout'" in letters.text
@@ -602,7 +602,7 @@ async def test_keys_that_the_original_ignores_are_dropped_and_told(letters: Any)
 
 
 @pytest.mark.parametrize("key", ["delivery", "retry", "expires"])
-async def test_settings_of_ours_in_a_custom_config_are_told(
+async def test_settings_of_ours_in_a_custom_config_are_reported(
     sequencerd: Command, original: asyncpg.Connection, tmp_path: Path, key: str
 ) -> None:
     (tmp_path / "settings.toml").write_text(SETTINGS)

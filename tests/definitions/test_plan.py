@@ -1,4 +1,4 @@
-"""Plan and apply: what would change, for whom; and the same, done."""
+"""Plan and apply: what would change, for which enrollments; and the same, done."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def apply(connection: asyncpg.Connection, tmp_path: Path) -> Applying:
 async def standing(
     connection: asyncpg.Connection, step: str, subject: str, ago: str, wait: str
 ) -> int:
-    """Somebody who came to a step a while ago."""
+    """An enrollment that came to a step a while ago."""
     id_ = await enroll(connection, "s", subject)
     await connection.execute(
         "UPDATE sequencer.enrollments SET step = $2, visit = 2, entered_at = now() - $3::interval,"
@@ -99,7 +99,7 @@ async def test_a_description_is_kept_and_its_change_wakes_nothing(
         await apply(GOOD.replace("name: s\n", f"name: s\ndescription: {'x' * 10_001}\n", 1))
 
 
-async def test_a_plan_tells_each_change_and_apply_does_it(apply: Applying) -> None:
+async def test_a_plan_lists_each_change_and_apply_makes_it(apply: Applying) -> None:
     await apply(GOOD)
     changed = """
 name: s
@@ -126,7 +126,7 @@ steps:
     assert await apply.lines(changed) == ["s: nothing changed"]
 
 
-async def test_a_plan_tells_what_becomes_of_whom(
+async def test_a_plan_counts_what_happens_to_enrollments(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD)
@@ -235,7 +235,7 @@ steps:
         await connection.execute("UPDATE sequencer.sequences SET locale = 'language'")
 
 
-async def test_a_goal_and_a_zone_concern_everybody(
+async def test_a_goal_and_a_zone_affect_all_enrollments(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD)
@@ -252,13 +252,13 @@ async def test_a_goal_and_a_zone_concern_everybody(
     ]
     assert len(await apply.lines(GOOD.replace("Berlin", "Rome"))) == 3
     await apply(GOOD + GOAL)
-    # a goal that is renamed or moved is met by nobody else
+    # a goal that is renamed or moved is met by no other enrollment
     first = GOOD.replace("steps:\n", f"steps:\n{GOAL}").replace("name: paid", "name: p")
     first = first.replace("type: Goal", "type: Goal, renamedFrom: paid")
     assert not any(" wait at " in line for line in await apply.lines(first))
 
 
-async def test_a_step_where_somebody_is_needs_a_move(
+async def test_a_removed_step_with_enrollments_needs_a_move(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD)
@@ -300,7 +300,7 @@ async def test_a_step_where_somebody_is_needs_a_move(
     assert {tuple(row) for row in moved} == {("pause", "to bye by postgres")}
 
 
-async def test_who_comes_to_a_removed_step_since_the_plan_is_not_lost(
+async def test_enrollments_that_reach_a_removed_step_after_the_plan_are_not_lost(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD)
@@ -327,7 +327,7 @@ async def test_a_plan_that_no_longer_holds_is_refused(
         await apply(GOOD.replace("Hello", "Hi"), expected=other)
 
 
-async def test_renames_take_people_and_goals_along(
+async def test_renames_keep_enrollments_and_goals(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD + GOAL)
@@ -445,7 +445,7 @@ async def test_what_is_the_same_to_postgresql_is_no_change(
     assert not await apply(GOOD.replace("text: Hello", "text: 1.0e+23"))
 
 
-async def test_a_plan_tells_how_many_a_schedule_would_enroll(
+async def test_a_plan_counts_what_a_schedule_would_enroll(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await connection.execute(
@@ -558,7 +558,9 @@ def dealt_by(definitions: Mapping[str, Sequence], name: str, step: str) -> list[
     return [advance(definitions, one, now).enrollment.step for one in subjects]
 
 
-async def test_renames_deal_nobody_anew(apply: Applying, connection: asyncpg.Connection) -> None:
+async def test_renames_deal_no_subject_anew(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
     await apply(SPLIT)
     before = await dealt(connection)
     assert set(before) == {"a", "b"}

@@ -132,7 +132,7 @@ def test_a_limit_counts_what_was_sent(tmp_path: Path) -> None:
     assert simulation.ended_at - simulation.entries[0].at == timedelta(days=7)
 
 
-def test_changes_wake_who_waits(tmp_path: Path) -> None:
+def test_changes_wake_a_waiting_enrollment(tmp_path: Path) -> None:
     sequences = loaded(
         tmp_path,
         "  - {name: wait, type: WaitForDuration, config: {amount: 5, unit: days}}\n"
@@ -149,7 +149,7 @@ def test_changes_wake_who_waits(tmp_path: Path) -> None:
     assert late.entries == plain.entries
 
 
-def test_who_waits_beyond_the_end_is_told(tmp_path: Path) -> None:
+def test_a_wait_beyond_the_end_is_reported(tmp_path: Path) -> None:
     text = "  - {name: wait, type: WaitForDuration, config: {amount: 5, unit: days}}\n"
     sequences = loaded(tmp_path, text)
     simulation = sequences.simulate(start=START, until="2026-03-03")
@@ -269,9 +269,7 @@ def test_the_example_passes() -> None:
     assert "3 passed" in done.stdout
 
 
-def test_the_timeline_is_told_in_the_zone_of_the_subject(
-    sequencerd: Command, tmp_path: Path
-) -> None:
+def test_the_timeline_is_in_the_zone_of_the_subject(sequencerd: Command, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(
         "name: s\nsteps:\n"
         "  - {name: wait, type: WaitForDuration, config: {amount: 1, unit: day}}\n"
@@ -309,7 +307,9 @@ def test_wrong_options(applied: Command, option: tuple[str, str], words: str) ->
     assert words in applied.errors
 
 
-def test_a_simulation_goes_on_from_where_somebody_is(applied: Command, tmp_path: Path) -> None:
+def test_a_simulation_continues_from_where_an_enrollment_is(
+    applied: Command, tmp_path: Path
+) -> None:
     applied("enroll", "s", "ada", "--data", '{"name": "Ada"}')
     begun = json.loads(applied("simulate", "--from-enrollment", "1", "--json"))
     assert [entry["step"] for entry in begun["entries"]] == ["first", "first", "second", "second"]
@@ -366,7 +366,7 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
         ("2026-10-24T00:30:00Z", ["25 00:30", "25 08:00", "26 08:00", "27 07:00"]),
     ],
 )
-def test_summer_time_begins_and_ends_while_people_wait(
+def test_summer_time_begins_and_ends_during_waits(
     tmp_path: Path, start: str, times: list[str]
 ) -> None:
     sequences = loaded(

@@ -252,7 +252,7 @@ async def test_of_several_daemons_one_enrolls(defined: asyncpg.Connection, datab
     assert len(await defined.fetchval(SUBJECTS)) == 9
 
 
-async def test_the_policy_after_and_always_decide_whom_a_run_finds(
+async def test_the_policies_after_and_always_decide_what_a_run_enrolls(
     defined: asyncpg.Connection, database: str
 ) -> None:
     await defined.execute(

@@ -134,7 +134,7 @@ async def test_a_waiting_enrollment_keeps_its_turn(
         assert await connection.fetchval(
             f"SELECT wake_at < now() - interval '9 minutes' {mine}", id_
         )
-        # nobody is overdue by the daemon's fault
+        # none is overdue by the daemon's fault
         assert await connection.fetchval("SELECT count(*) FROM sequencer.overdue") == 0
         await connection.execute("UPDATE sequencer.daemons SET alive_until = now() - interval '1h'")
         assert await connection.fetchval("SELECT count(*) FROM sequencer.overdue") == 1

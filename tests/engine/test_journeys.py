@@ -162,7 +162,7 @@ async def test_a_trigger_that_refuses_sets_one_enrollment_aside(
     )
 
 
-async def test_who_is_in_already_goes_on_or_takes_altnext(
+async def test_a_subject_in_the_sequence_already_continues_or_takes_altnext(
     connection: asyncpg.Connection, database: str
 ) -> None:
     await define(connection, "b", DAYS)

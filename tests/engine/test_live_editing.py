@@ -40,7 +40,7 @@ async def apply(connection: asyncpg.Connection, tmp_path: Path) -> Applying:
 
 
 async def at_pause(connection: asyncpg.Connection, subject: str, since: timedelta) -> int:
-    """Somebody who came to the pause a while ago."""
+    """An enrollment that came to the pause a while ago."""
     async with connection.transaction():
         id_ = await enroll(connection, "s", subject)
         await connection.execute(
@@ -203,7 +203,7 @@ async def test_another_next_step_applies_to_enrollments_that_leave(
     assert await connection.fetchval(AT, stays, "pause")
 
 
-async def test_a_renamed_step_takes_everybody_along(
+async def test_a_renamed_step_keeps_its_enrollments(
     apply: Applying, connection: asyncpg.Connection, database: str
 ) -> None:
     held = Held()
@@ -249,7 +249,7 @@ async def test_a_removed_step_needs_a_place_to_go(
     assert await way(connection, id_) == ["pause moved", "bye next", "bye completed"]
 
 
-async def test_a_changed_goal_concerns_everybody(
+async def test_a_changed_goal_is_checked_for_all_enrollments(
     apply: Applying, connection: asyncpg.Connection, note: Recorder
 ) -> None:
     id_ = await at_pause(connection, "ada", DAY)

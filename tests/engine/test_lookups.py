@@ -60,7 +60,7 @@ async def ask_plan(connection: asyncpg.Connection) -> None:
     )
 
 
-async def test_an_sql_function_is_asked_once_for_a_batch(
+async def test_an_sql_function_is_called_once_for_a_batch(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await connection.execute(ACCOUNTS)
@@ -82,7 +82,9 @@ async def test_an_sql_function_is_asked_once_for_a_batch(
     assert all(view["external"] == {"plan": "pro"} for view in told)
     plain = [view for view in recorder.views if view["step"] == "plain"]
     assert len(plain) == 10
-    assert all(view["external"] == {} for view in plain)  # it does not read them: nobody asked
+    assert all(
+        view["external"] == {} for view in plain
+    )  # it does not read them: none were requested
 
 
 async def test_a_goal_in_external_data_is_evaluated_repeatedly(
@@ -161,7 +163,7 @@ async def test_a_failed_lookup_is_repeated_and_is_not_false(
     assert (await way(connection, id_))[-2:] == ["plain next", "plain completed"]
 
 
-async def test_a_function_can_neither_write_nor_be_anybody_elses(
+async def test_a_function_can_neither_write_nor_be_of_a_system_schema(
     connection: asyncpg.Connection,
 ) -> None:
     await connection.execute(ACCOUNTS)
@@ -242,7 +244,7 @@ async def of_mappings(subjects: list[str]) -> Mapping[str, Mapping[str, str]]:
 
 
 @pytest.mark.parametrize("function", ["of_lists", "of_mappings"])
-async def test_a_python_function_is_asked(
+async def test_a_python_function_is_called(
     database: str,
     connection: asyncpg.Connection,
     monkeypatch: pytest.MonkeyPatch,

@@ -270,7 +270,7 @@ async def test_a_lease_that_was_rolled_back_is_not_taken_for_a_later_one(
 
 
 async def sleeper(connection: asyncpg.Connection, then: str | None = None) -> int:
-    """Somebody who waits three days, in a sequence with the goal of paying."""
+    """An enrollment that waits three days, in a sequence with the goal of paying."""
     await define(
         connection,
         "s",
@@ -345,7 +345,9 @@ async def test_a_changed_step_reschedules_its_enrollments(
         await until(connection, "SELECT bool_and(reschedule_from IS NULL) FROM sequencer.steps")
 
 
-async def test_a_new_goal_concerns_everybody(database: str, connection: asyncpg.Connection) -> None:
+async def test_a_new_goal_is_checked_for_all_enrollments(
+    database: str, connection: asyncpg.Connection
+) -> None:
     async with running_engine(database, {"Note": Recorder()}):
         await define(connection, "s", ("pause", "WaitForDuration", DAYS, None))
         await enroll(connection, "s", "ada", '{"paid": true}')
@@ -384,7 +386,7 @@ async def test_without_notifications_the_sweep_finds_everything(
 async def test_a_row_that_is_locked_when_due_is_claimed_soon_after(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    """Locked by somebody who changes nothing, and so tells nobody."""
+    """Locked by a session that changes nothing, and so sends no notification."""
     await define(connection, "s", ("pause", "WaitForDuration", '{"amount": 1, "unit": "s"}', None))
     other = await asyncpg.connect(database)
     async with running_engine(database, sweep=3600):

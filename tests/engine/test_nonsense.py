@@ -1,5 +1,5 @@
 """Every column of every table is fed nonsense while a daemon runs: it is refused by name, or told
-as a problem or a failure of its step, and the daemon goes on with everybody else.
+as a problem or a failure of its step, and the daemon continues with all others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Servers that are down, throttle, or fail for one enrollment: who waits, and who pays."""
+"""Servers that are down, throttle, or fail for one enrollment: what waits, what spends attempts."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def versions(connection: asyncpg.Connection) -> dict[int, str]:
 
 
 def closed_port() -> int:
-    """A port at which nobody listens."""
+    """A port without a listener."""
     with socket.socket() as made:
         made.bind((HOST, 0))
         port: int = made.getsockname()[1]

@@ -269,7 +269,7 @@ async def test_a_row_that_refuses_keeps_no_lease_of_another_from_being_extended(
     assert gate.begun == 2
 
 
-# --- locks, time-outs, rights and names are nobody's fault
+# --- locks, time-outs, rights and names are no row's fault
 
 
 @pytest.mark.parametrize(
@@ -512,7 +512,7 @@ async def test_an_answer_with_data_beyond_the_limit_fails_its_own_enrollment(
     assert len(recorder.keys) == 2
 
 
-# --- what nobody knows
+# --- what is not known
 
 
 async def test_sequences_that_do_not_exist_are_looked_for_once(
@@ -545,7 +545,7 @@ async def test_sequences_that_do_not_exist_are_looked_for_once(
         await until(connection, DONE, 2)
 
 
-# --- what nobody should do
+# --- what should not be done
 
 
 async def test_tables_that_are_emptied_meanwhile_leave_no_leases(

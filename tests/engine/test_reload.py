@@ -62,7 +62,7 @@ async def test_what_is_in_flight_ends_with_the_runner_that_began_it(
             await engine.use({"Work": new, "Other": same}, engine._executors.lookups)
         )
         assert engine._executors.by_key["Other"] is kept
-        # those who found no room go on with the new one, while the old one still works
+        # those that found no free slot continue with the new one, while the old one still works
         await until(connection, "SELECT count(*) = 6 FROM sequencer.enrollments"
                     " WHERE status = 'completed'")  # fmt: skip
         assert not drained.done()
@@ -154,7 +154,7 @@ async def test_only_what_the_settings_change_is_made_anew() -> None:
 async def test_only_what_has_changed_is_compiled_and_the_loop_turns_meanwhile(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    """A sequence of many steps holds up nobody while it is read."""
+    """A sequence of many steps delays no other while it is read."""
     compiled: list[str] = []
     in_turn: Counter[int] = Counter()
     turns = 0
@@ -264,7 +264,7 @@ async def test_renamed_steps_keep_their_enrollments(
 
 
 def test_a_long_chain_that_never_waits_is_found_in_linear_time() -> None:
-    """10,000 steps are no reason to hold up anybody."""
+    """10,000 steps delay no enrollment."""
     links = 10_000
 
     def chain(end: str | None) -> dict[str, Step]:

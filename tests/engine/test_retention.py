@@ -137,7 +137,7 @@ async def test_retention_delays_no_writer_of_history(
 ) -> None:
     old = await make_past(defined, 14)
     async with defined.transaction():
-        await defined.fetch("SELECT * FROM sequencer.events")  # somebody's long report
+        await defined.fetch("SELECT * FROM sequencer.events")  # another session's long report
         with pytest.raises(asyncpg.LockNotAvailableError):
             await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
     await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
@@ -214,7 +214,7 @@ async def test_what_goes_wrong_is_tried_again(
 async def test_a_publication_does_not_interfere(
     defined: asyncpg.Connection, pool: asyncpg.Pool, tables: str
 ) -> None:
-    """Rows that no key names can be deleted all the same: by us, and by who forgets a subject."""
+    """Rows that no key names can be deleted all the same: by us, and by a command."""
     await defined.execute(f"CREATE PUBLICATION everything FOR {tables}")
     old = await make_past(defined, 14)
     await happened(defined, month(-30))  # without a partition

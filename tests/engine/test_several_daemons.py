@@ -1,4 +1,4 @@
-"""Daemons with different runners on one database: each executes what it can, and fails nobody."""
+"""Daemons with different runners on one database: each executes what it can, and fails none."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ async def test_they_are_written_in_the_transaction_of_the_result(
     )
 
 
-async def test_a_stale_result_tells_of_its_address_all_the_same(
+async def test_a_stale_result_suppresses_its_address_all_the_same(
     database: str, connection: asyncpg.Connection
 ) -> None:
     begun, moved = asyncio.Event(), asyncio.Event()

@@ -115,7 +115,7 @@ async def test_a_retry_waits_for_the_next_opening(
 async def test_a_holiday_is_followed_while_enrollments_wait(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    """By anybody with the editor's role; and the calendar that is missing at first."""
+    """By any user with the editor's role; and the calendar that is missing at first."""
     await connection.execute(
         "DO $$ BEGIN CREATE ROLE login_editor LOGIN;"
         " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"

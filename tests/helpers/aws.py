@@ -88,7 +88,7 @@ def refusal(status: int, kind: str, **headers: str) -> servers.Answer:
 
 
 async def score(event: Any) -> servers.Answer:
-    """A function as people have deployed them with the original."""
+    """A function as it was deployed for the original."""
     assert set(event) == {"config", "runners"}
     answers = [{"id": runner["id"], "action": "next"} for runner in event["runners"]]
     return servers.Answer(body=json.dumps(answers).encode())

@@ -141,7 +141,7 @@ async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
                 answers.cancel()
             below.write(data)
             if is_lost:
-                await asyncio.sleep(0.1)  # the server has done it, and nobody is told
+                await asyncio.sleep(0.1)  # the server has done it without a notification
                 break
         answers.cancel()
         below.close()

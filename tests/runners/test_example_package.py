@@ -1,4 +1,4 @@
-"""The example package: installed as anybody would, found and run."""
+"""The example package: installed as a user would, found and run."""
 
 from __future__ import annotations
 

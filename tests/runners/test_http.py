@@ -276,7 +276,7 @@ async def test_an_endpoint_that_hangs() -> None:
     assert not failed(result).permanent
 
 
-async def test_nobody_listens_there() -> None:
+async def test_a_port_without_a_listener() -> None:
     async with http_server(all_next) as server:
         url = server.url
     made = http_runner(f"{url.replace('//', '//user:hidden@')}/?token=hidden")
@@ -399,7 +399,7 @@ async def test_a_machine_without_descriptors_spends_no_attempt() -> None:
         assert await made.run(made.compile({}), [task()]) == [Answer()]
 
 
-async def test_the_cause_is_told_whatever_was_being_handled() -> None:
+async def test_the_cause_is_reported_whatever_was_being_handled() -> None:
     async with http_server(all_next) as server:
         url = server.url
     made = http_runner(url)

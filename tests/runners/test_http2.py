@@ -112,7 +112,7 @@ async def test_a_connection_cut_after_the_request_leaves_the_outcome_open(
     assert (result.unknown, result.permanent) == (True, False)
 
 
-async def test_a_connection_that_the_server_gives_up_is_asked_again_at_once(
+async def test_a_request_on_a_connection_that_the_server_closes_is_repeated_at_once(
     tls: ssl.SSLContext,
 ) -> None:
     async def respond(request: Request) -> servers.Answer:
@@ -140,7 +140,7 @@ async def test_a_connection_that_the_server_gives_up_is_asked_again_at_once(
     assert sorted(keys[:3]) == sorted(keys[3:])
 
 
-async def test_a_server_that_gives_up_every_connection_is_not_asked_for_ever(
+async def test_a_server_that_closes_every_connection_is_not_called_for_ever(
     tls: ssl.SSLContext,
 ) -> None:
     async def respond(_: Request) -> servers.Answer:
@@ -166,7 +166,7 @@ async def test_no_answer_in_time_leaves_the_outcome_open(tls: ssl.SSLContext) ->
     assert "no answer" in result.message
 
 
-async def test_a_certificate_that_nobody_vouches_for_sends_nothing(
+async def test_an_untrusted_certificate_gets_no_request(
     tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def respond(request: Request) -> servers.Answer:

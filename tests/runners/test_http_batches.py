@@ -98,7 +98,7 @@ async def test_what_one_call_has_no_time_for_is_given_back() -> None:
     assert len(server.requests) == results.count(Answer()) < 10
 
 
-async def test_a_server_that_is_down_is_asked_once() -> None:
+async def test_a_server_that_is_down_is_called_once() -> None:
     async def respond(_: Request) -> servers.Answer:
         return servers.Answer(429, headers={"Retry-After": "7"})
 

@@ -48,7 +48,7 @@ def test_patterns_are_compared_with_normalised_addresses(
     assert OnlyTo("email.only_to", patterns).outside([address]) == (set() if is_in else {address})
 
 
-async def test_copies_to_others_are_left_out_and_told() -> None:
+async def test_copies_to_others_are_omitted_and_reported() -> None:
     async with smtp_server() as server:
         runner = EmailRunner(f"smtp://{HOST}:{server.port}", only_to=["*@example.com"])
         program = runner.compile(CONFIG)

@@ -118,7 +118,7 @@ async def test_the_daemon_sends_them_where_the_environment_says(
     assert b"sequencerd" in sent
 
 
-def test_an_extra_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extra_that_is_missing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
     with pytest.raises(ModuleNotFoundError):
         tracing.start({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:1"})

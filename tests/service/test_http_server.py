@@ -137,7 +137,7 @@ async def test_it_is_ready_and_measures_what_it_does(
         assert found["sequencerd_ready", ""] == 1
         assert found["sequencerd_listener_reconnects_total", ""] == 0
         assert abs(found["sequencerd_clock_offset_seconds", ""]) < 60
-        assert "held" not in response.text  # it is paused, so nobody there is late
+        assert "held" not in response.text  # it is paused, so none there is late
 
         accepts = {"Accept": "application/openmetrics-text; version=1.0.0"}
         text = (await client.get("/metrics", headers=accepts)).text
@@ -145,7 +145,7 @@ async def test_it_is_ready_and_measures_what_it_does(
         assert (await client.get("/nothing")).status_code == 404
 
 
-async def test_who_is_due_is_counted_by_step(
+async def test_due_enrollments_are_counted_by_step(
     database: str, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:
     """A gateway that is not there keeps them waiting: one is tried, the others have no room."""
@@ -202,7 +202,7 @@ async def test_without_the_database_it_is_alive_and_not_ready(
         assert found["sequencerd_listener_reconnects_total", ""] >= 1
 
 
-async def test_a_loop_that_is_blocked_is_told(
+async def test_a_loop_that_is_blocked_is_reported(
     database: str, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:
     site = stuck_package(tmp_path)
@@ -281,7 +281,7 @@ def test_lateness_is_exact() -> None:
     assert value("sequencerd_lateness_seconds_sum") == pytest.approx(sum(late))
 
 
-def test_outcomes_are_told_apart() -> None:
+def test_outcomes_are_counted_apart() -> None:
     metrics = Metrics()
     metrics.begun("Email", 5)
     results: list[Result] = [
@@ -394,7 +394,7 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-async def test_many_idle_connections_shut_nobody_out() -> None:
+async def test_many_idle_connections_keep_no_client_out() -> None:
     async with listening(patience=3600) as port:
         idle: list[asyncio.StreamWriter] = []
         before = descriptors()

@@ -52,7 +52,7 @@ logging.getLogger("asyncio").error("a library's, %s", "too")
 """
 
 
-async def test_json_where_nobody_watches() -> None:
+async def test_json_without_a_terminal() -> None:
     lines = [json.loads(line) for line in (await said("-c", LINES)).splitlines()]
     assert [(line["level"], line["event"]) for line in lines] == [
         ("info", "second"),
@@ -147,12 +147,12 @@ def read_all(terminal: int) -> str:
     try:
         while part := os.read(terminal, 10_000):
             found += part
-    except OSError:  # how a terminal says that nobody writes any more
+    except OSError:  # how a terminal ends when its last writer closes it
         pass
     return found.decode()
 
 
-async def test_no_secret_and_no_person_is_logged(
+async def test_no_secret_and_no_recipient_is_logged(
     database: str, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:
     """Secrets in every setting, servers that give them away, and everything fails."""
@@ -212,7 +212,7 @@ async def test_no_secret_and_no_person_is_logged(
     )  # fmt: skip
     failed = "SELECT count(*) = 2 FROM sequencer.enrollments WHERE failure = 'error'"
     await until(connection, failed)
-    # a refused login is the operator's: it is reported, and fails nobody
+    # a refused login is the operator's: it is reported, and fails no enrollment
     await until(connection, "SELECT EXISTS (SELECT FROM sequencer.problems WHERE about = 'Email')")
     await until(connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'retry')")
     await connection.execute("SELECT pg_notify('sequencer', $1)", f'{{"person": "{PERSON}"}}')

@@ -159,7 +159,7 @@ def test_an_answer_is_used_again_for_a_while(
     run(work())
 
 
-def test_who_gives_up_leaves_the_question_to_others(resolver: Resolver) -> None:
+def test_a_cancelled_query_continues_for_the_others(resolver: Resolver) -> None:
     async def work() -> None:
         loop = asyncio.get_running_loop()
         first, second = await hanging(
@@ -182,7 +182,7 @@ def test_what_is_no_name(host: str) -> None:
     run(work())
 
 
-def test_a_name_is_asked_for_by_its_addresses_in_turn(resolver: Resolver) -> None:
+def test_the_addresses_of_a_name_are_used_in_turn(resolver: Resolver) -> None:
     async def work() -> None:
         loop = asyncio.get_running_loop()
         server = await loop.create_server(asyncio.Protocol, HOST, 0)

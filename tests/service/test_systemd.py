@@ -85,7 +85,7 @@ def settings(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_daemon_tells_when_it_is_ready_turns_and_stops(
+def test_the_daemon_notifies_when_it_is_ready_turns_and_stops(
     manager: socket.socket, database: str, settings: Path
 ) -> None:
     with service(manager, database, settings) as daemon:
@@ -184,7 +184,7 @@ def drain(manager: socket.socket) -> list[str]:
         return found
 
 
-def test_without_systemd_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_systemd_nothing_is_notified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     notify("READY=1")
     monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")

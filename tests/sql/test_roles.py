@@ -39,7 +39,7 @@ async def logins(connection: asyncpg.Connection, database: str) -> dict[str, str
 async def sessions(
     logins: dict[str, str], connection: asyncpg.Connection
 ) -> AsyncIterator[dict[str, asyncpg.Connection]]:
-    """Connections, by role, to a database with a sequence and somebody in it."""
+    """Connections, by role, to a database with a sequence and an enrollment."""
     await define(
         connection,
         "s",
@@ -256,7 +256,7 @@ async def test_functions_with_more_rights_are_pinned(connection: asyncpg.Connect
     assert any(row["prosecdef"] for row in rows)
     pinned = "search_path=pg_catalog, pg_temp"
     loose = [row for row in rows if pinned not in (row["proconfig"] or [])]
-    # these have no more rights than who calls them, and name the schema of everything
+    # these have no more rights than their callers, and name the schema of everything
     assert {row["proname"] for row in loose} == {
         "reuse_entry_policy",
         "check_columns",

@@ -466,7 +466,7 @@ async def test_reevaluate_returns_a_count_and_respects_its_filters(
     assert await defined.fetchval(f"{look}()") == 0
 
 
-async def test_views_tell_where_everybody_is(defined: asyncpg.Connection) -> None:
+async def test_views_show_where_enrollments_are(defined: asyncpg.Connection) -> None:
     for name in ("ada", "bob", "eve"):
         await enroll(defined, "s", name)
     await defined.execute(
@@ -522,7 +522,7 @@ async def heard(ear: Ear, connection: asyncpg.Connection, *statements: str) -> l
         await connection.execute(statement)
     await connection.execute("SELECT pg_notify('sequencer', 'end')")
     async with asyncio.timeout(PATIENCE):
-        while "end" not in ear.heard:  # noqa: ASYNC110 - asyncpg calls, nobody sets an event
+        while "end" not in ear.heard:  # noqa: ASYNC110 - asyncpg calls, there is no event
             await asyncio.sleep(0.01)
     return ear.heard[:-1]
 

@@ -71,8 +71,8 @@ def test_without_the_package_it_says_what_to_do(
         embedded.running(folder).__enter__()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-def test_nobody_but_its_owner_can_enter(folder: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_only_its_owner_can_enter(folder: Path) -> None:
     with embedded.running(folder, settings=FAST) as server:
         for path in (folder, server.data):
             assert path.stat().st_mode & 0o077 == 0

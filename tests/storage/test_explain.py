@@ -1,4 +1,4 @@
-"""The plans of the hot statements, with a million who sleep and statistics from when they were few:
+"""Plans of the hot statements, with a million that sleep and statistics from when there were few:
 none reads the table through, whichever plan PostgreSQL settles on.
 """
 

@@ -62,7 +62,7 @@ def test_whatever_comes_it_is_a_message_or_refused(payload: str) -> None:
         parse(payload)
 
 
-# --- requests to evaluate those who wait
+# --- requests to evaluate waiting enrollments
 
 
 @pytest.fixture

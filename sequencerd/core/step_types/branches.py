@@ -176,7 +176,7 @@ def _split_ways(ways: list[Way]) -> Instant:
     names = [way.name for way in ways]
     if twice := [n for n, name in enumerate(names) if names.index(name) != n]:
         raise DefinitionError(
-            [Fault(("ways", n, "name"), f"way {names[n]!r} stands twice") for n in twice]
+            [Fault(("ways", n, "name"), f"way {names[n]!r} is named twice") for n in twice]
         )
     if not any(way.weight for way in ways):
         raise DefinitionError([Fault(("ways",), "one of the weights must be above 0")])

@@ -203,7 +203,7 @@ def _next_time(since: datetime, hour: int, minute: int, timezone: str) -> dateti
 
 
 def _instant(value: object, default: datetime) -> datetime:
-    """Return when an item came. Data can be changed by anybody, so it may be nonsense."""
+    """Return when an item came. Any user can change the data, so it may be nonsense."""
     try:
         found = datetime.fromisoformat(value) if isinstance(value, str) else default
         return found.astimezone(UTC) if found.tzinfo is not None else default

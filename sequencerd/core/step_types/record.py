@@ -1,4 +1,4 @@
-"""The record of a step type, and what is read in a config by where it stands there."""
+"""The record of a step type, and what is read in a config by its place there."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from sequencerd.core.retry import doubled
 from sequencerd.runners.email.smtp import Delivery
 
 DATA_KEY = "emailPending"
-"""Where it stands in the enrollment's data; null when it is over."""
+"""Where it is in the enrollment's data; null when it is over."""
 
 LONGEST = timedelta(days=2)
 """So long it is tried, as mail servers do (RFC 5321, 4.5.4.1, says four to five days at most)."""

@@ -339,9 +339,10 @@ class _Attempt:
         failures = list(self.refused.values())
         waits = [failed.retry_after for failed in failures if failed.retry_after]
         faults = {failed.fault for failed in failures if not failed.permanent}
-        everybody = len(self.refused) == len(mail.recipients)
+        all_refused = len(self.refused) == len(mail.recipients)
         return Failed(
-            ("" if everybody else "not sent to anybody yet, ") + f"refused: {_told(self.refused)}",
+            ("" if all_refused else "not sent to any recipient yet, ")
+            + f"refused: {_told(self.refused)}",
             permanent=all(failed.permanent for failed in failures),
             retry_after=max(waits, default=None),
             fault=faults.pop() if len(faults) == 1 else "enrollment",

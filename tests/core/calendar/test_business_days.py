@@ -61,7 +61,7 @@ def test_it_ends_on_a_business_day_with_as_many_between(
 
 
 @given(instants, st.timedeltas(timedelta(0), timedelta(days=20)), amounts, holidays)
-def test_who_is_later_is_not_earlier_after_it(
+def test_a_later_start_does_not_end_earlier(
     start: datetime, ahead: timedelta, amount: int, off: frozenset[date]
 ) -> None:
     tz = dates.zone("UTC")

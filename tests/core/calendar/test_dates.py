@@ -91,14 +91,14 @@ def test_unix_times(text: str, unit: timedelta, found: str | None) -> None:
     assert dates.parse_unix(text, unit) == (found and at(found))
 
 
-def test_a_bare_number_is_told_from_a_date_without_dashes() -> None:
+def test_a_bare_number_differs_from_a_date_without_dashes() -> None:
     for text in ("1767225", "1767225600", "1767225600000", "0", "-1", "2026", "1767225600.5"):
         assert dates.is_bare_number(text)
     for text in ("20261201", "2026-12", "", "20261201T10"):
         assert not dates.is_bare_number(text)
 
 
-def test_an_amount_out_of_range_is_told() -> None:
+def test_an_amount_out_of_range_is_reported() -> None:
     with pytest.raises(EvaluationError):
         dates.add(at("2024-01-01T00:00:00Z"), 1e6, "years", BERLIN)
 

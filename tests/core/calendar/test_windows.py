@@ -76,7 +76,7 @@ def test_it_closes(window: Window, now: str, closes: str) -> None:
     assert closing(window, at(now), BERLIN, EASTER) == at(closes)
 
 
-def test_a_window_that_never_opens_is_told() -> None:
+def test_a_window_that_never_opens_is_reported() -> None:
     days = frozenset(date(2026, 1, 1) + timedelta(days=n) for n in range(2000))
     with pytest.raises(EvaluationError, match="four years") as error:
         opening(OFFICE, at("2026-04-01T08:00:00Z"), BERLIN, days)

@@ -201,7 +201,7 @@ def test_every_command_answers_or_says_why_not(command: str, value: object, othe
 
 
 @pytest.mark.parametrize("command", ["debounce", "template", "sample", "mixin", "now"])
-def test_what_is_left_out_is_told_with_the_reason(command: str) -> None:
+def test_what_is_omitted_is_reported_with_the_reason(command: str) -> None:
     with pytest.raises(DefinitionError, match="left out, since"):
         compile_predicate(command, raw(1), raw(1))
 
@@ -213,7 +213,7 @@ def test_what_is_left_out_is_told_with_the_reason(command: str) -> None:
         ("toNumber", {"toString": 1}, None, "toNumber"),
     ],
 )
-def test_where_lodash_throws_its_own_words_are_told(
+def test_where_lodash_throws_its_own_words_are_reported(
     command: str, value: object, other: object, words: str
 ) -> None:
     with pytest.raises(EvaluationError, match=words) as caught:

@@ -78,7 +78,7 @@ def nested(depth: int) -> str:
 
 
 @pytest.mark.parametrize("command", ["isEqual", "flattenDeep", "cloneDeep", "toString", "gt"])
-def test_data_that_is_nested_without_end_is_told(command: str) -> None:
+def test_data_nested_without_end_is_reported(command: str) -> None:
     predicate = compile_predicate(command, at("data.a"), at("data.b"))
     with pytest.raises(EvaluationError, match="nested too deep") as caught:
         predicate(f'{{"data":{{"a":{nested(500_000)},"b":{nested(500_000)}}}}}')
@@ -86,7 +86,7 @@ def test_data_that_is_nested_without_end_is_told(command: str) -> None:
     everything_answers()
 
 
-def test_a_limit_is_told_with_the_command() -> None:
+def test_a_limit_is_reported_with_the_command() -> None:
     with pytest.raises(EvaluationError, match=r"lodashCommand range: more than 0\.25") as caught:
         holds("range", 1e9, None)
     assert caught.value.failure == "bad_data"
@@ -108,7 +108,7 @@ def test_whatever_runs_is_stopped(code: str, monkeypatch: pytest.MonkeyPatch) ->
     made = sandbox._current()
     with pytest.raises(Exception, match=r"interrupted|memory|stack|null") as caught:
         made._context.eval(code)
-    monkeypatch.setattr(sandbox._Sandbox, "is_new", True)  # nobody else has left it in memory
+    monkeypatch.setattr(sandbox._Sandbox, "is_new", True)  # no other has left it in memory
     with pytest.raises(sandbox.LimitError):
         sandbox._judge(made, caught.value)
     assert sandbox._current() is not made
@@ -222,7 +222,7 @@ def test_nothing_is_random_and_no_clock_is_read() -> None:
         assert holds("isNil", at(path), None) is True
 
 
-def test_what_others_left_in_memory_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_others_left_in_memory_fails_no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     # lodash remembers the last paths: these fill the memory of the context
     monkeypatch.setattr(sandbox, "MEMORY", 6 * 1024 * 1024)
     monkeypatch.setattr(sandbox, "_THREAD", sandbox._Thread())
@@ -264,7 +264,7 @@ def test_the_libraries_are_those_of_the_list() -> None:
         "from sequencerd.cli import main; main(['check', 'file.yaml'])",
     ],
 )
-def test_who_needs_no_condition_loads_no_engine(program: str, tmp_path: object) -> None:
+def test_a_program_without_conditions_loads_no_engine(program: str, tmp_path: object) -> None:
     code = f"""
 import sys, pathlib
 pathlib.Path("file.yaml").write_text("name: s\\nsteps: [{{name: a, type: GoTo}}]")

@@ -141,7 +141,7 @@ def test_strict_a_missing_value_is_an_error(source: str, tag: str) -> None:
         ("{{data.zero}} {{data.nope}} {{data.empty}}", "0 false "),
     ],
 )
-def test_strict_what_is_asked_for_may_be_missing(source: str, expected: str) -> None:
+def test_strict_what_a_condition_tests_may_be_missing(source: str, expected: str) -> None:
     view: dict[str, object] = {"data": {"zero": 0, "nope": False, "empty": ""}}
     assert compile_template(source, escape=False, strict=True).render(view) == expected
 
@@ -234,12 +234,12 @@ def test_a_malformed_template_is_refused(source: str) -> None:
         ("{{* x}}", "not a decorator"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_line(source: str, words: str) -> None:
+def test_an_error_is_reported_with_its_line(source: str, words: str) -> None:
     with pytest.raises(DefinitionError, match=f"(?s){words}"):
         compile_template(source, escape=True)
 
 
-def test_all_that_is_wrong_is_told() -> None:
+def test_all_errors_of_a_template_are_reported() -> None:
     with pytest.raises(DefinitionError) as caught:
         compile_template("{{dat a b}}{{> c}}\n{{json}}{{json a b}}", escape=True)
     assert len(caught.value.faults) == 3

@@ -300,7 +300,7 @@ async def test_an_addressee_refused_for_now_holds_the_message_back_for_all() -> 
         server.refused = {"ada@example.com": "450 4.2.0 greylisted"}
         result = failed(await send(server, {"cc": "bob@example.com"}))
     assert not result.permanent
-    assert "not sent to anybody yet" in result.message
+    assert "not sent to any recipient yet" in result.message
     assert server.messages == []
 
 
@@ -447,7 +447,7 @@ async def test_cancelled_in_the_middle_the_connection_is_not_used_again() -> Non
     assert server.connections == 2
 
 
-async def test_nobody_listens_there() -> None:
+async def test_a_port_without_a_listener() -> None:
     async with smtp_server() as server:
         gone = server.port
     made = EmailRunner(f"smtp://{HOST}:{gone}")
@@ -524,7 +524,7 @@ def suppressing(*addresses: str) -> Suppressions:
     return Suppressions(ask)
 
 
-async def test_who_is_suppressed_gets_nothing() -> None:
+async def test_a_suppressed_recipient_gets_nothing() -> None:
     nobody = suppressing("ada@x.org", "eve@xn--bcher-kva.example")
     config = BASIC | {"to": ["{{data.email}}", "Bob <bob@x.org>"], "cc": "Eve@b\u00fccher.example"}
     async with smtp_server() as server, runner(server, suppressions=nobody) as made:
@@ -535,7 +535,7 @@ async def test_who_is_suppressed_gets_nothing() -> None:
         assert envelope.rcpt_tos == ["bob@x.org"]
         assert server.parsed()["To"] == "Bob <bob@x.org>"
         assert server.parsed()["Cc"] is None
-        # nobody is left
+        # no recipient is left
         (result,) = await made.run(made.compile(BASIC), [task(email="ada@x.org")])
         assert result == Suppressed("not sent to ada@x.org")
         assert len(server.messages) == 1
@@ -655,9 +655,7 @@ async def test_tls_from_the_start(tls: tuple[ssl.SSLContext, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tls", "starttls"])
-async def test_a_certificate_that_nobody_vouches_for(
-    kind: str, tls: tuple[ssl.SSLContext, Path]
-) -> None:
+async def test_an_untrusted_certificate(kind: str, tls: tuple[ssl.SSLContext, Path]) -> None:
     scheme = "smtps" if kind == "tls" else "smtp"
     query = "" if kind == "tls" else "starttls=always"
     results: list[Result] = []

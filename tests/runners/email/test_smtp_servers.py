@@ -204,7 +204,7 @@ async def test_another_login_is_tried_where_one_is_refused() -> None:
 
 
 @pytest.mark.parametrize("refusal", ["535 5.7.8 bad", "421 4.7.0 too many failed logins"])
-async def test_a_refused_login_is_told_though_the_server_hangs_up(refusal: str) -> None:
+async def test_a_refused_login_is_reported_though_the_server_hangs_up(refusal: str) -> None:
     answers: dict[str, list[str | bytes | None]] = {"AUTH": [refusal, None]}
     async with scripted(answers=answers, extensions=["AUTH PLAIN LOGIN"]) as server:
         made = EmailRunner(f"smtp://ada:secret@{HOST}:{server.port}?starttls=never")
