@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from functools import cache
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def one(instruction: str) -> str:
     return [text for word, text in instructions() if word == instruction][-1]
 
 
+@cache
 def needed(*extras: str) -> set[str]:
     """The distributions that sequencerd needs, theirs included, by canonical name."""
     found: set[str] = set()

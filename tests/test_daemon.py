@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from email import message_from_bytes
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -18,6 +19,7 @@ import pytest
 from aiosmtpd.smtp import SMTP
 
 from sequencerd.runners.email.runner import EmailRunner
+from tests.helpers.commands import Command
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until, way
 from tests.helpers.runners import http_runner
 from tests.helpers.waiting import PATIENCE
@@ -358,19 +360,14 @@ async def test_asleep_it_asks_nothing_but_the_probe(
         ("SEQUENCERD_NOTHING", "x", 2, "SEQUENCERD_NOTHING is not a setting"),
     ],
 )
-async def test_what_it_cannot_begin_with_is_one_clear_line(
-    variable: str, value: str, code: int, words: str
+def test_what_it_cannot_begin_with_is_one_clear_line(
+    variable: str, value: str, code: int, words: str, tmp_path: Path
 ) -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "sequencerd",
-        "run",
-        env={**os.environ, variable: value},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, errors = await process.communicate()
-    assert process.returncode == code
-    assert words in errors.decode()
-    assert len(errors.decode().strip().splitlines()) == 1
-    assert "hidden" not in errors.decode()
+    command = Command("postgresql://127.0.0.1:1/x", tmp_path)
+    command.variables[variable] = value
+    # settings are read before the daemon handles signals, which only a main thread can
+    run = command if code == 2 else command.program
+    run("run", code=code)
+    assert words in command.errors
+    assert len(command.errors.strip().splitlines()) == 1
+    assert "hidden" not in command.errors

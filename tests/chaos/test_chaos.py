@@ -25,14 +25,13 @@ import asyncpg
 import pytest
 
 from sequencerd.cli import doctor
-from sequencerd.daemon import CLOSE_TIMEOUT
 from sequencerd.settings import Settings
 from tests.chaos.checker import check
 from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
 from tests.helpers.pooler import pgbouncer
 from tests.helpers.waiting import PATIENCE
 
-SECONDS = float(os.environ.get("CHAOS_SECONDS", "6"))
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "3"))
 FIRST = int(os.environ.get("CHAOS_SEED", "1"))
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
 
@@ -61,7 +60,7 @@ async def world(
 
 
 async def breaking(
-    world: World, *faults: Fault, every: float, daemons: int = 3, times: int | None = None
+    world: World, *faults: Fault, every: float, daemons: int = 2, times: int | None = None
 ) -> None:
     """Enrolls, and meanwhile does one of the faults now and then; then waits until all are done."""
     loop = asyncio.get_running_loop()
@@ -103,12 +102,12 @@ async def freeze(world: World) -> None:
 
 async def test_daemons_are_killed(world: World) -> None:
     world.sink.slow = 0.05
-    await breaking(world, kill, every=1.5)
+    await breaking(world, kill, every=1)
 
 
 async def test_daemons_freeze(world: World) -> None:
     world.sink.slow = 0.05
-    await breaking(world, freeze, every=0.5, daemons=2)
+    await breaking(world, freeze, every=0.5)
 
 
 async def test_daemons_are_restarted_and_nothing_is_done_twice(world: World) -> None:
@@ -276,11 +275,11 @@ async def crowd_out(world: World) -> None:
 
 
 async def test_the_server_has_no_connections_left_for_a_daemon_that_starts(world: World) -> None:
-    await breaking(world, crowd_out, every=1, daemons=2)
+    await breaking(world, crowd_out, every=1)
 
 
 async def test_connections_are_terminated(world: World) -> None:
-    await breaking(world, terminate, every=0.3, daemons=2)
+    await breaking(world, terminate, every=0.3)
 
 
 class Pair:
@@ -326,11 +325,11 @@ async def test_a_standby_takes_over(pair: Pair, tmp_path: Path) -> None:
 
 
 async def test_the_database_is_restarted_and_crashes(world: World) -> None:
-    await breaking(world, restart, restart_immediately, crash, every=2, daemons=2)
+    await breaking(world, restart, restart_immediately, crash, every=1)
 
 
 async def test_the_database_refuses(world: World) -> None:
-    await breaking(world, conflict, time_out, crowd, every=0.5, daemons=2)
+    await breaking(world, conflict, time_out, crowd, every=0.5)
 
 
 @pytest.fixture
@@ -366,7 +365,7 @@ async def test_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
 
     with stack:
         async with living(small.url, tmp_path, FIRST) as world:
-            await breaking(world, fill, every=1, daemons=2)
+            await breaking(world, fill, every=1)
         assert "No space left on device" in (small_disk / "server/log").read_text()
 
 
@@ -375,7 +374,7 @@ async def test_no_log_can_be_written(world: World) -> None:
     world.stderr = Path("/dev/full")
     await world.keep(2)
     daemons = list(world.daemons)
-    await breaking(world, terminate, every=0.3, daemons=2)
+    await breaking(world, terminate, every=0.3)
     assert world.daemons == daemons
     await world.stop()
     assert [daemon.process.returncode for daemon in daemons] == [0, 0]
@@ -390,7 +389,7 @@ async def test_a_pooler_is_between(world: World, tmp_path: Path, listening: str)
     option = f'listen_url = "{world.database}"' if listening == "direct" else "listen = false"
     world.settings += f"[database]\n{option}\n"
     with pgbouncer(world.database, tmp_path) as world.used:
-        await breaking(world, terminate, every=1, daemons=2)
+        await breaking(world, terminate, every=1)
         found = [
             finding
             async for finding in doctor.examine(world.used, Settings())
@@ -464,7 +463,7 @@ async def test_the_clock_is_wrong_and_jumps(world: World, tmp_path: Path) -> Non
     async def jump(_: World) -> None:
         offset.write_text(world.rng.choice(["+3600", "-3600", "-90000"]))
 
-    await breaking(world, jump, every=0.5, daemons=2)
+    await breaking(world, jump, every=0.5)
     for daemon in world.daemons:
         told = datetime.fromisoformat(
             json.loads(daemon.log.read_text().split("\n")[0])["timestamp"]
@@ -496,7 +495,7 @@ async def test_the_network_fails(world: World, kind: str) -> None:
         proxy.delay = 0
 
     async with proxy.running() as world.used:
-        await breaking(world, fault, calm, every=1, daemons=2)
+        await breaking(world, fault, calm, every=1)
         await world.stop()
         world.daemons.clear()
 
@@ -515,7 +514,7 @@ async def test_a_daemon_ends_while_the_database_is_silent(world: World) -> None:
         await asyncio.sleep(1)
         (daemon,) = world.daemons
         daemon.send(signal.SIGTERM)
-        async with asyncio.timeout(1 + CLOSE_TIMEOUT + 10):
+        async with asyncio.timeout(PATIENCE):
             assert await daemon.process.wait() == 0, daemon.log.read_text()
     world.used = world.database
     await world.drain(1)

@@ -294,7 +294,7 @@ class World:
         if connection is not None:
             connection.terminate()
 
-    async def drain(self, daemons: int, seconds: float = 120) -> None:
+    async def drain(self, daemons: int, seconds: float = 2 * PATIENCE) -> None:
         """Return when no enrollment is active any more, or raise TimeoutError."""
         async with asyncio.timeout(seconds):
             while True:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -424,32 +421,20 @@ steps:
 
 
 async def test_the_page_about_files_can_be_followed(
-    tmp_path: Path, database: str, connection: asyncpg.Connection
+    tmp_path: Path, sequencerd: Command, connection: asyncpg.Connection
 ) -> None:
     found = blocks(REPOSITORY / "docs/files.md")
     trial, _, first_line = [text for language, text in found if language == "yaml"]
     (tmp_path / "trial.yaml").write_text(first_line + trial)
     (tmp_path / "wrong.yaml").write_text(SHOWN)
-    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SEQUENCERD_DATABASE": database}
-
-    def run(line: str) -> str:
-        script = f'sequencerd() {{ "{sys.executable}" -m sequencerd "$@"; }}\n{line}'
-        done = subprocess.run(
-            ["bash", "-euc", script],
-            cwd=tmp_path, env=variables, check=False,
-            stdout=subprocess.PIPE, text=True, timeout=60,
-        )  # fmt: skip
-        return f"{done.stdout}{done.returncode}"
-
     checked, planned = [text for language, text in found if language == "text"]
-    assert run("sequencerd check wrong.yaml") == f"{checked}1"
+    assert sequencerd("check", "wrong.yaml", code=1) == checked
     for text in (text for language, text in found if language == "sh"):
-        said = run(text)
+        said = sequencerd.follow(text)
         if "apply" in text:
             assert "added two-weeks (WaitForDuration)\n" in said
         elif "schema" not in text:
-            assert said == "1 valid sequence, 0 errors, 0 warnings\n0"
-        assert said.endswith("0")
+            assert said == "1 valid sequence, 0 errors, 0 warnings\n"
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, step)"
         " SELECT 'trial', n, 'two-weeks' FROM generate_series(1, 412) AS n"
@@ -461,7 +446,7 @@ async def test_the_page_about_files_can_be_followed(
     (tmp_path / "trial.yaml").write_text(trial.replace("14", "10"))
     told, wanted = (
         re.sub(r"[-0-9]{10} [:0-9]{8}Z", "TIME", text.rpartition(" --plan ")[0])
-        for text in (run("sequencerd plan trial.yaml"), planned)
+        for text in (sequencerd("plan", "trial.yaml"), planned)
     )
     assert told == wanted
     (command,) = [text for language, text in found if "schema" in text and language == "sh"]

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import chdir
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -249,12 +250,14 @@ def test_what_is_wrong_is_said(tmp_path: Path, wrong: dict[str, Any], words: str
 
 
 def test_the_page_can_be_followed(sequencerd: Command) -> None:
+    sequencerd.folder = REPOSITORY
     page = (REPOSITORY / "docs/simulate.md").read_text()
     for language, text in re.findall(r"^```(\w+)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL):
-        line = text.replace("sequencerd ", f"{sys.executable} -m sequencerd ")
-        command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euc", line]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        if language == "sh":
+            sequencerd.follow(text)
+        elif language == "python":
+            with chdir(REPOSITORY):
+                exec(text, {})
 
 
 def test_the_example_passes() -> None:

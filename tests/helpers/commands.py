@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,19 @@ class Command:
         assert ended == code, out.getvalue() + errors.getvalue()
         self.errors = errors.getvalue()
         return out.getvalue()
+
+    def follow(self, text: str, code: int = 0) -> str:
+        """What the lines of a page print that call `sequencerd`; others go to a shell."""
+        printed = ""
+        for line in text.replace("\\\n", " ").splitlines():
+            name, *arguments = shlex.split(line)
+            if name != "sequencerd":
+                subprocess.run(["bash", "-euc", line], cwd=self.folder, check=True)
+            elif arguments[-2:-1] == [">"]:
+                (self.folder / arguments[-1]).write_text(self(*arguments[:-2], code=code))
+            else:
+                printed += self(*arguments, code=code)
+        return printed
 
     def program(self, *arguments: str, code: int = 0) -> str:
         """The same by a process of its own, as `run` needs one for its signals."""
