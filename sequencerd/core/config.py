@@ -136,9 +136,11 @@ def _plain(kind: str, limits: Mapping[str, Any]) -> str | None:
 
 
 _UNITS = {
-    "too_short": "items", "string_too_short": "characters",
-    "too_long": "items", "string_too_long": "characters",
-}  # fmt: skip
+    "too_short": "items",
+    "string_too_short": "characters",
+    "too_long": "items",
+    "string_too_long": "characters",
+}
 
 
 def _within(location: KeyPath, value: Any) -> KeyPath:

@@ -34,9 +34,23 @@ class Span(Config):
     amount: StrictInt = Field(gt=0, le=100_000)
     """How many."""
     unit: Literal[
-        "years", "quarters", "months", "weeks", "days", "hours", "minutes", "seconds",
-        "year", "quarter", "month", "week", "day", "hour", "minute", "second",
-    ]  # fmt: skip
+        "years",
+        "quarters",
+        "months",
+        "weeks",
+        "days",
+        "hours",
+        "minutes",
+        "seconds",
+        "year",
+        "quarter",
+        "month",
+        "week",
+        "day",
+        "hour",
+        "minute",
+        "second",
+    ]
     """Years to seconds. Years to days are calendar time, the others are elapsed time."""
 
     @model_validator(mode="after")

@@ -50,9 +50,20 @@ from sequencerd.core.step_types.conditions import ConditionConfig, commands
 from sequencerd.core.step_types.record import texts
 
 NAMES = (
-    "id", "originalId", "subject", "dataLookup", "sequence", "step", "data", "external", "timezone",
-    "visit", "attempt", "startSequence", "startStep",
-)  # fmt: skip
+    "id",
+    "originalId",
+    "subject",
+    "dataLookup",
+    "sequence",
+    "step",
+    "data",
+    "external",
+    "timezone",
+    "visit",
+    "attempt",
+    "startSequence",
+    "startStep",
+)
 """What a path can begin with: the keys of model.view."""
 
 UNSUBSCRIBE_URL = "unsubscribe_url"
@@ -164,8 +175,11 @@ def _check_condition(step: Step, exit_: Exit, sequence: Sequence) -> Iterator[Re
 
 
 _TEXT_ORDER = {
-    "gt": "isAfter", "gte": "isSameOrAfter", "lt": "isBefore", "lte": "isSameOrBefore",
-}  # fmt: skip
+    "gt": "isAfter",
+    "gte": "isSameOrAfter",
+    "lt": "isBefore",
+    "lte": "isSameOrBefore",
+}
 """lodash's commands that compare texts by their characters, and moment's for times."""
 
 _TIME = re.compile(r"\d{4}-\d{2}(-\d{2}.*)?")

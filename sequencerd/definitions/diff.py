@@ -15,9 +15,17 @@ Document = Mapping[str, Any]
 """A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
 
 SETTINGS = (
-    "description", "timezone", "status", "reentry", "lookup", "recheck", "window", "topic",
-    "locale", "enroll",
-)  # fmt: skip
+    "description",
+    "timezone",
+    "status",
+    "reentry",
+    "lookup",
+    "recheck",
+    "window",
+    "topic",
+    "locale",
+    "enroll",
+)
 MOST_NAMED = 5
 LONGEST_SHOWN = 40  # characters of a value
 
@@ -81,8 +89,13 @@ class Changes:
     def __bool__(self) -> bool:
         """Return whether anything differs."""
         parts = (
-            self.settings, self.renamed, self.added, self.changed, self.removed, self.partials,
-        )  # fmt: skip
+            self.settings,
+            self.renamed,
+            self.added,
+            self.changed,
+            self.removed,
+            self.partials,
+        )
         return self.is_new or self.is_reordered or any(parts)
 
     def lines(self) -> Iterator[str]:

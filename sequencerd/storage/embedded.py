@@ -218,9 +218,19 @@ def _start(
     if not (data / "PG_VERSION").exists():
         shutil.rmtree(data, ignore_errors=True)  # left by an initdb that was interrupted
         programs.run(
-            "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8",
-            "--locale-provider=builtin", "--builtin-locale=C.UTF-8", *fast,
-        )  # fmt: skip
+            "initdb",
+            "-D",
+            data,
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--locale-provider=builtin",
+            "--builtin-locale=C.UTF-8",
+            *fast,
+        )
     address = ("-h", socket, "-U", "postgres")
     if "accepting" not in programs.run("pg_isready", *address, check=False):
         options = {"listen_addresses": "", "unix_socket_directories": str(socket), **settings}

@@ -32,13 +32,25 @@ from sequencerd.storage.statements import QUERIES
 _TABLES = {
     "sequences": {"id", "title", "firstStep"},
     "steps": {
-        "id", "sequenceId", "nextStep", "altNextStep", "type", "config", "requiresExternalData",
+        "id",
+        "sequenceId",
+        "nextStep",
+        "altNextStep",
+        "type",
+        "config",
+        "requiresExternalData",
     },
     "runners": {
-        "id", "dataLookup", "sequenceId", "stepId", "isActive", "startSequence", "endSequence",
+        "id",
+        "dataLookup",
+        "sequenceId",
+        "stepId",
+        "isActive",
+        "startSequence",
+        "endSequence",
         "startStep",
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)

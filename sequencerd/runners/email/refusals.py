@@ -109,19 +109,23 @@ _TOO_MANY_RECIPIENTS = _any(
 
 _SIZE = _any(
     r"\bsizes?\b|\btaille\b|too (?:large|big|long)\b",
-    _near(r"\b(?:length|lines?|bytes|[km]i?b|attachments?|headers?|hops?|hop count)\b",
-          r"exceed|limit|maximum"),
-)  # fmt: skip
+    _near(
+        r"\b(?:length|lines?|bytes|[km]i?b|attachments?|headers?|hops?|hop count)\b",
+        r"exceed|limit|maximum",
+    ),
+)
 
 _FULL_MAILBOX = _any(
-    _near(r"\b(?:mail ?box|inbox|mail ?dir|mail ?folder|bo[iî]te|disk|disc|diskspace|storage)\b",
-          r"\bfull\b|quota|exceed|\bover\b|limit|space|allocation|left|pleine"),
+    _near(
+        r"\b(?:mail ?box|inbox|mail ?dir|mail ?folder|bo[iî]te|disk|disc|diskspace|storage)\b",
+        r"\bfull\b|quota|exceed|\bover\b|limit|space|allocation|left|pleine",
+    ),
     r"over[ -]?(?:the )?quota|overquota|no space|(?:enough|insufficient) space",
     r"\b(?:user|recipient|extended)(?:'s)? (?:\w+ ){0,3}quota",
     r"quota (?:exceeded )?for (?:user|recipient|mailbox)",
     r"too many messages (?:on|in)\b|mail data",
     r"\b(?:user|recipient|customer)\b.{0,40}(?:receiv|message rate)",
-)  # fmt: skip
+)
 
 # --- 5. rates and quotas
 
@@ -176,47 +180,59 @@ _NOT = (
 )
 _OPERATOR = _any(
     # login
-    _near(r"\b(?:smtp ?)?auth(?:enticat\w+|entification)?\b|\blog(?:ged)? ?in\b|credentials"
-          r"|\bpassword\b|user ?name|api.?key", _NOT),
+    _near(
+        r"\b(?:smtp ?)?auth(?:enticat\w+|entification)?\b|\blog(?:ged)? ?in\b|credentials"
+        r"|\bpassword\b|user ?name|api.?key",
+        _NOT,
+    ),
     r"unauthenticated sender",
     # TLS
     _near(r"start ?tls|\btls\b|\bssl\b|encryption|secure (?:connection|channel)", _NOT),
     # EHLO
     r"\b(?:helo|ehlo)\b",
     # the network that we come from
-    _near(r"\bclient (?:host|ip|\[)|\b(?:your|sending|source|sender) (?:\w+ )?(?:ip|host|server)"
-          r"|\bip address(?:es)?\b|\bfrom (?:this|your) ip\b|\bnetwork\b", rf"{_NOT}|reputation"),
+    _near(
+        r"\bclient (?:host|ip|\[)|\b(?:your|sending|source|sender) (?:\w+ )?(?:ip|host|server)"
+        r"|\bip address(?:es)?\b|\bfrom (?:this|your) ip\b|\bnetwork\b",
+        rf"{_NOT}|reputation",
+    ),
     r"reverse (?:dns|host|lookup)|\brdns\b|\bptr\b",
-)  # fmt: skip
+)
 
 _RECORDS = re.compile(r"\bdmarc\b|\bspf\b|\bdkim\b|unauthenticated (?:e-?mail|message)")  # in DNS
 
 _SENDER = _any(
-    _near(r"\bsender\b|\b(?:from|return.path|mail ?from|envelope.from)\b(?: address| header|:)"
-          r"|\bmailfrom\b|\bemetteur\b|\bsending (?:address|domain|account)|\bidentit(?:y|ies)",
-          _NOT),
+    _near(
+        r"\bsender\b|\b(?:from|return.path|mail ?from|envelope.from)\b(?: address| header|:)"
+        r"|\bmailfrom\b|\bemetteur\b|\bsending (?:address|domain|account)|\bidentit(?:y|ies)",
+        _NOT,
+    ),
     r"(?:permissions?|allowed|permitted|authori[sz]ed|right) to (?:send|submit)",
     r"send ?as ?denied|send.on.behalf|not owned by",
     _near(r"\b(?:e-?mail )?(?:address|domain)\b", r"\b(?:not|un) ?verified|unregistered"),
     r"domain of (?:the )?sender|sandbox|verified sender",
-    _near(r"\b(?:your|sending|sender|smtp) (?:\w+ )?account\b",
-          r"suspend|disabled|block|review|banned|activ|locked|expired|closed|paused"),
+    _near(
+        r"\b(?:your|sending|sender|smtp) (?:\w+ )?account\b",
+        r"suspend|disabled|block|review|banned|activ|locked|expired|closed|paused",
+    ),
     r"(?:outgoing|sending) (?:is |has been )?(?:\w+ )?(?:blocked|disabled|paused|suspended)",
     r"activate your|licen[sc]e expired|not subscribed to",
     # relaying
     _near(r"\brelay\w*|rcpthosts", _NOT),
     r"open relay|as a relay",
-)  # fmt: skip
+)
 
 # --- 7. the server as such
 
 _BUSY = _any(
     r"too many errors",
-    _near(r"\b(?:server|system|service)\b",
-          r"\bbusy\b|overload|shutting down|maintenance|(?:un|not )available"),
+    _near(
+        r"\b(?:server|system|service)\b",
+        r"\bbusy\b|overload|shutting down|maintenance|(?:un|not )available",
+    ),
     r"not accepting (?:\w+ )?(?:messages|connections|mail)",
     r"insufficient (?:system )?(?:resources|storage|disk)",
-)  # fmt: skip
+)
 
 
 def _enhanced(text: str) -> tuple[str, str]:
