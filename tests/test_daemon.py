@@ -365,8 +365,8 @@ def test_what_it_cannot_begin_with_is_one_clear_line(
 ) -> None:
     command = Command("postgresql://127.0.0.1:1/x", tmp_path)
     command.variables[variable] = value
-    # settings are read before the daemon handles signals, which only a main thread can
-    run = command if code == 2 else command.program
+    # once it has read its settings it handles signals, which only a main thread can
+    run = command if variable == "SEQUENCERD_NOTHING" else command.program
     run("run", code=code)
     assert words in command.errors
     assert len(command.errors.strip().splitlines()) == 1
