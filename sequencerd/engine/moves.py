@@ -146,11 +146,18 @@ class Moves:
         )
 
     def add(
-        self, batch: Batch, before: Enrollment, advanced: Advanced, now: datetime
+        self,
+        batch: Batch,
+        before: Enrollment,
+        advanced: Advanced,
+        now: datetime,
+        *,
+        is_reserved: bool = False,
     ) -> SharedOutcome | None:
         """Add an advanced enrollment to a batch, with a lease if it needs one.
 
-        Return the outcome if all enrollments in the same state share it.
+        Return the outcome if all enrollments in the same state share it. A side effect with a limit
+        that is not reserved is not leased: the enrollment is due, and a claim reserves it.
         """
         at, decision, events = advanced.enrollment, advanced.decision, advanced.events
         wake_at = now
@@ -161,8 +168,10 @@ class Moves:
                 if elsewhere:
                     batch.elsewhere.add((at.sequence, at.step))
             case Execute(step):
+                is_open = decision.reservation is None or is_reserved
+                executor = self._executors.free(step.type, (at.sequence, at.step))
                 try:
-                    if executor := self._executors.free(step.type, (at.sequence, at.step)):
+                    if is_open and executor is not None:
                         leased = at.leased_to(self._daemon, batch.lease_number)
                         self._lease(batch, executor, leased, decision)
                         at, execute = leased, decision
@@ -254,7 +263,7 @@ class Moves:
                 self.add(batch, before, again(full_until=until), now)
                 continue
             leased = len(batch.leased)
-            self.add(batch, before, advanced, now)
+            self.add(batch, before, advanced, now, is_reserved=True)
             if len(batch.leased) == leased:  # others took the last free slots
                 unused.append(wanted[number])
         if unused:

@@ -185,6 +185,48 @@ async def test_a_limit_counts_by_its_key_and_topic(
         assert len(notes.keys) == 4
 
 
+async def test_a_reevaluation_does_not_pass_the_limit_by(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    """Nor does a changed definition, or what follows an entry that was refused."""
+    await define(connection, "s", ("send", "Note", limit(), None))
+    await define(
+        connection, "t", ("enroll", "Enroll", '{"sequence": "u"}', "send"),
+        ("send", "Note", limit(), None),
+    )  # fmt: skip
+    await define(
+        connection, "u", ("wait", "WaitForDuration", '{"amount": 9, "unit": "days"}', None)
+    )
+    await connection.execute("UPDATE sequencer.sequences SET reentry = 'always' WHERE name <> 'u'")
+    waiting = (
+        "SELECT count(*) = $1 FROM sequencer.enrollments WHERE step = 'send' AND status = 'active'"
+        " AND leased_by IS NULL AND wake_at > now() + interval '1 day'"
+    )
+    async with running_engine(database, {"Note": (notes := Recorder())}):
+        await enroll(connection, "u", "ada")
+        await enroll(connection, "s", "ada")
+        await until(connection, "SELECT count(*) = 1 FROM sequencer.reservations")
+        await enroll(connection, "s", "ada")
+        await enroll(connection, "t", "ada")
+        await until(connection, waiting, 2)
+        for change in (
+            "NOTIFY sequencer",
+            "SELECT sequencer.reevaluate(subject => 'ada')",
+            (
+                'UPDATE sequencer.steps SET config = config || \'{"retry": {"attempts": 3}}\''
+                " WHERE type = 'Note'"
+            ),
+            "UPDATE sequencer.enrollments SET data = '{\"x\": 1}'",
+        ):
+            await connection.execute(change)
+            await until(
+                connection,
+                "SELECT NOT EXISTS (SELECT FROM sequencer.steps WHERE reschedule_from IS NOT NULL)",
+            )
+            await until(connection, waiting, 2)
+    assert len(notes.keys) == 1
+
+
 async def test_a_step_without_a_limit_asks_nothing(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
