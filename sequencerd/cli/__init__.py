@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from sequencerd.cli.arguments import make_parser
@@ -16,6 +17,7 @@ from sequencerd.errors import FileError, PlanError, SequencerdError
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 wrong arguments or settings."""
+    _open_standard_streams()
     try:
         given = make_parser().parse_args(arguments)
         from sequencerd.cli.commands import read_settings  # noqa: PLC0415
@@ -24,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = getattr(import_module(f"sequencerd.cli.{module}"), function)
         code: int = run(given, read_settings(given))
     except SequencerdError as error:
-        _print(error)
+        with suppress(SequencerdError):  # of standard error
+            _print(error)
         code = getattr(given, "exit_code_of_errors", error.exit_code)
     except KeyboardInterrupt:
         code = 130
@@ -33,6 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Open those that were closed before the start, as with `>&-`: a connection would get their
+    numbers.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _print(error: SequencerdError) -> None:

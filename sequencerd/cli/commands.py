@@ -6,20 +6,23 @@ import argparse
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, TypeVar
 
 import asyncpg
 from pydantic import SecretStr
 
 from sequencerd.cli.output import busy, warn
 from sequencerd.core.config import nearest
-from sequencerd.errors import DatabaseError, SettingsError, UsageError
+from sequencerd.errors import DatabaseError, SequencerdError, SettingsError, UsageError
 from sequencerd.service.dns import new_loop
 from sequencerd.service.systemd import is_service
 from sequencerd.settings import Settings, load
 from sequencerd.storage import connections, conninfo, migrate
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES
+
+_T = TypeVar("_T")
 
 Command = Callable[[argparse.Namespace, Settings], int]
 """Does its work and returns the exit code: 0 done, 1 failed."""
@@ -76,7 +79,8 @@ def on_database(run: DatabaseCommand) -> Command:
             try:
                 return _run(run(arguments, settings, url))
             except asyncpg.InsufficientPrivilegeError as error:
-                raise DatabaseError(f"{error}; {_advice(arguments, url)}") from error
+                advice = _run(_advice(arguments, url))
+                raise DatabaseError(f"{error}; {advice}") from error
             except asyncpg.PostgresError as error:
                 raise DatabaseError(
                     f"the database rejected the command: {with_hint(error)}"
@@ -89,10 +93,17 @@ def on_database(run: DatabaseCommand) -> Command:
     return command
 
 
-def _advice(arguments: argparse.Namespace, url: str) -> str:
+async def _advice(arguments: argparse.Namespace, url: str) -> str:
     role = role_for(arguments)
     if role == _OWNER:
         return f"run `{arguments.command}` as the schema's owner"
+    with suppress(SequencerdError, *TRANSIENT_ERRORS):
+        connection = await connections.connect(url)
+        try:
+            if await connection.fetchval(QUERIES["has_role"], role):
+                return f"{role} lacks it: run `sequencerd grants --apply` as an administrator"
+        finally:
+            connection.terminate()
     user = conninfo.arguments(url, name="", timeout=0).get("user", "the login")
     return (
         f"`{arguments.command}` needs a login that has {role}: give it with --database, or "
@@ -100,7 +111,7 @@ def _advice(arguments: argparse.Namespace, url: str) -> str:
     )
 
 
-def _run(work: Coroutine[Any, Any, int]) -> int:
+def _run(work: Coroutine[Any, Any, _T]) -> _T:
     """asyncio.run, with names resolved in threads of their own."""
     with asyncio.Runner(loop_factory=new_loop) as runner:
         return runner.run(work)

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 
 from sequencerd.cli.commands import check_names, connect, on_database, reading
-from sequencerd.cli.output import laid_out, say, say_json, say_lines, show, warn
+from sequencerd.cli.output import is_terminal, laid_out, say, say_json, say_lines, show, warn
 from sequencerd.core.config import parse_json
 from sequencerd.core.describe import text
 from sequencerd.core.model import DefinitionError
@@ -78,7 +78,7 @@ async def watch_command(arguments: argparse.Namespace, _: Settings, url: str) ->
 @contextmanager
 def _screen() -> Iterator[Callable[[Sequence[Any]], None]]:
     """Return what draws rows: on a terminal in place of those before, otherwise below them."""
-    if not sys.stdout.isatty():
+    if not is_terminal(sys.stdout):
         yield lambda rows: show(rows, as_json=False, empty=NO_SEQUENCES)
         return
     from rich.console import Console  # noqa: PLC0415 - only a terminal needs it

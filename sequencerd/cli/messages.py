@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from sequencerd.cli.commands import connect, on_database, read_settings
-from sequencerd.cli.output import say, say_lines, say_raw, warn
+from sequencerd.cli.output import is_terminal, say, say_lines, say_raw, warn
 from sequencerd.cli.preview import is_file
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
@@ -71,7 +71,7 @@ def preview_command(arguments: argparse.Namespace, settings: Settings) -> int:
             arguments.output.write_bytes(content)
         except OSError as error:
             raise UsageError(f"{arguments.output}: {error.strerror}") from error
-    elif sys.stdout.isatty():
+    elif is_terminal(sys.stdout):
         say_lines(content.decode(errors="replace").replace("\r\n", "\n"))
     else:
         say_raw(content.decode(errors="replace"))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import asyncpg
 
 from sequencerd.cli.commands import check_names, connect, on_database, with_hint
-from sequencerd.cli.output import busy, progress_bar, say, say_json, show, warn
+from sequencerd.cli.output import busy, is_terminal, progress_bar, say, say_json, show, warn
 from sequencerd.core.calendar import dates
 from sequencerd.definitions.options import read_object
 from sequencerd.errors import ArgumentError, UsageError
@@ -157,7 +157,7 @@ async def _check_step(
 
 def confirm(question: str) -> None:
     """Ask the user for confirmation. Raises UsageError without it."""
-    if not sys.stdin.isatty():
+    if not is_terminal(sys.stdin):
         raise ArgumentError(f"{question} Standard input is not a terminal: use --yes, or --dry-run")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the loop is blocked here
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 from rich.cells import cell_len, set_cell_size
 
 from sequencerd.core.describe import is_never, plain, text, visible
+from sequencerd.errors import SequencerdError
 
 
 def say(line: object = "", *, to: TextIO | None = None, end: str = "\n") -> None:
@@ -29,18 +31,34 @@ def say(line: object = "", *, to: TextIO | None = None, end: str = "\n") -> None
     if width and len(shown) > width:
         indent = " " * (len(shown) - len(shown.lstrip()))
         shown = "\n".join(_wrapped(shown.lstrip(), width, indent, indent + "    "))
-    print(shown, file=to, end=end, flush=True)
+    _print(shown, to, end)
 
 
 def say_lines(lines: object, *, to: TextIO | None = None) -> None:
     """Print a text of several lines that are ours; none is continued."""
     for line in str(lines).removesuffix("\n").split("\n"):
-        print(visible(line), file=to, flush=True)
+        _print(visible(line), to)
 
 
-def _width(stream: TextIO) -> int | None:
+def _print(text: str, to: TextIO | None = None, end: str = "\n") -> None:
+    try:
+        print(text, file=to, end=end, flush=True)
+    except BrokenPipeError:
+        raise  # no error: the reader has gone
+    except OSError as error:
+        # what is left of it is not tried again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (to or sys.stdout).fileno())
+        raise SequencerdError(f"the output cannot be written: {error.strerror}") from error
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a stream is a terminal."""
+    return stream is not None and stream.isatty()  # None: it was closed before the start
+
+
+def _width(stream: TextIO | None) -> int | None:
     """Return the width of a terminal; None for what is none."""
-    return get_terminal_size().columns if stream.isatty() else None
+    return get_terminal_size().columns if is_terminal(stream) else None
 
 
 def _wrapped(text: str, width: int, first: str, rest: str) -> list[str]:
@@ -67,7 +85,7 @@ def busy(doing: str) -> Iterator[None]:
     """Say on a terminal what goes on, if it takes longer than a moment. Nothing may be printed
     meanwhile.
     """
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield
         return
     from rich.console import Console  # noqa: PLC0415 - only a terminal needs it
@@ -85,7 +103,7 @@ def busy(doing: str) -> Iterator[None]:
 @contextmanager
 def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on a terminal; return what advances it."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda _: None
         return
     from rich.console import Console  # noqa: PLC0415 - only a terminal needs it
@@ -98,13 +116,13 @@ def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def say_raw(content: str) -> None:
     """Print a text for a program, as it is."""
-    print(content, end="", flush=True)
+    _print(content, end="")
 
 
 def say_json(value: object, *, indent: int | None = None) -> None:
     """A value for a program, in ASCII."""
     made = json.dumps(value, default=plain, indent=indent)
-    print(made.replace("\x7f", "\\u007f"), flush=True)
+    _print(made.replace("\x7f", "\\u007f"))
 
 
 def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:
@@ -134,7 +152,9 @@ def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 _PROSE = ("problem", "last_error", "message")
 """Columns of whole sentences: below their row."""
 
-_RELATIVE = {"wake_at": "wakes", "next_wake_at": "next", "since": "since"}
+_RELATIVE = {
+    "wake_at": "wakes", "waits_until": "waits until", "next_wake_at": "next", "since": "since",
+}  # fmt: skip
 _NARROWEST = 8
 
 _SPARE = ("type", "attempt", "revision", "daemon")
@@ -156,6 +176,8 @@ def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
         for name in found[0]
         if name not in (*heads, *_PROSE) and any(row[name] not in _EMPTY for row in found)
     ]
+    if all(row.get("waits_until") in (None, row.get("wake_at")) for row in found):
+        names = [name for name in names if name != "waits_until"]
     indent = "  " if is_sectioned else ""
     for spare in (*_SPARE, None):
         cells = [[_short(name, row[name], now) for name in names] for row in found]

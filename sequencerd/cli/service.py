@@ -68,7 +68,7 @@ async def migrate_command(_: argparse.Namespace, __: Settings, url: str) -> int:
     for migration in applied:
         say(f"applied {migration.name}")
     if not applied:
-        say("nothing to apply")
+        say("the schema is up to date")
     if ungranted:
         _warn_of(ungranted)
         warn("until an administrator has run what `sequencerd grants` prints, the roles lack it")

@@ -84,6 +84,8 @@ async def run_check(about: str, check: Check, connection: asyncpg.Connection) ->
         return await check(connection)
     except asyncpg.InsufficientPrivilegeError as error:
         advice = "GRANT sequencer_daemon TO the user of this command"
+        if await connection.fetchval(QUERIES["has_role"], "sequencer_daemon"):
+            advice = "run `sequencerd grants --apply` as an administrator"
         return Finding(about, f"cannot be checked: {error}", "error", advice)
     except (SequencerdError, *TRANSIENT_ERRORS, ValueError) as error:
         seen = f"cannot be checked: {error or type(error).__name__}"

@@ -35,6 +35,6 @@ def is_journal() -> bool:
     """Return whether standard error goes to journald: systemd.exec(5) on $JOURNAL_STREAM."""
     try:
         there = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # None, if it was closed before the start
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"

@@ -44,6 +44,12 @@ _VARIABLES = {
     "PGSSLCERT": "sslcert",
     "PGSSLKEY": "sslkey",
     "PGSSLCRL": "sslcrl",
+    "PGSSLCRLDIR": "sslcrldir",
+    "PGSSLCERTMODE": "sslcertmode",
+    "PGSSLSNI": "sslsni",
+    "PGREQUIREPEER": "requirepeer",
+    "PGMINPROTOCOLVERSION": "min_protocol_version",
+    "PGMAXPROTOCOLVERSION": "max_protocol_version",
     "PGSSLMINPROTOCOLVERSION": "ssl_min_protocol_version",
     "PGSSLMAXPROTOCOLVERSION": "ssl_max_protocol_version",
 }
@@ -63,10 +69,23 @@ _ONLY = {
     "load_balance_hosts": ("disable",),
     "replication": ("false", "off", "no", "0"),
     "require_auth": ("",),
+    "max_protocol_version": ("latest", "3.0"),
+    "min_protocol_version": ("3.0",),
+    "oauth_client_id": ("",),
+    "oauth_client_secret": ("",),
+    "oauth_issuer": ("",),
+    "oauth_scope": ("",),
+    "requirepeer": ("",),
+    "requiressl": ("0",),
+    "scram_client_key": ("",),
+    "scram_server_key": ("",),
+    "sslcertmode": ("allow",),
     "sslcompression": ("0",),
+    "sslcrldir": ("",),
+    "sslkeylogfile": ("",),
     "sslsni": ("1",),
 }
-"""What asyncpg has no other value for."""
+"""What asyncpg has no other value for, so that every parameter of libpq is known."""
 
 _WITHOUT_EFFECT = (
     *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
@@ -240,10 +259,12 @@ def _service(name: str, variables: Mapping[str, str]) -> dict[str, str]:
 def _check(given: Mapping[str, str]) -> None:
     for key, allowed in _ONLY.items():
         if (value := given.get(key)) is not None and value.lower() not in allowed:
-            advice = f"; write {key}={allowed[0]}" if allowed[0] else ""
+            if not allowed[0]:  # the value may be a secret
+                raise SettingsError(f"{key} of the database is not supported; leave it out")
+            advice = f"write {key}={allowed[0]}"
             if key == "channel_binding":
                 advice += " together with sslmode=verify-full, which also rules out a middleman"
-            raise SettingsError(f"{key}={value} of the database is not supported{advice}")
+            raise SettingsError(f"{key}={value} of the database is not supported; {advice}")
     for key in _FILES:
         path = given.get(key)
         if path and not (key == "sslrootcert" and path == "system"):

@@ -20,7 +20,7 @@ from tests.helpers.waiting import PATIENCE
 
 
 def test_migrate_twice(sequencerd: Command) -> None:
-    assert sequencerd("migrate") == "nothing to apply\n"
+    assert sequencerd("migrate") == "the schema is up to date\n"
 
 
 def test_from_a_file_to_a_history(applied: Command) -> None:

@@ -67,6 +67,22 @@ def test_the_role_that_a_command_needs_is_named(
         assert errors.count("GRANT") == role.count("GRANT")
 
 
+async def test_what_the_role_itself_lacks_is_granted_to_no_login(
+    database: str, connection: asyncpg.Connection, sequencerd: Command
+) -> None:
+    """The login has the role already."""
+    await connection.execute(
+        "DO $$ BEGIN CREATE ROLE login_member LOGIN; EXCEPTION WHEN duplicate_object THEN END $$;"
+        "GRANT sequencer_enroller, sequencer_daemon TO login_member;"
+        "REVOKE SELECT ON sequencer.problems FROM sequencer_enroller, sequencer_daemon"
+    )
+    login = with_login(database, "login_member")
+    sequencerd("--database", login, "status", code=1)
+    assert "sequencer_enroller lacks it: run `sequencerd grants --apply`" in sequencerd.errors
+    found = await examine(login)
+    assert "sequencerd grants --apply" in found["problems"].advice
+
+
 async def test_doctor_goes_on_when_a_check_fails(
     database: str, login: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +110,27 @@ def test_a_reader_that_goes_away_is_no_error(
         for command in (["doctor"], ["status"]):
             assert run("--database", database, *command) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_an_output_that_cannot_be_written_is_named(
+    database: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert run("--database", database, "status") == 1
+    assert capfd.readouterr().err == (
+        "sequencerd: the output cannot be written: No space left on device\n"
+    )
+
+
+def test_streams_that_were_closed_before_the_start(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `>&-`: Python has None for them."""
+    for stream in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}", None)
+    assert run("--database", database, "status") == 0
+    assert run("--database", database, "status", "nowhere") == 1
 
 
 def test_simulate_takes_a_sequence_of_the_database(

@@ -18,7 +18,7 @@ from rich.cells import cell_len
 
 from sequencerd.cli.output import aligned, busy, laid_out, progress_bar, relative, say
 from sequencerd.core.describe import visible
-from sequencerd.definitions.yaml_writer import to_yaml
+from sequencerd.definitions.yaml_writer import DEFAULTS, to_yaml
 from sequencerd.service.logs import make_log
 from sequencerd.settings import Log, Settings
 from tests.helpers.commands import Command
@@ -146,6 +146,13 @@ def test_eighty_columns_suffice() -> None:
         assert not any(OBEYED.search(line) for line in lines)
 
 
+def test_the_end_of_a_wait_is_shown_where_it_is_not_the_next_check() -> None:
+    row = {"id": 1, "wake_at": NOW + timedelta(hours=3), "waits_until": NOW + timedelta(hours=3)}
+    assert list(laid_out([row], 80, NOW)) == ["id  wakes", " 1  in 3 h"]
+    row["waits_until"] = NOW + timedelta(days=2)
+    assert list(laid_out([row], 80, NOW)) == ["id  wakes   waits until", " 1  in 3 h  in 2 d"]
+
+
 class Screen(io.StringIO):
     """Standard error of a terminal."""
 
@@ -191,12 +198,7 @@ def test_long_lines_are_continued_between_words(
 def test_an_export_that_turns_texts_is_escaped_and_the_same() -> None:
     config = {"text": "a\u202eb\x9b", "name": "Zoë"}
     step = {"name": "one", "type": "Crm", "config": config, "next": None, "altNext": None}
-    document = {
-        "name": "s", "description": None, "timezone": "UTC", "status": "active",
-        "reentry": "after_end", "lookup": None,
-        "recheck": 60, "window": None, "topic": None, "locale": None, "enroll": None,
-        "steps": [step],
-    }  # fmt: skip
+    document = {**DEFAULTS, "name": "s", "steps": [step]}
     made = to_yaml(document)
     assert not OBEYED.search(made)
     assert yaml.safe_load(made)["steps"][0]["config"] == config

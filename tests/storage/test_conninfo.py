@@ -77,6 +77,15 @@ def test_what_psql_takes(text: str, made: dict[str, Any]) -> None:
         ("postgresql://u:pa55/word@h/d", "port that is no number"),
         ("postgresql://u:x?pa55word@h/d", "percent escapes"),
         ("postgresql://h/d?channel_binding=require", "channel_binding=require"),
+        (
+            "postgresql://h/d?requirepeer=postgres",
+            "requirepeer of the database is not",
+        ),
+        (
+            f"postgresql://h/d?scram_client_key={SECRET}",
+            "not supported; leave it out",
+        ),
+        ("postgresql://h/d?sslcertmode=require", "write sslcertmode=allow"),
         ("postgresql://h/d?gssencmode=require", "gssencmode=require"),
         ("postgresql://h/d?client_encoding=latin1", "client_encoding=latin1"),
         ("postgresql://h/d?connect_timeout=soon", "connect_timeout"),

@@ -10,6 +10,10 @@ SET LOCAL jit = off;
 SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, rescheduling, problem
   FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
 
+-- name: has_role
+-- Check whether there is no such role yet, or the present user has it.
+SELECT to_regrole($1) IS NULL OR pg_has_role(to_regrole($1), 'USAGE');
+
 -- name: description
 -- Read the description of a sequence.
 SELECT description FROM sequencer.sequences WHERE name = $1;
