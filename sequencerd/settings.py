@@ -78,8 +78,10 @@ def _contents(name: str, folder: str | None) -> str:
         files = [CREDSTORE / f"sequencerd.{name}", *CREDENTIALS.glob(f"sequencerd*.service/{name}")]
     for file in files:
         try:
-            return file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            text = file.read_text(encoding="utf-8-sig").strip()  # some editors write a BOM
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not text in UTF-8") from None
+        except OSError as error:
             if file == files[-1]:
                 if isinstance(error, PermissionError):
                     raise ValueError(f"{error}; use sudo") from error
@@ -89,6 +91,10 @@ def _contents(name: str, folder: str | None) -> str:
                         "service, and $CREDENTIALS_DIRECTORY is not set"
                     ) from error
                 raise ValueError(str(error)) from error
+        else:
+            if not text:
+                raise ValueError(f"{file} is empty")
+            return text
     raise AssertionError(files)
 
 

@@ -248,3 +248,24 @@ def test_only_the_secrets_that_are_needed_are_read(
     assert url.get_secret_value() == "postgresql://of-the-store/x"
     with pytest.raises(SettingsError, match="no credential 'sms'"):
         load(variables, file)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\xef\xbb\xbfpostgresql://h/d\r\n", "postgresql://h/d"),
+        (b" \n", "secret is empty"),
+        (b"\xff\xfep\x00", "secret is not text in UTF-8"),
+    ],
+)
+def test_what_a_secret_file_may_hold(tmp_path: Path, content: bytes, expected: str) -> None:
+    """A byte order mark of an editor; nothing, which would mean a local server, is an error."""
+    (tmp_path / "secret").write_bytes(content)
+    variables = {"SEQUENCERD_DATABASE_URL_FILE": str(tmp_path / "secret")}
+    if expected.startswith("secret"):
+        with pytest.raises(SettingsError, match=expected):
+            load(variables)
+        return
+    url = load(variables).database.url
+    assert url is not None
+    assert url.get_secret_value() == expected
