@@ -236,6 +236,18 @@ async def test_numbers_that_nothing_reaches_are_named_in_the_result(
         assert named == ([("+49151123456", source)] if source and suppress else [])
 
 
+async def test_the_hook_is_told_what_becomes_of_a_message_unless_a_step_names_another() -> None:
+    hook, own = "https://mail.example.com/hooks/twilio", "https://shop.example.com/sms"
+    answer = servers.Answer(201, json.dumps({"sid": "SM1", "status": "queued"}).encode())
+    async with http_server(answering(answer)) as server:
+        made = TwilioRunner("AC1", "t", base_url=server.url, status_callback=hook)
+        for config in (BASIC, {**BASIC, "statusCallback": own}):
+            await made.run(made.compile(config), [task(phone="+49151123456")])
+        await made.close()
+    told = [parse_qs(one.body.decode())["StatusCallback"] for one in server.requests]
+    assert told == [[hook], [own]]
+
+
 async def test_any_gateway() -> None:
     body = '{"to": {{json to}}, "text": {{json message}}, "ref": "{{key}} {{enrollment.id}}"}'
     async with http_server(answering(servers.Answer(202, b"ok"))) as server:
