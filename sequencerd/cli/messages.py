@@ -221,7 +221,11 @@ def _task(
     here = enrollment._replace(
         sequence=sequence.name, step=step.name, tag=uuid4(), entered_at=now, attempt=1
     )
-    return Task(here.key, view(here, here.timezone or sequence.timezone, now, external))
+    effect = step.behaviour
+    assert isinstance(effect, SideEffect)
+    topic = sequence.topic if effect.follows_topic else effect.topic
+    seen = view(here, here.timezone or sequence.timezone, now, external)
+    return Task(here.key, seen, topic=topic)
 
 
 def _warn_of_paths(

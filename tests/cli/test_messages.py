@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email
 import json
+import re
 from email.policy import default
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from sequencerd.cli import main
 from sequencerd.runners.email.page import page
+from sequencerd.runners.unsubscribe import Links
 from tests.helpers.commands import Command
 from tests.helpers.servers import Answer, Request, http_server, smtp_server
 
@@ -96,6 +98,23 @@ def test_a_preview_in_a_language(trial: Path, capsys: pytest.CaptureFixture[str]
         assert "Subject: Willkommen" in run(capsys, "preview", "trial.yaml", "welcome", *options)
         assert "\n\nTach\n" in run(capsys, "preview", "trial.yaml", "text", *options)
         assert "\n\nHi\n" in run(capsys, "preview", "trial.yaml", "text", "--data", DATA)
+
+
+def test_a_preview_unsubscribes_from_the_topic_of_the_message(
+    trial: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = f'[unsubscribe]\nurl = "https://mail.example.com"\nkeys = ["{"k" * 40}"]\n'
+    (trial.parent / "s.toml").write_text(settings)
+    monkeypatch.setenv("SEQUENCERD_CONFIG", "s.toml")
+    text = FILE.replace('      listUnsubscribe: "https://example.com/out?{{subject}}"\n', "")
+    trial.write_text(text.replace("timezone:", "topic: offers\ntimezone:"))
+    printed = run(capsys, "preview", "trial.yaml", "welcome", "--data", DATA)
+    (token,) = re.findall(
+        r"^List-Unsubscribe: <https://\S+/unsubscribe/(\S+)>", printed, re.MULTILINE
+    )
+    subscription = Links("https://mail.example.com", ["k" * 40]).read(token)
+    assert subscription is not None
+    assert subscription.topic == "offers"
 
 
 def test_why_there_is_no_preview(trial: Path, capsys: pytest.CaptureFixture[str]) -> None:

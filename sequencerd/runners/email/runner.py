@@ -218,8 +218,8 @@ class EmailRunner:
         return write(program, task, datetime.now(UTC), files=files).content
 
     def as_test(self, config: Mapping[str, Any], address: str) -> dict[str, Any]:
-        """Return a config that sends the message to this address alone, marked as a test: nothing
-        in it unsubscribes. Raises RenderError.
+        """Return a config that sends the message to this address alone, marked as a test, and
+        without headers to unsubscribe with. Raises RenderError.
         """
         parse_mailbox("to", address)
         kept = {k: v for k, v in config.items() if k not in ("cc", "bcc", "listUnsubscribe")}
