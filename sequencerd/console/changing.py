@@ -23,13 +23,7 @@ from sequencerd.storage.statements import QUERIES
 MAX_REASON = 500  # characters
 MOST_FOLLOWED = 10_000  # enrollments of a change
 
-VERBS = {
-    "retry": "Retry",
-    "skip": "Skip the step for",
-    "cancel": "Cancel",
-    "move": "Move",
-    "reevaluate": "Reevaluate",
-}
+VERBS = {"skip": "Skip the step for"}  # others are the name of the action
 
 
 async def select(context: PageContext, query: Query) -> Selection:
@@ -53,13 +47,14 @@ async def _ask(request: Request, query: Query, remark: str | None, status: int =
         sequences = sorted({row["sequence"] for row in rows})
         steps = await connection.fetch(QUERIES["steps_of_all"], sequences) if rows else []
     number = sum(row["count"] for row in rows)
+    verb = VERBS.get(action, action.capitalize())
     given = {key: query.get(key) for key in ("action", "id", "q", "back", *FILTERS)}
     return render(
         request,
         "question.html",
         status,
-        title=f"{VERBS[action]} {bulk.count(number)}?",
-        verb=VERBS[action],
+        title=f"{verb} {bulk.count(number)}?",
+        verb=verb,
         number=number,
         rows=rows,
         steps=[row["name"] for row in steps],

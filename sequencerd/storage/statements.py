@@ -19,6 +19,7 @@ class AdvisoryLock(Enum):
     NOTIFY = 4
     REQUESTS = 5
     ENROLLING = 6
+    FORGETTING = 7
 
     def __str__(self) -> str:
         """Return the arguments of the functions that lock it."""

@@ -71,7 +71,7 @@ def test_advisory_locks_have_the_same_numbers_in_sql_and_python(repository: Path
     listed = re.findall(r"^--   (\d)  (\w+)  ", schema, flags=re.MULTILINE)
     assert listed == [(str(lock.value), lock.name.lower()) for lock in AdvisoryLock]
     numbers = re.findall(r"advisory\w*\((\d.+?)\)", schema)
-    assert numbers == [str(AdvisoryLock.NOTIFY)]
+    assert numbers == [str(AdvisoryLock.NOTIFY), str(AdvisoryLock.FORGETTING)]
     for path in [*(repository / "sequencerd").rglob("*.py"), *(repository / "tests").rglob("*.py")]:
         assert str(LOCK_CLASS) not in path.read_text() or path.name == "statements.py"
     assert str(LOCK_CLASS) not in "".join(
