@@ -187,7 +187,7 @@ def test_the_demo_goes_well(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=90,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for words in (

@@ -59,7 +59,7 @@ async def console(
         listen = f"127.0.0.1:{free_port()}"
         async with (
             serving(app, listen),
-            httpx.AsyncClient(base_url=f"http://{listen}/console", timeout=30) as client,
+            httpx.AsyncClient(base_url=f"http://{listen}/console", timeout=PATIENCE) as client,
         ):
             while True:
                 try:

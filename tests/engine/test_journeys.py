@@ -12,6 +12,7 @@ import pytest
 from sequencerd.core.model import Answer, Result, Task
 from tests.helpers.databases import with_login
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
+from tests.helpers.waiting import PATIENCE
 
 NO_BAD_ONE = (
     "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -151,7 +152,7 @@ async def test_a_trigger_that_refuses_sets_one_enrollment_aside(
             await enroll(connection, "a", subject)
         done = "SELECT count(*) = 2 FROM sequencer.enrollments WHERE sequence = 'b'"
         await until(connection, done)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while "not now" not in str(engine.problems.rows()):
                 await engine.problems.changed.wait()
                 engine.problems.changed.clear()

@@ -36,7 +36,7 @@ class Recorder:
         self, behaviour: Behaviour | None = None, *, batch_size: int = 10, concurrency: int = 4
     ) -> None:
         self.behaviour = behaviour
-        self.limits = Limits(concurrency, 10.0, batch_size)
+        self.limits = Limits(concurrency, PATIENCE, batch_size)
         self.retry = RetryPolicy()
         self.keys: list[str] = []
         self.programs: list[object] = []

@@ -55,7 +55,9 @@ async def daemon(url: str, **settings: str) -> AsyncIterator[httpx.AsyncClient]:
         sys.executable, "-m", "sequencerd", "run", env={**os.environ, **variables, **settings}
     )
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE
+        ) as client:
             yield client
     finally:
         process.terminate()
