@@ -88,6 +88,8 @@ class Exit(NamedTuple):
     is_optional: bool = False  # no exit of a step that names no target
 
 
+_TARGET = Exit._fields.index("target")
+
 NEXT = Exit("next", ("next",))
 ALT_NEXT = Exit("altNext", ("altNext",))
 """The exits whose target the step names; the others are named in its config."""
@@ -308,8 +310,10 @@ class Step:
     def exits(self) -> tuple[Exit, ...]:
         """Where it leads: the exits of its behaviour, with the targets that the step names."""
         targets = {NEXT.path: self.next_step, ALT_NEXT.path: self.alt_next_step}
-        found = [
-            exit_._replace(target=targets[exit_.path]) if exit_.path in targets else exit_
+        found = [  # written out: `_replace` takes three times as long
+            Exit._make((*exit_[:_TARGET], targets[exit_.path], *exit_[_TARGET + 1 :]))
+            if exit_.path in targets
+            else exit_
             for exit_ in self.behaviour.exits
         ]
         return tuple(one for one in found if one.target is not None or not one.is_optional)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, NamedTuple
+from sys import intern
+from typing import Any, NamedTuple, TypeGuard
 
 import asyncpg
 
@@ -96,9 +97,10 @@ def _compile_effect(
     type_: str, config: Mapping[str, Any], runner: Runner, shared: Shared
 ) -> SideEffect:
     faults = Faults()
-    expires = limit = None
+    common, expires, limit = _no_effect_keys(), None, None
     with faults.at():
-        common = parse_config(EffectConfig, {k: config[k] for k in EFFECT_KEYS & config.keys()})
+        if given := {k: config[k] for k in EFFECT_KEYS & config.keys()}:
+            common = parse_config(EffectConfig, given)
         if common.limit is not None:
             with faults.at():
                 limit = common.limit.compile()
@@ -107,10 +109,7 @@ def _compile_effect(
     with faults.at():
         ours = EFFECT_KEYS if step_types.is_message(type_) else EFFECT_KEYS - {"topic"}
         own = {k: v for k, v in config.items() if k not in ours}
-        if isinstance(runner, MessageRunner):
-            program = runner.compile(own, shared)
-        else:
-            program = runner.compile(own)
+        program = runner.compile(own, shared) if _writes_messages(runner) else runner.compile(own)
     faults.found = [_with_hint(fault) for fault in faults.found]
     faults.check()
     return SideEffect(
@@ -128,6 +127,14 @@ def _compile_effect(
         limit=limit,
         exits=effect_exits(common, is_message=step_types.is_message(type_)),
     )
+
+
+_no_effect_keys = lru_cache(maxsize=1)(EffectConfig)  # not made by an import
+
+
+def _writes_messages(runner: Runner) -> TypeGuard[MessageRunner]:
+    """Whether it is a MessageRunner: `isinstance` takes longer than to compile a config."""
+    return hasattr(runner, "as_test")
 
 
 def _with_hint(fault: Fault) -> Fault:
@@ -161,13 +168,14 @@ def build(
     """
     ordered = sorted(steps, key=lambda step: step.position)
     by_name = {step.name: step for step in ordered}
-    for stuck in _never_waiting(name, by_name):
+    exits = {step.name: step.exits for step in ordered}
+    for stuck in _never_waiting(name, by_name, exits):
         fault = "it is part of a cycle that never waits: put a step that waits into it"
         by_name[stuck] = _with_problems(by_name[stuck], [Fault((), fault)])
     hints = HINTS
     for step in ordered:
         missing = []
-        for exit_ in step.exits:
+        for exit_ in exits[step.name]:
             is_own = exit_.path[0] == "config" and exit_.sequence in (None, name)
             if is_own and exit_.target is not None and exit_.target not in by_name:
                 hint = f"; {nearest(exit_.target, list(by_name))}" if hints else ""
@@ -248,19 +256,21 @@ def _with_problems(step: Step, faults: Iterable[Fault]) -> Step:
     return replace(step, behaviour=Problem(str(error), error.faults, step.behaviour.exits))
 
 
-def _never_waiting(name: str, steps: Mapping[str, Step]) -> set[str]:
+def _never_waiting(
+    name: str, steps: Mapping[str, Step], exits: Mapping[str, tuple[Exit, ...]]
+) -> set[str]:
     """The steps from which every exit leads round and round, without a wait or a side effect."""
     left: list[str] = []  # steps that something leads out of
     sources: dict[str, list[str]] = defaultdict(list)
     for step in steps.values():
-        for exit_ in step.exits:
+        for exit_ in exits[step.name]:
             if exit_.target is not None and exit_.sequence in (None, name):
                 sources[exit_.target].append(step.name)
         if not isinstance(step.behaviour, Instant) or any(
             exit_.at_once != "always"
             or exit_.target not in steps
             or exit_.sequence not in (None, name)
-            for exit_ in step.exits
+            for exit_ in exits[step.name]
         ):
             left.append(step.name)
     return steps.keys() - graph.reach(left, lambda step: sources[step])
@@ -292,14 +302,17 @@ def compile_row(
 
 
 def make_step(row: asyncpg.Record, compiled: Compiled) -> Step:
-    """A step of its row in sequencer.steps."""
+    """A step of its row in sequencer.steps. Equal names are kept once: they take more memory than
+    the step.
+    """
+    following, alternative = row["next_step"], row["alt_next_step"]
     return Step(
-        sequence=row["sequence"],
-        name=row["name"],
-        type=row["type"],
+        sequence=intern(row["sequence"]),
+        name=intern(row["name"]),
+        type=intern(row["type"]),
         config=compiled.config,
-        next_step=row["next_step"],
-        alt_next_step=row["alt_next_step"],
+        next_step=None if following is None else intern(following),
+        alt_next_step=None if alternative is None else intern(alternative),
         behaviour=compiled.behaviour,
         position=row["position"],
         reads_external=compiled.reads_external,
@@ -360,15 +373,15 @@ def reads_external(type_: str, config: Mapping[str, Any], shared: Shared = NOTHI
         return True
     if (shared.locale or "").startswith("external.") and step_types.has_languages(type_, config):
         return True
+    if step_types.is_instant(type_):
+        return False
     used = step_types.used_partials(type_, config, dict(shared.partials))
     sources = [json.dumps(config), *(text for name, text in shared.partials if name in used)]
-    return not step_types.is_instant(type_) and any(
-        re.search(r"\bexternal\b", source) for source in sources
-    )
+    return any(re.search(r"\bexternal\b", source) for source in sources)
 
 
 def problems(
-    sequence: Sequence, known: Mapping[tuple[str, str], str | None]
+    sequence: Sequence, known: Mapping[tuple[str, str], str]
 ) -> dict[tuple[str, str], str | None]:
     """What is wrong with each step; None where nothing is. Of a step that other daemons execute
     they say it, unless all that is `known` is that this daemon can't.
@@ -379,7 +392,7 @@ def problems(
         match step.behaviour:
             case Problem(message):
                 found[key] = message
-            case Elsewhere(problem) if known[key] not in (None, problem):
+            case Elsewhere(problem) if known.get(key) not in (None, problem):
                 pass
             case _:
                 found[key] = None

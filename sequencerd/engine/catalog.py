@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import asyncpg
 from structlog.typing import FilteringBoundLogger
@@ -26,6 +26,7 @@ from sequencerd.storage import connections, daemons, sequences
 
 SLICE = 0.005  # seconds for which compiling may block the loop
 MANY = 500  # with so many steps, a sequence is assembled in a thread
+PAGE = 20  # sequences whose rows are read at a time
 _Key = tuple[str, str, model.Shared]  # type, config as JSON, what messages share
 MAX_UNKNOWN = 10_000  # names that do not exist are remembered until definitions change
 
@@ -77,23 +78,23 @@ class Catalog:
         self._unknown.add(name)
         return True
 
-    async def reload(self) -> bool:
-        """Read the definitions that have changed. Return whether there were any.
+    async def reload(self) -> list[str]:
+        """Read the definitions that have changed. Return the names of their sequences.
 
         A call that waits while another one starts to read does not read again.
         """
         last = self._started
         async with self._loading:
             if self._read > last:
-                return False
+                return []
             self._started += 1
             present = self._started
             async with connections.borrow(self._pool) as connection:
-                has_changed = await self._read_changed(connection)
+                changed = await self._read_changed(connection)
             self._read = present
-            return has_changed
+            return changed
 
-    async def _read_changed(self, connection: asyncpg.Connection) -> bool:
+    async def _read_changed(self, connection: asyncpg.Connection) -> list[str]:
         self._set_other_types(await daemons.types_elsewhere(connection, self._daemon))
         revisions = await sequences.read_revisions(connection)
         for name in self.sequences.keys() - revisions.keys():
@@ -110,7 +111,7 @@ class Catalog:
         if changed:
             await self._load(connection, changed, self._runners)
             self._unknown.clear()
-        return bool(changed)
+        return changed
 
     def _set_other_types(self, types: frozenset[str]) -> None:
         """Set the types that other daemons serve. Steps of changed types are compiled again."""
@@ -146,42 +147,70 @@ class Catalog:
         runners: Runners,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        sequence_rows, step_rows = await sequences.read_definitions(connection, names)
-        steps = defaultdict(list)
-        for row in step_rows:
-            steps[row["sequence"]].append(row)
-        made = [await self._make(row, steps[row["name"]], runners) for row in sequence_rows]
+        made: list[model.Sequence] = []
+        known: dict[StepKey, str] = {}
+        changed: list[StepKey] = []  # that are to be rescheduled
+        pool: dict[_Key, tuple[_Key, Compiled]] = {}  # of all sequences that are loaded
+        async with sequences.snapshot(connection):
+            # rows take more memory than what is made of them
+            for first in range(0, len(names), PAGE):
+                page = names[first : first + PAGE]
+                sequence_rows, step_rows = await sequences.read_some(connection, page)
+                steps = defaultdict(list)
+                for row in step_rows:
+                    step_key = (row["sequence"], row["name"])
+                    steps[row["sequence"]].append(row)
+                    if row["problem"] is not None:
+                        known[step_key] = row["problem"]
+                    if row["reschedule"]:
+                        changed.append(step_key)
+                made += [
+                    await self._make(row, steps[row["name"]], runners, pool)
+                    for row in sequence_rows
+                ]
         begin()
         for sequence in made:
             self.sequences[sequence.name] = sequence
         self._unfinished.difference_update(names)
-        known = {(row["sequence"], row["name"]): row["problem"] for row in step_rows}
-        found: dict[StepKey, str | None] = {}
-        for sequence in made:
-            found |= problems(sequence, known)
-            await asyncio.sleep(0)
-        if news := {step_key: text for step_key, text in found.items() if text != known[step_key]}:
+        for first in range(0, len(made), PAGE):
+            found: dict[StepKey, str | None] = {}
+            for sequence in made[first : first + PAGE]:
+                found |= problems(sequence, known)
+                await asyncio.sleep(0)
+            await self._report(connection, found, known)
+        for step_key in changed:
+            self._reschedule(step_key)
+
+    async def _report(
+        self,
+        connection: asyncpg.Connection,
+        found: Mapping[StepKey, str | None],
+        known: Mapping[StepKey, str],
+    ) -> None:
+        """Write what is wrong with steps, and resume what failed at those that are valid now."""
+        news = {key: text for key, text in found.items() if text != known.get(key)}
+        if news:
             await sequences.set_problems(connection, news)
-            for step_key, text in news.items():
+            for (sequence, step), text in news.items():
                 if text is not None:
                     self._log.error(
-                        "step has a problem", sequence=step_key[0], step=step_key[1], problem=text
+                        "step has a problem", sequence=sequence, step=step, problem=text
                     )
         fixed = [step_key for step_key, text in found.items() if text is None]
         if count := await sequences.revive(connection, fixed, self._clock.now()):
             self._log.info("failed enrollments resumed, as their steps are valid now", count=count)
-        for row in step_rows:
-            step_key = (row["sequence"], row["name"])
-            if row["reschedule"]:
-                self._reschedule(step_key)
 
     async def _make(
-        self, row: asyncpg.Record, steps: Sequence[asyncpg.Record], runners: Runners
+        self,
+        row: asyncpg.Record,
+        steps: Sequence[asyncpg.Record],
+        runners: Runners,
+        pool: dict[_Key, tuple[_Key, Compiled]],
     ) -> model.Sequence:
         """Make a sequence from its rows.
 
-        What was compiled before is not compiled again, and the loop is blocked for some
-        milliseconds at most, however many steps there are.
+        What was compiled before, or for another sequence (`pool`), is not compiled again, and the
+        loop is blocked for some milliseconds at most, however many steps there are.
         """
         before = self._compiled.get(row["name"], {})
         compiled: dict[_Key, Compiled] = {}
@@ -192,12 +221,13 @@ class Catalog:
         shared = shared_of(row)
         for step in steps:
             key = (step["type"], step["config"], shared)
-            compiled[key] = (
-                compiled.get(key)
-                or before.get(key)
-                or compile_row(step, runners, shared, elsewhere)
-            )
-            made.append(make_step(step, compiled[key]))
+            if key in pool:
+                key, one = pool[key]
+            else:
+                one = before.get(key) or compile_row(step, runners, shared, elsewhere)
+                pool[key] = key, one
+            compiled[key] = one
+            made.append(make_step(step, one))
             if loop.time() >= end:
                 await asyncio.sleep(0)
                 end = loop.time() + SLICE

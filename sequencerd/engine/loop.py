@@ -48,7 +48,7 @@ from sequencerd.settings import Engine as Settings
 from sequencerd.storage import connections, reschedule, server
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.listener import Changed, Due, DueSteps, Message, Reevaluate
-from sequencerd.storage.wakes import count_due, first_wakes
+from sequencerd.storage.wakes import count_due, first_wakes, first_wakes_of
 
 WRITERS = 3  # of results: one computes while the others wait for the database
 MAX_SLEEP = 1.0  # seconds: the watchdog checks that the loop turns
@@ -361,7 +361,7 @@ class Engine:
             off = self._clock.measured(await server.server_time(connection))
             if abs(off) > timedelta(seconds=1):
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
-        await self.reload()
+        await self.catalog.reload()
         async with connections.borrow(self._pool) as connection:
             self._rescheduling.resume(await reschedule.unfinished_rescheduling(connection))
         self._cursors.forget_ahead()  # triggers do not notify of what wakes after a sweep
@@ -404,15 +404,18 @@ class Engine:
             started = loop.time()
             wakes = await first_wakes(connection, {} if whole else self._cursors.known)
             ended = loop.time()
+        self._report_wakes(wakes)
+        if whole:
+            self._cursors.forget_ahead()
+            self._look_at = ended + (ended - started) * (1 / LOOK_SHARE - 1)
+            self._cursors.forget_unused(self._clock.now())
+        return wakes
+
+    def _report_wakes(self, wakes: Iterable[tuple[StepKey, datetime]]) -> None:
         now = self._clock.now()
         for step_key, at in wakes:
             self._cursors.report(step_key, at, now)
             self._push(step_key, at)
-        if whole:
-            self._cursors.forget_ahead()
-            self._look_at = ended + (ended - started) * (1 / LOOK_SHARE - 1)
-            self._cursors.forget_unused(now)
-        return wakes
 
     async def find_due(self, whole: bool) -> DueSteps:
         """Find the due steps while notifications are off."""
@@ -428,10 +431,11 @@ class Engine:
 
     async def reload(self) -> bool:
         """Read definitions that have changed. Return whether there were any."""
-        has_changed = await self.catalog.reload()
-        if has_changed:
-            await self.rebuild()
-        return has_changed
+        changed = await self.catalog.reload()
+        if changed:
+            async with connections.borrow(self._pool) as connection:
+                self._report_wakes(await first_wakes_of(connection, changed))
+        return bool(changed)
 
     def _start_rescheduling(self, step_key: StepKey) -> None:
         self._rescheduling.start(step_key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 
 import asyncpg
@@ -23,12 +24,23 @@ async def read_definitions(
     connection: asyncpg.Connection, names: Iterable[str]
 ) -> tuple[list[asyncpg.Record], list[asyncpg.Record]]:
     """Read some sequences and their steps, from one snapshot."""
-    wanted = list(names)
-    async with transaction(connection, isolation="repeatable_read", readonly=True):
-        return (
-            await connection.fetch(QUERIES["sequences"], wanted),
-            await connection.fetch(QUERIES["steps"], wanted),
-        )
+    async with snapshot(connection):
+        return await read_some(connection, list(names))
+
+
+def snapshot(connection: asyncpg.Connection) -> AbstractAsyncContextManager[asyncpg.Connection]:
+    """Open a transaction that reads from one snapshot."""
+    return transaction(connection, isolation="repeatable_read", readonly=True)
+
+
+async def read_some(
+    connection: asyncpg.Connection, names: Rows[str]
+) -> tuple[list[asyncpg.Record], list[asyncpg.Record]]:
+    """Read some sequences and their steps, in a transaction of the caller."""
+    return (
+        await connection.fetch(QUERIES["sequences"], names),
+        await connection.fetch(QUERIES["steps"], names),
+    )
 
 
 async def set_problems(

@@ -12,8 +12,8 @@ import asyncpg
 from sequencerd.core.model import NEVER, StepKey
 from sequencerd.storage.statements import QUERIES, columns
 
-FIRST_KEY = ("", "")
-LAST_KEY = (chr(0x10FFFF) * 51, "")
+LAST_NAME = chr(0x10FFFF) * 51
+FIRST_KEY, LAST_KEY = ("", ""), (LAST_NAME, "")
 """Before and after all step keys: names have 1 to 200 bytes."""
 
 
@@ -31,11 +31,29 @@ async def first_wakes(
     earliest from a time on.
     """
     known = sorted(since)
-    before, after = [FIRST_KEY, *known], [*known, LAST_KEY]
+    return await _first_wakes(connection, since, [FIRST_KEY, *known], [*known, LAST_KEY])
+
+
+async def first_wakes_of(
+    connection: asyncpg.Connection, sequences: Iterable[str]
+) -> list[tuple[StepKey, datetime]]:
+    """Read the earliest wake time of each step of some sequences that has active enrollments."""
+    names = sorted(sequences)
+    before, after = [(name, FIRST_KEY[1]) for name in names], [(name, LAST_NAME) for name in names]
+    return await _first_wakes(connection, {}, before, after)
+
+
+async def _first_wakes(
+    connection: asyncpg.Connection,
+    since: Mapping[StepKey, datetime],
+    before: Rows[StepKey],
+    after: Rows[StepKey],
+) -> list[tuple[StepKey, datetime]]:
+    """Read what wakes first at some steps, from a time on, and at all steps in some gaps."""
     rows = await connection.fetch(
         QUERIES["first_wakes"],
-        *columns(known),
-        [since[step_key] for step_key in known],
+        *columns(since),
+        list(since.values()),
         *columns(before),
         *columns(after),
     )
