@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -131,15 +131,17 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, ur
     if is_instant(row["type"] or ""):
         row["topic"] = None  # which is of side effects
     for key in ("data", "config"):
-        with suppress(DefinitionError):  # what Python can't read stays a text
+        try:
             row[key] = parse_json(row[key] or "null")
+        except DefinitionError as error:  # what Python can't read stays a text
+            row["problem"] = row["problem"] or f"{key} {error}"
     if arguments.json:
         say_json({**row, "history": history})
         return 0
     for key in ("subject", "sequence", "status", "step", "type", "entered_at", "next", "wake_at"):
         say(f"{key:11}  {text(row[key])}")
-    others = ("topic", "waits_until", "attempt", "failure", "last_error", "goals_met", "timezone")
-    for key in (*others, "original_id", "data"):
+    others = ("problem", "topic", "waits_until", "attempt", "failure", "last_error", "goals_met")
+    for key in (*others, "timezone", "original_id", "data"):
         if row[key]:
             say(f"{key:11}  {text(row[key])}")
     say()
