@@ -34,6 +34,7 @@ def row(
         "entered_at": AT,
         "attempt": 0,
         "expires_at": None,
+        "last_error": None,
         **more,
     }
 
