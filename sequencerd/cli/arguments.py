@@ -58,7 +58,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from importlib.metadata import version  # noqa: PLC0415 - see above
 
-        from sequencerd.storage.migrate import available  # noqa: PLC0415
+        from sequencerd.storage.migrations import available  # noqa: PLC0415
 
         schema = available()[-1].name.removesuffix(".sql")
         sys.stdout.write(f"{version('sequencerd')}, schema {schema}\n")

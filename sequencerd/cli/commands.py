@@ -18,7 +18,7 @@ from sequencerd.errors import DatabaseError, SequencerdError, SettingsError, Usa
 from sequencerd.service.dns import new_loop
 from sequencerd.service.systemd import is_service
 from sequencerd.settings import Settings, load
-from sequencerd.storage import connections, conninfo, migrate
+from sequencerd.storage import connections, conninfo, migrate, migrations
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES
 
@@ -143,7 +143,7 @@ def _database(settings: Settings) -> Iterator[str]:
         yield server.url
 
 
-async def apply_migrations(url: str) -> tuple[list[migrate.Migration], list[migrate.Ungranted]]:
+async def apply_migrations(url: str) -> tuple[list[migrations.Migration], list[migrate.Ungranted]]:
     """Create or update the schema and grant its roles what they lack. Return what was applied, and
     what could not be granted.
     """

@@ -17,7 +17,7 @@ import asyncpg
 from sequencerd.core.describe import text
 from sequencerd.errors import SequencerdError
 from sequencerd.settings import Database
-from sequencerd.storage import connections, migrate, server
+from sequencerd.storage import connections, migrate, migrations, server
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.listener import POLL_INTERVAL, PROBE_INTERVAL
 from sequencerd.storage.statements import QUERIES
@@ -120,13 +120,13 @@ async def _schema(connection: asyncpg.Connection) -> Finding:
     except SequencerdError as error:
         what, _, advice = str(error).partition("; ")
         return Finding("schema", what, "error", advice)
-    return Finding("schema", f"{migrate.available()[-1].name} is applied")
+    return Finding("schema", f"{migrations.available()[-1].name} is applied")
 
 
 async def _triggers(connection: asyncpg.Connection) -> Finding:
     wanted = {
         (table, name)
-        for migration in migrate.available()
+        for migration in migrations.available()
         for name, table in _TRIGGER.findall(migration.sql)
     }
     rows = await connection.fetch(QUERIES["present_triggers"])

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import sha256
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import NamedTuple
 
 import asyncpg
 
 from sequencerd.errors import DatabaseError, MigrationError
+from sequencerd.storage.migrations import Migration, available
 from sequencerd.storage.statements import QUERIES
 
 OLDEST_SERVER = 150000  # PostgreSQL 15
-
-_FILE = re.compile(r"(\d{4})_(\w+)\.sql")
-
-
-@dataclass(frozen=True, slots=True)
-class Migration:
-    """One file of sql/."""
-
-    version: int
-    name: str
-    sql: str
-
-    @property
-    def checksum(self) -> str:
-        """The checksum of the file's text, whatever its line endings."""
-        return sha256(self.sql.replace("\r\n", "\n").encode()).hexdigest()
 
 
 class Ungranted(NamedTuple):
@@ -40,22 +19,6 @@ class Ungranted(NamedTuple):
 
     statement: str
     reason: str
-
-
-def available() -> list[Migration]:
-    """Return the migrations of this version, the oldest first."""
-    found = [
-        Migration(int(match[1]), file.name, file.read_text(encoding="utf-8"))
-        for file in _folder().iterdir()
-        if (match := _FILE.fullmatch(file.name))
-    ]
-    return sorted(found, key=lambda migration: migration.version)
-
-
-def _folder() -> Traversable:
-    """Return sql/ in the installed package, or beside it in a checkout."""
-    packaged = files("sequencerd") / "sql"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "sql"
 
 
 async def migrate(

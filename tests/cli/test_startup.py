@@ -38,6 +38,16 @@ def test_a_command_imports_what_it_uses(module: str, unwanted: set[str]) -> None
     assert not unwanted & set(done.stdout.split())
 
 
+def test_the_version_needs_no_database() -> None:
+    program = "import sys; from sequencerd.cli import main\n"
+    program += "try: main(['--version'])\nfinally: print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "schema" in done.stdout
+    assert not {"asyncpg", "pydantic", "rich"} & set(done.stdout.split())
+
+
 def test_every_command_has_its_function() -> None:
     from importlib import import_module
 

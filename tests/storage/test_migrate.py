@@ -9,8 +9,8 @@ import asyncpg
 import pytest
 
 from sequencerd.errors import MigrationError
-from sequencerd.storage import migrate
-from sequencerd.storage.migrate import Migration
+from sequencerd.storage import migrate, migrations
+from sequencerd.storage.migrations import Migration
 from tests.helpers.databases import execute, with_database
 
 MORE = Migration(9001, "9001_more.sql", "CREATE TABLE sequencer.more (id integer)")
@@ -27,7 +27,7 @@ async def test_two_at_the_same_time_apply_it_once(server: str) -> None:
     connections = [await asyncpg.connect(with_database(server, name)) for _ in range(3)]
     try:
         applied = await asyncio.gather(*(migrate.migrate(c) for c in connections))
-        assert sorted(len(one) for one in applied) == [0, 0, len(migrate.available())]
+        assert sorted(len(one) for one in applied) == [0, 0, len(migrations.available())]
     finally:
         for connection in connections:
             await connection.close()
@@ -42,7 +42,7 @@ async def test_a_database_without_the_schema_is_recognised(server: str) -> None:
 
 
 async def test_a_newer_schema_is_refused(connection: asyncpg.Connection) -> None:
-    await migrate.migrate(connection, [*migrate.available(), MORE])
+    await migrate.migrate(connection, [*migrations.available(), MORE])
     with pytest.raises(MigrationError, match=r"newer than this version.*9001_more"):
         await migrate.migrate(connection)
     with pytest.raises(MigrationError, match="newer"):
@@ -50,7 +50,7 @@ async def test_a_newer_schema_is_refused(connection: asyncpg.Connection) -> None
 
 
 async def test_a_changed_file_is_refused(connection: asyncpg.Connection) -> None:
-    first, *rest = migrate.available()
+    first, *rest = migrations.available()
     with pytest.raises(MigrationError, match=r"0001_sequencer.sql was changed"):
         await migrate.migrate(connection, [replace(first, sql=first.sql + "-- more"), *rest])
 
@@ -58,7 +58,7 @@ async def test_a_changed_file_is_refused(connection: asyncpg.Connection) -> None
 async def test_an_older_schema_is_reported(
     connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    newer = [*migrate.available(), MORE]
+    newer = [*migrations.available(), MORE]
     monkeypatch.setattr(migrate, "available", lambda: newer)
     with pytest.raises(MigrationError, match=r"9001_more.sql is missing.*sequencerd migrate"):
         await migrate.check(connection)
@@ -67,6 +67,6 @@ async def test_an_older_schema_is_reported(
 async def test_a_migration_that_fails_leaves_nothing(connection: asyncpg.Connection) -> None:
     wrong = replace(MORE, sql=MORE.sql + "; SELECT nonsense")
     with pytest.raises(MigrationError, match=r"9001_more.sql failed: .*nonsense"):
-        await migrate.migrate(connection, [*migrate.available(), wrong])
+        await migrate.migrate(connection, [*migrations.available(), wrong])
     assert await connection.fetchval("SELECT to_regclass('sequencer.more') IS NULL")
     await migrate.check(connection)
