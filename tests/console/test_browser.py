@@ -233,7 +233,7 @@ async def test_by_keyboard_alone(
     await people(connection)
     async with console(database) as client, window(browser, client) as page:
         await page.goto("/console/")
-        await page.locator("table").wait_for()
+        await page.locator("table.overview").wait_for()
         await page.keyboard.press("Tab")
         assert await page.evaluate("document.activeElement.textContent") == "Skip to content"
         await page.keyboard.press("Enter")

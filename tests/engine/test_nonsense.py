@@ -47,7 +47,8 @@ COLUMNS = """
            ON t.table_schema = c.table_schema AND t.table_name = c.table_name
      WHERE c.table_schema = 'sequencer' AND t.table_type = 'BASE TABLE'
        AND c.table_name NOT LIKE 'events%'
-       AND c.table_name NOT IN ('console_logouts', 'daemons', 'migrations', 'problems', 'topics')
+       AND c.table_name NOT IN
+           ('console_logouts', 'daemons', 'migrations', 'problems', 'reservations')
      ORDER BY c.table_name, c.ordinal_position
 """
 
@@ -92,7 +93,8 @@ async def test_nonsense_harms_no_other_enrollment(
                 async with connection.transaction():
                     await enroll(connection, "victim", subject)
                     await connection.execute(
-                        "INSERT INTO sequencer.suppressions VALUES ('email', 'a@example.com')"
+                        "INSERT INTO sequencer.suppressions VALUES ('email', 'a@example.com');"
+                        "INSERT INTO sequencer.topics VALUES ('news', 'News')"
                     )
                     await connection.execute(SCHEDULE)
                     await connection.execute(
@@ -128,6 +130,7 @@ def _update(table: str, column: str, type_: str) -> str:
         "holidays": "name = 'New Year'",
         "scheduled_runs": "sequence = 'victim'",
         "suppressions": "address = 'a@example.com'",
+        "topics": "name = 'news'",
     }[table]
     return f"UPDATE sequencer.{table} SET {column} = $1::text::{type_} WHERE {which}"
 
@@ -162,7 +165,7 @@ async def _restore(connection: asyncpg.Connection) -> None:
     await connection.execute("DELETE FROM sequencer.enrollments WHERE sequence <> 'witness'")
     await connection.execute("DELETE FROM sequencer.sequences WHERE name <> 'witness'")
     await connection.execute("DELETE FROM sequencer.revisions WHERE sequence <> 'witness'")
-    await connection.execute("DELETE FROM sequencer.suppressions")
+    await connection.execute("DELETE FROM sequencer.suppressions; DELETE FROM sequencer.topics")
     await connection.execute("DELETE FROM sequencer.holidays WHERE day <> '2019-01-01'")
     await define(
         connection,
