@@ -5,14 +5,14 @@ UV := $(shell command -v uv 2>/dev/null)
 JOBS ?= 4
 LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header \
 	--no-emit-index-url --no-emit-find-links $(if $(UPGRADE),--upgrade)
-LOCKED := build audit browser # groups with a file of their own in packaging/
+LOCKED := build manual audit browser system # groups with a file of their own in packaging/
 
 # Bytecode is kept, but not in the clone: it saves a third of the time that tests take.
 export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/bytecode
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick shell oracle chaos check format lock vendor deb audit clean
+.PHONY: help install demo test quick shell oracle chaos system check format lock vendor deb audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -42,7 +42,7 @@ test: install ## run the tests, or some: T=tests/core; JOBS=4 processes; THOROUG
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
 
 quick: install ## run the tests that start no programs beside PostgreSQL
-	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 -m "not slow" $(T)
+	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 -m "not slow and not system" $(T)
 
 shell: install ## open psql on a throw-away database with the schema
 	@$(BIN)/python -m tests.helpers.shell
@@ -52,6 +52,13 @@ oracle: install ## compare with the answers of the original libraries (ORACLE_DI
 
 chaos: install ## break everything for ten minutes (CHAOS_SEED=... for other faults)
 	CHAOS_SECONDS=$${CHAOS_SECONDS:-40} $(BIN)/pytest -q tests/chaos
+
+system: $(VENV)/system ## boot Debian and build packages and images, as root: ten minutes, much disk
+	$(BIN)/pytest -q -rs --durations 5 -m system tests/system
+
+$(VENV)/system: packaging/system-requirements.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --require-hashes -r packaging/system-requirements.txt
+	touch $@
 
 check: install ## format, lint, types, imports: all of them, and how long each takes
 	@failed=; for tool in "ruff format --check" "ruff check" mypy lint-imports; do \

@@ -238,3 +238,8 @@ def test_the_manifest_for_kubernetes_runs_the_daemon(tmp_path: Path) -> None:
     assert pod["terminationGracePeriodSeconds"] > settings.Engine().stop_timeout
     assert str(pod["securityContext"]["runAsUser"]) == one("USER").partition(":")[0]
     assert container["image"].endswith(f":{sequencerd.__version__}")
+
+
+def test_the_chart_has_the_version_of_the_program() -> None:
+    chart = yaml.safe_load((REPOSITORY / "packaging/helm/Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == sequencerd.__version__

@@ -90,10 +90,9 @@ def test_the_wheel_has_the_licenses_and_the_types(tmp_path: Path) -> None:
     assert fields["Version"] == sequencerd.__version__
     assert {"sequencerd/py.typed", "sequencerd/sql/0001_sequencer.sql"} <= set(names)
     installed = {name.partition(".data/data/share/")[2] for name in names} - {""}
-    assert installed == {
+    assert installed - {"man/man1/sequencerd.1"} == {  # which make deb has, see its test
         "bash-completion/completions/sequencerd",
         "fish/vendor_completions.d/sequencerd.fish",
-        "man/man1/sequencerd.1",
         "zsh/site-functions/_sequencerd",
     }
 

@@ -32,6 +32,8 @@ SHIMS = {
     "sequencerd": f'exec "{sys.executable}" -m sequencerd "$@"',
     "sudo": 'exec env -u PIP_TARGET "$@"',
     "docker": 'echo "$@" >> "$HOME/docker"',
+    "helm": 'echo "$@" >> "$HOME/helm"',
+    "kubectl": 'echo "$@" >> "$HOME/kubectl"',
     "systemctl": 'echo "$@" >> "$HOME/systemctl"',
 }
 
@@ -181,6 +183,7 @@ def test_the_service_page_can_be_followed(home: Path, tmp_path: Path) -> None:
     assert (home / "etc/systemd/system/sequencerd@.service").exists()
     assert (home / "systemctl").read_text() == "daemon-reload\nenable --now sequencerd\n"
     assert (home / "docker").read_text() == "compose up --build --detach\n"
+    assert (home / "helm").read_text().startswith("install sequencerd packaging/helm ")
     assert "listen='127.0.0.1:9187'" in shown
 
 
