@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from absurd_sdk import Absurd, AsyncAbsurd
-from measure import Note, main
+from measure import Note, beside, main
 
 
 class OneConnection:
@@ -64,15 +64,9 @@ class OneConnection:
             async def execute(given: dict[str, Any], _: Any) -> None:
                 note(given["n"])
 
-        running = asyncio.create_task(
-            app.start_worker(concurrency=100, batch_size=100, poll_interval=0.25)
-        )
-        try:
+        worker = app.start_worker(concurrency=100, batch_size=100, poll_interval=0.25)
+        async with beside(worker):
             yield
-        finally:
-            running.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await running
 
 
 asyncio.run(main(OneConnection()))

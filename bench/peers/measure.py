@@ -8,10 +8,10 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import datetime, timezone
-from typing import Protocol
+from typing import Any, Protocol
 
 import psycopg
 
@@ -37,6 +37,18 @@ class Peer(Protocol):
 
     def working(self, note: Note) -> AbstractAsyncContextManager[None]:
         """Run a worker that calls `note` with the number as each task starts."""
+
+
+@asynccontextmanager
+async def beside(worker: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
+    """Run a worker as long as the context lasts; what its end raises is of no interest."""
+    running = asyncio.create_task(worker)
+    try:
+        yield
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await running
 
 
 async def steps_in_a_row(peer: Peer, connection: psycopg.Connection, count: int) -> None:

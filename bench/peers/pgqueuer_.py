@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import asyncpg
 import uvloop
-from measure import Note, main
+from measure import Note, beside, main
 from pgqueuer import PgQueuer
 from pgqueuer.db import AsyncpgDriver, AsyncpgPoolDriver
 from pgqueuer.queries import Queries
@@ -51,15 +50,9 @@ class Pgqueuer:
                 if following:
                     await queries.enqueue(following, job.payload)
 
-        running = asyncio.create_task(
-            queue.run(batch_size=500, dequeue_timeout=timedelta(seconds=30))
-        )
-        try:
+        worker = queue.run(batch_size=500, dequeue_timeout=timedelta(seconds=30))
+        async with beside(worker):
             yield
-        finally:
-            running.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await running
             pool.terminate()
 
 

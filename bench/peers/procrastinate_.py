@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import procrastinate
 import uvloop
-from measure import Note, main, moment
+from measure import Note, beside, main, moment
 
 logging.disable(logging.CRITICAL)
 NEXT = {"a": "b", "b": "c"}
@@ -46,18 +45,15 @@ class Procrastinate:
     @asynccontextmanager
     async def working(self, note: Note) -> AsyncIterator[None]:
         self.note = note
-        running = asyncio.create_task(
-            self.app.run_worker_async(
-                concurrency=10, install_signal_handlers=False, delete_jobs="successful",
-                fetch_job_polling_interval=0.5, shutdown_graceful_timeout=0,
-            )
-        )  # fmt: skip
-        try:
+        worker = self.app.run_worker_async(
+            concurrency=10,
+            install_signal_handlers=False,
+            delete_jobs="successful",
+            fetch_job_polling_interval=0.5,
+            shutdown_graceful_timeout=0,
+        )
+        async with beside(worker):
             yield
-        finally:
-            running.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await running
             await self.app.close_async()
 
 
