@@ -22,6 +22,7 @@ from sequencerd.console.changing import select
 from sequencerd.console.context import PageContext, context_of, local, query_of, render
 from sequencerd.console.lists import COLUMNS, FILTERS, Found, enrollments
 from sequencerd.console.live import COUNTS
+from sequencerd.console.mask import Row
 from sequencerd.console.query import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
 from sequencerd.console.simulating import simulated
 from sequencerd.console.summary import MOST_CAUSES, Counts
@@ -47,23 +48,41 @@ def _since(counts: Counts | None) -> str:
 # --- counts
 
 
+def _render_counts(
+    request: Request, template: str, title: str, counts: Counts | None, **given: Any
+) -> Response:
+    """Return a page that a new count refreshes."""
+    return render(
+        request,
+        template,
+        title=title,
+        live=COUNTS,
+        version=context_of(request).summary.version,
+        counts=counts,
+        **given,
+    )
+
+
+def _problems(counts: Counts | None, mask: views.Mask) -> list[Row]:
+    """Return the problems that daemons report."""
+    rows = counts.problems if counts else []
+    return [mask({**row, "last_error": row["message"]}) for row in rows]
+
+
 async def overview(request: Request) -> Response:
     """All sequences."""
     context = context_of(request)
     counts = await context.summary.get()
     table = views.overview(counts, query_of(request)) if counts else None
-    problems = counts.problems if counts else []
-    return render(
+    return _render_counts(
         request,
         "overview.html",
-        title="Overview",
-        live=COUNTS,
-        version=context.summary.version,
-        counts=counts,
+        "Overview",
+        counts,
         since=_since(counts),
         overview=table,
         coming=views.coming(counts, Query({})) if counts else None,
-        problems=[context.mask({**row, "last_error": row["message"]}) for row in problems],
+        problems=_problems(counts, context.mask),
     )
 
 
@@ -71,13 +90,11 @@ async def failures(request: Request) -> Response:
     """Failed enrollments by step and failure."""
     context = context_of(request)
     counts = await context.summary.get()
-    return render(
+    return _render_counts(
         request,
         "failures.html",
-        title="Failures",
-        live=COUNTS,
-        version=context.summary.version,
-        counts=counts,
+        "Failures",
+        counts,
         failures=views.failures(counts, query_of(request), context.mask) if counts else None,
         most=MOST_CAUSES,
         is_capped=counts is not None and sum(row["failed"] for row in counts.causes) == MOST_CAUSES,
@@ -88,16 +105,13 @@ async def health(request: Request) -> Response:
     """What doctor finds, and the problems that daemons report."""
     context = context_of(request)
     counts = await context.summary.get()
-    problems = counts.problems if counts else []
-    return render(
+    return _render_counts(
         request,
         "health.html",
-        title="Health",
-        live=COUNTS,
-        version=context.summary.version,
-        counts=counts,
+        "Health",
+        counts,
         health=views.health(counts, query_of(request), context.mask) if counts else None,
-        problems=[context.mask({**row, "last_error": row["message"]}) for row in problems],
+        problems=_problems(counts, context.mask),
     )
 
 
@@ -119,13 +133,11 @@ async def sequence(request: Request) -> Response:
     problem = None
     if steps and step:
         problem = next((row["problem"] for row in steps.rows if row["step"] == step), None)
-    return render(
+    return _render_counts(
         request,
         "sequence.html",
-        title=name,
-        live=COUNTS,
-        version=context.summary.version,
-        counts=counts,
+        name,
+        counts,
         since=_since(counts),
         name=name,
         description=row.get("description"),
