@@ -388,6 +388,34 @@ END $$;
 
 COMMENT ON FUNCTION sequencer.delete_ended IS 'Delete a batch of the enrollments that ended before the given time, the oldest first, and return how many. Enrollments that prevent another one, by the reentry policy never or after, are kept.';
 
+-- activity --------------------------------------------------------------------------------------
+
+-- Counted by a daemon from the history, an hour at a time. Whoever counts an hour again sets the same numbers,
+-- or greater ones if something was committed late; so nothing counts twice, and what retention has dropped
+-- since stays counted.
+CREATE TABLE sequencer.activity (
+    sequence text COLLATE "C" NOT NULL,
+    hour     timestamptz NOT NULL,
+    step     text COLLATE "C" NOT NULL,
+    action   text COLLATE "C" NOT NULL,
+    times    bigint NOT NULL,
+    PRIMARY KEY (sequence, hour, step, action)
+);
+CREATE INDEX activity_in_time ON sequencer.activity USING brin (hour);
+
+COMMENT ON TABLE  sequencer.activity IS 'How often what happened at which step, by hour: a summary of the history, kept for 400 days.';
+COMMENT ON COLUMN sequencer.activity.hour IS 'When the hour began, in UTC.';
+COMMENT ON COLUMN sequencer.activity.action IS 'As in events; for a branch followed by its name, for a goal by the name of its step.';
+
+CREATE TABLE sequencer.activity_progress (
+    after   interval PRIMARY KEY,
+    "until" timestamptz NOT NULL
+);
+
+COMMENT ON TABLE  sequencer.activity_progress IS 'Up to when the history has been counted in activity: each hour soon after its end, and again when no daemon can add to it.';
+COMMENT ON COLUMN sequencer.activity_progress.after IS 'How long after its end an hour is counted.';
+
+
 CREATE TABLE sequencer.topics (
     name        text COLLATE "C" PRIMARY KEY CHECK (name ~ '^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$'),
     title       text NOT NULL CHECK (octet_length(title) BETWEEN 1 AND 1000),
@@ -2087,6 +2115,11 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'INSERT', 'reservations'),
     ('sequencer_daemon', 'UPDATE', 'reservations'),
     ('sequencer_daemon', 'DELETE', 'reservations'),
+    ('sequencer_daemon', 'INSERT', 'activity'),
+    ('sequencer_daemon', 'UPDATE', 'activity'),
+    ('sequencer_daemon', 'DELETE', 'activity'),
+    ('sequencer_daemon', 'INSERT', 'activity_progress'),
+    ('sequencer_daemon', 'UPDATE', 'activity_progress'),
     ('sequencer_daemon', 'INSERT', 'console_logouts'),
     ('sequencer_daemon', 'DELETE', 'console_logouts')
 ), on_columns (role, privilege, relation, name) AS (

@@ -1,4 +1,5 @@
-"""Retention: creates the history's partitions ahead, drops old ones, deletes ended enrollments.
+"""Retention: creates the history's partitions ahead, counts the history by hour, drops old ones,
+deletes ended enrollments.
 
 One daemon at a time does this, beside the engine: in short transactions with pauses between them,
 which wait only briefly for the locks of others.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TypeVar
 
 import asyncpg
@@ -16,10 +17,11 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.engine.clock import Clock
 from sequencerd.settings import Retention as Settings
-from sequencerd.storage import connections, reservations, retention
+from sequencerd.storage import activity, connections, reservations, retention
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
-INTERVAL = 3600.0  # seconds
+INTERVAL = 3600.0  # seconds, at most
+ACTIVITY = timedelta(days=400)  # for which the counts of an hour are kept
 SOONER = 60.0  # seconds, after a lock or a transient error
 BATCH = 1000  # enrollments
 ERRORS = (*TRANSIENT_ERRORS, asyncpg.PostgresError)
@@ -33,12 +35,18 @@ async def keep(
 ) -> None:
     """Run retention for ever. Errors are logged, and it is tried again."""
     while True:
-        pause = INTERVAL
         try:
             await tidy(pool, settings(), clock.now(), log)
+            pause = min(INTERVAL, _until_next_count(clock.now()))
         except ERRORS as error:
             pause = _report(error, log)
         await asyncio.sleep(pause)
+
+
+def _until_next_count(now: datetime) -> float:
+    """Return the seconds until another hour can be counted."""
+    past = now - activity.PASSES[0]
+    return 3600.5 - (past.minute * 60 + past.second)
 
 
 def _report(error: BaseException, log: FilteringBoundLogger) -> float:
@@ -62,7 +70,13 @@ async def tidy(
     the first error is raised.
     """
     failed: list[BaseException] = []
-    for part in (_add_partitions, _drop_history, _delete_ended, _prune_reservations):
+    for part in (
+        _add_partitions,
+        _count_activity,
+        _drop_history,
+        _delete_ended,
+        _prune_reservations,
+    ):
         try:
             await part(pool, settings, now, log)
         except ERRORS as error:
@@ -77,12 +91,27 @@ async def _add_partitions(pool: asyncpg.Pool, *_: object) -> None:
     await _alone(pool, retention.add_event_partitions)
 
 
+async def _count_activity(
+    pool: asyncpg.Pool, _settings: Settings, now: datetime, _log: FilteringBoundLogger
+) -> None:
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    while await _alone(pool, lambda c: activity.count(c, now)):
+        await asyncio.sleep(loop.time() - started)  # half of one connection at most
+        started = loop.time()
+    await _alone(pool, lambda c: activity.prune(c, now - ACTIVITY))
+
+
 async def _drop_history(
     pool: asyncpg.Pool, settings: Settings, now: datetime, log: FilteringBoundLogger
 ) -> None:
     if settings.events is None:
         return
-    before = now - settings.events
+    async with connections.borrow(pool) as connection:
+        counted = await activity.counted_until(connection)
+    if counted is None:  # what is not counted yet stays
+        return
+    before = min(now - settings.events, counted)
     while name := await _alone(pool, lambda c: retention.drop_event_partition(c, before)):
         log.info("old history was dropped", partition=name)
 

@@ -170,3 +170,21 @@ ON CONFLICT (session) DO NOTHING;
 -- name: console_is_logged_out
 -- Check whether a session was ended by a logout, here or at another daemon.
 SELECT EXISTS (SELECT FROM sequencer.console_logouts WHERE session = $1);
+
+-- name: console_activity
+-- Read what happened in which hour or day between two full hours, of one sequence or of all; at most so many
+-- rows. It reads only the counts by hour.
+SELECT date_trunc($3, a.hour, 'UTC') AS at, a.sequence, a.step, a.action, sum(a.times)::bigint AS times
+  FROM sequencer.sequences AS s CROSS JOIN LATERAL (
+    SELECT * FROM sequencer.activity AS c
+     WHERE c.sequence = s.name AND c.hour >= $1 AND c.hour < $2 LIMIT $5) AS a
+ WHERE $4::text IS NULL OR s.name = $4
+ GROUP BY 1, 2, 3, 4;
+
+-- name: console_activity_until
+-- Read up to when the history has been counted by hour.
+SELECT max("until") AS counted_until FROM sequencer.activity_progress;
+
+-- name: console_activity_recent
+-- Count what the counts by hour do not have yet.
+SELECT hour AS at, sequence, step, action, count(*) AS times {activity_of};

@@ -603,3 +603,44 @@ SELECT number, free_at
 -- name: prune_reservations
 -- Delete the reservations that no limit counts any more.
 DELETE FROM sequencer.reservations WHERE counts_until < $1;
+
+-- part: activity_of
+-- Which events are counted by hour, and as what.
+FROM (SELECT sequence, date_trunc('hour', at, 'UTC') AS hour, step,
+             CASE action WHEN 'branch' THEN 'branch ' || left(message, 200)
+                         WHEN 'goal' THEN 'goal ' || left(split_part(message, ' is met', 1), 200)
+                         ELSE action END AS action
+        FROM sequencer.events
+       WHERE at >= $1 AND at < $2
+         AND action IN ('enrolled', 'next', 'altNext', 'branch', 'goal', 'jump', 'completed', 'failed',
+                        'cancelled', 'suppressed', 'expired', 'limited', 'retry')) AS v
+ GROUP BY sequence, hour, step, action
+
+-- name: begin_activity
+-- Set where counting the history by hour begins: with its oldest partition, but at most so long ago.
+INSERT INTO sequencer.activity_progress (after, "until")
+SELECT p.after, date_trunc('hour', greatest($2::timestamptz - $3::interval, (
+           SELECT min(to_timestamp(substring(c.relname FROM '^events_(\d{4}_\d\d)$') || ' UTC', 'YYYY_MM TZ'))
+             FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
+            WHERE i.inhparent = 'sequencer.events'::regclass)), 'UTC')
+  FROM unnest($1::interval[]) AS p (after)
+ON CONFLICT (after) DO NOTHING;
+
+-- name: activity_progress
+-- Read up to when the history has been counted, by how long after the end of an hour.
+SELECT after, "until" FROM sequencer.activity_progress ORDER BY after;
+
+-- name: count_activity
+-- Count the history between two full hours.
+INSERT INTO sequencer.activity AS a (sequence, hour, step, action, times)
+SELECT sequence, hour, step, action, count(*) {activity_of}
+ON CONFLICT (sequence, hour, step, action)
+DO UPDATE SET times = excluded.times WHERE a.times < excluded.times;
+
+-- name: note_activity
+-- Note up to when the history has been counted.
+UPDATE sequencer.activity_progress SET "until" = $2 WHERE after = $1;
+
+-- name: prune_activity
+-- Delete the counts of hours that began before a time.
+DELETE FROM sequencer.activity WHERE hour < $1;

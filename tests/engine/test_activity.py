@@ -1,0 +1,129 @@
+"""The history by hour: everything counts once, also what is late, dropped, or counted twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+import pytest
+import structlog
+
+from sequencerd.engine import retention
+from sequencerd.engine.retention import tidy
+from sequencerd.settings import Retention
+from sequencerd.storage import activity, connections
+from tests.engine.test_retention import make_past, partitions
+
+LOG = structlog.get_logger()
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
+    pool = await connections.connect_pool(database, 3)
+    yield pool
+    await pool.close()
+
+
+def hours_ago(number: int) -> datetime:
+    """The middle of an hour in the past."""
+    return datetime.now(UTC).replace(minute=30, second=0, microsecond=0) - number * HOUR
+
+
+async def happened(
+    connection: asyncpg.Connection, at: datetime, action: str = "next", message: str | None = None
+) -> None:
+    await connection.execute(
+        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
+        " VALUES (1, $1, 's', 'first', 1, $2, $3)",
+        at, action, message,
+    )  # fmt: skip
+
+
+async def counts(connection: asyncpg.Connection) -> dict[tuple[datetime, str], int]:
+    rows = await connection.fetch("SELECT * FROM sequencer.activity WHERE sequence = 's'")
+    return {(row["hour"], row["action"]): row["times"] for row in rows}
+
+
+def hour(at: datetime) -> datetime:
+    return at.replace(minute=0)
+
+
+async def test_each_hour_is_counted_once_by_all_daemons(
+    connection: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    at, earlier = hours_ago(3), hours_ago(50)
+    for time, action, message in (
+        (at, "next", None), (at, "next", None), (earlier, "next", None), (at, "warning", "w"),
+        (at, "branch", "blue"), (at, "goal", "paid is met; it was unpaid"),
+        (hours_ago(0), "next", None),
+    ):  # fmt: skip
+        await happened(connection, time, action, message)
+    await asyncio.gather(*(tidy(pool, Retention(), datetime.now(UTC), LOG) for _ in range(3)))
+    await tidy(pool, Retention(), datetime.now(UTC), LOG)
+    assert await counts(connection) == {
+        (hour(earlier), "next"): 1,
+        (hour(at), "next"): 2,
+        (hour(at), "branch blue"): 1,
+        (hour(at), "goal paid"): 1,
+    }
+
+
+async def test_what_is_committed_late_is_counted_later(
+    connection: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    at, now = hours_ago(3), datetime.now(UTC)
+    await happened(connection, at)
+    await tidy(pool, Retention(), now, LOG)
+    await happened(connection, at)
+    await tidy(pool, Retention(), now + HOUR, LOG)
+    assert await counts(connection) == {(hour(at), "next"): 1}
+    await tidy(pool, Retention(), now + 25 * HOUR, LOG)
+    assert await counts(connection) == {(hour(at), "next"): 2}
+
+
+async def test_a_count_that_is_cut_off_is_made_again(
+    connection: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    at, now = hours_ago(3), datetime.now(UTC)
+    await happened(connection, at)
+    async with pool.acquire() as other:
+        transaction = other.transaction()
+        await transaction.start()
+        while await activity.count(other, now):
+            pass
+        await transaction.rollback()
+    assert await counts(connection) == {}
+    await tidy(pool, Retention(), now, LOG)
+    assert await counts(connection) == {(hour(at), "next"): 1}
+
+
+async def test_dropped_history_stays_counted(
+    connection: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    old, day = await make_past(connection, 2), Retention(events=timedelta(days=1))
+    # nothing is dropped before it is counted
+    await connection.execute("ALTER TABLE sequencer.activity RENAME TO hidden")
+    with pytest.raises(asyncpg.UndefinedTableError):
+        await tidy(pool, day, datetime.now(UTC), LOG)
+    assert old in await partitions(connection)
+    await connection.execute("ALTER TABLE sequencer.hidden RENAME TO activity")
+    await tidy(pool, day, datetime.now(UTC), LOG)
+    assert old not in await partitions(connection)
+    counted = await counts(connection)
+    assert sum(counted.values()) == 1
+    # its second count, which finds nothing any more, changes nothing
+    await tidy(pool, day, datetime.now(UTC) + 30 * HOUR, LOG)
+    assert await counts(connection) == counted
+    await tidy(pool, day, datetime.now(UTC) + retention.ACTIVITY, LOG)
+    assert await counts(connection) == {}
+
+
+@pytest.mark.parametrize(
+    ("minute", "seconds"), [(0, 600), (9, 60), (10, 3600), (11, 3540), (59, 660)]
+)
+def test_an_hour_is_counted_ten_minutes_after_its_end(minute: int, seconds: float) -> None:
+    at = datetime(2030, 1, 1, 12, minute, tzinfo=UTC)
+    assert retention._until_next_count(at) == pytest.approx(seconds, abs=1)
