@@ -151,7 +151,7 @@ async def enroll(connection: Any, count: int, wake_at: datetime | None = None) -
     begun = time.perf_counter()
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, data, wake_at)"
-        " SELECT 's', 'u' || n, $2::jsonb, coalesce($3, now())"
+        " SELECT 's', 'u' || n, $2::jsonb || jsonb_build_object('k', n), coalesce($3, now())"
         " FROM generate_series(1, $1::int) AS n",
         count,
         DATA,

@@ -22,6 +22,7 @@ from sequencerd.core.model import (
     Advanced,
     Answer,
     Cancellation,
+    Condition,
     Context,
     Decision,
     DefinitionError,
@@ -146,6 +147,7 @@ def advance(
         evaluation.entered,
         tuple(evaluation.entries),
         tuple(evaluation.cancellations),
+        tuple(evaluation.answers) if is_shared else (),
     )
 
 
@@ -169,6 +171,7 @@ class _Evaluation:
 
     __slots__ = (
         "_timezone",
+        "answers",
         "at",
         "cancellations",
         "context",
@@ -213,6 +216,7 @@ class _Evaluation:
         self.full_until: datetime | None = None
         self.is_limited = False  # whether a limit had no room
         self._timezone: str | None = None
+        self.answers: list[tuple[Condition, bool]] = []  # of all contexts
         self.context: Context | None = None
         self.read_own_before = False  # whether an earlier context has read own values
         self.external: External | None = None  # of the present sequence, once looked up
@@ -324,7 +328,14 @@ class _Evaluation:
         if self.context is None or not self.context.is_of(self.at):
             self.read_own_before = self.has_read_own
             holidays = self.sequence().holidays
-            self.context = Context(self.at, self.now, self._zone(), self.external or {}, holidays)
+            self.context = Context(
+                self.at,
+                self.now,
+                self._zone(),
+                self.external or {},
+                holidays,
+                answers=self.answers,
+            )
         return self.context
 
     @property

@@ -504,15 +504,21 @@ External = Mapping[str, Any]
 """What a lookup knows of a subject; nothing where there is no lookup."""
 
 
+Condition = Callable[[str], bool]
+"""A condition on a view, which it takes as JSON text."""
+
+
 class Context:
     """The evaluation context: what steps and goals read of an enrollment, and the time.
 
     `has_read_own` tells whether own values of the enrollment were read, and not its state alone.
+    Conditions that read the data alone do not count: `answers` has what they have answered.
     """
 
     __slots__ = (
         "_enrollment",
         "_holidays",
+        "answers",
         "external",
         "has_read_own",
         "now",
@@ -527,7 +533,10 @@ class Context:
         timezone: str,
         external: External,
         holidays: Holidays | None = None,
+        *,
+        answers: list[tuple[Condition, bool]] | None = None,
     ) -> None:
+        self.answers = [] if answers is None else answers
         self.external = external
         self._holidays = holidays
         self.now = now
@@ -563,17 +572,30 @@ class Context:
             raise EvaluationError("invalid_step", no_holidays(calendar))
         return self._holidays[calendar]
 
+    def holds(self, condition: Condition, roots: Set[str]) -> bool:
+        """Return whether a condition holds that reads these keys of the view."""
+        if roots != _DATA:
+            return condition(self.json(roots))
+        answer = condition(data_view(self._enrollment))
+        self.answers.append((condition, answer))
+        return answer
+
     def json(self, roots: Set[str] | None) -> str:
         """Return a view with these keys (None: all) as JSON text."""
         if roots is None or not roots <= _STATE:
             self.has_read_own = True
         if roots == _DATA:
-            return f'{{"data":{self._enrollment.data}}}'
+            return data_view(self._enrollment)
         others = _about(self._enrollment, self.timezone, self.entered_at, self.external)
         if roots is not None:
             others = {name: value for name, value in others.items() if name in roots}
         has_data = roots is None or "data" in roots
         return _with_data(others, self._enrollment.data if has_data else None)
+
+
+def data_view(enrollment: Enrollment) -> str:
+    """Return a view with the data alone as JSON text."""
+    return f'{{"data":{enrollment.data}}}'
 
 
 @lru_cache(maxsize=16)  # a batch enters its steps at one time
@@ -883,7 +905,8 @@ Decision = Wait | Execute | LookUp | End | Fail
 class Advanced(NamedTuple):
     """The enrollment as `advance` has moved it, what it decided, and what to record.
 
-    If `is_shared`, every enrollment in the same state has the same outcome.
+    If `is_shared`, every enrollment in the same state has the same outcome whose data give the same
+    `answers`: each is a condition that was asked, in this order, and whether it holds.
     """
 
     enrollment: Enrollment
@@ -894,6 +917,7 @@ class Advanced(NamedTuple):
     entered: tuple[str, ...] = ()  # the sequences that it jumps into, if they don't refuse it
     entries: tuple[Entry, ...] = ()  # of others, if they are not refused
     cancellations: tuple[Cancellation, ...] = ()  # of others, once these are locked
+    answers: tuple[tuple[Condition, bool], ...] = ()
 
     @property
     def is_tentative(self) -> bool:

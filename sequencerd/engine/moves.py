@@ -75,7 +75,7 @@ class Moves:
         key = batch.outcomes.key(enrollment, result, started_revision, expired_leases)
         if (
             key is not None
-            and (shared := batch.outcomes.get(key)) is not None
+            and (shared := batch.outcomes.get(key, enrollment)) is not None
             and self._share(batch, enrollment, shared)
         ):
             return
@@ -103,7 +103,7 @@ class Moves:
             return
         outcome = self.add(batch, enrollment, advanced, now)
         if outcome is not None and key is not None:
-            batch.outcomes.add(key, outcome)
+            batch.outcomes.add(key, advanced.answers, outcome)
 
     def advance(
         self,

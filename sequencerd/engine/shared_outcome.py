@@ -2,14 +2,25 @@
 
 Most enrollments of a batch are in the same state and have the same result. The first of them is
 advanced; if `advance` has read nothing else, the others share its outcome (`Advanced.is_shared`).
+If it has asked conditions on the data, those share it whose data give the same answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-from sequencerd.core.model import Answer, Enrollment, Execute, NotStarted, Result, Suppressed
+from sequencerd.core.model import (
+    Answer,
+    Condition,
+    Enrollment,
+    EvaluationError,
+    Execute,
+    NotStarted,
+    Result,
+    Suppressed,
+    data_view,
+)
 
 Key = tuple[Hashable, ...]
 """All that a shared outcome depends on."""
@@ -23,13 +34,24 @@ class SharedOutcome(NamedTuple):
     execute: Execute | None  # the side effect, which each executes with its own data
 
 
+class _Question(NamedTuple):
+    """A condition on the data that comes next, and what follows from each answer so far."""
+
+    condition: Condition
+    answers: dict[bool, _Question | SharedOutcome]
+
+
 class SharedOutcomes:
-    """The shared outcomes of one batch."""
+    """The shared outcomes of one batch.
+
+    What is asked first depends on the key alone, and what is asked next on the answers before it.
+    So the outcomes of a key are a tree of questions.
+    """
 
     __slots__ = ("_by_key", "_result", "_result_key")
 
     def __init__(self) -> None:
-        self._by_key: dict[Key, SharedOutcome] = {}
+        self._by_key: dict[Key, _Question | SharedOutcome] = {}
         self._result: Result | None = None
         self._result_key: Hashable = None
 
@@ -47,13 +69,29 @@ class SharedOutcomes:
             return None
         return enrollment.state, self._result_key, started_revision, expired_leases
 
-    def get(self, key: Key) -> SharedOutcome | None:
-        """Return the outcome of an earlier enrollment with this key."""
-        return self._by_key.get(key)
+    def get(self, key: Key, enrollment: Enrollment) -> SharedOutcome | None:
+        """Return the outcome of an earlier enrollment with this key and the same answers."""
+        found = self._by_key.get(key)
+        if isinstance(found, _Question):
+            view = data_view(enrollment)
+            try:
+                while isinstance(found, _Question):
+                    found = found.answers.get(found.condition(view))
+            except EvaluationError:
+                return None
+        return found
 
-    def add(self, key: Key, outcome: SharedOutcome) -> None:
-        """Share an outcome with the later enrollments that have this key."""
-        self._by_key[key] = outcome
+    def add(
+        self, key: Key, answers: Iterable[tuple[Condition, bool]], outcome: SharedOutcome
+    ) -> None:
+        """Share an outcome with the later enrollments that have this key and these answers."""
+        place: dict[Any, _Question | SharedOutcome] = self._by_key
+        at: Hashable = key
+        for condition, answer in answers:
+            question = place.setdefault(at, _Question(condition, {}))
+            assert isinstance(question, _Question)
+            place, at = question.answers, answer
+        place[at] = outcome
 
 
 _UNSHARED = object()

@@ -110,10 +110,18 @@ def test_all_that_is_read_is_known_before() -> None:
 
 def test_an_outcome_is_shared_unless_own_values_were_read() -> None:
     visited = {"lodashCommand": "gt", "value": get("visit"), "compareTo": raw(5)}
-    for part, is_shared in ((visited, True), (truth("a"), False)):
+    subject = {"lodashCommand": "eq", "value": get("subject"), "compareTo": raw("ada")}
+    for part, is_shared, answers in (
+        (visited, True, []),
+        (subject, False, []),
+        (truth("a"), True, [False]),
+        ({"any": [truth("a"), {"not": truth("b")}]}, True, [False, False]),
+    ):
         config = {"not": {"all": [{"not": visited}, part]}}
         definitions = sequence(step("if", "Conditional", config))
-        assert advance(definitions, at("if"), NOW).is_shared == is_shared
+        advanced = advance(definitions, at("if"), NOW)
+        assert advanced.is_shared == is_shared
+        assert [answer for _, answer in advanced.answers] == answers
 
 
 def test_what_is_nested_too_deep_is_refused() -> None:

@@ -113,6 +113,40 @@ async def test_a_shared_outcome_keeps_each_enrollments_own_data(
     assert [tuple(row) for row in await connection.fetch(failed)] == [(7, "bad_data")]
 
 
+async def test_enrollments_whose_data_give_the_same_answers_move_together(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    def gets(path: str) -> dict[str, str]:
+        return {"type": "get", "value": path}
+
+    vip = json.dumps({"lodashCommand": "identity", "value": gets("data.vip")})
+    many = json.dumps(
+        {"lodashCommand": "gt", "value": gets("data.n"), "compareTo": {"type": "raw", "value": 10}}
+    )
+    await define(
+        connection,
+        "s",
+        ("many", "Conditional", many, "hello"),
+        ("hello", "Note", "{}", None),
+        ("vip", "Goal", vip, None),
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data)"
+        " SELECT 's', 'u' || n, jsonb_build_object('n', n, 'vip', n % 5 = 0)"
+        " FROM generate_series(1, 20) AS n"
+    )
+    recorder = Recorder(batch_size=20)
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, ALL_ENDED)
+    greeted = {n for n in range(11, 21) if n % 5}
+    assert {view["data"]["n"] for view in recorder.views} == greeted
+    for n in range(1, 21):
+        met = ["many enrolled", "many goal", "many completed"]
+        passed = ["many enrolled", "many next", "hello next", "hello completed"]
+        fewer = ["many enrolled", "many altNext", "many completed"]
+        assert await way(connection, n) == (passed if n in greeted else fewer if n % 5 else met)
+
+
 async def test_a_commit_whose_answer_is_lost_is_detected(
     database: str, connection: asyncpg.Connection
 ) -> None:

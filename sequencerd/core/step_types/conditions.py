@@ -184,7 +184,7 @@ def _compile(config: ConditionConfig, depth: int, *, waits: bool) -> Holds:
     if config.moment_command is not None:
         return _compile_moment(config)
     predicate = config.predicate()
-    return lambda context: predicate(context.json(predicate.roots))
+    return lambda context: context.holds(predicate, predicate.roots)
 
 
 def _check_keys(config: ConditionConfig, faults: Faults, *, waits: bool) -> None:

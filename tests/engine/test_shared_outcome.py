@@ -1,0 +1,50 @@
+"""The outcomes that the enrollments of a batch share."""
+
+import json
+from collections.abc import Mapping
+
+import pytest
+
+from sequencerd.core.model import Enrollment, EvaluationError
+from sequencerd.engine.shared_outcome import SharedOutcome, SharedOutcomes
+from tests.core.test_advance import at
+
+
+def paid(view: str) -> bool:
+    data: Mapping[str, object] = json.loads(view)["data"]
+    if "broken" in data:
+        raise EvaluationError("bad_data", "it cannot be compared")
+    return bool(data.get("paid"))
+
+
+def open_(view: str) -> bool:
+    data: Mapping[str, object] = json.loads(view)["data"]
+    return bool(data.get("open"))
+
+
+def having(**data: bool) -> Enrollment:
+    return at("a", json.dumps(data))
+
+
+def outcome(number: int) -> SharedOutcome:
+    return SharedOutcome([[number]], at("a"), None)
+
+
+def test_data_with_the_same_answers_share_an_outcome() -> None:
+    outcomes, key = SharedOutcomes(), ("state",)
+    assert outcomes.get(key, having(paid=True)) is None
+    outcomes.add(key, [(paid, True)], outcome(1))
+    outcomes.add(key, [(paid, False), (open_, True)], outcome(2))
+    assert outcomes.get(key, having(paid=True, open=True)) == outcome(1)
+    assert outcomes.get(key, having(open=True)) == outcome(2)
+    assert outcomes.get(key, having()) is None  # nothing has had these answers
+    outcomes.add(key, [(paid, False), (open_, False)], outcome(3))
+    assert outcomes.get(key, having()) == outcome(3)
+    assert outcomes.get(("another state",), having()) is None
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_data_that_a_condition_cannot_read_share_nothing(answer: bool) -> None:
+    outcomes, key = SharedOutcomes(), ("state",)
+    outcomes.add(key, [(paid, answer)], outcome(1))
+    assert outcomes.get(key, having(broken=True)) is None
