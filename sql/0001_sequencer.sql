@@ -419,12 +419,65 @@ COMMENT ON COLUMN sequencer.activity_progress.after IS 'How long after its end a
 CREATE TABLE sequencer.topics (
     name        text COLLATE "C" PRIMARY KEY CHECK (name ~ '^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$'),
     title       text NOT NULL CHECK (octet_length(title) BETWEEN 1 AND 1000),
-    description text CHECK (octet_length(description) <= 10000)
+    description text CHECK (octet_length(description) <= 10000),
+    frequency_limit jsonb CHECK (jsonb_typeof(frequency_limit) = 'object')
 );
 
 COMMENT ON TABLE  sequencer.topics IS 'What messages are about, in the words of their recipients. A topic that is not listed works all the same, under its name.';
 COMMENT ON COLUMN sequencer.topics.name IS 'As in the key topic of a step or a sequence.';
 COMMENT ON COLUMN sequencer.topics.title IS 'What recipients see, such as Offers and news.';
+COMMENT ON COLUMN sequencer.topics.frequency_limit IS 'How often side effects of the topic may begin for a subject, in all sequences: {"at_most": 3, "per": {"days": 7}, "then": "wait"}, with the keys of the limit of a step but for topic. Named so since LIMIT is a reserved word.';
+
+-- Limits are part of the definitions that use their topic: a change is a new revision of those, and the
+-- enrollments that wait at their side effects are rescheduled. Nothing of a topic waits at the other
+-- steps, of which there may be many enrollments.
+CREATE FUNCTION sequencer.follow_topics() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    changed text[];
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        SELECT array_agg(name) INTO changed FROM new_topics WHERE frequency_limit IS NOT NULL;
+    ELSIF TG_OP = 'DELETE' THEN
+        SELECT array_agg(name) INTO changed FROM old_topics WHERE frequency_limit IS NOT NULL;
+    ELSE
+        WITH before AS (SELECT name, frequency_limit FROM old_topics WHERE frequency_limit IS NOT NULL),
+             after AS (SELECT name, frequency_limit FROM new_topics WHERE frequency_limit IS NOT NULL),
+             difference AS ((TABLE before EXCEPT TABLE after) UNION ALL (TABLE after EXCEPT TABLE before))
+        SELECT array_agg(name) INTO changed FROM difference;
+    END IF;
+    IF changed IS NULL THEN
+        RETURN NULL;
+    END IF;
+    WITH concerned AS (
+        UPDATE sequencer.steps AS s SET reschedule_from = 0 FROM sequencer.sequences AS q
+         WHERE q.name = s.sequence
+           AND CASE WHEN s.config ? 'topic' THEN s.config->>'topic' ELSE q.topic END = ANY (changed)
+           AND s.type <> ALL (sequencer.instant_types())
+        RETURNING s.sequence
+    )
+    UPDATE sequencer.sequences SET revision = revision
+     WHERE name IN (SELECT sequence FROM concerned);
+    RETURN NULL;
+END $$;
+
+-- The same as the types in sequencerd/core/step_types that have no side effect.
+CREATE FUNCTION sequencer.instant_types() RETURNS text[]
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT ARRAY['GoTo', 'Conditional', 'Switch', 'Goal', 'Split', 'WaitForDuration', 'WaitForDate',
+        'WaitForDateComparison', 'WaitForCondition', 'WaitForWindow', 'UpdateData', 'Enroll',
+        'Cancel', 'Collect']
+$$;
+
+CREATE TRIGGER follow_insert AFTER INSERT ON sequencer.topics
+    REFERENCING NEW TABLE AS new_topics
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.follow_topics();
+CREATE TRIGGER follow_update AFTER UPDATE ON sequencer.topics
+    REFERENCING OLD TABLE AS old_topics NEW TABLE AS new_topics
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.follow_topics();
+CREATE TRIGGER follow_delete AFTER DELETE ON sequencer.topics
+    REFERENCING OLD TABLE AS old_topics
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.follow_topics();
 
 CREATE TABLE sequencer.suppressions (
     channel    text NOT NULL CHECK (channel ~ '^[a-z0-9][a-z0-9._-]{0,99}$'),
@@ -504,17 +557,16 @@ COMMENT ON COLUMN sequencer.reservations.at IS 'When each began; the other lists
 COMMENT ON COLUMN sequencer.reservations.longest IS 'The longest period of the limits that count them.';
 COMMENT ON COLUMN sequencer.reservations.counts_until IS 'When the last of them falls out of that period.';
 
--- All rows are locked first, in the order of their keys, so that no two transactions wait for each other.
+-- Entries with the same number are reserved together or not at all. All rows are locked first, in the
+-- order of their keys, so that no two transactions wait for each other. What shares no key with another
+-- number is reserved at once, the rest one number at a time.
 CREATE FUNCTION sequencer.reserve(
-    keys bytea[], topics text[], enrollments bigint[], visits integer[], at_most integer[],
-    periods interval[], at timestamptz
-) RETURNS TABLE (number integer, free_at timestamptz)
+    numbers integer[], keys bytea[], topics text[], enrollments bigint[], visits integer[],
+    at_most integer[], periods interval[], at timestamptz
+) RETURNS TABLE (entry bigint, free_at timestamptz)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    wanted record;
-    others record;
-    counted timestamptz[];
-    present timestamptz;
+    turn record;
 BEGIN
     INSERT INTO sequencer.reservations AS r (key, topic, longest, counts_until)
     SELECT w.key, min(w.topic), max(w.period), reserve.at + max(w.period)
@@ -522,36 +574,59 @@ BEGIN
     ON CONFLICT ON CONSTRAINT reservations_pkey
     DO UPDATE SET longest = greatest(r.longest, excluded.longest),
                   counts_until = greatest(r.counts_until, excluded.counts_until);
-    FOR wanted IN
-        SELECT w.* FROM unnest(keys, enrollments, visits, at_most, periods)
-               WITH ORDINALITY AS w (key, enrollment, visit, at_most, period, number) ORDER BY w.number
+    FOR turn IN
+        WITH wanted AS (
+            SELECT * FROM unnest(numbers, keys, enrollments, visits, at_most, periods)
+                   WITH ORDINALITY AS w (number, key, enrollment, visit, at_most, period, entry)
+        ), of_keys AS (
+            SELECT w.number, min(w.number) OVER of_key <> max(w.number) OVER of_key AS is_shared
+              FROM wanted AS w WINDOW of_key AS (PARTITION BY w.key)
+        ), sharing AS (
+            SELECT DISTINCT k.number FROM of_keys AS k WHERE k.is_shared
+        )
+        SELECT array_agg(w.number) AS numbers, array_agg(w.key) AS keys,
+               array_agg(w.enrollment) AS enrollments, array_agg(w.visit) AS visits,
+               array_agg(w.at_most) AS at_most, array_agg(w.period) AS periods,
+               array_agg(w.entry) AS entries
+          FROM wanted AS w LEFT JOIN sharing AS s ON s.number = w.number
+         GROUP BY s.number ORDER BY s.number
     LOOP
-        -- the daemons' clocks may differ by a little: time never goes back for a row
-        SELECT greatest(reserve.at, max(o.at)) INTO present
-          FROM sequencer.reservations AS r, unnest(r.at) AS o (at) WHERE r.key = wanted.key;
-        -- a retry gives its former place back for the new one
-        SELECT array_agg(o.at ORDER BY o.at) AS at, array_agg(o.enrollment ORDER BY o.at) AS enrollments,
-               array_agg(o.visit ORDER BY o.at) AS visits,
-               array_agg(o.at ORDER BY o.at) FILTER (WHERE o.at > present - wanted.period) AS counted
-          INTO others
-          FROM sequencer.reservations AS r, unnest(r.at, r.enrollments, r.visits) AS o (at, enrollment, visit)
-         WHERE r.key = wanted.key AND o.at > present - r.longest - interval '1 minute'
-           AND (o.enrollment, o.visit) <> (wanted.enrollment, wanted.visit);
-        counted := coalesce(others.counted, '{}');
-        IF cardinality(counted) >= wanted.at_most THEN
-            number := wanted.number;
-            free_at := counted[cardinality(counted) - wanted.at_most + 1] + wanted.period;
-            RETURN NEXT;
-            CONTINUE;
-        END IF;
-        UPDATE sequencer.reservations AS r
-           SET at = coalesce(others.at, '{}')
-                    || CASE WHEN wanted.at_most IS NULL THEN '{}' ELSE ARRAY[present] END,
-               enrollments = coalesce(others.enrollments, '{}')
-                    || CASE WHEN wanted.at_most IS NULL THEN '{}' ELSE ARRAY[wanted.enrollment] END,
-               visits = coalesce(others.visits, '{}')
-                    || CASE WHEN wanted.at_most IS NULL THEN '{}' ELSE ARRAY[wanted.visit] END
-         WHERE r.key = wanted.key;
+        RETURN QUERY
+        WITH present AS (
+            -- the daemons' clocks may differ by a little: time never goes back for a row
+            SELECT w.*, r.longest, r.at, r.enrollments, r.visits,
+                   greatest(reserve.at, (SELECT max(o.at) FROM unnest(r.at) AS o (at))) AS now
+              FROM unnest(turn.numbers, turn.keys, turn.enrollments, turn.visits, turn.at_most,
+                          turn.periods, turn.entries)
+                   AS w (number, key, enrollment, visit, at_most, period, entry)
+              JOIN sequencer.reservations AS r ON r.key = w.key
+        ), state AS (
+            -- a retry gives its former place back for the new one
+            SELECT p.number, p.key, p.enrollment, p.visit, p.at_most, p.period, p.entry, p.now,
+                   coalesce(o.at, '{}') AS at, coalesce(o.enrollments, '{}') AS enrollments,
+                   coalesce(o.visits, '{}') AS visits, coalesce(o.counted, '{}') AS counted
+              FROM present AS p CROSS JOIN LATERAL (
+                SELECT array_agg(o.at ORDER BY o.at) AS at,
+                       array_agg(o.enrollment ORDER BY o.at) AS enrollments,
+                       array_agg(o.visit ORDER BY o.at) AS visits,
+                       array_agg(o.at ORDER BY o.at) FILTER (WHERE o.at > p.now - p.period) AS counted
+                  FROM unnest(p.at, p.enrollments, p.visits) AS o (at, enrollment, visit)
+                 WHERE o.at > p.now - p.longest - interval '1 minute'
+                   AND (o.enrollment, o.visit) <> (p.enrollment, p.visit)) AS o
+        ), without_room AS (
+            SELECT s.number, s.entry,
+                   s.counted[cardinality(s.counted) - s.at_most + 1] + s.period AS free_at
+              FROM state AS s WHERE cardinality(s.counted) >= s.at_most
+        ), written AS (
+            UPDATE sequencer.reservations AS r
+               SET at = s.at || CASE WHEN s.at_most IS NULL THEN '{}' ELSE ARRAY[s.now] END,
+                   enrollments = s.enrollments
+                       || CASE WHEN s.at_most IS NULL THEN '{}' ELSE ARRAY[s.enrollment] END,
+                   visits = s.visits || CASE WHEN s.at_most IS NULL THEN '{}' ELSE ARRAY[s.visit] END
+              FROM state AS s
+             WHERE r.key = s.key AND s.number NOT IN (SELECT f.number FROM without_room AS f)
+        )
+        SELECT f.entry, f.free_at FROM without_room AS f;
     END LOOP;
 END $$;
 
@@ -806,17 +881,22 @@ BEGIN
         NEW.reschedule_from := 0;
         RETURN NEW;
     END IF;
-    UPDATE sequencer.steps SET reschedule_from = 0 WHERE sequence = NEW.name;
+    -- nothing of a topic waits at steps without a side effect
+    UPDATE sequencer.steps SET reschedule_from = 0
+     WHERE sequence = NEW.name
+       AND ((OLD.timezone, OLD.lookup, OLD.recheck, OLD.time_window)
+                IS DISTINCT FROM (NEW.timezone, NEW.lookup, NEW.recheck, NEW.time_window)
+            OR type <> ALL (sequencer.instant_types()));
     RETURN NULL;
 END $$;
 
 CREATE TRIGGER mark_reschedule BEFORE UPDATE OF type, config ON sequencer.steps
     FOR EACH ROW WHEN ((OLD.type, OLD.config) IS DISTINCT FROM (NEW.type, NEW.config))
     EXECUTE FUNCTION sequencer.mark_reschedule();
-CREATE TRIGGER mark_reschedule AFTER UPDATE OF timezone, lookup, recheck, time_window
+CREATE TRIGGER mark_reschedule AFTER UPDATE OF timezone, lookup, recheck, time_window, topic
     ON sequencer.sequences
-    FOR EACH ROW WHEN ((OLD.timezone, OLD.lookup, OLD.recheck, OLD.time_window)
-        IS DISTINCT FROM (NEW.timezone, NEW.lookup, NEW.recheck, NEW.time_window))
+    FOR EACH ROW WHEN ((OLD.timezone, OLD.lookup, OLD.recheck, OLD.time_window, OLD.topic)
+        IS DISTINCT FROM (NEW.timezone, NEW.lookup, NEW.recheck, NEW.time_window, NEW.topic))
     EXECUTE FUNCTION sequencer.mark_reschedule();
 
 -- Holidays are part of the definitions that use their calendar: a change is a new revision of those, and

@@ -39,6 +39,7 @@ from sequencerd.core.model import (
     Fail,
     Failed,
     Found,
+    Full,
     Instant,
     Limit,
     LookUp,
@@ -92,7 +93,7 @@ def advance(
     refused: Refusals | None = None,
     expired_leases: int = 0,
     result_only: bool = False,
-    full_until: datetime | None = None,
+    full: Full | None = None,
 ) -> Advanced:
     """Move an enrollment as far as possible at this time.
 
@@ -107,12 +108,12 @@ def advance(
     jump to the code of the reason, such as `already_enrolled`: the caller checks the sequences
     in `entered`, and calls again if one refuses. `expired_leases` counts the recent leases of this
     visit that expired before. `result_only` applies the result, and leaves what follows to another
-    evaluation. `full_until` is when the limit of the first side effect with one has room again, if
-    it has none now: the caller reserves it, and calls again.
+    evaluation. `full` says which limit of the first side effect with one has no room, if any: the
+    caller reserves it, and calls again.
     """
     evaluation = _Evaluation(definitions, enrollment, now, refused)
     evaluation.expired_leases = expired_leases
-    evaluation.full_until = full_until
+    evaluation.full = full
     if started_revision is not None:
         evaluation.revision = started_revision
     try:
@@ -182,7 +183,7 @@ class _Evaluation:
         "expired_holder",
         "expired_leases",
         "external",
-        "full_until",
+        "full",
         "is_limited",
         "merged",
         "moves",
@@ -213,7 +214,7 @@ class _Evaluation:
         self.revision = known.revision if known else None  # recorded with each event
         self.expired_holder: str | None = None  # the daemon whose lease of this visit expired
         self.expired_leases = 0  # earlier leases of this visit that expired
-        self.full_until: datetime | None = None
+        self.full: Full | None = None
         self.is_limited = False  # whether a limit had no room
         self._timezone: str | None = None
         self.answers: list[tuple[Condition, bool]] = []  # of all contexts
@@ -488,14 +489,14 @@ class _Evaluation:
             self.record("expired", f"too late since {expires_at:%Y-%m-%d %H:%M:%S}Z")
             return self._move_to(_target(step, effect.on_expired))
         topic = sequence.topic if effect.follows_topic else effect.topic
-        reservation = None
-        if effect.limit is not None:
+        limits = _limits(sequence, step, effect, topic)
+        if limits:
             if self.is_limited or self.entered or self.entries or self.cancellations:
                 return Wait(self.now)  # a transaction reserves once, and nothing else is open then
-            if self.full_until is not None:
-                return self._limited(step, effect.limit, self.full_until, expires_at)
-            counted = effect.limit.topic or topic or effect_key(sequence.name, step.name)
-            reservation = effect.limit.reservation(self._current_context(), counted)
+            if self.full is not None:
+                if self.full.limit >= len(limits):  # the definitions have changed meanwhile
+                    return Wait(self.now)
+                return self._limited(step, *limits[self.full.limit], self.full.until, expires_at)
         return Execute(
             step,
             effect,
@@ -505,22 +506,32 @@ class _Evaluation:
             expires_at,
             None if window is None else self._closes_at(window),
             topic,
-            reservation,
+            tuple(limit.reservation(self._current_context(), of) for limit, of in limits),
         )
 
     def _limited(
-        self, step: Step, limit: Limit, until: datetime, expires_at: datetime | None
+        self,
+        step: Step,
+        limit: Limit,
+        topic: str,
+        until: datetime,
+        expires_at: datetime | None,
     ) -> Decision | None:
         """Wait until a limit has room again, or go on without the side effect."""
         self.is_limited = True
+        is_own = isinstance(step.behaviour, SideEffect) and step.behaviour.limit is limit
         message = f"{LIMIT_REACHED} {limit.words}"
+        if not is_own:
+            message += f", for the topic {topic}"
         if limit.then == "wait":
             if message != self.at.last_error:
                 self.record(Action.NOOP.value, message)
                 self.at = self.at._replace(last_error=message)
             return Wait(min(until, expires_at or until))
         self.record("limited", message)
-        return self._move_to(_target(step, "next" if limit.then == "skip" else "altNext"))
+        # the steps of a topic with a limit need not have an altNext
+        skips = limit.then == "skip" or (not is_own and step.alt_next_step is None)
+        return self._move_to(_target(step, "next" if skips else "altNext"))
 
     def _begins_at(self, step: Step, window: Window | None) -> datetime:
         """Return when a side effect may begin: after its retry delay, and in its window."""
@@ -767,6 +778,21 @@ def _answer_of(step: Step, function: Callable[[Context], T], context: Context) -
         return function(context)
     except EvaluationError as error:
         raise EvaluationError(error.failure, f"step {step.name!r}: {error}") from error
+
+
+def _limits(
+    sequence: Sequence, step: Step, effect: SideEffect, topic: str | None
+) -> list[tuple[Limit, str]]:
+    """Return the limits of a side effect, its own first, with the topic that each counts."""
+    found = []
+    if effect.limit is not None:
+        counted = effect.limit.topic or topic or effect_key(sequence.name, step.name)
+        found.append((effect.limit, counted))
+    if topic is not None and sequence.topic_limits:
+        of_topic = sequence.topic_limits.get(topic)
+        if isinstance(of_topic, Limit):
+            found.append((of_topic, topic))
+    return found
 
 
 def _target(step: Step, skip: Skip) -> str | None:

@@ -230,7 +230,7 @@ class Reservation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How often side effects of a topic may begin for a key, such as a subject, in any period."""
+    """How often side effects may begin for a key, such as a subject, in any period."""
 
     key: Callable[[Context], str]
     topic: str | None  # None: that of the step; without one, the step counts alone
@@ -243,6 +243,15 @@ class Limit:
         """Return what must be reserved before it begins. Raises EvaluationError."""
         counted = f"{topic}\0{self.key(context)}".encode("utf-8", "replace")
         return Reservation(sha256(counted).digest()[:16], topic, self.at_most, self.per)
+
+
+class Full(NamedTuple):
+    """Which of the limits of a side effect has no room, the step's own first, and until when none
+    of them has.
+    """
+
+    limit: int
+    until: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +290,10 @@ class Problem:
     message: str
     faults: tuple[Fault, ...] = ()  # the same, by the places in the config
     exits: tuple[Exit, ...] = EITHER
+
+
+TopicLimits = Mapping[str, Limit | Problem]
+"""The limits of the topics in sequencer.topics that have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +350,7 @@ class Sequence:
     archived: bool = False  # GoTo steps of other sequences can't enter it
     window: Window | None = None  # when its side effects may begin
     topic: str | None = None  # what its side effects are about
+    topic_limits: TopicLimits | None = None  # None where no database was asked
     shared: Shared = NOTHING_SHARED  # by its messages
     holidays: Holidays | None = None  # None where no database was asked: no day is one
     collects: str | None = None  # its first step that collects items
@@ -876,7 +890,7 @@ class Execute(NamedTuple):
     expires_at: datetime | None = None  # too late from then on
     closes_at: datetime | None = None  # its window; not to be begun from then on
     topic: str | None = None
-    reservation: Reservation | None = None  # that must succeed first
+    reservations: tuple[Reservation, ...] = ()  # that must succeed first, all of them
 
 
 class LookUp(NamedTuple):

@@ -20,6 +20,7 @@ from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.windows import Window
 from sequencerd.core.config import Faults, nearest, parse_config, parse_json
 from sequencerd.core.model import (
+    ALT_NEXT,
     EITHER,
     NOTHING_SHARED,
     DefinitionError,
@@ -28,11 +29,13 @@ from sequencerd.core.model import (
     Fault,
     Holidays,
     Instant,
+    Limit,
     Problem,
     Sequence,
     Shared,
     SideEffect,
     Step,
+    TopicLimits,
     no_holidays,
 )
 from sequencerd.core.schedule import EnrollConfig
@@ -40,6 +43,7 @@ from sequencerd.core.step_types import BUILT_IN
 from sequencerd.core.step_types.effects import (
     EFFECT_KEYS,
     EffectConfig,
+    TopicLimitConfig,
     compile_expiry,
     effect_exits,
 )
@@ -103,7 +107,7 @@ def _compile_effect(
             common = parse_config(EffectConfig, given)
         if common.limit is not None:
             with faults.at():
-                limit = common.limit.compile()
+                limit = common.limit.compile(common.limit.topic)
         if common.expires is not None:
             expires = compile_expiry(common.expires)
     with faults.at():
@@ -160,13 +164,15 @@ def build(
     window: Mapping[str, Any] | str | None = None,
     holidays: Holidays | None = None,
     topic: str | None = None,
+    topic_limits: TopicLimits | None = None,
     shared: Shared = NOTHING_SHARED,
 ) -> Sequence:
     """A sequence from its steps. What is wrong with the whole becomes the problem of its steps.
 
-    `holidays` are those of the database; None where it was not asked.
+    `holidays` and `topic_limits` are those of the database; None where it was not asked.
     """
     ordered = sorted(steps, key=lambda step: step.position)
+    ordered = [_with_topic_limit(step, topic, topic_limits) for step in ordered]
     by_name = {step.name: step for step in ordered}
     exits = {step.name: step.exits for step in ordered}
     for stuck in _never_waiting(name, by_name, exits):
@@ -211,6 +217,7 @@ def build(
         window=opens,
         holidays=holidays,
         topic=topic,
+        topic_limits=topic_limits,
         shared=shared,
         collects=next(
             (
@@ -221,6 +228,23 @@ def build(
             None,
         ),
     )
+
+
+def _with_topic_limit(step: Step, topic: str | None, limits: TopicLimits | None) -> Step:
+    """The step, with what the limit of its topic means for it: a further exit, or a problem."""
+    effect = step.behaviour
+    if not isinstance(effect, SideEffect):
+        return step
+    topic = topic if effect.follows_topic else effect.topic
+    limit = None if limits is None or topic is None else limits.get(topic)
+    if isinstance(limit, Problem):
+        return _with_problems(step, limit.faults)
+    may_lead = limits is None and topic is not None
+    may_lead = may_lead or (limit is not None and limit.then == "altNext")
+    if may_lead and all(exit_.path != ALT_NEXT.path for exit_ in effect.exits):
+        exits = (*effect.exits, ALT_NEXT._replace(is_optional=True))
+        return replace(step, behaviour=replace(effect, exits=exits))
+    return step
 
 
 def _window_of(config: Mapping[str, Any] | str | None) -> tuple[Window | None, str]:
@@ -335,6 +359,7 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
         window=row["time_window"],
         holidays=parse_holidays(row["holidays"]),
         topic=row["topic"],
+        topic_limits=parse_topic_limits(row["topic_limits"]),
         shared=shared_of(row),
     )
 
@@ -352,6 +377,25 @@ def parse_holidays(text: str) -> Holidays:
         calendar: frozenset(map(date.fromisoformat, days))
         for calendar, days in json.loads(text).items()
     }
+
+
+@lru_cache(maxsize=8)  # as above
+def parse_topic_limits(text: str) -> TopicLimits:
+    """The limits of topics as the database writes them, each as JSON in a string: what is wrong
+    with one concerns its topic alone.
+    """
+    return {topic: _topic_limit(topic, limit) for topic, limit in json.loads(text).items()}
+
+
+def _topic_limit(topic: str, text: str) -> Limit | Problem:
+    try:
+        config = parse_config(TopicLimitConfig, parse_json(text))
+        if re.search(r"\bexternal\b", config.key):
+            raise DefinitionError("key: external data are of one sequence, the limit is of all")
+        return config.compile(topic)
+    except (DefinitionError, RecursionError) as error:
+        wrong = f"the limit of the topic {topic!r} in sequencer.topics is wrong: {error}"
+        return Problem(wrong, (Fault((), wrong),))
 
 
 def from_rows(

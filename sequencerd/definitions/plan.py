@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -17,18 +18,23 @@ from sequencerd.core.describe import text
 from sequencerd.core.model import (
     Definitions,
     Enrollment,
+    Execute,
     Fail,
+    Limit,
     LookUp,
+    Problem,
     SideEffect,
     Wait,
     no_holidays,
 )
+from sequencerd.core.step_types import is_instant
 from sequencerd.definitions.compiler import (
     Definition,
     Runners,
     calendars,
     from_rows,
     parse_holidays,
+    parse_topic_limits,
 )
 from sequencerd.definitions.diff import Changes, Document, compare, parse_document, seeds
 from sequencerd.definitions.graph import Edge, edges
@@ -53,6 +59,7 @@ class Waiting:
     first: datetime | None = None  # end of the waits that last until another time
     last: datetime | None = None
     unknown: int = 0  # it depends on external data
+    limited: int = 0  # it depends on what their limits count
     failing: int = 0
     failure: str | None = None  # of the first of them
 
@@ -61,6 +68,7 @@ class Waiting:
         would = "" if done else "would "
         parts = [
             (self.at_once, f"{would}continue at once"),
+            (self.limited, f"{would}continue as soon as their limit has room"),
             (self.later, f"wait until another time{self._times()}"),
             (self.as_before, "wait as before"),
             (self.executing, "are being executed and finish unchanged"),
@@ -108,6 +116,7 @@ class SequencePlan:
     missing: tuple[str, ...] = ()  # other sequences or steps of these, to which it leads
     entering: str | None = None  # by the key enroll
     unlisted_topics: tuple[str, ...] = ()  # in sentences
+    limits: tuple[str, ...] = ()  # that begin, end or change, in sentences
 
     def lines(self, *, done: bool) -> Iterator[str]:
         """Yield a line for each change, and one for the enrollments at each changed step."""
@@ -115,6 +124,7 @@ class SequencePlan:
         yield from map(no_holidays, self.empty_calendars)
         yield from self.missing
         yield from self.unlisted_topics
+        yield from self.limits
         for old, count in self.at_step.items():
             if new := self.moves.get(old):
                 yield f"{count} move from {old} to {new}, where their visit starts again"
@@ -163,6 +173,7 @@ class Plan:
                     "empty_calendars": one.empty_calendars,
                     "missing": one.missing,
                     "unlisted_topics": one.unlisted_topics,
+                    "limits": one.limits,
                 }
                 for one in self.sequences
             ],
@@ -255,6 +266,7 @@ async def _make_one(
         empty_calendars=await _empty_calendars(connection, definition),
         entering=await _entering(connection, definition),
         unlisted_topics=await _unlisted_topics(connection, definition),
+        limits=await _limits(connection, before, after, changes.renamed),
     )
 
 
@@ -303,6 +315,45 @@ async def _unlisted_topics(
         f"topic {name!r} is not in sequencer.topics; {nearest(str(name), listed)}"
         for name in sorted(used - {*listed}, key=str)
     )
+
+
+async def _limits(
+    connection: asyncpg.Connection,
+    before: Document | None,
+    after: Document,
+    renamed: Mapping[str, str],
+) -> tuple[str, ...]:
+    """Describe which limits begin, end or change, with the steps for which they do."""
+    old, new = ({} if one is None else _limited(one) for one in (before, after))
+    old = {renamed.get(name, name): one for name, one in old.items()}
+    of_topics = parse_topic_limits(await connection.fetchval(QUERIES["topic_limits"]))
+    lines: dict[str, list[str]] = defaultdict(list)
+    for step, (limit, topic) in new.items():
+        known, before_topic = old.get(step, (None, None))
+        if limit != known:
+            change = "limits" if known is None else "limits otherwise"
+            lines["no longer limits" if limit is None else change].append(step)
+        of_topic = of_topics.get(topic or "")
+        if isinstance(of_topic, Limit) and (step not in old or topic != before_topic):
+            lines[f"the limit of the topic {topic} ({of_topic.words}) holds for"].append(step)
+        elif isinstance(of_topic, Problem):
+            lines[f"{of_topic.message}; it stops"].append(step)
+    return tuple(
+        f"{words} {len(steps)} step{'s' * (len(steps) > 1)}: {', '.join(steps)}"
+        for words, steps in lines.items()
+    )
+
+
+def _limited(document: Document) -> dict[str, tuple[Any, str | None]]:
+    """Return the limits and topics of side effects, by step."""
+    return {
+        step["name"]: (
+            step["config"].get("limit"),
+            step["config"].get("topic", document.get("topic")),
+        )
+        for step in document["steps"]
+        if not is_instant(step["type"])
+    }
 
 
 async def _entering(connection: asyncpg.Connection, definition: Definition) -> str | None:
@@ -417,8 +468,13 @@ def _concerned(changes: Changes, definition: Definition) -> list[str]:
         "recheck",
         "window",
     } or goals & (altered | changes.added.keys())
+    follows_topic = "topic" in changes.settings
     return [
-        name for name in steps if name in altered or (concerns_all and name not in changes.added)
+        name
+        for name, step in steps.items()
+        if name in altered
+        or (concerns_all and name not in changes.added)
+        or (follows_topic and name not in changes.added and not is_instant(step.type))
     ]
 
 
@@ -438,6 +494,7 @@ async def _everything(
         for row in await connection.fetch(QUERIES["sequences"], wanted)
     }
     holidays = parse_holidays(await connection.fetchval(QUERIES["holidays"]))
+    topic_limits = parse_topic_limits(await connection.fetchval(QUERIES["topic_limits"]))
     for one in definitions:
         sequence = replace(
             one.sequence,
@@ -445,6 +502,7 @@ async def _everything(
             recheck=one.recheck,
             paused=False,
             holidays=holidays,
+            topic_limits=topic_limits,
         )
         found[sequence.name] = sequence
     return found
@@ -482,6 +540,8 @@ def _classify(count: Waiting, before: Enrollment, definitions: Definitions, now:
             count.add_later(until)
         case LookUp():
             count.unknown += 1
+        case Execute() if after.decision.reservations:
+            count.limited += 1
         case Fail(failure, message):
             count.failing += 1
             count.failure = count.failure or f"{failure}, {message}"

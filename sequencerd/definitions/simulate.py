@@ -31,6 +31,7 @@ from sequencerd.core.model import (
     Fail,
     Failed,
     Found,
+    Full,
     Instant,
     LookUp,
     Result,
@@ -232,8 +233,8 @@ class _Journey:
             advance, self.definitions, before, now, result, jitter=1.0, refused=self.refused
         )
         advanced = again()
-        if until := self._full_until(advanced, now):
-            advanced = again(full_until=until)
+        if full := self._full(advanced, now):
+            advanced = again(full=full)
         if isinstance(result, Answer) and result.data:
             data = {**parse_data(before.data), **result.data}
             before = before._replace(data=json.dumps(data))
@@ -248,18 +249,22 @@ class _Journey:
                 return advanced.decision, Found(self.external)
         return advanced.decision, None
 
-    def _full_until(self, advanced: Advanced, now: datetime) -> datetime | None:
-        """Reserve a side effect that has a limit. Return when there is room, if there is none."""
+    def _full(self, advanced: Advanced, now: datetime) -> Full | None:
+        """Reserve a side effect that has limits. Return which has no room, if any."""
         decision = advanced.decision
-        if not isinstance(decision, Execute) or decision.reservation is None:
+        if not isinstance(decision, Execute):
             return None
-        key, _, at_most, per = decision.reservation
-        before = self.reserved.setdefault(key, {})
         visit = advanced.enrollment.visit
-        counted = sorted(at for of, at in before.items() if of != visit and at > now - per)
-        if len(counted) >= at_most:
-            return counted[-at_most] + per
-        before[visit] = now
+        full = []
+        for number, (key, _, at_most, per) in enumerate(decision.reservations):
+            before = self.reserved.get(key, {})
+            counted = sorted(at for of, at in before.items() if of != visit and at > now - per)
+            if len(counted) >= at_most:
+                full.append(Full(number, counted[-at_most] + per))
+        if full:
+            return Full(full[0].limit, max(one.until for one in full))
+        for key, *_ in decision.reservations:
+            self.reserved.setdefault(key, {})[visit] = now
         return None
 
     def change(self, change: Mapping[str, Any], now: datetime) -> None:

@@ -34,8 +34,8 @@ _NUMBERS = count()
 
 
 class Limited(NamedTuple):
-    """An enrollment whose side effect is reserved first, and what advances it again with the time
-    `full_until` if its limit has no room.
+    """An enrollment whose side effect is reserved first, and what advances it again if a limit is
+    `full`.
     """
 
     before: Enrollment
@@ -47,8 +47,7 @@ class Limited(NamedTuple):
         """What it needs."""
         at, decision = self.advanced.enrollment, self.advanced.decision
         assert isinstance(decision, Execute)
-        assert decision.reservation is not None
-        return Reserved(at.id, at.visit, decision.reservation)
+        return Reserved(at.id, at.visit, decision.reservations)
 
 
 @dataclass(slots=True)

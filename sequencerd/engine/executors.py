@@ -59,7 +59,7 @@ class Leased(NamedTuple):
     program: object
     task: Task
     revision: int | None = None  # of the definition under which it was started
-    reservation: Reservation | None = None
+    reservations: tuple[Reservation, ...] = ()
 
     @property
     def fence(self) -> Fence:

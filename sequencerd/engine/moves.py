@@ -115,7 +115,7 @@ class Moves:
         *,
         expired_leases: int = 0,
         result_only: bool = False,
-        full_until: datetime | None = None,
+        full: model.Full | None = None,
     ) -> Advanced:
         """Advance an enrollment by the present definitions. An internal error lets it fail."""
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
@@ -130,7 +130,7 @@ class Moves:
                 refused=refused,
                 expired_leases=expired_leases,
                 result_only=result_only,
-                full_until=full_until,
+                full=full,
             )
         except Exception as error:
             self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
@@ -141,7 +141,7 @@ class Moves:
         at, decision = advanced.enrollment, advanced.decision
         return (
             isinstance(decision, Execute)
-            and decision.reservation is not None
+            and decision.reservations != ()
             and self._executors.free(decision.step.type, (at.sequence, at.step)) is not None
         )
 
@@ -168,7 +168,7 @@ class Moves:
                 if elsewhere:
                     batch.elsewhere.add((at.sequence, at.step))
             case Execute(step):
-                is_open = decision.reservation is None or is_reserved
+                is_open = is_reserved or not decision.reservations
                 executor = self._executors.free(step.type, (at.sequence, at.step))
                 try:
                     if is_open and executor is not None:
@@ -218,7 +218,7 @@ class Moves:
         self, batch: Batch, executor: Executor, leased: Enrollment, execute: Execute
     ) -> None:
         """Lease an enrollment for its side effect. Raises EvaluationError for unreadable data."""
-        step, effect, timezone, external, revision, expires_at, closes_at, topic, place = execute
+        step, effect, timezone, external, revision, expires_at, closes_at, topic, places = execute
         assert leased.entered_at is not None
         view = model.view(leased, timezone, leased.entered_at, external)
         expires = None
@@ -227,7 +227,7 @@ class Moves:
             seconds = self._clock.seconds_until(end) + TICK
             expires = asyncio.get_running_loop().time() + seconds
         task = Task(leased.key, view, expires, topic)
-        batch.lease(Leased(leased, step, executor, effect.program, task, revision, place))
+        batch.lease(Leased(leased, step, executor, effect.program, task, revision, places))
 
     def _log_failure(self, at: Enrollment, failure: Fail) -> None:
         log = self._log.bind(enrollment=at.id, sequence=at.sequence, step=at.step)
@@ -259,8 +259,8 @@ class Moves:
         full = await reservations.reserve(connection, wanted, batch.given_back, now)
         unused = []
         for number, (before, advanced, again) in enumerate(batch.limited):
-            if until := full.get(number):
-                self.add(batch, before, again(full_until=until), now)
+            if number in full:
+                self.add(batch, before, again(full=full[number]), now)
                 continue
             leased = len(batch.leased)
             self.add(batch, before, advanced, now, is_reserved=True)

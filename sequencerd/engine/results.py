@@ -155,8 +155,8 @@ class Results:
             exist = await claims.existing(connection, missing) if missing else set()
             for leased, result in results:
                 if enrollment := ours.get(leased.fence):
-                    if leased.reservation and not may_have_taken_place(result):
-                        given = Reserved(enrollment.id, enrollment.visit, leased.reservation)
+                    if leased.reservations and not may_have_taken_place(result):
+                        given = Reserved(enrollment.id, enrollment.visit, leased.reservations)
                         batch.given_back.append(given)
                     if failure is not None:
                         text = _unwritten(result, failure)

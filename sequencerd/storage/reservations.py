@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from datetime import datetime
+from itertools import groupby
 from typing import NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import Reservation
+from sequencerd.core.model import Full, Reservation
 from sequencerd.storage.statements import QUERIES
 
 
 class Reserved(NamedTuple):
-    """What is reserved, or given back: a place for a visit of an enrollment."""
+    """What is reserved, or given back: places for a visit of an enrollment, all or none."""
 
     enrollment: int
     visit: int
-    place: Reservation
+    places: tuple[Reservation, ...]
 
 
 async def reserve(
@@ -25,22 +26,32 @@ async def reserve(
     wanted: Rows[Reserved],
     given_back: Rows[Reserved],
     now: datetime,
-) -> dict[int, datetime]:
-    """Give places back, then reserve others. Return when there is room for those that found none,
-    by their index in `wanted`.
+) -> dict[int, Full]:
+    """Give places back, then reserve others. Return which limits have no room, and until when, by
+    the index in `wanted`.
     """
-    every = [*given_back, *wanted]
+    groups = [*given_back, *wanted]
+    every = [
+        (number, index, one, place)
+        for number, one in enumerate(groups)
+        for index, place in enumerate(one.places)
+    ]
     rows = await connection.fetch(
         QUERIES["reserve"],
-        [one.place.key for one in every],
-        [one.place.topic for one in every],
-        [one.enrollment for one in every],
-        [one.visit for one in every],
-        [None] * len(given_back) + [one.place.at_most for one in wanted],
-        [one.place.per for one in every],
+        [number for number, _, _, _ in every],
+        [place.key for _, _, _, place in every],
+        [place.topic for _, _, _, place in every],
+        [one.enrollment for _, _, one, _ in every],
+        [one.visit for _, _, one, _ in every],
+        [None if n < len(given_back) else place.at_most for n, _, _, place in every],
+        [place.per for _, _, _, place in every],
         now,
     )
-    return {row["number"] - len(given_back) - 1: row["free_at"] for row in rows}
+    found = sorted((*every[row["entry"] - 1][:2], row["free_at"]) for row in rows)
+    return {
+        number - len(given_back): Full(full[0][1], max(free_at for _, _, free_at in full))
+        for number, full in ((n, list(rows)) for n, rows in groupby(found, lambda one: one[0]))
+    }
 
 
 async def prune(connection: asyncpg.Connection, now: datetime) -> None:

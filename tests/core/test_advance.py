@@ -33,6 +33,7 @@ from sequencerd.core.model import (
     Fail,
     Failed,
     Found,
+    Full,
     LookUp,
     Problem,
     Result,
@@ -48,7 +49,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.step_types import compile_step
 from sequencerd.core.step_types.durations import DurationConfig
-from sequencerd.core.step_types.effects import LimitConfig, compile_expiry
+from sequencerd.core.step_types.effects import LimitConfig, TopicLimitConfig, compile_expiry
 
 NOW = datetime(2026, 3, 2, 10, 0, tzinfo=UTC)  # a Monday
 EFFECT = SideEffect(program=None, retry=RetryPolicy(attempts=3, first_delay=10, longest_delay=60))
@@ -492,7 +493,7 @@ def test_a_limit_is_reserved_and_without_room_waits_or_leads_on() -> None:
     config = LimitConfig.model_validate({"topic": "news", "at_most": 1, "per": {"days": 7}})
     later, until = NOW + timedelta(days=2), NOW + timedelta(days=1)
     for then, leads in (("wait", "mail"), ("skip", "end"), ("altNext", "other")):
-        limit = replace(config.compile(), then=then)  # type: ignore[arg-type]
+        limit = replace(config.compile("news"), then=then)  # type: ignore[arg-type]
         definitions = sequence(
             step("mail", "Email", None, "end", "other", effect=replace(EFFECT, limit=limit)),
             step("other", "WaitForDuration", {"amount": 2, "unit": "day"}),
@@ -500,17 +501,51 @@ def test_a_limit_is_reserved_and_without_room_waits_or_leads_on() -> None:
         )
         decision = advance(definitions, at("mail"), NOW).decision
         assert isinstance(decision, Execute)
-        assert decision.reservation is not None
-        assert decision.reservation[1:] == ("news", 1, timedelta(days=7))
-        full = advance(definitions, at("mail"), NOW, full_until=until)
+        assert decision.reservations
+        assert decision.reservations[0][1:] == ("news", 1, timedelta(days=7))
+        full = advance(definitions, at("mail"), NOW, full=Full(0, until))
         assert full.enrollment.step == leads
         assert full.events[0].message == "the limit is reached: 1 in 7 days"
         if then == "wait":
             assert full.decision == Wait(until)
-            again = advance(definitions, full.enrollment, until, full_until=later)
+            again = advance(definitions, full.enrollment, until, full=Full(0, later))
             assert (again.decision, again.events) == (Wait(later), ())
         elif then == "skip":  # the next one is reserved in a transaction of its own
             assert full.decision == Wait(NOW)
+
+
+def test_the_limit_of_a_topic_holds_beside_that_of_a_step() -> None:
+    per = {"days": 7}
+    own = LimitConfig.model_validate({"topic": "other", "at_most": 1, "per": per, "then": "skip"})
+    of_topic = TopicLimitConfig.model_validate({"at_most": 2, "per": per, "then": "altNext"})
+    until = NOW + timedelta(days=1)
+    effect = replace(EFFECT, topic="news", follows_topic=False, limit=own.compile("other"))
+    made = sequence(
+        step("mail", "Email", None, "end", "other", effect=effect),
+        step("free", "Email", None, "end", effect=replace(effect, limit=None)),
+        step("plain", "Email", None, "end"),
+        step("other", "WaitForDuration", {"amount": 2, "unit": "day"}),
+        step("end", "WaitForDuration", {"amount": 2, "unit": "day"}),
+    )
+    limits = {"news": of_topic.compile("news")}
+    definitions = {"s": replace(made["s"], topic_limits=limits)}
+
+    def places(name: str) -> list[str]:
+        decision = advance(definitions, at(name), NOW).decision
+        assert isinstance(decision, Execute)
+        return [one.topic for one in decision.reservations]
+
+    assert (places("mail"), places("free"), places("plain")) == (["other", "news"], ["news"], [])
+    for name, number, leads, message in (
+        ("mail", 0, "end", "the limit is reached: 1 in 7 days"),
+        ("mail", 1, "other", "the limit is reached: 2 in 7 days, for the topic news"),
+        ("free", 0, "end", "the limit is reached: 2 in 7 days, for the topic news"),
+    ):
+        full = advance(definitions, at(name), NOW, full=Full(number, until))
+        assert (full.enrollment.step, full.events[0].message) == (leads, message)
+    # the limit was removed between the evaluation and the reservation
+    gone = advance(sequence(*made["s"].steps.values()), at("free"), NOW, full=Full(0, until))
+    assert gone.enrollment.step == "free"
 
 
 def test_an_expired_lease_is_recorded_and_retried() -> None:

@@ -203,6 +203,62 @@ async def test_a_topic_is_planned_applied_and_exported(
     assert hint not in await apply.lines(about)
 
 
+async def test_limits_are_planned_with_counts(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    """Of steps and of topics; what is wrong with one is reported where the topic is used."""
+
+    def file(topic: str, *limits: str) -> str:
+        steps = "".join(
+            f"  - {{name: s{n}, type: Note, config: {{{limit}}}, altNext: null}}\n"
+            for n, limit in enumerate(limits)
+        )
+        return f"name: s\n{topic}steps:\n{steps}"
+
+    three = "limit: {at_most: 3, per: {days: 7}}"
+    two = "limit: {at_most: 2, per: {days: 7}}"
+    await connection.execute(
+        "INSERT INTO sequencer.topics VALUES"
+        " ('news', 'News', NULL, '{\"at_most\": 5, \"per\": {\"days\": 30}}'),"
+        " ('odd', 'Odd', NULL, '{\"at_most\": 0, \"per\": {\"days\": 30}}')"
+    )
+    lines = await apply.lines(file("", three, three, ""))
+    assert "limits 2 steps: s0, s1" in lines
+    await apply(file("", three, three, ""))
+    assert {"limits otherwise 1 step: s0", "no longer limits 1 step: s1", "limits 1 step: s2"} <= {
+        *await apply.lines(file("", two, "", three))
+    }
+    news = "the limit of the topic news (5 in 30 days) holds for "
+    lines = await apply.lines(file("topic: news\n", three, "topic: null, " + three, ""))
+    assert f"{news}2 steps: s0, s2" in lines
+    assert not any(line.startswith(("limits", "no longer")) for line in lines)
+    await apply(file("topic: news\n", three, three, ""))
+    assert not await apply.plan(file("topic: news\n", three, three, ""))
+    lines = await apply.lines(file("topic: news\n", three, three, "topic: odd"))
+    assert any(
+        line.startswith("the limit of the topic 'odd' in sequencer.topics is wrong: at_most: must")
+        and line.endswith("it stops 1 step: s2")
+        for line in lines
+    )
+
+
+async def test_what_waits_for_a_limit_is_planned(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    text = (
+        "name: s\nsteps:\n"
+        "  - {name: a, type: Note, config: {limit: {at_most: %d, per: {days: 7}}}, altNext: null}\n"
+    )
+    await apply(text % 3)
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, entered_at, wake_at)"
+        " VALUES ('s', 'ada', now(), now() + interval '1 day')"
+    )
+    assert "1 wait at a: 1 would continue as soon as their limit has room" in await apply.lines(
+        text % 4
+    )
+
+
 async def test_texts_in_several_languages_are_planned_by_language(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:

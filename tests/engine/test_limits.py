@@ -12,8 +12,10 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Reservation, Result, Suppressed, Task
+from sequencerd.core.model import Answer, Failed, Full, Reservation, Result, Suppressed, Task
+from sequencerd.core.step_types import BUILT_IN, is_instant
 from sequencerd.storage.reservations import Reserved, prune, reserve
+from tests.helpers.databases import with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 
 NOW = datetime(2026, 3, 2, tzinfo=UTC)
@@ -227,6 +229,144 @@ async def test_a_reevaluation_does_not_pass_the_limit_by(
     assert len(notes.keys) == 1
 
 
+# --- of topics
+
+
+async def limit_topic(connection: asyncpg.Connection, limit: str | None) -> None:
+    await connection.execute(
+        "INSERT INTO sequencer.topics VALUES ('marketing', 'Offers', NULL, $1)"
+        " ON CONFLICT (name) DO UPDATE SET frequency_limit = excluded.frequency_limit",
+        limit,
+    )
+
+
+def of_topic(at_most: int = 1, **keys: Any) -> str:
+    return json.dumps({"at_most": at_most, "per": {"days": 7}, **keys})
+
+
+async def test_the_limit_of_a_topic_holds_for_all_its_side_effects(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    """By daemons with the daemon's role alone, for the topic of a sequence and of a config; and
+    each with the limits of its steps. What has no topic is not concerned.
+    """
+    await limit_topic(connection, of_topic(2, then="skip"))
+    await connection.execute(
+        "DO $$ BEGIN CREATE ROLE login_daemon LOGIN;"
+        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
+        "GRANT sequencer_daemon TO login_daemon"
+    )
+    topic = {"topic": "marketing"}
+    configs: dict[str, tuple[str, dict[str, Any]]] = {
+        "of_sequence": ("Note", {}),
+        "of_config": ("Note", topic),
+        "limited": ("Note", topic | json.loads(limit(then="skip"))),
+        "limited_too": ("Note", topic | json.loads(limit(then="skip"))),
+        "invoice": ("Note", {}),
+    }
+    for name, (type_, config) in configs.items():
+        await define(connection, name, ("send", type_, json.dumps(config), None))
+        await connection.execute(
+            "UPDATE sequencer.sequences SET status = 'paused',"
+            " topic = CASE WHEN name = 'of_sequence' THEN 'marketing' END WHERE name = $1",
+            name,
+        )
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT $1, 'u' || n FROM generate_series(1, 50) AS n",
+            name,
+        )
+    one, other = Recorder(), Recorder()
+    url = with_login(database, "login_daemon")
+    async with running_engine(url, {"Note": one}), running_engine(url, {"Note": other}):
+        await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
+        await until(connection, ALL_ENDED)
+    sent = await connection.fetch(
+        "SELECT e.subject, count(*) FILTER (WHERE v.sequence <> 'invoice') AS all,"
+        " count(*) FILTER (WHERE v.sequence LIKE 'limited%') AS limited,"
+        " count(*) FILTER (WHERE v.sequence = 'invoice') AS invoices"
+        " FROM sequencer.events AS v JOIN sequencer.enrollments AS e ON e.id = v.enrollment_id"
+        " WHERE v.action = 'next' GROUP BY e.subject"
+    )
+    assert len(sent) == 50
+    assert {row["all"] for row in sent} == {2}
+    assert {row["limited"] for row in sent} <= {0, 1}
+    assert {row["invoices"] for row in sent} == {1}
+    assert len(one.keys) + len(other.keys) == 150
+    assert not await connection.fetchval(
+        "SELECT count(*) FROM sequencer.enrollments WHERE status = 'failed'"
+    )
+
+
+async def test_running_daemons_follow_a_changed_limit_of_a_topic(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    """What waits for it is evaluated again; what is wrong with it stops its topic alone."""
+    await define(connection, "s", ("send", "Note", '{"topic": "marketing"}', None))
+    await define(connection, "free", ("send", "Note", "{}", None))
+    await connection.execute("UPDATE sequencer.sequences SET reentry = 'always'")
+    waits = (
+        "SELECT last_error = $1 || ' in 7 days, for the topic marketing'"
+        " FROM sequencer.enrollments WHERE status = 'active'"
+    )
+    problem = "SELECT problem LIKE $1 FROM sequencer.steps WHERE sequence = 's'"
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600):
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+        await limit_topic(connection, of_topic())
+        await enroll(connection, "s", "ada")  # what was sent before was not counted
+        await until(connection, ALL_ENDED)
+        await enroll(connection, "s", "ada")
+        await until(connection, waits, "the limit is reached: 1")
+        await limit_topic(connection, of_topic(2))
+        await until(connection, ALL_ENDED)
+        await enroll(connection, "s", "ada")
+        await until(connection, waits, "the limit is reached: 2")
+        await limit_topic(connection, '{"at_most": "many"}')
+        await until(
+            connection, problem, "the limit of the topic 'marketing' in sequencer.topics is wrong%"
+        )
+        await enroll(connection, "free", "ada")
+        free = "SELECT status = 'completed' FROM sequencer.enrollments WHERE sequence = 'free'"
+        await until(connection, free)
+        await connection.execute("DELETE FROM sequencer.topics")
+        completed = "SELECT count(*) = 5 FROM sequencer.enrollments WHERE status = 'completed'"
+        await until(connection, completed)
+
+
+async def test_only_side_effects_of_a_topic_are_rescheduled_with_its_limit(
+    connection: asyncpg.Connection,
+) -> None:
+    await define(
+        connection, "s", ("send", "Note", "{}", "wait"),
+        ("wait", "WaitForDuration", '{"amount": 9, "unit": "days"}', "other"),
+        ("other", "Note", '{"topic": null}', None),
+    )  # fmt: skip
+    await connection.execute("UPDATE sequencer.sequences SET topic = 'marketing'")
+    marked = "SELECT name FROM sequencer.steps WHERE reschedule_from IS NOT NULL"
+    clear = "UPDATE sequencer.steps SET reschedule_from = NULL"
+    await connection.execute(clear)
+    await limit_topic(connection, None)
+    assert await connection.fetch(marked) == []
+    for change in (of_topic(), of_topic(2), None):
+        await limit_topic(connection, change)
+        assert await connection.fetch(marked) == [("send",)]
+        await connection.execute(clear)
+    await limit_topic(connection, of_topic())
+    await connection.execute(clear)
+    await connection.execute("UPDATE sequencer.topics SET title = 'News'")
+    assert await connection.fetch(marked) == []
+    await connection.execute("UPDATE sequencer.topics SET name = 'news'")
+    assert await connection.fetch(marked) == [("send",)]
+
+
+async def test_the_types_without_a_side_effect_are_those_of_the_database(
+    connection: asyncpg.Connection,
+) -> None:
+    known = await connection.fetchval("SELECT sequencer.instant_types()")
+    assert sorted(known) == sorted(filter(is_instant, BUILT_IN))
+
+
 async def test_a_step_without_a_limit_asks_nothing(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,9 +395,9 @@ async def test_sessions_that_reserve_the_same_in_another_order_do_not_deadlock(
             for visit in range(20):
                 async with session.transaction():
                     wanted = [
-                        Reserved(enrollment, visit, place(key, at_most=1000)) for key in order
+                        Reserved(enrollment, visit, (place(key, at_most=1000),)) for key in order
                     ]
-                    given = [Reserved(enrollment, visit - 1, place(key)) for key in order[::2]]
+                    given = [Reserved(enrollment, visit - 1, (place(key),)) for key in order[::2]]
                     await reserve(session, wanted, given, NOW)
         finally:
             await session.close()
@@ -267,8 +407,30 @@ async def test_sessions_that_reserve_the_same_in_another_order_do_not_deadlock(
     assert len(counts) == 20
 
 
+async def test_places_of_one_side_effect_are_reserved_together_or_not_at_all(
+    connection: asyncpg.Connection,
+) -> None:
+    def wanted(id_: int, *places: Reservation) -> Reserved:
+        return Reserved(id_, 1, places)
+
+    a, b, later = place("a"), place("b", 2), place("b", 1, 3 * HOUR)
+    assert await reserve(connection, [wanted(1, a, b)], [], NOW) == {}
+    full = await reserve(connection, [wanted(2, a, b), wanted(3, b)], [], NOW + HOUR / 2)
+    assert full == {0: Full(0, NOW + HOUR)}  # 2 took no place of b, so 3 found one
+    full = await reserve(connection, [wanted(4, place("c"), b, later)], [], NOW + HOUR / 2)
+    assert full == {0: Full(1, NOW + HOUR / 2 + 3 * HOUR)}
+    counts = await connection.fetch("SELECT enrollments FROM sequencer.reservations ORDER BY key")
+    assert [row["enrollments"] for row in counts] == [[1], [1, 3], []]
+    await reserve(connection, [], [wanted(1, a, b)], NOW + HOUR / 2)
+    assert await reserve(connection, [wanted(5, a, later, b)], [], NOW + 4 * HOUR) == {}
+    # two limits of one key count a side effect once
+    assert await connection.fetchval(
+        "SELECT enrollments FROM sequencer.reservations WHERE key = 'b'"
+    ) == [5]
+
+
 async def test_what_no_limit_counts_any_more_is_pruned(connection: asyncpg.Connection) -> None:
-    wanted = [Reserved(1, 1, place("a")), Reserved(2, 1, place("b", per=9 * HOUR))]
+    wanted = [Reserved(1, 1, (place("a"),)), Reserved(2, 1, (place("b", per=9 * HOUR),))]
     await reserve(connection, wanted, [], NOW)
     await prune(connection, NOW + 2 * HOUR)
     assert await connection.fetch("SELECT key FROM sequencer.reservations") == [(b"b",)]
@@ -287,16 +449,16 @@ async def test_no_period_ever_has_more_than_its_limit(connection: asyncpg.Connec
             id_, visit = random.randint(1, 5), random.randint(1, 2)
             at = time + timedelta(seconds=random.randint(-30, 30))
             if random.random() < 0.2:
-                await reserve(connection, [], [Reserved(id_, visit, one)], at)
+                await reserve(connection, [], [Reserved(id_, visit, (one,))], at)
                 kept.pop((id_, visit), None)
                 continue
-            full = await reserve(connection, [Reserved(id_, visit, one)], [], at)
+            full = await reserve(connection, [Reserved(id_, visit, (one,))], [], at)
             others = [t for key, t in kept.items() if key != (id_, visit)]
             if not full:
                 kept[id_, visit] = max([at, *kept.values()])
             else:
                 assert len([t for t in others if t > at - one.per]) >= at_most
-                assert len([t for t in others if t > full[0] - one.per]) < at_most
+                assert len([t for t in others if t > full[0].until - one.per]) < at_most
             for start in kept.values():
                 inside = [t for t in kept.values() if start <= t < start + one.per]
                 assert len(inside) <= at_most

@@ -57,13 +57,11 @@ Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$")]
 """The name of a topic, as in sequencer.topics."""
 
 
-class LimitConfig(Config):
-    """How often side effects may begin: at most so many in any period, in all sequences."""
+class TopicLimitConfig(Config):
+    """How often side effects of a topic may begin: at most so many in any period."""
 
     key: str = "{{subject}}"
     """What is counted together with others of the topic: a template."""
-    topic: Topic | None = None
-    """Whose side effects are counted (default: the topic of the step; without one, the step's)."""
     at_most: StrictInt = Field(ge=1, le=1000, alias="at_most")
     """How many."""
     per: Duration
@@ -71,7 +69,7 @@ class LimitConfig(Config):
     then: Literal["wait", "skip", "altNext"] = "wait"
     """What follows when there have been so many: wait until there is room, or go on without it."""
 
-    def compile(self) -> Limit:
+    def compile(self, topic: str | None = None) -> Limit:
         """Compile it. Raises DefinitionError."""
         faults = Faults()
         per = timedelta()
@@ -82,7 +80,14 @@ class LimitConfig(Config):
             key = compile_text(("limit", "key"), self.key)
         faults.check()
         words = f"{self.at_most} in {self.per.amount:g} {self.per.unit}"
-        return Limit(key, self.topic, self.at_most, per, self.then, words)
+        return Limit(key, topic, self.at_most, per, self.then, words)
+
+
+class LimitConfig(TopicLimitConfig):
+    """How often side effects may begin: at most so many in any period, in all sequences."""
+
+    topic: Topic | None = None
+    """Whose side effects are counted (default: the topic of the step; without one, the step's)."""
 
 
 class EffectConfig(Config):

@@ -115,6 +115,10 @@ SELECT count(*) FROM added;
 -- Read the topics that are listed.
 SELECT name FROM sequencer.topics ORDER BY name;
 
+-- name: topic_limits
+-- Read the limits of all topics.
+SELECT {limits_by_topic};
+
 -- name: archive
 -- Archive sequences.
 UPDATE sequencer.sequences SET status = 'archived' WHERE name = ANY ($1::text[]);

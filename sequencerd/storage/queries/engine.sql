@@ -18,14 +18,21 @@ SELECT name, revision FROM sequencer.sequences;
 (SELECT coalesce(jsonb_object_agg(calendar, days), '{}')
    FROM (SELECT calendar, jsonb_agg(day) AS days FROM sequencer.holidays GROUP BY calendar) AS h)
 
+-- part: limits_by_topic
+-- The limits of all topics, as {topic: limit}, each written as a string.
+(SELECT coalesce(jsonb_object_agg(name, frequency_limit::text), '{}')
+   FROM sequencer.topics WHERE frequency_limit IS NOT NULL)
+
 -- name: sequences
--- Read the definitions of some sequences, without their steps, and the holidays that they may need.
+-- Read the definitions of some sequences, without their steps, and the holidays and limits that they
+-- may need.
 SELECT name, first_step, timezone, status, lookup, recheck, revision, time_window, topic, locale,
        partials,
        CASE WHEN time_window ? 'holidays' OR EXISTS (
                 SELECT FROM sequencer.steps
                  WHERE sequence = q.name AND config @? '$.**.holidays')
-            THEN {holidays_by_calendar} ELSE '{}' END AS holidays
+            THEN {holidays_by_calendar} ELSE '{}' END AS holidays,
+       {limits_by_topic} AS topic_limits
   FROM sequencer.sequences AS q WHERE name = ANY ($1::text[]);
 
 -- name: steps
@@ -596,9 +603,9 @@ SELECT c.oid::regclass::text AS "table", u.oid::regrole::text AS "user",
 
 -- name: reserve
 -- Give back and reserve places under limits; return what found no place, and when there is one.
-SELECT number, free_at
-  FROM sequencer.reserve($1::bytea[], $2::text[], $3::bigint[], $4::integer[], $5::integer[],
-                         $6::interval[], $7);
+SELECT entry, free_at
+  FROM sequencer.reserve($1::integer[], $2::bytea[], $3::text[], $4::bigint[], $5::integer[],
+                         $6::integer[], $7::interval[], $8);
 
 -- name: prune_reservations
 -- Delete the reservations that no limit counts any more.
