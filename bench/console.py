@@ -35,6 +35,7 @@ from sequencerd.definitions.simulator import Simulator
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.settings import Console
 from sequencerd.storage import migrate
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.sequences import read_definitions, read_revisions
 from sequencerd.storage.statements import QUERIES
 
@@ -110,7 +111,7 @@ async def main() -> None:
         }
         app = make_console(
             Console(),
-            url,
+            Shard(url),
             lambda: Simulator(definitions, {}),
             lambda: datetime.now(UTC),
             structlog.get_logger(),
@@ -188,7 +189,7 @@ async def disturbance(dsn: str, samples: int) -> None:
     async with engine.defined(dsn, ("a", "Task", "{}")) as (url, connection):
         console = make_console(
             Console(),
-            url,
+            Shard(url),
             lambda: Simulator({}, {}),
             lambda: datetime.now(UTC),
             structlog.get_logger(),

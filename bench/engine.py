@@ -53,6 +53,7 @@ from sequencerd.runners.python import PythonRunner, runner
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
 from sequencerd.storage import connections, migrate
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.listener import listen
 
 NAME = "sequencerd_bench"
@@ -113,7 +114,8 @@ async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple
 @asynccontextmanager
 async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> AsyncIterator[None]:
     """The daemon's engine and listener, ready."""
-    pool, heart = await connections.connect_pool(url, 5), await connections.connect_pool(url, 1)
+    at = Shard(url)
+    pool, heart = await connections.connect_pool(at, 5), await connections.connect_pool(at, 1)
     log = structlog.wrap_logger(structlog.PrintLogger(sys.stderr))
     made = Engine(
         pool,
@@ -132,7 +134,7 @@ async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> Async
         await made.sweep()
         ready.set()
 
-    listener = asyncio.create_task(listen(url, made.receive, connected, made.find_due, log=log))
+    listener = asyncio.create_task(listen(at, made.receive, connected, made.find_due, log=log))
     working = asyncio.create_task(made.run())
     await ready.wait()
     try:

@@ -39,6 +39,7 @@ from sequencerd.service.public import Public
 from sequencerd.service.systemd import notify, notify_reloading
 from sequencerd.settings import Database, Settings
 from sequencerd.storage import connections, migrate, server
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.listener import Changed, Message, listen, poll
 from sequencerd.storage.suppressions import read_suppressed
@@ -126,9 +127,9 @@ def check_settings(settings: Settings) -> None:
 
 
 async def run(
-    url: str, settings: Settings, log: FilteringBoundLogger, read: Callable[[], Settings]
+    shard: Shard, settings: Settings, log: FilteringBoundLogger, read: Callable[[], Settings]
 ) -> None:
-    """Run until SIGTERM or SIGINT; on SIGHUP, `read` returns the new settings. `url` is where to
+    """Run until SIGTERM or SIGINT; on SIGHUP, `read` returns the new settings. `shard` is where to
     LISTEN. Raises SequencerdError if the daemon cannot start.
     """
 
@@ -150,7 +151,7 @@ async def run(
     loop.add_signal_handler(signal.SIGHUP, reload_requested.set)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop_requested.set)
-    connection = await _wait_for_promotion(url, stop_requested, log)
+    connection = await _wait_for_promotion(shard, stop_requested, log)
     try:
         if stop_requested.is_set():
             return
@@ -160,10 +161,10 @@ async def run(
         await connection.close()
     size = settings.database.connections
     async with (
-        _pool(url, settings.database, size) as pool,
-        _pool(url, settings.database, 1) as heart,
-        _pool(url, settings.database, settings.database.lookup_connections, 0) as for_lookups,
-        _pool(url, settings.database, ENROLLING_CONNECTIONS, 0) as for_enrolling,
+        _pool(shard, settings.database, size) as pool,
+        _pool(shard, settings.database, 1) as heart,
+        _pool(shard, settings.database, settings.database.lookup_connections, 0) as for_lookups,
+        _pool(shard, settings.database, ENROLLING_CONNECTIONS, 0) as for_enrolling,
     ):
         try:
             parts = Parts(settings, runners, for_lookups)
@@ -183,15 +184,15 @@ async def run(
         try:
             report = partial(_report_taken_address, log)
             async with (
-                serving(daemon.app(url), settings.listen, report),
+                serving(daemon.app(shard), settings.listen, report),
                 serving(
-                    daemon.public_app(url),
+                    daemon.public_app(shard),
                     settings.http.public_listen,
                     report,
                     setting="http.public_listen",
                 ),
             ):
-                await daemon.run(url, reload_requested, stop_requested)
+                await daemon.run(shard, reload_requested, stop_requested)
         finally:
             await daemon.parts.close()
             await asyncio.to_thread(end_tracing)
@@ -204,12 +205,12 @@ def _report_taken_address(log: FilteringBoundLogger, listen: str) -> None:
 
 
 async def _wait_for_promotion(
-    url: str, stop: asyncio.Event, log: FilteringBoundLogger
+    shard: Shard, stop: asyncio.Event, log: FilteringBoundLogger
 ) -> asyncpg.Connection:
     """Return a connection to a server that can be written to; on a standby, wait for its promotion
     or for `stop`.
     """
-    connection = await connections.connect(url)
+    connection = await connections.connect(shard)
     is_reported = False
     try:
         while await server.is_standby(connection) and not stop.is_set():
@@ -318,30 +319,30 @@ class _Daemon:
             log=log,
         )
 
-    def app(self, url: str) -> Starlette:
+    def app(self, shard: Shard) -> Starlette:
         """Return what the HTTP listener serves."""
         settings = self.parts.settings.console
         console = None
         if settings is not None and settings.enabled:
-            console = make_console(settings, url, self._simulator, self._clock.now, self._log)
+            console = make_console(settings, shard, self._simulator, self._clock.now, self._log)
         health = self._health
-        public = () if self.parts.settings.http.public_listen else self._public(url).routes
+        public = () if self.parts.settings.http.public_listen else self._public(shard).routes
         return make_app(
             health.why_not_alive, health.why_not_ready, self._metrics.registry, console, public
         )
 
-    def public_app(self, url: str) -> Starlette:
+    def public_app(self, shard: Shard) -> Starlette:
         """Return what the listener for recipients serves."""
-        return self._public(url).app()
+        return self._public(shard).app()
 
-    def _public(self, url: str) -> Public:
-        return Public(url, lambda: self.parts.settings, self._log)
+    def _public(self, shard: Shard) -> Public:
+        return Public(shard, lambda: self.parts.settings, self._log)
 
     def _simulator(self) -> Simulator:
         """Return the present definitions and runners, for another thread to read."""
         return Simulator(dict(self._engine.catalog.sequences), self.parts.runners)
 
-    async def run(self, url: str, reload: asyncio.Event, stop: asyncio.Event) -> None:
+    async def run(self, shard: Shard, reload: asyncio.Event, stop: asyncio.Event) -> None:
         """Work until `stop` is set."""
         engine = self._engine
         # a task that dies ends the process, which systemd restarts; leases make that safe
@@ -349,7 +350,7 @@ class _Daemon:
             helpers = [
                 group.create_task(work)
                 for work in (
-                    self._listen(url),
+                    self._listen(shard),
                     self._reload_whenever(reload, group),
                     self._stop_when(stop),
                     retention.keep(
@@ -365,10 +366,10 @@ class _Daemon:
             for helper in helpers:
                 helper.cancel()
 
-    async def _listen(self, url: str) -> None:
+    async def _listen(self, shard: Shard) -> None:
         if self.parts.settings.database.listen:
             await listen(
-                url,
+                shard,
                 self._receive,
                 self._connected,
                 self._engine.find_due,
@@ -443,12 +444,12 @@ class _Daemon:
 
 @asynccontextmanager
 async def _pool(
-    url: str, settings: Database, size: int, least: int = 1
+    shard: Shard, settings: Database, size: int, least: int = 1
 ) -> AsyncIterator[asyncpg.Pool]:
     if settings.url is not None:
-        url = settings.url.get_secret_value()
+        shard = shard._replace(url=settings.url.get_secret_value())
     try:
-        pool = await connections.connect_pool(url, size, pooled=settings.pooled, least=least)
+        pool = await connections.connect_pool(shard, size, pooled=settings.pooled, least=least)
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         raise DatabaseError(
             f"cannot connect to the database: {connections.explain(error)}"

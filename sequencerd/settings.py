@@ -46,6 +46,9 @@ from sequencerd.core.model import (
 )
 from sequencerd.errors import SettingsError
 
+SCHEMA = "sequencer"
+"""The schema of the tables, unless another one is set."""
+
 DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
 
 CREDSTORE = Path("/etc/credstore")
@@ -143,6 +146,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
+def _check_schema(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
+        raise ValueError(f"{name!r}: write up to 40 ASCII letters, digits, - and _")
+    if re.match(r"pg_|information_schema$|public$", name):
+        raise ValueError(f"the schema {name} is not for sequencerd alone; choose another name")
+    return name
+
+
+SchemaName = Annotated[str, AfterValidator(_check_schema)]
+
+
 class Database(Section):
     """Where the tables are. Without a URL, an embedded PostgreSQL in the user's data folder.
 
@@ -151,6 +165,7 @@ class Database(Section):
 
     url: Secret | None = None
     listen_url: Secret | None = None
+    schema_name: SchemaName = Field(default=SCHEMA, alias="schema")
     listen: bool = True
     connections: int = Field(default=5, ge=2, le=100)
     lookup_connections: int = Field(default=3, ge=1, le=100)
@@ -496,9 +511,9 @@ class Settings(Section):
     def differences(self, other: Settings, *sections: str) -> list[str]:
         """Return which settings of some sections are others there, such as "engine.batch"."""
         return [
-            f"{name}.{key}"
+            f"{name}.{field.alias or key}"
             for name in sections
-            for key in _SECTIONS[name].model_fields
+            for key, field in _SECTIONS[name].model_fields.items()
             if getattr(getattr(self, name), key, None) != getattr(getattr(other, name), key, None)
         ]
 
@@ -616,7 +631,7 @@ def _variables() -> dict[str, tuple[str, str]]:
     places = {
         f"{section}_{key}".upper(): (section, key)
         for section, kind in _SECTIONS.items()
-        for key in kind.model_fields
+        for key in _names(kind)
     }
     return places | _SHORT
 
@@ -643,4 +658,4 @@ def _keys(section: tuple[int | str, ...]) -> list[str]:
         return _names(HttpEndpoint)
     if section[0] == "lookups":
         return _names(LookupEndpoint)
-    return list(_SECTIONS[str(section[0])].model_fields)
+    return _names(_SECTIONS[str(section[0])])

@@ -1353,7 +1353,7 @@ LANGUAGE sql STABLE
 RETURN nullif(regexp_replace(
     left(current_setting('sequencer.reason', true), 500), '[[:cntrl:]]', ' ', 'g'), '');
 
-COMMENT ON FUNCTION sequencer.reason IS 'Return the reason that the user set for this transaction; NULL without one.';
+COMMENT ON FUNCTION sequencer.reason() IS 'Return the reason that the user set for this transaction; NULL without one.';
 
 CREATE FUNCTION sequencer.changed_by() RETURNS text
 LANGUAGE sql STABLE

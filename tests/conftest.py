@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from uuid import uuid4
@@ -19,10 +20,13 @@ import asyncpg
 import hypothesis
 import pytest
 
+from sequencerd import settings
 from sequencerd.storage import embedded, migrate
+from sequencerd.storage.connections import connect
+from sequencerd.storage.schemas import connection_class
 from tests.helpers import costs, leftovers
 from tests.helpers.commands import Command
-from tests.helpers.databases import FAST, execute, server_folder, with_database
+from tests.helpers.databases import FAST, SCHEMA, execute, server_folder, shard, with_database
 
 # a shell's background jobs ignore it, and so would every program that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -65,6 +69,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("slow")
 
 
+# with SEQUENCERD_TEST_SCHEMA, the statements of tests are executed in that schema as well
+if SCHEMA != settings.SCHEMA:
+    os.environ["SEQUENCERD_DATABASE_SCHEMA"] = SCHEMA
+    asyncpg.connect = partial(asyncpg.connect, connection_class=connection_class(SCHEMA))
+
 # taken out of the environment: to the programs that tests start it is no setting
 SERVER = os.environ.pop("SEQUENCERD_TEST_DATABASE", None)
 
@@ -86,7 +95,7 @@ def template(server: str) -> Iterator[str]:
 
     async def make() -> None:
         await execute(server, f"CREATE DATABASE {name}")
-        connection = await asyncpg.connect(with_database(server, name))
+        connection = await connect(shard(with_database(server, name)))
         await migrate.migrate(connection)
         await migrate.grant(connection)
         await connection.close()

@@ -269,3 +269,17 @@ def test_what_a_secret_file_may_hold(tmp_path: Path, content: bytes, expected: s
     url = load(variables).database.url
     assert url is not None
     assert url.get_secret_value() == expected
+
+
+def test_the_schema_can_be_set_by_the_file_and_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text('[database]\nschema = "sales-eu"')
+    assert load({}, file).database.schema_name == "sales-eu"
+    assert load({"SEQUENCERD_DATABASE_SCHEMA": "A_1"}, file).database.schema_name == "A_1"
+    assert load({}).differences(load({}, file), "database") == ["database.schema"]
+
+
+@pytest.mark.parametrize("name", ["", "a.b", 'a"b', "a'b", "a%b", "a" * 41, "pg_x", "public", "é"])
+def test_a_schema_that_cannot_be_used_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match=r"database\.schema"):
+        load({"SEQUENCERD_DATABASE_SCHEMA": name})

@@ -13,6 +13,7 @@ from sequencerd.definitions.options import read_object
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 
@@ -41,8 +42,8 @@ def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dic
     """Return the paths of data in the database, if one is set, of those sequences that have any."""
     known: dict[str, KnownPaths] = {}
 
-    async def read(_: argparse.Namespace, __: Settings, url: str) -> int:
-        connection = await connect(url)
+    async def read(_: argparse.Namespace, __: Settings, shard: Shard) -> int:
+        connection = await connect(shard)
         try:
             for name in files.names(arguments.files):
                 if rows := await connection.fetch(QUERIES["sample_data"], name):

@@ -16,10 +16,11 @@ from sequencerd.runners.email.smtp import read_sent
 from sequencerd.runners.suppressions import spellings
 from sequencerd.settings import Settings
 from sequencerd.storage import suppressions
+from sequencerd.storage.connections import Shard
 
 
 @on_database
-async def bounce_command(_arguments: argparse.Namespace, _: Settings, url: str) -> int:
+async def bounce_command(_arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
     """Suppress what a bounce on standard input reports. What it does not concern is ignored: a
     failure would make the mail server bounce the bounce.
     """
@@ -27,7 +28,7 @@ async def bounce_command(_arguments: argparse.Namespace, _: Settings, url: str) 
     if not report.dead:
         say("ignored: it reports no address that does not exist, and no abuse")
         return 0
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         found = await _find(connection, report)
         await suppressions.add(connection, found)

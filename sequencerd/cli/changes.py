@@ -22,6 +22,7 @@ from sequencerd.errors import PlanError, UsageError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
 from sequencerd.storage import connections
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 CHANGES = 2  # the exit code that `plan --detailed-exitcode` has for them, as elsewhere
@@ -38,11 +39,11 @@ def _moves(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 @on_database
-async def plan_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+async def plan_command(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
     runners = registry.make_runners(settings)
     found = files.read_all(arguments.files, runners)
     moves = _moves(arguments)
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             made = await plan.make(connection, found, runners, moves=moves, prune=arguments.prune)
@@ -61,11 +62,11 @@ async def plan_command(arguments: argparse.Namespace, settings: Settings, url: s
 
 
 @on_database
-async def apply_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+async def apply_command(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
     runners = registry.make_runners(settings)
     found = files.read_all(arguments.files, runners)
     moves = _moves(arguments)
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         async with connection.transaction():
             done = await plan.apply(
@@ -87,8 +88,8 @@ async def apply_command(arguments: argparse.Namespace, settings: Settings, url: 
 
 
 @on_database
-async def history_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    rows = await fetch(url, "revisions_of", arguments.sequence)
+async def history_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+    rows = await fetch(shard, "revisions_of", arguments.sequence)
     if not rows:
         raise UsageError(f"sequence {arguments.sequence!r} does not exist")
     name = arguments.sequence
@@ -113,8 +114,8 @@ def _revision(sequence: str, row: asyncpg.Record) -> dict[str, Any]:
 
 
 @on_database
-async def export_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    ((document,),) = await fetch(url, "document", arguments.sequence, arguments.revision)
+async def export_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+    ((document,),) = await fetch(shard, "document", arguments.sequence, arguments.revision)
     if document is None:
         revision = "" if arguments.revision is None else f" in revision {arguments.revision}"
         raise UsageError(f"sequence {arguments.sequence!r} does not exist{revision}")
@@ -123,12 +124,12 @@ async def export_command(arguments: argparse.Namespace, _: Settings, url: str) -
 
 
 @on_database
-async def import_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+async def import_command(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
     runners = registry.make_runners(settings)
-    ours = await connect(url)
+    ours = await connect(shard)
     there = None
     try:
-        there = await connections.connect(arguments.original or url)
+        there = await connections.connect(Shard(arguments.original or shard.url))
         source = Source(
             there,
             schema=arguments.schema,

@@ -19,6 +19,7 @@ from sequencerd.service.dns import new_loop
 from sequencerd.service.systemd import is_service
 from sequencerd.settings import Settings, load
 from sequencerd.storage import connections, conninfo, migrate, migrations
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES
 
@@ -27,8 +28,8 @@ _T = TypeVar("_T")
 Command = Callable[[argparse.Namespace, Settings], int]
 """Does its work and returns the exit code: 0 done, 1 failed."""
 
-DatabaseCommand = Callable[[argparse.Namespace, Settings, str], Coroutine[Any, Any, int]]
-"""The same with the URL of the database."""
+DatabaseCommand = Callable[[argparse.Namespace, Settings, Shard], Coroutine[Any, Any, int]]
+"""The same with the database."""
 
 
 def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
@@ -75,11 +76,11 @@ def on_database(run: DatabaseCommand) -> Command:
 
     def command(arguments: argparse.Namespace, _: Settings) -> int:
         settings = read_settings(arguments, "database")
-        with _database(settings) as url:
+        with _database(settings) as shard:
             try:
-                return _run(run(arguments, settings, url))
+                return _run(run(arguments, settings, shard))
             except asyncpg.InsufficientPrivilegeError as error:
-                advice = _run(_advice(arguments, url))
+                advice = _run(_advice(arguments, shard))
                 raise DatabaseError(f"{error}; {advice}") from error
             except asyncpg.PostgresError as error:
                 raise DatabaseError(
@@ -93,18 +94,18 @@ def on_database(run: DatabaseCommand) -> Command:
     return command
 
 
-async def _advice(arguments: argparse.Namespace, url: str) -> str:
+async def _advice(arguments: argparse.Namespace, shard: Shard) -> str:
     role = role_for(arguments)
     if role == _OWNER:
         return f"run `{arguments.command}` as the schema's owner"
     with suppress(SequencerdError, *TRANSIENT_ERRORS):
-        connection = await connections.connect(url)
+        connection = await connections.connect(shard)
         try:
             if await connection.fetchval(QUERIES["has_role"], role):
                 return f"{role} lacks it: run `sequencerd grants --apply` as an administrator"
         finally:
             connection.terminate()
-    user = conninfo.arguments(url, name="", timeout=0).get("user", "the login")
+    user = conninfo.arguments(shard.url, name="", timeout=0).get("user", "the login")
     return (
         f"`{arguments.command}` needs a login that has {role}: give it with --database, or "
         f"GRANT {role} TO {user}"
@@ -118,16 +119,17 @@ def _run(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 @contextmanager
-def _database(settings: Settings) -> Iterator[str]:
-    """Provide the URL of the database: the one that is set, past a pooler where there is a way; or
-    of an embedded server, started for us.
+def _database(settings: Settings) -> Iterator[Shard]:
+    """Provide the database: the one that is set, past a pooler where there is a way; or that of an
+    embedded server, started for us.
     """
+    schema = settings.database.schema_name
     url = settings.database.listen_url or settings.database.url
     if url is not None:
-        yield url.get_secret_value()
+        yield Shard(url.get_secret_value(), schema)
         return
     if conninfo.is_set(os.environ):
-        yield ""  # all of it comes from libpq's variables
+        yield Shard("", schema)  # all of it comes from libpq's variables
         return
     if is_service():
         raise SettingsError(
@@ -139,24 +141,27 @@ def _database(settings: Settings) -> Iterator[str]:
     folder = embedded.default_folder()
     warn(f"sequencerd: no database is configured, using the embedded one in {folder}")
     with embedded.running(folder) as server:
-        asyncio.run(apply_migrations(server.url))
-        yield server.url
+        shard = Shard(server.url, schema)
+        asyncio.run(apply_migrations(shard))
+        yield shard
 
 
-async def apply_migrations(url: str) -> tuple[list[migrations.Migration], list[migrate.Ungranted]]:
+async def apply_migrations(
+    shard: Shard,
+) -> tuple[list[migrations.Migration], list[migrate.Ungranted]]:
     """Create or update the schema and grant its roles what they lack. Return what was applied, and
     what could not be granted.
     """
-    connection = await connections.connect(url)
+    connection = await connections.connect(shard)
     try:
         return await migrate.migrate(connection), await migrate.grant(connection)
     finally:
         await connection.close()
 
 
-async def connect(url: str) -> asyncpg.Connection:
+async def connect(shard: Shard) -> asyncpg.Connection:
     """Connect to a database with our schema. Raises SequencerdError."""
-    connection = await connections.connect(url)
+    connection = await connections.connect(shard)
     try:
         await migrate.check(connection)
     except BaseException:
@@ -166,9 +171,9 @@ async def connect(url: str) -> asyncpg.Connection:
 
 
 @asynccontextmanager
-async def reading(url: str) -> AsyncIterator[asyncpg.Connection]:
+async def reading(shard: Shard) -> AsyncIterator[asyncpg.Connection]:
     """Connect to a database with our schema, to read one state of it."""
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         with busy("reading"):
             async with connections.counting(connection, isolation="repeatable_read"):
@@ -177,9 +182,9 @@ async def reading(url: str) -> AsyncIterator[asyncpg.Connection]:
         await connection.close()
 
 
-async def fetch(url: str, query: str, *parameters: object) -> list[asyncpg.Record]:
+async def fetch(shard: Shard, query: str, *parameters: object) -> list[asyncpg.Record]:
     """Return the rows of one named query."""
-    async with reading(url) as connection:
+    async with reading(shard) as connection:
         rows: list[asyncpg.Record] = await connection.fetch(QUERIES[query], *parameters)
     return rows
 

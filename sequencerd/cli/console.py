@@ -9,14 +9,15 @@ from sequencerd.console import process
 from sequencerd.errors import ArgumentError
 from sequencerd.service.logs import make_log
 from sequencerd.settings import Settings, split_address
+from sequencerd.storage.connections import Shard
 
 
 @on_database
-async def console_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+async def console_command(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
     if arguments.listen is not None:
         try:
             split_address(arguments.listen)
         except ValueError as error:
             raise ArgumentError(f"--listen {arguments.listen!r}: {error}") from error
-    await process.run(url, settings, arguments.listen, make_log(settings))
+    await process.run(shard, settings, arguments.listen, make_log(settings))
     return 0

@@ -29,6 +29,8 @@ from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings, load
 from sequencerd.storage import connections, embedded, migrate
+from sequencerd.storage.connections import Shard
+from sequencerd.storage.schemas import in_schema, schema_of
 from sequencerd.storage.statements import QUERIES
 
 SECONDS = 60  # after which something is wrong
@@ -44,7 +46,7 @@ CLEO_PAYS = (
 _begun = time.monotonic()
 
 
-def demo_command(arguments: argparse.Namespace, _: Settings) -> int:
+def demo_command(arguments: argparse.Namespace, settings: Settings) -> int:
     """Show it all, or open psql on what it left."""
     psql = arguments.psql
     folder = embedded.default_folder().with_name("demo")
@@ -59,7 +61,8 @@ def demo_command(arguments: argparse.Namespace, _: Settings) -> int:
         _http_server() as http,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        asyncio.run(_show(server.url, http, Path(scratch, "demo.toml")))
+        shard = Shard(server.url, settings.database.schema_name)
+        asyncio.run(_show(shard, http, Path(scratch, "demo.toml")))
     print("\nTo continue with psql on the same database:\n")
     print(f"    {_program()} demo --psql")
     return 0
@@ -73,13 +76,13 @@ def _program() -> str:
     return str(installed) if installed.exists() else f"{sys.executable} -m sequencerd"
 
 
-async def _show(url: str, http: str, config: Path) -> None:
-    connection = await connections.connect(url)
+async def _show(shard: Shard, http: str, config: Path) -> None:
+    connection = await connections.connect(shard)
     try:
         await migrate.migrate(connection)
-        async with _mail_server() as smtp, _daemon(url, smtp, http, config):
+        async with _mail_server() as smtp, _daemon(shard, smtp, http, config):
             await _apply(connection, load({}, config))
-            print(f"\n{ENROLLMENTS}\n")
+            print(f"\n{in_schema(ENROLLMENTS, shard.schema)}\n")
             await connection.execute(ENROLLMENTS)
             await _follow(connection)
         await _print_history(connection)
@@ -138,7 +141,7 @@ async def _follow(connection: asyncpg.Connection) -> None:
                         pays = time.monotonic() + 1  # Cleo's enrollment waits now
             if time.monotonic() > pays:
                 pays = float("inf")
-                print(f"\n{CLEO_PAYS}\n")
+                print(f"\n{in_schema(CLEO_PAYS, schema_of(connection))}\n")
                 await connection.execute(CLEO_PAYS)
             await asyncio.sleep(0.05)
 
@@ -147,8 +150,9 @@ async def _print_history(connection: asyncpg.Connection) -> None:
     for id_, subject, status in await connection.fetch(
         "SELECT id, subject, status FROM sequencer.enrollments ORDER BY id"
     ):
+        history = in_schema("sequencer.events", schema_of(connection))
         print(
-            f"\nSELECT * FROM sequencer.events WHERE enrollment_id = {id_} ORDER BY visit, at;"
+            f"\nSELECT * FROM {history} WHERE enrollment_id = {id_} ORDER BY visit, at;"
             f"  -- {subject}, {status}"
         )
         for row in await connection.fetch(QUERIES["history"], id_):
@@ -156,9 +160,11 @@ async def _print_history(connection: asyncpg.Connection) -> None:
             print(f"  {at}  {row['step']:15} {row['action']:10} {message}".rstrip())
 
 
-def _write_settings(smtp: str, http: str, file: Path) -> None:
+def _write_settings(schema: str, smtp: str, http: str, file: Path) -> None:
     file.write_text(
         f"""
+        [database]
+        schema = "{schema}"
         [email]
         url = "{smtp}"
         [sms]
@@ -175,11 +181,11 @@ def _write_settings(smtp: str, http: str, file: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _daemon(url: str, smtp: str, http: str, config: Path) -> AsyncIterator[None]:
+async def _daemon(shard: Shard, smtp: str, http: str, config: Path) -> AsyncIterator[None]:
     """Provide the daemon as a process of its own, as it runs everywhere."""
-    _write_settings(smtp, http, config)
+    _write_settings(shard.schema, smtp, http, config)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sequencerd", "--config", str(config), "--database", url, "run"
+        sys.executable, "-m", "sequencerd", "--config", str(config), "--database", shard.url, "run"
     )
     _say("started the daemon")
     try:

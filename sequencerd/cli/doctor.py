@@ -16,26 +16,27 @@ from sequencerd.errors import SequencerdError, SettingsError
 from sequencerd.service.doctor import WITHOUT_SCHEMA, Finding, checks_of, run_check
 from sequencerd.settings import Database, Settings
 from sequencerd.storage import connections, conninfo
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES
 
 
-async def examine(url: str, settings: Settings) -> AsyncIterator[Finding]:
+async def examine(shard: Shard, settings: Settings) -> AsyncIterator[Finding]:
     """Run all checks in order. A check that cannot run is an error as well."""
     types: set[str] = set()
     used: dict[str, bool] = {}
     try:
-        connection = await connections.connect(url)
+        connection = await connections.connect(shard)
     except SequencerdError as error:
         yield Finding("database", str(error), "error", "start it, or correct database.url")
     else:
         try:
-            async for finding in _examine_database(connection, url, settings.database):
+            async for finding in _examine_database(connection, shard, settings.database):
                 yield finding
             types, used = await _in_use(connection)
         finally:
             connection.terminate()
-    if names := _name_service(url):
+    if names := _name_service(shard.url):
         yield names
     if _calls_servers(settings, types, used):
         # only then, as it takes longer to import than all else
@@ -55,10 +56,10 @@ def _calls_servers(settings: Settings, types: set[str], used: Mapping[str, bool]
 
 
 async def _examine_database(
-    connection: asyncpg.Connection, url: str, settings: Database
+    connection: asyncpg.Connection, shard: Shard, settings: Database
 ) -> AsyncIterator[Finding]:
     has_schema = True
-    for about, check in checks_of(url, settings).items():
+    for about, check in checks_of(shard, settings).items():
         if not has_schema and about not in WITHOUT_SCHEMA:
             continue
         with busy(f"checking {about}"):
@@ -98,9 +99,9 @@ def _name_service(url: str, root: Path = Path("/")) -> Finding | None:
 
 
 @on_database
-async def doctor_command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+async def doctor_command(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
     findings = []
-    async for finding in examine(url, settings):
+    async for finding in examine(shard, settings):
         findings.append(finding)
         if not arguments.json:
             mark = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}[finding.level]

@@ -11,15 +11,16 @@ from sequencerd.cli.output import say, say_json
 from sequencerd.core.config import nearest
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 
 @on_database
-async def holidays_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+async def holidays_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
     code = arguments.country.upper()
     days = _public_holidays(code, arguments.years)
     calendar = arguments.calendar or code
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         added = await connection.fetchval(
             QUERIES["add_holidays"], calendar, list(days), list(days.values())
@@ -44,7 +45,7 @@ def _public_holidays(code: str, years: Collection[int]) -> Mapping[date, str]:
     if country not in known:
         raise UsageError(
             f"holidays of {country!r} are not known: write the code of a country such as DE, or "
-            "DE-BY for a part of it; days of your own go into the table sequencer.holidays"
+            "DE-BY for a part of it; days of your own go into the table holidays"
         )
     if part and part not in known[country]:
         hint = nearest(part, known[country]) if known[country] else "it has no parts"

@@ -20,6 +20,7 @@ from sequencerd.core.model import DefinitionError
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import connections
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 NO_SEQUENCES = "no sequences yet; create one with sequencerd apply FILE"
@@ -30,8 +31,8 @@ TAIL_OVERLAP = timedelta(seconds=10)
 
 
 @on_database
-async def status_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    async with reading(url) as connection:
+async def status_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+    async with reading(shard) as connection:
         rows = await connection.fetch(QUERIES["status"], arguments.sequence)
         description = await connection.fetchval(QUERIES["description"], arguments.sequence)
         problems = await connection.fetch(
@@ -53,8 +54,8 @@ def _check_found(rows: Sequence[object], sequence: str | None) -> None:
 
 
 @on_database
-async def watch_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    connection = await connect(url)
+async def watch_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+    connection = await connect(shard)
     loop = asyncio.get_running_loop()
     before: dict[tuple[str, str], int] = {}
     try:
@@ -96,8 +97,8 @@ def _screen() -> Iterator[Callable[[Sequence[Any]], None]]:
 
 
 @on_database
-async def list_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    async with reading(url) as connection:
+async def list_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+    async with reading(shard) as connection:
         await check_names(connection, arguments.sequence, arguments.step)
         rows = await connection.fetch(
             QUERIES["list"],
@@ -117,11 +118,11 @@ async def list_command(arguments: argparse.Namespace, _: Settings, url: str) -> 
 
 
 @on_database
-async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
     from sequencerd.core.step_types import is_instant  # noqa: PLC0415 - only this one needs them
     from sequencerd.core.what_next import what_next  # noqa: PLC0415 - as above
 
-    async with reading(url) as connection:
+    async with reading(shard) as connection:
         found = await connection.fetchrow(QUERIES["show"], arguments.id)
         history = [dict(row) for row in await connection.fetch(QUERIES["history"], arguments.id)]
     if not found:
@@ -150,8 +151,8 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, ur
 
 
 @on_database
-async def tail_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    connection = await connect(url)
+async def tail_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+    connection = await connect(shard)
     try:
         await check_names(connection, arguments.sequence)
         if arguments.id is not None and not await connection.fetch(QUERIES["show"], arguments.id):

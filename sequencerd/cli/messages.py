@@ -44,6 +44,7 @@ from sequencerd.runners import registry
 from sequencerd.runners.email.page import page
 from sequencerd.runners.protocol import MessageRunner, Runner
 from sequencerd.settings import Settings
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 from sequencerd.testing import make_runners
 
@@ -125,8 +126,8 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> _Message:
     if is_file(path):
         definitions = {one.sequence.name: one.sequence for one in files.read_file(path, runners)}
 
-    async def read(_: argparse.Namespace, __: Settings, url: str) -> int:
-        connection = await connect(url)
+    async def read(_: argparse.Namespace, __: Settings, shard: Shard) -> int:
+        connection = await connect(shard)
         try:
             if not definitions:
                 definitions.update(await read_sequences(connection, runners))

@@ -22,6 +22,7 @@ from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import bulk, connections
 from sequencerd.storage.bulk import Done, Selection
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 
@@ -40,12 +41,12 @@ SEQUENCE_STATUSES = {
 
 
 @on_database
-async def enroll_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+async def enroll_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
     data = read_object(arguments.data, "--data")
     at = None
     if arguments.at is not None and (at := dates.parse(arguments.at, dates.zone("UTC"))) is None:
         raise UsageError(f"--at {arguments.at!r} is not an ISO 8601 date")
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         id_ = await connection.fetchval(
             QUERIES["enroll"],
@@ -76,11 +77,11 @@ async def enroll_command(arguments: argparse.Namespace, _: Settings, url: str) -
 
 
 @on_database
-async def change_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+async def change_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
     action = "skip" if arguments.command == "retry" and arguments.skip else arguments.command
     selection = _selection(arguments)
     to = arguments.to if action == "move" else None
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         await check_names(connection, selection.sequence, selection.step)
         ids, groups = await _select(connection, action, selection, to, arguments.dry_run)
@@ -221,10 +222,10 @@ def _report(arguments: argparse.Namespace, selected: int, done: Done) -> int:
 
 
 @on_database
-async def set_status_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+async def set_status_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
     words = SEQUENCE_STATUSES[arguments.command]
     names = sorted(set(arguments.sequences))
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         async with connection.transaction():
             await connection.execute(QUERIES["set_reason"], bulk.changed_by(arguments.reason))

@@ -26,6 +26,7 @@ from sequencerd.definitions.stored import read_sequences
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import server
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 from sequencerd.testing import load, make_runners
 
@@ -46,11 +47,11 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
     return _simulate(arguments, load(arguments.file, outcomes=outcomes, settings=settings))
 
 
-async def _simulate_present(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+async def _simulate_present(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
     """Simulate a sequence as the database has it."""
     outcomes = _outcomes(arguments)
     runners = make_runners(settings, outcomes)
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         definitions = await read_sequences(connection, runners)
     finally:
@@ -89,10 +90,12 @@ def _warn_of_paths(
         warn(f"warning: {sequence.name}/{remark.step}: {path}: {remark.message}")
 
 
-async def _simulate_enrollment(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
+async def _simulate_enrollment(
+    arguments: argparse.Namespace, settings: Settings, shard: Shard
+) -> int:
     outcomes = _outcomes(arguments)
     runners = make_runners(settings, outcomes)
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             started = await read_started(connection, arguments.from_enrollment)
@@ -217,8 +220,8 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
         say_lines(_drawn(arguments, {one.sequence.name: one.sequence for one in read}, {}))
         return 0
 
-    async def with_counts(_: argparse.Namespace, __: Settings, url: str) -> int:
-        connection = await connect(url)
+    async def with_counts(_: argparse.Namespace, __: Settings, shard: Shard) -> int:
+        connection = await connect(shard)
         try:
             definitions = await read_sequences(connection, runners)
             rows = await connection.fetch(QUERIES["status"], None)

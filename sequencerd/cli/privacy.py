@@ -13,6 +13,7 @@ from sequencerd.cli.operation import confirm
 from sequencerd.cli.output import say, say_json
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 SHOWN = 10  # ids of other enrollments
@@ -38,9 +39,9 @@ class Forgotten(NamedTuple):
 
 
 @on_database
-async def forget_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
+async def forget_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
     subject = arguments.subject
-    connection = await connect(url)
+    connection = await connect(shard)
     try:
         if arguments.dry_run or not arguments.yes:
             would = await _forget(connection, subject, commit=False)
@@ -86,8 +87,8 @@ def _report(arguments: argparse.Namespace, done: Forgotten) -> int:
 
 
 @on_database
-async def export_subject_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    ((text,),) = await fetch(url, "export_subject", arguments.subject)
+async def export_subject_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+    ((text,),) = await fetch(shard, "export_subject", arguments.subject)
     exported: dict[str, Any] = json.loads(text)
     say_json(exported, indent=2)
     return 0

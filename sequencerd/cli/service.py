@@ -14,6 +14,7 @@ from sequencerd.errors import UsageError
 from sequencerd.service.logs import make_log
 from sequencerd.settings import Settings
 from sequencerd.storage import migrate
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 SHORTEST_PASSWORD = 8  # characters
@@ -57,14 +58,14 @@ def run_command(arguments: argparse.Namespace, settings: Settings) -> int:
     return on_database(_run)(arguments, settings)
 
 
-async def _run(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
-    await daemon.run(url, settings, make_log(settings), lambda: read_settings(arguments))
+async def _run(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
+    await daemon.run(shard, settings, make_log(settings), lambda: read_settings(arguments))
     return 0
 
 
 @on_database
-async def migrate_command(_: argparse.Namespace, __: Settings, url: str) -> int:
-    applied, ungranted = await apply_migrations(url)
+async def migrate_command(_: argparse.Namespace, __: Settings, shard: Shard) -> int:
+    applied, ungranted = await apply_migrations(shard)
     for migration in applied:
         say(f"applied {migration.name}")
     if not applied:
@@ -76,8 +77,8 @@ async def migrate_command(_: argparse.Namespace, __: Settings, url: str) -> int:
 
 
 @on_database
-async def grants_command(arguments: argparse.Namespace, _: Settings, url: str) -> int:
-    connection = await connect(url)
+async def grants_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+    connection = await connect(shard)
     try:
         if arguments.apply:
             ungranted = await migrate.grant(connection)

@@ -14,8 +14,9 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.errors import UsageError
-from sequencerd.storage import bulk, conninfo
+from sequencerd.storage import bulk
 from sequencerd.storage.bulk import Done, Selection
+from sequencerd.storage.connections import Shard, arguments
 from sequencerd.storage.database_errors import brief
 
 ACTIONS = {
@@ -72,8 +73,8 @@ class Change:
 class Actions:
     """The changes in progress, and the latest that ended."""
 
-    def __init__(self, url: str, log: FilteringBoundLogger) -> None:
-        self._url = url
+    def __init__(self, shard: Shard, log: FilteringBoundLogger) -> None:
+        self._shard = shard
         self._log = log
         self._running: set[asyncio.Task[None]] = set()
         self._changes: dict[int, Change] = {}
@@ -129,7 +130,7 @@ class Actions:
     async def _make(self, change: Change, selection: Selection) -> None:
         # not one of the pool's: the daemons are to be notified
         connection = await asyncpg.connect(
-            **conninfo.arguments(self._url, name="sequencerd console", timeout=CONNECT_TIMEOUT),
+            **arguments(self._shard, name="sequencerd console", timeout=CONNECT_TIMEOUT),
             statement_cache_size=0,  # it may lead to a pooler
         )
 

@@ -29,7 +29,7 @@ from sequencerd.console.tables import at
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import UsageError
 from sequencerd.settings import Console
-from sequencerd.storage import conninfo
+from sequencerd.storage.connections import Shard, arguments
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 CONNECTIONS = 4
@@ -54,7 +54,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 def make_console(
     settings: Console,
-    url: str,
+    shard: Shard,
     simulator: Callable[[], Simulator],
     now: Callable[[], datetime],
     log: FilteringBoundLogger,
@@ -72,7 +72,7 @@ def make_console(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         # no connection before the first request
         async with asyncpg.create_pool(
-            **conninfo.arguments(url, name="sequencerd console", timeout=TIMEOUT),
+            **arguments(shard, name="sequencerd console", timeout=TIMEOUT),
             min_size=0,
             max_size=CONNECTIONS,
             command_timeout=TIMEOUT,
@@ -80,9 +80,9 @@ def make_console(
         ) as pool:
             summary = Summary(pool, log)
             live = Live(pool, summary)
-            actions = Actions(url, log)
+            actions = Actions(shard, log)
             app.state.console = PageContext(
-                settings, url, pool, Auth(settings, pool), html.make_templates(), summary, live,
+                settings, shard, pool, Auth(settings, pool), html.make_templates(), summary, live,
                 simulator, now, actions,
             )  # fmt: skip
             app.state.close = live.close

@@ -23,6 +23,7 @@ from sequencerd.console.tables import at
 from sequencerd.console.views import Journey
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.settings import Console
+from sequencerd.storage.connections import Shard
 
 
 @dataclass
@@ -30,7 +31,7 @@ class PageContext:
     """What the pages share."""
 
     settings: Console
-    url: str
+    shard: Shard
     pool: asyncpg.Pool
     auth: Auth
     templates: Environment

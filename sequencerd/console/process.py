@@ -22,13 +22,16 @@ from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.systemd import notify
 from sequencerd.settings import CONSOLE_LISTEN, Console, Http, Settings
 from sequencerd.storage import connections, migrate, server
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.sequences import read_revisions
 
 INTERVAL = 2.0  # seconds between looks at the definitions: a standby cannot LISTEN
 
 
-async def run(url: str, settings: Settings, listen: str | None, log: FilteringBoundLogger) -> None:
+async def run(
+    shard: Shard, settings: Settings, listen: str | None, log: FilteringBoundLogger
+) -> None:
     """Serve the console until SIGTERM or SIGINT, at `listen` or at the address in the settings.
     Raises SequencerdError if it cannot start.
     """
@@ -40,7 +43,7 @@ async def run(url: str, settings: Settings, listen: str | None, log: FilteringBo
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    connection = await connections.connect(url)
+    connection = await connections.connect(shard)
     try:
         await migrate.check(connection)
         is_standby = await server.is_standby(connection)
@@ -49,7 +52,7 @@ async def run(url: str, settings: Settings, listen: str | None, log: FilteringBo
     if is_standby and console.write:
         log.warning("the server is a standby: the console changes nothing until its next start")
         console = console.model_copy(update={"write": False})
-    pool = await connections.connect_pool(url, 1, pooled=True, least=0)
+    pool = await connections.connect_pool(shard, 1, pooled=True, least=0)
     try:
         definitions = _Definitions(pool, runners, log)
         await definitions.read()
@@ -57,7 +60,7 @@ async def run(url: str, settings: Settings, listen: str | None, log: FilteringBo
             list,
             definitions.why_not_ready,
             CollectorRegistry(),
-            make_console(console, url, definitions.simulator, definitions.clock.now, log),
+            make_console(console, shard, definitions.simulator, definitions.clock.now, log),
         )
         async with serving(app, address, _refuse_taken_address):
             log.info("ready", console=f"http://{address}/console/")

@@ -366,7 +366,7 @@ def no_holidays(calendar: str) -> str:
     """Why a calendar cannot be used."""
     return (
         f"calendar {calendar!r} has no holidays: fill it with `sequencerd holidays`, or insert its "
-        "days into sequencer.holidays"
+        "days into the table holidays"
     )
 
 

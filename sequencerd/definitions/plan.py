@@ -312,7 +312,7 @@ async def _unlisted_topics(
     if not listed:
         return ()
     return tuple(
-        f"topic {name!r} is not in sequencer.topics; {nearest(str(name), listed)}"
+        f"topic {name!r} is not in the table topics; {nearest(str(name), listed)}"
         for name in sorted(used - {*listed}, key=str)
     )
 

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 from uuid import uuid4
@@ -18,8 +18,10 @@ from sequencerd.core.describe import text
 from sequencerd.errors import SequencerdError
 from sequencerd.settings import Database
 from sequencerd.storage import connections, migrate, migrations, server
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.listener import POLL_INTERVAL, PROBE_INTERVAL
+from sequencerd.storage.schemas import in_schema, schema_of
 from sequencerd.storage.statements import QUERIES
 
 Level = Literal["ok", "warning", "error"]
@@ -62,11 +64,11 @@ NOT_LISTENING = Finding(
 )
 
 
-def checks_of(url: str, settings: Database) -> dict[str, Check]:
+def checks_of(shard: Shard, settings: Database) -> dict[str, Check]:
     """Return the checks of a database, in order: those of the settings among them."""
 
     async def listening(connection: asyncpg.Connection) -> Finding:
-        return await _listening(connection, url) if settings.listen else NOT_LISTENING
+        return await _listening(connection, shard) if settings.listen else NOT_LISTENING
 
     async def pooler(connection: asyncpg.Connection) -> Finding:
         return await _pooler(connection, settings)
@@ -81,7 +83,8 @@ def checks_of(url: str, settings: Database) -> dict[str, Check]:
 async def run_check(about: str, check: Check, connection: asyncpg.Connection) -> Finding:
     """Return what a check finds. A check that cannot run is an error as well."""
     try:
-        return await check(connection)
+        found = await check(connection)
+        return replace(found, advice=in_schema(found.advice, schema_of(connection)))
     except asyncpg.InsufficientPrivilegeError as error:
         advice = "GRANT sequencer_daemon TO the user of this command"
         if await connection.fetchval(QUERIES["has_role"], "sequencer_daemon"):
@@ -168,7 +171,7 @@ async def _pooler(connection: asyncpg.Connection, settings: Database) -> Finding
     if settings.listen_url is None or settings.url is None:
         return Finding("pooler", "none")
     try:
-        through = await connections.connect(settings.url.get_secret_value())
+        through = await connections.connect(Shard(settings.url.get_secret_value()))
     except SequencerdError as error:
         return Finding("pooler", str(error), "error", "start it, or correct database.url")
     try:
@@ -183,10 +186,10 @@ async def _is_pooled(connection: asyncpg.Connection) -> bool:
     return bool(row["pid"] != connection.get_server_pid())
 
 
-async def _listening(connection: asyncpg.Connection, url: str) -> Finding:
+async def _listening(connection: asyncpg.Connection, shard: Shard) -> Finding:
     """Listen on a separate connection, as the daemon does."""
     channel, heard = f"sequencer_{uuid4().hex}", asyncio.Event()
-    listener = await connections.connect(url)
+    listener = await connections.connect(shard)
     try:
         await listener.add_listener(channel, lambda *_: heard.set())
         begun = time.perf_counter()
@@ -247,7 +250,7 @@ async def _vacuum(connection: asyncpg.Connection) -> Finding:
     row = await connection.fetchrow(QUERIES["vacuum_facts"])
     if not (row["is_on"] and row["counts"]) or "autovacuum_enabled=false" in row["options"]:
         advice = "set autovacuum and track_counts on; ALTER TABLE ... RESET (autovacuum_enabled)"
-        return Finding("vacuum", "autovacuum is off for sequencer.enrollments", "error", advice)
+        return Finding("vacuum", "autovacuum is off for enrollments", "error", advice)
     seen = f"enrollments: {row['live']:,} rows, {row['dead']:,} dead"
     if row["dead"] > 10_000 and row["dead"] > row["live"]:
         advice = "VACUUM sequencer.enrollments; find out what blocks autovacuum"

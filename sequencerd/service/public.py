@@ -33,6 +33,7 @@ from sequencerd.runners.unsubscribe import PATH, Subscription
 from sequencerd.service.page_texts import TEXTS, Texts
 from sequencerd.settings import Settings, Sms
 from sequencerd.storage import connections, suppressions
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 MAX_BODY = 64 * 1024  # bytes
@@ -50,12 +51,12 @@ class TooLarge(Exception):  # noqa: N818 - what a request is
 
 
 class Public:
-    """The pages for the world; `settings` are those of the moment, `url` is the database's."""
+    """The pages for the world; `settings` are those of the moment."""
 
     def __init__(
-        self, url: str, settings: Callable[[], Settings], log: FilteringBoundLogger
+        self, shard: Shard, settings: Callable[[], Settings], log: FilteringBoundLogger
     ) -> None:
-        self._url = url
+        self._shard = shard
         self._settings = settings
         self._log = log
         self._slots = asyncio.Semaphore(CONNECTIONS)
@@ -97,7 +98,7 @@ class Public:
     @asynccontextmanager
     async def _database(self) -> AsyncIterator[asyncpg.Connection]:
         async with asyncio.timeout(TIMEOUT), self._slots:
-            connection = await connections.connect(self._url)
+            connection = await connections.connect(self._shard)
             try:
                 yield connection
             finally:

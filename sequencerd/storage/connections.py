@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
 from sequencerd.errors import DatabaseError, SettingsError
+from sequencerd.settings import SCHEMA
 from sequencerd.storage import conninfo
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.schemas import connection_class
 from sequencerd.storage.statements import QUERIES
 
 CONNECT_TIMEOUT = 10.0  # seconds
 COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not block the engine
 
 
-async def connect(url: str) -> asyncpg.Connection:
+class Shard(NamedTuple):
+    """Where the tables are: the URL of a database, and a schema in it."""
+
+    url: str
+    schema: str = SCHEMA
+
+
+def arguments(
+    shard: Shard, *, name: str, timeout: float, settings: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return asyncpg's arguments. Raises SettingsError."""
+    made = conninfo.arguments(shard.url, name=name, timeout=timeout, settings=settings)
+    return made | {"connection_class": connection_class(shard.schema)}
+
+
+async def connect(shard: Shard) -> asyncpg.Connection:
     """Open a connection for a command. Raises DatabaseError without the password in it."""
     try:
         connection = await asyncpg.connect(
-            **conninfo.arguments(url, name="sequencerd", timeout=CONNECT_TIMEOUT),
+            **arguments(shard, name="sequencerd", timeout=CONNECT_TIMEOUT),
             statement_cache_size=0,  # it may lead to a pooler
         )
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
@@ -40,7 +57,7 @@ def explain(error: BaseException) -> str:
 
 
 async def connect_pool(
-    url: str, size: int, *, pooled: bool = False, least: int = 1, **options: Any
+    shard: Shard, size: int, *, pooled: bool = False, least: int = 1, **options: Any
 ) -> asyncpg.Pool:
     """Open connections for the daemon, whose writes send no notifications.
 
@@ -55,7 +72,7 @@ async def connect_pool(
         # for as long as the connection lasts: a lone timer must not wait for them
         options["max_cached_statement_lifetime"] = 0
     return await asyncpg.create_pool(
-        **conninfo.arguments(url, name="sequencerd", timeout=CONNECT_TIMEOUT, settings=notify),
+        **arguments(shard, name="sequencerd", timeout=CONNECT_TIMEOUT, settings=notify),
         min_size=least,
         max_size=size,
         command_timeout=COMMAND_TIMEOUT,

@@ -19,7 +19,7 @@ import asyncpg
 from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sequencerd.core.model import StepKey
-from sequencerd.storage import conninfo
+from sequencerd.storage.connections import Shard, arguments
 from sequencerd.storage.daemons import (
     acquire_notify_lock,
     acquire_requests_lock,
@@ -30,7 +30,6 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-CHANNEL = "sequencer"
 PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10
 PROBE_TIMEOUT = 5.0
 LONGEST_PAUSE = 10.0  # seconds between attempts to connect
@@ -95,7 +94,7 @@ class DueSteps(NamedTuple):
     due: frozenset[tuple[StepKey, datetime]]
 
 
-HINT = 'write NOTIFY sequencer, or {"subject": ...}, {"sequence": ..., "step": ...} as payload'
+HINT = 'send no payload, or {"subject": ...}, {"sequence": ..., "step": ...}'
 
 _messages: TypeAdapter[Message | NotificationsOff] = TypeAdapter(Message | NotificationsOff)
 
@@ -138,7 +137,7 @@ class _Refusals:
 
 
 async def listen(
-    url: str,
+    shard: Shard,
     receive: Callable[[Message], None],
     connected: Callable[[], Awaitable[None]],
     find_due: Callable[[bool], Awaitable[DueSteps]],
@@ -160,7 +159,7 @@ async def listen(
     while True:
         try:
             connection = await asyncpg.connect(
-                **conninfo.arguments(url, name="sequencerd listener", timeout=PROBE_TIMEOUT * 2),
+                **arguments(shard, name="sequencerd listener", timeout=PROBE_TIMEOUT * 2),
                 command_timeout=PROBE_TIMEOUT,
                 **options,
             )
@@ -173,7 +172,7 @@ async def listen(
         try:
             watch = _Watch(connection, receive, find_due, heard, refusals=refusals, log=log)
             await connection.execute(KEEPALIVE)
-            await connection.add_listener(CHANNEL, watch.on_notify)
+            await connection.add_listener(shard.schema, watch.on_notify)
             await connected()
             heard(True)
             pause = 0.0

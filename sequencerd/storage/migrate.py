@@ -9,6 +9,7 @@ import asyncpg
 
 from sequencerd.errors import DatabaseError, MigrationError
 from sequencerd.storage.migrations import Migration, available
+from sequencerd.storage.schemas import schema_of
 from sequencerd.storage.statements import QUERIES
 
 OLDEST_SERVER = 150000  # PostgreSQL 15
@@ -62,7 +63,8 @@ async def check(connection: asyncpg.Connection) -> None:
     """Raise MigrationError unless the schema is the one that this version requires."""
     await _check_server(connection)
     if not await connection.fetchval(QUERIES["has_migrations"]):
-        raise MigrationError("the database has no schema sequencer yet; run: sequencerd migrate")
+        schema = schema_of(connection)
+        raise MigrationError(f"the database has no schema {schema} yet; run: sequencerd migrate")
     if missing := _missing(available(), await connection.fetch(QUERIES["migrations"])):
         raise MigrationError(
             f"the schema is older than this version ({missing[0].name} is missing); "

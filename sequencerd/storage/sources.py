@@ -13,6 +13,7 @@ import asyncpg
 
 from sequencerd.core.schedule import SOURCE
 from sequencerd.storage.connections import COMMAND_TIMEOUT
+from sequencerd.storage.schemas import schema_of
 from sequencerd.storage.statements import QUERIES
 
 _FUNCTION = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*)")
@@ -27,7 +28,8 @@ async def look_up(
     the name of a function, or in a schema that applications cannot have.
     """
     name = _FUNCTION.fullmatch(function)
-    if name is None or re.match(r"pg_|information_schema$|sequencer$", name["schema"]):
+    reserved = rf"pg_|information_schema$|(sequencer|{schema_of(connection)})$"
+    if name is None or re.match(reserved, name["schema"]):
         raise ValueError(
             f"{function!r} is neither set up as [lookups.{function}] nor installed, "
             "nor an SQL function's name such as app.of_subjects"

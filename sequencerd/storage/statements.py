@@ -8,6 +8,7 @@ from enum import Enum
 from importlib.resources import files
 
 from sequencerd.core.model import Enrollment, StepKey
+from sequencerd.storage.schemas import LOCK_CLASS
 
 
 class AdvisoryLock(Enum):
@@ -25,9 +26,6 @@ class AdvisoryLock(Enum):
         """Return the arguments of the functions that lock it."""
         return f"{LOCK_CLASS}, {self.value}"
 
-
-LOCK_CLASS = 7364528
-"""The first number of each advisory lock: those of other applications have another."""
 
 _SMALL_DATA = "CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data"
 _COLUMNS = {name: f"e.{name}" for name in Enrollment._fields} | {

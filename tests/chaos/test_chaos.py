@@ -28,6 +28,7 @@ from sequencerd.cli import doctor
 from sequencerd.settings import Settings
 from tests.chaos.checker import check
 from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
+from tests.helpers.databases import shard
 from tests.helpers.pooler import pgbouncer
 from tests.helpers.waiting import PATIENCE
 
@@ -392,7 +393,7 @@ async def test_a_pooler_is_between(world: World, tmp_path: Path, listening: str)
         await breaking(world, terminate, every=1)
         found = [
             finding
-            async for finding in doctor.examine(world.used, Settings())
+            async for finding in doctor.examine(shard(world.used), Settings())
             if finding.about == "pooler"
         ]
         assert [finding.level for finding in found] == ["error"]

@@ -39,6 +39,7 @@ from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
 from sequencerd.storage import connections
 from sequencerd.storage.listener import listen
+from tests.helpers.databases import shard
 from tests.helpers.engines import define
 from tests.helpers.waiting import PATIENCE
 
@@ -222,8 +223,8 @@ class Daemon:
 
     async def start(self) -> None:
         log = structlog.get_logger()
-        self._pool = await connections.connect_pool(self._url, 5)
-        self._heart = await connections.connect_pool(self._url, 1)
+        self._pool = await connections.connect_pool(shard(self._url), 5)
+        self._heart = await connections.connect_pool(shard(self._url), 1)
         self.engine = Engine(
             self._pool,
             self._heart,
@@ -243,7 +244,9 @@ class Daemon:
 
         self._tasks = [
             asyncio.create_task(
-                listen(self._url, self.engine.receive, connected, self.engine.find_due, log=log)
+                listen(
+                    shard(self._url), self.engine.receive, connected, self.engine.find_due, log=log
+                )
             ),
             asyncio.create_task(self.engine.run()),
         ]

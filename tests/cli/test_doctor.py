@@ -22,7 +22,7 @@ from sequencerd.service.doctor import Finding
 from sequencerd.settings import Settings
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.commands import Command
-from tests.helpers.databases import with_login
+from tests.helpers.databases import shard, with_login
 from tests.helpers.engines import define, enroll, running_engine
 from tests.helpers.servers import Answer, Request, http_server
 from tests.helpers.waiting import PATIENCE
@@ -36,7 +36,7 @@ Findings = Mapping[str, Finding]
 
 async def examine(url: str, **settings: Any) -> Findings:
     read = Settings.model_validate(settings)
-    return {finding.about: finding async for finding in command.examine(url, read)}
+    return {finding.about: finding async for finding in command.examine(shard(url), read)}
 
 
 async def test_all_is_well(database: str, connection: asyncpg.Connection) -> None:

@@ -22,6 +22,7 @@ from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.settings import Settings
+from tests.helpers.databases import shard
 from tests.helpers.engines import Recorder, define, enroll, running_engine
 from tests.helpers.waiting import PATIENCE
 from tests.service.test_http_server import free_port
@@ -50,7 +51,7 @@ async def console(
             CollectorRegistry(),
             make_console(
                 found,
-                through or url,
+                shard(through or url),
                 lambda: Simulator(dict(engine.catalog.sequences), runners),
                 lambda: datetime.now(UTC),
                 structlog.get_logger(),

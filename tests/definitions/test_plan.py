@@ -197,7 +197,7 @@ async def test_a_topic_is_planned_applied_and_exported(
     assert await apply.lines(GOOD) == ["s:", "topic: marketing → none"]
     # where topics are listed, one that is not may be misspelt
     await connection.execute("INSERT INTO sequencer.topics (name, title) VALUES ('marketin', 'x')")
-    hint = "topic 'marketing' is not in sequencer.topics; did you mean 'marketin'?"
+    hint = "topic 'marketing' is not in the table topics; did you mean 'marketin'?"
     assert hint in await apply.lines(about)
     await connection.execute("UPDATE sequencer.topics SET name = 'marketing'")
     assert hint not in await apply.lines(about)

@@ -15,6 +15,7 @@ from sequencerd.engine.retention import tidy
 from sequencerd.settings import Retention
 from sequencerd.storage import activity, connections
 from tests.engine.test_retention import make_past, partitions
+from tests.helpers.databases import shard
 
 LOG = structlog.get_logger()
 HOUR = timedelta(hours=1)
@@ -22,7 +23,7 @@ HOUR = timedelta(hours=1)
 
 @pytest.fixture
 async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
-    pool = await connections.connect_pool(database, 3)
+    pool = await connections.connect_pool(shard(database), 3)
     yield pool
     await pool.close()
 

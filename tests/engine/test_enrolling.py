@@ -18,7 +18,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.enrolling import Enrolling
 from sequencerd.engine.problems import Problems
 from sequencerd.storage import connections
-from tests.helpers.databases import with_login
+from tests.helpers.databases import shard, with_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
 
 HOURLY = {"from": "app.overdue", "every": {"amount": 1, "unit": "hours"}}
@@ -70,7 +70,7 @@ class Daemon:
 
 @asynccontextmanager
 async def daemon(url: str, seconds: float = 30.0) -> AsyncIterator[Daemon]:
-    pool = await connections.connect_pool(url, 4, least=0)
+    pool = await connections.connect_pool(shard(url), 4, least=0)
     try:
         yield Daemon(pool, seconds)
     finally:

@@ -19,6 +19,7 @@ from sequencerd.service.health import Health
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import LookupEndpoint
 from sequencerd.storage import connections, sources
+from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.helpers.pooler import pgbouncer
 from tests.helpers.servers import Answer, Request, http_server, task
@@ -309,7 +310,7 @@ async def test_the_server_ends_a_slow_lookup(
 ) -> None:
     await connection.execute(ACCOUNTS + SLOW)
     with pgbouncer(database, tmp_path) if through_pooler else nullcontext(database) as url:
-        pool = await connections.connect_pool(url, 1, pooled=through_pooler, least=0)
+        pool = await connections.connect_pool(shard(url), 1, pooled=through_pooler, least=0)
         made = lookups.Lookups(pool, {}, timeout=0.2)
         (found,) = await made.get("slow.one").run(None, [task()])
         assert found.message == "lookup 'slow.one' failed: no answer within 0.2 seconds"

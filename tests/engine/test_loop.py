@@ -21,6 +21,7 @@ from sequencerd.storage import connections, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import AdvisoryLock
 from tests.helpers import servers
+from tests.helpers.databases import shard
 from tests.helpers.engines import (
     ALL_ENDED,
     Recorder,
@@ -503,7 +504,7 @@ async def test_the_notify_lock_goes_to_another_daemon(
 
 
 async def test_a_cancelled_transaction_ends_though_its_connection_is_dead(database: str) -> None:
-    pool = await connections.connect_pool(database, 1)
+    pool = await connections.connect_pool(shard(database), 1)
     begun = asyncio.Event()
 
     async def work() -> None:

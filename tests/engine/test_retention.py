@@ -15,6 +15,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.settings import Retention
 from sequencerd.storage import connections
 from sequencerd.storage.retention import try_lock_retention
+from tests.helpers.databases import shard
 from tests.helpers.engines import define, enroll, until
 
 LOG = structlog.get_logger()
@@ -27,7 +28,7 @@ YEAR = timedelta(days=365)
 
 @pytest.fixture
 async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
-    pool = await connections.connect_pool(database, 3)
+    pool = await connections.connect_pool(shard(database), 3)
     yield pool
     await pool.close()
 

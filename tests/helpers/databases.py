@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+
+from sequencerd import settings
+from sequencerd.storage.connections import Shard
 
 FAST = {
     "fsync": "off",
@@ -45,6 +49,17 @@ def with_login(url: str, user: str) -> str:
     """The same URL for another user."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}"))
+
+
+SCHEMA = os.environ.get("SEQUENCERD_TEST_SCHEMA", settings.SCHEMA)
+"""All tests run in another schema with this variable; those that name `sequencer` elsewhere than in
+statements fail there.
+"""
+
+
+def shard(url: str) -> Shard:
+    """The schema of the tests in a database."""
+    return Shard(url, SCHEMA)
 
 
 async def execute(url: str, statement: str) -> None:

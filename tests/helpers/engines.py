@@ -23,7 +23,9 @@ from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
 from sequencerd.settings import LookupEndpoint
 from sequencerd.storage import connections
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.listener import listen
+from tests.helpers.databases import shard
 from tests.helpers.waiting import PATIENCE
 
 Behaviour = Callable[[Task], Awaitable[Result]]
@@ -67,7 +69,7 @@ class Recorder:
 
 @asynccontextmanager
 async def running_engine(
-    url: str,
+    url: str | Shard,
     runners: Mapping[str, Runner] | None = None,
     endpoints: Mapping[str, LookupEndpoint] | None = None,
     lookup_timeout: float = 30.0,
@@ -75,9 +77,10 @@ async def running_engine(
     **settings: Any,
 ) -> AsyncIterator[Engine]:
     """A daemon in the test's own loop: engine and listener, ready."""
-    pool, heart = await connections.connect_pool(url, 5), await connections.connect_pool(url, 1)
+    at = url if isinstance(url, Shard) else shard(url)
+    pool, heart = await connections.connect_pool(at, 5), await connections.connect_pool(at, 1)
     log = structlog.get_logger()
-    for_lookups = await connections.connect_pool(url, 3, least=0)
+    for_lookups = await connections.connect_pool(at, 3, least=0)
     lookups = Lookups(for_lookups, endpoints or {}, timeout=lookup_timeout)
     engine = Engine(
         pool,
@@ -97,7 +100,7 @@ async def running_engine(
         await engine.sweep()
         ready.set()
 
-    listener = asyncio.create_task(listen(url, engine.receive, connected, engine.find_due, log=log))
+    listener = asyncio.create_task(listen(at, engine.receive, connected, engine.find_due, log=log))
     working = asyncio.create_task(engine.run())
     try:
         async with asyncio.timeout(PATIENCE):

@@ -17,6 +17,7 @@ from sequencerd.errors import DatabaseError
 from sequencerd.runners.email.smtp import Mail, Postman
 from sequencerd.service import dns
 from sequencerd.storage.connections import connect
+from tests.helpers.databases import shard
 from tests.helpers.runners import http_runner
 from tests.helpers.servers import HOST, http_server, smtp_server, task
 from tests.runners.test_http import all_next
@@ -125,7 +126,7 @@ def test_a_name_that_hangs_is_waited_for_so_long(
         )
         assert not result.unknown
         with pytest.raises(DatabaseError, match=r"slow\.example"):
-            await connect("postgresql://ada@slow.example/shop")
+            await connect(shard("postgresql://ada@slow.example/shop"))
         postman = Postman("smtp://slow.example:25", connections=1, timeout=60)
         result = (await postman.deliver(MAIL)).result
         await postman.close()

@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "schema.txt"
 RENEW = "RENEW=1 .venv/bin/pytest -q tests/sql/test_golden_schema.py && git diff tests/sql"
 
 # Months of the history are left out: they depend on the date.
-SCHEMA = r"""
+CATALOGS = r"""
 WITH tables AS (
     SELECT c.*, format('%s %s', CASE c.relkind WHEN 'v' THEN 'view' WHEN 'S' THEN 'sequence'
                                                ELSE 'table' END, c.relname) AS title
@@ -113,6 +113,6 @@ async def describe(connection: asyncpg.Connection) -> str:
     """Return a paragraph for each table, view, sequence and function."""
     await connection.execute("SET timezone = 'UTC'; SET search_path = pg_catalog")
     paragraphs: dict[str, list[str]] = {}
-    for row in await connection.fetch(SCHEMA):
+    for row in await connection.fetch(CATALOGS):
         paragraphs.setdefault(row["title"], []).append(f"    {row['line']}\n")
     return "\n".join(title + "\n" + "".join(lines) for title, lines in paragraphs.items())

@@ -16,7 +16,8 @@ import pytest
 from sequencerd.core.model import Enrollment, effect_key
 from sequencerd.storage import daemons
 from sequencerd.storage.listener import Due, parse
-from sequencerd.storage.statements import LOCK_CLASS, QUERIES, AdvisoryLock
+from sequencerd.storage.schemas import LOCK_CLASS
+from sequencerd.storage.statements import QUERIES, AdvisoryLock
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 
@@ -73,7 +74,7 @@ def test_advisory_locks_have_the_same_numbers_in_sql_and_python(repository: Path
     numbers = re.findall(r"advisory\w*\((\d.+?)\)", schema)
     assert numbers == [str(AdvisoryLock.NOTIFY), str(AdvisoryLock.FORGETTING)]
     for path in [*(repository / "sequencerd").rglob("*.py"), *(repository / "tests").rglob("*.py")]:
-        assert str(LOCK_CLASS) not in path.read_text() or path.name == "statements.py"
+        assert str(LOCK_CLASS) not in path.read_text() or path.name == "schemas.py"
     assert str(LOCK_CLASS) not in "".join(
         p.read_text() for p in (repository / "sequencerd/storage/queries").iterdir()
     )

@@ -10,6 +10,7 @@ import pytest
 
 from sequencerd.errors import SettingsError
 from sequencerd.storage import connections, conninfo
+from tests.helpers.databases import shard
 
 SECRET = "pa55word"  # in no message
 
@@ -142,6 +143,6 @@ async def test_the_server_takes_them(database: str, monkeypatch: pytest.MonkeyPa
         "application_name=x options='-c geqo=off' connect_timeout=5",
         "postgresql:///?application_name=x&options=-c%20geqo%3Doff&keepalives_idle=5",
     ):
-        connection = await connections.connect(text)
+        connection = await connections.connect(shard(text))
         assert tuple(await connection.fetchrow(shown)) == ("x", "off", "postgres")
         await connection.close()

@@ -1,0 +1,85 @@
+"""The schema of the tables. All SQL is written for the schema `sequencer`; a connection to another
+one executes the same statements there.
+
+Settings of the session (`search_path`) would not do: a pooler in transaction mode keeps none, and
+triggers run in the sessions of applications.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache, lru_cache, wraps
+from typing import Any
+from zlib import crc32
+
+import asyncpg
+
+from sequencerd.settings import SCHEMA
+
+LOCK_CLASS = 7364528
+"""The first number of each advisory lock: those of other applications have another."""
+
+_STATEMENTS = (
+    "cursor", "execute", "executemany", "fetch", "fetchmany", "fetchrow", "fetchval", "prepare",
+)  # fmt: skip
+"""The methods of a connection whose first argument is a statement."""
+
+_MENTION = re.compile(
+    rf"""
+    (?<![\w"$.]) {SCHEMA} (?= \.(?:entry_|renaming\b|sets_visit\b) ) (?P<setting>)
+  | (?<![\w"$.]) {SCHEMA} (?= \.(?! (?:max_data|notify|reason)\b(?!\() ) [\w%'] ) (?P<name>)
+  | (?: (?<= SCHEMA\ ) | (?<= NOTIFY\ ) ) {SCHEMA} \b (?P<command>)
+  | (?: (?<= to_regnamespace\() '{SCHEMA}' | '{SCHEMA}' (?= ::regnamespace) ) (?P<identifier>)
+  | '{SCHEMA}' (?P<text>)
+  | \b {LOCK_CLASS} \b (?P<lock>)
+    """,
+    re.VERBOSE,
+)
+
+
+@lru_cache(maxsize=2000)
+def in_schema(sql: str, schema: str) -> str:
+    """Return a statement, or a text that names tables, for another schema.
+
+    The channel of NOTIFY has the name of the schema. The advisory locks and the settings that
+    triggers set for each other are those of the schema, so that several schemas of a database do
+    not disturb each other; the settings that users set hold for all of them.
+    """
+    if schema == SCHEMA:
+        return sql
+    quoted = f'"{schema}"'  # settings.Database has checked the name
+    number = crc32(schema.encode())
+    replacements = {
+        "setting": f"{SCHEMA}_{number:08x}",
+        "name": quoted,
+        "command": quoted,
+        "identifier": f"'{quoted}'",
+        "text": f"'{schema}'",
+        "lock": str(number >> 1),  # an integer has 31 bits
+    }
+    return _MENTION.sub(lambda found: replacements[str(found.lastgroup)], sql)
+
+
+def schema_of(connection: asyncpg.Connection) -> str:
+    """Return the schema that a connection works in."""
+    schema: str = getattr(connection, "schema", SCHEMA)
+    return schema
+
+
+@cache
+def connection_class(schema: str) -> type[asyncpg.Connection]:
+    """Return the class of connections to a schema; for the usual one, asyncpg's own."""
+    if schema == SCHEMA:
+        usual: type[asyncpg.Connection] = asyncpg.Connection
+        return usual
+    methods = {name: _in_schema(getattr(asyncpg.Connection, name), schema) for name in _STATEMENTS}
+    return type("Connection", (asyncpg.Connection,), {"__slots__": (), "schema": schema, **methods})
+
+
+def _in_schema(method: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    @wraps(method)
+    def call(self: asyncpg.Connection, statement: str, *arguments: Any, **options: Any) -> Any:
+        return method(self, in_schema(statement, schema), *arguments, **options)
+
+    return call
