@@ -171,7 +171,8 @@ async def cost(connection: asyncpg.Connection) -> None:
     day = now.replace(hour=0, minute=0, second=0, microsecond=0)
     yesterday = day - timedelta(days=1)
     for name, parameters in (
-        ("console_steps", (now, summary.MOST)),
+        ("console_steps", (now, summary.MOST_DUE)),
+        ("console_active", ()),
         ("console_failed", (summary.MOST,)),
         ("console_flow", (yesterday, day)),
         ("console_stays", (yesterday, day, 10, summary.SAMPLE)),

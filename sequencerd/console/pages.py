@@ -175,7 +175,7 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
                 "first": step.name == definition.first_step,
                 "goal": step in definition.goals,
                 "chosen": step.name == chosen,
-                "active": html.number(row.get("active"), row.get("is_capped", False)),
+                "active": html.number(row.get("active")),
                 "failed": html.number(row["failed"]) if row.get("failed") else "",
                 "stay": html.duration(row.get("median_stay")),
                 "problem": bool(row.get("problem")),

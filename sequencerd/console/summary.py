@@ -22,10 +22,12 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import StepKey
 from sequencerd.service.doctor import CHECKS, Finding, run_check
-from sequencerd.storage.connections import read, reading
+from sequencerd.storage.connections import borrow, counting, read, reading
 from sequencerd.storage.database_errors import brief
+from sequencerd.storage.statements import QUERIES
 
-MOST = 1_000_000  # enrollments at a step that are counted
+MOST = 1_000_000  # failed enrollments that are counted
+MOST_DUE = 100_000  # enrollments of a step that are due
 MOST_CAUSES = 50_000  # failed enrollments of which the cause is found
 NEXT = timedelta(days=1)  # ahead of which is shown what is checked
 MOST_NEXT = 100_000  # of a step
@@ -95,8 +97,8 @@ class Summary:
         self._known_since: date | None = None
         self._findings: list[Finding] = []
         self._checks_due = float("-inf")
-        self._details: tuple[list[Row], list[Row]] = [], []
-        self._details_due = float("-inf")
+        self._kept: dict[str, list[Row]] = {}  # of statements that are repeated less often
+        self._kept_due = float("-inf")
         self._details_took = 0.0  # in this round, the checks included
         self._past: list[date] = []  # days that are yet to be counted, the latest at the end
 
@@ -149,16 +151,22 @@ class Summary:
             done.set_result(None)
             self.changed()
             took = time.monotonic() - begun - self._details_took
-            await asyncio.sleep(AFTER_ERROR if failed else max(SHORTEST, RESTS * took))
+            await asyncio.sleep(max(AFTER_ERROR if failed else SHORTEST, RESTS * took))
 
     async def _count(self) -> Counts:
         (clock,) = await read(self._pool, "server_time")
         now = clock["clock_timestamp"]
         sequences = await read(self._pool, "console_sequences")
-        steps = await read(self._pool, "console_steps", now, MOST, seconds=TIMEOUT)
-        failed = await read(self._pool, "console_failed", MOST, seconds=TIMEOUT)
-        if time.monotonic() >= self._details_due:
-            await self._count_details(now)
+        steps = await self._read("console_steps", now, MOST_DUE)
+        failed = await self._read("console_failed", MOST)
+        await self._renew_kept(now)
+        counted = self._kept.get("console_active")
+        active = {(row["sequence"], row["step"]): row["active"] for row in counted or ()}
+        unknown = None if counted is None else 0
+        steps = [
+            {**step, "active": active.get((step["sequence"], step["step"]), unknown)}
+            for step in steps
+        ]
         problems = await read(self._pool, "reported_problems", None, MOST_PROBLEMS)
         if self._counts is not None:  # the first page waits for it
             await self._count_flow(now)
@@ -170,7 +178,8 @@ class Summary:
             sequences,
             steps,
             failed,
-            *self._details,
+            self._kept.get("console_causes", []),
+            self._kept.get("console_next", []),
             problems,
             self._findings,
             flow,
@@ -178,17 +187,34 @@ class Summary:
             self._known_since,
         )
 
-    async def _count_details(self, now: datetime) -> None:
-        """Count what may take longer, and rest longer after it."""
+    async def _read(self, query: str, *arguments: object) -> list[Row]:
+        """Return the rows of a statement that reads many, by one process of the server."""
+        async with borrow(self._pool) as acquired, counting(acquired) as connection:
+            await connection.execute(QUERIES["without_parallel_workers"])
+            rows: list[Row] = await connection.fetch(QUERIES[query], *arguments, timeout=TIMEOUT)
+            return rows
+
+    async def _renew_kept(self, now: datetime) -> None:
+        """Count what may take longer, and rest longer after it. What takes too long remains as it
+        was.
+        """
         begun = time.monotonic()
-        causes = await read(self._pool, "console_causes", MOST_CAUSES, seconds=TIMEOUT)
-        next_ = await read(
-            self._pool, "console_next", _tens(now), now + NEXT, MOST_NEXT, seconds=TIMEOUT
-        )
-        self._details = causes, next_
+        if begun < self._kept_due:
+            return
+        for query, arguments in (
+            ("console_active", ()),
+            ("console_causes", (MOST_CAUSES,)),
+            ("console_next", (_tens(now), now + NEXT, MOST_NEXT)),
+        ):
+            try:
+                self._kept[query] = await self._read(query, *arguments)
+            except (TimeoutError, asyncpg.QueryCanceledError) as error:
+                self._log.warning(
+                    "the console can't count in time", statement=query, error=brief(error)
+                )
         took = time.monotonic() - begun
         self._details_took += took
-        self._details_due = time.monotonic() + RESTS * took
+        self._kept_due = time.monotonic() + RESTS * took
 
     async def _examine(self) -> None:
         """Run the checks of doctor from time to time, but not while the first page waits."""
@@ -229,11 +255,9 @@ class Summary:
                 del days[day]
 
     async def _add_flow(self, since: datetime, until: datetime) -> None:
-        rows = await read(self._pool, "console_flow", since, until, seconds=TIMEOUT)
+        rows = await self._read("console_flow", since, until)
         every = 1 + sum(row["times"] for row in rows) // SAMPLE
-        stays = await read(
-            self._pool, "console_stays", since, until, every, SAMPLE, seconds=TIMEOUT
-        )
+        stays = await self._read("console_stays", since, until, every, SAMPLE)
         for row in rows:
             self._flow[row["sequence"], row["step"], row["action"]][row["day"]] += row["times"]
         for row in stays:

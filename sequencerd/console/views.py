@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -15,7 +15,7 @@ from sequencerd.console.causes import causes
 from sequencerd.console.lists import COLUMNS, USUAL, Found
 from sequencerd.console.mask import Row
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
-from sequencerd.console.summary import MOST, Counts
+from sequencerd.console.summary import MOST_DUE, Counts
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
 from sequencerd.core.model import NEVER
@@ -73,8 +73,8 @@ def _sums(counts: Counts, name: str) -> dict[str, Any]:
         elif sequence == name and action == "goal":
             goals += days.total()
     return {
-        "active": sum(step["active"] for step in steps),
-        "is_capped": any(step["active"] >= MOST for step in steps),
+        "active": _sum_known(step["active"] for step in steps),
+        "is_capped": any(map(_is_capped, steps)),
         "soon": sum(step["soon"] for step in steps),
         "overdue": sum(step["overdue"] for step in steps),
         "failed": sum(row["failed"] for row in counts.failed if row["sequence"] == name),
@@ -82,6 +82,16 @@ def _sums(counts: Counts, name: str) -> dict[str, Any]:
         "completed": {day.isoformat(): completed[day] for day in counts.days},
         "problems": sum(step["problem"] is not None for step in steps),
     }
+
+
+def _sum_known(numbers: Iterable[int | None]) -> int | None:
+    known = [number for number in numbers if number is not None]
+    return sum(known) if known else None
+
+
+def _is_capped(step: Mapping[str, Any]) -> bool:
+    """Return whether more enrollments of a step may be due than were counted."""
+    return bool(step["soon"] + step["overdue"] >= MOST_DUE)
 
 
 def steps(counts: Counts, query: Query) -> Table:
@@ -106,7 +116,7 @@ def steps(counts: Counts, query: Query) -> Table:
             "url": at("/sequence", sequence=name, step=step["step"]),
             "type": step["type"],
             "active": step["active"],
-            "is_capped": step["active"] >= MOST,
+            "is_capped": _is_capped(step),
             "soon": step["soon"],
             "overdue": step["overdue"],
             "failed": failed[step["step"]],

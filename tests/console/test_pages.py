@@ -239,17 +239,50 @@ async def test_health_is_what_doctor_finds(database: str, connection: asyncpg.Co
 async def test_counts_have_an_end(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(summary, "MOST", 3)
-    monkeypatch.setattr(views, "MOST", 3)
-    await define(connection, "s", ("a", "WaitForDuration", DAY, "b"), ("b", "Note", "{}", None))
+    monkeypatch.setattr(summary, "MOST_DUE", 3)
+    monkeypatch.setattr(views, "MOST_DUE", 3)
+    hour = '{"amount": 30, "unit": "minutes"}'
+    await define(connection, "s", ("a", "WaitForDuration", hour, "b"), ("b", "Note", "{}", None))
     for n in range(5):
         await enroll(connection, "s", f"u{n}")
     async with console(database) as client:
-        await counted(client, "overview")
+        await until(connection, "SELECT count(*) = 5 FROM sequencer.enrollments WHERE visit = 1"
+                    " AND wake_at > now() + interval '20 minutes'")  # fmt: skip
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                if (await counted(client, "overview"))[0]["soon"] == 3:
+                    break
+                await asyncio.sleep(0.05)
         assert "3+" in check(await client.get("/"))
         steps = check(await client.get("/sequence?sequence=s"))
         assert "3+" in steps
         assert "0+" not in steps
+
+
+async def test_a_count_that_takes_too_long_keeps_the_last_one(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other figures are shown, and the statement is not repeated at once."""
+    await define(connection, "s", ("a", "WaitForDuration", DAY, None))
+    await enroll(connection, "s", "ada")
+    read = summary.Summary._read
+    asked = []
+
+    async def late(self: summary.Summary, query: str, *arguments: object) -> list[summary.Row]:
+        asked.append(query)
+        if query == "console_active":
+            await asyncio.sleep(0.2)
+            raise asyncpg.QueryCanceledError("canceling statement due to statement timeout")
+        return await read(self, query, *arguments)
+
+    monkeypatch.setattr(summary, "SHORTEST", 0.01)
+    monkeypatch.setattr(summary.Summary, "_read", late)
+    async with console(database) as client:
+        (row,) = await counted(client, "overview")
+        assert (row["active"], row["failed"]) == (None, 0)
+        assert "Active–" in check(await client.get("/"))
+        await eventually(lambda: asked.count("console_steps") >= 4)
+        assert asked.count("console_active") == 1
 
 
 async def test_hostile_data_are_text(database: str, connection: asyncpg.Connection) -> None:

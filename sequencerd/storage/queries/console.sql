@@ -5,24 +5,33 @@
 SELECT DISTINCT sequence FROM sequencer.enrollments
  WHERE subject = $1 AND entry = 0 AND id <> $2;
 
+-- name: without_parallel_workers
+-- Have the statements of this transaction take one process of the server, however much they read.
+SET LOCAL max_parallel_workers_per_gather = 0;
+
 -- name: console_sequences
 -- Read all sequences for the console.
 SELECT name, description, status, timezone, first_step, revision FROM sequencer.sequences ORDER BY name;
 
 -- name: console_steps
--- Count the active enrollments of each step, those due within the hour, and those overdue. It reads only
--- the index of due enrollments, and of each step at most the limit.
+-- Count the enrollments of each step that are due within the hour, and those overdue. It reads only this
+-- part of the index of due enrollments, and of each step at most the limit.
 SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.config, s.problem,
-       a.active, a.soon, a.overdue
+       a.soon, a.overdue
   FROM sequencer.steps AS s CROSS JOIN LATERAL (
-    SELECT count(*) AS active,
-           count(*) FILTER (WHERE wake_at BETWEEN $1::timestamptz - interval '1 minute'
-                                              AND $1 + interval '1 hour') AS soon,
+    SELECT count(*) FILTER (WHERE wake_at >= $1::timestamptz - interval '1 minute') AS soon,
            count(*) FILTER (WHERE wake_at < $1 - interval '1 minute') AS overdue
       FROM (SELECT e.wake_at FROM sequencer.enrollments AS e
              WHERE e.sequence = s.sequence AND e.step = s.name AND e.status = 'active'
+               AND e.wake_at <= $1::timestamptz + interval '1 hour'
              ORDER BY e.wake_at LIMIT $2) AS first) AS a
  ORDER BY s.sequence, s.position;
+
+-- name: console_active
+-- Count the active enrollments of each step, in one pass: through the index where VACUUM has been, else
+-- through the table. Step by step, the table would be read once for each.
+SELECT sequence, step, count(*) AS active
+  FROM sequencer.enrollments WHERE status = 'active' GROUP BY sequence, step;
 
 -- name: console_next
 -- Count the enrollments that are checked next, in periods of ten minutes from a time on; of each step at
