@@ -1774,6 +1774,32 @@ END $$;
 COMMENT ON FUNCTION sequencer.reevaluate IS 'Wake waiting enrollments to be evaluated, and start those that are due, and return how many. Part of the transaction; recorded if a reason is set.';
 
 
+-- shards ----------------------------------------------------------------------------------------
+
+CREATE FUNCTION sequencer.shard_of(subject text, shards integer) RETURNS integer
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN (('x' || encode(substr(sha256(convert_to(subject, 'UTF8')), 1, 4), 'hex'))::bit(32)::bigint
+        % shards)::integer;
+
+COMMENT ON FUNCTION sequencer.shard_of IS 'The number of the shard of a subject, from 0: the first four bytes of its SHA-256, as a big-endian number, modulo the number of shards.';
+
+-- A foreign table cannot call a function: inserting a row here does.
+CREATE VIEW sequencer.reevaluations AS
+    SELECT NULL::text AS subject, NULL::text AS sequence, NULL::text AS step WHERE false;
+
+CREATE FUNCTION sequencer.reevaluate_row() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM sequencer.reevaluate(NEW.subject, NEW.sequence, NEW.step);
+    RETURN NEW;
+END $$;
+
+CREATE TRIGGER reevaluate_row INSTEAD OF INSERT ON sequencer.reevaluations
+    FOR EACH ROW EXECUTE FUNCTION sequencer.reevaluate_row();
+
+COMMENT ON VIEW sequencer.reevaluations IS 'INSERT INTO sequencer.reevaluations (subject) VALUES (...) does what sequencer.reevaluate does, where only tables can be used, as through postgres_fdw.';
+
+
 -- funnels ---------------------------------------------------------------------------------------
 
 -- Reads the history since that time once, in parallel. An index for it would cost with every move. Times
@@ -2168,6 +2194,7 @@ WITH roles (role) AS (
      WHERE role IN ('sequencer_enroller', 'sequencer_daemon')
     UNION ALL VALUES
     ('sequencer_privacy', 'SELECT', 'migrations'),
+    ('sequencer_enroller', 'INSERT', 'reevaluations'),
     ('sequencer_enroller', 'INSERT', 'suppressions'),
     ('sequencer_enroller', 'DELETE', 'suppressions'),
     ('sequencer_editor', 'INSERT', 'sequences'),
@@ -2222,6 +2249,8 @@ WITH roles (role) AS (
 ), on_functions (role, name) AS (
     VALUES
     ('sequencer_enroller', 'reevaluate'),
+    ('sequencer_enroller', 'shard_of'),
+    ('sequencer_enroller', 'reevaluate_row'),
     ('sequencer_enroller', 'enroll'),
     ('sequencer_enroller', 'collect'),
     ('sequencer_enroller', 'collect_at_most'),
