@@ -26,7 +26,15 @@ from sequencerd.storage.connections import connect
 from sequencerd.storage.schemas import connection_class
 from tests.helpers import costs, leftovers
 from tests.helpers.commands import Command
-from tests.helpers.databases import FAST, SCHEMA, execute, server_folder, shard, with_database
+from tests.helpers.databases import (
+    FAST,
+    SCHEMA,
+    Administrator,
+    introspect_once,
+    server_folder,
+    shard,
+    with_database,
+)
 
 # a shell's background jobs ignore it, and so would every program that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,6 +50,8 @@ PATIENT = hypothesis.settings(
 hypothesis.settings.register_profile("brief", PATIENT)
 hypothesis.settings.register_profile("thorough", PATIENT, max_examples=300)
 hypothesis.settings.load_profile("brief")
+
+introspect_once()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -89,12 +99,19 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def template(server: str) -> Iterator[str]:
+def administrator(server: str) -> Iterator[Administrator]:
+    made = Administrator(server)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def template(server: str, administrator: Administrator) -> Iterator[str]:
     """The name of a database with the schema in it."""
     name = f"template_{uuid4().hex[:12]}"
+    administrator.execute(f"CREATE DATABASE {name}")
 
     async def make() -> None:
-        await execute(server, f"CREATE DATABASE {name}")
         connection = await connect(shard(with_database(server, name)))
         await migrate.migrate(connection)
         await migrate.grant(connection)
@@ -102,16 +119,16 @@ def template(server: str) -> Iterator[str]:
 
     asyncio.run(make())
     yield name
-    asyncio.run(execute(server, f"DROP DATABASE {name} WITH (FORCE)"))
+    administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
-async def database(server: str, template: str) -> AsyncIterator[str]:
+def database(server: str, administrator: Administrator, template: str) -> Iterator[str]:
     """The URL of a database of its own for one test."""
     name = f"test_{uuid4().hex[:12]}"
-    await execute(server, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+    administrator.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     yield with_database(server, name)
-    await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+    administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from tests.chaos.checker import check
 from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
 from tests.helpers.databases import shard
 from tests.helpers.pooler import pgbouncer
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import PATIENCE, eventually
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "3"))
 FIRST = int(os.environ.get("CHAOS_SEED", "1"))
@@ -508,9 +508,7 @@ async def test_a_daemon_ends_while_the_database_is_silent(world: World) -> None:
     async with proxy.running() as world.used:
         await world.keep(1)
         await world.enroll(2)
-        async with asyncio.timeout(PATIENCE):
-            while not world.sink.mails:  # noqa: ASYNC110 - a process of its own is at work
-                await asyncio.sleep(0.05)
+        await eventually(lambda: world.sink.mails)
         proxy.swallow = True
         await asyncio.sleep(1)
         (daemon,) = world.daemons

@@ -24,7 +24,7 @@ from sequencerd.service.http_server import make_app, serving
 from sequencerd.settings import Settings
 from tests.helpers.databases import shard
 from tests.helpers.engines import Recorder, define, enroll, running_engine
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import PATIENCE, eventually
 from tests.service.test_http_server import free_port
 
 DAY = '{"amount": 1, "unit": "day"}'
@@ -125,33 +125,32 @@ def token(page: httpx.Response) -> str:
 
 async def counted(client: httpx.AsyncClient, table: str, **query: str) -> list[dict[str, Any]]:
     """The rows of a table that is made of counts, once there are any."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            answer = await client.get(f"/tables/{table}.json", params=query)
-            if answer.status_code == 200 and answer.json()["rows"]:
-                rows: list[dict[str, Any]] = answer.json()["rows"]
-                return rows
-            await asyncio.sleep(0.05)
+
+    async def rows() -> list[dict[str, Any]]:
+        answer = await client.get(f"/tables/{table}.json", params=query)
+        return answer.json()["rows"] if answer.status_code == 200 else []
+
+    return await eventually(rows)
 
 
 async def page_once(client: httpx.AsyncClient, path: str, status: int) -> httpx.Response:
     """The page, once it has this status."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            page = await client.get(path)
-            if page.status_code == status:
-                return page
-            await asyncio.sleep(0.05)
+
+    async def page() -> httpx.Response | None:
+        found = await client.get(path)
+        return found if found.status_code == status else None
+
+    return await eventually(page)
 
 
 async def page_with(client: httpx.AsyncClient, path: str, words: str) -> httpx.Response:
     """The page, once it has these words."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            page = await client.get(path)
-            if words in page.text:
-                return page
-            await asyncio.sleep(0.05)
+
+    async def page() -> httpx.Response | None:
+        found = await client.get(path)
+        return found if words in found.text else None
+
+    return await eventually(page)
 
 
 class Mended(Recorder):

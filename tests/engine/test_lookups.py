@@ -23,7 +23,7 @@ from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.helpers.pooler import pgbouncer
 from tests.helpers.servers import Answer, Request, http_server, task
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import eventually
 
 ACCOUNTS = """
     CREATE SCHEMA app;
@@ -136,9 +136,7 @@ async def test_a_request_for_all_asks_once_about_each(
         await until(connection, f"{waiting} FROM sequencer.enrollments")
         assert set(asked.values()) == {1}
         await connection.execute("NOTIFY sequencer")
-        async with asyncio.timeout(PATIENCE):
-            while asked.total() < 2 * count:  # noqa: ASYNC110 - a counter sets no event
-                await asyncio.sleep(0.01)
+        await eventually(lambda: asked.total() >= 2 * count)
         await until(connection, f"{waiting} FROM sequencer.enrollments")
         await until(connection, "SELECT bool_and(reschedule_from IS NULL) FROM sequencer.steps")
     assert set(asked.values()) == {2}

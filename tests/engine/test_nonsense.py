@@ -10,7 +10,9 @@ import asyncpg
 import pytest
 
 from sequencerd.engine.loop import Engine
-from tests.engine.test_enrolling import HOURLY, daemon, schedule
+from sequencerd.storage import connections
+from tests.engine.test_enrolling import HOURLY, Daemon, schedule
+from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 NOBODY = "no such thing"
@@ -35,10 +37,21 @@ VALUES: dict[str, list[object]] = {
     "timestamp with time zone": ["-infinity", "infinity", "0001-01-01", "9999-12-31", None],
 }
 
-SCHEDULE = """
+ROWS = """
+    INSERT INTO sequencer.suppressions VALUES ('email', 'a@example.com');
+    INSERT INTO sequencer.topics VALUES ('news', 'News');
     INSERT INTO sequencer.scheduled_runs (sequence, definition, next_run_at)
     SELECT name, enroll || jsonb_build_object('timezone', timezone), '9000-01-01Z'
-      FROM sequencer.sequences WHERE name = 'victim'
+      FROM sequencer.sequences WHERE name = 'victim';
+    INSERT INTO sequencer.holidays VALUES ('DE', '2020-01-01', 'New Year')
+"""
+REMOVE = """
+    DELETE FROM sequencer.enrollments WHERE sequence <> 'witness';
+    DELETE FROM sequencer.sequences WHERE name <> 'witness';
+    DELETE FROM sequencer.revisions WHERE sequence <> 'witness';
+    DELETE FROM sequencer.suppressions;
+    DELETE FROM sequencer.topics;
+    DELETE FROM sequencer.holidays WHERE day <> '2019-01-01'
 """
 COLUMNS = """
     SELECT c.table_name, c.column_name,
@@ -86,20 +99,14 @@ async def test_nonsense_harms_no_other_enrollment(
     columns = await connection.fetch(COLUMNS)
     assert {row["table_name"] for row in columns} >= {"sequences", "steps", "enrollments"}
     accepted = refused = 0
+    pool = await connections.connect_pool(shard(database), 4)
     for table, column, type_ in columns:
         for number, value in enumerate(VALUES[type_]):
             subject = f"{table} {column} {number}"
             try:
                 async with connection.transaction():
                     await enroll(connection, "victim", subject)
-                    await connection.execute(
-                        "INSERT INTO sequencer.suppressions VALUES ('email', 'a@example.com');"
-                        "INSERT INTO sequencer.topics VALUES ('news', 'News')"
-                    )
-                    await connection.execute(SCHEDULE)
-                    await connection.execute(
-                        "INSERT INTO sequencer.holidays VALUES ('DE', '2020-01-01', 'New Year')"
-                    )
+                    await connection.execute(ROWS)
                     await connection.execute(_update(table, column, type_), _text(value))
             except asyncpg.PostgresError as error:
                 words = f"{error} {error.column_name} {error.constraint_name} {error.detail}"
@@ -114,8 +121,9 @@ async def test_nonsense_harms_no_other_enrollment(
                     id_,
                 )
                 if column == "enroll" or table == "scheduled_runs":
-                    await _run_of_witness(database, connection)
+                    await _run_of_witness(pool, connection)
                 await _restore(connection)
+    await pool.close()
     assert accepted > 50
     assert refused > 50
     await until(connection, ALL_ENDED)
@@ -145,10 +153,9 @@ def _text(value: object) -> str | None:
             return str(value)
 
 
-async def _run_of_witness(database: str, connection: asyncpg.Connection) -> None:
+async def _run_of_witness(pool: asyncpg.Pool, connection: asyncpg.Connection) -> None:
     await connection.execute("DELETE FROM sequencer.scheduled_runs WHERE sequence = 'witness'")
-    async with daemon(database) as one:
-        told = await one.turn()
+    told = await Daemon(pool, 30.0).turn()
     assert "witness" not in told
     assert await connection.fetchval(
         "SELECT last_run_at FROM sequencer.scheduled_runs WHERE sequence = 'witness'"
@@ -162,11 +169,7 @@ async def _restore(connection: asyncpg.Connection) -> None:
     ):
         assert row["failure"]
         assert row["last_error"]
-    await connection.execute("DELETE FROM sequencer.enrollments WHERE sequence <> 'witness'")
-    await connection.execute("DELETE FROM sequencer.sequences WHERE name <> 'witness'")
-    await connection.execute("DELETE FROM sequencer.revisions WHERE sequence <> 'witness'")
-    await connection.execute("DELETE FROM sequencer.suppressions; DELETE FROM sequencer.topics")
-    await connection.execute("DELETE FROM sequencer.holidays WHERE day <> '2019-01-01'")
+    await connection.execute(REMOVE)
     await define(
         connection,
         "victim",

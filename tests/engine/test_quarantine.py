@@ -22,7 +22,7 @@ from sequencerd.storage import claims, migrate, sequences
 from tests.helpers.commands import Command
 from tests.helpers.databases import execute, with_database, with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import eventually
 
 QUARANTINED = (
     "SELECT count(*) = $1 FROM sequencer.problems AS p JOIN sequencer.daemons AS d"
@@ -84,9 +84,7 @@ async def gate() -> AsyncIterator[Gate]:
 
 
 async def until_begun(gate: Gate, count: int) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while gate.begun < count:  # noqa: ASYNC110 - counted in the same loop
-            await asyncio.sleep(0.01)
+    await eventually(lambda: gate.begun >= count)
 
 
 async def test_a_row_that_a_trigger_refuses_is_quarantined_and_others_complete_once(
@@ -366,9 +364,7 @@ async def test_an_error_of_the_environment_passes_and_fails_none(
             await other.execute(mend_it)
         await until(connection, ALL_ENDED)
         await until(connection, QUARANTINED, 0)
-        async with asyncio.timeout(PATIENCE):
-            while engine.in_flight:  # noqa: ASYNC110 - it forgets a result after the commit
-                await asyncio.sleep(0.01)
+        await eventually(lambda: not engine.in_flight)
     await other.close()
     statuses = await connection.fetch("SELECT DISTINCT status FROM sequencer.enrollments")
     assert [row["status"] for row in statuses] == ["completed"]
@@ -557,9 +553,7 @@ async def test_tables_that_are_emptied_meanwhile_leave_no_leases(
         gate.opened.set()
         await enroll(connection, "s", "ada")
         await until(connection, DONE, 1)
-        async with asyncio.timeout(PATIENCE):
-            while engine.in_flight:  # noqa: ASYNC110 - counted in the same loop
-                await asyncio.sleep(0.01)
+        await eventually(lambda: not engine.in_flight)
 
 
 async def test_what_a_daemon_has_leased_and_does_not_know_is_found_by_the_sweep(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -21,7 +23,10 @@ FAST = {
     "full_page_writes": "off",
     "max_wal_size": "64MB",
     "max_prepared_transactions": "10",
+    "shared_buffers": "16MB",  # each connection and each new database costs less
+    "autovacuum_naptime": "1d",
 }
+FIRST_OF_USERS = 16384  # types with lower numbers are the same in all databases
 MEMORY = Path("/dev/shm")
 ENOUGH = 2 * 1024**3  # bytes; a container's /dev/shm may be small
 
@@ -60,6 +65,41 @@ statements fail there.
 def shard(url: str) -> Shard:
     """The schema of the tests in a database."""
     return Shard(url, SCHEMA)
+
+
+class Administrator:
+    """One connection to a server for all tests of a process, on an event loop of its own."""
+
+    def __init__(self, url: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._connection = self._loop.run_until_complete(asyncpg.connect(url))
+
+    def execute(self, statement: str) -> None:
+        self._loop.run_until_complete(self._connection.execute(statement))
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._connection.close())
+        self._loop.close()
+
+
+def introspect_once() -> None:
+    """Let connections share what asyncpg learns of PostgreSQL's own types.
+
+    Each connection asks for an array's type when it meets it, which takes as long as to connect.
+    """
+    introspect, known = asyncpg.Connection._introspect_types, {}
+
+    async def shared(self: asyncpg.Connection, oids: Iterable[int], seconds: float) -> object:
+        key = frozenset(oids)
+        if key not in known:
+            found = await introspect(self, oids, seconds)
+            if max(key) >= FIRST_OF_USERS:
+                return found
+            known[key] = found[0]
+            return found
+        return known[key], SimpleNamespace(name="known")
+
+    asyncpg.Connection._introspect_types = shared
 
 
 async def execute(url: str, statement: str) -> None:

@@ -26,7 +26,7 @@ from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.listener import listen
 from tests.helpers.databases import shard
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import PATIENCE, eventually
 
 Behaviour = Callable[[Task], Awaitable[Result]]
 
@@ -162,9 +162,7 @@ async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
 async def until(connection: asyncpg.Connection, query: str, *parameters: object) -> None:
     """Waits until a query answers true; on time-out fails with what there is instead."""
     try:
-        async with asyncio.timeout(PATIENCE):
-            while not await connection.fetchval(query, *parameters):  # noqa: ASYNC110 - rows set no event
-                await asyncio.sleep(0.01)
+        await eventually(lambda: connection.fetchval(query, *parameters))
     except TimeoutError:
         rows = await connection.fetch("SELECT * FROM sequencer.enrollments ORDER BY id LIMIT 5")
         events = await connection.fetch("SELECT * FROM sequencer.events ORDER BY at LIMIT 50")

@@ -12,12 +12,17 @@ T = TypeVar("T")
 PATIENCE = 180.0  # seconds; only a test that fails takes as long, however busy the machine
 
 
-async def eventually(condition: Callable[[], T | Awaitable[T]], *, pause: float = 0.01) -> T:
-    """Return the condition's value, once it is true."""
+async def eventually(condition: Callable[[], T | Awaitable[T | None] | None]) -> T:
+    """Return the condition's value, once it is true.
+
+    The pauses grow with the time already waited: a long wait costs little, and ends little later.
+    """
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
     async with asyncio.timeout(PATIENCE):
         while True:
             found = condition()
             value = await found if isawaitable(found) else found
             if value:
                 return value
-            await asyncio.sleep(pause)
+            await asyncio.sleep(min(max(0.01, (loop.time() - begun) / 20), 0.1))

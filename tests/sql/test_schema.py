@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -19,7 +18,7 @@ from sequencerd.storage.listener import Due, parse
 from sequencerd.storage.schemas import LOCK_CLASS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
 from tests.helpers.engines import define, enroll
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import eventually
 
 DAYS = '{"amount": 3, "unit": "days"}'
 
@@ -522,9 +521,7 @@ async def heard(ear: Ear, connection: asyncpg.Connection, *statements: str) -> l
     for statement in statements:
         await connection.execute(statement)
     await connection.execute("SELECT pg_notify('sequencer', 'end')")
-    async with asyncio.timeout(PATIENCE):
-        while "end" not in ear.heard:  # noqa: ASYNC110 - asyncpg calls, there is no event
-            await asyncio.sleep(0.01)
+    await eventually(lambda: "end" in ear.heard)
     return ear.heard[:-1]
 
 

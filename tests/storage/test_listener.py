@@ -21,7 +21,7 @@ from sequencerd.storage import claims, listener, sequences
 from sequencerd.storage.listener import Changed, Due, Message, Reevaluate, listen, parse
 from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import eventually
 
 DAYS = '{"amount": 3, "unit": "days"}'
 NOTIFY = "SELECT pg_notify('sequencer', $1)"
@@ -102,9 +102,7 @@ async def wait_in(connection: asyncpg.Connection, sequence: str, count: int) -> 
 
 
 async def times(evaluated: Counter[int], total: int) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while evaluated.total() < total:  # noqa: ASYNC110 - a counter sets no event
-            await asyncio.sleep(0.01)
+    await eventually(lambda: evaluated.total() >= total)
 
 
 async def test_each_is_evaluated_once_for_a_request_and_not_written(
