@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console import changing, html, pages, simulating
+from sequencerd.console import changing, html, over_time, pages, simulating
 from sequencerd.console.actions import Actions
 from sequencerd.console.auth import Auth
 from sequencerd.console.context import PageContext, context_of, say
@@ -110,6 +110,7 @@ def make_console(
             get("/failures", pages.failures),
             get("/health", pages.health),
             get("/search", pages.search),
+            get("/over-time", over_time.over_time),
             get("/simulate", simulating.simulate),
             get("/tables/{name}.{form}", pages.table),
             get("/live", pages.stream),

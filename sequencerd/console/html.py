@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
@@ -34,7 +34,9 @@ def make_templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(when=when, number=number, duration=duration, days=days, pretty=pretty)
+    made.filters.update(
+        when=when, number=number, duration=duration, days=days, bars=bars, pretty=pretty
+    )
     made.globals.update(at=at, asset=asset)
     for name in made.list_templates():
         made.get_template(name)  # not while the first reader waits
@@ -136,6 +138,38 @@ def _bar(x: int, height: int, title: str) -> str:
     return Markup('<rect x="{}" y="{}" width="5" height="{}"><title>{}</title></rect>').format(
         x, 24 - height, height, title
     )
+
+
+def bars(points: Sequence[tuple[datetime | str, int]], title: str, unit: str) -> str:
+    """Return a chart of one bar for each hour or day. Its sums are in words as well; its values
+    belong in a table beside it.
+    """
+    most = max((count for _, count in points), default=0)
+    drawn = Markup("").join(
+        _wide_bar(n, 100 * count / most, f"{_label(at)}: {count:,}")
+        for n, (at, count) in enumerate(points)
+        if count
+    )
+    total = sum(count for _, count in points)
+    words = f"{title}: {total:,} in {len(points)} {unit}s, at most {most:,} in one"
+    first, last = (_label(points[n][0]) if points else "" for n in (0, -1))
+    return Markup(
+        '<svg class="bars" viewBox="0 0 {} 100" preserveAspectRatio="none" role="img"'
+        ' aria-label="{}">{}</svg><p class="axis"><span>{}</span><span>at most {}</span>'
+        "<span>{}</span></p>"
+    ).format(len(points) * 4, words, drawn, first, f"{most:,}", last)
+
+
+def _wide_bar(n: int, height: float, title: str) -> str:
+    shown = max(height, 2)
+    return Markup(
+        '<rect x="{}" y="{:.1f}" width="3" height="{:.1f}"><title>{}</title></rect>'
+    ).format(n * 4, 100 - shown, shown, title)
+
+
+def _label(at: datetime | str) -> str:
+    """Return a day, or the hour that begins then, in UTC."""
+    return at if isinstance(at, str) else f"{at:%Y-%m-%d %H:%M}"
 
 
 def pretty(value: Any) -> str:

@@ -15,7 +15,7 @@ from starlette.responses import (
     StreamingResponse,
 )
 
-from sequencerd.console import html, views
+from sequencerd.console import html, over_time, views
 from sequencerd.console.auth import TooManyError
 from sequencerd.console.causes import Cause, causes
 from sequencerd.console.changing import select
@@ -320,6 +320,8 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
         case "events":
             found_journey = await _journey(request, query.number("id", 0), query)
             return found_journey.events
+        case "activity" | "activity-steps":
+            return await over_time.tables(context, name, query)
         case "simulation":
             return (await simulated(context, query))[1]
     return None

@@ -45,6 +45,10 @@ OLD = timedelta(seconds=5)
 LATE = timedelta(seconds=10)
 """Events are committed in another order than they are made: the last are not yet counted."""
 
+MOST_RECENT = timedelta(hours=2)
+"""Of the history, if no daemon counts it by hour."""
+
+MIN = datetime(1900, 1, 1, tzinfo=UTC)
 SAMPLE = 5000  # events that are read in each round
 STAYS = 500  # of a step that are kept
 
@@ -71,6 +75,9 @@ class Counts:
     flow: Flow
     stays: Mapping[StepKey, float]  # the median in seconds
     flow_since: date | None  # from this day on the flow is known
+    recent: list[Row]  # events that the daemon has not counted by hour
+    recent_since: datetime | None
+    activity_until: datetime | None  # that the daemon has counted by hour
 
     @property
     def days(self) -> list[date]:
@@ -99,6 +106,7 @@ class Summary:
         self._checks_due = float("-inf")
         self._kept: dict[str, list[Row]] = {}  # of statements that are repeated less often
         self._kept_due = float("-inf")
+        self._recent: tuple[list[Row], datetime | None, datetime | None] = [], None, None
         self._details_took = 0.0  # in this round, the checks included
         self._past: list[date] = []  # days that are yet to be counted, the latest at the end
 
@@ -173,6 +181,7 @@ class Summary:
         await self._examine()
         stays = {place: median(kept) for place, kept in self._stays.items() if kept}
         flow = {key: Counter(days) for key, days in self._flow.items()}
+        recent, recent_since, activity_until = self._recent
         return Counts(
             now,
             sequences,
@@ -185,6 +194,9 @@ class Summary:
             flow,
             stays,
             self._known_since,
+            recent,
+            recent_since,
+            activity_until,
         )
 
     async def _read(self, query: str, *arguments: object) -> list[Row]:
@@ -212,9 +224,22 @@ class Summary:
                 self._log.warning(
                     "the console can't count in time", statement=query, error=brief(error)
                 )
+        await self._read_recent(now)
         took = time.monotonic() - begun
         self._details_took += took
         self._kept_due = time.monotonic() + RESTS * took
+
+    async def _read_recent(self, now: datetime) -> None:
+        """Count the events that the daemon has not counted by hour."""
+        (found,) = await read(self._pool, "console_activity_until")
+        until = found["counted_until"]
+        since = max(_tens(now).replace(minute=0) - MOST_RECENT, until or MIN)
+        try:
+            rows = await self._read("console_activity_recent", since, now + NEXT)
+        except (TimeoutError, asyncpg.QueryCanceledError) as error:
+            self._log.warning("the console can't count recent events", error=brief(error))
+        else:
+            self._recent = rows, since, until
 
     async def _examine(self) -> None:
         """Run the checks of doctor from time to time, but not while the first page waits."""

@@ -19,19 +19,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import asyncpg
 import httpx
 import pytest
+import structlog
+from starlette.routing import Route
 
 from sequencerd.console import live, summary
+from sequencerd.console.app import make_console
 from sequencerd.console.summary import DAYS
 from sequencerd.definitions import plan
 from sequencerd.definitions.files import read_file
+from sequencerd.definitions.simulator import Simulator
 from sequencerd.passwords import make_hash
-from tests.console.conftest import BEGUN, FAILED, Line, Mended, console, people
+from sequencerd.settings import Console
+from sequencerd.storage.connections import Shard
+from tests.console.conftest import BEGUN, FAILED, Line, Mended, console, people, token
 from tests.helpers.engines import Recorder, enroll, until
 from tests.helpers.waiting import PATIENCE
 from tests.service.test_http_server import answers, free_port, is_ok
 
 if TYPE_CHECKING:
-    from playwright.async_api import Browser, Page, Route
+    from playwright.async_api import Browser, Page
+    from playwright.async_api import Route as Handled
 
 CHROMIUM = shutil.which("chromium")
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -122,8 +129,15 @@ PAGES = (
     "/console/change?action=move&status=failed",
     "/console/search?q=ada",
     "/console/simulate?sequence=s&data=%7B%7D",
+    "/console/health",
+    "/console/over-time",
+    "/console/over-time?sequence=s&by=hour",
+    "/console/changes/1",
     "/console/nonsense",
 )
+LOGIN = "/console/login"
+NO_PAGES = ("/tables/{name}.{form}", "/live", "/static/{name:path}")
+"""What answers programs and not readers."""
 
 
 WIDTHS = (360, 768, 1280, 1920)
@@ -135,6 +149,36 @@ CUT_OFF = """() => [...document.querySelectorAll("td, dd, dt, h1, h2, p, li, but
         || e.tagName === "TD" && e.scrollHeight > e.clientHeight + 2)
     .map((e) => e.outerHTML)"""
 """What spills over its box."""
+
+
+def test_every_page_is_among_those_that_are_tested() -> None:
+    app = make_console(
+        Console(),
+        Shard("postgresql:///"),
+        lambda: Simulator({}, {}),
+        lambda: datetime.now(UTC),
+        structlog.get_logger(),
+    )
+    tested = [path.partition("?")[0].removeprefix("/console") for path in (*PAGES, LOGIN)]
+    for route in app.routes:
+        assert isinstance(route, Route)
+        if "GET" in (route.methods or ()) and route.path not in NO_PAGES:
+            assert any(map(route.path_regex.match, tested)), f"no test opens {route.path}"
+
+
+async def check_page(page: Page, path: str) -> None:
+    """Look at a page at every width and in both schemes."""
+    for width in WIDTHS:
+        await page.set_viewport_size({"width": width, "height": 844})
+        wide = await page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, f"{path} is wider than {width}"
+        assert await page.evaluate(CUT_OFF) == [], f"{path} at {width}"
+    for scheme, width in SCHEMES:
+        await page.emulate_media(color_scheme=scheme)
+        await page.set_viewport_size({"width": width, "height": 844})
+        await check_accessible(page)
+        colour = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
 
 
 async def test_every_page_fits_every_width_and_is_accessible(
@@ -149,22 +193,21 @@ async def test_every_page_fits_every_width_and_is_accessible(
     async with console(database, {"Note": Mended()}, write=True) as client:
         await until(connection, FAILED)
         await until(connection, BEGUN)
+        asked = await client.get("/change?action=retry&status=failed")
+        form = {"action": "retry", "status": "failed", "number": "1", "reason": "fixed"}
+        await client.post("/change", data={**form, "token": token(asked)})
         async with window(browser, client) as page:
             for path in PAGES:
                 await page.goto(path)
-                if "failures" in path or path == "/console/":
+                if path in ("/console/failures", "/console/health", "/console/"):
                     await page.locator("table, .actions").first.wait_for()
-                for width in WIDTHS:
-                    await page.set_viewport_size({"width": width, "height": 844})
-                    wide = await page.evaluate("document.documentElement.scrollWidth")
-                    assert wide <= width, f"{path} is wider than {width}"
-                    assert await page.evaluate(CUT_OFF) == [], f"{path} at {width}"
-                for scheme, width in SCHEMES:
-                    await page.emulate_media(color_scheme=scheme)
-                    await page.set_viewport_size({"width": width, "height": 844})
-                    await check_accessible(page)
-                    colour = await page.evaluate("getComputedStyle(document.body).backgroundColor")
-                    assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
+                await check_page(page, path)
+    async with (
+        console(database, password_hash=make_hash("secret")) as client,
+        window(browser, client) as page,
+    ):
+        await page.goto(LOGIN)
+        await check_page(page, LOGIN)
 
 
 async def test_counts_and_timelines_update_by_themselves_for_all_viewers(
@@ -413,7 +456,7 @@ async def test_a_failed_request_is_repeated(
         await shows(page, "#state", "Live")
         asked = []
 
-        async def fail_once(route: Route) -> None:
+        async def fail_once(route: Handled) -> None:
             asked.append(route.request.url)
             if len(asked) > 1:
                 await route.continue_()

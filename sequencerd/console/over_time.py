@@ -1,0 +1,291 @@
+"""What happened over time: from the counts by hour, and from the history since the last of them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.query import NotFoundError, Query, WrongQueryError
+from sequencerd.console.summary import Counts
+from sequencerd.console.tables import Column, Table, at
+from sequencerd.core.model import ALT_NEXT, NEXT, Sequence, SideEffect, Step, StepKey
+from sequencerd.core.step_types import is_instant
+from sequencerd.definitions import graph
+from sequencerd.storage import connections
+
+MEASURES = {
+    "entered": "Entered",
+    "sent": "Sent or executed",
+    "suppressed": "Suppressed",
+    "completed": "Completed",
+    "failed": "Failed",
+}
+UNITS = {"hour": timedelta(hours=1), "day": timedelta(days=1)}
+USUAL = {"hour": timedelta(hours=48), "day": timedelta(days=14)}  # that is shown
+MOST_UNITS = 400
+MOST_ROWS = 100_000  # counts of a sequence that are read
+
+
+@dataclass(frozen=True)
+class Range:
+    """What is shown: from and until full hours or days in UTC, of a sequence or step or of all."""
+
+    since: datetime
+    until: datetime
+    unit: str
+    sequence: str | None = None
+    step: str | None = None
+
+    def units(self) -> Iterator[datetime]:
+        """Yield when each hour or day begins."""
+        time = self.since
+        while time < self.until:
+            yield time
+            time += UNITS[self.unit]
+
+
+def range_of(query: Query, now: datetime) -> Range:
+    """Return the time that the query parameters choose. Raises WrongQueryError."""
+    unit = query.get("by") or "day"
+    if unit not in UNITS:
+        raise WrongQueryError("by is hour or day")
+    try:
+        until = _floor(query.time("until", now), unit)
+        if until < query.time("until", now):
+            until += UNITS[unit]
+        since = _floor(query.time("from", until - USUAL[unit]), unit)
+        if since >= until:
+            raise WrongQueryError("the range ends before it begins")
+    except OverflowError as error:
+        raise WrongQueryError("the range is out of the calendar") from error
+    if (until - since) / UNITS[unit] > MOST_UNITS:
+        more = " or choose days" if unit == "hour" else ""
+        raise WrongQueryError(
+            f"the range has more than {MOST_UNITS} {unit}s: choose a shorter one{more}"
+        )
+    return Range(since, until, unit, query.get("sequence"), query.get("step"))
+
+
+def _floor(time: datetime, unit: str) -> datetime:
+    time = time.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    return time.replace(hour=0) if unit == "day" else time
+
+
+# --- counts
+
+
+@dataclass(frozen=True)
+class Activity:
+    """How often what happened in which hour or day, by sequence and step."""
+
+    times: Mapping[str, Mapping[StepKey, Counter[datetime]]]  # by measure
+    counted_until: datetime | None  # by the daemon
+    is_capped: bool
+
+    def sum(self, measure: str) -> Counter[datetime]:
+        """Return how often it happened in all."""
+        found: Counter[datetime] = Counter()
+        for times in self.times[measure].values():
+            found.update(times)
+        return found
+
+
+async def read(
+    pool: asyncpg.Pool,
+    counts: Counts | None,
+    definitions: Mapping[str, Sequence],
+    chosen: Range,
+) -> Activity:
+    """Return what happened in the range, of a sequence or step or of all."""
+    sequence, step = chosen.sequence, chosen.step
+    recent_since = counts.recent_since if counts else None
+    until = min(chosen.until, recent_since or chosen.until)
+    rows: list[Mapping[str, Any]] = []
+    if chosen.since < until:
+        rows += await connections.read(
+            pool, "console_activity", chosen.since, until, chosen.unit, sequence, MOST_ROWS
+        )
+    is_capped = sum(row["times"] > 0 for row in rows) >= MOST_ROWS
+    for row in counts.recent if counts else ():
+        if sequence in (None, row["sequence"]) and chosen.since <= row["at"] < chosen.until:
+            rows.append({**row, "at": _floor(row["at"], chosen.unit)})
+    arrivals = _Arrivals(definitions)
+    times: dict[str, defaultdict[StepKey, Counter[datetime]]] = {
+        measure: defaultdict(Counter) for measure in MEASURES
+    }
+    for row in rows:
+        key = row["sequence"], row["step"]
+        if (to := arrivals.of(*key, row["action"])) and (sequence is None or to[0] == sequence):
+            times["entered"][to][row["at"]] += row["times"]
+        if (measure := _measure(definitions, *key, row["action"])) is not None:
+            times[measure][key][row["at"]] += row["times"]
+    if step is not None:
+        for by_step in times.values():
+            for key in [key for key in by_step if key[1] != step]:
+                del by_step[key]
+    return Activity(times, counts.activity_until if counts else None, is_capped)
+
+
+def _measure(
+    definitions: Mapping[str, Sequence], sequence: str, step: str, action: str
+) -> str | None:
+    if action in ("completed", "failed", "suppressed"):
+        return action
+    definition = definitions.get(sequence)
+    node = definition.steps.get(step) if definition else None
+    is_executed = node is not None and not is_instant(node.type)
+    return "sent" if is_executed and action in ("next", "altNext") else None
+
+
+class _Arrivals:
+    """Where events lead, by the present definitions."""
+
+    def __init__(self, definitions: Mapping[str, Sequence]) -> None:
+        self._definitions = definitions
+        self._exits: dict[tuple[str, str, str], StepKey] = {}
+        for name, definition in definitions.items():
+            for edge in graph.edges(definition):
+                label = edge.label or NEXT.label
+                to = edge.sequence or name
+                if edge.target is None or to not in definitions:
+                    continue
+                action = label if label in _PLAIN else f"branch {label}"
+                self._exits[name, edge.source, action] = to, edge.target
+                if label == NEXT.label:
+                    self._exits[name, edge.source, "jump"] = to, edge.target
+
+    def of(self, sequence: str, step: str, action: str) -> StepKey | None:
+        """Return the step that an event enters; None if it enters none."""
+        if action == "enrolled":
+            return sequence, step
+        definition = self._definitions.get(sequence)
+        if definition is None:
+            return None
+        if action.startswith("goal "):
+            goal = definition.steps.get(action.removeprefix("goal "))
+            return (sequence, goal.next_step) if goal and goal.next_step else None
+        if action in ("suppressed", "expired", "limited"):
+            return _skipped(sequence, definition.steps.get(step), action)
+        return self._exits.get((sequence, step, action))
+
+
+_PLAIN = (NEXT.label, ALT_NEXT.label)
+
+
+def _skipped(sequence: str, step: Step | None, action: str) -> StepKey | None:
+    effect = step.behaviour if step else None
+    if step is None or not isinstance(effect, SideEffect):
+        return None
+    exit_ = effect.on_suppressed if action == "suppressed" else effect.on_expired
+    if action == "limited":
+        exit_ = "altNext" if effect.limit and effect.limit.then == "altNext" else "next"
+    target = {"next": step.next_step, "altNext": step.alt_next_step}.get(exit_)
+    return (sequence, target) if target else None
+
+
+# --- tables
+
+
+def by_time(activity: Activity, chosen: Range, query: Query) -> Table:
+    """Return a row for each hour or day."""
+    sums = {measure: activity.sum(measure) for measure in MEASURES}
+    is_day = chosen.unit == "day"
+    rows = [
+        {
+            "at": time.date().isoformat() if is_day else time,
+            **{measure: sums[measure][time] for measure in MEASURES},
+        }
+        for time in chosen.units()
+    ]
+    columns = (
+        Column("at", "Day") if is_day else Column("at", "Hour from", "time"),
+        *(Column(measure, title, "number") for measure, title in MEASURES.items()),
+    )
+    return Table("activity", columns, rows, query.given)
+
+
+def by_step(activity: Activity, definitions: Mapping[str, Sequence], query: Query) -> Table:
+    """Return a row for each step of the chosen sequence, or for each sequence."""
+    name = query.get("sequence")
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
+    for measure, by_key in activity.times.items():
+        for (sequence, step), times in by_key.items():
+            totals[sequence if name is None else step][measure] += times.total()
+    order = list(definitions) if name is None else list(definitions[name].steps)
+    known = {key: n for n, key in enumerate(order)}
+    kept = {key: value for key, value in query.given.items() if key in ("by", "from", "until")}
+    rows = [
+        {
+            "name": key,
+            "url": at("/over-time", **kept, sequence=key)
+            if name is None
+            else at("/over-time", **kept, sequence=name, step=key),
+            **{measure: totals[key][measure] for measure in MEASURES},
+        }
+        for key in sorted(totals, key=lambda key: (known.get(key, len(known)), key))
+    ]
+    columns = (
+        Column("name", "Sequence" if name is None else "Step", link="url"),
+        *(Column(measure, title, "number") for measure, title in MEASURES.items()),
+    )
+    return Table("activity-steps", columns, rows, query.given)
+
+
+# --- the page
+
+
+async def over_time(request: Request) -> Response:
+    """What happened in each hour or day, as charts and as tables."""
+    context, query = context_of(request), query_of(request)
+    chosen, activity = await _read(context, query)
+    definitions = context.simulator().definitions
+    sequence, step = query.get("sequence"), query.get("step")
+    shown = by_time(activity, chosen, query)
+    return render(
+        request,
+        "over_time.html",
+        title="Over time",
+        range=chosen,
+        given={name: query.get(name) or "" for name in ("sequence", "step", "from", "until", "by")},
+        sequences=sorted(definitions),
+        steps=list(definitions[sequence].steps) if sequence else [],
+        charts=[
+            (measure, title, [(row["at"], row[measure]) for row in shown.rows])
+            for measure, title in MEASURES.items()
+        ],
+        by_time=shown,
+        totals=by_step(activity, definitions, query) if step is None else None,
+        counted_until=activity.counted_until,
+        is_capped=activity.is_capped,
+    )
+
+
+async def tables(context: PageContext, name: str, query: Query) -> Table:
+    """Return one of the tables of the page."""
+    chosen, activity = await _read(context, query)
+    if name == "activity":
+        return by_time(activity, chosen, query)
+    return by_step(activity, context.simulator().definitions, query)
+
+
+async def _read(context: PageContext, query: Query) -> tuple[Range, Activity]:
+    definitions = context.simulator().definitions
+    sequence, step = query.get("sequence"), query.get("step")
+    if sequence is not None and sequence not in definitions:
+        raise NotFoundError(f"There is no sequence {sequence}.")
+    if step is not None and sequence is None:
+        raise WrongQueryError("choose a sequence for the step")
+    if step is not None and sequence is not None and step not in definitions[sequence].steps:
+        raise NotFoundError(f"The sequence {sequence} has no step {step}.")
+    chosen = range_of(query, context.now())
+    counts = await context.summary.get()
+    activity = await read(context.pool, counts, definitions, chosen)
+    return chosen, activity
