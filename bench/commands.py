@@ -62,8 +62,10 @@ def run(url: str, *arguments: str) -> tuple[float, float]:
     begun, before = time.perf_counter(), _cpu()
     done = subprocess.run(
         [sys.executable, "-m", "sequencerd", "--database", url, *arguments],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     seconds = time.perf_counter() - begun
     if done.returncode and arguments[0] != "doctor":
         raise SystemExit(done.stderr)

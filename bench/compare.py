@@ -209,8 +209,10 @@ def machine(version: str) -> str:
     models = {line.partition(":")[2].strip() for line in cpus.splitlines() if "model name" in line}
     revision = subprocess.run(
         ["git", "-C", str(HERE), "describe", "--always", "--dirty"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
     settings = ", ".join(f"{name} = {value}" for name, value in server.SETTINGS.items())
     return (
         f"{len(os.sched_getaffinity(0))} cores ({', '.join(sorted(models)) or platform.machine()}),"
@@ -225,10 +227,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--server", action="append", metavar="SERVER",
+        "--server",
+        action="append",
+        metavar="SERVER",
         help="a version in /usr/lib/postgresql, a folder of programs, or embedded (default);"
         " repeat it to compare servers",
-    )  # fmt: skip
+    )
     parser.add_argument("--peers", nargs="*", default=list(KNOWN), choices=KNOWN, metavar="PEER")
     parser.add_argument("--subjects", type=int, default=50_000)
     parser.add_argument("--wave", type=int, default=20_000)

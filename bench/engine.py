@@ -59,9 +59,12 @@ from sequencerd.storage.listener import listen
 NAME = "sequencerd_bench"
 DATA = json.dumps({"name": "x" * 60, "mail": "y" * 60, "k": 12345, "z": "z" * 40})
 CONDITION = json.dumps(
-    {"lodashCommand": "gt", "value": {"type": "get", "value": "data.k"},
-     "compareTo": {"type": "raw", "value": 5}}
-)  # fmt: skip
+    {
+        "lodashCommand": "gt",
+        "value": {"type": "get", "value": "data.k"},
+        "compareTo": {"type": "raw", "value": 5},
+    }
+)
 BATCH = 1000
 WARM_UP = 5
 
@@ -194,8 +197,13 @@ async def steps_in_a_row(
             took = time.perf_counter() - (first[0] if first else begun)
         listeners.clear()
         count = len(names) * subjects
-        say(work, subjects=subjects, seconds=took, transitions_per_s=count / took,
-            enrolled_per_s=subjects / seconds)  # fmt: skip
+        say(
+            work,
+            subjects=subjects,
+            seconds=took,
+            transitions_per_s=count / took,
+            enrolled_per_s=subjects / seconds,
+        )
 
 
 def answer_calls(port: Any) -> None:
@@ -301,8 +309,14 @@ async def wave(dsn: str, count: int) -> None:
             await until(connection, ALL_ENDED)
             done = (datetime.now(UTC) - at).total_seconds()
         listeners.clear()
-        say("wave", subjects=count, spare_s=spare, first_s=min(lateness), all_done_s=done,
-            **percentiles(lateness, 1))  # fmt: skip
+        say(
+            "wave",
+            subjects=count,
+            spare_s=spare,
+            first_s=min(lateness),
+            all_done_s=done,
+            **percentiles(lateness, 1),
+        )
 
 
 def next_start() -> asyncio.Future[float]:

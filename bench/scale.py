@@ -139,9 +139,14 @@ async def sleeping(dsn: str, arguments: argparse.Namespace) -> None:
                 await asyncio.sleep(arguments.seconds)
                 now = os.times()
                 asks = (await asked(connection) - statements - 1) / arguments.seconds
-            say("sleeping", sleepers=count, ready_after_s=started, transactions_per_s=asks,
+            say(
+                "sleeping",
+                sleepers=count,
+                ready_after_s=started,
+                transactions_per_s=asks,
                 cpu=(now.user + now.system - cpu.user - cpu.system) / arguments.seconds,
-                memory_mb=memory() - peak)  # fmt: skip
+                memory_mb=memory() - peak,
+            )
             await enroll(connection, arguments.subjects)
             begun = time.perf_counter()
             async with engine(url):
@@ -339,8 +344,13 @@ async def definitions(dsn: str, arguments: argparse.Namespace) -> None:
                 "SELECT entered_at IS NOT NULL FROM sequencer.enrollments WHERE subject = 'ada'",
             )
             moved = time.perf_counter() - begun
-        say("definitions", steps=count * 1000, ready_after_s=ready, moved_after_s=moved,
-            memory_mb=memory() - peak)  # fmt: skip
+        say(
+            "definitions",
+            steps=count * 1000,
+            ready_after_s=ready,
+            moved_after_s=moved,
+            memory_mb=memory() - peak,
+        )
 
 
 WORKS = {

@@ -51,9 +51,11 @@ def running(wanted: str) -> Iterator[Server]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         settings = {
-            **SETTINGS, "port": port, "listen_addresses": "127.0.0.1",
+            **SETTINGS,
+            "port": port,
+            "listen_addresses": "127.0.0.1",
             "unix_socket_directories": data,
-        }  # fmt: skip
+        }
         with (data / "postgresql.conf").open("a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
         programs.run("pg_ctl", "-D", data, "-l", data / "log", "-w", "start")

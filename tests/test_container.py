@@ -88,15 +88,23 @@ def test_the_steps_install_what_the_image_runs(tmp_path: Path) -> None:
         elif word == "RUN":
             line = text.replace("/opt/", f"{tmp_path}/opt/")
             done = subprocess.run(
-                ["sh", "-euc", line], cwd=build, env=variables, capture_output=True, text=True,
+                ["sh", "-euc", line],
+                cwd=build,
+                env=variables,
+                capture_output=True,
+                text=True,
                 check=False,
-            )  # fmt: skip
+            )
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     home = tmp_path / "opt/sequencerd"
     shown = subprocess.run(
         [home / "bin/sequencerd", "install-service", "--print"],
-        env=variables, cwd=tmp_path, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        env=variables,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert f"ExecStart={home}/bin/sequencerd run" in shown
     (site,) = home.glob("lib/*/site-packages")
     assert (site / "sequencerd/sql/0001_sequencer.sql").exists()
@@ -160,9 +168,11 @@ async def test_the_health_check_follows_the_daemon(database: str) -> None:
 
     async def check(address: str) -> int:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, *command[1:],
-            env={**os.environ, "SEQUENCERD_HTTP_LISTEN": address}, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            sys.executable,
+            *command[1:],
+            env={**os.environ, "SEQUENCERD_HTTP_LISTEN": address},
+            stderr=subprocess.DEVNULL,
+        )
         return await process.wait()
 
     async with daemon(database) as client:

@@ -277,11 +277,15 @@ async def test_a_server_that_never_answers_delays_no_mail(
             "INSERT INTO sequencer.enrollments (sequence, subject)"
             " SELECT 'stuck', 'u' || n FROM generate_series(1, 300) AS n"
         )
-        await until(connection, "SELECT EXISTS (SELECT FROM sequencer.enrollments"
-                    " WHERE leased_by IS NOT NULL)")  # fmt: skip
+        await until(
+            connection,
+            "SELECT EXISTS (SELECT FROM sequencer.enrollments WHERE leased_by IS NOT NULL)",
+        )
         await mail_sequence(connection, 100)
-        await until(connection, "SELECT count(*) = 100 FROM sequencer.enrollments"
-                    " WHERE status = 'completed'")  # fmt: skip
+        await until(
+            connection,
+            "SELECT count(*) = 100 FROM sequencer.enrollments WHERE status = 'completed'",
+        )
     assert asked > 0
     assert len(box.received) == 200
     connection_lost.set()
@@ -315,8 +319,9 @@ async def test_a_database_that_goes_away_and_comes_back(
         await until(connection, ALL_ENDED)
         # it still listens, or listens again
         id_ = await enroll(connection, "s", "later")
-        await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments"
-                    " WHERE id = $1", id_)  # fmt: skip
+        await until(
+            connection, "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1", id_
+        )
     assert len(box.received) == 204
     assert set(box.received.values()) == {1}
 

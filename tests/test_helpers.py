@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,14 @@ def test_a_socket_that_a_failing_test_leaves_open_fails_no_other(
 ) -> None:
     (tmp_path / "test_two.py").write_text(TWO_TESTS)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-W", "error::ResourceWarning",
-         "-W", "error::pytest.PytestUnraisableExceptionWarning", "-p", "tests.helpers.leftovers",
-         "-p", "no:cacheprovider", "--rootdir", tmp_path, "-c", "/dev/null", tmp_path],
-        cwd=repository, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        shlex.split(
+            f"{sys.executable} -m pytest -W error::ResourceWarning"
+            " -W error::pytest.PytestUnraisableExceptionWarning -p tests.helpers.leftovers"
+            f" -p no:cacheprovider --rootdir {tmp_path} -c /dev/null {tmp_path}"
+        ),
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "1 failed, 1 passed" in done.stdout, done.stdout

@@ -15,9 +15,19 @@ PAGE = REPOSITORY / "docs/licenses.md"
 
 # what a work under Apache-2.0 can be distributed with
 COMPATIBLE = {
-    "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BlueOak-1.0.0", "ISC", "MIT", "MIT-0",
-    "MPL-2.0", "PSF-2.0", "Unicode-3.0", "Unlicense",
-}  # fmt: skip
+    "0BSD",
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BlueOak-1.0.0",
+    "ISC",
+    "MIT",
+    "MIT-0",
+    "MPL-2.0",
+    "PSF-2.0",
+    "Unicode-3.0",
+    "Unlicense",
+}
 
 CLASSIFIERS = {
     "Apache Software License": "Apache-2.0",

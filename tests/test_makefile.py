@@ -13,8 +13,11 @@ from tests.test_readme import REPOSITORY
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_help_lists_every_target() -> None:
@@ -42,9 +45,12 @@ def test_check_runs_every_tool_and_then_fails(tmp_path: Path) -> None:
 def test_the_shell_has_the_schema() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.helpers.shell"],
-        cwd=REPOSITORY, input="SELECT count(*) FROM sequencer.enrollments;\n",
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        input="SELECT count(*) FROM sequencer.enrollments;\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "(1 row)" in done.stdout
     (url,) = re.findall(r"host=([^'&]*)", done.stderr)
     assert not Path(url.replace("%2F", "/")).exists()

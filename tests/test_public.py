@@ -60,11 +60,22 @@ def test_docs_and_examples_import_public_names_alone() -> None:
 def test_a_plug_in_sees_the_types(tmp_path: Path) -> None:
     (tmp_path / "plug_in.py").write_text(PLUG_IN)
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent",
-         "--cache-dir", os.devnull, "plug_in.py"],
-        cwd=tmp_path, env={**os.environ, "MYPYPATH": ""}, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--strict",
+            "--follow-imports=silent",
+            "--cache-dir",
+            os.devnull,
+            "plug_in.py",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": ""},
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "'active'" in done.stdout, done.stdout
 
@@ -101,8 +112,10 @@ def build(kind: str, source: Path, folder: Path) -> Path:
     before = set(folder.iterdir())
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)],
-        cwd=source, check=True, capture_output=True,
-    )  # fmt: skip
+        cwd=source,
+        check=True,
+        capture_output=True,
+    )
     (built,) = set(folder.iterdir()) - before
     return built
 

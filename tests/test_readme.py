@@ -95,15 +95,18 @@ async def test_the_readme_can_be_followed(empty_database: str, home: Path) -> No
                 for statement in text.split(";\n"):
                     if statement.strip():
                         await connection.execute(statement)
-                await until(connection, "SELECT 'paid' = ANY (goals_met)"
-                            " FROM sequencer.enrollments")  # fmt: skip
+                await until(
+                    connection, "SELECT 'paid' = ANY (goals_met) FROM sequencer.enrollments"
+                )
             else:
                 assert language == "sh"
                 for line in text.splitlines():
                     if line == "sequencerd run":
-                        daemons.append(await asyncio.create_subprocess_exec(
-                            str(home / "bin/sequencerd"), "run", cwd=home, env=variables
-                        ))  # fmt: skip
+                        daemons.append(
+                            await asyncio.create_subprocess_exec(
+                                str(home / "bin/sequencerd"), "run", cwd=home, env=variables
+                            )
+                        )
                     elif not line.startswith("export SEQUENCERD_"):
                         run(line, home, variables)
         assert connection is not None

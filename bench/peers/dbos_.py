@@ -38,10 +38,15 @@ async def execute(n: int) -> None:
 
 def configuration(url: str) -> DBOSConfig:
     return {
-        "name": "bench", "system_database_url": url, "log_level": "CRITICAL",
-        "console_log_level": "CRITICAL", "run_admin_server": False,
-        "application_version": VERSION, "executor_id": "bench", "sys_db_pool_size": 20,
-    }  # fmt: skip
+        "name": "bench",
+        "system_database_url": url,
+        "log_level": "CRITICAL",
+        "console_log_level": "CRITICAL",
+        "run_admin_server": False,
+        "application_version": VERSION,
+        "executor_id": "bench",
+        "sys_db_pool_size": 20,
+    }
 
 
 def install(url: str) -> None:
@@ -70,9 +75,11 @@ class Workflows:
 
     async def add(self, task: str, numbers: Sequence[int], at: float | None = None) -> None:
         options = {
-            "workflow_name": "a" if task == "a" else "flat", "queue_name": "bench",
-            "app_version": VERSION, "application_name": "bench",
-        }  # fmt: skip
+            "workflow_name": "a" if task == "a" else "flat",
+            "queue_name": "bench",
+            "app_version": VERSION,
+            "application_name": "bench",
+        }
         if at is not None:
             options["delay_seconds"] = at - time.time()  # type: ignore[assignment]
         with self.engine.begin() as connection:

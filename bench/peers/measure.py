@@ -77,8 +77,13 @@ async def _done(
     async with peer.working(note):
         await _until_none(peer, connection)
         seconds = time.time() - first[0]
-    say(work, subjects=count, seconds=seconds, transitions_per_s=tasks * count / seconds,
-        enrolled_per_s=count / added)  # fmt: skip
+    say(
+        work,
+        subjects=count,
+        seconds=seconds,
+        transitions_per_s=tasks * count / seconds,
+        enrolled_per_s=count / added,
+    )
 
 
 async def wave(peer: Peer, connection: psycopg.Connection, count: int) -> None:
@@ -95,8 +100,14 @@ async def wave(peer: Peer, connection: psycopg.Connection, count: int) -> None:
             await asyncio.sleep(0.01)
         await _until_none(peer, connection)
         done = time.time() - at
-    say("wave", subjects=count, spare_s=spare, first_s=min(late), all_done_s=done,
-        **percentiles(late, 1))  # fmt: skip
+    say(
+        "wave",
+        subjects=count,
+        spare_s=spare,
+        first_s=min(late),
+        all_done_s=done,
+        **percentiles(late, 1),
+    )
 
 
 async def wake(peer: Peer, connection: psycopg.Connection, count: int) -> None:

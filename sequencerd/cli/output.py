@@ -153,8 +153,11 @@ _PROSE = ("problem", "last_error", "message")
 """Columns of whole sentences: below their row."""
 
 _RELATIVE = {
-    "wake_at": "wakes", "waits_until": "waits until", "next_wake_at": "next", "since": "since",
-}  # fmt: skip
+    "wake_at": "wakes",
+    "waits_until": "waits until",
+    "next_wake_at": "next",
+    "since": "since",
+}
 _NARROWEST = 8
 
 _SPARE = ("type", "attempt", "revision", "daemon")

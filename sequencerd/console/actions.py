@@ -92,9 +92,15 @@ class Actions:
         return self._changes.get(number)
 
     async def make(
-        self, nonce: str, user: str, action: str, selection: Selection, *, reason: str,
+        self,
+        nonce: str,
+        user: str,
+        action: str,
+        selection: Selection,
+        *,
+        reason: str,
         to: str | None,
-    ) -> Change:  # fmt: skip
+    ) -> Change:
         """Start a change and wait briefly for its end. Raises UsageError."""
         if len(self._running) >= MOST:
             raise UsageError("other changes are in progress; try again later")
@@ -140,8 +146,12 @@ class Actions:
         try:
             change.ids = await bulk.select(connection, change.action, selection, change.to)
             await bulk.change(
-                connection, change.action, change.ids, reason=change.why, to=change.to,
+                connection,
+                change.action,
+                change.ids,
+                reason=change.why,
+                to=change.to,
                 progress=progress,
-            )  # fmt: skip
+            )
         finally:
             connection.terminate()

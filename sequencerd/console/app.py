@@ -82,9 +82,17 @@ def make_console(
             live = Live(pool, summary)
             actions = Actions(shard, log)
             app.state.console = PageContext(
-                settings, shard, pool, Auth(settings, pool), html.make_templates(), summary, live,
-                simulator, now, actions,
-            )  # fmt: skip
+                settings,
+                shard,
+                pool,
+                Auth(settings, pool),
+                html.make_templates(),
+                summary,
+                live,
+                simulator,
+                now,
+                actions,
+            )
             app.state.close = live.close
             tasks = [asyncio.create_task(work) for work in (summary.keep(), live.keep())]
             try:
@@ -189,14 +197,18 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
                 request.state.form = await pages.form(request)
                 if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
                     return say(
-                        request, 403, "Not done",
+                        request,
+                        403,
+                        "Not done",
                         "This form has expired or comes from another site. Reload the page.",
-                    )  # fmt: skip
+                    )
             if page in CHANGES and not context_of(request).settings.write:
                 return say(
-                    request, 403, "Read only",
+                    request,
+                    403,
+                    "Read only",
                     "Changes are disabled. Set console.write = true to allow them.",
-                )  # fmt: skip
+                )
             made = await page(request)
         except NotFoundError as error:
             made = say(request, 404, "Not found", str(error))
@@ -210,10 +222,12 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
         except TRANSIENT_ERRORS as error:
             log.warning("the console cannot reach the database", error=brief(error))
             made = say(
-                request, 503, "The database cannot be reached",
+                request,
+                503,
+                "The database cannot be reached",
                 "This page retries automatically.",
                 retry=True,
-            )  # fmt: skip
+            )
             made.headers["Retry-After"] = "5"
         except Exception as error:  # its text may hold data of enrollments
             log.error("a console page failed", path=request.url.path, error=_where(error))

@@ -22,9 +22,17 @@ from sequencerd.storage.statements import QUERIES
 Mask = Callable[[Mapping[str, Any]], Row]
 
 FILTERS = (
-    "sequence", "step", "status", "failure", "cause", "topic", "where", "age", "wakes_from",
+    "sequence",
+    "step",
+    "status",
+    "failure",
+    "cause",
+    "topic",
+    "where",
+    "age",
+    "wakes_from",
     "wakes_before",
-)  # fmt: skip
+)
 """The query parameters that select; `q` finds by subject."""
 
 COLUMNS = {
@@ -66,9 +74,12 @@ class Found:
 
 
 def selection_of(
-    query: Query, masked: Sequence[str], causes: Sequence[Cause], topics: Mapping[str, str | None],
+    query: Query,
+    masked: Sequence[str],
+    causes: Sequence[Cause],
+    topics: Mapping[str, str | None],
     now: datetime,
-) -> Selection:  # fmt: skip
+) -> Selection:
     """Return what the query parameters select. Raises WrongQueryError."""
     path, value = _where(query.get("where"), masked)
     patterns = None

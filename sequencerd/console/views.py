@@ -189,14 +189,18 @@ def coming(counts: Counts, query: Query) -> Table:
         rows.append(
             {
                 "at": hour,
-                "url": at("/search", status="active", wakes_from=hour.isoformat(),
-                          wakes_before=until.isoformat()),
+                "url": at(
+                    "/search",
+                    status="active",
+                    wakes_from=hour.isoformat(),
+                    wakes_before=until.isoformat(),
+                ),
                 "enrollments": tens.total(),
                 "peak": peak,
                 "most": most,
                 "sequences": [name for name, _ in sequences[hour].most_common()],
             }
-        )  # fmt: skip
+        )
     columns = (
         Column("at", "Hour from", "time", link="url"),
         Column("enrollments", "Enrollments", "number"),
@@ -237,9 +241,14 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     if skip > FURTHEST:
         raise WrongQueryError(f"a page cannot start after more than {FURTHEST:,} rows")
     found = await connections.read(
-        pool, "console_waiting", query.must("sequence"), query.must("step"), since, skip,
+        pool,
+        "console_waiting",
+        query.must("sequence"),
+        query.must("step"),
+        since,
+        skip,
         query.rows + 1,
-    )  # fmt: skip
+    )
     rows = [_linked(mask(row)) for row in found[: query.rows]]
     more = None
     if len(found) > query.rows:
@@ -269,9 +278,12 @@ async def schedule(pool: asyncpg.Pool, sequence: str, mask: Mask) -> Row | None:
 async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
     """Return the changes of a sequence, the latest first."""
     found = await connections.read(
-        pool, "console_revisions", query.must("sequence"),
-        min(query.number("before", 2**31 - 1), 2**31 - 1), min(query.rows, 10) + 1,
-    )  # fmt: skip
+        pool,
+        "console_revisions",
+        query.must("sequence"),
+        min(query.number("before", 2**31 - 1), 2**31 - 1),
+        min(query.rows, 10) + 1,
+    )
     shown = found[: min(query.rows, 10)]
     rows = [
         {

@@ -21,8 +21,15 @@ LOCK_CLASS = 7364528
 """The first number of each advisory lock: those of other applications have another."""
 
 _STATEMENTS = (
-    "cursor", "execute", "executemany", "fetch", "fetchmany", "fetchrow", "fetchval", "prepare",
-)  # fmt: skip
+    "cursor",
+    "execute",
+    "executemany",
+    "fetch",
+    "fetchmany",
+    "fetchrow",
+    "fetchval",
+    "prepare",
+)
 """The methods of a connection whose first argument is a statement."""
 
 _MENTION = re.compile(

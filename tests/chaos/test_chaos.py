@@ -423,9 +423,15 @@ async def test_it_is_upgraded_under_load(world: World, tmp_path: Path) -> None:
     app = asyncio.create_task(world.enroll(SECONDS))
     await asyncio.sleep(SECONDS / 3)
     migrated = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sequencerd", "--database", world.database, "migrate",
-        cwd=code, stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "sequencerd",
+        "--database",
+        world.database,
+        "migrate",
+        cwd=code,
+        stdout=asyncio.subprocess.PIPE,
+    )
     out, _ = await migrated.communicate()
     assert b"applied 0002_next.sql" in out
     await asyncio.sleep(SECONDS / 6)

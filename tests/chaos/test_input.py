@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sequencerd.core.model import Answer, Failed, Limits, Result
+from sequencerd.core.step_types import BUILT_IN
 from sequencerd.definitions.files import read_files
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
@@ -42,16 +43,15 @@ RUNNERS: dict[str, Runner] = {
     **make_runners(load({"SEQUENCERD_SMS_ACCOUNT_SID": "AC1", "SEQUENCERD_SMS_AUTH_TOKEN": "x"})),
     "Note": Recorder(),
 }
-TYPES = (
-    "GoTo", "Conditional", "Goal", "WaitForDate", "WaitForDuration", "WaitForDateComparison",
-    "WaitForCondition", "Split", "UpdateData", "Email", "SMS", "Note", "Nothing",
-)  # fmt: skip
-KEYS = (
-    "amount", "unit", "date", "attribute", "values", "late", "lodashCommand", "value", "compareTo",
-    "timeout", "next", "altNext", "data", "step", "sequence", "from", "to", "cc", "replyTo",
-    "subject", "text", "html", "headers", "message", "retry", "attempts", "firstDelay", "onError",
-    "delivery", "type", "a.b", "",
-)  # fmt: skip
+TYPES = (*BUILT_IN, "Note", "Nothing")
+NESTED = ("retry", "attempts", "firstDelay", "onError", "delivery", "type", "a.b", "")
+KEYS = sorted(
+    {
+        key.alias or name
+        for step_type in BUILT_IN.values()
+        for name, key in step_type.config.model_fields.items()
+    }.union(NESTED)
+)
 TEXTS = st.one_of(
     st.text(max_size=20),
     st.sampled_from(
@@ -115,8 +115,13 @@ def test_any_file_is_read_or_refused_in_words(
         st.lists(
             st.fixed_dictionaries(
                 {"id": st.sampled_from([1, 2, "1", 3, None, True])},
-                optional={"action": st.one_of(st.sampled_from(["next", "noop"]), ANY),
-                          "data": ANY, "message": ANY, "retryAfter": ANY, "wakeAt": ANY},
+                optional={
+                    "action": st.one_of(st.sampled_from(["next", "noop"]), ANY),
+                    "data": ANY,
+                    "message": ANY,
+                    "retryAfter": ANY,
+                    "wakeAt": ANY,
+                },
             ),
             max_size=4,
         ).map(lambda value: json.dumps(value).encode()),
@@ -127,7 +132,7 @@ def test_any_file_is_read_or_refused_in_words(
         st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20),
         max_size=2,
     ),
-)  # fmt: skip
+)
 def test_any_answer_of_an_endpoint_is_a_result_for_each(
     status: int, body: bytes, headers: dict[str, str]
 ) -> None:

@@ -252,11 +252,16 @@ class World:
         config.write_text(self.settings)
         with (self.stderr or log).open("wb") as out:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "sequencerd", "--config", str(config), "run",
+                sys.executable,
+                "-m",
+                "sequencerd",
+                "--config",
+                str(config),
+                "run",
                 env={**os.environ, "SEQUENCERD_DATABASE": self.used, **self.environment},
                 cwd=self.code,  # `python -m` looks there first
                 stderr=out,
-            )  # fmt: skip
+            )
         daemon = Daemon(process, log)
         self.daemons.append(daemon)
         return daemon

@@ -200,9 +200,13 @@ class Postfix:
             "minimal_backoff_time = 1s\nqueue_run_delay = 1s\n"
         )
         services = {
-            "pickup": "n - n 60 1", "cleanup": "n - n - 0", "qmgr": "n - n 1 1",
-            "rewrite": "- - n - -", "bounce": "- - n - 0", "defer": "- - n - 0",
-        }  # fmt: skip
+            "pickup": "n - n 60 1",
+            "cleanup": "n - n - 0",
+            "qmgr": "n - n 1 1",
+            "rewrite": "- - n - -",
+            "bounce": "- - n - 0",
+            "defer": "- - n - 0",
+        }
         programs = {"rewrite": "trivial-rewrite", "defer": "bounce"}
         lines = [
             f"{name} unix {flags} {programs.get(name, name)}" for name, flags in services.items()

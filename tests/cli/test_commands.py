@@ -141,9 +141,18 @@ def test_a_second_time_is_refused(applied: Command) -> None:
 async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
     applied("enroll", "s", "ada")
     tail = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sequencerd", "tail", "--sequence", "s", "--since", "60", "--json",
-        env=applied.variables, stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "sequencerd",
+        "tail",
+        "--sequence",
+        "s",
+        "--since",
+        "60",
+        "--json",
+        env=applied.variables,
+        stdout=asyncio.subprocess.PIPE,
+    )
     run = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sequencerd", "run", env=applied.variables
     )

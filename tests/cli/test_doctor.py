@@ -291,9 +291,16 @@ async def test_the_command(sequencerd: Command, connection: asyncpg.Connection) 
 async def test_watch_shows_changes(sequencerd: Command, connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("a", "GoTo", "{}", None))
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sequencerd", "watch", "s", "--interval", "0.1",
-        env=sequencerd.variables, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "sequencerd",
+        "watch",
+        "s",
+        "--interval",
+        "0.1",
+        env=sequencerd.variables,
+        stdout=subprocess.PIPE,
+    )
     assert process.stdout is not None
     try:
         async with asyncio.timeout(PATIENCE):

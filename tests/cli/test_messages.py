@@ -179,9 +179,15 @@ async def test_a_test_is_sent_outside_of_any_journey(
         sequencerd.variables["SEQUENCERD_SMTP_URL"] = f"smtp://127.0.0.1:{server.port}"
         sequencerd.variables["SEQUENCERD_EMAIL_LIST_UNSUBSCRIBE"] = "https://example.com/all"
         said = await asyncio.to_thread(
-            sequencerd, "send-test", "trial", "welcome", "--to", "me@example.com",
-            "--enrollment", id_,
-        )  # fmt: skip
+            sequencerd,
+            "send-test",
+            "trial",
+            "welcome",
+            "--to",
+            "me@example.com",
+            "--enrollment",
+            id_,
+        )
         assert said.startswith("sent to me@example.com: 250")
         (envelope,) = server.messages
         assert envelope.rcpt_tos == ["me@example.com"]

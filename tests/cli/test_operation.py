@@ -28,8 +28,9 @@ DAYS = '{"amount": 3, "unit": "days"}'
 @pytest.fixture
 async def defined(connection: asyncpg.Connection) -> asyncpg.Connection:
     """Sequences "s", of a runner's step and a wait, and "t"."""
-    await define(connection, "s", ("send", "Note", "{}", "wait"),
-                 ("wait", "WaitForDuration", DAYS, None))  # fmt: skip
+    await define(
+        connection, "s", ("send", "Note", "{}", "wait"), ("wait", "WaitForDuration", DAYS, None)
+    )
     await define(connection, "t", ("send", "Note", "{}", None))
     return connection
 
@@ -68,8 +69,11 @@ async def test_retry_takes_the_failed_and_records_the_operator_and_the_reason(
     assert sequencerd("retry", str(ada), "--reason", "it is\nback") == "retry: 1 enrollment\n"
     now = await row(defined, ada)
     assert (now["status"], now["attempt"], now["failure"], now["last_error"]) == (
-        "active", 0, None, None,
-    )  # fmt: skip
+        "active",
+        0,
+        None,
+        None,
+    )
     message = await last_message(defined, ada, "resumed")
     assert message.startswith(f"by postgres: {getpass.getuser()}@")
     assert message.endswith(": it is back")
@@ -176,8 +180,11 @@ async def test_skip_goes_on_behind_the_step_that_failed(
     sequencerd("retry", "--failure", "outcome_unknown", "--skip", "--yes")
     moved, ended = await row(defined, there), await row(defined, last)
     assert (moved["step"], moved["status"], moved["visit"], moved["attempt"]) == (
-        "wait", "active", 2, 0,
-    )  # fmt: skip
+        "wait",
+        "active",
+        2,
+        0,
+    )
     assert (ended["status"], ended["failure"]) == ("completed", None)
     assert await way(defined, there) == ["send failed", "send moved", "wait resumed"]
     assert await way(defined, last) == ["send failed", "send completed"]
@@ -359,9 +366,15 @@ async def on_terminal(sequencerd: Command) -> AsyncIterator[Any]:
     async def start(*arguments: str) -> Terminal:
         ours, theirs = pty.openpty()
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sequencerd", *arguments,
-            stdin=theirs, stdout=theirs, stderr=theirs, env=sequencerd.variables,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "sequencerd",
+            *arguments,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=sequencerd.variables,
+        )
         os.close(theirs)
         terminals.append(Terminal(process, ours))
         return terminals[-1]

@@ -115,10 +115,17 @@ NOW = datetime(2026, 3, 2, 10, tzinfo=UTC)
 
 def status(sequence: str, step: str, problem: str | None = None) -> dict[str, object]:
     return {
-        "sequence": sequence, "step": step, "type": "Email", "status": "active", "active": 1240,
-        "due": 0, "overdue": 0, "next_wake_at": NOW + timedelta(hours=3), "failed": 0,
+        "sequence": sequence,
+        "step": step,
+        "type": "Email",
+        "status": "active",
+        "active": 1240,
+        "due": 0,
+        "overdue": 0,
+        "next_wake_at": NOW + timedelta(hours=3),
+        "failed": 0,
         "problem": problem,
-    }  # fmt: skip
+    }
 
 
 def test_eighty_columns_suffice() -> None:

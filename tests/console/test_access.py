@@ -509,8 +509,11 @@ async def test_the_daemon_serves_it(database: str, connection: asyncpg.Connectio
     waiting, _ = await people(connection)
     async with daemon(database, SEQUENCERD_CONSOLE_WRITE="true") as client:
         await answers(client, "/readyz", is_ok)
-        await until(connection, "SELECT visit = 1 AND wake_at > now() FROM sequencer.enrollments"
-                    " WHERE id = $1", waiting)  # fmt: skip
+        await until(
+            connection,
+            "SELECT visit = 1 AND wake_at > now() FROM sequencer.enrollments WHERE id = $1",
+            waiting,
+        )
         page = await client.get(f"/console/enrollments/{waiting}")
         assert page.status_code == 200
         assert "Waits for 1 day, until " in page.text

@@ -141,16 +141,24 @@ async def test_filters_combine(
             return [row["subject"] for row in await found(client, **query)]
 
         assert await subjects(where="data.plan = pro", status="active") == [
-            "w5", "w4", "w3", "w2", "w1",
-        ]  # fmt: skip
+            "w5",
+            "w4",
+            "w3",
+            "w2",
+            "w1",
+        ]
         assert await subjects(where="plan=pro", sequence="t") == ["f6"]
         assert await subjects(where="data.n = 3") == ["w3"]
         assert await subjects(status="failed", q="f9") == ["f9"]
         assert await subjects(age="3d", sequence="s", status="active") == ["w5", "w4", "w3"]
         assert await subjects(wakes_from="2100-01-03", wakes_before="2100-01-05") == ["w3", "w2"]
         assert await subjects(status="active", sort="data.n", columns="subject,data.n") == [
-            "w1", "w2", "w3", "w4", "w5",
-        ]  # fmt: skip
+            "w1",
+            "w2",
+            "w3",
+            "w4",
+            "w5",
+        ]
         assert await subjects(cause="0" * 12) == []
         (row,) = await found(client, where="n = 3", columns="subject,data.n,data.no.way")
         assert row == {"id": row["id"], "subject": "w3", "data.n": 3, "data.no.way": None}

@@ -246,8 +246,11 @@ async def test_counts_have_an_end(
     for n in range(5):
         await enroll(connection, "s", f"u{n}")
     async with console(database) as client:
-        await until(connection, "SELECT count(*) = 5 FROM sequencer.enrollments WHERE visit = 1"
-                    " AND wake_at > now() + interval '20 minutes'")  # fmt: skip
+        await until(
+            connection,
+            "SELECT count(*) = 5 FROM sequencer.enrollments WHERE visit = 1"
+            " AND wake_at > now() + interval '20 minutes'",
+        )
         async with asyncio.timeout(PATIENCE):
             while True:
                 if (await counted(client, "overview"))[0]["soon"] == 3:

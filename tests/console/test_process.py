@@ -33,10 +33,15 @@ async def process(url: str, **variables: str) -> AsyncIterator[tuple[httpx.Async
     listen = f"127.0.0.1:{free_port()}"
     variables |= {"SEQUENCERD_DATABASE": url, "SEQUENCERD_LOG_FORMAT": "json"}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sequencerd", "console", "--listen", listen,
+        sys.executable,
+        "-m",
+        "sequencerd",
+        "console",
+        "--listen",
+        listen,
         env={**os.environ, **variables},
         stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+    )
     assert process.stderr is not None
     lines = [""]
     async with asyncio.timeout(PATIENCE):

@@ -1292,9 +1292,16 @@ enrollments = st.builds(
     leased_by=st.sampled_from([None, "host:1"]),
 )
 results = st.sampled_from(
-    [None, Answer(), Answer(Action.NOOP), Answer(Action.ALT_NEXT, data={"paid": True}),
-     Failed("no"), Failed("no", permanent=True), Failed("later", fault="server")]
-)  # fmt: skip
+    [
+        None,
+        Answer(),
+        Answer(Action.NOOP),
+        Answer(Action.ALT_NEXT, data={"paid": True}),
+        Failed("no"),
+        Failed("no", permanent=True),
+        Failed("later", fault="server"),
+    ]
+)
 
 
 @given(worlds(), enrollments, results)

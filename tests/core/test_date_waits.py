@@ -189,15 +189,18 @@ def test_data_that_do_not_fit_fail_with_the_value(
         ("WaitForDate", {**DUE, "every": "month"}, "every: must be 'year'"),
         ("WaitForDate", {**DUE, "every": "year", "past": "altNext"}, "past is for dates that come"),
         ("WaitForDate", {**DUE, "offset": {"amount": "3", **DAYS}}, "offset.amount: must be a num"),
-        ("WaitForDate", {**DUE, "offset": {"amount": 1, "unit": "day", "holidays": "DE"}},
-         "offset: holidays are for the unit business days"),
+        (
+            "WaitForDate",
+            {**DUE, "offset": {"amount": 1, "unit": "day", "holidays": "DE"}},
+            "offset: holidays are for the unit business days",
+        ),
         ("WaitForDuration", {"amount": 1.5, "unit": "business days"}, "must be a whole number"),
         ("WaitForDuration", {"amount": "{{#if}}", "unit": "days"}, "amount: line 1"),
         ("WaitForDateComparison", {"attribute": "hour", "values": [9, "9"]}, "values.1: hour is"),
         ("WaitForDateComparison", {"attribute": "hour", "values": ["{{x"]}, "values.0: line 1"),
         ("WaitForWindow", {}, "is always open"),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_cannot_be_is_refused(
     type_: str, config: dict[str, Any], message: str
 ) -> None:
@@ -211,8 +214,11 @@ def test_amounts_of_the_data() -> None:
     for number in (2, "2", " 2.0 "):
         found = decided(config, {"n": number}, "WaitForDuration")
         assert found == Wait(NOW + timedelta(hours=2))
-    condition = {"lodashCommand": "eq", "value": {"type": "get", "value": "data.paid"},
-                 "compareTo": {"type": "raw", "value": True}}  # fmt: skip
+    condition = {
+        "lodashCommand": "eq",
+        "value": {"type": "get", "value": "data.paid"},
+        "compareTo": {"type": "raw", "value": True},
+    }
     timed = {**condition, "timeout": config}
     found = decided(timed, {"n": 2}, "WaitForCondition")
     assert found == Wait(NOW + timedelta(hours=2))
@@ -277,8 +283,10 @@ def test_it_is_over_at_that_time_and_not_before(
     due: datetime, amount: int, unit: str, clock: Any, zone: str
 ) -> None:
     config = {
-        **DUE, "offset": {"amount": amount, "unit": unit}, "at": clock.isoformat(),
-    }  # fmt: skip
+        **DUE,
+        "offset": {"amount": amount, "unit": unit},
+        "at": clock.isoformat(),
+    }
     data = json.dumps({"due": due.isoformat()})
     entered = datetime(1990, 1, 1, tzinfo=UTC)
     enrollment = at("wait", data, entered_at=entered)

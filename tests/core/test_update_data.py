@@ -183,6 +183,9 @@ def test_a_key_that_is_set_after_it_was_removed_is_there() -> None:
     advanced = advance(definitions, at("one", '{"a": 5}'), NOW)
     assert json.loads(advanced.enrollment.data) == {"a": 1}
     assert advanced.data == {"a": 1}
-    removed = advance(sequence(step("one", "UpdateData", {"data": {"a": {"remove": True}}})),
-                      at("one", '{"a": 5}'), NOW)  # fmt: skip
+    removed = advance(
+        sequence(step("one", "UpdateData", {"data": {"a": {"remove": True}}})),
+        at("one", '{"a": 5}'),
+        NOW,
+    )
     assert removed.data == {"a": REMOVED}

@@ -201,9 +201,20 @@ async def test_paths_are_compared_with_the_data_in_the_database(
     told = sequencerd("check", "p.yaml")
     assert "p.yaml:9: warning: p/mail: subject: no data has the path 'data.nmae'" in told
     assert f"{len(UNKNOWN)} warnings" in told
-    assert "0 warnings" in sequencerd("check", "p.yaml", "--data", json.dumps({
-        **EXAMPLE, "nmae": "", "nick": "", "paid": True, "user": {"town": "", "city": ""},
-    }))  # fmt: skip
+    assert "0 warnings" in sequencerd(
+        "check",
+        "p.yaml",
+        "--data",
+        json.dumps(
+            {
+                **EXAMPLE,
+                "nmae": "",
+                "nick": "",
+                "paid": True,
+                "user": {"town": "", "city": ""},
+            }
+        ),
+    )
 
 
 def test_a_simulation_warns_of_paths_that_it_is_not_given(
@@ -249,9 +260,23 @@ def documents(tmp_path: Path, content: str | bytes, suffix: str = ".yaml") -> li
 def test_values_are_those_of_json(tmp_path: Path) -> None:
     text = "[1, -2, 1e3, .5, 0x1f, 007, 12:30, 2018-06-08, yes, on, true, ~, null, 1_0, '1', <<]"
     expected = [
-        1, -2, 1000.0, 0.5, 31, 7, "12:30", "2018-06-08", "yes", "on", True, None, None, "1_0",
-        "1", "<<",
-    ]  # fmt: skip
+        1,
+        -2,
+        1000.0,
+        0.5,
+        31,
+        7,
+        "12:30",
+        "2018-06-08",
+        "yes",
+        "on",
+        True,
+        None,
+        None,
+        "1_0",
+        "1",
+        "<<",
+    ]
     assert documents(tmp_path, text) == [expected]
 
 
@@ -275,7 +300,7 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content", [b"\xef\xbb\xbfa: 1", "a: 1".encode("utf-16"), b"a: 1\r\n", b"%YAML 1.2\n---\na: 1"]
-)  # fmt: skip
+)
 def test_encodings(tmp_path: Path, content: bytes) -> None:
     assert documents(tmp_path, content) == [{"a": 1}]
 
@@ -482,8 +507,12 @@ AT_NINE = "{name: wait, type: WaitForDateComparison, config: {attribute: hour, v
         (["{name: wait, type: UpdateData, config: {data: {x: 1}}}"], "error", "never waits"),
         (["{name: wait, type: Note}"], "warning", "answers noop alone"),
         (
-            [("{name: wait, type: WaitForDateComparison, config: {attribute: isoWeekday,"
-             " values: [1, 2, 3, 4, 5, 6, 7]}}")],
+            [
+                (
+                    "{name: wait, type: WaitForDateComparison, config: {attribute: isoWeekday,"
+                    " values: [1, 2, 3, 4, 5, 6, 7]}}"
+                )
+            ],
             "error",
             "never waits",
         ),
@@ -494,8 +523,10 @@ AT_NINE = "{name: wait, type: WaitForDateComparison, config: {attribute: hour, v
         (
             [
                 AT_NINE,
-                ("{name: pause, type: WaitForDateComparison, config: {attribute: hours,"
-                " values: [8, 10]}}"),
+                (
+                    "{name: pause, type: WaitForDateComparison, config: {attribute: hours,"
+                    " values: [8, 10]}}"
+                ),
             ],
             None,
             "",
@@ -503,8 +534,10 @@ AT_NINE = "{name: wait, type: WaitForDateComparison, config: {attribute: hour, v
         (
             [
                 AT_NINE,
-                ("{name: pause, type: WaitForDateComparison, config: {attribute: hour,"
-                " values: [9, 10]}}"),
+                (
+                    "{name: pause, type: WaitForDateComparison, config: {attribute: hour,"
+                    " values: [9, 10]}}"
+                ),
             ],
             "warning",
             "wait",
@@ -514,10 +547,18 @@ AT_NINE = "{name: wait, type: WaitForDateComparison, config: {attribute: hour, v
             None,
             "",
         ),
-        ([("{name: wait, type: Conditional, config: {lodashCommand: isNil, value: {type: raw,"
-          " value: 1}}, altNext: out}")], None, ""),
+        (
+            [
+                (
+                    "{name: wait, type: Conditional,"
+                    " config: {lodashCommand: isNil, value: {type: raw, value: 1}}, altNext: out}"
+                )
+            ],
+            None,
+            "",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_cycle_that_may_not_wait_is_reported(
     tmp_path: Path, steps: list[str], severity: str | None, words: str
 ) -> None:

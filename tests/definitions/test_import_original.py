@@ -105,8 +105,12 @@ async def test_enrollments_continue_where_they_were(
     assert "description: For new users" in exported
     names = [line.split()[-1] for line in exported.splitlines() if "- name:" in line]
     assert names == [
-        "WaitForDuration-12", "WaitForDuration-11", "GoTo-10", "Goal-13", "WaitForDuration-14",
-    ]  # fmt: skip
+        "WaitForDuration-12",
+        "WaitForDuration-11",
+        "GoTo-10",
+        "Goal-13",
+        "WaitForDuration-14",
+    ]
     async with running_engine(database):
         await until(original, "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = 2")
         ada = "SELECT wake_at - entered_at = '3 days' FROM sequencer.enrollments WHERE id = 1"
@@ -257,9 +261,15 @@ async def test_the_original_may_be_elsewhere(
     assert "public.sequences has no column firstStep, id, title" in sequencerd.errors
     await original.execute('UPDATE old.steps SET "requiresExternalData" = true')
     text = sequencerd(
-        "import-original", "--database", database, "--schema", "old", "--lookup", "app.plans",
+        "import-original",
+        "--database",
+        database,
+        "--schema",
+        "old",
+        "--lookup",
+        "app.plans",
         "--apply",
-    )  # fmt: skip
+    )
     assert "Onboarding: is created" in text
     assert await original.fetchval("SELECT lookup FROM sequencer.sequences LIMIT 1") == "app.plans"
 
@@ -481,9 +491,7 @@ async def test_the_reentry_policy_decides_about_a_second_enrollment(
 
 async def test_some_sequences_only(sequencerd: Command, original: asyncpg.Connection) -> None:
     await original.execute("UPDATE steps SET type = 'Scoar' WHERE id = 10")
-    text = sequencerd(
-        "import-original", "--apply", "--only", "Trial", "--conditional", "branch"
-    )  # fmt: skip
+    text = sequencerd("import-original", "--apply", "--only", "Trial", "--conditional", "branch")
     assert text == "Trial: is created; enrollments: 1 completed, 1 cancelled\n"
     sequencerd("import-original", "--only", "Trail", code=1)
     assert "--only Trail: the original has no such sequence; did you mean 'Trial'?" in (
@@ -579,8 +587,9 @@ async def letters(
 
 async def test_external_data_arrive_where_they_were_required(letters: Any) -> None:
     assert await letters("Letter", {"text": "Hello"}, external=True) == {
-        "text": "Hello", "external": True,
-    }  # fmt: skip
+        "text": "Hello",
+        "external": True,
+    }
     assert "Letter-1: requires external data, so its config gets external: true" in letters.text
     plain = {"text": "for external eyes"}
     assert await letters("Letter", plain, external=True) == plain

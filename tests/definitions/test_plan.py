@@ -792,8 +792,12 @@ async def test_the_history_and_the_overview_tell_the_branches(
     overview = await connection.fetch("SELECT step, branches FROM sequencer.overview")
     found = {row["step"]: json.loads(row["branches"] or "null") for row in overview}
     assert found == {
-        "choose": {"case 2": 4}, "split": ways, "back": None, "mail": None, "over": None
-    }  # fmt: skip
+        "choose": {"case 2": 4},
+        "split": ways,
+        "back": None,
+        "mail": None,
+        "over": None,
+    }
 
 
 async def test_sequences_and_steps_that_do_not_exist_are_named(apply: Applying) -> None:

@@ -127,9 +127,14 @@ def test_a_limit_counts_what_was_sent(tmp_path: Path) -> None:
     )
     simulation = sequences.simulate(start=START)
     assert actions(simulation) == [
-        "one enrolled", "one execute", "one next", "two noop", "two execute", "two next",
+        "one enrolled",
+        "one execute",
+        "one next",
+        "two noop",
+        "two execute",
+        "two next",
         "two completed",
-    ]  # fmt: skip
+    ]
     assert simulation.ended_at - simulation.entries[0].at == timedelta(days=7)
 
 

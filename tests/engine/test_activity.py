@@ -39,8 +39,10 @@ async def happened(
     await connection.execute(
         "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
         " VALUES (1, $1, 's', 'first', 1, $2, $3)",
-        at, action, message,
-    )  # fmt: skip
+        at,
+        action,
+        message,
+    )
 
 
 async def counts(connection: asyncpg.Connection) -> dict[tuple[datetime, str], int]:
@@ -57,10 +59,14 @@ async def test_each_hour_is_counted_once_by_all_daemons(
 ) -> None:
     at, earlier = hours_ago(3), hours_ago(50)
     for time, action, message in (
-        (at, "next", None), (at, "next", None), (earlier, "next", None), (at, "warning", "w"),
-        (at, "branch", "blue"), (at, "goal", "paid is met; it was unpaid"),
+        (at, "next", None),
+        (at, "next", None),
+        (earlier, "next", None),
+        (at, "warning", "w"),
+        (at, "branch", "blue"),
+        (at, "goal", "paid is met; it was unpaid"),
         (hours_ago(0), "next", None),
-    ):  # fmt: skip
+    ):
         await happened(connection, time, action, message)
     await asyncio.gather(*(tidy(pool, Retention(), datetime.now(UTC), LOG) for _ in range(3)))
     await tidy(pool, Retention(), datetime.now(UTC), LOG)

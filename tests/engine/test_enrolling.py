@@ -268,9 +268,7 @@ async def test_the_policies_after_and_always_decide_what_a_run_enrolls(
         await defined.execute(RUN_NOW)
         await one.turn()
     assert (await defined.fetchrow(RUN))["found"] == 1
-    assert await defined.fetchval(SUBJECTS) == [
-        "invoice-1", "invoice-1", "invoice-2", "invoice-3"
-    ]  # fmt: skip
+    assert await defined.fetchval(SUBJECTS) == ["invoice-1", "invoice-1", "invoice-2", "invoice-3"]
 
 
 async def test_what_is_enrolled_starts_at_once(defined: asyncpg.Connection, database: str) -> None:

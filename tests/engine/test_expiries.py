@@ -46,13 +46,15 @@ async def test_a_mail_that_expires_in_an_outage_is_never_sent(
     mail = {"from": "a@x.test", "to": "b@x.test", "subject": "x", "text": "x"}
     async with running_engine(database, runners, pauses=LONG):
         await define(
-            connection, "s",
+            connection,
+            "s",
             ("mail", "Email", json.dumps({**mail, **SOON, "onExpired": goes}), "good"),
             ("good", "Work", "{}", None),
             ("other", "Work", "{}", None),
-        )  # fmt: skip
-        await connection.execute("UPDATE sequencer.steps SET alt_next_step = 'other'"
-                                 " WHERE name = 'mail'")  # fmt: skip
+        )
+        await connection.execute(
+            "UPDATE sequencer.steps SET alt_next_step = 'other' WHERE name = 'mail'"
+        )
         ids = [await enroll(connection, "s", f"user-{n}") for n in range(200)]
         await until(connection, DOWN, "Email")
         async with smtp_server(port=port) as box:
@@ -105,8 +107,10 @@ async def test_a_date_that_changes_while_a_runner_is_down(
         await connection.execute(change, sooner, after(0))
         await until(connection, EXPIRED, 1)
         assert await way(connection, sooner) == [
-            "work enrolled", "work expired", "work completed",
-        ]  # fmt: skip
+            "work enrolled",
+            "work expired",
+            "work completed",
+        ]
         # so does a definition
         await until(connection, known, later)
         config = json.dumps({"expires": {"amount": 0.1, "unit": "seconds"}})
@@ -126,8 +130,9 @@ async def test_a_waiting_enrollment_keeps_its_turn(
         await until(connection, DOWN, "Work")
         id_ = await connection.fetchval(
             "INSERT INTO sequencer.enrollments (sequence, subject, data, wake_at)"
-            " VALUES ('s', 'late', $1, now() - interval '10 minutes') RETURNING id", after(3600),
-        )  # fmt: skip
+            " VALUES ('s', 'late', $1, now() - interval '10 minutes') RETURNING id",
+            after(3600),
+        )
         mine = "FROM sequencer.enrollments WHERE id = $1"
         await connection.execute('SELECT pg_notify(\'sequencer\', \'{"due": ["s", "work"]}\')')
         await until(connection, f"SELECT expires_at IS NULL {mine}", id_)

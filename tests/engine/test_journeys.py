@@ -73,8 +73,12 @@ async def test_a_step_enrolls_and_cancels_others(
         ("account-7", "b", "active"),
     ]
     assert await way(connection, id_) == [
-        "go enrolled", "go next", "other next", "stop next", "stop completed"
-    ]  # fmt: skip
+        "go enrolled",
+        "go next",
+        "other next",
+        "stop next",
+        "stop completed",
+    ]
     told = f"by step stop of a, enrollment {id_}"
     assert await message(connection, stopped, "cancelled") == told
     assert [view["data"] for view in runner.views] == [{"plan": "pro"}, {}]
@@ -255,8 +259,10 @@ async def test_a_cancelled_side_effect_in_flight_moves_nothing_and_locks_are_wai
             target,
         )
     assert await rows(connection) == [
-        ("ada", "b", "cancelled"), ("ada", "a", "completed"), ("bob", "a", "completed")
-    ]  # fmt: skip
+        ("ada", "b", "cancelled"),
+        ("ada", "a", "completed"),
+        ("bob", "a", "completed"),
+    ]
     assert str(id_) in await message(connection, target, "cancelled")
     await other.close()
 

@@ -57,8 +57,12 @@ async def test_two_daemons_and_sequences_in_one_instant_send_as_often_as_the_lim
         "SELECT count(*) FROM sequencer.events WHERE action = 'limited'"
     )
     assert skipped == 200
-    assert await connection.fetchval("SELECT count(*) FROM sequencer.enrollments"
-                                     " WHERE status = 'failed'") == 0  # fmt: skip
+    assert (
+        await connection.fetchval(
+            "SELECT count(*) FROM sequencer.enrollments WHERE status = 'failed'"
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,9 +77,12 @@ async def test_what_follows_a_limit_without_room(
     connection: asyncpg.Connection, database: str, then: str, went: list[str]
 ) -> None:
     await define(
-        connection, "s", ("send", "Note", limit(then=then), "end"),
-        ("end", "Free", "{}", None), ("other", "Free", "{}", None),
-    )  # fmt: skip
+        connection,
+        "s",
+        ("send", "Note", limit(then=then), "end"),
+        ("end", "Free", "{}", None),
+        ("other", "Free", "{}", None),
+    )
     await connection.execute("UPDATE sequencer.sequences SET reentry = 'always'")
     await connection.execute(
         "UPDATE sequencer.steps SET alt_next_step = 'other' WHERE name = 'send'"
@@ -97,8 +104,11 @@ async def test_what_follows_a_limit_without_room(
         assert row["last_error"] == "the limit is reached: 1 in 7 days"
         assert (row["attempt"], row["leased_by"]) == (0, None)
     assert await way(connection, first) == [
-        "send enrolled", "send next", "end next", "end completed",
-    ]  # fmt: skip
+        "send enrolled",
+        "send next",
+        "end next",
+        "end completed",
+    ]
 
 
 async def test_it_goes_on_when_the_oldest_falls_out_of_the_period(
@@ -156,8 +166,11 @@ async def test_attempts_of_a_visit_count_once(
     assert not answers
     assert await connection.fetchval("SELECT enrollments FROM sequencer.reservations") == [1]
     assert await way(connection, 1) == [
-        "send enrolled", "send retry", "send next", "send completed",
-    ]  # fmt: skip
+        "send enrolled",
+        "send retry",
+        "send next",
+        "send completed",
+    ]
 
 
 async def test_a_limit_counts_by_its_key_and_topic(
@@ -193,9 +206,11 @@ async def test_a_reevaluation_does_not_pass_the_limit_by(
     """Nor does a changed definition, or what follows an entry that was refused."""
     await define(connection, "s", ("send", "Note", limit(), None))
     await define(
-        connection, "t", ("enroll", "Enroll", '{"sequence": "u"}', "send"),
+        connection,
+        "t",
+        ("enroll", "Enroll", '{"sequence": "u"}', "send"),
         ("send", "Note", limit(), None),
-    )  # fmt: skip
+    )
     await define(
         connection, "u", ("wait", "WaitForDuration", '{"amount": 9, "unit": "days"}', None)
     )
@@ -338,10 +353,12 @@ async def test_only_side_effects_of_a_topic_are_rescheduled_with_its_limit(
     connection: asyncpg.Connection,
 ) -> None:
     await define(
-        connection, "s", ("send", "Note", "{}", "wait"),
+        connection,
+        "s",
+        ("send", "Note", "{}", "wait"),
         ("wait", "WaitForDuration", '{"amount": 9, "unit": "days"}', "other"),
         ("other", "Note", '{"topic": null}', None),
-    )  # fmt: skip
+    )
     await connection.execute("UPDATE sequencer.sequences SET topic = 'marketing'")
     marked = "SELECT name FROM sequencer.steps WHERE reschedule_from IS NOT NULL"
     clear = "UPDATE sequencer.steps SET reschedule_from = NULL"

@@ -181,8 +181,11 @@ async def test_a_step_behind_is_not_executed_and_one_ahead_is(
     await apply(text.replace("amount: 3", "amount: 0"))
     await until(connection, ALL_ENDED)
     assert await way(connection, id_) == [
-        "pause next", "ahead next", "bye next", "bye completed",
-    ]  # fmt: skip
+        "pause next",
+        "ahead next",
+        "bye next",
+        "bye completed",
+    ]
 
 
 async def test_another_next_step_applies_to_enrollments_that_leave(

@@ -98,8 +98,9 @@ async def test_a_goal_in_external_data_is_evaluated_repeatedly(
     await use(connection, "app.plans", "1 second")
     async with running_engine(database):
         id_ = await enroll(connection, "s", "ada")
-        await until(connection, "SELECT wake_at > now() AND leased_by IS NULL"
-                    " FROM sequencer.enrollments")  # fmt: skip
+        await until(
+            connection, "SELECT wake_at > now() AND leased_by IS NULL FROM sequencer.enrollments"
+        )
         ends = "waits_until = entered_at + interval '3 days' AND wake_at < waits_until"
         assert await connection.fetchval(f"SELECT {ends} FROM sequencer.enrollments")
         await connection.execute("INSERT INTO app.accounts VALUES ('ada', 'pro')")

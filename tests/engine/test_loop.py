@@ -624,9 +624,11 @@ async def test_one_that_cannot_be_written_does_not_hold_up_the_others(
 ) -> None:
     async with running_engine(database, {"Note": Recorder()}):
         await define(
-            connection, "s", ("work", "Note", "{}", "leave"),
+            connection,
+            "s",
+            ("work", "Note", "{}", "leave"),
             ("leave", "GoTo", '{"step": "x", "sequence": "other"}', None),
-        )  # fmt: skip
+        )
         await define(connection, "other", ("x", "WaitForDuration", DAYS, None))
         await enroll(connection, "other", "ada")
         # ada is in "other" already, so her row cannot be moved there a second time
@@ -987,8 +989,10 @@ async def test_a_jump_is_refused_as_an_insert_would_be(
     async with running_engine(database, {"Note": recorder}):
         await until(connection, IS_OVER, id_)
     is_refused = (reentry, before) in {
-        ("after_end", "active"), ("never", "active"), ("never", "completed"),
-    }  # fmt: skip
+        ("after_end", "active"),
+        ("never", "active"),
+        ("never", "completed"),
+    }
     expected: tuple[str | None, ...]
     if not is_refused:
         expected = ("t", "days", "active", None)
@@ -1032,8 +1036,10 @@ async def test_of_enrollments_that_jump_together_one_is_admitted(
             "SELECT count(*) = 50 FROM sequencer.enrollments WHERE sequence = 't' AND step = 'days'"
             " AND leased_by IS NULL",
         )
-        await until(connection, "SELECT count(*) = 150 FROM sequencer.enrollments"
-                    " WHERE failure = 'already_enrolled'")  # fmt: skip
+        await until(
+            connection,
+            "SELECT count(*) = 150 FROM sequencer.enrollments WHERE failure = 'already_enrolled'",
+        )
 
 
 async def test_an_insert_during_a_jump_comes_first(

@@ -55,16 +55,18 @@ async def test_what_is_in_flight_ends_with_the_runner_that_began_it(
         await define(connection, "s", ("w", "Work", "{}", "o"), ("o", "Other", "{}", None))
         for n in range(10):
             await enroll(connection, "s", f"u{n}")
-        await until(connection, "SELECT count(*) = 4 FROM sequencer.enrollments"
-                    " WHERE leased_by IS NOT NULL")  # fmt: skip
+        await until(
+            connection, "SELECT count(*) = 4 FROM sequencer.enrollments WHERE leased_by IS NOT NULL"
+        )
         kept = engine._executors.by_key["Other"]
         drained = asyncio.ensure_future(
             await engine.use({"Work": new, "Other": same}, engine._executors.lookups)
         )
         assert engine._executors.by_key["Other"] is kept
         # those that found no free slot continue with the new one, while the old one still works
-        await until(connection, "SELECT count(*) = 6 FROM sequencer.enrollments"
-                    " WHERE status = 'completed'")  # fmt: skip
+        await until(
+            connection, "SELECT count(*) = 6 FROM sequencer.enrollments WHERE status = 'completed'"
+        )
         assert not drained.done()
         finish.set()
         await until(connection, ALL_ENDED)
@@ -106,11 +108,15 @@ async def test_a_type_that_goes_is_a_problem_until_it_comes_back(
         await until(connection, "SELECT true")
         await (await engine.use({}, engine._executors.lookups))
         id_ = await enroll(connection, "s", "u")
-        await until(connection, "SELECT failure = 'invalid_step' FROM sequencer.enrollments"
-                    " WHERE id = $1", id_)  # fmt: skip
+        await until(
+            connection,
+            "SELECT failure = 'invalid_step' FROM sequencer.enrollments WHERE id = $1",
+            id_,
+        )
         await (await engine.use({"Work": Strict()}, engine._executors.lookups))
-        await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments"
-                    " WHERE id = $1", id_)  # fmt: skip
+        await until(
+            connection, "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1", id_
+        )
 
 
 async def test_only_what_the_settings_change_is_made_anew() -> None:
@@ -224,8 +230,11 @@ async def test_sequences_that_change_names_are_known_by_their_new_ones(
             recorder.programs.clear()
             for name in ("t1", "t2", "t3"):
                 id_ = await enroll(connection, name, f"{name}-{len(swap)}")
-                await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments"
-                            " WHERE id = $1", id_)  # fmt: skip
+                await until(
+                    connection,
+                    "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1",
+                    id_,
+                )
             steps = await connection.fetch("SELECT config FROM sequencer.steps ORDER BY sequence")
             assert recorder.programs == [json.loads(row["config"]) for row in steps]
         async with connection.transaction():
@@ -251,8 +260,10 @@ async def test_renamed_steps_keep_their_enrollments(
             ("b", "Note", '{"text": "B"}', None),
         )
         id_ = await enroll(connection, "s", "ada")
-        await until(connection, "SELECT entered_at IS NOT NULL AND wake_at > now()"
-                    " FROM sequencer.enrollments")  # fmt: skip
+        await until(
+            connection,
+            "SELECT entered_at IS NOT NULL AND wake_at > now() FROM sequencer.enrollments",
+        )
         async with connection.transaction():
             for names in (("a", "x"), ("b", "a"), ("x", "b"), ("wait", "a2"), ("a2", "wait")):
                 await connection.execute(
@@ -269,10 +280,18 @@ def test_a_long_chain_that_never_waits_is_found_in_linear_time() -> None:
 
     def chain(end: str | None) -> dict[str, Step]:
         return {
-            str(n): Step("s", str(n), "GoTo", {}, str(n + 1) if n + 1 < links else end, None,
-                         Instant(lambda _: Action.NEXT), n)
+            str(n): Step(
+                "s",
+                str(n),
+                "GoTo",
+                {},
+                str(n + 1) if n + 1 < links else end,
+                None,
+                Instant(lambda _: Action.NEXT),
+                n,
+            )
             for n in range(links)
-        }  # fmt: skip
+        }
 
     open_, closed = (build("s", "0", "UTC", chain(end).values()) for end in (None, "5000"))
     assert not any(isinstance(step.behaviour, Problem) for step in open_.steps.values())

@@ -53,8 +53,12 @@ async def test_each_daemon_leaves_to_the_others_what_they_alone_execute(
             assert len(calls.visits) == len(set(calls.visits)) == 40
             assert len(notes.visits) == len(set(notes.visits)) == 80
             assert await way(connection, ids[0]) == [
-                "note enrolled", "note next", "call next", "end next", "end completed",
-            ]  # fmt: skip
+                "note enrolled",
+                "note next",
+                "call next",
+                "end next",
+                "end completed",
+            ]
 
 
 async def test_a_step_is_a_problem_where_no_living_daemon_serves_it(

@@ -85,6 +85,8 @@ async def test_an_entry_that_the_database_refuses_loses_no_result(
     assert len(recorder.keys) == 3
     rows = await connection.fetch("SELECT subject, status, last_error FROM sequencer.enrollments")
     assert {row["subject"]: row["status"] for row in rows} == {
-        "ada": "completed", "gone": "failed", "bob": "completed",
-    }  # fmt: skip
+        "ada": "completed",
+        "gone": "failed",
+        "bob": "completed",
+    }
     assert any("its side effect is done" in (row["last_error"] or "") for row in rows)

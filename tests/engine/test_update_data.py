@@ -21,10 +21,11 @@ async def test_operations_are_written_and_other_keys_stay_as_they_are(
 ) -> None:
     async with running_engine(database, {"Work": Recorder()}):
         await define(
-            connection, "s",
+            connection,
+            "s",
             ("count", "UpdateData", json.dumps({"data": CHANGES}), "work"),
             ("work", "Work", "{}", None),
-        )  # fmt: skip
+        )
         for n in range(20):
             data = f'{{"points": {n}, "tries": {n}, "note": "n", "exact": 1.10000000000000000001}}'
             await enroll(connection, "s", f"user-{n}", data)

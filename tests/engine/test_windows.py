@@ -133,16 +133,22 @@ async def test_a_holiday_is_followed_while_enrollments_wait(
         editor = await asyncpg.connect(with_login(database, "login_editor"))
         for day in (today, today + timedelta(days=1)):  # it may be midnight
             await editor.execute("INSERT INTO sequencer.holidays VALUES ('DE', $1, 'a day')", day)
-        await until(connection, "SELECT status = 'active' AND wake_at > now() + interval '1 minute'"
-                    " FROM sequencer.enrollments WHERE id = $1", id_)  # fmt: skip
+        await until(
+            connection,
+            "SELECT status = 'active' AND wake_at > now() + interval '1 minute'"
+            " FROM sequencer.enrollments WHERE id = $1",
+            id_,
+        )
         assert not runner.keys
         # a day of another calendar, and a name, are no change
         revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
         await editor.execute("INSERT INTO sequencer.holidays VALUES ('FR', $1)", today)
         await editor.execute("UPDATE sequencer.holidays SET name = 'another'")
         assert revision == await connection.fetchval("SELECT revision FROM sequencer.sequences")
-        await editor.execute("UPDATE sequencer.holidays SET day = '2001-01-01' WHERE day = $1"
-                             " AND calendar = 'DE'", today)  # fmt: skip
+        await editor.execute(
+            "UPDATE sequencer.holidays SET day = '2001-01-01' WHERE day = $1 AND calendar = 'DE'",
+            today,
+        )
         await editor.execute("DELETE FROM sequencer.holidays WHERE day > '2001-01-01'")
         await editor.close()
         await until(connection, ALL_ENDED)
@@ -154,12 +160,17 @@ async def test_a_window_that_is_no_window_is_a_problem_of_the_steps(
 ) -> None:
     async with running_engine(database, {"Work": Recorder()}):
         await define(
-            connection, "s",
-            ("free", "Work", '{"window": null}', "held"), ("held", "Work", "{}", None),
-        )  # fmt: skip
+            connection,
+            "s",
+            ("free", "Work", '{"window": null}', "held"),
+            ("held", "Work", "{}", None),
+        )
         await set_window(connection, {"from": "noon"})
-        await until(connection, "SELECT problem LIKE '%window of the sequence%time of day%'"
-                    " FROM sequencer.steps WHERE name = 'held'")  # fmt: skip
+        await until(
+            connection,
+            "SELECT problem LIKE '%window of the sequence%time of day%'"
+            " FROM sequencer.steps WHERE name = 'held'",
+        )
         assert await connection.fetchval(
             "SELECT problem IS NULL FROM sequencer.steps WHERE name = 'free'"
         )

@@ -244,8 +244,14 @@ class Script:
         self.connections += 1
         recipients: list[str] = []
         hello = "\r\n".join([*(f"250-{word}" for word in ["here", *self.extensions]), "250 HELP"])
-        usual = {"CONNECT": "220 here", "EHLO": hello, "DATA": "354 go on", "QUIT": "221 bye",
-                 "AUTH": "235 yes", "STARTTLS": "220 go on"}  # fmt: skip
+        usual = {
+            "CONNECT": "220 here",
+            "EHLO": hello,
+            "DATA": "354 go on",
+            "QUIT": "221 bye",
+            "AUTH": "235 yes",
+            "STARTTLS": "220 go on",
+        }
         try:
             said = await self._say(writer, "CONNECT", usual["CONNECT"])
             while said and (raw := await reader.readline()):

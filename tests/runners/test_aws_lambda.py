@@ -112,15 +112,21 @@ async def test_a_function_that_does_not_exist_is_the_operators(
     [
         (
             function_error(errorType="TypeError", errorMessage="x is undefined", trace="..."),
-            "unclear", True, "Score: the function failed: TypeError: x is undefined",
+            "unclear",
+            True,
+            "Score: the function failed: TypeError: x is undefined",
         ),
         (
             function_error(errorMessage="2026-01-01 Task timed out after 3.00 seconds"),
-            "unclear", True, "the function failed: 2026-01-01 Task timed out after 3.00 seconds",
+            "unclear",
+            True,
+            "the function failed: 2026-01-01 Task timed out after 3.00 seconds",
         ),
         (
             servers.Answer(200, b"?", {"X-Amz-Function-Error": "Handled"}),
-            "unclear", True, "the function failed: ?",
+            "unclear",
+            True,
+            "the function failed: ?",
         ),
         (servers.Answer(200, b'"next"'), "unclear", True, "Score answered no JSON list"),
         (refusal(409, "ResourceConflictException"), "server", False, "409 ResourceConflict"),
@@ -129,7 +135,7 @@ async def test_a_function_that_does_not_exist_is_the_operators(
         (refusal(502, "EC2UnexpectedException"), "unclear", True, "502"),
         (refusal(400, "InvalidRequestContentException"), "enrollment", False, "400"),
     ],
-)  # fmt: skip
+)
 async def test_the_fault_of_a_failure(
     monkeypatch: pytest.MonkeyPatch, answer: servers.Answer, fault: str, unknown: bool, words: str
 ) -> None:

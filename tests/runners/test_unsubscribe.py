@@ -19,9 +19,11 @@ from sequencerd.runners.unsubscribe import Links, Subscription
 OLD, NEW = "o" * 32, "n" * 32
 LINKS = Links("https://mail.example.com/", [NEW, OLD])
 MAIL = {
-    "from": "shop@example.com", "to": "{{data.email}}", "subject": "Offer",
+    "from": "shop@example.com",
+    "to": "{{data.email}}",
+    "subject": "Offer",
     "html": '<a href="{{unsubscribe_url}}">Stop</a>',
-}  # fmt: skip
+}
 SMS = {"from": "+15005550006", "to": "{{data.phone}}", "message": "Stop: {{unsubscribe_url}}"}
 
 

@@ -119,8 +119,9 @@ async def test_it_is_ready_and_measures_what_it_does(
     ) as client:
         assert (await answers(client, "/readyz", is_ok)).json() == {"status": "ok", "reasons": []}
         assert (await client.get("/healthz")).json() == {"status": "ok", "reasons": []}
-        await until(connection, "SELECT count(*) = 3 FROM sequencer.enrollments"
-                    " WHERE failure = 'bad_data'")  # fmt: skip
+        await until(
+            connection, "SELECT count(*) = 3 FROM sequencer.enrollments WHERE failure = 'bad_data'"
+        )
         response = await answers(
             client, "/metrics", lambda response: "sequencerd_due{" not in response.text
         )
@@ -193,8 +194,9 @@ async def test_without_the_database_it_is_alive_and_not_ready(
         await execute(server, f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS false")
         await connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname = $1 AND pid <> pg_backend_pid()", name
-        )  # fmt: skip
+            " WHERE datname = $1 AND pid <> pg_backend_pid()",
+            name,
+        )
         down = await answers(client, "/readyz", is_down)
         assert down.json()["reasons"] == ["the database can't be reached: LISTEN is not on"]
         assert is_ok(await client.get("/healthz"))
@@ -225,10 +227,13 @@ async def test_without_its_address_a_daemon_goes_on_and_says_so_once(database: s
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sequencerd", "run",
+            sys.executable,
+            "-m",
+            "sequencerd",
+            "run",
             env={**os.environ, "SEQUENCERD_DATABASE": database, "SEQUENCERD_HTTP_LISTEN": address},
             stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+        )
         assert process.stderr is not None
         lines: list[str] = []
         async with asyncio.timeout(PATIENCE):
@@ -277,8 +282,14 @@ def test_lateness_is_exact() -> None:
         return value("sequencerd_lateness_seconds_bucket", {"le": bound})
 
     assert [bucket(b) for b in ("0.005", "0.25", "0.5", "10.0", "60.0", "600.0", "3600.0")] == [
-        2, 2, 3, 4, 4, 5, 5
-    ]  # fmt: skip
+        2,
+        2,
+        3,
+        4,
+        4,
+        5,
+        5,
+    ]
     assert bucket("+Inf") == value("sequencerd_lateness_seconds_count") == 6
     assert value("sequencerd_lateness_seconds_sum") == pytest.approx(sum(late))
 
@@ -309,9 +320,10 @@ def exported() -> set[str]:
     """The names of all metrics, as Prometheus has them."""
     names = set()
     for family in Metrics().registry.collect():
-        names |= {"counter": {f"{family.name}_total"}, "histogram": {
-            f"{family.name}_{part}" for part in ("bucket", "sum", "count")
-        }}.get(family.type, {family.name})  # fmt: skip
+        names |= {
+            "counter": {f"{family.name}_total"},
+            "histogram": {f"{family.name}_{part}" for part in ("bucket", "sum", "count")},
+        }.get(family.type, {family.name})
     return {name for name in names if name.startswith("sequencerd_")}
 
 

@@ -116,10 +116,13 @@ async def test_priorities_for_journald() -> None:
             sys.executable,
             "-c",
             LINES,
-            env={**os.environ, "JOURNAL_STREAM": f"{node.st_dev}:{node.st_ino}",
-                 "SEQUENCERD_LOG_LEVEL": "debug"},
+            env={
+                **os.environ,
+                "JOURNAL_STREAM": f"{node.st_dev}:{node.st_ino}",
+                "SEQUENCERD_LOG_LEVEL": "debug",
+            },
             stderr=there.fileno(),
-        )  # fmt: skip
+        )
         there.close()
         await process.wait()
         lines = here.makefile().read().splitlines()
@@ -164,8 +167,10 @@ async def test_no_secret_and_no_recipient_is_logged(
     for sequence in ("http", "mail", "sms", "asks"):
         await connection.execute(
             "INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES ($1, $2, $3)",
-            sequence, PERSON, json.dumps({"email": PERSON}),
-        )  # fmt: skip
+            sequence,
+            PERSON,
+            json.dumps({"email": PERSON}),
+        )
     heard: list[str] = []
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -206,10 +211,15 @@ async def test_no_secret_and_no_recipient_is_logged(
         '[log]\nlevel = "debug"\n'
     )
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sequencerd", "--config", str(config), "run",
+        sys.executable,
+        "-m",
+        "sequencerd",
+        "--config",
+        str(config),
+        "run",
         env={**os.environ, "SEQUENCERD_DATABASE": database, "CREDENTIALS_DIRECTORY": str(tmp_path)},
         stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+    )
     failed = "SELECT count(*) = 2 FROM sequencer.enrollments WHERE failure = 'error'"
     await until(connection, failed)
     # a refused login is the operator's: it is reported, and fails no enrollment

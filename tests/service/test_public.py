@@ -154,10 +154,14 @@ async def test_nothing_runs_in_the_page(web: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("language", "accepted", "title"),
     [
-        ("de-AT", "fr", "de"), ("", "xx, fr-CA;q=0.8", "fr"), ("xx", "", "en"),
-        ("", "en, de", "en"), ("PT_BR", "", "pt"), ("", "*" * 5000, "en"),
+        ("de-AT", "fr", "de"),
+        ("", "xx, fr-CA;q=0.8", "fr"),
+        ("xx", "", "en"),
+        ("", "en, de", "en"),
+        ("PT_BR", "", "pt"),
+        ("", "*" * 5000, "en"),
     ],
-)  # fmt: skip
+)
 async def test_the_page_is_in_the_language_of_the_recipient(
     web: httpx.AsyncClient, language: str, accepted: str, title: str
 ) -> None:

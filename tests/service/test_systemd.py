@@ -207,8 +207,11 @@ def test_the_unit_is_right_and_hardened(unit: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_every_directive_says_why(unit: Path) -> None:
     lines = unit.read_text().splitlines()
-    commented = [line for line, above in zip(lines[1:], lines, strict=False)
-                 if "=" in line and line[0] != "#" and not above.startswith("#")]  # fmt: skip
+    commented = [
+        line
+        for line, above in zip(lines[1:], lines, strict=False)
+        if "=" in line and line[0] != "#" and not above.startswith("#")
+    ]
     assert [line.partition("=")[0] for line in commented] == ["Description"]
 
 

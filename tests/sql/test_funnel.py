@@ -47,9 +47,13 @@ async def run(connection: asyncpg.Connection, database: str, *subjects: str) -> 
         return Suppressed("bob@example.com") if name.startswith("suppressed") else Answer()
 
     await define(
-        connection, "s", ("split", "Split", WAYS, None), ("note", "Note", "{}", "wait"),
-        ("wait", "WaitForDuration", DAYS, None), ("paid", "Goal", PAID, None),
-    )  # fmt: skip
+        connection,
+        "s",
+        ("split", "Split", WAYS, None),
+        ("note", "Note", "{}", "wait"),
+        ("wait", "WaitForDuration", DAYS, None),
+        ("paid", "Goal", PAID, None),
+    )
     async with running_engine(database, {"Note": Recorder(behave)}):
         for subject in subjects:
             await enroll(connection, "s", subject)
@@ -84,13 +88,20 @@ async def test_a_funnel_counts_what_became_of_each_visit(
     assert list(dict.fromkeys(step for step, _, _ in rows)) == ["split", "note", "wait"]
     assert counts(rows["split", None, None]) == {"entered": 40, "exited": 40}
     assert counts(rows["note", None, None]) == {
-        "entered": 40, "exited": 32, "failed": 8, "suppressed": 8,
-    }  # fmt: skip
+        "entered": 40,
+        "exited": 32,
+        "failed": 8,
+        "suppressed": 8,
+    }
     assert counts(rows["note", "suppressed", None]) == {"exited": 8, "suppressed": 8}
     assert counts(rows["note", "next", None]) == {"exited": 24}
     assert counts(rows["wait", None, None]) == {
-        "entered": 32, "exited": 8, "waiting": 16, "cancelled": 8, "goals": 8,
-    }  # fmt: skip
+        "entered": 32,
+        "exited": 8,
+        "waiting": 16,
+        "cancelled": 8,
+        "goals": 8,
+    }
     assert counts(rows["wait", "goal paid", None]) == {"exited": 8, "goals": 8}
     # arms add up to all
     arms = {arm for _, _, arm in rows if arm}
@@ -141,8 +152,10 @@ async def test_times_are_those_at_the_step(connection: asyncpg.Connection) -> No
         " FROM generate_series(1, 20) AS n"
     )
     rows = await funnel(connection, "s")
-    minutes = {way: (row["median"] / timedelta(minutes=1), row["p90"] / timedelta(minutes=1))
-               for (_, way, _), row in rows.items()}  # fmt: skip
+    minutes = {
+        way: (row["median"] / timedelta(minutes=1), row["p90"] / timedelta(minutes=1))
+        for (_, way, _), row in rows.items()
+    }
     assert minutes == {None: (10, 18), "next": (5, 9), "altNext": (15, 19)}
 
 

@@ -27,8 +27,12 @@ TERMS = (EMAIL, NUMBER, "1512345678", PHONE, SUBJECT, "Lovelace")
 @pytest.fixture
 async def held(connection: asyncpg.Connection) -> asyncpg.Connection:
     """A subject of whom every table holds something, beside others."""
-    await define(connection, "s", ("send", "Note", "{}", "wait"),
-                 ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None))  # fmt: skip
+    await define(
+        connection,
+        "s",
+        ("send", "Note", "{}", "wait"),
+        ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None),
+    )
     await define(
         connection, "t", ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None)
     )
@@ -36,8 +40,10 @@ async def held(connection: asyncpg.Connection) -> asyncpg.Connection:
         id_ = await enroll(connection, sequence, SUBJECT, json.dumps(DATA))
         await connection.execute(
             "UPDATE sequencer.enrollments SET status = $2, last_error = $3 WHERE id = $1",
-            id_, status, f"550 <{EMAIL}>: unknown",
-        )  # fmt: skip
+            id_,
+            status,
+            f"550 <{EMAIL}>: unknown",
+        )
         await event(connection, id_, f"sent to {EMAIL}, signed Lovelace")
         await connection.execute(
             "INSERT INTO sequencer.daemons (name, alive_until) VALUES ($1, now())", f"d{id_}"
@@ -45,8 +51,11 @@ async def held(connection: asyncpg.Connection) -> asyncpg.Connection:
         await connection.execute(
             "INSERT INTO sequencer.problems (daemon, kind, about, since, message)"
             " VALUES ($1, 'quarantined', $2, now(), $3), ($1, 'runner', 'Email', now(), $4)",
-            f"d{id_}", str(id_), f"Lovelace, {SUBJECT}", f"421 4.7.0 <{EMAIL}>: try later",
-        )  # fmt: skip
+            f"d{id_}",
+            str(id_),
+            f"Lovelace, {SUBJECT}",
+            f"421 4.7.0 <{EMAIL}>: try later",
+        )
     other = await enroll(connection, "s", "other", '{"email": "bob@example.com"}')
     await event(connection, other, f"enrolled '{SUBJECT}' in t")
     await event(connection, other, f"to {NUMBER}: not x{EMAIL}, and not {SUBJECT}1")
@@ -56,8 +65,10 @@ async def held(connection: asyncpg.Connection) -> asyncpg.Connection:
     await connection.execute(
         "INSERT INTO sequencer.suppressions (channel, address, reason) VALUES"
         " ('email', $1, $3), ('sms', $2, 'STOP'), ('email', 'bob@example.com', $3)",
-        EMAIL, PHONE, f"asked by {EMAIL}",
-    )  # fmt: skip
+        EMAIL,
+        PHONE,
+        f"asked by {EMAIL}",
+    )
     await connection.execute(
         "SELECT set_config('sequencer.reason', $1, false)", f"{EMAIL} complained"
     )
@@ -65,16 +76,19 @@ async def held(connection: asyncpg.Connection) -> asyncpg.Connection:
     await connection.execute("SELECT set_config('sequencer.reason', '', false)")
     await connection.execute(
         "INSERT INTO sequencer.scheduled_runs (sequence, definition, next_run_at, problem)"
-        " VALUES ('s', '{}', now(), $1)", f"data of subject '{SUBJECT}' have 2 MB",
-    )  # fmt: skip
+        " VALUES ('s', '{}', now(), $1)",
+        f"data of subject '{SUBJECT}' have 2 MB",
+    )
     return connection
 
 
 async def event(connection: asyncpg.Connection, id_: int, message: str) -> None:
     await connection.execute(
         "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
-        " VALUES ($1, clock_timestamp(), 's', 'send', 1, 'next', $2)", id_, message,
-    )  # fmt: skip
+        " VALUES ($1, clock_timestamp(), 's', 'send', 1, 'next', $2)",
+        id_,
+        message,
+    )
 
 
 async def everything(connection: asyncpg.Connection) -> str:
@@ -111,8 +125,12 @@ async def test_nothing_of_a_forgotten_subject_is_left_in_any_table(
     assert "enrolled '[forgotten]' in t" in after
     assert after.count("bob@example.com") == 2
     assert dict(await forget(held)) == {
-        "enrollments": 0, "events": 0, "suppressions": 0, "redacted": 0, "mentioned_in": [],
-    }  # fmt: skip
+        "enrollments": 0,
+        "events": 0,
+        "suppressions": 0,
+        "redacted": 0,
+        "mentioned_in": [],
+    }
 
 
 async def test_a_forgotten_address_stays_suppressed(held: asyncpg.Connection) -> None:
@@ -214,8 +232,12 @@ async def test_nothing_is_forgotten_while_a_side_effect_runs(
         await go_on.wait()
         return Answer(message="sent")
 
-    await define(connection, "s", ("send", "Note", "{}", "wait"),
-                 ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None))  # fmt: skip
+    await define(
+        connection,
+        "s",
+        ("send", "Note", "{}", "wait"),
+        ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None),
+    )
     async with running_engine(database, {"Note": Recorder(behave)}):
         id_ = await enroll(connection, "s", "ada")
         await begun.wait()

@@ -356,14 +356,21 @@ class daemon:  # noqa: N801 - used as a function
 
     def __init__(self, url: str, **variables: str) -> None:
         self._variables = {
-            **os.environ, "SEQUENCERD_DATABASE": url, "SEQUENCERD_LOG_FORMAT": "json", **variables,
-        }  # fmt: skip
+            **os.environ,
+            "SEQUENCERD_DATABASE": url,
+            "SEQUENCERD_LOG_FORMAT": "json",
+            **variables,
+        }
 
     async def __aenter__(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sequencerd", "run",
-            env=self._variables, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "sequencerd",
+            "run",
+            env=self._variables,
+            stderr=asyncio.subprocess.PIPE,
+        )
         stderr = self._process.stderr
         assert stderr is not None
         async with asyncio.timeout(PATIENCE):

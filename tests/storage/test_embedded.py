@@ -84,8 +84,11 @@ def test_a_command_without_a_database_uses_one_of_its_own(folder: Path) -> None:
     variables = {**os.environ, "XDG_DATA_HOME": str(folder)}
     done = subprocess.run(
         [sys.executable, "-m", "sequencerd", "status"],
-        env=variables, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "no sequences yet" in done.stdout
     assert f"using the embedded one in {folder}/sequencerd/postgresql" in done.stderr
@@ -121,5 +124,7 @@ def test_what_is_planted_where_the_socket_goes_is_left_alone(
         embedded._socket_folder(long, programs)
     after = victim.stat()
     assert (after.st_uid, after.st_gid, after.st_mode) == (
-        before.st_uid, before.st_gid, before.st_mode,
-    )  # fmt: skip
+        before.st_uid,
+        before.st_gid,
+        before.st_mode,
+    )

@@ -123,8 +123,11 @@ async def test_each_is_evaluated_once_for_a_request_and_not_written(
         assert len(evaluated) == count
         assert set(evaluated.values()) == {2}
         enrolled = await enroll(connection, "s", "one more")
-        await until(connection, "SELECT entered_at IS NOT NULL FROM sequencer.enrollments"
-                    " WHERE id = $1", enrolled)  # fmt: skip
+        await until(
+            connection,
+            "SELECT entered_at IS NOT NULL FROM sequencer.enrollments WHERE id = $1",
+            enrolled,
+        )
     assert before == await connection.fetchval(
         "SELECT sum(xmin::text::bigint) FROM sequencer.enrollments WHERE id <> $1", enrolled
     )

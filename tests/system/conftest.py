@@ -9,8 +9,15 @@ import pytest
 from tests.system.debian import Machine, booted, clone, tree, wheels
 
 SYSTEM = (
-    "systemd-sysv", "dbus", "libnss-systemd", "sudo", "make", "git", "python3-venv", "postgresql",
-)  # fmt: skip
+    "systemd-sysv",
+    "dbus",
+    "libnss-systemd",
+    "sudo",
+    "make",
+    "git",
+    "python3-venv",
+    "postgresql",
+)
 
 # what the reader has: an account that may use sudo, an application's database, a mail server
 PREPARED = """

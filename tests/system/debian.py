@@ -62,11 +62,17 @@ def tree(suite: str, *packages: str) -> Path:
     need("debootstrap")
     return made_once(
         f"{suite}-{_digest(' '.join(packages).encode())}",
-        lambda new: [[
-            "debootstrap", "--variant=minbase", f"--include={','.join(packages)}", suite, new,
-            *_mirror(),
-        ]],
-    )  # fmt: skip
+        lambda new: [
+            [
+                "debootstrap",
+                "--variant=minbase",
+                f"--include={','.join(packages)}",
+                suite,
+                new,
+                *_mirror(),
+            ]
+        ],
+    )
 
 
 def wheels(python: str) -> Path:
@@ -91,10 +97,19 @@ def _mirror() -> list[str]:
     if shutil.which("apt-get") is None:
         return []
     done = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages",
-         "Origin: Debian", "Label: Debian"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            "apt-get",
+            "indextargets",
+            "--format",
+            "$(REPO_URI)",
+            "Created-By: Packages",
+            "Origin: Debian",
+            "Label: Debian",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.split()[:1]
 
 
@@ -108,8 +123,11 @@ def clone() -> bytes:
     ).stdout
     return subprocess.run(
         ["tar", "--create", "--null", "--files-from=-"],
-        cwd=REPOSITORY, input=names, capture_output=True, check=True,
-    ).stdout  # fmt: skip
+        cwd=REPOSITORY,
+        input=names,
+        capture_output=True,
+        check=True,
+    ).stdout
 
 
 def blocks(page: str, heading: str, language: str = "sh") -> list[str]:
@@ -138,11 +156,17 @@ class Machine:
 
     def _run(self, command: str, user: str, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
-            ["nsenter", "--target", str(self._leader), "--all", "--",
-             "env", "--ignore-environment", "LANG=C.UTF-8", "su", "--login", user,
-             "--command", f"exec bash -euo pipefail -c {_quoted(command)}"],
-            input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
+            [
+                *("nsenter", "--target", str(self._leader), "--all", "--"),
+                *("env", "--ignore-environment", "LANG=C.UTF-8"),
+                *("su", "--login", user, "--command"),
+                f"exec bash -euo pipefail -c {_quoted(command)}",
+            ],
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
 
     def until(self, command: str, right: Callable[[str], bool]) -> str:
         """Wait until the output of a command is right, and return it."""
@@ -186,11 +210,21 @@ def booted(root: Path, log: Path, *, wheels: Path | None = None) -> Iterator[Mac
     binds = [f"--bind-ro={wheels}:/wheels"] if wheels else []
     with log.open("w") as output:
         process = subprocess.Popen(
-            ["systemd-nspawn", "--boot", f"--directory={root}", "--volatile=overlay",
-             f"--machine=sequencerd-{os.getpid()}", "--private-network", "--console=pipe", *own,
-             *binds],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [
+                "systemd-nspawn",
+                "--boot",
+                f"--directory={root}",
+                "--volatile=overlay",
+                f"--machine=sequencerd-{os.getpid()}",
+                "--private-network",
+                "--console=pipe",
+                *own,
+                *binds,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     try:
         machine = Machine(_leader(process, log))
         machine.until("systemctl is-system-running", lambda state: state.strip() == "running")

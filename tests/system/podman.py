@@ -22,9 +22,18 @@ LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
 class Podman:
     def __init__(self, folder: Path, runtime: str) -> None:
         self._command = [
-            "podman", "--root", str(folder / "root"), "--runroot", str(folder / "run"),
-            "--storage-driver", "overlay", "--runtime", runtime, "--cgroup-manager", "cgroupfs",
-        ]  # fmt: skip
+            "podman",
+            "--root",
+            str(folder / "root"),
+            "--runroot",
+            str(folder / "run"),
+            "--storage-driver",
+            "overlay",
+            "--runtime",
+            runtime,
+            "--cgroup-manager",
+            "cgroupfs",
+        ]
 
     def __call__(self, *arguments: str | Path, code: int = 0) -> str:
         """Run podman. Return what it prints, to either output."""
@@ -35,8 +44,11 @@ class Podman:
     def try_to(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*self._command, *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
 
 
 @contextmanager
@@ -71,9 +83,19 @@ def _make_base(podman: Podman, folder: Path) -> None:
         root = tree("trixie", "python3-pip", "python3-venv", "python-is-python3", "ca-certificates")
         archive = folder / "base.tar"
         subprocess.run(
-            ["tar", "--create", "--file", archive, "--directory", root, "--exclude=./var/cache/apt",
-             "--exclude=./var/lib/apt/lists", "--exclude=./dev", "."],
+            [
+                "tar",
+                "--create",
+                "--file",
+                archive,
+                "--directory",
+                root,
+                "--exclude=./var/cache/apt",
+                "--exclude=./var/lib/apt/lists",
+                "--exclude=./dev",
+                ".",
+            ],
             check=True,
-        )  # fmt: skip
+        )
         podman("import", "--quiet", archive, BASE)
         archive.unlink()

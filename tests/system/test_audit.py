@@ -23,9 +23,11 @@ class Osv(BaseHTTPRequestHandler):
         package = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["package"]
         events = [{"introduced": "0"}, {"fixed": "99.0"}]
         known = {
-            "id": "GHSA-test", "summary": "a hole", "published": "2026-01-01T00:00:00Z",
+            "id": "GHSA-test",
+            "summary": "a hole",
+            "published": "2026-01-01T00:00:00Z",
             "affected": [{"package": package, "ranges": [{"type": "ECOSYSTEM", "events": events}]}],
-        }  # fmt: skip
+        }
         body = json.dumps({"vulns": [known]} if package["name"] == "jinja2" else {}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -47,8 +49,11 @@ def osv() -> Iterator[str]:
 def audit(url: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["make", "--no-print-directory", "audit", f"OSV_URL={url}"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_a_known_vulnerability_fails(osv: str) -> None:

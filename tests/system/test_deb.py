@@ -80,8 +80,9 @@ def test_an_upgrade_restarts_the_daemon_and_keeps_its_settings(installed: Machin
 def test_a_purge_leaves_nothing_but_the_database(installed: Machine) -> None:
     installed("apt-get purge --yes sequencerd")
     assert installed.show("sequencerd", "LoadState", "ActiveState") == {
-        "LoadState": "not-found", "ActiveState": "inactive",
-    }  # fmt: skip
+        "LoadState": "not-found",
+        "ActiveState": "inactive",
+    }
     left = installed("find / -xdev -name '*sequencerd*' -not -path '/home/*'")
     assert left == ""
     assert installed.sql("SELECT count(*) FROM sequencer.enrollments") == "2"

@@ -31,10 +31,15 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
     settings.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
     with podman() as program:
         program(
-            "build", "--format=docker", "--network=none", *LIMITS, "--tag=sequencerd",
-            f"--volume={wheels('3.13')}:/wheels:ro", f"--volume={settings}:/etc/pip.conf:ro",
+            "build",
+            "--format=docker",
+            "--network=none",
+            *LIMITS,
+            "--tag=sequencerd",
+            f"--volume={wheels('3.13')}:/wheels:ro",
+            f"--volume={settings}:/etc/pip.conf:ro",
             REPOSITORY,
-        )  # fmt: skip
+        )
         yield program
 
 
@@ -53,9 +58,15 @@ def running(image: Podman, url: str) -> Iterator[str]:
     name = "daemon"
     listen = f"--env=SEQUENCERD_HTTP_LISTEN=127.0.0.1:{free_port()}"
     image(
-        "run", "--detach", f"--name={name}", *LIMITS, *RESTRICTED, *options(url), listen,
+        "run",
+        "--detach",
+        f"--name={name}",
+        *LIMITS,
+        *RESTRICTED,
+        *options(url),
+        listen,
         "sequencerd",
-    )  # fmt: skip
+    )
     try:
         yield name
     finally:

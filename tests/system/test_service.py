@@ -101,8 +101,11 @@ def test_wrong_settings_fail_the_start_once_and_say_why(service: Machine) -> Non
     service("systemctl start sequencerd", code=1)
     found = service.show("sequencerd", "ActiveState", "Result", "ExecMainStatus", "NRestarts")
     assert found == {
-        "ActiveState": "failed", "Result": "exit-code", "ExecMainStatus": "2", "NRestarts": "0",
-    }  # fmt: skip
+        "ActiveState": "failed",
+        "Result": "exit-code",
+        "ExecMainStatus": "2",
+        "NRestarts": "0",
+    }
     reasons = service.journal("sequencerd", "-p warning", since)
     assert "log.level" in reasons
     assert "Traceback" not in service.journal("sequencerd", since)

@@ -261,7 +261,7 @@ def test_all_errors_of_a_template_are_reported() -> None:
         ("{{{{raw}}}}{{x}}{{{{/raw}}}}", ""),
         ("{{upper (default missing (lower name))}}", "ADA & CO"),
     ],
-)  # fmt: skip
+)
 def test_all_of_handlebars_is_there(source: str, expected: str) -> None:
     assert render(source) == expected
 
@@ -295,23 +295,29 @@ def test_a_malformed_tag_is_shown_with_its_line() -> None:
         ("{{and yes empty}} {{or no empty zero}} {{not zero}}", "false false true"),
         ('{{includes list "b"}} {{includes name "Ada"}} {{includes nothing 1}}', "true true false"),
         ("{{url name}} {{url smile}}{{url missing}}", "Ada%20%26%20Co a%F0%9F%98%80"),
-        ('{{number 1234567.891 decimals=2}} {{number "0.5"}} {{number zero decimals=1}}',
-         "1,234,567.89 0.5 0.0"),
+        (
+            '{{number 1234567.891 decimals=2}} {{number "0.5"}} {{number zero decimals=1}}',
+            "1,234,567.89 0.5 0.0",
+        ),
         ('{{number 1234567.891 decimals=2 locale="de"}}', "1.234.567,89"),
         ('{{number -1234 locale="es"}} {{number -12345 locale="es-ES"}}', "-1234 -12.345"),
-        ('{{number 1.005 decimals=2}} {{number -0.001 decimals=2}}', "1.01 0.00"),
-        ("{{upper name}} {{lower name}} [{{trim '  a b '}}] {{capitalize 'élan'}}",
-         "ADA & CO ada & co [a b] Élan"),
+        ("{{number 1.005 decimals=2}} {{number -0.001 decimals=2}}", "1.01 0.00"),
+        (
+            "{{upper name}} {{lower name}} [{{trim '  a b '}}] {{capitalize 'élan'}}",
+            "ADA & CO ada & co [a b] Élan",
+        ),
         ('{{date due format="D MMMM YYYY, dddd" locale="de"}}', "2 März 2024, Samstag"),
-        ('{{date due format="D MMMM" locale="ru"}} {{date due format="MMMM" locale="ru"}}',
-         "2 марта март"),
+        (
+            '{{date due format="D MMMM" locale="ru"}} {{date due format="MMMM" locale="ru"}}',
+            "2 марта март",
+        ),
         ('{{date due format="Do MMMM" locale="fr-CA"}}', "2 mars"),
         ('{{date due format="YYYY年MMMMDo h:mm A" locale="ja"}}', "2024年3月2日 12:30 午前"),
         ('{{#if (eq (date due format="YYYY") "2024")}}leap{{/if}}', "leap"),
         ('{{upper (date due format="ddd")}}', "SAT"),
         ('{{date (date due format="YYYY-MM-DD") format="D" zone="UTC"}}', "2"),
     ],
-)  # fmt: skip
+)
 def test_helpers(source: str, expected: str) -> None:
     assert render(source) == expected
 
@@ -556,14 +562,20 @@ def test_the_paths_that_a_template_reads_are_known(source: str, expected: set[st
         ("{{this.id}} {{./id}} {{@root.id}}", "{{this.ID}} {{./ID}} {{@root.ID}}"),
         ("{{data.id}} {{idx}} \\{{id}} {{!-- {{id}} --}}",) * 2,
         ("{{#each data.l}}{{id}}{{../id}}{{/each}}", "{{#each data.l}}{{id}}{{../ID}}{{/each}}"),
-        ("{{#data.l}}{{#if x}}{{../id}}{{/if}}{{^}}{{id}}{{/data.l}}",
-         "{{#data.l}}{{#if x}}{{../ID}}{{/if}}{{^}}{{ID}}{{/data.l}}"),
-        ("{{#with external}}{{#each l}}{{../id}}{{../../id}}{{/each}}{{/with}}",
-         "{{#with external}}{{#each l}}{{../id}}{{../../ID}}{{/each}}{{/with}}"),
+        (
+            "{{#data.l}}{{#if x}}{{../id}}{{/if}}{{^}}{{id}}{{/data.l}}",
+            "{{#data.l}}{{#if x}}{{../ID}}{{/if}}{{^}}{{ID}}{{/data.l}}",
+        ),
+        (
+            "{{#with external}}{{#each l}}{{../id}}{{../../id}}{{/each}}{{/with}}",
+            "{{#with external}}{{#each l}}{{../id}}{{../../ID}}{{/each}}{{/with}}",
+        ),
         ("{{#each data.l as |id|}}{{id}}{{/each}}",) * 2,
-        ("{{#if id}}\U0001f600{{id}}\n\r\n\u00e4{{eq id 'id'}}{{/if}}",
-         "{{#if ID}}\U0001f600{{ID}}\n\r\n\u00e4{{eq ID 'id'}}{{/if}}"),
+        (
+            "{{#if id}}\U0001f600{{id}}\n\r\n\u00e4{{eq id 'id'}}{{/if}}",
+            "{{#if ID}}\U0001f600{{ID}}\n\r\n\u00e4{{eq ID 'id'}}{{/if}}",
+        ),
     ],
-)  # fmt: skip
+)
 def test_keys_of_the_view_are_renamed_where_they_are_read(source: str, renamed: str) -> None:
     assert with_renamed_keys(source, {"id": "ID"}) == renamed

@@ -47,8 +47,13 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 async def test_a_name_arrives_as_it_is(name: str) -> None:
-    config = {"from": "Shop <hi@example.com>", "subject": "x", "text": "x",
-              "to": [NAMED, '"{{data.name}}" <bob@x.org>'], "replyTo": NAMED}  # fmt: skip
+    config = {
+        "from": "Shop <hi@example.com>",
+        "subject": "x",
+        "text": "x",
+        "to": [NAMED, '"{{data.name}}" <bob@x.org>'],
+        "replyTo": NAMED,
+    }
     async with smtp_server() as server:
         made = EmailRunner(f"smtp://{HOST}:{server.port}")
         (result,) = await made.run(made.compile(config), [task(name=name, email="ada@x.org")])
@@ -86,8 +91,10 @@ def test_a_name_becomes_one_line() -> None:
         ("A <{{data.a}}>, {{data.name}} <{{data.b}}>", [("A", "a@x.org"), ("L, A", "b@x.org")]),
         ('"Last, First" <{{data.a}}>', [("Last, First", "a@x.org")]),
         (r'"a \"b\" \\" <{{data.a}}>', [(r'a "b" \ '.strip(), "a@x.org")]),
-        ("{{#each data.team}}{{name}} <{{email}}>, {{/each}}c@x.org",
-         [("L, A", "a@x.org"), ("B", "b@x.org"), ("", "c@x.org")]),
+        (
+            "{{#each data.team}}{{name}} <{{email}}>, {{/each}}c@x.org",
+            [("L, A", "a@x.org"), ("B", "b@x.org"), ("", "c@x.org")],
+        ),
         ("{{#if data.none}}{{data.a}}, {{/if}}c@x.org", [("", "c@x.org")]),
         ("{{#if data.a}}{{data.a}}, {{/if}}c@x.org", [("", "a@x.org"), ("", "c@x.org")]),
         ("{{data.none}} <{{data.none}}>", []),
@@ -99,7 +106,7 @@ def test_a_name_becomes_one_line() -> None:
         ("{{{data.name}}} <{{{data.a}}}>", [("L, A", "a@x.org")]),
         ("Ada <a@x.org>, b@x.org", [("Ada", "a@x.org"), ("", "b@x.org")]),
     ],
-)  # fmt: skip
+)
 def test_the_template_says_where_a_mailbox_ends(
     source: str, expected: list[tuple[str, str]]
 ) -> None:

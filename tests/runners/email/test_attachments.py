@@ -88,13 +88,22 @@ async def test_files_by_url_and_from_data() -> None:
         assert [request.method for request in files.requests] == ["GET"] * 3
         assert "authorization" not in files.requests[0].headers
     assert parts(message) == [
-        "multipart/mixed", "text/plain", "application/pdf", "application/pdf", "text/plain",
-        "text/csv", "image/png",
-    ]  # fmt: skip
+        "multipart/mixed",
+        "text/plain",
+        "application/pdf",
+        "application/pdf",
+        "text/plain",
+        "text/csv",
+        "image/png",
+    ]
     found = list(message.iter_attachments())
     assert [part.get_filename() for part in found] == [
-        "Rechnung 7 für Ada.pdf", "terms of use.pdf", "raw", "a.csv", "attachment.png",
-    ]  # fmt: skip
+        "Rechnung 7 für Ada.pdf",
+        "terms of use.pdf",
+        "raw",
+        "a.csv",
+        "attachment.png",
+    ]
     assert found[0].get_payload(decode=True) == PDF
     assert found[3].get_payload(decode=True) == b"a;b\n" * 50
     assert found[0].get_content_disposition() == "attachment"
@@ -115,9 +124,15 @@ async def test_images_in_html() -> None:
         wrong = await send(runner, {"base64": "aGk=", "filename": "a b.png", "inline": True})
         assert "contentId: 'a b.png' can't be one" in failed(wrong).message
     assert parts(message) == [
-        "multipart/mixed", "multipart/alternative", "text/plain", "multipart/related", "text/html",
-        "image/png", "image/png", "application/pdf",
-    ]  # fmt: skip
+        "multipart/mixed",
+        "multipart/alternative",
+        "text/plain",
+        "multipart/related",
+        "text/html",
+        "image/png",
+        "image/png",
+        "application/pdf",
+    ]
     images = [part for part in message.walk() if part["Content-ID"]]
     assert [part["Content-ID"] for part in images] == ["<logo>", "<b.png>"]
     assert images[0].get_content_disposition() == "inline"

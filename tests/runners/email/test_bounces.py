@@ -227,9 +227,22 @@ def test_a_large_message_is_read_in_part() -> None:
     assert read_report(raw).dead
 
 
-PIECES = [DSN, QMAIL, FEEDBACK, "\n\n", "--b\n", "Content-Type: message/delivery-status\n",
-          "Content-Transfer-Encoding: base64\n", "=?x?q?y?=", "\x00", "charset=nonsense", TOKEN,
-          "Action: failed\n", "Status: 5.1.1\n", "Final-Recipient: rfc822;a@b.org\n"]  # fmt: skip
+PIECES = [
+    DSN,
+    QMAIL,
+    FEEDBACK,
+    "\n\n",
+    "--b\n",
+    "Content-Type: message/delivery-status\n",
+    "Content-Transfer-Encoding: base64\n",
+    "=?x?q?y?=",
+    "\x00",
+    "charset=nonsense",
+    TOKEN,
+    "Action: failed\n",
+    "Status: 5.1.1\n",
+    "Final-Recipient: rfc822;a@b.org\n",
+]
 
 
 @given(st.lists(st.sampled_from([piece.encode() for piece in PIECES]) | st.binary(max_size=40)))
@@ -241,12 +254,14 @@ def test_nothing_that_arrives_raises(pieces: list[bytes]) -> None:
     ("message", "addresses"),
     [
         ("sent to a@x.org: 250 2.0.0 queued", ["a@x.org"]),
-        ("sent to a@x.org, b@x.org and 3 more: 250 ok; refused: c@x.org (550 no)",
-         ["a@x.org", "b@x.org"]),
+        (
+            "sent to a@x.org, b@x.org and 3 more: 250 ok; refused: c@x.org (550 no)",
+            ["a@x.org", "b@x.org"],
+        ),
         ("attempt 1 came too late to move it: next: sent to a@x.org: 250 ok", ["a@x.org"]),
         ("not sent to a@x.org", []),
         ("sent to +49151123456: SM1 queued", []),
     ],
-)  # fmt: skip
+)
 def test_recipients_in_the_history(message: str, addresses: list[str]) -> None:
     assert read_sent(message) == addresses

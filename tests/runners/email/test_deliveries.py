@@ -14,9 +14,14 @@ from tests.helpers.runners import http_runner
 from tests.helpers.servers import Request, http_server, scripted
 
 CONFIG = json.dumps(
-    {"from": "hi@example.com", "to": "{{data.email}}", "cc": "bob@x.org", "subject": "x",
-     "text": "x"}
-)  # fmt: skip
+    {
+        "from": "hi@example.com",
+        "to": "{{data.email}}",
+        "cc": "bob@x.org",
+        "subject": "x",
+        "text": "x",
+    }
+)
 ALL_ENDED = "SELECT bool_and(status = 'completed') FROM sequencer.enrollments"
 
 

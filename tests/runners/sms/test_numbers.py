@@ -67,9 +67,23 @@ def test_other_channels_go_through(text: str, sent_to: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "0151 12345678", "+0151", "ada", "+49 151 x", "tel:", "whatsapp:", ":+49151", "a b:c",
-     "+49151;ext=1", "messenger:a b", "messenger:a\nb", "+1234567890123456", "+"],
-)  # fmt: skip
+    [
+        "",
+        "0151 12345678",
+        "+0151",
+        "ada",
+        "+49 151 x",
+        "tel:",
+        "whatsapp:",
+        ":+49151",
+        "a b:c",
+        "+49151;ext=1",
+        "messenger:a b",
+        "messenger:a\nb",
+        "+1234567890123456",
+        "+",
+    ],
+)
 def test_what_is_no_number(text: str) -> None:
     with pytest.raises(RenderError, match=r"^to: "):
         read_number("to", text)
@@ -79,7 +93,9 @@ async def entry(connection: asyncpg.Connection, text: str) -> str:
     """An entry of suppressions, as it is kept."""
     kept: str = await connection.fetchval(
         "INSERT INTO sequencer.suppressions (channel, address) VALUES ('sms', $1)"
-        " RETURNING address", text)  # fmt: skip
+        " RETURNING address",
+        text,
+    )
     await connection.execute("DELETE FROM sequencer.suppressions")
     return kept
 
@@ -91,8 +107,30 @@ async def test_the_database_keeps_numbers_as_they_are_sent_to(
         assert await entry(connection, text) == expected
 
 
-PIECES = ["+", "49", "39", "(0)", "0", "(", ")", " ", "-", "/", ".", "\u202a", "\u2013", "\u00a0",
-          "tel:", "whatsapp:", "a", ":", "１", "（０）", "\u3000", "\t"]  # fmt: skip
+PIECES = [
+    "+",
+    "49",
+    "39",
+    "(0)",
+    "0",
+    "(",
+    ")",
+    " ",
+    "-",
+    "/",
+    ".",
+    "\u202a",
+    "\u2013",
+    "\u00a0",
+    "tel:",
+    "whatsapp:",
+    "a",
+    ":",
+    "１",
+    "（０）",
+    "\u3000",
+    "\t",
+]
 
 
 async def test_the_database_and_the_runner_agree(connection: asyncpg.Connection) -> None:
