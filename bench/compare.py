@@ -1,7 +1,7 @@
 """Run sequencerd, PostgreSQL's own limit and other queues in turns, and print a table.
 
     python bench/compare.py                         a server of its own, all peers
-    python bench/compare.py --server 15 --server embedded --peers pg-boss
+    python bench/compare.py --server 15 --server 18 --peers pg-boss
 
 Peers are installed at their first run, below bench/peers. A program's figures are dropped if other
 processes used more than a tenth of a core while it ran: they would say something about these.
@@ -230,8 +230,8 @@ def main() -> int:
         "--server",
         action="append",
         metavar="SERVER",
-        help="a version in /usr/lib/postgresql, a folder of programs, or embedded (default);"
-        " repeat it to compare servers",
+        help="a version in /usr/lib/postgresql or of the embedded server, a folder of programs, or"
+        " embedded (default); repeat it to compare servers",
     )
     parser.add_argument("--peers", nargs="*", default=list(KNOWN), choices=KNOWN, metavar="PEER")
     parser.add_argument("--subjects", type=int, default=50_000)

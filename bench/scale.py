@@ -7,7 +7,8 @@
     sleeping     many who sleep: start-up, what an idle daemon costs, and a transition's cost beside
     mix          enroll, wait, decide, execute and mail for minutes: the sizes of tables and indexes
     snapshot     w1 of bench/engine.py with a snapshot held open, against one without
-    daemons      w1 with 1, 2 and 4 daemons
+    daemons      w1 with 1, 2 and 4 daemons: rate, and CPU time of both sides for a transition;
+                 --server-cores 0 --daemon-cores 1 keeps each side to cores of its own
     definitions  a thousand sequences with a thousand steps each
 
 It makes and drops a database "sequencerd_bench". Figures of one run can be compared.
@@ -18,16 +19,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import resource
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import asyncpg
+import cpu
 from aiosmtpd.smtp import SMTP
 from engine import ALL_ENDED, defined, engine, enroll, process, say, until
 
@@ -135,7 +140,7 @@ async def sleeping(dsn: str, arguments: argparse.Namespace) -> None:
             async with engine(url):
                 started = time.perf_counter() - begun
                 await asyncio.sleep(2)
-                statements, cpu = await asked(connection), os.times()
+                statements, then = await asked(connection), os.times()
                 await asyncio.sleep(arguments.seconds)
                 now = os.times()
                 asks = (await asked(connection) - statements - 1) / arguments.seconds
@@ -144,7 +149,7 @@ async def sleeping(dsn: str, arguments: argparse.Namespace) -> None:
                 sleepers=count,
                 ready_after_s=started,
                 transactions_per_s=asks,
-                cpu=(now.user + now.system - cpu.user - cpu.system) / arguments.seconds,
+                cpu=(now.user + now.system - then.user - then.system) / arguments.seconds,
                 memory_mb=memory() - peak,
             )
             await enroll(connection, arguments.subjects)
@@ -293,22 +298,90 @@ def work_for_ever(url: str) -> None:
 
 
 async def daemons(dsn: str, arguments: argparse.Namespace) -> None:
-    for count in (1, 2, 4):
-        async with defined(dsn, *TASKS) as (url, connection):
-            at = datetime.now(UTC) + timedelta(seconds=20)
-            await enroll(connection, arguments.subjects, at)
-            processes = [
-                multiprocessing.Process(target=work_for_ever, args=(url,), daemon=True)
-                for _ in range(count)
-            ]
-            for process in processes:
-                process.start()
-            await until(connection, ALL_ENDED)
-            took = (datetime.now(UTC) - at).total_seconds()
-            for process in processes:
-                process.kill()
-                process.join()
-        say("daemons", daemons=count, transitions_per_s=3 * arguments.subjects / took)
+    """With the cores that each side may use, and the CPU time of each for a transition."""
+    with pinned(await postmaster(dsn), arguments.server_cores) as server:
+        for count in arguments.daemons:
+            await some_daemons(dsn, arguments, count, server)
+
+
+async def some_daemons(
+    dsn: str, arguments: argparse.Namespace, count: int, server: int | None
+) -> None:
+    async with defined(dsn, *TASKS) as (url, connection):
+        at = datetime.now(UTC) + timedelta(seconds=20)
+        await enroll(connection, arguments.subjects, at)
+        processes = [
+            multiprocessing.Process(target=work_for_ever, args=(url,), daemon=True)
+            for _ in range(count)
+        ]
+        for process in processes:
+            process.start()
+            assert process.pid is not None
+            if arguments.daemon_cores:
+                os.sched_setaffinity(process.pid, arguments.daemon_cores)
+        await asyncio.sleep((at - datetime.now(UTC)).total_seconds())
+
+        def used() -> tuple[float, float]:
+            own = sum(cpu.tree(process.pid or 0) for process in processes)
+            return own, cpu.tree(server) if server else math.nan
+
+        before = used()
+        await until(connection, ALL_ENDED)
+        took = (datetime.now(UTC) - at).total_seconds()
+        own, served = (b - a for a, b in zip(before, used(), strict=True))
+        for process in processes:
+            process.kill()
+            process.join()
+    moves = 3 * arguments.subjects
+    say(
+        "daemons",
+        daemons=count,
+        transitions_per_s=moves / took,
+        daemons_us=1e6 * own / moves,
+        postgres_us=1e6 * served / moves,
+    )
+
+
+async def postmaster(dsn: str) -> int | None:
+    """The process of the server, if it runs on this machine."""
+    connection = await asyncpg.connect(dsn)
+    parent = parent_of(await connection.fetchval("SELECT pg_backend_pid()"))
+    await connection.close()
+    return parent
+
+
+def parent_of(backend: int) -> int | None:
+    try:
+        stat = Path(f"/proc/{backend}/stat").read_text()
+    except FileNotFoundError:
+        return None
+    name, _, rest = stat.rpartition(")")
+    return int(rest.split()[1]) if name.endswith("(postgres") else None
+
+
+@contextmanager
+def pinned(server: int | None, cores: set[int] | None) -> Iterator[int | None]:
+    """Let a server and the sessions that it starts use these cores alone."""
+    if server is None or cores is None:
+        if cores:
+            raise SystemExit("--server-cores: the server does not run on this machine")
+        yield server
+        return
+    before = os.sched_getaffinity(server)
+    os.sched_setaffinity(server, cores)
+    try:
+        yield server
+    finally:
+        os.sched_setaffinity(server, before)
+
+
+def core_numbers(text: str) -> set[int]:
+    """Cores as taskset takes them, such as 0,2-3."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return numbers
 
 
 async def definitions(dsn: str, arguments: argparse.Namespace) -> None:
@@ -384,4 +457,7 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=10, help="of the mix")
     parser.add_argument("--rate", type=int, default=2000, help="enrollments a second in the mix")
     parser.add_argument("--sequences", type=int, default=1000)
+    parser.add_argument("--daemons", type=int, nargs="+", default=[1, 2, 4], metavar="N")
+    parser.add_argument("--server-cores", type=core_numbers, metavar="CORES", help="such as 0,2-3")
+    parser.add_argument("--daemon-cores", type=core_numbers, metavar="CORES", help="likewise")
     asyncio.run(main(parser.parse_args()))

@@ -34,6 +34,8 @@ def find(wanted: str) -> Path | None:
         return None
     folder = Path(f"/usr/lib/postgresql/{wanted}/bin") if wanted.isdigit() else Path(wanted)
     if not (folder / "initdb").exists():
+        if f" {wanted}." in Programs.find().run("postgres", "--version"):
+            return None
         raise SystemExit(f"no PostgreSQL server in {folder}")
     return folder
 
