@@ -1,0 +1,138 @@
+"""The message of a step outside of any journey: what `preview`, `send-test` and the console show
+and send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
+
+from sequencerd.core.calendar import dates
+from sequencerd.core.config import nearest
+from sequencerd.core.model import (
+    DefinitionError,
+    Enrollment,
+    Failed,
+    Problem,
+    Sequence,
+    SideEffect,
+    Step,
+    Suppressed,
+    Task,
+    view,
+)
+from sequencerd.definitions.compiler import compile_behaviour
+from sequencerd.errors import UsageError
+from sequencerd.runners.protocol import MessageRunner, Runner
+
+
+class Message(NamedTuple):
+    """A step that sends a message, what would send it, and the enrollment for it."""
+
+    sequence: Sequence
+    step: Step
+    runner: MessageRunner
+    program: object
+    task: Task
+
+
+def make_message(
+    sequence: Sequence,
+    name: str,
+    runners: Mapping[str, Runner],
+    enrollment: Enrollment,
+    external: Mapping[str, Any],
+) -> Message:
+    """Return the message of a step for an enrollment. Raises UsageError."""
+    step, program = _message_step(sequence, name)
+    runner = runners.get(step.type)
+    if not isinstance(runner, MessageRunner):
+        raise UsageError(f"{place(step)} is a {step.type}, which sends no message")
+    return Message(sequence, step, runner, program, _task(enrollment, sequence, step, external))
+
+
+def sample(data: str, subject: str | None = None, timezone: str | None = None) -> Enrollment:
+    """Return an enrollment with these data. Raises UsageError."""
+    if timezone is not None:
+        try:
+            dates.zone(timezone)
+        except DefinitionError as error:
+            raise UsageError(f"timezone: {error}") from error
+    now = datetime.now(UTC)
+    tag = UUID(int=0)
+    return Enrollment(1, subject or "subject", data, now, tag, None, "", "", timezone, now)
+
+
+async def write(message: Message) -> bytes:
+    """Return the finished message. Raises UsageError if it cannot be sent."""
+    try:
+        return await message.runner.write(message.program, message.task)
+    except ValueError as error:
+        raise UsageError(f"{place(message.step)} cannot be sent: {error}") from error
+
+
+class Test(NamedTuple):
+    """A message to one address, marked as a test."""
+
+    runner: Runner
+    program: object
+    task: Task
+
+
+def make_test(message: Message, address: str, runners: Mapping[str, Runner]) -> Test:
+    """Return the same message as a test. Raises UsageError, and ValueError for what is not an
+    address.
+    """
+    config = message.runner.as_test(message.step.config, address)
+    behaviour = compile_behaviour(message.step.type, config, runners, message.sequence.shared)
+    if isinstance(behaviour, Problem):
+        raise UsageError(f"{place(message.step)}: {behaviour.message}")
+    assert isinstance(behaviour, SideEffect)
+    return Test(runners[message.step.type], behaviour.program, message.task)
+
+
+async def send(test: Test, address: str) -> str:
+    """Send a test, and return a sentence about it. Raises UsageError if it is refused."""
+    (result,) = await test.runner.run(test.program, [test.task])
+    if isinstance(result, Failed | Suppressed):
+        raise UsageError(result.message)
+    return getattr(result, "message", None) or f"sent to {address}"
+
+
+def place(step: Step) -> str:
+    """Return the names of a sequence and a step."""
+    return f"{step.sequence}/{step.name}"
+
+
+def _message_step(sequence: Sequence, name: str) -> tuple[Step, object]:
+    """Return a step, and what its runner has made of its config."""
+    if name not in sequence.steps:
+        hint = nearest(name, list(sequence.steps))
+        raise UsageError(f"sequence {sequence.name!r} has no step {name!r}; {hint}")
+    step = sequence.steps[name]
+    match step.behaviour:
+        case SideEffect(program):
+            return step, program
+        case Problem(problem):
+            raise UsageError(f"{place(step)}: {problem}")
+    raise UsageError(f"{place(step)} is a {step.type}, which sends no message")
+
+
+def _task(
+    enrollment: Enrollment, sequence: Sequence, step: Step, external: Mapping[str, Any]
+) -> Task:
+    """Return what a runner gets for the first attempt of a visit that has just begun.
+
+    The key is a new one, as a server may leave out what it has got under the same one.
+    """
+    now = datetime.now(UTC)
+    here = enrollment._replace(
+        sequence=sequence.name, step=step.name, tag=uuid4(), entered_at=now, attempt=1
+    )
+    effect = step.behaviour
+    assert isinstance(effect, SideEffect)
+    topic = sequence.topic if effect.follows_topic else effect.topic
+    seen = view(here, here.timezone or sequence.timezone, now, external)
+    return Task(here.key, seen, topic=topic)
