@@ -115,6 +115,7 @@ async def main() -> None:
             lambda: Simulator(definitions, {}),
             lambda: datetime.now(UTC),
             structlog.get_logger(),
+            runners=dict,
         )
         transport = httpx.ASGITransport(app=app)
         async with (
@@ -194,6 +195,7 @@ async def disturbance(dsn: str, samples: int) -> None:
             lambda: Simulator({}, {}),
             lambda: datetime.now(UTC),
             structlog.get_logger(),
+            runners=dict,
         )
         app = make_app(list, list, CollectorRegistry(), console)
         async with engine.engine(url), serving(app, LISTEN):

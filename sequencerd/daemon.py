@@ -324,7 +324,14 @@ class _Daemon:
         settings = self.parts.settings.console
         console = None
         if settings is not None and settings.enabled:
-            console = make_console(settings, shard, self._simulator, self._clock.now, self._log)
+            console = make_console(
+                settings,
+                shard,
+                self._simulator,
+                self._clock.now,
+                self._log,
+                runners=self._own_runners,
+            )
         health = self._health
         public = () if self.parts.settings.http.public_listen else self._public(shard).routes
         return make_app(
@@ -337,6 +344,10 @@ class _Daemon:
 
     def _public(self, shard: Shard) -> Public:
         return Public(shard, lambda: self.parts.settings, self._log)
+
+    def _own_runners(self) -> dict[str, Runner]:
+        """Return runners for another thread."""
+        return make_runners(self.parts.settings)
 
     def _simulator(self) -> Simulator:
         """Return the present definitions and runners, for another thread to read."""

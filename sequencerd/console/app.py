@@ -18,16 +18,17 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console import changing, html, over_time, pages, simulating
+from sequencerd.console import changing, html, mail, over_time, pages, simulating
 from sequencerd.console.actions import Actions
 from sequencerd.console.auth import Auth
-from sequencerd.console.context import PageContext, context_of, say
+from sequencerd.console.context import POLICY, PageContext, context_of, say
 from sequencerd.console.live import Live
 from sequencerd.console.query import NotFoundError, WrongQueryError
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import UsageError
+from sequencerd.runners import Runner
 from sequencerd.settings import Console
 from sequencerd.storage.connections import Shard, arguments
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
@@ -37,10 +38,7 @@ TIMEOUT = 10.0  # seconds that a page waits for the database
 TURN = 0.0002  # seconds
 
 HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
-        " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    ),
+    "Content-Security-Policy": POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "same-origin",
@@ -58,10 +56,13 @@ def make_console(
     simulator: Callable[[], Simulator],
     now: Callable[[], datetime],
     log: FilteringBoundLogger,
+    *,
+    runners: Callable[[], Mapping[str, Runner]],
 ) -> Starlette:
     """Return the application, for a thread beside the engine's.
 
-    `simulator` gives the sequences and runners as they are at the moment. `app.state.close` ends
+    `simulator` gives the sequences and runners as they are at the moment, `runners` makes others,
+    for this thread. `app.state.close` ends
     what would keep its connections open.
     """
 
@@ -90,6 +91,7 @@ def make_console(
                 summary,
                 live,
                 simulator,
+                runners,
                 now,
                 actions,
             )
@@ -122,6 +124,9 @@ def make_console(
             get("/simulate", simulating.simulate),
             get("/tables/{name}.{form}", pages.table),
             get("/live", pages.stream),
+            get("/message", mail.mail),
+            get("/message/frame", mail.frame),
+            post("/message/test", mail.send_test),
             get("/change", changing.question),
             post("/change", changing.change),
             get("/changes/{number:int}", changing.follow),
@@ -170,7 +175,7 @@ def _said(request: Request, error: Exception) -> Response:
 PUBLIC = (pages.login, pages.log_in, pages.static)
 """Pages that need no login."""
 
-CHANGES = (changing.question, changing.change)
+CHANGES = (changing.question, changing.change, mail.send_test)
 """Pages that need console.write."""
 
 PROGRAMS = (pages.table, pages.stream)

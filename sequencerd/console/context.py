@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -22,8 +22,15 @@ from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at
 from sequencerd.console.views import Journey
 from sequencerd.definitions.simulator import Simulator
+from sequencerd.runners import Runner
 from sequencerd.settings import Console
 from sequencerd.storage.connections import Shard
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+    " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+"""The Content-Security-Policy of pages."""
 
 
 @dataclass
@@ -38,6 +45,7 @@ class PageContext:
     summary: Summary
     live: Live
     simulator: Callable[[], Simulator]
+    runners: Callable[[], Mapping[str, Runner]]
     now: Callable[[], datetime]
     actions: Actions
     simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))

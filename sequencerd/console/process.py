@@ -60,7 +60,14 @@ async def run(
             list,
             definitions.why_not_ready,
             CollectorRegistry(),
-            make_console(console, shard, definitions.simulator, definitions.clock.now, log),
+            make_console(
+                console,
+                shard,
+                definitions.simulator,
+                definitions.clock.now,
+                log,
+                runners=lambda: make_runners(settings),
+            ),
         )
         async with serving(app, address, _refuse_taken_address):
             log.info("ready", console=f"http://{address}/console/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -36,10 +36,11 @@ async def console(
     runners: Mapping[str, Runner] | None = None,
     *,
     through: str | None = None,
+    own: Callable[[], Mapping[str, Runner]] | None = None,
     **settings: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a console that an engine runs beside. The console's own connections can go
-    `through` another URL.
+    `through` another URL. `own` makes the runners of its thread.
     """
     found = Settings.model_validate({"console": settings}).console
     assert found is not None
@@ -55,6 +56,7 @@ async def console(
                 lambda: Simulator(dict(engine.catalog.sequences), runners),
                 lambda: datetime.now(UTC),
                 structlog.get_logger(),
+                runners=own or (lambda: runners),
             ),
         )
         listen = f"127.0.0.1:{free_port()}"

@@ -30,12 +30,17 @@ def page(content: bytes) -> str:
     text = "" if body is None else str(body.get_content())
     if body is None or body.get_content_type() != "text/html":
         return f"<!doctype html>{_CHARSET}{head}<pre>{html.escape(text)}</pre>\n"
-    images = {part["Content-ID"].strip("<> "): part for part in read.walk() if part["Content-ID"]}
-    text = _CID.sub(lambda found: _inline(images.get(found[1]), found[0]), text)
+    text = inlined(read, text)
     start = _HEAD.search(text)
     text = text[: start.end()] + _CHARSET + text[start.end() :] if start else _CHARSET + text
     start = _BODY.search(text)
     return text[: start.end()] + head + text[start.end() :] if start else head + text
+
+
+def inlined(read: EmailMessage, text: str) -> str:
+    """Return the HTML of a message with its inline images in it."""
+    images = {part["Content-ID"].strip("<> "): part for part in read.walk() if part["Content-ID"]}
+    return _CID.sub(lambda found: _inline(images.get(found[1]), found[0]), text)
 
 
 def _inline(part: EmailMessage | None, otherwise: str) -> str:

@@ -107,6 +107,17 @@ SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data,
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at >= $3
  ORDER BY wake_at LIMIT $5 OFFSET $4;
 
+-- name: console_example
+-- Find an enrollment whose message can be shown: one that is at the step, else one of the first at any
+-- step of the sequence.
+SELECT first.id FROM (
+    (SELECT id, 0 AS rank FROM sequencer.enrollments
+      WHERE sequence = $1 AND step = $2 AND status = 'active' ORDER BY wake_at LIMIT 1)
+    UNION ALL
+    (SELECT id, 1 FROM sequencer.enrollments
+      WHERE sequence = $1 AND status = 'active' ORDER BY step, wake_at LIMIT 1)
+) AS first ORDER BY rank LIMIT 1;
+
 -- name: console_history
 -- Read the latest events of an enrollment before a time.
 SELECT at, sequence, step, visit, action, message, revision

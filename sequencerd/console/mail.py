@@ -1,0 +1,207 @@
+"""The message of a step as it will be received, for an enrollment or for sample data."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email import message_from_bytes
+from email.message import EmailMessage
+from email.policy import default
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from sequencerd.console.context import POLICY, PageContext, context_of, query_of, render
+from sequencerd.console.query import NotFoundError, Query
+from sequencerd.console.tables import at
+from sequencerd.core.model import Enrollment, Sequence, SideEffect, parse_data
+from sequencerd.definitions import messages
+from sequencerd.definitions.options import read_object
+from sequencerd.errors import UsageError
+from sequencerd.runners.email.page import inlined
+from sequencerd.runners.protocol import MessageRunner
+from sequencerd.storage import connections
+from sequencerd.storage.statements import QUERIES
+
+SAMPLE = '{"email": "ada@example.com", "phone": "+14155550100", "name": "Ada"}'
+GIVEN = ("sequence", "step", "enrollment", "data", "external", "timezone")
+SENDING = 30.0  # seconds
+
+FRAME = (
+    "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
+)
+"""The policy of a frame with the HTML of a message: nothing runs, and nothing is loaded."""
+
+
+@dataclass(frozen=True)
+class Mail:
+    """A message, as much of it as may be shown."""
+
+    subject: str | None
+    headers: list[tuple[str, str]]
+    text: str | None
+    html: str | None
+    files: list[str]
+
+
+async def mail(request: Request) -> Response:
+    """Show a message, with a form for whom it is."""
+    return await _page(request, query_of(request), None)
+
+
+async def _page(
+    request: Request, query: Query, wrong: str | None, status: int = 200, *, sent: str | None = None
+) -> Response:
+    context = context_of(request)
+    sequence = _sequence(context, query)
+    shown, enrollment = None, query.get("enrollment")
+    if enrollment is None and query.get("data") is None:
+        enrollment = await _one_at(context, query)
+    try:
+        shown = await _mail(context, query, enrollment)
+    except UsageError as error:
+        wrong, status = wrong or _masked(context, str(error), {}), 422
+    given = {name: query.get(name) for name in GIVEN} | {"enrollment": enrollment}
+    user = request.state.visitor.user or ""
+    answer = render(
+        request,
+        "mail.html",
+        status,
+        title=f"The message of {query.must('step')}",
+        mail=shown,
+        sent=sent,
+        wrong=wrong,
+        given=given,
+        data=query.get("data") or ("" if enrollment else SAMPLE),
+        frame=at("/message/frame", **given),
+        steps=[name for name, step in sequence.steps.items() if sends(context, step)],
+        lookup=sequence.lookup,
+        to=query.get("address") or (user if "@" in user else ""),
+    )
+    answer.headers["Content-Security-Policy"] = f"{POLICY}; frame-src 'self'"
+    return answer
+
+
+async def frame(request: Request) -> Response:
+    """Return the HTML of a message, for a frame."""
+    context, query = context_of(request), query_of(request)
+    shown = await _mail(context, query, query.get("enrollment"))
+    if shown.html is None:
+        raise NotFoundError("This message has no HTML.")
+    headers = {"Content-Security-Policy": FRAME, "X-Frame-Options": "SAMEORIGIN"}
+    return HTMLResponse(shown.html, headers=headers)
+
+
+async def send_test(request: Request) -> Response:
+    """Send the message to one address, marked as a test."""
+    context, query = context_of(request), Query(request.state.form)
+    runners = context.runners()
+    try:
+        address = query.get("address")
+        if address is None:
+            raise UsageError("write the address that gets the test")
+        message, _ = await _message(context, query, query.get("enrollment"))
+        try:
+            test = messages.make_test(message, address, runners)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        async with asyncio.timeout(SENDING):
+            report = await messages.send(test, address)
+    except TimeoutError:
+        wrong = "The server has not answered in time; the test may still arrive."
+        return await _page(request, query, wrong, 422)
+    except UsageError as error:
+        return await _page(request, query, _masked(context, str(error), {}), 422)
+    finally:
+        for runner in runners.values():
+            await runner.close()
+    return await _page(request, query, None, sent=f"Test {report}.")
+
+
+def sends(context: PageContext, step: Any) -> bool:
+    """Return whether a step sends a message that can be shown."""
+    runner = context.simulator().runners.get(step.type)
+    return isinstance(step.behaviour, SideEffect) and isinstance(runner, MessageRunner)
+
+
+def _sequence(context: PageContext, query: Query) -> Sequence:
+    name = query.must("sequence")
+    try:
+        sequence = context.simulator().definitions[name]
+    except KeyError:
+        raise NotFoundError(f"There is no sequence {name}.") from None
+    if query.must("step") not in sequence.steps:
+        raise NotFoundError(f"The sequence {name} has no step {query.must('step')}.")
+    return sequence
+
+
+async def _one_at(context: PageContext, query: Query) -> str | None:
+    """Return the id of an enrollment at the step, or else the latest of the sequence."""
+    sequence, step = query.must("sequence"), query.must("step")
+    rows = await connections.read(context.pool, "console_example", sequence, step)
+    return str(rows[0]["id"]) if rows else None
+
+
+async def _message(
+    context: PageContext, query: Query, id_: str | None
+) -> tuple[messages.Message, Mapping[str, Any]]:
+    """Return the message, and the data of the enrollment, which may be masked."""
+    sequence = _sequence(context, query)
+    external = read_object(query.get("external") or "{}", "external data")
+    known: Mapping[str, Any] = {}
+    if id_ is None:
+        data = query.get("data") or SAMPLE
+        read_object(data, "data")
+        enrollment = messages.sample(data, None, query.get("timezone"))
+    else:
+        number = Query({"enrollment": id_}).number("enrollment", 0)
+        async with connections.reading(context.pool) as connection:
+            row = await connection.fetchrow(QUERIES["simulated"], number)
+        if row is None:
+            raise NotFoundError(f"Enrollment {number} does not exist.")
+        enrollment = Enrollment(*list(row)[:-1])
+        known = parse_data(enrollment.data)
+    runners = context.simulator().runners
+    made = messages.make_message(sequence, query.must("step"), runners, enrollment, external)
+    return made, known
+
+
+async def _mail(context: PageContext, query: Query, id_: str | None) -> Mail:
+    """Return a message as it may be shown. Raises UsageError."""
+    message, known = await _message(context, query, id_)
+    runners = context.runners()  # those of the engine belong to its thread
+    runner = runners[message.step.type]
+    assert isinstance(runner, MessageRunner)
+    try:
+        async with context.simulating:
+            content = await messages.write(message._replace(runner=runner))
+    finally:
+        for one in runners.values():
+            await one.close()
+    read = message_from_bytes(content, policy=default)
+    assert isinstance(read, EmailMessage)
+
+    def masked(text: str) -> str:
+        return _masked(context, text, known)
+
+    text, html = (_part(read, kind) for kind in ("plain", "html"))
+    return Mail(
+        masked(str(read["Subject"])) if read["Subject"] else None,
+        [(name, masked(str(value))) for name, value in read.items() if name != "Subject"],
+        masked(text) if text is not None else None,
+        masked(inlined(read, html)) if html is not None else None,
+        [masked(part.get_filename() or "unnamed") for part in read.iter_attachments()],
+    )
+
+
+def _part(read: EmailMessage, kind: str) -> str | None:
+    part = read.get_body((kind,))
+    return None if part is None else str(part.get_content())
+
+
+def _masked(context: PageContext, text: str, known: Mapping[str, Any]) -> str:
+    shown = context.mask({"message": text, "known": json.loads(json.dumps(known))})
+    return str(shown["message"])

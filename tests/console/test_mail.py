@@ -1,0 +1,136 @@
+"""A message as it will be received, and a test of it, over a real mail server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import asyncpg
+import pytest
+
+from sequencerd.runners import Runner
+from sequencerd.runners.email.runner import EmailRunner
+from tests.console.conftest import console, token
+from tests.console.test_pages import check
+from tests.helpers.engines import Recorder, define, enroll
+from tests.helpers.servers import HOST, smtp_server
+
+LETTER = json.dumps(
+    {
+        "from": "us@example.com",
+        "to": "{{data.email}}",
+        "subject": "Hello {{data.name}}",
+        "html": '<style>p { color: red }</style><p>Dear {{data.name}}<img src="http://x.test/p.gif">'
+        "<script>alert(1)</script></p>",
+        "text": "Dear {{data.name}}",
+    }
+)
+DATA = '{"email": "ada@example.com", "name": "Ada"}'
+PATH = "/message?sequence=s&step=letter"
+
+
+def _runners(port: int = 9) -> Mapping[str, Runner]:
+    return {"Email": EmailRunner(f"smtp://{HOST}:{port}"), "Note": Recorder()}
+
+
+@pytest.fixture
+async def letter(connection: asyncpg.Connection) -> int:
+    """An enrollment that waits before a letter. Its id."""
+    day = '{"amount": 1, "unit": "day"}'
+    await define(
+        connection,
+        "s",
+        ("wait", "WaitForDuration", day, "letter"),
+        ("letter", "Email", LETTER, "note"),
+        ("note", "Note", "{}", None),
+    )
+    return await enroll(connection, "s", "ada", DATA)
+
+
+async def test_a_message_as_it_will_be_received(database: str, letter: int) -> None:
+    async with console(database, _runners(), own=_runners, write=False) as client:
+        page = await client.get(f"{PATH}&enrollment={letter}")
+        text = check(page)
+        assert page.status_code == 200
+        assert "Hello Ada" in text
+        assert "ada@example.com" in text
+        assert "Dear Ada" in text
+        assert "Message-ID" in text
+        assert "Send a test" not in text
+        assert "script-src 'self'" in page.headers["content-security-policy"]
+        assert "frame-src 'self'" in page.headers["content-security-policy"]
+        frame = await client.get(f"/message/frame?sequence=s&step=letter&enrollment={letter}")
+        assert "<p>Dear Ada" in frame.text
+        policy = frame.headers["content-security-policy"]
+        assert policy.startswith("sandbox; default-src 'none'")
+        assert "script-src" not in policy
+        # of the enrollment that is there, if none is named
+        assert "Hello Ada" in check(await client.get(PATH))
+        data = {"data": '{"email": "bob@example.com", "name": "<b>Bob"}'}
+        assert "Hello <b>Bob" in check(await client.get(PATH, params={**_given(), **data}))
+
+
+def _given() -> dict[str, str]:
+    return {"sequence": "s", "step": "letter"}
+
+
+async def test_a_message_that_cannot_be_shown(database: str, letter: int) -> None:
+    async with console(database, _runners(), own=_runners) as client:
+        for query, status, words in (
+            ({"enrollment": "999"}, 404, "Enrollment 999 does not exist"),
+            ({"enrollment": "x"}, 422, "not a number"),
+            ({"data": "{"}, 422, "data is not JSON"),
+            ({"data": "{}"}, 422, "cannot be sent: to"),
+            ({"step": "nowhere"}, 404, "no step nowhere"),
+            ({"step": "wait"}, 422, "sends no message"),
+            ({"step": "note"}, 422, "sends no message"),
+            ({"sequence": "nothing"}, 404, "no sequence nothing"),
+        ):
+            page = await client.get("/message", params={**_given(), **query})
+            assert page.status_code == status, query
+            assert words in check(page), query
+            frame = await client.get("/message/frame", params={"data": "{}", **_given(), **query})
+            assert frame.status_code in (404, 422), query
+
+
+async def test_a_masked_message(database: str, letter: int) -> None:
+    mask = ["data.name", "data.email"]
+    async with console(database, _runners(), own=_runners, mask=mask) as client:
+        page = check(await client.get(f"{PATH}&enrollment={letter}"))
+        assert "Hello •••" in page
+        frame = await client.get(f"/message/frame?sequence=s&step=letter&enrollment={letter}")
+        assert frame.status_code == 200
+        for text in (page, frame.text):
+            assert "Ada" not in text
+            assert "ada@" not in text
+
+
+async def test_a_test_is_sent(database: str, letter: int) -> None:
+    async with smtp_server() as mailbox:
+
+        def own() -> Mapping[str, Runner]:
+            return _runners(mailbox.port)
+
+        async with console(database, _runners(), own=own, write=True) as client:
+            page = await client.get(f"{PATH}&enrollment={letter}")
+            form = {**_given(), "enrollment": str(letter), "token": token(page)}
+            refused = await client.post("/message/test", data={**form, "address": "me"})
+            assert refused.status_code == 422
+            assert "is not an address" in check(refused)
+            refused = await client.post("/message/test", data=form)
+            assert "write the address" in check(refused)
+            forged = await client.post("/message/test", data={**form, "token": "x"})
+            assert forged.status_code == 403
+            assert mailbox.messages == []
+            sent = await client.post("/message/test", data={**form, "address": "me@example.com"})
+            assert "Test sent to me@example.com" in check(sent)
+            message = mailbox.parsed()
+            assert message["Subject"] == "[Test] Hello Ada"
+            assert message["To"] == "me@example.com"
+
+
+async def test_a_test_needs_write(database: str, letter: int) -> None:
+    async with console(database, _runners(), own=_runners) as client:
+        form = {**_given(), "enrollment": str(letter), "address": "me@example.com"}
+        refused = await client.post("/message/test", data={**form, "token": "x"})
+        assert refused.status_code == 403
