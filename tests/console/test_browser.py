@@ -133,10 +133,11 @@ PAGES = (
     "/console/over-time",
     "/console/over-time?sequence=s&by=hour",
     "/console/changes/1",
+    "/console/message?sequence=s&step=note",
     "/console/nonsense",
 )
 LOGIN = "/console/login"
-NO_PAGES = ("/tables/{name}.{form}", "/live", "/static/{name:path}")
+NO_PAGES = ("/tables/{name}.{form}", "/live", "/static/{name:path}", "/message/frame")
 """What answers programs and not readers."""
 
 
@@ -158,6 +159,7 @@ def test_every_page_is_among_those_that_are_tested() -> None:
         lambda: Simulator({}, {}),
         lambda: datetime.now(UTC),
         structlog.get_logger(),
+        runners=dict,
     )
     tested = [path.partition("?")[0].removeprefix("/console") for path in (*PAGES, LOGIN)]
     for route in app.routes:
