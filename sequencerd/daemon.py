@@ -11,7 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import asyncpg
@@ -21,13 +21,14 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.console.app import make_console
 from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.definitions.simulator import Simulator
-from sequencerd.engine import retention
+from sequencerd.engine import rates, retention
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.enrolling import Enrolling
 from sequencerd.engine.lookups import Lookups
 from sequencerd.engine.loop import Engine
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.runners import Runner, tracing
+from sequencerd.runners.pace import Take
 from sequencerd.runners.protocol import NotNow
 from sequencerd.runners.registry import make_runners
 from sequencerd.runners.suppressions import Key, Suppressions
@@ -47,6 +48,7 @@ from sequencerd.storage.suppressions import read_suppressed
 CLOSE_TIMEOUT = 5.0  # seconds
 PROMOTION_INTERVAL = 1.0  # seconds between checks of a standby
 DESCRIPTORS = 65_536
+RATES_CONNECTIONS = 4  # opened while a runner has a rate: one that is locked delays no other
 ENROLLING_CONNECTIONS = 4  # its lock, and queries of users that may be slow
 
 FIXED = ("database", "engine", "http", "console")
@@ -76,6 +78,16 @@ def daemon_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
 
 
+class Pools(NamedTuple):
+    """The connections of a daemon, by what they are for."""
+
+    engine: asyncpg.Pool
+    heart: asyncpg.Pool
+    lookups: asyncpg.Pool
+    enrolling: asyncpg.Pool
+    rates: asyncpg.Pool
+
+
 class Parts:
     """What can be replaced while the daemon runs: runners and lookups, and their settings."""
 
@@ -86,10 +98,10 @@ class Parts:
         self.lookups = Lookups(pool, settings.lookups, timeout=settings.database.lookup_timeout)
         self._pool = pool
 
-    def renewed(self, new: Settings, suppressions: Suppressions) -> Parts:
+    def renewed(self, new: Settings, suppressions: Suppressions, take: Take | None = None) -> Parts:
         """Return the parts for other settings, with what does not change. Raises SettingsError."""
         old = self.settings
-        runners = make_runners(new, suppressions)
+        runners = make_runners(new, suppressions, take)
         links = (old.unsubscribe, new.unsubscribe)
         sections: dict[str, tuple[object, object]] = {
             EMAIL.name: ((old.email, links[0]), (new.email, links[1])),
@@ -140,9 +152,12 @@ async def run(
         except TRANSIENT_ERRORS as error:
             raise NotNow(f"the suppressions can't be read: {error}") from error
 
+    async def take(runner: str, per_second: float, count: int) -> float:
+        return await rates.take(for_rates, runner, per_second, count, log)
+
     settings.check_console()
     suppressions = Suppressions(suppressed)
-    runners = make_runners(settings, suppressions)
+    runners = make_runners(settings, suppressions, take)
     tune_collector()
     raise_descriptor_limit()
     reload_requested, stop_requested = asyncio.Event(), asyncio.Event()
@@ -165,18 +180,17 @@ async def run(
         _pool(shard, settings.database, 1) as heart,
         _pool(shard, settings.database, settings.database.lookup_connections, 0) as for_lookups,
         _pool(shard, settings.database, ENROLLING_CONNECTIONS, 0) as for_enrolling,
+        _pool(shard, settings.database, RATES_CONNECTIONS, 0) as for_rates,
     ):
         try:
             parts = Parts(settings, runners, for_lookups)
         except ValueError as error:
             raise SettingsError(f"wrong setting: {error}") from error
         daemon = _Daemon(
-            pool,
-            heart,
-            for_lookups,
-            for_enrolling,
+            Pools(pool, heart, for_lookups, for_enrolling, for_rates),
             parts,
             suppressions=suppressions,
+            take=take,
             log=log,
             read=read,
         )
@@ -270,38 +284,35 @@ class _Daemon:
 
     def __init__(
         self,
-        pool: asyncpg.Pool,
-        heart: asyncpg.Pool,
-        for_lookups: asyncpg.Pool,
-        for_enrolling: asyncpg.Pool,
+        pools: Pools,
         parts: Parts,
         *,
         suppressions: Suppressions,
+        take: Take,
         log: FilteringBoundLogger,
         read: Callable[[], Settings],
     ) -> None:
         settings = parts.settings.engine
         self.name = daemon_name()
         self.parts = parts
-        self._pool = pool
-        self._heart = heart
-        self._for_lookups = for_lookups
-        self._for_enrolling = for_enrolling
+        self._pools = pools
+        self._pool = pools.engine
         self._clock = Clock()
         self._suppressions = suppressions
+        self._take = take
         self._log = log
         self._read = read
         self._metrics = Metrics()
         self._health = Health(self._metrics, self._status, sweep=settings.sweep)
         self._health.waits = {
-            "engine": partial(connections.longest_wait, pool),
-            "lookups": partial(connections.longest_wait, for_lookups),
+            "engine": partial(connections.longest_wait, pools.engine),
+            "lookups": partial(connections.longest_wait, pools.lookups),
         }
         for name, seconds in self._health.waits.items():
             self._metrics.connection_wait.labels(name).set_function(seconds)
         self._engine = Engine(
-            pool,
-            heart,
+            pools.engine,
+            pools.heart,
             parts.runners,
             parts.lookups.get,
             clock=self._clock,
@@ -312,7 +323,7 @@ class _Daemon:
             turned=self._health.turned,
         )
         self._enrolling = Enrolling(
-            for_enrolling,
+            pools.enrolling,
             self._engine.problems,
             timeout=parts.settings.database.lookup_timeout,
             clock=self._clock,
@@ -399,9 +410,9 @@ class _Daemon:
 
     async def _connected(self) -> None:
         # if the network was cut, idle connections may be dead unnoticed
-        await self._pool.expire_connections()
-        await self._for_lookups.expire_connections()
-        await self._for_enrolling.expire_connections()
+        for pool in self._pools:
+            if pool is not self._pools.heart:
+                await pool.expire_connections()
         await self._engine.sweep()
         self._log.info("ready", daemon=self.name, sequences=len(self._engine.catalog.sequences))
         notify("READY=1", f"STATUS={self._status()}")
@@ -420,7 +431,7 @@ class _Daemon:
         self._engine.stop()
         # shutdown does not wait for a silent database
         seconds = self.parts.settings.engine.stop_timeout + CLOSE_TIMEOUT
-        for pool in (self._pool, self._heart, self._for_lookups, self._for_enrolling):
+        for pool in self._pools:
             asyncio.get_running_loop().call_later(seconds, pool.terminate)
 
     async def _reload_whenever(self, requested: asyncio.Event, group: asyncio.TaskGroup) -> None:
@@ -428,7 +439,7 @@ class _Daemon:
             requested.clear()
             notify_reloading()
             try:
-                new = self.parts.renewed(self._reread(), self._suppressions)
+                new = self.parts.renewed(self._reread(), self._suppressions, self._take)
             except SettingsError as error:
                 self._log.error("invalid settings, the old ones remain", error=str(error))
             else:

@@ -7,6 +7,7 @@
 --   revisions     former definitions: a document for each change, however it was made
 --   topics        what messages are about, in the words of their recipients
 --   reservations  side effects that limits count
+--   rates         until when permits for calls of runners with a limited rate are taken
 --   suppressions  addresses to which no messages are sent, for one topic or all
 --   holidays      days on which windows do not open, and which are no business days
 --   daemons       which daemons run, and until when each is taken to be alive
@@ -631,6 +632,20 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION sequencer.reserve IS 'Reserve places under limits until the end of their periods, in the order given; without at_most, give one back. Return what found none, and when there is one.';
+
+
+-- One row for each runner with the setting per_second. Its lock lets one daemon take permits at a time.
+CREATE TABLE sequencer.rates (
+    runner     text COLLATE "C" PRIMARY KEY,
+    per_second double precision NOT NULL,
+    next_at    timestamptz NOT NULL,
+    reached_at timestamptz
+);
+
+COMMENT ON TABLE  sequencer.rates IS 'The rates of runners with the setting per_second, which all daemons share. Each daemon takes permits in blocks.';
+COMMENT ON COLUMN sequencer.rates.per_second IS 'The setting of the daemon that has last taken permits.';
+COMMENT ON COLUMN sequencer.rates.next_at IS 'Until when permits are taken: the next may be used from then on.';
+COMMENT ON COLUMN sequencer.rates.reached_at IS 'When calls have last waited because of the rate.';
 
 
 -- daemons ---------------------------------------------------------------------------------------
@@ -2222,6 +2237,8 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'INSERT', 'reservations'),
     ('sequencer_daemon', 'UPDATE', 'reservations'),
     ('sequencer_daemon', 'DELETE', 'reservations'),
+    ('sequencer_daemon', 'INSERT', 'rates'),
+    ('sequencer_daemon', 'UPDATE', 'rates'),
     ('sequencer_daemon', 'INSERT', 'activity'),
     ('sequencer_daemon', 'UPDATE', 'activity'),
     ('sequencer_daemon', 'DELETE', 'activity'),

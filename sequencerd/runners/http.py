@@ -39,7 +39,7 @@ from sequencerd.runners.http_client import (
     check_url,
     judge,
 )
-from sequencerd.runners.pace import Pace
+from sequencerd.runners.pace import Pace, Take
 
 BATCH_BYTES = 96_000
 """Express, and proxies after it, take no more than 100 kB as it comes."""
@@ -120,9 +120,10 @@ class BatchRunner:
         limits: Limits,
         batch_bytes: int = BATCH_BYTES,
         retry: RetryPolicy = RETRY,
+        take: Take | None = None,
     ) -> None:
         self.retry = retry
-        self._pace = Pace(limits)
+        self._pace = Pace(limits, name, take)
         self._call_timeout = limits.timeout
         # a batch that needs several calls begins none after the time of one
         longest = 2 * limits.timeout + self._pace.longest_wait + 1
@@ -152,6 +153,9 @@ class BatchRunner:
         since = _now()
         while left:
             batch = left[: min(size, self._fitting(program, left, written))]
+            if not await self._pace.turn():
+                results |= {task.key: NotStarted() for task in left}
+                break
             answered = await self._ask(program, batch, written)
             if answered is None:
                 size = max(len(batch) // 2, 1)
@@ -182,7 +186,6 @@ class BatchRunner:
         self, program: str, tasks: Sequence[Task], written: Mapping[str, str]
     ) -> dict[str, Result] | None:
         """Make one call. Return None if it was too large and fewer tasks may fit."""
-        await self._pace.turn()
         now = _now()
         late: dict[str, Result] = {task.key: NotStarted() for task in tasks if task.is_late(now)}
         if late:

@@ -3,27 +3,83 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Awaitable, Callable
 
 from sequencerd.core.model import Limits
+from sequencerd.core.permits import LATEST, Permits
+
+Take = Callable[[str, float, int], Awaitable[float]]
+"""Takes a number of permits of a runner at a rate, which all daemons share. Returns in how many
+seconds the first of them can be used; the others follow at the rate.
+"""
+
+PATIENCE = 30.0
+"""Seconds for which a call waits for its turn at least, before it is given back."""
+
+STALE = 1.0
+"""Seconds after which the answer to a request says too little of the present: it is made again."""
 
 
 class Pace:
-    """Lets callers pass at an even rate, in the order of their calls; None is no limit."""
+    """Lets callers pass at an even rate, in the order of their calls; None is no limit.
 
-    def __init__(self, limits: Limits) -> None:
-        self.longest_wait = (
-            0.0 if limits.per_second is None else limits.concurrency / limits.per_second
-        )
-        """For how many seconds the last of all concurrent calls waits for its turn."""
-        self._interval = 0.0 if limits.per_second is None else 1 / limits.per_second
+    Permits are taken in blocks: by `take` from what all daemons share, else of this process alone.
+    """
+
+    def __init__(self, limits: Limits, name: str = "", take: Take | None = None) -> None:
+        rate = limits.per_second
+        self.longest_wait = 0.0 if rate is None else max(PATIENCE, 4 * limits.concurrency / rate)
+        """For how many seconds a call waits for its turn at most. With several daemons, it may be
+        as many times the turns of its own runner.
+        """
+        self._name = name
+        self._take = take or self._take_alone
+        self._rate = rate or 0.0
+        self._permits = None if rate is None else Permits(rate)
+        self._waiting = 0
         self._next = 0.0
+        self._lock = asyncio.Lock()  # callers pass it in their order
 
-    async def turn(self) -> None:
-        """Return when it is the caller's turn."""
-        if not self._interval:
-            return
+    async def turn(self, expires: float | None = None) -> bool:
+        """Return True when it is the caller's turn. Return False if it does not come in time, or
+        before the event loop's time `expires`.
+        """
+        if self._permits is None:
+            return True
+        loop = asyncio.get_running_loop()
+        end = min(loop.time() + self.longest_wait, math.inf if expires is None else expires)
+        while True:
+            self._waiting += 1
+            try:
+                async with asyncio.timeout_at(end), self._lock:
+                    at = await self._next_permit(self._permits)
+            except TimeoutError:
+                return False
+            finally:
+                self._waiting -= 1
+            if at > end:
+                self._permits.give_back(at)  # to another, whose time is longer
+                await asyncio.sleep(end - loop.time())
+                return False
+            if (seconds := at - loop.time()) > 0:
+                await asyncio.sleep(seconds)
+            if loop.time() <= at + LATEST:  # otherwise the process was too busy
+                return True
+
+    async def _next_permit(self, permits: Permits) -> float:
+        loop = asyncio.get_running_loop()
+        while (at := permits.next(loop.time())) is None:
+            count = permits.wanted(self._waiting)
+            asked = loop.time()
+            seconds = await self._take(self._name, self._rate, count)
+            answered = loop.time()
+            if answered - asked < STALE:
+                permits.add(answered + seconds, count)
+        return at
+
+    async def _take_alone(self, _name: str, rate: float, count: int) -> float:
         now = asyncio.get_running_loop().time()
-        begin = max(self._next, now)
-        self._next = begin + self._interval
-        if begin > now:
-            await asyncio.sleep(begin - now)
+        first = max(self._next, now)
+        self._next = first + count / rate
+        return first - now

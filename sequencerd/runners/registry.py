@@ -18,6 +18,7 @@ from sequencerd.runners.aws_lambda import MAX_EVENT, LambdaFunction
 from sequencerd.runners.email.oauth import Client
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http import BATCH_BYTES, BatchRunner, Endpoint, HttpEndpoint
+from sequencerd.runners.pace import Take
 from sequencerd.runners.protocol import Runner
 from sequencerd.runners.python import load
 from sequencerd.runners.sms.runner import HttpSmsRunner, TwilioRunner
@@ -27,15 +28,20 @@ from sequencerd.settings import Email, LookupEndpoint, Settings, Sms
 from sequencerd.settings import HttpEndpoint as RunnerEndpoint
 
 
-def make_runners(settings: Settings, suppressions: Suppressions | None = None) -> dict[str, Runner]:
+def make_runners(
+    settings: Settings, suppressions: Suppressions | None = None, take: Take | None = None
+) -> dict[str, Runner]:
     """Return every runner that is installed or set up, by step type. Raises SettingsError.
 
     No messages are sent to what `suppressions` lists; without it, definitions can be read only.
+    `take` takes permits that all daemons share; without it, rates are of this process alone.
     """
     try:
         runners: dict[str, Runner] = {
-            EMAIL.name: make_email_runner(settings.email, suppressions, links=make_links(settings)),
-            SMS.name: _sms_runner(settings.sms, suppressions, make_links(settings)),
+            EMAIL.name: make_email_runner(
+                settings.email, suppressions, links=make_links(settings), take=take
+            ),
+            SMS.name: _sms_runner(settings.sms, suppressions, make_links(settings), take),
         }
         installed = load()
         _check_names(installed, "the Python runner {}")
@@ -48,6 +54,7 @@ def make_runners(settings: Settings, suppressions: Suppressions | None = None) -
                 limits=endpoint.limits,
                 batch_bytes=endpoint.batch_bytes or (MAX_EVENT if endpoint.arn else BATCH_BYTES),
                 retry=endpoint.retry,
+                take=take,
             )
             runners[name] = AddressedRunner(runner, suppressions)
     except ValueError as error:
@@ -90,6 +97,7 @@ def make_email_runner(
     *,
     reply_timeout: float | None = None,
     links: Links | None = None,
+    take: Take | None = None,
 ) -> EmailRunner:
     """Return the runner for e-mail. Raises ValueError."""
     oauth: Client | str | None = email.token_command
@@ -116,6 +124,7 @@ def make_email_runner(
         bounce_address=email.bounce_address,
         links=links,
         retry=email.retry,
+        take=take,
     )
 
 
@@ -127,7 +136,9 @@ def make_links(settings: Settings) -> Links | None:
     return Links(section.url, [key.get_secret_value() for key in section.keys])
 
 
-def _sms_runner(sms: Sms, suppressions: Suppressions | None, links: Links | None) -> Runner:
+def _sms_runner(
+    sms: Sms, suppressions: Suppressions | None, links: Links | None, take: Take | None
+) -> Runner:
     if sms.provider == "http":
         if not sms.url or not sms.body:
             return _NotSetUp("SMS needs a gateway: set sms.url and sms.body")
@@ -141,6 +152,7 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None, links: Links | None
             only_to=sms.only_to,
             links=links,
             retry=sms.retry,
+            take=take,
         )
     token = _secret(sms.auth_token)
     if not sms.account_sid or not token:
@@ -156,6 +168,7 @@ def _sms_runner(sms: Sms, suppressions: Suppressions | None, links: Links | None
         suppress_bounces=sms.suppress_bounces,
         status_callback=sms.hook_url,
         retry=sms.retry,
+        take=take,
     )
 
 

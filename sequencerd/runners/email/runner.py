@@ -31,7 +31,7 @@ from sequencerd.core.model import (
     Task,
     Undeliverable,
 )
-from sequencerd.core.step_types.effects import EmailConfig
+from sequencerd.core.step_types.effects import EMAIL, EmailConfig
 from sequencerd.runners import unsubscribe
 from sequencerd.runners.email import mime, pending
 from sequencerd.runners.email.addresses import Addresses, compile_addresses
@@ -58,7 +58,7 @@ from sequencerd.runners.fields import (
     with_prefix,
 )
 from sequencerd.runners.only_to import OnlyTo
-from sequencerd.runners.pace import Pace
+from sequencerd.runners.pace import Pace, Take
 from sequencerd.runners.suppressions import Suppressions, describe
 from sequencerd.runners.unsubscribe import Links
 
@@ -114,6 +114,7 @@ class EmailRunner:
         bounce_address: str | None = None,
         links: Links | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
+        take: Take | None = None,
     ) -> None:
         self.retry = retry
         self._suppress_bounces = suppress_bounces
@@ -122,7 +123,7 @@ class EmailRunner:
         self._suppressions = suppressions
         self._only_to = OnlyTo("email.only_to", only_to)
         self._attachments = Attachments(attachments_from)
-        self._pace = Pace(limits)
+        self._pace = Pace(limits, EMAIL.name, take)
         # the postman keeps its own limits: this one is for what they can't come to
         longest = 2 * OFFER_TIMEOUT + final_timeout + self._pace.longest_wait
         longest += FETCH_TIMEOUT * (1 + limits.concurrency // FETCHES)
@@ -252,8 +253,8 @@ class EmailRunner:
                 if skipped := _skipped(mail, task, without, outside):
                     return skipped
                 files = await self._attachments.get(program.attachments, task.view)
-            await self._pace.turn()
-            if task.is_late(asyncio.get_running_loop().time()):
+            is_in_time = await self._pace.turn(task.expires)
+            if not is_in_time or task.is_late(asyncio.get_running_loop().time()):
                 return NotStarted()
             without = await self._suppressed(mail, task)
             left_out = without.keys() | outside

@@ -31,7 +31,7 @@ from sequencerd.core.model import (
     Task,
     Undeliverable,
 )
-from sequencerd.core.step_types.effects import SmsConfig
+from sequencerd.core.step_types.effects import SMS, SmsConfig
 from sequencerd.runners.fields import (
     RenderError,
     Translated,
@@ -51,7 +51,7 @@ from sequencerd.runners.http_client import (
     retry_after,
 )
 from sequencerd.runners.only_to import OnlyTo
-from sequencerd.runners.pace import Pace
+from sequencerd.runners.pace import Pace, Take
 from sequencerd.runners.sms import segments
 from sequencerd.runners.sms.numbers import read_number
 from sequencerd.runners.suppressions import Suppressions, describe
@@ -110,12 +110,13 @@ class _SmsRunner:
         only_to: Iterable[str] | None,
         links: Links | None,
         retry: RetryPolicy,
+        take: Take | None,
     ) -> None:
         self.retry = retry
         self._links = links
         self._suppressions = suppressions
         self._only_to = OnlyTo("sms.only_to", only_to)
-        self._pace = Pace(limits)
+        self._pace = Pace(limits, SMS.name, take)
         self.limits = replace(limits, timeout=limits.timeout + self._pace.longest_wait + 1)
         self._web = Web(
             timeout=limits.timeout, connections=limits.concurrency, allow_private=allow_private
@@ -181,8 +182,8 @@ class _SmsRunner:
             values = self.preview(program, task)
             if outside := self._only_to.outside([values["to"]]):
                 return Suppressed(f"not sent to {self._only_to.told(outside)}")
-            await self._pace.turn()
-            if task.is_late(asyncio.get_running_loop().time()):
+            is_in_time = await self._pace.turn(task.expires)
+            if not is_in_time or task.is_late(asyncio.get_running_loop().time()):
                 return NotStarted()
             if self._suppressions is not None:
                 asked = (values["to"], str(task.view["subject"]))
@@ -220,6 +221,7 @@ class TwilioRunner(_SmsRunner):
         suppress_bounces: bool = True,
         status_callback: str | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
+        take: Take | None = None,
     ) -> None:
         super().__init__(
             limits=limits,
@@ -228,6 +230,7 @@ class TwilioRunner(_SmsRunner):
             only_to=only_to,
             links=links,
             retry=retry,
+            take=take,
         )
         self._suppress_bounces = suppress_bounces
         self._status_callback = status_callback
@@ -319,6 +322,7 @@ class HttpSmsRunner(_SmsRunner):
         only_to: Iterable[str] | None = None,
         links: Links | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
+        take: Take | None = None,
     ) -> None:
         super().__init__(
             limits=limits,
@@ -327,6 +331,7 @@ class HttpSmsRunner(_SmsRunner):
             only_to=only_to,
             links=links,
             retry=retry,
+            take=take,
         )
         self._url = check_url(url)
         self._body = compile_field("body", body)

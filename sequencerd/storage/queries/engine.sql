@@ -651,3 +651,18 @@ UPDATE sequencer.activity_progress SET "until" = $2 WHERE after = $1;
 -- name: prune_activity
 -- Delete the counts of hours that began before a time.
 DELETE FROM sequencer.activity WHERE hour < $1;
+
+-- name: take_permits
+-- Take permits of a runner, whose rate all daemons share: they begin where those end that were taken
+-- before, or now. Up to 25 ms of the past count, so that the time of this statement is not lost; a
+-- rate that was set far too low by mistake delays calls no longer than a hundred of them take.
+INSERT INTO sequencer.rates AS r (runner, per_second, next_at)
+VALUES ($1, $2, clock_timestamp() + make_interval(secs => $3))
+ON CONFLICT (runner) DO UPDATE
+   SET per_second = excluded.per_second,
+       next_at = least(greatest(r.next_at, clock_timestamp() - interval '25 ms'),
+                       clock_timestamp() + greatest(interval '10 s', make_interval(secs => 100 / $2)))
+                 + make_interval(secs => $3),
+       reached_at = CASE WHEN r.next_at > clock_timestamp() + interval '100 ms'
+                         THEN clock_timestamp() ELSE r.reached_at END
+RETURNING extract(epoch FROM next_at - make_interval(secs => $3) - clock_timestamp())::float8;

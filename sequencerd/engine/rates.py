@@ -1,0 +1,30 @@
+"""Takes the permits of runners whose rates all daemons share."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.engine.background import PAUSE
+from sequencerd.storage import connections, rates
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
+
+TIMEOUT = 5.0  # seconds for which another session may lock the row
+
+
+async def take(
+    pool: asyncpg.Pool, runner: str, per_second: float, count: int, log: FilteringBoundLogger
+) -> float:
+    """Take permits, however often it takes: nothing is sent without them."""
+    is_reported = False
+    while True:
+        try:
+            async with asyncio.timeout(TIMEOUT), connections.borrow(pool) as connection:
+                return await rates.take(connection, runner, per_second, count)
+        except TRANSIENT_ERRORS as error:
+            if not is_reported:
+                log.warning("no permits of a rate, calls wait", runner=runner, error=brief(error))
+            is_reported = True
+            await asyncio.sleep(PAUSE)
