@@ -184,8 +184,9 @@ MESSAGE_RETRY = RetryPolicy(None, 60.0, 3600.0, 2 * 86400.0)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one daemon demands of a server at most: calls at the same time, enrollments in a call,
-    and calls per second. A call that takes longer than `timeout` seconds is given up.
+    """What one daemon demands of a server at most: calls at the same time, enrollments in a call;
+    and what all daemons do together: calls per second. A call that takes longer than `timeout`
+    seconds is given up.
     """
 
     concurrency: int = 10

@@ -348,6 +348,15 @@ async def _holidays(connection: asyncpg.Connection) -> Finding:
     return Finding("holidays", "known ahead" if rows else "none are used")
 
 
+async def _rates(connection: asyncpg.Connection) -> Finding:
+    rows = await connection.fetch(QUERIES["rates_reached"])
+    if not rows:
+        return Finding("rates", "no runner has waited for its rate in the last hour")
+    seen = _some(f"{row['runner']} at {row['per_second']:g} per second" for row in rows)
+    advice = "calls wait for their turn: if the server takes more, raise per_second"
+    return Finding("rates", f"reached in the last hour: {seen}", "ok", advice)
+
+
 async def _email_search(connection: asyncpg.Connection) -> Finding:
     if await connection.fetchval(QUERIES["console_has_email_index"]):
         return Finding("e-mail search", "has its index")
@@ -373,6 +382,7 @@ CHECKS: dict[str, Check] = {
     "failed": _failed,
     "steps": _steps,
     "holidays": _holidays,
+    "rates": _rates,
     "e-mail search": _email_search,
 }
 """The checks that need a connection alone, in order."""

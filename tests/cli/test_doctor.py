@@ -45,7 +45,7 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
         found = await examine(database)
     wrong = {about: f.seen for about, f in found.items() if f.level != "ok"}
     assert wrong == {"roles": "this user is a superuser"}
-    assert len(found) == 18
+    assert len(found) == 19
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,13 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
             "DE ends on 2001-01-01",
             """UPDATE sequencer.sequences SET time_window = '{"holidays": "DE"}';
             INSERT INTO sequencer.holidays VALUES ('DE', '2001-01-01'), ('FR', '2001-01-01')""",
+        ),
+        (
+            "rates",
+            "ok",
+            "reached in the last hour: Email at 2.5 per second",
+            """INSERT INTO sequencer.rates VALUES ('Email', 2.5, now(), now()),
+            ('SMS', 9, now(), now() - interval '2 hours')""",
         ),
         (
             "triggers",
@@ -157,7 +164,7 @@ async def test_a_user_with_too_few_privileges(
     await connection.execute("GRANT sequencer_enroller TO sequencer_test_nobody")
     found = await examine(with_login(database, "sequencer_test_nobody"))
     assert found["roles"].level == "warning"
-    assert "INSERT ON sequencer.events" in found["roles"].seen
+    assert "UPDATE ON sequencer.enrollments" in found["roles"].seen
     assert "GRANT sequencer_daemon" in found["roles"].advice
 
 

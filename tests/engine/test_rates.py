@@ -15,7 +15,7 @@ from sequencerd.core.model import Answer, Limits, Result, Task
 from sequencerd.engine import rates
 from sequencerd.runners.pace import Pace
 from sequencerd.storage import connections
-from tests.helpers.databases import with_login
+from tests.helpers.databases import shard, with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until
 from tests.helpers.waiting import PATIENCE
 
@@ -61,7 +61,7 @@ async def test_four_daemons_keep_a_rate_together(
         runners = []
         start = await connection.fetchval("SELECT clock_timestamp()")
         for _ in range(4):
-            pool = await connections.connect_pool(url, 1)
+            pool = await connections.connect_pool(shard(url), 1)
             stack.push_async_callback(pool.close)
             runners.append(Paced(pool, taken))
         for runner in runners:
@@ -84,7 +84,7 @@ async def test_four_daemons_keep_a_rate_together(
 
 async def permits_of(database: str, calls: int, count: int, per_second: float) -> list[float]:
     """Take blocks in four sessions at the same time. Return when each begins."""
-    pools = [await connections.connect_pool(database, 1) for _ in range(4)]
+    pools = [await connections.connect_pool(shard(database), 1) for _ in range(4)]
 
     async def session(pool: asyncpg.Pool) -> list[float]:
         loop, found = asyncio.get_running_loop(), []
@@ -121,7 +121,7 @@ async def test_nothing_passes_while_the_row_is_locked_or_the_database_refuses(
 ) -> None:
     monkeypatch.setattr(rates, "TIMEOUT", 0.2)
     monkeypatch.setattr(rates, "PAUSE", 0.01)
-    pool = await connections.connect_pool(database, 1)
+    pool = await connections.connect_pool(shard(database), 1)
     try:
         await rates.take(pool, "Email", 10, 1, LOG)
         async with connection.transaction():
@@ -152,7 +152,7 @@ async def test_nothing_passes_while_the_row_is_locked_or_the_database_refuses(
 async def test_a_rate_that_was_far_too_low_delays_for_seconds_only(
     connection: asyncpg.Connection, database: str
 ) -> None:
-    pool = await connections.connect_pool(database, 1)
+    pool = await connections.connect_pool(shard(database), 1)
     try:
         await rates.take(pool, "Email", 0.0001, 1, LOG)
         assert await rates.take(pool, "Email", 0.0001, 1, LOG) > 9000

@@ -101,6 +101,11 @@ SELECT used.calendar, max(h.day) AS last_day
   JOIN sequencer.holidays AS h ON h.calendar = used.calendar
  GROUP BY used.calendar ORDER BY used.calendar;
 
+-- name: rates_reached
+-- Read the runners whose calls have lately waited for their rate.
+SELECT runner, per_second FROM sequencer.rates
+ WHERE reached_at > now() - interval '1 hour' ORDER BY runner;
+
 -- name: problems
 -- Read the steps that cannot be executed, and why.
 SELECT sequence, name AS step, problem FROM sequencer.steps
