@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from difflib import get_close_matches
+from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -123,6 +124,14 @@ def _read_words(value: object) -> object:
 
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_read_words)]
+
+
+def _read_groups(value: object) -> object:
+    """Return a list; in a variable, with commas between: a group's name may contain blanks."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Groups = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_read_groups)]
 
 
 def _check_patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -412,21 +421,104 @@ class Unsubscribe(Section):
         return value
 
 
+Role = Literal["viewer", "operator", "editor"]
+"""What a user of the console may do: read; also change enrollments; also change definitions."""
+
+
+def _check_password_hash(value: SecretStr) -> SecretStr:
+    if not passwords.is_hash(value.get_secret_value()):
+        raise ValueError("this is not what `sequencerd console-password` prints")
+    return value
+
+
+PasswordHash = Annotated[Secret, AfterValidator(_check_password_hash)]
+
+
+class ConsoleUser(Section):
+    """A user of the console: [console.users.NAME]."""
+
+    password_hash: PasswordHash
+    role: Role = "viewer"
+
+
+class Oidc(Section):
+    """A provider of OpenID Connect, which logs users of the console in. `url` is where browsers
+    reach the listener; the provider leads them back to /console/oidc there.
+    """
+
+    issuer: str = Field(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")
+    client_id: str = Field(min_length=1)
+    client_secret: Secret | None = None
+    url: str = Field(pattern=r"^https?://[^\s/?#]+/?$")
+    scope: str = "openid profile email"
+    user_claim: str = Field(default="email", min_length=1)
+    groups_claim: str = Field(default="groups", min_length=1)
+
+    @field_validator("scope")
+    @classmethod
+    def _check_scope(cls, value: str) -> str:
+        if "openid" not in value.split():
+            raise ValueError('it must contain "openid"')
+        return value
+
+
 class Console(Section):
-    """The console in the browser, on the listener of [http]; the section turns it on."""
+    """The console in the browser, on the listener of [http]; the section turns it on.
+
+    `role` is that of users without one of their own: local users, those with the common password,
+    and those of a proxy if no groups are set. Groups come from the proxy's header or the provider.
+    """
 
     enabled: bool = True
     write: bool = False
-    password_hash: Secret | None = None
+    password_hash: PasswordHash | None = None
+    users: dict[str, ConsoleUser] = {}
+    role: Role = "editor"
     trusted_proxy: Words = ()
     user_header: str = Field(default="X-Forwarded-User", pattern=r"^[A-Za-z0-9-]+$")
+    groups_header: str = Field(default="X-Forwarded-Groups", pattern=r"^[A-Za-z0-9-]+$")
+    viewer_groups: Groups = ()
+    operator_groups: Groups = ()
+    editor_groups: Groups = ()
+    oidc: Oidc | None = None
     mask: Words = ()
 
-    @field_validator("password_hash")
+    @property
+    def groups(self) -> Mapping[Role, tuple[str, ...]]:
+        """Return the groups with each role, the most powerful first."""
+        return {
+            "editor": self.editor_groups,
+            "operator": self.operator_groups,
+            "viewer": self.viewer_groups,
+        }
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether users must be authenticated."""
+        return bool(self.password_hash or self.users or self.trusted_proxy or self.oidc)
+
+    @model_validator(mode="after")
+    def _check_access(self) -> Console:
+        has_groups = any(self.groups.values())
+        if self.users and self.password_hash is not None:
+            raise ValueError(
+                "write users or password_hash, not both: with users, each has a password"
+            )
+        if self.oidc is not None and not has_groups:
+            raise ValueError(
+                'oidc needs groups: set viewer_groups, operator_groups or editor_groups; "*" means '
+                "every user of the provider"
+            )
+        if has_groups and self.oidc is None and not self.trusted_proxy:
+            raise ValueError("groups come from oidc or from a proxy: set oidc or trusted_proxy")
+        return self
+
+    @field_validator("users")
     @classmethod
-    def _check_hash(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not passwords.is_hash(value.get_secret_value()):
-            raise ValueError("this is not what `sequencerd console-password` prints")
+    def _check_users(cls, value: dict[str, ConsoleUser]) -> dict[str, ConsoleUser]:
+        for name in value:
+            if name != " ".join(name.split()) or not name.isprintable() or not 0 < len(name) <= 100:
+                raise ValueError(f"{name!r} is not the name of a user: write 1 to 100 characters")
         return value
 
     @field_validator("trusted_proxy")
@@ -489,12 +581,18 @@ class Settings(Section):
             and console.enabled
             and self.listen is not None
             and not is_loopback(self.listen)
-            and not (console.password_hash or console.trusted_proxy)
+            and not console.is_protected
         ):
             raise SettingsError(
                 f"wrong setting: the console would be open to everyone at {self.listen}: set "
-                "console.password_hash (sequencerd console-password makes one) or "
-                "console.trusted_proxy, or http.listen to an address of this machine alone"
+                "console.password_hash (sequencerd console-password makes one), console.users, "
+                "console.oidc or console.trusted_proxy, or http.listen to an address of this "
+                "machine alone"
+            )
+        if console is not None and console.enabled and console.oidc and not find_spec("authlib"):
+            raise SettingsError(
+                "wrong setting: console.oidc needs a package that is not installed: "
+                "pip install 'sequencerd[oidc]'"
             )
 
     @property
@@ -592,15 +690,15 @@ def _without_files(value: object, *path: str) -> object:
     if not isinstance(value, dict):
         return value
     if set(value) == {"file"}:
-        return _MEANINGLESS.get(path, "c2VjcmV0")
+        return _MEANINGLESS.get((path[0], path[-1]), "c2VjcmV0")
     return {key: _without_files(part, *path, key) for key, part in value.items()}
 
 
-_MEANINGLESS: Mapping[tuple[str, ...], str | None] = {
+_MEANINGLESS: Mapping[tuple[str, str], str] = {
     ("database", "url"): "postgresql:///",
     ("database", "listen_url"): "postgresql:///",
     ("email", "url"): "smtp://user@localhost",
-    ("console", "password_hash"): None,
+    ("console", "password_hash"): f"scrypt$32768$8$1${'A' * 22}==${'A' * 43}=",
     ("unsubscribe", "keys"): "0" * 32,
 }
 """What takes the place of a secret that must have a form of its own."""

@@ -700,14 +700,23 @@ COMMENT ON COLUMN sequencer.scheduled_runs.enrolled IS 'How many of them were en
 COMMENT ON COLUMN sequencer.scheduled_runs.failures IS 'How many runs in a row have failed: the next one is tried later each time.';
 COMMENT ON COLUMN sequencer.scheduled_runs.problem IS 'What was wrong with the last run.';
 
-CREATE TABLE sequencer.console_logouts (
-    session text COLLATE "C" PRIMARY KEY,
-    until   timestamptz NOT NULL
+CREATE TABLE sequencer.console_sessions (
+    session    text COLLATE "C" PRIMARY KEY,
+    "user"     text NOT NULL,
+    groups     text[],
+    credential text NOT NULL,
+    address    text,
+    agent      text,
+    begun_at   timestamptz NOT NULL DEFAULT now(),
+    expires_at timestamptz NOT NULL
 );
 
-COMMENT ON TABLE  sequencer.console_logouts IS 'Console sessions that were ended by a logout, for all daemons.';
-COMMENT ON COLUMN sequencer.console_logouts.session IS 'A hash of the cookie''s value.';
-COMMENT ON COLUMN sequencer.console_logouts.until IS 'When the session would have expired.';
+COMMENT ON TABLE  sequencer.console_sessions IS 'Sessions of the console''s users, for all daemons. A logout deletes one.';
+COMMENT ON COLUMN sequencer.console_sessions.session IS 'The SHA-256 hash of the cookie''s value.';
+COMMENT ON COLUMN sequencer.console_sessions.groups IS 'The groups that the OpenID Connect provider named; NULL after a login by password.';
+COMMENT ON COLUMN sequencer.console_sessions.credential IS 'A hash of what the login relied on: a session ends when the password or the provider is another.';
+COMMENT ON COLUMN sequencer.console_sessions.address IS 'Where the login came from.';
+COMMENT ON COLUMN sequencer.console_sessions.agent IS 'The browser, as it called itself.';
 
 
 -- definitions: triggers -------------------------------------------------------------------------
@@ -2206,7 +2215,7 @@ WITH roles (role) AS (
      WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped
 ), on_relations (role, privilege, relation) AS (
     SELECT role, 'SELECT', name FROM relations, roles
-     WHERE role IN ('sequencer_enroller', 'sequencer_daemon')
+     WHERE role = 'sequencer_daemon' OR role = 'sequencer_enroller' AND name <> 'console_sessions'
     UNION ALL VALUES
     ('sequencer_privacy', 'SELECT', 'migrations'),
     ('sequencer_enroller', 'INSERT', 'reevaluations'),
@@ -2244,8 +2253,8 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'DELETE', 'activity'),
     ('sequencer_daemon', 'INSERT', 'activity_progress'),
     ('sequencer_daemon', 'UPDATE', 'activity_progress'),
-    ('sequencer_daemon', 'INSERT', 'console_logouts'),
-    ('sequencer_daemon', 'DELETE', 'console_logouts')
+    ('sequencer_daemon', 'INSERT', 'console_sessions'),
+    ('sequencer_daemon', 'DELETE', 'console_sessions')
 ), on_columns (role, privilege, relation, name) AS (
     -- INSERT on each column instead of the table, so that the triggers as_granted and of_today check rows
     SELECT 'sequencer_enroller', 'INSERT', 'enrollments', name FROM columns

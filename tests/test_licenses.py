@@ -41,6 +41,7 @@ CLASSIFIERS = {
 READ = {
     "colorama": "BSD-3-Clause",  # on Windows alone
     "grimp": "BSD-2-Clause",
+    "httpx2-jsfetch": "BSD-3-Clause",  # in a browser alone
     "import-linter": "BSD-2-Clause",
     "protobuf": "BSD-3-Clause",
     "python-dateutil": "Apache-2.0 OR BSD-3-Clause",

@@ -51,7 +51,8 @@ def _calls_servers(settings: Settings, types: set[str], used: Mapping[str, bool]
     from sequencerd.core.step_types import is_message  # noqa: PLC0415 - as above
 
     sms = settings.sms.url or settings.sms.account_sid
-    is_set = settings.email.url or sms or settings.runners or settings.lookups
+    oidc = settings.console and settings.console.oidc
+    is_set = settings.email.url or sms or settings.runners or settings.lookups or oidc
     return bool(is_set or used or any(map(is_message, types)))
 
 

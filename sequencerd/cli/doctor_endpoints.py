@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Mapping
 from importlib.metadata import entry_points
 
@@ -12,7 +13,7 @@ from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import LambdaFunction
 from sequencerd.runners.http_client import Unreachable, Web
 from sequencerd.service.doctor import Finding
-from sequencerd.settings import HttpEndpoint, LookupEndpoint, Settings
+from sequencerd.settings import HttpEndpoint, LookupEndpoint, Oidc, Settings
 
 PATIENCE = 10.0  # seconds for an endpoint
 
@@ -31,6 +32,8 @@ async def examine_endpoints(
         yield await _called(f"runner {name}", runner)
     for name, lookup in settings.lookups.items():
         yield await _called(f"lookup {name}", lookup)
+    if settings.console is not None and settings.console.oidc is not None:
+        yield await _provider(settings.console.oidc)
     installed = {point.name for point in entry_points(group=lookups.GROUP)}
     for name, is_function in used.items():
         if name not in settings.lookups and name not in installed:
@@ -57,6 +60,27 @@ async def _mail(settings: Settings) -> Finding:
     if settings.email.only_to is not None:
         seen += f"; messages go to {', '.join(settings.email.only_to) or 'no recipient'} only"
     return Finding("mail server", seen)
+
+
+async def _provider(settings: Oidc) -> Finding:
+    """Read the metadata of the provider that logs users of the console in."""
+    about, advice = "OIDC provider", "start it, or correct console.oidc.issuer"
+    issuer = settings.issuer.rstrip("/")
+    web = Web(timeout=PATIENCE, connections=1, allow_private=True)
+    try:
+        reply = await web.call("GET", f"{issuer}/.well-known/openid-configuration", headers={})
+    except Unreachable as error:
+        return Finding(about, str(error), "error", advice)
+    finally:
+        await web.close()
+    try:
+        found = json.loads(reply.body)["issuer"]
+    except (ValueError, KeyError, TypeError):
+        seen = f"answers with {reply.status} instead of its metadata"
+        return Finding(about, seen, "error", advice)
+    if str(found).rstrip("/") != issuer:
+        return Finding(about, f"calls itself {found!r}", "error", advice)
+    return Finding(about, "ready")
 
 
 async def _called(about: str, settings: HttpEndpoint | LookupEndpoint) -> Finding:

@@ -18,9 +18,9 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console import changing, html, mail, over_time, pages, simulating
+from sequencerd.console import access, changing, html, mail, over_time, pages, simulating
 from sequencerd.console.actions import Actions
-from sequencerd.console.auth import Auth
+from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.context import POLICY, PageContext, context_of, say
 from sequencerd.console.live import Live
 from sequencerd.console.query import NotFoundError, WrongQueryError
@@ -29,7 +29,7 @@ from sequencerd.console.tables import at
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
-from sequencerd.settings import Console
+from sequencerd.settings import Console, Role
 from sequencerd.storage.connections import Shard, arguments
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
@@ -106,11 +106,11 @@ def make_console(
                 await asyncio.gather(*tasks, return_exceptions=True)
                 pool.terminate()
 
-    def get(path: str, page: pages.Page) -> Route:
-        return Route(path, _guarded(page, log), methods=["GET"])
+    def get(path: str, page: pages.Page, role: Role | None = "viewer") -> Route:
+        return Route(path, _guarded(page, role, log), methods=["GET"])
 
-    def post(path: str, page: pages.Page) -> Route:
-        return Route(path, _guarded(page, log), methods=["POST"])
+    def post(path: str, page: pages.Page, role: Role | None) -> Route:
+        return Route(path, _guarded(page, role, log), methods=["POST"])
 
     return Starlette(
         routes=[
@@ -126,14 +126,18 @@ def make_console(
             get("/live", pages.stream),
             get("/message", mail.mail),
             get("/message/frame", mail.frame),
-            post("/message/test", mail.send_test),
-            get("/change", changing.question),
-            post("/change", changing.change),
+            post("/message/test", mail.send_test, "operator"),
+            get("/change", changing.question, "operator"),
+            post("/change", changing.change, "operator"),
             get("/changes/{number:int}", changing.follow),
-            get("/login", pages.login),
-            post("/login", pages.log_in),
-            post("/logout", pages.log_out),
-            get("/static/{name:path}", pages.static),
+            get("/sessions", access.sessions),
+            post("/sessions", access.end_session, "viewer"),
+            get("/login", access.login, None),
+            post("/login", access.log_in, None),
+            post("/logout", access.log_out, None),
+            get("/oidc", access.from_provider, None),
+            post("/oidc", access.to_provider, None),
+            get("/static/{name:path}", pages.static, None),
         ],
         middleware=[Middleware(_WithHeaders)],
         exception_handlers={HTTPException: _said},
@@ -172,28 +176,25 @@ def _said(request: Request, error: Exception) -> Response:
     return answer
 
 
-PUBLIC = (pages.login, pages.log_in, pages.static)
-"""Pages that need no login."""
-
-CHANGES = (changing.question, changing.change, mail.send_test)
-"""Pages that need console.write."""
-
 PROGRAMS = (pages.table, pages.stream)
 """Read by programs: without a login they get status 401 and no form."""
 
 
-def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
-    """Return the page for authorized requests; errors become pages."""
+def _guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> pages.Page:
+    """Return the page for users with a role, or without one for all; errors become pages. What only
+    an operator or an editor may use needs console.write as well.
+    """
 
     async def answer(request: Request) -> Response:
-        auth = context_of(request).auth
+        context = context_of(request)
+        auth = context.auth
         if refusal := auth.refusal(request):
             return PlainTextResponse(f"{refusal}\n", 403)
-        request.state.visitor = visitor = auth.visitor(request)
+        request.state.visitor = visitor = auth.unknown(request)
         try:
-            if page not in PUBLIC and await auth.is_logged_out(request, visitor):
-                request.state.visitor = visitor = auth.anonymous()
-            if visitor.user is None and page not in PUBLIC:
+            if page is not pages.static:
+                request.state.visitor = visitor = await auth.visitor(request)
+            if visitor.user is None and role is not None:
                 if page in PROGRAMS:
                     return PlainTextResponse("Log in first.\n", 401)
                 to = str(request.url.replace(scheme="", netloc=""))
@@ -207,13 +208,15 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
                         "Not done",
                         "This form has expired or comes from another site. Reload the page.",
                     )
-            if page in CHANGES and not context_of(request).settings.write:
+            if role in ("operator", "editor") and not context.settings.write:
                 return say(
                     request,
                     403,
                     "Read only",
                     "Changes are disabled. Set console.write = true to allow them.",
                 )
+            if role is not None and not visitor.may(role):
+                return say(request, 403, "Not allowed", _lacks(visitor, role))
             made = await page(request)
         except NotFoundError as error:
             made = say(request, 404, "Not found", str(error))
@@ -240,6 +243,12 @@ def _guarded(page: pages.Page, log: FilteringBoundLogger) -> pages.Page:
         return _kept(request, made)
 
     return answer
+
+
+def _lacks(visitor: Visitor, role: Role) -> str:
+    if visitor.role is None:
+        return access.no_role(visitor.user or "")
+    return f"This needs the role {role}; {visitor.user} has the role {visitor.role}."
 
 
 def _kept(request: Request, response: Response) -> Response:

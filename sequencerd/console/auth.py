@@ -1,4 +1,6 @@
-"""Authentication of the console: a password, a proxy's header, or the local machine."""
+"""Authentication of the console: passwords, OpenID Connect, a proxy's header, or the local machine;
+and what each user may do.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +9,22 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from ipaddress import ip_address, ip_network
+from typing import get_args
 
 import asyncpg
-from itsdangerous import BadSignature, URLSafeTimedSerializer
 from starlette.requests import Request
 from starlette.responses import Response
 
 from sequencerd import passwords
-from sequencerd.settings import Console
-from sequencerd.storage import connections
-from sequencerd.storage.statements import QUERIES
+from sequencerd.console.oidc import Login, Provider
+from sequencerd.console.sessions import LONGEST, Session, Sessions, hash_of
+from sequencerd.settings import Console, Role
 
 COOKIE = "sequencerd"
-LONGEST_SESSION = 12 * 3600  # seconds
 MAX_USER = 100  # characters
-TIMEOUT = 10.0  # seconds for a question to the database
 
 ATTEMPTS = 5  # wrong passwords from an address in a minute
 PERIOD = 60.0
@@ -33,14 +32,24 @@ MAX_ADDRESSES = 10_000
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
+ROLES: tuple[Role, ...] = get_args(Role)
+"""Each may do what those before it may."""
+
 
 @dataclass(frozen=True)
 class Visitor:
-    """The user of a request: None before the login. `token` proves that a form is ours."""
+    """The user of a request: None before the login. `token` proves that a form is ours. The role is
+    None if the user's groups have none in the console.
+    """
 
     user: str | None
     nonce: str
     token: str
+    role: Role | None = None
+
+    def may(self, role: Role) -> bool:
+        """Return whether the user has at least this role."""
+        return self.role is not None and ROLES.index(self.role) >= ROLES.index(role)
 
 
 class Auth:
@@ -48,91 +57,145 @@ class Auth:
 
     def __init__(self, settings: Console, pool: asyncpg.Pool) -> None:
         self._settings = settings
-        self._pool = pool
-        self.password_hash = (
-            settings.password_hash.get_secret_value() if settings.password_hash else None
-        )
-        # from the hash: sessions outlive a restart, hold for several daemons, and end with the
-        # password. Without one a session proves nothing, and may end
-        root = self.password_hash or secrets.token_hex()
+        self.sessions = Sessions(pool)
+        common = settings.password_hash
+        self._hash = None if common is None else common.get_secret_value()
+        self._hashes = {
+            name: user.password_hash.get_secret_value() for name, user in settings.users.items()
+        }
+        oidc = settings.oidc
+        kept = [*self._hashes.values()]
+        if self._hash is not None:
+            kept.append(self._hash)
+        if oidc is not None and oidc.client_secret is not None:
+            kept.append(oidc.client_secret.get_secret_value())
+        # of what all daemons know: a form that one of them has made holds for the others. Without
+        # that, forms end with the process
+        root = " ".join(kept) or secrets.token_hex()
         self._key = hashlib.sha256(f"sequencerd console {root}".encode()).digest()
-        self._serializer = URLSafeTimedSerializer(self._key, salt="session")
+        self.provider = Provider(oidc, self._key) if oidc is not None else None
         self._proxies = [ip_network(text) for text in settings.trusted_proxy]
         self._failures: dict[str, list[float]] = {}
-        self._ended_here: set[str] = set()
         self._one_at_a_time = asyncio.Semaphore(1)
 
     @property
     def is_open(self) -> bool:
         """Whether every local user has access."""
-        return self.password_hash is None and not self._proxies
+        return not self._settings.is_protected
+
+    @property
+    def has_passwords(self) -> bool:
+        """Whether users can log in by a password."""
+        return self._hash is not None or bool(self._hashes)
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether users can log in here, so that there are sessions."""
+        return self.has_passwords or self.provider is not None
 
     def refusal(self, request: Request) -> str | None:
         """Return why a request is refused regardless of its user, or None."""
         # a name that leads here is how a page from elsewhere would read what needs no login
         if self.is_open and request.url.hostname not in (*LOOPBACK_NAMES, "::1"):
             return "Without a password the console answers at 127.0.0.1 and localhost alone."
-        if self.password_hash is None and self._proxies and self._from_proxy(request) is None:
+        if self._proxies and not self.has_sessions and self._from_proxy(request) is None:
             return "The proxy in front of the console must name the user."
         return None
 
-    def visitor(self, request: Request) -> Visitor:
+    async def visitor(self, request: Request) -> Visitor:
         """Return the user of a request."""
-        kept = self._session(request)
-        nonce = kept.get("nonce") or secrets.token_urlsafe(16)
-        user = self._from_proxy(request)
-        if user is None and self.is_open:
-            user = "local user"
-        if user is None and self.password_hash is not None:
-            user = kept.get("user")
-        return Visitor(user, nonce, self._token(nonce, user))
+        nonce = request.cookies.get(COOKIE) or secrets.token_urlsafe(32)
+        if (user := self._from_proxy(request)) is not None:
+            return self._visitor(user, nonce, self._role_of_proxied(request))
+        if self.is_open:
+            return self._visitor("local user", nonce, self._settings.role)
+        if self.has_sessions and (session := await self._session(request)) is not None:
+            return self._visitor(session.user, nonce, self._role_of(session))
+        return self._visitor(None, nonce, None)
 
-    async def is_logged_out(self, request: Request, visitor: Visitor) -> bool:
-        """Return whether the visitor's session was ended by a logout; its cookie may have been
-        copied.
-        """
-        if self.password_hash is None or visitor.user is None or self._from_proxy(request):
+    def unknown(self, request: Request) -> Visitor:
+        """Return the visitor of a request whose user has not been found out."""
+        return self._visitor(None, request.cookies.get(COOKIE) or "", None)
+
+    def _visitor(self, user: str | None, nonce: str, role: Role | None) -> Visitor:
+        return Visitor(user, nonce, self._token(nonce, user), role)
+
+    async def _session(self, request: Request) -> Session | None:
+        if not (token := request.cookies.get(COOKIE)):
+            return None
+        session = await self.sessions.find(token)
+        if session is None or session.credential != self._credential(session):
+            return None
+        return session
+
+    def _credential(self, session: Session) -> str | None:
+        """Return what the login of a session relies on, as it is now; None without it."""
+        if session.groups is not None:
+            return self.provider.credential if self.provider else None
+        known = self._hashes.get(session.user, self._hash)
+        return None if known is None else hash_of(f"sequencerd console {known}")
+
+    def _role_of(self, session: Session) -> Role | None:
+        if session.groups is not None:
+            return self.role_of_groups(session.groups)
+        user = self._settings.users.get(session.user)
+        return self._settings.role if user is None else user.role
+
+    def role_of_groups(self, groups: Iterable[str]) -> Role | None:
+        """Return the most powerful role of some groups."""
+        wanted = {*groups, "*"}
+        found = (role for role, named in self._settings.groups.items() if wanted & {*named})
+        return next(found, None)
+
+    def _role_of_proxied(self, request: Request) -> Role | None:
+        if not any(self._settings.groups.values()):
+            return self._settings.role
+        values = request.headers.getlist(self._settings.groups_header)
+        return self.role_of_groups(part.strip() for text in values for part in text.split(","))
+
+    async def has_ended(self, request: Request, visitor: Visitor) -> bool:
+        """Return whether the visitor's session has ended meanwhile."""
+        if not self.has_sessions or self._from_proxy(request) is not None:
             return False  # what lets them in is no session
-        if visitor.nonce in self._ended_here:
-            return True
-        ((answer,),) = await connections.read(
-            self._pool, "console_is_logged_out", _hash(visitor.nonce), seconds=TIMEOUT
-        )
-        return bool(answer)
+        return visitor.user is not None and await self._session(request) is None
 
     async def log_out(self, visitor: Visitor) -> None:
-        """End the visitor's session, at all daemons; on a standby, for this process."""
-        try:
-            async with connections.borrow(self._pool) as connection:
-                await connection.execute(
-                    QUERIES["console_log_out"],
-                    _hash(visitor.nonce),
-                    timedelta(seconds=LONGEST_SESSION),
-                )
-        except asyncpg.ReadOnlySQLTransactionError:
-            self._ended_here.add(visitor.nonce)
+        """End the visitor's session, for all copies of its cookie."""
+        await self.sessions.end(hash_of(visitor.nonce), None)
 
     def anonymous(self) -> Visitor:
         """Return a visitor without a login."""
-        nonce = secrets.token_urlsafe(16)
-        return Visitor(None, nonce, self._token(nonce, None))
+        return self._visitor(None, secrets.token_urlsafe(32), None)
 
     async def log_in(self, request: Request, user: str, password: str) -> Visitor | None:
-        """Log a user in; None for a wrong password. Raises TooManyError."""
+        """Log a user in; None for a wrong name or password. Raises TooManyError."""
         address = self.address(request)
         if wait := self._wait(address):
             raise TooManyError(wait)
-        assert self.password_hash is not None
+        known = self._hashes.get(user, self._hash)
+        # for an unknown user it takes as long, and does not tell which names there are
+        asked = known or next(iter(self._hashes.values()))
         async with self._one_at_a_time:  # it takes memory and a core
             if wait := self._wait(address):
                 raise TooManyError(wait)
-            right = await asyncio.to_thread(passwords.matches, password, self.password_hash)
-            if not right:
+            right = await asyncio.to_thread(passwords.matches, password, asked)
+            if not right or known is None:
                 self._failed(address)
                 return None
         self._failures.pop(address, None)
-        nonce = secrets.token_urlsafe(16)
-        return Visitor(user, nonce, self._token(nonce, user))
+        return await self._begin(request, user, None)
+
+    async def log_in_by_provider(self, request: Request, login: Login) -> Visitor:
+        """Begin the session of a user that the provider has named."""
+        return await self._begin(request, login.user[:MAX_USER], login.groups)
+
+    async def _begin(self, request: Request, user: str, groups: Sequence[str] | None) -> Visitor:
+        session = Session(user, groups, "")
+        session = Session(user, groups, self._credential(session) or "")
+        visitor = self._visitor(user, secrets.token_urlsafe(32), self._role_of(session))
+        agent = request.headers.get("user-agent", "")
+        await self.sessions.begin(visitor.nonce, session, self.address(request), agent)
+        return visitor
 
     def is_ours(self, request: Request, visitor: Visitor, token: str) -> bool:
         """Return whether a form was made here for this visitor."""
@@ -143,13 +206,13 @@ class Auth:
 
     def keep(self, request: Request, response: Response, visitor: Visitor) -> None:
         """Set the cookie where the visitor has another one."""
-        if self._session(request) != (wanted := {"nonce": visitor.nonce, "user": visitor.user}):
+        if request.cookies.get(COOKIE, "") != visitor.nonce:
             response.set_cookie(
                 COOKIE,
-                self._serializer.dumps(wanted),
-                max_age=LONGEST_SESSION,
+                visitor.nonce,
+                max_age=int(LONGEST.total_seconds()),
                 path="/console",
-                secure=self._is_https(request),
+                secure=self.is_https(request),
                 httponly=True,
                 samesite="lax",
             )
@@ -165,15 +228,9 @@ class Auth:
             return text
         return str(ip_network((address, 64), strict=False)) if address.version == 6 else text
 
-    def _session(self, request: Request) -> dict[str, str | None]:
-        try:
-            kept = self._serializer.loads(request.cookies.get(COOKIE, ""), LONGEST_SESSION)
-        except BadSignature:
-            return {}
-        return dict(kept)
-
     def _token(self, nonce: str, user: str | None) -> str:
-        return hmac.digest(self._key, f"form {nonce} {user}".encode(), "sha256").hex()
+        signed = f"form {nonce} {user}".encode("utf-8", "surrogatepass")
+        return hmac.digest(self._key, signed, "sha256").hex()
 
     def _from_proxy(self, request: Request) -> str | None:
         name = request.headers.get(self._settings.user_header, "").strip()
@@ -186,7 +243,8 @@ class Auth:
             return False
         return any(peer in network for network in self._proxies)
 
-    def _is_https(self, request: Request) -> bool:
+    def is_https(self, request: Request) -> bool:
+        """Return whether the browser has asked by https."""
         forwarded = request.headers.get("x-forwarded-proto") if self._is_proxy(request) else None
         return (forwarded or request.url.scheme) == "https"
 
@@ -208,10 +266,6 @@ class TooManyError(Exception):
     def __init__(self, seconds: int) -> None:
         super().__init__(f"too many wrong passwords; try again in {seconds} s")
         self.seconds = seconds
-
-
-def _hash(nonce: str) -> str:
-    return hashlib.sha256(nonce.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _recent(times: Sequence[float]) -> list[float]:

@@ -23,7 +23,7 @@ from sequencerd.console.tables import at
 from sequencerd.console.views import Journey
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
-from sequencerd.settings import Console
+from sequencerd.settings import Console, Role
 from sequencerd.storage.connections import Shard
 
 POLICY = (
@@ -70,17 +70,27 @@ def render(request: Request, template: str, code: int = 200, /, **given: Any) ->
         here=request.url.path.removeprefix("/console"),
         address=str(request.url.replace(scheme="", netloc="")),
         back=str(request.url.replace(scheme="", netloc="")),
-        may_write=context.settings.write,
-        may_log_out=context.auth.password_hash is not None,
+        may_write=_may(context, visitor, "operator"),
+        may_edit=_may(context, visitor, "editor"),
+        may_log_out=context.auth.has_sessions,
         done=context.actions.report(visitor.nonce) if visitor else None,
         **given,
     )
     return HTMLResponse(text, code)
 
 
-def say(request: Request, status: int, title: str, text: str, *, retry: bool = False) -> Response:
-    """Return a page with a sentence, which reloads by itself if `retry`."""
-    return render(request, "message.html", status, title=title, text=text, retry=retry)
+def _may(context: PageContext, visitor: Visitor | None, role: Role) -> bool:
+    return context.settings.write and visitor is not None and visitor.may(role)
+
+
+def say(
+    request: Request, status: int, title: str, text: str, *, retry: bool = False,
+    link: tuple[str, str] = ("/", "Overview"),
+) -> Response:  # fmt: skip
+    """Return a page with a sentence, which reloads by itself if `retry`; `link` is a path and its
+    words.
+    """
+    return render(request, "message.html", status, title=title, text=text, retry=retry, link=link)
 
 
 LISTS = ("id", "columns")

@@ -10,16 +10,14 @@ from urllib.parse import parse_qsl
 from starlette.requests import Request
 from starlette.responses import (
     FileResponse,
-    RedirectResponse,
     Response,
     StreamingResponse,
 )
 
 from sequencerd.console import html, over_time, views
-from sequencerd.console.auth import TooManyError
 from sequencerd.console.causes import Cause, causes
 from sequencerd.console.changing import select
-from sequencerd.console.context import PageContext, context_of, local, query_of, render
+from sequencerd.console.context import PageContext, context_of, query_of, render
 from sequencerd.console.lists import COLUMNS, FILTERS, Found, enrollments
 from sequencerd.console.live import COUNTS
 from sequencerd.console.mask import Row
@@ -344,7 +342,7 @@ async def stream(request: Request) -> Response:
 
     async def events() -> AsyncIterator[str]:
         async for event in context.live.stream(topic, known):
-            if await context.auth.is_logged_out(request, request.state.visitor):
+            if await context.auth.has_ended(request, request.state.visitor):
                 return
             yield event
 
@@ -371,50 +369,7 @@ async def form(request: Request) -> dict[str, str]:
         raise WrongQueryError("the form cannot be read") from error
 
 
-# --- sessions
-
-
-async def login(request: Request) -> Response:
-    """Ask for the password."""
-    context = context_of(request)
-    if context.auth.password_hash is None or request.state.visitor.user:
-        return RedirectResponse(at("/"), 303)
-    return _ask(request, 200, query_of(request).get("to"), "", None)
-
-
-def _ask(request: Request, status: int, to: str | None, name: str, wrong: str | None) -> Response:
-    return render(
-        request, "login.html", status, title="Log in", to=local(to), name=name, wrong=wrong
-    )
-
-
-async def log_in(request: Request) -> Response:
-    """Check the password."""
-    context = context_of(request)
-    query = Query(request.state.form)
-    name, to = " ".join((query.get("name") or "").split())[:100], query.get("to")
-    if context.auth.password_hash is None:
-        return RedirectResponse(at("/"), 303)
-    if not name:
-        return _ask(request, 422, to, name, "Write your name.")
-    try:
-        visitor = await context.auth.log_in(request, name, request.state.form.get("password", ""))
-    except TooManyError as error:
-        answer = _ask(request, 429, to, name, f"{str(error)[0].upper()}{str(error)[1:]}.")
-        answer.headers["Retry-After"] = str(error.seconds)
-        return answer
-    if visitor is None:
-        return _ask(request, 403, to, name, "The password is wrong.")
-    request.state.visitor = visitor
-    return RedirectResponse(local(to), 303)
-
-
-async def log_out(request: Request) -> Response:
-    """End the session for all copies of its cookie."""
-    auth = context_of(request).auth
-    await auth.log_out(request.state.visitor)
-    request.state.visitor = auth.anonymous()
-    return RedirectResponse(at("/login"), 303)
+# --- files
 
 
 async def static(request: Request) -> Response:

@@ -181,15 +181,11 @@ SELECT source, schedule, next_run_at, last_run_at, extract(epoch FROM duration):
        found, enrolled, problem AS message
   FROM sequencer.schedules WHERE sequence = $1;
 
--- name: console_log_out
--- End a session for all daemons, and delete the logouts of sessions that have expired since.
-WITH over AS (DELETE FROM sequencer.console_logouts WHERE until < now())
-INSERT INTO sequencer.console_logouts (session, until) VALUES ($1, now() + $2)
-ON CONFLICT (session) DO NOTHING;
-
--- name: console_is_logged_out
--- Check whether a session was ended by a logout, here or at another daemon.
-SELECT EXISTS (SELECT FROM sequencer.console_logouts WHERE session = $1);
+-- name: console_begin_session
+-- Begin a session that all daemons know, and delete those that have expired.
+WITH over AS (DELETE FROM sequencer.console_sessions WHERE expires_at < now())
+INSERT INTO sequencer.console_sessions (session, "user", groups, credential, address, agent, expires_at)
+VALUES ($1, $2, $3, $4, $5, $6, now() + $7);
 
 -- name: console_activity
 -- Read what happened in which hour or day between two full hours, of one sequence or of all; at most so many
@@ -208,3 +204,19 @@ SELECT max("until") AS counted_until FROM sequencer.activity_progress;
 -- name: console_activity_recent
 -- Count what the counts by hour do not have yet.
 SELECT hour AS at, sequence, step, action, count(*) AS times {activity_of};
+
+-- name: console_session
+-- Read a session that has neither ended nor expired.
+SELECT "user", groups, credential FROM sequencer.console_sessions
+ WHERE session = $1 AND expires_at > now();
+
+-- name: console_sessions_of
+-- Read the sessions of a user, or of all, the latest first.
+SELECT session, "user", groups IS NOT NULL AS is_oidc, address, agent, begun_at, expires_at
+  FROM sequencer.console_sessions
+ WHERE expires_at > now() AND ($1::text IS NULL OR "user" = $1)
+ ORDER BY begun_at DESC, session LIMIT 1000;
+
+-- name: console_end_session
+-- End a session for all daemons, of a user or of any.
+DELETE FROM sequencer.console_sessions WHERE session = $1 AND ($2::text IS NULL OR "user" = $2);

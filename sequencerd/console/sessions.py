@@ -1,0 +1,92 @@
+"""Sessions of users who have logged in: rows of the database, which all daemons read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+
+from sequencerd.core.model import printable
+from sequencerd.storage import connections
+from sequencerd.storage.statements import QUERIES
+
+LONGEST = timedelta(hours=12)
+MOST_HERE = 1000  # sessions of a standby
+MAX_AGENT = 200  # characters
+TIMEOUT = 10.0  # seconds for a question to the database
+
+
+@dataclass(frozen=True)
+class Session:
+    """The user of a session, and by what it was begun; `groups` is None after a password."""
+
+    user: str
+    groups: Sequence[str] | None
+    credential: str
+
+
+class Sessions:
+    """The sessions of all daemons; on a standby, which writes nothing, also those of this process.
+
+    A token is the value of a cookie. Only its hash is kept.
+    """
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self._begun_here: dict[str, tuple[Session, datetime]] = {}
+        self._ended_here: set[str] = set()
+
+    async def begin(self, token: str, session: Session, address: str, agent: str) -> None:
+        """Keep a new session."""
+        try:
+            async with connections.borrow(self._pool) as connection:
+                await connection.execute(
+                    QUERIES["console_begin_session"],
+                    hash_of(token),
+                    session.user,
+                    session.groups,
+                    session.credential,
+                    address,
+                    printable(agent[:MAX_AGENT]),
+                    LONGEST,
+                )
+        except asyncpg.ReadOnlySQLTransactionError:
+            if len(self._begun_here) >= MOST_HERE:
+                del self._begun_here[next(iter(self._begun_here))]
+            self._begun_here[hash_of(token)] = session, datetime.now(UTC) + LONGEST
+
+    async def find(self, token: str) -> Session | None:
+        """Return a session that has neither ended nor expired."""
+        key = hash_of(token)
+        if key in self._ended_here:
+            return None
+        if here := self._begun_here.get(key):
+            session, until = here
+            return session if datetime.now(UTC) < until else None
+        rows = await connections.read(self._pool, "console_session", key, seconds=TIMEOUT)
+        return Session(rows[0]["user"], rows[0]["groups"], rows[0]["credential"]) if rows else None
+
+    async def all(self, user: str | None) -> list[asyncpg.Record]:
+        """Return the sessions of a user, or of all: `session` is what `end` takes."""
+        return await connections.read(self._pool, "console_sessions_of", user)
+
+    async def end(self, key: str, user: str | None) -> bool:
+        """End a session, for all daemons, and return whether there was one. If `user` is given, it
+        must be that user's. On a standby it ends for this process.
+        """
+        try:
+            async with connections.borrow(self._pool) as connection:
+                done: str = await connection.execute(QUERIES["console_end_session"], key, user)
+        except asyncpg.ReadOnlySQLTransactionError:
+            self._begun_here.pop(key, None)
+            self._ended_here.add(key)
+            return True
+        return done != "DELETE 0"
+
+
+def hash_of(token: str) -> str:
+    """Return what is kept of a token."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
