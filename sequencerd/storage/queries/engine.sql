@@ -627,7 +627,8 @@ FROM (SELECT sequence, date_trunc('hour', at, 'UTC') AS hour, step,
 -- Set where counting the history by hour begins: with its oldest partition, but at most so long ago.
 INSERT INTO sequencer.activity_progress (after, "until")
 SELECT p.after, date_trunc('hour', greatest($2::timestamptz - $3::interval, (
-           SELECT min(to_timestamp(substring(c.relname FROM '^events_(\d{4}_\d\d)$') || ' UTC', 'YYYY_MM TZ'))
+           SELECT min(to_date(substring(c.relname FROM '^events_(\d{4}_\d\d)$'), 'YYYY_MM')::timestamp
+                      AT TIME ZONE 'UTC')
              FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
             WHERE i.inhparent = 'sequencer.events'::regclass)), 'UTC')
   FROM unnest($1::interval[]) AS p (after)
