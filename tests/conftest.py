@@ -72,7 +72,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make quick` leaves out: modules whose tests start programs, and chaos."""
+    """Mark what `make quick` leaves out: modules whose tests start programs, and chaos.
+
+    Single tests that start programs or take seconds have the mark themselves.
+    """
     for path, of_module in groupby(items, lambda item: item.path):
         if "chaos" in path.parts or "subprocess" in path.read_text():
             for item in of_module:

@@ -95,6 +95,7 @@ def test_every_promise_is_shown() -> None:
     assert promised <= there
 
 
+@pytest.mark.slow
 async def test_installing_can_be_followed(
     home: Path, connection: asyncpg.Connection, database: str
 ) -> None:

@@ -152,6 +152,7 @@ async def test_a_sequence_shows_its_schedule_and_the_last_run(
         assert "took 1 min 30 s. Next run" in check(await client.get(path))
 
 
+@pytest.mark.slow
 async def test_what_counts_counts(database: str, connection: asyncpg.Connection) -> None:
     _, failing = await people(connection)
     await enroll(connection, "s", "carl")
@@ -491,6 +492,7 @@ async def test_an_error_of_ours_shows_nothing(
     assert "ada@example.com" not in told.out + told.err
 
 
+@pytest.mark.slow
 async def test_without_the_database_pages_say_so(
     database: str, connection: asyncpg.Connection
 ) -> None:
@@ -574,6 +576,7 @@ async def test_a_simulation_that_goes_round_is_given_up(
         assert 500 < len(rows) < 510
 
 
+@pytest.mark.slow
 async def test_a_console_without_viewers_costs_nothing(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -610,6 +613,7 @@ async def test_an_open_stream_does_not_hold_up_the_end(
     assert caplog.records == [], "uvicorn had to break it off"
 
 
+@pytest.mark.slow
 async def test_a_stream_reports_changes(database: str, connection: asyncpg.Connection) -> None:
     waiting, _ = await people(connection)
     async with console(database, write=True) as client:

@@ -37,6 +37,7 @@ def after(seconds: float) -> str:
         ("end", ["mail expired", "mail completed"]),
     ],
 )
+@pytest.mark.slow
 async def test_a_mail_that_expires_in_an_outage_is_never_sent(
     database: str, connection: asyncpg.Connection, goes: str, leads: list[str]
 ) -> None:
@@ -66,6 +67,7 @@ async def test_a_mail_that_expires_in_an_outage_is_never_sent(
     assert await connection.fetchval(EXPIRED, 200)
 
 
+@pytest.mark.slow
 async def test_an_enrollment_that_waits_for_a_full_runner_expires(
     database: str, connection: asyncpg.Connection
 ) -> None:
@@ -162,6 +164,7 @@ async def test_a_pause_ends_after_the_expiry(database: str, connection: asyncpg.
     assert not work.keys
 
 
+@pytest.mark.slow
 async def test_expiry_in_the_queue_of_a_rate_limit(
     database: str, connection: asyncpg.Connection
 ) -> None:

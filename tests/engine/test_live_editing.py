@@ -323,6 +323,7 @@ async def test_an_archived_sequence_admits_none_and_existing_enrollments_continu
 # --- many
 
 
+@pytest.mark.slow
 async def test_what_is_interrupted_goes_on_from_there(
     apply: Applying, connection: asyncpg.Connection, database: str
 ) -> None:

@@ -284,6 +284,7 @@ async def ask_slow(connection: asyncpg.Connection) -> None:
             await enroll(connection, name, f"u{n}")
 
 
+@pytest.mark.slow
 async def test_slow_lookups_delay_nothing_else(
     database: str, connection: asyncpg.Connection
 ) -> None:

@@ -434,6 +434,7 @@ async def test_a_row_that_is_locked_when_due_is_claimed_soon_after(
     await other.close()
 
 
+@pytest.mark.slow
 async def test_many_concurrent_inserts_are_found_without_notifications(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -591,6 +592,7 @@ async def test_a_result_after_a_cancel_is_recorded_and_moves_nothing(
     assert await connection.fetchval("SELECT status FROM sequencer.enrollments") == "cancelled"
 
 
+@pytest.mark.slow
 async def test_a_failure_is_retried_and_finally_recorded(
     database: str, connection: asyncpg.Connection
 ) -> None:
@@ -788,6 +790,7 @@ async def test_several_daemons_share_the_work(
     assert two.keys
 
 
+@pytest.mark.slow
 async def test_a_lease_is_extended_while_the_work_goes_on(
     database: str, connection: asyncpg.Connection
 ) -> None:

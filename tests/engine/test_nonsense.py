@@ -93,6 +93,7 @@ async def engine(database: str, connection: asyncpg.Connection) -> AsyncIterator
         yield engine
 
 
+@pytest.mark.slow
 async def test_nonsense_harms_no_other_enrollment(
     engine: Engine, database: str, connection: asyncpg.Connection
 ) -> None:

@@ -157,6 +157,7 @@ async def test_a_mail_server_that_is_down_fails_none_and_all_continue_at_once(
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 3000])
+@pytest.mark.slow
 async def test_an_endpoint_that_answers_500_to_all_fails_none(
     database: str, connection: asyncpg.Connection, count: int
 ) -> None:
@@ -229,6 +230,7 @@ async def test_one_that_fails_alone_in_an_idle_system_delays_no_other(
 
 
 @pytest.mark.parametrize("header", ["0", "-1", "Mon, 01 Jan 2001 00:00:00 GMT", None])
+@pytest.mark.slow
 async def test_throttling_is_no_hot_loop(
     database: str, connection: asyncpg.Connection, header: str | None
 ) -> None:

@@ -126,6 +126,7 @@ async def test_a_row_that_a_trigger_refuses_is_quarantined_and_others_complete_o
     "timing", ["BEFORE UPDATE", "AFTER UPDATE", "AFTER UPDATE DEFERRABLE INITIALLY DEFERRED"]
 )
 @pytest.mark.parametrize("code", ["P0001", "42501", "40001", "57014", "53100", "23514", "XX000"])
+@pytest.mark.slow
 async def test_the_oldest_row_that_is_refused_blocks_no_other(
     database: str, connection: asyncpg.Connection, code: str, timing: str
 ) -> None:
@@ -148,6 +149,7 @@ async def test_the_oldest_row_that_is_refused_blocks_no_other(
     assert len(recorder.keys) == 5
 
 
+@pytest.mark.slow
 async def test_a_result_that_cannot_be_written_is_kept_and_its_side_effect_done_once(
     database: str, connection: asyncpg.Connection, gate: Gate
 ) -> None:
@@ -276,6 +278,7 @@ async def test_a_row_that_refuses_keeps_no_lease_of_another_from_being_extended(
         "LOCK TABLE sequencer.events IN SHARE MODE",
     ],
 )
+@pytest.mark.slow
 async def test_what_is_locked_for_longer_than_its_lease_is_not_started_again(
     database: str, connection: asyncpg.Connection, gate: Gate, lock: str
 ) -> None:
@@ -338,6 +341,7 @@ BREAK_AND_FIX = {
         "statement_timeout events",
     ],
 )
+@pytest.mark.slow
 async def test_an_error_of_the_environment_passes_and_fails_none(
     database: str,
     connection: asyncpg.Connection,
@@ -374,6 +378,7 @@ async def test_an_error_of_the_environment_passes_and_fails_none(
 # --- what can't be read, and what is large
 
 
+@pytest.mark.slow
 async def test_a_database_that_is_not_utf8_is_refused(server: str, tmp_path: Path) -> None:
     name = f"ascii_{uuid4().hex[:12]}"
     await execute(

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
+import pytest
 
 from sequencerd.core.model import Answer, Failed, Limits, Result, Task
 from sequencerd.runners.email.runner import EmailRunner
@@ -32,6 +33,7 @@ async def set_window(connection: asyncpg.Connection, window: dict[str, Any] | No
     )
 
 
+@pytest.mark.slow
 async def test_what_is_queued_when_the_window_closes_waits_without_an_attempt(
     database: str, connection: asyncpg.Connection
 ) -> None:
@@ -64,6 +66,7 @@ async def test_what_is_queued_when_the_window_closes_waits_without_an_attempt(
         await until(connection, ALL_ENDED)
 
 
+@pytest.mark.slow
 async def test_what_a_rate_limit_holds_back_when_the_window_closes_waits(
     database: str, connection: asyncpg.Connection
 ) -> None:

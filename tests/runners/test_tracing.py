@@ -101,6 +101,7 @@ async def test_without_it_nothing_is_sent(database: str, connection: asyncpg.Con
     assert "traceparent" not in server.requests[0].headers
 
 
+@pytest.mark.slow
 async def test_the_daemon_sends_them_where_the_environment_says(
     database: str, connection: asyncpg.Connection, mailbox: tuple[test_daemon.Mailbox, str]
 ) -> None:

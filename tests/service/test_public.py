@@ -211,6 +211,7 @@ async def test_without_a_listener_of_its_own_it_is_beside_the_health_checks(data
         assert (await web.get("/healthz")).status_code == 200
 
 
+@pytest.mark.slow
 async def test_a_listener_of_its_own_serves_nothing_else(
     database: str, connection: asyncpg.Connection
 ) -> None:

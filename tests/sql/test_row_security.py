@@ -37,6 +37,7 @@ async def make_role(connection: asyncpg.Connection, name: str) -> None:
     )
 
 
+@pytest.mark.slow
 async def test_a_daemon_sees_everything_as_before(
     connection: asyncpg.Connection, login: str
 ) -> None:
@@ -75,6 +76,7 @@ async def test_the_policy_applies_to_no_other_role(
         ),
     ],
 )
+@pytest.mark.slow
 async def test_what_is_hidden_is_reported(
     connection: asyncpg.Connection, login: str, sequencerd: Command, policy: str, words: str
 ) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import asyncpg
+import pytest
 
 from sequencerd.storage.connections import counting
 from sequencerd.storage.statements import QUERIES
@@ -48,6 +49,7 @@ HOT = {
 }
 
 
+@pytest.mark.slow
 async def test_no_hot_statement_reads_the_table_through(connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("a", "GoTo", "{}", None), ("b", "GoTo", "{}", None))
     await connection.execute("ALTER TABLE sequencer.enrollments SET (autovacuum_enabled = false)")
