@@ -8,6 +8,7 @@
 --   topics        what messages are about, in the words of their recipients
 --   reservations  side effects that limits count
 --   rates         until when permits for calls of runners with a limited rate are taken
+--   brakes        side effects that brakes count, and which sequences they have paused
 --   suppressions  addresses to which no messages are sent, for one topic or all
 --   holidays      days on which windows do not open, and which are no business days
 --   daemons       which daemons run, and until when each is taken to be alive
@@ -86,10 +87,20 @@ CREATE TABLE sequencer.sequences (
                    AND NOT partials @? '$.* ? (@.type() != "string")'),
     topic      text CHECK (topic ~ '^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$'),
     enroll     jsonb CHECK (jsonb_typeof(enroll) = 'object'),
+    brake_at_most integer CHECK (brake_at_most BETWEEN 1 AND 1000000),
+    brake_per  interval CHECK (brake_per BETWEEN '1 second' AND '366 days'
+                   AND extract(epoch FROM brake_per) % 1 = 0
+                   AND brake_per = make_interval(secs => extract(epoch FROM brake_per)::float8)
+                   AND extract(day FROM brake_per) = 0 AND extract(month FROM brake_per) = 0),
+    apply_brake integer CHECK (apply_brake BETWEEN 1 AND 1000000),
+    apply_brake_until timestamptz CHECK (apply_brake_until BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     revision   integer NOT NULL DEFAULT 1,
     from_file  boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT now(),
-    CONSTRAINT after_has_reentry_after CHECK ((reentry = 'after') = (reentry_after IS NOT NULL))
+    CONSTRAINT after_has_reentry_after CHECK ((reentry = 'after') = (reentry_after IS NOT NULL)),
+    CONSTRAINT brake_at_most_has_brake_per CHECK ((brake_at_most IS NULL) = (brake_per IS NULL)),
+    CONSTRAINT apply_brake_has_apply_brake_until
+        CHECK ((apply_brake IS NULL) = (apply_brake_until IS NULL))
 );
 
 COMMENT ON TABLE  sequencer.sequences IS 'Named graphs of steps.';
@@ -107,6 +118,9 @@ COMMENT ON COLUMN sequencer.sequences.locale IS 'The path of the language of a s
 COMMENT ON COLUMN sequencer.sequences.partials IS 'Templates by name, which the messages of the sequence use as {{> name}}.';
 COMMENT ON COLUMN sequencer.sequences.topic IS 'What its side effects are about, unless their configs have a topic: suppressions of this topic hold for them.';
 COMMENT ON COLUMN sequencer.sequences.enroll IS 'Enrolls what a view or function returns, by a schedule: {"from": "app.overdue", "schedule": "0 9 * * 1-5", "at_most": 1000}; instead of schedule, "every": {"amount": 1, "unit": "hours"}.';
+COMMENT ON COLUMN sequencer.sequences.brake_at_most IS 'If more side effects than this would begin in brake_per, the sequence is paused instead.';
+COMMENT ON COLUMN sequencer.sequences.brake_per IS 'The period of the brake, in hours to seconds.';
+COMMENT ON COLUMN sequencer.sequences.apply_brake IS 'Set by apply --brake: a brake of so many in an hour, in place of the other until apply_brake_until.';
 COMMENT ON COLUMN sequencer.sequences.revision IS 'A new number for each transaction that changes the sequence or its steps; unique across sequences.';
 COMMENT ON COLUMN sequencer.sequences.from_file IS 'Whether it was applied from a file: apply --prune archives it when no file defines it any more.';
 
@@ -648,6 +662,100 @@ COMMENT ON COLUMN sequencer.rates.next_at IS 'Until when permits are taken: the 
 COMMENT ON COLUMN sequencer.rates.reached_at IS 'When calls have last waited because of the rate.';
 
 
+-- brakes ----------------------------------------------------------------------------------------
+
+-- One row for each sequence with a brake, made with it, so that its lock lets one transaction count at a
+-- time. Begun side effects are counted by sixtieths of the period.
+CREATE TABLE sequencer.brakes (
+    sequence  text COLLATE "C" PRIMARY KEY
+              REFERENCES sequencer.sequences ON UPDATE CASCADE ON DELETE CASCADE,
+    at        timestamptz[] NOT NULL DEFAULT '{}',
+    times     integer[] NOT NULL DEFAULT '{}',
+    paused_at timestamptz,
+    reason    text
+);
+
+COMMENT ON TABLE  sequencer.brakes IS 'Side effects of sequences with a brake that have begun lately. A sequence that is resumed counts anew.';
+COMMENT ON COLUMN sequencer.brakes.at IS 'The ends of sixtieths of the period; times has how many side effects began in each.';
+COMMENT ON COLUMN sequencer.brakes.reason IS 'Why the brake has paused the sequence; NULL if it has not, or the sequence was resumed.';
+
+CREATE FUNCTION sequencer.follow_brake() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF num_nonnulls(NEW.brake_at_most, NEW.apply_brake) = 0 AND NEW.status <> 'paused' THEN
+        DELETE FROM sequencer.brakes AS b WHERE b.sequence = NEW.name;
+    ELSIF num_nonnulls(NEW.brake_at_most, NEW.apply_brake) > 0 THEN
+        INSERT INTO sequencer.brakes AS b (sequence) VALUES (NEW.name) ON CONFLICT DO NOTHING;
+    END IF;
+    IF TG_OP = 'UPDATE' AND OLD.status = 'paused' AND NEW.status <> 'paused' THEN
+        UPDATE sequencer.brakes AS b SET at = '{}', times = '{}', paused_at = NULL, reason = NULL
+         WHERE b.sequence = NEW.name;
+    END IF;
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER follow_brake_of_new AFTER INSERT ON sequencer.sequences
+    FOR EACH ROW WHEN (num_nonnulls(NEW.brake_at_most, NEW.apply_brake) > 0)
+    EXECUTE FUNCTION sequencer.follow_brake();
+CREATE TRIGGER follow_brake AFTER UPDATE OF brake_at_most, apply_brake, status ON sequencer.sequences
+    FOR EACH ROW WHEN (OLD.status = 'paused' OR num_nonnulls(
+        OLD.brake_at_most, OLD.apply_brake, NEW.brake_at_most, NEW.apply_brake) > 0)
+    EXECUTE FUNCTION sequencer.follow_brake();
+
+-- The row of the brake is locked by the caller. If another session, such as apply, has locked the
+-- sequence, it is not waited for, since that may wait for the caller's enrollments: nothing more is sent,
+-- and the caller tries again.
+CREATE FUNCTION sequencer.brake(sequence text, begun integer, is_over boolean, at timestamptz) RETURNS void
+LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    former CONSTANT text := coalesce(current_setting('sequencer.reason', true), '');
+    rule record;
+    cause text;
+BEGIN
+    SELECT r.*, q.brake_per INTO rule FROM sequencer.sequences AS q, sequencer.brake_of(q, brake.at) AS r
+     WHERE q.name = brake.sequence;
+    IF rule.at_most IS NULL THEN
+        RETURN;
+    END IF;
+    UPDATE sequencer.brakes AS b SET (at, times) = (
+        SELECT coalesce(array_agg(s.at ORDER BY s.at), '{}'), coalesce(array_agg(s.times ORDER BY s.at), '{}')
+          FROM (SELECT o.at, sum(o.times)::integer AS times
+                  FROM (SELECT * FROM unnest(b.at, b.times)
+                        UNION ALL SELECT date_bin(rule.per / 60, brake.at, 'epoch') + rule.per / 60,
+                                         brake.begun)
+                       AS o (at, times)
+                 WHERE o.at > brake.at - greatest(rule.per, rule.brake_per) AND o.times > 0 GROUP BY o.at) AS s)
+     WHERE b.sequence = brake.sequence;
+    IF NOT is_over THEN
+        RETURN;
+    END IF;
+    cause := format('brake: more than %s in %s', rule.at_most, CASE
+        WHEN rule.per = '1 hour' THEN '1 hour'
+        ELSE (SELECT concat_ws(' ', d->>'amount', d->>'unit') FROM sequencer.as_duration(rule.per) AS d) END);
+    PERFORM set_config('sequencer.reason', cause, true);
+    UPDATE sequencer.sequences AS q SET status = 'paused'
+     WHERE q.name IN (SELECT s.name FROM sequencer.sequences AS s
+                       WHERE s.name = brake.sequence AND s.status <> 'paused' FOR UPDATE SKIP LOCKED);
+    IF FOUND THEN
+        SET CONSTRAINTS sequencer.record_revision IMMEDIATE; -- with this reason
+        SET CONSTRAINTS sequencer.record_revision DEFERRED;
+        UPDATE sequencer.brakes AS b SET paused_at = brake.at, reason = cause WHERE b.sequence = brake.sequence;
+    END IF;
+    PERFORM set_config('sequencer.reason', former, true);
+END $$;
+
+COMMENT ON FUNCTION sequencer.brake IS 'Count side effects that have begun, and pause their sequence if more would have.';
+
+CREATE FUNCTION sequencer.brake_of(
+    sequence sequencer.sequences, at timestamptz, OUT at_most integer, OUT per interval
+) LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN sequence.apply_brake_until > at THEN sequence.apply_brake ELSE sequence.brake_at_most END,
+           CASE WHEN sequence.apply_brake_until > at THEN interval '1 hour' ELSE sequence.brake_per END
+$$;
+
+COMMENT ON FUNCTION sequencer.brake_of IS 'Return the brake of a sequence at a time.';
+
+
 -- daemons ---------------------------------------------------------------------------------------
 
 CREATE TABLE sequencer.daemons (
@@ -852,6 +960,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
         'topic', q.topic, 'locale', q.locale,
         'partials', coalesce(q.partials, '{}'),
         'enroll', q.enroll,
+        'brake', CASE WHEN q.brake_at_most IS NOT NULL THEN jsonb_build_object(
+            'at_most', q.brake_at_most, 'per', sequencer.as_duration(q.brake_per)) END,
         'steps', (
             SELECT coalesce(jsonb_agg(jsonb_build_object(
                        'name', s.name, 'type', s.type, 'config', s.config,
@@ -2248,6 +2358,7 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'DELETE', 'reservations'),
     ('sequencer_daemon', 'INSERT', 'rates'),
     ('sequencer_daemon', 'UPDATE', 'rates'),
+    ('sequencer_daemon', 'UPDATE', 'brakes'),
     ('sequencer_daemon', 'INSERT', 'activity'),
     ('sequencer_daemon', 'UPDATE', 'activity'),
     ('sequencer_daemon', 'DELETE', 'activity'),
@@ -2298,6 +2409,9 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'drop_event_partition'),
     ('sequencer_daemon', 'enroll_all'),
     ('sequencer_daemon', 'reserve'),
+    ('sequencer_daemon', 'brake'),
+    ('sequencer_daemon', 'brake_of'),
+    ('sequencer_enroller', 'brake_of'),
     ('sequencer_daemon', 'delete_ended')
 ), statements (phase, role, statement) AS (
     SELECT 1, role, format('CREATE ROLE %I NOLOGIN', role) FROM roles WHERE to_regrole(role) IS NULL

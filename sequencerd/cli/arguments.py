@@ -217,6 +217,13 @@ def _add_changes(commands: Commands) -> None:
         metavar="PLAN",
         help="apply only if the plan still has this fingerprint, as printed by `plan`",
     )
+    applied.add_argument(
+        "--brake",
+        type=_brake,
+        metavar="N",
+        help="for a day, pause a sequence that changes instead of executing more than N side "
+        "effects in an hour",
+    )
     add_json(applied)
 
     history = commands.add(
@@ -299,6 +306,13 @@ def _year(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 9999):
         raise argparse.ArgumentTypeError(f"{text!r} is not a year")
     return int(text)
+
+
+def _brake(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdecimal() else 0
+    if not 1 <= number <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r}: use a number from 1 to 1,000,000")
+    return number
 
 
 def _add_files(command: argparse.ArgumentParser) -> None:

@@ -76,6 +76,7 @@ async def apply_command(arguments: argparse.Namespace, settings: Settings, shard
                 moves=moves,
                 prune=arguments.prune,
                 expected=arguments.plan,
+                brake=arguments.brake,
             )
     finally:
         await connection.close()
@@ -84,6 +85,11 @@ async def apply_command(arguments: argparse.Namespace, settings: Settings, shard
     else:
         for line in done.lines(done=True):
             say(line)
+        if arguments.brake is not None and any(one.changes for one in done.sequences):
+            say(
+                f"for a day, more than {arguments.brake} side effects in an hour pause a sequence "
+                "that has changed"
+            )
     return 0
 
 

@@ -355,6 +355,10 @@ class Sequence:
     shared: Shared = NOTHING_SHARED  # by its messages
     holidays: Holidays | None = None  # None where no database was asked: no day is one
     collects: str | None = None  # its first step that collects items
+    braked_until: datetime | None = (
+        None  # until then a brake counts its side effects; None: none does
+    )
+    is_stopped: bool = False  # paused by its brake
 
 
 Definitions = Mapping[str, Sequence]

@@ -22,7 +22,8 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
     if row["expires_at"]:
         then += f"; not started after {at(row['expires_at'])}"
     if row["sequence_status"] == "paused":
-        return "nothing while the sequence is paused"
+        by = f" by its {row['brake']}; `sequencerd resume` continues it" if row.get("brake") else ""
+        return f"nothing while the sequence is paused{by}"
     if row["leased_by"]:
         return f"{row['type']} is being executed by {row['leased_by']}, {then}"
     if row["entered_at"] is None:

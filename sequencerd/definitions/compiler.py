@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from difflib import get_close_matches
 from functools import lru_cache
 from sys import intern
@@ -166,6 +166,8 @@ def build(
     topic: str | None = None,
     topic_limits: TopicLimits | None = None,
     shared: Shared = NOTHING_SHARED,
+    braked_until: datetime | None = None,
+    is_stopped: bool = False,
 ) -> Sequence:
     """A sequence from its steps. What is wrong with the whole becomes the problem of its steps.
 
@@ -227,6 +229,8 @@ def build(
             ),
             None,
         ),
+        braked_until=braked_until,
+        is_stopped=is_stopped,
     )
 
 
@@ -361,6 +365,8 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
         topic=row["topic"],
         topic_limits=parse_topic_limits(row["topic_limits"]),
         shared=shared_of(row),
+        braked_until=row["braked_until"],
+        is_stopped=row["is_stopped"],
     )
 
 
@@ -459,6 +465,7 @@ class Definition:
     window: Mapping[str, Any] | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
     enroll: EnrollConfig | None = None
+    brake: Mapping[str, Any] | None = None  # as in the document
 
     def pending_renames(self, present: Collection[str]) -> dict[str, str]:
         """New names by old ones, where steps of those names are `present`, in an order in which no

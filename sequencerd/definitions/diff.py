@@ -25,6 +25,7 @@ SETTINGS = (
     "topic",
     "locale",
     "enroll",
+    "brake",
 )
 MOST_NAMED = 5
 LONGEST_SHOWN = 40  # characters of a value
@@ -65,6 +66,8 @@ def _shown(value: object) -> str:
     match value:
         case {"after": {"amount": amount, "unit": unit}}:
             return f"after {amount} {unit}"
+        case {"at_most": at_most, "per": {"amount": amount, "unit": unit}}:
+            return f"{at_most} in {amount} {unit}"
         case dict() | list():
             return ""
     text = "none" if value is None else str(value)

@@ -15,9 +15,11 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
+    StrictInt,
     Tag,
     ValidationError,
     WithJsonSchema,
+    field_validator,
 )
 
 from sequencerd.core import model
@@ -38,6 +40,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.schedule import EnrollConfig, Span
 from sequencerd.core.step_types import is_instant, is_message, is_seeded, named_steps
+from sequencerd.core.step_types.durations import Duration, FixedDuration, elapsed
 from sequencerd.core.step_types.effects import Topic
 from sequencerd.core.window_config import WindowConfig
 from sequencerd.definitions import check, cycles, included
@@ -96,6 +99,30 @@ Reentry = Annotated[
 ]
 
 
+class BrakeConfig(Config):
+    """Pauses the sequence when more side effects than this would begin in the period."""
+
+    at_most: StrictInt = Field(ge=1, le=1_000_000, alias="at_most")
+    """How many."""
+    per: Duration
+    """The period, such as {hours: 1}: weeks to seconds, of elapsed time."""
+
+    @field_validator("per")
+    @classmethod
+    def _whole_seconds(cls, per: FixedDuration) -> FixedDuration:
+        period = elapsed(per)
+        if period < timedelta(seconds=1) or period.microseconds:
+            raise ValueError("must be a whole number of seconds")
+        return per
+
+    def document(self) -> dict[str, Any]:
+        """The same in hours or seconds, as sequencer.as_duration has it."""
+        seconds = int(elapsed(self.per).total_seconds())
+        hours, rest = divmod(seconds, 3600)
+        amount, unit = (seconds, "seconds") if rest else (hours, "hours")
+        return {"at_most": self.at_most, "per": {"amount": amount, "unit": unit}}
+
+
 class FileStep(Config):
     """A step: its type and config, and the steps it leads to."""
 
@@ -143,6 +170,8 @@ class FileSequence(Config):
     """Templates that messages of the sequence use as {{> name}}."""
     enroll: EnrollConfig | None = None
     """Enrolls what a view or function returns, by a schedule."""
+    brake: BrakeConfig | None = None
+    """Pauses it instead of sending more than so many, such as {at_most: 500, per: {hours: 1}}."""
     steps: list[FileStep] = Field(min_length=1)
     """The first one is where an enrollment begins."""
 
@@ -401,6 +430,7 @@ def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) ->
         _window_at(source.document.value),
         {step.name: step.renamed_from for step in parsed.steps if step.renamed_from},
         enroll=parsed.enroll,
+        brake=parsed.brake.document() if parsed.brake else None,
     )
 
 

@@ -397,6 +397,7 @@ async def _document(
         "locale": sequence.shared.locale,
         "partials": dict(sequence.shared.partials),
         "enroll": definition.enroll and definition.enroll.document(),
+        "brake": definition.brake,
         "steps": [
             {
                 "name": step.name,
@@ -560,8 +561,11 @@ async def apply(
     moves: Mapping[str, str] | None = None,
     prune: bool = False,
     expected: str | None = None,
+    brake: int | None = None,
 ) -> Plan:
     """Make the database's sequences what the definitions say, in one transaction of the caller's.
+
+    `brake` is how many side effects may begin in an hour, for a day, in the sequences that change.
 
     Raises PlanError where the plan cannot be done, or is another than the `expected` fingerprint;
     FileError where the database refuses a definition.
@@ -581,6 +585,9 @@ async def apply(
                 await _write(connection, step, definition)
             except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
                 raise FileError(f"{definition.where}: {error}") from error
+    if brake is not None:
+        changed = [step.sequence for step in plan.sequences if step.changes]
+        await connection.execute(QUERIES["set_apply_brake"], changed, brake)
     if plan.archived:
         await connection.execute(QUERIES["archive"], plan.archived)
     await connection.execute(QUERIES["mark_from_file"], [s.sequence for s in plan.sequences])
@@ -592,7 +599,7 @@ async def _write(
 ) -> None:
     steps = step.after["steps"]
     names = [kept["name"] for kept in steps]
-    reentry = step.after["reentry"]
+    reentry, brake = step.after["reentry"], step.after["brake"]
     await connection.execute(
         QUERIES["apply_sequence"],
         step.sequence,
@@ -609,6 +616,8 @@ async def _write(
         step.after["topic"],
         step.after["locale"],
         json.dumps(step.after["partials"]) if step.after["partials"] else None,
+        brake and brake["at_most"],
+        brake and brake["per"]["amount"] * (3600.0 if brake["per"]["unit"] == "hours" else 1.0),
     )
     for old, new in step.changes.renamed.items():
         await connection.execute(QUERIES["rename_step"], step.sequence, old, new)

@@ -23,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "locale": None,
     "partials": {},
     "enroll": None,
+    "brake": None,
 }
 # What YAML 1.2 takes for a number or a word, and the older YAML of the library does not.
 _PLAIN_IN_NEW_YAML = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|0o[0-7]+")

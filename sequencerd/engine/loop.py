@@ -361,7 +361,7 @@ class Engine:
             off = self._clock.measured(await server.server_time(connection))
             if abs(off) > timedelta(seconds=1):
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
-        await self.catalog.reload()
+        await self._reload_catalog()
         async with connections.borrow(self._pool) as connection:
             self._rescheduling.resume(await reschedule.unfinished_rescheduling(connection))
         self._cursors.forget_ahead()  # triggers do not notify of what wakes after a sweep
@@ -429,9 +429,15 @@ class Engine:
         paused = {name for name, known in self.catalog.sequences.items() if known.paused}
         return {step_key: at for step_key, at in wakes if at <= now and step_key[0] not in paused}
 
+    async def _reload_catalog(self) -> list[str]:
+        changed = await self.catalog.reload()
+        sequences = self.catalog.sequences
+        self._metrics.braked(name for name, known in sequences.items() if known.is_stopped)
+        return changed
+
     async def reload(self) -> bool:
         """Read definitions that have changed. Return whether there were any."""
-        changed = await self.catalog.reload()
+        changed = await self._reload_catalog()
         if changed:
             async with connections.borrow(self._pool) as connection:
                 self._report_wakes(await first_wakes_of(connection, changed))

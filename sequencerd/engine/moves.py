@@ -6,7 +6,9 @@ Side effects start only after the transaction that writes the batch has committe
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+from collections import Counter
 from datetime import datetime, timedelta
 from functools import partial
 from typing import assert_never
@@ -37,7 +39,9 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import Jump, decide
 from sequencerd.engine.shared_outcome import SharedOutcome
-from sequencerd.storage import jumps, reservations, wakes, writes
+from sequencerd.storage import brakes, jumps, reservations, wakes, writes
+
+BRAKED = timedelta(seconds=1)  # until what a brake holds is tried again, if it is not paused
 
 
 class Moves:
@@ -87,7 +91,7 @@ class Moves:
             expired_leases=expired_leases,
             result_only=result_only,
         )
-        if advanced.is_tentative or self._needs_reservation(advanced):
+        if advanced.is_tentative or self._needs_reservation(advanced, now):
             again = partial(
                 self.advance,
                 enrollment,
@@ -136,14 +140,21 @@ class Moves:
             self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
             return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
 
-    def _needs_reservation(self, advanced: Advanced) -> bool:
-        """Whether a side effect is to be reserved: it has a limit, and there is a free slot."""
+    def _needs_reservation(self, advanced: Advanced, now: datetime) -> bool:
+        """Whether a side effect is to be reserved: it has a limit or a brake, and there is a free
+        slot.
+        """
         at, decision = advanced.enrollment, advanced.decision
         return (
             isinstance(decision, Execute)
-            and decision.reservations != ()
+            and (decision.reservations != () or self._is_braked(at, now))
             and self._executors.free(decision.step.type, (at.sequence, at.step)) is not None
         )
+
+    def _is_braked(self, at: Enrollment, now: datetime) -> bool:
+        sequence = self._definitions.get(at.sequence)
+        until = sequence.braked_until if sequence else None
+        return until is not None and now < until
 
     def add(
         self,
@@ -153,11 +164,13 @@ class Moves:
         now: datetime,
         *,
         is_reserved: bool = False,
+        held_until: datetime | None = None,
     ) -> SharedOutcome | None:
         """Add an advanced enrollment to a batch, with a lease if it needs one.
 
         Return the outcome if all enrollments in the same state share it. A side effect with a limit
-        that is not reserved is not leased: the enrollment is due, and a claim reserves it.
+        that is not reserved is not leased: the enrollment is due, and a claim reserves it; or
+        `held_until` a time, if a brake has no room for it.
         """
         at, decision, events = advanced.enrollment, advanced.decision, advanced.events
         wake_at = now
@@ -168,7 +181,7 @@ class Moves:
                 if elsewhere:
                     batch.elsewhere.add((at.sequence, at.step))
             case Execute(step):
-                is_open = is_reserved or not decision.reservations
+                is_open = is_reserved or not (decision.reservations or self._is_braked(at, now))
                 executor = self._executors.free(step.type, (at.sequence, at.step))
                 try:
                     if is_open and executor is not None:
@@ -177,7 +190,7 @@ class Moves:
                         at, execute = leased, decision
                         wake_at = now + self._lease_time
                     else:  # there may be a slot for the next enrollment
-                        is_shared, wake_at = False, _due_since(before, at, now)
+                        is_shared, wake_at = False, held_until or _due_since(before, at, now)
                 except EvaluationError as error:
                     unable = failed(at, now, str(error), error.failure)
                     events += unable.events
@@ -254,20 +267,38 @@ class Moves:
             await wakes.notify_due(connection, batch.elsewhere, now)
 
     async def _reserve(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
-        """Reserve what is limited, and add it, with a lease or as the limit says."""
+        """Reserve what is limited or braked, and add it, with a lease or as the limit says."""
         wanted = [one.reserved for one in batch.limited]
-        full = await reservations.reserve(connection, wanted, batch.given_back, now)
+        full: dict[int, model.Full] = {}
+        if batch.given_back or any(one.places for one in wanted):
+            full = await reservations.reserve(connection, wanted, batch.given_back, now)
+        braked = {
+            one.advanced.enrollment.sequence
+            for one in batch.limited
+            if self._is_braked(one.advanced.enrollment, now)
+        }
+        rooms = await brakes.rooms(connection, braked, now) if braked else {}
+        begun, over = Counter[str](), set[str]()
         unused = []
         for number, (before, advanced, again) in enumerate(batch.limited):
             if number in full:
                 self.add(batch, before, again(full=full[number]), now)
                 continue
+            name = advanced.enrollment.sequence
             leased = len(batch.leased)
-            self.add(batch, before, advanced, now, is_reserved=True)
-            if len(batch.leased) == leased:  # others took the last free slots
+            if begun[name] < rooms.get(name, math.inf):
+                self.add(batch, before, advanced, now, is_reserved=True)
+                begun[name] += len(batch.leased) - leased
+            else:
+                over |= {name} if self._needs_reservation(advanced, now) else set()
+                self.add(batch, before, advanced, now, held_until=now + BRAKED)
+            if len(batch.leased) == leased:  # others took the last free slots, or the brake holds
                 unused.append(wanted[number])
-        if unused:
+        if any(one.places for one in unused):
             await reservations.reserve(connection, [], unused, now)
+        counted = {name: (begun[name], name in over) for name in rooms}
+        if any(count or is_over for count, is_over in counted.values()):
+            await brakes.count(connection, counted, now)
 
 
 def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:

@@ -103,6 +103,12 @@ class Metrics(Collector):
             buckets=SIZES,
             registry=self.registry,
         )
+        self._braked = Gauge(
+            "sequencerd_braked",
+            "1 while a sequence is paused by its brake",
+            ["sequence"],
+            registry=self.registry,
+        )
         self.quarantined = Gauge(
             "sequencerd_quarantined",
             "Enrollments that the database refuses to read or write, set aside by this daemon",
@@ -190,6 +196,12 @@ class Metrics(Collector):
     def runner_waits(self, name: str, count: int) -> None:
         """So many wait for a runner that is down."""
         self._waiting.labels(name).set(count)
+
+    def braked(self, sequences: Iterable[str]) -> None:
+        """These sequences are paused by their brakes."""
+        self._braked.clear()
+        for sequence in sequences:
+            self._braked.labels(sequence).set(1)
 
     def begun(self, kind: str, count: int) -> None:
         """Side effects of this type of step are in flight, or "lookup"s."""

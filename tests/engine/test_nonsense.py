@@ -61,7 +61,7 @@ COLUMNS = """
      WHERE c.table_schema = 'sequencer' AND t.table_type = 'BASE TABLE'
        AND c.table_name NOT LIKE 'events%'
        AND c.table_name NOT IN
-           ('console_sessions', 'daemons', 'migrations', 'problems', 'reservations')
+           ('brakes', 'console_sessions', 'daemons', 'migrations', 'problems', 'reservations')
      ORDER BY c.table_name, c.ordinal_position
 """
 

@@ -51,6 +51,7 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
        CASE WHEN isfinite(e.expires_at) THEN e.expires_at END AS expires_at,
        CASE WHEN e.leased_by IS NULL THEN coalesce(e.waits_until, e.wake_at) END AS waits_until,
        coalesce(e.timezone, q.timezone) AS timezone, q.status AS sequence_status,
+       (SELECT b.reason FROM sequencer.brakes AS b WHERE b.sequence = e.sequence) AS brake,
        CASE WHEN s.config ? 'topic' THEN s.config->>'topic' ELSE q.topic END AS topic,
        q.time_window, s.type, s.config, s.next_step, s.alt_next_step, s.problem, e.data
   FROM sequencer.enrollments AS e

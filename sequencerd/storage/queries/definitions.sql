@@ -6,19 +6,26 @@ WITH changed AS (
     UPDATE sequencer.sequences
        SET first_step = $2, timezone = $3, status = $4, reentry = $5, lookup = $6, recheck = $7,
            description = $8, reentry_after = $9::text::interval, time_window = $10,
-           enroll = $11, topic = $12, locale = $13, partials = $14
+           enroll = $11, topic = $12, locale = $13, partials = $14,
+           brake_at_most = $15, brake_per = make_interval(secs => $16)
      WHERE name = $1
        AND (first_step, timezone, status, reentry, lookup, recheck, description, reentry_after,
-            time_window, enroll, topic, locale, partials)
+            time_window, enroll, topic, locale, partials, brake_at_most, brake_per)
            IS DISTINCT FROM ($2, $3, $4, $5, $6, $7, $8, $9::text::interval, $10, $11, $12, $13,
-                             $14)
+                             $14, $15, make_interval(secs => $16))
 )
 INSERT INTO sequencer.sequences (name, first_step, timezone, status, reentry, lookup, recheck,
                                  description, reentry_after, time_window, enroll, topic, locale,
-                                 partials)
+                                 partials, brake_at_most, brake_per)
 SELECT $1::text, $2::text, $3::text, $4::text, $5::text, $6::text, $7::interval, $8::text,
-       $9::text::interval, $10::jsonb, $11::jsonb, $12::text, $13::text, $14::jsonb
+       $9::text::interval, $10::jsonb, $11::jsonb, $12::text, $13::text, $14::jsonb,
+       $15::integer, make_interval(secs => $16::float8)
  WHERE NOT EXISTS (SELECT FROM sequencer.sequences WHERE name = $1);
+
+-- name: set_apply_brake
+-- Give sequences a brake for a day.
+UPDATE sequencer.sequences SET apply_brake = $2, apply_brake_until = now() + interval '1 day'
+ WHERE name = ANY ($1::text[]);
 
 -- name: apply_steps
 -- Insert or update the steps of a sequence at once; unchanged steps are not touched.

@@ -28,6 +28,9 @@ SELECT name, revision FROM sequencer.sequences;
 -- may need.
 SELECT name, first_step, timezone, status, lookup, recheck, revision, time_window, topic, locale,
        partials,
+       CASE WHEN brake_at_most IS NULL THEN apply_brake_until ELSE '9999-12-31Z' END AS braked_until,
+       EXISTS (SELECT FROM sequencer.brakes AS b WHERE b.sequence = q.name AND b.reason IS NOT NULL)
+           AS is_stopped,
        CASE WHEN time_window ? 'holidays' OR EXISTS (
                 SELECT FROM sequencer.steps
                  WHERE sequence = q.name AND config @? '$.**.holidays')
@@ -606,6 +609,21 @@ SELECT c.oid::regclass::text AS "table", u.oid::regrole::text AS "user",
 SELECT entry, free_at
   FROM sequencer.reserve($1::integer[], $2::bytea[], $3::text[], $4::bigint[], $5::integer[],
                          $6::integer[], $7::interval[], $8);
+
+-- name: brake_rooms
+-- Lock the brakes of sequences, and read how many side effects may begin in each.
+SELECT b.sequence, r.at_most - (SELECT coalesce(sum(o.times), 0) FROM unnest(b.at, b.times) AS o (at, times)
+                                 WHERE o.at > $2::timestamptz - r.per)::integer AS room
+  FROM sequencer.brakes AS b
+  JOIN sequencer.sequences AS q ON q.name = b.sequence, sequencer.brake_of(q, $2) AS r
+ WHERE b.sequence = ANY ($1::text[]) AND r.at_most IS NOT NULL
+ ORDER BY b.sequence
+   FOR UPDATE OF b;
+
+-- name: brake
+-- Count side effects that have begun in sequences, and pause those where more would have.
+SELECT sequencer.brake(sequence, begun, is_over, $4)
+  FROM unnest($1::text[], $2::integer[], $3::boolean[]) AS c (sequence, begun, is_over);
 
 -- name: prune_reservations
 -- Delete the reservations that no limit counts any more.
