@@ -1,0 +1,77 @@
+"""The SQL of a front: a database through which applications reach all shards as one table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from string import Template
+
+from sequencerd.storage import conninfo
+from sequencerd.storage.connections import Shard
+from sequencerd.storage.statements import QUERIES
+
+SERVER_OPTIONS = {
+    "async_capable": "true",  # several shards are read at once
+    "batch_size": "1000",  # rows for each INSERT
+    "parallel_commit": "true",
+    "updatable": "true",
+}
+"""Options of postgres_fdw for each shard."""
+
+_OF_USER = ("user", "password", "sslcert", "sslkey", "sslpassword")
+_NOT_OF_SERVER = (*_OF_USER, "passfile", "service", "client_encoding", "replication")
+
+
+def front(shards: Mapping[str, Shard]) -> str:
+    """Return the statements for psql, with the shards numbered in their order.
+
+    A password is not printed: the statement refers to the variable `password_NAME` of psql. Raises
+    SettingsError.
+    """
+    made = [_fill("fdw_front", shards=str(len(shards)))]
+    for number, (name, shard) in enumerate(shards.items()):
+        given = conninfo.parse(shard.url)
+        login = {key: _literal(given[key]) for key in _OF_USER if key in given}
+        if "password" in login:
+            login["password"] = f":'{password_variable(name)}'"
+        server = {
+            key: _literal(value)
+            for key, value in (given | SERVER_OPTIONS).items()
+            if key not in _NOT_OF_SERVER
+        }
+        made.append(
+            _fill(
+                "fdw_shard",
+                number=str(number),
+                schema=_literal(shard.schema),
+                server=_identifier(f"sequencer_{name}"),
+                server_options=_options(server),
+                user_options=_options(login),
+                enrollments=_identifier(f"enrollments_{name}"),
+                reevaluations=_identifier(f"reevaluations_{name}"),
+            )
+        )
+    return "\n".join(made)
+
+
+def password_variable(shard: str) -> str:
+    """Return the variable of psql that has the password of a shard."""
+    return "password_" + re.sub(r"\W", "_", shard, flags=re.ASCII)
+
+
+def _fill(query: str, **values: str) -> str:
+    return Template(QUERIES[query]).substitute(values)
+
+
+def _options(options: Mapping[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in options.items())
+
+
+def _literal(text: str) -> str:
+    doubled = text.replace("'", "''")
+    return f"'{doubled}'"
+
+
+def _identifier(name: str) -> str:
+    doubled = name.replace('"', '""')
+    return f'"{doubled}"'

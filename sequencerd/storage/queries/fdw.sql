@@ -1,0 +1,43 @@
+-- The front: a database through which an application reaches all shards as one table, by postgres_fdw.
+-- `sequencerd fdw` prints these statements; none is executed by sequencerd itself.
+
+-- name: fdw_front
+-- One table for all shards: the partition of a row is the shard of its subject.
+CREATE EXTENSION IF NOT EXISTS postgres_fdw;
+CREATE SCHEMA sequencer;
+
+CREATE FUNCTION sequencer.shard_of(subject text, shards integer) RETURNS integer
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN (('x' || encode(substr(sha256(convert_to(subject, 'UTF8')), 1, 4), 'hex'))::bit(32)::bigint
+        % shards)::integer;
+
+CREATE TABLE sequencer.enrollments (
+    id         bigint,
+    sequence   text COLLATE "C" NOT NULL,
+    step       text COLLATE "C",
+    subject    text COLLATE "C" NOT NULL,
+    data       jsonb,
+    timezone   text,
+    status     text,
+    wake_at    timestamptz,
+    failure    text,
+    last_error text,
+    created_at timestamptz,
+    ended_at   timestamptz
+) PARTITION BY LIST (sequencer.shard_of(subject, ${shards}));
+
+CREATE TABLE sequencer.reevaluations (
+    subject  text COLLATE "C" NOT NULL,
+    sequence text COLLATE "C",
+    step     text COLLATE "C"
+) PARTITION BY LIST (sequencer.shard_of(subject, ${shards}));
+
+-- name: fdw_shard
+-- One shard of the front: its server, the login there, and its partitions.
+CREATE SERVER ${server} FOREIGN DATA WRAPPER postgres_fdw
+    OPTIONS (${server_options});
+CREATE USER MAPPING FOR PUBLIC SERVER ${server} OPTIONS (${user_options});
+CREATE FOREIGN TABLE sequencer.${enrollments} PARTITION OF sequencer.enrollments
+    FOR VALUES IN (${number}) SERVER ${server} OPTIONS (schema_name ${schema}, table_name 'enrollments');
+CREATE FOREIGN TABLE sequencer.${reevaluations} PARTITION OF sequencer.reevaluations
+    FOR VALUES IN (${number}) SERVER ${server} OPTIONS (schema_name ${schema}, table_name 'reevaluations');
