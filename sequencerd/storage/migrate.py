@@ -33,10 +33,12 @@ async def migrate(
         await connection.execute(QUERIES["create_migrations"])
         missing = _missing(wanted, await connection.fetch(QUERIES["migrations"]))
         for migration in missing:
-            try:
-                await connection.execute(migration.sql)
-            except asyncpg.PostgresError as error:
-                raise MigrationError(f"migration {migration.name} failed: {error}") from error
+            for line, statement in migration.statements():
+                try:
+                    await connection.execute(statement)
+                except asyncpg.PostgresError as error:
+                    place = f"migration {migration.name} failed at line {line}"
+                    raise MigrationError(f"{place}: {error}") from error
             await connection.execute(
                 QUERIES["record_migration"], migration.version, migration.name, migration.checksum
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
@@ -10,6 +11,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 _FILE = re.compile(r"(\d{4})_(\w+)\.sql")
+_TOKEN = re.compile(r"""\$(\w*)\$.*?\$\1\$|'[^']*'|"[^"]*"|--[^\n]*|;""", re.DOTALL)
+_BEFORE = re.compile(r"(?:\s|--[^\n]*)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,17 @@ class Migration:
     def checksum(self) -> str:
         """The checksum of the file's text, whatever its line endings."""
         return sha256(self.sql.replace("\r\n", "\n").encode()).hexdigest()
+
+    def statements(self) -> Iterator[tuple[int, str]]:
+        """Yield the statements, each with its line: Citus does not take several at once."""
+        start = 0
+        ends = [match.end() for match in _TOKEN.finditer(self.sql) if match[0] == ";"]
+        for end in (*ends, len(self.sql)):
+            before = _BEFORE.match(self.sql, start)
+            assert before
+            if statement := self.sql[before.end() : end]:
+                yield self.sql.count("\n", 0, before.end()) + 1, statement
+            start = end
 
 
 def available() -> list[Migration]:

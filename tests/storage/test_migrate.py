@@ -66,7 +66,22 @@ async def test_an_older_schema_is_reported(
 
 async def test_a_migration_that_fails_leaves_nothing(connection: asyncpg.Connection) -> None:
     wrong = replace(MORE, sql=MORE.sql + "; SELECT nonsense")
-    with pytest.raises(MigrationError, match=r"9001_more.sql failed: .*nonsense"):
+    with pytest.raises(MigrationError, match=r"9001_more.sql failed at line 1: .*nonsense"):
         await migrate.migrate(connection, [*migrations.available(), wrong])
     assert await connection.fetchval("SELECT to_regclass('sequencer.more') IS NULL")
     await migrate.check(connection)
+
+
+def test_a_file_is_divided_into_statements() -> None:
+    sql = """-- first; not a statement
+
+CREATE FUNCTION f() AS $$ -- it's one
+BEGIN; END $$;
+COMMENT ON FUNCTION f IS 'a; b''s "c';
+CREATE TABLE "a;b" (id text DEFAULT $x$;$$;$x$); -- the last ;
+ANALYZE
+"""
+    statements = list(Migration(1, "0001_x.sql", sql).statements())
+    assert [line for line, _ in statements] == [3, 5, 6, 7]
+    assert [text.split()[0] for _, text in statements] == ["CREATE", "COMMENT", "CREATE", "ANALYZE"]
+    assert list(Migration(1, "0001_x.sql", "-- nothing;\n").statements()) == []
