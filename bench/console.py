@@ -145,6 +145,10 @@ async def measure(client: httpx.AsyncClient, requests: int, count: int) -> None:
         "search by subject": "/search?q=user-9",
         "search by id": f"/search?q={count // 3}",
         "search by address, without an index": "/search?q=user77@example.com",
+        "over time": "/over-time",
+        "over time of a sequence, by hour": "/over-time?by=hour&sequence=s1",
+        "question before a change": "/change?action=retry&status=failed",
+        "health": "/health",
         "simulate": "/simulate?sequence=s1&data=%7B%7D",
         "overview as JSON": "/tables/overview.json",
     }

@@ -136,9 +136,9 @@ PAGES = (
     "/console/message?sequence=s&step=note",
     "/console/nonsense",
 )
-LOGIN = "/console/login"
-NO_PAGES = ("/tables/{name}.{form}", "/live", "/static/{name:path}", "/message/frame")
-"""What answers programs and not readers."""
+OF_SESSIONS = ("/console/login", "/console/sessions")
+NO_PAGES = ("/tables/{name}.{form}", "/live", "/static/{name:path}", "/message/frame", "/oidc")
+"""What answers programs, or leads on to a page."""
 
 
 WIDTHS = (360, 768, 1280, 1920)
@@ -161,7 +161,7 @@ def test_every_page_is_among_those_that_are_tested() -> None:
         structlog.get_logger(),
         runners=dict,
     )
-    tested = [path.partition("?")[0].removeprefix("/console") for path in (*PAGES, LOGIN)]
+    tested = [path.partition("?")[0].removeprefix("/console") for path in (*PAGES, *OF_SESSIONS)]
     for route in app.routes:
         assert isinstance(route, Route)
         if "GET" in (route.methods or ()) and route.path not in NO_PAGES:
@@ -208,8 +208,14 @@ async def test_every_page_fits_every_width_and_is_accessible(
         console(database, password_hash=make_hash("secret")) as client,
         window(browser, client) as page,
     ):
-        await page.goto(LOGIN)
-        await check_page(page, LOGIN)
+        for path in OF_SESSIONS:
+            await page.goto(path)
+            await check_page(page, path)
+            if path == OF_SESSIONS[0]:
+                await page.get_by_label("Your name").fill("Ada")
+                await page.get_by_label("Password").fill("secret")
+                await page.get_by_role("button", name="Log in").click()
+                await page.locator(".overview, .empty").first.wait_for()
 
 
 async def test_counts_and_timelines_update_by_themselves_for_all_viewers(
