@@ -10,7 +10,6 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import asyncpg
 
@@ -24,20 +23,6 @@ from sequencerd.storage import bulk, connections
 from sequencerd.storage.bulk import Done, Selection
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
-
-
-class Words(NamedTuple):
-    """A status of sequences, and what it means for their enrollments."""
-
-    status: str
-    inside: str
-
-
-SEQUENCE_STATUSES = {
-    "pause": Words("paused", "wait; nothing is executed, time continues to pass"),
-    "resume": Words("active", "continue"),
-    "archive": Words("archived", "continue; no new enrollments"),
-}
 
 
 @on_database
@@ -223,15 +208,12 @@ def _report(arguments: argparse.Namespace, selected: int, done: Done) -> int:
 
 @on_database
 async def set_status_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
-    words = SEQUENCE_STATUSES[arguments.command]
+    words = bulk.SEQUENCE_STATUSES[arguments.command]
     names = sorted(set(arguments.sequences))
     connection = await connect(shard)
     try:
-        async with connection.transaction():
-            await connection.execute(QUERIES["set_reason"], bulk.changed_by(arguments.reason))
-            rows = await connection.fetch(QUERIES["set_sequence_status"], names, words.status)
-            if missing := sorted(set(names) - {row["name"] for row in rows}):
-                raise UsageError(f"sequence {missing[0]!r} does not exist; nothing was changed")
+        reason = bulk.changed_by(arguments.reason)
+        rows = await bulk.set_status(connection, names, words.status, reason)
     finally:
         await connection.close()
     if arguments.json:

@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console import access, changing, html, mail, over_time, pages, simulating
+from sequencerd.console import access, changing, editing, html, mail, over_time, pages, simulating
 from sequencerd.console.actions import Actions
 from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.context import POLICY, PageContext, context_of, say
@@ -130,6 +130,11 @@ def make_console(
             get("/change", changing.question, "operator"),
             post("/change", changing.change, "operator"),
             get("/changes/{number:int}", changing.follow),
+            get("/edit", editing.edit, "editor"),
+            post("/edit", editing.change, "editor"),
+            get("/status", editing.ask_status, "editor"),
+            post("/status", editing.set_status, "editor"),
+            get("/revision", editing.compare),
             get("/sessions", access.sessions),
             post("/sessions", access.end_session, "viewer"),
             get("/login", access.login, None),

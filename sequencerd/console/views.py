@@ -288,6 +288,7 @@ async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
     rows = [
         {
             "revision": row["revision"],
+            "url": at("/revision", sequence=query.must("sequence"), revision=row["revision"]),
             "at": row["at"],
             "by": row["by"],
             "reason": row["reason"],
@@ -301,7 +302,7 @@ async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
     if len(found) > len(shown):
         more = {**query.given, "before": str(rows[-1]["revision"])}
     columns = (
-        Column("revision", "Revision", "number"),
+        Column("revision", "Revision", "number", link="url"),
         Column("at", "When", "time"),
         Column("by", "By"),
         Column("reason", "Reason", optional=True),

@@ -562,6 +562,7 @@ async def apply(
     prune: bool = False,
     expected: str | None = None,
     brake: int | None = None,
+    from_files: bool = True,
 ) -> Plan:
     """Make the database's sequences what the definitions say, in one transaction of the caller's.
 
@@ -590,7 +591,8 @@ async def apply(
         await connection.execute(QUERIES["set_apply_brake"], changed, brake)
     if plan.archived:
         await connection.execute(QUERIES["archive"], plan.archived)
-    await connection.execute(QUERIES["mark_from_file"], [s.sequence for s in plan.sequences])
+    if from_files:
+        await connection.execute(QUERIES["mark_from_file"], [s.sequence for s in plan.sequences])
     return plan
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import asyncpg
 
+from sequencerd.errors import UsageError
 from sequencerd.storage.connections import counting
 from sequencerd.storage.statements import QUERIES
 
@@ -181,6 +182,34 @@ async def _run(connection: asyncpg.Connection, action: str, ids: list[int], to: 
     async with connection.transaction():
         rows = await connection.fetch(QUERIES[action], *parameters)
     return Done(len(rows), sum(row["executing"] for row in rows))
+
+
+class Words(NamedTuple):
+    """A status of sequences, and what it means for their enrollments."""
+
+    status: str
+    inside: str
+
+
+SEQUENCE_STATUSES = {
+    "pause": Words("paused", "wait; nothing is executed, time continues to pass"),
+    "resume": Words("active", "continue"),
+    "archive": Words("archived", "continue; no new enrollments"),
+}
+
+
+async def set_status(
+    connection: asyncpg.Connection, names: Sequence[str], status: str, reason: str
+) -> list[asyncpg.Record]:
+    """Set the status of sequences, and return what each was before. Raises UsageError."""
+    async with connection.transaction():
+        await connection.execute(QUERIES["set_reason"], reason)
+        rows: list[asyncpg.Record] = await connection.fetch(
+            QUERIES["set_sequence_status"], list(names), status
+        )
+        if missing := sorted(set(names) - {row["name"] for row in rows}):
+            raise UsageError(f"sequence {missing[0]!r} does not exist; nothing was changed")
+    return rows
 
 
 def changed_by(reason: str | None) -> str:

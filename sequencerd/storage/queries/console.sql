@@ -175,6 +175,13 @@ SELECT r.revision, r.at, r.by, r.reason, r.document,
   FROM sequencer.revisions AS r
  WHERE r.sequence = $1 AND r.revision < $2 ORDER BY r.revision DESC LIMIT $3;
 
+-- name: console_sequence
+-- Read which revision of a sequence is present, who made it, and whether files manage it.
+SELECT s.revision, s.status, s.from_file, r.by, r.reason
+  FROM sequencer.sequences AS s
+  LEFT JOIN sequencer.revisions AS r ON (r.sequence, r.revision) = (s.name, s.revision)
+ WHERE s.name = $1;
+
 -- name: console_schedule
 -- Read by which schedule a sequence enrolls what a query returns, and what came of the last run.
 SELECT source, schedule, next_run_at, last_run_at, extract(epoch FROM duration)::float8 AS duration,

@@ -1,0 +1,216 @@
+"""Sequences that are paused, edited, planned and applied in the console."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+
+from sequencerd.console.editing import side_by_side
+from tests.console.conftest import BEGUN, DAY, Mended, console, people, token
+from tests.console.test_users import USERS, log_in
+from tests.helpers.engines import define, until
+from tests.sql.test_roles import logins
+
+logins = logins  # noqa: PLW0127 - a fixture
+
+REVISION = "SELECT revision FROM sequencer.sequences WHERE name = 's'"
+
+
+def text_of(page: httpx.Response) -> str:
+    """The YAML in the editor."""
+    found = re.search(r"<textarea[^>]*>(.*?)</textarea>", page.text, re.DOTALL)
+    assert found
+    return html.unescape(found[1]).lstrip("\n")
+
+
+def form_of(page: httpx.Response, **changes: str) -> dict[str, str]:
+    hidden = re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page.text)
+    return {**dict(hidden), "text": text_of(page), **changes}
+
+
+async def test_a_sequence_is_paused_with_a_reason(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await people(connection)
+    async with console(database, {"Note": Mended()}, users=USERS, write=True) as client:
+        await log_in(client, "otto")
+        assert "Pause…" not in (await client.get("/sequence?sequence=s")).text
+        refused = await client.get("/status?sequence=s&action=pause")
+        assert refused.status_code == 403
+        assert "This needs the role editor; otto has the role operator." in refused.text
+        client.cookies.clear()
+        await log_in(client, "edda")
+        assert "Pause…" in (await client.get("/sequence?sequence=s")).text
+        page = await client.get("/status?sequence=s&action=pause")
+        assert "time continues to pass" in page.text
+        form = {"token": token(page), "sequence": "s", "action": "pause"}
+        assert (await client.post("/status", data=form)).status_code == 422
+        wrong = {**form, "action": "drop", "reason": "x"}
+        assert (await client.post("/status", data=wrong)).status_code == 422
+        nowhere = {**form, "sequence": "t", "reason": "x"}
+        assert (await client.post("/status", data=nowhere)).status_code == 422
+        done = await client.post("/status", data={**form, "reason": "a holiday"})
+        assert done.status_code == 303
+        row = await connection.fetchrow(
+            "SELECT s.status, r.reason FROM sequencer.sequences AS s"
+            " JOIN sequencer.revisions AS r USING (revision) WHERE s.name = 's'"
+        )
+        assert tuple(row) == ("paused", "edda in the console: a holiday")
+
+
+async def test_a_sequence_is_edited_by_a_plan(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await people(connection)
+    before = await connection.fetchval(REVISION)
+    async with console(database, {"Note": Mended()}, users=USERS, write=True) as client:
+        await until(connection, BEGUN)
+        await log_in(client, "edda")
+        page = await client.get("/edit?sequence=s")
+        assert "amount: 1" in text_of(page)
+        # what is wrong is said with its line
+        wrong = form_of(page, action="plan", text=text_of(page).replace("amount", "amuont"))
+        refused = await client.post("/edit", data=wrong)
+        assert refused.status_code == 422
+        assert re.search(r"Line \d+, wait: .*amuont", refused.text)
+        assert "amuont" in text_of(refused)
+        for text, words in (
+            ("a: [", "Line 1"),
+            ("", "there is no sequence in it"),
+            (text_of(page).replace("name: s\n", "name: t\n", 1), "Here is one sequence, s"),
+        ):
+            refused = await client.post("/edit", data=form_of(page, action="plan", text=text))
+            assert refused.status_code == 422
+            assert words in refused.text
+        # the plan says what happens to those who wait
+        edited = text_of(page).replace("amount: 1", "amount: 2")
+        planned = await client.post("/edit", data=form_of(page, action="plan", text=edited))
+        assert "changed wait: config.amount 1 → 2" in planned.text
+        assert "1 wait at wait: 1 wait until another time" in planned.text
+        assert await connection.fetchval(REVISION) == before
+        apply = form_of(planned, action="apply")
+        refused = await client.post("/edit", data=apply)
+        assert "Write a reason" in refused.text
+        done = await client.post("/edit", data={**apply, "reason": "longer"})
+        assert done.status_code == 303, done.text
+        row = await connection.fetchrow(
+            "SELECT s.from_file, s.revision, r.reason FROM sequencer.sequences AS s"
+            " JOIN sequencer.revisions AS r USING (revision) WHERE s.name = 's'"
+        )
+        assert row["reason"] == "edda in the console: longer"
+        assert not row["from_file"]
+        # side by side, and back
+        page = await client.get(f"/revision?sequence=s&revision={row['revision']}")
+        assert "<del>      amount: 1</del>" in page.text
+        assert "<ins>      amount: 2</ins>" in page.text
+        assert "edda in the console: longer" in page.text
+        back = await client.get(f"/edit?sequence=s&revision={before}")
+        assert "amount: 1" in text_of(back)
+        planned = await client.post("/edit", data=form_of(back, action="plan"))
+        assert "changed wait: config.amount 2 → 1" in planned.text
+        done = await client.post("/edit", data=form_of(planned, action="apply", reason="roll back"))
+        assert done.status_code == 303
+        assert (await client.get("/revision?sequence=s&revision=999999")).status_code == 404
+
+
+async def test_a_change_meanwhile_is_not_undone(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await people(connection)
+    async with console(database, {"Note": Mended()}, write=True) as client:
+        page = await client.get("/edit?sequence=s")
+        edited = text_of(page).replace("amount: 1", "amount: 2")
+        planned = await client.post("/edit", data=form_of(page, action="plan", text=edited))
+        await connection.execute(
+            "BEGIN; SET LOCAL sequencer.reason = 'Bob was here';"
+            " UPDATE sequencer.sequences SET description = 'new' WHERE name = 's'; COMMIT"
+        )
+        for form in (
+            form_of(page, action="plan", text=edited),
+            form_of(planned, action="apply", reason="x"),
+        ):
+            refused = await client.post("/edit", data=form)
+            assert refused.status_code == 409
+            assert "Bob was here" in refused.text
+        assert "amount: 2" in text_of(refused)
+        # planned again, it says what would be undone
+        planned = await client.post("/edit", data=form_of(refused, action="plan"))
+        assert "description: new → none" in planned.text
+        forged = form_of(planned, action="apply", reason="x", plan="000000000000")
+        assert (await client.post("/edit", data=forged)).status_code == 409
+        other = form_of(planned, action="apply", reason="x", token="x")
+        assert (await client.post("/edit", data=other)).status_code == 403
+
+
+async def test_a_removed_step_asks_where_to_go(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    waiting, _ = await people(connection)
+    async with console(database, {"Note": Mended()}, write=True) as client:
+        await until(connection, BEGUN)
+        page = await client.get("/edit?sequence=s")
+        text = "name: s\nsteps:\n  - name: pause\n    type: WaitForDuration\n    config: " + DAY
+        text += "\n  - name: note\n    type: Note\n"
+        planned = await client.post("/edit", data=form_of(page, action="plan", text=text))
+        assert "1 enrollments are at wait, which is removed" in html.unescape(planned.text)
+        assert 'name="plan"' not in planned.text
+        moved = form_of(planned, action="plan") | {"move.wait": "pause"}
+        planned = await client.post("/edit", data=moved)
+        assert "1 move from wait to pause" in planned.text
+        apply = form_of(planned, action="apply", reason="renamed") | {"move.wait": "pause"}
+        assert (await client.post("/edit", data=apply)).status_code == 303
+        step = await connection.fetchval(
+            "SELECT step FROM sequencer.enrollments WHERE id = $1", waiting
+        )
+        assert step == "pause"
+
+
+async def test_files_stay_the_authority(database: str, connection: asyncpg.Connection) -> None:
+    await people(connection)
+    await connection.execute("UPDATE sequencer.sequences SET from_file = true")
+    before = await connection.fetchval(REVISION)
+    async with console(database, {"Note": Mended()}, write=True) as client:
+        page = await client.get("/edit?sequence=s")
+        assert "managed by files" in page.text
+        edited = text_of(page).replace("amount: 1", "amount: 2")
+        planned = await client.post("/edit", data=form_of(page, action="plan", text=edited))
+        assert "config.amount 1 → 2" in planned.text
+        assert "Apply this plan" not in planned.text
+        forged = form_of(planned, action="apply", reason="x", plan="x")
+        assert (await client.post("/edit", data=forged)).status_code == 409
+        file = await client.post("/edit", data=form_of(planned, action="download"))
+        assert file.headers["content-disposition"] == 'attachment; filename="s.yaml"'
+        assert file.text == edited
+        assert await connection.fetchval(REVISION) == before
+
+
+async def test_the_daemon_s_role_is_not_enough_to_edit(
+    logins: dict[str, str], connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("wait", "WaitForDuration", DAY, None))
+    changes: dict[str, Any] = {"sequence": "s", "action": "pause", "reason": "x"}
+    async with console(logins["daemon"], write=True) as client:
+        page = await client.get("/status?sequence=s&action=pause")
+        refused = await client.post("/status", data={**changes, "token": token(page)})
+        assert refused.status_code == 422
+        assert "GRANT sequencer_editor" in refused.text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kinds"),
+    [
+        ("a", "a", []),
+        ("a\nb\nc", "a\nx\nc", ["equal", "replace", "equal"]),
+        ("", "a", ["insert"]),
+        ("a", "", ["delete"]),
+        ("\n".join("a123456789b"), "\n".join("x123456789y"),
+         ["replace", *["equal"] * 3, "gap", *["equal"] * 3, "replace"]),
+    ],
+)  # fmt: skip
+def test_side_by_side(before: str, after: str, kinds: list[str]) -> None:
+    assert [row["kind"] for row in side_by_side(before, after)] == kinds
