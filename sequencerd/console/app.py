@@ -18,7 +18,17 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console import access, changing, editing, html, mail, over_time, pages, simulating
+from sequencerd.console import (
+    access,
+    changing,
+    data,
+    editing,
+    html,
+    mail,
+    over_time,
+    pages,
+    simulating,
+)
 from sequencerd.console.actions import Actions
 from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.context import POLICY, PageContext, context_of, say
@@ -130,6 +140,8 @@ def make_console(
             get("/change", changing.question, "operator"),
             post("/change", changing.change, "operator"),
             get("/changes/{number:int}", changing.follow),
+            get("/data", data.edit, "operator"),
+            post("/data", data.change, "operator"),
             get("/edit", editing.edit, "editor"),
             post("/edit", editing.change, "editor"),
             get("/status", editing.ask_status, "editor"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from sequencerd.errors import UsageError
 
 HIDDEN = "•••"
 SHORTEST = 3  # characters: what is shorter is in every text
@@ -57,6 +60,38 @@ def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], Row]:
         return shown
 
     return mask
+
+
+def hide_data(data: Mapping[str, Any], paths: Sequence[str]) -> Row:
+    """Return a copy of data with HIDDEN where the paths lead."""
+    shown = copy.deepcopy(dict(data))
+    for path in paths:
+        if path != "subject":
+            for _ in _hide(shown, path.split(".")[1:]):
+                pass
+    return shown
+
+
+def restore_data(
+    edited: Mapping[str, Any], original: Mapping[str, Any], paths: Sequence[str]
+) -> Row:
+    """Return edited data with the original values where HIDDEN is still in their place. Raises
+    UsageError where it is elsewhere, or a list with such values has been changed.
+    """
+
+    def restore(value: Any, hidden: Any, known: Any) -> Any:
+        if value == hidden:
+            return known
+        if isinstance(value, dict) and isinstance(hidden, dict):
+            return {
+                key: restore(part, hidden.get(key), known.get(key)) for key, part in value.items()
+            }
+        if HIDDEN in json.dumps(value, ensure_ascii=False, default=str):
+            raise UsageError(f"{HIDDEN} is a masked value, which can only stay where it was")
+        return value
+
+    restored: Row = restore(dict(edited), hide_data(original, paths), original)
+    return restored
 
 
 def _parsed(row: Mapping[str, Any]) -> Row:

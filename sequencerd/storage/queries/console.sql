@@ -175,6 +175,24 @@ SELECT r.revision, r.at, r.by, r.reason, r.document,
   FROM sequencer.revisions AS r
  WHERE r.sequence = $1 AND r.revision < $2 ORDER BY r.revision DESC LIMIT $3;
 
+-- name: console_data
+-- Read the data of an enrollment for editing.
+SELECT subject, data, md5(data::text) AS version FROM sequencer.enrollments WHERE id = $1;
+
+-- name: console_pretty
+-- Write JSON over several lines, as PostgreSQL stores it.
+SELECT jsonb_pretty($1::jsonb);
+
+-- name: console_set_data
+-- Replace the data of an enrollment, if they are still those that the user saw, and record the change.
+WITH changed AS (
+    UPDATE sequencer.enrollments SET data = $2::jsonb
+     WHERE id = $1 AND md5(data::text) = $3 RETURNING id, sequence, step, visit
+)
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+SELECT id, clock_timestamp(), sequence, step, visit, 'edited', 'by ' || session_user || ': ' || $4::text
+  FROM changed;
+
 -- name: console_sequence
 -- Read which revision of a sequence is present, who made it, and whether files manage it.
 SELECT s.revision, s.status, s.from_file, r.by, r.reason
