@@ -47,10 +47,6 @@ async def test_four_daemons_keep_a_rate_together(
 ) -> None:
     await define(connection, "s", ("call", "Paced", "{}", None))
     await connection.execute(
-        "INSERT INTO sequencer.enrollments (sequence, subject)"
-        " SELECT 's', 'u' || n FROM generate_series(1, 300) AS n"
-    )
-    await connection.execute(
         "DO $$ BEGIN CREATE ROLE login_daemon LOGIN;"
         " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
         "GRANT sequencer_daemon TO login_daemon"
@@ -66,6 +62,10 @@ async def test_four_daemons_keep_a_rate_together(
             runners.append(Paced(pool, taken))
         for runner in runners:
             await stack.enter_async_context(running_engine(url, {"Paced": runner}))
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, 300) AS n"
+        )
         await until(connection, ALL_ENDED)
     begun = sorted(at for runner in runners for at in runner.begun)
     assert len(begun) == 300
