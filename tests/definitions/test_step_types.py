@@ -92,6 +92,9 @@ def test_each_exit_is_drawn_and_reachable_and_checked_at_its_line(
     sequence, told = read(tmp_path, whole)
     exits = sequence.steps["it"].exits
     assert exits
+    # each step that the config names, and each end, is where an exit leads
+    steps = re.findall(r'"step": (?:"(\w+)"|null)', json.dumps(config))
+    assert {one.target or "" for one in exits} >= set(steps)
     targets = {one.target for one in exits if one.sequence is None and one.target}
     unreachable = {re.findall(r"s/(\w+): unreachable", line)[0] for line in told if "unrea" in line}
     assert unreachable == {"next", "altNext", "there", "lost"} - targets
