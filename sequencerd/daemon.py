@@ -8,8 +8,8 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -35,7 +35,7 @@ from sequencerd.runners.suppressions import Key, Suppressions
 from sequencerd.service.health import Health
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.logs import make_log
-from sequencerd.service.metrics import Metrics
+from sequencerd.service.metrics import Metrics, ShardMetrics
 from sequencerd.service.public import Public
 from sequencerd.service.systemd import notify, notify_reloading
 from sequencerd.settings import Database, Settings
@@ -46,6 +46,7 @@ from sequencerd.storage.listener import Changed, Message, listen, poll
 from sequencerd.storage.suppressions import read_suppressed
 
 CLOSE_TIMEOUT = 5.0  # seconds
+AWAY_INTERVAL = 2.0  # seconds between attempts to reach a shard that is away
 PROMOTION_INTERVAL = 1.0  # seconds between checks of a standby
 DESCRIPTORS = 65_536
 RATES_CONNECTIONS = 4  # opened while a runner has a rate: one that is locked delays no other
@@ -135,82 +136,252 @@ class Parts:
 def check_settings(settings: Settings) -> None:
     """Check what a start or a reload would reject, without a database. Raises SettingsError."""
     settings.check_console()
-    make_runners(settings)
+    for name in settings.shards or (None,):
+        make_runners(settings.of_shard(name))
 
 
 async def run(
-    shard: Shard, settings: Settings, log: FilteringBoundLogger, read: Callable[[], Settings]
+    shards: Sequence[Shard],
+    settings: Settings,
+    log: FilteringBoundLogger,
+    read: Callable[[], Settings],
 ) -> None:
-    """Run until SIGTERM or SIGINT; on SIGHUP, `read` returns the new settings. `shard` is where to
-    LISTEN. Raises SequencerdError if the daemon cannot start.
+    """Run until SIGTERM or SIGINT; on SIGHUP, `read` returns the new settings. `shards` says
+    where to LISTEN. Raises SequencerdError if
+    the daemon cannot start.
     """
+    settings.check_console()
+    tune_collector()
+    raise_descriptor_limit()
+    stop = asyncio.Event()
+    process = _Process(shards, settings, log, read, stop)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_handle_loop_error(log))
+    loop.add_signal_handler(signal.SIGHUP, process.reload)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    end_tracing = _trace(log)
+    try:
+        await process.run()
+    finally:
+        await asyncio.to_thread(end_tracing)
 
-    async def suppressed(keys: list[Key]) -> set[Key]:
+
+class _Process:
+    """The shards that this process serves, and what it reports of all."""
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        settings: Settings,
+        log: FilteringBoundLogger,
+        read: Callable[[], Settings],
+        stop: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._log = log
+        self._stop = stop
+        self._shards = [
+            _Served(shard, self, settings.of_shard(shard.name), partial(_reread, read, shard), stop)
+            for shard in shards
+        ]
+        self._one = self._shards[0] if shards[0].name is None else None
+
+    @property
+    def log(self) -> FilteringBoundLogger:
+        """For the lines of a shard to begin from."""
+        return self._log
+
+    def reload(self) -> None:
+        """Read the settings again, for all shards."""
+        for served in self._shards:
+            served.reload_requested.set()
+
+    def status(self) -> str:
+        """Return a line about all shards."""
+        if self._one is not None:
+            return self._one.status()
+        return "; ".join(f"{served.name}: {served.status()}" for served in self._shards)
+
+    def feed(self) -> None:
+        """Feed systemd's watchdog, unless an engine is stuck. A shard that is away has none."""
+        if not self._why_not_alive():
+            notify("WATCHDOG=1")
+
+    def _why_not_alive(self) -> list[str]:
+        return [reason for served in self._shards for reason in served.why_not_alive()]
+
+    def _why_not_ready(self) -> list[str]:
+        return [reason for served in self._shards for reason in served.why_not_ready()]
+
+    async def run(self) -> None:
+        """Serve until the stop. What keeps the one database from being served ends the process;
+        of several shards, one that is away is tried again, while the others are served.
+        """
+        if self._one is not None:
+            await self._one.serve(self._serving)
+            return
+        async with self._serving(None), asyncio.TaskGroup() as group:
+            for served in self._shards:
+                group.create_task(served.keep())
+
+    @asynccontextmanager
+    async def _serving(self, console: Starlette | None) -> AsyncIterator[None]:
+        """Answer HTTP meanwhile."""
+        settings, current = self._settings, self._shards[0]
+        public = Public(
+            [served.shard for served in self._shards], lambda: current.settings, self._log
+        )
+        registry = ShardMetrics(
+            lambda: {
+                served.name: served.daemon.metrics.registry
+                for served in self._shards
+                if served.name is not None and served.daemon is not None
+            }
+        ).registry
+        if self._one is not None and self._one.daemon is not None:
+            registry = self._one.daemon.metrics.registry
+        elif settings.console is not None and settings.console.enabled:
+            hint = "run `sequencerd console --shard NAME`, with an address of its own"
+            self._log.warning("no console: it shows one shard", hint=hint)
+        app = make_app(
+            self._why_not_alive,
+            self._why_not_ready,
+            registry,
+            console,
+            () if settings.http.public_listen else public.routes,
+        )
+        report = partial(_report_taken_address, self._log)
+        async with (
+            serving(app, settings.listen, report),
+            serving(
+                public.app(), settings.http.public_listen, report, setting="http.public_listen"
+            ),
+        ):
+            yield
+
+
+def _reread(read: Callable[[], Settings], shard: Shard) -> Settings:
+    return read().of_shard(shard.name)
+
+
+class _Served:
+    """One shard: its connections, and the daemon that works on it while there are any."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        process: _Process,
+        settings: Settings,
+        read: Callable[[], Settings],
+        stop: asyncio.Event,
+    ) -> None:
+        self.name = shard.name
+        self.shard = shard
+        self.daemon: _Daemon | None = None
+        self.reload_requested = asyncio.Event()
+        self._process = process
+        self._settings = settings
+        self._read = read
+        self._stop = stop
+        self._away = "the database has not answered yet"
+        self._log = process.log if shard.name is None else process.log.bind(shard=shard.name)
+        self._suppressions = Suppressions(self._suppressed)
+        make_runners(settings, self._suppressions)  # wrong settings end the process now
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the moment."""
+        return self._settings if self.daemon is None else self.daemon.parts.settings
+
+    def status(self) -> str:
+        """Return what goes on in the shard."""
+        return self._away if self.daemon is None else self.daemon.status()
+
+    def why_not_alive(self) -> list[str]:
+        """Return how its engine is stuck."""
+        return self._named([] if self.daemon is None else self.daemon.health.why_not_alive())
+
+    def why_not_ready(self) -> list[str]:
+        """Return why nothing would be moved there in time."""
+        return self._named(
+            [self._away] if self.daemon is None else self.daemon.health.why_not_ready()
+        )
+
+    def _named(self, reasons: list[str]) -> list[str]:
+        return reasons if self.name is None else [f"{self.name}: {one}" for one in reasons]
+
+    async def keep(self) -> None:
+        """Serve the shard until the stop, whenever its database can be used."""
+        while not self._stop.is_set():
+            try:
+                await self.serve()
+            except DatabaseError as error:
+                if str(error) != self._away:
+                    self._log.error("the shard is away, tried again", error=str(error))
+                self._away = str(error)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(AWAY_INTERVAL):
+                    await self._stop.wait()
+            self._process.feed()
+
+    async def serve(
+        self,
+        around: Callable[[Starlette | None], AbstractAsyncContextManager[None]] | None = None,
+    ) -> None:
+        """Serve the shard until the stop, with HTTP `around` it. Raises SequencerdError if that
+        cannot begin.
+        """
+        settings, shard = self._settings, self.shard
+        runners = make_runners(settings, self._suppressions, self._take)
+        connection = await _wait_for_promotion(shard, self._stop, self._log)
         try:
-            async with connections.borrow(pool) as connection:
+            if self._stop.is_set():
+                return
+            await migrate.check(connection)
+            _check_visible(await server.hidden_tables(connection), self._log)
+        finally:
+            await connection.close()
+        size = settings.database.connections
+        async with (
+            _pool(shard, settings.database, size) as pool,
+            _pool(shard, settings.database, 1) as heart,
+            _pool(shard, settings.database, settings.database.lookup_connections, 0) as for_lookups,
+            _pool(shard, settings.database, ENROLLING_CONNECTIONS, 0) as for_enrolling,
+            _pool(shard, settings.database, RATES_CONNECTIONS, 0) as for_rates,
+        ):
+            try:
+                parts = Parts(settings, runners, for_lookups)
+            except ValueError as error:
+                raise SettingsError(f"wrong setting: {error}") from error
+            pools = self._pools = Pools(pool, heart, for_lookups, for_enrolling, for_rates)
+            daemon = self.daemon = _Daemon(
+                pools,
+                parts,
+                process=self._process,
+                suppressions=self._suppressions,
+                take=self._take,
+                log=self._log,
+                read=self._read,
+                of_process=self.name is None,
+            )
+            try:
+                async with nullcontext() if around is None else around(daemon.console(shard)):
+                    await daemon.run(shard, self.reload_requested, self._stop)
+            finally:
+                self._settings, self.daemon = daemon.parts.settings, None
+                await daemon.parts.close()
+        self._log.info("stopped", daemon=daemon.name)
+
+    async def _suppressed(self, keys: list[Key]) -> set[Key]:
+        try:
+            async with connections.borrow(self._pools.engine) as connection:
                 return await read_suppressed(connection, keys)
         except TRANSIENT_ERRORS as error:
             raise NotNow(f"the suppressions can't be read: {error}") from error
 
-    async def take(runner: str, per_second: float, count: int) -> float:
-        return await rates.take(for_rates, runner, per_second, count, log)
-
-    settings.check_console()
-    suppressions = Suppressions(suppressed)
-    runners = make_runners(settings, suppressions, take)
-    tune_collector()
-    raise_descriptor_limit()
-    reload_requested, stop_requested = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(_handle_loop_error(log))
-    loop.add_signal_handler(signal.SIGHUP, reload_requested.set)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop_requested.set)
-    connection = await _wait_for_promotion(shard, stop_requested, log)
-    try:
-        if stop_requested.is_set():
-            return
-        await migrate.check(connection)
-        _check_visible(await server.hidden_tables(connection), log)
-    finally:
-        await connection.close()
-    size = settings.database.connections
-    async with (
-        _pool(shard, settings.database, size) as pool,
-        _pool(shard, settings.database, 1) as heart,
-        _pool(shard, settings.database, settings.database.lookup_connections, 0) as for_lookups,
-        _pool(shard, settings.database, ENROLLING_CONNECTIONS, 0) as for_enrolling,
-        _pool(shard, settings.database, RATES_CONNECTIONS, 0) as for_rates,
-    ):
-        try:
-            parts = Parts(settings, runners, for_lookups)
-        except ValueError as error:
-            raise SettingsError(f"wrong setting: {error}") from error
-        daemon = _Daemon(
-            Pools(pool, heart, for_lookups, for_enrolling, for_rates),
-            parts,
-            suppressions=suppressions,
-            take=take,
-            log=log,
-            read=read,
-        )
-        end_tracing = _trace(log)
-        try:
-            report = partial(_report_taken_address, log)
-            async with (
-                serving(daemon.app(shard), settings.listen, report),
-                serving(
-                    daemon.public_app(shard),
-                    settings.http.public_listen,
-                    report,
-                    setting="http.public_listen",
-                ),
-            ):
-                await daemon.run(shard, reload_requested, stop_requested)
-        finally:
-            await daemon.parts.close()
-            await asyncio.to_thread(end_tracing)
-    log.info("stopped", daemon=daemon.name)
+    async def _take(self, runner: str, per_second: float, count: int) -> float:
+        return await rates.take(self._pools.rates, runner, per_second, count, self._log)
 
 
 def _report_taken_address(log: FilteringBoundLogger, listen: str) -> None:
@@ -287,10 +458,12 @@ class _Daemon:
         pools: Pools,
         parts: Parts,
         *,
+        process: _Process,
         suppressions: Suppressions,
         take: Take,
         log: FilteringBoundLogger,
         read: Callable[[], Settings],
+        of_process: bool,
     ) -> None:
         settings = parts.settings.engine
         self.name = daemon_name()
@@ -302,14 +475,15 @@ class _Daemon:
         self._take = take
         self._log = log
         self._read = read
-        self._metrics = Metrics()
-        self._health = Health(self._metrics, self._status, sweep=settings.sweep)
-        self._health.waits = {
+        self._process = process
+        self.metrics = Metrics(of_process=of_process)
+        self.health = Health(self.metrics, process.status, process.feed, sweep=settings.sweep)
+        self.health.waits = {
             "engine": partial(connections.longest_wait, pools.engine),
             "lookups": partial(connections.longest_wait, pools.lookups),
         }
-        for name, seconds in self._health.waits.items():
-            self._metrics.connection_wait.labels(name).set_function(seconds)
+        for name, seconds in self.health.waits.items():
+            self.metrics.connection_wait.labels(name).set_function(seconds)
         self._engine = Engine(
             pools.engine,
             pools.heart,
@@ -319,8 +493,8 @@ class _Daemon:
             settings=settings,
             name=self.name,
             log=log,
-            metrics=self._metrics,
-            turned=self._health.turned,
+            metrics=self.metrics,
+            turned=self.health.turned,
         )
         self._enrolling = Enrolling(
             pools.enrolling,
@@ -330,31 +504,19 @@ class _Daemon:
             log=log,
         )
 
-    def app(self, shard: Shard) -> Starlette:
-        """Return what the HTTP listener serves."""
+    def console(self, shard: Shard) -> Starlette | None:
+        """Return the console, if it is on."""
         settings = self.parts.settings.console
-        console = None
-        if settings is not None and settings.enabled:
-            console = make_console(
-                settings,
-                shard,
-                self._simulator,
-                self._clock.now,
-                self._log,
-                runners=self._own_runners,
-            )
-        health = self._health
-        public = () if self.parts.settings.http.public_listen else self._public(shard).routes
-        return make_app(
-            health.why_not_alive, health.why_not_ready, self._metrics.registry, console, public
+        if settings is None or not settings.enabled:
+            return None
+        return make_console(
+            settings,
+            shard,
+            self._simulator,
+            self._clock.now,
+            self._log,
+            runners=self._own_runners,
         )
-
-    def public_app(self, shard: Shard) -> Starlette:
-        """Return what the listener for recipients serves."""
-        return self._public(shard).app()
-
-    def _public(self, shard: Shard) -> Public:
-        return Public(shard, lambda: self.parts.settings, self._log)
 
     def _own_runners(self) -> dict[str, Runner]:
         """Return runners for another thread."""
@@ -396,12 +558,12 @@ class _Daemon:
                 self._connected,
                 self._engine.find_due,
                 log=self._log,
-                heard=self._health.heard,
-                refused=self._metrics.refused.inc,
+                heard=self.health.heard,
+                refused=self.metrics.refused.inc,
             )
         else:
             sweep = partial(self._engine.sweep, whole=False)
-            await poll(self._connected, sweep, self._log, self._health.heard)
+            await poll(self._connected, sweep, self._log, self.health.heard)
 
     def _receive(self, message: Message) -> None:
         self._engine.receive(message)
@@ -415,19 +577,20 @@ class _Daemon:
                 await pool.expire_connections()
         await self._engine.sweep()
         self._log.info("ready", daemon=self.name, sequences=len(self._engine.catalog.sequences))
-        notify("READY=1", f"STATUS={self._status()}")
+        notify("READY=1", f"STATUS={self._process.status()}")
 
-    def _status(self) -> str:
+    def status(self) -> str:
+        """Return what goes on, for systemd."""
         return (
             f"{len(self._engine.catalog.sequences):,} sequences, "
-            f"{self._metrics.places:,} active steps, {self._metrics.overdue:,} overdue; "
+            f"{self.metrics.places:,} active steps, {self.metrics.overdue:,} overdue; "
             f"in flight {self._engine.in_flight:,}"
         )
 
     async def _stop_when(self, requested: asyncio.Event) -> None:
         await requested.wait()
         notify("STOPPING=1")
-        self._health.stopping = True
+        self.health.stopping = True
         self._engine.stop()
         # shutdown does not wait for a silent database
         seconds = self.parts.settings.engine.stop_timeout + CLOSE_TIMEOUT

@@ -60,7 +60,7 @@ CONSOLE_LISTEN = "127.0.0.1:9187"
 
 _PREFIX = "SEQUENCERD_"
 _SHORT = {"DATABASE": ("database", "url"), "SMTP_URL": ("email", "url")}
-_NO_SETTING = {"CONFIG"}
+_NO_SETTING = {"CONFIG", "INSTANCE"}
 
 
 def _read_secret(value: object, info: ValidationInfo) -> object:
@@ -184,6 +184,17 @@ class Database(Section):
     def pooled(self) -> bool:
         """Whether `url` leads to a pooler that gives every transaction another connection."""
         return self.listen_url is not None or not self.listen
+
+
+ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
+
+
+class ShardDatabase(Section):
+    """Where the tables of one shard are: [shards.NAME], instead of the same keys of [database]."""
+
+    url: Secret
+    listen_url: Secret | None = None
+    schema_name: SchemaName = Field(default=SCHEMA, alias="schema")
 
 
 class Engine(Section):
@@ -560,6 +571,7 @@ class Settings(Section):
     """Everything that can be set."""
 
     database: Database = Database()
+    shards: dict[ShardName, ShardDatabase] = {}
     engine: Engine = Engine()
     email: Email = Email()
     sms: Sms = Sms()
@@ -570,6 +582,31 @@ class Settings(Section):
     unsubscribe: Unsubscribe | None = None
     retention: Retention = Retention()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> Settings:
+        if self.shards and (self.database.url or self.database.schema_name != SCHEMA):
+            raise ValueError("write [shards], or url and schema of [database], not both")
+        places: dict[tuple[str, str], str] = {}
+        for name, shard in self.shards.items():
+            place = shard.url.get_secret_value(), shard.schema_name
+            if place in places:
+                raise ValueError(f"the shards {places[place]} and {name} are the same schema")
+            places[place] = name
+        return self
+
+    def of_shard(self, name: str | None) -> Settings:
+        """Return the settings with the database of one shard; without [shards], they are the same.
+        Raises SettingsError.
+        """
+        if name is None:
+            return self
+        if name not in self.shards:
+            known = ", ".join(self.shards) or "none"
+            raise SettingsError(f"there is no shard {name!r} in the settings; there are: {known}")
+        shard = self.shards[name]
+        own = {key: getattr(shard, key) for key in ShardDatabase.model_fields}
+        return self.model_copy(update={"database": self.database.model_copy(update=own)})
 
     def check_console(self) -> None:
         """Refuse an open console. Raises SettingsError; a command that only reads settings
@@ -690,6 +727,8 @@ def _without_files(value: object, *path: str) -> object:
     if not isinstance(value, dict):
         return value
     if set(value) == {"file"}:
+        if path[0] == "shards":
+            return f"postgresql:///{path[1]}"
         return _MEANINGLESS.get((path[0], path[-1]), "c2VjcmV0")
     return {key: _without_files(part, *path, key) for key, part in value.items()}
 
@@ -754,6 +793,8 @@ def _keys(section: tuple[int | str, ...]) -> list[str]:
         return list(Settings.model_fields)
     if section[0] == "runners":
         return _names(HttpEndpoint)
+    if section[0] == "shards":
+        return _names(ShardDatabase)
     if section[0] == "lookups":
         return _names(LookupEndpoint)
     return _names(_SECTIONS[str(section[0])])

@@ -79,6 +79,13 @@ class Commands:
             description=f"{about[0].upper()}{about[1:]}.",
             epilog=f"Example: sequencerd {example}",
         )
+        command.add_argument(
+            "--shard",
+            action="extend",
+            type=lambda text: text.split(","),
+            metavar="NAME",
+            help="only this of the [shards] in the settings, or several: a,b (default: all)",
+        )
         command.set_defaults(run=run)
         return command
 

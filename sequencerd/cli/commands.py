@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -14,7 +14,13 @@ from pydantic import SecretStr
 
 from sequencerd.cli.output import busy, warn
 from sequencerd.core.config import nearest
-from sequencerd.errors import DatabaseError, SequencerdError, SettingsError, UsageError
+from sequencerd.errors import (
+    ArgumentError,
+    DatabaseError,
+    SequencerdError,
+    SettingsError,
+    UsageError,
+)
 from sequencerd.service.dns import new_loop
 from sequencerd.service.systemd import is_service
 from sequencerd.settings import Settings, load
@@ -31,6 +37,9 @@ Command = Callable[[argparse.Namespace, Settings], int]
 DatabaseCommand = Callable[[argparse.Namespace, Settings, Shard], Coroutine[Any, Any, int]]
 """The same with the database."""
 
+ShardsCommand = Callable[[argparse.Namespace, Settings, Sequence[Shard]], Coroutine[Any, Any, int]]
+"""The same with the databases of several shards."""
+
 
 def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
     """Return the settings, with what the command line overrides. Raises SettingsError.
@@ -42,13 +51,13 @@ def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
     if wanted and arguments.command == "console":
         wanted.add("console")
     if wanted and arguments.database:
-        wanted.discard("database")
+        wanted -= {"database", "shards"}
     settings = load(os.environ, arguments.config, secrets=wanted)
     if arguments.database:
         database = settings.database.model_copy(
             update={"url": SecretStr(arguments.database), "listen_url": None}
         )
-        settings = settings.model_copy(update={"database": database})
+        settings = settings.model_copy(update={"database": database, "shards": {}})
     return settings
 
 
@@ -72,15 +81,32 @@ def role_for(arguments: argparse.Namespace) -> str:
 
 
 def on_database(run: DatabaseCommand) -> Command:
-    """Return a command that works on the database that is set, or else on the embedded one."""
+    """Return a command that works on the database that is set, or else on the embedded one; or on
+    one shard.
+    """
+
+    async def on_one(
+        arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
+    ) -> int:
+        shard, *others = shards
+        if others:
+            known = ", ".join(str(one.name) for one in shards)
+            raise ArgumentError(f"specify a shard with --shard; available: {known}")
+        return await run(arguments, settings.of_shard(shard.name), shard)
+
+    return on_shards(on_one)
+
+
+def on_shards(run: ShardsCommand) -> Command:
+    """The same for a command that works on all shards, or on those that --shard names."""
 
     def command(arguments: argparse.Namespace, _: Settings) -> int:
-        settings = read_settings(arguments, "database")
-        with _database(settings) as shard:
+        settings = read_settings(arguments, "database", "shards")
+        with _shards(arguments, settings) as shards:
             try:
-                return _run(run(arguments, settings, shard))
+                return _run(run(arguments, settings, shards))
             except asyncpg.InsufficientPrivilegeError as error:
-                advice = _run(_advice(arguments, shard))
+                advice = _run(_advice(arguments, shards[0]))
                 raise DatabaseError(f"{error}; {advice}") from error
             except asyncpg.PostgresError as error:
                 raise DatabaseError(
@@ -92,6 +118,28 @@ def on_database(run: DatabaseCommand) -> Command:
                 raise DatabaseError(f"lost the connection to the database: {error}") from error
 
     return command
+
+
+@contextmanager
+def _shards(arguments: argparse.Namespace, settings: Settings) -> Iterator[Sequence[Shard]]:
+    """Provide the shards of the settings, or those that --shard names; without [shards], the one
+    database.
+    """
+    wanted: Sequence[str] = arguments.shard or ()
+    if arguments.command == "run" and not wanted:
+        instance = os.environ.get("SEQUENCERD_INSTANCE", "")
+        wanted = [instance] if instance in settings.shards else ()
+    if not settings.shards and not wanted:
+        with _database(settings) as shard:
+            yield [shard]
+        return
+    found = []
+    for name in dict.fromkeys(wanted or settings.shards):
+        database = settings.of_shard(name).database
+        url = database.listen_url or database.url
+        assert url is not None  # it is required
+        found.append(Shard(url.get_secret_value(), database.schema_name, name))
+    yield found
 
 
 async def _advice(arguments: argparse.Namespace, shard: Shard) -> str:
@@ -161,13 +209,36 @@ async def apply_migrations(
 
 async def connect(shard: Shard) -> asyncpg.Connection:
     """Connect to a database with our schema. Raises SequencerdError."""
-    connection = await connections.connect(shard)
-    try:
-        await migrate.check(connection)
-    except BaseException:
-        await connection.close()
-        raise
+    with naming(shard):
+        connection = await connections.connect(shard)
+        try:
+            await migrate.check(connection)
+        except BaseException:
+            await connection.close()
+            raise
     return connection
+
+
+@contextmanager
+def naming(shard: Shard) -> Iterator[None]:
+    """Name the shard in the errors of what is done there."""
+    try:
+        yield
+    except SequencerdError as error:
+        if shard.name is None:
+            raise
+        raise type(error)(f"shard {shard.name}: {error}") from error
+    except asyncpg.PostgresError as error:
+        if shard.name is None:
+            raise
+        rejected = f"shard {shard.name}: the database rejected the command: {with_hint(error)}"
+        raise DatabaseError(rejected) from error
+    except BrokenPipeError:
+        raise  # of the output: the reader has gone
+    except (asyncpg.InterfaceError, ConnectionError) as error:
+        if shard.name is None:
+            raise
+        raise DatabaseError(f"shard {shard.name}: lost the connection: {error}") from error
 
 
 @asynccontextmanager

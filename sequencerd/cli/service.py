@@ -5,12 +5,20 @@ from __future__ import annotations
 import argparse
 import getpass
 import sys
+from collections.abc import Sequence
 
 from sequencerd import daemon, passwords
 from sequencerd.cli import install_service
-from sequencerd.cli.commands import apply_migrations, connect, on_database, read_settings
+from sequencerd.cli.commands import (
+    apply_migrations,
+    connect,
+    naming,
+    on_database,
+    on_shards,
+    read_settings,
+)
 from sequencerd.cli.output import say, say_lines, warn
-from sequencerd.errors import UsageError
+from sequencerd.errors import DatabaseError, SequencerdError, UsageError
 from sequencerd.service.logs import make_log
 from sequencerd.settings import Settings
 from sequencerd.storage import migrate
@@ -55,24 +63,38 @@ def run_command(arguments: argparse.Namespace, settings: Settings) -> int:
         daemon.check_settings(settings)
         say("the settings are valid")
         return 0
-    return on_database(_run)(arguments, settings)
+    return on_shards(_run)(arguments, settings)
 
 
-async def _run(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
-    await daemon.run(shard, settings, make_log(settings), lambda: read_settings(arguments))
+async def _run(arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]) -> int:
+    await daemon.run(shards, settings, make_log(settings), lambda: read_settings(arguments))
     return 0
 
 
-@on_database
-async def migrate_command(_: argparse.Namespace, __: Settings, shard: Shard) -> int:
-    applied, ungranted = await apply_migrations(shard)
-    for migration in applied:
-        say(f"applied {migration.name}")
-    if not applied:
-        say("the schema is up to date")
-    if ungranted:
-        _warn_of(ungranted)
-        warn("until an administrator has run what `sequencerd grants` prints, the roles lack it")
+@on_shards
+async def migrate_command(_: argparse.Namespace, __: Settings, shards: Sequence[Shard]) -> int:
+    away = []
+    for shard in shards:
+        try:
+            with naming(shard):
+                applied, ungranted = await apply_migrations(shard)
+        except SequencerdError as error:
+            if shard.name is None:
+                raise
+            away.append(error)
+            continue
+        where = f"{shard.name}: " if shard.name is not None else ""
+        for migration in applied:
+            say(f"{where}applied {migration.name}")
+        if not applied:
+            say(f"{where}the schema is up to date")
+        if ungranted:
+            _warn_of(ungranted)
+            warn(
+                "until an administrator has run what `sequencerd grants` prints, the roles lack it"
+            )
+    if away:
+        raise DatabaseError("\n".join(map(str, away)))
     return 0
 
 

@@ -22,14 +22,22 @@ QUIET = 2 * PROBE_INTERVAL + PROBE_TIMEOUT  # without an answer for so long, the
 class Health:
     """What is known of the running daemon. `waits` gives, by what connections are for, how many
     seconds one has been waited for. `sweep` is the time between sweeps in seconds, `status`
-    makes the line for systemd.
+    makes the line for systemd, `feed` feeds its watchdog.
     """
 
-    def __init__(self, metrics: Metrics, status: Callable[[], str], *, sweep: float) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        status: Callable[[], str],
+        feed: Callable[[], None],
+        *,
+        sweep: float,
+    ) -> None:
         self.stopping = False
         self.waits: Mapping[str, Callable[[], float]] = {}
         self._metrics = metrics
         self._status = status
+        self._feed = feed
         self._longest_pause = 2 * sweep + 10
         self._beat = time.monotonic()
         self._fed = self._told = float("-inf")
@@ -43,7 +51,7 @@ class Health:
         self._beat = now = time.monotonic()
         if now - self._fed >= BEAT:
             self._fed = now
-            notify("WATCHDOG=1")
+            self._feed()
         if now - self._told >= STATUS_INTERVAL and not self.stopping:
             self._told = now
             if (status := self._status()) != self._said:

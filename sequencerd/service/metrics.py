@@ -41,13 +41,43 @@ Due = tuple[str, str, int, int]
 """Of a step, its key and how many are due, and overdue by more than a minute."""
 
 
+def _register_process(registry: CollectorRegistry) -> None:
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+
+
+class ShardMetrics(Collector):
+    """The metrics of all shards, each with the label `shard`, and those of the process."""
+
+    def __init__(self, shards: Callable[[], Mapping[str, CollectorRegistry]]) -> None:
+        self.registry = CollectorRegistry()
+        self._shards = shards
+        self.registry.register(self)
+        _register_process(self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield each family once, with the samples of all shards."""
+        families: dict[str, Metric] = {}
+        for shard, registry in self._shards().items():
+            for found in registry.collect():
+                family = families.setdefault(
+                    found.name, Metric(found.name, found.documentation, found.type)
+                )
+                family.samples += [
+                    sample._replace(labels={"shard": shard, **sample.labels})
+                    for sample in found.samples
+                ]
+        yield from families.values()
+
+
 class Metrics(Collector):
     """The daemon's metrics, in a registry of their own.
 
     Written in the daemon's event loop, read in the thread of the HTTP listener.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_process: bool = True) -> None:
+        """`of_process`: with those of the process."""
         self.registry = CollectorRegistry()
         self.swept_at: float | None = None  # monotonic
         self.places = 0  # steps with active enrollments, by the last sweep
@@ -141,8 +171,8 @@ class Metrics(Collector):
         info = Gauge("sequencerd_info", "This daemon", ["version"], registry=self.registry)
         info.labels(version("sequencerd")).set(1)
         self.registry.register(self)
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self.registry)
+        if of_process:
+            _register_process(self.registry)
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f"sequencerd_{name}", about, labels, registry=self.registry)

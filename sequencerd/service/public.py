@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from hashlib import sha1, sha256
 from html import escape
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.parse import parse_qs, parse_qsl
 
 import asyncpg
@@ -28,7 +27,7 @@ from sequencerd.core.model import Undeliverable
 from sequencerd.errors import DatabaseError
 from sequencerd.runners.registry import make_links
 from sequencerd.runners.sms.runner import undeliverable
-from sequencerd.runners.suppressions import EVERYTHING, forms
+from sequencerd.runners.suppressions import EVERYTHING, Key, forms
 from sequencerd.runners.unsubscribe import PATH, Subscription
 from sequencerd.service.page_texts import TEXTS, Texts
 from sequencerd.settings import Settings, Sms
@@ -46,6 +45,9 @@ TITLES_FOR = 60.0  # seconds for which the titles of topics are known
 Unavailable = (*TRANSIENT_ERRORS, asyncpg.PostgresError, DatabaseError, TimeoutError, OSError)
 
 
+_T = TypeVar("_T")
+
+
 class TooLarge(Exception):  # noqa: N818 - what a request is
     """The body of a request is larger than any that is meant."""
 
@@ -54,9 +56,9 @@ class Public:
     """The pages for the world; `settings` are those of the moment."""
 
     def __init__(
-        self, shard: Shard, settings: Callable[[], Settings], log: FilteringBoundLogger
+        self, shards: Sequence[Shard], settings: Callable[[], Settings], log: FilteringBoundLogger
     ) -> None:
-        self._shard = shard
+        self._shards = shards
         self._settings = settings
         self._log = log
         self._slots = asyncio.Semaphore(CONNECTIONS)
@@ -95,14 +97,19 @@ class Public:
 
         return guarded
 
-    @asynccontextmanager
-    async def _database(self) -> AsyncIterator[asyncpg.Connection]:
+    async def _everywhere(self, work: Callable[[asyncpg.Connection], Awaitable[_T]]) -> list[_T]:
+        """Do the same in all shards: an address may be in any of them. What fails in one is done
+        again in all, when the request is repeated.
+        """
+        done = []
         async with asyncio.timeout(TIMEOUT), self._slots:
-            connection = await connections.connect(self._shard)
-            try:
-                yield connection
-            finally:
-                await connection.close()
+            for shard in self._shards:
+                connection = await connections.connect(shard)
+                try:
+                    done.append(await work(connection))
+                finally:
+                    await connection.close()
+        return done
 
     # --- unsubscribing
 
@@ -128,10 +135,13 @@ class Public:
         channel, address, topic, _ = subscription
         if choice == "undo":
             known, topics = forms(channel, address), {topic, EVERYTHING}
-            async with self._database() as connection:
+            keys = [(channel, form, name) for form in known for name in topics]
+
+            async def undo(connection: asyncpg.Connection) -> set[Key]:
                 await suppressions.remove(connection, channel, known, topics, "unsubscribe")
-                keys = [(channel, form, name) for form in known for name in topics]
-                others = await suppressions.read_suppressed(connection, keys)
+                return await suppressions.read_suppressed(connection, keys)
+
+            others = set().union(*await self._everywhere(undo))
             if not others:
                 return _page(texts, [filled.undone])
             # of another source, such as a bounce
@@ -139,8 +149,7 @@ class Public:
             return _page(texts, [filled.ended_everything if is_all else filled.ended_this])
         topic = EVERYTHING if choice == "all" else topic
         entry = Undeliverable(channel, address, "unsubscribed", "unsubscribe")
-        async with self._database() as connection:
-            await suppressions.add(connection, [entry], topic)
+        await self._everywhere(lambda connection: suppressions.add(connection, [entry], topic))
         self._log.info("a recipient unsubscribed", channel=channel, topic=topic)
         ended = filled.ended_everything if topic == EVERYTHING else filled.ended_this
         return _page(texts, [ended], [("undo", filled.undo)])
@@ -152,8 +161,11 @@ class Public:
     async def _filled(self, texts: Texts, subscription: Subscription) -> Texts:
         topic = subscription.topic
         if topic != EVERYTHING and asyncio.get_running_loop().time() > self._titles_until:
-            async with self._database() as connection:
-                self._titles = await suppressions.titles(connection)
+            self._titles = dict(
+                title
+                for titles in await self._everywhere(suppressions.titles)
+                for title in titles.items()
+            )
             self._titles_until = asyncio.get_running_loop().time() + TITLES_FOR
         names = {"address": subscription.address, "topic": self._titles.get(topic, topic)}
         return Texts(*(text.format(**names) for text in texts))
@@ -175,12 +187,15 @@ class Public:
             return Response("the signature is wrong", 403)
         change = read_hook(dict(pairs), sms)
         if change is not None:
-            async with self._database() as connection:
+
+            async def write(connection: asyncpg.Connection) -> None:
                 if isinstance(change, Resumed):
                     number = forms("sms", change.address)
                     await suppressions.remove(connection, "sms", number, [EVERYTHING], "stop")
                 else:
                     await suppressions.add(connection, [change])
+
+            await self._everywhere(write)
         return Response("<Response/>", media_type="text/xml")
 
 

@@ -22,10 +22,13 @@ COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not b
 
 
 class Shard(NamedTuple):
-    """Where the tables are: the URL of a database, and a schema in it."""
+    """Where the tables are: the URL of a database, and a schema in it. Without [shards] in the
+    settings, there is one without a name.
+    """
 
     url: str
     schema: str = SCHEMA
+    name: str | None = None
 
 
 def arguments(

@@ -40,7 +40,7 @@ def path(subscription: Subscription, key: str = KEY) -> str:
 
 def client(url: str, settings: Mapping[str, Any] = SETTINGS) -> httpx.AsyncClient:
     made = Settings.model_validate(settings)
-    app = Public(shard(url), lambda: made, structlog.get_logger()).app()
+    app = Public([shard(url)], lambda: made, structlog.get_logger()).app()
     return httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="https://mail.example.com"
     )
@@ -203,7 +203,7 @@ async def test_nothing_else_is_reachable(database: str) -> None:
 
 async def test_without_a_listener_of_its_own_it_is_beside_the_health_checks(database: str) -> None:
     made = Settings.model_validate(SETTINGS)
-    public = Public(shard(database), lambda: made, structlog.get_logger())
+    public = Public([shard(database)], lambda: made, structlog.get_logger())
     app = make_app(list, list, CollectorRegistry(), None, public.routes)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as web:

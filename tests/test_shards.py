@@ -1,0 +1,167 @@
+"""Several shards: one daemon, one command for all of them, and one that is away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import asyncpg
+import httpx
+import pytest
+
+from sequencerd.errors import SettingsError
+from sequencerd.settings import load
+from sequencerd.storage import connections
+from sequencerd.storage.connections import Shard
+from tests.helpers.commands import Command
+from tests.helpers.engines import ALL_ENDED, define, enroll, until
+from tests.helpers.waiting import PATIENCE
+from tests.service.test_http_server import free_port
+
+SEQUENCE = """
+name: s
+steps:
+  - {name: wait, type: WaitForDuration, config: {amount: 3, unit: days}}
+  - {name: note, type: GoTo}
+"""
+
+
+@pytest.fixture
+async def shards(
+    database: str, sequencerd: Command, tmp_path: Path
+) -> AsyncIterator[dict[str, asyncpg.Connection]]:
+    """Two shards in two schemas of the test's database, without their tables yet."""
+    configure(sequencerd, tmp_path, database, "a", "b")
+    (tmp_path / "s.yaml").write_text(SEQUENCE)
+    opened = {
+        name: await connections.connect(Shard(database, f"shard-{name}", name)) for name in "ab"
+    }
+    yield opened
+    for connection in opened.values():
+        await connection.close()
+
+
+def configure(sequencerd: Command, folder: Path, database: str, *names: str) -> None:
+    """Write the settings of shards."""
+    text = "".join(
+        f'[shards.{name}]\nurl = "{database}"\nschema = "shard-{name}"\n' for name in names
+    )
+    (folder / "sequencerd.toml").write_text(text)
+    sequencerd.variables.pop("SEQUENCERD_DATABASE", None)
+    sequencerd.variables["SEQUENCERD_CONFIG"] = str(folder / "sequencerd.toml")
+
+
+@asynccontextmanager
+async def running(command: Command, *arguments: str) -> AsyncIterator[asyncio.StreamReader]:
+    """A daemon that is stopped in good order at the end."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sequencerd", "run", *arguments),
+        env={**command.variables, "SEQUENCERD_LOG_FORMAT": "json"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield process.stderr
+    finally:
+        process.send_signal(signal.SIGTERM)
+        rest = (await process.stderr.read()).decode()
+        assert await process.wait() == 0, rest
+
+
+async def logged(reader: asyncio.StreamReader, event: str, shard: str) -> dict[str, str]:
+    """The next line of a shard with an event."""
+    while line := await reader.readline():
+        found: dict[str, str] = json.loads(line)
+        if found["event"] == event and found.get("shard") == shard:
+            return found
+    raise AssertionError(f"no line {event!r} of {shard}")
+
+
+async def test_one_daemon_serves_all_and_one_that_is_away_disturbs_no_other(
+    shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path, database: str
+) -> None:
+    a, b = shards["a"], shards["b"]
+    listen = f"127.0.0.1:{free_port()}"
+    sequencerd.variables["SEQUENCERD_HTTP_LISTEN"] = listen
+    assert "a: applied 0001" in sequencerd("migrate", "--shard", "a")
+    async with running(sequencerd) as lines, httpx.AsyncClient(base_url=f"http://{listen}") as web:
+        away = await logged(lines, "the shard is away, tried again", "b")
+        assert "no schema shard-b yet" in away["error"]
+        await logged(lines, "ready", "a")
+        await define_and_enroll(a)
+        await until(a, ALL_ENDED)
+        ready = await web.get("/readyz")
+        assert ready.status_code == 503
+        assert [reason[:2] for reason in ready.json()["reasons"]] == ["b:"]
+        assert (await web.get("/healthz")).status_code == 200
+
+        assert sequencerd("migrate").startswith("a: the schema is up to date\nb: applied 0001")
+        await logged(lines, "ready", "b")
+        await define_and_enroll(b)
+        await until(b, ALL_ENDED)
+        await until_ready(web)
+        metrics = (await web.get("/metrics")).text
+        for name in shards:
+            assert f'sequencerd_ready{{shard="{name}"}} 1.0' in metrics
+        assert metrics.count("# TYPE sequencerd_ready gauge") == 1
+        assert metrics.count("\nprocess_start_time_seconds ") == 1
+
+
+async def define_and_enroll(connection: asyncpg.Connection) -> None:
+    await define(connection, "s", ("note", "GoTo", "{}", None))
+    await enroll(connection, "s", "ada")
+
+
+async def until_ready(web: httpx.AsyncClient) -> None:
+    while (await web.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - it sets no event
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("by", ["argument", "instance"])
+async def test_a_daemon_serves_the_shard_that_it_is_told(
+    shards: dict[str, asyncpg.Connection], sequencerd: Command, by: str
+) -> None:
+    sequencerd("migrate")
+    arguments = ("--shard", "b") if by == "argument" else ()
+    if by == "instance":
+        sequencerd.variables["SEQUENCERD_INSTANCE"] = "b"
+    async with running(sequencerd, *arguments) as lines:
+        await logged(lines, "ready", "b")
+        await define_and_enroll(shards["a"])
+        await define_and_enroll(shards["b"])
+        await until(shards["b"], ALL_ENDED)
+        assert not await shards["a"].fetchval(ALL_ENDED)
+        assert await shards["a"].fetchval("SELECT count(*) FROM sequencer.daemons") == 0
+
+
+def test_settings_of_shards_that_cannot_be_meant(tmp_path: Path) -> None:
+    file = tmp_path / "sequencerd.toml"
+    for text, message in (
+        ('[shards.a]\nschema = "x"', "shards.a.url"),
+        ('[shards.a]\nurl = "x"\nschma = "x"', "did you mean 'schema'"),
+        ('[shards."a/b"]\nurl = "x"', "shards.a/b"),
+        ('[shards]\na = {url = "x"}\nb = {url = "x"}', "a and b are the same schema"),
+        ('[database]\nurl = "y"\n[shards.a]\nurl = "x"', "not both"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SettingsError, match=message):
+            load({}, file)
+    file.write_text('[shards]\na = {url = {file = "a"}}\nb = {url = {file = "b"}}')
+    assert set(load({}, file, secrets=()).shards) == {"a", "b"}
+    with pytest.raises(SettingsError, match=r"no shard 'c'.*: a, b"):
+        load({}, file, secrets=()).of_shard("c")
+
+
+def test_a_command_for_one_shard_asks_for_it(
+    shards: dict[str, asyncpg.Connection], sequencerd: Command
+) -> None:
+    sequencerd("tail", code=2)
+    assert "specify a shard with --shard; available: a, b" in sequencerd.errors
+    sequencerd("status", "--shard", "c", code=2)
+    assert "no shard 'c' in the settings; there are: a, b" in sequencerd.errors
