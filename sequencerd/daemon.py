@@ -380,7 +380,7 @@ class _Served:
         except TRANSIENT_ERRORS as error:
             raise NotNow(f"the suppressions can't be read: {error}") from error
 
-    async def _take(self, runner: str, per_second: float, count: int) -> float:
+    async def _take(self, runner: str, per_second: float, count: int) -> tuple[float, float]:
         return await rates.take(self._pools.rates, runner, per_second, count, self._log)
 
 

@@ -1,15 +1,19 @@
-"""Which permits for calls at a limited rate a daemon asks for, and which it may still use."""
+"""Which permits for calls at a limited rate a daemon asks for, and when it may use them."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 
 BLOCK = 0.2
 """Seconds of the rate that a block of permits holds at most; at least one permit."""
 
+WINDOW = 1.0
+"""Seconds in which a daemon begins no more calls than it had permits, with `LATEST` before."""
+
 LATEST = 0.05
-"""Seconds after its instant for which a permit can be used: so many more calls than the rate allows
-may begin in a second.
+"""Seconds by which a call may begin late without any effect on others. Daemons together then begin
+no more in a second than the rate allows in 1.05.
 """
 
 
@@ -17,13 +21,16 @@ class Permits:
     """Instants at which calls may begin, in blocks, by the caller's clock.
 
     A block is as large as the demand: twice the last one if that was used up, otherwise what was
-    used of it. Permits that are not used in time lapse.
+    used of it. A permit can be used late, as after a pause of the process, as long as the daemon
+    begins no more calls in a second than it had permits.
     """
 
     def __init__(self, per_second: float) -> None:
         self.interval = 1 / per_second
         self._most = max(1, int(per_second * BLOCK))
         self._left: deque[float] = deque()
+        self._granted: list[float] = []  # all instants that still count
+        self._begun: deque[float] = deque()  # calls, by when they have begun
         self._given = 0  # in the last block
         self._used = 0  # of these
 
@@ -34,14 +41,16 @@ class Permits:
 
     def add(self, first: float, count: int) -> None:
         """Add a block, of which the first can be used from that time on."""
-        self._left.extend(first + number * self.interval for number in range(count))
+        block = [first + number * self.interval for number in range(count)]
+        self._left.extend(block)
+        self._granted = sorted(self._granted + block)
         self._given, self._used = count, 0
 
     def next(self, now: float) -> float | None:
-        """Return when the next call may begin, if there is a permit left."""
+        """Return the instant of the next permit, if there is one."""
         while self._left:
             at = self._left.popleft()
-            if now <= at + LATEST:
+            if at > now - WINDOW - LATEST:
                 self._used += 1
                 return at
         return None
@@ -50,3 +59,17 @@ class Permits:
         """Give back the permit that `next` has returned last."""
         self._left.appendleft(at)
         self._used -= 1
+
+    def begin(self, at: float, now: float) -> float | None:
+        """Begin a call with the permit of an instant, which has come. Return 0 if it has begun, or
+        after how many seconds to try again; None if the permit has lapsed.
+        """
+        if at <= now - WINDOW - LATEST:
+            return None
+        while self._begun and self._begun[0] <= now - WINDOW:
+            self._begun.popleft()
+        del self._granted[: bisect_right(self._granted, now - WINDOW - LATEST)]
+        if len(self._begun) >= bisect_right(self._granted, now):
+            return self._begun[0] + WINDOW - now if self._begun else self.interval
+        self._begun.append(now)
+        return 0

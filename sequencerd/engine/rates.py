@@ -16,7 +16,7 @@ TIMEOUT = 5.0  # seconds for which another session may lock the row
 
 async def take(
     pool: asyncpg.Pool, runner: str, per_second: float, count: int, log: FilteringBoundLogger
-) -> float:
+) -> tuple[float, float]:
     """Take permits, however often it takes: nothing is sent without them."""
     is_reported = False
     while True:

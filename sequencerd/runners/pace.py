@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 from sequencerd.core.model import Limits
-from sequencerd.core.permits import LATEST, Permits
+from sequencerd.core.permits import Permits
 
-Take = Callable[[str, float, int], Awaitable[float]]
-"""Takes a number of permits of a runner at a rate, which all daemons share. Returns in how many
-seconds the first of them can be used; the others follow at the rate.
+Take = Callable[[str, float, int], Awaitable[tuple[float, float]]]
+"""Takes a number of permits of a runner at a rate, which all daemons share. Returns the time of the
+first, and the present one, in seconds by the clock of those who share it.
 """
 
 PATIENCE = 30.0
 """Seconds for which a call waits for its turn at least, before it is given back."""
 
-STALE = 1.0
-"""Seconds after which the answer to a request says too little of the present: it is made again."""
+ANSWERS = 50
+"""The latest answers that tell how the clocks differ: the fastest of them does best."""
 
 
 class Pace:
@@ -39,6 +40,7 @@ class Pace:
         self._permits = None if rate is None else Permits(rate)
         self._waiting = 0
         self._next = 0.0
+        self._ahead: deque[float] = deque(maxlen=ANSWERS)  # this clock of the shared one
         self._lock = asyncio.Lock()  # callers pass it in their order
 
     async def turn(self, expires: float | None = None) -> bool:
@@ -62,24 +64,32 @@ class Pace:
                 self._permits.give_back(at)  # to another, whose time is longer
                 await asyncio.sleep(end - loop.time())
                 return False
-            if (seconds := at - loop.time()) > 0:
-                await asyncio.sleep(seconds)
-            if loop.time() <= at + LATEST:  # otherwise the process was too busy
+            if await self._begun(at, self._permits):
                 return True
+
+    async def _begun(self, at: float, permits: Permits) -> bool:
+        """Wait until a call with this permit can begin. Return False if the process was too busy,
+        so that the permit has lapsed.
+        """
+        loop = asyncio.get_running_loop()
+        wait: float | None = max(at - loop.time(), 0)
+        while wait is not None:
+            await asyncio.sleep(wait)
+            if (wait := permits.begin(at, loop.time())) == 0:
+                return True
+        return False
 
     async def _next_permit(self, permits: Permits) -> float:
         loop = asyncio.get_running_loop()
         while (at := permits.next(loop.time())) is None:
             count = permits.wanted(self._waiting)
-            asked = loop.time()
-            seconds = await self._take(self._name, self._rate, count)
-            answered = loop.time()
-            if answered - asked < STALE:
-                permits.add(answered + seconds, count)
+            first, present = await self._take(self._name, self._rate, count)
+            self._ahead.append(loop.time() - present)
+            permits.add(first + min(self._ahead), count)
         return at
 
-    async def _take_alone(self, _name: str, rate: float, count: int) -> float:
+    async def _take_alone(self, _name: str, rate: float, count: int) -> tuple[float, float]:
         now = asyncio.get_running_loop().time()
         first = max(self._next, now)
         self._next = first + count / rate
-        return first - now
+        return first, now

@@ -7,9 +7,9 @@ import asyncpg
 from sequencerd.storage.statements import QUERIES
 
 
-async def take(connection: asyncpg.Connection, runner: str, per_second: float, count: int) -> float:
-    """Take permits. Return in how many seconds the first can be used; it may be a little late."""
-    seconds: float = await connection.fetchval(
-        QUERIES["take_permits"], runner, per_second, count / per_second
-    )
-    return seconds
+async def take(
+    connection: asyncpg.Connection, runner: str, per_second: float, count: int
+) -> tuple[float, float]:
+    """Take permits. Return the time of the first, and the present one, in seconds."""
+    row = await connection.fetchrow(QUERIES["take_permits"], runner, per_second, count / per_second)
+    return row["first"], row["present"]

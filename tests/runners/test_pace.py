@@ -12,7 +12,7 @@ from sequencerd.runners.pace import Pace
 
 
 async def test_without_a_rate_it_asks_nobody() -> None:
-    async def never(*_: object) -> float:
+    async def never(*_: object) -> tuple[float, float]:
         raise AssertionError
 
     made = Pace(Limits(), "Email", never)
@@ -23,9 +23,9 @@ async def test_without_a_rate_it_asks_nobody() -> None:
 async def test_calls_pass_in_their_order_and_are_asked_for_in_blocks() -> None:
     asked: list[tuple[str, float, int]] = []
 
-    async def take(name: str, per_second: float, count: int) -> float:
+    async def take(name: str, per_second: float, count: int) -> tuple[float, float]:
         asked.append((name, per_second, count))
-        return sum(count for _, _, count in asked[:-1]) / per_second
+        return 100 + sum(count for _, _, count in asked[:-1]) / per_second, 100
 
     made = Pace(Limits(per_second=1000), "Email", take)
     passed: list[int] = []
@@ -47,10 +47,10 @@ async def test_a_call_whose_turn_does_not_come_in_time_is_given_back(
     loop = asyncio.get_running_loop()
     delays = [60.0]
 
-    async def take(_name: str, _per_second: float, _count: int) -> float:
+    async def take(_name: str, _per_second: float, _count: int) -> tuple[float, float]:
         if not delays:
             await asyncio.Event().wait()
-        return delays.pop()
+        return delays.pop(), 0
 
     made = Pace(Limits(per_second=1), "Email", take)
     assert not await made.turn(expires=loop.time() + 0.05)
@@ -61,18 +61,17 @@ async def test_a_call_whose_turn_does_not_come_in_time_is_given_back(
     assert not await Pace(Limits(1, per_second=1000), "Email", take).turn()
 
 
-async def test_an_answer_that_took_long_says_nothing_of_the_present(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(pace, "STALE", 0.0)
-    answers = 0
+async def test_an_answer_that_took_long_is_read_by_the_faster_ones() -> None:
+    """Its permits are as old as they are, and lapse; those of the next one do not."""
+    loop = asyncio.get_running_loop()
+    ages = [0.0, 3.0, 0.0]  # by which the answers are late
 
-    async def take(_name: str, _per_second: float, _count: int) -> float:
-        nonlocal answers
-        answers += 1
-        if answers == 3:
-            monkeypatch.setattr(pace, "STALE", 60.0)
-        return 0.0
+    async def take(_name: str, _per_second: float, count: int) -> tuple[float, float]:
+        now = loop.time() - ages.pop(0)
+        return now, now
 
-    assert await Pace(Limits(per_second=10), "Email", take).turn()
-    assert answers == 3
+    made = Pace(Limits(per_second=5), "Email", take)
+    assert await made.turn()
+    assert len(ages) == 2
+    assert await made.turn()
+    assert not ages

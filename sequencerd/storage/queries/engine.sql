@@ -684,4 +684,5 @@ ON CONFLICT (runner) DO UPDATE
                  + make_interval(secs => $3),
        reached_at = CASE WHEN r.next_at > clock_timestamp() + interval '100 ms'
                          THEN clock_timestamp() ELSE r.reached_at END
-RETURNING extract(epoch FROM next_at - make_interval(secs => $3) - clock_timestamp())::float8;
+RETURNING extract(epoch FROM next_at - make_interval(secs => $3))::float8 AS first,
+          extract(epoch FROM clock_timestamp())::float8 AS present;
