@@ -61,7 +61,8 @@ COLUMNS = """
      WHERE c.table_schema = 'sequencer' AND t.table_type = 'BASE TABLE'
        AND c.table_name NOT LIKE 'events%'
        AND c.table_name NOT IN
-           ('brakes', 'console_sessions', 'daemons', 'migrations', 'problems', 'reservations')
+           ('activity', 'activity_progress', 'brakes', 'console_sessions', 'daemons',
+            'migrations', 'problems', 'rates', 'reservations')
      ORDER BY c.table_name, c.ordinal_position
 """
 
