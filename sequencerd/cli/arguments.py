@@ -143,6 +143,12 @@ def _add_service(commands: Commands) -> None:
     )
     grants.add_argument("--apply", action="store_true", help="run it instead of printing it")
     commands.add(
+        "fdw",
+        "front.fdw_command",
+        "print the SQL of one table over all shards, by postgres_fdw",
+        "fdw | psql front",
+    )
+    commands.add(
         "console-password",
         "service.console_password_command",
         "ask for a password and print its hash, for console.password_hash",
