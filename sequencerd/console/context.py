@@ -84,9 +84,14 @@ def _may(context: PageContext, visitor: Visitor | None, role: Role) -> bool:
 
 
 def say(
-    request: Request, status: int, title: str, text: str, *, retry: bool = False,
+    request: Request,
+    status: int,
+    title: str,
+    text: str,
+    *,
+    retry: bool = False,
     link: tuple[str, str] = ("/", "Overview"),
-) -> Response:  # fmt: skip
+) -> Response:
     """Return a page with a sentence, which reloads by itself if `retry`; `link` is a path and its
     words.
     """

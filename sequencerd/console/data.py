@@ -29,9 +29,15 @@ async def edit(request: Request) -> Response:
 
 
 async def _page(
-    request: Request, id_: int, text: str | None = None, status: int = 200, *,
-    lines: list[dict[str, Any]] | None = None, wrong: str | None = None, version: str | None = None,
-) -> Response:  # fmt: skip
+    request: Request,
+    id_: int,
+    text: str | None = None,
+    status: int = 200,
+    *,
+    lines: list[dict[str, Any]] | None = None,
+    wrong: str | None = None,
+    version: str | None = None,
+) -> Response:
     context = context_of(request)
     row = await _read(context, id_)
     shown = context.mask({"subject": row["subject"]})["subject"]

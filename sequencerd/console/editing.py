@@ -243,9 +243,12 @@ def _check(context: PageContext, text: str) -> tuple[list[Definition], list[Find
 
 
 def _applying(
-    request: Request, definitions: list[Definition], expected: str, moves: Mapping[str, str],
+    request: Request,
+    definitions: list[Definition],
+    expected: str,
+    moves: Mapping[str, str],
     reason: str,
-) -> Callable[[asyncpg.Connection], Awaitable[Plan]]:  # fmt: skip
+) -> Callable[[asyncpg.Connection], Awaitable[Plan]]:
     runners = context_of(request).simulator().runners
 
     async def work(connection: asyncpg.Connection) -> Plan:

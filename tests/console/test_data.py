@@ -63,9 +63,13 @@ async def test_masked_data_stay_as_they_are(database: str, connection: asyncpg.C
         assert "ada@example.com" not in page.text
         version = page.text.partition('name="version" value="')[2].partition('"')[0]
         form = {
-            "token": token(page), "id": str(waiting), "version": version, "action": "apply",
-            "text": text_of(page).replace("Ada", "Ada L."), "reason": "test",
-        }  # fmt: skip
+            "token": token(page),
+            "id": str(waiting),
+            "version": version,
+            "action": "apply",
+            "text": text_of(page).replace("Ada", "Ada L."),
+            "reason": "test",
+        }
         done = await client.post("/data", data=form)
         assert done.status_code == 303, done.text
         data = await connection.fetchval(DATA, waiting)

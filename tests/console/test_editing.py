@@ -208,9 +208,12 @@ async def test_the_daemon_s_role_is_not_enough_to_edit(
         ("a\nb\nc", "a\nx\nc", ["equal", "replace", "equal"]),
         ("", "a", ["insert"]),
         ("a", "", ["delete"]),
-        ("\n".join("a123456789b"), "\n".join("x123456789y"),
-         ["replace", *["equal"] * 3, "gap", *["equal"] * 3, "replace"]),
+        (
+            "\n".join("a123456789b"),
+            "\n".join("x123456789y"),
+            ["replace", *["equal"] * 3, "gap", *["equal"] * 3, "replace"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_side_by_side(before: str, after: str, kinds: list[str]) -> None:
     assert [row["kind"] for row in side_by_side(before, after)] == kinds

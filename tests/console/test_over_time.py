@@ -25,11 +25,13 @@ DAYS_AGO = datetime.now(UTC).replace(hour=12, minute=30) - timedelta(days=3)
 async def journeys(connection: asyncpg.Connection) -> None:
     """Events of three days ago, by a sequence with a goal and a jump, and of now."""
     await define(
-        connection, "s",
-        ("wait", "WaitForDuration", DAY, "note"), ("note", "Note", "{}", "leave"),
+        connection,
+        "s",
+        ("wait", "WaitForDuration", DAY, "note"),
+        ("note", "Note", "{}", "leave"),
         ("leave", "GoTo", '{"sequence": "t", "step": "note"}', None),
         ("paid", "Goal", '{"value": "data.paid", "compareTo": true}', "note"),
-    )  # fmt: skip
+    )
     await define(connection, "t", ("note", "Note", "{}", None))
     await connection.executemany(
         "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
@@ -38,14 +40,19 @@ async def journeys(connection: asyncpg.Connection) -> None:
             (at, *event)
             for at in (DAYS_AGO, DAYS_AGO + timedelta(hours=1), datetime.now(UTC))
             for event in (
-                ("s", "wait", "enrolled", None), ("s", "wait", "enrolled", None),
-                ("s", "wait", "next", None), ("s", "wait", "goal", "paid is met"),
-                ("s", "note", "next", None), ("s", "note", "suppressed", "x"),
-                ("s", "leave", "jump", "to t"), ("t", "note", "completed", None),
-                ("t", "note", "failed", "x"), ("gone", "step", "next", None),
+                ("s", "wait", "enrolled", None),
+                ("s", "wait", "enrolled", None),
+                ("s", "wait", "next", None),
+                ("s", "wait", "goal", "paid is met"),
+                ("s", "note", "next", None),
+                ("s", "note", "suppressed", "x"),
+                ("s", "leave", "jump", "to t"),
+                ("t", "note", "completed", None),
+                ("t", "note", "failed", "x"),
+                ("gone", "step", "next", None),
             )
         ],
-    )  # fmt: skip
+    )
 
 
 async def tidied(database: str) -> None:
@@ -73,14 +80,15 @@ async def test_hours_and_days_of_sequences_and_steps(
         (old,) = [row for row in days if row["at"] == f"{DAYS_AGO:%Y-%m-%d}"]
         wanted = {"sent": 2, "suppressed": 2, "completed": 2, "failed": 2}
         assert old == {"at": old["at"], "entered": 14, **wanted}
-        assert days[-1] == {"at": days[-1]["at"], "entered": 7,
-                            **dict.fromkeys(wanted, 1)}  # fmt: skip
+        assert days[-1] == {"at": days[-1]["at"], "entered": 7, **dict.fromkeys(wanted, 1)}
         by_sequence = {row["name"]: row for row in await rows(client, "activity-steps")}
         assert by_sequence["t"]["entered"] == by_sequence["t"]["failed"] == 3
         by_step = await rows(client, "activity-steps", sequence="s")
         assert [(row["name"], row["entered"]) for row in by_step] == [
-            ("wait", 6), ("note", 6), ("leave", 6),
-        ]  # fmt: skip
+            ("wait", 6),
+            ("note", 6),
+            ("leave", 6),
+        ]
         until = (DAYS_AGO + timedelta(hours=2)).isoformat()
         query = {"by": "hour", "until": until, "sequence": "s", "step": "note"}
         hours = await rows(client, "activity", **query)

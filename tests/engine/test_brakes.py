@@ -24,16 +24,18 @@ async def braked(connection: asyncpg.Connection, at_most: int, per: str = "1 hou
     await connection.execute(
         "UPDATE sequencer.sequences SET status = 'paused', brake_at_most = $1,"
         " brake_per = make_interval(secs => extract(epoch FROM $2::text::interval))",
-        at_most, per,
-    )  # fmt: skip
+        at_most,
+        per,
+    )
 
 
 async def fill(connection: asyncpg.Connection, count: int, sequence: str = "s") -> None:
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject)"
         " SELECT $1, 'u' || n FROM generate_series(1, $2) AS n",
-        sequence, count,
-    )  # fmt: skip
+        sequence,
+        count,
+    )
 
 
 async def go(connection: asyncpg.Connection) -> None:
@@ -73,8 +75,13 @@ async def test_two_daemons_in_one_instant_send_no_more_than_the_brake_allows(
     assert await connection.fetchval(
         "SELECT count(*) = 74 FROM sequencer.enrollments WHERE status = 'completed'"
     )
-    assert await connection.fetchval("SELECT count(*) FROM sequencer.revisions WHERE reason = $1",
-                                     "brake: more than 37 in 1 hour") == 2  # fmt: skip
+    assert (
+        await connection.fetchval(
+            "SELECT count(*) FROM sequencer.revisions WHERE reason = $1",
+            "brake: more than 37 in 1 hour",
+        )
+        == 2
+    )
 
 
 async def test_as_many_as_allowed_do_not_pause(
@@ -99,11 +106,17 @@ async def test_what_other_steps_bring_is_counted_with_full_slots(
 ) -> None:
     """Of a batch that comes to the step at once there are fewer slots than allowed."""
     await define(
-        connection, "s",
-        ("split", "Conditional",
-         '{"lodashCommand": "isNil", "value": {"type": "get", "value": "data.a"}}', "send"),
-        ("send", "Note", "{}", "again"), ("again", "Note", "{}", None),
-    )  # fmt: skip
+        connection,
+        "s",
+        (
+            "split",
+            "Conditional",
+            '{"lodashCommand": "isNil", "value": {"type": "get", "value": "data.a"}}',
+            "send",
+        ),
+        ("send", "Note", "{}", "again"),
+        ("again", "Note", "{}", None),
+    )
     await connection.execute(
         "UPDATE sequencer.steps SET alt_next_step = 'send' WHERE name = 'split'"
     )

@@ -125,9 +125,10 @@ async def test_nothing_passes_while_the_row_is_locked_or_the_database_refuses(
             await connection.execute("SELECT FROM sequencer.rates FOR UPDATE")
             waiting = asyncio.create_task(rates.take(pool, "Email", 10, 1, LOG))
             await until(
-                connection, "SELECT count(*) >= 1 FROM pg_stat_activity WHERE wait_event = 'tuple'"
+                connection,
+                "SELECT count(*) >= 1 FROM pg_stat_activity WHERE wait_event = 'tuple'"
                 " OR wait_event = 'transactionid'",
-            )  # fmt: skip
+            )
             locked_until = await connection.fetchval("SELECT clock_timestamp()")
             assert not waiting.done()
         first, present = await waiting
