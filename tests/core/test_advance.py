@@ -514,6 +514,18 @@ def test_a_limit_is_reserved_and_without_room_waits_or_leads_on() -> None:
             assert full.decision == Wait(NOW)
 
 
+@pytest.mark.parametrize(
+    "subject", ["user-42", " a<b>&'\"\\ ", "Zo\u00eb\n", "\U0001f600", "{{x}}"]
+)
+def test_the_usual_key_of_a_limit_is_the_subject_as_templates_render_it(subject: str) -> None:
+    usual, rendered = (
+        LimitConfig.model_validate({"key": key, "at_most": 1, "per": {"days": 7}}).compile("news")
+        for key in ("{{subject}}", "{{ subject }}")
+    )
+    context = Context(at("mail", subject=subject), NOW, "UTC", {})
+    assert usual.key(context) == rendered.key(context) == subject
+
+
 def test_the_limit_of_a_topic_holds_beside_that_of_a_step() -> None:
     per = {"days": 7}
     own = LimitConfig.model_validate({"topic": "other", "at_most": 1, "per": per, "then": "skip"})

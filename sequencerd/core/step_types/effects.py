@@ -57,10 +57,14 @@ Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$")]
 """The name of a topic, as in sequencer.topics."""
 
 
+SUBJECT = "{{subject}}"
+"""The usual key of a limit, which needs no JavaScript."""
+
+
 class TopicLimitConfig(Config):
     """How often side effects of a topic may begin: at most so many in any period."""
 
-    key: str = "{{subject}}"
+    key: str = SUBJECT
     """What is counted together with others of the topic: a template."""
     at_most: StrictInt = Field(ge=1, le=1000, alias="at_most")
     """How many."""
@@ -77,10 +81,14 @@ class TopicLimitConfig(Config):
         with faults.at("limit", "per"):
             per = elapsed(self.per)
         with faults.at("limit", "key"):
-            key = compile_text(("limit", "key"), self.key)
+            key = _subject if self.key == SUBJECT else compile_text(("limit", "key"), self.key)
         faults.check()
         words = f"{self.at_most} in {self.per.amount:g} {self.per.unit}"
         return Limit(key, topic, self.at_most, per, self.then, words)
+
+
+def _subject(context: Context) -> str:
+    return context.enrollment.subject
 
 
 class LimitConfig(TopicLimitConfig):
