@@ -142,6 +142,7 @@ def test_the_daemon_imports_what_is_installed_with_it() -> None:
             "embedded": "embedded",
             "tracing": "otel",
             "aws_lambda": "aws",
+            "oidc": "oidc",
         }
         allowed = needed(extras.get(file.stem, "uvloop"))
         for node in ast.walk(ast.parse(file.read_text())):

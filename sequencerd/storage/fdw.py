@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib.resources import files
 from string import Template
 
 from sequencerd.storage import conninfo
 from sequencerd.storage.connections import Shard
-from sequencerd.storage.statements import QUERIES
 
 SERVER_OPTIONS = {
     "async_capable": "true",  # several shards are read at once
@@ -28,7 +28,9 @@ def front(shards: Mapping[str, Shard]) -> str:
     A password is not printed: the statement refers to the variable `password_NAME` of psql. Raises
     SettingsError.
     """
-    made = [_fill("fdw_front", shards=str(len(shards)))]
+    text = (files("sequencerd.storage") / "front.sql").read_text("utf-8")
+    tables, shard_of_it = text.split("-- for each shard")
+    made = [Template(tables).substitute(shards=len(shards))]
     for number, (name, shard) in enumerate(shards.items()):
         given = conninfo.parse(shard.url)
         login = {key: _literal(given[key]) for key in _OF_USER if key in given}
@@ -40,9 +42,8 @@ def front(shards: Mapping[str, Shard]) -> str:
             if key not in _NOT_OF_SERVER
         }
         made.append(
-            _fill(
-                "fdw_shard",
-                number=str(number),
+            Template(f"-- shard {number}{shard_of_it}").substitute(
+                number=number,
                 schema=_literal(shard.schema),
                 server=_identifier(f"sequencer_{name}"),
                 server_options=_options(server),
@@ -57,10 +58,6 @@ def front(shards: Mapping[str, Shard]) -> str:
 def password_variable(shard: str) -> str:
     """Return the variable of psql that has the password of a shard."""
     return "password_" + re.sub(r"\W", "_", shard, flags=re.ASCII)
-
-
-def _fill(query: str, **values: str) -> str:
-    return Template(QUERIES[query]).substitute(values)
 
 
 def _options(options: Mapping[str, str]) -> str:

@@ -164,7 +164,7 @@ async def test_a_user_with_too_few_privileges(
     await connection.execute("GRANT sequencer_enroller TO sequencer_test_nobody")
     found = await examine(with_login(database, "sequencer_test_nobody"))
     assert found["roles"].level == "warning"
-    assert "UPDATE ON sequencer.enrollments" in found["roles"].seen
+    assert "this user lacks DELETE, INSERT" in found["roles"].seen
     assert "GRANT sequencer_daemon" in found["roles"].advice
 
 

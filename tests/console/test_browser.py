@@ -134,6 +134,10 @@ PAGES = (
     "/console/over-time?sequence=s&by=hour",
     "/console/changes/1",
     "/console/message?sequence=s&step=note",
+    "/console/data?id=1",
+    "/console/edit?sequence=s",
+    "/console/status?sequence=s&action=pause",
+    "/console/revision?sequence=s&revision=2",
     "/console/nonsense",
 )
 OF_SESSIONS = ("/console/login", "/console/sessions")

@@ -194,7 +194,7 @@ SELECT id, clock_timestamp(), sequence, step, visit, 'edited', 'by ' || session_
   FROM changed;
 
 -- name: console_sequence
--- Read which revision of a sequence is present, who made it, and whether files manage it.
+-- Read the present revision of a sequence with its author, and whether files manage it.
 SELECT s.revision, s.status, s.from_file, r.by, r.reason
   FROM sequencer.sequences AS s
   LEFT JOIN sequencer.revisions AS r ON (r.sequence, r.revision) = (s.name, s.revision)

@@ -1,8 +1,4 @@
--- The front: a database through which an application reaches all shards as one table, by postgres_fdw.
--- `sequencerd fdw` prints these statements; none is executed by sequencerd itself.
-
--- name: fdw_front
--- One table for all shards: the partition of a row is the shard of its subject.
+-- One table for all shards, by postgres_fdw: the partition of a row is the shard of its subject.
 CREATE EXTENSION IF NOT EXISTS postgres_fdw;
 CREATE SCHEMA sequencer;
 
@@ -32,8 +28,7 @@ CREATE TABLE sequencer.reevaluations (
     step     text COLLATE "C"
 ) PARTITION BY LIST (sequencer.shard_of(subject, ${shards}));
 
--- name: fdw_shard
--- One shard of the front: its server, the login there, and its partitions.
+-- for each shard: its server, the login there, and its partitions
 CREATE SERVER ${server} FOREIGN DATA WRAPPER postgres_fdw
     OPTIONS (${server_options});
 CREATE USER MAPPING FOR PUBLIC SERVER ${server} OPTIONS (${user_options});
