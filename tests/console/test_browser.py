@@ -80,7 +80,12 @@ async def window(
     browser: Browser, client: httpx.AsyncClient, **options: Any
 ) -> AsyncIterator[Page]:
     """A window of its own. What the page complains of fails the test."""
-    options = {"viewport": {"width": 1280, "height": 900}, "timezone_id": "Asia/Tokyo", **options}
+    options = {
+        "viewport": {"width": 1280, "height": 900},
+        "timezone_id": "Asia/Tokyo",
+        "reduced_motion": "reduce",  # colours on their way to others are judged by no test
+        **options,
+    }
     base = str(client.base_url).removesuffix("/console/")
     context = await browser.new_context(base_url=base, **options)
     page = await context.new_page()
