@@ -133,11 +133,13 @@ def simulate(
 
     `changes` are merged into the data at their times, `at_steps` when the enrollment first arrives
     at the named step. `outcomes` are the results of side effects by type (default: next),
-    `external` is the result of the lookup. It ends after `most` entries. A GoTo cannot enter the
+    `external` is the result of the lookup. No sequence is paused: that would stand still for ever.
+    It ends after `most` entries. A GoTo cannot enter the
     sequences in `enrolled`, because the subject has been enrolled there before.
     """
     definitions = {
-        name: replace(sequence, recheck=_NO_RECHECK) for name, sequence in sequences.items()
+        name: replace(sequence, recheck=_NO_RECHECK, paused=False)
+        for name, sequence in sequences.items()
     }
     refused = dict.fromkeys(enrolled, "already_enrolled")
     held = dict(at_steps or {})
