@@ -138,12 +138,9 @@ def test_a_limit_counts_what_was_sent(tmp_path: Path) -> None:
     assert simulation.ended_at - simulation.entries[0].at == timedelta(days=7)
 
 
-def test_a_paused_sequence_is_simulated_as_it_will_run(tmp_path: Path) -> None:
-    file = tmp_path / "s.yaml"
-    wait = "{name: wait, type: WaitForDuration, config: {amount: 3, unit: days}}"
-    file.write_text(f"name: s\nstatus: paused\nsteps:\n  - {wait}\n")
-    simulation = load(file).simulate(start=START)
-    assert (simulation.status, simulation.ended_at.day) == ("completed", 5)
+def test_a_paused_sequence_is_simulated_as_it_will_run(applied: Command) -> None:
+    applied("pause", "s")
+    assert "second  completed" in applied("simulate", "s", "--start", START)
 
 
 def test_changes_wake_a_waiting_enrollment(tmp_path: Path) -> None:
