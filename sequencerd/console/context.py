@@ -49,6 +49,7 @@ class PageContext:
     now: Callable[[], datetime]
     actions: Actions
     simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    counting_history: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     enrollments_read: dict[int, tuple[str, Journey]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

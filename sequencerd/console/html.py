@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -35,7 +35,13 @@ def make_templates() -> Environment:
         lstrip_blocks=True,
     )
     made.filters.update(
-        when=when, number=number, duration=duration, days=days, bars=bars, pretty=pretty
+        when=when,
+        number=number,
+        duration=duration,
+        days=days,
+        bars=bars,
+        pretty=pretty,
+        wakes=wakes,
     )
     made.globals.update(at=at, asset=asset)
     for name in made.list_templates():
@@ -132,6 +138,28 @@ def days(counts: Mapping[str, int]) -> str:
         '<svg class="chart" viewBox="0 0 {} 24" role="img" aria-label="{}">{}</svg> '
         '<span class="sum">{}</span>'
     ).format(len(counts) * 7 - 2, words, bars, f"{total:,}")
+
+
+def wakes(bars: Sequence[Any]) -> str:
+    """Return a histogram of wake times, with what it shows in words as well."""
+    first, last = bars[0], bars[-1]
+    width = (first.until - first.since) or timedelta(minutes=1)
+    most = max(bar.number for bar in bars)
+    drawn = Markup("").join(
+        _bar(
+            round((bar.since - first.since) / width) * 7,
+            math.ceil(23 * bar.number / most),
+            f"{clock(bar.since, 'UTC')}: {bar.number:,}",
+        )
+        for bar in bars
+    )
+    columns = round((last.since - first.since) / width) + 1
+    total = sum(bar.number for bar in bars)
+    words = f"{total:,} next checks, at most {most:,} within {duration(width.total_seconds())}"
+    return Markup(
+        '<svg class="chart wakes" viewBox="0 0 {} 24" preserveAspectRatio="none" role="img"'
+        ' aria-label="{}">{}</svg>'
+    ).format(max(columns, 8) * 7 - 2, words, drawn)
 
 
 def _bar(x: int, height: int, title: str) -> str:

@@ -14,10 +14,16 @@ from starlette.responses import (
     StreamingResponse,
 )
 
-from sequencerd.console import html, over_time, views
+from sequencerd.console import funnel, html, over_time, panel, views
 from sequencerd.console.causes import Cause, causes
 from sequencerd.console.changing import select
-from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.context import (
+    POLICY,
+    PageContext,
+    context_of,
+    query_of,
+    render,
+)
 from sequencerd.console.lists import COLUMNS, FILTERS, Found, enrollments
 from sequencerd.console.live import COUNTS
 from sequencerd.console.mask import Row
@@ -26,7 +32,7 @@ from sequencerd.console.simulating import simulated
 from sequencerd.console.summary import MOST_CAUSES, Counts
 from sequencerd.console.tables import Table, as_csv, as_json, at
 from sequencerd.console.views import Journey
-from sequencerd.core.model import ALT_NEXT, Sequence
+from sequencerd.core.model import NEXT, Sequence
 from sequencerd.core.what_next import what_next
 from sequencerd.definitions import graph
 
@@ -122,16 +128,21 @@ async def sequence(request: Request) -> Response:
     if step and node is None:
         raise NotFoundError(f"The sequence {name} has no step {step}.")
     counts = await context.summary.get()
+    chosen_range = panel.range_of(query)
+    flow = await panel.flow(context, counts, name, chosen_range)
     enrollments = await views.enrollments(context.pool, query, context.mask) if step else None
     revisions = await views.revisions(context.pool, query)
     schedule = await views.schedule(context.pool, name, context.mask)
     known = counts.sequences if counts else []
     row = next((row for row in known if row["name"] == name), {})
     steps = views.steps(counts, query) if counts else None
-    problem = None
-    if steps and step:
-        problem = next((row["problem"] for row in steps.rows if row["step"] == step), None)
-    return _render_counts(
+    beside = None
+    if node:
+        counted = next((row for row in steps.rows if row["step"] == step), {}) if steps else {}
+        beside = await panel.panel(
+            context, counts, definition, node, flow=flow, row=counted, query=query
+        )
+    answer = _render_counts(
         request,
         "sequence.html",
         name,
@@ -142,14 +153,18 @@ async def sequence(request: Request) -> Response:
         status=row.get("status") or ("paused" if definition.paused else "active"),
         definition=definition,
         schedule=schedule,
-        graph=json.dumps(_graph(definition, steps, step)),
+        graph=json.dumps(_graph(definition, steps, step, flow, query)),
+        panel=beside,
+        ranges=list(panel.RANGES),
+        range=chosen_range,
+        home=at("/sequence", sequence=name, range=query.get("range")),
         steps=steps,
         step=step,
-        node=node,
-        problem=problem,
         enrollments=enrollments,
         revisions=revisions,
     )
+    answer.headers["Content-Security-Policy"] = f"{POLICY}; frame-src 'self'"
+    return answer
 
 
 def _definition(context: PageContext, name: str) -> Sequence:
@@ -159,9 +174,12 @@ def _definition(context: PageContext, name: str) -> Sequence:
         raise NotFoundError(f"There is no sequence {name}.") from None
 
 
-def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dict[str, Any]:
+def _graph(
+    definition: Sequence, steps: Table | None, chosen: str | None, flow: panel.Flow, query: Query
+) -> dict[str, Any]:
     """Return what the browser draws: the goals apart, ways with how many went there."""
     counted = {row["step"]: row for row in steps.rows} if steps else {}
+    shown = {"sequence": definition.name, "range": query.get("range")}
     nodes = []
     for step in definition.steps.values():
         row = counted.get(step.name, {})
@@ -169,7 +187,7 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
             {
                 "name": step.name,
                 "type": step.type,
-                "url": at("/sequence", sequence=definition.name, step=step.name),
+                "url": at("/sequence", **shown, step=step.name),
                 "first": step.name == definition.first_step,
                 "goal": step in definition.goals,
                 "chosen": step.name == chosen,
@@ -181,9 +199,8 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
         )
     edges = []
     for edge in graph.edges(definition):
-        row = counted.get(edge.source, {})
-        keys = {"": "next", ALT_NEXT.label: "alt_next"}
-        times = row.get(keys.get(edge.label, ""), (row.get("branches") or {}).get(edge.label, 0))
+        times = panel.times(flow, edge)
+        way = edge.label or NEXT.label
         edges.append(
             {
                 "from": edge.source,
@@ -191,6 +208,8 @@ def _graph(definition: Sequence, steps: Table | None, chosen: str | None) -> dic
                 "elsewhere": edge.sequence,
                 "label": edge.label,
                 "times": html.number(times) if times else "",
+                "url": at("/sequence", **shown, step=edge.source, way=way),
+                "chosen": edge.source == chosen and query.get("way") == way,
             }
         )
     return {"nodes": nodes, "edges": edges}
@@ -309,6 +328,8 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
             return views.coming(counts, query)
         case "health" if counts:
             return views.health(counts, query, context.mask)
+        case "funnel":
+            return await funnel.read(context, query)
         case "enrollments":
             return await views.enrollments(context.pool, query, context.mask)
         case "revisions":
@@ -386,6 +407,7 @@ FILES = {
     "console.css": "text/css",
     "console.js": "text/javascript",
     "graph.js": "text/javascript",
+    "viewport.js": "text/javascript",
     "icon.svg": "image/svg+xml",
     "vendor/htmx.js": "text/javascript",
     "vendor/dagre.js": "text/javascript",

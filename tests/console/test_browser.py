@@ -143,6 +143,7 @@ PAGES = (
     "/console/edit?sequence=s",
     "/console/status?sequence=s&action=pause",
     "/console/revision?sequence=s&revision=2",
+    "/console/funnel?sequence=s",
     "/console/nonsense",
 )
 OF_SESSIONS = ("/console/login", "/console/sessions")

@@ -7,6 +7,8 @@
   const WIDTH = 210;
   const HEIGHT = 58;
   let drawn = "";
+  let view = null;
+  let focus = null; // what gets the focus once it is shown
 
   function element(name, attributes, ...children) {
     const made = document.createElementNS(SVG, name);
@@ -62,8 +64,10 @@
     const line = element("path", {
       class: edge.label ? "way alt" : "way", d: path(points), "marker-end": "url(#arrow)",
     });
-    const label = element("text", { class: "label", x, y: y + 4, "data-edge": n });
-    return element("g", {}, line, label);
+    const wide = element("path", { class: "wide", d: path(points) });
+    const label = element("text", { class: "label", x, y: y + 4 });
+    // the ways of a step stand in its panel as well: one stop of the keyboard less for each
+    return element("a", { href: edge.url, class: "edge", "data-edge": n, tabindex: -1 }, wide, line, label, element("title", {}));
   }
 
   function box(graph, node, n) {
@@ -73,7 +77,6 @@
     const names = ["node"];
     if (node.goal) names.push("goal");
     if (node.problem) names.push("wrong");
-    if (node.chosen) names.push("chosen");
     const link = element(
       "a", { href: node.url, class: names.join(" "), "data-node": n },
       element("rect", { class: "box", x: left, y: top, width: WIDTH, height: HEIGHT, rx: node.goal ? 18 : 7 }),
@@ -97,10 +100,58 @@
       const words = `${node.name}, ${node.type}, ${node.active} waiting` +
         (node.failed ? `, ${node.failed} failed` : "") + (node.problem ? ", has a problem" : "");
       set(link.querySelector("title"), words);
+      link.setAttribute("href", node.url);
+      link.classList.toggle("chosen", node.chosen);
     });
     data.edges.forEach((edge, n) => {
-      set(svg.querySelector(`[data-edge="${n}"]`), [edge.label, edge.times].filter(Boolean).join(" "));
+      const link = svg.querySelector(`[data-edge="${n}"]`);
+      set(link.querySelector(".label"), [edge.label, edge.times].filter(Boolean).join(" "));
+      set(link.querySelector("title"), `${edge.from}, ${edge.label || "next"}: ${edge.times || 0}`);
+      link.setAttribute("href", edge.url);
+      link.classList.toggle("chosen", edge.chosen);
     });
+  }
+
+  function overview(graph, data, ends, width, height) {
+    const rect = (name, kind) => {
+      const { x, y, width: wide, height: high } = graph.node(name);
+      return element("rect", { class: kind, x: x - wide / 2, y: y - high / 2, width: wide, height: high, rx: 8 });
+    };
+    const steps = graph.nodes().map((name) => rect(name, name.startsWith("step ") ? "step-there" : "end"));
+    return element(
+      "svg", { class: "map hidden", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" },
+      ...steps, element("rect", { class: "seen" }),
+    );
+  }
+
+  function buttons() {
+    const bar = document.createElement("div");
+    bar.className = "zoom";
+    for (const [words, text, work] of [
+      ["Zoom in", "+", () => view.in()], ["Zoom out", "−", () => view.out()], ["Fit", "Fit", () => view.fit()],
+    ]) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = text;
+      if (words !== text) button.setAttribute("aria-label", words);
+      button.addEventListener("click", work);
+      bar.append(button);
+    }
+    return bar;
+  }
+
+  // A step or a way opens beside the graph: the page is fetched under its new address, and what is
+  // the same stays as it is.
+  function open(event) {
+    const link = event.target.closest("#graph a, .journey .close, .ranges a, #step .ways a");
+    if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+    const url = new URL(link.getAttribute("href"), location.href);
+    const here = new URL(location.href);
+    if (url.pathname !== here.pathname || url.searchParams.get("sequence") !== here.searchParams.get("sequence")) return;
+    event.preventDefault();
+    focus = link.closest(".close") ? "graph" : link.closest(".ranges") ? null : "step";
+    history.pushState({}, "", url);
+    refresh();
   }
 
   function draw() {
@@ -109,7 +160,7 @@
     if (!place || !source) return;
     const data = JSON.parse(source.dataset.graph);
     const shape = JSON.stringify([
-      data.nodes.map((node) => [node.name, node.type, node.chosen, node.problem]),
+      data.nodes.map((node) => [node.name, node.type, node.problem]),
       data.edges.map((edge) => [edge.from, edge.to, edge.elsewhere, edge.label]),
     ]);
     if (shape !== drawn) {
@@ -129,18 +180,42 @@
           element("text", { class: "end-text", x, y: y + 4 }, short(text, 26)),
         );
       });
+      place.style.setProperty("--height", `${Math.ceil(height)}px`);
       place.replaceChildren(element(
-        "svg", { width: Math.ceil(width), height: Math.ceil(height), viewBox: `0 0 ${width} ${height}` },
+        "svg", { class: "drawing" },
         element("defs", {}, arrow),
         ...data.edges.map((edge, n) => way(graph, edge, leads[n], n)),
         ...ends,
         ...data.nodes.map((node, n) => box(graph, node, n)),
       ));
+      place.append(overview(graph, data, ends, width, height), buttons());
+      view = viewport(place, { width, height });
       drawn = shape;
     }
     fill(place.firstElementChild, data);
   }
 
-  document.addEventListener("shown", draw);
+  const address = () => location.pathname + location.search;
+
+  // whatever was requested before a click is for another address
+  document.addEventListener("htmx:before:request", (event) => {
+    if (!isLive(event)) return;
+    event.detail.ctx.request.action = address();
+    event.detail.ctx.askedFor = address();
+  });
+  document.addEventListener("htmx:before:swap", (event) => {
+    if (!isLive(event) || event.defaultPrevented) return;
+    if (event.detail.ctx.askedFor === address()) return;
+    event.preventDefault();
+    setTimeout(refresh);
+  });
+
+  document.addEventListener("click", open);
+  window.addEventListener("popstate", () => location.reload());
+  document.addEventListener("shown", () => {
+    draw();
+    if (focus) document.getElementById(focus)?.focus({ preventScroll: true });
+    focus = null;
+  });
   draw();
 })();

@@ -107,6 +107,31 @@ SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data,
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at >= $3
  ORDER BY wake_at LIMIT $5 OFFSET $4;
 
+-- name: console_funnel
+-- Count the visits that began since a time, of each step and each way out of it, for all enrollments and for
+-- each arm of a Split.
+SELECT * FROM sequencer.funnel($1, $2, $3);
+
+-- name: console_wakes
+-- Count the first enrollments at a step by when they are next checked, in so many equal periods; those that
+-- are checked only after a change have none. It reads at most so many entries of an index.
+WITH first AS (
+    SELECT wake_at FROM sequencer.enrollments
+     WHERE sequence = $1 AND step = $2 AND status = 'active' ORDER BY wake_at LIMIT $3
+), bounds AS (
+    SELECT min(wake_at) AS least,
+           greatest((max(wake_at) - min(wake_at)) / $4::integer, interval '1 minute') AS width
+      FROM first WHERE wake_at < 'infinity'
+), bars AS (
+    SELECT CASE WHEN f.wake_at < 'infinity'
+                THEN least(floor(extract(epoch FROM f.wake_at - b.least)
+                                 / extract(epoch FROM b.width))::integer, $4 - 1) END AS bar,
+           count(*) AS number
+      FROM first AS f CROSS JOIN bounds AS b GROUP BY 1
+)
+SELECT r.bar, r.number, b.least + r.bar * b.width AS since, b.least + (r.bar + 1) * b.width AS until
+  FROM bars AS r CROSS JOIN bounds AS b ORDER BY r.bar;
+
 -- name: console_example
 -- Find an enrollment whose message can be shown: one that is at the step, else one of the first at any
 -- step of the sequence.

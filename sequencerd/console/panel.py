@@ -1,0 +1,204 @@
+"""What stands beside the graph of a sequence: a step, where it leads, and what waits there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import asyncpg
+
+from sequencerd.console import mail
+from sequencerd.console.causes import causes
+from sequencerd.console.context import PageContext
+from sequencerd.console.query import Query, WrongQueryError
+from sequencerd.console.summary import Counts
+from sequencerd.console.tables import at
+from sequencerd.core.model import ALT_NEXT, NEXT, Sequence, Step
+from sequencerd.core.step_types import describe_wait
+from sequencerd.core.step_types.conditions import describe_condition
+from sequencerd.core.window_config import describe_window
+from sequencerd.definitions import graph
+from sequencerd.storage import connections
+
+RANGES = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
+USUAL = "7d"
+MOST_ROWS = 50_000  # counts by hour that are read: as many as 30 days of 23 steps with three ways
+MOST_WAKES = 2000  # enrollments whose wake times are shown
+BARS = 24
+MOST_ERRORS = 3
+
+Flow = Mapping[tuple[str, str], int]
+"""How often what happened, by step and action."""
+
+
+def range_of(query: Query) -> str:
+    """Return the range of the flow. Raises WrongQueryError."""
+    name = query.get("range") or USUAL
+    if name not in RANGES:
+        raise WrongQueryError(f"range is one of {', '.join(RANGES)}")
+    return name
+
+
+async def flow(context: PageContext, counts: Counts | None, sequence: str, name: str) -> Flow:
+    """Return what happened in a range: from the counts by hour, and the history since these. Where
+    no daemon has counted by hour yet, it is counted by day, for two weeks.
+    """
+    now = context.now()
+    since = (now - RANGES[name]).replace(minute=0, second=0, microsecond=0)
+    found: Counter[tuple[str, str]] = Counter()
+    if counts and counts.activity_until is None:
+        for (of, step, action), days in counts.flow.items():
+            if of == sequence:
+                found[step, action] += sum(n for day, n in days.items() if day >= since.date())
+        return found
+    until = min(now, counts.recent_since) if counts and counts.recent_since else now
+    if since < until:
+        rows = await connections.read(
+            context.pool, "console_activity", since, until, "hour", sequence, MOST_ROWS
+        )
+        for row in rows:
+            found[row["step"], row["action"]] += row["times"]
+    for row in counts.recent if counts else ():
+        if row["sequence"] == sequence and row["at"] >= since:
+            found[row["step"], row["action"]] += row["times"]
+    return found
+
+
+def times(flow: Flow, edge: graph.Edge) -> int:
+    """Return how often an edge was taken."""
+    label = edge.label or NEXT.label
+    if label == NEXT.label:
+        return flow.get((edge.source, "next"), 0) + flow.get((edge.source, "jump"), 0)
+    if label == ALT_NEXT.label:
+        return flow.get((edge.source, "altNext"), 0)
+    return flow.get((edge.source, f"branch {label}"), 0)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where a step leads, and how often it did."""
+
+    label: str
+    target: str | None
+    url: str | None
+    condition: str
+    times: int
+    share: float  # of all ways of the step
+
+
+@dataclass(frozen=True)
+class Bar:
+    """So many enrollments that are next checked between two times."""
+
+    since: datetime
+    until: datetime
+    number: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A step."""
+
+    step: Step
+    words: list[str]
+    ways: list[Way]
+    way: str | None  # that is chosen
+    goals: int
+    bars: list[Bar]
+    never: int  # that wait for a change, of those that were read
+    is_capped: bool
+    errors: list[dict[str, Any]]
+    message: str | None  # the address of its page
+    row: Mapping[str, Any]  # of the table of steps
+    waiting: str
+    failed: str
+
+
+async def panel(
+    context: PageContext,
+    counts: Counts | None,
+    definition: Sequence,
+    step: Step,
+    *,
+    flow: Flow,
+    row: Mapping[str, Any],
+    query: Query,
+) -> Panel:
+    """Return what is known of a step."""
+    place = {"sequence": definition.name, "step": step.name}
+    bars, never, is_capped = await _wakes(context.pool, definition.name, step.name)
+    found = causes(counts, context.mask) if counts else []
+    here: list[dict[str, Any]] = [
+        {
+            "text": cause.text,
+            "failed": cause.steps[definition.name, step.name],
+            "latest": cause.latest,
+            "url": at("/search", **place, status="failed", cause=cause.key),
+        }
+        for cause in found
+        if cause.steps.get((definition.name, step.name))
+    ]
+    goals = sum(
+        number
+        for (name, action), number in flow.items()
+        if name == step.name and action.partition(" ")[0] == "goal"
+    )
+    return Panel(
+        step,
+        _words(step),
+        _ways(definition, step, flow, query),
+        query.get("way"),
+        goals,
+        bars,
+        never,
+        is_capped,
+        sorted(here, key=lambda one: -one["failed"])[:MOST_ERRORS],
+        at("/message", **place) if mail.sends(context, step) else None,
+        row,
+        at("/search", **place, status="active"),
+        at("/search", **place, status="failed"),
+    )
+
+
+def _words(step: Step) -> list[str]:
+    """Describe a step: what it waits for, and when its side effect may begin."""
+    config = dict(step.config) if isinstance(step.config, Mapping) else {}
+    found = [describe_wait(step.type, config)]
+    if isinstance(window := config.get("window"), dict) and (told := describe_window(window)):
+        found.append(f"begins only in its window: {told}")
+    for key, told in (("to", "to {}"), ("subject", "subject: {}"), ("message", "{}")):
+        if isinstance(config.get(key), str):
+            found.append(told.format(config[key]))
+    return [f"{text[:1].upper()}{text[1:]}" for text in found if text]
+
+
+def _ways(definition: Sequence, step: Step, flow: Flow, query: Query) -> list[Way]:
+    edges = [edge for edge in graph.edges(definition) if edge.source == step.name]
+    every = sum(times(flow, edge) for edge in edges)
+    conditions = {exit_.label: describe_condition(exit_.condition) for exit_ in step.exits}
+    ways = []
+    for edge in edges:
+        to = edge.sequence or definition.name
+        target = edge.target and (edge.target if edge.sequence is None else f"{to}/{edge.target}")
+        kept = {"range": query.get("range")} if edge.sequence is None else {}
+        url = at("/sequence", sequence=to, step=edge.target, **kept) if edge.target else None
+        label = edge.label or NEXT.label
+        number = times(flow, edge)
+        share = number / every if every else 0.0
+        ways.append(Way(label, target, url, conditions.get(label, ""), number, share))
+    return ways
+
+
+async def _wakes(pool: asyncpg.Pool, sequence: str, step: str) -> tuple[list[Bar], int, bool]:
+    """Return when enrollments at a step are next checked, how many only after a change, and
+    whether there are more than were read.
+    """
+    rows = await connections.read(pool, "console_wakes", sequence, step, MOST_WAKES, BARS)
+    bars = [
+        Bar(row["since"], row["until"], row["number"]) for row in rows if row["bar"] is not None
+    ]
+    never = sum(row["number"] for row in rows if row["bar"] is None)
+    return bars, never, sum(bar.number for bar in bars) + never >= MOST_WAKES

@@ -1,0 +1,153 @@
+"""The journey of a sequence in a real browser: the graph, the panel beside it, and messages. With
+PICTURES=folder, pictures of every page are written there.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from sequencerd.definitions import plan
+from sequencerd.definitions.files import read_file
+from sequencerd.runners import Runner
+from sequencerd.runners.email.runner import EmailRunner
+from tests.console.conftest import console
+from tests.console.test_browser import (
+    CUT_OFF,
+    MANY,
+    REPOSITORY,
+    SCHEMES,
+    WIDTHS,
+    _in_short_intervals,
+    browser,
+    check_accessible,
+    shows,
+    window,
+)
+from tests.helpers.engines import Recorder, until
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Page
+
+__all__ = ["_in_short_intervals", "browser"]  # fixtures
+
+SEQUENCE = "/console/sequence?sequence=onboarding"
+PAGES = (
+    SEQUENCE,
+    f"{SEQUENCE}&step=a-few-days",
+    f"{SEQUENCE}&step=welcome&way=next&range=30d",
+    "/console/message?sequence=onboarding&step=welcome",
+    "/console/funnel?sequence=onboarding&range=30d",
+    "/console/simulate?sequence=onboarding&data=%7B%22email%22%3A%22ada%40example.com%22%7D",
+)
+
+
+async def test_the_journey_of_a_sequence(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    runners: dict[str, Runner] = {
+        "Email": EmailRunner("smtp://127.0.0.1:9"),
+        "SMS": Recorder(),
+        "Score": Recorder(),
+    }
+    found = read_file(REPOSITORY / "examples/onboarding.yaml", runners)
+    async with connection.transaction():
+        await plan.apply(connection, found, runners)
+    await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
+    await connection.execute(MANY)
+    async with console(database, runners, own=lambda: runners, write=True) as client:
+        await until(connection, "SELECT count(*) > 100 FROM sequencer.events")
+        async with window(browser, client) as page:
+            await page.goto(SEQUENCE)
+            await shows(page, "#graph .count", "320")
+            await _opens_beside_the_graph(page)
+            await _zooms_and_moves(page)
+            await _by_keyboard(page)
+        async with window(browser, client, java_script_enabled=False) as page:
+            await page.goto(f"{SEQUENCE}&step=welcome")
+            await shows(page, "#step", "The message")
+            await page.locator("#step .close").click()
+            assert await page.locator("#step").count() == 0
+        async with window(browser, client, reduced_motion="reduce") as page:
+            for number, path in enumerate(PAGES):
+                await _looks_well(page, path, number)
+
+
+async def _opens_beside_the_graph(page: Page) -> None:
+    place = await page.evaluate("document.getElementById('graph').getBoundingClientRect().top")
+    await page.locator("#graph .node", has_text="welcome").click()
+    await shows(page, "#step h2", "welcome")
+    await shows(page, "#step .preview", "Subject")
+    await page.wait_for_url("**step=welcome")
+    assert await page.evaluate("scrollY") == 0
+    assert place == await page.evaluate(
+        "document.getElementById('graph').getBoundingClientRect().top"
+    )
+    await page.locator("#graph .edge .wide").first.dispatch_event("click")
+    await page.wait_for_url("**way=next")
+    await shows(page, "#step .ways li[aria-current]", "next")
+    await page.locator(".ranges a", has_text="30d").click()
+    await page.wait_for_url("**range=30d")
+    await page.locator("#step .close").click()
+    await page.locator("#step").wait_for(state="detached")
+
+
+BOX = "document.querySelector('#graph .drawing').getAttribute('viewBox')"
+
+
+async def _zooms_and_moves(page: Page) -> None:
+    before = await page.evaluate(BOX)
+    await page.get_by_role("button", name="Zoom in").click()
+    closer = await page.evaluate(BOX)
+    assert float(closer.split()[2]) < float(before.split()[2])
+    assert await page.locator("#graph .map:not(.hidden)").count() == 1
+    graph = await page.locator("#graph").bounding_box()
+    assert graph is not None
+    x, y = graph["x"] + 60, graph["y"] + graph["height"] - 40
+    await page.mouse.move(x, y)
+    await page.mouse.down()
+    await page.mouse.move(x, y - 100, steps=4)
+    await page.mouse.up()
+    moved = await page.evaluate(BOX)
+    assert float(moved.split()[1]) > float(closer.split()[1])
+    assert "step=" not in page.url  # what was dragged was not clicked
+    await page.get_by_role("button", name="Fit").click()
+    assert await page.locator("#graph .map.hidden").count() == 1
+
+
+async def _by_keyboard(page: Page) -> None:
+    await page.locator("#graph").focus()
+    whole = await page.evaluate(BOX)
+    await page.keyboard.press("+")
+    assert await page.evaluate(BOX) != whole
+    await page.keyboard.press("0")
+    assert await page.evaluate(BOX) == whole
+    await page.keyboard.press("Tab")
+    assert await page.evaluate("document.activeElement.closest('#graph a.node') !== null")
+    await page.keyboard.press("Enter")
+    await page.locator("#step").wait_for()
+    await page.wait_for_function("document.activeElement.id === 'step'")
+
+
+async def _looks_well(page: Page, path: str, number: int) -> None:
+    await page.set_viewport_size({"width": 1280, "height": 900})
+    await page.goto(path)
+    if "sequence?" in path:
+        await page.locator("#graph .node").first.wait_for()
+        await shows(page, "#state", "Live")
+    for width in WIDTHS:
+        await page.set_viewport_size({"width": width, "height": 900})
+        wide = await page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, f"{path} is wider than {width}"
+        assert await page.evaluate(CUT_OFF) == [], f"{path} at {width}"
+        if folder := os.environ.get("PICTURES"):
+            for scheme in ("light", "dark"):
+                await page.emulate_media(color_scheme=scheme)
+                await page.screenshot(path=Path(folder) / f"{number}-{width}-{scheme}.png")
+    for scheme, width in SCHEMES:
+        await page.emulate_media(color_scheme=scheme)
+        await page.set_viewport_size({"width": width, "height": 844})
+        await check_accessible(page)
