@@ -14,6 +14,7 @@ import asyncpg
 import httpx
 import pytest
 
+from sequencerd.core.routing import shard_of
 from sequencerd.errors import SettingsError
 from sequencerd.settings import load
 from sequencerd.storage import connections
@@ -165,3 +166,23 @@ def test_a_command_for_one_shard_asks_for_it(
     assert "specify a shard with --shard; available: a, b" in sequencerd.errors
     sequencerd("status", "--shard", "c", code=2)
     assert "no shard 'c' in the settings; there are: a, b" in sequencerd.errors
+
+
+async def test_enroll_finds_the_shard_of_the_subject(
+    shards: dict[str, asyncpg.Connection], sequencerd: Command
+) -> None:
+    sequencerd("migrate")
+    for connection in shards.values():
+        await define(
+            connection, "s", ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None)
+        )
+    names = [f"user-{number}" for number in range(8)]
+    own = {name: "ab"[shard_of(name, 2)] for name in names}
+    for name in names:
+        assert sequencerd("enroll", "s", name).startswith(f"enrolled as {own[name]}/")
+    for shard, connection in shards.items():
+        rows = await connection.fetch("SELECT subject FROM sequencer.enrollments")
+        assert {subject for (subject,) in rows} == {name for name in names if own[name] == shard}
+    sequencerd("enroll", "s", "elsewhere", "--shard", "b")
+    sequencerd("enroll", "s", "elsewhere", "--shard", "a,b", code=2)
+    assert "the subject has its own" in sequencerd.errors

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import asyncpg
 
-from sequencerd.cli.commands import check_names, connect, on_database, with_hint
+from sequencerd.cli.commands import check_names, connect, on_database, on_shards, with_hint
 from sequencerd.cli.output import busy, is_terminal, progress_bar, say, say_json, show, warn
 from sequencerd.core.calendar import dates
+from sequencerd.core.routing import shard_of
 from sequencerd.definitions.options import read_object
 from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
@@ -25,8 +26,13 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 
-@on_database
-async def enroll_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+@on_shards
+async def enroll_command(
+    arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+) -> int:
+    if arguments.shard and len(shards) > 1:
+        raise ArgumentError("specify one shard, or leave out --shard: the subject has its own")
+    shard = shards[0] if arguments.shard else shards[shard_of(arguments.subject, len(shards))]
     data = read_object(arguments.data, "--data")
     at = None
     if arguments.at is not None and (at := dates.parse(arguments.at, dates.zone("UTC"))) is None:
@@ -52,9 +58,9 @@ async def enroll_command(arguments: argparse.Namespace, _: Settings, shard: Shar
             "policy does not allow another enrollment"
         )
     if arguments.json:
-        say_json({"id": id_})
+        say_json({"id": id_} if shard.name is None else {"id": id_, "shard": shard.name})
     else:
-        say(f"enrolled as {id_}")
+        say(f"enrolled as {id_}" if shard.name is None else f"enrolled as {shard.name}/{id_}")
     return 0
 
 
