@@ -22,7 +22,7 @@ async def funnel(request: Request) -> Response:
     """Show the funnel of a sequence."""
     context, query = context_of(request), query_of(request)
     name = query.must("sequence")
-    splits = _splits(context, name)
+    splits = await _splits(context, name)
     table, wrong = None, None
     try:
         table = await read(context, query)
@@ -43,17 +43,18 @@ async def funnel(request: Request) -> Response:
     )
 
 
-def _splits(context: PageContext, name: str) -> list[str]:
-    definition = context.simulator().definitions.get(name)
-    if definition is None:
+async def _splits(context: PageContext, name: str) -> list[str]:
+    rows = await connections.read(context.pool, "console_splits", name)
+    if not rows:
         raise NotFoundError(f"There is no sequence {name}.")
-    return [step.name for step in definition.steps.values() if step.type == "Split"]
+    splits: list[str] = rows[0]["splits"]
+    return splits
 
 
 async def read(context: PageContext, query: Query) -> Table:
     """Return a row for each step and way, and for each arm of the Split."""
     name, split = query.must("sequence"), query.get("split")
-    if split not in (None, *_splits(context, name)):
+    if split not in (None, *await _splits(context, name)):
         raise NotFoundError(f"The sequence {name} has no Split {split}.")
     since = context.now() - RANGES[range_of(query)]
     async with context.counting_history:  # one at a time: it reads all of the history since then

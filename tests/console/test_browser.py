@@ -309,7 +309,7 @@ async def test_by_keyboard_alone(
         await page.keyboard.press("Enter")
         await page.wait_for_url("**/sequence?sequence=s")
         # a step of the graph
-        await page.locator("#graph a").first.wait_for()
+        await page.locator("#graph a.node").first.wait_for()
         for _ in range(40):
             await page.keyboard.press("Tab")
             if await page.evaluate("document.activeElement.closest('#graph a') !== null"):
@@ -318,7 +318,7 @@ async def test_by_keyboard_alone(
         await page.wait_for_url("**step=wait")
         await shows(page, "#step h2", "wait")
         # what has the focus keeps it when the counts move
-        link = page.locator("#graph a").nth(1)
+        link = page.locator("#graph a.node").nth(1)
         await link.focus()
         await enroll(connection, "s", "carl")
         await shows(page, "#graph .count", "2")
@@ -347,7 +347,7 @@ async def test_hostile_data_run_nowhere(
         await until(connection, BEGUN)
         await page.goto("/console/")
         await page.locator("td.sequence a").click()
-        await page.locator("#graph a").first.wait_for()
+        await page.locator("#graph a.node").first.wait_for()
         assert hostile[:19] in await text_of(page, "#graph .step")
         await page.locator("td.step a").click()
         assert await text_of(page, "td.subject") == hostile
@@ -551,7 +551,7 @@ async def test_screenshots(
                 await page.goto(address)
                 await shows(page, "#state", "Live")
                 if name == "sequence":  # what only a goal leads to is apart, with its own end
-                    assert await page.locator("#graph .end").count() == 2
+                    assert await page.locator("#graph .drawing .end").count() == 2
                 shot = folder / f"console-{name}.png"
                 await page.screenshot(path=shot)
                 assert 10_000 < shot.stat().st_size < 150_000

@@ -107,6 +107,12 @@ SELECT id, subject, status, wake_at, entered_at, attempt, last_error, data,
  WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at >= $3
  ORDER BY wake_at LIMIT $5 OFFSET $4;
 
+-- name: console_splits
+-- Read the names of the Split steps of a sequence; no row if it does not exist.
+SELECT ARRAY(SELECT s.name FROM sequencer.steps AS s
+              WHERE s.sequence = q.name AND s.type = 'Split' ORDER BY s.position) AS splits
+  FROM sequencer.sequences AS q WHERE q.name = $1;
+
 -- name: console_funnel
 -- Count the visits that began since a time, of each step and each way out of it, for all enrollments and for
 -- each arm of a Split.
