@@ -77,6 +77,9 @@ def times(flow: Flow, edge: graph.Edge) -> int:
     return flow.get((edge.source, f"branch {label}"), 0)
 
 
+_NOT_COUNTED = dict.fromkeys(("active", "failed", "median_stay", "overdue", "problem"))
+
+
 @dataclass(frozen=True)
 class Way:
     """Where a step leads, and how often it did."""
@@ -157,7 +160,7 @@ async def panel(
         is_capped,
         sorted(here, key=lambda one: -one["failed"])[:MOST_ERRORS],
         at("/message", **place) if mail.sends(context, step) else None,
-        row,
+        _NOT_COUNTED | dict(row),
         at("/search", **place, status="active"),
         at("/search", **place, status="failed"),
     )

@@ -263,6 +263,20 @@ async def test_counts_have_an_end(
         assert "0+" not in steps
 
 
+async def test_a_step_is_shown_before_the_first_count(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await define(connection, "s", ("a", "WaitForDuration", DAY, None))
+
+    async def nothing(_: summary.Summary) -> None:
+        return None
+
+    monkeypatch.setattr(summary.Summary, "get", nothing)
+    async with console(database) as client:
+        page = check(await client.get("/sequence?sequence=s&step=a"))
+        assert "Waits for" in page
+
+
 async def test_a_count_that_takes_too_long_keeps_the_last_one(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
