@@ -15,6 +15,7 @@ from tests.helpers.commands import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until
 
 NOW = datetime(2026, 3, 2, tzinfo=UTC)
+NONE_LEASED = "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE leased_by IS NOT NULL)"
 PAUSED = "SELECT status = 'paused' FROM sequencer.sequences WHERE name = 's'"
 
 
@@ -56,19 +57,13 @@ async def test_two_daemons_in_one_instant_send_no_more_than_the_brake_allows(
     async with running_engine(database, {"Note": one}), running_engine(database, {"Note": other}):
         await go(connection)
         await until(connection, PAUSED)
-        await until(
-            connection,
-            "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE leased_by IS NOT NULL)",
-        )
+        await until(connection, NONE_LEASED)
         assert len(one.views) + len(other.views) == 37
         assert await reason(connection) == "brake: more than 37 in 1 hour"
         # resumed, it counts anew
         await go(connection)
         await until(connection, PAUSED)
-        await until(
-            connection,
-            "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE leased_by IS NOT NULL)",
-        )
+        await until(connection, NONE_LEASED)
     assert len(one.views) + len(other.views) == 74
     subjects = [view["subject"] for view in (*one.views, *other.views)]
     assert len(set(subjects)) == 74
