@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
+from sequencerd.core import permits
 from sequencerd.core.model import Limits
+from sequencerd.core.permits import Permits
 from sequencerd.runners import pace
 from sequencerd.runners.pace import Pace
 
@@ -20,22 +22,32 @@ async def test_without_a_rate_it_asks_nobody() -> None:
     assert await made.turn()
 
 
-async def test_calls_pass_in_their_order_and_are_asked_for_in_blocks() -> None:
+async def test_calls_have_permits_in_their_order_which_are_asked_for_in_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(permits, "WINDOW", 600.0)  # no permit lapses on a busy machine
     asked: list[tuple[str, float, int]] = []
+    granted: list[float] = []
+    callers: list[str] = []
+    original = Permits.next
 
     async def take(name: str, per_second: float, count: int) -> tuple[float, float]:
         asked.append((name, per_second, count))
         return 100 + sum(count for _, _, count in asked[:-1]) / per_second, 100
 
+    def recorded(self: Permits, now: float) -> float | None:
+        at = original(self, now)
+        if at is not None and (task := asyncio.current_task()):
+            granted.append(at)
+            callers.append(task.get_name())
+        return at
+
+    monkeypatch.setattr(Permits, "next", recorded)
     made = Pace(Limits(per_second=1000), "Email", take)
-    passed: list[int] = []
-
-    async def call(number: int) -> None:
-        assert await made.turn()
-        passed.append(number)
-
-    await asyncio.gather(*(call(number) for number in range(100)))
-    assert passed == [*range(100)]
+    calls = [asyncio.create_task(made.turn(), name=str(number)) for number in range(100)]
+    assert all(await asyncio.gather(*calls))
+    assert callers == [str(number) for number in range(100)]
+    assert granted == sorted(granted)
     assert {(name, rate) for name, rate, _ in asked} == {("Email", 1000)}
     assert [count for _, _, count in asked] == [1, 2, 4, 8, 16, 32, 64]
 
