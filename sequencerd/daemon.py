@@ -21,7 +21,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.console.app import make_console
 from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.definitions.simulator import Simulator
-from sequencerd.engine import rates, retention
+from sequencerd.engine import retention, shared_rates
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.enrolling import Enrolling
 from sequencerd.engine.lookups import Lookups
@@ -31,7 +31,7 @@ from sequencerd.runners import Runner, tracing
 from sequencerd.runners.pace import Take
 from sequencerd.runners.protocol import NotNow
 from sequencerd.runners.registry import make_runners
-from sequencerd.runners.suppressions import Key, Suppressions
+from sequencerd.runners.suppression_check import Key, Suppressions
 from sequencerd.service.health import Health
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.logs import make_log
@@ -381,7 +381,7 @@ class _Served:
             raise NotNow(f"the suppressions can't be read: {error}") from error
 
     async def _take(self, runner: str, per_second: float, count: int) -> tuple[float, float]:
-        return await rates.take(self._pools.rates, runner, per_second, count, self._log)
+        return await shared_rates.take(self._pools.rates, runner, per_second, count, self._log)
 
 
 def _report_taken_address(log: FilteringBoundLogger, listen: str) -> None:

@@ -2058,7 +2058,7 @@ COMMENT ON FUNCTION sequencer.funnel IS 'Count, for each step (way NULL) and eac
 
 -- privacy ---------------------------------------------------------------------------------------
 
--- runners/suppressions.py computes the same, and checks for both forms of an address.
+-- runners/suppression_check.py computes the same, and checks for both forms of an address.
 CREATE FUNCTION sequencer.suppression_hash(address text) RETURNS text
 LANGUAGE sql IMMUTABLE STRICT SET search_path = pg_catalog, pg_temp AS $$
     SELECT 'sha256:' || encode(sha256(convert_to(address, 'UTF8')), 'hex')

@@ -13,7 +13,7 @@ from sequencerd.cli.output import say
 from sequencerd.core.model import Undeliverable
 from sequencerd.runners.email.bounces import MAX_READ, Dead, Report, read_report
 from sequencerd.runners.email.smtp import read_sent
-from sequencerd.runners.suppressions import spellings
+from sequencerd.runners.suppression_check import spellings
 from sequencerd.settings import Settings
 from sequencerd.storage import suppressions
 from sequencerd.storage.connections import Shard

@@ -24,7 +24,7 @@ from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.service.metrics import Metrics
-from sequencerd.storage import claims, connections, wakes
+from sequencerd.storage import connections, locking, wakes
 from sequencerd.storage.database_errors import brief, is_data_error
 
 CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
@@ -142,7 +142,7 @@ class Claims:
         excluded = self.excluded(step_key)
         with self._cursors.claim(step_key, frozenset(excluded), now) as claim:
             async with self._leases.writing(batch) as connection:
-                claimed, count = await claims.claim(
+                claimed, count = await locking.claim(
                     connection,
                     step_key,
                     now,
@@ -190,7 +190,7 @@ class Claims:
             await self._probe()
         self._log.warning("batch is done in parts", step=step_key, error=brief(error))
         async with connections.borrow(self._pool) as connection:
-            ids = await claims.due_ids(
+            ids = await locking.due_ids(
                 connection,
                 step_key,
                 self._clock.now(),
@@ -232,7 +232,7 @@ class Claims:
         now = self._clock.now()
         batch = Batch()
         async with self._leases.writing(batch) as connection:
-            claimed = await claims.claim_some(
+            claimed = await locking.claim_some(
                 connection,
                 step_key,
                 now,
@@ -266,7 +266,7 @@ class Claims:
             held = self._leases.known & {one.id for one in leased}
             claimed = [one for one in claimed if one.id not in held]
             self._taken_over |= held
-            expired_leases = await claims.count_expired_leases(connection, leased, now)
+            expired_leases = await locking.count_expired_leases(connection, leased, now)
         for enrollment in claimed:
             self._moves.move(
                 batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0)
@@ -281,7 +281,7 @@ class Claims:
         if not due:
             return
         async with connections.borrow(self._pool) as connection:
-            orphans = await claims.orphans(
+            orphans = await locking.orphans(
                 connection, due, now, daemon=self._daemon, excluding=list(self._leases.known)
             )
         for step_key, ids in orphans.items():

@@ -19,7 +19,7 @@ from sequencerd.engine.claims import Claims
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executors
 from sequencerd.storage import connections
-from sequencerd.storage.claims import expired_ids, forget_expiries
+from sequencerd.storage.locking import expired_ids, forget_expiries
 
 TURN = 1.0  # seconds between searches
 OVERLAP = timedelta(seconds=5)  # a transaction that takes longer to commit is found by the sweep

@@ -23,7 +23,7 @@ from sequencerd.core.model import (
     RefusalKey,
     Refusals,
 )
-from sequencerd.storage.jumps import lock_cancelled, refusals
+from sequencerd.storage.entries import lock_cancelled, refusals
 
 UNKNOWN = ("always", None)  # what is taken for the policy and refusal of no such sequence
 

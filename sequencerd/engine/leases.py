@@ -19,7 +19,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.quarantine import isolate
 from sequencerd.service.metrics import Metrics
-from sequencerd.storage import claims, connections, writes
+from sequencerd.storage import connections, locking, writes
 from sequencerd.storage.database_errors import LOST_ERRORS, TRANSIENT_ERRORS
 
 
@@ -105,7 +105,7 @@ class Leases:
         while ids:
             try:
                 async with connections.borrow(self._pool) as connection:
-                    return await claims.fences(connection, ids)
+                    return await locking.fences(connection, ids)
             except TRANSIENT_ERRORS:
                 await asyncio.sleep(PAUSE)
         return set()

@@ -45,7 +45,7 @@ from sequencerd.engine.reschedule import Rescheduling
 from sequencerd.engine.results import Results
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Engine as Settings
-from sequencerd.storage import connections, reschedule, server
+from sequencerd.storage import connections, evaluations, server
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.listener import Changed, Due, DueSteps, Message, Reevaluate
 from sequencerd.storage.wakes import count_due, first_wakes, first_wakes_of
@@ -363,7 +363,7 @@ class Engine:
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
         await self._reload_catalog()
         async with connections.borrow(self._pool) as connection:
-            self._rescheduling.resume(await reschedule.unfinished_rescheduling(connection))
+            self._rescheduling.resume(await evaluations.unfinished_rescheduling(connection))
         self._cursors.forget_ahead()  # triggers do not notify of what wakes after a sweep
         wakes = await self.rebuild(whole=whole)
         now = self._clock.now()

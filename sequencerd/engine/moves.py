@@ -39,7 +39,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import Jump, decide
 from sequencerd.engine.shared_outcome import SharedOutcome
-from sequencerd.storage import brakes, jumps, reservations, wakes, writes
+from sequencerd.storage import brakes, entries, reservations, wakes, writes
 
 BRAKED = timedelta(seconds=1)  # until what a brake holds is tried again, if it is not paused
 
@@ -257,9 +257,9 @@ class Moves:
             await self._reserve(connection, batch, now)
         await writes.write(connection, batch, now)
         if decided.cancelled:
-            await jumps.cancel(connection, decided.cancelled, now)
+            await entries.cancel(connection, decided.cancelled, now)
         if batch.entries:
-            batch.entered = dict.fromkeys(await jumps.enter(connection, batch.entries), now)
+            batch.entered = dict.fromkeys(await entries.enter(connection, batch.entries), now)
             batch.elsewhere |= {
                 (entry.sequence, entry.elsewhere) for entry in batch.entries if entry.elsewhere
             }

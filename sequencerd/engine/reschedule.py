@@ -26,7 +26,7 @@ from sequencerd.engine.jumps import Jump
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves
 from sequencerd.engine.quarantine import isolate
-from sequencerd.storage import claims, connections, reschedule, wakes
+from sequencerd.storage import connections, evaluations, locking, wakes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.listener import Reevaluate
 
@@ -122,7 +122,7 @@ class Rescheduling:
                         [(sequence, step), (sequence, None), (None, step), (None, None)]
                     )
                 ]
-                marked = await reschedule.request_evaluation(connection, step_keys)
+                marked = await evaluations.request_evaluation(connection, step_keys)
         except BaseException:
             self._requests |= requests
             raise
@@ -154,7 +154,7 @@ class Rescheduling:
         after, page = -1, PAGE
         while page == PAGE and not self._stopping.is_set():
             async with connections.borrow(self._pool) as connection:
-                rows = await reschedule.waiting_of_subjects(
+                rows = await evaluations.waiting_of_subjects(
                     connection, subjects, after, self._clock.now(), PAGE
                 )
             page = len(rows)
@@ -218,7 +218,7 @@ class Rescheduling:
     async def _reschedule(self, step_key: StepKey) -> bool:
         """Evaluate a step. Return False if another daemon does."""
         async with connections.borrow(self._pool) as connection:
-            since = await reschedule.rescheduling_from(connection, step_key)
+            since = await evaluations.rescheduling_from(connection, step_key)
         seen = self._others.pop(step_key, since)
         if since is None:
             return True
@@ -235,7 +235,7 @@ class Rescheduling:
             if sequence is None or sequence.paused:
                 return True  # it starts again when the sequence is resumed
             async with connections.borrow(self._pool) as connection:
-                page = await reschedule.active_ids(connection, step_key, since, PAGE)
+                page = await evaluations.active_ids(connection, step_key, since, PAGE)
             for first in range(0, len(page), self._size):
                 batch = page[first : first + self._size]
                 done = await self._batch(step_key, since, batch, sequence.revision)
@@ -249,7 +249,7 @@ class Rescheduling:
             if len(page) == PAGE:
                 continue
             async with connections.borrow(self._pool) as connection:
-                again = await reschedule.finish_rescheduling(connection, step_key, since)
+                again = await evaluations.finish_rescheduling(connection, step_key, since)
             if again is None:
                 self._others[step_key] = since
                 return False
@@ -328,9 +328,9 @@ class Rescheduling:
         async with self._leases.writing(batch) as connection:
             if progress is not None:
                 since, until, revision = progress
-                if not await reschedule.lock_rescheduling(connection, step_key, since, revision):
+                if not await evaluations.lock_rescheduling(connection, step_key, since, revision):
                     return None
-            waiting, locked = await claims.lock_waiting(connection, step_key, ids, now)
+            waiting, locked = await locking.lock_waiting(connection, step_key, ids, now)
             for number, enrollment in enumerate(waiting, 1):
                 advanced = self._moves.advance(enrollment, now)
                 if advanced.is_tentative:
@@ -342,17 +342,17 @@ class Rescheduling:
                     await asyncio.sleep(0)
             await self._moves.write(connection, batch, now)
             if progress is not None and not locked:
-                await reschedule.record_progress(connection, step_key, until)
+                await evaluations.record_progress(connection, step_key, until)
         return locked
 
     async def _outlast_older_transactions(self) -> None:
         """Wait for transactions that may move enrollments to a step by its old definition."""
         async with connections.borrow(self._pool) as connection:
-            newest = await reschedule.new_transaction(connection)
+            newest = await evaluations.new_transaction(connection)
         loop = asyncio.get_running_loop()
         until = loop.time() + GRACE
         while loop.time() < until and not self._stopping.is_set():
             async with connections.borrow(self._pool) as connection:
-                if await reschedule.oldest_transaction(connection) >= newest:
+                if await evaluations.oldest_transaction(connection) >= newest:
                     return
             await asyncio.sleep(GRACE_TURN)

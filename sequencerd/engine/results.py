@@ -32,7 +32,7 @@ from sequencerd.engine.executors import Executors, Finished, Leased
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
-from sequencerd.storage import claims, suppressions
+from sequencerd.storage import locking, suppressions
 from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error
 from sequencerd.storage.reservations import Reserved
 
@@ -148,11 +148,11 @@ class Results:
         known = [leased.enrollment for leased, _ in results]
         batch, locked_elsewhere = Batch(), []
         async with self._leases.writing(batch) as connection:
-            locked, ours, revisions = await claims.lock(connection, known)
+            locked, ours, revisions = await locking.lock(connection, known)
             if any(self._revision(name) != revision for name, revision in revisions.items()):
                 return False
             missing = [enrollment.id for enrollment in known if enrollment.id not in locked]
-            exist = await claims.existing(connection, missing) if missing else set()
+            exist = await locking.existing(connection, missing) if missing else set()
             for leased, result in results:
                 if enrollment := ours.get(leased.fence):
                     if leased.reservations and not may_have_taken_place(result):

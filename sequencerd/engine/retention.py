@@ -17,7 +17,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.engine.clock import Clock
 from sequencerd.settings import Retention as Settings
-from sequencerd.storage import activity, connections, reservations, retention
+from sequencerd.storage import activity, cleanup, connections, reservations
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 INTERVAL = 3600.0  # seconds, at most
@@ -88,7 +88,7 @@ async def tidy(
 
 
 async def _add_partitions(pool: asyncpg.Pool, *_: object) -> None:
-    await _alone(pool, retention.add_event_partitions)
+    await _alone(pool, cleanup.add_event_partitions)
 
 
 async def _count_activity(
@@ -112,7 +112,7 @@ async def _drop_history(
     if counted is None:  # what is not counted yet stays
         return
     before = min(now - settings.events, counted)
-    while name := await _alone(pool, lambda c: retention.drop_event_partition(c, before)):
+    while name := await _alone(pool, lambda c: cleanup.drop_event_partition(c, before)):
         log.info("old history was dropped", partition=name)
 
 
@@ -124,7 +124,7 @@ async def _delete_ended(
     until, deleted = now - settings.ended, 0
     loop = asyncio.get_running_loop()
     started = loop.time()
-    while count := await _alone(pool, lambda c: retention.delete_ended(c, until, BATCH)):
+    while count := await _alone(pool, lambda c: cleanup.delete_ended(c, until, BATCH)):
         deleted += count
         await asyncio.sleep(max(PAUSE, loop.time() - started))
         started = loop.time()
@@ -143,4 +143,4 @@ async def _alone(
 ) -> Result | None:
     """Do work in a transaction, unless another daemon runs retention."""
     async with connections.borrow(pool) as connection, connections.transaction(connection):
-        return await work(connection) if await retention.try_lock_retention(connection) else None
+        return await work(connection) if await cleanup.try_lock_retention(connection) else None

@@ -13,7 +13,7 @@ from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import Failed, Result, Suppressed, Task
 from sequencerd.runners.fields import RenderError, compile_field, render
 from sequencerd.runners.protocol import Runner
-from sequencerd.runners.suppressions import Suppressions, describe
+from sequencerd.runners.suppression_check import Suppressions, describe
 
 KEYS = frozenset({"channel", "address"})
 """A step that has both is held to the suppressions. One of them alone is the runner's own key."""

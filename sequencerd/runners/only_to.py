@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from sequencerd.runners.suppressions import spellings
+from sequencerd.runners.suppression_check import spellings
 
 
 class OnlyTo:

@@ -22,7 +22,7 @@ from sequencerd.runners.pace import Take
 from sequencerd.runners.protocol import Runner
 from sequencerd.runners.python import load
 from sequencerd.runners.sms.runner import HttpSmsRunner, TwilioRunner
-from sequencerd.runners.suppressions import Suppressions
+from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.runners.unsubscribe import Links
 from sequencerd.settings import Email, LookupEndpoint, Settings, Sms
 from sequencerd.settings import HttpEndpoint as RunnerEndpoint

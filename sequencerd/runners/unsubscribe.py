@@ -12,7 +12,7 @@ from sequencerd.core.javascript.templates import Template
 from sequencerd.core.languages import DEFAULT_LOCALE, read_locale
 from sequencerd.core.model import DefinitionError, Fault, View
 from sequencerd.runners.fields import Translated
-from sequencerd.runners.suppressions import EVERYTHING
+from sequencerd.runners.suppression_check import EVERYTHING
 
 PATH = "/unsubscribe/"
 NAME = "unsubscribe_url"

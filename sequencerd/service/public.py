@@ -27,7 +27,7 @@ from sequencerd.core.model import Undeliverable
 from sequencerd.errors import DatabaseError
 from sequencerd.runners.registry import make_links
 from sequencerd.runners.sms.runner import undeliverable
-from sequencerd.runners.suppressions import EVERYTHING, Key, forms
+from sequencerd.runners.suppression_check import EVERYTHING, Key, forms
 from sequencerd.runners.unsubscribe import PATH, Subscription
 from sequencerd.service.page_texts import TEXTS, Texts
 from sequencerd.settings import Settings, Sms

@@ -1,5 +1,5 @@
 """PostgreSQL: connections, every statement, migrations, the listener, the embedded server.
 
 Imports the core, settings and errors; never runners. `connections` opens, `statements` loads
-queries/*.sql, and a module per kind of work runs them: claims, writes, wakes, jumps and so on.
+queries/*.sql, and a module per kind of work runs them: locking, writes, wakes, entries and so on.
 """

@@ -13,7 +13,7 @@ import pytest
 
 from sequencerd.core.model import Answer, Failed, Result, RetryPolicy, Task
 from sequencerd.errors import PlanError
-from sequencerd.storage import reschedule
+from sequencerd.storage import evaluations
 from tests.helpers.commands import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, enroll, running_engine, until, way
 from tests.helpers.plans import Applying
@@ -371,10 +371,10 @@ async def test_no_transaction_in_progress_is_missed(
     other = await asyncpg.connect(database)
     async with connection.transaction():
         number = int(await connection.fetchval("SELECT pg_current_xact_id()::text"))
-        newer = await reschedule.new_transaction(other)
+        newer = await evaluations.new_transaction(other)
         assert newer > number
-        assert await reschedule.oldest_transaction(other) <= number
-    while await reschedule.oldest_transaction(other) < newer:  # noqa: ASYNC110 - it sets no event
+        assert await evaluations.oldest_transaction(other) <= number
+    while await evaluations.oldest_transaction(other) < newer:  # noqa: ASYNC110 - it sets no event
         await asyncio.sleep(0.01)  # of another database
     await other.close()
 

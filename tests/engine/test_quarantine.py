@@ -18,7 +18,7 @@ from sequencerd.core.model import Answer, Result, Task
 from sequencerd.engine import quarantine
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import EARLIEST
-from sequencerd.storage import claims, migrate, sequences
+from sequencerd.storage import locking, migrate, sequences
 from tests.helpers.commands import Command
 from tests.helpers.databases import execute, with_database, with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
@@ -439,7 +439,7 @@ async def test_a_row_that_cannot_be_read_fails_alone(
 async def test_a_claim_is_bounded_by_bytes(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(locking, "MAX_BYTES", 1_000_000)
     await define(connection, "s", ("note", "Note", "{}", None))
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, data)"
@@ -448,7 +448,7 @@ async def test_a_claim_is_bounded_by_bytes(
     )
     place, at = ("s", "note"), Clock().now() + timedelta(hours=1)
     revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
-    claimed, locked = await claims.claim(
+    claimed, locked = await locking.claim(
         connection, place, at, revision, 100, daemon="me", excluding=[], since=EARLIEST
     )
     assert locked == 30

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from sequencerd.core.model import Answer, Limits, Result, Task
-from sequencerd.engine import rates
+from sequencerd.engine import shared_rates
 from sequencerd.runners.pace import Pace
 from sequencerd.storage import connections
 from tests.helpers.databases import shard, with_login
@@ -32,7 +32,7 @@ class Paced(Recorder):
 
         async def take(runner: str, per_second: float, count: int) -> tuple[float, float]:
             taken.append(count)
-            return await rates.take(pool, runner, per_second, count, LOG)
+            return await shared_rates.take(pool, runner, per_second, count, LOG)
 
         self._pace = Pace(Limits(20, per_second=RATE), "Paced", take)
 
@@ -87,7 +87,9 @@ async def permits_of(database: str, calls: int, count: int, per_second: float) -
     pools = [await connections.connect_pool(shard(database), 1) for _ in range(4)]
 
     async def session(pool: asyncpg.Pool) -> list[float]:
-        blocks = [await rates.take(pool, "Email", per_second, count, LOG) for _ in range(calls)]
+        blocks = [
+            await shared_rates.take(pool, "Email", per_second, count, LOG) for _ in range(calls)
+        ]
         return [first for first, _ in blocks]
 
     try:
@@ -116,14 +118,14 @@ async def test_all_of_the_rate_is_handed_out_to_those_that_wait(
 async def test_nothing_passes_while_the_row_is_locked_or_the_database_refuses(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rates, "TIMEOUT", 0.2)
-    monkeypatch.setattr(rates, "PAUSE", 0.01)
+    monkeypatch.setattr(shared_rates, "TIMEOUT", 0.2)
+    monkeypatch.setattr(shared_rates, "PAUSE", 0.01)
     pool = await connections.connect_pool(shard(database), 1)
     try:
-        await rates.take(pool, "Email", 10, 1, LOG)
+        await shared_rates.take(pool, "Email", 10, 1, LOG)
         async with connection.transaction():
             await connection.execute("SELECT FROM sequencer.rates FOR UPDATE")
-            waiting = asyncio.create_task(rates.take(pool, "Email", 10, 1, LOG))
+            waiting = asyncio.create_task(shared_rates.take(pool, "Email", 10, 1, LOG))
             await until(
                 connection,
                 "SELECT count(*) >= 1 FROM pg_stat_activity WHERE wait_event = 'tuple'"
@@ -137,7 +139,7 @@ async def test_nothing_passes_while_the_row_is_locked_or_the_database_refuses(
         assert next_at >= locked_until - timedelta(milliseconds=25) + timedelta(seconds=0.1)
         assert first > present - 0.1
         await connection.execute("ALTER TABLE sequencer.rates RENAME TO gone")
-        waiting = asyncio.create_task(rates.take(pool, "Email", 10, 1, LOG))
+        waiting = asyncio.create_task(shared_rates.take(pool, "Email", 10, 1, LOG))
         done, _ = await asyncio.wait([waiting], timeout=0.3)
         assert not done
         await connection.execute("ALTER TABLE sequencer.gone RENAME TO rates")
@@ -152,9 +154,9 @@ async def test_a_rate_that_was_far_too_low_delays_for_seconds_only(
 ) -> None:
     pool = await connections.connect_pool(shard(database), 1)
     try:
-        await rates.take(pool, "Email", 0.0001, 1, LOG)
+        await shared_rates.take(pool, "Email", 0.0001, 1, LOG)
         for rate, least, most in ((0.0001, 9000, 10_000), (100, 9, 10)):
-            first, present = await rates.take(pool, "Email", rate, 1, LOG)
+            first, present = await shared_rates.take(pool, "Email", rate, 1, LOG)
             assert least < first - present <= most
     finally:
         await pool.close()

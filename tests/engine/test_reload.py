@@ -19,7 +19,7 @@ from sequencerd.definitions.compiler import MAX_STEPS, build
 from sequencerd.engine.catalog import SLICE
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
-from sequencerd.runners.suppressions import Suppressions
+from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.settings import Email, HttpEndpoint, LookupEndpoint, Settings
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 

@@ -14,7 +14,7 @@ from sequencerd.engine import retention
 from sequencerd.engine.clock import Clock
 from sequencerd.settings import Retention
 from sequencerd.storage import connections
-from sequencerd.storage.retention import try_lock_retention
+from sequencerd.storage.cleanup import try_lock_retention
 from tests.helpers.databases import shard
 from tests.helpers.engines import define, enroll, until
 

@@ -13,7 +13,7 @@ from sequencerd.runners import runner
 from sequencerd.runners.addressed import AddressedRunner
 from sequencerd.runners.protocol import NotNow
 from sequencerd.runners.python import PythonRunner
-from sequencerd.runners.suppressions import Key, Suppressions
+from sequencerd.runners.suppression_check import Key, Suppressions
 from tests.helpers.engines import Recorder
 
 PUSH = {"channel": "push", "address": "{{data.token}}", "title": "Hi"}

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.model import Answer, Result, Task
-from sequencerd.runners.suppressions import Key, Suppressions
+from sequencerd.runners.suppression_check import Key, Suppressions
 from sequencerd.storage.suppressions import read_suppressed
 from tests.helpers.commands import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until

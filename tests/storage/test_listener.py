@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from sequencerd.core.advance import advance
 from sequencerd.engine import moves, reschedule
-from sequencerd.storage import claims, listener, sequences
+from sequencerd.storage import listener, locking, sequences
 from sequencerd.storage.listener import Changed, Due, Message, Reevaluate, listen, parse
 from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
@@ -248,7 +248,7 @@ async def test_a_flood_of_notifications_delays_no_enrollment_and_costs_little(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = Counter[str]()
-    for module, name in ((sequences, "read_revisions"), (claims, "claim")):
+    for module, name in ((sequences, "read_revisions"), (locking, "claim")):
         original = getattr(module, name)
 
         def counting(

@@ -59,7 +59,7 @@ from sequencerd.runners.fields import (
 )
 from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace, Take
-from sequencerd.runners.suppressions import Suppressions, describe
+from sequencerd.runners.suppression_check import Suppressions, describe
 from sequencerd.runners.unsubscribe import Links
 
 MAX_RECIPIENTS = 100

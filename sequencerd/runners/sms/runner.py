@@ -54,7 +54,7 @@ from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace, Take
 from sequencerd.runners.sms import segments
 from sequencerd.runners.sms.numbers import read_number
-from sequencerd.runners.suppressions import Suppressions, describe
+from sequencerd.runners.suppression_check import Suppressions, describe
 from sequencerd.runners.unsubscribe import Links, check_reads
 
 # Twilio's error codes that say more than the status: https://www.twilio.com/docs/api/errors

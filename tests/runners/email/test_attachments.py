@@ -21,7 +21,7 @@ from sequencerd.runners.email.attachments import (
     parse_source,
 )
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.suppressions import Key, Suppressions
+from sequencerd.runners.suppression_check import Key, Suppressions
 from tests.helpers import servers
 from tests.helpers.servers import HOST, HttpServer, Mailbox, Request, http_server, smtp_server, task
 

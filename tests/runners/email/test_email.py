@@ -26,7 +26,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp import Postman
-from sequencerd.runners.suppressions import Key, Suppressions
+from sequencerd.runners.suppression_check import Key, Suppressions
 from tests.helpers import servers
 from tests.helpers.servers import (
     DIGEST,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sequencerd.runners.fields import RenderError
 from sequencerd.runners.sms.numbers import normalise, read_number
-from sequencerd.runners.suppressions import forms
+from sequencerd.runners.suppression_check import forms
 
 NUMBER = "+4915112345678"
 
