@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cpu
-import server
+import postgresql
 
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"
@@ -213,7 +213,7 @@ def machine(version: str) -> str:
         text=True,
         check=False,
     ).stdout.strip()
-    settings = ", ".join(f"{name} = {value}" for name, value in server.SETTINGS.items())
+    settings = ", ".join(f"{name} = {value}" for name, value in postgresql.SETTINGS.items())
     return (
         f"{len(os.sched_getaffinity(0))} cores ({', '.join(sorted(models)) or platform.machine()}),"
         f" Linux {platform.release()}, PostgreSQL {version} ({settings}),"
@@ -244,7 +244,7 @@ def main() -> int:
     is_whole = True
     for wanted in arguments.server or ["embedded"]:
         figures: Figures = {}
-        with server.running(wanted) as one:
+        with postgresql.running(wanted) as one:
             for _ in range(arguments.repeat):
                 for name, command in found:
                     measure(name, [*command, "--dsn", one.dsn], one.process, figures)

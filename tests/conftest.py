@@ -25,7 +25,7 @@ from sequencerd.storage import embedded, migrate
 from sequencerd.storage.connections import connect
 from sequencerd.storage.schemas import connection_class
 from tests.helpers import costs, leftovers
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.databases import (
     FAST,
     SCHEMA,

@@ -19,7 +19,7 @@ import pytest
 from aiosmtpd.smtp import SMTP
 
 from sequencerd.runners.email.runner import EmailRunner
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until, way
 from tests.helpers.runners import http_runner
 from tests.helpers.waiting import PATIENCE

@@ -19,7 +19,7 @@ from sequencerd.errors import SettingsError
 from sequencerd.settings import load
 from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, define, enroll, until
 from tests.helpers.waiting import PATIENCE
 from tests.service.test_http_server import free_port

@@ -527,7 +527,7 @@ def _add_bounces(commands: Commands) -> None:
     """Adds this command."""
     bounce = commands.add(
         "bounce",
-        "bounces.bounce_command",
+        "bounce.bounce_command",
         "read a bounce or an abuse report from standard input, and suppress its recipient",
         "bounce < message.eml",
     )

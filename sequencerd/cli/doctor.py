@@ -13,7 +13,7 @@ import asyncpg
 from sequencerd.cli.commands import on_database
 from sequencerd.cli.output import busy, say, say_json
 from sequencerd.errors import SequencerdError, SettingsError
-from sequencerd.service.doctor import WITHOUT_SCHEMA, Finding, checks_of, run_check
+from sequencerd.service.diagnosis import WITHOUT_SCHEMA, Finding, checks_of, run_check
 from sequencerd.settings import Database, Settings
 from sequencerd.storage import connections, conninfo
 from sequencerd.storage.connections import Shard

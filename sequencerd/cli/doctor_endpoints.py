@@ -12,7 +12,7 @@ from sequencerd.engine import lookups
 from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import LambdaFunction
 from sequencerd.runners.http_client import Unreachable, Web
-from sequencerd.service.doctor import Finding
+from sequencerd.service.diagnosis import Finding
 from sequencerd.settings import HttpEndpoint, LookupEndpoint, Oidc, Settings
 
 PATIENCE = 10.0  # seconds for an endpoint

@@ -22,11 +22,11 @@ from sequencerd.core.model import (
     Step,
     parse_data,
 )
-from sequencerd.definitions import files, messages
+from sequencerd.definitions import files, step_message
 from sequencerd.definitions.check import known_paths, unknown_paths
-from sequencerd.definitions.messages import Message
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulator import choose
+from sequencerd.definitions.step_message import Message
 from sequencerd.definitions.stored import read_sequences
 from sequencerd.errors import UsageError
 from sequencerd.runners import registry
@@ -57,7 +57,7 @@ def preview_command(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def _write(message: Message) -> bytes:
     try:
-        return await messages.write(message)
+        return await step_message.write(message)
     finally:
         await message.runner.close()
 
@@ -66,16 +66,16 @@ def send_test_command(arguments: argparse.Namespace, settings: Settings) -> int:
     message = _read(arguments, settings)
     runners = registry.make_runners(read_settings(arguments, "email", "sms", "unsubscribe"))
     try:
-        test = messages.make_test(message, arguments.to, runners)
+        test = step_message.make_test(message, arguments.to, runners)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
     say(asyncio.run(_send(runners, test, arguments.to)))
     return 0
 
 
-async def _send(runners: Mapping[str, Runner], test: messages.Test, address: str) -> str:
+async def _send(runners: Mapping[str, Runner], test: step_message.Test, address: str) -> str:
     try:
-        return await messages.send(test, address)
+        return await step_message.send(test, address)
     finally:
         for runner in runners.values():
             await runner.close()
@@ -116,7 +116,7 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> Message:
     if arguments.locale is not None:
         place = sequence.shared.locale or DEFAULT_LOCALE
         enrollment, external = _in_language(enrollment, external, place, arguments.locale)
-    message = messages.make_message(sequence, arguments.step, runners, enrollment, external)
+    message = step_message.make_message(sequence, arguments.step, runners, enrollment, external)
     if arguments.data is not None:
         _warn_of_paths(sequence, message.step, read_object(arguments.data, "--data"), external)
     return message
@@ -143,7 +143,7 @@ def _enrollment(arguments: argparse.Namespace) -> Enrollment:
     data = arguments.data or "{}"
     read_object(data, "--data")
     try:
-        return messages.sample(data, arguments.subject, arguments.timezone)
+        return step_message.sample(data, arguments.subject, arguments.timezone)
     except UsageError as error:
         raise UsageError(f"--{error}") from error
 
@@ -154,4 +154,4 @@ def _warn_of_paths(
     for remark in unknown_paths(sequence, known_paths([data], external or None)):
         if remark.step == step.name:
             path = ".".join(map(str, remark.keys[1:]))
-            warn(f"warning: {messages.place(step)}: {path}: {remark.message}")
+            warn(f"warning: {step_message.place(step)}: {path}: {remark.message}")

@@ -15,7 +15,7 @@ from sequencerd.cli.commands import connect, on_database
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import model
 from sequencerd.core.model import StepKey
-from sequencerd.definitions import files, graph
+from sequencerd.definitions import drawing, files
 from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.compiler import Definition
 from sequencerd.definitions.options import read_object
@@ -243,4 +243,4 @@ def _drawn(
 ) -> str:
     in_file = Path(arguments.target).is_file()
     sequence = definitions[choose(definitions, arguments.sequence if in_file else arguments.target)]
-    return graph.FORMATS[arguments.format](sequence, counts)
+    return drawing.FORMATS[arguments.format](sequence, counts)

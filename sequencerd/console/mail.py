@@ -18,7 +18,7 @@ from sequencerd.console.context import POLICY, PageContext, context_of, query_of
 from sequencerd.console.query import NotFoundError, Query
 from sequencerd.console.tables import at
 from sequencerd.core.model import Enrollment, Sequence, SideEffect, parse_data
-from sequencerd.definitions import messages
+from sequencerd.definitions import step_message
 from sequencerd.definitions.options import read_object
 from sequencerd.errors import UsageError
 from sequencerd.runners.email.page import inlined
@@ -105,11 +105,11 @@ async def send_test(request: Request) -> Response:
             raise UsageError("write the address that gets the test")
         message, _ = await _message(context, query, query.get("enrollment"))
         try:
-            test = messages.make_test(message, address, runners)
+            test = step_message.make_test(message, address, runners)
         except ValueError as error:
             raise UsageError(str(error)) from error
         async with asyncio.timeout(SENDING):
-            report = await messages.send(test, address)
+            report = await step_message.send(test, address)
     except TimeoutError:
         wrong = "The server has not answered in time; the test may still arrive."
         return await _page(request, query, wrong, 422)
@@ -147,7 +147,7 @@ async def _one_at(context: PageContext, query: Query) -> str | None:
 
 async def _message(
     context: PageContext, query: Query, id_: str | None
-) -> tuple[messages.Message, Mapping[str, Any]]:
+) -> tuple[step_message.Message, Mapping[str, Any]]:
     """Return the message, and the data of the enrollment, which may be masked."""
     sequence = _sequence(context, query)
     external = read_object(query.get("external") or "{}", "external data")
@@ -155,7 +155,7 @@ async def _message(
     if id_ is None:
         data = query.get("data") or SAMPLE
         read_object(data, "data")
-        enrollment = messages.sample(data, None, query.get("timezone"))
+        enrollment = step_message.sample(data, None, query.get("timezone"))
     else:
         number = Query({"enrollment": id_}).number("enrollment", 0)
         async with connections.reading(context.pool) as connection:
@@ -165,7 +165,7 @@ async def _message(
         enrollment = Enrollment(*list(row)[:-1])
         known = parse_data(enrollment.data)
     runners = context.simulator().runners
-    made = messages.make_message(sequence, query.must("step"), runners, enrollment, external)
+    made = step_message.make_message(sequence, query.must("step"), runners, enrollment, external)
     return made, known
 
 
@@ -177,7 +177,7 @@ async def _mail(context: PageContext, query: Query, id_: str | None) -> Mail:
     assert isinstance(runner, MessageRunner)
     try:
         async with context.simulating:
-            content = await messages.write(message._replace(runner=runner))
+            content = await step_message.write(message._replace(runner=runner))
     finally:
         for one in runners.values():
             await one.close()

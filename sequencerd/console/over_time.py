@@ -18,7 +18,7 @@ from sequencerd.console.summary import Counts
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.model import ALT_NEXT, NEXT, Sequence, SideEffect, Step, StepKey
 from sequencerd.core.step_types import is_instant
-from sequencerd.definitions import graph
+from sequencerd.definitions import drawing
 from sequencerd.storage import connections
 
 MEASURES = {
@@ -152,7 +152,7 @@ class _Arrivals:
         self._definitions = definitions
         self._exits: dict[tuple[str, str, str], StepKey] = {}
         for name, definition in definitions.items():
-            for edge in graph.edges(definition):
+            for edge in drawing.edges(definition):
                 label = edge.label or NEXT.label
                 to = edge.sequence or name
                 if edge.target is None or to not in definitions:

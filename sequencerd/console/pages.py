@@ -34,7 +34,7 @@ from sequencerd.console.tables import Table, as_csv, as_json, at
 from sequencerd.console.views import Journey
 from sequencerd.core.model import NEXT, Sequence
 from sequencerd.core.what_next import what_next
-from sequencerd.definitions import graph
+from sequencerd.definitions import drawing
 
 MAX_FORM = 100_000  # bytes
 PROGRAMS_WAIT = 10.0  # seconds, for the first counts: nothing fills their tables by itself
@@ -198,7 +198,7 @@ def _graph(
             }
         )
     edges = []
-    for edge in graph.edges(definition):
+    for edge in drawing.edges(definition):
         times = panel.times(flow, edge)
         way = edge.label or NEXT.label
         edges.append(

@@ -18,9 +18,9 @@ from sequencerd.console.summary import Counts
 from sequencerd.console.tables import at
 from sequencerd.core.model import ALT_NEXT, NEXT, Sequence, Step
 from sequencerd.core.step_types import describe_wait
-from sequencerd.core.step_types.conditions import describe_condition
+from sequencerd.core.step_types.condition_config import describe_condition
 from sequencerd.core.window_config import describe_window
-from sequencerd.definitions import graph
+from sequencerd.definitions import drawing
 from sequencerd.storage import connections
 
 RANGES = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
@@ -67,7 +67,7 @@ async def flow(context: PageContext, counts: Counts | None, sequence: str, name:
     return found
 
 
-def times(flow: Flow, edge: graph.Edge) -> int:
+def times(flow: Flow, edge: drawing.Edge) -> int:
     """Return how often an edge was taken."""
     label = edge.label or NEXT.label
     if label == NEXT.label:
@@ -179,7 +179,7 @@ def _words(step: Step) -> list[str]:
 
 
 def _ways(definition: Sequence, step: Step, flow: Flow, query: Query) -> list[Way]:
-    edges = [edge for edge in graph.edges(definition) if edge.source == step.name]
+    edges = [edge for edge in drawing.edges(definition) if edge.source == step.name]
     every = sum(times(flow, edge) for edge in edges)
     conditions = {exit_.label: describe_condition(exit_.condition) for exit_ in step.exits}
     ways = []

@@ -21,7 +21,7 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import StepKey
-from sequencerd.service.doctor import CHECKS, Finding, run_check
+from sequencerd.service.diagnosis import CHECKS, Finding, run_check
 from sequencerd.storage.connections import borrow, counting, read, reading
 from sequencerd.storage.database_errors import brief
 from sequencerd.storage.statements import QUERIES

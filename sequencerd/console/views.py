@@ -20,7 +20,7 @@ from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
 from sequencerd.core.model import NEVER
 from sequencerd.definitions.diff import describe_revision
-from sequencerd.service.doctor import EMAIL_INDEX, EMAILS_SEARCHED
+from sequencerd.service.diagnosis import EMAIL_INDEX, EMAILS_SEARCHED
 from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 

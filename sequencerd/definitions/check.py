@@ -46,7 +46,7 @@ from sequencerd.core.step_types import (
     template_texts,
     written_keys,
 )
-from sequencerd.core.step_types.conditions import ConditionConfig, commands
+from sequencerd.core.step_types.condition_config import ConditionConfig, commands
 from sequencerd.core.step_types.record import texts
 
 NAMES = (

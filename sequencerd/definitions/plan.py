@@ -37,7 +37,7 @@ from sequencerd.definitions.compiler import (
     parse_topic_limits,
 )
 from sequencerd.definitions.diff import Changes, Document, compare, parse_document, seeds
-from sequencerd.definitions.graph import Edge, edges
+from sequencerd.definitions.drawing import Edge, edges
 from sequencerd.errors import FileError, PlanError
 from sequencerd.storage import server, sources
 from sequencerd.storage.statements import QUERIES

@@ -46,7 +46,7 @@ from sequencerd.core.model import (
     parse_data,
     view,
 )
-from sequencerd.core.step_types.conditions import ConditionConfig, explain
+from sequencerd.core.step_types.condition_config import ConditionConfig, explain
 
 MAX_ENTRIES = 10_000
 """A simulation ends here, as a sequence that loops has no end of its own."""

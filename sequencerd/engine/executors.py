@@ -28,7 +28,7 @@ from sequencerd.core.model import (
 from sequencerd.definitions.compiler import Runners
 from sequencerd.engine.breaker import Breaker, now
 from sequencerd.runners import tracing
-from sequencerd.runners.causes import is_exhausted
+from sequencerd.runners.error_causes import is_exhausted
 from sequencerd.runners.protocol import NotNow
 from sequencerd.service.metrics import Metrics
 

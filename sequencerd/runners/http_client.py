@@ -26,8 +26,8 @@ import h2.exceptions
 import httpx
 
 from sequencerd.core.model import Attribution, Cause, Failed
-from sequencerd.runners.causes import causes, is_exhausted
 from sequencerd.runners.encodings import EncodingError, decode
+from sequencerd.runners.error_causes import causes, is_exhausted
 from sequencerd.runners.fields import one_line
 
 MAX_ANSWER = 1024 * 1024  # bytes

@@ -40,7 +40,7 @@ from sequencerd.core.model import (
     Task,
 )
 from sequencerd.runners.answers import PLAIN, StrictOutcome, check_date, read_outcome
-from sequencerd.runners.causes import is_exhausted
+from sequencerd.runners.error_causes import is_exhausted
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.protocol import Refused, Runner
 

@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from sequencerd.cli import main
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 

@@ -17,11 +17,11 @@ import pytest
 from aiosmtpd.controller import Controller
 
 from sequencerd.cli import doctor as command
-from sequencerd.service import doctor
-from sequencerd.service.doctor import Finding
+from sequencerd.service import diagnosis
+from sequencerd.service.diagnosis import Finding
 from sequencerd.settings import Settings
 from sequencerd.storage.statements import QUERIES
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.databases import shard, with_login
 from tests.helpers.engines import define, enroll, running_engine
 from tests.helpers.servers import Answer, Request, http_server
@@ -146,7 +146,7 @@ async def test_what_is_wrong_is_found(
 async def test_a_transaction_that_was_left_open(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "OLD", timedelta(0))
+    monkeypatch.setattr(diagnosis, "OLD", timedelta(0))
     async with connection.transaction(isolation="repeatable_read"):
         await connection.fetch("SELECT 1")
         finding = (await examine(database))["old transactions"]
@@ -177,7 +177,7 @@ async def test_a_database_that_is_not_there() -> None:
 async def test_a_notification_that_does_not_come(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "ROUND_TRIP", 0.2)
+    monkeypatch.setattr(diagnosis, "ROUND_TRIP", 0.2)
     monkeypatch.setitem(QUERIES, "notify", "SELECT $1::text")
     finding = (await examine(database))["notifications"]
     assert finding.level == "error"
@@ -371,7 +371,7 @@ async def test_the_search_by_address_may_need_an_index(
     await enroll(connection, "s", "ada")
     await enroll(connection, "s", "bob")
     assert (await examine(database))["e-mail search"].seen == "needs no index yet"
-    monkeypatch.setattr(doctor, "EMAILS_SEARCHED", 1)
+    monkeypatch.setattr(diagnosis, "EMAILS_SEARCHED", 1)
     found = (await examine(database))["e-mail search"]
     assert found.level == "ok"
     await connection.execute(found.advice.partition(": ")[2])

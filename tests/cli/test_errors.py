@@ -15,7 +15,7 @@ from sequencerd.cli.arguments import make_parser
 from sequencerd.cli.commands import role_for
 from sequencerd.storage.statements import QUERIES
 from tests.cli.test_doctor import examine
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.databases import with_login
 
 

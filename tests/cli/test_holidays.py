@@ -6,7 +6,7 @@ from datetime import date
 
 import asyncpg
 
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 
 
 async def test_holidays_are_added_and_what_is_there_stays(

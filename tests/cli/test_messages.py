@@ -15,7 +15,7 @@ import pytest
 from sequencerd.cli import main
 from sequencerd.runners.email.page import page
 from sequencerd.runners.unsubscribe import Links
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.servers import Answer, Request, http_server, smtp_server
 
 FILE = """

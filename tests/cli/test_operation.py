@@ -18,7 +18,7 @@ import pytest
 
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.storage import bulk
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
 from tests.helpers.waiting import PATIENCE
 

@@ -9,7 +9,7 @@ import pytest
 
 from sequencerd.cli import main
 from sequencerd.cli.arguments import make_parser
-from sequencerd.definitions import graph
+from sequencerd.definitions import drawing
 from sequencerd.definitions.simulator import WORDS
 
 SLOW = {"rich.console", "sequencerd.core.step_types", "sequencerd.storage.embedded"}
@@ -61,7 +61,7 @@ def test_every_command_has_its_function() -> None:
 
 def test_the_choices_in_the_arguments_are_those_that_there_are() -> None:
     parser = make_parser()
-    for name in graph.FORMATS:
+    for name in drawing.FORMATS:
         assert parser.parse_args(["graph", "x", "--format", name]).format == name
     (commands,) = (action.choices for action in parser._actions if action.dest == "command")
     assert isinstance(commands, dict)

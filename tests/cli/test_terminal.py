@@ -21,7 +21,7 @@ from sequencerd.core.describe import visible
 from sequencerd.definitions.yaml_writer import DEFAULTS, to_yaml
 from sequencerd.service.logs import make_log
 from sequencerd.settings import Log, Settings
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import enroll
 
 HOSTILE = (

@@ -29,7 +29,7 @@ from tests.console.conftest import (
     people,
     token,
 )
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import until, way
 from tests.service.test_http_server import answers, daemon, is_ok
 from tests.sql.test_roles import logins

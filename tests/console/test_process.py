@@ -21,7 +21,7 @@ from sequencerd.storage import migrate
 from tests.chaos.world import Server, serving
 from tests.console.conftest import DAY, page_once, token
 from tests.console.test_access import HASH, log_in
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 from tests.service.test_http_server import free_port

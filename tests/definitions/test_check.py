@@ -22,7 +22,7 @@ from sequencerd.definitions.yaml_reader import DocumentError, parse, read_docume
 from sequencerd.errors import FileError
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import load
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import Recorder
 from tests.test_readme import REPOSITORY, blocks
 

@@ -19,7 +19,7 @@ from sequencerd.runners.registry import make_runners
 from sequencerd.settings import load
 from tests.helpers import servers
 from tests.helpers.aws import ARN, aws, score, use_credentials
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until, way
 from tests.helpers.servers import HOST, http_server, smtp_server, task
 

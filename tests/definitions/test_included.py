@@ -12,7 +12,7 @@ from sequencerd.definitions import included
 from sequencerd.definitions.files import read_file, read_files
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import FileError
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.plans import RUNNERS
 
 FILE = """

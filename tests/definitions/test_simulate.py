@@ -23,7 +23,7 @@ from sequencerd.core.model import Enrollment
 from sequencerd.definitions.simulate import MAX_ENTRIES, Simulation
 from sequencerd.errors import FileError, UsageError
 from sequencerd.testing import Simulator, load
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 REPOSITORY = Path(__file__).parents[2]
@@ -352,7 +352,7 @@ def test_graphs(applied: Command, tmp_path: Path) -> None:
 
 
 def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
-    from sequencerd.definitions import graph
+    from sequencerd.definitions import drawing
 
     file = tmp_path / "s.yaml"
     steps = [
@@ -362,13 +362,15 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     others = {"name": "other", "steps": [{"name": "there", "type": "GoTo"}]}
     file.write_text(json.dumps({"name": "s", "steps": steps}) + "\n---\n" + json.dumps(others))
     sequence = load(file).definitions["s"]
-    mermaid = graph.mermaid(sequence, {})
+    mermaid = drawing.mermaid(sequence, {})
     assert 's0["a #34;quote#34; #92; #91;x#93; #35;1<br/>GoTo"]' in mermaid
     assert 's1["ü#60;br#62; 2<br/>GoTo"]' in mermaid
     assert 'o0(["other/there"])' in mermaid
-    dot = graph.dot(sequence, {})
+    dot = drawing.dot(sequence, {})
     assert '"step a \\"quote\\" \\\\ [x] #1" -> "step ü<br>\\n2";' in dot
-    assert graph.text(sequence, {}).splitlines()[1] == "ü<br> 2             GoTo  next other/there"
+    assert (
+        drawing.text(sequence, {}).splitlines()[1] == "ü<br> 2             GoTo  next other/there"
+    )
 
 
 @pytest.mark.parametrize(

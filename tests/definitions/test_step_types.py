@@ -15,8 +15,8 @@ import pytest
 from sequencerd import settings
 from sequencerd.core.model import Problem, Step
 from sequencerd.core.step_types import BUILT_IN, compile_step, describe_wait, is_instant
-from sequencerd.core.step_types.conditions import ConditionConfig
-from sequencerd.definitions import graph
+from sequencerd.core.step_types.condition_config import ConditionConfig
+from sequencerd.definitions import drawing
 from sequencerd.definitions.compiler import build
 from sequencerd.definitions.files import read_files
 from sequencerd.errors import SettingsError
@@ -101,16 +101,16 @@ def test_each_exit_is_drawn_and_reachable_and_checked_at_its_line(
     has_altnext = any(one.path == ("altNext",) for one in exits)
     assert any("s/it: altNext: never taken" in line for line in told) != has_altnext
 
-    drawn = {(edge.target, edge.sequence, edge.label) for edge in graph.edges(sequence)}
+    drawn = {(edge.target, edge.sequence, edge.label) for edge in drawing.edges(sequence)}
     for one in exits:
         label = "" if one.label == "next" else one.label
         assert (one.target, one.sequence, label) in drawn
         shown = "end" if one.target is None else one.target
         if one.sequence is not None:
             shown = f"{one.sequence}/{shown}"
-        line = graph.text(sequence, {}).splitlines()[0]
+        line = drawing.text(sequence, {}).splitlines()[0]
         assert f"{one.label} {shown}" in line
-        for draw in (graph.mermaid, graph.dot):
+        for draw in (drawing.mermaid, drawing.dot):
             assert shown in draw(sequence, {})
         if one.target is not None and one.sequence is None:
             wrong = copy.deepcopy(whole)

@@ -11,7 +11,7 @@ import pytest
 
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.storage import brakes
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until
 
 NOW = datetime(2026, 3, 2, tzinfo=UTC)

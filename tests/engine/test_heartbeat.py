@@ -7,7 +7,7 @@ import asyncio
 import asyncpg
 
 from sequencerd.engine.clock import Clock
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import running_engine, until
 
 ALIVE = "SELECT count(*) = 1 FROM sequencer.daemons WHERE alive_until > now()"

@@ -14,7 +14,7 @@ import pytest
 from sequencerd.core.model import Answer, Failed, Result, RetryPolicy, Task
 from sequencerd.errors import PlanError
 from sequencerd.storage import evaluations
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, enroll, running_engine, until, way
 from tests.helpers.plans import Applying
 

@@ -19,7 +19,7 @@ from sequencerd.engine import quarantine
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import EARLIEST
 from sequencerd.storage import locking, migrate, sequences
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.databases import execute, with_database, with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import eventually

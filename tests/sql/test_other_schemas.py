@@ -15,7 +15,7 @@ from sequencerd.storage import connections, migrate
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.schemas import in_schema
 from sequencerd.storage.statements import QUERIES
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.databases import with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.sql.test_golden_schema import GOLDEN, describe

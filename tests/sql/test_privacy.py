@@ -11,7 +11,7 @@ import pytest
 from sequencerd.core.model import Answer, Result, Task
 from sequencerd.runners.suppression_check import Key, Suppressions
 from sequencerd.storage.suppressions import read_suppressed
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until
 
 EMAIL, PHONE, SUBJECT = "ada.l@example.com", "+49 151 234567-8", "customer-4711"

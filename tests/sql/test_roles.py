@@ -13,7 +13,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.databases import with_login
 from tests.helpers.engines import define, enroll, until
 from tests.helpers.servers import Answer, Request, http_server

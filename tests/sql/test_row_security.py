@@ -7,7 +7,7 @@ import pytest
 
 from sequencerd.storage import server
 from tests.cli.test_doctor import examine
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.databases import with_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, until
 from tests.sql.test_roles import daemon

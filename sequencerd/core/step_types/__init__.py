@@ -18,7 +18,7 @@ from sequencerd.core.javascript.conditions import Operand, first_key
 from sequencerd.core.javascript.templates import called_partials, compile_template
 from sequencerd.core.model import DefinitionError, Instant, KeyPath
 from sequencerd.core.step_types import branches, data, effects, journeys, waits
-from sequencerd.core.step_types.conditions import condition_roots, read_condition
+from sequencerd.core.step_types.condition_config import condition_roots, read_condition
 from sequencerd.core.step_types.record import StepType, find, texts
 
 BUILT_IN: Mapping[str, StepType] = {

@@ -23,7 +23,7 @@ from sequencerd.core.model import (
     Stay,
     StepAnswer,
 )
-from sequencerd.core.step_types.conditions import (
+from sequencerd.core.step_types.condition_config import (
     ConditionConfig,
     compile_condition,
     describe_wait,

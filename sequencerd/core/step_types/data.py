@@ -23,7 +23,7 @@ from sequencerd.core.model import (
     parse_data,
 )
 from sequencerd.core.step_types.record import StepType
-from sequencerd.core.step_types.templates import compile_number, compile_text, shown
+from sequencerd.core.step_types.template_config import compile_number, compile_text, shown
 
 Value = Callable[[Context], Any]
 Change = Callable[[Context, Any], Any]

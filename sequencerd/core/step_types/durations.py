@@ -23,7 +23,7 @@ from sequencerd.core.calendar.business_days import BUSINESS_DAYS, MAX_AMOUNT, ad
 from sequencerd.core.calendar.next_match import full_name
 from sequencerd.core.config import Config, Faults
 from sequencerd.core.model import Context, DefinitionError, EvaluationError, KeyPath
-from sequencerd.core.step_types.templates import Template, compile_number
+from sequencerd.core.step_types.template_config import Template, compile_number
 from sequencerd.core.window_config import CalendarName
 
 LONGEST_PERIOD = timedelta(days=366)

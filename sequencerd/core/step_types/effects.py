@@ -29,7 +29,7 @@ from sequencerd.core.step_types.durations import (
     elapsed,
 )
 from sequencerd.core.step_types.record import StepType
-from sequencerd.core.step_types.templates import compile_date, compile_text
+from sequencerd.core.step_types.template_config import compile_date, compile_text
 from sequencerd.core.window_config import WindowConfig
 
 

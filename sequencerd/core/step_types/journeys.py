@@ -31,7 +31,7 @@ from sequencerd.core.model import (
 from sequencerd.core.step_types.data import compile_item, data_paths
 from sequencerd.core.step_types.durations import Duration, spelled_out
 from sequencerd.core.step_types.record import StepType
-from sequencerd.core.step_types.templates import compile_text
+from sequencerd.core.step_types.template_config import compile_text
 
 MAX_SUBJECT = 1000  # bytes
 

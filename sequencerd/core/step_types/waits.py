@@ -27,7 +27,7 @@ from sequencerd.core.model import (
     StepAnswer,
     effect_key,
 )
-from sequencerd.core.step_types.conditions import (
+from sequencerd.core.step_types.condition_config import (
     ConditionConfig,
     compile_condition,
     describe_wait,
@@ -40,7 +40,7 @@ from sequencerd.core.step_types.durations import (
 )
 from sequencerd.core.step_types.in_a_row import in_a_row
 from sequencerd.core.step_types.record import StepType
-from sequencerd.core.step_types.templates import (
+from sequencerd.core.step_types.template_config import (
     MissingDateError,
     compile_date,
     compile_number,

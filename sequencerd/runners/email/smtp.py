@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sequencerd.core.model import Answer, Attribution, Failed, Result
-from sequencerd.runners.causes import is_exhausted
 from sequencerd.runners.email import smtp_connect
 from sequencerd.runners.email.oauth import TokenError, Tokens
 from sequencerd.runners.email.refusals import Meaning, Refusal, Stage, read_refusal, says_unknown
 from sequencerd.runners.email.smtp_dialogue import Dialogue, Reply, SmtpError, SmtpRefused
 from sequencerd.runners.email.smtp_url import parse_url
+from sequencerd.runners.error_causes import is_exhausted
 from sequencerd.runners.fields import one_line
 
 IDLE = 20.0

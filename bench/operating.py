@@ -1,6 +1,6 @@
 """How long the operator's commands take on a million enrollments.
 
-    .venv/bin/python -m bench.commands [--rows 1000000]
+    .venv/bin/python -m bench.operating [--rows 1000000]
 
 Starts the embedded PostgreSQL, fills it, and runs each command as a process, start included.
 """

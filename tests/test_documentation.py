@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from sequencerd.settings import Settings
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import define, enroll
 from tests.test_readme import REPOSITORY, blocks, environment, home, run
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.helpers.commands import Command
+from tests.helpers.command_line import Command
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 from tests.runners.email.test_bounces import EXIM, FEEDBACK, dsn, failed

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sequencerd.core.model import Failed
-from sequencerd.runners.causes import causes, is_exhausted
 from sequencerd.runners.email.smtp import Mail, Postman
+from sequencerd.runners.error_causes import causes, is_exhausted
 from sequencerd.runners.python import PythonRunner
 from tests.helpers.servers import no_descriptors, smtp_server, task
 

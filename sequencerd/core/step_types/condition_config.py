@@ -22,7 +22,7 @@ from sequencerd.core.javascript.conditions import (
     known_command,
 )
 from sequencerd.core.model import Context, DefinitionError, EvaluationError, Fault, KeyPath
-from sequencerd.core.step_types.templates import no_date
+from sequencerd.core.step_types.template_config import no_date
 
 MAX_DEPTH = 50
 MAX_SHOWN = 100  # characters of a value

@@ -16,7 +16,7 @@ from sequencerd.core.advance import advance
 from sequencerd.core.calendar.granularity import GRANULARITIES, period
 from sequencerd.core.model import Context, DefinitionError, EvaluationError, Fail, Wait
 from sequencerd.core.step_types import compile_step, describe_wait, roots
-from sequencerd.core.step_types.conditions import (
+from sequencerd.core.step_types.condition_config import (
     compile_condition,
     condition_roots,
     explain,
