@@ -694,11 +694,14 @@ BEGIN
     RETURN NULL;
 END $$;
 
-CREATE TRIGGER follow_brake_of_new AFTER INSERT ON sequencer.sequences
-    FOR EACH ROW WHEN (num_nonnulls(NEW.brake_at_most, NEW.apply_brake) > 0)
+-- At the end of the transaction, so that apply waits for daemons' brakes after all enrollments that it
+-- moves: daemons lock enrollments first.
+CREATE CONSTRAINT TRIGGER follow_brake_of_new AFTER INSERT ON sequencer.sequences
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (num_nonnulls(NEW.brake_at_most, NEW.apply_brake) > 0)
     EXECUTE FUNCTION sequencer.follow_brake();
-CREATE TRIGGER follow_brake AFTER UPDATE OF brake_at_most, apply_brake, status ON sequencer.sequences
-    FOR EACH ROW WHEN (OLD.status = 'paused' OR num_nonnulls(
+CREATE CONSTRAINT TRIGGER follow_brake
+    AFTER UPDATE OF brake_at_most, apply_brake, status ON sequencer.sequences
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (OLD.status = 'paused' OR num_nonnulls(
         OLD.brake_at_most, OLD.apply_brake, NEW.brake_at_most, NEW.apply_brake) > 0)
     EXECUTE FUNCTION sequencer.follow_brake();
 

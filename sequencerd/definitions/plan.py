@@ -580,7 +580,9 @@ async def apply(
         )
     if plan.refused:
         raise PlanError("\n".join(plan.refused))
-    for step, definition in zip(plan.sequences, definitions, strict=True):
+    written = zip(plan.sequences, definitions, strict=True)
+    # by name, as daemons lock brakes
+    for step, definition in sorted(written, key=lambda pair: pair[0].sequence):
         if step.changes:
             try:
                 await _write(connection, step, definition)

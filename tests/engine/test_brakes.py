@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -238,6 +239,37 @@ async def test_a_locked_sequence_is_paused_later_and_nothing_more_is_sent(
     assert len(note.views) == 5
 
 
+@pytest.mark.parametrize("locked", ["enrollments", "brakes WHERE sequence = 'a'"])
+async def test_an_apply_that_removes_brakes_waits_for_a_daemon(
+    sequencerd: Command, connection: asyncpg.Connection, database: str, tmp_path: Path, locked: str
+) -> None:
+    """A daemon locks enrollments first, which apply may move, and then brakes by their names."""
+    files = [tmp_path / f"{name}.yaml" for name in ("b", "a")]
+    for file in files:
+        file.write_text(FILE.replace("trial", file.stem) + SEND)
+    sequencerd("apply", *map(str, files))
+    await fill(connection, 1, "a")
+    for file in files:
+        steps = FILE[FILE.index("steps") :].replace("wait", "other")
+        file.write_text(f"name: {file.stem}\n{steps}{SEND}")
+    daemon = await asyncpg.connect(database)
+    async with daemon.transaction():
+        await daemon.execute(f"SELECT FROM sequencer.{locked} FOR UPDATE")
+        moves = ["--move", "wait=other"]
+        applying = asyncio.create_task(
+            asyncio.to_thread(sequencerd, "apply", *map(str, files), *moves)
+        )
+        await until(
+            connection,
+            "SELECT EXISTS (SELECT FROM pg_stat_activity"
+            " WHERE wait_event_type = 'Lock' AND datname = current_database())",
+        )
+        assert set(await brakes.rooms(daemon, ["a", "b"], NOW)) == {"a", "b"}
+    await applying
+    await daemon.close()
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.brakes") == 0
+
+
 async def test_without_a_brake_nothing_more_is_asked(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +325,7 @@ brake:
 steps:
   - {name: wait, type: WaitForDuration, config: {amount: 1, unit: hours}}
 """
+SEND = "  - {name: send, type: WaitForDuration, config: {amount: 1, unit: hours}}\n"
 
 
 async def test_a_brake_of_a_file_is_planned_applied_and_exported(
