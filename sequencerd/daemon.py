@@ -186,6 +186,7 @@ class _Process:
             for shard in shards
         ]
         self._one = self._shards[0] if shards[0].name is None else None
+        self._refusal: SettingsError | None = None
 
     @property
     def log(self) -> FilteringBoundLogger:
@@ -214,6 +215,11 @@ class _Process:
     def _why_not_ready(self) -> list[str]:
         return [reason for served in self._shards for reason in served.why_not_ready()]
 
+    def refuse(self, error: SettingsError) -> None:
+        """End in good order, since the settings are wrong."""
+        self._refusal = error
+        self._stop.set()
+
     async def run(self) -> None:
         """Serve until the stop. What keeps the one database from being served ends the process;
         of several shards, one that is away is tried again, while the others are served.
@@ -224,6 +230,8 @@ class _Process:
         async with self._serving(None), asyncio.TaskGroup() as group:
             for served in self._shards:
                 group.create_task(served.keep())
+        if self._refusal is not None:
+            raise self._refusal
 
     @asynccontextmanager
     async def _serving(self, console: Starlette | None) -> AsyncIterator[None]:
@@ -234,9 +242,9 @@ class _Process:
         )
         registry = ShardMetrics(
             lambda: {
-                served.name: served.daemon.metrics.registry
+                served.name: served.metrics.registry
                 for served in self._shards
-                if served.name is not None and served.daemon is not None
+                if served.name is not None
             }
         ).registry
         if self._one is not None and self._one.daemon is not None:
@@ -262,7 +270,14 @@ class _Process:
 
 
 def _reread(read: Callable[[], Settings], shard: Shard) -> Settings:
-    return read().of_shard(shard.name)
+    """Return the new settings of a shard. Raises SettingsError."""
+    new = read()
+    if shard.name is not None and (
+        shard.name not in new.shards or new.shard_number(shard.name) != shard.number
+    ):
+        names = ", ".join(new.shards)
+        raise SettingsError(f"the shards, now {names}, take a restart to change")
+    return new.of_shard(shard.name)
 
 
 class _Served:
@@ -285,6 +300,7 @@ class _Served:
         self._read = read
         self._stop = stop
         self._away = "the database has not answered yet"
+        self._none = Metrics(of_process=False)
         self._log = process.log if shard.name is None else process.log.bind(shard=shard.name)
         self._suppressions = Suppressions(self._suppressed)
         make_runners(settings, self._suppressions)  # wrong settings end the process now
@@ -293,6 +309,12 @@ class _Served:
     def settings(self) -> Settings:
         """Those of the moment."""
         return self._settings if self.daemon is None else self.daemon.parts.settings
+
+    @property
+    def metrics(self) -> Metrics:
+        """What is measured there; of a shard that is away, that it is not ready."""
+        daemon = self.daemon
+        return self._none if daemon is None else daemon.metrics
 
     def status(self) -> str:
         """Return what goes on in the shard."""
@@ -313,13 +335,20 @@ class _Served:
 
     async def keep(self) -> None:
         """Serve the shard until the stop, whenever its database can be used."""
+        is_first = True
         while not self._stop.is_set():
             try:
                 await self.serve()
-            except DatabaseError as error:
+            except (DatabaseError, SettingsError) as error:
+                if is_first and isinstance(error, SettingsError):
+                    self._process.refuse(SettingsError(f"shard {self.name}: {error}"))
+                    return
                 if str(error) != self._away:
                     self._log.error("the shard is away, tried again", error=str(error))
                 self._away = str(error)
+                # of the process, which does what it can: the start must not time out
+                notify("READY=1", f"STATUS={self._process.status()}")
+            is_first = False
             with suppress(TimeoutError):
                 async with asyncio.timeout(AWAY_INTERVAL):
                     await self._stop.wait()
@@ -338,7 +367,7 @@ class _Served:
         try:
             if self._stop.is_set():
                 return
-            await migrate.check(connection)
+            await migrate.check(connection, shard.number)
             _check_visible(await server.hidden_tables(connection), self._log)
         finally:
             await connection.close()

@@ -45,6 +45,7 @@ from sequencerd.core.model import (
     Limits,
     RetryPolicy,
 )
+from sequencerd.core.routing import ShardNumber
 from sequencerd.errors import SettingsError
 
 SCHEMA = "sequencer"
@@ -607,6 +608,10 @@ class Settings(Section):
         shard = self.shards[name]
         own = {key: getattr(shard, key) for key in ShardDatabase.model_fields}
         return self.model_copy(update={"database": self.database.model_copy(update=own)})
+
+    def shard_number(self, name: str) -> ShardNumber:
+        """Return which of the shards one is, by their order."""
+        return ShardNumber(list(self.shards).index(name), len(self.shards))
 
     def check_console(self) -> None:
         """Refuse an open console. Raises SettingsError; a command that only reads settings

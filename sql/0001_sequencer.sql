@@ -14,6 +14,7 @@
 --   daemons       which daemons run, and until when each is taken to be alive
 --   problems      what daemons report for operators
 --   scheduled_runs  when what a query returns was last enrolled, and when it is next
+--   shard         which of several shards this schema is
 --   migrations    which files of sql/ have been applied
 --
 -- The life of an enrollment, as SQL:
@@ -1920,6 +1921,17 @@ RETURN (('x' || encode(substr(sha256(convert_to(subject, 'UTF8')), 1, 4), 'hex')
 
 COMMENT ON FUNCTION sequencer.shard_of IS 'The number of the shard of a subject, from 0: the first four bytes of its SHA-256, as a big-endian number, modulo the number of shards.';
 
+-- Written once, by migrate: settings with another number or order of shards are refused.
+CREATE TABLE sequencer.shard (
+    number integer PRIMARY KEY CHECK (number >= 0),
+    shards integer NOT NULL CHECK (shards > number)
+);
+CREATE UNIQUE INDEX one_shard ON sequencer.shard ((true));
+
+COMMENT ON TABLE  sequencer.shard IS 'Which of several shards this schema is: one row, by which subjects are found; none if it is the only one.';
+COMMENT ON COLUMN sequencer.shard.number IS 'Its place in the order of [shards] in the settings, from 0.';
+COMMENT ON COLUMN sequencer.shard.shards IS 'How many shards there are.';
+
 -- A foreign table cannot call a function: inserting a row here does.
 CREATE VIEW sequencer.reevaluations AS
     SELECT NULL::text AS subject, NULL::text AS sequence, NULL::text AS step WHERE false;
@@ -2331,6 +2343,7 @@ WITH roles (role) AS (
      WHERE role = 'sequencer_daemon' OR role = 'sequencer_enroller' AND name <> 'console_sessions'
     UNION ALL VALUES
     ('sequencer_privacy', 'SELECT', 'migrations'),
+    ('sequencer_privacy', 'SELECT', 'shard'),
     ('sequencer_enroller', 'INSERT', 'reevaluations'),
     ('sequencer_enroller', 'INSERT', 'suppressions'),
     ('sequencer_enroller', 'DELETE', 'suppressions'),

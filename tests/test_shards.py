@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -33,11 +33,30 @@ steps:
 
 
 @pytest.fixture
+def configure(sequencerd: Command, tmp_path: Path, database: str) -> Callable[..., None]:
+    """Writes the settings of shards; "x=a" is the shard x in the schema of a."""
+    file = tmp_path / "sequencerd.toml"
+    sequencerd.variables.pop("SEQUENCERD_DATABASE", None)
+    sequencerd.variables["SEQUENCERD_CONFIG"] = str(file)
+
+    def write(*names: str) -> None:
+        pairs = [name.split("=") for name in names]
+        file.write_text(
+            "".join(
+                f'[shards.{pair[0]}]\nurl = "{database}"\nschema = "shard-{pair[-1]}"\n'
+                for pair in pairs
+            )
+        )
+
+    return write
+
+
+@pytest.fixture
 async def shards(
-    database: str, sequencerd: Command, tmp_path: Path
+    database: str, configure: Callable[..., None], tmp_path: Path
 ) -> AsyncIterator[dict[str, asyncpg.Connection]]:
     """Two shards in two schemas of the test's database, without their tables yet."""
-    configure(sequencerd, tmp_path, database, "a", "b")
+    configure("a", "b")
     (tmp_path / "s.yaml").write_text(SEQUENCE)
     opened = {
         name: await connections.connect(Shard(database, f"shard-{name}", name)) for name in "ab"
@@ -45,16 +64,6 @@ async def shards(
     yield opened
     for connection in opened.values():
         await connection.close()
-
-
-def configure(sequencerd: Command, folder: Path, database: str, *names: str) -> None:
-    """Write the settings of shards."""
-    text = "".join(
-        f'[shards.{name}]\nurl = "{database}"\nschema = "shard-{name}"\n' for name in names
-    )
-    (folder / "sequencerd.toml").write_text(text)
-    sequencerd.variables.pop("SEQUENCERD_DATABASE", None)
-    sequencerd.variables["SEQUENCERD_CONFIG"] = str(folder / "sequencerd.toml")
 
 
 @asynccontextmanager
@@ -157,6 +166,81 @@ def test_settings_of_shards_that_cannot_be_meant(tmp_path: Path) -> None:
     assert set(load({}, file, secrets=()).shards) == {"a", "b"}
     with pytest.raises(SettingsError, match=r"no shard 'c'.*: a, b"):
         load({}, file, secrets=()).of_shard("c")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("b", "a"), "says number 1 of 2 shards, the settings say number 0 of 2 shards"),
+        (("a", "b", "c"), "says number 0 of 2 shards, the settings say number 0 of 3 shards"),
+        (("a",), "says number 0 of 2 shards, the settings say number 0 of 1 shards"),
+        (("a=b", "b=a"), "says number 1 of 2 shards, the settings say number 0 of 2 shards"),
+    ],
+    ids=["reordered", "grown", "shrunk", "exchanged"],
+)
+async def test_another_number_or_order_of_shards_is_refused(
+    shards: dict[str, asyncpg.Connection],
+    sequencerd: Command,
+    configure: Callable[..., None],
+    names: tuple[str, ...],
+    said: str,
+) -> None:
+    sequencerd("migrate")
+    configure(*names)
+    for command in ("migrate", "fdw", f"status --shard {names[0][0]}"):
+        sequencerd(*command.split(), code=2)
+        assert f"shard {names[0][0]}: its schema {said}" in sequencerd.errors, command
+    sequencerd("enroll", "s", "ada", code=2)
+    assert "restore it" in sequencerd.errors
+    assert f"shard: its schema {said}" in sequencerd("doctor", "--shard", names[0][0], code=1)
+    assert not await shards["a"].fetchval("SELECT to_regnamespace('shard-c') IS NOT NULL")
+
+
+def test_a_daemon_ends_with_such_settings(
+    shards: dict[str, asyncpg.Connection],
+    sequencerd: Command,
+    configure: Callable[..., None],
+) -> None:
+    sequencerd("migrate")
+    configure("b", "a")
+    sequencerd.program("run", code=2)
+    assert "of 2 shards, the settings say number" in sequencerd.errors
+    assert "Traceback" not in sequencerd.errors
+
+
+async def test_a_shard_may_have_another_name(
+    shards: dict[str, asyncpg.Connection],
+    sequencerd: Command,
+    configure: Callable[..., None],
+) -> None:
+    sequencerd("migrate")
+    configure("x=a", "b")
+    assert sequencerd("migrate").startswith("x: the schema is up to date\n")
+    assert "number 0 of 2 shards, as in the settings" in sequencerd("doctor", "--shard", "x")
+    read = "SELECT number, shards FROM sequencer.shard"
+    assert [tuple(await one.fetchrow(read)) for one in shards.values()] == [(0, 2), (1, 2)]
+
+
+async def test_a_new_shard_gets_its_number_only_when_all_answer(
+    shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path
+) -> None:
+    """Otherwise it would be unknown whether the others are of as many."""
+    with (tmp_path / "sequencerd.toml").open("a") as file:
+        file.write('[shards.c]\nurl = "postgresql://127.0.0.1:1/nowhere"\n')
+    sequencerd("migrate", "--shard", "a", code=1)
+    assert "it gets its number when all others answer: shard c: cannot connect" in sequencerd.errors
+    assert not await shards["a"].fetchval("SELECT to_regnamespace('sequencer') IS NOT NULL")
+
+
+async def test_a_shard_is_migrated_with_the_login_of_its_owner(
+    shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path, database: str
+) -> None:
+    file = tmp_path / "sequencerd.toml"
+    there = database.replace("postgres@", "nobody@")
+    sequencerd("--database", database, "migrate", "--shard", "a,b", code=2)
+    assert "give one --shard with it" in sequencerd.errors
+    file.write_text(file.read_text().replace(f'"{database}"', f'"{there}"', 1))
+    assert "a: applied" in sequencerd("--database", database, "migrate", "--shard", "a")
 
 
 def test_a_command_for_one_shard_asks_for_it(

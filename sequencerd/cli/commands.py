@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -50,15 +50,23 @@ def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
     wanted: set[str] | None = None if arguments.command in ("run", "doctor") else set(secrets)
     if wanted and arguments.command == "console":
         wanted.add("console")
-    if wanted and arguments.database:
+    if wanted and arguments.database and not arguments.shard:
         wanted -= {"database", "shards"}
     settings = load(os.environ, arguments.config, secrets=wanted)
-    if arguments.database:
-        database = settings.database.model_copy(
-            update={"url": SecretStr(arguments.database), "listen_url": None}
-        )
-        settings = settings.model_copy(update={"database": database, "shards": {}})
-    return settings
+    if not arguments.database:
+        return settings
+    url = {"url": SecretStr(arguments.database), "listen_url": None}
+    if not arguments.shard:
+        database = settings.database.model_copy(update=url)
+        return settings.model_copy(update={"database": database, "shards": {}})
+    if len(arguments.shard) > 1:
+        raise ArgumentError("--database is the URL of one shard: give one --shard with it")
+    settings.of_shard(arguments.shard[0])  # exists
+    shards = {
+        name: shard.model_copy(update=url) if name in arguments.shard else shard
+        for name, shard in settings.shards.items()
+    }
+    return settings.model_copy(update={"shards": shards})
 
 
 _OWNER = "the schema's owner"
@@ -133,13 +141,19 @@ def _shards(arguments: argparse.Namespace, settings: Settings) -> Iterator[Seque
         with _database(settings) as shard:
             yield [shard]
         return
+    yield shards_of(settings, wanted or settings.shards)
+
+
+def shards_of(settings: Settings, names: Iterable[str]) -> list[Shard]:
+    """Return shards of the settings. Raises SettingsError for a name that none has."""
     found = []
-    for name in dict.fromkeys(wanted or settings.shards):
+    for name in dict.fromkeys(names):
         database = settings.of_shard(name).database
         url = database.listen_url or database.url
         assert url is not None  # it is required
-        found.append(Shard(url.get_secret_value(), database.schema_name, name))
-    yield found
+        number = settings.shard_number(name)
+        found.append(Shard(url.get_secret_value(), database.schema_name, name, number))
+    return found
 
 
 async def _advice(arguments: argparse.Namespace, shard: Shard) -> str:
@@ -202,7 +216,8 @@ async def apply_migrations(
     """
     connection = await connections.connect(shard)
     try:
-        return await migrate.migrate(connection), await migrate.grant(connection)
+        applied = await migrate.migrate(connection, number=shard.number)
+        return applied, await migrate.grant(connection)
     finally:
         await connection.close()
 
@@ -212,7 +227,7 @@ async def connect(shard: Shard) -> asyncpg.Connection:
     with naming(shard):
         connection = await connections.connect(shard)
         try:
-            await migrate.check(connection)
+            await migrate.check(connection, shard.number)
         except BaseException:
             await connection.close()
             raise

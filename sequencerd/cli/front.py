@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
-from sequencerd.cli.commands import read_settings
+from sequencerd.cli.commands import connect, on_shards
 from sequencerd.cli.output import say_lines
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
@@ -12,15 +13,24 @@ from sequencerd.storage import fdw
 from sequencerd.storage.connections import Shard
 
 
-def fdw_command(arguments: argparse.Namespace, _: Settings) -> int:
+def fdw_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.shard:
         raise UsageError("leave out --shard: the front has all shards, numbered in their order")
-    settings = read_settings(arguments, "shards")
     if not settings.shards:
         raise UsageError("there are no [shards] in the settings; see docs/scaling.md")
-    shards = {
-        name: Shard(shard.url.get_secret_value(), shard.schema_name, name)
-        for name, shard in settings.shards.items()
-    }
-    say_lines(fdw.front(shards))
+    return _print(arguments, settings)
+
+
+@on_shards
+async def _print(_: argparse.Namespace, settings: Settings, shards: Sequence[Shard]) -> int:
+    for shard in shards:  # each must have the number that the front gives it
+        await (await connect(shard)).close()
+    say_lines(
+        fdw.front(
+            {
+                name: Shard(shard.url.get_secret_value(), shard.schema_name)
+                for name, shard in settings.shards.items()
+            }
+        )
+    )
     return 0

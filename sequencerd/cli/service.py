@@ -16,12 +16,13 @@ from sequencerd.cli.commands import (
     on_database,
     on_shards,
     read_settings,
+    shards_of,
 )
 from sequencerd.cli.output import say, say_lines, warn
-from sequencerd.errors import DatabaseError, SequencerdError, UsageError
+from sequencerd.errors import DatabaseError, SequencerdError, SettingsError, UsageError
 from sequencerd.service.logs import make_log
 from sequencerd.settings import Settings
-from sequencerd.storage import migrate
+from sequencerd.storage import connections, migrate
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
@@ -72,11 +73,17 @@ async def _run(arguments: argparse.Namespace, settings: Settings, shards: Sequen
 
 
 @on_shards
-async def migrate_command(_: argparse.Namespace, __: Settings, shards: Sequence[Shard]) -> int:
+async def migrate_command(
+    _: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
+) -> int:
+    unnumbered, unknown = await _numbers(shards_of(settings, settings.shards))
     away = []
     for shard in shards:
         try:
             with naming(shard):
+                if unknown and shard.name in unnumbered:
+                    others = "; ".join(map(str, unknown.values()))
+                    raise DatabaseError(f"it gets its number when all others answer: {others}")
                 applied, ungranted = await apply_migrations(shard)
         except SequencerdError as error:
             if shard.name is None:
@@ -96,6 +103,31 @@ async def migrate_command(_: argparse.Namespace, __: Settings, shards: Sequence[
     if away:
         raise DatabaseError("\n".join(map(str, away)))
     return 0
+
+
+async def _numbers(shards: Sequence[Shard]) -> tuple[set[str | None], dict[str | None, str]]:
+    """Return the shards that have no number yet, and those of which it cannot be said, with the
+    reason. Raises SettingsError if any has another number than in the settings: then a new shard
+    would get the subjects of another one.
+    """
+    unnumbered, unknown, wrong = set(), {}, []
+    for shard in shards:
+        assert shard.number is not None  # it is of the settings
+        try:
+            with naming(shard):
+                connection = await connections.connect(shard)
+                try:
+                    if not await migrate.has_number(connection, shard.number):
+                        unnumbered.add(shard.name)
+                finally:
+                    connection.terminate()
+        except SettingsError as error:
+            wrong.append(str(error))
+        except SequencerdError as error:
+            unknown[shard.name] = str(error)
+    if wrong:
+        raise SettingsError("\n".join(wrong))
+    return unnumbered, unknown
 
 
 @on_database

@@ -45,7 +45,7 @@ async def run(
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     connection = await connections.connect(shard)
     try:
-        await migrate.check(connection)
+        await migrate.check(connection, shard.number)
         is_standby = await server.is_standby(connection)
     finally:
         await connection.close()

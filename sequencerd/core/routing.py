@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import NamedTuple
+
+
+class ShardNumber(NamedTuple):
+    """Which of several shards one is: its number, from 0, and how many there are."""
+
+    number: int
+    shards: int
+
+    def __str__(self) -> str:
+        """Return it for a message."""
+        return f"number {self.number} of {self.shards} shards"
 
 
 def shard_of(subject: str, shards: int) -> int:

@@ -73,9 +73,13 @@ def checks_of(shard: Shard, settings: Database) -> dict[str, Check]:
     async def pooler(connection: asyncpg.Connection) -> Finding:
         return await _pooler(connection, settings)
 
+    async def numbered(connection: asyncpg.Connection) -> Finding:
+        return await _shard(connection, shard)
+
     names = list(CHECKS)
     place = names.index("clock")
-    of_settings = {"pooler": pooler, "notifications": listening}
+    of_settings: dict[str, Check] = {} if shard.number is None else {"shard": numbered}
+    of_settings |= {"pooler": pooler, "notifications": listening}
     first = {name: CHECKS[name] for name in names[:place]}
     return first | of_settings | {name: CHECKS[name] for name in names[place:]}
 
@@ -124,6 +128,15 @@ async def _schema(connection: asyncpg.Connection) -> Finding:
         what, _, advice = str(error).partition("; ")
         return Finding("schema", what, "error", advice)
     return Finding("schema", f"{migrations.available()[-1].name} is applied")
+
+
+async def _shard(connection: asyncpg.Connection, shard: Shard) -> Finding:
+    try:
+        await migrate.check(connection, shard.number)
+    except SequencerdError as error:
+        what, _, advice = str(error).partition("; ")
+        return Finding("shard", what, "error", advice)
+    return Finding("shard", f"{shard.number}, as in the settings")
 
 
 async def _triggers(connection: asyncpg.Connection) -> Finding:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
+from sequencerd.core.routing import ShardNumber
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.settings import SCHEMA
 from sequencerd.storage import conninfo
@@ -23,12 +24,13 @@ COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not b
 
 class Shard(NamedTuple):
     """Where the tables are: the URL of a database, and a schema in it. Without [shards] in the
-    settings, there is one without a name.
+    settings, there is one without a name and a number.
     """
 
     url: str
     schema: str = SCHEMA
     name: str | None = None
+    number: ShardNumber | None = None
 
 
 def arguments(

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import asyncpg
 
-from sequencerd.errors import DatabaseError, MigrationError
+from sequencerd.core.routing import ShardNumber
+from sequencerd.errors import DatabaseError, MigrationError, SettingsError
 from sequencerd.storage.migrations import Migration, available
 from sequencerd.storage.schemas import schema_of
 from sequencerd.storage.statements import QUERIES
@@ -23,9 +24,13 @@ class Ungranted(NamedTuple):
 
 
 async def migrate(
-    connection: asyncpg.Connection, migrations: Sequence[Migration] | None = None
+    connection: asyncpg.Connection,
+    migrations: Sequence[Migration] | None = None,
+    number: ShardNumber | None = None,
 ) -> list[Migration]:
-    """Apply what is missing, all or nothing, and return it. Raises MigrationError."""
+    """Apply what is missing, all or nothing, and return it; a schema that has no number gets this
+    one. Raises MigrationError, and SettingsError if it has another.
+    """
     wanted = available() if migrations is None else migrations
     await _check_server(connection)
     async with connection.transaction():
@@ -42,6 +47,8 @@ async def migrate(
             await connection.execute(
                 QUERIES["record_migration"], migration.version, migration.name, migration.checksum
             )
+        if number is not None and not _has_number(await _read_number(connection), number):
+            await connection.execute(QUERIES["number_shard"], *number)
     return missing
 
 
@@ -61,8 +68,10 @@ async def grant(connection: asyncpg.Connection) -> list[Ungranted]:
     return [Ungranted(row[0], errors.get(row[0], "no right to grant it")) for row in missing]
 
 
-async def check(connection: asyncpg.Connection) -> None:
-    """Raise MigrationError unless the schema is the one that this version requires."""
+async def check(connection: asyncpg.Connection, number: ShardNumber | None = None) -> None:
+    """Raise MigrationError unless the schema is the one that this version requires, and has the
+    number of its shard. Raises SettingsError if it has another.
+    """
     await _check_server(connection)
     if not await connection.fetchval(QUERIES["has_migrations"]):
         schema = schema_of(connection)
@@ -72,6 +81,32 @@ async def check(connection: asyncpg.Connection) -> None:
             f"the schema is older than this version ({missing[0].name} is missing); "
             "run: sequencerd migrate"
         )
+    if number is not None and not _has_number(await _read_number(connection), number):
+        raise MigrationError("the schema has no number of a shard yet; run: sequencerd migrate")
+
+
+async def has_number(connection: asyncpg.Connection, number: ShardNumber) -> bool:
+    """Return whether the schema has this number, or none yet. Raises SettingsError if it has
+    another.
+    """
+    if not await connection.fetchval(QUERIES["has_shard_number"]):
+        return False
+    return _has_number(await _read_number(connection), number)
+
+
+async def _read_number(connection: asyncpg.Connection) -> ShardNumber | None:
+    row = await connection.fetchrow(QUERIES["shard_number"])
+    return ShardNumber(*row) if row else None
+
+
+def _has_number(found: ShardNumber | None, number: ShardNumber) -> bool:
+    if found is not None and found != number:
+        raise SettingsError(
+            f"its schema says {found}, the settings say {number}; subjects are found by the order "
+            "of [shards]: restore it, and leave none out (names and URLs may change); to grow, "
+            "move whole shards to other servers"
+        )
+    return found is not None
 
 
 async def _check_server(connection: asyncpg.Connection) -> None:

@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sequencerd.cli import main
-
-SHARDS = """
-[shards]
-a = {url = "postgresql://app:secret@db1/app", schema = "a"}
-b = {url = "postgresql://app@db2/app"}
-"""
+from sequencerd.storage import connections
+from sequencerd.storage.connections import Shard
+from tests.helpers.command_line import Command
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Path:
-    return tmp_path / "settings.toml"
+def write(sequencerd: Command, tmp_path: Path) -> Callable[[str], object]:
+    """Writes the settings."""
+    file = tmp_path / "sequencerd.toml"
+    del sequencerd.variables["SEQUENCERD_DATABASE"]
+    sequencerd.variables["SEQUENCERD_CONFIG"] = str(file)
+    return file.write_text
 
 
-def run(settings: Path, *arguments: str) -> object:
-    with pytest.raises(SystemExit) as exit_:
-        main(["--config", str(settings), "fdw", *arguments])
-    return exit_.value.code
-
-
-def test_all_shards_are_printed_in_their_order(
-    settings: Path, capsys: pytest.CaptureFixture[str]
+async def test_all_shards_are_printed_in_their_order(
+    sequencerd: Command, write: Callable[[str], object], database: str
 ) -> None:
-    settings.write_text(SHARDS)
-    assert run(settings) == 0
-    printed = capsys.readouterr().out
+    url = database.replace("postgres@", "postgres:secret@")
+    write(f'[shards]\nb = {{url = "{url}", schema = "x"}}\na = {{url = "{url}", schema = "y"}}\n')
+    sequencerd("fdw", code=1)
+    assert "shard b: the database has no schema x yet; run: sequencerd migrate" in sequencerd.errors
+    sequencerd("migrate")
+    printed = sequencerd("fdw")
     assert "(sequencer.shard_of(subject, 2))" in printed
-    assert printed.index("db1") < printed.index("db2")
-    assert "schema_name 'a'" in printed
+    assert 0 < printed.index("schema_name 'x'") < printed.index("schema_name 'y'")
     assert "secret" not in printed
-    assert run(settings, "--shard", "a") == 1
-    assert "leave out --shard" in capsys.readouterr().err
+    sequencerd("fdw", "--shard", "a", code=1)
+    assert "leave out --shard" in sequencerd.errors
+
+    connection = await connections.connect(Shard(database, "y"))
+    await connection.execute("DELETE FROM sequencer.shard")
+    await connection.close()
+    sequencerd("fdw", code=1)
+    assert "shard a: the schema has no number of a shard yet; run: sequencerd migrate" in (
+        sequencerd.errors
+    )
 
 
-def test_without_shards(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings.write_text("")
-    assert run(settings) == 1
-    assert "there are no [shards] in the settings" in capsys.readouterr().err
+def test_without_shards(sequencerd: Command, write: Callable[[str], object]) -> None:
+    write("")
+    sequencerd("fdw", code=1)
+    assert "there are no [shards] in the settings" in sequencerd.errors

@@ -33,6 +33,18 @@ SELECT version, name, checksum FROM sequencer.migrations ORDER BY version;
 -- Record an applied migration.
 INSERT INTO sequencer.migrations (version, name, checksum) VALUES ($1, $2, $3);
 
+-- name: has_shard_number
+-- Check whether the table of the number of the shard exists.
+SELECT to_regclass('sequencer.shard') IS NOT NULL;
+
+-- name: shard_number
+-- Read which of several shards the schema is.
+SELECT number, shards FROM sequencer.shard;
+
+-- name: number_shard
+-- Record which of several shards the schema is.
+INSERT INTO sequencer.shard (number, shards) VALUES ($1, $2);
+
 -- name: missing_grants
 -- Read the statements that grant what the roles lack.
 SELECT statement FROM sequencer.missing_grants;
