@@ -25,12 +25,13 @@ from tests.definitions.test_check import RUNNERS
 from tests.definitions.test_json_schema import EMAIL, IS_PRO
 from tests.test_readme import REPOSITORY
 
+HAS_N = {"lodashCommand": "isNumber", "value": {"type": "get", "value": "data.n"}}
 # Configs with as many exits as possible; "there" and "elsewhere" are steps.
 CONFIGS: dict[str, list[dict[str, Any]]] = {
     "GoTo": [{}, {"step": "there"}, {"step": "there", "sequence": "other"}],
     "Conditional": [IS_PRO],
     "Goal": [IS_PRO],
-    "Switch": [{"cases": [{"when": IS_PRO, "step": "there"}, {"when": IS_PRO, "step": None}]}],
+    "Switch": [{"cases": [{"when": IS_PRO, "step": "there"}, {"when": HAS_N, "step": None}]}],
     "Split": [
         {"next": 1, "altNext": 1},
         {
