@@ -1,0 +1,44 @@
+"""What holds for the text of all modules, and no linter checks."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import REPOSITORY
+
+ONE_FOR_EACH_ROOM = {"__init__.py", "conftest.py", "runner.py"}
+"""Names that mean the same in every room."""
+
+
+def modules(*rooms: str) -> list[Path]:
+    folders = (REPOSITORY / room for room in rooms)
+    return [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+
+
+def test_no_line_is_kept_from_the_formatter() -> None:
+    """A table by hand goes through a function or a text, which are formatted like all else."""
+    programs = [
+        REPOSITORY / "hatch_build.py",
+        *filter(Path.is_file, (REPOSITORY / "bin").iterdir()),
+    ]
+    found = [
+        f"{file.relative_to(REPOSITORY)}:{number}"
+        for file in [*modules("sequencerd", "tests", "bench"), *programs]
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if re.search(r"#\s*(fmt|yapf|ruff):\s*(skip|off|disable)", line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("room", ["sequencerd", "tests"])
+def test_no_two_modules_have_the_same_name(room: str) -> None:
+    """A file that is opened by its name is the one that was meant."""
+    found = defaultdict(list)
+    for file in modules(room):
+        if file.name not in ONE_FOR_EACH_ROOM:
+            found[file.name].append(str(file.relative_to(REPOSITORY)))
+    assert [paths for paths in found.values() if len(paths) > 1] == []
