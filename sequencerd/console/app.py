@@ -133,6 +133,7 @@ def make_console(
             get("/search", pages.search),
             get("/over-time", over_time.over_time),
             get("/simulate", simulating.simulate),
+            get("/simulate/frame", simulating.frame),
             get("/tables/{name}.{form}", pages.table),
             get("/live", pages.stream),
             get("/message", mail.mail),

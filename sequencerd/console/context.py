@@ -50,6 +50,7 @@ class PageContext:
     actions: Actions
     simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     counting_history: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    simulated: dict[str, Any] = field(default_factory=dict)
     enrollments_read: dict[int, tuple[str, Journey]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

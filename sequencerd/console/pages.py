@@ -14,7 +14,7 @@ from starlette.responses import (
     StreamingResponse,
 )
 
-from sequencerd.console import funnel, html, over_time, panel, views
+from sequencerd.console import funnel, html, over_time, panel, simulating, views
 from sequencerd.console.causes import Cause, causes
 from sequencerd.console.changing import select
 from sequencerd.console.context import (
@@ -28,7 +28,6 @@ from sequencerd.console.lists import COLUMNS, FILTERS, Found, enrollments
 from sequencerd.console.live import COUNTS
 from sequencerd.console.mask import Row
 from sequencerd.console.query import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
-from sequencerd.console.simulating import simulated
 from sequencerd.console.summary import MOST_CAUSES, Counts
 from sequencerd.console.tables import Table, as_csv, as_json, at
 from sequencerd.console.views import Journey
@@ -342,7 +341,7 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
         case "activity" | "activity-steps":
             return await over_time.tables(context, name, query)
         case "simulation":
-            return (await simulated(context, query))[1]
+            return (await simulating.run(context, query)).table
     return None
 
 

@@ -4,68 +4,252 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
-from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.context import POLICY, PageContext, context_of, query_of, render
+from sequencerd.console.mail import FRAME
 from sequencerd.console.query import NotFoundError, Query
-from sequencerd.console.tables import Column, Table
+from sequencerd.console.tables import Column, Table, at
+from sequencerd.core.graph import reach
+from sequencerd.core.model import Sequence, SideEffect
+from sequencerd.definitions import drawing
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulate import Simulation
-from sequencerd.definitions.simulator import WORDS, Outcome, Simulator
+from sequencerd.definitions.simulator import (
+    WORDS,
+    Outcome,
+    Simulator,
+    Word,
+    choose,
+    read_result,
+    read_time,
+    read_when,
+    read_zone,
+)
 from sequencerd.definitions.started import read_started
 from sequencerd.errors import UsageError
 from sequencerd.storage import connections
 
 MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
+MOST_CHANGES = 20
+LONGEST = timedelta(days=366 * 10)  # that is simulated
+KEPT = 4  # simulations, for the frames of their messages
+
+COLUMNS = (
+    Column("at", "When", "time"),
+    Column("sequence", "Sequence"),
+    Column("step", "Step"),
+    Column("type", "Type"),
+    Column("visit", "Visit", "number"),
+    Column("action", "What", "code"),
+    Column("message", "Message"),
+    Column("details", "What is sent", "json"),
+)
+
+Value = TypeVar("Value")
+Fallback = TypeVar("Fallback")
+
+
+class WrongFieldsError(UsageError):
+    """What is wrong, by the name of the field."""
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{name}: {text}" for name, text in fields.items()))
+        self.fields = fields
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the form asks for, checked."""
+
+    sequence: str
+    start: datetime
+    until: datetime | None
+    timezone: str | None
+    data: Mapping[str, Any]
+    external: Mapping[str, Any] | None
+    outcomes: Mapping[str, Outcome]
+    changes: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A simulation as it may be shown."""
+
+    simulation: Simulation
+    end: str
+    table: Table
+
+
+# --- the form
 
 
 async def simulate(request: Request) -> Response:
     """Return the page that simulates an enrollment."""
     context, query = context_of(request), query_of(request)
-    given = {
-        "sequences": sorted(context.simulator().definitions),
-        "chosen": query.get("sequence"),
-        "timezone": query.get("timezone") or "",
-        "outcome": query.get("outcome") or "next",
-        "outcomes": WORDS,
-        "data": query.get("data") or "{}",
-        "enrollment": query.get("enrollment"),
-    }
-    wrong, simulation, table = None, None, None
+    wrong: Mapping[str, str] = {}
+    simulated = None
     if query.get("sequence") or query.get("enrollment"):
         try:
-            simulation, table = await simulated(context, query)
+            simulated = await run(context, query)
+        except WrongFieldsError as error:
+            wrong = error.fields
         except UsageError as error:
-            wrong = str(error)
-    end = ""
-    if simulation:
-        end = simulation.end
-        given["chosen"] = simulation.enrollment.sequence
-    return render(
+            wrong = {"": str(error)}
+    definitions = context.simulator().definitions
+    chosen = query.get("sequence") or min(definitions, default="")
+    if simulated:
+        query = Query({**simulated.table.query}, query.rows)
+        chosen = simulated.simulation.enrollment.sequence
+    answer = render(
         request,
         "simulate.html",
         422 if wrong else 200,
         title="Simulate",
-        wrong=wrong,
-        simulation=simulation,
-        simulated=table,
-        end=context.mask({"message": end})["message"],
-        **given,
+        wrong={name: f"{text[:1].upper()}{text[1:]}." for name, text in wrong.items()},
+        given=query.given,
+        start=query.get("start") or _shown(context.now()),
+        sequences=sorted(definitions),
+        chosen=chosen,
+        enrollment=query.get("enrollment"),
+        outcomes=WORDS,
+        types=_types(definitions, chosen, query),
+        has_lookup=any(one.lookup for one in _reached(definitions, chosen))
+        or query.get("external") is not None,
+        steps=list(definitions[chosen].steps) if chosen in definitions else [],
+        changes=_rows(query),
+        simulated=simulated,
+        frames=at("/simulate/frame", **query.given),
     )
+    answer.headers["Content-Security-Policy"] = f"{POLICY}; frame-src 'self'"
+    answer.headers["HX-Replace-Url"] = at("/simulate", **query.given)  # without empty fields
+    return answer
 
 
-async def simulated(context: PageContext, query: Query) -> tuple[Simulation, Table]:
-    """Simulate as the query asks. Raises UsageError."""
-    simulator = context.simulator()
-    if (outcome := query.get("outcome") or "next") not in WORDS:
-        raise UsageError(f"side effects can't end with {outcome!r}")
-    outcomes: dict[str, Outcome] = dict.fromkeys(simulator.runners, outcome)
-    simulator = Simulator(simulator.definitions, simulator.runners, outcomes, MOST_ENTRIES)
+def _reached(definitions: Mapping[str, Sequence], name: str) -> list[Sequence]:
+    """Return a sequence and those that an enrollment can go to from there."""
+
+    def following(name: str) -> Iterator[str]:
+        for edge in drawing.edges(definitions[name]):
+            if edge.sequence in definitions and edge.target:
+                yield str(edge.sequence)
+
+    names = reach([name], following) if name in definitions else ()
+    return [definitions[name] for name in sorted(names)]
+
+
+def _types(definitions: Mapping[str, Sequence], name: str, query: Query) -> list[str]:
+    """Return the types whose side effects a simulation needs answers of, or has them of."""
+    steps = (step for one in _reached(definitions, name) for step in one.steps.values())
+    used = {step.type for step in steps if isinstance(step.behaviour, SideEffect)}
+    given = {key.removeprefix("answer.") for key in query.given if key.startswith("answer.")}
+    return sorted(used | given)
+
+
+def _rows(query: Query) -> list[int]:
+    """Return the numbers of the fields for changes: those that are filled, and two more."""
+    filled = [
+        n for n in range(1, MOST_CHANGES + 1) if query.get(f"when.{n}") or query.get(f"set.{n}")
+    ]
+    return list(range(1, min(max(filled, default=0) + 2, MOST_CHANGES) + 1))
+
+
+def _shown(time: datetime) -> str:
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def _read(context: PageContext, query: Query) -> _Asked:
+    """Read the form. Raises WrongFieldsError for all that is wrong."""
+    wrong: dict[str, str] = {}
+
+    def read(name: str, parse: Callable[[str], Value], default: Fallback) -> Value | Fallback:
+        if (text := query.get(name)) is None:
+            return default
+        try:
+            return parse(text)
+        except UsageError as error:
+            wrong[name] = str(error)
+            return default
+
+    present = context.simulator()
+    name = read("sequence", lambda text: choose(present.definitions, text), "")
     now = context.now().replace(microsecond=0)
+    start = read("start", lambda text: read_time(text, "start"), now)
+    until = read("until", lambda text: _until(text, start), None)
+    zone = read("timezone", read_zone, None)
+    data = read("data", lambda text: read_object(text, "data"), {})
+    external = read("external", lambda text: read_object(text, "external data"), None)
+    every = read("outcome", _word, WORDS[0])
+    outcomes = {
+        type_: read(f"answer.{type_}", partial(_answer, type_), every) for type_ in present.runners
+    }
+    steps = {name for one in present.definitions.values() for name in one.steps}
+    changes: dict[str, Mapping[str, Any]] = {}
+    for n in _rows(query):
+        when = read(f"when.{n}", lambda text: _when(text, start, steps), None)
+        merged = read(f"set.{n}", lambda text: read_object(text, "the data"), None)
+        if when is not None and merged is not None:
+            changes[when] = {**changes.get(when, {}), **merged}
+        elif when is not None and f"set.{n}" not in wrong:
+            wrong[f"set.{n}"] = "write the data that are merged at this time"
+        elif merged is not None and f"when.{n}" not in wrong:
+            wrong[f"when.{n}"] = "write when the data change"
+    if wrong:
+        raise WrongFieldsError(wrong)
+    return _Asked(name, start, until, zone, data, external, outcomes, changes)
+
+
+def _until(text: str, start: datetime) -> datetime:
+    until = read_time(text, "until")
+    if until < start:
+        raise UsageError("this is before the start")
+    if until - start > LONGEST:
+        raise UsageError("at most ten years are simulated")
+    return until
+
+
+def _when(text: str, start: datetime, steps: set[str]) -> str:
+    if text not in steps:
+        read_when(text, start, steps)
+    return text
+
+
+def _word(text: str) -> Word:
+    for word in WORDS:
+        if word == text:
+            return word
+    raise UsageError(f"side effects can't end with {text!r}")
+
+
+def _answer(type_: str, text: str) -> Outcome:
+    """Read a word, or an answer as JSON."""
+    if text in WORDS:
+        return _word(text)
+    if not text.startswith("{"):
+        raise UsageError(
+            f"{text!r} is none of {', '.join(WORDS)}, and not an answer such as "
+            '{"action": "next", "data": {"score": 80}}'
+        )
+    answer = read_object(text, "the answer")
+    read_result(type_, answer)
+    return answer
+
+
+# --- the simulation
+
+
+async def run(context: PageContext, query: Query) -> Simulated:
+    """Simulate as the query asks. Raises UsageError."""
+    asked = _read(context, query)
+    present = context.simulator()
+    simulator = Simulator(present.definitions, present.runners, asked.outcomes, MOST_ENTRIES)
     known: Mapping[str, Any] = {}
     work: Callable[[], Simulation]
     if query.get("enrollment"):
@@ -74,41 +258,71 @@ async def simulated(context: PageContext, query: Query) -> tuple[Simulation, Tab
             started = await read_started(connection, id_)
         if started is None:
             raise NotFoundError(f"Enrollment {id_} does not exist.")
-        start, enrolled = started
-        known = json.loads(start.data)
+        enrollment, enrolled = started
+        known = json.loads(enrollment.data)
 
         def work() -> Simulation:
-            return simulator.follow(start, now, None, {}, None, enrolled=enrolled)
+            return simulator.follow(
+                enrollment,
+                asked.start,
+                asked.until,
+                asked.changes,
+                asked.external,
+                enrolled=enrolled,
+            )
     else:
-        data, zone = read_object(query.get("data") or "{}", "data"), query.get("timezone")
-        name = query.must("sequence")
 
         def work() -> Simulation:
-            return simulator.simulate(name, start=now, data=data, timezone=zone)
+            return simulator.simulate(
+                query.must("sequence"),
+                start=asked.start,
+                until=asked.until,
+                data=asked.data,
+                subject=query.get("subject") or "subject",
+                timezone=asked.timezone,
+                changes=asked.changes,
+                external=asked.external,
+            )
 
     async with context.simulating:  # one at a time: it takes a core
         simulation = await asyncio.to_thread(work)
-    rows = [_entry(context, entry._asdict(), known) for entry in simulation.timeline]
-    columns_shown = (
-        Column("at", "When", "time"),
-        Column("sequence", "Sequence"),
-        Column("step", "Step"),
-        Column("type", "Type"),
-        Column("visit", "Visit", "number"),
-        Column("action", "What", "code"),
-        Column("message", "Message"),
-        Column("details", "What is sent", "json"),
+
+    def masked(text: str | None) -> Any:
+        return context.mask({"message": text, "known": known})["message"] if known else text
+
+    rows = [
+        {
+            **entry._asdict(),
+            "message": masked(entry.message),
+            "details": {name: masked(text) for name, text in entry.details.items()},
+        }
+        for entry in simulation.timeline
+    ]
+    # with the start, the same address always gives the same result
+    given = {"start": _shown(asked.start), **query.given}
+    simulated = Simulated(
+        simulation, masked(simulation.end), Table("simulation", COLUMNS, rows, given)
     )
-    return simulation, Table("simulation", columns_shown, rows, query.given)
+    key = _key(given)
+    context.simulated.pop(key, None)
+    context.simulated[key] = simulated
+    for old in list(context.simulated)[:-KEPT]:
+        del context.simulated[old]
+    return simulated
 
 
-def _entry(context: PageContext, entry: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Mask an entry of an existing enrollment."""
-    if not known:
-        return entry
-    details = {
-        key: context.mask({"message": text, "known": known})["message"]
-        for key, text in entry["details"].items()
-    }
-    shown = context.mask({"message": entry["message"], "known": known})
-    return {**entry, "message": shown["message"], "details": details}
+def _key(given: Mapping[str, str]) -> str:
+    return json.dumps(sorted(given.items()))
+
+
+async def frame(request: Request) -> Response:
+    """Return the HTML of a message in a simulation, for a frame."""
+    context, query = context_of(request), query_of(request)
+    given = {name: value for name, value in query.given.items() if name != "entry"}
+    simulated = context.simulated.get(_key(given)) or await run(context, Query(given))
+    rows, number = simulated.table.rows, query.number("entry", 0)
+    text = rows[number]["details"].get("html") if number < len(rows) else None
+    if text is None:
+        raise NotFoundError("This message has no HTML.")
+    headers = {"Content-Security-Policy": FRAME, "X-Frame-Options": "SAMEORIGIN"}
+    return HTMLResponse(text, headers=headers)

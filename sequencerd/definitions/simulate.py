@@ -146,7 +146,7 @@ def simulate(
     journey = _Journey(
         _holding(definitions, held), enrollment, external or {}, outcomes or {}, preview, refused
     )
-    later = sorted(changes)
+    later = sorted(changes, key=lambda change: change.at)
     now, result = start, None
     while True:
         decision, result = journey.advance(now, result)

@@ -68,13 +68,10 @@ class Simulator:
         `external` is the result of the lookup. A GoTo cannot enter the sequences in `enrolled`.
         `sequence` is optional if there is only one. Raises UsageError.
         """
-        begun = _time(start, "start")
+        begun = read_time(start, "start")
         name = choose(self.definitions, sequence)
         if timezone is not None:
-            try:
-                dates.zone(timezone)
-            except DefinitionError as error:
-                raise UsageError(f"timezone: {error}") from error
+            read_zone(timezone)
         enrollment = Enrollment(
             1,
             subject,
@@ -105,15 +102,15 @@ class Simulator:
             self.definitions,
             enrollment,
             start=start,
-            until=start + A_YEAR if until is None else _time(until, "until"),
+            until=start + A_YEAR if until is None else read_time(until, "until"),
             changes=[
-                Change(_when(key, start, steps), merged)
+                Change(read_when(key, start, steps), merged)
                 for key, merged in changes.items()
                 if key not in steps
             ],
             at_steps={key: merged for key, merged in changes.items() if key in steps},
             external=external,
-            outcomes={type_: _result(type_, one) for type_, one in self.outcomes.items()},
+            outcomes={type_: read_result(type_, one) for type_, one in self.outcomes.items()},
             preview=self._preview,
             most=self.most,
             enrolled=enrolled,
@@ -139,28 +136,38 @@ def choose(definitions: Mapping[str, model.Sequence], name: str | None) -> str:
     return name
 
 
-def _time(given: str | datetime, name: str) -> datetime:
+def read_zone(name: str) -> str:
+    """Check the name of a time zone. Raises UsageError."""
+    try:
+        dates.zone(name)
+    except DefinitionError as error:
+        raise UsageError(f"timezone: {error}") from error
+    return name
+
+
+def read_time(given: str | datetime, name: str) -> datetime:
+    """Read a time, without an offset in UTC. Raises UsageError."""
     at = given if isinstance(given, datetime) else dates.parse(given, dates.zone("UTC"))
     if at is None:
         raise UsageError(f"{name}: {given!r} is not an ISO 8601 time such as 2026-03-02T09:00:00Z")
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
-def _when(key: str, start: datetime, steps: Collection[str]) -> datetime:
-    """Read a duration since the start, or a time."""
+def read_when(key: str, start: datetime, steps: Collection[str]) -> datetime:
+    """Read a duration since the start, or a time. Raises UsageError."""
     if re.fullmatch(r"P[0-9.TYMWDHS]*", key):
         try:
             return start + _DURATION.validate_python(key)
         except (ValidationError, OverflowError) as error:
             raise UsageError(f"{key!r} is not an ISO 8601 duration such as P3D or PT90M") from error
     if key[:1].isdigit():
-        return _time(key, "change")
+        return read_time(key, "change")
     raise UsageError(
         f"{key!r} is not a step, a duration such as P3D, or a time; {nearest(key, sorted(steps))}"
     )
 
 
-def _result(type_: str, outcome: Outcome) -> Answer | Failed:
+def read_result(type_: str, outcome: Outcome) -> Answer | Failed:
     """Read the outcome of a type's side effects. Raises UsageError."""
     if outcome == "fail":
         return Failed("simulated failure")

@@ -9,10 +9,8 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
-from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
 from sequencerd.core.model import (
-    DefinitionError,
     Enrollment,
     Failed,
     Problem,
@@ -24,6 +22,7 @@ from sequencerd.core.model import (
     view,
 )
 from sequencerd.definitions.compiler import compile_behaviour
+from sequencerd.definitions.simulator import read_zone
 from sequencerd.errors import UsageError
 from sequencerd.runners.protocol import MessageRunner, Runner
 
@@ -56,10 +55,7 @@ def make_message(
 def sample(data: str, subject: str | None = None, timezone: str | None = None) -> Enrollment:
     """Return an enrollment with these data. Raises UsageError."""
     if timezone is not None:
-        try:
-            dates.zone(timezone)
-        except DefinitionError as error:
-            raise UsageError(f"timezone: {error}") from error
+        read_zone(timezone)
     now = datetime.now(UTC)
     tag = UUID(int=0)
     return Enrollment(1, subject or "subject", data, now, tag, None, "", "", timezone, now)

@@ -147,7 +147,14 @@ PAGES = (
     "/console/nonsense",
 )
 OF_SESSIONS = ("/console/login", "/console/sessions")
-NO_PAGES = ("/tables/{name}.{form}", "/live", "/static/{name:path}", "/message/frame", "/oidc")
+NO_PAGES = (
+    "/tables/{name}.{form}",
+    "/live",
+    "/static/{name:path}",
+    "/message/frame",
+    "/simulate/frame",
+    "/oidc",
+)
 """What answers programs, or leads on to a page."""
 
 
@@ -524,10 +531,13 @@ async def test_simulate_in_the_page(
         await page.locator("#data").fill('{"name": "Ada"}')
         await page.get_by_role("button", name="Simulate").click()
         await shows(page, "#year", "completed")
-        await page.wait_for_url("**/simulate?sequence=s&*Ada*")
+        await page.wait_for_url("**/simulate?start=*&sequence=s&*Ada*")
+        await page.get_by_label("Until").fill("2000-01-01")
         await page.locator("#data").fill("{")
         await page.get_by_role("button", name="Simulate").click()
-        await shows(page, "#year .wrong", "not JSON")
+        await shows(page, "#wrong-data", "not JSON")
+        await shows(page, "#wrong-until", "before the start")
+        assert await page.locator("#data").input_value() == "{"
 
 
 async def test_screenshots(

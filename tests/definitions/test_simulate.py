@@ -160,6 +160,14 @@ def test_changes_wake_a_waiting_enrollment(tmp_path: Path) -> None:
     assert late.entries == plain.entries
 
 
+def test_changes_of_one_time_are_all_made(tmp_path: Path) -> None:
+    sequences = loaded(
+        tmp_path, "  - {name: wait, type: WaitForDuration, config: {amount: 3, unit: day}}\n"
+    )
+    made = sequences.simulate(start=START, changes={"P1D": {"a": 1}, "PT24H": {"b": 2}})
+    assert json.loads(made.enrollment.data) == {"a": 1, "b": 2}
+
+
 def test_a_wait_beyond_the_end_is_reported(tmp_path: Path) -> None:
     text = "  - {name: wait, type: WaitForDuration, config: {amount: 5, unit: days}}\n"
     sequences = loaded(tmp_path, text)
