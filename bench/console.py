@@ -5,9 +5,11 @@
 It makes and drops a database "sequencerd_bench" with so many enrollments: twenty sequences of ten
 steps, two fifths of the enrollments at one step and with one wake time, one in fifty failed, and
 two events for each in the last two weeks. Pages are requested in turn, as by one reader after
-another; meanwhile the counts are made in the background, as always. Then come what those cost,
-and how late an idle engine starts a runner after an INSERT, alone and while a reader asks for
-page after page.
+another; meanwhile the counts are made in the background, as always. `cpu_ms` is what a request
+costs both sides, with its share of the counts. Then come what those cost, how many enrollments
+another connection inserts alone and while a reader asks for a page each second, in turns, and how
+late an idle engine starts a runner after an INSERT, alone and while a reader asks for page after
+page.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ from statistics import median, quantiles
 from typing import Any
 
 import asyncpg
+import cpu
 import engine
 import httpx
 import structlog
 from prometheus_client import CollectorRegistry
+from scale import postmaster
+from starlette.applications import Starlette
 
 from sequencerd.console import summary
 from sequencerd.console.app import make_console
@@ -110,7 +115,7 @@ async def main() -> None:
             for row in sequences
         }
         app = make_console(
-            Console(),
+            Console(write=True),
             Shard(url),
             lambda: Simulator(definitions, {}),
             lambda: datetime.now(UTC),
@@ -122,15 +127,16 @@ async def main() -> None:
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
         ):
-            await measure(client, given.requests, given.enrollments)
+            await measure(client, given.requests, given.enrollments, await postmaster(url))
         await cost(connection)
+        await writes(app, url, given.enrollments)
         await connection.close()
     await disturbance(given.dsn, given.requests)
 
 
-async def measure(client: httpx.AsyncClient, requests: int, count: int) -> None:
-    """A line for each page: milliseconds of its first time and of the rest."""
-    pages = {
+def pages_of(count: int) -> dict[str, str]:
+    """Return the pages' paths by what they show."""
+    return {
         "overview": "/",
         "sequence": "/sequence?sequence=s1",
         "step, 400,000 of a million with one time": "/sequence?sequence=s0&step=t3",
@@ -152,8 +158,13 @@ async def measure(client: httpx.AsyncClient, requests: int, count: int) -> None:
         "simulate": "/simulate?sequence=s1&data=%7B%7D",
         "overview as JSON": "/tables/overview.json",
     }
-    for name, path in pages.items():
+
+
+async def measure(client: httpx.AsyncClient, requests: int, count: int, server: int | None) -> None:
+    """A line for each page: milliseconds of its first time and of the rest."""
+    for name, path in pages_of(count).items():
         took = []
+        before = used(server)
         for _ in range(requests):
             begun = time.perf_counter()
             answer = await client.get(path)
@@ -166,8 +177,39 @@ async def measure(client: httpx.AsyncClient, requests: int, count: int) -> None:
             "first_ms": round(took[0], 1),
             "p50_ms": round(median(took[1:]), 1),
             "p99_ms": round(percentiles[98], 1),
+            "cpu_ms": round((used(server) - before) * 1000 / requests, 1),
         }
         print(json.dumps(line), flush=True)
+
+
+def used(server: int | None) -> float:
+    """Return the seconds of CPU time of this process and of a server on this machine."""
+    return time.process_time() + (cpu.tree(server) if server else 0.0)
+
+
+async def writes(app: Starlette, url: str, count: int) -> None:
+    """Enrollments a second from another process, without and with a reader of the console."""
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    paths = [f"/console{path}" for path in pages_of(count).values()]
+    served = make_app(list, list, CollectorRegistry(), app)
+    async with serving(served, LISTEN):
+        for turn in range(2 * TURNS):
+            is_read = turn % 2 == 1
+            reader = await python(SOMETIMES, json.dumps(paths)) if is_read else None
+            writer = await python(WRITER, url, f"w{turn}")
+            output, _ = await writer.communicate()
+            rates[is_read].append(float(output))
+            if reader:
+                reader.kill()
+                await reader.wait()
+    alone, beside = median(rates[False]), median(rates[True])
+    engine.say("writes beside a reader", alone_per_s=alone, ratio=beside / alone)
+
+
+async def python(program: str, *arguments: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, *arguments, stdout=asyncio.subprocess.PIPE
+    )
 
 
 async def cost(connection: asyncpg.Connection) -> None:
@@ -229,6 +271,28 @@ async def disturbance(dsn: str, samples: int) -> None:
 
 
 LISTEN = "127.0.0.1:9188"
+TURNS = 5
+SOMETIMES = f"""
+import itertools, json, sys, time, httpx
+with httpx.Client(base_url="http://{LISTEN}") as client:
+    for path in itertools.cycle(json.loads(sys.argv[1])):
+        assert client.get(path, timeout=30).status_code in (200, 503), path
+        time.sleep(1)
+"""
+WRITER = """
+import asyncio, sys, time, asyncpg
+async def main():
+    connection = await asyncpg.connect(sys.argv[1])
+    count, begun = 0, time.monotonic()
+    while time.monotonic() < begun + 8:
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s1', $1)",
+            f"{sys.argv[2]} {count}",
+        )
+        count += 1
+    print(count / (time.monotonic() - begun))
+asyncio.run(main())
+"""
 READER = f"""
 import httpx
 with httpx.Client(base_url="http://{LISTEN}/console") as client:
