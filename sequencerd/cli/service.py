@@ -7,6 +7,8 @@ import getpass
 import sys
 from collections.abc import Sequence
 
+import asyncpg
+
 from sequencerd import daemon, passwords
 from sequencerd.cli import install_service
 from sequencerd.cli.commands import (
@@ -27,6 +29,11 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 SHORTEST_PASSWORD = 8  # characters
+NOT_SET_UP = (
+    asyncpg.InsufficientPrivilegeError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+)
 SHOWN = 5  # statements that had no effect
 
 
@@ -124,10 +131,22 @@ async def _numbers(shards: Sequence[Shard]) -> tuple[set[str | None], dict[str |
         except SettingsError as error:
             wrong.append(str(error))
         except SequencerdError as error:
-            unknown[shard.name] = str(error)
+            if _is_not_set_up(error):
+                unnumbered.add(shard.name)
+            else:
+                unknown[shard.name] = str(error)
     if wrong:
         raise SettingsError("\n".join(wrong))
     return unnumbered, unknown
+
+
+def _is_not_set_up(error: BaseException | None) -> bool:
+    """Return whether there is no such database yet, or no login with the right to read it."""
+    while error is not None:
+        if isinstance(error, NOT_SET_UP):
+            return True
+        error = error.__cause__
+    return False
 
 
 @on_database

@@ -1,12 +1,14 @@
-"""Servers of their own, with the extensions that the embedded PostgreSQL lacks."""
+"""Servers of their own, which stop, or have extensions that the embedded PostgreSQL lacks."""
 
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from os import kill
 from pathlib import Path
 
 import pytest
@@ -28,9 +30,39 @@ def programs_with(extension: str) -> Programs:
     pytest.skip(f"no PostgreSQL server with {extension} in {INSTALLED}")
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A server on a port of its own, and the URL of its database `app`."""
+
+    programs: Programs
+    data: Path
+    url: str
+
+    def start(self) -> None:
+        self.programs.run("pg_ctl", "-D", self.data, "-l", self.data / "log", "-w", "start")
+
+    def stop(self) -> None:
+        """As a crash; a server that has stopped already is left alone."""
+        self.programs.run("pg_ctl", "-D", self.data, "-m", "immediate", "-w", "stop", check=False)
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Meanwhile it takes connections, and answers nothing."""
+        postmaster = int((self.data / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+        processes = [postmaster, *map(int, children)]
+        for process in processes:
+            kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                kill(process, signal.SIGCONT)
+
+
 @contextmanager
-def cluster(programs: Programs, **settings: str) -> Iterator[str]:
-    """Run a server on a port of its own, and yield the URL of its database `app`."""
+def stoppable(programs: Programs, **settings: str) -> Iterator[Cluster]:
+    """Run a server that the test can stop and start again."""
     with server_folder() as folder:
         data = folder / "data"
         if programs.user:
@@ -44,9 +76,17 @@ def cluster(programs: Programs, **settings: str) -> Iterator[str]:
         options = FAST | {"shared_buffers": "32MB"} | places | settings
         with (data / "postgresql.conf").open("a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in options.items())
-        programs.run("pg_ctl", "-D", data, "-l", data / "log", "-w", "start")
+        made = Cluster(programs, data, f"postgresql://postgres@127.0.0.1:{port}/app")
+        made.start()
         try:
             programs.run("createdb", "-h", "127.0.0.1", "-p", port, "-U", "postgres", "app")
-            yield f"postgresql://postgres@127.0.0.1:{port}/app"
+            yield made
         finally:
-            programs.run("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop", check=False)
+            made.stop()
+
+
+@contextmanager
+def cluster(programs: Programs, **settings: str) -> Iterator[str]:
+    """Run a server, and yield the URL of its database `app`."""
+    with stoppable(programs, **settings) as made:
+        yield made.url
