@@ -10,6 +10,7 @@
 --   rates         until when permits for calls of runners with a limited rate are taken
 --   brakes        side effects that brakes count, and which sequences they have paused
 --   suppressions  addresses to which no messages are sent, for one topic or all
+--   removed_suppressions  which of them were removed in the console, by whom and why
 --   holidays      days on which windows do not open, and which are no business days
 --   daemons       which daemons run, and until when each is taken to be alive
 --   problems      what daemons report for operators
@@ -285,7 +286,7 @@ CREATE INDEX events_of_branches ON sequencer.events (sequence, step, message) WH
 CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
-COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired, limited; goal; jump; branch; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, retargeted, reevaluated, edited.';
+COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired, limited; goal; jump; branch; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, retargeted, reevaluated, edited, created.';
 COMMENT ON COLUMN sequencer.events.revision IS 'The revision of the definition in effect; for the result of a side effect, the one it was started under.';
 
 COMMENT ON COLUMN sequencer.events.seconds_at_step IS 'How long the enrollment had been at the step.';
@@ -509,7 +510,7 @@ CREATE TABLE sequencer.suppressions (
 COMMENT ON TABLE  sequencer.suppressions IS 'Addresses and subjects to which no messages are sent. E-mail addresses are stored in lower case, phone numbers without separators, addresses of other channels as they are.';
 COMMENT ON COLUMN sequencer.suppressions.channel IS 'email, sms, or what the steps of a custom runner say, such as push.';
 COMMENT ON COLUMN sequencer.suppressions.topic IS 'Stops the messages of this topic; * stops all.';
-COMMENT ON COLUMN sequencer.suppressions.source IS 'How it became known: application, or by a daemon: refused, bounce, complaint, stop, unsubscribe.';
+COMMENT ON COLUMN sequencer.suppressions.source IS 'How it became known: application, console, or by a daemon: refused, bounce, complaint, stop, unsubscribe.';
 
 -- runners/sms/numbers.py normalises the recipient's number in the same way: it removes blanks, dashes,
 -- invisible characters, and the zero of national calls as in +49 (0)151.
@@ -552,6 +553,22 @@ END $$;
 
 CREATE TRIGGER normalise_suppression BEFORE INSERT OR UPDATE OF channel, address, topic, source, created_at
     ON sequencer.suppressions FOR EACH ROW EXECUTE FUNCTION sequencer.normalise_suppression();
+
+CREATE TABLE sequencer.removed_suppressions (
+    id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    removed_at timestamptz NOT NULL DEFAULT now(),
+    channel    text NOT NULL,
+    address    text COLLATE "C" NOT NULL,
+    topic      text COLLATE "C" NOT NULL,
+    source     text NOT NULL,
+    created_at timestamptz NOT NULL,
+    reason     text
+);
+
+COMMENT ON TABLE  sequencer.removed_suppressions IS 'Entries of suppressions that users of the console have removed.';
+COMMENT ON COLUMN sequencer.removed_suppressions.address IS 'Its hash, as suppression_hash() has it, so that nothing of it has to be forgotten.';
+COMMENT ON COLUMN sequencer.removed_suppressions.source IS 'That of the entry, and created_at its time.';
+COMMENT ON COLUMN sequencer.removed_suppressions.reason IS 'Who removed it, and why.';
 
 
 -- limits ----------------------------------------------------------------------------------------
@@ -2117,16 +2134,22 @@ $$;
 
 COMMENT ON FUNCTION sequencer.terms_of IS 'Return what identifies a subject in the data of its enrollments: addresses, numbers, and all values.';
 
-CREATE FUNCTION sequencer.suppressions_of(subject text) RETURNS SETOF sequencer.suppressions
+CREATE FUNCTION sequencer.addresses_of(subject text) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    WITH terms AS MATERIALIZED (SELECT * FROM sequencer.terms_of(suppressions_of.subject)), forms (form) AS (
+    WITH terms AS MATERIALIZED (SELECT * FROM sequencer.terms_of(addresses_of.subject)), forms (form) AS (
         SELECT term FROM terms WHERE kind IN ('email', 'message', 'value', 'verbatim')
         UNION SELECT prefix || term FROM terms, unnest(ARRAY['', '+', '00']) AS prefix
                WHERE kind IN ('phone', 'digits')
     )
+    SELECT form FROM forms UNION ALL SELECT sequencer.suppression_hash(form) FROM forms
+$$;
+
+COMMENT ON FUNCTION sequencer.addresses_of IS 'Return what a subject''s addresses may be in suppressions, in clear and as hashes.';
+
+CREATE FUNCTION sequencer.suppressions_of(subject text) RETURNS SETOF sequencer.suppressions
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT s.* FROM sequencer.suppressions AS s
-     WHERE s.address IN (SELECT form FROM forms
-                         UNION ALL SELECT sequencer.suppression_hash(form) FROM forms)
+     WHERE s.address IN (SELECT sequencer.addresses_of(suppressions_of.subject))
 $$;
 
 COMMENT ON FUNCTION sequencer.suppressions_of IS 'Return the suppressions of a subject''s addresses, in clear or as hashes.';
@@ -2212,7 +2235,8 @@ BEGIN
     redacted := 0;
     FOR place IN VALUES
         ('events', 'message'), ('enrollments', 'last_error'), ('problems', 'message'),
-        ('scheduled_runs', 'problem'), ('suppressions', 'reason'), ('revisions', 'reason')
+        ('scheduled_runs', 'problem'), ('suppressions', 'reason'), ('revisions', 'reason'),
+        ('removed_suppressions', 'reason')
     LOOP
         EXECUTE format('UPDATE sequencer.%I SET %2$I = regexp_replace(%2$I, $1, ''[forgotten]'', ''gi'')'
                        ' WHERE %2$I ~* $1', place.column1, place.column2) USING pattern;
@@ -2236,6 +2260,10 @@ LANGUAGE sql STABLE STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_tem
         'suppressions', (
             SELECT coalesce(jsonb_agg(to_jsonb(s) ORDER BY s.channel, s.address), '[]')
               FROM sequencer.suppressions_of(export_subject.subject) AS s),
+        'removed_suppressions', (
+            SELECT coalesce(jsonb_agg(to_jsonb(s) - 'id' ORDER BY s.id), '[]')
+              FROM sequencer.removed_suppressions AS s
+             WHERE s.address IN (SELECT sequencer.addresses_of(export_subject.subject))),
         'problems', (
             SELECT coalesce(jsonb_agg(to_jsonb(p) ORDER BY p.since), '[]')
               FROM sequencer.problems AS p JOIN sequencer.enrollments AS e ON e.id::text = p.about
@@ -2361,6 +2389,7 @@ WITH roles (role) AS (
     ('sequencer_editor', 'DELETE', 'holidays'),
     ('sequencer_daemon', 'INSERT', 'suppressions'),
     ('sequencer_daemon', 'DELETE', 'suppressions'),
+    ('sequencer_daemon', 'INSERT', 'removed_suppressions'),
     ('sequencer_daemon', 'INSERT', 'daemons'),
     ('sequencer_daemon', 'UPDATE', 'daemons'),
     ('sequencer_daemon', 'DELETE', 'daemons'),
@@ -2419,6 +2448,7 @@ WITH roles (role) AS (
     ('sequencer_privacy', 'export_subject'),
     ('sequencer_daemon', 'reevaluate'),
     ('sequencer_daemon', 'document'),
+    ('sequencer_daemon', 'suppression_hash'),
     ('sequencer_daemon', 'as_duration'),
     ('sequencer_daemon', 'reentry_time'),
     ('sequencer_daemon', 'add_event_partitions'),

@@ -26,7 +26,7 @@ from sequencerd.service.systemd import is_service
 from sequencerd.settings import Settings, load
 from sequencerd.storage import connections, conninfo, migrate, migrations
 from sequencerd.storage.connections import Shard
-from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, with_hint
 from sequencerd.storage.statements import QUERIES
 
 _T = TypeVar("_T")
@@ -299,9 +299,3 @@ async def _has_enrollments(
 
 def _hint(name: str, known: list[str]) -> str:
     return f"; {nearest(name, known)}" if known else ""
-
-
-def with_hint(error: asyncpg.PostgresError) -> str:
-    """Return what the database refused, and what its hint says to do."""
-    hint = getattr(error, "hint", None)
-    return f"{error.args[0]}; {hint}" if hint else str(error.args[0])

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import signal
 import sys
 from collections.abc import Sequence
 
 import asyncpg
 
-from sequencerd.cli.commands import check_names, connect, on_database, on_shards, with_hint
+from sequencerd.cli.commands import check_names, connect, on_database, on_shards
 from sequencerd.cli.output import busy, is_terminal, progress_bar, say, say_json, show, warn
 from sequencerd.core.calendar import dates
 from sequencerd.core.routing import shard_of
@@ -23,6 +22,7 @@ from sequencerd.settings import Settings
 from sequencerd.storage import bulk, connections
 from sequencerd.storage.bulk import Done, Selection
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.database_errors import with_hint
 from sequencerd.storage.statements import QUERIES
 
 
@@ -33,30 +33,23 @@ async def enroll_command(
     if arguments.shard and len(shards) > 1:
         raise ArgumentError("specify one shard, or leave out --shard: the subject has its own")
     shard = shards[0] if arguments.shard else shards[shard_of(arguments.subject, len(shards))]
-    data = read_object(arguments.data, "--data")
+    read_object(arguments.data, "--data")
     at = None
     if arguments.at is not None and (at := dates.parse(arguments.at, dates.zone("UTC"))) is None:
         raise UsageError(f"--at {arguments.at!r} is not an ISO 8601 date")
     connection = await connect(shard)
     try:
-        id_ = await connection.fetchval(
-            QUERIES["enroll"],
+        id_ = await bulk.enroll(
+            connection,
             arguments.sequence,
             arguments.subject,
-            json.dumps(data),
-            arguments.timezone,
-            arguments.step,
-            at,
+            arguments.data,
+            timezone=arguments.timezone,
+            step=arguments.step,
+            at=at,
         )
-    except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
-        raise UsageError(with_hint(error)) from error
     finally:
         await connection.close()
-    if id_ is None:
-        raise UsageError(
-            f"{arguments.subject} has already been enrolled in {arguments.sequence}; the reentry "
-            "policy does not allow another enrollment"
-        )
     if arguments.json:
         say_json({"id": id_} if shard.name is None else {"id": id_, "shard": shard.name})
     else:

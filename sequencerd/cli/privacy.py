@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, fetch, on_database, with_hint
+from sequencerd.cli.commands import connect, fetch, on_database
 from sequencerd.cli.operation import confirm
 from sequencerd.cli.output import say, say_json
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.database_errors import with_hint
 from sequencerd.storage.statements import QUERIES
 
 SHOWN = 10  # ids of other enrollments

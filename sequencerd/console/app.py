@@ -23,12 +23,14 @@ from sequencerd.console import (
     changing,
     data_form,
     editing,
+    enrollment_form,
     funnel,
     html,
     mail,
     over_time,
     pages,
     simulating,
+    suppressing,
 )
 from sequencerd.console.actions import Actions
 from sequencerd.console.auth import Auth, Visitor
@@ -145,6 +147,13 @@ def make_console(
             get("/changes/{number:int}", changing.follow),
             get("/data", data_form.edit, "operator"),
             post("/data", data_form.change, "operator"),
+            get("/enroll", enrollment_form.ask, "operator"),
+            post("/enroll", enrollment_form.enroll, "operator"),
+            get("/suppressions", suppressing.page),
+            get("/suppress", suppressing.ask, "operator"),
+            post("/suppress", suppressing.suppress, "operator"),
+            get("/suppression", suppressing.entry, "operator"),
+            post("/suppression", suppressing.remove, "operator"),
             get("/edit", editing.edit, "editor"),
             post("/edit", editing.change, "editor"),
             get("/status", editing.ask_status, "editor"),

@@ -26,6 +26,16 @@ MOST_FOLLOWED = 10_000  # enrollments of a change
 VERBS = {"skip": "Skip the step for"}  # others are the name of the action
 
 
+def reason_of(query: Query) -> str | None:
+    """Return the reason that a user gives, in one line; None without one."""
+    return " ".join((query.get("reason") or "").split())[:MAX_REASON] or None
+
+
+def why(request: Request, reason: str) -> str:
+    """Return what the history records of a change."""
+    return f"{request.state.visitor.user} in the console: {reason}"
+
+
 async def select(context: PageContext, query: Query) -> Selection:
     """Return what a query selects. Raises WrongQueryError."""
     counts = await context.summary.get() if query.get("cause") else None
@@ -92,8 +102,7 @@ async def change(request: Request) -> Response:
     assert visitor.user is not None
     query = Query(request.state.form)
     action, selection = _action(query), await _chosen(context, query)
-    reason = " ".join((query.get("reason") or "").split())[:MAX_REASON]
-    if not reason:
+    if (reason := reason_of(query)) is None:
         return await _ask(request, query, "Write a reason: it is recorded with the change.", 422)
     to = None
     async with reading(context.pool) as connection:

@@ -8,7 +8,7 @@ import asyncpg
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from sequencerd.console.changing import MAX_REASON
+from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import PageContext, context_of, query_of, render
 from sequencerd.console.editing import side_by_side
 from sequencerd.console.mask import hide_data, restore_data
@@ -96,17 +96,16 @@ async def change(request: Request) -> Response:
         return await _page(request, id_, text, 409, lines=lines, wrong=wrong)
     if query.get("action") != "apply":
         return await _page(request, id_, text, lines=lines)
-    reason = " ".join((query.get("reason") or "").split())[:MAX_REASON]
-    if not reason:
+    if (reason := reason_of(query)) is None:
         wrong = "Write a reason: it is recorded."
         return await _page(request, id_, text, 422, lines=lines, wrong=wrong)
     keys = sorted(key for key in {*original, *data} if original.get(key) != data.get(key))
-    why = f"{request.state.visitor.user} in the console: {reason}; changed {', '.join(keys)}"
+    cause = why(request, f"{reason}; changed {', '.join(keys)}")
     # a connection of its own, not one of the pool's: the daemons are to be notified
     connection = await connections.connect(context.shard)
     try:
         done = await connection.execute(
-            QUERIES["console_set_data"], id_, exact_json.dumps(data), row["version"], why[:2000]
+            QUERIES["console_set_data"], id_, exact_json.dumps(data), row["version"], cause[:2000]
         )
     finally:
         await connection.close()

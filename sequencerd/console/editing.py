@@ -12,7 +12,7 @@ import asyncpg
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from sequencerd.console.changing import MAX_REASON
+from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import PageContext, context_of, query_of, render
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import at
@@ -93,23 +93,15 @@ async def set_status(request: Request) -> Response:
     """Pause, resume or archive a sequence."""
     context, query = context_of(request), Query(request.state.form)
     name, action = query.must("sequence"), _action(query)
-    if (reason := _reason(query)) is None:
+    if (reason := reason_of(query)) is None:
         return await _ask_status(request, query, "Write a reason: it is recorded.", 422)
     words = bulk.SEQUENCE_STATUSES[action]
 
     async def work(connection: asyncpg.Connection) -> None:
-        await bulk.set_status(connection, [name], words.status, _why(request, reason))
+        await bulk.set_status(connection, [name], words.status, why(request, reason))
 
     await _changing(context, work)
     return RedirectResponse(at("/sequence", sequence=name), 303)
-
-
-def _reason(query: Query) -> str | None:
-    return " ".join((query.get("reason") or "").split())[:MAX_REASON] or None
-
-
-def _why(request: Request, reason: str) -> str:
-    return f"{request.state.visitor.user} in the console: {reason}"
 
 
 async def _changing(
@@ -224,7 +216,7 @@ async def change(request: Request) -> Response:
             return _page(request, name, stored, text, findings=findings, made=made, moves=moves)
         if stored.from_file:
             raise PlanError(f"{name} is managed by files: download the changed file, and apply it")
-        if (reason := _reason(query)) is None:
+        if (reason := reason_of(query)) is None:
             wrong = "Write a reason: it is recorded with the revision."
             return _page(request, name, stored, text, 422, made=made, moves=moves, wrong=wrong)
         await _changing(context, _applying(request, definitions, query.must("plan"), moves, reason))
@@ -253,7 +245,7 @@ def _applying(
 
     async def work(connection: asyncpg.Connection) -> Plan:
         async with connection.transaction():
-            await connection.execute(QUERIES["set_reason"], _why(request, reason))
+            await connection.execute(QUERIES["set_reason"], why(request, reason))
             return await plan.apply(
                 connection, definitions, runners, moves=moves, expected=expected, from_files=False
             )

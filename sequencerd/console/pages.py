@@ -14,7 +14,15 @@ from starlette.responses import (
     StreamingResponse,
 )
 
-from sequencerd.console import funnel, html, over_time, panel, simulating, views
+from sequencerd.console import (
+    funnel,
+    html,
+    over_time,
+    panel,
+    simulating,
+    suppressing,
+    views,
+)
 from sequencerd.console.causes import Cause, causes
 from sequencerd.console.changing import select
 from sequencerd.console.context import (
@@ -338,6 +346,8 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
         case "events":
             found_journey = await _journey(request, query.number("id", 0), query)
             return found_journey.events
+        case "suppressions":
+            return (await suppressing.read(request, query)).table
         case "activity" | "activity-steps":
             return await over_time.tables(context, name, query)
         case "simulation":

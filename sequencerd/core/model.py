@@ -755,7 +755,7 @@ class Undeliverable(NamedTuple):
     channel: str
     address: str
     reason: str
-    source: Literal["refused", "bounce", "complaint", "stop", "unsubscribe"] = "refused"
+    source: Literal["refused", "bounce", "complaint", "stop", "unsubscribe", "console"] = "refused"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import asyncpg
 
 from sequencerd.errors import UsageError
 from sequencerd.storage.connections import counting
+from sequencerd.storage.database_errors import with_hint
 from sequencerd.storage.statements import QUERIES
 
 BATCH = 1000  # enrollments in a transaction
@@ -94,6 +95,37 @@ class Done(NamedTuple):
             (unchanged, "unchanged: moved on meanwhile, or cannot be changed"),
         )
         return [f"{number:,} {text}" for number, text in remarks if number]
+
+
+class AlreadyEnrolledError(UsageError):
+    """The reentry policy does not allow another enrollment of the subject."""
+
+
+async def enroll(
+    connection: asyncpg.Connection,
+    sequence: str,
+    subject: str,
+    data: str,
+    *,
+    timezone: str | None = None,
+    step: str | None = None,
+    at: datetime | None = None,
+) -> int:
+    """Enroll a subject and return the id. `data` is a JSON object. Raises UsageError, and
+    AlreadyEnrolledError where the reentry policy refuses.
+    """
+    try:
+        id_: int | None = await connection.fetchval(
+            QUERIES["enroll"], sequence, subject, data, timezone, step, at
+        )
+    except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
+        raise UsageError(with_hint(error)) from error
+    if id_ is None:
+        raise AlreadyEnrolledError(
+            f"{subject} has already been enrolled in {sequence}; the reentry policy does not allow "
+            "another enrollment"
+        )
+    return id_
 
 
 async def select(

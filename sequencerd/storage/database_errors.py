@@ -60,3 +60,9 @@ def brief(error: BaseException) -> str:
     if is_plain:
         return str(error).partition("\n")[0] or name
     return f"{name} {getattr(error, 'sqlstate', '')}".rstrip()
+
+
+def with_hint(error: asyncpg.PostgresError) -> str:
+    """Return what the database refused, and what its hint says to do."""
+    hint = getattr(error, "hint", None)
+    return f"{error.args[0]}; {hint}" if hint else str(error.args[0])

@@ -46,14 +46,16 @@ async def sent_messages(
 
 async def add(
     connection: asyncpg.Connection, addresses: Rows[Undeliverable], topic: str = "*"
-) -> None:
-    """Suppress addresses, for all topics or one."""
-    if addresses:
-        await connection.execute(
-            QUERIES["suppress"],
-            [one.channel for one in addresses],
-            [one.address for one in addresses],
-            [printable(one.reason) for one in addresses],
-            [one.source for one in addresses],
-            topic,
-        )
+) -> int:
+    """Suppress addresses, for all topics or one. Return how many were not yet."""
+    if not addresses:
+        return 0
+    done: str = await connection.execute(
+        QUERIES["suppress"],
+        [one.channel for one in addresses],
+        [one.address for one in addresses],
+        [printable(one.reason) for one in addresses],
+        [one.source for one in addresses],
+        topic,
+    )
+    return int(done.rpartition(" ")[2])

@@ -140,6 +140,10 @@ PAGES = (
     "/console/changes/1",
     "/console/message?sequence=s&step=note",
     "/console/data?id=1",
+    "/console/enroll?sequence=s",
+    "/console/suppressions",
+    "/console/suppress",
+    "/console/suppression?channel=email&address=ada@example.com&topic=*",
     "/console/edit?sequence=s",
     "/console/status?sequence=s&action=pause",
     "/console/revision?sequence=s&revision=2",
@@ -204,6 +208,13 @@ async def test_every_page_fits_every_width_and_is_accessible(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     await people(connection)
+    await connection.execute(
+        "INSERT INTO sequencer.suppressions (channel, address, source, reason)"
+        " VALUES ('email', 'ada@example.com', 'unsubscribe', 'link in enrollment 7'),"
+        " ('push', repeat('fH7xY', 40), 'application', NULL);"
+        "INSERT INTO sequencer.removed_suppressions (channel, address, topic, source, created_at,"
+        " reason) VALUES ('sms', 'sha256:0', '*', 'bounce', now(), 'Ada in the console: asked')"
+    )
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, step, status, ended_at)"
         " SELECT 's', 'a-long-subject-of-an-enrollment-' || n, 'note', 'completed', now()"

@@ -291,6 +291,20 @@ async def test_an_export_has_all_that_is_held(held: asyncpg.Connection) -> None:
     assert empty["enrollments"] == empty["suppressions"] == []
 
 
+async def test_removed_suppressions_are_exported_and_redacted(held: asyncpg.Connection) -> None:
+    await held.execute(
+        "INSERT INTO sequencer.removed_suppressions (channel, address, topic, source, created_at,"
+        " reason) VALUES ('email', sequencer.suppression_hash($1), '*', 'stop', now(), $2)",
+        EMAIL,
+        f"otto in the console: {EMAIL} has called",
+    )
+    exported = json.loads(await held.fetchval("SELECT sequencer.export_subject($1)", SUBJECT))
+    assert [one["source"] for one in exported["removed_suppressions"]] == ["stop"]
+    await forget(held)
+    reason = await held.fetchval("SELECT reason FROM sequencer.removed_suppressions")
+    assert reason == "otto in the console: [forgotten] has called"
+
+
 # --- the commands
 
 

@@ -224,6 +224,69 @@ INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, 
 SELECT id, clock_timestamp(), sequence, step, visit, 'edited', 'by ' || session_user || ': ' || $4::text
   FROM changed;
 
+-- name: console_created
+-- Record that a user has enrolled a subject.
+INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+SELECT id, clock_timestamp(), sequence, step, visit, 'created', 'by ' || session_user || ': ' || $2::text
+  FROM sequencer.enrollments WHERE id = $1;
+
+-- name: console_blocking
+-- Find the enrollment that keeps a subject from being enrolled again.
+SELECT id, status FROM sequencer.enrollments
+ WHERE sequence = $1 AND subject = $2 AND entry = 0;
+
+-- name: console_channels
+-- Read the channels of suppressions, one look at the index for each; at most a hundred.
+WITH RECURSIVE known (channel, number) AS (
+    (SELECT channel, 1 FROM sequencer.suppressions ORDER BY channel LIMIT 1)
+    UNION ALL
+    SELECT (SELECT s.channel FROM sequencer.suppressions AS s WHERE s.channel > k.channel ORDER BY s.channel
+             LIMIT 1), k.number + 1
+      FROM known AS k WHERE k.channel IS NOT NULL AND k.number < 100
+)
+SELECT channel FROM known WHERE channel IS NOT NULL;
+
+-- name: console_suppressions
+-- Read a page of the suppressions of some channels, of each those with a beginning of the address, in order,
+-- after a given one. Of these at most the limit are searched; then the last one is returned as well.
+WITH scanned AS MATERIALIZED (
+    SELECT s.* FROM unnest($1::text[], $2::text[]) AS c (channel, start) CROSS JOIN LATERAL (
+        SELECT * FROM sequencer.suppressions AS a
+         WHERE a.channel = c.channel AND a.address >= c.start AND a.address < c.start || $3
+           AND (a.channel, a.address, a.topic) > (($6::text[])[1], ($6::text[])[2], ($6::text[])[3])
+         ORDER BY a.address, a.topic LIMIT $8) AS s
+     ORDER BY s.channel, s.address, s.topic LIMIT $8
+)
+(SELECT channel, address, topic, source, reason, created_at, false AS is_last FROM scanned
+  WHERE ($4::text IS NULL OR topic = $4) AND ($5::text IS NULL OR source = $5)
+  ORDER BY channel, address, topic LIMIT $7)
+UNION ALL
+(SELECT channel, address, topic, source, reason, created_at, true FROM scanned
+  WHERE (SELECT count(*) FROM scanned) = $8 ORDER BY channel DESC, address DESC, topic DESC LIMIT 1);
+
+-- name: console_suppression
+-- Read the entries of an address, in the forms that it may have.
+SELECT channel, address, topic, source, reason, created_at FROM sequencer.suppressions
+ WHERE channel = $1 AND address = ANY ($2::text[]) AND topic = $3 ORDER BY created_at;
+
+-- name: console_unsuppress
+-- Remove the entries of an address; unless that is confirmed, only those with one of the sources. Record
+-- who has removed them.
+WITH removed AS (
+    DELETE FROM sequencer.suppressions
+     WHERE channel = $1 AND address = ANY ($2::text[]) AND topic = $3 AND ($4::text[] IS NULL OR source = ANY ($4))
+    RETURNING *
+)
+INSERT INTO sequencer.removed_suppressions (channel, address, topic, source, created_at, reason)
+SELECT channel, CASE WHEN address ~ '^sha256:[0-9a-f]{64}$' THEN address
+                     ELSE sequencer.suppression_hash(address) END, topic, source, created_at, $5
+  FROM removed;
+
+-- name: console_unsuppressed
+-- Read the suppressions that were removed last.
+SELECT removed_at, channel, topic, source, created_at, reason
+  FROM sequencer.removed_suppressions ORDER BY id DESC LIMIT 10;
+
 -- name: console_sequence
 -- Read the present revision of a sequence with its author, and whether files manage it.
 SELECT s.revision, s.status, s.from_file, r.by, r.reason

@@ -1,0 +1,122 @@
+"""The page that enrolls a subject."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import asyncpg
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from sequencerd.console.changing import reason_of, why
+from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.query import Query, WrongQueryError
+from sequencerd.console.tables import at
+from sequencerd.core import exact_json
+from sequencerd.core.calendar import dates
+from sequencerd.core.model import DefinitionError
+from sequencerd.definitions.options import read_object
+from sequencerd.errors import UsageError
+from sequencerd.storage import bulk, connections
+from sequencerd.storage.bulk import AlreadyEnrolledError
+from sequencerd.storage.statements import QUERIES
+
+FIELDS = ("sequence", "subject", "email", "data", "timezone", "step", "start", "reason")
+
+
+async def ask(request: Request) -> Response:
+    """Show the form."""
+    return _page(request, query_of(request))
+
+
+def _page(
+    request: Request,
+    query: Query,
+    status: int = 200,
+    *,
+    wrong: str | None = None,
+    blocking: asyncpg.Record | None = None,
+) -> Response:
+    definitions = context_of(request).simulator().definitions
+    chosen = definitions.get(query.get("sequence") or "")
+    return render(
+        request,
+        "enroll.html",
+        status,
+        title="Enroll a subject",
+        given={name: query.get(name) or "" for name in FIELDS},
+        sequences=sorted(name for name, one in definitions.items() if not one.archived),
+        steps=list(chosen.steps) if chosen else [],
+        zone=chosen.timezone if chosen else "",
+        wrong=wrong,
+        blocking=blocking,
+    )
+
+
+async def enroll(request: Request) -> Response:
+    """Enroll a subject, or say why not."""
+    context, query = context_of(request), Query(request.state.form)
+    if (reason := reason_of(query)) is None:
+        return _page(request, query, 422, wrong="Write a reason: it is recorded.")
+    try:
+        given = _read(query)
+        id_ = await _enroll(context, given, why(request, reason))
+    except AlreadyEnrolledError as error:
+        rows = await connections.read(
+            context.pool, "console_blocking", given["sequence"], given["subject"]
+        )
+        return _page(request, query, 409, wrong=f"{error}.", blocking=rows[0] if rows else None)
+    except UsageError as error:
+        text = str(error)
+        return _page(request, query, 422, wrong=f"{text[:1].upper()}{text[1:]}.")
+    return RedirectResponse(at(f"/enrollments/{id_}"), 303)
+
+
+def _read(query: Query) -> dict[str, Any]:
+    """Return the arguments of an enrollment. Raises UsageError."""
+    for name in ("sequence", "subject"):
+        if query.get(name) is None:
+            raise UsageError(f"{name} is missing")
+    text = query.get("data") or "{}"
+    read_object(text, "data")
+    data = exact_json.loads(text)
+    if email := query.get("email"):
+        if data.get("email", email) != email:
+            raise UsageError("the data have another e-mail address: leave out one of them")
+        data["email"] = email
+    zone = query.get("timezone")
+    try:
+        dates.zone(zone or "UTC")
+        content = exact_json.dumps(data)
+    except DefinitionError as error:
+        raise UsageError(f"time zone: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"data: {error}") from error
+    start = None
+    if (given := query.get("start")) and (start := dates.parse(given, dates.zone("UTC"))) is None:
+        raise UsageError(f"start {given!r} is not an ISO 8601 date")
+    return {
+        "sequence": query.get("sequence"),
+        "subject": query.get("subject"),
+        "data": content,
+        "timezone": zone,
+        "step": query.get("step"),
+        "at": start,
+    }
+
+
+async def _enroll(context: PageContext, given: dict[str, Any], cause: str) -> int:
+    # not one of the pool's: the daemons are to be notified
+    connection = await connections.connect(context.shard)
+    try:
+        async with connection.transaction():
+            id_ = await bulk.enroll(connection, **given)
+            await connection.execute(QUERIES["console_created"], id_, cause)
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise WrongQueryError(
+            f"the database refuses: {error}. To enroll here, the console's login needs GRANT "
+            "sequencer_enroller"
+        ) from error
+    finally:
+        await connection.close()
+    return id_

@@ -1,0 +1,251 @@
+"""The pages of suppressions: the list, and what adds and removes entries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from sequencerd.console.changing import reason_of, why
+from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.mask import HIDDEN, Row
+from sequencerd.console.query import NotFoundError, Query, WrongQueryError
+from sequencerd.console.tables import Column, Table, at
+from sequencerd.core.model import Undeliverable
+from sequencerd.runners.sms.numbers import normalise
+from sequencerd.runners.suppression_check import EVERYTHING, forms
+from sequencerd.storage import connections, suppressions
+from sequencerd.storage.statements import QUERIES
+
+BY_HAND = ("application", "console")
+"""The sources of entries that neither a recipient nor a mail server has made."""
+
+SOURCES = (*BY_HAND, "refused", "bounce", "complaint", "stop", "unsubscribe")
+FILTERS = ("channel", "address", "topic", "source")
+KEY = ("channel", "address", "topic")
+MOST_SCANNED = 20_000  # entries that a page searches
+MASKED = "Addresses are masked, so they are not searched"
+
+_CHANNEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_TOPIC = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
+_LAST_CHARACTER = "\U0010ffff"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A page of the list. `is_cut` says that more may match than were searched."""
+
+    table: Table
+    is_cut: bool
+
+
+# --- the list
+
+
+async def page(request: Request) -> Response:
+    """List what is suppressed, and what was removed from the list lately."""
+    context, query = context_of(request), query_of(request)
+    found = await read(request, query)
+    removed = await connections.read(context.pool, "console_unsuppressed")
+    return render(
+        request,
+        "suppressions.html",
+        title="Suppressions",
+        given={name: query.get(name) or "" for name in FILTERS},
+        found=found.table,
+        is_cut=found.is_cut,
+        most=MOST_SCANNED,
+        channels=await _channels(context),
+        sources=SOURCES,
+        is_masked=_is_masked(request),
+        is_filtered=any(query.get(name) for name in FILTERS),
+        removed=[context.mask({**row, "message": row["reason"]}) for row in removed],
+    )
+
+
+def _is_masked(request: Request) -> bool:
+    """Return whether addresses are hidden: whatever path is masked may hold one of them."""
+    return bool(context_of(request).settings.mask)
+
+
+async def _channels(context: PageContext) -> list[str]:
+    rows = await connections.read(context.pool, "console_channels")
+    return [row["channel"] for row in rows]
+
+
+async def read(request: Request, query: Query) -> Found:
+    """Return a page of the entries that match, in the order of channels and addresses."""
+    context, is_masked = context_of(request), _is_masked(request)
+    if is_masked and query.get("address"):
+        raise WrongQueryError(MASKED)
+    channel, given = query.get("channel"), query.get("address") or ""
+    channels = [channel] if channel else await _channels(context)
+    rows = await connections.read(
+        context.pool,
+        "console_suppressions",
+        channels,
+        [normalise(given) if one in ("email", "sms") else given.strip() for one in channels],
+        _LAST_CHARACTER,
+        query.get("topic"),
+        query.get("source"),
+        [query.get(f"after_{name}") or "" for name in KEY],
+        query.rows + 1,
+        MOST_SCANNED,
+    )
+    scanned = next((row for row in rows if row["is_last"]), None)
+    matching = [row for row in rows if not row["is_last"]]
+    shown = matching[: query.rows]
+    is_cut = len(matching) <= query.rows and scanned is not None
+    last = scanned if is_cut else shown[-1] if len(matching) > query.rows else None
+    more = None
+    if last is not None and not is_masked:  # the address of the next page would tell it
+        more = {**query.given, **{f"after_{name}": last[name] for name in KEY}}
+    columns = (
+        Column("address", "Address", link=None if is_masked else "url"),
+        Column("channel", "Channel"),
+        Column("topic", "Topic"),
+        Column("source", "Source", "code"),
+        Column("reason", "Reason", optional=True),
+        Column("created_at", "Since", "time"),
+    )
+    found = [_shown(context, row, is_masked=is_masked) for row in shown]
+    return Found(Table("suppressions", columns, found, query.given, more), is_cut)
+
+
+def _shown(context: PageContext, row: Mapping[str, Any], *, is_masked: bool) -> Row:
+    shown = context.mask({"message": row["reason"]})
+    entry = {**row, "reason": shown["message"]}
+    if is_masked:
+        return {**entry, "address": HIDDEN}
+    return {**entry, "url": at("/suppression", **{name: row[name] for name in KEY})}
+
+
+# --- what adds an entry
+
+
+async def ask(request: Request) -> Response:
+    """Show the form that suppresses an address."""
+    return _form(request, query_of(request))
+
+
+def _form(request: Request, query: Query, wrong: str | None = None, status: int = 200) -> Response:
+    definitions = context_of(request).simulator().definitions.values()
+    return render(
+        request,
+        "suppress.html",
+        status,
+        title="Suppress an address",
+        given={name: query.get(name) or "" for name in (*KEY, "reason")},
+        topics=sorted({one.topic for one in definitions if one.topic}),
+        wrong=wrong,
+    )
+
+
+async def suppress(request: Request) -> Response:
+    """Suppress an address."""
+    context, query = context_of(request), Query(request.state.form)
+    try:
+        channel, address, topic = _key(query)
+    except WrongQueryError as error:
+        return _form(request, query, f"{error}.", 422)
+    if (reason := reason_of(query)) is None:
+        return _form(request, query, "Write a reason: it is recorded.", 422)
+    entry = Undeliverable(channel, address, why(request, reason), "console")
+    async with connections.borrow(context.pool) as connection:
+        known = await _entries(connection, channel, address, topic)
+        if known or not await suppressions.add(connection, [entry], topic):
+            return _form(request, query, "This address is suppressed already.", 409)
+    shown = None if _is_masked(request) else address
+    return RedirectResponse(at("/suppressions", channel=channel, address=shown), 303)
+
+
+def _key(query: Query) -> tuple[str, str, str]:
+    """Return a channel, an address and a topic. Raises WrongQueryError."""
+    channel = (query.get("channel") or "").strip().lower()
+    address = (query.get("address") or "").strip()
+    topic = (query.get("topic") or EVERYTHING).strip()
+    if not _CHANNEL.fullmatch(channel):
+        raise WrongQueryError("The channel is email, sms, or that of a custom runner, such as push")
+    if not 1 <= len(address.encode()) <= 1000:
+        raise WrongQueryError("The address must have 1 to 1,000 bytes")
+    if not _TOPIC.fullmatch(topic):
+        raise WrongQueryError("The topic must be * or letters, digits and ._:/-")
+    return channel, address, topic
+
+
+async def _entries(
+    connection: asyncpg.Connection, channel: str, address: str, topic: str
+) -> list[asyncpg.Record]:
+    """Return the entries of an address, also as a hash."""
+    rows: list[asyncpg.Record] = await connection.fetch(
+        QUERIES["console_suppression"], channel, _forms(channel, address), topic
+    )
+    return rows
+
+
+def _forms(channel: str, address: str) -> list[str]:
+    return [*forms(channel, address), address]  # an entry may itself be a hash
+
+
+# --- what removes one
+
+
+async def entry(request: Request) -> Response:
+    """Show an entry, and ask before it is removed."""
+    return await _entry(request, query_of(request))
+
+
+async def _entry(
+    request: Request, query: Query, wrong: str | None = None, status: int = 200
+) -> Response:
+    context, key = context_of(request), _key(query)
+    async with connections.reading(context.pool) as connection:
+        entries = await _entries(connection, *key)
+    if not entries:
+        channel, _, topic = key
+        about = "all topics" if topic == EVERYTHING else f"the topic {topic}"
+        raise NotFoundError(f"This address is not suppressed for {channel} and {about}.")
+    return render(
+        request,
+        "suppression.html",
+        status,
+        title="Suppression",
+        key=dict(zip(KEY, key, strict=True)),
+        entries=[context.mask({**row, "message": row["reason"]}) for row in entries],
+        made_by_others=_made_by_others(entries),
+        reason=query.get("reason") or "",
+        wrong=wrong,
+    )
+
+
+def _made_by_others(entries: list[asyncpg.Record]) -> list[str]:
+    """Return the sources that a recipient or a mail server stands behind."""
+    return sorted({row["source"] for row in entries} - {*BY_HAND})
+
+
+async def remove(request: Request) -> Response:
+    """Remove an entry. What a recipient or a mail server has caused must be confirmed."""
+    context, query = context_of(request), Query(request.state.form)
+    channel, address, topic = _key(query)
+    if (reason := reason_of(query)) is None:
+        return await _entry(request, query, "Write a reason: it is recorded.", 422)
+    sources = None if query.get("confirmed") else BY_HAND
+    async with connections.borrow(context.pool) as connection, connection.transaction():
+        await connection.execute(
+            QUERIES["console_unsuppress"],
+            channel,
+            _forms(channel, address),
+            topic,
+            sources,
+            why(request, reason),
+        )
+        left = await _entries(connection, channel, address, topic)
+    if left:
+        wrong = f"Confirm that messages may be sent again in spite of: {left[0]['source']}."
+        return await _entry(request, query, wrong, 422)
+    return RedirectResponse(at("/suppressions", channel=channel), 303)
