@@ -5,7 +5,8 @@
     enroll       INSERTs one by one from 1, 8 and 32 connections, and in bulk, against a bare table;
                  the same beside a daemon that executes a task for each
     sleeping     many who sleep: start-up, what an idle daemon costs, and a transition's cost beside
-    mix          enroll, wait, decide, execute and mail for minutes: the sizes of tables and indexes
+    mix          enroll, wait, decide, execute and mail for minutes, a tenth to --smtp: the sizes of
+                 tables and indexes, and CPU time of both sides for an event of the history
     snapshot     w1 of bench/engine.py with a snapshot held open, against one without
     daemons      w1 with 1, 2 and 4 daemons: rate, and CPU time of both sides for a transition;
                  --server-cores 0 --daemon-cores 1 keeps each side to cores of its own
@@ -37,7 +38,6 @@ from aiosmtpd.smtp import SMTP
 from engine import ALL_ENDED, defined, engine, enroll, process, say, until
 
 from sequencerd import daemon
-from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 
 BARE = """
@@ -212,21 +212,22 @@ async def mix(dsn: str, arguments: argparse.Namespace) -> None:
         ("mail", "Email", json.dumps(mail)),
     )
     with process(take_mail) as port:
-        runners: dict[str, Runner] = {"Email": EmailRunner(f"smtp://127.0.0.1:{port}")}
+        server = arguments.smtp or f"smtp://127.0.0.1:{port}"
         async with defined(dsn, *steps) as (url, connection):
             await connection.execute(
                 "UPDATE sequencer.steps SET alt_next_step = 'mail' WHERE name = 'decide';"
                 "UPDATE sequencer.steps SET next_step = NULL WHERE name = 'task'"
             )
-            async with engine(url, runners):
+            sizes = Sizes(connection, await postmaster(dsn))
+            async with engine(url, {"Email": EmailRunner(server)}):
                 enrolling = asyncio.create_task(enroll_steadily(url, arguments))
-                begun = time.perf_counter()
+                await sizes.say()
                 while not enrolling.done():
                     await asyncio.wait([enrolling], timeout=arguments.minutes * 60 / 20)
-                    await say_sizes(connection, time.perf_counter() - begun)
+                    await sizes.say()
                 await enrolling
                 await until(connection, ALL_ENDED)
-                await say_sizes(connection, time.perf_counter() - begun)
+                await sizes.say()
 
 
 async def enroll_steadily(url: str, arguments: argparse.Namespace) -> None:
@@ -253,16 +254,45 @@ async def enroll_steadily(url: str, arguments: argparse.Namespace) -> None:
     await connection.close()
 
 
-async def say_sizes(connection: asyncpg.Connection, seconds: float) -> None:
-    row = await connection.fetchrow(
-        """
-        SELECT pg_table_size('sequencer.enrollments') / 1e6 AS table_mb,
-               pg_indexes_size('sequencer.enrollments') / 1e6 AS indexes_mb,
-               (SELECT count(*) FROM sequencer.enrollments) AS rows,
-               (SELECT count(*) FROM sequencer.enrollments WHERE wake_at < now()) AS overdue
-        """
-    )
-    say("mix", seconds=seconds, **{name: float(value) for name, value in row.items()})
+class Sizes:
+    """What there is, and what each event has cost since the last time."""
+
+    def __init__(self, connection: asyncpg.Connection, server: int | None) -> None:
+        self._connection, self._server = connection, server
+        self._begun = time.perf_counter()
+        self._before = (math.nan, math.nan, math.nan)
+
+    async def say(self) -> None:
+        await self._connection.execute("SELECT pg_stat_force_next_flush()")
+        row = await self._connection.fetchrow(
+            """
+            SELECT pg_table_size('sequencer.enrollments') / 1e6 AS table_mb,
+                   pg_indexes_size('sequencer.enrollments') / 1e6 AS indexes_mb,
+                   (SELECT sum(n_tup_ins) FROM pg_stat_user_tables WHERE relname LIKE 'events%')
+                   AS events,
+                   (SELECT sum(pg_total_relation_size(relid)) / 1e6 FROM pg_stat_user_tables
+                     WHERE relname LIKE 'events%') AS events_mb,
+                   (SELECT count(*) FROM sequencer.enrollments) AS rows,
+                   (SELECT count(*) FROM sequencer.enrollments WHERE wake_at < now()) AS overdue,
+                   (SELECT coalesce(extract(epoch FROM max(now() - wake_at)), 0) * 1000
+                      FROM sequencer.enrollments WHERE wake_at < now() AND leased_by IS NULL)
+                   AS latest_ms
+            """
+        )
+        figures = {name: float(value) for name, value in row.items()}
+        served = cpu.tree(self._server) if self._server else math.nan
+        present = (figures["events"], time.process_time(), served)
+        events, own, server = (b - a for a, b in zip(self._before, present, strict=True))
+        self._before = present
+        say(
+            "mix",
+            seconds=time.perf_counter() - self._begun,
+            **figures,
+            **({"daemon_us": 1e6 * own / events, "postgres_us": 1e6 * server / events})
+            if events > 0
+            else {},
+            memory_mb=memory(),
+        )
 
 
 # --- beside others
@@ -456,6 +486,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--minutes", type=float, default=10, help="of the mix")
     parser.add_argument("--rate", type=int, default=2000, help="enrollments a second in the mix")
+    parser.add_argument("--smtp", help="URL of the mix's mail server; default: one of its own")
     parser.add_argument("--sequences", type=int, default=1000)
     parser.add_argument("--daemons", type=int, nargs="+", default=[1, 2, 4], metavar="N")
     parser.add_argument("--server-cores", type=core_numbers, metavar="CORES", help="such as 0,2-3")
