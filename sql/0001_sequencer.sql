@@ -432,6 +432,23 @@ CREATE TABLE sequencer.activity_progress (
 COMMENT ON TABLE  sequencer.activity_progress IS 'Up to when the history has been counted in activity: each hour soon after its end, and again when no daemon can add to it.';
 COMMENT ON COLUMN sequencer.activity_progress.after IS 'How long after its end an hour is counted.';
 
+-- A claim of late enrollments adds a row, in its own transaction, so each is counted once. Past hours are
+-- summed up; until then their rows are many.
+CREATE TABLE sequencer.lateness (
+    sequence text COLLATE "C" NOT NULL,
+    step     text COLLATE "C" NOT NULL,
+    at       timestamptz NOT NULL,
+    times    bigint NOT NULL,
+    longest  real NOT NULL,
+    is_hour  boolean NOT NULL DEFAULT false
+);
+CREATE INDEX lateness_of_sequence ON sequencer.lateness (sequence, at);
+CREATE INDEX lateness_of_claims ON sequencer.lateness (at) WHERE NOT is_hour;
+
+COMMENT ON TABLE  sequencer.lateness IS 'How many enrollments began their step more than ten seconds after they were due, and how late; kept for 400 days.';
+COMMENT ON COLUMN sequencer.lateness.at IS 'When they began; of a whole hour, when that began.';
+COMMENT ON COLUMN sequencer.lateness.longest IS 'How late the last of them began, in seconds.';
+
 
 CREATE TABLE sequencer.topics (
     name        text COLLATE "C" PRIMARY KEY CHECK (name ~ '^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$'),
@@ -2409,6 +2426,8 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'DELETE', 'activity'),
     ('sequencer_daemon', 'INSERT', 'activity_progress'),
     ('sequencer_daemon', 'UPDATE', 'activity_progress'),
+    ('sequencer_daemon', 'INSERT', 'lateness'),
+    ('sequencer_daemon', 'DELETE', 'lateness'),
     ('sequencer_daemon', 'INSERT', 'console_sessions'),
     ('sequencer_daemon', 'DELETE', 'console_sessions')
 ), on_columns (role, privilege, relation, name) AS (

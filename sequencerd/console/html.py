@@ -168,24 +168,34 @@ def _bar(x: int, height: int, title: str) -> str:
     )
 
 
-def bars(points: Sequence[tuple[datetime | str, int]], title: str, unit: str) -> str:
-    """Return a chart of one bar for each hour or day. Its sums are in words as well; its values
-    belong in a table beside it.
+def bars(
+    points: Sequence[tuple[datetime | str, float]],
+    title: str,
+    unit: str,
+    *,
+    of_delays: bool = False,
+) -> str:
+    """Return a chart of one bar for each hour or day, of counts or of delays in seconds. What it
+    shows at most is in words as well; its values belong in a table beside it.
     """
-    most = max((count for _, count in points), default=0)
+
+    def told(value: float) -> str:
+        return duration(value) if of_delays else f"{value:,}"
+
+    most = max((value for _, value in points), default=0)
     drawn = Markup("").join(
-        _wide_bar(n, 100 * count / most, f"{_label(at)}: {count:,}")
-        for n, (at, count) in enumerate(points)
-        if count
+        _wide_bar(n, 100 * value / most, f"{_label(at)}: {told(value)}")
+        for n, (at, value) in enumerate(points)
+        if value
     )
-    total = sum(count for _, count in points)
-    words = f"{title}: {total:,} in {len(points)} {unit}s, at most {most:,} in one"
+    total = "" if of_delays else f"{sum(value for _, value in points):,} in "
+    words = f"{title}: {total}{len(points)} {unit}s, at most {told(most)} in one"
     first, last = (_label(points[n][0]) if points else "" for n in (0, -1))
     return Markup(
         '<svg class="bars" viewBox="0 0 {} 100" preserveAspectRatio="none" role="img"'
         ' aria-label="{}">{}</svg><p class="axis"><span>{}</span><span>at most {}</span>'
         "<span>{}</span></p>"
-    ).format(len(points) * 4, words, drawn, first, f"{most:,}", last)
+    ).format(len(points) * 4, words, drawn, first, told(most), last)
 
 
 def _wide_bar(n: int, height: float, title: str) -> str:

@@ -27,11 +27,14 @@ MEASURES = {
     "suppressed": "Suppressed",
     "completed": "Completed",
     "failed": "Failed",
+    "late": "Began late",
 }
+LONGEST = "longest"  # delay
 UNITS = {"hour": timedelta(hours=1), "day": timedelta(days=1)}
 USUAL = {"hour": timedelta(hours=48), "day": timedelta(days=14)}  # that is shown
 MOST_UNITS = 400
 MOST_ROWS = 100_000  # counts of a sequence that are read
+MOST_LATE = 20_000  # claims and hours of a sequence of which the lateness is read
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Activity:
     """How often what happened in which hour or day, by sequence and step."""
 
     times: Mapping[str, Mapping[StepKey, Counter[datetime]]]  # by measure
+    longest: Mapping[StepKey, Mapping[datetime, float]]  # delays, in seconds
     counted_until: datetime | None  # by the daemon
     is_capped: bool
 
@@ -96,6 +100,11 @@ class Activity:
         for times in self.times[measure].values():
             found.update(times)
         return found
+
+    def longest_at(self, time: datetime) -> float | None:
+        """Return the longest delay of an hour or day."""
+        delays = (by_time[time] for by_time in self.longest.values() if time in by_time)
+        return max(delays, default=None)
 
 
 async def read(
@@ -127,11 +136,27 @@ async def read(
             times["entered"][to][row["at"]] += row["times"]
         if (measure := _measure(definitions, *key, row["action"])) is not None:
             times[measure][key][row["at"]] += row["times"]
+    late = await connections.read(
+        pool,
+        "console_lateness",
+        chosen.since,
+        chosen.until,
+        chosen.unit,
+        sequence,
+        MOST_LATE,
+    )
+    is_capped = is_capped or sum(row["read"] for row in late) >= MOST_LATE
+    longest: defaultdict[StepKey, dict[datetime, float]] = defaultdict(dict)
+    for row in late:
+        if step not in (None, row["step"]):
+            continue
+        times["late"][row["sequence"], row["step"]][row["at"]] += row["times"]
+        longest[row["sequence"], row["step"]][row["at"]] = row["longest"]
     if step is not None:
         for by_step in times.values():
             for key in [key for key in by_step if key[1] != step]:
                 del by_step[key]
-    return Activity(times, counts.activity_until if counts else None, is_capped)
+    return Activity(times, longest, counts.activity_until if counts else None, is_capped)
 
 
 def _measure(
@@ -193,6 +218,11 @@ def _skipped(sequence: str, step: Step | None, action: str) -> StepKey | None:
 
 # --- tables
 
+_COLUMNS = (
+    *(Column(key, title, "number", optional=key == "late") for key, title in MEASURES.items()),
+    Column(LONGEST, "Longest delay", "duration", optional=True),
+)
+
 
 def by_time(activity: Activity, chosen: Range, query: Query) -> Table:
     """Return a row for each hour or day."""
@@ -202,12 +232,13 @@ def by_time(activity: Activity, chosen: Range, query: Query) -> Table:
         {
             "at": time.date().isoformat() if is_day else time,
             **{measure: sums[measure][time] for measure in MEASURES},
+            LONGEST: activity.longest_at(time),
         }
         for time in chosen.units()
     ]
     columns = (
         Column("at", "Day") if is_day else Column("at", "Hour from", "time"),
-        *(Column(measure, title, "number") for measure, title in MEASURES.items()),
+        *_COLUMNS,
     )
     return Table("activity", columns, rows, query.given)
 
@@ -219,6 +250,10 @@ def by_step(activity: Activity, definitions: Mapping[str, Sequence], query: Quer
     for measure, by_key in activity.times.items():
         for (sequence, step), times in by_key.items():
             totals[sequence if name is None else step][measure] += times.total()
+    longest: dict[str, float] = {}
+    for (sequence, step), delays in activity.longest.items():
+        key = sequence if name is None else step
+        longest[key] = max(longest.get(key, 0), *delays.values())
     order = list(definitions) if name is None else list(definitions[name].steps)
     known = {key: n for n, key in enumerate(order)}
     kept = {key: value for key, value in query.given.items() if key in ("by", "from", "until")}
@@ -229,12 +264,13 @@ def by_step(activity: Activity, definitions: Mapping[str, Sequence], query: Quer
             if name is None
             else at("/over-time", **kept, sequence=name, step=key),
             **{measure: totals[key][measure] for measure in MEASURES},
+            LONGEST: longest.get(key),
         }
         for key in sorted(totals, key=lambda key: (known.get(key, len(known)), key))
     ]
     columns = (
         Column("name", "Sequence" if name is None else "Step", link="url"),
-        *(Column(measure, title, "number") for measure, title in MEASURES.items()),
+        *_COLUMNS,
     )
     return Table("activity-steps", columns, rows, query.given)
 
@@ -261,6 +297,7 @@ async def over_time(request: Request) -> Response:
             (measure, title, [(row["at"], row[measure]) for row in shown.rows])
             for measure, title in MEASURES.items()
         ],
+        delays=[(row["at"], row[LONGEST] or 0) for row in shown.rows],
         by_time=shown,
         totals=by_step(activity, definitions, query) if step is None else None,
         counted_until=activity.counted_until,

@@ -24,7 +24,7 @@ from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.service.metrics import Metrics
-from sequencerd.storage import connections, locking, wakes
+from sequencerd.storage import activity, connections, locking, wakes
 from sequencerd.storage.database_errors import brief, is_data_error
 
 CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
@@ -153,7 +153,7 @@ class Claims:
                     since=claim.start,
                 )
                 self._metrics.claimed(step_key, claimed, now)
-                await self._move_all(connection, batch, claimed, now)
+                await self._move_all(connection, step_key, batch, claimed, now)
                 if claimed and len(claimed) == count:
                     claim.reached = claimed[-1].wake_at
                 is_last = len(claimed) < limit
@@ -242,7 +242,7 @@ class Claims:
                 bare=failure is not None,
             )
             if failure is None:
-                await self._move_all(connection, batch, claimed, now)
+                await self._move_all(connection, step_key, batch, claimed, now)
                 return
             for enrollment in claimed:
                 is_text = isinstance(failure, UnicodeError | asyncpg.CharacterNotInRepertoireError)
@@ -255,11 +255,12 @@ class Claims:
     async def _move_all(
         self,
         connection: asyncpg.Connection,
+        step_key: StepKey,
         batch: Batch,
         claimed: Sequence[Enrollment],
         now: datetime,
     ) -> None:
-        """Advance claimed enrollments, and write them."""
+        """Advance claimed enrollments, and write them and how late they are."""
         expired_leases: Mapping[int, int] = {}
         if leased := [one for one in claimed if one.leased_by is not None]:
             # what is in this daemon's memory is never started again: its result will come
@@ -272,6 +273,8 @@ class Claims:
                 batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0)
             )
         await self._moves.write(connection, batch, now)
+        due = (one.wake_at for one in claimed if one.wake_at is not None)
+        await activity.note_lateness(connection, step_key, due, now)
 
     async def claim_orphans(self, due: Mapping[StepKey, datetime], now: datetime) -> None:
         """Move what is leased to this daemon and not in its memory, as after an internal error.

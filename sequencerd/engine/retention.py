@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TypeVar
 
 import asyncpg
@@ -96,9 +97,10 @@ async def _count_activity(
 ) -> None:
     loop = asyncio.get_running_loop()
     started = loop.time()
-    while await _alone(pool, lambda c: activity.count(c, now)):
-        await asyncio.sleep(loop.time() - started)  # half of one connection at most
-        started = loop.time()
+    for count in (activity.count, activity.sum_lateness):
+        while await _alone(pool, partial(count, now=now)):
+            await asyncio.sleep(loop.time() - started)  # half of one connection at most
+            started = loop.time()
     await _alone(pool, lambda c: activity.prune(c, now - ACTIVITY))
 
 

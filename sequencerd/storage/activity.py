@@ -1,11 +1,13 @@
-"""Counts the history by hour, for what it looks like over time."""
+"""Counts the history by hour, and how late steps begin, for what it looks like over time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 import asyncpg
 
+from sequencerd.core.model import StepKey
 from sequencerd.storage.statements import QUERIES
 
 PASSES = (timedelta(minutes=10), timedelta(hours=25))
@@ -16,6 +18,8 @@ second count has what was committed late.
 FURTHEST = timedelta(days=92)  # in the past, when counting begins
 SPAN = timedelta(days=1)  # that is counted in one transaction while catching up
 HOUR = timedelta(hours=1)
+ON_TIME = timedelta(seconds=10)  # after which the beginning of a step is late
+MOST_LATE = 10_000  # rows of lateness that are summed up in one transaction
 
 
 async def count(connection: asyncpg.Connection, now: datetime) -> bool:
@@ -39,9 +43,29 @@ async def counted_until(connection: asyncpg.Connection) -> datetime | None:
     return max((row["until"] for row in rows), default=None)
 
 
+async def note_lateness(
+    connection: asyncpg.Connection, step_key: StepKey, due: Iterable[datetime], now: datetime
+) -> None:
+    """Record how late enrollments begin that were `due`: in the transaction that claims them, so
+    that each counts once. It costs nothing while they are on time.
+    """
+    limit = now - ON_TIME
+    late = [at for at in due if at < limit]
+    if late:
+        longest = (now - min(late)).total_seconds()
+        await connection.execute(QUERIES["note_lateness"], *step_key, now, len(late), longest)
+
+
+async def sum_lateness(connection: asyncpg.Connection, now: datetime) -> bool:
+    """Sum up some of the lateness of past hours. Return whether there was any."""
+    done: str = await connection.execute(QUERIES["sum_lateness"], _hour(now), MOST_LATE)
+    return done != "INSERT 0 0"
+
+
 async def prune(connection: asyncpg.Connection, before: datetime) -> None:
     """Delete the counts of older hours."""
     await connection.execute(QUERIES["prune_activity"], before)
+    await connection.execute(QUERIES["prune_lateness"], before)
 
 
 def _hour(time: datetime) -> datetime:

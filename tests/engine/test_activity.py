@@ -16,6 +16,7 @@ from sequencerd.settings import Retention
 from sequencerd.storage import activity, connections
 from tests.engine.test_retention import make_past, partitions
 from tests.helpers.databases import shard
+from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until
 
 LOG = structlog.get_logger()
 HOUR = timedelta(hours=1)
@@ -134,3 +135,44 @@ async def test_dropped_history_stays_counted(
 def test_an_hour_is_counted_ten_minutes_after_its_end(minute: int, seconds: float) -> None:
     at = datetime(2030, 1, 1, 12, minute, tzinfo=UTC)
     assert retention._until_next_count(at) == pytest.approx(seconds, abs=1)
+
+
+async def test_late_claims_are_counted_once_and_on_time_ones_not(
+    database: str, connection: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    await define(connection, "s", ("note", "Note", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " SELECT 's', n, now() - n * interval '5 seconds' FROM generate_series(0, 20) AS n"
+    )
+    async with running_engine(database, {"Note": Recorder()}):
+        await until(connection, ALL_ENDED)
+    (row,) = await connection.fetch(
+        "SELECT sequence, step, sum(times) AS times, max(longest) AS longest"
+        "  FROM sequencer.lateness GROUP BY 1, 2"
+    )
+    assert (row["sequence"], row["step"]) == ("s", "note")
+    assert 18 <= row["times"] <= 21
+    assert row["longest"] >= 100
+    # also if several daemons sum up the hours
+    await connection.execute("UPDATE sequencer.lateness SET at = at - interval '1 hour'")
+    later = datetime.now(UTC) + HOUR
+    await asyncio.gather(*(tidy(pool, Retention(), later, LOG) for _ in range(3)))
+    await tidy(pool, Retention(), later, LOG)
+    (summed,) = await connection.fetch("SELECT * FROM sequencer.lateness")
+    assert summed["is_hour"]
+    assert (summed["times"], summed["longest"]) == (row["times"], row["longest"])
+    assert summed["at"] == hour(summed["at"])
+
+
+async def test_a_claim_that_is_rolled_back_is_not_late(
+    connection: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    now = datetime.now(UTC)
+    begun = connection.transaction()
+    await begun.start()
+    await activity.note_lateness(connection, ("s", "a"), [now - HOUR], now)
+    await begun.rollback()
+    async with connections.borrow(pool) as other, connections.transaction(other):
+        await activity.note_lateness(other, ("s", "a"), [now, now - activity.ON_TIME], now)
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.lateness") == 0

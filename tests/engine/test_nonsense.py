@@ -62,8 +62,8 @@ COLUMNS = """
        AND c.table_name NOT LIKE 'events%'
        AND c.table_name NOT IN
            ('activity', 'activity_progress', 'brakes', 'console_sessions', 'daemons',
-            'migrations', 'problems', 'rates', 'removed_suppressions', 'reservations',
-            'shard')
+            'lateness', 'migrations', 'problems', 'rates', 'removed_suppressions',
+            'reservations', 'shard')
      ORDER BY c.table_name, c.ordinal_position
 """
 

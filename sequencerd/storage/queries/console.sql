@@ -324,6 +324,17 @@ SELECT max("until") AS counted_until FROM sequencer.activity_progress;
 -- Count what the counts by hour do not have yet.
 SELECT hour AS at, sequence, step, action, count(*) AS times {activity_of};
 
+-- name: console_lateness
+-- Read how late steps began in which hour or day between two times, of one sequence or of all; it reads the
+-- latest rows, at most so many of a sequence.
+SELECT date_trunc($3, a.at, 'UTC') AS at, a.sequence, a.step, sum(a.times)::bigint AS times,
+       max(a.longest)::float8 AS longest, count(*)::bigint AS read
+  FROM sequencer.sequences AS s CROSS JOIN LATERAL (
+    SELECT * FROM sequencer.lateness AS c
+     WHERE c.sequence = s.name AND c.at >= $1 AND c.at < $2 ORDER BY c.at DESC LIMIT $5) AS a
+ WHERE $4::text IS NULL OR s.name = $4
+ GROUP BY 1, 2, 3;
+
 -- name: console_session
 -- Read a session that has neither ended nor expired.
 SELECT "user", groups, credential FROM sequencer.console_sessions

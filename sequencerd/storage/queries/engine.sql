@@ -671,6 +671,25 @@ UPDATE sequencer.activity_progress SET "until" = $2 WHERE after = $1;
 -- Delete the counts of hours that began before a time.
 DELETE FROM sequencer.activity WHERE hour < $1;
 
+-- name: note_lateness
+-- Record how many enrollments of a claim are late, and by how many seconds at most.
+INSERT INTO sequencer.lateness (sequence, step, at, times, longest) VALUES ($1, $2, $3, $4, $5);
+
+-- name: sum_lateness
+-- Replace what claims have recorded before a time by sums for each hour, at most so many rows at once.
+WITH first AS (
+    SELECT ctid FROM sequencer.lateness WHERE NOT is_hour AND at < $1 ORDER BY at LIMIT $2
+), taken AS (
+    DELETE FROM sequencer.lateness WHERE ctid = ANY (ARRAY(SELECT ctid FROM first)) RETURNING *
+)
+INSERT INTO sequencer.lateness (sequence, step, at, times, longest, is_hour)
+SELECT sequence, step, date_trunc('hour', at, 'UTC'), sum(times), max(longest), true
+  FROM taken GROUP BY 1, 2, 3;
+
+-- name: prune_lateness
+-- Delete the lateness of times before a time.
+DELETE FROM sequencer.lateness WHERE at < $1;
+
 -- name: take_permits
 -- Take permits of a runner, whose rate all daemons share: they begin where those end that were taken
 -- before, or now. Up to 25 ms of the past count, so that the time of this statement is not lost; a
