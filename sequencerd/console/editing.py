@@ -24,7 +24,6 @@ from sequencerd.definitions.plan import Plan
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import DatabaseError, FileError, PlanError
 from sequencerd.storage import bulk, connections
-from sequencerd.storage.statements import QUERIES
 
 ORIGIN = "line"
 MOVE = "move."  # with the name of a removed step: the field of its enrollments' new step
@@ -245,7 +244,7 @@ def _applying(
 
     async def work(connection: asyncpg.Connection) -> Plan:
         async with connection.transaction():
-            await connection.execute(QUERIES["set_reason"], why(request, reason))
+            await bulk.set_reason(connection, why(request, reason))
             return await plan.apply(
                 connection, definitions, runners, moves=moves, expected=expected, from_files=False
             )

@@ -190,7 +190,7 @@ async def _change_batch(
     while True:
         try:
             async with connection.transaction():
-                await connection.execute(QUERIES["set_reason"], reason)
+                await set_reason(connection, reason)
                 try:
                     return await _run(connection, action, ids, to)
                 except asyncpg.UniqueViolationError:
@@ -235,13 +235,18 @@ async def set_status(
 ) -> list[asyncpg.Record]:
     """Set the status of sequences, and return what each was before. Raises UsageError."""
     async with connection.transaction():
-        await connection.execute(QUERIES["set_reason"], reason)
+        await set_reason(connection, reason)
         rows: list[asyncpg.Record] = await connection.fetch(
             QUERIES["set_sequence_status"], list(names), status
         )
         if missing := sorted(set(names) - {row["name"] for row in rows}):
             raise UsageError(f"sequence {missing[0]!r} does not exist; nothing was changed")
     return rows
+
+
+async def set_reason(connection: asyncpg.Connection, reason: str) -> None:
+    """Set the reason that the events of this transaction record."""
+    await connection.execute(await connection.fetchval(QUERIES["set_reason"], reason))
 
 
 def changed_by(reason: str | None) -> str:

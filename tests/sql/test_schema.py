@@ -56,6 +56,14 @@ def test_every_statement_is_used(repository: Path) -> None:
     assert [name for name in QUERIES if f'"{name}"' not in code] == []
 
 
+def test_every_case_has_conditions(repository: Path) -> None:
+    """Citus takes the value of CASE value WHEN ... for NULL."""
+    schema = (repository / "sql" / "0001_sequencer.sql").read_text()
+    for name, query in [*QUERIES.items(), ("the schema", schema)]:
+        found = re.search(r"\bCASE\b(?!\s+WHEN\b).*", query)
+        assert found is None, f"{name} has {found}"
+
+
 @pytest.mark.parametrize(
     "name", ["claim", "claim_some", "claim_bare", "lock_waiting", "enrollments_at", "simulated"]
 )

@@ -44,7 +44,7 @@ SELECT id
 -- Count what became of enrollments that were retried or moved: by status, those that failed after a time
 -- by cause.
 SELECT g.*, x.data
-  FROM (SELECT e.status, e.ended_at > $2 AS is_after, CASE e.status WHEN 'failed' THEN {cause} END AS cause,
+  FROM (SELECT e.status, e.ended_at > $2 AS is_after, CASE WHEN e.status = 'failed' THEN {cause} END AS cause,
                count(*) AS enrollments, max(e.id) AS example
           FROM sequencer.enrollments AS e WHERE e.id = ANY ($1::bigint[])
          GROUP BY 1, 2, 3 ORDER BY 4 DESC LIMIT 100) AS g
@@ -66,8 +66,9 @@ SELECT sequence, step, status, failure, count(*)
 SELECT sequence FROM sequencer.steps WHERE name = $1 AND sequence = ANY ($2::text[]);
 
 -- name: set_reason
--- Set the reason that the events of this transaction record.
-SELECT set_config('sequencer.reason', $1, true);
+-- Write the statement that sets the reason which the events of a transaction record. Citus sends SET LOCAL
+-- to its nodes, and no set_config.
+SELECT format('SET LOCAL sequencer.reason = %L', $1::text);
 
 -- name: retry
 -- Resume failed enrollments at the step where they failed.

@@ -80,7 +80,7 @@ SELECT e.id, e.subject, e.sequence, e.step, e.status, e.wake_at, e.entered_at, e
 -- name: console_flow
 -- Count the events at steps between two times, by day; of branches, each branch.
 SELECT date_trunc('day', at AT TIME ZONE 'UTC')::date AS day, sequence, step,
-       CASE action WHEN 'branch' THEN 'branch ' || message ELSE action END AS action,
+       CASE WHEN action = 'branch' THEN 'branch ' || message ELSE action END AS action,
        count(*) AS times
   FROM sequencer.events
  WHERE at >= $1 AND at < $2

@@ -3,16 +3,19 @@
 -- name: apply_sequence
 -- Insert or update a sequence. Not by ON CONFLICT, whose refused insert would draw a revision.
 WITH changed AS (
-    UPDATE sequencer.sequences
+    UPDATE sequencer.sequences AS q
        SET first_step = $2, timezone = $3, status = $4, reentry = $5, lookup = $6, recheck = $7,
            description = $8, reentry_after = $9::text::interval, time_window = $10,
            enroll = $11, topic = $12, locale = $13, partials = $14,
            brake_at_most = $15, brake_per = make_interval(secs => $16)
-     WHERE name = $1
-       AND (first_step, timezone, status, reentry, lookup, recheck, description, reentry_after,
-            time_window, enroll, topic, locale, partials, brake_at_most, brake_per)
+     WHERE q.name = $1
+       AND (q.first_step, q.timezone, q.status, q.reentry, q.lookup, q.recheck, q.description,
+            q.reentry_after, q.time_window, q.enroll, q.topic, q.locale, q.partials,
+            q.brake_at_most, q.brake_per)
            IS DISTINCT FROM ($2, $3, $4, $5, $6, $7, $8, $9::text::interval, $10, $11, $12, $13,
                              $14, $15, make_interval(secs => $16))
+), unknown AS MATERIALIZED (
+    SELECT WHERE NOT EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $1)
 )
 INSERT INTO sequencer.sequences (name, first_step, timezone, status, reentry, lookup, recheck,
                                  description, reentry_after, time_window, enroll, topic, locale,
@@ -20,7 +23,7 @@ INSERT INTO sequencer.sequences (name, first_step, timezone, status, reentry, lo
 SELECT $1::text, $2::text, $3::text, $4::text, $5::text, $6::text, $7::interval, $8::text,
        $9::text::interval, $10::jsonb, $11::jsonb, $12::text, $13::text, $14::jsonb,
        $15::integer, make_interval(secs => $16::float8)
- WHERE NOT EXISTS (SELECT FROM sequencer.sequences WHERE name = $1);
+  FROM unknown;
 
 -- name: set_apply_brake
 -- Give sequences a brake for a day.

@@ -31,7 +31,7 @@ SELECT c.relname::text AS "table", t.tgname::text AS name, t.tgenabled IN ('O', 
 -- Find the privileges that the role of daemons has and the present user lacks.
 WITH granted (object, privilege, has) AS MATERIALIZED (
     SELECT c.oid::regclass::text, a.privilege_type,
-           CASE c.relkind WHEN 'S' THEN has_sequence_privilege(c.oid, a.privilege_type)
+           CASE WHEN c.relkind = 'S' THEN has_sequence_privilege(c.oid, a.privilege_type)
                           ELSE has_table_privilege(c.oid, a.privilege_type) END
       FROM pg_class AS c CROSS JOIN aclexplode(c.relacl) AS a
      WHERE c.relnamespace = 'sequencer'::regnamespace AND a.grantee = to_regrole('sequencer_daemon')

@@ -5,6 +5,16 @@
 -- Check whether the server is a standby, which cannot be written to.
 SELECT pg_is_in_recovery();
 
+-- part: on_citus
+-- Citus has distributed the tables: it then has a trigger on each. Its own tables cannot be named, as
+-- they exist only there.
+EXISTS (SELECT FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+         WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND p.proname = 'citus_truncate_trigger')
+
+-- name: is_on_citus
+-- Check whether Citus has distributed the tables, so that triggers on its nodes cannot notify.
+SELECT {on_citus};
+
 -- name: server_time
 -- Read the database's clock, to measure the offset of the daemon's.
 SELECT clock_timestamp();
@@ -324,7 +334,7 @@ WITH nothing AS (
            expires_at = expires_at,
            leased_by = leased_by, failure = failure, last_error = last_error,
            ended_at = ended_at, data = data
-     WHERE false
+     WHERE id < '-9223372036854775808' -- none; Citus cannot plan `false`
     RETURNING id, sequence, step, visit
 )
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision)
@@ -505,8 +515,9 @@ RETURNING reschedule_from IS NOT NULL AS again;
 SELECT pg_current_xact_id()::text::bigint;
 
 -- name: oldest_transaction
--- Read the number of the oldest transaction that is still in progress.
-SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
+-- Read the number of the oldest transaction that is still in progress. Those on the nodes of Citus have
+-- other numbers, so none is known to have ended there.
+SELECT CASE WHEN {on_citus} THEN 0 ELSE pg_snapshot_xmin(pg_current_snapshot())::text::bigint END;
 
 -- name: revive
 -- Resume enrollments that failed because their step was invalid, now that it is valid.
@@ -588,7 +599,7 @@ WITH users (oid, is_owner) AS (
            AND coalesce(pg_get_expr(p.polwithcheck, p.polrelid), 'true') = 'true' AS is_all
       FROM pg_policy AS p CROSS JOIN users AS u
      WHERE EXISTS (SELECT FROM unnest(p.polroles) AS role
-                    WHERE CASE role WHEN 0 THEN true ELSE pg_has_role(u.oid, role, 'USAGE') END)
+                    WHERE CASE WHEN role = 0 THEN true ELSE pg_has_role(u.oid, role, 'USAGE') END)
 )
 SELECT c.oid::regclass::text AS "table", u.oid::regrole::text AS "user",
        NOT EXISTS (SELECT FROM policies AS p
@@ -615,7 +626,8 @@ SELECT entry, free_at
 SELECT b.sequence, r.at_most - (SELECT coalesce(sum(o.times), 0) FROM unnest(b.at, b.times) AS o (at, times)
                                  WHERE o.at > $2::timestamptz - r.per)::integer AS room
   FROM sequencer.brakes AS b
-  JOIN sequencer.sequences AS q ON q.name = b.sequence, sequencer.brake_of(q, $2) AS r
+  JOIN sequencer.sequences AS q ON q.name = b.sequence, sequencer.brake_of(
+           q.brake_at_most, q.brake_per, q.apply_brake, q.apply_brake_until, $2) AS r
  WHERE b.sequence = ANY ($1::text[]) AND r.at_most IS NOT NULL
  ORDER BY b.sequence
    FOR UPDATE OF b;
@@ -632,9 +644,9 @@ DELETE FROM sequencer.reservations WHERE counts_until < $1;
 -- part: activity_of
 -- Which events are counted by hour, and as what.
 FROM (SELECT sequence, date_trunc('hour', at, 'UTC') AS hour, step,
-             CASE action WHEN 'branch' THEN 'branch ' || left(message, 200)
-                         WHEN 'goal' THEN 'goal ' || left(split_part(message, ' is met', 1), 200)
-                         ELSE action END AS action
+             CASE WHEN action = 'branch' THEN 'branch ' || left(message, 200)
+                  WHEN action = 'goal' THEN 'goal ' || left(split_part(message, ' is met', 1), 200)
+                  ELSE action END AS action
         FROM sequencer.events
        WHERE at >= $1 AND at < $2
          AND action IN ('enrolled', 'next', 'altNext', 'branch', 'goal', 'jump', 'completed', 'failed',
@@ -658,8 +670,11 @@ SELECT after, "until" FROM sequencer.activity_progress ORDER BY after;
 
 -- name: count_activity
 -- Count the history between two full hours.
+WITH counted AS MATERIALIZED (
+    SELECT sequence, hour, step, action, count(*) AS times {activity_of}
+)
 INSERT INTO sequencer.activity AS a (sequence, hour, step, action, times)
-SELECT sequence, hour, step, action, count(*) {activity_of}
+SELECT sequence, hour, step, action, times FROM counted
 ON CONFLICT (sequence, hour, step, action)
 DO UPDATE SET times = excluded.times WHERE a.times < excluded.times;
 
@@ -694,14 +709,22 @@ DELETE FROM sequencer.lateness WHERE at < $1;
 -- Take permits of a runner, whose rate all daemons share: they begin where those end that were taken
 -- before, or now. Up to 25 ms of the past count, so that the time of this statement is not lost; a
 -- rate that was set far too low by mistake delays calls no longer than a hundred of them take.
-INSERT INTO sequencer.rates AS r (runner, per_second, next_at)
-VALUES ($1, $2, clock_timestamp() + make_interval(secs => $3))
-ON CONFLICT (runner) DO UPDATE
-   SET per_second = excluded.per_second,
-       next_at = least(greatest(r.next_at, clock_timestamp() - interval '25 ms'),
-                       clock_timestamp() + greatest(interval '10 s', make_interval(secs => 100 / $2)))
-                 + make_interval(secs => $3),
-       reached_at = CASE WHEN r.next_at > clock_timestamp() + interval '100 ms'
-                         THEN clock_timestamp() ELSE r.reached_at END
-RETURNING extract(epoch FROM next_at - make_interval(secs => $3))::float8 AS first,
-          extract(epoch FROM clock_timestamp())::float8 AS present;
+WITH known AS MATERIALIZED (
+    SELECT next_at, reached_at FROM sequencer.rates WHERE runner = $1 FOR UPDATE
+), present AS MATERIALIZED ( -- of the time when the row is locked
+    SELECT clock_timestamp() AS now, k.next_at, k.reached_at FROM (SELECT) AS one LEFT JOIN known AS k ON true
+), taken AS (
+    INSERT INTO sequencer.rates (runner, per_second, next_at, reached_at)
+    SELECT $1::text, $2::float8,
+           coalesce(least(greatest(p.next_at, p.now - interval '25 ms'),
+                          p.now + greatest(interval '10 s', make_interval(secs => 100 / $2::float8))), p.now)
+           + make_interval(secs => $3),
+           CASE WHEN p.next_at > p.now + interval '100 ms' THEN p.now ELSE p.reached_at END
+      FROM present AS p
+    ON CONFLICT (runner) DO UPDATE
+       SET per_second = excluded.per_second, next_at = excluded.next_at, reached_at = excluded.reached_at
+    RETURNING next_at
+)
+SELECT extract(epoch FROM next_at - make_interval(secs => $3))::float8 AS first,
+       extract(epoch FROM clock_timestamp())::float8 AS present
+  FROM taken;

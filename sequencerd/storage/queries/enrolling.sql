@@ -14,11 +14,15 @@ SELECT pg_try_advisory_xact_lock({enrolling_lock});
 
 -- name: set_schedule
 -- Record when a new or changed schedule is due. After a failed run it is due at once.
-INSERT INTO sequencer.scheduled_runs AS r (sequence, definition, next_run_at)
-SELECT name, $2, $3 FROM sequencer.sequences WHERE name = $1
+WITH known AS MATERIALIZED (
+    SELECT q.name, CASE WHEN r.problem IS NULL THEN $3 ELSE now() END AS next_run_at
+      FROM sequencer.sequences AS q LEFT JOIN sequencer.scheduled_runs AS r ON r.sequence = q.name
+     WHERE q.name = $1
+)
+INSERT INTO sequencer.scheduled_runs (sequence, definition, next_run_at)
+SELECT name, $2, next_run_at FROM known
 ON CONFLICT (sequence) DO UPDATE
-   SET definition = excluded.definition, failures = 0,
-       next_run_at = CASE WHEN r.problem IS NULL THEN excluded.next_run_at ELSE now() END;
+   SET definition = excluded.definition, failures = 0, next_run_at = excluded.next_run_at;
 
 -- name: lock_run
 -- Lock a run that is due, unless it was done or scheduled otherwise meanwhile.
