@@ -67,6 +67,17 @@ END $$;
 -- reused.
 CREATE SEQUENCE sequencer.revision_numbers AS integer;
 
+CREATE FUNCTION sequencer.next_revision() RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    -- Citus keeps this sequence on one node, and moves the tables among the others
+    IF to_regclass('sequencer.revision_numbers') IS NULL THEN
+        RETURN 1 + greatest((SELECT coalesce(max(revision), 0) FROM sequencer.sequences),
+                            (SELECT coalesce(max(revision), 0) FROM sequencer.revisions));
+    END IF;
+    RETURN nextval('sequencer.revision_numbers');
+END $$;
+
 CREATE TABLE sequencer.sequences (
     name       text COLLATE "C" PRIMARY KEY CHECK (octet_length(name) BETWEEN 1 AND 200),
     description text CHECK (octet_length(description) <= 10000),
@@ -561,7 +572,7 @@ BEGIN
         IF number ~ ('^([+0-9]|' || separators || ')+$') THEN
             number := regexp_replace(number, '^(\+(?!(?:39|378|379|225|241|242)' || separators
                 || ')[1-9][0-9]{0,2})' || separators || '*\(\s*0\s*\)', '\1');
-            NEW.address := CASE channel WHEN 'tel:' THEN '' ELSE channel END
+            NEW.address := CASE WHEN channel = 'tel:' THEN '' ELSE channel END
                 || regexp_replace(number, separators, '', 'g');
         END IF;
     END IF;
@@ -750,7 +761,8 @@ DECLARE
     rule record;
     cause text;
 BEGIN
-    SELECT r.*, q.brake_per INTO rule FROM sequencer.sequences AS q, sequencer.brake_of(q, brake.at) AS r
+    SELECT r.*, q.brake_per INTO rule FROM sequencer.sequences AS q, sequencer.brake_of(
+               q.brake_at_most, q.brake_per, q.apply_brake, q.apply_brake_until, brake.at) AS r
      WHERE q.name = brake.sequence;
     IF rule.at_most IS NULL THEN
         RETURN;
@@ -770,7 +782,7 @@ BEGIN
     cause := format('brake: more than %s in %s', rule.at_most, CASE
         WHEN rule.per = '1 hour' THEN '1 hour'
         ELSE (SELECT concat_ws(' ', d->>'amount', d->>'unit') FROM sequencer.as_duration(rule.per) AS d) END);
-    PERFORM set_config('sequencer.reason', cause, true);
+    EXECUTE format('SET LOCAL sequencer.reason = %L', cause); -- Citus sends no set_config to its nodes
     UPDATE sequencer.sequences AS q SET status = 'paused'
      WHERE q.name IN (SELECT s.name FROM sequencer.sequences AS s
                        WHERE s.name = brake.sequence AND s.status <> 'paused' FOR UPDATE SKIP LOCKED);
@@ -779,19 +791,20 @@ BEGIN
         SET CONSTRAINTS sequencer.record_revision DEFERRED;
         UPDATE sequencer.brakes AS b SET paused_at = brake.at, reason = cause WHERE b.sequence = brake.sequence;
     END IF;
-    PERFORM set_config('sequencer.reason', former, true);
+    EXECUTE format('SET LOCAL sequencer.reason = %L', former);
 END $$;
 
 COMMENT ON FUNCTION sequencer.brake IS 'Count side effects that have begun, and pause their sequence if more would have.';
 
 CREATE FUNCTION sequencer.brake_of(
-    sequence sequencer.sequences, at timestamptz, OUT at_most integer, OUT per interval
+    brake_at_most integer, brake_per interval, apply_brake integer, apply_brake_until timestamptz,
+    at timestamptz, OUT at_most integer, OUT per interval
 ) LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT CASE WHEN sequence.apply_brake_until > at THEN sequence.apply_brake ELSE sequence.brake_at_most END,
-           CASE WHEN sequence.apply_brake_until > at THEN interval '1 hour' ELSE sequence.brake_per END
+    SELECT CASE WHEN apply_brake_until > at THEN apply_brake ELSE brake_at_most END,
+           CASE WHEN apply_brake_until > at THEN interval '1 hour' ELSE brake_per END
 $$;
 
-COMMENT ON FUNCTION sequencer.brake_of IS 'Return the brake of a sequence at a time.';
+COMMENT ON FUNCTION sequencer.brake_of IS 'Return the brake of a sequence at a time, by its columns.';
 
 
 -- daemons ---------------------------------------------------------------------------------------
@@ -879,7 +892,7 @@ BEGIN
             HINT = 'Write an IANA name such as Europe/Berlin; SELECT name FROM pg_timezone_names lists them.';
     END IF;
     IF TG_OP = 'INSERT' THEN
-        NEW.revision := nextval('sequencer.revision_numbers');
+        NEW.revision := sequencer.next_revision();
     END IF;
     RETURN NEW;
 END $$;
@@ -896,7 +909,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     -- once per transaction: if this transaction has made this version of the row, it has a new one already
     NEW.revision := CASE WHEN OLD.xmin = pg_current_xact_id()::xid AND OLD.name = NEW.name
-                         THEN OLD.revision ELSE nextval('sequencer.revision_numbers') END;
+                         THEN OLD.revision ELSE sequencer.next_revision() END;
     RETURN NEW;
 END $$;
 
@@ -990,8 +1003,8 @@ CREATE FUNCTION sequencer.document(sequence text) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT jsonb_build_object(
         'name', q.name, 'description', q.description, 'timezone', q.timezone, 'status', q.status,
-        'reentry', CASE q.reentry
-            WHEN 'after' THEN jsonb_build_object('after', sequencer.as_duration(q.reentry_after))
+        'reentry', CASE
+            WHEN q.reentry = 'after' THEN jsonb_build_object('after', sequencer.as_duration(q.reentry_after))
             ELSE to_jsonb(q.reentry) END,
         'lookup', q.lookup, 'recheck', extract(epoch FROM q.recheck),
         'window', q.time_window,
@@ -1049,7 +1062,7 @@ CREATE CONSTRAINT TRIGGER record_revision AFTER INSERT OR UPDATE ON sequencer.se
 CREATE FUNCTION sequencer.mark_reschedule() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF TG_TABLE_NAME = 'steps' THEN
+    IF TG_ARGV[0] = 'steps' THEN
         NEW.reschedule_from := 0;
         RETURN NEW;
     END IF;
@@ -1064,12 +1077,12 @@ END $$;
 
 CREATE TRIGGER mark_reschedule BEFORE UPDATE OF type, config ON sequencer.steps
     FOR EACH ROW WHEN ((OLD.type, OLD.config) IS DISTINCT FROM (NEW.type, NEW.config))
-    EXECUTE FUNCTION sequencer.mark_reschedule();
+    EXECUTE FUNCTION sequencer.mark_reschedule('steps');
 CREATE TRIGGER mark_reschedule AFTER UPDATE OF timezone, lookup, recheck, time_window, topic
     ON sequencer.sequences
     FOR EACH ROW WHEN ((OLD.timezone, OLD.lookup, OLD.recheck, OLD.time_window, OLD.topic)
         IS DISTINCT FROM (NEW.timezone, NEW.lookup, NEW.recheck, NEW.time_window, NEW.topic))
-    EXECUTE FUNCTION sequencer.mark_reschedule();
+    EXECUTE FUNCTION sequencer.mark_reschedule('sequences');
 
 -- Holidays are part of the definitions that use their calendar: a change is a new revision of those, and
 -- the enrollments that wait there are rescheduled.
@@ -1138,8 +1151,8 @@ CREATE FUNCTION sequencer.named_steps(type text, sequence text, config jsonb)
 RETURNS TABLE (path text[], of_sequence text, step text)
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT '{step}'::text[],
-           CASE jsonb_typeof(config->'sequence') WHEN 'string' THEN config->>'sequence'
-                                                 ELSE named_steps.sequence END,
+           CASE WHEN jsonb_typeof(config->'sequence') = 'string' THEN config->>'sequence'
+                ELSE named_steps.sequence END,
            config->>'step'
      WHERE named_steps.type = 'GoTo' AND jsonb_typeof(config->'step') = 'string'
     UNION ALL
@@ -1190,6 +1203,8 @@ CREATE FUNCTION sequencer.rename_in_configs(sequence text, step text, new_sequen
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    new_name CONSTANT jsonb := to_jsonb(CASE WHEN rename_in_configs.step IS NULL THEN new_sequence
+                                             ELSE new_step END);
     naming record;
 BEGIN
     FOR naming IN
@@ -1201,14 +1216,13 @@ BEGIN
                     ELSE n.of_sequence = rename_in_configs.sequence AND n.step = rename_in_configs.step END
     LOOP
         UPDATE sequencer.steps AS s
-           SET config = CASE WHEN rename_in_configs.step IS NULL
-                             THEN jsonb_set(s.config, '{sequence}', to_jsonb(new_sequence))
-                             ELSE jsonb_set(s.config, naming.path, to_jsonb(new_step)) END
+           SET config = jsonb_set(s.config, CASE WHEN rename_in_configs.step IS NULL THEN '{sequence}'
+                                                 ELSE naming.path END, new_name)
          WHERE s.sequence = naming.sequence AND s.name = naming.name;
     END LOOP;
     IF rename_in_configs.step IS NULL THEN
         UPDATE sequencer.steps AS s
-           SET config = jsonb_set(s.config, '{sequence}', to_jsonb(new_sequence))
+           SET config = jsonb_set(s.config, '{sequence}', new_name)
          WHERE s.type IN ('Enroll', 'Cancel') AND s.config->>'sequence' = rename_in_configs.sequence;
     END IF;
 END $$;
@@ -1219,11 +1233,11 @@ CREATE FUNCTION sequencer.follow_rename() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM set_config('sequencer.renaming', 'on', true);
-    IF TG_TABLE_NAME = 'sequences' THEN
+    IF TG_ARGV[0] = 'sequences' THEN
         UPDATE sequencer.enrollments SET sequence = NEW.name WHERE sequence = OLD.name;
         UPDATE sequencer.enrollments
-           SET goals_elsewhere = goals_elsewhere - OLD.name
-                                 || jsonb_build_object(NEW.name, goals_elsewhere->OLD.name)
+           SET goals_elsewhere = jsonb_set(goals_elsewhere - OLD.name, ARRAY[NEW.name],
+                                           goals_elsewhere->OLD.name)
          WHERE goals_elsewhere ? OLD.name;
         UPDATE sequencer.enrollments AS e
            SET executed = ARRAY(
@@ -1262,9 +1276,9 @@ BEGIN
 END $$;
 
 CREATE TRIGGER follow_rename AFTER UPDATE OF name ON sequencer.sequences
-    FOR EACH ROW WHEN (OLD.name <> NEW.name) EXECUTE FUNCTION sequencer.follow_rename();
+    FOR EACH ROW WHEN (OLD.name <> NEW.name) EXECUTE FUNCTION sequencer.follow_rename('sequences');
 CREATE TRIGGER follow_rename AFTER UPDATE OF name ON sequencer.steps
-    FOR EACH ROW WHEN (OLD.name <> NEW.name) EXECUTE FUNCTION sequencer.follow_rename();
+    FOR EACH ROW WHEN (OLD.name <> NEW.name) EXECUTE FUNCTION sequencer.follow_rename('steps');
 
 CREATE FUNCTION sequencer.follow_reentry() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -1336,8 +1350,9 @@ BEGIN
                 'first visit; how far it has come is for the daemon to write'),
             SCHEMA = 'sequencer', TABLE = 'enrollments',
             HINT = 'Leave out status, entered_at, visit, attempt, leases, goals_met, executed, leased_by, retry_at, expires_at, waits_until, failure, last_error and ended_at, or write DEFAULT or NULL.';
-    -- an id that the sequence has not reached would collide with a later enrollment
-    ELSIF NEW.id OPERATOR(pg_catalog.<=) 0 OR NEW.id OPERATOR(pg_catalog.>) coalesce(
+    -- an id that the sequence has not reached would collide with a later enrollment; on a shard of Citus,
+    -- ids come from the sequences of several nodes
+    ELSIF TG_TABLE_NAME OPERATOR(pg_catalog.=) 'enrollments' AND NEW.id OPERATOR(pg_catalog.<=) 0 OR NEW.id OPERATOR(pg_catalog.>) coalesce(
           pg_catalog.pg_sequence_last_value('sequencer.enrollments_id_seq'), 0) THEN
         RAISE insufficient_privilege USING
             MESSAGE = pg_catalog.format('permission denied: id %s has not been given out', NEW.id),
@@ -1363,14 +1378,18 @@ COMMENT ON FUNCTION sequencer.reentry_time IS 'Return when a subject may be enro
 -- An ended enrollment with the reentry policy after prevents another (entry is 0) until its subject is
 -- enrolled again: only then is the time compared, so that nothing has to be written when it is over.
 CREATE FUNCTION sequencer.allow_reentry(sequence text, subject text) RETURNS void
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    UPDATE sequencer.enrollments AS e SET reentry = 'after_end'
-      FROM sequencer.sequences AS s
-     WHERE s.name = allow_reentry.sequence AND s.reentry = 'after'
-       AND e.sequence = s.name AND e.subject = allow_reentry.subject AND e.entry = 0
-       AND e.status <> 'active'
-       AND sequencer.reentry_time(e.ended_at, s.reentry_after, s.timezone) <= now()
-$$;
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    over CONSTANT bigint[] := ARRAY(
+        SELECT e.id FROM sequencer.enrollments AS e JOIN sequencer.sequences AS s ON s.name = e.sequence
+         WHERE s.name = allow_reentry.sequence AND s.reentry = 'after'
+           AND e.subject = allow_reentry.subject AND e.entry = 0 AND e.status <> 'active'
+           AND sequencer.reentry_time(e.ended_at, s.reentry_after, s.timezone) <= now() FOR UPDATE OF e);
+BEGIN
+    IF over <> '{}' THEN
+        UPDATE sequencer.enrollments AS e SET reentry = 'after_end' WHERE e.id = ANY (over);
+    END IF;
+END $$;
 
 -- A row trigger, as a default cannot read another table and a rejection must precede the insert. Reading
 -- the definitions takes longer than the rest of an insert, so the entry policy (first step and reentry)
@@ -1437,24 +1456,21 @@ END $$;
 CREATE FUNCTION sequencer.check_entries() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    wrong record;
+    e record;
 BEGIN
-    SELECT e.sequence, e.step, e.reentry INTO wrong
-      FROM (SELECT DISTINCT sequence, step, reentry, status FROM entered) AS e
-     WHERE NOT EXISTS (
-        SELECT FROM sequencer.sequences AS s JOIN sequencer.steps AS p ON p.sequence = s.name
-         WHERE s.name = e.sequence AND p.name = e.step AND s.reentry = e.reentry
-           AND (s.status <> 'archived' OR e.status <> 'active'))
-     LIMIT 1;
-    IF FOUND THEN
+    FOR e IN SELECT DISTINCT sequence, step, reentry, status FROM entered LOOP
+        PERFORM FROM sequencer.sequences AS s JOIN sequencer.steps AS p ON p.sequence = s.name
+          WHERE s.name = e.sequence AND p.name = e.step AND s.reentry = e.reentry
+            AND (s.status <> 'archived' OR e.status <> 'active');
+        CONTINUE WHEN FOUND;
         RAISE foreign_key_violation USING
             MESSAGE = format(
                 'no enrollment can enter sequence %L at step %L with reentry %L: there is no such '
                 'step, the sequence is archived, or its reentry policy is another',
-                wrong.sequence, wrong.step, wrong.reentry),
+                e.sequence, e.step, e.reentry),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
             HINT = 'Leave the settings sequencer.entry_... alone; if the definition was changed meanwhile, insert again.';
-    END IF;
+    END LOOP;
     RETURN NULL;
 END $$;
 
@@ -1559,7 +1575,7 @@ BEGIN
     END IF;
     INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, seconds_at_step)
     VALUES (NEW.id, clock_timestamp(), NEW.sequence, NEW.step, NEW.visit,
-            CASE NEW.status WHEN 'active' THEN 'resumed' ELSE NEW.status END, sequencer.changed_by(),
+            CASE WHEN NEW.status = 'active' THEN 'resumed' ELSE NEW.status END, sequencer.changed_by(),
             extract(epoch FROM clock_timestamp() - NEW.entered_at));
     RETURN NEW;
 END $$;
@@ -1717,7 +1733,8 @@ CREATE TRIGGER notify_on_update AFTER UPDATE ON sequencer.enrollments
 CREATE FUNCTION sequencer.notify_definitions() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF current_setting('sequencer.notify', true) IS DISTINCT FROM 'off' THEN
+    -- on a node of Citus no daemon listens, and a transaction over several nodes that notifies fails
+    IF TG_TABLE_NAME = 'sequences' AND current_setting('sequencer.notify', true) IS DISTINCT FROM 'off' THEN
         PERFORM pg_notify('sequencer', '{"definitions": true}');
     END IF;
     RETURN NULL;
@@ -1750,7 +1767,7 @@ CREATE FUNCTION sequencer.add_items(
 LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 DECLARE
     present CONSTANT jsonb := coalesce(nullif(data->'items', 'null'), '[]');
-    known CONSTANT jsonb := CASE jsonb_typeof(data->'collecting') WHEN 'object' THEN data->'collecting' END;
+    known CONSTANT jsonb := CASE WHEN jsonb_typeof(data->'collecting') = 'object' THEN data->'collecting' END;
 BEGIN
     IF jsonb_typeof(present) <> 'array' THEN
         RAISE datatype_mismatch USING
@@ -1786,6 +1803,7 @@ DECLARE
     at_most CONSTANT integer := sequencer.collect_at_most(collect.sequence);
     items CONSTANT jsonb := jsonb_build_array(collect.item);
     enrollment bigint;
+    present timestamptz;
 BEGIN
     -- where the reentry policy allows several enrollments, no constraint keeps two sessions from
     -- enrolling the subject at the same time
@@ -1797,16 +1815,16 @@ BEGIN
         SELECT e.id INTO enrollment FROM sequencer.enrollments AS e
          WHERE e.subject = collect.subject AND e.sequence = collect.sequence AND e.status = 'active'
          ORDER BY e.id DESC LIMIT 1 FOR NO KEY UPDATE;
+        present := clock_timestamp();
         IF FOUND THEN
             UPDATE sequencer.enrollments AS e
-               SET data = sequencer.add_items(e.data, items, 1, clock_timestamp(), clock_timestamp(),
-                                              at_most)
+               SET data = sequencer.add_items(e.data, items, 1, present, present, at_most)
              WHERE e.id = enrollment;
             RETURN enrollment;
         END IF;
         INSERT INTO sequencer.enrollments AS e (sequence, subject, data, timezone)
         VALUES (collect.sequence, collect.subject,
-                sequencer.add_items('{}', items, 1, clock_timestamp(), clock_timestamp(), at_most),
+                sequencer.add_items('{}', items, 1, present, present, at_most),
                 collect.timezone)
         ON CONFLICT DO NOTHING RETURNING e.id INTO enrollment;
         IF FOUND THEN
@@ -1832,14 +1850,17 @@ COMMENT ON FUNCTION sequencer.collect IS 'Add an item to data.items of the subje
 CREATE FUNCTION sequencer.enroll_all(
     sequences text[], subjects text[], data jsonb[], timezones text[], executed jsonb[]
 ) RETURNS TABLE (sequence text, subject text, step text)
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
     INSERT INTO sequencer.enrollments AS e (sequence, subject, data, timezone, executed)
     SELECT n.sequence, n.subject, n.data, n.timezone,
            ARRAY(SELECT jsonb_array_elements_text(n.executed))
       FROM unnest(sequences, subjects, data, timezones, executed)
            AS n (sequence, subject, data, timezone, executed)
-    ON CONFLICT DO NOTHING RETURNING e.sequence, e.subject, e.step
-$$;
+    ON CONFLICT DO NOTHING RETURNING e.sequence, e.subject, e.step;
+END $$;
 
 COMMENT ON FUNCTION sequencer.enroll_all IS 'Enroll subjects for a daemon, and return those that the reentry policy did not refuse. executed: side effects executed without a wait before.';
 
@@ -1850,6 +1871,8 @@ DECLARE
     reason CONSTANT text := nullif(current_setting('sequencer.reason', true), '');
     others CONSTANT text[] := ARRAY['items', 'collecting'];
     pair record;
+    since timestamptz;
+    last timestamptz;
     count bigint;
 BEGIN
     IF from_subject = into_subject THEN
@@ -1879,13 +1902,17 @@ BEGIN
                  ORDER BY a.id
                    FOR UPDATE OF a, b -- also of what was enrolled since, with its last items
             LOOP
-                PERFORM set_config('sequencer.reason', concat_ws('; ', format(
-                    'merged into enrollment %s', pair.kept), reason), true);
+                EXECUTE format('SET LOCAL sequencer.reason = %L', concat_ws('; ', format(
+                    'merged into enrollment %s', pair.kept), reason));
                 UPDATE sequencer.enrollments AS e
                    SET reentry = 'after_end',
-                       status = CASE e.status WHEN 'active' THEN 'cancelled' ELSE e.status END
+                       status = CASE WHEN e.status = 'active' THEN 'cancelled' ELSE e.status END
                  WHERE e.id = pair.other;
-                PERFORM set_config('sequencer.reason', coalesce(reason, ''), true);
+                EXECUTE format('SET LOCAL sequencer.reason = %L', coalesce(reason, ''));
+                IF jsonb_typeof(pair.data->'items') = 'array' THEN
+                    since := pair.data->'collecting'->>'since';
+                    last := pair.data->'collecting'->>'last';
+                END IF;
                 UPDATE sequencer.enrollments AS e
                    SET timezone = coalesce(e.timezone, pair.timezone),
                        data = CASE WHEN jsonb_typeof(pair.data->'items') = 'array'
@@ -1894,8 +1921,7 @@ BEGIN
                                pair.data - others || e.data, pair.data->'items',
                                greatest((pair.data->'collecting'->>'count')::bigint,
                                         jsonb_array_length(pair.data->'items')),
-                               (pair.data->'collecting'->>'since')::timestamptz,
-                               (pair.data->'collecting'->>'last')::timestamptz, pair.at_most)
+                               since, last, pair.at_most)
                            ELSE pair.data || e.data END
                  WHERE e.id = pair.kept AND e.status = 'active';
             END LOOP;
@@ -2052,7 +2078,7 @@ BEGIN
           ) AS v
           LEFT JOIN ( -- the first, of an enrollment that comes back to the Split
             SELECT v.enrollment_id AS id, min(v.visit) AS visit,
-                   min(array_position(labels, CASE v.action WHEN 'branch' THEN v.message
+                   min(array_position(labels, CASE WHEN v.action = 'branch' THEN v.message
                                                             ELSE v.action END)) AS arm
               FROM sequencer.events AS v
              WHERE v.sequence = of_sequence AND v.step = arms_of AND v.at >= start
