@@ -4,6 +4,8 @@ Commits that notify wait for each other, so triggers notify only while a daemon 
 lock. If notifications are very frequent, the daemon releases the lock for a while, and all daemons
 poll instead. The lock can be acquired again when no transaction is in progress that has skipped its
 notification; one more poll then finds what those transactions have written.
+
+If Citus has distributed the tables, triggers run on other servers, and the daemon always polls.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from sequencerd.storage.daemons import (
     release_notify_lock,
 )
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
+from sequencerd.storage.server import is_on_citus
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -176,6 +179,8 @@ async def listen(
             await connected()
             heard(True)
             pause = 0.0
+            if await is_on_citus(connection):
+                await watch.poll()
             await watch.keep()
         except TRANSIENT_ERRORS as error:
             log.warning("listener lost its connection", error=str(error) or type(error).__name__)
@@ -310,6 +315,17 @@ class _Watch:
             self._has_notify_lock, self._pause = None, POLL_INTERVALS[0]
             loop = asyncio.get_running_loop()
             end = loop.time() + OFF_FOR
+            while loop.time() < end:
+                await self._poll_and_pause()
+
+    async def poll(self) -> None:
+        """Poll until the connection is lost, which raises: nothing but requests is notified."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._probe()
+            await self._try_to_handle_requests()
+            self._receive(Changed(definitions=True))
+            end = loop.time() + POLL_INTERVAL
             while loop.time() < end:
                 await self._poll_and_pause()
 

@@ -34,6 +34,12 @@ async def is_standby(connection: asyncpg.Connection) -> bool:
     return found
 
 
+async def is_on_citus(connection: asyncpg.Connection) -> bool:
+    """Return whether Citus has distributed the tables."""
+    found: bool = await connection.fetchval(QUERIES["is_on_citus"])
+    return found
+
+
 async def server_time(connection: asyncpg.Connection) -> datetime:
     """Read the database's clock."""
     now: datetime = await connection.fetchval(QUERIES["server_time"])
