@@ -375,9 +375,17 @@ class _Served:
         async with (
             _pool(shard, settings.database, size) as pool,
             _pool(shard, settings.database, 1) as heart,
-            _pool(shard, settings.database, settings.database.lookup_connections, 0) as for_lookups,
-            _pool(shard, settings.database, ENROLLING_CONNECTIONS, 0) as for_enrolling,
-            _pool(shard, settings.database, RATES_CONNECTIONS, 0) as for_rates,
+            _pool(
+                shard,
+                settings.database,
+                settings.database.lookup_connections,
+                least=0,
+                runs_others=True,
+            ) as for_lookups,
+            _pool(
+                shard, settings.database, ENROLLING_CONNECTIONS, least=0, runs_others=True
+            ) as for_enrolling,
+            _pool(shard, settings.database, RATES_CONNECTIONS, least=0) as for_rates,
         ):
             try:
                 parts = Parts(settings, runners, for_lookups)
@@ -658,12 +666,12 @@ class _Daemon:
 
 @asynccontextmanager
 async def _pool(
-    shard: Shard, settings: Database, size: int, least: int = 1
+    shard: Shard, settings: Database, size: int, **options: Any
 ) -> AsyncIterator[asyncpg.Pool]:
     if settings.url is not None:
         shard = shard._replace(url=settings.url.get_secret_value())
     try:
-        pool = await connections.connect_pool(shard, size, pooled=settings.pooled, least=least)
+        pool = await connections.connect_pool(shard, size, pooled=settings.pooled, **options)
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         raise DatabaseError(
             f"cannot connect to the database: {connections.explain(error)}"

@@ -156,8 +156,9 @@ class Claims:
                 await self._move_all(connection, step_key, batch, claimed, now)
                 if claimed and len(claimed) == count:
                     claim.reached = claimed[-1].wake_at
-                is_last = len(claimed) < limit
-                if is_last or claim.is_to_check:
+            is_last = len(claimed) < limit
+            if is_last or claim.is_to_check:  # after the commit: side effects have started
+                async with connections.borrow(self._pool) as connection:
                     left = claim.left = await wakes.left(
                         connection,
                         step_key,
@@ -167,12 +168,12 @@ class Claims:
                         since=claim.since,
                         with_ahead=is_last and claim.ahead is None,
                     )
-                    if is_last:
-                        next_at = min(left.again_at or NEVER, claim.ahead or left.ahead or NEVER)
-                        # the remaining due rows are locked; that may end without a notification
-                        is_locked = next_at <= now and len(claimed) == count
-                        soon = now + timedelta(seconds=LOCKED_PAUSE)
-                        self._push(step_key, soon if is_locked else next_at)
+                if is_last:
+                    next_at = min(left.again_at or NEVER, claim.ahead or left.ahead or NEVER)
+                    # the remaining due rows are locked; that may end without a notification
+                    is_locked = next_at <= now and len(claimed) == count
+                    soon = now + timedelta(seconds=LOCKED_PAUSE)
+                    self._push(step_key, soon if is_locked else next_at)
         return count
 
     def excluded(self, step_key: StepKey) -> list[int]:

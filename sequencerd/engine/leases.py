@@ -19,8 +19,10 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.quarantine import isolate
 from sequencerd.service.metrics import Metrics
-from sequencerd.storage import connections, locking, writes
+from sequencerd.storage import connections, evaluations, locking, writes
 from sequencerd.storage.database_errors import LOST_ERRORS, TRANSIENT_ERRORS
+
+MOST_TRANSACTIONS = 1000  # that are noted
 
 
 class Leases:
@@ -38,6 +40,8 @@ class Leases:
         metrics: Metrics,
     ) -> None:
         self.by_id: dict[int, Leased] = {}
+        self.transactions: dict[int, int] = {}
+        """The latest that wrote many leases and no data, by the number of the leases."""
         self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
         self._pool = pool
         self._executors = executors
@@ -67,6 +71,11 @@ class Leases:
                 connections.transaction(connection),
             ):
                 yield connection
+                if len(batch.leased) >= locking.MANY and not batch.data:
+                    number = await evaluations.new_transaction(connection)
+                    self.transactions[batch.lease_number] = number % 2**32
+                    if len(self.transactions) > MOST_TRANSACTIONS:
+                        del self.transactions[next(iter(self.transactions))]
         except LOST_ERRORS:
             ids = {one.enrollment.id for one in batch.leased}
             self._doubtful |= ids

@@ -198,7 +198,9 @@ class Moves:
             case LookUp(step, lookup):
                 is_shared = False
                 if executor := self._executors.free(("lookup", lookup), (at.sequence, at.step)):
-                    at = at._replace(leased_by=self._daemon, leases=batch.lease_number)
+                    at = at._replace(
+                        wake_at=None, leased_by=self._daemon, leases=batch.lease_number
+                    )
                     task = Task(at.key, {"subject": at.subject})
                     batch.lease(Leased(at, step, executor, None, task))
                     wake_at = now + self._lease_time

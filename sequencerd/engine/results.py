@@ -148,7 +148,9 @@ class Results:
         known = [leased.enrollment for leased, _ in results]
         batch, locked_elsewhere = Batch(), []
         async with self._leases.writing(batch) as connection:
-            locked, ours, revisions = await locking.lock(connection, known)
+            locked, ours, revisions = await locking.lock(
+                connection, known, self._leases.transactions
+            )
             if any(self._revision(name) != revision for name, revision in revisions.items()):
                 return False
             missing = [enrollment.id for enrollment in known if enrollment.id not in locked]

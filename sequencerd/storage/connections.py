@@ -62,15 +62,24 @@ def explain(error: BaseException) -> str:
 
 
 async def connect_pool(
-    shard: Shard, size: int, *, pooled: bool = False, least: int = 1, **options: Any
+    shard: Shard,
+    size: int,
+    *,
+    pooled: bool = False,
+    least: int = 1,
+    runs_others: bool = False,
+    **options: Any,
 ) -> asyncpg.Pool:
     """Open connections for the daemon, whose writes send no notifications.
 
     With `pooled`, through a pooler, nothing is kept from one transaction to the next: no prepared
     statements, and no settings, so writes do send notifications. `least` connections are opened at
-    once.
+    once. A session is reset after each use only if it `runs_others`, functions of applications,
+    which may change it: our own statements do not, and to reset it takes a round trip.
     """
     notify = {} if pooled else {"sequencer.notify": "off"}
+    if not runs_others:
+        options["reset"] = _keep
     if pooled:
         options["statement_cache_size"] = 0
     else:
@@ -83,6 +92,10 @@ async def connect_pool(
         command_timeout=COMMAND_TIMEOUT,
         **options,
     )
+
+
+async def _keep(_: object) -> None:
+    """Leave a session as it is; asyncpg has rolled back a transaction that was open."""
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from datetime import UTC, datetime
@@ -11,7 +12,9 @@ import asyncpg
 
 from sequencerd.core.model import Enrollment, Fence, StepKey
 from sequencerd.storage.statements import QUERIES, columns
+from sequencerd.storage.writes import id_array
 
+MANY = 50  # leases of one transaction, for which it pays to note its number
 MAX_BYTES = 8_000_000  # of data that one transaction reads, except for a single larger enrollment
 FIRST_LARGE = 4  # enrollments with large data that are read before their size is known
 
@@ -159,19 +162,33 @@ async def orphans(
 
 
 async def lock(
-    connection: asyncpg.Connection, known: Rows[Enrollment]
+    connection: asyncpg.Connection, known: Rows[Enrollment], transactions: Mapping[int, int]
 ) -> tuple[set[int], dict[Fence, Enrollment], dict[str, int | None]]:
     """Lock enrollments, except those that another session has locked.
 
     Return the ids of the locked rows; by their fences, those that are still as known, read again;
     and the revisions of their sequences. What cannot change within a visit is taken from what is
-    known, as dates take long to read.
+    known, as dates take long to read. Of rows that nothing has changed since the `transactions`, by
+    the number of the lease, nothing is read.
     """
     by_fence = {enrollment.fence: enrollment for enrollment in known}
-    ids = sorted({enrollment.id for enrollment in known})
-    locked, now, revisions = set(), {}, {}
-    rows = await _with_data(connection, await connection.fetch(QUERIES["lock"], ids))
-    for row in rows:
+    ids = {enrollment.id for enrollment in known}
+    locked: set[int] = set()
+    now: dict[Fence, Enrollment] = {}
+    revisions: dict[str, int | None] = {}
+    for (number, sequence), count in Counter((one.leases, one.sequence) for one in known).items():
+        if count < MANY or number not in transactions:
+            continue
+        leased = {one.id: one for one in known if (one.leases, one.sequence) == (number, sequence)}
+        unchanged, revisions[sequence] = await connection.fetchrow(
+            QUERIES["lock_unchanged"], id_array(leased), str(transactions[number]), sequence
+        )
+        locked.update(unchanged)
+        now |= {leased[id_].fence: leased[id_] for id_ in unchanged}
+    if not ids - locked:
+        return locked, now, revisions
+    rows = await connection.fetch(QUERIES["lock"], id_array(sorted(ids - locked)))
+    for row in await _with_data(connection, rows):
         id_, visit, leases, leased_by, *rest = row
         subject, data, sequence, step, timezone, error, goals, elsewhere, executed, revision = rest
         fence = (id_, visit, leases, leased_by)

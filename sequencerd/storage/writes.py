@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -35,6 +35,10 @@ class Row(NamedTuple):
     waits_until: datetime | None = None
 
 
+NOWHERE = Row("", "", "active", None, None, 1, 0, 0, None, None)
+"""The state that is written of no enrollment."""
+
+
 @dataclass(slots=True)
 class Written:
     """What a transaction writes of enrollments that it has locked."""
@@ -60,15 +64,25 @@ async def write(connection: asyncpg.Connection, written: Written, now: datetime)
     if written.goals_met:
         goals = [(id_, *met) for id_, met in written.goals_met.items()]
         await connection.executemany(QUERIES["write_goals"], goals)
-    if written.rows:
-        rows = [(ids, *row, now) for row, ids in written.rows.items()]
-        await connection.executemany(QUERIES["write"], rows)
+    rows = [(id_array(ids), *row, now) for row, ids in written.rows.items()]
     if written.events:
+        first, *rows = rows or [(id_array([]), *NOWHERE, now)]
         enrollments = [id_ for ids in written.events.values() for id_ in ids]
         number = [n for n, ids in enumerate(written.events.values(), 1) for _ in ids]
         await connection.execute(
-            QUERIES["record"], enrollments, number, *zip(*written.events, strict=True)
+            QUERIES["write_and_record"],
+            *first,
+            id_array(enrollments),
+            id_array(number),
+            *zip(*written.events, strict=True),
         )
+    if rows:
+        await connection.executemany(QUERIES["write"], rows)
+
+
+def id_array(numbers: Iterable[int]) -> str:
+    """Return an array in PostgreSQL's text."""
+    return f"{{{','.join(map(str, numbers))}}}"
 
 
 async def extend_leases(

@@ -80,7 +80,7 @@ async def running_engine(
     at = url if isinstance(url, Shard) else shard(url)
     pool, heart = await connections.connect_pool(at, 5), await connections.connect_pool(at, 1)
     log = structlog.get_logger()
-    for_lookups = await connections.connect_pool(at, 3, least=0)
+    for_lookups = await connections.connect_pool(at, 3, least=0, runs_others=True)
     lookups = Lookups(for_lookups, endpoints or {}, timeout=lookup_timeout)
     engine = Engine(
         pool,

@@ -19,6 +19,10 @@ from tests.helpers.engines import define
 SLEEPERS = 200_000
 IDS = "'{" + ",".join(map(str, range(1, 1001))) + "}'"
 HERE = "'s', 'a'"
+WRITTEN = (
+    f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL, '{{}}',"
+    " NULL, NULL, now()"
+)
 
 HOT = {
     "claim": f"{HERE}, now(), 'me', '{{}}', 1, 1000, '-infinity'",
@@ -35,8 +39,9 @@ HOT = {
     "lock": IDS,
     "fences": IDS,
     "existing": IDS,
-    "write": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL, '{{}}',"
-    " NULL, NULL, now()",
+    "lock_unchanged": f"{IDS}, '1', 's'",
+    "write": WRITTEN,
+    "write_and_record": WRITTEN + 10 * ", '{}'",
     "write_goals": "1, '{}', NULL",
     "merge_data": "1, '{}', '{}'",
     "extend_leases": f"{IDS}, 'me', now()",

@@ -368,9 +368,22 @@ SELECT e.id, e.visit, e.leases, e.leased_by, e.subject,
        e.sequence, e.step, e.timezone, e.last_error, e.goals_met, e.goals_elsewhere, e.executed,
        (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
   FROM sequencer.enrollments AS e
- WHERE e.id = ANY ($1::bigint[])
+ WHERE e.id = ANY ($1::text::bigint[])
  ORDER BY e.id
    FOR UPDATE OF e SKIP LOCKED;
+
+-- name: lock_unchanged
+-- Lock those enrollments of one sequence that are still as a transaction of this daemon has written them,
+-- and return their ids and the revision of the sequence. None where triggers of others may have changed
+-- what was written.
+SELECT ARRAY(SELECT e.id FROM sequencer.enrollments AS e
+              WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = $2::text::xid
+                AND NOT EXISTS (
+                    SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
+                     WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
+                       AND f.pronamespace <> 'sequencer'::regnamespace)
+              ORDER BY e.id FOR UPDATE OF e SKIP LOCKED) AS ids,
+       (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = $3) AS revision;
 
 -- name: fences
 -- Read the fences of enrollments. It waits for their locks, and so for a transaction whose outcome is
@@ -385,8 +398,9 @@ SELECT e.id, e.visit, e.leases, e.leased_by
 -- Find which enrollments still exist: a locked row is not a deleted one.
 SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
 
--- name: write
--- Write the new state of all enrollments that have the same, as most of a batch do.
+-- part: written
+-- All enrollments that have the same new state, as most of a batch do. Arrays of ids are sent as text:
+-- asyncpg looks at each element of a list four times as long.
 UPDATE sequencer.enrollments
    SET sequence = $2, step = $3, status = $4,
        wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
@@ -394,17 +408,23 @@ UPDATE sequencer.enrollments
        failure = $12, last_error = $13, executed = $14, expires_at = $15,
        waits_until = CASE WHEN $16::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $16 END,
        ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
- WHERE id = ANY ($1::bigint[]);
+ WHERE id = ANY ($1::text::bigint[])
 
--- name: record
--- Insert events. Most events of a batch are the same but for the enrollment, so each is sent once.
+-- name: write
+-- Write the new state of enrollments.
+{written};
+
+-- name: write_and_record
+-- Write the new state of enrollments, and insert the events of a batch. Most of its events are the same
+-- but for the enrollment, so each is sent once.
+WITH written AS ({written})
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision,
                               seconds_at_step)
 SELECT enrollment.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
        what.revision, what.seconds_at_step
-  FROM unnest($1::bigint[], $2::int[]) AS enrollment (id, number)
-  JOIN unnest($3::timestamptz[], $4::text[], $5::text[], $6::int[], $7::text[], $8::text[],
-              $9::int[], $10::real[]) WITH ORDINALITY
+  FROM unnest($18::text::bigint[], $19::text::int[]) AS enrollment (id, number)
+  JOIN unnest($20::timestamptz[], $21::text[], $22::text[], $23::int[], $24::text[], $25::text[],
+              $26::int[], $27::real[]) WITH ORDINALITY
        AS what (at, sequence, step, visit, action, message, revision, seconds_at_step, number)
     ON what.number = enrollment.number;
 

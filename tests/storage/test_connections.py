@@ -1,0 +1,30 @@
+"""Pools: what is left of a session that was changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from sequencerd.storage import connections
+from tests.helpers.databases import shard
+
+
+@pytest.mark.parametrize("runs_others", [True, False])
+async def test_a_transaction_that_was_left_open_is_rolled_back(
+    database: str, runs_others: bool
+) -> None:
+    pool = await connections.connect_pool(shard(database), 1, runs_others=runs_others)
+    async with connections.borrow(pool) as connection:
+        await connection.execute("BEGIN; SET LOCAL work_mem = '1234kB'")
+    async with connections.borrow(pool) as connection:
+        assert not connection.is_in_transaction()
+        assert await connection.fetchval("SHOW work_mem") != "1234kB"
+    await pool.close()
+
+
+async def test_what_functions_of_applications_change_in_a_session_is_reset(database: str) -> None:
+    pool = await connections.connect_pool(shard(database), 1, runs_others=True)
+    async with connections.borrow(pool) as connection:
+        await connection.execute("SELECT set_config('search_path', '', false)")
+    async with connections.borrow(pool) as connection:
+        assert await connection.fetchval("SHOW search_path") != '""'
+    await pool.close()

@@ -1,0 +1,91 @@
+"""Rows whose side effects have ended: what is read again, and what is not."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import asyncpg
+
+from sequencerd.core.model import Enrollment
+from sequencerd.storage import evaluations, locking, writes
+from sequencerd.storage.connections import transaction
+from tests.helpers.engines import define
+
+COUNT = locking.MANY + 4
+NUMBER = 7
+
+
+async def lease(connection: asyncpg.Connection) -> tuple[list[Enrollment], dict[int, int]]:
+    """Lease many enrollments, and return them with the number of the transaction."""
+    await define(connection, "s", ("call", "Task", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject)"
+        f" SELECT 's', 'u' || n FROM generate_series(1, {COUNT}) AS n"
+    )
+    revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
+    now = datetime.now(UTC)
+    async with transaction(connection):
+        claimed, _ = await locking.claim(
+            connection,
+            ("s", "call"),
+            now,
+            revision,
+            COUNT,
+            daemon="me",
+            excluding=[],
+            since=datetime(1900, 1, 1, tzinfo=UTC),
+        )
+        leased = [one._replace(entered_at=now).leased_to("me", NUMBER) for one in claimed]
+        at = leased[0]
+        row = writes.Row(
+            at.sequence, at.step, "active", now, now, at.visit, 1, NUMBER, None, at.leased_by
+        )
+        written = writes.Written(rows={row: [one.id for one in leased]})
+        await writes.write(connection, written, now)
+        number = await evaluations.new_transaction(connection)
+    return leased, {NUMBER: number % 2**32}
+
+
+async def test_only_what_has_changed_since_the_lease_is_read_again(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    leased, transactions = await lease(connection)
+    edited, moved, cancelled, locked, *others = leased
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET data = '{\"k\": 1}' WHERE id = $1", edited.id
+    )
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET step = 'call' WHERE id = $1", moved.id
+    )
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", cancelled.id
+    )
+    other = await asyncpg.connect(database)
+    async with other.transaction(), connection.transaction():
+        await other.execute("SELECT FROM sequencer.enrollments WHERE id = $1 FOR UPDATE", locked.id)
+        ids, now, revisions = await locking.lock(connection, leased, transactions)
+    await other.close()
+    assert ids == {one.id for one in leased} - {locked.id}
+    assert now.keys() == {one.fence for one in (edited, *others)}
+    assert now[edited.fence].data == '{"k": 1}'
+    assert all(now[one.fence] is one for one in others)
+    assert revisions == {"s": await connection.fetchval("SELECT revision FROM sequencer.sequences")}
+
+
+async def test_all_is_read_again_where_triggers_of_others_may_have_changed_it(
+    connection: asyncpg.Connection,
+) -> None:
+    await connection.execute(
+        """
+        CREATE SCHEMA app;
+        CREATE FUNCTION app.touch() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN NEW.data := NEW.data || '{"touched": true}'; RETURN NEW; END $$;
+        CREATE TRIGGER touch BEFORE UPDATE ON sequencer.enrollments
+            FOR EACH ROW EXECUTE FUNCTION app.touch();
+        """
+    )
+    leased, transactions = await lease(connection)
+    async with connection.transaction():
+        _, now, _ = await locking.lock(connection, leased, transactions)
+    assert len(now) == COUNT
+    assert {one.data for one in now.values()} == {'{"touched": true}'}
