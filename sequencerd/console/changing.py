@@ -7,13 +7,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from sequencerd.console import views
 from sequencerd.console.actions import ACTIONS
 from sequencerd.console.auth import Visitor
 from sequencerd.console.causes import NO_ERROR, causes
 from sequencerd.console.context import PageContext, context_of, local, query_of, render
 from sequencerd.console.lists import FILTERS, selection_of
 from sequencerd.console.live import COUNTS
-from sequencerd.console.query import NotFoundError, Query, WrongQueryError
+from sequencerd.console.query import MOST_ROWS, NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import at
 from sequencerd.storage import bulk
 from sequencerd.storage.bulk import Selection
@@ -41,7 +42,13 @@ async def select(context: PageContext, query: Query) -> Selection:
     counts = await context.summary.get() if query.get("cause") else None
     topics = {name: one.topic for name, one in context.simulator().definitions.items()}
     known = causes(counts, context.mask) if counts else []
-    return selection_of(query, context.settings.mask, known, topics, context.now())
+    selection = selection_of(query, context.settings.mask, known, topics, context.now())
+    if selection.prefix is None:
+        return selection
+    rows, _, _ = await views.by_text(
+        context.pool, selection.prefix, context.settings.mask, MOST_ROWS
+    )
+    return selection._replace(or_ids=[row["id"] for row in rows])
 
 
 async def question(request: Request) -> Response:

@@ -43,6 +43,7 @@ def make_templates() -> Environment:
         pretty=pretty,
         wakes=wakes,
     )
+    made.tests["in_data"] = lambda key: key.startswith("data.")
     made.globals.update(at=at, asset=asset)
     for name in made.list_templates():
         made.get_template(name)  # not while the first reader waits

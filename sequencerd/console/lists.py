@@ -69,7 +69,6 @@ class Found:
     """A page of a list, with what else is to be said."""
 
     table: Table
-    remark: str | None = None
     advice: str | None = None  # SQL
 
 
@@ -141,8 +140,8 @@ async def enrollments(pool: asyncpg.Pool, query: Query, selection: Selection, ma
     columns = _columns(query)
     sort = query.get("sort") or "-id"
     key = sort.removeprefix("-")
-    if key not in {column.key for column in columns}:
-        raise WrongQueryError(f"the list has no column {key} to sort by")
+    if key not in COLUMNS and not key.startswith("data."):
+        raise WrongQueryError(f"there is no column {key} to sort by")
     if sort == "-id":
         before = min(query.number("before", FURTHEST), FURTHEST)
         rows, searched_to = await _search(pool, selection, before, query.rows + 1)
@@ -154,12 +153,11 @@ async def enrollments(pool: asyncpg.Pool, query: Query, selection: Selection, ma
             remark = (
                 f"Searched down to enrollment {searched_to:,}; the next page goes on from there."
             )
-        return Found(
-            Table("search", columns, _shown(shown, columns, mask), query.given, more), remark
-        )
+        page = _shown(shown, [column.key for column in columns], mask)
+        return Found(Table("search", columns, page, query.given, more, sort, remark))
     rows, searched_to = await _search(pool, selection, FURTHEST, MOST_SORTED + 1)
     is_part = len(rows) > MOST_SORTED or searched_to > 1
-    every = _shown(rows[:MOST_SORTED], columns, mask)
+    every = _shown(rows[:MOST_SORTED], [key, *(column.key for column in columns)], mask)
     every.sort(key=lambda row: _comparable(row[key]), reverse=sort.startswith("-"))
     skip = query.number("skip", 0)
     more = None
@@ -171,11 +169,20 @@ async def enrollments(pool: asyncpg.Pool, query: Query, selection: Selection, ma
             f"Sorted are the latest {len(every):,} that were found. Add filters to sort them all."
         )
     page = every[skip : skip + query.rows]
-    return Found(Table("search", columns, page, query.given, more), remark)
+    return Found(Table("search", columns, page, query.given, more, sort, remark))
+
+
+def without_usual_columns(query: Query) -> Query:
+    """Return a query that does not name the columns if they are the usual ones, as a form does."""
+    names = (query.get("columns") or "").split(",")
+    if {"id", *names} != {*USUAL}:
+        return query
+    given = {name: value for name, value in query.given.items() if name != "columns"}
+    return Query(given, query.rows)
 
 
 def _columns(query: Query) -> list[Column]:
-    names = (query.get("columns") or ",".join(USUAL)).split(",")[:MOST_COLUMNS]
+    names = (query.get("columns") or ",".join(USUAL)).split(",")
     columns = []
     for name in dict.fromkeys(["id", *filter(None, map(str.strip, names))]):
         if name.startswith("data."):
@@ -183,7 +190,11 @@ def _columns(query: Query) -> list[Column]:
         elif name in COLUMNS:
             columns.append(COLUMNS[name])
         else:
-            raise WrongQueryError(f"there is no column {name}")
+            raise WrongQueryError(
+                f"there is no column {name}; write what is in the data as data.{name}"
+            )
+    if len(columns) > MOST_COLUMNS:
+        raise WrongQueryError(f"a list has at most {MOST_COLUMNS} columns")
     return columns
 
 
@@ -218,10 +229,8 @@ async def _search(
     return rows, top
 
 
-def _shown(
-    rows: Sequence[asyncpg.Record], columns: Sequence[Column], mask: Mask
-) -> list[dict[str, Any]]:
-    paths = [column.key for column in columns if column.key.startswith("data.")]
+def _shown(rows: Sequence[asyncpg.Record], keys: Sequence[str], mask: Mask) -> list[dict[str, Any]]:
+    paths = [key for key in keys if key.startswith("data.")]
     shown = []
     for row in rows:
         made = mask(row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -32,7 +33,13 @@ from sequencerd.console.context import (
     query_of,
     render,
 )
-from sequencerd.console.lists import COLUMNS, FILTERS, Found, enrollments
+from sequencerd.console.lists import (
+    COLUMNS,
+    FILTERS,
+    Found,
+    enrollments,
+    without_usual_columns,
+)
 from sequencerd.console.live import COUNTS
 from sequencerd.console.mask import Row
 from sequencerd.console.query import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
@@ -264,7 +271,7 @@ async def _journey(request: Request, id_: int, query: Query) -> Journey:
 
 async def search(request: Request) -> Response:
     """Find and filter enrollments."""
-    context, query = context_of(request), query_of(request)
+    context, query = context_of(request), without_usual_columns(query_of(request))
     found = await _found(context, query)
     counts = await context.summary.get()
     definitions = context.simulator().definitions
@@ -275,13 +282,14 @@ async def search(request: Request) -> Response:
         title="Enrollments",
         given={name: query.get(name) or "" for name in ("q", "sort", "columns", *FILTERS)},
         found=found.table,
-        remark=found.remark,
+        remark=found.table.remark,
         advice=found.advice,
         sequences=sorted(definitions),
         steps=list(chosen.steps) if chosen else [],
         topics=sorted({one.topic for one in definitions.values() if one.topic}),
         cause=_cause(counts, context, query.get("cause")),
         columns=COLUMNS,
+        chosen=[column.key for column in found.table.columns],
         filters=[(name, query.get(name)) for name in ("q", *FILTERS) if query.get(name)],
         is_filtered=any(query.get(name) for name in FILTERS),
     )
@@ -294,7 +302,12 @@ async def _found(context: PageContext, query: Query) -> Found:
     if query.get("q") and not any(query.get(name) for name in (*FILTERS, "sort", "columns")):
         return await views.search(context.pool, query, context.mask, context.settings.mask)
     selection = await select(context, query)
-    return await enrollments(context.pool, query, selection, context.mask)
+    found = await enrollments(context.pool, query, selection, context.mask)
+    if not (wanted := query.get("q")):
+        return found
+    _, remark, advice = await views.by_text(context.pool, wanted, context.settings.mask, 1)
+    told = [text for text in (remark, found.table.remark) if text]
+    return Found(replace(found.table, remark=" ".join(reversed(told)) or None), advice)
 
 
 def _cause(counts: Counts | None, context: PageContext, key: str | None) -> Cause | None:
@@ -342,7 +355,7 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
         case "revisions":
             return await views.revisions(context.pool, query)
         case "search":
-            return (await _found(context, query)).table
+            return (await _found(context, without_usual_columns(query))).table
         case "events":
             found_journey = await _journey(request, query.number("id", 0), query)
             return found_journey.events

@@ -38,13 +38,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one page. `more` is the query of the next page, `query` that of this one."""
+    """Rows of one page. `more` is the query of the next page, `query` that of this one. A table
+    that can be sorted has an `order`: the key of a column, after a minus if the greatest come
+    first. `remark` is what must be known of the rows.
+    """
 
     name: str
     columns: Sequence[Column]
     rows: Sequence[Mapping[str, Any]]
     query: Mapping[str, str]
     more: Mapping[str, str] | None = None
+    order: str | None = None
+    remark: str | None = None
 
     @property
     def shown(self) -> list[Column]:
@@ -56,6 +61,11 @@ class Table:
             row[column.key] and (column.like is None or row[column.key] != row[column.like])
             for row in self.rows
         )
+
+    def sorted_by(self, column: Column) -> str:
+        """Return the query that sorts by a column, the other way round if it is sorted by it."""
+        kept = {key: value for key, value in self.query.items() if key not in ("before", "skip")}
+        return at("/search", **{**kept, "sort": f"{'-' * (self.order == column.key)}{column.key}"})
 
     def url(self, form: str) -> str:
         """Return the URL of the table as "json" or "csv"."""
@@ -75,6 +85,8 @@ def as_json(table: Table) -> Response:
         "rows": [{key: row[key] for key in keys} for row in table.rows],
         "next": _next(table, "json"),
     }
+    if table.remark:
+        body["remark"] = table.remark
     content = json.dumps(body, default=_plain, ensure_ascii=False)
     return Response(content, headers=_headers(table, "json"), media_type="application/json")
 

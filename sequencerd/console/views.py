@@ -314,19 +314,10 @@ async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
 async def search(pool: asyncpg.Pool, query: Query, mask: Mask, masked: tuple[str, ...]) -> Found:
     """Find enrollments by id, beginning of the subject, or e-mail address."""
     wanted = query.must("q")
-    rows: list[asyncpg.Record] = []
     more: dict[str, str] | None = None
-    remark = advice = None
-    if wanted.isascii() and wanted.isdecimal() and 0 < int(wanted) < 2**63 - 1:
-        rows += await connections.read(pool, "console_by_id", int(wanted))
-    is_first = query.get("after") is None
-    if "@" in wanted and is_first and "data.email" in masked:
-        remark = "Addresses are masked, so data.email is not searched."
-    elif "@" in wanted and is_first:
-        found, is_whole = await _by_email(pool, wanted, query.rows)
-        rows += found
-        if not is_whole:
-            remark, advice = NOT_ALL, EMAIL_INDEX
+    rows, remark, advice = await by_text(pool, wanted, masked, query.rows)
+    if query.get("after") is not None:
+        rows, remark, advice = [], None, None
     if "subject" in masked:
         remark = "Subjects are masked, so they are not searched."
     else:
@@ -339,7 +330,24 @@ async def search(pool: asyncpg.Pool, query: Query, mask: Mask, masked: tuple[str
     unique = {row["id"]: row for row in rows}
     shown = [_linked(mask(row)) for row in list(unique.values())[: query.rows]]
     columns = [COLUMNS[name] for name in USUAL]
-    return Found(Table("search", columns, shown, query.given, more), remark, advice)
+    return Found(Table("search", columns, shown, query.given, more, remark=remark), advice)
+
+
+async def by_text(
+    pool: asyncpg.Pool, wanted: str, masked: tuple[str, ...], limit: int
+) -> tuple[list[asyncpg.Record], str | None, str | None]:
+    """Find enrollments by id or e-mail address. Return also what was not searched, and the SQL that
+    helps.
+    """
+    rows: list[asyncpg.Record] = []
+    if wanted.isascii() and wanted.isdecimal() and 0 < int(wanted) < 2**63 - 1:
+        rows += await connections.read(pool, "console_by_id", int(wanted))
+    if "@" not in wanted:
+        return rows, None, None
+    if "data.email" in masked:
+        return rows, "Addresses are masked, so data.email is not searched.", None
+    found, is_whole = await _by_email(pool, wanted, limit)
+    return rows + found, *((None, None) if is_whole else (NOT_ALL, EMAIL_INDEX))
 
 
 async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asyncpg.Record]:

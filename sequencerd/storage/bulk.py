@@ -55,6 +55,7 @@ class Selection(NamedTuple):
     path: Sequence[str] | None = None  # in the data, and the text of the value there
     value: str | None = None
     causes: Sequence[str] | None = None  # of the failure, as the queries have them
+    or_ids: Sequence[int] | None = None  # that match like the prefix
 
     def parameters(self) -> tuple[object, ...]:
         """Return the parameters of the queries' part "matching"."""

@@ -551,6 +551,33 @@ async def test_simulate_in_the_page(
         assert await page.locator("#data").input_value() == "{"
 
 
+async def test_columns_are_ticked_in_the_page(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    async with console(database) as client:
+        async with window(browser, client) as page:
+            await page.goto("/console/search")
+            await page.locator("summary").first.click()
+            await page.get_by_label("Enrolled", exact=True).check()
+            await page.get_by_label("Of the data").fill("data.name")
+            await page.get_by_role("button", name="Apply").click()
+            await shows(page, "th", "data.name")
+            await page.wait_for_url("**/search?columns=*created_at*data.name*")
+            await page.reload()
+            await shows(page, "th", "Enrolled")
+            await page.get_by_role("link", name="data.name").click()
+            await page.wait_for_url("**sort=data.name*")
+        async with window(browser, client, java_script_enabled=False) as page:
+            await page.goto("/console/search")
+            await page.locator("summary").first.click()
+            await page.get_by_label("Subject", exact=True).uncheck()
+            await page.get_by_role("button", name="Apply").click()
+            await page.wait_for_url("**columns=*")
+            assert await page.locator("th", has_text="Subject").count() == 0
+            assert await page.locator("th", has_text="Status").count() == 1
+
+
 async def test_screenshots(
     database: str, connection: asyncpg.Connection, browser: Browser, tmp_path: Path
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import html
+import re
 from typing import Any
 
 import asyncpg
@@ -23,6 +25,7 @@ from tests.console.conftest import (
     people,
     token,
 )
+from tests.console.test_pages import check
 from tests.helpers.engines import define, until
 from tests.helpers.waiting import PATIENCE
 
@@ -177,6 +180,90 @@ async def test_filters_combine(
             seen += [row["subject"] for row in answer.json()["rows"]]
             path = answer.json()["next"]
         assert seen == ["w1"]
+
+
+async def test_columns_are_ticked_and_kept_in_the_address(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await failing(connection)
+    async with console(database, {"Note": Mended()}) as client:
+        # as a browser without JavaScript sends the form: each box, and empty fields
+        form = "columns=subject&columns=entered_at&columns=data.plan, data.n&sort=&status=active"
+        page = await client.get(f"/search?{form}&failure=")
+        check(page)
+        heads = re.findall(r"<a [^>]+>([^<]+)</a></th>", page.text)
+        assert heads == ["Enrollment", "Subject", "At the step since", "data.plan", "data.n"]
+        ticked = re.findall(r'name="columns" value="([^"]+)" checked', page.text)
+        assert ticked == ["subject", "entered_at"]
+        assert 'name="columns" value="data.plan, data.n"' in page.text
+        address = httpx.URL(page.headers["hx-replace-url"])
+        assert address.params["columns"] == "subject,entered_at,data.plan, data.n"
+        (csv,) = re.findall(r'href="/console(/tables/search\.csv[^"]+)"', page.text)
+        lines = (await client.get(html.unescape(csv))).text.splitlines()
+        assert lines[0] == '"id","subject","entered_at","data.plan","data.n"'
+        assert len(lines) == 6
+        # the usual columns are not in the address, and do not turn a search into a list
+        usual = "&".join(f"columns={name}" for name in lists.USUAL[1:])
+        page = await client.get(f"/search?q=w3&{usual}&columns=")
+        assert page.headers["hx-replace-url"] == "/console/search?q=w3"
+        assert "w3" in check(page)
+        many = ",".join(f"data.a{n}" for n in range(30))
+        assert "at most 20 columns" in (await client.get(f"/search?columns={many}")).text
+
+
+async def test_a_list_is_sorted_by_any_column(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await failing(connection)
+    async with console(database, {"Note": Mended()}) as client:
+        page = await client.get("/search?status=active&sort=-entered_at&columns=subject")
+        assert re.findall(r">(w\d)<", page.text) == ["w1", "w2", "w3", "w4", "w5"]
+        page = await client.get("/search?status=active&sort=data.n&columns=subject")
+        assert re.findall(r">(w\d)<", page.text) == ["w1", "w2", "w3", "w4", "w5"]
+        # the heads of columns sort, and the other way round the second time
+        (link,) = re.findall(r'<a href="/console([^"]+)">Subject</a></th>', page.text)
+        page = await client.get(html.unescape(link))
+        assert 'aria-sort="ascending"' in page.text
+        (link,) = re.findall(r'<a href="/console([^"]+)">Subject</a></th>', page.text)
+        page = await client.get(html.unescape(link))
+        assert re.findall(r">(w\d)<", page.text) == ["w5", "w4", "w3", "w2", "w1"]
+        assert 'aria-sort="descending"' in page.text
+
+
+async def test_a_search_combines_with_filters(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await failing(connection)
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES"
+        """ ('s', 'x1', '{"email": "Ada@Example.com"}'), ('s', 'ada@example.com', '{}'),"""
+        """ ('t', 'x2', '{"email": "ada@example.com"}')"""
+    )
+    id_ = await connection.fetchval("SELECT id FROM sequencer.enrollments WHERE subject = 'x2'")
+    async with console(database, {"Note": Mended()}, write=True) as client:
+
+        async def subjects(**query: str) -> list[str]:
+            return [row["subject"] for row in await found(client, **query)]
+
+        mail = "ada@example.com"
+        assert await subjects(q=mail, sequence="s") == ["ada@example.com", "x1"]
+        assert await subjects(q=mail, sort="subject") == ["ada@example.com", "x1", "x2"]
+        assert await subjects(q=str(id_), columns="subject") == ["x2"]
+        assert await subjects(q=str(id_), sequence="s") == []
+        # what is changed is what was shown
+        asked = await client.get(f"/change?action=cancel&q={mail}&sequence=s")
+        assert "Cancel 2 enrollments?" in asked.text
+        # where not all were searched, the list, its JSON and the page say so
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 't', 'y' || n FROM generate_series(1, 10001) AS n"
+        )
+        for path in (f"/search?q={mail}", f"/search?q={mail}&status=active"):
+            text = check(await client.get(path))
+            assert "searched in the latest 10,000 enrollments only" in text
+            assert "CREATE INDEX CONCURRENTLY enrollments_email" in text
+            answer = await client.get(f"/tables{path.replace('/search?', '/search.json?')}")
+            assert "10,000 enrollments only" in answer.json()["remark"]
 
 
 @pytest.mark.parametrize("mask", [[], ["subject", "data.email"]])

@@ -19,13 +19,14 @@ replace(regexp_replace(regexp_replace(regexp_replace(regexp_replace(left(coalesc
 ($1::bigint[] IS NULL OR e.id = ANY ($1)) AND ($2::text IS NULL OR e.subject = $2)
    AND ($3::text IS NULL OR e.sequence = $3) AND ($4::text IS NULL OR e.step = $4)
    AND ($5::text IS NULL OR e.failure = $5) AND ($6::text IS NULL OR e.status = $6)
-   AND ($7::text IS NULL OR e.subject >= $7 AND e.subject < $7 || chr(1114111))
+   AND ($7::text IS NULL OR e.subject >= $7 AND e.subject < $7 || chr(1114111)
+        OR e.id = ANY ($16::bigint[]))
    AND ($8::text[] IS NULL OR e.sequence = ANY ($8))
    AND ($9::timestamptz IS NULL OR e.wake_at >= $9) AND ($10::timestamptz IS NULL OR e.wake_at < $10)
    AND ($11::timestamptz IS NULL OR coalesce(e.entered_at, e.created_at) < $11)
    AND ($12::timestamptz IS NULL OR e.ended_at IS NULL OR e.ended_at <= $12)
    AND ($13::text[] IS NULL OR e.data #>> $13 = $14)
-   AND ($15::text[] IS NULL OR e.status = 'failed' AND coalesce(e.last_error, '') LIKE ANY ($16)
+   AND ($15::text[] IS NULL OR e.status = 'failed' AND coalesce(e.last_error, '') LIKE ANY ($17)
         AND {cause} = ANY ($15))
 
 -- part: selection
@@ -33,7 +34,7 @@ replace(regexp_replace(regexp_replace(regexp_replace(regexp_replace(left(coalesc
 -- index.
   FROM sequencer.enrollments AS e
  WHERE {matching}
-   AND e.status = ANY ($17::text[]) AND ($18::text IS NULL OR e.step <> $18)
+   AND e.status = ANY ($18::text[]) AND ($19::text IS NULL OR e.step <> $19)
 
 -- name: select
 -- Find the selected enrollments, in no order: a million would be sorted on disk.

@@ -74,8 +74,8 @@ SELECT e.id, e.subject, e.sequence, e.step, e.status, e.wake_at, e.entered_at, e
        e.attempt, e.failure, e.last_error, e.data,
        CASE WHEN e.leased_by IS NULL THEN coalesce(e.waits_until, e.wake_at) END AS waits_until
   FROM sequencer.enrollments AS e
- WHERE {matching} AND e.id >= $17 AND e.id < $18
- ORDER BY e.id DESC LIMIT $19;
+ WHERE {matching} AND e.id >= $18 AND e.id < $19
+ ORDER BY e.id DESC LIMIT $20;
 
 -- name: console_flow
 -- Count the events at steps between two times, by day; of branches, each branch.
