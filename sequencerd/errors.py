@@ -6,6 +6,7 @@
     │   └── MigrationError     the schema is missing, older, newer or changed
     ├── FileError              a file of definitions is wrong
     ├── PlanError              a plan cannot be applied, or holds no longer
+    ├── ShardsError            of several shards, a line for each
     └── UsageError             wrong use of a command
         └── ArgumentError      by its arguments alone
 
@@ -41,6 +42,10 @@ class FileError(SequencerdError):
 
 class PlanError(SequencerdError):
     """A plan cannot be applied, or holds no longer."""
+
+
+class ShardsError(SequencerdError):
+    """What keeps several shards from doing the same: a line for each."""
 
 
 class UsageError(SequencerdError):

@@ -9,7 +9,13 @@ from contextlib import suppress
 from importlib import import_module
 
 from sequencerd.cli.arguments import make_parser
-from sequencerd.errors import FileError, PlanError, SequencerdError
+from sequencerd.errors import (
+    FileError,
+    PlanError,
+    SequencerdError,
+    SettingsError,
+    ShardsError,
+)
 
 # What printing and settings import takes longer than everything else here, so it waits until it is
 # needed: not for --help.
@@ -59,5 +65,6 @@ def _print(error: SequencerdError) -> None:
         return
     # what is wrong in a file begins with the file, as editors expect it
     prefix = "" if isinstance(error, FileError) else "sequencerd: "
-    several = isinstance(error, FileError | PlanError)  # what they name is quoted
+    # what they name is quoted
+    several = isinstance(error, FileError | PlanError | SettingsError | ShardsError)
     (say_lines if several else say)(f"{prefix}{error}", to=sys.stderr)

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sequencerd.cli import ids
+from sequencerd.cli.ids import positive
+
 TRY_AGAIN = 75  # EX_TEMPFAIL: a mail server keeps the message
 MAX_SECONDS = 10 * 365 * 86400
 
@@ -93,13 +96,6 @@ class Commands:
 def add_json(command: argparse.ArgumentParser) -> None:
     """Add the option of every command with an output for programs."""
     command.add_argument("--json", action="store_true", help="print JSON")
-
-
-def positive(text: str) -> int:
-    """Parse an argument such as an id: what the database has as a bigint, from 1 on."""
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def _add_demo(commands: Commands) -> None:
@@ -383,7 +379,7 @@ def _add_preview(commands: Commands) -> None:
     )
     simulate.add_argument(
         "--from-enrollment",
-        type=int,
+        type=ids.parse,
         metavar="ID",
         help="continue from the state of this enrollment, read-only",
     )
@@ -436,7 +432,7 @@ def _add_message(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", metavar="JSON", help="data of the enrollment")
     command.add_argument(
         "--enrollment",
-        type=positive,
+        type=ids.parse,
         metavar="ID",
         help="use the data, subject and time zone of this enrollment, read-only",
     )
@@ -506,7 +502,7 @@ def _add_operation(commands: Commands) -> None:
 
 def _add_change(commands: Commands, name: str, about: str, example: str) -> argparse.ArgumentParser:
     command = commands.add(name, "operation.change_command", about, example)
-    command.add_argument("ids", nargs="*", type=positive, metavar="ID")
+    command.add_argument("ids", nargs="*", type=ids.parse, metavar="ID")
     for option in ("subject", "sequence", "step"):
         command.add_argument(f"--{option}", metavar=option.upper())
     command.add_argument("--failure", metavar="CODE", help="failed with this code, such as error")
@@ -596,8 +592,8 @@ def _add_inspection(commands: Commands) -> None:
     list_.add_argument("--overdue", action="store_true", help="overdue by more than a minute")
     list_.add_argument(
         "--after",
-        type=positive,
-        default=0,
+        type=ids.parse,
+        default=ids.Id(None, 0),
         metavar="ID",
         help="continue after this id, for the next page",
     )
@@ -610,7 +606,7 @@ def _add_inspection(commands: Commands) -> None:
         "show the state and history of an enrollment",
         "show 7",
     )
-    show.add_argument("id", type=positive)
+    show.add_argument("id", type=ids.parse)
     add_json(show)
 
     tail = commands.add(
@@ -620,7 +616,7 @@ def _add_inspection(commands: Commands) -> None:
         "tail --sequence onboarding",
     )
     tail.add_argument("--sequence")
-    tail.add_argument("--id", type=positive, metavar="ID", help="events of this enrollment only")
+    tail.add_argument("--id", type=ids.parse, metavar="ID", help="events of this enrollment only")
     tail.add_argument(
         "--since",
         type=_seconds,

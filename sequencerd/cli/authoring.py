@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from typing import Any
 
-from sequencerd.cli.commands import connect, on_database
+from sequencerd.cli.commands import ask, connect, on_shards
 from sequencerd.cli.output import say, say_json, warn
 from sequencerd.definitions import files, json_schema
 from sequencerd.definitions.check import KnownPaths, known_paths
@@ -41,20 +43,31 @@ def check_command(arguments: argparse.Namespace, settings: Settings) -> int:
 def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dict[str, KnownPaths]:
     """Return the paths of data in the database, if one is set, of those sequences that have any."""
     known: dict[str, KnownPaths] = {}
+    names = files.names(arguments.files)
 
-    async def read(_: argparse.Namespace, __: Settings, shard: Shard) -> int:
+    async def read(shard: Shard) -> dict[str, list[dict[str, Any]]]:
         connection = await connect(shard)
         try:
-            for name in files.names(arguments.files):
-                if rows := await connection.fetch(QUERIES["sample_data"], name):
-                    known[name] = known_paths(json.loads(row["data"]) for row in rows)
+            return {
+                name: [
+                    json.loads(row["data"])
+                    for row in await connection.fetch(QUERIES["sample_data"], name)
+                ]
+                for name in names
+            }
         finally:
             await connection.close()
-        return 0
 
-    if settings.database.url is not None:
+    async def read_all(arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]) -> int:
+        answers = await ask(arguments, shards, read)
+        for name in names:
+            if examples := [one for found in answers.found.values() for one in found[name]]:
+                known[name] = known_paths(examples)
+        return answers.tell()
+
+    if settings.database.url is not None or settings.shards:
         try:
-            on_database(read)(arguments, settings)
+            on_shards(read_all)(arguments, settings)
         except SequencerdError as error:
             warn(f"sequencerd: paths are not compared with data: {error}")
     return known

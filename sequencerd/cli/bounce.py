@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, on_database
+from sequencerd.cli.commands import ask, ask_all, connect, on_shards
 from sequencerd.cli.output import say
 from sequencerd.core.model import Undeliverable
+from sequencerd.errors import ShardsError
 from sequencerd.runners.email.bounces import MAX_READ, Dead, Report, read_report
 from sequencerd.runners.email.smtp import read_sent
 from sequencerd.runners.suppression_check import spellings
@@ -18,24 +19,44 @@ from sequencerd.settings import Settings
 from sequencerd.storage import suppressions
 from sequencerd.storage.connections import Shard
 
+AGAIN = "the mail server should try again"
 
-@on_database
-async def bounce_command(_arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
-    """Suppress what a bounce on standard input reports. What it does not concern is ignored: a
-    failure would make the mail server bounce the bounce.
+
+@on_shards
+async def bounce_command(
+    arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+) -> int:
+    """Suppress what a bounce on standard input reports, in all shards. What it does not concern is
+    ignored: a failure would make the mail server bounce the bounce.
     """
     report = read_report(_read())
     if not report.dead:
         say("ignored: it reports no address that does not exist, and no abuse")
         return 0
-    connection = await connect(shard)
-    try:
-        found = await _find(connection, report)
-        await suppressions.add(connection, found)
-    finally:
-        await connection.close()
+
+    async def find(shard: Shard) -> list[Undeliverable]:
+        connection = await connect(shard)
+        try:
+            return await _find(connection, report)
+        finally:
+            await connection.close()
+
+    answers = await ask(arguments, shards, find)
+    found = list(dict.fromkeys(one for ours in answers.found.values() for one in ours))
+
+    async def suppress(shard: Shard) -> None:
+        connection = await connect(shard)
+        try:
+            await suppressions.add(connection, found)
+        finally:
+            await connection.close()
+
+    if found:
+        await ask_all(arguments, shards, suppress, otherwise=AGAIN)
     for one in found:
         say(f"suppressed {one.address}: {one.reason}")
+    if not found and answers.missing:
+        raise ShardsError("\n".join([*answers.lines(), AGAIN]))
     if not found:
         say("ignored: the history has no message of sequencerd to the address that it reports")
     return 0

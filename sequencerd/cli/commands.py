@@ -5,9 +5,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import asyncpg
 from pydantic import SecretStr
@@ -17,8 +26,10 @@ from sequencerd.core.config import nearest
 from sequencerd.errors import (
     ArgumentError,
     DatabaseError,
+    FileError,
     SequencerdError,
     SettingsError,
+    ShardsError,
     UsageError,
 )
 from sequencerd.service.dns import new_loop
@@ -30,6 +41,9 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS, with_hint
 from sequencerd.storage.statements import QUERIES
 
 _T = TypeVar("_T")
+
+AT_ONCE = 8  # shards that a command works on at the same time
+PATIENCE = 60.0  # seconds that a reading command waits for a statement on one of several shards
 
 Command = Callable[[argparse.Namespace, Settings], int]
 """Does its work and returns the exit code: 0 done, 1 failed."""
@@ -113,19 +127,149 @@ def on_shards(run: ShardsCommand) -> Command:
         with _shards(arguments, settings) as shards:
             try:
                 return _run(run(arguments, settings, shards))
-            except asyncpg.InsufficientPrivilegeError as error:
-                advice = _run(_advice(arguments, shards[0]))
-                raise DatabaseError(f"{error}; {advice}") from error
-            except asyncpg.PostgresError as error:
-                raise DatabaseError(
-                    f"the database rejected the command: {with_hint(error)}"
-                ) from error
             except BrokenPipeError:
                 raise  # of the output: the reader has gone
-            except (asyncpg.InterfaceError, ConnectionError) as error:
-                raise DatabaseError(f"lost the connection to the database: {error}") from error
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, ConnectionError) as error:
+                raise _run(_explained(arguments, shards[0], error)) from error
 
     return command
+
+
+# --- what is done on every shard
+
+
+class Answers(NamedTuple, Generic[_T]):
+    """What shards have answered, in their order, and why the others have not."""
+
+    found: Mapping[Shard, _T]
+    missing: Mapping[Shard, SequencerdError]
+
+    def lines(self, *, refusals: bool = False) -> list[str]:
+        """Describe what is missing. What only some shards refuse, such as a name that they do not
+        have, is described with `refusals`.
+        """
+        return _named(
+            {
+                shard: error
+                for shard, error in self.missing.items()
+                if refusals or not isinstance(error, UsageError)
+            }
+        )
+
+    def tell(self, *, refusals: bool = False) -> int:
+        """Say what is missing, and return the exit code."""
+        lines = self.lines(refusals=refusals)
+        for line in lines:
+            warn(f"sequencerd: {line}")
+        return int(bool(lines))
+
+
+def _named(errors: Mapping[Shard, SequencerdError]) -> list[str]:
+    return [f"shard {shard.name}: {error}" for shard, error in errors.items()]
+
+
+async def ask(
+    arguments: argparse.Namespace,
+    shards: Iterable[Shard],
+    work: Callable[[Shard], Awaitable[_T]],
+    *,
+    at_once: int = AT_ONCE,
+) -> Answers[_T]:
+    """Do the same on every shard. What fails on one keeps no other from it. Raises SequencerdError
+    if all fail; without [shards], whatever `work` raises.
+    """
+    answers = await ask_each(arguments, list(shards), work, at_once)
+    if not answers.found:
+        raise _one_of(answers.missing)
+    return answers
+
+
+async def ask_all(
+    arguments: argparse.Namespace,
+    shards: Iterable[Shard],
+    work: Callable[[Shard], Awaitable[_T]],
+    *,
+    otherwise: str,
+    at_once: int = AT_ONCE,
+) -> Mapping[Shard, _T]:
+    """The same where no shard may be missing. `otherwise` says in the error what that means."""
+    answers = await ask_each(arguments, list(shards), work, at_once)
+    if answers.missing:
+        error = _one_of(answers.missing)
+        if not answers.found and isinstance(error, UsageError | FileError):
+            raise error
+        raise ShardsError("\n".join([*_named(answers.missing), otherwise]))
+    return answers.found
+
+
+async def ask_each(
+    arguments: argparse.Namespace,
+    shards: Sequence[Shard],
+    work: Callable[[Shard], Awaitable[_T]],
+    at_once: int = AT_ONCE,
+) -> Answers[_T]:
+    """The same, also if all fail. Raises SettingsError: no shard is used with wrong settings."""
+    if shards[0].name is None:
+        return Answers({shards[0]: await work(shards[0])}, {})
+    free = asyncio.Semaphore(at_once)
+
+    async def one(shard: Shard) -> _T | SequencerdError:
+        async with free:
+            try:
+                return await work(shard)
+            except BrokenPipeError:
+                raise  # of the output: the reader has gone
+            except (SequencerdError, *TRANSIENT_ERRORS) as error:
+                return await _explained(arguments, shard, error)
+
+    found: dict[Shard, _T] = {}
+    missing: dict[Shard, SequencerdError] = {}
+    for shard, answer in zip(shards, await asyncio.gather(*map(one, shards)), strict=True):
+        if isinstance(answer, SequencerdError):
+            missing[shard] = answer
+        else:
+            found[shard] = answer
+    if wrong := {shard: one for shard, one in missing.items() if isinstance(one, SettingsError)}:
+        raise SettingsError("\n".join(_named(wrong)))
+    return Answers(found, missing)
+
+
+async def ask_any(
+    arguments: argparse.Namespace,
+    shards: Sequence[Shard],
+    work: Callable[[Shard], Awaitable[_T]],
+) -> _T:
+    """Do something on the first shard that can be reached, for what is the same on all."""
+    for shard in shards[:-1]:
+        with suppress(DatabaseError):
+            return (await ask(arguments, [shard], work)).found[shard]
+    return (await ask(arguments, shards[-1:], work)).found[shards[-1]]
+
+
+def _one_of(errors: Mapping[Shard, SequencerdError]) -> SequencerdError:
+    """Return one error for those of several shards. What all refuse is the user's mistake."""
+    first, *others = errors.values()
+    is_same = all(str(one) == str(first) for one in others)
+    if isinstance(first, UsageError | FileError) and is_same:
+        return first
+    lines = _named(errors)
+    return ShardsError("\n".join(lines)) if others else type(first)(lines[0])
+
+
+async def _explained(
+    arguments: argparse.Namespace, shard: Shard, error: BaseException
+) -> SequencerdError:
+    """Return what an error means to the user of a command."""
+    match error:
+        case SequencerdError():
+            return error
+        case asyncpg.InsufficientPrivilegeError():
+            return DatabaseError(f"{error}; {await _advice(arguments, shard)}")
+        case asyncpg.PostgresError():
+            return DatabaseError(f"the database rejected the command: {with_hint(error)}")
+        case TimeoutError():
+            return DatabaseError(f"the database did not answer within {PATIENCE:g} seconds")
+    return DatabaseError(f"lost the connection to the database: {error}")
 
 
 @contextmanager
@@ -222,44 +366,25 @@ async def apply_migrations(
         await connection.close()
 
 
-async def connect(shard: Shard) -> asyncpg.Connection:
-    """Connect to a database with our schema. Raises SequencerdError."""
-    with naming(shard):
-        connection = await connections.connect(shard)
-        try:
-            await migrate.check(connection, shard.number)
-        except BaseException:
-            await connection.close()
-            raise
-    return connection
-
-
-@contextmanager
-def naming(shard: Shard) -> Iterator[None]:
-    """Name the shard in the errors of what is done there."""
+async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Connection:
+    """Connect to a database with our schema; a statement may take `seconds`. Raises
+    SequencerdError.
+    """
+    connection = await connections.connect(shard, seconds=seconds)
     try:
-        yield
-    except SequencerdError as error:
-        if shard.name is None:
-            raise
-        raise type(error)(f"shard {shard.name}: {error}") from error
-    except asyncpg.PostgresError as error:
-        if shard.name is None:
-            raise
-        rejected = f"shard {shard.name}: the database rejected the command: {with_hint(error)}"
-        raise DatabaseError(rejected) from error
-    except BrokenPipeError:
-        raise  # of the output: the reader has gone
-    except (asyncpg.InterfaceError, ConnectionError) as error:
-        if shard.name is None:
-            raise
-        raise DatabaseError(f"shard {shard.name}: lost the connection: {error}") from error
+        await migrate.check(connection, shard.number)
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
 
 
 @asynccontextmanager
 async def reading(shard: Shard) -> AsyncIterator[asyncpg.Connection]:
-    """Connect to a database with our schema, to read one state of it."""
-    connection = await connect(shard)
+    """Connect to a database with our schema, to read one state of it. Of several shards, one that
+    does not answer is given up.
+    """
+    connection = await connect(shard, seconds=None if shard.name is None else PATIENCE)
     try:
         with busy("reading"):
             async with connections.counting(connection, isolation="repeatable_read"):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import asyncpg
 
-from sequencerd.cli.commands import on_database
+from sequencerd.cli.commands import on_shards, reading
 from sequencerd.cli.output import busy, say, say_json
 from sequencerd.errors import SequencerdError, SettingsError
-from sequencerd.service.diagnosis import WITHOUT_SCHEMA, Finding, checks_of, run_check
+from sequencerd.service.diagnosis import (
+    WITHOUT_SCHEMA,
+    Finding,
+    checks_of,
+    compare_shards,
+    run_check,
+)
 from sequencerd.settings import Database, Settings
 from sequencerd.storage import connections, conninfo
 from sequencerd.storage.connections import Shard
@@ -25,19 +32,36 @@ async def examine(shard: Shard, settings: Settings) -> AsyncIterator[Finding]:
     """Run all checks in order. A check that cannot run is an error as well."""
     types: set[str] = set()
     used: dict[str, bool] = {}
+    async for finding in _examine_shard(shard, settings.database, types, used):
+        yield finding
+    async for finding in _examine_endpoints(settings, types, used):
+        yield finding
+
+
+async def _examine_shard(
+    shard: Shard, settings: Database, types: set[str], used: dict[str, bool]
+) -> AsyncIterator[Finding]:
+    """Run the checks of a database. Add the step types and lookups of its definitions."""
     try:
         connection = await connections.connect(shard)
     except SequencerdError as error:
         yield Finding("database", str(error), "error", "start it, or correct database.url")
     else:
         try:
-            async for finding in _examine_database(connection, shard, settings.database):
+            async for finding in _examine_database(connection, shard, settings):
                 yield finding
-            types, used = await _in_use(connection)
+            its_types, its_lookups = await _in_use(connection)
+            types |= its_types
+            used |= its_lookups
         finally:
             connection.terminate()
     if names := _name_service(shard.url):
         yield names
+
+
+async def _examine_endpoints(
+    settings: Settings, types: set[str], used: Mapping[str, bool]
+) -> AsyncIterator[Finding]:
     if _calls_servers(settings, types, used):
         # only then, as it takes longer to import than all else
         from sequencerd.cli.doctor_endpoints import examine_endpoints  # noqa: PLC0415
@@ -99,16 +123,51 @@ def _name_service(url: str, root: Path = Path("/")) -> Finding | None:
 # --- the command
 
 
-@on_database
-async def doctor_command(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
-    findings = []
-    async for finding in examine(shard, settings):
-        findings.append(finding)
+@on_shards
+async def doctor_command(
+    arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
+) -> int:
+    findings: list[tuple[str | None, Finding]] = []
+    async for shard, finding in _examine_all(shards, settings):
+        findings.append((shard, finding))
         if not arguments.json:
             mark = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}[finding.level]
-            say(f"{mark}  {finding.about}: {finding.seen}")
+            where = "" if shard is None else f"{shard}: "
+            say(f"{mark}  {where}{finding.about}: {finding.seen}")
             if finding.advice:
                 say(f"         {finding.advice}")
     if arguments.json:
-        say_json([asdict(finding) for finding in findings])
-    return int(any(finding.level == "error" for finding in findings))
+        is_sharded = shards[0].name is not None
+        say_json(
+            [
+                {**asdict(finding), **({"shard": shard} if is_sharded else {})}
+                for shard, finding in findings
+            ]
+        )
+    return int(any(finding.level == "error" for _, finding in findings))
+
+
+async def _examine_all(
+    shards: Sequence[Shard], settings: Settings
+) -> AsyncIterator[tuple[str | None, Finding]]:
+    """Examine each shard, what they have in common, and the endpoints once for all."""
+    types: set[str] = set()
+    used: dict[str, bool] = {}
+    for shard in shards:
+        database = settings.of_shard(shard.name).database
+        async for finding in _examine_shard(shard, database, types, used):
+            yield shard.name, finding
+    if len(shards) > 1:
+        facts = {}
+        for shard in shards:
+            with suppress(SequencerdError, *TRANSIENT_ERRORS):  # a check has reported it
+                facts[str(shard.name)] = await _common_facts(shard)
+        for finding in compare_shards(facts):
+            yield None, finding
+    async for finding in _examine_endpoints(settings, types, used):
+        yield None, finding
+
+
+async def _common_facts(shard: Shard) -> dict[str, str]:
+    async with reading(shard) as connection:
+        return dict(await connection.fetchrow(QUERIES["common_facts"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sequencerd.cli.commands import connect, on_shards
+from sequencerd.cli.commands import ask_all, connect, on_shards
 from sequencerd.cli.output import say_lines
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
@@ -22,9 +22,12 @@ def fdw_command(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 @on_shards
-async def _print(_: argparse.Namespace, settings: Settings, shards: Sequence[Shard]) -> int:
-    for shard in shards:  # each must have the number that the front gives it
+async def _print(arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]) -> int:
+    async def check(shard: Shard) -> None:
         await (await connect(shard)).close()
+
+    # each must have the number that the front gives it
+    await ask_all(arguments, shards, check, otherwise="the front needs all shards")
     say_lines(
         fdw.front(
             {

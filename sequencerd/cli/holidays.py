@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 
-from sequencerd.cli.commands import connect, on_database
+from sequencerd.cli.commands import ask, connect, on_shards
+from sequencerd.cli.ids import labelled
 from sequencerd.cli.output import say, say_json
 from sequencerd.core.config import nearest
 from sequencerd.errors import UsageError
@@ -15,25 +16,35 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 
-@on_database
-async def holidays_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+@on_shards
+async def holidays_command(
+    arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+) -> int:
     code = arguments.country.upper()
     days = _public_holidays(code, arguments.years)
     calendar = arguments.calendar or code
-    connection = await connect(shard)
-    try:
-        added = await connection.fetchval(
-            QUERIES["add_holidays"], calendar, list(days), list(days.values())
-        )
-    finally:
-        await connection.close()
-    if arguments.json:
-        say_json({"calendar": calendar, "added": added, "known": len(days) - added})
-    else:
-        years = ", ".join(map(str, sorted(set(arguments.years))))
+
+    async def add(shard: Shard) -> int:
+        connection = await connect(shard)
+        try:
+            added: int = await connection.fetchval(
+                QUERIES["add_holidays"], calendar, list(days), list(days.values())
+            )
+        finally:
+            await connection.close()
+        return added
+
+    answers = await ask(arguments, shards, add)
+    years = ", ".join(map(str, sorted(set(arguments.years))))
+    for shard, added in answers.found.items():
+        if arguments.json:
+            counts = {"calendar": calendar, "added": added, "known": len(days) - added}
+            say_json(labelled(shard, counts, as_json=True))
+            continue
+        where = "" if shard.name is None else f"{shard.name}: "
         known = f"; {len(days) - added} were there" if added < len(days) else ""
-        say(f"{calendar}: added {added} holidays of {years}{known}")
-    return 0
+        say(f"{where}{calendar}: added {added} holidays of {years}{known}")
+    return answers.tell()
 
 
 def _public_holidays(code: str, years: Collection[int]) -> Mapping[date, str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import check_names, connect, on_database, reading
+from sequencerd.cli.commands import PATIENCE, ask, check_names, connect, on_shards, reading
+from sequencerd.cli.ids import Id, labelled, shard_of_id
 from sequencerd.cli.output import is_terminal, laid_out, say, say_json, say_lines, show, warn
 from sequencerd.core.config import parse_json
 from sequencerd.core.describe import text
@@ -30,22 +32,68 @@ TAIL_OVERLAP = timedelta(seconds=10)
 """Rows are committed in another order than they are made; this far back is read again."""
 
 
-@on_database
-async def status_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
-    async with reading(shard) as connection:
-        rows = await connection.fetch(QUERIES["status"], arguments.sequence)
-        description = await connection.fetchval(QUERIES["description"], arguments.sequence)
-        problems = await connection.fetch(
-            QUERIES["reported_problems"], arguments.sequence, PROBLEMS
-        )
+@on_shards
+async def status_command(
+    arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+) -> int:
+    async def read(shard: Shard) -> tuple[list[asyncpg.Record], str | None, list[asyncpg.Record]]:
+        async with reading(shard) as connection:
+            return (
+                await connection.fetch(QUERIES["status"], arguments.sequence),
+                await connection.fetchval(QUERIES["description"], arguments.sequence),
+                await connection.fetch(QUERIES["reported_problems"], arguments.sequence, PROBLEMS),
+            )
+
+    answers = await ask(arguments, shards, read)
+    rows = added_up({shard: found for shard, (found, _, _) in answers.found.items()})
     _check_found(rows, arguments.sequence)
-    if description and not arguments.json:
-        say_lines(description)
+    descriptions = [text for _, text, _ in answers.found.values() if text]
+    if descriptions and not arguments.json:
+        say_lines(descriptions[0])
     show(rows, arguments.json, empty=NO_SEQUENCES)
+    problems = [
+        labelled(shard, row, arguments.json)
+        for shard, (_, _, found) in answers.found.items()
+        for row in found
+    ]
     if problems and not arguments.json:
         say()
-        show(problems, as_json=False, empty="")
-    return 0
+        show(problems[:PROBLEMS], as_json=False, empty="")
+    return answers.tell()
+
+
+_COUNTS = ("active", "due", "overdue", "failed", "rescheduling")
+
+
+def added_up(by_shard: Mapping[Shard, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the status of the steps of several shards as that of one database. What differs
+    between the shards, such as a pause in one of them, is named for each.
+    """
+    if [shard.name for shard in by_shard] == [None]:
+        return [dict(row) for rows in by_shard.values() for row in rows]
+    steps: dict[tuple[str, str], dict[Shard, Mapping[str, Any]]] = {}
+    for shard, rows in by_shard.items():
+        for row in rows:
+            steps.setdefault((row["sequence"], row["step"]), {})[shard] = row
+    in_order = sorted(steps.values(), key=lambda found: next(iter(found.values()))["sequence"])
+    return [
+        {
+            **{name: _together(name, found) for name in dict(next(iter(found.values())))},
+            "shards": [str(shard.name) for shard in found],
+        }
+        for found in in_order
+    ]
+
+
+def _together(name: str, rows: Mapping[Shard, Mapping[str, Any]]) -> Any:
+    values = [row[name] for row in rows.values() if row[name] is not None]
+    if name in _COUNTS:
+        return sum(values) if values else None
+    if name == "next_wake_at":
+        return min(values, default=None)
+    if len({*values}) <= 1:
+        return values[0] if values else None
+    return "; ".join(f"{shard.name}: {row[name]}" for shard, row in rows.items() if row[name])
 
 
 def _check_found(rows: Sequence[object], sequence: str | None) -> None:
@@ -53,34 +101,64 @@ def _check_found(rows: Sequence[object], sequence: str | None) -> None:
         raise UsageError(f"sequence {sequence!r} does not exist or has no steps")
 
 
-@on_database
-async def watch_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
-    connection = await connect(shard)
+@on_shards
+async def watch_command(arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]) -> int:
     loop = asyncio.get_running_loop()
     before: dict[tuple[str, str], int] = {}
-    try:
-        with _screen() as draw:
-            while True:
-                begun = loop.time()
-                async with connections.counting(connection):
-                    found = await connection.fetch(QUERIES["status"], arguments.sequence)
-                _check_found(found, arguments.sequence)
-                rows = [dict(row) for row in found]
-                for row in rows:
-                    place = row["sequence"], row["step"]
-                    row["change"] = f"{row['active'] - before.get(place, row['active']):+}"
-                    before[place] = row["active"]
-                draw(rows)
-                await asyncio.sleep(max(arguments.interval, loop.time() - begun))
-    finally:
-        connection.terminate()
+    with _kept() as connected, _screen() as draw:
+
+        async def read(shard: Shard) -> list[asyncpg.Record]:
+            connection = await connected(shard)
+            async with connections.counting(connection):
+                rows: list[asyncpg.Record] = await connection.fetch(
+                    QUERIES["status"], arguments.sequence
+                )
+            return rows
+
+        while True:
+            begun = loop.time()
+            answers = await ask(arguments, shards, read)
+            rows = added_up(answers.found)
+            _check_found(rows, arguments.sequence)
+            for row in rows:
+                row.pop("shards", None)
+                place = row["sequence"], row["step"]
+                row["change"] = f"{row['active'] - before.get(place, row['active']):+}"
+                before[place] = row["active"]
+            draw(rows, answers.lines())
+            await asyncio.sleep(max(arguments.interval, loop.time() - begun))
 
 
 @contextmanager
-def _screen() -> Iterator[Callable[[Sequence[Any]], None]]:
-    """Return what draws rows: on a terminal in place of those before, otherwise below them."""
+def _kept() -> Iterator[Callable[[Shard], Awaitable[asyncpg.Connection]]]:
+    """Provide what connects to a shard: once, for as long as the connection works."""
+    kept: dict[Shard, asyncpg.Connection] = {}
+
+    async def connected(shard: Shard) -> asyncpg.Connection:
+        if shard not in kept or kept[shard].is_closed():
+            kept[shard] = await connect(shard, seconds=None if shard.name is None else PATIENCE)
+        return kept[shard]
+
+    try:
+        yield connected
+    finally:
+        for connection in kept.values():
+            connection.terminate()
+
+
+@contextmanager
+def _screen() -> Iterator[Callable[[Sequence[Any], Sequence[str]], None]]:
+    """Return what draws rows, and lines: on a terminal in place of those before, otherwise below
+    them.
+    """
     if not is_terminal(sys.stdout):
-        yield lambda rows: show(rows, as_json=False, empty=NO_SEQUENCES)
+
+        def add(rows: Sequence[Any], notes: Sequence[str]) -> None:
+            show(rows, as_json=False, empty=NO_SEQUENCES)
+            for note in notes:
+                warn(note)
+
+        yield add
         return
     from rich.console import Console  # noqa: PLC0415 - only a terminal needs it
     from rich.live import Live  # noqa: PLC0415
@@ -89,44 +167,73 @@ def _screen() -> Iterator[Callable[[Sequence[Any]], None]]:
     screen = Console()
     with Live(console=screen, auto_refresh=False, screen=True) as live:
 
-        def draw(rows: Sequence[Any]) -> None:
+        def draw(rows: Sequence[Any], notes: Sequence[str]) -> None:
             lines = laid_out(rows, screen.width, datetime.now(UTC)) if rows else [NO_SEQUENCES]
-            live.update(Text("\n".join(lines), no_wrap=True), refresh=True)
+            live.update(Text("\n".join([*lines, *notes]), no_wrap=True), refresh=True)
 
         yield draw
 
 
-@on_database
-async def list_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
-    async with reading(shard) as connection:
-        await check_names(connection, arguments.sequence, arguments.step)
-        rows = await connection.fetch(
-            QUERIES["list"],
-            arguments.sequence,
-            arguments.step,
-            arguments.subject,
-            arguments.status,
-            arguments.failure,
-            arguments.overdue,
-            arguments.after,
-            arguments.limit,
-        )
+@on_shards
+async def list_command(arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]) -> int:
+    after = _after(shards, arguments.after)
+
+    async def read(shard: Shard) -> list[asyncpg.Record]:
+        async with reading(shard) as connection:
+            await check_names(connection, arguments.sequence, arguments.step)
+            rows: list[asyncpg.Record] = await connection.fetch(
+                QUERIES["list"],
+                arguments.sequence,
+                arguments.step,
+                arguments.subject,
+                arguments.status,
+                arguments.failure,
+                arguments.overdue,
+                after[shard],
+                arguments.limit,
+            )
+            return rows
+
+    answers = await ask(arguments, shards, read)
+    found = ((shard, row) for shard, rows in answers.found.items() for row in rows)
+    page = sorted(found, key=lambda one: one[1]["id"])[: arguments.limit]  # the sort is stable
+    rows = [labelled(shard, row, arguments.json) for shard, row in page]
     show(rows, arguments.json, empty="no matching enrollments")
     if len(rows) == arguments.limit and not arguments.json:
         warn(f"there may be more; next page: --after {rows[-1]['id']}")
-    return 0
+    return answers.tell()
 
 
-@on_database
-async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+def _after(shards: Sequence[Shard], id_: Id) -> dict[Shard, int]:
+    """Return the id after which a page continues in each shard: pages are in the order of ids, and
+    for each id in that of the shards.
+    """
+    if id_.shard is None:
+        return dict.fromkeys(shards, id_.number)
+    place = shards.index(shard_of_id(shards, id_))
+    return {shard: id_.number - (number > place) for number, shard in enumerate(shards)}
+
+
+@on_shards
+async def show_enrollment_command(
+    arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+) -> int:
     from sequencerd.core.step_types import is_instant  # noqa: PLC0415 - only this one needs them
     from sequencerd.core.what_next import what_next  # noqa: PLC0415 - as above
 
-    async with reading(shard) as connection:
-        found = await connection.fetchrow(QUERIES["show"], arguments.id)
-        history = [dict(row) for row in await connection.fetch(QUERIES["history"], arguments.id)]
+    shard, number = shard_of_id(shards, arguments.id), arguments.id.number
+
+    async def read(shard: Shard) -> tuple[asyncpg.Record | None, list[asyncpg.Record]]:
+        async with reading(shard) as connection:
+            return (
+                await connection.fetchrow(QUERIES["show"], number),
+                await connection.fetch(QUERIES["history"], number),
+            )
+
+    found, events = (await ask(arguments, [shard], read)).found[shard]
     if not found:
         raise UsageError(f"enrollment {arguments.id} does not exist")
+    history = [dict(event) for event in events]
     row = dict(found)
     row["next"] = what_next(row)
     if is_instant(row["type"] or ""):
@@ -137,8 +244,10 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, sh
         except DefinitionError as error:  # what Python can't read stays a text
             row["problem"] = row["problem"] or f"{key} {error}"
     if arguments.json:
-        say_json({**row, "history": history})
+        say_json({**labelled(shard, row, True), "history": history})
         return 0
+    if shard.name is not None:
+        say(f"{'shard':11}  {shard.name}")
     for key in ("subject", "sequence", "status", "step", "type", "entered_at", "next", "wake_at"):
         say(f"{key:11}  {text(row[key])}")
     others = ("problem", "topic", "waits_until", "attempt", "failure", "last_error", "goals_met")
@@ -150,36 +259,58 @@ async def show_enrollment_command(arguments: argparse.Namespace, _: Settings, sh
     return 0
 
 
-@on_database
-async def tail_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
-    connection = await connect(shard)
-    try:
-        await check_names(connection, arguments.sequence)
-        if arguments.id is not None and not await connection.fetch(QUERIES["show"], arguments.id):
-            raise UsageError(f"enrollment {arguments.id} does not exist")
-        since = await connection.fetchval(QUERIES["server_time"])
-        since -= timedelta(seconds=arguments.since)
-        seen: dict[tuple[Any, ...], datetime] = {}
-        while True:
-            rows = await connection.fetch(
-                QUERIES["events_since"], since, arguments.sequence, arguments.id
+@on_shards
+async def tail_command(arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]) -> int:
+    if arguments.id is not None:
+        shards = [shard_of_id(shards, arguments.id)]
+    number = None if arguments.id is None else arguments.id.number
+    since: dict[Shard, datetime] = {}
+    seen: dict[Shard, dict[tuple[Any, ...], datetime]] = {shard: {} for shard in shards}
+    with _kept() as connected:
+
+        async def begin(shard: Shard) -> None:
+            connection = await connected(shard)
+            await check_names(connection, arguments.sequence)
+            if number is not None and not await connection.fetch(QUERIES["show"], number):
+                raise UsageError(f"enrollment {arguments.id} does not exist")
+            now = await connection.fetchval(QUERIES["server_time"])
+            since[shard] = now - timedelta(seconds=arguments.since)
+
+        async def read(shard: Shard) -> list[asyncpg.Record]:
+            if shard not in since:
+                await begin(shard)
+            connection = await connected(shard)
+            rows: list[asyncpg.Record] = await connection.fetch(
+                QUERIES["events_since"], since[shard], arguments.sequence, number
             )
-            for row in rows:
-                key = (row["enrollment_id"], row["at"], row["action"])
-                if key not in seen:
-                    seen[key] = row["at"]
-                    _print_event(row, arguments.json)
-            if rows:
-                since = max(since, rows[-1]["at"] - TAIL_OVERLAP)
-                seen = {key: at for key, at in seen.items() if at > since}
+            return rows
+
+        away: AbstractSet[Shard] = frozenset()
+        while True:
+            answers = await ask(arguments, shards, read)
+            new = []
+            for shard, rows in answers.found.items():
+                for row in rows:
+                    key = (row["enrollment_id"], row["at"], row["action"])
+                    if key not in seen[shard]:
+                        seen[shard][key] = row["at"]
+                        new.append((shard, row))
+                if rows:
+                    since[shard] = max(since[shard], rows[-1]["at"] - TAIL_OVERLAP)
+                    seen[shard] = {k: at for k, at in seen[shard].items() if at > since[shard]}
+            for shard, row in sorted(new, key=lambda one: one[1]["at"]):
+                _print_event(labelled(shard, row, arguments.json, "enrollment_id"), arguments.json)
+            if answers.missing.keys() != away:
+                answers.tell()
+                for shard in away - answers.missing.keys():
+                    warn(f"sequencerd: shard {shard.name} is back")
+            away = answers.missing.keys()
             await asyncio.sleep(TAIL_INTERVAL)
-    finally:
-        connection.terminate()
 
 
-def _print_event(row: asyncpg.Record, as_json: bool) -> None:
+def _print_event(row: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        say_json(dict(row))
+        say_json(row)
         return
     message = f"  {row['message']}" if row["message"] else ""
     say(

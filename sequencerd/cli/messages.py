@@ -7,12 +7,14 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping
+from collections.abc import Sequence as Rows
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, on_database, read_settings
+from sequencerd.cli.commands import ask_any, connect, on_shards, read_settings
+from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import is_terminal, say, say_lines, say_raw, warn
 from sequencerd.cli.preview import is_file
 from sequencerd.core.languages import DEFAULT_LOCALE
@@ -94,19 +96,28 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> Message:
     if is_file(path):
         definitions = {one.sequence.name: one.sequence for one in files.read_file(path, runners)}
 
-    async def read(_: argparse.Namespace, __: Settings, shard: Shard) -> int:
+    async def read_one(shard: Shard) -> tuple[dict[str, Sequence], list[asyncpg.Record]]:
         connection = await connect(shard)
         try:
-            if not definitions:
-                definitions.update(await read_sequences(connection, runners))
-            if arguments.enrollment is not None:
-                found.extend(await connection.fetch(QUERIES["simulated"], arguments.enrollment))
+            return (
+                definitions or await read_sequences(connection, runners),
+                await connection.fetch(QUERIES["simulated"], arguments.enrollment.number)
+                if arguments.enrollment is not None
+                else [],
+            )
         finally:
             await connection.close()
+
+    async def read(arguments: argparse.Namespace, _: Settings, shards: Rows[Shard]) -> int:
+        if arguments.enrollment is not None:
+            shards = [shard_of_id(shards, arguments.enrollment)]
+        stored, rows = await ask_any(arguments, shards, read_one)
+        definitions.update(stored)
+        found.extend(rows)
         return 0
 
     if not definitions or arguments.enrollment is not None:
-        on_database(read)(arguments, settings)
+        on_shards(read)(arguments, settings)
     if arguments.enrollment is not None and not found:
         raise UsageError(f"enrollment {arguments.enrollment} does not exist")
     name = arguments.sequence if is_file(path) else arguments.target

@@ -8,11 +8,21 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import check_names, connect, on_database, on_shards
+from sequencerd.cli.commands import (
+    Answers,
+    ask,
+    ask_all,
+    check_names,
+    connect,
+    on_shards,
+)
+from sequencerd.cli.ids import Id, by_shard, labelled
 from sequencerd.cli.output import busy, is_terminal, progress_bar, say, say_json, show, warn
 from sequencerd.core.calendar import dates
 from sequencerd.core.routing import shard_of
@@ -37,53 +47,86 @@ async def enroll_command(
     at = None
     if arguments.at is not None and (at := dates.parse(arguments.at, dates.zone("UTC"))) is None:
         raise UsageError(f"--at {arguments.at!r} is not an ISO 8601 date")
-    connection = await connect(shard)
-    try:
-        id_ = await bulk.enroll(
-            connection,
-            arguments.sequence,
-            arguments.subject,
-            arguments.data,
-            timezone=arguments.timezone,
-            step=arguments.step,
-            at=at,
-        )
-    finally:
-        await connection.close()
+
+    async def work(shard: Shard) -> int:
+        connection = await connect(shard)
+        try:
+            return await bulk.enroll(
+                connection,
+                arguments.sequence,
+                arguments.subject,
+                arguments.data,
+                timezone=arguments.timezone,
+                step=arguments.step,
+                at=at,
+            )
+        finally:
+            await connection.close()
+
+    id_ = (await ask(arguments, [shard], work)).found[shard]
     if arguments.json:
-        say_json({"id": id_} if shard.name is None else {"id": id_, "shard": shard.name})
+        say_json(labelled(shard, {"id": id_}, as_json=True))
     else:
-        say(f"enrolled as {id_}" if shard.name is None else f"enrolled as {shard.name}/{id_}")
+        say(f"enrolled as {Id(shard.name, id_)}")
     return 0
 
 
 # --- many enrollments
 
 
-@on_database
-async def change_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+@on_shards
+async def change_command(
+    arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+) -> int:
     action = "skip" if arguments.command == "retry" and arguments.skip else arguments.command
     selection = _selection(arguments)
     to = arguments.to if action == "move" else None
-    connection = await connect(shard)
-    try:
-        await check_names(connection, selection.sequence, selection.step)
-        ids, groups = await _select(connection, action, selection, to, arguments.dry_run)
-        selected = sum(group["count"] for group in groups)
-        if selection.ids is not None:
-            _check_ids(arguments.command, action, selection.ids, ids)
-        if to is not None:
-            await _check_step(connection, to, groups, selection.sequence)
-        if (selected > 1 or arguments.dry_run) and not arguments.json:
-            show(groups, as_json=False, empty="no matching enrollments")
-        if arguments.dry_run:
-            return _report(arguments, selected, Done())
-        if selected > 1 and not arguments.yes:
-            confirm(f"{arguments.command} {bulk.count(selected)}?")
-        done = await _in_batches(connection, action, ids, to, arguments.reason)
-    finally:
-        await connection.close()
-    return _report(arguments, len(ids), done)
+    wanted = by_shard(shards, arguments.ids)
+
+    async def select(shard: Shard) -> tuple[Sequence[int], list[asyncpg.Record]]:
+        ours = selection._replace(ids=wanted.get(shard))
+        connection = await connect(shard)
+        try:
+            await check_names(connection, ours.sequence, ours.step)
+            ids, groups = await _select(connection, action, ours, to, arguments.dry_run)
+            if ours.ids is not None:
+                _check_ids(arguments.command, action, shard, ours.ids, ids)
+            if to is not None:
+                await _check_step(connection, to, groups, ours.sequence)
+        finally:
+            await connection.close()
+        return ids, groups
+
+    if wanted:  # all or nothing, as of one database
+        found = await ask_all(arguments, wanted, select, otherwise="nothing was changed")
+        answers = Answers(found, {})
+    else:
+        answers = await ask(arguments, shards, select)
+    groups = _added_up([group for _, found in answers.found.values() for group in found])
+    selected = sum(group["count"] for group in groups)
+    if (selected > 1 or arguments.dry_run) and not arguments.json:
+        show(groups, as_json=False, empty="no matching enrollments")
+    if arguments.dry_run:
+        _report(arguments, selected, Done())
+        return answers.tell()
+    code = answers.tell()
+    if selected > 1 and not arguments.yes:
+        confirm(f"{arguments.command} {bulk.count(selected)}?")
+    ids = {shard: found for shard, (found, _) in answers.found.items() if found}
+    done, failed = await _change(arguments, action, ids, to)
+    _report(arguments, sum(map(len, ids.values())), done)
+    return failed or code
+
+
+def _added_up(groups: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:
+    """Return the counts of several shards as those of one database."""
+    counts: Counter[tuple[Any, ...]] = Counter()
+    for group in groups:
+        *place, count = group.values()
+        counts[tuple(place)] += count
+    names = ("sequence", "step", "status", "failure")
+    in_order = sorted(counts, key=lambda place: [(value is None, value or "") for value in place])
+    return [{**dict(zip(names, place, strict=True)), "count": counts[place]} for place in in_order]
 
 
 async def _select(
@@ -113,18 +156,21 @@ def _selection(arguments: argparse.Namespace) -> Selection:
         raise ArgumentError(
             "nothing selected: give ids, --subject, --sequence, --step or --failure"
         )
-    return Selection(sorted(set(arguments.ids)) or None, *filters)
+    return Selection(None, *filters)
 
 
-def _check_ids(command: str, action: str, wanted: Sequence[int], found: Sequence[int]) -> None:
+def _check_ids(
+    command: str, action: str, shard: Shard, wanted: Sequence[int], found: Sequence[int]
+) -> None:
     """Reject ids that the command does not apply to, so that scripts notice wrong ids."""
     if missing := sorted(set(wanted) - set(found)):
-        names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        ids = [str(Id(shard.name, number)) for number in missing]
+        names = ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")
         takes = " and ".join(bulk.STATUSES[action])
         elsewhere = " at another step" if command == "move" else ""
         raise UsageError(
             f"{command} applies to {takes} enrollments{elsewhere}, not to {names}; "
-            f"see: sequencerd show {missing[0]}"
+            f"see: sequencerd show {ids[0]}"
         )
 
 
@@ -154,31 +200,37 @@ def confirm(question: str) -> None:
         raise UsageError("nothing was changed")
 
 
-async def _in_batches(
-    connection: asyncpg.Connection,
-    action: str,
-    ids: Sequence[int],
-    to: str | None,
-    reason: str | None,
-) -> Done:
+async def _change(
+    arguments: argparse.Namespace, action: str, ids: Mapping[Shard, Sequence[int]], to: str | None
+) -> tuple[Done, int]:
+    """Change enrollments in batches. Return what is done, and the exit code."""
     total = Done()
-    try:
-        with progress_bar(action, len(ids)) as advance:
+    selected = sum(map(len, ids.values()))
+    with progress_bar(action, selected) as advance:
 
-            def progress(done: Done) -> None:
-                nonlocal total
-                total = total.plus(done)
-                advance(bulk.BATCH)
+        def progress(done: Done) -> None:
+            nonlocal total
+            total = total.plus(done)
+            advance(bulk.BATCH)
 
-            await bulk.change(
-                connection, action, ids, reason=bulk.changed_by(reason), to=to, progress=progress
-            )
-    except asyncio.CancelledError:
-        warn(f"interrupted: {total.changed:,} of {bulk.count(len(ids))} done")
-        raise
-    except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
-        raise UsageError(f"{with_hint(error)}; {total.changed:,} were changed") from error
-    return total
+        async def change(shard: Shard) -> None:
+            connection = await connect(shard)
+            try:
+                reason = bulk.changed_by(arguments.reason)
+                await bulk.change(
+                    connection, action, ids[shard], reason=reason, to=to, progress=progress
+                )
+            except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
+                raise UsageError(f"{with_hint(error)}; {total.changed:,} were changed") from error
+            finally:
+                await connection.close()
+
+        try:
+            code = (await ask(arguments, ids, change)).tell(refusals=True) if ids else 0
+        except asyncio.CancelledError:
+            warn(f"interrupted: {total.changed:,} of {bulk.count(selected)} done")
+            raise
+    return total, code
 
 
 def _report(arguments: argparse.Namespace, selected: int, done: Done) -> int:
@@ -205,21 +257,34 @@ def _report(arguments: argparse.Namespace, selected: int, done: Done) -> int:
 # --- sequences
 
 
-@on_database
-async def set_status_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
+@on_shards
+async def set_status_command(
+    arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+) -> int:
     words = bulk.SEQUENCE_STATUSES[arguments.command]
     names = sorted(set(arguments.sequences))
-    connection = await connect(shard)
-    try:
-        reason = bulk.changed_by(arguments.reason)
-        rows = await bulk.set_status(connection, names, words.status, reason)
-    finally:
-        await connection.close()
+
+    async def work(shard: Shard) -> list[asyncpg.Record]:
+        connection = await connect(shard)
+        try:
+            reason = bulk.changed_by(arguments.reason)
+            return await bulk.set_status(connection, names, words.status, reason)
+        finally:
+            await connection.close()
+
+    # a shard that is away must not keep a sequence from being paused in the others
+    answers = await ask(arguments, shards, work)
+    rows = [(shard, row) for shard, found in answers.found.items() for row in found]
     if arguments.json:
-        told = [{**row, "status": words.status} for row in rows]
-        say_json(told)
-        return 0
-    for row in rows:
-        already = " already" if row["before"] == words.status else ""
-        say(f"{row['name']} is {words.status}{already}: {bulk.count(row['active'])} {words.inside}")
-    return 0
+        say_json([{**labelled(*one, as_json=True), "status": words.status} for one in rows])
+        return answers.tell(refusals=True)
+    for name in names:
+        ours = [row for _, row in rows if row["name"] == name]
+        already = " already" if all(row["before"] == words.status for row in ours) else ""
+        count = bulk.count(sum(row["active"] for row in ours))
+        where = f" in {', '.join(str(shard.name) for shard in answers.found)}"
+        say(
+            f"{name} is {words.status}{already}{where if answers.missing else ''}: {count} "
+            f"{words.inside}"
+        )
+    return answers.tell(refusals=True)

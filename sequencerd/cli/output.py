@@ -78,14 +78,15 @@ def warn(line: object) -> None:
 
 
 BUSY_AFTER = 0.3  # seconds
+_busy: list[str] = []
 
 
 @contextmanager
 def busy(doing: str) -> Iterator[None]:
     """Say on a terminal what goes on, if it takes longer than a moment. Nothing may be printed
-    meanwhile.
+    meanwhile. A terminal shows one at a time.
     """
-    if not is_terminal(sys.stderr):
+    if _busy or not is_terminal(sys.stderr):
         yield
         return
     from rich.console import Console  # noqa: PLC0415 - only a terminal needs it
@@ -93,9 +94,11 @@ def busy(doing: str) -> Iterator[None]:
 
     status = Status(f"{doing}…", console=Console(stderr=True))
     start = asyncio.get_running_loop().call_later(BUSY_AFTER, status.start)
+    _busy.append(doing)
     try:
         yield
     finally:
+        _busy.clear()
         start.cancel()
         status.stop()
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from sequencerd.cli.commands import connect, on_database
+import asyncpg
+
+from sequencerd.cli.commands import ask, ask_any, connect, on_shards, reading
+from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import model
 from sequencerd.core.model import StepKey
@@ -21,7 +25,7 @@ from sequencerd.definitions.compiler import Definition
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulate import Entry, Simulation
 from sequencerd.definitions.simulator import WORDS, Outcome, Simulator, choose
-from sequencerd.definitions.started import read_started
+from sequencerd.definitions.started import Started, read_started
 from sequencerd.definitions.stored import read_sequences
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
@@ -38,24 +42,30 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
         for option in ("data", "subject", "timezone", "start"):
             if getattr(arguments, option) is not None:
                 raise UsageError(f"--{option} does not go with --from-enrollment")
-        return on_database(_simulate_enrollment)(arguments, settings)
+        return on_shards(_simulate_enrollment)(arguments, settings)
     if arguments.file is None:
         raise UsageError("simulate needs a NAME or a FILE, or --from-enrollment ID")
     if not is_file(arguments.file):
-        return on_database(_simulate_present)(arguments, settings)
+        return on_shards(_simulate_present)(arguments, settings)
     outcomes = _outcomes(arguments)
     return _simulate(arguments, load(arguments.file, outcomes=outcomes, settings=settings))
 
 
-async def _simulate_present(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
+async def _simulate_present(
+    arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
+) -> int:
     """Simulate a sequence as the database has it."""
     outcomes = _outcomes(arguments)
     runners = make_runners(settings, outcomes)
-    connection = await connect(shard)
-    try:
-        definitions = await read_sequences(connection, runners)
-    finally:
-        await connection.close()
+
+    async def read(shard: Shard) -> dict[str, model.Sequence]:
+        connection = await connect(shard)
+        try:
+            return await read_sequences(connection, runners)
+        finally:
+            await connection.close()
+
+    definitions = await ask_any(arguments, shards, read)
     arguments.sequence = choose(definitions, str(arguments.file))
     return _simulate(arguments, Simulator(definitions, runners, outcomes))
 
@@ -91,20 +101,28 @@ def _warn_of_paths(
 
 
 async def _simulate_enrollment(
-    arguments: argparse.Namespace, settings: Settings, shard: Shard
+    arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
 ) -> int:
     outcomes = _outcomes(arguments)
     runners = make_runners(settings, outcomes)
-    connection = await connect(shard)
-    try:
-        async with connection.transaction(isolation="repeatable_read", readonly=True):
-            started = await read_started(connection, arguments.from_enrollment)
-            definitions = await read_sequences(connection, runners)
-            now = await server.server_time(connection)
-    finally:
-        await connection.close()
+    id_ = arguments.from_enrollment
+    shard = shard_of_id(shards, id_)
+
+    async def read_all(shard: Shard) -> tuple[Started | None, dict[str, model.Sequence], datetime]:
+        connection = await connect(shard)
+        try:
+            async with connection.transaction(isolation="repeatable_read", readonly=True):
+                return (
+                    await read_started(connection, id_.number),
+                    await read_sequences(connection, runners),
+                    await server.server_time(connection),
+                )
+        finally:
+            await connection.close()
+
+    started, definitions, now = (await ask(arguments, [shard], read_all)).found[shard]
     if started is None:
-        raise UsageError(f"enrollment {arguments.from_enrollment} does not exist")
+        raise UsageError(f"enrollment {id_} does not exist")
     if arguments.file is not None:
         read = files.read_all([arguments.file], runners)
         definitions |= {one.sequence.name: _dealing(one, definitions) for one in read}
@@ -216,24 +234,31 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
     reads_file = is_file(path)
     runners = make_runners(settings, files.types(path) if reads_file else ())
     read = files.read_file(path, runners) if reads_file else []
-    if reads_file and settings.database.url is None:
+    if reads_file and settings.database.url is None and not settings.shards:
         say_lines(_drawn(arguments, {one.sequence.name: one.sequence for one in read}, {}))
         return 0
 
-    async def with_counts(_: argparse.Namespace, __: Settings, shard: Shard) -> int:
-        connection = await connect(shard)
-        try:
-            definitions = await read_sequences(connection, runners)
-            rows = await connection.fetch(QUERIES["status"], None)
-        finally:
-            await connection.close()
-        if reads_file:
-            definitions = {one.sequence.name: one.sequence for one in read}
-        counts = {(row["sequence"], row["step"]): row["active"] for row in rows}
-        say_lines(_drawn(arguments, definitions, counts))
-        return 0
+    async def read_one(shard: Shard) -> tuple[dict[str, model.Sequence], list[asyncpg.Record]]:
+        async with reading(shard) as connection:
+            return (
+                await read_sequences(connection, runners),
+                await connection.fetch(QUERIES["status"], None),
+            )
 
-    return on_database(with_counts)(arguments, settings)
+    async def with_counts(
+        arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+    ) -> int:
+        answers = await ask(arguments, shards, read_one)
+        definitions = {one.sequence.name: one.sequence for one in read}
+        counts: Counter[StepKey] = Counter()
+        for stored, rows in answers.found.values():
+            if not reads_file:
+                definitions = {**stored, **definitions}
+            counts.update({(row["sequence"], row["step"]): row["active"] for row in rows})
+        say_lines(_drawn(arguments, definitions, counts))
+        return answers.tell()
+
+    return on_shards(with_counts)(arguments, settings)
 
 
 def _drawn(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, fetch, on_database
+from sequencerd.cli.commands import Answers, ask, connect, fetch, on_shards
+from sequencerd.cli.ids import Id, labelled
 from sequencerd.cli.operation import confirm
-from sequencerd.cli.output import say, say_json
+from sequencerd.cli.output import say, say_json, warn
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
@@ -27,7 +30,7 @@ class Forgotten(NamedTuple):
     events: int
     suppressions: int
     redacted: int
-    mentioned_in: list[int]
+    mentioned_in: list[int | str]
 
     def __str__(self) -> str:
         counts = {
@@ -38,35 +41,65 @@ class Forgotten(NamedTuple):
         }
         return ", ".join(f"{what}: {count:,}" for what, count in counts.items())
 
+    def plus(self, other: Forgotten) -> Forgotten:
+        """Return the sum of both."""
+        return Forgotten(
+            self.enrollments + other.enrollments,
+            self.events + other.events,
+            self.suppressions + other.suppressions,
+            self.redacted + other.redacted,
+            self.mentioned_in + other.mentioned_in,
+        )
 
-@on_database
-async def forget_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
-    subject = arguments.subject
+
+@on_shards
+async def forget_command(
+    arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+) -> int:
+    """Forget a subject in all shards: whoever enrolled it may have chosen any of them."""
+
+    async def forget(*, commit: bool) -> Answers[Forgotten]:
+        return await ask(
+            arguments, shards, lambda shard: _forget(shard, arguments.subject, commit=commit)
+        )
+
+    if arguments.dry_run or not arguments.yes:
+        answers = await forget(commit=False)
+        would = _added_up(answers)
+        if arguments.dry_run or not any(would[:-1]):
+            _report(arguments, would)
+            return _tell(answers)
+        _tell(answers)
+        confirm(f"forget {arguments.subject} ({would})? This cannot be undone.")
+    answers = await forget(commit=True)
+    _report(arguments, _added_up(answers))
+    return _tell(answers)
+
+
+def _added_up(answers: Answers[Forgotten]) -> Forgotten:
+    nothing = Forgotten(0, 0, 0, 0, [])
+    return reduce(Forgotten.plus, answers.found.values(), nothing)
+
+
+def _tell(answers: Answers[Forgotten]) -> int:
+    if code := answers.tell(refusals=True):
+        warn("what these shards hold is not forgotten: repeat the command when they can be reached")
+    return code
+
+
+async def _forget(shard: Shard, subject: str, *, commit: bool) -> Forgotten:
+    """Forget a subject; without `commit`, only find out what that would change."""
     connection = await connect(shard)
+    transaction = connection.transaction()
     try:
-        if arguments.dry_run or not arguments.yes:
-            would = await _forget(connection, subject, commit=False)
-            if arguments.dry_run or not any(would[:-1]):
-                return _report(arguments, would)
-            confirm(f"forget {subject} ({would})? This cannot be undone.")
-        return _report(arguments, await _forget(connection, subject, commit=True))
+        await transaction.start()
+        done = Forgotten(*await connection.fetchrow(QUERIES["forget"], subject))
+        await (transaction.commit() if commit else transaction.rollback())
     except asyncpg.ObjectInUseError as error:
         raise UsageError(with_hint(error)) from error
     finally:
         await connection.close()
-
-
-async def _forget(connection: asyncpg.Connection, subject: str, *, commit: bool) -> Forgotten:
-    """Forget a subject; without `commit`, only find out what that would change."""
-    transaction = connection.transaction()
-    await transaction.start()
-    try:
-        done = Forgotten(*await connection.fetchrow(QUERIES["forget"], subject))
-    except BaseException:
-        await transaction.rollback()
-        raise
-    await (transaction.commit() if commit else transaction.rollback())
-    return done
+    return done._replace(mentioned_in=[_id(shard, int(one)) for one in done.mentioned_in])
 
 
 def _report(arguments: argparse.Namespace, done: Forgotten) -> int:
@@ -87,9 +120,33 @@ def _report(arguments: argparse.Namespace, done: Forgotten) -> int:
     return 0
 
 
-@on_database
-async def export_subject_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
-    ((text,),) = await fetch(shard, "export_subject", arguments.subject)
-    exported: dict[str, Any] = json.loads(text)
-    say_json(exported, indent=2)
-    return 0
+@on_shards
+async def export_subject_command(
+    arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+) -> int:
+    async def read(shard: Shard) -> dict[str, Any]:
+        ((text,),) = await fetch(shard, "export_subject", arguments.subject)
+        exported: dict[str, Any] = json.loads(text)
+        for key, rows in exported.items():
+            if isinstance(rows, list):
+                exported[key] = [_with_shard(shard, row) for row in rows]
+        return exported
+
+    answers = await ask(arguments, shards, read)
+    first, *others = answers.found.values()
+    for other in others:
+        for key, rows in other.items():
+            if isinstance(rows, list):
+                first[key] += rows
+    say_json(first, indent=2)
+    return answers.tell()
+
+
+def _with_shard(shard: Shard, row: Any) -> Any:
+    if isinstance(row, dict):
+        return labelled(shard, row, as_json=True)
+    return _id(shard, row)
+
+
+def _id(shard: Shard, number: int) -> int | str:
+    return number if shard.name is None else str(Id(shard.name, number))

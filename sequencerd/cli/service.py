@@ -13,15 +13,15 @@ from sequencerd import daemon, passwords
 from sequencerd.cli import install_service
 from sequencerd.cli.commands import (
     apply_migrations,
+    ask,
+    ask_each,
     connect,
-    naming,
-    on_database,
     on_shards,
     read_settings,
     shards_of,
 )
 from sequencerd.cli.output import say, say_lines, warn
-from sequencerd.errors import DatabaseError, SequencerdError, SettingsError, UsageError
+from sequencerd.errors import DatabaseError, UsageError
 from sequencerd.service.logs import make_log
 from sequencerd.settings import Settings
 from sequencerd.storage import connections, migrate
@@ -81,22 +81,14 @@ async def _run(arguments: argparse.Namespace, settings: Settings, shards: Sequen
 
 @on_shards
 async def migrate_command(
-    _: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
+    arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
 ) -> int:
-    unnumbered, unknown = await _numbers(shards_of(settings, settings.shards))
-    away = []
-    for shard in shards:
-        try:
-            with naming(shard):
-                if unknown and shard.name in unnumbered:
-                    others = "; ".join(map(str, unknown.values()))
-                    raise DatabaseError(f"it gets its number when all others answer: {others}")
-                applied, ungranted = await apply_migrations(shard)
-        except SequencerdError as error:
-            if shard.name is None:
-                raise
-            away.append(error)
-            continue
+    unnumbered, unknown = await _numbers(arguments, shards_of(settings, settings.shards))
+
+    async def work(shard: Shard) -> None:
+        if unknown and shard in unnumbered:
+            raise DatabaseError(f"it gets its number when all others answer: {'; '.join(unknown)}")
+        applied, ungranted = await apply_migrations(shard)
         where = f"{shard.name}: " if shard.name is not None else ""
         for migration in applied:
             say(f"{where}applied {migration.name}")
@@ -107,67 +99,62 @@ async def migrate_command(
             warn(
                 "until an administrator has run what `sequencerd grants` prints, the roles lack it"
             )
-    if away:
-        raise DatabaseError("\n".join(map(str, away)))
-    return 0
+
+    # one by one: the roles belong to all shards of a server
+    return (await ask(arguments, shards, work, at_once=1)).tell()
 
 
-async def _numbers(shards: Sequence[Shard]) -> tuple[set[str | None], dict[str | None, str]]:
-    """Return the shards that have no number yet, and those of which it cannot be said, with the
-    reason. Raises SettingsError if any has another number than in the settings: then a new shard
-    would get the subjects of another one.
+async def _numbers(
+    arguments: argparse.Namespace, shards: Sequence[Shard]
+) -> tuple[set[Shard], list[str]]:
+    """Return the shards that have no number yet, and why that of others cannot be said. Raises
+    SettingsError if any has another number than in the settings: then a new shard would get the
+    subjects of another one.
     """
-    unnumbered, unknown, wrong = set(), {}, []
-    for shard in shards:
+
+    async def has_number(shard: Shard) -> bool:
         assert shard.number is not None  # it is of the settings
+        connection = await connections.connect(shard)
         try:
-            with naming(shard):
-                connection = await connections.connect(shard)
-                try:
-                    if not await migrate.has_number(connection, shard.number):
-                        unnumbered.add(shard.name)
-                finally:
-                    connection.terminate()
-        except SettingsError as error:
-            wrong.append(str(error))
-        except SequencerdError as error:
-            if _is_not_set_up(error):
-                unnumbered.add(shard.name)
-            else:
-                unknown[shard.name] = str(error)
-    if wrong:
-        raise SettingsError("\n".join(wrong))
-    return unnumbered, unknown
+            return await migrate.has_number(connection, shard.number)
+        finally:
+            connection.terminate()
+
+    if not shards:
+        return set(), []
+    answers = await ask_each(arguments, shards, has_number)
+    return {
+        shard for shard, is_numbered in answers.found.items() if not is_numbered
+    }, answers.lines()
 
 
-def _is_not_set_up(error: BaseException | None) -> bool:
-    """Return whether there is no such database yet, or no login with the right to read it."""
-    while error is not None:
-        if isinstance(error, NOT_SET_UP):
-            return True
-        error = error.__cause__
-    return False
+@on_shards
+async def grants_command(
+    arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
+) -> int:
+    async def work(shard: Shard) -> bool:
+        if shard.name is not None:
+            say(f"-- shard {shard.name}")
+        connection = await connect(shard)
+        try:
+            if arguments.apply:
+                ungranted = await migrate.grant(connection)
+                if ungranted:
+                    _warn_of(ungranted)
+                    return False
+                say("the roles have all privileges")
+                return True
+            missing = await connection.fetch(QUERIES["missing_grants"])
+        finally:
+            await connection.close()
+        for (statement,) in missing:
+            say(statement)
+        if not missing:
+            warn("nothing is missing: the roles have all privileges")
+        return True
 
-
-@on_database
-async def grants_command(arguments: argparse.Namespace, _: Settings, shard: Shard) -> int:
-    connection = await connect(shard)
-    try:
-        if arguments.apply:
-            ungranted = await migrate.grant(connection)
-            if ungranted:
-                _warn_of(ungranted)
-                return 1
-            say("the roles have all privileges")
-            return 0
-        missing = await connection.fetch(QUERIES["missing_grants"])
-    finally:
-        await connection.close()
-    for (statement,) in missing:
-        say(statement)
-    if not missing:
-        warn("nothing is missing: the roles have all privileges")
-    return 0
+    answers = await ask(arguments, shards, work, at_once=1)
+    return answers.tell() or int(not all(answers.found.values()))
 
 
 def _warn_of(ungranted: list[migrate.Ungranted]) -> None:

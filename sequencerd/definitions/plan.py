@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -90,6 +90,33 @@ class Waiting:
         times = dict.fromkeys(map(text, (self.first, self.last)))
         return f", {' to '.join(times)}"
 
+    def add(self, other: Waiting) -> None:
+        """Add those at the same step in another shard."""
+        for count in fields(self):
+            if count.type == "int":
+                setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
+        self.first = min(filter(None, (self.first, other.first)), default=None)
+        self.last = max(filter(None, (self.last, other.last)), default=None)
+        self.failure = self.failure or other.failure
+
+
+@dataclass(frozen=True, slots=True)
+class Entering:
+    """How many a scheduled run would enroll now."""
+
+    source: str
+    found: int
+    at_most: int
+    faults: Mapping[str, int]  # of rows, with how many have them
+
+    def __str__(self) -> str:
+        text = f"{self.found} of {self.source} would enter now"
+        if self.found > self.at_most:
+            text = (
+                f"more than at_most = {self.at_most} of {self.source} would enter now: none would"
+            )
+        return "; ".join([text, *(f"{count} rows {fault}" for fault, count in self.faults.items())])
+
 
 @dataclass(frozen=True, slots=True)
 class Naming:
@@ -114,9 +141,10 @@ class SequencePlan:
     waiting: tuple[Waiting, ...] = ()
     empty_calendars: tuple[str, ...] = ()  # of holidays that it needs
     missing: tuple[str, ...] = ()  # other sequences or steps of these, to which it leads
-    entering: str | None = None  # by the key enroll
+    entering: Entering | str | None = None  # by the key enroll; or why that is not known
     unlisted_topics: tuple[str, ...] = ()  # in sentences
     limits: tuple[str, ...] = ()  # that begin, end or change, in sentences
+    shards: tuple[str, ...] = ()  # for which it is the plan, if there are several
 
     def lines(self, *, done: bool) -> Iterator[str]:
         """Yield a line for each change, and one for the enrollments at each changed step."""
@@ -130,7 +158,7 @@ class SequencePlan:
                 yield f"{count} move from {old} to {new}, where their visit starts again"
         yield from filter(None, (waiting.line(done=done) for waiting in self.waiting))
         if self.entering:
-            yield self.entering
+            yield str(self.entering)
         if self.waiting and self.after["status"] == "paused":
             yield "nothing is executed while it is paused"
 
@@ -143,6 +171,7 @@ class Plan:
     archived: tuple[str, ...]
     refused: tuple[str, ...]
     fingerprint: str
+    differing: frozenset[str] = frozenset()  # sequences that are not the same in all shards
 
     def __bool__(self) -> bool:
         """Return whether anything changes."""
@@ -152,10 +181,14 @@ class Plan:
         """Yield the plan as text."""
         for one in self.sequences:
             heading = "new" if one.changes.is_new else "" if one.changes else "nothing changed"
-            yield f"{one.sequence}: {heading}".rstrip()
+            where = f" in {', '.join(one.shards)}" if one.sequence in self.differing else ""
+            yield f"{one.sequence}{where}: {heading}".rstrip()
             yield from (f"  {line}" for line in one.lines(done=done))
         for name in self.archived:
             yield f"{name}:\n  archived, as no file has it any more"
+        if self.differing and not done:
+            names = ", ".join(sorted(self.differing))
+            yield f"the shards have different definitions of {names}"
 
     def as_dict(self) -> dict[str, Any]:
         """For a program."""
@@ -168,12 +201,13 @@ class Plan:
                     **asdict(one.changes),
                     "moves": dict(one.moves),
                     "at_step": dict(one.at_step),
-                    "entering": one.entering,
+                    "entering": one.entering and str(one.entering),
                     "waiting": [asdict(waiting) for waiting in one.waiting],
                     "empty_calendars": one.empty_calendars,
                     "missing": one.missing,
                     "unlisted_topics": one.unlisted_topics,
                     "limits": one.limits,
+                    **({"shards": one.shards} if one.shards else {}),
                 }
                 for one in self.sequences
             ],
@@ -232,7 +266,7 @@ async def make(
     return Plan(
         tuple(made),
         tuple(archived),
-        tuple(refusal for one in made for refusal in _refusals(one, names)),
+        tuple(refusal for one in made for refusal in refusals(one, names)),
         digest[:12],
     )
 
@@ -356,7 +390,9 @@ def _limited(document: Document) -> dict[str, tuple[Any, str | None]]:
     }
 
 
-async def _entering(connection: asyncpg.Connection, definition: Definition) -> str | None:
+async def _entering(
+    connection: asyncpg.Connection, definition: Definition
+) -> Entering | str | None:
     """Return how many a scheduled run would enroll now."""
     if (enroll := definition.enroll) is None:
         return None
@@ -366,12 +402,7 @@ async def _entering(connection: asyncpg.Connection, definition: Definition) -> s
         )
     except (asyncpg.PostgresError, ValueError) as error:
         return f"{enroll.source} cannot be read: {error}"
-    text = f"{len(found)} of {enroll.source} would enter now"
-    if len(found) > enroll.at_most:
-        text = (
-            f"more than at_most = {enroll.at_most} of {enroll.source} would enter now: none would"
-        )
-    return "; ".join([text, *(f"{count} rows {fault}" for fault, count in faults.items())])
+    return Entering(enroll.source, len(found), enroll.at_most, faults)
 
 
 async def _document(
@@ -426,7 +457,7 @@ def _seed(sequence: str, step: str, dealt_by: Mapping[str, str]) -> dict[str, st
     return {} if seed in (None, f"{sequence}/{step}") else {"seed": seed}
 
 
-def _refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
+def refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
     """Yield why a plan cannot be applied. What `planned` sequences name is checked with their
     files.
     """
@@ -573,6 +604,13 @@ async def apply(
     """
     await connection.execute(QUERIES["lock_definitions"])
     plan = await make(connection, definitions, runners, moves=moves, prune=prune)
+    check(plan, expected)
+    await write(connection, plan, definitions, brake=brake, from_files=from_files)
+    return plan
+
+
+def check(plan: Plan, expected: str | None) -> None:
+    """Raise PlanError where a plan cannot be done, or has another fingerprint than `expected`."""
     if expected is not None and plan.fingerprint != expected:
         raise PlanError(
             f"plan {expected} no longer holds: the files, the options or the sequences have "
@@ -580,6 +618,17 @@ async def apply(
         )
     if plan.refused:
         raise PlanError("\n".join(plan.refused))
+
+
+async def write(
+    connection: asyncpg.Connection,
+    plan: Plan,
+    definitions: Sequence[Definition],
+    *,
+    brake: int | None = None,
+    from_files: bool = True,
+) -> None:
+    """Do what `make` has planned, in the same transaction, which has locked the definitions."""
     written = zip(plan.sequences, definitions, strict=True)
     # by name, as daemons lock brakes
     for step, definition in sorted(written, key=lambda pair: pair[0].sequence):
@@ -595,7 +644,6 @@ async def apply(
         await connection.execute(QUERIES["archive"], plan.archived)
     if from_files:
         await connection.execute(QUERIES["mark_from_file"], [s.sequence for s in plan.sequences])
-    return plan
 
 
 async def _write(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -377,6 +378,37 @@ async def _email_search(connection: asyncpg.Connection) -> Finding:
         return Finding("e-mail search", "needs no index yet")
     seen = f"the console searches data.email in the latest {EMAILS_SEARCHED:,} enrollments only"
     return Finding("e-mail search", seen, "ok", f"if that matters: {EMAIL_INDEX}")
+
+
+# --- several shards
+
+
+def compare_shards(facts: Mapping[str, Mapping[str, str | None]]) -> Iterator[Finding]:
+    """Find what shards should have in common. `facts` are those of each, as JSON."""
+    for about, advice in {
+        "server": "run the same version of PostgreSQL everywhere",
+        "definitions": "apply the files to all shards; sequencerd plan shows the differences",
+        "topics": "write the same rows to sequencer.topics in all shards",
+        "holidays": "add the same days to sequencer.holidays in all shards",
+        "step types": "give the daemons of all shards the same settings",
+    }.items():
+        known = {shard: json.loads(of[about] or "null") for shard, of in facts.items()}
+        known = {shard: value for shard, value in known.items() if value is not None}
+        keys = sorted({key for value in known.values() for key in value})
+        if differing := {key: groups for key in keys if len(groups := _groups(known, key)) > 1}:
+            named = (f"{key} ({' | '.join(groups)})" for key, groups in differing.items())
+            seen = _some(named, between="; ")
+            yield Finding(f"{about} of the shards", f"differ: {seen}", "warning", advice)
+        else:
+            yield Finding(f"{about} of the shards", "the same in all")
+
+
+def _groups(known: Mapping[str, Mapping[str, object]], key: str) -> list[str]:
+    """Return the shards in groups that have the same."""
+    groups: dict[str, list[str]] = {}
+    for shard, value in known.items():
+        groups.setdefault(json.dumps(value.get(key), sort_keys=True), []).append(shard)
+    return [", ".join(shards) for shards in groups.values()]
 
 
 CHECKS: dict[str, Check] = {

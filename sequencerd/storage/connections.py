@@ -41,11 +41,14 @@ def arguments(
     return made | {"connection_class": connection_class(shard.schema)}
 
 
-async def connect(shard: Shard) -> asyncpg.Connection:
-    """Open a connection for a command. Raises DatabaseError without the password in it."""
+async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Connection:
+    """Open a connection for a command, on which a statement may take `seconds`. Raises
+    DatabaseError without the password in it.
+    """
     try:
         connection = await asyncpg.connect(
             **arguments(shard, name="sequencerd", timeout=CONNECT_TIMEOUT),
+            command_timeout=seconds,
             statement_cache_size=0,  # it may lead to a pooler
         )
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:

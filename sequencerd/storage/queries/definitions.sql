@@ -150,3 +150,15 @@ SELECT CASE
                         (SELECT max(revision) FROM sequencer.revisions WHERE sequence = $1))
     THEN (SELECT document FROM sequencer.revisions WHERE sequence = $1 AND revision <= $2
            ORDER BY revision DESC LIMIT 1) END;
+
+-- name: check_constraints
+-- Check now what would be checked at the end of the transaction.
+SET CONSTRAINTS ALL IMMEDIATE;
+
+-- name: transaction_id
+-- Read the id of the present transaction; none if it has written nothing.
+SELECT pg_current_xact_id_if_assigned()::text;
+
+-- name: transaction_outcome
+-- Read what became of a transaction: committed, aborted or in progress.
+SELECT pg_xact_status($1::text::xid8);

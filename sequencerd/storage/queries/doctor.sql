@@ -132,3 +132,16 @@ SELECT DISTINCT type FROM sequencer.steps;
 -- Read the lookups that sequences name, and whether each is an SQL function.
 SELECT DISTINCT lookup AS name, to_regprocedure(lookup || '(text[])') IS NOT NULL AS is_function
   FROM sequencer.sequences WHERE lookup IS NOT NULL;
+
+-- name: common_facts
+-- Read what all shards should have in common, as JSON objects; NULL where there is nothing to compare.
+SELECT jsonb_build_object('PostgreSQL', current_setting('server_version_num')::integer / 10000)::text AS server,
+       (SELECT coalesce(jsonb_object_agg(name, sequencer.document(name)), '{}')
+          FROM sequencer.sequences)::text AS definitions,
+       (SELECT coalesce(jsonb_object_agg(t.name, to_jsonb(t)), '{}') FROM sequencer.topics AS t)::text AS topics,
+       (SELECT coalesce(jsonb_object_agg(h.calendar, h.days), '{}')
+          FROM (SELECT calendar, jsonb_agg(day ORDER BY day) AS days
+                  FROM sequencer.holidays GROUP BY calendar) AS h)::text AS holidays,
+       (SELECT jsonb_object_agg(name, true)
+          FROM (SELECT DISTINCT unnest(types) AS name
+                  FROM sequencer.daemons WHERE alive_until > now()) AS t)::text AS "step types";

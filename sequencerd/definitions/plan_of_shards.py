@@ -1,0 +1,112 @@
+"""One plan of those of several shards: their counts are added up, and what differs is named."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+
+from sequencerd.definitions.plan import Entering, Plan, SequencePlan, Waiting, refusals
+
+_Parts = Mapping[str, SequencePlan]
+"""The plans of one sequence, by shard."""
+
+
+def merge(plans: Mapping[str | None, Plan]) -> Plan:
+    """Return one plan of those of several shards; of one, it is the same."""
+    first, *others = plans.values()
+    if not others:
+        return first
+    names = list(dict.fromkeys(one.sequence for one in first.sequences))
+    merged = [
+        _merge_one(alike)
+        for name in names
+        for alike in _alike(
+            {
+                str(shard): one
+                for shard, plan in plans.items()
+                for one in plan.sequences
+                if one.sequence == name
+            }
+        )
+    ]
+    times = Counter(one.sequence for one in merged)
+    differing = frozenset(name for name, count in times.items() if count > 1)
+    facts = "\n".join(f"{shard} {plan.fingerprint}" for shard, plan in plans.items())
+    return Plan(
+        tuple(merged),
+        tuple(sorted({name for plan in plans.values() for name in plan.archived})),
+        tuple(refusal for one in merged for refusal in refusals(one, names)),
+        hashlib.sha256(facts.encode()).hexdigest()[:12],
+        differing,
+    )
+
+
+def _alike(parts: _Parts) -> Sequence[_Parts]:
+    """Return the plans of a sequence in groups with the same changes and the same result."""
+    groups: list[dict[str, SequencePlan]] = []
+    for shard, one in parts.items():
+        for group in groups:
+            other = next(iter(group.values()))
+            if (one.changes, one.after) == (other.changes, other.after):
+                group[shard] = one
+                break
+        else:
+            groups.append({shard: one})
+    return groups
+
+
+def _merge_one(parts: _Parts) -> SequencePlan:
+    plans = list(parts.values())
+    at_step: Counter[str] = Counter()
+    for plan in plans:
+        at_step.update(plan.at_step)
+    return replace(
+        plans[0],
+        revision=max((plan.revision for plan in plans if plan.revision), default=None),
+        at_step=dict(at_step),
+        named=tuple(dict.fromkeys(naming for plan in plans for naming in plan.named)),
+        waiting=tuple(_waiting(plan.waiting for plan in plans)),
+        empty_calendars=_sentences({shard: plan.empty_calendars for shard, plan in parts.items()}),
+        missing=_sentences({shard: plan.missing for shard, plan in parts.items()}),
+        entering=_entering(parts),
+        unlisted_topics=_sentences({shard: plan.unlisted_topics for shard, plan in parts.items()}),
+        limits=_sentences({shard: plan.limits for shard, plan in parts.items()}),
+        shards=tuple(parts),
+    )
+
+
+def _waiting(found: Iterable[Sequence[Waiting]]) -> Iterable[Waiting]:
+    by_step: dict[str, Waiting] = {}
+    for of_shard in found:
+        for waiting in of_shard:
+            if waiting.step in by_step:
+                by_step[waiting.step].add(waiting)
+            else:
+                by_step[waiting.step] = copy(waiting)
+    return by_step.values()
+
+
+def _sentences(by_shard: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return each sentence once, with the shards for which it holds if these are not all."""
+    shards: dict[str, list[str]] = {}
+    for shard, sentences in by_shard.items():
+        for sentence in sentences:
+            shards.setdefault(sentence, []).append(shard)
+    return tuple(
+        sentence if len(found) == len(by_shard) else f"{sentence} (in {', '.join(found)})"
+        for sentence, found in shards.items()
+    )
+
+
+def _entering(parts: _Parts) -> Entering | str | None:
+    found = {shard: plan.entering for shard, plan in parts.items()}
+    known = [one for one in found.values() if isinstance(one, Entering)]
+    if len(known) < len(found) or any(one.found > one.at_most for one in known):
+        return "; ".join(_sentences({shard: [str(one)] for shard, one in found.items() if one}))
+    faults: Counter[str] = Counter()
+    for one in known:
+        faults.update(one.faults)
+    return replace(known[0], found=sum(one.found for one in known), faults=faults)

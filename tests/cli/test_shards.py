@@ -1,0 +1,322 @@
+"""Every command over several shards as over one database."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from sequencerd.cli.arguments import make_parser
+from sequencerd.core.routing import ShardNumber
+from sequencerd.storage import connections, migrate
+from sequencerd.storage.connections import Shard
+from tests.helpers.command_line import Command
+from tests.helpers.databases import Administrator, with_database
+
+SEQUENCE = """
+name: s
+description: Reminds of nothing.
+steps:
+  - {name: first, type: WaitForDuration, config: {amount: 3, unit: days}}
+  - {name: second, type: GoTo}
+"""
+NAMES = ("a", "b")
+NOWHERE = "postgresql://127.0.0.1:1/app"
+
+
+def place(url: str, name: str) -> Shard:
+    return Shard(url, f"shard-{name}", name, ShardNumber(NAMES.index(name), len(NAMES)))
+
+
+@pytest.fixture(scope="module")
+def sharded_template(server: str, administrator: Administrator) -> Iterator[str]:
+    """The name of a database with two shards."""
+    name = f"template_{uuid4().hex[:12]}"
+    administrator.execute(f"CREATE DATABASE {name}")
+
+    async def make() -> None:
+        for shard in NAMES:
+            made = place(with_database(server, name), shard)
+            connection = await connections.connect(made)
+            await migrate.migrate(connection, number=made.number)
+            await migrate.grant(connection)
+            await connection.close()
+
+    asyncio.run(make())
+    yield name
+    administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def url(server: str, administrator: Administrator, sharded_template: str) -> Iterator[str]:
+    name = f"test_{uuid4().hex[:12]}"
+    administrator.execute(f"CREATE DATABASE {name} TEMPLATE {sharded_template} STRATEGY file_copy")
+    yield with_database(server, name)
+    administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def shards(url: str) -> AsyncIterator[dict[str, asyncpg.Connection]]:
+    """A connection to each of the two."""
+    made = {name: await connections.connect(place(url, name)) for name in NAMES}
+    yield made
+    for connection in made.values():
+        await connection.close()
+
+
+@pytest.fixture
+def sequencerd(url: str, tmp_path: Path) -> Command:
+    """The command, with a sequence in the folder that is not applied yet."""
+    command = Command(url, tmp_path)
+    del command.variables["SEQUENCERD_DATABASE"]
+    command.variables["SEQUENCERD_CONFIG"] = str(tmp_path / "sequencerd.toml")
+    configure(command, a=url, b=url)
+    (tmp_path / "s.yaml").write_text(SEQUENCE)
+    return command
+
+
+def configure(command: Command, **urls: str) -> None:
+    text = "".join(
+        f'[shards.{name}]\nurl = "{url}"\nschema = "shard-{name}"\n' for name, url in urls.items()
+    )
+    (command.folder / "sequencerd.toml").write_text(text)
+
+
+@pytest.fixture
+def filled(sequencerd: Command) -> Command:
+    """With the sequence, and enrollments a/1, a/2, b/1, b/2 of the subjects a1, a2, b1, b2."""
+    sequencerd("apply", "s.yaml")
+    for name in NAMES:
+        for number in (1, 2):
+            sequencerd("enroll", "s", f"{name}{number}", "--shard", name, "--data", '{"x": 1}')
+    return sequencerd
+
+
+# --- all commands
+
+NO_DATABASE = {"completion", "console-password", "demo", "install-service", "schema"}
+ELSEWHERE = {
+    "run": "tests/test_shards.py",
+    "fdw": "tests/storage/test_fdw.py",
+    "migrate": "tests/test_shards.py",
+    "console": "tests/console/test_shards.py",
+    "watch": "below",
+    "tail": "below",
+}
+ONE_ONLY = {"import-original"}
+LISTED = ["id ", "a/1", "b/1", "a/2", "b/2"]
+EXAMPLES: dict[str, tuple[list[str], Callable[[str], object]]] = {
+    "apply": (["s.yaml"], lambda out: out == "s: nothing changed\n"),
+    "plan": (["s.yaml"], lambda out: out == "s: nothing changed\n"),
+    "check": (["s.yaml"], lambda out: "1 valid sequence" in out),
+    "status": ([], lambda out: "first" in out and " 4 " in out),
+    "list": ([], lambda out: [line[:3] for line in out.splitlines()] == LISTED),
+    "show": (["b/2"], lambda out: "shard        b\nsubject      b2" in out),
+    "history": (["s"], lambda out: out.count("revision 1, ") == 1),
+    "export": (["s"], lambda out: out.count("name: s\n") == 1),
+    "graph": (["s"], lambda out: "4" in out),
+    "simulate": (["--from-enrollment", "b/1"], lambda out: "second" in out),
+    "preview": (["m.yaml", "hello", "--enrollment", "b/2"], lambda out: "To: b2@" in out),
+    "send-test": (["m.yaml", "hello", "--enrollment", "b/2", "--to", "b"], lambda out: True),
+    "doctor": ([], lambda out: "a: schema" in out and "b: schema" in out),
+    "grants": ([], lambda out: "-- shard a" in out and "-- shard b" in out),
+    "enroll": (["s", "new"], lambda out: out.startswith(("enrolled as a/", "enrolled as b/"))),
+    "holidays": (["DE", "2026"], lambda out: "a: DE: added 9" in out and "b: DE: added 9" in out),
+    "bounce": ([], lambda out: "ignored" in out),
+    "reevaluate": (["--sequence", "s", "--yes"], lambda out: "reevaluate: 5 enrollments" in out),
+    "move": (["a/1", "b/1", "--to", "second", "--yes"], lambda out: "move: 2 enrollments" in out),
+    "cancel": (["--subject", "b2"], lambda out: "cancel: 1 enrollment" in out),
+    "retry": (["--sequence", "s", "--yes"], lambda out: "retry: 0 enrollments" in out),
+    "pause": (["s"], lambda out: "s is paused: 4 enrollments" in out),
+    "resume": (["s"], lambda out: "s is active: 4 enrollments" in out),
+    "archive": (["s"], lambda out: "s is archived: 4 enrollments" in out),
+    "export-subject": (["a1"], lambda out: json.loads(out)["enrollments"][0]["shard"] == "a"),
+    "forget": (["a1", "--yes"], lambda out: "forgot a1: enrollments: 1" in out),
+}
+"""What each command prints of the two shards, in this order."""
+
+MESSAGE = """
+name: m
+steps:
+  - {name: hello, type: Email, config: {to: "{{subject}}@example.com", from: s@example.com,
+     subject: Hello, text: Hello}}
+"""
+
+
+def test_every_command_works_on_all_shards(filled: Command, tmp_path: Path) -> None:
+    (commands,) = (one.choices for one in make_parser()._actions if one.dest == "command")
+    assert commands is not None
+    assert {*commands} == {*EXAMPLES} | NO_DATABASE | {*ELSEWHERE} | ONE_ONLY
+    (tmp_path / "m.yaml").write_text(MESSAGE)
+    for command, (arguments, is_right) in EXAMPLES.items():
+        code = 1 if command == "send-test" else 0  # no server is set
+        printed = filled(command, *arguments, code=code)
+        assert is_right(printed), f"{command}: {printed}{filled.errors}"
+        if command == "enroll":
+            assert filled("list", "--subject", "new").count("new") == 1
+
+
+def test_a_command_that_brings_enrollments_takes_one_shard(filled: Command) -> None:
+    for command in ONE_ONLY:
+        filled(command, code=2)
+        assert "specify a shard with --shard; available: a, b" in filled.errors
+
+
+def test_pages_of_a_list_go_through_all_shards(filled: Command) -> None:
+    seen: list[str] = []
+    after: list[str] = []
+    while page := json.loads(filled("list", "--limit", "1", "--json", *after)):
+        ((shard, id_),) = [(row["shard"], row["id"]) for row in page]
+        seen.append(f"{shard}/{id_}")
+        after = ["--after", seen[-1]]
+    assert seen == ["a/1", "b/1", "a/2", "b/2"]
+    filled("list", "--limit", "3")
+    assert "next page: --after a/2" in filled.errors
+    assert [row["id"] for row in json.loads(filled("list", "--shard", "b", "--json"))] == [1, 2]
+
+
+def test_an_id_names_its_shard(filled: Command, database: str, tmp_path: Path) -> None:
+    assert json.loads(filled("show", "b/2", "--json"))["shard"] == "b"
+    assert "b2" in filled("show", "2", "--shard", "b")
+    for arguments, message in (
+        (["show", "2"], "specify the shard of enrollment 2: a/2 or b/2"),
+        (["show", "c/2"], "there is no shard 'c'; there are: a, b"),
+        (["show", "b/2", "--shard", "a"], "there is no shard 'b'; there are: a"),
+        (["retry", "a/1", "2"], "specify the shard of enrollment 2"),
+        (["show", "b/x"], "'x' is not a positive integer"),
+    ):
+        filled(*arguments, code=2)
+        assert message in filled.errors
+    filled("show", "b/9", code=1)
+    assert "enrollment b/9 does not exist" in filled.errors
+    alone = Command(database, tmp_path)
+    alone("show", "b/1", code=2)
+    assert "there is no shard 'b'; there are: none" in alone.errors
+
+
+async def test_wrong_ids_change_nothing_in_any_shard(
+    filled: Command, shards: dict[str, asyncpg.Connection]
+) -> None:
+    filled("cancel", "a/1", "b/9", "--yes", code=1)
+    assert "not to b/9; see: sequencerd show b/9" in filled.errors
+    assert "nothing was changed" in filled.errors
+    filled("cancel", "a/1", "b/1", "--yes")
+    for connection in shards.values():
+        rows = await connection.fetch("SELECT id, status FROM sequencer.enrollments ORDER BY id")
+        assert [tuple(row) for row in rows] == [(1, "cancelled"), (2, "active")]
+
+
+def test_names_are_those_of_any_shard(filled: Command, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(SEQUENCE.replace("name: s", "name: t"))
+    filled("apply", "t.yaml", "--shard", "a")
+    filled("enroll", "t", "x", "--shard", "a")
+    assert "a/3" in filled("list", "--sequence", "t")
+    assert filled("history", "t").startswith("revision 2 in a, ")
+    assert "cancel: 1 enrollment" in filled("cancel", "--sequence", "t")
+    filled("list", "--sequence", "u", code=1)
+    assert "shard b: sequence 'u' does not exist" in filled.errors
+    filled("export", "t", code=1)
+    assert "the shards have different definitions of 't': a; b" in filled.errors
+    assert "name: t" in filled("export", "t", "--shard", "a")
+    filled("pause", "t", code=1)
+    assert "shard b: sequence 't' does not exist" in filled.errors
+    assert json.loads(filled("status", "t", "--json"))[0]["shards"] == ["a"]
+    filled("pause", "s", "--shard", "a")
+    assert "a: paused; b: active" in filled("status", "s")
+
+
+async def test_forget_and_export_ask_all_shards(
+    filled: Command, shards: dict[str, asyncpg.Connection]
+) -> None:
+    filled("enroll", "s", "subject-both", "--shard", "a", "--data", '{"e": "x"}')
+    filled("enroll", "s", "subject-both", "--shard", "b")
+    filled("enroll", "s", "other", "--shard", "b", "--data", '{"friend": "subject-both"}')
+    exported = json.loads(filled("export-subject", "subject-both"))
+    assert [row["shard"] for row in exported["enrollments"]] == ["a", "b"]
+    assert exported["mentioned_in"] == ["b/4"]
+    would = json.loads(filled("forget", "subject-both", "--dry-run", "--json"))
+    assert (would["enrollments"], would["mentioned_in"]) == (2, ["b/4"])
+    assert "forgot subject-both: enrollments: 2" in filled("forget", "subject-both", "--yes")
+    for connection in shards.values():
+        assert not await connection.fetchval(
+            "SELECT count(*) FROM sequencer.enrollments WHERE subject = 'subject-both'"
+        )
+
+
+# --- one shard that is away
+
+READING = (
+    ["status"],
+    ["list"],
+    ["history", "s"],
+    ["export", "s"],
+    ["graph", "s"],
+    ["plan", "s.yaml"],
+    ["doctor"],
+    ["export-subject", "a1"],
+    ["cancel", "--subject", "a1", "--dry-run"],
+)
+
+
+def test_reading_commands_show_the_others_and_what_is_missing(filled: Command, url: str) -> None:
+    whole = {tuple(arguments): filled(*arguments) for arguments in READING}
+    configure(filled, a=url, b=NOWHERE)
+    for arguments in READING:
+        printed = filled(*arguments, code=1)
+        assert printed, arguments
+        missing = printed if arguments == ["doctor"] else filled.errors
+        assert "b: " in missing, arguments
+        assert "cannot connect to the database" in missing
+        if arguments[0] in ("history", "export"):
+            assert printed == whole[tuple(arguments)]
+    assert filled("show", "a/1")
+    filled("show", "b/1", code=1)
+    assert filled.errors.startswith("sequencerd: shard b: cannot connect to the database")
+    assert "second" in filled("simulate", "s")
+    configure(filled, a=NOWHERE, b=url)
+    assert "second" in filled("simulate", "s")
+    configure(filled, a=NOWHERE, b=NOWHERE)
+    filled("status", code=1)
+    assert [line.split(":")[0] for line in filled.errors.splitlines()] == ["sequencerd", "shard b"]
+
+
+def test_writing_commands_say_where_they_stand(filled: Command, url: str) -> None:
+    configure(filled, a=url, b=NOWHERE)
+    assert "s is paused in a: 2 enrollments" in filled("pause", "s", code=1)
+    assert "shard b: cannot connect" in filled.errors
+    assert "forgot a1: enrollments: 1" in filled("forget", "a1", "--yes", code=1)
+    assert "what these shards hold is not forgotten" in filled.errors
+    assert "cancel: 1 enrollment" in filled("cancel", "--sequence", "s", code=1)
+    assert "shard b: cannot connect" in filled.errors
+    filled("bounce", stdin=BOUNCE, code=75)
+    assert "the mail server should try again" in filled.errors
+
+
+BOUNCE = b"""\
+From: MAILER-DAEMON@example.com
+Content-Type: multipart/report; report-type=delivery-status; boundary=x
+
+--x
+Content-Type: text/plain
+
+It does not exist.
+--x
+Content-Type: message/delivery-status
+
+Reporting-MTA: dns; example.com
+
+Final-Recipient: rfc822; ada@example.com
+Action: failed
+Status: 5.1.1
+--x
+Content-Type: message/rfc822
+
+Message-ID: <1.1.0123456789abcdef0123456789abcdef@example.com>
+
+--x--
+"""
