@@ -26,7 +26,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,6 +39,7 @@ from engine import ALL_ENDED, defined, engine, enroll, process, say, until
 
 from sequencerd import daemon
 from sequencerd.runners.email.runner import EmailRunner
+from sequencerd.storage import cleanup
 
 BARE = """
     CREATE TABLE bare (LIKE sequencer.enrollments INCLUDING ALL);
@@ -235,6 +236,7 @@ async def enroll_steadily(url: str, arguments: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     connection = await asyncpg.connect(url)
     begun, number = loop.time(), 0
+    start: Sequence[object] = cleanup.FIRST
     size = arguments.rate // 50
     while (passed := loop.time() - begun) < arguments.minutes * 60:
         if number * size > passed * arguments.rate:
@@ -248,8 +250,9 @@ async def enroll_steadily(url: str, arguments: argparse.Namespace) -> None:
             size,
         )
         if number % 50 == 0:
-            await connection.execute(
-                "SELECT sequencer.delete_ended(now() - interval '1 minute', 100000)"
+            _, *start = await connection.fetchrow(
+                "SELECT * FROM sequencer.delete_ended(now() - interval '1 minute', 100000, $1, $2)",
+                *start,
             )
     await connection.close()
 

@@ -389,33 +389,59 @@ END $$;
 
 COMMENT ON FUNCTION sequencer.drop_event_partition IS 'Drop the oldest month of the history if it ended before the given time. Return its name, or NULL if there is none.';
 
-CREATE FUNCTION sequencer.delete_ended(before timestamptz, batch integer) RETURNS bigint
+-- While a snapshot is held open, the index keeps the entries of what is deleted. So a call returns where
+-- it ended, for the next one: until the first table is done that is a time, then a sequence as well.
+CREATE FUNCTION sequencer.delete_ended(
+    before timestamptz, batch integer, after_sequence text DEFAULT '',
+    since timestamptz DEFAULT '-infinity', OUT deleted bigint, OUT next_sequence text,
+    OUT next_since timestamptz)
 LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    count bigint;
-    more bigint := 0;
+    s record;
+    more bigint;
 BEGIN
-    DELETE FROM sequencer.enrollments WHERE id = ANY (ARRAY(
-        SELECT id FROM sequencer.enrollments
-         WHERE ended_at < least(before, now()) AND reentry NOT IN ('never', 'after')
-         ORDER BY ended_at LIMIT batch FOR UPDATE SKIP LOCKED));
-    GET DIAGNOSTICS count = ROW_COUNT;
-    IF count < batch THEN
-        DELETE FROM sequencer.enrollments WHERE id = ANY (ARRAY(
-            SELECT e.id
-              FROM sequencer.sequences AS s CROSS JOIN LATERAL (
+    deleted := 0;
+    next_sequence := after_sequence;
+    next_since := since;
+    IF next_sequence = '' THEN
+        WITH gone AS (
+            DELETE FROM sequencer.enrollments WHERE id = ANY (ARRAY(
                 SELECT id FROM sequencer.enrollments
-                 WHERE sequence = s.name AND reentry = 'after' AND ended_at < least(before, now())
+                 WHERE ended_at >= since AND ended_at < least(before, now())
+                   AND reentry NOT IN ('never', 'after')
+                 ORDER BY ended_at LIMIT batch FOR UPDATE SKIP LOCKED))
+            RETURNING ended_at
+        )
+        SELECT count(*), coalesce(max(ended_at), since) INTO deleted, next_since FROM gone;
+        IF deleted >= batch THEN
+            RETURN;
+        END IF;
+        next_since := '-infinity';
+    END IF;
+    FOR s IN SELECT q.name, q.timezone, q.reentry_after FROM sequencer.sequences AS q
+              WHERE q.reentry = 'after' AND q.name >= next_sequence ORDER BY q.name
+    LOOP
+        IF s.name <> next_sequence THEN
+            next_sequence := s.name;
+            next_since := '-infinity';
+        END IF;
+        WITH gone AS (
+            DELETE FROM sequencer.enrollments WHERE id = ANY (ARRAY(
+                SELECT id FROM sequencer.enrollments
+                 WHERE sequence = s.name AND reentry = 'after' AND ended_at >= next_since
+                   AND ended_at < least(before, now())
                    AND ended_at < (now() AT TIME ZONE s.timezone - s.reentry_after)
                        AT TIME ZONE s.timezone
-                 ORDER BY ended_at LIMIT batch - count FOR UPDATE SKIP LOCKED) AS e
-             WHERE s.reentry = 'after' LIMIT batch - count));
-        GET DIAGNOSTICS more = ROW_COUNT;
-    END IF;
-    RETURN count + more;
+                 ORDER BY ended_at LIMIT batch - deleted FOR UPDATE SKIP LOCKED))
+            RETURNING ended_at
+        )
+        SELECT count(*), coalesce(max(ended_at), next_since) INTO more, next_since FROM gone;
+        deleted := deleted + more;
+        EXIT WHEN deleted >= batch;
+    END LOOP;
 END $$;
 
-COMMENT ON FUNCTION sequencer.delete_ended IS 'Delete a batch of the enrollments that ended before the given time, the oldest first, and return how many. Enrollments that prevent another one, by the reentry policy never or after, are kept.';
+COMMENT ON FUNCTION sequencer.delete_ended IS 'Delete a batch of the enrollments that ended before the given time, the oldest first, and return how many, and with what arguments the next call continues. Enrollments that prevent another one, by the reentry policy never or after, are kept.';
 
 -- activity --------------------------------------------------------------------------------------
 

@@ -126,7 +126,13 @@ async def _delete_ended(
     until, deleted = now - settings.ended, 0
     loop = asyncio.get_running_loop()
     started = loop.time()
-    while count := await _alone(pool, lambda c: cleanup.delete_ended(c, until, BATCH)):
+    start = cleanup.FIRST  # in each pass: what was locked in the last one is found by the next
+
+    def delete(connection: asyncpg.Connection) -> Awaitable[tuple[int, cleanup.Start]]:
+        return cleanup.delete_ended(connection, until, BATCH, start)
+
+    while (ended := await _alone(pool, delete)) and ended[0]:
+        count, start = ended
         deleted += count
         await asyncio.sleep(max(PAUSE, loop.time() - started))
         started = loop.time()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 import asyncpg
 
 from sequencerd.storage.statements import QUERIES
+
+Start = tuple[str, datetime]
+"""Where a batch of ended enrollments starts: a sequence, and a time."""
+FIRST: Start = ("", datetime(1, 1, 1, tzinfo=UTC))
 
 
 async def try_lock_retention(connection: asyncpg.Connection) -> bool:
@@ -26,7 +30,12 @@ async def drop_event_partition(connection: asyncpg.Connection, before: datetime)
     return name
 
 
-async def delete_ended(connection: asyncpg.Connection, before: datetime, limit: int) -> int:
-    """Delete a batch of the enrollments that ended before a time. Return how many."""
-    count: int = await connection.fetchval(QUERIES["delete_ended"], before, limit)
-    return count
+async def delete_ended(
+    connection: asyncpg.Connection, before: datetime, limit: int, start: Start
+) -> tuple[int, Start]:
+    """Delete a batch of the enrollments that ended before a time. Return how many, and where the
+    next batch starts.
+    """
+    query = QUERIES["delete_ended"]
+    count, *ended = await connection.fetchrow(query, before, limit, *start)
+    return count, (ended[0], ended[1])

@@ -261,12 +261,65 @@ async def test_each_part_is_done_whatever_comes_of_the_others(
     assert old not in await partitions(defined)
 
 
+ENDED = """
+    INSERT INTO sequencer.enrollments (sequence, subject, status, ended_at)
+    SELECT name, 'u' || n, 'completed', now() - n * interval '1 day'
+      FROM unnest($1::text[]) AS name, generate_series(1, $2::int) AS n
+"""
+
+
+async def test_each_batch_begins_where_the_last_one_ended(
+    database: str, defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it reads what is already deleted, while another session keeps a snapshot open."""
+    await defined.execute(ENDED, ["s"], 1000)
+    other = await asyncpg.connect(database)
+    read = "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'enrollments_ended'"
+    async with other.transaction(isolation="repeatable_read"):
+        await other.fetchval("SELECT count(*) FROM sequencer.enrollments")
+        monkeypatch.setattr(retention, "BATCH", 50)
+        await retention.tidy(pool, Retention(ended=timedelta(days=1)), datetime.now(UTC), LOG)
+        assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 0
+    await other.close()
+    async with connections.borrow(pool) as connection:
+        await connection.execute("SELECT pg_stat_force_next_flush()")
+    await until(defined, f"SELECT ({read}) >= 1000")
+    assert await defined.fetchval(read) < 3000
+
+
+async def test_each_batch_continues_in_the_sequence_where_the_last_one_ended(
+    defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for sequence in ("r", "t"):
+        await define(defined, sequence, ("first", "GoTo", "{}", None))
+    await defined.execute(
+        "UPDATE sequencer.sequences SET reentry = 'after', reentry_after = '5 days'"
+        " WHERE name IN ('r', 't')"
+    )
+    await defined.execute(ENDED, ["s", "t", "r"], 8)
+    monkeypatch.setattr(retention, "BATCH", 3)
+    await retention.tidy(pool, Retention(ended=timedelta(days=2.5)), datetime.now(UTC), LOG)
+    left = await defined.fetch(
+        "SELECT sequence, array_agg(subject::text ORDER BY subject) AS subjects"
+        "  FROM sequencer.enrollments GROUP BY 1 ORDER BY 1"
+    )
+    not_yet = ["u1", "u2", "u3", "u4"]
+    assert [tuple(row) for row in left] == [
+        ("r", not_yet),
+        ("s", ["u1", "u2"]),
+        ("t", not_yet),
+    ]
+
+
 async def test_null_takes_nothing_away(defined: asyncpg.Connection) -> None:
     old = await make_past(defined, 14)
     await enroll(defined, "s", "ada")
     await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
     for arguments in ("NULL, NULL", "NULL, 10", "now(), NULL"):
-        assert await defined.fetchval(f"SELECT sequencer.delete_ended({arguments})") is None
+        assert (
+            await defined.fetchval(f"SELECT deleted FROM sequencer.delete_ended({arguments})")
+            is None
+        )
     assert await defined.fetchval("SELECT sequencer.drop_event_partition(NULL)") is None
     assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1
     assert old in await partitions(defined)

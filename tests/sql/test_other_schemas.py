@@ -124,7 +124,7 @@ async def test_two_daemons_in_one_database_do_not_disturb_each_other(
 
     assert (await other.fetchrow(QUERIES["forget"], "ada"))["enrollments"] == 1
     assert await connection.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1
-    future = "SELECT sequencer.delete_ended(now() + interval '1 day', 10)"
+    future = "SELECT deleted FROM sequencer.delete_ended(now() + interval '1 day', 10)"
     assert await connection.fetchval(future) == 1
     assert await other.fetchval(future) == 0
 

@@ -397,6 +397,9 @@ async def test_retention_keeps_what_prevents_another_enrollment(
             days,
         )
     assert (
-        await defined.fetchval("SELECT sequencer.delete_ended(now() - interval '30 days', 10)") == 1
+        await defined.fetchval(
+            "SELECT deleted FROM sequencer.delete_ended(now() - interval '30 days', 10)"
+        )
+        == 1
     )
     assert await defined.fetchval("SELECT subject FROM sequencer.enrollments") == "ada"

@@ -570,8 +570,9 @@ SELECT sequencer.add_event_partitions();
 SELECT sequencer.drop_event_partition($1);
 
 -- name: delete_ended
--- Delete a batch of the enrollments that ended before a time, and return how many.
-SELECT sequencer.delete_ended($1, $2);
+-- Delete a batch of the enrollments that ended before a time, and return how many, and where the next one
+-- begins.
+SELECT deleted, next_sequence, next_since FROM sequencer.delete_ended($1, $2, $3, $4);
 
 -- name: try_lock_retention
 -- Try to acquire the lock of the one daemon that runs retention, until the end of the transaction.
