@@ -267,7 +267,7 @@ async def _explained(
             return DatabaseError(f"{error}; {await _advice(arguments, shard)}")
         case asyncpg.PostgresError():
             return DatabaseError(f"the database rejected the command: {with_hint(error)}")
-        case TimeoutError():
+        case TimeoutError() | asyncpg.InterfaceError(__context__=TimeoutError()):
             return DatabaseError(f"the database did not answer within {PATIENCE:g} seconds")
     return DatabaseError(f"lost the connection to the database: {error}")
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
 import pytest
+from asyncpg.transaction import Transaction
 
 from sequencerd.cli.arguments import make_parser
 from sequencerd.core.routing import ShardNumber
 from sequencerd.storage import connections, migrate
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.embedded import Programs
+from tests.helpers.clusters import cluster
 from tests.helpers.command_line import Command
-from tests.helpers.databases import Administrator, with_database
+from tests.helpers.databases import Administrator, execute, with_database
+from tests.helpers.engines import until
+from tests.helpers.waiting import PATIENCE
 
 SEQUENCE = """
 name: s
@@ -320,3 +328,300 @@ Message-ID: <1.1.0123456789abcdef0123456789abcdef@example.com>
 
 --x--
 """
+
+
+# --- apply: all or none
+
+
+EDITED = SEQUENCE.replace("amount: 3", "amount: 4")
+WITH_REVISION = "SELECT count(*) FROM sequencer.steps WHERE config->>'amount' = '4'"
+NOBODY = "synchronous_standby_names"
+"""With this set, a commit waits for a standby that does not exist."""
+
+
+async def have_revision(shards: dict[str, asyncpg.Connection]) -> list[str]:
+    return [name for name, one in shards.items() if await one.fetchval(WITH_REVISION)]
+
+
+async def test_apply_changes_nothing_where_one_shard_refuses(
+    filled: Command, shards: dict[str, asyncpg.Connection], tmp_path: Path
+) -> None:
+    """By a constraint trigger that is deferred to the end of the transaction."""
+    await shards["b"].execute(
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN RAISE check_violation USING MESSAGE = 'not four'; END$$;
+        CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON sequencer.steps
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse();
+        """
+    )
+    (tmp_path / "s.yaml").write_text(EDITED)
+    filled("apply", "s.yaml", code=1)
+    assert "shard b: the database rejected the command: not four\n" in filled.errors
+    assert "nothing was changed in any shard" in filled.errors
+    assert await have_revision(shards) == []
+    await shards["b"].execute("DROP TRIGGER refuse ON sequencer.steps")
+    assert "changed first: config.amount 3 → 4" in filled("apply", "s.yaml")
+    assert await have_revision(shards) == ["a", "b"]
+
+
+def test_apply_changes_nothing_where_one_shard_is_away(
+    filled: Command, url: str, tmp_path: Path
+) -> None:
+    configure(filled, a=url, b=NOWHERE)
+    (tmp_path / "s.yaml").write_text(EDITED)
+    filled("apply", "s.yaml", code=1)
+    assert "shard b: cannot connect" in filled.errors
+    assert "nothing was changed in any shard" in filled.errors
+    assert "amount: 3" in filled("export", "s", "--shard", "a")
+
+
+@asynccontextmanager
+async def commits_wait(url: str) -> AsyncIterator[str]:
+    """Yield a URL of the same database on which a commit waits until the end of the block."""
+    await execute(url, f"ALTER SYSTEM SET {NOBODY} = 'nobody'")
+    await execute(url, "SELECT pg_reload_conf()")
+    try:
+        yield f"{url}{'&' if '?' in url else '?'}options=-csynchronous_commit%3Don"
+    finally:
+        await execute(url, f"ALTER SYSTEM RESET {NOBODY}")
+        await execute(url, "SELECT pg_reload_conf()")
+
+
+COMMITTING = """
+SELECT EXISTS (SELECT FROM pg_stat_activity
+                WHERE wait_event = 'SyncRep' AND datname = current_database())
+"""
+WAITS = "wait_event = 'SyncRep'"
+KILL = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+ WHERE datname = current_database() AND application_name = 'sequencerd'
+   AND state = 'idle in transaction'
+"""
+
+
+async def test_apply_says_where_it_stands_after_a_shard_died_before_its_commit(
+    filled: Command,
+    shards: dict[str, asyncpg.Connection],
+    tmp_path: Path,
+    url: str,
+) -> None:
+    """The commit in a takes its time; b loses the prepared transaction in the meantime."""
+    (tmp_path / "s.yaml").write_text(EDITED)
+    fingerprint = filled("plan", "s.yaml").split()[-1]
+    async with commits_wait(url) as slow:
+        configure(filled, a=slow, b=url)
+        applying = asyncio.create_task(
+            asyncio.to_thread(filled, "apply", "s.yaml", "--plan", fingerprint, code=1)
+        )
+        await until(shards["b"], COMMITTING)
+        assert await shards["b"].fetchval(KILL) == 1
+    await applying
+    assert "shard b: " in filled.errors
+    assert "the revision is in a, not in b; repeat the command without --plan" in filled.errors
+    assert await have_revision(shards) == ["a"]
+
+    configure(filled, a=url, b=url)
+    assert filled("plan", "s.yaml").splitlines()[:3] == [
+        "s in a: nothing changed",
+        "s in b:",
+        "  changed first: config.amount 3 → 4",
+    ]
+    assert "the shards have different definitions of s" in filled("plan", "s.yaml")
+    found = json.loads(filled("doctor", "--json"))
+    (of_definitions,) = [one for one in found if one["about"] == "definitions of the shards"]
+    assert (of_definitions["seen"], of_definitions["shard"]) == ("differ: s (a | b)", None)
+    assert "s in b:\n  changed first" in filled("apply", "s.yaml")
+    assert await have_revision(shards) == ["a", "b"]
+    assert filled("apply", "s.yaml") == "s: nothing changed\n"
+    assert filled("history", "s").startswith("revision 2 in a, revision 3 in b, ")
+
+
+async def test_a_commit_without_an_answer_is_looked_up(
+    filled: Command,
+    shards: dict[str, asyncpg.Connection],
+    tmp_path: Path,
+    url: str,
+) -> None:
+    (tmp_path / "s.yaml").write_text(EDITED)
+    async with commits_wait(url) as slow:
+        configure(filled, a=slow, b=url)
+        applying = asyncio.create_task(asyncio.to_thread(filled, "apply", "s.yaml"))
+        await until(shards["b"], COMMITTING)
+        assert await shards["b"].fetchval(KILL.replace("state = 'idle in transaction'", WAITS)) == 1
+        assert "changed first" in await applying
+    assert await have_revision(shards) == ["a", "b"]
+
+
+async def test_apply_changes_nothing_if_the_first_commit_fails(
+    filled: Command,
+    shards: dict[str, asyncpg.Connection],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "s.yaml").write_text(EDITED)
+    commit = Transaction.commit
+
+    async def cut(self: Transaction) -> None:
+        self._connection.terminate()
+        await commit(self)
+
+    monkeypatch.setattr(Transaction, "commit", cut)
+    filled("apply", "s.yaml", code=1)
+    assert "shard a: " in filled.errors
+    assert "nothing was changed in any shard" in filled.errors
+    assert await have_revision(shards) == []
+
+
+async def test_apply_over_a_server_that_stops_before_its_commit(
+    filled: Command,
+    shards: dict[str, asyncpg.Connection],
+    tmp_path: Path,
+    url: str,
+) -> None:
+    """It cannot be asked what became of its commit."""
+    (tmp_path / "s.yaml").write_text(EDITED)
+    with ExitStack() as stack:
+        other = stack.enter_context(cluster(Programs.find()))
+        configure(filled, a=url, b=other)
+        filled("migrate")
+        async with commits_wait(url) as slow:
+            configure(filled, a=slow, b=other)
+            applying = asyncio.create_task(asyncio.to_thread(filled, "apply", "s.yaml", code=1))
+            await until(shards["a"], COMMITTING)
+            stack.close()
+        await applying
+    assert "the revision is in a, whether it is in the following is not known: b" in filled.errors
+    assert await have_revision(shards) == ["a"]
+
+
+async def test_two_at_the_same_time_do_not_wait_for_each_other(
+    filled: Command, tmp_path: Path, url: str
+) -> None:
+    (tmp_path / "s.yaml").write_text(EDITED)
+    (tmp_path / "t.yaml").write_text(SEQUENCE.replace("name: s", "name: t"))
+    both = (
+        asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "sequencerd", "apply", f"{name}.yaml"),
+            env=filled.variables,
+            cwd=tmp_path,
+        )
+        for name in "st"
+    )
+    processes = await asyncio.gather(*both)
+    async with asyncio.timeout(PATIENCE):
+        assert [await one.wait() for one in processes] == [0, 0]
+
+
+# --- plan
+
+
+async def test_a_plan_adds_up_what_the_shards_have(
+    filled: Command, shards: dict[str, asyncpg.Connection], tmp_path: Path
+) -> None:
+    await shards["a"].execute("CREATE TABLE customers AS VALUES ('x'), ('y')")
+    await shards["a"].execute("ALTER TABLE customers RENAME column1 TO subject")
+    for connection in shards.values():
+        await connection.execute("UPDATE sequencer.enrollments SET entered_at = now()")
+    enroll = "enroll: {from: public.customers, every: {amount: 1, unit: days}}\n"
+    (tmp_path / "s.yaml").write_text(EDITED + enroll)
+    planned = filled("plan", "s.yaml")
+    assert "4 wait at first: " in planned
+    assert "4 of public.customers would enter now" in planned
+    removed = SEQUENCE.replace("name: first", "name: other")
+    (tmp_path / "s.yaml").write_text(removed)
+    filled("plan", "s.yaml", code=1)
+    assert "s: 4 enrollments are at first, which is removed" in filled.errors
+    assert "4 move from first to other" in filled("plan", "s.yaml", "--move", "first=other")
+    planned = json.loads(filled("plan", "s.yaml", "--move", "first=other", "--json"))
+    assert planned["sequences"][0]["shards"] == ["a", "b"]
+    filled("apply", "s.yaml", "--move", "first=other", "--plan", "0123456789ab", code=1)
+    assert "plan 0123456789ab no longer holds" in filled.errors
+    applied = filled("apply", "s.yaml", "--move", "first=other", "--plan", planned["plan"])
+    assert "4 move from first to other" in applied
+
+
+# --- shards that do not answer
+
+
+def test_a_server_that_does_not_answer_is_given_up(
+    filled: Command, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "CONNECT_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        configure(filled, a=url, b=f"postgresql://127.0.0.1:{silent.getsockname()[1]}/app")
+        assert "a/1" in filled("list", code=1)
+    assert "shard b: cannot connect to the database: no answer within 0.3" in filled.errors
+
+
+async def test_a_statement_without_an_answer_is_given_up(
+    filled: Command, shards: dict[str, asyncpg.Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sequencerd.cli.commands.PATIENCE", 0.5)
+    async with shards["b"].transaction():
+        await shards["b"].execute("LOCK TABLE sequencer.enrollments IN ACCESS EXCLUSIVE MODE")
+        assert "a/1" in filled("list", code=1)
+        assert "shard b: the database did not answer within 0.5 seconds" in filled.errors
+        assert "first" in filled("status", code=1)
+
+
+async def test_tail_follows_all_shards(
+    filled: Command, shards: dict[str, asyncpg.Connection]
+) -> None:
+    """It goes on while one is away, and continues when that is back."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sequencerd", "tail", "--since", "600"),
+        env=filled.variables,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(PATIENCE):
+            filled("cancel", "a/1", "b/2", "--yes")
+            lines = [(await process.stdout.readline()).decode().split()[2] for _ in range(2)]
+            assert sorted(lines) == ["a/1", "b/2"]
+            await shards["b"].execute("ALTER TABLE sequencer.events RENAME TO hidden")
+            assert b"shard b: the database rejected" in await process.stderr.readline()
+            filled("cancel", "a/2")
+            assert b"a/2" in await process.stdout.readline()
+            await shards["b"].execute("ALTER TABLE sequencer.hidden RENAME TO events")
+            assert b"shard b is back" in await process.stderr.readline()
+            filled("cancel", "b/1")
+            assert b"b/1" in await process.stdout.readline()
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def test_watch_adds_up_and_names_what_is_missing(filled: Command, url: str) -> None:
+    configure(filled, a=url, b=NOWHERE)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sequencerd", "watch", "--interval", "0.1"),
+        env=filled.variables,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(PATIENCE):
+            assert b"shard b: cannot connect" in await process.stderr.readline()
+            assert b"change" in await process.stdout.readline()
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+# --- doctor
+
+
+def test_doctor_compares_the_shards(filled: Command) -> None:
+    filled("holidays", "DE", "2026", "--shard", "a")
+    found = {
+        one["about"]: one for one in json.loads(filled("doctor", "--json")) if not one["shard"]
+    }
+    assert found["holidays of the shards"]["seen"] == "differ: DE (a | b)"
+    assert found["definitions of the shards"]["seen"] == "the same in all"
+    assert found["server of the shards"]["level"] == "ok"
