@@ -494,6 +494,7 @@ class Console(Section):
     editor_groups: Groups = ()
     oidc: Oidc | None = None
     mask: Words = ()
+    mask_for: Annotated[tuple[Role, ...], BeforeValidator(_read_words)] = get_args(Role)
 
     @property
     def groups(self) -> Mapping[Role, tuple[str, ...]]:

@@ -34,7 +34,7 @@ from sequencerd.console import (
 )
 from sequencerd.console.actions import Actions
 from sequencerd.console.auth import Auth, Visitor
-from sequencerd.console.context import POLICY, PageContext, context_of, say
+from sequencerd.console.context import POLICY, PageContext, context_of, say, unmasked
 from sequencerd.console.live import Live
 from sequencerd.console.query import NotFoundError, WrongQueryError
 from sequencerd.console.summary import Summary
@@ -108,6 +108,7 @@ def make_console(
                 now,
                 actions,
             )
+            app.state.unmasked = unmasked(app.state.console)
             app.state.close = live.close
             tasks = [asyncio.create_task(work) for work in (summary.keep(), live.keep())]
             try:
@@ -250,7 +251,7 @@ def _guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> 
         except NotFoundError as error:
             made = say(request, 404, "Not found", str(error))
         except (WrongQueryError, UsageError) as error:
-            text = str(error)
+            text = str(context_of(request).mask({"message": str(error)})["message"])
             made = say(request, 422, "Not possible", f"{text[:1].upper()}{text[1:]}.")
         except pages.NotYetError:
             made = PlainTextResponse(

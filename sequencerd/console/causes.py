@@ -36,7 +36,12 @@ def causes(counts: Counts, mask: Callable[[Mapping[str, Any]], Row]) -> list[Cau
     found: dict[str, Cause] = {}
     for row in counts.causes:
         shown = mask(
-            {"message": row["cause"], "last_error": row["last_error"], "data": row["data"]}
+            {
+                "message": row["cause"],
+                "last_error": row["last_error"],
+                "data": row["data"],
+                "known_subject": row["subject"],
+            }
         )
         text = shown["message"] or NO_ERROR
         # of what is shown, so that it cannot tell more

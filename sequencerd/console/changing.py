@@ -144,13 +144,16 @@ async def follow(request: Request) -> Response:
             found = await connection.fetch(QUERIES["outcomes"], followed, made.begun_at)
         outcomes = [_outcome(context, row) for row in found]
     counts = await context.summary.get()
+    report = context.mask({"message": made.report})["message"]
     return render(
         request,
         "change.html",
-        title=made.report if made.ended else ACTIONS[made.action],
+        title=report if made.ended else ACTIONS[made.action],
+        report=report,
         live=COUNTS,
         version=context.summary.version,
         made=made,
+        reason=context.mask({"message": made.reason})["message"],
         outcomes=outcomes,
         result=_result(outcomes),
         followed=len(followed),
@@ -162,7 +165,9 @@ def _outcome(context: PageContext, row: Any) -> dict[str, Any]:
     status = {"active": "waiting or executing", "failed": "failed again"}.get(row["status"])
     if row["status"] == "failed" and not row["is_after"]:
         status = "not changed"
-    shown = context.mask({"message": row["cause"], "data": row["data"]})
+    shown = context.mask(
+        {"message": row["cause"], "data": row["data"], "known_subject": row["subject"]}
+    )
     return {
         "words": status or row["status"],
         "status": row["status"],

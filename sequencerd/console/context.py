@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -51,16 +51,26 @@ class PageContext:
     simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     counting_history: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     simulated: dict[str, Any] = field(default_factory=dict)
-    enrollments_read: dict[int, tuple[str, Journey]] = field(default_factory=dict)
+    enrollments_read: dict[tuple[int, bool], tuple[str, Journey]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mask = make_mask(self.settings.mask)
+        self.is_masked = bool(self.settings.mask)
 
 
 def context_of(request: Request) -> PageContext:
-    """Return the context of the pages."""
+    """Return the context of the pages, as it is for the user."""
+    visitor: Visitor | None = getattr(request.state, "visitor", None)
     context: PageContext = request.app.state.console
-    return context
+    if visitor is None or visitor.role is None or visitor.role in context.settings.mask_for:
+        return context
+    unmasked: PageContext = request.app.state.unmasked
+    return unmasked
+
+
+def unmasked(context: PageContext) -> PageContext:
+    """Return the same context for users that see all data."""
+    return replace(context, settings=context.settings.model_copy(update={"mask": ()}))
 
 
 def render(request: Request, template: str, code: int = 200, /, **given: Any) -> Response:

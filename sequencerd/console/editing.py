@@ -273,6 +273,7 @@ async def compare(request: Request) -> Response:
         title=f"Revision {revision} of {name}",
         name=name,
         row=rows[0],
+        reason=context.mask({"message": rows[0]["reason"]})["message"],
         lines=side_by_side(before, after),
         is_present=stored.revision == revision,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from email import message_from_bytes
 from email.message import EmailMessage
@@ -36,6 +36,9 @@ FRAME = (
 """The policy of a frame with the HTML of a message: nothing runs, and nothing is loaded."""
 
 
+Hide = Callable[[str], str]
+
+
 @dataclass(frozen=True)
 class Mail:
     """A message, as much of it as may be shown."""
@@ -63,7 +66,7 @@ async def _page(
     try:
         shown = await _mail(context, query, enrollment)
     except UsageError as error:
-        wrong, status = wrong or _masked(context, str(error), {}), 422
+        wrong, status = wrong or str(error), 422
     given = {name: query.get(name) for name in GIVEN} | {"enrollment": enrollment}
     user = request.state.visitor.user or ""
     answer = render(
@@ -103,18 +106,18 @@ async def send_test(request: Request) -> Response:
         address = query.get("address")
         if address is None:
             raise UsageError("write the address that gets the test")
-        message, _ = await _message(context, query, query.get("enrollment"))
+        message, masked = await _message(context, query, query.get("enrollment"))
         try:
             test = step_message.make_test(message, address, runners)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        async with asyncio.timeout(SENDING):
-            report = await step_message.send(test, address)
+            async with asyncio.timeout(SENDING):
+                report = await step_message.send(test, address)
+        except (ValueError, UsageError) as error:
+            raise UsageError(masked(str(error))) from error
     except TimeoutError:
         wrong = "The server has not answered in time; the test may still arrive."
         return await _page(request, query, wrong, 422)
     except UsageError as error:
-        return await _page(request, query, _masked(context, str(error), {}), 422)
+        return await _page(request, query, str(error), 422)
     finally:
         for runner in runners.values():
             await runner.close()
@@ -147,11 +150,11 @@ async def _one_at(context: PageContext, query: Query) -> str | None:
 
 async def _message(
     context: PageContext, query: Query, id_: str | None
-) -> tuple[step_message.Message, Mapping[str, Any]]:
-    """Return the message, and the data of the enrollment, which may be masked."""
+) -> tuple[step_message.Message, Hide]:
+    """Return the message, and what masks its texts."""
     sequence = _sequence(context, query)
     external = read_object(query.get("external") or "{}", "external data")
-    known: Mapping[str, Any] = {}
+    known: dict[str, Any] = {}
     if id_ is None:
         data = query.get("data") or SAMPLE
         read_object(data, "data")
@@ -163,30 +166,33 @@ async def _message(
         if row is None:
             raise NotFoundError(f"Enrollment {number} does not exist.")
         enrollment = Enrollment(*list(row)[:-1])
-        known = parse_data(enrollment.data)
+        data = json.loads(json.dumps(parse_data(enrollment.data)))
+        known = {"known": data, "known_subject": enrollment.subject}
     runners = context.simulator().runners
     made = step_message.make_message(sequence, query.must("step"), runners, enrollment, external)
-    return made, known
+
+    def hide(text: str) -> str:
+        return str(context.mask({"message": text, **known})["message"])
+
+    return made, hide
 
 
 async def _mail(context: PageContext, query: Query, id_: str | None) -> Mail:
     """Return a message as it may be shown. Raises UsageError."""
-    message, known = await _message(context, query, id_)
+    message, masked = await _message(context, query, id_)
     runners = context.runners()  # those of the engine belong to its thread
     runner = runners[message.step.type]
     assert isinstance(runner, MessageRunner)
     try:
         async with context.simulating:
             content = await step_message.write(message._replace(runner=runner))
+    except UsageError as error:
+        raise UsageError(masked(str(error))) from error
     finally:
         for one in runners.values():
             await one.close()
     read = message_from_bytes(content, policy=default)
     assert isinstance(read, EmailMessage)
-
-    def masked(text: str) -> str:
-        return _masked(context, text, known)
-
     text, html = (_part(read, kind) for kind in ("plain", "html"))
     return Mail(
         masked(str(read["Subject"])) if read["Subject"] else None,
@@ -200,8 +206,3 @@ async def _mail(context: PageContext, query: Query, id_: str | None) -> Mail:
 def _part(read: EmailMessage, kind: str) -> str | None:
     part = read.get_body((kind,))
     return None if part is None else str(part.get_content())
-
-
-def _masked(context: PageContext, text: str, known: Mapping[str, Any]) -> str:
-    shown = context.mask({"message": text, "known": json.loads(json.dumps(known))})
-    return str(shown["message"])

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 from sequencerd.errors import UsageError
+from sequencerd.runners.unsubscribe import PATH as UNSUBSCRIBE
 
 HIDDEN = "•••"
 SHORTEST = 3  # characters: what is shorter is in every text
+CUT_OFF = 40  # characters, after which a text may have been cut off
 
-_ADDRESS = re.compile(r"[^\s<>(),;:\"']+@[^\s<>(),;:\"']+|\+?\d[\d ()/.-]{6,}\d")
-"""An e-mail address, or a telephone number: past ones are no longer in the data."""
+_ADDRESS = re.compile(
+    r"(?P<date>\b(?:19|20)\d\d-[01]\d-[0-3]\d\b)"
+    r"|[^\s<>(),;:\"'/=?&]+(?:@|%40|&#64;)[^\s<>(),;:\"'&]+"
+    r"|\+?\d[\d ()/.-]{6,}\d"
+)
+"""An e-mail address, or a telephone number: past ones are no longer in the data. Not a date."""
+
+_TOKEN = re.compile(rf"(?<={re.escape(UNSUBSCRIBE)})[\w.=-]+")
+"""Of a link to unsubscribe: it has the address in it, and would unsubscribe it."""
 
 _NAMED = re.compile(r"""(?<=\bsubject )('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 """A subject in the problem of a scheduled run, which names it as repr() writes it."""
@@ -28,38 +39,84 @@ def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], Row]:
     """Return a function that gives a row as it may be shown.
 
     Its `data` become a dict, with nothing where the paths lead; what was there is hidden in the
-    texts of the row as well. `known` of a row is further data; its values are hidden.
+    texts of the row as well. `known` and `known_subject` of a row are further data and the subject
+    that they are of; their values are hidden in its texts.
     """
     if not paths:
-        return _parsed
+        return _without_known
     keys = [path.split(".")[1:] for path in paths if path != "subject"]
 
     def mask(row: Mapping[str, Any]) -> Row:
-        shown = _parsed(row)
+        known, known_subject = row.get("known"), row.get("known_subject")
+        shown = _without_known(row)
         values: set[str] = set()
-        for kept in (shown.get("data"), json.loads(json.dumps(shown.pop("known", None)))):
+        for kept in (shown.get("data"), json.loads(json.dumps(known))):
             if isinstance(kept, dict):
                 for path in keys:
                     values.update(_hide(kept, path))
-        texts = sorted((v for v in values if len(v) >= SHORTEST), key=len, reverse=True)
-
-        def hide(text: str) -> str:
-            for value in texts:
-                text = text.replace(value, HIDDEN)
-            return text
-
+        if "subject" in paths:
+            values.update(filter(None, (known_subject, shown.get("subject"))))
+        hide = _hiding(values)
         for name in _TEXTS:
             if shown.get(name) is not None:
-                is_text = name != "subject"
-                text = hide(shown[name])
-                shown[name] = _ADDRESS.sub(HIDDEN, text) if is_text else text
-                if "subject" in paths and is_text:
-                    shown[name] = _NAMED.sub(HIDDEN, shown[name])
+                shown[name] = hide(shown[name])
+                if name != "subject":
+                    shown[name] = _without_addresses(shown[name])
+                    if "subject" in paths:
+                        shown[name] = _NAMED.sub(HIDDEN, shown[name])
         if "subject" in paths and "subject" in shown:
             shown["subject"] = HIDDEN
         return shown
 
     return mask
+
+
+def _without_addresses(text: str) -> str:
+    text = _TOKEN.sub(HIDDEN, text)
+    return _ADDRESS.sub(lambda found: found["date"] or HIDDEN, text)
+
+
+def _hiding(values: Iterable[str]) -> Callable[[str], str]:
+    """Return a function that hides values in a text, however they are written there."""
+    patterns = []
+    for value in sorted({*values}, key=len, reverse=True):
+        for word in (value, *_words(value)):
+            if len(word) < SHORTEST:
+                continue
+            edge = "" if word == value else r"\b"
+            for form in _forms(word):
+                # a long one may have been cut off
+                rest = r"[^\s\"']*" if len(form) > CUT_OFF else ""
+                patterns.append(f"{edge}{re.escape(form[:CUT_OFF])}{rest or edge}")
+    if not patterns:
+        return lambda text: text
+    pattern = re.compile("|".join(patterns), re.IGNORECASE)
+    return lambda text: pattern.sub(HIDDEN, text)
+
+
+def _words(text: str) -> set[str]:
+    """Return the words of a text, as a message may have the first name alone."""
+    if "@" in text:
+        return set()
+    parts = {part for part in text.split() if re.search(r"[^\W\d_]", part)}
+    return parts | {*re.findall(r"[^\W\d_]+", text)}
+
+
+def _forms(text: str) -> set[str]:
+    """Return a text as it is written in messages, JSON, Python, HTML and URLs."""
+    return {
+        text,
+        json.dumps(text)[1:-1],
+        json.dumps(text, ensure_ascii=False)[1:-1],
+        repr(text)[1:-1],
+        text.replace("'", "\\'"),
+        html.escape(text),
+        html.escape(text).replace("`", "&#x60;").replace("=", "&#x3D;"),
+        html.escape(text, quote=False),
+        quote(text, safe=""),
+        quote(text),
+        quote_plus(text),
+    }
 
 
 def hide_data(data: Mapping[str, Any], paths: Sequence[str]) -> Row:
@@ -94,8 +151,8 @@ def restore_data(
     return restored
 
 
-def _parsed(row: Mapping[str, Any]) -> Row:
-    shown = dict(row)
+def _without_known(row: Mapping[str, Any]) -> Row:
+    shown = {key: value for key, value in row.items() if key not in ("known", "known_subject")}
     if isinstance(shown.get("data"), str):
         shown["data"] = json.loads(shown["data"])
     return shown

@@ -145,7 +145,7 @@ async def sequence(request: Request) -> Response:
     chosen_range = panel.range_of(query)
     flow = await panel.flow(context, counts, name, chosen_range)
     enrollments = await views.enrollments(context.pool, query, context.mask) if step else None
-    revisions = await views.revisions(context.pool, query)
+    revisions = await views.revisions(context.pool, query, context.mask)
     schedule = await views.schedule(context.pool, name, context.mask)
     known = counts.sequences if counts else []
     row = next((row for row in known if row["name"] == name), {})
@@ -256,16 +256,15 @@ async def _journey(request: Request, id_: int, query: Query) -> Journey:
         raise NotFoundError(f"Enrollment {id_} does not exist.")
     version = context.live.version(id_)
     is_shared = version is not None and not query.given and query.rows == PAGE
-    if is_shared and (kept := context.enrollments_read.get(id_)) and kept[0] == version:
+    key, read = (id_, context.is_masked), context.enrollments_read
+    if is_shared and (kept := read.get(key)) and kept[0] == version:
         return kept[1]
     found = await views.journey(context.pool, id_, query, context.mask)
     if is_shared:
-        context.enrollments_read = {
-            known: kept
-            for known, kept in context.enrollments_read.items()
-            if context.live.version(known) == kept[0]
-        }
-        context.enrollments_read[id_] = (found.version, found)
+        for known, kept in list(read.items()):
+            if context.live.version(known[0]) != kept[0]:
+                del read[known]
+        read[key] = (found.version, found)
     return found
 
 
@@ -353,7 +352,7 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
         case "enrollments":
             return await views.enrollments(context.pool, query, context.mask)
         case "revisions":
-            return await views.revisions(context.pool, query)
+            return await views.revisions(context.pool, query, context.mask)
         case "search":
             return (await _found(context, without_usual_columns(query))).table
         case "events":

@@ -251,6 +251,7 @@ async def run(context: PageContext, query: Query) -> Simulated:
     present = context.simulator()
     simulator = Simulator(present.definitions, present.runners, asked.outcomes, MOST_ENTRIES)
     known: Mapping[str, Any] = {}
+    subject = None
     work: Callable[[], Simulation]
     if query.get("enrollment"):
         id_ = query.number("enrollment", 0)
@@ -259,7 +260,7 @@ async def run(context: PageContext, query: Query) -> Simulated:
         if started is None:
             raise NotFoundError(f"Enrollment {id_} does not exist.")
         enrollment, enrolled = started
-        known = json.loads(enrollment.data)
+        known, subject = json.loads(enrollment.data), enrollment.subject
 
         def work() -> Simulation:
             return simulator.follow(
@@ -288,7 +289,9 @@ async def run(context: PageContext, query: Query) -> Simulated:
         simulation = await asyncio.to_thread(work)
 
     def masked(text: str | None) -> Any:
-        return context.mask({"message": text, "known": known})["message"] if known else text
+        if subject is None:
+            return text
+        return context.mask({"message": text, "known": known, "known_subject": subject})["message"]
 
     rows = [
         {
@@ -303,7 +306,7 @@ async def run(context: PageContext, query: Query) -> Simulated:
     simulated = Simulated(
         simulation, masked(simulation.end), Table("simulation", COLUMNS, rows, given)
     )
-    key = _key(given)
+    key = _key(context, given)
     context.simulated.pop(key, None)
     context.simulated[key] = simulated
     for old in list(context.simulated)[:-KEPT]:
@@ -311,15 +314,15 @@ async def run(context: PageContext, query: Query) -> Simulated:
     return simulated
 
 
-def _key(given: Mapping[str, str]) -> str:
-    return json.dumps(sorted(given.items()))
+def _key(context: PageContext, given: Mapping[str, str]) -> str:
+    return json.dumps([context.is_masked, sorted(given.items())])
 
 
 async def frame(request: Request) -> Response:
     """Return the HTML of a message in a simulation, for a frame."""
     context, query = context_of(request), query_of(request)
     given = {name: value for name, value in query.given.items() if name != "entry"}
-    simulated = context.simulated.get(_key(given)) or await run(context, Query(given))
+    simulated = context.simulated.get(_key(context, given)) or await run(context, Query(given))
     rows, number = simulated.table.rows, query.number("entry", 0)
     text = rows[number]["details"].get("html") if number < len(rows) else None
     if text is None:

@@ -219,7 +219,7 @@ def health(counts: Counts, query: Query, mask: Mask) -> Table:
             "level": one.level,
             "about": one.about,
             "message": mask({"message": one.seen})["message"],
-            "advice": one.advice or None,
+            "advice": mask({"message": one.advice})["message"] or None,
         }
         for one in found
     ]
@@ -275,7 +275,7 @@ async def schedule(pool: asyncpg.Pool, sequence: str, mask: Mask) -> Row | None:
     return mask(rows[0]) if rows else None
 
 
-async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
+async def revisions(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     """Return the changes of a sequence, the latest first."""
     found = await connections.read(
         pool,
@@ -291,7 +291,7 @@ async def revisions(pool: asyncpg.Pool, query: Query) -> Table:
             "url": at("/revision", sequence=query.must("sequence"), revision=row["revision"]),
             "at": row["at"],
             "by": row["by"],
-            "reason": row["reason"],
+            "reason": mask({"message": row["reason"]})["message"],
             "changes": "\n".join(
                 describe_revision(query.must("sequence"), row["before"], row["document"])
             ),
@@ -324,8 +324,7 @@ async def search(pool: asyncpg.Pool, query: Query, mask: Mask, masked: tuple[str
         following = await _by_subject(pool, wanted, query)
         if len(following) > query.rows:
             last = following[query.rows - 1]
-            after = json.dumps([last["subject"], last["sequence"], last["entry"]])
-            more = {**query.given, "after": after}
+            more = {**query.given, "after": str(last["id"])}
         rows += following
     unique = {row["id"]: row for row in rows}
     shown = [_linked(mask(row)) for row in list(unique.values())[: query.rows]]
@@ -352,15 +351,11 @@ async def by_text(
 
 async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asyncpg.Record]:
     after: Any = [wanted, "", -1]  # where the scan of the index begins
-    if given := query.get("after"):
-        try:
-            after = json.loads(given)
-            subject, sequence, entry = after
-            assert isinstance(subject, str)
-            assert isinstance(sequence, str)
-            assert isinstance(entry, int)
-        except (ValueError, TypeError, AssertionError) as error:
-            raise WrongQueryError("the parameter after is not from a previous page") from error
+    if query.get("after"):
+        found = await connections.read(pool, "console_by_id", query.number("after", 0))
+        if not found:
+            raise WrongQueryError("the enrollment at which the last page ended is gone")
+        after = [found[0]["subject"], found[0]["sequence"], found[0]["entry"]]
     rows: list[asyncpg.Record] = await connections.read(
         pool, "console_by_subject", wanted, wanted + LAST_CHARACTER, *after, query.rows + 1
     )
@@ -404,10 +399,8 @@ async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: Mask) -> Jou
         versions = await connection.fetch(QUERIES["console_versions"], [id_])
     if row is None:
         raise NotFoundError(f"Enrollment {id_} does not exist.")
-    known = row["data"]
-    events = [mask({**event, "known": json.loads(known)}) for event in found[: query.rows]]
-    for event in events:
-        event.pop("known", None)
+    known = {"known": json.loads(row["data"]), "known_subject": row["subject"]}
+    events = [mask({**event, **known}) for event in found[: query.rows]]
     more = None
     if len(found) > query.rows:
         more = {**query.given, "id": str(id_), "before": events[-1]["at"].isoformat()}

@@ -44,7 +44,7 @@ SELECT id
 -- name: outcomes
 -- Count what became of enrollments that were retried or moved: by status, those that failed after a time
 -- by cause.
-SELECT g.*, x.data
+SELECT g.*, x.data, x.subject
   FROM (SELECT e.status, e.ended_at > $2 AS is_after, CASE WHEN e.status = 'failed' THEN {cause} END AS cause,
                count(*) AS enrollments, max(e.id) AS example
           FROM sequencer.enrollments AS e WHERE e.id = ANY ($1::bigint[])

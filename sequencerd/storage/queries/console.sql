@@ -56,7 +56,7 @@ SELECT sequence, step, count(*) AS failed
 -- name: console_causes
 -- Count the failed enrollments by cause and step, each with an example; at most the limit are read, and the
 -- most frequent are returned.
-SELECT g.*, x.last_error, x.data
+SELECT g.*, x.last_error, x.data, x.subject
   FROM (SELECT {cause} AS cause, e.sequence, e.step, e.failure, count(*) AS failed,
                min(e.ended_at) AS since, max(e.ended_at) AS latest, max(e.id) AS example
           FROM (SELECT * FROM sequencer.enrollments WHERE status = 'failed'
