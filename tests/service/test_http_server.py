@@ -338,6 +338,27 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
+def test_the_dashboard_tells_shards_apart() -> None:
+    """Figures of a whole database are those of one shard: the greatest of its daemons counts."""
+    board = json.loads((DOCS / "grafana.json").read_text())
+    assert "shard" in {variable["name"] for variable in board["templating"]["list"]}
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    for query in queries:
+        if "sequencerd_" in query:
+            assert query.count('shard=~"$shard"') == len(NAME.findall(query)), query
+        for labels in re.findall(r"max by \((.*?)\)", query):
+            assert "shard" in labels.split(", "), query
+
+
+def test_the_alerts_tell_shards_apart() -> None:
+    (group,) = yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"]
+    for rule in group["rules"]:
+        for labels in re.findall(r" by \((.*?)\)", rule["expr"]):
+            assert {"job", "shard"} <= set(labels.split(", ")), rule["alert"]
+        if rule["alert"] != "SequencerdDown":
+            assert "$labels.shard" in rule["annotations"]["summary"], rule["alert"]
+
+
 def test_the_alerts_watch_metrics_that_exist() -> None:
     (group,) = yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"]
     for rule in group["rules"]:
