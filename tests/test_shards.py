@@ -5,23 +5,34 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import asyncpg
 import httpx
 import pytest
+import structlog
+from pydantic import SecretStr
 
+from sequencerd import daemon as composition
 from sequencerd.core.routing import shard_of
 from sequencerd.errors import SettingsError
-from sequencerd.settings import load
+from sequencerd.service.health import BLOCKED, Health
+from sequencerd.service.metrics import Metrics
+from sequencerd.settings import Settings, ShardDatabase, load
 from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.embedded import Programs
+from tests.helpers.clusters import Cluster, stoppable
 from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, define, enroll, until
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import PATIENCE, eventually
 from tests.service.test_http_server import free_port
 
 SEQUENCE = """
@@ -30,6 +41,9 @@ steps:
   - {name: wait, type: WaitForDuration, config: {amount: 3, unit: days}}
   - {name: note, type: GoTo}
 """
+
+
+AWAY = "the shard is away, tried again"
 
 
 @pytest.fixture
@@ -67,7 +81,7 @@ async def shards(
 
 
 @asynccontextmanager
-async def running(command: Command, *arguments: str) -> AsyncIterator[asyncio.StreamReader]:
+async def running(command: Command, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """A daemon that is stopped in good order at the end."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "sequencerd", "run", *arguments),
@@ -77,16 +91,17 @@ async def running(command: Command, *arguments: str) -> AsyncIterator[asyncio.St
     assert process.stderr is not None
     try:
         async with asyncio.timeout(PATIENCE):
-            yield process.stderr
+            yield process
     finally:
         process.send_signal(signal.SIGTERM)
         rest = (await process.stderr.read()).decode()
         assert await process.wait() == 0, rest
 
 
-async def logged(reader: asyncio.StreamReader, event: str, shard: str) -> dict[str, str]:
+async def logged(daemon: asyncio.subprocess.Process, event: str, shard: str) -> dict[str, str]:
     """The next line of a shard with an event."""
-    while line := await reader.readline():
+    assert daemon.stderr is not None
+    while line := await daemon.stderr.readline():
         found: dict[str, str] = json.loads(line)
         if found["event"] == event and found.get("shard") == shard:
             return found
@@ -100,10 +115,10 @@ async def test_one_daemon_serves_all_and_one_that_is_away_disturbs_no_other(
     listen = f"127.0.0.1:{free_port()}"
     sequencerd.variables["SEQUENCERD_HTTP_LISTEN"] = listen
     assert "a: applied 0001" in sequencerd("migrate", "--shard", "a")
-    async with running(sequencerd) as lines, httpx.AsyncClient(base_url=f"http://{listen}") as web:
-        away = await logged(lines, "the shard is away, tried again", "b")
+    async with running(sequencerd) as daemon, httpx.AsyncClient(base_url=f"http://{listen}") as web:
+        away = await logged(daemon, AWAY, "b")
         assert "no schema shard-b yet" in away["error"]
-        await logged(lines, "ready", "a")
+        await logged(daemon, "ready", "a")
         await define_and_enroll(a)
         await until(a, ALL_ENDED)
         ready = await web.get("/readyz")
@@ -112,7 +127,7 @@ async def test_one_daemon_serves_all_and_one_that_is_away_disturbs_no_other(
         assert (await web.get("/healthz")).status_code == 200
 
         assert sequencerd("migrate").startswith("a: the schema is up to date\nb: applied 0001")
-        await logged(lines, "ready", "b")
+        await logged(daemon, "ready", "b")
         await define_and_enroll(b)
         await until(b, ALL_ENDED)
         await until_ready(web)
@@ -128,6 +143,170 @@ async def define_and_enroll(connection: asyncpg.Connection) -> None:
     await enroll(connection, "s", "ada")
 
 
+@pytest.fixture
+def servers(
+    sequencerd: Command, configure: Callable[..., None], tmp_path: Path, database: str
+) -> Iterator[Cluster]:
+    """The shard a in the test's database, and b on a server that can stop, which is returned."""
+    with stoppable(Programs.find(), synchronous_commit="on") as made:
+        configure("a", "b")
+        file = tmp_path / "sequencerd.toml"
+        before, b = file.read_text().split("[shards.b]")
+        file.write_text(f"{before}[shards.b]{b.replace(database, made.url)}")
+        sequencerd("migrate")
+        yield made
+
+
+async def test_a_server_that_is_away_comes_back_and_disturbs_no_other(
+    servers: Cluster, sequencerd: Command, database: str, tmp_path: Path
+) -> None:
+    """It is dead at the start, has another number at first, is silent, and dies again."""
+    listen = f"127.0.0.1:{free_port()}"
+    sequencerd.variables["SEQUENCERD_HTTP_LISTEN"] = listen
+    sequencerd.variables["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+    async with (
+        manager(tmp_path / "notify") as told,
+        connected(database, "shard-a") as a,
+        httpx.AsyncClient(base_url=f"http://{listen}") as web,
+    ):
+        await define_and_enroll(a)
+        async with connected(servers.url, "shard-b") as b:
+            await define_and_enroll(b)
+            await b.execute("UPDATE sequencer.shard SET shards = 3")
+        servers.stop()
+        async with running(sequencerd) as daemon:
+            error = (await logged(daemon, AWAY, "b"))["error"]
+            assert "cannot connect" in error
+            await until(a, ALL_ENDED)
+            servers.start()
+            while "its schema says number 1 of 3" not in error:
+                error = (await logged(daemon, AWAY, "b"))["error"]
+            metrics = (await web.get("/metrics")).text
+            assert 'sequencerd_ready{shard="a"} 1.0' in metrics
+            assert 'sequencerd_ready{shard="b"} 0.0' in metrics
+            async with connected(servers.url, "shard-b") as b:
+                await b.execute("UPDATE sequencer.shard SET shards = 2")
+                await logged(daemon, "ready", "b")
+                await until(b, ALL_ENDED)
+            with servers.silent():
+                await until_away(web, "b")
+                await enroll_and_wait(a, "silent")
+                assert (await web.get("/healthz")).status_code == 200
+                await until_told(told, "WATCHDOG=1")
+            servers.stop()
+            await enroll_and_wait(a, "dead")
+            servers.start()
+            await logged(daemon, "ready", "b")
+            async with connected(servers.url, "shard-b") as b:
+                await enroll_and_wait(b, "again")
+            metrics = (await web.get("/metrics")).text
+            assert 'sequencerd_listener_reconnects_total{shard="a"} 0.0' in metrics
+            await until_ready(web)
+
+
+@asynccontextmanager
+async def connected(url: str, schema: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await connections.connect(Shard(url, schema))
+    yield connection
+    await connection.close()
+
+
+async def enroll_and_wait(connection: asyncpg.Connection, subject: str) -> None:
+    await enroll(connection, "s", subject)
+    await until(connection, ALL_ENDED)
+
+
+async def until_away(web: httpx.AsyncClient, shard: str) -> None:
+    async def others() -> list[str]:
+        """Return the shards of which it is said that they are not ready."""
+        found = (await web.get("/readyz")).json()["reasons"]
+        return [reason.partition(":")[0] for reason in found]
+
+    while await others() != [shard]:  # noqa: ASYNC110 - it sets no event
+        await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def manager(path: Path) -> AsyncIterator[list[str]]:
+    """What the daemon tells systemd, which reads all of it: or else it would block."""
+    told: list[str] = []
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+        end.bind(str(path))
+        loop.add_reader(end, lambda: told.append(end.recv(1000).decode()))
+        try:
+            yield told
+        finally:
+            loop.remove_reader(end)
+
+
+async def until_told(told: list[str], start: str) -> None:
+    """Wait until systemd is told this, from now on."""
+    before = len(told)
+    await eventually(lambda: any(message.startswith(start) for message in told[before:]))
+
+
+def test_a_stuck_engine_starves_the_watchdog_and_one_that_is_away_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fed: list[str] = []
+    monkeypatch.setattr(composition, "notify", fed.append)
+    monkeypatch.setattr("sequencerd.service.health.notify", lambda *_: None)
+    names = ("a", "b", "away")
+    process = composition._Process(
+        [Shard("", name=name) for name in names],
+        Settings(shards={name: ShardDatabase(url=SecretStr(name)) for name in names}),
+        structlog.get_logger(),
+        Settings,
+        asyncio.Event(),
+    )
+    a, b = (
+        Health(Metrics(of_process=False), process.status, process.feed, sweep=60) for _ in range(2)
+    )
+    for served, health in zip(process._shards, (a, b), strict=False):
+        served.daemon = cast("composition._Daemon", SimpleNamespace(health=health, status=str))
+    a.turned()
+    assert fed == ["WATCHDOG=1"]
+    now = time.monotonic() + BLOCKED
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    a.turned()
+    assert fed == ["WATCHDOG=1"]
+    b.turned()
+    assert fed == ["WATCHDOG=1"] * 2
+
+
+async def test_a_hangup_reloads_the_settings_of_all_and_changes_no_shards(
+    shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path
+) -> None:
+    sequencerd("migrate")
+    file = tmp_path / "sequencerd.toml"
+    text = file.read_text()
+    runner = '[runners.Score]\nurl = "http://127.0.0.1:9/"\n'
+    for connection in shards.values():
+        await define(connection, "s", ("score", "Score", "{}", None))
+        await enroll(connection, "s", "ada")
+    async with running(sequencerd) as daemon:
+        for connection in shards.values():
+            await until(connection, FAILED)
+        file.write_text(runner + text)
+        daemon.send_signal(signal.SIGHUP)
+        for connection in shards.values():
+            await until(connection, ACTIVE)
+        for names, settings in (
+            ("a, b, c", f'{text}[shards.c]\nurl = "postgresql://db3/app"\n'),
+            ("a", text.partition("[shards.b]")[0]),
+            ("a, x", text.replace("[shards.b]", "[shards.x]")),
+        ):
+            file.write_text(settings)
+            daemon.send_signal(signal.SIGHUP)
+            error = (await logged(daemon, "invalid settings, the old ones remain", "b"))["error"]
+            assert error == f"the shards, now {names}, take a restart to change"
+
+
+FAILED = "SELECT failure = 'invalid_step' FROM sequencer.enrollments"
+ACTIVE = "SELECT status = 'active' FROM sequencer.enrollments"
+
+
 async def until_ready(web: httpx.AsyncClient) -> None:
     while (await web.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - it sets no event
         await asyncio.sleep(0.05)
@@ -141,8 +320,8 @@ async def test_a_daemon_serves_the_shard_that_it_is_told(
     arguments = ("--shard", "b") if by == "argument" else ()
     if by == "instance":
         sequencerd.variables["SEQUENCERD_INSTANCE"] = "b"
-    async with running(sequencerd, *arguments) as lines:
-        await logged(lines, "ready", "b")
+    async with running(sequencerd, *arguments) as daemon:
+        await logged(daemon, "ready", "b")
         await define_and_enroll(shards["a"])
         await define_and_enroll(shards["b"])
         await until(shards["b"], ALL_ENDED)
