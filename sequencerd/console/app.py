@@ -157,6 +157,8 @@ def make_console(
             post("/suppression", suppressing.remove, "operator"),
             get("/edit", editing.edit, "editor"),
             post("/edit", editing.change, "editor"),
+            get("/edit/schema", editing.schema, "editor"),
+            post("/edit/check", editing.check, "editor"),
             get("/status", editing.ask_status, "editor"),
             post("/status", editing.set_status, "editor"),
             get("/revision", editing.compare),
@@ -230,7 +232,8 @@ def _guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> 
                 to = str(request.url.replace(scheme="", netloc=""))
                 return _kept(request, RedirectResponse(at("/login", to=to), 303))
             if request.method == "POST":
-                request.state.form = await pages.form(request)
+                most = pages.MAX_FORM if role is None else pages.MAX_FORM_OF_USERS
+                request.state.form = await pages.form(request, most)
                 if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
                     return say(
                         request,

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import json
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import asyncpg
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from sequencerd.console.changing import reason_of, why
-from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.context import POLICY, PageContext, context_of, query_of, render
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import at
-from sequencerd.definitions import plan, yaml_reader
+from sequencerd.definitions import json_schema, plan, yaml_reader
 from sequencerd.definitions.compiler import Definition
 from sequencerd.definitions.diff import parse_document
 from sequencerd.definitions.files import Finding, check_documents
@@ -153,10 +156,12 @@ def _page(
     wrong: str | None = None,
     revision: int | None = None,
     moves: Mapping[str, str] | None = None,
-    reason: str = "",
+    given: Mapping[str, str] | None = None,
 ) -> Response:
     one = made.sequences[0] if made else None
-    return render(
+    simulator = context_of(request).simulator()
+    nonce = secrets.token_urlsafe(16)
+    answer = render(
         request,
         "edit.html",
         status,
@@ -172,9 +177,34 @@ def _page(
         moves=moves or {},
         wrong=wrong,
         revision=revision,
-        reason=reason,
+        given={"reason": "", "brake": "", **(given or {})},
         rows=min(40, max(12, text.count("\n") + 2)),
+        nonce=nonce,
+        types=sorted(simulator.runners),
+        sequences=sorted(simulator.definitions),
     )
+    # the editor makes its styles in the page
+    policy = POLICY.replace("style-src 'self'", f"style-src 'self' 'nonce-{nonce}'")
+    answer.headers["Content-Security-Policy"] = policy
+    return answer
+
+
+async def schema(_: Request) -> Response:
+    """Return the JSON Schema of files, by which the editor completes."""
+    return Response(await asyncio.to_thread(_schema), media_type="application/json")
+
+
+@cache
+def _schema() -> str:
+    return json.dumps(json_schema.make(), ensure_ascii=False)
+
+
+async def check(request: Request) -> Response:
+    """Return what is wrong with an edited sequence, with lines and columns."""
+    context, query = context_of(request), Query(request.state.form)
+    text = (query.get("text") or "").replace("\r\n", "\n")
+    _, findings = await asyncio.to_thread(_check, context, text)
+    return JSONResponse([asdict(finding) for finding in findings])
 
 
 async def change(request: Request) -> Response:
@@ -195,10 +225,10 @@ async def change(request: Request) -> Response:
     if wrong:
         return _page(request, name, stored, text, 422, findings=findings, wrong=wrong)
     if query.number("base", 0) != stored.revision:
-        why = f" ({stored.reason})" if stored.reason else ""
+        cause = f" ({stored.reason})" if stored.reason else ""
         wrong = (
-            f"The sequence was changed meanwhile: revision {stored.revision}, by {stored.by}{why}. "
-            "Nothing was applied. Plan again to see what your text would change of it."
+            f"The sequence has changed: revision {stored.revision}, by {stored.by}{cause}."
+            " Nothing was applied. Plan again to see what your text would change of it."
         )
         return _page(request, name, stored, text, 409, wrong=wrong)
     form = request.state.form
@@ -215,14 +245,39 @@ async def change(request: Request) -> Response:
             return _page(request, name, stored, text, findings=findings, made=made, moves=moves)
         if stored.from_file:
             raise PlanError(f"{name} is managed by files: download the changed file, and apply it")
-        if (reason := reason_of(query)) is None:
+        reason, brake = reason_of(query), query.get("brake") or ""
+        if reason is None:
             wrong = "Write a reason: it is recorded with the revision."
-            return _page(request, name, stored, text, 422, made=made, moves=moves, wrong=wrong)
-        await _changing(context, _applying(request, definitions, query.must("plan"), moves, reason))
+        elif brake and not _is_brake(brake):
+            wrong = "The brake is a number from 1 to 1,000,000, or empty."
+        if wrong or reason is None:
+            given = {"reason": reason or "", "brake": brake}
+            return _page(
+                request, name, stored, text, 422, made=made, moves=moves, wrong=wrong, given=given
+            )
+
+        async def apply(connection: asyncpg.Connection) -> None:
+            async with connection.transaction():
+                await bulk.set_reason(connection, why(request, reason))
+                await plan.apply(
+                    connection,
+                    definitions,
+                    runners,
+                    moves=moves,
+                    expected=query.must("plan"),
+                    brake=int(brake) if brake else None,
+                    from_files=False,
+                )
+
+        await _changing(context, apply)
     except (PlanError, FileError) as error:
         wrong = f"Nothing was applied: {error}."
         return _page(request, name, await _stored(context, name), text, 409, wrong=wrong)
     return RedirectResponse(at("/sequence", sequence=name), 303)
+
+
+def _is_brake(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= 1_000_000
 
 
 def _file_name(name: str) -> str:
@@ -230,26 +285,10 @@ def _file_name(name: str) -> str:
 
 
 def _check(context: PageContext, text: str) -> tuple[list[Definition], list[Finding]]:
+    if len(text.encode()) > yaml_reader.MAX_SIZE:
+        message = f"has more than {yaml_reader.MAX_SIZE} bytes: split the sequence"
+        return [], [Finding(ORIGIN, 1, None, None, message)]
     return check_documents({ORIGIN: yaml_reader.parse(text)}, context.simulator().runners)
-
-
-def _applying(
-    request: Request,
-    definitions: list[Definition],
-    expected: str,
-    moves: Mapping[str, str],
-    reason: str,
-) -> Callable[[asyncpg.Connection], Awaitable[Plan]]:
-    runners = context_of(request).simulator().runners
-
-    async def work(connection: asyncpg.Connection) -> Plan:
-        async with connection.transaction():
-            await bulk.set_reason(connection, why(request, reason))
-            return await plan.apply(
-                connection, definitions, runners, moves=moves, expected=expected, from_files=False
-            )
-
-    return work
 
 
 # --- revisions

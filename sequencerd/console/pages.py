@@ -50,7 +50,8 @@ from sequencerd.core.model import NEXT, Sequence
 from sequencerd.core.what_next import what_next
 from sequencerd.definitions import drawing
 
-MAX_FORM = 100_000  # bytes
+MAX_FORM = 100_000  # bytes, of a visitor who has not logged in
+MAX_FORM_OF_USERS = 4_000_000  # a megabyte of YAML is up to three in a form
 PROGRAMS_WAIT = 10.0  # seconds, for the first counts: nothing fills their tables by itself
 
 COUNTED = ("overview", "steps", "failures", "health", "coming")
@@ -398,12 +399,12 @@ async def stream(request: Request) -> Response:
 # --- forms
 
 
-async def form(request: Request) -> dict[str, str]:
+async def form(request: Request, most: int) -> dict[str, str]:
     """Read a form. Raises WrongQueryError."""
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_FORM:
+        if len(body) > most:
             raise WrongQueryError("the form is too large")
     try:
         return dict(parse_qsl(body.decode(), keep_blank_values=True, errors="strict"))
@@ -427,9 +428,12 @@ async def static(request: Request) -> Response:
 FILES = {
     "console.css": "text/css",
     "console.js": "text/javascript",
+    "editor.js": "text/javascript",
+    "completion.js": "text/javascript",
     "graph.js": "text/javascript",
     "viewport.js": "text/javascript",
     "icon.svg": "image/svg+xml",
+    "vendor/codemirror.js": "text/javascript",
     "vendor/htmx.js": "text/javascript",
     "vendor/dagre.js": "text/javascript",
 }

@@ -186,6 +186,7 @@ class Finding:
     step: str | None
     message: str
     is_error: bool = True
+    column: int = 1
 
     def __str__(self) -> str:
         """Format it as editors and build servers expect."""
@@ -321,10 +322,12 @@ class _Source:
         text = str(Fault(shown, message))
         within = re.match(r"line (\d+): ", message)  # of a template
         if file := self.files.get(keys):
-            origin, line = str(file), int(within[1]) if within else 1
+            origin, line, column = str(file), int(within[1]) if within else 1, 1
         else:
-            origin, line = self.origin, self.document.line(keys, int(within[1]) if within else 0)
-        self.findings.append(Finding(origin, line, self.name, step, text, is_error))
+            inner = int(within[1]) if within else 0
+            origin = self.origin
+            line, column = self.document.line(keys, inner), self.document.column(keys, inner)
+        self.findings.append(Finding(origin, line, self.name, step, text, is_error, column))
 
     def steps_elsewhere(self) -> Iterator[tuple[KeyPath, str, str]]:
         """Yield the steps of other sequences that configs name: path, sequence, and step."""
@@ -354,7 +357,7 @@ def _read_sources(
     try:
         sources.extend(_Source(origin, document) for document in documents)
     except DocumentError as error:
-        return sources, [Finding(origin, error.line, None, None, str(error))]
+        return sources, [Finding(origin, error.line, None, None, str(error), True, error.column)]
     empty = Finding(origin, 1, None, None, "there is no sequence in it")
     return sources, [] if sources else [empty]
 

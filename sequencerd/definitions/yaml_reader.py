@@ -30,17 +30,19 @@ _TAG = "tag:yaml.org,2002:"
 class DocumentError(ValueError):
     """A file that can't be read, with the line where that shows."""
 
-    def __init__(self, message: str, line: int = 1) -> None:
+    def __init__(self, message: str, line: int = 1, column: int = 1) -> None:
         super().__init__(message)
         self.line = line
+        self.column = column
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document of a file: its value, and the line (from 1) of each key and item."""
+    """One document of a file: its value, and the line and column (from 1) of each key and item."""
 
     value: Any
     lines: dict[KeyPath, int] = field(repr=False)
+    columns: dict[KeyPath, int] = field(repr=False)
     blocks: dict[KeyPath, int] = field(repr=False)  # the line above the text of each `|`
     folder: Path | None = None  # of the file
 
@@ -50,9 +52,16 @@ class Document:
         """
         if within and keys in self.blocks:
             return self.blocks[keys] + within
+        return self.lines[self._known(keys)]
+
+    def column(self, keys: KeyPath, within: int = 0) -> int:
+        """Return the column to the line of a value; 1 in a text that has lines of its own."""
+        return 1 if within and keys in self.blocks else self.columns[self._known(keys)]
+
+    def _known(self, keys: KeyPath) -> KeyPath:
         while keys not in self.lines:
             keys = keys[:-1]
-        return self.lines[keys]
+        return keys
 
 
 def read_documents(path: Path) -> Iterator[Document]:
@@ -71,7 +80,8 @@ def parse(text: str) -> Iterator[Document]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         words = ", ".join(part for part in (error.context, error.problem) if part)
-        raise DocumentError(words, mark.line + 1 if mark else 1) from error
+        place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        raise DocumentError(words, *place) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         shown = f"{ord(text[error.position]):#04x}"
@@ -109,11 +119,11 @@ class _Loader(yaml.SafeLoader):
     def document(self) -> Document:
         """Return the next document."""
         node = self.get_node()
-        made = Document(None, {(): 1}, {})
+        made = Document(None, {(): 1}, {(): 1}, {})
         if node is None:
             return made
-        made.lines[()] = node.start_mark.line + 1
-        return Document(self._plain(node, (), made), made.lines, made.blocks)
+        _note((), node.start_mark, made)
+        return replace(made, value=self._plain(node, (), made))
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Limit what is read: each level is a few calls of Python's, each value costs time."""
@@ -138,12 +148,12 @@ class _Loader(yaml.SafeLoader):
                 value: Any = {}
                 for key_node, value_node in self._items(node):
                     key = str(_scalar(key_node))
-                    made.lines[*keys, key] = key_node.start_mark.line + 1
+                    _note((*keys, key), key_node.start_mark, made)
                     value[key] = self._plain(value_node, (*keys, key), made)
             case yaml.SequenceNode(tag=tag) if tag == f"{_TAG}seq":
                 value = []
                 for number, item in enumerate(node.value):
-                    made.lines[*keys, number] = item.start_mark.line + 1
+                    _note((*keys, number), item.start_mark, made)
                     value.append(self._plain(item, (*keys, number), made))
             case yaml.ScalarNode():
                 value = _scalar(node)
@@ -179,6 +189,11 @@ class _Loader(yaml.SafeLoader):
                 own.setdefault(str(_scalar(key_node)), (key_node, value_node))
             self._depth -= 1
         return list(own.values())
+
+
+def _note(keys: KeyPath, mark: yaml.Mark, made: Document) -> None:
+    """Note where a key or an item is."""
+    made.lines[keys], made.columns[keys] = mark.line + 1, mark.column + 1
 
 
 _Loader.yaml_implicit_resolvers = {}

@@ -96,7 +96,16 @@ async def test_a_sequence_is_edited_by_a_plan(
         apply = form_of(planned, action="apply")
         refused = await client.post("/edit", data=apply)
         assert "Write a reason" in refused.text
-        done = await client.post("/edit", data={**apply, "reason": "longer"})
+        for brake in ("0", "x", "1000001", "-1", "1" * 400):
+            wrong = {**apply, "reason": "longer", "brake": brake}
+            refused = await client.post("/edit", data=wrong)
+            assert refused.status_code == 422
+            assert "The brake is a number from 1 to 1,000,000" in refused.text
+            assert f'value="{brake}"' in refused.text
+        assert await connection.fetchval(REVISION) == before
+        braked = "SELECT apply_brake, apply_brake_until > now() + interval '23 hours' AS is_on"
+        braked += " FROM sequencer.sequences WHERE name = 's'"
+        done = await client.post("/edit", data={**apply, "reason": "longer", "brake": "500"})
         assert done.status_code == 303, done.text
         row = await connection.fetchrow(
             "SELECT s.from_file, s.revision, r.reason FROM sequencer.sequences AS s"
@@ -104,6 +113,7 @@ async def test_a_sequence_is_edited_by_a_plan(
         )
         assert row["reason"] == "edda in the console: longer"
         assert not row["from_file"]
+        assert tuple(await connection.fetchrow(braked)) == (500, True)
         # side by side, and back
         page = await client.get(f"/revision?sequence=s&revision={row['revision']}")
         assert "<del>      amount: 1</del>" in page.text
@@ -217,3 +227,42 @@ async def test_the_daemon_s_role_is_not_enough_to_edit(
 )
 def test_side_by_side(before: str, after: str, kinds: list[str]) -> None:
     assert [row["kind"] for row in side_by_side(before, after)] == kinds
+
+
+async def test_errors_are_found_while_a_sequence_is_edited(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await people(connection)
+    async with console(database, {"Note": Mended()}, users=USERS, write=True) as client:
+        await log_in(client, "otto")
+        assert (await client.get("/edit/schema")).status_code == 403
+        page = await client.get("/")
+        form = {"token": token(page), "text": "name: s"}
+        assert (await client.post("/edit/check", data=form)).status_code == 403
+        client.cookies.clear()
+        await log_in(client, "edda")
+        schema = (await client.get("/edit/schema")).json()
+        assert "steps" in schema["properties"]
+        page = await client.get("/edit?sequence=s")
+        text = text_of(page)
+        for wrong, line, column, words in (
+            (text.replace("amount: 1", "amuont: 1"), 7, 7, "amuont"),
+            (text.replace("type: Note", "type: Nope"), 9, 5, "Nope"),
+            ("name: s\nsteps: [", 2, 9, "end"),
+            ("name: s\n\tsteps: 1", 2, 1, "cannot start any token"),
+            ("", 1, 1, "there is no sequence in it"),
+            ("name: s\n" + "#" * 1_100_000, 1, 1, "has more than 1048576 bytes"),
+        ):
+            answer = await client.post("/edit/check", data=form_of(page, text=wrong))
+            assert answer.status_code == 200
+            assert [
+                one
+                for one in answer.json()
+                if (one["line"], one["column"]) == (line, column) and words in one["message"]
+            ], answer.text
+        assert (await client.post("/edit/check", data={**form, "token": "x"})).status_code == 403
+        policy = page.headers["content-security-policy"]
+        nonce = re.search(r'data-nonce="([^"]+)"', page.text)
+        assert nonce
+        assert f"style-src 'self' 'nonce-{nonce[1]}'" in policy
+        assert "script-src 'self';" in policy

@@ -1,0 +1,142 @@
+"""The editor of a sequence's YAML, in a real browser."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from tests.console.conftest import BEGUN, Mended, console, people
+from tests.console.test_browser import browser as browser_
+from tests.console.test_browser import check_accessible, shows, text_of, window
+from tests.helpers.engines import until
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Page
+
+browser = browser_
+
+CONTENT = ".cm-content"
+
+OPTIONS = """([text, known]) => {
+    const position = text.indexOf("@@");
+    return fetch("/console/edit/schema").then((answer) => answer.json()).then((root) =>
+        Completion.complete(text.replace("@@", ""), position, root, known)?.options
+            .map((one) => one.label) ?? null);
+}"""
+STEPS = "steps:\n  - name: first\n    type: {}\n    config:\n      {}\n  - name: second\n"
+
+
+async def options(page: Page, text: str) -> list[str] | None:
+    known = {"types": ["Note"], "sequences": ["other"]}
+    found: list[str] | None = await page.evaluate(OPTIONS, [text, known])
+    return found
+
+
+async def test_the_editor_completes_checks_and_plans(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    async with console(database, {"Note": Mended()}, write=True) as client:
+        await until(connection, BEGUN)
+        async with window(browser, client) as page:
+            await page.goto("/console/edit?sequence=s")
+            await page.locator(CONTENT).wait_for()
+            assert not await page.locator("#text").is_visible()
+            name = page.get_by_role("textbox", name="YAML")
+            assert await name.count() == 1
+            # what is wrong is underlined where it is
+            await page.locator(".cm-line", has_text="amount: 1").click()
+            await page.keyboard.press("End")
+            await page.keyboard.type("x")
+            await page.locator(".cm-lintRange-error").wait_for()
+            assert await text_of(page, ".cm-lintRange-error") == "amount: 1x"
+            await page.keyboard.press("Control+Shift+M")
+            await shows(page, ".cm-panel-lint", "wait: ")
+            for scheme in ("light", "dark"):
+                await page.emulate_media(color_scheme=scheme)
+                await check_accessible(page)
+            await page.keyboard.press("Escape")
+            await page.locator(CONTENT).focus()
+            await page.keyboard.press("Control+z")
+            await page.locator(".cm-lintRange-error").wait_for(state="detached")
+            # completion, by keyboard alone
+            await page.locator(".cm-line", has_text="amount: 1").click()
+            await page.keyboard.press("End")
+            await page.keyboard.press("Enter")
+            await page.keyboard.type("holi")
+            await shows(page, ".cm-tooltip-autocomplete", "holidays")
+            await check_accessible(page)
+            await page.keyboard.press("Escape")
+            await page.keyboard.press("Shift+Home")
+            await page.keyboard.press("Shift+Home")
+            await page.keyboard.press("Backspace")
+            await page.keyboard.press("Backspace")
+            # Tab indents, and does not trap
+            await page.keyboard.press("Escape")
+            await page.keyboard.press("Tab")
+            focused = "document.activeElement.textContent"
+            assert await page.evaluate(focused) == "Check and plan"
+            await page.locator(".cm-line", has_text="amount: 1").click()
+            await page.keyboard.press("End")
+            await page.keyboard.type("5")
+            await page.get_by_role("button", name="Check and plan").click()
+            await shows(page, ".plan", "changed wait: config.amount 1 → 15")
+            # what the form sends comes back
+            await shows(page, CONTENT, "amount: 15")
+
+
+async def test_what_the_editor_offers(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    async with (
+        console(database, {"Note": Mended()}, write=True) as client,
+        window(browser, client) as page,
+    ):
+        await page.goto("/console/edit?sequence=s")
+        for text, some in (
+            ("name: s\n@@", {"timezone", "steps"}),
+            (STEPS.format("Wait@@", ""), {"WaitForDuration", "Email", "Note"}),
+            (STEPS.format("WaitForDuration", "@@"), {"amount", "unit"}),
+            (STEPS.format("WaitForDuration", "unit: @@"), {"days", "hours"}),
+            (STEPS.format("GoTo", "step: @@"), {"first", "second"}),
+            (STEPS.format("GoTo", "sequence: @@"), {"other"}),
+            (STEPS.format("Switch", "cases:\n        - @@"), {"when", "step"}),
+            (STEPS.format("Email", "strict: @@"), {"true", "false"}),
+            ("steps:\n- name: first\n  next: @@\n- name: second", {"first", "second", "null"}),
+            ("reentry: a@@", {"after_end", "always", "never"}),
+            ("enroll:\n  @@", {"from", "schedule"}),
+        ):
+            found = await options(page, text)
+            assert found is not None, text
+            assert some <= {*found}, text
+        # what is there already, what another sequence has, texts and comments
+        found = await options(page, STEPS.format("WaitForDuration", "amount: 1\n      @@"))
+        assert found is not None
+        assert "amount" not in found
+        assert "unit" in found
+        for text in (
+            STEPS.format("GoTo", "sequence: t\n      step: f@@"),
+            STEPS.format("Email", "text: |\n        Dear @@"),
+            "# na@@",
+            "nonsense:\n  @@",
+        ):
+            assert "first" not in (await options(page, text) or []), text
+
+
+async def test_without_scripts_the_text_is_edited_as_it_is(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    async with (
+        console(database, {"Note": Mended()}, write=True) as client,
+        window(browser, client, java_script_enabled=False) as page,
+    ):
+        await page.goto("/console/edit?sequence=s")
+        assert await page.locator("#text").is_visible()
+        assert await page.locator(CONTENT).count() == 0
+        text = await page.locator("#text").input_value()
+        await page.locator("#text").fill(text.replace("amount: 1", "amount: 2"))
+        await page.get_by_role("button", name="Check and plan").click()
+        await shows(page, ".plan", "changed wait: config.amount 1 → 2")
