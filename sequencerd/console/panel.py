@@ -181,7 +181,13 @@ def _words(step: Step) -> list[str]:
 def _ways(definition: Sequence, step: Step, flow: Flow, query: Query) -> list[Way]:
     edges = [edge for edge in drawing.edges(definition) if edge.source == step.name]
     every = sum(times(flow, edge) for edge in edges)
-    conditions = {exit_.label: describe_condition(exit_.condition) for exit_ in step.exits}
+    conditions = {
+        exit_.label: describe_condition(
+            exit_.condition.model_dump(by_alias=True, exclude_none=True)
+        )
+        for exit_ in step.exits
+        if exit_.condition is not None
+    }
     ways = []
     for edge in edges:
         to = edge.sequence or definition.name

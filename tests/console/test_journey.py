@@ -27,12 +27,13 @@ from tests.console.test_browser import (
     shows,
     window,
 )
+from tests.console.test_panel import arms
 from tests.helpers.engines import Recorder, until
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
 
-__all__ = ["_in_short_intervals", "browser"]  # fixtures
+__all__ = ["_in_short_intervals", "arms", "browser"]  # fixtures
 
 SEQUENCE = "/console/sequence?sequence=onboarding"
 PAGES = (
@@ -151,3 +152,58 @@ async def _looks_well(page: Page, path: str, number: int) -> None:
         await page.emulate_media(color_scheme=scheme)
         await page.set_viewport_size({"width": width, "height": 844})
         await check_accessible(page)
+
+
+async def test_two_fingers_zoom_and_an_arm_opens(
+    database: str, connection: asyncpg.Connection, browser: Browser, arms: None
+) -> None:
+    phone = {"viewport": {"width": 390, "height": 800}, "has_touch": True, "is_mobile": True}
+    async with console(database) as client, window(browser, client, **phone) as page:
+        await page.goto("/console/sequence?sequence=s")
+        await page.locator("#graph .node").first.wait_for()
+        await page.locator("#graph").scroll_into_view_if_needed()
+        whole = await page.evaluate(BOX)
+        for upright in (False, True):  # a page is scrolled up and down by one finger, not by two
+            await _pinch(page, 60, 200, upright=upright)
+            closer = await page.evaluate(BOX)
+            assert float(closer.split()[2]) < 0.6 * float(whole.split()[2]), upright
+            assert await page.evaluate("visualViewport.scale") == 1
+            await _pinch(page, 200, 20, upright=upright)
+            assert float((await page.evaluate(BOX)).split()[2]) > float(closer.split()[2])
+            await page.get_by_role("button", name="Fit").click()
+        assert "step=" not in page.url
+        await (
+            page.locator("#graph .edge", has_text="holdout")
+            .locator(".wide")
+            .dispatch_event("click")
+        )
+        await page.wait_for_url("**step=split&way=holdout")
+        await shows(page, "#step .ways li[aria-current]", "the end")
+
+
+async def _pinch(page: Page, start: int, end: int, *, upright: bool) -> None:
+    """Move two fingers apart or together around the middle of the graph."""
+    box = await page.locator("#graph").bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    session = await page.context.new_cdp_session(page)
+
+    async def touch(kind: str, distance: float | None) -> None:
+        half = 0 if distance is None else distance / 2
+        points = [] if distance is None else [(-half, 0), (half, 1)]
+        await session.send(
+            "Input.dispatchTouchEvent",
+            {
+                "type": kind,
+                "touchPoints": [
+                    {"x": x if upright else x + by, "y": y + by if upright else y, "id": number}
+                    for by, number in points
+                ],
+            },
+        )
+
+    await touch("touchStart", start)
+    for step in range(1, 11):
+        await touch("touchMove", start + (end - start) * step / 10)
+    await touch("touchEnd", None)
+    await session.detach()

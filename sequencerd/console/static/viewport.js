@@ -110,9 +110,9 @@ function viewport(frame, { width, height }) {
     drawing.addEventListener(name, (event) => pointers.delete(event.pointerId));
   }
 
-  // what was dragged was not clicked
+  // what was dragged was not clicked; a key clicks without a pointer
   drawing.addEventListener("click", (event) => {
-    if (moved > 4) { event.preventDefault(); event.stopPropagation(); }
+    if (moved > 4 && event.detail) { event.preventDefault(); event.stopPropagation(); }
     moved = 0;
   }, true);
   drawing.addEventListener("dragstart", (event) => event.preventDefault());
