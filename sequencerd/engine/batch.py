@@ -27,7 +27,7 @@ from sequencerd.engine.executors import Leased
 from sequencerd.engine.jumps import Jump
 from sequencerd.engine.shared_outcome import SharedOutcomes
 from sequencerd.storage.reservations import Reserved
-from sequencerd.storage.writes import Row, Written
+from sequencerd.storage.writes import Row, Written, text_array
 
 MOST_NUMBERS = 1_000_000_000  # what the column takes
 _NUMBERS = count()
@@ -103,7 +103,7 @@ class Batch(Written):
             at.leased_by,
             failure.failure if failure else None,
             failure.message if failure else at.last_error,
-            tuple(at.executed),
+            text_array(at.executed),
             decision.expires_at if isinstance(decision, Execute) else None,
             decision.waits_until if isinstance(decision, Wait) else None,
         )

@@ -30,11 +30,13 @@ class Row(NamedTuple):
     leased_by: str | None
     failure: str | None = None
     last_error: str | None = None
-    executed: tuple[str, ...] = ()
+    executed: str = "{}"  # as PostgreSQL's text of an array
     expires_at: datetime | None = None
     waits_until: datetime | None = None
 
 
+FEW = 3  # different states of a batch, up to which each is written by a statement of its own
+NO_EVENTS: Rows[Rows[Any]] = [()] * len(Event._fields)
 NOWHERE = Row("", "", "active", None, None, 1, 0, 0, None, None)
 """The state that is written of no enrollment."""
 
@@ -64,25 +66,42 @@ async def write(connection: asyncpg.Connection, written: Written, now: datetime)
     if written.goals_met:
         goals = [(id_, *met) for id_, met in written.goals_met.items()]
         await connection.executemany(QUERIES["write_goals"], goals)
-    rows = [(id_array(ids), *row, now) for row, ids in written.rows.items()]
-    if written.events:
-        first, *rows = rows or [(id_array([]), *NOWHERE, now)]
-        enrollments = [id_ for ids in written.events.values() for id_ in ids]
-        number = [n for n, ids in enumerate(written.events.values(), 1) for _ in ids]
+    groups = list(written.rows.items())
+    if len(groups) > FEW:
+        every = id_array(id_ for _, ids in groups for id_ in ids)
+        states = zip(*(row for row, ids in groups for _ in ids), strict=True)
+        await connection.execute(QUERIES["write_each"], every, *states, now)
+        groups = []
+    if written.events and not groups:
+        groups.append((NOWHERE, []))
+    events = written.events
+    for row, ids in groups:
         await connection.execute(
             QUERIES["write_and_record"],
-            *first,
-            id_array(enrollments),
-            id_array(number),
-            *zip(*written.events, strict=True),
+            id_array(ids),
+            *row,
+            now,
+            *_numbered(events),
+            *(zip(*events, strict=True) if events else NO_EVENTS),
         )
-    if rows:
-        await connection.executemany(QUERIES["write"], rows)
+        events = {}
+
+
+def _numbered(of: Mapping[Any, Rows[int]]) -> tuple[str, str]:
+    """Return ids, and for each the number of the key that it belongs to."""
+    numbers = (number for number, ids in enumerate(of.values(), 1) for _ in ids)
+    return id_array(id_ for ids in of.values() for id_ in ids), id_array(numbers)
 
 
 def id_array(numbers: Iterable[int]) -> str:
     """Return an array in PostgreSQL's text."""
     return f"{{{','.join(map(str, numbers))}}}"
+
+
+def text_array(texts: Iterable[str]) -> str:
+    """Return an array in PostgreSQL's text."""
+    quoted = (text.replace("\\", r"\\").replace('"', r"\"") for text in texts)
+    return "{" + ",".join(f'"{text}"' for text in quoted) + "}"
 
 
 async def extend_leases(

@@ -19,10 +19,6 @@ from tests.helpers.engines import define
 SLEEPERS = 200_000
 IDS = "'{" + ",".join(map(str, range(1, 1001))) + "}'"
 HERE = "'s', 'a'"
-WRITTEN = (
-    f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL, '{{}}',"
-    " NULL, NULL, now()"
-)
 
 HOT = {
     "claim": f"{HERE}, now(), 'me', '{{}}', 1, 1000, '-infinity'",
@@ -40,8 +36,9 @@ HOT = {
     "fences": IDS,
     "existing": IDS,
     "lock_unchanged": f"{IDS}, '1', 's'",
-    "write": WRITTEN,
-    "write_and_record": WRITTEN + 10 * ", '{}'",
+    "write_and_record": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL,"
+    " '{}', NULL, NULL, now()" + 10 * ", '{}'",
+    "write_each": f"{IDS}" + 15 * ", '{}'" + ", now()",
     "write_goals": "1, '{}', NULL",
     "merge_data": "1, '{}', '{}'",
     "extend_leases": f"{IDS}, 'me', now()",
@@ -80,6 +77,16 @@ async def test_no_hot_statement_reads_the_table_through(connection: asyncpg.Conn
                 if node.get("Relation Name") == "enrollments" and node["Node Type"] == "Seq Scan"
             ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("mode", ["custom", "generic"])
+async def test_arrays_are_joined_without_nested_loops(
+    connection: asyncpg.Connection, mode: str
+) -> None:
+    """The time would grow with the square of their length."""
+    plan = await explain(connection, QUERIES["write_and_record"], HOT["write_and_record"], mode)
+    joins = [node["Node Type"] for node in nodes(plan) if "Join Type" in node]
+    assert joins in (["Hash Join"], ["Merge Join"])
 
 
 async def explain(

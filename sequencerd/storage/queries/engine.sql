@@ -398,35 +398,51 @@ SELECT e.id, e.visit, e.leases, e.leased_by
 -- Find which enrollments still exist: a locked row is not a deleted one.
 SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
 
--- part: written
--- All enrollments that have the same new state, as most of a batch do. Arrays of ids are sent as text:
--- asyncpg looks at each element of a list four times as long.
-UPDATE sequencer.enrollments
-   SET sequence = $2, step = $3, status = $4,
-       wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
-       entered_at = $6, visit = $7, attempt = $8, leases = $9, retry_at = $10, leased_by = $11,
-       failure = $12, last_error = $13, executed = $14, expires_at = $15,
-       waits_until = CASE WHEN $16::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $16 END,
-       ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
- WHERE id = ANY ($1::text::bigint[])
-
--- name: write
--- Write the new state of enrollments.
-{written};
-
 -- name: write_and_record
--- Write the new state of enrollments, and insert the events of a batch. Most of its events are the same
--- but for the enrollment, so each is sent once.
-WITH written AS ({written})
+-- Write the new state of all enrollments that have the same, as most of a batch do, and insert events. Most
+-- events of a batch are the same but for the enrollment, so each is sent once: FULL JOIN keeps the planner,
+-- which expects ten of each, from nested loops. Arrays of ids are sent as text: asyncpg looks at each
+-- element of a list four times as long.
+WITH written AS (
+    UPDATE sequencer.enrollments
+       SET sequence = $2, step = $3, status = $4,
+           wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
+           entered_at = $6, visit = $7, attempt = $8, leases = $9, retry_at = $10, leased_by = $11,
+           failure = $12, last_error = $13, executed = (SELECT $14::text::text[]),
+           expires_at = $15,
+           waits_until = CASE WHEN $16::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $16 END,
+           ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
+     WHERE id = ANY ($1::text::bigint[])
+)
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision,
                               seconds_at_step)
 SELECT enrollment.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
        what.revision, what.seconds_at_step
   FROM unnest($18::text::bigint[], $19::text::int[]) AS enrollment (id, number)
-  JOIN unnest($20::timestamptz[], $21::text[], $22::text[], $23::int[], $24::text[], $25::text[],
+  FULL JOIN unnest($20::timestamptz[], $21::text[], $22::text[], $23::int[], $24::text[], $25::text[],
               $26::int[], $27::real[]) WITH ORDINALITY
        AS what (at, sequence, step, visit, action, message, revision, seconds_at_step, number)
     ON what.number = enrollment.number;
+
+-- name: write_each
+-- Write the new states of enrollments that differ, each with its own. Their ids as text keep the planner
+-- from reading the table through to join it with so many.
+UPDATE sequencer.enrollments AS e
+   SET sequence = state.sequence, step = state.step, status = state.status,
+       wake_at = CASE WHEN state.wake_at >= '9999-01-01Z' THEN 'infinity' ELSE state.wake_at END,
+       entered_at = state.entered_at, visit = state.visit, attempt = state.attempt,
+       leases = state.leases, retry_at = state.retry_at, leased_by = state.leased_by,
+       failure = state.failure, last_error = state.last_error, executed = state.executed::text[],
+       expires_at = state.expires_at,
+       waits_until = CASE WHEN state.waits_until >= '9999-01-01Z' THEN 'infinity'
+                          ELSE state.waits_until END,
+       ended_at = CASE WHEN state.status = 'active' THEN NULL ELSE $17::timestamptz END
+  FROM unnest($1::text::bigint[], $2::text[], $3::text[], $4::text[], $5::timestamptz[],
+              $6::timestamptz[], $7::int[], $8::int[], $9::int[], $10::timestamptz[], $11::text[],
+              $12::text[], $13::text[], $14::text[], $15::timestamptz[], $16::timestamptz[])
+       AS state (id, sequence, step, status, wake_at, entered_at, visit, attempt, leases, retry_at,
+                 leased_by, failure, last_error, executed, expires_at, waits_until)
+ WHERE e.id = state.id;
 
 -- name: write_goals
 -- Write the goals that one enrollment has met, in its sequence and in those that it has left.
