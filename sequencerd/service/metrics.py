@@ -204,13 +204,16 @@ class Metrics(Collector):
         """
         if count:
             self._batch_size.observe(count)
+        happened = Tally[tuple[str, str, str]]()
         for event, ids in events.items():
-            known, times = self._place((event.sequence, event.step)), len(ids)
-            if event.action in _MOVES:
-                self._transitions.labels(*known, event.action).inc(times)
-            elif event.action == "retry":
+            happened[event.sequence, event.step, event.action] += len(ids)
+        for (sequence, step, action), times in happened.items():
+            known = self._place((sequence, step))
+            if action in _MOVES:
+                self._transitions.labels(*known, action).inc(times)
+            elif action == "retry":
                 self._retries.labels(*known).inc(times)
-            elif event.action == "lease_expired":
+            elif action == "lease_expired":
                 self._lease_expired.labels(*known).inc(times)
         for (*place, code), times in Tally(failures).items():
             self._failures.labels(*self._place((place[0], place[1])), code).inc(times)
