@@ -24,7 +24,7 @@ from sequencerd import settings
 from sequencerd.storage import embedded, migrate
 from sequencerd.storage.connections import connect
 from sequencerd.storage.schemas import connection_class
-from tests.helpers import costs, leftovers
+from tests.helpers import costs, leftovers, shared
 from tests.helpers.command_line import Command
 from tests.helpers.databases import (
     FAST,
@@ -52,6 +52,9 @@ hypothesis.settings.register_profile("thorough", PATIENT, max_examples=300)
 hypothesis.settings.load_profile("brief")
 
 introspect_once()
+shared.read_entry_points_once()
+shared.trust_one_authority()
+shared.hash_passwords_once()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,6 +83,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "chaos" in path.parts or "subprocess" in path.read_text():
             for item in of_module:
                 item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    shared.collect_garbage_rarely()
 
 
 # with SEQUENCERD_TEST_SCHEMA, the statements of tests are executed in that schema as well

@@ -37,7 +37,7 @@ from tests.sql.test_roles import logins
 logins = logins  # noqa: PLW0127 - a fixture
 
 PASSWORD = "correct horse"
-HASH = passwords.make_hash(PASSWORD)
+HASH = "scrypt$32768$8$1$7UZ/2tt2s2dM/ClO04+pDQ==$a7UKYU1bG8mzWJMlnDhk1VOM4ponFnMO/T5zLcyyWbA="
 MASKED = ["data.email", "data.contact.phone"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+from hypothesis import settings
 
 from sequencerd.core.permits import BLOCK, LATEST, WINDOW, Permits
 
@@ -75,7 +76,7 @@ def test_daemons_together_keep_the_rate_and_use_it(rate: float) -> None:
     """In no second more than the rate and 5%, whatever the demand; with enough, all of it. A daemon
     that was paused for longer than the 5% begins the calls that have waited meanwhile at once.
     """
-    for seed in range(20):
+    for seed in range(settings().max_examples // 7):  # 4; THOROUGH=1: 42
         random = Random(seed)
         row, daemons = Row(), [Permits(rate) for _ in range(4)]
         is_busy = seed % 2 == 0

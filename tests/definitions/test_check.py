@@ -330,7 +330,9 @@ def test_encodings(tmp_path: Path, content: bytes) -> None:
         ("[" * 100_000, 1, "nested more than 50 deep"),
         ("- " * 1000, 1, "nested more than 50 deep"),
         ("a: 1\n" * 300_000, 1, "more than 1048576 bytes"),
-        ("[" + "1," * 50_001 + "]", 1, "more than 50000 values"),
+        pytest.param(
+            "[" + "1," * 50_001 + "]", 1, "more than 50000 values", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_cannot_be_read(tmp_path: Path, content: str | bytes, line: int, words: str) -> None:
@@ -611,6 +613,7 @@ def test_a_goal_that_leads_once_into_a_cycle_is_reported(tmp_path: Path) -> None
     assert check(file, ends) == []
 
 
+@pytest.mark.slow
 def test_many_cycles_are_reported_in_time(tmp_path: Path) -> None:
     steps = [f"  - {{name: m{n}, type: Email, config: {MAIL}}}\n" for n in range(2000)]
     steps[-1] = steps[-1].replace("}}\n", "}, next: m0}\n")

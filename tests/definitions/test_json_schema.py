@@ -296,7 +296,7 @@ def nearly_good(draw: st.DrawFn) -> dict[str, Any]:
     return document
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings().max_examples)
 @given(nearly_good())
 def test_whatever_check_accepts_is_valid(document: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:

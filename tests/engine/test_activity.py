@@ -109,8 +109,9 @@ async def test_a_count_that_is_cut_off_is_made_again(
 
 
 async def test_dropped_history_stays_counted(
-    connection: asyncpg.Connection, pool: asyncpg.Pool
+    connection: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(retention, "ACTIVITY", timedelta(days=100))
     old, day = await make_past(connection, 2), Retention(events=timedelta(days=1))
     # nothing is dropped before it is counted
     await connection.execute("ALTER TABLE sequencer.activity RENAME TO hidden")

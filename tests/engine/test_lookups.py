@@ -126,7 +126,7 @@ async def test_a_request_for_all_asks_once_about_each(
         connection, "s", ("pause", "WaitForDuration", DAYS, None), ("pro", "Goal", PRO, None)
     )
     await use(connection, "app.plans", "1 hour")
-    count = 3000
+    count = 1500
     waiting = "SELECT bool_and(wake_at > now() AND leased_by IS NULL AND entered_at IS NOT NULL)"
     async with running_engine(database):
         await connection.execute(

@@ -62,11 +62,11 @@ async def test_all_enrollments_complete(database: str, connection: asyncpg.Conne
     async with running_engine(database, {"Note": recorder}):
         await connection.execute(
             "INSERT INTO sequencer.enrollments (sequence, subject)"
-            " SELECT 's', 'u' || n FROM generate_series(1, 5000) AS n"
+            " SELECT 's', 'u' || n FROM generate_series(1, 1500) AS n"
         )
         await until(connection, ALL_ENDED)
     assert set(Counter(recorder.keys).values()) == {1}
-    assert len(recorder.keys) == 10000
+    assert len(recorder.keys) == 3000
     statuses = await connection.fetch("SELECT DISTINCT status FROM sequencer.enrollments")
     assert [row["status"] for row in statuses] == ["completed"]
     assert await way(connection, 1) == [
@@ -782,7 +782,7 @@ async def test_several_daemons_share_the_work(
     ):
         await connection.execute(
             "INSERT INTO sequencer.enrollments (sequence, subject)"
-            " SELECT 's', 'u' || n FROM generate_series(1, 2000) AS n"
+            " SELECT 's', 'u' || n FROM generate_series(1, 800) AS n"
         )
         await until(connection, ALL_ENDED)
     assert set(Counter(one.keys + two.keys).values()) == {1}

@@ -174,7 +174,7 @@ async def test_only_what_has_changed_is_compiled_and_the_loop_turns_meanwhile(
                 pass
             return config
 
-    count = 600
+    count = 200
     await connection.execute(
         "INSERT INTO sequencer.sequences (name, first_step) VALUES ('s', 'step-1')"
     )

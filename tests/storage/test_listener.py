@@ -108,12 +108,12 @@ async def times(evaluated: Counter[int], total: int) -> None:
 async def test_each_is_evaluated_once_for_a_request_and_not_written(
     database: str, connection: asyncpg.Connection, evaluated: Counter[int]
 ) -> None:
-    count = 10_000
+    count = 2_000
     await wait_in(connection, "s", count)
     before = await connection.fetchval("SELECT sum(xmin::text::bigint) FROM sequencer.enrollments")
     async with AsyncExitStack() as stack:
         for _ in range(3):
-            await stack.enter_async_context(running_engine(database, batch=500))
+            await stack.enter_async_context(running_engine(database, batch=100))
         await connection.execute("NOTIFY sequencer")
         await times(evaluated, count // 10)
         for _ in range(5):  # while it goes on: once more for all of them

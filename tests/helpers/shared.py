@@ -1,0 +1,65 @@
+"""What all tests of a process share, as it takes long and never changes."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import ssl
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import certifi
+
+from sequencerd import passwords
+from sequencerd.engine import lookups
+from sequencerd.runners import python
+
+
+def read_entry_points_once() -> None:
+    """Read what the installed packages offer once for each path of modules: each engine asks."""
+
+    @functools.cache
+    def read(_: tuple[str, ...], group: str) -> metadata.EntryPoints:
+        return metadata.entry_points(group=group)
+
+    def entry_points(*, group: str) -> metadata.EntryPoints:
+        return read((*sys.path,), group)
+
+    for module in (lookups, python):
+        vars(module)["entry_points"] = entry_points
+
+
+def trust_one_authority() -> None:
+    """Let clients that trust the usual authorities trust one of them: reading 140 takes 25 ms."""
+    create, bundle = ssl.create_default_context, certifi.where()
+    end = "-----END CERTIFICATE-----\n"
+    one = Path(bundle).read_text().partition(end)[0] + end
+
+    def cheap(
+        purpose: ssl.Purpose = ssl.Purpose.SERVER_AUTH,
+        *,
+        cafile: Any = None,
+        capath: Any = None,
+        cadata: Any = None,
+    ) -> ssl.SSLContext:
+        is_usual = cafile in (None, bundle) and not capath and not cadata
+        if is_usual and "SSL_CERT_FILE" not in os.environ:
+            cafile, cadata = None, one
+        return create(purpose, cafile=cafile, capath=capath, cadata=cadata)
+
+    ssl.create_default_context = cheap
+
+
+def hash_passwords_once() -> None:
+    """Let the second login with a password take no tenth of a second."""
+    passwords._scrypt = functools.cache(passwords._scrypt)
+
+
+def collect_garbage_rarely() -> None:
+    """Leave the modules of all tests out of collections, which come less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
