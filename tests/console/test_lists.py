@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from sequencerd.console import lists
+from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.storage.bulk import Selection
 from sequencerd.storage.statements import QUERIES
 from tests.console.conftest import (
@@ -26,7 +27,7 @@ from tests.console.conftest import (
     token,
 )
 from tests.console.test_pages import check
-from tests.helpers.engines import define, until
+from tests.helpers.engines import Recorder, define, until
 from tests.helpers.waiting import PATIENCE
 
 CAUSES = {
@@ -42,6 +43,12 @@ CAUSES = {
     "don't call +49 (151) 123-456": "don't call …",
     "127.0.0.1:25: Connection refused": "…:…: Connection refused",
     "100% of a_b\\c": "…% of a_b\\c",
+    "value “a b” is wrong": 'value "…" is wrong',
+    "amount 1,250.00 refused": "amount … refused",
+    "amount 7 refused": "amount … refused",
+    "connect to [2001:db8::1]:25 failed": "connect to […:…::…]:… failed",
+    "customer cus_NffrFeUfNV2Hib was deleted": "customer … was deleted",
+    "at 2026-11-12T13:14:15.123Z: gone": "at …:…:…: gone",
     "": "",
 }
 
@@ -132,6 +139,33 @@ async def test_a_cause_is_retried_and_followed(
         asked = await client.get("/change", params=moved)
         assert "<option>note</option>" in asked.text
         assert "<option>wait</option>" not in asked.text
+
+
+async def test_a_selection_fails_again_in_new_ways(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """What became of it is counted by the new causes, whatever the old one was."""
+    await failing(connection)
+
+    async def behave(task: Task) -> Result:
+        number = int(task.view["subject"].removeprefix("f"))
+        if number % 3 == 0:
+            return Answer()
+        text = f"amount {number},250.00 EUR over the limit of “plan {number}”"
+        return Failed(text if number % 2 else f"cus_{number}x9: closed", permanent=True)
+
+    async with console(database, {"Note": Recorder(behave)}, write=True) as client:
+        ids = [row["id"] for row in await found(client, status="failed", sort="subject")]
+        chosen = {"action": "retry", "id": ",".join(map(str, ids[:7]))}
+        asked = await client.get("/change", params=chosen)
+        assert "Retry 7 enrollments?" in asked.text
+        form = {**chosen, "number": "7", "reason": "again", "token": token(asked)}
+        made = await client.post("/change", data=form)
+        path = made.headers["location"].removeprefix("/console")
+        text = check(await page_with(client, path, "5 failed again, 2 completed"))
+        assert 'amount … EUR over the limit of "…"' in text
+        assert "…: closed" in text
+        assert len(await found(client, status="failed")) == 7
 
 
 async def test_filters_combine(
