@@ -480,6 +480,8 @@ CREATE TABLE sequencer.lateness (
     longest  real NOT NULL,
     is_hour  boolean NOT NULL DEFAULT false
 );
+-- without a key, a publication for all tables would make deletes fail
+ALTER TABLE sequencer.lateness REPLICA IDENTITY FULL;
 CREATE INDEX lateness_of_sequence ON sequencer.lateness (sequence, at);
 CREATE INDEX lateness_of_claims ON sequencer.lateness (at) WHERE NOT is_hour;
 
@@ -729,6 +731,34 @@ CREATE TABLE sequencer.rates (
     reached_at timestamptz
 );
 
+CREATE FUNCTION sequencer.take_permits(
+    runner text, per_second float8, seconds float8, OUT first float8, OUT present float8
+) LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    known record;
+    now timestamptz;
+    begins timestamptz;
+BEGIN
+    LOOP
+        SELECT r.next_at, r.reached_at INTO known
+          FROM sequencer.rates AS r WHERE r.runner = take_permits.runner FOR UPDATE;
+        EXIT WHEN FOUND;
+        INSERT INTO sequencer.rates AS r (runner, per_second, next_at)
+        VALUES (take_permits.runner, take_permits.per_second, clock_timestamp()) ON CONFLICT DO NOTHING;
+    END LOOP;
+    now := clock_timestamp(); -- of the time when the row is locked
+    begins := least(greatest(known.next_at, now - interval '25 ms'),
+                    now + greatest(interval '10 s', make_interval(secs => 100 / take_permits.per_second)));
+    UPDATE sequencer.rates AS r
+       SET per_second = take_permits.per_second, next_at = begins + make_interval(secs => seconds),
+           reached_at = CASE WHEN known.next_at > now + interval '100 ms' THEN now ELSE known.reached_at END
+     WHERE r.runner = take_permits.runner;
+    first := extract(epoch FROM begins);
+    present := extract(epoch FROM clock_timestamp());
+END $$;
+
+COMMENT ON FUNCTION sequencer.take_permits IS 'Take the permits of so many seconds, and return the time of the first, and the present one, in seconds.';
+
 COMMENT ON TABLE  sequencer.rates IS 'The rates of runners with the setting per_second, which all daemons share. Each daemon takes permits in blocks.';
 COMMENT ON COLUMN sequencer.rates.per_second IS 'The setting of the daemon that has last taken permits.';
 COMMENT ON COLUMN sequencer.rates.next_at IS 'Until when permits are taken: the next may be used from then on.';
@@ -784,9 +814,9 @@ CREATE CONSTRAINT TRIGGER follow_brake
 CREATE FUNCTION sequencer.brake(sequence text, begun integer, is_over boolean, at timestamptz) RETURNS void
 LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    former CONSTANT text := coalesce(current_setting('sequencer.reason', true), '');
     rule record;
     cause text;
+    revised integer;
 BEGIN
     SELECT r.*, q.brake_per INTO rule FROM sequencer.sequences AS q, sequencer.brake_of(
                q.brake_at_most, q.brake_per, q.apply_brake, q.apply_brake_until, brake.at) AS r
@@ -809,16 +839,14 @@ BEGIN
     cause := format('brake: more than %s in %s', rule.at_most, CASE
         WHEN rule.per = '1 hour' THEN '1 hour'
         ELSE (SELECT concat_ws(' ', d->>'amount', d->>'unit') FROM sequencer.as_duration(rule.per) AS d) END);
-    EXECUTE format('SET LOCAL sequencer.reason = %L', cause); -- Citus sends no set_config to its nodes
     UPDATE sequencer.sequences AS q SET status = 'paused'
      WHERE q.name IN (SELECT s.name FROM sequencer.sequences AS s
-                       WHERE s.name = brake.sequence AND s.status <> 'paused' FOR UPDATE SKIP LOCKED);
+                       WHERE s.name = brake.sequence AND s.status <> 'paused' FOR UPDATE SKIP LOCKED)
+    RETURNING q.revision INTO revised;
     IF FOUND THEN
-        SET CONSTRAINTS sequencer.record_revision IMMEDIATE; -- with this reason
-        SET CONSTRAINTS sequencer.record_revision DEFERRED;
+        PERFORM sequencer.write_revision(brake.sequence, revised, cause);
         UPDATE sequencer.brakes AS b SET paused_at = brake.at, reason = cause WHERE b.sequence = brake.sequence;
     END IF;
-    EXECUTE format('SET LOCAL sequencer.reason = %L', former);
 END $$;
 
 COMMENT ON FUNCTION sequencer.brake IS 'Count side effects that have begun, and pause their sequence if more would have.';
@@ -1053,32 +1081,36 @@ $$;
 
 COMMENT ON FUNCTION sequencer.document IS 'Return a sequence and its steps, with the keys of a definition file.';
 
--- Runs at the end of the transaction, once for each change; only the call for the last row version records.
-CREATE FUNCTION sequencer.record_revision() RETURNS trigger
+CREATE FUNCTION sequencer.write_revision(sequence text, revision integer, reason text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     last jsonb;
-    present jsonb;
+    present CONSTANT jsonb := sequencer.document(write_revision.sequence);
 BEGIN
-    IF NOT EXISTS (SELECT FROM sequencer.sequences WHERE name = NEW.name AND ctid = NEW.ctid) THEN
-        RETURN NULL;
-    END IF;
     SELECT r.document INTO last FROM sequencer.revisions AS r
-     WHERE r.sequence = NEW.name ORDER BY r.revision DESC LIMIT 1;
-    present := sequencer.document(NEW.name);
+     WHERE r.sequence = write_revision.sequence ORDER BY r.revision DESC LIMIT 1;
     IF jsonb_array_length(present->'steps') > 20000 THEN
         RAISE program_limit_exceeded USING
             MESSAGE = format('sequence %L has %s steps; at most 20000 are possible',
-                             NEW.name, jsonb_array_length(present->'steps')),
+                             write_revision.sequence, jsonb_array_length(present->'steps')),
             SCHEMA = 'sequencer', TABLE = 'steps', COLUMN = 'sequence',
             HINT = 'Split it: a step of type GoTo leads to another sequence.';
     END IF;
     IF present IS DISTINCT FROM last THEN
-        -- it exists if SET CONSTRAINTS had an earlier change of this transaction recorded
+        -- it exists if an earlier change of this transaction has been written
         INSERT INTO sequencer.revisions (sequence, revision, at, by, reason, document)
-        VALUES (NEW.name, NEW.revision, clock_timestamp(), session_user,
-                sequencer.reason(), present)
-        ON CONFLICT (sequence, revision) DO UPDATE SET document = excluded.document;
+        VALUES (write_revision.sequence, write_revision.revision, clock_timestamp(), session_user,
+                write_revision.reason, present)
+        ON CONFLICT ON CONSTRAINT revisions_pkey DO UPDATE SET document = excluded.document;
+    END IF;
+END $$;
+
+-- Runs at the end of the transaction, once for each change; only the call for the last row version records.
+CREATE FUNCTION sequencer.record_revision() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT FROM sequencer.sequences WHERE name = NEW.name AND ctid = NEW.ctid) THEN
+        PERFORM sequencer.write_revision(NEW.name, NEW.revision, sequencer.reason());
     END IF;
     RETURN NULL;
 END $$;
@@ -1379,8 +1411,9 @@ BEGIN
             HINT = 'Leave out status, entered_at, visit, attempt, leases, goals_met, executed, leased_by, retry_at, expires_at, waits_until, failure, last_error and ended_at, or write DEFAULT or NULL.';
     -- an id that the sequence has not reached would collide with a later enrollment; on a shard of Citus,
     -- ids come from the sequences of several nodes
-    ELSIF TG_TABLE_NAME OPERATOR(pg_catalog.=) 'enrollments' AND NEW.id OPERATOR(pg_catalog.<=) 0 OR NEW.id OPERATOR(pg_catalog.>) coalesce(
-          pg_catalog.pg_sequence_last_value('sequencer.enrollments_id_seq'), 0) THEN
+    ELSIF TG_TABLE_NAME OPERATOR(pg_catalog.=) 'enrollments' AND (
+          NEW.id OPERATOR(pg_catalog.<=) 0 OR NEW.id OPERATOR(pg_catalog.>) coalesce(
+              pg_catalog.pg_sequence_last_value('sequencer.enrollments_id_seq'), 0)) THEN
         RAISE insufficient_privilege USING
             MESSAGE = pg_catalog.format('permission denied: id %s has not been given out', NEW.id),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'id',
@@ -1929,6 +1962,7 @@ BEGIN
                  ORDER BY a.id
                    FOR UPDATE OF a, b -- also of what was enrolled since, with its last items
             LOOP
+                -- Citus sends its nodes no set_config
                 EXECUTE format('SET LOCAL sequencer.reason = %L', concat_ws('; ', format(
                     'merged into enrollment %s', pair.kept), reason));
                 UPDATE sequencer.enrollments AS e
@@ -2527,6 +2561,7 @@ WITH roles (role) AS (
     ('sequencer_daemon', 'drop_event_partition'),
     ('sequencer_daemon', 'enroll_all'),
     ('sequencer_daemon', 'reserve'),
+    ('sequencer_daemon', 'take_permits'),
     ('sequencer_daemon', 'brake'),
     ('sequencer_daemon', 'brake_of'),
     ('sequencer_enroller', 'brake_of'),
@@ -2554,6 +2589,13 @@ WITH roles (role) AS (
     SELECT 6, 'sequencer_enroller', 'GRANT SELECT ON SEQUENCE sequencer.enrollments_id_seq TO sequencer_enroller'
      WHERE has_sequence_privilege(to_regrole('sequencer_enroller'), 'sequencer.enrollments_id_seq',
                                   'SELECT') IS NOT TRUE
+    UNION ALL -- Citus, which has a trigger on each of its tables, takes ids with the rights of the user
+    SELECT 6, role, format('GRANT USAGE ON SEQUENCE sequencer.%I TO %I', name, role)
+      FROM (VALUES ('sequencer_enroller', 'enrollments_id_seq'),
+                   ('sequencer_editor', 'steps_position_seq')) AS s (role, name)
+     WHERE has_sequence_privilege(to_regrole(role), format('sequencer.%I', name), 'USAGE') IS NOT TRUE
+       AND EXISTS (SELECT FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+                    WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND p.proname = 'citus_truncate_trigger')
     UNION ALL
     SELECT 7, role, format('GRANT EXECUTE ON FUNCTION %s TO %I', signature, role)
       FROM on_functions JOIN functions AS f USING (name)

@@ -56,6 +56,16 @@ def test_every_statement_is_used(repository: Path) -> None:
     assert [name for name in QUERIES if f'"{name}"' not in code] == []
 
 
+async def test_every_table_can_be_replicated(connection: asyncpg.Connection) -> None:
+    """With a publication for all tables, and by Citus when it moves a shard."""
+    rows = await connection.fetch("""
+        SELECT relname FROM pg_class AS c
+         WHERE relnamespace = 'sequencer'::regnamespace AND relkind IN ('r', 'p')
+           AND relreplident <> 'f'
+           AND NOT EXISTS (SELECT FROM pg_index WHERE indrelid = c.oid AND indisprimary)""")
+    assert rows == []
+
+
 def test_every_case_has_conditions(repository: Path) -> None:
     """Citus takes the value of CASE value WHEN ... for NULL."""
     schema = (repository / "sql" / "0001_sequencer.sql").read_text()

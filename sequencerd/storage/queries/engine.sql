@@ -9,7 +9,7 @@ SELECT pg_is_in_recovery();
 -- Citus has distributed the tables: it then has a trigger on each. Its own tables cannot be named, as
 -- they exist only there.
 EXISTS (SELECT FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
-         WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND p.proname = 'citus_truncate_trigger')
+         WHERE t.tgrelid = to_regclass('sequencer.enrollments') AND p.proname = 'citus_truncate_trigger')
 
 -- name: is_on_citus
 -- Check whether Citus has distributed the tables, so that triggers on its nodes cannot notify.
@@ -746,22 +746,4 @@ DELETE FROM sequencer.lateness WHERE at < $1;
 -- Take permits of a runner, whose rate all daemons share: they begin where those end that were taken
 -- before, or now. Up to 25 ms of the past count, so that the time of this statement is not lost; a
 -- rate that was set far too low by mistake delays calls no longer than a hundred of them take.
-WITH known AS MATERIALIZED (
-    SELECT next_at, reached_at FROM sequencer.rates WHERE runner = $1 FOR UPDATE
-), present AS MATERIALIZED ( -- of the time when the row is locked
-    SELECT clock_timestamp() AS now, k.next_at, k.reached_at FROM (SELECT) AS one LEFT JOIN known AS k ON true
-), taken AS (
-    INSERT INTO sequencer.rates (runner, per_second, next_at, reached_at)
-    SELECT $1::text, $2::float8,
-           coalesce(least(greatest(p.next_at, p.now - interval '25 ms'),
-                          p.now + greatest(interval '10 s', make_interval(secs => 100 / $2::float8))), p.now)
-           + make_interval(secs => $3),
-           CASE WHEN p.next_at > p.now + interval '100 ms' THEN p.now ELSE p.reached_at END
-      FROM present AS p
-    ON CONFLICT (runner) DO UPDATE
-       SET per_second = excluded.per_second, next_at = excluded.next_at, reached_at = excluded.reached_at
-    RETURNING next_at
-)
-SELECT extract(epoch FROM next_at - make_interval(secs => $3))::float8 AS first,
-       extract(epoch FROM clock_timestamp())::float8 AS present
-  FROM taken;
+SELECT first, present FROM sequencer.take_permits($1, $2, $3);
