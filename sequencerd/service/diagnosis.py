@@ -119,7 +119,17 @@ async def _server(connection: asyncpg.Connection) -> Finding:
             "it closes the LISTEN connection, which is probed at that interval"
         )
         return Finding("server", seen, "error", advice)
+    if await server.is_on_citus(connection):
+        return await _citus(connection, f"{version}, tables distributed by Citus")
     return Finding("server", version)
+
+
+async def _citus(connection: asyncpg.Connection, seen: str) -> Finding:
+    if rows := await connection.fetch(QUERIES["citus_settings"]):
+        named = [f"{row['name']} = '{row['value']}'" for row in rows]
+        advice = " and ".join(f"ALTER DATABASE ... SET {setting}" for setting in named)
+        return Finding("server", f"{seen} without {_some(named)}", "error", advice)
+    return Finding("server", f"{seen}: daemons poll every 10 to 100 ms")
 
 
 async def _schema(connection: asyncpg.Connection) -> Finding:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from os import kill
 from pathlib import Path
@@ -44,6 +45,17 @@ class Cluster:
     def stop(self) -> None:
         """As a crash; a server that has stopped already is left alone."""
         self.programs.run("pg_ctl", "-D", self.data, "-m", "immediate", "-w", "stop", check=False)
+
+    def crash(self) -> None:
+        """Kill it and all of its processes, and start it again."""
+        postmaster = int((self.data / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+        for process in (postmaster, *map(int, children)):
+            kill(process, signal.SIGKILL)
+        for process in (postmaster, *map(int, children)):
+            while Path(f"/proc/{process}/stat").exists():
+                time.sleep(0.01)
+        self.start()
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -90,3 +102,17 @@ def cluster(programs: Programs, **settings: str) -> Iterator[str]:
     """Run a server, and yield the URL of its database `app`."""
     with stoppable(programs, **settings) as made:
         yield made.url
+
+
+@contextmanager
+def citus_nodes() -> Iterator[list[Cluster]]:
+    """Run three servers with the extension Citus, which know nothing of each other."""
+    programs = programs_with("citus")
+    settings = {
+        "shared_preload_libraries": "citus",
+        "synchronous_commit": "on",  # what is committed survives the kill of a server
+        "wal_level": "logical",  # for moves
+        "max_prepared_transactions": "100",
+    }
+    with ExitStack() as stack:
+        yield [stack.enter_context(stoppable(programs, **settings)) for _ in range(3)]

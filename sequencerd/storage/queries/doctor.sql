@@ -21,6 +21,14 @@ SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_s
        pg_backend_pid() AS pid, current_setting('default_transaction_read_only') = 'on' AS is_read_only,
        current_setting('idle_session_timeout')::interval AS idle_timeout;
 
+-- name: citus_settings
+-- Find the settings that the triggers and functions need where Citus has distributed the tables, and that
+-- differ.
+SELECT s.name, s.value FROM (VALUES ('citus.enable_unsafe_triggers', 'on'),
+                                    ('citus.allow_nested_distributed_execution', 'on'),
+                                    ('citus.propagate_set_commands', 'local')) AS s (name, value)
+ WHERE {on_citus} AND current_setting(s.name, true) IS DISTINCT FROM s.value;
+
 -- name: present_triggers
 -- Read the triggers of the schema, and whether they are enabled.
 SELECT c.relname::text AS "table", t.tgname::text AS name, t.tgenabled IN ('O', 'A') AS fires
