@@ -30,6 +30,7 @@ from sequencerd.console import (
     over_time,
     pages,
     simulating,
+    step_form,
     suppressing,
 )
 from sequencerd.console.actions import Actions
@@ -157,6 +158,9 @@ def make_console(
             post("/suppression", suppressing.remove, "operator"),
             get("/edit", editing.edit, "editor"),
             post("/edit", editing.change, "editor"),
+            get("/step", step_form.ask, "editor"),
+            post("/step", step_form.change, "editor"),
+            post("/step/edited", step_form.of_edited, "editor"),
             get("/edit/schema", editing.schema, "editor"),
             post("/edit/check", editing.check, "editor"),
             get("/status", editing.ask_status, "editor"),

@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A sequence as it is in the database."""
 
     revision: int
@@ -45,18 +45,25 @@ class _Stored:
     reason: str | None
 
 
-async def _stored(context: PageContext, name: str) -> _Stored:
+async def read_stored(context: PageContext, name: str) -> Stored:
+    """Return a sequence as it is. Raises NotFoundError."""
     rows = await connections.read(context.pool, "console_sequence", name)
     if not rows:
         raise NotFoundError(f"There is no sequence {name}.")
-    return _Stored(**rows[0])
+    return Stored(**rows[0])
 
 
-async def _yaml(context: PageContext, name: str, revision: int | None) -> str:
+async def read_yaml(context: PageContext, name: str, revision: int | None) -> str:
+    """Return a sequence as YAML, as it is or as a revision had it. Raises NotFoundError."""
     ((document,),) = await connections.read(context.pool, "document", name, revision)
     if document is None:
         raise NotFoundError(f"The sequence {name} has no revision {revision}.")
     return to_yaml(parse_document(name, document))
+
+
+def text_of(query: Query) -> str:
+    """Return the YAML of a form."""
+    return (query.get("text") or "").replace("\r\n", "\n")
 
 
 # --- the status
@@ -71,7 +78,7 @@ async def _ask_status(
     request: Request, query: Query, wrong: str | None, status: int = 200
 ) -> Response:
     name, action = query.must("sequence"), _action(query)
-    stored = await _stored(context_of(request), name)
+    stored = await read_stored(context_of(request), name)
     return render(
         request,
         "status.html",
@@ -139,15 +146,15 @@ async def edit(request: Request) -> Response:
     context, query = context_of(request), query_of(request)
     name = query.must("sequence")
     revision = query.number("revision", 0) or None
-    stored = await _stored(context, name)
-    text = await _yaml(context, name, revision)
+    stored = await read_stored(context, name)
+    text = await read_yaml(context, name, revision)
     return _page(request, name, stored, text, revision=revision)
 
 
 def _page(
     request: Request,
     name: str,
-    stored: _Stored,
+    stored: Stored,
     text: str,
     status: int = 200,
     *,
@@ -158,7 +165,7 @@ def _page(
     moves: Mapping[str, str] | None = None,
     given: Mapping[str, str] | None = None,
 ) -> Response:
-    one = made.sequences[0] if made else None
+    one = made.sequences[0] if made is not None else None
     simulator = context_of(request).simulator()
     nonce = secrets.token_urlsafe(16)
     answer = render(
@@ -180,6 +187,7 @@ def _page(
         given={"reason": "", "brake": "", **(given or {})},
         rows=min(40, max(12, text.count("\n") + 2)),
         nonce=nonce,
+        known_steps=list(known.steps) if (known := simulator.definitions.get(name)) else [],
         types=sorted(simulator.runners),
         sequences=sorted(simulator.definitions),
     )
@@ -202,7 +210,7 @@ def _schema() -> str:
 async def check(request: Request) -> Response:
     """Return what is wrong with an edited sequence, with lines and columns."""
     context, query = context_of(request), Query(request.state.form)
-    text = (query.get("text") or "").replace("\r\n", "\n")
+    text = text_of(query)
     _, findings = await asyncio.to_thread(_check, context, text)
     return JSONResponse([asdict(finding) for finding in findings])
 
@@ -211,8 +219,8 @@ async def change(request: Request) -> Response:
     """Check, plan or apply an edited sequence, or offer it as a file."""
     context, query = context_of(request), Query(request.state.form)
     name, action = query.must("sequence"), query.must("action")
-    text = (query.get("text") or "").replace("\r\n", "\n")
-    stored = await _stored(context, name)
+    text = text_of(query)
+    stored = await read_stored(context, name)
     if action == "download":
         headers = {"Content-Disposition": f'attachment; filename="{_file_name(name)}.yaml"'}
         return Response(text, headers=headers, media_type="application/yaml")
@@ -272,7 +280,7 @@ async def change(request: Request) -> Response:
         await _changing(context, apply)
     except (PlanError, FileError) as error:
         wrong = f"Nothing was applied: {error}."
-        return _page(request, name, await _stored(context, name), text, 409, wrong=wrong)
+        return _page(request, name, await read_stored(context, name), text, 409, wrong=wrong)
     return RedirectResponse(at("/sequence", sequence=name), 303)
 
 
@@ -305,7 +313,7 @@ async def compare(request: Request) -> Response:
         to_yaml(parse_document(name, document)) if document else ""
         for document in (rows[0]["before"], rows[0]["document"])
     )
-    stored = await _stored(context, name)
+    stored = await read_stored(context, name)
     return render(
         request,
         "compare.html",

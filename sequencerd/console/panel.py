@@ -21,6 +21,7 @@ from sequencerd.core.step_types import describe_wait
 from sequencerd.core.step_types.condition_config import describe_condition
 from sequencerd.core.window_config import describe_window
 from sequencerd.definitions import drawing
+from sequencerd.definitions.form_fields import fields
 from sequencerd.storage import connections
 
 RANGES = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
@@ -115,6 +116,7 @@ class Panel:
     is_capped: bool
     errors: list[dict[str, Any]]
     message: str | None  # the address of its page
+    has_form: bool  # that changes its waits or texts
     row: Mapping[str, Any]  # of the table of steps
     waiting: str
     failed: str
@@ -160,6 +162,7 @@ async def panel(
         is_capped,
         sorted(here, key=lambda one: -one["failed"])[:MOST_ERRORS],
         at("/message", **place) if mail.sends(context, step) else None,
+        bool(fields(step.type, step.config)),
         _NOT_COUNTED | dict(row),
         at("/search", **place, status="active"),
         at("/search", **place, status="failed"),

@@ -88,6 +88,14 @@ def parse(text: str) -> Iterator[Document]:
         raise DocumentError(f"the character {shown} is not allowed here", line) from error
 
 
+def compose(text: str) -> yaml.Node | None:
+    """Return the nodes of a text's first document, with their places. It must be one that `parse`
+    can read.
+    """
+    loader = _Loader(text)
+    return loader.get_node() if loader.check_node() else None
+
+
 def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:

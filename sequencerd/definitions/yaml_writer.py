@@ -67,11 +67,27 @@ def to_yaml(document: Document) -> str:
     return _dump(sequence, allow_unicode=False)  # nothing in it turns the direction of a text
 
 
-def _dump(sequence: dict[str, Any], *, allow_unicode: bool) -> str:
+def _dump(value: Any, *, allow_unicode: bool, flow: bool = False) -> str:
     made: str = yaml.dump(
-        sequence, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=10**6
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=allow_unicode,
+        width=10**6,
+        default_flow_style=flow,
     )
     return made
+
+
+def flow_scalar(value: str | float | None) -> str:
+    """Return a value as it can be written anywhere in YAML, also within brackets."""
+    return _dump([value], allow_unicode=True, flow=True).strip()[1:-1]
+
+
+def quoted(text: str) -> str:
+    """Return a text within double quotes, in one line."""
+    made: str = yaml.dump(text, default_style='"', allow_unicode=True, width=10**6)
+    return made.rstrip("\n")
 
 
 def _step(step: Document, following: str | None) -> dict[str, Any]:

@@ -145,6 +145,7 @@ PAGES = (
     "/console/suppress",
     "/console/suppression?channel=email&address=ada@example.com&topic=*",
     "/console/edit?sequence=s",
+    "/console/step?sequence=s&step=wait",
     "/console/status?sequence=s&action=pause",
     "/console/revision?sequence=s&revision=2",
     "/console/funnel?sequence=s",
@@ -153,6 +154,7 @@ PAGES = (
 OF_SESSIONS = ("/console/login", "/console/sessions")
 NO_PAGES = (
     "/tables/{name}.{form}",
+    "/edit/schema",
     "/live",
     "/static/{name:path}",
     "/message/frame",
