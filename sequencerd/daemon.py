@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -19,6 +20,7 @@ from starlette.applications import Starlette
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.console.app import make_console
+from sequencerd.console.shards import Served, make_console_of_shards
 from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.engine import retention, shared_rates
@@ -38,7 +40,7 @@ from sequencerd.service.logs import make_log
 from sequencerd.service.metrics import Metrics, ShardMetrics
 from sequencerd.service.public import Public
 from sequencerd.service.systemd import notify, notify_reloading
-from sequencerd.settings import Database, Settings
+from sequencerd.settings import Console, Database, Settings
 from sequencerd.storage import connections, migrate, server
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
@@ -250,8 +252,9 @@ class _Process:
         if self._one is not None and self._one.daemon is not None:
             registry = self._one.daemon.metrics.registry
         elif settings.console is not None and settings.console.enabled:
-            hint = "run `sequencerd console --shard NAME`, with an address of its own"
-            self._log.warning("no console: it shows one shard", hint=hint)
+            console = make_console_of_shards(
+                [served.for_console(settings.console) for served in self._shards], self._log
+            )
         app = make_app(
             self._why_not_alive,
             self._why_not_ready,
@@ -315,6 +318,19 @@ class _Served:
         """What is measured there; of a shard that is away, that it is not ready."""
         daemon = self.daemon
         return self._none if daemon is None else daemon.metrics
+
+    def for_console(self, settings: Console) -> Served:
+        """Return what a console needs, also while the shard is away."""
+
+        def simulator() -> Simulator:
+            daemon = self.daemon
+            return Simulator({}, {}) if daemon is None else daemon.simulator()
+
+        def now() -> datetime:
+            daemon = self.daemon
+            return datetime.now(UTC) if daemon is None else daemon.clock.now()
+
+        return Served(self.shard, settings, simulator, now, lambda: make_runners(self.settings))
 
     def status(self) -> str:
         """Return what goes on in the shard."""
@@ -507,7 +523,7 @@ class _Daemon:
         self.parts = parts
         self._pools = pools
         self._pool = pools.engine
-        self._clock = Clock()
+        self.clock = Clock()
         self._suppressions = suppressions
         self._take = take
         self._log = log
@@ -526,7 +542,7 @@ class _Daemon:
             pools.heart,
             parts.runners,
             parts.lookups.get,
-            clock=self._clock,
+            clock=self.clock,
             settings=settings,
             name=self.name,
             log=log,
@@ -537,7 +553,7 @@ class _Daemon:
             pools.enrolling,
             self._engine.problems,
             timeout=parts.settings.database.lookup_timeout,
-            clock=self._clock,
+            clock=self.clock,
             log=log,
         )
 
@@ -549,8 +565,8 @@ class _Daemon:
         return make_console(
             settings,
             shard,
-            self._simulator,
-            self._clock.now,
+            self.simulator,
+            self.clock.now,
             self._log,
             runners=self._own_runners,
         )
@@ -559,7 +575,7 @@ class _Daemon:
         """Return runners for another thread."""
         return make_runners(self.parts.settings)
 
-    def _simulator(self) -> Simulator:
+    def simulator(self) -> Simulator:
         """Return the present definitions and runners, for another thread to read."""
         return Simulator(dict(self._engine.catalog.sequences), self.parts.runners)
 
@@ -577,7 +593,7 @@ class _Daemon:
                     retention.keep(
                         self._pool,
                         lambda: self.parts.settings.retention,
-                        clock=self._clock,
+                        clock=self.clock,
                         log=self._log,
                     ),
                     self._enrolling.keep(),

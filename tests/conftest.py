@@ -56,6 +56,8 @@ shared.read_entry_points_once()
 shared.trust_one_authority()
 shared.hash_passwords_once()
 
+pytest_plugins = ("tests.helpers.shards",)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(leftovers)

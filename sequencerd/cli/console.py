@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
-from sequencerd.cli.commands import on_database
+from sequencerd.cli.commands import on_shards
 from sequencerd.console import process
 from sequencerd.errors import ArgumentError
 from sequencerd.service.logs import make_log
@@ -12,12 +13,14 @@ from sequencerd.settings import Settings, split_address
 from sequencerd.storage.connections import Shard
 
 
-@on_database
-async def console_command(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
+@on_shards
+async def console_command(
+    arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
+) -> int:
     if arguments.listen is not None:
         try:
             split_address(arguments.listen)
         except ValueError as error:
             raise ArgumentError(f"--listen {arguments.listen!r}: {error}") from error
-    await process.run(shard, settings, arguments.listen, make_log(settings))
+    await process.run(shards, settings, arguments.listen, make_log(settings))
     return 0

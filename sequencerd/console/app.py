@@ -38,6 +38,7 @@ from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.context import POLICY, PageContext, context_of, say, unmasked
 from sequencerd.console.live import Live
 from sequencerd.console.query import NotFoundError, WrongQueryError
+from sequencerd.console.sessions import Sessions
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at
 from sequencerd.definitions.simulator import Simulator
@@ -100,7 +101,7 @@ def make_console(
                 settings,
                 shard,
                 pool,
-                Auth(settings, pool),
+                Auth(settings, Sessions(pool)),
                 html.make_templates(),
                 summary,
                 live,
@@ -122,10 +123,10 @@ def make_console(
                 pool.terminate()
 
     def get(path: str, page: pages.Page, role: Role | None = "viewer") -> Route:
-        return Route(path, _guarded(page, role, log), methods=["GET"])
+        return Route(path, guarded(page, role, log), methods=["GET"])
 
     def post(path: str, page: pages.Page, role: Role | None) -> Route:
-        return Route(path, _guarded(page, role, log), methods=["POST"])
+        return Route(path, guarded(page, role, log), methods=["POST"])
 
     return Starlette(
         routes=[
@@ -175,13 +176,13 @@ def make_console(
             post("/oidc", access.to_provider, None),
             get("/static/{name:path}", pages.static, None),
         ],
-        middleware=[Middleware(_WithHeaders)],
-        exception_handlers={HTTPException: _said},
+        middleware=[Middleware(WithHeaders)],
+        exception_handlers={HTTPException: said},
         lifespan=lifespan,
     )
 
 
-class _WithHeaders:
+class WithHeaders:
     """Add headers to every response."""
 
     def __init__(self, app: Any) -> None:
@@ -199,7 +200,8 @@ class _WithHeaders:
         await self._app(scope, receive, send_more)
 
 
-def _said(request: Request, error: Exception) -> Response:
+def said(request: Request, error: Exception) -> Response:
+    """Return a page for an error of HTTP."""
     assert isinstance(error, HTTPException)
     texts: Mapping[int, str] = {
         404: "Page not found.",
@@ -216,7 +218,7 @@ PROGRAMS = (pages.table, pages.stream)
 """Read by programs: without a login they get status 401 and no form."""
 
 
-def _guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> pages.Page:
+def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> pages.Page:
     """Return the page for users with a role, or without one for all; errors become pages. What only
     an operator or an editor may use needs console.write as well.
     """

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import get_args
 
-import asyncpg
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -55,9 +54,9 @@ class Visitor:
 class Auth:
     """Authentication by the settings."""
 
-    def __init__(self, settings: Console, pool: asyncpg.Pool) -> None:
+    def __init__(self, settings: Console, sessions: Sessions) -> None:
         self._settings = settings
-        self.sessions = Sessions(pool)
+        self.sessions = sessions
         common = settings.password_hash
         self._hash = None if common is None else common.get_secret_value()
         self._hashes = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -52,6 +52,8 @@ class PageContext:
     counting_history: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     simulated: dict[str, Any] = field(default_factory=dict)
     enrollments_read: dict[tuple[int, bool], tuple[str, Journey]] = field(default_factory=dict)
+    shards: Sequence[str] = ()  # among which a reader chooses
+    parts: Mapping[str, PageContext] = field(default_factory=dict)  # of all shards together
 
     def __post_init__(self) -> None:
         self.mask = make_mask(self.settings.mask)
@@ -79,7 +81,10 @@ def render(request: Request, template: str, code: int = 200, /, **given: Any) ->
     visitor: Visitor | None = getattr(request.state, "visitor", None)
     text = context.templates.get_template(template).render(
         visitor=visitor,
-        here=request.url.path.removeprefix("/console"),
+        here=request.url.path.removeprefix(at("")),
+        shards=context.shards or tuple(context.parts),
+        shard=None if context.parts else context.shard.name,
+        missing=context.summary.missing,
         address=str(request.url.replace(scheme="", netloc="")),
         back=str(request.url.replace(scheme="", netloc="")),
         may_write=_may(context, visitor, "operator"),

@@ -251,6 +251,10 @@ async def change(request: Request) -> Response:
         made = await _changing(context, work)
         if action != "apply":
             return _page(request, name, stored, text, findings=findings, made=made, moves=moves)
+        if context.shards:
+            raise PlanError(
+                f"{name} is in several shards: download the changed file, and apply it to all"
+            )
         if stored.from_file:
             raise PlanError(f"{name} is managed by files: download the changed file, and apply it")
         reason, brake = reason_of(query), query.get("brake") or ""

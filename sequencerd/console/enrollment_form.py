@@ -15,6 +15,7 @@ from sequencerd.console.tables import at
 from sequencerd.core import exact_json
 from sequencerd.core.calendar import dates
 from sequencerd.core.model import DefinitionError
+from sequencerd.core.routing import shard_of
 from sequencerd.definitions.options import read_object
 from sequencerd.errors import UsageError
 from sequencerd.storage import bulk, connections
@@ -106,6 +107,9 @@ def _read(query: Query) -> dict[str, Any]:
 
 
 async def _enroll(context: PageContext, given: dict[str, Any], cause: str) -> int:
+    number = context.shard.number
+    if number and shard_of(given["subject"], number.shards) != number.number:
+        raise UsageError(f"{given['subject']} belongs to another of the shards")
     # not one of the pool's: the daemons are to be notified
     connection = await connections.connect(context.shard)
     try:

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from sequencerd.console.tables import at
+from sequencerd.console.tables import OF_ALL, ROOT, at, at_shard
 from sequencerd.core.calendar.dates import zone as find_zone
 from sequencerd.core.describe import is_never
 from sequencerd.core.model import DefinitionError
@@ -44,7 +44,7 @@ def make_templates() -> Environment:
         wakes=wakes,
     )
     made.tests["in_data"] = lambda key: key.startswith("data.")
-    made.globals.update(at=at, asset=asset)
+    made.globals.update(at=at, at_shard=at_shard, of_all=OF_ALL, asset=asset)
     for name in made.list_templates():
         made.get_template(name)  # not while the first reader waits
     return made
@@ -54,7 +54,7 @@ def make_templates() -> Environment:
 def asset(name: str) -> str:
     """Return the URL of a static file, another one when its contents are others."""
     digest = hashlib.sha256((STATIC / name).read_bytes()).hexdigest()[:12]
-    return at(f"/static/{name}", v=digest)
+    return f"{ROOT}/static/{name}?v={digest}"
 
 
 def when(value: datetime | None, zone: str = "UTC") -> str:

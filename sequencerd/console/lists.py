@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -70,6 +70,7 @@ class Found:
 
     table: Table
     advice: str | None = None  # SQL
+    further: Mapping[str, str] = field(default_factory=dict)  # URLs of next pages, by shard
 
 
 def selection_of(
@@ -158,7 +159,7 @@ async def enrollments(pool: asyncpg.Pool, query: Query, selection: Selection, ma
     rows, searched_to = await _search(pool, selection, FURTHEST, MOST_SORTED + 1)
     is_part = len(rows) > MOST_SORTED or searched_to > 1
     every = _shown(rows[:MOST_SORTED], [key, *(column.key for column in columns)], mask)
-    every.sort(key=lambda row: _comparable(row[key]), reverse=sort.startswith("-"))
+    every.sort(key=lambda row: comparable(row[key]), reverse=sort.startswith("-"))
     skip = query.number("skip", 0)
     more = None
     if skip + query.rows < len(every):
@@ -252,7 +253,7 @@ def _inside(data: Any, path: Sequence[str]) -> Any:
     return data
 
 
-def _comparable(value: Any) -> tuple[int, Any]:
+def comparable(value: Any) -> tuple[int, Any]:
     """Return a key that sorts values of all kinds: none first, then numbers, times, texts."""
     match value:
         case None:

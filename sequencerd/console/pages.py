@@ -42,6 +42,7 @@ from sequencerd.console.lists import (
 )
 from sequencerd.console.live import COUNTS
 from sequencerd.console.mask import Row
+from sequencerd.console.merging import found_in_all
 from sequencerd.console.query import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
 from sequencerd.console.summary import MOST_CAUSES, Counts
 from sequencerd.console.tables import Table, as_csv, as_json, at
@@ -292,6 +293,7 @@ async def search(request: Request) -> Response:
         chosen=[column.key for column in found.table.columns],
         filters=[(name, query.get(name)) for name in ("q", *FILTERS) if query.get(name)],
         is_filtered=any(query.get(name) for name in FILTERS),
+        further=found.further,
     )
     answer.headers["HX-Replace-Url"] = at("/search", **query.given)  # without empty fields
     return answer
@@ -299,6 +301,8 @@ async def search(request: Request) -> Response:
 
 async def _found(context: PageContext, query: Query) -> Found:
     """Return a list by filters, or the enrollments that one text finds."""
+    if context.parts:
+        return await found_in_all(context.parts, query, _found)
     if query.get("q") and not any(query.get(name) for name in (*FILTERS, "sort", "columns")):
         return await views.search(context.pool, query, context.mask, context.settings.mask)
     selection = await select(context, query)
@@ -333,6 +337,8 @@ async def table(request: Request) -> Response:
 
 async def _table(request: Request, context: PageContext, name: str, query: Query) -> Table | None:
     counts = None
+    if context.parts and name not in (*COUNTED, "search"):
+        return None  # each shard has its own
     if name in COUNTED:
         counts = await context.summary.get(PROGRAMS_WAIT)
         if counts is None:
@@ -378,7 +384,7 @@ class NotYetError(Exception):
 async def stream(request: Request) -> Response:
     """Notify a page of changes."""
     context, query = context_of(request), query_of(request)
-    topic = query.number("topic", COUNTS)
+    topic = COUNTS if context.parts else query.number("topic", COUNTS)
     known = request.headers.get("last-event-id") or query.get("version") or ""
     if request.method == "HEAD":  # no client would close the stream
         return Response(media_type="text/event-stream")

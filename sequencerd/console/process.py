@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 
 import asyncpg
 from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.console.app import make_console
+from sequencerd.console.shards import Served, make_console_of_shards
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.definitions.stored import read_sequences
 from sequencerd.engine.clock import Clock
-from sequencerd.errors import SettingsError
+from sequencerd.errors import DatabaseError, SequencerdError, SettingsError
 from sequencerd.runners import Runner
 from sequencerd.runners.registry import make_runners
 from sequencerd.service.http_server import make_app, serving
@@ -30,10 +32,10 @@ INTERVAL = 2.0  # seconds between looks at the definitions: a standby cannot LIS
 
 
 async def run(
-    shard: Shard, settings: Settings, listen: str | None, log: FilteringBoundLogger
+    shards: Sequence[Shard], settings: Settings, listen: str | None, log: FilteringBoundLogger
 ) -> None:
     """Serve the console until SIGTERM or SIGINT, at `listen` or at the address in the settings.
-    Raises SequencerdError if it cannot start.
+    Raises SequencerdError if it cannot start; of several shards, some may be away.
     """
     console = (settings.console or Console()).model_copy(update={"enabled": True})
     address = listen or settings.http.listen or CONSOLE_LISTEN
@@ -43,42 +45,51 @@ async def run(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    connection = await connections.connect(shard)
-    try:
-        await migrate.check(connection, shard.number)
-        is_standby = await server.is_standby(connection)
-    finally:
-        await connection.close()
-    if is_standby and console.write:
-        log.warning("the server is a standby: the console changes nothing until its next start")
-        console = console.model_copy(update={"write": False})
-    pool = await connections.connect_pool(shard, 1, pooled=True, least=0)
-    try:
-        definitions = _Definitions(pool, runners, log)
-        await definitions.read()
-        app = make_app(
-            list,
-            definitions.why_not_ready,
-            CollectorRegistry(),
-            make_console(
-                console,
-                shard,
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(_close, runners)
+        found = [_Definitions(shard, runners, log) for shard in shards]
+        for definitions in found:
+            stack.callback(definitions.close)
+            try:
+                await definitions.begin()
+            except DatabaseError as error:
+                if len(shards) == 1:
+                    raise
+                log.warning("the shard is away", shard=definitions.shard.name, error=str(error))
+        if console.write and any(definitions.is_standby for definitions in found):
+            log.warning("the server is a standby: the console changes nothing until its next start")
+        served = [
+            Served(
+                definitions.shard,
+                console.model_copy(update={"write": console.write and not definitions.is_standby}),
                 definitions.simulator,
                 definitions.clock.now,
-                log,
-                runners=lambda: make_runners(settings),
-            ),
+                lambda: make_runners(settings),
+            )
+            for definitions in found
+        ]
+        made = make_console_of_shards(served, log) if len(served) > 1 else _of_one(served[0], log)
+        app = make_app(
+            list,
+            lambda: [reason for definitions in found for reason in definitions.why_not_ready()],
+            CollectorRegistry(),
+            made,
         )
         async with serving(app, address, _refuse_taken_address):
             log.info("ready", console=f"http://{address}/console/")
             notify("READY=1")
-            await definitions.keep(stop)
+            await asyncio.gather(*(definitions.keep(stop) for definitions in found))
             notify("STOPPING=1")
-    finally:
-        pool.terminate()
-        for runner in runners.values():
-            await runner.close()
     log.info("stopped")
+
+
+def _of_one(one: Served, log: FilteringBoundLogger) -> Starlette:
+    return make_console(one.settings, one.shard, one.simulator, one.now, log, runners=one.runners)
+
+
+async def _close(runners: Mapping[str, Runner]) -> None:
+    for runner in runners.values():
+        await runner.close()
 
 
 def _refuse_taken_address(listen: str) -> None:
@@ -92,15 +103,33 @@ class _Definitions:
     """The present definitions, and the database's time."""
 
     def __init__(
-        self, pool: asyncpg.Pool, runners: Mapping[str, Runner], log: FilteringBoundLogger
+        self, shard: Shard, runners: Mapping[str, Runner], log: FilteringBoundLogger
     ) -> None:
+        self.shard = shard
         self.clock = Clock()
-        self._pool = pool
+        self.is_standby = False
+        self._pool: asyncpg.Pool | None = None
         self._runners = runners
-        self._log = log
+        self._log = log if shard.name is None else log.bind(shard=shard.name)
         self._simulator = Simulator({}, runners)
         self._revisions: dict[str, int] = {}
         self._error: str | None = None
+
+    async def begin(self) -> None:
+        """Connect, and read them for the first time. Raises SequencerdError."""
+        connection = await connections.connect(self.shard)
+        try:
+            await migrate.check(connection, self.shard.number)
+            self.is_standby = await server.is_standby(connection)
+        finally:
+            await connection.close()
+        self._pool = await connections.connect_pool(self.shard, 1, pooled=True, least=0)
+        await self.read()
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._pool is not None:
+            self._pool.terminate()
 
     def simulator(self) -> Simulator:
         """Return the definitions and runners, for another thread to read."""
@@ -108,17 +137,20 @@ class _Definitions:
 
     def why_not_ready(self) -> list[str]:
         """Return what keeps the console from reading the database."""
-        return [] if self._error is None else [f"the database cannot be read: {self._error}"]
+        where = "" if self.shard.name is None else f"{self.shard.name}: "
+        reason = f"{where}the database cannot be read: {self._error}"
+        return [] if self._error is None else [reason]
 
     async def keep(self, stop: asyncio.Event) -> None:
         """Read what has changed, until `stop` is set."""
         while not stop.is_set():
             try:
-                await self.read()
-            except TRANSIENT_ERRORS as error:
+                await (self.begin() if self._pool is None else self.read())
+            except (SequencerdError, *TRANSIENT_ERRORS) as error:
+                told = str(error) if isinstance(error, SequencerdError) else brief(error)
                 if self._error is None:
-                    self._log.warning("the console cannot read the database", error=brief(error))
-                self._error = brief(error)
+                    self._log.warning("the console cannot read the database", error=told)
+                self._error = told
             else:
                 self._error = None
             with suppress(TimeoutError):
@@ -127,6 +159,7 @@ class _Definitions:
 
     async def read(self) -> None:
         """Read the definitions again if one has changed."""
+        assert self._pool is not None
         async with connections.borrow(self._pool) as connection:
             self.clock.measured(await server.server_time(connection))
             revisions = await read_revisions(connection)

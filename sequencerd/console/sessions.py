@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 import asyncpg
 
 from sequencerd.core.model import printable
 from sequencerd.storage import connections
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES
+
+_T = TypeVar("_T")
 
 LONGEST = timedelta(hours=12)
 MOST_HERE = 1000  # sessions of a standby
@@ -85,6 +91,57 @@ class Sessions:
             self._ended_here.add(key)
             return True
         return done != "DELETE 0"
+
+
+class SessionsOfShards(Sessions):
+    """The same for several shards: a session is in all that can be reached, so that one that is
+    away ends none.
+    """
+
+    def __init__(self, shards: Sequence[Sessions]) -> None:
+        self._shards = shards
+        self._ended: set[str] = set()  # where a shard was away
+
+    async def begin(self, token: str, session: Session, address: str, agent: str) -> None:
+        """Keep a new session."""
+        await self._each(lambda one: one.begin(token, session, address, agent))
+
+    async def find(self, token: str) -> Session | None:
+        """Return a session that has neither ended nor expired, as soon as any shard has it."""
+        if hash_of(token) in self._ended:
+            return None
+        asked = [asyncio.ensure_future(one.find(token)) for one in self._shards]
+        try:
+            for answer in asyncio.as_completed(asked):
+                with suppress(*TRANSIENT_ERRORS):
+                    if session := await answer:
+                        return session
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        return None
+
+    async def all(self, user: str | None) -> list[asyncpg.Record]:
+        """Return the sessions of a user, or of all."""
+        found = await self._each(lambda one: one.all(user))
+        return list({row["session"]: row for rows in found for row in rows}.values())
+
+    async def end(self, key: str, user: str | None) -> bool:
+        """End a session in all shards, and return whether there was one."""
+        found = await self._each(lambda one: one.end(key, user))
+        if len(found) < len(self._shards) and any(found):
+            self._ended.add(key)
+        return any(found)
+
+    async def _each(self, work: Callable[[Sessions], Awaitable[_T]]) -> list[_T]:
+        """Return what the shards answer. Raises the error if none does."""
+        done = await asyncio.gather(*map(work, self._shards), return_exceptions=True)
+        found = [one for one in done if not isinstance(one, BaseException)]
+        for one in done:
+            if isinstance(one, BaseException) and not (found and isinstance(one, TRANSIENT_ERRORS)):
+                raise one
+        return found
 
 
 def hash_of(token: str) -> str:

@@ -91,6 +91,7 @@ class Summary:
 
     def __init__(self, pool: asyncpg.Pool, log: FilteringBoundLogger) -> None:
         self.changed: Callable[[], None] = lambda: None
+        self.missing: Mapping[str, str] = {}  # shards that are not counted, with the reason
         self._pool = pool
         self._log = log
         self._counts: Counts | None = None

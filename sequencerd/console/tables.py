@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from starlette.responses import Response
 from sequencerd.core.describe import plain, text
 
 ROOT = "/console"
+
+place: ContextVar[str] = ContextVar("place", default="")
+"""Where the pages of one shard are, below ROOT."""
 
 Kind = Literal["text", "number", "time", "duration", "json", "days", "code", "list"]
 
@@ -75,7 +79,21 @@ class Table:
 def at(path: str, **query: object) -> str:
     """Return the URL of a page; what is None is left out."""
     given = {key: value for key, value in query.items() if value is not None}
-    return ROOT + quote(path) + (f"?{urlencode(given, errors='replace')}" if given else "")
+    query_string = f"?{urlencode(given, errors='replace')}" if given else ""
+    return ROOT + quote(place.get() + path) + query_string
+
+
+OF_ALL = ("/", "/failures", "/search", "/health")
+"""The pages of all shards together; all others are of one."""
+
+
+def at_shard(name: str | None, path: str, **query: object) -> str:
+    """Return the URL of a page of one shard, or of all, where it may be the overview instead."""
+    token = place.set("" if name is None else f"/shards/{name}")
+    try:
+        return at(path if name is not None or path in OF_ALL else "/", **query)
+    finally:
+        place.reset(token)
 
 
 def as_json(table: Table) -> Response:

@@ -6,104 +6,23 @@ import asyncio
 import json
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from uuid import uuid4
 
 import asyncpg
 import pytest
 from asyncpg.transaction import Transaction
 
 from sequencerd.cli.arguments import make_parser
-from sequencerd.core.routing import ShardNumber
-from sequencerd.storage import connections, migrate
-from sequencerd.storage.connections import Shard
+from sequencerd.storage import connections
 from sequencerd.storage.embedded import Programs
 from tests.helpers.clusters import cluster
 from tests.helpers.command_line import Command
-from tests.helpers.databases import Administrator, execute, with_database
+from tests.helpers.databases import execute
 from tests.helpers.engines import until
+from tests.helpers.shards import NOWHERE, SEQUENCE, configure
 from tests.helpers.waiting import PATIENCE
-
-SEQUENCE = """
-name: s
-description: Reminds of nothing.
-steps:
-  - {name: first, type: WaitForDuration, config: {amount: 3, unit: days}}
-  - {name: second, type: GoTo}
-"""
-NAMES = ("a", "b")
-NOWHERE = "postgresql://127.0.0.1:1/app"
-
-
-def place(url: str, name: str) -> Shard:
-    return Shard(url, f"shard-{name}", name, ShardNumber(NAMES.index(name), len(NAMES)))
-
-
-@pytest.fixture(scope="module")
-def sharded_template(server: str, administrator: Administrator) -> Iterator[str]:
-    """The name of a database with two shards."""
-    name = f"template_{uuid4().hex[:12]}"
-    administrator.execute(f"CREATE DATABASE {name}")
-
-    async def make() -> None:
-        for shard in NAMES:
-            made = place(with_database(server, name), shard)
-            connection = await connections.connect(made)
-            await migrate.migrate(connection, number=made.number)
-            await migrate.grant(connection)
-            await connection.close()
-
-    asyncio.run(make())
-    yield name
-    administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture
-def url(server: str, administrator: Administrator, sharded_template: str) -> Iterator[str]:
-    name = f"test_{uuid4().hex[:12]}"
-    administrator.execute(f"CREATE DATABASE {name} TEMPLATE {sharded_template} STRATEGY file_copy")
-    yield with_database(server, name)
-    administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture
-async def shards(url: str) -> AsyncIterator[dict[str, asyncpg.Connection]]:
-    """A connection to each of the two."""
-    made = {name: await connections.connect(place(url, name)) for name in NAMES}
-    yield made
-    for connection in made.values():
-        await connection.close()
-
-
-@pytest.fixture
-def sequencerd(url: str, tmp_path: Path) -> Command:
-    """The command, with a sequence in the folder that is not applied yet."""
-    command = Command(url, tmp_path)
-    del command.variables["SEQUENCERD_DATABASE"]
-    command.variables["SEQUENCERD_CONFIG"] = str(tmp_path / "sequencerd.toml")
-    configure(command, a=url, b=url)
-    (tmp_path / "s.yaml").write_text(SEQUENCE)
-    return command
-
-
-def configure(command: Command, **urls: str) -> None:
-    text = "".join(
-        f'[shards.{name}]\nurl = "{url}"\nschema = "shard-{name}"\n' for name, url in urls.items()
-    )
-    (command.folder / "sequencerd.toml").write_text(text)
-
-
-@pytest.fixture
-def filled(sequencerd: Command) -> Command:
-    """With the sequence, and enrollments a/1, a/2, b/1, b/2 of the subjects a1, a2, b1, b2."""
-    sequencerd("apply", "s.yaml")
-    for name in NAMES:
-        for number in (1, 2):
-            sequencerd("enroll", "s", f"{name}{number}", "--shard", name, "--data", '{"x": 1}')
-    return sequencerd
-
 
 # --- all commands
 
@@ -271,9 +190,11 @@ READING = (
 )
 
 
-def test_reading_commands_show_the_others_and_what_is_missing(filled: Command, url: str) -> None:
+def test_reading_commands_show_the_others_and_what_is_missing(
+    filled: Command, shards_url: str
+) -> None:
     whole = {tuple(arguments): filled(*arguments) for arguments in READING}
-    configure(filled, a=url, b=NOWHERE)
+    configure(filled, a=shards_url, b=NOWHERE)
     for arguments in READING:
         printed = filled(*arguments, code=1)
         assert printed, arguments
@@ -286,15 +207,15 @@ def test_reading_commands_show_the_others_and_what_is_missing(filled: Command, u
     filled("show", "b/1", code=1)
     assert filled.errors.startswith("sequencerd: shard b: cannot connect to the database")
     assert "second" in filled("simulate", "s")
-    configure(filled, a=NOWHERE, b=url)
+    configure(filled, a=NOWHERE, b=shards_url)
     assert "second" in filled("simulate", "s")
     configure(filled, a=NOWHERE, b=NOWHERE)
     filled("status", code=1)
     assert [line.split(":")[0] for line in filled.errors.splitlines()] == ["sequencerd", "shard b"]
 
 
-def test_writing_commands_say_where_they_stand(filled: Command, url: str) -> None:
-    configure(filled, a=url, b=NOWHERE)
+def test_writing_commands_say_where_they_stand(filled: Command, shards_url: str) -> None:
+    configure(filled, a=shards_url, b=NOWHERE)
     assert "s is paused in a: 2 enrollments" in filled("pause", "s", code=1)
     assert "shard b: cannot connect" in filled.errors
     assert "forgot a1: enrollments: 1" in filled("forget", "a1", "--yes", code=1)
@@ -366,9 +287,9 @@ async def test_apply_changes_nothing_where_one_shard_refuses(
 
 
 def test_apply_changes_nothing_where_one_shard_is_away(
-    filled: Command, url: str, tmp_path: Path
+    filled: Command, shards_url: str, tmp_path: Path
 ) -> None:
-    configure(filled, a=url, b=NOWHERE)
+    configure(filled, a=shards_url, b=NOWHERE)
     (tmp_path / "s.yaml").write_text(EDITED)
     filled("apply", "s.yaml", code=1)
     assert "shard b: cannot connect" in filled.errors
@@ -404,13 +325,13 @@ async def test_apply_says_where_it_stands_after_a_shard_died_before_its_commit(
     filled: Command,
     shards: dict[str, asyncpg.Connection],
     tmp_path: Path,
-    url: str,
+    shards_url: str,
 ) -> None:
     """The commit in a takes its time; b loses the prepared transaction in the meantime."""
     (tmp_path / "s.yaml").write_text(EDITED)
     fingerprint = filled("plan", "s.yaml").split()[-1]
-    async with commits_wait(url) as slow:
-        configure(filled, a=slow, b=url)
+    async with commits_wait(shards_url) as slow:
+        configure(filled, a=slow, b=shards_url)
         applying = asyncio.create_task(
             asyncio.to_thread(filled, "apply", "s.yaml", "--plan", fingerprint, code=1)
         )
@@ -421,7 +342,7 @@ async def test_apply_says_where_it_stands_after_a_shard_died_before_its_commit(
     assert "the revision is in a, not in b; repeat the command without --plan" in filled.errors
     assert await have_revision(shards) == ["a"]
 
-    configure(filled, a=url, b=url)
+    configure(filled, a=shards_url, b=shards_url)
     assert filled("plan", "s.yaml").splitlines()[:3] == [
         "s in a: nothing changed",
         "s in b:",
@@ -441,11 +362,11 @@ async def test_a_commit_without_an_answer_is_looked_up(
     filled: Command,
     shards: dict[str, asyncpg.Connection],
     tmp_path: Path,
-    url: str,
+    shards_url: str,
 ) -> None:
     (tmp_path / "s.yaml").write_text(EDITED)
-    async with commits_wait(url) as slow:
-        configure(filled, a=slow, b=url)
+    async with commits_wait(shards_url) as slow:
+        configure(filled, a=slow, b=shards_url)
         applying = asyncio.create_task(asyncio.to_thread(filled, "apply", "s.yaml"))
         await until(shards["b"], COMMITTING)
         assert await shards["b"].fetchval(KILL.replace("state = 'idle in transaction'", WAITS)) == 1
@@ -477,15 +398,15 @@ async def test_apply_over_a_server_that_stops_before_its_commit(
     filled: Command,
     shards: dict[str, asyncpg.Connection],
     tmp_path: Path,
-    url: str,
+    shards_url: str,
 ) -> None:
     """It cannot be asked what became of its commit."""
     (tmp_path / "s.yaml").write_text(EDITED)
     with ExitStack() as stack:
         other = stack.enter_context(cluster(Programs.find()))
-        configure(filled, a=url, b=other)
+        configure(filled, a=shards_url, b=other)
         filled("migrate")
-        async with commits_wait(url) as slow:
+        async with commits_wait(shards_url) as slow:
             configure(filled, a=slow, b=other)
             applying = asyncio.create_task(asyncio.to_thread(filled, "apply", "s.yaml", code=1))
             await until(shards["a"], COMMITTING)
@@ -496,7 +417,7 @@ async def test_apply_over_a_server_that_stops_before_its_commit(
 
 
 async def test_two_at_the_same_time_do_not_wait_for_each_other(
-    filled: Command, tmp_path: Path, url: str
+    filled: Command, tmp_path: Path, shards_url: str
 ) -> None:
     (tmp_path / "s.yaml").write_text(EDITED)
     (tmp_path / "t.yaml").write_text(SEQUENCE.replace("name: s", "name: t"))
@@ -545,11 +466,11 @@ async def test_a_plan_adds_up_what_the_shards_have(
 
 
 def test_a_server_that_does_not_answer_is_given_up(
-    filled: Command, url: str, monkeypatch: pytest.MonkeyPatch
+    filled: Command, shards_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "CONNECT_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        configure(filled, a=url, b=f"postgresql://127.0.0.1:{silent.getsockname()[1]}/app")
+        configure(filled, a=shards_url, b=f"postgresql://127.0.0.1:{silent.getsockname()[1]}/app")
         assert "a/1" in filled("list", code=1)
     assert "shard b: cannot connect to the database: no answer within 0.3" in filled.errors
 
@@ -595,8 +516,8 @@ async def test_tail_follows_all_shards(
         await process.wait()
 
 
-async def test_watch_adds_up_and_names_what_is_missing(filled: Command, url: str) -> None:
-    configure(filled, a=url, b=NOWHERE)
+async def test_watch_adds_up_and_names_what_is_missing(filled: Command, shards_url: str) -> None:
+    configure(filled, a=shards_url, b=NOWHERE)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "sequencerd", "watch", "--interval", "0.1"),
         env=filled.variables,

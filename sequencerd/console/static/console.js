@@ -46,7 +46,7 @@ function follow() {
   source = null;
   if (!live || live.dataset.live === undefined || document.hidden) return;
   const query = new URLSearchParams({ topic: live.dataset.live, version: live.dataset.version });
-  source = new EventSource(`/console/live?${query}`);
+  source = new EventSource(`${live.dataset.stream}?${query}`);
   source.onopen = () => say("Live", false);
   source.addEventListener("changed", refresh);
   source.onerror = () => {
@@ -85,7 +85,7 @@ document.addEventListener("htmx:error", failed);
 
 // a session that is over leads to the login
 document.addEventListener("htmx:before:swap", (event) => {
-  if (new URL(event.detail.ctx.response.raw.url).pathname !== "/console/login") return;
+  if (!new URL(event.detail.ctx.response.raw.url).pathname.endsWith("/login")) return;
   event.preventDefault();
   location.reload();
 });

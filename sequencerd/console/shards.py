@@ -1,0 +1,199 @@
+"""The console of several shards: pages of all together, and below /shards/NAME those of each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from datetime import datetime
+from typing import NamedTuple
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from structlog.typing import FilteringBoundLogger
+
+from sequencerd.console import access, pages, views
+from sequencerd.console.app import WithHeaders, guarded, make_console, said
+from sequencerd.console.auth import Auth
+from sequencerd.console.context import PageContext, context_of, query_of, render, unmasked
+from sequencerd.console.live import COUNTS, Live
+from sequencerd.console.merging import SummaryOfShards
+from sequencerd.console.query import NotFoundError
+from sequencerd.console.sessions import SessionsOfShards
+from sequencerd.console.tables import Column, Table, at_shard, place
+from sequencerd.definitions.simulator import Simulator
+from sequencerd.runners import Runner
+from sequencerd.settings import Console, Role
+from sequencerd.storage.connections import Shard
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+
+
+class Served(NamedTuple):
+    """A shard, and what a console needs of it, as in `make_console`."""
+
+    shard: Shard
+    settings: Console
+    simulator: Callable[[], Simulator]
+    now: Callable[[], datetime]
+    runners: Callable[[], Mapping[str, Runner]]
+
+
+def make_console_of_shards(served: Sequence[Served], log: FilteringBoundLogger) -> Starlette:
+    """Return the application for several shards."""
+    consoles = {
+        str(one.shard.name): make_console(
+            one.settings, one.shard, one.simulator, one.now, log, runners=one.runners
+        )
+        for one in served
+    }
+
+    def simulator() -> Simulator:
+        """Return all definitions: of one that differs, the first."""
+        found = [one.simulator() for one in reversed(served)]
+        definitions = {name: each for one in found for name, each in one.definitions.items()}
+        return Simulator(definitions, found[-1].runners)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for console in consoles.values():
+                await stack.enter_async_context(console.router.lifespan_context(console))
+            contexts: dict[str, PageContext] = {
+                name: console.state.console for name, console in consoles.items()
+            }
+            first = next(iter(contexts.values()))
+            sessions = SessionsOfShards([one.auth.sessions for one in contexts.values()])
+            auth = Auth(first.settings, sessions)
+            for name, console in consoles.items():
+                contexts[name] = replace(contexts[name], auth=auth, shards=tuple(consoles))
+                console.state.console = contexts[name]
+                console.state.unmasked = unmasked(contexts[name])
+            summary = SummaryOfShards({name: one.summary for name, one in contexts.items()})
+            live = Live(first.pool, summary)
+            app.state.console = replace(
+                first,
+                settings=first.settings.model_copy(update={"write": False}),
+                auth=auth,
+                summary=summary,
+                live=live,
+                simulator=simulator,
+                parts=contexts,
+            )
+            app.state.unmasked = replace(
+                unmasked(app.state.console),
+                parts={name: console.state.unmasked for name, console in consoles.items()},
+            )
+
+            def close() -> None:
+                live.close()
+                for console in consoles.values():
+                    console.state.close()
+
+            app.state.close = close
+            keeping = asyncio.create_task(live.keep())
+            try:
+                yield
+            finally:
+                keeping.cancel()
+                await asyncio.gather(keeping, return_exceptions=True)
+
+    def get(path: str, page: pages.Page, role: Role | None = "viewer") -> Route:
+        return Route(path, guarded(page, role, log), methods=["GET"])
+
+    def post(path: str, page: pages.Page, role: Role | None) -> Route:
+        return Route(path, guarded(page, role, log), methods=["POST"])
+
+    return Starlette(
+        routes=[
+            get("/", pages.overview),
+            get("/sequence", sequence),
+            get("/enrollments/{shard}/{id:int}", enrollment),
+            get("/failures", pages.failures),
+            get("/health", pages.health),
+            get("/search", pages.search),
+            get("/tables/{name}.{form}", pages.table),
+            get("/live", pages.stream),
+            get("/sessions", access.sessions),
+            post("/sessions", access.end_session, "viewer"),
+            get("/login", access.login, None),
+            post("/login", access.log_in, None),
+            post("/logout", access.log_out, None),
+            get("/oidc", access.from_provider, None),
+            post("/oidc", access.to_provider, None),
+            get("/static/{name:path}", pages.static, None),
+            *(
+                Mount(f"/shards/{name}", _Placed(console, name))
+                for name, console in consoles.items()
+            ),
+        ],
+        middleware=[Middleware(WithHeaders)],
+        exception_handlers={HTTPException: said},
+        lifespan=lifespan,
+    )
+
+
+class _Placed:
+    """Lets all links of a shard's pages lead to pages of that shard."""
+
+    def __init__(self, app: ASGIApp, name: str) -> None:
+        self._app = app
+        self._place = f"/shards/{name}"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        token = place.set(self._place)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            place.reset(token)
+
+
+async def enrollment(request: Request) -> Response:
+    """Lead to the enrollment that an id such as b/17 names."""
+    name, number = request.path_params["shard"], request.path_params["id"]
+    if name not in context_of(request).parts:
+        raise NotFoundError(f"There is no shard {name}.")
+    return RedirectResponse(at_shard(name, f"/enrollments/{number}"))
+
+
+async def sequence(request: Request) -> Response:
+    """A sequence in all shards: its steps, and where to go on."""
+    context, query = context_of(request), query_of(request)
+    name = query.must("sequence")
+    if name not in context.simulator().definitions:
+        raise NotFoundError(f"There is no sequence {name}.")
+    counts = await context.summary.get()
+    rows = []
+    for shard, part in context.parts.items():
+        try:
+            ours = await part.summary.get()
+        except TRANSIENT_ERRORS:  # the page says that it is missing
+            continue
+        known = views.overview(ours, query).rows if ours else []
+        rows += [
+            {**row, "shard": shard, "url": at_shard(shard, "/sequence", **query.given)}
+            for row in known
+            if row["sequence"] == name
+        ]
+    columns = (
+        Column("shard", "Shard", link="url"),
+        Column("status", "Status", "code"),
+        Column("active", "Active", "number"),
+        Column("overdue", "Overdue", "number", optional=True),
+        Column("failed", "Failed", "number", optional=True),
+    )
+    return render(
+        request,
+        "shards.html",
+        title=name,
+        live=COUNTS,
+        version=context.summary.version,
+        counts=counts,
+        steps=views.steps(counts, query) if counts else None,
+        places=Table("shards", columns, rows, query.given),
+    )

@@ -1,0 +1,174 @@
+"""The console over several shards, as a process of its own and in the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import httpx
+
+from tests.console.conftest import counted, page_with, token
+from tests.console.test_access import HASH, log_in
+from tests.helpers.command_line import Command
+from tests.helpers.engines import until
+from tests.helpers.shards import NOWHERE, configure
+from tests.helpers.waiting import PATIENCE
+from tests.service.test_http_server import free_port
+
+
+@asynccontextmanager
+async def console(
+    command: Command, *arguments: str, **variables: str
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of `sequencerd console` or `run`."""
+    listen = f"127.0.0.1:{free_port()}"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sequencerd", *arguments),
+        env=command.variables
+        | {"SEQUENCERD_HTTP_LISTEN": listen, "SEQUENCERD_LOG_FORMAT": "json"}
+        | variables,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    lines = [b""]
+    async with asyncio.timeout(PATIENCE):
+        while b'"ready"' not in lines[-1]:
+            lines.append(await process.stderr.readline())
+            assert lines[-1], lines
+    reader = asyncio.create_task(process.stderr.read())
+    try:
+        async with httpx.AsyncClient(
+            base_url=f"http://{listen}/console", timeout=PATIENCE
+        ) as client:
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = await process.wait()
+        errors = (await reader).decode()
+    assert code == 0, errors
+
+
+async def test_pages_of_all_shards_and_of_each(filled: Command) -> None:
+    async with console(filled, "console") as client:
+        overview = (await page_with(client, "/", "<dd>4</dd>")).text
+        assert 'href="/console/shards/b/"' in overview
+        assert 'href="/console/suppressions"' not in overview  # each shard has its own
+        found = (await client.get("/tables/overview.json")).json()["rows"]
+        assert [(row["sequence"], row["status"], row["active"]) for row in found] == [
+            ("s", "active", 4)
+        ]
+        steps = await counted(client, "steps", sequence="s")
+        assert [(row["step"], row["active"]) for row in steps] == [("first", 4), ("second", 0)]
+        for name in ("a", "b"):
+            await page_with(client, "/health", f"{name}: schema")
+
+        in_all = (await page_with(client, "/sequence?sequence=s", "Steps in all shards")).text
+        assert 'href="/console/shards/b/sequence?sequence=s"' in in_all
+        in_one = (await client.get("/shards/b/sequence?sequence=s")).text
+        assert 'href="/console/shards/b/search"' in in_one
+        assert 'aria-current="page">b</a>' in in_one
+
+        found = await client.get("/enrollments/b/2", follow_redirects=True)
+        assert found.url.path == "/console/shards/b/enrollments/2"
+        assert "b2" in found.text
+        assert 'href="/console/shards/a/"' in found.text
+        elsewhere = (await client.get("/shards/b/search")).text.partition('"Shards"')[2]
+        assert 'href="/console/search"' in elsewhere
+        assert 'href="/console/shards/a/search"' in elsewhere
+        assert (await client.get("/enrollments/c/2")).status_code == 404
+        assert (await client.get("/tables/suppressions.json")).status_code == 404
+
+
+async def test_lists_are_merged(filled: Command) -> None:
+    async with console(filled, "console") as client:
+        found = (await client.get("/search")).text
+        assert 'href="/console/shards/b/enrollments/2"' in found
+        assert ">b/2</a>" in found
+        ids: list[str] = []
+        following = "/console/tables/search.csv?limit=3"
+        while following:
+            answer = await client.get(following.removeprefix("/console"))
+            ids += [row["id"] for row in csv.DictReader(io.StringIO(answer.text))]
+            following = answer.links.get("next", {}).get("url", "")
+        assert ids == ["a/2", "b/2", "a/1", "b/1"]
+        for query, wanted in (
+            ("q=b2", ["b/2"]),
+            ("sort=subject", ["a/1", "a/2", "b/1", "b/2"]),
+            ("sort=-subject", ["b/2", "b/1", "a/2", "a/1"]),
+            ("status=failed", []),
+        ):
+            rows = (await client.get(f"/tables/search.json?{query}")).json()["rows"]
+            assert [row["id"] for row in rows] == wanted
+        assert (await client.get("/search?before=c/1")).status_code == 422
+
+
+async def test_a_shard_that_is_away_is_a_notice(filled: Command, shards_url: str) -> None:
+    configure(filled, a=shards_url, b=NOWHERE)
+    async with console(filled, "console") as client:
+        overview = (await page_with(client, "/", "<dd>2</dd>")).text
+        assert "The shard b is missing here" in overview
+        found = (await client.get("/search")).text
+        assert "The shard b is missing here" in found
+        assert ">a/2</a>" in found
+        assert (await client.get("/sequence?sequence=s")).status_code == 200
+        assert "a2" in (await client.get("/shards/a/enrollments/2")).text
+        gone = await client.get("/shards/b/enrollments/2")
+        assert gone.status_code == 503
+
+
+async def test_one_login_holds_for_all_shards(
+    filled: Command, shards: dict[str, asyncpg.Connection]
+) -> None:
+    settings = {"SEQUENCERD_CONSOLE_PASSWORD_HASH": HASH, "SEQUENCERD_CONSOLE_WRITE": "true"}
+    async with console(filled, "console", **settings) as client:
+        asked = await client.get("/shards/b/search")
+        assert asked.headers["location"].startswith("/console/shards/b/login?to=")
+        assert (await log_in(client)).status_code == 303
+        form = await client.get("/shards/b/enrollments/2")
+        assert form.status_code == 200
+        cancelled = await client.post(
+            "/shards/b/change",
+            data={
+                "token": token(form),
+                "action": "cancel",
+                "id": "2",
+                "number": "1",
+                "reason": "asked",
+            },
+        )
+        assert cancelled.status_code == 303
+        assert cancelled.headers["location"].startswith("/console/shards/b/")
+        await until(
+            shards["b"], "SELECT status = 'cancelled' FROM sequencer.enrollments WHERE id = 2"
+        )
+        assert not await shards["a"].fetchval(
+            "SELECT count(*) FROM sequencer.enrollments WHERE status = 'cancelled'"
+        )
+        await shards["a"].execute("DELETE FROM sequencer.console_sessions")
+        assert (await client.get("/")).status_code == 200
+        await client.post("/logout", data={"token": token(form)})
+        assert (await client.get("/shards/a/")).status_code == 303
+
+
+async def test_merged_lists_mask_personal_data(filled: Command) -> None:
+    mask = {"SEQUENCERD_CONSOLE_MASK": "subject", "SEQUENCERD_CONSOLE_MASK_FOR": "viewer"}
+    for role, ids in (("viewer", []), ("editor", ["b/2"])):
+        async with console(filled, "console", **mask, SEQUENCERD_CONSOLE_ROLE=role) as client:
+            rows = (await client.get("/tables/search.json")).json()["rows"]
+            assert any(row["subject"] == "b2" for row in rows) == bool(ids)
+            found = (await client.get("/tables/search.json?q=b2")).json()["rows"]
+            assert [row["id"] for row in found] == ids
+
+
+async def test_the_daemon_has_the_console_of_its_shards(filled: Command, shards_url: str) -> None:
+    configure(filled, a=shards_url, b=NOWHERE)
+    async with console(filled, "run", SEQUENCERD_CONSOLE_ENABLED="true") as client:
+        overview = (await page_with(client, "/", "<dd>2</dd>")).text
+        assert "The shard b is missing here" in overview
+        assert "first" in (await client.get("/shards/a/sequence?sequence=s")).text
