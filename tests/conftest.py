@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -76,13 +77,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             return
 
 
+STARTS_PROGRAMS = re.compile("subprocess|start_sequencerd")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make quick` leaves out: modules whose tests start programs, and chaos.
 
     Single tests that start programs or take seconds have the mark themselves.
     """
     for path, of_module in groupby(items, lambda item: item.path):
-        if "chaos" in path.parts or "subprocess" in path.read_text():
+        if "chaos" in path.parts or STARTS_PROGRAMS.search(path.read_text()):
             for item in of_module:
                 item.add_marker("slow")
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +18,7 @@ import pytest
 from aiosmtpd.smtp import SMTP
 
 from sequencerd.runners.email.runner import EmailRunner
-from tests.helpers.command_line import Command
+from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until, way
 from tests.helpers.runners import http_runner
 from tests.helpers.waiting import PATIENCE
@@ -63,10 +62,7 @@ async def daemon(url: str, smtp: str, **settings: str) -> AsyncIterator[asyncio.
         "SEQUENCERD_LOG_FORMAT": "json",
         **settings,
     }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "sequencerd",
+    process = await start_sequencerd(
         "run",
         env={**os.environ, **variables},
         stderr=asyncio.subprocess.PIPE,

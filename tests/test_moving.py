@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -20,7 +19,7 @@ from sequencerd.core.routing import shard_of
 from sequencerd.storage.connections import Shard, connect
 from sequencerd.storage.embedded import Programs
 from tests.helpers.clusters import stoppable
-from tests.helpers.command_line import Command
+from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.databases import execute, with_login
 from tests.helpers.engines import ALL_ENDED, define, until
 from tests.helpers.servers import Answer, HttpServer, Request, http_server
@@ -90,8 +89,8 @@ class World:
         if verb == "start":
             self.logs.append(self._file.with_name(f"{len(self.logs)}.log"))
             with self.logs[-1].open("w") as log:
-                self._daemons[name] = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "sequencerd", "run"),
+                self._daemons[name] = await start_sequencerd(
+                    "run",
                     env={**self.command.variables, "SEQUENCERD_INSTANCE": name},
                     stderr=log,
                 )

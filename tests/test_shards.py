@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -30,7 +29,7 @@ from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.embedded import Programs
 from tests.helpers.clusters import Cluster, stoppable
-from tests.helpers.command_line import Command
+from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import ALL_ENDED, define, enroll, until
 from tests.helpers.waiting import PATIENCE, eventually
 from tests.service.test_http_server import free_port
@@ -83,8 +82,9 @@ async def shards(
 @asynccontextmanager
 async def running(command: Command, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """A daemon that is stopped in good order at the end."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sequencerd", "run", *arguments),
+    process = await start_sequencerd(
+        "run",
+        *arguments,
         env={**command.variables, "SEQUENCERD_LOG_FORMAT": "json"},
         stderr=asyncio.subprocess.PIPE,
     )

@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, suppress
@@ -28,6 +27,7 @@ from sequencerd.cli import doctor
 from sequencerd.settings import Settings
 from tests.chaos.checker import check
 from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
+from tests.helpers.command_line import start_sequencerd
 from tests.helpers.databases import shard
 from tests.helpers.pooler import pgbouncer
 from tests.helpers.waiting import PATIENCE, eventually
@@ -422,10 +422,7 @@ async def test_it_is_upgraded_under_load(world: World, tmp_path: Path) -> None:
     await world.keep(2)
     app = asyncio.create_task(world.enroll(SECONDS))
     await asyncio.sleep(SECONDS / 3)
-    migrated = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "sequencerd",
+    migrated = await start_sequencerd(
         "--database",
         world.database,
         "migrate",

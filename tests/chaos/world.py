@@ -12,7 +12,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator
@@ -27,6 +26,7 @@ from aiosmtpd.smtp import SMTP, Envelope
 
 from sequencerd.storage import embedded, migrate
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from tests.helpers.command_line import start_sequencerd
 from tests.helpers.databases import execute, with_database
 from tests.helpers.engines import define
 from tests.helpers.servers import Answer, Request, http_server
@@ -251,10 +251,7 @@ class World:
         config = self.folder / "chaos.toml"
         config.write_text(self.settings)
         with (self.stderr or log).open("wb") as out:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "sequencerd",
+            process = await start_sequencerd(
                 "--config",
                 str(config),
                 "run",

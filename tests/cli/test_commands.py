@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from sequencerd.cli import main
-from tests.helpers.command_line import Command
+from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 
@@ -140,10 +140,7 @@ def test_a_second_time_is_refused(applied: Command) -> None:
 
 async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
     applied("enroll", "s", "ada")
-    tail = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "sequencerd",
+    tail = await start_sequencerd(
         "tail",
         "--sequence",
         "s",
@@ -153,9 +150,7 @@ async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
         env=applied.variables,
         stdout=asyncio.subprocess.PIPE,
     )
-    run = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sequencerd", "run", env=applied.variables
-    )
+    run = await start_sequencerd("run", env=applied.variables)
     assert tail.stdout is not None
     try:
         async with asyncio.timeout(PATIENCE):

@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +20,7 @@ from sequencerd.service import diagnosis
 from sequencerd.service.diagnosis import Finding
 from sequencerd.settings import Settings
 from sequencerd.storage.statements import QUERIES
-from tests.helpers.command_line import Command
+from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.databases import shard, with_login
 from tests.helpers.engines import define, enroll, running_engine
 from tests.helpers.servers import Answer, Request, http_server
@@ -297,10 +296,7 @@ async def test_the_command(sequencerd: Command, connection: asyncpg.Connection) 
 
 async def test_watch_shows_changes(sequencerd: Command, connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("a", "GoTo", "{}", None))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "sequencerd",
+    process = await start_sequencerd(
         "watch",
         "s",
         "--interval",

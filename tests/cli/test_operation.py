@@ -8,7 +8,6 @@ import json
 import os
 import pty
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.storage import bulk
-from tests.helpers.command_line import Command
+from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
 from tests.helpers.waiting import PATIENCE
 
@@ -365,10 +364,7 @@ async def on_terminal(sequencerd: Command) -> AsyncIterator[Any]:
 
     async def start(*arguments: str) -> Terminal:
         ours, theirs = pty.openpty()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "sequencerd",
+        process = await start_sequencerd(
             *arguments,
             stdin=theirs,
             stdout=theirs,

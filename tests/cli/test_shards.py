@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from sequencerd.cli.arguments import make_parser
 from sequencerd.storage import connections
 from sequencerd.storage.embedded import Programs
 from tests.helpers.clusters import cluster
-from tests.helpers.command_line import Command
+from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.databases import execute
 from tests.helpers.engines import until
 from tests.helpers.shards import NOWHERE, SEQUENCE, configure
@@ -422,8 +421,9 @@ async def test_two_at_the_same_time_do_not_wait_for_each_other(
     (tmp_path / "s.yaml").write_text(EDITED)
     (tmp_path / "t.yaml").write_text(SEQUENCE.replace("name: s", "name: t"))
     both = (
-        asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sequencerd", "apply", f"{name}.yaml"),
+        start_sequencerd(
+            "apply",
+            f"{name}.yaml",
             env=filled.variables,
             cwd=tmp_path,
         )
@@ -490,8 +490,10 @@ async def test_tail_follows_all_shards(
     filled: Command, shards: dict[str, asyncpg.Connection]
 ) -> None:
     """It goes on while one is away, and continues when that is back."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sequencerd", "tail", "--since", "600"),
+    process = await start_sequencerd(
+        "tail",
+        "--since",
+        "600",
         env=filled.variables,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -518,8 +520,10 @@ async def test_tail_follows_all_shards(
 
 async def test_watch_adds_up_and_names_what_is_missing(filled: Command, shards_url: str) -> None:
     configure(filled, a=shards_url, b=NOWHERE)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sequencerd", "watch", "--interval", "0.1"),
+    process = await start_sequencerd(
+        "watch",
+        "--interval",
+        "0.1",
         env=filled.variables,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -9,7 +9,6 @@ import asyncio
 import os
 import shutil
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, timedelta
@@ -32,6 +31,7 @@ from sequencerd.passwords import make_hash
 from sequencerd.settings import Console
 from sequencerd.storage.connections import Shard
 from tests.console.conftest import BEGUN, FAILED, Line, Mended, console, people, token
+from tests.helpers.command_line import start_sequencerd
 from tests.helpers.engines import Recorder, enroll, until
 from tests.helpers.waiting import PATIENCE
 from tests.service.test_http_server import answers, free_port, is_ok
@@ -416,9 +416,7 @@ async def test_a_daemon_is_restarted_under_an_open_page(
     }
 
     async def start() -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sequencerd", "run", env=variables
-        )
+        return await start_sequencerd("run", env=variables)
 
     running = await start()
     try:

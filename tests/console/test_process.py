@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -21,7 +20,7 @@ from sequencerd.storage import migrate
 from tests.chaos.world import Server, serving
 from tests.console.conftest import DAY, page_once, token
 from tests.console.test_access import HASH, log_in
-from tests.helpers.command_line import Command
+from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 from tests.service.test_http_server import free_port
@@ -32,10 +31,7 @@ async def process(url: str, **variables: str) -> AsyncIterator[tuple[httpx.Async
     """A client of `sequencerd console`, and the lines of its log."""
     listen = f"127.0.0.1:{free_port()}"
     variables |= {"SEQUENCERD_DATABASE": url, "SEQUENCERD_LOG_FORMAT": "json"}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "sequencerd",
+    process = await start_sequencerd(
         "console",
         "--listen",
         listen,

@@ -6,7 +6,6 @@ import asyncio
 import csv
 import io
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,7 +14,7 @@ import httpx
 
 from tests.console.conftest import counted, page_with, token
 from tests.console.test_access import HASH, log_in
-from tests.helpers.command_line import Command
+from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import until
 from tests.helpers.shards import NOWHERE, configure
 from tests.helpers.waiting import PATIENCE
@@ -28,8 +27,8 @@ async def console(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of `sequencerd console` or `run`."""
     listen = f"127.0.0.1:{free_port()}"
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sequencerd", *arguments),
+    process = await start_sequencerd(
+        *arguments,
         env=command.variables
         | {"SEQUENCERD_HTTP_LISTEN": listen, "SEQUENCERD_LOG_FORMAT": "json"}
         | variables,

@@ -1,7 +1,8 @@
-"""`sequencerd` on a test's database, in the test's own process."""
+"""`sequencerd` on a test's database, in the test's own process, and as one of its own."""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import shlex
@@ -10,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -19,6 +21,13 @@ from sequencerd.cli import main
 # A command runs an event loop of its own, which a test's thread may have already. One thread for
 # all commands, as each thread makes its own JavaScript context.
 THREAD = ThreadPoolExecutor(1, thread_name_prefix="sequencerd")
+
+
+async def start_sequencerd(*arguments: str, **options: Any) -> asyncio.subprocess.Process:
+    """Start `sequencerd` as a process of its own; the options are those of asyncio."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sequencerd", *arguments, **options
+    )
 
 
 class Command:

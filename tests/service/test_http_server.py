@@ -27,6 +27,7 @@ from sequencerd.core.model import Answer, Enrollment, Event, Failed, Result
 from sequencerd.service import http_server
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.metrics import MAX_PLACES, Metrics
+from tests.helpers.command_line import start_sequencerd
 from tests.helpers.databases import execute
 from tests.helpers.engines import ALL_ENDED, define, enroll, stuck_package, until
 from tests.helpers.waiting import PATIENCE
@@ -51,9 +52,7 @@ async def daemon(url: str, **settings: str) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the listener of a daemon that runs."""
     port = free_port()
     variables = {"SEQUENCERD_DATABASE": url, "SEQUENCERD_HTTP_LISTEN": f"127.0.0.1:{port}"}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sequencerd", "run", env={**os.environ, **variables, **settings}
-    )
+    process = await start_sequencerd("run", env={**os.environ, **variables, **settings})
     try:
         async with httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE
@@ -226,10 +225,7 @@ async def test_a_loop_that_is_blocked_is_reported(
 async def test_without_its_address_a_daemon_goes_on_and_says_so_once(database: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "sequencerd",
+        process = await start_sequencerd(
             "run",
             env={**os.environ, "SEQUENCERD_DATABASE": database, "SEQUENCERD_HTTP_LISTEN": address},
             stderr=asyncio.subprocess.PIPE,

@@ -14,6 +14,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from tests.helpers.command_line import start_sequencerd
 from tests.helpers.engines import define, until
 from tests.helpers.waiting import PATIENCE
 
@@ -210,10 +211,7 @@ async def test_no_secret_and_no_recipient_is_logged(
         f'[lookups.plans]\nurl = "{url}"\nheaders = {{X-Key = "lookup-secret"}}\n'
         '[log]\nlevel = "debug"\n'
     )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "sequencerd",
+    process = await start_sequencerd(
         "--config",
         str(config),
         "run",

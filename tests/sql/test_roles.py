@@ -6,14 +6,13 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncpg
 import pytest
 
-from tests.helpers.command_line import Command
+from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.databases import with_login
 from tests.helpers.engines import define, enroll, until
 from tests.helpers.servers import Answer, Request, http_server
@@ -363,10 +362,7 @@ class daemon:  # noqa: N801 - used as a function
         }
 
     async def __aenter__(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "sequencerd",
+        self._process = await start_sequencerd(
             "run",
             env=self._variables,
             stderr=asyncio.subprocess.PIPE,
