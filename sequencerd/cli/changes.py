@@ -152,7 +152,11 @@ async def _commit(
         try:
             await asyncio.wait_for(transaction.commit(), COMMITTING)
         except asyncio.CancelledError:
-            warn(f"interrupted: {_where(done, failed, unknown)}; {_again(arguments)}")
+            if shard.name is not None:
+                left = [str(one.name) for one in prepared if str(one.name) not in done]
+                left.remove(shard.name)
+                where = _where(done, left, [*unknown, shard.name])
+                warn(f"interrupted: {where}; {_again(arguments)}")
             raise
         except TRANSIENT_ERRORS as error:
             if shard.name is None:
@@ -163,9 +167,7 @@ async def _commit(
             if outcome is None:
                 unknown.append(shard.name)
             elif outcome == "aborted" and not done and not unknown:
-                raise ShardsError(
-                    f"{failed[shard.name]}\nnothing was changed in any shard"
-                ) from error
+                raise ShardsError(f"{failed[shard.name]}\n{NOTHING}") from error
         if shard.name is not None and shard.name not in failed:
             done.append(shard.name)
     if failed:
