@@ -2276,12 +2276,33 @@ $$;
 
 COMMENT ON FUNCTION sequencer.mentions_of IS 'Return a regular expression for a subject and its addresses in a text.';
 
-CREATE FUNCTION sequencer.mentioned_in(subject text, pattern text) RETURNS bigint[]
+-- LIKE takes a tenth of the time of the regular expression, which is compared only with texts that have an
+-- outline. lower(... COLLATE "C") folds the case of ASCII letters alone, so of a word the longest part in
+-- ASCII is searched; of a number the digits, whatever stands between them.
+CREATE FUNCTION sequencer.outlines_of(subject text) RETURNS text[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT array_agg(DISTINCT outline) FROM (
+        SELECT '%' || regexp_replace(lower(longest.part COLLATE "C"), '([%_\\])', '\\\1', 'g') || '%'
+          FROM (SELECT outlines_of.subject AS text
+                UNION SELECT term FROM sequencer.terms_of(outlines_of.subject) WHERE kind = 'email') AS t
+         CROSS JOIN LATERAL (
+               SELECT part FROM regexp_split_to_table(t.text, '[^\x01-\x7f]+') AS part
+                ORDER BY length(part) DESC LIMIT 1) AS longest
+        UNION ALL
+        SELECT '%' || array_to_string(regexp_split_to_array(term, ''), '%') || '%'
+          FROM sequencer.terms_of(outlines_of.subject) WHERE kind = 'phone') AS outlines (outline)
+$$;
+
+COMMENT ON FUNCTION sequencer.outlines_of IS 'Return patterns for LIKE, of which each text that mentions_of matches has one, in lower case.';
+
+CREATE FUNCTION sequencer.mentioned_in(subject text, pattern text, outlines text[]) RETURNS bigint[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(array_agg(id ORDER BY id), '{}') FROM (
-        SELECT e.id FROM sequencer.enrollments AS e
+        SELECT e.id
+          FROM sequencer.enrollments AS e
          WHERE e.subject <> mentioned_in.subject
-           AND (e.data::text ~* mentioned_in.pattern OR e.subject ~* mentioned_in.pattern)
+           AND CASE WHEN lower(concat(e.subject, ' ', e.data) COLLATE "C") LIKE ANY (mentioned_in.outlines)
+                    THEN e.data::text ~* mentioned_in.pattern OR e.subject ~* mentioned_in.pattern END
          ORDER BY e.id LIMIT 1000) AS found
 $$;
 
@@ -2295,6 +2316,7 @@ CREATE FUNCTION sequencer.forget(
 ) LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     pattern text;
+    outlines text[];
     ids bigint[];
     busy record;
     place record;
@@ -2316,6 +2338,7 @@ BEGIN
     SELECT coalesce(array_agg(e.id), '{}') INTO ids
       FROM sequencer.enrollments AS e WHERE e.subject = forget.subject;
     pattern := sequencer.mentions_of(forget.subject);
+    outlines := sequencer.outlines_of(forget.subject);
 
     WITH gone AS (
         DELETE FROM sequencer.suppressions AS s USING sequencer.suppressions_of(forget.subject) AS o
@@ -2343,11 +2366,12 @@ BEGIN
         ('removed_suppressions', 'reason')
     LOOP
         EXECUTE format('UPDATE sequencer.%I SET %2$I = regexp_replace(%2$I, $1, ''[forgotten]'', ''gi'')'
-                       ' WHERE %2$I ~* $1', place.column1, place.column2) USING pattern;
+                       ' WHERE CASE WHEN lower(%2$I COLLATE "C") LIKE ANY ($2) THEN %2$I ~* $1 END',
+                       place.column1, place.column2) USING pattern, outlines;
         GET DIAGNOSTICS count = ROW_COUNT;
         redacted := redacted + count;
     END LOOP;
-    mentioned_in := sequencer.mentioned_in(forget.subject, pattern);
+    mentioned_in := sequencer.mentioned_in(forget.subject, pattern, outlines);
 END $$;
 
 COMMENT ON FUNCTION sequencer.forget IS 'Delete the enrollments of a subject and their history, replace its suppressed addresses by hashes, and remove its name and addresses from the messages of others. mentioned_in: enrollments of other subjects whose data name it; these are left as they are.';
@@ -2373,7 +2397,8 @@ LANGUAGE sql STABLE STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_tem
               FROM sequencer.problems AS p JOIN sequencer.enrollments AS e ON e.id::text = p.about
              WHERE p.kind = 'quarantined' AND e.subject = export_subject.subject),
         'mentioned_in', sequencer.mentioned_in(
-            export_subject.subject, sequencer.mentions_of(export_subject.subject)))
+            export_subject.subject, sequencer.mentions_of(export_subject.subject),
+            sequencer.outlines_of(export_subject.subject)))
 $$;
 
 COMMENT ON FUNCTION sequencer.export_subject IS 'Return what is held of a subject: its enrollments with data and history, the suppressions of its addresses, problems, and the ids of other enrollments that name it in their data.';

@@ -212,6 +212,37 @@ async def test_a_subject_is_a_word_and_no_pattern(
     assert texts[2] == "from [forgotten] to new by me"
 
 
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        ("User-42", "enrolled 'uSER-42' in s"),
+        ("100%-off_'x'\\", "enrolled '100%-OFF_'X'\\' in s"),
+        ("y\u0131ld\u0131z", "enrolled 'YILDIZ' in s"),
+        ("\u03c3\u03bf\u03c6\u03cc\u03c2", "enrolled '\u03a3\u039f\u03a6\u038c\u03a3' in s"),
+        ("M\u00fcLLER@example.com", "sent to m\u00dcller@EXAMPLE.com"),
+        ("+49 (0)151 234567-8", "to +49151/2345678: no"),
+    ],
+)
+async def test_whatever_the_pattern_matches_is_found(
+    connection: asyncpg.Connection, subject: str, message: str
+) -> None:
+    await define(connection, "s", ("send", "Note", "{}", None))
+    other = await enroll(connection, "s", "other", json.dumps({"note": message}))
+    await enroll(connection, "s", subject)
+    await event(connection, other, message)
+    matches = await connection.fetchval("SELECT $1 ~* sequencer.mentions_of($2)", message, subject)
+    data_match = await connection.fetchval(
+        "SELECT data::text ~* sequencer.mentions_of($2) FROM sequencer.enrollments WHERE id = $1",
+        other,
+        subject,
+    )
+    done = await forget(connection, subject)
+    assert done["mentioned_in"] == ([other] if data_match else [])
+    assert matches == await connection.fetchval(
+        "SELECT count(*) = 1 FROM sequencer.events WHERE message LIKE '%[forgotten]%'"
+    )
+
+
 async def test_data_of_others_are_left_and_reported(held: asyncpg.Connection) -> None:
     invoice = await enroll(held, "s", "invoice-9", json.dumps({"to": EMAIL}))
     same = await enroll(held, "s", EMAIL)
