@@ -41,12 +41,14 @@ def parse_json(text: str) -> Any:
         raise DefinitionError(f"cannot be read: {error}") from error
 
 
-def parse_config(model: type[Model], config: Mapping[str, Any]) -> Model:
-    """A config as this model. Raises DefinitionError with all of its faults."""
+def parse_config(model: type[Model], config: Mapping[str, Any], name: str = "") -> Model:
+    """A config as this model. Raises DefinitionError with all of its faults, which call it by the
+    name: that of its step type.
+    """
     try:
         return model.model_validate(config)
     except ValidationError as error:
-        raise DefinitionError(faults(error, model, config)) from error
+        raise DefinitionError(faults(error, model, config, name)) from error
 
 
 class Faults:
@@ -69,16 +71,16 @@ class Faults:
             raise DefinitionError(self.found)
 
 
-def faults(error: ValidationError, model: type[BaseModel], value: object) -> list[Fault]:
+def faults(
+    error: ValidationError, model: type[BaseModel], value: object, name: str = ""
+) -> list[Fault]:
     """pydantic's errors by place, without the values: they may be secret or long."""
     found: dict[KeyPath, list[str]] = {}
     for detail in error.errors(include_url=False, include_input=False):
         path, message = _within(detail["loc"], value), detail["msg"].removeprefix("Value error, ")
         match detail["type"]:
             case "extra_forbidden":
-                key = str(path[-1])
-                known = _keys(model, path[:-1])
-                message = "is not a key of this" + (f"; {nearest(key, known)}" if known else "")
+                message = _unknown_key(model, path, name)
             case "missing":
                 path, message = detail["loc"], "is missing"
             case "model_type" | "dict_type":
@@ -154,16 +156,36 @@ def _within(location: KeyPath, value: Any) -> KeyPath:
     return path
 
 
-def _keys(model: type[BaseModel], path: KeyPath) -> list[str]:
-    """The keys that a model takes there; none where that can't be told."""
-    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+def _unknown_key(model: type[BaseModel], path: KeyPath, name: str) -> str:
+    """Say what has no such key, and which keys it has."""
+    *outer, key = path
+    match outer:
+        case []:
+            owner = name or "this"
+        case [*_, str() as last]:
+            owner = last
+        case [*_, str() as last, int()]:
+            owner = f"{'an' if last[0] in 'aeiou' else 'a'} {last.removesuffix('s')}"
+        case _:
+            owner = "an item"
+    holder = _model_at(model, path[:-1])
+    message = f"{owner} has no key {str(key)!r}"
+    if holder is None:
+        return message
+    known = [field.alias or own for own, field in holder.model_fields.items()]
+    return f"{message}; {nearest(str(key), known)}"
+
+
+def _model_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+    """The model that takes what is at a path; None where that can't be told."""
     for part in path:
         if isinstance(part, str):
+            fields = {field.alias or name: field for name, field in model.model_fields.items()}
             models = _models(fields[part].annotation) if part in fields else []
             if len(models) != 1:
-                return []
-            fields = {field.alias or name: field for name, field in models[0].model_fields.items()}
-    return list(fields)
+                return None
+            [model] = models
+    return model
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -147,7 +147,8 @@ def _with_hint(fault: Fault) -> Fault:
     near = get_close_matches(str(key), EFFECT_KEYS, n=1, cutoff=0.75)
     if deeper or not near or key in EFFECT_KEYS:
         return fault
-    return Fault(fault.path, f"is not a key of this; did you mean {near[0]!r}?")
+    known, _, _ = fault.message.partition("; known are ")
+    return Fault(fault.path, f"{known.partition('; did you mean')[0]}; did you mean {near[0]!r}?")
 
 
 def build(
@@ -255,7 +256,7 @@ def _window_of(config: Mapping[str, Any] | str | None) -> tuple[Window | None, s
     """The window of a sequence, or what is wrong with it: in SQL it is any object."""
     try:
         read = parse_json(config) if isinstance(config, str) else config
-        return (None if read is None else parse_config(WindowConfig, read).window()), ""
+        return (None if read is None else parse_config(WindowConfig, read, "window").window()), ""
     except DefinitionError as error:
         return None, f"the window of the sequence is wrong: {error}"
 
@@ -395,7 +396,7 @@ def parse_topic_limits(text: str) -> TopicLimits:
 
 def _topic_limit(topic: str, text: str) -> Limit | Problem:
     try:
-        config = parse_config(TopicLimitConfig, parse_json(text))
+        config = parse_config(TopicLimitConfig, parse_json(text), "the limit")
         if re.search(r"\bexternal\b", config.key):
             raise DefinitionError("key: external data are of one sequence, the limit is of all")
         return config.compile(topic)

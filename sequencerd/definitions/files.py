@@ -458,7 +458,7 @@ def _parse(source: _Source) -> FileSequence | None:
     try:
         parsed = FileSequence.model_validate(value)
     except ValidationError as error:
-        for keys, message in faults(error, FileSequence, value):
+        for keys, message in faults(error, FileSequence, value, "a sequence"):
             source.say(keys, message)
         return None
     return parsed

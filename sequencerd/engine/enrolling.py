@@ -139,7 +139,7 @@ class Enrolling:
             if row["status"] != "active":
                 continue
             try:
-                config = parse_config(EnrollConfig, parse_json(row["enroll"]))
+                config = parse_config(EnrollConfig, parse_json(row["enroll"]), "enroll")
                 first = config.first_run(now, row["timezone"])
             except (DefinitionError, EvaluationError) as error:
                 found[name] = f"sequence {name!r}: enroll: {error}"

@@ -109,7 +109,7 @@ class PythonRunner:
         fields = self._model.model_fields
         known = fields.keys() | {field.alias for field in fields.values()}
         own = {key: value for key, value in config.items() if key in known or key not in COMMON}
-        return parse_config(self._model, own)
+        return parse_config(self._model, own, self._name)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Call the function: once for all, or once for each."""

@@ -193,7 +193,7 @@ class _NotSetUp:
     def compile(self, config: Mapping[str, Any]) -> NoReturn:
         faults = Faults()
         with faults.at():
-            parse_config(SmsConfig, config)
+            parse_config(SmsConfig, config, SMS.name)
         raise DefinitionError([*faults.found, Fault((), self._problem)])
 
     async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[Result]:

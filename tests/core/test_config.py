@@ -45,7 +45,7 @@ class Example(Config):
         ({"map": []}, "map: must be a mapping, key: value"),
         ({"map": {"a": "b"}}, "map.a: must be a whole number"),
         ({"nothing": 1}, "nothing: must be null"),
-        ({"txet": 1}, "txet: is not a key of this; did you mean 'text'?"),
+        ({"txet": 1}, "txet: this has no key 'txet'; did you mean 'text'?"),
     ],
 )
 def test_errors_are_in_plain_words(config: dict[str, Any], words: str) -> None:

@@ -92,7 +92,7 @@ def steps(*lines: str) -> str:
         ("name: s\nsteps: []", "steps: must not be empty"),
         (
             GOOD.replace("timezone", "timzone"),
-            "file.yaml:3: error: s: timzone: is not a key of this; did you mean 'timezone'?",
+            "file.yaml:3: error: s: timzone: a sequence has no key 'timzone'",
         ),
         (GOOD.replace("Europe/Berlin", "Europe/Berlln"), "did you mean 'Europe/Berlin'"),
         (

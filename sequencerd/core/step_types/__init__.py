@@ -52,7 +52,7 @@ def compile_step(type_: str, config: Mapping[str, Any]) -> Instant:
     """Compile a step without a side effect. Raises DefinitionError."""
     record = BUILT_IN[type_]
     assert record.compile is not None
-    return record.compile(parse_config(record.config, config))
+    return record.compile(parse_config(record.config, config, type_))
 
 
 def describe_wait(type_: str | None, config: Mapping[str, Any]) -> str:

@@ -145,7 +145,7 @@ class EmailRunner:
 
     def compile(self, config: Mapping[str, Any], shared: Shared = NOTHING_SHARED) -> Program:
         """Compile all templates, and check literal addresses. Raises DefinitionError."""
-        parsed = parse_config(EmailConfig, config)
+        parsed = parse_config(EmailConfig, config, EMAIL.name)
         fields = {
             "from": parsed.from_,
             "to": parsed.to,

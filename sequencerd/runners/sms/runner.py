@@ -124,7 +124,7 @@ class _SmsRunner:
 
     def compile(self, config: Mapping[str, Any], shared: Shared = NOTHING_SHARED) -> Program:
         """Compile all templates, and check a literal number. Raises DefinitionError."""
-        parsed = parse_config(self.model, config)
+        parsed = parse_config(self.model, config, SMS.name)
         fields = parsed.model_dump(by_alias=True, exclude_none=True, exclude={"strict"})
         faults = Faults()
         program = {}

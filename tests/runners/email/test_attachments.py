@@ -380,7 +380,7 @@ def test_what_is_wrong_is_told_by_its_place() -> None:
         ({"url": "{{#if"}, "attachments.0.url: line 1"),
         ({"base64": "{{x}}", "filename": "{{x"}, "attachments.0.filename: line 1"),
         ({"base64": "x", "inline": "yes"}, "attachments.0.inline: must be true or false"),
-        ({"base64": "x", "name": "y"}, "attachments.0.name: is not a key of this"),
+        ({"base64": "x", "name": "y"}, "attachments.0.name: an attachment has no key 'name'"),
     ):
         with pytest.raises(DefinitionError) as refused:
             runner.compile({**MAIL, "attachments": [wrong]})
