@@ -292,8 +292,11 @@ CREATE TABLE sequencer.events (
 ) PARTITION BY RANGE (at);
 
 CREATE INDEX events_of_enrollment ON sequencer.events (enrollment_id, at);
--- for the view overview
-CREATE INDEX events_of_branches ON sequencer.events (sequence, step, message) WHERE action = 'branch';
+-- for the view overview and the arms of funnels
+CREATE INDEX events_of_branches ON sequencer.events (sequence, step, message)
+    INCLUDE (enrollment_id, visit, at) WHERE action = 'branch';
+-- for funnels: ends that were none, as the enrollment was resumed
+CREATE INDEX events_of_failures ON sequencer.events (sequence, at) WHERE action IN ('failed', 'cancelled');
 CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
@@ -2072,81 +2075,135 @@ COMMENT ON VIEW sequencer.reevaluations IS 'INSERT INTO sequencer.reevaluations 
 
 -- funnels ---------------------------------------------------------------------------------------
 
--- Reads the history since that time once, in parallel. An index for it would cost with every move. Times
--- are counted in classes of 1%, of a sample if there are many: to sort them would take several times as
--- long. JIT takes longer than it saves.
+-- Reads the history since that time once, in parallel. Times are counted in classes of 1%, of a sample if
+-- there are many: to sort them would take several times as long. JIT takes longer than it saves. The plan
+-- has to know the arrays and the time: otherwise the planner expects few events, and does not count them in
+-- parallel. It would also sort them, expecting few.
 CREATE FUNCTION sequencer.funnel(
     sequence text, since timestamptz DEFAULT NULL, split text DEFAULT NULL
 ) RETURNS TABLE (
     step text, way text, arm text, entered bigint, exited bigint, waiting bigint, failed bigint,
     cancelled bigint, suppressed bigint, goals bigint, median interval, p90 interval
 )
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off SET work_mem = '128MB' AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+    SET jit = off SET work_mem = '128MB' SET plan_cache_mode = force_custom_plan SET enable_sort = off AS $$
 #variable_conflict use_column
 DECLARE
     of_sequence CONSTANT text := funnel.sequence;
     start CONSTANT timestamptz := coalesce(funnel.since, '-infinity');
     start_seconds CONSTANT float8 := date_part('epoch', start);
+    next_day CONSTANT timestamptz := start + interval '1 day';
     ends CONSTANT text[] := ARRAY['next', 'altNext', 'jump', 'branch', 'goal', 'suppressed', 'expired',
                                   'limited', 'moved', 'completed', 'failed', 'cancelled', 'resumed'];
-    arms_of text := funnel.split;
+    arms_of text;
+    by_weights boolean; -- as next and altNext, without names
     labels text[];
-    one_in bigint;
+    blocks bigint[];
+    visits integer[];
+    arms integer[];
+    members bigint[];
+    not_sampled bigint; -- bits of the ids that are not in the sample
 BEGIN
     IF NOT EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = funnel.sequence) THEN
         RAISE undefined_object USING
             MESSAGE = format('sequence %L does not exist', of_sequence),
             HINT = 'SELECT name FROM sequencer.sequences lists those that do.';
-    ELSIF arms_of IS NULL THEN
-        SELECT s.name INTO arms_of FROM sequencer.steps AS s
-         WHERE s.sequence = funnel.sequence AND s.type = 'Split' ORDER BY s.position LIMIT 1;
-    ELSIF NOT EXISTS (SELECT FROM sequencer.steps AS s
-                       WHERE s.sequence = funnel.sequence AND s.name = arms_of AND s.type = 'Split') THEN
+    END IF;
+    SELECT s.name, NOT s.config ? 'ways' INTO arms_of, by_weights
+      FROM sequencer.steps AS s
+     WHERE s.sequence = funnel.sequence AND s.type = 'Split'
+       AND s.name = coalesce(funnel.split, s.name)
+     ORDER BY s.position LIMIT 1;
+    IF arms_of IS NULL AND funnel.split IS NOT NULL THEN
         RAISE undefined_object USING
-            MESSAGE = format('sequence %L has no Split %L', of_sequence, arms_of),
+            MESSAGE = format('sequence %L has no Split %L', of_sequence, funnel.split),
             HINT = 'Without split, the arms are those of its first Split.';
     END IF;
-    SELECT ARRAY['next', 'altNext'] || array_agg(DISTINCT v.message) INTO labels
-      FROM sequencer.events AS v
-     WHERE v.sequence = of_sequence AND v.step = arms_of AND v.action = 'branch' AND v.at >= start;
-    SELECT greatest(1, sum(c.reltuples) / 500000)::bigint INTO one_in
+    SELECT (2 ^ ceil(log(2, greatest(1, sum(c.reltuples) / 500000)::numeric)))::bigint - 1 INTO not_sampled
       FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
      WHERE i.inhparent = 'sequencer.events'::regclass;
 
-    RETURN QUERY
-    WITH cells AS (
-        SELECT v.step, v.action, v.message, a.arm,
-               CASE WHEN v.id % one_in = 0 THEN (ln(greatest(v.seconds, 0.001::real)) * 100)::integer
-                    END AS class,
-               count(*) AS times, min(CASE WHEN v.id % one_in = 0 THEN v.seconds END) AS seconds
+    -- For each arm, 64 enrollments are the bits of a number: what events are compared with stays small
+    -- enough for the processor's cache.
+    WITH taken AS (
+        SELECT b.id >> 6 AS block, b.visit, b.arm, bit_or(1::bigint << (b.id & 63)::integer) AS members
           FROM (
-            SELECT v.enrollment_id AS id, v.visit, v.step, v.action, v.seconds_at_step AS seconds,
-                   CASE WHEN v.action IN ('branch', 'goal') THEN v.message END AS message
+            SELECT v.enrollment_id AS id, v.visit, v.message AS arm FROM sequencer.events AS v
+             WHERE v.sequence = of_sequence AND v.step = arms_of AND v.at >= start
+               AND v.action = 'branch'
+            UNION ALL
+            SELECT v.enrollment_id, v.visit, v.action FROM sequencer.events AS v
+             WHERE by_weights AND v.sequence = of_sequence AND v.step = arms_of AND v.at >= start
+               AND v.action IN ('next', 'altNext')
+          ) AS b
+         GROUP BY 1, 2, 3
+    ), names AS (
+        SELECT array_agg(DISTINCT t.arm) AS labels FROM taken AS t
+    ), first_taken AS ( -- by an enrollment that comes back to the Split
+        SELECT t.block, t.visit, t.arm, t.members & ~ coalesce(bit_or(t.members) OVER (
+                   PARTITION BY t.block ORDER BY t.visit, t.arm
+                   ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS members
+          FROM taken AS t
+    )
+    SELECT (SELECT n.labels FROM names AS n), array_agg(f.block), array_agg(f.visit),
+           array_agg(array_position(n.labels, f.arm)), array_agg(f.members)
+      INTO labels, blocks, visits, arms, members
+      FROM first_taken AS f CROSS JOIN names AS n;
+
+    -- Grouped by one text instead of four columns: that is faster, and the planner expects few groups, which
+    -- parallel workers count on their own.
+    RETURN QUERY
+    WITH counted AS (
+        SELECT v.cell, a.arm, count(*) AS times, min(v.seconds) AS seconds
+          FROM (
+            SELECT v.enrollment_id AS id, v.visit, v.seconds_at_step AS seconds,
+                   CASE WHEN v.enrollment_id & not_sampled = 0
+                        THEN format('%s %s %s %s%s', v.action,
+                                    (ln(greatest(v.seconds_at_step, 0.001::real)) * 100)::integer, length(v.step),
+                                    v.step, CASE WHEN v.action IN ('branch', 'goal') THEN v.message END)
+                        WHEN v.action = 'next' THEN 'next   ' || v.step
+                        WHEN v.action IN ('branch', 'goal')
+                        THEN v.action || '  ' || length(v.step) || ' ' || v.step || coalesce(v.message, '')
+                        ELSE v.action || '   ' || v.step END COLLATE "C" AS cell
               FROM sequencer.events AS v
              WHERE v.sequence = of_sequence AND v.at >= start
-               AND date_part('epoch', v.at) - v.seconds_at_step >= start_seconds
-               AND v.action = ANY (ends)
-               AND CASE WHEN v.action = 'completed' THEN v.message IS NOT NULL -- by hand alone
-                        WHEN v.action IN ('failed', 'cancelled') THEN NOT EXISTS (
-                            SELECT FROM sequencer.events AS l
-                             WHERE l.enrollment_id = v.enrollment_id AND l.at > v.at
-                               AND l.action = ANY (ends))
-                        ELSE v.action <> 'resumed' END
+               AND (v.seconds_at_step < 86400 AND v.at >= next_day -- which needs no arithmetic
+                    OR date_part('epoch', v.at) - v.seconds_at_step >= start_seconds)
+               AND (v.action <> 'completed' OR v.message IS NOT NULL) -- by hand alone
             UNION ALL
-            SELECT e.id, e.visit, e.step, 'waiting', NULL, NULL
+            SELECT e.id, e.visit, NULL::real, 'waiting   ' || e.step
               FROM sequencer.enrollments AS e
-             WHERE e.sequence = funnel.sequence AND e.status = 'active' AND e.entered_at >= start
+             WHERE e.sequence = of_sequence AND e.status = 'active' AND e.entered_at >= start
           ) AS v
-          LEFT JOIN ( -- the first, of an enrollment that comes back to the Split
-            SELECT v.enrollment_id AS id, min(v.visit) AS visit,
-                   min(array_position(labels, CASE WHEN v.action = 'branch' THEN v.message
-                                                            ELSE v.action END)) AS arm
-              FROM sequencer.events AS v
-             WHERE v.sequence = of_sequence AND v.step = arms_of AND v.at >= start
-               AND v.action IN ('branch', 'next', 'altNext')
-             GROUP BY v.enrollment_id
-          ) AS a ON a.id = v.id AND a.visit <= v.visit
-         GROUP BY 1, 2, 3, 4, 5
+          LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
+            ON a.block = v.id >> 6 AND a.members >> (v.id & 63)::integer & 1 = 1 AND a.visit <= v.visit
+         GROUP BY 1, 2
+    ), words AS MATERIALIZED (
+        SELECT split_part(c.cell, ' ', 1) AS action, split_part(c.cell, ' ', 2) AS class,
+               split_part(c.cell, ' ', 3) AS length, c.cell, c.arm, c.times, c.seconds
+          FROM counted AS c
+    ), read AS MATERIALIZED ( -- of a cell: an action, a class, the length of the step, the step, a message
+        SELECT w.action, nullif(w.class, '')::integer AS class, nullif(w.length, '')::integer AS length,
+               substr(w.cell, 4 + length(w.action || w.class || w.length)) AS rest, w.arm, w.times, w.seconds
+          FROM words AS w
+    ), resumed AS ( -- or moved: visits that did not end in what they seemed to
+        SELECT v.step, v.action, a.arm, count(*) AS times
+          FROM sequencer.events AS v
+          LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
+            ON a.block = v.enrollment_id >> 6 AND a.members >> (v.enrollment_id & 63)::integer & 1 = 1
+               AND a.visit <= v.visit
+         WHERE v.sequence = of_sequence AND v.at >= start AND v.action IN ('failed', 'cancelled')
+           AND date_part('epoch', v.at) - v.seconds_at_step >= start_seconds
+           AND EXISTS (SELECT FROM sequencer.events AS l
+                        WHERE l.enrollment_id = v.enrollment_id AND l.at > v.at AND l.action = ANY (ends))
+         GROUP BY 1, 2, 3
+    ), cells AS (
+        SELECT coalesce(left(c.rest, c.length), c.rest) AS step, c.action,
+               substr(c.rest, c.length + 1) AS message, c.arm, c.class, c.times, c.seconds
+          FROM read AS c
+         WHERE c.action = 'waiting' OR c.action = ANY (ends) AND c.action <> 'resumed'
+        UNION ALL
+        SELECT r.step, r.action, NULL, r.arm, NULL, -r.times, NULL FROM resumed AS r
     ), ways AS (
         SELECT c.step, c.action, labels[c.arm] AS arm, c.class, c.times, c.seconds,
                CASE WHEN c.action IN ('waiting', 'failed', 'cancelled') THEN NULL

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from datetime import timedelta
+from random import Random
 
 import asyncpg
 import pytest
@@ -183,6 +186,66 @@ async def test_a_retried_failure_is_one_visit(
     rows = await funnel(connection, "s")
     assert counts(rows["note", "moved", None]) == {"exited": 1}
     assert counts(rows["wait", None, None]) == {"entered": 1, "waiting": 1}
+
+
+STEPS = ("a b", "split", "3 c", "d")
+ENDS = ("next", "altNext", "jump", "suppressed", "moved", "goal", "failed", "cancelled", "resumed")
+Event = tuple[int, int, str, int, str, str | None, float]  # id, second, step, visit, action, ...
+
+
+def history(random: Random) -> Iterator[Event]:
+    """Make up enrollments that come back to the Split and that are resumed."""
+    for id_ in range(1, 200):
+        second = random.randrange(1000)
+        for visit in range(1, random.randrange(2, 9)):
+            step, stay = random.choice(STEPS), random.randrange(200)
+            action = "branch" if step == "split" else random.choice(ENDS)
+            message = {"branch": random.choice(("red 1", "blue")), "goal": "paid is met"}.get(
+                action
+            )
+            second += stay + 1
+            yield id_ * 37, second, step, visit, action, message, stay
+
+
+def plainly(events: list[Event], since: int) -> dict[tuple[str, str | None, str | None], int]:
+    """Count by step, way and arm: those that left, and without a way all."""
+    counts: Counter[tuple[str, str | None, str | None]] = Counter()
+    for id_, second, step, visit, action, message, stay in events:
+        own = [e for e in events if e[0] == id_]
+        superseded = action in {"failed", "cancelled"} and any(e[1] > second for e in own)
+        if second - stay < since or action == "resumed" or superseded:
+            continue
+        taken = [(e[3], e[5]) for e in own if e[4] == "branch" and e[1] >= since]
+        arm = min(taken)[1] if taken and min(taken)[0] <= visit else None
+        way = {"branch": message, "goal": "goal paid"}.get(action, action)
+        ways = {None} if action in {"failed", "cancelled"} else {None, way}
+        counts.update((step, w, a) for w in ways for a in {None, arm})
+    return dict(counts)
+
+
+@pytest.mark.parametrize("since", [0, 900])
+async def test_counts_are_those_of_a_plain_computation(
+    connection: asyncpg.Connection, since: int
+) -> None:
+    await define(
+        connection,
+        "s",
+        ("split", "Split", WAYS.replace("red", "red 1").replace('"note"', "null"), None),
+        *((name, "WaitForDuration", DAYS, None) for name in STEPS if name != "split"),
+    )
+    events = list(history(Random(since)))
+    await connection.executemany(
+        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message,"
+        " seconds_at_step) VALUES ($1, date_trunc('day', now()) + $2 * interval '1 s',"
+        " 's', $3, $4, $5, $6, $7)",
+        events,
+    )
+    start = await connection.fetchval(
+        "SELECT date_trunc('day', now()) + $1 * interval '1 s'", since
+    )
+    rows = await funnel(connection, "s", start)
+    found = {key: row["exited"] if key[1] else row["entered"] for key, row in rows.items()}
+    assert {key: count for key, count in found.items() if count} == plainly(events, since)
 
 
 async def test_names_are_checked(connection: asyncpg.Connection, database: str) -> None:
