@@ -8,7 +8,7 @@ import asyncpg
 
 from tests.console.conftest import BEGUN, Mended, console, people
 from tests.console.test_browser import browser as browser_
-from tests.console.test_browser import check_accessible, shows, text_of, window
+from tests.console.test_browser import check_accessible, check_page, shows, text_of, window
 from tests.helpers.engines import until
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ async def test_the_editor_completes_checks_and_plans(
             await shows(page, ".plan", "changed wait: config.amount 1 → 15")
             # what the form sends comes back
             await shows(page, CONTENT, "amount: 15")
+            await check_page(page, "the plan")
 
 
 async def test_what_the_editor_offers(

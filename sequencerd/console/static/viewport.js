@@ -16,6 +16,7 @@ function viewport(frame, { width, height }) {
   const least = () => Math.min(fitting(), 0.2);
 
   function show() {
+    if (!(scale > 0)) return; // a frame without a size; it is shown once it has one
     const wide = frame.clientWidth / scale;
     const high = frame.clientHeight / scale;
     const within = (at, size, whole) =>
