@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.cli.commands import Answers, ask, connect, fetch, on_shards
+from sequencerd.cli.commands import Answers, ask, ask_all, connect, on_shards, reading
 from sequencerd.cli.ids import Id, labelled
 from sequencerd.cli.operation import confirm
 from sequencerd.cli.output import say, say_json, warn
@@ -21,6 +21,13 @@ from sequencerd.storage.database_errors import with_hint
 from sequencerd.storage.statements import QUERIES
 
 SHOWN = 10  # ids of other enrollments
+NEEDS_ALL = (
+    "nothing was forgotten: each shard may have messages and suppressions with addresses that only "
+    "others know; repeat the command when all can be reached"
+)
+
+Text = dict[str, object]
+"""A text of the subject in other shards: `value`, and whether an address in it `is_own`."""
 
 
 class Forgotten(NamedTuple):
@@ -57,10 +64,20 @@ async def forget_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
     """Forget a subject in all shards: whoever enrolled it may have chosen any of them."""
+    texts: list[Text] = []
+    if len(shards) > 1:
+
+        async def read(shard: Shard) -> str:
+            return await _export(shard, arguments.subject, [])
+
+        exported = await ask_all(arguments, shards, read, otherwise=NEEDS_ALL)
+        texts = [text for document in exported.values() for text in _texts(document)]
 
     async def forget(*, commit: bool) -> Answers[Forgotten]:
         return await ask(
-            arguments, shards, lambda shard: _forget(shard, arguments.subject, commit=commit)
+            arguments,
+            shards,
+            lambda shard: _forget(shard, arguments.subject, texts, commit=commit),
         )
 
     if arguments.dry_run or not arguments.yes:
@@ -76,6 +93,26 @@ async def forget_command(
     return _tell(answers)
 
 
+def _texts(document: str) -> Iterator[Text]:
+    """Yield what may have addresses in an export: all values of the subject's data, and messages
+    with an address, which may be another's. Numbers are texts, as PostgreSQL writes them.
+    """
+    for enrollment in json.loads(document, parse_int=str, parse_float=str)["enrollments"]:
+        yield from ({"value": value, "is_own": True} for value in _values(enrollment["data"]))
+        messages = [event["message"] for event in enrollment["history"]]
+        for message in (*messages, enrollment["last_error"]):
+            if message and "@" in message:
+                yield {"value": message, "is_own": False}
+
+
+def _values(data: Any) -> Iterator[str]:
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, dict | list):
+        for value in data.values() if isinstance(data, dict) else data:
+            yield from _values(value)
+
+
 def _added_up(answers: Answers[Forgotten]) -> Forgotten:
     nothing = Forgotten(0, 0, 0, 0, [])
     return reduce(Forgotten.plus, answers.found.values(), nothing)
@@ -87,12 +124,16 @@ def _tell(answers: Answers[Forgotten]) -> int:
     return code
 
 
-async def _forget(shard: Shard, subject: str, *, commit: bool) -> Forgotten:
-    """Forget a subject; without `commit`, only find out what that would change."""
+async def _forget(shard: Shard, subject: str, texts: Sequence[Text], *, commit: bool) -> Forgotten:
+    """Forget a subject; without `commit`, only find out what that would change. `texts` are what
+    other shards hold of it.
+    """
     connection = await connect(shard)
     transaction = connection.transaction()
     try:
         await transaction.start()
+        if texts:
+            await connection.execute(QUERIES["know_texts"], json.dumps(texts))
         done = Forgotten(*await connection.fetchrow(QUERIES["forget"], subject))
         await (transaction.commit() if commit else transaction.rollback())
     except asyncpg.ObjectInUseError as error:
@@ -124,22 +165,30 @@ def _report(arguments: argparse.Namespace, done: Forgotten) -> int:
 async def export_subject_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
-    async def read(shard: Shard) -> dict[str, Any]:
-        ((text,),) = await fetch(shard, "export_subject", arguments.subject)
-        exported: dict[str, Any] = json.loads(text)
-        for key, rows in exported.items():
-            if isinstance(rows, list):
-                exported[key] = [_with_shard(shard, row) for row in rows]
-        return exported
+    def reading_with(texts: Sequence[Text]) -> Callable[[Shard], Awaitable[str]]:
+        return lambda shard: _export(shard, arguments.subject, texts)
 
-    answers = await ask(arguments, shards, read)
-    first, *others = answers.found.values()
-    for other in others:
-        for key, rows in other.items():
-            if isinstance(rows, list):
-                first[key] += rows
-    say_json(first, indent=2)
+    answers = await ask(arguments, shards, reading_with([]))
+    if len(shards) > 1:  # of the addresses that one knows, others may have suppressions
+        texts = [text for document in answers.found.values() for text in _texts(document)]
+        answers = await ask(arguments, shards, reading_with(texts))
+    exported: dict[str, Any] = {}
+    for shard, document in answers.found.items():
+        for key, value in json.loads(document).items():
+            if isinstance(value, list):
+                exported.setdefault(key, []).extend(_with_shard(shard, row) for row in value)
+            else:
+                exported.setdefault(key, value)
+    say_json(exported, indent=2)
     return answers.tell()
+
+
+async def _export(shard: Shard, subject: str, texts: Sequence[Text]) -> str:
+    async with reading(shard) as connection:
+        if texts:
+            await connection.execute(QUERIES["know_texts"], json.dumps(texts))
+        document: str = await connection.fetchval(QUERIES["export_subject"], subject)
+    return document
 
 
 def _with_shard(shard: Shard, row: Any) -> Any:

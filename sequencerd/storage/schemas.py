@@ -34,7 +34,7 @@ _STATEMENTS = (
 
 _MENTION = re.compile(
     rf"""
-    (?<![\w"$.]) {SCHEMA} (?= \.(?:entry_|renaming\b|sets_visit\b) ) (?P<setting>)
+    (?<![\w"$.]) {SCHEMA} (?= \.(?:entry_|renaming\b|sets_visit\b|texts\b) ) (?P<setting>)
   | (?<![\w"$.]) {SCHEMA} (?= \.(?! (?:max_data|notify|reason)\b(?!\() ) [\w%'] ) (?P<name>)
   | (?: (?<= SCHEMA\ ) | (?<= NOTIFY\ ) ) {SCHEMA} \b (?P<command>)
   | (?: (?<= to_regnamespace\() '{SCHEMA}' | '{SCHEMA}' (?= ::regnamespace) ) (?P<identifier>)

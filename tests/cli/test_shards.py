@@ -174,6 +174,33 @@ async def test_forget_and_export_ask_all_shards(
         )
 
 
+async def test_forget_finds_in_each_shard_the_addresses_that_another_knows(
+    filled: Command, shards: dict[str, asyncpg.Connection]
+) -> None:
+    """Who unsubscribes is suppressed in all shards."""
+    data = {"email": "ada@example.com", "phones": [491512345678]}
+    filled("enroll", "s", "customer-1", "--shard", "a", "--data", json.dumps(data))
+    for connection in shards.values():
+        await connection.execute(
+            "INSERT INTO sequencer.suppressions (channel, address, reason, source)"
+            " VALUES ('email', 'ada@example.com', 'by ada@example.com', 'recipient'),"
+            " ('sms', '+491512345678', '', 'recipient'),"
+            " ('email', 'bob@example.com', '', 'recipient')"
+        )
+    held = json.loads(filled("export-subject", "customer-1"))["suppressions"]
+    assert sorted((one["shard"], one["channel"]) for one in held) == [
+        ("a", "email"),
+        ("a", "sms"),
+        ("b", "email"),
+        ("b", "sms"),
+    ]
+    assert "suppressed addresses: 4" in filled("forget", "customer-1", "--yes")
+    for connection in shards.values():
+        rows = await connection.fetch("SELECT address FROM sequencer.suppressions")
+        known = sorted(row["address"] for row in rows if not row["address"].startswith("sha256:"))
+        assert (len(rows), known) == (3, ["bob@example.com"])
+
+
 # --- one shard that is away
 
 READING = (
@@ -217,8 +244,10 @@ def test_writing_commands_say_where_they_stand(filled: Command, shards_url: str)
     configure(filled, a=shards_url, b=NOWHERE)
     assert "s is paused in a: 2 enrollments" in filled("pause", "s", code=1)
     assert "shard b: cannot connect" in filled.errors
-    assert "forgot a1: enrollments: 1" in filled("forget", "a1", "--yes", code=1)
-    assert "what these shards hold is not forgotten" in filled.errors
+    filled("forget", "a1", "--yes", code=1)
+    assert "shard b: cannot connect" in filled.errors
+    assert "nothing was forgotten: each shard may have" in filled.errors
+    assert "forgot a1: enrollments: 1" in filled("forget", "a1", "--yes", "--shard", "a")
     assert "cancel: 1 enrollment" in filled("cancel", "--sequence", "s", code=1)
     assert "shard b: cannot connect" in filled.errors
     filled("bounce", stdin=BOUNCE, code=75)

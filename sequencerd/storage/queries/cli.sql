@@ -95,6 +95,10 @@ UNION ALL
 -- Delete what belongs to a subject, and return the counts.
 SELECT enrollments, events, suppressions, redacted, mentioned_in FROM sequencer.forget($1);
 
+-- name: know_texts
+-- Let forget and export_subject look in this transaction also for the addresses that other shards hold.
+SELECT set_config('sequencer.texts', $1, true);
+
 -- name: export_subject
 -- Read all that is held of a subject, as JSON.
 SELECT sequencer.export_subject($1)::text;
