@@ -2102,7 +2102,7 @@ DECLARE
     visits integer[];
     arms integer[];
     members bigint[];
-    not_sampled bigint; -- bits of the ids that are not in the sample
+    not_sampled integer; -- bits that are 0 in hashes of the sample: ids may have a greater increment than 1
 BEGIN
     IF NOT EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = funnel.sequence) THEN
         RAISE undefined_object USING
@@ -2119,7 +2119,7 @@ BEGIN
             MESSAGE = format('sequence %L has no Split %L', of_sequence, funnel.split),
             HINT = 'Without split, the arms are those of its first Split.';
     END IF;
-    SELECT (2 ^ ceil(log(2, greatest(1, sum(c.reltuples) / 500000)::numeric)))::bigint - 1 INTO not_sampled
+    SELECT (2 ^ ceil(log(2, greatest(1, sum(c.reltuples) / 500000)::numeric)))::integer - 1 INTO not_sampled
       FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
      WHERE i.inhparent = 'sequencer.events'::regclass;
 
@@ -2157,7 +2157,7 @@ BEGIN
         SELECT v.cell, a.arm, count(*) AS times, min(v.seconds) AS seconds
           FROM (
             SELECT v.enrollment_id AS id, v.visit, v.seconds_at_step AS seconds,
-                   CASE WHEN v.enrollment_id & not_sampled = 0
+                   CASE WHEN hashint8(v.enrollment_id) & not_sampled = 0
                         THEN format('%s %s %s %s%s', v.action,
                                     (ln(greatest(v.seconds_at_step, 0.001::real)) * 100)::integer, length(v.step),
                                     v.step, CASE WHEN v.action IN ('branch', 'goal') THEN v.message END)

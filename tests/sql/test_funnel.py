@@ -162,6 +162,24 @@ async def test_times_are_those_at_the_step(connection: asyncpg.Connection) -> No
     assert minutes == {None: (10, 18), "next": (5, 9), "altNext": (15, 19)}
 
 
+async def test_times_of_a_long_history_are_those_of_a_sample(
+    connection: asyncpg.Connection,
+) -> None:
+    await define(connection, "s", ("wait", "WaitForDuration", DAYS, None))
+    await connection.execute(
+        "INSERT INTO sequencer.events"
+        " (enrollment_id, at, sequence, step, visit, action, seconds_at_step)"
+        " SELECT n * 16 + 5, now(), 's', 'wait', 1, 'next', n FROM generate_series(1, 4000) AS n"
+    )
+    await connection.execute(
+        "UPDATE pg_class SET reltuples = 8000000 WHERE oid = 'sequencer.events_other'::regclass"
+    )
+    row = (await funnel(connection, "s"))["wait", None, None]
+    assert row["entered"] == 4000
+    assert timedelta(seconds=1500) < row["median"] < timedelta(seconds=2500)
+    assert timedelta(seconds=3300) < row["p90"] < timedelta(seconds=3900)
+
+
 async def test_a_retried_failure_is_one_visit(
     connection: asyncpg.Connection, database: str
 ) -> None:
