@@ -29,11 +29,9 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 SHORTEST_PASSWORD = 8  # characters
-NOT_SET_UP = (
-    asyncpg.InsufficientPrivilegeError,
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-)
+NOT_SET_UP = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
+"""Why a shard that is new cannot be asked for its number."""
+
 SHOWN = 5  # statements that had no effect
 
 
@@ -114,9 +112,16 @@ async def _numbers(
 
     async def has_number(shard: Shard) -> bool:
         assert shard.number is not None  # it is of the settings
-        connection = await connections.connect(shard)
+        try:
+            connection = await connections.connect(shard)
+        except DatabaseError as error:
+            if isinstance(error.__cause__, NOT_SET_UP):
+                return False
+            raise
         try:
             return await migrate.has_number(connection, shard.number)
+        except asyncpg.InsufficientPrivilegeError:
+            return False
         finally:
             connection.terminate()
 
