@@ -124,9 +124,10 @@
     );
   }
 
-  function buttons() {
-    const bar = document.createElement("div");
-    bar.className = "zoom";
+  // above the frame: within it they would cover steps
+  function showButtons() {
+    const bar = document.getElementById("zoom");
+    bar.replaceChildren();
     for (const [words, text, work] of [
       ["Zoom in", "+", () => view.in()], ["Zoom out", "−", () => view.out()], ["Fit", "Fit", () => view.fit()],
     ]) {
@@ -137,7 +138,6 @@
       button.addEventListener("click", work);
       bar.append(button);
     }
-    return bar;
   }
 
   // A step or a way opens beside the graph: the page is fetched under its new address, and what is
@@ -188,7 +188,8 @@
         ...ends,
         ...data.nodes.map((node, n) => box(graph, node, n)),
       ));
-      place.append(overview(graph, data, ends, width, height), buttons());
+      place.append(overview(graph, data, ends, width, height));
+      showButtons();
       view = viewport(place, { width, height });
       drawn = shape;
     }
