@@ -62,15 +62,10 @@ async def page(request: Request) -> Response:
         most=MOST_SCANNED,
         channels=await _channels(context),
         sources=SOURCES,
-        is_masked=_is_masked(request),
+        is_masked=context.is_masked,
         is_filtered=any(query.get(name) for name in FILTERS),
         removed=[context.mask({**row, "message": row["reason"]}) for row in removed],
     )
-
-
-def _is_masked(request: Request) -> bool:
-    """Return whether addresses are hidden: whatever path is masked may hold one of them."""
-    return bool(context_of(request).settings.mask)
 
 
 async def _channels(context: PageContext) -> list[str]:
@@ -80,7 +75,9 @@ async def _channels(context: PageContext) -> list[str]:
 
 async def read(request: Request, query: Query) -> Found:
     """Return a page of the entries that match, in the order of channels and addresses."""
-    context, is_masked = context_of(request), _is_masked(request)
+    context = context_of(request)
+    is_masked = context.is_masked  # whatever path is masked may hold an address
+    is_linked = not is_masked and context.settings.write and request.state.visitor.may("operator")
     if is_masked and query.get("address"):
         raise WrongQueryError(MASKED)
     channel, given = query.get("channel"), query.get("address") or ""
@@ -106,7 +103,7 @@ async def read(request: Request, query: Query) -> Found:
     if last is not None and not is_masked:  # the address of the next page would tell it
         more = {**query.given, **{f"after_{name}": last[name] for name in KEY}}
     columns = (
-        Column("address", "Address", link=None if is_masked else "url"),
+        Column("address", "Address", link="url" if is_linked else None),
         Column("channel", "Channel"),
         Column("topic", "Topic"),
         Column("source", "Source", "code"),
@@ -160,7 +157,7 @@ async def suppress(request: Request) -> Response:
         known = await _entries(connection, channel, address, topic)
         if known or not await suppressions.add(connection, [entry], topic):
             return _form(request, query, "This address is suppressed already.", 409)
-    shown = None if _is_masked(request) else address
+    shown = None if context.is_masked else address
     return RedirectResponse(at("/suppressions", channel=channel, address=shown), 303)
 
 

@@ -143,6 +143,15 @@ async def test_one_login_holds_for_all_shards(
         )
         assert cancelled.status_code == 303
         assert cancelled.headers["location"].startswith("/console/shards/b/")
+        editor = await client.get("/shards/b/edit?sequence=s")
+        assert 'data-check="/console/shards/b/edit/check"' in editor.text
+        checked = await client.post(
+            "/shards/b/edit/check", data={"token": token(form), "text": "a: ["}
+        )
+        assert checked.json()[0]["line"] == 1
+        entry = {"channel": "email", "address": "a@b.c", "topic": "*", "reason": "x"}
+        added = await client.post("/shards/b/suppress", data={"token": token(form), **entry})
+        assert added.headers["location"].startswith("/console/shards/b/suppressions?")
         await until(
             shards["b"], "SELECT status = 'cancelled' FROM sequencer.enrollments WHERE id = 2"
         )

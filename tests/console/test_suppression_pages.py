@@ -52,6 +52,7 @@ async def test_the_list_is_filtered_and_paged(
         assert "ada@example.com" in page.text
         assert "link in enrollment 7" in page.text
         assert "Suppress an address…" not in page.text
+        assert "/console/suppression?" not in page.text
         for query, found in (
             ({"channel": "push"}, [("fH7:Xy", "news")]),
             ({"topic": "news"}, [("ada@example.com", "news"), ("fH7:Xy", "news")]),
@@ -153,6 +154,7 @@ async def test_an_entry_is_removed_and_recorded(
         done = await post(client, "/suppression", **news, reason="a mistake")
         assert done.status_code == 303, done.text
         assert await addresses(client, address="ada") == [("ada@example.com", "*")]
+        assert "/console/suppression?" in (await client.get("/suppressions")).text
         # what the recipient wanted is not undone by the way
         page = await client.get("/suppression", params=every)
         assert "The recipient asked for no more messages." in page.text

@@ -54,7 +54,7 @@
   let schema = null;
 
   async function complete(context) {
-    schema ??= fetch("/console/edit/schema").then((answer) => answer.ok ? answer.json() : null, () => null);
+    schema ??= fetch(area.dataset.schema).then((answer) => answer.ok ? answer.json() : null, () => null);
     const root = await schema;
     if (!root) return null;
     const found = Completion.complete(context.state.doc.toString(), context.pos, root, known);
@@ -67,7 +67,7 @@
   // what the server finds: the same check as that of the plan
   async function check(view) {
     const body = new URLSearchParams({ token: form.elements.token.value, text: view.state.doc.toString() });
-    const answer = await fetch("/console/edit/check", { method: "POST", body });
+    const answer = await fetch(area.dataset.check, { method: "POST", body });
     if (!answer.ok || answer.redirected) return [];
     const { doc } = view.state;
     return (await answer.json()).map((one) => {
