@@ -41,7 +41,7 @@ test: install ## run the tests, or some: T=tests/core; JOBS=2 processes; THOROUG
 		$(if $(THOROUGH),--hypothesis-profile thorough) $(T)
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
 
-quick: install ## run the tests that start no programs beside PostgreSQL
+quick: install ## run the tests that take less than half a second and start no programs
 	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 -m "not slow and not system" $(T)
 
 shell: install ## open psql on a throw-away database with the schema

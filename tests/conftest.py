@@ -83,7 +83,7 @@ STARTS_PROGRAMS = re.compile("subprocess|start_sequencerd")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make quick` leaves out: modules whose tests start programs, and chaos.
 
-    Single tests that start programs or take seconds have the mark themselves.
+    Single tests that start programs or take half a second have the mark themselves.
     """
     for path, of_module in groupby(items, lambda item: item.path):
         if "chaos" in path.parts or STARTS_PROGRAMS.search(path.read_text()):

@@ -25,8 +25,9 @@ STATIC = files("sequencerd.console") / "static"
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
+@cache
 def make_templates() -> Environment:
-    """Return the templates with what they use."""
+    """Return the templates with what they use: the same for all consoles of a process."""
     made = Environment(
         autoescape=True,
         loader=PackageLoader("sequencerd.console"),

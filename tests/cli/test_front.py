@@ -21,6 +21,7 @@ def write(sequencerd: Command, tmp_path: Path) -> Callable[[str], object]:
     return file.write_text
 
 
+@pytest.mark.slow
 async def test_all_shards_are_printed_in_their_order(
     sequencerd: Command, write: Callable[[str], object], database: str
 ) -> None:

@@ -40,6 +40,7 @@ async def log_in(client: httpx.AsyncClient, name: str, password: str | None = No
     return (await client.post("/login", data=form)).status_code
 
 
+@pytest.mark.slow
 async def test_each_user_has_a_password(database: str, connection: asyncpg.Connection) -> None:
     async with console(database, users=USERS) as client:
         assert await log_in(client, "vera", PASSWORDS["otto"]) == 403

@@ -71,6 +71,7 @@ def test_a_permit_can_be_used_late_within_the_rate_of_the_second() -> None:
     assert permits.next(6.3 + WINDOW + LATEST) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.1, 1, 3, 20, 200, 1000])
 def test_daemons_together_keep_the_rate_and_use_it(rate: float) -> None:
     """In no second more than the rate and 5%, whatever the demand; with enough, all of it. A daemon

@@ -181,6 +181,7 @@ async def test_a_daemon_that_was_killed_is_counted(
     assert len(note.views) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [1, 90, 3600, 86400])
 async def test_never_more_begin_in_any_period(connection: asyncpg.Connection, seconds: int) -> None:
     """Asked at many times, in steps that do not divide the period."""

@@ -401,6 +401,7 @@ async def test_a_step_without_a_limit_asks_nothing(
 # --- the table
 
 
+@pytest.mark.slow
 async def test_sessions_that_reserve_the_same_in_another_order_do_not_deadlock(
     connection: asyncpg.Connection, database: str
 ) -> None:
@@ -453,6 +454,7 @@ async def test_what_no_limit_counts_any_more_is_pruned(connection: asyncpg.Conne
     assert await connection.fetch("SELECT key FROM sequencer.reservations") == [(b"b",)]
 
 
+@pytest.mark.slow
 async def test_no_period_ever_has_more_than_its_limit(connection: asyncpg.Connection) -> None:
     """In whatever order they ask, also with clocks that differ, and whatever is given back."""
     for seed in range(60):

@@ -765,6 +765,7 @@ async def test_a_stop_gives_back_what_is_not_done_and_spends_no_attempt(
         await until(connection, ALL_ENDED)
 
 
+@pytest.mark.slow
 async def test_several_daemons_share_the_work(
     database: str, connection: asyncpg.Connection
 ) -> None:

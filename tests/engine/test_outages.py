@@ -174,6 +174,7 @@ async def test_an_endpoint_that_answers_500_to_all_fails_none(
         assert await connection.fetchval(COMPLETED) == count
 
 
+@pytest.mark.slow
 async def test_an_outage_after_a_time_without_one_fails_none(
     database: str, connection: asyncpg.Connection
 ) -> None:

@@ -42,6 +42,7 @@ class Paced(Recorder):
         return [Answer() for _ in tasks]
 
 
+@pytest.mark.slow
 async def test_four_daemons_keep_a_rate_together(
     connection: asyncpg.Connection, database: str
 ) -> None:

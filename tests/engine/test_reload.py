@@ -157,6 +157,7 @@ async def test_only_what_the_settings_change_is_made_anew() -> None:
     await new.close()
 
 
+@pytest.mark.slow
 async def test_only_what_has_changed_is_compiled_and_the_loop_turns_meanwhile(
     database: str, connection: asyncpg.Connection
 ) -> None:
@@ -274,6 +275,7 @@ async def test_renamed_steps_keep_their_enrollments(
     assert recorder.programs == [{"text": "A"}, {"text": "B"}]
 
 
+@pytest.mark.slow
 def test_a_long_chain_that_never_waits_is_found_in_linear_time() -> None:
     """10,000 steps delay no enrollment."""
     links = 10_000
@@ -298,6 +300,7 @@ def test_a_long_chain_that_never_waits_is_found_in_linear_time() -> None:
     assert all(isinstance(step.behaviour, Problem) for step in closed.steps.values())
 
 
+@pytest.mark.slow
 async def test_a_sequence_has_a_bounded_number_of_steps(connection: asyncpg.Connection) -> None:
     await connection.execute(
         "INSERT INTO sequencer.sequences (name, first_step) VALUES ('s', 'step-1')"

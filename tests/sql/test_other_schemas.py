@@ -145,6 +145,7 @@ async def test_locks_and_notifications_are_those_of_the_schema(
     assert heard == ["theirs"]
 
 
+@pytest.mark.slow
 async def test_commands_work_in_the_schema_that_is_set(
     sequencerd: Command, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ async def editor(connection: asyncpg.Connection, database: str) -> str:
     return with_login(database, "login_editor")
 
 
+@pytest.mark.slow
 async def test_no_trigger_fails_of_what_a_session_has_set(
     editor: str, connection: asyncpg.Connection
 ) -> None:

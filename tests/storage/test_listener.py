@@ -105,6 +105,7 @@ async def times(evaluated: Counter[int], total: int) -> None:
     await eventually(lambda: evaluated.total() >= total)
 
 
+@pytest.mark.slow
 async def test_each_is_evaluated_once_for_a_request_and_not_written(
     database: str, connection: asyncpg.Connection, evaluated: Counter[int]
 ) -> None:

@@ -471,6 +471,7 @@ def test_an_oversized_template_is_refused(source: str) -> None:
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [
