@@ -43,7 +43,7 @@ async def claim(
     rows = await connection.fetch(
         QUERIES["claim"], *step_key, now, daemon, excluding, revision, limit, since
     )
-    return Claimed([Enrollment(*row) for row in await _with_data(connection, rows)], len(rows))
+    return Claimed(list(map(Enrollment._make, await _with_data(connection, rows))), len(rows))
 
 
 async def due_ids(
@@ -103,7 +103,7 @@ async def claim_some(
     """
     query = QUERIES["claim_bare" if bare else "claim_some"]
     rows = await connection.fetch(query, *step_key, now, daemon, ids, revision)
-    return [Enrollment(*row) for row in await _with_data(connection, rows)]
+    return list(map(Enrollment._make, await _with_data(connection, rows)))
 
 
 async def _with_data(
@@ -236,7 +236,7 @@ async def lock_waiting(
 ) -> tuple[list[Enrollment], list[int]]:
     """Lock enrollments that wait at a step. Return them, and those that others have locked."""
     rows = await connection.fetch(QUERIES["lock_waiting"], *step_key, ids, now)
-    waiting = [Enrollment(*row) for row in await _with_data(connection, rows)]
+    waiting = list(map(Enrollment._make, await _with_data(connection, rows)))
     if len(waiting) == len(ids):
         return waiting, []
     ours = {enrollment.id for enrollment in waiting}
