@@ -166,6 +166,8 @@ FOR_OPERATORS = {
     "/suppress": "/suppress",
     "/suppression": "/suppression?channel=email&address=x&topic=*",
     "/edit": "/edit?sequence=s",
+    "/edit/schema": "/edit/schema",
+    "/step": "/step?sequence=s&step=wait",
     "/status": "/status?sequence=s&action=pause",
 }
 WITHOUT_DATA = ("/login", "/oidc", "/static/{name:path}")
