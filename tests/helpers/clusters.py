@@ -6,8 +6,8 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from os import kill
 from pathlib import Path
@@ -63,13 +63,17 @@ class Cluster:
         postmaster = int((self.data / "postmaster.pid").read_text().split()[0])
         children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
         processes = [postmaster, *map(int, children)]
-        for process in processes:
-            kill(process, signal.SIGSTOP)
+        _send(signal.SIGSTOP, processes)
         try:
             yield
         finally:
-            for process in processes:
-                kill(process, signal.SIGCONT)
+            _send(signal.SIGCONT, processes)
+
+
+def _send(number: signal.Signals, processes: Iterable[int]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):  # a session that was ending
+            kill(process, number)
 
 
 @contextmanager
