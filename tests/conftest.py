@@ -97,7 +97,6 @@ def pytest_collection_finish() -> None:
 
 # with SEQUENCERD_TEST_SCHEMA, the statements of tests are executed in that schema as well
 if SCHEMA != settings.SCHEMA:
-    os.environ["SEQUENCERD_DATABASE_SCHEMA"] = SCHEMA
     asyncpg.connect = partial(asyncpg.connect, connection_class=connection_class(SCHEMA))
 
 # taken out of the environment: to the programs that tests start it is no setting

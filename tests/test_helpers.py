@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,8 @@ def test_another():
     gc.collect()
 """
 
+OF_SQL = "tests/sql/test_orm.py tests/sql/test_shard_of.py"
+
 
 def test_a_socket_that_a_failing_test_leaves_open_fails_no_other(
     tmp_path: Path, repository: Path
@@ -39,3 +42,17 @@ def test_a_socket_that_a_failing_test_leaves_open_fails_no_other(
         check=False,
     )
     assert "1 failed, 1 passed" in done.stdout, done.stdout
+
+
+def test_tests_run_in_another_schema(server: str, repository: Path) -> None:
+    """Some of them: SEQUENCERD_TEST_SCHEMA=Other make test T=tests/sql runs them all."""
+    variables = {"SEQUENCERD_TEST_SCHEMA": "Other-1", "SEQUENCERD_TEST_DATABASE": server}
+    done = subprocess.run(
+        shlex.split(f"{sys.executable} -m pytest -q -n 0 -p no:cacheprovider {OF_SQL}"),
+        cwd=repository,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout

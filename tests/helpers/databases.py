@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import pytest
 
 from sequencerd import settings
 from sequencerd.storage.connections import Shard
@@ -57,10 +58,17 @@ def with_login(url: str, user: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}"))
 
 
-SCHEMA = os.environ.get("SEQUENCERD_TEST_SCHEMA", settings.SCHEMA)
-"""All tests run in another schema with this variable; those that name `sequencer` elsewhere than in
-statements fail there.
+if given := os.environ.pop("SEQUENCERD_TEST_SCHEMA", None):
+    os.environ["SEQUENCERD_DATABASE_SCHEMA"] = given  # also for pytest's other processes
+
+SCHEMA = os.environ.get("SEQUENCERD_DATABASE_SCHEMA", settings.SCHEMA)
+"""The schema of all tests: another one with SEQUENCERD_TEST_SCHEMA=Other. Tests that name the usual
+one elsewhere than in statements have the mark `in_usual_schema`.
 """
+
+in_usual_schema = pytest.mark.skipif(
+    SCHEMA != settings.SCHEMA, reason="it names the schema sequencer by itself"
+)
 
 
 def shard(url: str) -> Shard:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import asyncpg
 
+from tests.helpers.databases import in_usual_schema
+
 GOLDEN = Path(__file__).parent / "schema.txt"
 RENEW = "RENEW=1 .venv/bin/pytest -q tests/sql/test_golden_schema.py && git diff tests/sql"
 
@@ -101,6 +103,7 @@ SELECT title, regexp_replace(line, '\s+', ' ', 'g') AS line FROM lines WHERE lin
 """
 
 
+@in_usual_schema
 async def test_the_schema_is_as_reviewed(connection: asyncpg.Connection) -> None:
     text = await describe(connection)
     if os.environ.get("RENEW"):

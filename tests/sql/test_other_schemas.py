@@ -16,7 +16,7 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.schemas import in_schema
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.command_line import Command
-from tests.helpers.databases import with_database
+from tests.helpers.databases import in_usual_schema, with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.sql.test_golden_schema import GOLDEN, describe
 
@@ -80,6 +80,7 @@ async def test_a_database_without_it_is_recognised(server: str, template: str) -
     await connection.close()
 
 
+@in_usual_schema
 async def test_settings_of_triggers_are_those_of_the_schema(
     connection: asyncpg.Connection, other: asyncpg.Connection
 ) -> None:

@@ -6,11 +6,14 @@ import asyncpg
 import pytest
 
 from sequencerd.storage import server
+from sequencerd.storage.schemas import in_schema
 from tests.cli.test_doctor import examine
 from tests.helpers.command_line import Command
-from tests.helpers.databases import with_login
+from tests.helpers.databases import SCHEMA, with_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, until
 from tests.sql.test_roles import daemon
+
+HIDDEN = in_schema("sequencer.enrollments", SCHEMA)
 
 TABLES = """SELECT relname::text FROM pg_class WHERE relnamespace = 'sequencer'::regnamespace
     AND relkind IN ('r', 'p') AND NOT relispartition"""
@@ -86,11 +89,11 @@ async def test_what_is_hidden_is_reported(
     await enable(connection)
     found = (await examine(login))["roles"]
     assert (found.level, words in found.seen) == ("error", True)
-    assert "sequencer.enrollments from login_daemon" in found.seen
+    assert f"{HIDDEN} from login_daemon" in found.seen
     if words == "all of":
         sequencerd.variables["SEQUENCERD_DATABASE"] = login
         sequencerd.program("run", code=1)
-        assert "row-level security hides all of sequencer.enrollments" in sequencerd.errors
+        assert f"row-level security hides all of {HIDDEN}" in sequencerd.errors
         assert "GRANT sequencer_daemon" in sequencerd.errors
 
 
@@ -108,7 +111,7 @@ async def test_an_owner_under_forced_row_security_is_reported(
     assert await server.hidden_tables(owner) == []
     await enable(connection, force=True)
     hidden = await server.hidden_tables(owner)
-    assert ("sequencer.enrollments", "login_owner", True) in hidden
+    assert (HIDDEN, "login_owner", True) in hidden
     await make_role(connection, "login_daemon")
     await connection.execute("GRANT sequencer_daemon TO login_daemon")
     other = await asyncpg.connect(with_login(database, "login_daemon"))

@@ -17,6 +17,7 @@ from sequencerd.storage import daemons
 from sequencerd.storage.listener import Due, parse
 from sequencerd.storage.schemas import LOCK_CLASS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
+from tests.helpers.databases import SCHEMA
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import eventually
 
@@ -523,7 +524,7 @@ class Ear:
 async def ear(database: str) -> AsyncIterator[Ear]:
     listening = await asyncpg.connect(database)
     ear = Ear(listening)
-    await listening.add_listener("sequencer", ear.hear)
+    await listening.add_listener(SCHEMA, ear.hear)
     assert await daemons.acquire_notify_lock(listening)
     yield ear
     await listening.close()
