@@ -24,7 +24,6 @@ FAST = {
     "full_page_writes": "off",
     "max_wal_size": "64MB",
     "max_prepared_transactions": "10",
-    "jit": "off",
     "shared_buffers": "16MB",  # each connection and each new database costs less
     "autovacuum_naptime": "1d",
 }

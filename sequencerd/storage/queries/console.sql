@@ -270,8 +270,8 @@ SELECT channel, address, topic, source, reason, created_at FROM sequencer.suppre
  WHERE channel = $1 AND address = ANY ($2::text[]) AND topic = $3 ORDER BY created_at;
 
 -- name: console_unsuppress
--- Remove the entries of an address; unless that is confirmed, only those with one of the sources. Record
--- who has removed them.
+-- Remove the entries of an address; unless that is confirmed, only those with one of the sources. Record the
+-- user that has removed them.
 WITH removed AS (
     DELETE FROM sequencer.suppressions
      WHERE channel = $1 AND address = ANY ($2::text[]) AND topic = $3 AND ($4::text[] IS NULL OR source = ANY ($4))
