@@ -741,6 +741,7 @@ DECLARE
     known record;
     now timestamptz;
     begins timestamptz;
+    reached timestamptz;
 BEGIN
     LOOP
         SELECT r.next_at, r.reached_at INTO known
@@ -752,9 +753,10 @@ BEGIN
     now := clock_timestamp(); -- of the time when the row is locked
     begins := least(greatest(known.next_at, now - interval '25 ms'),
                     now + greatest(interval '10 s', make_interval(secs => 100 / take_permits.per_second)));
+    reached := CASE WHEN known.next_at > now + interval '100 ms' THEN now ELSE known.reached_at END;
     UPDATE sequencer.rates AS r
        SET per_second = take_permits.per_second, next_at = begins + make_interval(secs => seconds),
-           reached_at = CASE WHEN known.next_at > now + interval '100 ms' THEN now ELSE known.reached_at END
+           reached_at = reached
      WHERE r.runner = take_permits.runner;
     first := extract(epoch FROM begins);
     present := extract(epoch FROM clock_timestamp());

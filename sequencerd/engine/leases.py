@@ -73,7 +73,8 @@ class Leases:
                 yield connection
                 if len(batch.leased) >= locking.MANY and not batch.data:
                     number = await evaluations.new_transaction(connection)
-                    self.transactions[batch.lease_number] = number % 2**32
+                    if number is not None:
+                        self.transactions[batch.lease_number] = number % 2**32
                     if len(self.transactions) > MOST_TRANSACTIONS:
                         del self.transactions[next(iter(self.transactions))]
         except LOST_ERRORS:

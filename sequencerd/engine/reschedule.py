@@ -353,6 +353,7 @@ class Rescheduling:
         until = loop.time() + GRACE
         while loop.time() < until and not self._stopping.is_set():
             async with connections.borrow(self._pool) as connection:
-                if await evaluations.oldest_transaction(connection) >= newest:
+                oldest = await evaluations.oldest_transaction(connection)
+                if newest is not None and oldest >= newest:
                     return
             await asyncio.sleep(GRACE_TURN)

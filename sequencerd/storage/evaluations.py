@@ -76,9 +76,12 @@ async def finish_rescheduling(
     return again
 
 
-async def new_transaction(connection: asyncpg.Connection) -> int:
-    """Draw a number greater than those of all transactions that have written until now."""
-    number: int = await connection.fetchval(QUERIES["new_transaction"])
+async def new_transaction(connection: asyncpg.Connection) -> int | None:
+    """Draw a number greater than those of all transactions that have written until now.
+
+    None where the numbers of several servers cannot be compared.
+    """
+    number: int | None = await connection.fetchval(QUERIES["new_transaction"])
     return number
 
 

@@ -372,6 +372,7 @@ async def test_no_transaction_in_progress_is_missed(
     async with connection.transaction():
         number = int(await connection.fetchval("SELECT pg_current_xact_id()::text"))
         newer = await evaluations.new_transaction(other)
+        assert newer is not None
         assert newer > number
         assert await evaluations.oldest_transaction(other) <= number
     while await evaluations.oldest_transaction(other) < newer:  # noqa: ASYNC110 - it sets no event

@@ -432,16 +432,17 @@ UPDATE sequencer.enrollments AS e
        wake_at = CASE WHEN state.wake_at >= '9999-01-01Z' THEN 'infinity' ELSE state.wake_at END,
        entered_at = state.entered_at, visit = state.visit, attempt = state.attempt,
        leases = state.leases, retry_at = state.retry_at, leased_by = state.leased_by,
-       failure = state.failure, last_error = state.last_error, executed = state.executed::text[],
+       failure = state.failure, last_error = state.last_error, executed = state.effects,
        expires_at = state.expires_at,
        waits_until = CASE WHEN state.waits_until >= '9999-01-01Z' THEN 'infinity'
                           ELSE state.waits_until END,
        ended_at = CASE WHEN state.status = 'active' THEN NULL ELSE $17::timestamptz END
-  FROM unnest($1::text::bigint[], $2::text[], $3::text[], $4::text[], $5::timestamptz[],
-              $6::timestamptz[], $7::int[], $8::int[], $9::int[], $10::timestamptz[], $11::text[],
-              $12::text[], $13::text[], $14::text[], $15::timestamptz[], $16::timestamptz[])
-       AS state (id, sequence, step, status, wake_at, entered_at, visit, attempt, leases, retry_at,
-                 leased_by, failure, last_error, executed, expires_at, waits_until)
+  FROM (SELECT *, executed::text[] AS effects -- Citus lets no UPDATE convert a column
+          FROM unnest($1::text::bigint[], $2::text[], $3::text[], $4::text[], $5::timestamptz[],
+                      $6::timestamptz[], $7::int[], $8::int[], $9::int[], $10::timestamptz[], $11::text[],
+                      $12::text[], $13::text[], $14::text[], $15::timestamptz[], $16::timestamptz[])
+               AS each (id, sequence, step, status, wake_at, entered_at, visit, attempt, leases, retry_at,
+                        leased_by, failure, last_error, executed, expires_at, waits_until)) AS state
  WHERE e.id = state.id;
 
 -- name: write_goals
@@ -547,13 +548,13 @@ RETURNING reschedule_from IS NOT NULL AS again;
 
 -- name: new_transaction
 -- Draw a transaction number. The xmax of a snapshot would not do: transactions in progress may have
--- greater numbers than that.
-SELECT pg_current_xact_id()::text::bigint;
+-- greater numbers than that. None with Citus, where each node has numbers of its own.
+SELECT CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL
+            THEN pg_current_xact_id()::text::bigint END;
 
 -- name: oldest_transaction
--- Read the number of the oldest transaction that is still in progress. Those on the nodes of Citus have
--- other numbers, so none is known to have ended there.
-SELECT CASE WHEN {on_citus} THEN 0 ELSE pg_snapshot_xmin(pg_current_snapshot())::text::bigint END;
+-- Read the number of the oldest transaction that is still in progress.
+SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
 
 -- name: revive
 -- Resume enrollments that failed because their step was invalid, now that it is valid.
