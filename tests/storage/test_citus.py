@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.model import Answer, Failed, Result, RetryPolicy, Task
-from sequencerd.storage import bulk, connections
+from sequencerd.storage import bulk, connections, rates
 from sequencerd.storage.connections import Shard
 from tests.helpers.clusters import Cluster, citus_nodes
 from tests.helpers.command_line import Command
@@ -136,11 +136,15 @@ async def test_enrollments_go_through_their_steps(
         ("paid", "WaitForCondition", json.dumps(condition), "end"),
         ("end", "UpdateData", '{"data": {"done": true}}', None),
     )
-    runner = Recorder(fail_once)
+    runner = Recorder(fail_once, batch_size=100)
     runner.retry = RetryPolicy(first_delay=0.01)
     async with running_engine(shard, {"Note": runner}):
-        ids = [await enroll(connection, "s", f"user-{number}") for number in range(20)]
-        waiting = "SELECT count(*) = 20 FROM sequencer.enrollments WHERE step = 'paid'"
+        rows = await connection.fetch(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'user-' || n FROM generate_series(1, 100) AS n RETURNING id"
+        )
+        ids = [row["id"] for row in rows]
+        waiting = "SELECT count(*) = 100 FROM sequencer.enrollments WHERE step = 'paid'"
         await until(connection, waiting)
         async with connection.transaction():
             await bulk.set_reason(connection, "it's over")
@@ -149,7 +153,7 @@ async def test_enrollments_go_through_their_steps(
             )
         await connection.execute("""UPDATE sequencer.enrollments SET data = '{"paid": true}'""")
         await until(connection, ALL_ENDED)
-    assert len(runner.keys) == len(set(runner.keys)) + 20 == 40
+    assert len(runner.keys) == len(set(runner.keys)) + 100 == 200
     assert await way(connection, ids[1]) == [
         "send enrolled",
         "send retry",
@@ -182,6 +186,12 @@ async def test_changed_definitions_are_polled_and_waiting_enrollments_follow(
     revisions = await connection.fetch("SELECT revision FROM sequencer.revisions ORDER BY at")
     assert [row[0] for row in revisions] == [1, 2, 3]
     assert await way(connection, id_) == ["wait enrolled", "wait next", "wait completed"]
+
+
+async def test_permits_of_a_rate_are_taken_once(connection: asyncpg.Connection) -> None:
+    first, _ = await rates.take(connection, "Note", 10.0, 50)
+    second, _ = await rates.take(connection, "Note", 10.0, 50)
+    assert second == pytest.approx(first + 5, abs=0.001)
 
 
 async def test_a_request_by_notify_is_heard(shard: Shard, connection: asyncpg.Connection) -> None:
@@ -254,7 +264,7 @@ async def test_retention_drops_and_deletes(connection: asyncpg.Connection) -> No
     await connection.execute(
         "UPDATE sequencer.enrollments SET ended_at = now() - interval '1 year'"
     )
-    assert await connection.fetchval("SELECT sequencer.delete_ended(now(), 10)") == 1
+    assert await connection.fetchval("SELECT deleted FROM sequencer.delete_ended(now(), 10)") == 1
     await connection.execute("SELECT sequencer.add_event_partitions(6)")
     await connection.execute(
         "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)"

@@ -22,11 +22,12 @@ SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_s
        current_setting('idle_session_timeout')::interval AS idle_timeout;
 
 -- name: citus_settings
--- Find the settings that the triggers and functions need where Citus has distributed the tables, and that
--- differ.
+-- Find the settings that differ from what is needed where Citus has distributed the tables: for triggers and
+-- functions on its nodes, for reasons, and for connections that open within milliseconds.
 SELECT s.name, s.value FROM (VALUES ('citus.enable_unsafe_triggers', 'on'),
                                     ('citus.allow_nested_distributed_execution', 'on'),
-                                    ('citus.propagate_set_commands', 'local')) AS s (name, value)
+                                    ('citus.propagate_set_commands', 'local'),
+                                    ('citus.override_table_visibility', 'off')) AS s (name, value)
  WHERE {on_citus} AND current_setting(s.name, true) IS DISTINCT FROM s.value;
 
 -- name: present_triggers
