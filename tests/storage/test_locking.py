@@ -43,6 +43,7 @@ async def lease(connection: asyncpg.Connection) -> tuple[list[Enrollment], dict[
         written = writes.Written(rows={row: [one.id for one in leased]})
         await writes.write(connection, written, now)
         number = await evaluations.new_transaction(connection)
+    assert number is not None
     return leased, {NUMBER: number % 2**32}
 
 
