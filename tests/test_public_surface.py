@@ -92,7 +92,7 @@ def test_the_wheel_has_the_licenses_and_the_types(tmp_path: Path) -> None:
         fields = email.message_from_bytes(wheel.read(metadata))
         folder = metadata.replace("METADATA", "licenses")
         vendored = sorted(REPOSITORY.glob("sequencerd/**/vendor/*.LICENSE"))
-        assert len(vendored) == 5
+        assert len(vendored) == 6
         for path in [REPOSITORY / "LICENSE", *vendored]:
             name = path.relative_to(REPOSITORY)
             assert wheel.read(f"{folder}/{name}") == path.read_bytes()

@@ -11,10 +11,18 @@ from tests.test_readme import REPOSITORY
 ONE_FOR_EACH_ROOM = {"__init__.py", "runner.py"}
 """Names that mean the same in every room."""
 
+OTHERS = "venvs"
+"""The queues that bench/compare.py installs."""
+
 
 def modules(*rooms: str) -> list[Path]:
     folders = (REPOSITORY / room for room in rooms)
-    return [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    return [
+        file
+        for folder in folders
+        for file in sorted(folder.rglob("*.py"))
+        if OTHERS not in file.parts
+    ]
 
 
 def test_no_line_is_kept_from_the_formatter() -> None:

@@ -375,6 +375,7 @@ async def test_no_log_can_be_written(world: World) -> None:
     world.stderr = Path("/dev/full")
     await world.keep(2)
     daemons = list(world.daemons)
+    await world.started(2)
     await breaking(world, terminate, every=0.3)
     assert world.daemons == daemons
     await world.stop()

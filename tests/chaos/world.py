@@ -28,7 +28,7 @@ from sequencerd.storage import embedded, migrate
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from tests.helpers.command_line import start_sequencerd
 from tests.helpers.databases import execute, with_database
-from tests.helpers.engines import define
+from tests.helpers.engines import define, until
 from tests.helpers.servers import Answer, Request, http_server
 from tests.helpers.waiting import PATIENCE
 
@@ -262,6 +262,12 @@ class World:
         daemon = Daemon(process, log)
         self.daemons.append(daemon)
         return daemon
+
+    async def started(self, count: int) -> None:
+        """Wait until so many daemons work: one that loses a connection before that ends."""
+        connection = await asyncpg.connect(self.database)
+        await until(connection, f"SELECT count(*) >= {count} FROM sequencer.daemons")
+        await connection.close()
 
     async def keep(self, count: int) -> None:
         """Starts daemons again that have ended, as systemd does."""
