@@ -2,7 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Two processes of tests for each core, as many tests wait for programs that they start.
+JOBS ?= $(shell echo $$((2 * $$(nproc 2>/dev/null || echo 2))))
 LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header \
 	--no-emit-index-url --no-emit-find-links $(if $(UPGRADE),--upgrade)
 LOCKED := build manual audit browser system # groups with a file of their own in packaging/
@@ -36,7 +37,7 @@ endif
 demo: install ## see it work in twenty seconds
 	$(BIN)/sequencerd demo
 
-test: install ## run the tests, or some: T=tests/core; JOBS=2 processes; THOROUGH=1 for more examples
+test: install ## run the tests, or some: T=tests/core; JOBS=4 processes; THOROUGH=1 for more examples
 	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 \
 		$(if $(THOROUGH),--hypothesis-profile thorough) $(T)
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
