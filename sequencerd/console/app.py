@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import asyncpg
 from starlette.applications import Starlette
@@ -122,12 +122,7 @@ def make_console(
                 await asyncio.gather(*tasks, return_exceptions=True)
                 pool.terminate()
 
-    def get(path: str, page: pages.Page, role: Role | None = "viewer") -> Route:
-        return Route(path, guarded(page, role, log), methods=["GET"])
-
-    def post(path: str, page: pages.Page, role: Role | None) -> Route:
-        return Route(path, guarded(page, role, log), methods=["POST"])
-
+    get, post = guarded_routes(log)
     return Starlette(
         routes=[
             get("/", pages.overview),
@@ -167,19 +162,45 @@ def make_console(
             get("/status", editing.ask_status, "editor"),
             post("/status", editing.set_status, "editor"),
             get("/revision", editing.compare),
-            get("/sessions", access.sessions),
-            post("/sessions", access.end_session, "viewer"),
-            get("/login", access.login, None),
-            post("/login", access.log_in, None),
-            post("/logout", access.log_out, None),
-            get("/oidc", access.from_provider, None),
-            post("/oidc", access.to_provider, None),
-            get("/static/{name:path}", pages.static, None),
+            *routes_of_access(log),
         ],
         middleware=[Middleware(WithHeaders)],
         exception_handlers={HTTPException: said},
         lifespan=lifespan,
     )
+
+
+class ToRoute(Protocol):
+    """Returns a route to a page for users with a role, or with None for all."""
+
+    def __call__(self, path: str, page: pages.Page, role: Role | None = "viewer") -> Route: ...
+
+
+def guarded_routes(log: FilteringBoundLogger) -> tuple[ToRoute, ToRoute]:
+    """Return what makes routes for GET, and for POST."""
+
+    def of(method: str) -> ToRoute:
+        def route(path: str, page: pages.Page, role: Role | None = "viewer") -> Route:
+            return Route(path, guarded(page, role, log), methods=[method])
+
+        return route
+
+    return of("GET"), of("POST")
+
+
+def routes_of_access(log: FilteringBoundLogger) -> list[Route]:
+    """Return the routes of every console: logins, sessions, and static files."""
+    get, post = guarded_routes(log)
+    return [
+        get("/sessions", access.sessions),
+        post("/sessions", access.end_session, "viewer"),
+        get("/login", access.login, None),
+        post("/login", access.log_in, None),
+        post("/logout", access.log_out, None),
+        get("/oidc", access.from_provider, None),
+        post("/oidc", access.to_provider, None),
+        get("/static/{name:path}", pages.static, None),
+    ]
 
 
 class WithHeaders:

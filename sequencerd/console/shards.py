@@ -14,12 +14,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console import access, pages, views
-from sequencerd.console.app import WithHeaders, guarded, make_console, said
+from sequencerd.console import pages, views
+from sequencerd.console.app import WithHeaders, guarded_routes, make_console, routes_of_access, said
 from sequencerd.console.auth import Auth
 from sequencerd.console.context import PageContext, context_of, query_of, render, unmasked
 from sequencerd.console.live import COUNTS, Live
@@ -29,7 +29,7 @@ from sequencerd.console.sessions import SessionsOfShards
 from sequencerd.console.tables import Column, Table, at_shard, place
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
-from sequencerd.settings import Console, Role
+from sequencerd.settings import Console
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
@@ -103,12 +103,7 @@ def make_console_of_shards(served: Sequence[Served], log: FilteringBoundLogger) 
                 keeping.cancel()
                 await asyncio.gather(keeping, return_exceptions=True)
 
-    def get(path: str, page: pages.Page, role: Role | None = "viewer") -> Route:
-        return Route(path, guarded(page, role, log), methods=["GET"])
-
-    def post(path: str, page: pages.Page, role: Role | None) -> Route:
-        return Route(path, guarded(page, role, log), methods=["POST"])
-
+    get, _ = guarded_routes(log)
     return Starlette(
         routes=[
             get("/", pages.overview),
@@ -119,14 +114,7 @@ def make_console_of_shards(served: Sequence[Served], log: FilteringBoundLogger) 
             get("/search", pages.search),
             get("/tables/{name}.{form}", pages.table),
             get("/live", pages.stream),
-            get("/sessions", access.sessions),
-            post("/sessions", access.end_session, "viewer"),
-            get("/login", access.login, None),
-            post("/login", access.log_in, None),
-            post("/logout", access.log_out, None),
-            get("/oidc", access.from_provider, None),
-            post("/oidc", access.to_provider, None),
-            get("/static/{name:path}", pages.static, None),
+            *routes_of_access(log),
             *(
                 Mount(f"/shards/{name}", _Placed(console, name))
                 for name, console in consoles.items()
