@@ -10,7 +10,7 @@
 --   rates         until when permits for calls of runners with a limited rate are taken
 --   brakes        side effects that brakes count, and which sequences they have paused
 --   suppressions  addresses to which no messages are sent, for one topic or all
---   removed_suppressions  which of them were removed in the console, by whom and why
+--   removed_suppressions  which of them were removed, by which user and why
 --   holidays      days on which windows do not open, and which are no business days
 --   daemons       which daemons run, and until when each is taken to be alive
 --   problems      what daemons report for operators
@@ -625,10 +625,33 @@ CREATE TABLE sequencer.removed_suppressions (
     reason     text
 );
 
-COMMENT ON TABLE  sequencer.removed_suppressions IS 'Entries of suppressions that users of the console have removed.';
+COMMENT ON TABLE  sequencer.removed_suppressions IS 'Entries of suppressions that were removed, in whatever way.';
 COMMENT ON COLUMN sequencer.removed_suppressions.address IS 'Its hash, as suppression_hash() has it, so that nothing of it has to be forgotten.';
 COMMENT ON COLUMN sequencer.removed_suppressions.source IS 'That of the entry, and created_at its time.';
-COMMENT ON COLUMN sequencer.removed_suppressions.reason IS 'Who removed it, and why.';
+COMMENT ON COLUMN sequencer.removed_suppressions.reason IS 'The database user that removed it, and the reason from SET LOCAL sequencer.reason, which has the name of an operator or the answer of a recipient.';
+
+-- An address that is still suppressed by its hash, as after forget(), or by an entry with other values, was not
+-- removed.
+CREATE FUNCTION sequencer.record_removed_suppressions() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO sequencer.removed_suppressions (channel, address, topic, source, created_at, reason)
+    SELECT o.channel, h.hash, o.topic, o.source, o.created_at, sequencer.changed_by()
+      FROM old_suppressions AS o
+     CROSS JOIN LATERAL (
+           SELECT CASE WHEN o.address ~ '^sha256:[0-9a-f]{64}$' THEN o.address
+                       ELSE sequencer.suppression_hash(o.address) END) AS h (hash)
+     WHERE NOT EXISTS (SELECT FROM sequencer.suppressions AS s
+                        WHERE s.channel = o.channel AND s.address IN (o.address, h.hash) AND s.topic = o.topic);
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER record_update AFTER UPDATE ON sequencer.suppressions
+    REFERENCING OLD TABLE AS old_suppressions
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.record_removed_suppressions();
+CREATE TRIGGER record_delete AFTER DELETE ON sequencer.suppressions
+    REFERENCING OLD TABLE AS old_suppressions
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.record_removed_suppressions();
 
 
 -- limits ----------------------------------------------------------------------------------------
@@ -2581,7 +2604,6 @@ WITH roles (role) AS (
     ('sequencer_editor', 'DELETE', 'holidays'),
     ('sequencer_daemon', 'INSERT', 'suppressions'),
     ('sequencer_daemon', 'DELETE', 'suppressions'),
-    ('sequencer_daemon', 'INSERT', 'removed_suppressions'),
     ('sequencer_daemon', 'INSERT', 'daemons'),
     ('sequencer_daemon', 'UPDATE', 'daemons'),
     ('sequencer_daemon', 'DELETE', 'daemons'),

@@ -19,7 +19,7 @@ from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.model import Undeliverable
 from sequencerd.runners.sms.numbers import normalise
 from sequencerd.runners.suppression_check import EVERYTHING, forms
-from sequencerd.storage import connections, suppressions
+from sequencerd.storage import bulk, connections, suppressions
 from sequencerd.storage.statements import QUERIES
 
 BY_HAND = ("application", "console")
@@ -233,13 +233,9 @@ async def remove(request: Request) -> Response:
         return await _entry(request, query, "Write a reason: it is recorded.", 422)
     sources = None if query.get("confirmed") else BY_HAND
     async with connections.borrow(context.pool) as connection, connection.transaction():
+        await bulk.set_reason(connection, why(request, reason))
         await connection.execute(
-            QUERIES["console_unsuppress"],
-            channel,
-            _forms(channel, address),
-            topic,
-            sources,
-            why(request, reason),
+            QUERIES["console_unsuppress"], channel, _forms(channel, address), topic, sources
         )
         left = await _entries(connection, channel, address, topic)
     if left:

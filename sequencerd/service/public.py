@@ -41,6 +41,7 @@ TIMEOUT = 5.0  # seconds for a connection and what is done with it
 RETRY_AFTER = "60"  # seconds
 MAX_LANGUAGES = 10  # of a browser
 TITLES_FOR = 60.0  # seconds for which the titles of topics are known
+UNDONE = "the recipient undid it by the link to unsubscribe"
 
 Unavailable = (*TRANSIENT_ERRORS, asyncpg.PostgresError, DatabaseError, TimeoutError, OSError)
 
@@ -138,7 +139,9 @@ class Public:
             keys = [(channel, form, name) for form in known for name in topics]
 
             async def undo(connection: asyncpg.Connection) -> set[Key]:
-                await suppressions.remove(connection, channel, known, topics, "unsubscribe")
+                await suppressions.remove(
+                    connection, channel, known, topics, "unsubscribe", reason=UNDONE
+                )
                 return await suppressions.read_suppressed(connection, keys)
 
             others = set().union(*await self._everywhere(undo))
@@ -191,7 +194,10 @@ class Public:
             async def write(connection: asyncpg.Connection) -> None:
                 if isinstance(change, Resumed):
                     number = forms("sms", change.address)
-                    await suppressions.remove(connection, "sms", number, [EVERYTHING], "stop")
+                    reason = f"the recipient answered {change.word}"
+                    await suppressions.remove(
+                        connection, "sms", number, [EVERYTHING], "stop", reason=reason
+                    )
                 else:
                     await suppressions.add(connection, [change])
 
@@ -279,6 +285,7 @@ class Resumed(NamedTuple):
     """A number whose owner wants messages again."""
 
     address: str
+    word: str
 
 
 def twilio_signature(token: str, url: str, pairs: Iterable[tuple[str, str]]) -> str:
@@ -299,4 +306,4 @@ def read_hook(form: Mapping[str, str], sms: Sms) -> Undeliverable | Resumed | No
     sender = form.get("From", "")
     if sender and word in STOP:
         return Undeliverable("sms", sender, f"answered {word}", "stop")
-    return Resumed(sender) if sender and word in START else None
+    return Resumed(sender, word) if sender and word in START else None

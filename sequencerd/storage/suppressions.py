@@ -8,6 +8,7 @@ from collections.abc import Sequence as Rows
 import asyncpg
 
 from sequencerd.core.model import Undeliverable, printable
+from sequencerd.storage import bulk
 from sequencerd.storage.statements import QUERIES
 
 
@@ -26,9 +27,15 @@ async def remove(
     addresses: Iterable[str],
     topics: Iterable[str],
     source: str,
+    *,
+    reason: str,
 ) -> None:
-    """Lift the suppression of an address, in all its forms, as far as it has this source."""
-    await connection.execute(QUERIES["unsuppress"], channel, [*addresses], [*topics], source)
+    """Lift the suppression of an address, in all its forms, as far as it has this source, and
+    record the reason.
+    """
+    async with connection.transaction():
+        await bulk.set_reason(connection, reason)
+        await connection.execute(QUERIES["unsuppress"], channel, [*addresses], [*topics], source)
 
 
 async def titles(connection: asyncpg.Connection) -> dict[str, str]:

@@ -167,8 +167,18 @@ async def test_an_entry_is_removed_and_recorded(
         assert await addresses(client, address="ada") == []
         rows = await connection.fetch("SELECT * FROM sequencer.removed_suppressions ORDER BY id")
         assert [(row["address"], row["topic"], row["source"], row["reason"]) for row in rows] == [
-            (hashed("ada@example.com"), "news", "application", "otto in the console: a mistake"),
-            (hashed("ada@example.com"), "*", "unsubscribe", "otto in the console: asked by phone"),
+            (
+                hashed("ada@example.com"),
+                "news",
+                "application",
+                "by login_daemon: otto in the console: a mistake",
+            ),
+            (
+                hashed("ada@example.com"),
+                "*",
+                "unsubscribe",
+                "by login_daemon: otto in the console: asked by phone",
+            ),
         ]
         page = await client.get("/suppressions")
         assert "otto in the console: asked by phone" in page.text

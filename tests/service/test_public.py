@@ -15,10 +15,18 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from sequencerd.runners.registry import make_links
+from sequencerd.runners.suppression_check import hashed
 from sequencerd.runners.unsubscribe import Links, Subscription
 from sequencerd.service.http_server import make_app
 from sequencerd.service.page_texts import TEXTS
-from sequencerd.service.public import MAX_BODY, Public, Resumed, read_hook, twilio_signature
+from sequencerd.service.public import (
+    MAX_BODY,
+    UNDONE,
+    Public,
+    Resumed,
+    read_hook,
+    twilio_signature,
+)
 from sequencerd.settings import Settings, Sms
 from tests.helpers.databases import shard
 from tests.service.test_http_server import answers, daemon, free_port
@@ -54,6 +62,13 @@ async def web(database: str) -> AsyncIterator[httpx.AsyncClient]:
 
 async def entries(connection: asyncpg.Connection) -> list[tuple[str, ...]]:
     return [tuple(row) for row in await connection.fetch(ENTRIES)]
+
+
+async def removed(connection: asyncpg.Connection) -> list[tuple[str, ...]]:
+    rows = await connection.fetch(
+        "SELECT channel, address, topic, reason FROM sequencer.removed_suppressions ORDER BY id"
+    )
+    return [tuple(row) for row in rows]
 
 
 async def test_a_get_changes_nothing_and_a_post_unsubscribes(
@@ -105,6 +120,9 @@ async def test_all_messages_and_back(
     undone = await web.post(path(ADA), data={"choice": "undo"})
     assert "will receive messages again" in undone.text
     assert await entries(connection) == others
+    assert await removed(connection) == [
+        ("email", hashed("ada@x.org"), "*", f"by postgres: {UNDONE}")
+    ]
     # one of another source stays, and the page says so
     await connection.execute(
         "INSERT INTO sequencer.suppressions (channel, address, topic, source)"
@@ -279,6 +297,9 @@ async def test_stop_and_start(web: httpx.AsyncClient, connection: asyncpg.Connec
     await post("please stop it")
     await post("start")
     assert await entries(connection) == before
+    await post("start")
+    answered = "by postgres: the recipient answered START"
+    assert await removed(connection) == [("sms", hashed("+491"), "*", answered)]
 
 
 async def test_a_hook_that_twilio_did_not_sign(

@@ -270,17 +270,9 @@ SELECT channel, address, topic, source, reason, created_at FROM sequencer.suppre
  WHERE channel = $1 AND address = ANY ($2::text[]) AND topic = $3 ORDER BY created_at;
 
 -- name: console_unsuppress
--- Remove the entries of an address; unless that is confirmed, only those with one of the sources. Record the
--- user that has removed them.
-WITH removed AS (
-    DELETE FROM sequencer.suppressions
-     WHERE channel = $1 AND address = ANY ($2::text[]) AND topic = $3 AND ($4::text[] IS NULL OR source = ANY ($4))
-    RETURNING *
-)
-INSERT INTO sequencer.removed_suppressions (channel, address, topic, source, created_at, reason)
-SELECT channel, CASE WHEN address ~ '^sha256:[0-9a-f]{64}$' THEN address
-                     ELSE sequencer.suppression_hash(address) END, topic, source, created_at, $5
-  FROM removed;
+-- Remove the entries of an address; unless that is confirmed, only those with one of the sources.
+DELETE FROM sequencer.suppressions
+ WHERE channel = $1 AND address = ANY ($2::text[]) AND topic = $3 AND ($4::text[] IS NULL OR source = ANY ($4));
 
 -- name: console_unsuppressed
 -- Read the suppressions that were removed last.
