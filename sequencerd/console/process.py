@@ -153,6 +153,7 @@ class _Definitions:
                 self._error = told
             else:
                 self._error = None
+            notify("WATCHDOG=1")  # and what systemd has not received yet
             with suppress(TimeoutError):
                 async with asyncio.timeout(INTERVAL):
                     await stop.wait()

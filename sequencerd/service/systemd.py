@@ -6,19 +6,35 @@ import os
 import socket
 import sys
 import time
-from contextlib import suppress
+
+
+_unsent: dict[str, str] = {}
+"""Messages for which systemd's socket had no room: the last of each kind."""
 
 
 def notify(*states: str) -> None:
-    """Report systemd states such as "READY=1" or "WATCHDOG=1", in one message."""
+    """Report systemd states such as "READY=1" or "WATCHDOG=1", in one message. This never waits for
+    systemd: what its socket has no room for is sent with the next message.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]  # an abstract socket
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, suppress(OSError):
-        sock.connect(address)
-        sock.sendall("\n".join(states).encode())
+    kind = states[0].partition("=")[0]
+    _unsent.pop(kind, None)
+    _unsent[kind] = "\n".join(states)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(address)
+            for kind, message in list(_unsent.items()):
+                sock.send(message.encode())
+                del _unsent[kind]
+        except BlockingIOError:
+            pass
+        except OSError:
+            _unsent.clear()
 
 
 def notify_reloading() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import shutil
@@ -12,10 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import asyncpg
+import httpx
 import pytest
 from starlette.applications import Starlette
 
@@ -29,6 +31,7 @@ from sequencerd.settings import Log, Settings
 from tests.helpers.databases import shard
 from tests.helpers.engines import define, enroll, stuck_package, until
 from tests.helpers.waiting import PATIENCE, eventually
+from tests.service.test_http_server import free_port
 
 UNITS = sorted((Path(__file__).parents[2] / "systemd").glob("*.service"))
 
@@ -183,6 +186,60 @@ def drain(manager: socket.socket) -> list[str]:
             found.append(manager.recv(1000).decode())
     except TimeoutError:
         return found
+
+
+def fill(manager: socket.socket) -> int:
+    """Send until systemd's socket has no room, and return how many messages it has."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.connect(manager.getsockname())
+        for number in itertools.count():
+            try:
+                sock.send(b"full")
+            except BlockingIOError:
+                return number
+    raise AssertionError
+
+
+def test_a_full_socket_holds_nothing_up_and_loses_no_state(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    number = fill(manager)
+    for state in ("READY=1", "WATCHDOG=1", "STATUS=one", "STATUS=two", "WATCHDOG=1"):
+        notify(state)  # would wait for ever
+    for _ in range(number):
+        assert manager.recv(1000) == b"full"
+    notify("WATCHDOG=1")
+    received = [manager.recv(1000).decode() for _ in range(3)]
+    assert received == ["READY=1", "STATUS=two", "WATCHDOG=1"]
+    notify("STATUS=three")
+    assert manager.recv(1000) == b"STATUS=three"
+    manager.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        manager.recv(1000)
+
+
+def test_a_daemon_becomes_ready_although_the_socket_was_full(
+    manager: socket.socket, database: str, settings: Path
+) -> None:
+    listen = f"127.0.0.1:{free_port()}"
+    settings.write_text(f'[http]\nlisten = "{listen}"\n')
+    number = fill(manager)
+    with service(manager, database, settings) as daemon:
+        begun = time.monotonic()
+        while not is_ready_at(listen):
+            assert time.monotonic() - begun < PATIENCE and daemon.poll() is None
+        for _ in range(number):
+            manager.recv(1000)
+        told(manager, is_ready)
+        told(manager, lambda message: message == "WATCHDOG=1")
+
+
+def is_ready_at(listen: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"http://{listen}/readyz").is_success
+    return False
 
 
 def test_without_systemd_nothing_is_notified(monkeypatch: pytest.MonkeyPatch) -> None:
