@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sequencerd.cli.commands import ask, connect, on_shards
+from sequencerd.cli.commands import connect, explain, on_shards, tell
 from sequencerd.cli.output import say, say_json, warn
 from sequencerd.definitions import files, json_schema
 from sequencerd.definitions.check import KnownPaths, known_paths
@@ -16,6 +16,7 @@ from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.every_shard import ask
 from sequencerd.storage.statements import QUERIES
 
 
@@ -59,11 +60,11 @@ def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dic
             await connection.close()
 
     async def read_all(arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]) -> int:
-        answers = await ask(arguments, shards, read)
+        answers = await ask(explain(arguments), shards, read)
         for name in names:
             if examples := [one for found in answers.found.values() for one in found[name]]:
                 known[name] = known_paths(examples)
-        return answers.tell()
+        return tell(answers)
 
     if settings.database.url is not None or settings.shards:
         try:

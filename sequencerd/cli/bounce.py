@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import asyncpg
 
-from sequencerd.cli.commands import ask, ask_all, connect, on_shards
+from sequencerd.cli.commands import connect, explain, on_shards
 from sequencerd.cli.output import say
 from sequencerd.core.model import Undeliverable
 from sequencerd.errors import ShardsError
@@ -18,6 +18,7 @@ from sequencerd.runners.suppression_check import spellings
 from sequencerd.settings import Settings
 from sequencerd.storage import suppressions
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.every_shard import ask, ask_all
 
 AGAIN = "the mail server should try again"
 
@@ -41,7 +42,7 @@ async def bounce_command(
         finally:
             await connection.close()
 
-    answers = await ask(arguments, shards, find)
+    answers = await ask(explain(arguments), shards, find)
     found = list(dict.fromkeys(one for ours in answers.found.values() for one in ours))
 
     async def suppress(shard: Shard) -> None:
@@ -52,7 +53,7 @@ async def bounce_command(
             await connection.close()
 
     if found:
-        await ask_all(arguments, shards, suppress, otherwise=AGAIN)
+        await ask_all(explain(arguments), shards, suppress, otherwise=AGAIN)
     for one in found:
         say(f"suppressed {one.address}: {one.reason}")
     if not found and answers.missing:

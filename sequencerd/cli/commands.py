@@ -12,11 +12,11 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Iterator,
-    Mapping,
     Sequence,
 )
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import asyncpg
 from pydantic import SecretStr
@@ -26,10 +26,8 @@ from sequencerd.core.config import nearest
 from sequencerd.errors import (
     ArgumentError,
     DatabaseError,
-    FileError,
     SequencerdError,
     SettingsError,
-    ShardsError,
     UsageError,
 )
 from sequencerd.service.dns import new_loop
@@ -38,11 +36,11 @@ from sequencerd.settings import Settings, load
 from sequencerd.storage import connections, conninfo, migrate, migrations
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, with_hint
+from sequencerd.storage.every_shard import Answers, Explain, ask
 from sequencerd.storage.statements import QUERIES
 
 _T = TypeVar("_T")
 
-AT_ONCE = 8  # shards that a command works on at the same time
 PATIENCE = 60.0  # seconds that a reading command waits for a statement on one of several shards
 
 Command = Callable[[argparse.Namespace, Settings], int]
@@ -138,100 +136,12 @@ def on_shards(run: ShardsCommand) -> Command:
 # --- what is done on every shard
 
 
-class Answers(NamedTuple, Generic[_T]):
-    """What shards have answered, in their order, and why the others have not."""
-
-    found: Mapping[Shard, _T]
-    missing: Mapping[Shard, SequencerdError]
-
-    def lines(self, *, refusals: bool = False) -> list[str]:
-        """Describe what is missing. What only some shards refuse, such as a name that they do not
-        have, is described with `refusals`.
-        """
-        return _named(
-            {
-                shard: error
-                for shard, error in self.missing.items()
-                if refusals or not isinstance(error, UsageError)
-            }
-        )
-
-    def tell(self, *, refusals: bool = False) -> int:
-        """Say what is missing, and return the exit code."""
-        lines = self.lines(refusals=refusals)
-        for line in lines:
-            warn(f"sequencerd: {line}")
-        return int(bool(lines))
-
-
-def _named(errors: Mapping[Shard, SequencerdError]) -> list[str]:
-    return [f"shard {shard.name}: {error}" for shard, error in errors.items()]
-
-
-async def ask(
-    arguments: argparse.Namespace,
-    shards: Iterable[Shard],
-    work: Callable[[Shard], Awaitable[_T]],
-    *,
-    at_once: int = AT_ONCE,
-) -> Answers[_T]:
-    """Do the same on every shard. What fails on one keeps no other from it. Raises SequencerdError
-    if all fail; without [shards], whatever `work` raises.
-    """
-    answers = await ask_each(arguments, list(shards), work, at_once)
-    if not answers.found:
-        raise _one_of(answers.missing)
-    return answers
-
-
-async def ask_all(
-    arguments: argparse.Namespace,
-    shards: Iterable[Shard],
-    work: Callable[[Shard], Awaitable[_T]],
-    *,
-    otherwise: str,
-    at_once: int = AT_ONCE,
-) -> Mapping[Shard, _T]:
-    """The same where no shard may be missing. `otherwise` says in the error what that means."""
-    answers = await ask_each(arguments, list(shards), work, at_once)
-    if answers.missing:
-        error = _one_of(answers.missing)
-        if not answers.found and isinstance(error, UsageError | FileError):
-            raise error
-        raise ShardsError("\n".join([*_named(answers.missing), otherwise]))
-    return answers.found
-
-
-async def ask_each(
-    arguments: argparse.Namespace,
-    shards: Sequence[Shard],
-    work: Callable[[Shard], Awaitable[_T]],
-    at_once: int = AT_ONCE,
-) -> Answers[_T]:
-    """The same, also if all fail. Raises SettingsError: no shard is used with wrong settings."""
-    if shards[0].name is None:
-        return Answers({shards[0]: await work(shards[0])}, {})
-    free = asyncio.Semaphore(at_once)
-
-    async def one(shard: Shard) -> _T | SequencerdError:
-        async with free:
-            try:
-                return await work(shard)
-            except BrokenPipeError:
-                raise  # of the output: the reader has gone
-            except (SequencerdError, *TRANSIENT_ERRORS) as error:
-                return await _explained(arguments, shard, error)
-
-    found: dict[Shard, _T] = {}
-    missing: dict[Shard, SequencerdError] = {}
-    for shard, answer in zip(shards, await asyncio.gather(*map(one, shards)), strict=True):
-        if isinstance(answer, SequencerdError):
-            missing[shard] = answer
-        else:
-            found[shard] = answer
-    if wrong := {shard: one for shard, one in missing.items() if isinstance(one, SettingsError)}:
-        raise SettingsError("\n".join(_named(wrong)))
-    return Answers(found, missing)
+def tell(answers: Answers[_T], *, refusals: bool = False) -> int:
+    """Say what is missing, and return the exit code."""
+    lines = answers.lines(refusals=refusals)
+    for line in lines:
+        warn(f"sequencerd: {line}")
+    return int(bool(lines))
 
 
 async def ask_any(
@@ -242,18 +152,13 @@ async def ask_any(
     """Do something on the first shard that can be reached, for what is the same on all."""
     for shard in shards[:-1]:
         with suppress(DatabaseError):
-            return (await ask(arguments, [shard], work)).found[shard]
-    return (await ask(arguments, shards[-1:], work)).found[shards[-1]]
+            return (await ask(explain(arguments), [shard], work)).found[shard]
+    return (await ask(explain(arguments), shards[-1:], work)).found[shards[-1]]
 
 
-def _one_of(errors: Mapping[Shard, SequencerdError]) -> SequencerdError:
-    """Return one error for those of several shards. What all refuse is the user's mistake."""
-    first, *others = errors.values()
-    is_same = all(str(one) == str(first) for one in others)
-    if isinstance(first, UsageError | FileError) and is_same:
-        return first
-    lines = _named(errors)
-    return ShardsError("\n".join(lines)) if others else type(first)(lines[0])
+def explain(arguments: argparse.Namespace) -> Explain:
+    """Return what explains an error to the user of a command."""
+    return partial(_explained, arguments)
 
 
 async def _explained(

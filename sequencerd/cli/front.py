@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sequencerd.cli.commands import ask_all, connect, on_shards
+from sequencerd.cli.commands import connect, explain, on_shards
 from sequencerd.cli.output import say_lines
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import fdw
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.every_shard import ask_all
 
 
 def fdw_command(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -27,7 +28,7 @@ async def _print(arguments: argparse.Namespace, settings: Settings, shards: Sequ
         await (await connect(shard)).close()
 
     # each must have the number that the front gives it
-    await ask_all(arguments, shards, check, otherwise="the front needs all shards")
+    await ask_all(explain(arguments), shards, check, otherwise="the front needs all shards")
     say_lines(
         fdw.front(
             {

@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 
-from sequencerd.cli.commands import ask, connect, on_shards
+from sequencerd.cli.commands import connect, explain, on_shards, tell
 from sequencerd.cli.ids import labelled
 from sequencerd.cli.output import say, say_json
 from sequencerd.core.config import nearest
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.every_shard import ask
 from sequencerd.storage.statements import QUERIES
 
 
@@ -34,7 +35,7 @@ async def holidays_command(
             await connection.close()
         return added
 
-    answers = await ask(arguments, shards, add)
+    answers = await ask(explain(arguments), shards, add)
     years = ", ".join(map(str, sorted(set(arguments.years))))
     for shard, added in answers.found.items():
         if arguments.json:
@@ -44,7 +45,7 @@ async def holidays_command(
         where = "" if shard.name is None else f"{shard.name}: "
         known = f"; {len(days) - added} were there" if added < len(days) else ""
         say(f"{where}{calendar}: added {added} holidays of {years}{known}")
-    return answers.tell()
+    return tell(answers)
 
 
 def _public_holidays(code: str, years: Collection[int]) -> Mapping[date, str]:

@@ -13,7 +13,15 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import PATIENCE, ask, check_names, connect, on_shards, reading
+from sequencerd.cli.commands import (
+    PATIENCE,
+    check_names,
+    connect,
+    explain,
+    on_shards,
+    reading,
+    tell,
+)
 from sequencerd.cli.ids import Id, labelled, shard_of_id
 from sequencerd.cli.output import is_terminal, laid_out, say, say_json, say_lines, show, warn
 from sequencerd.core.config import parse_json
@@ -23,6 +31,7 @@ from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.every_shard import ask
 from sequencerd.storage.statements import QUERIES
 
 NO_SEQUENCES = "no sequences yet; create one with sequencerd apply FILE"
@@ -44,7 +53,7 @@ async def status_command(
                 await connection.fetch(QUERIES["reported_problems"], arguments.sequence, PROBLEMS),
             )
 
-    answers = await ask(arguments, shards, read)
+    answers = await ask(explain(arguments), shards, read)
     rows = added_up({shard: found for shard, (found, _, _) in answers.found.items()})
     _check_found(rows, arguments.sequence)
     descriptions = [text for _, text, _ in answers.found.values() if text]
@@ -59,7 +68,7 @@ async def status_command(
     if problems and not arguments.json:
         say()
         show(problems[:PROBLEMS], as_json=False, empty="")
-    return answers.tell()
+    return tell(answers)
 
 
 _COUNTS = ("active", "due", "overdue", "failed", "rescheduling")
@@ -117,7 +126,7 @@ async def watch_command(arguments: argparse.Namespace, _: Settings, shards: Sequ
 
         while True:
             begun = loop.time()
-            answers = await ask(arguments, shards, read)
+            answers = await ask(explain(arguments), shards, read)
             rows = added_up(answers.found)
             _check_found(rows, arguments.sequence)
             for row in rows:
@@ -194,14 +203,14 @@ async def list_command(arguments: argparse.Namespace, _: Settings, shards: Seque
             )
             return rows
 
-    answers = await ask(arguments, shards, read)
+    answers = await ask(explain(arguments), shards, read)
     found = ((shard, row) for shard, rows in answers.found.items() for row in rows)
     page = sorted(found, key=lambda one: one[1]["id"])[: arguments.limit]  # the sort is stable
     rows = [labelled(shard, row, arguments.json) for shard, row in page]
     show(rows, arguments.json, empty="no matching enrollments")
     if len(rows) == arguments.limit and not arguments.json:
         warn(f"there may be more; next page: --after {rows[-1]['id']}")
-    return answers.tell()
+    return tell(answers)
 
 
 def _after(shards: Sequence[Shard], id_: Id) -> dict[Shard, int]:
@@ -230,7 +239,7 @@ async def show_enrollment_command(
                 await connection.fetch(QUERIES["history"], number),
             )
 
-    found, events = (await ask(arguments, [shard], read)).found[shard]
+    found, events = (await ask(explain(arguments), [shard], read)).found[shard]
     if not found:
         raise UsageError(f"enrollment {arguments.id} does not exist")
     history = [dict(event) for event in events]
@@ -287,7 +296,7 @@ async def tail_command(arguments: argparse.Namespace, _: Settings, shards: Seque
 
         away: AbstractSet[Shard] = frozenset()
         while True:
-            answers = await ask(arguments, shards, read)
+            answers = await ask(explain(arguments), shards, read)
             new = []
             for shard, rows in answers.found.items():
                 for row in rows:
@@ -301,7 +310,7 @@ async def tail_command(arguments: argparse.Namespace, _: Settings, shards: Seque
             for shard, row in sorted(new, key=lambda one: one[1]["at"]):
                 _print_event(labelled(shard, row, arguments.json, "enrollment_id"), arguments.json)
             if answers.missing.keys() != away:
-                answers.tell()
+                tell(answers)
                 for shard in away - answers.missing.keys():
                     warn(f"sequencerd: shard {shard.name} is back")
             away = answers.missing.keys()

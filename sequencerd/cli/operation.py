@@ -14,14 +14,7 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import (
-    Answers,
-    ask,
-    ask_all,
-    check_names,
-    connect,
-    on_shards,
-)
+from sequencerd.cli.commands import check_names, connect, explain, on_shards, tell
 from sequencerd.cli.ids import Id, by_shard, labelled
 from sequencerd.cli.output import busy, is_terminal, progress_bar, say, say_json, show, warn
 from sequencerd.core.calendar import dates
@@ -33,6 +26,7 @@ from sequencerd.storage import bulk, connections
 from sequencerd.storage.bulk import Done, Selection
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import with_hint
+from sequencerd.storage.every_shard import Answers, ask, ask_all
 from sequencerd.storage.statements import QUERIES
 
 
@@ -63,7 +57,7 @@ async def enroll_command(
         finally:
             await connection.close()
 
-    id_ = (await ask(arguments, [shard], work)).found[shard]
+    id_ = (await ask(explain(arguments), [shard], work)).found[shard]
     if arguments.json:
         say_json(labelled(shard, {"id": id_}, as_json=True))
     else:
@@ -98,18 +92,18 @@ async def change_command(
         return ids, groups
 
     if wanted:  # all or nothing, as of one database
-        found = await ask_all(arguments, wanted, select, otherwise="nothing was changed")
+        found = await ask_all(explain(arguments), wanted, select, otherwise="nothing was changed")
         answers = Answers(found, {})
     else:
-        answers = await ask(arguments, shards, select)
+        answers = await ask(explain(arguments), shards, select)
     groups = _added_up([group for _, found in answers.found.values() for group in found])
     selected = sum(group["count"] for group in groups)
     if (selected > 1 or arguments.dry_run) and not arguments.json:
         show(groups, as_json=False, empty="no matching enrollments")
     if arguments.dry_run:
         _report(arguments, selected, Done())
-        return answers.tell()
-    code = answers.tell()
+        return tell(answers)
+    code = tell(answers)
     if selected > 1 and not arguments.yes:
         confirm(f"{arguments.command} {bulk.count(selected)}?")
     ids = {shard: found for shard, (found, _) in answers.found.items() if found}
@@ -226,7 +220,7 @@ async def _change(
                 await connection.close()
 
         try:
-            code = (await ask(arguments, ids, change)).tell(refusals=True) if ids else 0
+            code = tell(await ask(explain(arguments), ids, change), refusals=True) if ids else 0
         except asyncio.CancelledError:
             warn(f"interrupted: {total.changed:,} of {bulk.count(selected)} done")
             raise
@@ -273,11 +267,11 @@ async def set_status_command(
             await connection.close()
 
     # a shard that is away must not keep a sequence from being paused in the others
-    answers = await ask(arguments, shards, work)
+    answers = await ask(explain(arguments), shards, work)
     rows = [(shard, row) for shard, found in answers.found.items() for row in found]
     if arguments.json:
         say_json([{**labelled(*one, as_json=True), "status": words.status} for one in rows])
-        return answers.tell(refusals=True)
+        return tell(answers, refusals=True)
     for name in names:
         ours = [row for _, row in rows if row["name"] == name]
         already = " already" if all(row["before"] == words.status for row in ours) else ""
@@ -287,4 +281,4 @@ async def set_status_command(
             f"{name} is {words.status}{already}{where if answers.missing else ''}: {count} "
             f"{words.inside}"
         )
-    return answers.tell(refusals=True)
+    return tell(answers, refusals=True)

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from sequencerd.cli.commands import ask, ask_any, connect, on_shards, reading
+from sequencerd.cli.commands import ask_any, connect, explain, on_shards, reading, tell
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import model
@@ -31,6 +31,7 @@ from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import server
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.every_shard import ask
 from sequencerd.storage.statements import QUERIES
 from sequencerd.testing import load, make_runners
 
@@ -120,7 +121,7 @@ async def _simulate_enrollment(
         finally:
             await connection.close()
 
-    started, definitions, now = (await ask(arguments, [shard], read_all)).found[shard]
+    started, definitions, now = (await ask(explain(arguments), [shard], read_all)).found[shard]
     if started is None:
         raise UsageError(f"enrollment {id_} does not exist")
     if arguments.file is not None:
@@ -248,7 +249,7 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
     async def with_counts(
         arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
     ) -> int:
-        answers = await ask(arguments, shards, read_one)
+        answers = await ask(explain(arguments), shards, read_one)
         definitions = {one.sequence.name: one.sequence for one in read}
         counts: Counter[StepKey] = Counter()
         for stored, rows in answers.found.values():
@@ -256,7 +257,7 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
                 definitions = {**stored, **definitions}
             counts.update({(row["sequence"], row["step"]): row["active"] for row in rows})
         say_lines(_drawn(arguments, definitions, counts))
-        return answers.tell()
+        return tell(answers)
 
     return on_shards(with_counts)(arguments, settings)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.cli.commands import Answers, ask, ask_all, connect, on_shards, reading
+from sequencerd.cli.commands import connect, explain, on_shards, reading, tell
 from sequencerd.cli.ids import Id, labelled
 from sequencerd.cli.operation import confirm
 from sequencerd.cli.output import say, say_json, warn
@@ -18,6 +18,7 @@ from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import with_hint
+from sequencerd.storage.every_shard import Answers, ask, ask_all
 from sequencerd.storage.statements import QUERIES
 
 SHOWN = 10  # ids of other enrollments
@@ -70,12 +71,12 @@ async def forget_command(
         async def read(shard: Shard) -> str:
             return await _export(shard, arguments.subject, [])
 
-        exported = await ask_all(arguments, shards, read, otherwise=NEEDS_ALL)
+        exported = await ask_all(explain(arguments), shards, read, otherwise=NEEDS_ALL)
         texts = [text for document in exported.values() for text in _texts(document)]
 
     async def forget(*, commit: bool) -> Answers[Forgotten]:
         return await ask(
-            arguments,
+            explain(arguments),
             shards,
             lambda shard: _forget(shard, arguments.subject, texts, commit=commit),
         )
@@ -119,7 +120,7 @@ def _added_up(answers: Answers[Forgotten]) -> Forgotten:
 
 
 def _tell(answers: Answers[Forgotten]) -> int:
-    if code := answers.tell(refusals=True):
+    if code := tell(answers, refusals=True):
         warn("what these shards hold is not forgotten: repeat the command when they can be reached")
     return code
 
@@ -168,10 +169,10 @@ async def export_subject_command(
     def reading_with(texts: Sequence[Text]) -> Callable[[Shard], Awaitable[str]]:
         return lambda shard: _export(shard, arguments.subject, texts)
 
-    answers = await ask(arguments, shards, reading_with([]))
+    answers = await ask(explain(arguments), shards, reading_with([]))
     if len(shards) > 1:  # of the addresses that one knows, others may have suppressions
         texts = [text for document in answers.found.values() for text in _texts(document)]
-        answers = await ask(arguments, shards, reading_with(texts))
+        answers = await ask(explain(arguments), shards, reading_with(texts))
     exported: dict[str, Any] = {}
     for shard, document in answers.found.items():
         for key, value in json.loads(document).items():
@@ -180,7 +181,7 @@ async def export_subject_command(
             else:
                 exported.setdefault(key, value)
     say_json(exported, indent=2)
-    return answers.tell()
+    return tell(answers)
 
 
 async def _export(shard: Shard, subject: str, texts: Sequence[Text]) -> str:

@@ -13,12 +13,12 @@ from sequencerd import daemon, passwords
 from sequencerd.cli import install_service
 from sequencerd.cli.commands import (
     apply_migrations,
-    ask,
-    ask_each,
     connect,
+    explain,
     on_shards,
     read_settings,
     shards_of,
+    tell,
 )
 from sequencerd.cli.output import say, say_lines, warn
 from sequencerd.errors import DatabaseError, UsageError
@@ -26,6 +26,7 @@ from sequencerd.service.logs import make_log
 from sequencerd.settings import Settings
 from sequencerd.storage import connections, migrate
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.every_shard import ask, ask_each
 from sequencerd.storage.statements import QUERIES
 
 SHORTEST_PASSWORD = 8  # characters
@@ -99,7 +100,7 @@ async def migrate_command(
             )
 
     # one by one: the roles belong to all shards of a server
-    return (await ask(arguments, shards, work, at_once=1)).tell()
+    return tell(await ask(explain(arguments), shards, work, at_once=1))
 
 
 async def _numbers(
@@ -127,7 +128,7 @@ async def _numbers(
 
     if not shards:
         return set(), []
-    answers = await ask_each(arguments, shards, has_number)
+    answers = await ask_each(explain(arguments), shards, has_number)
     return {
         shard for shard, is_numbered in answers.found.items() if not is_numbered
     }, answers.lines()
@@ -158,8 +159,8 @@ async def grants_command(
             warn("nothing is missing: the roles have all privileges")
         return True
 
-    answers = await ask(arguments, shards, work, at_once=1)
-    return answers.tell() or int(not all(answers.found.values()))
+    answers = await ask(explain(arguments), shards, work, at_once=1)
+    return tell(answers) or int(not all(answers.found.values()))
 
 
 def _warn_of(ungranted: list[migrate.Ungranted]) -> None:

@@ -1,4 +1,4 @@
-"""One plan of those of several shards: their counts are added up, and what differs is named."""
+"""A plan for several shards: counts are added up, what differs is named, and all or none get it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,61 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 
+from sequencerd.definitions import plan
+from sequencerd.definitions.compiler import Definition, Runners
 from sequencerd.definitions.plan import Entering, Plan, SequencePlan, Waiting, refusals
+from sequencerd.storage.change_of_shards import Change
+from sequencerd.storage.connections import Shard
+from sequencerd.storage.statements import QUERIES
 
 _Parts = Mapping[str, SequencePlan]
 """The plans of one sequence, by shard."""
+
+
+async def apply(
+    change: Change,
+    definitions: Sequence[Definition],
+    runners: Runners,
+    *,
+    moves: Mapping[str, str] | None = None,
+    prune: bool = False,
+    expected: str | None = None,
+    brake: int | None = None,
+    from_files: bool = True,
+) -> Plan:
+    """Do what `plan.apply` does on every shard of a change, for the caller to commit."""
+
+    async def lock(shard: Shard) -> None:
+        await change.connections[shard].execute(QUERIES["lock_definitions"])
+
+    async def make(shard: Shard) -> Plan:
+        connection = change.connections[shard]
+        return await plan.make(connection, definitions, runners, moves=moves, prune=prune)
+
+    async def write(shard: Shard) -> None:
+        await plan.write(
+            change.connections[shard],
+            plans[shard],
+            definitions,
+            brake=brake,
+            from_files=from_files,
+        )
+
+    # in one order, or two at the same time could wait for each other
+    await change.on_each(lock, at_once=1)
+    plans = await change.on_each(make)
+    merged = merge({shard.name: one for shard, one in plans.items()})
+    plan.check(merged, expected)
+    await change.on_each(write)
+    return merged
+
+
+def again(how: str) -> str:
+    """Say how a change is completed that only some shards have."""
+    return (
+        f"repeat {how} when all can be reached: it completes the others, and changes nothing where "
+        "the revision is"
+    )
 
 
 def merge(plans: Mapping[str | None, Plan]) -> Plan:
@@ -61,8 +112,8 @@ def _alike(parts: _Parts) -> Sequence[_Parts]:
 def _merge_one(parts: _Parts) -> SequencePlan:
     plans = list(parts.values())
     at_step: Counter[str] = Counter()
-    for plan in plans:
-        at_step.update(plan.at_step)
+    for one in plans:
+        at_step.update(one.at_step)
     return replace(
         plans[0],
         revision=max((plan.revision for plan in plans if plan.revision), default=None),

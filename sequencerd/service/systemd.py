@@ -7,7 +7,6 @@ import socket
 import sys
 import time
 
-
 _unsent: dict[str, str] = {}
 """Messages for which systemd's socket had no room: the last of each kind."""
 

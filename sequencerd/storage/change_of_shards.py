@@ -1,0 +1,151 @@
+"""A change of several shards: prepared on all of them before it is committed on any."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple, TypeVar
+
+import asyncpg
+from asyncpg.transaction import Transaction
+
+from sequencerd.errors import SequencerdError, ShardsError
+from sequencerd.storage.connections import Shard
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.every_shard import AT_ONCE, Explain, ask_all
+from sequencerd.storage.statements import QUERIES
+
+COMMITTING = 30.0  # seconds for a commit, and to find out what became of it
+CLOSING = 5.0  # seconds
+NOTHING = "nothing was changed in any shard"
+
+_T = TypeVar("_T")
+
+Connect = Callable[[Shard], Awaitable[asyncpg.Connection]]
+
+
+class Words(NamedTuple):
+    """How a change is described where only some shards have it."""
+
+    what: str  # such as "the revision"
+    again: str  # what completes it
+
+
+class Change:
+    """A transaction on each of several shards; on one, it is a transaction."""
+
+    def __init__(self, explain: Explain, shards: Sequence[Shard], connect: Connect) -> None:
+        self.connections: dict[Shard, asyncpg.Connection] = {}
+        self._explain = explain
+        self._shards = shards
+        self._connect = connect
+        self._transactions: dict[Shard, Transaction] = {}
+
+    async def begin(self) -> None:
+        """Begin the transactions. Raises SequencerdError if one shard cannot be reached."""
+        await self.on_each(self._begin)
+
+    async def _begin(self, shard: Shard) -> None:
+        connection = self.connections[shard] = await self._connect(shard)
+        self._transactions[shard] = connection.transaction()
+        await self._transactions[shard].start()
+
+    async def on_each(
+        self, work: Callable[[Shard], Awaitable[_T]], *, at_once: int = AT_ONCE
+    ) -> dict[Shard, _T]:
+        """Do a part of the work on every shard. Raises SequencerdError if one refuses."""
+        return {
+            **await ask_all(self._explain, self._shards, work, otherwise=NOTHING, at_once=at_once)
+        }
+
+    async def commit(self, words: Words, warn: Callable[[str], None]) -> None:
+        """Commit on one shard after the other, if all can. Raises ShardsError, with where a
+        failure leaves them; an interruption is described by `warn`.
+        """
+        ids = await self.on_each(self._prepare)
+        done: list[str] = []
+        failed: dict[str, str] = {}
+        unknown: list[str] = []
+        for shard in self._shards:
+            try:
+                await asyncio.wait_for(self._transactions[shard].commit(), COMMITTING)
+            except asyncio.CancelledError:
+                if shard.name is not None:
+                    left = [str(one.name) for one in self._shards if str(one.name) not in done]
+                    left.remove(shard.name)
+                    where = _where(words, done, left, [*unknown, shard.name])
+                    warn(f"interrupted: {where}; {words.again}")
+                raise
+            except TRANSIENT_ERRORS as error:
+                if shard.name is None:
+                    raise
+                outcome = await self._outcome(shard, ids[shard])
+                if outcome != "committed":
+                    failed[shard.name] = f"shard {shard.name}: {error or 'it does not answer'}"
+                if outcome is None:
+                    unknown.append(shard.name)
+                elif outcome == "aborted" and not done and not unknown:
+                    raise ShardsError(f"{failed[shard.name]}\n{NOTHING}") from error
+            if shard.name is not None and shard.name not in failed:
+                done.append(shard.name)
+        if failed:
+            where = f"{_where(words, done, failed, unknown)}; {words.again}"
+            raise ShardsError("\n".join([*failed.values(), where]))
+
+    async def _prepare(self, shard: Shard) -> str | None:
+        """Find out now what the commit would refuse. Return the id of the transaction."""
+        connection = self.connections[shard]
+        await connection.execute(QUERIES["check_constraints"])
+        id_: str | None = await connection.fetchval(QUERIES["transaction_id"])
+        return id_
+
+    async def _outcome(self, shard: Shard, transaction_id: str | None) -> str | None:
+        """Return whether a transaction was committed, or aborted; None if its shard cannot tell."""
+        if transaction_id is None:  # it has written nothing
+            return "committed"
+        with suppress(SequencerdError, *TRANSIENT_ERRORS):
+            async with asyncio.timeout(COMMITTING):
+                connection = await self._connect(shard)
+                try:
+                    while True:
+                        outcome: str | None = await connection.fetchval(
+                            QUERIES["transaction_outcome"], transaction_id
+                        )
+                        if outcome != "in progress":
+                            return outcome
+                        await asyncio.sleep(0.1)
+                finally:
+                    connection.terminate()
+        return None
+
+    async def close(self) -> None:
+        """Roll back what is not committed."""
+        for connection in self.connections.values():
+            with suppress(*TRANSIENT_ERRORS):
+                await connection.close(timeout=CLOSING)
+
+
+def _where(
+    words: Words, done: Collection[str], failed: Collection[str], unknown: Collection[str]
+) -> str:
+    undone = [name for name in failed if name not in unknown]
+    parts = (
+        (f"{words.what} is in ", done),
+        ("not in ", undone),
+        ("whether it is in the following is not known: ", unknown),
+    )
+    return ", ".join(f"{text}{', '.join(names)}" for text, names in parts if names)
+
+
+@asynccontextmanager
+async def changing(
+    explain: Explain, shards: Sequence[Shard], connect: Connect
+) -> AsyncIterator[Change]:
+    """Begin a change of several shards; what is not committed in the block is rolled back."""
+    change = Change(explain, shards, connect)
+    try:
+        await change.begin()
+        yield change
+    finally:
+        await change.close()

@@ -1,0 +1,123 @@
+"""What is done on every shard, with an account of where it failed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from sequencerd.errors import (
+    FileError,
+    SequencerdError,
+    SettingsError,
+    ShardsError,
+    UsageError,
+)
+from sequencerd.storage.connections import Shard
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+
+_T = TypeVar("_T")
+
+AT_ONCE = 8  # shards that are worked on at the same time
+
+Explain = Callable[[Shard, BaseException], Awaitable[SequencerdError]]
+"""Returns what an error of a shard means to the user."""
+
+
+class Answers(NamedTuple, Generic[_T]):
+    """What shards have answered, in their order, and why the others have not."""
+
+    found: Mapping[Shard, _T]
+    missing: Mapping[Shard, SequencerdError]
+
+    def lines(self, *, refusals: bool = False) -> list[str]:
+        """Describe what is missing. What only some shards refuse, such as a name that they do not
+        have, is described with `refusals`.
+        """
+        return _named(
+            {
+                shard: error
+                for shard, error in self.missing.items()
+                if refusals or not isinstance(error, UsageError)
+            }
+        )
+
+
+def _named(errors: Mapping[Shard, SequencerdError]) -> list[str]:
+    return [f"shard {shard.name}: {error}" for shard, error in errors.items()]
+
+
+async def ask(
+    explain: Explain,
+    shards: Iterable[Shard],
+    work: Callable[[Shard], Awaitable[_T]],
+    *,
+    at_once: int = AT_ONCE,
+) -> Answers[_T]:
+    """Do the same on every shard. What fails on one keeps no other from it. Raises SequencerdError
+    if all fail; without [shards], whatever `work` raises.
+    """
+    answers = await ask_each(explain, list(shards), work, at_once)
+    if not answers.found:
+        raise _one_of(answers.missing)
+    return answers
+
+
+async def ask_all(
+    explain: Explain,
+    shards: Iterable[Shard],
+    work: Callable[[Shard], Awaitable[_T]],
+    *,
+    otherwise: str,
+    at_once: int = AT_ONCE,
+) -> Mapping[Shard, _T]:
+    """The same where no shard may be missing. `otherwise` says in the error what that means."""
+    answers = await ask_each(explain, list(shards), work, at_once)
+    if answers.missing:
+        error = _one_of(answers.missing)
+        if not answers.found and isinstance(error, UsageError | FileError):
+            raise error
+        raise ShardsError("\n".join([*_named(answers.missing), otherwise]))
+    return answers.found
+
+
+async def ask_each(
+    explain: Explain,
+    shards: Sequence[Shard],
+    work: Callable[[Shard], Awaitable[_T]],
+    at_once: int = AT_ONCE,
+) -> Answers[_T]:
+    """The same, also if all fail. Raises SettingsError: no shard is used with wrong settings."""
+    if shards[0].name is None:
+        return Answers({shards[0]: await work(shards[0])}, {})
+    free = asyncio.Semaphore(at_once)
+
+    async def one(shard: Shard) -> _T | SequencerdError:
+        async with free:
+            try:
+                return await work(shard)
+            except BrokenPipeError:
+                raise  # of the output: the reader has gone
+            except (SequencerdError, *TRANSIENT_ERRORS) as error:
+                return await explain(shard, error)
+
+    found: dict[Shard, _T] = {}
+    missing: dict[Shard, SequencerdError] = {}
+    for shard, answer in zip(shards, await asyncio.gather(*map(one, shards)), strict=True):
+        if isinstance(answer, SequencerdError):
+            missing[shard] = answer
+        else:
+            found[shard] = answer
+    if wrong := {shard: one for shard, one in missing.items() if isinstance(one, SettingsError)}:
+        raise SettingsError("\n".join(_named(wrong)))
+    return Answers(found, missing)
+
+
+def _one_of(errors: Mapping[Shard, SequencerdError]) -> SequencerdError:
+    """Return one error for those of several shards. What all refuse is the user's mistake."""
+    first, *others = errors.values()
+    is_same = all(str(one) == str(first) for one in others)
+    if isinstance(first, UsageError | FileError) and is_same:
+        return first
+    lines = _named(errors)
+    return ShardsError("\n".join(lines)) if others else type(first)(lines[0])
