@@ -11,26 +11,29 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, explain, fetch, on_database, on_shards, reading, tell
+from sequencerd.cli.commands import connect, explain, fetch, on_shards, reading, tell
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core.describe import text
 from sequencerd.definitions import files, plan, plan_of_shards
 from sequencerd.definitions.diff import describe_revision, parse_document
 from sequencerd.definitions.original import place
 from sequencerd.definitions.original.read import Source, read
+from sequencerd.definitions.original.report import Import
 from sequencerd.definitions.original.translate import Choices
 from sequencerd.definitions.plan import Plan
 from sequencerd.definitions.plan_of_shards import again
 from sequencerd.definitions.yaml_writer import to_yaml
-from sequencerd.errors import PlanError, UsageError
+from sequencerd.errors import ArgumentError, PlanError, UsageError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
 from sequencerd.storage import connections
 from sequencerd.storage.change_of_shards import Words, changing
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.every_shard import ask
-from sequencerd.storage.statements import QUERIES
 
+IMPORT_AGAIN = (
+    "repeat the command when all can be reached: it imports what is missing, and nothing twice"
+)
 CHANGES = 2  # the exit code that `plan --detailed-exitcode` has for them, as elsewhere
 
 
@@ -186,35 +189,35 @@ async def export_command(
     return tell(answers)
 
 
-@on_database
-async def import_command(arguments: argparse.Namespace, settings: Settings, shard: Shard) -> int:
+@on_shards
+async def import_command(
+    arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
+) -> int:
+    if len(shards) > 1 and arguments.original is None:
+        raise ArgumentError("specify the original's database: import-original --database URL")
     runners = registry.make_runners(settings)
-    ours = await connect(shard)
-    there = None
-    try:
-        there = await connections.connect(Shard(arguments.original or shard.url))
-        source = Source(
-            there,
-            schema=arguments.schema,
-            lookup=arguments.lookup,
-            only=arguments.only,
-            choices=Choices(arguments.conditional, arguments.past_dates),
-        )
-        found = await read(source, ours, runners)
-        transaction = ours.transaction()
-        await transaction.start()
+    async with changing(explain(arguments), shards, connect) as change:
+        there = await connections.connect(Shard(arguments.original or shards[0].url))
         try:
-            await place.apply(source, ours, found, runners)
-            if arguments.apply and not found.questions:
-                await ours.execute(QUERIES["leave_original_ids"])
-        except BaseException:
-            await transaction.rollback()
-            raise
+            source = Source(
+                there,
+                schema=arguments.schema,
+                lookup=arguments.lookup,
+                only=arguments.only,
+                choices=Choices(arguments.conditional, arguments.past_dates),
+            )
+
+            async def read_for(shard: Shard) -> Import:
+                return await read(source, change.connections[shard], runners)
+
+            parts = await change.on_each(read_for, at_once=1)  # by one connection there
+            found = await place.apply(source, change, parts, runners)
+        finally:
+            await there.close()
         is_done = arguments.apply and not found.questions
-        await (transaction.commit() if is_done else transaction.rollback())
-    finally:
-        for connection in filter(None, (ours, there)):
-            await connection.close()
+        if is_done:
+            await place.leave_ids(change)
+            await change.commit(Words("the import", IMPORT_AGAIN), warn)
     if arguments.json:
         say_json(found.as_dict())
     else:

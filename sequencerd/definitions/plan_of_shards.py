@@ -120,11 +120,11 @@ def _merge_one(parts: _Parts) -> SequencePlan:
         at_step=dict(at_step),
         named=tuple(dict.fromkeys(naming for plan in plans for naming in plan.named)),
         waiting=tuple(_waiting(plan.waiting for plan in plans)),
-        empty_calendars=_sentences({shard: plan.empty_calendars for shard, plan in parts.items()}),
-        missing=_sentences({shard: plan.missing for shard, plan in parts.items()}),
+        empty_calendars=sentences({shard: plan.empty_calendars for shard, plan in parts.items()}),
+        missing=sentences({shard: plan.missing for shard, plan in parts.items()}),
         entering=_entering(parts),
-        unlisted_topics=_sentences({shard: plan.unlisted_topics for shard, plan in parts.items()}),
-        limits=_sentences({shard: plan.limits for shard, plan in parts.items()}),
+        unlisted_topics=sentences({shard: plan.unlisted_topics for shard, plan in parts.items()}),
+        limits=sentences({shard: plan.limits for shard, plan in parts.items()}),
         shards=tuple(parts),
     )
 
@@ -140,7 +140,7 @@ def _waiting(found: Iterable[Sequence[Waiting]]) -> Iterable[Waiting]:
     return by_step.values()
 
 
-def _sentences(by_shard: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def sentences(by_shard: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Return each sentence once, with the shards for which it holds if these are not all."""
     shards: dict[str, list[str]] = {}
     for shard, sentences in by_shard.items():
@@ -156,7 +156,7 @@ def _entering(parts: _Parts) -> Entering | str | None:
     found = {shard: plan.entering for shard, plan in parts.items()}
     known = [one for one in found.values() if isinstance(one, Entering)]
     if len(known) < len(found) or any(one.found > one.at_most for one in known):
-        return "; ".join(_sentences({shard: [str(one)] for shard, one in found.items() if one}))
+        return "; ".join(sentences({shard: [str(one)] for shard, one in found.items() if one}))
     faults: Counter[str] = Counter()
     for one in known:
         faults.update(one.faults)

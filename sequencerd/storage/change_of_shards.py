@@ -59,6 +59,10 @@ class Change:
             **await ask_all(self._explain, self._shards, work, otherwise=NOTHING, at_once=at_once)
         }
 
+    async def on(self, shard: Shard, work: Callable[[Shard], Awaitable[_T]]) -> _T:
+        """Do a part of the work on one shard. Raises SequencerdError if it refuses."""
+        return (await ask_all(self._explain, [shard], work, otherwise=NOTHING))[shard]
+
     async def commit(self, words: Words, warn: Callable[[str], None]) -> None:
         """Commit on one shard after the other, if all can. Raises ShardsError, with where a
         failure leaves them; an interruption is described by `warn`.

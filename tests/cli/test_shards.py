@@ -33,8 +33,8 @@ ELSEWHERE = {
     "console": "tests/console/test_shards.py",
     "watch": "below",
     "tail": "below",
+    "import-original": "tests/definitions/test_import_into_shards.py",
 }
-ONE_ONLY = {"import-original"}
 LISTED = ["id ", "a/1", "b/1", "a/2", "b/2"]
 EXAMPLES: dict[str, tuple[list[str], Callable[[str], object]]] = {
     "apply": (["s.yaml"], lambda out: out == "s: nothing changed\n"),
@@ -77,7 +77,7 @@ steps:
 def test_every_command_works_on_all_shards(filled: Command, tmp_path: Path) -> None:
     (commands,) = (one.choices for one in make_parser()._actions if one.dest == "command")
     assert commands is not None
-    assert {*commands} == {*EXAMPLES} | NO_DATABASE | {*ELSEWHERE} | ONE_ONLY
+    assert {*commands} == {*EXAMPLES} | NO_DATABASE | {*ELSEWHERE}
     (tmp_path / "m.yaml").write_text(MESSAGE)
     for command, (arguments, is_right) in EXAMPLES.items():
         code = 1 if command == "send-test" else 0  # no server is set
@@ -85,12 +85,6 @@ def test_every_command_works_on_all_shards(filled: Command, tmp_path: Path) -> N
         assert is_right(printed), f"{command}: {printed}{filled.errors}"
         if command == "enroll":
             assert filled("list", "--subject", "new").count("new") == 1
-
-
-def test_a_command_that_brings_enrollments_takes_one_shard(filled: Command) -> None:
-    for command in ONE_ONLY:
-        filled(command, code=2)
-        assert "specify a shard with --shard; available: a, b" in filled.errors
 
 
 def test_pages_of_a_list_go_through_all_shards(filled: Command) -> None:

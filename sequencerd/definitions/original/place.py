@@ -1,4 +1,4 @@
-"""Writes the original's enrollments where they are, in batches."""
+"""Writes the original's enrollments where they are, each in its shard, in batches."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any, Literal, NamedTuple
 import asyncpg
 
 from sequencerd.core.describe import visible
+from sequencerd.core.routing import ShardNumber, shard_of
 from sequencerd.core.step_types import is_goal, is_instant
 from sequencerd.definitions import plan
 from sequencerd.definitions.compiler import Runners
 from sequencerd.definitions.original.read import Source
-from sequencerd.definitions.original.report import At, Import, Sequenced
+from sequencerd.definitions.original.report import At, Import, Sequenced, merge
 from sequencerd.definitions.original.translate import Choices, is_past
 from sequencerd.storage import server
+from sequencerd.storage.change_of_shards import Change
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 BATCH = 5000  # enrollments in memory
@@ -71,23 +74,59 @@ class Row(NamedTuple):
     made_at: datetime | None
 
 
-async def apply(source: Source, ours: asyncpg.Connection, found: Import, runners: Runners) -> None:
-    """Write all that was read, in a transaction of the caller's; count it, and ask what is open."""
-    await plan.apply(ours, found.definitions, runners)
-    for one in found.sequences.values():
-        if not one.is_here:
-            mark = f"{one.original_id} {one.title}"
-            steps = one.step_names
-            await ours.execute(QUERIES["mark_sequence"], one.name, mark)
-            await ours.execute(QUERIES["mark_steps"], one.name, [*steps.values()], [*steps])
-    writer = _Writer(ours, found, source.choices, await server.server_time(ours))
+async def apply(
+    source: Source, change: Change, found: Mapping[Shard, Import], runners: Runners
+) -> Import:
+    """Write what was read for each shard, for the caller to commit; count it all, and ask what is
+    open. Of some shards only, the rows of the others are passed over.
+    """
+
+    async def begin(shard: Shard) -> _Writer:
+        ours, result = change.connections[shard], found[shard]
+        await plan.apply(ours, result.definitions, runners)
+        for one in result.sequences.values():
+            if not one.is_here:
+                mark = f"{one.original_id} {one.title}"
+                steps = one.step_names
+                await ours.execute(QUERIES["mark_sequence"], one.name, mark)
+                await ours.execute(QUERIES["mark_steps"], one.name, [*steps.values()], [*steps])
+        return _Writer(ours, result, source.choices, await server.server_time(ours))
+
+    writers = await change.on_each(begin)
+    numbers = {shard: shard.number or ShardNumber(0, 1) for shard in found}
+    by_number = {number: shard for shard, (number, _) in numbers.items()}
+    shards = next(iter(numbers.values())).shards
     query = source.query("original_runners", await source.optional())
     async with source.connection.transaction(readonly=True):
         await source.connection.execute(QUERIES["use_utc"])
-        async for row in source.connection.cursor(query, prefetch=BATCH):
-            await writer.add(Row(*row))
-    await writer.flush()
-    found.questions += _questions(found, source.choices)
+        async for values in source.connection.cursor(query, prefetch=BATCH):
+            row = Row(*values)
+            shard = by_number.get(shard_of(row.subject or "", shards))
+            if shard is not None and writers[shard].add(row):
+                await change.on(shard, writers[shard].flush)
+    for shard, writer in writers.items():
+        await change.on(shard, writer.flush)
+    result = merge({str(shard.name): one for shard, one in found.items()})
+    result.questions += _questions(result, source.choices)
+    return result
+
+
+async def leave_ids(change: Change) -> None:
+    """Let later enrollments in any shard get ids that none of the original has in another."""
+
+    async def read(shard: Shard) -> int | None:
+        highest: int | None = await change.connections[shard].fetchval(
+            QUERIES["highest_original_id"]
+        )
+        return highest
+
+    highest = max(filter(None, (await change.on_each(read)).values()), default=None)
+
+    async def write(shard: Shard) -> None:
+        await change.connections[shard].execute(QUERIES["leave_original_ids"], highest)
+
+    if highest is not None:
+        await change.on_each(write)
 
 
 def _questions(found: Import, choices: Choices) -> list[str]:
@@ -156,17 +195,16 @@ class _Writer:
         }
         self._batch: list[Entry] = []
 
-    async def add(self, row: Row) -> None:
-        """Place a row, or say why it has no place."""
+    def add(self, row: Row) -> bool:
+        """Place a row, or say why it has no place. Return whether the batch is to be written."""
         if row.sequence in self._found.unwanted and row.step not in self._places:
-            return
+            return False
         placed = self._place(row)
         if isinstance(placed, str):
             self._leave_out(placed, row.id)
-            return
+            return False
         self._batch.append(placed)
-        if len(self._batch) == BATCH:
-            await self.flush()
+        return len(self._batch) == BATCH
 
     def _leave_out(self, reason: str, id_: str) -> None:
         self._found.left_out.setdefault(reason, []).append(id_)
@@ -237,7 +275,7 @@ class _Writer:
             note=note,
         )
 
-    async def flush(self) -> None:
+    async def flush(self, _: Shard) -> None:
         """Write the batch."""
         batch, self._batch = self._batch, []
         await self._write(batch)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sequencerd.definitions.compiler import Definition
 from sequencerd.definitions.diff import Document
+from sequencerd.definitions.plan_of_shards import sentences
 
 SHOWN = 5
 STATUSES = ("active", "completed", "cancelled")
@@ -105,6 +106,30 @@ class Import:
             "errors": self.errors,
             "warnings": self.warnings,
         }
+
+
+def merge(parts: Mapping[str, Import]) -> Import:
+    """Return the imports of several shards as one; of one, it is the same."""
+    first, *others = parts.values()
+    if not others:
+        return first
+    result = Import(
+        errors=[*sentences({shard: one.errors for shard, one in parts.items()})],
+        warnings=[*sentences({shard: one.warnings for shard, one in parts.items()})],
+    )
+    for part in parts.values():
+        for id_, one in part.sequences.items():
+            key = f"{id_} {one.name}"  # it may have been renamed in some
+            known = result.sequences.get(key, one)
+            result.sequences[key] = replace(one, is_here=one.is_here and known.is_here)
+        result.counts += part.counts
+        result.already_here += part.already_here
+        result.elsewhere += part.elsewhere
+        result.at_conditionals += part.at_conditionals
+        result.at_past_dates += part.at_past_dates
+        for reason, ids in part.left_out.items():
+            result.left_out.setdefault(reason, []).extend(ids)
+    return result
 
 
 def _by_step(counts: Counter[At]) -> list[dict[str, Any]]:

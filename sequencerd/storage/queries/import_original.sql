@@ -90,13 +90,14 @@ WITH given AS (
 SELECT g.original_id, w.id IS NOT NULL AS is_written
   FROM given AS g LEFT JOIN written AS w USING (original_id);
 
+-- name: highest_original_id
+-- Read the highest id that an imported enrollment had in the original.
+SELECT max(original_id::bigint) FROM sequencer.enrollments WHERE original_id ~ '^[0-9]{1,15}$';
+
 -- name: leave_original_ids
--- Let later enrollments get ids that no enrollment of the original has, so that both can be told
--- apart.
-SELECT setval('sequencer.enrollments_id_seq', m.id) FROM (
-    SELECT max(original_id::bigint) AS id FROM sequencer.enrollments
-     WHERE original_id ~ '^[0-9]{1,15}$') AS m
- WHERE m.id > coalesce(pg_sequence_last_value('sequencer.enrollments_id_seq'), 0);
+-- Let later enrollments get ids above one, so that they can be told from those of the original.
+SELECT setval('sequencer.enrollments_id_seq', $1::bigint)
+ WHERE $1::bigint > coalesce(pg_sequence_last_value('sequencer.enrollments_id_seq'), 0);
 
 -- name: use_utc
 -- Set the time zone of the transaction to UTC.
