@@ -110,6 +110,7 @@ CREATE TABLE sequencer.sequences (
     revision   integer NOT NULL DEFAULT 1,
     from_file  boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT now(),
+    resumed_at timestamptz,
     CONSTRAINT after_has_reentry_after CHECK ((reentry = 'after') = (reentry_after IS NOT NULL)),
     CONSTRAINT brake_at_most_has_brake_per CHECK ((brake_at_most IS NULL) = (brake_per IS NULL)),
     CONSTRAINT apply_brake_has_apply_brake_until
@@ -136,6 +137,7 @@ COMMENT ON COLUMN sequencer.sequences.brake_per IS 'The period of the brake, in 
 COMMENT ON COLUMN sequencer.sequences.apply_brake IS 'Set by apply --brake: a brake of so many in an hour, in place of the other until apply_brake_until.';
 COMMENT ON COLUMN sequencer.sequences.revision IS 'A new number for each transaction that changes the sequence or its steps; unique across sequences.';
 COMMENT ON COLUMN sequencer.sequences.from_file IS 'Whether it was applied from a file: apply --prune archives it when no file defines it any more.';
+COMMENT ON COLUMN sequencer.sequences.resumed_at IS 'When it was last resumed after a pause: nothing in it was due before.';
 
 CREATE TABLE sequencer.steps (
     sequence      text COLLATE "C" NOT NULL
@@ -480,6 +482,8 @@ CREATE TABLE sequencer.lateness (
     step     text COLLATE "C" NOT NULL,
     at       timestamptz NOT NULL,
     times    bigint NOT NULL,
+    over_minute bigint NOT NULL,
+    over_ten_minutes bigint NOT NULL,
     longest  real NOT NULL,
     is_hour  boolean NOT NULL DEFAULT false
 );
@@ -490,6 +494,8 @@ CREATE INDEX lateness_of_claims ON sequencer.lateness (at) WHERE NOT is_hour;
 
 COMMENT ON TABLE  sequencer.lateness IS 'How many enrollments began their step more than ten seconds after they were due, and how late; kept for 400 days.';
 COMMENT ON COLUMN sequencer.lateness.at IS 'When they began; of a whole hour, when that began.';
+COMMENT ON COLUMN sequencer.lateness.over_minute IS 'How many of these were more than a minute late.';
+COMMENT ON COLUMN sequencer.lateness.over_ten_minutes IS 'How many of these were more than ten minutes late.';
 COMMENT ON COLUMN sequencer.lateness.longest IS 'How late the last of them began, in seconds.';
 
 
@@ -993,6 +999,9 @@ BEGIN
     -- once per transaction: if this transaction has made this version of the row, it has a new one already
     NEW.revision := CASE WHEN OLD.xmin = pg_current_xact_id()::xid AND OLD.name = NEW.name
                          THEN OLD.revision ELSE sequencer.next_revision() END;
+    IF OLD.status = 'paused' AND NEW.status <> 'paused' THEN
+        NEW.resumed_at := clock_timestamp();
+    END IF;
     RETURN NEW;
 END $$;
 

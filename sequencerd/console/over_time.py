@@ -29,6 +29,7 @@ MEASURES = {
     "failed": "Failed",
     "late": "Began late",
 }
+LATENESS = {"over_minute": "Over 1 min late", "over_ten_minutes": "Over 10 min late"}
 LONGEST = "longest"  # delay
 UNITS = {"hour": timedelta(hours=1), "day": timedelta(days=1)}
 USUAL = {"hour": timedelta(hours=48), "day": timedelta(days=14)}  # that is shown
@@ -128,7 +129,7 @@ async def read(
             rows.append({**row, "at": _floor(row["at"], chosen.unit)})
     arrivals = _Arrivals(definitions)
     times: dict[str, defaultdict[StepKey, Counter[datetime]]] = {
-        measure: defaultdict(Counter) for measure in MEASURES
+        measure: defaultdict(Counter) for measure in (*MEASURES, *LATENESS)
     }
     for row in rows:
         key = row["sequence"], row["step"]
@@ -150,8 +151,10 @@ async def read(
     for row in late:
         if step not in (None, row["step"]):
             continue
-        times["late"][row["sequence"], row["step"]][row["at"]] += row["times"]
-        longest[row["sequence"], row["step"]][row["at"]] = row["longest"]
+        key = row["sequence"], row["step"]
+        for measure in ("late", *LATENESS):
+            times[measure][key][row["at"]] += row[measure]
+        longest[key][row["at"]] = row["longest"]
     if step is not None:
         for by_step in times.values():
             for key in [key for key in by_step if key[1] != step]:
@@ -220,18 +223,19 @@ def _skipped(sequence: str, step: Step | None, action: str) -> StepKey | None:
 
 _COLUMNS = (
     *(Column(key, title, "number", optional=key == "late") for key, title in MEASURES.items()),
+    *(Column(key, title, "number", optional=True) for key, title in LATENESS.items()),
     Column(LONGEST, "Longest delay", "duration", optional=True),
 )
 
 
 def by_time(activity: Activity, chosen: Range, query: Query) -> Table:
     """Return a row for each hour or day."""
-    sums = {measure: activity.sum(measure) for measure in MEASURES}
+    sums = {measure: activity.sum(measure) for measure in activity.times}
     is_day = chosen.unit == "day"
     rows = [
         {
             "at": time.date().isoformat() if is_day else time,
-            **{measure: sums[measure][time] for measure in MEASURES},
+            **{measure: times[time] for measure, times in sums.items()},
             LONGEST: activity.longest_at(time),
         }
         for time in chosen.units()
@@ -263,7 +267,7 @@ def by_step(activity: Activity, definitions: Mapping[str, Sequence], query: Quer
             "url": at("/over-time", **kept, sequence=key)
             if name is None
             else at("/over-time", **kept, sequence=name, step=key),
-            **{measure: totals[key][measure] for measure in MEASURES},
+            **{measure: totals[key][measure] for measure in activity.times},
             LONGEST: longest.get(key),
         }
         for key in sorted(totals, key=lambda key: (known.get(key, len(known)), key))

@@ -359,6 +359,7 @@ class Sequence:
         None  # until then a brake counts its side effects; None: none does
     )
     is_stopped: bool = False  # paused by its brake
+    resumed_at: datetime | None = None  # nothing in it was due before
 
 
 Definitions = Mapping[str, Sequence]

@@ -169,6 +169,7 @@ def build(
     shared: Shared = NOTHING_SHARED,
     braked_until: datetime | None = None,
     is_stopped: bool = False,
+    resumed_at: datetime | None = None,
 ) -> Sequence:
     """A sequence from its steps. What is wrong with the whole becomes the problem of its steps.
 
@@ -232,6 +233,7 @@ def build(
         ),
         braked_until=braked_until,
         is_stopped=is_stopped,
+        resumed_at=resumed_at,
     )
 
 
@@ -368,6 +370,7 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
         shared=shared_of(row),
         braked_until=row["braked_until"],
         is_stopped=row["is_stopped"],
+        resumed_at=row["resumed_at"],
     )
 
 

@@ -152,7 +152,7 @@ class Claims:
                     excluding=excluded,
                     since=claim.start,
                 )
-                self._metrics.claimed(step_key, claimed, now)
+                self._metrics.claimed(step_key, self._due(step_key, claimed), now)
                 await self._move_all(connection, step_key, batch, claimed, now)
                 if claimed and len(claimed) == count:
                     claim.reached = claimed[-1].wake_at
@@ -274,8 +274,14 @@ class Claims:
                 batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0)
             )
         await self._moves.write(connection, batch, now)
-        due = (one.wake_at for one in claimed if one.wake_at is not None)
-        await activity.note_lateness(connection, step_key, due, now)
+        await activity.note_lateness(connection, step_key, self._due(step_key, claimed), now)
+
+    def _due(self, step_key: StepKey, claimed: Sequence[Enrollment]) -> list[datetime]:
+        """Return since when claimed enrollments were due: not while their sequence was paused."""
+        due = [one.wake_at for one in claimed if one.wake_at is not None]
+        sequence = self._catalog.sequences.get(step_key[0])
+        resumed_at = sequence.resumed_at if sequence else None
+        return due if resumed_at is None else [max(at, resumed_at) for at in due]
 
     async def claim_orphans(self, due: Mapping[StepKey, datetime], now: datetime) -> None:
         """Move what is leased to this daemon and not in its memory, as after an internal error.

@@ -26,7 +26,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sequencerd.core.model import Enrollment, Event, Result, outcome
+from sequencerd.core.model import Event, Result, outcome
 
 MAX_PLACES = 1000
 OTHER = ("other", "other")
@@ -179,19 +179,18 @@ class Metrics(Collector):
 
     # --- what the engine reports
 
-    def claimed(self, place: tuple[str, str], claimed: Sequence[Enrollment], now: datetime) -> None:
-        """A claim: enrollments of one step, in the order of their wake times."""
-        if not claimed:
+    def claimed(self, place: tuple[str, str], due: Sequence[datetime], now: datetime) -> None:
+        """A claim: since when enrollments of one step were due, in this order."""
+        if not due:
             return
-        self._claims.labels(*self._place(place)).inc(len(claimed))
-        on_time, late = len(claimed), self._late
+        self._claims.labels(*self._place(place)).inc(len(due))
+        on_time, late = len(due), self._late
         for n, bound in enumerate(LATE):
-            later = bisect_left(claimed, now - timedelta(seconds=bound), 0, on_time, key=_wake_at)
+            later = bisect_left(due, now - timedelta(seconds=bound), 0, on_time)
             late[n] += on_time - later
             on_time = later
         late[-1] += on_time
-        waited = sum((now - _wake_at(enrollment) for enrollment in claimed), timedelta())
-        self._late_sum += waited.total_seconds()
+        self._late_sum += sum((now - at for at in due), timedelta()).total_seconds()
 
     def written(
         self,
@@ -293,7 +292,7 @@ class Metrics(Collector):
         if self._oldest is not None and self._now is not None:
             age = max((self._now() - self._oldest).total_seconds(), 0.0)
         yield GaugeMetricFamily("sequencerd_oldest_overdue_seconds", about, age)
-        about = "How long after their wake time enrollments were claimed"
+        about = "How long after they were due enrollments were claimed"
         buckets, count = [], 0
         for bound, times in zip((*map(str, LATE), "+Inf"), self._late, strict=True):
             count += times
@@ -301,8 +300,3 @@ class Metrics(Collector):
         yield HistogramMetricFamily(
             "sequencerd_lateness_seconds", about, buckets=buckets, sum_value=self._late_sum
         )
-
-
-def _wake_at(enrollment: Enrollment) -> datetime:
-    assert enrollment.wake_at is not None, "a claimed enrollment is due"
-    return enrollment.wake_at

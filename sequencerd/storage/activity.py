@@ -18,6 +18,7 @@ second count has what was committed late.
 FURTHEST = timedelta(days=92)  # in the past, when counting begins
 SPAN = timedelta(days=1)  # that is counted in one transaction while catching up
 HOUR = timedelta(hours=1)
+MINUTE = timedelta(minutes=1)
 ON_TIME = timedelta(seconds=10)  # after which the beginning of a step is late
 MOST_LATE = 10_000  # rows of lateness that are summed up in one transaction
 
@@ -50,10 +51,13 @@ async def note_lateness(
     that each counts once. It costs nothing while they are on time.
     """
     limit = now - ON_TIME
-    late = [at for at in due if at < limit]
-    if late:
-        longest = (now - min(late)).total_seconds()
-        await connection.execute(QUERIES["note_lateness"], *step_key, now, len(late), longest)
+    delays = [now - at for at in due if at < limit]
+    if delays:
+        over = [sum(delay > by for delay in delays) for by in (MINUTE, 10 * MINUTE)]
+        longest = max(delays).total_seconds()
+        await connection.execute(
+            QUERIES["note_lateness"], *step_key, now, len(delays), *over, longest
+        )
 
 
 async def sum_lateness(connection: asyncpg.Connection, now: datetime) -> bool:

@@ -80,7 +80,7 @@ async def test_hours_and_days_of_sequences_and_steps(
         assert len(days) == 14
         (old,) = [row for row in days if row["at"] == f"{DAYS_AGO:%Y-%m-%d}"]
         wanted = {"sent": 2, "suppressed": 2, "completed": 2, "failed": 2}
-        on_time = {"late": 0, "longest": None}
+        on_time = {"late": 0, "over_minute": 0, "over_ten_minutes": 0, "longest": None}
         assert old == {"at": old["at"], "entered": 14, **wanted, **on_time}
         wanted = dict.fromkeys(wanted, 1)
         assert days[-1] == {"at": days[-1]["at"], "entered": 7, **wanted, **on_time}
@@ -97,7 +97,7 @@ async def test_hours_and_days_of_sequences_and_steps(
         hours = await rows(client, "activity", **query)
         assert [row["entered"] for row in hours[-3:]] == [2, 2, 0]
         text = (await client.get("/tables/activity.csv", params=query)).text
-        names = ["at", "entered", "sent", "suppressed", "completed", "failed", "late", "longest"]
+        names = ("at", "entered", "sent", "suppressed", "completed", "failed", *on_time)
         assert text.splitlines()[0] == ",".join(f'"{name}"' for name in names)
         page = await client.get("/over-time", params=query)
         assert 'aria-label="Entered: 4 in 48 hours, at most 2 in one"' in page.text
@@ -110,27 +110,29 @@ async def test_how_late_steps_began(database: str, connection: asyncpg.Connectio
     await define(connection, "s", ("note", "Note", "{}", None))
     now = datetime.now(UTC)
     await connection.executemany(
-        "INSERT INTO sequencer.lateness VALUES ('s', $1, $2, $3, $4, $5)",
+        "INSERT INTO sequencer.lateness VALUES ('s', $1, $2, $3, $4, $5, $6, $7)",
         [
-            ("note", DAYS_AGO, 3, 75.0, False),
-            ("note", DAYS_AGO.replace(minute=0), 2, 30.0, True),
-            ("other", DAYS_AGO, 1, 11.0, False),
-            ("note", now, 1, 20.0, False),
+            ("note", DAYS_AGO, 3, 2, 1, 675.0, False),
+            ("note", DAYS_AGO.replace(minute=0), 2, 0, 0, 30.0, True),
+            ("other", DAYS_AGO, 1, 0, 0, 11.0, False),
+            ("note", now, 1, 0, 0, 20.0, False),
         ],
     )
     query = {"by": "hour", "from": f"{DAYS_AGO:%Y-%m-%d}"}
     async with console(database) as client:
         hours = {row["at"]: row for row in await rows(client, "activity", **query)}
         old = hours[DAYS_AGO.replace(minute=0, second=0, microsecond=0).isoformat()]
-        assert (old["late"], old["longest"]) == (6, 75.0)
+        assert (old["late"], old["longest"]) == (6, 675.0)
+        assert (old["over_minute"], old["over_ten_minutes"]) == (2, 1)
         by_step = await rows(client, "activity-steps", sequence="s")
         found = {row["name"]: (row["late"], row["longest"]) for row in by_step}
-        assert found == {"note": (6, 75.0), "other": (1, 11.0)}
+        assert found == {"note": (6, 675.0), "other": (1, 11.0)}
         text = check(await client.get("/over-time", params={**query, "sequence": "s"}))
         assert "Began late 7" in text
-        assert "Longest delay 1 min 15 s" in text
+        assert "Over 1 min late" in text
+        assert "Longest delay 11 min 15 s" in text
         page = await client.get("/over-time?sequence=s&step=note")
-        assert 'aria-label="Longest delay: 14 days, at most 1 min 15 s in one"' in page.text
+        assert 'aria-label="Longest delay: 14 days, at most 11 min 15 s in one"' in page.text
         assert "<td" in page.text
         await tidied(database)
         summed = await connection.fetch(
@@ -138,7 +140,7 @@ async def test_how_late_steps_began(database: str, connection: asyncpg.Connectio
         )
         assert [tuple(row) for row in summed] == [
             ("note", 2, 30.0),
-            ("note", 3, 75.0),
+            ("note", 3, 675.0),
             ("other", 1, 11.0),
         ]
         assert by_step == await rows(client, "activity-steps", sequence="s")

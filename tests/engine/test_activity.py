@@ -12,6 +12,7 @@ import structlog
 
 from sequencerd.engine import retention
 from sequencerd.engine.retention import tidy
+from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Retention
 from sequencerd.storage import activity, connections
 from tests.engine.test_retention import make_past, partitions
@@ -164,6 +165,53 @@ async def test_late_claims_are_counted_once_and_on_time_ones_not(
     assert summed["is_hour"]
     assert (summed["times"], summed["longest"]) == (row["times"], row["longest"])
     assert summed["at"] == hour(summed["at"])
+
+
+async def test_how_late_is_told_in_classes(
+    connection: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    now = datetime.now(UTC)
+    for delays in ((5, 10, 11, 60, 61), (600, 601, 86400)):
+        due = [now - timedelta(seconds=seconds) for seconds in delays]
+        async with connections.borrow(pool) as one:
+            await activity.note_lateness(one, ("s", "a"), due, now)
+    async with connections.borrow(pool) as one:
+        await activity.sum_lateness(one, now + HOUR)
+    (row,) = await connection.fetch("SELECT * FROM sequencer.lateness")
+    assert (row["times"], row["over_minute"], row["over_ten_minutes"]) == (6, 4, 2)
+    assert (row["longest"], row["is_hour"]) == (86400, True)
+
+
+async def test_nothing_is_due_while_its_sequence_is_paused(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("note", "Note", "{}", None))
+    await connection.execute(
+        "UPDATE sequencer.sequences SET status = 'paused';"
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " SELECT 's', n, now() - n * interval '1 minute' FROM generate_series(0, 20) AS n"
+    )
+    resume = "UPDATE sequencer.sequences SET status = 'active'"
+    metrics = Metrics()
+    async with running_engine(database, {"Note": Recorder()}, metrics=metrics):
+        await connection.execute(resume)
+        await until(connection, ALL_ENDED)
+        assert await connection.fetchval("SELECT count(*) FROM sequencer.lateness") == 0
+        value = metrics.registry.get_sample_value
+        assert value("sequencerd_lateness_seconds_bucket", {"le": "60.0"}) == 21
+        # what waits longer after that is late
+        resumed = await connection.fetchval(
+            "UPDATE sequencer.sequences SET resumed_at = now() - interval '70 seconds'"
+            " RETURNING resumed_at"
+        )
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, wake_at) VALUES"
+            " ('s', 'late', now() - interval '1 hour')"
+        )
+        await until(connection, ALL_ENDED)
+    (row,) = await connection.fetch("SELECT * FROM sequencer.lateness")
+    assert (row["times"], row["over_minute"], row["over_ten_minutes"]) == (1, 1, 0)
+    assert row["longest"] == pytest.approx((row["at"] - resumed).total_seconds(), abs=0.01)
 
 
 async def test_a_claim_that_is_rolled_back_is_not_late(

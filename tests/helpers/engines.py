@@ -74,6 +74,8 @@ async def running_engine(
     endpoints: Mapping[str, LookupEndpoint] | None = None,
     lookup_timeout: float = 30.0,
     pauses: Pauses = Pauses(),  # noqa: B008 - a tuple
+    *,
+    metrics: Metrics | None = None,
     **settings: Any,
 ) -> AsyncIterator[Engine]:
     """A daemon in the test's own loop: engine and listener, ready."""
@@ -91,7 +93,7 @@ async def running_engine(
         settings=Settings(**settings),
         name=daemon_name(),
         log=log,
-        metrics=Metrics(),
+        metrics=metrics or Metrics(),
         pauses=pauses,
     )
     ready = asyncio.Event()

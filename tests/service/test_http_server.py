@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from uuid import UUID
 
 import asyncpg
 import httpx
@@ -23,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client import parser as text_format
 from prometheus_client.openmetrics import parser as openmetrics
 
-from sequencerd.core.model import Answer, Enrollment, Event, Failed, Result
+from sequencerd.core.model import Answer, Event, Failed, Result
 from sequencerd.service import http_server
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.metrics import MAX_PLACES, Metrics
@@ -264,13 +263,8 @@ def test_labels_are_bounded() -> None:
 def test_lateness_is_exact() -> None:
     metrics = Metrics()
     late = [7200.0, 70.0, 10.0, 0.3, 0.005, 0.0]
-    claimed = [
-        Enrollment(
-            1, "u", "{}", AT, UUID(int=0), None, "s", "x", None, AT - timedelta(seconds=seconds)
-        )
-        for seconds in late
-    ]
-    metrics.claimed(("s", "x"), claimed, AT)
+    due = [AT - timedelta(seconds=seconds) for seconds in late]
+    metrics.claimed(("s", "x"), due, AT)
     metrics.claimed(("s", "x"), [], AT)
     value = metrics.registry.get_sample_value
 

@@ -319,7 +319,8 @@ SELECT hour AS at, sequence, step, action, count(*) AS times {activity_of};
 -- name: console_lateness
 -- Read how late steps began in which hour or day between two times, of one sequence or of all; it reads the
 -- latest rows, at most so many of a sequence.
-SELECT date_trunc($3, a.at, 'UTC') AS at, a.sequence, a.step, sum(a.times)::bigint AS times,
+SELECT date_trunc($3, a.at, 'UTC') AS at, a.sequence, a.step, sum(a.times)::bigint AS late,
+       sum(a.over_minute)::bigint AS over_minute, sum(a.over_ten_minutes)::bigint AS over_ten_minutes,
        max(a.longest)::float8 AS longest, count(*)::bigint AS read
   FROM sequencer.sequences AS s CROSS JOIN LATERAL (
     SELECT * FROM sequencer.lateness AS c

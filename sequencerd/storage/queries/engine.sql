@@ -37,7 +37,7 @@ SELECT name, revision FROM sequencer.sequences;
 -- Read the definitions of some sequences, without their steps, and the holidays and limits that they
 -- may need.
 SELECT name, first_step, timezone, status, lookup, recheck, revision, time_window, topic, locale,
-       partials,
+       partials, resumed_at,
        CASE WHEN brake_at_most IS NULL THEN apply_brake_until ELSE '9999-12-31Z' END AS braked_until,
        EXISTS (SELECT FROM sequencer.brakes AS b WHERE b.sequence = q.name AND b.reason IS NOT NULL)
            AS is_stopped,
@@ -725,8 +725,10 @@ UPDATE sequencer.activity_progress SET "until" = $2 WHERE after = $1;
 DELETE FROM sequencer.activity WHERE hour < $1;
 
 -- name: note_lateness
--- Record how many enrollments of a claim are late, and by how many seconds at most.
-INSERT INTO sequencer.lateness (sequence, step, at, times, longest) VALUES ($1, $2, $3, $4, $5);
+-- Record how many enrollments of a claim are late, also by more than a minute and ten minutes, and by how many
+-- seconds at most.
+INSERT INTO sequencer.lateness (sequence, step, at, times, over_minute, over_ten_minutes, longest)
+VALUES ($1, $2, $3, $4, $5, $6, $7);
 
 -- name: sum_lateness
 -- Replace what claims have recorded before a time by sums for each hour, at most so many rows at once.
@@ -735,8 +737,9 @@ WITH first AS (
 ), taken AS (
     DELETE FROM sequencer.lateness WHERE ctid = ANY (ARRAY(SELECT ctid FROM first)) RETURNING *
 )
-INSERT INTO sequencer.lateness (sequence, step, at, times, longest, is_hour)
-SELECT sequence, step, date_trunc('hour', at, 'UTC'), sum(times), max(longest), true
+INSERT INTO sequencer.lateness (sequence, step, at, times, over_minute, over_ten_minutes, longest, is_hour)
+SELECT sequence, step, date_trunc('hour', at, 'UTC'), sum(times), sum(over_minute), sum(over_ten_minutes),
+       max(longest), true
   FROM taken GROUP BY 1, 2, 3;
 
 -- name: prune_lateness
