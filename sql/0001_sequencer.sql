@@ -870,9 +870,10 @@ BEGIN
     IF NOT is_over THEN
         RETURN;
     END IF;
-    cause := format('brake: more than %s in %s', rule.at_most, CASE
-        WHEN rule.per = '1 hour' THEN '1 hour'
-        ELSE (SELECT concat_ws(' ', d->>'amount', d->>'unit') FROM sequencer.as_duration(rule.per) AS d) END);
+    SELECT format('brake: more than %s in %s %s', rule.at_most, d->>'amount',
+                  CASE WHEN d->>'amount' = '1' THEN rtrim(d->>'unit', 's') ELSE d->>'unit' END)
+      INTO cause
+      FROM sequencer.as_duration(rule.per) AS d;
     UPDATE sequencer.sequences AS q SET status = 'paused'
      WHERE q.name IN (SELECT s.name FROM sequencer.sequences AS s
                        WHERE s.name = brake.sequence AND s.status <> 'paused' FOR UPDATE SKIP LOCKED)

@@ -82,7 +82,8 @@ def faults(
             case "extra_forbidden":
                 message = _unknown_key(model, path, name)
             case "missing":
-                path, message = detail["loc"], "is missing"
+                path = (*_within(detail["loc"][:-1], value), detail["loc"][-1])
+                message = "is missing"
             case "model_type" | "dict_type":
                 message = "must be a mapping, key: value"
             case "time_delta_type" | "time_delta_parsing":

@@ -9,6 +9,7 @@ from typing import Any
 from sequencerd.core.config import parse_json
 from sequencerd.core.model import DefinitionError
 from sequencerd.core.step_types import is_seeded, language_texts, rename_steps, used_partials
+from sequencerd.core.step_types.durations import in_words
 from sequencerd.errors import PlanError
 
 Document = Mapping[str, Any]
@@ -64,10 +65,10 @@ class Change:
 
 def _shown(value: object) -> str:
     match value:
-        case {"after": {"amount": amount, "unit": unit}}:
-            return f"after {amount} {unit}"
-        case {"at_most": at_most, "per": {"amount": amount, "unit": unit}}:
-            return f"{at_most} in {amount} {unit}"
+        case {"after": {"amount": amount, "unit": str() as unit}}:
+            return f"after {in_words(amount, unit)}"
+        case {"at_most": at_most, "per": {"amount": amount, "unit": str() as unit}}:
+            return f"{at_most} in {in_words(amount, unit)}"
         case dict() | list():
             return ""
     text = "none" if value is None else str(value)

@@ -314,8 +314,9 @@ async def _daemons(connection: asyncpg.Connection) -> Finding:
 
 
 async def _problems(connection: asyncpg.Connection) -> Finding:
-    if rows := await connection.fetch(QUERIES["reported_problems"], None, MOST_PROBLEMS):
-        named = _some((_problem(row) for row in rows), between="; ")
+    rows = await connection.fetch(QUERIES["reported_problems"], None, MOST_PROBLEMS)
+    if reported := [row for row in rows if row["kind"] != "brake"]:
+        named = _some((_problem(row) for row in reported), between="; ")
         advice = "remove the cause; the daemon retries automatically"
         return Finding("problems", named, "error", advice)
     return Finding("problems", "none reported by daemons")
@@ -330,6 +331,16 @@ def _problem(row: asyncpg.Record) -> str:
     what = f"enrollment {row['about']}" if row["kind"] == "quarantined" else row["about"]
     place = f" at {row['sequence']}/{row['step']}" if row["sequence"] else ""
     return f"{what}{place} {row['kind']}: {row['message']}"
+
+
+async def _brakes(connection: asyncpg.Connection) -> Finding:
+    if rows := await connection.fetch(QUERIES["braked_sequences"]):
+        named = _some(
+            f"{row['sequence']} ({row['reason'].removeprefix('brake: ')})" for row in rows
+        )
+        advice = "find out why there are so many; then sequencerd resume, which counts anew"
+        return Finding("brakes", f"have paused {named}", "error", advice)
+    return Finding("brakes", "none has paused a sequence")
 
 
 async def _overdue(connection: asyncpg.Connection) -> Finding:
@@ -433,6 +444,7 @@ CHECKS: dict[str, Check] = {
     "history": _history,
     "daemons": _daemons,
     "problems": _problems,
+    "brakes": _brakes,
     "overdue": _overdue,
     "failed": _failed,
     "steps": _steps,

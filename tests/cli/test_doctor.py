@@ -44,7 +44,7 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
         found = await examine(database)
     wrong = {about: f.seen for about, f in found.items() if f.level != "ok"}
     assert wrong == {"roles": "this user is a superuser"}
-    assert len(found) == 19
+    assert len(found) == 20
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,10 @@ def steps(*lines: str) -> str:
         ("- 1", "file.yaml:1: error: must be a mapping"),
         ("name: [", "file.yaml"),
         ("name: s", "file.yaml:1: error: s: steps: is missing"),
+        (
+            "name: s\nreentry: {policy: always}\nsteps: []",
+            "file.yaml:2: error: s: reentry.after: is missing",
+        ),
         ("name: s\nsteps: []", "steps: must not be empty"),
         (
             GOOD.replace("timezone", "timzone"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -308,6 +309,10 @@ async def test_commands_say_why_it_is_paused_and_how_to_continue(
     left = await connection.fetchval("SELECT id FROM sequencer.enrollments WHERE status = 'active'")
     assert "paused by its brake: more than 1 in 1 hour" in sequencerd("show", str(left))
     assert "brake: more than 1 in 1 hour" in sequencerd("history", "s")
+    told = sequencerd("doctor", code=1)
+    assert re.search(r"ERROR +brakes: have paused s \(more than 1 in 1 hour\)", told)
+    assert "then sequencerd resume" in told
+    assert re.search(r"ok +problems: none reported", told)
     # also without the brake, which ends no pause
     await connection.execute(
         "UPDATE sequencer.sequences SET brake_at_most = NULL, brake_per = NULL"

@@ -113,6 +113,16 @@ def spelled_out(value: object) -> object:
     return value
 
 
+def in_words(amount: object, unit: str) -> str:
+    """Return "1 day", "3 days" or "{{data.n}} days"; a unit that is unknown as it is."""
+    try:
+        one = "business day" if unit in BUSINESS_DAYS else dates.normalise_unit(unit)
+    except DefinitionError:
+        return f"{amount} {unit}"
+    number = f"{amount:g}" if isinstance(amount, float) else str(amount)
+    return f"{number} {one}" if number == "1" else f"{number} {one}s"
+
+
 class FixedDuration(DurationConfig):
     """A fixed amount of a unit of time."""
 

@@ -27,6 +27,7 @@ from sequencerd.core.step_types.durations import (
     DurationConfig,
     compile_duration,
     elapsed,
+    in_words,
 )
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_date, compile_text
@@ -83,7 +84,7 @@ class TopicLimitConfig(Config):
         with faults.at("limit", "key"):
             key = _subject if self.key == SUBJECT else compile_text(("limit", "key"), self.key)
         faults.check()
-        words = f"{self.at_most} in {self.per.amount:g} {self.per.unit}"
+        words = f"{self.at_most} in {in_words(self.per.amount, self.per.unit)}"
         return Limit(key, topic, self.at_most, per, self.then, words)
 
 

@@ -29,7 +29,7 @@ from sequencerd.core.model import (
     parse_data,
 )
 from sequencerd.core.step_types.data import compile_item, data_paths
-from sequencerd.core.step_types.durations import Duration, spelled_out
+from sequencerd.core.step_types.durations import Duration, in_words, spelled_out
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_text
 
@@ -217,8 +217,8 @@ def _describe_collect(config: Mapping[str, Any]) -> str:
     ends = []
     for key, words in (("quiet", "until {} without one"), ("most", "at most {}")):
         match spelled_out(config.get(key)):
-            case {"amount": amount, "unit": unit}:
-                ends.append(words.format(f"{amount} {unit}"))
+            case {"amount": amount, "unit": str() as unit}:
+                ends.append(words.format(in_words(amount, unit)))
     return f"waits for items, {', '.join(ends)}" if ends else ""
 
 

@@ -36,6 +36,7 @@ from sequencerd.core.step_types.durations import (
     DurationConfig,
     compile_duration,
     compile_move,
+    in_words,
     spelled,
 )
 from sequencerd.core.step_types.in_a_row import in_a_row
@@ -97,8 +98,8 @@ def _wait_until(end: Callable[[Context], datetime]) -> Callable[[Context], StepA
 
 def _describe_duration(config: Mapping[str, Any]) -> str:
     match config:
-        case {"amount": amount, "unit": unit}:
-            return f"waits for {amount} {unit}"
+        case {"amount": amount, "unit": str() as unit}:
+            return f"waits for {in_words(amount, unit)}"
     return ""
 
 
@@ -131,8 +132,8 @@ def _wait_for_condition(config: WaitForConditionConfig) -> Instant:
 def _describe_condition(config: Mapping[str, Any]) -> str:
     described = describe_wait(config)
     match config.get("timeout"):
-        case {"amount": amount, "unit": unit} if described:
-            return f"{described}, at most {amount} {unit}"
+        case {"amount": amount, "unit": str() as unit} if described:
+            return f"{described}, at most {in_words(amount, unit)}"
     return described
 
 
@@ -246,10 +247,10 @@ def _describe_date(config: Mapping[str, Any]) -> str:
     if config.get("every"):
         what = f"the next anniversary of {config['date']}"
     match config.get("offset"):
-        case {"amount": int() | float() as amount, "unit": unit}:
-            what = f"{abs(amount)} {unit} {'before' if amount < 0 else 'after'} {what}"
-        case {"amount": amount, "unit": unit}:
-            what = f"{amount} {unit} from {what}"
+        case {"amount": int() | float() as amount, "unit": str() as unit}:
+            what = f"{in_words(abs(amount), unit)} {'before' if amount < 0 else 'after'} {what}"
+        case {"amount": amount, "unit": str() as unit}:
+            what = f"{in_words(amount, unit)} from {what}"
     at = config.get("at")
     return f"waits for {what}" + (f" at {at}" if at else "")
 

@@ -15,6 +15,10 @@ SELECT DISTINCT ON (p.kind, p.about)
  ORDER BY p.kind, p.about, p.since)
  LIMIT $2;
 
+-- name: braked_sequences
+-- Read which sequences their brakes have paused, and why.
+SELECT sequence, reason FROM sequencer.brakes WHERE reason IS NOT NULL ORDER BY sequence LIMIT 100;
+
 -- name: server_facts
 -- Read what `doctor` checks about the server and the session.
 SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_standby,

@@ -1,0 +1,27 @@
+"""Durations in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from sequencerd.core.step_types.durations import in_words
+
+
+@pytest.mark.parametrize(
+    ("amount", "unit", "words"),
+    [
+        (1, "hours", "1 hour"),
+        (1.0, "day", "1 day"),
+        (2, "day", "2 days"),
+        (0, "days", "0 days"),
+        (1.5, "h", "1.5 hours"),
+        (-1, "days", "-1 days"),
+        (1, "businessDays", "1 business day"),
+        (3, "business day", "3 business days"),
+        (1, "M", "1 month"),
+        ("{{data.n}}", "weeks", "{{data.n}} weeks"),
+        (1, "fortnights", "1 fortnights"),  # a config that nobody has checked
+    ],
+)
+def test_the_unit_agrees_with_the_amount(amount: object, unit: str, words: str) -> None:
+    assert in_words(amount, unit) == words
