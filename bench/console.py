@@ -38,7 +38,7 @@ from sequencerd.core.model import Sequence
 from sequencerd.definitions.compiler import from_rows
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.service.http_server import make_app, serving
-from sequencerd.settings import Console
+from sequencerd.settings import ConsoleSettings
 from sequencerd.storage import migrate
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.sequences import read_definitions, read_revisions
@@ -115,7 +115,7 @@ async def main() -> None:
             for row in sequences
         }
         app = make_console(
-            Console(write=True),
+            ConsoleSettings(write=True),
             Shard(url),
             lambda: Simulator(definitions, {}),
             lambda: datetime.now(UTC),
@@ -236,7 +236,7 @@ async def disturbance(dsn: str, samples: int) -> None:
     """The engine's latency without viewers, and with a reader who never pauses."""
     async with engine.defined(dsn, ("a", "Task", "{}")) as (url, connection):
         console = make_console(
-            Console(),
+            ConsoleSettings(),
             Shard(url),
             lambda: Simulator({}, {}),
             lambda: datetime.now(UTC),

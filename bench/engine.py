@@ -51,7 +51,7 @@ from sequencerd.runners import Runner
 from sequencerd.runners.http import BatchRunner, HttpEndpoint
 from sequencerd.runners.python import PythonRunner, runner
 from sequencerd.service.metrics import Metrics
-from sequencerd.settings import Engine as Settings
+from sequencerd.settings import EngineSettings
 from sequencerd.storage import connections, migrate
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.listener import listen
@@ -126,7 +126,7 @@ async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> Async
         {"Task": PythonRunner(no_op, name="Task"), **(runners or {})},
         Lookups(pool, {}).get,
         clock=Clock(),
-        settings=Settings(batch=BATCH),
+        settings=EngineSettings(batch=BATCH),
         name=daemon_name(),
         log=log,
         metrics=Metrics(),

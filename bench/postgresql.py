@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sequencerd.storage.embedded import Programs
+from sequencerd.storage.embedded import PostgresPrograms
 
 SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB", "max_connections": "200"}
 """Beside these, everything is PostgreSQL's default."""
@@ -34,7 +34,7 @@ def find(wanted: str) -> Path | None:
         return None
     folder = Path(f"/usr/lib/postgresql/{wanted}/bin") if wanted.isdigit() else Path(wanted)
     if not (folder / "initdb").exists():
-        if f" {wanted}." in Programs.find().run("postgres", "--version"):
+        if f" {wanted}." in PostgresPrograms.find().run("postgres", "--version"):
             return None
         raise SystemExit(f"no PostgreSQL server in {folder}")
     return folder
@@ -44,7 +44,9 @@ def find(wanted: str) -> Path | None:
 def running(wanted: str) -> Iterator[Server]:
     """Run a server as long as the context lasts; as an unprivileged user where this is root."""
     folder = find(wanted)
-    programs = Programs.find() if folder is None else replace(Programs.find(), bin=folder)
+    programs = (
+        PostgresPrograms.find() if folder is None else replace(PostgresPrograms.find(), bin=folder)
+    )
     data = Path(tempfile.mkdtemp(prefix="sequencerd-bench-"))
     if programs.user:
         shutil.chown(data, programs.user.pw_uid, programs.user.pw_gid)

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.console.app import make_console
-from sequencerd.console.shards import Served, make_console_of_shards
+from sequencerd.console.shards import ServedShard, make_console_of_shards
 from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.engine import retention, shared_rates
@@ -30,21 +30,21 @@ from sequencerd.engine.lookups import Lookups
 from sequencerd.engine.loop import Engine
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.runners import Runner, tracing
-from sequencerd.runners.pace import Take
+from sequencerd.runners.pace import TakePermits
 from sequencerd.runners.protocol import NotNow
 from sequencerd.runners.registry import make_runners
-from sequencerd.runners.suppression_check import Key, Suppressions
+from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from sequencerd.service.health import Health
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.logs import make_log
 from sequencerd.service.metrics import Metrics, ShardMetrics
-from sequencerd.service.public import Public
+from sequencerd.service.public import PublicPages
 from sequencerd.service.systemd import notify, notify_reloading
-from sequencerd.settings import Console, Database, Settings
+from sequencerd.settings import ConsoleSettings, DatabaseSettings, Settings
 from sequencerd.storage import connections, migrate, server
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
-from sequencerd.storage.listener import Changed, Message, listen, poll
+from sequencerd.storage.listener import DefinitionsChanged, Notification, listen, poll
 from sequencerd.storage.suppressions import read_suppressed
 
 CLOSE_TIMEOUT = 5.0  # seconds
@@ -91,7 +91,7 @@ class Pools(NamedTuple):
     rates: asyncpg.Pool
 
 
-class Parts:
+class ReloadableParts:
     """What can be replaced while the daemon runs: runners and lookups, and their settings."""
 
     def __init__(self, settings: Settings, runners: dict[str, Runner], pool: asyncpg.Pool) -> None:
@@ -101,7 +101,9 @@ class Parts:
         self.lookups = Lookups(pool, settings.lookups, timeout=settings.database.lookup_timeout)
         self._pool = pool
 
-    def renewed(self, new: Settings, suppressions: Suppressions, take: Take | None = None) -> Parts:
+    def renewed(
+        self, new: Settings, suppressions: Suppressions, take: TakePermits | None = None
+    ) -> ReloadableParts:
         """Return the parts for other settings, with what does not change. Raises SettingsError."""
         old = self.settings
         runners = make_runners(new, suppressions, take)
@@ -118,14 +120,14 @@ class Parts:
             if before == after and type_ in runners:
                 runners[type_] = runner
         try:
-            parts = Parts(new, runners, self._pool)
+            parts = ReloadableParts(new, runners, self._pool)
         except ValueError as error:
             raise SettingsError(f"wrong setting: {error}") from error
         if old.lookups == new.lookups:
             parts.lookups = self.lookups
         return parts
 
-    async def close(self, but: Parts | None = None) -> None:
+    async def close(self, but: ReloadableParts | None = None) -> None:
         """Close what other parts do not use."""
         kept = [] if but is None else list(but.runners.values())
         for runner in self.runners.values():
@@ -184,7 +186,9 @@ class _Process:
         self._log = log
         self._stop = stop
         self._shards = [
-            _Served(shard, self, settings.of_shard(shard.name), partial(_reread, read, shard), stop)
+            _ShardService(
+                shard, self, settings.of_shard(shard.name), partial(_reread, read, shard), stop
+            )
             for shard in shards
         ]
         self._one = self._shards[0] if shards[0].name is None else None
@@ -239,7 +243,7 @@ class _Process:
     async def _serving(self, console: Starlette | None) -> AsyncIterator[None]:
         """Answer HTTP meanwhile."""
         settings, current = self._settings, self._shards[0]
-        public = Public(
+        public = PublicPages(
             [served.shard for served in self._shards], lambda: current.settings, self._log
         )
         registry = ShardMetrics(
@@ -283,7 +287,7 @@ def _reread(read: Callable[[], Settings], shard: Shard) -> Settings:
     return new.of_shard(shard.name)
 
 
-class _Served:
+class _ShardService:
     """One shard: its connections, and the daemon that works on it while there are any."""
 
     def __init__(
@@ -319,7 +323,7 @@ class _Served:
         daemon = self.daemon
         return self._none if daemon is None else daemon.metrics
 
-    def for_console(self, settings: Console) -> Served:
+    def for_console(self, settings: ConsoleSettings) -> ServedShard:
         """Return what a console needs, also while the shard is away."""
 
         def simulator() -> Simulator:
@@ -330,7 +334,9 @@ class _Served:
             daemon = self.daemon
             return datetime.now(UTC) if daemon is None else daemon.clock.now()
 
-        return Served(self.shard, settings, simulator, now, lambda: make_runners(self.settings))
+        return ServedShard(
+            self.shard, settings, simulator, now, lambda: make_runners(self.settings)
+        )
 
     def status(self) -> str:
         """Return what goes on in the shard."""
@@ -404,7 +410,7 @@ class _Served:
             _pool(shard, settings.database, RATES_CONNECTIONS, least=0) as for_rates,
         ):
             try:
-                parts = Parts(settings, runners, for_lookups)
+                parts = ReloadableParts(settings, runners, for_lookups)
             except ValueError as error:
                 raise SettingsError(f"wrong setting: {error}") from error
             pools = self._pools = Pools(pool, heart, for_lookups, for_enrolling, for_rates)
@@ -426,7 +432,7 @@ class _Served:
                 await daemon.parts.close()
         self._log.info("stopped", daemon=daemon.name)
 
-    async def _suppressed(self, keys: list[Key]) -> set[Key]:
+    async def _suppressed(self, keys: list[SuppressionKey]) -> set[SuppressionKey]:
         try:
             async with connections.borrow(self._pools.engine) as connection:
                 return await read_suppressed(connection, keys)
@@ -509,11 +515,11 @@ class _Daemon:
     def __init__(
         self,
         pools: Pools,
-        parts: Parts,
+        parts: ReloadableParts,
         *,
         process: _Process,
         suppressions: Suppressions,
-        take: Take,
+        take: TakePermits,
         log: FilteringBoundLogger,
         read: Callable[[], Settings],
         of_process: bool,
@@ -618,9 +624,9 @@ class _Daemon:
             sweep = partial(self._engine.sweep, whole=False)
             await poll(self._connected, sweep, self._log, self.health.heard)
 
-    def _receive(self, message: Message) -> None:
+    def _receive(self, message: Notification) -> None:
         self._engine.receive(message)
-        if isinstance(message, Changed):
+        if isinstance(message, DefinitionsChanged):
             self._enrolling.check_soon()
 
     async def _connected(self) -> None:
@@ -675,14 +681,16 @@ class _Daemon:
             self._log.warning("settings take a restart to change", settings=fixed)
         return new.model_copy(update={name: getattr(old, name) for name in FIXED})
 
-    async def _close_when(self, drained: Awaitable[object], old: Parts, new: Parts) -> None:
+    async def _close_when(
+        self, drained: Awaitable[object], old: ReloadableParts, new: ReloadableParts
+    ) -> None:
         await drained
         await old.close(but=new)
 
 
 @asynccontextmanager
 async def _pool(
-    shard: Shard, settings: Database, size: int, **options: Any
+    shard: Shard, settings: DatabaseSettings, size: int, **options: Any
 ) -> AsyncIterator[asyncpg.Pool]:
     if settings.url is not None:
         shard = shard._replace(url=settings.url.get_secret_value())

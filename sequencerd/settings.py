@@ -116,7 +116,7 @@ def _read_duration(value: object) -> timedelta:
     return duration
 
 
-Duration = Annotated[timedelta, BeforeValidator(_read_duration)]
+TimeSpan = Annotated[timedelta, BeforeValidator(_read_duration)]
 
 
 def _read_words(value: object) -> object:
@@ -124,7 +124,7 @@ def _read_words(value: object) -> object:
     return re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else value
 
 
-Words = Annotated[tuple[str, ...], BeforeValidator(_read_words)]
+WordList = Annotated[tuple[str, ...], BeforeValidator(_read_words)]
 
 
 def _read_groups(value: object) -> object:
@@ -132,7 +132,9 @@ def _read_groups(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-Groups = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_read_groups)]
+GroupList = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_read_groups)
+]
 
 
 def _check_patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -146,7 +148,7 @@ def _check_patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
     return patterns
 
 
-Patterns = Annotated[Words, AfterValidator(_check_patterns)]
+PatternList = Annotated[WordList, AfterValidator(_check_patterns)]
 """Of recipients; none at all is an empty list."""
 
 
@@ -167,7 +169,7 @@ def _check_schema(name: str) -> str:
 SchemaName = Annotated[str, AfterValidator(_check_schema)]
 
 
-class Database(Section):
+class DatabaseSettings(Section):
     """Where the tables are. Without a URL, an embedded PostgreSQL in the user's data folder.
 
     `listen_url` is the server's own address where `url` is a pooler's.
@@ -190,7 +192,7 @@ class Database(Section):
 ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
 
 
-class ShardDatabase(Section):
+class ShardSettings(Section):
     """Where the tables of one shard are: [shards.NAME], instead of the same keys of [database]."""
 
     url: Secret
@@ -198,7 +200,7 @@ class ShardDatabase(Section):
     schema_name: SchemaName = Field(default=SCHEMA, alias="schema")
 
 
-class Engine(Section):
+class EngineSettings(Section):
     """How the work is done. Times in seconds."""
 
     batch: int = Field(default=1000, ge=1, le=10_000)
@@ -207,7 +209,7 @@ class Engine(Section):
     stop_timeout: float = Field(default=20.0, ge=0, le=3600)
 
 
-class Retrying(Section):
+class RetrySettings(Section):
     """How often and how soon what failed is tried again, if its step says nothing; in seconds."""
 
     attempts: int | None = Field(default=RETRY.attempts, ge=1, le=1000)
@@ -228,7 +230,7 @@ class Retrying(Section):
         )
 
 
-class Server(Retrying):
+class ServerSettings(RetrySettings):
     """A server that executes side effects, and what it can take."""
 
     concurrency: int = Field(default=MESSAGE_LIMITS.concurrency, ge=1, le=1000)
@@ -241,7 +243,7 @@ class Server(Retrying):
         return Limits(self.concurrency, self.timeout, per_second=self.per_second)
 
 
-class Messaging(Server):
+class MessagingSettings(ServerSettings):
     """A server for messages, which are retried for a time span by default. `suppress_bounces`:
     addresses that do not exist, as it says, are suppressed.
     """
@@ -252,7 +254,7 @@ class Messaging(Server):
     suppress_bounces: bool = True
 
 
-class OAuth(Section):
+class OAuthSettings(Section):
     """Where access tokens come from: for us, or with a refresh token for a user (RFC 6749)."""
 
     token_url: str = Field(pattern=r"^https?://")
@@ -262,7 +264,7 @@ class OAuth(Section):
     refresh_token: Secret | None = None
 
 
-class Email(Messaging):
+class EmailSettings(MessagingSettings):
     """The mail server: smtp://user:password@host:587, smtps://... for TLS from the start.
 
     `timeout` is for each reply of the server but the one to the message, which may take as long as
@@ -274,12 +276,12 @@ class Email(Messaging):
     url: Secret | None = None
     timeout: float = Field(default=300.0, gt=0, le=600)
     hello_name: str | None = None
-    oauth: OAuth | None = None
+    oauth: OAuthSettings | None = None
     token_command: str | None = None
     list_unsubscribe: str | None = None
     bounce_address: str | None = None
-    only_to: Patterns | None = None
-    attachments_from: Words = ()
+    only_to: PatternList | None = None
+    attachments_from: WordList = ()
 
     @field_validator("bounce_address")
     @classmethod
@@ -290,7 +292,7 @@ class Email(Messaging):
         return value
 
     @model_validator(mode="after")
-    def _check_tokens(self) -> Email:
+    def _check_tokens(self) -> EmailSettings:
         if self.oauth is not None and self.token_command is not None:
             raise ValueError("write oauth or token_command, not both")
         return self
@@ -301,7 +303,7 @@ class Email(Messaging):
         return self.url.get_secret_value() if self.url else "smtp://localhost:25"
 
 
-class Sms(Messaging):
+class SmsSettings(MessagingSettings):
     """Twilio's account, or any gateway: a URL and a template of its JSON body."""
 
     provider: Literal["twilio", "http"] = "twilio"
@@ -313,10 +315,10 @@ class Sms(Messaging):
     body: str | None = None
     headers: dict[str, Secret] = {}
     allow_private: bool = False
-    only_to: Patterns | None = None
+    only_to: PatternList | None = None
 
 
-def _check_target(section: HttpEndpoint | LookupEndpoint) -> None:
+def _check_target(section: HttpRunnerSettings | LookupSettings) -> None:
     if (section.url is None) == (section.arn is None):
         raise ValueError("write url, or lambda with the ARN of a function")
     if section.arn is not None:
@@ -327,7 +329,7 @@ def _check_target(section: HttpEndpoint | LookupEndpoint) -> None:
                 )
 
 
-class HttpEndpoint(Server):
+class HttpRunnerSettings(ServerSettings):
     """A custom runner in any language: [runners.NAME]."""
 
     url: str | None = Field(default=None, pattern=r"^https?://")
@@ -347,12 +349,12 @@ class HttpEndpoint(Server):
         return replace(super().limits, batch_size=self.batch_size)
 
     @model_validator(mode="after")
-    def _check(self) -> HttpEndpoint:
+    def _check(self) -> HttpRunnerSettings:
         _check_target(self)
         return self
 
 
-class LookupEndpoint(Section):
+class LookupSettings(Section):
     """A source of external data: [lookups.NAME]. `form` is that of the request: a list of
     subjects, or the original's `{"runners": [...]}`, which functions of Lambda get by default.
     """
@@ -372,7 +374,7 @@ class LookupEndpoint(Section):
         return Limits(self.concurrency, self.timeout, self.batch_size)
 
     @model_validator(mode="after")
-    def _check(self) -> LookupEndpoint:
+    def _check(self) -> LookupSettings:
         _check_target(self)
         return self
 
@@ -399,7 +401,7 @@ def split_address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 
 
-class Http(Section):
+class HttpSettings(Section):
     """The listener for health checks, metrics and the console; none without an address.
 
     `public_listen` is that of the pages for recipients and of Twilio's hook, which are otherwise
@@ -417,7 +419,7 @@ def _read_keys(value: object, info: ValidationInfo) -> object:
     return [_read_secret(key, info) for key in keys] if isinstance(keys, list) else keys
 
 
-class Unsubscribe(Section):
+class UnsubscribeSettings(Section):
     """The page with which recipients unsubscribe: where it is, and the keys of its links, of which
     the first one signs and all verify.
     """
@@ -446,14 +448,14 @@ def _check_password_hash(value: SecretStr) -> SecretStr:
 PasswordHash = Annotated[Secret, AfterValidator(_check_password_hash)]
 
 
-class ConsoleUser(Section):
+class ConsoleUserSettings(Section):
     """A user of the console: [console.users.NAME]."""
 
     password_hash: PasswordHash
     role: Role = "viewer"
 
 
-class Oidc(Section):
+class OidcSettings(Section):
     """A provider of OpenID Connect, which logs users of the console in. `url` is where browsers
     reach the listener; the provider leads them back to /console/oidc there.
     """
@@ -474,7 +476,7 @@ class Oidc(Section):
         return value
 
 
-class Console(Section):
+class ConsoleSettings(Section):
     """The console in the browser, on the listener of [http]; the section turns it on.
 
     `role` is that of users without one of their own: local users, those with the common password,
@@ -484,16 +486,16 @@ class Console(Section):
     enabled: bool = True
     write: bool = False
     password_hash: PasswordHash | None = None
-    users: dict[str, ConsoleUser] = {}
+    users: dict[str, ConsoleUserSettings] = {}
     role: Role = "editor"
-    trusted_proxy: Words = ()
+    trusted_proxy: WordList = ()
     user_header: str = Field(default="X-Forwarded-User", pattern=r"^[A-Za-z0-9-]+$")
     groups_header: str = Field(default="X-Forwarded-Groups", pattern=r"^[A-Za-z0-9-]+$")
-    viewer_groups: Groups = ()
-    operator_groups: Groups = ()
-    editor_groups: Groups = ()
-    oidc: Oidc | None = None
-    mask: Words = ()
+    viewer_groups: GroupList = ()
+    operator_groups: GroupList = ()
+    editor_groups: GroupList = ()
+    oidc: OidcSettings | None = None
+    mask: WordList = ()
     mask_for: Annotated[tuple[Role, ...], BeforeValidator(_read_words)] = get_args(Role)
 
     @property
@@ -511,7 +513,7 @@ class Console(Section):
         return bool(self.password_hash or self.users or self.trusted_proxy or self.oidc)
 
     @model_validator(mode="after")
-    def _check_access(self) -> Console:
+    def _check_access(self) -> ConsoleSettings:
         has_groups = any(self.groups.values())
         if self.users and self.password_hash is not None:
             raise ValueError(
@@ -528,7 +530,7 @@ class Console(Section):
 
     @field_validator("users")
     @classmethod
-    def _check_users(cls, value: dict[str, ConsoleUser]) -> dict[str, ConsoleUser]:
+    def _check_users(cls, value: dict[str, ConsoleUserSettings]) -> dict[str, ConsoleUserSettings]:
         for name in value:
             if name != " ".join(name.split()) or not name.isprintable() or not 0 < len(name) <= 100:
                 raise ValueError(f"{name!r} is not the name of a user: write 1 to 100 characters")
@@ -555,14 +557,14 @@ class Console(Section):
         return value
 
 
-class Retention(Section):
+class RetentionSettings(Section):
     """How long what is over is kept; without a setting, for ever."""
 
-    events: Duration | None = None
-    ended: Duration | None = None
+    events: TimeSpan | None = None
+    ended: TimeSpan | None = None
 
 
-class Log(Section):
+class LogSettings(Section):
     """What is written to standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -572,18 +574,18 @@ class Log(Section):
 class Settings(Section):
     """Everything that can be set."""
 
-    database: Database = Database()
-    shards: dict[ShardName, ShardDatabase] = {}
-    engine: Engine = Engine()
-    email: Email = Email()
-    sms: Sms = Sms()
-    runners: dict[str, HttpEndpoint] = {}
-    lookups: dict[str, LookupEndpoint] = {}
-    http: Http = Http()
-    console: Console | None = None
-    unsubscribe: Unsubscribe | None = None
-    retention: Retention = Retention()
-    log: Log = Log()
+    database: DatabaseSettings = DatabaseSettings()
+    shards: dict[ShardName, ShardSettings] = {}
+    engine: EngineSettings = EngineSettings()
+    email: EmailSettings = EmailSettings()
+    sms: SmsSettings = SmsSettings()
+    runners: dict[str, HttpRunnerSettings] = {}
+    lookups: dict[str, LookupSettings] = {}
+    http: HttpSettings = HttpSettings()
+    console: ConsoleSettings | None = None
+    unsubscribe: UnsubscribeSettings | None = None
+    retention: RetentionSettings = RetentionSettings()
+    log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
     def _check_shards(self) -> Settings:
@@ -607,7 +609,7 @@ class Settings(Section):
             known = ", ".join(self.shards) or "none"
             raise SettingsError(f"there is no shard {name!r} in the settings; there are: {known}")
         shard = self.shards[name]
-        own = {key: getattr(shard, key) for key in ShardDatabase.model_fields}
+        own = {key: getattr(shard, key) for key in ShardSettings.model_fields}
         return self.model_copy(update={"database": self.database.model_copy(update=own)})
 
     def shard_number(self, name: str) -> ShardNumber:
@@ -798,9 +800,9 @@ def _keys(section: tuple[int | str, ...]) -> list[str]:
     if not section:
         return list(Settings.model_fields)
     if section[0] == "runners":
-        return _names(HttpEndpoint)
+        return _names(HttpRunnerSettings)
     if section[0] == "shards":
-        return _names(ShardDatabase)
+        return _names(ShardSettings)
     if section[0] == "lookups":
-        return _names(LookupEndpoint)
+        return _names(LookupSettings)
     return _names(_SECTIONS[str(section[0])])

@@ -27,19 +27,19 @@ from pydantic import SecretStr
 
 from sequencerd.core.model import RETRY, Limits, Result, Task
 from sequencerd.definitions import files
-from sequencerd.definitions.simulate import Entry, Simulation
+from sequencerd.definitions.simulate import Simulation, TimelineEntry
 from sequencerd.definitions.simulator import Outcome, Simulator
 from sequencerd.errors import FileError, UsageError
 from sequencerd.runners import Runner, registry
 from sequencerd.settings import Settings
 
 __all__ = [
-    "Entry",
     "FileError",
     "Outcome",
     "Settings",
     "Simulation",
     "Simulator",
+    "TimelineEntry",
     "UsageError",
     "load",
 ]

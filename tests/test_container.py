@@ -199,7 +199,7 @@ def test_compose_runs_commands_and_sets_settings(monkeypatch: pytest.MonkeyPatch
         "postgresql://sequencerd:"
     )  # not the owner, and no superuser
     grace = int(services["sequencerd"]["stop_grace_period"].removesuffix("s"))
-    assert grace > settings.Engine().stop_timeout
+    assert grace > settings.EngineSettings().stop_timeout
 
 
 @pytest.mark.usefixtures("template")  # which makes the roles
@@ -246,7 +246,7 @@ def test_the_manifest_for_kubernetes_runs_the_daemon(tmp_path: Path) -> None:
     assert (
         str(container["ports"][0]["containerPort"]) == (read.http.listen or "").rpartition(":")[2]
     )
-    assert pod["terminationGracePeriodSeconds"] > settings.Engine().stop_timeout
+    assert pod["terminationGracePeriodSeconds"] > settings.EngineSettings().stop_timeout
     assert str(pod["securityContext"]["runAsUser"]) == one("USER").partition(":")[0]
     assert container["image"].endswith(f":{sequencerd.__version__}")
 

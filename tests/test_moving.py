@@ -17,7 +17,7 @@ import pytest
 
 from sequencerd.core.routing import shard_of
 from sequencerd.storage.connections import Shard, connect
-from sequencerd.storage.embedded import Programs
+from sequencerd.storage.embedded import PostgresPrograms
 from tests.helpers.clusters import stoppable
 from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.databases import execute, with_login
@@ -41,7 +41,7 @@ WAYS = {"replication": [0, 1, 2, 3, 5], "dump": [0, 2, 4, 5]}
 @pytest.fixture(scope="module")
 def urls() -> Iterator[tuple[str, str]]:
     """The superuser's URLs of two servers."""
-    programs = Programs.find()
+    programs = PostgresPrograms.find()
     with stoppable(programs, wal_level="logical") as old, stoppable(programs) as new:
         yield old.url, new.url
 
@@ -186,7 +186,7 @@ async def test_a_shard_moves_under_load(
 ) -> None:
     old, new = clusters
     first, *others = recipe(repository, way)
-    programs = f"{Programs.find().bin}:{os.environ['PATH']}"
+    programs = f"{PostgresPrograms.find().bin}:{os.environ['PATH']}"
     variables = {"OLD": old, "NEW": new, "SCHEMA": "a", "PATH": programs}
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(http_server(respond))

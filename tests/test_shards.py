@@ -24,10 +24,10 @@ from sequencerd.core.routing import shard_of
 from sequencerd.errors import SettingsError
 from sequencerd.service.health import BLOCKED, Health
 from sequencerd.service.metrics import Metrics
-from sequencerd.settings import Settings, ShardDatabase, load
+from sequencerd.settings import Settings, ShardSettings, load
 from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
-from sequencerd.storage.embedded import Programs
+from sequencerd.storage.embedded import PostgresPrograms
 from tests.helpers.clusters import Cluster, stoppable
 from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import ALL_ENDED, define, enroll, until
@@ -148,7 +148,7 @@ def servers(
     sequencerd: Command, configure: Callable[..., None], tmp_path: Path, database: str
 ) -> Iterator[Cluster]:
     """The shard a in the test's database, and b on a server that can stop, which is returned."""
-    with stoppable(Programs.find(), synchronous_commit="on") as made:
+    with stoppable(PostgresPrograms.find(), synchronous_commit="on") as made:
         configure("a", "b")
         file = tmp_path / "sequencerd.toml"
         before, b = file.read_text().split("[shards.b]")
@@ -255,7 +255,7 @@ def test_a_stuck_engine_starves_the_watchdog_and_one_that_is_away_does_not(
     names = ("a", "b", "away")
     process = composition._Process(
         [Shard("", name=name) for name in names],
-        Settings(shards={name: ShardDatabase(url=SecretStr(name)) for name in names}),
+        Settings(shards={name: ShardSettings(url=SecretStr(name)) for name in names}),
         structlog.get_logger(),
         Settings,
         asyncio.Event(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.test_readme import REPOSITORY
@@ -47,3 +49,24 @@ def test_no_two_modules_have_the_same_name() -> None:
         if file.name not in ONE_FOR_EACH_ROOM:
             found[file.name].append(str(file.relative_to(REPOSITORY)))
     assert [paths for paths in found.values() if len(paths) > 1] == []
+
+
+def names_of_types(module: Path) -> Iterator[str]:
+    """Yield the classes and type aliases of a module, without the underscore of private ones."""
+    for node in ast.parse(module.read_text()).body:
+        match node:
+            case ast.ClassDef(name=name):
+                yield name.removeprefix("_")
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if re.fullmatch(
+                "_?[A-Z][A-Za-z]*[a-z][A-Za-z]*", name
+            ) and "TypeVar(" not in ast.unparse(value):
+                yield name.removeprefix("_")
+
+
+def test_no_two_types_have_the_same_name() -> None:
+    """A reader knows from the name of a class what it is, and a search finds one of them."""
+    found = defaultdict(list)
+    for file in modules("sequencerd"):
+        for name in names_of_types(file):
+            found[name.lower()].append(f"{file.relative_to(REPOSITORY)}: {name}")
+    assert [places for places in found.values() if len(places) > 1] == []

@@ -74,7 +74,7 @@ def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dic
     return known
 
 
-def _plain(finding: files.Finding) -> dict[str, object]:
+def _plain(finding: files.FileFinding) -> dict[str, object]:
     return {
         "file": finding.origin,
         "line": finding.line,

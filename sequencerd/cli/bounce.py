@@ -12,7 +12,7 @@ from sequencerd.cli.commands import connect, explain, on_shards
 from sequencerd.cli.output import say
 from sequencerd.core.model import Undeliverable
 from sequencerd.errors import ShardsError
-from sequencerd.runners.email.bounces import MAX_READ, Dead, Report, read_report
+from sequencerd.runners.email.bounces import MAX_READ, BounceReport, UnknownAddress, read_report
 from sequencerd.runners.email.smtp import read_sent
 from sequencerd.runners.suppression_check import spellings
 from sequencerd.settings import Settings
@@ -71,7 +71,7 @@ def _read() -> bytes:
     return raw
 
 
-async def _find(connection: asyncpg.Connection, report: Report) -> list[Undeliverable]:
+async def _find(connection: asyncpg.Connection, report: BounceReport) -> list[Undeliverable]:
     """Return the recipients of our messages that a report concerns."""
     found = {}
     for mark in report.marks:
@@ -87,7 +87,7 @@ async def _find(connection: asyncpg.Connection, report: Report) -> list[Undelive
     return [*found.values()]
 
 
-def _matching(dead: Dead, sent: Sequence[str]) -> list[str]:
+def _matching(dead: UnknownAddress, sent: Sequence[str]) -> list[str]:
     """Return which recipients are meant; the one that there is, if the report names none."""
     if dead.address is None:
         return [*sent] if len({*sent}) == 1 else []

@@ -17,9 +17,9 @@ from sequencerd.core.describe import text
 from sequencerd.definitions import files, plan, plan_of_shards
 from sequencerd.definitions.diff import describe_revision, parse_document
 from sequencerd.definitions.original import place
-from sequencerd.definitions.original.read import Source, read
-from sequencerd.definitions.original.report import Import
-from sequencerd.definitions.original.translate import Choices
+from sequencerd.definitions.original.read import ImportSource, read
+from sequencerd.definitions.original.report import ImportReport
+from sequencerd.definitions.original.translate import ImportChoices
 from sequencerd.definitions.plan import Plan
 from sequencerd.definitions.plan_of_shards import again
 from sequencerd.definitions.yaml_writer import to_yaml
@@ -199,15 +199,15 @@ async def import_command(
     async with changing(explain(arguments), shards, connect) as change:
         there = await connections.connect(Shard(arguments.original or shards[0].url))
         try:
-            source = Source(
+            source = ImportSource(
                 there,
                 schema=arguments.schema,
                 lookup=arguments.lookup,
                 only=arguments.only,
-                choices=Choices(arguments.conditional, arguments.past_dates),
+                choices=ImportChoices(arguments.conditional, arguments.past_dates),
             )
 
-            async def read_for(shard: Shard) -> Import:
+            async def read_for(shard: Shard) -> ImportReport:
                 return await read(source, change.connections[shard], runners)
 
             parts = await change.on_each(read_for, at_once=1)  # by one connection there

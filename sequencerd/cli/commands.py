@@ -36,7 +36,7 @@ from sequencerd.settings import Settings, load
 from sequencerd.storage import connections, conninfo, migrate, migrations
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, with_hint
-from sequencerd.storage.every_shard import Answers, Explain, ask
+from sequencerd.storage.every_shard import Explain, ShardAnswers, ask
 from sequencerd.storage.statements import QUERIES
 
 _T = TypeVar("_T")
@@ -136,7 +136,7 @@ def on_shards(run: ShardsCommand) -> Command:
 # --- what is done on every shard
 
 
-def tell(answers: Answers[_T], *, refusals: bool = False) -> int:
+def tell(answers: ShardAnswers[_T], *, refusals: bool = False) -> int:
     """Say what is missing, and return the exit code."""
     lines = answers.lines(refusals=refusals)
     for line in lines:

@@ -16,19 +16,19 @@ from sequencerd.cli.output import busy, say, say_json
 from sequencerd.errors import SequencerdError, SettingsError
 from sequencerd.service.diagnosis import (
     WITHOUT_SCHEMA,
-    Finding,
+    Diagnosis,
     checks_of,
     compare_shards,
     run_check,
 )
-from sequencerd.settings import Database, Settings
+from sequencerd.settings import DatabaseSettings, Settings
 from sequencerd.storage import connections, conninfo
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES
 
 
-async def examine(shard: Shard, settings: Settings) -> AsyncIterator[Finding]:
+async def examine(shard: Shard, settings: Settings) -> AsyncIterator[Diagnosis]:
     """Run all checks in order. A check that cannot run is an error as well."""
     types: set[str] = set()
     used: dict[str, bool] = {}
@@ -39,13 +39,13 @@ async def examine(shard: Shard, settings: Settings) -> AsyncIterator[Finding]:
 
 
 async def _examine_shard(
-    shard: Shard, settings: Database, types: set[str], used: dict[str, bool]
-) -> AsyncIterator[Finding]:
+    shard: Shard, settings: DatabaseSettings, types: set[str], used: dict[str, bool]
+) -> AsyncIterator[Diagnosis]:
     """Run the checks of a database. Add the step types and lookups of its definitions."""
     try:
         connection = await connections.connect(shard)
     except SequencerdError as error:
-        yield Finding("database", str(error), "error", "start it, or correct database.url")
+        yield Diagnosis("database", str(error), "error", "start it, or correct database.url")
     else:
         try:
             async for finding in _examine_database(connection, shard, settings):
@@ -61,7 +61,7 @@ async def _examine_shard(
 
 async def _examine_endpoints(
     settings: Settings, types: set[str], used: Mapping[str, bool]
-) -> AsyncIterator[Finding]:
+) -> AsyncIterator[Diagnosis]:
     if _calls_servers(settings, types, used):
         # only then, as it takes longer to import than all else
         from sequencerd.cli.doctor_endpoints import examine_endpoints  # noqa: PLC0415
@@ -81,8 +81,8 @@ def _calls_servers(settings: Settings, types: set[str], used: Mapping[str, bool]
 
 
 async def _examine_database(
-    connection: asyncpg.Connection, shard: Shard, settings: Database
-) -> AsyncIterator[Finding]:
+    connection: asyncpg.Connection, shard: Shard, settings: DatabaseSettings
+) -> AsyncIterator[Diagnosis]:
     has_schema = True
     for about, check in checks_of(shard, settings).items():
         if not has_schema and about not in WITHOUT_SCHEMA:
@@ -104,7 +104,7 @@ async def _in_use(connection: asyncpg.Connection) -> tuple[set[str], dict[str, b
     return {row["type"] for row in types}, {row["name"]: row["is_function"] for row in used}
 
 
-def _name_service(url: str, root: Path = Path("/")) -> Finding | None:
+def _name_service(url: str, root: Path = Path("/")) -> Diagnosis | None:
     """Check whether the server can find the name of a dynamic user, for peer authentication."""
     try:
         unit = (root / "etc/systemd/system/sequencerd.service").read_text(encoding="utf-8")
@@ -115,9 +115,9 @@ def _name_service(url: str, root: Path = Path("/")) -> Finding | None:
     if "\nDynamicUser=yes\n" not in unit or not host.startswith("/"):
         return None
     if re.search(r"^passwd:.*\bsystemd\b", names, re.MULTILINE):
-        return Finding("name service", "knows the service's dynamic user")
+        return Diagnosis("name service", "knows the service's dynamic user")
     seen = "peer authentication would not know the service's dynamic user"
-    return Finding("name service", seen, "warning", "apt-get install libnss-systemd")
+    return Diagnosis("name service", seen, "warning", "apt-get install libnss-systemd")
 
 
 # --- the command
@@ -127,7 +127,7 @@ def _name_service(url: str, root: Path = Path("/")) -> Finding | None:
 async def doctor_command(
     arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
 ) -> int:
-    findings: list[tuple[str | None, Finding]] = []
+    findings: list[tuple[str | None, Diagnosis]] = []
     async for shard, finding in _examine_all(shards, settings):
         findings.append((shard, finding))
         if not arguments.json:
@@ -149,7 +149,7 @@ async def doctor_command(
 
 async def _examine_all(
     shards: Sequence[Shard], settings: Settings
-) -> AsyncIterator[tuple[str | None, Finding]]:
+) -> AsyncIterator[tuple[str | None, Diagnosis]]:
     """Examine each shard, what they have in common, and the endpoints once for all."""
     types: set[str] = set()
     used: dict[str, bool] = {}

@@ -11,16 +11,16 @@ from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.engine import lookups
 from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import LambdaFunction
-from sequencerd.runners.http_client import Unreachable, Web
-from sequencerd.service.diagnosis import Finding
-from sequencerd.settings import HttpEndpoint, LookupEndpoint, Oidc, Settings
+from sequencerd.runners.http_client import HttpClient, Unreachable
+from sequencerd.service.diagnosis import Diagnosis
+from sequencerd.settings import HttpRunnerSettings, LookupSettings, OidcSettings, Settings
 
 PATIENCE = 10.0  # seconds for an endpoint
 
 
 async def examine_endpoints(
     settings: Settings, types: set[str], used: Mapping[str, bool]
-) -> AsyncIterator[Finding]:
+) -> AsyncIterator[Diagnosis]:
     """Check what the settings and the definitions name, in order."""
     if EMAIL.name in types or settings.email.url:
         yield await _mail(settings)
@@ -39,100 +39,100 @@ async def examine_endpoints(
         if name not in settings.lookups and name not in installed:
             about = f"lookup {name}"
             if is_function:
-                yield Finding(about, "is an SQL function")
+                yield Diagnosis(about, "is an SQL function")
             else:
                 advice = f"create the function {name}(text[]), or configure [lookups.{name}]"
-                yield Finding(about, "no such function or endpoint", "error", advice)
+                yield Diagnosis(about, "no such function or endpoint", "error", advice)
 
 
-async def _mail(settings: Settings) -> Finding:
+async def _mail(settings: Settings) -> Diagnosis:
     try:
         runner = registry.make_email_runner(settings.email, reply_timeout=PATIENCE)
     except ValueError as error:
-        return Finding("mail server", str(error), "error", "correct [email]")
+        return Diagnosis("mail server", str(error), "error", "correct [email]")
     try:
         result = await runner.check()
     finally:
         await runner.close()
     if isinstance(result, Failed):
-        return Finding("mail server", result.message, "error", "start it, or correct email.url")
+        return Diagnosis("mail server", result.message, "error", "start it, or correct email.url")
     seen = getattr(result, "message", None) or "ready"
     if settings.email.only_to is not None:
         seen += f"; messages go to {', '.join(settings.email.only_to) or 'no recipient'} only"
-    return Finding("mail server", seen)
+    return Diagnosis("mail server", seen)
 
 
-async def _provider(settings: Oidc) -> Finding:
+async def _provider(settings: OidcSettings) -> Diagnosis:
     """Read the metadata of the provider that logs users of the console in."""
     about, advice = "OIDC provider", "start it, or correct console.oidc.issuer"
     issuer = settings.issuer.rstrip("/")
-    web = Web(timeout=PATIENCE, connections=1, allow_private=True)
+    web = HttpClient(timeout=PATIENCE, connections=1, allow_private=True)
     try:
         reply = await web.call("GET", f"{issuer}/.well-known/openid-configuration", headers={})
     except Unreachable as error:
-        return Finding(about, str(error), "error", advice)
+        return Diagnosis(about, str(error), "error", advice)
     finally:
         await web.close()
     try:
         found = json.loads(reply.body)["issuer"]
     except (ValueError, KeyError, TypeError):
         seen = f"answers with {reply.status} instead of its metadata"
-        return Finding(about, seen, "error", advice)
+        return Diagnosis(about, seen, "error", advice)
     if str(found).rstrip("/") != issuer:
-        return Finding(about, f"calls itself {found!r}", "error", advice)
-    return Finding(about, "ready")
+        return Diagnosis(about, f"calls itself {found!r}", "error", advice)
+    return Diagnosis(about, "ready")
 
 
-async def _called(about: str, settings: HttpEndpoint | LookupEndpoint) -> Finding:
+async def _called(about: str, settings: HttpRunnerSettings | LookupSettings) -> Diagnosis:
     if settings.url is not None:
         return await _endpoint(about, settings.url, settings.allow_private)
     return await _function(about, settings.arn or "", settings.allow_private)
 
 
-async def _function(about: str, arn: str, allow_private: bool) -> Finding:
+async def _function(about: str, arn: str, allow_private: bool) -> Diagnosis:
     """Ask Lambda whether it would invoke a function, without invoking it."""
     advice = "correct lambda, or grant lambda:InvokeFunction to the daemon's credentials"
     try:
         function = LambdaFunction(arn, timeout=PATIENCE, connections=1, allow_private=allow_private)
     except ValueError as error:
-        return Finding(about, str(error), "error", "correct the settings")
+        return Diagnosis(about, str(error), "error", "correct the settings")
     try:
         reply = await function.check()
     except Unreachable as error:
-        return Finding(about, str(error), "error", advice)
+        return Diagnosis(about, str(error), "error", advice)
     finally:
         await function.close()
     if reply.status != 204:
         seen = f"Lambda answers a dry run with {reply.status} {reply.excerpt()}"
-        return Finding(about, seen.rstrip(), "error", advice)
-    return Finding(about, "can be invoked")
+        return Diagnosis(about, seen.rstrip(), "error", advice)
+    return Diagnosis(about, "can be invoked")
 
 
-async def _endpoint(about: str, url: str, allow_private: bool) -> Finding:
+async def _endpoint(about: str, url: str, allow_private: bool) -> Diagnosis:
     """Send a GET, which is safe by RFC 9110: any response shows that the server is up."""
-    web = Web(timeout=PATIENCE, connections=1, allow_private=allow_private)
+    web = HttpClient(timeout=PATIENCE, connections=1, allow_private=allow_private)
     try:
         reply = await web.call("GET", url, headers={})
     except Unreachable as error:
-        return Finding(about, str(error), "error", "start it, or correct its url")
+        return Diagnosis(about, str(error), "error", "start it, or correct its url")
     finally:
         await web.close()
-    return Finding(about, f"reachable; responds to GET with {reply.status}")
+    return Diagnosis(about, f"reachable; responds to GET with {reply.status}")
 
 
-async def _twilio(settings: Settings) -> Finding:
+async def _twilio(settings: Settings) -> Diagnosis:
     sms = settings.sms
     account, token = sms.account_sid or "", sms.auth_token
     url = f"{sms.base_url.rstrip('/')}/2010-04-01/Accounts/{account}.json"
-    web = Web(timeout=PATIENCE, connections=1, allow_private=True)
+    web = HttpClient(timeout=PATIENCE, connections=1, allow_private=True)
     try:
         auth = (account, token.get_secret_value() if token else "")
         reply = await web.call("GET", url, headers={}, auth=auth)
     except Unreachable as error:
-        return Finding("Twilio", str(error), "error", "see status.twilio.com, or sms.base_url")
+        return Diagnosis("Twilio", str(error), "error", "see status.twilio.com, or sms.base_url")
     finally:
         await web.close()
     if reply.status != 200:
         advice = "correct sms.account_sid and sms.auth_token"
-        return Finding("Twilio", f"rejects the login with {reply.status}", "error", advice)
-    return Finding("Twilio", "accepts the login")
+        return Diagnosis("Twilio", f"rejects the login with {reply.status}", "error", advice)
+    return Diagnosis("Twilio", "accepts the login")

@@ -28,7 +28,7 @@ from sequencerd.definitions import files, step_message
 from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulator import choose
-from sequencerd.definitions.step_message import Message
+from sequencerd.definitions.step_message import StepMessage
 from sequencerd.definitions.stored import read_sequences
 from sequencerd.errors import UsageError
 from sequencerd.runners import registry
@@ -57,7 +57,7 @@ def preview_command(arguments: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-async def _write(message: Message) -> bytes:
+async def _write(message: StepMessage) -> bytes:
     try:
         return await step_message.write(message)
     finally:
@@ -75,7 +75,7 @@ def send_test_command(arguments: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-async def _send(runners: Mapping[str, Runner], test: step_message.Test, address: str) -> str:
+async def _send(runners: Mapping[str, Runner], test: step_message.TestMessage, address: str) -> str:
     try:
         return await step_message.send(test, address)
     finally:
@@ -83,7 +83,7 @@ async def _send(runners: Mapping[str, Runner], test: step_message.Test, address:
             await runner.close()
 
 
-def _read(arguments: argparse.Namespace, settings: Settings) -> Message:
+def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
     """Read the definition and the enrollment, from a file, the database, or both."""
     path = Path(arguments.target)
     if arguments.enrollment is not None:

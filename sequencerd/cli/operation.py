@@ -23,10 +23,10 @@ from sequencerd.definitions.options import read_object
 from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import bulk, connections
-from sequencerd.storage.bulk import Done, Selection
+from sequencerd.storage.bulk import BulkResult, Selection
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import with_hint
-from sequencerd.storage.every_shard import Answers, ask, ask_all
+from sequencerd.storage.every_shard import ShardAnswers, ask, ask_all
 from sequencerd.storage.statements import QUERIES
 
 
@@ -93,7 +93,7 @@ async def change_command(
 
     if wanted:  # all or nothing, as of one database
         found = await ask_all(explain(arguments), wanted, select, otherwise="nothing was changed")
-        answers = Answers(found, {})
+        answers = ShardAnswers(found, {})
     else:
         answers = await ask(explain(arguments), shards, select)
     groups = _added_up([group for _, found in answers.found.values() for group in found])
@@ -101,7 +101,7 @@ async def change_command(
     if (selected > 1 or arguments.dry_run) and not arguments.json:
         show(groups, as_json=False, empty="no matching enrollments")
     if arguments.dry_run:
-        _report(arguments, selected, Done())
+        _report(arguments, selected, BulkResult())
         return tell(answers)
     code = tell(answers)
     if selected > 1 and not arguments.yes:
@@ -196,13 +196,13 @@ def confirm(question: str) -> None:
 
 async def _change(
     arguments: argparse.Namespace, action: str, ids: Mapping[Shard, Sequence[int]], to: str | None
-) -> tuple[Done, int]:
+) -> tuple[BulkResult, int]:
     """Change enrollments in batches. Return what is done, and the exit code."""
-    total = Done()
+    total = BulkResult()
     selected = sum(map(len, ids.values()))
     with progress_bar(action, selected) as advance:
 
-        def progress(done: Done) -> None:
+        def progress(done: BulkResult) -> None:
             nonlocal total
             total = total.plus(done)
             advance(bulk.BATCH)
@@ -227,7 +227,7 @@ async def _change(
     return total, code
 
 
-def _report(arguments: argparse.Namespace, selected: int, done: Done) -> int:
+def _report(arguments: argparse.Namespace, selected: int, done: BulkResult) -> int:
     unchanged = 0 if arguments.dry_run else selected - done.changed - done.entered_again
     if arguments.json:
         report = {

@@ -23,9 +23,9 @@ from sequencerd.definitions import drawing, files
 from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.compiler import Definition
 from sequencerd.definitions.options import read_object
-from sequencerd.definitions.simulate import Entry, Simulation
+from sequencerd.definitions.simulate import Simulation, TimelineEntry
 from sequencerd.definitions.simulator import WORDS, Outcome, Simulator, choose
-from sequencerd.definitions.started import Started, read_started
+from sequencerd.definitions.started import StartedEnrollment, read_started
 from sequencerd.definitions.stored import read_sequences
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
@@ -109,7 +109,9 @@ async def _simulate_enrollment(
     id_ = arguments.from_enrollment
     shard = shard_of_id(shards, id_)
 
-    async def read_all(shard: Shard) -> tuple[Started | None, dict[str, model.Sequence], datetime]:
+    async def read_all(
+        shard: Shard,
+    ) -> tuple[StartedEnrollment | None, dict[str, model.Sequence], datetime]:
         connection = await connect(shard)
         try:
             async with connection.transaction(isolation="repeatable_read", readonly=True):
@@ -205,7 +207,7 @@ def _print(simulation: Simulation, as_json: bool) -> None:
     say(f"{at}  {simulation.enrollment.step:{width}}  {simulation.end} ({simulation.timezone})")
 
 
-def _without_rounds(simulation: Simulation) -> tuple[Sequence[Entry], int]:
+def _without_rounds(simulation: Simulation) -> tuple[Sequence[TimelineEntry], int]:
     """Return the entries up to the second round of a cycle, and how many follow."""
     entries = simulation.timeline
     if not (length := len(simulation.cycle)):
@@ -220,7 +222,7 @@ def _without_rounds(simulation: Simulation) -> tuple[Sequence[Entry], int]:
     return kept, len(entries) - len(kept)
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: TimelineEntry) -> str:
     action = f"{entry.action} {entry.type}" if entry.action == "execute" else entry.action
     return f"{action}: {entry.message}" if entry.message else action
 

@@ -18,7 +18,7 @@ from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import with_hint
-from sequencerd.storage.every_shard import Answers, ask, ask_all
+from sequencerd.storage.every_shard import ShardAnswers, ask, ask_all
 from sequencerd.storage.statements import QUERIES
 
 SHOWN = 10  # ids of other enrollments
@@ -27,7 +27,7 @@ NEEDS_ALL = (
     "others know; repeat the command when all can be reached"
 )
 
-Text = dict[str, object]
+TextRow = dict[str, object]
 """A text of the subject in other shards: `value`, and whether an address in it `is_own`."""
 
 
@@ -65,7 +65,7 @@ async def forget_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
     """Forget a subject in all shards: whoever enrolled it may have chosen any of them."""
-    texts: list[Text] = []
+    texts: list[TextRow] = []
     if len(shards) > 1:
 
         async def read(shard: Shard) -> str:
@@ -74,7 +74,7 @@ async def forget_command(
         exported = await ask_all(explain(arguments), shards, read, otherwise=NEEDS_ALL)
         texts = [text for document in exported.values() for text in _texts(document)]
 
-    async def forget(*, commit: bool) -> Answers[Forgotten]:
+    async def forget(*, commit: bool) -> ShardAnswers[Forgotten]:
         return await ask(
             explain(arguments),
             shards,
@@ -94,7 +94,7 @@ async def forget_command(
     return _tell(answers)
 
 
-def _texts(document: str) -> Iterator[Text]:
+def _texts(document: str) -> Iterator[TextRow]:
     """Yield what may have addresses in an export: all values of the subject's data, and messages
     with an address, which may be another's. Numbers are texts, as PostgreSQL writes them.
     """
@@ -114,18 +114,20 @@ def _values(data: Any) -> Iterator[str]:
             yield from _values(value)
 
 
-def _added_up(answers: Answers[Forgotten]) -> Forgotten:
+def _added_up(answers: ShardAnswers[Forgotten]) -> Forgotten:
     nothing = Forgotten(0, 0, 0, 0, [])
     return reduce(Forgotten.plus, answers.found.values(), nothing)
 
 
-def _tell(answers: Answers[Forgotten]) -> int:
+def _tell(answers: ShardAnswers[Forgotten]) -> int:
     if code := tell(answers, refusals=True):
         warn("what these shards hold is not forgotten: repeat the command when they can be reached")
     return code
 
 
-async def _forget(shard: Shard, subject: str, texts: Sequence[Text], *, commit: bool) -> Forgotten:
+async def _forget(
+    shard: Shard, subject: str, texts: Sequence[TextRow], *, commit: bool
+) -> Forgotten:
     """Forget a subject; without `commit`, only find out what that would change. `texts` are what
     other shards hold of it.
     """
@@ -166,7 +168,7 @@ def _report(arguments: argparse.Namespace, done: Forgotten) -> int:
 async def export_subject_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
-    def reading_with(texts: Sequence[Text]) -> Callable[[Shard], Awaitable[str]]:
+    def reading_with(texts: Sequence[TextRow]) -> Callable[[Shard], Awaitable[str]]:
         return lambda shard: _export(shard, arguments.subject, texts)
 
     answers = await ask(explain(arguments), shards, reading_with([]))
@@ -184,7 +186,7 @@ async def export_subject_command(
     return tell(answers)
 
 
-async def _export(shard: Shard, subject: str, texts: Sequence[Text]) -> str:
+async def _export(shard: Shard, subject: str, texts: Sequence[TextRow]) -> str:
     async with reading(shard) as connection:
         if texts:
             await connection.execute(QUERIES["know_texts"], json.dumps(texts))

@@ -15,7 +15,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.errors import UsageError
 from sequencerd.storage import bulk
-from sequencerd.storage.bulk import Done, Selection
+from sequencerd.storage.bulk import BulkResult, Selection
 from sequencerd.storage.connections import Shard, arguments
 from sequencerd.storage.database_errors import brief
 
@@ -34,7 +34,7 @@ KEPT = 50  # changes that can be followed
 
 
 @dataclass(eq=False)
-class Change:
+class BulkChange:
     """A change of the enrollments that a user selected, and how far it has come."""
 
     number: int
@@ -45,7 +45,7 @@ class Change:
     to: str | None
     ids: array[int] = field(default_factory=lambda: array("q"))
     begun_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    done: Done = field(default_factory=Done)
+    done: BulkResult = field(default_factory=BulkResult)
     error: str | None = None
     ended: float | None = None  # by the monotonic clock
 
@@ -70,14 +70,14 @@ class Change:
         return " ".join(f"{sentence}." for sentence in sentences)
 
 
-class Actions:
+class BulkChanges:
     """The changes in progress, and the latest that ended."""
 
     def __init__(self, shard: Shard, log: FilteringBoundLogger) -> None:
         self._shard = shard
         self._log = log
         self._running: set[asyncio.Task[None]] = set()
-        self._changes: dict[int, Change] = {}
+        self._changes: dict[int, BulkChange] = {}
 
     def report(self, nonce: str) -> str | None:
         """Return the report of the session's latest change, for a while after its end."""
@@ -87,7 +87,7 @@ class Actions:
                 return change.report if is_shown else None
         return None
 
-    def get(self, number: int) -> Change | None:
+    def get(self, number: int) -> BulkChange | None:
         """Return a change by its number."""
         return self._changes.get(number)
 
@@ -100,12 +100,12 @@ class Actions:
         *,
         reason: str,
         to: str | None,
-    ) -> Change:
+    ) -> BulkChange:
         """Start a change and wait briefly for its end. Raises UsageError."""
         if len(self._running) >= MOST:
             raise UsageError("other changes are in progress; try again later")
         number = max(self._changes, default=0) + 1
-        change = self._changes[number] = Change(number, nonce, user, reason, action, to)
+        change = self._changes[number] = BulkChange(number, nonce, user, reason, action, to)
         for known in list(self._changes)[:-KEPT]:
             if self._changes[known].ended is not None:
                 del self._changes[known]
@@ -122,7 +122,7 @@ class Actions:
         if self._running:
             await asyncio.wait(self._running)
 
-    async def _guard(self, change: Change, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, change: BulkChange, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
@@ -133,14 +133,14 @@ class Actions:
         finally:
             change.ended = time.monotonic()
 
-    async def _make(self, change: Change, selection: Selection) -> None:
+    async def _make(self, change: BulkChange, selection: Selection) -> None:
         # not one of the pool's: the daemons are to be notified
         connection = await asyncpg.connect(
             **arguments(self._shard, name="sequencerd console", timeout=CONNECT_TIMEOUT),
             statement_cache_size=0,  # it may lead to a pooler
         )
 
-        def progress(done: Done) -> None:
+        def progress(done: BulkResult) -> None:
             change.done = change.done.plus(done)
 
         try:

@@ -33,10 +33,10 @@ from sequencerd.console import (
     step_form,
     suppressing,
 )
-from sequencerd.console.actions import Actions
+from sequencerd.console.actions import BulkChanges
 from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.context import POLICY, PageContext, context_of, say, unmasked
-from sequencerd.console.live import Live
+from sequencerd.console.live import LiveTopics
 from sequencerd.console.query import NotFoundError, WrongQueryError
 from sequencerd.console.sessions import Sessions
 from sequencerd.console.summary import Summary
@@ -44,7 +44,7 @@ from sequencerd.console.tables import at
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
-from sequencerd.settings import Console, Role
+from sequencerd.settings import ConsoleSettings, Role
 from sequencerd.storage.connections import Shard, arguments
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
@@ -66,7 +66,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def make_console(
-    settings: Console,
+    settings: ConsoleSettings,
     shard: Shard,
     simulator: Callable[[], Simulator],
     now: Callable[[], datetime],
@@ -95,8 +95,8 @@ def make_console(
             statement_cache_size=0,  # each is planned for what is asked; it may lead to a pooler
         ) as pool:
             summary = Summary(pool, log)
-            live = Live(pool, summary)
-            actions = Actions(shard, log)
+            live = LiveTopics(pool, summary)
+            actions = BulkChanges(shard, log)
             app.state.console = PageContext(
                 settings,
                 shard,

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from sequencerd import passwords
 from sequencerd.console.oidc import Login, Provider
 from sequencerd.console.sessions import LONGEST, Session, Sessions, hash_of
-from sequencerd.settings import Console, Role
+from sequencerd.settings import ConsoleSettings, Role
 
 COOKIE = "sequencerd"
 MAX_USER = 100  # characters
@@ -54,7 +54,7 @@ class Visitor:
 class Auth:
     """Authentication by the settings."""
 
-    def __init__(self, settings: Console, sessions: Sessions) -> None:
+    def __init__(self, settings: ConsoleSettings, sessions: Sessions) -> None:
         self._settings = settings
         self.sessions = sessions
         common = settings.password_hash

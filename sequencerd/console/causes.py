@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sequencerd.console.mask import Row
+from sequencerd.console.mask import MaskedRow
 from sequencerd.console.summary import Counts
 from sequencerd.core.model import StepKey
 
@@ -17,7 +17,7 @@ NO_ERROR = "no error recorded"
 
 
 @dataclass
-class Cause:
+class FailureCause:
     """Failed enrollments with one cause, as it may be shown."""
 
     key: str
@@ -31,9 +31,9 @@ class Cause:
     patterns: list[str] = field(default_factory=list)  # as the queries have them
 
 
-def causes(counts: Counts, mask: Callable[[Mapping[str, Any]], Row]) -> list[Cause]:
+def causes(counts: Counts, mask: Callable[[Mapping[str, Any]], MaskedRow]) -> list[FailureCause]:
     """Return the causes, the most frequent first."""
-    found: dict[str, Cause] = {}
+    found: dict[str, FailureCause] = {}
     for row in counts.causes:
         shown = mask(
             {
@@ -46,7 +46,7 @@ def causes(counts: Counts, mask: Callable[[Mapping[str, Any]], Row]) -> list[Cau
         text = shown["message"] or NO_ERROR
         # of what is shown, so that it cannot tell more
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
-        cause = found.setdefault(key, Cause(key, text))
+        cause = found.setdefault(key, FailureCause(key, text))
         cause.failed += row["failed"]
         cause.steps[row["sequence"], row["step"]] += row["failed"]
         cause.failures.add(row["failure"] or "by hand")

@@ -13,17 +13,17 @@ from jinja2 import Environment
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from sequencerd.console.actions import Actions
+from sequencerd.console.actions import BulkChanges
 from sequencerd.console.auth import Auth, Visitor
-from sequencerd.console.live import Live
+from sequencerd.console.live import LiveTopics
 from sequencerd.console.mask import make_mask
 from sequencerd.console.query import PAGE, Query
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at
-from sequencerd.console.views import Journey
+from sequencerd.console.views import EnrollmentHistory
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
-from sequencerd.settings import Console, Role
+from sequencerd.settings import ConsoleSettings, Role
 from sequencerd.storage.connections import Shard
 
 POLICY = (
@@ -37,21 +37,23 @@ POLICY = (
 class PageContext:
     """What the pages share."""
 
-    settings: Console
+    settings: ConsoleSettings
     shard: Shard
     pool: asyncpg.Pool
     auth: Auth
     templates: Environment
     summary: Summary
-    live: Live
+    live: LiveTopics
     simulator: Callable[[], Simulator]
     runners: Callable[[], Mapping[str, Runner]]
     now: Callable[[], datetime]
-    actions: Actions
+    actions: BulkChanges
     simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     counting_history: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     simulated: dict[str, Any] = field(default_factory=dict)
-    enrollments_read: dict[tuple[int, bool], tuple[str, Journey]] = field(default_factory=dict)
+    enrollments_read: dict[tuple[int, bool], tuple[str, EnrollmentHistory]] = field(
+        default_factory=dict
+    )
     shards: Sequence[str] = ()  # among which a reader chooses
     parts: Mapping[str, PageContext] = field(default_factory=dict)  # of all shards together
 

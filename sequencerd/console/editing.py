@@ -22,7 +22,7 @@ from sequencerd.console.tables import at
 from sequencerd.definitions import json_schema, plan, yaml_reader
 from sequencerd.definitions.compiler import Definition
 from sequencerd.definitions.diff import parse_document
-from sequencerd.definitions.files import Finding, check_documents
+from sequencerd.definitions.files import FileFinding, check_documents
 from sequencerd.definitions.plan import Plan
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import DatabaseError, FileError, PlanError
@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredSequence:
     """A sequence as it is in the database."""
 
     revision: int
@@ -45,12 +45,12 @@ class Stored:
     reason: str | None
 
 
-async def read_stored(context: PageContext, name: str) -> Stored:
+async def read_stored(context: PageContext, name: str) -> StoredSequence:
     """Return a sequence as it is. Raises NotFoundError."""
     rows = await connections.read(context.pool, "console_sequence", name)
     if not rows:
         raise NotFoundError(f"There is no sequence {name}.")
-    return Stored(**rows[0])
+    return StoredSequence(**rows[0])
 
 
 async def read_yaml(context: PageContext, name: str, revision: int | None) -> str:
@@ -154,11 +154,11 @@ async def edit(request: Request) -> Response:
 def _page(
     request: Request,
     name: str,
-    stored: Stored,
+    stored: StoredSequence,
     text: str,
     status: int = 200,
     *,
-    findings: list[Finding] | None = None,
+    findings: list[FileFinding] | None = None,
     made: Plan | None = None,
     wrong: str | None = None,
     revision: int | None = None,
@@ -296,10 +296,10 @@ def _file_name(name: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in name)
 
 
-def _check(context: PageContext, text: str) -> tuple[list[Definition], list[Finding]]:
+def _check(context: PageContext, text: str) -> tuple[list[Definition], list[FileFinding]]:
     if len(text.encode()) > yaml_reader.MAX_SIZE:
         message = f"has more than {yaml_reader.MAX_SIZE} bytes: split the sequence"
-        return [], [Finding(ORIGIN, 1, None, None, message)]
+        return [], [FileFinding(ORIGIN, 1, None, None, message)]
     return check_documents({ORIGIN: yaml_reader.parse(text)}, context.simulator().runners)
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 
-from sequencerd.console.causes import Cause
-from sequencerd.console.mask import Row
+from sequencerd.console.causes import FailureCause
+from sequencerd.console.mask import MaskRow
 from sequencerd.console.query import Query, WrongQueryError
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.storage.bulk import Selection
 from sequencerd.storage.connections import reading
 from sequencerd.storage.statements import QUERIES
-
-Mask = Callable[[Mapping[str, Any]], Row]
 
 FILTERS = (
     "sequence",
@@ -65,7 +63,7 @@ _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 @dataclass(frozen=True)
-class Found:
+class EnrollmentPage:
     """A page of a list, with what else is to be said."""
 
     table: Table
@@ -76,7 +74,7 @@ class Found:
 def selection_of(
     query: Query,
     masked: Sequence[str],
-    causes: Sequence[Cause],
+    causes: Sequence[FailureCause],
     topics: Mapping[str, str | None],
     now: datetime,
 ) -> Selection:
@@ -136,7 +134,9 @@ def _age(text: str) -> timedelta:
     return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
-async def enrollments(pool: asyncpg.Pool, query: Query, selection: Selection, mask: Mask) -> Found:
+async def enrollments(
+    pool: asyncpg.Pool, query: Query, selection: Selection, mask: MaskRow
+) -> EnrollmentPage:
     """Return the enrollments that match, the latest first, or sorted by a column."""
     columns = _columns(query)
     sort = query.get("sort") or "-id"
@@ -155,7 +155,7 @@ async def enrollments(pool: asyncpg.Pool, query: Query, selection: Selection, ma
                 f"Searched down to enrollment {searched_to:,}; the next page goes on from there."
             )
         page = _shown(shown, [column.key for column in columns], mask)
-        return Found(Table("search", columns, page, query.given, more, sort, remark))
+        return EnrollmentPage(Table("search", columns, page, query.given, more, sort, remark))
     rows, searched_to = await _search(pool, selection, FURTHEST, MOST_SORTED + 1)
     is_part = len(rows) > MOST_SORTED or searched_to > 1
     every = _shown(rows[:MOST_SORTED], [key, *(column.key for column in columns)], mask)
@@ -170,7 +170,7 @@ async def enrollments(pool: asyncpg.Pool, query: Query, selection: Selection, ma
             f"Sorted are the latest {len(every):,} that were found. Add filters to sort them all."
         )
     page = every[skip : skip + query.rows]
-    return Found(Table("search", columns, page, query.given, more, sort, remark))
+    return EnrollmentPage(Table("search", columns, page, query.given, more, sort, remark))
 
 
 def without_usual_columns(query: Query) -> Query:
@@ -230,7 +230,9 @@ async def _search(
     return rows, top
 
 
-def _shown(rows: Sequence[asyncpg.Record], keys: Sequence[str], mask: Mask) -> list[dict[str, Any]]:
+def _shown(
+    rows: Sequence[asyncpg.Record], keys: Sequence[str], mask: MaskRow
+) -> list[dict[str, Any]]:
     paths = [key for key in keys if key.startswith("data.")]
     shown = []
     for row in rows:

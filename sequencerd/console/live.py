@@ -17,7 +17,7 @@ COUNTS = 0
 """What a page watches that shows counts; others watch an enrollment's id."""
 
 
-class Live:
+class LiveTopics:
     """The topics that pages watch, with their latest versions."""
 
     def __init__(self, pool: asyncpg.Pool, summary: Summary) -> None:

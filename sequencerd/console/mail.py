@@ -36,11 +36,11 @@ FRAME = (
 """The policy of a frame with the HTML of a message: nothing runs, and nothing is loaded."""
 
 
-Hide = Callable[[str], str]
+HideText = Callable[[str], str]
 
 
 @dataclass(frozen=True)
-class Mail:
+class MessagePreview:
     """A message, as much of it as may be shown."""
 
     subject: str | None
@@ -150,7 +150,7 @@ async def _one_at(context: PageContext, query: Query) -> str | None:
 
 async def _message(
     context: PageContext, query: Query, id_: str | None
-) -> tuple[step_message.Message, Hide]:
+) -> tuple[step_message.StepMessage, HideText]:
     """Return the message, and what masks its texts."""
     sequence = _sequence(context, query)
     external = read_object(query.get("external") or "{}", "external data")
@@ -177,7 +177,7 @@ async def _message(
     return made, hide
 
 
-async def _mail(context: PageContext, query: Query, id_: str | None) -> Mail:
+async def _mail(context: PageContext, query: Query, id_: str | None) -> MessagePreview:
     """Return a message as it may be shown. Raises UsageError."""
     message, masked = await _message(context, query, id_)
     runners = context.runners()  # those of the engine belong to its thread
@@ -194,7 +194,7 @@ async def _mail(context: PageContext, query: Query, id_: str | None) -> Mail:
     read = message_from_bytes(content, policy=default)
     assert isinstance(read, EmailMessage)
     text, html = (_part(read, kind) for kind in ("plain", "html"))
-    return Mail(
+    return MessagePreview(
         masked(str(read["Subject"])) if read["Subject"] else None,
         [(name, masked(str(value))) for name, value in read.items() if name != "Subject"],
         masked(text) if text is not None else None,

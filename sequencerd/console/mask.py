@@ -32,10 +32,11 @@ _NAMED = re.compile(r"""(?<=\bsubject )('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 
 _TEXTS = ("subject", "last_error", "message")
 
-Row = dict[str, Any]
+MaskedRow = dict[str, Any]
+MaskRow = Callable[[Mapping[str, Any]], MaskedRow]
 
 
-def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], Row]:
+def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], MaskedRow]:
     """Return a function that gives a row as it may be shown.
 
     Its `data` become a dict, with nothing where the paths lead; what was there is hidden in the
@@ -46,7 +47,7 @@ def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], Row]:
         return _without_known
     keys = [path.split(".")[1:] for path in paths if path != "subject"]
 
-    def mask(row: Mapping[str, Any]) -> Row:
+    def mask(row: Mapping[str, Any]) -> MaskedRow:
         known, known_subject = row.get("known"), row.get("known_subject")
         shown = _without_known(row)
         values: set[str] = set()
@@ -119,7 +120,7 @@ def _forms(text: str) -> set[str]:
     }
 
 
-def hide_data(data: Mapping[str, Any], paths: Sequence[str]) -> Row:
+def hide_data(data: Mapping[str, Any], paths: Sequence[str]) -> MaskedRow:
     """Return a copy of data with HIDDEN where the paths lead."""
     shown = copy.deepcopy(dict(data))
     for path in paths:
@@ -131,7 +132,7 @@ def hide_data(data: Mapping[str, Any], paths: Sequence[str]) -> Row:
 
 def restore_data(
     edited: Mapping[str, Any], original: Mapping[str, Any], paths: Sequence[str]
-) -> Row:
+) -> MaskedRow:
     """Return edited data with the original values where HIDDEN is still in their place. Raises
     UsageError where it is elsewhere, or a list with such values has been changed.
     """
@@ -147,11 +148,11 @@ def restore_data(
             raise UsageError(f"{HIDDEN} is a masked value, which can only stay where it was")
         return value
 
-    restored: Row = restore(dict(edited), hide_data(original, paths), original)
+    restored: MaskedRow = restore(dict(edited), hide_data(original, paths), original)
     return restored
 
 
-def _without_known(row: Mapping[str, Any]) -> Row:
+def _without_known(row: Mapping[str, Any]) -> MaskedRow:
     shown = {key: value for key, value in row.items() if key not in ("known", "known_subject")}
     if isinstance(shown.get("data"), str):
         shown["data"] = json.loads(shown["data"])

@@ -9,9 +9,9 @@ from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sequencerd.console.lists import FURTHEST, Found, comparable
+from sequencerd.console.lists import FURTHEST, EnrollmentPage, comparable
 from sequencerd.console.query import Query, WrongQueryError
-from sequencerd.console.summary import LOST, PATIENCE, Counts, Row, Summary
+from sequencerd.console.summary import LOST, PATIENCE, Counts, Summary, SummaryRow
 from sequencerd.console.tables import at_shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
@@ -101,16 +101,16 @@ def merge_counts(shards: Mapping[str, Counts]) -> Counts:
     )
 
 
-def _in_shard(name: str, row: Row) -> str:
+def _in_shard(name: str, row: SummaryRow) -> str:
     about = row["about"]
     return f"{name}/{about}" if row["kind"] == "quarantined" else f"{about} in {name}"
 
 
-def _once(shards: Mapping[str, Sequence[Row]], key: Sequence[str]) -> list[Row]:
+def _once(shards: Mapping[str, Sequence[SummaryRow]], key: Sequence[str]) -> list[SummaryRow]:
     """Return one row for those of the shards with the same key: numbers of enrollments are added
     up, and another status or problem is named with its shard.
     """
-    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    found: dict[tuple[Any, ...], dict[str, SummaryRow]] = {}
     for name, rows in shards.items():
         for row in rows:
             found.setdefault(tuple(row[part] for part in key), {})[name] = row
@@ -118,7 +118,7 @@ def _once(shards: Mapping[str, Sequence[Row]], key: Sequence[str]) -> list[Row]:
     return sorted(merged, key=lambda row: row[key[0]])
 
 
-def _one(rows: Mapping[str, Row]) -> Row:
+def _one(rows: Mapping[str, SummaryRow]) -> SummaryRow:
     made = dict(next(iter(rows.values())))
     for name in made.keys() & {"active", "soon", "overdue"}:
         known = [row[name] for row in rows.values() if row[name] is not None]
@@ -135,8 +135,8 @@ def _one(rows: Mapping[str, Row]) -> Row:
 async def found_in_all(
     shards: Mapping[str, PageContext],
     query: Query,
-    find: Callable[[PageContext, Query], Awaitable[Found]],
-) -> Found:
+    find: Callable[[PageContext, Query], Awaitable[EnrollmentPage]],
+) -> EnrollmentPage:
     """Return the enrollments that all shards find, in the order that one database would give."""
     is_by_id = (query.get("sort") or "-id") == "-id" and query.get("q") is None
     before = _before(list(shards), query)
@@ -147,10 +147,10 @@ async def found_in_all(
         ),
         return_exceptions=True,
     )
-    found: dict[str, Found] = {}
+    found: dict[str, EnrollmentPage] = {}
     remarks = []
     for name, answer in zip(shards, answers, strict=True):
-        if isinstance(answer, Found):
+        if isinstance(answer, EnrollmentPage):
             found[name] = answer
         elif isinstance(answer, TRANSIENT_ERRORS):
             remarks.append(f"The shard {name} is missing here: {brief(answer)}.")
@@ -199,7 +199,7 @@ async def found_in_all(
         remark=" ".join(dict.fromkeys(remarks)) or None,
     )
     advice = next((one.advice for one in found.values() if one.advice), None)
-    return Found(table, advice, further)
+    return EnrollmentPage(table, advice, further)
 
 
 def _before(shards: Sequence[str], query: Query) -> dict[str, dict[str, str]]:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sequencerd.core.model import printable
-from sequencerd.settings import Oidc
+from sequencerd.settings import OidcSettings
 
 COOKIE = "sequencerd_login"
 LONGEST_LOGIN = 600  # seconds
@@ -33,7 +33,7 @@ class Login(NamedTuple):
 class Provider:
     """The provider of the settings. Its metadata are read when the first user logs in."""
 
-    def __init__(self, settings: Oidc, key: bytes) -> None:
+    def __init__(self, settings: OidcSettings, key: bytes) -> None:
         # only where it is set: the package is an extra
         from authlib.integrations.starlette_client import OAuth  # noqa: PLC0415
 

@@ -39,7 +39,7 @@ MOST_LATE = 20_000  # claims and hours of a sequence of which the lateness is re
 
 
 @dataclass(frozen=True)
-class Range:
+class TimeRange:
     """What is shown: from and until full hours or days in UTC, of a sequence or step or of all."""
 
     since: datetime
@@ -56,7 +56,7 @@ class Range:
             time += UNITS[self.unit]
 
 
-def range_of(query: Query, now: datetime) -> Range:
+def range_of(query: Query, now: datetime) -> TimeRange:
     """Return the time that the query parameters choose. Raises WrongQueryError."""
     unit = query.get("by") or "day"
     if unit not in UNITS:
@@ -75,7 +75,7 @@ def range_of(query: Query, now: datetime) -> Range:
         raise WrongQueryError(
             f"the range has more than {MOST_UNITS} {unit}s: choose a shorter one{more}"
         )
-    return Range(since, until, unit, query.get("sequence"), query.get("step"))
+    return TimeRange(since, until, unit, query.get("sequence"), query.get("step"))
 
 
 def _floor(time: datetime, unit: str) -> datetime:
@@ -112,7 +112,7 @@ async def read(
     pool: asyncpg.Pool,
     counts: Counts | None,
     definitions: Mapping[str, Sequence],
-    chosen: Range,
+    chosen: TimeRange,
 ) -> Activity:
     """Return what happened in the range, of a sequence or step or of all."""
     sequence, step = chosen.sequence, chosen.step
@@ -228,7 +228,7 @@ _COLUMNS = (
 )
 
 
-def by_time(activity: Activity, chosen: Range, query: Query) -> Table:
+def by_time(activity: Activity, chosen: TimeRange, query: Query) -> Table:
     """Return a row for each hour or day."""
     sums = {measure: activity.sum(measure) for measure in activity.times}
     is_day = chosen.unit == "day"
@@ -317,7 +317,7 @@ async def tables(context: PageContext, name: str, query: Query) -> Table:
     return by_step(activity, context.simulator().definitions, query)
 
 
-async def _read(context: PageContext, query: Query) -> tuple[Range, Activity]:
+async def _read(context: PageContext, query: Query) -> tuple[TimeRange, Activity]:
     definitions = context.simulator().definitions
     sequence, step = query.get("sequence"), query.get("step")
     if sequence is not None and sequence not in definitions:

@@ -24,7 +24,7 @@ from sequencerd.console import (
     suppressing,
     views,
 )
-from sequencerd.console.causes import Cause, causes
+from sequencerd.console.causes import FailureCause, causes
 from sequencerd.console.changing import select
 from sequencerd.console.context import (
     POLICY,
@@ -36,17 +36,17 @@ from sequencerd.console.context import (
 from sequencerd.console.lists import (
     COLUMNS,
     FILTERS,
-    Found,
+    EnrollmentPage,
     enrollments,
     without_usual_columns,
 )
 from sequencerd.console.live import COUNTS
-from sequencerd.console.mask import Row
+from sequencerd.console.mask import MaskedRow, MaskRow
 from sequencerd.console.merging import found_in_all
 from sequencerd.console.query import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
 from sequencerd.console.summary import MOST_CAUSES, Counts
 from sequencerd.console.tables import Table, as_csv, as_json, at
-from sequencerd.console.views import Journey
+from sequencerd.console.views import EnrollmentHistory
 from sequencerd.core.model import NEXT, Sequence
 from sequencerd.core.what_next import what_next
 from sequencerd.definitions import drawing
@@ -83,7 +83,7 @@ def _render_counts(
     )
 
 
-def _problems(counts: Counts | None, mask: views.Mask) -> list[Row]:
+def _problems(counts: Counts | None, mask: MaskRow) -> list[MaskedRow]:
     """Return the problems that daemons report."""
     rows = counts.problems if counts else []
     return [mask({**row, "last_error": row["message"]}) for row in rows]
@@ -191,7 +191,11 @@ def _definition(context: PageContext, name: str) -> Sequence:
 
 
 def _graph(
-    definition: Sequence, steps: Table | None, chosen: str | None, flow: panel.Flow, query: Query
+    definition: Sequence,
+    steps: Table | None,
+    chosen: str | None,
+    flow: panel.StepFlow,
+    query: Query,
 ) -> dict[str, Any]:
     """Return what the browser draws: the goals apart, ways with how many went there."""
     counted = {row["step"]: row for row in steps.rows} if steps else {}
@@ -251,7 +255,7 @@ async def enrollment(request: Request) -> Response:
     )
 
 
-async def _journey(request: Request, id_: int, query: Query) -> Journey:
+async def _journey(request: Request, id_: int, query: Query) -> EnrollmentHistory:
     """Read an enrollment once for all open pages of it."""
     context = context_of(request)
     if id_ >= 2**63:
@@ -299,7 +303,7 @@ async def search(request: Request) -> Response:
     return answer
 
 
-async def _found(context: PageContext, query: Query) -> Found:
+async def _found(context: PageContext, query: Query) -> EnrollmentPage:
     """Return a list by filters, or the enrollments that one text finds."""
     if context.parts:
         return await found_in_all(context.parts, query, _found)
@@ -311,10 +315,10 @@ async def _found(context: PageContext, query: Query) -> Found:
         return found
     _, remark, advice = await views.by_text(context.pool, wanted, context.settings.mask, 1)
     told = [text for text in (remark, found.table.remark) if text]
-    return Found(replace(found.table, remark=" ".join(reversed(told)) or None), advice)
+    return EnrollmentPage(replace(found.table, remark=" ".join(reversed(told)) or None), advice)
 
 
-def _cause(counts: Counts | None, context: PageContext, key: str | None) -> Cause | None:
+def _cause(counts: Counts | None, context: PageContext, key: str | None) -> FailureCause | None:
     known = causes(counts, context.mask) if counts and key else []
     return next((cause for cause in known if cause.key == key), None)
 

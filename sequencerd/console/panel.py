@@ -31,7 +31,7 @@ MOST_WAKES = 2000  # enrollments whose wake times are shown
 BARS = 24
 MOST_ERRORS = 3
 
-Flow = Mapping[tuple[str, str], int]
+StepFlow = Mapping[tuple[str, str], int]
 """How often what happened, by step and action."""
 
 
@@ -43,7 +43,7 @@ def range_of(query: Query) -> str:
     return name
 
 
-async def flow(context: PageContext, counts: Counts | None, sequence: str, name: str) -> Flow:
+async def flow(context: PageContext, counts: Counts | None, sequence: str, name: str) -> StepFlow:
     """Return what happened in a range: from the counts by hour, and the history since these. Where
     no daemon has counted by hour yet, it is counted by day, for two weeks.
     """
@@ -68,7 +68,7 @@ async def flow(context: PageContext, counts: Counts | None, sequence: str, name:
     return found
 
 
-def times(flow: Flow, edge: drawing.Edge) -> int:
+def times(flow: StepFlow, edge: drawing.Edge) -> int:
     """Return how often an edge was taken."""
     label = edge.label or NEXT.label
     if label == NEXT.label:
@@ -82,7 +82,7 @@ _NOT_COUNTED = dict.fromkeys(("active", "failed", "median_stay", "overdue", "pro
 
 
 @dataclass(frozen=True)
-class Way:
+class ExitFlow:
     """Where a step leads, and how often it did."""
 
     label: str
@@ -94,7 +94,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Bar:
+class WakeBar:
     """So many enrollments that are next checked between two times."""
 
     since: datetime
@@ -103,15 +103,15 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Panel:
+class StepPanel:
     """A step."""
 
     step: Step
     words: list[str]
-    ways: list[Way]
+    ways: list[ExitFlow]
     way: str | None  # that is chosen
     goals: int
-    bars: list[Bar]
+    bars: list[WakeBar]
     never: int  # that wait for a change, of those that were read
     is_capped: bool
     errors: list[dict[str, Any]]
@@ -128,10 +128,10 @@ async def panel(
     definition: Sequence,
     step: Step,
     *,
-    flow: Flow,
+    flow: StepFlow,
     row: Mapping[str, Any],
     query: Query,
-) -> Panel:
+) -> StepPanel:
     """Return what is known of a step."""
     place = {"sequence": definition.name, "step": step.name}
     bars, never, is_capped = await _wakes(context.pool, definition.name, step.name)
@@ -151,7 +151,7 @@ async def panel(
         for (name, action), number in flow.items()
         if name == step.name and action.partition(" ")[0] == "goal"
     )
-    return Panel(
+    return StepPanel(
         step,
         _words(step),
         _ways(definition, step, flow, query),
@@ -181,7 +181,7 @@ def _words(step: Step) -> list[str]:
     return [f"{text[:1].upper()}{text[1:]}" for text in found if text]
 
 
-def _ways(definition: Sequence, step: Step, flow: Flow, query: Query) -> list[Way]:
+def _ways(definition: Sequence, step: Step, flow: StepFlow, query: Query) -> list[ExitFlow]:
     edges = [edge for edge in drawing.edges(definition) if edge.source == step.name]
     every = sum(times(flow, edge) for edge in edges)
     conditions = {
@@ -200,17 +200,17 @@ def _ways(definition: Sequence, step: Step, flow: Flow, query: Query) -> list[Wa
         label = edge.label or NEXT.label
         number = times(flow, edge)
         share = number / every if every else 0.0
-        ways.append(Way(label, target, url, conditions.get(label, ""), number, share))
+        ways.append(ExitFlow(label, target, url, conditions.get(label, ""), number, share))
     return ways
 
 
-async def _wakes(pool: asyncpg.Pool, sequence: str, step: str) -> tuple[list[Bar], int, bool]:
+async def _wakes(pool: asyncpg.Pool, sequence: str, step: str) -> tuple[list[WakeBar], int, bool]:
     """Return when enrollments at a step are next checked, how many only after a change, and
     whether there are more than were read.
     """
     rows = await connections.read(pool, "console_wakes", sequence, step, MOST_WAKES, BARS)
     bars = [
-        Bar(row["since"], row["until"], row["number"]) for row in rows if row["bar"] is not None
+        WakeBar(row["since"], row["until"], row["number"]) for row in rows if row["bar"] is not None
     ]
     never = sum(row["number"] for row in rows if row["bar"] is None)
     return bars, never, sum(bar.number for bar in bars) + never >= MOST_WAKES

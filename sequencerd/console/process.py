@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.console.app import make_console
-from sequencerd.console.shards import Served, make_console_of_shards
+from sequencerd.console.shards import ServedShard, make_console_of_shards
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.definitions.stored import read_sequences
 from sequencerd.engine.clock import Clock
@@ -22,7 +22,7 @@ from sequencerd.runners import Runner
 from sequencerd.runners.registry import make_runners
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.systemd import notify
-from sequencerd.settings import CONSOLE_LISTEN, Console, Http, Settings
+from sequencerd.settings import CONSOLE_LISTEN, ConsoleSettings, HttpSettings, Settings
 from sequencerd.storage import connections, migrate, server
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
@@ -37,9 +37,11 @@ async def run(
     """Serve the console until SIGTERM or SIGINT, at `listen` or at the address in the settings.
     Raises SequencerdError if it cannot start; of several shards, some may be away.
     """
-    console = (settings.console or Console()).model_copy(update={"enabled": True})
+    console = (settings.console or ConsoleSettings()).model_copy(update={"enabled": True})
     address = listen or settings.http.listen or CONSOLE_LISTEN
-    settings = settings.model_copy(update={"console": console, "http": Http(listen=address)})
+    settings = settings.model_copy(
+        update={"console": console, "http": HttpSettings(listen=address)}
+    )
     settings.check_console()
     runners = make_runners(settings)
     stop = asyncio.Event()
@@ -47,7 +49,7 @@ async def run(
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(_close, runners)
-        found = [_Definitions(shard, runners, log) for shard in shards]
+        found = [_PresentDefinitions(shard, runners, log) for shard in shards]
         for definitions in found:
             stack.callback(definitions.close)
             try:
@@ -59,7 +61,7 @@ async def run(
         if console.write and any(definitions.is_standby for definitions in found):
             log.warning("the server is a standby: the console changes nothing until its next start")
         served = [
-            Served(
+            ServedShard(
                 definitions.shard,
                 console.model_copy(update={"write": console.write and not definitions.is_standby}),
                 definitions.simulator,
@@ -83,7 +85,7 @@ async def run(
     log.info("stopped")
 
 
-def _of_one(one: Served, log: FilteringBoundLogger) -> Starlette:
+def _of_one(one: ServedShard, log: FilteringBoundLogger) -> Starlette:
     return make_console(one.settings, one.shard, one.simulator, one.now, log, runners=one.runners)
 
 
@@ -99,7 +101,7 @@ def _refuse_taken_address(listen: str) -> None:
     )
 
 
-class _Definitions:
+class _PresentDefinitions:
     """The present definitions, and the database's time."""
 
     def __init__(

@@ -22,29 +22,29 @@ from sequencerd.console import pages, views
 from sequencerd.console.app import WithHeaders, guarded_routes, make_console, routes_of_access, said
 from sequencerd.console.auth import Auth
 from sequencerd.console.context import PageContext, context_of, query_of, render, unmasked
-from sequencerd.console.live import COUNTS, Live
+from sequencerd.console.live import COUNTS, LiveTopics
 from sequencerd.console.merging import SummaryOfShards
 from sequencerd.console.query import NotFoundError
 from sequencerd.console.sessions import SessionsOfShards
 from sequencerd.console.tables import Column, Table, at_shard, place
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
-from sequencerd.settings import Console
+from sequencerd.settings import ConsoleSettings
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 
-class Served(NamedTuple):
+class ServedShard(NamedTuple):
     """A shard, and what a console needs of it, as in `make_console`."""
 
     shard: Shard
-    settings: Console
+    settings: ConsoleSettings
     simulator: Callable[[], Simulator]
     now: Callable[[], datetime]
     runners: Callable[[], Mapping[str, Runner]]
 
 
-def make_console_of_shards(served: Sequence[Served], log: FilteringBoundLogger) -> Starlette:
+def make_console_of_shards(served: Sequence[ServedShard], log: FilteringBoundLogger) -> Starlette:
     """Return the application for several shards."""
     consoles = {
         str(one.shard.name): make_console(
@@ -75,7 +75,7 @@ def make_console_of_shards(served: Sequence[Served], log: FilteringBoundLogger) 
                 console.state.console = contexts[name]
                 console.state.unmasked = unmasked(contexts[name])
             summary = SummaryOfShards({name: one.summary for name, one in contexts.items()})
-            live = Live(first.pool, summary)
+            live = LiveTopics(first.pool, summary)
             app.state.console = replace(
                 first,
                 settings=first.settings.model_copy(update={"write": False}),
@@ -116,7 +116,7 @@ def make_console_of_shards(served: Sequence[Served], log: FilteringBoundLogger) 
             get("/live", pages.stream),
             *routes_of_access(log),
             *(
-                Mount(f"/shards/{name}", _Placed(console, name))
+                Mount(f"/shards/{name}", _ShardLinks(console, name))
                 for name, console in consoles.items()
             ),
         ],
@@ -126,7 +126,7 @@ def make_console_of_shards(served: Sequence[Served], log: FilteringBoundLogger) 
     )
 
 
-class _Placed:
+class _ShardLinks:
     """Lets all links of a shard's pages lead to pages of that shard."""
 
     def __init__(self, app: ASGIApp, name: str) -> None:

@@ -25,8 +25,8 @@ from sequencerd.definitions.simulate import Simulation
 from sequencerd.definitions.simulator import (
     WORDS,
     Outcome,
+    OutcomeWord,
     Simulator,
-    Word,
     choose,
     read_result,
     read_time,
@@ -66,7 +66,7 @@ class WrongFieldsError(UsageError):
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _SimulationForm:
     """What the form asks for, checked."""
 
     sequence: str
@@ -80,7 +80,7 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class Simulated:
+class ShownSimulation:
     """A simulation as it may be shown."""
 
     simulation: Simulation
@@ -165,7 +165,7 @@ def _shown(time: datetime) -> str:
     return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
 
 
-def _read(context: PageContext, query: Query) -> _Asked:
+def _read(context: PageContext, query: Query) -> _SimulationForm:
     """Read the form. Raises WrongFieldsError for all that is wrong."""
     wrong: dict[str, str] = {}
 
@@ -203,7 +203,7 @@ def _read(context: PageContext, query: Query) -> _Asked:
             wrong[f"when.{n}"] = "write when the data change"
     if wrong:
         raise WrongFieldsError(wrong)
-    return _Asked(name, start, until, zone, data, external, outcomes, changes)
+    return _SimulationForm(name, start, until, zone, data, external, outcomes, changes)
 
 
 def _until(text: str, start: datetime) -> datetime:
@@ -221,7 +221,7 @@ def _when(text: str, start: datetime, steps: set[str]) -> str:
     return text
 
 
-def _word(text: str) -> Word:
+def _word(text: str) -> OutcomeWord:
     for word in WORDS:
         if word == text:
             return word
@@ -245,7 +245,7 @@ def _answer(type_: str, text: str) -> Outcome:
 # --- the simulation
 
 
-async def run(context: PageContext, query: Query) -> Simulated:
+async def run(context: PageContext, query: Query) -> ShownSimulation:
     """Simulate as the query asks. Raises UsageError."""
     asked = _read(context, query)
     present = context.simulator()
@@ -303,7 +303,7 @@ async def run(context: PageContext, query: Query) -> Simulated:
     ]
     # with the start, the same address always gives the same result
     given = {"start": _shown(asked.start), **query.given}
-    simulated = Simulated(
+    simulated = ShownSimulation(
         simulation, masked(simulation.end), Table("simulation", COLUMNS, rows, given)
     )
     key = _key(context, given)

@@ -16,7 +16,7 @@ from sequencerd.console.context import context_of, query_of, render
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.core.model import KeyPath
 from sequencerd.definitions import yaml_edit, yaml_reader
-from sequencerd.definitions.form_fields import UNITS, Field, fields
+from sequencerd.definitions.form_fields import UNITS, FormField, fields
 
 PREFIX = "config."
 """Of the names of fields in a form."""
@@ -72,7 +72,7 @@ def _form(
     )
 
 
-def _fields(text: str, step: str) -> tuple[int, str, list[Field]]:
+def _fields(text: str, step: str) -> tuple[int, str, list[FormField]]:
     """Return the number of a step in a text, its type, and what can be changed of it."""
     try:
         documents = [document.value for document in yaml_reader.parse(text)]
@@ -101,7 +101,7 @@ async def change(request: Request) -> Response:
     return await editing.change(request)
 
 
-def _changed(form: Mapping[str, str], step: int, found: list[Field]) -> dict[KeyPath, Any]:
+def _changed(form: Mapping[str, str], step: int, found: list[FormField]) -> dict[KeyPath, Any]:
     """Return the values that a user has changed, by their paths in the document."""
     values: dict[KeyPath, Any] = {}
     for field in found:

@@ -21,7 +21,7 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import StepKey
-from sequencerd.service.diagnosis import CHECKS, Finding, run_check
+from sequencerd.service.diagnosis import CHECKS, Diagnosis, run_check
 from sequencerd.storage.connections import borrow, counting, read, reading
 from sequencerd.storage.database_errors import brief
 from sequencerd.storage.statements import QUERIES
@@ -55,8 +55,8 @@ STAYS = 500  # of a step that are kept
 LOST = "lost"
 """The version of what can't be read: a page that asks for it hears that."""
 
-Row = Mapping[str, Any]
-Flow = Mapping[tuple[str, str, str], Counter[date]]
+SummaryRow = Mapping[str, Any]
+DailyFlow = Mapping[tuple[str, str, str], Counter[date]]
 """Of a sequence, a step and an action, how often it happened on which day."""
 
 
@@ -65,17 +65,17 @@ class Counts:
     """What is known as of a time."""
 
     at: datetime
-    sequences: list[Row]
-    steps: list[Row]
-    failed: list[Row]
-    causes: list[Row]  # of failures, by step
-    next: list[Row]  # what is checked in the next day, by ten minutes
-    problems: list[Row]  # that daemons report
-    findings: list[Finding]  # of doctor
-    flow: Flow
+    sequences: list[SummaryRow]
+    steps: list[SummaryRow]
+    failed: list[SummaryRow]
+    causes: list[SummaryRow]  # of failures, by step
+    next: list[SummaryRow]  # what is checked in the next day, by ten minutes
+    problems: list[SummaryRow]  # that daemons report
+    findings: list[Diagnosis]  # of doctor
+    flow: DailyFlow
     stays: Mapping[StepKey, float]  # the median in seconds
     flow_since: date | None  # from this day on the flow is known
-    recent: list[Row]  # events that the daemon has not counted by hour
+    recent: list[SummaryRow]  # events that the daemon has not counted by hour
     recent_since: datetime | None
     activity_until: datetime | None  # that the daemon has counted by hour
 
@@ -103,11 +103,11 @@ class Summary:
         self._stays: defaultdict[StepKey, deque[float]] = defaultdict(lambda: deque(maxlen=STAYS))
         self._counted_to: datetime | None = None
         self._known_since: date | None = None
-        self._findings: list[Finding] = []
+        self._findings: list[Diagnosis] = []
         self._checks_due = float("-inf")
-        self._kept: dict[str, list[Row]] = {}  # of statements that are repeated less often
+        self._kept: dict[str, list[SummaryRow]] = {}  # of statements that are repeated less often
         self._kept_due = float("-inf")
-        self._recent: tuple[list[Row], datetime | None, datetime | None] = [], None, None
+        self._recent: tuple[list[SummaryRow], datetime | None, datetime | None] = [], None, None
         self._details_took = 0.0  # in this round, the checks included
         self._past: list[date] = []  # days that are yet to be counted, the latest at the end
 
@@ -200,11 +200,13 @@ class Summary:
             activity_until,
         )
 
-    async def _read(self, query: str, *arguments: object) -> list[Row]:
+    async def _read(self, query: str, *arguments: object) -> list[SummaryRow]:
         """Return the rows of a statement that reads many, by one process of the server."""
         async with borrow(self._pool) as acquired, counting(acquired) as connection:
             await connection.execute(QUERIES["without_parallel_workers"])
-            rows: list[Row] = await connection.fetch(QUERIES[query], *arguments, timeout=TIMEOUT)
+            rows: list[SummaryRow] = await connection.fetch(
+                QUERIES[query], *arguments, timeout=TIMEOUT
+            )
             return rows
 
     async def _renew_kept(self, now: datetime) -> None:

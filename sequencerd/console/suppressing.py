@@ -13,7 +13,7 @@ from starlette.responses import RedirectResponse, Response
 
 from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import PageContext, context_of, query_of, render
-from sequencerd.console.mask import HIDDEN, Row
+from sequencerd.console.mask import HIDDEN, MaskedRow
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.model import Undeliverable
@@ -37,7 +37,7 @@ _LAST_CHARACTER = "\U0010ffff"
 
 
 @dataclass(frozen=True)
-class Found:
+class SuppressionPage:
     """A page of the list. `is_cut` says that more may match than were searched."""
 
     table: Table
@@ -73,7 +73,7 @@ async def _channels(context: PageContext) -> list[str]:
     return [row["channel"] for row in rows]
 
 
-async def read(request: Request, query: Query) -> Found:
+async def read(request: Request, query: Query) -> SuppressionPage:
     """Return a page of the entries that match, in the order of channels and addresses."""
     context = context_of(request)
     is_masked = context.is_masked  # whatever path is masked may hold an address
@@ -111,10 +111,10 @@ async def read(request: Request, query: Query) -> Found:
         Column("created_at", "Since", "time"),
     )
     found = [_shown(context, row, is_masked=is_masked) for row in shown]
-    return Found(Table("suppressions", columns, found, query.given, more), is_cut)
+    return SuppressionPage(Table("suppressions", columns, found, query.given, more), is_cut)
 
 
-def _shown(context: PageContext, row: Mapping[str, Any], *, is_masked: bool) -> Row:
+def _shown(context: PageContext, row: Mapping[str, Any], *, is_masked: bool) -> MaskedRow:
     shown = context.mask({"message": row["reason"]})
     entry = {**row, "reason": shown["message"]}
     if is_masked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import asyncpg
 
 from sequencerd.console.causes import causes
-from sequencerd.console.lists import COLUMNS, USUAL, Found
-from sequencerd.console.mask import Row
+from sequencerd.console.lists import COLUMNS, USUAL, EnrollmentPage
+from sequencerd.console.mask import MaskedRow, MaskRow
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.summary import MOST_DUE, Counts
 from sequencerd.console.tables import Column, Table, at
@@ -31,8 +31,6 @@ NOT_ALL = (
 )
 LAST_CHARACTER = "\U0010ffff"
 FIRST = datetime(1900, 1, 1, tzinfo=UTC)
-
-Mask = Callable[[Mapping[str, Any]], Row]
 
 
 # --- counts
@@ -147,7 +145,7 @@ def steps(counts: Counts, query: Query) -> Table:
     return Table("steps", columns, rows, query.given)
 
 
-def failures(counts: Counts, query: Query, mask: Mask) -> Table:
+def failures(counts: Counts, query: Query, mask: MaskRow) -> Table:
     """Return a row for each cause of failures, the most frequent first."""
     rows = [
         {
@@ -211,7 +209,7 @@ def coming(counts: Counts, query: Query) -> Table:
     return Table("coming", columns, rows, query.given)
 
 
-def health(counts: Counts, query: Query, mask: Mask) -> Table:
+def health(counts: Counts, query: Query, mask: MaskRow) -> Table:
     """Return what `doctor` finds, errors first."""
     found = sorted(counts.findings, key=lambda one: ("error", "warning", "ok").index(one.level))
     rows = [
@@ -235,7 +233,7 @@ def health(counts: Counts, query: Query, mask: Mask) -> Table:
 # --- rows
 
 
-async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
+async def enrollments(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
     """Return the enrollments at a step, by wake time."""
     since, skip = query.time("from", FIRST), query.number("skip", 0)
     if skip > FURTHEST:
@@ -269,13 +267,13 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     return Table("enrollments", columns, rows, query.given, more)
 
 
-async def schedule(pool: asyncpg.Pool, sequence: str, mask: Mask) -> Row | None:
+async def schedule(pool: asyncpg.Pool, sequence: str, mask: MaskRow) -> MaskedRow | None:
     """Return the schedule by which a sequence enrolls what a query returns, and its last run."""
     rows = await connections.read(pool, "console_schedule", sequence)
     return mask(rows[0]) if rows else None
 
 
-async def revisions(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
+async def revisions(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
     """Return the changes of a sequence, the latest first."""
     found = await connections.read(
         pool,
@@ -311,7 +309,9 @@ async def revisions(pool: asyncpg.Pool, query: Query, mask: Mask) -> Table:
     return Table("revisions", columns, rows, query.given, more)
 
 
-async def search(pool: asyncpg.Pool, query: Query, mask: Mask, masked: tuple[str, ...]) -> Found:
+async def search(
+    pool: asyncpg.Pool, query: Query, mask: MaskRow, masked: tuple[str, ...]
+) -> EnrollmentPage:
     """Find enrollments by id, beginning of the subject, or e-mail address."""
     wanted = query.must("q")
     more: dict[str, str] | None = None
@@ -329,7 +329,7 @@ async def search(pool: asyncpg.Pool, query: Query, mask: Mask, masked: tuple[str
     unique = {row["id"]: row for row in rows}
     shown = [_linked(mask(row)) for row in list(unique.values())[: query.rows]]
     columns = [COLUMNS[name] for name in USUAL]
-    return Found(Table("search", columns, shown, query.given, more, remark=remark), advice)
+    return EnrollmentPage(Table("search", columns, shown, query.given, more, remark=remark), advice)
 
 
 async def by_text(
@@ -374,7 +374,7 @@ async def _by_email(
         return rows, await connection.fetchval(QUERIES["console_has_at_most"], EMAILS_SEARCHED)
 
 
-def _linked(row: Row) -> Row:
+def _linked(row: MaskedRow) -> MaskedRow:
     return {**row, "url": at(f"/enrollments/{row['id']}")}
 
 
@@ -382,15 +382,15 @@ def _linked(row: Row) -> Row:
 
 
 @dataclass(frozen=True)
-class Journey:
+class EnrollmentHistory:
     """An enrollment and its events."""
 
-    row: Row
+    row: MaskedRow
     events: Table
     version: str
 
 
-async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: Mask) -> Journey:
+async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: MaskRow) -> EnrollmentHistory:
     """Return where an enrollment is, and its latest events. Raises NotFoundError."""
     before = query.time("before", NEVER)
     async with connections.reading(pool, isolation="repeatable_read") as connection:
@@ -414,4 +414,4 @@ async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: Mask) -> Jou
         Column("revision", "Revision", "number"),
     )
     table = Table("events", columns, events, {**query.given, "id": str(id_)}, more)
-    return Journey(mask(row), table, versions[0]["version"])
+    return EnrollmentHistory(mask(row), table, versions[0]["version"])

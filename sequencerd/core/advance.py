@@ -27,7 +27,6 @@ from sequencerd.core.model import (
     Decision,
     DefinitionError,
     Definitions,
-    Elsewhere,
     End,
     Enrollment,
     Entry,
@@ -38,16 +37,17 @@ from sequencerd.core.model import (
     External,
     Fail,
     Failed,
-    Found,
-    Full,
-    Instant,
+    InstantStep,
+    InvalidStep,
     Limit,
-    LookUp,
+    LimitReached,
+    LookupAnswer,
     NotStarted,
-    Problem,
+    QueryLookup,
     Refusals,
     Result,
     Sequence,
+    ServedElsewhere,
     SideEffect,
     Skip,
     Stay,
@@ -93,7 +93,7 @@ def advance(
     refused: Refusals | None = None,
     expired_leases: int = 0,
     result_only: bool = False,
-    full: Full | None = None,
+    full: LimitReached | None = None,
 ) -> Advanced:
     """Move an enrollment as far as possible at this time.
 
@@ -132,7 +132,7 @@ def advance(
         case End():
             evaluation.record("completed")
     is_shared = (
-        not isinstance(result, Failed | Found)
+        not isinstance(result, Failed | LookupAnswer)
         and not evaluation.has_read_own
         and not evaluation.entered
         and not evaluation.entries
@@ -214,7 +214,7 @@ class _Evaluation:
         self.revision = known.revision if known else None  # recorded with each event
         self.expired_holder: str | None = None  # the daemon whose lease of this visit expired
         self.expired_leases = 0  # earlier leases of this visit that expired
-        self.full: Full | None = None
+        self.full: LimitReached | None = None
         self.is_limited = False  # whether a limit had no room
         self._timezone: str | None = None
         self.answers: list[tuple[Condition, bool]] = []  # of all contexts
@@ -249,11 +249,11 @@ class _Evaluation:
                 attempt = max(self.at.attempt - 1, 0)
                 self.at = self.at._replace(attempt=attempt, leased_by=None)
                 return None
-            case Found(None, message):
+            case LookupAnswer(None, message):
                 self.at = self.at._replace(leased_by=None)
                 self._record_retry(message)
                 return Wait(self.now + LOOKUP_DELAY * (0.5 + jitter / 2))
-            case Found(external):
+            case LookupAnswer(external):
                 self.at = self.at._replace(leased_by=None, last_error=None)
                 self.external = external
                 return None
@@ -373,11 +373,11 @@ class _Evaluation:
     def _rechecks(self, sequence: Sequence, step: Step) -> bool:
         """Whether only a lookup can end this wait."""
         return sequence.lookup is not None and (
-            (step.reads_external and isinstance(step.behaviour, Instant))
+            (step.reads_external and isinstance(step.behaviour, InstantStep))
             or any(goal.reads_external for goal in self._open_goals(sequence))
         )
 
-    def _check_goals(self, sequence: Sequence) -> End | Fail | LookUp | None:
+    def _check_goals(self, sequence: Sequence) -> End | Fail | QueryLookup | None:
         """Move to the next step of a goal that is newly met: of several, the definition's last."""
         open_goals = self._open_goals(sequence)
         if sequence.paused:
@@ -389,7 +389,7 @@ class _Evaluation:
         met = [
             goal
             for goal in open_goals
-            if isinstance(goal.behaviour, Instant)
+            if isinstance(goal.behaviour, InstantStep)
             and goal.behaviour.met is not None
             and _answer_of(goal, goal.behaviour.met, self._current_context())
         ]
@@ -408,25 +408,25 @@ class _Evaluation:
         self.record("goal", f"{names[0]} is met{others}")
         return self._move_to(met[0].next_step, is_goal=True)
 
-    def _look_up(self, sequence: Sequence, step: Step) -> Fail | LookUp | None:
+    def _look_up(self, sequence: Sequence, step: Step) -> Fail | QueryLookup | None:
         """Return what must happen before external data can be read, if anything."""
         if sequence.lookup is None or self.external is not None:
             return None
         effect = step.behaviour
         if isinstance(effect, SideEffect) and (failure := self._after_expired_lease(effect)):
             return failure  # the lookup's lease would hide that of the side effect
-        return LookUp(step, sequence.lookup)
+        return QueryLookup(step, sequence.lookup)
 
     def _execute(self, sequence: Sequence, step: Step) -> Decision | None:
         """Execute one step. Return None if it has moved the enrollment."""
         match step.behaviour:
-            case Problem(message):
+            case InvalidStep(message):
                 return Fail("invalid_step", message)
-            case Elsewhere():
+            case ServedElsewhere():
                 return Wait(self.now, elsewhere=True)
             case SideEffect() as effect:
                 return self._start(sequence, step, effect)
-            case Instant() as behaviour:
+            case InstantStep() as behaviour:
                 if step.reads_external and (missing := self._look_up(sequence, step)):
                     return missing
                 context = self._current_context()
@@ -604,7 +604,7 @@ class _Evaluation:
             failure = "archived"
         if failure is None:
             first = known.steps.get(known.first_step) if known else None
-            if first is not None and isinstance(first.behaviour, Elsewhere):
+            if first is not None and isinstance(first.behaviour, ServedElsewhere):
                 entry = entry._replace(elsewhere=first.name)
             self.entries.append(entry._replace(executed=executed))
             self.at = self.at._replace(executed=executed)
@@ -755,12 +755,12 @@ def _alt_message(step: Step, message: str | None) -> str | None:
 
 
 def _repeats(goal: Step) -> bool:
-    return isinstance(goal.behaviour, Instant) and goal.behaviour.repeats
+    return isinstance(goal.behaviour, InstantStep) and goal.behaviour.repeats
 
 
 def _is_waiting(step: Step, decision: Wait, now: datetime) -> bool:
     """Whether time passes at a step that waits, and not at one that is retried or unavailable."""
-    return isinstance(step.behaviour, Instant) and decision.until > now
+    return isinstance(step.behaviour, InstantStep) and decision.until > now
 
 
 def _loop_message(executed: list[str]) -> str:

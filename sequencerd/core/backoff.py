@@ -79,7 +79,7 @@ class Gate:
 
 OPEN = Gate()
 
-Key = tuple[int, int]
+VisitKey = tuple[int, int]
 """An enrollment and its visit."""
 
 
@@ -112,14 +112,14 @@ class Suspects:
     def __init__(self) -> None:
         self.failures = 0  # in a row
         self._succeeded_at: float | None = None
-        self._failing: dict[Key, _Failing] = {}
-        self._innocent: set[Key] = set()  # failed alone since the last success, and not guilty
+        self._failing: dict[VisitKey, _Failing] = {}
+        self._innocent: set[VisitKey] = set()  # failed alone since the last success, and not guilty
 
-    def is_suspect(self, key: Key) -> bool:
+    def is_suspect(self, key: VisitKey) -> bool:
         """Whether it should be executed alone, as it may make others fail."""
         return key in self._failing
 
-    def succeeded(self, keys: Sequence[Key], now: float) -> None:
+    def succeeded(self, keys: Sequence[VisitKey], now: float) -> None:
         """The server has answered for some enrollments."""
         self._succeeded_at = now
         self.failures = 0
@@ -127,13 +127,13 @@ class Suspects:
         for key in keys:
             self._failing.pop(key, None)
 
-    def failed_together(self, keys: Sequence[Key], now: float) -> None:
+    def failed_together(self, keys: Sequence[VisitKey], now: float) -> None:
         """A call for several enrollments has failed: it may be the fault of any of them."""
         self.failures += 1
         for key in keys:
             self._remember(key, _Failing(now))
 
-    def failed_alone(self, key: Key, now: float) -> Verdict:
+    def failed_alone(self, key: VisitKey, now: float) -> Verdict:
         """A call for one enrollment has failed."""
         self.failures += 1
         before = self._failing.get(key)
@@ -153,7 +153,7 @@ class Suspects:
         self._remember(key, _Failing(now, 0, is_guilty))
         return Verdict(fault, spent, len(self._innocent) >= SEVERAL)
 
-    def _remember(self, key: Key, failing: _Failing) -> None:
+    def _remember(self, key: VisitKey, failing: _Failing) -> None:
         self._failing.pop(key, None)  # the latest last
         self._failing[key] = failing
         if len(self._failing) > MOST:

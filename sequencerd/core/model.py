@@ -147,7 +147,7 @@ StepAnswer = Action | Stay | Exit | Update | Entry | Cancellation
 
 
 @dataclass(frozen=True, slots=True)
-class Instant:
+class InstantStep:
     """What a built-in step without a side effect does: a function of the enrollment and the time.
 
     It may raise EvaluationError. `met` is set for a goal alone: whether it is reached; one that
@@ -246,7 +246,7 @@ class Limit:
         return Reservation(sha256(counted).digest()[:16], topic, self.at_most, self.per)
 
 
-class Full(NamedTuple):
+class LimitReached(NamedTuple):
     """Which of the limits of a side effect has no room, the step's own first, and until when none
     of them has.
     """
@@ -274,18 +274,18 @@ class SideEffect:
     exits: tuple[Exit, ...] = EITHER
 
 
-class Shared(NamedTuple):
+class MessageContext(NamedTuple):
     """What the messages of a sequence have in common."""
 
     locale: str | None = None  # the path of the subject's language
     partials: tuple[tuple[str, str], ...] = ()  # of their texts, by name
 
 
-NOTHING_SHARED = Shared()
+NOTHING_SHARED = MessageContext()
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class InvalidStep:
     """Why a step cannot be executed. Enrollments that reach it fail with `invalid_step`."""
 
     message: str
@@ -293,12 +293,12 @@ class Problem:
     exits: tuple[Exit, ...] = EITHER
 
 
-TopicLimits = Mapping[str, Limit | Problem]
+TopicLimits = Mapping[str, Limit | InvalidStep]
 """The limits of the topics in sequencer.topics that have one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
+class ServedElsewhere:
     """A step that other daemons execute: they serve its type, this one does not."""
 
     problem: str  # what it would be here
@@ -315,7 +315,7 @@ class Step:
     config: Mapping[str, Any]
     next_step: str | None
     alt_next_step: str | None
-    behaviour: Instant | SideEffect | Problem | Elsewhere
+    behaviour: InstantStep | SideEffect | InvalidStep | ServedElsewhere
     position: int = 0  # the order of the definition: of several goals met the last one wins
     reads_external: bool = False
     seed: str | None = None  # of a Split: what subjects are dealt by; None: by its names
@@ -352,7 +352,7 @@ class Sequence:
     window: Window | None = None  # when its side effects may begin
     topic: str | None = None  # what its side effects are about
     topic_limits: TopicLimits | None = None  # None where no database was asked
-    shared: Shared = NOTHING_SHARED  # by its messages
+    shared: MessageContext = NOTHING_SHARED  # by its messages
     holidays: Holidays | None = None  # None where no database was asked: no day is one
     collects: str | None = None  # its first step that collects items
     braked_until: datetime | None = (
@@ -776,7 +776,7 @@ class Answer:
 
 Attribution = Literal["enrollment", "server", "unclear"]
 
-Cause = Literal["failing", "over quota", "refused", "unavailable", "unreachable"]
+OutageCause = Literal["failing", "over quota", "refused", "unavailable", "unreachable"]
 """Why a server fails, in a log's words; refused: its operator must see to a login or a setting."""
 """The cause of a failure; "server" includes the operator."""
 
@@ -807,12 +807,12 @@ class Failed:
     asked: bool = True
     refund: int = 0
     failure: Literal["error", "bad_data"] = "error"
-    cause: Cause = "failing"
+    cause: OutageCause = "failing"
     undeliverable: tuple[Undeliverable, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LookupAnswer:
     """What a lookup has found out. `external` is None where it failed, `message` says why."""
 
     external: External | None
@@ -831,7 +831,7 @@ class NotStarted:
     """The side effect was not begun: it is given back as if it had never been leased."""
 
 
-Result = Answer | Suppressed | Failed | NotStarted | Found
+Result = Answer | Suppressed | Failed | NotStarted | LookupAnswer
 
 
 def may_have_taken_place(result: Result) -> bool:
@@ -844,7 +844,7 @@ def outcome(result: Result) -> str:
     match result:
         case Answer(action):
             return str(action)
-        case Found(external):
+        case LookupAnswer(external):
             return "failed" if external is None else "found"
         case Failed(permanent=True):
             return "refused"
@@ -899,7 +899,7 @@ class Execute(NamedTuple):
     reservations: tuple[Reservation, ...] = ()  # that must succeed first, all of them
 
 
-class LookUp(NamedTuple):
+class QueryLookup(NamedTuple):
     """Needs what this lookup knows of the subject."""
 
     step: Step
@@ -919,7 +919,7 @@ class Fail(NamedTuple):
     message: str
 
 
-Decision = Wait | Execute | LookUp | End | Fail
+Decision = Wait | Execute | QueryLookup | End | Fail
 
 
 class Advanced(NamedTuple):

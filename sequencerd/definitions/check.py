@@ -26,10 +26,10 @@ from sequencerd.core.model import (
     DefinitionError,
     EvaluationError,
     Exit,
+    InvalidStep,
     KeyPath,
-    Problem,
+    MessageContext,
     Sequence,
-    Shared,
     SideEffect,
     Step,
 )
@@ -101,7 +101,7 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
             yield Remark(step.name, (), "unreachable: no step leads here, write its name as a next")
         yield from _check_templates(step, sequence)
         yield from _check_styles(step)
-        if isinstance(step.behaviour, Problem):
+        if isinstance(step.behaviour, InvalidStep):
             continue
         yield from _check_languages(step)
         if step.alt_next_step is not None and all(e.path != ALT_NEXT.path for e in step.exits):
@@ -138,7 +138,11 @@ def _check_languages(step: Step) -> Iterator[Remark]:
 
 def _wrong_in_a_row(step: Step, sequence: Sequence) -> str | None:
     following = sequence.steps.get(step.next_step or "")
-    if following is None or step.type != following.type or isinstance(following.behaviour, Problem):
+    if (
+        following is None
+        or step.type != following.type
+        or isinstance(following.behaviour, InvalidStep)
+    ):
         return None
     wrong = in_a_row(step.type, step.config, following.config)
     return wrong and f"before {following.name}: {wrong}"
@@ -313,7 +317,7 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
             root = first_key(Operand(type="get", value=target))
             if wrong := _wrong_path(target, root, sequence):
                 yield Remark(step.name, ("config", *path), wrong, root in FORMER)
-    problem = step.behaviour if isinstance(step.behaviour, Problem) else None
+    problem = step.behaviour if isinstance(step.behaviour, InvalidStep) else None
     told = {("config", *fault.path) for fault in problem.faults if fault.path} if problem else ()
     partials = dict(sequence.shared.partials)
     for path, source in template_texts(step.type, step.config):
@@ -453,7 +457,7 @@ def unknown_paths(sequence: Sequence, known: KnownPaths) -> Iterator[Remark]:
                 yield Remark(step.name, keys, f"no data has the path {path!r}")
 
 
-def _paths(step: Step, shared: Shared) -> Iterator[tuple[KeyPath, str]]:
+def _paths(step: Step, shared: MessageContext) -> Iterator[tuple[KeyPath, str]]:
     """Yield the plain paths that the conditions and templates of a step read for certain."""
     if is_instant(step.type):
         for keys, text in texts(step.config, ("config",)):

@@ -24,15 +24,15 @@ from sequencerd.core.model import (
     EITHER,
     NOTHING_SHARED,
     DefinitionError,
-    Elsewhere,
     Exit,
     Fault,
     Holidays,
-    Instant,
+    InstantStep,
+    InvalidStep,
     Limit,
-    Problem,
+    MessageContext,
     Sequence,
-    Shared,
+    ServedElsewhere,
     SideEffect,
     Step,
     TopicLimits,
@@ -68,8 +68,8 @@ def served(runners: Runners) -> frozenset[str]:
 
 
 def compile_behaviour(
-    type_: str, config: Mapping[str, Any], runners: Runners, shared: Shared = NOTHING_SHARED
-) -> Instant | SideEffect | Problem:
+    type_: str, config: Mapping[str, Any], runners: Runners, shared: MessageContext = NOTHING_SHARED
+) -> InstantStep | SideEffect | InvalidStep:
     """What a step does, or why it can't."""
     try:
         if step_types.is_instant(type_):
@@ -78,9 +78,9 @@ def compile_behaviour(
             raise DefinitionError(_unknown_type(type_, runners))
         return _compile_effect(type_, config, runners[type_], shared)
     except DefinitionError as error:
-        return Problem(str(error), error.faults, _named_exits(type_, config))
+        return InvalidStep(str(error), error.faults, _named_exits(type_, config))
     except RecursionError as error:
-        return Problem(str(error), (Fault((), str(error)),))
+        return InvalidStep(str(error), (Fault((), str(error)),))
 
 
 def _named_exits(type_: str, config: Mapping[str, Any]) -> tuple[Exit, ...]:
@@ -98,7 +98,7 @@ def _unknown_type(type_: str, runners: Runners) -> str:
 
 
 def _compile_effect(
-    type_: str, config: Mapping[str, Any], runner: Runner, shared: Shared
+    type_: str, config: Mapping[str, Any], runner: Runner, shared: MessageContext
 ) -> SideEffect:
     faults = Faults()
     common, expires, limit = _no_effect_keys(), None, None
@@ -166,7 +166,7 @@ def build(
     holidays: Holidays | None = None,
     topic: str | None = None,
     topic_limits: TopicLimits | None = None,
-    shared: Shared = NOTHING_SHARED,
+    shared: MessageContext = NOTHING_SHARED,
     braked_until: datetime | None = None,
     is_stopped: bool = False,
     resumed_at: datetime | None = None,
@@ -227,7 +227,7 @@ def build(
             (
                 step.name
                 for step in ordered
-                if isinstance(step.behaviour, Instant) and step.behaviour.collects
+                if isinstance(step.behaviour, InstantStep) and step.behaviour.collects
             ),
             None,
         ),
@@ -244,7 +244,7 @@ def _with_topic_limit(step: Step, topic: str | None, limits: TopicLimits | None)
         return step
     topic = topic if effect.follows_topic else effect.topic
     limit = None if limits is None or topic is None else limits.get(topic)
-    if isinstance(limit, Problem):
+    if isinstance(limit, InvalidStep):
         return _with_problems(step, limit.faults)
     may_lead = limits is None and topic is not None
     may_lead = may_lead or (limit is not None and limit.then == "altNext")
@@ -282,9 +282,9 @@ def _with_problems(step: Step, faults: Iterable[Fault]) -> Step:
     """The step, with these faults next to its own."""
     if not (found := list(faults)):
         return step
-    before = step.behaviour.faults if isinstance(step.behaviour, Problem) else ()
+    before = step.behaviour.faults if isinstance(step.behaviour, InvalidStep) else ()
     error = DefinitionError([*before, *found])
-    return replace(step, behaviour=Problem(str(error), error.faults, step.behaviour.exits))
+    return replace(step, behaviour=InvalidStep(str(error), error.faults, step.behaviour.exits))
 
 
 def _never_waiting(
@@ -297,7 +297,7 @@ def _never_waiting(
         for exit_ in exits[step.name]:
             if exit_.target is not None and exit_.sequence in (None, name):
                 sources[exit_.target].append(step.name)
-        if not isinstance(step.behaviour, Instant) or any(
+        if not isinstance(step.behaviour, InstantStep) or any(
             exit_.at_once != "always"
             or exit_.target not in steps
             or exit_.sequence not in (None, name)
@@ -307,32 +307,32 @@ def _never_waiting(
     return steps.keys() - graph.reach(left, lambda step: sources[step])
 
 
-class Compiled(NamedTuple):
+class CompiledStep(NamedTuple):
     """What is made of a step's type and config, and of what its sequence's messages share."""
 
     config: dict[str, Any]
-    behaviour: Instant | SideEffect | Problem | Elsewhere
+    behaviour: InstantStep | SideEffect | InvalidStep | ServedElsewhere
     reads_external: bool
 
 
 def compile_row(
-    row: asyncpg.Record, runners: Runners, shared: Shared, elsewhere: Collection[str] = ()
-) -> Compiled:
+    row: asyncpg.Record, runners: Runners, shared: MessageContext, elsewhere: Collection[str] = ()
+) -> CompiledStep:
     """What the type and the config of a row of sequencer.steps mean. `elsewhere` are the types that
     other daemons serve, and this one does not.
     """
     try:
         config = parse_json(row["config"])
     except DefinitionError as error:
-        return Compiled({}, Problem(f"config {error}"), False)
-    behaviour: Instant | SideEffect | Problem | Elsewhere
+        return CompiledStep({}, InvalidStep(f"config {error}"), False)
+    behaviour: InstantStep | SideEffect | InvalidStep | ServedElsewhere
     behaviour = compile_behaviour(row["type"], config, runners, shared)
-    if row["type"] in elsewhere and isinstance(behaviour, Problem):
-        behaviour = Elsewhere(behaviour.message)
-    return Compiled(config, behaviour, reads_external(row["type"], config, shared))
+    if row["type"] in elsewhere and isinstance(behaviour, InvalidStep):
+        behaviour = ServedElsewhere(behaviour.message)
+    return CompiledStep(config, behaviour, reads_external(row["type"], config, shared))
 
 
-def make_step(row: asyncpg.Record, compiled: Compiled) -> Step:
+def make_step(row: asyncpg.Record, compiled: CompiledStep) -> Step:
     """A step of its row in sequencer.steps. Equal names are kept once: they take more memory than
     the step.
     """
@@ -374,10 +374,10 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
     )
 
 
-def shared_of(row: asyncpg.Record) -> Shared:
+def shared_of(row: asyncpg.Record) -> MessageContext:
     """What the messages of a sequence share, of its row in sequencer.sequences."""
     partials = parse_json(row["partials"]) if row["partials"] else {}
-    return Shared(row["locale"], tuple(partials.items()))
+    return MessageContext(row["locale"], tuple(partials.items()))
 
 
 @lru_cache(maxsize=8)  # all sequences that are read at once have the same
@@ -397,7 +397,7 @@ def parse_topic_limits(text: str) -> TopicLimits:
     return {topic: _topic_limit(topic, limit) for topic, limit in json.loads(text).items()}
 
 
-def _topic_limit(topic: str, text: str) -> Limit | Problem:
+def _topic_limit(topic: str, text: str) -> Limit | InvalidStep:
     try:
         config = parse_config(TopicLimitConfig, parse_json(text), "the limit")
         if re.search(r"\bexternal\b", config.key):
@@ -405,7 +405,7 @@ def _topic_limit(topic: str, text: str) -> Limit | Problem:
         return config.compile(topic)
     except (DefinitionError, RecursionError) as error:
         wrong = f"the limit of the topic {topic!r} in sequencer.topics is wrong: {error}"
-        return Problem(wrong, (Fault((), wrong),))
+        return InvalidStep(wrong, (Fault((), wrong),))
 
 
 def from_rows(
@@ -417,7 +417,9 @@ def from_rows(
     return make_sequence(sequence, made)
 
 
-def reads_external(type_: str, config: Mapping[str, Any], shared: Shared = NOTHING_SHARED) -> bool:
+def reads_external(
+    type_: str, config: Mapping[str, Any], shared: MessageContext = NOTHING_SHARED
+) -> bool:
     """Whether a step's condition or one of its templates reads external data, or all data.
 
     Of a step with a side effect, whether the word is anywhere in the config.
@@ -444,9 +446,9 @@ def problems(
     for step in sequence.steps.values():
         key = (step.sequence, step.name)
         match step.behaviour:
-            case Problem(message):
+            case InvalidStep(message):
                 found[key] = message
-            case Elsewhere(problem) if known.get(key) not in (None, problem):
+            case ServedElsewhere(problem) if known.get(key) not in (None, problem):
                 pass
             case _:
                 found[key] = None

@@ -11,22 +11,22 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from sequencerd.core import graph
-from sequencerd.core.model import Exit, Instant, Problem, Sequence, Step
+from sequencerd.core.model import Exit, InstantStep, InvalidStep, Sequence, Step
 from sequencerd.core.model import SideEffect as Effect
 from sequencerd.definitions.check import Remark, always, targets
 
 MOST_STATES = 200_000  # looked at in all; a graph beyond that is not searched to its end
 
-Node = tuple[str, str]
+StepNode = tuple[str, str]
 Matching = frozenset[tuple[str, frozenset[int]]]
 """What the getters of a date must give for the comparisons on a path to let it pass at once."""
-State = tuple[Node, Matching]
+CycleState = tuple[StepNode, Matching]
 
 
-class Way(NamedTuple):
+class UnwaitedExit(NamedTuple):
     """An exit that may be taken without a wait; `is_sure` if it certainly is."""
 
-    target: Node
+    target: StepNode
     exit: Exit
     is_sure: bool
 
@@ -48,7 +48,7 @@ def _never_waiting(sequences: Mapping[str, Sequence]) -> Iterator[tuple[str, Rem
         node: [way for way in _passing(step, sequences[node[0]]) if way.target in steps]
         for node, step in steps.items()
     }
-    told: set[Node] = set()
+    told: set[StepNode] = set()
     budget = MOST_STATES
     for is_sure in (True, False):
         part = _cyclic({n: [w for w in ws if w.is_sure >= is_sure] for n, ws in ways.items()})
@@ -61,22 +61,24 @@ def _never_waiting(sequences: Mapping[str, Sequence]) -> Iterator[tuple[str, Rem
                     yield node[0], _told(path, part, is_sure=is_sure)
 
 
-def _cyclic(ways: Mapping[Node, list[Way]]) -> dict[Node, list[Way]]:
+def _cyclic(ways: Mapping[StepNode, list[UnwaitedExit]]) -> dict[StepNode, list[UnwaitedExit]]:
     """The part of a graph that leads to cycles."""
     left = graph.without_ends({node: [way.target for way in ws] for node, ws in ways.items()})
     return {n: [way for way in ws if way.target in left] for n, ws in ways.items() if n in left}
 
 
-def _way_back(start: Node, ways: Mapping[Node, list[Way]], budget: int) -> tuple[list[Node], int]:
+def _way_back(
+    start: StepNode, ways: Mapping[StepNode, list[UnwaitedExit]], budget: int
+) -> tuple[list[StepNode], int]:
     """The shortest path from a step back to it that can be gone at one time, and what it took."""
 
-    def following(state: State) -> Iterator[State]:
+    def following(state: CycleState) -> Iterator[CycleState]:
         for way in ways[state[0]]:
             if (matching := _matching(state[1], way.exit)) is not None:
                 yield way.target, matching
 
-    before: dict[State, State | None] = {}
-    begin: State = (start, frozenset())
+    before: dict[CycleState, CycleState | None] = {}
+    begin: CycleState = (start, frozenset())
     for state, origin in graph.walk(following(begin), following):
         before[state] = origin
         if state[0] == start:
@@ -100,7 +102,9 @@ def _matching(matching: Matching, exit_: Exit) -> Matching | None:
     return frozenset({**known, name: both}.items()) if both else None
 
 
-def _told(path: list[Node], ways: Mapping[Node, list[Way]], *, is_sure: bool) -> Remark:
+def _told(
+    path: list[StepNode], ways: Mapping[StepNode, list[UnwaitedExit]], *, is_sure: bool
+) -> Remark:
     sequence, name = path[0]
     shown = " → ".join(step if where == sequence else f"{where}/{step}" for where, step in path)
     failing = f"whoever comes back to {name} in no time fails as loop, before it is executed again"
@@ -117,16 +121,16 @@ def _told(path: list[Node], ways: Mapping[Node, list[Way]], *, is_sure: bool) ->
     return Remark(name, (), f"{shown} may never wait: {', '.join(reasons)}; {failing}")
 
 
-def _passing(step: Step, sequence: Sequence) -> Iterator[Way]:
+def _passing(step: Step, sequence: Sequence) -> Iterator[UnwaitedExit]:
     """The exits of a step that may be taken on arrival."""
-    if isinstance(step.behaviour, Problem):
+    if isinstance(step.behaviour, InvalidStep):
         return
     for exit_ in step.exits:
         known = exit_.condition and always(exit_.condition, sequence)
         if exit_.target is not None and exit_.at_once != "never" and (not known or known[0]):
             target = (exit_.sequence or sequence.name, exit_.target)
             is_sure = exit_.at_once == "always" or bool(known)
-            yield Way(target, exit_, is_sure)
+            yield UnwaitedExit(target, exit_, is_sure)
         if known and known[0] is not False:
             return
 
@@ -156,4 +160,4 @@ def _goals_before_cycles(sequence: Sequence) -> Iterator[Remark]:
 
 
 def _is_doubtful(goal: Step) -> bool:
-    return isinstance(goal.behaviour, Instant) and "repeat" not in goal.config
+    return isinstance(goal.behaviour, InstantStep) and "repeat" not in goal.config

@@ -12,7 +12,7 @@ from sequencerd.core.step_types import is_seeded, language_texts, rename_steps, 
 from sequencerd.core.step_types.durations import in_words
 from sequencerd.errors import PlanError
 
-Document = Mapping[str, Any]
+SequenceDocument = Mapping[str, Any]
 """A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
 
 SETTINGS = (
@@ -32,10 +32,10 @@ MOST_NAMED = 5
 LONGEST_SHOWN = 40  # characters of a value
 
 
-def parse_document(sequence: str, text: str) -> Document:
+def parse_document(sequence: str, text: str) -> SequenceDocument:
     """Parse a document as the database returns it. Raises PlanError for what Python can't read."""
     try:
-        document: Document = parse_json(text)
+        document: SequenceDocument = parse_json(text)
     except DefinitionError as error:
         raise PlanError(f"sequence {sequence!r}: its definition in the database {error}") from error
     return document
@@ -51,7 +51,7 @@ def describe_revision(sequence: str, before: str | None, after: str) -> list[str
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class KeyChange:
     """The value of a key, before and after; None where there is none."""
 
     before: Any
@@ -76,15 +76,15 @@ def _shown(value: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
+class SequenceDiff:
     """What makes one definition of another. Steps by name; `renamed` is new name by old."""
 
     is_new: bool = False
-    settings: Mapping[str, Change] = field(default_factory=dict)
+    settings: Mapping[str, KeyChange] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     added: Mapping[str, str] = field(default_factory=dict)  # with its type
-    changed: Mapping[str, Mapping[str, Change]] = field(default_factory=dict)  # by key
-    partials: Mapping[str, Change] = field(default_factory=dict)
+    changed: Mapping[str, Mapping[str, KeyChange]] = field(default_factory=dict)  # by key
+    partials: Mapping[str, KeyChange] = field(default_factory=dict)
     messages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The steps whose messages a changed partial is part of."""
     removed: tuple[str, ...] = ()
@@ -132,10 +132,10 @@ class Changes:
 
 
 def compare(
-    before: Document | None,
-    after: Document,
+    before: SequenceDocument | None,
+    after: SequenceDocument,
     renames: Mapping[str, Mapping[str, str]] | None = None,
-) -> Changes:
+) -> SequenceDiff:
     """Return what makes `after` of `before`; `renames` are new names of steps by sequence and old
     name.
     """
@@ -143,27 +143,27 @@ def compare(
     new_names = dict(renames.get(after["name"], {}))
     if before is None:
         added = {step["name"]: step["type"] for step in after["steps"]}
-        return Changes(is_new=True, added=added)
+        return SequenceDiff(is_new=True, added=added)
     seeded = [_seeded(before, step) for step in before["steps"]]
     renamed_steps = (_renamed(after["name"], step, renames) for step in seeded)
     was = {step["name"]: step for step in renamed_steps}
     now = {step["name"]: _seeded(after, step) for step in after["steps"]}
     settings = {
-        key: Change(before[key], after[key])
+        key: KeyChange(before[key], after[key])
         for key in SETTINGS
         if not is_same(before[key], after[key])
     }
     first_before, first_after = next(iter(was), None), next(iter(now), None)
     if first_before != first_after:
-        settings["first step"] = Change(first_before, first_after)
+        settings["first step"] = KeyChange(first_before, first_after)
     changed = {name: _keys(was[name], now[name]) for name in now if name in was}
     texts_before, texts_after = before["partials"], after["partials"]
     partials = {
-        name: Change(texts_before.get(name), texts_after.get(name))
+        name: KeyChange(texts_before.get(name), texts_after.get(name))
         for name in sorted({*texts_before, *texts_after})
         if texts_before.get(name) != texts_after.get(name)
     }
-    return Changes(
+    return SequenceDiff(
         settings=settings,
         renamed=new_names,
         added={name: step["type"] for name, step in now.items() if name not in was},
@@ -175,7 +175,7 @@ def compare(
     )
 
 
-def _using(partial: str, before: Document, after: Document) -> tuple[str, ...]:
+def _using(partial: str, before: SequenceDocument, after: SequenceDocument) -> tuple[str, ...]:
     """Return the steps whose messages have a partial in them, or had it."""
     steps = {step["name"]: step for step in after["steps"]}
     present = {step["name"] for step in before["steps"]}
@@ -190,12 +190,12 @@ def _using(partial: str, before: Document, after: Document) -> tuple[str, ...]:
     )
 
 
-def seeds(document: Document) -> dict[str, str | None]:
+def seeds(document: SequenceDocument) -> dict[str, str | None]:
     """Return the seed of each step: a Split's first names; None for the others."""
     return {step["name"]: _seeded(document, step).get("seed") for step in document["steps"]}
 
 
-def _seeded(document: Document, step: Mapping[str, Any]) -> Mapping[str, Any]:
+def _seeded(document: SequenceDocument, step: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a step with its seed, if it has one."""
     if not is_seeded(step["type"]):
         return step
@@ -212,13 +212,13 @@ def _renamed(
     return {**step, **names, "config": config}
 
 
-def _keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Change]:
+def _keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, KeyChange]:
     """Return the keys of a step that differ."""
     was, now = _flat(before), _flat(after)
     if "seed" in before and "seed" in after:
         was["seed"], now["seed"] = before["seed"], after["seed"]
     return {
-        key: Change(was.get(key), now.get(key))
+        key: KeyChange(was.get(key), now.get(key))
         for key in sorted(was | now, key=lambda key: key in ("next", "altNext"))
         if not (key in was and key in now and is_same(was[key], now[key]))
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from sequencerd.core.model import NEXT, Instant, Sequence, Step
+from sequencerd.core.model import NEXT, InstantStep, Sequence, Step
 
-Counts = Mapping[tuple[str, str], int]
+StepCounts = Mapping[tuple[str, str], int]
 """How many are at a step, by sequence and step."""
 
 END = "end"
@@ -30,12 +30,12 @@ def edges(sequence: Sequence) -> Iterator[Edge]:
         for exit_ in step.exits:
             label = "" if exit_.label == NEXT.label else exit_.label
             yield Edge(step.name, exit_.target, label, exit_.sequence)
-        if isinstance(step.behaviour, Instant):
+        if isinstance(step.behaviour, InstantStep):
             for verb, name in step.behaviour.concerns:
                 yield Edge(step.name, None, verb, name)
 
 
-def text(sequence: Sequence, counts: Counts) -> str:
+def text(sequence: Sequence, counts: StepCounts) -> str:
     """A line for each step: its count, name and type, and where it leads."""
     ways = list(edges(sequence))
     names = [_words(name) for name in sequence.steps]
@@ -51,7 +51,7 @@ def text(sequence: Sequence, counts: Counts) -> str:
     return "\n".join(lines)
 
 
-def mermaid(sequence: Sequence, counts: Counts) -> str:
+def mermaid(sequence: Sequence, counts: StepCounts) -> str:
     """A flowchart for Mermaid."""
     ids = {name: f"s{n}" for n, name in enumerate(sequence.steps)}
     lines = ["flowchart TD"]
@@ -73,7 +73,7 @@ def mermaid(sequence: Sequence, counts: Counts) -> str:
     return "\n".join(lines)
 
 
-def dot(sequence: Sequence, counts: Counts) -> str:
+def dot(sequence: Sequence, counts: StepCounts) -> str:
     """A digraph for Graphviz."""
     lines = [f"digraph {_for_dot(sequence.name)} {{", "  node [shape=box];"]
     for name, step in sequence.steps.items():
@@ -93,7 +93,7 @@ def dot(sequence: Sequence, counts: Counts) -> str:
     return "\n".join([*lines, "}"])
 
 
-FORMATS: Mapping[str, Callable[[Sequence, Counts], str]] = {
+FORMATS: Mapping[str, Callable[[Sequence, StepCounts], str]] = {
     "text": text,
     "mermaid": mermaid,
     "dot": dot,
@@ -106,7 +106,7 @@ def _target(way: Edge) -> str:
     return _words(f"{way.sequence}/{way.target}" if way.sequence else way.target)
 
 
-def _label(sequence: Sequence, step: Step, counts: Counts) -> list[str]:
+def _label(sequence: Sequence, step: Step, counts: StepCounts) -> list[str]:
     count = counts.get((sequence.name, step.name), 0)
     return [_words(step.name), _words(step.type), *([f"{count} here"] if count else [])]
 

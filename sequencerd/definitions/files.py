@@ -31,9 +31,9 @@ from sequencerd.core.model import (
     ALT_NEXT,
     DefinitionError,
     Fault,
+    InvalidStep,
     KeyPath,
-    Problem,
-    Shared,
+    MessageContext,
     SideEffect,
     Step,
     printable,
@@ -177,7 +177,7 @@ class FileSequence(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class FileFinding:
     """An error or warning at a line of a document."""
 
     origin: str  # such as the path of the file
@@ -213,7 +213,7 @@ def read_files(
     paths: Iterable[Path],
     runners: Runners,
     data: Mapping[str, check.KnownPaths] = MappingProxyType({}),
-) -> tuple[list[Definition], list[Finding]]:
+) -> tuple[list[Definition], list[FileFinding]]:
     """Return the sequences without an error, and all findings, as `check_documents` does."""
     return check_documents({str(path): read_documents(path) for path in paths}, runners, data)
 
@@ -222,7 +222,7 @@ def check_documents(
     documents: Mapping[str, Iterable[Document]],
     runners: Runners,
     data: Mapping[str, check.KnownPaths] = MappingProxyType({}),
-) -> tuple[list[Definition], list[Finding]]:
+) -> tuple[list[Definition], list[FileFinding]]:
     """Return the sequences without an error, and all findings, in the order of the documents.
 
     These are given by their origins; a DocumentError that they raise is a finding. `data`
@@ -274,7 +274,7 @@ def types(path: Path) -> set[str]:
     return {type_ for type_ in found if type_ is not None}
 
 
-class _Source:
+class _SequenceSource:
     """One sequence as it is written, and what was found wrong with it so far."""
 
     def __init__(self, origin: str, document: Document) -> None:
@@ -284,7 +284,7 @@ class _Source:
         steps = document.value.get("steps") if isinstance(document.value, dict) else None
         self.steps: list[Any] = steps if isinstance(steps, list) else []
         self.step_names = [_text_at(step, "name") for step in self.steps]
-        self.findings: list[Finding] = []
+        self.findings: list[FileFinding] = []
         self.files: dict[KeyPath, Path] = {}  # of texts that are in files of their own
         self.wrong_partials: set[str] = set()
         if document.folder is not None:
@@ -327,7 +327,7 @@ class _Source:
             inner = int(within[1]) if within else 0
             origin = self.origin
             line, column = self.document.line(keys, inner), self.document.column(keys, inner)
-        self.findings.append(Finding(origin, line, self.name, step, text, is_error, column))
+        self.findings.append(FileFinding(origin, line, self.name, step, text, is_error, column))
 
     def steps_elsewhere(self) -> Iterator[tuple[KeyPath, str, str]]:
         """Yield the steps of other sequences that configs name: path, sequence, and step."""
@@ -351,23 +351,25 @@ def _window_at(value: object) -> dict[str, Any] | None:
 
 def _read_sources(
     origin: str, documents: Iterable[Document]
-) -> tuple[list[_Source], list[Finding]]:
+) -> tuple[list[_SequenceSource], list[FileFinding]]:
     """The sequences of one origin, and what keeps it from being read to its end."""
-    sources: list[_Source] = []
+    sources: list[_SequenceSource] = []
     try:
-        sources.extend(_Source(origin, document) for document in documents)
+        sources.extend(_SequenceSource(origin, document) for document in documents)
     except DocumentError as error:
-        return sources, [Finding(origin, error.line, None, None, str(error), True, error.column)]
-    empty = Finding(origin, 1, None, None, "there is no sequence in it")
+        return sources, [
+            FileFinding(origin, error.line, None, None, str(error), True, error.column)
+        ]
+    empty = FileFinding(origin, 1, None, None, "there is no sequence in it")
     return sources, [] if sources else [empty]
 
 
-def _sources_of(path: Path) -> list[_Source]:
+def _sources_of(path: Path) -> list[_SequenceSource]:
     sources, _ = _read_sources(str(path), read_documents(path))
     return sources
 
 
-class _Built(NamedTuple):
+class _BuiltSequence(NamedTuple):
     """A sequence of which the steps could be read; not all of its ways, where a name is wrong."""
 
     sequence: model.Sequence
@@ -376,13 +378,13 @@ class _Built(NamedTuple):
 
 
 def _build(
-    source: _Source, sources: Mapping[str | None, _Source], runners: Runners
-) -> _Built | None:
+    source: _SequenceSource, sources: Mapping[str | None, _SequenceSource], runners: Runners
+) -> _BuiltSequence | None:
     """The sequence, unless no step of it can be read."""
     parsed = _parse(source)
     _check_names(source, sources)
     are_ways_known = not source.findings
-    shared = Shared(parsed.locale if parsed else None, _check_partials(source))
+    shared = MessageContext(parsed.locale if parsed else None, _check_partials(source))
     steps = _read_steps(source, runners, shared)
     if not steps:
         return None
@@ -400,15 +402,17 @@ def _build(
     )
     for step in steps:
         built = sequence.steps[step.name].behaviour
-        if isinstance(built, Problem):
-            known = step.behaviour.faults if isinstance(step.behaviour, Problem) else ()
+        if isinstance(built, InvalidStep):
+            known = step.behaviour.faults if isinstance(step.behaviour, InvalidStep) else ()
             for keys, message in built.faults[len(known) :]:
                 config = ("config",) if keys else ()
                 source.say(("steps", step.position, *config, *keys), message)
-    return _Built(sequence, parsed, are_ways_known)
+    return _BuiltSequence(sequence, parsed, are_ways_known)
 
 
-def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) -> Definition | None:
+def _checked(
+    source: _SequenceSource, built: _BuiltSequence, remarks: Iterable[check.Remark]
+) -> Definition | None:
     """The definition, if there is no error in it."""
     sequence, parsed, are_ways_known = built
     for name, keys, message, is_error in remarks:
@@ -437,7 +441,7 @@ def _checked(source: _Source, built: _Built, remarks: Iterable[check.Remark]) ->
     )
 
 
-def _check_partials(source: _Source) -> tuple[tuple[str, str], ...]:
+def _check_partials(source: _SequenceSource) -> tuple[tuple[str, str], ...]:
     """Return the partials of a sequence. Their errors are told here, and not by each step."""
     value = source.document.value
     partials = value.get("partials") if isinstance(value, dict) else None
@@ -453,7 +457,7 @@ def _check_partials(source: _Source) -> tuple[tuple[str, str], ...]:
     return tuple(texts.items())
 
 
-def _parse(source: _Source) -> FileSequence | None:
+def _parse(source: _SequenceSource) -> FileSequence | None:
     value = source.document.value
     try:
         parsed = FileSequence.model_validate(value)
@@ -464,7 +468,7 @@ def _parse(source: _Source) -> FileSequence | None:
     return parsed
 
 
-def _check_names(source: _Source, sources: Mapping[str | None, _Source]) -> None:
+def _check_names(source: _SequenceSource, sources: Mapping[str | None, _SequenceSource]) -> None:
     """Report names that are given twice, and targets that do not exist."""
     first = sources[source.name]
     if source.name is not None and first is not source:
@@ -506,7 +510,9 @@ def _renamed_in_a_circle(
     return False
 
 
-def _check_target(source: _Source, keys: KeyPath, target: str, there: _Source) -> None:
+def _check_target(
+    source: _SequenceSource, keys: KeyPath, target: str, there: _SequenceSource
+) -> None:
     if target not in there.step_names:
         where = "" if there is source else f" in sequence {there.name!r}"
         known = [name for name in there.step_names if name is not None]
@@ -515,7 +521,7 @@ def _check_target(source: _Source, keys: KeyPath, target: str, there: _Source) -
         source.say(keys, f"step {target!r} does not exist{where}{hint}")
 
 
-def _check_alt_next(source: _Source, number: int, step: Step) -> None:
+def _check_alt_next(source: _SequenceSource, number: int, step: Step) -> None:
     """Warn of a side effect that can end an enrollment by an altNext that is not written."""
     if isinstance(step.behaviour, SideEffect) and ALT_NEXT.path in {
         exit_.path for exit_ in step.behaviour.exits
@@ -527,7 +533,7 @@ def _check_alt_next(source: _Source, number: int, step: Step) -> None:
         source.say(("steps", number), message, is_error=False)
 
 
-def _read_steps(source: _Source, runners: Runners, shared: Shared) -> list[Step]:
+def _read_steps(source: _SequenceSource, runners: Runners, shared: MessageContext) -> list[Step]:
     """The steps that can be read, once each; the errors of their configs are reported."""
     steps: dict[str, Step] = {}
     for number, value in enumerate(source.steps):
@@ -554,7 +560,7 @@ def _read_steps(source: _Source, runners: Runners, shared: Shared) -> list[Step]
             message = f"a {parsed.type} is not decided by a seed: leave it out"
             source.say(("steps", number, "seed"), message)
         steps.setdefault(step.name, step)
-        if isinstance(step.behaviour, Problem):
+        if isinstance(step.behaviour, InvalidStep):
             is_served = is_instant(parsed.type) or parsed.type in runners
             for keys, message in step.behaviour.faults:
                 if any(message.startswith(f"partial {name!r}: ") for name in source.wrong_partials):

@@ -22,7 +22,7 @@ _INTEGER = re.compile(r"[-+]?[0-9]{1,15}")
 _NUMBER = re.compile(r"[-+]?[0-9]{1,15}\.[0-9]{1,15}")
 
 
-class Field(NamedTuple):
+class FormField(NamedTuple):
     """A value of a step's config."""
 
     path: KeyPath  # in the config
@@ -43,25 +43,25 @@ class Field(NamedTuple):
         return text
 
 
-def fields(type_: str, config: object) -> list[Field]:
+def fields(type_: str, config: object) -> list[FormField]:
     """Return what can be changed of a step by a form."""
     if not isinstance(config, Mapping):
         return []
     return list(_waits((), config) if is_instant(type_) else _texts(config))
 
 
-def _waits(path: KeyPath, value: Any) -> Iterator[Field]:
+def _waits(path: KeyPath, value: Any) -> Iterator[FormField]:
     """Yield amounts with their units, wherever they are, and times."""
     match value:
         case {"amount": int() | float() | str() as amount, "unit": str(unit)}:
-            yield Field((*path, "amount"), "amount", amount)
-            yield Field((*path, "unit"), "unit", unit)
+            yield FormField((*path, "amount"), "amount", amount)
+            yield FormField((*path, "unit"), "unit", unit)
         case Mapping():
             for key, part in value.items():
                 if _is_unit(key) and len(value) == 1 and isinstance(part, int | float):
-                    yield Field((*path, key), "amount", part)
+                    yield FormField((*path, key), "amount", part)
                 elif key in TIMES and isinstance(part, str) and not path:
-                    yield Field((*path, key), "line", part)
+                    yield FormField((*path, key), "line", part)
                 else:
                     yield from _waits((*path, key), part)
 
@@ -70,14 +70,14 @@ def _is_unit(key: str) -> bool:
     return key in dates.UNITS or key in BUSINESS_DAYS
 
 
-def _texts(config: Mapping[str, Any]) -> Iterator[Field]:
+def _texts(config: Mapping[str, Any]) -> Iterator[FormField]:
     """Yield the texts of a message, each in every language."""
     for key in TEXTS:
         value = config.get(key)
         languages = value if isinstance(value, Mapping) else {}
         kind: Literal["line", "text"] = "line" if key == "subject" else "text"
         if isinstance(value, str):
-            yield Field((key,), kind, value)
+            yield FormField((key,), kind, value)
         for language, text in languages.items():
             if isinstance(text, str) and language != FILE:
-                yield Field((key, language), kind, text)
+                yield FormField((key, language), kind, text)

@@ -20,9 +20,9 @@ from sequencerd.core.model import (
     Enrollment,
     Execute,
     Fail,
+    InvalidStep,
     Limit,
-    LookUp,
-    Problem,
+    QueryLookup,
     SideEffect,
     Wait,
     no_holidays,
@@ -36,7 +36,13 @@ from sequencerd.definitions.compiler import (
     parse_holidays,
     parse_topic_limits,
 )
-from sequencerd.definitions.diff import Changes, Document, compare, parse_document, seeds
+from sequencerd.definitions.diff import (
+    SequenceDiff,
+    SequenceDocument,
+    compare,
+    parse_document,
+    seeds,
+)
 from sequencerd.definitions.drawing import Edge, edges
 from sequencerd.errors import FileError, PlanError
 from sequencerd.storage import server, sources
@@ -47,7 +53,7 @@ QUERY_TIMEOUT = 30.0  # seconds for the query of a key enroll
 
 
 @dataclass(slots=True)
-class Waiting:
+class WaitingCounts:
     """What happens to the enrollments at a step that changes, in numbers."""
 
     step: str
@@ -90,7 +96,7 @@ class Waiting:
         times = dict.fromkeys(map(text, (self.first, self.last)))
         return f", {' to '.join(times)}"
 
-    def add(self, other: Waiting) -> None:
+    def add(self, other: WaitingCounts) -> None:
         """Add those at the same step in another shard."""
         for count in fields(self):
             if count.type == "int":
@@ -101,7 +107,7 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
-class Entering:
+class ScheduledEntries:
     """How many a scheduled run would enroll now."""
 
     source: str
@@ -119,7 +125,7 @@ class Entering:
 
 
 @dataclass(frozen=True, slots=True)
-class Naming:
+class StepReference:
     """A step of another sequence that names a removed step in its config."""
 
     sequence: str
@@ -133,15 +139,15 @@ class SequencePlan:
 
     sequence: str
     revision: int | None  # before; None where the sequence is new
-    changes: Changes
-    after: Document
+    changes: SequenceDiff
+    after: SequenceDocument
     moves: Mapping[str, str] = field(default_factory=dict)  # new step by removed step
     at_step: Mapping[str, int] = field(default_factory=dict)  # enrollments at removed steps
-    named: tuple[Naming, ...] = ()  # removed steps that other sequences name
-    waiting: tuple[Waiting, ...] = ()
+    named: tuple[StepReference, ...] = ()  # removed steps that other sequences name
+    waiting: tuple[WaitingCounts, ...] = ()
     empty_calendars: tuple[str, ...] = ()  # of holidays that it needs
     missing: tuple[str, ...] = ()  # other sequences or steps of these, to which it leads
-    entering: Entering | str | None = None  # by the key enroll; or why that is not known
+    entering: ScheduledEntries | str | None = None  # by the key enroll; or why that is not known
     unlisted_topics: tuple[str, ...] = ()  # in sentences
     limits: tuple[str, ...] = ()  # that begin, end or change, in sentences
     shards: tuple[str, ...] = ()  # for which it is the plan, if there are several
@@ -292,7 +298,7 @@ async def _make_one(
         moves={old: new for old, new in moves.items() if old in changes.removed},
         at_step={name: count for name, count in at_step.items() if count},
         named=tuple(
-            Naming(*row)
+            StepReference(*row)
             for row in await connection.fetch(
                 QUERIES["named_elsewhere"], after["name"], changes.removed
             )
@@ -353,8 +359,8 @@ async def _unlisted_topics(
 
 async def _limits(
     connection: asyncpg.Connection,
-    before: Document | None,
-    after: Document,
+    before: SequenceDocument | None,
+    after: SequenceDocument,
     renamed: Mapping[str, str],
 ) -> tuple[str, ...]:
     """Describe which limits begin, end or change, with the steps for which they do."""
@@ -370,7 +376,7 @@ async def _limits(
         of_topic = of_topics.get(topic or "")
         if isinstance(of_topic, Limit) and (step not in old or topic != before_topic):
             lines[f"the limit of the topic {topic} ({of_topic.words}) holds for"].append(step)
-        elif isinstance(of_topic, Problem):
+        elif isinstance(of_topic, InvalidStep):
             lines[f"{of_topic.message}; it stops"].append(step)
     return tuple(
         f"{words} {len(steps)} step{'s' * (len(steps) > 1)}: {', '.join(steps)}"
@@ -378,7 +384,7 @@ async def _limits(
     )
 
 
-def _limited(document: Document) -> dict[str, tuple[Any, str | None]]:
+def _limited(document: SequenceDocument) -> dict[str, tuple[Any, str | None]]:
     """Return the limits and topics of side effects, by step."""
     return {
         step["name"]: (
@@ -392,7 +398,7 @@ def _limited(document: Document) -> dict[str, tuple[Any, str | None]]:
 
 async def _entering(
     connection: asyncpg.Connection, definition: Definition
-) -> Entering | str | None:
+) -> ScheduledEntries | str | None:
     """Return how many a scheduled run would enroll now."""
     if (enroll := definition.enroll) is None:
         return None
@@ -402,12 +408,12 @@ async def _entering(
         )
     except (asyncpg.PostgresError, ValueError) as error:
         return f"{enroll.source} cannot be read: {error}"
-    return Entering(enroll.source, len(found), enroll.at_most, faults)
+    return ScheduledEntries(enroll.source, len(found), enroll.at_most, faults)
 
 
 async def _document(
-    connection: asyncpg.Connection, definition: Definition, before: Document | None
-) -> Document:
+    connection: asyncpg.Connection, definition: Definition, before: SequenceDocument | None
+) -> SequenceDocument:
     """Return what will be kept of a definition: as PostgreSQL makes it of the same values."""
     sequence = definition.sequence
     status = definition.status
@@ -447,7 +453,7 @@ async def _document(
             text = await connection.fetchval(QUERIES["as_jsonb"], json.dumps(document))
     except asyncpg.DataError as error:
         raise FileError(f"{definition.where}: {error}") from error
-    kept: Document = json.loads(text)
+    kept: SequenceDocument = json.loads(text)
     return kept
 
 
@@ -483,7 +489,7 @@ def refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
 # --- the enrollments
 
 
-def _concerned(changes: Changes, definition: Definition) -> list[str]:
+def _concerned(changes: SequenceDiff, definition: Definition) -> list[str]:
     """Return the steps with enrollments to be rescheduled: those that the triggers mark."""
     if changes.is_new:
         return []
@@ -542,11 +548,11 @@ async def _everything(
 
 async def _count(
     connection: asyncpg.Connection, step: SequencePlan, name: str, definitions: Definitions
-) -> Waiting:
+) -> WaitingCounts:
     """Evaluate all enrollments at a step, one batch in memory at a time, and count the outcomes."""
     old_names = {new: old for old, new in step.changes.renamed.items()}
     old_name = old_names.get(name, name)
-    count = Waiting(name)
+    count = WaitingCounts(name)
     now = await server.server_time(connection)
     async with connection.transaction():  # a cursor needs one
         cursor = await connection.cursor(QUERIES["enrollments_at"], step.sequence, old_name)
@@ -559,7 +565,9 @@ async def _count(
     return count
 
 
-def _classify(count: Waiting, before: Enrollment, definitions: Definitions, now: datetime) -> None:
+def _classify(
+    count: WaitingCounts, before: Enrollment, definitions: Definitions, now: datetime
+) -> None:
     count.total += 1
     if before.leased_by is not None:
         count.executing += 1
@@ -570,7 +578,7 @@ def _classify(count: Waiting, before: Enrollment, definitions: Definitions, now:
             count.as_before += 1
         case Wait(until) if after.enrollment.visit == before.visit:
             count.add_later(until)
-        case LookUp():
+        case QueryLookup():
             count.unknown += 1
         case Execute() if after.decision.reservations:
             count.limited += 1

@@ -10,7 +10,13 @@ from dataclasses import replace
 
 from sequencerd.definitions import plan
 from sequencerd.definitions.compiler import Definition, Runners
-from sequencerd.definitions.plan import Entering, Plan, SequencePlan, Waiting, refusals
+from sequencerd.definitions.plan import (
+    Plan,
+    ScheduledEntries,
+    SequencePlan,
+    WaitingCounts,
+    refusals,
+)
 from sequencerd.storage.change_of_shards import Change
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
@@ -129,8 +135,8 @@ def _merge_one(parts: _Parts) -> SequencePlan:
     )
 
 
-def _waiting(found: Iterable[Sequence[Waiting]]) -> Iterable[Waiting]:
-    by_step: dict[str, Waiting] = {}
+def _waiting(found: Iterable[Sequence[WaitingCounts]]) -> Iterable[WaitingCounts]:
+    by_step: dict[str, WaitingCounts] = {}
     for of_shard in found:
         for waiting in of_shard:
             if waiting.step in by_step:
@@ -152,9 +158,9 @@ def sentences(by_shard: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     )
 
 
-def _entering(parts: _Parts) -> Entering | str | None:
+def _entering(parts: _Parts) -> ScheduledEntries | str | None:
     found = {shard: plan.entering for shard, plan in parts.items()}
-    known = [one for one in found.values() if isinstance(one, Entering)]
+    known = [one for one in found.values() if isinstance(one, ScheduledEntries)]
     if len(known) < len(found) or any(one.found > one.at_most for one in known):
         return "; ".join(sentences({shard: [str(one)] for shard, one in found.items() if one}))
     faults: Counter[str] = Counter()

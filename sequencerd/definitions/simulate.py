@@ -30,10 +30,10 @@ from sequencerd.core.model import (
     Execute,
     Fail,
     Failed,
-    Found,
-    Full,
-    Instant,
-    LookUp,
+    InstantStep,
+    LimitReached,
+    LookupAnswer,
+    QueryLookup,
     Result,
     Sequence,
     Stay,
@@ -65,7 +65,7 @@ _NEXT = Answer()
 _NO_RECHECK = timedelta(days=36500)  # the result of a lookup does not change here
 
 
-class Entry(NamedTuple):
+class TimelineEntry(NamedTuple):
     """What happens at a time. `action` is that of the event, or "execute" for a side effect."""
 
     at: datetime
@@ -78,7 +78,7 @@ class Entry(NamedTuple):
     details: Mapping[str, str] = {}  # of "execute": what is sent
 
 
-class Change(NamedTuple):
+class DataChange(NamedTuple):
     """Data that is merged at a time."""
 
     at: datetime
@@ -89,7 +89,7 @@ class Change(NamedTuple):
 class Simulation:
     """The entries, and the enrollment at the end."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[TimelineEntry, ...]
     status: Literal["active", "completed", "failed"]
     enrollment: Enrollment
     ended_at: datetime
@@ -98,7 +98,7 @@ class Simulation:
     cycle: tuple[str, ...] = ()  # the steps of each round, if it ends in a cycle
 
     @property
-    def timeline(self) -> tuple[Entry, ...]:
+    def timeline(self) -> tuple[TimelineEntry, ...]:
         """The entries before the end."""
         is_end = bool(self.entries) and self.entries[-1].action == self.status
         return self.entries[:-1] if is_end else self.entries
@@ -110,7 +110,7 @@ class Simulation:
         return list(visits.values())
 
     @property
-    def sent(self) -> list[Entry]:
+    def sent(self) -> list[TimelineEntry]:
         """The side effects, with what they would send."""
         return [entry for entry in self.entries if entry.action == "execute"]
 
@@ -121,7 +121,7 @@ def simulate(
     *,
     start: datetime,
     until: datetime,
-    changes: Iterable[Change] = (),
+    changes: Iterable[DataChange] = (),
     external: Mapping[str, Any] | None = None,
     outcomes: Mapping[str, Answer | Failed] | None = None,
     at_steps: Mapping[str, Mapping[str, Any]] | None = None,
@@ -143,7 +143,7 @@ def simulate(
     }
     refused = dict.fromkeys(enrolled, "already_enrolled")
     held = dict(at_steps or {})
-    journey = _Journey(
+    journey = _SimulatedEnrollment(
         _holding(definitions, held), enrollment, external or {}, outcomes or {}, preview, refused
     )
     later = sorted(changes, key=lambda change: change.at)
@@ -184,7 +184,7 @@ def simulate(
 
 def _holding(definitions: Mapping[str, Sequence], names: Collection[str]) -> dict[str, Sequence]:
     """Return the definitions with steps of these names at which an enrollment only waits."""
-    hold = Instant(lambda context: Stay(context.now))
+    hold = InstantStep(lambda context: Stay(context.now))
     return {
         name: replace(
             sequence,
@@ -212,7 +212,7 @@ def _cycle(steps: Sequence_[str]) -> tuple[str, ...]:
 
 
 @dataclass
-class _Journey:
+class _SimulatedEnrollment:
     """The enrollment as it is at a time, and what has happened to it."""
 
     definitions: Mapping[str, Sequence]
@@ -221,7 +221,7 @@ class _Journey:
     outcomes: Mapping[str, Answer | Failed]
     preview: Preview
     refused: Mapping[str, str]
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[TimelineEntry] = field(default_factory=list)
     reserved: dict[bytes, dict[int, datetime]] = field(default_factory=dict)
     """When side effects with a limit began, by what is counted together and by visit."""
 
@@ -246,12 +246,12 @@ class _Journey:
             case Execute(step, _, timezone, external):
                 self.at = self.at.leased_to(DAEMON, self.at.leases + 1)
                 return advanced.decision, self._execute(step, timezone, external, now)
-            case LookUp():
+            case QueryLookup():
                 self.at = self.at._replace(leased_by=DAEMON)
-                return advanced.decision, Found(self.external)
+                return advanced.decision, LookupAnswer(self.external)
         return advanced.decision, None
 
-    def _full(self, advanced: Advanced, now: datetime) -> Full | None:
+    def _full(self, advanced: Advanced, now: datetime) -> LimitReached | None:
         """Reserve a side effect that has limits. Return which has no room, if any."""
         decision = advanced.decision
         if not isinstance(decision, Execute):
@@ -262,9 +262,9 @@ class _Journey:
             before = self.reserved.get(key, {})
             counted = sorted(at for of, at in before.items() if of != visit and at > now - per)
             if len(counted) >= at_most:
-                full.append(Full(number, counted[-at_most] + per))
+                full.append(LimitReached(number, counted[-at_most] + per))
         if full:
-            return Full(full[0].limit, max(one.until for one in full))
+            return LimitReached(full[0].limit, max(one.until for one in full))
         for key, *_ in decision.reservations:
             self.reserved.setdefault(key, {})[visit] = now
         return None
@@ -307,7 +307,7 @@ class _Journey:
 
     def _entries(
         self, before: Enrollment, events: Iterable[Event], now: datetime
-    ) -> Iterator[Entry]:
+    ) -> Iterator[TimelineEntry]:
         """Yield an entry for each event; for branches with their conditions, on the data that the
         step read.
         """
@@ -318,7 +318,7 @@ class _Journey:
             here = here._replace(sequence=event.sequence, step=event.step, visit=event.visit)
             message = event.message
             step = self._step(event)
-            if step and isinstance(step.behaviour, Instant):
+            if step and isinstance(step.behaviour, InstantStep):
                 context = self._look(here, now)
                 if event.action not in (Action.NEXT, Action.ALT_NEXT, "branch"):
                     pass
@@ -358,10 +358,10 @@ class _Journey:
         action: str,
         message: str | None,
         details: Mapping[str, str] | None = None,
-    ) -> Entry:
+    ) -> TimelineEntry:
         step = self._step(place)
         type_ = step.type if step else "?"
-        return Entry(
+        return TimelineEntry(
             at, place.sequence, place.step, type_, place.visit, action, message, details or {}
         )
 

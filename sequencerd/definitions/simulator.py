@@ -24,16 +24,16 @@ from sequencerd.core.model import (
     Step,
     Task,
 )
-from sequencerd.definitions.simulate import MAX_ENTRIES, Change, Simulation, simulate
+from sequencerd.definitions.simulate import MAX_ENTRIES, DataChange, Simulation, simulate
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
-from sequencerd.runners.answers import StrictOutcome, read_outcome
+from sequencerd.runners.answers import StrictActionAnswer, read_outcome
 
 A_YEAR = timedelta(days=366)
 
-Word = Literal["next", "altNext", "noop", "fail"]
-WORDS: tuple[Word, ...] = get_args(Word)
-Outcome = Word | Mapping[str, Any]
+OutcomeWord = Literal["next", "altNext", "noop", "fail"]
+WORDS: tuple[OutcomeWord, ...] = get_args(OutcomeWord)
+Outcome = OutcomeWord | Mapping[str, Any]
 
 _DURATION = TypeAdapter(timedelta)
 
@@ -104,7 +104,7 @@ class Simulator:
             start=start,
             until=start + A_YEAR if until is None else read_time(until, "until"),
             changes=[
-                Change(read_when(key, start, steps), merged)
+                DataChange(read_when(key, start, steps), merged)
                 for key, merged in changes.items()
                 if key not in steps
             ],
@@ -171,7 +171,7 @@ def read_result(type_: str, outcome: Outcome) -> Answer | Failed:
     """Read the outcome of a type's side effects. Raises UsageError."""
     if outcome == "fail":
         return Failed("simulated failure")
-    result = read_outcome(outcome, StrictOutcome)
+    result = read_outcome(outcome, StrictActionAnswer)
     if not isinstance(result, Answer):
         message = result.message if isinstance(result, Failed) else ""
         words = ", ".join(WORDS)

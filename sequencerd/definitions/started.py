@@ -11,14 +11,14 @@ from sequencerd.errors import UsageError
 from sequencerd.storage.statements import QUERIES
 
 
-class Started(NamedTuple):
+class StartedEnrollment(NamedTuple):
     """An enrollment, and the sequences that its subject cannot enter again."""
 
     enrollment: Enrollment
     enrolled: tuple[str, ...]
 
 
-async def read_started(connection: asyncpg.Connection, id_: int) -> Started | None:
+async def read_started(connection: asyncpg.Connection, id_: int) -> StartedEnrollment | None:
     """Read an active enrollment; None if it does not exist. Raises UsageError if it has ended.
 
     A side effect that is being executed starts again in the simulation.
@@ -31,4 +31,4 @@ async def read_started(connection: asyncpg.Connection, id_: int) -> Started | No
         raise UsageError(f"enrollment {id_} is {status}: nothing follows")
     enrollment = Enrollment(*columns)._replace(leased_by=None)
     refusing = await connection.fetch(QUERIES["refusing"], enrollment.subject, id_)
-    return Started(enrollment, tuple(row["sequence"] for row in refusing))
+    return StartedEnrollment(enrollment, tuple(row["sequence"] for row in refusing))

@@ -13,7 +13,7 @@ from sequencerd.core.config import nearest
 from sequencerd.core.model import (
     Enrollment,
     Failed,
-    Problem,
+    InvalidStep,
     Sequence,
     SideEffect,
     Step,
@@ -27,7 +27,7 @@ from sequencerd.errors import UsageError
 from sequencerd.runners.protocol import MessageRunner, Runner
 
 
-class Message(NamedTuple):
+class StepMessage(NamedTuple):
     """A step that sends a message, what would send it, and the enrollment for it."""
 
     sequence: Sequence
@@ -43,13 +43,13 @@ def make_message(
     runners: Mapping[str, Runner],
     enrollment: Enrollment,
     external: Mapping[str, Any],
-) -> Message:
+) -> StepMessage:
     """Return the message of a step for an enrollment. Raises UsageError."""
     step, program = _message_step(sequence, name)
     runner = runners.get(step.type)
     if not isinstance(runner, MessageRunner):
         raise UsageError(f"{place(step)} is a {step.type}, which sends no message")
-    return Message(sequence, step, runner, program, _task(enrollment, sequence, step, external))
+    return StepMessage(sequence, step, runner, program, _task(enrollment, sequence, step, external))
 
 
 def sample(data: str, subject: str | None = None, timezone: str | None = None) -> Enrollment:
@@ -61,7 +61,7 @@ def sample(data: str, subject: str | None = None, timezone: str | None = None) -
     return Enrollment(1, subject or "subject", data, now, tag, None, "", "", timezone, now)
 
 
-async def write(message: Message) -> bytes:
+async def write(message: StepMessage) -> bytes:
     """Return the finished message. Raises UsageError if it cannot be sent."""
     try:
         return await message.runner.write(message.program, message.task)
@@ -69,7 +69,7 @@ async def write(message: Message) -> bytes:
         raise UsageError(f"{place(message.step)} cannot be sent: {error}") from error
 
 
-class Test(NamedTuple):
+class TestMessage(NamedTuple):
     """A message to one address, marked as a test."""
 
     runner: Runner
@@ -77,19 +77,19 @@ class Test(NamedTuple):
     task: Task
 
 
-def make_test(message: Message, address: str, runners: Mapping[str, Runner]) -> Test:
+def make_test(message: StepMessage, address: str, runners: Mapping[str, Runner]) -> TestMessage:
     """Return the same message as a test. Raises UsageError, and ValueError for what is not an
     address.
     """
     config = message.runner.as_test(message.step.config, address)
     behaviour = compile_behaviour(message.step.type, config, runners, message.sequence.shared)
-    if isinstance(behaviour, Problem):
+    if isinstance(behaviour, InvalidStep):
         raise UsageError(f"{place(message.step)}: {behaviour.message}")
     assert isinstance(behaviour, SideEffect)
-    return Test(runners[message.step.type], behaviour.program, message.task)
+    return TestMessage(runners[message.step.type], behaviour.program, message.task)
 
 
-async def send(test: Test, address: str) -> str:
+async def send(test: TestMessage, address: str) -> str:
     """Send a test, and return a sentence about it. Raises UsageError if it is refused."""
     (result,) = await test.runner.run(test.program, [test.task])
     if isinstance(result, Failed | Suppressed):
@@ -111,7 +111,7 @@ def _message_step(sequence: Sequence, name: str) -> tuple[Step, object]:
     match step.behaviour:
         case SideEffect(program):
             return step, program
-        case Problem(problem):
+        case InvalidStep(problem):
             raise UsageError(f"{place(step)}: {problem}")
     raise UsageError(f"{place(step)} is a {step.type}, which sends no message")
 

@@ -14,7 +14,7 @@ from sequencerd.core.model import KeyPath
 from sequencerd.definitions import yaml_reader
 from sequencerd.definitions.yaml_writer import flow_scalar, quoted
 
-Value = str | int | float | None
+ScalarValue = str | int | float | None
 
 _HEADER = re.compile(r"[|>][-+0-9]*")
 
@@ -23,7 +23,7 @@ class EditError(ValueError):
     """A value that cannot be changed without changing others."""
 
 
-def set_values(text: str, values: Mapping[KeyPath, Value]) -> str:
+def set_values(text: str, values: Mapping[KeyPath, ScalarValue]) -> str:
     """Return the text of one document with other values, each a scalar that is there already.
     Raises EditError, and DocumentError for a text that is no YAML.
     """
@@ -51,7 +51,7 @@ def set_values(text: str, values: Mapping[KeyPath, Value]) -> str:
     return text
 
 
-class _Place(NamedTuple):
+class _ValuePlace(NamedTuple):
     """Where a value is written."""
 
     node: yaml.ScalarNode
@@ -59,7 +59,7 @@ class _Place(NamedTuple):
     is_flow: bool  # within brackets
 
 
-def _find(root: yaml.Node, path: KeyPath) -> _Place:
+def _find(root: yaml.Node, path: KeyPath) -> _ValuePlace:
     name = ".".join(map(str, path))
     node, column, is_flow = root, 0, False
     for key in path:
@@ -74,10 +74,10 @@ def _find(root: yaml.Node, path: KeyPath) -> _Place:
         column, node = found[0][0].start_mark.column, found[0][1]
     if not isinstance(node, yaml.ScalarNode):
         raise EditError(f"{name} is no single value")
-    return _Place(node, column, is_flow)
+    return _ValuePlace(node, column, is_flow)
 
 
-def _edit(text: str, place: _Place, value: Value) -> tuple[int, int, str]:
+def _edit(text: str, place: _ValuePlace, value: ScalarValue) -> tuple[int, int, str]:
     """Return which part of the text becomes what."""
     node = place.node
     start, end = node.start_mark.index, node.end_mark.index

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from sequencerd.definitions.diff import Document
+from sequencerd.definitions.diff import SequenceDocument
 
 DEFAULTS: dict[str, Any] = {
     "description": None,
@@ -49,7 +49,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def to_yaml(document: Document) -> str:
+def to_yaml(document: SequenceDocument) -> str:
     """Return the document as a file would have it, without what goes without saying."""
     sequence: dict[str, Any] = {"name": document["name"]}
     for key, default in DEFAULTS.items():
@@ -90,7 +90,7 @@ def quoted(text: str) -> str:
     return made.rstrip("\n")
 
 
-def _step(step: Document, following: str | None) -> dict[str, Any]:
+def _step(step: SequenceDocument, following: str | None) -> dict[str, Any]:
     shown: dict[str, Any] = {"name": step["name"], "type": step["type"]}
     if step["config"]:
         shown["config"] = step["config"]

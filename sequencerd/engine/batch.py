@@ -24,10 +24,10 @@ from sequencerd.core.model import (
     Wait,
 )
 from sequencerd.engine.executors import Leased
-from sequencerd.engine.jumps import Jump
+from sequencerd.engine.jumps import PendingJump
 from sequencerd.engine.shared_outcome import SharedOutcomes
 from sequencerd.storage.reservations import Reserved
-from sequencerd.storage.writes import Row, Written, text_array
+from sequencerd.storage.writes import EnrollmentState, EnrollmentWrites, text_array
 
 MOST_NUMBERS = 1_000_000_000  # what the column takes
 _NUMBERS = count()
@@ -51,7 +51,7 @@ class Limited(NamedTuple):
 
 
 @dataclass(slots=True)
-class Batch(Written):
+class Batch(EnrollmentWrites):
     """What one transaction writes, and what follows from it."""
 
     lease_number: int = field(default_factory=lambda: next(_NUMBERS) % MOST_NUMBERS + 1)
@@ -61,7 +61,9 @@ class Batch(Written):
     a later transaction after this one was rolled back.
     """
     leased: list[Leased] = field(default_factory=list)  # executed once it is committed
-    jumps: list[Jump] = field(default_factory=list)  # into other sequences, yet to be decided
+    jumps: list[PendingJump] = field(
+        default_factory=list
+    )  # into other sequences, yet to be decided
     limited: list[Limited] = field(default_factory=list)  # by limits, yet to be reserved
     given_back: list[Reserved] = field(default_factory=list)
     outcomes: SharedOutcomes = field(default_factory=SharedOutcomes)
@@ -90,7 +92,7 @@ class Batch(Written):
             self.data[at.id] = data
         if at.goals != before.goals:
             self.goals_met[at.id] = at.goals
-        row = Row(
+        row = EnrollmentState(
             at.sequence,
             at.step,
             status,

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
-from sequencerd.core.backoff import OPEN, SEVERAL, Gate, Key, Pauses, Suspects
-from sequencerd.core.model import Answer, Cause, Failed, Result
+from sequencerd.core.backoff import OPEN, SEVERAL, Gate, Pauses, Suspects, VisitKey
+from sequencerd.core.model import Answer, Failed, OutageCause, Result
 from sequencerd.core.retry import LONGEST
 
 TICK = 0.001  # seconds by which timers may be early
@@ -29,7 +29,7 @@ class Breaker:
         outage_changed: Callable[[], object],
     ) -> None:
         self.outage: str | None = None  # why the server fails, in its own words
-        self.cause: Cause = "failing"  # the same in a word
+        self.cause: OutageCause = "failing"  # the same in a word
         self._capacity = capacity
         self._pauses = pauses
         self._resumed = resumed
@@ -45,7 +45,7 @@ class Breaker:
             return self._capacity
         return self._gate.allowed(now(), self._capacity)
 
-    def is_suspect(self, key: Key) -> bool:
+    def is_suspect(self, key: VisitKey) -> bool:
         """Whether an enrollment should be executed alone, as it may make a whole batch fail."""
         return self._suspects.is_suspect(key)
 
@@ -55,7 +55,7 @@ class Breaker:
             self._timer.cancel()
 
     def judge(
-        self, keys: Sequence[Key], results: Sequence[Result], started: float
+        self, keys: Sequence[VisitKey], results: Sequence[Result], started: float
     ) -> Sequence[Result]:
         """Return the results of a call, each with whose fault it is and when to retry."""
         at = now()
@@ -93,7 +93,7 @@ class Breaker:
                 judged.append(postponed[result])
         return judged
 
-    def _judge_alone(self, key: Key, failed: Failed, started: float, at: float) -> Result:
+    def _judge_alone(self, key: VisitKey, failed: Failed, started: float, at: float) -> Result:
         """Judge a failure that may be the fault of the server, or of this enrollment."""
         verdict = self._suspects.failed_alone(key, at)
         if verdict.fault != "server":

@@ -12,7 +12,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.core import model
 from sequencerd.core.model import StepKey
 from sequencerd.definitions.compiler import (
-    Compiled,
+    CompiledStep,
     Runners,
     compile_row,
     make_sequence,
@@ -27,7 +27,7 @@ from sequencerd.storage import connections, daemons, sequences
 SLICE = 0.005  # seconds for which compiling may block the loop
 MANY = 500  # with so many steps, a sequence is assembled in a thread
 PAGE = 20  # sequences whose rows are read at a time
-_Key = tuple[str, str, model.Shared]  # type, config as JSON, what messages share
+_Key = tuple[str, str, model.MessageContext]  # type, config as JSON, what messages share
 MAX_UNKNOWN = 10_000  # names that do not exist are remembered until definitions change
 
 
@@ -54,7 +54,7 @@ class Catalog:
         self._clock = clock
         self._log = log
         self._loading = asyncio.Lock()
-        self._compiled: dict[str, dict[_Key, Compiled]] = {}  # by sequence
+        self._compiled: dict[str, dict[_Key, CompiledStep]] = {}  # by sequence
         self._started = self._read = 0  # the last reload that has started, and has succeeded
         self._unknown: set[str] = set()  # names that were looked for, and do not exist
 
@@ -150,7 +150,7 @@ class Catalog:
         made: list[model.Sequence] = []
         known: dict[StepKey, str] = {}
         changed: list[StepKey] = []  # that are to be rescheduled
-        pool: dict[_Key, tuple[_Key, Compiled]] = {}  # of all sequences that are loaded
+        pool: dict[_Key, tuple[_Key, CompiledStep]] = {}  # of all sequences that are loaded
         async with sequences.snapshot(connection):
             # rows take more memory than what is made of them
             for first in range(0, len(names), PAGE):
@@ -205,7 +205,7 @@ class Catalog:
         row: asyncpg.Record,
         steps: Sequence[asyncpg.Record],
         runners: Runners,
-        pool: dict[_Key, tuple[_Key, Compiled]],
+        pool: dict[_Key, tuple[_Key, CompiledStep]],
     ) -> model.Sequence:
         """Make a sequence from its rows.
 
@@ -213,7 +213,7 @@ class Catalog:
         loop is blocked for some milliseconds at most, however many steps there are.
         """
         before = self._compiled.get(row["name"], {})
-        compiled: dict[_Key, Compiled] = {}
+        compiled: dict[_Key, CompiledStep] = {}
         made = []
         loop = asyncio.get_running_loop()
         end = loop.time() + SLICE

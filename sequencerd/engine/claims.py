@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.core.model import NEVER, Elsewhere, Enrollment, SideEffect, StepKey
+from sequencerd.core.model import NEVER, Enrollment, ServedElsewhere, SideEffect, StepKey
 from sequencerd.core.retry import doubled
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import Batch
@@ -112,7 +112,7 @@ class Claims:
             return False
         limit = self._batch
         step = sequence.steps.get(step_key[1])
-        if step and isinstance(step.behaviour, Elsewhere):
+        if step and isinstance(step.behaviour, ServedElsewhere):
             return False
         if step and isinstance(step.behaviour, SideEffect):
             executor = self._executors.by_key[step.type]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from sequencerd.core.model import NEVER, StepKey
-from sequencerd.storage.wakes import Left
+from sequencerd.storage.wakes import LeftAtStep
 
 EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)  # no row wakes before
 CHECK_INTERVAL = timedelta(seconds=1)
@@ -43,7 +43,7 @@ class Claim:
     is_to_check: bool  # even if as much is claimed as was asked for
     ahead: datetime | None  # when the next one wakes that is not due yet, if that is known
     reached: datetime | None = None  # the last wake time that it has claimed
-    left: Left | None = None  # what a check has found
+    left: LeftAtStep | None = None  # what a check has found
     lowered: datetime = NEVER  # the earliest wake time that was reported meanwhile
     later: datetime = NEVER  # the same of what is not due yet
 

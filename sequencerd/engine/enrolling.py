@@ -38,7 +38,7 @@ MOST_REFUSED = 20  # if no other was enrolled, the cause is a common one
 KIND = "enroll"
 
 
-class Due(NamedTuple):
+class DueRun(NamedTuple):
     """A run that is due."""
 
     sequence: str
@@ -48,7 +48,7 @@ class Due(NamedTuple):
     failures: int
 
 
-class Run(NamedTuple):
+class RunResult(NamedTuple):
     """What came of a run."""
 
     found: int | None = None
@@ -159,7 +159,7 @@ class Enrolling:
             due = row["next_run_at"]
             times.append(due)
             if is_ours and due <= now:
-                run = Due(name, row["timezone"], config, due, row["failures"])
+                run = DueRun(name, row["timezone"], config, due, row["failures"])
                 task = asyncio.create_task(self._run(run))
                 self._running[name] = task
                 task.add_done_callback(partial(self._ended, name))
@@ -176,7 +176,7 @@ class Enrolling:
             self._problems.report(KIND, name, message, since=self._clock.now(), sequence=name)
         self._reported = set(found)
 
-    async def _run(self, due: Due) -> None:
+    async def _run(self, due: DueRun) -> None:
         """Read and enroll. What goes wrong is this sequence's alone."""
         log = self._log.bind(sequence=due.sequence)
         begun = self._clock.now()
@@ -187,7 +187,7 @@ class Enrolling:
             raise
         except Exception as error:
             log.warning("a scheduled run failed", error=brief(error))
-            run = Run(problem=_explain(error, due, self._timeout), has_failed=True)
+            run = RunResult(problem=_explain(error, due, self._timeout), has_failed=True)
             try:
                 async with connections.borrow(self._pool) as connection:
                     await self._finish(connection, due, begun, run)
@@ -197,7 +197,7 @@ class Enrolling:
         else:
             log.info("a scheduled run ended", found=run.found, enrolled=run.enrolled)
 
-    async def _read(self, due: Due) -> tuple[list[Candidate], Counter[str]]:
+    async def _read(self, due: DueRun) -> tuple[list[Candidate], Counter[str]]:
         limit = due.config.at_most + 1
         async with (
             connections.borrow(self._pool) as connection,
@@ -208,8 +208,8 @@ class Enrolling:
             )
 
     async def _enroll(
-        self, due: Due, begun: datetime, candidates: Sequence[Candidate], faults: Counter[str]
-    ) -> Run:
+        self, due: DueRun, begun: datetime, candidates: Sequence[Candidate], faults: Counter[str]
+    ) -> RunResult:
         """Enroll what was read and record the run, in one transaction."""
         at_most = due.config.at_most
         problems = [f"{count:,} rows {fault}" for fault, count in faults.items()]
@@ -218,26 +218,26 @@ class Enrolling:
             connections.transaction(connection),
         ):
             if not await connection.fetchval(QUERIES["lock_run"], due.sequence, due.at):
-                return Run()  # another daemon has done it, or it was scheduled otherwise
+                return RunResult()  # another daemon has done it, or it was scheduled otherwise
             if len(candidates) > at_most:
                 problems.insert(
                     0,
                     f"more than at_most = {at_most:,} subjects would enter, so none was enrolled;"
                     " change the query, or raise at_most",
                 )
-                run = Run(len(candidates), 0, "; ".join(problems))
+                run = RunResult(len(candidates), 0, "; ".join(problems))
             else:
                 await connection.execute(QUERIES["turn_notifications_on"])
                 enrolled, refused = await _insert(connection, due.sequence, candidates)
                 problems += [f"subject {subject!r}: {error}" for subject, error in refused[:3]]
                 if refused[3:]:
                     problems.append(f"{len(refused) - 3:,} more subjects could not be enrolled")
-                run = Run(len(candidates), enrolled, "; ".join(problems) or None)
+                run = RunResult(len(candidates), enrolled, "; ".join(problems) or None)
             await self._finish(connection, due, begun, run)
         return run
 
     async def _finish(
-        self, connection: asyncpg.Connection, due: Due, begun: datetime, run: Run
+        self, connection: asyncpg.Connection, due: DueRun, begun: datetime, run: RunResult
     ) -> None:
         now = self._clock.now()
         following = due.config.next_run(now, due.timezone)
@@ -296,7 +296,7 @@ async def _insert(
     return enrolled, refused
 
 
-def _explain(error: Exception, due: Due, timeout: float) -> str:
+def _explain(error: Exception, due: DueRun, timeout: float) -> str:
     """Say what went wrong with a run, and what to do."""
     match error:
         case asyncpg.QueryCanceledError():

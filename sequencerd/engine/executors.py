@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import NamedTuple, Protocol
 
-from sequencerd.core.backoff import Key, Pauses
+from sequencerd.core.backoff import Pauses, VisitKey
 from sequencerd.core.model import (
     Attribution,
-    Cause,
     Enrollment,
     Failed,
     Fence,
     Limits,
     NotStarted,
+    OutageCause,
     Reservation,
     Result,
     Step,
@@ -40,7 +40,7 @@ ExecutorKey = str | tuple[str, str]
 """The type of the steps, or ("lookup", its name)."""
 
 
-class Work(Protocol):
+class Executable(Protocol):
     """What an executor executes: a runner, or a lookup."""
 
     limits: Limits
@@ -82,7 +82,7 @@ class Executor:
     def __init__(
         self,
         key: ExecutorKey,
-        runner: Work,
+        runner: Executable,
         *,
         finished: Callable[[Sequence[Finished]], None],
         resumed: Callable[[Executor], None],
@@ -115,7 +115,7 @@ class Executor:
         return self._breaker.outage
 
     @property
-    def cause(self) -> Cause:
+    def cause(self) -> OutageCause:
         """Why the runner is down, in a word."""
         return self._breaker.cause
 
@@ -224,7 +224,7 @@ class Executor:
         return results
 
 
-def _key(leased: Leased) -> Key:
+def _key(leased: Leased) -> VisitKey:
     return leased.enrollment.id, leased.enrollment.visit
 
 
@@ -238,7 +238,7 @@ class Executors:
     def __init__(
         self,
         runners: Runners,
-        lookups: Callable[[str], Work],
+        lookups: Callable[[str], Executable],
         *,
         finished: Callable[[Sequence[Finished]], None],
         is_full: Callable[[], bool],
@@ -261,7 +261,7 @@ class Executors:
             type_: self._new(type_, runner) for type_, runner in runners.items()
         }
 
-    def _new(self, key: ExecutorKey, runner: Work) -> Executor:
+    def _new(self, key: ExecutorKey, runner: Executable) -> Executor:
         return Executor(
             key,
             runner,
@@ -291,7 +291,7 @@ class Executors:
         """Return all steps that wait for a free slot."""
         return {step_key for one in self.by_key.values() for step_key in one.waiting}
 
-    def use(self, runners: Runners, lookups: Callable[[str], Work]) -> set[Executor]:
+    def use(self, runners: Runners, lookups: Callable[[str], Executable]) -> set[Executor]:
         """Use other runners and lookups from now on.
 
         Return the executors that are replaced: what is in flight there ends as it has started.

@@ -25,7 +25,7 @@ TURN = 1.0  # seconds between searches
 OVERLAP = timedelta(seconds=5)  # a transaction that takes longer to commit is found by the sweep
 
 
-class _Known(NamedTuple):
+class _KnownExpiry(NamedTuple):
     revision: int  # under which each `expires_at` of the step was written
     until: datetime | None  # all that were due before this have one
 
@@ -53,7 +53,7 @@ class Expiries:
         self._daemon = daemon
         self._clock = clock
         self._batch = batch
-        self._known: dict[StepKey, _Known] = {}
+        self._known: dict[StepKey, _KnownExpiry] = {}
 
     def forget(self) -> None:
         """Search all due enrollments once more: some may have been committed late."""
@@ -83,7 +83,7 @@ class Expiries:
         async with connections.borrow(self._pool) as connection:
             if known is None or known.revision != revision:
                 await forget_expiries(connection, step_key)
-                known = self._known[step_key] = _Known(revision, None)
+                known = self._known[step_key] = _KnownExpiry(revision, None)
             ids = await expired_ids(
                 connection,
                 step_key,
@@ -96,5 +96,5 @@ class Expiries:
         if ids:
             await self._claims.claim_some(step_key, revision, ids)
         if len(ids) < self._batch:
-            self._known[step_key] = _Known(revision, now - OVERLAP)
+            self._known[step_key] = _KnownExpiry(revision, now - OVERLAP)
         return ids

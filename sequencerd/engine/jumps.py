@@ -28,7 +28,7 @@ from sequencerd.storage.entries import lock_cancelled, refusals
 UNKNOWN = ("always", None)  # what is taken for the policy and refusal of no such sequence
 
 
-class Jump(NamedTuple):
+class PendingJump(NamedTuple):
     """An enrollment that concerns others, and what advances it again under refusals."""
 
     before: Enrollment
@@ -36,16 +36,16 @@ class Jump(NamedTuple):
     again: Callable[[Refusals], Advanced]
 
 
-class Decided(NamedTuple):
+class JumpDecisions(NamedTuple):
     """Where enrollments go, and which others they cancel, with a message for each."""
 
     advanced: list[tuple[Enrollment, Advanced]]
     cancelled: dict[int, str]
 
 
-async def decide(connection: asyncpg.Connection, jumps: Iterable[Jump]) -> Decided:
+async def decide(connection: asyncpg.Connection, jumps: Iterable[PendingJump]) -> JumpDecisions:
     """Decide where they go, by what the sequences say that they enter."""
-    decided = Decided([], {})
+    decided = JumpDecisions([], {})
     refused: defaultdict[int, dict[RefusalKey, str]] = defaultdict(dict)
     inside: set[tuple[str, str]] = set()  # subjects that others of the batch have brought in
     open_ = list(jumps)
@@ -74,7 +74,7 @@ async def decide(connection: asyncpg.Connection, jumps: Iterable[Jump]) -> Decid
                 refused[before.id] |= news
                 other = again(refused[before.id])
                 if other.is_tentative:
-                    open_.append(Jump(before, other, again))
+                    open_.append(PendingJump(before, other, again))
                 else:
                     decided.advanced.append((before, other))
                 continue
@@ -99,7 +99,7 @@ def _entered(before: Enrollment, advanced: Advanced) -> list[tuple[RefusalKey, s
 
 
 async def _policies(
-    connection: asyncpg.Connection, jumps: Iterable[Jump]
+    connection: asyncpg.Connection, jumps: Iterable[PendingJump]
 ) -> defaultdict[int, dict[RefusalKey, tuple[str, str | None]]]:
     """Ask the sequences that are entered for their reentry policies and refusals."""
     asked = [
@@ -118,7 +118,7 @@ async def _policies(
 
 
 async def _lock_cancelled(
-    connection: asyncpg.Connection, jumps: Iterable[Jump]
+    connection: asyncpg.Connection, jumps: Iterable[PendingJump]
 ) -> dict[tuple[int, RefusalKey], list[int | None]]:
     """Lock what is to be cancelled: the ids, None for what another session has locked."""
     asked: list[tuple[int, Cancellation]] = [

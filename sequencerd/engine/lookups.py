@@ -13,30 +13,30 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.core.model import LOOKUP_LIMITS, External, Found, Limits, Task
+from sequencerd.core.model import LOOKUP_LIMITS, External, Limits, LookupAnswer, Task
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http import Endpoint
 from sequencerd.runners.http_client import Unreachable, judge
 from sequencerd.runners.registry import make_endpoint
-from sequencerd.settings import LookupEndpoint
+from sequencerd.settings import LookupSettings
 from sequencerd.storage import connections, sources
 
 GROUP = "sequencerd.lookups"
 
-Ask = Callable[[list[str]], Awaitable[Mapping[str, External]]]
+QuerySubjects = Callable[[list[str]], Awaitable[Mapping[str, External]]]
 """A function from subjects to their data. It may raise anything."""
 
 
 class Lookup:
     """One source, in the form that executors run."""
 
-    def __init__(self, name: str, ask: Ask, limits: Limits) -> None:
+    def __init__(self, name: str, ask: QuerySubjects, limits: Limits) -> None:
         self.limits = replace(limits, timeout=limits.timeout + 1)
         self._name = name
         self._ask = ask
         self._time = limits.timeout
 
-    async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[Found]:
+    async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[LookupAnswer]:
         """Request data once for the whole batch. Subjects that the source omits get no data."""
         subjects = list(dict.fromkeys(str(task.view["subject"]) for task in tasks))
         try:
@@ -46,10 +46,10 @@ class Lookup:
             return self._failed(f"no answer within {self._time:g} seconds", len(tasks))
         except Exception as error:  # of the user's function or server, or of the database
             return self._failed(str(error) or type(error).__name__, len(tasks))
-        return [Found(found.get(str(task.view["subject"]), {})) for task in tasks]
+        return [LookupAnswer(found.get(str(task.view["subject"]), {})) for task in tasks]
 
-    def _failed(self, why: str, count: int) -> list[Found]:
-        return [Found(None, one_line(f"lookup {self._name!r} failed: {why}"))] * count
+    def _failed(self, why: str, count: int) -> list[LookupAnswer]:
+        return [LookupAnswer(None, one_line(f"lookup {self._name!r} failed: {why}"))] * count
 
 
 class Lookups:
@@ -60,7 +60,7 @@ class Lookups:
     def __init__(
         self,
         pool: asyncpg.Pool,
-        endpoints: Mapping[str, LookupEndpoint],
+        endpoints: Mapping[str, LookupSettings],
         *,
         timeout: float = 30.0,
     ) -> None:
@@ -106,7 +106,7 @@ class Lookups:
             except asyncpg.QueryCanceledError:
                 raise RuntimeError(f"no answer within {self._timeout:g} seconds") from None
 
-    def _by_endpoint(self, name: str, settings: LookupEndpoint) -> Lookup:
+    def _by_endpoint(self, name: str, settings: LookupSettings) -> Lookup:
         endpoint = make_endpoint(settings)
         self._endpoints.append(endpoint)
         form = settings.form or ("original" if settings.arn else "list")
@@ -127,7 +127,7 @@ class Lookups:
             await endpoint.close()
 
 
-def _by_python(function: Callable[[list[str]], Any]) -> Ask:
+def _by_python(function: Callable[[list[str]], Any]) -> QuerySubjects:
     """Adapt a function of a package, which returns a mapping or a list of objects with `id`."""
 
     async def ask(subjects: list[str]) -> Mapping[str, External]:

@@ -31,7 +31,7 @@ from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.claims import Claims
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import Cursors
-from sequencerd.engine.executors import Executor, Executors, Work
+from sequencerd.engine.executors import Executable, Executor, Executors
 from sequencerd.engine.expiries import TURN as EXPIRY_TURN
 from sequencerd.engine.expiries import Expiries
 from sequencerd.engine.heap import Heap
@@ -44,10 +44,16 @@ from sequencerd.engine.quarantine import Quarantine
 from sequencerd.engine.reschedule import Rescheduling
 from sequencerd.engine.results import Results
 from sequencerd.service.metrics import Metrics
-from sequencerd.settings import Engine as Settings
+from sequencerd.settings import EngineSettings
 from sequencerd.storage import connections, evaluations, server
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
-from sequencerd.storage.listener import Changed, Due, DueSteps, Message, Reevaluate
+from sequencerd.storage.listener import (
+    DefinitionsChanged,
+    DueSteps,
+    EnrollmentDue,
+    Notification,
+    Reevaluate,
+)
 from sequencerd.storage.wakes import count_due, first_wakes, first_wakes_of
 
 WRITERS = 3  # of results: one computes while the others wait for the database
@@ -64,10 +70,10 @@ class Engine:
         pool: asyncpg.Pool,
         heart: asyncpg.Pool,
         runners: Runners,
-        lookups: Callable[[str], Work],
+        lookups: Callable[[str], Executable],
         *,
         clock: Clock,
-        settings: Settings,
+        settings: EngineSettings,
         name: str,
         log: FilteringBoundLogger,
         metrics: Metrics,
@@ -235,7 +241,9 @@ class Engine:
         """How many enrollments are leased to this daemon."""
         return len(self._leases)
 
-    async def use(self, runners: Runners, lookups: Callable[[str], Work]) -> Awaitable[object]:
+    async def use(
+        self, runners: Runners, lookups: Callable[[str], Executable]
+    ) -> Awaitable[object]:
         """Use other runners and lookups from now on.
 
         What is in flight ends with those that it started with: await what this returns before they
@@ -252,13 +260,13 @@ class Engine:
         await self._background.until_done(use)
         return self._executors.drained(replaced)
 
-    def receive(self, message: Message) -> None:
+    def receive(self, message: Notification) -> None:
         """Handle a notification."""
         match message:
-            case Due(due=step_key, since=since, later=is_later):
+            case EnrollmentDue(due=step_key, since=since, later=is_later):
                 self._cursors.report_notified(step_key, since, is_later, self._clock.now())
                 self._check_soon(step_key)
-            case Changed():
+            case DefinitionsChanged():
                 self._reloads.request()
             case Reevaluate():
                 self._rescheduling.request(message)

@@ -27,7 +27,7 @@ from sequencerd.core.model import (
     Event,
     Execute,
     Fail,
-    LookUp,
+    QueryLookup,
     Refusals,
     Result,
     Task,
@@ -37,7 +37,7 @@ from sequencerd.engine.batch import Batch, Limited
 from sequencerd.engine.breaker import TICK
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
-from sequencerd.engine.jumps import Jump, decide
+from sequencerd.engine.jumps import PendingJump, decide
 from sequencerd.engine.shared_outcome import SharedOutcome
 from sequencerd.storage import brakes, entries, reservations, wakes, writes
 
@@ -101,7 +101,7 @@ class Moves:
                 expired_leases=expired_leases,
             )
             if advanced.is_tentative:
-                batch.jumps.append(Jump(enrollment, advanced, again))
+                batch.jumps.append(PendingJump(enrollment, advanced, again))
             else:
                 batch.limited.append(Limited(enrollment, advanced, again))
             return
@@ -119,7 +119,7 @@ class Moves:
         *,
         expired_leases: int = 0,
         result_only: bool = False,
-        full: model.Full | None = None,
+        full: model.LimitReached | None = None,
     ) -> Advanced:
         """Advance an enrollment by the present definitions. An internal error lets it fail."""
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
@@ -195,7 +195,7 @@ class Moves:
                     unable = failed(at, now, str(error), error.failure)
                     events += unable.events
                     decision = unable.decision
-            case LookUp(step, lookup):
+            case QueryLookup(step, lookup):
                 is_shared = False
                 if executor := self._executors.free(("lookup", lookup), (at.sequence, at.step)):
                     at = at._replace(
@@ -271,7 +271,7 @@ class Moves:
     async def _reserve(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
         """Reserve what is limited or braked, and add it, with a lease or as the limit says."""
         wanted = [one.reserved for one in batch.limited]
-        full: dict[int, model.Full] = {}
+        full: dict[int, model.LimitReached] = {}
         if batch.given_back or any(one.places for one in wanted):
             full = await reservations.reserve(connection, wanted, batch.given_back, now)
         braked = {

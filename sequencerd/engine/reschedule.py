@@ -22,7 +22,7 @@ from sequencerd.core.model import StepKey
 from sequencerd.engine.background import PAUSE, Background, Repeating
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.clock import Clock
-from sequencerd.engine.jumps import Jump
+from sequencerd.engine.jumps import PendingJump
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves
 from sequencerd.engine.quarantine import isolate
@@ -335,7 +335,7 @@ class Rescheduling:
                 advanced = self._moves.advance(enrollment, now)
                 if advanced.is_tentative:
                     again = partial(self._moves.advance, enrollment, now, None, None)
-                    batch.jumps.append(Jump(enrollment, advanced, again))
+                    batch.jumps.append(PendingJump(enrollment, advanced, again))
                 elif not is_unchanged(enrollment, advanced):
                     self._moves.add(batch, enrollment, advanced, now)
                 if number % SLICE == 0:

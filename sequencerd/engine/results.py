@@ -17,7 +17,7 @@ from sequencerd.core.model import (
     Answer,
     Event,
     Failed,
-    Found,
+    LookupAnswer,
     NotStarted,
     Result,
     Suppressed,
@@ -203,7 +203,7 @@ def _undeliverable(results: Sequence[Finished]) -> list[Undeliverable]:
 
 def _of_lookup(result: Result) -> Result:
     """Return an executor's own failure, a timeout or a stop, as a lookup's."""
-    return Found(None, result.message) if isinstance(result, Failed) else result
+    return LookupAnswer(None, result.message) if isinstance(result, Failed) else result
 
 
 def _unwritten(result: Result, failure: Exception) -> str:
@@ -224,7 +224,7 @@ def _stale(leased: Leased, result: Result, now: datetime) -> Event:
             text = f"failed: {message}"
         case NotStarted():
             text = "not started"
-        case Found():
+        case LookupAnswer():
             text = "found"
         case _:
             assert_never(result)

@@ -17,7 +17,7 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.engine.clock import Clock
-from sequencerd.settings import Retention as Settings
+from sequencerd.settings import RetentionSettings
 from sequencerd.storage import activity, cleanup, connections, reservations
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
@@ -28,11 +28,15 @@ BATCH = 1000  # enrollments
 ERRORS = (*TRANSIENT_ERRORS, asyncpg.PostgresError)
 PAUSE = 0.05  # seconds between batches, and never less than a batch took
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 async def keep(
-    pool: asyncpg.Pool, settings: Callable[[], Settings], *, clock: Clock, log: FilteringBoundLogger
+    pool: asyncpg.Pool,
+    settings: Callable[[], RetentionSettings],
+    *,
+    clock: Clock,
+    log: FilteringBoundLogger,
 ) -> None:
     """Run retention for ever. Errors are logged, and it is tried again."""
     while True:
@@ -63,7 +67,7 @@ def _report(error: BaseException, log: FilteringBoundLogger) -> float:
 
 
 async def tidy(
-    pool: asyncpg.Pool, settings: Settings, now: datetime, log: FilteringBoundLogger
+    pool: asyncpg.Pool, settings: RetentionSettings, now: datetime, log: FilteringBoundLogger
 ) -> None:
     """Create the partitions of the coming months, and delete what is older than its retention.
 
@@ -93,7 +97,7 @@ async def _add_partitions(pool: asyncpg.Pool, *_: object) -> None:
 
 
 async def _count_activity(
-    pool: asyncpg.Pool, _settings: Settings, now: datetime, _log: FilteringBoundLogger
+    pool: asyncpg.Pool, _settings: RetentionSettings, now: datetime, _log: FilteringBoundLogger
 ) -> None:
     loop = asyncio.get_running_loop()
     started = loop.time()
@@ -105,7 +109,7 @@ async def _count_activity(
 
 
 async def _drop_history(
-    pool: asyncpg.Pool, settings: Settings, now: datetime, log: FilteringBoundLogger
+    pool: asyncpg.Pool, settings: RetentionSettings, now: datetime, log: FilteringBoundLogger
 ) -> None:
     if settings.events is None:
         return
@@ -119,7 +123,7 @@ async def _drop_history(
 
 
 async def _delete_ended(
-    pool: asyncpg.Pool, settings: Settings, now: datetime, log: FilteringBoundLogger
+    pool: asyncpg.Pool, settings: RetentionSettings, now: datetime, log: FilteringBoundLogger
 ) -> None:
     if settings.ended is None:
         return
@@ -128,7 +132,7 @@ async def _delete_ended(
     started = loop.time()
     start = cleanup.FIRST  # in each pass: what was locked in the last one is found by the next
 
-    def delete(connection: asyncpg.Connection) -> Awaitable[tuple[int, cleanup.Start]]:
+    def delete(connection: asyncpg.Connection) -> Awaitable[tuple[int, cleanup.CleanupStart]]:
         return cleanup.delete_ended(connection, until, BATCH, start)
 
     while (ended := await _alone(pool, delete)) and ended[0]:
@@ -141,14 +145,14 @@ async def _delete_ended(
 
 
 async def _prune_reservations(
-    pool: asyncpg.Pool, _settings: Settings, now: datetime, _log: FilteringBoundLogger
+    pool: asyncpg.Pool, _settings: RetentionSettings, now: datetime, _log: FilteringBoundLogger
 ) -> None:
     await _alone(pool, lambda c: reservations.prune(c, now))
 
 
 async def _alone(
-    pool: asyncpg.Pool, work: Callable[[asyncpg.Connection], Awaitable[Result]]
-) -> Result | None:
+    pool: asyncpg.Pool, work: Callable[[asyncpg.Connection], Awaitable[T]]
+) -> T | None:
     """Do work in a transaction, unless another daemon runs retention."""
     async with connections.borrow(pool) as connection, connections.transaction(connection):
         return await work(connection) if await cleanup.try_lock_retention(connection) else None

@@ -22,7 +22,7 @@ from sequencerd.core.model import (
     data_view,
 )
 
-Key = tuple[Hashable, ...]
+OutcomeKey = tuple[Hashable, ...]
 """All that a shared outcome depends on."""
 
 
@@ -51,7 +51,7 @@ class SharedOutcomes:
     __slots__ = ("_by_key", "_result", "_result_key")
 
     def __init__(self) -> None:
-        self._by_key: dict[Key, _Question | SharedOutcome] = {}
+        self._by_key: dict[OutcomeKey, _Question | SharedOutcome] = {}
         self._result: Result | None = None
         self._result_key: Hashable = None
 
@@ -61,7 +61,7 @@ class SharedOutcomes:
         result: Result | None,
         started_revision: int | None,
         expired_leases: int,
-    ) -> Key | None:
+    ) -> OutcomeKey | None:
         """Return what an outcome depends on, unless it depends on more than can be shared."""
         if result is not self._result:  # most results of a batch are one object
             self._result, self._result_key = result, _result_key(result)
@@ -69,7 +69,7 @@ class SharedOutcomes:
             return None
         return enrollment.state, self._result_key, started_revision, expired_leases
 
-    def get(self, key: Key, enrollment: Enrollment) -> SharedOutcome | None:
+    def get(self, key: OutcomeKey, enrollment: Enrollment) -> SharedOutcome | None:
         """Return the outcome of an earlier enrollment with this key and the same answers."""
         found = self._by_key.get(key)
         if isinstance(found, _Question):
@@ -82,7 +82,7 @@ class SharedOutcomes:
         return found
 
     def add(
-        self, key: Key, answers: Iterable[tuple[Condition, bool]], outcome: SharedOutcome
+        self, key: OutcomeKey, answers: Iterable[tuple[Condition, bool]], outcome: SharedOutcome
     ) -> None:
         """Share an outcome with the later enrollments that have this key and these answers."""
         place: dict[Any, _Question | SharedOutcome] = self._by_key

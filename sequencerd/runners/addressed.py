@@ -35,7 +35,7 @@ class Recipient(NamedTuple):
     address: Template
 
 
-class Program(NamedTuple):
+class AddressedProgram(NamedTuple):
     """What is made of a step's config: the runner's own program, and the recipient, if any."""
 
     own: object
@@ -51,7 +51,7 @@ class AddressedRunner:
         self._runner = runner
         self._suppressions = suppressions
 
-    def compile(self, config: Mapping[str, Any]) -> Program:
+    def compile(self, config: Mapping[str, Any]) -> AddressedProgram:
         """Compile the recipient, and the whole config for the runner. Raises DefinitionError."""
         faults = Faults()
         recipient, own = None, None
@@ -61,11 +61,11 @@ class AddressedRunner:
         with faults.at():
             own = self._runner.compile(config)
         faults.check()
-        return Program(own, recipient)
+        return AddressedProgram(own, recipient)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Call the runner for the tasks whose recipients are not suppressed."""
-        assert isinstance(program, Program)
+        assert isinstance(program, AddressedProgram)
         if program.recipient is None or self._suppressions is None:
             return await self._runner.run(program.own, tasks)
         checks = (self._check(program.recipient, task, self._suppressions) for task in tasks)

@@ -32,7 +32,7 @@ PLAIN: Mapping[object, Answer] = {
 """The answers that consist of an action alone; None is `next`."""
 
 
-class Outcome(BaseModel):
+class ActionAnswer(BaseModel):
     """The answer for one enrollment: the original's action and message, and our additions."""
 
     model_config = ConfigDict(alias_generator=to_camel, allow_inf_nan=False, strict=True)
@@ -90,13 +90,13 @@ def check_json(value: object) -> None:
         raise ValueError("not JSON for PostgreSQL: it holds a NUL character")
 
 
-class StrictOutcome(Outcome):
+class StrictActionAnswer(ActionAnswer):
     """The same without other keys, which are typing errors in Python."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-def read_outcome(value: object, model: type[Outcome] = Outcome) -> Result:
+def read_outcome(value: object, model: type[ActionAnswer] = ActionAnswer) -> Result:
     """Return the result of an answer: None, an action, or an object with `action` and more.
 
     An answer that cannot be read is a temporary failure, as its runner will be fixed. The side

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from sequencerd.runners import tracing
 from sequencerd.runners.fields import one_line
-from sequencerd.runners.http_client import MAX_ANSWER, Reply, Unreachable, Web, check_url
+from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, HttpReply, Unreachable, check_url
 
 MAX_EVENT = 6_000_000
 """Bytes of an event that Lambda takes, a little less than its 6 MB."""
@@ -59,19 +59,21 @@ class LambdaFunction:
         self._url = check_url(endpoint.rstrip("/") + path)
         self._session = Session()
         self._finding = asyncio.Lock()  # the session is not for several threads at once
-        self._web = Web(timeout=timeout, connections=connections, allow_private=allow_private)
+        self._web = HttpClient(
+            timeout=timeout, connections=connections, allow_private=allow_private
+        )
 
     async def post(
         self, event: bytes, _key: str | None = None, max_answer: int = MAX_ANSWER
-    ) -> Reply:
+    ) -> HttpReply:
         """Invoke it and wait for its answer. Raises Unreachable, also where the function fails."""
         return _judged(await self._invoke(event, "RequestResponse", max_answer))
 
-    async def check(self) -> Reply:
+    async def check(self) -> HttpReply:
         """Ask Lambda whether the function could be invoked. Raises Unreachable."""
         return _judged(await self._invoke(b"", "DryRun", MAX_ANSWER))
 
-    async def _invoke(self, event: bytes, kind: str, max_answer: int) -> Reply:
+    async def _invoke(self, event: bytes, kind: str, max_answer: int) -> HttpReply:
         async with self._finding:
             headers = await asyncio.to_thread(self._signed, event, kind)
         headers |= {"Accept": "application/json", **tracing.headers()}
@@ -108,7 +110,7 @@ class LambdaFunction:
         await self._web.close()
 
 
-def _judged(reply: Reply) -> Reply:
+def _judged(reply: HttpReply) -> HttpReply:
     """The answer of a function that has run to its end, or one that `judge` knows about."""
     if "X-Amz-Function-Error" in reply.headers:
         raise Unreachable(f"the function failed: {_failure(reply)}", sent=True)
@@ -119,7 +121,7 @@ def _judged(reply: Reply) -> Reply:
     return reply
 
 
-def _failure(reply: Reply) -> str:
+def _failure(reply: HttpReply) -> str:
     """What a function has raised, in a line."""
     try:
         error: Any = json.loads(reply.body)

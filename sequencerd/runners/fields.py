@@ -10,7 +10,13 @@ from typing import Any
 from sequencerd.core.config import Faults
 from sequencerd.core.javascript.templates import NO_PARTIALS, Template, compile_template
 from sequencerd.core.languages import DEFAULT_LOCALE, choose, read_locale
-from sequencerd.core.model import NOTHING_SHARED, DefinitionError, EvaluationError, Fault, Shared
+from sequencerd.core.model import (
+    NOTHING_SHARED,
+    DefinitionError,
+    EvaluationError,
+    Fault,
+    MessageContext,
+)
 
 MAX_SHOWN = 300  # characters of what a server says
 
@@ -39,7 +45,7 @@ def compile_field(
 
 
 @dataclass(frozen=True, slots=True)
-class Translated:
+class Translations:
     """A template for each language, and the path of the subject's language."""
 
     templates: Mapping[str, Template]
@@ -49,11 +55,11 @@ class Translated:
 def compile_texts(
     name: str,
     source: str | Mapping[str, str],
-    shared: Shared = NOTHING_SHARED,
+    shared: MessageContext = NOTHING_SHARED,
     *,
     escape: bool = False,
     strict: bool = False,
-) -> Template | Translated:
+) -> Template | Translations:
     """Compile a text of a message, or one for each language. Raises DefinitionError, which names
     the field.
     """
@@ -68,7 +74,7 @@ def compile_texts(
                 language, text, escape=escape, strict=strict, partials=partials
             )
     faults.check()
-    return Translated(templates, shared.locale or DEFAULT_LOCALE)
+    return Translations(templates, shared.locale or DEFAULT_LOCALE)
 
 
 def with_prefix(prefix: str, text: str | Mapping[str, str]) -> str | dict[str, str]:
@@ -78,11 +84,11 @@ def with_prefix(prefix: str, text: str | Mapping[str, str]) -> str | dict[str, s
     return {language: prefix + one for language, one in text.items()}
 
 
-def render(name: str, template: Template | Translated, view: Mapping[str, Any]) -> str:
+def render(name: str, template: Template | Translations, view: Mapping[str, Any]) -> str:
     """Render a field's template, in the language of the subject. Raises RenderError, which names
     the field.
     """
-    if isinstance(template, Translated):
+    if isinstance(template, Translations):
         locale = read_locale(view, template.locale)
         language, one = choose(template.templates, locale)
         return render(f"{name}.{language}", one, view)

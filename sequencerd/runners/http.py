@@ -32,14 +32,14 @@ from sequencerd.runners.answers import check_json, read_outcome
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import (
     MAX_ANSWER,
-    Reply,
+    HttpClient,
+    HttpReply,
     Unreachable,
-    Web,
     check_headers,
     check_url,
     judge,
 )
-from sequencerd.runners.pace import Pace, Take
+from sequencerd.runners.pace import Pace, TakePermits
 
 BATCH_BYTES = 96_000
 """Express, and proxies after it, take no more than 100 kB as it comes."""
@@ -54,7 +54,7 @@ class Endpoint(Protocol):
 
     async def post(
         self, body: bytes, key: str | None = None, max_answer: int = MAX_ANSWER
-    ) -> Reply:
+    ) -> HttpReply:
         """Send JSON, with its idempotency key, and return the answer. Raises Unreachable."""
         ...
 
@@ -83,13 +83,13 @@ class HttpEndpoint:
         self._key = None if secret is None else read_secret(secret)
         self._headers = check_headers(headers or {})
         self._headers |= {"Content-Type": "application/json", "Accept": "application/json"}
-        self._web = Web(
+        self._web = HttpClient(
             timeout=timeout, connections=connections, allow_private=allow_private, http2=http2
         )
 
     async def post(
         self, body: bytes, key: str | None = None, max_answer: int = MAX_ANSWER
-    ) -> Reply:
+    ) -> HttpReply:
         """Send JSON, with its idempotency key, and return the answer. Raises Unreachable."""
         headers = {**self._headers, **tracing.headers()}
         if key is not None:
@@ -120,7 +120,7 @@ class BatchRunner:
         limits: Limits,
         batch_bytes: int = BATCH_BYTES,
         retry: RetryPolicy = RETRY,
-        take: Take | None = None,
+        take: TakePermits | None = None,
     ) -> None:
         self.retry = retry
         self._pace = Pace(limits, name, take)
@@ -203,11 +203,11 @@ class BatchRunner:
             return None
         return late | self._judge(reply, tasks)
 
-    async def _call(self, body: bytes, keys: Sequence[str]) -> Reply:
+    async def _call(self, body: bytes, keys: Sequence[str]) -> HttpReply:
         key = keys[0] if len(keys) == 1 else batch_key(keys)
         return await self._endpoint.post(body, key, max(MAX_ANSWER, len(keys) * MAX_ITEM))
 
-    def _judge(self, reply: Reply, tasks: Sequence[Task]) -> dict[str, Result]:
+    def _judge(self, reply: HttpReply, tasks: Sequence[Task]) -> dict[str, Result]:
         failed = judge(reply, f"{self._name} answered {reply.status} {reply.excerpt()}".rstrip())
         if failed is None:
             try:

@@ -25,7 +25,7 @@ import h2.events
 import h2.exceptions
 import httpx
 
-from sequencerd.core.model import Attribution, Cause, Failed
+from sequencerd.core.model import Attribution, Failed, OutageCause
 from sequencerd.runners.encodings import EncodingError, decode
 from sequencerd.runners.error_causes import causes, is_exhausted
 from sequencerd.runners.fields import one_line
@@ -60,7 +60,7 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
         sent: bool = False,
         exhausted: bool = False,
         retired: bool = False,
-        cause: Cause | None = None,
+        cause: OutageCause | None = None,
     ) -> None:
         super().__init__(message)
         self.sent = sent
@@ -83,12 +83,12 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
         )
 
 
-class TooLarge(Unreachable):
+class AnswerTooLarge(Unreachable):
     """An answer that is larger than the caller takes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class HttpReply:
     """A server's answer."""
 
     status: int
@@ -104,7 +104,7 @@ class Reply:
         return one_line(text, 200)
 
 
-class Web:
+class HttpClient:
     """A client whose connections are kept and reused.
 
     A name that resolves to a private address is refused unless `allow_private`; a URL that contains
@@ -169,7 +169,7 @@ class Web:
         form: Mapping[str, str] | None = None,
         auth: tuple[str, str] | None = None,
         max_answer: int = MAX_ANSWER,
-    ) -> Reply:
+    ) -> HttpReply:
         """Send a body, a form or nothing. Raises Unreachable."""
         named = httpx.URL(url)
         sent = False
@@ -209,7 +209,7 @@ class Web:
 
     async def _send(
         self, url: httpx.URL, request: Mapping[str, Any], secrets: frozenset[str], max_answer: int
-    ) -> Reply:
+    ) -> HttpReply:
         async with self._client() as client:
             try:
                 async with client.stream(url=url, **request) as response:
@@ -220,7 +220,7 @@ class Web:
                     self._retired += 1
                 raise
             self._retired = 0
-            return Reply(response.status_code, response.headers, body, secrets)
+            return HttpReply(response.status_code, response.headers, body, secrets)
 
     async def _targets(self, url: httpx.URL) -> list[httpx.URL]:
         """Return the URL, or URLs with its host's addresses once these are known to be public."""
@@ -322,7 +322,7 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
     async for chunk in response.aiter_raw():
         body += chunk
         if len(body) > limit:
-            raise TooLarge(f"the answer has more than {limit} bytes", sent=True)
+            raise AnswerTooLarge(f"the answer has more than {limit} bytes", sent=True)
     try:
         return decode(bytes(body), response.headers.get("Content-Encoding", ""), limit)
     except EncodingError as error:
@@ -354,7 +354,7 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return dict(headers)
 
 
-def judge(reply: Reply, message: str) -> Failed | None:
+def judge(reply: HttpReply, message: str) -> Failed | None:
     """Return what a status means: None for 2xx.
 
     4xx is permanent except for 408, 409, 425 and 429. 429, and 503 with Retry-After, are the
@@ -370,7 +370,7 @@ def judge(reply: Reply, message: str) -> Failed | None:
     is_operators = reply.status < 400 or reply.status in (401, 403, 407)
     permanent = reply.status < 500 and not is_operators and reply.status not in (408, 409, 425, 429)
     fault: Attribution = "enrollment"
-    cause: Cause = "failing"
+    cause: OutageCause = "failing"
     if throttled:
         fault, cause = "server", "over quota"
     elif is_operators:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from sequencerd.core.model import Limits
 from sequencerd.core.permits import Permits
 
-Take = Callable[[str, float, int], Awaitable[tuple[float, float]]]
+TakePermits = Callable[[str, float, int], Awaitable[tuple[float, float]]]
 """Takes a number of permits of a runner at a rate, which all daemons share. Returns the time of the
 first, and the present one, in seconds by the clock of those who share it.
 """
@@ -28,7 +28,7 @@ class Pace:
     Permits are taken in blocks: by `take` from what all daemons share, else of this process alone.
     """
 
-    def __init__(self, limits: Limits, name: str = "", take: Take | None = None) -> None:
+    def __init__(self, limits: Limits, name: str = "", take: TakePermits | None = None) -> None:
         rate = limits.per_second
         self.longest_wait = 0.0 if rate is None else max(PATIENCE, 4 * limits.concurrency / rate)
         """For how many seconds a call waits for its turn at most. With several daemons, it may be

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from sequencerd.core.model import NOTHING_SHARED, Limits, Result, RetryPolicy, Shared, Task
+from sequencerd.core.model import NOTHING_SHARED, Limits, MessageContext, Result, RetryPolicy, Task
 
 
 class Refused(Exception):  # noqa: N818 - what an author raises reads as what has happened
@@ -47,7 +47,7 @@ class Runner(Protocol):
 class MessageRunner(Runner, Protocol):
     """A runner whose messages can be shown before they are sent, and sent as a test."""
 
-    def compile(self, config: Mapping[str, Any], shared: Shared = NOTHING_SHARED) -> object:
+    def compile(self, config: Mapping[str, Any], shared: MessageContext = NOTHING_SHARED) -> object:
         """Make of a step's config, and what the messages of its sequence share, what `run` needs.
         Raises DefinitionError.
         """

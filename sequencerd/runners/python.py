@@ -39,7 +39,7 @@ from sequencerd.core.model import (
     RetryPolicy,
     Task,
 )
-from sequencerd.runners.answers import PLAIN, StrictOutcome, check_date, read_outcome
+from sequencerd.runners.answers import PLAIN, StrictActionAnswer, check_date, read_outcome
 from sequencerd.runners.error_causes import is_exhausted
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.protocol import Refused, Runner
@@ -56,7 +56,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class FunctionOptions:
     """What a function declares."""
 
     config: type[BaseModel] | None = None
@@ -76,7 +76,7 @@ def runner(
     """Describe a runner function: see the module. `timeout` is in seconds, for one call."""
     in_batches = batch_size is not None
     limits = Limits(concurrency, timeout, 1 if batch_size is None else batch_size)
-    options = Options(config, limits, in_batches, retry)
+    options = FunctionOptions(config, limits, in_batches, retry)
 
     def describe(function: Function) -> Function:
         vars(function)["sequencerd_runner"] = options
@@ -89,8 +89,8 @@ class PythonRunner:
     """Calls a function for each enrollment, or for each batch."""
 
     def __init__(self, function: Callable[..., Any], *, name: str) -> None:
-        options = getattr(function, "sequencerd_runner", Options())
-        assert isinstance(options, Options)
+        options = getattr(function, "sequencerd_runner", FunctionOptions())
+        assert isinstance(options, FunctionOptions)
         self.limits = options.limits
         self.retry = options.retry
         self._function = function
@@ -189,7 +189,7 @@ class PythonRunner:
                 return Failed(text, fault="unclear", unknown=True)
         if isinstance(answer, Answer | Failed):
             return answer
-        result = read_outcome(answer, StrictOutcome)
+        result = read_outcome(answer, StrictActionAnswer)
         if isinstance(result, Failed):
             return replace(result, message=f"{self._name}: {result.message}")
         return result

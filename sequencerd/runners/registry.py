@@ -15,21 +15,26 @@ from sequencerd.core.step_types.effects import EMAIL, SMS, SmsConfig
 from sequencerd.errors import SettingsError
 from sequencerd.runners.addressed import AddressedRunner
 from sequencerd.runners.aws_lambda import MAX_EVENT, LambdaFunction
-from sequencerd.runners.email.oauth import Client
+from sequencerd.runners.email.oauth import OAuthClient
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http import BATCH_BYTES, BatchRunner, Endpoint, HttpEndpoint
-from sequencerd.runners.pace import Take
+from sequencerd.runners.pace import TakePermits
 from sequencerd.runners.protocol import Runner
 from sequencerd.runners.python import load
 from sequencerd.runners.sms.runner import HttpSmsRunner, TwilioRunner
 from sequencerd.runners.suppression_check import Suppressions
-from sequencerd.runners.unsubscribe import Links
-from sequencerd.settings import Email, LookupEndpoint, Settings, Sms
-from sequencerd.settings import HttpEndpoint as RunnerEndpoint
+from sequencerd.runners.unsubscribe import UnsubscribeLinks
+from sequencerd.settings import (
+    EmailSettings,
+    HttpRunnerSettings,
+    LookupSettings,
+    Settings,
+    SmsSettings,
+)
 
 
 def make_runners(
-    settings: Settings, suppressions: Suppressions | None = None, take: Take | None = None
+    settings: Settings, suppressions: Suppressions | None = None, take: TakePermits | None = None
 ) -> dict[str, Runner]:
     """Return every runner that is installed or set up, by step type. Raises SettingsError.
 
@@ -62,7 +67,7 @@ def make_runners(
     return runners
 
 
-def make_endpoint(settings: RunnerEndpoint | LookupEndpoint) -> Endpoint:
+def make_endpoint(settings: HttpRunnerSettings | LookupSettings) -> Endpoint:
     """Return what answers the calls of a runner or a lookup. Raises ValueError."""
     if settings.arn is not None:
         return LambdaFunction(
@@ -75,10 +80,10 @@ def make_endpoint(settings: RunnerEndpoint | LookupEndpoint) -> Endpoint:
         settings.url or "",
         timeout=settings.timeout,
         connections=settings.concurrency,
-        secret=_secret(settings.secret) if isinstance(settings, RunnerEndpoint) else None,
+        secret=_secret(settings.secret) if isinstance(settings, HttpRunnerSettings) else None,
         headers=_secrets(settings.headers),
         allow_private=settings.allow_private,
-        http2=settings.http2 if isinstance(settings, RunnerEndpoint) else False,
+        http2=settings.http2 if isinstance(settings, HttpRunnerSettings) else False,
     )
 
 
@@ -92,17 +97,17 @@ def _check_names(names: Iterable[str], shown: str) -> None:
 
 
 def make_email_runner(
-    email: Email,
+    email: EmailSettings,
     suppressions: Suppressions | None = None,
     *,
     reply_timeout: float | None = None,
-    links: Links | None = None,
-    take: Take | None = None,
+    links: UnsubscribeLinks | None = None,
+    take: TakePermits | None = None,
 ) -> EmailRunner:
     """Return the runner for e-mail. Raises ValueError."""
-    oauth: Client | str | None = email.token_command
+    oauth: OAuthClient | str | None = email.token_command
     if email.oauth is not None:
-        oauth = Client(
+        oauth = OAuthClient(
             email.oauth.token_url,
             email.oauth.client_id,
             _secret(email.oauth.client_secret),
@@ -128,16 +133,19 @@ def make_email_runner(
     )
 
 
-def make_links(settings: Settings) -> Links | None:
+def make_links(settings: Settings) -> UnsubscribeLinks | None:
     """Return what makes and reads links to unsubscribe with, if it is set up."""
     section = settings.unsubscribe
     if section is None:
         return None
-    return Links(section.url, [key.get_secret_value() for key in section.keys])
+    return UnsubscribeLinks(section.url, [key.get_secret_value() for key in section.keys])
 
 
 def _sms_runner(
-    sms: Sms, suppressions: Suppressions | None, links: Links | None, take: Take | None
+    sms: SmsSettings,
+    suppressions: Suppressions | None,
+    links: UnsubscribeLinks | None,
+    take: TakePermits | None,
 ) -> Runner:
     if sms.provider == "http":
         if not sms.url or not sms.body:

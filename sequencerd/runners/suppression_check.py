@@ -15,18 +15,20 @@ from sequencerd.runners.sms.numbers import normalise
 EVERYTHING = "*"
 """The topic of entries that stop all messages."""
 
-Key = tuple[str, str, str]
+SuppressionKey = tuple[str, str, str]
 """A channel, an address and a topic as `sequencer.suppressions` has them."""
 
 
 class Suppressions:
     """Checks keys in rounds; `ask` queries the database for those that are suppressed."""
 
-    def __init__(self, ask: Callable[[list[Key]], Awaitable[AbstractSet[Key]]]) -> None:
+    def __init__(
+        self, ask: Callable[[list[SuppressionKey]], Awaitable[AbstractSet[SuppressionKey]]]
+    ) -> None:
         self._ask = ask
         self._turn = asyncio.Lock()
-        self._wanted: set[Key] = set()
-        self._round: asyncio.Task[AbstractSet[Key]] | None = None
+        self._wanted: set[SuppressionKey] = set()
+        self._round: asyncio.Task[AbstractSet[SuppressionKey]] | None = None
 
     async def among(
         self, channel: str, addresses: Iterable[str], topic: str | None
@@ -53,7 +55,7 @@ class Suppressions:
         }
         return {address: matched[0][2] for address, matched in entries.items() if matched}
 
-    async def _ask_all(self) -> AbstractSet[Key]:
+    async def _ask_all(self) -> AbstractSet[SuppressionKey]:
         async with self._turn:
             wanted, self._wanted, self._round = self._wanted, set(), None
             return await self._ask(sorted(wanted))

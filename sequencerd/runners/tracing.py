@@ -20,7 +20,7 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
 
 _tracer: Tracer | None = None
 
-Ended = Callable[[Sequence[Result]], None]
+EndSpans = Callable[[Sequence[Result]], None]
 
 
 def start(environment: Mapping[str, str]) -> Callable[[], None]:
@@ -54,7 +54,7 @@ def use(provider: TracerProvider | None) -> None:
 
 
 @contextmanager
-def executing(type_: str, enrollments: Sequence[Enrollment]) -> Iterator[Ended]:
+def executing(type_: str, enrollments: Sequence[Enrollment]) -> Iterator[EndSpans]:
     """Open spans around one call of a runner; the value that is yielded takes the results.
 
     Each side effect has a span. Those of a batch are within another one, to which the call belongs.

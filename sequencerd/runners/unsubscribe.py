@@ -11,7 +11,7 @@ from itsdangerous import BadData, URLSafeSerializer
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.languages import DEFAULT_LOCALE, read_locale
 from sequencerd.core.model import DefinitionError, Fault, View
-from sequencerd.runners.fields import Translated
+from sequencerd.runners.fields import Translations
 from sequencerd.runners.suppression_check import EVERYTHING
 
 PATH = "/unsubscribe/"
@@ -31,7 +31,7 @@ class Subscription(NamedTuple):
     language: str = ""  # of its recipient; empty if it is not known
 
 
-class Links:
+class UnsubscribeLinks:
     """Makes links and reads them. The first key signs, all of them verify."""
 
     def __init__(self, url: str, keys: Iterable[str]) -> None:
@@ -61,14 +61,14 @@ class Links:
         channel: str,
         addresses: Iterable[str],
         topic: str | None,
-        templates: Iterable[Template | Translated | None],
+        templates: Iterable[Template | Translations | None],
     ) -> Mapping[str, Any]:
         """Return a view with the link for a message. If the message has several recipients, the
         link is for the subject, as it is not known who will follow it.
         """
         known = {*addresses}
         address = known.pop() if len(known) == 1 else str(view["subject"])
-        path = next((one.locale for one in templates if isinstance(one, Translated)), None)
+        path = next((one.locale for one in templates if isinstance(one, Translations)), None)
         language = read_locale(view, path or DEFAULT_LOCALE)
         subscription = Subscription(
             channel,
@@ -80,10 +80,10 @@ class Links:
         return View.of(values, view.data) if isinstance(view, View) else values
 
 
-def check_reads(templates: Mapping[str, Template | Translated | None]) -> None:
+def check_reads(templates: Mapping[str, Template | Translations | None]) -> None:
     """Refuse templates that need a link where there can be none. Raises DefinitionError."""
     for name, template in templates.items():
-        several = template.templates.values() if isinstance(template, Translated) else [template]
+        several = template.templates.values() if isinstance(template, Translations) else [template]
         if any(one is not None and NAME in one.surely_reads for one in several):
             message = f"{NAME} would be empty: set unsubscribe.url and unsubscribe.keys"
             raise DefinitionError([Fault((name,), message)])

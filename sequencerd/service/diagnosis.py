@@ -17,7 +17,7 @@ import asyncpg
 
 from sequencerd.core.describe import text
 from sequencerd.errors import SequencerdError
-from sequencerd.settings import Database
+from sequencerd.settings import DatabaseSettings
 from sequencerd.storage import connections, migrate, migrations, server
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
@@ -46,7 +46,7 @@ _TRIGGER = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosis:
     """The subject of a check, its result, and what to do."""
 
     about: str
@@ -55,9 +55,9 @@ class Finding:
     advice: str = ""
 
 
-Check = Callable[[asyncpg.Connection], Awaitable[Finding]]
+DiagnosisCheck = Callable[[asyncpg.Connection], Awaitable[Diagnosis]]
 
-NOT_LISTENING = Finding(
+NOT_LISTENING = Diagnosis(
     "notifications",
     f"database.listen is false: daemons poll every {POLL_INTERVAL:g} s",
     "warning",
@@ -65,27 +65,27 @@ NOT_LISTENING = Finding(
 )
 
 
-def checks_of(shard: Shard, settings: Database) -> dict[str, Check]:
+def checks_of(shard: Shard, settings: DatabaseSettings) -> dict[str, DiagnosisCheck]:
     """Return the checks of a database, in order: those of the settings among them."""
 
-    async def listening(connection: asyncpg.Connection) -> Finding:
+    async def listening(connection: asyncpg.Connection) -> Diagnosis:
         return await _listening(connection, shard) if settings.listen else NOT_LISTENING
 
-    async def pooler(connection: asyncpg.Connection) -> Finding:
+    async def pooler(connection: asyncpg.Connection) -> Diagnosis:
         return await _pooler(connection, settings)
 
-    async def numbered(connection: asyncpg.Connection) -> Finding:
+    async def numbered(connection: asyncpg.Connection) -> Diagnosis:
         return await _shard(connection, shard)
 
     names = list(CHECKS)
     place = names.index("clock")
-    of_settings: dict[str, Check] = {} if shard.number is None else {"shard": numbered}
+    of_settings: dict[str, DiagnosisCheck] = {} if shard.number is None else {"shard": numbered}
     of_settings |= {"pooler": pooler, "notifications": listening}
     first = {name: CHECKS[name] for name in names[:place]}
     return first | of_settings | {name: CHECKS[name] for name in names[place:]}
 
 
-async def run_check(about: str, check: Check, connection: asyncpg.Connection) -> Finding:
+async def run_check(about: str, check: DiagnosisCheck, connection: asyncpg.Connection) -> Diagnosis:
     """Return what a check finds. A check that cannot run is an error as well."""
     try:
         found = await check(connection)
@@ -94,63 +94,63 @@ async def run_check(about: str, check: Check, connection: asyncpg.Connection) ->
         advice = "GRANT sequencer_daemon TO the user of this command"
         if await connection.fetchval(QUERIES["has_role"], "sequencer_daemon"):
             advice = "run `sequencerd grants --apply` as an administrator"
-        return Finding(about, f"cannot be checked: {error}", "error", advice)
+        return Diagnosis(about, f"cannot be checked: {error}", "error", advice)
     except (SequencerdError, *TRANSIENT_ERRORS, ValueError) as error:
         seen = f"cannot be checked: {error or type(error).__name__}"
-        return Finding(about, seen, "error", "see the log of the server")
+        return Diagnosis(about, seen, "error", "see the log of the server")
 
 
 # --- the database
 
 
-async def _server(connection: asyncpg.Connection) -> Finding:
+async def _server(connection: asyncpg.Connection) -> Diagnosis:
     row = await connection.fetchrow(QUERIES["server_facts"])
     version = f"PostgreSQL {row['version']}"
     if row["is_standby"]:
         advice = "name all servers in database.url, with ?target_session_attrs=read-write"
-        return Finding("server", f"{version}, a standby: nothing can be written", "error", advice)
+        return Diagnosis("server", f"{version}, a standby: nothing can be written", "error", advice)
     if row["is_read_only"]:
         advice = "set default_transaction_read_only = off for this user and database"
-        return Finding("server", f"{version}; transactions are read-only", "error", advice)
+        return Diagnosis("server", f"{version}; transactions are read-only", "error", advice)
     if timedelta(0) < row["idle_timeout"] <= timedelta(seconds=PROBE_INTERVAL):
         seen = f"{version}; idle_session_timeout is {row['idle_timeout'].total_seconds():g} s"
         advice = (
             f"set it to 0 or to more than {PROBE_INTERVAL:g} s for this user: "
             "it closes the LISTEN connection, which is probed at that interval"
         )
-        return Finding("server", seen, "error", advice)
+        return Diagnosis("server", seen, "error", advice)
     if await server.is_on_citus(connection):
         return await _citus(connection, f"{version}, tables distributed by Citus")
-    return Finding("server", version)
+    return Diagnosis("server", version)
 
 
-async def _citus(connection: asyncpg.Connection, seen: str) -> Finding:
+async def _citus(connection: asyncpg.Connection, seen: str) -> Diagnosis:
     if rows := await connection.fetch(QUERIES["citus_settings"]):
         named = [f"{row['name']} = '{row['value']}'" for row in rows]
         advice = " and ".join(f"ALTER DATABASE ... SET {setting}" for setting in named)
-        return Finding("server", f"{seen} without {_some(named)}", "error", advice)
-    return Finding("server", f"{seen}: daemons poll every 10 to 100 ms")
+        return Diagnosis("server", f"{seen} without {_some(named)}", "error", advice)
+    return Diagnosis("server", f"{seen}: daemons poll every 10 to 100 ms")
 
 
-async def _schema(connection: asyncpg.Connection) -> Finding:
+async def _schema(connection: asyncpg.Connection) -> Diagnosis:
     try:
         await migrate.check(connection)
     except SequencerdError as error:
         what, _, advice = str(error).partition("; ")
-        return Finding("schema", what, "error", advice)
-    return Finding("schema", f"{migrations.available()[-1].name} is applied")
+        return Diagnosis("schema", what, "error", advice)
+    return Diagnosis("schema", f"{migrations.available()[-1].name} is applied")
 
 
-async def _shard(connection: asyncpg.Connection, shard: Shard) -> Finding:
+async def _shard(connection: asyncpg.Connection, shard: Shard) -> Diagnosis:
     try:
         await migrate.check(connection, shard.number)
     except SequencerdError as error:
         what, _, advice = str(error).partition("; ")
-        return Finding("shard", what, "error", advice)
-    return Finding("shard", f"{shard.number}, as in the settings")
+        return Diagnosis("shard", what, "error", advice)
+    return Diagnosis("shard", f"{shard.number}, as in the settings")
 
 
-async def _triggers(connection: asyncpg.Connection) -> Finding:
+async def _triggers(connection: asyncpg.Connection) -> Diagnosis:
     wanted = {
         (table, name)
         for migration in migrations.available()
@@ -161,48 +161,50 @@ async def _triggers(connection: asyncpg.Connection) -> Finding:
     if missing := sorted(wanted - fire):
         named = _some(f"{name} on {table}" for table, name in missing)
         advice = "ALTER TABLE sequencer.TABLE ENABLE TRIGGER ALL; create dropped triggers again"
-        return Finding("triggers", f"dropped or disabled: {named}", "error", advice)
-    return Finding("triggers", f"all {len(wanted)} fire")
+        return Diagnosis("triggers", f"dropped or disabled: {named}", "error", advice)
+    return Diagnosis("triggers", f"all {len(wanted)} fire")
 
 
-async def _roles(connection: asyncpg.Connection) -> Finding:
+async def _roles(connection: asyncpg.Connection) -> Diagnosis:
     if hidden := await server.hidden_tables(connection):
         advice = "GRANT sequencer_daemon TO the user, or give it a policy USING (true)"
         seen = f"row-level security may hide rows: {_some(map(str, hidden))}"
-        return Finding("roles", seen, "error", advice)
+        return Diagnosis("roles", seen, "error", advice)
     if missing := await connection.fetch(QUERIES["missing_grants"]):
         named = _some((row["statement"] for row in missing), between=" ")
         advice = "run `sequencerd grants --apply` as an administrator"
-        return Finding(
+        return Diagnosis(
             "roles", f"{len(missing):,} statements are missing: {named}", "warning", advice
         )
     if lacking := await connection.fetch(QUERIES["lacking_privileges"]):
         named = _some(row["missing"] for row in lacking)
         advice = "if a daemon runs as this user, GRANT sequencer_daemon TO it"
-        return Finding("roles", f"this user lacks {named}", "warning", advice)
+        return Diagnosis("roles", f"this user lacks {named}", "warning", advice)
     if await connection.fetchval(QUERIES["is_superuser"]):
         advice = "run the daemon as a user with the privileges of sequencer_daemon only"
-        return Finding("roles", "this user is a superuser", "warning", advice)
-    return Finding("roles", "this user has the privileges of a daemon")
+        return Diagnosis("roles", "this user is a superuser", "warning", advice)
+    return Diagnosis("roles", "this user has the privileges of a daemon")
 
 
-async def _pooler(connection: asyncpg.Connection, settings: Database) -> Finding:
+async def _pooler(connection: asyncpg.Connection, settings: DatabaseSettings) -> Diagnosis:
     if await _is_pooled(connection):
         if settings.listen:
             advice = "set database.listen_url to the server's own address, or listen = false"
-            return Finding("pooler", "a pooler in transaction mode breaks LISTEN", "error", advice)
-        return Finding("pooler", "in use, as configured")
+            return Diagnosis(
+                "pooler", "a pooler in transaction mode breaks LISTEN", "error", advice
+            )
+        return Diagnosis("pooler", "in use, as configured")
     if settings.listen_url is None or settings.url is None:
-        return Finding("pooler", "none")
+        return Diagnosis("pooler", "none")
     try:
         through = await connections.connect(Shard(settings.url.get_secret_value()))
     except SequencerdError as error:
-        return Finding("pooler", str(error), "error", "start it, or correct database.url")
+        return Diagnosis("pooler", str(error), "error", "start it, or correct database.url")
     try:
         seen = "listen_url bypasses it" if await _is_pooled(through) else "url uses none"
     finally:
         await through.close()
-    return Finding("pooler", seen)
+    return Diagnosis("pooler", seen)
 
 
 async def _is_pooled(connection: asyncpg.Connection) -> bool:
@@ -210,7 +212,7 @@ async def _is_pooled(connection: asyncpg.Connection) -> bool:
     return bool(row["pid"] != connection.get_server_pid())
 
 
-async def _listening(connection: asyncpg.Connection, shard: Shard) -> Finding:
+async def _listening(connection: asyncpg.Connection, shard: Shard) -> Diagnosis:
     """Listen on a separate connection, as the daemon does."""
     channel, heard = f"sequencer_{uuid4().hex}", asyncio.Event()
     listener = await connections.connect(shard)
@@ -224,13 +226,13 @@ async def _listening(connection: asyncpg.Connection, shard: Shard) -> Finding:
     except TimeoutError:
         advice = "LISTEN needs a direct connection; without it everything waits for the next sweep"
         seen = f"none received within {ROUND_TRIP:g} s"
-        return Finding("notifications", seen, "error", advice)
+        return Diagnosis("notifications", seen, "error", advice)
     finally:
         listener.terminate()
-    return Finding("notifications", f"received after {took:.1f} ms")
+    return Diagnosis("notifications", f"received after {took:.1f} ms")
 
 
-async def _clock(connection: asyncpg.Connection) -> Finding:
+async def _clock(connection: asyncpg.Connection) -> Diagnosis:
     before = datetime.now(UTC)
     there = await connection.fetchval(QUERIES["server_time"])
     offset = there - (before + (datetime.now(UTC) - before) / 2)
@@ -239,11 +241,11 @@ async def _clock(connection: asyncpg.Connection) -> Finding:
     )
     if abs(offset) > LARGEST_OFFSET:
         advice = "synchronize both with NTP; the database's clock decides what is due"
-        return Finding("clock", seen, "warning", advice)
-    return Finding("clock", seen)
+        return Diagnosis("clock", seen, "warning", advice)
+    return Diagnosis("clock", seen)
 
 
-async def _time_zones(connection: asyncpg.Connection) -> Finding:
+async def _time_zones(connection: asyncpg.Connection) -> Diagnosis:
     unknown, other = set(), set()
     rows = await connection.fetch(QUERIES["zones_in_use"])
     for row in rows:
@@ -257,32 +259,32 @@ async def _time_zones(connection: asyncpg.Connection) -> Finding:
                 other.add(name)
     if unknown:
         advice = "correct the sequence's timezone; the IANA database lists the names"
-        return Finding(
+        return Diagnosis(
             "time zones", f"unknown on this machine: {_some(sorted(unknown))}", "error", advice
         )
     if other:
         advice = "update tzdata on this machine, which the daemon uses, or on the server"
         seen = f"rules differ from the server's for {_some(sorted(other))}"
-        return Finding("time zones", seen, "warning", advice)
+        return Diagnosis("time zones", seen, "warning", advice)
     count = len({row["timezone"] for row in rows})
-    return Finding(
+    return Diagnosis(
         "time zones", f"the {count} in use are known, with the same rules as on the server"
     )
 
 
-async def _vacuum(connection: asyncpg.Connection) -> Finding:
+async def _vacuum(connection: asyncpg.Connection) -> Diagnosis:
     row = await connection.fetchrow(QUERIES["vacuum_facts"])
     if not (row["is_on"] and row["counts"]) or "autovacuum_enabled=false" in row["options"]:
         advice = "set autovacuum and track_counts on; ALTER TABLE ... RESET (autovacuum_enabled)"
-        return Finding("vacuum", "autovacuum is off for enrollments", "error", advice)
+        return Diagnosis("vacuum", "autovacuum is off for enrollments", "error", advice)
     seen = f"enrollments: {row['live']:,} rows, {row['dead']:,} dead"
     if row["dead"] > 10_000 and row["dead"] > row["live"]:
         advice = "VACUUM sequencer.enrollments; find out what blocks autovacuum"
-        return Finding("vacuum", seen, "warning", advice)
-    return Finding("vacuum", seen)
+        return Diagnosis("vacuum", seen, "warning", advice)
+    return Diagnosis("vacuum", seen)
 
 
-async def _old_transactions(connection: asyncpg.Connection) -> Finding:
+async def _old_transactions(connection: asyncpg.Connection) -> Diagnosis:
     rows = await connection.fetch(QUERIES["old_snapshots"], OLD)
     if rows:
         named = _some(
@@ -291,35 +293,35 @@ async def _old_transactions(connection: asyncpg.Connection) -> Finding:
         advice = (
             "end them, or set idle_in_transaction_session_timeout: dead rows accumulate meanwhile"
         )
-        return Finding("old transactions", named, "warning", advice)
-    return Finding("old transactions", f"none older than {_rounded(OLD)}")
+        return Diagnosis("old transactions", named, "warning", advice)
+    return Diagnosis("old transactions", f"none older than {_rounded(OLD)}")
 
 
-async def _history(connection: asyncpg.Connection) -> Finding:
+async def _history(connection: asyncpg.Connection) -> Diagnosis:
     row = await connection.fetchrow(QUERIES["partition_facts"])
     if row["has_others"] or not row["has_month"]:
         advice = "start a daemon, which adds them; or SELECT sequencer.add_event_partitions()"
-        return Finding("history", "there is no partition for this month", "warning", advice)
-    return Finding("history", "partitions exist")
+        return Diagnosis("history", "there is no partition for this month", "warning", advice)
+    return Diagnosis("history", "partitions exist")
 
 
 # --- the work
 
 
-async def _daemons(connection: asyncpg.Connection) -> Finding:
+async def _daemons(connection: asyncpg.Connection) -> Diagnosis:
     count = await connection.fetchval(QUERIES["count_daemons"])
     if not count:
-        return Finding("daemons", "none connected", "warning", "start one: sequencerd run")
-    return Finding("daemons", f"{count} connected")
+        return Diagnosis("daemons", "none connected", "warning", "start one: sequencerd run")
+    return Diagnosis("daemons", f"{count} connected")
 
 
-async def _problems(connection: asyncpg.Connection) -> Finding:
+async def _problems(connection: asyncpg.Connection) -> Diagnosis:
     rows = await connection.fetch(QUERIES["reported_problems"], None, MOST_PROBLEMS)
     if reported := [row for row in rows if row["kind"] != "brake"]:
         named = _some((_problem(row) for row in reported), between="; ")
         advice = "remove the cause; the daemon retries automatically"
-        return Finding("problems", named, "error", advice)
-    return Finding("problems", "none reported by daemons")
+        return Diagnosis("problems", named, "error", advice)
+    return Diagnosis("problems", "none reported by daemons")
 
 
 def _problem(row: asyncpg.Record) -> str:
@@ -333,45 +335,45 @@ def _problem(row: asyncpg.Record) -> str:
     return f"{what}{place} {row['kind']}: {row['message']}"
 
 
-async def _brakes(connection: asyncpg.Connection) -> Finding:
+async def _brakes(connection: asyncpg.Connection) -> Diagnosis:
     if rows := await connection.fetch(QUERIES["braked_sequences"]):
         named = _some(
             f"{row['sequence']} ({row['reason'].removeprefix('brake: ')})" for row in rows
         )
         advice = "find out why there are so many; then sequencerd resume, which counts anew"
-        return Finding("brakes", f"have paused {named}", "error", advice)
-    return Finding("brakes", "none has paused a sequence")
+        return Diagnosis("brakes", f"have paused {named}", "error", advice)
+    return Diagnosis("brakes", "none has paused a sequence")
 
 
-async def _overdue(connection: asyncpg.Connection) -> Finding:
+async def _overdue(connection: asyncpg.Connection) -> Diagnosis:
     async with connections.counting(connection):
         row = await connection.fetchrow(QUERIES["count_overdue"])
     if row["count"]:
         seen = f"{row['count']:,} enrollments, the oldest for {_rounded(row['longest'])}"
         advice = "see sequencerd status and sequencerd list --overdue"
-        return Finding("overdue", seen, "warning", advice)
-    return Finding("overdue", "none")
+        return Diagnosis("overdue", seen, "warning", advice)
+    return Diagnosis("overdue", "none")
 
 
-async def _failed(connection: asyncpg.Connection) -> Finding:
+async def _failed(connection: asyncpg.Connection) -> Diagnosis:
     async with connections.counting(connection):
         rows = await connection.fetch(QUERIES["failed_by_code"])
     if rows:
         named = _some(f"{row['count']:,} with {row['failure']}" for row in rows)
         advice = "see sequencerd list --status failed; fix the cause, then sequencerd retry"
-        return Finding("failed", named, "warning", advice)
-    return Finding("failed", "none")
+        return Diagnosis("failed", named, "warning", advice)
+    return Diagnosis("failed", "none")
 
 
-async def _steps(connection: asyncpg.Connection) -> Finding:
+async def _steps(connection: asyncpg.Connection) -> Diagnosis:
     if rows := await connection.fetch(QUERIES["problems"]):
         named = _some((f"{r['sequence']}/{r['step']}: {r['problem']}" for r in rows), between="; ")
         advice = "fix the definition or the settings; enrollments then continue automatically"
-        return Finding("steps", named, "error", advice)
-    return Finding("steps", "all can be executed")
+        return Diagnosis("steps", named, "error", advice)
+    return Diagnosis("steps", "all can be executed")
 
 
-async def _holidays(connection: asyncpg.Connection) -> Finding:
+async def _holidays(connection: asyncpg.Connection) -> Diagnosis:
     """Of a calendar that has ended, every later day is a business day, without a notice."""
     rows = await connection.fetch(QUERIES["last_holidays"])
     soon = datetime.now(UTC).date() + HOLIDAYS_AHEAD
@@ -379,32 +381,32 @@ async def _holidays(connection: asyncpg.Connection) -> Finding:
         named = _some(f"{row['calendar']} ends on {row['last_day']}" for row in ending)
         year = max(soon.year, ending[0]["last_day"].year + 1)
         advice = f"sequencerd holidays {ending[0]['calendar']} {year}"
-        return Finding("holidays", named, "warning", f"add more days, as with {advice}")
-    return Finding("holidays", "known ahead" if rows else "none are used")
+        return Diagnosis("holidays", named, "warning", f"add more days, as with {advice}")
+    return Diagnosis("holidays", "known ahead" if rows else "none are used")
 
 
-async def _rates(connection: asyncpg.Connection) -> Finding:
+async def _rates(connection: asyncpg.Connection) -> Diagnosis:
     rows = await connection.fetch(QUERIES["rates_reached"])
     if not rows:
-        return Finding("rates", "no runner has waited for its rate in the last hour")
+        return Diagnosis("rates", "no runner has waited for its rate in the last hour")
     seen = _some(f"{row['runner']} at {row['per_second']:g} per second" for row in rows)
     advice = "calls wait for their turn: if the server takes more, raise per_second"
-    return Finding("rates", f"reached in the last hour: {seen}", "ok", advice)
+    return Diagnosis("rates", f"reached in the last hour: {seen}", "ok", advice)
 
 
-async def _email_search(connection: asyncpg.Connection) -> Finding:
+async def _email_search(connection: asyncpg.Connection) -> Diagnosis:
     if await connection.fetchval(QUERIES["console_has_email_index"]):
-        return Finding("e-mail search", "has its index")
+        return Diagnosis("e-mail search", "has its index")
     if await connection.fetchval(QUERIES["console_has_at_most"], EMAILS_SEARCHED):
-        return Finding("e-mail search", "needs no index yet")
+        return Diagnosis("e-mail search", "needs no index yet")
     seen = f"the console searches data.email in the latest {EMAILS_SEARCHED:,} enrollments only"
-    return Finding("e-mail search", seen, "ok", f"if that matters: {EMAIL_INDEX}")
+    return Diagnosis("e-mail search", seen, "ok", f"if that matters: {EMAIL_INDEX}")
 
 
 # --- several shards
 
 
-def compare_shards(facts: Mapping[str, Mapping[str, str | None]]) -> Iterator[Finding]:
+def compare_shards(facts: Mapping[str, Mapping[str, str | None]]) -> Iterator[Diagnosis]:
     """Find what shards should have in common. `facts` are those of each, as JSON."""
     for about, advice in {
         "server": "run the same version of PostgreSQL everywhere",
@@ -419,9 +421,9 @@ def compare_shards(facts: Mapping[str, Mapping[str, str | None]]) -> Iterator[Fi
         if differing := {key: groups for key in keys if len(groups := _groups(known, key)) > 1}:
             named = (f"{key} ({' | '.join(groups)})" for key, groups in differing.items())
             seen = _some(named, between="; ")
-            yield Finding(f"{about} of the shards", f"differ: {seen}", "warning", advice)
+            yield Diagnosis(f"{about} of the shards", f"differ: {seen}", "warning", advice)
         else:
-            yield Finding(f"{about} of the shards", "the same in all")
+            yield Diagnosis(f"{about} of the shards", "the same in all")
 
 
 def _groups(known: Mapping[str, Mapping[str, object]], key: str) -> list[str]:
@@ -432,7 +434,7 @@ def _groups(known: Mapping[str, Mapping[str, object]], key: str) -> list[str]:
     return [", ".join(shards) for shards in groups.values()]
 
 
-CHECKS: dict[str, Check] = {
+CHECKS: dict[str, DiagnosisCheck] = {
     "server": _server,
     "schema": _schema,
     "triggers": _triggers,

@@ -21,10 +21,10 @@ TIMEOUT = 10.0  # seconds for which a caller waits; the question itself goes on
 FRESH = 5.0  # seconds for which an answer is used again
 FRESH_ERROR = 1.0
 
-Addresses = list[tuple[Any, ...]]
+ResolvedAddresses = list[tuple[Any, ...]]
 """As `socket.getaddrinfo` gives them."""
 
-Key = tuple[str, str | None, int, int, int, int]
+NameQuery = tuple[str, str | None, int, int, int, int]
 
 if TYPE_CHECKING:
     _Base = asyncio.BaseEventLoop
@@ -37,15 +37,17 @@ else:
         _Base = uvloop.Loop
 
 
-class Names:
+class NameCache:
     """What is known of names, and what is being asked. For one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._asked: dict[Key, asyncio.Future[Addresses]] = {}
-        self._known: dict[Key, tuple[float, Addresses | OSError]] = {}  # with when it ends
+        self._asked: dict[NameQuery, asyncio.Future[ResolvedAddresses]] = {}
+        self._known: dict[
+            NameQuery, tuple[float, ResolvedAddresses | OSError]
+        ] = {}  # with when it ends
 
-    async def resolve(self, key: Key) -> Addresses:
+    async def resolve(self, key: NameQuery) -> ResolvedAddresses:
         """Return the addresses. Raises socket.gaierror, or another OSError."""
         until, known = self._known.get(key, (0.0, []))
         if time.monotonic() < until:
@@ -61,11 +63,11 @@ class Names:
             )
         return asked.result()
 
-    def _ask(self, key: Key) -> asyncio.Future[Addresses]:
-        asked: asyncio.Future[Addresses] = self._loop.create_future()
+    def _ask(self, key: NameQuery) -> asyncio.Future[ResolvedAddresses]:
+        asked: asyncio.Future[ResolvedAddresses] = self._loop.create_future()
         asked.add_done_callback(lambda done: done.exception())  # all callers may have gone
 
-        def end(answer: Addresses | OSError) -> None:
+        def end(answer: ResolvedAddresses | OSError) -> None:
             del self._asked[key]
             is_error = isinstance(answer, OSError)
             self._known[key] = time.monotonic() + (FRESH_ERROR if is_error else FRESH), answer
@@ -75,7 +77,7 @@ class Names:
                 asked.set_result(answer)
 
         def work() -> None:
-            answer: Addresses | OSError
+            answer: ResolvedAddresses | OSError
             host, service, family, type_, proto, flags = key
             try:
                 answer = socket.getaddrinfo(host, service, family, type_, proto, flags)
@@ -96,12 +98,12 @@ class Names:
         return asked
 
 
-class Loop(_Base):
+class ResolvingLoop(_Base):
     """asyncio's event loop, or uvloop's where it is installed, with names of its own."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._names = Names(self)
+        self._names = NameCache(self)
 
     async def getaddrinfo(
         self,
@@ -112,7 +114,7 @@ class Loop(_Base):
         type: int = 0,  # noqa: A002 - asyncio's name
         proto: int = 0,
         flags: int = 0,
-    ) -> Addresses:
+    ) -> ResolvedAddresses:
         """Return the addresses of a name; an address itself takes no thread."""
         if not _is_name(host):
             return socket.getaddrinfo(host, port, family, type, proto, flags)
@@ -165,7 +167,7 @@ class Loop(_Base):
 
 def new_loop() -> asyncio.AbstractEventLoop:
     """For `asyncio.Runner`."""
-    return Loop()
+    return ResolvingLoop()
 
 
 def _is_name(host: object) -> bool:

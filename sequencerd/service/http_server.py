@@ -25,13 +25,13 @@ from sequencerd.errors import SettingsError
 from sequencerd.service.dns import new_loop
 from sequencerd.settings import split_address
 
-Check = Callable[[], list[str]]
+HealthCheck = Callable[[], list[str]]
 """What is wrong, in sentences."""
 
 
 def make_app(
-    alive: Check,
-    ready: Check,
+    alive: HealthCheck,
+    ready: HealthCheck,
     registry: CollectorRegistry,
     console: Starlette | None = None,
     public: Sequence[BaseRoute] = (),
@@ -67,7 +67,7 @@ def make_app(
     return Starlette(routes=routes, lifespan=lifespan)
 
 
-def _answer(check: Check) -> Callable[[Request], Response]:
+def _answer(check: HealthCheck) -> Callable[[Request], Response]:
     def answer(_: Request) -> Response:
         reasons = check()
         body = {"status": "unavailable" if reasons else "ok", "reasons": reasons}
@@ -134,7 +134,7 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
 
-class _Server(uvicorn.Server):
+class _HttpServer(uvicorn.Server):
     """Waits for the requests that are under way, and none that would go on for ever."""
 
     def __init__(self, app: Starlette) -> None:
@@ -184,7 +184,7 @@ async def serving(
             yield
             return
         raise SettingsError(f"{setting}: can't listen on {listen}: {error.strerror}") from error
-    server = _Server(app)
+    server = _HttpServer(app)
 
     def serve() -> None:
         with asyncio.Runner(loop_factory=new_loop) as runner:

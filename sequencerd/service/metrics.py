@@ -37,7 +37,7 @@ SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 _MOVES = frozenset({"enrolled", "next", "altNext", "goal", "jump", "branch", "completed"})
 
-Due = tuple[str, str, int, int]
+DueAtStep = tuple[str, str, int, int]
 """Of a step, its key and how many are due, and overdue by more than a minute."""
 
 
@@ -81,7 +81,7 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.swept_at: float | None = None  # monotonic
         self.places = 0  # steps with active enrollments, by the last sweep
-        self._due: Sequence[Due] = ()
+        self._due: Sequence[DueAtStep] = ()
         self._oldest: datetime | None = None
         self._now: Callable[[], datetime] | None = None
         self._known: dict[tuple[str, str], tuple[str, str]] = {}
@@ -248,11 +248,15 @@ class Metrics(Collector):
             self._effects.labels(kind, outcome(result)).inc(sum(1 for _ in same))
 
     def swept(
-        self, now: Callable[[], datetime], places: int, oldest: datetime | None, due: Iterable[Due]
+        self,
+        now: Callable[[], datetime],
+        places: int,
+        oldest: datetime | None,
+        due: Iterable[DueAtStep],
     ) -> None:
         """Note what the sweep found: steps with active enrollments, and the earliest due one."""
         self._now, self._oldest, self.places = now, oldest, places
-        named: list[Due] = []
+        named: list[DueAtStep] = []
         others = [0, 0]
         for sequence, step, count, overdue in due:
             if (known := self._place((sequence, step))) == OTHER:

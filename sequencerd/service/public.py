@@ -27,10 +27,10 @@ from sequencerd.core.model import Undeliverable
 from sequencerd.errors import DatabaseError
 from sequencerd.runners.registry import make_links
 from sequencerd.runners.sms.runner import undeliverable
-from sequencerd.runners.suppression_check import EVERYTHING, Key, forms
+from sequencerd.runners.suppression_check import EVERYTHING, SuppressionKey, forms
 from sequencerd.runners.unsubscribe import PATH, Subscription
 from sequencerd.service.page_texts import TEXTS, Texts
-from sequencerd.settings import Settings, Sms
+from sequencerd.settings import Settings, SmsSettings
 from sequencerd.storage import connections, suppressions
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
@@ -43,17 +43,17 @@ MAX_LANGUAGES = 10  # of a browser
 TITLES_FOR = 60.0  # seconds for which the titles of topics are known
 UNDONE = "the recipient undid it by the link to unsubscribe"
 
-Unavailable = (*TRANSIENT_ERRORS, asyncpg.PostgresError, DatabaseError, TimeoutError, OSError)
+UNAVAILABLE = (*TRANSIENT_ERRORS, asyncpg.PostgresError, DatabaseError, TimeoutError, OSError)
 
 
 _T = TypeVar("_T")
 
 
-class TooLarge(Exception):  # noqa: N818 - what a request is
+class BodyTooLarge(Exception):  # noqa: N818 - what a request is
     """The body of a request is larger than any that is meant."""
 
 
-class Public:
+class PublicPages:
     """The pages for the world; `settings` are those of the moment."""
 
     def __init__(
@@ -85,11 +85,11 @@ class Public:
         async def guarded(request: Request) -> Response:
             try:
                 return await answer(request)
-            except TooLarge:
+            except BodyTooLarge:
                 return Response("too large", 413)
             except ClientDisconnect:
                 return Response(status_code=400)
-            except Unavailable as error:
+            except UNAVAILABLE as error:
                 self._log.warning("a request waits for the database", error=brief(error))
                 texts = TEXTS[_language(None, request)]
                 response = _page(texts, [texts.unavailable], status=503)
@@ -138,7 +138,7 @@ class Public:
             known, topics = forms(channel, address), {topic, EVERYTHING}
             keys = [(channel, form, name) for form in known for name in topics]
 
-            async def undo(connection: asyncpg.Connection) -> set[Key]:
+            async def undo(connection: asyncpg.Connection) -> set[SuppressionKey]:
                 await suppressions.remove(
                     connection, channel, known, topics, "unsubscribe", reason=UNDONE
                 )
@@ -192,7 +192,7 @@ class Public:
         if change is not None:
 
             async def write(connection: asyncpg.Connection) -> None:
-                if isinstance(change, Resumed):
+                if isinstance(change, ResumedNumber):
                     number = forms("sms", change.address)
                     reason = f"the recipient answered {change.word}"
                     await suppressions.remove(
@@ -211,7 +211,7 @@ async def _body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY:
-            raise TooLarge
+            raise BodyTooLarge
     return body
 
 
@@ -281,7 +281,7 @@ START = frozenset({"START", "YES", "UNSTOP"})
 """The words by which Twilio itself stops and resumes messages to a number."""
 
 
-class Resumed(NamedTuple):
+class ResumedNumber(NamedTuple):
     """A number whose owner wants messages again."""
 
     address: str
@@ -294,7 +294,7 @@ def twilio_signature(token: str, url: str, pairs: Iterable[tuple[str, str]]) -> 
     return base64.b64encode(hmac.digest(token.encode(), signed.encode(), sha1)).decode()
 
 
-def read_hook(form: Mapping[str, str], sms: Sms) -> Undeliverable | Resumed | None:
+def read_hook(form: Mapping[str, str], sms: SmsSettings) -> Undeliverable | ResumedNumber | None:
     """Return what an incoming message or a status says of a number; None if nothing."""
     if form.get("MessageStatus") in ("failed", "undelivered"):
         code = form.get("ErrorCode", "")
@@ -306,4 +306,4 @@ def read_hook(form: Mapping[str, str], sms: Sms) -> Undeliverable | Resumed | No
     sender = form.get("From", "")
     if sender and word in STOP:
         return Undeliverable("sms", sender, f"answered {word}", "stop")
-    return Resumed(sender, word) if sender and word in START else None
+    return ResumedNumber(sender, word) if sender and word in START else None

@@ -74,7 +74,7 @@ def count(number: int) -> str:
     return f"{number:,} enrollment{'s' * (number != 1)}"
 
 
-class Done(NamedTuple):
+class BulkResult(NamedTuple):
     """How many enrollments of a batch were changed, were executing a side effect, or could not be
     changed, as their subjects are in the sequence again.
     """
@@ -83,9 +83,9 @@ class Done(NamedTuple):
     executing: int = 0
     entered_again: int = 0
 
-    def plus(self, other: Done) -> Done:
+    def plus(self, other: BulkResult) -> BulkResult:
         """Return the sum of both."""
-        return Done(*(a + b for a, b in zip(self, other, strict=True)))
+        return BulkResult(*(a + b for a, b in zip(self, other, strict=True)))
 
     def remarks(self, selected: int) -> list[str]:
         """Describe what is worth knowing of the selected enrollments, beside those changed."""
@@ -163,7 +163,7 @@ async def change(
     *,
     reason: str,
     to: str | None = None,
-    progress: Callable[[Done], None],
+    progress: Callable[[BulkResult], None],
 ) -> None:
     """Change enrollments, a batch at a time; `progress` is called for each that is committed.
 
@@ -187,7 +187,7 @@ async def change(
 
 async def _change_batch(
     connection: asyncpg.Connection, action: str, ids: list[int], reason: str, to: str | None
-) -> Done:
+) -> BulkResult:
     while True:
         try:
             async with connection.transaction():
@@ -195,7 +195,7 @@ async def _change_batch(
                 try:
                     return await _run(connection, action, ids, to)
                 except asyncpg.UniqueViolationError:
-                    done = Done()
+                    done = BulkResult()
                     for id_ in ids:
                         done = done.plus(await _run_alone(connection, action, id_, to))
                     return done
@@ -203,21 +203,25 @@ async def _change_batch(
             continue  # a deadlock with another transaction: nothing is done yet
 
 
-async def _run_alone(connection: asyncpg.Connection, action: str, id_: int, to: str | None) -> Done:
+async def _run_alone(
+    connection: asyncpg.Connection, action: str, id_: int, to: str | None
+) -> BulkResult:
     try:
         return await _run(connection, action, [id_], to)
     except asyncpg.UniqueViolationError:
-        return Done(entered_again=1)
+        return BulkResult(entered_again=1)
 
 
-async def _run(connection: asyncpg.Connection, action: str, ids: list[int], to: str | None) -> Done:
+async def _run(
+    connection: asyncpg.Connection, action: str, ids: list[int], to: str | None
+) -> BulkResult:
     parameters = [ids] if to is None else [ids, to]
     async with connection.transaction():
         rows = await connection.fetch(QUERIES[action], *parameters)
-    return Done(len(rows), sum(row["executing"] for row in rows))
+    return BulkResult(len(rows), sum(row["executing"] for row in rows))
 
 
-class Words(NamedTuple):
+class StatusChange(NamedTuple):
     """A status of sequences, and what it means for their enrollments."""
 
     status: str
@@ -225,9 +229,9 @@ class Words(NamedTuple):
 
 
 SEQUENCE_STATUSES = {
-    "pause": Words("paused", "wait; nothing is executed, time continues to pass"),
-    "resume": Words("active", "continue"),
-    "archive": Words("archived", "continue; no new enrollments"),
+    "pause": StatusChange("paused", "wait; nothing is executed, time continues to pass"),
+    "resume": StatusChange("active", "continue"),
+    "archive": StatusChange("archived", "continue; no new enrollments"),
 }
 
 

@@ -8,9 +8,9 @@ import asyncpg
 
 from sequencerd.storage.statements import QUERIES
 
-Start = tuple[str, datetime]
+CleanupStart = tuple[str, datetime]
 """Where a batch of ended enrollments starts: a sequence, and a time."""
-FIRST: Start = ("", datetime(1, 1, 1, tzinfo=UTC))
+FIRST: CleanupStart = ("", datetime(1, 1, 1, tzinfo=UTC))
 
 
 async def try_lock_retention(connection: asyncpg.Connection) -> bool:
@@ -31,8 +31,8 @@ async def drop_event_partition(connection: asyncpg.Connection, before: datetime)
 
 
 async def delete_ended(
-    connection: asyncpg.Connection, before: datetime, limit: int, start: Start
-) -> tuple[int, Start]:
+    connection: asyncpg.Connection, before: datetime, limit: int, start: CleanupStart
+) -> tuple[int, CleanupStart]:
     """Delete a batch of the enrollments that ended before a time. Return how many, and where the
     next batch starts.
     """

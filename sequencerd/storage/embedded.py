@@ -40,7 +40,7 @@ class EmbeddedError(SequencerdError):
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class EmbeddedServer:
     """A running server: its URL for any client, its psql, and where its data are."""
 
     url: str
@@ -61,12 +61,12 @@ def _base() -> Path:
 @contextmanager
 def running(
     folder: Path, *, database: str = "sequencerd", settings: Mapping[str, str] | None = None
-) -> Iterator[Server]:
+) -> Iterator[EmbeddedServer]:
     """Run a server with its data in `folder`, started if necessary, while any process uses it.
 
     `settings` are PostgreSQL's, for the start. Raises EmbeddedError.
     """
-    programs = Programs.find()
+    programs = PostgresPrograms.find()
     _prepare(folder, programs)
     # `starting` is held while the server is started or stopped, `using` is shared by its users
     with (folder / "starting").open("w") as starting, (folder / "using").open("w") as using:
@@ -77,7 +77,7 @@ def running(
         fcntl.flock(starting, fcntl.LOCK_UN)
         try:
             url = f"postgresql://postgres@/{quote(database)}?host={quote(str(socket))}"
-            yield Server(url, programs.bin / "psql", folder / "data")
+            yield EmbeddedServer(url, programs.bin / "psql", folder / "data")
         finally:
             fcntl.flock(starting, fcntl.LOCK_EX)
             with suppress(BlockingIOError):  # another process uses it
@@ -89,14 +89,14 @@ def running(
 
 
 @dataclass(frozen=True, slots=True)
-class Programs:
+class PostgresPrograms:
     """PostgreSQL's programs, and the user that runs them: None for the present one."""
 
     bin: Path
     user: pwd.struct_passwd | None
 
     @classmethod
-    def find(cls) -> Programs:
+    def find(cls) -> PostgresPrograms:
         spec = find_spec(PACKAGE)
         folders = spec.submodule_search_locations if spec else None
         found = sorted(Path(folders[0]).glob("pginstall*/bin")) if folders else []
@@ -176,7 +176,7 @@ def _copy(programs: Path) -> Path:
     return target / package.name / programs.parent.name / "bin"
 
 
-def _prepare(folder: Path, programs: Programs) -> None:
+def _prepare(folder: Path, programs: PostgresPrograms) -> None:
     """Create a folder that its owner alone can enter."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def _prepare(folder: Path, programs: Programs) -> None:
         )
 
 
-def _socket_folder(folder: Path, programs: Programs) -> Path:
+def _socket_folder(folder: Path, programs: PostgresPrograms) -> Path:
     """Return the folder itself, or a short one if its path is too long for a socket."""
     if len(os.fsencode(folder.resolve())) + len("/.s.PGSQL.5432") <= LONGEST_SOCKET:
         return folder.resolve()
@@ -211,7 +211,11 @@ def _socket_folder(folder: Path, programs: Programs) -> Path:
 
 
 def _start(
-    programs: Programs, folder: Path, socket: Path, database: str, settings: Mapping[str, str]
+    programs: PostgresPrograms,
+    folder: Path,
+    socket: Path,
+    database: str,
+    settings: Mapping[str, str],
 ) -> None:
     data = folder / "data"
     fast = ["--no-sync"] if settings.get("fsync") == "off" else []

@@ -24,7 +24,7 @@ Explain = Callable[[Shard, BaseException], Awaitable[SequencerdError]]
 """Returns what an error of a shard means to the user."""
 
 
-class Answers(NamedTuple, Generic[_T]):
+class ShardAnswers(NamedTuple, Generic[_T]):
     """What shards have answered, in their order, and why the others have not."""
 
     found: Mapping[Shard, _T]
@@ -53,7 +53,7 @@ async def ask(
     work: Callable[[Shard], Awaitable[_T]],
     *,
     at_once: int = AT_ONCE,
-) -> Answers[_T]:
+) -> ShardAnswers[_T]:
     """Do the same on every shard. What fails on one keeps no other from it. Raises SequencerdError
     if all fail; without [shards], whatever `work` raises.
     """
@@ -86,10 +86,10 @@ async def ask_each(
     shards: Sequence[Shard],
     work: Callable[[Shard], Awaitable[_T]],
     at_once: int = AT_ONCE,
-) -> Answers[_T]:
+) -> ShardAnswers[_T]:
     """The same, also if all fail. Raises SettingsError: no shard is used with wrong settings."""
     if shards[0].name is None:
-        return Answers({shards[0]: await work(shards[0])}, {})
+        return ShardAnswers({shards[0]: await work(shards[0])}, {})
     free = asyncio.Semaphore(at_once)
 
     async def one(shard: Shard) -> _T | SequencerdError:
@@ -110,7 +110,7 @@ async def ask_each(
             found[shard] = answer
     if wrong := {shard: one for shard, one in missing.items() if isinstance(one, SettingsError)}:
         raise SettingsError("\n".join(_named(wrong)))
-    return Answers(found, missing)
+    return ShardAnswers(found, missing)
 
 
 def _one_of(errors: Mapping[Shard, SequencerdError]) -> SequencerdError:

@@ -51,11 +51,11 @@ MOST_STEPS = 10_000  # with more occupied steps, a poll costs more than notifica
 LOCK_INTERVAL = 1.0  # seconds between attempts to acquire a lock of another daemon
 
 
-class _Message(BaseModel):
+class _Payload(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Due(_Message):
+class EnrollmentDue(_Payload):
     """From the triggers: an enrollment at this step (sequence, step) is due soon.
 
     None of those that the notification is about wakes before `since`, if that is set; and all are
@@ -67,13 +67,13 @@ class Due(_Message):
     later: bool = False
 
 
-class Changed(_Message):
+class DefinitionsChanged(_Payload):
     """From the triggers: definitions have changed."""
 
     definitions: bool
 
 
-class Reevaluate(_Message):
+class Reevaluate(_Payload):
     """From an application: evaluate waiting enrollments; if nothing is set, all of them."""
 
     subject: str | None = None
@@ -81,13 +81,13 @@ class Reevaluate(_Message):
     step: str | None = None
 
 
-class NotificationsOff(_Message):
+class NotificationsOff(_Payload):
     """From a daemon that has released the notify lock: poll for a while."""
 
     notifications: Literal["off"]
 
 
-Message = Due | Changed | Reevaluate
+Notification = EnrollmentDue | DefinitionsChanged | Reevaluate
 
 
 class DueSteps(NamedTuple):
@@ -99,10 +99,12 @@ class DueSteps(NamedTuple):
 
 HINT = 'send no payload, or {"subject": ...}, {"sequence": ..., "step": ...}'
 
-_messages: TypeAdapter[Message | NotificationsOff] = TypeAdapter(Message | NotificationsOff)
+_messages: TypeAdapter[Notification | NotificationsOff] = TypeAdapter(
+    Notification | NotificationsOff
+)
 
 
-def parse(payload: str) -> Message | NotificationsOff:
+def parse(payload: str) -> Notification | NotificationsOff:
     """Parse a payload of NOTIFY. Raises ValueError if it is not one of ours."""
     if not payload:
         return Reevaluate()
@@ -112,7 +114,7 @@ def parse(payload: str) -> Message | NotificationsOff:
         raise ValueError(HINT) from error
 
 
-class _Refusals:
+class _InvalidNotifications:
     """Counts invalid notifications, and logs them once a minute."""
 
     def __init__(self, refused: Callable[[], None], log: FilteringBoundLogger) -> None:
@@ -141,7 +143,7 @@ class _Refusals:
 
 async def listen(
     shard: Shard,
-    receive: Callable[[Message], None],
+    receive: Callable[[Notification], None],
     connected: Callable[[], Awaitable[None]],
     find_due: Callable[[bool], Awaitable[DueSteps]],
     *,
@@ -158,7 +160,7 @@ async def listen(
     `refused` is called for each invalid notification.
     """
     pause = 0.0
-    refusals = _Refusals(refused, log)
+    refusals = _InvalidNotifications(refused, log)
     while True:
         try:
             connection = await asyncpg.connect(
@@ -216,11 +218,11 @@ class _Watch:
     def __init__(
         self,
         connection: asyncpg.Connection,
-        receive: Callable[[Message], None],
+        receive: Callable[[Notification], None],
         find_due: Callable[[bool], Awaitable[DueSteps]],
         heard: Callable[[bool], None],
         *,
-        refusals: _Refusals,
+        refusals: _InvalidNotifications,
         log: FilteringBoundLogger,
     ) -> None:
         self._connection = connection
@@ -254,7 +256,7 @@ class _Watch:
             self._is_off = True
             self._wake.set()
             return
-        if self._has_notify_lock and isinstance(message, Due):
+        if self._has_notify_lock and isinstance(message, EnrollmentDue):
             self._notified_at.append(asyncio.get_running_loop().time())
             if self._notified_often:
                 self._wake.set()
@@ -324,7 +326,7 @@ class _Watch:
         while True:
             await self._probe()
             await self._try_to_handle_requests()
-            self._receive(Changed(definitions=True))
+            self._receive(DefinitionsChanged(definitions=True))
             end = loop.time() + POLL_INTERVAL
             while loop.time() < end:
                 await self._poll_and_pause()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import Full, Reservation
+from sequencerd.core.model import LimitReached, Reservation
 from sequencerd.storage.statements import QUERIES
 
 
@@ -26,7 +26,7 @@ async def reserve(
     wanted: Rows[Reserved],
     given_back: Rows[Reserved],
     now: datetime,
-) -> dict[int, Full]:
+) -> dict[int, LimitReached]:
     """Give places back, then reserve others. Return which limits have no room, and until when, by
     the index in `wanted`.
     """
@@ -49,7 +49,7 @@ async def reserve(
     )
     found = sorted((*every[row["entry"] - 1][:2], row["free_at"]) for row in rows)
     return {
-        number - len(given_back): Full(full[0][1], max(free_at for _, _, free_at in full))
+        number - len(given_back): LimitReached(full[0][1], max(free_at for _, _, free_at in full))
         for number, full in ((n, list(rows)) for n, rows in groupby(found, lambda one: one[0]))
     }
 

@@ -70,7 +70,7 @@ async def count_due(
     return [tuple(row) for row in rows]
 
 
-class Left(NamedTuple):
+class LeftAtStep(NamedTuple):
     """What a claim has left at a step."""
 
     now: datetime  # by the database's clock
@@ -88,12 +88,12 @@ async def left(
     excluding: Rows[int],
     since: datetime,
     with_ahead: bool,
-) -> Left:
+) -> LeftAtStep:
     """Read what a claim has left at a step from a time on, `excluding` some enrollments."""
     at, first_due, again_at, ahead = await connection.fetchrow(
         QUERIES["left"], *step_key, now, daemon, excluding, since, with_ahead
     )
-    return Left(at, first_due, again_at, (ahead or NEVER) if with_ahead else None)
+    return LeftAtStep(at, first_due, again_at, (ahead or NEVER) if with_ahead else None)
 
 
 async def occupied(connection: asyncpg.Connection) -> list[StepKey]:

@@ -15,7 +15,7 @@ from sequencerd.core.model import REMOVED, Event, merge_data
 from sequencerd.storage.statements import QUERIES
 
 
-class Row(NamedTuple):
+class EnrollmentState(NamedTuple):
     """What is written of enrollments that are in the same state, as most of a batch are."""
 
     sequence: str
@@ -37,21 +37,21 @@ class Row(NamedTuple):
 
 FEW = 3  # different states of a batch, up to which each is written by a statement of its own
 NO_EVENTS: Rows[Rows[Any]] = [()] * len(Event._fields)
-NOWHERE = Row("", "", "active", None, None, 1, 0, 0, None, None)
+NOWHERE = EnrollmentState("", "", "active", None, None, 1, 0, 0, None, None)
 """The state that is written of no enrollment."""
 
 
 @dataclass(slots=True)
-class Written:
+class EnrollmentWrites:
     """What a transaction writes of enrollments that it has locked."""
 
-    rows: dict[Row, list[int]] = field(default_factory=dict)
+    rows: dict[EnrollmentState, list[int]] = field(default_factory=dict)
     events: dict[Event, list[int]] = field(default_factory=dict)
     goals_met: dict[int, tuple[Rows[str], str | None]] = field(default_factory=dict)  # elsewhere
     data: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # merged into what is there
 
 
-async def write(connection: asyncpg.Connection, written: Written, now: datetime) -> None:
+async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: datetime) -> None:
     """Write the new states of locked enrollments, and their events."""
     if written.data:
         data = [

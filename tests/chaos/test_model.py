@@ -36,7 +36,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.lookups import Lookups
 from sequencerd.engine.loop import Engine
 from sequencerd.service.metrics import Metrics
-from sequencerd.settings import Engine as Settings
+from sequencerd.settings import EngineSettings
 from sequencerd.storage import connections
 from sequencerd.storage.listener import listen
 from tests.helpers.databases import shard
@@ -231,7 +231,7 @@ class Daemon:
             {"Task": self._runner},
             Lookups(self._pool, {}).get,
             clock=self._clock,
-            settings=Settings(),
+            settings=EngineSettings(),
             name=daemon_name(),
             log=log,
             metrics=Metrics(),

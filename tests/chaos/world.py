@@ -80,7 +80,7 @@ class Server:
         self._settings = SERVER | settings
         self._server = self._started()
 
-    def _started(self) -> embedded.Server:
+    def _started(self) -> embedded.EmbeddedServer:
         return self._stack.enter_context(embedded.running(self._folder, settings=self._settings))
 
     @property
@@ -99,7 +99,7 @@ class Server:
 
     def control(self, *arguments: str) -> None:
         """Runs pg_ctl."""
-        embedded.Programs.find().run("pg_ctl", "-D", self._server.data, *arguments)
+        embedded.PostgresPrograms.find().run("pg_ctl", "-D", self._server.data, *arguments)
 
     @contextmanager
     def standby(self, folder: Path) -> Iterator[Server]:
@@ -107,7 +107,7 @@ class Server:
         host = parse_qs(urlsplit(self.url).query)["host"][0]
         folder.mkdir()
         folder.chmod(0o777)
-        embedded.Programs.find().run(
+        embedded.PostgresPrograms.find().run(
             "pg_basebackup",
             "-h",
             host,

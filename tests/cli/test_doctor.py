@@ -17,7 +17,7 @@ from aiosmtpd.controller import Controller
 
 from sequencerd.cli import doctor as command
 from sequencerd.service import diagnosis
-from sequencerd.service.diagnosis import Finding
+from sequencerd.service.diagnosis import Diagnosis
 from sequencerd.settings import Settings
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.command_line import Command, start_sequencerd
@@ -30,7 +30,7 @@ READ_ONLY = (
     "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on',"
     " current_database()); END $$"
 )
-Findings = Mapping[str, Finding]
+Findings = Mapping[str, Diagnosis]
 
 
 async def examine(url: str, **settings: Any) -> Findings:

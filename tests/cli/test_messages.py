@@ -14,7 +14,7 @@ import pytest
 
 from sequencerd.cli import main
 from sequencerd.runners.email.page import page
-from sequencerd.runners.unsubscribe import Links
+from sequencerd.runners.unsubscribe import UnsubscribeLinks
 from tests.helpers.command_line import Command
 from tests.helpers.servers import Answer, Request, http_server, smtp_server
 
@@ -112,7 +112,7 @@ def test_a_preview_unsubscribes_from_the_topic_of_the_message(
     (token,) = re.findall(
         r"^List-Unsubscribe: <https://\S+/unsubscribe/(\S+)>", printed, re.MULTILINE
     )
-    subscription = Links("https://mail.example.com", ["k" * 40]).read(token)
+    subscription = UnsubscribeLinks("https://mail.example.com", ["k" * 40]).read(token)
     assert subscription is not None
     assert subscription.topic == "offers"
 

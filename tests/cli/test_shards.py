@@ -15,7 +15,7 @@ from asyncpg.transaction import Transaction
 
 from sequencerd.cli.arguments import make_parser
 from sequencerd.storage import connections
-from sequencerd.storage.embedded import Programs
+from sequencerd.storage.embedded import PostgresPrograms
 from tests.helpers.clusters import cluster
 from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.databases import execute
@@ -425,7 +425,7 @@ async def test_apply_over_a_server_that_stops_before_its_commit(
     """It cannot be asked what became of its commit."""
     (tmp_path / "s.yaml").write_text(EDITED)
     with ExitStack() as stack:
-        other = stack.enter_context(cluster(Programs.find()))
+        other = stack.enter_context(cluster(PostgresPrograms.find()))
         configure(filled, a=shards_url, b=other)
         filled("migrate")
         async with commits_wait(shards_url) as slow:

@@ -20,7 +20,7 @@ from sequencerd.cli.output import aligned, busy, laid_out, progress_bar, relativ
 from sequencerd.core.describe import visible
 from sequencerd.definitions.yaml_writer import DEFAULTS, to_yaml
 from sequencerd.service.logs import make_log
-from sequencerd.settings import Log, Settings
+from sequencerd.settings import LogSettings, Settings
 from tests.helpers.command_line import Command
 from tests.helpers.engines import enroll
 
@@ -216,7 +216,7 @@ def test_an_export_that_turns_texts_is_escaped_and_the_same() -> None:
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_the_log_shows_it(form: str) -> None:
     with redirect_stderr(io.StringIO()) as written:
-        log = make_log(Settings(log=Log(format=form)))
+        log = make_log(Settings(log=LogSettings(format=form)))
         log.warning(HOSTILE, subject=HOSTILE, step=("s", HOSTILE))
         try:
             raise ValueError(HOSTILE)

@@ -28,7 +28,7 @@ from sequencerd.definitions import plan
 from sequencerd.definitions.files import read_file
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.passwords import make_hash
-from sequencerd.settings import Console
+from sequencerd.settings import ConsoleSettings
 from sequencerd.storage.connections import Shard
 from tests.console.conftest import BEGUN, FAILED, Line, Mended, console, people, token
 from tests.helpers.command_line import start_sequencerd
@@ -177,7 +177,7 @@ CUT_OFF = """() => [...document.querySelectorAll("td, dd, dt, h1, h2, p, li, but
 
 def test_every_page_is_among_those_that_are_tested() -> None:
     app = make_console(
-        Console(),
+        ConsoleSettings(),
         Shard("postgresql:///"),
         lambda: Simulator({}, {}),
         lambda: datetime.now(UTC),

@@ -13,7 +13,7 @@ import structlog
 from sequencerd.console.over_time import range_of
 from sequencerd.console.query import Query, WrongQueryError
 from sequencerd.engine.retention import tidy
-from sequencerd.settings import Retention
+from sequencerd.settings import RetentionSettings
 from sequencerd.storage import connections
 from tests.console.conftest import DAY, console, counted
 from tests.console.test_pages import check
@@ -58,7 +58,7 @@ async def journeys(connection: asyncpg.Connection) -> None:
 
 async def tidied(database: str) -> None:
     pool = await connections.connect_pool(shard(database), 1)
-    await tidy(pool, Retention(), datetime.now(UTC), structlog.get_logger())
+    await tidy(pool, RetentionSettings(), datetime.now(UTC), structlog.get_logger())
     await pool.close()
 
 

@@ -286,7 +286,9 @@ async def test_a_count_that_takes_too_long_keeps_the_last_one(
     read = summary.Summary._read
     asked = []
 
-    async def late(self: summary.Summary, query: str, *arguments: object) -> list[summary.Row]:
+    async def late(
+        self: summary.Summary, query: str, *arguments: object
+    ) -> list[summary.SummaryRow]:
         asked.append(query)
         if query == "console_active":
             await asyncio.sleep(0.2)

@@ -24,7 +24,7 @@ from sequencerd.definitions.simulator import Simulator
 from sequencerd.passwords import make_hash
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.settings import Console
+from sequencerd.settings import ConsoleSettings
 from sequencerd.storage.connections import Shard
 from tests.console.conftest import DAY, console, token
 from tests.helpers.engines import Recorder, define, enroll
@@ -91,7 +91,7 @@ def _runners() -> Mapping[str, Runner]:
 
 def _post_routes() -> set[str]:
     app = make_console(
-        Console(),
+        ConsoleSettings(),
         Shard("postgresql:///"),
         lambda: Simulator({}, {}),
         lambda: datetime.now(UTC),

@@ -22,8 +22,8 @@ from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import SettingsError
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.unsubscribe import Links
-from sequencerd.settings import Console, load
+from sequencerd.runners.unsubscribe import UnsubscribeLinks
+from sequencerd.settings import ConsoleSettings, load
 from sequencerd.storage.connections import Shard
 from tests.console.conftest import DAY, console, counted, page_with, token
 from tests.helpers.engines import Recorder, define, until
@@ -64,7 +64,7 @@ async def _refuse(task: Task) -> Result:
 
 
 def _runners() -> Mapping[str, Runner]:
-    links = Links("https://shop.test", ["a" * 32])
+    links = UnsubscribeLinks("https://shop.test", ["a" * 32])
     return {"Email": EmailRunner(f"smtp://{HOST}:9", links=links), "Note": Recorder(_refuse)}
 
 
@@ -175,7 +175,7 @@ WITHOUT_DATA = ("/login", "/oidc", "/static/{name:path}")
 
 def test_every_route_is_among_those_that_are_tested() -> None:
     app = make_console(
-        Console(),
+        ConsoleSettings(),
         Shard("postgresql:///"),
         lambda: Simulator({}, {}),
         lambda: datetime.now(UTC),

@@ -32,10 +32,10 @@ from sequencerd.core.model import (
     Execute,
     Fail,
     Failed,
-    Found,
-    Full,
-    LookUp,
-    Problem,
+    InvalidStep,
+    LimitReached,
+    LookupAnswer,
+    QueryLookup,
     Result,
     RetryPolicy,
     Sequence,
@@ -227,7 +227,7 @@ def test_a_paused_sequence_is_entered_and_no_more() -> None:
 
 
 def test_a_problem_fails_the_enrollments_that_come_to_it() -> None:
-    bad = replace(step("b", "GoTo"), behaviour=Problem("amount: is missing"))
+    bad = replace(step("b", "GoTo"), behaviour=InvalidStep("amount: is missing"))
     decision = advance(sequence(step("a", "GoTo", then="b"), bad), at("a"), NOW).decision
     assert decision == Fail("invalid_step", "amount: is missing")
 
@@ -503,12 +503,12 @@ def test_a_limit_is_reserved_and_without_room_waits_or_leads_on() -> None:
         assert isinstance(decision, Execute)
         assert decision.reservations
         assert decision.reservations[0][1:] == ("news", 1, timedelta(days=7))
-        full = advance(definitions, at("mail"), NOW, full=Full(0, until))
+        full = advance(definitions, at("mail"), NOW, full=LimitReached(0, until))
         assert full.enrollment.step == leads
         assert full.events[0].message == "the limit is reached: 1 in 7 days"
         if then == "wait":
             assert full.decision == Wait(until)
-            again = advance(definitions, full.enrollment, until, full=Full(0, later))
+            again = advance(definitions, full.enrollment, until, full=LimitReached(0, later))
             assert (again.decision, again.events) == (Wait(later), ())
         elif then == "skip":  # the next one is reserved in a transaction of its own
             assert full.decision == Wait(NOW)
@@ -553,10 +553,12 @@ def test_the_limit_of_a_topic_holds_beside_that_of_a_step() -> None:
         ("mail", 1, "other", "the limit is reached: 2 in 7 days, for the topic news"),
         ("free", 0, "end", "the limit is reached: 2 in 7 days, for the topic news"),
     ):
-        full = advance(definitions, at(name), NOW, full=Full(number, until))
+        full = advance(definitions, at(name), NOW, full=LimitReached(number, until))
         assert (full.enrollment.step, full.events[0].message) == (leads, message)
     # the limit was removed between the evaluation and the reservation
-    gone = advance(sequence(*made["s"].steps.values()), at("free"), NOW, full=Full(0, until))
+    gone = advance(
+        sequence(*made["s"].steps.values()), at("free"), NOW, full=LimitReached(0, until)
+    )
     assert gone.enrollment.step == "free"
 
 
@@ -647,12 +649,12 @@ def test_external_data_are_requested_where_they_are_read() -> None:
     waits = advance(definitions, at("pause"), NOW)
     assert waits.decision == Wait(NOW + timedelta(days=1))
     asks = advance(definitions, at("pause"), NOW + timedelta(days=1))
-    assert isinstance(asks.decision, LookUp)
+    assert isinstance(asks.decision, QueryLookup)
     assert (asks.decision.lookup, asks.enrollment.step) == ("app.f", "ask")
-    found = advance(definitions, asks.enrollment, NOW, Found({"paid": True}))
+    found = advance(definitions, asks.enrollment, NOW, LookupAnswer({"paid": True}))
     assert found.enrollment.step == "yes"
-    assert isinstance(advance(definitions, asks.enrollment, NOW, Found({})).decision, End)
-    failed = advance(definitions, asks.enrollment, NOW, Found(None, "it is away"))
+    assert isinstance(advance(definitions, asks.enrollment, NOW, LookupAnswer({})).decision, End)
+    failed = advance(definitions, asks.enrollment, NOW, LookupAnswer(None, "it is away"))
     assert failed.decision == Wait(NOW + LOOKUP_DELAY)
     assert [(e.action, e.message) for e in failed.events] == [("retry", "it is away")]
 
@@ -673,13 +675,13 @@ def test_a_wait_for_external_data_is_evaluated_every_recheck() -> None:
         step("pause", "WaitForDuration", {"amount": 1, "unit": "days"}),
         step("goal", "Goal", EXTERNAL, "pause"),
     )
-    assert isinstance(advance(definitions, at("pause"), NOW).decision, LookUp)
+    assert isinstance(advance(definitions, at("pause"), NOW).decision, QueryLookup)
     minute = Wait(NOW + timedelta(minutes=1), waits_until=NOW + timedelta(days=1))
-    assert advance(definitions, at("pause"), NOW, Found({})).decision == minute
+    assert advance(definitions, at("pause"), NOW, LookupAnswer({})).decision == minute
     nearly = NOW + timedelta(days=1, seconds=-1)  # the wait ends before the next check
-    last = advance(definitions, at("pause"), nearly, Found({})).decision
+    last = advance(definitions, at("pause"), nearly, LookupAnswer({})).decision
     assert last == Wait(NOW + timedelta(days=1))
-    pulled = advance(definitions, at("pause"), NOW, Found({"paid": True}))
+    pulled = advance(definitions, at("pause"), NOW, LookupAnswer({"paid": True}))
     assert pulled.enrollment.goals_met == ("goal",)
     assert pulled.decision == Wait(NOW + timedelta(days=1))  # nothing more to be asked for
 

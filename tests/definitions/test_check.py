@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 from sequencerd.cli import main
 from sequencerd.core.model import Enrollment, view
 from sequencerd.definitions.check import NAMES, known_paths
-from sequencerd.definitions.files import Finding, check_documents, read_all, read_files
+from sequencerd.definitions.files import FileFinding, check_documents, read_all, read_files
 from sequencerd.definitions.yaml_reader import DocumentError, parse, read_documents
 from sequencerd.errors import FileError
 from sequencerd.runners.registry import make_runners
@@ -33,7 +33,7 @@ RUNNERS = {
 FILES = Path(__file__).parent / "files"
 
 
-def check(path: Path, text: str) -> list[Finding]:
+def check(path: Path, text: str) -> list[FileFinding]:
     path.write_text(text)
     return read_files([path], RUNNERS)[1]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sequencerd import settings
-from sequencerd.core.model import Problem, RetryPolicy, SideEffect
+from sequencerd.core.model import InvalidStep, RetryPolicy, SideEffect
 from sequencerd.definitions import compiler, files
 from sequencerd.errors import FileError
 from sequencerd.runners.registry import make_runners
@@ -161,7 +161,7 @@ def test_a_cycle_with_a_way_out_is_fine(tmp_path: Path) -> None:
         ),
     )
     behaviours = [step.behaviour for step in definition.sequence.steps.values()]
-    assert not any(isinstance(behaviour, Problem) for behaviour in behaviours)
+    assert not any(isinstance(behaviour, InvalidStep) for behaviour in behaviours)
 
 
 @pytest.mark.parametrize(

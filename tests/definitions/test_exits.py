@@ -21,9 +21,9 @@ from sequencerd.core.model import (
     End,
     Enrollment,
     Failed,
-    Full,
+    InvalidStep,
+    LimitReached,
     NotStarted,
-    Problem,
     Refusals,
     Result,
     Sequence,
@@ -89,10 +89,10 @@ def leads(sequence: Sequence, enrollments: Iterable[Enrollment]) -> set[Place]:
     """Where `advance` takes enrollments, whatever a runner and other sequences answer."""
     step = sequence.steps["it"]
     results: list[Result | None] = [None]
-    full: list[Full | None] = [None]
+    full: list[LimitReached | None] = [None]
     if isinstance(effect := step.behaviour, SideEffect):
         results += RESULTS if is_message(step.type) else [*RESULTS, Answer(Action.ALT_NEXT)]
-        full += [Full(0, LATER)] if effect.limit else []
+        full += [LimitReached(0, LATER)] if effect.limit else []
     found: set[Place] = set()
     for enrollment, result, refused, limit in product(enrollments, results, REFUSED, full):
         here = enrollment if result is None else enrollment.leased_to("daemon", 1)
@@ -130,7 +130,7 @@ def exits(sequence: Sequence) -> set[Place]:
 @pytest.mark.parametrize(("type_", "config"), [*CASES, *MORE])
 def test_each_exit_is_taken_and_there_are_no_others(type_: str, config: dict[str, Any]) -> None:
     sequence = sequence_of(type_, config)
-    assert not isinstance(sequence.steps["it"].behaviour, Problem)
+    assert not isinstance(sequence.steps["it"].behaviour, InvalidStep)
     assert leads(sequence, enrollments(DATA, subjects=4)) == exits(sequence)
 
 

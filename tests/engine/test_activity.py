@@ -13,7 +13,7 @@ import structlog
 from sequencerd.engine import retention
 from sequencerd.engine.retention import tidy
 from sequencerd.service.metrics import Metrics
-from sequencerd.settings import Retention
+from sequencerd.settings import RetentionSettings
 from sequencerd.storage import activity, connections
 from tests.engine.test_retention import make_past, partitions
 from tests.helpers.databases import shard
@@ -70,8 +70,10 @@ async def test_each_hour_is_counted_once_by_all_daemons(
         (hours_ago(0), "next", None),
     ):
         await happened(connection, time, action, message)
-    await asyncio.gather(*(tidy(pool, Retention(), datetime.now(UTC), LOG) for _ in range(3)))
-    await tidy(pool, Retention(), datetime.now(UTC), LOG)
+    await asyncio.gather(
+        *(tidy(pool, RetentionSettings(), datetime.now(UTC), LOG) for _ in range(3))
+    )
+    await tidy(pool, RetentionSettings(), datetime.now(UTC), LOG)
     assert await counts(connection) == {
         (hour(earlier), "next"): 1,
         (hour(at), "next"): 2,
@@ -85,11 +87,11 @@ async def test_what_is_committed_late_is_counted_later(
 ) -> None:
     at, now = hours_ago(3), datetime.now(UTC)
     await happened(connection, at)
-    await tidy(pool, Retention(), now, LOG)
+    await tidy(pool, RetentionSettings(), now, LOG)
     await happened(connection, at)
-    await tidy(pool, Retention(), now + HOUR, LOG)
+    await tidy(pool, RetentionSettings(), now + HOUR, LOG)
     assert await counts(connection) == {(hour(at), "next"): 1}
-    await tidy(pool, Retention(), now + 25 * HOUR, LOG)
+    await tidy(pool, RetentionSettings(), now + 25 * HOUR, LOG)
     assert await counts(connection) == {(hour(at), "next"): 2}
 
 
@@ -105,7 +107,7 @@ async def test_a_count_that_is_cut_off_is_made_again(
             pass
         await transaction.rollback()
     assert await counts(connection) == {}
-    await tidy(pool, Retention(), now, LOG)
+    await tidy(pool, RetentionSettings(), now, LOG)
     assert await counts(connection) == {(hour(at), "next"): 1}
 
 
@@ -113,7 +115,7 @@ async def test_dropped_history_stays_counted(
     connection: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "ACTIVITY", timedelta(days=100))
-    old, day = await make_past(connection, 2), Retention(events=timedelta(days=1))
+    old, day = await make_past(connection, 2), RetentionSettings(events=timedelta(days=1))
     # nothing is dropped before it is counted
     await connection.execute("ALTER TABLE sequencer.activity RENAME TO hidden")
     with pytest.raises(asyncpg.UndefinedTableError):
@@ -159,8 +161,8 @@ async def test_late_claims_are_counted_once_and_on_time_ones_not(
     # also if several daemons sum up the hours
     await connection.execute("UPDATE sequencer.lateness SET at = at - interval '1 hour'")
     later = datetime.now(UTC) + HOUR
-    await asyncio.gather(*(tidy(pool, Retention(), later, LOG) for _ in range(3)))
-    await tidy(pool, Retention(), later, LOG)
+    await asyncio.gather(*(tidy(pool, RetentionSettings(), later, LOG) for _ in range(3)))
+    await tidy(pool, RetentionSettings(), later, LOG)
     (summed,) = await connection.fetch("SELECT * FROM sequencer.lateness")
     assert summed["is_hour"]
     assert (summed["times"], summed["longest"]) == (row["times"], row["longest"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sequencerd.core.model import NEVER
 from sequencerd.engine.cursors import EARLIEST, KEPT_FOR, OVERLAP, Claim, Cursors
-from sequencerd.storage.wakes import Left
+from sequencerd.storage.wakes import LeftAtStep
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 HERE = ("s", "a")
@@ -140,7 +140,7 @@ class Model:
                 )
                 ahead = min((at for at in others.values() if at > one.now), default=NEVER)
                 looks = is_last and one.claim.ahead is None
-                one.claim.left = Left(self.now, due, due, ahead if looks else None)
+                one.claim.left = LeftAtStep(self.now, due, due, ahead if looks else None)
 
     def end(self, size: int) -> None:
         """Commit a claim, or roll it back. Some rows stay here, as there is no slot for them."""
@@ -207,7 +207,7 @@ def test_nothing_that_is_due_is_passed_over(steps: list[tuple[str, int]]) -> Non
 def claimed(cursors: Cursors, now: datetime, excluded: frozenset[int] = frozenset()) -> Claim:
     """A claim that finds nothing, with nothing left."""
     with cursors.claim(HERE, excluded, now) as claim:
-        claim.left = Left(now, None, None, NEVER)
+        claim.left = LeftAtStep(now, None, None, NEVER)
     return claim
 
 

@@ -12,7 +12,15 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Full, Reservation, Result, Suppressed, Task
+from sequencerd.core.model import (
+    Answer,
+    Failed,
+    LimitReached,
+    Reservation,
+    Result,
+    Suppressed,
+    Task,
+)
 from sequencerd.core.step_types import BUILT_IN, is_instant
 from sequencerd.storage.reservations import Reserved, prune, reserve
 from tests.helpers.databases import with_login
@@ -434,9 +442,9 @@ async def test_places_of_one_side_effect_are_reserved_together_or_not_at_all(
     a, b, later = place("a"), place("b", 2), place("b", 1, 3 * HOUR)
     assert await reserve(connection, [wanted(1, a, b)], [], NOW) == {}
     full = await reserve(connection, [wanted(2, a, b), wanted(3, b)], [], NOW + HOUR / 2)
-    assert full == {0: Full(0, NOW + HOUR)}  # 2 took no place of b, so 3 found one
+    assert full == {0: LimitReached(0, NOW + HOUR)}  # 2 took no place of b, so 3 found one
     full = await reserve(connection, [wanted(4, place("c"), b, later)], [], NOW + HOUR / 2)
-    assert full == {0: Full(1, NOW + HOUR / 2 + 3 * HOUR)}
+    assert full == {0: LimitReached(1, NOW + HOUR / 2 + 3 * HOUR)}
     counts = await connection.fetch("SELECT enrollments FROM sequencer.reservations ORDER BY key")
     assert [row["enrollments"] for row in counts] == [[1], [1, 3], []]
     await reserve(connection, [], [wanted(1, a, b)], NOW + HOUR / 2)

@@ -17,7 +17,7 @@ import pytest
 from sequencerd.engine import lookups
 from sequencerd.service.health import Health
 from sequencerd.service.metrics import Metrics
-from sequencerd.settings import LookupEndpoint
+from sequencerd.settings import LookupSettings
 from sequencerd.storage import connections, sources
 from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
@@ -192,7 +192,7 @@ async def test_an_endpoint_gets_the_ids_and_answers_with_objects(
     await ask_plan(connection)
     await use(connection, "plans")
     async with http_server(respond) as server:
-        endpoint = LookupEndpoint.model_validate(
+        endpoint = LookupSettings.model_validate(
             {"url": server.url, "headers": {"X-Key": "k"}, "form": form}
         )
         async with running_engine(database, {"Note": recorder}, {"plans": endpoint}):
@@ -228,7 +228,7 @@ async def test_an_answer_that_cannot_be_used_is_a_failure(
     await ask_plan(connection)
     await use(connection, "plans")
     async with http_server(respond) as server:
-        endpoint = LookupEndpoint(url=server.url)
+        endpoint = LookupSettings(url=server.url)
         async with running_engine(database, {"Note": Recorder()}, {"plans": endpoint}):
             await enroll(connection, "s", "ada")
             await until(connection, "SELECT last_error LIKE 'lookup%' FROM sequencer.enrollments")

@@ -13,14 +13,14 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from sequencerd.core.model import Action, Answer, Instant, Problem, Result, Step, Task
-from sequencerd.daemon import Parts
+from sequencerd.core.model import Action, Answer, InstantStep, InvalidStep, Result, Step, Task
+from sequencerd.daemon import ReloadableParts
 from sequencerd.definitions.compiler import MAX_STEPS, build
 from sequencerd.engine.catalog import SLICE
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
 from sequencerd.runners.suppression_check import Suppressions
-from sequencerd.settings import Email, HttpEndpoint, LookupEndpoint, Settings
+from sequencerd.settings import EmailSettings, HttpRunnerSettings, LookupSettings, Settings
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 
@@ -125,20 +125,20 @@ async def test_only_what_the_settings_change_is_made_anew() -> None:
     url = "http://127.0.0.1:9/"
     before = Settings(
         runners={
-            "A": HttpEndpoint(url=url),
-            "B": HttpEndpoint(url=url),
-            "C": HttpEndpoint(url=url),
+            "A": HttpRunnerSettings(url=url),
+            "B": HttpRunnerSettings(url=url),
+            "C": HttpRunnerSettings(url=url),
         },
-        lookups={"plans": LookupEndpoint(url=url)},
+        lookups={"plans": LookupSettings(url=url)},
     )
-    old = Parts(before, make_runners(before, suppressions), pool)
+    old = ReloadableParts(before, make_runners(before, suppressions), pool)
     after = before.model_copy(
         update={
-            "email": Email(per_second=5),
+            "email": EmailSettings(per_second=5),
             "runners": {
-                "A": HttpEndpoint(url=url),
-                "B": HttpEndpoint(url=url, secret=SecretStr("whsec_c2VjcmV0")),
-                "D": HttpEndpoint(url=url),
+                "A": HttpRunnerSettings(url=url),
+                "B": HttpRunnerSettings(url=url, secret=SecretStr("whsec_c2VjcmV0")),
+                "D": HttpRunnerSettings(url=url),
             },
         }
     )
@@ -149,9 +149,9 @@ async def test_only_what_the_settings_change_is_made_anew() -> None:
     assert "C" not in new.runners
     assert new.lookups is old.lookups
     await old.close(but=new)
-    other = {"lookups": {"plans": LookupEndpoint(url=url, timeout=1)}}
+    other = {"lookups": {"plans": LookupSettings(url=url, timeout=1)}}
     assert new.renewed(after.model_copy(update=other), suppressions).lookups is not new.lookups
-    wrong = before.model_copy(update={"email": Email(url=SecretStr("smtp://x:y:z"))})
+    wrong = before.model_copy(update={"email": EmailSettings(url=SecretStr("smtp://x:y:z"))})
     with pytest.raises(SettingsError):
         old.renewed(wrong, suppressions)
     await new.close()
@@ -289,15 +289,15 @@ def test_a_long_chain_that_never_waits_is_found_in_linear_time() -> None:
                 {},
                 str(n + 1) if n + 1 < links else end,
                 None,
-                Instant(lambda _: Action.NEXT),
+                InstantStep(lambda _: Action.NEXT),
                 n,
             )
             for n in range(links)
         }
 
     open_, closed = (build("s", "0", "UTC", chain(end).values()) for end in (None, "5000"))
-    assert not any(isinstance(step.behaviour, Problem) for step in open_.steps.values())
-    assert all(isinstance(step.behaviour, Problem) for step in closed.steps.values())
+    assert not any(isinstance(step.behaviour, InvalidStep) for step in open_.steps.values())
+    assert all(isinstance(step.behaviour, InvalidStep) for step in closed.steps.values())
 
 
 @pytest.mark.slow

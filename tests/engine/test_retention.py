@@ -12,7 +12,7 @@ import structlog
 
 from sequencerd.engine import retention
 from sequencerd.engine.clock import Clock
-from sequencerd.settings import Retention
+from sequencerd.settings import RetentionSettings
 from sequencerd.storage import connections
 from sequencerd.storage.cleanup import try_lock_retention
 from tests.helpers.databases import shard
@@ -81,7 +81,7 @@ async def test_without_settings_everything_stays(
     await enroll(defined, "s", "ada")
     await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
     await defined.execute("UPDATE sequencer.enrollments SET ended_at = '1999-01-01Z'")
-    await retention.tidy(pool, Retention(), datetime.now(UTC), LOG)
+    await retention.tidy(pool, RetentionSettings(), datetime.now(UTC), LOG)
     assert old in await partitions(defined)
     assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1
 
@@ -95,7 +95,7 @@ async def test_partitions_are_made_ahead_and_take_over_what_came_before_them(
         await defined.execute(f"DROP TABLE sequencer.{partition}")
     await happened(defined, datetime.now(UTC))
     assert await defined.fetchval("SELECT count(*) FROM sequencer.events_other") == 1
-    await retention.tidy(pool, Retention(), datetime.now(UTC), LOG)
+    await retention.tidy(pool, RetentionSettings(), datetime.now(UTC), LOG)
     assert await partitions(defined) == sorted([*ahead, "events_other"])
     assert await defined.fetchval("SELECT count(*) FROM sequencer.events_other") == 0
     assert await defined.fetchval(f"SELECT count(*) FROM sequencer.{ahead[0]}") == 1
@@ -112,14 +112,14 @@ async def test_a_month_is_dropped_when_all_of_it_is_old(
     await happened(defined, month(-5))
     # a second before the end of `younger` is as old as the limit
     now = month(-12) - timedelta(seconds=1) + YEAR
-    await retention.tidy(pool, Retention(events=YEAR), now, LOG)
+    await retention.tidy(pool, RetentionSettings(events=YEAR), now, LOG)
     left = await partitions(defined)
     assert old not in left
     assert younger in left
     assert young in left
     kept = await defined.fetch("SELECT at FROM sequencer.events_other")
     assert [row["at"] for row in kept] == [month(-5)]
-    await retention.tidy(pool, Retention(events=YEAR), now + timedelta(seconds=1), LOG)
+    await retention.tidy(pool, RetentionSettings(events=YEAR), now + timedelta(seconds=1), LOG)
     assert younger not in await partitions(defined)
 
 
@@ -140,8 +140,8 @@ async def test_retention_delays_no_writer_of_history(
     async with defined.transaction():
         await defined.fetch("SELECT * FROM sequencer.events")  # another session's long report
         with pytest.raises(asyncpg.LockNotAvailableError):
-            await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
-    await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
+            await retention.tidy(pool, RetentionSettings(events=YEAR), datetime.now(UTC), LOG)
+    await retention.tidy(pool, RetentionSettings(events=YEAR), datetime.now(UTC), LOG)
     assert old not in await partitions(defined)
 
 
@@ -164,7 +164,7 @@ async def test_enrollments_that_ended_long_ago_are_deleted(
     await defined.execute(
         "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", young
     )
-    await retention.tidy(pool, Retention(ended=YEAR), datetime.now(UTC), LOG)
+    await retention.tidy(pool, RetentionSettings(ended=YEAR), datetime.now(UTC), LOG)
     left = await defined.fetch("SELECT subject FROM sequencer.enrollments ORDER BY id")
     assert [row["subject"] for row in left] == ["remembered", "active", "young"]
     assert await defined.fetchval("SELECT count(*) FROM sequencer.events") == 13  # they stay
@@ -179,7 +179,7 @@ async def test_locked_rows_are_not_waited_for(
     await defined.execute("UPDATE sequencer.enrollments SET ended_at = now() - interval '366 days'")
     async with defined.transaction():
         await defined.execute("UPDATE sequencer.enrollments SET data = '{}' WHERE subject = 'ada'")
-        await retention.tidy(pool, Retention(ended=YEAR), datetime.now(UTC), LOG)
+        await retention.tidy(pool, RetentionSettings(ended=YEAR), datetime.now(UTC), LOG)
     assert await defined.fetchval("SELECT subject FROM sequencer.enrollments") == "ada"
 
 
@@ -187,9 +187,9 @@ async def test_one_daemon_at_a_time(defined: asyncpg.Connection, pool: asyncpg.P
     old = await make_past(defined, 14)
     async with defined.transaction():
         assert await try_lock_retention(defined)
-        await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
+        await retention.tidy(pool, RetentionSettings(events=YEAR), datetime.now(UTC), LOG)
         assert old in await partitions(defined)
-    await retention.tidy(pool, Retention(events=YEAR), datetime.now(UTC), LOG)
+    await retention.tidy(pool, RetentionSettings(events=YEAR), datetime.now(UTC), LOG)
     assert old not in await partitions(defined)
 
 
@@ -200,7 +200,7 @@ async def test_what_goes_wrong_is_tried_again(
     monkeypatch.setattr(retention, "SOONER", 0.01)
     old = await make_past(defined, 14)
     await defined.execute("ALTER FUNCTION sequencer.drop_event_partition RENAME TO hidden")
-    settings = Retention(events=YEAR)
+    settings = RetentionSettings(events=YEAR)
     keeping = asyncio.create_task(retention.keep(pool, lambda: settings, clock=Clock(), log=LOG))
     try:
         await asyncio.sleep(0.1)
@@ -278,7 +278,9 @@ async def test_each_batch_begins_where_the_last_one_ended(
     async with other.transaction(isolation="repeatable_read"):
         await other.fetchval("SELECT count(*) FROM sequencer.enrollments")
         monkeypatch.setattr(retention, "BATCH", 50)
-        await retention.tidy(pool, Retention(ended=timedelta(days=1)), datetime.now(UTC), LOG)
+        await retention.tidy(
+            pool, RetentionSettings(ended=timedelta(days=1)), datetime.now(UTC), LOG
+        )
         assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 0
     await other.close()
     async with connections.borrow(pool) as connection:
@@ -298,7 +300,7 @@ async def test_each_batch_continues_in_the_sequence_where_the_last_one_ended(
     )
     await defined.execute(ENDED, ["s", "t", "r"], 8)
     monkeypatch.setattr(retention, "BATCH", 3)
-    await retention.tidy(pool, Retention(ended=timedelta(days=2.5)), datetime.now(UTC), LOG)
+    await retention.tidy(pool, RetentionSettings(ended=timedelta(days=2.5)), datetime.now(UTC), LOG)
     left = await defined.fetch(
         "SELECT sequence, array_agg(subject::text ORDER BY subject) AS subjects"
         "  FROM sequencer.enrollments GROUP BY 1 ORDER BY 1"
@@ -326,5 +328,5 @@ async def test_null_takes_nothing_away(defined: asyncpg.Connection) -> None:
 
 
 async def tidy_all(pool: asyncpg.Pool) -> None:
-    settings = Retention(events=YEAR, ended=YEAR)
+    settings = RetentionSettings(events=YEAR, ended=YEAR)
     await retention.tidy(pool, settings, datetime.now(UTC), LOG)

@@ -14,20 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from sequencerd.storage.embedded import Programs
+from sequencerd.storage.embedded import PostgresPrograms
 from tests.helpers.databases import FAST, server_folder
 
 INSTALLED = Path("/usr/lib/postgresql")
 """Where Debian's packages are."""
 
 
-def programs_with(extension: str) -> Programs:
+def programs_with(extension: str) -> PostgresPrograms:
     """The newest installed server that has an extension. Skips the test if there is none."""
     control = f"extension/{extension}.control"
     for share in sorted(Path("/usr/share/postgresql").glob(f"*/{control}"), reverse=True):
         folder = INSTALLED / share.parts[-3] / "bin"
         if (folder / "initdb").exists():
-            return replace(Programs.find(), bin=folder)
+            return replace(PostgresPrograms.find(), bin=folder)
     pytest.skip(f"no PostgreSQL server with {extension} in {INSTALLED}")
 
 
@@ -35,7 +35,7 @@ def programs_with(extension: str) -> Programs:
 class Cluster:
     """A server on a port of its own, and the URL of its database `app`."""
 
-    programs: Programs
+    programs: PostgresPrograms
     data: Path
     url: str
 
@@ -77,7 +77,7 @@ def _send(number: signal.Signals, processes: Iterable[int]) -> None:
 
 
 @contextmanager
-def stoppable(programs: Programs, **settings: str) -> Iterator[Cluster]:
+def stoppable(programs: PostgresPrograms, **settings: str) -> Iterator[Cluster]:
     """Run a server that the test can stop and start again."""
     with server_folder() as folder:
         data = folder / "data"
@@ -102,7 +102,7 @@ def stoppable(programs: Programs, **settings: str) -> Iterator[Cluster]:
 
 
 @contextmanager
-def cluster(programs: Programs, **settings: str) -> Iterator[str]:
+def cluster(programs: PostgresPrograms, **settings: str) -> Iterator[str]:
     """Run a server, and yield the URL of its database `app`."""
     with stoppable(programs, **settings) as made:
         yield made.url

@@ -20,8 +20,7 @@ from sequencerd.engine.lookups import Lookups
 from sequencerd.engine.loop import Engine
 from sequencerd.runners import Runner
 from sequencerd.service.metrics import Metrics
-from sequencerd.settings import Engine as Settings
-from sequencerd.settings import LookupEndpoint
+from sequencerd.settings import EngineSettings, LookupSettings
 from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.listener import listen
@@ -71,7 +70,7 @@ class Recorder:
 async def running_engine(
     url: str | Shard,
     runners: Mapping[str, Runner] | None = None,
-    endpoints: Mapping[str, LookupEndpoint] | None = None,
+    endpoints: Mapping[str, LookupSettings] | None = None,
     lookup_timeout: float = 30.0,
     pauses: Pauses = Pauses(),  # noqa: B008 - a tuple
     *,
@@ -90,7 +89,7 @@ async def running_engine(
         runners or {},
         lookups.get,
         clock=Clock(),
-        settings=Settings(**settings),
+        settings=EngineSettings(**settings),
         name=daemon_name(),
         log=log,
         metrics=metrics or Metrics(),

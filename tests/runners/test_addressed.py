@@ -13,14 +13,14 @@ from sequencerd.runners import runner
 from sequencerd.runners.addressed import AddressedRunner
 from sequencerd.runners.protocol import NotNow
 from sequencerd.runners.python import PythonRunner
-from sequencerd.runners.suppression_check import Key, Suppressions
+from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from tests.helpers.engines import Recorder
 
 PUSH = {"channel": "push", "address": "{{data.token}}", "title": "Hi"}
 
 
-def suppressing(*entries: Key) -> Suppressions:
-    async def ask(keys: list[Key]) -> set[Key]:
+def suppressing(*entries: SuppressionKey) -> Suppressions:
+    async def ask(keys: list[SuppressionKey]) -> set[SuppressionKey]:
         return set(entries) & set(keys)
 
     return Suppressions(ask)
@@ -92,7 +92,7 @@ async def test_an_address_that_cannot_be_rendered_fails_its_enrollment_alone() -
 
 
 async def test_while_the_list_cannot_be_read_nothing_is_sent() -> None:
-    async def ask(_: list[Key]) -> set[Key]:
+    async def ask(_: list[SuppressionKey]) -> set[SuppressionKey]:
         raise NotNow("the suppressions can't be read")
 
     recorder = Recorder()

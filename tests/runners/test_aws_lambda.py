@@ -15,7 +15,7 @@ from sequencerd.core.model import Answer, Failed, NotStarted, Result
 from sequencerd.errors import SettingsError
 from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import MAX_EVENT
-from sequencerd.settings import LookupEndpoint, Settings, load
+from sequencerd.settings import LookupSettings, Settings, load
 from tests.helpers import servers
 from tests.helpers.aws import (
     ARN,
@@ -202,7 +202,7 @@ async def test_a_lookup_by_a_function(
     await connection.execute("UPDATE sequencer.sequences SET lookup = 'plans'")
     async with http_server(aws({ARN: plans})) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", server.url)
-        endpoint = LookupEndpoint.model_validate({"lambda": ARN, "form": form})
+        endpoint = LookupSettings.model_validate({"lambda": ARN, "form": form})
         async with running_engine(database, endpoints={"plans": endpoint}):
             await enroll(connection, "s", "ada")
             await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments")

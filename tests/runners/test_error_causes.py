@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sequencerd.core.model import Failed
-from sequencerd.runners.email.smtp import Mail, Postman
+from sequencerd.runners.email.smtp import Mail, MailTransport
 from sequencerd.runners.error_causes import causes, is_exhausted
 from sequencerd.runners.python import PythonRunner
 from tests.helpers.servers import no_descriptors, smtp_server, task
@@ -17,11 +17,11 @@ from tests.helpers.servers import no_descriptors, smtp_server, task
 async def test_mail_without_descriptors_spends_no_attempt() -> None:
     async with smtp_server() as mailbox:
         url = f"smtp://127.0.0.1:{mailbox.port}?starttls=never"
-        postman = Postman(url, connections=1, timeout=60)
+        transport = MailTransport(url, connections=1, timeout=60)
         with no_descriptors():
             mail = Mail("a@example.com", ("b@example.com",), (), b"")
-            result = (await postman.deliver(mail)).result
-        await postman.close()
+            result = (await transport.deliver(mail)).result
+        await transport.close()
     assert isinstance(result, Failed)
     assert "Too many open files" in result.message
     assert (result.fault, result.permanent, result.unknown) == ("server", False, False)

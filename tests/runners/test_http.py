@@ -20,7 +20,7 @@ import pytest
 
 from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result, View
 from sequencerd.runners.http import BatchRunner
-from sequencerd.runners.http_client import MAX_ANSWER, Web, is_public
+from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, is_public
 from tests.helpers import servers
 from tests.helpers.runners import http_runner
 from tests.helpers.servers import (
@@ -301,7 +301,7 @@ async def test_a_name_that_leads_to_a_private_address() -> None:
 
 
 async def test_a_public_name_is_called_at_the_address_that_was_looked_at() -> None:
-    web = Web(timeout=1, connections=1, allow_private=False)
+    web = HttpClient(timeout=1, connections=1, allow_private=False)
     targets = await web._targets(httpx.URL("https://8.8.2056:8443/x"))
     await web.close()
     assert targets == [httpx.URL("https://8.8.8.8:8443/x")]
@@ -383,7 +383,7 @@ def test_which_addresses_are_public(address: str, public: bool) -> None:
 async def test_clients_share_the_certificates() -> None:
     contexts = []
     for _ in range(2):
-        web = Web(timeout=1, connections=1, allow_private=False)
+        web = HttpClient(timeout=1, connections=1, allow_private=False)
         async with web._client() as client:
             contexts.append(client._transport._pool._ssl_context)  # type: ignore[attr-defined]
         await web.close()

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from sequencerd.core.model import DefinitionError, Task
 from sequencerd.runners.email.runner import EmailRunner, write
 from sequencerd.runners.sms.runner import TwilioRunner
-from sequencerd.runners.unsubscribe import Links, Subscription
+from sequencerd.runners.unsubscribe import Subscription, UnsubscribeLinks
 
 OLD, NEW = "o" * 32, "n" * 32
-LINKS = Links("https://mail.example.com/", [NEW, OLD])
+LINKS = UnsubscribeLinks("https://mail.example.com/", [NEW, OLD])
 MAIL = {
     "from": "shop@example.com",
     "to": "{{data.email}}",
@@ -56,11 +56,13 @@ def test_a_token_is_good_for_what_it_was_made_for(subscription: Subscription) ->
 
 def test_keys_rotate() -> None:
     subscription = Subscription("email", "ada@x.org", "news", "de")
-    before = token(Links("https://x.org", [OLD]).link(subscription)).rpartition("/")[2]
+    before = token(UnsubscribeLinks("https://x.org", [OLD]).link(subscription)).rpartition("/")[2]
     assert LINKS.read(before) == subscription  # an older key verifies
     signed = token(LINKS.link(subscription))
-    assert Links("https://x.org", [NEW]).read(signed) == subscription  # the first one signs
-    assert Links("https://x.org", [OLD]).read(signed) is None
+    assert (
+        UnsubscribeLinks("https://x.org", [NEW]).read(signed) == subscription
+    )  # the first one signs
+    assert UnsubscribeLinks("https://x.org", [OLD]).read(signed) is None
     assert "ada" not in signed
 
 

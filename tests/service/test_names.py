@@ -14,7 +14,7 @@ import pytest
 
 from sequencerd.core.model import Answer, Failed
 from sequencerd.errors import DatabaseError
-from sequencerd.runners.email.smtp import Mail, Postman
+from sequencerd.runners.email.smtp import Mail, MailTransport
 from sequencerd.service import dns
 from sequencerd.storage.connections import connect
 from tests.helpers.databases import shard
@@ -82,11 +82,11 @@ def test_a_name_that_hangs_delays_no_other(resolver: Resolver) -> None:
             resolver, *(loop.getaddrinfo("slow.example", port) for port in range(1, 80))
         )
         async with smtp_server() as mailbox, http_server(all_next) as server:
-            postman = Postman(
+            transport = MailTransport(
                 f"smtp://localhost:{mailbox.port}?starttls=never", connections=1, timeout=60
             )
-            assert isinstance((await postman.deliver(MAIL)).result, Answer)
-            await postman.close()
+            assert isinstance((await transport.deliver(MAIL)).result, Answer)
+            await transport.close()
             for allow_private in (True, False):
                 made = http_runner(f"http://localhost:{server.port}/", allow_private=allow_private)
                 assert await made.run(made.compile({}), [task()]) == [Answer()]
@@ -127,9 +127,9 @@ def test_a_name_that_hangs_is_waited_for_so_long(
         assert not result.unknown
         with pytest.raises(DatabaseError, match=r"slow\.example"):
             await connect(shard("postgresql://ada@slow.example/shop"))
-        postman = Postman("smtp://slow.example:25", connections=1, timeout=60)
-        result = (await postman.deliver(MAIL)).result
-        await postman.close()
+        transport = MailTransport("smtp://slow.example:25", connections=1, timeout=60)
+        result = (await transport.deliver(MAIL)).result
+        await transport.close()
         assert isinstance(result, Failed)
         assert "slow.example" in result.message
 

@@ -16,18 +16,18 @@ from prometheus_client import CollectorRegistry
 
 from sequencerd.runners.registry import make_links
 from sequencerd.runners.suppression_check import hashed
-from sequencerd.runners.unsubscribe import Links, Subscription
+from sequencerd.runners.unsubscribe import Subscription, UnsubscribeLinks
 from sequencerd.service.http_server import make_app
 from sequencerd.service.page_texts import TEXTS
 from sequencerd.service.public import (
     MAX_BODY,
     UNDONE,
-    Public,
-    Resumed,
+    PublicPages,
+    ResumedNumber,
     read_hook,
     twilio_signature,
 )
-from sequencerd.settings import Settings, Sms
+from sequencerd.settings import Settings, SmsSettings
 from tests.helpers.databases import shard
 from tests.service.test_http_server import answers, daemon, free_port
 
@@ -43,12 +43,12 @@ AWAY = "postgresql://127.0.0.1:1/app"
 
 
 def path(subscription: Subscription, key: str = KEY) -> str:
-    return Links("", [key]).link(subscription)
+    return UnsubscribeLinks("", [key]).link(subscription)
 
 
 def client(url: str, settings: Mapping[str, Any] = SETTINGS) -> httpx.AsyncClient:
     made = Settings.model_validate(settings)
-    app = Public([shard(url)], lambda: made, structlog.get_logger()).app()
+    app = PublicPages([shard(url)], lambda: made, structlog.get_logger()).app()
     return httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="https://mail.example.com"
     )
@@ -221,7 +221,7 @@ async def test_nothing_else_is_reachable(database: str) -> None:
 
 async def test_without_a_listener_of_its_own_it_is_beside_the_health_checks(database: str) -> None:
     made = Settings.model_validate(SETTINGS)
-    public = Public([shard(database)], lambda: made, structlog.get_logger())
+    public = PublicPages([shard(database)], lambda: made, structlog.get_logger())
     app = make_app(list, list, CollectorRegistry(), None, public.routes)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as web:
@@ -332,10 +332,10 @@ async def test_a_hook_that_twilio_did_not_sign(
 )
 def test_what_a_hook_says(form: dict[str, str], source: str | None) -> None:
     read = partial(read_hook, {"From": "+491", "To": "+492", **form})
-    found = read(Sms())
-    assert not isinstance(found, Resumed)
+    found = read(SmsSettings())
+    assert not isinstance(found, ResumedNumber)
     assert (found and found.source) == source
     if found is not None:
         assert found.address == ("+492" if "MessageStatus" in form else "+491")
     if source == "refused":
-        assert read(Sms(suppress_bounces=False)) is None
+        assert read(SmsSettings(suppress_bounces=False)) is None

@@ -27,7 +27,7 @@ from sequencerd.errors import SettingsError
 from sequencerd.service.http_server import serving
 from sequencerd.service.logs import make_log
 from sequencerd.service.systemd import notify
-from sequencerd.settings import Log, Settings
+from sequencerd.settings import LogSettings, Settings
 from tests.helpers.databases import shard
 from tests.helpers.engines import define, enroll, stuck_package, until
 from tests.helpers.waiting import PATIENCE, eventually
@@ -377,7 +377,7 @@ async def test_on_a_standby_it_waits_for_the_promotion(
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
     monkeypatch.setattr("sequencerd.storage.server.is_standby", is_standby)
     monkeypatch.setattr(composition, "PROMOTION_INTERVAL", 0.01)
-    log = make_log(Settings(log=Log(format="json")))
+    log = make_log(Settings(log=LogSettings(format="json")))
     connection = await composition._wait_for_promotion(shard(database), asyncio.Event(), log)
     await connection.close()
     assert capsys.readouterr().err.count("waiting for its promotion") == 1

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.model import Answer, Result, Task
-from sequencerd.runners.suppression_check import Key, Suppressions
+from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from sequencerd.storage.suppressions import read_suppressed
 from tests.helpers.command_line import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until
@@ -136,7 +136,7 @@ async def test_nothing_of_a_forgotten_subject_is_left_in_any_table(
 async def test_a_forgotten_address_stays_suppressed(held: asyncpg.Connection) -> None:
     await forget(held)
 
-    async def ask(keys: list[Key]) -> set[Key]:
+    async def ask(keys: list[SuppressionKey]) -> set[SuppressionKey]:
         return await read_suppressed(held, keys)
 
     check = Suppressions(ask)
@@ -162,7 +162,7 @@ async def test_a_forgotten_address_stays_suppressed_for_its_topics(
         " ('push', 'fh7:xy', '*'), ('email', 'ada@x.org', 'news'), ('email', 'ada@x.org', 'bills')"
     )
 
-    async def ask(keys: list[Key]) -> set[Key]:
+    async def ask(keys: list[SuppressionKey]) -> set[SuppressionKey]:
         return await read_suppressed(connection, keys)
 
     check = Suppressions(ask)

@@ -14,7 +14,7 @@ import pytest
 
 from sequencerd.core.model import Enrollment, effect_key
 from sequencerd.storage import daemons
-from sequencerd.storage.listener import Due, parse
+from sequencerd.storage.listener import EnrollmentDue, parse
 from sequencerd.storage.schemas import LOCK_CLASS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
 from tests.helpers.databases import SCHEMA
@@ -551,7 +551,7 @@ async def test_notifications_are_short_and_folded(defined: asyncpg.Connection, e
     )
     [payload] = await heard(ear, defined, one_by_one)
     begun = await defined.fetchval("SELECT DISTINCT wake_at FROM sequencer.enrollments")
-    assert parse(payload) == Due(due=("s", "first"), since=begun)
+    assert parse(payload) == EnrollmentDue(due=("s", "first"), since=begun)
     cancel = "UPDATE sequencer.enrollments SET status = 'cancelled'"
     assert await heard(ear, defined, cancel) == []
 
@@ -614,12 +614,12 @@ async def test_a_notification_says_if_some_start_later(
     start = "INSERT INTO sequencer.enrollments (sequence, subject, wake_at) VALUES ('s', '{}', {})"
     [payload] = await heard(ear, defined, start.format("ada", "now() + interval '1 second'"))
     due = parse(payload)
-    assert isinstance(due, Due)
+    assert isinstance(due, EnrollmentDue)
     assert due.since is not None
     assert due.later
     [payload] = await heard(ear, defined, start.format("bob", "now()"))
     due = parse(payload)
-    assert isinstance(due, Due)
+    assert isinstance(due, EnrollmentDue)
     assert not due.later
 
 

@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from sequencerd.storage import embedded
-from sequencerd.storage.embedded import EmbeddedError, Server
+from sequencerd.storage.embedded import EmbeddedError, EmbeddedServer
 from tests.helpers.databases import FAST
 
 
@@ -26,14 +26,14 @@ def folder() -> Iterator[Path]:
         yield Path(made) / "server"
 
 
-async def version(server: Server) -> str:
+async def version(server: EmbeddedServer) -> str:
     connection = await asyncpg.connect(server.url)
     text: str = await connection.fetchval("SELECT version()")
     await connection.close()
     return text
 
 
-def postmaster(server: Server) -> int | None:
+def postmaster(server: EmbeddedServer) -> int | None:
     file = server.data / "postmaster.pid"
     return int(file.read_text().splitlines()[0]) if file.exists() else None
 
@@ -113,7 +113,7 @@ def test_what_is_planted_where_the_socket_goes_is_left_alone(
         made.mkdir(parents=True)
     victim.chmod(0o700)
     monkeypatch.setattr(tempfile, "tempdir", str(shared))
-    programs = embedded.Programs.find()
+    programs = embedded.PostgresPrograms.find()
     made = embedded._socket_folder(long, programs)
     assert made.parent == shared
     assert embedded._socket_folder(long, programs) == made  # the next process takes it, too

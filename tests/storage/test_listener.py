@@ -18,7 +18,14 @@ from structlog.testing import capture_logs
 from sequencerd.core.advance import advance
 from sequencerd.engine import moves, reschedule
 from sequencerd.storage import listener, locking, sequences
-from sequencerd.storage.listener import Changed, Due, Message, Reevaluate, listen, parse
+from sequencerd.storage.listener import (
+    DefinitionsChanged,
+    EnrollmentDue,
+    Notification,
+    Reevaluate,
+    listen,
+    parse,
+)
 from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import eventually
@@ -35,17 +42,17 @@ NONE_LEFT = "SELECT bool_and(reschedule_from IS NULL AND NOT reschedule_again) F
         ("{}", Reevaluate()),
         ('{"subject": "ada"}', Reevaluate(subject="ada")),
         ('{"sequence": "s", "step": "a"}', Reevaluate(sequence="s", step="a")),
-        ('{"due" : ["s", "a"]}', Due(due=("s", "a"))),
+        ('{"due" : ["s", "a"]}', EnrollmentDue(due=("s", "a"))),
         (
             '{"due":["s","a"],"since":"2026-01-01T01:00:00.5+01:00","later":true}',
-            Due(
+            EnrollmentDue(
                 due=("s", "a"), since=datetime(2026, 1, 1, 0, 0, 0, 500_000, tzinfo=UTC), later=True
             ),
         ),
-        ('{"definitions": true}', Changed(definitions=True)),
+        ('{"definitions": true}', DefinitionsChanged(definitions=True)),
     ],
 )
-def test_payloads(payload: str, message: Message) -> None:
+def test_payloads(payload: str, message: Notification) -> None:
     assert parse(payload) == message
 
 

@@ -37,10 +37,10 @@ async def lease(connection: asyncpg.Connection) -> tuple[list[Enrollment], dict[
         )
         leased = [one._replace(entered_at=now).leased_to("me", NUMBER) for one in claimed]
         at = leased[0]
-        row = writes.Row(
+        row = writes.EnrollmentState(
             at.sequence, at.step, "active", now, now, at.visit, 1, NUMBER, None, at.leased_by
         )
-        written = writes.Written(rows={row: [one.id for one in leased]})
+        written = writes.EnrollmentWrites(rows={row: [one.id for one in leased]})
         await writes.write(connection, written, now)
         number = await evaluations.new_transaction(connection)
     assert number is not None

@@ -26,10 +26,10 @@ async def test_each_enrollment_gets_its_own_state_and_events(
         " SELECT 's', 'u' || n FROM generate_series(1, 40) AS n"
     )
     ids = [row["id"] for row in await connection.fetch("SELECT id FROM sequencer.enrollments")]
-    written = writes.Written()
+    written = writes.EnrollmentWrites()
     for number, id_ in enumerate(ids):
         kind = number % different
-        row = writes.Row(
+        row = writes.EnrollmentState(
             "s",
             "b",
             "active" if kind % 2 else "failed",
@@ -91,7 +91,7 @@ async def test_each_enrollment_gets_its_own_state_and_events(
 async def test_events_alone_are_written(connection: asyncpg.Connection) -> None:
     """Of results that came too late: they move nothing."""
     event = Event(NOW, "s", "a", 1, "stale_result")
-    await writes.write(connection, writes.Written(events={event: [7, 8]}), NOW)
+    await writes.write(connection, writes.EnrollmentWrites(events={event: [7, 8]}), NOW)
     assert await connection.fetchval("SELECT count(*) FROM sequencer.events") == 2
-    await writes.write(connection, writes.Written(), NOW)
+    await writes.write(connection, writes.EnrollmentWrites(), NOW)
     assert await connection.fetchval("SELECT count(*) FROM sequencer.events") == 2

@@ -20,7 +20,7 @@ DEFAULT = "YYYY-MM-DDTHH:mm:ssZ"
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class DateNames:
     """What a locale calls the parts of a date."""
 
     months: tuple[str, ...]
@@ -37,7 +37,7 @@ def _hour12(at: datetime) -> int:
     return at.hour % 12 or 12
 
 
-def _meridiem(at: datetime, names: Names, column: int) -> str:
+def _meridiem(at: datetime, names: DateNames, column: int) -> str:
     minute = at.hour * 60 + at.minute
     return str([part for part in names.meridiem if part[0] <= minute][-1][column])
 
@@ -48,7 +48,7 @@ def _offset(at: datetime, separator: str) -> str:
     return f"{'-' if minutes < 0 else '+'}{hours:02}{separator}{rest:02}"
 
 
-_Write = Callable[[datetime, Names], str]
+_Write = Callable[[datetime, DateNames], str]
 
 TOKENS: dict[str, _Write] = {
     "YYYY": lambda at, _: f"{at.year:04}",
@@ -141,10 +141,10 @@ def check_locale(locale: str) -> str:
 
 
 @cache
-def _names(locale: str) -> Names:
+def _names(locale: str) -> DateNames:
     found = _locales()[locale]
-    return Names(
-        *(tuple(found[to_camel(field.name)]) for field in fields(Names)),
+    return DateNames(
+        *(tuple(found[to_camel(field.name)]) for field in fields(DateNames)),
     )
 
 

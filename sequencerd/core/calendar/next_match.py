@@ -137,11 +137,11 @@ def next_start(
     return next_match(after, attribute, values, tz)
 
 
-def _but(value: int, field: _Field) -> list[int]:
+def _but(value: int, field: _DateField) -> list[int]:
     return [other for other in range(field.lowest, field.highest + 1) if other != value]
 
 
-class _Field(NamedTuple):
+class _DateField(NamedTuple):
     """What moment's getter can give, how it reads a wall time, and when a value comes next.
 
     `following` gets a wall time whose own value is not wanted, and the wanted values in order.
@@ -153,7 +153,9 @@ class _Field(NamedTuple):
     following: Callable[[datetime, Sequence[int]], datetime | None]
 
 
-def _search(after: datetime, field: _Field, wanted: Sequence[int], tz: ZoneInfo) -> datetime | None:
+def _search(
+    after: datetime, field: _DateField, wanted: Sequence[int], tz: ZoneInfo
+) -> datetime | None:
     """Steps from one wall time that should match to the next: mostly one, two around a gap.
 
     Between an instant and the one at which the clock first shows the next matching wall time
@@ -173,7 +175,7 @@ def _search(after: datetime, field: _Field, wanted: Sequence[int], tz: ZoneInfo)
     return None
 
 
-def _field(attribute: str) -> _Field:
+def _field(attribute: str) -> _DateField:
     name = full_name(attribute) if isinstance(attribute, str) else None
     if name is None:
         near = get_close_matches(str(attribute), ATTRIBUTES, n=1)
@@ -182,7 +184,7 @@ def _field(attribute: str) -> _Field:
     return _FIELDS[name]
 
 
-def _in_range(value: object, field: _Field) -> int | None:
+def _in_range(value: object, field: _DateField) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if not field.lowest <= value <= field.highest or value != int(value):
@@ -305,42 +307,42 @@ _MINUTE = timedelta(minutes=1)
 _HOUR = timedelta(hours=1)
 
 _FIELDS = {
-    "year": _Field(MINYEAR, MAXYEAR, lambda wall: wall.year, _of_day(_in_years(_years))),
-    "quarter": _Field(1, 4, lambda wall: (wall.month + 2) // 3, _of_day(_in_years(_quarters))),
-    "month": _Field(0, 11, lambda wall: wall.month - 1, _of_day(_in_years(_months))),
-    "week": _Field(
+    "year": _DateField(MINYEAR, MAXYEAR, lambda wall: wall.year, _of_day(_in_years(_years))),
+    "quarter": _DateField(1, 4, lambda wall: (wall.month + 2) // 3, _of_day(_in_years(_quarters))),
+    "month": _DateField(0, 11, lambda wall: wall.month - 1, _of_day(_in_years(_months))),
+    "week": _DateField(
         1,
         53,
         lambda wall: (_day_of_year(_saturday(wall)) + 6) // 7,
         _of_day(_in_years(_weeks(_first_week))),
     ),
-    "isoWeek": _Field(
+    "isoWeek": _DateField(
         1,
         53,
         lambda wall: wall.isocalendar().week,
         _of_day(_in_years(_weeks(_first_iso_week))),
     ),
-    "weekYear": _Field(
+    "weekYear": _DateField(
         MINYEAR,
         MAXYEAR,
         lambda wall: _saturday(wall).year,
         _of_day(_in_years(_week_years(_first_week))),
     ),
-    "isoWeekYear": _Field(
+    "isoWeekYear": _DateField(
         MINYEAR,
         MAXYEAR,
         lambda wall: wall.isocalendar().year,
         _of_day(_in_years(_week_years(_first_iso_week))),
     ),
-    "dayOfYear": _Field(1, 366, _day_of_year, _of_day(_in_years(_days_of_year))),
-    "date": _Field(1, 31, lambda wall: wall.day, _of_day(_next_day_of_month)),
-    "day": _Field(0, 6, lambda wall: wall.isoweekday() % 7, _of_day(_next_weekday)),
-    "weekday": _Field(0, 6, lambda wall: wall.isoweekday() % 7, _of_day(_next_weekday)),
-    "isoWeekday": _Field(1, 7, lambda wall: wall.isoweekday(), _of_day(_next_weekday)),
-    "hour": _Field(0, 23, lambda wall: wall.hour, _of_clock(_HOUR, 24)),
-    "minute": _Field(0, 59, lambda wall: wall.minute, _of_clock(_MINUTE, 60)),
-    "second": _Field(0, 59, lambda wall: wall.second, _of_clock(_SECOND, 60)),
-    "millisecond": _Field(
+    "dayOfYear": _DateField(1, 366, _day_of_year, _of_day(_in_years(_days_of_year))),
+    "date": _DateField(1, 31, lambda wall: wall.day, _of_day(_next_day_of_month)),
+    "day": _DateField(0, 6, lambda wall: wall.isoweekday() % 7, _of_day(_next_weekday)),
+    "weekday": _DateField(0, 6, lambda wall: wall.isoweekday() % 7, _of_day(_next_weekday)),
+    "isoWeekday": _DateField(1, 7, lambda wall: wall.isoweekday(), _of_day(_next_weekday)),
+    "hour": _DateField(0, 23, lambda wall: wall.hour, _of_clock(_HOUR, 24)),
+    "minute": _DateField(0, 59, lambda wall: wall.minute, _of_clock(_MINUTE, 60)),
+    "second": _DateField(0, 59, lambda wall: wall.second, _of_clock(_SECOND, 60)),
+    "millisecond": _DateField(
         0, 999, lambda wall: wall.microsecond // 1000, _of_clock(_MILLISECOND, 1000)
     ),
 }

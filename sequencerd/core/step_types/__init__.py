@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sequencerd.core.config import parse_config
 from sequencerd.core.javascript.conditions import Operand, first_key
 from sequencerd.core.javascript.templates import called_partials, compile_template
-from sequencerd.core.model import DefinitionError, Instant, KeyPath
+from sequencerd.core.model import DefinitionError, InstantStep, KeyPath
 from sequencerd.core.step_types import branches, data, effects, journeys, waits
 from sequencerd.core.step_types.condition_config import condition_roots, read_condition
 from sequencerd.core.step_types.record import StepType, find, texts
@@ -48,7 +48,7 @@ def is_seeded(type_: str) -> bool:
     return type_ in BUILT_IN and BUILT_IN[type_].is_seeded
 
 
-def compile_step(type_: str, config: Mapping[str, Any]) -> Instant:
+def compile_step(type_: str, config: Mapping[str, Any]) -> InstantStep:
     """Compile a step without a side effect. Raises DefinitionError."""
     record = BUILT_IN[type_]
     assert record.compile is not None

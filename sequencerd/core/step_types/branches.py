@@ -18,7 +18,7 @@ from sequencerd.core.model import (
     DefinitionError,
     Exit,
     Fault,
-    Instant,
+    InstantStep,
     KeyPath,
     Stay,
     StepAnswer,
@@ -40,30 +40,30 @@ class GoToConfig(Config):
     """The sequence that has the step, where it is another one."""
 
 
-def _go_to(config: GoToConfig) -> Instant:
+def _go_to(config: GoToConfig) -> InstantStep:
     if config.sequence is not None and config.step is None:
         raise DefinitionError([Fault(("sequence",), "needs a step beside it: where to go in it")])
     if config.step is None:
-        return Instant(lambda _: Action.NEXT)
+        return InstantStep(lambda _: Action.NEXT)
     target = Exit("next", ("config", "step"), config.step, config.sequence)
     refused = ALT_NEXT._replace(is_optional=True)  # without altNext the enrollment fails
     exits = (target,) if config.sequence is None else (target, refused)
-    return Instant(lambda _: target, exits)
+    return InstantStep(lambda _: target, exits)
 
 
 class ConditionalConfig(ConditionConfig):
     """Goes to next if the condition holds, else to altNext."""
 
 
-def _conditional(config: ConditionalConfig) -> Instant:
+def _conditional(config: ConditionalConfig) -> InstantStep:
     holds = compile_condition(config)
-    return Instant(
+    return InstantStep(
         lambda context: Action.NEXT if holds(context) else Action.ALT_NEXT,
         (NEXT._replace(condition=config), ALT_NEXT),
     )
 
 
-class Case(Config):
+class SwitchCase(Config):
     """A branch of a Switch."""
 
     when: ConditionConfig
@@ -75,11 +75,11 @@ class Case(Config):
 class SwitchConfig(Config):
     """Goes to the step of the first case whose condition holds, else to next."""
 
-    cases: list[Case] = Field(min_length=1)
+    cases: list[SwitchCase] = Field(min_length=1)
     """The cases, in the order in which they are tried."""
 
 
-def _switch(config: SwitchConfig) -> Instant:
+def _switch(config: SwitchConfig) -> InstantStep:
     faults = Faults()
     cases = []
     for number, case in enumerate(config.cases):
@@ -98,7 +98,7 @@ def _switch(config: SwitchConfig) -> Instant:
     def answer(context: Context) -> StepAnswer:
         return next((exit_ for holds, exit_ in cases if holds(context)), Action.NEXT)
 
-    return Instant(answer, (*(exit_ for _, exit_ in cases), NEXT))
+    return InstantStep(answer, (*(exit_ for _, exit_ in cases), NEXT))
 
 
 class GoalConfig(ConditionConfig):
@@ -108,9 +108,9 @@ class GoalConfig(ConditionConfig):
     """Pulls again each time that the condition holds after it did not; else once."""
 
 
-def _goal(config: GoalConfig) -> Instant:
+def _goal(config: GoalConfig) -> InstantStep:
     is_met = compile_condition(config, waits=True)
-    return Instant(
+    return InstantStep(
         lambda context: Action.NEXT if is_met(context) else Stay(NEVER),
         (NEXT._replace(condition=config, at_once="sometimes", reason="where it holds"),),
         met=is_met,
@@ -121,7 +121,7 @@ def _goal(config: GoalConfig) -> Instant:
 Weight = Annotated[StrictInt | StrictFloat, Field(ge=0, le=1e9)]
 
 
-class Way(Config):
+class SplitWay(Config):
     """A branch of a Split."""
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
@@ -145,7 +145,7 @@ class SplitConfig(Config):
     """The weight of next."""
     alt_next: Weight | None = None
     """The weight of altNext."""
-    ways: list[Way] | None = Field(default=None, min_length=1)
+    ways: list[SplitWay] | None = Field(default=None, min_length=1)
     """Named ways, instead of the weights of next and altNext."""
 
     @model_validator(mode="after")
@@ -157,7 +157,7 @@ class SplitConfig(Config):
         return self
 
 
-def _split(config: SplitConfig) -> Instant:
+def _split(config: SplitConfig) -> InstantStep:
     if config.ways is not None:
         return _split_ways(config.ways)
     assert config.next is not None
@@ -169,10 +169,10 @@ def _split(config: SplitConfig) -> Instant:
     def answer(context: Context) -> StepAnswer:
         return Action.NEXT if _point(context) < share else Action.ALT_NEXT
 
-    return Instant(answer, (_weighted(NEXT, config.next), _weighted(ALT_NEXT, config.alt_next)))
+    return InstantStep(answer, (_weighted(NEXT, config.next), _weighted(ALT_NEXT, config.alt_next)))
 
 
-def _split_ways(ways: list[Way]) -> Instant:
+def _split_ways(ways: list[SplitWay]) -> InstantStep:
     names = [way.name for way in ways]
     if twice := [n for n, name in enumerate(names) if names.index(name) != n]:
         raise DefinitionError(
@@ -192,7 +192,7 @@ def _split_ways(ways: list[Way]) -> Instant:
         drawn = [(-log1p(-_point(context, way.name)) / way.weight, exit_) for way, exit_ in open_]
         return min(drawn, key=itemgetter(0))[1]
 
-    return Instant(answer, tuple(exits))
+    return InstantStep(answer, tuple(exits))
 
 
 def _weighted(exit_: Exit, weight: float) -> Exit:

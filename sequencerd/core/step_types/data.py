@@ -17,7 +17,7 @@ from sequencerd.core.model import (
     Context,
     DefinitionError,
     EvaluationError,
-    Instant,
+    InstantStep,
     KeyPath,
     Update,
     parse_data,
@@ -25,8 +25,8 @@ from sequencerd.core.model import (
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_number, compile_text, shown
 
-Value = Callable[[Context], Any]
-Change = Callable[[Context, Any], Any]
+ReadValue = Callable[[Context], Any]
+NewValue = Callable[[Context, Any], Any]
 """Gets the present value of a key, and returns the next."""
 
 OPERATIONS = ("get", "add", "append", "remove")
@@ -42,9 +42,9 @@ class UpdateDataConfig(Config):
     """Whether a missing value is an error, instead of nothing or null."""
 
 
-def _update_data(config: UpdateDataConfig) -> Instant:
+def _update_data(config: UpdateDataConfig) -> InstantStep:
     faults = Faults()
-    changes: dict[str, Change] = {}
+    changes: dict[str, NewValue] = {}
     for key, value in config.data.items():
         with faults.at("data", key):
             changes[key] = _compile_change(("data", key), value, config.strict)
@@ -55,7 +55,7 @@ def _update_data(config: UpdateDataConfig) -> Instant:
         data = parse_data(context.enrollment.data) if reads else {}
         return Update({key: change(context, data.get(key)) for key, change in changes.items()})
 
-    return Instant(answer)
+    return InstantStep(answer)
 
 
 def _operation(value: object) -> str | None:
@@ -65,7 +65,7 @@ def _operation(value: object) -> str | None:
     return None
 
 
-def _compile_change(path: KeyPath, value: Any, strict: bool) -> Change:
+def _compile_change(path: KeyPath, value: Any, strict: bool) -> NewValue:
     """Compile the change of a key. Raises DefinitionError, by the place within the value."""
     match _operation(value):
         case "add":
@@ -81,7 +81,7 @@ def _compile_change(path: KeyPath, value: Any, strict: bool) -> Change:
     return lambda context, _: made(context)
 
 
-def compile_item(within: KeyPath, path: KeyPath, value: Any, *, strict: bool = False) -> Value:
+def compile_item(within: KeyPath, path: KeyPath, value: Any, *, strict: bool = False) -> ReadValue:
     """Compile a JSON value with templates and {get: path} in it. Raises DefinitionError, which
     names the place within the value. With `strict`, a missing value is an error.
     """
@@ -93,7 +93,7 @@ def compile_item(within: KeyPath, path: KeyPath, value: Any, *, strict: bool = F
 
 def _compile_nested(
     within: KeyPath, path: KeyPath, value: Any, faults: Faults, strict: bool
-) -> Value:
+) -> ReadValue:
     """Compile a value in which {get: path} can be anywhere; `within` is where it is in it."""
     operation = _operation(value)
     if operation == "get":
@@ -122,7 +122,7 @@ def _compile_nested(
     return lambda _: value
 
 
-def _compile_get(path: object) -> Value:
+def _compile_get(path: object) -> ReadValue:
     """Compile the value at a path of the view; null where there is none."""
     if not isinstance(path, str | list) or not path:
         raise DefinitionError("get must be a path such as data.points")
@@ -138,7 +138,7 @@ def _compile_get(path: object) -> Value:
     return value
 
 
-def _required(path: KeyPath, read: object, found: Value) -> Value:
+def _required(path: KeyPath, read: object, found: ReadValue) -> ReadValue:
     """Return `found` with a missing value as an error."""
     where = ".".join(map(str, read)) if isinstance(read, list) else read
 
@@ -162,7 +162,7 @@ def _at(value: Any, keys: list[str]) -> Any:
     return value
 
 
-def _compile_add(path: KeyPath, amount: Any, strict: bool) -> Change:
+def _compile_add(path: KeyPath, amount: Any, strict: bool) -> NewValue:
     if isinstance(amount, bool) or not isinstance(amount, int | float | str):
         raise DefinitionError("add must be a number, or a template that gives one")
     number = compile_number((*path, "add"), amount, strict=strict)

@@ -23,7 +23,7 @@ from sequencerd.core.calendar.business_days import BUSINESS_DAYS, MAX_AMOUNT, ad
 from sequencerd.core.calendar.next_match import full_name
 from sequencerd.core.config import Config, Faults
 from sequencerd.core.model import Context, DefinitionError, EvaluationError, KeyPath
-from sequencerd.core.step_types.template_config import Template, compile_number
+from sequencerd.core.step_types.template_config import TemplateText, compile_number
 from sequencerd.core.window_config import CalendarName
 
 LONGEST_PERIOD = timedelta(days=366)
@@ -46,7 +46,7 @@ def _unit(name: str) -> str:
 class DurationConfig(Config):
     """An amount of a unit of time."""
 
-    amount: StrictInt | StrictFloat | Template
+    amount: StrictInt | StrictFloat | TemplateText
     """How many; a number, or a template that gives one, such as {{data.days}}."""
     unit: Annotated[str, AfterValidator(_unit)] = Field(
         json_schema_extra=spelled(dates.UNITS, BUSINESS_DAYS)
@@ -68,10 +68,10 @@ class DurationConfig(Config):
         return self
 
 
-Move = Callable[[datetime], datetime]
+MoveTime = Callable[[datetime], datetime]
 
 
-def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Context], Move]:
+def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Context], MoveTime]:
     """Compile how far instants are moved by a duration; errors name its path. DefinitionError."""
     faults = Faults()
     with faults.at(*path, "amount"):
@@ -79,7 +79,7 @@ def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Cont
     faults.check()
     unit = "" if duration.unit in BUSINESS_DAYS else dates.normalise_unit(duration.unit)
 
-    def bind(context: Context) -> Move:
+    def bind(context: Context) -> MoveTime:
         tz = dates.zone(context.timezone)
         number = amount(context)
         off = context.holidays(duration.holidays)

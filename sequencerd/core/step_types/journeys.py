@@ -22,7 +22,7 @@ from sequencerd.core.model import (
     DefinitionError,
     Entry,
     EvaluationError,
-    Instant,
+    InstantStep,
     Stay,
     StepAnswer,
     Update,
@@ -50,7 +50,7 @@ class EnrollStepConfig(Config):
     """The data of the new enrollment; texts are templates, and {get: path} is a value."""
 
 
-def _enroll(config: EnrollStepConfig) -> Instant:
+def _enroll(config: EnrollStepConfig) -> InstantStep:
     faults = Faults()
     data: dict[str, Callable[[Context], Any]] = {}
     for key, value in config.data.items():
@@ -66,7 +66,7 @@ def _enroll(config: EnrollStepConfig) -> Instant:
         return Entry(config.sequence, subject(context), exact_json.dumps(made), timezone)
 
     refused = ALT_NEXT._replace(is_optional=True)
-    return Instant(answer, (NEXT, refused), concerns=(("enrolls", config.sequence),))
+    return InstantStep(answer, (NEXT, refused), concerns=(("enrolls", config.sequence),))
 
 
 class CancelConfig(Config):
@@ -78,11 +78,11 @@ class CancelConfig(Config):
     """A template; the enrollment's own subject by default."""
 
 
-def _cancel(config: CancelConfig) -> Instant:
+def _cancel(config: CancelConfig) -> InstantStep:
     faults = Faults()
     subject = _subject(config.subject, faults)
     faults.check()
-    return Instant(
+    return InstantStep(
         lambda context: Cancellation(config.sequence, subject(context)),
         concerns=(("cancels", config.sequence),),
     )
@@ -137,7 +137,7 @@ class CollectConfig(Config):
     """How many items are kept; the others are counted only."""
 
 
-def _collect(config: CollectConfig) -> Instant:
+def _collect(config: CollectConfig) -> InstantStep:
     end = _end_of_round(config)
 
     def answer(context: Context) -> StepAnswer:
@@ -167,7 +167,7 @@ def _collect(config: CollectConfig) -> Instant:
         return Update(moved, f"{count} item{'' if count == 1 else 's'}", has_waited=True)
 
     # what passes at once has items that came since it passed before: it is no loop
-    return Instant(answer, (NEXT._replace(at_once="never"),), collects=True)
+    return InstantStep(answer, (NEXT._replace(at_once="never"),), collects=True)
 
 
 def _end_of_round(config: CollectConfig) -> Callable[[Context, datetime, datetime], datetime]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sequencerd.core.config import Config
-from sequencerd.core.model import Instant, KeyPath
+from sequencerd.core.model import InstantStep, KeyPath
 
 ANY = "*"
 """In a path: every item of a list."""
@@ -23,7 +23,7 @@ class StepType:
 
     name: str
     config: type[Config]
-    compile: Callable[[Any], Instant] | None = None
+    compile: Callable[[Any], InstantStep] | None = None
     """Compile a parsed config. Raises DefinitionError. None: a runner executes a side effect."""
     describe: Callable[[Mapping[str, Any]], str] = lambda _: ""
     """Describe what an enrollment at such a step waits for; empty for a step that does not wait."""

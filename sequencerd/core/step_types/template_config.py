@@ -23,7 +23,9 @@ def _template(text: str) -> str:
     return text
 
 
-Template = Annotated[str, AfterValidator(_template), Field(json_schema_extra={"pattern": r"\{\{"})]
+TemplateText = Annotated[
+    str, AfterValidator(_template), Field(json_schema_extra={"pattern": r"\{\{"})
+]
 """A text with a template in it, where a number or the like can be written out."""
 
 MAX_SHOWN = 100  # characters of a value

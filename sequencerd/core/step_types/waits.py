@@ -22,7 +22,7 @@ from sequencerd.core.model import (
     DefinitionError,
     EvaluationError,
     Exit,
-    Instant,
+    InstantStep,
     Stay,
     StepAnswer,
     effect_key,
@@ -84,8 +84,8 @@ class WaitForDurationConfig(DurationConfig):
     """Waits from its arrival on."""
 
 
-def _wait_for_duration(config: WaitForDurationConfig) -> Instant:
-    return Instant(_wait_until(compile_duration(config)), (_after(config, NEXT),))
+def _wait_for_duration(config: WaitForDurationConfig) -> InstantStep:
+    return InstantStep(_wait_until(compile_duration(config)), (_after(config, NEXT),))
 
 
 def _wait_until(end: Callable[[Context], datetime]) -> Callable[[Context], StepAnswer]:
@@ -113,7 +113,7 @@ class WaitForConditionConfig(ConditionConfig):
     """How long, counted from the arrival; without it for ever."""
 
 
-def _wait_for_condition(config: WaitForConditionConfig) -> Instant:
+def _wait_for_condition(config: WaitForConditionConfig) -> InstantStep:
     holds = compile_condition(config, waits=True)
     end = compile_duration(config.timeout, ("timeout",)) if config.timeout else lambda _: NEVER
 
@@ -126,7 +126,7 @@ def _wait_for_condition(config: WaitForConditionConfig) -> Instant:
     exits = [NEXT._replace(condition=config, at_once="sometimes", reason="where it holds")]
     if config.timeout is not None:
         exits.append(_after(config.timeout, ALT_NEXT))
-    return Instant(answer, tuple(exits))
+    return InstantStep(answer, tuple(exits))
 
 
 def _describe_condition(config: Mapping[str, Any]) -> str:
@@ -172,7 +172,7 @@ class WaitForDateConfig(Config):
         return self
 
 
-def _wait_for_date(config: WaitForDateConfig) -> Instant:
+def _wait_for_date(config: WaitForDateConfig) -> InstantStep:
     end = _compile_end(config)
 
     def answer(context: Context) -> StepAnswer:
@@ -195,7 +195,7 @@ def _wait_for_date(config: WaitForDateConfig) -> Instant:
     if config.past == "altNext" or config.missing == "altNext":
         where = "past" if config.past == "altNext" else "missing"
         exits.append(ALT_NEXT._replace(at_once="sometimes", reason=f"where its date is {where}"))
-    return Instant(answer, tuple(exits))
+    return InstantStep(answer, tuple(exits))
 
 
 def _compile_end(config: WaitForDateConfig) -> Callable[[Context], datetime]:
@@ -271,7 +271,7 @@ class WaitForDateComparisonConfig(Config):
     """What follows when it is woken late, after an outage."""
 
 
-def _wait_for_date_comparison(config: WaitForDateComparisonConfig) -> Instant:
+def _wait_for_date_comparison(config: WaitForDateComparisonConfig) -> InstantStep:
     attribute = config.attribute
     lowest, highest = dates.bounds(attribute)
     hint = f"write whole numbers, {lowest} to {highest}"
@@ -306,7 +306,7 @@ def _wait_for_date_comparison(config: WaitForDateComparisonConfig) -> Instant:
             )
         return Action.NEXT if until <= context.now else Stay(until)
 
-    return Instant(answer, (_comparing(config),))
+    return InstantStep(answer, (_comparing(config),))
 
 
 def _is_template(value: object) -> bool:
@@ -350,7 +350,7 @@ class WaitForWindowConfig(WindowConfig):
     """Waits until a window is open."""
 
 
-def _wait_for_window(config: WaitForWindowConfig) -> Instant:
+def _wait_for_window(config: WaitForWindowConfig) -> InstantStep:
     window = config.window()
 
     def begin(context: Context) -> datetime:
@@ -366,7 +366,7 @@ def _wait_for_window(config: WaitForWindowConfig) -> Instant:
         )
 
     exit_ = NEXT._replace(at_once="sometimes", reason="where the window is open")
-    return Instant(_wait_until(begin), (exit_,))
+    return InstantStep(_wait_until(begin), (exit_,))
 
 
 def _describe_window(config: Mapping[str, Any]) -> str:

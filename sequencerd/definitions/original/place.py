@@ -13,9 +13,9 @@ from sequencerd.core.routing import ShardNumber, shard_of
 from sequencerd.core.step_types import is_goal, is_instant
 from sequencerd.definitions import plan
 from sequencerd.definitions.compiler import Runners
-from sequencerd.definitions.original.read import Source
-from sequencerd.definitions.original.report import At, Import, Sequenced, merge
-from sequencerd.definitions.original.translate import Choices, is_past
+from sequencerd.definitions.original.read import ImportSource
+from sequencerd.definitions.original.report import ImportedSequence, ImportReport, StepPlace, merge
+from sequencerd.definitions.original.translate import ImportChoices, is_past
 from sequencerd.storage import server
 from sequencerd.storage.change_of_shards import Change
 from sequencerd.storage.connections import Shard
@@ -36,7 +36,7 @@ _NOT_A_ROWS = (
 """Errors of the database that would meet every row."""
 
 
-class Placed(NamedTuple):
+class ImportedEnrollment(NamedTuple):
     """An enrollment to be, in the columns of `import_enrollments`."""
 
     original_id: str
@@ -51,15 +51,15 @@ class Placed(NamedTuple):
     note: str | None  # for the history
 
 
-class Entry(NamedTuple):
+class Placement(NamedTuple):
     """An enrollment to be, and where it was."""
 
-    placed: Placed
-    at: At
+    placed: ImportedEnrollment
+    at: StepPlace
     is_elsewhere: bool  # at a step of another sequence than its own
 
 
-class Row(NamedTuple):
+class OriginalEnrollment(NamedTuple):
     """A row of `runners`."""
 
     id: str
@@ -75,8 +75,8 @@ class Row(NamedTuple):
 
 
 async def apply(
-    source: Source, change: Change, found: Mapping[Shard, Import], runners: Runners
-) -> Import:
+    source: ImportSource, change: Change, found: Mapping[Shard, ImportReport], runners: Runners
+) -> ImportReport:
     """Write what was read for each shard, for the caller to commit; count it all, and ask what is
     open. Of some shards only, the rows of the others are passed over.
     """
@@ -100,7 +100,7 @@ async def apply(
     async with source.connection.transaction(readonly=True):
         await source.connection.execute(QUERIES["use_utc"])
         async for values in source.connection.cursor(query, prefetch=BATCH):
-            row = Row(*values)
+            row = OriginalEnrollment(*values)
             shard = by_number.get(shard_of(row.subject or "", shards))
             if shard is not None and writers[shard].add(row):
                 await change.on(shard, writers[shard].flush)
@@ -129,7 +129,7 @@ async def leave_ids(change: Change) -> None:
         await change.on_each(write)
 
 
-def _questions(found: Import, choices: Choices) -> list[str]:
+def _questions(found: ImportReport, choices: ImportChoices) -> list[str]:
     """What the operator must decide before anything is imported."""
     asked = []
     if count := found.at_conditionals.total():
@@ -162,7 +162,7 @@ def _questions(found: Import, choices: Choices) -> list[str]:
     return asked
 
 
-def _named(counts: Mapping[At, int]) -> str:
+def _named(counts: Mapping[StepPlace, int]) -> str:
     return ", ".join(f"{name}/{step}: {count:,}" for (name, step), count in sorted(counts.items()))
 
 
@@ -170,7 +170,7 @@ class _Writer:
     """Finds the place of each row, and writes them in batches."""
 
     def __init__(
-        self, ours: asyncpg.Connection, found: Import, choices: Choices, now: datetime
+        self, ours: asyncpg.Connection, found: ImportReport, choices: ImportChoices, now: datetime
     ) -> None:
         self._ours = ours
         self._found = found
@@ -178,7 +178,7 @@ class _Writer:
         self._now = now
         today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         self._sequences = found.sequences
-        self._steps: dict[At, Mapping[str, Any]] = {
+        self._steps: dict[StepPlace, Mapping[str, Any]] = {
             (one.name, name): step
             for one in found.sequences.values()
             for name, step in one.steps.items()
@@ -193,9 +193,9 @@ class _Writer:
             for at, step in self._steps.items()
             if step["type"] == "WaitForDate" and is_past(step["config"], today)
         }
-        self._batch: list[Entry] = []
+        self._batch: list[Placement] = []
 
-    def add(self, row: Row) -> bool:
+    def add(self, row: OriginalEnrollment) -> bool:
         """Place a row, or say why it has no place. Return whether the batch is to be written."""
         if row.sequence in self._found.unwanted and row.step not in self._places:
             return False
@@ -209,7 +209,7 @@ class _Writer:
     def _leave_out(self, reason: str, id_: str) -> None:
         self._found.left_out.setdefault(reason, []).append(id_)
 
-    def _place(self, row: Row) -> Entry | str:
+    def _place(self, row: OriginalEnrollment) -> Placement | str:
         own = self._sequences.get(row.sequence or "")
         created_at = row.started_at or row.made_at or row.entered_at
         place = self._places.get(row.step or "")
@@ -238,7 +238,7 @@ class _Writer:
             "active" if row.is_active else "completed" if row.ended_at else "cancelled"
         )
         ended_at = row.ended_at or row.entered_at or created_at
-        placed = Placed(
+        placed = ImportedEnrollment(
             row.id,
             there.name,
             step,
@@ -253,9 +253,9 @@ class _Writer:
         at = (there.name, step)
         if row.is_active and at in self._past and self._choices.past_dates == "skip":
             placed = self._beyond(placed, there)
-        return Entry(placed, at, there is not own)
+        return Placement(placed, at, there is not own)
 
-    def _beyond(self, placed: Placed, there: Sequenced) -> Placed:
+    def _beyond(self, placed: ImportedEnrollment, there: ImportedSequence) -> ImportedEnrollment:
         """Past a WaitForDate, and past the side effect that follows, which would come too late."""
         target = self._steps[there.name, placed.step]["next"]
         skipped = None
@@ -280,7 +280,7 @@ class _Writer:
         batch, self._batch = self._batch, []
         await self._write(batch)
 
-    async def _write(self, batch: Sequence[Entry]) -> None:
+    async def _write(self, batch: Sequence[Placement]) -> None:
         """Write a part of a batch; where the database refuses it, each half of it."""
         if not batch:
             return
@@ -302,7 +302,7 @@ class _Writer:
             return
         self._count(batch, {row["original_id"]: row["is_written"] for row in rows})
 
-    def _count(self, batch: Sequence[Entry], written: Mapping[str, bool]) -> None:
+    def _count(self, batch: Sequence[Placement], written: Mapping[str, bool]) -> None:
         found = self._found
         for placed, at, is_elsewhere in batch:
             if placed.original_id not in written:
@@ -323,7 +323,7 @@ class _Writer:
         found.at_conditionals = +found.at_conditionals
 
 
-def _without_step(own: Sequenced, *, is_active: bool) -> tuple[Sequenced, str] | None:
+def _without_step(own: ImportedSequence, *, is_active: bool) -> tuple[ImportedSequence, str] | None:
     """Where an enrollment is that has no step: in the original only goals move it on."""
     if not is_active:
         return None

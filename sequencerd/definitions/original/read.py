@@ -15,11 +15,11 @@ from sequencerd.core.config import nearest
 from sequencerd.definitions import files, yaml_reader
 from sequencerd.definitions.check import targets
 from sequencerd.definitions.compiler import Definition, Runners
-from sequencerd.definitions.diff import Document
-from sequencerd.definitions.original.report import Import, Sequenced
+from sequencerd.definitions.diff import SequenceDocument
+from sequencerd.definitions.original.report import ImportedSequence, ImportReport
 from sequencerd.definitions.original.translate import (
-    Choices,
-    Row,
+    ImportChoices,
+    OriginalStep,
     in_order,
     step_name,
     translate,
@@ -54,14 +54,14 @@ _TABLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ImportSource:
     """Where the original's tables are, and what of them is wanted."""
 
     connection: asyncpg.Connection
     schema: str = "public"
     lookup: str | None = None  # of sequences that require external data
     only: Sequence[str] = ()  # names, titles or ids; empty: all
-    choices: Choices = field(default_factory=Choices)
+    choices: ImportChoices = field(default_factory=ImportChoices)
 
     def query(self, name: str, columns: Mapping[str, str] | None = None) -> str:
         """A statement on the tables. `columns` are those that not every version has."""
@@ -86,22 +86,22 @@ class Source:
         }
 
 
-async def read(source: Source, ours: asyncpg.Connection, runners: Runners) -> Import:
+async def read(source: ImportSource, ours: asyncpg.Connection, runners: Runners) -> ImportReport:
     """The definitions, made and checked. Raises UsageError where the tables are not there.
 
     A sequence that cannot be imported is reported, and keeps none of the others back.
     """
     columns = await source.optional()
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[OriginalStep]] = {}
     for found in await source.connection.fetch(source.query("original_steps")):
         sequence, *values = found
-        rows.setdefault(sequence, []).append(Row(*values))
+        rows.setdefault(sequence, []).append(OriginalStep(*values))
     sequences = await source.connection.fetch(source.query("original_sequences", columns))
     names = _names(sequences)
     wanted = _wanted(sequences, names, source.only)
     repeated = await source.connection.fetch(source.query("original_repeated"))
     now = await server.server_time(ours)
-    reading = _Reading(
+    reading = _ImportReader(
         source,
         {id_: in_order(first, rows.get(id_, [])) for id_, _, _, first in sequences},
         {row[0] for row in repeated},
@@ -148,7 +148,7 @@ def _wanted(
 
 
 @dataclass(slots=True)
-class _New:
+class _NewSequence:
     """A sequence that is not here yet."""
 
     title: str
@@ -157,23 +157,23 @@ class _New:
     where: str
 
 
-class _Reading:
+class _ImportReader:
     """One reading: what is present here, what is new, and what came of it."""
 
     def __init__(
         self,
-        source: Source,
-        rows: Mapping[str, Sequence[Row]],
+        source: ImportSource,
+        rows: Mapping[str, Sequence[OriginalStep]],
         repeated: set[str],
         today: datetime,
     ) -> None:
-        self.result = Import()
-        self.present: dict[str, Sequenced] = {}
+        self.result = ImportReport()
+        self.present: dict[str, ImportedSequence] = {}
         self._source = source
         self._rows = rows
         self._repeated = repeated
         self._today = today
-        self._new: dict[str, _New] = {}
+        self._new: dict[str, _NewSequence] = {}
         self._taken: set[str] = set()  # whose names other sequences have here
 
     async def find_present(
@@ -196,7 +196,7 @@ class _Reading:
             own = {step.id: by_mark.get(step.id, step_name(step)) for step in self._rows[id_]}
             step_names = {key: name for key, name in own.items() if name in known}
             if row["original_id"] or step_names:
-                self.present[id_] = Sequenced(id_, "", True, document, step_names)
+                self.present[id_] = ImportedSequence(id_, "", True, document, step_names)
             else:
                 self._taken.add(id_)
 
@@ -216,9 +216,9 @@ class _Reading:
         elif any(row.reads_external for row in rows) and self._source.lookup is None:
             self.result.errors.append(f"{where} reads external data: say from where, --lookup NAME")
         else:
-            self._new[id_] = _New(title, name, description, where)
+            self._new[id_] = _NewSequence(title, name, description, where)
 
-    def _problem(self, first: str, rows: Sequence[Row]) -> str | None:
+    def _problem(self, first: str, rows: Sequence[OriginalStep]) -> str | None:
         """Why it cannot be a sequence at all."""
         if first not in {row.id for row in rows}:
             return f"its firstStep {first} does not exist there"
@@ -260,7 +260,9 @@ class _Reading:
             }
             step_names = {row.id: step_name(row) for row in rows}
             if not made.errors:
-                self.result.sequences[id_] = Sequenced(id_, new.title, False, document, step_names)
+                self.result.sequences[id_] = ImportedSequence(
+                    id_, new.title, False, document, step_names
+                )
         self._new = {id_: new for id_, new in self._new.items() if id_ in self.result.sequences}
 
     def _drop_dependent(self) -> None:
@@ -307,8 +309,8 @@ class _Reading:
 
 
 def _check(
-    documents: Mapping[str, Document], runners: Runners
-) -> dict[str, tuple[Definition | None, list[files.Finding]]]:
+    documents: Mapping[str, SequenceDocument], runners: Runners
+) -> dict[str, tuple[Definition | None, list[files.FileFinding]]]:
     """Each definition, if it has no error, and what was found."""
     written = {id_: yaml_reader.parse(to_yaml(document)) for id_, document in documents.items()}
     definitions, findings = files.check_documents(written, runners)

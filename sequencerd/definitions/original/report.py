@@ -8,24 +8,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sequencerd.definitions.compiler import Definition
-from sequencerd.definitions.diff import Document
+from sequencerd.definitions.diff import SequenceDocument
 from sequencerd.definitions.plan_of_shards import sentences
 
 SHOWN = 5
 STATUSES = ("active", "completed", "cancelled")
 
-At = tuple[str, str]
+StepPlace = tuple[str, str]
 """A step here: the names of its sequence and its own."""
 
 
 @dataclass(slots=True)
-class Sequenced:
+class ImportedSequence:
     """A sequence of the original, as it is here, or will be."""
 
     original_id: str
     title: str
     is_here: bool  # and is left as it is
-    document: Document
+    document: SequenceDocument
     step_names: Mapping[str, str]  # by the original's id
     goals_met: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The goals that an enrollment at a step must have met."""
@@ -43,19 +43,19 @@ class Sequenced:
 
 
 @dataclass(slots=True)
-class Import:
+class ImportReport:
     """What is imported, and what is not and why."""
 
     definitions: list[Definition] = field(default_factory=list)
-    sequences: dict[str, Sequenced] = field(default_factory=dict)  # by the original's id
+    sequences: dict[str, ImportedSequence] = field(default_factory=dict)  # by the original's id
     unwanted: set[str] = field(default_factory=set)  # sequences that --only does not name
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # by sequence and status
     already_here: int = 0
     elsewhere: int = 0  # at a step of another sequence than their own
-    at_conditionals: Counter[At] = field(default_factory=Counter)
-    at_past_dates: Counter[At] = field(default_factory=Counter)
+    at_conditionals: Counter[StepPlace] = field(default_factory=Counter)
+    at_past_dates: Counter[StepPlace] = field(default_factory=Counter)
     left_out: dict[str, list[str]] = field(default_factory=dict)  # ids, by reason
     questions: list[str] = field(default_factory=list)
 
@@ -108,12 +108,12 @@ class Import:
         }
 
 
-def merge(parts: Mapping[str, Import]) -> Import:
+def merge(parts: Mapping[str, ImportReport]) -> ImportReport:
     """Return the imports of several shards as one; of one, it is the same."""
     first, *others = parts.values()
     if not others:
         return first
-    result = Import(
+    result = ImportReport(
         errors=[*sentences({shard: one.errors for shard, one in parts.items()})],
         warnings=[*sentences({shard: one.warnings for shard, one in parts.items()})],
     )
@@ -132,7 +132,7 @@ def merge(parts: Mapping[str, Import]) -> Import:
     return result
 
 
-def _by_step(counts: Counter[At]) -> list[dict[str, Any]]:
+def _by_step(counts: Counter[StepPlace]) -> list[dict[str, Any]]:
     return [
         {"sequence": sequence, "step": step, "count": count}
         for (sequence, step), count in sorted(counts.items())

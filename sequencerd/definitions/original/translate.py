@@ -41,7 +41,7 @@ _TAG = re.compile(r"\{\{\{.*?\}\}\}|\{\{.*?\}\}", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class OriginalStep:
     """A step of the original."""
 
     id: str
@@ -53,7 +53,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Choices:
+class ImportChoices:
     """What the operator decides where the original's code and its README differ."""
 
     conditional: Literal["wait", "branch"] | None = None
@@ -61,7 +61,7 @@ class Choices:
 
 
 @dataclass(slots=True)
-class Translated:
+class TranslatedSteps:
     """The steps of a sequence, and remarks, each with the name of its step."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -69,12 +69,12 @@ class Translated:
     errors: list[str] = field(default_factory=list)
 
 
-def step_name(row: Row) -> str:
+def step_name(row: OriginalStep) -> str:
     """The name that a step gets."""
     return f"{row.type}-{row.id}"
 
 
-def in_order(first: str | None, rows: Sequence[Row]) -> list[Row]:
+def in_order(first: str | None, rows: Sequence[OriginalStep]) -> list[OriginalStep]:
     """Along the paths, the first step first; what none of them reaches, such as goals, last."""
     by_id = {row.id: row for row in rows}
 
@@ -87,19 +87,19 @@ def in_order(first: str | None, rows: Sequence[Row]) -> list[Row]:
 
 
 def translate(
-    rows: Sequence[Row],
+    rows: Sequence[OriginalStep],
     elsewhere: Mapping[str, tuple[str, str]],
-    choices: Choices,
+    choices: ImportChoices,
     today: datetime,
-) -> Translated:
+) -> TranslatedSteps:
     """The steps of one sequence. `elsewhere` are steps of other sequences by their ids, with the
     names of both here; a link there becomes a GoTo.
     """
-    made = Translated()
+    made = TranslatedSteps()
     names = {row.id: step_name(row) for row in rows}
     jumps: dict[str, dict[str, Any]] = {}
 
-    def target(row: Row, column: str, id_: str | None) -> str | None:
+    def target(row: OriginalStep, column: str, id_: str | None) -> str | None:
         if id_ is None or id_ in names:
             return names.get(id_ or "")
         sequence, step = elsewhere[id_]
@@ -138,7 +138,7 @@ def translate(
 
 
 def _translate_step(
-    row: Row, choices: Choices, today: datetime, name: str, made: Translated
+    row: OriginalStep, choices: ImportChoices, today: datetime, name: str, made: TranslatedSteps
 ) -> tuple[str, dict[str, Any]]:
     config = json.loads(row.config or "null") or {}
     if not isinstance(config, dict):
@@ -161,7 +161,7 @@ def _translate_step(
 
 
 def _conditional(
-    config: dict[str, Any], choices: Choices, name: str, made: Translated
+    config: dict[str, Any], choices: ImportChoices, name: str, made: TranslatedSteps
 ) -> tuple[str, dict[str, Any]]:
     if choices.conditional is None:
         made.warnings.append(
@@ -172,7 +172,7 @@ def _conditional(
 
 
 def _past_date(
-    config: dict[str, Any], choices: Choices, name: str, made: Translated
+    config: dict[str, Any], choices: ImportChoices, name: str, made: TranslatedSteps
 ) -> dict[str, Any]:
     told = f"{name}: its date {config['date']} has passed"
     if choices.past_dates is None:
@@ -186,7 +186,9 @@ def _past_date(
     return {**config, "date": HELD}
 
 
-def _known(type_: str, config: Mapping[str, Any], name: str, made: Translated) -> dict[str, Any]:
+def _known(
+    type_: str, config: Mapping[str, Any], name: str, made: TranslatedSteps
+) -> dict[str, Any]:
     """The keys that the original reads of the config of one of its own types."""
     found = {}
     dropped = [key for key in config if key not in _KEYS[type_]]
@@ -220,7 +222,9 @@ def _set(config: Any, path: Sequence[str | int], value: str) -> None:
     config[path[-1]] = value
 
 
-def _custom(row: Row, config: dict[str, Any], name: str, made: Translated) -> dict[str, Any]:
+def _custom(
+    row: OriginalStep, config: dict[str, Any], name: str, made: TranslatedSteps
+) -> dict[str, Any]:
     """The config of a custom type, unchanged but for what makes external data arrive."""
     if row.type in BUILT_IN:
         made.errors.append(
@@ -238,7 +242,7 @@ def _custom(row: Row, config: dict[str, Any], name: str, made: Translated) -> di
     return config
 
 
-def _split_lists(config: dict[str, Any], name: str, made: Translated) -> None:
+def _split_lists(config: dict[str, Any], name: str, made: TranslatedSteps) -> None:
     """Write addresses as JSON text, `[{{#each external.l}}"{{{this}}}",{{/each}}]`, with commas.
 
     The original parses as JSON what has a bracket. Here the brackets and quotation marks of the

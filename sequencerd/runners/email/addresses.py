@@ -39,7 +39,7 @@ _TAG = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Addresses:
+class AddressField:
     """The addresses of a field: the mailboxes of its literal parts, and the templates of the
     others.
     """
@@ -86,13 +86,13 @@ def compile_addresses(
     *,
     many: bool = False,
     strict: bool = False,
-) -> Addresses:
+) -> AddressField:
     """Return the addresses of a field, a text or several. Raises DefinitionError, which names it.
 
     With `many`, a value may be a list of addresses; with `strict`, a missing one is an error.
     """
     sources = [] if field is None else [field] if isinstance(field, str) else list(field)
-    return Addresses(name, tuple(_compile(name, source, strict) for source in sources), many)
+    return AddressField(name, tuple(_compile(name, source, strict) for source in sources), many)
 
 
 def _compile(name: str, source: str, strict: bool) -> tuple[Mailbox, ...] | Template:

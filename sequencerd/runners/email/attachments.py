@@ -22,7 +22,7 @@ from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import DefinitionError, Failed
 from sequencerd.core.step_types.effects import AttachmentConfig
 from sequencerd.runners.fields import RenderError, compile_field, one_line, render
-from sequencerd.runners.http_client import Reply, TooLarge, Unreachable, Web, judge
+from sequencerd.runners.http_client import AnswerTooLarge, HttpClient, HttpReply, Unreachable, judge
 
 MAX_BYTES = 10 * 1024 * 1024  # of all attachments of a message, before their encoding
 MAX_NAME = 100  # characters
@@ -50,7 +50,7 @@ class AttachmentError(ValueError):
         *,
         permanent: bool = True,
         is_data: bool = False,
-        reply: Reply | None = None,
+        reply: HttpReply | None = None,
     ) -> None:
         super().__init__(message)
         # the mail server was not asked, and its messages need not wait
@@ -62,7 +62,7 @@ class AttachmentError(ValueError):
             self.failed = Failed(message, judged.permanent, judged.retry_after, asked=False)
 
 
-class File(NamedTuple):
+class AttachmentFile(NamedTuple):
     """An attachment that is complete. With a content id, HTML refers to it as cid:..."""
 
     name: str
@@ -116,7 +116,7 @@ def compile_attachment(number: int, config: AttachmentConfig, *, strict: bool) -
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class UrlPattern:
     """A pattern of URLs. `is_exact` tells that it names a host, and not any of many."""
 
     scheme: str
@@ -142,7 +142,7 @@ def _hosts(url: httpx.URL) -> tuple[str, str]:
     return url.host.lower(), url.raw_host.decode("ascii").lower()
 
 
-def parse_source(pattern: str) -> Source:
+def parse_source(pattern: str) -> UrlPattern:
     """Parse a pattern such as files.example.com, *.example.com, or http://localhost:8000/public/*.
     Raises ValueError.
     """
@@ -156,7 +156,7 @@ def parse_source(pattern: str) -> Source:
     scheme = scheme or "https"
     host = host.lower().strip("[]")
     is_exact = not re.search(r"[*?]", host)
-    return Source(scheme, host, int(port or _PORTS[scheme]), path or "*", is_exact)
+    return UrlPattern(scheme, host, int(port or _PORTS[scheme]), path or "*", is_exact)
 
 
 # --- fetching
@@ -171,14 +171,14 @@ class Attachments:
         self._sources = [parse_source(pattern) for pattern in allowed]
         self._slots = asyncio.Semaphore(FETCHES)
         # a host that is named may be one of a private network; one of many must not become one
-        self._clients: dict[bool, Web] = {
-            is_exact: Web(timeout=CALL_TIMEOUT, connections=FETCHES, allow_private=is_exact)
+        self._clients: dict[bool, HttpClient] = {
+            is_exact: HttpClient(timeout=CALL_TIMEOUT, connections=FETCHES, allow_private=is_exact)
             for is_exact in (True, False)
         }
 
     async def get(
         self, attachments: Sequence[Attachment], view: Mapping[str, Any]
-    ) -> tuple[File, ...]:
+    ) -> tuple[AttachmentFile, ...]:
         """Return the attachments of a message, without those whose URL or content renders to
         nothing. Raises AttachmentError and RenderError.
         """
@@ -194,8 +194,8 @@ class Attachments:
 
     async def _get(
         self, attachments: Sequence[Attachment], view: Mapping[str, Any]
-    ) -> tuple[File, ...]:
-        found: list[File] = []
+    ) -> tuple[AttachmentFile, ...]:
+        found: list[AttachmentFile] = []
         left = MAX_BYTES
         for one in attachments:
             if url := one.value("url", view):
@@ -210,7 +210,7 @@ class Attachments:
                 raise _too_large(one.path)
             type_ = _content_type(one.value("content_type", view), name, given)
             name = file_name(name, type_)
-            found.append(File(name, type_, content, _content_id(one, name, view)))
+            found.append(AttachmentFile(name, type_, content, _content_id(one, name, view)))
         return tuple(found)
 
     async def _fetch(self, path: str, url: str, left: int) -> tuple[bytes, str]:
@@ -224,7 +224,7 @@ class Attachments:
                 reply = await self._clients[source.is_exact].call(
                     "GET", url, headers={}, max_answer=left
                 )
-            except TooLarge as error:
+            except AnswerTooLarge as error:
                 raise _too_large(path) from error
             except Unreachable as error:
                 raise AttachmentError(f"{path}: {error}", permanent=False) from error
@@ -239,7 +239,7 @@ class Attachments:
             raise AttachmentError(f"{place} answers {reply.status}", reply=reply)
         return reply.body, reply.headers.get("Content-Type", "")
 
-    def _allowed(self, path: str, url: str) -> tuple[httpx.URL, Source]:
+    def _allowed(self, path: str, url: str) -> tuple[httpx.URL, UrlPattern]:
         """Return a URL that may be fetched, with the source that allows it."""
         try:
             parsed = httpx.URL(url)

@@ -26,7 +26,7 @@ _ADDRESS = re.compile(r"[^\s<>\"(),:;\[\]]+@[^\s<>\"(),:;\[\]]+")
 _COMPLAINTS = frozenset({"abuse", "fraud", "opt-out"})
 
 
-class Mark(NamedTuple):
+class MessageMark(NamedTuple):
     """What a message is recognised by: the enrollment, the visit, and half of its random tag."""
 
     enrollment: int
@@ -34,7 +34,7 @@ class Mark(NamedTuple):
     tag: str
 
 
-class Dead(NamedTuple):
+class UnknownAddress(NamedTuple):
     """An address that a bounce calls unknown; without one, the recipient of the message."""
 
     address: str | None
@@ -42,30 +42,30 @@ class Dead(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class BounceReport:
     """What a bounce or an abuse report says."""
 
     kind: Literal["bounce", "complaint"]
-    marks: tuple[Mark, ...]
-    dead: tuple[Dead, ...]
+    marks: tuple[MessageMark, ...]
+    dead: tuple[UnknownAddress, ...]
 
 
-def read_report(raw: bytes) -> Report:
+def read_report(raw: bytes) -> BounceReport:
     """Read a message; one that is neither a bounce nor a complaint has nobody `dead`."""
     message = message_from_bytes(raw[:MAX_READ])
     parts = list(message.walk())
     marks = {
-        Mark(int(enrollment), int(visit), tag.lower())
+        MessageMark(int(enrollment), int(visit), tag.lower())
         for text in (raw[:MAX_READ].decode("latin-1"), *map(_text, parts))
         for enrollment, visit, tag in _MARK.findall(text)
     }
     found = tuple(sorted(marks))
     feedback = [part for part in parts if part.get_content_type() == "message/feedback-report"]
     if feedback:
-        return Report("complaint", found, tuple(_complaints(feedback[0])))
+        return BounceReport("complaint", found, tuple(_complaints(feedback[0])))
     statuses = [part for part in parts if part.get_content_type() == "message/delivery-status"]
     dead = [*_statuses(statuses)] if statuses else [*_plain(message, parts)]
-    return Report("bounce", found, tuple(dict.fromkeys(dead)))
+    return BounceReport("bounce", found, tuple(dict.fromkeys(dead)))
 
 
 def _text(part: Message) -> str:
@@ -91,7 +91,7 @@ def _field(fields: Message, name: str) -> str:
     return one_line(value.partition(";")[2] if ";" in value else value, 1000)
 
 
-def _statuses(parts: list[Message]) -> Iterator[Dead]:
+def _statuses(parts: list[Message]) -> Iterator[UnknownAddress]:
     """Yield the recipients that a delivery status notification calls unknown (RFC 3464)."""
     for fields in (group for part in parts for group in _fields(part)):
         if str(fields.get("Action", "")).strip().lower() != "failed":
@@ -103,10 +103,10 @@ def _statuses(parts: list[Message]) -> Iterator[Dead]:
         if says_unknown(reply if has_code else f"{status} {reply}"):
             for name in ("Original-Recipient", "Final-Recipient"):
                 if address := _ADDRESS.search(_field(fields, name)):
-                    yield Dead(address[0], said or status)
+                    yield UnknownAddress(address[0], said or status)
 
 
-def _complaints(part: Message) -> Iterator[Dead]:
+def _complaints(part: Message) -> Iterator[UnknownAddress]:
     """Yield the recipients who complain (RFC 5965), or nobody's address where it is left out."""
     for fields in _fields(part):
         kind = str(fields.get("Feedback-Type", "")).strip().lower()
@@ -114,7 +114,7 @@ def _complaints(part: Message) -> Iterator[Dead]:
             continue
         told = [str(value) for value in fields.get_all("Original-Rcpt-To", [])]
         found = [address for value in told for address in _ADDRESS.findall(value)]
-        yield from (Dead(address, f"abuse report: {kind}") for address in found or [None])
+        yield from (UnknownAddress(address, f"abuse report: {kind}") for address in found or [None])
 
 
 _NEAR = 400  # characters after an address in which its reply stands
@@ -125,7 +125,7 @@ _RETURNED = re.compile(
 )
 
 
-def _plain(message: Message, parts: list[Message]) -> Iterator[Dead]:
+def _plain(message: Message, parts: list[Message]) -> Iterator[UnknownAddress]:
     """Yield the recipients that a bounce without a report calls unknown: each address in its text,
     before the message that it returns, which a reply with such a code follows.
     """
@@ -143,7 +143,7 @@ def _plain(message: Message, parts: list[Message]) -> Iterator[Dead]:
         about = text[address.end() : end]
         codes = [*_REPLY.findall(about), *re.findall(r"[^\n]*\(#5\.\d+\.\d+\)", about)]
         if codes and all(map(says_unknown, codes)):
-            yield Dead(name, one_line(codes[0]))
+            yield UnknownAddress(name, one_line(codes[0]))
 
 
 def _is_from_mail_system(message: Message) -> bool:

@@ -172,7 +172,7 @@ def _encoded_words(text: str, used: int) -> str:
     return Header(text, "utf-8", maxlinelen=75, header_name="x" * used).encode(linesep="\r\n")
 
 
-class Attached(Protocol):
+class MessagePart(Protocol):
     """A file of a message. With a content id, it is part of the HTML."""
 
     @property
@@ -193,7 +193,7 @@ def message(
     text: str | None,
     html: str | None,
     boundary: str,
-    files: Sequence[Attached] = (),
+    files: Sequence[MessagePart] = (),
 ) -> bytes:
     """Return the whole message, with `text` or `html` or both. Raises RenderError.
 
@@ -230,7 +230,7 @@ def _multipart(subtype: str, boundary: str, parts: Iterable[bytes]) -> bytes:
     )
 
 
-def _file(file: Attached) -> bytes:
+def _file(file: MessagePart) -> bytes:
     """Return a file as a part."""
     kind = "attachment" if file.content_id is None else "inline"
     head = [f"Content-Type: {file.type}", "Content-Transfer-Encoding: base64"]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from sequencerd.runners.fields import one_line
-from sequencerd.runners.http_client import Unreachable, Web, check_url
+from sequencerd.runners.http_client import HttpClient, Unreachable, check_url
 
 EARLY = 120.0
 """So many seconds before its end a token is renewed, or half its life if it lives shorter."""
@@ -25,7 +25,7 @@ class TokenError(Exception):
     """No token, with the reason, which contains no secret."""
 
 
-class Token(NamedTuple):
+class AccessToken(NamedTuple):
     """An access token, and for how many seconds it is valid."""
 
     text: str
@@ -33,7 +33,7 @@ class Token(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Client:
+class OAuthClient:
     """The client's credentials at the token endpoint. With a refresh token it acts for a user."""
 
     token_url: str
@@ -43,10 +43,10 @@ class Client:
     refresh_token: str | None = field(default=None, repr=False)
 
 
-class Tokens:
+class AccessTokens:
     """The present token: fetched when it is needed, once for all callers."""
 
-    def __init__(self, fetch: Callable[[], Awaitable[Token]]) -> None:
+    def __init__(self, fetch: Callable[[], Awaitable[AccessToken]]) -> None:
         self._fetch = fetch
         self._turn = asyncio.Lock()
         self._token = ""
@@ -69,7 +69,7 @@ class Tokens:
         return text.replace(self._token, "***") if self._token else text
 
 
-class _Answer(BaseModel):
+class _TokenAnswer(BaseModel):
     access_token: str | None = None
     expires_in: float | None = None
     refresh_token: str | None = None
@@ -77,25 +77,27 @@ class _Answer(BaseModel):
     error_description: str | None = None
 
 
-def _read(body: bytes) -> _Answer:
+def _read(body: bytes) -> _TokenAnswer:
     try:
-        return _Answer.model_validate_json(body)
+        return _TokenAnswer.model_validate_json(body)
     except ValidationError:
-        return _Answer()
+        return _TokenAnswer()
 
 
-class Endpoint:
+class TokenEndpoint:
     """Fetches tokens by the client's credentials, or by its refresh token. Raises ValueError for a
     URL that cannot be called.
     """
 
-    def __init__(self, client: Client, *, timeout: float = 30.0, web: Web | None = None) -> None:
+    def __init__(
+        self, client: OAuthClient, *, timeout: float = 30.0, web: HttpClient | None = None
+    ) -> None:
         self._client = client
         self._url = check_url(client.token_url)
         self._refresh_token = client.refresh_token
-        self._web = web or Web(timeout=timeout, connections=1, allow_private=True)
+        self._web = web or HttpClient(timeout=timeout, connections=1, allow_private=True)
 
-    async def fetch(self) -> Token:
+    async def fetch(self) -> AccessToken:
         """Fetch a new token. Raises TokenError."""
         client = self._client
         form = {"client_id": client.client_id}
@@ -119,14 +121,14 @@ class Endpoint:
                 said = said.replace(secret, "***") if secret else said
             raise TokenError(f"the token endpoint answered {reply.status}: {one_line(said)}")
         self._refresh_token = answer.refresh_token or self._refresh_token  # some change it
-        return Token(answer.access_token, answer.expires_in or UNKNOWN_LIFE)
+        return AccessToken(answer.access_token, answer.expires_in or UNKNOWN_LIFE)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._web.close()
 
 
-class Command:
+class TokenCommand:
     """Runs a program that prints a token, or a token endpoint's JSON. Raises ValueError."""
 
     def __init__(self, command: str, *, timeout: float = 30.0) -> None:
@@ -135,7 +137,7 @@ class Command:
             raise ValueError("token_command is empty")
         self._timeout = timeout
 
-    async def fetch(self) -> Token:
+    async def fetch(self) -> AccessToken:
         """Return what the program prints. Raises TokenError, without its output."""
         try:
             process = await asyncio.create_subprocess_exec(
@@ -164,18 +166,18 @@ class Command:
         """Do nothing: there is nothing to release."""
 
 
-def token_source(oauth: Client | str) -> Endpoint | Command:
+def token_source(oauth: OAuthClient | str) -> TokenEndpoint | TokenCommand:
     """Return the source of tokens: a client's endpoint, or a command. Raises ValueError."""
-    return Command(oauth) if isinstance(oauth, str) else Endpoint(oauth)
+    return TokenCommand(oauth) if isinstance(oauth, str) else TokenEndpoint(oauth)
 
 
-def _printed(output: bytes) -> Token:
+def _printed(output: bytes) -> AccessToken:
     text = output.decode("utf-8", "replace").strip()
     if text.startswith("{"):
         answer = _read(output)
-        token = Token(answer.access_token or "", answer.expires_in or UNKNOWN_LIFE)
+        token = AccessToken(answer.access_token or "", answer.expires_in or UNKNOWN_LIFE)
     else:
-        token = Token(text, UNKNOWN_LIFE)
+        token = AccessToken(text, UNKNOWN_LIFE)
     if not token.text or not token.text.isprintable() or " " in token.text:
         raise TokenError("token_command prints no token")
     return token

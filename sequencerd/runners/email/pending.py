@@ -23,7 +23,7 @@ LONGEST = timedelta(days=2)
 """So long it is tried, as mail servers do (RFC 5321, 4.5.4.1, says four to five days at most)."""
 
 
-class Pending(BaseModel):
+class PendingMail(BaseModel):
     """What remains to be sent of a message: `key` identifies it, `tries` counts the further
     attempts.
     """
@@ -40,18 +40,18 @@ class Pending(BaseModel):
         return Answer(message=message, data={DATA_KEY: None})
 
 
-def read(task: Task) -> Pending | None:
+def read(task: Task) -> PendingMail | None:
     """Return what remains of this task's message, if a part of it was sent already."""
     data: Mapping[str, Any] = task.view["data"]
     try:
-        left = Pending.model_validate(data.get(DATA_KEY))
+        left = PendingMail.model_validate(data.get(DATA_KEY))
     except ValidationError:
         return None
     return left if left.key == task.key else None
 
 
 def follow_up(
-    task: Task, left: Pending | None, delivery: Delivery, retry: RetryPolicy, now: datetime
+    task: Task, left: PendingMail | None, delivery: Delivery, retry: RetryPolicy, now: datetime
 ) -> Result:
     """Return what the enrollment does after a delivery."""
     result = delivery.result
@@ -69,7 +69,7 @@ def follow_up(
         return left.end(message)
     tries = 0 if left is None else left.tries + 1
     seconds = doubled(retry.first_delay, retry.longest_delay, tries + 1)
-    again = Pending(key=task.key, to=later, since=since, tries=tries)
+    again = PendingMail(key=task.key, to=later, since=since, tries=tries)
     return Answer(
         Action.NOOP,
         f"{message}; sent to {len(later)} later",

@@ -33,7 +33,7 @@ Stage = Literal["connection", "sender", "recipient", "message"]
 """What was refused: the connection up to the login, MAIL, RCPT, or DATA."""
 
 
-class Meaning(StrEnum):
+class RefusalMeaning(StrEnum):
     """Whose fault a refusal is."""
 
     QUOTA = "quota"  # a rate or a quota of the sender: it passes
@@ -48,7 +48,7 @@ class Meaning(StrEnum):
 class Refusal(NamedTuple):
     """What a refusal means; for a quota, the least wait."""
 
-    meaning: Meaning
+    meaning: RefusalMeaning
     wait: timedelta | None = None
 
 
@@ -252,12 +252,12 @@ def read_refusal(code: int, text: str, stage: Stage) -> Refusal:
     level, about = _enhanced(text)
     level = level or str(code)[0]
     said = _said(text)
-    by_code = Meaning.REFUSED if level == "5" else Meaning.PASSING
+    by_code = RefusalMeaning.REFUSED if level == "5" else RefusalMeaning.PASSING
     if stage == "connection":
         meaning = _of_connection(code, about, said)
     else:
         meaning = _of_message(code, about, said, stage, by_code)
-    return Refusal(meaning, _wait(said) if meaning is Meaning.QUOTA else None)
+    return Refusal(meaning, _wait(said) if meaning is RefusalMeaning.QUOTA else None)
 
 
 _UNKNOWN = frozenset({"1.1", "1.2", "1.6", "1.10"})
@@ -278,44 +278,48 @@ def says_unknown(text: str) -> bool:
     return level == "5" and about in _UNKNOWN and not _POLICY.search(_said(text))
 
 
-def _of_connection(code: int, about: str, said: str) -> Meaning:
+def _of_connection(code: int, about: str, said: str) -> RefusalMeaning:
     if about in _QUOTA_CODES or _is_quota(code, about, said, "connection"):
-        return Meaning.QUOTA
+        return RefusalMeaning.QUOTA
     if code == _PASSING_LOGIN:
-        return Meaning.UNAVAILABLE
+        return RefusalMeaning.UNAVAILABLE
     operators = code in _LOGIN_REPLIES or about in _OPERATOR_CODES or _OPERATOR.search(said)
-    return Meaning.OPERATOR if operators or _SENDER.search(said) else Meaning.UNAVAILABLE
+    return (
+        RefusalMeaning.OPERATOR if operators or _SENDER.search(said) else RefusalMeaning.UNAVAILABLE
+    )
 
 
-def _of_message(code: int, about: str, said: str, stage: Stage, by_code: Meaning) -> Meaning:
+def _of_message(
+    code: int, about: str, said: str, stage: Stage, by_code: RefusalMeaning
+) -> RefusalMeaning:
     if about in _RATE_OF_RECIPIENT:
-        return Meaning.PASSING
+        return RefusalMeaning.PASSING
     if about in _ADDRESS and stage != "sender" and "submission" not in said:
         return by_code
     if about in _RULE_OF_RECIPIENT or _RULE_OF_GROUP.search(said):
         return by_code
     if _GREYLISTED.search(said):
-        return Meaning.PASSING
+        return RefusalMeaning.PASSING
     if not _RATE.search(said) and (about == _RECIPIENTS or _TOO_MANY_RECIPIENTS.search(said)):
-        return Meaning.RECIPIENTS if stage == "recipient" else by_code
+        return RefusalMeaning.RECIPIENTS if stage == "recipient" else by_code
     if about in _SIZE_CODES or _SIZE.search(said):
         return by_code
     if about in _QUOTA_CODES or _is_quota(code, about, said, stage):
-        return Meaning.QUOTA
+        return RefusalMeaning.QUOTA
     if code in _LOGIN_REPLIES or about in _OPERATOR_CODES:
-        return Meaning.OPERATOR
+        return RefusalMeaning.OPERATOR
     if about in _SENDER_CODES or _RECORDS.search(said):
-        return Meaning.SENDER
+        return RefusalMeaning.SENDER
     if not _CONTENT.search(said):
         if _OPERATOR.search(said):
-            return Meaning.OPERATOR
+            return RefusalMeaning.OPERATOR
         if _SENDER.search(said):
-            return Meaning.SENDER
-    if stage == "sender" and by_code is Meaning.REFUSED:
-        return Meaning.SENDER
-    if by_code is Meaning.PASSING and (about in _FULL_SERVER or _BUSY.search(said)):
-        return Meaning.UNAVAILABLE
-    return Meaning.UNAVAILABLE if code == 421 and stage != "message" else by_code
+            return RefusalMeaning.SENDER
+    if stage == "sender" and by_code is RefusalMeaning.REFUSED:
+        return RefusalMeaning.SENDER
+    if by_code is RefusalMeaning.PASSING and (about in _FULL_SERVER or _BUSY.search(said)):
+        return RefusalMeaning.UNAVAILABLE
+    return RefusalMeaning.UNAVAILABLE if code == 421 and stage != "message" else by_code
 
 
 def _is_quota(code: int, about: str, said: str, stage: Stage) -> bool:

@@ -23,10 +23,10 @@ from sequencerd.core.model import (
     Failed,
     Fault,
     Limits,
+    MessageContext,
     NotStarted,
     Result,
     RetryPolicy,
-    Shared,
     Suppressed,
     Task,
     Undeliverable,
@@ -34,23 +34,29 @@ from sequencerd.core.model import (
 from sequencerd.core.step_types.effects import EMAIL, EmailConfig
 from sequencerd.runners import unsubscribe
 from sequencerd.runners.email import mime, pending
-from sequencerd.runners.email.addresses import Addresses, compile_addresses
+from sequencerd.runners.email.addresses import AddressField, compile_addresses
 from sequencerd.runners.email.attachments import (
     FETCH_TIMEOUT,
     FETCHES,
     Attachment,
     AttachmentError,
+    AttachmentFile,
     Attachments,
-    File,
     compile_attachment,
 )
 from sequencerd.runners.email.mime import parse_mailbox
-from sequencerd.runners.email.oauth import Client, Tokens, token_source
+from sequencerd.runners.email.oauth import AccessTokens, OAuthClient, token_source
 from sequencerd.runners.email.plain import plain_text
-from sequencerd.runners.email.smtp import FINAL_TIMEOUT, OFFER_TIMEOUT, REPLY_TIMEOUT, Mail, Postman
+from sequencerd.runners.email.smtp import (
+    FINAL_TIMEOUT,
+    OFFER_TIMEOUT,
+    REPLY_TIMEOUT,
+    Mail,
+    MailTransport,
+)
 from sequencerd.runners.fields import (
     RenderError,
-    Translated,
+    Translations,
     compile_field,
     compile_texts,
     one_line,
@@ -58,9 +64,9 @@ from sequencerd.runners.fields import (
     with_prefix,
 )
 from sequencerd.runners.only_to import OnlyTo
-from sequencerd.runners.pace import Pace, Take
+from sequencerd.runners.pace import Pace, TakePermits
 from sequencerd.runners.suppression_check import Suppressions, describe
-from sequencerd.runners.unsubscribe import Links
+from sequencerd.runners.unsubscribe import UnsubscribeLinks
 
 MAX_RECIPIENTS = 100
 
@@ -69,18 +75,18 @@ TEST_MARK = "[Test] "
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class EmailProgram:
     """The templates of a config, by field."""
 
-    addresses: Mapping[str, Addresses]  # from, to, cc, bcc, replyTo
-    subject: Template | Translated
-    text: Template | Translated | None
-    html: Template | Translated | None
+    addresses: Mapping[str, AddressField]  # from, to, cc, bcc, replyTo
+    subject: Template | Translations
+    text: Template | Translations | None
+    html: Template | Translations | None
     headers: Mapping[str, Template]
-    list_unsubscribe: Template | Translated | None
+    list_unsubscribe: Template | Translations | None
     attachments: tuple[Attachment, ...] = ()
     bounce_address: str | None = None
-    links: Links | None = None  # to unsubscribe with
+    links: UnsubscribeLinks | None = None  # to unsubscribe with
 
 
 LIMITS = replace(MESSAGE_LIMITS, timeout=REPLY_TIMEOUT)
@@ -90,7 +96,7 @@ class EmailRunner:
     """Sends each enrollment of a step a message of its own.
 
     `url`, `final_timeout`, `hello_name` and the timeout of `limits` are explained at
-    `smtp.Postman`; each call sends one message. `oauth` is a client of a token endpoint or a
+    `smtp.MailTransport`; each call sends one message. `oauth` is a client of a token endpoint or a
     command that prints a token, `list_unsubscribe` the template of a URL for steps without one,
     `only_to` are patterns of the recipients that get messages, and `attachments_from` of the URLs
     of attachments. With `suppress_bounces`, results
@@ -105,16 +111,16 @@ class EmailRunner:
         limits: Limits = LIMITS,
         final_timeout: float = FINAL_TIMEOUT,
         hello_name: str | None = None,
-        oauth: Client | str | None = None,
+        oauth: OAuthClient | str | None = None,
         list_unsubscribe: str | None = None,
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
         attachments_from: Iterable[str] = (),
         suppress_bounces: bool = True,
         bounce_address: str | None = None,
-        links: Links | None = None,
+        links: UnsubscribeLinks | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
-        take: Take | None = None,
+        take: TakePermits | None = None,
     ) -> None:
         self.retry = retry
         self._suppress_bounces = suppress_bounces
@@ -124,18 +130,18 @@ class EmailRunner:
         self._only_to = OnlyTo("email.only_to", only_to)
         self._attachments = Attachments(attachments_from)
         self._pace = Pace(limits, EMAIL.name, take)
-        # the postman keeps its own limits: this one is for what they can't come to
+        # the transport keeps its own limits: this one is for what they can't come to
         longest = 2 * OFFER_TIMEOUT + final_timeout + self._pace.longest_wait
         longest += FETCH_TIMEOUT * (1 + limits.concurrency // FETCHES)
         self.limits = replace(limits, timeout=longest)
         self._source = None if oauth is None else token_source(oauth)
-        self._postman = Postman(
+        self._transport = MailTransport(
             url,
             connections=limits.concurrency,
             timeout=limits.timeout,
             final_timeout=final_timeout,
             hello_name=hello_name,
-            tokens=None if self._source is None else Tokens(self._source.fetch),
+            tokens=None if self._source is None else AccessTokens(self._source.fetch),
         )
         if list_unsubscribe is None and links is not None:
             list_unsubscribe = f"{{{{{unsubscribe.NAME}}}}}"
@@ -143,7 +149,9 @@ class EmailRunner:
             None if list_unsubscribe is None else compile_field("listUnsubscribe", list_unsubscribe)
         )
 
-    def compile(self, config: Mapping[str, Any], shared: Shared = NOTHING_SHARED) -> Program:
+    def compile(
+        self, config: Mapping[str, Any], shared: MessageContext = NOTHING_SHARED
+    ) -> EmailProgram:
         """Compile all templates, and check literal addresses. Raises DefinitionError."""
         parsed = parse_config(EmailConfig, config, EMAIL.name)
         fields = {
@@ -170,7 +178,7 @@ class EmailRunner:
         for number, attachment in enumerate(parsed.attachments):
             with faults.at():
                 attachments.append(compile_attachment(number, attachment, strict=parsed.strict))
-        texts: dict[str, Template | Translated | None] = {}
+        texts: dict[str, Template | Translations | None] = {}
         for name, source, escape in (
             ("subject", parsed.subject, False),
             ("text", parsed.text, False),
@@ -188,7 +196,7 @@ class EmailRunner:
                 unsubscribe.check_reads(texts)
         faults.check()
         assert texts["subject"] is not None
-        return Program(
+        return EmailProgram(
             addresses,
             texts["subject"],
             texts["text"],
@@ -202,7 +210,7 @@ class EmailRunner:
 
     def preview(self, program: object, task: Task) -> Mapping[str, str]:
         """Return what `run` would send, by field. Raises RenderError."""
-        assert isinstance(program, Program)
+        assert isinstance(program, EmailProgram)
         mail = write(program, task, datetime.now(UTC))
         found = {**mime.fields(mail.content), "to": ", ".join((*mail.to, *mail.others))}
         names = [
@@ -214,7 +222,7 @@ class EmailRunner:
 
     async def write(self, program: object, task: Task) -> bytes:
         """Return the finished message of an enrollment. Raises RenderError."""
-        assert isinstance(program, Program)
+        assert isinstance(program, EmailProgram)
         files = await self._attachments.get(program.attachments, task.view)
         return write(program, task, datetime.now(UTC), files=files).content
 
@@ -234,19 +242,19 @@ class EmailRunner:
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Send the messages concurrently."""
-        assert isinstance(program, Program)
+        assert isinstance(program, EmailProgram)
         if len(tasks) == 1:
             return [await self._send(program, tasks[0])]
         return await asyncio.gather(*(self._send(program, task) for task in tasks))
 
-    async def _send(self, program: Program, task: Task) -> Result:
+    async def _send(self, program: EmailProgram, task: Task) -> Result:
         now = datetime.now(UTC)
         try:
             mail = write(program, task, now)
             outside = self._only_to.outside(mail.recipients)
             if outside.issuperset(mail.to):
                 return Suppressed(f"not sent to {self._only_to.told(outside)}")
-            files: tuple[File, ...] = ()
+            files: tuple[AttachmentFile, ...] = ()
             if program.attachments:
                 # what is not sent needs none; whether it is sent is asked again when they are here
                 without = await self._suppressed(mail, task)
@@ -271,7 +279,7 @@ class EmailRunner:
             mail = mail.only(left.to)
             if not mail.recipients:
                 return left.end("not sent to others: they are no recipients any more")
-        delivery = await self._postman.deliver(mail)
+        delivery = await self._transport.deliver(mail)
         result = pending.follow_up(task, left, delivery, self.retry, now)
         if isinstance(result, Answer | Failed) and self._suppress_bounces:
             unknown = delivery.unknown.items()
@@ -294,11 +302,11 @@ class EmailRunner:
 
     async def check(self) -> Result:
         """Connect and log in, and send nothing. Nothing that the server does raises."""
-        return await self._postman.check()
+        return await self._transport.check()
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._postman.close()
+        await self._transport.close()
         await self._attachments.close()
         if self._source is not None:
             await self._source.close()
@@ -315,11 +323,11 @@ def _skipped(
 
 
 def write(
-    program: Program,
+    program: EmailProgram,
     task: Task,
     at: datetime,
     without: AbstractSet[str] = frozenset(),
-    files: Sequence[File] = (),
+    files: Sequence[AttachmentFile] = (),
 ) -> Mail:
     """Write the message for an enrollment, dated `at`, to all but some addresses. Raises
     RenderError.
@@ -376,7 +384,7 @@ def message_mark(task: Task) -> str:
     return re.sub(r"[^A-Za-z0-9]+", ".", task.key)
 
 
-def _more_headers(program: Program, view: Mapping[str, Any]) -> list[str]:
+def _more_headers(program: EmailProgram, view: Mapping[str, Any]) -> list[str]:
     values = {
         name: _header_value(name, template, view) for name, template in program.headers.items()
     }
@@ -406,5 +414,5 @@ def _header(name: str, value: str) -> str:
     return mime.header(name, value)
 
 
-def _header_value(name: str, template: Template | Translated, view: Mapping[str, Any]) -> str:
+def _header_value(name: str, template: Template | Translations, view: Mapping[str, Any]) -> str:
     return mime.check_header(name, mime.unfold(render(name, template, view)).strip())

@@ -12,9 +12,15 @@ from functools import partial
 
 from sequencerd.core.model import Answer, Attribution, Failed, Result
 from sequencerd.runners.email import smtp_connect
-from sequencerd.runners.email.oauth import TokenError, Tokens
-from sequencerd.runners.email.refusals import Meaning, Refusal, Stage, read_refusal, says_unknown
-from sequencerd.runners.email.smtp_dialogue import Dialogue, Reply, SmtpError, SmtpRefused
+from sequencerd.runners.email.oauth import AccessTokens, TokenError
+from sequencerd.runners.email.refusals import (
+    Refusal,
+    RefusalMeaning,
+    Stage,
+    read_refusal,
+    says_unknown,
+)
+from sequencerd.runners.email.smtp_dialogue import Dialogue, SmtpError, SmtpRefused, SmtpReply
 from sequencerd.runners.email.smtp_url import parse_url
 from sequencerd.runners.error_causes import is_exhausted
 from sequencerd.runners.fields import one_line
@@ -73,7 +79,7 @@ class Delivery:
     """Addresses that do not exist, as the server says, with its reply."""
 
 
-def judge(reply: Reply, stage: Stage) -> Failed:
+def judge(reply: SmtpReply, stage: Stage) -> Failed:
     """Return what a refusal means."""
     refusal = read_refusal(reply.code, reply.text, stage)
     return _failed(refusal, f"{reply.code} {one_line(reply.text)}")
@@ -81,21 +87,21 @@ def judge(reply: Reply, stage: Stage) -> Failed:
 
 def _failed(refusal: Refusal, message: str) -> Failed:
     match refusal.meaning:
-        case Meaning.QUOTA:
+        case RefusalMeaning.QUOTA:
             return Failed(message, retry_after=refusal.wait, fault="server", cause="over quota")
-        case Meaning.OPERATOR:
+        case RefusalMeaning.OPERATOR:
             return Failed(message, fault="server", cause="refused")
-        case Meaning.UNAVAILABLE:
+        case RefusalMeaning.UNAVAILABLE:
             return Failed(message, fault="server", cause="unavailable")
-        case Meaning.SENDER:
+        case RefusalMeaning.SENDER:
             return Failed(message, fault="unclear")
-        case Meaning.PASSING | Meaning.RECIPIENTS:
+        case RefusalMeaning.PASSING | RefusalMeaning.RECIPIENTS:
             return Failed(message)
-        case Meaning.REFUSED:
+        case RefusalMeaning.REFUSED:
             return Failed(message, permanent=True)
 
 
-class Postman:
+class MailTransport:
     """Delivers mail to one server, over at most `connections` connections at a time.
 
     `timeout` (seconds) applies to each reply of the server except the last, `final_timeout` to that
@@ -110,7 +116,7 @@ class Postman:
         timeout: float = REPLY_TIMEOUT,
         final_timeout: float = FINAL_TIMEOUT,
         hello_name: str | None = None,
-        tokens: Tokens | None = None,
+        tokens: AccessTokens | None = None,
         idle: float = IDLE,
     ) -> None:
         self._server = parse_url(url, has_token=tokens is not None)
@@ -128,7 +134,7 @@ class Postman:
 
     async def deliver(self, mail: Mail) -> Delivery:
         """Deliver a message to the server. Nothing that the server does raises."""
-        attempt = _Attempt()
+        attempt = _DeliveryAttempt()
         failed = await self._try(partial(self._deliver, mail), attempt)
         delivery = attempt.delivery(failed)
         unknown = {address: self._hide(said) for address, said in attempt.unknown.items()}
@@ -136,15 +142,17 @@ class Postman:
 
     async def check(self) -> Result:
         """Connect and log in, and send nothing. Nothing that the server does raises."""
-        failed = await self._try(self._greet, _Attempt())
+        failed = await self._try(self._greet, _DeliveryAttempt())
         return failed or Answer(message=f"{self._place} is ready for mail")
 
-    async def _greet(self, attempt: _Attempt) -> None:
+    async def _greet(self, attempt: _DeliveryAttempt) -> None:
         attempt.dialogue = await self._connect()
         await self._give_back(attempt)
 
     async def _try(
-        self, work: Callable[[_Attempt], Awaitable[Failed | None]], attempt: _Attempt
+        self,
+        work: Callable[[_DeliveryAttempt], Awaitable[Failed | None]],
+        attempt: _DeliveryAttempt,
     ) -> Failed | None:
         try:
             async with self._slots:
@@ -172,7 +180,7 @@ class Postman:
         text = self._server.hide(text)
         return text if self._tokens is None else self._tokens.hide(text)
 
-    async def _deliver(self, mail: Mail, attempt: _Attempt) -> Failed | None:
+    async def _deliver(self, mail: Mail, attempt: _DeliveryAttempt) -> Failed | None:
         """Send a message in as many transactions as the server requires."""
         failed = None
         attempt.rest = list(mail.recipients)
@@ -192,7 +200,7 @@ class Postman:
                 await self._give_back(attempt)
         return failed
 
-    async def _transact(self, mail: Mail, attempt: _Attempt) -> Failed | None:
+    async def _transact(self, mail: Mail, attempt: _DeliveryAttempt) -> Failed | None:
         """Send one transaction to the recipients that are left; those it reaches are removed."""
         try:
             async with asyncio.timeout(OFFER_TIMEOUT):
@@ -242,7 +250,7 @@ class Postman:
             self._quit(dialogue)
         return None
 
-    async def _give_back(self, attempt: _Attempt) -> None:
+    async def _give_back(self, attempt: _DeliveryAttempt) -> None:
         """Keep the connection for the next message, after resetting one that was started."""
         dialogue = attempt.dialogue
         if dialogue is None:
@@ -288,7 +296,7 @@ class Postman:
 
 
 @dataclass(slots=True)
-class _Attempt:
+class _DeliveryAttempt:
     """The progress of a delivery."""
 
     dialogue: Dialogue | None = None  # until it is given back
@@ -302,12 +310,12 @@ class _Attempt:
     said: str = ""  # by the server, of the last message that it took
     unknown: dict[str, str] = field(default_factory=dict)  # addresses, with the server's replies
 
-    def note_unknown(self, address: str, reply: Reply) -> None:
+    def note_unknown(self, address: str, reply: SmtpReply) -> None:
         """Keep an address if the server says that it does not exist."""
         if reply.code >= 500 and says_unknown(reply.text):
             self.unknown[address] = f"{reply.code} {one_line(reply.text)}"
 
-    def sort(self, mail: Mail, replies: Sequence[Reply]) -> list[str]:
+    def sort(self, mail: Mail, replies: Sequence[SmtpReply]) -> list[str]:
         """Return the recipients of this transaction; none if it is not sent.
 
         A recipient that is refused temporarily gets the message together with the others, so it is
@@ -322,7 +330,7 @@ class _Attempt:
             self.note_unknown(address, reply)
             if not reply.is_refusal:
                 taken.append(address)
-            elif read_refusal(*reply, "recipient").meaning is Meaning.RECIPIENTS:
+            elif read_refusal(*reply, "recipient").meaning is RefusalMeaning.RECIPIENTS:
                 left.append(address)
                 self.refused[address] = judge(reply, "recipient")
             else:
@@ -369,7 +377,7 @@ class _Attempt:
 _LEFT = Failed("too many recipients at a time")
 
 
-async def _begin(mail: Mail, attempt: _Attempt, first_within: float) -> list[Reply]:
+async def _begin(mail: Mail, attempt: _DeliveryAttempt, first_within: float) -> list[SmtpReply]:
     """Send the sender and the recipients, and return the replies to these. Raises SmtpRefused."""
     dialogue = attempt.dialogue
     assert dialogue is not None

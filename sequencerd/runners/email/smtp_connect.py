@@ -21,9 +21,9 @@ from aiosmtplib import (
 )
 from aiosmtplib.protocol import SMTPProtocol
 
-from sequencerd.runners.email.oauth import Tokens
-from sequencerd.runners.email.smtp_dialogue import Dialogue, Reply, SmtpError, SmtpRefused
-from sequencerd.runners.email.smtp_url import Server
+from sequencerd.runners.email.oauth import AccessTokens
+from sequencerd.runners.email.smtp_dialogue import Dialogue, SmtpError, SmtpRefused, SmtpReply
+from sequencerd.runners.email.smtp_url import SmtpServer
 
 CONNECT_TIMEOUT = 30.0  # seconds, for each of name, connection and TLS
 NAME_TIMEOUT = 5.0  # seconds, to ask the resolver for the name of this machine
@@ -33,7 +33,7 @@ _LOCAL_NAMES = re.compile(r"localhost(?:\..*)?|.*\.(?:localhost|localdomain)", r
 
 
 async def connect(
-    server: Server, *, name: str | None, reply_timeout: float, tokens: Tokens | None
+    server: SmtpServer, *, name: str | None, reply_timeout: float, tokens: AccessTokens | None
 ) -> Dialogue:
     """Return a connection that is ready for mail. Raises SmtpError or OSError.
 
@@ -58,7 +58,7 @@ async def connect(
         raise
 
 
-async def _greet(client: _Client, server: Server) -> None:
+async def _greet(client: _Client, server: SmtpServer) -> None:
     await _hello(client)
     offered = client.supports_extension("starttls")
     if server.starttls is False or (server.starttls is None and not offered) or server.tls:
@@ -94,7 +94,7 @@ async def _login(client: _Client, user: str, password: str) -> None:
     await client.login(user, password)
 
 
-async def _login_with_token(client: _Client, user: str, tokens: Tokens) -> None:
+async def _login_with_token(client: _Client, user: str, tokens: AccessTokens) -> None:
     """Log in, with a new token if the first one is refused."""
     if "xoauth2" not in client.server_auth_methods:
         raise SmtpError("the server offers no authentication with XOAUTH2")
@@ -113,7 +113,7 @@ class _Client(SMTP):
     said: SMTPResponse | None = None
     """The last reply to a command."""
 
-    def __init__(self, server: Server, reply_timeout: float) -> None:
+    def __init__(self, server: SmtpServer, reply_timeout: float) -> None:
         super().__init__(
             hostname=server.host,
             port=server.port,
@@ -205,7 +205,7 @@ def _explained(error: SMTPException, client: _Client) -> SmtpError:
             what = "the login"
         case _:
             what = "STARTTLS"
-    return SmtpRefused(Reply(error.code, text), "connection", what)
+    return SmtpRefused(SmtpReply(error.code, text), "connection", what)
 
 
 def _literal(client: _Client) -> str:

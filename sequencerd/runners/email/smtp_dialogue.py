@@ -32,14 +32,14 @@ class SmtpError(Exception):
 class SmtpRefused(SmtpError):  # noqa: N818 - it is what has happened
     """A refusal. `what` was refused, such as "the login"; the stage states the same."""
 
-    def __init__(self, reply: Reply, stage: Stage, what: str = "") -> None:
+    def __init__(self, reply: SmtpReply, stage: Stage, what: str = "") -> None:
         super().__init__(f"{reply.code} {reply.text}")
         self.reply = reply
         self.stage: Stage = stage
         self.what = what
 
 
-class Reply(NamedTuple):
+class SmtpReply(NamedTuple):
     """The server's answer to a command."""
 
     code: int
@@ -77,7 +77,7 @@ class Dialogue:
         """Whether the connection is open, as far as is known."""
         return not (self._writer.is_closing() or self._reader.at_eof())
 
-    async def ask(self, *commands: str, first_within: float | None = None) -> list[Reply]:
+    async def ask(self, *commands: str, first_within: float | None = None) -> list[SmtpReply]:
         """Send commands and read a reply to each, all at once if the server allows it.
 
         A 421 is the server's last reply: it applies to the commands behind it too. `first_within`
@@ -85,7 +85,7 @@ class Dialogue:
         """
         size = GROUP if "pipelining" in self.extensions else 1
         within = min(first_within or self._timeout, self._timeout)
-        replies: list[Reply] = []
+        replies: list[SmtpReply] = []
         for start in range(0, len(commands), size):
             group = commands[start : start + size]
             await self._write(b"".join(_line(command) for command in group), within)
@@ -97,12 +97,12 @@ class Dialogue:
                     return replies + replies[-1:] * (len(commands) - len(replies))
         return replies
 
-    async def say(self, command: str) -> Reply:
+    async def say(self, command: str) -> SmtpReply:
         """Send one command, and return the reply."""
         (reply,) = await self.ask(command)
         return reply
 
-    async def transfer(self, content: bytes, *, within: float) -> Reply:
+    async def transfer(self, content: bytes, *, within: float) -> SmtpReply:
         """Send a message, after the reply 354 to DATA; `within` limits the time for the answer."""
         lines = _LINE_END.sub(b"\r\n", content).removesuffix(b"\r\n")
         await self._write(_LEADING_DOT.sub(b"..", lines) + b"\r\n.\r\n", within)
@@ -129,14 +129,14 @@ class Dialogue:
         except TimeoutError:
             raise SmtpError(f"the server reads nothing for {within:g} s") from None
 
-    async def _read(self, command: str, within: float) -> Reply:
+    async def _read(self, command: str, within: float) -> SmtpReply:
         try:
             async with asyncio.timeout(within):
                 return await self._read_reply()
         except TimeoutError:
             raise SmtpError(f"no answer within {within:g} s to {command}") from None
 
-    async def _read_reply(self) -> Reply:
+    async def _read_reply(self) -> SmtpReply:
         texts: list[str] = []
         for _ in range(LONGEST_REPLY):
             try:
@@ -152,7 +152,7 @@ class Dialogue:
                 raise SmtpError(f"the answer of the server is not SMTP: {line[:80]!r}")
             texts.append(match[3].decode("utf-8", "replace"))
             if match[2] != b"-":
-                return Reply(int(match[1]), "\n".join(texts))
+                return SmtpReply(int(match[1]), "\n".join(texts))
         raise SmtpError("the answer of the server is too long")
 
 

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class SmtpServer:
     """The values of a server's URL."""
 
     host: str
@@ -31,7 +31,7 @@ class Server:
         return text
 
 
-def parse_url(url: str, *, has_token: bool = False) -> Server:
+def parse_url(url: str, *, has_token: bool = False) -> SmtpServer:
     """Parse smtp://user:password@host:587?starttls=always, or smtps:// (port 465).
 
     Query: `starttls` is `always`, `auto` (if offered) or `never`. By default it is `always` with a
@@ -72,7 +72,7 @@ def parse_url(url: str, *, has_token: bool = False) -> Server:
         raise ValueError("the SMTP URL's options are starttls=always|auto|never and verify=yes|no")
     if tls and mode != "never":
         raise ValueError("smtps:// is encrypted from the start: leave out starttls")
-    return Server(
+    return SmtpServer(
         host,
         port or (465 if tls else 587 if has_secret else 25),
         user,

@@ -19,14 +19,14 @@ from sequencerd.core.model import (
     MESSAGE_RETRY,
     NOTHING_SHARED,
     Answer,
-    Cause,
     Failed,
     Fault,
     Limits,
+    MessageContext,
     NotStarted,
+    OutageCause,
     Result,
     RetryPolicy,
-    Shared,
     Suppressed,
     Task,
     Undeliverable,
@@ -34,7 +34,7 @@ from sequencerd.core.model import (
 from sequencerd.core.step_types.effects import SMS, SmsConfig
 from sequencerd.runners.fields import (
     RenderError,
-    Translated,
+    Translations,
     compile_field,
     compile_texts,
     one_line,
@@ -42,20 +42,20 @@ from sequencerd.runners.fields import (
     with_prefix,
 )
 from sequencerd.runners.http_client import (
-    Reply,
+    HttpClient,
+    HttpReply,
     Unreachable,
-    Web,
     check_headers,
     check_url,
     judge,
     retry_after,
 )
 from sequencerd.runners.only_to import OnlyTo
-from sequencerd.runners.pace import Pace, Take
+from sequencerd.runners.pace import Pace, TakePermits
 from sequencerd.runners.sms import segments
 from sequencerd.runners.sms.numbers import read_number
 from sequencerd.runners.suppression_check import Suppressions, describe
-from sequencerd.runners.unsubscribe import Links, check_reads
+from sequencerd.runners.unsubscribe import UnsubscribeLinks, check_reads
 
 # Twilio's error codes that say more than the status: https://www.twilio.com/docs/api/errors
 _THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63018})
@@ -93,7 +93,7 @@ class _Receipt(BaseModel):
     message: str | None = None
 
 
-Program = Mapping[str, Template | Translated]
+SmsProgram = Mapping[str, Template | Translations]
 
 
 class _SmsRunner:
@@ -108,9 +108,9 @@ class _SmsRunner:
         allow_private: bool,
         suppressions: Suppressions | None,
         only_to: Iterable[str] | None,
-        links: Links | None,
+        links: UnsubscribeLinks | None,
         retry: RetryPolicy,
-        take: Take | None,
+        take: TakePermits | None,
     ) -> None:
         self.retry = retry
         self._links = links
@@ -118,11 +118,13 @@ class _SmsRunner:
         self._only_to = OnlyTo("sms.only_to", only_to)
         self._pace = Pace(limits, SMS.name, take)
         self.limits = replace(limits, timeout=limits.timeout + self._pace.longest_wait + 1)
-        self._web = Web(
+        self._web = HttpClient(
             timeout=limits.timeout, connections=limits.concurrency, allow_private=allow_private
         )
 
-    def compile(self, config: Mapping[str, Any], shared: Shared = NOTHING_SHARED) -> Program:
+    def compile(
+        self, config: Mapping[str, Any], shared: MessageContext = NOTHING_SHARED
+    ) -> SmsProgram:
         """Compile all templates, and check a literal number. Raises DefinitionError."""
         parsed = parse_config(self.model, config, SMS.name)
         fields = parsed.model_dump(by_alias=True, exclude_none=True, exclude={"strict"})
@@ -177,7 +179,7 @@ class _SmsRunner:
         message = with_prefix(TEST_MARK, config["message"])
         return {**kept, "to": read_number("to", address), "message": message}
 
-    async def _send(self, program: Program, task: Task) -> Result:
+    async def _send(self, program: SmsProgram, task: Task) -> Result:
         try:
             values = self.preview(program, task)
             if outside := self._only_to.outside([values["to"]]):
@@ -217,11 +219,11 @@ class TwilioRunner(_SmsRunner):
         limits: Limits = MESSAGE_LIMITS,
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
-        links: Links | None = None,
+        links: UnsubscribeLinks | None = None,
         suppress_bounces: bool = True,
         status_callback: str | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
-        take: Take | None = None,
+        take: TakePermits | None = None,
     ) -> None:
         super().__init__(
             limits=limits,
@@ -273,7 +275,7 @@ def undeliverable(code: int | None, to: str, text: str) -> Undeliverable | None:
     return None
 
 
-def _judge_twilio(reply: Reply, to: str, now: datetime) -> Answer | Failed:
+def _judge_twilio(reply: HttpReply, to: str, now: datetime) -> Answer | Failed:
     """Judge Twilio's answer: by its error code if there is one, else by the status."""
     try:
         receipt = _Receipt.model_validate_json(reply.body)
@@ -287,7 +289,7 @@ def _judge_twilio(reply: Reply, to: str, now: datetime) -> Answer | Failed:
         wait = max(asked or NO_TIME, rest_of_day(now))
         return Failed(message, retry_after=wait, fault="server", cause="over quota")
     if code in _THROTTLED or code in _OPERATORS:
-        cause: Cause = "over quota" if code in _THROTTLED else "refused"
+        cause: OutageCause = "over quota" if code in _THROTTLED else "refused"
         return Failed(message, retry_after=asked, fault="server", cause=cause)
     if code in _PASSING:
         return Failed(message, retry_after=rest_of_day(now) if code == _CARRIERS_DAY else asked)
@@ -320,9 +322,9 @@ class HttpSmsRunner(_SmsRunner):
         allow_private: bool = False,
         suppressions: Suppressions | None = None,
         only_to: Iterable[str] | None = None,
-        links: Links | None = None,
+        links: UnsubscribeLinks | None = None,
         retry: RetryPolicy = MESSAGE_RETRY,
-        take: Take | None = None,
+        take: TakePermits | None = None,
     ) -> None:
         super().__init__(
             limits=limits,

@@ -21,7 +21,7 @@ from sequencerd.runners.email.attachments import (
     parse_source,
 )
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.suppression_check import Key, Suppressions
+from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from tests.helpers import servers
 from tests.helpers.servers import HOST, HttpServer, Mailbox, Request, http_server, smtp_server, task
 
@@ -225,7 +225,7 @@ async def test_what_is_too_large_or_is_no_base64_fails_for_good(
 
 
 async def test_nothing_is_fetched_for_what_is_not_sent() -> None:
-    async def ask(keys: list[Key]) -> set[Key]:
+    async def ask(keys: list[SuppressionKey]) -> set[SuppressionKey]:
         return {key for key in keys if key[1] == "ada@example.com"}
 
     async with sending(pdf, suppressions=Suppressions(ask)) as (_, files, runner):
@@ -248,7 +248,7 @@ async def test_a_file_is_fetched_once_in_an_attempt_and_few_at_a_time() -> None:
         now -= 1
         return servers.Answer(200, PDF)
 
-    async def ask(keys: list[Key]) -> set[Key]:
+    async def ask(keys: list[SuppressionKey]) -> set[SuppressionKey]:
         return {key for key in keys if key[1] == "cc@example.com"}
 
     async with sending(respond, suppressions=Suppressions(ask)) as (mail, files, runner):

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.runners.email.bounces import Mark, read_report
+from sequencerd.runners.email.bounces import MessageMark, read_report
 from sequencerd.runners.email.smtp import read_sent
 
-MARK = Mark(7, 1, "f66a91ef9a4ab3d4")
+MARK = MessageMark(7, 1, "f66a91ef9a4ab3d4")
 TOKEN = "7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1"
 
 DSN = """\

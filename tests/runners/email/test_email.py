@@ -19,14 +19,14 @@ from sequencerd.core.model import (
     DefinitionError,
     Failed,
     Limits,
+    MessageContext,
     Result,
-    Shared,
     Suppressed,
     Undeliverable,
 )
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.email.smtp import Postman
-from sequencerd.runners.suppression_check import Key, Suppressions
+from sequencerd.runners.email.smtp import MailTransport
+from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from tests.helpers import servers
 from tests.helpers.servers import (
     DIGEST,
@@ -405,9 +405,11 @@ async def test_a_refusal_leaves_the_connection_usable() -> None:
 
 async def test_an_idle_connection_is_closed() -> None:
     async with smtp_server() as server:
-        postman = Postman(f"smtp://{HOST}:{server.port}", connections=1, timeout=5, idle=0.05)
+        transport = MailTransport(
+            f"smtp://{HOST}:{server.port}", connections=1, timeout=5, idle=0.05
+        )
         made = EmailRunner(f"smtp://{HOST}:{server.port}")
-        made._postman = postman
+        made._transport = transport
         await made.run(made.compile(BASIC), [task(email="a@x.org")])
         assert len(server.open) == 1
         await server.alone.wait()
@@ -504,7 +506,7 @@ async def test_each_subject_gets_a_language() -> None:
         await send(server, config, locale="fr", name="7")
         failure = failed(await send(server, config, locale="de", name="x"))
         async with runner(server) as made:
-            program = made.compile(BASIC | config, Shared(locale="data.user.language"))
+            program = made.compile(BASIC | config, MessageContext(locale="data.user.language"))
             await made.run(program, [task(email="a@x.org", user={"language": "de"}, name="7")])
     assert failure.message.startswith("text.de: ")
     found = [server.parsed(n) for n in range(3)]
@@ -518,7 +520,7 @@ async def test_each_subject_gets_a_language() -> None:
 
 
 def suppressing(*addresses: str) -> Suppressions:
-    async def ask(keys: list[Key]) -> set[Key]:
+    async def ask(keys: list[SuppressionKey]) -> set[SuppressionKey]:
         return {("email", address, "*") for address in addresses} & set(keys)
 
     return Suppressions(ask)
@@ -549,7 +551,7 @@ async def test_a_subject_can_be_suppressed() -> None:
 
 
 async def test_an_entry_stops_its_topic_alone() -> None:
-    async def ask(keys: list[Key]) -> set[Key]:
+    async def ask(keys: list[SuppressionKey]) -> set[SuppressionKey]:
         return {("email", "ada@x.org", "marketing")} & set(keys)
 
     async with smtp_server() as server, runner(server, suppressions=Suppressions(ask)) as made:
@@ -607,9 +609,9 @@ async def test_a_message_is_refused_for_its_one_recipient() -> None:
 
 
 async def test_one_question_serves_many_messages() -> None:
-    asked: list[list[Key]] = []
+    asked: list[list[SuppressionKey]] = []
 
-    async def ask(keys: list[Key]) -> set[Key]:
+    async def ask(keys: list[SuppressionKey]) -> set[SuppressionKey]:
         asked.append(keys)
         await asyncio.sleep(0.01)
         return {("sms", "+4915112345678", "*")}
@@ -690,7 +692,7 @@ async def test_a_refused_login_shows_no_password() -> None:
     assert not result.permanent
     assert "refuses the login: 535" in result.message
     assert "wrong-secret" not in result.message
-    assert "wrong-secret" not in repr(made._postman._server)
+    assert "wrong-secret" not in repr(made._transport._server)
 
 
 async def test_a_login_that_the_server_does_not_offer() -> None:

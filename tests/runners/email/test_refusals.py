@@ -11,7 +11,7 @@ import pytest
 from sequencerd.runners.email.refusals import (
     LONG_WAIT,
     SHORT_WAIT,
-    Meaning,
+    RefusalMeaning,
     Stage,
     read_refusal,
     says_unknown,
@@ -25,20 +25,20 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def texts() -> Iterator[tuple[Meaning, Stage, int, str]]:
+def texts() -> Iterator[tuple[RefusalMeaning, Stage, int, str]]:
     """What refusals.txt has: the meaning, the stage, the code and the text."""
     meaning = None
     lines = Path(__file__).with_name("refusals.txt").read_text(encoding="utf-8").splitlines()
     for line in lines:
         if line.startswith("["):
-            meaning = Meaning(line.strip("[]"))
+            meaning = RefusalMeaning(line.strip("[]"))
         elif meaning and line:
             stage, code, text = line.split(maxsplit=2)
             yield meaning, STAGES[stage], int(code), text.replace(r"\n", "\n")
 
 
 @pytest.mark.parametrize(("meaning", "stage", "code", "text"), list(texts()))
-def test_what_a_refusal_means(meaning: Meaning, stage: Stage, code: int, text: str) -> None:
+def test_what_a_refusal_means(meaning: RefusalMeaning, stage: Stage, code: int, text: str) -> None:
     assert read_refusal(code, text, stage).meaning is meaning
 
 
@@ -94,10 +94,10 @@ def test_what_says_nothing_of_the_address(text: str) -> None:
     ],
 )
 def test_how_long_a_quota_lasts(reply: str, wait: timedelta) -> None:
-    assert read_refusal(int(reply[:3]), reply[4:], "message") == (Meaning.QUOTA, wait)
+    assert read_refusal(int(reply[:3]), reply[4:], "message") == (RefusalMeaning.QUOTA, wait)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "x" * 100_000, "a limit " * 9_999, "per hour " * 9_999])
 def test_any_text_is_read(text: str) -> None:
     for code in (421, 450, 550, 552):
-        assert isinstance(read_refusal(code, text, "message").meaning, Meaning)
+        assert isinstance(read_refusal(code, text, "message").meaning, RefusalMeaning)

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from sequencerd.core.model import Answer, Failed, Result
-from sequencerd.runners.email.smtp import Mail, Postman
+from sequencerd.runners.email.smtp import Mail, MailTransport
 from sequencerd.runners.email.smtp_connect import connect
-from sequencerd.runners.email.smtp_dialogue import Dialogue, Reply, SmtpError
+from sequencerd.runners.email.smtp_dialogue import Dialogue, SmtpError, SmtpReply
 from sequencerd.runners.email.smtp_url import parse_url
 from tests.helpers.servers import HOST, smtp_server
 from tests.helpers.waiting import PATIENCE
@@ -65,9 +65,9 @@ def saying(answer: bytes) -> Talk:
 
 
 async def deliver(port: int) -> Result:
-    postman = Postman(f"smtp://{HOST}:{port}?starttls=never", connections=1, timeout=10)
-    delivery = await postman.deliver(MAIL)
-    await postman.close()
+    transport = MailTransport(f"smtp://{HOST}:{port}?starttls=never", connections=1, timeout=10)
+    delivery = await transport.deliver(MAIL)
+    await transport.close()
     return delivery.result
 
 
@@ -125,7 +125,7 @@ async def test_both_sides_may_have_much_to_say() -> None:
 
 async def test_the_last_word_of_a_server_holds_for_all_commands() -> None:
     async with dialogue(saying(b"421 4.3.2 shutting down\r\n")) as made:
-        assert await made.ask("MAIL", "RCPT", "RCPT") == [Reply(421, "4.3.2 shutting down")] * 3
+        assert await made.ask("MAIL", "RCPT", "RCPT") == [SmtpReply(421, "4.3.2 shutting down")] * 3
         assert not made.is_open
         with pytest.raises(SmtpError):
             await made.ask("RSET")
@@ -157,9 +157,9 @@ async def test_answers_that_are_none(answer: bytes, words: str) -> None:
 async def test_a_refused_copy_does_not_confuse_the_answers() -> None:
     async with smtp_server() as server:
         server.refused = {"a@x.org": "550 5.1.1 nobody of this name"}
-        postman = Postman(f"smtp://{HOST}:{server.port}", connections=1, timeout=10)
-        results = [(await postman.deliver(MAIL)).result for _ in range(3)]
-        await postman.close()
+        transport = MailTransport(f"smtp://{HOST}:{server.port}", connections=1, timeout=10)
+        results = [(await transport.deliver(MAIL)).result for _ in range(3)]
+        await transport.close()
     assert [isinstance(result, Answer) for result in results] == [True] * 3
     assert [message.rcpt_tos for message in server.messages] == [["b@x.org"]] * 3
     assert server.connections == 1
@@ -182,9 +182,9 @@ async def test_a_command_is_one_line() -> None:
 def test_the_faster_loop_does_as_well() -> None:
     async def one() -> Result:
         async with smtp_server() as server:
-            postman = Postman(f"smtp://{HOST}:{server.port}", connections=1, timeout=10)
-            delivery = await postman.deliver(MAIL)
-            await postman.close()
+            transport = MailTransport(f"smtp://{HOST}:{server.port}", connections=1, timeout=10)
+            delivery = await transport.deliver(MAIL)
+            await transport.close()
         return delivery.result
 
     uvloop = pytest.importorskip("uvloop", reason="an extra")

@@ -19,7 +19,7 @@ import pytest
 
 from sequencerd.core.model import Action, Answer, Failed, Limits, Result, RetryPolicy, Task
 from sequencerd.runners.email import smtp
-from sequencerd.runners.email.oauth import Client
+from sequencerd.runners.email.oauth import OAuthClient
 from sequencerd.runners.email.pending import DATA_KEY
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp_connect import check_hello_name
@@ -466,7 +466,9 @@ LOGIN = ["PIPELINING", "AUTH LOGIN XOAUTH2"]
 async def test_a_token_is_fetched_once_and_shown(refresh_token: str | None) -> None:
     asked, respond = tokens_of(3600)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        client = Client(endpoint.url, "me", "the-secret", "https://mail/.default", refresh_token)
+        client = OAuthClient(
+            endpoint.url, "me", "the-secret", "https://mail/.default", refresh_token
+        )
         made = EmailRunner(with_user(server), oauth=client)
         results = await made.run(made.compile(CONFIG), [task(n, email="a@x.org") for n in range(3)])
         await made.close()
@@ -484,7 +486,7 @@ async def test_a_token_is_fetched_once_and_shown(refresh_token: str | None) -> N
 async def test_a_token_is_renewed_before_it_ends() -> None:
     asked, respond = tokens_of(0.01, 3600)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = EmailRunner(with_user(server), oauth=Client(endpoint.url, "me", "the-secret"))
+        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
         await send(made)
         server.answers["MAIL"] = [None]
         await asyncio.sleep(0.02)  # the life of the first token
@@ -499,7 +501,7 @@ async def test_a_token_is_renewed_before_it_ends() -> None:
 async def test_a_token_that_was_withdrawn_is_replaced_at_once() -> None:
     asked, respond = tokens_of(3600)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = EmailRunner(with_user(server), oauth=Client(endpoint.url, "me", "the-secret"))
+        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
         await send(made)
         server.answers["MAIL"] = [None]
         reason = base64.b64encode(b'{"status":"401"}').decode()
@@ -515,7 +517,7 @@ async def test_a_fresh_token_that_is_refused_is_the_operators() -> None:
     _, respond = tokens_of(3600)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
         server.answers["AUTH"] = ["535 5.7.3 Authentication unsuccessful token-1 token-2"] * 2
-        made = EmailRunner(with_user(server), oauth=Client(endpoint.url, "me", "the-secret"))
+        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
         result = failed(await send(made))
         await made.close()
     assert (result.fault, result.permanent) == ("server", False)
@@ -526,7 +528,7 @@ async def test_a_fresh_token_that_is_refused_is_the_operators() -> None:
 async def test_an_endpoint_without_tokens_is_the_operators() -> None:
     _, respond = tokens_of(status=401)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = EmailRunner(with_user(server), oauth=Client(endpoint.url, "me", "the-secret"))
+        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
         result = failed(await send(made))
         await made.close()
     assert (result.fault, result.permanent) == ("server", False)
@@ -560,8 +562,8 @@ async def test_a_command_prints_the_token(words: Sequence[str], said: str | None
 async def test_settings_of_tokens_that_cannot_work() -> None:
     for url in ("smtp://mail.example.com", "smtp://ada:secret@mail.example.com"):
         with pytest.raises(ValueError, match="smtp://user@host"):
-            EmailRunner(url, oauth=Client("https://login.example.com", "me"))
+            EmailRunner(url, oauth=OAuthClient("https://login.example.com", "me"))
     with pytest.raises(ValueError, match="URL"):
-        EmailRunner("smtp://ada@mail.example.com", oauth=Client("ftp://x", "me"))
+        EmailRunner("smtp://ada@mail.example.com", oauth=OAuthClient("ftp://x", "me"))
     with pytest.raises(ValueError, match="token_command"):
         EmailRunner("smtp://ada@mail.example.com", oauth=" ")
