@@ -16,13 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sequencerd.console.tables import OF_ALL, ROOT, at, at_shard
+from sequencerd.core import describe
 from sequencerd.core.calendar.dates import zone as find_zone
-from sequencerd.core.describe import is_never
 from sequencerd.core.model import DefinitionError
 
 STATIC = files("sequencerd.console") / "static"
-
-_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 @cache
@@ -38,6 +36,7 @@ def make_templates() -> Environment:
     made.filters.update(
         when=when,
         number=number,
+        counted=describe.counted,
         duration=duration,
         days=days,
         bars=bars,
@@ -64,7 +63,7 @@ def when(value: datetime | None, zone: str = "UTC") -> str:
     """
     if value is None:
         return Markup('<span class="none">not yet</span>')
-    if is_never(value):
+    if describe.is_never(value):
         return "when something changes"
     exact = value.astimezone(UTC).isoformat(" ").replace("+00:00", " UTC")
     if zone != "UTC":
@@ -112,19 +111,8 @@ def number(value: int | None, is_capped: bool = False) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return the two greatest units."""
-    if seconds is None:
-        return "–"
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    parts: list[str] = []
-    rest = round(seconds)
-    for name, size in _UNITS:
-        count, rest = divmod(rest, size)
-        if count or parts:
-            parts.append(f"{count} {name}")
-    shown = [part for part in parts[:2] if not part.startswith("0 ")]
-    return " ".join(shown)
+    """Return a duration in its two greatest units, or that there is none."""
+    return "–" if seconds is None else describe.duration(seconds)
 
 
 def days(counts: Mapping[str, int]) -> str:

@@ -26,6 +26,27 @@ def text(value: object) -> str:
             return str(value)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return such as "1 row" or "1,240 rows"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its two greatest units, such as "1 h 5 min"."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    parts: list[str] = []
+    rest = round(seconds)
+    for name, size in _UNITS:
+        count, rest = divmod(rest, size)
+        if count or parts:
+            parts.append(f"{count} {name}")
+    return " ".join(part for part in parts[:2] if not part.startswith("0 "))
+
+
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Categories of Unicode: controls, what has no width or turns the direction of a text, halves of
 characters, ends of lines and paragraphs."""

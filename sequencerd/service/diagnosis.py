@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import asyncpg
 
-from sequencerd.core.describe import text
+from sequencerd.core.describe import counted, duration, text
 from sequencerd.errors import SequencerdError
 from sequencerd.settings import DatabaseSettings
 from sequencerd.storage import connections, migrate, migrations, server
@@ -174,7 +174,7 @@ async def _roles(connection: asyncpg.Connection) -> Diagnosis:
         named = _some((row["statement"] for row in missing), between=" ")
         advice = "run `sequencerd grants --apply` as an administrator"
         return Diagnosis(
-            "roles", f"{len(missing):,} statements are missing: {named}", "warning", advice
+            "roles", f"{counted(len(missing), 'grant')} missing: {named}", "warning", advice
         )
     if lacking := await connection.fetch(QUERIES["lacking_privileges"]):
         named = _some(row["missing"] for row in lacking)
@@ -267,9 +267,7 @@ async def _time_zones(connection: asyncpg.Connection) -> Diagnosis:
         seen = f"rules differ from the server's for {_some(sorted(other))}"
         return Diagnosis("time zones", seen, "warning", advice)
     count = len({row["timezone"] for row in rows})
-    return Diagnosis(
-        "time zones", f"the {count} in use are known, with the same rules as on the server"
-    )
+    return Diagnosis("time zones", f"{count or 'none'} in use; the server has the same rules")
 
 
 async def _vacuum(connection: asyncpg.Connection) -> Diagnosis:
@@ -277,9 +275,9 @@ async def _vacuum(connection: asyncpg.Connection) -> Diagnosis:
     if not (row["is_on"] and row["counts"]) or "autovacuum_enabled=false" in row["options"]:
         advice = "set autovacuum and track_counts on; ALTER TABLE ... RESET (autovacuum_enabled)"
         return Diagnosis("vacuum", "autovacuum is off for enrollments", "error", advice)
-    seen = f"enrollments: {row['live']:,} rows, {row['dead']:,} dead"
+    seen = f"enrollments: {counted(row['live'], 'row')}, {row['dead']:,} dead"
     if row["dead"] > 10_000 and row["dead"] > row["live"]:
-        advice = "VACUUM sequencer.enrollments; find out what blocks autovacuum"
+        advice = "VACUUM sequencer.enrollments; see whether old transactions block autovacuum"
         return Diagnosis("vacuum", seen, "warning", advice)
     return Diagnosis("vacuum", seen)
 
@@ -288,21 +286,25 @@ async def _old_transactions(connection: asyncpg.Connection) -> Diagnosis:
     rows = await connection.fetch(QUERIES["old_snapshots"], OLD)
     if rows:
         named = _some(
-            row["what"] + (f" for {_rounded(row['age'])}" if row["age"] else "") for row in rows
+            row["what"] + (f" for {duration(row['age'].total_seconds())}" if row["age"] else "")
+            for row in rows
         )
         advice = (
             "end them, or set idle_in_transaction_session_timeout: dead rows accumulate meanwhile"
         )
         return Diagnosis("old transactions", named, "warning", advice)
-    return Diagnosis("old transactions", f"none older than {_rounded(OLD)}")
+    return Diagnosis("old transactions", f"none older than {duration(OLD.total_seconds())}")
 
 
 async def _history(connection: asyncpg.Connection) -> Diagnosis:
     row = await connection.fetchrow(QUERIES["partition_facts"])
     if row["has_others"] or not row["has_month"]:
         advice = "start a daemon, which adds them; or SELECT sequencer.add_event_partitions()"
-        return Diagnosis("history", "there is no partition for this month", "warning", advice)
-    return Diagnosis("history", "partitions exist")
+        seen = "events are outside of the partitions of their months"
+        if not row["has_month"]:
+            seen = "there is no partition for this month"
+        return Diagnosis("history", seen, "warning", advice)
+    return Diagnosis("history", "has its partition for this month")
 
 
 # --- the work
@@ -326,13 +328,13 @@ async def _problems(connection: asyncpg.Connection) -> Diagnosis:
 
 def _problem(row: asyncpg.Record) -> str:
     if row["kind"] == "runner":
-        waiting = f"{row['waiting']:,} wait; " if row["waiting"] else ""
-        return f"{row['about']} is down since {text(row['since'])}, {waiting}{row['message']}"
+        waiting = f", {counted(row['waiting'], 'enrollment')} waiting" if row["waiting"] else ""
+        since = text(row["since"])
+        return f"{row['about']} has been down since {since}{waiting}: {row['message']}"
     if row["kind"] == "enroll":
         return str(row["message"])
-    what = f"enrollment {row['about']}" if row["kind"] == "quarantined" else row["about"]
     place = f" at {row['sequence']}/{row['step']}" if row["sequence"] else ""
-    return f"{what}{place} {row['kind']}: {row['message']}"
+    return f"enrollment {row['about']}{place} is quarantined: {row['message']}"
 
 
 async def _brakes(connection: asyncpg.Connection) -> Diagnosis:
@@ -349,7 +351,8 @@ async def _overdue(connection: asyncpg.Connection) -> Diagnosis:
     async with connections.counting(connection):
         row = await connection.fetchrow(QUERIES["count_overdue"])
     if row["count"]:
-        seen = f"{row['count']:,} enrollments, the oldest for {_rounded(row['longest'])}"
+        longest = duration(row["longest"].total_seconds())
+        seen = f"{counted(row['count'], 'enrollment')}, the oldest for {longest}"
         advice = "see sequencerd status and sequencerd list --overdue"
         return Diagnosis("overdue", seen, "warning", advice)
     return Diagnosis("overdue", "none")
@@ -359,10 +362,14 @@ async def _failed(connection: asyncpg.Connection) -> Diagnosis:
     async with connections.counting(connection):
         rows = await connection.fetch(QUERIES["failed_by_code"])
     if rows:
-        named = _some(f"{row['count']:,} with {row['failure']}" for row in rows)
+        named = _some(f"{row['count']:,} {_failure(row['failure'])}" for row in rows)
         advice = "see sequencerd list --status failed; fix the cause, then sequencerd retry"
         return Diagnosis("failed", named, "warning", advice)
     return Diagnosis("failed", "none")
+
+
+def _failure(code: str | None) -> str:
+    return f"with {code}" if code else "set by hand"
 
 
 async def _steps(connection: asyncpg.Connection) -> Diagnosis:
@@ -382,7 +389,8 @@ async def _holidays(connection: asyncpg.Connection) -> Diagnosis:
         year = max(soon.year, ending[0]["last_day"].year + 1)
         advice = f"sequencerd holidays {ending[0]['calendar']} {year}"
         return Diagnosis("holidays", named, "warning", f"add more days, as with {advice}")
-    return Diagnosis("holidays", "known ahead" if rows else "none are used")
+    known = f"known for the next {HOLIDAYS_AHEAD.days} days"
+    return Diagnosis("holidays", known if rows else "none used")
 
 
 async def _rates(connection: asyncpg.Connection) -> Diagnosis:
@@ -462,7 +470,3 @@ def _some(items: Iterable[str], between: str = ", ") -> str:
     every = list(items)
     more = f" and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""
     return between.join(every[:SHOWN]) + more
-
-
-def _rounded(span: timedelta) -> str:
-    return str(timedelta(seconds=round(span.total_seconds())))

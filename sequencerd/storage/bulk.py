@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import asyncpg
 
+from sequencerd.core.describe import counted
 from sequencerd.errors import UsageError
 from sequencerd.storage.connections import counting
 from sequencerd.storage.database_errors import with_hint
@@ -71,7 +72,7 @@ def _like(cause: str) -> str:
 
 def count(number: int) -> str:
     """Return such as "3 enrollments"."""
-    return f"{number:,} enrollment{'s' * (number != 1)}"
+    return counted(number, "enrollment")
 
 
 class BulkResult(NamedTuple):

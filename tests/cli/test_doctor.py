@@ -88,7 +88,7 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
         (
             "overdue",
             "warning",
-            "1 enrollments, the oldest for 1:00",
+            "1 enrollment, the oldest for 1 h",
             "UPDATE sequencer.enrollments SET wake_at = now() - interval '1 hour'",
         ),
         (
@@ -96,6 +96,19 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
             "warning",
             "1 with bad_data",
             "UPDATE sequencer.enrollments SET status = 'failed', failure = 'bad_data'",
+        ),
+        (
+            "failed",
+            "warning",
+            "1 set by hand",
+            "UPDATE sequencer.enrollments SET status = 'failed'",
+        ),
+        (
+            "history",
+            "warning",
+            "events are outside of the partitions",
+            """INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)
+            VALUES (1, '2001-01-01Z', 's', 'a', 1, 'next')""",
         ),
         (
             "steps",
@@ -140,6 +153,25 @@ async def test_what_is_wrong_is_found(
     assert finding.level == level
     assert words in finding.seen
     assert finding.advice
+
+
+async def test_what_is_fine_is_told_in_words(database: str, connection: asyncpg.Connection) -> None:
+    found = await examine(database)
+    assert found["time zones"].seen == "none in use; the server has the same rules"
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    await enroll(connection, "s", "ada")
+    await connection.execute("ANALYZE sequencer.enrollments")
+    found = await examine(database)
+    for about, words in (
+        ("time zones", "1 in use; the server has the same rules"),
+        ("old transactions", "none older than 10 min"),
+        ("overdue", "none"),
+        ("failed", "none"),
+        ("holidays", "none used"),
+        ("history", "has its partition for this month"),
+        ("brakes", "none has paused a sequence"),
+    ):
+        assert (found[about].level, found[about].seen) == ("ok", words)
 
 
 async def test_a_transaction_that_was_left_open(
@@ -335,7 +367,8 @@ async def test_enrollments_that_wait_for_a_runner_that_is_down(
     )
     found = await examine(database)
     assert found["overdue"].level == "ok"
-    told = "Email is down since 2026-03-02 10:00:00Z, 1,240 wait; mail.x.test refuses"
+    since = "Email has been down since 2026-03-02 10:00:00Z"
+    told = f"{since}, 1,240 enrollments waiting: mail.x.test refuses"
     assert found["problems"].seen == told
     await connection.execute("UPDATE sequencer.daemons SET alive_until = now() - interval '1 hour'")
     found = await examine(database)

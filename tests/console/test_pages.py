@@ -237,6 +237,36 @@ async def test_health_is_what_doctor_finds(database: str, connection: asyncpg.Co
         assert "ask •••" in check(await masked.get("/health"))
 
 
+async def test_problems_are_told_by_what_they_are(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await people(connection)
+    await connection.execute(
+        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
+        " VALUES ('d', now(), now() + interval '1 hour');"
+        "INSERT INTO sequencer.problems (daemon, kind, about, sequence, step, since, message,"
+        " waiting) VALUES ('d', 'runner', 'Email', NULL, NULL, '2026-03-02Z', 'refused', 1),"
+        " ('d', 'quarantined', '7', 's', 'note', '2026-03-02Z', 'denied', NULL),"
+        " ('d', 'enroll', 's', 's', NULL, '2026-03-02Z', 'no view', NULL);"
+        "UPDATE sequencer.sequences SET brake_at_most = 1, brake_per = '1 hour'"
+    )
+    await connection.execute(
+        "UPDATE sequencer.brakes SET reason = 'brake: more than 1 in 1 hour', paused_at = now()"
+    )
+    since = "since Mon 2026-03-02 00:00:00 UTC"
+    async with console(database, {"Note": Mended()}) as client:
+        await counted(client, "health")
+        for path in ("/health", "/"):
+            page = " ".join(check(await client.get(path)).split())
+            for words in (
+                f"The runner Email has been down {since}, 1 enrollment waiting: refused",
+                f"Enrollment 7 at s/note has been quarantined {since}: denied",
+                f"The sequence s, {since}: no view",
+                "the sequence is paused by its brake: more than 1 in 1 hour",
+            ):
+                assert words in page
+
+
 async def test_counts_have_an_end(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,14 +566,6 @@ def test_scripts_are_small_and_vendored_with_their_licences() -> None:
     for name, package in libraries.items():
         assert package in versions
         assert "Permission" in (html.STATIC / f"vendor/{name}.LICENSE").read_text()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.0123, "12 ms"), (59.6, "1 min"), (3661, "1 h 1 min"), (90000, "1 d 1 h"), (None, "–")],
-)
-def test_durations(seconds: float | None, words: str) -> None:
-    assert html.duration(seconds) == words
 
 
 def test_times_in_the_subject_s_zone() -> None:

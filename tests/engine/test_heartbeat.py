@@ -68,7 +68,7 @@ async def test_what_is_reported_is_shown_until_it_is_over_or_the_daemon_is_dead(
         out = await asyncio.to_thread(sequencerd, "status")
         assert "login refused" in out
         found = await asyncio.to_thread(sequencerd, "doctor", code=1)
-        assert "Email is down since" in found
+        assert "Email has been down since" in found
         assert "login refused" in found
         # another daemon's, which is dead, counts for nothing, and goes
         await connection.execute(
