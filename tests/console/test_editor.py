@@ -108,6 +108,32 @@ async def test_what_the_editor_offers(
             ("steps:\n- name: first\n  next: @@\n- name: second", {"first", "second", "null"}),
             ("reentry: a@@", {"after_end", "always", "never"}),
             ("enroll:\n  @@", {"from", "schedule"}),
+            # in {} and [], in quotes, and in lists
+            (
+                STEPS.format("WaitForDuration", "").replace(
+                    "config:\n", "config: {amount: 1, @@}\n"
+                ),
+                {"unit"},
+            ),
+            (
+                "steps:\n- name: a\n  type: WaitForDuration\n  config: {unit: da@@, amount: 1}",
+                {"days", "hours"},
+            ),
+            (
+                'steps:\n  - name: a\n    type: WaitForDuration\n    config: {unit: "da@@"}',
+                {"days"},
+            ),
+            ("steps:\n  - {name: a, type: Wai@@}", {"WaitForDuration", "Note"}),
+            ("steps:\n  - {name: a, type: GoTo, next: @@}\n  - {name: b}", {"a", "b"}),
+            ("steps:\n  - {name: a, type: GoTo, config: {step: @@}}", {"a"}),
+            ("steps:\n  - {name: a, type: GoTo, co@@}", {"config", "next"}),
+            ("window: {days: [mon, t@@]}", {"tue", "thu"}),
+            ("window: {@@", {"days", "from"}),
+            ("window:\n  days:\n    - mon\n    - t@@", {"tue", "thu"}),
+            ("window:\n  days: [@@", {"tue", "thu"}),
+            ("reentry: 'a@@'", {"after_end", "always"}),
+            ('"reentry": a@@', {"after_end", "always"}),
+            ("steps:\n- name: first one\n  next: first o@@\n", {"first one"}),
         ):
             found = await options(page, text)
             assert found is not None, text
@@ -117,7 +143,14 @@ async def test_what_the_editor_offers(
         assert found is not None
         assert "amount" not in found
         assert "unit" in found
+        found = await options(page, "window: {days: [mon], fr@@om: '09:00', to: '17:00'}")
+        assert found is not None
+        assert "from" in found
+        assert not {"days", "to"} & {*found}
         for text in (
+            "steps:\n  - {name: first, type: GoTo, config: {sequence: t, step: @@}}",
+            "steps:\n  - {name: first, type: Email, config: {text: 'Dear, [@@'}}",
+            "steps:\n  - {name: first}  # {@@",
             STEPS.format("GoTo", "sequence: t\n      step: f@@"),
             STEPS.format("Email", "text: |\n        Dear @@"),
             "# na@@",

@@ -7,7 +7,8 @@ const Completion = (() => {
   const BLOCK = /:\s*[|>][-+0-9]*\s*(#.*)?$/;
   const plain = (text) => text.trim().replace(/^(["'])(.*)\1$/, "$2");
 
-  // The items and keys with which a line begins: [{ column, key, value }], without `key` for "- ".
+  // The items and keys with which a line begins: [{ column, key, value, end }], without `key` for "- ";
+  // `end` is where the key's colon ends.
   function entries(line) {
     const found = [];
     let column = line.length - line.trimStart().length;
@@ -17,13 +18,63 @@ const Completion = (() => {
     }
     const key = KEY.exec(line.slice(column));
     if (key) {
-      found.push({ column, key: plain(key[1]), value: plain(line.slice(column + key[0].length)) });
+      const end = column + key[0].length;
+      found.push({ column, key: plain(key[1]), value: plain(line.slice(end)), end });
     }
     return found;
   }
 
   const isBlank = (line) => /^\s*(#.*)?$/.test(line);
   const indentation = (line) => line.length - line.trimStart().length;
+
+  // The mappings and lists in {} and [] that a line opens from a column on, as they are at a position: the
+  // outermost first, each with its values and the key at the position. Null if there are none.
+  function flowAt(line, from, position) {
+    const first = line.slice(from).trimStart()[0];
+    if (first !== "{" && first !== "[") return null;
+    const open = [];
+    let found = null;
+    let token = "";
+    let isCut = false; // what is being typed counts for nothing
+    const end = () => {
+      const last = open.at(-1);
+      if (last.key !== undefined && !isCut) last.values[last.key] = plain(token);
+      last.key = undefined;
+      token = "";
+      isCut = false;
+    };
+    for (let at = from; at <= line.length; at += 1) {
+      if (at === position) {
+        found = open.map((one) => ({ ...one }));
+        isCut = true;
+      }
+      const one = line[at];
+      if (one === undefined || one === "#" && /\s/.test(line[at - 1])) break;
+      if (/["']/.test(one) && !token.trim()) {
+        for (token = one, at += 1; at < line.length && line[at] !== one; at += 1) {
+          if (at === position) return null;
+          token += line[at];
+        }
+        if (at === position) found = open.map((each) => ({ ...each }));
+        token += one;
+      } else if (one === "{" || one === "[") {
+        open.push({ isList: one === "[", values: {}, key: undefined });
+        token = "";
+      } else if (one === "}" || one === "]") {
+        end();
+        open.pop();
+        if (open.length === 0) break;
+      } else if (one === ",") {
+        end();
+      } else if (one === ":" && open.at(-1).key === undefined && /[\s,}"']|undefined/.test(line[at + 1] + "")) {
+        open.at(-1).key = isCut ? undefined : plain(token);
+        token = "";
+      } else {
+        token += one;
+      }
+    }
+    return found?.length ? found : null;
+  }
 
   // The keys that lead to a column of a line, null for items, and whether it is within a text.
   function pathAt(lines, number, column) {
@@ -85,7 +136,7 @@ const Completion = (() => {
   function schemasAt(root, lines, path, below) {
     let schemas = [root];
     path.forEach((one) => {
-      const values = one.key === undefined ? {} : siblings(lines, one.line, one.column);
+      const values = one.key === undefined ? {} : one.values ?? siblings(lines, one.line, one.column);
       const expanded = schemas.flatMap((schema) => expand(root, schema, values));
       schemas = expanded.flatMap((schema) => one.key === undefined
         ? [schema.items]
@@ -102,8 +153,10 @@ const Completion = (() => {
   function stepNames(lines) {
     const found = [];
     let column = null;
-    for (const line of lines.slice(lines.findIndex((one) => /^steps:/.test(one)) + 1)) {
+    for (const line of lines.slice(lines.findIndex((one) => /^["']?steps["']?:/.test(one)) + 1)) {
       const all = isBlank(line) ? [] : entries(line);
+      const flow = /^\s*-\s+\{\s*name:\s*("[^"]*"|'[^']*'|[^,}]+)/.exec(line);
+      if (flow) found.push(plain(flow[1]));
       column ??= all.find((one) => one.key !== undefined)?.column ?? null;
       const name = all.find((one) => one.key === "name" && one.column === column);
       if (name?.value) found.push(name.value);
@@ -113,53 +166,87 @@ const Completion = (() => {
 
   // The options at a position, and where what they replace begins; null where there is nothing to say.
   function complete(text, position, root, known) {
-    const before = text.slice(0, position);
     const lines = text.split("\n");
-    const number = before.split("\n").length - 1;
-    const start = before.lastIndexOf("\n") + 1;
-    const line = before.slice(start);
-    if (/(^|\s)#/.test(line) || /[{[]/.test(line)) return null;
-    const own = entries(line).find((one) => one.key !== undefined);
-    const typed = (own ? /[^\s:]*$/ : /[^\s-]*$|-[^\s]*$/).exec(line)[0];
+    const before = text.slice(0, position).split("\n");
+    const number = before.length - 1;
+    const line = before[number];
+    if (/(^|\s)#/.test(line)) return null;
+    const found = entries(line);
+    const own = found.find((one) => one.key !== undefined);
+    const begin = own?.end ?? (found.length ? line.search(/[^\s-]|$/) : 0);
+    const flow = flowAt(lines[number], begin, line.length);
+    if (flow) return inFlow(lines, number, own, begin, flow, line, position, root, known);
+    if (/^\s*[{[]/.test(line.slice(begin))) return null;
+    const typed = (own ? line.slice(own.end).trimStart() : /[^\s-]*$|-[^\s]*$/.exec(line)[0]).replace(/^["']/, "");
     const from = position - typed.length;
-    if (own) return valuesFor(lines, number, own, from, root, known);
+    if (own) {
+      const { path, isText } = pathAt(lines, number, own.column);
+      if (isText) return null;
+      return offered(from, values(lines, path, { ...own, line: number }, siblings(lines, number, own.column), root, known));
+    }
     const column = line.length - typed.length;
     // the key that is being typed must not count as one that is there
     lines[number] = lines[number].slice(0, column);
     const { path, isText } = pathAt(lines, number, column);
     if (isText) return null;
     const there = siblings(lines, number, column);
-    const options = new Map();
-    for (const schema of schemasAt(root, lines, path, there)) {
-      for (const [key, one] of Object.entries(schema.properties ?? {})) {
-        if (key in there || options.has(key)) continue;
-        options.set(key, { label: key, type: "property", info: one.description, apply: `${key}: ` });
-      }
-    }
-    return options.size ? { from, options: [...options.values()] } : null;
+    const schemas = schemasAt(root, lines, path, there);
+    return offered(from, [...keys(schemas, there), ...(found.length ? constants(schemas) : [])]);
   }
 
-  function valuesFor(lines, number, own, from, root, known) {
-    const { path, isText } = pathAt(lines, number, own.column);
+  // The same within {} or [].
+  function inFlow(lines, number, own, begin, flow, line, position, root, known) {
+    const { path, isText } = pathAt(lines, number, own?.column ?? begin);
     if (isText) return null;
-    const there = siblings(lines, number, own.column);
-    const options = new Map();
-    const offer = (label, type, info) => {
-      if (!options.has(label)) options.set(label, { label, type, info });
-    };
+    if (own) path.push({ ...own, line: number });
+    const last = flow.pop();
+    for (const one of flow) path.push(one.isList ? {} : one);
+    const typed = /[^\s:"'{}[\],]*$/.exec(line)[0];
+    const from = position - typed.length;
+    if (last.isList) return offered(from, constants(schemasAt(root, lines, [...path, {}], {})));
+    if (last.key === undefined) return offered(from, keys(schemasAt(root, lines, path, last.values), last.values));
+    return offered(from, values(lines, path, last, last.values, root, known));
+  }
+
+  // The first option with each label.
+  function offered(from, options) {
+    const unique = new Map(options.reverse().map((one) => [one.label, one]));
+    return unique.size ? { from, options: [...unique.values()].reverse() } : null;
+  }
+
+  function keys(schemas, there) {
+    return schemas.flatMap((schema) => Object.entries(schema.properties ?? {}))
+      .filter(([key]) => !(key in there))
+      .map(([key, one]) => ({ label: key, type: "property", info: one.description, apply: `${key}: ` }));
+  }
+
+  function values(lines, path, own, there, root, known) {
+    const options = [];
     const isElsewhere = there.sequence && own.key === "step";
-    if (NAMES_STEP.has(own.key) && !isElsewhere) stepNames(lines).forEach((name) => offer(name, "variable"));
-    if (own.key === "sequence") known.sequences.forEach((name) => offer(name, "variable"));
-    const steps = schemasAt(root, lines, [...path, { ...own, line: number }], {});
-    for (const schema of steps) {
-      if (schema.const !== undefined) offer(String(schema.const), "enum", schema.description);
-      for (const value of schema.enum ?? []) offer(String(value), "enum");
-      if (schema.type === "boolean") ["true", "false"].forEach((word) => offer(word, "keyword"));
-      if (schema.type === "null") offer("null", "keyword");
-    }
+    if (NAMES_STEP.has(own.key) && !isElsewhere) options.push(...stepNames(lines).map(name));
+    if (own.key === "sequence") options.push(...known.sequences.map(name));
+    options.push(...constants(schemasAt(root, lines, [...path, own], {})));
     const isStepType = own.key === "type" && path.length === 2 && path[0].key === "steps";
-    if (isStepType) known.types.forEach((name) => offer(name, "type", "A runner of yours."));
-    return options.size ? { from, options: [...options.values()] } : null;
+    if (isStepType) options.push(...known.types.map((one) => ({ label: one, type: "type", info: "A runner of yours." })));
+    return options;
+  }
+
+  const IS_PLAIN = /^[a-z_](?!.*(: |:$| #))[^[\]{},"'\n]*$/i;
+  const IS_OTHER = /^(true|false|yes|no|on|off|null|y|n)$/i;
+
+  // A name is quoted where YAML would read something else.
+  function name(label) {
+    const isPlain = IS_PLAIN.test(label) && !IS_OTHER.test(label) && label === label.trim();
+    return { label, type: "variable", apply: isPlain ? label : JSON.stringify(label) };
+  }
+
+  function constants(schemas) {
+    return schemas.flatMap((schema) => [
+      ...(schema.const === undefined ? [] : [{ label: String(schema.const), type: "enum", info: schema.description }]),
+      ...(schema.enum ?? []).map((value) => ({ label: String(value), type: "enum" })),
+      ...(schema.type === "boolean" ? ["true", "false"] : schema.type === "null" ? ["null"] : [])
+        .map((label) => ({ label, type: "keyword" })),
+    ]);
   }
 
   return { complete };

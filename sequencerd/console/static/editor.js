@@ -60,8 +60,8 @@
     const found = Completion.complete(context.state.doc.toString(), context.pos, root, known);
     if (!found) return null;
     const isAsked = context.explicit || found.from < context.pos
-      || context.state.sliceDoc(context.pos - 2, context.pos) === ": ";
-    return isAsked ? { ...found, validFor: /^[\w.-]*$/ } : null;
+      || /: $|[{[,] ?$/.test(context.state.sliceDoc(context.pos - 2, context.pos));
+    return isAsked ? { ...found, validFor: /^[\w. -]*$/ } : null;
   }
 
   // what the server finds: the same check as that of the plan
