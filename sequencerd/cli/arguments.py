@@ -199,7 +199,7 @@ def _add_authoring(commands: Commands) -> None:
         "schema",
         "authoring.schema_command",
         "print the JSON Schema of sequence files, for editors",
-        "schema > sequencerd.definitions.json_schema.json",
+        "schema > sequencer.schema.json",
     )
 
 
