@@ -130,7 +130,7 @@ def test_every_failure_is_explained() -> None:
     text = "".join(file.read_text() for file in (REPOSITORY / "sequencerd").rglob("*.py"))
     codes = set(re.findall(r'\b(?:EvaluationError|Fail|fail)\(\s*"(\w+)",', text))
     page = (REPOSITORY / "docs/failures.md").read_text()
-    listed, told = page.split("## In the history")
+    listed, told = page.split("## Events that are not failures")
     assert set(re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE)) == codes
     assert {"error", "bad_data", "outcome_unknown"} <= codes
     actions = set(re.findall(r"^\| `(\w+)` \|", told, re.MULTILINE))
