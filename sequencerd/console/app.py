@@ -37,7 +37,7 @@ from sequencerd.console.actions import BulkChanges
 from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.context import POLICY, PageContext, context_of, say, unmasked
 from sequencerd.console.live import LiveTopics
-from sequencerd.console.query import NotFoundError, WrongQueryError
+from sequencerd.console.query import NotFoundError, WrongQueryError, as_sentence
 from sequencerd.console.sessions import Sessions
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at
@@ -236,7 +236,10 @@ def said(request: Request, error: Exception) -> Response:
 
 
 PROGRAMS = (pages.table, pages.stream)
-"""Read by programs: without a login they get status 401 and no form."""
+"""Read by programs: without a login they get status 401 and no form, and errors as plain text."""
+
+NOT_KNOWN = "Whether the change was made is not known: look before you repeat it."
+LONGEST = 300  # characters of an error, which may quote what was asked for
 
 
 def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> pages.Page:
@@ -245,6 +248,12 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
     """
 
     async def answer(request: Request) -> Response:
+        def refused(status: int, title: str, text: str) -> Response:
+            text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+            if page in PROGRAMS:
+                return PlainTextResponse(f"{text}\n", status)
+            return say(request, status, title, text)
+
         context = context_of(request)
         auth = context.auth
         if refusal := auth.refusal(request):
@@ -279,24 +288,23 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
                 return say(request, 403, "Not allowed", _lacks(visitor, role))
             made = await page(request)
         except NotFoundError as error:
-            made = say(request, 404, "Not found", str(error))
+            made = refused(404, "Not found", str(error))
         except (WrongQueryError, UsageError) as error:
             text = str(context_of(request).mask({"message": str(error)})["message"])
-            made = say(request, 422, "Not possible", f"{text[:1].upper()}{text[1:]}.")
+            made = refused(422, "Not possible", as_sentence(text))
         except pages.NotYetError:
             made = PlainTextResponse(
                 "The first count is not finished.\n", 503, {"Retry-After": "1"}
             )
         except TRANSIENT_ERRORS as error:
-            log.warning("the console cannot reach the database", error=brief(error))
-            made = say(
-                request,
-                503,
-                "The database cannot be reached",
-                "This page retries automatically.",
-                retry=True,
-            )
-            made.headers["Retry-After"] = "5"
+            if isinstance(error, ValueError):  # the driver's: it has not been sent
+                made = refused(422, "Not possible", "A value is out of range.")
+            else:
+                log.warning("the console cannot reach the database", error=brief(error))
+                is_read = request.method != "POST"
+                what = "This page retries automatically." if is_read else NOT_KNOWN
+                made = say(request, 503, "The database cannot be reached", what, retry=is_read)
+                made.headers["Retry-After"] = "5"
         except Exception as error:  # its text may hold data of enrollments
             log.error("a console page failed", path=request.url.path, error=_where(error))
             made = say(request, 500, "Internal error", "The daemon's log has the details.")

@@ -12,7 +12,7 @@ from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import PageContext, context_of, query_of, render
 from sequencerd.console.editing import side_by_side
 from sequencerd.console.mask import hide_data, restore_data
-from sequencerd.console.query import NotFoundError, Query
+from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import at
 from sequencerd.core import exact_json
 from sequencerd.definitions.options import read_object
@@ -89,8 +89,7 @@ async def change(request: Request) -> Response:
         after = await _pretty(context, text)
         lines = side_by_side(await _shown(context, row), after)
     except (UsageError, ValueError) as error:
-        wrong = f"{str(error)[:1].upper()}{str(error)[1:]}."
-        return await _page(request, id_, text, 422, wrong=wrong)
+        return await _page(request, id_, text, 422, wrong=as_sentence(str(error)))
     if query.must("version") != row["version"]:
         wrong = "The data have changed meanwhile: nothing was written. This is what would differ."
         return await _page(request, id_, text, 409, lines=lines, wrong=wrong)

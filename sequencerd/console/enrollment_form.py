@@ -10,7 +10,7 @@ from starlette.responses import RedirectResponse, Response
 
 from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import PageContext, context_of, query_of, render
-from sequencerd.console.query import Query, WrongQueryError
+from sequencerd.console.query import Query, WrongQueryError, as_sentence
 from sequencerd.console.tables import at
 from sequencerd.core import exact_json
 from sequencerd.core.calendar import dates
@@ -23,6 +23,7 @@ from sequencerd.storage.bulk import AlreadyEnrolledError
 from sequencerd.storage.statements import QUERIES
 
 FIELDS = ("sequence", "subject", "email", "data", "timezone", "step", "start", "reason")
+MAX_SUBJECT = 1000  # bytes
 
 
 async def ask(request: Request) -> Response:
@@ -68,41 +69,43 @@ async def enroll(request: Request) -> Response:
         )
         return _page(request, query, 409, wrong=f"{error}.", blocking=rows[0] if rows else None)
     except UsageError as error:
-        text = str(error)
-        return _page(request, query, 422, wrong=f"{text[:1].upper()}{text[1:]}.")
+        return _page(request, query, 422, wrong=as_sentence(str(error)))
     return RedirectResponse(at(f"/enrollments/{id_}"), 303)
 
 
 def _read(query: Query) -> dict[str, Any]:
     """Return the arguments of an enrollment. Raises UsageError."""
+    given = {name: (query.get(name) or "").strip() or None for name in FIELDS}
     for name in ("sequence", "subject"):
-        if query.get(name) is None:
+        if given[name] is None:
             raise UsageError(f"{name} is missing")
-    text = query.get("data") or "{}"
+    subject = given["subject"] or ""
+    if len(subject.encode()) > MAX_SUBJECT:
+        raise UsageError(f"the subject has more than {MAX_SUBJECT:,} bytes")
+    text = given["data"] or "{}"
     read_object(text, "data")
     data = exact_json.loads(text)
-    if email := query.get("email"):
+    if email := given["email"]:
         if data.get("email", email) != email:
             raise UsageError("the data have another e-mail address: leave out one of them")
         data["email"] = email
-    zone = query.get("timezone")
     try:
-        dates.zone(zone or "UTC")
+        dates.zone(given["timezone"] or "UTC")
         content = exact_json.dumps(data)
     except DefinitionError as error:
         raise UsageError(f"time zone: {error}") from error
     except ValueError as error:
         raise UsageError(f"data: {error}") from error
-    start = None
-    if (given := query.get("start")) and (start := dates.parse(given, dates.zone("UTC"))) is None:
-        raise UsageError(f"start {given!r} is not an ISO 8601 date")
+    at = None
+    if (start := given["start"]) and (at := dates.parse(start, dates.zone("UTC"))) is None:
+        raise UsageError(f"start {start!r} is not an ISO 8601 date")
     return {
-        "sequence": query.get("sequence"),
-        "subject": query.get("subject"),
+        "sequence": given["sequence"],
+        "subject": subject,
         "data": content,
-        "timezone": zone,
-        "step": query.get("step"),
-        "at": start,
+        "timezone": given["timezone"],
+        "step": given["step"],
+        "at": at,
     }
 
 

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from sequencerd.console.context import POLICY, PageContext, context_of, query_of, render
-from sequencerd.console.query import NotFoundError, Query
+from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import at
 from sequencerd.core.model import Enrollment, Sequence, SideEffect, parse_data
 from sequencerd.definitions import step_message
@@ -66,7 +66,7 @@ async def _page(
     try:
         shown = await _mail(context, query, enrollment)
     except UsageError as error:
-        wrong, status = wrong or str(error), 422
+        wrong, status = wrong or as_sentence(str(error)), 422
     given = {name: query.get(name) for name in GIVEN} | {"enrollment": enrollment}
     user = request.state.visitor.user or ""
     answer = render(
@@ -117,7 +117,7 @@ async def send_test(request: Request) -> Response:
         wrong = "The server has not answered in time; the test may still arrive."
         return await _page(request, query, wrong, 422)
     except UsageError as error:
-        return await _page(request, query, str(error), 422)
+        return await _page(request, query, as_sentence(str(error)), 422)
     finally:
         for runner in runners.values():
             await runner.close()

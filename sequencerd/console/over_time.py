@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sequencerd.console.context import PageContext, context_of, query_of, render
-from sequencerd.console.query import NotFoundError, Query, WrongQueryError
+from sequencerd.console.query import NotFoundError, Query, WrongQueryError, as_sentence
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.model import ALT_NEXT, NEXT, Sequence, SideEffect, Step, StepKey
@@ -285,27 +285,54 @@ def by_step(activity: Activity, definitions: Mapping[str, Sequence], query: Quer
 async def over_time(request: Request) -> Response:
     """What happened in each hour or day, as charts and as tables."""
     context, query = context_of(request), query_of(request)
-    chosen, activity = await _read(context, query)
     definitions = context.simulator().definitions
-    sequence, step = query.get("sequence"), query.get("step")
+    try:
+        chosen, activity = await _read(context, query)
+    except NotFoundError as error:
+        return _form(request, query, 404, wrong=str(error))
+    except WrongQueryError as error:
+        return _form(request, query, 422, wrong=as_sentence(str(error)))
     shown = by_time(activity, chosen, query)
-    return render(
+    return _form(
         request,
-        "over_time.html",
-        title="Over time",
-        range=chosen,
-        given={name: query.get(name) or "" for name in ("sequence", "step", "from", "until", "by")},
-        sequences=sorted(definitions),
-        steps=list(definitions[sequence].steps) if sequence else [],
+        query,
+        chosen=chosen,
         charts=[
             (measure, title, [(row["at"], row[measure]) for row in shown.rows])
             for measure, title in MEASURES.items()
         ],
         delays=[(row["at"], row[LONGEST] or 0) for row in shown.rows],
         by_time=shown,
-        totals=by_step(activity, definitions, query) if step is None else None,
+        totals=by_step(activity, definitions, query) if query.get("step") is None else None,
         counted_until=activity.counted_until,
         is_capped=activity.is_capped,
+    )
+
+
+def _form(
+    request: Request,
+    query: Query,
+    status: int = 200,
+    *,
+    wrong: str | None = None,
+    chosen: TimeRange | None = None,
+    **given: Any,
+) -> Response:
+    """Return the page: the form, and what it asks for, unless that is wrong."""
+    context = context_of(request)
+    definitions = context.simulator().definitions
+    sequence = definitions.get(query.get("sequence") or "")
+    return render(
+        request,
+        "over_time.html",
+        status,
+        title="Over time",
+        wrong=wrong,
+        range=chosen or range_of(Query({}), context.now()),
+        given={name: query.get(name) or "" for name in ("sequence", "step", "from", "until", "by")},
+        sequences=sorted(definitions),
+        steps=list(sequence.steps) if sequence else [],
+        **given,
     )
 
 

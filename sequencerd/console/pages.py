@@ -36,6 +36,7 @@ from sequencerd.console.context import (
 from sequencerd.console.lists import (
     COLUMNS,
     FILTERS,
+    USUAL,
     EnrollmentPage,
     enrollments,
     without_usual_columns,
@@ -43,7 +44,14 @@ from sequencerd.console.lists import (
 from sequencerd.console.live import COUNTS
 from sequencerd.console.mask import MaskedRow, MaskRow
 from sequencerd.console.merging import found_in_all
-from sequencerd.console.query import MOST_ROWS, PAGE, NotFoundError, Query, WrongQueryError
+from sequencerd.console.query import (
+    MOST_ROWS,
+    PAGE,
+    NotFoundError,
+    Query,
+    WrongQueryError,
+    as_sentence,
+)
 from sequencerd.console.summary import MOST_CAUSES, Counts
 from sequencerd.console.tables import Table, as_csv, as_json, at
 from sequencerd.console.views import EnrollmentHistory
@@ -277,14 +285,21 @@ async def _journey(request: Request, id_: int, query: Query) -> EnrollmentHistor
 async def search(request: Request) -> Response:
     """Find and filter enrollments."""
     context, query = context_of(request), without_usual_columns(query_of(request))
-    found = await _found(context, query)
+    wrong = None
+    try:
+        found = await _found(context, query)
+    except WrongQueryError as error:  # the filters stay, to be corrected
+        wrong = as_sentence(str(error))
+        found = EnrollmentPage(Table("search", [COLUMNS[name] for name in USUAL], [], query.given))
     counts = await context.summary.get()
     definitions = context.simulator().definitions
     chosen = definitions.get(query.get("sequence") or "")
     answer = render(
         request,
         "search.html",
+        422 if wrong else 200,
         title="Enrollments",
+        wrong=wrong,
         given={name: query.get(name) or "" for name in ("q", "sort", "columns", *FILTERS)},
         found=found.table,
         remark=found.table.remark,

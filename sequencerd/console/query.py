@@ -20,6 +20,11 @@ class WrongQueryError(Exception):
     """A wrong query parameter: a sentence."""
 
 
+def as_sentence(text: str) -> str:
+    """Return the text of an error as a sentence."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 @dataclass(frozen=True)
 class Query:
     """The query parameters of a page or table."""
@@ -31,13 +36,13 @@ class Query:
         """Return a value; None where it is empty or missing. Raises WrongQueryError."""
         value = self.given.get(name) or None
         if value is not None and ("\0" in value or _is_broken(value)):
-            raise WrongQueryError(f"{name} contains invalid characters")
+            raise WrongQueryError(f"{_said(name)} contains invalid characters")
         return value
 
     def must(self, name: str) -> str:
         """Return a value that must not be missing."""
         if (value := self.get(name)) is None:
-            raise WrongQueryError(f"{name} is missing from the address of this page")
+            raise WrongQueryError(f"{_said(name)} is missing from the address of this page")
         return value
 
     def number(self, name: str, default: int) -> int:
@@ -47,7 +52,7 @@ class Query:
 
     def _number(self, name: str, text: str) -> int:
         if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
-            raise WrongQueryError(f"{name} is not a number")
+            raise WrongQueryError(f"{_said(name)} is not a number")
         return int(text)
 
     def numbers(self, name: str) -> list[int] | None:
@@ -70,9 +75,15 @@ class Query:
             return NEVER
         try:
             found = datetime.fromisoformat(text)
-        except ValueError as error:
-            raise WrongQueryError(f"{name} is not a time") from error
-        return found if found.tzinfo else found.replace(tzinfo=UTC)
+            # in UTC, it may be out of the calendar
+            return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+        except (ValueError, OverflowError) as error:
+            message = f"{_said(name)} is not a time such as 2026-03-02 09:00"
+            raise WrongQueryError(message) from error
+
+
+def _said(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _is_broken(text: str) -> bool:

@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, Response
 
 from sequencerd.console.context import POLICY, PageContext, context_of, query_of, render
 from sequencerd.console.mail import FRAME
-from sequencerd.console.query import NotFoundError, Query
+from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.graph import reach
 from sequencerd.core.model import Sequence, SideEffect
@@ -61,7 +61,12 @@ class WrongFieldsError(UsageError):
     """What is wrong, by the name of the field."""
 
     def __init__(self, fields: Mapping[str, str]) -> None:
-        super().__init__("; ".join(f"{name}: {text}" for name, text in fields.items()))
+        super().__init__(
+            "; ".join(
+                text if text.startswith(f"{name}:") else f"{name}: {text}"
+                for name, text in fields.items()
+            )
+        )
         self.fields = fields
 
 
@@ -113,7 +118,7 @@ async def simulate(request: Request) -> Response:
         "simulate.html",
         422 if wrong else 200,
         title="Simulate",
-        wrong={name: f"{text[:1].upper()}{text[1:]}." for name, text in wrong.items()},
+        wrong={name: as_sentence(text) for name, text in wrong.items()},
         given=query.given,
         start=query.get("start") or _shown(context.now()),
         sequences=sorted(definitions),

@@ -79,7 +79,7 @@ async def test_a_message_that_cannot_be_shown(database: str, letter: int) -> Non
         for query, status, words in (
             ({"enrollment": "999"}, 404, "Enrollment 999 does not exist"),
             ({"enrollment": "x"}, 422, "not a number"),
-            ({"data": "{"}, 422, "data is not JSON"),
+            ({"data": "{"}, 422, "Data is not JSON"),
             ({"data": "{}"}, 422, "cannot be sent: to"),
             ({"step": "nowhere"}, 404, "no step nowhere"),
             ({"step": "wait"}, 422, "sends no message"),
@@ -118,7 +118,7 @@ async def test_a_test_is_sent(database: str, letter: int) -> None:
             assert refused.status_code == 422
             assert "is not an address" in check(refused)
             refused = await client.post("/message/test", data=form)
-            assert "write the address" in check(refused)
+            assert "Write the address" in check(refused)
             forged = await client.post("/message/test", data={**form, "token": "x"})
             assert forged.status_code == 403
             assert mailbox.messages == []

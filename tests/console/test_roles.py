@@ -110,12 +110,12 @@ def test_every_route_that_changes_something_is_among_those_that_are_tested() -> 
 
 
 @asynccontextmanager
-async def _console(database: str, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def console_of_users(database: str, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     async with console(database, _runners(), own=_runners, **PROXY, **settings) as client:
         yield client
 
 
-def _as(role: Role | None) -> dict[str, str]:
+def as_role(role: Role | None) -> dict[str, str]:
     return {} if role is None else {"X-Forwarded-User": role, "X-Forwarded-Groups": role}
 
 
@@ -160,14 +160,14 @@ async def forms(connection: asyncpg.Connection) -> dict[str, dict[str, str]]:
     }
 
 
-async def _settled(connection: asyncpg.Connection) -> None:
+async def settled(connection: asyncpg.Connection) -> None:
     """Wait until the engine has taken the enrollment up, and writes nothing more."""
     await eventually(
         lambda: connection.fetchval("SELECT wake_at > now() + '1 hour' FROM sequencer.enrollments")
     )
 
 
-async def _tables(connection: asyncpg.Connection) -> dict[str, str]:
+async def tables(connection: asyncpg.Connection) -> dict[str, str]:
     """Return what all tables hold, but for what daemons write by themselves."""
     names = await connection.fetch(
         "SELECT relname FROM pg_class WHERE relnamespace = 'sequencer'::regnamespace"
@@ -182,7 +182,7 @@ async def _tables(connection: asyncpg.Connection) -> dict[str, str]:
     }
 
 
-async def _token(client: httpx.AsyncClient, headers: Mapping[str, str]) -> str:
+async def token_of(client: httpx.AsyncClient, headers: Mapping[str, str]) -> str:
     return token(await client.get("/login" if not headers else "/health", headers=headers))
 
 
@@ -194,12 +194,12 @@ def _tells_nothing(answer: httpx.Response) -> None:
 async def test_what_a_role_may_not_changes_nothing(
     database: str, connection: asyncpg.Connection, forms: dict[str, dict[str, str]]
 ) -> None:
-    async with _console(database, write=True) as client:
-        await _settled(connection)
-        before = await _tables(connection)
+    async with console_of_users(database, write=True) as client:
+        await settled(connection)
+        before = await tables(connection)
         for role in ROLES:
-            headers = _as(role)
-            given = await _token(client, headers)
+            headers = as_role(role)
+            given = await token_of(client, headers)
             for path, form in forms.items():
                 needed = NEEDED[path]
                 forged = await client.post(path, data={**form, "token": "x"}, headers=headers)
@@ -219,39 +219,39 @@ async def test_what_a_role_may_not_changes_nothing(
                 for answer in (forged, elsewhere, refused):
                     _tells_nothing(answer)
         # a viewer ends no other user's session
-        headers = _as("viewer")
-        form = {**forms["/sessions"], "token": await _token(client, headers)}
+        headers = as_role("viewer")
+        form = {**forms["/sessions"], "token": await token_of(client, headers)}
         refused = await client.post("/sessions", data=form, headers=headers)
         assert refused.status_code == 404
         _tells_nothing(refused)
-        assert await _tables(connection) == before
+        assert await tables(connection) == before
 
 
 async def test_without_a_login_nothing_is_changed(
     database: str, connection: asyncpg.Connection, forms: dict[str, dict[str, str]]
 ) -> None:
-    async with _console(database, write=True) as client:
-        await _settled(connection)
-        before = await _tables(connection)
-        given = await _token(client, {})
+    async with console_of_users(database, write=True) as client:
+        await settled(connection)
+        before = await tables(connection)
+        given = await token_of(client, {})
         for path, form in forms.items():
             answer = await client.post(path, data={**form, "token": given})
             _tells_nothing(answer)
             if NEEDED[path] is not None:
                 assert answer.status_code == 303, path
                 assert answer.headers["location"].startswith("/console/login?"), path
-        assert await _tables(connection) == before
+        assert await tables(connection) == before
 
 
 async def test_a_console_that_only_reads_changes_nothing(
     database: str, connection: asyncpg.Connection, forms: dict[str, dict[str, str]]
 ) -> None:
-    async with _console(database) as client:
-        await _settled(connection)
-        before = await _tables(connection)
+    async with console_of_users(database) as client:
+        await settled(connection)
+        before = await tables(connection)
         for role in ROLES:
-            headers = _as(role)
-            given = await _token(client, headers)
+            headers = as_role(role)
+            given = await token_of(client, headers)
             for path, form in forms.items():
                 if path in WITHOUT_WRITE:
                     continue
@@ -259,16 +259,16 @@ async def test_a_console_that_only_reads_changes_nothing(
                 assert refused.status_code == 403, (role, path)
                 assert "Set console.write = true" in refused.text
                 _tells_nothing(refused)
-        assert await _tables(connection) == before
+        assert await tables(connection) == before
 
 
 async def test_what_is_refused_above_is_what_an_editor_does(
     database: str, connection: asyncpg.Connection, forms: dict[str, dict[str, str]]
 ) -> None:
-    headers = _as("editor")
-    async with _console(database, write=True) as client:
-        await _settled(connection)
-        given = await _token(client, headers)
+    headers = as_role("editor")
+    async with console_of_users(database, write=True) as client:
+        await settled(connection)
+        given = await token_of(client, headers)
         # the forms have what the pages before have: the plan, and the version of the data
         edit, data = forms["/edit"], forms["/data"]
         planned = await client.post(
@@ -282,9 +282,9 @@ async def test_what_is_refused_above_is_what_an_editor_does(
         for path, form in forms.items():
             if NEEDED[path] is None:
                 continue
-            before = await _tables(connection)
+            before = await tables(connection)
             answer = await client.post(path, data={**form, "token": given}, headers=headers)
             assert answer.status_code not in (401, 403, 500), f"{path}: {answer.text}"
             if path not in SHOWS_ALONE:
                 assert answer.status_code == 303, f"{path}: {answer.text}"
-                assert await _tables(connection) != before, path
+                assert await tables(connection) != before, path
