@@ -159,8 +159,10 @@ class Section(BaseModel):
 
 
 def _check_schema(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
-        raise ValueError(f"{name!r}: write up to 40 ASCII letters, digits, - and _")
+    if not name.isprintable() or re.search(r"['%$\\]", name):
+        raise ValueError(f"{name!r}: a schema cannot have ', %, $, \\ or a control character")
+    if not 1 <= len(name.encode()) <= 63:  # otherwise PostgreSQL cuts it off
+        raise ValueError(f"{name!r}: the name of a schema has 1 to 63 bytes")
     if re.match(r"pg_|information_schema$|public$", name):
         raise ValueError(f"the schema {name} is not for sequencerd alone; choose another name")
     return name

@@ -45,8 +45,8 @@ def test_a_socket_that_a_failing_test_leaves_open_fails_no_other(
 
 
 def test_tests_run_in_another_schema(server: str, repository: Path) -> None:
-    """Some of them: SEQUENCERD_TEST_SCHEMA=Other make test T=tests/sql runs them all."""
-    variables = {"SEQUENCERD_TEST_SCHEMA": "Other-1", "SEQUENCERD_TEST_DATABASE": server}
+    """Some of them: CONTRIBUTING.md says how to run all."""
+    variables = {"SEQUENCERD_TEST_SCHEMA": 'My "Größe"', "SEQUENCERD_TEST_DATABASE": server}
     done = subprocess.run(
         shlex.split(f"{sys.executable} -m pytest -q -n 0 -p no:cacheprovider {OF_SQL}"),
         cwd=repository,

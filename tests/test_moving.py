@@ -71,7 +71,7 @@ class World:
         self._receiver = receiver
         self._file = folder / "sequencerd.toml"
         self._daemons: dict[str, asyncio.subprocess.Process] = {}
-        command.variables.pop("SEQUENCERD_DATABASE", None)
+        command.without_database()
         command.variables["SEQUENCERD_CONFIG"] = str(self._file)
         command.variables["SEQUENCERD_LOG_FORMAT"] = "json"
         self.write_settings()

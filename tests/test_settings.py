@@ -279,7 +279,20 @@ def test_the_schema_can_be_set_by_the_file_and_the_environment(tmp_path: Path) -
     assert load({}).differences(load({}, file), "database") == ["database.schema"]
 
 
-@pytest.mark.parametrize("name", ["", "a.b", 'a"b', "a'b", "a%b", "a" * 41, "pg_x", "public", "é"])
-def test_a_schema_that_cannot_be_used_is_refused(name: str) -> None:
-    with pytest.raises(SettingsError, match=r"database\.schema"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *((name, "cannot have") for name in ("a'b", "a%b", "a$b", "a\\b", "a\nb", "\udcff")),
+        *((name, "1 to 63 bytes") for name in ("", "a" * 64, "é" * 32)),
+        *((name, "not for sequencerd alone") for name in ("pg_x", "public", "information_schema")),
+    ],
+    ids=repr,
+)
+def test_a_schema_that_cannot_be_used_is_refused(name: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=rf"database\.schema.*{said}"):
         load({"SEQUENCERD_DATABASE_SCHEMA": name})
+
+
+@pytest.mark.parametrize("name", ['My "Shard"', "é" * 31, "a.b"])
+def test_a_schema_that_must_be_quoted_can_be_used(name: str) -> None:
+    assert load({"SEQUENCERD_DATABASE_SCHEMA": name}).database.schema_name == name

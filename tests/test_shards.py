@@ -49,7 +49,7 @@ AWAY = "the shard is away, tried again"
 def configure(sequencerd: Command, tmp_path: Path, database: str) -> Callable[..., None]:
     """Writes the settings of shards; "x=a" is the shard x in the schema of a."""
     file = tmp_path / "sequencerd.toml"
-    sequencerd.variables.pop("SEQUENCERD_DATABASE", None)
+    sequencerd.without_database()
     sequencerd.variables["SEQUENCERD_CONFIG"] = str(file)
 
     def write(*names: str) -> None:

@@ -164,7 +164,7 @@ def _write_settings(schema: str, smtp: str, http: str, file: Path) -> None:
     file.write_text(
         f"""
         [database]
-        schema = "{schema}"
+        schema = {json.dumps(schema, ensure_ascii=False)}
         [email]
         url = "{smtp}"
         [sms]

@@ -404,7 +404,7 @@ def _topic_limit(topic: str, text: str) -> Limit | InvalidStep:
             raise DefinitionError("key: external data are of one sequence, the limit is of all")
         return config.compile(topic)
     except (DefinitionError, RecursionError) as error:
-        wrong = f"the limit of the topic {topic!r} in sequencer.topics is wrong: {error}"
+        wrong = f"the limit of the topic {topic!r} in the table topics is wrong: {error}"
         return InvalidStep(wrong, (Fault((), wrong),))
 
 

@@ -419,8 +419,8 @@ def compare_shards(facts: Mapping[str, Mapping[str, str | None]]) -> Iterator[Di
     for about, advice in {
         "server": "run the same version of PostgreSQL everywhere",
         "definitions": "apply the files to all shards; sequencerd plan shows the differences",
-        "topics": "write the same rows to sequencer.topics in all shards",
-        "holidays": "add the same days to sequencer.holidays in all shards",
+        "topics": "write the same rows to the table topics in all shards",
+        "holidays": "add the same days to the table holidays in all shards",
         "step types": "give the daemons of all shards the same settings",
     }.items():
         known = {shard: json.loads(of[about] or "null") for shard, of in facts.items()}

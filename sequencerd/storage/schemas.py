@@ -55,7 +55,8 @@ def in_schema(sql: str, schema: str) -> str:
     """
     if schema == SCHEMA:
         return sql
-    quoted = f'"{schema}"'  # settings.Database has checked the name
+    # settings.Database has checked the name: it is the same within a literal and a format
+    quoted = '"' + schema.replace('"', '""') + '"'
     number = crc32(schema.encode())
     replacements = {
         "setting": f"{SCHEMA}_{number:08x}",

@@ -28,7 +28,7 @@ async def look_up(
     the name of a function, or in a schema that applications cannot have.
     """
     name = _FUNCTION.fullmatch(function)
-    reserved = rf"pg_|information_schema$|(sequencer|{schema_of(connection)})$"
+    reserved = rf"pg_|information_schema$|(sequencer|{re.escape(schema_of(connection))})$"
     if name is None or re.match(reserved, name["schema"]):
         raise ValueError(
             f"{function!r} is neither set up as [lookups.{function}] nor installed, "

@@ -16,7 +16,7 @@ from tests.helpers.command_line import Command
 def write(sequencerd: Command, tmp_path: Path) -> Callable[[str], object]:
     """Writes the settings."""
     file = tmp_path / "sequencerd.toml"
-    del sequencerd.variables["SEQUENCERD_DATABASE"]
+    sequencerd.without_database()
     sequencerd.variables["SEQUENCERD_CONFIG"] = str(file)
     return file.write_text
 

@@ -236,7 +236,7 @@ async def test_limits_are_planned_with_counts(
     assert not await apply.plan(file("topic: news\n", three, three, ""))
     lines = await apply.lines(file("topic: news\n", three, three, "topic: odd"))
     assert any(
-        line.startswith("the limit of the topic 'odd' in sequencer.topics is wrong: at_most: must")
+        line.startswith("the limit of the topic 'odd' in the table topics is wrong: at_most: must")
         and line.endswith("it stops 1 step: s2")
         for line in lines
     )

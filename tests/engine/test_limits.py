@@ -347,7 +347,7 @@ async def test_running_daemons_follow_a_changed_limit_of_a_topic(
         await until(connection, waits, "the limit is reached: 2")
         await limit_topic(connection, '{"at_most": "many"}')
         await until(
-            connection, problem, "the limit of the topic 'marketing' in sequencer.topics is wrong%"
+            connection, problem, "the limit of the topic 'marketing' in the table topics is wrong%"
         )
         await enroll(connection, "free", "ada")
         free = "SELECT status = 'completed' FROM sequencer.enrollments WHERE sequence = 'free'"

@@ -21,7 +21,7 @@ from sequencerd.storage import connections, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import AdvisoryLock
 from tests.helpers import servers
-from tests.helpers.databases import shard
+from tests.helpers.databases import SCHEMA, shard
 from tests.helpers.engines import (
     ALL_ENDED,
     Recorder,
@@ -455,7 +455,7 @@ async def test_many_concurrent_inserts_are_found_without_notifications(
             )
 
     async with running_engine(database, {"Note": Recorder(batch_size=100)}, sweep=3600):
-        await connection.add_listener("sequencer", ring)
+        await connection.add_listener(SCHEMA, ring)
         await until(connection, BELL_IS_ON)
         await asyncio.gather(*map(enroll_some, range(8)))
         await until(connection, ALL_ENDED)
@@ -465,7 +465,7 @@ async def test_many_concurrent_inserts_are_found_without_notifications(
         id_ = await enroll(connection, "s", "ada")
         await until(connection, ENDED, id_)
         assert rings == 1
-        await connection.remove_listener("sequencer", ring)
+        await connection.remove_listener(SCHEMA, ring)
     for other in others:
         await other.close()
 

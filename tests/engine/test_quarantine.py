@@ -20,7 +20,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import EARLIEST
 from sequencerd.storage import locking, migrate, sequences
 from tests.helpers.command_line import Command
-from tests.helpers.databases import execute, with_database, with_login
+from tests.helpers.databases import QUOTED, execute, with_database, with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import eventually
 
@@ -320,7 +320,7 @@ BREAK_AND_FIX = {
         "REVOKE sequencer_daemon FROM login_daemon",
         "GRANT sequencer_daemon TO login_daemon",
     ),
-    "schema": ("ALTER SCHEMA sequencer RENAME TO away", "ALTER SCHEMA away RENAME TO sequencer"),
+    "schema": ("ALTER SCHEMA sequencer RENAME TO away", f"ALTER SCHEMA away RENAME TO {QUOTED}"),
     "table": (
         "ALTER TABLE sequencer.events RENAME TO away",
         "ALTER TABLE sequencer.away RENAME TO events",

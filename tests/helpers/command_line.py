@@ -38,6 +38,11 @@ class Command:
         self.folder = folder
         self.errors = ""
 
+    def without_database(self) -> None:
+        """Leave it to the settings file, which may have several."""
+        for name in ("SEQUENCERD_DATABASE", "SEQUENCERD_DATABASE_SCHEMA"):
+            self.variables.pop(name, None)
+
     def __call__(self, *arguments: str, code: int = 0, stdin: bytes = b"") -> str:
         """What the command prints. It ends with `code`; `errors` has its standard error."""
         out, errors = io.StringIO(), io.StringIO()

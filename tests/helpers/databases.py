@@ -65,6 +65,8 @@ SCHEMA = os.environ.get("SEQUENCERD_DATABASE_SCHEMA", settings.SCHEMA)
 one elsewhere than in statements have the mark `in_usual_schema`.
 """
 
+QUOTED = '"' + SCHEMA.replace('"', '""') + '"'
+
 in_usual_schema = pytest.mark.skipif(
     SCHEMA != settings.SCHEMA, reason="it names the schema sequencer by itself"
 )

@@ -71,7 +71,7 @@ async def shards(shards_url: str) -> AsyncIterator[dict[str, asyncpg.Connection]
 def sharded(shards_url: str, tmp_path: Path) -> Command:
     """The command, with a sequence in the folder that is not applied yet."""
     command = Command(shards_url, tmp_path)
-    del command.variables["SEQUENCERD_DATABASE"]
+    command.without_database()
     command.variables["SEQUENCERD_CONFIG"] = str(tmp_path / "sequencerd.toml")
     configure(command, a=shards_url, b=shards_url)
     (tmp_path / "s.yaml").write_text(SEQUENCE)

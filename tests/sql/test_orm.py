@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
-from tests.helpers.databases import SCHEMA, with_login
+from tests.helpers.databases import QUOTED, with_login
 from tests.helpers.engines import define
 
 WRITABLE = """SELECT array_agg(attname::text ORDER BY attnum) FROM pg_attribute
@@ -115,7 +115,7 @@ async def test_an_upsert_finds_the_existing_enrollment(
 async def test_many_go_in_by_one_statement(session: asyncpg.Connection) -> None:
     async with session.transaction():
         rows = await session.fetch(
-            f'INSERT INTO "{SCHEMA}"."enrollments" ("id", "sequence", "subject", "data", "wake_at")'
+            f'INSERT INTO {QUOTED}."enrollments" ("id", "sequence", "subject", "data", "wake_at")'
             " VALUES (default, 's', 'ada', null, default), (default, 's', 'bob', default, null)"
             ' RETURNING "id"'
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from sequencerd.errors import MigrationError
 from sequencerd.settings import SCHEMA
-from sequencerd.storage import connections, migrate
+from sequencerd.storage import connections, migrate, migrations
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.schemas import in_schema
 from sequencerd.storage.statements import QUERIES
@@ -20,7 +21,9 @@ from tests.helpers.databases import in_usual_schema, with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.sql.test_golden_schema import GOLDEN, describe
 
-NAME = "Shard-1"
+NAME = 'My "Größe" {x} №1; --. /*'.ljust(59, "x")
+"""What is allowed in a name, and in 63 bytes as many as there can be."""
+QUOTED = '"' + NAME.replace('"', '""') + '"'
 
 
 @pytest.fixture
@@ -35,9 +38,9 @@ async def other(connection: asyncpg.Connection, database: str) -> AsyncIterator[
 
 async def test_it_is_the_same_there(other: asyncpg.Connection) -> None:
     text = await describe(other)
-    assert text.replace(f'"{NAME}"', SCHEMA) == in_schema(
+    assert text.replace(QUOTED, SCHEMA) == in_schema(
         GOLDEN.read_text(encoding="utf-8"), NAME
-    ).replace(f'"{NAME}"', SCHEMA)
+    ).replace(QUOTED, SCHEMA)
     assert await other.fetch(QUERIES["missing_grants"]) == []
 
 
@@ -70,7 +73,7 @@ async def test_a_rejection_names_the_schema(other: asyncpg.Connection) -> None:
     with pytest.raises(asyncpg.ForeignKeyViolationError) as raised:
         await enroll(other, "nothing", "ada")
     assert raised.value.schema_name == NAME
-    assert raised.value.hint == f'SELECT name FROM "{NAME}".sequences lists those that do.'
+    assert raised.value.hint == f"SELECT name FROM {QUOTED}.sequences lists those that do."
 
 
 async def test_a_database_without_it_is_recognised(server: str, template: str) -> None:
@@ -89,7 +92,7 @@ async def test_settings_of_triggers_are_those_of_the_schema(
     await asyncpg.Connection.execute(
         other,
         "WITH here AS (INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'ada'))"
-        f" INSERT INTO \"{NAME}\".enrollments (sequence, subject) VALUES ('s', 'ada')",
+        f" INSERT INTO {QUOTED}.enrollments (sequence, subject) VALUES ('s', 'ada')",
     )
     read = "SELECT step FROM sequencer.enrollments"
     assert (await connection.fetchval(read), await other.fetchval(read)) == ("first", "another")
@@ -130,6 +133,39 @@ async def test_two_daemons_in_one_database_do_not_disturb_each_other(
     assert await other.fetchval(future) == 0
 
 
+async def test_dropping_one_disturbs_no_other(
+    connection: asyncpg.Connection, other: asyncpg.Connection, database: str
+) -> None:
+    before, ours = await describe(connection), Recorder()
+    async with (
+        running_engine(database, {"Note": ours}, sweep=3600),
+        running_engine(Shard(database, NAME)),
+    ):
+        await define(connection, "s", ("note", "Note", "{}", None))
+        await other.execute("DROP SCHEMA sequencer CASCADE")
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    assert len(ours.keys) == 1
+    assert await describe(connection) == before
+    assert await connection.fetch(QUERIES["missing_grants"]) == []
+    with pytest.raises(MigrationError, match="sequencerd migrate"):
+        await migrate.check(other)
+    assert len(await migrate.migrate(other)) == len(migrations.available())  # it begins anew
+    assert await migrate.grant(other) == []
+
+
+async def test_several_are_made_at_the_same_time(database: str) -> None:
+    async def make(schema: str) -> list[migrate.Ungranted]:
+        opened = await connections.connect(Shard(database, schema))
+        try:
+            await migrate.migrate(opened)
+            return await migrate.grant(opened)
+        finally:
+            await opened.close()
+
+    assert await asyncio.gather(*map(make, ("a", "b", "A"))) == [[], [], []]
+
+
 async def test_locks_and_notifications_are_those_of_the_schema(
     connection: asyncpg.Connection, other: asyncpg.Connection
 ) -> None:
@@ -161,7 +197,7 @@ async def test_commands_work_in_the_schema_that_is_set(
     sequencerd("enroll", "s", "ada")
     assert "ada" in sequencerd("list")
     assert await connection.fetchval("SELECT count(*) FROM sequencer.sequences") == 0
-    drop = f'DROP TRIGGER notify_on_insert ON "{NAME}".enrollments'
+    drop = f"DROP TRIGGER notify_on_insert ON {QUOTED}.enrollments"
     await asyncpg.Connection.execute(connection, drop)
-    advice = f'ALTER TABLE "{NAME}".TABLE ENABLE TRIGGER ALL; create dropped triggers again'
+    advice = f"ALTER TABLE {QUOTED}.TABLE ENABLE TRIGGER ALL; create dropped triggers again"
     assert advice in sequencerd("doctor", code=1)

@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from sequencerd.storage import daemons
-from tests.helpers.databases import with_login
+from tests.helpers.databases import SCHEMA, with_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
 
 HIJACK = """
@@ -38,7 +38,7 @@ SETTINGS = [
     "transform_null_equals = on",
     "array_nulls = off",
     "quote_all_identifiers = on",
-    "client_encoding = 'LATIN1'",
+    *(["client_encoding = 'LATIN1'"] if SCHEMA.isascii() else []),  # asyncpg sends UTF-8 anyway
     "bytea_output = 'escape'",
     "default_transaction_isolation = 'serializable'",
     "row_security = off",

@@ -62,7 +62,7 @@ def citus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Citus]:
         (folder / "sequencerd.toml").write_text(toml)
         (folder / "onboarding.yaml").write_text(SEQUENCE)
         command = Command("", folder)
-        command.variables.pop("SEQUENCERD_DATABASE")
+        command.without_database()
         command.variables["SEQUENCERD_CONFIG"] = str(folder / "sequencerd.toml")
         command.follow(commands)
         workers = {int(urlsplit(node.url).port or 0): node for node in nodes[1:]}

@@ -64,7 +64,8 @@ async def application(
 ) -> AsyncIterator[asyncpg.Connection]:
     """An application's connection to the front."""
     await execute(clusters[0], "CREATE DATABASE front")
-    connection = await asyncpg.connect(with_database(clusters[0], "front"))
+    url = with_database(clusters[0], "front")  # whose schema is sequencer in any case
+    connection = await asyncpg.connect(url, connection_class=asyncpg.Connection)
     urls = [with_database(url, "shard") for url in clusters]
     places = map(Shard, urls, SCHEMAS)
     await connection.execute(front(dict(zip(NAMES, places, strict=True))))
