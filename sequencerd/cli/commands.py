@@ -168,6 +168,12 @@ async def _explained(
     match error:
         case SequencerdError():
             return error
+        case asyncpg.InterfaceError(
+            __context__=SequencerdError() | asyncpg.PostgresError() as cause
+        ):
+            return await _explained(arguments, shard, cause)  # the rollback failed as well
+        case asyncpg.PostgresConnectionError():
+            pass
         case asyncpg.InsufficientPrivilegeError():
             return DatabaseError(f"{error}; {await _advice(arguments, shard)}")
         case asyncpg.PostgresError():

@@ -33,29 +33,83 @@ async def migrate(
     """
     wanted = available() if migrations is None else migrations
     await _check_server(connection)
+    await _check_rights(connection)
     async with connection.transaction():
+        await connection.fetch(QUERIES["no_timeouts"])
         await connection.execute(QUERIES["lock_migrations"])
         await connection.execute(QUERIES["create_migrations"])
         missing = _missing(wanted, await connection.fetch(QUERIES["migrations"]))
+        if missing:
+            await _become_owner(connection)
+        await connection.execute(QUERIES["limit_locks"])
         for migration in missing:
-            for line, statement in migration.statements():
-                try:
-                    await connection.execute(statement)
-                except asyncpg.PostgresError as error:
-                    place = f"migration {migration.name} failed at line {line}"
-                    raise MigrationError(f"{place}: {error}") from error
-            await connection.execute(
-                QUERIES["record_migration"], migration.version, migration.name, migration.checksum
-            )
+            await _apply(connection, migration)
         if number is not None and not _has_number(await _read_number(connection), number):
             await connection.execute(QUERIES["number_shard"], *number)
     return missing
+
+
+async def _check_rights(connection: asyncpg.Connection) -> None:
+    if await connection.fetchval(QUERIES["is_standby"]):
+        raise DatabaseError(
+            "this server is a standby: migrate its primary, which database.url finds among all "
+            "servers with ?target_session_attrs=read-write"
+        )
+    if statement := await connection.fetchval(QUERIES["grant_to_create"]):
+        raise MigrationError(
+            f"the login may not create the schema {schema_of(connection)}; as an administrator of "
+            f"the database run: {statement}"
+        )
+
+
+async def _become_owner(connection: asyncpg.Connection) -> None:
+    """Act as the owner of the tables until the end of the transaction, so that those of a later
+    migration have the same. Raises MigrationError.
+    """
+    owner = await connection.fetchval(QUERIES["other_owner"])
+    if owner is None:
+        return
+    try:
+        async with connection.transaction():
+            await connection.fetch(QUERIES["act_as"], owner)
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise MigrationError(
+            f"the schema {schema_of(connection)} belongs to {owner}: migrate with that login, or "
+            "as a superuser"
+        ) from error
+
+
+async def _apply(connection: asyncpg.Connection, migration: Migration) -> None:
+    for line, statement in migration.statements():
+        try:
+            await connection.execute(statement)
+        except asyncpg.PostgresError as error:
+            place = f"migration {migration.name} failed at line {line}"
+            raise MigrationError(f"{place}: {_explain(error)}") from error
+    await connection.execute(
+        QUERIES["record_migration"], migration.version, migration.name, migration.checksum
+    )
+
+
+def _explain(error: asyncpg.PostgresError) -> str:
+    match error:
+        case asyncpg.LockNotAvailableError() | asyncpg.DeadlockDetectedError():
+            advice = (
+                "run it again when the transactions that hold the tables have ended; "
+                "`sequencerd doctor` names old ones"
+            )
+        case asyncpg.PostgresConnectionError() | asyncpg.OperatorInterventionError():
+            advice = "run it again"
+        case _:
+            return f"{error}; nothing was applied"
+    return f"{error}; nothing was applied: {advice}"
 
 
 async def grant(connection: asyncpg.Connection) -> list[Ungranted]:
     """Grant the roles what they lack, each statement on its own. Return what is still missing."""
     errors = {}
     async with connection.transaction():
+        await connection.fetch(QUERIES["no_timeouts"])
         await connection.execute(QUERIES["lock_migrations"])
         for (statement,) in await connection.fetch(QUERIES["missing_grants"]):
             try:

@@ -4,6 +4,30 @@
 -- Acquire the migration lock until the end of the transaction: processes migrate one at a time.
 SELECT pg_advisory_xact_lock({migrations_lock});
 
+-- name: grant_to_create
+-- Read what an administrator has to run if the schema does not exist and the user cannot create it.
+SELECT format('GRANT CREATE ON DATABASE %I TO %I', current_database(), current_user)
+ WHERE to_regnamespace('sequencer') IS NULL
+   AND NOT has_database_privilege(current_database(), 'CREATE');
+
+-- name: no_timeouts
+-- Turn off the time limits of a login for this transaction: a large table takes as long as it takes.
+SELECT set_config(name, '0', true) FROM pg_settings
+ WHERE name IN ('statement_timeout', 'lock_timeout', 'transaction_timeout');
+
+-- name: limit_locks
+-- Wait 5 seconds for a lock at most: all who need the same table wait behind it.
+SET LOCAL lock_timeout = '5s';
+
+-- name: other_owner
+-- Read the owner of the tables, if that is not the user.
+SELECT rolname::text FROM pg_class JOIN pg_roles AS r ON r.oid = relowner
+ WHERE pg_class.oid = to_regclass('sequencer.migrations') AND rolname <> current_user;
+
+-- name: act_as
+-- Act as another role until the end of the transaction.
+SELECT set_config('role', $1, true);
+
 -- name: create_migrations
 -- Create the schema and the table of applied migrations. IF NOT EXISTS would ask for the right to create
 -- them even if an administrator has done so.
