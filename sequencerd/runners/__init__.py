@@ -1,8 +1,8 @@
-"""Runners execute the steps of one type. What this package exports is for authors of runners.
+"""Runners execute the steps of one type. The names exported here are for authors of runners.
 
-A function needs `runner` to describe it, and `Refused`, `Answer` and `Failed` for its outcome; an
-object of its own implements `Runner`. Everything else in this package is private. daemon.py makes
-the registry of runners.
+A function needs `runner` to describe it, and `Refused`, `Answer` and `Failed` for its result; an
+object implements `Runner`. Everything else in this package is private. The registry of runners is
+made in service/daemon.py.
 """
 
 from sequencerd.core.model import (

@@ -1,4 +1,4 @@
-"""Custom runners whose steps say where a message goes: nothing is sent to what is suppressed."""
+"""Custom runners whose steps name a recipient: suppressed recipients get no message."""
 
 from __future__ import annotations
 
@@ -16,34 +16,36 @@ from sequencerd.runners.protocol import Runner
 from sequencerd.runners.suppression_check import Suppressions, describe
 
 KEYS = frozenset({"channel", "address"})
-"""A step that has both is held to the suppressions. One of them alone is the runner's own key."""
+"""The config keys of a recipient. A step with both is checked against the suppressions; a step with
+one of them is not, because the key then belongs to the runner.
+"""
 
 
 class RecipientConfig(Config):
-    """Where a custom runner sends a message, so that suppressions hold for it."""
+    """The recipient of a custom runner's message, which is checked against the suppressions."""
 
     channel: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")]
-    """Such as push; as in sequencer.suppressions."""
+    """A channel, such as push, as in `sequencer.suppressions`."""
     address: str
     """A template, such as {{data.token}}."""
 
 
 class Recipient(NamedTuple):
-    """What is made of a step's recipient."""
+    """The compiled recipient of a step."""
 
     channel: str
     address: Template
 
 
 class AddressedProgram(NamedTuple):
-    """What is made of a step's config: the runner's own program, and the recipient, if any."""
+    """A compiled config: the runner's own program, and the recipient if the step names one."""
 
     own: object
     recipient: Recipient | None
 
 
 class AddressedRunner:
-    """A custom runner, which is not called for recipients that are suppressed."""
+    """A custom runner that is not called for suppressed recipients."""
 
     def __init__(self, runner: Runner, suppressions: Suppressions | None) -> None:
         self.limits = runner.limits

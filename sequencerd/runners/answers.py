@@ -1,4 +1,4 @@
-"""Reads the answers of custom runners, by HTTP or from Python, as results."""
+"""Convert the answers of custom runners, from HTTP or Python, to results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAIN: Mapping[object, Answer] = {
     None: Answer(),
     **{str(action): Answer(action) for action in Action},
 }
-"""The answers that consist of an action alone; None is `next`."""
+"""Answers that are only an action; None means `next`."""
 
 
 class ActionAnswer(BaseModel):
@@ -91,16 +91,16 @@ def check_json(value: object) -> None:
 
 
 class StrictActionAnswer(ActionAnswer):
-    """The same without other keys, which are typing errors in Python."""
+    """The same, but unknown keys are errors: in Python they are typing errors."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 def read_outcome(value: object, model: type[ActionAnswer] = ActionAnswer) -> Result:
-    """Return the result of an answer: None, an action, or an object with `action` and more.
+    """Convert an answer (None, an action, or an object with `action` and other keys) to a result.
 
-    An answer that cannot be read is a temporary failure, as its runner will be fixed. The side
-    effect may have taken place.
+    An invalid answer is a temporary failure, because its runner will be fixed. The side effect may
+    have taken place.
     """
     if value is None or isinstance(value, str):
         return PLAIN.get(value) or Failed(
@@ -113,7 +113,7 @@ def read_outcome(value: object, model: type[ActionAnswer] = ActionAnswer) -> Res
     except ValidationError as error:
         return Failed(one_line(f"the answer can't be used: {describe(error)}"), unknown=True)
     if outcome.model_fields_set <= {"action"}:
-        # one object, so that the engine moves all enrollments that get it together
+        # the same object each time, so that the engine moves all these enrollments together
         return PLAIN[str(outcome.action)]
     return Answer(
         outcome.action,

@@ -1,7 +1,7 @@
 """AWS Lambda functions as custom runners and lookups.
 
-An extra, `pip install 'sequencerd[aws]'`: botocore finds the credentials and signs, as in every
-AWS tool; the call itself goes the way of all calls, with the same limits.
+This is an extra, `pip install 'sequencerd[aws]'`. botocore finds the credentials and signs
+requests, as in every AWS tool; the request itself is sent like all others, with the same limits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, HttpReply, Unreachable, check_url
 
 MAX_EVENT = 6_000_000
-"""Bytes of an event that Lambda takes, a little less than its 6 MB."""
+"""The largest event in bytes, slightly below Lambda's limit of 6 MB."""
 
 _ARN = re.compile(
     r"arn:(?P<partition>aws[a-z-]*):lambda:(?P<region>[a-z0-9-]+):\d{12}:function:[\w-]{1,64}"
@@ -27,13 +27,14 @@ _ARN = re.compile(
 )
 _SUFFIXES = {"aws-cn": "amazonaws.com.cn"}
 _OPERATORS = (404, 409, 412)
-"""Statuses of Lambda itself, not of the function: it does not exist, or is being changed."""
+"""Statuses that come from Lambda, not from the function: it does not exist, or is being changed."""
 
 
 class LambdaFunction:
-    """A function, by its ARN. Raises ValueError for an ARN that isn't one, and without the extra.
+    """A function, identified by its ARN. Raises ValueError for an invalid ARN, and without the
+    extra.
 
-    AWS_ENDPOINT_URL_LAMBDA and AWS_ENDPOINT_URL name another endpoint, as for other AWS tools.
+    As in other AWS tools, AWS_ENDPOINT_URL_LAMBDA and AWS_ENDPOINT_URL name another endpoint.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class LambdaFunction:
         path = f"/2015-03-31/functions/{quote(arn, safe='')}/invocations"
         self._url = check_url(endpoint.rstrip("/") + path)
         self._session = Session()
-        self._finding = asyncio.Lock()  # the session is not for several threads at once
+        self._finding = asyncio.Lock()  # the session is not thread-safe
         self._web = HttpClient(
             timeout=timeout, connections=connections, allow_private=allow_private
         )
@@ -66,11 +67,13 @@ class LambdaFunction:
     async def post(
         self, event: bytes, _key: str | None = None, max_answer: int = MAX_ANSWER
     ) -> HttpReply:
-        """Invoke it and wait for its answer. Raises Unreachable, also where the function fails."""
+        """Invoke the function and wait for its answer. Raises Unreachable, also if the function
+        fails.
+        """
         return _judged(await self._invoke(event, "RequestResponse", max_answer))
 
     async def check(self) -> HttpReply:
-        """Ask Lambda whether the function could be invoked. Raises Unreachable."""
+        """Check with Lambda whether the function can be invoked. Raises Unreachable."""
         return _judged(await self._invoke(b"", "DryRun", MAX_ANSWER))
 
     async def _invoke(self, event: bytes, kind: str, max_answer: int) -> HttpReply:
@@ -82,7 +85,9 @@ class LambdaFunction:
         )
 
     def _signed(self, event: bytes, kind: str) -> dict[str, str]:
-        """The headers of an invocation. Blocks: credentials may come from a file or a service."""
+        """Return the headers of an invocation. This blocks: credentials may come from a file or a
+        service.
+        """
         from botocore.auth import SigV4Auth  # noqa: PLC0415 - as above
         from botocore.awsrequest import AWSRequest  # noqa: PLC0415
         from botocore.exceptions import BotoCoreError  # noqa: PLC0415
@@ -111,7 +116,7 @@ class LambdaFunction:
 
 
 def _judged(reply: HttpReply) -> HttpReply:
-    """The answer of a function that has run to its end, or one that `judge` knows about."""
+    """Return the answer of a function that ran to its end, or one that `judge` can classify."""
     if "X-Amz-Function-Error" in reply.headers:
         raise Unreachable(f"the function failed: {_failure(reply)}", sent=True)
     if reply.status in _OPERATORS:
@@ -122,7 +127,7 @@ def _judged(reply: HttpReply) -> HttpReply:
 
 
 def _failure(reply: HttpReply) -> str:
-    """What a function has raised, in a line."""
+    """Return the error that a function raised, as one line."""
     try:
         error: Any = json.loads(reply.body)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Decodes compressed answers (RFC 9110, 8.4.1), within limits."""
+"""Decompress responses (RFC 9110, 8.4.1), within limits."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import zlib
 
 
 class EncodingError(Exception):
-    """An answer that cannot be decoded, with the reason."""
+    """A response that cannot be decompressed, with the reason."""
 
 
 def decode(body: bytes, encodings: str, limit: int) -> bytes:
-    """Return the body without its encodings, as Content-Encoding lists them.
+    """Return the body without the encodings that Content-Encoding lists.
 
     Raises EncodingError before it produces much more than `limit` bytes.
     """
@@ -19,7 +19,7 @@ def decode(body: bytes, encodings: str, limit: int) -> bytes:
         if name in ("gzip", "x-gzip"):
             body = _inflate(body, 16 + zlib.MAX_WBITS, limit)
         elif name == "deflate":
-            # by its definition with zlib's header, which some leave out
+            # by definition with a zlib header, which some servers omit
             try:
                 body = _inflate(body, zlib.MAX_WBITS, limit)
             except zlib.error:
@@ -40,7 +40,7 @@ def _inflate(body: bytes, window: int, limit: int) -> bytes:
         except zlib.error:
             if rest is body:
                 raise
-            break  # what stands behind the last member is padding
+            break  # anything after the last member is padding
         if len(found) > limit:
             raise EncodingError(f"the answer has more than {limit} bytes when it is unpacked")
         if not stream.eof:

@@ -1,4 +1,4 @@
-"""Finds what an error was raised from, and whether this machine has run out of something."""
+"""Find the causes of an error, and whether this machine has run out of a resource."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ EXHAUSTED = frozenset(
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, what it was raised from, and so on; of several attempts, those of each. The
-    last one is the root cause.
+    """Yield an error, its cause, and so on; for several attempts, the causes of each. The last one
+    is the root cause.
 
-    The context of an error is not its cause: it may be anything that was being handled. httpcore
-    passes the cause of an error as an argument only.
+    An error's context is not its cause: any error may have been being handled. httpcore passes the
+    cause of an error only as an argument.
     """
     seen: list[BaseException] = []
     below: list[object] = [error]
@@ -37,7 +37,9 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Return whether this machine lacks descriptors, memory or ports: no message's fault."""
+    """Return whether this machine has run out of descriptors, memory or ports: then no message is
+    at fault.
+    """
     return any(
         isinstance(one, MemoryError) or (isinstance(one, OSError) and one.errno in EXHAUSTED)
         for one in causes(error)

@@ -1,4 +1,4 @@
-"""What runners share: rendering of templates, and texts for messages."""
+"""Render templates for runners, and clean texts for messages."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sequencerd.core.model import (
     MessageContext,
 )
 
-MAX_SHOWN = 300  # characters of what a server says
+MAX_SHOWN = 300  # characters of a server's text
 
-# What PostgreSQL's text or a terminal does not take: controls, and halves of characters.
+# Characters that PostgreSQL's text or a terminal rejects: controls and lone surrogates.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\s]+")
 
 
@@ -78,7 +78,7 @@ def compile_texts(
 
 
 def with_prefix(prefix: str, text: str | Mapping[str, str]) -> str | dict[str, str]:
-    """Return the text that begins with this, in each of its languages."""
+    """Return the text with a prefix, in each of its languages."""
     if isinstance(text, str):
         return prefix + text
     return {language: prefix + one for language, one in text.items()}
@@ -99,6 +99,6 @@ def render(name: str, template: Template | Translations, view: Mapping[str, Any]
 
 
 def one_line(text: str, limit: int = MAX_SHOWN) -> str:
-    """Return a text from elsewhere in one short, printable line, to be shown and stored."""
+    """Return a text of unknown origin as one short, printable line, to be shown and stored."""
     text = _UNPRINTABLE.sub(" ", text[: limit * 4]).strip()
     return text if len(text) <= limit else f"{text[:limit]}..."

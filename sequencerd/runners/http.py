@@ -1,6 +1,4 @@
-"""Custom runners in any language: a batch is sent to an endpoint, which answers for each
-enrollment.
-"""
+"""Custom runners in any language: an endpoint receives a batch, and answers for each enrollment."""
 
 from __future__ import annotations
 
@@ -42,15 +40,15 @@ from sequencerd.runners.http_client import (
 from sequencerd.runners.pace import Pace, TakePermits
 
 BATCH_BYTES = 96_000
-"""Express, and proxies after it, take no more than 100 kB as it comes."""
+"""Express, and proxies by default, accept no more than 100 kB."""
 
-MAX_ITEM = 64 * 1024  # bytes of an answer for each enrollment, where that is more than MAX_ANSWER
+MAX_ITEM = 64 * 1024  # bytes of the answer per enrollment, if that is more than MAX_ANSWER
 SHOWN_IDS = 5
 NO_JSON = "data holds a number that can't be written as JSON"
 
 
 class Endpoint(Protocol):
-    """What answers calls: an HTTP endpoint, or a function of AWS Lambda."""
+    """The destination of calls: an HTTP endpoint, or an AWS Lambda function."""
 
     async def post(
         self, body: bytes, key: str | None = None, max_answer: int = MAX_ANSWER
@@ -64,8 +62,8 @@ class Endpoint(Protocol):
 
 
 class HttpEndpoint:
-    """A URL that accepts JSON. `secret` (whsec_...) signs the calls. Raises ValueError for settings
-    that cannot work.
+    """A URL that accepts JSON. `secret` (whsec_...) signs the calls. Raises ValueError for invalid
+    settings.
     """
 
     def __init__(
@@ -108,8 +106,8 @@ class HttpEndpoint:
 class BatchRunner:
     """Posts `{"config": ..., "runners": [...]}` and expects a list of `{"id", "action", ...}`.
 
-    `name` is the step type, for messages. `limits` are those of the endpoint, of whose calls none
-    is larger than `batch_bytes`.
+    `name` is the step type, for messages. `limits` apply to the endpoint; no call is larger than
+    `batch_bytes`.
     """
 
     def __init__(
@@ -125,7 +123,7 @@ class BatchRunner:
         self.retry = retry
         self._pace = Pace(limits, name, take)
         self._call_timeout = limits.timeout
-        # a batch that needs several calls begins none after the time of one
+        # a batch that needs several calls begins no further call after the time of one
         longest = 2 * limits.timeout + self._pace.longest_wait + 1
         self.limits = replace(limits, timeout=longest)
         self._batch_bytes = batch_bytes
@@ -133,7 +131,7 @@ class BatchRunner:
         self._endpoint = endpoint
 
     def compile(self, config: Mapping[str, Any]) -> str:
-        """Return the config as JSON, which the endpoint understands. Raises DefinitionError."""
+        """Return the config as JSON; the endpoint interprets it. Raises DefinitionError."""
         try:
             check_json(config)
         except ValueError as error:
@@ -141,8 +139,8 @@ class BatchRunner:
         return json.dumps(config)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
-        """Make one call for all tasks, or several if it would be too large. Each task is judged by
-        its own part of the answer.
+        """Make one call for all tasks, or several if it would be too large. The result of each task
+        depends only on its own part of the answer.
         """
         assert isinstance(program, str)
         written = {task.key: event for task in tasks if (event := _write(task)) is not None}
@@ -185,7 +183,7 @@ class BatchRunner:
     async def _ask(
         self, program: str, tasks: Sequence[Task], written: Mapping[str, str]
     ) -> dict[str, Result] | None:
-        """Make one call. Return None if it was too large and fewer tasks may fit."""
+        """Make one call. Return None if it was too large and could be made with fewer tasks."""
         now = _now()
         late: dict[str, Result] = {task.key: NotStarted() for task in tasks if task.is_late(now)}
         if late:
@@ -245,8 +243,8 @@ class BatchRunner:
 
 
 def _write(task: Task) -> str | None:
-    """Return what the endpoint sees of an enrollment, with the numbers of its data as in
-    PostgreSQL; None for numbers that JSON does not have (1e999 of a lookup).
+    """Return what the endpoint receives for an enrollment, with the numbers of its data as in
+    PostgreSQL; None if a lookup returned a number that JSON does not have (1e999).
     """
     view = task.view
     try:
@@ -262,7 +260,7 @@ def _body(program: str, events: Sequence[str]) -> bytes:
 
 
 def _by_id(items: list[Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Return the answers by id, which may be a number, a text, or 7.0 in some languages."""
+    """Return the answers by id, which some languages write as a text or as 7.0."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for item in items:
         id_ = item.get("id") if isinstance(item, dict) else None

@@ -1,4 +1,4 @@
-"""Makes calls over HTTP, limited and without redirects, and judges what a status means."""
+"""Make HTTP calls, within limits and without redirects, and classify the status."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from sequencerd.runners.fields import one_line
 MAX_ANSWER = 1024 * 1024  # bytes
 LONGEST_WAIT = timedelta(days=366)
 CALLS = 500  # over an HTTP/2 connection
-IDLE = 4.0  # seconds; httpx does not see that a server has closed HTTP/2, which Node does after 5
-RETIRED = 3  # connections in a row that a server may retire without an answer on any of them
+IDLE = 4.0  # seconds; httpx does not notice that a server closed HTTP/2, which Node does after 5
+RETIRED = 3  # consecutive connections that a server may retire without answering on any of them
 
 _PUBLIC = frozenset(
     {"accept", "content-type", "idempotency-key", "webhook-id", "webhook-timestamp"}
 )
-"""Headers of ours; what others hold, the settings gave, and it may be a secret."""
+"""Headers that are not secret. All others come from the settings, and may be."""
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _HEADER_VALUE = re.compile(r"[ -~]*")
 
 
 class Unreachable(Exception):  # noqa: N818 - it is what has happened
-    """No answer, or none that can be used. The message gives the reason, without the URL's secrets.
+    """There was no usable answer. The message is the reason, without secrets of the URL.
 
-    `sent`: the request had been sent, so it may have taken effect. `exhausted`: this machine lacks
-    descriptors, memory or ports. `retired`: the server closed the connection on purpose, so the
-    request is repeated at once. `cause` is the reason in a word.
+    `sent`: the request had been sent, so it may have taken effect. `exhausted`: this machine has
+    run out of descriptors, memory or ports. `retired`: the server closed the connection on purpose,
+    so the request is repeated immediately. `cause` is the reason as one word.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
         self.retired = retired
 
     def failed(self, message: str) -> Failed:
-        """Return the failure: a server that accepts no requests is down; one may break on a
-        request.
+        """Return the failure: a server that accepts no requests is down; a single request may also
+        break one that works.
         """
         is_servers = self.retired or self.exhausted or not self.sent
         return Failed(
@@ -78,13 +78,13 @@ class Unreachable(Exception):  # noqa: N818 - it is what has happened
             retry_after=timedelta(0) if self.retired else None,
             fault="server" if is_servers else "unclear",
             unknown=self.sent,
-            asked=not self.retired,  # it is not down
+            asked=not self.retired,  # the server is not down
             cause=self.cause,
         )
 
 
 class AnswerTooLarge(Unreachable):
-    """An answer that is larger than the caller takes."""
+    """An answer that is larger than the caller accepts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,10 @@ class HttpReply:
     status: int
     headers: httpx.Headers
     body: bytes
-    secrets: frozenset[str] = frozenset()  # that were sent, and may come back
+    secrets: frozenset[str] = frozenset()  # values that were sent, and that the answer may repeat
 
     def excerpt(self) -> str:
-        """Return the beginning of the body, to be shown."""
+        """Return the beginning of the body, for messages."""
         text = self.body[:1000].decode("utf-8", "replace")
         for secret in sorted(self.secrets, key=len, reverse=True):
             text = text.replace(secret, "***")
@@ -105,18 +105,18 @@ class HttpReply:
 
 
 class HttpClient:
-    """A client whose connections are kept and reused.
+    """An HTTP client that keeps and reuses its connections.
 
-    A name that resolves to a private address is refused unless `allow_private`; a URL that contains
-    localhost or an address is intentional.
+    A name that resolves to a private address is refused unless `allow_private`; a URL with
+    localhost or an IP address is taken to be intentional.
 
-    With `http2`, calls share a connection if the server offers that. When a server retires a
-    connection, httpx drops the answers in progress, since h2 reads nothing after GOAWAY
-    (https://github.com/python-hyper/h2/issues/1181). Therefore the client retires it first: nginx
-    does after 1,000 requests. If a server does so earlier, the requests in progress are repeated at
-    once.
+    With `http2`, calls share a connection if the server offers HTTP/2. When a server retires a
+    connection, httpx loses the answers in progress, because h2 reads nothing after GOAWAY
+    (https://github.com/python-hyper/h2/issues/1181). Therefore the client retires the connection
+    first: nginx does so after 1,000 requests. If a server does so earlier, the requests in progress
+    are repeated immediately.
 
-    Nothing is kept from one call to the next: no cookies.
+    Nothing is kept from one call to the next; there are no cookies.
     """
 
     def __init__(
@@ -126,14 +126,14 @@ class HttpClient:
         self._http2 = http2
         self._connections = connections
         self._allow_private = allow_private
-        self._clients: Counter[httpx.AsyncClient] = Counter()  # with their calls under way
+        self._clients: Counter[httpx.AsyncClient] = Counter()  # with the calls in progress on them
         self._newest: httpx.AsyncClient | None = None
         self._calls_left = 0
-        self._retired = 0  # connections in a row without an answer
+        self._retired = 0  # consecutive connections without an answer
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Return the client for a call. A retired one is closed after its last call."""
+        """Return the client for a call. A retired client is closed after its last call."""
         if self._newest is None or (self._http2 and not self._calls_left):
             self._newest = self._make_client()
             self._calls_left = CALLS
@@ -194,7 +194,7 @@ class HttpClient:
                     try:
                         return await self._send(target, request, secrets, max_answer)
                     except httpx.ConnectError:
-                        continue  # the host has another address
+                        continue  # the address of the host has changed
                 return await self._send(last, request, secrets, max_answer)
         except TimeoutError:
             message = f"no answer from {_place(named)} within {self._timeout:g} s"
@@ -216,7 +216,7 @@ class HttpClient:
                     body = await _read(response, max_answer)
             except httpx.ProtocolError as error:
                 if _is_retired(error) and client is self._newest:
-                    self._newest = None  # no other call begins on it
+                    self._newest = None  # no further call begins on this client
                     self._retired += 1
                 raise
             self._retired = 0
@@ -258,16 +258,16 @@ _COMPATIBLE = IPv6Network("::/96")
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Return whether an address is on the internet, with all addresses that it carries."""
+    """Return whether an address, and each address that it contains, is on the public Internet."""
     if carried := _carried(address):
         return all(is_public(one) for one in carried)
     if isinstance(address, IPv6Address) and address not in _GLOBAL_UNICAST:
-        return False  # site-local, NAT64 of a network's own (64:ff9b:1::/48), multicast, ...
+        return False  # site-local, a network's own NAT64 (64:ff9b:1::/48), multicast, ...
     return address.is_global and not address.is_multicast
 
 
 def _carried(address: IPv4Address | IPv6Address) -> tuple[IPv4Address, ...]:
-    """Return the IPv4 addresses that an IPv6 address leads to."""
+    """Return the IPv4 addresses that an IPv6 address contains."""
     if isinstance(address, IPv4Address):
         return ()
     if address.teredo is not None:
@@ -280,8 +280,9 @@ def _carried(address: IPv4Address | IPv6Address) -> tuple[IPv4Address, ...]:
 
 @cache
 def _tls(_http2: bool, _file: str | None, _folder: str | None) -> ssl.SSLContext:
-    """Return one TLS context for all clients, as each holds the system's certificates; but httpcore
-    writes into it which protocols it offers. The variables are those that httpx reads.
+    """Return a TLS context that all clients share, because each holds the system's certificates.
+    httpcore writes the offered protocols into it, so there is one for each protocol. The
+    environment variables are those of httpx.
     """
     return httpx.create_ssl_context()
 
@@ -291,13 +292,13 @@ def _port(url: httpx.URL) -> int:
 
 
 def _place(url: httpx.URL) -> str:
-    """Return host and port, for a message."""
+    """Return host and port, for messages."""
     host = f"[{url.host}]" if ":" in url.host else url.host
     return f"{host}:{_port(url)}"
 
 
 def _is_retired(error: BaseException) -> bool:
-    """Return whether an HTTP/2 connection has ended by GOAWAY; h2 then refuses everything."""
+    """Return whether GOAWAY has ended an HTTP/2 connection: h2 then refuses all requests."""
     return any(
         isinstance(one, h2.exceptions.ProtocolError) and "ConnectionState.CLOSED" in str(one)
         for one in causes(error)
@@ -309,10 +310,10 @@ def _is_retired(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the system's reason, if the client's error only says that it has failed."""
+    """Return the operating system's reason if the client's error only says that it failed."""
     *_, cause = causes(error)
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and cause.errno:
-        # asyncio says the address once more
+        # asyncio repeats the address
         return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
     return one_line(str(cause)) or type(cause).__name__
 
@@ -332,7 +333,7 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
 
 
 def check_url(url: str) -> str:
-    """Return a URL that can be called. Raises ValueError, which does not show it."""
+    """Return a URL if it can be called. Raises ValueError, which does not contain it."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
@@ -345,7 +346,7 @@ def check_url(url: str) -> str:
 
 
 def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return headers that can be sent. Raises ValueError, which does not show their values."""
+    """Return headers if they can be sent. Raises ValueError, without their values."""
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or name.lower() in ("host", "content-length"):
             raise ValueError(f"headers: {name!r} can't be set")
@@ -355,13 +356,13 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def judge(reply: HttpReply, message: str) -> Failed | None:
-    """Return what a status means: None for 2xx.
+    """Return the failure that a status means; None for 2xx.
 
     4xx is permanent except for 408, 409, 425 and 429. 429, and 503 with Retry-After, are the
-    server's fault; so are 401, 403 and 407, which need another login, and redirects, which are not
+    server's fault. So are 401, 403 and 407, which need another login, and redirects, which are not
     followed: if an endpoint moves, its settings change. Other 5xx and 408 may be the fault of the
     server or of one enrollment. 409 means that the same request is still in progress. After 502 and
-    504 of a gateway, the side effect may have taken place.
+    504 from a gateway, the side effect may have taken place.
     """
     if 200 <= reply.status < 300:
         return None
@@ -388,7 +389,9 @@ def judge(reply: HttpReply, message: str) -> Failed | None:
 
 
 def retry_after(headers: httpx.Headers) -> timedelta | None:
-    """Return what Retry-After requests, in seconds or as a date; None if it cannot be read."""
+    """Return the wait that Retry-After asks for, in seconds or as a date; None if it cannot be
+    parsed.
+    """
     text = headers.get("Retry-After", "").strip()
     try:
         seconds = float(text)
@@ -405,7 +408,7 @@ def retry_after(headers: httpx.Headers) -> timedelta | None:
 
 
 def _secrets(headers: Mapping[str, str], auth: tuple[str, str] | None) -> frozenset[str]:
-    """Return what must not be shown if a server repeats it, whole or without its "Bearer"."""
+    """Return the values to mask if a server repeats them, whole or without "Bearer"."""
     values = [value for name, value in headers.items() if name.lower() not in _PUBLIC]
     parts = [part for value in values for part in value.split()[1:]]
     return frozenset(text for text in (*values, *parts, *(auth or ())[1:]) if len(text) > 3)

@@ -1,4 +1,4 @@
-"""Restricts messages to some recipients, for systems that must not write to others."""
+"""Restrict messages to some recipients, for systems that must not write to others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from sequencerd.runners.suppression_check import spellings
 
 
 class OnlyTo:
-    """The patterns of recipients that get messages, such as *@example.com; None: all do."""
+    """The patterns of recipients that get messages, such as *@example.com; None means all
+    recipients.
+    """
 
     def __init__(self, setting: str, patterns: Iterable[str] | None) -> None:
         self._setting = setting
@@ -31,5 +33,5 @@ class OnlyTo:
         )
 
     def told(self, addresses: Iterable[str]) -> str:
-        """Name addresses that get no message, and why."""
+        """Describe addresses that get no message, with the reason."""
         return f"{', '.join(sorted(addresses))}: not in {self._setting}"

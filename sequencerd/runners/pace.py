@@ -1,4 +1,4 @@
-"""Limits how often something starts."""
+"""Limit the rate at which calls begin."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from sequencerd.core.model import Limits
 from sequencerd.core.permits import Permits
 
 TakePermits = Callable[[str, float, int], Awaitable[tuple[float, float]]]
-"""Takes a number of permits of a runner at a rate, which all daemons share. Returns the time of the
-first, and the present one, in seconds by the clock of those who share it.
+"""Takes a number of permits for a runner at a rate, which all daemons share. Returns the time of
+the first permit and the current time, in seconds of the shared clock.
 """
 
 PATIENCE = 30.0
-"""Seconds for which a call waits for its turn at least, before it is given back."""
+"""The least number of seconds for which a call waits for its turn before it is given back."""
 
 ANSWERS = 50
-"""The latest answers that tell how the clocks differ: the fastest of them does best."""
+"""How many of the latest answers are used to estimate the offset of the clocks: the fastest of them
+is the most exact.
+"""
 
 
 class Pace:
-    """Lets callers pass at an even rate, in the order of their calls; None is no limit.
+    """Lets callers pass at an even rate, in the order of their calls; a rate of None is no limit.
 
-    Permits are taken in blocks: by `take` from what all daemons share, else of this process alone.
+    Permits are taken in blocks: from `take`, which all daemons share, or else for this process
+    alone.
     """
 
     def __init__(self, limits: Limits, name: str = "", take: TakePermits | None = None) -> None:
         rate = limits.per_second
         self.longest_wait = 0.0 if rate is None else max(PATIENCE, 4 * limits.concurrency / rate)
-        """For how many seconds a call waits for its turn at most. With several daemons, it may be
-        as many times the turns of its own runner.
+        """The greatest number of seconds for which a call waits for its turn. With several daemons,
+        it may be a multiple of the time that this runner's own turns take.
         """
         self._name = name
         self._take = take or self._take_alone
@@ -40,12 +43,12 @@ class Pace:
         self._permits = None if rate is None else Permits(rate)
         self._waiting = 0
         self._next = 0.0
-        self._ahead: deque[float] = deque(maxlen=ANSWERS)  # this clock of the shared one
-        self._lock = asyncio.Lock()  # callers pass it in their order
+        self._ahead: deque[float] = deque(maxlen=ANSWERS)  # offset of this clock to the shared one
+        self._lock = asyncio.Lock()  # callers pass in the order in which they acquire it
 
     async def turn(self, expires: float | None = None) -> bool:
-        """Return True when it is the caller's turn. Return False if it does not come in time, or
-        before the event loop's time `expires`.
+        """Wait for the caller's turn and return True, or return False if it does not come in time,
+        or before the event loop's time `expires`.
         """
         if self._permits is None:
             return True
@@ -61,15 +64,15 @@ class Pace:
             finally:
                 self._waiting -= 1
             if at > end:
-                self._permits.give_back(at)  # to another, whose time is longer
+                self._permits.give_back(at)  # to another caller with more time
                 await asyncio.sleep(end - loop.time())
                 return False
             if await self._begun(at, self._permits):
                 return True
 
     async def _begun(self, at: float, permits: Permits) -> bool:
-        """Wait until a call with this permit can begin. Return False if the process was too busy,
-        so that the permit has lapsed.
+        """Wait until a call with this permit can begin. Return False if the process was too busy
+        and the permit has expired.
         """
         loop = asyncio.get_running_loop()
         wait: float | None = max(at - loop.time(), 0)

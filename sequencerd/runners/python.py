@@ -47,17 +47,17 @@ from sequencerd.runners.protocol import Refused, Runner
 GROUP = "sequencerd.runners"
 
 COMMON = frozenset({"topic", "channel", "address"})
-"""The keys of every custom step that a model need not have."""
+"""The keys that every custom step may have without declaring them in its model."""
 
 LIMITS = Limits(timeout=60.0)
-"""The default of functions."""
+"""The default limits of functions."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionOptions:
-    """What a function declares."""
+    """The options that a function declares."""
 
     config: type[BaseModel] | None = None
     limits: Limits = LIMITS
@@ -103,7 +103,7 @@ class PythonRunner:
         self._threads = asyncio.Semaphore(options.limits.concurrency)
 
     def compile(self, config: Mapping[str, Any]) -> object:
-        """Return the config as the function's model, if it has one. Raises DefinitionError."""
+        """Return the config, as the function's model if it has one. Raises DefinitionError."""
         if self._model is None:
             return config
         fields = self._model.model_fields
@@ -112,7 +112,7 @@ class PythonRunner:
         return parse_config(self._model, own, self._name)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
-        """Call the function: once for all, or once for each."""
+        """Call the function: once for all tasks, or once for each."""
         views = [{**task.view, "idempotencyKey": task.key} for task in tasks]
         if self._in_batches:
             answer = await self._call(program, views)
@@ -121,7 +121,7 @@ class PythonRunner:
         return [self._result(answer) for answer in answers]
 
     async def _call(self, program: object, argument: object) -> object:
-        """Return the function's answer, or Failed for what it raises."""
+        """Return the function's answer, or Failed if it raises an exception."""
         if not self._is_async:
             return await self._call_in_thread(program, argument)
         try:
@@ -130,7 +130,7 @@ class PythonRunner:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            return self._failed(error)  # raised by the function: the call was not cancelled
+            return self._failed(error)  # the function raised it: the call was not cancelled
         except (Exception, SystemExit) as error:
             return self._failed(error)
         return answer
@@ -138,9 +138,9 @@ class PythonRunner:
     async def _call_in_thread(self, program: object, argument: object) -> object:
         """Call the function in a thread of its own.
 
-        The default pool of threads is not used: a call that hangs (none can be stopped) would
-        occupy one of its threads. Here it occupies one of this function's own, and ends with the
-        process.
+        The default thread pool is not used: a call that hangs, which cannot be stopped, would
+        occupy one of its threads. Here it occupies a thread of this function only, and ends with
+        the process.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[object] = loop.create_future()
@@ -153,12 +153,12 @@ class PythonRunner:
         def work() -> None:
             try:
                 answer = self._function(program, argument)
-            except BaseException as error:  # nothing may get lost in a thread
+            except BaseException as error:  # no exception may get lost in a thread
                 answer = self._failed(error)
             try:
                 loop.call_soon_threadsafe(finish, answer)
             except RuntimeError:
-                return  # the daemon has ended meanwhile
+                return  # the daemon has ended in the meantime
 
         await self._threads.acquire()
         try:
@@ -211,8 +211,8 @@ class PythonRunner:
 def load(group: str = GROUP) -> dict[str, Runner]:
     """Return the runners of all installed packages, by step type.
 
-    An entry point names a function, or an object that is a Runner already. Raises ValueError for
-    one that cannot be loaded, and for a name that two packages use.
+    An entry point names a function or a Runner object. Raises ValueError for one that cannot be
+    loaded, and for a name that two packages use.
     """
     found: dict[str, Runner] = {}
     for point in entry_points(group=group):
@@ -230,7 +230,9 @@ def load(group: str = GROUP) -> dict[str, Runner]:
 
 
 def as_runner(loaded: Any, *, name: str) -> Runner:
-    """Return a function, or an object with all of a Runner, as a Runner. Raises ValueError."""
+    """Convert a function, or an object with all attributes of a Runner, to a Runner. Raises
+    ValueError.
+    """
     wanted = ("compile", "run", "close", "limits", "retry")
     if not inspect.isclass(loaded) and all(hasattr(loaded, part) for part in wanted):
         made: Runner = loaded

@@ -1,4 +1,4 @@
-"""The runners by step type, made from the settings."""
+"""Make the runners of all step types from the settings."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ from sequencerd.settings import (
 def make_runners(
     settings: Settings, suppressions: Suppressions | None = None, take: TakePermits | None = None
 ) -> dict[str, Runner]:
-    """Return every runner that is installed or set up, by step type. Raises SettingsError.
+    """Return every runner that is installed or configured, by step type. Raises SettingsError.
 
-    No messages are sent to what `suppressions` lists; without it, definitions can be read only.
-    `take` takes permits that all daemons share; without it, rates are of this process alone.
+    `suppressions` are checked before each message; without it, the runners can only compile
+    configs. `take` takes permits that all daemons share; without it, rates apply to this process
+    alone.
     """
     try:
         runners: dict[str, Runner] = {
@@ -68,7 +69,7 @@ def make_runners(
 
 
 def make_endpoint(settings: HttpRunnerSettings | LookupSettings) -> Endpoint:
-    """Return what answers the calls of a runner or a lookup. Raises ValueError."""
+    """Return the destination for calls of a runner or a lookup. Raises ValueError."""
     if settings.arn is not None:
         return LambdaFunction(
             settings.arn,
@@ -88,7 +89,7 @@ def make_endpoint(settings: HttpRunnerSettings | LookupSettings) -> Endpoint:
 
 
 def _check_names(names: Iterable[str], shown: str) -> None:
-    """Raise ValueError for a runner that has the name of a built-in type."""
+    """Raise ValueError if a runner has the name of a built-in step type."""
     for name in names:
         if name in BUILT_IN:
             raise ValueError(
@@ -104,7 +105,7 @@ def make_email_runner(
     links: UnsubscribeLinks | None = None,
     take: TakePermits | None = None,
 ) -> EmailRunner:
-    """Return the runner for e-mail. Raises ValueError."""
+    """Return the Email runner. Raises ValueError."""
     oauth: OAuthClient | str | None = email.token_command
     if email.oauth is not None:
         oauth = OAuthClient(
@@ -134,7 +135,7 @@ def make_email_runner(
 
 
 def make_links(settings: Settings) -> UnsubscribeLinks | None:
-    """Return what makes and reads links to unsubscribe with, if it is set up."""
+    """Return the maker and reader of links to unsubscribe, if it is configured."""
     section = settings.unsubscribe
     if section is None:
         return None
@@ -189,7 +190,7 @@ def _secrets(values: Mapping[str, SecretStr]) -> dict[str, str]:
 
 
 class _NotSetUp:
-    """Replaces the SMS runner if the settings are incomplete: its steps have a problem."""
+    """Replaces the SMS runner if its settings are incomplete: its steps then have a problem."""
 
     limits = Limits()
     retry = RETRY

@@ -1,4 +1,4 @@
-"""Checks which addresses are suppressed, right before each send and many at a time."""
+"""Check which addresses are suppressed, immediately before each send and many at a time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import idna
 from sequencerd.runners.sms.numbers import normalise
 
 EVERYTHING = "*"
-"""The topic of entries that stop all messages."""
+"""The topic of entries that suppress all messages."""
 
 SuppressionKey = tuple[str, str, str]
-"""A channel, an address and a topic as `sequencer.suppressions` has them."""
+"""A channel, an address and a topic, as in `sequencer.suppressions`."""
 
 
 class Suppressions:
-    """Checks keys in rounds; `ask` queries the database for those that are suppressed."""
+    """Checks keys in rounds; `ask` queries the database for the suppressed ones."""
 
     def __init__(
         self, ask: Callable[[list[SuppressionKey]], Awaitable[AbstractSet[SuppressionKey]]]
@@ -36,7 +36,7 @@ class Suppressions:
         """Return which of the addresses are suppressed now, for all topics or this one, each with
         the topic of its entry.
 
-        While one query is in progress, the next one collects the addresses of all other callers.
+        While a query is in progress, the next one collects the addresses of all other callers.
         """
         topics = [EVERYTHING] if topic is None else [EVERYTHING, topic]
         keys = {
@@ -62,7 +62,7 @@ class Suppressions:
 
 
 def describe(found: Mapping[str, str]) -> str:
-    """Name suppressed addresses, with the topic where that is not everything."""
+    """Describe suppressed addresses, with the topic unless it is all topics."""
     return ", ".join(
         address if topic == EVERYTHING else f"{address} (topic {topic})"
         for address, topic in sorted(found.items())
@@ -70,8 +70,9 @@ def describe(found: Mapping[str, str]) -> str:
 
 
 def forms(channel: str, address: str) -> set[str]:
-    """Return how an address may be written in the table: e-mail addresses and numbers in each of
-    their `spellings`, others as they are, and all also as the hash that a forgotten one has.
+    """Return all forms in which the table may contain an address: e-mail addresses and numbers in
+    each of their `spellings`, others as they are, and each of these as the hash that replaces a
+    forgotten address.
     """
     is_known = channel in ("email", "sms")
     known = spellings(address) if is_known else {address.strip(" \t\r\n\u00a0\u3000")}
@@ -79,8 +80,8 @@ def forms(channel: str, address: str) -> set[str]:
 
 
 def spellings(address: str) -> set[str]:
-    """Return an address in lower case, with its domain in ASCII and as users write it, and a number
-    without separators.
+    """Return an e-mail address in lower case, with its domain both in ASCII and as users write it;
+    a number without separators.
     """
     plain = address.strip().lower()
     local, at, domain = plain.rpartition("@")
@@ -94,5 +95,5 @@ def spellings(address: str) -> set[str]:
 
 
 def hashed(address: str) -> str:
-    """Return what stands for a forgotten address; SQL has the same function, suppression_hash."""
+    """Return the hash that replaces a forgotten address; as does suppression_hash in SQL."""
     return f"sha256:{sha256(address.encode('utf-8', 'replace')).hexdigest()}"

@@ -1,7 +1,7 @@
 """Traces by OpenTelemetry: a span for each side effect, and its context for HTTP runners.
 
-An extra, `pip install 'sequencerd[otel]'`, configured by OpenTelemetry's own variables: it is on if
-OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set.
+This is an extra, `pip install 'sequencerd[otel]'`, configured by OpenTelemetry's own variables: it
+is on if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ EndSpans = Callable[[Sequence[Result]], None]
 
 
 def start(environment: Mapping[str, str]) -> Callable[[], None]:
-    """Start to trace, if the environment says so. Return a function that ends it and sends the
-    rest.
+    """Start tracing if the environment asks for it. Return a function that ends it and sends the
+    remaining spans.
 
     Raises ModuleNotFoundError if the extra is not installed.
     """
@@ -48,16 +48,17 @@ def start(environment: Mapping[str, str]) -> Callable[[], None]:
 
 
 def use(provider: TracerProvider | None) -> None:
-    """Send spans to a provider from now on; nowhere with None."""
+    """Send spans to a provider from now on; None sends them nowhere."""
     global _tracer  # noqa: PLW0603 - as OpenTelemetry's own: one for the process
     _tracer = None if provider is None else provider.get_tracer("sequencerd")
 
 
 @contextmanager
 def executing(type_: str, enrollments: Sequence[Enrollment]) -> Iterator[EndSpans]:
-    """Open spans around one call of a runner; the value that is yielded takes the results.
+    """Open spans around one call of a runner; assign the results to the yielded value.
 
-    Each side effect has a span. Those of a batch are within another one, to which the call belongs.
+    Each side effect has a span. The spans of a batch are inside another span, which represents the
+    call.
     """
     spans: list[Span] = []
 
@@ -86,7 +87,7 @@ def executing(type_: str, enrollments: Sequence[Enrollment]) -> Iterator[EndSpan
 
 
 def headers() -> dict[str, str]:
-    """Return the headers that name the span of a call (W3C Trace Context)."""
+    """Return the headers that identify the span of a call (W3C Trace Context)."""
     if _tracer is None:
         return {}
     from opentelemetry.propagate import inject  # noqa: PLC0415 - an extra
@@ -107,7 +108,7 @@ def _attributes(enrollment: Enrollment) -> dict[str, str | int]:
 
 
 def _record_error(span: Span, result: Result) -> None:
-    """Record an error without its message, which may name a recipient."""
+    """Record an error without its message, which may contain a recipient."""
     from opentelemetry.trace import StatusCode  # noqa: PLC0415 - an extra
 
     span.set_attribute("sequencerd.outcome", outcome(result))

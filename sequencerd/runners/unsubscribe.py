@@ -1,4 +1,4 @@
-"""Links with which recipients unsubscribe: signed, so that they need no database and never end."""
+"""Links with which recipients unsubscribe: signed, so they need no database and do not expire."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from sequencerd.runners.suppression_check import EVERYTHING
 
 PATH = "/unsubscribe/"
 NAME = "unsubscribe_url"
-"""What templates read."""
+"""The name that templates read."""
 
 MAX_TOKEN = 2000  # characters
 MAX_LANGUAGE = 35
 
 
 class Subscription(NamedTuple):
-    """What a link ends: the messages about a topic to an address; `*` is all of them."""
+    """What a link ends: messages about a topic to an address; `*` is all topics."""
 
     channel: str
     address: str
     topic: str = EVERYTHING
-    language: str = ""  # of its recipient; empty if it is not known
+    language: str = ""  # the recipient's language; empty if unknown
 
 
 class UnsubscribeLinks:
-    """Makes links and reads them. The first key signs, all of them verify."""
+    """Makes links and reads them. The first key signs; all keys verify."""
 
     def __init__(self, url: str, keys: Iterable[str]) -> None:
         self._url = url.rstrip("/")
@@ -43,11 +43,11 @@ class UnsubscribeLinks:
         )
 
     def link(self, subscription: Subscription) -> str:
-        """Return the URL of the page of a subscription."""
+        """Return the URL of the page for a subscription."""
         return f"{self._url}{PATH}{self._tokens.dumps([*subscription])}"
 
     def read(self, token: str) -> Subscription | None:
-        """Return what a token was made for; None if it was not made with one of the keys."""
+        """Return the subscription in a token; None if no key verifies it."""
         if len(token) > MAX_TOKEN:
             return None
         try:
@@ -63,8 +63,8 @@ class UnsubscribeLinks:
         topic: str | None,
         templates: Iterable[Template | Translations | None],
     ) -> Mapping[str, Any]:
-        """Return a view with the link for a message. If the message has several recipients, the
-        link is for the subject, as it is not known who will follow it.
+        """Return a view with the link of a message. If the message has several recipients, the link
+        is for the subject, because it is unknown which recipient will follow it.
         """
         known = {*addresses}
         address = known.pop() if len(known) == 1 else str(view["subject"])
@@ -81,7 +81,7 @@ class UnsubscribeLinks:
 
 
 def check_reads(templates: Mapping[str, Template | Translations | None]) -> None:
-    """Refuse templates that need a link where there can be none. Raises DefinitionError."""
+    """Reject templates that need a link where there is none. Raises DefinitionError."""
     for name, template in templates.items():
         several = template.templates.values() if isinstance(template, Translations) else [template]
         if any(one is not None and NAME in one.surely_reads for one in several):

@@ -1,4 +1,4 @@
-"""The Email runner: messages, the SMTP client, what refusals mean.
+"""The Email runner: messages, the SMTP client, and the classification of refusals.
 
-Like all runners it never sees the database.
+Like all runners, it never accesses the database.
 """

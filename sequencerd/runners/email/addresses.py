@@ -1,9 +1,10 @@
-"""Addresses made from templates: a value fills a name or an address, and never adds another.
+"""Addresses made from templates: a value fills a name or an address, and never adds another
+address.
 
-Separators of mailboxes are read from the template's own text: its commas, angle brackets and
-quotation marks are replaced by marks that no value contains, before the template is compiled. So
-`{{data.name}} <{{data.email}}>` is one mailbox, whatever the name is, and the comma in a block such
-as `{{#each data.team}}{{email}}, {{/each}}` separates as it should.
+Separators of mailboxes are read from the template itself: before it is compiled, its commas, angle
+brackets and quotation marks are replaced by markers that no value can contain. So `{{data.name}}
+<{{data.email}}>` is one mailbox, whatever the name is, and the comma in a block such as `{{#each
+data.team}}{{email}}, {{/each}}` separates addresses as it should.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sequencerd.runners.fields import RenderError, compile_field, one_line, rend
 
 _SECRET = secrets.token_hex(8)
 _COMMA, _OPEN, _CLOSE = (f"\ue000{_SECRET}{n}\ue001" for n in range(3))
-"""Who writes data can't know them. They hold nothing that a template reads as a tag."""
+"""Authors of data cannot know these markers, and no template reads anything in them as a tag."""
 
 _TAG = re.compile(
     r"\\?\{\{!--.*?--~?\}\}"
@@ -40,8 +41,8 @@ _TAG = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class AddressField:
-    """The addresses of a field: the mailboxes of its literal parts, and the templates of the
-    others.
+    """The addresses of a field: the mailboxes of its literal parts, and the templates of its other
+    parts.
     """
 
     name: str
@@ -50,7 +51,7 @@ class AddressField:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no enrollment has an address here."""
+        """Return whether no enrollment has an address in this field."""
         return not any(self.parts)
 
     def render(self, view: Mapping[str, Any]) -> list[Mailbox]:
@@ -87,16 +88,17 @@ def compile_addresses(
     many: bool = False,
     strict: bool = False,
 ) -> AddressField:
-    """Return the addresses of a field, a text or several. Raises DefinitionError, which names it.
+    """Compile the addresses of a field, a text or a list. Raises DefinitionError, which names the
+    field.
 
-    With `many`, a value may be a list of addresses; with `strict`, a missing one is an error.
+    With `many`, a value may contain several addresses; with `strict`, a missing value is an error.
     """
     sources = [] if field is None else [field] if isinstance(field, str) else list(field)
     return AddressField(name, tuple(_compile(name, source, strict) for source in sources), many)
 
 
 def _compile(name: str, source: str, strict: bool) -> tuple[Mailbox, ...] | Template:
-    template = compile_field(name, source)  # what is wrong is said of the source as it is
+    template = compile_field(name, source)  # report errors for the template as it was written
     if not template.is_literal:
         return compile_field(name, _marked(source), strict=strict)
     try:
@@ -107,7 +109,9 @@ def _compile(name: str, source: str, strict: bool) -> tuple[Mailbox, ...] | Temp
 
 
 def _marked(source: str) -> str:
-    """Return the template with marks for its own separators, and without its quotation marks."""
+    """Return the template with markers in place of its own separators, and without its quotation
+    marks.
+    """
     written = []
     position = 0
     is_quoted = False

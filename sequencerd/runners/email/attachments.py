@@ -28,9 +28,9 @@ MAX_BYTES = 10 * 1024 * 1024  # of all attachments of a message, before their en
 MAX_NAME = 100  # characters
 LONG_SUFFIX = 20  # characters
 MAX_REDIRECTS = 3
-FETCHES = 4  # messages at the same time whose attachments are fetched
-CALL_TIMEOUT = 30.0  # seconds for one attachment
-FETCH_TIMEOUT = 60.0  # seconds for those of a message
+FETCHES = 4  # messages whose attachments are fetched at the same time
+CALL_TIMEOUT = 30.0  # seconds, for one attachment
+FETCH_TIMEOUT = 60.0  # seconds, for all attachments of a message
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SOURCE = re.compile(r"(?:(https?)://)?([^/:?#@\s\[\]]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(/\S*)?")
@@ -42,7 +42,7 @@ _UNKNOWN = "application/octet-stream"
 
 
 class AttachmentError(ValueError):
-    """An attachment that a message cannot have now, or ever: `failed` says which."""
+    """An attachment that is not available, now or ever: `failed` tells which."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class AttachmentError(ValueError):
         reply: HttpReply | None = None,
     ) -> None:
         super().__init__(message)
-        # the mail server was not asked, and its messages need not wait
+        # this is not the mail server's fault, so its other messages need not wait
         self.failed = Failed(
             message, permanent, asked=False, failure="bad_data" if is_data else "error"
         )
@@ -63,7 +63,7 @@ class AttachmentError(ValueError):
 
 
 class AttachmentFile(NamedTuple):
-    """An attachment that is complete. With a content id, HTML refers to it as cid:..."""
+    """A complete attachment. HTML refers to one with a content id as cid:..."""
 
     name: str
     type: str
@@ -73,7 +73,7 @@ class AttachmentFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """The templates of one attachment: one of `url` and `base64` is set."""
+    """The templates of one attachment: either `url` or `base64` is set."""
 
     path: str
     url: Template | None
@@ -112,12 +112,12 @@ def compile_attachment(number: int, config: AttachmentConfig, *, strict: bool) -
     return Attachment(f"attachments.{number}", **compiled, inline=config.inline)
 
 
-# --- where they may come from
+# --- allowed URLs
 
 
 @dataclass(frozen=True, slots=True)
 class UrlPattern:
-    """A pattern of URLs. `is_exact` tells that it names a host, and not any of many."""
+    """A pattern of URLs. `is_exact` means that it names one host, without wildcards."""
 
     scheme: str
     host: str
@@ -126,7 +126,7 @@ class UrlPattern:
     is_exact: bool
 
     def matches(self, url: httpx.URL) -> bool:
-        """Return whether a URL is one of this source."""
+        """Return whether a URL matches this pattern."""
         return (
             url.scheme == self.scheme
             and (url.port or _PORTS[url.scheme]) == self.port
@@ -163,14 +163,14 @@ def parse_source(pattern: str) -> UrlPattern:
 
 
 class Attachments:
-    """Gets the attachments of messages. `allowed` are patterns of the URLs that it fetches. Raises
-    ValueError for one that cannot be read.
+    """Fetches the attachments of messages, from URLs that match one of the `allowed` patterns.
+    Raises ValueError for an invalid pattern.
     """
 
     def __init__(self, allowed: Iterable[str]) -> None:
         self._sources = [parse_source(pattern) for pattern in allowed]
         self._slots = asyncio.Semaphore(FETCHES)
-        # a host that is named may be one of a private network; one of many must not become one
+        # only a host that is named in full may be in a private network
         self._clients: dict[bool, HttpClient] = {
             is_exact: HttpClient(timeout=CALL_TIMEOUT, connections=FETCHES, allow_private=is_exact)
             for is_exact in (True, False)
@@ -214,8 +214,8 @@ class Attachments:
         return tuple(found)
 
     async def _fetch(self, path: str, url: str, left: int) -> tuple[bytes, str]:
-        """Return the content at a URL, and its type as the server says. Messages name the host
-        alone, as the rest of a URL may be a secret.
+        """Return the content at a URL, and its type according to the server. Messages name only the
+        host, because the rest of a URL may be secret.
         """
         for _ in range(1 + MAX_REDIRECTS):
             parsed, source = self._allowed(path, url)
@@ -240,7 +240,7 @@ class Attachments:
         return reply.body, reply.headers.get("Content-Type", "")
 
     def _allowed(self, path: str, url: str) -> tuple[httpx.URL, UrlPattern]:
-        """Return a URL that may be fetched, with the source that allows it."""
+        """Return a URL if it may be fetched, with the pattern that allows it."""
         try:
             parsed = httpx.URL(url)
             host = parsed.host
@@ -281,7 +281,7 @@ def _last_part(url: str) -> str:
 
 
 def file_name(name: str, type_: str) -> str:
-    """Return a name that is a file's on every system, for a text from elsewhere."""
+    """Return a valid file name on every system, made from a text of unknown origin."""
     kept = "".join(
         " " if c.isspace() else c
         for c in name.replace("\\", "/").rpartition("/")[2]
@@ -295,10 +295,10 @@ def file_name(name: str, type_: str) -> str:
 
 
 def _content_type(written: str, name: str, given: str) -> str:
-    """Return the type that is written, or that the name has, or that a server has given."""
+    """Return the type: the given one, or that of the file name, or that from the server."""
     for type_ in (written, mimetypes.guess_type(name)[0] or "", given.partition(";")[0]):
         plain = type_.strip().lower()
-        # of these, the content must not be encoded
+        # content of these types must not be encoded
         if _TYPE.fullmatch(plain) and not plain.startswith(("multipart/", "message/")):
             return plain
     return _UNKNOWN

@@ -1,8 +1,8 @@
-"""Reads bounces and abuse reports: which message came back, and which of its addresses are dead.
+"""Read bounces and abuse reports: which message came back, and which addresses are invalid.
 
-A message is recognised by its mark, which its Message-ID has, and with `email.bounce_address` the
-envelope sender that the bounce goes to. Anyone can write a bounce: what it says counts only for
-addresses to which the history says that this very message was sent.
+A message is recognised by a mark in its Message-ID and, with `email.bounce_address`, in the
+envelope sender to which the bounce is sent. Anyone can write a bounce, so it counts only for
+addresses to which this message was sent according to the history.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from sequencerd.runners.email.refusals import says_unknown
 from sequencerd.runners.fields import one_line
 
-MAX_READ = 1_000_000  # bytes of a message; what is returned may be large, and is not needed
+MAX_READ = 1_000_000  # bytes of a message; a returned message may be large, and is not needed
 
 _MARK = re.compile(
     r"(?<![0-9.])(\d{1,18})\.(\d{1,9})\.([0-9a-f]{16})[0-9a-f]{16}(?![0-9a-f])", re.IGNORECASE
@@ -27,7 +27,9 @@ _COMPLAINTS = frozenset({"abuse", "fraud", "opt-out"})
 
 
 class MessageMark(NamedTuple):
-    """What a message is recognised by: the enrollment, the visit, and half of its random tag."""
+    """What identifies a message: the enrollment, the visit, and half of the enrollment's random
+    tag.
+    """
 
     enrollment: int
     visit: int
@@ -35,7 +37,7 @@ class MessageMark(NamedTuple):
 
 
 class UnknownAddress(NamedTuple):
-    """An address that a bounce calls unknown; without one, the recipient of the message."""
+    """An address that a bounce reports as unknown; None means the recipient of the message."""
 
     address: str | None
     reason: str
@@ -43,7 +45,7 @@ class UnknownAddress(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BounceReport:
-    """What a bounce or an abuse report says."""
+    """The content of a bounce or an abuse report."""
 
     kind: Literal["bounce", "complaint"]
     marks: tuple[MessageMark, ...]
@@ -51,7 +53,7 @@ class BounceReport:
 
 
 def read_report(raw: bytes) -> BounceReport:
-    """Read a message; one that is neither a bounce nor a complaint has nobody `dead`."""
+    """Read a message. If it is neither a bounce nor a complaint, `dead` is empty."""
     message = message_from_bytes(raw[:MAX_READ])
     parts = list(message.walk())
     marks = {
@@ -69,13 +71,13 @@ def read_report(raw: bytes) -> BounceReport:
 
 
 def _text(part: Message) -> str:
-    """Return the text of a part, decoded; empty for parts that have others."""
+    """Return the text of a part, decoded; empty for parts that contain other parts."""
     payload = part.get_payload(decode=True)
     return payload.decode("utf-8", "replace") if isinstance(payload, bytes) else ""
 
 
 def _fields(part: Message) -> Iterator[Message]:
-    """Yield the groups of fields of a report, which the parser reads as messages."""
+    """Yield the groups of fields in a report, which the parser returns as messages."""
     payload = part.get_payload()
     groups = payload if isinstance(payload, list) else [payload]
     for group in groups:
@@ -86,13 +88,13 @@ def _fields(part: Message) -> Iterator[Message]:
 
 
 def _field(fields: Message, name: str) -> str:
-    """Return a field on one line, without the type before it, as in `rfc822; a@example.com`."""
+    """Return a field as one line, without the type before it, as in `rfc822; a@example.com`."""
     value = str(fields.get(name, ""))
     return one_line(value.partition(";")[2] if ";" in value else value, 1000)
 
 
 def _statuses(parts: list[Message]) -> Iterator[UnknownAddress]:
-    """Yield the recipients that a delivery status notification calls unknown (RFC 3464)."""
+    """Yield the recipients that a delivery status notification (RFC 3464) reports as unknown."""
     for fields in (group for part in parts for group in _fields(part)):
         if str(fields.get("Action", "")).strip().lower() != "failed":
             continue
@@ -107,7 +109,7 @@ def _statuses(parts: list[Message]) -> Iterator[UnknownAddress]:
 
 
 def _complaints(part: Message) -> Iterator[UnknownAddress]:
-    """Yield the recipients who complain (RFC 5965), or nobody's address where it is left out."""
+    """Yield the recipients that complain (RFC 5965); an empty address if the report omits it."""
     for fields in _fields(part):
         kind = str(fields.get("Feedback-Type", "")).strip().lower()
         if kind not in _COMPLAINTS:
@@ -117,7 +119,7 @@ def _complaints(part: Message) -> Iterator[UnknownAddress]:
         yield from (UnknownAddress(address, f"abuse report: {kind}") for address in found or [None])
 
 
-_NEAR = 400  # characters after an address in which its reply stands
+_NEAR = 400  # characters after an address in which the reply is expected
 _REPLY = re.compile(r"(?:\b5\d\d[ -]+(?=5\.\d{1,3}\.\d))?(5\.\d{1,3}\.\d{1,3}\b[^\n]*)")
 _RETURNED = re.compile(
     r"^[ >-]*(?:-+ .*(?:copy of|original|returned|message header).*|Return-Path:|Received:)",
@@ -127,7 +129,7 @@ _RETURNED = re.compile(
 
 def _plain(message: Message, parts: list[Message]) -> Iterator[UnknownAddress]:
     """Yield the recipients that a bounce without a report calls unknown: each address in its text,
-    before the message that it returns, which a reply with such a code follows.
+    before the returned message, that is followed by a reply with such a code.
     """
     if not _is_from_mail_system(message):
         return
@@ -147,7 +149,7 @@ def _plain(message: Message, parts: list[Message]) -> Iterator[UnknownAddress]:
 
 
 def _is_from_mail_system(message: Message) -> bool:
-    """Whether a message has no sender to answer, as bounces have not (RFC 5321, 4.5.5)."""
+    """Return whether a message has the empty sender, as bounces do (RFC 5321, 4.5.5)."""
     if str(message.get("Return-Path", "")).strip() == "<>":
         return True
     sender = str(message.get("From", "")).lower()

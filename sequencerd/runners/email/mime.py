@@ -1,7 +1,7 @@
-"""Writes addresses and messages by RFC 5322 and MIME.
+"""Format addresses and messages according to RFC 5322 and MIME.
 
-The standard library's EmailMessage does not write them: it turns long URLs in List-Unsubscribe and
-long lists in References into encoded words, which no program reads there.
+The standard library's EmailMessage is not used: it turns long URLs in List-Unsubscribe and long
+lists in References into encoded words, which mail programs do not decode there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sequencerd.runners.fields import RenderError, one_line
 
 MAX_HEADER = 10_000  # characters of one header
 MAX_LINE = 78
-MAX_WORD = 900  # a line of more than 998 octets is not accepted everywhere
+MAX_WORD = 900  # some servers reject longer lines (RFC 5322, 2.1.1: 998 octets)
 MAX_TOKEN = 990
 
 _ITEM = re.compile(r'(?:"(?:[^"\\]|\\.)*+"|[^",])*+')
@@ -32,7 +32,7 @@ _FOLD = re.compile(r"\r?\n[ \t]+")
 _HALF = re.compile(r"[\ud800-\udfff]")
 _ATOM = r"[^\s\x00-\x20\x7f-\x9f()<>\[\]:;@\\,.\"]"
 _DOT_ATOM = re.compile(rf"{_ATOM}+(?:\.{_ATOM}+)*")
-_DOTS_ANYWHERE = re.compile(rf"(?:{_ATOM}|\.)+")  # as old addresses of Japanese carriers are
+_DOTS_ANYWHERE = re.compile(rf"(?:{_ATOM}|\.)+")  # such as old addresses of Japanese carriers
 _QUOTED_LOCAL = re.compile(r'"((?:[^"\\\x00-\x1f\x7f-\x9f]|\\[^\x00-\x1f\x7f-\x9f])+)"')
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]+")
@@ -47,7 +47,7 @@ class Mailbox:
 
     @property
     def domain(self) -> str:
-        """The part after the @."""
+        """The domain of the address."""
         return self.address.rpartition("@")[2]
 
     def __str__(self) -> str:
@@ -63,13 +63,13 @@ class Mailbox:
 
 
 def parse_mailboxes(field: str, text: str) -> list[Mailbox]:
-    """Parse `a@x, Ada <b@x>, "Lovelace, Ada" <c@x>`; none for an empty text. Raises RenderError."""
+    """Parse `a@x, Ada <b@x>, "Lovelace, Ada" <c@x>`; empty text gives none. Raises RenderError."""
     found = []
     position = 0
     check_header(field, text := text.strip())
     while position < len(text):
         item = _ITEM.match(text, position)
-        assert item is not None  # it matches nothing at least
+        assert item is not None  # at least it matches nothing
         position = item.end()
         if text[position : position + 1] == '"':
             raise RenderError(f"{field}: a quotation mark is not closed in {one_line(text, 100)!r}")
@@ -80,7 +80,7 @@ def parse_mailboxes(field: str, text: str) -> list[Mailbox]:
 
 
 def parse_mailbox(field: str, text: str) -> Mailbox:
-    """Parse one mailbox; what precedes the last < is its name. Raises RenderError."""
+    """Parse one mailbox: the text before the last < is its name. Raises RenderError."""
     check_header(field, text := text.strip())
     if not text.endswith(">"):
         return Mailbox("", parse_address(field, text))
@@ -106,7 +106,7 @@ def parse_address(field: str, text: str) -> str:
     try:
         domain = domain if domain.isascii() else idna.encode(domain, uts46=True).decode("ascii")
         long = len(local.encode()) > 64 or len(domain) > 253
-    except ValueError:  # idna's errors, and halves of characters
+    except ValueError:  # errors of idna, and lone surrogates
         raise bad from None
     if not at or long or not all(_LABEL.fullmatch(label) for label in domain.split(".")):
         raise bad
@@ -116,7 +116,7 @@ def parse_address(field: str, text: str) -> str:
 
 
 def check_header(field: str, text: str) -> str:
-    """Return a text that fits into a header: no line break can add another. Raises RenderError."""
+    """Return a text if it fits into a header: no line break can add another. Raises RenderError."""
     if _CONTROL.search(text):
         raise RenderError(f"{field}: a line break or control character can't be in a header")
     if _HALF.search(text):
@@ -127,21 +127,20 @@ def check_header(field: str, text: str) -> str:
 
 
 def unfold(text: str) -> str:
-    """Return a header's value in one line, unfolded by RFC 5322, 2.2.3."""
+    """Return the value of a header as one line, unfolded according to RFC 5322, 2.2.3."""
     return _FOLD.sub(" ", text)
 
 
 def header(name: str, text: str) -> str:
-    """Return a folded header of free text; what is not ASCII becomes encoded words (RFC 2047)."""
+    """Return a folded header with free text; other than ASCII becomes encoded words (RFC 2047)."""
     if not text.isascii() or "=?" in text or max(map(len, text.split(" "))) > MAX_WORD:
         return f"{name}: {_encoded_words(text, len(name) + 2)}"
     return _folded(name, text)
 
 
 def structured_header(name: str, text: str) -> str:
-    """Return a folded header of identifiers or URLs, in which encoded words are not allowed.
-
-    Raises RenderError for what is not ASCII, or too long for a line.
+    """Return a folded header with identifiers or URLs, in which encoded words are not allowed.
+    Raises RenderError for a value that is not ASCII or too long for a line.
     """
     if not text.isascii():
         raise RenderError(f"{name}: {one_line(text, 50)!r} is not ASCII")
@@ -162,7 +161,7 @@ def _folded(name: str, text: str) -> str:
 
 
 def address_header(name: str, mailboxes: Iterable[Mailbox]) -> str:
-    """Return a folded header of addresses."""
+    """Return a folded header with addresses."""
     written = [str(mailbox) for mailbox in mailboxes]
     line = f"{name}: {', '.join(written)}"
     return line if len(line) <= MAX_LINE else f"{name}: " + ",\r\n ".join(written)
@@ -173,7 +172,7 @@ def _encoded_words(text: str, used: int) -> str:
 
 
 class MessagePart(Protocol):
-    """A file of a message. With a content id, it is part of the HTML."""
+    """A file in a message. With a content id, it belongs to the HTML."""
 
     @property
     def name(self) -> str: ...
@@ -195,9 +194,10 @@ def message(
     boundary: str,
     files: Sequence[MessagePart] = (),
 ) -> bytes:
-    """Return the whole message, with `text` or `html` or both. Raises RenderError.
+    """Return the complete message, with `text`, `html`, or both. Raises RenderError.
 
-    No part holds `boundary`, which begins with =_; of several, none is the beginning of another.
+    No part may contain `boundary`, which begins with =_; if there are several boundaries, none is
+    the beginning of another.
     """
     try:
         parts = [
@@ -241,11 +241,11 @@ def _file(file: MessagePart) -> bytes:
     return "\r\n".join(head).encode() + b"\r\n\r\n" + content
 
 
-MAX_PARAMETER = 60  # characters, so that its line is not too long
+MAX_PARAMETER = 60  # characters, so that the line is not too long
 
 
 def _file_name(name: str) -> list[str]:
-    """Return the parameters with a file name, in pieces if it is long (RFC 2231)."""
+    """Return the parameters that contain a file name, in pieces if it is long (RFC 2231)."""
     if name.isascii() and len(name) <= MAX_PARAMETER:
         return ['filename="{}"'.format(re.sub(r'(["\\])', r"\\\1", name))]
     pieces = [""]
@@ -261,7 +261,7 @@ def _file_name(name: str) -> list[str]:
 
 
 def _part(subtype: str, content: str) -> bytes:
-    """Return a part in quoted-printable: any server accepts it, and no line is too long."""
+    """Return a part as quoted-printable: all servers accept it, and no line is too long."""
     lines = content.replace("\r\n", "\n").replace("\r", "\n").encode()
     body = binascii.b2a_qp(lines, istext=True).replace(b"\n", b"\r\n")
     return (
@@ -271,7 +271,9 @@ def _part(subtype: str, content: str) -> bytes:
 
 
 def fields(content: bytes) -> dict[str, str]:
-    """Return what a recipient sees of a message: from, subject, text and html, if present."""
+    """Return the parts of a message that a recipient sees: from, subject, and text and html if
+    present.
+    """
     read = message_from_bytes(content, policy=default)
     found = {"from": str(read["From"]), "subject": str(read["Subject"])}
     for name, kind in (("text", "plain"), ("html", "html")):

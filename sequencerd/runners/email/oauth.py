@@ -1,4 +1,4 @@
-"""Fetches access tokens for a mail server, from a token endpoint (RFC 6749) or by a command."""
+"""Fetch access tokens for a mail server, from a token endpoint (RFC 6749) or a command."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import HttpClient, Unreachable, check_url
 
 EARLY = 120.0
-"""So many seconds before its end a token is renewed, or half its life if it lives shorter."""
+"""How many seconds before it expires a token is renewed; after half its lifetime if that is
+shorter.
+"""
 
-UNKNOWN_LIFE = 60.0  # seconds for which a token without a lifetime is used
+UNKNOWN_LIFE = 60.0  # seconds for which a token is used if its lifetime is unknown
 
 
 class TokenError(Exception):
-    """No token, with the reason, which contains no secret."""
+    """No token is available. The message is the reason, and contains no secret."""
 
 
 class AccessToken(NamedTuple):
-    """An access token, and for how many seconds it is valid."""
+    """An access token, and the number of seconds for which it is valid."""
 
     text: str
     life: float
@@ -34,7 +36,7 @@ class AccessToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OAuthClient:
-    """The client's credentials at the token endpoint. With a refresh token it acts for a user."""
+    """The client's credentials at the token endpoint. With a refresh token, it acts for a user."""
 
     token_url: str
     client_id: str
@@ -44,7 +46,7 @@ class OAuthClient:
 
 
 class AccessTokens:
-    """The present token: fetched when it is needed, once for all callers."""
+    """The current token: fetched when it is needed, once for all callers."""
 
     def __init__(self, fetch: Callable[[], Awaitable[AccessToken]]) -> None:
         self._fetch = fetch
@@ -53,9 +55,8 @@ class AccessTokens:
         self._until = -math.inf
 
     async def get(self, *, instead_of: str | None = None) -> str:
-        """Return a token that is valid for a while; `instead_of` names one that was refused.
-
-        Raises TokenError.
+        """Return a token that remains valid for a while; `instead_of` is one that the server
+        rejected. Raises TokenError.
         """
         async with self._turn:
             if time.monotonic() >= self._until or self._token == instead_of:
@@ -65,7 +66,7 @@ class AccessTokens:
             return self._token
 
     def hide(self, text: str) -> str:
-        """Return a text without the token, in case a server repeats it."""
+        """Return a text with the token masked, in case a server repeats it."""
         return text.replace(self._token, "***") if self._token else text
 
 
@@ -85,8 +86,8 @@ def _read(body: bytes) -> _TokenAnswer:
 
 
 class TokenEndpoint:
-    """Fetches tokens by the client's credentials, or by its refresh token. Raises ValueError for a
-    URL that cannot be called.
+    """Fetches tokens with the client's credentials, or with a refresh token. Raises ValueError for
+    an invalid URL.
     """
 
     def __init__(
@@ -115,12 +116,12 @@ class TokenEndpoint:
             raise TokenError(f"the token endpoint: {error}") from None
         answer = _read(reply.body)
         if reply.status != 200 or not answer.access_token:
-            # the body is not shown as it is: what holds no token may hold another secret
+            # the body is not shown: even without a token, it may contain another secret
             said = answer.error_description or answer.error or "no token"
             for secret in (client.client_secret, self._refresh_token):
                 said = said.replace(secret, "***") if secret else said
             raise TokenError(f"the token endpoint answered {reply.status}: {one_line(said)}")
-        self._refresh_token = answer.refresh_token or self._refresh_token  # some change it
+        self._refresh_token = answer.refresh_token or self._refresh_token  # some servers change it
         return AccessToken(answer.access_token, answer.expires_in or UNKNOWN_LIFE)
 
     async def close(self) -> None:
@@ -129,7 +130,7 @@ class TokenEndpoint:
 
 
 class TokenCommand:
-    """Runs a program that prints a token, or a token endpoint's JSON. Raises ValueError."""
+    """Runs a program that prints a token, or the JSON of a token endpoint. Raises ValueError."""
 
     def __init__(self, command: str, *, timeout: float = 30.0) -> None:
         self._words = shlex.split(command)
@@ -138,7 +139,9 @@ class TokenCommand:
         self._timeout = timeout
 
     async def fetch(self) -> AccessToken:
-        """Return what the program prints. Raises TokenError, without its output."""
+        """Return the token that the program prints. Raises TokenError, without the program's
+        output.
+        """
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._words,
@@ -167,7 +170,7 @@ class TokenCommand:
 
 
 def token_source(oauth: OAuthClient | str) -> TokenEndpoint | TokenCommand:
-    """Return the source of tokens: a client's endpoint, or a command. Raises ValueError."""
+    """Return the source of tokens: a token endpoint or a command. Raises ValueError."""
     return TokenCommand(oauth) if isinstance(oauth, str) else TokenEndpoint(oauth)
 
 

@@ -1,4 +1,4 @@
-"""Shows a finished message as a page for a browser."""
+"""Show a finished message as an HTML page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHARSET = '<meta charset="utf-8">'
 
 
 def page(content: bytes) -> str:
-    """Return the HTML of a message, with its inline images in it, below its headers."""
+    """Return a message as HTML, with its headers above and its inline images embedded."""
     read = message_from_bytes(content, policy=default)
     assert isinstance(read, EmailMessage)
     shown = [name for name in ("From", "To", "Cc", "Reply-To", "Subject") if read[name]]
@@ -38,7 +38,7 @@ def page(content: bytes) -> str:
 
 
 def inlined(read: EmailMessage, text: str) -> str:
-    """Return the HTML of a message with its inline images in it."""
+    """Return the HTML of a message with its inline images embedded."""
     images = {part["Content-ID"].strip("<> "): part for part in read.walk() if part["Content-ID"]}
     return _CID.sub(lambda found: _inline(images.get(found[1]), found[0]), text)
 

@@ -1,7 +1,7 @@
-"""Recipients that a server refused temporarily, while others have the message already.
+"""Recipients that a server refused temporarily after the other recipients got the message.
 
-The message goes to them alone, later. Until then the enrollment stays at its step, and its data
-list the recipients to which the message still has to go, so that a restart changes nothing.
+The message is sent to them alone, later. Until then, the enrollment stays at its step, and its data
+list these recipients, so that they survive a restart.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sequencerd.core.retry import doubled
 from sequencerd.runners.email.smtp import Delivery
 
 DATA_KEY = "emailPending"
-"""Where it is in the enrollment's data; null when it is over."""
+"""Its key in the enrollment's data; null when nothing is pending."""
 
 LONGEST = timedelta(days=2)
-"""So long it is tried, as mail servers do (RFC 5321, 4.5.4.1, says four to five days at most)."""
+"""How long delivery is retried (mail servers retry for four to five days: RFC 5321, 4.5.4.1)."""
 
 
 class PendingMail(BaseModel):
-    """What remains to be sent of a message: `key` identifies it, `tries` counts the further
-    attempts.
+    """The part of a message that has yet to be sent: `key` identifies the message, `tries` counts
+    the further attempts.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,12 +36,12 @@ class PendingMail(BaseModel):
     tries: int
 
     def end(self, message: str) -> Answer:
-        """Give up: the enrollment moves on."""
+        """Give up, so that the enrollment continues."""
         return Answer(message=message, data={DATA_KEY: None})
 
 
 def read(task: Task) -> PendingMail | None:
-    """Return what remains of this task's message, if a part of it was sent already."""
+    """Return what is pending of this task's message, if a part of it was already sent."""
     data: Mapping[str, Any] = task.view["data"]
     try:
         left = PendingMail.model_validate(data.get(DATA_KEY))
@@ -53,7 +53,7 @@ def read(task: Task) -> PendingMail | None:
 def follow_up(
     task: Task, left: PendingMail | None, delivery: Delivery, retry: RetryPolicy, now: datetime
 ) -> Result:
-    """Return what the enrollment does after a delivery."""
+    """Return the result of the task after a delivery."""
     result = delivery.result
     later = delivery.later
     if isinstance(result, Failed):

@@ -1,4 +1,4 @@
-"""Makes the text part of a message that has HTML alone, for programs that show no HTML."""
+"""Make the text part of a message that has only HTML, for programs that do not show HTML."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _ENDS = re.compile(r"[ \t]+$", re.MULTILINE)
 
 @cache
 def _config() -> Any:
-    # imported when it is needed, as most messages have a text
+    # imported only when needed, because most messages have a text
     from inscriptis.model.config import ParserConfig  # noqa: PLC0415
 
     return ParserConfig(display_links=True)
 
 
 def plain_text(html: str) -> str | None:
-    """Return HTML as plain text, with its links; None if that is empty, or would take long."""
+    """Return HTML as plain text, with its links; None if it is empty or would take too long."""
     if len(html) > LONGEST:
         return None
     from inscriptis import get_text  # noqa: PLC0415 - as above

@@ -30,33 +30,33 @@ from enum import StrEnum
 from typing import Literal, NamedTuple
 
 Stage = Literal["connection", "sender", "recipient", "message"]
-"""What was refused: the connection up to the login, MAIL, RCPT, or DATA."""
+"""What was refused: the connection (until the login is complete), MAIL, RCPT, or DATA."""
 
 
 class RefusalMeaning(StrEnum):
-    """Whose fault a refusal is."""
+    """The meaning of a refusal: whose fault it is."""
 
-    QUOTA = "quota"  # a rate or a quota of the sender: it passes
-    OPERATOR = "operator"  # nothing passes until an operator corrects it: login, TLS, EHLO, network
-    SENDER = "sender"  # the same for this sender, or for where it may write to
-    UNAVAILABLE = "unavailable"  # the server as such
+    QUOTA = "quota"  # a rate limit or a quota of the sender: it passes
+    OPERATOR = "operator"  # until an operator corrects it: login, TLS, EHLO, network
+    SENDER = "sender"  # the same for this sender, or for the recipients that it may write to
+    UNAVAILABLE = "unavailable"  # the server itself
     RECIPIENTS = "recipients"  # too many in this transaction: the others go in another one
-    PASSING = "passing"  # this message or address, for now
-    REFUSED = "refused"  # this message or address, for good
+    PASSING = "passing"  # this message or address, temporarily
+    REFUSED = "refused"  # this message or address, permanently
 
 
 class Refusal(NamedTuple):
-    """What a refusal means; for a quota, the least wait."""
+    """The meaning of a refusal, with the minimum wait if it is a quota."""
 
     meaning: RefusalMeaning
     wait: timedelta | None = None
 
 
 SHORT_WAIT = timedelta(minutes=1)
-"""For a rate, if the text names no time."""
+"""The wait for a rate limit if the text contains no time."""
 
 LONG_WAIT = timedelta(minutes=15)
-"""For what is counted by the hour, day or month: most servers free it bit by bit."""
+"""The wait for a limit per hour, day or month: most servers release it gradually."""
 
 LONGEST_WAIT = timedelta(days=1)
 
@@ -66,7 +66,7 @@ def _any(*phrases: str) -> re.Pattern[str]:
 
 
 def _near(one: str, other: str) -> str:
-    """Return a pattern for both, in either order, within a sentence."""
+    """Return a pattern that matches both, in either order, within a sentence."""
     return rf"(?:{one}).{{0,60}}?(?:{other})|(?:{other}).{{0,60}}?(?:{one})"
 
 
@@ -77,7 +77,7 @@ MAX_READ = 1000  # characters
 _ENHANCED = re.compile(r"\s*([245])\.(\d{1,3}\.\d{1,3})\b(?!\.)")
 _ENHANCED_BEHIND = re.compile(r"\(#([245])\.(\d{1,3}\.\d{1,3})\)")  # as qmail writes it
 _REPEATED_CODE = re.compile(r"\n\s*[245]\.\d{1,3}\.\d{1,3}\b")
-_QUOTED = re.compile(r"<[^<>\s]*>|https?://\S+|\S+@\S+")  # not said by the server: may be anything
+_QUOTED = re.compile(r"<[^<>\s]*>|https?://\S+|\S+@\S+")  # not the server's own words
 
 # --- 1. enhanced codes
 
@@ -171,7 +171,7 @@ _OUTGOING = _any(
 )
 _CONTENT = re.compile(r"\b(?:spam|score|virus\w*|malware|phish\w*|content|keywords?|hops?)\b")
 
-# --- 6. what the operator corrects
+# --- 6. what an operator has to correct
 
 _NOT = (
     r"\b(?:reject\w*|not|no|\w+n't|denied|deny|block\w*|invalid\w*|un\w+ed|forbidden|fail\w*|refus\w*"
@@ -190,7 +190,7 @@ _OPERATOR = _any(
     _near(r"start ?tls|\btls\b|\bssl\b|encryption|secure (?:connection|channel)", _NOT),
     # EHLO
     r"\b(?:helo|ehlo)\b",
-    # the network that we come from
+    # the network from which the daemon connects
     _near(
         r"\bclient (?:host|ip|\[)|\b(?:your|sending|source|sender) (?:\w+ )?(?:ip|host|server)"
         r"|\bip address(?:es)?\b|\bfrom (?:this|your) ip\b|\bnetwork\b",
@@ -222,7 +222,7 @@ _SENDER = _any(
     r"open relay|as a relay",
 )
 
-# --- 7. the server as such
+# --- 7. the server itself
 
 _BUSY = _any(
     r"too many errors",
@@ -236,19 +236,19 @@ _BUSY = _any(
 
 
 def _enhanced(text: str) -> tuple[str, str]:
-    """Return the class and the rest of an enhanced code; empty without one."""
+    """Return the class and the rest of an enhanced code; empty if there is none."""
     enhanced = _ENHANCED.match(text) or _ENHANCED_BEHIND.search(text[:MAX_READ])
     return (enhanced[1], enhanced[2]) if enhanced else ("", "")
 
 
 def _said(text: str) -> str:
-    """Return what the server says, without what it quotes, on one line in lower case."""
+    """Return the server's own words, without quotations, as one line in lower case."""
     said = _QUOTED.sub(" ", _REPEATED_CODE.sub(" ", text[:MAX_READ])).lower().replace("\u2019", "'")
     return " ".join(said.split())
 
 
 def read_refusal(code: int, text: str, stage: Stage) -> Refusal:
-    """Return what a reply means; `text` may have several lines, without the reply's code."""
+    """Return the meaning of a reply; `text` may have several lines, without the code."""
     level, about = _enhanced(text)
     level = level or str(code)[0]
     said = _said(text)
@@ -269,10 +269,10 @@ _POLICY = _any(
 
 
 def says_unknown(text: str) -> bool:
-    """Whether a reply, without its code, says that the recipient's address does not exist.
+    """Return whether a reply, without its code, says that the recipient's address does not exist.
 
-    Only an enhanced code says so: servers answer a bare 550 to what they block as well, with any
-    words. A code whose text speaks of a policy is not believed.
+    Only an enhanced code counts: servers also answer a bare 550, with any text, to senders that
+    they block. A code with a text about a policy does not count either.
     """
     level, about = _enhanced(text)
     return level == "5" and about in _UNKNOWN and not _POLICY.search(_said(text))
@@ -331,7 +331,7 @@ def _is_quota(code: int, about: str, said: str, stage: Stage) -> bool:
         return False
     if re.search(_COUNTED, said):
         return True
-    # "quota exceeded" and no more: of a mailbox, where one was named and no policy is spoken of
+    # only "quota exceeded": a mailbox's quota if one was named and no policy is mentioned
     return code not in (452, 552) and (stage != "recipient" or about.startswith("7."))
 
 

@@ -1,4 +1,4 @@
-"""The step Email: messages by SMTP."""
+"""The step type Email: messages sent by SMTP."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ from sequencerd.runners.unsubscribe import UnsubscribeLinks
 MAX_RECIPIENTS = 100
 
 TEST_MARK = "[Test] "
-"""What the subject of a test begins with."""
+"""The beginning of a test message's subject."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmailProgram:
-    """The templates of a config, by field."""
+    """A compiled config: the templates by field."""
 
     addresses: Mapping[str, AddressField]  # from, to, cc, bcc, replyTo
     subject: Template | Translations
@@ -86,22 +86,22 @@ class EmailProgram:
     list_unsubscribe: Template | Translations | None
     attachments: tuple[Attachment, ...] = ()
     bounce_address: str | None = None
-    links: UnsubscribeLinks | None = None  # to unsubscribe with
+    links: UnsubscribeLinks | None = None  # links to unsubscribe
 
 
 LIMITS = replace(MESSAGE_LIMITS, timeout=REPLY_TIMEOUT)
 
 
 class EmailRunner:
-    """Sends each enrollment of a step a message of its own.
+    """Sends a message for each enrollment of a step.
 
-    `url`, `final_timeout`, `hello_name` and the timeout of `limits` are explained at
-    `smtp.MailTransport`; each call sends one message. `oauth` is a client of a token endpoint or a
-    command that prints a token, `list_unsubscribe` the template of a URL for steps without one,
-    `only_to` are patterns of the recipients that get messages, and `attachments_from` of the URLs
-    of attachments. With `suppress_bounces`, results
-    name the addresses that do not exist; bounces go to `bounce_address`, whose {token} identifies
-    the message; `links` are those to unsubscribe with. Raises ValueError for what cannot work.
+    `url`, `final_timeout`, `hello_name` and the timeout of `limits` are documented at
+    `smtp.MailTransport`; each call sends one message. `oauth` is a client of a token endpoint, or a
+    command that prints a token. `list_unsubscribe` is the template of a URL for steps without one.
+    `only_to` contains patterns of the recipients that get messages, `attachments_from` patterns of
+    the URLs of attachments. With `suppress_bounces`, results name the addresses that do not exist.
+    Bounces go to `bounce_address`, whose {token} identifies the message. `links` makes the links to
+    unsubscribe. Raises ValueError for invalid values.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class EmailRunner:
         self._only_to = OnlyTo("email.only_to", only_to)
         self._attachments = Attachments(attachments_from)
         self._pace = Pace(limits, EMAIL.name, take)
-        # the transport keeps its own limits: this one is for what they can't come to
+        # the transport has limits of its own; this one covers the rest
         longest = 2 * OFFER_TIMEOUT + final_timeout + self._pace.longest_wait
         longest += FETCH_TIMEOUT * (1 + limits.concurrency // FETCHES)
         self.limits = replace(limits, timeout=longest)
@@ -227,8 +227,8 @@ class EmailRunner:
         return write(program, task, datetime.now(UTC), files=files).content
 
     def as_test(self, config: Mapping[str, Any], address: str) -> dict[str, Any]:
-        """Return a config that sends the message to this address alone, marked as a test, and
-        without headers to unsubscribe with. Raises RenderError.
+        """Return a config that sends the message only to this address, marked as a test, and
+        without headers to unsubscribe. Raises RenderError.
         """
         parse_mailbox("to", address)
         kept = {k: v for k, v in config.items() if k not in ("cc", "bcc", "listUnsubscribe")}
@@ -256,7 +256,7 @@ class EmailRunner:
                 return Suppressed(f"not sent to {self._only_to.told(outside)}")
             files: tuple[AttachmentFile, ...] = ()
             if program.attachments:
-                # what is not sent needs none; whether it is sent is asked again when they are here
+                # suppressed recipients need none; the check is repeated after they are fetched
                 without = await self._suppressed(mail, task)
                 if skipped := _skipped(mail, task, without, outside):
                     return skipped
@@ -301,7 +301,9 @@ class EmailRunner:
         return await self._suppressions.among("email", addresses, task.topic)
 
     async def check(self) -> Result:
-        """Connect and log in, and send nothing. Nothing that the server does raises."""
+        """Connect and log in without sending a message. Errors of the server are returned, not
+        raised.
+        """
         return await self._transport.check()
 
     async def close(self) -> None:
@@ -315,7 +317,7 @@ class EmailRunner:
 def _skipped(
     mail: Mail, task: Task, without: Mapping[str, str], outside: AbstractSet[str]
 ) -> Suppressed | None:
-    """Return the result if no recipient is left, or the subject is suppressed."""
+    """Return the result if no recipient is left, or if the subject is suppressed."""
     if not (without.keys() | outside >= set(mail.to) or task.view["subject"] in without):
         return None
     told = filter(None, (describe(without), ", ".join(sorted(outside))))
@@ -329,7 +331,7 @@ def write(
     without: AbstractSet[str] = frozenset(),
     files: Sequence[AttachmentFile] = (),
 ) -> Mail:
-    """Write the message for an enrollment, dated `at`, to all but some addresses. Raises
+    """Return the message for an enrollment, dated `at`, without some of the addresses. Raises
     RenderError.
     """
     view = task.view
@@ -371,7 +373,7 @@ def write(
         headers,
         text,
         html,
-        boundary=f"=_{mark}",  # quoted-printable text never holds =_, and base64 neither
+        boundary=f"=_{mark}",  # neither quoted-printable nor base64 contains =_
         files=files,
     )
     bounces_to = (program.bounce_address or sender.address).replace("{token}", mark)
@@ -380,7 +382,7 @@ def write(
 
 
 def message_mark(task: Task) -> str:
-    """Return what identifies this message in every attempt: its idempotency key."""
+    """Return the mark of this message, which is the same in every attempt: its idempotency key."""
     return re.sub(r"[^A-Za-z0-9]+", ".", task.key)
 
 

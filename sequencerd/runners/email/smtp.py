@@ -1,4 +1,4 @@
-"""Delivers mail by SMTP: connections that are kept and reused, and what a server's answers mean."""
+"""Deliver mail by SMTP: reuse connections, and classify the server's replies."""
 
 from __future__ import annotations
 
@@ -26,28 +26,30 @@ from sequencerd.runners.error_causes import is_exhausted
 from sequencerd.runners.fields import one_line
 
 IDLE = 20.0
-"""After so many seconds without a message a connection is closed."""
+"""Seconds without a message after which a connection is closed."""
 
 REPLY_TIMEOUT = 300.0
 """Seconds for each reply (RFC 5321, 4.5.3.2.1 to 4.5.3.2.3)."""
 
 FINAL_TIMEOUT = 600.0
-"""Seconds for the answer to the message (RFC 5321, 4.5.3.2.6). Who gives up sooner sends it again
-to a server that has it.
+"""Seconds for the reply to the message (RFC 5321, 4.5.3.2.6). With a shorter timeout, a server that
+has accepted the message might get it again.
 """
 
 OFFER_TIMEOUT = 600.0
 """Seconds for everything before the message, so that slow replies do not add up."""
 
 REUSE_TIMEOUT = 10.0
-"""Seconds for the first reply on a connection that was idle: it may be dead, a new one is not."""
+"""Seconds for the first reply on a connection that was idle: it may be dead, unlike a new one."""
 
 SHOWN_ADDRESSES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Mail:
-    """A message ready for delivery. `utf8`: an address is not ASCII, which needs SMTPUTF8."""
+    """A message that is ready for delivery. `utf8` means that an address is not ASCII, which
+    requires SMTPUTF8.
+    """
 
     sender: str
     to: tuple[str, ...]
@@ -61,7 +63,7 @@ class Mail:
         return (*self.to, *self.others)
 
     def only(self, addresses: Collection[str]) -> Mail:
-        """Return the same message to some of its recipients."""
+        """Return the same message for some of its recipients."""
         to = tuple(address for address in self.to if address in addresses)
         others = tuple(address for address in self.others if address in addresses)
         return replace(self, to=to, others=others)
@@ -69,18 +71,18 @@ class Mail:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """The outcome of a message. `later` are recipients that another attempt may reach, while others
-    have it already.
+    """The outcome of a delivery. `later` contains the recipients that another attempt may reach,
+    when others already have the message.
     """
 
     result: Answer | Failed
     later: tuple[str, ...] = ()
     unknown: Mapping[str, str] = field(default_factory=dict)
-    """Addresses that do not exist, as the server says, with its reply."""
+    """Addresses that do not exist according to the server, with its replies."""
 
 
 def judge(reply: SmtpReply, stage: Stage) -> Failed:
-    """Return what a refusal means."""
+    """Convert a refusal to a failure."""
     refusal = read_refusal(reply.code, reply.text, stage)
     return _failed(refusal, f"{reply.code} {one_line(reply.text)}")
 
@@ -104,8 +106,9 @@ def _failed(refusal: Refusal, message: str) -> Failed:
 class MailTransport:
     """Delivers mail to one server, over at most `connections` connections at a time.
 
-    `timeout` (seconds) applies to each reply of the server except the last, `final_timeout` to that
-    one, and `hello_name` is the name in EHLO. Raises ValueError for a URL or name that cannot work.
+    `timeout` is the number of seconds for each reply of the server except the last, `final_timeout`
+    for the last one. `hello_name` is the name sent in EHLO. Raises ValueError for an invalid URL or
+    name.
     """
 
     def __init__(
@@ -126,14 +129,14 @@ class MailTransport:
         self._tokens = tokens
         self._idle_for = idle
         self._slots = asyncio.Semaphore(connections)
-        self._idle: list[tuple[Dialogue, float]] = []  # with the time of their last use
+        self._idle: list[tuple[Dialogue, float]] = []  # with the time at which each was last used
         self._timer: asyncio.TimerHandle | None = None
         self._quitting: set[asyncio.Task[None]] = set()
         self._name = None if hello_name is None else smtp_connect.check_hello_name(hello_name)
         self._is_named = hello_name is not None
 
     async def deliver(self, mail: Mail) -> Delivery:
-        """Deliver a message to the server. Nothing that the server does raises."""
+        """Deliver a message to the server. Errors of the server are returned, not raised."""
         attempt = _DeliveryAttempt()
         failed = await self._try(partial(self._deliver, mail), attempt)
         delivery = attempt.delivery(failed)
@@ -141,7 +144,9 @@ class MailTransport:
         return replace(delivery, unknown=unknown)
 
     async def check(self) -> Result:
-        """Connect and log in, and send nothing. Nothing that the server does raises."""
+        """Connect and log in without sending a message. Errors of the server are returned, not
+        raised.
+        """
         failed = await self._try(self._greet, _DeliveryAttempt())
         return failed or Answer(message=f"{self._place} is ready for mail")
 
@@ -194,14 +199,14 @@ class MailTransport:
             except (SmtpError, OSError) as error:
                 if dialogue is None or attempt.handed_over or not _ends_connection(error):
                     raise
-                dialogue.close()  # it was idle, and given up by the server: nothing was sent yet
+                dialogue.close()  # the server closed the idle connection: nothing has been sent yet
                 attempt.begun = False
             else:
                 await self._give_back(attempt)
         return failed
 
     async def _transact(self, mail: Mail, attempt: _DeliveryAttempt) -> Failed | None:
-        """Send one transaction to the recipients that are left; those it reaches are removed."""
+        """Send one transaction to the remaining recipients, and remove those that it reaches."""
         try:
             async with asyncio.timeout(OFFER_TIMEOUT):
                 within = REUSE_TIMEOUT
@@ -233,7 +238,7 @@ class MailTransport:
         return None
 
     async def _connect(self) -> Dialogue:
-        if not self._is_named:  # found once: it may take a DNS query
+        if not self._is_named:  # determined once, because it may take a DNS query
             self._name = await smtp_connect.own_name()
             self._is_named = True
         return await smtp_connect.connect(
@@ -251,7 +256,7 @@ class MailTransport:
         return None
 
     async def _give_back(self, attempt: _DeliveryAttempt) -> None:
-        """Keep the connection for the next message, after resetting one that was started."""
+        """Keep the connection for the next message; reset it first if a message was begun."""
         dialogue = attempt.dialogue
         if dialogue is None:
             return
@@ -268,7 +273,7 @@ class MailTransport:
                 self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
 
     def _drop(self) -> None:
-        """Close connections that have been idle for too long."""
+        """Close connections that have been idle too long."""
         kept = [(c, since) for c, since in self._idle if _now() - since < self._idle_for]
         for entry in self._idle:
             if entry not in kept:
@@ -299,28 +304,28 @@ class MailTransport:
 class _DeliveryAttempt:
     """The progress of a delivery."""
 
-    dialogue: Dialogue | None = None  # until it is given back
-    begun: bool = False  # the server knows of a message that is not sent yet
-    handed_over: bool = False  # a message is on its way, and not answered
+    dialogue: Dialogue | None = None  # until the connection is given back
+    begun: bool = False  # the server has the envelope of a message that was not sent yet
+    handed_over: bool = False  # a message was sent, and not answered yet
     rest: list[str] = field(
         default_factory=list
-    )  # recipients that were not asked about, or not yet
+    )  # recipients that were not sent to the server, or not yet
     sent: list[str] = field(default_factory=list)
     refused: dict[str, Failed] = field(default_factory=dict)
-    said: str = ""  # by the server, of the last message that it took
+    said: str = ""  # the server's reply to the last message that it accepted
     unknown: dict[str, str] = field(default_factory=dict)  # addresses, with the server's replies
 
     def note_unknown(self, address: str, reply: SmtpReply) -> None:
-        """Keep an address if the server says that it does not exist."""
+        """Record an address if the server says that it does not exist."""
         if reply.code >= 500 and says_unknown(reply.text):
             self.unknown[address] = f"{reply.code} {one_line(reply.text)}"
 
     def sort(self, mail: Mail, replies: Sequence[SmtpReply]) -> list[str]:
-        """Return the recipients of this transaction; none if it is not sent.
+        """Return the recipients of this transaction; none if the message is not sent to any.
 
-        A recipient that is refused temporarily gets the message together with the others, so it is
-        sent to none yet. Recipients beyond the server's limit are left for another transaction.
-        Raises SmtpRefused if the server ends the connection.
+        If a `to` address is refused temporarily, the message is sent to no recipient yet, so that
+        all get it together. Recipients beyond the server's limit are left for another transaction.
+        Raises SmtpRefused if the server closes the connection.
         """
         taken = []
         left = []
@@ -343,7 +348,7 @@ class _DeliveryAttempt:
         return [] if waits and not self.sent else taken
 
     def failure(self, mail: Mail) -> Failed:
-        """Return one failure for all recipients that were refused."""
+        """Return one failure for all refused recipients."""
         failures = list(self.refused.values())
         waits = [failed.retry_after for failed in failures if failed.retry_after]
         faults = {failed.fault for failed in failures if not failed.permanent}
@@ -357,7 +362,7 @@ class _DeliveryAttempt:
         )
 
     def delivery(self, failed: Failed | None) -> Delivery:
-        """Return the outcome. If the message has reached one recipient, it has not failed."""
+        """Return the outcome. A message that reached one recipient has not failed."""
         if not self.sent:
             assert failed is not None
             return Delivery(failed)
@@ -369,7 +374,7 @@ class _DeliveryAttempt:
         return Delivery(Answer(message=one_line(message, 2000)), tuple(later))
 
     def end(self) -> None:
-        """Close a connection in an unknown state."""
+        """Close a connection whose state is unknown."""
         if self.dialogue is not None:
             self.dialogue.close()
 
@@ -378,7 +383,9 @@ _LEFT = Failed("too many recipients at a time")
 
 
 async def _begin(mail: Mail, attempt: _DeliveryAttempt, first_within: float) -> list[SmtpReply]:
-    """Send the sender and the recipients, and return the replies to these. Raises SmtpRefused."""
+    """Send the sender and the recipients, and return the replies to the recipients. Raises
+    SmtpRefused.
+    """
     dialogue = attempt.dialogue
     assert dialogue is not None
     options = f" SIZE={len(mail.content)}" if "size" in dialogue.extensions else ""
@@ -395,7 +402,7 @@ async def _begin(mail: Mail, attempt: _DeliveryAttempt, first_within: float) -> 
 
 
 def _ends_connection(error: Exception) -> bool:
-    """Return whether a connection is unusable, or has reached its limit of messages."""
+    """Return whether a connection cannot be used any more, or has reached its limit of messages."""
     if not isinstance(error, SmtpRefused):
         return True
     code = error.reply.code
@@ -426,13 +433,13 @@ def _listed(addresses: list[str]) -> str:
 
 
 def read_sent(message: str) -> list[str]:
-    """Return the recipients in the message of a delivery, as far as it names them."""
+    """Return the recipients that the message of a delivery names."""
     told = re.search(r"\bsent to (\S+@.+?)(?: and \d+ more)?: \d{3}\b", message)
     return told[1].split(", ") if told else []
 
 
 def _describe(error: Exception) -> str:
-    """Describe an error of the connection, with advice if there is any."""
+    """Describe a connection error, with advice if there is any."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"the certificate is not trusted: {error.verify_message} (see cafile in the SMTP URL)"

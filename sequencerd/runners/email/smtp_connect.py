@@ -1,4 +1,4 @@
-"""Opens a connection to a mail server with aiosmtplib: greeting, EHLO, TLS and login."""
+"""Open connections to a mail server with aiosmtplib: greeting, EHLO, TLS and login."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from sequencerd.runners.email.oauth import AccessTokens
 from sequencerd.runners.email.smtp_dialogue import Dialogue, SmtpError, SmtpRefused, SmtpReply
 from sequencerd.runners.email.smtp_url import SmtpServer
 
-CONNECT_TIMEOUT = 30.0  # seconds, for each of name, connection and TLS
-NAME_TIMEOUT = 5.0  # seconds, to ask the resolver for the name of this machine
+CONNECT_TIMEOUT = 30.0  # seconds, for each of: resolving the name, connecting, TLS
+NAME_TIMEOUT = 5.0  # seconds, to ask the resolver for this machine's name
 
 _HELLO_NAME = re.compile(r"(?=.{3,255}$)[a-z0-9-]{1,63}(?:\.[a-z0-9-]{1,63})+\.?", re.IGNORECASE)
 _LOCAL_NAMES = re.compile(r"localhost(?:\..*)?|.*\.(?:localhost|localdomain)", re.IGNORECASE)
@@ -37,8 +37,8 @@ async def connect(
 ) -> Dialogue:
     """Return a connection that is ready for mail. Raises SmtpError or OSError.
 
-    `name` is sent in EHLO; None is the connection's own address. `reply_timeout` (seconds) applies
-    to each reply.
+    `name` is sent in EHLO; None means the connection's own address. `reply_timeout` is the number
+    of seconds for each reply.
     """
     client = _Client(server, reply_timeout)
     try:
@@ -72,13 +72,15 @@ async def _greet(client: _Client, server: SmtpServer) -> None:
 
 
 async def _hello(client: _Client) -> None:
-    """Send EHLO; HELO if the server does not know it, which a temporary refusal does not show."""
+    """Send EHLO, or HELO if the server does not know EHLO, which a temporary refusal does not
+    prove.
+    """
     try:
         await client.ehlo()
     except SMTPHeloError as error:
         if error.code < 500:
             raise
-        with suppress(SMTPException, SmtpError):  # then EHLO's refusal says more
+        with suppress(SMTPException, SmtpError):  # in that case EHLO's refusal is more informative
             await client.helo()
             return
         raise
@@ -86,7 +88,7 @@ async def _hello(client: _Client) -> None:
 
 async def _login(client: _Client, user: str, password: str) -> None:
     if client.get_transport_info("sslcontext") is not None:
-        # Nobody listens, and CRAM-MD5 is offered by many servers that have no secret for it.
+        # No one can listen, and many servers offer CRAM-MD5 without having a secret for it.
         client.AUTH_METHODS = ("plain", "login", "cram-md5")
     if not client.supported_auth_methods:
         names = ", ".join(client.server_auth_methods).upper() or "none"
@@ -95,7 +97,7 @@ async def _login(client: _Client, user: str, password: str) -> None:
 
 
 async def _login_with_token(client: _Client, user: str, tokens: AccessTokens) -> None:
-    """Log in, with a new token if the first one is refused."""
+    """Log in; if the token is rejected, try again with a new one."""
     if "xoauth2" not in client.server_auth_methods:
         raise SmtpError("the server offers no authentication with XOAUTH2")
     token = await tokens.get()
@@ -108,7 +110,7 @@ async def _login_with_token(client: _Client, user: str, tokens: AccessTokens) ->
 
 
 class _Client(SMTP):
-    """Uses our protocol, and keeps what the server said before it closed the connection."""
+    """Uses our protocol, and keeps the server's last words before it closed the connection."""
 
     said: SMTPResponse | None = None
     """The last reply to a command."""
@@ -117,10 +119,10 @@ class _Client(SMTP):
         super().__init__(
             hostname=server.host,
             port=server.port,
-            local_hostname="localhost",  # without one it asks the resolver; another one is set
+            local_hostname="localhost",  # without a name it asks the resolver; another is set
             timeout=reply_timeout,
             use_tls=server.tls,
-            start_tls=False,  # on its own it answers any refusal of EHLO with HELO
+            start_tls=False,  # by itself, the library answers any refusal of EHLO with HELO
             tls_context=server.context,
         )
         self._server = server
@@ -133,7 +135,7 @@ class _Client(SMTP):
         self,
         timeout: float | None,  # noqa: ASYNC109 - the library's
     ) -> SMTPResponse:
-        # The library's takes no protocol of ours, and has one limit for connection and greeting.
+        # The library's has a protocol of its own, and one limit for connection and greeting.
         loop = asyncio.get_running_loop()
         within = min(CONNECT_TIMEOUT, timeout or CONNECT_TIMEOUT)
         try:
@@ -155,10 +157,12 @@ class _Client(SMTP):
 
 
 class _Protocol(SMTPProtocol):
-    """Accepts blank lines, and refuses what is sent between STARTTLS and TLS."""
+    """Accepts blank lines, and rejects anything sent between STARTTLS and TLS."""
 
     asked = "the greeting"
-    """What a reply is waited for; behind AUTH it stays AUTH, as what follows is secret."""
+    """The command whose reply is expected; it stays AUTH after AUTH, because what follows is
+    secret.
+    """
 
     def write(self, data: bytes) -> None:
         word = data.split(b" ")[0].strip()
@@ -172,7 +176,7 @@ class _Protocol(SMTPProtocol):
     ) -> SMTPResponse:
         try:
             response = await super().read_response(timeout)
-        except SMTPReadTimeoutError:  # it doesn't say what was waited for, and how long
+        except SMTPReadTimeoutError:  # the library says neither which reply, nor how long
             raise SmtpError(f"no answer within {timeout:g} s to {self.asked}") from None
         if self.asked == "STARTTLS" and self._buffer:
             # The library drops it (RFC 3207, 6). It may be an attack, so it is reported.
@@ -180,17 +184,18 @@ class _Protocol(SMTPProtocol):
         return response
 
     def _read_response_from_buffer(self) -> SMTPResponse | None:
-        # Some send blank lines before a reply: the library takes one for a malformed reply.
+        # Some servers send blank lines before a reply, which the library rejects as malformed.
         self._buffer = self._buffer.lstrip()
         return super()._read_response_from_buffer()
 
 
 def _explained(error: SMTPException, client: _Client) -> SmtpError:
-    """Return the same error in the terms of the dialogue."""
+    """Return the same error in SMTP's terms."""
     if isinstance(error, SMTPServerDisconnected):
         if client.said is None or client.said.code < 400:
             return SmtpError("the server has closed the connection")
-        error = SMTPAuthenticationError(*client.said)  # it hung up before another login was tried
+        # it closed the connection before another login was tried
+        error = SMTPAuthenticationError(*client.said)
     if not isinstance(error, SMTPResponseException):
         return SmtpError(error.message)
     text = error.message.encode(errors="surrogateescape").decode(errors="replace")
@@ -209,17 +214,17 @@ def _explained(error: SMTPException, client: _Client) -> SmtpError:
 
 
 def _literal(client: _Client) -> str:
-    """Return this machine's address as the server sees it without anything in between."""
+    """Return this machine's address as the server sees it if there is no NAT in between."""
     name = client.get_transport_info("sockname") or ("127.0.0.1",)
     address = str(name[0]).partition("%")[0]
     return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
 
 
-# --- the name of this machine
+# --- this machine's name
 
 
 def check_hello_name(name: str) -> str:
-    """Return a name that EHLO can send. Raises ValueError."""
+    """Return a name if EHLO can send it. Raises ValueError."""
     if not _HELLO_NAME.fullmatch(name) and not re.fullmatch(r"\[[0-9A-Za-z.:]+\]", name):
         raise ValueError(
             f"hello_name is {name!r}: write a host name with a dot, such as mail.example.com, "
@@ -229,7 +234,7 @@ def check_hello_name(name: str) -> str:
 
 
 async def own_name() -> str | None:
-    """Return this machine's name with its domain; None if it has none that is known elsewhere."""
+    """Return this machine's name with its domain; None if it has none that other machines know."""
     host = socket.gethostname()
     if _is_public(host):
         return host

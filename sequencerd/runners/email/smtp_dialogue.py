@@ -1,7 +1,7 @@
 """Mail transactions on an SMTP connection (RFC 5321), with pipelined commands (RFC 2920).
 
-aiosmtplib connects, greets and logs in. It sends one command at a time and drops replies that it is
-not waiting for, so the transactions are implemented here.
+aiosmtplib connects, greets and logs in. It sends one command at a time, and drops replies that it
+does not expect, so transactions are implemented here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from aiosmtplib import SMTP
 
 from sequencerd.runners.email.refusals import Stage
 
-LONGEST_LINE = 8192  # bytes; RFC 5321 says 512, servers say more
+LONGEST_LINE = 8192  # bytes; RFC 5321 says 512, but servers send more
 LONGEST_REPLY = 100  # lines
 GROUP = 100
-"""Commands that are sent before their replies are read. More might fill both directions: then the
-server waits for us to read, and we for it."""
+"""Commands that are sent before their replies are read. More could fill both directions, so that
+each side waits for the other to read.
+"""
 
 _REPLY = re.compile(rb"([2-5]\d\d)([ -]|$)(.*)", re.DOTALL)
 _LINE_END = re.compile(rb"\r\n|\r|\n")
@@ -26,11 +27,11 @@ _LEADING_DOT = re.compile(rb"^\.", re.MULTILINE)
 
 
 class SmtpError(Exception):
-    """The connection broke, the server is silent, or it does not speak SMTP."""
+    """The connection broke, the server does not answer, or it does not speak SMTP."""
 
 
 class SmtpRefused(SmtpError):  # noqa: N818 - it is what has happened
-    """A refusal. `what` was refused, such as "the login"; the stage states the same."""
+    """A refusal. `what` was refused, such as "the login"; `stage` is the same as a code."""
 
     def __init__(self, reply: SmtpReply, stage: Stage, what: str = "") -> None:
         super().__init__(f"{reply.code} {reply.text}")
@@ -40,14 +41,14 @@ class SmtpRefused(SmtpError):  # noqa: N818 - it is what has happened
 
 
 class SmtpReply(NamedTuple):
-    """The server's answer to a command."""
+    """The server's reply to a command."""
 
     code: int
     text: str
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the command has failed, temporarily or permanently."""
+        """Return whether the command has failed, temporarily or permanently."""
         return not 200 <= self.code < 300
 
 
@@ -55,15 +56,15 @@ class Dialogue:
     """A connection that is ready for mail, taken over from aiosmtplib. Raises SmtpError or OSError
     when it breaks.
 
-    `timeout` (seconds) applies to each reply; `extensions` are what the server offers, by name in
-    lower case, with their parameters.
+    `timeout` is the number of seconds for each reply. `extensions` are those that the server
+    offers, by name in lower case, with their parameters.
     """
 
     def __init__(self, client: SMTP, *, timeout: float) -> None:
         if client.transport is None:
             raise SmtpError("the server has closed the connection")
         loop = asyncio.get_running_loop()
-        transport = cast(asyncio.Transport, client.transport)  # uvloop's have a class of their own
+        transport = cast(asyncio.Transport, client.transport)  # uvloop's is another class
         self.extensions = client.esmtp_extensions
         self._timeout = timeout
         self._reader = asyncio.StreamReader(limit=LONGEST_LINE, loop=loop)
@@ -74,14 +75,14 @@ class Dialogue:
 
     @property
     def is_open(self) -> bool:
-        """Whether the connection is open, as far as is known."""
+        """Return whether the connection is open, as far as is known."""
         return not (self._writer.is_closing() or self._reader.at_eof())
 
     async def ask(self, *commands: str, first_within: float | None = None) -> list[SmtpReply]:
-        """Send commands and read a reply to each, all at once if the server allows it.
+        """Send commands, all at once if the server allows it, and read a reply to each.
 
-        A 421 is the server's last reply: it applies to the commands behind it too. `first_within`
-        limits the time for the first reply further.
+        A 421 is the server's last reply, so it also applies to the following commands.
+        `first_within` is a shorter limit, in seconds, for the first reply.
         """
         size = GROUP if "pipelining" in self.extensions else 1
         within = min(first_within or self._timeout, self._timeout)
@@ -98,25 +99,27 @@ class Dialogue:
         return replies
 
     async def say(self, command: str) -> SmtpReply:
-        """Send one command, and return the reply."""
+        """Send one command and return the reply."""
         (reply,) = await self.ask(command)
         return reply
 
     async def transfer(self, content: bytes, *, within: float) -> SmtpReply:
-        """Send a message, after the reply 354 to DATA; `within` limits the time for the answer."""
+        """Send a message after the reply 354 to DATA; `within` is the number of seconds for the
+        reply.
+        """
         lines = _LINE_END.sub(b"\r\n", content).removesuffix(b"\r\n")
         await self._write(_LEADING_DOT.sub(b"..", lines) + b"\r\n.\r\n", within)
         return await self._read("the message", within)
 
     async def quit(self) -> None:
-        """Send QUIT, and close."""
+        """Send QUIT and close the connection."""
         try:
             await self.say("QUIT")
         finally:
             self.close()
 
     def close(self) -> None:
-        """Close the connection at once."""
+        """Close the connection immediately."""
         self._writer.close()
 
     async def _write(self, data: bytes, within: float) -> None:
@@ -146,7 +149,7 @@ class Dialogue:
             except asyncio.LimitOverrunError as error:
                 raise SmtpError("the answer of the server is too long") from error
             if not line and not texts:
-                continue  # some send blank lines before a reply
+                continue  # some servers send blank lines before a reply
             match = _REPLY.fullmatch(line)
             if match is None:
                 raise SmtpError(f"the answer of the server is not SMTP: {line[:80]!r}")

@@ -1,4 +1,4 @@
-"""Parses the URL of a mail server."""
+"""Parse the URL of a mail server."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 @dataclass(frozen=True, slots=True)
 class SmtpServer:
-    """The values of a server's URL."""
+    """The parts of a mail server's URL."""
 
     host: str
     port: int
     user: str | None
     password: str | None = field(repr=False)
     tls: bool
-    starttls: bool | None  # None: where it is offered
+    starttls: bool | None  # None: if the server offers it
     context: ssl.SSLContext | None = field(repr=False)
 
     def hide(self, text: str) -> str:
-        """Return a text without the password, whether plain or encoded."""
+        """Return a text with the password masked, whether plain or percent-encoded."""
         if self.password:
             plain = f"\0{self.user}\0{self.password}"
             for secret in (plain, self.password):
@@ -34,11 +34,11 @@ class SmtpServer:
 def parse_url(url: str, *, has_token: bool = False) -> SmtpServer:
     """Parse smtp://user:password@host:587?starttls=always, or smtps:// (port 465).
 
-    Query: `starttls` is `always`, `auto` (if offered) or `never`. By default it is `always` with a
-    password, so that none is sent in the clear, except to localhost; `never` to localhost without a
-    password; and otherwise `auto`. `cafile` names a file of certificates to trust, `verify=no`
-    trusts any. With `has_token` the URL names a user, whose token replaces the password. Raises
-    ValueError, which never shows the URL.
+    Query parameters: `starttls` is `always`, `auto` (if offered) or `never`. The default is
+    `always` with a password, except to localhost, so that no password is sent in the clear; `never`
+    to localhost without a password; and otherwise `auto`. `cafile` names a file of trusted
+    certificates, `verify=no` trusts any certificate. With `has_token`, the URL names only a user,
+    and a token replaces the password. Raises ValueError, which never contains the URL.
     """
     try:
         parts = urlsplit(url)

@@ -1,4 +1,4 @@
-"""The SMS runner: phone numbers, Twilio, HTTP gateways.
+"""The SMS runner: phone numbers, Twilio, and HTTP gateways.
 
-Like all runners it never sees the database.
+Like all runners, it never accesses the database.
 """

@@ -1,4 +1,5 @@
-"""Telephone numbers as users write them, and as messages are sent to them: E.164, +4915112345678.
+"""Phone numbers as users write them, and in the form in which messages are sent: E.164, such as
++4915112345678.
 
 `sequencer.normalise_suppression` in the database normalises the entries of suppressions in the same
 way; a test compares the two.
@@ -18,8 +19,8 @@ SEPARATORS = (
     r"\u205f-\u206f\u2212\u2215\u2e17\u2e1a\u2e3a\u2e3b\u3000\u301c\u3030\u30a0\u30fc\ufe31\ufe32"
     r"\ufe58\ufe63\ufeff\uff0d().\/-"
 )
-"""Blanks, dashes, slashes, dots and brackets, and characters that are not seen, which come along
-where a number is copied from a page or an address book.
+"""Blanks, dashes, slashes, dots and brackets, and invisible characters that are copied along with
+numbers from web pages and address books.
 """
 
 _CHANNEL = re.compile(r"([a-z][a-z0-9.+-]*):(.*)", re.DOTALL)
@@ -27,7 +28,7 @@ _WRITTEN = re.compile(rf"[+0-9{SEPARATORS}]+")
 _AHEAD = re.compile(rf"^[{SEPARATORS}]+")
 _SEPARATOR = re.compile(rf"[{SEPARATORS}]")
 _TRUNK_ZERO = re.compile(
-    # these keep the zero of the area: Italy and what is around it, and three in Africa
+    # these keep the zero of the area code: Italy and neighbours, and three countries in Africa
     rf"^(\+(?!(?:39|378|379|225|241|242)[{SEPARATORS}])[1-9][0-9]{{0,2}})[{SEPARATORS}]*\([\s]*0[\s]*\)"
 )
 
@@ -35,8 +36,8 @@ _TRUNK_ZERO = re.compile(
 def normalise(text: str) -> str:
     """Return a number without separators between its digits; other addresses in lower case.
 
-    The zero in +49 (0)151 is for calls within the country, and not part of the number. `tel:` is
-    dropped; whatsapp:+49 151 ... keeps its channel.
+    The zero in +49 (0)151 is for domestic calls, and not part of the number. `tel:` is removed;
+    whatsapp:+49 151 ... keeps its channel.
     """
     plain = text.strip().lower().translate(_WIDE)
     channel = ""
@@ -56,7 +57,7 @@ def read_number(field: str, text: str) -> str:
         return number
     channel, colon, rest = number.partition(":")
     if colon and rest and rest.isprintable() and " " not in rest and _CHANNEL.fullmatch(number):
-        # an address may have capitals, as those of the channel messenger: do; a number has none
+        # other addresses, such as those of messenger:, may have capitals; a number has none
         return number if _NUMBER.fullmatch(rest) else f"{channel}:{text.strip().partition(':')[2]}"
     raise RenderError(
         f"{field}: {one_line(text, 40)!r} is no international number such as +4915112345678"

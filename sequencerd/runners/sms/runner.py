@@ -1,4 +1,4 @@
-"""The step SMS: by Twilio's Messages resource, or by any gateway with a JSON API."""
+"""The step type SMS: sent with Twilio's Messages resource, or any gateway with a JSON API."""
 
 from __future__ import annotations
 
@@ -57,23 +57,25 @@ from sequencerd.runners.sms.numbers import read_number
 from sequencerd.runners.suppression_check import Suppressions, describe
 from sequencerd.runners.unsubscribe import UnsubscribeLinks, check_reads
 
-# Twilio's error codes that say more than the status: https://www.twilio.com/docs/api/errors
+# Error codes that say more than the status: https://www.twilio.com/docs/api/errors
 _THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63018})
-_DAILY = frozenset({63038})  # the account's messages of a day
-_OPERATORS = frozenset({20003, 20005, 30002})  # the login, or an account that is suspended
-_ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region, also with 403
-_CARRIERS_DAY = 30027  # a carrier's messages of a day
-_PASSING = frozenset({30008, _CARRIERS_DAY})  # of an unknown kind
+_DAILY = frozenset({63038})  # the account's daily number of messages
+_OPERATORS = frozenset({20003, 20005, 30002})  # the login, or a suspended account
+_ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region; also with 403
+_CARRIERS_DAY = 30027  # a carrier's daily number of messages
+_PASSING = frozenset({30008, _CARRIERS_DAY})  # of unknown kind
 OPTED_OUT = 21610  # the recipient answered STOP
-_UNREACHABLE = frozenset({21211, 21614, 30005, 30006})  # invalid, no mobile, unknown, a landline
+_UNREACHABLE = frozenset({21211, 21614, 30005, 30006})  # invalid, no mobile, unknown, landline
 NO_TIME = timedelta(0)
 
 TEST_MARK = "[Test] "
-"""What the text of a test begins with."""
+"""The beginning of a test message's text."""
 
 
 class TwilioConfig(SmsConfig):
-    """Twilio needs a sender, a messaging service, or a sender of a messaging service."""
+    """The config for Twilio, which needs a sender, a messaging service, or a sender of a messaging
+    service.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> TwilioConfig:
@@ -97,7 +99,7 @@ SmsProgram = Mapping[str, Template | Translations]
 
 
 class _SmsRunner:
-    """What both providers have in common: one message for each enrollment."""
+    """The common part of both providers: one message for each enrollment."""
 
     model: type[SmsConfig] = SmsConfig
 
@@ -172,7 +174,7 @@ class _SmsRunner:
         return f"{head}\n{values['message']}\n".encode()
 
     def as_test(self, config: Mapping[str, Any], address: str) -> dict[str, Any]:
-        """Return a config that sends the message to this number alone, marked as a test. Raises
+        """Return a config that sends the message only to this number, marked as a test. Raises
         RenderError.
         """
         kept = {k: v for k, v in config.items() if k != "statusCallback"}
@@ -206,7 +208,7 @@ class _SmsRunner:
 
 
 class TwilioRunner(_SmsRunner):
-    """Sends by Twilio; each call sends one message."""
+    """Sends with Twilio; each call sends one message."""
 
     model = TwilioConfig
 
@@ -267,7 +269,7 @@ def rest_of_day(now: datetime) -> timedelta:
 
 
 def undeliverable(code: int | None, to: str, text: str) -> Undeliverable | None:
-    """Return what an error code of Twilio says of a number for good; None if nothing."""
+    """Return what an error code of Twilio says about a number permanently; None if nothing."""
     if code == OPTED_OUT:
         return Undeliverable("sms", to, one_line(f"Twilio: {code} {text}"), "stop")
     if code in _UNREACHABLE:
@@ -276,7 +278,7 @@ def undeliverable(code: int | None, to: str, text: str) -> Undeliverable | None:
 
 
 def _judge_twilio(reply: HttpReply, to: str, now: datetime) -> Answer | Failed:
-    """Judge Twilio's answer: by its error code if there is one, else by the status."""
+    """Classify Twilio's answer: by its error code if there is one, otherwise by the status."""
     try:
         receipt = _Receipt.model_validate_json(reply.body)
     except ValidationError:
@@ -305,11 +307,11 @@ def _judge_twilio(reply: HttpReply, to: str, now: datetime) -> Answer | Failed:
 
 
 class HttpSmsRunner(_SmsRunner):
-    """Sends by any gateway that accepts JSON.
+    """Sends with any gateway that accepts JSON.
 
     `body` is a template of the request's body, which reads `from`, `to`, `message`, `key`, and the
     enrollment as `enrollment`: `{"recipient": {{json to}}, "text": {{json message}}}`. Raises
-    ValueError for a URL or template that cannot work.
+    ValueError for an invalid URL or template.
     """
 
     def __init__(

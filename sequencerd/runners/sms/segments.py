@@ -1,4 +1,4 @@
-"""Counts the parts in which networks send an SMS (3GPP TS 23.038): each part is paid for."""
+"""Count the segments in which networks send an SMS (3GPP TS 23.038): each segment is charged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _BASIC = frozenset(
     "@£$¥èéùìòÇ\nØø\rÅåΔ_ΦΓΛΩΠΨΣΘΞÆæßÉ !\"#¤%&'()*+,-./0123456789:;<=>?¡"
     "ABCDEFGHIJKLMNOPQRSTUVWXYZÄÖÑÜ§¿abcdefghijklmnopqrstuvwxyzäöñüà"
 )
-_EXTENDED = frozenset("\f^{}\\[~]|€")  # after an escape, so that each counts twice
+_EXTENDED = frozenset("\f^{}\\[~]|€")  # these follow an escape, so that each counts twice
 
 
 class Segments(NamedTuple):
@@ -19,7 +19,7 @@ class Segments(NamedTuple):
 
 
 def count(text: str) -> Segments:
-    """Count the segments of a text. A character is in one segment, whole."""
+    """Count the segments of a text. No character is divided between segments."""
     if set(text) <= _BASIC | _EXTENDED:
         encoding, alone, each = "GSM-7", 160, 153
         sizes = [2 if character in _EXTENDED else 1 for character in text]
