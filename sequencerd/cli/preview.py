@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -17,7 +17,7 @@ import asyncpg
 from sequencerd.cli.commands import ask_any, connect, explain, on_shards, reading, tell
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_json, say_lines, warn
-from sequencerd.core import model
+from sequencerd.core import describe, model
 from sequencerd.core.model import StepKey
 from sequencerd.definitions import drawing, files
 from sequencerd.definitions.check import known_paths, unknown_paths
@@ -237,15 +237,24 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
     reads_file = is_file(path)
     runners = make_runners(settings, files.types(path) if reads_file else ())
     read = files.read_file(path, runners) if reads_file else []
+    brakes = {
+        one.sequence.name: drawing.describe_brake(one.brake["at_most"], _period(one.brake["per"]))
+        for one in read
+        if one.brake is not None
+    }
     if reads_file and settings.database.url is None and not settings.shards:
-        say_lines(_drawn(arguments, {one.sequence.name: one.sequence for one in read}, {}))
+        definitions = {one.sequence.name: one.sequence for one in read}
+        say_lines(_drawn(arguments, definitions, {}, brakes))
         return 0
 
-    async def read_one(shard: Shard) -> tuple[dict[str, model.Sequence], list[asyncpg.Record]]:
+    async def read_one(
+        shard: Shard,
+    ) -> tuple[dict[str, model.Sequence], list[asyncpg.Record], list[asyncpg.Record]]:
         async with reading(shard) as connection:
             return (
                 await read_sequences(connection, runners),
                 await connection.fetch(QUERIES["status"], None),
+                await connection.fetch(QUERIES["brakes"], None),
             )
 
     async def with_counts(
@@ -254,11 +263,12 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
         answers = await ask(explain(arguments), shards, read_one)
         definitions = {one.sequence.name: one.sequence for one in read}
         counts: Counter[StepKey] = Counter()
-        for stored, rows in answers.found.values():
+        for stored, rows, braked in answers.found.values():
             if not reads_file:
                 definitions = {**stored, **definitions}
+                brakes.update({row["sequence"]: _brake(row) for row in braked})
             counts.update({(row["sequence"], row["step"]): row["active"] for row in rows})
-        say_lines(_drawn(arguments, definitions, counts))
+        say_lines(_drawn(arguments, definitions, counts, brakes))
         return tell(answers)
 
     return on_shards(with_counts)(arguments, settings)
@@ -268,7 +278,17 @@ def _drawn(
     arguments: argparse.Namespace,
     definitions: Mapping[str, model.Sequence],
     counts: Mapping[StepKey, int],
+    brakes: Mapping[str, str],
 ) -> str:
     in_file = Path(arguments.target).is_file()
     sequence = definitions[choose(definitions, arguments.sequence if in_file else arguments.target)]
-    return drawing.FORMATS[arguments.format](sequence, counts)
+    return drawing.FORMATS[arguments.format](sequence, counts, brakes.get(sequence.name, ""))
+
+
+def _period(duration: Mapping[str, Any]) -> timedelta:
+    return timedelta(**{duration["unit"]: duration["amount"]})
+
+
+def _brake(row: asyncpg.Record) -> str:
+    words = drawing.describe_brake(row["at_most"], row["per"])
+    return f"{words}, until {describe.text(row['until'])}" if row["until"] else words

@@ -229,7 +229,10 @@ def said(request: Request, error: Exception) -> Response:
         405: "This page does not support that method.",
     }
     answer = say(
-        request, error.status_code, error.detail, texts.get(error.status_code, error.detail)
+        request,
+        error.status_code,
+        error.detail.capitalize(),
+        texts.get(error.status_code, error.detail),
     )
     answer.headers.update(error.headers or {})
     return answer

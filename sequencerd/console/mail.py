@@ -205,4 +205,9 @@ async def _mail(context: PageContext, query: Query, id_: str | None) -> MessageP
 
 def _part(read: EmailMessage, kind: str) -> str | None:
     part = read.get_body((kind,))
-    return None if part is None else str(part.get_content())
+    if part is None:
+        return None
+    content = part.get_payload(decode=True)
+    assert isinstance(content, bytes)
+    # that of an SMS has no charset
+    return content.decode(part.get_content_charset("utf-8"), "replace")

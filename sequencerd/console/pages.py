@@ -157,6 +157,7 @@ async def sequence(request: Request) -> Response:
     enrollments = await views.enrollments(context.pool, query, context.mask) if step else None
     revisions = await views.revisions(context.pool, query, context.mask)
     schedule = await views.schedule(context.pool, name, context.mask)
+    brake = await views.brake(context.pool, name)
     known = counts.sequences if counts else []
     row = next((row for row in known if row["name"] == name), {})
     steps = views.steps(counts, query) if counts else None
@@ -177,6 +178,7 @@ async def sequence(request: Request) -> Response:
         status=row.get("status") or ("paused" if definition.paused else "active"),
         definition=definition,
         schedule=schedule,
+        brake=brake,
         graph=json.dumps(_graph(definition, steps, step, flow, query)),
         panel=beside,
         ranges=list(panel.RANGES),
@@ -221,6 +223,7 @@ def _graph(
                 "chosen": step.name == chosen,
                 "active": html.number(row.get("active")),
                 "failed": html.number(row["failed"]) if row.get("failed") else "",
+                "limit": " · ".join(words for _, words in drawing.limits(definition, step)),
                 "stay": html.duration(row.get("median_stay")),
                 "problem": bool(row.get("problem")),
             }

@@ -153,7 +153,7 @@ async def panel(
     )
     return StepPanel(
         step,
-        _words(step),
+        _words(definition, step),
         _ways(definition, step, flow, query),
         query.get("way"),
         goals,
@@ -169,12 +169,17 @@ async def panel(
     )
 
 
-def _words(step: Step) -> list[str]:
-    """Describe a step: what it waits for, and when its side effect may begin."""
+_REACHED = {"wait": "waits", "skip": "is skipped", "altNext": "goes to altNext"}
+
+
+def _words(definition: Sequence, step: Step) -> list[str]:
+    """Describe a step: what it waits for, and when and how often its side effect may begin."""
     config = dict(step.config) if isinstance(step.config, Mapping) else {}
     found = [describe_wait(step.type, config)]
     if isinstance(window := config.get("window"), dict) and (told := describe_window(window)):
         found.append(f"begins only in its window: {told}")
+    for limit, words in drawing.limits(definition, step):
+        found.append(f"{words}, else it {_REACHED[limit.then]}")
     for key, told in (("to", "to {}"), ("subject", "subject: {}"), ("message", "{}")):
         if isinstance(config.get(key), str):
             found.append(told.format(config[key]))

@@ -60,7 +60,7 @@ def _form(
         fields=[
             {
                 "id": f"{PREFIX}{field.name}",
-                "label": ", ".join(map(str, field.path)),
+                "label": ", ".join("HTML" if key == "html" else str(key) for key in field.path),
                 "kind": field.kind,
                 "value": given.get(f"{PREFIX}{field.name}", field.value),
                 "units": [*UNITS, *({field.value} - {*UNITS})],

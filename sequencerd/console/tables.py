@@ -22,7 +22,7 @@ ROOT = "/console"
 place: ContextVar[str] = ContextVar("place", default="")
 """Where the pages of one shard are, below ROOT."""
 
-Kind = Literal["text", "number", "time", "duration", "json", "days", "code", "list"]
+Kind = Literal["text", "number", "time", "duration", "json", "days", "code", "list", "counts"]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sequencerd.console.summary import MOST_DUE, Counts
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
 from sequencerd.core.model import NEVER
+from sequencerd.definitions import drawing
 from sequencerd.definitions.diff import describe_revision
 from sequencerd.service.diagnosis import EMAIL_INDEX, EMAILS_SEARCHED
 from sequencerd.storage import connections
@@ -137,7 +138,7 @@ def steps(counts: Counts, query: Query) -> Table:
         Column("failed", "Failed", "number", optional=True),
         Column("next", "Went next", "number", optional=True),
         Column("alt_next", "Went altNext", "number", optional=True),
-        Column("branches", "Branches", "json", optional=True),
+        Column("branches", "Branches", "counts", optional=True),
         Column("goal", "Left for a goal", "number", optional=True),
         Column("median_stay", "Median stay", "duration", optional=True),
         Column("problem", "Problem", optional=True),
@@ -271,6 +272,16 @@ async def schedule(pool: asyncpg.Pool, sequence: str, mask: MaskRow) -> MaskedRo
     """Return the schedule by which a sequence enrolls what a query returns, and its last run."""
     rows = await connections.read(pool, "console_schedule", sequence)
     return mask(rows[0]) if rows else None
+
+
+async def brake(pool: asyncpg.Pool, sequence: str) -> dict[str, Any] | None:
+    """Return the brake of a sequence, described."""
+    rows = await connections.read(pool, "brakes", sequence)
+    if not rows:
+        return None
+    row = rows[0]
+    words = drawing.describe_brake(row["at_most"], row["per"])
+    return {"words": words, "until": row["until"], "reason": row["reason"]}
 
 
 async def revisions(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import NamedTuple
 
-from sequencerd.core.model import NEXT, InstantStep, Sequence, Step
+from sequencerd.core.model import NEXT, InstantStep, Limit, Sequence, SideEffect, Step
+from sequencerd.core.step_types.durations import in_words
 
 StepCounts = Mapping[tuple[str, str], int]
 """How many are at a step, by sequence and step."""
@@ -35,23 +37,52 @@ def edges(sequence: Sequence) -> Iterator[Edge]:
                 yield Edge(step.name, None, verb, name)
 
 
-def text(sequence: Sequence, counts: StepCounts) -> str:
-    """A line for each step: its count, name and type, and where it leads."""
+def describe_brake(at_most: int, per: timedelta) -> str:
+    """Describe a brake: "at most 500 in 1 hour"."""
+    seconds = round(per.total_seconds())
+    sizes = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+    unit, size = next(one for one in sizes if seconds % one[1] == 0)
+    return f"at most {at_most:,} in {in_words(seconds // size, unit)}"
+
+
+def limits(sequence: Sequence, step: Step) -> Iterator[tuple[Limit, str]]:
+    """The limits of a step's side effect, its own and that of its topic, each with a description:
+    "at most 3 in 7 days (topic marketing)".
+    """
+    effect = step.behaviour
+    if not isinstance(effect, SideEffect):
+        return
+    topic = sequence.topic if effect.follows_topic else effect.topic
+    of_topic = (sequence.topic_limits or {}).get(topic or "")
+    for limit in (effect.limit, of_topic):
+        if isinstance(limit, Limit):
+            counted = limit.topic or topic
+            about = f" (topic {counted})" if counted else ""
+            yield limit, f"at most {limit.words}{about}"
+
+
+def text(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
+    """A line for each step: its count, name and type, where it leads, and its limits; before them
+    the brake.
+    """
     ways = list(edges(sequence))
     names = [_words(name) for name in sequence.steps]
     width = max(map(len, names), default=0)
     kinds = max((len(_words(step.type)) for step in sequence.steps.values()), default=0)
-    lines = []
+    lines = [f"brake: {brake}"] if brake else []
     for name, step in sequence.steps.items():
         targets = ", ".join(
             f"{way.label or 'next'} {_target(way)}" for way in ways if way.source == name
         )
         count = f"{counts.get((sequence.name, name), 0):>8}  " if counts else ""
-        lines.append(f"{count}{_words(name):{width}}  {_words(step.type):{kinds}}  {targets}")
+        limited = "".join(f"; {words}" for _, words in limits(sequence, step))
+        lines.append(
+            f"{count}{_words(name):{width}}  {_words(step.type):{kinds}}  {targets}{limited}"
+        )
     return "\n".join(lines)
 
 
-def mermaid(sequence: Sequence, counts: StepCounts) -> str:
+def mermaid(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
     """A flowchart for Mermaid."""
     ids = {name: f"s{n}" for n, name in enumerate(sequence.steps)}
     lines = ["flowchart TD"]
@@ -59,6 +90,8 @@ def mermaid(sequence: Sequence, counts: StepCounts) -> str:
         left, right = ("{{", "}}") if step in sequence.goals else ("[", "]")
         label = "<br/>".join(map(_for_mermaid, _label(sequence, step, counts)))
         lines.append(f'  {ids[name]}{left}"{label}"{right}')
+    if brake:
+        lines.append(f'  brake>"{_for_mermaid(f"brake: {brake}")}"] -.- {ids[sequence.first_step]}')
     others: dict[str, str] = {}
     for way in edges(sequence):
         target = ids.get(way.target or "") if way.sequence is None else None
@@ -73,9 +106,11 @@ def mermaid(sequence: Sequence, counts: StepCounts) -> str:
     return "\n".join(lines)
 
 
-def dot(sequence: Sequence, counts: StepCounts) -> str:
+def dot(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
     """A digraph for Graphviz."""
     lines = [f"digraph {_for_dot(sequence.name)} {{", "  node [shape=box];"]
+    if brake:
+        lines.append(f"  labelloc=t; label={_for_dot(f'brake: {brake}')};")
     for name, step in sequence.steps.items():
         label = _for_dot("\n".join(_label(sequence, step, counts)))
         shape = ", shape=hexagon" if step in sequence.goals else ""
@@ -93,7 +128,7 @@ def dot(sequence: Sequence, counts: StepCounts) -> str:
     return "\n".join([*lines, "}"])
 
 
-FORMATS: Mapping[str, Callable[[Sequence, StepCounts], str]] = {
+FORMATS: Mapping[str, Callable[[Sequence, StepCounts, str], str]] = {
     "text": text,
     "mermaid": mermaid,
     "dot": dot,
@@ -108,7 +143,8 @@ def _target(way: Edge) -> str:
 
 def _label(sequence: Sequence, step: Step, counts: StepCounts) -> list[str]:
     count = counts.get((sequence.name, step.name), 0)
-    return [_words(step.name), _words(step.type), *([f"{count} here"] if count else [])]
+    limited = [words for _, words in limits(sequence, step)]
+    return [_words(step.name), _words(step.type), *([f"{count} here"] if count else []), *limited]
 
 
 def _words(name: str) -> str:

@@ -219,7 +219,8 @@ async def _body(request: Request) -> bytes:
 
 STYLE = (
     "body{font:1.1rem/1.5 system-ui,sans-serif;max-width:34rem;margin:4rem auto;padding:0 1rem;"
-    "color-scheme:light dark}button{font:inherit;padding:.5rem 1rem;margin:0 .5rem .5rem 0}"
+    "color-scheme:light dark;overflow-wrap:anywhere}button{font:inherit;padding:.5rem 1rem;"
+    "margin:0 .5rem .5rem 0;min-height:44px;max-width:100%}"
 )
 _HEADERS = {
     "Content-Security-Policy": (

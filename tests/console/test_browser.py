@@ -6,6 +6,7 @@ screenshots of docs/console.md are made here: with SCREENSHOTS=1 they are writte
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlencode
 
 import asyncpg
 import httpx
@@ -30,9 +32,9 @@ from sequencerd.definitions.simulator import Simulator
 from sequencerd.passwords import make_hash
 from sequencerd.settings import ConsoleSettings
 from sequencerd.storage.connections import Shard
-from tests.console.conftest import BEGUN, FAILED, Line, Mended, console, people, token
+from tests.console.conftest import BEGUN, DAY, FAILED, Line, Mended, console, people, token
 from tests.helpers.command_line import start_sequencerd
-from tests.helpers.engines import Recorder, enroll, until
+from tests.helpers.engines import Recorder, define, enroll, until
 from tests.helpers.waiting import PATIENCE
 from tests.service.test_http_server import answers, free_port, is_ok
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 CHROMIUM = shutil.which("chromium")
 REPOSITORY = Path(__file__).parent.parent.parent
 AXE = (Path(__file__).parent / "vendor/axe.js").read_text()
+LAYOUT = (Path(__file__).parent / "layout.js").read_text()
 OPTIONS = [
     "--headless",
     "--no-sandbox",
@@ -192,12 +195,13 @@ def test_every_page_is_among_those_that_are_tested() -> None:
 
 
 async def check_page(page: Page, path: str) -> None:
-    """Look at a page at every width and in both schemes."""
+    """Look at a page at every width and in both schemes. On a phone thumbs must meet targets."""
     for width in WIDTHS:
         await page.set_viewport_size({"width": width, "height": 844})
         wide = await page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width, f"{path} is wider than {width}"
         assert await page.evaluate(CUT_OFF) == [], f"{path} at {width}"
+        assert await page.evaluate(LAYOUT, width == WIDTHS[0]) == [], f"{path} at {width}"
     for scheme, width in SCHEMES:
         await page.emulate_media(color_scheme=scheme)
         await page.set_viewport_size({"width": width, "height": 844})
@@ -246,6 +250,65 @@ async def test_every_page_fits_every_width_and_is_accessible(
                 await page.get_by_label("Password").fill("secret")
                 await page.get_by_role("button", name="Log in").click()
                 await page.locator(".overview, .empty").first.wait_for()
+
+
+LONG = "a-name-of-two-hundred-characters-" * 6 + "!!"
+WORD = "m" * 200
+
+
+async def test_names_as_long_as_can_be_fit_every_width(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await define(
+        connection,
+        LONG,
+        (WORD, "WaitForDuration", DAY, LONG),
+        (LONG, "Note", '{"limit": {"topic": "news", "at_most": 3, "per": {"days": 7}}}', None),
+    )
+    await connection.execute(
+        "UPDATE sequencer.sequences"
+        " SET brake_at_most = 500, brake_per = '1 hour', status = 'paused'"
+    )
+    id_ = await enroll(connection, LONG, "subject-" * 120, json.dumps({WORD: WORD}))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments"
+        " (sequence, step, subject, status, failure, last_error, wake_at)"
+        " SELECT $1, $1, $2 || n, 'failed', 'error', $2, NULL FROM generate_series(1, 3) AS n",
+        LONG,
+        WORD * 4,
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.suppressions (channel, address, source, reason)"
+        " VALUES ('push', repeat('x', 900), 'application', repeat('y', 900))"
+    )
+    here = urlencode({"sequence": LONG})
+    async with console(database, write=True) as client, window(browser, client) as page:
+        for path in (
+            "/console/",
+            f"/console/sequence?{here}",
+            f"/console/sequence?{here}&step={WORD}",
+            f"/console/enrollments/{id_}",
+            "/console/failures",
+            "/console/search",
+            "/console/change?action=retry&status=failed",
+            "/console/suppressions",
+            f"/console/suppression?channel=push&address={'x' * 900}&topic=*",
+            f"/console/status?{here}&action=archive",
+        ):
+            await page.goto(path)
+            await page.locator("h1, .overview, .failures").first.wait_for()
+            if path in ("/console/", "/console/failures"):
+                await page.locator("table").first.wait_for()
+                # what counts is on the page, and not beside it
+                for number in await page.locator("td.failed").all():
+                    box = await number.bounding_box()
+                    assert box is not None
+                    assert box["x"] + box["width"] <= WIDTHS[2]
+            if f"{here}&step" in path:
+                assert "at most 500 in 1 hour" in await text_of(page, ".brake")
+                await page.locator("#graph .node").first.wait_for()
+                assert "at most 3 in 7 days" in await text_of(page, "#graph .node .limit")
+            await check_page(page, path)
 
 
 async def test_counts_and_timelines_update_by_themselves_for_all_viewers(

@@ -10,6 +10,7 @@ import pytest
 
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
+from sequencerd.runners.sms.runner import TwilioRunner
 from tests.console.conftest import console, token
 from tests.console.test_pages import check
 from tests.helpers.engines import Recorder, define, enroll
@@ -127,6 +128,19 @@ async def test_a_test_is_sent(database: str, letter: int) -> None:
             message = mailbox.parsed()
             assert message["Subject"] == "[Test] Hello Ada"
             assert message["To"] == "me@example.com"
+
+
+async def test_an_sms_keeps_its_letters(database: str, connection: asyncpg.Connection) -> None:
+    message = {"from": "+15005550006", "to": "{{data.phone}}", "message": "Gruß, {{data.name}}"}
+    await define(connection, "s", ("sms", "SMS", json.dumps(message), None))
+    data = json.dumps({"phone": "+4915112345678", "name": "Zoë 王"})
+
+    def runners() -> Mapping[str, Runner]:
+        return {"SMS": TwilioRunner("AC0", "secret")}
+
+    async with console(database, runners(), own=runners) as client:
+        page = await client.get("/message", params={"sequence": "s", "step": "sms", "data": data})
+        assert "Gruß, Zoë 王" in check(page)
 
 
 async def test_a_test_needs_write(database: str, letter: int) -> None:

@@ -359,6 +359,49 @@ def test_graphs(applied: Command, tmp_path: Path) -> None:
     assert "sequence 'nobody' does not exist" in applied.errors
 
 
+def test_graphs_show_brakes_and_limits(
+    applied: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "braked.yaml"
+    file.write_text(
+        """
+name: braked
+topic: news
+brake: {at_most: 1500, per: {minutes: 90}}
+steps:
+  - {name: wait, type: WaitForDuration, config: {amount: 1, unit: day}}
+  - name: note
+    type: Email
+    config:
+      from: us@example.com
+      to: "{{data.email}}"
+      subject: Hello
+      text: Hello
+      limit: {at_most: 3, per: {days: 7}, then: skip}
+"""
+    )
+    brake, limit = "brake: at most 1,500 in 90 minutes", "at most 3 in 7 days (topic news)"
+    for of_database in (False, True):
+        if of_database:
+            applied("apply", "braked.yaml")
+        target = "braked" if of_database else "braked.yaml"
+        first, wait, note = applied("graph", target).splitlines()
+        assert first == brake
+        assert "at most" not in wait
+        assert note.endswith(f"; {limit}")
+        mermaid = applied("graph", target, "--format", "mermaid")
+        assert f'  brake>"{brake}"] -.- s0' in mermaid
+        assert limit.replace("(", "#40;").replace(")", "#41;") in mermaid
+        dot = applied("graph", target, "--format", "dot")
+        assert f'label="{brake}"' in dot
+        assert limit in dot
+    applied("apply", "braked.yaml", "--brake", "5")  # nothing changes, so it sets none
+    assert applied("graph", "braked").startswith(brake)
+    file.write_text(file.read_text().replace("text: Hello", "text: Hi"))
+    applied("apply", "braked.yaml", "--brake", "5")
+    assert applied("graph", "braked").startswith("brake: at most 5 in 1 hour, until 2")
+
+
 def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     from sequencerd.definitions import drawing
 

@@ -6,6 +6,7 @@
   const SVG = "http://www.w3.org/2000/svg";
   const WIDTH = 210;
   const HEIGHT = 58;
+  const LINE = 17; // more for a limit
   let drawn = "";
   let view = null;
   let focus = null; // what gets the focus once it is shown
@@ -18,6 +19,20 @@
   }
 
   const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+  const high = (node) => HEIGHT + (node.limit ? LINE : 0);
+
+  // Write as much of a text as there is room for: letters differ in width.
+  function write(place, text, room) {
+    const key = `${room} ${text}`;
+    if (place.dataset.text === key) return;
+    place.dataset.text = key;
+    place.textContent = text;
+    let most = text.length;
+    while (most > 1 && place.getComputedTextLength() > room) {
+      most = Math.min(most - 1, Math.floor((most * room) / place.getComputedTextLength()));
+      place.textContent = `${text.slice(0, most).trimEnd()}…`;
+    }
+  }
 
   // Where each way leads. What only goals lead to is drawn apart, with an end of its own.
   function targets(data) {
@@ -36,9 +51,9 @@
 
   function layout(data, ends) {
     const graph = new dagre.graphlib.Graph({ multigraph: true });
-    graph.setGraph({ rankdir: "TB", nodesep: 40, ranksep: 30, marginx: 20, marginy: 20 });
+    graph.setGraph({ rankdir: "TB", nodesep: 24, ranksep: 30, marginx: 20, marginy: 20 });
     graph.setDefaultEdgeLabel(() => ({}));
-    for (const node of data.nodes) graph.setNode(`step ${node.name}`, { width: WIDTH, height: HEIGHT });
+    for (const node of data.nodes) graph.setNode(`step ${node.name}`, { width: WIDTH, height: high(node) });
     data.edges.forEach((edge, n) => {
       const end = ends[n];
       if (!graph.hasNode(end)) {
@@ -73,18 +88,19 @@
   function box(graph, node, n) {
     const { x, y } = graph.node(`step ${node.name}`);
     const left = x - WIDTH / 2;
-    const top = y - HEIGHT / 2;
+    const top = y - high(node) / 2;
     const names = ["node"];
     if (node.goal) names.push("goal");
     if (node.problem) names.push("wrong");
     const link = element(
       "a", { href: node.url, class: names.join(" "), "data-node": n },
-      element("rect", { class: "box", x: left, y: top, width: WIDTH, height: HEIGHT, rx: node.goal ? 18 : 7 }),
-      element("text", { class: "step", x: left + 12, y: top + 23 }, short(node.name, 20)),
+      element("rect", { class: "box", x: left, y: top, width: WIDTH, height: high(node), rx: node.goal ? 18 : 7 }),
+      element("text", { class: "step", x: left + 12, y: top + 23 }),
       element("text", { class: "small", x: left + 12, y: top + 43 }),
       element("text", { class: "count", x: left + WIDTH - 12, y: top + 23 }),
       element("text", { class: "failed", x: left + WIDTH - 12, y: top + 43 }),
     );
+    if (node.limit) link.append(element("text", { class: "limit", x: left + 12, y: top + 43 + LINE }));
     link.append(element("title", {}));
     return link;
   }
@@ -94,11 +110,15 @@
     data.nodes.forEach((node, n) => {
       const link = svg.querySelector(`[data-node="${n}"]`);
       const stay = node.stay === "–" ? "" : ` · ${node.stay}`;
-      set(link.querySelector(".small"), short(node.type, 28 - stay.length - (node.failed ? node.failed.length + 6 : 0)) + stay);
-      set(link.querySelector(".count"), node.active);
-      set(link.querySelector(".failed"), node.failed && `${node.failed} failed`);
+      const [count, failed] = [".count", ".failed"].map((name) => link.querySelector(name));
+      set(count, node.active);
+      set(failed, node.failed && `${node.failed} failed`);
+      const room = (beside) => WIDTH - 24 - (beside.textContent ? beside.getComputedTextLength() + 8 : 0);
+      write(link.querySelector(".step"), node.name, room(count));
+      write(link.querySelector(".small"), node.type + stay, room(failed));
+      if (node.limit) write(link.querySelector(".limit"), node.limit, WIDTH - 24);
       const words = `${node.name}, ${node.type}, ${node.active} waiting` +
-        (node.failed ? `, ${node.failed} failed` : "") + (node.problem ? ", has a problem" : "");
+        (node.failed ? `, ${node.failed} failed` : "") + (node.limit ? `, ${node.limit}` : "") + (node.problem ? ", has a problem" : "");
       set(link.querySelector("title"), words);
       link.setAttribute("href", node.url);
       link.classList.toggle("chosen", node.chosen);
@@ -160,7 +180,7 @@
     if (!place || !source) return;
     const data = JSON.parse(source.dataset.graph);
     const shape = JSON.stringify([
-      data.nodes.map((node) => [node.name, node.type, node.problem]),
+      data.nodes.map((node) => [node.name, node.type, node.problem, node.limit]),
       data.edges.map((edge) => [edge.from, edge.to, edge.elsewhere, edge.label]),
     ]);
     if (shape !== drawn) {
@@ -180,7 +200,9 @@
           element("text", { class: "end-text", x, y: y + 4 }, short(text, 26)),
         );
       });
-      place.style.setProperty("--height", `${Math.ceil(height)}px`);
+      const room = place.parentElement.clientWidth; // it is hidden while it is empty
+      const scale = Math.min(Math.max(room / width, room < 600 ? 0.35 : 0.7), 1); // see viewport()
+      place.style.setProperty("--height", `${Math.ceil(height * scale)}px`);
       place.replaceChildren(element(
         "svg", { class: "drawing" },
         element("defs", {}, arrow),
@@ -190,7 +212,8 @@
       ));
       place.append(overview(graph, data, ends, width, height));
       showButtons();
-      view = viewport(place, { width, height });
+      const middle = data.nodes.find((node) => node.chosen) ?? data.nodes.find((node) => node.first) ?? data.nodes[0];
+      view = viewport(place, { width, height, middle: graph.node(`step ${middle.name}`) });
       drawn = shape;
     }
     fill(place.firstElementChild, data);

@@ -2,7 +2,7 @@
 // Zooms and moves a drawing: by buttons, wheel, keyboard, mouse and touch; with a small map of it
 // where it is larger than its frame.
 
-function viewport(frame, { width, height }) {
+function viewport(frame, { width, height, middle }) {
   const drawing = frame.querySelector("svg.drawing");
   const small = frame.querySelector("svg.map");
   const seen = small?.querySelector(".seen");
@@ -57,11 +57,15 @@ function viewport(frame, { width, height }) {
     show();
   }
 
-  // at first as large as can be read; on a phone all of it
+  // At first as large as can be read, with the chosen or first step in the middle; on a phone all of it, if
+  // there is something to be seen then.
   function start() {
-    scale = frame.clientWidth < 600 ? fitting() : Math.max(fitting(), Math.min(frame.clientWidth / width, 0.85));
-    left = (width - frame.clientWidth / scale) / 2;
-    top = 0;
+    const wide = frame.clientWidth / width;
+    scale = frame.clientWidth < 600
+      ? Math.max(fitting(), Math.min(wide, 0.5), 0.35)
+      : Math.max(fitting(), Math.min(Math.max(wide, 0.7), 0.85));
+    left = (scale * width > frame.clientWidth ? middle.x : width / 2) - frame.clientWidth / scale / 2;
+    top = middle.y - frame.clientHeight / scale / 2;
     show();
   }
 

@@ -25,6 +25,18 @@ SELECT $1::text, $2::text, $3::text, $4::text, $5::text, $6::text, $7::interval,
        $15::integer, make_interval(secs => $16::float8)
   FROM unknown;
 
+-- name: brakes
+-- Read the brakes of all sequences, or of one, that hold at present: `until` is the end of one that was
+-- set by apply, `reason` why it has paused the sequence.
+SELECT name AS sequence,
+       CASE WHEN apply_brake_until > now() THEN apply_brake ELSE brake_at_most END AS at_most,
+       CASE WHEN apply_brake_until > now() THEN interval '1 hour' ELSE brake_per END AS per,
+       CASE WHEN apply_brake_until > now() THEN apply_brake_until END AS until,
+       (SELECT b.reason FROM sequencer.brakes AS b WHERE b.sequence = name) AS reason
+  FROM sequencer.sequences
+ WHERE (brake_at_most IS NOT NULL OR apply_brake_until > now()) AND ($1::text IS NULL OR name = $1)
+ ORDER BY name;
+
 -- name: set_apply_brake
 -- Give sequences a brake for a day.
 UPDATE sequencer.sequences SET apply_brake = $2, apply_brake_until = now() + interval '1 day'
