@@ -973,8 +973,9 @@ COMMENT ON COLUMN sequencer.console_sessions.agent IS 'The browser, as it called
 CREATE FUNCTION sequencer.check_sequence() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    -- pg_timezone_names reads many files, so zones already in use are not looked up
-    IF NOT EXISTS (SELECT FROM sequencer.sequences WHERE timezone = NEW.timezone)
+    -- pg_timezone_names reads many files: neither the default nor a zone in use is looked up there
+    IF NEW.timezone <> 'UTC'
+       AND NOT EXISTS (SELECT FROM sequencer.sequences WHERE timezone = NEW.timezone)
        AND NOT EXISTS (SELECT FROM pg_timezone_names WHERE name = NEW.timezone) THEN
         RAISE check_violation USING
             MESSAGE = format('timezone %L of sequence %L is not known', NEW.timezone, NEW.name),
