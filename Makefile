@@ -43,7 +43,8 @@ test: install ## run the tests, or some: T=tests/core; JOBS=4 processes; THOROUG
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
 
 quick: install ## run the tests that take less than half a second and start no programs
-	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 -m "not slow and not system" $(T)
+	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 \
+		--hypothesis-profile quick -m "not slow and not system" $(T)
 
 shell: install ## open psql on a throw-away database with the schema
 	@$(BIN)/python -m tests.helpers.shell

@@ -7,6 +7,7 @@ names (a superuser's URL).
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import signal
@@ -44,14 +45,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(sys.prefix) / "bytecode"))
 
-# A busy machine breaks no deadline. `make test THOROUGH=1` tries ten times as many examples.
+# A busy machine breaks no deadline. `make quick` tries a third of the examples, and
+# `make test THOROUGH=1` ten times as many.
 PATIENT = hypothesis.settings(
     deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], max_examples=30
 )
 hypothesis.settings.register_profile("brief", PATIENT)
+hypothesis.settings.register_profile("quick", PATIENT, max_examples=10)
 hypothesis.settings.register_profile("thorough", PATIENT, max_examples=300)
 hypothesis.settings.load_profile("brief")
 
+gc.disable()  # until all tests are collected: their modules stay
 introspect_once()
 shared.read_entry_points_once()
 shared.trust_one_authority()

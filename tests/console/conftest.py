@@ -13,9 +13,11 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import asyncpg
 import httpx
+import pytest
 import structlog
 from prometheus_client import CollectorRegistry
 
+from sequencerd.console import summary
 from sequencerd.console.app import make_console
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.definitions.simulator import Simulator
@@ -28,6 +30,12 @@ from tests.helpers.waiting import PATIENCE, eventually
 from tests.service.test_http_server import free_port
 
 DAY = '{"amount": 1, "unit": "day"}'
+
+
+@pytest.fixture(autouse=True)
+def counting_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the second count of a page come soon: some figures are not in the first."""
+    monkeypatch.setattr(summary, "SHORTEST", 0.05)
 
 
 @asynccontextmanager

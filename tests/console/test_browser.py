@@ -23,7 +23,7 @@ import pytest
 import structlog
 from starlette.routing import Route
 
-from sequencerd.console import live, summary
+from sequencerd.console import live
 from sequencerd.console.app import make_console
 from sequencerd.console.summary import DAYS
 from sequencerd.definitions import plan
@@ -66,7 +66,6 @@ playwright = pytest.importorskip(
 
 @pytest.fixture(autouse=True)
 def _in_short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summary, "SHORTEST", 0.1)
     monkeypatch.setattr(live, "INTERVAL", 0.1)
 
 

@@ -46,7 +46,8 @@ async def arms(connection: asyncpg.Connection) -> None:
         )
     await connection.executemany(
         "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
-        " SELECT n, now(), 's', $1, 1, $2, $3 FROM generate_series(1, $4::int) AS n",
+        " SELECT n, now() - interval '1 minute', 's', $1, 1, $2, $3"
+        " FROM generate_series(1, $4::int) AS n",
         [
             ("split", "branch", "short", 6),
             ("split", "branch", "long & <b>", 3),

@@ -33,7 +33,12 @@ def read_entry_points_once() -> None:
 
 
 def trust_one_authority() -> None:
-    """Let clients that trust the usual authorities trust one of them: reading 140 takes 25 ms."""
+    """Let clients that trust the usual authorities trust one of them: reading 140 takes 25 ms.
+
+    Which authorities this machine trusts beside them is no matter of tests.
+    """
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        os.environ.pop(name, None)
     create, bundle = ssl.create_default_context, certifi.where()
     end = "-----END CERTIFICATE-----\n"
     one = Path(bundle).read_text().partition(end)[0] + end
@@ -60,6 +65,6 @@ def hash_passwords_once() -> None:
 
 def collect_garbage_rarely() -> None:
     """Leave the modules of all tests out of collections, which come less often."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
