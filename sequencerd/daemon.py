@@ -283,7 +283,7 @@ def _reread(read: Callable[[], Settings], shard: Shard) -> Settings:
         shard.name not in new.shards or new.shard_number(shard.name) != shard.number
     ):
         names = ", ".join(new.shards)
-        raise SettingsError(f"the shards, now {names}, take a restart to change")
+        raise SettingsError(f"changed shards (now {names}) require a restart")
     return new.of_shard(shard.name)
 
 
@@ -324,7 +324,7 @@ class _ShardService:
         return self._none if daemon is None else daemon.metrics
 
     def for_console(self, settings: ConsoleSettings) -> ServedShard:
-        """Return what a console needs, also while the shard is away."""
+        """Return what a console needs, also while the shard is unavailable."""
 
         def simulator() -> Simulator:
             daemon = self.daemon
@@ -366,7 +366,7 @@ class _ShardService:
                     self._process.refuse(SettingsError(f"shard {self.name}: {error}"))
                     return
                 if str(error) != self._away:
-                    self._log.error("the shard is away, tried again", error=str(error))
+                    self._log.error("the shard is unavailable, trying again", error=str(error))
                 self._away = str(error)
                 # of the process, which does what it can: the start must not time out
                 notify("READY=1", f"STATUS={self._process.status()}")
@@ -678,7 +678,7 @@ class _Daemon:
         """
         old, new = self.parts.settings, self._read()
         if fixed := old.differences(new, *FIXED):
-            self._log.warning("settings take a restart to change", settings=fixed)
+            self._log.warning("changed settings require a restart", settings=fixed)
         return new.model_copy(update={name: getattr(old, name) for name in FIXED})
 
     async def _close_when(

@@ -42,7 +42,7 @@ steps:
 """
 
 
-AWAY = "the shard is away, tried again"
+AWAY = "the shard is unavailable, trying again"
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ async def test_a_hangup_reloads_the_settings_of_all_and_changes_no_shards(
             file.write_text(settings)
             daemon.send_signal(signal.SIGHUP)
             error = (await logged(daemon, "invalid settings, the old ones remain", "b"))["error"]
-            assert error == f"the shards, now {names}, take a restart to change"
+            assert error == f"changed shards (now {names}) require a restart"
 
 
 FAILED = "SELECT failure = 'invalid_step' FROM sequencer.enrollments"
@@ -407,7 +407,10 @@ async def test_a_new_shard_gets_its_number_only_when_all_answer(
     with (tmp_path / "sequencerd.toml").open("a") as file:
         file.write('[shards.c]\nurl = "postgresql://127.0.0.1:1/nowhere"\n')
     sequencerd("migrate", "--shard", "a", code=1)
-    assert "it gets its number when all others answer: shard c: cannot connect" in sequencerd.errors
+    assert (
+        "it gets its number when all other shards answer: shard c: cannot connect"
+        in sequencerd.errors
+    )
     assert not await shards["a"].fetchval("SELECT to_regnamespace('sequencer') IS NOT NULL")
 
 
@@ -417,7 +420,7 @@ async def test_a_shard_is_migrated_with_the_login_of_its_owner(
     file = tmp_path / "sequencerd.toml"
     there = database.replace("postgres@", "nobody@")
     sequencerd("--database", database, "migrate", "--shard", "a,b", code=2)
-    assert "give one --shard with it" in sequencerd.errors
+    assert "specify the shard with --shard" in sequencerd.errors
     file.write_text(file.read_text().replace(f'"{database}"', f'"{there}"', 1))
     assert "a: applied" in sequencerd("--database", database, "migrate", "--shard", "a")
 
@@ -448,4 +451,4 @@ async def test_enroll_finds_the_shard_of_the_subject(
         assert {subject for (subject,) in rows} == {name for name in names if own[name] == shard}
     sequencerd("enroll", "s", "elsewhere", "--shard", "b")
     sequencerd("enroll", "s", "elsewhere", "--shard", "a,b", code=2)
-    assert "the subject has its own" in sequencerd.errors
+    assert "the single shard of the subject" in sequencerd.errors

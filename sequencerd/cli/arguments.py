@@ -87,7 +87,7 @@ class Commands:
             action="extend",
             type=lambda text: text.split(","),
             metavar="NAME",
-            help="only this of the [shards] in the settings, or several: a,b (default: all)",
+            help="only this shard of the settings, or several: a,b (default: all)",
         )
         command.set_defaults(run=run)
         return command
@@ -114,7 +114,7 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _add_service(commands: Commands) -> None:
-    """Adds these commands."""
+    """Add these commands."""
     run = commands.add(
         "run", "service.run_command", "run the daemon until SIGTERM", "--config sequencerd.toml run"
     )
@@ -134,7 +134,7 @@ def _add_service(commands: Commands) -> None:
     grants = commands.add(
         "grants",
         "service.grants_command",
-        "print the SQL that grants the roles what they lack",
+        "print the SQL that grants the roles their missing privileges",
         "grants | sudo -u postgres psql app",
     )
     grants.add_argument("--apply", action="store_true", help="run it instead of printing it")
@@ -160,7 +160,7 @@ def _add_service(commands: Commands) -> None:
     service = commands.add(
         "install-service",
         "service.install_service_command",
-        "write systemd's units for this installation",
+        "write the systemd units for this installation",
         "install-service --user app",
     )
     service.add_argument(
@@ -179,7 +179,7 @@ def _add_service(commands: Commands) -> None:
 
 
 def _add_authoring(commands: Commands) -> None:
-    """Adds these commands."""
+    """Add these commands."""
     check = commands.add(
         "check",
         "authoring.check_command",
@@ -190,8 +190,8 @@ def _add_authoring(commands: Commands) -> None:
     check.add_argument(
         "--data",
         metavar="JSON",
-        help="warn of paths that this example of data does not have (default: the data of "
-        "enrollments, if a database is set)",
+        help="warn about paths that are not in this example of the data (default: the data of "
+        "enrollments, if a database is configured)",
     )
     check.add_argument("--strict", action="store_true", help="treat warnings as errors")
     add_json(check)
@@ -204,7 +204,7 @@ def _add_authoring(commands: Commands) -> None:
 
 
 def _add_changes(commands: Commands) -> None:
-    """Adds these commands."""
+    """Add these commands."""
     planned = commands.add(
         "plan", "changes.plan_command", "show what apply would change", "plan onboarding.yaml"
     )
@@ -230,7 +230,7 @@ def _add_changes(commands: Commands) -> None:
         "--brake",
         type=_brake,
         metavar="N",
-        help="for a day, pause a sequence that changes instead of executing more than N side "
+        help="for a day, pause each changed sequence instead of executing more than N side "
         "effects in an hour",
     )
     add_json(applied)
@@ -296,14 +296,14 @@ def _add_changes(commands: Commands) -> None:
     brought.add_argument(
         "--conditional",
         choices=["wait", "branch"],
-        help="what a false Conditional does: wait, as by the original's code, or branch to "
-        "altNextStep, as by its README",
+        help="what a Conditional does if it is false: wait, like the original's code, or branch to "
+        "altNextStep, as in the original's README",
     )
     brought.add_argument(
         "--past-dates",
         choices=["send", "skip", "hold"],
-        help="enrollments at a WaitForDate of a past day: continue at once, skip the step that "
-        "follows, or wait as in the original",
+        help="what enrollments at a WaitForDate do if its day is over: continue at once, skip the "
+        "next step, or wait as in the original",
     )
     brought.add_argument(
         "--apply", action="store_true", help="apply the import (default: a dry run)"
@@ -341,7 +341,7 @@ def _add_files(command: argparse.ArgumentParser) -> None:
 
 
 def _add_preview(commands: Commands) -> None:
-    """Adds these commands."""
+    """Add these commands."""
     simulate = commands.add(
         "simulate",
         "preview.simulate_command",
@@ -396,7 +396,7 @@ def _add_preview(commands: Commands) -> None:
 
 
 def _add_messages(commands: Commands) -> None:
-    """Adds these commands."""
+    """Add these commands."""
     preview = commands.add(
         "preview",
         "messages.preview_command",
@@ -423,7 +423,7 @@ def _add_messages(commands: Commands) -> None:
 
 
 def _add_message(command: argparse.ArgumentParser) -> None:
-    """Adds what names a message: a step, and the data for it."""
+    """Add the arguments that identify a message: a step, and the data for it."""
     command.add_argument(
         "target", metavar="NAME|FILE", help="a sequence in the database, or a file"
     )
@@ -443,7 +443,7 @@ def _add_message(command: argparse.ArgumentParser) -> None:
 
 
 def _add_operation(commands: Commands) -> None:
-    """Adds these commands."""
+    """Add these commands."""
     enroll = commands.add(
         "enroll",
         "operation.enroll_command",
@@ -478,7 +478,7 @@ def _add_operation(commands: Commands) -> None:
     _add_change(
         commands,
         "reevaluate",
-        "reevaluate waiting enrollments after external data have changed",
+        "reevaluate waiting enrollments after external data has changed",
         "reevaluate --subject user-42",
     )
     for name, about, example in (
@@ -520,7 +520,7 @@ def _add_reason(command: argparse.ArgumentParser) -> None:
 
 
 def _add_bounces(commands: Commands) -> None:
-    """Adds this command."""
+    """Add this command."""
     bounce = commands.add(
         "bounce",
         "bounce.bounce_command",
@@ -531,11 +531,11 @@ def _add_bounces(commands: Commands) -> None:
 
 
 def _add_privacy(commands: Commands) -> None:
-    """Adds these commands."""
+    """Add these commands."""
     forget = commands.add(
         "forget",
         "privacy.forget_command",
-        "delete what is held of a subject; its suppressed addresses remain as hashes",
+        "delete all data about a subject; its suppressed addresses remain as hashes",
         "forget user-42",
     )
     forget.add_argument("subject")
@@ -547,14 +547,14 @@ def _add_privacy(commands: Commands) -> None:
     export = commands.add(
         "export-subject",
         "privacy.export_subject_command",
-        "print all that is held of a subject, as JSON",
+        "print all data about a subject, as JSON",
         "export-subject user-42 > user-42.json",
     )
     export.add_argument("subject")
 
 
 def _add_inspection(commands: Commands) -> None:
-    """Adds these commands."""
+    """Add these commands."""
     status = commands.add(
         "status",
         "inspection.status_command",
@@ -622,7 +622,7 @@ def _add_inspection(commands: Commands) -> None:
         type=_seconds,
         default=0.0,
         metavar="SECONDS",
-        help="start with events of this many past seconds",
+        help="also print the events of this many past seconds",
     )
     add_json(tail)
 

@@ -32,7 +32,7 @@ async def bounce_command(
     """
     report = read_report(_read())
     if not report.dead:
-        say("ignored: it reports no address that does not exist, and no abuse")
+        say("ignored: it reports neither a nonexistent address nor abuse")
         return 0
 
     async def find(shard: Shard) -> list[Undeliverable]:
@@ -59,7 +59,7 @@ async def bounce_command(
     if not found and answers.missing:
         raise ShardsError("\n".join([*answers.lines(), AGAIN]))
     if not found:
-        say("ignored: the history has no message of sequencerd to the address that it reports")
+        say("ignored: according to the history, no message was sent to the address that it reports")
     return 0
 
 

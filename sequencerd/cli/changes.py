@@ -32,7 +32,8 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.every_shard import ask
 
 IMPORT_AGAIN = (
-    "repeat the command when all can be reached: it imports what is missing, and nothing twice"
+    "repeat the command when all shards can be reached: it imports what is missing, and nothing "
+    "twice"
 )
 CHANGES = 2  # the exit code that `plan --detailed-exitcode` has for them, as elsewhere
 
@@ -100,8 +101,8 @@ async def apply_command(
             say(line)
         if arguments.brake is not None and any(one.changes for one in done.sequences):
             say(
-                f"for a day, more than {arguments.brake} side effects in an hour pause a sequence "
-                "that has changed"
+                "for a day, each changed sequence is paused if more than "
+                f"{arguments.brake} side effects would begin in an hour"
             )
     return 0
 
@@ -183,7 +184,7 @@ async def export_command(
         groups = "; ".join(", ".join(names) for names in found.values())
         raise UsageError(
             f"the shards have different definitions of {arguments.sequence!r}: {groups}; export "
-            "that of one with --shard, and apply it to all"
+            "one of them with --shard, and apply it to all"
         )
     say_lines(to_yaml(parse_document(arguments.sequence, document)))
     return tell(answers)

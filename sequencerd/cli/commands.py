@@ -72,7 +72,9 @@ def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
         database = settings.database.model_copy(update=url)
         return settings.model_copy(update={"database": database, "shards": {}})
     if len(arguments.shard) > 1:
-        raise ArgumentError("--database is the URL of one shard: give one --shard with it")
+        raise ArgumentError(
+            "--database is the URL of a single shard: specify the shard with --shard"
+        )
     settings.of_shard(arguments.shard[0])  # exists
     shards = {
         name: shard.model_copy(update=url) if name in arguments.shard else shard
@@ -219,12 +221,14 @@ async def _advice(arguments: argparse.Namespace, shard: Shard) -> str:
         connection = await connections.connect(shard)
         try:
             if await connection.fetchval(QUERIES["has_role"], role):
-                return f"{role} lacks it: run `sequencerd grants --apply` as an administrator"
+                return (
+                    f"{role} lacks privileges: run `sequencerd grants --apply` as an administrator"
+                )
         finally:
             connection.terminate()
     user = conninfo.arguments(shard.url, name="", timeout=0).get("user", "the login")
     return (
-        f"`{arguments.command}` needs a login that has {role}: give it with --database, or "
+        f"`{arguments.command}` needs a database user with the role {role}: use --database, or "
         f"GRANT {role} TO {user}"
     )
 

@@ -43,7 +43,7 @@ async def holidays_command(
             say_json(labelled(shard, counts, as_json=True))
             continue
         where = "" if shard.name is None else f"{shard.name}: "
-        known = f"; {len(days) - added} were there" if added < len(days) else ""
+        known = f"; {len(days) - added} existed already" if added < len(days) else ""
         say(f"{where}{calendar}: added {added} holidays of {years}{known}")
     return tell(answers)
 
@@ -57,7 +57,7 @@ def _public_holidays(code: str, years: Collection[int]) -> Mapping[date, str]:
     if country not in known:
         raise UsageError(
             f"holidays of {country!r} are not known: write the code of a country such as DE, or "
-            "DE-BY for a part of it; days of your own go into the table holidays"
+            "DE-BY for a part of it; insert your own days into the table holidays"
         )
     if part and part not in known[country]:
         hint = nearest(part, known[country]) if known[country] else "it has no parts"

@@ -35,7 +35,7 @@ async def enroll_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
     if arguments.shard and len(shards) > 1:
-        raise ArgumentError("specify one shard, or leave out --shard: the subject has its own")
+        raise ArgumentError("leave out --shard, or specify the single shard of the subject")
     shard = shards[0] if arguments.shard else shards[shard_of(arguments.subject, len(shards))]
     read_object(arguments.data, "--data")
     at = None

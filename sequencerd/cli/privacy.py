@@ -24,7 +24,7 @@ from sequencerd.storage.statements import QUERIES
 SHOWN = 10  # ids of other enrollments
 NEEDS_ALL = (
     "nothing was forgotten: each shard may have messages and suppressions with addresses that only "
-    "others know; repeat the command when all can be reached"
+    "other shards know; repeat the command when all shards can be reached"
 )
 
 TextRow = dict[str, object]
@@ -121,7 +121,9 @@ def _added_up(answers: ShardAnswers[Forgotten]) -> Forgotten:
 
 def _tell(answers: ShardAnswers[Forgotten]) -> int:
     if code := tell(answers, refusals=True):
-        warn("what these shards hold is not forgotten: repeat the command when they can be reached")
+        warn(
+            "the data in these shards is not forgotten: repeat the command when they can be reached"
+        )
     return code
 
 
@@ -151,15 +153,15 @@ def _report(arguments: argparse.Namespace, done: Forgotten) -> int:
         say_json({"subject": arguments.subject, "dry_run": arguments.dry_run, **done._asdict()})
         return 0
     if not any(done[:-1]):
-        say(f"nothing is held of {arguments.subject}")
+        say(f"there is no data about {arguments.subject}")
     else:
         say(f"{'would forget' if arguments.dry_run else 'forgot'} {arguments.subject}: {done}")
     if done.mentioned_in:
         ids = ", ".join(map(str, done.mentioned_in[:SHOWN]))
         more = f" and {len(done.mentioned_in) - SHOWN:,} more" if done.mentioned_in[SHOWN:] else ""
         say(
-            "data of other subjects name it and are left as they are: change them or forget those "
-            f"subjects as well; enrollments {ids}{more}"
+            "the data of other subjects mentions it and was not changed: change it, or forget "
+            f"those subjects as well; enrollments {ids}{more}"
         )
     return 0
 

@@ -86,7 +86,9 @@ async def migrate_command(
 
     async def work(shard: Shard) -> None:
         if unknown and shard in unnumbered:
-            raise DatabaseError(f"it gets its number when all others answer: {'; '.join(unknown)}")
+            raise DatabaseError(
+                f"it gets its number when all other shards answer: {'; '.join(unknown)}"
+            )
         applied, ungranted = await apply_migrations(shard)
         where = f"{shard.name}: " if shard.name is not None else ""
         for migration in applied:
@@ -96,7 +98,8 @@ async def migrate_command(
         if ungranted:
             _warn_of(ungranted)
             warn(
-                "until an administrator has run what `sequencerd grants` prints, the roles lack it"
+                "the roles lack privileges until an administrator runs the output of "
+                "`sequencerd grants`"
             )
 
     # one by one: the roles belong to all shards of a server

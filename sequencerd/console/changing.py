@@ -132,7 +132,7 @@ async def change(request: Request) -> Response:
 
 
 async def follow(request: Request) -> Response:
-    """What became of the enrollments that were changed."""
+    """What happened to the enrollments that were changed."""
     context = context_of(request)
     made = context.actions.get(request.path_params["number"])
     if made is None:

@@ -71,7 +71,7 @@ async def _pretty(context: PageContext, text: str) -> str:
     try:
         ((made,),) = await connections.read(context.pool, "console_pretty", text)
     except asyncpg.DataError as error:
-        raise UsageError(f"PostgreSQL cannot hold these data: {error}") from error
+        raise UsageError(f"PostgreSQL cannot store this data: {error}") from error
     pretty: str = made
     return pretty
 
@@ -91,7 +91,7 @@ async def change(request: Request) -> Response:
     except (UsageError, ValueError) as error:
         return await _page(request, id_, text, 422, wrong=as_sentence(str(error)))
     if query.must("version") != row["version"]:
-        wrong = "The data have changed meanwhile: nothing was written. This is what would differ."
+        wrong = "The data has changed meanwhile: nothing was written. This is the difference."
         return await _page(request, id_, text, 409, lines=lines, wrong=wrong)
     if query.get("action") != "apply":
         return await _page(request, id_, text, lines=lines)
@@ -109,7 +109,7 @@ async def change(request: Request) -> Response:
     finally:
         await connection.close()
     if done == "INSERT 0 0":
-        wrong = "The data have changed meanwhile: nothing was written. This is what would differ."
+        wrong = "The data has changed meanwhile: nothing was written. This is the difference."
         return await _page(request, id_, text, 409, lines=lines, wrong=wrong)
     context.enrollments_read.clear()
     return RedirectResponse(at(f"/enrollments/{id_}"), 303)

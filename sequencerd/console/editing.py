@@ -229,14 +229,14 @@ async def change(request: Request) -> Response:
     if any(finding.is_error for finding in findings):
         wrong = "The sequence has errors."
     elif [one.sequence.name for one in definitions] != [name]:
-        wrong = f"Here is one sequence, {name}: to rename or add sequences, apply files."
+        wrong = f"This page edits only {name}: to rename or add sequences, apply files."
     if wrong:
         return _page(request, name, stored, text, 422, findings=findings, wrong=wrong)
     if query.number("base", 0) != stored.revision:
         cause = f" ({stored.reason})" if stored.reason else ""
         wrong = (
             f"The sequence has changed: revision {stored.revision}, by {stored.by}{cause}."
-            " Nothing was applied. Plan again to see what your text would change of it."
+            " Nothing was applied. Plan again to see what your text would change."
         )
         return _page(request, name, stored, text, 409, wrong=wrong)
     form = request.state.form

@@ -87,7 +87,7 @@ def _read(query: Query) -> dict[str, Any]:
     data = exact_json.loads(text)
     if email := given["email"]:
         if data.get("email", email) != email:
-            raise UsageError("the data have another e-mail address: leave out one of them")
+            raise UsageError("the data has another e-mail address: leave out one of them")
         data["email"] = email
     try:
         dates.zone(given["timezone"] or "UTC")

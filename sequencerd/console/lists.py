@@ -166,9 +166,7 @@ async def enrollments(
         more = {**query.given, "skip": str(skip + query.rows)}
     remark = None
     if is_part:
-        remark = (
-            f"Sorted are the latest {len(every):,} that were found. Add filters to sort them all."
-        )
+        remark = f"Only the latest {len(every):,} matches are sorted. Add filters to sort them all."
     page = every[skip : skip + query.rows]
     return EnrollmentPage(Table("search", columns, page, query.given, more, sort, remark))
 

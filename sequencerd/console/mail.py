@@ -105,7 +105,7 @@ async def send_test(request: Request) -> Response:
     try:
         address = query.get("address")
         if address is None:
-            raise UsageError("write the address that gets the test")
+            raise UsageError("write the address for the test")
         message, masked = await _message(context, query, query.get("enrollment"))
         try:
             test = step_message.make_test(message, address, runners)

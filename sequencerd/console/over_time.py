@@ -60,7 +60,7 @@ def range_of(query: Query, now: datetime) -> TimeRange:
     """Return the time that the query parameters choose. Raises WrongQueryError."""
     unit = query.get("by") or "day"
     if unit not in UNITS:
-        raise WrongQueryError("by is hour or day")
+        raise WrongQueryError("by must be hour or day")
     try:
         until = _floor(query.time("until", now), unit)
         if until < query.time("until", now):
@@ -69,7 +69,7 @@ def range_of(query: Query, now: datetime) -> TimeRange:
         if since >= until:
             raise WrongQueryError("the range ends before it begins")
     except OverflowError as error:
-        raise WrongQueryError("the range is out of the calendar") from error
+        raise WrongQueryError("the range is outside of the calendar") from error
     if (until - since) / UNITS[unit] > MOST_UNITS:
         more = " or choose days" if unit == "hour" else ""
         raise WrongQueryError(

@@ -39,7 +39,7 @@ def range_of(query: Query) -> str:
     """Return the range of the flow. Raises WrongQueryError."""
     name = query.get("range") or USUAL
     if name not in RANGES:
-        raise WrongQueryError(f"range is one of {', '.join(RANGES)}")
+        raise WrongQueryError(f"range must be one of {', '.join(RANGES)}")
     return name
 
 

@@ -57,7 +57,9 @@ async def run(
             except DatabaseError as error:
                 if len(shards) == 1:
                     raise
-                log.warning("the shard is away", shard=definitions.shard.name, error=str(error))
+                log.warning(
+                    "the shard is unavailable", shard=definitions.shard.name, error=str(error)
+                )
         if console.write and any(definitions.is_standby for definitions in found):
             log.warning("the server is a standby: the console changes nothing until its next start")
         served = [

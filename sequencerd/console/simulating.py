@@ -203,9 +203,9 @@ def _read(context: PageContext, query: Query) -> _SimulationForm:
         if when is not None and merged is not None:
             changes[when] = {**changes.get(when, {}), **merged}
         elif when is not None and f"set.{n}" not in wrong:
-            wrong[f"set.{n}"] = "write the data that are merged at this time"
+            wrong[f"set.{n}"] = "write the data to merge at this time"
         elif merged is not None and f"when.{n}" not in wrong:
-            wrong[f"when.{n}"] = "write when the data change"
+            wrong[f"when.{n}"] = "write when the data changes"
     if wrong:
         raise WrongFieldsError(wrong)
     return _SimulationForm(name, start, until, zone, data, external, outcomes, changes)

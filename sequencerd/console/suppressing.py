@@ -239,6 +239,6 @@ async def remove(request: Request) -> Response:
         )
         left = await _entries(connection, channel, address, topic)
     if left:
-        wrong = f"Confirm that messages may be sent again in spite of: {left[0]['source']}."
+        wrong = f"Confirm that messages may be sent again despite: {left[0]['source']}."
         return await _entry(request, query, wrong, 422)
     return RedirectResponse(at("/suppressions", channel=channel), 303)

@@ -365,7 +365,7 @@ async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asy
     if query.get("after"):
         found = await connections.read(pool, "console_by_id", query.number("after", 0))
         if not found:
-            raise WrongQueryError("the enrollment at which the last page ended is gone")
+            raise WrongQueryError("the enrollment at which the last page ended no longer exists")
         after = [found[0]["subject"], found[0]["sequence"], found[0]["entry"]]
     rows: list[asyncpg.Record] = await connections.read(
         pool, "console_by_subject", wanted, wanted + LAST_CHARACTER, *after, query.rows + 1

@@ -231,7 +231,7 @@ class _Evaluation:
         if result is None and (daemon := self.at.leased_by) is not None:
             self.at = self.at._replace(leased_by=None)
             self.expired_holder = daemon
-            self.record("lease_expired", f"attempt {self.at.attempt} by {daemon} was cut off")
+            self.record("lease_expired", f"attempt {self.at.attempt} by {daemon} was interrupted")
         match result:
             case None:
                 return None
@@ -565,11 +565,12 @@ class _Evaluation:
         if effect.at_most_once:
             return Fail(
                 "outcome_unknown",
-                f"{self.expired_holder} was cut off while it executed this step: {_CHECK_OUTCOME}",
+                f"{self.expired_holder} was interrupted while it executed this step: "
+                f"{_CHECK_OUTCOME}",
             )
         if self.expired_leases >= MAX_EXPIRED_LEASES:
             return Fail(
-                "error", f"the daemon died in each of {self.expired_leases + 1} attempts of a day"
+                "error", f"the daemon died in {self.expired_leases + 1} attempts within a day"
             )
         wait = None
         if self.expired_leases:
@@ -638,7 +639,7 @@ class _Evaluation:
         failure = (self.refused or {}).get(name)
         known = self.definitions.get(name)
         if failure == "archived" or (known is not None and known.archived):
-            return Fail("archived", f"sequence {name!r} is archived: no GoTo enters it")
+            return Fail("archived", f"sequence {name!r} is archived: a GoTo cannot enter it")
         if failure is not None:
             message = f"sequence {name!r} refuses a second entry of the subject"
             return Fail("already_enrolled", message)
@@ -767,8 +768,8 @@ def _loop_message(executed: list[str]) -> str:
     """Describe the loop that leads back to the last of these side effects."""
     cycle = executed[executed.index(executed[-1]) :]
     return (
-        f"a loop that never waits: {' → '.join(cycle)}; nothing is executed a second time before "
-        "time has passed: put a step that waits into it"
+        f"a loop that never waits: {' → '.join(cycle)}; add a step that waits, so that time passes "
+        "before a side effect is executed again"
     )
 
 

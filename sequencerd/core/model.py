@@ -83,7 +83,7 @@ class Exit(NamedTuple):
     condition_path: KeyPath = ("config",)
     at_once: Literal["always", "sometimes", "never"] = "always"
     """Whether it is taken on arrival, before time has passed."""
-    reason: str = ""  # of "sometimes": when no time passes, such as "where its date is past"
+    reason: str = ""  # of "sometimes": when no time passes, such as "if its date is past"
     getter: tuple[str, frozenset[int]] | None = None  # of "sometimes": what it gives at such times
     is_optional: bool = False  # no exit of a step that names no target
 

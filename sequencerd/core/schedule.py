@@ -71,7 +71,7 @@ class Span(Config):
 
 def _source(name: str) -> str:
     if SOURCE.fullmatch(name) is None or re.match(r"pg_|information_schema\.|sequencer\.", name):
-        raise ValueError("must be the name of a view or function of yours, such as app.overdue")
+        raise ValueError("must be the name of your own view or function, such as app.overdue")
     return name
 
 

@@ -98,7 +98,11 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
     reachable = graph.reach(present, lambda name: targets(name, sequence))
     for step in sequence.steps.values():
         if step.name not in reachable:
-            yield Remark(step.name, (), "unreachable: no step leads here, write its name as a next")
+            yield Remark(
+                step.name,
+                (),
+                "unreachable: no step leads here; name it as the next of another step",
+            )
         yield from _check_templates(step, sequence)
         yield from _check_styles(step)
         if isinstance(step.behaviour, InvalidStep):
@@ -239,9 +243,9 @@ def _command_always(config: ConditionConfig, sequence: Sequence) -> tuple[bool |
         and isinstance(other.value, list | dict)
         and other.type == "raw"
     ):
-        return False, "eq never holds for a list or an object, write isEqual"
+        return False, "eq is never true for a list or an object: write isEqual"
     if config.lodash_command in ALWAYS_TRUE:
-        return True, f"what {config.lodash_command} gives is true, even when it is empty"
+        return True, f"the result of {config.lodash_command} is true, even when it is empty"
     if not (_is_fixed(config.value, sequence) and _is_fixed(other, sequence)):
         return None
     asked = config.lodash_command or ""
@@ -252,7 +256,7 @@ def _command_always(config: ConditionConfig, sequence: Sequence) -> tuple[bool |
         answer = predicate(view)
     except EvaluationError as error:
         return None, f"{asked} fails: {error}"
-    return answer, f"{asked} is {str(answer).lower()}, and nothing in it changes"
+    return answer, f"{asked} is always {str(answer).lower()}"
 
 
 def _is_fixed(operand: Operand | None, sequence: Sequence) -> bool:
@@ -278,7 +282,7 @@ def _fixed(step: Step, exit_: Exit, answer: bool | None, why: str) -> Remark:
         message = f"this fails for every enrollment: {why}"
     elif is_goal(step.type):
         does = "every enrollment meets this goal before the first step"
-        message = f"{does if answer else 'nothing can meet this goal'}: {why}"
+        message = f"{does if answer else 'this goal can never be met'}: {why}"
     elif waits:
         does = "always waits for the timeout" if following else "no enrollment ever gets past here"
         message = f"{'never waits' if answer else does}: {why}"

@@ -92,8 +92,8 @@ def _named_exits(type_: str, config: Mapping[str, Any]) -> tuple[Exit, ...]:
 def _unknown_type(type_: str, runners: Runners) -> str:
     known = sorted({*BUILT_IN, *runners})
     return (
-        f"type {type_!r} is served by no runner; {nearest(type_, known)}; a runner of your own is "
-        f"set up as [runners.{type_}] in the settings, or installed as a Python package"
+        f"no runner serves the type {type_!r}; {nearest(type_, known)}; configure your own runner "
+        f"as [runners.{type_}] in the settings, or install it as a Python package"
     )
 
 
@@ -180,7 +180,7 @@ def build(
     by_name = {step.name: step for step in ordered}
     exits = {step.name: step.exits for step in ordered}
     for stuck in _never_waiting(name, by_name, exits):
-        fault = "it is part of a cycle that never waits: put a step that waits into it"
+        fault = "it is part of a cycle that never waits: add a step that waits to it"
         by_name[stuck] = _with_problems(by_name[stuck], [Fault((), fault)])
     hints = HINTS
     for step in ordered:
@@ -401,7 +401,9 @@ def _topic_limit(topic: str, text: str) -> Limit | InvalidStep:
     try:
         config = parse_config(TopicLimitConfig, parse_json(text), "the limit")
         if re.search(r"\bexternal\b", config.key):
-            raise DefinitionError("key: external data are of one sequence, the limit is of all")
+            raise DefinitionError(
+                "key: external data belongs to one sequence, the limit applies to all"
+            )
         return config.compile(topic)
     except (DefinitionError, RecursionError) as error:
         wrong = f"the limit of the topic {topic!r} in the table topics is wrong: {error}"

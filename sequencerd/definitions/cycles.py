@@ -107,17 +107,17 @@ def _told(
 ) -> Remark:
     sequence, name = path[0]
     shown = " → ".join(step if where == sequence else f"{where}/{step}" for where, step in path)
-    failing = f"whoever comes back to {name} in no time fails as loop, before it is executed again"
+    failing = f"an enrollment that returns to {name} without a wait fails with loop"
     if is_sure:
-        message = f"{shown} never waits: {failing}; put a step that waits into the cycle"
+        message = f"{shown} never waits: {failing}; add a step that waits to the cycle"
         return Remark(name, (), message, is_error=True)
     reasons = []
     for node, following in pairwise(path):
         taken = [way for way in ways[node] if way.target == following]
         if not any(way.is_sure for way in taken) and (reason := taken[0].exit.reason):
-            reasons.append(f"{node[1]} passes at once {reason}")
+            reasons.append(f"{node[1]} does not wait {reason}")
     if not reasons:
-        reasons = ["it waits where a runner answers noop alone"]
+        reasons = ["it waits only if a runner answers noop"]
     return Remark(name, (), f"{shown} may never wait: {', '.join(reasons)}; {failing}")
 
 
@@ -139,7 +139,7 @@ def _passing(step: Step, sequence: Sequence) -> Iterator[UnwaitedExit]:
 
 
 def _goals_before_cycles(sequence: Sequence) -> Iterator[Remark]:
-    """Goals that pull once where the way goes round and round."""
+    """Goals that move an enrollment once, and lead into a cycle."""
     if not any(_is_doubtful(goal) for goal in sequence.goals):
         return
     ahead = {name: targets(name, sequence) for name in sequence.steps}
@@ -154,8 +154,8 @@ def _goals_before_cycles(sequence: Sequence) -> Iterator[Remark]:
             yield Remark(
                 goal.name,
                 ("config",),
-                f"pulls once, and leads into the cycle {shown}: write repeat: true, so that it "
-                "pulls whenever it comes to hold, or repeat: false if once is meant",
+                f"moves an enrollment only once, but leads into the cycle {shown}: write "
+                "repeat: true if it can be met again, or repeat: false if once is intended",
             )
 
 

@@ -484,7 +484,7 @@ def _check_names(source: _SequenceSource, sources: Mapping[str | None, _Sequence
     for number, name in enumerate(former):
         if name is not None and former.index(name) != number:
             source.say(
-                ("steps", number, "renamedFrom"), f"another step was renamed from {name!r}, too"
+                ("steps", number, "renamedFrom"), f"another step was also renamed from {name!r}"
             )
         if name is not None and _renamed_in_a_circle(number, source.step_names, former):
             source.say(

@@ -24,7 +24,7 @@ def make() -> Schema:
     configs = {name: _of(type_.config, defs) for name, type_ in BUILT_IN.items()}
     for name in filter(is_message, BUILT_IN):
         configs[name] = _with_effect(configs[name], defs)
-    own = {"type": "object", "description": "What your runner takes.", **_recipient(defs)}
+    own = {"type": "object", "description": "The config of your runner.", **_recipient(defs)}
     custom = _with_effect(own, defs)
     step["properties"]["type"] = {
         "description": step["properties"]["type"]["description"],

@@ -191,7 +191,7 @@ class Plan:
             yield f"{one.sequence}{where}: {heading}".rstrip()
             yield from (f"  {line}" for line in one.lines(done=done))
         for name in self.archived:
-            yield f"{name}:\n  archived, as no file has it any more"
+            yield f"{name}:\n  archived, because it is in none of the files"
         if self.differing and not done:
             names = ", ".join(sorted(self.differing))
             yield f"the shards have different definitions of {names}"
@@ -375,7 +375,7 @@ async def _limits(
             lines["no longer limits" if limit is None else change].append(step)
         of_topic = of_topics.get(topic or "")
         if isinstance(of_topic, Limit) and (step not in old or topic != before_topic):
-            lines[f"the limit of the topic {topic} ({of_topic.words}) holds for"].append(step)
+            lines[f"the limit of the topic {topic} ({of_topic.words}) applies to"].append(step)
         elif isinstance(of_topic, InvalidStep):
             lines[f"{of_topic.message}; it stops"].append(step)
     return tuple(

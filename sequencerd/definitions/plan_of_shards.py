@@ -66,8 +66,8 @@ async def apply(
 def again(how: str) -> str:
     """Say how a change is completed that only some shards have."""
     return (
-        f"repeat {how} when all can be reached: it completes the others, and changes nothing where "
-        "the revision is"
+        f"repeat {how} when all shards can be reached: it completes the others, and does not "
+        "change those that have the revision"
     )
 
 

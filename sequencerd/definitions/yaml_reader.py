@@ -190,7 +190,7 @@ class _Loader(yaml.SafeLoader):
             own[key] = key_node, value_node
         for source in merged:
             if not isinstance(source, yaml.MappingNode):
-                raise _wrong("<< merges a mapping, or a list of some", source.start_mark)
+                raise _wrong("<< needs a mapping, or a list of mappings", source.start_mark)
             self._depth += 1
             self._count(source.start_mark)
             for key_node, value_node in self._items(source):
@@ -243,7 +243,7 @@ def _text(text: str, mark: yaml.Mark) -> str:
     try:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise _wrong("the text has half a character, \\ud800 to \\udfff", mark) from None
+        raise _wrong("the text has half of a surrogate pair, \\ud800 to \\udfff", mark) from None
     if "\0" in text:
         raise _wrong("the text has a character that PostgreSQL can't hold, \\u0000", mark)
     return text
@@ -252,8 +252,8 @@ def _text(text: str, mark: yaml.Mark) -> str:
 def _unknown(node: yaml.Node) -> str:
     shown = str(node.value)[:40] if isinstance(node, yaml.ScalarNode) else ""
     if node.tag.startswith(_TAG):
-        return f"{shown!r} is no {node.tag.removeprefix(_TAG)} that JSON has: put it in quotes"
-    return f"the tag {node.tag!r} means nothing here: leave it out"
+        return f"{shown!r} is not a JSON value ({node.tag.removeprefix(_TAG)}): put it in quotes"
+    return f"the tag {node.tag!r} is not supported: leave it out"
 
 
 def _wrong(message: str, mark: yaml.Mark) -> ConstructorError:

@@ -44,7 +44,7 @@ class Background:
             try:
                 await work()
             except TRANSIENT_ERRORS as error:
-                self.log.warning("database error, tried again", error=brief(error))
+                self.log.warning("database error, trying again", error=brief(error))
                 await asyncio.sleep(PAUSE)
             except Exception:
                 self.log.exception("internal error")  # the sweep comes back to it
@@ -95,7 +95,7 @@ class Repeating:
             if await self._work():
                 started = loop.time()
         except TRANSIENT_ERRORS as error:
-            log.warning("database error, tried again", error=brief(error))
+            log.warning("database error, trying again", error=brief(error))
             self._is_requested, pause = True, PAUSE
         except Exception:
             log.exception("internal error")  # the sweep comes back to it

@@ -189,7 +189,7 @@ class Claims:
         """Move a batch in parts, after an error for which one of its rows may be to blame."""
         if not is_data_error(error):
             await self._probe()
-        self._log.warning("batch is done in parts", step=step_key, error=brief(error))
+        self._log.warning("batch is processed in parts", step=step_key, error=brief(error))
         async with connections.borrow(self._pool) as connection:
             ids = await locking.due_ids(
                 connection,

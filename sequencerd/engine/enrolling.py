@@ -92,7 +92,7 @@ class Enrolling:
                 try:
                     pause = await self.turn()
                 except TRANSIENT_ERRORS as error:
-                    self._log.warning("database error, tried again", error=brief(error))
+                    self._log.warning("database error, trying again", error=brief(error))
                 except Exception:
                     self._log.exception("internal error")
                 await asyncio.sleep(min(pause, TURN))  # any user can notify, as often as they like

@@ -54,7 +54,7 @@ class Heartbeat:
             try:
                 await self.beat()
             except Exception as error:  # whatever it is, the next one may succeed
-                self._log.warning("heartbeat failed, tried again", error=brief(error))
+                self._log.warning("heartbeat failed, trying again", error=brief(error))
                 await asyncio.sleep(min(AGAIN, self._lease / 3))
                 continue
             with suppress(TimeoutError):

@@ -299,11 +299,11 @@ class Engine:
             await self._claims.claim_all(step_key)
         except TRANSIENT_ERRORS as error:
             self._log.warning(
-                "database error, work is done again", step=step_key, error=brief(error)
+                "database error, repeating the work", step=step_key, error=brief(error)
             )
             self._push(step_key, self._clock.now() + timedelta(seconds=PAUSE))
         except Exception:  # the other steps go on, and the sweep comes back to this one
-            self._log.exception("step could not be worked on", step=step_key)
+            self._log.exception("step could not be processed", step=step_key)
         finally:
             self._busy.discard(step_key)
             if step_key in self._again:

@@ -165,7 +165,7 @@ class Quarantine:
                 del self._by_step[one.step_key]
             self._count -= 1
             self._problems.clear(KIND, str(one.id))
-            self._log.info("enrollment is out of quarantine", enrollment=one.id)
+            self._log.info("enrollment is no longer quarantined", enrollment=one.id)
 
     def due(self, now: float) -> dict[StepKey, list[Quarantined]]:
         """Return what is due for a retry, by step. None is due again before FIRST."""

@@ -205,7 +205,7 @@ class Rescheduling:
                     again = OTHERS_PAUSE
             except TRANSIENT_ERRORS as error:
                 again = PAUSE
-                self._log.warning("database error, tried again", error=brief(error))
+                self._log.warning("database error, trying again", error=brief(error))
             except Exception:
                 again = 60.0
                 self._log.exception("waiting enrollments could not be evaluated", step=step_key)

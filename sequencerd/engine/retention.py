@@ -57,12 +57,12 @@ def _until_next_count(now: datetime) -> float:
 def _report(error: BaseException, log: FilteringBoundLogger) -> float:
     """Log an error. Return in how many seconds to try again."""
     if isinstance(error, asyncpg.LockNotAvailableError):
-        log.info("the history is in use, it is tidied up later")
+        log.info("the history is locked, retention tries again later")
         return SOONER
     if isinstance(error, TRANSIENT_ERRORS):
-        log.warning("database error, tidied up later", error=str(error))
+        log.warning("database error, retention tries again later", error=str(error))
         return SOONER
-    log.error("the tables can't be tidied up", error=str(error))
+    log.error("retention failed", error=str(error))
     return INTERVAL
 
 

@@ -25,6 +25,6 @@ async def take(
                 return await rates.take(connection, runner, per_second, count)
         except TRANSIENT_ERRORS as error:
             if not is_reported:
-                log.warning("no permits of a rate, calls wait", runner=runner, error=brief(error))
+                log.warning("no permits for a rate, calls wait", runner=runner, error=brief(error))
             is_reported = True
             await asyncio.sleep(PAUSE)

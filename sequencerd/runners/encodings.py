@@ -44,6 +44,6 @@ def _inflate(body: bytes, window: int, limit: int) -> bytes:
         if len(found) > limit:
             raise EncodingError(f"the answer has more than {limit} bytes when it is unpacked")
         if not stream.eof:
-            raise EncodingError("the compressed answer is cut off")
+            raise EncodingError("the compressed answer is truncated")
         rest = stream.unused_data if window > zlib.MAX_WBITS else b""
     return bytes(found)

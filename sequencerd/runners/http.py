@@ -215,7 +215,7 @@ class BatchRunner:
             if isinstance(items, list):
                 by_id = _by_id(items)
                 return {task.key: self._result(task, by_id) for task in tasks}
-            text = f"{self._name} answered no JSON list: {reply.excerpt()}"
+            text = f"{self._name} did not answer with a JSON list: {reply.excerpt()}"
             failed = Failed(text, fault="unclear", unknown=True)
         return {task.key: failed for task in tasks}
 
@@ -228,7 +228,7 @@ class BatchRunner:
             if not items:
                 came = ", ".join(list(by_id)[:SHOWN_IDS]) or "none"
                 more = ", ..." if len(by_id) > SHOWN_IDS else ""
-                said += f"; ids that came: {one_line(came, 200)}{more}"
+                said += f"; ids received: {one_line(came, 200)}{more}"
             return Failed(f"{self._name} answered {said}", unknown=True)
         if items[0].get("action") is None:
             return Failed(f"{self._name} answered no action for the id {id_}", unknown=True)

@@ -234,7 +234,7 @@ class HttpClient:
             if not is_public(ip_address(address)):
                 raise Unreachable(
                     f"{url.host} has the private address {address}: "
-                    "set allow_private if that is meant"
+                    "set allow_private if that is intended"
                 )
         return [url.copy_with(host=address) for address in addresses]
 

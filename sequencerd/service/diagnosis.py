@@ -342,7 +342,7 @@ async def _brakes(connection: asyncpg.Connection) -> Diagnosis:
         named = _some(
             f"{row['sequence']} ({row['reason'].removeprefix('brake: ')})" for row in rows
         )
-        advice = "find out why there are so many; then sequencerd resume, which counts anew"
+        advice = "find out why there are so many; then sequencerd resume, which counts from zero"
         return Diagnosis("brakes", f"have paused {named}", "error", advice)
     return Diagnosis("brakes", "none has paused a sequence")
 

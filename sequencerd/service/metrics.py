@@ -146,12 +146,12 @@ class Metrics(Collector):
         )
         self.reconnects = Counter(
             "sequencerd_listener_reconnects",
-            "How often the connection that listens had to be made again",
+            "How often the listening connection was replaced",
             registry=self.registry,
         )
         self.refused = Counter(
             "sequencerd_notifications_refused",
-            "Notifications on the daemon's channel that mean nothing",
+            "Notifications on the daemon's channel that are not understood",
             registry=self.registry,
         )
         self.ready = Gauge(
@@ -159,7 +159,7 @@ class Metrics(Collector):
         )
         self.connection_wait = Gauge(
             "sequencerd_connection_wait_seconds",
-            "For how long a connection to the database has been waited for by now",
+            "How long the oldest request for a database connection has been waiting",
             ["pool"],
             registry=self.registry,
         )
@@ -291,12 +291,12 @@ class Metrics(Collector):
             overdue.add_metric((sequence, step), late)
         yield due
         yield overdue
-        about = "Since when the enrollment has been due that is due first, as of the last sweep"
+        about = "How long the earliest due enrollment has been due, as of the last sweep"
         age = 0.0
         if self._oldest is not None and self._now is not None:
             age = max((self._now() - self._oldest).total_seconds(), 0.0)
         yield GaugeMetricFamily("sequencerd_oldest_overdue_seconds", about, age)
-        about = "How long after they were due enrollments were claimed"
+        about = "Time from the wake time of enrollments to their claim"
         buckets, count = [], 0
         for bound, times in zip((*map(str, LATE), "+Inf"), self._late, strict=True):
             count += times

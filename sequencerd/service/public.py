@@ -41,7 +41,7 @@ TIMEOUT = 5.0  # seconds for a connection and what is done with it
 RETRY_AFTER = "60"  # seconds
 MAX_LANGUAGES = 10  # of a browser
 TITLES_FOR = 60.0  # seconds for which the titles of topics are known
-UNDONE = "the recipient undid it by the link to unsubscribe"
+UNDONE = "the recipient undid it with the unsubscribe link"
 
 UNAVAILABLE = (*TRANSIENT_ERRORS, asyncpg.PostgresError, DatabaseError, TimeoutError, OSError)
 

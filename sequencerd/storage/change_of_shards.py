@@ -137,7 +137,7 @@ def _where(
     parts = (
         (f"{words.what} is in ", done),
         ("not in ", undone),
-        ("whether it is in the following is not known: ", unknown),
+        ("it is not known whether it is in ", unknown),
     )
     return ", ".join(f"{text}{', '.join(names)}" for text, names in parts if names)
 

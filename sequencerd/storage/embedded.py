@@ -206,7 +206,7 @@ def _socket_folder(folder: Path, programs: PostgresPrograms) -> Path:
     # any user may have put something there first, as all can write to /tmp: it is not touched
     status = short.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != owner or status.st_mode & 0o077:
-        raise EmbeddedError(f"{short} is not a folder of ours alone; remove it")
+        raise EmbeddedError(f"{short} is not a folder that only its owner can use; remove it")
     return short
 
 

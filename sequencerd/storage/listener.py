@@ -208,7 +208,7 @@ async def poll(
             connected = sweep
         except TRANSIENT_ERRORS as error:
             heard(False)
-            log.warning("poll failed, tried again", error=brief(error))
+            log.warning("poll failed, trying again", error=brief(error))
         await asyncio.sleep(POLL_INTERVAL)
 
 
@@ -354,7 +354,7 @@ class _Watch:
             except TRANSIENT_ERRORS as error:
                 if not polling.done():
                     raise  # the probe's
-                self._log.warning("poll failed, tried again", error=brief(error))
+                self._log.warning("poll failed, trying again", error=brief(error))
             else:
                 return
             finally:

@@ -119,7 +119,7 @@ async def grant(connection: asyncpg.Connection) -> list[Ungranted]:
                 errors[statement] = str(error)
         missing = await connection.fetch(QUERIES["missing_grants"])
     # a GRANT by a user that may not make it can be a warning, without an error
-    return [Ungranted(row[0], errors.get(row[0], "no right to grant it")) for row in missing]
+    return [Ungranted(row[0], errors.get(row[0], "no privilege to grant it")) for row in missing]
 
 
 async def check(connection: asyncpg.Connection, number: ShardNumber | None = None) -> None:
@@ -136,7 +136,7 @@ async def check(connection: asyncpg.Connection, number: ShardNumber | None = Non
             "run: sequencerd migrate"
         )
     if number is not None and not _has_number(await _read_number(connection), number):
-        raise MigrationError("the schema has no number of a shard yet; run: sequencerd migrate")
+        raise MigrationError("the schema has no shard number yet; run: sequencerd migrate")
 
 
 async def has_number(connection: asyncpg.Connection, number: ShardNumber) -> bool:

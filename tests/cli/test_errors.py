@@ -78,7 +78,9 @@ async def test_what_the_role_itself_lacks_is_granted_to_no_login(
     )
     login = with_login(database, "login_member")
     sequencerd("--database", login, "status", code=1)
-    assert "sequencer_enroller lacks it: run `sequencerd grants --apply`" in sequencerd.errors
+    assert (
+        "sequencer_enroller lacks privileges: run `sequencerd grants --apply`" in sequencerd.errors
+    )
     found = await examine(login)
     assert "sequencerd grants --apply" in found["problems"].advice
 

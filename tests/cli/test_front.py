@@ -41,7 +41,7 @@ async def test_all_shards_are_printed_in_their_order(
     await connection.execute("DELETE FROM sequencer.shard")
     await connection.close()
     sequencerd("fdw", code=1)
-    assert "shard a: the schema has no number of a shard yet; run: sequencerd migrate" in (
+    assert "shard a: the schema has no shard number yet; run: sequencerd migrate" in (
         sequencerd.errors
     )
 

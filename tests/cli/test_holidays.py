@@ -16,7 +16,7 @@ async def test_holidays_are_added_and_what_is_there_stays(
         "INSERT INTO sequencer.holidays VALUES ('DE', '2026-12-25', 'ours'),"
         " ('DE', '2026-12-24', '')"
     )
-    assert "DE: added 17 holidays of 2026, 2027; 1 were there" in sequencerd(
+    assert "DE: added 17 holidays of 2026, 2027; 1 existed already" in sequencerd(
         "holidays", "de", "2026", "2027"
     )
     assert "DE: added 0 holidays" in sequencerd("holidays", "DE", "2026", "2027")

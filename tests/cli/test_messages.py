@@ -245,7 +245,7 @@ async def test_a_test_by_sms_and_what_the_settings_forbid(
         assert "not sent to +15005550009: not in sms.only_to" in failing
         assert len(server.requests) == 1
     failing = await asyncio.to_thread(run, capsys, *send, "me", code=1)
-    assert "--to: 'me' is no international number" in failing
+    assert "--to: 'me' is not an international number" in failing
     failing = await asyncio.to_thread(
         run, capsys, "send-test", "trial.yaml", "welcome", "--to", "{{data.email}}", code=1
     )

@@ -434,7 +434,7 @@ async def test_apply_over_a_server_that_stops_before_its_commit(
             await until(shards["a"], COMMITTING)
             stack.close()
         await applying
-    assert "the revision is in a, whether it is in the following is not known: b" in filled.errors
+    assert "the revision is in a, it is not known whether it is in b" in filled.errors
     assert await have_revision(shards) == ["a"]
 
 

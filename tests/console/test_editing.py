@@ -82,7 +82,7 @@ async def test_a_sequence_is_edited_by_a_plan(
         for text, words in (
             ("a: [", "Line 1"),
             ("", "there is no sequence in it"),
-            (text_of(page).replace("name: s\n", "name: t\n", 1), "Here is one sequence, s"),
+            (text_of(page).replace("name: s\n", "name: t\n", 1), "This page edits only s"),
         ):
             refused = await client.post("/edit", data=form_of(page, action="plan", text=text))
             assert refused.status_code == 422

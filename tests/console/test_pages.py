@@ -498,7 +498,7 @@ async def test_what_is_not_there(database: str, connection: asyncpg.Connection) 
             ("/sequence?sequence=a%00b", 422, "contains invalid characters"),
             ("/search?q=%00", 422, "contains invalid characters"),
             ("/search?q=u&after=[]", 422, "after is not a number"),
-            ("/search?q=u&after=999", 422, "at which the last page ended is gone"),
+            ("/search?q=u&after=999", 422, "at which the last page ended no longer exists"),
             ("/search?before=-1", 422, "not a number"),
             ("/enrollments/1?before=yesterday", 422, "not a time"),
             ("/sequence?sequence=s&step=wait&skip=999999", 422, "cannot start after"),

@@ -160,7 +160,7 @@ async def test_an_entry_is_removed_and_recorded(
         assert "The recipient asked for no more messages." in page.text
         refused = await post(client, "/suppression", **every, reason="asked by phone")
         assert refused.status_code == 422
-        assert "in spite of: unsubscribe" in refused.text
+        assert "despite: unsubscribe" in refused.text
         assert await addresses(client, address="ada") == [("ada@example.com", "*")]
         done = await post(client, "/suppression", **every, reason="asked by phone", confirmed="yes")
         assert done.status_code == 303

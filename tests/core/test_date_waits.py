@@ -156,7 +156,7 @@ def test_what_was_missed_by_more_than_a_day_is_past() -> None:
         (
             {**DUE, "offset": {"amount": "{{data.n}}", **DAYS}},
             {"due": "2026-12-01", "n": "three"},
-            "offset.amount: 'three' is no number",
+            "offset.amount: 'three' is not a number",
         ),
         (
             {**DUE, "offset": {"amount": "{{data.n}}", **DAYS}},
@@ -224,7 +224,7 @@ def test_amounts_of_the_data() -> None:
     assert found == Wait(NOW + timedelta(hours=2))
     decision = decided(timed, {}, "WaitForCondition")
     assert isinstance(decision, Fail)
-    assert "timeout.amount: '' is no number" in decision.message
+    assert "timeout.amount: '' is not a number" in decision.message
     workdays = {"amount": 3, "unit": "business days", "holidays": "DE"}
     thursday = NOW + timedelta(days=31)
     assert decided(workdays, {}, "WaitForDuration", thursday, entered_at=thursday) == until(
@@ -237,7 +237,7 @@ def test_values_of_the_data() -> None:
     config = {"attribute": "hour", "values": ["{{data.hour}}", 23], "occurrence": "next"}
     assert decided(config, {"hour": 9}, "WaitForDateComparison") == until("2026-03-02T22:00:00Z")
     assert decided(config, {"hour": "12"}, "WaitForDateComparison") == until("2026-03-02T11:00:00Z")
-    for hour, message in ((24, "values: hour is never 24"), ("x", "values.0: 'x' is no number")):
+    for hour, message in ((24, "values: hour is never 24"), ("x", "values.0: 'x' is not a number")):
         decision = decided(config, {"hour": hour}, "WaitForDateComparison")
         assert isinstance(decision, Fail)
         assert decision.failure == "bad_data"

@@ -67,7 +67,7 @@ def test_a_schedule_without_a_second_run_is_an_error_of_its_own() -> None:
         ({"every": {"amount": 1001, "unit": "years"}}, "every: must be at most 1,000 years"),
         ({"every": {"amount": 12_001, "unit": "month"}}, "every: must be at most 1,000 years"),
         *(
-            ({"schedule": "0 9 * * *", "from": name}, "a view or function of yours")
+            ({"schedule": "0 9 * * *", "from": name}, "your own view or function")
             for name in ("overdue", "pg_catalog.pg_class", "sequencer.enrollments", "a.b; drop", "")
         ),
     ],

@@ -127,8 +127,8 @@ def test_removed_is_gone_and_changes_see_the_data_from_before() -> None:
         ({"note": {"add": 1}}, 'data.note is "n", not a number'),
         ({"on": {"add": 1}}, "data.on is true, not a number"),
         ({"points": {"append": 1}}, "data.points is 12, not a list"),
-        ({"points": {"add": "{{data.note}}"}}, "data.points.add: 'n' is no number"),
-        ({"points": {"add": "{{data.missing}}"}}, "data.points.add: '' is no number"),
+        ({"points": {"add": "{{data.note}}"}}, "data.points.add: 'n' is not a number"),
+        ({"points": {"add": "{{data.missing}}"}}, "data.points.add: '' is not a number"),
         ({"huge": {"add": "{{data.huge}}"}}, "data.huge becomes too large"),
     ],
 )

@@ -308,18 +308,18 @@ def test_encodings(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("content", "line", "words"),
     [
-        ("a: 1\nb: .inf", 2, "'.inf' is no float that JSON has"),
-        ("a: !!python/name:os.system x", 1, "is no python/name"),
-        ("a: !!int x", 1, "'x' is no int"),
-        ("a: !!binary aGk=", 1, "is no binary"),
-        ("\na: !mine {}", 2, "the tag '!mine' means nothing here"),
-        ("a: " + "9" * 5000, 1, "is no int"),
+        ("a: 1\nb: .inf", 2, "'.inf' is not a JSON value (float)"),
+        ("a: !!python/name:os.system x", 1, "is not a JSON value (python/name:os.system)"),
+        ("a: !!int x", 1, "'x' is not a JSON value (int)"),
+        ("a: !!binary aGk=", 1, "is not a JSON value (binary)"),
+        ("\na: !mine {}", 2, "the tag '!mine' is not supported"),
+        ("a: " + "9" * 5000, 1, "is not a JSON value (int)"),
         ("a: 1\n2: b", 2, "the key 2 must be text"),
         ("? [a]\n: b", 1, "the key must be text"),
         ("a: 1\nb: 1\na: 2", 3, "the key 'a' is given twice"),
-        ("<<: 1", 1, "<< merges a mapping"),
+        ("<<: 1", 1, "<< needs a mapping"),
         ('a: "\\0"', 1, "PostgreSQL can't hold"),
-        ('a: "\\ud800"', 1, "half a character"),
+        ('a: "\\ud800"', 1, "half of a surrogate pair"),
         (b"a: 1\nb: \xff", 2, "not in UTF-8"),
         (b"a: 1\nb: \x01", 2, "0x01 is not allowed here"),
         ("a:\n\tb: 1", 2, "'\\t'"),
@@ -396,7 +396,7 @@ def test_findings_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "severity": "warning",
         "sequence": "s",
         "step": "b",
-        "message": "unreachable: no step leads here, write its name as a next",
+        "message": "unreachable: no step leads here; name it as the next of another step",
     }
 
 
@@ -493,11 +493,11 @@ AT_NINE = "{name: wait, type: WaitForDateComparison, config: {attribute: hour, v
 @pytest.mark.parametrize(
     ("steps", "severity", "words"),
     [
-        ([AT_NINE], "warning", 'wait passes at once where it matches already (write "occurrence'),
+        ([AT_NINE], "warning", 'wait does not wait if it matches already (write "occurrence'),
         (["{name: wait, type: WaitForDate, config: {date: 2026-01-01}}"], "error", "never waits"),
         (["{name: wait, type: WaitForDate, config: {date: '{{data.d}}'}}"], "warning", "is past"),
-        ([f"{{name: wait, type: WaitForCondition, config: {HOLDS}}}"], "warning", "where it holds"),
-        ([f"{{name: wait, type: Goal, config: {HOLDS}}}"], "warning", "where it holds"),
+        ([f"{{name: wait, type: WaitForCondition, config: {HOLDS}}}"], "warning", "if it is true"),
+        ([f"{{name: wait, type: Goal, config: {HOLDS}}}"], "warning", "if it is true"),
         (
             ["{name: wait, type: WaitForDuration, config: {amount: 0, unit: days}}"],
             "error",
@@ -507,7 +507,7 @@ AT_NINE = "{name: wait, type: WaitForDateComparison, config: {attribute: hour, v
         (["{name: wait, type: Split, config: {next: 1, altNext: 1}}"], "error", "never waits"),
         (["{name: wait, type: GoTo}"], "error", "never waits"),
         (["{name: wait, type: UpdateData, config: {data: {x: 1}}}"], "error", "never waits"),
-        (["{name: wait, type: Note}"], "warning", "answers noop alone"),
+        (["{name: wait, type: Note}"], "warning", "only if a runner answers noop"),
         (
             [
                 (

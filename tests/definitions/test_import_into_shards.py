@@ -135,7 +135,7 @@ async def test_a_name_that_one_shard_has_is_reported_with_it(
     (sharded.folder / "trial.yaml").write_text("name: Trial\nsteps: [{name: other, type: GoTo}]\n")
     sharded("apply", "trial.yaml", "--shard", "b")
     text = sharded(*options, code=1)
-    assert "another sequence of that name is here; rename one of them (in b)" in text
+    assert "another sequence has that name here; rename one of them (in b)" in text
 
 
 # --- failures in the middle
@@ -183,10 +183,10 @@ async def test_a_shard_that_is_lost_before_its_commit_is_completed_by_a_second_r
         await until(shards["b"], COMMITTING)
         assert await shards["b"].fetchval(KILL) == 1
     await importing
-    assert "the import is in a, not in b; repeat the command when all can be reached" in (
+    assert "the import is in a, not in b; repeat the command when all shards can be reached" in (
         sharded.errors
     )
     configure(sharded, a=shards_url, b=shards_url)
     assert "Onboarding: is created" in sharded(*options, "--apply")
     await check_whole(shards)
-    assert "25 here already" in sharded(*options, "--apply")
+    assert "25 exist already" in sharded(*options, "--apply")

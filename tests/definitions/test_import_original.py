@@ -153,14 +153,17 @@ async def test_nothing_is_brought_over_twice(
     assert await original.fetchval("SELECT count(*) FROM sequencer.enrollments") == 6
     assert "amount: 5" in sequencerd("export", "Onboarding")
     again = sequencerd("import-original", "--apply")
-    assert "Onboarding: is here already and stays as it is; enrollments: none" in again
-    assert "6 here already" in again
+    assert "Onboarding: exists already and is not changed; enrollments: none" in again
+    assert "6 exist already" in again
 
 
 @pytest.mark.parametrize(
     ("statement", "words"),
     [
-        ("UPDATE steps SET type = 'Scoar' WHERE id = 10", "type: 'Scoar' is served by no runner"),
+        (
+            "UPDATE steps SET type = 'Scoar' WHERE id = 10",
+            "type: no runner serves the type 'Scoar'",
+        ),
         ('UPDATE steps SET config = \'{"unit": "days"}\' WHERE id = 11', "WaitForDuration-11: "),
         ('UPDATE steps SET "nextStep" = 99 WHERE id = 11', "step 11: its nextStep 99"),
         ('UPDATE sequences SET "firstStep" = 99 WHERE id = 1', "its firstStep 99"),
@@ -169,7 +172,7 @@ async def test_nothing_is_brought_over_twice(
         ("UPDATE steps SET config = '[1]' WHERE id = 10", "its config is not a JSON object"),
         (
             "ALTER TABLE steps ALTER config TYPE text; UPDATE steps SET config = 'x' WHERE id = 11",
-            "step 11: its config is no JSON",
+            "step 11: its config is not JSON",
         ),
     ],
 )
@@ -424,9 +427,9 @@ async def test_another_import_follows_what_was_renamed_here(
         """
     )
     text = sequencerd("import-original", "--apply")
-    assert "Welcome: is here already and stays as it is; enrollments: 1 active" in text
-    assert "Trial: is here already and stays as it is; enrollments: 1 completed" in text
-    assert "5 here already" in text
+    assert "Welcome: exists already and is not changed; enrollments: 1 active" in text
+    assert "Trial: exists already and is not changed; enrollments: 1 completed" in text
+    assert "5 exist already" in text
     zoe = await original.fetch(
         "SELECT sequence, step FROM sequencer.enrollments WHERE subject = 'zoe'"
         " ORDER BY original_id"
@@ -461,7 +464,7 @@ async def test_equal_rows_are_all_imported_and_none_twice(
         " FROM generate_series(100, 104) AS n"
     )
     assert "enrollments: 8 active" in sequencerd("import-original", "--apply")
-    assert "10 here already" in sequencerd("import-original", "--apply")
+    assert "10 exist already" in sequencerd("import-original", "--apply")
     assert await original.fetchval("SELECT count(*) FROM sequencer.enrollments") == 10
 
 
@@ -497,7 +500,7 @@ async def test_some_sequences_only(sequencerd: Command, original: asyncpg.Connec
     assert "--only Trail: the original has no such sequence; did you mean 'Trial'?" in (
         sequencerd.errors
     )
-    assert "Trial: is here already" in sequencerd("import-original", "--only", "2")
+    assert "Trial: exists already" in sequencerd("import-original", "--only", "2")
 
 
 async def test_a_draft_keeps_nothing_back(
@@ -550,7 +553,7 @@ async def test_another_sequence_of_the_same_name_is_left_alone(
         original, "Trial", ("wait", "WaitForDuration", '{"amount": 1, "unit": "day"}', None)
     )
     text = sequencerd("import-original", "--apply", code=1)
-    assert "error: Trial (sequence 2): another sequence of that name is here" in text
+    assert "error: Trial (sequence 2): another sequence has that name here" in text
     assert "Onboarding: is created" in text
 
 
@@ -758,7 +761,7 @@ async def test_the_first_day_after(
                 "INSERT INTO runners VALUES (501, 'u2', 5, 51, true, now(), NULL, now())"
             )
             again = sequencerd(*options)
-            assert "Digest: is here already and stays as it is; enrollments: 1 active" in again
+            assert "Digest: exists already and is not changed; enrollments: 1 active" in again
             await until(original, ALL_ENDED)
         for runner in runners.values():
             await runner.close()

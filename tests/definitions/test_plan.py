@@ -228,7 +228,7 @@ async def test_limits_are_planned_with_counts(
     assert {"limits otherwise 1 step: s0", "no longer limits 1 step: s1", "limits 1 step: s2"} <= {
         *await apply.lines(file("", two, "", three))
     }
-    news = "the limit of the topic news (5 in 30 days) holds for "
+    news = "the limit of the topic news (5 in 30 days) applies to "
     lines = await apply.lines(file("topic: news\n", three, "topic: null, " + three, ""))
     assert f"{news}2 steps: s0, s2" in lines
     assert not any(line.startswith(("limits", "no longer")) for line in lines)
@@ -423,7 +423,7 @@ async def test_renames_keep_enrollments_and_goals(
             GOOD.replace("name: bye", "name: bye, renamedFrom: x").replace(
                 "name: pause", "name: pause, renamedFrom: x"
             ),
-            "another step was renamed from 'x', too",
+            "another step was also renamed from 'x'",
         ),
     ],
 )

@@ -380,7 +380,7 @@ async def test_apply_sets_a_brake_for_a_day_on_what_it_changes(
     other.write_text(FILE.replace("trial", "other"))
     sequencerd("apply", str(other))
     told = sequencerd("apply", str(file), str(other), "--brake", "500")
-    assert "for a day, more than 500 side effects in an hour pause a sequence" in told
+    assert "for a day, each changed sequence is paused if more than 500 side effects" in told
     rows = await connection.fetch(
         "SELECT name, apply_brake, apply_brake_until BETWEEN now() + interval '23 hours'"
         " AND now() + interval '1 day' AS is_day FROM sequencer.sequences ORDER BY name"

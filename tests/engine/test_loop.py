@@ -662,7 +662,7 @@ async def test_a_problem_is_reported_and_cleared_when_it_is_fixed(
         assert (row["failure"], row["step"]) == ("invalid_step", "work")
         assert "bad: this key is not known" in row["last_error"]
         told = await connection.fetch("SELECT name, problem FROM sequencer.steps ORDER BY name")
-        assert "served by no runner" in told[0]["problem"]
+        assert "no runner serves the type" in told[0]["problem"]
         await connection.execute("UPDATE sequencer.steps SET type = 'Note', config = '{}'")
         await until(connection, ENDED, id_)
     assert await connection.fetchval("SELECT count(problem) FROM sequencer.steps") == 0

@@ -8,7 +8,7 @@ from sequencerd.core.model import DefinitionError
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 
 PROBLEM = "SELECT problem FROM sequencer.steps WHERE name = 'call'"
-HAS_PROBLEM = f"SELECT ({PROBLEM}) LIKE 'type ''Call'' is served by no runner%'"
+HAS_PROBLEM = f"SELECT ({PROBLEM}) LIKE 'no runner serves the type ''Call''%'"
 HAS_NONE = f"SELECT ({PROBLEM}) IS NULL"
 SERVED = "SELECT EXISTS (SELECT FROM sequencer.daemons WHERE types @> '{Call}')"
 NO_FAILURE = (

@@ -128,7 +128,7 @@ async def test_a_function_that_does_not_exist_is_the_operators(
             True,
             "the function failed: ?",
         ),
-        (servers.Answer(200, b'"next"'), "unclear", True, "Score answered no JSON list"),
+        (servers.Answer(200, b'"next"'), "unclear", True, "Score did not answer with a JSON list"),
         (refusal(409, "ResourceConflictException"), "server", False, "409 ResourceConflict"),
         (refusal(429, "TooManyRequestsException"), "server", False, "429"),
         (refusal(500, "ServiceException"), "unclear", False, "500"),

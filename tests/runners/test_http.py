@@ -179,12 +179,12 @@ async def test_an_id_that_comes_twice() -> None:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        (b"", "no JSON list"),
-        (b"<html>hello</html>", "no JSON list: <html>hello</html>"),
-        (b'{"id": 7, "action": "next"}', "no JSON list"),
-        (b"[" * 100_000, "no JSON list"),
-        (b"\xff\xfe\x00", "no JSON list"),
-        (b"[1" + b"0" * 5000 + b"]", "no JSON list"),
+        (b"", "not answer with a JSON list"),
+        (b"<html>hello</html>", "not answer with a JSON list: <html>hello</html>"),
+        (b'{"id": 7, "action": "next"}', "not answer with a JSON list"),
+        (b"[" * 100_000, "not answer with a JSON list"),
+        (b"\xff\xfe\x00", "not answer with a JSON list"),
+        (b"[1" + b"0" * 5000 + b"]", "not answer with a JSON list"),
         (b" " * (MAX_ANSWER + 1), "more than"),
     ],
 )

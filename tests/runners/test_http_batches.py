@@ -135,9 +135,9 @@ async def test_an_id_is_a_number_or_its_text(id_: str) -> None:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        (b'[{"id": 8}, {"id": "n-9"}]', "nothing for the id 7; ids that came: 8, n-9"),
-        (b'[{"action": "next"}]', "nothing for the id 7; ids that came: none"),
-        (b'[{"id": true}, {"id": 7.5}]', "ids that came: none"),
+        (b'[{"id": 8}, {"id": "n-9"}]', "nothing for the id 7; ids received: 8, n-9"),
+        (b'[{"action": "next"}]', "nothing for the id 7; ids received: none"),
+        (b'[{"id": true}, {"id": 7.5}]', "ids received: none"),
         (json.dumps([{"id": n} for n in range(10, 20)]).encode(), "came: 10, 11, 12, 13, 14, ..."),
     ],
 )

@@ -146,7 +146,7 @@ async def test_a_hangup_takes_over_the_settings_and_wrong_ones_change_nothing(
         daemon.terminate()
         _, log = daemon.communicate()
     assert daemon.returncode == 0
-    assert '"settings": ["engine.batch"], "event": "settings take a restart to change"' in log
+    assert '"settings": ["engine.batch"], "event": "changed settings require a restart"' in log
     assert "settings reloaded" in log
     assert "invalid settings, the old ones remain" in log
     assert "did you mean 'url'" in log

@@ -354,7 +354,7 @@ async def test_the_commands_ask_tell_and_export(
     assert await everything(held) == before
     done = json.loads(sequencerd("forget", SUBJECT, "--yes", "--json"))
     assert (done["enrollments"], done["suppressions"], done["dry_run"]) == (2, 2, False)
-    assert sequencerd("forget", "nobody") == "nothing is held of nobody\n"
+    assert sequencerd("forget", "nobody") == "there is no data about nobody\n"
 
 
 async def test_the_command_says_what_runs(sequencerd: Command, held: asyncpg.Connection) -> None:

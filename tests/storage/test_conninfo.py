@@ -75,7 +75,7 @@ def test_what_psql_takes(text: str, made: dict[str, Any]) -> None:
         ("postgresql://h/d?aplication_name=x", "aplication_name; did you mean application_name?"),
         ("postgresql://h/d?search_path=x", "options=-c search_path="),
         ("ada:pa55word@h/d", "write postgresql://user@host/name"),
-        ("postgresql://u:pa55/word@h/d", "port that is no number"),
+        ("postgresql://u:pa55/word@h/d", "port that is not a number"),
         ("postgresql://u:x?pa55word@h/d", "percent escapes"),
         ("postgresql://h/d?channel_binding=require", "channel_binding=require"),
         (

@@ -120,7 +120,7 @@ def test_what_is_planted_where_the_socket_goes_is_left_alone(
     made.rmdir()
     made.symlink_to(victim)
     before = victim.stat()
-    with pytest.raises(EmbeddedError, match="is not a folder of ours alone"):
+    with pytest.raises(EmbeddedError, match="is not a folder that only its owner can use"):
         embedded._socket_folder(long, programs)
     after = victim.stat()
     assert (after.st_uid, after.st_gid, after.st_mode) == (

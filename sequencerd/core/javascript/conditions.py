@@ -52,13 +52,13 @@ _NEEDS_FUNCTIONS = """
 """
 
 LEFT_OUT = {
-    **dict.fromkeys(_NEEDS_FUNCTIONS.split(), "it needs a function, which a definition can't hold"),
-    **dict.fromkeys(("random", "sample"), "its answer is random"),
     **dict.fromkeys(
-        ("mixin", "noConflict", "runInContext"), "it changes lodash itself, not an answer"
+        _NEEDS_FUNCTIONS.split(), "it needs a function, which a definition can't contain"
     ),
+    **dict.fromkeys(("random", "sample"), "its result is random"),
+    **dict.fromkeys(("mixin", "noConflict", "runInContext"), "it changes lodash itself"),
     "now": "it reads the clock",
-    "template": "it runs a text as a program",
+    "template": "it runs a text as code",
 }
 """The commands of lodash that a definition may not name, with the reason."""
 
@@ -188,7 +188,7 @@ def compile_predicate(command: str, value: Operand, compare_to: Operand | None) 
     try:
         program = json.dumps({"command": command, **given}, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise DefinitionError(f"the operands are no JSON: {error}") from error
+        raise DefinitionError(f"the operands are not JSON: {error}") from error
     return Predicate(command, program, frozenset(root for root in roots if root is not None))
 
 
@@ -198,7 +198,7 @@ def known_command(command: str) -> str:
         return command
     if reason := LEFT_OUT.get(command):
         meant = f"; {_meant(command)}" if command in ("after", "before") else ""
-        raise DefinitionError(f"{command!r} is left out, since {reason}{meant}")
+        raise DefinitionError(f"{command!r} is not available, because {reason}{meant}")
     raise DefinitionError(f"{command!r} is not known; {_meant(command)}")
 
 
@@ -229,5 +229,5 @@ def first_key(operand: Operand) -> str | None:
     try:
         root: str | None = json.loads(sandbox.ask("root", json.dumps(path, allow_nan=False)))
     except (sandbox.ThrownError, sandbox.LimitError, ValueError, RecursionError) as error:
-        raise DefinitionError([Fault(("value",), f"is no path: {error}")]) from error
+        raise DefinitionError([Fault(("value",), f"is not a path: {error}")]) from error
     return root

@@ -148,7 +148,7 @@
       const { decimals, locale } = options.hash;
       const number = typeof value === "string" && value.trim() ? Number(value) : value;
       if (typeof number !== "number" || !Number.isFinite(number)) {
-        fail(options, text(value) === "" ? "the value is missing" : "the value is no number");
+        fail(options, text(value) === "" ? "the value is missing" : "the value is not a number");
       }
       if (decimals !== undefined && !(Number.isInteger(decimals) && decimals >= 0 && decimals <= 20)) {
         fail(options, "decimals must be a whole number from 0 to 20");

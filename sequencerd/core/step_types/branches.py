@@ -42,7 +42,7 @@ class GoToConfig(Config):
 
 def _go_to(config: GoToConfig) -> InstantStep:
     if config.sequence is not None and config.step is None:
-        raise DefinitionError([Fault(("sequence",), "needs a step beside it: where to go in it")])
+        raise DefinitionError([Fault(("sequence",), "needs step as well: where to go in it")])
     if config.step is None:
         return InstantStep(lambda _: Action.NEXT)
     target = Exit("next", ("config", "step"), config.step, config.sequence)
@@ -112,7 +112,7 @@ def _goal(config: GoalConfig) -> InstantStep:
     is_met = compile_condition(config, waits=True)
     return InstantStep(
         lambda context: Action.NEXT if is_met(context) else Stay(NEVER),
-        (NEXT._replace(condition=config, at_once="sometimes", reason="where it holds"),),
+        (NEXT._replace(condition=config, at_once="sometimes", reason="if it is true"),),
         met=is_met,
         repeats=config.repeat,
     )

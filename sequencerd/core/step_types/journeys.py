@@ -174,7 +174,7 @@ def _end_of_round(config: CollectConfig) -> Callable[[Context, datetime, datetim
     """Compile when the items whose first and last came at some times are due."""
     quiet, most, at = config.quiet, config.most, config.at
     if (at is None) == (quiet is None and most is None):
-        raise DefinitionError("needs quiet, most or both, or else at")
+        raise DefinitionError("needs quiet, most or both; or at")
     if at is not None:
         hour, minute = map(int, at.split(":"))
         return lambda context, since, _: _next_time(since, hour, minute, context.timezone)

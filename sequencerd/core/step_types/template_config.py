@@ -64,7 +64,7 @@ def compile_number(
         text = render(context).strip()
         if not _NUMBER.fullmatch(text) or not isfinite(float(text)):
             raise EvaluationError(
-                "bad_data", f"{'.'.join(map(str, path))}: {shown(text)!r} is no number"
+                "bad_data", f"{'.'.join(map(str, path))}: {shown(text)!r} is not a number"
             )
         return int(text) if _INTEGER.fullmatch(text) else float(text)
 

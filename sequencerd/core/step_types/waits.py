@@ -68,7 +68,7 @@ def _attribute(name: str) -> str:
 def _after(duration: DurationConfig, exit_: Exit) -> Exit:
     """An exit that is taken when a duration is over."""
     if isinstance(duration.amount, str):
-        return exit_._replace(at_once="sometimes", reason="where its amount is 0 or less")
+        return exit_._replace(at_once="sometimes", reason="if its amount is 0 or less")
     if duration.unit in BUSINESS_DAYS:
         return exit_._replace(at_once="never" if duration.amount > 0 else "always")
     arrival = datetime(2026, 1, 1, tzinfo=UTC)
@@ -123,7 +123,7 @@ def _wait_for_condition(config: WaitForConditionConfig) -> InstantStep:
         until = end(context)
         return Action.ALT_NEXT if until <= context.now else Stay(until)
 
-    exits = [NEXT._replace(condition=config, at_once="sometimes", reason="where it holds")]
+    exits = [NEXT._replace(condition=config, at_once="sometimes", reason="if it is true")]
     if config.timeout is not None:
         exits.append(_after(config.timeout, ALT_NEXT))
     return InstantStep(answer, tuple(exits))
@@ -191,10 +191,10 @@ def _wait_for_date(config: WaitForDateConfig) -> InstantStep:
     if config.every is not None:
         exits = [NEXT._replace(at_once="never")]
     elif any(map(_is_template, (config.date, config.at, config.offset and config.offset.amount))):
-        exits = [NEXT._replace(at_once="sometimes", reason="where its date is past")]
+        exits = [NEXT._replace(at_once="sometimes", reason="if its date is past")]
     if config.past == "altNext" or config.missing == "altNext":
         where = "past" if config.past == "altNext" else "missing"
-        exits.append(ALT_NEXT._replace(at_once="sometimes", reason=f"where its date is {where}"))
+        exits.append(ALT_NEXT._replace(at_once="sometimes", reason=f"if its date is {where}"))
     return InstantStep(answer, tuple(exits))
 
 
@@ -321,7 +321,7 @@ def _comparing(config: WaitForDateComparisonConfig) -> Exit:
     """The exit, and at which times it is taken at once."""
     if config.occurrence == "next":
         return NEXT._replace(at_once="never")
-    reason = 'where it matches already (write "occurrence: next")'
+    reason = 'if it matches already (write "occurrence: next")'
     if any(map(_is_template, config.values)):
         return NEXT._replace(at_once="sometimes", reason=reason)
     name = full_name(config.attribute) or config.attribute
@@ -365,7 +365,7 @@ def _wait_for_window(config: WaitForWindowConfig) -> InstantStep:
             ),
         )
 
-    exit_ = NEXT._replace(at_once="sometimes", reason="where the window is open")
+    exit_ = NEXT._replace(at_once="sometimes", reason="if the window is open")
     return InstantStep(_wait_until(begin), (exit_,))
 
 

@@ -209,12 +209,14 @@ class _ImportReader:
             self.result.warnings.append(f"{where}: a draft without a first step, not imported")
         elif id_ in self._taken:
             self.result.errors.append(
-                f"{where}: another sequence of that name is here; rename one of them"
+                f"{where}: another sequence has that name here; rename one of them"
             )
         elif problem := self._problem(first, rows):
             self.result.errors.append(f"{where}: {problem}")
         elif any(row.reads_external for row in rows) and self._source.lookup is None:
-            self.result.errors.append(f"{where} reads external data: say from where, --lookup NAME")
+            self.result.errors.append(
+                f"{where} reads external data: specify its lookup with --lookup NAME"
+            )
         else:
             self._new[id_] = _NewSequence(title, name, description, where)
 
@@ -230,7 +232,7 @@ class _ImportReader:
             try:
                 json.loads(row.config or "{}")
             except ValueError as error:
-                return f"step {row.id}: its config is no JSON: {error}"
+                return f"step {row.id}: its config is not JSON: {error}"
         return None
 
     def make(self) -> None:

@@ -70,10 +70,10 @@ class ImportReport:
                 for status in STATUSES
                 if (count := self.counts[sequence.name, status])
             ]
-            new = "is here already and stays as it is" if sequence.is_here else f"{is_} created"
+            new = "exists already and is not changed" if sequence.is_here else f"{is_} created"
             yield f"{sequence.name}: {new}; enrollments: {', '.join(counts) or 'none'}"
         if self.already_here:
-            yield f"{self.already_here:,} here already, left as they are"
+            yield f"{self.already_here:,} exist already and are not changed"
         if self.elsewhere:
             yield f"{self.elsewhere:,} at a step of another sequence, imported into that one"
         for (name, step), count in sorted(self.at_conditionals.items()):

@@ -278,7 +278,7 @@ class EmailRunner:
         if left is not None:
             mail = mail.only(left.to)
             if not mail.recipients:
-                return left.end("not sent to others: they are no recipients any more")
+                return left.end("not sent to others: they are no longer recipients")
         delivery = await self._transport.deliver(mail)
         result = pending.follow_up(task, left, delivery, self.retry, now)
         if isinstance(result, Answer | Failed) and self._suppress_bounces:

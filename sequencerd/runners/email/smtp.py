@@ -214,7 +214,7 @@ class MailTransport:
                     attempt.dialogue, within = await self._connect(), self._timeout
                 dialogue = attempt.dialogue
                 if mail.utf8 and "smtputf8" not in dialogue.extensions:
-                    text = f"{self._place} takes ASCII addresses only (no SMTPUTF8)"
+                    text = f"{self._place} accepts only ASCII addresses (no SMTPUTF8)"
                     return Failed(text, permanent=True)
                 replies = await _begin(mail, attempt, within)
                 taken = attempt.sort(mail, replies)

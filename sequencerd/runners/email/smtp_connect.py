@@ -92,7 +92,7 @@ async def _login(client: _Client, user: str, password: str) -> None:
         client.AUTH_METHODS = ("plain", "login", "cram-md5")
     if not client.supported_auth_methods:
         names = ", ".join(client.server_auth_methods).upper() or "none"
-        raise SmtpError(f"the server offers no authentication that is known here ({names})")
+        raise SmtpError(f"the server offers no supported authentication ({names})")
     await client.login(user, password)
 
 
@@ -180,7 +180,7 @@ class _Protocol(SMTPProtocol):
             raise SmtpError(f"no answer within {timeout:g} s to {self.asked}") from None
         if self.asked == "STARTTLS" and self._buffer:
             # The library drops it (RFC 3207, 6). It may be an attack, so it is reported.
-            raise SmtpError("the server says something between STARTTLS and TLS")
+            raise SmtpError("the server sends data between STARTTLS and TLS")
         return response
 
     def _read_response_from_buffer(self) -> SMTPResponse | None:

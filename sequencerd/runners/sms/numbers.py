@@ -60,5 +60,5 @@ def read_number(field: str, text: str) -> str:
         # other addresses, such as those of messenger:, may have capitals; a number has none
         return number if _NUMBER.fullmatch(rest) else f"{channel}:{text.strip().partition(':')[2]}"
     raise RenderError(
-        f"{field}: {one_line(text, 40)!r} is no international number such as +4915112345678"
+        f"{field}: {one_line(text, 40)!r} is not an international number such as +4915112345678"
     )

@@ -175,13 +175,13 @@ def test_what_is_always_true(command: str, value: object, other: object) -> None
 
 
 def test_a_path_that_has_no_text_is_rejected() -> None:
-    with pytest.raises(DefinitionError, match="no path"):
+    with pytest.raises(DefinitionError, match="not a path"):
         compile_predicate("isNil", at({"toString": 1}), None)
 
 
 def test_operands_that_are_no_json_are_rejected() -> None:
     for value in (float("nan"), object()):
-        with pytest.raises(DefinitionError, match="no JSON"):
+        with pytest.raises(DefinitionError, match="not JSON"):
             compile_predicate("isNil", raw(value), None)
 
 
@@ -202,7 +202,7 @@ def test_every_command_answers_or_says_why_not(command: str, value: object, othe
 
 @pytest.mark.parametrize("command", ["debounce", "template", "sample", "mixin", "now"])
 def test_what_is_omitted_is_reported_with_the_reason(command: str) -> None:
-    with pytest.raises(DefinitionError, match="left out, since"):
+    with pytest.raises(DefinitionError, match="not available, because"):
         compile_predicate(command, raw(1), raw(1))
 
 

@@ -177,7 +177,7 @@ async def test_no_json_is_judged_by_its_status(
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({"phone": ""}, "to: '' is no international number"),
+        ({"phone": ""}, "to: '' is not an international number"),
         ({"phone": "015112345678"}, "to: "),
         ({"phone": "+0151"}, "to: "),
         ({"phone": "+1234567890123456"}, "to: "),
