@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Coroutine
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 import asyncpg
 from structlog.typing import FilteringBoundLogger
@@ -43,10 +42,10 @@ class BulkChange:
     reason: str
     action: str
     to: str | None
-    ids: array[int] = field(default_factory=lambda: array("q"))
+    ids: dict[Shard, array[int]] = field(default_factory=dict)
     begun_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     done: BulkResult = field(default_factory=BulkResult)
-    error: str | None = None
+    errors: list[str] = field(default_factory=list)
     ended: float | None = None  # by the monotonic clock
 
     @property
@@ -55,26 +54,30 @@ class BulkChange:
         return f"{self.user} in the console: {self.reason}"
 
     @property
+    def selected(self) -> int:
+        """Return how many enrollments were selected."""
+        return sum(map(len, self.ids.values()))
+
+    @property
     def report(self) -> str:
         """Describe the change as it is now."""
         words = ACTIONS[self.action] + (f" to {self.to}" if self.to else "")
         if self.ended is None:
-            return f"{words} {self.done.changed:,} of {len(self.ids):,}…"
-        if not self.ids and self.error is None:
+            return f"{words} {self.done.changed:,} of {self.selected:,}…"
+        if not self.selected and not self.errors:
             return "No matching enrollments."
         sentences = [f"{words} {bulk.count(self.done.changed)}"]
-        if self.error is None:
-            sentences += self.done.remarks(len(self.ids))
+        if self.errors:
+            sentences += self.errors
         else:
-            sentences.append(self.error)
+            sentences += self.done.remarks(self.selected)
         return " ".join(f"{sentence}." for sentence in sentences)
 
 
 class BulkChanges:
     """The changes in progress, and the latest that ended."""
 
-    def __init__(self, shard: Shard, log: FilteringBoundLogger) -> None:
-        self._shard = shard
+    def __init__(self, log: FilteringBoundLogger) -> None:
         self._log = log
         self._running: set[asyncio.Task[None]] = set()
         self._changes: dict[int, BulkChange] = {}
@@ -96,20 +99,26 @@ class BulkChanges:
         nonce: str,
         user: str,
         action: str,
-        selection: Selection,
+        selections: Mapping[Shard, Selection],
         *,
         reason: str,
         to: str | None,
+        without: Sequence[str] = (),
     ) -> BulkChange:
-        """Start a change and wait briefly for its end. Raises UsageError."""
+        """Start a change and wait briefly for its end; `without` the shards that are away. Raises
+        UsageError.
+        """
         if len(self._running) >= MOST:
             raise UsageError("other changes are in progress; try again later")
         number = max(self._changes, default=0) + 1
         change = self._changes[number] = BulkChange(number, nonce, user, reason, action, to)
+        change.errors += [
+            f"Nothing was changed in the shard {name}, which is away" for name in without
+        ]
         for known in list(self._changes)[:-KEPT]:
             if self._changes[known].ended is not None:
                 del self._changes[known]
-        task = asyncio.create_task(self._guard(change, self._make(change, selection)))
+        task = asyncio.create_task(self._make(change, selections))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         await asyncio.wait([task], timeout=WAIT)
@@ -122,21 +131,28 @@ class BulkChanges:
         if self._running:
             await asyncio.wait(self._running)
 
-    async def _guard(self, change: BulkChange, work: Coroutine[Any, Any, None]) -> None:
+    async def _make(self, change: BulkChange, selections: Mapping[Shard, Selection]) -> None:
         try:
-            await work
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
-            self._log.warning("a change in the console failed", error=brief(error))
-            change.error = (
-                f"The database rejected the change: {brief(error)}. Nothing more was changed"
-            )
+            # what fails in one shard keeps no other from it
+            await asyncio.gather(*(self._guard(change, *one) for one in selections.items()))
         finally:
             change.ended = time.monotonic()
 
-    async def _make(self, change: BulkChange, selection: Selection) -> None:
+    async def _guard(self, change: BulkChange, shard: Shard, selection: Selection) -> None:
+        try:
+            await self._change(change, shard, selection)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+            self._log.warning("a change in the console failed", error=brief(error))
+            where = "The database" if shard.name is None else f"The shard {shard.name}"
+            there = "" if shard.name is None else " there"
+            change.errors.append(
+                f"{where} rejected the change: {brief(error)}. Nothing more was changed{there}"
+            )
+
+    async def _change(self, change: BulkChange, shard: Shard, selection: Selection) -> None:
         # not one of the pool's: the daemons are to be notified
         connection = await asyncpg.connect(
-            **arguments(self._shard, name="sequencerd console", timeout=CONNECT_TIMEOUT),
+            **arguments(shard, name="sequencerd console", timeout=CONNECT_TIMEOUT),
             statement_cache_size=0,  # it may lead to a pooler
         )
 
@@ -144,11 +160,12 @@ class BulkChanges:
             change.done = change.done.plus(done)
 
         try:
-            change.ids = await bulk.select(connection, change.action, selection, change.to)
+            ids = await bulk.select(connection, change.action, selection, change.to)
+            change.ids[shard] = ids
             await bulk.change(
                 connection,
                 change.action,
-                change.ids,
+                ids,
                 reason=change.why,
                 to=change.to,
                 progress=progress,

@@ -35,14 +35,21 @@ from sequencerd.console import (
 )
 from sequencerd.console.actions import BulkChanges
 from sequencerd.console.auth import Auth, Visitor
-from sequencerd.console.context import POLICY, PageContext, context_of, say, unmasked
+from sequencerd.console.context import (
+    POLICY,
+    PageContext,
+    context_of,
+    missing,
+    say,
+    unmasked,
+)
 from sequencerd.console.live import LiveTopics
 from sequencerd.console.query import NotFoundError, WrongQueryError, as_sentence
 from sequencerd.console.sessions import Sessions
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at
 from sequencerd.definitions.simulator import Simulator
-from sequencerd.errors import UsageError
+from sequencerd.errors import DatabaseError, ShardsError, UsageError
 from sequencerd.runners import Runner
 from sequencerd.settings import ConsoleSettings, Role
 from sequencerd.storage.connections import Shard, arguments
@@ -96,7 +103,7 @@ def make_console(
         ) as pool:
             summary = Summary(pool, log)
             live = LiveTopics(pool, summary)
-            actions = BulkChanges(shard, log)
+            actions = BulkChanges(log)
             app.state.console = PageContext(
                 settings,
                 shard,
@@ -125,44 +132,15 @@ def make_console(
     get, post = guarded_routes(log)
     return Starlette(
         routes=[
-            get("/", pages.overview),
-            get("/sequence", pages.sequence),
+            *routes_of_pages(log),
             get("/enrollments/{id:int}", pages.enrollment),
-            get("/failures", pages.failures),
-            get("/health", pages.health),
-            get("/search", pages.search),
-            get("/over-time", over_time.over_time),
             get("/simulate", simulating.simulate),
-            get("/simulate/frame", simulating.frame),
-            get("/tables/{name}.{form}", pages.table),
-            get("/live", pages.stream),
             get("/message", mail.mail),
-            get("/funnel", funnel.funnel),
             get("/message/frame", mail.frame),
             post("/message/test", mail.send_test, "operator"),
-            get("/change", changing.question, "operator"),
-            post("/change", changing.change, "operator"),
-            get("/changes/{number:int}", changing.follow),
             get("/data", data_form.edit, "operator"),
             post("/data", data_form.change, "operator"),
-            get("/enroll", enrollment_form.ask, "operator"),
-            post("/enroll", enrollment_form.enroll, "operator"),
-            get("/suppressions", suppressing.page),
-            get("/suppress", suppressing.ask, "operator"),
-            post("/suppress", suppressing.suppress, "operator"),
-            get("/suppression", suppressing.entry, "operator"),
-            post("/suppression", suppressing.remove, "operator"),
-            get("/edit", editing.edit, "editor"),
-            post("/edit", editing.change, "editor"),
-            get("/step", step_form.ask, "editor"),
-            post("/step", step_form.change, "editor"),
-            post("/step/edited", step_form.of_edited, "editor"),
-            get("/edit/schema", editing.schema, "editor"),
-            post("/edit/check", editing.check, "editor"),
-            get("/status", editing.ask_status, "editor"),
-            post("/status", editing.set_status, "editor"),
             get("/revision", editing.compare),
-            *routes_of_access(log),
         ],
         middleware=[Middleware(WithHeaders)],
         exception_handlers={HTTPException: said},
@@ -188,8 +166,45 @@ def guarded_routes(log: FilteringBoundLogger) -> tuple[ToRoute, ToRoute]:
     return of("GET"), of("POST")
 
 
-def routes_of_access(log: FilteringBoundLogger) -> list[Route]:
-    """Return the routes of every console: logins, sessions, and static files."""
+def routes_of_pages(log: FilteringBoundLogger) -> list[Route]:
+    """Return the routes of every console: pages of one database, or of several shards as of one."""
+    get, post = guarded_routes(log)
+    return [
+        get("/", pages.overview),
+        get("/sequence", pages.sequence),
+        get("/failures", pages.failures),
+        get("/health", pages.health),
+        get("/search", pages.search),
+        get("/over-time", over_time.over_time),
+        get("/simulate/frame", simulating.frame),
+        get("/tables/{name}.{form}", pages.table),
+        get("/live", pages.stream),
+        get("/funnel", funnel.funnel),
+        get("/change", changing.question, "operator"),
+        post("/change", changing.change, "operator"),
+        get("/changes/{number:int}", changing.follow),
+        get("/enroll", enrollment_form.ask, "operator"),
+        post("/enroll", enrollment_form.enroll, "operator"),
+        get("/suppressions", suppressing.page),
+        get("/suppress", suppressing.ask, "operator"),
+        post("/suppress", suppressing.suppress, "operator"),
+        get("/suppression", suppressing.entry, "operator"),
+        post("/suppression", suppressing.remove, "operator"),
+        get("/edit", editing.edit, "editor"),
+        post("/edit", editing.change, "editor"),
+        get("/step", step_form.ask, "editor"),
+        post("/step", step_form.change, "editor"),
+        post("/step/edited", step_form.of_edited, "editor"),
+        get("/edit/schema", editing.schema, "editor"),
+        post("/edit/check", editing.check, "editor"),
+        get("/status", editing.ask_status, "editor"),
+        post("/status", editing.set_status, "editor"),
+        *_routes_of_access(log),
+    ]
+
+
+def _routes_of_access(log: FilteringBoundLogger) -> list[Route]:
+    """Return the routes of logins, sessions, and static files."""
     get, post = guarded_routes(log)
     return [
         get("/sessions", access.sessions),
@@ -204,12 +219,14 @@ def routes_of_access(log: FilteringBoundLogger) -> list[Route]:
 
 
 class WithHeaders:
-    """Add headers to every response."""
+    """Add headers to every response, before which no shard is missing."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        missing.set({})
+
         async def send_more(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 known = {name.lower() for name, _ in message["headers"]}
@@ -295,6 +312,8 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
         except (WrongQueryError, UsageError) as error:
             text = str(context_of(request).mask({"message": str(error)})["message"])
             made = refused(422, "Not possible", as_sentence(text))
+        except (DatabaseError, ShardsError) as error:
+            made = refused(503, "Not done", as_sentence(str(error)))
         except pages.NotYetError:
             made = PlainTextResponse(
                 "The first count is not finished.\n", 503, {"Retry-After": "1"}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+import asyncpg
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -11,19 +14,28 @@ from sequencerd.console import views
 from sequencerd.console.actions import ACTIONS
 from sequencerd.console.auth import Visitor
 from sequencerd.console.causes import NO_ERROR, causes
-from sequencerd.console.context import PageContext, context_of, local, query_of, render
+from sequencerd.console.context import (
+    PageContext,
+    context_of,
+    local,
+    missing,
+    query_of,
+    render,
+)
 from sequencerd.console.lists import FILTERS, selection_of
 from sequencerd.console.live import COUNTS
+from sequencerd.console.merging import in_all
 from sequencerd.console.query import MOST_ROWS, NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import at
-from sequencerd.storage import bulk
+from sequencerd.storage import bulk, connections
 from sequencerd.storage.bulk import Selection
-from sequencerd.storage.connections import reading
+from sequencerd.storage.connections import Shard, reading
 from sequencerd.storage.statements import QUERIES
 
 MAX_REASON = 500  # characters
 MOST_FOLLOWED = 10_000  # enrollments of a change
 
+PLACE = ("sequence", "step", "status", "failure")
 VERBS = {"skip": "Skip the step for"}  # others are the name of the action
 
 
@@ -58,11 +70,9 @@ async def question(request: Request) -> Response:
 
 async def _ask(request: Request, query: Query, remark: str | None, status: int = 200) -> Response:
     context, action = context_of(request), _action(query)
-    selection = await _chosen(context, query)
-    async with reading(context.pool) as connection:
-        rows = await bulk.selected(connection, action, selection)
-        sequences = sorted({row["sequence"] for row in rows})
-        steps = await connection.fetch(QUERIES["steps_of_all"], sequences) if rows else []
+    found = await _selected(context, query)
+    rows = _added_up(row for one in found.values() for row in one.rows)
+    steps = dict.fromkeys(step for one in found.values() for step in one.steps)
     number = sum(row["count"] for row in rows)
     verb = VERBS.get(action, action.capitalize())
     given = {key: query.get(key) for key in ("action", "id", "q", "back", *FILTERS)}
@@ -74,7 +84,7 @@ async def _ask(request: Request, query: Query, remark: str | None, status: int =
         verb=verb,
         number=number,
         rows=rows,
-        steps=[row["name"] for row in steps],
+        steps=list(steps),
         needs_step=action == "move",
         given={key: value for key, value in given.items() if value is not None},
         # what fails while the question is asked is not part of it
@@ -90,6 +100,50 @@ def _action(query: Query) -> str:
     if action not in ACTIONS:
         raise WrongQueryError(f"unknown action {action!r}")
     return action
+
+
+class Selected(NamedTuple):
+    """What a change applies to in one shard."""
+
+    selection: Selection
+    rows: list[asyncpg.Record]  # counts
+    steps: list[str]  # of the sequences
+
+
+async def _selected(context: PageContext, query: Query) -> dict[Shard, Selected]:
+    """Count what a change applies to, by shard. Raises WrongQueryError, also for ids in a shard
+    that is away.
+    """
+    action = _action(query)
+    asked = {
+        name: ours
+        for name in context.parts
+        if (ours := query.of_shard(name, context.parts)) is not None
+    }
+
+    async def find(part: PageContext) -> tuple[Shard, Selected]:
+        ours = asked[str(part.shard.name)] if context.parts else query
+        selection = await _chosen(part, ours)
+        async with reading(part.pool) as connection:
+            rows = await bulk.selected(connection, action, selection)
+            sequences = sorted({row["sequence"] for row in rows})
+            steps = await connection.fetch(QUERIES["steps_of_all"], sequences) if rows else []
+        return part.shard, Selected(selection, rows, [row["name"] for row in steps])
+
+    found = dict((await in_all(context, find, only=asked)).values())
+    if missing.get() and query.get("id"):
+        names = ", ".join(missing.get())
+        raise WrongQueryError(f"enrollments were chosen of {names}, which cannot be reached")
+    return found
+
+
+def _added_up(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the counts of several shards as those of one database."""
+    counts: Counter[tuple[Any, ...]] = Counter()
+    for row in rows:
+        counts[tuple(row[name] for name in PLACE)] += row["count"]
+    ordered = sorted(counts, key=lambda place: [(value is None, value or "") for value in place])
+    return [{**dict(zip(PLACE, place, strict=True)), "count": counts[place]} for place in ordered]
 
 
 async def _chosen(context: PageContext, query: Query) -> Selection:
@@ -108,27 +162,43 @@ async def change(request: Request) -> Response:
     visitor: Visitor = request.state.visitor
     assert visitor.user is not None
     query = Query(request.state.form)
-    action, selection = _action(query), await _chosen(context, query)
+    action, found = _action(query), await _selected(context, query)
     if (reason := reason_of(query)) is None:
         return await _ask(request, query, "Write a reason: it is recorded with the change.", 422)
     to = None
-    async with reading(context.pool) as connection:
-        rows = await bulk.selected(connection, action, selection)
-        if action == "move":
-            to = query.must("to")
-            sequences = sorted({row["sequence"] for row in rows})
-            known = await connection.fetch(QUERIES["with_step"], to, sequences)
-            if missing := sorted(set(sequences) - {row["sequence"] for row in known}):
-                raise WrongQueryError(f"sequence {missing[0]!r} has no step {to!r}")
-    if sum(row["count"] for row in rows) > query.number("number", 0):
+    if action == "move":
+        to = query.must("to")
+        await _check_step(context, found, to)
+    if sum(row["count"] for one in found.values() for row in one.rows) > query.number("number", 0):
         return await _ask(request, query, "More enrollments match by now.", 409)
+    selections = {shard: one.selection for shard, one in found.items()}
     made = await context.actions.make(
-        visitor.nonce, visitor.user, action, selection, reason=reason, to=to
+        visitor.nonce,
+        visitor.user,
+        action,
+        selections,
+        reason=reason,
+        to=to,
+        without=list(missing.get()),
     )
-    context.enrollments_read.clear()
-    if selection.ids and len(selection.ids) == 1:
+    for one in (context, *context.parts.values()):
+        one.enrollments_read.clear()
+    if sum(len(one.ids or ()) for one in selections.values()) == 1 and query.get("id"):
         return RedirectResponse(local(query.get("back")), 303)
     return RedirectResponse(at(f"/changes/{made.number}"), 303)
+
+
+async def _check_step(context: PageContext, found: Mapping[Shard, Selected], step: str) -> None:
+    """Raise WrongQueryError where a sequence has no such step."""
+
+    async def check(part: PageContext) -> None:
+        rows = found[part.shard].rows if part.shard in found else []
+        sequences = sorted({row["sequence"] for row in rows})
+        known = await connections.read(part.pool, "with_step", step, sequences)
+        if unknown := sorted(set(sequences) - {row["sequence"] for row in known}):
+            raise WrongQueryError(f"sequence {unknown[0]!r} has no step {step!r}")
+
+    await in_all(context, check)
 
 
 async def follow(request: Request) -> Response:
@@ -137,12 +207,16 @@ async def follow(request: Request) -> Response:
     made = context.actions.get(request.path_params["number"])
     if made is None:
         raise NotFoundError("This change is not known. A restart forgets changes; events do not.")
-    followed = list(made.ids[:MOST_FOLLOWED])
+    followed = {shard: list(ids[:MOST_FOLLOWED]) for shard, ids in made.ids.items()}
+
+    async def find(part: PageContext) -> list[asyncpg.Record]:
+        ids = followed.get(part.shard, [])
+        return await connections.read(part.pool, "outcomes", ids, made.begun_at)
+
     outcomes: list[dict[str, Any]] = []
     if made.ended is not None and made.action in ("retry", "skip", "move", "reevaluate"):
-        async with reading(context.pool) as connection:
-            found = await connection.fetch(QUERIES["outcomes"], followed, made.begun_at)
-        outcomes = [_outcome(context, row) for row in found]
+        found = await in_all(context, find)
+        outcomes = _by_outcome(_outcome(context, row) for rows in found.values() for row in rows)
     counts = await context.summary.get()
     report = context.mask({"message": made.report})["message"]
     return render(
@@ -156,7 +230,7 @@ async def follow(request: Request) -> Response:
         reason=context.mask({"message": made.reason})["message"],
         outcomes=outcomes,
         result=_result(outcomes),
-        followed=len(followed),
+        followed=sum(map(len, followed.values())),
         counts=counts,
     )
 
@@ -174,6 +248,16 @@ def _outcome(context: PageContext, row: Any) -> dict[str, Any]:
         "cause": (shown["message"] or NO_ERROR) if row["status"] == "failed" else None,
         "enrollments": row["enrollments"],
     }
+
+
+def _by_outcome(outcomes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the outcomes of several shards as those of one database."""
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for one in outcomes:
+        key = one["status"], one["words"], one["cause"]
+        known = merged.setdefault(key, {**one, "enrollments": 0})
+        known["enrollments"] += one["enrollments"]
+    return sorted(merged.values(), key=lambda one: -one["enrollments"])
 
 
 def _result(outcomes: list[dict[str, Any]]) -> str:

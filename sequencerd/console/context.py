@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -11,15 +12,15 @@ from typing import Any
 import asyncpg
 from jinja2 import Environment
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from sequencerd.console.actions import BulkChanges
 from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.live import LiveTopics
 from sequencerd.console.mask import make_mask
-from sequencerd.console.query import PAGE, Query
+from sequencerd.console.query import PAGE, Query, WrongQueryError
 from sequencerd.console.summary import Summary
-from sequencerd.console.tables import at
+from sequencerd.console.tables import at, at_shard
 from sequencerd.console.views import EnrollmentHistory
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
@@ -31,6 +32,10 @@ POLICY = (
     " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 """The Content-Security-Policy of pages."""
+
+
+missing: ContextVar[dict[str, str]] = ContextVar("missing")
+"""The shards that did not answer this request, with the reason."""
 
 
 @dataclass
@@ -86,7 +91,7 @@ def render(request: Request, template: str, code: int = 200, /, **given: Any) ->
         here=request.url.path.removeprefix(at("")),
         shards=context.shards or tuple(context.parts),
         shard=None if context.parts else context.shard.name,
-        missing=context.summary.missing,
+        missing={**context.summary.missing, **missing.get()},
         address=str(request.url.replace(scheme="", netloc="")),
         back=str(request.url.replace(scheme="", netloc="")),
         may_write=_may(context, visitor, "operator"),
@@ -115,6 +120,21 @@ def say(
     words.
     """
     return render(request, "message.html", status, title=title, text=text, retry=retry, link=link)
+
+
+def to_its_shard(request: Request, key: str) -> Response | None:
+    """Return what leads to the same page of a shard if the query parameter `key` is an id such as
+    b/17. Raises WrongQueryError for one without a shard, of several.
+    """
+    context, query = context_of(request), query_of(request)
+    if not context.parts or (id_ := query.get(key)) is None:
+        return None
+    name, _, number = id_.rpartition("/")
+    if name not in context.parts:
+        example = next(iter(context.parts))
+        raise WrongQueryError(f"write the id with its shard, such as {example}/{number}")
+    path = request.url.path.removeprefix(at(""))
+    return RedirectResponse(at_shard(name, path, **{**query.given, key: number}))
 
 
 LISTS = ("id", "columns")

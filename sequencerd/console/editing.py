@@ -6,7 +6,8 @@ import asyncio
 import difflib
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -16,17 +17,29 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from sequencerd.console.changing import reason_of, why
-from sequencerd.console.context import POLICY, PageContext, context_of, query_of, render
+from sequencerd.console.context import (
+    POLICY,
+    PageContext,
+    context_of,
+    missing,
+    query_of,
+    render,
+)
+from sequencerd.console.merging import in_all, or_each
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import at
-from sequencerd.definitions import json_schema, plan, yaml_reader
-from sequencerd.definitions.compiler import Definition
+from sequencerd.definitions import json_schema, plan, plan_of_shards, yaml_reader
+from sequencerd.definitions.compiler import Definition, Runners
 from sequencerd.definitions.diff import parse_document
 from sequencerd.definitions.files import FileFinding, check_documents
 from sequencerd.definitions.plan import Plan
 from sequencerd.definitions.yaml_writer import to_yaml
-from sequencerd.errors import DatabaseError, FileError, PlanError
+from sequencerd.errors import DatabaseError, FileError, PlanError, SequencerdError, ShardsError
 from sequencerd.storage import bulk, connections
+from sequencerd.storage.change_of_shards import Words, changing
+from sequencerd.storage.connections import Shard
+from sequencerd.storage.database_errors import brief
+from sequencerd.storage.every_shard import ShardAnswers, ask
 
 ORIGIN = "line"
 MOVE = "move."  # with the name of a removed step: the field of its enrollments' new step
@@ -36,26 +49,48 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class StoredSequence:
-    """A sequence as it is in the database."""
+    """A sequence as it is in the database; `base` says so in forms. Of several shards, it is that
+    of the first.
+    """
 
     revision: int
     status: str
     from_file: bool
     by: str | None
     reason: str | None
+    base: str
 
 
 async def read_stored(context: PageContext, name: str) -> StoredSequence:
     """Return a sequence as it is. Raises NotFoundError."""
-    rows = await connections.read(context.pool, "console_sequence", name)
-    if not rows:
+    found = await in_all(
+        context, lambda part: connections.read(part.pool, "console_sequence", name)
+    )
+    stored = {shard: rows[0] for shard, rows in found.items() if rows}
+    if not stored:
         raise NotFoundError(f"There is no sequence {name}.")
-    return StoredSequence(**rows[0])
+    first, *_ = stored.values()
+    base = " ".join(
+        str(row["revision"]) if shard is None else f"{shard}:{row['revision']}"
+        for shard, row in stored.items()
+    )
+    merged = {
+        "status": or_each({shard: row["status"] for shard, row in stored.items()}),
+        "from_file": any(row["from_file"] for row in stored.values()),
+        "base": base,
+    }
+    return StoredSequence(**{**first, **merged})
 
 
 async def read_yaml(context: PageContext, name: str, revision: int | None) -> str:
-    """Return a sequence as YAML, as it is or as a revision had it. Raises NotFoundError."""
-    ((document,),) = await connections.read(context.pool, "document", name, revision)
+    """Return a sequence as YAML, as it is or as a revision had it; of several shards, that of the
+    first that has it. Raises NotFoundError.
+    """
+    found = await in_all(
+        context, lambda part: connections.read(part.pool, "document", name, revision)
+    )
+    documents = (document for ((document,),) in found.values())
+    document = next(filter(None, documents), None)
     if document is None:
         raise NotFoundError(f"The sequence {name} has no revision {revision}.")
     return to_yaml(parse_document(name, document))
@@ -106,36 +141,55 @@ async def set_status(request: Request) -> Response:
         return await _ask_status(request, query, "Write a reason: it is recorded.", 422)
     words = bulk.SEQUENCE_STATUSES[action]
 
-    async def work(connection: asyncpg.Connection) -> None:
-        await bulk.set_status(connection, [name], words.status, why(request, reason))
-
-    await _changing(context, work)
-    return RedirectResponse(at("/sequence", sequence=name), 303)
-
-
-async def _changing(
-    context: PageContext, work: Callable[[asyncpg.Connection], Awaitable[_T]]
-) -> _T:
-    """Run work in a connection of its own, in a thread: to plan for many enrollments takes long."""
-
-    async def run() -> _T:
-        # not one of the pool's: the daemons are to be notified
-        connection = await connections.connect(context.shard)
+    async def work(shard: Shard) -> None:
+        connection = await connections.connect(shard)
         try:
-            return await work(connection)
+            await bulk.set_status(connection, [name], words.status, why(request, reason))
         finally:
             await connection.close()
 
+    # a shard that is away must not keep a sequence from being paused in the others
+    answers = await _in_thread(context, lambda: ask(_explain, _shards(context), work))
+    if lines := answers.lines(refusals=True):
+        done = ", ".join(str(shard.name) for shard in answers.found)
+        wrong = (
+            f"{name} is {words.status} in {done}. Not everywhere: {'; '.join(lines)}. Repeat the "
+            "change when all can be reached."
+        )
+        return await _ask_status(request, query, wrong, 503)
+    return RedirectResponse(at("/sequence", sequence=name), 303)
+
+
+def _shards(context: PageContext) -> list[Shard]:
+    return [part.shard for part in context.parts.values()] or [context.shard]
+
+
+async def _in_thread(context: PageContext, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """Run work on connections of its own in a thread: to plan for many enrollments takes long."""
     async with context.simulating:
         try:
-            return await asyncio.to_thread(lambda: asyncio.run(run()))
+            return await asyncio.to_thread(lambda: asyncio.run(work()))
         except asyncpg.InsufficientPrivilegeError as error:
-            raise WrongQueryError(
-                f"the database refuses: {error}. To change sequences here, the console's login "
-                "needs GRANT sequencer_editor"
-            ) from error
+            raise WrongQueryError(_lacks(error)) from error
         except DatabaseError as error:
             raise WrongQueryError(str(error)) from error
+
+
+def _lacks(error: asyncpg.InsufficientPrivilegeError) -> str:
+    return (
+        f"the database refuses: {error}. To change sequences here, the console's login needs "
+        "GRANT sequencer_editor"
+    )
+
+
+async def _explain(_: Shard, error: BaseException) -> SequencerdError:
+    """Return what an error of one of several shards means."""
+    match error:
+        case SequencerdError():
+            return error
+        case asyncpg.InsufficientPrivilegeError():
+            return DatabaseError(_lacks(error))
+    return DatabaseError(brief(error))
 
 
 # --- the definition
@@ -147,7 +201,7 @@ async def edit(request: Request) -> Response:
     name = query.must("sequence")
     revision = query.number("revision", 0) or None
     stored = await read_stored(context, name)
-    text = await read_yaml(context, name, revision)
+    text = await read_yaml(context.parts.get(query.get("in") or "", context), name, revision)
     return _page(request, name, stored, text, revision=revision)
 
 
@@ -165,7 +219,10 @@ def _page(
     moves: Mapping[str, str] | None = None,
     given: Mapping[str, str] | None = None,
 ) -> Response:
-    one = made.sequences[0] if made is not None else None
+    plans = made.sequences if made is not None else ()
+    at_step: Counter[str] = Counter()
+    for plan_ in plans:
+        at_step.update(plan_.at_step)
     simulator = context_of(request).simulator()
     nonce = secrets.token_urlsafe(16)
     answer = render(
@@ -178,9 +235,9 @@ def _page(
         text=text,
         findings=findings,
         made=made,
-        lines=list(one.lines(done=False)) if one else [],
-        removed=list(one.at_step.items()) if one else [],
-        steps=[step["name"] for step in one.after["steps"]] if one else [],
+        lines=_lines(made) if made else [],
+        removed=list(at_step.items()),
+        steps=[step["name"] for step in plans[0].after["steps"]] if plans else [],
         moves=moves or {},
         wrong=wrong,
         revision=revision,
@@ -195,6 +252,13 @@ def _page(
     policy = POLICY.replace("style-src 'self'", f"style-src 'self' 'nonce-{nonce}'")
     answer.headers["Content-Security-Policy"] = policy
     return answer
+
+
+def _lines(made: Plan) -> list[str]:
+    """Return what a plan changes, in each shard if they differ."""
+    if made.differing:
+        return list(made.lines(done=False)) if made else []
+    return [line for one in made.sequences for line in one.lines(done=False)]
 
 
 async def schema(_: Request) -> Response:
@@ -232,7 +296,7 @@ async def change(request: Request) -> Response:
         wrong = f"This page edits only {name}: to rename or add sequences, apply files."
     if wrong:
         return _page(request, name, stored, text, 422, findings=findings, wrong=wrong)
-    if query.number("base", 0) != stored.revision:
+    if query.must("base") != stored.base and not missing.get():
         cause = f" ({stored.reason})" if stored.reason else ""
         wrong = (
             f"The sequence has changed: revision {stored.revision}, by {stored.by}{cause}."
@@ -242,19 +306,17 @@ async def change(request: Request) -> Response:
     form = request.state.form
     moves = {k.removeprefix(MOVE): v for k, v in form.items() if k.startswith(MOVE) and v}
 
-    async def work(connection: asyncpg.Connection) -> Plan:
-        async with connection.transaction(isolation="repeatable_read", readonly=True):
-            return await plan.make(connection, definitions, runners, moves=moves)
-
-    runners = context.simulator().runners
+    edited = _Edit(context.simulator().runners, _shards(context), definitions, moves)
     try:
-        made = await _changing(context, work)
+        answers = await _in_thread(context, edited.plan)
+        made = plan_of_shards.merge({shard.name: one for shard, one in answers.found.items()})
+        if lines := answers.lines(refusals=True):
+            wrong = f"Nothing can be applied: {'; '.join(lines)}."
+            return _page(request, name, stored, text, 503, made=made, moves=moves, wrong=wrong)
         if action != "apply":
             return _page(request, name, stored, text, findings=findings, made=made, moves=moves)
         if context.shards:
-            raise PlanError(
-                f"{name} is in several shards: download the changed file, and apply it to all"
-            )
+            raise PlanError(f"{name} is in several shards: change it on the pages of all shards")
         if stored.from_file:
             raise PlanError(f"{name} is managed by files: download the changed file, and apply it")
         reason, brake = reason_of(query), query.get("brake") or ""
@@ -268,24 +330,57 @@ async def change(request: Request) -> Response:
                 request, name, stored, text, 422, made=made, moves=moves, wrong=wrong, given=given
             )
 
-        async def apply(connection: asyncpg.Connection) -> None:
-            async with connection.transaction():
-                await bulk.set_reason(connection, why(request, reason))
-                await plan.apply(
-                    connection,
-                    definitions,
-                    runners,
-                    moves=moves,
-                    expected=query.must("plan"),
-                    brake=int(brake) if brake else None,
-                    from_files=False,
-                )
-
-        await _changing(context, apply)
+        cause, expected = why(request, reason), query.must("plan")
+        at_most = int(brake) if brake else None
+        await _in_thread(context, lambda: edited.apply(cause, expected, at_most))
     except (PlanError, FileError) as error:
         wrong = f"Nothing was applied: {error}."
         return _page(request, name, await read_stored(context, name), text, 409, wrong=wrong)
+    except ShardsError as error:
+        wrong = str(error)
+        return _page(request, name, await read_stored(context, name), text, 503, wrong=wrong)
     return RedirectResponse(at("/sequence", sequence=name), 303)
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """What is planned and applied in all shards, as by the command line."""
+
+    runners: Runners
+    shards: list[Shard]
+    definitions: list[Definition]
+    moves: Mapping[str, str]
+
+    async def plan(self) -> ShardAnswers[Plan]:
+        async def make(shard: Shard) -> Plan:
+            connection = await connections.connect(shard)
+            try:
+                async with connection.transaction(isolation="repeatable_read", readonly=True):
+                    return await plan.make(
+                        connection, self.definitions, self.runners, moves=self.moves
+                    )
+            finally:
+                await connection.close()
+
+        return await ask(_explain, self.shards, make)
+
+    async def apply(self, reason: str, expected: str, brake: int | None) -> None:
+        async with changing(_explain, self.shards, connections.connect) as change:
+
+            async def set_reason(shard: Shard) -> None:
+                await bulk.set_reason(change.connections[shard], reason)
+
+            await change.on_each(set_reason)
+            await plan_of_shards.apply(
+                change,
+                self.definitions,
+                self.runners,
+                moves=self.moves,
+                expected=expected,
+                brake=brake,
+                from_files=False,
+            )
+            await change.commit(Words("the revision", plan_of_shards.again("the change")))
 
 
 def _is_brake(text: str) -> bool:

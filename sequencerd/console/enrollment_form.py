@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import asyncpg
@@ -11,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import PageContext, context_of, query_of, render
 from sequencerd.console.query import Query, WrongQueryError, as_sentence
-from sequencerd.console.tables import at
+from sequencerd.console.tables import at, at_shard
 from sequencerd.core import exact_json
 from sequencerd.core.calendar import dates
 from sequencerd.core.model import DefinitionError
@@ -20,6 +21,7 @@ from sequencerd.definitions.options import read_object
 from sequencerd.errors import UsageError
 from sequencerd.storage import bulk, connections
 from sequencerd.storage.bulk import AlreadyEnrolledError
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 FIELDS = ("sequence", "subject", "email", "data", "timezone", "step", "start", "reason")
@@ -37,7 +39,7 @@ def _page(
     status: int = 200,
     *,
     wrong: str | None = None,
-    blocking: asyncpg.Record | None = None,
+    blocking: Mapping[str, Any] | None = None,
 ) -> Response:
     definitions = context_of(request).simulator().definitions
     chosen = definitions.get(query.get("sequence") or "")
@@ -62,15 +64,35 @@ async def enroll(request: Request) -> Response:
         return _page(request, query, 422, wrong="Write a reason: it is recorded.")
     try:
         given = _read(query)
-        id_ = await _enroll(context, given, why(request, reason))
+        shard = _shard_of(context, given["subject"])
+        id_ = await _enroll(shard.shard, given, why(request, reason))
     except AlreadyEnrolledError as error:
         rows = await connections.read(
-            context.pool, "console_blocking", given["sequence"], given["subject"]
+            shard.pool, "console_blocking", given["sequence"], given["subject"]
         )
-        return _page(request, query, 409, wrong=f"{error}.", blocking=rows[0] if rows else None)
+        blocking = [_linked(shard.shard, row["id"]) | {"status": row["status"]} for row in rows]
+        return _page(request, query, 409, wrong=f"{error}.", blocking=next(iter(blocking), None))
     except UsageError as error:
         return _page(request, query, 422, wrong=as_sentence(str(error)))
-    return RedirectResponse(at(f"/enrollments/{id_}"), 303)
+    return RedirectResponse(_linked(shard.shard, id_)["url"], 303)
+
+
+def _linked(shard: Shard, id_: int) -> dict[str, str]:
+    """Return how an enrollment is named, and its page."""
+    if shard.name is None:
+        return {"label": str(id_), "url": at(f"/enrollments/{id_}")}
+    return {"label": f"{shard.name}/{id_}", "url": at_shard(shard.name, f"/enrollments/{id_}")}
+
+
+def _shard_of(context: PageContext, subject: str) -> PageContext:
+    """Return the shard of a subject, of one database itself. Raises UsageError for one of those
+    that are not shown here.
+    """
+    for part in context.parts.values() or [context]:
+        number = part.shard.number
+        if number is None or shard_of(subject, number.shards) == number.number:
+            return part
+    raise UsageError(f"{subject} belongs to another of the shards")
 
 
 def _read(query: Query) -> dict[str, Any]:
@@ -109,12 +131,9 @@ def _read(query: Query) -> dict[str, Any]:
     }
 
 
-async def _enroll(context: PageContext, given: dict[str, Any], cause: str) -> int:
-    number = context.shard.number
-    if number and shard_of(given["subject"], number.shards) != number.number:
-        raise UsageError(f"{given['subject']} belongs to another of the shards")
+async def _enroll(shard: Shard, given: dict[str, Any], cause: str) -> int:
     # not one of the pool's: the daemons are to be notified
-    connection = await connections.connect(context.shard)
+    connection = await connections.connect(shard)
     try:
         async with connection.transaction():
             id_ = await bulk.enroll(connection, **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -10,11 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.merging import in_all
 from sequencerd.console.panel import RANGES, range_of
 from sequencerd.console.query import NotFoundError, Query
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.storage import connections
 
+KEY = ("step", "way", "arm")
+TIMES = ("median", "p90")
 TIMEOUT = 20.0  # seconds: it reads the history of the range
 
 
@@ -44,11 +48,12 @@ async def funnel(request: Request) -> Response:
 
 
 async def _splits(context: PageContext, name: str) -> list[str]:
-    rows = await connections.read(context.pool, "console_splits", name)
-    if not rows:
+    found = await in_all(context, lambda part: connections.read(part.pool, "console_splits", name))
+    if not any(found.values()):
         raise NotFoundError(f"There is no sequence {name}.")
-    splits: list[str] = rows[0]["splits"]
-    return splits
+    return list(
+        dict.fromkeys(split for rows in found.values() for row in rows for split in row["splits"])
+    )
 
 
 async def read(context: PageContext, query: Query) -> Table:
@@ -57,18 +62,22 @@ async def read(context: PageContext, query: Query) -> Table:
     if split not in (None, *await _splits(context, name)):
         raise NotFoundError(f"The sequence {name} has no Split {split}.")
     since = context.now() - RANGES[range_of(query)]
-    async with context.counting_history:  # one at a time: it reads all of the history since then
-        found = await connections.read(
-            context.pool, "console_funnel", name, since, split, seconds=TIMEOUT
-        )
+
+    async def count(part: PageContext) -> list[asyncpg.Record]:
+        async with part.counting_history:  # one at a time: it reads all of the history since then
+            try:
+                return await connections.read(
+                    part.pool, "console_funnel", name, since, split, seconds=TIMEOUT
+                )
+            except asyncpg.UndefinedObjectError as error:
+                raise NotFoundError(f"There is no sequence {name}.") from error
+
     rows = [
         {
-            **dict(row),
+            **row,
             "url": at("/sequence", sequence=name, step=row["step"], range=query.get("range")),
-            "median": _seconds(row["median"]),
-            "p90": _seconds(row["p90"]),
         }
-        for row in found
+        for row in _added_up(await in_all(context, count))
     ]
     columns = (
         Column("step", "Step", link="url"),
@@ -85,6 +94,29 @@ async def read(context: PageContext, query: Query) -> Table:
         Column("p90", "90% within", "duration", optional=True),
     )
     return Table("funnel", columns, rows, query.given)
+
+
+def _added_up(found: Mapping[str | None, Iterable[asyncpg.Record]]) -> list[dict[str, Any]]:
+    """Return the rows of several shards as those of one database; what cannot be added up, such as
+    a median, is a value for each shard.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for shard, ours in found.items():
+        for one in ours:
+            row = dict(one)
+            times = {name: _seconds(row.pop(name)) for name in TIMES}
+            into = rows.setdefault(
+                tuple(row[name] for name in KEY), dict.fromkeys(TIMES) | {n: row[n] for n in KEY}
+            )
+            for name, count in row.items():
+                if name not in KEY:
+                    into[name] = into.get(name, 0) + (count or 0)
+            for name, seconds in times.items():
+                if shard is None:
+                    into[name] = seconds
+                elif seconds is not None:
+                    into[name] = {**(into[name] or {}), shard: seconds}
+    return list(rows.values())
 
 
 def _seconds(value: Any) -> float | None:

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from sequencerd.console.tables import OF_ALL, ROOT, at, at_shard
+from sequencerd.console.tables import ROOT, at, at_shard, labelled
 from sequencerd.core import describe
 from sequencerd.core.calendar.dates import zone as find_zone
 from sequencerd.core.model import DefinitionError
@@ -42,9 +42,10 @@ def make_templates() -> Environment:
         bars=bars,
         pretty=pretty,
         wakes=wakes,
+        labelled=labelled,
     )
     made.tests["in_data"] = lambda key: key.startswith("data.")
-    made.globals.update(at=at, at_shard=at_shard, of_all=OF_ALL, asset=asset)
+    made.globals.update(at=at, at_shard=at_shard, asset=asset)
     for name in made.list_templates():
         made.get_template(name)  # not while the first reader waits
     return made
@@ -110,9 +111,14 @@ def number(value: int | None, is_capped: bool = False) -> str:
     return f"{value:,}{'+' if is_capped else ''}"
 
 
-def duration(seconds: float | None) -> str:
-    """Return a duration in its two greatest units, or that there is none."""
-    return "–" if seconds is None else describe.duration(seconds)
+def duration(seconds: float | Mapping[str, float] | None) -> str:
+    """Return the two greatest units; of several shards, the range."""
+    if seconds is None:
+        return "–"
+    if isinstance(seconds, Mapping):
+        ends = dict.fromkeys(map(duration, (min(seconds.values()), max(seconds.values()))))
+        return " to ".join(ends)
+    return describe.duration(seconds)
 
 
 def days(counts: Mapping[str, int]) -> str:

@@ -62,7 +62,7 @@ async def _page(
     sequence = _sequence(context, query)
     shown, enrollment = None, query.get("enrollment")
     if enrollment is None and query.get("data") is None:
-        enrollment = await _one_at(context, query)
+        enrollment = await example(context, query)
     try:
         shown = await _mail(context, query, enrollment)
     except UsageError as error:
@@ -141,7 +141,7 @@ def _sequence(context: PageContext, query: Query) -> Sequence:
     return sequence
 
 
-async def _one_at(context: PageContext, query: Query) -> str | None:
+async def example(context: PageContext, query: Query) -> str | None:
     """Return the id of an enrollment at the step, or else the latest of the sequence."""
     sequence, step = query.must("sequence"), query.must("step")
     rows = await connections.read(context.pool, "console_example", sequence, step)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
+from sequencerd.console import views
+from sequencerd.console.context import PageContext, missing
 from sequencerd.console.lists import FURTHEST, EnrollmentPage, comparable
-from sequencerd.console.query import Query, WrongQueryError
+from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.summary import LOST, PATIENCE, Counts, Summary, SummaryRow
-from sequencerd.console.tables import at_shard
+from sequencerd.console.tables import Table, at_shard
+from sequencerd.core.describe import plain
+from sequencerd.core.model import StepKey
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
-if TYPE_CHECKING:
-    from sequencerd.console.context import PageContext
+_T = TypeVar("_T")
 
 
 class SummaryOfShards(Summary):
@@ -71,12 +73,13 @@ def merge_counts(shards: Mapping[str, Counts]) -> Counts:
     """Return the counts of several shards as those of one database."""
     every = list(shards.values())
     flow: defaultdict[tuple[str, str, str], Counter[Any]] = defaultdict(Counter)
-    stays: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for counts in every:
+    stays: defaultdict[StepKey, dict[str, float]] = defaultdict(dict)  # medians are not added up
+    for name, counts in shards.items():
         for key, days in counts.flow.items():
             flow[key] += days
         for place, seconds in counts.stays.items():
-            stays[place].append(seconds)
+            if not isinstance(seconds, Mapping):
+                stays[place][name] = seconds
     return replace(
         every[0],
         at=min(counts.at for counts in every),
@@ -96,7 +99,7 @@ def merge_counts(shards: Mapping[str, Counts]) -> Counts:
             for finding in counts.findings
         ],
         flow=flow,
-        stays={place: median(found) for place, found in stays.items()},
+        stays=stays,
         flow_since=max(filter(None, (counts.flow_since for counts in every)), default=None),
     )
 
@@ -124,9 +127,183 @@ def _one(rows: Mapping[str, SummaryRow]) -> SummaryRow:
         known = [row[name] for row in rows.values() if row[name] is not None]
         made[name] = sum(known) if known else None
     for name in made.keys() & {"status", "problem"}:
-        if len({row[name] for row in rows.values()}) > 1:
-            made[name] = "; ".join(f"{shard}: {row[name]}" for shard, row in rows.items())
+        made[name] = or_each({shard: row[name] for shard, row in rows.items()})
     return made
+
+
+def or_each(values: Mapping[str | None, _T]) -> _T | str:
+    """Return a value that is the same in all shards, or else the value of each."""
+    first, *others = values.values()
+    if all(value == first for value in others):
+        return first
+    return "; ".join(f"{shard}: {value}" for shard, value in values.items())
+
+
+# --- what is done in all shards
+
+
+async def in_all(
+    context: PageContext,
+    work: Callable[[PageContext], Awaitable[_T]],
+    *,
+    only: Collection[str] | None = None,
+) -> dict[str | None, _T]:
+    """Return what all shards answer, or `only` some, by name; of one database alone, its answer.
+    The page says which are missing. Raises the error if none answers.
+    """
+    if not context.parts:
+        return {None: await work(context)}
+    names = [name for name in context.parts if only is None or name in only]
+    answers = await asyncio.gather(
+        *(work(context.parts[name]) for name in names), return_exceptions=True
+    )
+    found: dict[str | None, _T] = {}
+    failed: list[BaseException] = []
+    for name, answer in zip(names, answers, strict=True):
+        if not isinstance(answer, BaseException):
+            found[name] = answer
+            continue
+        failed.append(answer)
+        if isinstance(answer, TRANSIENT_ERRORS):
+            missing.get()[name] = brief(answer)
+        elif not isinstance(answer, NotFoundError):  # only some may have a sequence
+            raise answer
+    if not found:
+        raise failed[0]
+    return found
+
+
+def not_in_all(found: Iterable[str | None]) -> str | None:
+    """Return where a change was made, if some shards are missing; None if it is in all."""
+    if not missing.get():
+        return None
+    names = ", ".join(missing.get())
+    return (
+        f"{', '.join(map(str, found))}, not in {names}: repeat the change when all can be reached."
+    )
+
+
+def grouped(found: Mapping[str | None, _T | None]) -> list[tuple[str | None, _T]]:
+    """Return each value once, with the names of the shards that have it, or None if all do."""
+    groups: list[tuple[list[str | None], _T]] = []
+    for name, value in found.items():
+        if value is None:
+            continue
+        for names, other in groups:
+            if value == other:
+                names.append(name)
+                break
+        else:
+            groups.append(([name], value))
+    return [
+        (None if len(names) == len(found) else ", ".join(map(str, names)), value)
+        for names, value in groups
+    ]
+
+
+def alike(
+    found: Mapping[str | None, Iterable[SummaryRow]], key: Callable[[SummaryRow], object]
+) -> list[dict[str | None, SummaryRow]]:
+    """Return the rows of shards, those that several have as one: the nth with a key is in all of
+    them the same.
+    """
+    merged: dict[tuple[object, int], dict[str | None, SummaryRow]] = {}
+    for name, rows in found.items():
+        times: Counter[object] = Counter()
+        for row in rows:
+            times[key(row)] += 1
+            merged.setdefault((key(row), times[key(row)]), {})[name] = row
+    return list(merged.values())
+
+
+# --- tables
+
+
+def _asked_of(part: PageContext, context: PageContext, query: Query) -> Query:
+    """Return what a query asks of one shard, of one database itself."""
+    if not context.parts:
+        return query
+    return query.of_shard(str(part.shard.name), context.parts) or query
+
+
+async def waiting_in_all(context: PageContext, query: Query) -> Table:
+    """Return the enrollments at a step by wake time, in the order that one database would give."""
+
+    async def of(part: PageContext) -> Table:
+        return await views.enrollments(part.pool, _asked_of(part, context, query), part.mask)
+
+    found = await in_all(context, of)
+    if None in found:
+        return found[None]
+    rows = [
+        {
+            **row,
+            "shard": name,
+            "id": f"{name}/{row['id']}",
+            "url": at_shard(name, f"/enrollments/{row['id']}"),
+        }
+        for name, table in found.items()
+        for row in table.rows
+    ]
+    rows.sort(key=lambda row: row["wake_at"])
+    shown = rows[: query.rows]
+    more: dict[str, str] | None = None
+    if len(rows) > len(shown) or any(table.more for table in found.values()):
+        more = _next_of(query, shown, [str(name) for name in found])
+    first = next(iter(found.values()))
+    return replace(first, rows=shown, query=query.given, more=more)
+
+
+def _next_of(
+    query: Query, shown: Sequence[SummaryRow], shards: Sequence[str]
+) -> dict[str, str] | None:
+    """Return where the next page begins, as `views.enrollments` does for each shard."""
+    last = shown[-1]["wake_at"]
+    given = {key: value for key, value in query.given.items() if not key.startswith("skip.")}
+    for name in shards:
+        skip = sum(row["wake_at"] == last and row["shard"] == name for row in shown)
+        if last == query.time("from", views.FIRST):
+            ours = query.of_shard(name, shards)
+            skip += ours.number("skip", 0) if ours else 0
+        if skip > views.FURTHEST:
+            return None
+        given[f"skip.{name}"] = str(skip)
+    return {**given, "from": str(plain(last))}
+
+
+async def revisions_in_all(context: PageContext, query: Query) -> Table:
+    """Return the changes of a sequence, the latest first: one that several shards have had is one
+    row, with its number in each where these differ.
+    """
+
+    async def of(part: PageContext) -> Table:
+        return await views.revisions(part.pool, _asked_of(part, context, query), part.mask)
+
+    found = await in_all(context, of)
+    if None in found:
+        return found[None]
+    rows = []
+    for same in alike(
+        {name: table.rows for name, table in found.items()},
+        lambda row: (row["by"], row["reason"], row["changes"]),
+    ):
+        name, row = next(iter(same.items()))
+        number: int | str = row["revision"]
+        url = at_shard(name, "/revision", sequence=query.must("sequence"), revision=number)
+        numbers = {shard: one["revision"] for shard, one in same.items()}
+        if len(numbers) < len(found) or len({*numbers.values()}) > 1:
+            number = ", ".join(f"{number} in {shard}" for shard, number in numbers.items())
+        rows.append({**row, "url": url, "revision": number})
+    rows.sort(key=lambda row: row["at"], reverse=True)
+    more = {f"before.{name}": table.more["before"] for name, table in found.items() if table.more}
+    for name, table in found.items():  # what has no further page is not begun anew
+        if more and not table.more:
+            more[f"before.{name}"] = "1"
+    first = next(iter(found.values()))
+    given = {key: value for key, value in query.given.items() if not key.startswith("before.")}
+    columns = [replace(one, kind="text") if one.key == "revision" else one for one in first.columns]
+    following = {**given, **more} if more else None
+    return replace(first, columns=columns, rows=rows, query=query.given, more=following)
 
 
 # --- lists
@@ -140,19 +317,23 @@ async def found_in_all(
     """Return the enrollments that all shards find, in the order that one database would give."""
     is_by_id = (query.get("sort") or "-id") == "-id" and query.get("q") is None
     before = _before(list(shards), query)
+    asked = {name: query.of_shard(name, shards) for name in shards}
+    names = [name for name, ours in asked.items() if ours is not None]
     answers = await asyncio.gather(
         *(
-            find(context, Query({**query.given, **before[name]}, query.rows))
-            for name, context in shards.items()
+            find(shards[name], Query({**ours.given, **before[name]}, query.rows))
+            for name, ours in asked.items()
+            if ours is not None
         ),
         return_exceptions=True,
     )
     found: dict[str, EnrollmentPage] = {}
     remarks = []
-    for name, answer in zip(shards, answers, strict=True):
+    for name, answer in zip(names, answers, strict=True):
         if isinstance(answer, EnrollmentPage):
             found[name] = answer
         elif isinstance(answer, TRANSIENT_ERRORS):
+            missing.get()[name] = brief(answer)
             remarks.append(f"The shard {name} is missing here: {brief(answer)}.")
         else:
             raise answer

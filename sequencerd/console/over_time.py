@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.merging import in_all
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError, as_sentence
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import Column, Table, at
@@ -109,12 +110,47 @@ class Activity:
 
 
 async def read(
+    context: PageContext, definitions: Mapping[str, Sequence], chosen: TimeRange
+) -> Activity:
+    """Return what happened in the range, of a sequence or step or of all."""
+
+    async def of(part: PageContext) -> Activity:
+        return await _read_one(part.pool, await part.summary.get(), definitions, chosen)
+
+    return _added_up([*(await in_all(context, of)).values()])
+
+
+def _added_up(parts: list[Activity]) -> Activity:
+    """Return the activity of several shards as that of one database."""
+    first, *others = parts
+    times = {
+        measure: defaultdict(Counter, {key: Counter(by_time) for key, by_time in known.items()})
+        for measure, known in first.times.items()
+    }
+    longest = {key: dict(delays) for key, delays in first.longest.items()}
+    for part in others:
+        for measure, found in part.times.items():
+            for key, by_time in found.items():
+                times[measure][key].update(by_time)
+        for key, delays in part.longest.items():
+            known = longest.setdefault(key, {})
+            known |= {at: max(delay, known.get(at, 0)) for at, delay in delays.items()}
+    until = [part.counted_until for part in parts]
+    known_until = [at for at in until if at is not None]
+    return Activity(
+        times,
+        longest,
+        min(known_until) if len(known_until) == len(until) else None,
+        any(part.is_capped for part in parts),
+    )
+
+
+async def _read_one(
     pool: asyncpg.Pool,
     counts: Counts | None,
     definitions: Mapping[str, Sequence],
     chosen: TimeRange,
 ) -> Activity:
-    """Return what happened in the range, of a sequence or step or of all."""
     sequence, step = chosen.sequence, chosen.step
     recent_since = counts.recent_since if counts else None
     until = min(chosen.until, recent_since or chosen.until)
@@ -354,6 +390,4 @@ async def _read(context: PageContext, query: Query) -> tuple[TimeRange, Activity
     if step is not None and sequence is not None and step not in definitions[sequence].steps:
         raise NotFoundError(f"The sequence {sequence} has no step {step}.")
     chosen = range_of(query, context.now())
-    counts = await context.summary.get()
-    activity = await read(context.pool, counts, definitions, chosen)
-    return chosen, activity
+    return chosen, await read(context, definitions, chosen)

@@ -30,8 +30,10 @@ from sequencerd.console.context import (
     POLICY,
     PageContext,
     context_of,
+    missing,
     query_of,
     render,
+    to_its_shard,
 )
 from sequencerd.console.lists import (
     COLUMNS,
@@ -43,7 +45,13 @@ from sequencerd.console.lists import (
 )
 from sequencerd.console.live import COUNTS
 from sequencerd.console.mask import MaskedRow, MaskRow
-from sequencerd.console.merging import found_in_all
+from sequencerd.console.merging import (
+    found_in_all,
+    grouped,
+    in_all,
+    revisions_in_all,
+    waiting_in_all,
+)
 from sequencerd.console.query import (
     MOST_ROWS,
     PAGE,
@@ -53,7 +61,7 @@ from sequencerd.console.query import (
     as_sentence,
 )
 from sequencerd.console.summary import MOST_CAUSES, Counts
-from sequencerd.console.tables import Table, as_csv, as_json, at
+from sequencerd.console.tables import Column, Table, as_csv, as_json, at, at_shard
 from sequencerd.console.views import EnrollmentHistory
 from sequencerd.core.model import NEXT, Sequence
 from sequencerd.core.what_next import what_next
@@ -62,6 +70,9 @@ from sequencerd.definitions import drawing
 MAX_FORM = 100_000  # bytes, of a visitor who has not logged in
 MAX_FORM_OF_USERS = 4_000_000  # a megabyte of YAML is up to three in a form
 PROGRAMS_WAIT = 10.0  # seconds, for the first counts: nothing fills their tables by itself
+
+OF_ENROLLMENTS = {"events": "id", "simulation": "enrollment"}
+"""The tables of an enrollment, by its query parameter."""
 
 COUNTED = ("overview", "steps", "failures", "health", "coming")
 """The tables that are made of the counts."""
@@ -153,11 +164,11 @@ async def sequence(request: Request) -> Response:
         raise NotFoundError(f"The sequence {name} has no step {step}.")
     counts = await context.summary.get()
     chosen_range = panel.range_of(query)
-    flow = await panel.flow(context, counts, name, chosen_range)
-    enrollments = await views.enrollments(context.pool, query, context.mask) if step else None
-    revisions = await views.revisions(context.pool, query, context.mask)
-    schedule = await views.schedule(context.pool, name, context.mask)
-    brake = await views.brake(context.pool, name)
+    flow = await panel.flow(context, name, chosen_range)
+    enrollments = await waiting_in_all(context, query) if step else None
+    revisions = await revisions_in_all(context, query)
+    schedules = await in_all(context, lambda part: views.schedule(part.pool, name, part.mask))
+    brakes = await in_all(context, lambda part: views.brake(part.pool, name))
     known = counts.sequences if counts else []
     row = next((row for row in known if row["name"] == name), {})
     steps = views.steps(counts, query) if counts else None
@@ -177,8 +188,10 @@ async def sequence(request: Request) -> Response:
         description=row.get("description"),
         status=row.get("status") or ("paused" if definition.paused else "active"),
         definition=definition,
-        schedule=schedule,
-        brake=brake,
+        schedules=grouped(schedules),
+        brakes=grouped(brakes),
+        is_same=_is_same(context, name),
+        places=await _places(context, query) if context.parts else None,
         graph=json.dumps(_graph(definition, steps, step, flow, query)),
         panel=beside,
         ranges=list(panel.RANGES),
@@ -191,6 +204,41 @@ async def sequence(request: Request) -> Response:
     )
     answer.headers["Content-Security-Policy"] = f"{POLICY}; frame-src 'self'"
     return answer
+
+
+async def _places(context: PageContext, query: Query) -> Table:
+    """Return what each shard has of a sequence, with the way to its page there."""
+    found = await in_all(context, lambda part: part.summary.get())
+    rows = [
+        {**row, "shard": shard, "url": at_shard(shard, "/sequence", **query.given)}
+        for shard, counts in found.items()
+        if counts
+        for row in views.overview(counts, query).rows
+        if row["sequence"] == query.must("sequence")
+    ]
+    columns = (
+        Column("shard", "Shard", link="url"),
+        Column("status", "Status", "code"),
+        Column("active", "Active", "number"),
+        Column("overdue", "Overdue", "number", optional=True),
+        Column("failed", "Failed", "number", optional=True),
+    )
+    return Table("shards", columns, rows, query.given)
+
+
+def _is_same(context: PageContext, name: str) -> bool:
+    """Return whether all shards have the same definition of a sequence."""
+    found = [part.simulator().definitions.get(name) for part in context.parts.values()]
+    return len({one and _signature(one) for one in found}) <= 1
+
+
+def _signature(definition: Sequence) -> str:
+    steps = [
+        (one.name, one.type, one.config, one.next_step, one.alt_next_step)
+        for one in definition.steps.values()
+    ]
+    shown = definition.first_step, definition.timezone, steps
+    return json.dumps(shown, default=str, sort_keys=True)
 
 
 def _definition(context: PageContext, name: str) -> Sequence:
@@ -350,17 +398,20 @@ async def table(request: Request) -> Response:
     limit = query_of(request).number("limit", PAGE)
     query = query_of(request, max(1, min(limit, MOST_ROWS)))
     name, form = request.path_params["name"], request.path_params["form"]
+    if name in OF_ENROLLMENTS and (elsewhere := to_its_shard(request, OF_ENROLLMENTS[name])):
+        return elsewhere
     write = {"json": as_json, "csv": as_csv}.get(form)
     made = await _table(request, context, name, query)
     if write is None or made is None:
         raise NotFoundError("There is no such table.")
-    return write(made)
+    answer = write(made)
+    if without := {**context.summary.missing, **missing.get()}:
+        answer.headers["X-Missing-Shards"] = ", ".join(without)
+    return answer
 
 
 async def _table(request: Request, context: PageContext, name: str, query: Query) -> Table | None:
     counts = None
-    if context.parts and name not in (*COUNTED, "search"):
-        return None  # each shard has its own
     if name in COUNTED:
         counts = await context.summary.get(PROGRAMS_WAIT)
         if counts is None:
@@ -379,16 +430,18 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
         case "funnel":
             return await funnel.read(context, query)
         case "enrollments":
-            return await views.enrollments(context.pool, query, context.mask)
+            return await waiting_in_all(context, query)
         case "revisions":
-            return await views.revisions(context.pool, query, context.mask)
+            return await revisions_in_all(context, query)
         case "search":
             return (await _found(context, without_usual_columns(query))).table
-        case "events":
+        case "shards" if context.parts:
+            return await _places(context, query)
+        case "events" if not context.parts:
             found_journey = await _journey(request, query.number("id", 0), query)
             return found_journey.events
         case "suppressions":
-            return (await suppressing.read(request, query)).table
+            return (await suppressing.read(context, request.state.visitor, query)).table
         case "activity" | "activity-steps":
             return await over_time.tables(context, name, query)
         case "simulation":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,6 +13,7 @@ import asyncpg
 from sequencerd.console import mail
 from sequencerd.console.causes import causes
 from sequencerd.console.context import PageContext
+from sequencerd.console.merging import in_all
 from sequencerd.console.query import Query, WrongQueryError
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import at
@@ -43,11 +44,18 @@ def range_of(query: Query) -> str:
     return name
 
 
-async def flow(context: PageContext, counts: Counts | None, sequence: str, name: str) -> StepFlow:
+async def flow(context: PageContext, sequence: str, name: str) -> StepFlow:
     """Return what happened in a range: from the counts by hour, and the history since these. Where
     no daemon has counted by hour yet, it is counted by day, for two weeks.
     """
-    now = context.now()
+    total: Counter[tuple[str, str]] = Counter()
+    for found in (await in_all(context, lambda part: _flow(part, sequence, name))).values():
+        total.update(found)
+    return total
+
+
+async def _flow(context: PageContext, sequence: str, name: str) -> Counter[tuple[str, str]]:
+    counts, now = await context.summary.get(), context.now()
     since = (now - RANGES[name]).replace(minute=0, second=0, microsecond=0)
     found: Counter[tuple[str, str]] = Counter()
     if counts and counts.activity_until is None:
@@ -134,7 +142,9 @@ async def panel(
 ) -> StepPanel:
     """Return what is known of a step."""
     place = {"sequence": definition.name, "step": step.name}
-    bars, never, is_capped = await _wakes(context.pool, definition.name, step.name)
+    bars, never, is_capped = _added_up(
+        (await in_all(context, lambda part: _wakes(part.pool, *place.values()))).values()
+    )
     found = causes(counts, context.mask) if counts else []
     here: list[dict[str, Any]] = [
         {
@@ -219,3 +229,28 @@ async def _wakes(pool: asyncpg.Pool, sequence: str, step: str) -> tuple[list[Wak
     ]
     never = sum(row["number"] for row in rows if row["bar"] is None)
     return bars, never, sum(bar.number for bar in bars) + never >= MOST_WAKES
+
+
+def _added_up(
+    parts: Collection[tuple[list[WakeBar], int, bool]],
+) -> tuple[list[WakeBar], int, bool]:
+    """Return the same for several shards, whose periods are not the same: each is counted in the
+    one that has its middle.
+    """
+    if len(parts) == 1:
+        return next(iter(parts))
+    every = [bar for bars, _, _ in parts for bar in bars]
+    never, is_capped = sum(part[1] for part in parts), any(part[2] for part in parts)
+    if not every:
+        return [], never, is_capped
+    least = min(bar.since for bar in every)
+    width = (max(bar.until for bar in every) - least) / BARS
+    numbers: Counter[int] = Counter()
+    for bar in every:
+        middle = bar.since + (bar.until - bar.since) / 2
+        numbers[min(int((middle - least) / width), BARS - 1)] += bar.number
+    bars = [
+        WakeBar(least + n * width, least + (n + 1) * width, number)
+        for n, number in sorted(numbers.items())
+    ]
+    return bars, never, is_capped

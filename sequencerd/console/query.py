@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sequencerd.core.model import NEVER
+
+_ID = re.compile(r"([^/\s]+)/[0-9]+")
 
 PAGE = 50  # rows
 MOST_ROWS = 1000  # of a table that a program asks for
@@ -44,6 +47,32 @@ class Query:
         if (value := self.get(name)) is None:
             raise WrongQueryError(f"{_said(name)} is missing from the address of this page")
         return value
+
+    def of_shard(self, name: str, shards: Collection[str]) -> Query | None:
+        """Return what a query over all shards asks of one: with the numbers of its ids such as
+        b/17, and where its own page begins, as `skip.b` says. None if it names enrollments of
+        others alone. Raises WrongQueryError for an id that is in no shard.
+        """
+        given: dict[str, str] = {}
+        for key, value in self.given.items():
+            parameter, dot, shard = key.rpartition(".")
+            if not dot or shard not in shards:
+                given.setdefault(key, value)
+            elif shard == name:
+                given[parameter] = value
+        text = given.get("q")
+        if text is not None and (found := _ID.fullmatch(text)) and found[1] in shards:
+            given["id"] = given.pop("q")
+        if (named := given.pop("id", None)) is None:
+            return Query(given, self.rows)
+        numbers = []
+        for part in named.split(","):
+            shard, _, number = part.rpartition("/")
+            if shard not in shards:
+                raise WrongQueryError(f"write the id with its shard, such as {name}/{number}")
+            if shard == name:
+                numbers.append(number)
+        return Query({**given, "id": ",".join(numbers)}, self.rows) if numbers else None
 
     def number(self, name: str, default: int) -> int:
         """Return a number from 0 on."""

@@ -18,20 +18,26 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console import pages, views
-from sequencerd.console.app import WithHeaders, guarded_routes, make_console, routes_of_access, said
+from sequencerd.console import mail, pages, simulating
+from sequencerd.console.actions import BulkChanges
+from sequencerd.console.app import WithHeaders, guarded_routes, make_console, routes_of_pages, said
 from sequencerd.console.auth import Auth
-from sequencerd.console.context import PageContext, context_of, query_of, render, unmasked
-from sequencerd.console.live import COUNTS, LiveTopics
-from sequencerd.console.merging import SummaryOfShards
+from sequencerd.console.context import (
+    PageContext,
+    context_of,
+    query_of,
+    to_its_shard,
+    unmasked,
+)
+from sequencerd.console.live import LiveTopics
+from sequencerd.console.merging import SummaryOfShards, in_all
 from sequencerd.console.query import NotFoundError
 from sequencerd.console.sessions import SessionsOfShards
-from sequencerd.console.tables import Column, Table, at_shard, place
+from sequencerd.console.tables import at_shard, place
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
 from sequencerd.settings import ConsoleSettings
 from sequencerd.storage.connections import Shard
-from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 
 class ServedShard(NamedTuple):
@@ -76,12 +82,17 @@ def make_console_of_shards(served: Sequence[ServedShard], log: FilteringBoundLog
                 console.state.unmasked = unmasked(contexts[name])
             summary = SummaryOfShards({name: one.summary for name, one in contexts.items()})
             live = LiveTopics(first.pool, summary)
+            actions = BulkChanges(log)
+            stack.push_async_callback(actions.close)
             app.state.console = replace(
                 first,
-                settings=first.settings.model_copy(update={"write": False}),
+                settings=first.settings.model_copy(
+                    update={"write": all(one.settings.write for one in contexts.values())}
+                ),
                 auth=auth,
                 summary=summary,
                 live=live,
+                actions=actions,
                 simulator=simulator,
                 parts=contexts,
             )
@@ -106,15 +117,11 @@ def make_console_of_shards(served: Sequence[ServedShard], log: FilteringBoundLog
     get, _ = guarded_routes(log)
     return Starlette(
         routes=[
-            get("/", pages.overview),
-            get("/sequence", sequence),
+            *routes_of_pages(log),
             get("/enrollments/{shard}/{id:int}", enrollment),
-            get("/failures", pages.failures),
-            get("/health", pages.health),
-            get("/search", pages.search),
-            get("/tables/{name}.{form}", pages.table),
-            get("/live", pages.stream),
-            *routes_of_access(log),
+            get("/simulate", in_its_shard(simulating.simulate, "enrollment")),
+            get("/message", message),
+            get("/data", in_its_shard(no_such_page, "id"), "operator"),
             *(
                 Mount(f"/shards/{name}", _ShardLinks(console, name))
                 for name, console in consoles.items()
@@ -149,39 +156,23 @@ async def enrollment(request: Request) -> Response:
     return RedirectResponse(at_shard(name, f"/enrollments/{number}"))
 
 
-async def sequence(request: Request) -> Response:
-    """A sequence in all shards: its steps, and where to go on."""
+def in_its_shard(page: pages.Page, key: str) -> pages.Page:
+    """Return a page that leads to that of a shard if its parameter `key` is an id such as b/17."""
+
+    async def of_all(request: Request) -> Response:
+        return to_its_shard(request, key) or await page(request)
+
+    return of_all
+
+
+async def message(request: Request) -> Response:
+    """Lead to the message of a step in a shard that has an enrollment to show it for."""
     context, query = context_of(request), query_of(request)
-    name = query.must("sequence")
-    if name not in context.simulator().definitions:
-        raise NotFoundError(f"There is no sequence {name}.")
-    counts = await context.summary.get()
-    rows = []
-    for shard, part in context.parts.items():
-        try:
-            ours = await part.summary.get()
-        except TRANSIENT_ERRORS:  # the page says that it is missing
-            continue
-        known = views.overview(ours, query).rows if ours else []
-        rows += [
-            {**row, "shard": shard, "url": at_shard(shard, "/sequence", **query.given)}
-            for row in known
-            if row["sequence"] == name
-        ]
-    columns = (
-        Column("shard", "Shard", link="url"),
-        Column("status", "Status", "code"),
-        Column("active", "Active", "number"),
-        Column("overdue", "Overdue", "number", optional=True),
-        Column("failed", "Failed", "number", optional=True),
-    )
-    return render(
-        request,
-        "shards.html",
-        title=name,
-        live=COUNTS,
-        version=context.summary.version,
-        counts=counts,
-        steps=views.steps(counts, query) if counts else None,
-        places=Table("shards", columns, rows, query.given),
-    )
+    found = await in_all(context, lambda part: mail.example(part, query))
+    name, id_ = next(((name, id_) for name, id_ in found.items() if id_), (next(iter(found)), None))
+    return RedirectResponse(at_shard(name, "/message", **{"enrollment": id_, **query.given}))
+
+
+async def no_such_page(_: Request) -> Response:
+    """Refuse what is an enrollment's, which is in one shard."""
+    raise NotFoundError("Give the id with its shard, such as b/17.")

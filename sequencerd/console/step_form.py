@@ -28,20 +28,20 @@ async def ask(request: Request) -> Response:
     name = query.must("sequence")
     stored = await editing.read_stored(context_of(request), name)
     text = await editing.read_yaml(context_of(request), name, None)
-    return _form(request, query, text, stored.revision)
+    return _form(request, query, text, stored.base)
 
 
 async def of_edited(request: Request) -> Response:
     """Show the form for a step of a text that is being edited."""
     query = Query(request.state.form)
-    return _form(request, query, editing.text_of(query), query.number("base", 0))
+    return _form(request, query, editing.text_of(query), query.must("base"))
 
 
 def _form(
     request: Request,
     query: Query,
     text: str,
-    base: int,
+    base: str,
     wrong: str | None = None,
 ) -> Response:
     step = query.must("step")
@@ -96,7 +96,7 @@ async def change(request: Request) -> Response:
     try:
         edited = await asyncio.to_thread(yaml_edit.set_values, text, values)
     except yaml_edit.EditError as error:
-        return _form(request, query, text, query.number("base", 0), f"Use the editor: {error}.")
+        return _form(request, query, text, query.must("base"), f"Use the editor: {error}.")
     request.state.form = {**request.state.form, "text": edited, "action": "plan"}
     return await editing.change(request)
 

@@ -56,6 +56,9 @@ LOST = "lost"
 """The version of what can't be read: a page that asks for it hears that."""
 
 SummaryRow = Mapping[str, Any]
+Seconds = float | Mapping[str, float]
+"""A duration; a median of several shards for each of them."""
+
 DailyFlow = Mapping[tuple[str, str, str], Counter[date]]
 """Of a sequence, a step and an action, how often it happened on which day."""
 
@@ -73,7 +76,7 @@ class Counts:
     problems: list[SummaryRow]  # that daemons report
     findings: list[Diagnosis]  # of doctor
     flow: DailyFlow
-    stays: Mapping[StepKey, float]  # the median in seconds
+    stays: Mapping[StepKey, Seconds]  # the median
     flow_since: date | None  # from this day on the flow is known
     recent: list[SummaryRow]  # events that the daemon has not counted by hour
     recent_since: datetime | None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import asyncpg
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from sequencerd.console.auth import Visitor
 from sequencerd.console.changing import reason_of, why
-from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.context import PageContext, context_of, query_of, render, say
 from sequencerd.console.mask import HIDDEN, MaskedRow
+from sequencerd.console.merging import alike, in_all, not_in_all
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.model import Undeliverable
@@ -50,8 +53,13 @@ class SuppressionPage:
 async def page(request: Request) -> Response:
     """List what is suppressed, and what was removed from the list lately."""
     context, query = context_of(request), query_of(request)
-    found = await read(request, query)
-    removed = await connections.read(context.pool, "console_unsuppressed")
+    found = await read(context, request.state.visitor, query)
+    removed = await in_all(
+        context, lambda part: connections.read(part.pool, "console_unsuppressed")
+    )
+    told = itemgetter("channel", "topic", "source", "reason")
+    latest = [next(iter(same.values())) for same in alike(removed, told)]
+    latest.sort(key=lambda row: row["removed_at"], reverse=True)
     return render(
         request,
         "suppressions.html",
@@ -64,41 +72,52 @@ async def page(request: Request) -> Response:
         sources=SOURCES,
         is_masked=context.is_masked,
         is_filtered=any(query.get(name) for name in FILTERS),
-        removed=[context.mask({**row, "message": row["reason"]}) for row in removed],
+        removed=[context.mask({**row, "message": row["reason"]}) for row in latest],
     )
 
 
 async def _channels(context: PageContext) -> list[str]:
-    rows = await connections.read(context.pool, "console_channels")
-    return [row["channel"] for row in rows]
+    found = await in_all(context, lambda part: connections.read(part.pool, "console_channels"))
+    return sorted({row["channel"] for rows in found.values() for row in rows})
 
 
-async def read(request: Request, query: Query) -> SuppressionPage:
+async def read(context: PageContext, visitor: Visitor, query: Query) -> SuppressionPage:
     """Return a page of the entries that match, in the order of channels and addresses."""
-    context = context_of(request)
     is_masked = context.is_masked  # whatever path is masked may hold an address
-    is_linked = not is_masked and context.settings.write and request.state.visitor.may("operator")
+    is_linked = not is_masked and context.settings.write and visitor.may("operator")
     if is_masked and query.get("address"):
         raise WrongQueryError(MASKED)
     channel, given = query.get("channel"), query.get("address") or ""
     channels = [channel] if channel else await _channels(context)
-    rows = await connections.read(
-        context.pool,
-        "console_suppressions",
-        channels,
-        [normalise(given) if one in ("email", "sms") else given.strip() for one in channels],
-        _LAST_CHARACTER,
-        query.get("topic"),
-        query.get("source"),
-        [query.get(f"after_{name}") or "" for name in KEY],
-        query.rows + 1,
-        MOST_SCANNED,
-    )
-    scanned = next((row for row in rows if row["is_last"]), None)
-    matching = [row for row in rows if not row["is_last"]]
-    shown = matching[: query.rows]
-    is_cut = len(matching) <= query.rows and scanned is not None
-    last = scanned if is_cut else shown[-1] if len(matching) > query.rows else None
+    prefixes = [normalise(given) if one in ("email", "sms") else given.strip() for one in channels]
+    after = [query.get(f"after_{name}") or "" for name in KEY]
+
+    async def search(part: PageContext) -> list[asyncpg.Record]:
+        return await connections.read(
+            part.pool,
+            "console_suppressions",
+            channels,
+            prefixes,
+            _LAST_CHARACTER,
+            query.get("topic"),
+            query.get("source"),
+            after,
+            query.rows + 1,
+            MOST_SCANNED,
+        )
+
+    entries: dict[tuple[str, ...], asyncpg.Record] = {}  # all shards should have the same
+    ends: list[asyncpg.Record] = []  # up to which they were searched
+    for rows in (await in_all(context, search)).values():
+        matching = [row for row in rows if not row["is_last"]]
+        entries = {_key_of(row): row for row in matching} | entries
+        ends += [row for row in rows if row["is_last"] and len(matching) <= query.rows]
+        ends += matching[query.rows :]
+    end = min(ends, key=_key_of, default=None)
+    every = [entries[key] for key in sorted(entries) if end is None or key <= _key_of(end)]
+    shown = every[: query.rows]
+    is_cut = len(every) <= query.rows and end is not None
+    last = end if is_cut else shown[-1] if len(every) > query.rows else None
     more = None
     if last is not None and not is_masked:  # the address of the next page would tell it
         more = {**query.given, **{f"after_{name}": last[name] for name in KEY}}
@@ -112,6 +131,10 @@ async def read(request: Request, query: Query) -> SuppressionPage:
     )
     found = [_shown(context, row, is_masked=is_masked) for row in shown]
     return SuppressionPage(Table("suppressions", columns, found, query.given, more), is_cut)
+
+
+def _key_of(row: asyncpg.Record) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
 
 
 def _shown(context: PageContext, row: Mapping[str, Any], *, is_masked: bool) -> MaskedRow:
@@ -153,10 +176,17 @@ async def suppress(request: Request) -> Response:
     if (reason := reason_of(query)) is None:
         return _form(request, query, "Write a reason: it is recorded.", 422)
     entry = Undeliverable(channel, address, why(request, reason), "console")
-    async with connections.borrow(context.pool) as connection:
-        known = await _entries(connection, channel, address, topic)
-        if known or not await suppressions.add(connection, [entry], topic):
-            return _form(request, query, "This address is suppressed already.", 409)
+
+    async def add(part: PageContext) -> bool:
+        async with connections.borrow(part.pool) as connection:
+            known = await _entries(connection, channel, address, topic)
+            return not known and bool(await suppressions.add(connection, [entry], topic))
+
+    added = await in_all(context, add)
+    if wrong := not_in_all(added):
+        return _form(request, query, f"Suppressed in {wrong}", 503)
+    if not any(added.values()):
+        return _form(request, query, "This address is suppressed already.", 409)
     shown = None if context.is_masked else address
     return RedirectResponse(at("/suppressions", channel=channel, address=shown), 303)
 
@@ -201,8 +231,14 @@ async def _entry(
     request: Request, query: Query, wrong: str | None = None, status: int = 200
 ) -> Response:
     context, key = context_of(request), _key(query)
-    async with connections.reading(context.pool) as connection:
-        entries = await _entries(connection, *key)
+
+    async def find(part: PageContext) -> list[asyncpg.Record]:
+        async with connections.reading(part.pool) as connection:
+            return await _entries(connection, *key)
+
+    found = await in_all(context, find)
+    same = alike(found, lambda row: (row["source"], row["reason"]))
+    entries = [next(iter(rows.values())) for rows in same]
     if not entries:
         channel, _, topic = key
         about = "all topics" if topic == EVERYTHING else f"the topic {topic}"
@@ -220,7 +256,7 @@ async def _entry(
     )
 
 
-def _made_by_others(entries: list[asyncpg.Record]) -> list[str]:
+def _made_by_others(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the sources that a recipient or a mail server stands behind."""
     return sorted({row["source"] for row in entries} - {*BY_HAND})
 
@@ -232,13 +268,26 @@ async def remove(request: Request) -> Response:
     if (reason := reason_of(query)) is None:
         return await _entry(request, query, "Write a reason: it is recorded.", 422)
     sources = None if query.get("confirmed") else BY_HAND
-    async with connections.borrow(context.pool) as connection, connection.transaction():
-        await bulk.set_reason(connection, why(request, reason))
-        await connection.execute(
-            QUERIES["console_unsuppress"], channel, _forms(channel, address), topic, sources
+
+    async def remove_from(part: PageContext) -> list[asyncpg.Record]:
+        async with connections.borrow(part.pool) as connection, connection.transaction():
+            await bulk.set_reason(connection, why(request, reason))
+            await connection.execute(
+                QUERIES["console_unsuppress"], channel, _forms(channel, address), topic, sources
+            )
+            return await _entries(connection, channel, address, topic)
+
+    left = await in_all(context, remove_from)
+    if wrong := not_in_all(left):
+        return say(
+            request,
+            503,
+            "Not removed everywhere",
+            f"Removed in {wrong}",
+            link=("/suppressions", "Suppressions"),
         )
-        left = await _entries(connection, channel, address, topic)
-    if left:
-        wrong = f"Confirm that messages may be sent again despite: {left[0]['source']}."
-        return await _entry(request, query, wrong, 422)
+    for rows in left.values():
+        if rows:
+            wrong = f"Confirm that messages may be sent again despite: {rows[0]['source']}."
+            return await _entry(request, query, wrong, 422)
     return RedirectResponse(at("/suppressions", channel=channel), 303)

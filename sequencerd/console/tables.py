@@ -83,17 +83,22 @@ def at(path: str, **query: object) -> str:
     return ROOT + quote(place.get() + path) + query_string
 
 
-OF_ALL = ("/", "/failures", "/search", "/health")
-"""The pages of all shards together; all others are of one."""
+_OF_SHARD = "/shards/"
 
 
 def at_shard(name: str | None, path: str, **query: object) -> str:
-    """Return the URL of a page of one shard, or of all, where it may be the overview instead."""
-    token = place.set("" if name is None else f"/shards/{name}")
+    """Return the URL of a page of one shard, or of all."""
+    token = place.set("" if name is None else f"{_OF_SHARD}{name}")
     try:
-        return at(path if name is not None or path in OF_ALL else "/", **query)
+        return at(path, **query)
     finally:
         place.reset(token)
+
+
+def labelled(id_: int | str) -> str:
+    """Return the id of an enrollment with the shard whose page this is, such as b/17."""
+    shard = place.get().removeprefix(_OF_SHARD)
+    return f"{shard}/{id_}" if shard else str(id_)
 
 
 def as_json(table: Table) -> Response:

@@ -63,7 +63,7 @@ class Change:
         """Do a part of the work on one shard. Raises SequencerdError if it refuses."""
         return (await ask_all(self._explain, [shard], work, otherwise=NOTHING))[shard]
 
-    async def commit(self, words: Words, warn: Callable[[str], None]) -> None:
+    async def commit(self, words: Words, warn: Callable[[str], None] = lambda _: None) -> None:
         """Commit on one shard after the other, if all can. Raises ShardsError, with where a
         failure leaves them; an interruption is described by `warn`.
         """
