@@ -5,16 +5,16 @@
 --   enrollments   one row for each journey of a subject through a sequence: where it is, when it wakes
 --   events        what happened: append only, partitioned by month
 --   revisions     former definitions: a document for each change, however it was made
---   topics        what messages are about, in the words of their recipients
+--   topics        what messages are about, in words for their recipients
 --   reservations  side effects that limits count
---   rates         until when permits for calls of runners with a limited rate are taken
+--   rates         up to when permits are taken, for runners with a limited rate
 --   brakes        side effects that brakes count, and which sequences they have paused
 --   suppressions  addresses to which no messages are sent, for one topic or all
---   removed_suppressions  which of them were removed, by which user and why
---   holidays      days on which windows do not open, and which are no business days
---   daemons       which daemons run, and until when each is taken to be alive
+--   removed_suppressions  removed entries: by which user and why
+--   holidays      days on which windows do not open, and which are not business days
+--   daemons       which daemons run, and until when each is considered alive
 --   problems      what daemons report for operators
---   scheduled_runs  when what a query returns was last enrolled, and when it is next
+--   scheduled_runs  the last and the next run of sequences that enroll by a query
 --   shard         which of several shards this schema is
 --   migrations    which files of sql/ have been applied
 --
@@ -40,7 +40,7 @@
 -- a bulk load. Manual changes are recorded with the user's name and the reason given by SET LOCAL
 -- sequencer.reason = '...'.
 --
--- The advisory locks, all with 7364528 as their first number (store.AdvisoryLock):
+-- The advisory locks, all with 7364528 as their first number (AdvisoryLock in storage/statements.py):
 --
 --   1  migrations   migrate: one process at a time
 --   2  retention    drop_event_partition and delete_ended: one daemon at a time
@@ -53,7 +53,7 @@
 -- Names and subjects are compared byte by byte (COLLATE "C"): this is faster than the rules of a
 -- language, and no update of the system's libraries can corrupt their indexes.
 
--- IF NOT EXISTS would ask for the right to create schemas, though an administrator has made this one.
+-- IF NOT EXISTS would require the privilege to create schemas, even if an administrator has created this one.
 DO $$ BEGIN
     IF to_regnamespace('sequencer') IS NULL THEN
         CREATE SCHEMA sequencer;
@@ -118,8 +118,8 @@ CREATE TABLE sequencer.sequences (
 );
 
 COMMENT ON TABLE  sequencer.sequences IS 'Named graphs of steps.';
-COMMENT ON COLUMN sequencer.sequences.description IS 'What the sequence is for; no effect.';
-COMMENT ON COLUMN sequencer.sequences.original_id IS 'Its id and title in the original Sequencer, if it was imported: so that another import finds it.';
+COMMENT ON COLUMN sequencer.sequences.description IS 'What the sequence is for, for operators; has no effect.';
+COMMENT ON COLUMN sequencer.sequences.original_id IS 'Its id and title in the original Sequencer, if it was imported; another import recognises it by this.';
 COMMENT ON COLUMN sequencer.sequences.first_step IS 'Where an enrollment starts unless it names a step.';
 COMMENT ON COLUMN sequencer.sequences.timezone IS 'IANA name; the default for enrollments without a time zone of their own.';
 COMMENT ON COLUMN sequencer.sequences.status IS 'paused: nothing is executed, but time passes. archived: no new enrollments; existing ones continue.';
@@ -127,16 +127,16 @@ COMMENT ON COLUMN sequencer.sequences.reentry IS 'When a subject may be enrolled
 COMMENT ON COLUMN sequencer.sequences.reentry_after IS 'With the reentry policy after: how long after the end of its previous enrollment a subject may be enrolled again. One unit: months, days, or a time.';
 COMMENT ON COLUMN sequencer.sequences.lookup IS 'The source of external data about subjects: an endpoint of the settings, an installed Python function, or an SQL function such as app.plans.';
 COMMENT ON COLUMN sequencer.sequences.recheck IS 'How often goals and conditions that read external data are evaluated.';
-COMMENT ON COLUMN sequencer.sequences.time_window IS 'When its side effects may begin, as the key window of a file; NULL: at any time. Named so since WINDOW is a reserved word.';
+COMMENT ON COLUMN sequencer.sequences.time_window IS 'When its side effects may begin, as in the key window of a file; NULL: at any time. The name differs because WINDOW is a reserved word.';
 COMMENT ON COLUMN sequencer.sequences.locale IS 'The path of the language of a subject, such as data.language, which chooses among the texts of messages; NULL: data.locale.';
 COMMENT ON COLUMN sequencer.sequences.partials IS 'Templates by name, which the messages of the sequence use as {{> name}}.';
-COMMENT ON COLUMN sequencer.sequences.topic IS 'What its side effects are about, unless their configs have a topic: suppressions of this topic hold for them.';
-COMMENT ON COLUMN sequencer.sequences.enroll IS 'Enrolls what a view or function returns, by a schedule: {"from": "app.overdue", "schedule": "0 9 * * 1-5", "at_most": 1000}; instead of schedule, "every": {"amount": 1, "unit": "hours"}.';
+COMMENT ON COLUMN sequencer.sequences.topic IS 'What its side effects are about, unless their configs have a topic. Suppressions of this topic apply to them.';
+COMMENT ON COLUMN sequencer.sequences.enroll IS 'Enrolls the subjects that a view or function returns, on a schedule: {"from": "app.overdue", "schedule": "0 9 * * 1-5", "at_most": 1000}; instead of schedule, "every": {"amount": 1, "unit": "hours"}.';
 COMMENT ON COLUMN sequencer.sequences.brake_at_most IS 'If more side effects than this would begin in brake_per, the sequence is paused instead.';
 COMMENT ON COLUMN sequencer.sequences.brake_per IS 'The period of the brake, in hours to seconds.';
-COMMENT ON COLUMN sequencer.sequences.apply_brake IS 'Set by apply --brake: a brake of so many in an hour, in place of the other until apply_brake_until.';
+COMMENT ON COLUMN sequencer.sequences.apply_brake IS 'Set by apply --brake: a brake of this number per hour, which replaces the other until apply_brake_until.';
 COMMENT ON COLUMN sequencer.sequences.revision IS 'A new number for each transaction that changes the sequence or its steps; unique across sequences.';
-COMMENT ON COLUMN sequencer.sequences.from_file IS 'Whether it was applied from a file: apply --prune archives it when no file defines it any more.';
+COMMENT ON COLUMN sequencer.sequences.from_file IS 'Whether it was applied from a file: apply --prune archives it when it is no longer in any file.';
 COMMENT ON COLUMN sequencer.sequences.resumed_at IS 'When it was last resumed after a pause: nothing in it was due before.';
 
 CREATE TABLE sequencer.steps (
@@ -164,14 +164,14 @@ CREATE TABLE sequencer.steps (
 CREATE INDEX steps_naming ON sequencer.steps (sequence) WHERE type IN ('GoTo', 'Switch', 'Split');
 
 COMMENT ON TABLE  sequencer.steps IS 'The steps of sequences: what each does, and where it leads.';
-COMMENT ON COLUMN sequencer.steps.position IS 'The order in the definition; of several goals met at once, the last wins.';
+COMMENT ON COLUMN sequencer.steps.position IS 'The order in the definition; if several goals are met at once, the last wins.';
 COMMENT ON COLUMN sequencer.steps.next_step IS 'Where the action next leads; NULL completes the enrollment.';
 COMMENT ON COLUMN sequencer.steps.alt_next_step IS 'Where the action altNext leads; NULL completes the enrollment.';
-COMMENT ON COLUMN sequencer.steps.seed IS 'Of a Split: the seed by which subjects are assigned to branches. Made of the original names, so that a rename reassigns no subject.';
+COMMENT ON COLUMN sequencer.steps.seed IS 'For a Split: the seed that assigns subjects to branches. It is made of the original names, so that a rename reassigns no subject.';
 COMMENT ON COLUMN sequencer.steps.original_id IS 'Its id in the original Sequencer, if it was imported.';
 COMMENT ON COLUMN sequencer.steps.problem IS 'Why this step cannot be executed; written by the daemon.';
-COMMENT ON COLUMN sequencer.steps.reschedule_from IS 'Set when the step has changed, or by a request by NOTIFY: waiting enrollments with this id or a greater one have yet to be evaluated.';
-COMMENT ON COLUMN sequencer.steps.reschedule_again IS 'Whether another request arrived meanwhile: all are then evaluated once more.';
+COMMENT ON COLUMN sequencer.steps.reschedule_from IS 'Set when the step has changed, or by a request by NOTIFY: waiting enrollments with this id or a greater one are still to be evaluated.';
+COMMENT ON COLUMN sequencer.steps.reschedule_again IS 'Whether another request arrived meanwhile: all waiting enrollments are then evaluated once more.';
 
 CREATE TABLE sequencer.holidays (
     calendar text COLLATE "C" NOT NULL CHECK (octet_length(calendar) BETWEEN 1 AND 200),
@@ -180,7 +180,7 @@ CREATE TABLE sequencer.holidays (
     PRIMARY KEY (calendar, day)
 );
 
-COMMENT ON TABLE  sequencer.holidays IS 'Days on which windows with this calendar do not open, and which are no business days in it.';
+COMMENT ON TABLE  sequencer.holidays IS 'Days on which windows with this calendar do not open, and which are not business days in it.';
 COMMENT ON COLUMN sequencer.holidays.calendar IS 'The name that windows and business days use, such as DE.';
 
 CREATE TABLE sequencer.revisions (
@@ -264,14 +264,14 @@ COMMENT ON COLUMN sequencer.enrollments.wake_at IS 'When it is next evaluated; i
 COMMENT ON COLUMN sequencer.enrollments.entered_at IS 'Since when it has been at its step; NULL until it has started.';
 COMMENT ON COLUMN sequencer.enrollments.visit IS 'The number of the present visit; each visit is one stay at one step.';
 COMMENT ON COLUMN sequencer.enrollments.attempt IS 'How many times the side effect of this visit has been started.';
-COMMENT ON COLUMN sequencer.enrollments.leases IS 'The number of its latest lease in this visit, unique within the daemon that holds it: the result of an earlier lease is recognised by it.';
-COMMENT ON COLUMN sequencer.enrollments.goals_met IS 'The goals of its sequence that it has met: each moves it once. A goal with repeat: true is removed when it no longer holds.';
+COMMENT ON COLUMN sequencer.enrollments.leases IS 'The number of the latest lease in this visit, unique within the daemon that holds it; identifies results of earlier leases.';
+COMMENT ON COLUMN sequencer.enrollments.goals_met IS 'The goals of its sequence that it has met: each moves it once. A goal with repeat: true is removed when its condition is no longer true.';
 COMMENT ON COLUMN sequencer.enrollments.goals_elsewhere IS 'The goals that it has met in sequences that it has left, by sequence, in case it returns.';
 COMMENT ON COLUMN sequencer.enrollments.executed IS 'The side effects, as sequence/step, executed since it last waited: reaching one of them again is a loop.';
 COMMENT ON COLUMN sequencer.enrollments.leased_by IS 'The daemon that is executing the side effect; wake_at is then the end of its lease.';
 COMMENT ON COLUMN sequencer.enrollments.retry_at IS 'The side effect is not retried before this time.';
-COMMENT ON COLUMN sequencer.enrollments.expires_at IS 'The side effect is not started after this time; -infinity: unknown, as the data have changed.';
-COMMENT ON COLUMN sequencer.enrollments.waits_until IS 'When its wait ends, if it is evaluated before, at wake_at, because external data may have changed. NULL: at wake_at.';
+COMMENT ON COLUMN sequencer.enrollments.expires_at IS 'The side effect is not started after this time; -infinity: unknown, because the data has changed.';
+COMMENT ON COLUMN sequencer.enrollments.waits_until IS 'When its wait ends, if it is evaluated earlier, at wake_at, because external data may have changed. NULL: at wake_at.';
 COMMENT ON COLUMN sequencer.enrollments.failure IS 'Why it failed, as a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown, already_enrolled, archived.';
 COMMENT ON COLUMN sequencer.enrollments.last_error IS 'The last error, as a sentence.';
 COMMENT ON COLUMN sequencer.enrollments.tag IS 'Random: makes idempotency keys unique across databases, in which ids repeat.';
@@ -297,13 +297,13 @@ CREATE INDEX events_of_enrollment ON sequencer.events (enrollment_id, at);
 -- for the view overview and the arms of funnels
 CREATE INDEX events_of_branches ON sequencer.events (sequence, step, message)
     INCLUDE (enrollment_id, visit, at) WHERE action = 'branch';
--- for funnels: ends that were none, as the enrollment was resumed
+-- for funnels: visits that ended, but whose enrollment was resumed
 CREATE INDEX events_of_failures ON sequencer.events (sequence, at) WHERE action IN ('failed', 'cancelled');
 CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
 COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired, limited; goal; jump; branch; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, retargeted, reevaluated, edited, created.';
-COMMENT ON COLUMN sequencer.events.revision IS 'The revision of the definition in effect; for the result of a side effect, the one it was started under.';
+COMMENT ON COLUMN sequencer.events.revision IS 'The revision of the definition in effect; for the result of a side effect, the one in effect when it was started.';
 
 COMMENT ON COLUMN sequencer.events.seconds_at_step IS 'How long the enrollment had been at the step.';
 
@@ -314,10 +314,10 @@ BEGIN
     RAISE insufficient_privilege USING
         MESSAGE = format('permission denied: an event of %s cannot be recorded now', NEW.at),
         SCHEMA = 'sequencer', TABLE = 'events', COLUMN = 'at',
-        HINT = 'If a daemon says so, its clock and the database''s differ by more than a day.';
+        HINT = 'If a daemon reports this, its clock and the database''s differ by more than a day.';
 END $$;
 
--- 24 hours, and not a day: for that, each row would look the time zone up.
+-- 24 hours instead of a day, for which the time zone would be looked up for each row.
 CREATE TRIGGER of_today BEFORE INSERT ON sequencer.events
     FOR EACH ROW WHEN (NEW.at NOT BETWEEN now() - interval '24 hours' AND now() + interval '24 hours'
         AND NOT has_table_privilege('sequencer.events'::regclass, 'INSERT'))
@@ -395,7 +395,7 @@ END $$;
 COMMENT ON FUNCTION sequencer.drop_event_partition IS 'Drop the oldest month of the history if it ended before the given time. Return its name, or NULL if there is none.';
 
 -- While a snapshot is held open, the index keeps the entries of what is deleted. So a call returns where
--- it ended, for the next one: until the first table is done that is a time, then a sequence as well.
+-- it ended, for the next one: a time until the first table is done, then a sequence as well.
 CREATE FUNCTION sequencer.delete_ended(
     before timestamptz, batch integer, after_sequence text DEFAULT '',
     since timestamptz DEFAULT '-infinity', OUT deleted bigint, OUT next_sequence text,
@@ -446,13 +446,13 @@ BEGIN
     END LOOP;
 END $$;
 
-COMMENT ON FUNCTION sequencer.delete_ended IS 'Delete a batch of the enrollments that ended before the given time, the oldest first, and return how many, and with what arguments the next call continues. Enrollments that prevent another one, by the reentry policy never or after, are kept.';
+COMMENT ON FUNCTION sequencer.delete_ended IS 'Delete a batch of the enrollments that ended before the given time, the oldest first. Return how many, and the arguments with which the next call continues. Enrollments that prevent another one, by the reentry policy never or after, are kept.';
 
 -- activity --------------------------------------------------------------------------------------
 
--- Counted by a daemon from the history, an hour at a time. Whoever counts an hour again sets the same numbers,
--- or greater ones if something was committed late; so nothing counts twice, and what retention has dropped
--- since stays counted.
+-- Counted by a daemon from the history, an hour at a time. Counting an hour again sets the same numbers,
+-- or greater ones if events were committed late; so no event counts twice, and events that retention has
+-- deleted since then remain counted.
 CREATE TABLE sequencer.activity (
     sequence text COLLATE "C" NOT NULL,
     hour     timestamptz NOT NULL,
@@ -463,7 +463,7 @@ CREATE TABLE sequencer.activity (
 );
 CREATE INDEX activity_in_time ON sequencer.activity USING brin (hour);
 
-COMMENT ON TABLE  sequencer.activity IS 'How often what happened at which step, by hour: a summary of the history, kept for 400 days.';
+COMMENT ON TABLE  sequencer.activity IS 'Counts of events by step and hour: a summary of the history, kept for 400 days.';
 COMMENT ON COLUMN sequencer.activity.hour IS 'When the hour began, in UTC.';
 COMMENT ON COLUMN sequencer.activity.action IS 'As in events; for a branch followed by its name, for a goal by the name of its step.';
 
@@ -493,10 +493,10 @@ CREATE INDEX lateness_of_sequence ON sequencer.lateness (sequence, at);
 CREATE INDEX lateness_of_claims ON sequencer.lateness (at) WHERE NOT is_hour;
 
 COMMENT ON TABLE  sequencer.lateness IS 'How many enrollments began their step more than ten seconds after they were due, and how late; kept for 400 days.';
-COMMENT ON COLUMN sequencer.lateness.at IS 'When they began; of a whole hour, when that began.';
+COMMENT ON COLUMN sequencer.lateness.at IS 'When they began; for the sum of an hour, when that hour began.';
 COMMENT ON COLUMN sequencer.lateness.over_minute IS 'How many of these were more than a minute late.';
 COMMENT ON COLUMN sequencer.lateness.over_ten_minutes IS 'How many of these were more than ten minutes late.';
-COMMENT ON COLUMN sequencer.lateness.longest IS 'How late the last of them began, in seconds.';
+COMMENT ON COLUMN sequencer.lateness.longest IS 'How late the latest of them began, in seconds.';
 
 
 CREATE TABLE sequencer.topics (
@@ -506,10 +506,10 @@ CREATE TABLE sequencer.topics (
     frequency_limit jsonb CHECK (jsonb_typeof(frequency_limit) = 'object')
 );
 
-COMMENT ON TABLE  sequencer.topics IS 'What messages are about, in the words of their recipients. A topic that is not listed works all the same, under its name.';
+COMMENT ON TABLE  sequencer.topics IS 'What messages are about, in words for their recipients. A topic that is not listed works as well, under its name.';
 COMMENT ON COLUMN sequencer.topics.name IS 'As in the key topic of a step or a sequence.';
 COMMENT ON COLUMN sequencer.topics.title IS 'What recipients see, such as Offers and news.';
-COMMENT ON COLUMN sequencer.topics.frequency_limit IS 'How often side effects of the topic may begin for a subject, in all sequences: {"at_most": 3, "per": {"days": 7}, "then": "wait"}, with the keys of the limit of a step but for topic. Named so since LIMIT is a reserved word.';
+COMMENT ON COLUMN sequencer.topics.frequency_limit IS 'How often side effects of the topic may begin for a subject, in all sequences: {"at_most": 3, "per": {"days": 7}, "then": "wait"}, with the keys of a step's limit except topic. The name differs because LIMIT is a reserved word.';
 
 -- Limits are part of the definitions that use their topic: a change is a new revision of those, and the
 -- enrollments that wait at their side effects are rescheduled. Nothing of a topic waits at the other
@@ -574,9 +574,9 @@ CREATE TABLE sequencer.suppressions (
 );
 
 COMMENT ON TABLE  sequencer.suppressions IS 'Addresses and subjects to which no messages are sent. E-mail addresses are stored in lower case, phone numbers without separators, addresses of other channels as they are.';
-COMMENT ON COLUMN sequencer.suppressions.channel IS 'email, sms, or what the steps of a custom runner say, such as push.';
+COMMENT ON COLUMN sequencer.suppressions.channel IS 'email, sms, or the channel that steps of a custom runner name, such as push.';
 COMMENT ON COLUMN sequencer.suppressions.topic IS 'Stops the messages of this topic; * stops all.';
-COMMENT ON COLUMN sequencer.suppressions.source IS 'How it became known: application, console, or by a daemon: refused, bounce, complaint, stop, unsubscribe.';
+COMMENT ON COLUMN sequencer.suppressions.source IS 'What added the entry: application, console, or a daemon: refused, bounce, complaint, stop, unsubscribe.';
 
 -- runners/sms/numbers.py normalises the recipient's number in the same way: it removes blanks, dashes,
 -- invisible characters, and the zero of national calls as in +49 (0)151.
@@ -631,10 +631,10 @@ CREATE TABLE sequencer.removed_suppressions (
     reason     text
 );
 
-COMMENT ON TABLE  sequencer.removed_suppressions IS 'Entries of suppressions that were removed, in whatever way.';
-COMMENT ON COLUMN sequencer.removed_suppressions.address IS 'Its hash, as suppression_hash() has it, so that nothing of it has to be forgotten.';
-COMMENT ON COLUMN sequencer.removed_suppressions.source IS 'That of the entry, and created_at its time.';
-COMMENT ON COLUMN sequencer.removed_suppressions.reason IS 'The database user that removed it, and the reason from SET LOCAL sequencer.reason, which has the name of an operator or the answer of a recipient.';
+COMMENT ON TABLE  sequencer.removed_suppressions IS 'Entries of suppressions that were removed, by whatever means.';
+COMMENT ON COLUMN sequencer.removed_suppressions.address IS 'The hash of the address, as computed by suppression_hash(), so that there is nothing to forget.';
+COMMENT ON COLUMN sequencer.removed_suppressions.source IS 'The source of the removed entry; created_at is the time of that entry.';
+COMMENT ON COLUMN sequencer.removed_suppressions.reason IS 'The database user that removed it, and the reason from SET LOCAL sequencer.reason, which names an operator or quotes a recipient.';
 
 -- An address that is still suppressed by its hash, as after forget(), or by an entry with other values, was not
 -- removed.
@@ -673,11 +673,11 @@ CREATE TABLE sequencer.reservations (
     counts_until timestamptz NOT NULL
 );
 
-COMMENT ON TABLE  sequencer.reservations IS 'Side effects with the key limit that have begun lately, by what their limits count together.';
+COMMENT ON TABLE  sequencer.reservations IS 'Side effects with a limit that have begun recently, by what their limits count together.';
 COMMENT ON COLUMN sequencer.reservations.key IS 'A hash of the topic and the key of the limit, such as the subject.';
 COMMENT ON COLUMN sequencer.reservations.at IS 'When each began; the other lists have the enrollment and visit of each.';
 COMMENT ON COLUMN sequencer.reservations.longest IS 'The longest period of the limits that count them.';
-COMMENT ON COLUMN sequencer.reservations.counts_until IS 'When the last of them falls out of that period.';
+COMMENT ON COLUMN sequencer.reservations.counts_until IS 'When the last of them is outside of that period.';
 
 -- Entries with the same number are reserved together or not at all. All rows are locked first, in the
 -- order of their keys, so that no two transactions wait for each other. What shares no key with another
@@ -752,7 +752,7 @@ BEGIN
     END LOOP;
 END $$;
 
-COMMENT ON FUNCTION sequencer.reserve IS 'Reserve places under limits until the end of their periods, in the order given; without at_most, give one back. Return what found none, and when there is one.';
+COMMENT ON FUNCTION sequencer.reserve IS 'Reserve places under limits until the end of their periods, in the order given; without at_most, give one back. Return the entries that found none, and when there will be one.';
 
 
 -- One row for each runner with the setting per_second. Its lock lets one daemon take permits at a time.
@@ -791,12 +791,12 @@ BEGIN
     present := extract(epoch FROM clock_timestamp());
 END $$;
 
-COMMENT ON FUNCTION sequencer.take_permits IS 'Take the permits of so many seconds, and return the time of the first, and the present one, in seconds.';
+COMMENT ON FUNCTION sequencer.take_permits IS 'Take the permits of this many seconds. Return the time of the first permit, and the current time, in seconds.';
 
 COMMENT ON TABLE  sequencer.rates IS 'The rates of runners with the setting per_second, which all daemons share. Each daemon takes permits in blocks.';
-COMMENT ON COLUMN sequencer.rates.per_second IS 'The setting of the daemon that has last taken permits.';
+COMMENT ON COLUMN sequencer.rates.per_second IS 'The setting of the daemon that last took permits.';
 COMMENT ON COLUMN sequencer.rates.next_at IS 'Until when permits are taken: the next may be used from then on.';
-COMMENT ON COLUMN sequencer.rates.reached_at IS 'When calls have last waited because of the rate.';
+COMMENT ON COLUMN sequencer.rates.reached_at IS 'When calls last waited because of the rate.';
 
 
 -- brakes ----------------------------------------------------------------------------------------
@@ -812,8 +812,8 @@ CREATE TABLE sequencer.brakes (
     reason    text
 );
 
-COMMENT ON TABLE  sequencer.brakes IS 'Side effects of sequences with a brake that have begun lately. A sequence that is resumed counts anew.';
-COMMENT ON COLUMN sequencer.brakes.at IS 'The ends of sixtieths of the period; times has how many side effects began in each.';
+COMMENT ON TABLE  sequencer.brakes IS 'Side effects of sequences with a brake that have begun recently. Resuming a sequence starts the count again.';
+COMMENT ON COLUMN sequencer.brakes.at IS 'The ends of sixtieths of the period; the column times has the number of side effects that began in each.';
 COMMENT ON COLUMN sequencer.brakes.reason IS 'Why the brake has paused the sequence; NULL if it has not, or the sequence was resumed.';
 
 CREATE FUNCTION sequencer.follow_brake() RETURNS trigger
@@ -842,8 +842,8 @@ CREATE CONSTRAINT TRIGGER follow_brake
         OLD.brake_at_most, OLD.apply_brake, NEW.brake_at_most, NEW.apply_brake) > 0)
     EXECUTE FUNCTION sequencer.follow_brake();
 
--- The row of the brake is locked by the caller. If another session, such as apply, has locked the
--- sequence, it is not waited for, since that may wait for the caller's enrollments: nothing more is sent,
+-- The caller has locked the row of the brake. If another session, such as apply, has locked the
+-- sequence, do not wait for it, as it may wait for the caller's enrollments: nothing more is sent,
 -- and the caller tries again.
 CREATE FUNCTION sequencer.brake(sequence text, begun integer, is_over boolean, at timestamptz) RETURNS void
 LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -884,7 +884,7 @@ BEGIN
     END IF;
 END $$;
 
-COMMENT ON FUNCTION sequencer.brake IS 'Count side effects that have begun, and pause their sequence if more would have.';
+COMMENT ON FUNCTION sequencer.brake IS 'Count side effects as they begin; if the brake allows no more, pause their sequence.';
 
 CREATE FUNCTION sequencer.brake_of(
     brake_at_most integer, brake_per interval, apply_brake integer, apply_brake_until timestamptz,
@@ -922,8 +922,8 @@ CREATE TABLE sequencer.problems (
     PRIMARY KEY (daemon, kind, about)
 );
 
-COMMENT ON TABLE  sequencer.problems IS 'What daemons report for operators; a row is deleted when the problem is over or its daemon is gone.';
-COMMENT ON COLUMN sequencer.problems.kind IS 'quarantined: the database refuses to read or write an enrollment, which is retried later. runner: a runner is down. enroll: what a query returns could not be enrolled.';
+COMMENT ON TABLE  sequencer.problems IS 'What daemons report for operators; a row is deleted when the problem is solved or its daemon has ended.';
+COMMENT ON COLUMN sequencer.problems.kind IS 'quarantined: the database refuses to read or write an enrollment, which is retried later. runner: a runner is down. enroll: subjects that a query returns could not be enrolled.';
 COMMENT ON COLUMN sequencer.problems.about IS 'The enrollment''s id, or the name of the runner or sequence.';
 COMMENT ON COLUMN sequencer.problems.waiting IS 'How many enrollments wait because of it, if known.';
 
@@ -941,13 +941,13 @@ CREATE TABLE sequencer.scheduled_runs (
     daemon      text
 );
 
-COMMENT ON TABLE  sequencer.scheduled_runs IS 'When sequences with the key enroll last enrolled what their query returned, and when they next do: see the view schedules.';
+COMMENT ON TABLE  sequencer.scheduled_runs IS 'The last and the next run of sequences with the key enroll, which enroll the subjects that a query returns: see the view schedules.';
 COMMENT ON COLUMN sequencer.scheduled_runs.definition IS 'The schedule by which next_run_at was set.';
 COMMENT ON COLUMN sequencer.scheduled_runs.next_run_at IS 'When the next run is due; set it to now() for a run within a minute.';
 COMMENT ON COLUMN sequencer.scheduled_runs.found IS 'How many subjects could have entered.';
 COMMENT ON COLUMN sequencer.scheduled_runs.enrolled IS 'How many of them were enrolled.';
-COMMENT ON COLUMN sequencer.scheduled_runs.failures IS 'How many runs in a row have failed: the next one is tried later each time.';
-COMMENT ON COLUMN sequencer.scheduled_runs.problem IS 'What was wrong with the last run.';
+COMMENT ON COLUMN sequencer.scheduled_runs.failures IS 'How many runs in a row have failed; each failure delays the next run more.';
+COMMENT ON COLUMN sequencer.scheduled_runs.problem IS 'The problem of the last run; NULL if there was none.';
 
 CREATE TABLE sequencer.console_sessions (
     session    text COLLATE "C" PRIMARY KEY,
@@ -963,7 +963,7 @@ CREATE TABLE sequencer.console_sessions (
 COMMENT ON TABLE  sequencer.console_sessions IS 'Sessions of the console''s users, for all daemons. A logout deletes one.';
 COMMENT ON COLUMN sequencer.console_sessions.session IS 'The SHA-256 hash of the cookie''s value.';
 COMMENT ON COLUMN sequencer.console_sessions.groups IS 'The groups that the OpenID Connect provider named; NULL after a login by password.';
-COMMENT ON COLUMN sequencer.console_sessions.credential IS 'A hash of what the login relied on: a session ends when the password or the provider is another.';
+COMMENT ON COLUMN sequencer.console_sessions.credential IS 'A hash of what the login relied on: a session ends when the password or the provider changes.';
 COMMENT ON COLUMN sequencer.console_sessions.address IS 'Where the login came from.';
 COMMENT ON COLUMN sequencer.console_sessions.agent IS 'The browser, as it called itself.';
 
@@ -1090,7 +1090,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         ELSE jsonb_build_object('amount', ceil(extract(epoch FROM span))::bigint, 'unit', 'seconds') END
 $$;
 
-COMMENT ON FUNCTION sequencer.as_duration IS 'Return an interval of one unit as in a definition file.';
+COMMENT ON FUNCTION sequencer.as_duration IS 'Return an interval of one unit in the form of a definition file.';
 
 -- The definition as in a file: what revisions store, and what `sequencerd plan` compares with.
 CREATE FUNCTION sequencer.document(sequence text) RETURNS jsonb
@@ -1133,7 +1133,7 @@ BEGIN
             MESSAGE = format('sequence %L has %s steps; at most 20000 are possible',
                              write_revision.sequence, jsonb_array_length(present->'steps')),
             SCHEMA = 'sequencer', TABLE = 'steps', COLUMN = 'sequence',
-            HINT = 'Split it: a step of type GoTo leads to another sequence.';
+            HINT = 'Split the sequence: a step of type GoTo leads to another sequence.';
     END IF;
     IF present IS DISTINCT FROM last THEN
         -- it exists if an earlier change of this transaction has been written
@@ -1288,7 +1288,7 @@ END $$;
 CREATE CONSTRAINT TRIGGER guard_named AFTER DELETE ON sequencer.steps
     DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION sequencer.guard_named_step();
 
--- Names a step with a side effect in `executed`; the same as model.effect_key in Python.
+-- The name of a step with a side effect in `executed`; the same as model.effect_key in Python.
 CREATE FUNCTION sequencer.effect_key(sequence text, step text) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT replace(replace(effect_key.sequence, '%', '%25'), '/', '%2F') || '/' || effect_key.step
@@ -1454,7 +1454,7 @@ BEGIN
           NEW.id OPERATOR(pg_catalog.<=) 0 OR NEW.id OPERATOR(pg_catalog.>) coalesce(
               pg_catalog.pg_sequence_last_value('sequencer.enrollments_id_seq'), 0)) THEN
         RAISE insufficient_privilege USING
-            MESSAGE = pg_catalog.format('permission denied: id %s has not been given out', NEW.id),
+            MESSAGE = pg_catalog.format('permission denied: id %s has not been generated yet', NEW.id),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'id',
             HINT = 'Leave out id, or write DEFAULT or NULL; RETURNING id returns the one assigned.';
     END IF;
@@ -1521,18 +1521,18 @@ BEGIN
         RAISE foreign_key_violation USING
             MESSAGE = format('sequence %L does not exist', NEW.sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
-            HINT = 'SELECT name FROM sequencer.sequences lists those that do.';
+            HINT = 'SELECT name FROM sequencer.sequences lists all sequences.';
     ELSIF NOT policy.known THEN
         RAISE foreign_key_violation USING
             MESSAGE = format('step %L does not exist in sequence %L',
                              coalesce(NEW.step, policy.first_step), NEW.sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'step',
-            HINT = 'SELECT name FROM sequencer.steps WHERE sequence = ... lists those that do.';
+            HINT = 'SELECT name FROM sequencer.steps WHERE sequence = ... lists its steps.';
     ELSIF policy.status = 'archived' AND NEW.status = 'active' THEN
         RAISE check_violation USING
             MESSAGE = format('sequence %L is archived: it accepts no new enrollments', NEW.sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
-            HINT = 'UPDATE sequencer.sequences SET status = ''active'' WHERE name = ... opens it again.';
+            HINT = 'To open it again: UPDATE sequencer.sequences SET status = ''active'' WHERE name = ...';
     END IF;
     IF policy.reentry = 'after' THEN
         PERFORM sequencer.allow_reentry(NEW.sequence, NEW.subject);
@@ -1600,11 +1600,11 @@ BEGIN
     END IF;
     IF size > most THEN
         RAISE program_limit_exceeded USING
-            MESSAGE = format('data of subject %L in sequence %L have %s, more than the limit of %s',
+            MESSAGE = format('the data of subject %L in sequence %L has %s, more than the limit of %s',
                              NEW.subject, NEW.sequence, pg_size_pretty(size),
                              pg_size_pretty(most)),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'data',
-            HINT = 'Keep large data in a table of yours; ALTER DATABASE ... SET sequencer.max_data raises the limit.';
+            HINT = 'Keep large data in your own table; ALTER DATABASE ... SET sequencer.max_data raises the limit.';
     END IF;
     RETURN NEW;
 END $$;
@@ -1634,7 +1634,7 @@ CREATE TRIGGER wake_on_change BEFORE UPDATE OF data, timezone, subject ON sequen
     EXECUTE FUNCTION sequencer.wake_on_change();
 
 -- This and the next are called for each row of a manual change: SET search_path would keep the planner from
--- inlining them. It takes no part in a body that is parsed here.
+-- inlining them. It has no effect on a body that is parsed here.
 CREATE FUNCTION sequencer.reason() RETURNS text
 LANGUAGE sql STABLE
 RETURN nullif(regexp_replace(
@@ -1699,7 +1699,7 @@ BEGIN
         RAISE foreign_key_violation USING
             MESSAGE = format('step %L does not exist in sequence %L', NEW.step, NEW.sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'step',
-            HINT = 'SELECT name FROM sequencer.steps WHERE sequence = ... lists those that do.';
+            HINT = 'SELECT name FROM sequencer.steps WHERE sequence = ... lists its steps.';
     END IF;
     NEW.visit := OLD.visit + 1;
     NEW.attempt := 0;
@@ -1735,8 +1735,8 @@ CREATE TRIGGER normalise_move BEFORE UPDATE OF sequence, step ON sequencer.enrol
         AND OLD.visit = NEW.visit)
     EXECUTE FUNCTION sequencer.normalise_move();
 
--- To set the step where an enrollment already is restarts the step. The daemon, and ORMs that write the
--- whole row, set it without that intention: they set `visit` in the same statement, which is noted first.
+-- Setting the step to its present value restarts the step. The daemon, and ORMs that write the
+-- whole row, do so without that intention, but they set `visit` in the same statement, which is noted first.
 -- The conditions compare what the daemon changes, so that its writes call neither function.
 CREATE FUNCTION sequencer.mark_visit() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -1859,7 +1859,7 @@ $$;
 
 COMMENT ON FUNCTION sequencer.enroll IS 'Enroll a subject and return the id; NULL if the reentry policy refuses.';
 
--- What collect() and merge() add to data: at most so many items, while `collecting` counts all of them.
+-- The items that collect() and merge() add to data are limited in number; `collecting` counts all of them.
 CREATE FUNCTION sequencer.add_items(
     data jsonb, items jsonb, count bigint, since timestamptz, last timestamptz, at_most integer
 ) RETURNS jsonb
@@ -1929,7 +1929,7 @@ BEGIN
         IF FOUND THEN
             RETURN enrollment;
         END IF;
-        -- what is in the way either has ended, or was enrolled meanwhile
+        -- the enrollment that prevents it either has ended, or was inserted meanwhile
         IF EXISTS (SELECT FROM sequencer.enrollments AS e
                     WHERE e.subject = collect.subject AND e.sequence = collect.sequence
                       AND e.entry = 0 AND e.status <> 'active') THEN
@@ -1945,7 +1945,7 @@ END $$;
 
 COMMENT ON FUNCTION sequencer.collect IS 'Add an item to data.items of the subject''s active enrollment, or enroll the subject with it. Return the id; NULL if the reentry policy refuses.';
 
--- Daemons may not insert enrollments themselves: this is the way for schedules and Enroll steps.
+-- Daemons may not insert enrollments themselves: schedules and Enroll steps use this function.
 CREATE FUNCTION sequencer.enroll_all(
     sequences text[], subjects text[], data jsonb[], timezones text[], executed jsonb[]
 ) RETURNS TABLE (sequence text, subject text, step text)
@@ -1961,7 +1961,7 @@ BEGIN
     ON CONFLICT DO NOTHING RETURNING e.sequence, e.subject, e.step;
 END $$;
 
-COMMENT ON FUNCTION sequencer.enroll_all IS 'Enroll subjects for a daemon, and return those that the reentry policy did not refuse. executed: side effects executed without a wait before.';
+COMMENT ON FUNCTION sequencer.enroll_all IS 'Enroll subjects for a daemon, and return those that the reentry policy did not refuse. executed: the side effects executed before, without a wait since.';
 
 CREATE FUNCTION sequencer.merge(from_subject text, into_subject text) RETURNS bigint
 LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -1979,7 +1979,7 @@ BEGIN
     END IF;
     FOR attempt IN 1..200 LOOP
         BEGIN
-            -- what is enrolled meanwhile would be locked in another order, so merges wait for each other
+            -- enrollments inserted meanwhile would be locked in another order, so merges wait for each other
             PERFORM pg_advisory_xact_lock(hashtextextended('sequencer.merge ' || subject, 0))
                FROM unnest(ARRAY[least(from_subject, into_subject COLLATE "C"),
                                  greatest(from_subject, into_subject COLLATE "C")]) AS subject;
@@ -2029,7 +2029,7 @@ BEGIN
             GET DIAGNOSTICS count = ROW_COUNT;
             RETURN count;
         EXCEPTION WHEN unique_violation OR lock_not_available OR deadlock_detected THEN
-            -- one has been enrolled meanwhile, and will now be locked, too; the short lock_timeout ends
+            -- one has been enrolled meanwhile, and will now be locked as well; the short lock_timeout ends
             -- a wait for it before it becomes a deadlock that fails the other session
             IF attempt = 200 THEN
                 RAISE;
@@ -2038,7 +2038,7 @@ BEGIN
     END LOOP;
 END $$;
 
-COMMENT ON FUNCTION sequencer.merge IS 'Make all enrollments of a subject those of another, and return how many. Where both are in a sequence that allows one enrollment, the further one is kept, with the data of both, and the other is cancelled.';
+COMMENT ON FUNCTION sequencer.merge IS 'Change the subject of all enrollments of one subject to another, and return how many. If both are in a sequence that allows one enrollment, the one further along is kept, with the data of both, and the other is cancelled.';
 
 -- In plpgsql, which plans the statement for the given arguments.
 CREATE FUNCTION sequencer.reevaluate(
@@ -2052,7 +2052,7 @@ BEGIN
     WITH woken AS (
         UPDATE sequencer.enrollments AS e SET wake_at = least(e.wake_at, now())
          WHERE e.status = 'active' AND e.leased_by IS NULL
-           -- one that has yet to start keeps its time; after a silent load, it is due unnoticed
+           -- an enrollment that starts later keeps its time; after a load without notifications, it is due unnoticed
            AND (e.entered_at IS NOT NULL OR e.wake_at <= now())
            AND (reevaluate.subject IS NULL OR e.subject = reevaluate.subject)
            AND (reevaluate.sequence IS NULL OR e.sequence = reevaluate.sequence)
@@ -2088,7 +2088,7 @@ CREATE TABLE sequencer.shard (
 );
 CREATE UNIQUE INDEX one_shard ON sequencer.shard ((true));
 
-COMMENT ON TABLE  sequencer.shard IS 'Which of several shards this schema is: one row, by which subjects are found; none if it is the only one.';
+COMMENT ON TABLE  sequencer.shard IS 'Which of several shards this schema is: one row, from which the shard of a subject follows; no row if there is only one shard.';
 COMMENT ON COLUMN sequencer.shard.number IS 'Its place in the order of [shards] in the settings, from 0.';
 COMMENT ON COLUMN sequencer.shard.shards IS 'How many shards there are.';
 
@@ -2143,7 +2143,7 @@ BEGIN
     IF NOT EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = funnel.sequence) THEN
         RAISE undefined_object USING
             MESSAGE = format('sequence %L does not exist', of_sequence),
-            HINT = 'SELECT name FROM sequencer.sequences lists those that do.';
+            HINT = 'SELECT name FROM sequencer.sequences lists all sequences.';
     END IF;
     SELECT s.name, NOT s.config ? 'ways' INTO arms_of, by_weights
       FROM sequencer.steps AS s
@@ -2282,7 +2282,7 @@ BEGIN
      ORDER BY q.name IS NULL, s.position NULLS LAST, r.step, r.arm NULLS FIRST, r.way NULLS FIRST;
 END $$;
 
-COMMENT ON FUNCTION sequencer.funnel IS 'Count, for each step (way NULL) and each way out of it, the visits that began since a time: for all enrollments (arm NULL), and for each arm of a Split (by default, of the first one). entered is the sum of exited, waiting, failed and cancelled. Times are exact to 1%.';
+COMMENT ON FUNCTION sequencer.funnel IS 'Count, for each step (way NULL) and each way out of it, the visits that began since a time: for all enrollments (arm NULL), and for each arm of a Split (by default, of the first one). entered is the sum of exited, waiting, failed and cancelled. Times are accurate to 1%.';
 
 
 -- privacy ---------------------------------------------------------------------------------------
@@ -2293,9 +2293,9 @@ LANGUAGE sql IMMUTABLE STRICT SET search_path = pg_catalog, pg_temp AS $$
     SELECT 'sha256:' || encode(sha256(convert_to(address, 'UTF8')), 'hex')
 $$;
 
-COMMENT ON FUNCTION sequencer.suppression_hash IS 'Return what replaces a forgotten address in suppressions, which still suppresses it.';
+COMMENT ON FUNCTION sequencer.suppression_hash IS 'Return the hash that replaces a forgotten address in suppressions, and still suppresses it.';
 
--- An address is one wherever it is in the data. In messages it may be another's, such as the
+-- An address in the data is the subject's, wherever it is. In messages it may belong to others, such as the
 -- sender's, so those only serve to find suppressions.
 CREATE FUNCTION sequencer.terms_of(subject text) RETURNS TABLE (kind text, term text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -2333,7 +2333,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
      WHERE is_own AND octet_length(value) BETWEEN 1 AND 1000
 $$;
 
-COMMENT ON FUNCTION sequencer.terms_of IS 'Return what identifies a subject in the data of its enrollments: addresses, numbers, and all values.';
+COMMENT ON FUNCTION sequencer.terms_of IS 'Return the terms that identify a subject in the data of its enrollments: addresses, numbers, and all values.';
 
 CREATE FUNCTION sequencer.addresses_of(subject text) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -2345,7 +2345,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT form FROM forms UNION ALL SELECT sequencer.suppression_hash(form) FROM forms
 $$;
 
-COMMENT ON FUNCTION sequencer.addresses_of IS 'Return what a subject''s addresses may be in suppressions, in clear and as hashes.';
+COMMENT ON FUNCTION sequencer.addresses_of IS 'Return all forms in which a subject''s addresses may be in suppressions, in clear and as hashes.';
 
 CREATE FUNCTION sequencer.suppressions_of(subject text) RETURNS SETOF sequencer.suppressions
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -2355,7 +2355,7 @@ $$;
 
 COMMENT ON FUNCTION sequencer.suppressions_of IS 'Return the suppressions of a subject''s addresses, in clear or as hashes.';
 
--- Matches whole words alone; a short subject, such as 7, only where our messages quote it.
+-- Matches only whole words; a short subject, such as 7, only where messages of sequencerd quote it.
 CREATE FUNCTION sequencer.mentions_of(subject text) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT string_agg(pattern, '|') FROM (
@@ -2375,7 +2375,7 @@ COMMENT ON FUNCTION sequencer.mentions_of IS 'Return a regular expression for a 
 
 -- LIKE takes a tenth of the time of the regular expression, which is compared only with texts that have an
 -- outline. lower(... COLLATE "C") folds the case of ASCII letters alone, so of a word the longest part in
--- ASCII is searched; of a number the digits, whatever stands between them.
+-- ASCII is searched; of a number the digits, whatever is between them.
 CREATE FUNCTION sequencer.outlines_of(subject text) RETURNS text[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT array_agg(DISTINCT outline) FROM (
@@ -2430,7 +2430,7 @@ BEGIN
             MESSAGE = format('nothing was forgotten: enrollment %s is executing step %L of sequence %L',
                              busy.id, busy.step, busy.sequence),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'leased_by',
-            HINT = format('Try again when that has ended, or its daemon %s is gone.', busy.leased_by);
+            HINT = format('Try again when the side effect, or its daemon %s, has ended.', busy.leased_by);
     END IF;
     SELECT coalesce(array_agg(e.id), '{}') INTO ids
       FROM sequencer.enrollments AS e WHERE e.subject = forget.subject;
@@ -2576,8 +2576,8 @@ COMMENT ON VIEW sequencer.failures IS 'Failed enrollments, and why they failed; 
 -- Trigger functions as well: on another table, they would write to these tables with the owner's rights.
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sequencer FROM PUBLIC;
 
--- Roles belong to the whole cluster, and privileges do not survive every way of copying a database: what
--- is missing is compared with what should be, and granted again by every `sequencerd migrate`. An
+-- Roles belong to the whole cluster, and some ways of copying a database lose privileges. So missing ones
+-- are determined by comparison, and granted again by every `sequencerd migrate`. An
 -- administrator can do the same in psql: SELECT statement FROM sequencer.missing_grants \gexec
 CREATE VIEW sequencer.missing_grants AS
 WITH roles (role) AS (

@@ -73,7 +73,7 @@ async def test_a_rejection_names_the_schema(other: asyncpg.Connection) -> None:
     with pytest.raises(asyncpg.ForeignKeyViolationError) as raised:
         await enroll(other, "nothing", "ada")
     assert raised.value.schema_name == NAME
-    assert raised.value.hint == f"SELECT name FROM {QUOTED}.sequences lists those that do."
+    assert raised.value.hint == f"SELECT name FROM {QUOTED}.sequences lists all sequences."
 
 
 async def test_a_database_without_it_is_recognised(server: str, template: str) -> None:

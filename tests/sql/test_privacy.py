@@ -277,7 +277,7 @@ async def test_nothing_is_forgotten_while_a_side_effect_runs(
         assert f"nothing was forgotten: enrollment {id_} is executing step 'send'" in str(
             refused.value
         )
-        assert "Try again when that has ended" in (refused.value.hint or "")
+        assert "Try again when the side effect, or its daemon" in (refused.value.hint or "")
         go_on.set()
         await until(connection, "SELECT step = 'wait' FROM sequencer.enrollments")
         done = await forget(connection, "ada")

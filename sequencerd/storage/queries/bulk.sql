@@ -42,7 +42,7 @@ SELECT id
 {selection};
 
 -- name: outcomes
--- Count what became of enrollments that were retried or moved: by status, those that failed after a time
+-- Count enrollments that were retried or moved by their present status, and those that failed after a time
 -- by cause.
 SELECT g.*, x.data, x.subject
   FROM (SELECT e.status, e.ended_at > $2 AS is_after, CASE WHEN e.status = 'failed' THEN {cause} END AS cause,

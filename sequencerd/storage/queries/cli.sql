@@ -100,5 +100,5 @@ SELECT enrollments, events, suppressions, redacted, mentioned_in FROM sequencer.
 SELECT set_config('sequencer.texts', $1, true);
 
 -- name: export_subject
--- Read all that is held of a subject, as JSON.
+-- Read all data about a subject, as JSON.
 SELECT sequencer.export_subject($1)::text;

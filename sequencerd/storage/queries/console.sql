@@ -215,7 +215,7 @@ SELECT subject, data, md5(data::text) AS version FROM sequencer.enrollments WHER
 SELECT jsonb_pretty($1::jsonb);
 
 -- name: console_set_data
--- Replace the data of an enrollment, if they are still those that the user saw, and record the change.
+-- Replace the data of an enrollment, if it is still as the user saw it, and record the change.
 WITH changed AS (
     UPDATE sequencer.enrollments SET data = $2::jsonb
      WHERE id = $1 AND md5(data::text) = $3 RETURNING id, sequence, step, visit
@@ -287,7 +287,7 @@ SELECT s.revision, s.status, s.from_file, r.by, r.reason
  WHERE s.name = $1;
 
 -- name: console_schedule
--- Read by which schedule a sequence enrolls what a query returns, and what came of the last run.
+-- Read by which schedule a sequence enrolls what a query returns, and the result of the last run.
 SELECT source, schedule, next_run_at, last_run_at, extract(epoch FROM duration)::float8 AS duration,
        found, enrolled, problem AS message
   FROM sequencer.schedules WHERE sequence = $1;

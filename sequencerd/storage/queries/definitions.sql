@@ -172,5 +172,5 @@ SET CONSTRAINTS ALL IMMEDIATE;
 SELECT pg_current_xact_id_if_assigned()::text;
 
 -- name: transaction_outcome
--- Read what became of a transaction: committed, aborted or in progress.
+-- Read the state of a transaction: committed, aborted or in progress.
 SELECT pg_xact_status($1::text::xid8);

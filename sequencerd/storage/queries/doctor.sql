@@ -122,7 +122,7 @@ SELECT used.calendar, max(h.day) AS last_day
  GROUP BY used.calendar ORDER BY used.calendar;
 
 -- name: rates_reached
--- Read the runners whose calls have lately waited for their rate.
+-- Read the runners whose calls recently waited for their rate limit.
 SELECT runner, per_second FROM sequencer.rates
  WHERE reached_at > now() - interval '1 hour' ORDER BY runner;
 

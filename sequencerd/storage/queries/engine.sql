@@ -1,5 +1,5 @@
 -- Statements of the engine: claims, writes, leases, definitions, rescheduling, retention.
--- Python's calendar has no infinity: where PostgreSQL says so, it sees the year 9999.
+-- Python's datetime has no infinity: the year 9999 is returned instead.
 
 -- name: is_standby
 -- Check whether the server is a standby, which cannot be written to.
@@ -619,7 +619,7 @@ DELETE FROM sequencer.suppressions
 SELECT name, title FROM sequencer.topics;
 
 -- name: sent_messages
--- Read what was sent in a visit, for whoever knows the half of the random tag that messages have.
+-- Read what was sent in a visit, given the half of the random tag that messages have.
 SELECT v.message FROM sequencer.enrollments AS e
   JOIN sequencer.events AS v ON v.enrollment_id = e.id AND v.visit = $2
  WHERE e.id = $1 AND left(replace(e.tag::text, '-', ''), 16) = $3 AND v.message LIKE '%sent to %';
@@ -654,7 +654,7 @@ SELECT c.oid::regclass::text AS "table", u.oid::regrole::text AS "user",
  ORDER BY u.is_owner, c.oid::regclass::text;
 
 -- name: reserve
--- Give back and reserve places under limits; return what found no place, and when there is one.
+-- Give back and reserve places under limits; return the entries that found no place, and when there is one.
 SELECT entry, free_at
   FROM sequencer.reserve($1::integer[], $2::bytea[], $3::text[], $4::bigint[], $5::integer[],
                          $6::integer[], $7::interval[], $8);

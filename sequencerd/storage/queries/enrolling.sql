@@ -1,4 +1,4 @@
--- Statements of scheduled enrolling: what is due, what the user's queries return, and what came of it.
+-- Statements of scheduled enrolling: which runs are due, what the users' queries return, and the results.
 
 -- name: schedules
 -- Read the sequences that enroll what a query returns, with their last runs.
@@ -29,7 +29,7 @@ ON CONFLICT (sequence) DO UPDATE
 SELECT true FROM sequencer.scheduled_runs WHERE sequence = $1 AND next_run_at = $2 FOR UPDATE;
 
 -- name: finish_run
--- Record what came of a run, and when the next one is due.
+-- Record the result of a run, and when the next one is due.
 UPDATE sequencer.scheduled_runs
    SET next_run_at = $3, last_run_at = $4, duration = $5, found = $6, enrolled = $7,
        problem = $8, failures = CASE WHEN $9 THEN failures + 1 ELSE 0 END

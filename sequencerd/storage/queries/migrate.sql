@@ -1,4 +1,4 @@
--- Statements that migrate.
+-- Statements of migrate.
 
 -- name: lock_migrations
 -- Acquire the migration lock until the end of the transaction: processes migrate one at a time.
@@ -16,7 +16,7 @@ SELECT set_config(name, '0', true) FROM pg_settings
  WHERE name IN ('statement_timeout', 'lock_timeout', 'transaction_timeout');
 
 -- name: limit_locks
--- Wait 5 seconds for a lock at most: all who need the same table wait behind it.
+-- Wait for a lock for 5 seconds at most: all other users of the table wait behind it.
 SET LOCAL lock_timeout = '5s';
 
 -- name: other_owner
