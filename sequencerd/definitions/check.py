@@ -64,10 +64,10 @@ NAMES = (
     "startSequence",
     "startStep",
 )
-"""What a path can begin with: the keys of model.view."""
+"""The first keys of paths: those of model.view."""
 
 UNSUBSCRIBE_URL = "unsubscribe_url"
-"""What the templates of messages may read as well."""
+"""A name that the templates of messages can read as well."""
 
 FORMER = {
     "createdAt": "write startSequence",
@@ -77,13 +77,13 @@ FORMER = {
     "isActive": "it would always be true",
     "endSequence": "it would always be empty",
 }
-"""The other fields that paths could read in the original, and what to do instead."""
+"""The other fields that paths could read in the original, with what to write instead."""
 
 _SHOWN = 60  # characters of an operand
 
 
 class Remark(NamedTuple):
-    """A finding: the step, the path within it, and what to write instead."""
+    """A finding: the step, the path within its config, and what to write instead."""
 
     step: str
     keys: KeyPath
@@ -122,7 +122,7 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
 
 
 def _check_languages(step: Step) -> Iterator[Remark]:
-    """Texts of a message that are not in all of its languages."""
+    """Yield texts of a message that do not exist in all of its languages."""
     if not has_languages(step.type, step.config):
         return
     texts = language_texts(step.type, step.config)
@@ -153,7 +153,7 @@ def _wrong_in_a_row(step: Step, sequence: Sequence) -> str | None:
 
 
 def targets(name: str, sequence: Sequence) -> list[str]:
-    """The steps of its sequence to which a step leads."""
+    """Return the steps of the same sequence to which a step leads."""
     exits = sequence.steps[name].exits
     found = [one.target for one in exits if one.sequence in (None, sequence.name)]
     return [target for target in found if target is not None and target in sequence.steps]
@@ -188,7 +188,7 @@ _TEXT_ORDER = {
     "lt": "isBefore",
     "lte": "isSameOrBefore",
 }
-"""lodash's commands that compare texts by their characters, and moment's for times."""
+"""lodash's commands that compare texts character by character, with moment's commands for times."""
 
 _TIME = re.compile(r"\d{4}-\d{2}(-\d{2}.*)?")
 _NAME_OF_TIME = re.compile(
@@ -197,7 +197,7 @@ _NAME_OF_TIME = re.compile(
 
 
 def _compares_times(command: ConditionConfig) -> bool:
-    """Whether an operand looks like a time, and none like anything else."""
+    """Return whether an operand looks like a time, and no operand like anything else."""
     looks: list[bool] = []
     for _, operand in command.operands():
         if operand.type == "raw":
@@ -217,7 +217,7 @@ def always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, st
     if config.not_ is not None:
         known = always(config.not_, sequence)
         return known and (None if known[0] is None else not known[0], known[1])
-    decides = config.any_ is not None  # the answer after which no other part is evaluated
+    decides = config.any_ is not None  # the result that ends the evaluation
     reasons: list[str] | None = []
     for _, part in config.parts():
         known = always(part, sequence)
@@ -260,7 +260,7 @@ def _command_always(config: ConditionConfig, sequence: Sequence) -> tuple[bool |
 
 
 def _is_fixed(operand: Operand | None, sequence: Sequence) -> bool:
-    """Whether an operand is constant."""
+    """Return whether an operand is constant."""
     if operand is None or operand.type == "raw":
         return True
     root = first_key(operand)
@@ -273,7 +273,7 @@ def _shown(text: str | None) -> str:
 
 
 def _fixed(step: Step, exit_: Exit, answer: bool | None, why: str) -> Remark:
-    """A remark on the condition of an exit that is the same for every enrollment."""
+    """Yield a remark if the condition of an exit has the same result for every enrollment."""
     index = step.exits.index(exit_)
     following = step.exits[index + 1 :]
     waits = exit_.at_once == "sometimes"
@@ -315,9 +315,9 @@ def _wrong_path(path: object, root: str | None, sequence: Sequence) -> str | Non
 
 
 def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
-    """Their paths, and others; and, of a config that was not read so far, their errors."""
+    """Yield remarks on the paths in templates, and the errors of configs that were not compiled."""
     for path, target in read_paths(step.type, step.config):
-        with suppress(DefinitionError):  # which the step's problem tells
+        with suppress(DefinitionError):  # the step's problem reports these
             root = first_key(Operand(type="get", value=target))
             if wrong := _wrong_path(target, root, sequence):
                 yield Remark(step.name, ("config", *path), wrong, root in FORMER)
@@ -355,7 +355,7 @@ _DATA = ("@root", "@key", "@index", "@first", "@last")
 
 
 def _in_css(source: str) -> Iterator[tuple[str, int]]:
-    """Yield what looks like a tag within a style and prints nothing, with its line."""
+    """Yield each tag within a style that prints nothing, with its line."""
     for style in _STYLE.finditer(source):
         for tag in _TAG.finditer(style[1]):
             root = re.split(r"[./]", tag[1])[0]
@@ -366,7 +366,7 @@ def _in_css(source: str) -> Iterator[tuple[str, int]]:
 
 
 def _check_styles(step: Step) -> Iterator[Remark]:
-    """CSS in two braces, which is a tag that prints nothing."""
+    """Yield CSS within two braces, which is a tag that prints nothing."""
     for path, source in template_texts(step.type, step.config):
         for text, line in _in_css(source):
             yield Remark(step.name, ("config", *path), _vanishes(text, line))
@@ -403,13 +403,13 @@ def check_partials(sequence: Sequence) -> Iterator[Remark]:
 
 @dataclass(frozen=True, slots=True)
 class KnownPaths:
-    """The paths of examples of data. Below a value that is no object every path is known."""
+    """The paths in examples of data. Below a value that is not an object, every path is known."""
 
     objects: set[str] = field(default_factory=set)
     values: set[str] = field(default_factory=set)
 
     def add(self, value: object, path: str) -> None:
-        """Add the paths of an example, which is at a path."""
+        """Add the paths of an example that is located at `path`."""
         if isinstance(value, dict):
             self.objects.add(path)
             for key, item in value.items():
@@ -418,7 +418,7 @@ class KnownPaths:
             self.values.add(path)
 
     def has(self, path: str) -> bool:
-        """Whether an example has the path."""
+        """Return whether an example has the path."""
         if path in self.objects or path in self.values:
             return True
         parents = accumulate(path.split("."), "{}.{}".format)
@@ -428,7 +428,7 @@ class KnownPaths:
 def known_paths(
     examples: Iterable[Mapping[str, Any]], external: Mapping[str, Any] | None = None
 ) -> KnownPaths:
-    """Collect the paths of examples of data, and of what a lookup gives."""
+    """Collect the paths in examples of data, and in the result of a lookup."""
     known = KnownPaths()
     for example in examples:
         known.add(example, "data")
@@ -438,8 +438,8 @@ def known_paths(
 
 
 def unknown_paths(sequence: Sequence, known: KnownPaths) -> Iterator[Remark]:
-    """Warn of paths that no example of data and no step of the sequence has. The runners of custom
-    types may add any data, so that with one only what looks like a typing error is reported.
+    """Yield paths that no example of data and no step of the sequence has. Custom runners may add
+    any data, so with one, only likely typing errors are reported.
     """
     known = KnownPaths(set(known.objects), set(known.values))
     roots = {path for path in known.objects if "." not in path}
@@ -462,7 +462,7 @@ def unknown_paths(sequence: Sequence, known: KnownPaths) -> Iterator[Remark]:
 
 
 def _paths(step: Step, shared: MessageContext) -> Iterator[tuple[KeyPath, str]]:
-    """Yield the plain paths that the conditions and templates of a step read for certain."""
+    """Yield the constant paths in the conditions and templates of a step."""
     if is_instant(step.type):
         for keys, text in texts(step.config, ("config",)):
             if keys[-1] == "value" and _at(step, keys[:-1]).get("type") == "get":

@@ -1,4 +1,4 @@
-"""Definitions: rows made into sequences, checked as a whole, and sequences made into rows."""
+"""Compile definitions: make sequences from rows, check them as a whole, make rows from them."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ from sequencerd.runners.protocol import MessageRunner
 
 Runners = Mapping[str, Runner]
 
-MAX_STEPS = 20_000  # of a sequence; in sequencer.record_revision as well
-HINTS = 20  # steps that configs name wrongly, for each of which all names are compared
+MAX_STEPS = 20_000  # of a sequence; the same in sequencer.record_revision
+HINTS = 20  # misspelt names of steps in configs, each of which is compared with all names
 
 
-# --- what is made of a step's type and config
+# --- steps
 
 
 def served(runners: Runners) -> frozenset[str]:
-    """The types of which steps can be executed: not those of runners that lack settings."""
+    """Return the step types that can be executed: not those of runners without settings."""
     return frozenset(
         type_ for type_, runner in runners.items() if not getattr(runner, "lacks_settings", False)
     )
@@ -70,7 +70,7 @@ def served(runners: Runners) -> frozenset[str]:
 def compile_behaviour(
     type_: str, config: Mapping[str, Any], runners: Runners, shared: MessageContext = NOTHING_SHARED
 ) -> InstantStep | SideEffect | InvalidStep:
-    """What a step does, or why it can't."""
+    """Compile what a step does, or its error."""
     try:
         if step_types.is_instant(type_):
             return step_types.compile_step(type_, config)
@@ -84,7 +84,7 @@ def compile_behaviour(
 
 
 def _named_exits(type_: str, config: Mapping[str, Any]) -> tuple[Exit, ...]:
-    """Where a step with an error may lead: its names of steps are known all the same."""
+    """Return the exits that a step with an error names in its config."""
     named = step_types.named_steps(type_, config)
     return (*EITHER, *(Exit("next", ("config", *path), step, other) for path, step, other in named))
 
@@ -133,16 +133,20 @@ def _compile_effect(
     )
 
 
-_no_effect_keys = lru_cache(maxsize=1)(EffectConfig)  # not made by an import
+_no_effect_keys = lru_cache(maxsize=1)(EffectConfig)  # not created by an import
 
 
 def _writes_messages(runner: Runner) -> TypeGuard[MessageRunner]:
-    """Whether it is a MessageRunner: `isinstance` takes longer than to compile a config."""
+    """Return whether a runner is a MessageRunner; `isinstance` would take longer than compiling a
+    config.
+    """
     return hasattr(runner, "as_test")
 
 
 def _with_hint(fault: Fault) -> Fault:
-    """A runner doesn't know the keys that every one has: of a key that it refuses, the nearest."""
+    """Add the nearest common key to the error of a runner, which does not know the keys of all side
+    effects.
+    """
     key, *deeper = fault.path or ("",)
     near = get_close_matches(str(key), EFFECT_KEYS, n=1, cutoff=0.75)
     if deeper or not near or key in EFFECT_KEYS:
@@ -171,9 +175,9 @@ def build(
     is_stopped: bool = False,
     resumed_at: datetime | None = None,
 ) -> Sequence:
-    """A sequence from its steps. What is wrong with the whole becomes the problem of its steps.
+    """Build a sequence from its steps. Errors of the whole sequence become problems of its steps.
 
-    `holidays` and `topic_limits` are those of the database; None where it was not asked.
+    `holidays` and `topic_limits` are those of the database; None means that they were not read.
     """
     ordered = sorted(steps, key=lambda step: step.position)
     ordered = [_with_topic_limit(step, topic, topic_limits) for step in ordered]
@@ -238,7 +242,7 @@ def build(
 
 
 def _with_topic_limit(step: Step, topic: str | None, limits: TopicLimits | None) -> Step:
-    """The step, with what the limit of its topic means for it: a further exit, or a problem."""
+    """Return the step with the limit of its topic: it adds an exit, or a problem."""
     effect = step.behaviour
     if not isinstance(effect, SideEffect):
         return step
@@ -255,7 +259,7 @@ def _with_topic_limit(step: Step, topic: str | None, limits: TopicLimits | None)
 
 
 def _window_of(config: Mapping[str, Any] | str | None) -> tuple[Window | None, str]:
-    """The window of a sequence, or what is wrong with it: in SQL it is any object."""
+    """Compile the window of a sequence, or return its error: SQL accepts any object."""
     try:
         read = parse_json(config) if isinstance(config, str) else config
         return (None if read is None else parse_config(WindowConfig, read, "window").window()), ""
@@ -264,7 +268,7 @@ def _window_of(config: Mapping[str, Any] | str | None) -> tuple[Window | None, s
 
 
 def calendars(steps: Iterable[Step], window: Window | None) -> set[str]:
-    """The calendars of holidays that steps of a sequence with this window need."""
+    """Return the holiday calendars that the steps of a sequence with this window need."""
     found: set[str] = set()
     for step in steps:
         found |= step_types.calendars(step.type, step.config)
@@ -279,7 +283,7 @@ def calendars(steps: Iterable[Step], window: Window | None) -> set[str]:
 
 
 def _with_problems(step: Step, faults: Iterable[Fault]) -> Step:
-    """The step, with these faults next to its own."""
+    """Return the step with further errors in addition to its own."""
     if not (found := list(faults)):
         return step
     before = step.behaviour.faults if isinstance(step.behaviour, InvalidStep) else ()
@@ -290,8 +294,8 @@ def _with_problems(step: Step, faults: Iterable[Fault]) -> Step:
 def _never_waiting(
     name: str, steps: Mapping[str, Step], exits: Mapping[str, tuple[Exit, ...]]
 ) -> set[str]:
-    """The steps from which every exit leads round and round, without a wait or a side effect."""
-    left: list[str] = []  # steps that something leads out of
+    """Return the steps all of whose exits lead in cycles without a wait or a side effect."""
+    left: list[str] = []  # steps with an exit to a step outside
     sources: dict[str, list[str]] = defaultdict(list)
     for step in steps.values():
         for exit_ in exits[step.name]:
@@ -308,7 +312,9 @@ def _never_waiting(
 
 
 class CompiledStep(NamedTuple):
-    """What is made of a step's type and config, and of what its sequence's messages share."""
+    """A compiled step: made from its type and config, and the shared parts of its sequence's
+    messages.
+    """
 
     config: dict[str, Any]
     behaviour: InstantStep | SideEffect | InvalidStep | ServedElsewhere
@@ -318,8 +324,8 @@ class CompiledStep(NamedTuple):
 def compile_row(
     row: asyncpg.Record, runners: Runners, shared: MessageContext, elsewhere: Collection[str] = ()
 ) -> CompiledStep:
-    """What the type and the config of a row of sequencer.steps mean. `elsewhere` are the types that
-    other daemons serve, and this one does not.
+    """Compile the type and config in a row of sequencer.steps. `elsewhere` are the types that only
+    other daemons serve.
     """
     try:
         config = parse_json(row["config"])
@@ -333,8 +339,8 @@ def compile_row(
 
 
 def make_step(row: asyncpg.Record, compiled: CompiledStep) -> Step:
-    """A step of its row in sequencer.steps. Equal names are kept once: they take more memory than
-    the step.
+    """Make a step from its row in sequencer.steps. Equal names are stored once, because they take
+    more memory than the step.
     """
     following, alternative = row["next_step"], row["alt_next_step"]
     return Step(
@@ -352,7 +358,7 @@ def make_step(row: asyncpg.Record, compiled: CompiledStep) -> Step:
 
 
 def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
-    """A sequence of its row in sequencer.sequences."""
+    """Make a sequence from its row in sequencer.sequences."""
     return build(
         row["name"],
         row["first_step"],
@@ -375,24 +381,24 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
 
 
 def shared_of(row: asyncpg.Record) -> MessageContext:
-    """What the messages of a sequence share, of its row in sequencer.sequences."""
+    """Return the shared parts of a sequence's messages, from its row in sequencer.sequences."""
     partials = parse_json(row["partials"]) if row["partials"] else {}
     return MessageContext(row["locale"], tuple(partials.items()))
 
 
-@lru_cache(maxsize=8)  # all sequences that are read at once have the same
+@lru_cache(maxsize=8)  # all sequences that are read together have the same value
 def parse_holidays(text: str) -> Holidays:
-    """The holidays as the database writes them."""
+    """Parse holidays as the database returns them."""
     return {
         calendar: frozenset(map(date.fromisoformat, days))
         for calendar, days in json.loads(text).items()
     }
 
 
-@lru_cache(maxsize=8)  # as above
+@lru_cache(maxsize=8)  # all sequences that are read together have the same value
 def parse_topic_limits(text: str) -> TopicLimits:
-    """The limits of topics as the database writes them, each as JSON in a string: what is wrong
-    with one concerns its topic alone.
+    """Parse the limits of topics, which the database returns as JSON strings: an error in one
+    concerns only its topic.
     """
     return {topic: _topic_limit(topic, limit) for topic, limit in json.loads(text).items()}
 
@@ -413,7 +419,7 @@ def _topic_limit(topic: str, text: str) -> Limit | InvalidStep:
 def from_rows(
     sequence: asyncpg.Record, steps: Iterable[asyncpg.Record], runners: Runners
 ) -> Sequence:
-    """A sequence as the database has it."""
+    """Make a sequence from its rows in the database."""
     shared = shared_of(sequence)
     made = [make_step(row, compile_row(row, runners, shared)) for row in steps]
     return make_sequence(sequence, made)
@@ -422,9 +428,9 @@ def from_rows(
 def reads_external(
     type_: str, config: Mapping[str, Any], shared: MessageContext = NOTHING_SHARED
 ) -> bool:
-    """Whether a step's condition or one of its templates reads external data, or all data.
+    """Return whether a step's condition or one of its templates reads external data, or all data.
 
-    Of a step with a side effect, whether the word is anywhere in the config.
+    For a step with a side effect: whether the word occurs anywhere in its config.
     """
     read = step_types.roots(type_, config)
     if read is None or "external" in read:
@@ -441,8 +447,8 @@ def reads_external(
 def problems(
     sequence: Sequence, known: Mapping[tuple[str, str], str]
 ) -> dict[tuple[str, str], str | None]:
-    """What is wrong with each step; None where nothing is. Of a step that other daemons execute
-    they say it, unless all that is `known` is that this daemon can't.
+    """Return the problem of each step, or None. Problems of a step that other daemons execute are
+    reported by those, unless it is only `known` that this daemon cannot execute it.
     """
     found: dict[tuple[str, str], str | None] = {}
     for step in sequence.steps.values():
@@ -459,12 +465,12 @@ def problems(
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """One sequence of a file, checked. `status` is None where the file leaves a pause as it is;
-    `renames` are former names of steps by their new ones.
+    """A checked sequence from a file. A `status` of None does not change a pause; `renames` maps
+    new names of steps to their former names.
     """
 
     sequence: Sequence
-    reentry: str | Mapping[str, Any]  # as in the document
+    reentry: str | Mapping[str, Any]  # as written in the document
     status: str | None
     lookup: str | None
     recheck: timedelta
@@ -473,11 +479,11 @@ class Definition:
     window: Mapping[str, Any] | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
     enroll: EnrollConfig | None = None
-    brake: Mapping[str, Any] | None = None  # as in the document
+    brake: Mapping[str, Any] | None = None  # as written in the document
 
     def pending_renames(self, present: Collection[str]) -> dict[str, str]:
-        """New names by old ones, where steps of those names are `present`, in an order in which no
-        name is taken. What is done already is not done again.
+        """Return new names by former names, for the steps that are `present`, in an order in which
+        each new name is free. Renames that have already been applied are omitted.
         """
         names, found = set(present), {}
         open_ = dict(self.renames)
@@ -489,8 +495,8 @@ class Definition:
         return found
 
     def seeds(self, present: Mapping[str, str | None]) -> dict[str, str]:
-        """What its Splits deal by, where steps are `present` with what they deal by: what the file
-        says, else what it was, else the first name that the file knows.
+        """Return the seeds of the Splits: the one in the file, else the `present` one, else the
+        first name that the file contains.
         """
         old_names = {new: old for old, new in self.pending_renames(present).items()}
         found = {}
@@ -498,13 +504,13 @@ class Definition:
             if step_types.is_seeded(step.type):
                 known = present.get(old_names.get(name, name))
                 first = f"{self.sequence.name}/{self.renames.get(name, name)}"
-                while not known and first in present.values():  # of one that was renamed
+                while not known and first in present.values():  # of a renamed step
                     first += "'"
                 found[name] = step.seed or known or first
         return found
 
     def seeded(self, present: Mapping[str, str | None]) -> Sequence:
-        """Return the sequence with seeds as in a database with those `present`."""
+        """Return the sequence with the seeds that it has in a database with those `present`."""
         seeds = self.seeds(present)
         steps = {
             name: replace(step, seed=seeds.get(name)) for name, step in self.sequence.steps.items()

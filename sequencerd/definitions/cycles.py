@@ -1,7 +1,7 @@
-"""Cycles of sequences: those that come back to a side effect without a wait, and goals before them.
+"""Find cycles that return to a side effect without a wait, and goals before cycles.
 
-What is reported follows from the definitions alone, of all sequences at once, as GoTo leads from
-one to another. A wait counts as one where it surely waits each time that the cycle is walked.
+Remarks follow from the definitions alone, of all sequences together, because GoTo leads from one to
+another. A step counts as a wait only if it waits in each round of the cycle.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from sequencerd.core.model import Exit, InstantStep, InvalidStep, Sequence, Step
 from sequencerd.core.model import SideEffect as Effect
 from sequencerd.definitions.check import Remark, always, targets
 
-MOST_STATES = 200_000  # looked at in all; a graph beyond that is not searched to its end
+MOST_STATES = 200_000  # exits that are examined in all; a larger graph is not searched to the end
 
 StepNode = tuple[str, str]
 Matching = frozenset[tuple[str, frozenset[int]]]
-"""What the getters of a date must give for the comparisons on a path to let it pass at once."""
+"""The values of a date's attributes at which a path can be taken without a wait."""
 CycleState = tuple[StepNode, Matching]
 
 
 class UnwaitedExit(NamedTuple):
-    """An exit that may be taken without a wait; `is_sure` if it certainly is."""
+    """An exit that may be taken without a wait; `is_sure` if it always is."""
 
     target: StepNode
     exit: Exit
@@ -32,7 +32,7 @@ class UnwaitedExit(NamedTuple):
 
 
 def check(sequences: Mapping[str, Sequence]) -> Iterator[tuple[str, Remark]]:
-    """All remarks, each with the name of its sequence."""
+    """Yield all remarks, each with the name of its sequence."""
     yield from _never_waiting(sequences)
     for sequence in sequences.values():
         for remark in _goals_before_cycles(sequence):
@@ -62,7 +62,7 @@ def _never_waiting(sequences: Mapping[str, Sequence]) -> Iterator[tuple[str, Rem
 
 
 def _cyclic(ways: Mapping[StepNode, list[UnwaitedExit]]) -> dict[StepNode, list[UnwaitedExit]]:
-    """The part of a graph that leads to cycles."""
+    """Return the part of a graph that leads to cycles."""
     left = graph.without_ends({node: [way.target for way in ws] for node, ws in ways.items()})
     return {n: [way for way in ws if way.target in left] for n, ws in ways.items() if n in left}
 
@@ -70,7 +70,9 @@ def _cyclic(ways: Mapping[StepNode, list[UnwaitedExit]]) -> dict[StepNode, list[
 def _way_back(
     start: StepNode, ways: Mapping[StepNode, list[UnwaitedExit]], budget: int
 ) -> tuple[list[StepNode], int]:
-    """The shortest path from a step back to it that can be gone at one time, and what it took."""
+    """Return the shortest path from a step back to itself that can be taken at one time, with its
+    condition.
+    """
 
     def following(state: CycleState) -> Iterator[CycleState]:
         for way in ways[state[0]]:
@@ -93,7 +95,7 @@ def _way_back(
 
 
 def _matching(matching: Matching, exit_: Exit) -> Matching | None:
-    """The same with what one more exit asks for; None where both can't be at one time."""
+    """Return the condition extended by one more exit; None if both cannot hold at the same time."""
     if exit_.getter is None:
         return matching
     known = dict(matching)
@@ -122,7 +124,7 @@ def _told(
 
 
 def _passing(step: Step, sequence: Sequence) -> Iterator[UnwaitedExit]:
-    """The exits of a step that may be taken on arrival."""
+    """Return the exits of a step that may be taken on arrival."""
     if isinstance(step.behaviour, InvalidStep):
         return
     for exit_ in step.exits:
@@ -139,7 +141,7 @@ def _passing(step: Step, sequence: Sequence) -> Iterator[UnwaitedExit]:
 
 
 def _goals_before_cycles(sequence: Sequence) -> Iterator[Remark]:
-    """Goals that move an enrollment once, and lead into a cycle."""
+    """Yield goals that move an enrollment only once and lead into a cycle."""
     if not any(_is_doubtful(goal) for goal in sequence.goals):
         return
     ahead = {name: targets(name, sequence) for name in sequence.steps}

@@ -1,4 +1,4 @@
-"""What differs between two definitions, as documents: what a file says, and what revisions keep."""
+"""Compare two definitions, given as documents: the contents of files, and of revisions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sequencerd.core.step_types.durations import in_words
 from sequencerd.errors import PlanError
 
 SequenceDocument = Mapping[str, Any]
-"""A sequence with the keys of a file; every key is there, `recheck` is in seconds."""
+"""A sequence with the keys of a file; every key is present, `recheck` is in seconds."""
 
 SETTINGS = (
     "description",
@@ -29,11 +29,11 @@ SETTINGS = (
     "brake",
 )
 MOST_NAMED = 5
-LONGEST_SHOWN = 40  # characters of a value
+LONGEST_SHOWN = 40  # characters of a value that is shown
 
 
 def parse_document(sequence: str, text: str) -> SequenceDocument:
-    """Parse a document as the database returns it. Raises PlanError for what Python can't read."""
+    """Parse a document from the database. Raises PlanError if Python cannot parse it."""
     try:
         document: SequenceDocument = parse_json(text)
     except DefinitionError as error:
@@ -42,7 +42,7 @@ def parse_document(sequence: str, text: str) -> SequenceDocument:
 
 
 def describe_revision(sequence: str, before: str | None, after: str) -> list[str]:
-    """Describe what a revision changed, given the documents before and after as JSON texts."""
+    """Describe the changes of a revision, given the documents before and after it as JSON texts."""
     try:
         known = None if before is None else parse_document(sequence, before)
         return list(compare(known, parse_document(sequence, after)).lines())
@@ -52,13 +52,13 @@ def describe_revision(sequence: str, before: str | None, after: str) -> list[str
 
 @dataclass(frozen=True, slots=True)
 class KeyChange:
-    """The value of a key, before and after; None where there is none."""
+    """The values of a key before and after a change; None means that it was absent."""
 
     before: Any
     after: Any
 
     def __str__(self) -> str:
-        """Empty where it would be long."""
+        """Return both values, or an empty string if they would be long."""
         values = [_shown(self.before), _shown(self.after)]
         return "" if "" in values else f"{values[0]} → {values[1]}"
 
@@ -77,16 +77,18 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SequenceDiff:
-    """What makes one definition of another. Steps by name; `renamed` is new name by old."""
+    """The differences between two definitions. Steps are given by name; `renamed` maps new names to
+    former names.
+    """
 
     is_new: bool = False
     settings: Mapping[str, KeyChange] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
-    added: Mapping[str, str] = field(default_factory=dict)  # with its type
+    added: Mapping[str, str] = field(default_factory=dict)  # name and type
     changed: Mapping[str, Mapping[str, KeyChange]] = field(default_factory=dict)  # by key
     partials: Mapping[str, KeyChange] = field(default_factory=dict)
     messages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The steps whose messages a changed partial is part of."""
+    """The steps whose messages contain a changed partial."""
     removed: tuple[str, ...] = ()
     is_reordered: bool = False
 
@@ -103,7 +105,7 @@ class SequenceDiff:
         return self.is_new or self.is_reordered or any(parts)
 
     def lines(self) -> Iterator[str]:
-        """One for each change, in words."""
+        """Yield a line for each change."""
         for key, change in self.settings.items():
             yield f"{key}: {change}" if str(change) else f"changed {key}"
         for old, new in self.renamed.items():
@@ -136,8 +138,8 @@ def compare(
     after: SequenceDocument,
     renames: Mapping[str, Mapping[str, str]] | None = None,
 ) -> SequenceDiff:
-    """Return what makes `after` of `before`; `renames` are new names of steps by sequence and old
-    name.
+    """Return the changes from `before` to `after`; `renames` are new names of steps by sequence and
+    former name.
     """
     renames = renames or {}
     new_names = dict(renames.get(after["name"], {}))
@@ -176,7 +178,7 @@ def compare(
 
 
 def _using(partial: str, before: SequenceDocument, after: SequenceDocument) -> tuple[str, ...]:
-    """Return the steps whose messages have a partial in them, or had it."""
+    """Return the steps whose messages contain or contained a partial."""
     steps = {step["name"]: step for step in after["steps"]}
     present = {step["name"] for step in before["steps"]}
     return tuple(
@@ -191,12 +193,12 @@ def _using(partial: str, before: SequenceDocument, after: SequenceDocument) -> t
 
 
 def seeds(document: SequenceDocument) -> dict[str, str | None]:
-    """Return the seed of each step: a Split's first names; None for the others."""
+    """Return the seed of each step: the original names of a Split; None for other steps."""
     return {step["name"]: _seeded(document, step).get("seed") for step in document["steps"]}
 
 
 def _seeded(document: SequenceDocument, step: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a step with its seed, if it has one."""
+    """Return a step with its seed if it has one."""
     if not is_seeded(step["type"]):
         return step
     return {**step, "seed": step.get("seed", f"{document['name']}/{step['name']}")}
@@ -205,7 +207,7 @@ def _seeded(document: SequenceDocument, step: Mapping[str, Any]) -> Mapping[str,
 def _renamed(
     sequence: str, step: Mapping[str, Any], renames: Mapping[str, Mapping[str, str]]
 ) -> Mapping[str, Any]:
-    """As the database makes it of a step when some are renamed."""
+    """Return a step after renames, as the database changes it."""
     new_names = renames.get(sequence, {})
     names = {key: new_names.get(step[key], step[key]) for key in ("name", "next", "altNext")}
     config = rename_steps(step["type"], step["config"], sequence, renames)
@@ -237,7 +239,7 @@ def _flat(step: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_same(one: object, other: object) -> bool:
-    """As PostgreSQL compares jsonb: 1 is 1.0, and true is not 1."""
+    """Compare like PostgreSQL's jsonb: 1 equals 1.0, and not true."""
     match one, other:
         case dict(), dict():
             return one.keys() == other.keys() and all(is_same(one[k], other[k]) for k in one)

@@ -1,4 +1,4 @@
-"""A sequence drawn: as text, for Mermaid, for Graphviz."""
+"""Draw a sequence: as text, for Mermaid, for Graphviz."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sequencerd.core.model import NEXT, InstantStep, Limit, Sequence, SideEffect
 from sequencerd.core.step_types.durations import in_words
 
 StepCounts = Mapping[tuple[str, str], int]
-"""How many are at a step, by sequence and step."""
+"""Numbers of enrollments by sequence and step."""
 
 END = "end"
 
 
 class Edge(NamedTuple):
-    """A way from one step to another, to None for the end, or to a step of another sequence; or
-    what a step does to another sequence, without a target.
+    """A connection from one step to another, to None for the end, or to a step of another sequence;
+    or, without a target, an effect of the step on another sequence.
     """
 
     source: str
@@ -27,7 +27,7 @@ class Edge(NamedTuple):
 
 
 def edges(sequence: Sequence) -> Iterator[Edge]:
-    """The ways in the order of the definition."""
+    """Return the edges in the order of the definition."""
     for step in sequence.steps.values():
         for exit_ in step.exits:
             label = "" if exit_.label == NEXT.label else exit_.label
@@ -46,8 +46,8 @@ def describe_brake(at_most: int, per: timedelta) -> str:
 
 
 def limits(sequence: Sequence, step: Step) -> Iterator[tuple[Limit, str]]:
-    """The limits of a step's side effect, its own and that of its topic, each with a description:
-    "at most 3 in 7 days (topic marketing)".
+    """Yield the limits of a step's side effect, its own and that of its topic, each with a
+    description: "at most 3 in 7 days (topic marketing)".
     """
     effect = step.behaviour
     if not isinstance(effect, SideEffect):
@@ -62,8 +62,8 @@ def limits(sequence: Sequence, step: Step) -> Iterator[tuple[Limit, str]]:
 
 
 def text(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
-    """A line for each step: its count, name and type, where it leads, and its limits; before them
-    the brake.
+    """Draw a line for each step, below the brake: its count, name and type, where it leads, and
+    its limits.
     """
     ways = list(edges(sequence))
     names = [_words(name) for name in sequence.steps]
@@ -83,7 +83,7 @@ def text(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
 
 
 def mermaid(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
-    """A flowchart for Mermaid."""
+    """Draw a flowchart for Mermaid."""
     ids = {name: f"s{n}" for n, name in enumerate(sequence.steps)}
     lines = ["flowchart TD"]
     for name, step in sequence.steps.items():
@@ -107,7 +107,7 @@ def mermaid(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
 
 
 def dot(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
-    """A digraph for Graphviz."""
+    """Draw a digraph for Graphviz."""
     lines = [f"digraph {_for_dot(sequence.name)} {{", "  node [shape=box];"]
     if brake:
         lines.append(f"  labelloc=t; label={_for_dot(f'brake: {brake}')};")
@@ -148,16 +148,16 @@ def _label(sequence: Sequence, step: Step, counts: StepCounts) -> list[str]:
 
 
 def _words(name: str) -> str:
-    """A name in one line."""
+    """Return a name as one line."""
     return " ".join(name.split())
 
 
 def _for_mermaid(name: str) -> str:
-    """Text between quotes: Mermaid reads entities of HTML, and # begins one of its own."""
+    """Quote a text: Mermaid interprets HTML entities, and its own, which begin with #."""
     return "".join(c if c.isalnum() or c in " _-.,:/" else f"#{ord(c)};" for c in name)
 
 
 def _for_dot(name: str) -> str:
-    """A quoted string, in which a line's end is written as \\n."""
+    """Quote a text, with \n for line ends."""
     escaped = name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

@@ -1,4 +1,4 @@
-"""Documents of sequences, from files of YAML or JSON or made: read and checked as a whole."""
+"""Read and check documents of sequences, from YAML and JSON files or made by programs."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class BrakeConfig(Config):
         return per
 
     def document(self) -> dict[str, Any]:
-        """The same in hours or seconds, as sequencer.as_duration has it."""
+        """Return the same in hours or seconds, like sequencer.as_duration."""
         seconds = int(elapsed(self.per).total_seconds())
         hours, rest = divmod(seconds, 3600)
         amount, unit = (seconds, "seconds") if rest else (hours, "hours")
@@ -189,7 +189,7 @@ class FileFinding:
     column: int = 1
 
     def __str__(self) -> str:
-        """Format it as editors and build servers expect."""
+        """Format the finding as editors and build servers expect."""
         where = "/".join(name for name in (self.sequence, self.step) if name is not None)
         text = printable(f"{where}: {self.message}" if where else self.message)
         text = text.replace("\n", " ").replace("\t", " ")
@@ -197,12 +197,12 @@ class FileFinding:
 
 
 def read_file(path: Path, runners: Runners) -> list[Definition]:
-    """The sequences of a YAML or JSON file. Raises FileError with everything that is wrong."""
+    """Read the sequences of a YAML or JSON file. Raises FileError with all errors."""
     return read_all([path], runners)
 
 
 def read_all(paths: Iterable[Path], runners: Runners) -> list[Definition]:
-    """The sequences of some files. Raises FileError with everything that is wrong with them."""
+    """Read the sequences of several files. Raises FileError with all errors."""
     definitions, findings = read_files(paths, runners)
     if errors := [str(finding) for finding in findings if finding.is_error]:
         raise FileError("\n".join(errors))
@@ -223,10 +223,10 @@ def check_documents(
     runners: Runners,
     data: Mapping[str, check.KnownPaths] = MappingProxyType({}),
 ) -> tuple[list[Definition], list[FileFinding]]:
-    """Return the sequences without an error, and all findings, in the order of the documents.
+    """Return the sequences without errors, and all findings, in the order of the documents.
 
-    These are given by their origins; a DocumentError that they raise is a finding. `data`
-    has the paths of examples of data, by the names of sequences.
+    `documents` are given by origin; a DocumentError that an iterator raises becomes a finding.
+    `data` contains the paths of examples of data, by sequence.
     """
     definitions, findings = [], []
     read = {origin: _read_sources(origin, found) for origin, found in documents.items()}
@@ -263,19 +263,19 @@ def check_documents(
 
 
 def names(paths: Iterable[Path]) -> list[str]:
-    """Return the names of the sequences in some files, without checking these."""
+    """Return the names of the sequences in some files, without checking the sequences."""
     found = [source.name for path in paths for source in _sources_of(path)]
     return [name for name in found if name is not None]
 
 
 def types(path: Path) -> set[str]:
-    """Return the types of the steps of a file, served or not."""
+    """Return the step types in a file, whether or not they are served."""
     found = (_text_at(step, "type") for source in _sources_of(path) for step in source.steps)
     return {type_ for type_ in found if type_ is not None}
 
 
 class _SequenceSource:
-    """One sequence as it is written, and what was found wrong with it so far."""
+    """A sequence as it is written, and the findings about it so far."""
 
     def __init__(self, origin: str, document: Document) -> None:
         self.origin = origin
@@ -285,13 +285,13 @@ class _SequenceSource:
         self.steps: list[Any] = steps if isinstance(steps, list) else []
         self.step_names = [_text_at(step, "name") for step in self.steps]
         self.findings: list[FileFinding] = []
-        self.files: dict[KeyPath, Path] = {}  # of texts that are in files of their own
+        self.files: dict[KeyPath, Path] = {}  # of texts in separate files
         self.wrong_partials: set[str] = set()
         if document.folder is not None:
             self._include(document.folder)
 
     def _include(self, folder: Path) -> None:
-        """Put the texts that are in files of their own where they are named."""
+        """Replace references to files with the texts in these files."""
         value = self.document.value
         for path, holder in list(included.places(value)):
             key = str(path[-1])
@@ -313,7 +313,7 @@ class _SequenceSource:
         return f"{self.origin}:{self.document.line(())}"
 
     def say(self, keys: KeyPath, message: str, *, is_error: bool = True) -> None:
-        """Adds a finding; `keys` are the keys that lead there from the top of the document."""
+        """Add a finding; `keys` is the path from the top of the document."""
         step, shown = None, keys
         if keys[:1] == ("steps",) and len(keys) > 1:
             step = self.step_names[int(keys[1])]
@@ -330,7 +330,7 @@ class _SequenceSource:
         self.findings.append(FileFinding(origin, line, self.name, step, text, is_error, column))
 
     def steps_elsewhere(self) -> Iterator[tuple[KeyPath, str, str]]:
-        """Yield the steps of other sequences that configs name: path, sequence, and step."""
+        """Yield the steps of other sequences that configs name: path, sequence and step."""
         for number, value in enumerate(self.steps):
             config = value.get("config") if isinstance(value, dict) else None
             for path, step, sequence in named_steps(_text_at(value, "type") or "", config):
@@ -344,7 +344,7 @@ def _text_at(value: object, key: str) -> str | None:
 
 
 def _window_at(value: object) -> dict[str, Any] | None:
-    """The window of a sequence, as it is written."""
+    """Return the window of a sequence as it is written."""
     window = value.get("window") if isinstance(value, dict) else None
     return window if isinstance(window, dict) else None
 
@@ -352,7 +352,7 @@ def _window_at(value: object) -> dict[str, Any] | None:
 def _read_sources(
     origin: str, documents: Iterable[Document]
 ) -> tuple[list[_SequenceSource], list[FileFinding]]:
-    """The sequences of one origin, and what keeps it from being read to its end."""
+    """Read the sequences of one origin, and the error that ended it early, if any."""
     sources: list[_SequenceSource] = []
     try:
         sources.extend(_SequenceSource(origin, document) for document in documents)
@@ -370,7 +370,7 @@ def _sources_of(path: Path) -> list[_SequenceSource]:
 
 
 class _BuiltSequence(NamedTuple):
-    """A sequence of which the steps could be read; not all of its ways, where a name is wrong."""
+    """A sequence whose steps were read; where a name is wrong, an exit may be missing."""
 
     sequence: model.Sequence
     parsed: FileSequence | None
@@ -380,7 +380,7 @@ class _BuiltSequence(NamedTuple):
 def _build(
     source: _SequenceSource, sources: Mapping[str | None, _SequenceSource], runners: Runners
 ) -> _BuiltSequence | None:
-    """The sequence, unless no step of it can be read."""
+    """Build the sequence unless none of its steps can be read."""
     parsed = _parse(source)
     _check_names(source, sources)
     are_ways_known = not source.findings
@@ -413,7 +413,7 @@ def _build(
 def _checked(
     source: _SequenceSource, built: _BuiltSequence, remarks: Iterable[check.Remark]
 ) -> Definition | None:
-    """The definition, if there is no error in it."""
+    """Return the definition if it has no error."""
     sequence, parsed, are_ways_known = built
     for name, keys, message, is_error in remarks:
         if keys[:1] == ("partials",):
@@ -442,7 +442,7 @@ def _checked(
 
 
 def _check_partials(source: _SequenceSource) -> tuple[tuple[str, str], ...]:
-    """Return the partials of a sequence. Their errors are told here, and not by each step."""
+    """Return the partials of a sequence. Their errors are reported here, and not for each step."""
     value = source.document.value
     partials = value.get("partials") if isinstance(value, dict) else None
     found = partials if isinstance(partials, dict) else {}
@@ -469,7 +469,7 @@ def _parse(source: _SequenceSource) -> FileSequence | None:
 
 
 def _check_names(source: _SequenceSource, sources: Mapping[str | None, _SequenceSource]) -> None:
-    """Report names that are given twice, and targets that do not exist."""
+    """Report duplicate names and targets that do not exist."""
     first = sources[source.name]
     if source.name is not None and first is not source:
         source.say(("name",), f"sequence {source.name!r} is defined twice, first in {first}")
@@ -499,7 +499,7 @@ def _check_names(source: _SequenceSource, sources: Mapping[str | None, _Sequence
 def _renamed_in_a_circle(
     number: int, names: Sequence[str | None], former: Sequence[str | None]
 ) -> bool:
-    """Whether the former name of a step leads from name to name back to it."""
+    """Return whether following the former names of a step leads back to it."""
     at: str | None = former[number]
     for _ in names:
         if at is None or at not in names:
@@ -516,13 +516,13 @@ def _check_target(
     if target not in there.step_names:
         where = "" if there is source else f" in sequence {there.name!r}"
         known = [name for name in there.step_names if name is not None]
-        # a file of which all is wrong must not take minutes
+        # a file full of errors must not take minutes
         hint = f"; {nearest(target, known)}" if len(source.findings) < MAX_HINTS else ""
         source.say(keys, f"step {target!r} does not exist{where}{hint}")
 
 
 def _check_alt_next(source: _SequenceSource, number: int, step: Step) -> None:
-    """Warn of a side effect that can end an enrollment by an altNext that is not written."""
+    """Warn about a side effect that can end an enrollment because its altNext is omitted."""
     if isinstance(step.behaviour, SideEffect) and ALT_NEXT.path in {
         exit_.path for exit_ in step.behaviour.exits
     }:
@@ -534,13 +534,13 @@ def _check_alt_next(source: _SequenceSource, number: int, step: Step) -> None:
 
 
 def _read_steps(source: _SequenceSource, runners: Runners, shared: MessageContext) -> list[Step]:
-    """The steps that can be read, once each; the errors of their configs are reported."""
+    """Read the steps that can be read, each name once, and report the errors of their configs."""
     steps: dict[str, Step] = {}
     for number, value in enumerate(source.steps):
         try:
             parsed = FileStep.model_validate(value)
         except ValidationError:
-            continue  # it was reported with the whole
+            continue  # reported with the whole sequence
         following = [*source.step_names, None][number + 1]
         step = Step(
             sequence=source.name or "",

@@ -1,4 +1,4 @@
-"""What a form changes of a step: how long it waits, and the texts of its message."""
+"""The values of a step that a form can change: the length of a wait, and the texts of a message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sequencerd.core.model import KeyPath
 from sequencerd.core.step_types import is_instant
 
 UNITS = ("minutes", "hours", "days", "business days", "weeks", "months", "years")
-"""What a form offers; other units stay as they are."""
+"""The units that a form offers; other units are left as they are."""
 
 TEXTS = ("subject", "text", "html", "message")
 TIMES = ("at", "date")
@@ -31,11 +31,11 @@ class FormField(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the name in a form."""
+        """Return the field's name in the form."""
         return ".".join(map(str, self.path))
 
     def read(self, text: str) -> str | int | float:
-        """Return a value as a user has written it: a number where it is one."""
+        """Parse a value that a user has entered: a number if it looks like one."""
         if self.kind == "amount" and _INTEGER.fullmatch(text):
             return int(text)
         if self.kind == "amount" and _NUMBER.fullmatch(text):
@@ -44,14 +44,14 @@ class FormField(NamedTuple):
 
 
 def fields(type_: str, config: object) -> list[FormField]:
-    """Return what can be changed of a step by a form."""
+    """Return the values of a step that a form can change."""
     if not isinstance(config, Mapping):
         return []
     return list(_waits((), config) if is_instant(type_) else _texts(config))
 
 
 def _waits(path: KeyPath, value: Any) -> Iterator[FormField]:
-    """Yield amounts with their units, wherever they are, and times."""
+    """Yield all amounts with their units, and all times."""
     match value:
         case {"amount": int() | float() | str() as amount, "unit": str(unit)}:
             yield FormField((*path, "amount"), "amount", amount)

@@ -1,4 +1,4 @@
-"""Texts of messages that are in files of their own, beside the file of their sequence."""
+"""Read texts of messages from separate files beside the file of their sequence."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from sequencerd.core.model import KeyPath
 from sequencerd.core.step_types import localised_keys, used_partials
 
 FOLDER = "partials"
-"""Beside the file of a sequence: each file in it is a partial, by its name without the suffix."""
+"""A folder beside the file of a sequence: each file in it is a partial, named without the suffix.
+"""
 
 SUFFIXES = (".html", ".htm", ".txt", ".md", ".hbs", ".handlebars")
 
 
 class IncludedError(ValueError):
-    """A text that cannot be read. The message says which, and why."""
+    """A text that cannot be read. The message names the file and the reason."""
 
 
 def read(folder: Path, name: object) -> tuple[Path, str]:
-    """Return a file of a folder, or of one in it, with its text. Raises IncludedError."""
+    """Read a file in or below a folder. Return its path and text. Raises IncludedError."""
     if not isinstance(name, str):
         raise IncludedError("must be the name of a file, such as welcome.html")
     path = folder / name
@@ -47,7 +48,9 @@ def read(folder: Path, name: object) -> tuple[Path, str]:
 
 
 def places(document: object) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    """Yield where a sequence names files: the path, and what holds the value at its last key."""
+    """Yield the places where a sequence names files: the path, and the object that contains its
+    last key.
+    """
     if not isinstance(document, dict):
         return
     yield from _named((FOLDER,), document.get(FOLDER))
@@ -65,7 +68,7 @@ def places(document: object) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
 def _named(
     path: KeyPath, holder: object, keys: Iterable[str] | None = None
 ) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    """Yield those of its values that name a file."""
+    """Yield the values that name a file."""
     if isinstance(holder, dict):
         for key in list(holder) if keys is None else keys:
             value = holder.get(key)
@@ -74,8 +77,8 @@ def _named(
 
 
 def partials_beside(folder: Path, document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the partials of the folder that messages of a sequence use, and it does not define:
-    their names, and the names of their files. Raises IncludedError.
+    """Yield the partials of the folder that messages of a sequence use but the sequence does not
+    define: their names and file names. Raises IncludedError.
     """
     try:
         found = sorted(path for path in (folder / FOLDER).iterdir() if path.suffix in SUFFIXES)

@@ -1,4 +1,4 @@
-"""The JSON Schema of files, made from the models: for editors, and for whoever writes files."""
+"""Make the JSON Schema of sequence files from the models, for editors and authors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ Schema = dict[str, Any]
 
 
 def make() -> Schema:
-    """Return the schema of a document. What `check` accepts is valid by it, not the reverse."""
+    """Return the schema of a document. Everything that `check` accepts is valid, but not the
+    reverse.
+    """
     defs: Schema = {}
     root = _of(FileSequence, defs)
     step = defs["FileStep"]
@@ -37,27 +39,27 @@ def make() -> Schema:
         *(_bind({"const": name}, name, config) for name, config in configs.items()),
         _bind({"not": {"enum": list(configs)}}, "Custom", custom),
     ]
-    # no model has a dot in its name, so that none is replaced
+    # the names of models contain no dot, so none of them is replaced
     defs |= {f"step.{name}": config for name, config in {**configs, "Custom": custom}.items()}
     schema: Schema = _tidy({"$schema": DRAFT, **root, "$defs": defs})
     return schema
 
 
 def _of(model: type[BaseModel], defs: Schema) -> Schema:
-    """Return a model's schema; what it refers to goes into `defs`."""
+    """Return the schema of a model; definitions that it refers to are added to `defs`."""
     made = model.model_json_schema(by_alias=True)
     defs |= made.pop("$defs", {})
     return made
 
 
 def _with_effect(own: Schema, defs: Schema) -> Schema:
-    """Return a config with the keys that every side effect takes."""
+    """Return a config with the keys that all side effects have."""
     common = _of(EffectConfig, defs)["properties"]
     return {**own, "properties": {**own.get("properties", {}), **common}}
 
 
 def _recipient(defs: Schema) -> Schema:
-    """Return the rule that both of its keys, if a custom step has both, say where it sends."""
+    """Return the rule for custom steps: both recipient keys together name a recipient."""
     recipient = _of(RecipientConfig, defs)
     return {
         "if": {"required": recipient["required"]},
@@ -74,7 +76,7 @@ def _bind(type_: Schema, name: str, config: Schema) -> Schema:
 
 
 def _tidy(schema: Any) -> Any:
-    """Without titles, which repeat the keys, and nulls as defaults, which an editor would write."""
+    """Remove titles, which repeat the keys, and null defaults, which an editor would insert."""
     match schema:
         case dict():
             return {

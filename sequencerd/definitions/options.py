@@ -1,4 +1,4 @@
-"""What users enter on the command line and in the console."""
+"""Parse values that users enter on the command line and in the console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plan and apply: what definitions change, and what happens to the enrollments."""
+"""Plan and apply: the changes to definitions, and their effect on enrollments."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ from sequencerd.storage import server, sources
 from sequencerd.storage.statements import QUERIES
 
 BATCH = 5000  # enrollments read at a time
-QUERY_TIMEOUT = 30.0  # seconds for the query of a key enroll
+QUERY_TIMEOUT = 30.0  # seconds for the query of the key `enroll`
 
 
 @dataclass(slots=True)
 class WaitingCounts:
-    """What happens to the enrollments at a step that changes, in numbers."""
+    """Numbers of enrollments at a changed step, by what happens to them."""
 
     step: str
     total: int = 0
@@ -62,15 +62,15 @@ class WaitingCounts:
     later: int = 0
     as_before: int = 0
     executing: int = 0
-    first: datetime | None = None  # end of the waits that last until another time
+    first: datetime | None = None  # when their waits end, if that changes
     last: datetime | None = None
-    unknown: int = 0  # it depends on external data
-    limited: int = 0  # it depends on what their limits count
+    unknown: int = 0  # their number depends on external data
+    limited: int = 0  # their number depends on limits
     failing: int = 0
     failure: str | None = None  # of the first of them
 
     def line(self, *, done: bool) -> str:
-        """Describe it in a sentence, before or after it is `done`."""
+        """Describe the counts in a sentence, before the change or after it is `done`."""
         would = "" if done else "would "
         parts = [
             (self.at_once, f"{would}continue at once"),
@@ -85,7 +85,7 @@ class WaitingCounts:
         return f"{self.total} wait at {self.step}: {counts}" if self.total else ""
 
     def add_later(self, until: datetime) -> None:
-        """Count one that waits until another time."""
+        """Count an enrollment that waits until another time."""
         self.later += 1
         self.first = min(self.first or until, until)
         self.last = max(self.last or until, until)
@@ -97,7 +97,7 @@ class WaitingCounts:
         return f", {' to '.join(times)}"
 
     def add(self, other: WaitingCounts) -> None:
-        """Add those at the same step in another shard."""
+        """Add the counts for the same step in another shard."""
         for count in fields(self):
             if count.type == "int":
                 setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
@@ -108,7 +108,7 @@ class WaitingCounts:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledEntries:
-    """How many a scheduled run would enroll now."""
+    """The number of enrollments that a scheduled run would create now."""
 
     source: str
     found: int
@@ -145,12 +145,12 @@ class SequencePlan:
     at_step: Mapping[str, int] = field(default_factory=dict)  # enrollments at removed steps
     named: tuple[StepReference, ...] = ()  # removed steps that other sequences name
     waiting: tuple[WaitingCounts, ...] = ()
-    empty_calendars: tuple[str, ...] = ()  # of holidays that it needs
-    missing: tuple[str, ...] = ()  # other sequences or steps of these, to which it leads
-    entering: ScheduledEntries | str | None = None  # by the key enroll; or why that is not known
-    unlisted_topics: tuple[str, ...] = ()  # in sentences
-    limits: tuple[str, ...] = ()  # that begin, end or change, in sentences
-    shards: tuple[str, ...] = ()  # for which it is the plan, if there are several
+    empty_calendars: tuple[str, ...] = ()  # holiday calendars that are missing
+    missing: tuple[str, ...] = ()  # sequences and steps that it names and that do not exist
+    entering: ScheduledEntries | str | None = None  # by its schedule; or why the number is unknown
+    unlisted_topics: tuple[str, ...] = ()  # as sentences
+    limits: tuple[str, ...] = ()  # limits that begin, end or change, as sentences
+    shards: tuple[str, ...] = ()  # the shards to which the plan applies, if there are several
 
     def lines(self, *, done: bool) -> Iterator[str]:
         """Yield a line for each change, and one for the enrollments at each changed step."""
@@ -171,13 +171,13 @@ class SequencePlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What applying some definitions changes."""
+    """The changes that applying some definitions makes."""
 
     sequences: tuple[SequencePlan, ...]
     archived: tuple[str, ...]
     refused: tuple[str, ...]
     fingerprint: str
-    differing: frozenset[str] = frozenset()  # sequences that are not the same in all shards
+    differing: frozenset[str] = frozenset()  # sequences that differ between shards
 
     def __bool__(self) -> bool:
         """Return whether anything changes."""
@@ -197,7 +197,7 @@ class Plan:
             yield f"the shards have different definitions of {names}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For a program."""
+        """Return the plan for JSON."""
         return {
             "plan": self.fingerprint,
             "sequences": [
@@ -230,10 +230,11 @@ async def make(
     moves: Mapping[str, str] | None = None,
     prune: bool = False,
 ) -> Plan:
-    """Return what `apply` would do. Reads only, in a transaction of the caller's.
+    """Return what `apply` would do. Only reads, in the caller's transaction.
 
-    `moves` are new steps by removed ones, for the enrollments there. `prune` archives what was
-    applied from files and is in none of these. Raises FileError for what PostgreSQL can't hold.
+    `moves` maps removed steps to the steps to which their enrollments move. `prune` archives
+    sequences that were applied from files and are not among the definitions. Raises FileError for
+    values that PostgreSQL cannot store.
     """
     names = [definition.sequence.name for definition in definitions]
     rows = await connection.fetch(QUERIES["documents"], names)
@@ -323,8 +324,8 @@ async def _empty_calendars(
 async def _missing(
     connection: asyncpg.Connection, definition: Definition, planned: Collection[str]
 ) -> tuple[str, ...]:
-    """Say which steps lead to a sequence, or a step of one, that does not exist. What `planned`
-    sequences name of each other is checked with their files.
+    """Describe which steps lead to a sequence or step that does not exist. Names in `planned`
+    sequences were already checked with their files.
     """
     found = [edge for edge in edges(definition.sequence) if edge.sequence not in (None, *planned)]
     rows = await connection.fetch(
@@ -344,7 +345,7 @@ def _missing_target(edge: Edge) -> str:
 async def _unlisted_topics(
     connection: asyncpg.Connection, definition: Definition
 ) -> tuple[str, ...]:
-    """Describe the topics that sequencer.topics lacks, if it has any: perhaps they are misspelt."""
+    """Describe topics missing from sequencer.topics, if it has any: they may be misspelt."""
     effects = (step.behaviour for step in definition.sequence.steps.values())
     used = {effect.topic for effect in effects if isinstance(effect, SideEffect)}
     used = (used | {definition.sequence.topic}) - {None}
@@ -363,7 +364,7 @@ async def _limits(
     after: SequenceDocument,
     renamed: Mapping[str, str],
 ) -> tuple[str, ...]:
-    """Describe which limits begin, end or change, with the steps for which they do."""
+    """Describe the limits that begin, end or change, with their steps."""
     old, new = ({} if one is None else _limited(one) for one in (before, after))
     old = {renamed.get(name, name): one for name, one in old.items()}
     of_topics = parse_topic_limits(await connection.fetchval(QUERIES["topic_limits"]))
@@ -399,7 +400,7 @@ def _limited(document: SequenceDocument) -> dict[str, tuple[Any, str | None]]:
 async def _entering(
     connection: asyncpg.Connection, definition: Definition
 ) -> ScheduledEntries | str | None:
-    """Return how many a scheduled run would enroll now."""
+    """Return the number of enrollments that a scheduled run would create now."""
     if (enroll := definition.enroll) is None:
         return None
     try:
@@ -414,10 +415,12 @@ async def _entering(
 async def _document(
     connection: asyncpg.Connection, definition: Definition, before: SequenceDocument | None
 ) -> SequenceDocument:
-    """Return what will be kept of a definition: as PostgreSQL makes it of the same values."""
+    """Return the document that the database will contain for a definition, as PostgreSQL makes it
+    from the same values.
+    """
     sequence = definition.sequence
     status = definition.status
-    if status is None:  # a deploy does not end a pause made by hand
+    if status is None:  # a deployment does not end a manual pause
         status = "paused" if before and before["status"] == "paused" else "active"
     steps = sorted(sequence.steps.values(), key=lambda step: step.position)
     dealt_by = definition.seeds(seeds(before) if before else {})
@@ -448,7 +451,7 @@ async def _document(
         ],
     }
     try:
-        # in a transaction of its own: what can't be held must not end the caller's
+        # in a transaction of its own: a value that cannot be stored must not abort the caller's
         async with connection.transaction():
             text = await connection.fetchval(QUERIES["as_jsonb"], json.dumps(document))
     except asyncpg.DataError as error:
@@ -458,14 +461,14 @@ async def _document(
 
 
 def _seed(sequence: str, step: str, dealt_by: Mapping[str, str]) -> dict[str, str]:
-    """Return the key of a Split that does not deal by its present names."""
+    """Return the seed of a Split whose seed differs from its present names."""
     seed = dealt_by.get(step)
     return {} if seed in (None, f"{sequence}/{step}") else {"seed": seed}
 
 
 def refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
-    """Yield why a plan cannot be applied. What `planned` sequences name is checked with their
-    files.
+    """Yield the reasons why a plan cannot be applied. Names in `planned` sequences were already
+    checked with their files.
     """
     names = [kept["name"] for kept in step.after["steps"]]
     for old, count in step.at_step.items():
@@ -490,7 +493,7 @@ def refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
 
 
 def _concerned(changes: SequenceDiff, definition: Definition) -> list[str]:
-    """Return the steps with enrollments to be rescheduled: those that the triggers mark."""
+    """Return the steps whose enrollments will be rescheduled: those that the triggers mark."""
     if changes.is_new:
         return []
     steps = definition.sequence.steps
@@ -522,7 +525,7 @@ async def _everything(
     definitions: Iterable[Definition],
     runners: Runners,
 ) -> Definitions:
-    """Return all sequences as they would be."""
+    """Return all sequences as they would be after the change."""
     wanted = list(names)
     steps: dict[str, list[asyncpg.Record]] = {name: [] for name in wanted}
     for row in await connection.fetch(QUERIES["steps"], wanted):
@@ -549,7 +552,9 @@ async def _everything(
 async def _count(
     connection: asyncpg.Connection, step: SequencePlan, name: str, definitions: Definitions
 ) -> WaitingCounts:
-    """Evaluate all enrollments at a step, one batch in memory at a time, and count the outcomes."""
+    """Evaluate all enrollments at a step, with one batch in memory at a time, and count the
+    outcomes.
+    """
     old_names = {new: old for old, new in step.changes.renamed.items()}
     old_name = old_names.get(name, name)
     count = WaitingCounts(name)
@@ -603,12 +608,13 @@ async def apply(
     brake: int | None = None,
     from_files: bool = True,
 ) -> Plan:
-    """Make the database's sequences what the definitions say, in one transaction of the caller's.
+    """Change the database's sequences to the definitions, in the caller's transaction.
 
-    `brake` is how many side effects may begin in an hour, for a day, in the sequences that change.
+    `brake` is the number of side effects that may begin in an hour, for a day, in the sequences
+    that change.
 
-    Raises PlanError where the plan cannot be done, or is another than the `expected` fingerprint;
-    FileError where the database refuses a definition.
+    Raises PlanError if the plan cannot be applied, or does not have the `expected` fingerprint;
+    FileError if the database rejects a definition.
     """
     await connection.execute(QUERIES["lock_definitions"])
     plan = await make(connection, definitions, runners, moves=moves, prune=prune)
@@ -618,7 +624,7 @@ async def apply(
 
 
 def check(plan: Plan, expected: str | None) -> None:
-    """Raise PlanError where a plan cannot be done, or has another fingerprint than `expected`."""
+    """Raise PlanError if a plan cannot be applied, or does not have the `expected` fingerprint."""
     if expected is not None and plan.fingerprint != expected:
         raise PlanError(
             f"plan {expected} no longer holds: the files, the options or the sequences have "
@@ -636,9 +642,9 @@ async def write(
     brake: int | None = None,
     from_files: bool = True,
 ) -> None:
-    """Do what `make` has planned, in the same transaction, which has locked the definitions."""
+    """Apply a plan of `make`, in the same transaction, which has locked the definitions."""
     written = zip(plan.sequences, definitions, strict=True)
-    # by name, as daemons lock brakes
+    # by name, like the brakes that daemons lock
     for step, definition in sorted(written, key=lambda pair: pair[0].sequence):
         if step.changes:
             try:
@@ -693,7 +699,7 @@ async def _write(
         [seeds(step.after).get(name) for name in names],
     )
     for old, new in step.moves.items():
-        # more may arrive at the step while others are moved
+        # more enrollments may arrive at the step in the meantime
         while await connection.fetchval(QUERIES["move_enrollments"], step.sequence, old, new):
             pass
     await connection.execute(QUERIES["remove_steps"], step.sequence, names)

@@ -1,4 +1,4 @@
-"""A plan for several shards: counts are added up, what differs is named, and all or none get it."""
+"""Plan for several shards: add up the counts, name the differences, and apply to all or none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def apply(
     brake: int | None = None,
     from_files: bool = True,
 ) -> Plan:
-    """Do what `plan.apply` does on every shard of a change, for the caller to commit."""
+    """Apply a plan on every shard of a change, for the caller to commit: see `plan.apply`."""
 
     async def lock(shard: Shard) -> None:
         await change.connections[shard].execute(QUERIES["lock_definitions"])
@@ -54,7 +54,7 @@ async def apply(
             from_files=from_files,
         )
 
-    # in one order, or two at the same time could wait for each other
+    # in one order, so that two of these at the same time cannot deadlock
     await change.on_each(lock, at_once=1)
     plans = await change.on_each(make)
     merged = merge({shard.name: one for shard, one in plans.items()})
@@ -64,7 +64,7 @@ async def apply(
 
 
 def again(how: str) -> str:
-    """Say how a change is completed that only some shards have."""
+    """Say how to complete a change that was committed on only some shards."""
     return (
         f"repeat {how} when all shards can be reached: it completes the others, and does not "
         "change those that have the revision"
@@ -72,7 +72,7 @@ def again(how: str) -> str:
 
 
 def merge(plans: Mapping[str | None, Plan]) -> Plan:
-    """Return one plan of those of several shards; of one, it is the same."""
+    """Merge the plans of several shards; the plan of a single shard is returned unchanged."""
     first, *others = plans.values()
     if not others:
         return first
@@ -102,7 +102,7 @@ def merge(plans: Mapping[str | None, Plan]) -> Plan:
 
 
 def _alike(parts: _Parts) -> Sequence[_Parts]:
-    """Return the plans of a sequence in groups with the same changes and the same result."""
+    """Group the plans of a sequence by equal changes and results."""
     groups: list[dict[str, SequencePlan]] = []
     for shard, one in parts.items():
         for group in groups:
@@ -147,7 +147,7 @@ def _waiting(found: Iterable[Sequence[WaitingCounts]]) -> Iterable[WaitingCounts
 
 
 def sentences(by_shard: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Return each sentence once, with the shards for which it holds if these are not all."""
+    """Return each sentence once, with its shards unless these are all."""
     shards: dict[str, list[str]] = {}
     for shard, sentences in by_shard.items():
         for sentence in sentences:

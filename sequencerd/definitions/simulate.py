@@ -49,24 +49,24 @@ from sequencerd.core.model import (
 from sequencerd.core.step_types.condition_config import ConditionConfig, explain
 
 MAX_ENTRIES = 10_000
-"""A simulation ends here, as a sequence that loops has no end of its own."""
+"""The number of entries after which a simulation ends, because a sequence may loop for ever."""
 
-MAX_SHOWN = 100  # characters of a value
+MAX_SHOWN = 100  # characters of a value that is shown
 
 DAEMON = "simulation"
 
 ROUNDS = 3
-"""So many rounds at the end of a simulation are a cycle."""
+"""The number of equal rounds at the end of a simulation that make a cycle."""
 
 Preview = Callable[[Step, Task], Mapping[str, str]]
-"""Returns what a side effect would send, field by field. Raises ValueError if it cannot be sent."""
+"""Returns what a side effect would send, by field. Raises ValueError if it cannot be sent."""
 
 _NEXT = Answer()
-_NO_RECHECK = timedelta(days=36500)  # the result of a lookup does not change here
+_NO_RECHECK = timedelta(days=36500)  # the result of a lookup is constant in a simulation
 
 
 class TimelineEntry(NamedTuple):
-    """What happens at a time. `action` is that of the event, or "execute" for a side effect."""
+    """An event at a time. `action` is that of the event, or "execute" for a side effect."""
 
     at: datetime
     sequence: str
@@ -79,7 +79,7 @@ class TimelineEntry(NamedTuple):
 
 
 class DataChange(NamedTuple):
-    """Data that is merged at a time."""
+    """Data that is merged at a given time."""
 
     at: datetime
     data: Mapping[str, Any]
@@ -87,31 +87,31 @@ class DataChange(NamedTuple):
 
 @dataclass(frozen=True)
 class Simulation:
-    """The entries, and the enrollment at the end."""
+    """The entries of a simulation, and the enrollment at its end."""
 
     entries: tuple[TimelineEntry, ...]
     status: Literal["active", "completed", "failed"]
     enrollment: Enrollment
     ended_at: datetime
-    end: str  # a sentence
+    end: str  # why it ended, as a sentence
     timezone: str
-    cycle: tuple[str, ...] = ()  # the steps of each round, if it ends in a cycle
+    cycle: tuple[str, ...] = ()  # the steps of each round if it ends in a cycle
 
     @property
     def timeline(self) -> tuple[TimelineEntry, ...]:
-        """The entries before the end."""
+        """Return the entries before the end."""
         is_end = bool(self.entries) and self.entries[-1].action == self.status
         return self.entries[:-1] if is_end else self.entries
 
     @property
     def steps(self) -> list[str]:
-        """The steps in the order of the visits."""
+        """Return the steps in the order of the visits."""
         visits = {(entry.visit, entry.step): entry.step for entry in self.entries}
         return list(visits.values())
 
     @property
     def sent(self) -> list[TimelineEntry]:
-        """The side effects, with what they would send."""
+        """Return the side effects, with what they would send."""
         return [entry for entry in self.entries if entry.action == "execute"]
 
 
@@ -133,9 +133,9 @@ def simulate(
 
     `changes` are merged into the data at their times, `at_steps` when the enrollment first arrives
     at the named step. `outcomes` are the results of side effects by type (default: next),
-    `external` is the result of the lookup. No sequence is paused: that would stand still for ever.
-    It ends after `most` entries. A GoTo cannot enter the
-    sequences in `enrolled`, because the subject has been enrolled there before.
+    `external` is the result of the lookup. Pauses of sequences are ignored, because the simulation
+    would never end. It ends after `most` entries. A GoTo cannot enter the sequences in `enrolled`,
+    because the subject has been enrolled there before.
     """
     definitions = {
         name: replace(sequence, recheck=_NO_RECHECK, paused=False)
@@ -202,7 +202,7 @@ def _holding(definitions: Mapping[str, Sequence], names: Collection[str]) -> dic
 
 
 def _cycle(steps: Sequence_[str]) -> tuple[str, ...]:
-    """Return the shortest list of steps that the last steps repeat, from its first step on."""
+    """Return the shortest list of steps that repeats at the end, from its first step on."""
     for length in range(1, len(steps) // ROUNDS + 1):
         last = steps[-ROUNDS * length :]
         if last[length:] == last[:-length]:
@@ -213,7 +213,7 @@ def _cycle(steps: Sequence_[str]) -> tuple[str, ...]:
 
 @dataclass
 class _SimulatedEnrollment:
-    """The enrollment as it is at a time, and what has happened to it."""
+    """The state of the simulated enrollment, and its entries so far."""
 
     definitions: Mapping[str, Sequence]
     at: Enrollment
@@ -223,7 +223,7 @@ class _SimulatedEnrollment:
     refused: Mapping[str, str]
     entries: list[TimelineEntry] = field(default_factory=list)
     reserved: dict[bytes, dict[int, datetime]] = field(default_factory=dict)
-    """When side effects with a limit began, by what is counted together and by visit."""
+    """When side effects with a limit began, by limit key and by visit."""
 
     def advance(self, now: datetime, result: Result | None) -> tuple[object, Result | None]:
         """Evaluate once. Return the decision, and the result of a side effect or lookup."""
@@ -252,7 +252,9 @@ class _SimulatedEnrollment:
         return advanced.decision, None
 
     def _full(self, advanced: Advanced, now: datetime) -> LimitReached | None:
-        """Reserve a side effect that has limits. Return which has no room, if any."""
+        """Reserve places for a side effect in its limits. Return the limit that has no room, if
+        any.
+        """
         decision = advanced.decision
         if not isinstance(decision, Execute):
             return None
@@ -270,7 +272,7 @@ class _SimulatedEnrollment:
         return None
 
     def change(self, change: Mapping[str, Any], now: datetime) -> None:
-        """Merge data, as `data || ...` does."""
+        """Merge data like `data || ...` in SQL."""
         data = {**parse_data(self.at.data), **change}
         self.at = self.at._replace(data=json.dumps(data))
         message = f"changed by {json.dumps(dict(change), ensure_ascii=False)}"
@@ -278,14 +280,14 @@ class _SimulatedEnrollment:
 
     @property
     def zone(self) -> ZoneInfo:
-        """The time zone of the enrollment, else of its sequence."""
+        """Return the time zone of the enrollment, or else of its sequence."""
         sequence = self.definitions.get(self.at.sequence)
         return dates.zone(self.at.timezone or (sequence.timezone if sequence else "UTC"))
 
     def ended(
         self, status: Literal["active", "completed", "failed"], at: datetime, end: str
     ) -> Simulation:
-        """Return the whole simulation."""
+        """Return the complete simulation."""
         made = Simulation(tuple(self.entries), status, self.at, at, end, self.zone.key)
         if status == "active" and (cycle := _cycle(made.steps)):
             end = f"{end}; it loops: {' → '.join([*cycle, cycle[0]])}"
@@ -308,8 +310,8 @@ class _SimulatedEnrollment:
     def _entries(
         self, before: Enrollment, events: Iterable[Event], now: datetime
     ) -> Iterator[TimelineEntry]:
-        """Yield an entry for each event; for branches with their conditions, on the data that the
-        step read.
+        """Yield an entry for each event; for branches with the conditions, evaluated on the data of
+        that time.
         """
         here = before
         for event in events:
@@ -367,7 +369,7 @@ class _SimulatedEnrollment:
 
 
 def _changes(data: Mapping[str, Any]) -> str:
-    """Changes of data, such as {"tries": 2}, note removed."""
+    """Describe changes of data, such as {"tries": 2}, note removed."""
     parts = [f"{key} removed" for key, value in data.items() if value is REMOVED]
     if set_ := merge_data({}, data):
         parts.insert(0, json.dumps(set_, ensure_ascii=False))
@@ -375,7 +377,7 @@ def _changes(data: Mapping[str, Any]) -> str:
 
 
 def _evaluated(step: Step, event: Event) -> list[ConditionConfig]:
-    """Return the conditions that an event followed from, in the order of their evaluation."""
+    """Return the conditions that led to an event, in the order of evaluation."""
     found = []
     for exit_ in step.exits:
         if exit_.condition is not None:

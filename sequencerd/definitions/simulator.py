@@ -40,12 +40,12 @@ _DURATION = TypeAdapter(timedelta)
 
 @dataclass(frozen=True)
 class Simulator:
-    """The sequences of a file or a database, ready to be simulated."""
+    """The sequences of a file or a database, ready for simulations."""
 
     definitions: Mapping[str, model.Sequence]
     runners: Mapping[str, Runner]
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
-    """Results of side effects by type: a word, or an answer of a runner. Default: next."""
+    """Results of side effects by step type: an action, or an answer of a runner. Default: next."""
     most: int = MAX_ENTRIES
 
     def simulate(
@@ -126,7 +126,7 @@ class Simulator:
 
 
 def choose(definitions: Mapping[str, model.Sequence], name: str | None) -> str:
-    """Return the name of a sequence; None stands for the only one. Raises UsageError."""
+    """Return the name of a sequence; None selects the only one. Raises UsageError."""
     if name is None and len(definitions) == 1:
         return next(iter(definitions))
     if name is None:
@@ -146,7 +146,7 @@ def read_zone(name: str) -> str:
 
 
 def read_time(given: str | datetime, name: str) -> datetime:
-    """Read a time, without an offset in UTC. Raises UsageError."""
+    """Parse a time, in UTC if it has no offset. Raises UsageError."""
     at = given if isinstance(given, datetime) else dates.parse(given, dates.zone("UTC"))
     if at is None:
         raise UsageError(f"{name}: {given!r} is not an ISO 8601 time such as 2026-03-02T09:00:00Z")
@@ -154,7 +154,7 @@ def read_time(given: str | datetime, name: str) -> datetime:
 
 
 def read_when(key: str, start: datetime, steps: Collection[str]) -> datetime:
-    """Read a duration since the start, or a time. Raises UsageError."""
+    """Parse a duration since the start, or a time. Raises UsageError."""
     if re.fullmatch(r"P[0-9.TYMWDHS]*", key):
         try:
             return start + _DURATION.validate_python(key)
@@ -168,7 +168,7 @@ def read_when(key: str, start: datetime, steps: Collection[str]) -> datetime:
 
 
 def read_result(type_: str, outcome: Outcome) -> Answer | Failed:
-    """Read the outcome of a type's side effects. Raises UsageError."""
+    """Parse the outcome of a step type's side effects. Raises UsageError."""
     if outcome == "fail":
         return Failed("simulated failure")
     result = read_outcome(outcome, StrictActionAnswer)

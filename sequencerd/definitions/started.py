@@ -1,4 +1,4 @@
-"""A running enrollment of the database as the start of a simulation."""
+"""Start a simulation from an enrollment in the database."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The message of a step outside of any journey: what `preview`, `send-test` and the console show
-and send.
-"""
+"""Make the message of a step outside of a journey, for `preview`, `send-test` and the console."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from sequencerd.runners.protocol import MessageRunner, Runner
 
 
 class StepMessage(NamedTuple):
-    """A step that sends a message, what would send it, and the enrollment for it."""
+    """A step that sends a message, its compiled config, and the enrollment of the message."""
 
     sequence: Sequence
     step: Step
@@ -53,7 +51,7 @@ def make_message(
 
 
 def sample(data: str, subject: str | None = None, timezone: str | None = None) -> Enrollment:
-    """Return an enrollment with these data. Raises UsageError."""
+    """Return an enrollment with the given data. Raises UsageError."""
     if timezone is not None:
         read_zone(timezone)
     now = datetime.now(UTC)
@@ -78,9 +76,7 @@ class TestMessage(NamedTuple):
 
 
 def make_test(message: StepMessage, address: str, runners: Mapping[str, Runner]) -> TestMessage:
-    """Return the same message as a test. Raises UsageError, and ValueError for what is not an
-    address.
-    """
+    """Return the message as a test. Raises UsageError; ValueError for an invalid address."""
     config = message.runner.as_test(message.step.config, address)
     behaviour = compile_behaviour(message.step.type, config, runners, message.sequence.shared)
     if isinstance(behaviour, InvalidStep):
@@ -90,7 +86,7 @@ def make_test(message: StepMessage, address: str, runners: Mapping[str, Runner])
 
 
 async def send(test: TestMessage, address: str) -> str:
-    """Send a test, and return a sentence about it. Raises UsageError if it is refused."""
+    """Send a test and describe the result in a sentence. Raises UsageError if it is refused."""
     (result,) = await test.runner.run(test.program, [test.task])
     if isinstance(result, Failed | Suppressed):
         raise UsageError(result.message)
@@ -103,7 +99,7 @@ def place(step: Step) -> str:
 
 
 def _message_step(sequence: Sequence, name: str) -> tuple[Step, object]:
-    """Return a step, and what its runner has made of its config."""
+    """Return a step with its compiled config."""
     if name not in sequence.steps:
         hint = nearest(name, list(sequence.steps))
         raise UsageError(f"sequence {sequence.name!r} has no step {name!r}; {hint}")
@@ -119,9 +115,9 @@ def _message_step(sequence: Sequence, name: str) -> tuple[Step, object]:
 def _task(
     enrollment: Enrollment, sequence: Sequence, step: Step, external: Mapping[str, Any]
 ) -> Task:
-    """Return what a runner gets for the first attempt of a visit that has just begun.
+    """Return the task for the first attempt of a visit that has just begun.
 
-    The key is a new one, as a server may leave out what it has got under the same one.
+    Its key is new, because a server may drop a message with a key that it has already received.
     """
     now = datetime.now(UTC)
     here = enrollment._replace(

@@ -1,4 +1,4 @@
-"""The sequences of a database, compiled."""
+"""Compile the sequences in a database."""
 
 from __future__ import annotations
 

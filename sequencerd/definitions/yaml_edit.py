@@ -1,4 +1,4 @@
-"""Changes single values of a YAML text in place: comments, order and layout of the rest stay."""
+"""Change single values of a YAML text in place; comments, order and layout are kept."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class EditError(ValueError):
 
 
 def set_values(text: str, values: Mapping[KeyPath, ScalarValue]) -> str:
-    """Return the text of one document with other values, each a scalar that is there already.
-    Raises EditError, and DocumentError for a text that is no YAML.
+    """Replace scalar values that exist in the text of one document, and return the text.
+
+    Raises EditError, and DocumentError if the text is not YAML.
     """
     documents = list(yaml_reader.parse(text))
     root = yaml_reader.compose(text)
@@ -45,17 +46,17 @@ def set_values(text: str, values: Mapping[KeyPath, ScalarValue]) -> str:
         made = [document.value for document in yaml_reader.parse(text)]
     except yaml_reader.DocumentError:
         made = []
-    # such as where an alias repeats the value elsewhere
+    # for example because an alias repeats the value elsewhere
     if json.dumps(made) != json.dumps([wanted]):
         raise EditError("a value is written in a way that only the editor can change")
     return text
 
 
 class _ValuePlace(NamedTuple):
-    """Where a value is written."""
+    """The position of a value in the text."""
 
     node: yaml.ScalarNode
-    column: int  # of its key
+    column: int  # the key's position
     is_flow: bool  # within brackets
 
 
@@ -78,16 +79,16 @@ def _find(root: yaml.Node, path: KeyPath) -> _ValuePlace:
 
 
 def _edit(text: str, place: _ValuePlace, value: ScalarValue) -> tuple[int, int, str]:
-    """Return which part of the text becomes what."""
+    """Return the part of the text to replace, and its replacement."""
     node = place.node
     start, end = node.start_mark.index, node.end_mark.index
     is_block = node.style in ("|", ">")
-    if is_block:  # up to the end of its last line: the blank lines below it stay
+    if is_block:  # up to the end of its last line: blank lines after it are kept
         end = start + len(text[start:end].rstrip("\n"))
     former = text[start:end]
     if not isinstance(value, str):
         return start, end, flow_scalar(value)
-    is_last = not text[end:].partition("\n")[0].strip()  # in its line
+    is_last = not text[end:].partition("\n")[0].strip()  # in the line
     if "\n" in value and is_last and not place.is_flow and _fits_a_block(value):
         indentation = _indentation(former) if is_block else place.column + 2
         comment = _HEADER.sub("", former.partition("\n")[0], count=1) if is_block else ""
@@ -100,7 +101,9 @@ def _edit(text: str, place: _ValuePlace, value: ScalarValue) -> tuple[int, int, 
 
 
 def _fits_a_block(value: str) -> bool:
-    """Return whether a block shows a text as it is: its characters, its first line and its end."""
+    """Return whether a block can contain a text unchanged: its characters, its first line and its
+    end.
+    """
     lines = value.split("\n")
     return (
         all(line.isprintable() for line in lines)
@@ -116,7 +119,7 @@ def _indentation(block: str) -> int:
 
 
 def _block(value: str, indentation: int, comment: str) -> str:
-    """Return a text of several lines as a block, without the end of its last line."""
+    """Format a text of several lines as a block, without the end of its last line."""
     header = "|" if value.endswith("\n") else "|-"
     lines = value.removesuffix("\n").split("\n")
     return "\n".join([header + comment, *(line and " " * indentation + line for line in lines)])

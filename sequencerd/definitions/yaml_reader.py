@@ -1,8 +1,8 @@
-"""YAML and JSON files as plain values, each with its line.
+"""Read YAML and JSON files as plain values, each with its line.
 
-YAML is read by the core schema of YAML 1.2, of which JSON is a part: dates, times of day, `yes` and
-`no` are texts, `1e3` is a number. Anchors, aliases and merge keys work. What JSON and PostgreSQL
-can't hold is refused, and so is what would take long to read.
+YAML is read with the core schema of YAML 1.2, of which JSON is a subset: dates, times of day, `yes`
+and `no` are texts, `1e3` is a number. Anchors, aliases and merge keys work. Values that JSON or
+PostgreSQL cannot represent are rejected, and so are files that would take long to read.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from yaml.constructor import ConstructorError
 from sequencerd.core.model import KeyPath
 
 MAX_SIZE = 1024 * 1024  # bytes
-MAX_VALUES = 50_000  # of a file, with those that aliases repeat
+MAX_VALUES = 50_000  # values of a file, including those that aliases repeat
 MAX_DEPTH = 50
 
 _TAG = "tag:yaml.org,2002:"
 
 
 class DocumentError(ValueError):
-    """A file that can't be read, with the line where that shows."""
+    """A file that cannot be read, with the line of the error."""
 
     def __init__(self, message: str, line: int = 1, column: int = 1) -> None:
         super().__init__(message)
@@ -38,24 +38,24 @@ class DocumentError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document of a file: its value, and the line and column (from 1) of each key and item."""
+    """A document of a file: its value, and the line and column (from 1) of each key and item."""
 
     value: Any
     lines: dict[KeyPath, int] = field(repr=False)
     columns: dict[KeyPath, int] = field(repr=False)
-    blocks: dict[KeyPath, int] = field(repr=False)  # the line above the text of each `|`
-    folder: Path | None = None  # of the file
+    blocks: dict[KeyPath, int] = field(repr=False)  # the line before the text of each `|`
+    folder: Path | None = None  # lines of the file
 
     def line(self, keys: KeyPath, within: int = 0) -> int:
-        """Return the line of a value, or else of the nearest that would contain it; of a text that
-        is written in lines of its own, the line `within` it (from 1).
+        """Return the line of a value, or of the nearest one that contains it; in a text of several
+        lines, the line `within` it (from 1).
         """
         if within and keys in self.blocks:
             return self.blocks[keys] + within
         return self.lines[self._known(keys)]
 
     def column(self, keys: KeyPath, within: int = 0) -> int:
-        """Return the column to the line of a value; 1 in a text that has lines of its own."""
+        """Return the column that belongs to the line of a value; 1 in a text of several lines."""
         return 1 if within and keys in self.blocks else self.columns[self._known(keys)]
 
     def _known(self, keys: KeyPath) -> KeyPath:
@@ -89,8 +89,8 @@ def parse(text: str) -> Iterator[Document]:
 
 
 def compose(text: str) -> yaml.Node | None:
-    """Return the nodes of a text's first document, with their places. It must be one that `parse`
-    can read.
+    """Return the nodes of a text's first document, with their positions. `parse` must accept the
+    text.
     """
     loader = _Loader(text)
     return loader.get_node() if loader.check_node() else None
@@ -112,12 +112,12 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DocumentError("is not in UTF-8: save it in this encoding", line) from error
-    # JSON may be indented by tabs, YAML may not; within JSON's texts there are none
+    # unlike YAML, JSON may be indented with tabs; texts in JSON contain none
     return text.replace("\t", " ") if path.suffix == ".json" else text
 
 
 class _Loader(yaml.SafeLoader):
-    """Makes plain values of YAML's nodes, and notes their lines."""
+    """Converts YAML nodes to plain values, and records their lines."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -134,7 +134,9 @@ class _Loader(yaml.SafeLoader):
         return replace(made, value=self._plain(node, (), made))
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Limit what is read: each level is a few calls of Python's, each value costs time."""
+        """Limit the document: each level takes a few nested calls in Python, and each value takes
+        time.
+        """
         self._depth += 1
         self._count(self.peek_event().start_mark)  # type: ignore[no-untyped-call] # has no types
         node = super().compose_node(parent, index)
@@ -145,7 +147,7 @@ class _Loader(yaml.SafeLoader):
         self._values += 1
         if self._depth > MAX_DEPTH:
             raise _wrong(f"nested more than {MAX_DEPTH} deep", mark)
-        if self._values > 2 * MAX_VALUES:  # each is counted when it is read, and when it is used
+        if self._values > 2 * MAX_VALUES:  # counted when it is read and when an alias repeats it
             raise _wrong(f"more than {MAX_VALUES} values, with those that aliases repeat", mark)
 
     def _plain(self, node: yaml.Node, keys: KeyPath, made: Document) -> Any:
@@ -173,7 +175,7 @@ class _Loader(yaml.SafeLoader):
         return value
 
     def _items(self, node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
-        """Return its own keys, none of them twice, and those of merge keys that it doesn't have."""
+        """Return the keys of a mapping, which must be unique, and those that merge keys add."""
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         merged: list[yaml.Node] = []
         for key_node, value_node in node.value:
@@ -200,7 +202,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _note(keys: KeyPath, mark: yaml.Mark, made: Document) -> None:
-    """Note where a key or an item is."""
+    """Record the position of a key or an item."""
     made.lines[keys], made.columns[keys] = mark.line + 1, mark.column + 1
 
 
@@ -223,7 +225,7 @@ def _scalar(node: yaml.Node) -> str | int | float | bool | None:
     if not isinstance(node, yaml.ScalarNode):
         return None
     text: str = node.value
-    with suppress(ValueError):  # a tag that the text doesn't fit, a number of 5000 digits
+    with suppress(ValueError):  # a tag that does not fit the text, or a number with 5000 digits
         match node.tag.removeprefix(_TAG):
             case "str" | "merge":
                 return _text(text, node.start_mark)
@@ -239,7 +241,7 @@ def _scalar(node: yaml.Node) -> str | int | float | bool | None:
 
 
 def _text(text: str, mark: yaml.Mark) -> str:
-    """Join the halves of characters beyond U+FFFF, as JSON escapes them; YAML does not."""
+    """Join surrogate pairs, as JSON escapes characters beyond U+FFFF; YAML does not."""
     try:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:

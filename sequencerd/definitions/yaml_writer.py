@@ -1,4 +1,4 @@
-"""A definition as a file: YAML that applies back to the same."""
+"""Write a definition as a YAML file that applies to the same definition."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ DEFAULTS: dict[str, Any] = {
     "enroll": None,
     "brake": None,
 }
-# What YAML 1.2 takes for a number or a word, and the older YAML of the library does not.
+# Values that YAML 1.2 reads as a number or a word, unlike the library's older YAML.
 _PLAIN_IN_NEW_YAML = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|0o[0-7]+")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as blocks; what might be read as something else in quotes."""
+    """Writes texts of several lines as blocks, and quotes texts that could be read as something
+    else.
+    """
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
-        """Indent lists, as is usual."""
+        """Indent lists, as is customary."""
         super().increase_indent(flow, indentless=False)
 
     def ignore_aliases(self, _data: Any) -> bool:
-        """Equal values are written out."""
+        """Write equal values in full, without aliases."""
         return True
 
 
@@ -50,7 +52,7 @@ _Dumper.add_representer(str, _text)
 
 
 def to_yaml(document: SequenceDocument) -> str:
-    """Return the document as a file would have it, without what goes without saying."""
+    """Return the document as a file would have it, without default values."""
     sequence: dict[str, Any] = {"name": document["name"]}
     for key, default in DEFAULTS.items():
         if document[key] != default:
@@ -64,7 +66,7 @@ def to_yaml(document: SequenceDocument) -> str:
     made = _dump(sequence, allow_unicode=True)
     if all(line.isprintable() for line in made.split("\n")):
         return made
-    return _dump(sequence, allow_unicode=False)  # nothing in it turns the direction of a text
+    return _dump(sequence, allow_unicode=False)  # no character changes the direction of text
 
 
 def _dump(value: Any, *, allow_unicode: bool, flow: bool = False) -> str:
@@ -80,12 +82,12 @@ def _dump(value: Any, *, allow_unicode: bool, flow: bool = False) -> str:
 
 
 def flow_scalar(value: str | float | None) -> str:
-    """Return a value as it can be written anywhere in YAML, also within brackets."""
+    """Return a value in a form that is valid anywhere in YAML, also within brackets."""
     return _dump([value], allow_unicode=True, flow=True).strip()[1:-1]
 
 
 def quoted(text: str) -> str:
-    """Return a text within double quotes, in one line."""
+    """Return a text in double quotes, as one line."""
     made: str = yaml.dump(text, default_style='"', allow_unicode=True, width=10**6)
     return made.rstrip("\n")
 

@@ -1,4 +1,4 @@
-"""What the service shows of itself: health, metrics, logs, systemd, the HTTP server.
+"""Report on the service: health, metrics, logs, systemd, and the HTTP server.
 
 Imported by the engine and above.
 """

@@ -66,7 +66,7 @@ NOT_LISTENING = Diagnosis(
 
 
 def checks_of(shard: Shard, settings: DatabaseSettings) -> dict[str, DiagnosisCheck]:
-    """Return the checks of a database, in order: those of the settings among them."""
+    """Return the checks of a database, in order, including those of the settings."""
 
     async def listening(connection: asyncpg.Connection) -> Diagnosis:
         return await _listening(connection, shard) if settings.listen else NOT_LISTENING
@@ -86,7 +86,7 @@ def checks_of(shard: Shard, settings: DatabaseSettings) -> dict[str, DiagnosisCh
 
 
 async def run_check(about: str, check: DiagnosisCheck, connection: asyncpg.Connection) -> Diagnosis:
-    """Return what a check finds. A check that cannot run is an error as well."""
+    """Run a check and return its result. A check that cannot run is an error as well."""
     try:
         found = await check(connection)
         return replace(found, advice=in_schema(found.advice, schema_of(connection)))
@@ -381,7 +381,7 @@ async def _steps(connection: asyncpg.Connection) -> Diagnosis:
 
 
 async def _holidays(connection: asyncpg.Connection) -> Diagnosis:
-    """Of a calendar that has ended, every later day is a business day, without a notice."""
+    """Find calendars without a future day: every later day would silently be a business day."""
     rows = await connection.fetch(QUERIES["last_holidays"])
     soon = datetime.now(UTC).date() + HOLIDAYS_AHEAD
     if ending := [row for row in rows if row["last_day"] < soon]:
@@ -415,7 +415,7 @@ async def _email_search(connection: asyncpg.Connection) -> Diagnosis:
 
 
 def compare_shards(facts: Mapping[str, Mapping[str, str | None]]) -> Iterator[Diagnosis]:
-    """Find what shards should have in common. `facts` are those of each, as JSON."""
+    """Compare what shards should have in common. `facts` are those of each, as JSON."""
     for about, advice in {
         "server": "run the same version of PostgreSQL everywhere",
         "definitions": "apply the files to all shards; sequencerd plan shows the differences",
@@ -435,7 +435,7 @@ def compare_shards(facts: Mapping[str, Mapping[str, str | None]]) -> Iterator[Di
 
 
 def _groups(known: Mapping[str, Mapping[str, object]], key: str) -> list[str]:
-    """Return the shards in groups that have the same."""
+    """Group the shards by equal values."""
     groups: dict[str, list[str]] = {}
     for shard, value in known.items():
         groups.setdefault(json.dumps(value.get(key), sort_keys=True), []).append(shard)
@@ -462,7 +462,7 @@ CHECKS: dict[str, DiagnosisCheck] = {
     "rates": _rates,
     "e-mail search": _email_search,
 }
-"""The checks that need a connection alone, in order."""
+"""The checks that need only a connection, in order."""
 
 
 def _some(items: Iterable[str], between: str = ", ") -> str:

@@ -1,8 +1,8 @@
-"""The event loop, which resolves names so that one that hangs delays no other.
+"""An event loop with a name resolver in which a slow name delays no other.
 
-Whatever connects goes through it: HTTP, SMTP and the database. A name is asked for once at a time,
-in a thread of its own that the exit does not wait for; the threads that asyncio shares are few,
-and its end waits for them.
+All connections use it: HTTP, SMTP and the database. Each name has one query at a time, in a thread
+of its own that process exit does not wait for. asyncio's default thread pool is small, and process
+exit waits for its threads.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-TIMEOUT = 10.0  # seconds for which a caller waits; the question itself goes on
-FRESH = 5.0  # seconds for which an answer is used again
+TIMEOUT = 10.0  # seconds for which a caller waits; the query itself continues
+FRESH = 5.0  # seconds for which an answer is reused
 FRESH_ERROR = 1.0
 
 ResolvedAddresses = list[tuple[Any, ...]]
-"""As `socket.getaddrinfo` gives them."""
+"""Addresses as `socket.getaddrinfo` returns them."""
 
 NameQuery = tuple[str, str | None, int, int, int, int]
 
@@ -38,21 +38,21 @@ else:
 
 
 class NameCache:
-    """What is known of names, and what is being asked. For one event loop."""
+    """Known addresses of names, and queries in progress, for one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._asked: dict[NameQuery, asyncio.Future[ResolvedAddresses]] = {}
         self._known: dict[
             NameQuery, tuple[float, ResolvedAddresses | OSError]
-        ] = {}  # with when it ends
+        ] = {}  # with their expiry
 
     async def resolve(self, key: NameQuery) -> ResolvedAddresses:
         """Return the addresses. Raises socket.gaierror, or another OSError."""
         until, known = self._known.get(key, (0.0, []))
         if time.monotonic() < until:
             if isinstance(known, OSError):
-                raise type(known)(*known.args)  # each with a traceback of its own
+                raise type(known)(*known.args)  # each caller gets a traceback of its own
             return known
         asked = self._asked.get(key) or self._ask(key)
         # cancelling one caller does not end the query, which others share
@@ -65,7 +65,7 @@ class NameCache:
 
     def _ask(self, key: NameQuery) -> asyncio.Future[ResolvedAddresses]:
         asked: asyncio.Future[ResolvedAddresses] = self._loop.create_future()
-        asked.add_done_callback(lambda done: done.exception())  # all callers may have gone
+        asked.add_done_callback(lambda done: done.exception())  # all callers may be gone
 
         def end(answer: ResolvedAddresses | OSError) -> None:
             del self._asked[key]
@@ -83,12 +83,12 @@ class NameCache:
                 answer = socket.getaddrinfo(host, service, family, type_, proto, flags)
             except OSError as error:
                 answer = error
-            except UnicodeError as error:  # a label that is empty, or too long
+            except UnicodeError as error:  # an empty label, or one that is too long
                 answer = socket.gaierror(socket.EAI_NONAME, f"{host!r} is not a name: {error}")
             try:
                 self._loop.call_soon_threadsafe(end, answer)
             except RuntimeError:
-                return  # the loop has ended meanwhile
+                return  # the loop has ended in the meantime
 
         self._asked[key] = asked
         try:
@@ -99,7 +99,7 @@ class NameCache:
 
 
 class ResolvingLoop(_Base):
-    """asyncio's event loop, or uvloop's where it is installed, with names of its own."""
+    """asyncio's event loop, or uvloop's if it is installed, with this resolver."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -115,12 +115,12 @@ class ResolvingLoop(_Base):
         proto: int = 0,
         flags: int = 0,
     ) -> ResolvedAddresses:
-        """Return the addresses of a name; an address itself takes no thread."""
+        """Return the addresses of a name; an IP address needs no thread."""
         if not _is_name(host):
             return socket.getaddrinfo(host, port, family, type, proto, flags)
         text = host.decode("ascii") if isinstance(host, bytes) else str(host)
         number = port if port is None or isinstance(port, int) else _number(port)
-        # one question for all ports of a name
+        # one query for all ports of a name
         service = str(port) if number is None and port is not None else None
         found = await self._names.resolve((text, service, family, type, proto, flags))
         if number is None:
@@ -134,7 +134,7 @@ class ResolvingLoop(_Base):
         port: Any = None,
         **options: Any,
     ) -> tuple[asyncio.BaseTransport, asyncio.BaseProtocol]:
-        """Return the same for a name: uvloop would resolve it in threads that all share."""
+        """Resolve names as above: uvloop would use threads that all connections share."""
         connect: Any = super().create_connection
         if not _is_name(host):
             made: tuple[asyncio.BaseTransport, asyncio.BaseProtocol] = await connect(
@@ -166,7 +166,7 @@ class ResolvingLoop(_Base):
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """For `asyncio.Runner`."""
+    """Return a loop, for `asyncio.Runner`."""
     return ResolvingLoop()
 
 

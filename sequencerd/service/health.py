@@ -1,4 +1,4 @@
-"""Whether the daemon is alive and ready, and its state in a line.
+"""Tell whether the daemon is alive and ready, and describe its state in one line.
 
 Written in the daemon's event loop, read in the thread of the HTTP listener.
 """
@@ -12,17 +12,19 @@ from sequencerd.service.metrics import Metrics
 from sequencerd.service.systemd import notify
 from sequencerd.storage.listener import PROBE_INTERVAL, PROBE_TIMEOUT
 
-BEAT = 1.0  # seconds: the engine's loop turns as often, or more
+BEAT = 1.0  # seconds: the engine's loop runs at least once in this time
 BLOCKED = 5.0
 STATUS_INTERVAL = 5.0
 STARVED = 5.0  # seconds without a free connection
-QUIET = 2 * PROBE_INTERVAL + PROBE_TIMEOUT  # without an answer for so long, the listener is deaf
+QUIET = 2 * PROBE_INTERVAL + PROBE_TIMEOUT  # seconds for which LISTEN may be silent
 
 
 class Health:
-    """What is known of the running daemon. `waits` gives, by what connections are for, how many
-    seconds one has been waited for. `sweep` is the time between sweeps in seconds, `status`
-    makes the line for systemd, `feed` feeds its watchdog.
+    """The state of the running daemon.
+
+    `waits` returns, by purpose of connections, how many seconds a caller has been waiting for one.
+    `sweep` is the time between sweeps in seconds, `status` returns the line for systemd, `feed`
+    resets systemd's watchdog.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Health:
         metrics.ready.set_function(lambda: float(not self.why_not_ready()))
 
     def turned(self) -> None:
-        """The engine's loop goes on: feed systemd's watchdog, and send a status that is new."""
+        """Record that the engine's loop runs: reset the watchdog, and send a changed status."""
         self._beat = now = time.monotonic()
         if now - self._fed >= BEAT:
             self._fed = now
@@ -59,7 +61,7 @@ class Health:
                 notify(f"STATUS={status}")
 
     def heard(self, alive: bool) -> None:
-        """The listener's connection has answered, or is lost."""
+        """Record that the listening connection has answered, or is lost."""
         if alive and self._heard is None:
             self._connections += 1
             if self._connections > 1:
@@ -67,8 +69,8 @@ class Health:
         self._heard = time.monotonic() if alive else None
 
     def why_not_alive(self) -> list[str]:
-        """Return what is wrong with the process. While it stops, it waits for side effects and
-        turns no more.
+        """Return why the process is not alive. While it stops, it waits for side effects and its
+        loop does not run.
         """
         still = time.monotonic() - self._beat
         if still < BLOCKED or self.stopping:
@@ -76,7 +78,9 @@ class Health:
         return [f"the event loop has been blocked for {still:.0f} s"]
 
     def why_not_ready(self) -> list[str]:
-        """Return why nothing would be moved in time, in sentences; none when all is well."""
+        """Return why enrollments would not be moved in time, as sentences; none if the daemon is
+        ready.
+        """
         now, swept, heard = time.monotonic(), self._metrics.swept_at, self._heard
         reasons = self.why_not_alive()
         if self.stopping:

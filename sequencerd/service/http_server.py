@@ -1,4 +1,4 @@
-"""The HTTP listener: health checks, metrics, and the console if there is one.
+"""The HTTP listener: health checks, metrics, and the console if it is enabled.
 
 It has a thread and an event loop of its own, so that it can report a blocked daemon, and requests
 delay no enrollment.
@@ -26,7 +26,7 @@ from sequencerd.service.dns import new_loop
 from sequencerd.settings import split_address
 
 HealthCheck = Callable[[], list[str]]
-"""What is wrong, in sentences."""
+"""Returns the problems, as sentences."""
 
 
 def make_app(
@@ -36,8 +36,8 @@ def make_app(
     console: Starlette | None = None,
     public: Sequence[BaseRoute] = (),
 ) -> Starlette:
-    """/healthz and /readyz, each 200 or 503 with its reasons, /metrics, /console, and what is
-    `public`, if that has no listener of its own.
+    """Return an application with /healthz and /readyz, each 200 or 503 with its reasons, /metrics,
+    /console, and the `public` pages if these have no listener of their own.
     """
 
     async def metrics(request: Request) -> Response:
@@ -76,20 +76,22 @@ def _answer(check: HealthCheck) -> Callable[[Request], Response]:
     return answer
 
 
-MAX_CONNECTIONS = 100  # the daemon's descriptors are for its work
-PATIENCE = 10.0  # seconds in which a request has to arrive, and an answer to be read on
+MAX_CONNECTIONS = 100  # the daemon needs its descriptors for its own work
+PATIENCE = 10.0  # seconds in which a request must arrive, and an answer must be read
 
 
 class _Connection(H11Protocol):
-    """One of a bounded number, which does not wait for a client for ever: uvicorn limits the time
-    between requests, but not until a first one, nor while it comes in or its answer is read.
+    """A connection, of which there is a limited number, with time limits for the client.
+
+    uvicorn limits the time between requests, but not the time until the first one, while one
+    arrives, or while its answer is read.
     """
 
     _since: float | None = None  # when the client's turn began
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Make room by closing whoever has kept us waiting for longest."""
+        """Make room by closing the connection whose client has been slow for longest."""
         others = [one for one in self.connections if isinstance(one, _Connection)]
         super().connection_made(transport)
         self._look()
@@ -101,7 +103,7 @@ class _Connection(H11Protocol):
 
     @property
     def since(self) -> float | None:
-        """When the client's turn began; None while we work for it."""
+        """Return when the client's turn began; None while a request is processed."""
         return self._since if self._is_clients_turn else None
 
     @property
@@ -111,7 +113,7 @@ class _Connection(H11Protocol):
         return not works or self.flow.write_paused
 
     def _look(self) -> None:
-        """Look every second, as there is no event for each way of being slow."""
+        """Check every second, because there is no event for each kind of slowness."""
         now = self.loop.time()
         if not self._is_clients_turn:
             self._since = None
@@ -123,19 +125,19 @@ class _Connection(H11Protocol):
         self._timer = self.loop.call_later(min(1.0, PATIENCE), self._look)
 
     def drop(self) -> None:
-        """Close the connection without a word."""
+        """Close the connection without an answer."""
         self.connections.discard(self)
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End with the timer."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
 
 
 class _HttpServer(uvicorn.Server):
-    """Waits for the requests that are under way, and none that would go on for ever."""
+    """Waits for requests in progress, but not for those that would never end."""
 
     def __init__(self, app: Starlette) -> None:
         super().__init__(
@@ -143,10 +145,10 @@ class _HttpServer(uvicorn.Server):
                 app,
                 http=_Connection,
                 ws="none",
-                backlog=MAX_CONNECTIONS,  # as many are accepted in one turn of the loop
+                backlog=MAX_CONNECTIONS,  # accepted in one iteration of the loop
                 log_config=None,
                 access_log=False,
-                proxy_headers=False,  # which proxies to trust is a setting of the console
+                proxy_headers=False,  # the console's settings say which proxies are trusted
                 server_header=False,
                 timeout_graceful_shutdown=1,
             )
@@ -166,10 +168,10 @@ async def serving(
     *,
     setting: str = "http.listen",
 ) -> AsyncIterator[None]:
-    """Serve meanwhile, if there is an address. Raises SettingsError if it cannot be had.
+    """Serve within the context, if there is an address. Raises SettingsError if it cannot be used.
 
-    `taken` is called with an address that another process has, and nothing is served then,
-    so that a second daemon with the same settings works all the same.
+    If another process uses the address, `taken` is called with it and nothing is served, so that a
+    second daemon with the same settings works nevertheless.
     """
     if listen is None:
         yield
@@ -190,7 +192,7 @@ async def serving(
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(server.serve([listener]))
 
-    # in a thread that is not the main one, uvicorn leaves the signals alone
+    # in a thread other than the main one, uvicorn installs no signal handlers
     serving = asyncio.create_task(asyncio.to_thread(serve))
     try:
         yield

@@ -1,7 +1,8 @@
-"""Logs by structlog, on standard error: JSON for a machine, columns for a terminal.
+"""Log with structlog, on standard error: as JSON for programs, as columns for a terminal.
 
-From "info" on, a line names enrollments, sequences and steps, and no person: data, addresses and
-what servers answered is in the history, and here at "debug". No line holds a setting's secret.
+From the level "info" on, a line names enrollments, sequences and steps, but nothing personal: data,
+addresses and servers' answers are in the history, and at the level "debug". No line contains a
+secret from the settings.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from sequencerd.service.systemd import is_journal
 from sequencerd.settings import Settings
 from sequencerd.storage import conninfo
 
-SHORTEST_SECRET = 4  # characters; what is shorter would blacken every line
+SHORTEST_SECRET = 4  # characters; masking shorter secrets would mask parts of most lines
 
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 
 def make_log(settings: Settings) -> FilteringBoundLogger:
-    """Return the logger that everything is given. Called again, it changes all that were made
+    """Return the logger for all parts of the program. A later call reconfigures all loggers made
     before.
     """
     form = settings.log.format
     is_terminal = sys.stderr.isatty()
     render: Processor
     if form == "text" or (form == "auto" and is_terminal):
-        # not rich's tracebacks: they show what the variables hold
+        # not rich's tracebacks, which show the values of variables
         render = structlog.dev.ConsoleRenderer(
             colors=is_terminal, exception_formatter=_write_traceback
         )
@@ -59,20 +60,20 @@ def make_log(settings: Settings) -> FilteringBoundLogger:
         logger_factory=lambda *_: structlog.WriteLogger(_STDERR),
     )
     log: FilteringBoundLogger = structlog.get_logger()
-    # what libraries say by way of logging: in the same form, if it is a warning
+    # warnings that libraries log are written in the same form
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING)
     return log
 
 
 def _make_visible(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Return the values as a terminal may show them; what is no text as Python writes it."""
+    """Make the values printable on a terminal; other values than texts by their repr."""
     return {
         key: visible(value) if isinstance(value, str) else value for key, value in event.items()
     }
 
 
 def _write_traceback(file: TextIO, error: ExcInfo) -> None:
-    """Indented, so that no line of an error's text looks like one of the log."""
+    """Indent tracebacks, so that no line of an error's text looks like a line of the log."""
     written = io.StringIO()
     structlog.dev.plain_traceback(written, error)
     lines = written.getvalue().strip("\n").split("\n")
@@ -97,7 +98,7 @@ def _finish(render: Processor, secrets: Iterable[str]) -> Processor:
 
 
 def _parts(secrets: Iterable[str]) -> Iterator[str]:
-    """Secrets and their parts that are secret by themselves, in every way that a line has them."""
+    """Return secrets and secret parts of URLs, in each form in which a line may have them."""
     for secret in secrets:
         parts = {secret, *secret.split(), *_passwords(secret)}
         for part in parts:
@@ -111,14 +112,14 @@ def _passwords(url: str) -> Iterator[str]:
         if password := urlsplit(url).password:
             yield password
             yield unquote(password)
-    with suppress(SettingsError):  # as the database's connection string has it
+    with suppress(SettingsError):  # as written in the database's connection string
         if password := conninfo.parse(url).get("password"):
             yield password
 
 
 class _Stderr(io.TextIOBase):
-    """Standard error, where a line that can't be written is lost: a full disk or a pipe that is
-    closed must not take anything else with it.
+    """Standard error; a line that cannot be written is dropped, so that a full disk or a closed
+    pipe has no other effect.
     """
 
     def write(self, text: str) -> int:
@@ -138,7 +139,7 @@ class _Forward(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         log = structlog.get_logger().bind(logger=record.name)
         error = record.exc_info and record.exc_info[1]
-        if isinstance(error, OSError | asyncpg.PostgresError):  # it passes: a line is enough
+        if isinstance(error, OSError | asyncpg.PostgresError):  # temporary: one line is enough
             log.log(record.levelno, record.getMessage(), error=type(error).__name__)
         else:
             log.log(record.levelno, record.getMessage(), exc_info=record.exc_info)

@@ -1,6 +1,6 @@
-"""What the daemon counts and measures, for Prometheus.
+"""Count and measure the daemon's work, for Prometheus.
 
-Called once for a batch, never for an enrollment. The numbers of labels are bounded: sequences and
+Called once for a batch, never for an enrollment. The number of labels is limited: sequences and
 steps beyond MAX_PLACES are counted together as "other".
 """
 
@@ -38,7 +38,7 @@ SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 _MOVES = frozenset({"enrolled", "next", "altNext", "goal", "jump", "branch", "completed"})
 
 DueAtStep = tuple[str, str, int, int]
-"""Of a step, its key and how many are due, and overdue by more than a minute."""
+"""Sequence, step, the number of due enrollments, and the number overdue by more than a minute."""
 
 
 def _register_process(registry: CollectorRegistry) -> None:
@@ -77,10 +77,10 @@ class Metrics(Collector):
     """
 
     def __init__(self, *, of_process: bool = True) -> None:
-        """`of_process`: with those of the process."""
+        """Make the metrics; `of_process` adds those of the process."""
         self.registry = CollectorRegistry()
         self.swept_at: float | None = None  # monotonic
-        self.places = 0  # steps with active enrollments, by the last sweep
+        self.places = 0  # steps with active enrollments at the last sweep
         self._due: Sequence[DueAtStep] = ()
         self._oldest: datetime | None = None
         self._now: Callable[[], datetime] | None = None
@@ -180,7 +180,7 @@ class Metrics(Collector):
     # --- what the engine reports
 
     def claimed(self, place: tuple[str, str], due: Sequence[datetime], now: datetime) -> None:
-        """A claim: since when enrollments of one step were due, in this order."""
+        """Count a claim: since when enrollments of one step were due, in this order."""
         if not due:
             return
         self._claims.labels(*self._place(place)).inc(len(due))
@@ -198,8 +198,8 @@ class Metrics(Collector):
         events: Mapping[Event, Sequence[int]],
         failures: Iterable[tuple[str, str, str]],
     ) -> None:
-        """A transaction that was committed: so many enrollments, what happened to which of them,
-        and which failures there are of (sequence, step, code).
+        """Count a committed transaction: the number of enrollments, their events, and failures by
+        (sequence, step, code).
         """
         if count:
             self._batch_size.observe(count)
@@ -218,7 +218,7 @@ class Metrics(Collector):
             self._failures.labels(*self._place((place[0], place[1])), code).inc(times)
 
     def runner_is_down(self, name: str, *, is_down: bool) -> None:
-        """A runner's server fails, or works again."""
+        """Record that a runner's server has failed, or works again."""
         if is_down:
             self._outages.labels(name).inc()
         else:
@@ -226,25 +226,25 @@ class Metrics(Collector):
         self._down.labels(name).set(is_down)
 
     def runner_waits(self, name: str, count: int) -> None:
-        """So many wait for a runner that is down."""
+        """Record how many enrollments wait for a runner that is down."""
         self._waiting.labels(name).set(count)
 
     def braked(self, sequences: Iterable[str]) -> None:
-        """These sequences are paused by their brakes."""
+        """Record which sequences are paused by their brakes."""
         self._braked.clear()
         for sequence in sequences:
             self._braked.labels(sequence).set(1)
 
     def begun(self, kind: str, count: int) -> None:
-        """Side effects of this type of step are in flight, or "lookup"s."""
+        """Count side effects of a step type, or "lookup"s, that have begun."""
         self._in_flight.labels(kind).inc(count)
 
     def ended(self, kind: str, results: Sequence[Result], seconds: float | None) -> None:
-        """They have ended, after a call that took so long; None if there was none."""
+        """Count results, with the duration of the call in seconds; None if there was no call."""
         self._in_flight.labels(kind).dec(len(results))
         if seconds is not None:
             self._latency.labels(kind).observe(seconds)
-        for result, same in groupby(results):  # most results of a batch are equal
+        for result, same in groupby(results):  # most results in a batch are equal
             self._effects.labels(kind, outcome(result)).inc(sum(1 for _ in same))
 
     def swept(
@@ -254,7 +254,9 @@ class Metrics(Collector):
         oldest: datetime | None,
         due: Iterable[DueAtStep],
     ) -> None:
-        """Note what the sweep found: steps with active enrollments, and the earliest due one."""
+        """Record the result of a sweep: the steps with active enrollments, and the earliest due
+        one.
+        """
         self._now, self._oldest, self.places = now, oldest, places
         named: list[DueAtStep] = []
         others = [0, 0]
@@ -268,7 +270,7 @@ class Metrics(Collector):
 
     @property
     def overdue(self) -> int:
-        """How many were due for more than a minute at the last sweep."""
+        """Return how many enrollments were overdue by more than a minute at the last sweep."""
         return sum(overdue for _, _, _, overdue in self._due)
 
     def _place(self, place: tuple[str, str]) -> tuple[str, str]:
@@ -277,10 +279,10 @@ class Metrics(Collector):
             return OTHER
         return self._known.setdefault(place, place)
 
-    # --- what the registry asks
+    # --- called by the registry
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the figures that are kept here."""
+        """Yield the values that are not kept in metric objects."""
         place = ("sequence", "step")
         about = "Enrollments that are due, as of the last sweep; counted up to 10,000 for each step"
         due = GaugeMetricFamily("sequencerd_due", about, labels=place)

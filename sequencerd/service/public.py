@@ -1,7 +1,7 @@
-"""What recipients and Twilio reach over HTTP: the page to unsubscribe, and the hook for SMS.
+"""The pages for recipients and Twilio: the page to unsubscribe, and the hook for SMS.
 
-A GET changes nothing, as mail scanners follow every link; a POST does, by the button of the page
-or, with one click, by the recipient's mail program (RFC 8058).
+A GET changes nothing, because mail scanners follow every link. A POST does: the page's button sends
+it or, for one click, the recipient's mail program (RFC 8058).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 MAX_BODY = 64 * 1024  # bytes
-CONNECTIONS = 4  # to the database, at the same time
-TIMEOUT = 5.0  # seconds for a connection and what is done with it
+CONNECTIONS = 4  # simultaneous connections to the database
+TIMEOUT = 5.0  # seconds for a connection and its statements
 RETRY_AFTER = "60"  # seconds
-MAX_LANGUAGES = 10  # of a browser
-TITLES_FOR = 60.0  # seconds for which the titles of topics are known
+MAX_LANGUAGES = 10  # languages of a browser that are considered
+TITLES_FOR = 60.0  # seconds for which the titles of topics are cached
 UNDONE = "the recipient undid it with the unsubscribe link"
 
 UNAVAILABLE = (*TRANSIENT_ERRORS, asyncpg.PostgresError, DatabaseError, TimeoutError, OSError)
@@ -50,11 +50,11 @@ _T = TypeVar("_T")
 
 
 class BodyTooLarge(Exception):  # noqa: N818 - what a request is
-    """The body of a request is larger than any that is meant."""
+    """The body of a request is larger than any valid one."""
 
 
 class PublicPages:
-    """The pages for the world; `settings` are those of the moment."""
+    """The public pages; `settings` returns the current settings."""
 
     def __init__(
         self, shards: Sequence[Shard], settings: Callable[[], Settings], log: FilteringBoundLogger
@@ -68,7 +68,7 @@ class PublicPages:
 
     @property
     def routes(self) -> list[BaseRoute]:
-        """All that is served; each is absent without its settings."""
+        """Return the routes; each exists only with its settings."""
         return [
             Route(f"{PATH}{{token}}", self._guarded(self._show), methods=["GET"]),
             Route(f"{PATH}{{token}}", self._guarded(self._unsubscribe), methods=["POST"]),
@@ -76,7 +76,7 @@ class PublicPages:
         ]
 
     def app(self) -> Starlette:
-        """Return an application with nothing else."""
+        """Return an application with only these routes."""
         return Starlette(routes=self.routes)
 
     def _guarded(
@@ -99,8 +99,8 @@ class PublicPages:
         return guarded
 
     async def _everywhere(self, work: Callable[[asyncpg.Connection], Awaitable[_T]]) -> list[_T]:
-        """Do the same in all shards: an address may be in any of them. What fails in one is done
-        again in all, when the request is repeated.
+        """Do the same in all shards, because an address may be in any of them. If one fails, the
+        request is repeated, which does it again in all.
         """
         done = []
         async with asyncio.timeout(TIMEOUT), self._slots:
@@ -147,7 +147,7 @@ class PublicPages:
             others = set().union(*await self._everywhere(undo))
             if not others:
                 return _page(texts, [filled.undone])
-            # of another source, such as a bounce
+            # from another source, such as a bounce
             is_all = any(key[2] == EVERYTHING for key in others)
             return _page(texts, [filled.ended_everything if is_all else filled.ended_this])
         topic = EVERYTHING if choice == "all" else topic
@@ -206,7 +206,7 @@ class PublicPages:
 
 
 async def _body(request: Request) -> bytes:
-    """Read the body of a request. Raises TooLarge."""
+    """Read the body of a request. Raises BodyTooLarge."""
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -241,7 +241,7 @@ def _page(
     *,
     status: int = 200,
 ) -> Response:
-    """Return a page of plain texts, and of buttons that post a choice to the same URL."""
+    """Return a page with plain texts, and buttons that post a choice to the same URL."""
     language = next(key for key, one in TEXTS.items() if one is texts)
     form = "".join(
         f'<button name="choice" value="{choice}">{escape(text)}</button>'
@@ -275,11 +275,11 @@ def _language(subscription: Subscription | None, request: Request) -> str:
     return "en"
 
 
-# --- what Twilio says
+# --- Twilio's requests
 
 STOP = frozenset({"STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "OPTOUT", "REVOKE"})
 START = frozenset({"START", "YES", "UNSTOP"})
-"""The words by which Twilio itself stops and resumes messages to a number."""
+"""The words with which Twilio itself stops and resumes messages to a number."""
 
 
 class ResumedNumber(NamedTuple):
@@ -290,13 +290,13 @@ class ResumedNumber(NamedTuple):
 
 
 def twilio_signature(token: str, url: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """Return what X-Twilio-Signature has to be for a form that is posted to a URL."""
+    """Return the expected X-Twilio-Signature of a form that is posted to a URL."""
     signed = url + "".join(name + value for name, value in sorted(set(pairs)))
     return base64.b64encode(hmac.digest(token.encode(), signed.encode(), sha1)).decode()
 
 
 def read_hook(form: Mapping[str, str], sms: SmsSettings) -> Undeliverable | ResumedNumber | None:
-    """Return what an incoming message or a status says of a number; None if nothing."""
+    """Return what an incoming message or a status says about a number; None if nothing."""
     if form.get("MessageStatus") in ("failed", "undelivered"):
         code = form.get("ErrorCode", "")
         known = int(code) if code.isascii() and code.isdecimal() and len(code) < 10 else None

@@ -1,4 +1,6 @@
-"""systemd's notification protocol, sd_notify(3), and journald. Without systemd it does nothing."""
+"""Notify systemd (sd_notify(3)), and recognise journald. Without systemd, these functions do
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ import sys
 import time
 
 _unsent: dict[str, str] = {}
-"""Messages for which systemd's socket had no room: the last of each kind."""
+"""Messages for which systemd's socket had no room: the latest of each kind."""
 
 
 def notify(*states: str) -> None:
-    """Report systemd states such as "READY=1" or "WATCHDOG=1", in one message. This never waits for
-    systemd: what its socket has no room for is sent with the next message.
+    """Send systemd states such as "READY=1" or "WATCHDOG=1" in one message. This never waits for
+    systemd: a message for which its socket has no room is sent with the next one.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
@@ -37,12 +39,14 @@ def notify(*states: str) -> None:
 
 
 def notify_reloading() -> None:
-    """Report that the settings are read again; READY=1 ends it. systemd wants the time with it."""
+    """Report that the settings are being reloaded, with the time, as systemd requires; READY=1 ends
+    it.
+    """
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 def is_service() -> bool:
-    """Return whether systemd has started this process as a service that notifies it."""
+    """Return whether systemd has started this process as a service with notifications."""
     return bool(os.environ.get("NOTIFY_SOCKET"))
 
 
@@ -50,6 +54,6 @@ def is_journal() -> bool:
     """Return whether standard error goes to journald: systemd.exec(5) on $JOURNAL_STREAM."""
     try:
         there = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError, AttributeError):  # None, if it was closed before the start
+    except (OSError, ValueError, AttributeError):  # None if it was closed before the start
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
