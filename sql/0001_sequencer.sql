@@ -2111,10 +2111,45 @@ COMMENT ON VIEW sequencer.reevaluations IS 'INSERT INTO sequencer.reevaluations 
 
 -- funnels ---------------------------------------------------------------------------------------
 
+-- 64 enrollments that took an arm in the same visit are the bits of a number. This is a function because
+-- PL/pgSQL runs no other queries in parallel than those whose rows it returns.
+CREATE FUNCTION sequencer.arms_taken(sequence text, split text, since timestamptz)
+RETURNS TABLE (block bigint, visit integer, arm text, members bigint)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    by_weights CONSTANT boolean := ( -- whose arms are next and altNext
+        SELECT NOT s.config ? 'ways' FROM sequencer.steps AS s
+         WHERE s.sequence = arms_taken.sequence AND s.name = arms_taken.split);
+BEGIN
+    RETURN QUERY
+    WITH taken AS (
+        SELECT b.id >> 6 AS block, b.visit, b.arm, bit_or(1::bigint << (~b.id & 63)::integer) AS members
+          FROM (
+            SELECT v.enrollment_id AS id, v.visit, v.message AS arm FROM sequencer.events AS v
+             WHERE v.sequence = arms_taken.sequence AND v.step = arms_taken.split
+               AND v.at >= arms_taken.since AND v.action = 'branch'
+            UNION ALL
+            SELECT v.enrollment_id, v.visit, v.action FROM sequencer.events AS v
+             WHERE by_weights AND v.sequence = arms_taken.sequence AND v.step = arms_taken.split
+               AND v.at >= arms_taken.since AND v.action IN ('next', 'altNext')
+          ) AS b
+         GROUP BY 1, 2, 3
+    ), first_taken AS ( -- by an enrollment that comes back to the Split
+        SELECT t.block, t.visit, t.arm, t.members & ~ coalesce(bit_or(t.members) OVER (
+                   PARTITION BY t.block ORDER BY t.visit, t.arm
+                   ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS members
+          FROM taken AS t
+    )
+    SELECT f.block, f.visit, f.arm, f.members FROM first_taken AS f WHERE f.members <> 0;
+END $$;
+
+COMMENT ON FUNCTION sequencer.arms_taken IS 'Return which arm of a Split enrollments took first since a time: those with the ids from 64 * block on, as bits of members, the first one in the highest bit.';
+
 -- Reads the history since that time once, in parallel. Times are counted in classes of 1%, of a sample if
 -- there are many: to sort them would take several times as long. JIT takes longer than it saves. The plan
--- has to know the arrays and the time: otherwise the planner expects few events, and does not count them in
--- parallel. It would also sort them, expecting few.
+-- has to know the variables: otherwise the planner expects few events, and does not count them in parallel.
+-- It would also sort them, expecting few.
 CREATE FUNCTION sequencer.funnel(
     sequence text, since timestamptz DEFAULT NULL, split text DEFAULT NULL
 ) RETURNS TABLE (
@@ -2128,16 +2163,23 @@ DECLARE
     of_sequence CONSTANT text := funnel.sequence;
     start CONSTANT timestamptz := coalesce(funnel.since, '-infinity');
     start_seconds CONSTANT float8 := date_part('epoch', start);
-    next_day CONSTANT timestamptz := start + interval '1 day';
+    a_day_later CONSTANT timestamptz := start + interval '1 day';
+    ten_days_later CONSTANT timestamptz := start + interval '10 days';
     ends CONSTANT text[] := ARRAY['next', 'altNext', 'jump', 'branch', 'goal', 'suppressed', 'expired',
                                   'limited', 'moved', 'completed', 'failed', 'cancelled', 'resumed'];
+    not_timed CONSTANT integer := -1000; -- instead of a class
     arms_of text;
-    by_weights boolean; -- as next and altNext, without names
-    labels text[];
-    blocks bigint[];
+    names text[]; -- of the arms
+    arms integer[]; -- as indexes of their names; this array and the next three are rows of arms_taken
     visits integer[];
-    arms integer[];
+    blocks bigint[];
     members bigint[];
+    first_visit integer;
+    last_visit integer;
+    low bigint;
+    high bigint;
+    is_dense boolean;
+    codes bytea; -- if it is, of each enrollment from low to high a byte: its arm, and since which visit
     not_sampled integer; -- bits that are 0 in hashes of the sample: ids may have a greater increment than 1
 BEGIN
     IF NOT EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = funnel.sequence) THEN
@@ -2145,7 +2187,7 @@ BEGIN
             MESSAGE = format('sequence %L does not exist', of_sequence),
             HINT = 'SELECT name FROM sequencer.sequences lists all sequences.';
     END IF;
-    SELECT s.name, NOT s.config ? 'ways' INTO arms_of, by_weights
+    SELECT s.name INTO arms_of
       FROM sequencer.steps AS s
      WHERE s.sequence = funnel.sequence AND s.type = 'Split'
        AND s.name = coalesce(funnel.split, s.name)
@@ -2159,95 +2201,101 @@ BEGIN
       FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
      WHERE i.inhparent = 'sequencer.events'::regclass;
 
-    -- For each arm, 64 enrollments are the bits of a number: what events are compared with stays small
-    -- enough for the processor's cache.
     WITH taken AS (
-        SELECT b.id >> 6 AS block, b.visit, b.arm, bit_or(1::bigint << (b.id & 63)::integer) AS members
-          FROM (
-            SELECT v.enrollment_id AS id, v.visit, v.message AS arm FROM sequencer.events AS v
-             WHERE v.sequence = of_sequence AND v.step = arms_of AND v.at >= start
-               AND v.action = 'branch'
-            UNION ALL
-            SELECT v.enrollment_id, v.visit, v.action FROM sequencer.events AS v
-             WHERE by_weights AND v.sequence = of_sequence AND v.step = arms_of AND v.at >= start
-               AND v.action IN ('next', 'altNext')
-          ) AS b
-         GROUP BY 1, 2, 3
+        SELECT t.* FROM sequencer.arms_taken(of_sequence, arms_of, start) AS t
     ), names AS (
-        SELECT array_agg(DISTINCT t.arm) AS labels FROM taken AS t
-    ), first_taken AS ( -- by an enrollment that comes back to the Split
-        SELECT t.block, t.visit, t.arm, t.members & ~ coalesce(bit_or(t.members) OVER (
-                   PARTITION BY t.block ORDER BY t.visit, t.arm
-                   ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS members
-          FROM taken AS t
+        SELECT array_agg(DISTINCT t.arm) AS all FROM taken AS t
     )
-    SELECT (SELECT n.labels FROM names AS n), array_agg(f.block), array_agg(f.visit),
-           array_agg(array_position(n.labels, f.arm)), array_agg(f.members)
-      INTO labels, blocks, visits, arms, members
-      FROM first_taken AS f CROSS JOIN names AS n;
+    SELECT min(n.all), array_agg(array_position(n.all, t.arm)), array_agg(t.visit), array_agg(t.block),
+           array_agg(t.members), min(t.visit), max(t.visit), min(t.block) << 6, (max(t.block) << 6) + 63
+      INTO names, arms, visits, blocks, members, first_visit, last_visit, low, high
+      FROM taken AS t CROSS JOIN names AS n;
+    -- To look an arm up in bytes takes a fifth of the time of a join.
+    is_dense := low IS NULL OR high - low < 1 << 26
+        AND (last_visit - first_visit + 1)::bigint * cardinality(names) < 256;
+    IF is_dense THEN
+        WITH bits AS (
+            SELECT a.block, a.members::bit(64)::text AS members,
+                   ((a.visit - first_visit) * cardinality(names) + a.arm)::bit(8)::text AS code
+              FROM unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
+        ), bytes AS (
+            SELECT b.block, bit_or(replace(replace(replace(b.members, '1', 'x'), '0', '00000000'),
+                                           'x', b.code)::bit(512)) AS codes
+              FROM bits AS b GROUP BY 1
+        )
+        SELECT string_agg(substr(bit_send(coalesce(b.codes, 0::bit(512))), 5), '' ORDER BY n) -- after a length
+          INTO codes
+          FROM generate_series(low >> 6, high >> 6) AS n LEFT JOIN bytes AS b ON b.block = n;
+    END IF;
 
-    -- Grouped by one text instead of four columns: that is faster, and the planner expects few groups, which
-    -- parallel workers count on their own.
+    -- Each column to group by takes time, so the class of a time and the arm are one number.
     RETURN QUERY
-    WITH counted AS (
-        SELECT v.cell, a.arm, count(*) AS times, min(v.seconds) AS seconds
-          FROM (
-            SELECT v.enrollment_id AS id, v.visit, v.seconds_at_step AS seconds,
-                   CASE WHEN hashint8(v.enrollment_id) & not_sampled = 0
-                        THEN format('%s %s %s %s%s', v.action,
-                                    (ln(greatest(v.seconds_at_step, 0.001::real)) * 100)::integer, length(v.step),
-                                    v.step, CASE WHEN v.action IN ('branch', 'goal') THEN v.message END)
-                        WHEN v.action = 'next' THEN 'next   ' || v.step
-                        WHEN v.action IN ('branch', 'goal')
-                        THEN v.action || '  ' || length(v.step) || ' ' || v.step || coalesce(v.message, '')
-                        ELSE v.action || '   ' || v.step END COLLATE "C" AS cell
-              FROM sequencer.events AS v
-             WHERE v.sequence = of_sequence AND v.at >= start
-               AND (v.seconds_at_step < 86400 AND v.at >= next_day -- which needs no arithmetic
-                    OR date_part('epoch', v.at) - v.seconds_at_step >= start_seconds)
-               AND (v.action <> 'completed' OR v.message IS NOT NULL) -- by hand alone
-            UNION ALL
-            SELECT e.id, e.visit, NULL::real, 'waiting   ' || e.step
-              FROM sequencer.enrollments AS e
-             WHERE e.sequence = of_sequence AND e.status = 'active' AND e.entered_at >= start
-          ) AS v
+    WITH visits_left AS NOT MATERIALIZED (
+        SELECT v.enrollment_id AS id, v.visit, v.step COLLATE "C" AS step, v.seconds_at_step AS seconds,
+               CASE v.action WHEN 'next' THEN v.action
+                             WHEN 'branch' THEN 'branch ' || coalesce(v.message, '')
+                             WHEN 'goal' THEN 'goal ' || coalesce(split_part(v.message, ' is met', 1), '')
+                             ELSE v.action END COLLATE "C" AS way,
+               CASE WHEN hashint8(v.enrollment_id) & not_sampled = 0
+                    THEN (ln(greatest(v.seconds_at_step, 0.001::real)) * 100)::integer
+                    ELSE not_timed END << 16 AS class
+          FROM sequencer.events AS v
+         WHERE v.sequence = of_sequence AND v.at >= start
+           AND (v.seconds_at_step < 86400 AND v.at >= a_day_later -- which needs no arithmetic
+                OR v.seconds_at_step < 864000 AND v.at >= ten_days_later
+                OR date_part('epoch', v.at) - v.seconds_at_step >= start_seconds)
+           AND (v.action <> 'completed' OR v.message IS NOT NULL) -- by hand alone
+    ), counted AS (
+        SELECT v.step, v.way, count(*) AS times, min(v.seconds) AS seconds,
+               v.class + CASE WHEN v.visit < first_visit OR v.id NOT BETWEEN low AND high THEN 0
+                              WHEN v.visit >= last_visit
+                                OR v.visit >= first_visit + (get_byte(codes, (v.id - low)::integer) - 1)
+                                                            / cardinality(names)
+                              THEN get_byte(codes, (v.id - low)::integer)
+                              ELSE 0 END AS code
+          FROM visits_left AS v
+         WHERE is_dense
+         GROUP BY 1, 2, 5
+        UNION ALL
+        SELECT v.step, v.way, count(*), min(v.seconds), v.class + coalesce(a.arm, 0)
+          FROM visits_left AS v
           LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
-            ON a.block = v.id >> 6 AND a.members >> (v.id & 63)::integer & 1 = 1 AND a.visit <= v.visit
-         GROUP BY 1, 2
-    ), words AS MATERIALIZED (
-        SELECT split_part(c.cell, ' ', 1) AS action, split_part(c.cell, ' ', 2) AS class,
-               split_part(c.cell, ' ', 3) AS length, c.cell, c.arm, c.times, c.seconds
-          FROM counted AS c
-    ), read AS MATERIALIZED ( -- of a cell: an action, a class, the length of the step, the step, a message
-        SELECT w.action, nullif(w.class, '')::integer AS class, nullif(w.length, '')::integer AS length,
-               substr(w.cell, 4 + length(w.action || w.class || w.length)) AS rest, w.arm, w.times, w.seconds
-          FROM words AS w
+            ON a.block = v.id >> 6 AND a.members >> (~v.id & 63)::integer & 1 = 1 AND a.visit <= v.visit
+         WHERE NOT is_dense
+         GROUP BY 1, 2, 5
+        UNION ALL
+        SELECT e.step, 'waiting', count(*), NULL, (not_timed << 16) + coalesce(a.arm, 0)
+          FROM sequencer.enrollments AS e
+          LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
+            ON a.block = e.id >> 6 AND a.members >> (~e.id & 63)::integer & 1 = 1 AND a.visit <= e.visit
+         WHERE e.sequence = of_sequence AND e.status = 'active' AND e.entered_at >= start
+         GROUP BY 1, 5
     ), resumed AS ( -- or moved: visits that did not end in what they seemed to
         SELECT v.step, v.action, a.arm, count(*) AS times
           FROM sequencer.events AS v
           LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
-            ON a.block = v.enrollment_id >> 6 AND a.members >> (v.enrollment_id & 63)::integer & 1 = 1
+            ON a.block = v.enrollment_id >> 6 AND a.members >> (~v.enrollment_id & 63)::integer & 1 = 1
                AND a.visit <= v.visit
          WHERE v.sequence = of_sequence AND v.at >= start AND v.action IN ('failed', 'cancelled')
            AND date_part('epoch', v.at) - v.seconds_at_step >= start_seconds
            AND EXISTS (SELECT FROM sequencer.events AS l
                         WHERE l.enrollment_id = v.enrollment_id AND l.at > v.at AND l.action = ANY (ends))
          GROUP BY 1, 2, 3
-    ), cells AS (
-        SELECT coalesce(left(c.rest, c.length), c.rest) AS step, c.action,
-               substr(c.rest, c.length + 1) AS message, c.arm, c.class, c.times, c.seconds
-          FROM read AS c
-         WHERE c.action = 'waiting' OR c.action = ANY (ends) AND c.action <> 'resumed'
+    ), cells AS MATERIALIZED ( -- so that the conditions on it are not evaluated for each event
+        SELECT c.step, split_part(c.way, ' ', 1) AS action, c.way, nullif(c.code >> 16, not_timed) AS class,
+               nullif(c.code & 65535, 0) AS arm, c.times, c.seconds
+          FROM counted AS c
         UNION ALL
-        SELECT r.step, r.action, NULL, r.arm, NULL, -r.times, NULL FROM resumed AS r
+        SELECT r.step, r.action, r.action, NULL, r.arm, -r.times, NULL FROM resumed AS r
     ), ways AS (
-        SELECT c.step, c.action, labels[c.arm] AS arm, c.class, c.times, c.seconds,
+        SELECT c.step, c.action, c.class, c.times, c.seconds,
+               names[(c.arm - 1) % cardinality(names) + 1] AS arm, -- of a code, or itself
                CASE WHEN c.action IN ('waiting', 'failed', 'cancelled') THEN NULL
-                         WHEN c.action = 'branch' THEN c.message
-                         WHEN c.action = 'goal' THEN 'goal ' || split_part(c.message, ' is met', 1)
-                         ELSE c.action END AS way,
+                    WHEN c.action = 'branch' THEN substr(c.way, 8)
+                    ELSE c.way END AS way,
                c.action = 'goal' OR (c.action = 'next' AND s.type = 'Goal') AS is_goal
           FROM cells AS c LEFT JOIN sequencer.steps AS s ON s.sequence = funnel.sequence AND s.name = c.step
+         WHERE c.action = 'waiting' OR c.action = ANY (ends) AND c.action <> 'resumed'
     ), classes AS ( -- of each step (way NULL) and way, for all arms (arm NULL) and each
         SELECT w.step, w.way, w.arm, w.class, min(w.seconds) AS seconds, sum(w.times) AS times,
                sum(w.times) FILTER (WHERE w.way IS NOT NULL) AS exited,
@@ -2671,6 +2719,7 @@ WITH roles (role) AS (
     ('sequencer_enroller', 'reentry_time'),
     ('sequencer_enroller', 'suppression_hash'),
     ('sequencer_enroller', 'funnel'),
+    ('sequencer_enroller', 'arms_taken'),
     ('sequencer_privacy', 'forget'),
     ('sequencer_privacy', 'export_subject'),
     ('sequencer_daemon', 'reevaluate'),

@@ -17,6 +17,7 @@ from tests.helpers.engines import Recorder, define, enroll, running_engine, unti
 WAYS = json.dumps(
     {"ways": [{"name": name, "weight": 1, "step": "note"} for name in ("red", "blue")]}
 )
+WEIGHTS = '{"next": 1, "altNext": 1}'
 PAID = json.dumps(
     {
         "lodashCommand": "eq",
@@ -211,18 +212,20 @@ ENDS = ("next", "altNext", "jump", "suppressed", "moved", "goal", "failed", "can
 Event = tuple[int, int, str, int, str, str | None, float]  # id, second, step, visit, action, ...
 
 
-def history(random: Random) -> Iterator[Event]:
+def history(random: Random, *, first_id: int, apart: int, by_weights: bool) -> Iterator[Event]:
     """Make up enrollments that come back to the Split and that are resumed."""
     for id_ in range(1, 200):
         second = random.randrange(1000)
         for visit in range(1, random.randrange(2, 9)):
             step, stay = random.choice(STEPS), random.randrange(200)
-            action = "branch" if step == "split" else random.choice(ENDS)
+            action = random.choice(ENDS)
+            if step == "split":
+                action = random.choice(("next", "altNext")) if by_weights else "branch"
             message = {"branch": random.choice(("red 1", "blue")), "goal": "paid is met"}.get(
                 action
             )
             second += stay + 1
-            yield id_ * 37, second, step, visit, action, message, stay
+            yield first_id + id_ * apart, second, step, visit, action, message, stay
 
 
 def plainly(events: list[Event], since: int) -> dict[tuple[str, str | None, str | None], int]:
@@ -233,7 +236,7 @@ def plainly(events: list[Event], since: int) -> dict[tuple[str, str | None, str 
         superseded = action in {"failed", "cancelled"} and any(e[1] > second for e in own)
         if second - stay < since or action == "resumed" or superseded:
             continue
-        taken = [(e[3], e[5]) for e in own if e[4] == "branch" and e[1] >= since]
+        taken = [(e[3], e[5] or e[4]) for e in own if e[2] == "split" and e[1] >= since]
         arm = min(taken)[1] if taken and min(taken)[0] <= visit else None
         way = {"branch": message, "goal": "goal paid"}.get(action, action)
         ways = {None} if action in {"failed", "cancelled"} else {None, way}
@@ -241,17 +244,22 @@ def plainly(events: list[Event], since: int) -> dict[tuple[str, str | None, str 
     return dict(counts)
 
 
-@pytest.mark.parametrize("since", [0, 900])
+@pytest.mark.parametrize(
+    ("since", "first_id", "apart", "by_weights"),
+    [(0, 0, 1, False), (900, 2**40, 37, False), (900, 0, 2**50, False), (900, 63, 1, True)],
+)
 async def test_counts_are_those_of_a_plain_computation(
-    connection: asyncpg.Connection, since: int
+    connection: asyncpg.Connection, since: int, first_id: int, apart: int, by_weights: bool
 ) -> None:
+    ways = WAYS.replace("red", "red 1").replace('"note"', "null")
     await define(
         connection,
         "s",
-        ("split", "Split", WAYS.replace("red", "red 1").replace('"note"', "null"), None),
+        ("split", "Split", WEIGHTS if by_weights else ways, None),
         *((name, "WaitForDuration", DAYS, None) for name in STEPS if name != "split"),
     )
-    events = list(history(Random(since)))
+    random = Random(since)
+    events = list(history(random, first_id=first_id, apart=apart, by_weights=by_weights))
     await connection.executemany(
         "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message,"
         " seconds_at_step) VALUES ($1, date_trunc('day', now()) + $2 * interval '1 s',"
