@@ -25,11 +25,14 @@ import pytest
 
 from sequencerd.cli import doctor
 from sequencerd.settings import Settings
+from sequencerd.storage.migrations import Migration, available
 from tests.chaos.checker import check
 from tests.chaos.world import CONNECT, LEASE, Proxy, Server, World, living, serving
 from tests.helpers.command_line import start_sequencerd
 from tests.helpers.databases import shard
+from tests.helpers.engines import until
 from tests.helpers.pooler import pgbouncer
+from tests.helpers.releases import copy_release, next_migration, read_records
 from tests.helpers.waiting import PATIENCE, eventually
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "3"))
@@ -405,37 +408,72 @@ async def test_a_pooler_is_between(world: World, tmp_path: Path, listening: str)
 # --- another version
 
 
-def next_version(folder: Path) -> Path:
-    """The package as it may be one day: with one more migration."""
+def next_version(folder: Path) -> tuple[Path, Migration]:
+    """The package as it may be one day: with one more migration, which takes its time."""
     shutil.copytree(REPOSITORY / "sequencerd", folder / "sequencerd")
     shutil.copytree(REPOSITORY / "sql", folder / "sql")
-    (folder / "sql/0002_next.sql").write_text(
-        "ALTER TABLE sequencer.enrollments ADD COLUMN next text;\n"
-        "CREATE INDEX enrollments_next ON sequencer.enrollments (next);\n"
-        "ALTER TABLE sequencer.steps ADD COLUMN next text;\n"
-    )
-    return folder
+    migration = next_migration()
+    (folder / "sql" / migration.name).write_text(migration.sql + "SELECT pg_sleep(1);\n")
+    return folder, migration
 
 
-async def test_it_is_upgraded_under_load(world: World, tmp_path: Path) -> None:
-    """The schema first, then one daemon after the other: the old ones go on until then."""
-    code = next_version(tmp_path / "next")
-    await world.keep(2)
-    app = asyncio.create_task(world.enroll(SECONDS))
-    await asyncio.sleep(SECONDS / 3)
-    migrated = await start_sequencerd(
+@pytest.fixture
+async def released(server: Server, tmp_path: Path) -> AsyncIterator[World]:
+    """With the schema and the daemons of the last release; before the first, those of this tree."""
+    records = read_records()
+    names = {record.name for record in records}
+    migrations = [one for one in available() if one.name in names] or None
+    async with living(server.url, tmp_path, FIRST, migrations) as made:
+        made.server = server
+        if records:
+            made.code = copy_release(f"v{records[-1].release}", tmp_path / "release")
+        yield made
+
+
+async def start_migrating(world: World, code: Path) -> asyncio.subprocess.Process:
+    return await start_sequencerd(
         "--database",
         world.database,
         "migrate",
         cwd=code,
         stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
-    out, _ = await migrated.communicate()
-    assert b"applied 0002_next.sql" in out
+
+
+MIGRATES = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep')"
+
+
+async def test_it_is_upgraded_under_load(released: World, tmp_path: Path) -> None:
+    """The schema first, by a process that is killed and another one, then one daemon after the
+    other: the old ones go on until then.
+    """
+    world = released
+    code, migration = next_version(tmp_path / "next")
+    await world.keep(2)
+    app = asyncio.create_task(world.enroll(SECONDS))
+    await asyncio.sleep(SECONDS / 3)
+    killed = await start_migrating(world, code)
+    connection = await asyncpg.connect(world.database)
+    await until(connection, MIGRATES)
+    world.note("migrate is killed")
+    killed.kill()
+    await killed.communicate()
+    out = b""
+    while migration.name.encode() not in out:
+        migrated = await start_migrating(world, code)
+        out, errors = await migrated.communicate()
+        world.note(f"migrate: {out!r} {errors!r}")
+        assert not errors or b"nothing was applied: run it again" in errors
+    assert await connection.fetchval("SELECT max(version) FROM sequencer.migrations") == (
+        migration.version
+    )
+    await connection.close()
     await asyncio.sleep(SECONDS / 6)
     old = await world.start()
     assert await old.process.wait() == 1
-    assert "newer than this version of sequencerd: it has 0002_next.sql" in old.log.read_text()
+    refused = f"newer than this version of sequencerd: it has {migration.name}"
+    assert refused in old.log.read_text()
     world.daemons.remove(old)
     world.code = code
     for daemon in list(world.daemons):

@@ -14,7 +14,7 @@ import re
 import signal
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from email import message_from_bytes
 from pathlib import Path
@@ -26,6 +26,7 @@ from aiosmtpd.smtp import SMTP, Envelope
 
 from sequencerd.storage import embedded, migrate
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.migrations import Migration
 from tests.helpers.command_line import start_sequencerd
 from tests.helpers.databases import execute, with_database
 from tests.helpers.engines import define, until
@@ -333,13 +334,15 @@ class World:
 
 
 @asynccontextmanager
-async def living(url: str, folder: Path, seed: int) -> AsyncIterator[World]:
-    """A world with a database of its own, and no daemons yet."""
+async def living(
+    url: str, folder: Path, seed: int, migrations: Sequence[Migration] | None = None
+) -> AsyncIterator[World]:
+    """A world with a database of its own, and no daemons; `migrations`: an older version's."""
     name = f"chaos_{folder.name.replace('-', '_')}"[:60]
     await execute(url, f'CREATE DATABASE "{name}"')
     database = with_database(url, name)
     connection = await asyncpg.connect(database)
-    await migrate.migrate(connection)
+    await migrate.migrate(connection, migrations)
     await define(connection, "chaos", *STEPS)
     await connection.close()
     world = World(database, folder, seed)
