@@ -509,7 +509,7 @@ CREATE TABLE sequencer.topics (
 COMMENT ON TABLE  sequencer.topics IS 'What messages are about, in words for their recipients. A topic that is not listed works as well, under its name.';
 COMMENT ON COLUMN sequencer.topics.name IS 'As in the key topic of a step or a sequence.';
 COMMENT ON COLUMN sequencer.topics.title IS 'What recipients see, such as Offers and news.';
-COMMENT ON COLUMN sequencer.topics.frequency_limit IS 'How often side effects of the topic may begin for a subject, in all sequences: {"at_most": 3, "per": {"days": 7}, "then": "wait"}, with the keys of a step's limit except topic. The name differs because LIMIT is a reserved word.';
+COMMENT ON COLUMN sequencer.topics.frequency_limit IS 'How often side effects of the topic may begin for a subject, in all sequences: {"at_most": 3, "per": {"days": 7}, "then": "wait"}, with the keys of the limit of a step except topic. The name differs because LIMIT is a reserved word.';
 
 -- Limits are part of the definitions that use their topic: a change is a new revision of those, and the
 -- enrollments that wait at their side effects are rescheduled. Nothing of a topic waits at the other
