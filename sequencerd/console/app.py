@@ -27,6 +27,7 @@ from sequencerd.console import (
     funnel,
     html,
     mail,
+    once,
     over_time,
     pages,
     simulating,
@@ -306,7 +307,7 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
                 )
             if role is not None and not visitor.may(role):
                 return say(request, 403, "Not allowed", _lacks(visitor, role))
-            made = await page(request)
+            made = await _made(context, page, request)
         except NotFoundError as error:
             made = refused(404, "Not found", str(error))
         except (WrongQueryError, UsageError) as error:
@@ -333,6 +334,12 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
         return _kept(request, made)
 
     return answer
+
+
+async def _made(context: PageContext, page: pages.Page, request: Request) -> Response:
+    if request.method == "POST" and once.FIELD in (form := request.state.form):
+        return await context.once.do(request.state.visitor.nonce, form, page(request))
+    return await page(request)
 
 
 def _lacks(visitor: Visitor, role: Role) -> str:

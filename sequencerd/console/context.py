@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from sequencerd.console.actions import BulkChanges
 from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.live import LiveTopics
 from sequencerd.console.mask import make_mask
+from sequencerd.console.once import Once
 from sequencerd.console.query import PAGE, Query, WrongQueryError
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at, at_shard
@@ -53,6 +55,7 @@ class PageContext:
     runners: Callable[[], Mapping[str, Runner]]
     now: Callable[[], datetime]
     actions: BulkChanges
+    once: Once = field(default_factory=Once)
     simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     counting_history: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     simulated: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +101,7 @@ def render(request: Request, template: str, code: int = 200, /, **given: Any) ->
         may_edit=_may(context, visitor, "editor"),
         may_log_out=context.auth.has_sessions,
         done=context.actions.report(visitor.nonce) if visitor else None,
+        once=secrets.token_urlsafe(12),
         **given,
     )
     return HTMLResponse(text, code)

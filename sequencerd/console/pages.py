@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qsl
@@ -519,4 +519,4 @@ FILES = {
     "vendor/dagre.js": "text/javascript",
 }
 
-Page = Callable[[Request], Awaitable[Response]]
+Page = Callable[[Request], Coroutine[Any, Any, Response]]

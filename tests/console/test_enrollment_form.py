@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
+import re
 
 import asyncpg
 import httpx
@@ -20,6 +22,12 @@ FORM = {"sequence": "s", "subject": "ada", "reason": "a test"}
 async def post(client: httpx.AsyncClient, **fields: str) -> httpx.Response:
     page = await client.get("/enroll?sequence=s")
     return await client.post("/enroll", data={"token": token(page), **FORM, **fields})
+
+
+def hidden(page: httpx.Response, name: str) -> str:
+    found = re.search(f'name="{name}" value="([^"]+)"', page.text)
+    assert found, page.text
+    return found[1]
 
 
 async def number_of(connection: asyncpg.Connection) -> int:
@@ -135,3 +143,24 @@ async def test_the_daemon_s_role_is_not_enough_to_enroll(
         assert refused.status_code == 422
         assert "GRANT sequencer_enroller" in refused.text
     assert await number_of(connection) == 0
+
+
+async def test_a_form_that_is_sent_twice_enrolls_once(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("wait", "WaitForDuration", DAY, None))
+    await connection.execute("UPDATE sequencer.sequences SET reentry = 'always'")
+    async with console(database, write=True) as client:
+        page = await client.get("/enroll?sequence=s")
+        form = {**FORM, "token": token(page), "once": hidden(page, "once")}
+        wrong = await client.post("/enroll", data={**form, "data": "{"})
+        assert wrong.status_code == 422
+        both = await asyncio.gather(*(client.post("/enroll", data=form) for _ in range(3)))
+        later = await client.post("/enroll", data=form)
+        assert [answer.status_code for answer in (*both, later)] == [303] * 4
+        assert len({answer.headers["location"] for answer in (*both, later)}) == 1
+        assert await number_of(connection) == 1
+        # another subject, and the same in another form
+        await client.post("/enroll", data={**form, "subject": "bob"})
+        assert (await post(client)).status_code == 303
+        assert await number_of(connection) == 3

@@ -27,7 +27,7 @@ from tests.console.conftest import (
     token,
 )
 from tests.console.test_pages import check
-from tests.helpers.engines import Recorder, define, until
+from tests.helpers.engines import Recorder, define, enroll, until
 from tests.helpers.waiting import PATIENCE
 
 CAUSES = {
@@ -139,6 +139,31 @@ async def test_a_cause_is_retried_and_followed(
         asked = await client.get("/change", params=moved)
         assert "<option>note</option>" in asked.text
         assert "<option>wait</option>" not in asked.text
+
+
+async def test_a_move_that_is_confirmed_twice_is_made_once(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(
+        connection, "s", ("wait", "WaitForDuration", DAY, "note"), ("note", "Note", "{}", "wait")
+    )
+    await enroll(connection, "s", "ada")
+    runner = Recorder()
+    async with console(database, {"Note": runner}, write=True) as client:
+        await until(connection, "SELECT entered_at < wake_at FROM sequencer.enrollments")
+        asked = await client.get("/change?action=move&id=1")
+        once = re.search(r'name="once" value="([^"]+)"', asked.text)
+        assert once
+        form = {"action": "move", "id": "1", "number": "1", "to": "note", "reason": "x"}
+        form |= {"token": token(asked), "once": once[1]}
+        assert (await client.post("/change", data=form)).status_code == 303
+        moved = "SELECT count(*) = 1 FROM sequencer.events WHERE step = 'note' AND action = 'next'"
+        await until(connection, moved)
+        assert (await client.post("/change", data=form)).status_code == 303
+        assert await connection.fetchval(
+            "SELECT count(*) = 1 FROM sequencer.events WHERE action = 'moved'"
+        )
+        assert len(runner.keys) == 1
 
 
 async def test_a_selection_fails_again_in_new_ways(

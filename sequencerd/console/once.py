@@ -1,0 +1,49 @@
+"""A form that is sent twice, as by a double click, is done once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+from starlette.responses import RedirectResponse, Response
+
+FIELD = "once"
+"""The field of a form that tells two of the same contents apart."""
+
+KEPT = 1000  # forms that were sent
+
+
+class Once:
+    """What has come of the forms that were sent."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, asyncio.Task[Response]] = {}
+
+    async def do(
+        self, user: str, form: Mapping[str, str], work: Coroutine[Any, Any, Response]
+    ) -> Response:
+        """Do the work of a form, unless it is being done or was done: then lead to where that led.
+        What led nowhere, as it found an error, is done again.
+        """
+        key = hashlib.sha256(json.dumps([user, sorted(form.items())]).encode()).hexdigest()
+        if known := self._sent.get(key):
+            answer = await asyncio.shield(known)
+            if answer.status_code == 303:
+                work.close()
+                return RedirectResponse(answer.headers["location"], 303)
+        task = self._sent[key] = asyncio.create_task(work)
+        for old in list(self._sent)[:-KEPT]:
+            if self._sent[old].done():
+                del self._sent[old]
+        try:
+            # a browser that sends it again has broken off the first request
+            answer = await asyncio.shield(task)
+        except Exception:
+            self._sent.pop(key, None)
+            raise
+        if answer.status_code != 303:
+            self._sent.pop(key, None)
+        return answer
