@@ -21,6 +21,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.console.app import make_console
 from sequencerd.console.shards import ServedShard, make_console_of_shards
+from sequencerd.core.describe import counted
 from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.engine import retention, shared_rates
@@ -641,8 +642,8 @@ class _Daemon:
     def status(self) -> str:
         """Return what goes on, for systemd."""
         return (
-            f"{len(self._engine.catalog.sequences):,} sequences, "
-            f"{self.metrics.places:,} active steps, {self.metrics.overdue:,} overdue; "
+            f"{counted(len(self._engine.catalog.sequences), 'sequence')}, "
+            f"{counted(self.metrics.places, 'active step')}, {self.metrics.overdue:,} overdue; "
             f"in flight {self._engine.in_flight:,}"
         )
 

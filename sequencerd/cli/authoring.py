@@ -9,6 +9,7 @@ from typing import Any
 
 from sequencerd.cli.commands import connect, explain, on_shards, tell
 from sequencerd.cli.output import say, say_json, warn
+from sequencerd.core.describe import counted
 from sequencerd.definitions import files, json_schema
 from sequencerd.definitions.check import KnownPaths, known_paths
 from sequencerd.definitions.options import read_object
@@ -37,7 +38,7 @@ def check_command(arguments: argparse.Namespace, settings: Settings) -> int:
             say(finding)
         warnings = len(findings) - errors
         counts = (len(found), "valid sequence"), (errors, "error"), (warnings, "warning")
-        say(", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in counts))
+        say(", ".join(counted(count, word) for count, word in counts))
     return 1 if errors or (findings and arguments.strict) else 0
 
 

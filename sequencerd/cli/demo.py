@@ -24,6 +24,7 @@ from urllib.parse import parse_qs
 import asyncpg
 import yaml
 
+from sequencerd.core.describe import counted
 from sequencerd.definitions import files, plan, yaml_reader
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
@@ -111,7 +112,7 @@ async def _apply(connection: asyncpg.Connection, settings: Settings) -> None:
         applied = await plan.apply(connection, found, runners)
     for one in applied.sequences:
         count = len(one.changes.added)
-        _say(f"applied {one.sequence}: {count} steps, waits shortened to seconds")
+        _say(f"applied {one.sequence}: {counted(count, 'step')}, waits shortened to seconds")
 
 
 def _examples() -> Path:

@@ -26,9 +26,11 @@ def text(value: object) -> str:
             return str(value)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return such as "1 row" or "1,240 rows"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return such as "1 row" or "1,240 rows"; `many` is what does not end with an s, as of verbs:
+    "1 waits", "3 wait".
+    """
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sequencerd.core.config import parse_json
+from sequencerd.core.describe import counted
 from sequencerd.core.model import DefinitionError
 from sequencerd.core.step_types import is_seeded, language_texts, rename_steps, used_partials
 from sequencerd.core.step_types.durations import in_words
@@ -126,8 +127,7 @@ class SequenceDiff:
             if count:
                 named = ", ".join(self.messages[name][:MOST_NAMED])
                 more = ", ..." if count > MOST_NAMED else ""
-                plural = "" if count == 1 else "s"
-                steps = f"a message of {count} step{plural} changes: {named}{more}"
+                steps = f"a message of {counted(count, 'step')} changes: {named}{more}"
             yield f"{verb} partial {name}: {steps}"
         if self.is_reordered:
             yield "the order of the steps"

@@ -14,7 +14,7 @@ import asyncpg
 
 from sequencerd.core.advance import advance, is_unchanged
 from sequencerd.core.config import nearest
-from sequencerd.core.describe import text
+from sequencerd.core.describe import counted, text
 from sequencerd.core.model import (
     Definitions,
     Enrollment,
@@ -71,18 +71,23 @@ class WaitingCounts:
 
     def line(self, *, done: bool) -> str:
         """Describe the counts in a sentence, before the change or after it is `done`."""
-        would = "" if done else "would "
-        parts = [
-            (self.at_once, f"{would}continue at once"),
-            (self.limited, f"{would}continue as soon as their limit has room"),
-            (self.later, f"wait until another time{self._times()}"),
-            (self.as_before, "wait as before"),
-            (self.executing, "are being executed and finish unchanged"),
-            (self.unknown, "depend on external data"),
-            (self.failing, f"{would}fail: {self.failure}"),
+        continues = ("continues", "continue") if done else ("would continue",) * 2
+        fails = ("fails", "fail") if done else ("would fail",) * 2
+        parts: list[tuple[int, tuple[str, str], str]] = [
+            (self.at_once, continues, " at once"),
+            (self.limited, continues, " as soon as the limit has room"),
+            (self.later, ("waits", "wait"), f" until another time{self._times()}"),
+            (self.as_before, ("waits", "wait"), " as before"),
+            (
+                self.executing,
+                ("is being executed and finishes", "are being executed and finish"),
+                " unchanged",
+            ),
+            (self.unknown, ("depends", "depend"), " on external data"),
+            (self.failing, fails, f": {self.failure}"),
         ]
-        counts = ", ".join(f"{count} {words}" for count, words in parts if count)
-        return f"{self.total} wait at {self.step}: {counts}" if self.total else ""
+        counts = ", ".join(f"{counted(n, *verb)}{words}" for n, verb, words in parts if n)
+        return f"{counted(self.total, 'waits', 'wait')} at {self.step}: {counts}" if counts else ""
 
     def add_later(self, until: datetime) -> None:
         """Count an enrollment that waits until another time."""
@@ -116,12 +121,14 @@ class ScheduledEntries:
     faults: Mapping[str, int]  # of rows, with how many have them
 
     def __str__(self) -> str:
-        text = f"{self.found} of {self.source} would enter now"
+        text = f"{self.found:,} of {self.source} would enter now"
         if self.found > self.at_most:
             text = (
                 f"more than at_most = {self.at_most} of {self.source} would enter now: none would"
             )
-        return "; ".join([text, *(f"{count} rows {fault}" for fault, count in self.faults.items())])
+        return "; ".join(
+            [text, *(f"{counted(count, 'row')} {fault}" for fault, count in self.faults.items())]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +168,8 @@ class SequencePlan:
         yield from self.limits
         for old, count in self.at_step.items():
             if new := self.moves.get(old):
-                yield f"{count} move from {old} to {new}, where their visit starts again"
+                moves = counted(count, "moves", "move")
+                yield f"{moves} from {old} to {new}, where a new visit begins"
         yield from filter(None, (waiting.line(done=done) for waiting in self.waiting))
         if self.entering:
             yield str(self.entering)
@@ -380,7 +388,7 @@ async def _limits(
         elif isinstance(of_topic, InvalidStep):
             lines[f"{of_topic.message}; it stops"].append(step)
     return tuple(
-        f"{words} {len(steps)} step{'s' * (len(steps) > 1)}: {', '.join(steps)}"
+        f"{words} {counted(len(steps), 'step')}: {', '.join(steps)}"
         for words, steps in lines.items()
     )
 
@@ -474,8 +482,8 @@ def refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
     for old, count in step.at_step.items():
         if old not in step.moves:
             yield (
-                f"{step.sequence}: {count} enrollments are at {old}, which is removed; specify "
-                f"where they continue: --move {old}=STEP"
+                f"{step.sequence}: {counted(count, 'enrollment')} at {old}, which is removed; "
+                f"specify where to continue: --move {old}=STEP"
             )
     for old, new in step.moves.items():
         if new not in names:

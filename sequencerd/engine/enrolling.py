@@ -19,6 +19,7 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.config import parse_config, parse_json
+from sequencerd.core.describe import counted
 from sequencerd.core.model import DefinitionError, EvaluationError
 from sequencerd.core.retry import doubled
 from sequencerd.core.schedule import EnrollConfig
@@ -212,7 +213,7 @@ class Enrolling:
     ) -> RunResult:
         """Enroll what was read and record the run, in one transaction."""
         at_most = due.config.at_most
-        problems = [f"{count:,} rows {fault}" for fault, count in faults.items()]
+        problems = [f"{counted(count, 'row')} {fault}" for fault, count in faults.items()]
         async with (
             connections.borrow(self._pool) as connection,
             connections.transaction(connection),

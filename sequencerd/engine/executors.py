@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from sequencerd.core.backoff import Pauses, VisitKey
+from sequencerd.core.describe import counted
 from sequencerd.core.model import (
     Attribution,
     Enrollment,
@@ -219,7 +220,8 @@ class Executor:
             fault: Attribution = "server" if is_exhausted(error) else "unclear"
             return [Failed(text, fault=fault, unknown=True)] * len(batch)
         if len(results) != len(batch):
-            text = f"the runner answered {len(results)} results for {len(batch)} enrollments"
+            given, wanted = counted(len(results), "result"), counted(len(batch), "enrollment")
+            text = f"the runner returned {given} for {wanted}"
             return [Failed(text, fault="unclear", unknown=True)] * len(batch)
         return results
 

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from sequencerd.core.config import parse_config
+from sequencerd.core.describe import counted
 from sequencerd.core.model import (
     RETRY,
     Answer,
@@ -176,7 +177,8 @@ class PythonRunner:
             text = f"{self._name} answered {type(answer).__name__}, not a list or None"
             return [Failed(text, fault="unclear", unknown=True)] * count
         if len(answer) != count:
-            text = f"{self._name} answered {len(answer)} items for {count} enrollments"
+            items, wanted = counted(len(answer), "item"), counted(count, "enrollment")
+            text = f"{self._name} returned {items} for {wanted}"
             return [Failed(text, fault="unclear", unknown=True)] * count
         return [self._result(item) for item in answer]
 

@@ -475,7 +475,7 @@ async def test_a_plan_adds_up_what_the_shards_have(
     removed = SEQUENCE.replace("name: first", "name: other")
     (tmp_path / "s.yaml").write_text(removed)
     filled("plan", "s.yaml", code=1)
-    assert "s: 4 enrollments are at first, which is removed" in filled.errors
+    assert "s: 4 enrollments at first, which is removed" in filled.errors
     assert "4 move from first to other" in filled("plan", "s.yaml", "--move", "first=other")
     planned = json.loads(filled("plan", "s.yaml", "--move", "first=other", "--json"))
     assert planned["sequences"][0]["shards"] == ["a", "b"]

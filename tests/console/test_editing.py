@@ -91,7 +91,7 @@ async def test_a_sequence_is_edited_by_a_plan(
         edited = text_of(page).replace("amount: 1", "amount: 2")
         planned = await client.post("/edit", data=form_of(page, action="plan", text=edited))
         assert "changed wait: config.amount 1 → 2" in planned.text
-        assert "1 wait at wait: 1 wait until another time" in planned.text
+        assert "1 waits at wait: 1 waits until another time" in planned.text
         assert await connection.fetchval(REVISION) == before
         apply = form_of(planned, action="apply")
         refused = await client.post("/edit", data=apply)
@@ -167,11 +167,11 @@ async def test_a_removed_step_asks_where_to_go(
         text = "name: s\nsteps:\n  - name: pause\n    type: WaitForDuration\n    config: " + DAY
         text += "\n  - name: note\n    type: Note\n"
         planned = await client.post("/edit", data=form_of(page, action="plan", text=text))
-        assert "1 enrollments are at wait, which is removed" in html.unescape(planned.text)
+        assert "1 enrollment at wait, which is removed" in html.unescape(planned.text)
         assert 'name="plan"' not in planned.text
         moved = form_of(planned, action="plan") | {"move.wait": "pause"}
         planned = await client.post("/edit", data=moved)
-        assert "1 move from wait to pause" in planned.text
+        assert "1 moves from wait to pause" in planned.text
         apply = form_of(planned, action="apply", reason="renamed") | {"move.wait": "pause"}
         assert (await client.post("/edit", data=apply)).status_code == 303
         step = await connection.fetchval(

@@ -67,7 +67,7 @@ async def test_a_wait_and_a_text_are_changed_by_a_plan(
         plan = html.unescape(planned.text)
         assert "config.amount 1 → 3" in plan
         assert "config.unit day → hours" in plan
-        assert "1 wait at wait" in planned.text
+        assert "1 waits at wait" in planned.text
         assert text_of(planned) == form["text"].replace("amount: 1", "amount: 3").replace(
             "unit: day", "unit: hours"
         )

@@ -154,7 +154,7 @@ async def test_a_plan_counts_what_happens_to_enrollments(
     assert (await apply.lines(paused))[-1] == "nothing is executed while it is paused"
     done = await apply(shorter)
     assert re.fullmatch(
-        rf"3 wait at pause: 1 continue at once, 2 wait until another time, {TIME} to {TIME}",
+        rf"3 wait at pause: 1 continues at once, 2 wait until another time, {TIME} to {TIME}",
         list(done.lines(done=True))[-1].strip(),
     )
 
@@ -254,7 +254,7 @@ async def test_what_waits_for_a_limit_is_planned(
         "INSERT INTO sequencer.enrollments (sequence, subject, entered_at, wake_at)"
         " VALUES ('s', 'ada', now(), now() + interval '1 day')"
     )
-    assert "1 wait at a: 1 would continue as soon as their limit has room" in await apply.lines(
+    assert "1 waits at a: 1 would continue as soon as the limit has room" in await apply.lines(
         text % 4
     )
 
@@ -304,7 +304,7 @@ async def test_a_goal_and_a_zone_affect_all_enrollments(
     assert (await apply.lines(GOOD + GOAL))[1:] == [
         "added paid (Goal)",
         "changed bye: next none → paid",
-        "2 wait at pause: 1 would continue at once, 1 are being executed and finish unchanged",
+        "2 wait at pause: 1 would continue at once, 1 is being executed and finishes unchanged",
     ]
     assert len(await apply.lines(GOOD.replace("Berlin", "Rome"))) == 3
     await apply(GOOD + GOAL)
@@ -331,16 +331,15 @@ async def test_a_removed_step_with_enrollments_needs_a_move(
     without = "\n".join(line for line in GOOD.splitlines() if "pause" not in line)
     (refused,) = (await apply.plan(without)).refused
     assert refused == (
-        "s: 2 enrollments are at pause, which is removed; specify where they continue: "
-        "--move pause=STEP"
+        "s: 2 enrollments at pause, which is removed; specify where to continue: --move pause=STEP"
     )
-    with pytest.raises(PlanError, match="2 enrollments are at pause"):
+    with pytest.raises(PlanError, match="2 enrollments at pause"):
         await apply(without)
     with pytest.raises(PlanError, match="'bey' does not exist; did you mean 'bye'"):
         await apply(without, moves={"pause": "bey"})
     assert await connection.fetchval("SELECT count(*) FROM sequencer.steps") == 3
     done = await apply(without, moves={"pause": "bye", "long": "gone"})
-    assert "  2 move from pause to bye, where their visit starts again" in done.lines(done=True)
+    assert "  2 move from pause to bye, where a new visit begins" in done.lines(done=True)
     rows = await connection.fetch(
         "SELECT id, step, visit, entered_at > now() - interval '1 hour' AS new, wake_at <= now()"
         " AS due FROM sequencer.enrollments ORDER BY id"
@@ -363,7 +362,7 @@ async def test_enrollments_that_reach_a_removed_step_after_the_plan_are_not_lost
     without = "\n".join(line for line in GOOD.splitlines() if "pause" not in line)
     planned = await apply.plan(without)
     await standing(connection, "pause", "ada", "1 days", "3 days")
-    with pytest.raises(PlanError, match="1 enrollments are at pause"):
+    with pytest.raises(PlanError, match="1 enrollment at pause"):
         await apply(without, expected=planned.fingerprint)
 
 

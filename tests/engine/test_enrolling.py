@@ -153,10 +153,10 @@ async def test_rows_that_cannot_be_enrolled_are_reported_and_hurt_no_others(
         told = await one.turn()
     assert await defined.fetchval(SUBJECTS) == ["invoice-1", "invoice-3"]
     for words in (
-        "2 rows have NULL as the subject",
-        "1 rows have an empty subject",
-        "1 rows repeat a subject",
-        "1 rows have data that are not a JSON object",
+        "2 rows with NULL as the subject",
+        "1 row with an empty subject",
+        "1 row with a subject that another row has",
+        "1 row with data that are not a JSON object",
         "subject 'invoice-2': no invoice 2 here",
     ):
         assert words in told
@@ -169,7 +169,7 @@ async def test_rows_that_cannot_be_enrolled_are_reported_and_hurt_no_others(
         ("app.nothing", "no view, table or function app.nothing"),
         ("app.slow", "did not end within"),
         ("app.failing", "division by zero"),
-        ("app.unnamed", "1 rows have no column subject"),
+        ("app.unnamed", "1 row with no column subject"),
         ("app.writing", "it is read in a transaction that cannot write"),
         ("app.secret", "grant SELECT or EXECUTE on app.secret to the daemon's user"),
     ],

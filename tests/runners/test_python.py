@@ -146,7 +146,7 @@ async def test_batches() -> None:
     assert await run(coupons, 1, 2, config={"answer": "altNext"}) == [Answer(Action.ALT_NEXT)] * 2
     assert await run(coupons, 1, 2, config={"answer": None}) == [Answer()] * 2
     short = await run(coupons, 1, 2, config={"answer": "next", "less": 1})
-    assert ["1 items for 2" in failed(result).message for result in short] == [True, True]
+    assert ["1 item for 2" in failed(result).message for result in short] == [True, True]
 
 
 async def test_a_batch_is_judged_one_by_one() -> None:

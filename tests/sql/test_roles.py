@@ -407,7 +407,7 @@ async def test_the_roles_suffice_for_a_whole_day(
         id_ = json.loads(as_("enroller", "enroll", "s", "ada", "--json"))["id"]
         await until(connection, at, id_, "pause")
         file.write_text(file.read_text().replace("amount: 3", "amount: 0", 1))
-        assert "1 wait at pause: 1 would continue at once" in as_("editor", "plan", "s.yaml")
+        assert "1 waits at pause: 1 would continue at once" in as_("editor", "plan", "s.yaml")
         as_("editor", "apply", "s.yaml")
         await until(connection, at, id_, "other")
         as_("enroller", "reevaluate", str(id_))

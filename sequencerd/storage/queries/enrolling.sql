@@ -74,13 +74,13 @@ WITH returned AS MATERIALIZED (
                 WHERE q.name = $1 AND q.reentry = 'after' AND sequencer.reentry_time(
                     e.ended_at, q.reentry_after, q.timezone) <= now())))
 ), checked AS (
-    SELECT *, CASE WHEN NOT line ? 'subject' THEN 'have no column subject'
-                   WHEN subject IS NULL THEN 'have NULL as the subject'
+    SELECT *, CASE WHEN NOT line ? 'subject' THEN 'with no column subject'
+                   WHEN subject IS NULL THEN 'with NULL as the subject'
                    WHEN octet_length(subject) NOT BETWEEN 1 AND 1000
-                   THEN 'have an empty subject, or one of more than 1000 bytes'
+                   THEN 'with an empty subject, or one of more than 1000 bytes'
                    WHEN jsonb_typeof(line->'data') NOT IN ('object', 'null')
-                   THEN 'have data that are not a JSON object'
-                   WHEN copy > 1 THEN 'repeat a subject' END AS fault
+                   THEN 'with data that are not a JSON object'
+                   WHEN copy > 1 THEN 'with a subject that another row has' END AS fault
       FROM numbered
 )
 (SELECT subject, line->'data' AS data, line->>'timezone' AS timezone, NULL AS fault FROM checked
