@@ -58,8 +58,18 @@ MORE = {
     "/tables/search.json": ("q", "sort", "columns", "before", "skip", "limit", *FILTERS),
     "/sequence": ("step", "from", "skip", "before", "range", "way"),
     "/over-time": ("sequence", "step", "from", "until", "by"),
-    "/simulate": ("start", "until", "timezone", "data", "external", "outcome", "answer.Note",
-                  "when.1", "set.1", "enrollment"),
+    "/simulate": (
+        "start",
+        "until",
+        "timezone",
+        "data",
+        "external",
+        "outcome",
+        "answer.Note",
+        "when.1",
+        "set.1",
+        "enrollment",
+    ),
     "/message": ("data", "external", "timezone"),
     "/enroll": ("sequence", "subject", "email", "data", "timezone", "step", "start"),
     "/suppressions": ("channel", "address", "topic", "source", "after_channel"),
@@ -69,7 +79,7 @@ MORE = {
     "/login": ("to",),
     "/step": ("config.amount", "config.unit"),
     "/message/test": ("data", "external", "timezone"),
-}  # fmt: skip
+}
 """Parameters that the requests of other tests do not have."""
 
 
