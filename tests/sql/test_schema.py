@@ -15,6 +15,7 @@ import pytest
 from sequencerd.core.model import Enrollment, effect_key
 from sequencerd.storage import daemons
 from sequencerd.storage.listener import EnrollmentDue, parse
+from sequencerd.storage.migrations import available
 from sequencerd.storage.schemas import LOCK_CLASS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
 from tests.helpers.databases import SCHEMA
@@ -67,9 +68,9 @@ async def test_every_table_can_be_replicated(connection: asyncpg.Connection) -> 
     assert rows == []
 
 
-def test_every_case_has_conditions(repository: Path) -> None:
+def test_every_case_has_conditions() -> None:
     """Citus takes the value of CASE value WHEN ... for NULL."""
-    schema = (repository / "sql" / "0001_sequencer.sql").read_text()
+    schema = "".join(migration.sql for migration in available())
     for name, query in [*QUERIES.items(), ("the schema", schema)]:
         found = re.search(r"\bCASE\b(?!\s+WHEN\b).*", query)
         assert found is None, f"{name} has {found}"
@@ -86,7 +87,7 @@ async def test_what_reads_enrollments_has_the_columns_of_the_model(
 
 
 def test_advisory_locks_have_the_same_numbers_in_sql_and_python(repository: Path) -> None:
-    schema = (repository / "sql" / "0001_sequencer.sql").read_text()
+    schema = "".join(migration.sql for migration in available())
     listed = re.findall(r"^--   (\d)  (\w+)  ", schema, flags=re.MULTILINE)
     assert listed == [(str(lock.value), lock.name.lower()) for lock in AdvisoryLock]
     numbers = re.findall(r"advisory\w*\((\d.+?)\)", schema)
