@@ -133,9 +133,9 @@ async def doctor_command(
         if not arguments.json:
             mark = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}[finding.level]
             where = "" if shard is None else f"{shard}: "
-            say(f"{mark}  {where}{finding.about}: {finding.seen}")
+            say(f"{mark}  {where}{finding.about}: {finding.seen}", hang=9)
             if finding.advice:
-                say(f"         {finding.advice}")
+                say(f"         {finding.advice}", hang=0)
     if arguments.json:
         is_sharded = shards[0].name is not None
         say_json(

@@ -23,7 +23,7 @@ from sequencerd.cli.commands import (
     tell,
 )
 from sequencerd.cli.ids import Id, labelled, shard_of_id
-from sequencerd.cli.output import is_terminal, laid_out, say, say_json, say_lines, show, warn
+from sequencerd.cli.output import is_terminal, laid_out, say, say_json, show, warn
 from sequencerd.core.config import parse_json
 from sequencerd.core.describe import text
 from sequencerd.core.model import DefinitionError
@@ -58,7 +58,8 @@ async def status_command(
     _check_found(rows, arguments.sequence)
     descriptions = [text for _, text, _ in answers.found.values() if text]
     if descriptions and not arguments.json:
-        say_lines(descriptions[0])
+        for line in descriptions[0].splitlines():
+            say(line, hang=0)
     show(rows, arguments.json, empty=NO_SEQUENCES)
     problems = [
         labelled(shard, row, arguments.json)

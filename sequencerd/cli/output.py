@@ -22,15 +22,15 @@ from sequencerd.core.describe import is_never, plain, text, visible
 from sequencerd.errors import SequencerdError
 
 
-def say(line: object = "", *, to: TextIO | None = None, end: str = "\n") -> None:
+def say(line: object = "", *, to: TextIO | None = None, end: str = "\n", hang: int = 4) -> None:
     """A line; what would end it or move the cursor is shown instead. On a terminal, a long line is
-    continued between words.
+    continued between words, indented by `hang` more.
     """
     shown = visible(str(line))
     width = _width(to or sys.stdout)
     if width and len(shown) > width:
         indent = " " * (len(shown) - len(shown.lstrip()))
-        shown = "\n".join(_wrapped(shown.lstrip(), width, indent, indent + "    "))
+        shown = "\n".join(_wrapped(shown.lstrip(), width, indent, indent + " " * hang))
     _print(shown, to, end)
 
 
@@ -173,7 +173,7 @@ def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
     the width does not suffice, the longest are cut.
     """
     found = [dict(row) for row in rows]
-    is_sectioned = "sequence" in found[0] and len(found[0]) > 2
+    is_sectioned = len(found[0]) > 2 and any(row.get("sequence") is not None for row in found)
     heads = ["sequence"] if is_sectioned else []
     if is_sectioned and len({row.get("status") for row in found}) == 1 and "status" in found[0]:
         heads.append("status")
@@ -213,7 +213,8 @@ def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
         if is_sectioned:
             if number:
                 yield ""
-            yield ", ".join(visible(text(found[members[0]][name])) for name in heads)
+            if section is not None:
+                yield ", ".join(visible(text(found[members[0]][name])) for name in heads)
         yield line(titles)
         for n in members:
             yield line(cells[n])

@@ -244,7 +244,7 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
     }
     if reads_file and settings.database.url is None and not settings.shards:
         definitions = {one.sequence.name: one.sequence for one in read}
-        say_lines(_drawn(arguments, definitions, {}, brakes))
+        _draw(arguments, definitions, {}, brakes)
         return 0
 
     async def read_one(
@@ -268,21 +268,26 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
                 definitions = {**stored, **definitions}
                 brakes.update({row["sequence"]: _brake(row) for row in braked})
             counts.update({(row["sequence"], row["step"]): row["active"] for row in rows})
-        say_lines(_drawn(arguments, definitions, counts, brakes))
+        _draw(arguments, definitions, counts, brakes)
         return tell(answers)
 
     return on_shards(with_counts)(arguments, settings)
 
 
-def _drawn(
+def _draw(
     arguments: argparse.Namespace,
     definitions: Mapping[str, model.Sequence],
     counts: Mapping[StepKey, int],
     brakes: Mapping[str, str],
-) -> str:
+) -> None:
     in_file = Path(arguments.target).is_file()
     sequence = definitions[choose(definitions, arguments.sequence if in_file else arguments.target)]
-    return drawing.FORMATS[arguments.format](sequence, counts, brakes.get(sequence.name, ""))
+    drawn = drawing.FORMATS[arguments.format](sequence, counts, brakes.get(sequence.name, ""))
+    if arguments.format == "text":  # the others are for programs
+        for line in drawn.split("\n"):
+            say(line)
+    else:
+        say_lines(drawn)
 
 
 def _period(duration: Mapping[str, Any]) -> timedelta:

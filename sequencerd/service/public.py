@@ -218,9 +218,9 @@ async def _body(request: Request) -> bytes:
 # --- the page
 
 STYLE = (
-    "body{font:1.1rem/1.5 system-ui,sans-serif;max-width:34rem;margin:4rem auto;padding:0 1rem;"
-    "color-scheme:light dark;overflow-wrap:anywhere}button{font:inherit;padding:.5rem 1rem;"
-    "margin:0 .5rem .5rem 0;min-height:44px;max-width:100%}"
+    "html{color-scheme:light dark}body{font:1.1rem/1.5 system-ui,sans-serif;max-width:34rem;"
+    "margin:4rem auto;padding:0 1rem;overflow-wrap:anywhere}button{font:inherit;"
+    "padding:.5rem 1rem;margin:0 .5rem .5rem 0;min-height:44px;max-width:100%}"
 )
 _HEADERS = {
     "Content-Security-Policy": (
@@ -250,11 +250,11 @@ def _page(
     html = (
         f'<!doctype html><html lang="{language}"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{escape(texts.title)}</title><style>{STYLE}</style></head><body>"
+        f"<title>{escape(texts.title)}</title><style>{STYLE}</style></head><body><main>"
         f"<h1>{escape(texts.title)}</h1>"
         + "".join(f"<p>{escape(text)}</p>" for text in paragraphs)
         + (f'<form method="post">{form}</form>' if form else "")
-        + "</body></html>"
+        + "</main></body></html>"
     )
     return HTMLResponse(html, status, {**_HEADERS, "Vary": "Accept-Language"})
 

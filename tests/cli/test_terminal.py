@@ -153,6 +153,21 @@ def test_eighty_columns_suffice() -> None:
         assert not any(OBEYED.search(line) for line in lines)
 
 
+def test_what_concerns_no_sequence_has_no_heading() -> None:
+    row = {"kind": "runner", "about": "Crm", "sequence": None, "since": NOW, "waiting": 39}
+    problems = [row, {**row, "about": "Post", "waiting": 5}]
+    assert list(laid_out(problems, 80, NOW)) == [
+        "kind    about  since  waiting",
+        "runner  Crm    now         39",
+        "runner  Post   now          5",
+    ]
+    problems.append({**row, "kind": "enroll", "about": "trial", "sequence": "trial"})
+    assert [line for line in laid_out(problems, 80, NOW) if not line.startswith("  ")] == [
+        "",
+        "trial",
+    ]
+
+
 def test_the_end_of_a_wait_is_shown_where_it_is_not_the_next_check() -> None:
     row = {"id": 1, "wake_at": NOW + timedelta(hours=3), "waits_until": NOW + timedelta(hours=3)}
     assert list(laid_out([row], 80, NOW)) == ["id  wakes", " 1  in 3 h"]
@@ -200,6 +215,10 @@ def test_long_lines_are_continued_between_words(
     assert capsys.readouterr().out == (
         "  3 wait at\n      a-step-with-a-long-name:\n      3 would continue at once\n"
     )
+    say("OK  a check: what it has found", hang=8)
+    assert capsys.readouterr().out == "OK  a check: what it has found\n"
+    say("OK  a check: and what is found is long", hang=8)
+    assert capsys.readouterr().out == "OK  a check: and what is found\n        is long\n"
 
 
 def test_an_export_that_turns_texts_is_escaped_and_the_same() -> None:

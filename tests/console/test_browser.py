@@ -30,6 +30,8 @@ from sequencerd.definitions import plan
 from sequencerd.definitions.files import read_file
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.passwords import make_hash
+from sequencerd.service import public
+from sequencerd.service.page_texts import TEXTS
 from sequencerd.settings import ConsoleSettings
 from sequencerd.storage.connections import Shard
 from tests.console.conftest import BEGUN, DAY, FAILED, Line, Mended, console, people, token
@@ -308,6 +310,23 @@ async def test_names_as_long_as_can_be_fit_every_width(
                 await page.locator("#graph .node").first.wait_for()
                 assert "at most 3 in 7 days" in await text_of(page, "#graph .node .limit")
             await check_page(page, path)
+
+
+async def test_the_page_to_unsubscribe_fits_a_phone_in_every_language(browser: Browser) -> None:
+    page = await browser.new_page(viewport={"width": 360, "height": 780}, color_scheme="dark")
+    for language, texts in TEXTS.items():
+        address, topic = f"{'l' * 60}@{'long.' * 20}example.com", "Topic " * 30
+        question = texts.question.format(address=address)
+        buttons = [("this", texts.this.format(topic=topic)), ("all", texts.everything)]
+        made = public._page(texts, [question], buttons)
+        await page.set_content(bytes(made.body).decode())
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 360, language
+        assert await page.evaluate(LAYOUT, True) == [], language
+        await check_accessible(page)
+    # all of the page is dark, also what is beside the text
+    scheme = "getComputedStyle(document.documentElement).colorScheme"
+    assert await page.evaluate(scheme) == "light dark"
+    await page.close()
 
 
 async def test_counts_and_timelines_update_by_themselves_for_all_viewers(

@@ -444,4 +444,6 @@ def _describe(error: Exception) -> str:
         return (
             f"the certificate is not trusted: {error.verify_message} (see cafile in the SMTP URL)"
         )
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without the number
     return str(error) or type(error).__name__
