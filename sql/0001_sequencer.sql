@@ -2232,10 +2232,10 @@ BEGIN
     RETURN QUERY
     WITH visits_left AS NOT MATERIALIZED (
         SELECT v.enrollment_id AS id, v.visit, v.step COLLATE "C" AS step, v.seconds_at_step AS seconds,
-               CASE v.action WHEN 'next' THEN v.action
-                             WHEN 'branch' THEN 'branch ' || coalesce(v.message, '')
-                             WHEN 'goal' THEN 'goal ' || coalesce(split_part(v.message, ' is met', 1), '')
-                             ELSE v.action END COLLATE "C" AS way,
+               CASE WHEN v.action = 'next' THEN v.action
+                    WHEN v.action = 'branch' THEN 'branch ' || coalesce(v.message, '')
+                    WHEN v.action = 'goal' THEN 'goal ' || coalesce(split_part(v.message, ' is met', 1), '')
+                    ELSE v.action END COLLATE "C" AS way,
                CASE WHEN hashint8(v.enrollment_id) & not_sampled = 0
                     THEN (ln(greatest(v.seconds_at_step, 0.001::real)) * 100)::integer
                     ELSE not_timed END << 16 AS class
