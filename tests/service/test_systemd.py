@@ -114,7 +114,7 @@ async def test_the_status_follows(
     await enroll(connection, "s", "u")
     with service(manager, database, settings):
         told(manager, is_ready)
-        told(manager, lambda message: "1 sequences, 1 active steps, 0 overdue" in message)
+        told(manager, lambda message: "1 sequence, 1 active step, 0 overdue" in message)
 
 
 async def test_a_hangup_takes_over_the_settings_and_wrong_ones_change_nothing(
