@@ -1,4 +1,4 @@
-"""The pages of logins and sessions."""
+"""The pages for logins and sessions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sequencerd.console.tables import at
 
 
 async def login(request: Request) -> Response:
-    """Ask for the password, or lead to the provider."""
+    """Ask for the password, or redirect to the provider."""
     context = context_of(request)
     if not context.auth.has_sessions or request.state.visitor.user:
         return RedirectResponse(at("/"), 303)
@@ -68,7 +68,7 @@ async def log_out(request: Request) -> Response:
 
 
 async def to_provider(request: Request) -> Response:
-    """Lead to the provider's login."""
+    """Redirect to the provider's login."""
     auth = context_of(request).auth
     if auth.provider is None:
         raise NotFoundError("No provider is set.")
@@ -91,7 +91,7 @@ async def from_provider(request: Request) -> Response:
     if auth.role_of_groups(login.groups) is None:
         return say(request, 403, "No access", no_role(login.user))
     request.state.visitor = await auth.log_in_by_provider(request, login)
-    # a page of ours leads on: with a redirect, SameSite would count the provider as the origin
+    # an own page redirects further: after a redirect, SameSite treats the provider as the origin
     return RedirectResponse(local(login.to), 303)
 
 
@@ -102,7 +102,7 @@ def _failed(request: Request, error: LoginError) -> Response:
 
 
 def no_role(user: str) -> str:
-    """Say why a user has no access."""
+    """Explain why a user has no access."""
     return (
         f"{user} has no role in the console: none of the user's groups is in viewer_groups, "
         "operator_groups or editor_groups of its settings."
@@ -110,7 +110,7 @@ def no_role(user: str) -> str:
 
 
 async def sessions(request: Request) -> Response:
-    """List the sessions of the user; for editors, those of all."""
+    """List the sessions of the user; for editors, those of all users."""
     auth, visitor = context_of(request).auth, request.state.visitor
     rows = await auth.sessions.all(_whose(visitor))
     return render(
@@ -124,7 +124,7 @@ async def sessions(request: Request) -> Response:
 
 
 async def end_session(request: Request) -> Response:
-    """End a session: one of the user's, or as an editor any."""
+    """End a session of the user or, for editors, any session."""
     auth, visitor = context_of(request).auth, request.state.visitor
     key = Query(request.state.form).must("session")
     if not await auth.sessions.end(key, _whose(visitor)):

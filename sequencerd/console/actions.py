@@ -1,4 +1,4 @@
-"""Changes made in the console, by the same code as those of the command line."""
+"""Changes made in the console, with the same functions as the command line."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ WAIT = 1.0  # seconds that a page waits for the end of a change
 CONNECT_TIMEOUT = 10.0
 SHOWN = 20.0  # seconds for which a page shows the report of a change
 MOST = 4  # changes at the same time
-KEPT = 50  # changes that can be followed
+KEPT = 50  # changes whose reports are kept
 
 
 @dataclass(eq=False)
 class BulkChange:
-    """A change of the enrollments that a user selected, and how far it has come."""
+    """A change of the enrollments that a user selected, with its progress."""
 
     number: int
     nonce: str  # of the session
@@ -50,7 +50,7 @@ class BulkChange:
 
     @property
     def why(self) -> str:
-        """Return what events record."""
+        """Return the reason that events record."""
         return f"{self.user} in the console: {self.reason}"
 
     @property
@@ -60,7 +60,7 @@ class BulkChange:
 
     @property
     def report(self) -> str:
-        """Describe the change as it is now."""
+        """Describe the state of the change."""
         words = ACTIONS[self.action] + (f" to {self.to}" if self.to else "")
         if self.ended is None:
             return f"{words} {self.done.changed:,} of {self.selected:,}…"
@@ -75,7 +75,7 @@ class BulkChange:
 
 
 class BulkChanges:
-    """The changes in progress, and the latest that ended."""
+    """The changes in progress, and those that ended last."""
 
     def __init__(self, log: FilteringBoundLogger) -> None:
         self._log = log
@@ -105,8 +105,8 @@ class BulkChanges:
         to: str | None,
         without: Sequence[str] = (),
     ) -> BulkChange:
-        """Start a change and wait briefly for its end; `without` the shards that are away. Raises
-        UsageError.
+        """Start a change and wait briefly for its end; `without` are shards that cannot be reached.
+        Raises UsageError.
         """
         if len(self._running) >= MOST:
             raise UsageError("other changes are in progress; try again later")
@@ -133,7 +133,7 @@ class BulkChanges:
 
     async def _make(self, change: BulkChange, selections: Mapping[Shard, Selection]) -> None:
         try:
-            # what fails in one shard keeps no other from it
+            # an error in one shard does not affect the others
             await asyncio.gather(*(self._guard(change, *one) for one in selections.items()))
         finally:
             change.ended = time.monotonic()
@@ -150,10 +150,10 @@ class BulkChanges:
             )
 
     async def _change(self, change: BulkChange, shard: Shard, selection: Selection) -> None:
-        # not one of the pool's: the daemons are to be notified
+        # not from the pool, whose sessions do not notify daemons
         connection = await asyncpg.connect(
             **arguments(shard, name="sequencerd console", timeout=CONNECT_TIMEOUT),
-            statement_cache_size=0,  # it may lead to a pooler
+            statement_cache_size=0,  # the URL may be that of a pooler
         )
 
         def progress(done: BulkResult) -> None:

@@ -1,4 +1,4 @@
-"""The console's application: its routes, and what applies to every request."""
+"""The console's application: its routes, and the parts that apply to every request."""
 
 from __future__ import annotations
 
@@ -150,13 +150,13 @@ def make_console(
 
 
 class ToRoute(Protocol):
-    """Returns a route to a page for users with a role, or with None for all."""
+    """Returns the route of a page for users with a role; None stands for all users."""
 
     def __call__(self, path: str, page: pages.Page, role: Role | None = "viewer") -> Route: ...
 
 
 def guarded_routes(log: FilteringBoundLogger) -> tuple[ToRoute, ToRoute]:
-    """Return what makes routes for GET, and for POST."""
+    """Return the functions that make routes for GET and for POST."""
 
     def of(method: str) -> ToRoute:
         def route(path: str, page: pages.Page, role: Role | None = "viewer") -> Route:
@@ -168,7 +168,7 @@ def guarded_routes(log: FilteringBoundLogger) -> tuple[ToRoute, ToRoute]:
 
 
 def routes_of_pages(log: FilteringBoundLogger) -> list[Route]:
-    """Return the routes of every console: pages of one database, or of several shards as of one."""
+    """Return the routes of every console: for one database, or for several shards together."""
     get, post = guarded_routes(log)
     return [
         get("/", pages.overview),
@@ -205,7 +205,7 @@ def routes_of_pages(log: FilteringBoundLogger) -> list[Route]:
 
 
 def _routes_of_access(log: FilteringBoundLogger) -> list[Route]:
-    """Return the routes of logins, sessions, and static files."""
+    """Return the routes for logins, sessions, and static files."""
     get, post = guarded_routes(log)
     return [
         get("/sessions", access.sessions),
@@ -240,7 +240,7 @@ class WithHeaders:
 
 
 def said(request: Request, error: Exception) -> Response:
-    """Return a page for an error of HTTP."""
+    """Return the page for an HTTP error."""
     assert isinstance(error, HTTPException)
     texts: Mapping[int, str] = {
         404: "Page not found.",
@@ -257,10 +257,11 @@ def said(request: Request, error: Exception) -> Response:
 
 
 PROGRAMS = (pages.table, pages.stream)
-"""Read by programs: without a login they get status 401 and no form, and errors as plain text."""
+"""Routes for programs: without a login they answer 401 instead of a form, and errors as plain text.
+"""
 
 NOT_KNOWN = "Whether the change was made is not known: look before you repeat it."
-LONGEST = 300  # characters of an error, which may quote what was asked for
+LONGEST = 300  # characters of an error, which may quote a parameter
 
 
 def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> pages.Page:
@@ -320,7 +321,7 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
                 "The first count is not finished.\n", 503, {"Retry-After": "1"}
             )
         except TRANSIENT_ERRORS as error:
-            if isinstance(error, ValueError):  # the driver's: it has not been sent
+            if isinstance(error, ValueError):  # of the driver: nothing was sent
                 made = refused(422, "Not possible", "A value is out of range.")
             else:
                 log.warning("the console cannot reach the database", error=brief(error))
@@ -328,7 +329,7 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
                 what = "This page retries automatically." if is_read else NOT_KNOWN
                 made = say(request, 503, "The database cannot be reached", what, retry=is_read)
                 made.headers["Retry-After"] = "5"
-        except Exception as error:  # its text may hold data of enrollments
+        except Exception as error:  # its text may contain data of enrollments
             log.error("a console page failed", path=request.url.path, error=_where(error))
             made = say(request, 500, "Internal error", "The daemon's log has the details.")
         return _kept(request, made)
@@ -355,7 +356,7 @@ def _kept(request: Request, response: Response) -> Response:
 
 
 def _where(error: BaseException) -> str:
-    """Return the kind of an error and where it arose, without what it says."""
+    """Return the type of an error and where it was raised, without its text."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

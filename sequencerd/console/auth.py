@@ -1,5 +1,5 @@
-"""Authentication of the console: passwords, OpenID Connect, a proxy's header, or the local machine;
-and what each user may do.
+"""Authenticate users of the console, by password, OpenID Connect, a proxy's header or as local
+users, and authorize them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MAX_ADDRESSES = 10_000
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 ROLES: tuple[Role, ...] = get_args(Role)
-"""Each may do what those before it may."""
+"""The roles; each includes those before it."""
 
 
 @dataclass(frozen=True)
 class Visitor:
-    """The user of a request: None before the login. `token` proves that a form is ours. The role is
-    None if the user's groups have none in the console.
+    """The user of a request, or None before the login. `token` proves that a form was made by this
+    console. The role is None if none of the user's groups has one.
     """
 
     user: str | None
@@ -52,7 +52,7 @@ class Visitor:
 
 
 class Auth:
-    """Authentication by the settings."""
+    """Authentication according to the settings."""
 
     def __init__(self, settings: ConsoleSettings, sessions: Sessions) -> None:
         self._settings = settings
@@ -68,8 +68,8 @@ class Auth:
             kept.append(self._hash)
         if oidc is not None and oidc.client_secret is not None:
             kept.append(oidc.client_secret.get_secret_value())
-        # of what all daemons know: a form that one of them has made holds for the others. Without
-        # that, forms end with the process
+        # made from what all daemons know, so that each accepts the forms of the others. Without
+        # it, forms are valid until the process ends
         root = " ".join(kept) or secrets.token_hex()
         self._key = hashlib.sha256(f"sequencerd console {root}".encode()).digest()
         self.provider = Provider(oidc, self._key) if oidc is not None else None
@@ -79,22 +79,22 @@ class Auth:
 
     @property
     def is_open(self) -> bool:
-        """Whether every local user has access."""
+        """Return whether every local user has access."""
         return not self._settings.is_protected
 
     @property
     def has_passwords(self) -> bool:
-        """Whether users can log in by a password."""
+        """Return whether users can log in with a password."""
         return self._hash is not None or bool(self._hashes)
 
     @property
     def has_sessions(self) -> bool:
-        """Whether users can log in here, so that there are sessions."""
+        """Return whether users can log in here, so that sessions exist."""
         return self.has_passwords or self.provider is not None
 
     def refusal(self, request: Request) -> str | None:
         """Return why a request is refused regardless of its user, or None."""
-        # a name that leads here is how a page from elsewhere would read what needs no login
+        # DNS rebinding: a foreign name for this address would let other pages read this one
         if self.is_open and request.url.hostname not in (*LOOPBACK_NAMES, "::1"):
             return "Without a password the console answers at 127.0.0.1 and localhost alone."
         if self._proxies and not self.has_sessions and self._from_proxy(request) is None:
@@ -113,7 +113,7 @@ class Auth:
         return self._visitor(None, nonce, None)
 
     def unknown(self, request: Request) -> Visitor:
-        """Return the visitor of a request whose user has not been found out."""
+        """Return the visitor of a request before the user is known."""
         return self._visitor(None, request.cookies.get(COOKIE) or "", None)
 
     def _visitor(self, user: str | None, nonce: str, role: Role | None) -> Visitor:
@@ -128,7 +128,7 @@ class Auth:
         return session
 
     def _credential(self, session: Session) -> str | None:
-        """Return what the login of a session relies on, as it is now; None without it."""
+        """Return what a session's login depends on, as it is now; None if that no longer exists."""
         if session.groups is not None:
             return self.provider.credential if self.provider else None
         known = self._hashes.get(session.user, self._hash)
@@ -153,9 +153,9 @@ class Auth:
         return self.role_of_groups(part.strip() for text in values for part in text.split(","))
 
     async def has_ended(self, request: Request, visitor: Visitor) -> bool:
-        """Return whether the visitor's session has ended meanwhile."""
+        """Return whether the visitor's session has ended in the meantime."""
         if not self.has_sessions or self._from_proxy(request) is not None:
-            return False  # what lets them in is no session
+            return False  # their access does not depend on a session
         return visitor.user is not None and await self._session(request) is None
 
     async def log_out(self, visitor: Visitor) -> None:
@@ -172,9 +172,9 @@ class Auth:
         if wait := self._wait(address):
             raise TooManyError(wait)
         known = self._hashes.get(user, self._hash)
-        # for an unknown user it takes as long, and does not tell which names there are
+        # takes as long for an unknown user, so that names cannot be guessed
         asked = known or next(iter(self._hashes.values()))
-        async with self._one_at_a_time:  # it takes memory and a core
+        async with self._one_at_a_time:  # hashing takes memory and a core
             if wait := self._wait(address):
                 raise TooManyError(wait)
             right = await asyncio.to_thread(passwords.matches, password, asked)
@@ -185,7 +185,7 @@ class Auth:
         return await self._begin(request, user, None)
 
     async def log_in_by_provider(self, request: Request, login: Login) -> Visitor:
-        """Begin the session of a user that the provider has named."""
+        """Begin the session of a user who has logged in at the provider."""
         return await self._begin(request, login.user[:MAX_USER], login.groups)
 
     async def _begin(self, request: Request, user: str, groups: Sequence[str] | None) -> Visitor:
@@ -197,14 +197,14 @@ class Auth:
         return visitor
 
     def is_ours(self, request: Request, visitor: Visitor, token: str) -> bool:
-        """Return whether a form was made here for this visitor."""
+        """Return whether a form was made by this console for this visitor."""
         site = request.headers.get("sec-fetch-site", "same-origin")
         return site in ("same-origin", "none") and hmac.compare_digest(
             token.encode("utf-8", "surrogatepass"), visitor.token.encode()
         )
 
     def keep(self, request: Request, response: Response, visitor: Visitor) -> None:
-        """Set the cookie where the visitor has another one."""
+        """Set the cookie if the visitor has another one."""
         if request.cookies.get(COOKIE, "") != visitor.nonce:
             response.set_cookie(
                 COOKIE,
@@ -217,7 +217,7 @@ class Auth:
             )
 
     def address(self, request: Request) -> str:
-        """Return where the request comes from: for an IPv6 address its network."""
+        """Return the address of the client: for IPv6, its network."""
         text = request.client.host if request.client else ""
         if self._is_proxy(request):
             text = request.headers.get("x-forwarded-for", text).rpartition(",")[2].strip()
@@ -243,24 +243,24 @@ class Auth:
         return any(peer in network for network in self._proxies)
 
     def is_https(self, request: Request) -> bool:
-        """Return whether the browser has asked by https."""
+        """Return whether the browser uses https."""
         forwarded = request.headers.get("x-forwarded-proto") if self._is_proxy(request) else None
         return (forwarded or request.url.scheme) == "https"
 
     def _wait(self, address: str) -> int:
-        """For how many seconds this address may not try."""
+        """Return for how many seconds this address may not try again."""
         recent = _recent(self._failures.get(address, ()))
         return 0 if len(recent) < ATTEMPTS else int(recent[0] + PERIOD - time.monotonic()) + 1
 
     def _failed(self, address: str) -> None:
         failures = [*_recent(self._failures.pop(address, ())), time.monotonic()]
         if len(self._failures) >= MAX_ADDRESSES:
-            del self._failures[next(iter(self._failures))]  # the one that failed longest ago
+            del self._failures[next(iter(self._failures))]  # the address with the oldest failure
         self._failures[address] = failures
 
 
 class TooManyError(Exception):
-    """Too many wrong passwords: come again after so many seconds."""
+    """Too many wrong passwords; the value is the number of seconds to wait."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(f"too many wrong passwords; try again in {seconds} s")

@@ -1,4 +1,6 @@
-"""Failures by cause: errors that differ only in addresses, numbers and ids have one cause."""
+"""Group failures by cause: errors that differ only in addresses, numbers and ids have the same
+cause.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ NO_ERROR = "no error recorded"
 
 @dataclass
 class FailureCause:
-    """Failed enrollments with one cause, as it may be shown."""
+    """Failed enrollments with the same cause, with masks applied."""
 
     key: str
     text: str
@@ -44,7 +46,7 @@ def causes(counts: Counts, mask: Callable[[Mapping[str, Any]], MaskedRow]) -> li
             }
         )
         text = shown["message"] or NO_ERROR
-        # of what is shown, so that it cannot tell more
+        # made from what is shown, so that it reveals no more
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
         cause = found.setdefault(key, FailureCause(key, text))
         cause.failed += row["failed"]

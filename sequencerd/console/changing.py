@@ -1,4 +1,4 @@
-"""The pages of a change: the question with its exact number, the change, and what became of it."""
+"""The pages of a change: the question with the exact number, the change, and its result."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ MAX_REASON = 500  # characters
 MOST_FOLLOWED = 10_000  # enrollments of a change
 
 PLACE = ("sequence", "step", "status", "failure")
-VERBS = {"skip": "Skip the step for"}  # others are the name of the action
+VERBS = {"skip": "Skip the step for"}  # other verbs are the name of the action
 
 
 def reason_of(query: Query) -> str | None:
-    """Return the reason that a user gives, in one line; None without one."""
+    """Return the reason that a user entered, as one line; None if it is missing."""
     return " ".join((query.get("reason") or "").split())[:MAX_REASON] or None
 
 
 def why(request: Request, reason: str) -> str:
-    """Return what the history records of a change."""
+    """Return what the history records about a change."""
     return f"{request.state.visitor.user} in the console: {reason}"
 
 
 async def select(context: PageContext, query: Query) -> Selection:
-    """Return what a query selects. Raises WrongQueryError."""
+    """Return the selection in a query. Raises WrongQueryError."""
     counts = await context.summary.get() if query.get("cause") else None
     topics = {name: one.topic for name, one in context.simulator().definitions.items()}
     known = causes(counts, context.mask) if counts else []
@@ -64,7 +64,7 @@ async def select(context: PageContext, query: Query) -> Selection:
 
 
 async def question(request: Request) -> Response:
-    """Ask before a change: for how many, of which, and why."""
+    """Ask before a change: show how many enrollments it affects, and ask for a reason."""
     return await _ask(request, query_of(request), None)
 
 
@@ -87,7 +87,7 @@ async def _ask(request: Request, query: Query, remark: str | None, status: int =
         steps=list(steps),
         needs_step=action == "move",
         given={key: value for key, value in given.items() if value is not None},
-        # what fails while the question is asked is not part of it
+        # enrollments that fail after the question are not part of the change
         now=context.now().isoformat(),
         leave=local(query.get("back")),
         remark=remark,
@@ -103,7 +103,7 @@ def _action(query: Query) -> str:
 
 
 class Selected(NamedTuple):
-    """What a change applies to in one shard."""
+    """The enrollments in one shard that a change affects."""
 
     selection: Selection
     rows: list[asyncpg.Record]  # counts
@@ -138,7 +138,7 @@ async def _selected(context: PageContext, query: Query) -> dict[Shard, Selected]
 
 
 def _added_up(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the counts of several shards as those of one database."""
+    """Add up the counts of several shards."""
     counts: Counter[tuple[Any, ...]] = Counter()
     for row in rows:
         counts[tuple(row[name] for name in PLACE)] += row["count"]
@@ -147,7 +147,7 @@ def _added_up(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 async def _chosen(context: PageContext, query: Query) -> Selection:
-    """Return the selection of a change, which must select something: ids alone, or filters."""
+    """Return the selection of a change, which must not be empty: either ids or filters."""
     if query.get("id"):
         ended = query.time_or_none("ended_by")
         return Selection(ids=query.numbers("id"), ended_by=ended)
@@ -189,7 +189,7 @@ async def change(request: Request) -> Response:
 
 
 async def _check_step(context: PageContext, found: Mapping[Shard, Selected], step: str) -> None:
-    """Raise WrongQueryError where a sequence has no such step."""
+    """Raise WrongQueryError if a sequence has no such step."""
 
     async def check(part: PageContext) -> None:
         rows = found[part.shard].rows if part.shard in found else []
@@ -202,7 +202,7 @@ async def _check_step(context: PageContext, found: Mapping[Shard, Selected], ste
 
 
 async def follow(request: Request) -> Response:
-    """What happened to the enrollments that were changed."""
+    """Show what happened to the enrollments after a change."""
     context = context_of(request)
     made = context.actions.get(request.path_params["number"])
     if made is None:
@@ -251,7 +251,7 @@ def _outcome(context: PageContext, row: Any) -> dict[str, Any]:
 
 
 def _by_outcome(outcomes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the outcomes of several shards as those of one database."""
+    """Add up the outcomes of several shards."""
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for one in outcomes:
         key = one["status"], one["words"], one["cause"]
@@ -261,7 +261,7 @@ def _by_outcome(outcomes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _result(outcomes: list[dict[str, Any]]) -> str:
-    """Return such as "3 completed, 84 failed again"."""
+    """Describe outcomes, such as "3 completed, 84 failed again"."""
     numbers: dict[str, int] = {}
     for row in outcomes:
         numbers[row["words"]] = numbers.get(row["words"], 0) + row["enrollments"]

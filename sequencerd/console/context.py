@@ -37,12 +37,12 @@ POLICY = (
 
 
 missing: ContextVar[dict[str, str]] = ContextVar("missing")
-"""The shards that did not answer this request, with the reason."""
+"""The shards that did not answer this request, with the reasons."""
 
 
 @dataclass
 class PageContext:
-    """What the pages share."""
+    """The objects that all pages use."""
 
     settings: ConsoleSettings
     shard: Shard
@@ -71,7 +71,7 @@ class PageContext:
 
 
 def context_of(request: Request) -> PageContext:
-    """Return the context of the pages, as it is for the user."""
+    """Return the context of the pages for the request's user."""
     visitor: Visitor | None = getattr(request.state, "visitor", None)
     context: PageContext = request.app.state.console
     if visitor is None or visitor.role is None or visitor.role in context.settings.mask_for:
@@ -81,7 +81,7 @@ def context_of(request: Request) -> PageContext:
 
 
 def unmasked(context: PageContext) -> PageContext:
-    """Return the same context for users that see all data."""
+    """Return the same context without masks."""
     return replace(context, settings=context.settings.model_copy(update={"mask": ()}))
 
 
@@ -120,8 +120,8 @@ def say(
     retry: bool = False,
     link: tuple[str, str] = ("/", "Overview"),
 ) -> Response:
-    """Return a page with a sentence, which reloads by itself if `retry`; `link` is a path and its
-    words.
+    """Return a page with a sentence, which reloads itself if `retry`; `link` is a path and its
+    text.
     """
     return render(request, "message.html", status, title=title, text=text, retry=retry, link=link)
 
@@ -142,19 +142,19 @@ def to_its_shard(request: Request, key: str) -> Response | None:
 
 
 LISTS = ("id", "columns")
-"""Query parameters of which a form sends several."""
+"""Query parameters that a form may send several times."""
 
 
 def query_of(request: Request, rows: int = PAGE) -> Query:
     """Return the query parameters."""
     given: dict[str, str] = {}
     for key, value in request.query_params.multi_items():
-        if value:  # a form sends empty fields as well
+        if value:  # forms also send empty fields
             given[key] = f"{given[key]},{value}" if key in LISTS and key in given else value
     return Query(given, rows)
 
 
 def local(address: str | None) -> str:
-    """Return the address if it is one of the console, else the overview."""
+    """Return the address if it belongs to the console, otherwise that of the overview."""
     is_ours = address and (address == "/console" or address.startswith(("/console/", "/console?")))
     return address if address and is_ours else at("/")

@@ -24,7 +24,7 @@ NAME = "the text"
 
 
 async def edit(request: Request) -> Response:
-    """Show the data for editing."""
+    """Show the data in a form."""
     return await _page(request, query_of(request).number("id", 0))
 
 
@@ -67,7 +67,7 @@ async def _shown(context: PageContext, row: asyncpg.Record) -> str:
 
 
 async def _pretty(context: PageContext, text: str) -> str:
-    """Return JSON as PostgreSQL has it, over several lines. Raises UsageError."""
+    """Format JSON from PostgreSQL over several lines. Raises UsageError."""
     try:
         ((made,),) = await connections.read(context.pool, "console_pretty", text)
     except asyncpg.DataError as error:
@@ -77,7 +77,7 @@ async def _pretty(context: PageContext, text: str) -> str:
 
 
 async def change(request: Request) -> Response:
-    """Check edited data and show what differs; with a reason, write them."""
+    """Check edited data and show the differences; with a reason, write the data."""
     context, query = context_of(request), Query(request.state.form)
     id_, text = query.number("id", 0), query.get("text") or ""
     row = await _read(context, id_)

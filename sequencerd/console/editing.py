@@ -1,4 +1,4 @@
-"""The pages that change a sequence: its status, and its definition by way of a plan."""
+"""The pages that change a sequence: its status, and its definition after a plan."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from sequencerd.storage.database_errors import brief
 from sequencerd.storage.every_shard import ShardAnswers, ask
 
 ORIGIN = "line"
-MOVE = "move."  # with the name of a removed step: the field of its enrollments' new step
+MOVE = "move."  # followed by the name of a removed step: the field for its enrollments' new step
 
 _T = TypeVar("_T")
 
@@ -62,7 +62,7 @@ class StoredSequence:
 
 
 async def read_stored(context: PageContext, name: str) -> StoredSequence:
-    """Return a sequence as it is. Raises NotFoundError."""
+    """Read the current definition of a sequence. Raises NotFoundError."""
     found = await in_all(
         context, lambda part: connections.read(part.pool, "console_sequence", name)
     )
@@ -97,7 +97,7 @@ async def read_yaml(context: PageContext, name: str, revision: int | None) -> st
 
 
 def text_of(query: Query) -> str:
-    """Return the YAML of a form."""
+    """Return the YAML in a form."""
     return (query.get("text") or "").replace("\r\n", "\n")
 
 
@@ -105,7 +105,7 @@ def text_of(query: Query) -> str:
 
 
 async def ask_status(request: Request) -> Response:
-    """Ask before a change of a sequence's status."""
+    """Ask before a sequence's status is changed."""
     return await _ask_status(request, query_of(request), None)
 
 
@@ -148,7 +148,7 @@ async def set_status(request: Request) -> Response:
         finally:
             await connection.close()
 
-    # a shard that is away must not keep a sequence from being paused in the others
+    # a shard that cannot be reached must not prevent a pause in the others
     answers = await _in_thread(context, lambda: ask(_explain, _shards(context), work))
     if lines := answers.lines(refusals=True):
         done = ", ".join(str(shard.name) for shard in answers.found)
@@ -165,7 +165,9 @@ def _shards(context: PageContext) -> list[Shard]:
 
 
 async def _in_thread(context: PageContext, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-    """Run work on connections of its own in a thread: to plan for many enrollments takes long."""
+    """Run work in a thread, with connections of its own, because planning for many enrollments
+    takes long.
+    """
     async with context.simulating:
         try:
             return await asyncio.to_thread(lambda: asyncio.run(work()))
@@ -183,7 +185,7 @@ def _lacks(error: asyncpg.InsufficientPrivilegeError) -> str:
 
 
 async def _explain(_: Shard, error: BaseException) -> SequencerdError:
-    """Return what an error of one of several shards means."""
+    """Explain an error of one of several shards."""
     match error:
         case SequencerdError():
             return error
@@ -196,7 +198,7 @@ async def _explain(_: Shard, error: BaseException) -> SequencerdError:
 
 
 async def edit(request: Request) -> Response:
-    """Show a sequence's YAML for editing, as it is or as a revision had it."""
+    """Show the YAML of a sequence for editing: the current one, or that of a revision."""
     context, query = context_of(request), query_of(request)
     name = query.must("sequence")
     revision = query.number("revision", 0) or None
@@ -248,21 +250,21 @@ def _page(
         types=sorted(simulator.runners),
         sequences=sorted(simulator.definitions),
     )
-    # the editor makes its styles in the page
+    # the editor adds its styles to the page
     policy = POLICY.replace("style-src 'self'", f"style-src 'self' 'nonce-{nonce}'")
     answer.headers["Content-Security-Policy"] = policy
     return answer
 
 
 def _lines(made: Plan) -> list[str]:
-    """Return what a plan changes, in each shard if they differ."""
+    """Return the changes of a plan, for each shard if they differ."""
     if made.differing:
         return list(made.lines(done=False)) if made else []
     return [line for one in made.sequences for line in one.lines(done=False)]
 
 
 async def schema(_: Request) -> Response:
-    """Return the JSON Schema of files, by which the editor completes."""
+    """Return the JSON Schema of files, which the editor uses for completion."""
     return Response(await asyncio.to_thread(_schema), media_type="application/json")
 
 
@@ -272,7 +274,7 @@ def _schema() -> str:
 
 
 async def check(request: Request) -> Response:
-    """Return what is wrong with an edited sequence, with lines and columns."""
+    """Return the errors of an edited sequence, with lines and columns."""
     context, query = context_of(request), Query(request.state.form)
     text = text_of(query)
     _, findings = await asyncio.to_thread(_check, context, text)
@@ -344,7 +346,7 @@ async def change(request: Request) -> Response:
 
 @dataclass(frozen=True)
 class _Edit:
-    """What is planned and applied in all shards, as by the command line."""
+    """An edited sequence, to be planned and applied in all shards, as by the command line."""
 
     runners: Runners
     shards: list[Shard]
@@ -402,7 +404,7 @@ def _check(context: PageContext, text: str) -> tuple[list[Definition], list[File
 
 
 async def compare(request: Request) -> Response:
-    """Show a revision beside the one before it, or beside another."""
+    """Show a revision beside the previous one, or beside another."""
     context, query = context_of(request), query_of(request)
     name, revision = query.must("sequence"), query.number("revision", 0)
     rows = await connections.read(context.pool, "console_revisions", name, revision + 1, 1)

@@ -58,7 +58,7 @@ def _page(
 
 
 async def enroll(request: Request) -> Response:
-    """Enroll a subject, or say why not."""
+    """Enroll a subject, or explain why that is not possible."""
     context, query = context_of(request), Query(request.state.form)
     if (reason := reason_of(query)) is None:
         return _page(request, query, 422, wrong="Write a reason: it is recorded.")
@@ -78,7 +78,7 @@ async def enroll(request: Request) -> Response:
 
 
 def _linked(shard: Shard, id_: int) -> dict[str, str]:
-    """Return how an enrollment is named, and its page."""
+    """Return the label of an enrollment, and its page."""
     if shard.name is None:
         return {"label": str(id_), "url": at(f"/enrollments/{id_}")}
     return {"label": f"{shard.name}/{id_}", "url": at_shard(shard.name, f"/enrollments/{id_}")}

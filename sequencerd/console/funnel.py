@@ -1,4 +1,4 @@
-"""The page of a funnel: how far enrollments came, for all and for each arm of a Split."""
+"""The page of a funnel: how far enrollments got, in total and for each arm of a Split."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ async def _splits(context: PageContext, name: str) -> list[str]:
 
 
 async def read(context: PageContext, query: Query) -> Table:
-    """Return a row for each step and way, and for each arm of the Split."""
+    """Return a row for each step and exit, and for each arm of the Split."""
     name, split = query.must("sequence"), query.get("split")
     if split not in (None, *await _splits(context, name)):
         raise NotFoundError(f"The sequence {name} has no Split {split}.")
     since = context.now() - RANGES[range_of(query)]
 
     async def count(part: PageContext) -> list[asyncpg.Record]:
-        async with part.counting_history:  # one at a time: it reads all of the history since then
+        async with part.counting_history:  # one at a time: each reads all history since then
             try:
                 return await connections.read(
                     part.pool, "console_funnel", name, since, split, seconds=TIMEOUT

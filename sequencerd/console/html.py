@@ -1,4 +1,4 @@
-"""How values look in a page. Everything is escaped but what is made here."""
+"""Format values for pages. All text is escaped, except the HTML that is made here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATIC = files("sequencerd.console") / "static"
 
 @cache
 def make_templates() -> Environment:
-    """Return the templates with what they use: the same for all consoles of a process."""
+    """Return the templates and their functions, which all consoles of a process share."""
     made = Environment(
         autoescape=True,
         loader=PackageLoader("sequencerd.console"),
@@ -47,13 +47,13 @@ def make_templates() -> Environment:
     made.tests["in_data"] = lambda key: key.startswith("data.")
     made.globals.update(at=at, at_shard=at_shard, asset=asset)
     for name in made.list_templates():
-        made.get_template(name)  # not while the first reader waits
+        made.get_template(name)  # so that the first reader does not wait
     return made
 
 
 @cache
 def asset(name: str) -> str:
-    """Return the URL of a static file, another one when its contents are others."""
+    """Return the URL of a static file, which changes with the file's contents."""
     digest = hashlib.sha256((STATIC / name).read_bytes()).hexdigest()[:12]
     return f"{ROOT}/static/{name}?v={digest}"
 
@@ -105,14 +105,14 @@ def clock(value: datetime, zone: str) -> str:
 
 
 def number(value: int | None, is_capped: bool = False) -> str:
-    """Return a count, or where it was not counted to the end, a lower bound."""
+    """Format a count, or a lower bound if the counting was stopped."""
     if value is None:
         return "–"
     return f"{value:,}{'+' if is_capped else ''}"
 
 
 def duration(seconds: float | Mapping[str, float] | None) -> str:
-    """Return the two greatest units; of several shards, the range."""
+    """Format a duration with its two greatest units; for several shards, the range."""
     if seconds is None:
         return "–"
     if isinstance(seconds, Mapping):
@@ -122,7 +122,7 @@ def duration(seconds: float | Mapping[str, float] | None) -> str:
 
 
 def days(counts: Mapping[str, int]) -> str:
-    """Bars, one for each day; what they show is in words as well."""
+    """Return a chart with a bar for each day, and the same values as text."""
     most = max(counts.values(), default=0)
     bars = Markup("").join(
         _bar(n * 7, math.ceil(23 * count / most) if count else 0, f"{day}: {count:,}")
@@ -137,7 +137,7 @@ def days(counts: Mapping[str, int]) -> str:
 
 
 def wakes(bars: Sequence[Any]) -> str:
-    """Return a histogram of wake times, with what it shows in words as well."""
+    """Return a histogram of wake times, and the same values as text."""
     first, last = bars[0], bars[-1]
     width = (first.until - first.since) or timedelta(minutes=1)
     most = max(bar.number for bar in bars)
@@ -207,5 +207,5 @@ def _label(at: datetime | str) -> str:
 
 
 def pretty(value: Any) -> str:
-    """Return JSON over several lines."""
+    """Format JSON over several lines."""
     return escape(json.dumps(value, indent=2, ensure_ascii=False, default=str))

@@ -1,4 +1,4 @@
-"""Lists of enrollments: filters that combine, sorting, columns, all in the page's address."""
+"""Lists of enrollments: combined filters, sorting and columns, all in the page's address."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FILTERS = (
     "wakes_from",
     "wakes_before",
 )
-"""The query parameters that select; `q` finds by subject."""
+"""The query parameters that filter; `q` searches for a subject."""
 
 COLUMNS = {
     column.key: column
@@ -54,8 +54,8 @@ COLUMNS = {
 USUAL = ("id", "subject", "sequence", "step", "status", "waits_until", "wake_at", "last_error")
 MOST_COLUMNS = 20
 
-FIRST_WINDOW = 20_000  # ids that are searched first; then four times as many
-BUDGET = 0.05  # seconds for a search; the page leads on from where it ended
+FIRST_WINDOW = 20_000  # ids that are searched first; then four times as many, and so on
+BUDGET = 0.05  # seconds for a search; the next page continues where it ended
 MOST_SORTED = 2000  # enrollments that are sorted by another column than the id
 FURTHEST = 2**63 - 1
 
@@ -64,7 +64,7 @@ _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 @dataclass(frozen=True)
 class EnrollmentPage:
-    """A page of a list, with what else is to be said."""
+    """A page of a list, with its notices."""
 
     table: Table
     advice: str | None = None  # SQL
@@ -78,7 +78,7 @@ def selection_of(
     topics: Mapping[str, str | None],
     now: datetime,
 ) -> Selection:
-    """Return what the query parameters select. Raises WrongQueryError."""
+    """Return the selection in the query parameters. Raises WrongQueryError."""
     path, value = _where(query.get("where"), masked)
     patterns = None
     if key := query.get("cause"):
@@ -107,7 +107,7 @@ def selection_of(
 
 
 def _where(text: str | None, masked: Sequence[str]) -> tuple[list[str] | None, str | None]:
-    """Return the path and the value in such as "data.plan = pro"."""
+    """Return the path and the value in a filter such as "data.plan = pro"."""
     if text is None:
         return None, None
     if not (found := re.fullmatch(r"\s*(?:data\.)?([^=\s]+)\s*=\s*(.*?)\s*", text)):
@@ -137,7 +137,7 @@ def _age(text: str) -> timedelta:
 async def enrollments(
     pool: asyncpg.Pool, query: Query, selection: Selection, mask: MaskRow
 ) -> EnrollmentPage:
-    """Return the enrollments that match, the latest first, or sorted by a column."""
+    """Return the enrollments that match, the latest first or sorted by a column."""
     columns = _columns(query)
     sort = query.get("sort") or "-id"
     key = sort.removeprefix("-")
@@ -254,7 +254,9 @@ def _inside(data: Any, path: Sequence[str]) -> Any:
 
 
 def comparable(value: Any) -> tuple[int, Any]:
-    """Return a key that sorts values of all kinds: none first, then numbers, times, texts."""
+    """Return a key that sorts values of different types: missing ones first, then numbers, times,
+    texts.
+    """
     match value:
         case None:
             return 0, 0

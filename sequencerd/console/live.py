@@ -1,4 +1,4 @@
-"""Notifies open pages of changes: one query for all of them."""
+"""Notify open pages of changes, with one query for all of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import asyncpg
 from sequencerd.console.summary import LOST, Summary
 from sequencerd.storage import connections
 
-INTERVAL = 1.0  # seconds between polls of open enrollments
-QUIET = 15.0  # after so long without a change something is sent, for what cuts silent connections
+INTERVAL = 1.0  # seconds between polls of the enrollments that pages show
+QUIET = 15.0  # seconds of silence after which something is sent, for proxies
 COUNTS = 0
-"""What a page watches that shows counts; others watch an enrollment's id."""
+"""The topic of pages that show counts; the topic of other pages is an enrollment's id."""
 
 
 class LiveTopics:
-    """The topics that pages watch, with their latest versions."""
+    """The topics that open pages watch, with their latest versions."""
 
     def __init__(self, pool: asyncpg.Pool, summary: Summary) -> None:
         self._pool = pool
@@ -36,7 +36,7 @@ class LiveTopics:
         turn.set()
 
     def version(self, topic: int) -> str | None:
-        """Of what is watched, the latest version that is known."""
+        """Return the latest known version of a topic."""
         return self._versions.get(topic)
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class LiveTopics:
                 try:
                     rows = await connections.read(self._pool, "console_versions", ids)
                     new = {row["id"]: row["version"] for row in rows}
-                except Exception:  # the pages ask, and get the reason
+                except Exception:  # the pages request the counts and get the reason
                     new = dict.fromkeys(ids, LOST)
                 if any(self._versions.get(id_) != version for id_, version in new.items()):
                     self._versions |= new
@@ -63,7 +63,7 @@ class LiveTopics:
             await asyncio.sleep(INTERVAL)
 
     async def stream(self, topic: int, known: str) -> AsyncIterator[str]:
-        """Yield the events of a page that knows a version: each new one."""
+        """Yield the events for a page that has a version: each newer one."""
         self._watched[topic] += 1
         self._open.set()
         try:

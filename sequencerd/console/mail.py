@@ -1,4 +1,4 @@
-"""The message of a step as it will be received, for an enrollment or for sample data."""
+"""Show the message of a step as it will be received, for an enrollment or for sample data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ SENDING = 30.0  # seconds
 FRAME = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
 )
-"""The policy of a frame with the HTML of a message: nothing runs, and nothing is loaded."""
+"""The Content-Security-Policy of a frame with the HTML of a message: no script runs, and nothing is
+loaded.
+"""
 
 
 HideText = Callable[[str], str]
@@ -41,7 +43,7 @@ HideText = Callable[[str], str]
 
 @dataclass(frozen=True)
 class MessagePreview:
-    """A message, as much of it as may be shown."""
+    """A message with masks applied."""
 
     subject: str | None
     headers: list[tuple[str, str]]
@@ -51,7 +53,7 @@ class MessagePreview:
 
 
 async def mail(request: Request) -> Response:
-    """Show a message, with a form for whom it is."""
+    """Show a message, and a form that selects its enrollment or data."""
     return await _page(request, query_of(request), None)
 
 
@@ -125,7 +127,7 @@ async def send_test(request: Request) -> Response:
 
 
 def sends(context: PageContext, step: Any) -> bool:
-    """Return whether a step sends a message that can be shown."""
+    """Return whether a step sends a message that can be previewed."""
     runner = context.simulator().runners.get(step.type)
     return isinstance(step.behaviour, SideEffect) and isinstance(runner, MessageRunner)
 
@@ -142,7 +144,7 @@ def _sequence(context: PageContext, query: Query) -> Sequence:
 
 
 async def example(context: PageContext, query: Query) -> str | None:
-    """Return the id of an enrollment at the step, or else the latest of the sequence."""
+    """Return the id of an enrollment at the step, or else of the latest one in the sequence."""
     sequence, step = query.must("sequence"), query.must("step")
     rows = await connections.read(context.pool, "console_example", sequence, step)
     return str(rows[0]["id"]) if rows else None
@@ -151,7 +153,7 @@ async def example(context: PageContext, query: Query) -> str | None:
 async def _message(
     context: PageContext, query: Query, id_: str | None
 ) -> tuple[step_message.StepMessage, HideText]:
-    """Return the message, and what masks its texts."""
+    """Return the message, and the function that masks its texts."""
     sequence = _sequence(context, query)
     external = read_object(query.get("external") or "{}", "external data")
     known: dict[str, Any] = {}
@@ -178,9 +180,9 @@ async def _message(
 
 
 async def _mail(context: PageContext, query: Query, id_: str | None) -> MessagePreview:
-    """Return a message as it may be shown. Raises UsageError."""
+    """Return a message with masks applied. Raises UsageError."""
     message, masked = await _message(context, query, id_)
-    runners = context.runners()  # those of the engine belong to its thread
+    runners = context.runners()  # the engine's runners belong to its thread
     runner = runners[message.step.type]
     assert isinstance(runner, MessageRunner)
     try:
@@ -209,5 +211,5 @@ def _part(read: EmailMessage, kind: str) -> str | None:
         return None
     content = part.get_payload(decode=True)
     assert isinstance(content, bytes)
-    # that of an SMS has no charset
+    # the frame of an SMS has no charset
     return content.decode(part.get_content_charset("utf-8"), "replace")

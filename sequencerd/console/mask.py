@@ -1,4 +1,4 @@
-"""Personal data that the console must not show."""
+"""Mask personal data that the console must not show."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from sequencerd.errors import UsageError
 from sequencerd.runners.unsubscribe import PATH as UNSUBSCRIBE
 
 HIDDEN = "•••"
-SHORTEST = 3  # characters: what is shorter is in every text
-CUT_OFF = 40  # characters, after which a text may have been cut off
+SHORTEST = 3  # characters; shorter values occur in every text
+CUT_OFF = 40  # characters after which a text may have been truncated
 
 _ADDRESS = re.compile(
     r"(?P<date>\b(?:19|20)\d\d-[01]\d-[0-3]\d\b)"
     r"|[^\s<>(),;:\"'/=?&]+(?:@|%40|&#64;)[^\s<>(),;:\"'&]+"
     r"|\+?\d[\d ()/.-]{6,}\d"
 )
-"""An e-mail address, or a telephone number: past ones are no longer in the data. Not a date."""
+"""An e-mail address or a telephone number, which may no longer be in the data. Not a date."""
 
 _TOKEN = re.compile(rf"(?<={re.escape(UNSUBSCRIBE)})[\w.=-]+")
-"""Of a link to unsubscribe: it has the address in it, and would unsubscribe it."""
+"""The token of an unsubscribe link: it contains the address, and could be used to unsubscribe it.
+"""
 
 _NAMED = re.compile(r"""(?<=\bsubject )('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
-"""A subject in the problem of a scheduled run, which names it as repr() writes it."""
+"""The subject in the problem of a scheduled run, as repr() writes it."""
 
 _TEXTS = ("subject", "last_error", "message")
 
@@ -37,11 +38,11 @@ MaskRow = Callable[[Mapping[str, Any]], MaskedRow]
 
 
 def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], MaskedRow]:
-    """Return a function that gives a row as it may be shown.
+    """Return a function that masks a row.
 
-    Its `data` become a dict, with nothing where the paths lead; what was there is hidden in the
-    texts of the row as well. `known` and `known_subject` of a row are further data and the subject
-    that they are of; their values are hidden in its texts.
+    Its `data` become a dict without the values at the paths, and these values are also hidden in
+    the texts of the row. `known` and `known_subject` of a row are further data and the subject that
+    they belong to; their values are hidden in its texts.
     """
     if not paths:
         return _without_known
@@ -78,7 +79,7 @@ def _without_addresses(text: str) -> str:
 
 
 def _hiding(values: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that hides values in a text, however they are written there."""
+    """Return a function that hides values in a text, in whatever form the text contains them."""
     patterns = []
     for value in sorted({*values}, key=len, reverse=True):
         for word in (value, *_words(value)):
@@ -86,7 +87,7 @@ def _hiding(values: Iterable[str]) -> Callable[[str], str]:
                 continue
             edge = "" if word == value else r"\b"
             for form in _forms(word):
-                # a long one may have been cut off
+                # a long value may have been truncated
                 rest = r"[^\s\"']*" if len(form) > CUT_OFF else ""
                 patterns.append(f"{edge}{re.escape(form[:CUT_OFF])}{rest or edge}")
     if not patterns:
@@ -96,7 +97,7 @@ def _hiding(values: Iterable[str]) -> Callable[[str], str]:
 
 
 def _words(text: str) -> set[str]:
-    """Return the words of a text, as a message may have the first name alone."""
+    """Return the words of a text, because a message may contain only the first name."""
     if "@" in text:
         return set()
     parts = {part for part in text.split() if re.search(r"[^\W\d_]", part)}
@@ -104,7 +105,7 @@ def _words(text: str) -> set[str]:
 
 
 def _forms(text: str) -> set[str]:
-    """Return a text as it is written in messages, JSON, Python, HTML and URLs."""
+    """Return a text in the forms that messages, JSON, Python, HTML and URLs contain."""
     return {
         text,
         json.dumps(text)[1:-1],

@@ -1,4 +1,4 @@
-"""What several shards have, as one: counts added up, lists merged."""
+"""Merge the results of several shards: add up counts, and merge lists."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class SummaryOfShards(Summary):
 
     @property
     def version(self) -> str:
-        """Another one when the counts of any shard are others."""
+        """Return a version that changes with the counts of any shard."""
         versions = [summary.version for summary in self._shards.values()]
         return LOST if {*versions} == {LOST} else " ".join(versions)
 
     def look(self) -> None:
-        """Note that a page is open."""
+        """Record that a page is open."""
         for summary in self._shards.values():
             summary.look()
 
@@ -70,10 +70,10 @@ class SummaryOfShards(Summary):
 
 
 def merge_counts(shards: Mapping[str, Counts]) -> Counts:
-    """Return the counts of several shards as those of one database."""
+    """Add up the counts of several shards."""
     every = list(shards.values())
     flow: defaultdict[tuple[str, str, str], Counter[Any]] = defaultdict(Counter)
-    stays: defaultdict[StepKey, dict[str, float]] = defaultdict(dict)  # medians are not added up
+    stays: defaultdict[StepKey, dict[str, float]] = defaultdict(dict)  # medians cannot be added up
     for name, counts in shards.items():
         for key, days in counts.flow.items():
             flow[key] += days
@@ -132,14 +132,14 @@ def _one(rows: Mapping[str, SummaryRow]) -> SummaryRow:
 
 
 def or_each(values: Mapping[str | None, _T]) -> _T | str:
-    """Return a value that is the same in all shards, or else the value of each."""
+    """Return a value if all shards have the same, otherwise the value of each shard."""
     first, *others = values.values()
     if all(value == first for value in others):
         return first
     return "; ".join(f"{shard}: {value}" for shard, value in values.items())
 
 
-# --- what is done in all shards
+# --- all shards
 
 
 async def in_all(
@@ -174,7 +174,7 @@ async def in_all(
 
 
 def not_in_all(found: Iterable[str | None]) -> str | None:
-    """Return where a change was made, if some shards are missing; None if it is in all."""
+    """Say in which shards a change was made if some are missing; None if it was made in all."""
     if not missing.get():
         return None
     names = ", ".join(missing.get())
@@ -184,7 +184,7 @@ def not_in_all(found: Iterable[str | None]) -> str | None:
 
 
 def grouped(found: Mapping[str | None, _T | None]) -> list[tuple[str | None, _T]]:
-    """Return each value once, with the names of the shards that have it, or None if all do."""
+    """Return each value once, with the names of its shards, or None if all shards have it."""
     groups: list[tuple[list[str | None], _T]] = []
     for name, value in found.items():
         if value is None:
@@ -220,14 +220,14 @@ def alike(
 
 
 def _asked_of(part: PageContext, context: PageContext, query: Query) -> Query:
-    """Return what a query asks of one shard, of one database itself."""
+    """Return the part of a query that concerns one shard; with one database, the query itself."""
     if not context.parts:
         return query
     return query.of_shard(str(part.shard.name), context.parts) or query
 
 
 async def waiting_in_all(context: PageContext, query: Query) -> Table:
-    """Return the enrollments at a step by wake time, in the order that one database would give."""
+    """Return the enrollments at a step by wake time, in the order of a single database."""
 
     async def of(part: PageContext) -> Table:
         return await views.enrollments(part.pool, _asked_of(part, context, query), part.mask)
@@ -257,7 +257,7 @@ async def waiting_in_all(context: PageContext, query: Query) -> Table:
 def _next_of(
     query: Query, shown: Sequence[SummaryRow], shards: Sequence[str]
 ) -> dict[str, str] | None:
-    """Return where the next page begins, as `views.enrollments` does for each shard."""
+    """Return where the next page begins in each shard, as `views.enrollments` does."""
     last = shown[-1]["wake_at"]
     given = {key: value for key, value in query.given.items() if not key.startswith("skip.")}
     for name in shards:
@@ -296,7 +296,7 @@ async def revisions_in_all(context: PageContext, query: Query) -> Table:
         rows.append({**row, "url": url, "revision": number})
     rows.sort(key=lambda row: row["at"], reverse=True)
     more = {f"before.{name}": table.more["before"] for name, table in found.items() if table.more}
-    for name, table in found.items():  # what has no further page is not begun anew
+    for name, table in found.items():  # a shard without a further page is not read again
         if more and not table.more:
             more[f"before.{name}"] = "1"
     first = next(iter(found.values()))
@@ -314,7 +314,7 @@ async def found_in_all(
     query: Query,
     find: Callable[[PageContext, Query], Awaitable[EnrollmentPage]],
 ) -> EnrollmentPage:
-    """Return the enrollments that all shards find, in the order that one database would give."""
+    """Return the enrollments that all shards find, in the order of a single database."""
     is_by_id = (query.get("sort") or "-id") == "-id" and query.get("q") is None
     before = _before(list(shards), query)
     asked = {name: query.of_shard(name, shards) for name in shards}
@@ -353,10 +353,10 @@ async def found_in_all(
     more: dict[str, str] | None = None
     further: dict[str, str] = {}
     if is_by_id:
-        # below what any shard has shown or searched, others may have enrollments that come first
+        # other shards may have enrollments below the last id that any shard returned or searched
         ends = [int(one.table.more["before"]) for one in found.values() if one.table.more]
         rows = [row for row in rows if row["number"] >= max(ends, default=0)]
-        rows.sort(key=lambda row: -row["number"])  # stable: for an id, in the order of the shards
+        rows.sort(key=lambda row: -row["number"])  # stable: equal ids in the order of the shards
         if len(rows) > query.rows:
             rows = rows[: query.rows]
             more = {**query.given, "before": rows[-1]["id"]}

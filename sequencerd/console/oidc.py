@@ -1,4 +1,4 @@
-"""Login by OpenID Connect: the code flow with PKCE, by Authlib."""
+"""Log in with OpenID Connect: the authorization code flow with PKCE, by Authlib."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ASYMMETRIC = ("RS", "ES", "PS", "Ed")
 
 
 class LoginError(Exception):
-    """The login by the provider failed: a sentence."""
+    """The login at the provider failed; the text is a sentence."""
 
 
 class Login(NamedTuple):
-    """A user as the provider has named it, and the page that the user wanted."""
+    """A user according to the provider, and the page that the user requested."""
 
     user: str
     groups: list[str]
@@ -31,10 +31,10 @@ class Login(NamedTuple):
 
 
 class Provider:
-    """The provider of the settings. Its metadata are read when the first user logs in."""
+    """The provider in the settings. Its metadata are read at the first login."""
 
     def __init__(self, settings: OidcSettings, key: bytes) -> None:
-        # only where it is set: the package is an extra
+        # imported only if it is set: the package is an extra
         from authlib.integrations.starlette_client import OAuth  # noqa: PLC0415
 
         self._settings = settings
@@ -57,13 +57,13 @@ class Provider:
 
     @property
     def credential(self) -> str:
-        """Return what sessions rely on."""
+        """Return what sessions depend on."""
         return f"{self._settings.issuer} {self._settings.client_id}"
 
     async def begin(self, request: Request, to: str, *, is_https: bool) -> Response:
-        """Lead the browser to the provider. Raises LoginError."""
+        """Redirect the browser to the provider. Raises LoginError."""
         kept: dict[str, Any] = {"to": to}
-        request.scope["session"] = kept  # where Authlib keeps state, nonce and PKCE's verifier
+        request.scope["session"] = kept  # where Authlib stores state, nonce and PKCE verifier
         answer: Response = await self._calling(self._begin(request))
         answer.set_cookie(
             COOKIE,
@@ -82,7 +82,7 @@ class Provider:
         return answer
 
     async def finish(self, request: Request) -> Login:
-        """Return the user with whom the provider has led the browser back. Raises LoginError."""
+        """Return the user whose browser the provider has redirected back. Raises LoginError."""
         try:
             kept = self._serializer.loads(request.cookies.get(COOKIE, ""), LONGEST_LOGIN)
         except BadSignature:
@@ -118,7 +118,7 @@ class Provider:
         issuer = str(metadata.get("issuer"))
         if issuer.rstrip("/") != self._settings.issuer.rstrip("/"):
             raise LoginError(f"the provider calls itself {issuer!r}: see console.oidc.issuer")
-        key = "id_token_signing_alg_values_supported"  # Authlib accepts those
+        key = "id_token_signing_alg_values_supported"  # Authlib accepts these
         signed = [alg for alg in metadata.get(key) or () if alg.startswith(ASYMMETRIC)]
         metadata[key] = signed or ["RS256"]
 
@@ -139,5 +139,5 @@ class Provider:
             raise LoginError(f"the provider cannot be reached: {reason}") from error
         except (AuthlibBaseError, JoseError) as error:
             raise LoginError(printable(str(error))) from error
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of a strange answer
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of an unexpected answer
             raise LoginError(f"the provider's answer cannot be used: {error}") from error

@@ -1,4 +1,4 @@
-"""A form that is sent twice, as by a double click, is done once."""
+"""Process a form that is sent twice, for example by a double click, only once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from starlette.responses import RedirectResponse, Response
 
 FIELD = "once"
-"""The field of a form that tells two of the same contents apart."""
+"""The form field that distinguishes two forms with the same contents."""
 
 KEPT = 1000  # forms that were sent
 
 
 class Once:
-    """What has come of the forms that were sent."""
+    """The results of the forms that were sent."""
 
     def __init__(self) -> None:
         self._sent: dict[str, asyncio.Task[Response]] = {}

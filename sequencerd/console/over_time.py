@@ -1,4 +1,6 @@
-"""What happened over time: from the counts by hour, and from the history since the last of them."""
+"""Show what happened over time: from the hourly counts, and from the history since the last of
+them.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ class TimeRange:
 
 
 def range_of(query: Query, now: datetime) -> TimeRange:
-    """Return the time that the query parameters choose. Raises WrongQueryError."""
+    """Return the range in the query parameters. Raises WrongQueryError."""
     unit = query.get("by") or "day"
     if unit not in UNITS:
         raise WrongQueryError("by must be hour or day")
@@ -89,7 +91,7 @@ def _floor(time: datetime, unit: str) -> datetime:
 
 @dataclass(frozen=True)
 class Activity:
-    """How often what happened in which hour or day, by sequence and step."""
+    """Counts by hour or day, for each sequence and step."""
 
     times: Mapping[str, Mapping[StepKey, Counter[datetime]]]  # by measure
     longest: Mapping[StepKey, Mapping[datetime, float]]  # delays, in seconds
@@ -97,14 +99,14 @@ class Activity:
     is_capped: bool
 
     def sum(self, measure: str) -> Counter[datetime]:
-        """Return how often it happened in all."""
+        """Return the counts of all sequences and steps."""
         found: Counter[datetime] = Counter()
         for times in self.times[measure].values():
             found.update(times)
         return found
 
     def longest_at(self, time: datetime) -> float | None:
-        """Return the longest delay of an hour or day."""
+        """Return the longest delay in an hour or day."""
         delays = (by_time[time] for by_time in self.longest.values() if time in by_time)
         return max(delays, default=None)
 
@@ -121,7 +123,7 @@ async def read(
 
 
 def _added_up(parts: list[Activity]) -> Activity:
-    """Return the activity of several shards as that of one database."""
+    """Add up the activity of several shards."""
     first, *others = parts
     times = {
         measure: defaultdict(Counter, {key: Counter(by_time) for key, by_time in known.items()})
@@ -210,7 +212,7 @@ def _measure(
 
 
 class _Arrivals:
-    """Where events lead, by the present definitions."""
+    """The steps to which events lead according to the present definitions."""
 
     def __init__(self, definitions: Mapping[str, Sequence]) -> None:
         self._definitions = definitions
@@ -227,7 +229,7 @@ class _Arrivals:
                     self._exits[name, edge.source, "jump"] = to, edge.target
 
     def of(self, sequence: str, step: str, action: str) -> StepKey | None:
-        """Return the step that an event enters; None if it enters none."""
+        """Return the step that an event enters, or None."""
         if action == "enrolled":
             return sequence, step
         definition = self._definitions.get(sequence)
@@ -319,7 +321,7 @@ def by_step(activity: Activity, definitions: Mapping[str, Sequence], query: Quer
 
 
 async def over_time(request: Request) -> Response:
-    """What happened in each hour or day, as charts and as tables."""
+    """Show what happened in each hour or day, as charts and as tables."""
     context, query = context_of(request), query_of(request)
     definitions = context.simulator().definitions
     try:
@@ -354,7 +356,7 @@ def _form(
     chosen: TimeRange | None = None,
     **given: Any,
 ) -> Response:
-    """Return the page: the form, and what it asks for, unless that is wrong."""
+    """Return the page: the form, and its result unless a value is wrong."""
     context = context_of(request)
     definitions = context.simulator().definitions
     sequence = definitions.get(query.get("sequence") or "")

@@ -1,4 +1,4 @@
-"""The pages: each function answers an authorized request."""
+"""The pages: each function answers a request of a user who has access."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ from sequencerd.core.model import NEXT, Sequence
 from sequencerd.core.what_next import what_next
 from sequencerd.definitions import drawing
 
-MAX_FORM = 100_000  # bytes, of a visitor who has not logged in
-MAX_FORM_OF_USERS = 4_000_000  # a megabyte of YAML is up to three in a form
-PROGRAMS_WAIT = 10.0  # seconds, for the first counts: nothing fills their tables by itself
+MAX_FORM = 100_000  # bytes, before the login
+MAX_FORM_OF_USERS = 4_000_000  # a megabyte of YAML can take three in a form
+PROGRAMS_WAIT = 10.0  # seconds, for the first counts
 
 OF_ENROLLMENTS = {"events": "id", "simulation": "enrollment"}
-"""The tables of an enrollment, by its query parameter."""
+"""The tables about an enrollment, with the query parameter that names it."""
 
 COUNTED = ("overview", "steps", "failures", "health", "coming")
-"""The tables that are made of the counts."""
+"""The tables made from the counts."""
 
 
 def _since(counts: Counts | None) -> str:
@@ -90,7 +90,7 @@ def _since(counts: Counts | None) -> str:
 def _render_counts(
     request: Request, template: str, title: str, counts: Counts | None, **given: Any
 ) -> Response:
-    """Return a page that a new count refreshes."""
+    """Return a page that is refreshed by each new count."""
     return render(
         request,
         template,
@@ -109,7 +109,7 @@ def _problems(counts: Counts | None, mask: MaskRow) -> list[MaskedRow]:
 
 
 async def overview(request: Request) -> Response:
-    """All sequences."""
+    """Show all sequences."""
     context = context_of(request)
     counts = await context.summary.get()
     table = views.overview(counts, query_of(request)) if counts else None
@@ -126,7 +126,7 @@ async def overview(request: Request) -> Response:
 
 
 async def failures(request: Request) -> Response:
-    """Failed enrollments by step and failure."""
+    """Show failed enrollments by step and failure."""
     context = context_of(request)
     counts = await context.summary.get()
     return _render_counts(
@@ -141,7 +141,7 @@ async def failures(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """What doctor finds, and the problems that daemons report."""
+    """Show what doctor finds, and the problems that daemons report."""
     context = context_of(request)
     counts = await context.summary.get()
     return _render_counts(
@@ -155,7 +155,7 @@ async def health(request: Request) -> Response:
 
 
 async def sequence(request: Request) -> Response:
-    """A sequence: its graph and steps, and the enrollments at the chosen step."""
+    """Show a sequence: its graph and steps, and the enrollments at the chosen step."""
     context, query = context_of(request), query_of(request)
     name, step = query.must("sequence"), query.get("step")
     definition = _definition(context, name)
@@ -207,7 +207,7 @@ async def sequence(request: Request) -> Response:
 
 
 async def _places(context: PageContext, query: Query) -> Table:
-    """Return what each shard has of a sequence, with the way to its page there."""
+    """Return what each shard has of a sequence, with the address of its page there."""
     found = await in_all(context, lambda part: part.summary.get())
     rows = [
         {**row, "shard": shard, "url": at_shard(shard, "/sequence", **query.given)}
@@ -255,7 +255,7 @@ def _graph(
     flow: panel.StepFlow,
     query: Query,
 ) -> dict[str, Any]:
-    """Return what the browser draws: the goals apart, ways with how many went there."""
+    """Return the graph for the browser: edges with their counts, and the goals separately."""
     counted = {row["step"]: row for row in steps.rows} if steps else {}
     shown = {"sequence": definition.name, "range": query.get("range")}
     nodes = []
@@ -298,7 +298,7 @@ def _graph(
 
 
 async def enrollment(request: Request) -> Response:
-    """One enrollment: its state and its history."""
+    """Show an enrollment: its state and its history."""
     found = await _journey(request, request.path_params["id"], query_of(request))
     zone = found.row["timezone"] or "UTC"
     row = {**found.row, "timezone": zone}
@@ -339,7 +339,7 @@ async def search(request: Request) -> Response:
     wrong = None
     try:
         found = await _found(context, query)
-    except WrongQueryError as error:  # the filters stay, to be corrected
+    except WrongQueryError as error:  # the filters remain, to be corrected
         wrong = as_sentence(str(error))
         found = EnrollmentPage(Table("search", [COLUMNS[name] for name in USUAL], [], query.given))
     counts = await context.summary.get()
@@ -370,7 +370,7 @@ async def search(request: Request) -> Response:
 
 
 async def _found(context: PageContext, query: Query) -> EnrollmentPage:
-    """Return a list by filters, or the enrollments that one text finds."""
+    """Return the list for the filters, or the enrollments that a search text finds."""
     if context.parts:
         return await found_in_all(context.parts, query, _found)
     if query.get("q") and not any(query.get(name) for name in (*FILTERS, "sort", "columns")):
@@ -393,7 +393,7 @@ def _cause(counts: Counts | None, context: PageContext, key: str | None) -> Fail
 
 
 async def table(request: Request) -> Response:
-    """A table as JSON or CSV."""
+    """Return a table as JSON or CSV."""
     context = context_of(request)
     limit = query_of(request).number("limit", PAGE)
     query = query_of(request, max(1, min(limit, MOST_ROWS)))
@@ -450,7 +450,7 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
 
 
 class NotYetError(Exception):
-    """The first count is not finished."""
+    """The first count has not finished."""
 
 
 # --- live
@@ -497,7 +497,7 @@ async def form(request: Request, most: int) -> dict[str, str]:
 
 
 async def static(request: Request) -> Response:
-    """Styles and scripts."""
+    """Return styles and scripts."""
     name = request.path_params["name"]
     if name not in FILES:
         raise NotFoundError("There is no such file.")

@@ -1,4 +1,4 @@
-"""What stands beside the graph of a sequence: a step, where it leads, and what waits there."""
+"""The panel beside the graph of a sequence: a step, its exits, and its enrollments."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from sequencerd.storage import connections
 
 RANGES = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
 USUAL = "7d"
-MOST_ROWS = 50_000  # counts by hour that are read: as many as 30 days of 23 steps with three ways
+MOST_ROWS = 50_000  # hourly counts that are read: those of 30 days for 23 steps with three exits
 MOST_WAKES = 2000  # enrollments whose wake times are shown
 BARS = 24
 MOST_ERRORS = 3
 
 StepFlow = Mapping[tuple[str, str], int]
-"""How often what happened, by step and action."""
+"""Counts by step and action."""
 
 
 def range_of(query: Query) -> str:
@@ -91,19 +91,19 @@ _NOT_COUNTED = dict.fromkeys(("active", "failed", "median_stay", "overdue", "pro
 
 @dataclass(frozen=True)
 class ExitFlow:
-    """Where a step leads, and how often it did."""
+    """An exit of a step, and how often it was taken."""
 
     label: str
     target: str | None
     url: str | None
     condition: str
     times: int
-    share: float  # of all ways of the step
+    share: float  # of all exits of the step
 
 
 @dataclass(frozen=True)
 class WakeBar:
-    """So many enrollments that are next checked between two times."""
+    """The number of enrollments with a wake time between two times."""
 
     since: datetime
     until: datetime
@@ -112,7 +112,7 @@ class WakeBar:
 
 @dataclass(frozen=True)
 class StepPanel:
-    """A step."""
+    """The contents of the panel."""
 
     step: Step
     words: list[str]
@@ -140,7 +140,7 @@ async def panel(
     row: Mapping[str, Any],
     query: Query,
 ) -> StepPanel:
-    """Return what is known of a step."""
+    """Return the panel of a step."""
     place = {"sequence": definition.name, "step": step.name}
     bars, never, is_capped = _added_up(
         (await in_all(context, lambda part: _wakes(part.pool, *place.values()))).values()
@@ -183,7 +183,7 @@ _REACHED = {"wait": "waits", "skip": "is skipped", "altNext": "goes to altNext"}
 
 
 def _words(definition: Sequence, step: Step) -> list[str]:
-    """Describe a step: what it waits for, and when and how often its side effect may begin."""
+    """Describe a step: its wait, and when and how often its side effect may begin."""
     config = dict(step.config) if isinstance(step.config, Mapping) else {}
     found = [describe_wait(step.type, config)]
     if isinstance(window := config.get("window"), dict) and (told := describe_window(window)):

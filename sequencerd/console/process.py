@@ -1,4 +1,4 @@
-"""The console as a process of its own: away from the daemon, or on a standby."""
+"""The console as a separate process: on another machine than the daemon, or on a standby."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.sequences import read_revisions
 
-INTERVAL = 2.0  # seconds between looks at the definitions: a standby cannot LISTEN
+INTERVAL = 2.0  # seconds between checks of the definitions: a standby cannot LISTEN
 
 
 async def run(
@@ -104,7 +104,7 @@ def _refuse_taken_address(listen: str) -> None:
 
 
 class _PresentDefinitions:
-    """The present definitions, and the database's time."""
+    """The present definitions, and the time of the database."""
 
     def __init__(
         self, shard: Shard, runners: Mapping[str, Runner], log: FilteringBoundLogger
@@ -120,7 +120,7 @@ class _PresentDefinitions:
         self._error: str | None = None
 
     async def begin(self) -> None:
-        """Connect, and read them for the first time. Raises SequencerdError."""
+        """Connect, and read the definitions for the first time. Raises SequencerdError."""
         connection = await connections.connect(self.shard)
         try:
             await migrate.check(connection, self.shard.number)
@@ -140,13 +140,13 @@ class _PresentDefinitions:
         return self._simulator
 
     def why_not_ready(self) -> list[str]:
-        """Return what keeps the console from reading the database."""
+        """Return why the console cannot read the database, as sentences."""
         where = "" if self.shard.name is None else f"{self.shard.name}: "
         reason = f"{where}the database cannot be read: {self._error}"
         return [] if self._error is None else [reason]
 
     async def keep(self, stop: asyncio.Event) -> None:
-        """Read what has changed, until `stop` is set."""
+        """Read changed definitions until `stop` is set."""
         while not stop.is_set():
             try:
                 await (self.begin() if self._pool is None else self.read())

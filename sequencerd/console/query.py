@@ -16,11 +16,11 @@ MOST_ROWS = 1000  # of a table that a program asks for
 
 
 class NotFoundError(Exception):
-    """What was requested does not exist: a sentence."""
+    """The requested object does not exist; the text is a sentence."""
 
 
 class WrongQueryError(Exception):
-    """A wrong query parameter: a sentence."""
+    """A query parameter is wrong; the text is a sentence."""
 
 
 def as_sentence(text: str) -> str:
@@ -43,7 +43,7 @@ class Query:
         return value
 
     def must(self, name: str) -> str:
-        """Return a value that must not be missing."""
+        """Return a required value."""
         if (value := self.get(name)) is None:
             raise WrongQueryError(f"{_said(name)} is missing from the address of this page")
         return value
@@ -85,14 +85,14 @@ class Query:
         return int(text)
 
     def numbers(self, name: str) -> list[int] | None:
-        """Return numbers that are separated by commas; None where there are none."""
+        """Return numbers separated by commas; None if there are none."""
         text = self.get(name)
         if text is None:
             return None
         return [self._number(name, part) for part in text.split(",")]
 
     def time_or_none(self, name: str) -> datetime | None:
-        """Return a time; None where it is missing."""
+        """Return a time, or None if it is missing."""
         return None if self.get(name) is None else self.time(name, NEVER)
 
     def time(self, name: str, default: datetime) -> datetime:
@@ -104,7 +104,7 @@ class Query:
             return NEVER
         try:
             found = datetime.fromisoformat(text)
-            # in UTC, it may be out of the calendar
+            # converted to UTC, it may be outside of the calendar
             return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
         except (ValueError, OverflowError) as error:
             message = f"{_said(name)} is not a time such as 2026-03-02 09:00"

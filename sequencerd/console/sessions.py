@@ -1,4 +1,4 @@
-"""Sessions of users who have logged in: rows of the database, which all daemons read."""
+"""Sessions of users who have logged in: rows in the database, which all daemons read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMEOUT = 10.0  # seconds for a question to the database
 
 @dataclass(frozen=True)
 class Session:
-    """The user of a session, and by what it was begun; `groups` is None after a password."""
+    """The user of a session, and how it began; `groups` is None after a login with a password."""
 
     user: str
     groups: Sequence[str] | None
@@ -35,9 +35,10 @@ class Session:
 
 
 class Sessions:
-    """The sessions of all daemons; on a standby, which writes nothing, also those of this process.
+    """The sessions of all daemons; on a standby, which cannot be written to, also those of this
+    process.
 
-    A token is the value of a cookie. Only its hash is kept.
+    A token is the value of a cookie. Only its hash is stored.
     """
 
     def __init__(self, pool: asyncpg.Pool) -> None:
@@ -46,7 +47,7 @@ class Sessions:
         self._ended_here: set[str] = set()
 
     async def begin(self, token: str, session: Session, address: str, agent: str) -> None:
-        """Keep a new session."""
+        """Store a new session."""
         try:
             async with connections.borrow(self._pool) as connection:
                 await connection.execute(
@@ -76,7 +77,7 @@ class Sessions:
         return Session(rows[0]["user"], rows[0]["groups"], rows[0]["credential"]) if rows else None
 
     async def all(self, user: str | None) -> list[asyncpg.Record]:
-        """Return the sessions of a user, or of all: `session` is what `end` takes."""
+        """Return the sessions of a user, or of all users: `session` is the argument of `end`."""
         return await connections.read(self._pool, "console_sessions_of", user)
 
     async def end(self, key: str, user: str | None) -> bool:
@@ -94,8 +95,8 @@ class Sessions:
 
 
 class SessionsOfShards(Sessions):
-    """The same for several shards: a session is in all that can be reached, so that one that is
-    away ends none.
+    """The same for several shards: a session is stored in all that can be reached, so that it
+    remains valid when one of them is unavailable.
     """
 
     def __init__(self, shards: Sequence[Sessions]) -> None:
@@ -103,11 +104,11 @@ class SessionsOfShards(Sessions):
         self._ended: set[str] = set()  # where a shard was away
 
     async def begin(self, token: str, session: Session, address: str, agent: str) -> None:
-        """Keep a new session."""
+        """Store a new session."""
         await self._each(lambda one: one.begin(token, session, address, agent))
 
     async def find(self, token: str) -> Session | None:
-        """Return a session that has neither ended nor expired, as soon as any shard has it."""
+        """Return a session that has neither ended nor expired, as soon as any shard finds it."""
         if hash_of(token) in self._ended:
             return None
         asked = [asyncio.ensure_future(one.find(token)) for one in self._shards]
@@ -135,7 +136,7 @@ class SessionsOfShards(Sessions):
         return any(found)
 
     async def _each(self, work: Callable[[Sessions], Awaitable[_T]]) -> list[_T]:
-        """Return what the shards answer. Raises the error if none does."""
+        """Return the answers of the shards. Raises the error if none answers."""
         done = await asyncio.gather(*map(work, self._shards), return_exceptions=True)
         found = [one for one in done if not isinstance(one, BaseException)]
         for one in done:
@@ -145,5 +146,5 @@ class SessionsOfShards(Sessions):
 
 
 def hash_of(token: str) -> str:
-    """Return what is kept of a token."""
+    """Return the stored hash of a token."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,6 @@
-"""The console of several shards: pages of all together, and below /shards/NAME those of each."""
+"""The console of several shards: pages for all of them together, and those of each below
+/shards/NAME.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ from sequencerd.storage.connections import Shard
 
 
 class ServedShard(NamedTuple):
-    """A shard, and what a console needs of it, as in `make_console`."""
+    """A shard, and the arguments of `make_console` for it."""
 
     shard: Shard
     settings: ConsoleSettings
@@ -60,7 +62,7 @@ def make_console_of_shards(served: Sequence[ServedShard], log: FilteringBoundLog
     }
 
     def simulator() -> Simulator:
-        """Return all definitions: of one that differs, the first."""
+        """Return all definitions: if one differs between shards, that of the first."""
         found = [one.simulator() for one in reversed(served)]
         definitions = {name: each for one in found for name, each in one.definitions.items()}
         return Simulator(definitions, found[-1].runners)
@@ -134,7 +136,7 @@ def make_console_of_shards(served: Sequence[ServedShard], log: FilteringBoundLog
 
 
 class _ShardLinks:
-    """Lets all links of a shard's pages lead to pages of that shard."""
+    """Makes all links in a shard's pages lead to pages of that shard."""
 
     def __init__(self, app: ASGIApp, name: str) -> None:
         self._app = app
@@ -149,7 +151,7 @@ class _ShardLinks:
 
 
 async def enrollment(request: Request) -> Response:
-    """Lead to the enrollment that an id such as b/17 names."""
+    """Redirect to the enrollment with an id such as b/17."""
     name, number = request.path_params["shard"], request.path_params["id"]
     if name not in context_of(request).parts:
         raise NotFoundError(f"There is no shard {name}.")
@@ -166,7 +168,7 @@ def in_its_shard(page: pages.Page, key: str) -> pages.Page:
 
 
 async def message(request: Request) -> Response:
-    """Lead to the message of a step in a shard that has an enrollment to show it for."""
+    """Redirect to the message of a step in a shard that has an enrollment for it."""
     context, query = context_of(request), query_of(request)
     found = await in_all(context, lambda part: mail.example(part, query))
     name, id_ = next(((name, id_) for name, id_ in found.items() if id_), (next(iter(found)), None))

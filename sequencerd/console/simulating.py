@@ -1,4 +1,4 @@
-"""The page Simulate."""
+"""The page that simulates an enrollment."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Fallback = TypeVar("Fallback")
 
 
 class WrongFieldsError(UsageError):
-    """What is wrong, by the name of the field."""
+    """The errors in a form, by field."""
 
     def __init__(self, fields: Mapping[str, str]) -> None:
         super().__init__(
@@ -72,7 +72,7 @@ class WrongFieldsError(UsageError):
 
 @dataclass(frozen=True)
 class _SimulationForm:
-    """What the form asks for, checked."""
+    """The values of the form, checked."""
 
     sequence: str
     start: datetime
@@ -86,7 +86,7 @@ class _SimulationForm:
 
 @dataclass(frozen=True)
 class ShownSimulation:
-    """A simulation as it may be shown."""
+    """A simulation with masks applied."""
 
     simulation: Simulation
     end: str
@@ -139,7 +139,7 @@ async def simulate(request: Request) -> Response:
 
 
 def _reached(definitions: Mapping[str, Sequence], name: str) -> list[Sequence]:
-    """Return a sequence and those that an enrollment can go to from there."""
+    """Return a sequence and those that an enrollment can enter from there."""
 
     def following(name: str) -> Iterator[str]:
         for edge in drawing.edges(definitions[name]):
@@ -151,7 +151,7 @@ def _reached(definitions: Mapping[str, Sequence], name: str) -> list[Sequence]:
 
 
 def _types(definitions: Mapping[str, Sequence], name: str, query: Query) -> list[str]:
-    """Return the types whose side effects a simulation needs answers of, or has them of."""
+    """Return the step types whose side effects need answers in a simulation."""
     steps = (step for one in _reached(definitions, name) for step in one.steps.values())
     used = {step.type for step in steps if isinstance(step.behaviour, SideEffect)}
     given = {key.removeprefix("answer.") for key in query.given if key.startswith("answer.")}
@@ -159,7 +159,7 @@ def _types(definitions: Mapping[str, Sequence], name: str, query: Query) -> list
 
 
 def _rows(query: Query) -> list[int]:
-    """Return the numbers of the fields for changes: those that are filled, and two more."""
+    """Return the numbers of the fields for changes: those with a value, and two more."""
     filled = [
         n for n in range(1, MOST_CHANGES + 1) if query.get(f"when.{n}") or query.get(f"set.{n}")
     ]
@@ -171,7 +171,7 @@ def _shown(time: datetime) -> str:
 
 
 def _read(context: PageContext, query: Query) -> _SimulationForm:
-    """Read the form. Raises WrongFieldsError for all that is wrong."""
+    """Read the form. Raises WrongFieldsError with all errors."""
     wrong: dict[str, str] = {}
 
     def read(name: str, parse: Callable[[str], Value], default: Fallback) -> Value | Fallback:
@@ -234,7 +234,7 @@ def _word(text: str) -> OutcomeWord:
 
 
 def _answer(type_: str, text: str) -> Outcome:
-    """Read a word, or an answer as JSON."""
+    """Read an action, or an answer as JSON."""
     if text in WORDS:
         return _word(text)
     if not text.startswith("{"):
@@ -251,7 +251,7 @@ def _answer(type_: str, text: str) -> Outcome:
 
 
 async def run(context: PageContext, query: Query) -> ShownSimulation:
-    """Simulate as the query asks. Raises UsageError."""
+    """Simulate according to the query. Raises UsageError."""
     asked = _read(context, query)
     present = context.simulator()
     simulator = Simulator(present.definitions, present.runners, asked.outcomes, MOST_ENTRIES)
@@ -290,7 +290,7 @@ async def run(context: PageContext, query: Query) -> ShownSimulation:
                 external=asked.external,
             )
 
-    async with context.simulating:  # one at a time: it takes a core
+    async with context.simulating:  # one at a time, because it uses a core
         simulation = await asyncio.to_thread(work)
 
     def masked(text: str | None) -> Any:
@@ -306,7 +306,7 @@ async def run(context: PageContext, query: Query) -> ShownSimulation:
         }
         for entry in simulation.timeline
     ]
-    # with the start, the same address always gives the same result
+    # with the start in it, an address always gives the same result
     given = {"start": _shown(asked.start), **query.given}
     simulated = ShownSimulation(
         simulation, masked(simulation.end), Table("simulation", COLUMNS, rows, given)

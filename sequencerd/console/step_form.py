@@ -1,5 +1,5 @@
-"""The form that changes how long a step waits, or the texts of its message: it changes the YAML,
-which is then planned and applied as by the editor.
+"""The form that changes how long a step waits, or the texts of its message. It changes the YAML,
+which is then planned and applied as in the editor.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sequencerd.definitions import yaml_edit, yaml_reader
 from sequencerd.definitions.form_fields import UNITS, FormField, fields
 
 PREFIX = "config."
-"""Of the names of fields in a form."""
+"""The prefix of the form's field names."""
 
 
 async def ask(request: Request) -> Response:
-    """Show the form for a step as it is."""
+    """Show the form for a step of the stored definition."""
     query = query_of(request)
     name = query.must("sequence")
     stored = await editing.read_stored(context_of(request), name)
@@ -32,7 +32,7 @@ async def ask(request: Request) -> Response:
 
 
 async def of_edited(request: Request) -> Response:
-    """Show the form for a step of a text that is being edited."""
+    """Show the form for a step in a text that is being edited."""
     query = Query(request.state.form)
     return _form(request, query, editing.text_of(query), query.must("base"))
 
@@ -73,7 +73,7 @@ def _form(
 
 
 def _fields(text: str, step: str) -> tuple[int, str, list[FormField]]:
-    """Return the number of a step in a text, its type, and what can be changed of it."""
+    """Return the number of a step in a text, its type, and the values that can be changed."""
     try:
         documents = [document.value for document in yaml_reader.parse(text)]
     except yaml_reader.DocumentError as error:
@@ -88,7 +88,7 @@ def _fields(text: str, step: str) -> tuple[int, str, list[FormField]]:
 
 
 async def change(request: Request) -> Response:
-    """Change the YAML by the form, and plan that."""
+    """Change the YAML according to the form, and plan the change."""
     query = Query(request.state.form)
     text = editing.text_of(query)
     number, _, found = _fields(text, query.must("step"))

@@ -33,39 +33,39 @@ NEXT = timedelta(days=1)  # ahead of which is shown what is checked
 MOST_NEXT = 100_000  # of a step
 MOST_PROBLEMS = 100  # of those that daemons report
 DAYS = 14
-RESTS = 9  # times as long as it worked
+RESTS = 9  # length of the pause after a count, as a multiple of its duration
 CHECKS_EVERY = 10.0  # seconds, at least
 SHORTEST = 1.0  # seconds between counts
 AFTER_ERROR = 2.0
 TIMEOUT = 60.0  # of a statement
-ATTENTION = 30.0  # for so long after the last view it goes on
-PATIENCE = 0.05  # how long a page waits for the first counts, or those after a long pause
+ATTENTION = 30.0  # seconds for which counting continues after the last view
+PATIENCE = 0.05  # seconds for which a page waits for the first counts, or those after a long pause
 OLD = timedelta(seconds=5)
 
 LATE = timedelta(seconds=10)
-"""Events are committed in another order than they are made: the last are not yet counted."""
+"""Events are not committed in the order of their times: the latest are not counted yet."""
 
 MOST_RECENT = timedelta(hours=2)
-"""Of the history, if no daemon counts it by hour."""
+"""The part of the history that is read if no daemon counts it by hour."""
 
 MIN = datetime(1900, 1, 1, tzinfo=UTC)
 SAMPLE = 5000  # events that are read in each round
 STAYS = 500  # of a step that are kept
 
 LOST = "lost"
-"""The version of what can't be read: a page that asks for it hears that."""
+"""The version of a topic that cannot be read: pages then request it and get the error."""
 
 SummaryRow = Mapping[str, Any]
 Seconds = float | Mapping[str, float]
 """A duration; a median of several shards for each of them."""
 
 DailyFlow = Mapping[tuple[str, str, str], Counter[date]]
-"""Of a sequence, a step and an action, how often it happened on which day."""
+"""Counts by sequence, step and action, for each day."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What is known as of a time."""
+    """Counts as of a time."""
 
     at: datetime
     sequences: list[SummaryRow]
@@ -90,7 +90,7 @@ class Counts:
 
 
 class Summary:
-    """Keeps the counts; `changed` is called when there are new ones."""
+    """Keeps the counts up to date; `changed` is called when there are new ones."""
 
     def __init__(self, pool: asyncpg.Pool, log: FilteringBoundLogger) -> None:
         self.changed: Callable[[], None] = lambda: None
@@ -116,13 +116,13 @@ class Summary:
 
     @property
     def version(self) -> str:
-        """Another one when the counts are others, or can't be made any more."""
+        """Return a version that changes with the counts, and when they can no longer be read."""
         if self._error is not None:
             return LOST
         return self._counts.at.isoformat() if self._counts else ""
 
     def look(self) -> None:
-        """Note that a page is open."""
+        """Record that a page is open."""
         self._looked = time.monotonic()
         self._wanted.set()
 
@@ -141,7 +141,7 @@ class Summary:
         return self._counts
 
     async def keep(self) -> None:
-        """Count for as long as it runs."""
+        """Count until cancelled."""
         while True:
             await self._wanted.wait()
             if time.monotonic() - self._looked > ATTENTION:
@@ -153,9 +153,9 @@ class Summary:
                 self._counts = await self._count()
                 failed, self._error = False, None
             except (TimeoutError, asyncpg.QueryCanceledError) as error:
-                # it is slow, not gone: what was counted before is still worth showing
+                # it is slow, but available: the previous counts are still worth showing
                 self._log.warning("the console can't count in time", error=brief(error))
-            except Exception as error:  # the pages say that they can't be made
+            except Exception as error:  # the pages say that counting failed
                 if self._error is None:
                     self._log.warning("the console can't count", error=brief(error))
                 self._error = error
@@ -204,7 +204,7 @@ class Summary:
         )
 
     async def _read(self, query: str, *arguments: object) -> list[SummaryRow]:
-        """Return the rows of a statement that reads many, by one process of the server."""
+        """Return the rows of a statement that reads many, without parallel workers."""
         async with borrow(self._pool) as acquired, counting(acquired) as connection:
             await connection.execute(QUERIES["without_parallel_workers"])
             rows: list[SummaryRow] = await connection.fetch(
@@ -262,7 +262,7 @@ class Summary:
         self._checks_due = time.monotonic() + max(CHECKS_EVERY, RESTS * took)
 
     async def _count_flow(self, now: datetime) -> None:
-        """What has happened since the last time, and one more day of the past."""
+        """Count what has happened since the last time, and one more day of the past."""
         until = now - LATE
         today = until.astimezone(UTC).date()
         if self._counted_to is None or until - self._counted_to > _days(DAYS):
@@ -301,7 +301,7 @@ def _days(number: int) -> timedelta:
 
 
 def _tens(time: datetime) -> datetime:
-    """Return the beginning of its ten minutes."""
+    """Return the beginning of the ten minutes that contain a time."""
     return time.replace(minute=time.minute // 10 * 10, second=0, microsecond=0)
 
 

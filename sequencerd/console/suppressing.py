@@ -1,4 +1,4 @@
-"""The pages of suppressions: the list, and what adds and removes entries."""
+"""The pages of suppressions: the list, and the forms that add and remove entries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sequencerd.storage import bulk, connections, suppressions
 from sequencerd.storage.statements import QUERIES
 
 BY_HAND = ("application", "console")
-"""The sources of entries that neither a recipient nor a mail server has made."""
+"""The sources of entries that were caused neither by a recipient nor by a mail server."""
 
 SOURCES = (*BY_HAND, "refused", "bounce", "complaint", "stop", "unsubscribe")
 FILTERS = ("channel", "address", "topic", "source")
@@ -41,7 +41,7 @@ _LAST_CHARACTER = "\U0010ffff"
 
 @dataclass(frozen=True)
 class SuppressionPage:
-    """A page of the list. `is_cut` says that more may match than were searched."""
+    """A page of the list. `is_cut` means that more entries may match than were searched."""
 
     table: Table
     is_cut: bool
@@ -51,7 +51,7 @@ class SuppressionPage:
 
 
 async def page(request: Request) -> Response:
-    """List what is suppressed, and what was removed from the list lately."""
+    """List the suppressions, and the entries that were removed lately."""
     context, query = context_of(request), query_of(request)
     found = await read(context, request.state.visitor, query)
     removed = await in_all(
@@ -83,7 +83,7 @@ async def _channels(context: PageContext) -> list[str]:
 
 async def read(context: PageContext, visitor: Visitor, query: Query) -> SuppressionPage:
     """Return a page of the entries that match, in the order of channels and addresses."""
-    is_masked = context.is_masked  # whatever path is masked may hold an address
+    is_masked = context.is_masked  # if any path is masked, the value there may be an address
     is_linked = not is_masked and context.settings.write and visitor.may("operator")
     if is_masked and query.get("address"):
         raise WrongQueryError(MASKED)
@@ -119,7 +119,7 @@ async def read(context: PageContext, visitor: Visitor, query: Query) -> Suppress
     is_cut = len(every) <= query.rows and end is not None
     last = end if is_cut else shown[-1] if len(every) > query.rows else None
     more = None
-    if last is not None and not is_masked:  # the address of the next page would tell it
+    if last is not None and not is_masked:  # the address of the next page would reveal it
         more = {**query.given, **{f"after_{name}": last[name] for name in KEY}}
     columns = (
         Column("address", "Address", link="url" if is_linked else None),
@@ -208,7 +208,7 @@ def _key(query: Query) -> tuple[str, str, str]:
 async def _entries(
     connection: asyncpg.Connection, channel: str, address: str, topic: str
 ) -> list[asyncpg.Record]:
-    """Return the entries of an address, also as a hash."""
+    """Return the entries of an address, including those that are hashes."""
     rows: list[asyncpg.Record] = await connection.fetch(
         QUERIES["console_suppression"], channel, _forms(channel, address), topic
     )
@@ -257,12 +257,14 @@ async def _entry(
 
 
 def _made_by_others(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the sources that a recipient or a mail server stands behind."""
+    """Return the sources of entries that a recipient or a mail server has caused."""
     return sorted({row["source"] for row in entries} - {*BY_HAND})
 
 
 async def remove(request: Request) -> Response:
-    """Remove an entry. What a recipient or a mail server has caused must be confirmed."""
+    """Remove an entry. The removal must be confirmed if a recipient or a mail server has caused the
+    entry.
+    """
     context, query = context_of(request), Query(request.state.form)
     channel, address, topic = _key(query)
     if (reason := reason_of(query)) is None:

@@ -1,4 +1,4 @@
-"""The tables of the pages, also as JSON and CSV."""
+"""The tables in the pages, which can also be read as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ from sequencerd.core.describe import plain, text
 ROOT = "/console"
 
 place: ContextVar[str] = ContextVar("place", default="")
-"""Where the pages of one shard are, below ROOT."""
+"""The path of one shard's pages, below ROOT."""
 
 Kind = Literal["text", "number", "time", "duration", "json", "days", "code", "list", "counts"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the key of its values, and how a page shows them. `link` is the key of an URL. An
-    `optional` column is shown only where a row has something in it, other than in the column
-    `like`.
+    """A column: the key of its values, and how a page shows them. `link` is the key of a URL. An
+    `optional` column is shown only if a row has a value other than that in the column `like`.
     """
 
     key: str
@@ -57,7 +56,7 @@ class Table:
 
     @property
     def shown(self) -> list[Column]:
-        """Return the columns of a page."""
+        """Return the columns that a page shows."""
         return [column for column in self.columns if not column.optional or self._says(column)]
 
     def _says(self, column: Column) -> bool:
@@ -67,7 +66,9 @@ class Table:
         )
 
     def sorted_by(self, column: Column) -> str:
-        """Return the query that sorts by a column, the other way round if it is sorted by it."""
+        """Return the query that sorts by a column, or reverses the order if the table is sorted by
+        it.
+        """
         kept = {key: value for key, value in self.query.items() if key not in ("before", "skip")}
         return at("/search", **{**kept, "sort": f"{'-' * (self.order == column.key)}{column.key}"})
 
@@ -77,7 +78,7 @@ class Table:
 
 
 def at(path: str, **query: object) -> str:
-    """Return the URL of a page; what is None is left out."""
+    """Return the URL of a page; None values are omitted."""
     given = {key: value for key, value in query.items() if value is not None}
     query_string = f"?{urlencode(given, errors='replace')}" if given else ""
     return ROOT + quote(place.get() + path) + query_string
@@ -102,7 +103,7 @@ def labelled(id_: int | str) -> str:
 
 
 def as_json(table: Table) -> Response:
-    """Return the rows, and where the next ones are."""
+    """Return the rows, and the URL of the next page."""
     keys = [column.key for column in table.columns]
     body = {
         "rows": [{key: row[key] for key in keys} for row in table.rows],
@@ -115,9 +116,11 @@ def as_json(table: Table) -> Response:
 
 
 def as_csv(table: Table) -> Response:
-    """Return the rows under a line of names; where the next ones are is in the header Link."""
+    """Return the rows below a line with the names of the columns; the header Link has the URL of
+    the next page.
+    """
     written = io.StringIO()
-    # quoted, as there are spreadsheets that take a semicolon for the end of a cell
+    # quoted, because some spreadsheets treat a semicolon as the end of a cell
     writer = csv.writer(written, quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(column.key for column in table.columns)
     for row in table.rows:
@@ -158,6 +161,6 @@ def _cell(value: object) -> str | int | float:
     if isinstance(value, dict | list):
         return json.dumps(value, default=_plain, ensure_ascii=False)
     shown = text(value)
-    # a spreadsheet would take it for a formula
+    # a spreadsheet would interpret it as a formula
     is_formula = _FORMULA.match(shown) and not _NUMBER.fullmatch(shown)
     return f"'{shown}" if is_formula else shown

@@ -1,4 +1,4 @@
-"""What the pages show: each function returns a table, or the data of a page."""
+"""The contents of the pages: each function returns a table, or the data of a page."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def failures(counts: Counts, query: Query, mask: MaskRow) -> Table:
 
 
 def coming(counts: Counts, query: Query) -> Table:
-    """Return a row for each hour of the next day in which enrollments are checked."""
+    """Return a row for each hour of the next day in which enrollments wake."""
     hours: dict[datetime, Counter[datetime]] = {}
     sequences: dict[datetime, Counter[str]] = {}
     for row in counts.next:
@@ -275,7 +275,7 @@ async def schedule(pool: asyncpg.Pool, sequence: str, mask: MaskRow) -> MaskedRo
 
 
 async def brake(pool: asyncpg.Pool, sequence: str) -> dict[str, Any] | None:
-    """Return the brake of a sequence, described."""
+    """Describe the brake of a sequence."""
     rows = await connections.read(pool, "brakes", sequence)
     if not rows:
         return None
@@ -323,7 +323,7 @@ async def revisions(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
 async def search(
     pool: asyncpg.Pool, query: Query, mask: MaskRow, masked: tuple[str, ...]
 ) -> EnrollmentPage:
-    """Find enrollments by id, beginning of the subject, or e-mail address."""
+    """Find enrollments by id, by the beginning of the subject, or by e-mail address."""
     wanted = query.must("q")
     more: dict[str, str] | None = None
     rows, remark, advice = await by_text(pool, wanted, masked, query.rows)
@@ -394,7 +394,7 @@ def _linked(row: MaskedRow) -> MaskedRow:
 
 @dataclass(frozen=True)
 class EnrollmentHistory:
-    """An enrollment and its events."""
+    """An enrollment with its events."""
 
     row: MaskedRow
     events: Table
@@ -402,7 +402,7 @@ class EnrollmentHistory:
 
 
 async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: MaskRow) -> EnrollmentHistory:
-    """Return where an enrollment is, and its latest events. Raises NotFoundError."""
+    """Return the state of an enrollment, and its latest events. Raises NotFoundError."""
     before = query.time("before", NEVER)
     async with connections.reading(pool, isolation="repeatable_read") as connection:
         row = await connection.fetchrow(QUERIES["show"], id_)
