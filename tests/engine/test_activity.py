@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
@@ -16,18 +15,10 @@ from sequencerd.service.metrics import Metrics
 from sequencerd.settings import RetentionSettings
 from sequencerd.storage import activity, connections
 from tests.engine.test_retention import make_past, partitions
-from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until
 
 LOG = structlog.get_logger()
 HOUR = timedelta(hours=1)
-
-
-@pytest.fixture
-async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
-    pool = await connections.connect_pool(shard(database), 3)
-    yield pool
-    await pool.close()
 
 
 def hours_ago(number: int) -> datetime:

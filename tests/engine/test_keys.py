@@ -48,7 +48,7 @@ async def test_no_two_databases_make_the_same_key(server: str, template: str) ->
     made: list[str] = []
     for _ in range(2):
         name = f"test_{uuid4().hex[:12]}"
-        await execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+        await execute(server, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
         made += await keys(with_database(server, name))
         await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
     assert set(Counter(made).values()) == {1}
@@ -68,7 +68,10 @@ async def test_a_restored_database_makes_keys_of_its_own(
         await until(connection, PAUSE)
     await connection.close()
     backup = f"test_{uuid4().hex[:12]}"
-    await execute(server, f"CREATE DATABASE {backup} TEMPLATE {urlsplit(database).path[1:]}")
+    await execute(
+        server,
+        f"CREATE DATABASE {backup} TEMPLATE {urlsplit(database).path[1:]} STRATEGY file_copy",
+    )
     for url in (database, with_database(server, backup)):
         again = await asyncpg.connect(url)
         await again.execute("UPDATE sequencer.enrollments SET data = '{\"go\": 1}'")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
@@ -15,7 +14,6 @@ from sequencerd.engine.clock import Clock
 from sequencerd.settings import RetentionSettings
 from sequencerd.storage import connections
 from sequencerd.storage.cleanup import try_lock_retention
-from tests.helpers.databases import shard
 from tests.helpers.engines import define, enroll, until
 
 LOG = structlog.get_logger()
@@ -24,13 +22,6 @@ PARTITIONS = (
     " WHERE i.inhparent = 'sequencer.events'::regclass ORDER BY 1"
 )
 YEAR = timedelta(days=365)
-
-
-@pytest.fixture
-async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
-    pool = await connections.connect_pool(shard(database), 3)
-    yield pool
-    await pool.close()
 
 
 @pytest.fixture
