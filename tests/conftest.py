@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from uuid import uuid4
 
 import asyncpg
 import hypothesis
@@ -127,27 +126,23 @@ def administrator(server: str) -> Iterator[Administrator]:
 @pytest.fixture(scope="session")
 def template(server: str, administrator: Administrator) -> Iterator[str]:
     """The name of a database with the schema in it."""
-    name = f"template_{uuid4().hex[:12]}"
-    administrator.execute(f"CREATE DATABASE {name}")
+    with administrator.database() as name:
 
-    async def make() -> None:
-        connection = await connect(shard(with_database(server, name)))
-        await migrate.migrate(connection)
-        await migrate.grant(connection)
-        await connection.close()
+        async def make() -> None:
+            connection = await connect(shard(with_database(server, name)))
+            await migrate.migrate(connection)
+            await migrate.grant(connection)
+            await connection.close()
 
-    asyncio.run(make())
-    yield name
-    administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        asyncio.run(make())
+        yield name
 
 
 @pytest.fixture
 def database(server: str, administrator: Administrator, template: str) -> Iterator[str]:
     """The URL of a database of its own for one test."""
-    name = f"test_{uuid4().hex[:12]}"
-    administrator.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
-    yield with_database(server, name)
-    administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with administrator.database(template) as name:
+        yield with_database(server, name)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import asyncpg
 import pytest
 
 from sequencerd.cli import main
-from tests.helpers.command_line import Command, start_sequencerd
+from tests.helpers.command_line import Command, beside, start_sequencerd
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 
@@ -140,26 +139,14 @@ def test_a_second_time_is_refused(applied: Command) -> None:
 
 async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
     applied("enroll", "s", "ada")
-    tail = await start_sequencerd(
-        "tail",
-        "--sequence",
-        "s",
-        "--since",
-        "60",
-        "--json",
-        env=applied.variables,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    run = await start_sequencerd("run", env=applied.variables)
-    assert tail.stdout is not None
-    try:
-        async with asyncio.timeout(PATIENCE):
-            event = json.loads(await tail.stdout.readline())
-    finally:
-        run.terminate()
-        assert await run.wait() == 0
-        tail.kill()
-        await tail.wait()
+    arguments = ("tail", "--sequence", "s", "--since", "60", "--json")
+    async with beside(applied, *arguments) as (out, _):
+        run = await start_sequencerd("run", env=applied.variables)
+        try:
+            event = json.loads(await out.readline())
+        finally:
+            run.terminate()
+            assert await run.wait() == 0
     assert (event["subject"], event["step"], event["action"]) == ("ada", "first", "enrolled")
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
-import subprocess
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -20,11 +18,10 @@ from sequencerd.service import diagnosis
 from sequencerd.service.diagnosis import Diagnosis
 from sequencerd.settings import Settings
 from sequencerd.storage.statements import QUERIES
-from tests.helpers.command_line import Command, start_sequencerd
+from tests.helpers.command_line import Command, beside
 from tests.helpers.databases import shard, with_login
 from tests.helpers.engines import define, enroll, running_engine
 from tests.helpers.servers import Answer, Request, http_server
-from tests.helpers.waiting import PATIENCE
 
 READ_ONLY = (
     "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on',"
@@ -328,25 +325,12 @@ async def test_the_command(sequencerd: Command, connection: asyncpg.Connection) 
 
 async def test_watch_shows_changes(sequencerd: Command, connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("a", "GoTo", "{}", None))
-    process = await start_sequencerd(
-        "watch",
-        "s",
-        "--interval",
-        "0.1",
-        env=sequencerd.variables,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(PATIENCE):
-            while b"+0" not in await process.stdout.readline():
-                pass
-            await enroll(connection, "s", "ada")
-            while b"+1" not in await process.stdout.readline():
-                pass
-    finally:
-        process.terminate()
-        await process.wait()
+    async with beside(sequencerd, "watch", "s", "--interval", "0.1") as (out, _):
+        while b"+0" not in await out.readline():
+            pass
+        await enroll(connection, "s", "ada")
+        while b"+1" not in await out.readline():
+            pass
     sequencerd("watch", "--interval", "x", code=2)
     assert "not a number of seconds" in sequencerd.errors
     sequencerd("watch", "nowhere", code=1)

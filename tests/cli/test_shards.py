@@ -17,7 +17,7 @@ from sequencerd.cli.arguments import make_parser
 from sequencerd.storage import connections
 from sequencerd.storage.embedded import PostgresPrograms
 from tests.helpers.clusters import cluster
-from tests.helpers.command_line import Command, start_sequencerd
+from tests.helpers.command_line import Command, beside, start_sequencerd
 from tests.helpers.databases import execute
 from tests.helpers.engines import until
 from tests.helpers.shards import NOWHERE, SEQUENCE, configure
@@ -513,53 +513,25 @@ async def test_tail_follows_all_shards(
     filled: Command, shards: dict[str, asyncpg.Connection]
 ) -> None:
     """It goes on while one is away, and continues when that is back."""
-    process = await start_sequencerd(
-        "tail",
-        "--since",
-        "600",
-        env=filled.variables,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        async with asyncio.timeout(PATIENCE):
-            filled("cancel", "a/1", "b/2", "--yes")
-            lines = [(await process.stdout.readline()).decode().split()[2] for _ in range(2)]
-            assert sorted(lines) == ["a/1", "b/2"]
-            await shards["b"].execute("ALTER TABLE sequencer.events RENAME TO hidden")
-            assert b"shard b: the database rejected" in await process.stderr.readline()
-            filled("cancel", "a/2")
-            assert b"a/2" in await process.stdout.readline()
-            await shards["b"].execute("ALTER TABLE sequencer.hidden RENAME TO events")
-            assert b"shard b is back" in await process.stderr.readline()
-            filled("cancel", "b/1")
-            assert b"b/1" in await process.stdout.readline()
-    finally:
-        process.terminate()
-        await process.wait()
+    async with beside(filled, "tail", "--since", "600") as (out, errors):
+        filled("cancel", "a/1", "b/2", "--yes")
+        lines = [(await out.readline()).decode().split()[2] for _ in range(2)]
+        assert sorted(lines) == ["a/1", "b/2"]
+        await shards["b"].execute("ALTER TABLE sequencer.events RENAME TO hidden")
+        assert b"shard b: the database rejected" in await errors.readline()
+        filled("cancel", "a/2")
+        assert b"a/2" in await out.readline()
+        await shards["b"].execute("ALTER TABLE sequencer.hidden RENAME TO events")
+        assert b"shard b is back" in await errors.readline()
+        filled("cancel", "b/1")
+        assert b"b/1" in await out.readline()
 
 
 async def test_watch_adds_up_and_names_what_is_missing(filled: Command, shards_url: str) -> None:
     configure(filled, a=shards_url, b=NOWHERE)
-    process = await start_sequencerd(
-        "watch",
-        "--interval",
-        "0.1",
-        env=filled.variables,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        async with asyncio.timeout(PATIENCE):
-            assert b"shard b: cannot connect" in await process.stderr.readline()
-            assert b"change" in await process.stdout.readline()
-    finally:
-        process.terminate()
-        await process.wait()
+    async with beside(filled, "watch", "--interval", "0.1") as (out, errors):
+        assert b"shard b: cannot connect" in await errors.readline()
+        assert b"change" in await out.readline()
 
 
 # --- doctor

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import structlog
 from prometheus_client import CollectorRegistry
+from starlette.routing import Route
 
 from sequencerd.console import summary
 from sequencerd.console.app import make_console
@@ -23,7 +24,8 @@ from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
 from sequencerd.service.http_server import make_app, serving
-from sequencerd.settings import Settings
+from sequencerd.settings import ConsoleSettings, Settings
+from sequencerd.storage.connections import Shard
 from tests.helpers.databases import shard
 from tests.helpers.engines import Recorder, define, enroll, running_engine
 from tests.helpers.waiting import PATIENCE, eventually
@@ -80,6 +82,21 @@ async def console(
                 else:
                     break
             yield client
+
+
+def routes(method: str) -> list[Route]:
+    """What the console serves, of the requests with one method."""
+    app = make_console(
+        ConsoleSettings(),
+        Shard("postgresql:///"),
+        lambda: Simulator({}, {}),
+        lambda: datetime.now(UTC),
+        structlog.get_logger(),
+        runners=dict,
+    )
+    found = [route for route in app.routes if isinstance(route, Route)]
+    assert len(found) == len(app.routes)
+    return [route for route in found if method in (route.methods or ())]
 
 
 class Line:

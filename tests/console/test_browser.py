@@ -20,21 +20,15 @@ from urllib.parse import urlencode
 import asyncpg
 import httpx
 import pytest
-import structlog
-from starlette.routing import Route
 
 from sequencerd.console import live
-from sequencerd.console.app import make_console
 from sequencerd.console.summary import DAYS
 from sequencerd.definitions import plan
 from sequencerd.definitions.files import read_file
-from sequencerd.definitions.simulator import Simulator
 from sequencerd.passwords import make_hash
 from sequencerd.service import public
 from sequencerd.service.page_texts import TEXTS
-from sequencerd.settings import ConsoleSettings
-from sequencerd.storage.connections import Shard
-from tests.console.conftest import BEGUN, DAY, FAILED, Line, Mended, console, people, token
+from tests.console.conftest import BEGUN, DAY, FAILED, Line, Mended, console, people, routes, token
 from tests.helpers.command_line import start_sequencerd
 from tests.helpers.engines import Recorder, define, enroll, until
 from tests.helpers.waiting import PATIENCE
@@ -180,18 +174,9 @@ CUT_OFF = """() => [...document.querySelectorAll("td, dd, dt, h1, h2, p, li, but
 
 
 def test_every_page_is_among_those_that_are_tested() -> None:
-    app = make_console(
-        ConsoleSettings(),
-        Shard("postgresql:///"),
-        lambda: Simulator({}, {}),
-        lambda: datetime.now(UTC),
-        structlog.get_logger(),
-        runners=dict,
-    )
     tested = [path.partition("?")[0].removeprefix("/console") for path in (*PAGES, *OF_SESSIONS)]
-    for route in app.routes:
-        assert isinstance(route, Route)
-        if "GET" in (route.methods or ()) and route.path not in NO_PAGES:
+    for route in routes("GET"):
+        if route.path not in NO_PAGES:
             assert any(map(route.path_regex.match, tested)), f"no test opens {route.path}"
 
 

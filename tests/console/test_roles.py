@@ -8,25 +8,18 @@ import json
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import asyncpg
 import httpx
 import pytest
-import structlog
-from starlette.routing import Route
 
-from sequencerd.console.app import make_console
 from sequencerd.console.auth import ROLES
 from sequencerd.console.sessions import hash_of
-from sequencerd.definitions.simulator import Simulator
 from sequencerd.passwords import make_hash
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.settings import ConsoleSettings
-from sequencerd.storage.connections import Shard
-from tests.console.conftest import DAY, console, token
+from tests.console.conftest import DAY, console, routes, token
 from tests.helpers.engines import Recorder, define, enroll
 from tests.helpers.servers import HOST
 from tests.helpers.waiting import eventually
@@ -89,24 +82,8 @@ def _runners() -> Mapping[str, Runner]:
     return {"Email": EmailRunner(f"smtp://{HOST}:9"), "Note": Recorder()}
 
 
-def _post_routes() -> set[str]:
-    app = make_console(
-        ConsoleSettings(),
-        Shard("postgresql:///"),
-        lambda: Simulator({}, {}),
-        lambda: datetime.now(UTC),
-        structlog.get_logger(),
-        runners=dict,
-    )
-    return {
-        route.path
-        for route in app.routes
-        if isinstance(route, Route) and {*(route.methods or ())} - {"GET", "HEAD"}
-    }
-
-
 def test_every_route_that_changes_something_is_among_those_that_are_tested() -> None:
-    assert _post_routes() == {*NEEDED}
+    assert {route.path for route in routes("POST")} == {*NEEDED}
 
 
 @asynccontextmanager

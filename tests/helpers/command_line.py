@@ -8,8 +8,9 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import asynccontextmanager, chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import pytest
 
 from sequencerd.cli import main
+from tests.helpers.waiting import PATIENCE
 
 # A command runs an event loop of its own, which a test's thread may have already. One thread for
 # all commands, as each thread makes its own JavaScript context.
@@ -28,6 +30,23 @@ async def start_sequencerd(*arguments: str, **options: Any) -> asyncio.subproces
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sequencerd", *arguments, **options
     )
+
+
+@asynccontextmanager
+async def beside(
+    command: Command, *arguments: str
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamReader]]:
+    """Run a command beside the test, which reads what it prints and its errors line by line."""
+    pipe = asyncio.subprocess.PIPE
+    process = await start_sequencerd(*arguments, env=command.variables, stdout=pipe, stderr=pipe)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield process.stdout, process.stderr
+    finally:
+        process.terminate()
+        await process.wait()
 
 
 class Command:

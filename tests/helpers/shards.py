@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -34,28 +33,24 @@ def place(url: str, name: str) -> Shard:
 @pytest.fixture(scope="session")
 def shards_template(server: str, administrator: Administrator) -> Iterator[str]:
     """The name of a database with two shards."""
-    name = f"template_{uuid4().hex[:12]}"
-    administrator.execute(f"CREATE DATABASE {name}")
+    with administrator.database() as name:
 
-    async def make() -> None:
-        for shard in NAMES:
-            made = place(with_database(server, name), shard)
-            connection = await connections.connect(made)
-            await migrate.migrate(connection, number=made.number)
-            await migrate.grant(connection)
-            await connection.close()
+        async def make() -> None:
+            for shard in NAMES:
+                made = place(with_database(server, name), shard)
+                connection = await connections.connect(made)
+                await migrate.migrate(connection, number=made.number)
+                await migrate.grant(connection)
+                await connection.close()
 
-    asyncio.run(make())
-    yield name
-    administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        asyncio.run(make())
+        yield name
 
 
 @pytest.fixture
 def shards_url(server: str, administrator: Administrator, shards_template: str) -> Iterator[str]:
-    name = f"test_{uuid4().hex[:12]}"
-    administrator.execute(f"CREATE DATABASE {name} TEMPLATE {shards_template} STRATEGY file_copy")
-    yield with_database(server, name)
-    administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with administrator.database(shards_template) as name:
+        yield with_database(server, name)
 
 
 @pytest.fixture

@@ -10,22 +10,10 @@ import asyncpg
 import pytest
 
 from tests.helpers.engines import define, enroll
+from tests.sql.conftest import DAYS
 
-DAYS = '{"amount": 3, "unit": "days"}'
 REENTRY_AFTER = "UPDATE sequencer.sequences SET reentry = 'after', reentry_after = $1"
 ADD = "SELECT sequencer.collect('s', $1, $2)"
-
-
-@pytest.fixture
-async def defined(connection: asyncpg.Connection) -> asyncpg.Connection:
-    """A sequence "s" of the steps first and second."""
-    await define(
-        connection,
-        "s",
-        ("first", "WaitForDuration", DAYS, "second"),
-        ("second", "WaitForDuration", DAYS, None),
-    )
-    return connection
 
 
 async def begun(connection: asyncpg.Connection, subject: str) -> int:

@@ -21,20 +21,7 @@ from sequencerd.storage.statements import QUERIES, AdvisoryLock
 from tests.helpers.databases import SCHEMA
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import eventually
-
-DAYS = '{"amount": 3, "unit": "days"}'
-
-
-@pytest.fixture
-async def defined(connection: asyncpg.Connection) -> asyncpg.Connection:
-    """A sequence "s" of the steps first and second."""
-    await define(
-        connection,
-        "s",
-        ("first", "WaitForDuration", DAYS, "second"),
-        ("second", "WaitForDuration", DAYS, None),
-    )
-    return connection
+from tests.sql.conftest import DAYS
 
 
 async def test_every_statement_can_be_prepared(connection: asyncpg.Connection) -> None:
