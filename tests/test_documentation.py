@@ -21,6 +21,7 @@ ENDLESS = ("watch", "tail")
 ASKS = ("retry", "cancel", "move", "reevaluate")
 
 
+@pytest.mark.slow
 async def test_a_day_of_an_operator(
     sequencerd: Command, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:

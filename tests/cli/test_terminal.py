@@ -63,6 +63,7 @@ async def hostile(applied: Command, connection: asyncpg.Connection) -> int:
     return id_
 
 
+@pytest.mark.slow
 async def test_no_command_prints_it_raw(applied: Command, hostile: int) -> None:
     commands = (
         ("list",),

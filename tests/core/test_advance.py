@@ -712,6 +712,7 @@ def test_a_condition_that_does_not_come_true_in_time_takes_the_other_way() -> No
     assert late.enrollment.step == "late"
 
 
+@pytest.mark.slow
 def test_a_split_is_weighted_and_stable_and_independent_of_other_splits() -> None:
     def half(name: str, subject: str) -> str:
         config = {"next": 30, "altNext": 70}

@@ -342,6 +342,7 @@ def test_what_cannot_be_read(tmp_path: Path, content: str | bytes, line: int, wo
     assert wrong.value.line == line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["[{}]", "{{<<: [{}]}}"], ids=["aliases", "merges"])
 def test_a_billion_laughs_are_few(tmp_path: Path, form: str) -> None:
     lines = ["a0: &a0 {x: 1}"]
@@ -447,6 +448,7 @@ steps:
 """
 
 
+@pytest.mark.slow
 async def test_the_page_about_files_can_be_followed(
     tmp_path: Path, sequencerd: Command, connection: asyncpg.Connection
 ) -> None:

@@ -708,6 +708,7 @@ async def fetch_external_data(event: Any) -> servers.Answer:
     return servers.Answer(body=json.dumps(found).encode())
 
 
+@pytest.mark.slow
 async def test_the_first_day_after(
     sequencerd: Command,
     original: asyncpg.Connection,

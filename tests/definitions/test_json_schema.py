@@ -296,6 +296,7 @@ def nearly_good(draw: st.DrawFn) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 @settings(max_examples=3 * settings().max_examples)
 @given(nearly_good())
 def test_whatever_check_accepts_is_valid(document: dict[str, Any]) -> None:

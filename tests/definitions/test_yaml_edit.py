@@ -98,6 +98,7 @@ def test_several_values_change_at_once() -> None:
     assert set_values(TEXT, {}) == TEXT
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     st.sampled_from([(*WAIT, "unit"), (*MAIL, "text"), (*MAIL, "html"), (*MAIL, "subject", "en")]),

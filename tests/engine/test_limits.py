@@ -267,6 +267,7 @@ def of_topic(at_most: int = 1, **keys: Any) -> str:
     return json.dumps({"at_most": at_most, "per": {"days": 7}, **keys})
 
 
+@pytest.mark.slow
 async def test_the_limit_of_a_topic_holds_for_all_its_side_effects(
     connection: asyncpg.Connection, database: str
 ) -> None:

@@ -383,6 +383,7 @@ async def test_no_transaction_in_progress_is_missed(
 # --- back again
 
 
+@pytest.mark.slow
 async def test_an_export_brings_back_what_was(sequencerd: Command, tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     text = SEQUENCE.replace("Note", "GoTo").replace(", config: {text: Hello}", "")

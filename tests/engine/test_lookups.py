@@ -109,6 +109,7 @@ async def test_a_goal_in_external_data_is_evaluated_repeatedly(
     assert await connection.fetchval("SELECT waits_until IS NULL FROM sequencer.enrollments")
 
 
+@pytest.mark.slow
 async def test_a_request_for_all_asks_once_about_each(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

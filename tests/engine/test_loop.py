@@ -50,6 +50,7 @@ BELL_IS_ON = f"SELECT EXISTS (SELECT {BELL})"
 SHORT = '{"amount": 30, "unit": "milliseconds"}'
 
 
+@pytest.mark.slow
 async def test_all_enrollments_complete(database: str, connection: asyncpg.Connection) -> None:
     recorder = Recorder(batch_size=100)
     await define(
@@ -231,6 +232,7 @@ async def test_an_orphan_with_a_doubtful_lease_is_not_executed_twice(
     assert await way(connection, id_) == ["one enrolled", "one next", "two next", "two completed"]
 
 
+@pytest.mark.slow
 async def test_beside_a_held_snapshot_a_claim_does_not_read_what_is_done(
     database: str, connection: asyncpg.Connection
 ) -> None:

@@ -119,6 +119,7 @@ def closed_port() -> int:
         return port
 
 
+@pytest.mark.slow
 async def test_a_mail_server_that_is_down_fails_none_and_all_continue_at_once(
     database: str, connection: asyncpg.Connection
 ) -> None:

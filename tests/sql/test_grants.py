@@ -27,6 +27,7 @@ async def owned(server: str, template: str) -> AsyncIterator[str]:
     await execute(server, "DROP DATABASE owned WITH (FORCE)")
 
 
+@pytest.mark.slow
 async def test_an_owner_without_superuser_grants_all_that_it_may(server: str, owned: str) -> None:
     await execute(server, "REVOKE sequencer_enroller FROM sequencer_editor")
     owner = await asyncpg.connect(with_login(owned, OWNER))

@@ -252,6 +252,7 @@ async def test_nonsense_is_counted_and_logged_once(database: str) -> None:
     assert [entry["log_level"] for entry in told].count("warning") == 1
 
 
+@pytest.mark.slow
 async def test_a_flood_of_notifications_delays_no_enrollment_and_costs_little(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
