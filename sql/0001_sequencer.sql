@@ -2228,7 +2228,9 @@ BEGIN
           FROM generate_series(low >> 6, high >> 6) AS n LEFT JOIN bytes AS b ON b.block = n;
     END IF;
 
-    -- Each column to group by takes time, so the class of a time and the arm are one number.
+    -- Each column to group by takes time, so the class of a time, the visit and the byte of the arm are one
+    -- number. As a subquery, the codes are sent to workers once; otherwise they would be in each expression of
+    -- the plan, as text.
     RETURN QUERY
     WITH visits_left AS NOT MATERIALIZED (
         SELECT v.enrollment_id AS id, v.visit, v.step COLLATE "C" AS step, v.seconds_at_step AS seconds,
@@ -2246,30 +2248,28 @@ BEGIN
                 OR date_part('epoch', v.at) - v.seconds_at_step >= start_seconds)
            AND (v.action <> 'completed' OR v.message IS NOT NULL) -- by hand alone
     ), counted AS (
-        SELECT v.step, v.way, count(*) AS times, min(v.seconds) AS seconds,
-               v.class + CASE WHEN v.visit < first_visit OR v.id NOT BETWEEN low AND high THEN 0
-                              WHEN v.visit >= last_visit
-                                OR v.visit >= first_visit + (get_byte(codes, (v.id - low)::integer) - 1)
-                                                            / cardinality(names)
-                              THEN get_byte(codes, (v.id - low)::integer)
+        SELECT v.step, v.way, true AS is_byte, count(*) AS times, min(v.seconds) AS seconds,
+               v.class + CASE WHEN v.visit >= first_visit AND v.id BETWEEN low AND high
+                              THEN (least(v.visit, last_visit) - first_visit) << 8
+                                   | get_byte((SELECT codes), (v.id - low)::integer)
                               ELSE 0 END AS code
           FROM visits_left AS v
          WHERE is_dense
-         GROUP BY 1, 2, 5
+         GROUP BY 1, 2, 6
         UNION ALL
-        SELECT v.step, v.way, count(*), min(v.seconds), v.class + coalesce(a.arm, 0)
+        SELECT v.step, v.way, false, count(*), min(v.seconds), v.class + coalesce(a.arm, 0)
           FROM visits_left AS v
           LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
             ON a.block = v.id >> 6 AND a.members >> (~v.id & 63)::integer & 1 = 1 AND a.visit <= v.visit
          WHERE NOT is_dense
-         GROUP BY 1, 2, 5
+         GROUP BY 1, 2, 6
         UNION ALL
-        SELECT e.step, 'waiting', count(*), NULL, (not_timed << 16) + coalesce(a.arm, 0)
+        SELECT e.step, 'waiting', false, count(*), NULL, (not_timed << 16) + coalesce(a.arm, 0)
           FROM sequencer.enrollments AS e
           LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
             ON a.block = e.id >> 6 AND a.members >> (~e.id & 63)::integer & 1 = 1 AND a.visit <= e.visit
          WHERE e.sequence = of_sequence AND e.status = 'active' AND e.entered_at >= start
-         GROUP BY 1, 5
+         GROUP BY 1, 6
     ), resumed AS ( -- or moved: visits that did not end in what they seemed to
         SELECT v.step, v.action, a.arm, count(*) AS times
           FROM sequencer.events AS v
@@ -2283,13 +2283,15 @@ BEGIN
          GROUP BY 1, 2, 3
     ), cells AS MATERIALIZED ( -- so that the conditions on it are not evaluated for each event
         SELECT c.step, split_part(c.way, ' ', 1) AS action, c.way, nullif(c.code >> 16, not_timed) AS class,
-               nullif(c.code & 65535, 0) AS arm, c.times, c.seconds
+               CASE WHEN NOT c.is_byte THEN nullif(c.code & 65535, 0)
+                    WHEN c.code & 255 > 0 AND c.code >> 8 & 255 >= ((c.code & 255) - 1) / cardinality(names)
+                    THEN ((c.code & 255) - 1) % cardinality(names) + 1 END AS arm, c.times, c.seconds
           FROM counted AS c
         UNION ALL
         SELECT r.step, r.action, r.action, NULL, r.arm, -r.times, NULL FROM resumed AS r
     ), ways AS (
         SELECT c.step, c.action, c.class, c.times, c.seconds,
-               names[(c.arm - 1) % cardinality(names) + 1] AS arm, -- of a code, or itself
+               names[c.arm] AS arm,
                CASE WHEN c.action IN ('waiting', 'failed', 'cancelled') THEN NULL
                     WHEN c.action = 'branch' THEN substr(c.way, 8)
                     ELSE c.way END AS way,
