@@ -434,7 +434,7 @@ async def test_hostile_data_run_nowhere(
         await page.goto("/console/")
         await page.locator("td.sequence a").click()
         await page.locator("#graph a.node").first.wait_for()
-        assert hostile[:19] in await text_of(page, "#graph .step")
+        assert hostile[:16] in await text_of(page, "#graph .step")  # as much as there is room for
         await page.locator("td.step a").click()
         assert await text_of(page, "td.subject") == hostile
         await page.goto(f"/console/enrollments/{id_}")
