@@ -98,8 +98,8 @@ async def migrate_command(
         if ungranted:
             _warn_of(ungranted)
             warn(
-                "the roles lack privileges until an administrator runs the output of "
-                "`sequencerd grants`"
+                "the schema's owner needs none of them; other database users lack privileges until "
+                "an administrator runs the output of `sequencerd grants`"
             )
 
     # one by one: the roles belong to all shards of a server
