@@ -1,4 +1,4 @@
-"""What moves enrollments: the loop, claims, leases, executors, results, rescheduling, lookups.
+"""Move enrollments: the loop, claims, leases, executors, results, rescheduling and lookups.
 
 Imported by the console and the daemon.
 """

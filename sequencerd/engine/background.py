@@ -1,4 +1,4 @@
-"""Tasks beside the loop: work that survives errors of the database, and work on request."""
+"""Tasks beside the loop: work that is repeated after database errors, and work on request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARE = 0.2  # of the time, for work that is requested again and again
 
 
 class Background:
-    """The tasks of an engine. Once `stopping` is set, none repeats its work."""
+    """The background tasks of an engine. Once `stopping` is set, no work is repeated."""
 
     def __init__(self, stopping: asyncio.Event, log: FilteringBoundLogger) -> None:
         self.stopping = stopping
@@ -22,24 +22,24 @@ class Background:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Awaitable[None]) -> None:
-        """Do work in a task of its own."""
+        """Do work in a new task."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-        """Repeat work for ever, whether or not it succeeds."""
+        """Repeat work until stopped, whether or not it succeeds."""
         while True:
             await asyncio.sleep(seconds)
             try:
                 await work()
             except TRANSIENT_ERRORS as error:
                 self.log.warning("database error", error=brief(error))
-            except Exception:  # the next turn may succeed
+            except Exception:  # the next attempt may succeed
                 self.log.exception("internal error")
 
     async def until_done(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Repeat work while the database is not available."""
+        """Repeat work until the database is available."""
         while not self.stopping.is_set():
             try:
                 await work()
@@ -47,13 +47,13 @@ class Background:
                 self.log.warning("database error, trying again", error=brief(error))
                 await asyncio.sleep(PAUSE)
             except Exception:
-                self.log.exception("internal error")  # the sweep comes back to it
+                self.log.exception("internal error")  # the sweep does it later
                 return
             else:
                 return
 
     async def end(self, at: float) -> None:
-        """Wait for the tasks until a time of the event loop, and cancel the others."""
+        """Wait for the tasks until a time of the event loop, then cancel the others."""
         if self._tasks:
             seconds = at - asyncio.get_running_loop().time()
             _, overdue = await asyncio.wait(self._tasks, timeout=seconds)
@@ -62,10 +62,11 @@ class Background:
 
 
 class Repeating:
-    """Work that any user can request, as often as they like, at a bounded cost.
+    """Work that any user can request, as often as they like, at a limited cost.
 
-    It is done once at a time: requests that arrive meanwhile cause it once more. After it comes a
-    pause, in seconds; a longer one after work that took long, unless it returns that it was useful.
+    It runs once at a time: requests that arrive in the meantime cause one more run. Each run is
+    followed by a pause in seconds, which is longer after a long run unless the work returns that it
+    was useful.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Repeating:
         self._is_busy = False
 
     def request(self) -> None:
-        """Do the work from its beginning, soon."""
+        """Request a run soon, from the beginning of the work."""
         self._is_requested = True
         self._start()
 
@@ -98,9 +99,9 @@ class Repeating:
             log.warning("database error, trying again", error=brief(error))
             self._is_requested, pause = True, PAUSE
         except Exception:
-            log.exception("internal error")  # the sweep comes back to it
+            log.exception("internal error")  # the sweep does it later
         finally:
-            # not slept here: a stop does not wait for it
+            # a timer instead of a sleep, so that a stop does not wait for it
             loop.call_later(max(pause, (loop.time() - started) * (1 / SHARE - 1)), self._rested)
 
     def _rested(self) -> None:

@@ -1,4 +1,4 @@
-"""The results that wait to be written: when to hold them back, and when to stop claiming.
+"""The queue of results to be written: when to hold results back, and when to stop claiming.
 
 Enrollments that are late to start take precedence: while several batches of one step are claimed,
 results wait for up to a second. If too many results wait, no more side effects are claimed.
@@ -18,26 +18,26 @@ HOLD = 1.0  # seconds for which results wait while many enrollments are late to 
 
 
 class Backlog:
-    """The queue of results. `changed` is set when there may be some to write."""
+    """The queue of results. `changed` is set when there may be results to write."""
 
     def __init__(self, batch: int) -> None:
         self.changed = asyncio.Event()
         self._results: deque[Finished] = deque()
         self._most = BEHIND * batch
         self._floods = 0  # steps that are being claimed batch after batch
-        self._hold_until = 0.0  # in the loop's time
+        self._hold_until = 0.0  # times of the event loop
 
     def __iter__(self) -> Iterator[Finished]:
         return iter(self._results)
 
     @property
     def is_full(self) -> bool:
-        """Whether so many results wait that no more side effects should be claimed."""
+        """Return whether so many results wait that no more side effects should be claimed."""
         return len(self._results) >= self._most
 
     @property
     def is_ready(self) -> bool:
-        """Whether there are results that should be written now."""
+        """Return whether there are results that should be written now."""
         return bool(self._results) and (self.is_full or not self._is_held)
 
     @property
@@ -50,7 +50,7 @@ class Backlog:
         self.changed.set()
 
     def put_back(self, results: Sequence[Finished]) -> None:
-        """Put results back that could not be written, before all others."""
+        """Put back results that could not be written, before all others."""
         self._results.extendleft(reversed(results))
         self.changed.set()
 

@@ -1,6 +1,6 @@
-"""What one transaction writes: rows and events, each once with the ids that it applies to.
+"""The rows and events that one transaction writes, each once with the ids that it applies to.
 
-It decides nothing, and does no I/O.
+This module makes no decisions and does no I/O.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from sequencerd.engine.shared_outcome import SharedOutcomes
 from sequencerd.storage.reservations import Reserved
 from sequencerd.storage.writes import EnrollmentState, EnrollmentWrites, text_array
 
-MOST_NUMBERS = 1_000_000_000  # what the column takes
+MOST_NUMBERS = 1_000_000_000  # the limit of the column
 _NUMBERS = count()
 
 
 class Limited(NamedTuple):
-    """An enrollment whose side effect is reserved first, and what advances it again if a limit is
-    `full`.
+    """An enrollment whose side effect must be reserved first, and the function that advances it
+    again if a limit is `full`.
     """
 
     before: Enrollment
@@ -44,7 +44,7 @@ class Limited(NamedTuple):
 
     @property
     def reserved(self) -> Reserved:
-        """What it needs."""
+        """Return the reservations that it needs."""
         at, decision = self.advanced.enrollment, self.advanced.decision
         assert isinstance(decision, Execute)
         return Reserved(at.id, at.visit, decision.reservations)
@@ -52,23 +52,23 @@ class Limited(NamedTuple):
 
 @dataclass(slots=True)
 class Batch(EnrollmentWrites):
-    """What one transaction writes, and what follows from it."""
+    """The writes of one transaction, and the work that follows them."""
 
     lease_number: int = field(default_factory=lambda: next(_NUMBERS) % MOST_NUMBERS + 1)
-    """Of all leases of this transaction, and of no other of this process.
+    """The number of all leases in this transaction, unique within this process.
 
-    If the answer to a commit is lost, the number tells whether the rows show this lease, or one of
-    a later transaction after this one was rolled back.
+    If the answer to a commit is lost, the number tells whether the rows contain this lease, or one
+    of a later transaction after this one was rolled back.
     """
-    leased: list[Leased] = field(default_factory=list)  # executed once it is committed
+    leased: list[Leased] = field(default_factory=list)  # executed after the commit
     jumps: list[PendingJump] = field(
         default_factory=list
-    )  # into other sequences, yet to be decided
-    limited: list[Limited] = field(default_factory=list)  # by limits, yet to be reserved
+    )  # jumps into other sequences, to be decided
+    limited: list[Limited] = field(default_factory=list)  # side effects with limits, to be reserved
     given_back: list[Reserved] = field(default_factory=list)
     outcomes: SharedOutcomes = field(default_factory=SharedOutcomes)
     elsewhere: set[StepKey] = field(default_factory=set)  # steps that other daemons execute
-    entries: list[Entry] = field(default_factory=list)  # of others, by Enroll steps
+    entries: list[Entry] = field(default_factory=list)  # of other subjects, by Enroll steps
     entered: dict[StepKey, datetime] = field(default_factory=dict)  # where these start, and when
 
     def add(
@@ -81,7 +81,9 @@ class Batch(EnrollmentWrites):
         *,
         data: Mapping[str, Any] | None,
     ) -> list[list[int]]:
-        """Add an enrollment that has been advanced to `at`. Return the lists that got its id."""
+        """Add an enrollment that has been advanced to `at`. Return the lists to which its id was
+        added.
+        """
         failure = decision if isinstance(decision, Fail) else None
         status = "active"
         if failure:
@@ -121,7 +123,7 @@ class Batch(EnrollmentWrites):
         self.leased.append(leased)
 
     def wakes(self) -> dict[StepKey, datetime]:
-        """Return when the first of the waiting enrollments at each step wakes."""
+        """Return the first wake time of the waiting enrollments at each step."""
         wakes = dict(self.entered)
         for row in self.rows:
             if row.wake_at is not None and row.leased_by is None:

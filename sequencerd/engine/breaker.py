@@ -1,4 +1,5 @@
-"""The circuit breaker of an executor: what results say about the server, and whose fault they are.
+"""The circuit breaker of an executor: derive from results whether the server is down, and who is at
+fault.
 
 A server that fails is tried again after a pause, with one enrollment (`core/backoff.py`).
 """
@@ -19,7 +20,9 @@ TICK = 0.001  # seconds by which timers may be early
 
 
 class Breaker:
-    """`resumed` is called when a pause is over, `outage_changed` when `outage` changes."""
+    """A circuit breaker. `resumed` is called when a pause is over, `outage_changed` when `outage`
+    changes.
+    """
 
     def __init__(
         self,
@@ -28,8 +31,8 @@ class Breaker:
         resumed: Callable[[], object],
         outage_changed: Callable[[], object],
     ) -> None:
-        self.outage: str | None = None  # why the server fails, in its own words
-        self.cause: OutageCause = "failing"  # the same in a word
+        self.outage: str | None = None  # the reason for which the server fails, in its own words
+        self.cause: OutageCause = "failing"  # the reason as one word
         self._capacity = capacity
         self._pauses = pauses
         self._resumed = resumed
@@ -40,24 +43,26 @@ class Breaker:
 
     @property
     def allowed(self) -> int:
-        """How many enrollments may be in flight."""
-        if self._gate is OPEN:  # each lease asks, and reading the clock takes time
+        """Return how many enrollments may be in flight."""
+        if self._gate is OPEN:  # checked for each lease, and reading the clock takes time
             return self._capacity
         return self._gate.allowed(now(), self._capacity)
 
     def is_suspect(self, key: VisitKey) -> bool:
-        """Whether an enrollment should be executed alone, as it may make a whole batch fail."""
+        """Return whether an enrollment should be executed alone, because it may make a whole batch
+        fail.
+        """
         return self._suspects.is_suspect(key)
 
     def stop(self) -> None:
-        """Call nothing back any more."""
+        """Cancel all timers."""
         if self._timer is not None:
             self._timer.cancel()
 
     def judge(
         self, keys: Sequence[VisitKey], results: Sequence[Result], started: float
     ) -> Sequence[Result]:
-        """Return the results of a call, each with whose fault it is and when to retry."""
+        """Return the results of a call, with whose fault each failure is and when to retry it."""
         at = now()
         answered = [
             key
@@ -94,7 +99,7 @@ class Breaker:
         return judged
 
     def _judge_alone(self, key: VisitKey, failed: Failed, started: float, at: float) -> Result:
-        """Judge a failure that may be the fault of the server, or of this enrollment."""
+        """Classify a failure that may be the fault of the server, or of this enrollment."""
         verdict = self._suspects.failed_alone(key, at)
         if verdict.fault != "server":
             return replace(failed, fault=verdict.fault)
@@ -145,7 +150,7 @@ def now() -> float:
 
 
 def _requested_wait(failed: Failed) -> float:
-    """Return the wait that a server requests, in seconds and at most a day."""
+    """Return the wait that a server requests, in seconds, at most a day."""
     requested = failed.retry_after or timedelta(0)
     return min(max(requested, timedelta(0)), LONGEST).total_seconds()
 

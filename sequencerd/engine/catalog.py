@@ -1,4 +1,4 @@
-"""The compiled definitions, read again when they have changed."""
+"""The compiled definitions, which are read again when they change."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from sequencerd.engine.clock import Clock
 from sequencerd.storage import connections, daemons, sequences
 
 SLICE = 0.005  # seconds for which compiling may block the loop
-MANY = 500  # with so many steps, a sequence is assembled in a thread
+MANY = 500  # steps from which on a sequence is assembled in a thread
 PAGE = 20  # sequences whose rows are read at a time
 _Key = tuple[str, str, model.MessageContext]  # type, config as JSON, what messages share
-MAX_UNKNOWN = 10_000  # names that do not exist are remembered until definitions change
+MAX_UNKNOWN = 10_000  # missing names that are remembered until definitions change
 
 
 class Catalog:
@@ -55,23 +55,23 @@ class Catalog:
         self._log = log
         self._loading = asyncio.Lock()
         self._compiled: dict[str, dict[_Key, CompiledStep]] = {}  # by sequence
-        self._started = self._read = 0  # the last reload that has started, and has succeeded
-        self._unknown: set[str] = set()  # names that were looked for, and do not exist
+        self._started = self._read = 0  # the last reload that started, the last that succeeded
+        self._unknown: set[str] = set()  # missing names that were looked up
 
     @property
     def served(self) -> frozenset[str]:
-        """The step types for which this daemon has a runner."""
+        """Return the step types for which this daemon has a runner."""
         return served(self._runners)
 
     def step(self, step_key: StepKey) -> model.Step | None:
-        """Return the step with this key, if there is one."""
+        """Return the step with this key, or None."""
         sequence = self.sequences.get(step_key[0])
         return sequence.steps.get(step_key[1]) if sequence else None
 
     def should_load(self, name: str) -> bool:
-        """Return whether a sequence that is not known may exist, once for each name.
+        """Return whether an unknown sequence may exist, once for each name.
 
-        An enrollment may be older than its sequence, and its name must not cause reloads for ever.
+        An enrollment may be older than its sequence, and its name must not cause endless reloads.
         """
         if name in self.sequences or name in self._unknown or len(self._unknown) >= MAX_UNKNOWN:
             return False
@@ -114,7 +114,7 @@ class Catalog:
         return changed
 
     def _set_other_types(self, types: frozenset[str]) -> None:
-        """Set the types that other daemons serve. Steps of changed types are compiled again."""
+        """Set the step types that other daemons serve. Steps of changed types are recompiled."""
         others, self._others = self._others, types
         concerned = (others ^ types) - self.served
         for name, compiled in self._compiled.items():
@@ -125,9 +125,9 @@ class Catalog:
                 del compiled[key]
 
     async def use(self, runners: Runners, swap: Callable[[], object]) -> None:
-        """Read all definitions again, for other runners.
+        """Read all definitions again for other runners.
 
-        `swap` is called in the same turn of the loop, so that no definition is without its runner.
+        `swap` is called without an await in between, so that no definition is without its runner.
         """
 
         def begin() -> None:
@@ -187,7 +187,9 @@ class Catalog:
         found: Mapping[StepKey, str | None],
         known: Mapping[StepKey, str],
     ) -> None:
-        """Write what is wrong with steps, and resume what failed at those that are valid now."""
+        """Write the problems of steps, and resume enrollments that failed at steps that are valid
+        now.
+        """
         news = {key: text for key, text in found.items() if text != known.get(key)}
         if news:
             await sequences.set_problems(connection, news)
@@ -209,8 +211,8 @@ class Catalog:
     ) -> model.Sequence:
         """Make a sequence from its rows.
 
-        What was compiled before, or for another sequence (`pool`), is not compiled again, and the
-        loop is blocked for some milliseconds at most, however many steps there are.
+        Steps that were compiled before, or for another sequence (`pool`), are not compiled again,
+        and the loop is blocked for some milliseconds at most, however many steps there are.
         """
         before = self._compiled.get(row["name"], {})
         compiled: dict[_Key, CompiledStep] = {}

@@ -1,4 +1,4 @@
-"""Claims the due enrollments of a step, and moves them on in the same transaction.
+"""Claim the due enrollments of a step, and advance them in the same transaction.
 
 A batch that the database refuses is claimed again in parts, down to the row at fault.
 """
@@ -28,14 +28,14 @@ from sequencerd.storage import activity, connections, locking, wakes
 from sequencerd.storage.database_errors import brief, is_data_error
 
 CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
-FRUITLESS = 3  # claims in a row that found nothing, after which notifications are delayed
-FRUITLESS_PAUSE = 0.5  # seconds of that delay at most
+FRUITLESS = 3  # consecutive claims without a result after which notifications are delayed
+FRUITLESS_PAUSE = 0.5  # seconds, the longest such delay
 LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
 
 
 class Claims:
-    """`push` schedules a step for a time, `reload` reads changed definitions, and `probe` raises
-    what keeps every row from being written.
+    """Claims enrollments. `push` schedules a step for a time, `reload` reads changed definitions,
+    and `probe` raises the error that keeps every row from being written.
     """
 
     def __init__(
@@ -77,10 +77,12 @@ class Claims:
         self._metrics = metrics
         self._cursors = cursors
         self._taken_over: set[int] = set()  # leased by another daemon, though executed here
-        self._fruitless: dict[StepKey, int] = {}  # claims in a row that found nothing
+        self._fruitless: dict[StepKey, int] = {}  # consecutive claims without a result
 
     async def claim_all(self, step_key: StepKey) -> None:
-        """Move all due enrollments of a step. If there are many, several batches at a time."""
+        """Claim and advance all due enrollments of a step, in several batches at a time if there
+        are many.
+        """
         if not await self._claim(step_key):
             return
 
@@ -95,13 +97,15 @@ class Claims:
                     raise ended
 
     def delay(self, step_key: StepKey) -> timedelta:
-        """Return how long a notification of a step waits: longer if many were fruitless."""
+        """Return how long a notification of a step is delayed: longer after many claims without a
+        result.
+        """
         times = self._fruitless.get(step_key, 0)
         seconds = 0.0 if times < FRUITLESS else doubled(0.002, FRUITLESS_PAUSE, times)
         return timedelta(seconds=seconds)
 
     async def _claim(self, step_key: StepKey, claimers: int = 1) -> bool:
-        """Move a batch. Return whether more may be due.
+        """Claim and advance a batch. Return whether more may be due.
 
         The free slots of an executor are divided among the `claimers` of the step.
         """
@@ -117,7 +121,7 @@ class Claims:
         if step and isinstance(step.behaviour, SideEffect):
             executor = self._executors.by_key[step.type]
             free = executor.free_slots
-            # a single slot is not divided: if nothing is in flight, nothing would wake the step
+            # a single slot is not divided: with nothing in flight, nothing would wake the step
             limit = 0 if self._backlog.is_full else min(limit, free // claimers or min(free, 1))
             if limit <= 0:
                 executor.waiting.add(step_key)
@@ -132,11 +136,11 @@ class Claims:
             return True
         if count == 0:
             self._fruitless[step_key] = self._fruitless.get(step_key, 0) + 1
-            await self._reload()  # nothing is claimed under a definition that has changed
+            await self._reload()  # nothing is claimed with a definition that has changed
         return False
 
     async def _claim_batch(self, step_key: StepKey, revision: int, limit: int) -> int:
-        """Move a batch in one transaction. Return how many rows it has locked."""
+        """Claim and advance a batch in one transaction. Return how many rows it has locked."""
         now = self._clock.now()
         batch = Batch()
         excluded = self.excluded(step_key)
@@ -177,8 +181,8 @@ class Claims:
         return count
 
     def excluded(self, step_key: StepKey) -> list[int]:
-        """Return what must not be claimed: what is quarantined, and what another daemon leased
-        while this one was cut off, for as long as its result is awaited here.
+        """Return the ids that must not be claimed: quarantined enrollments, and those that another
+        daemon leased while this one was cut off, until their results arrive here.
         """
         self._taken_over &= self._leases.by_id.keys()
         return [*self._quarantine.ids(step_key), *self._taken_over]
@@ -186,7 +190,7 @@ class Claims:
     async def _claim_in_parts(
         self, step_key: StepKey, revision: int, limit: int, error: Exception
     ) -> int:
-        """Move a batch in parts, after an error for which one of its rows may be to blame."""
+        """Claim a batch in parts, after an error that one of its rows may have caused."""
         if not is_data_error(error):
             await self._probe()
         self._log.warning("batch is processed in parts", step=step_key, error=brief(error))
@@ -204,9 +208,9 @@ class Claims:
         return len(ids)
 
     async def claim_some(self, step_key: StepKey, revision: int, ids: Sequence[int]) -> None:
-        """Move given enrollments of a step.
+        """Claim and advance given enrollments of a step.
 
-        One that cannot be moved fails with the database's message. If that cannot be written
+        If one cannot be advanced, it fails with the database's message. If that cannot be written
         either, it is quarantined.
         """
 
@@ -229,7 +233,7 @@ class Claims:
     async def _claim_part(
         self, step_key: StepKey, revision: int, ids: Sequence[int], failure: Exception | None = None
     ) -> None:
-        """Move given enrollments in one transaction, or let them fail."""
+        """Claim and advance given enrollments in one transaction, or let them fail."""
         now = self._clock.now()
         batch = Batch()
         async with self._leases.writing(batch) as connection:
@@ -261,10 +265,10 @@ class Claims:
         claimed: Sequence[Enrollment],
         now: datetime,
     ) -> None:
-        """Advance claimed enrollments, and write them and how late they are."""
+        """Advance claimed enrollments, and write them together with their lateness."""
         expired_leases: Mapping[int, int] = {}
         if leased := [one for one in claimed if one.leased_by is not None]:
-            # what is in this daemon's memory is never started again: its result will come
+            # side effects in this daemon's memory are never started again: their results will come
             held = self._leases.known & {one.id for one in leased}
             claimed = [one for one in claimed if one.id not in held]
             self._taken_over |= held
@@ -284,9 +288,10 @@ class Claims:
         return due if resumed_at is None else [max(at, resumed_at) for at in due]
 
     async def claim_orphans(self, due: Mapping[StepKey, datetime], now: datetime) -> None:
-        """Move what is leased to this daemon and not in its memory, as after an internal error.
+        """Advance enrollments that are leased to this daemon but not in its memory, as after an
+        internal error.
 
-        `due` are the steps with due enrollments, and since when these are.
+        `due` are the steps with due enrollments, and since when these are due.
         """
         if not due:
             return

@@ -16,7 +16,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Clock:
-    """`now()` is the database's time, at most a round trip behind and never ahead of it."""
+    """A clock whose `now()` is the database's time: at most a round trip behind, and never ahead of
+    it.
+    """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
@@ -24,8 +26,8 @@ class Clock:
         self._offset = (datetime.now(UTC) - _EPOCH).total_seconds() - monotonic()
 
     def now(self) -> datetime:
-        """Return the time, aware, in UTC. A small correction stops it, and never sets it back:
-        what happens later is recorded as later.
+        """Return the time, aware, in UTC. A small correction stops the clock, and never sets it
+        back, so that later events have later times.
         """
         now = self._corrected()
         if timedelta(0) < self._last - now < SMALL:
@@ -34,7 +36,7 @@ class Clock:
         return now
 
     def seconds_until(self, at: datetime) -> float:
-        """Return how long it is until then; negative if that is past."""
+        """Return the seconds until a time; negative if it has passed."""
         return (at - self.now()).total_seconds()
 
     def ahead(self) -> timedelta:
@@ -42,10 +44,10 @@ class Clock:
         return self._corrected() - datetime.now(UTC)
 
     def measured(self, server_time: datetime) -> timedelta:
-        """Set the clock to the time that a query has just returned. Return by how much it was off.
+        """Set the clock to the time that a query has just returned. Return the correction.
 
         The answer has taken a part of the round trip, so the database's clock is slightly ahead:
-        what is due by this clock is due by the database's.
+        whatever is due according to this clock is also due according to the database's.
         """
         off = server_time - self._corrected()
         self._offset += off.total_seconds()

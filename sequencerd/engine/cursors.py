@@ -23,29 +23,29 @@ from datetime import UTC, datetime, timedelta
 from sequencerd.core.model import NEVER, StepKey
 from sequencerd.storage.wakes import LeftAtStep
 
-EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)  # no row wakes before
+EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)  # no row wakes before this time
 CHECK_INTERVAL = timedelta(seconds=1)
 OVERLAP = timedelta(seconds=0.2)
 """How far a cursor stays behind the time of its check. What another daemon, or a writer that does
 not notify, commits within this time is found by the next claim; what takes longer, by a poll or by
 the sweep.
 """
-KEPT_FOR = timedelta(minutes=10)  # that is, unused
+KEPT_FOR = timedelta(minutes=10)  # seconds for which an unused cursor is kept
 
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """One claim of a step, while it is made."""
+    """One claim of a step, while it runs."""
 
-    now: datetime  # what is due by then is claimed
+    now: datetime  # what is due by this time is claimed
     since: datetime  # where the check begins
     start: datetime  # where the claim begins
-    is_to_check: bool  # even if as much is claimed as was asked for
-    ahead: datetime | None  # when the next one wakes that is not due yet, if that is known
-    reached: datetime | None = None  # the last wake time that it has claimed
-    left: LeftAtStep | None = None  # what a check has found
-    lowered: datetime = NEVER  # the earliest wake time that was reported meanwhile
-    later: datetime = NEVER  # the same of what is not due yet
+    is_to_check: bool  # even if the claim returned as many as requested
+    ahead: datetime | None  # the next wake time that is not due yet, if known
+    reached: datetime | None = None  # the last wake time that was claimed
+    left: LeftAtStep | None = None  # the result of the check
+    lowered: datetime = NEVER  # the earliest wake time that was reported in the meantime
+    later: datetime = NEVER  # the earliest reported wake time that is not due yet
 
 
 @dataclass(slots=True)
@@ -53,14 +53,14 @@ class _Cursor:
     since: datetime = EARLIEST
     next: datetime = EARLIEST
     checked_at: datetime = EARLIEST
-    ahead: datetime = EARLIEST  # when the next one wakes; not known if that is past
+    ahead: datetime = EARLIEST  # the next wake time; unknown if it has passed
     excluded: Set[int] = frozenset()
     claims: list[Claim] = field(default_factory=list)
 
     def lower(self, at: datetime) -> None:
         self.since = min(self.since, at)
         self.next = min(self.next, at)
-        for claim in self.claims:  # it may not have seen what is reported
+        for claim in self.claims:  # the check may not have seen what is reported
             claim.lowered = min(claim.lowered, at)
 
     def lower_ahead(self, at: datetime) -> None:
@@ -73,7 +73,7 @@ class _Cursor:
             if claim.reached is not None:
                 self.next = min(claim.reached, claim.lowered)
             return
-        # by the clock that is behind: what is due by the other only has not been looked for
+        # by the slower clock: what is due only according to the other was not checked
         self.checked_at = min(claim.left.now, claim.now)
         until = self.checked_at - OVERLAP
         self.since = self.next = min(claim.left.first_due or until, until, claim.lowered)
@@ -82,23 +82,23 @@ class _Cursor:
 
 
 class Cursors:
-    """The cursors of the steps that have been claimed lately."""
+    """The cursors of steps with recent claims."""
 
     def __init__(self) -> None:
         self._by_step: dict[StepKey, _Cursor] = {}
 
     @property
     def known(self) -> dict[StepKey, datetime]:
-        """Before which time nothing is due at steps, as far as is known."""
+        """Return, for each step, the time before which nothing is due, as far as is known."""
         return {key: one.since for key, one in self._by_step.items() if one.since > EARLIEST}
 
     def since(self, step_key: StepKey) -> datetime:
-        """Return before which time nothing is due at a step, as far as is known."""
+        """Return the time before which nothing is due at a step, as far as is known."""
         cursor = self._by_step.get(step_key)
         return EARLIEST if cursor is None else cursor.since
 
     def report(self, step_key: StepKey, at: datetime, now: datetime) -> None:
-        """Report that something is due at a step since a time, or will be."""
+        """Report that an enrollment at a step is, or will be, due from a time on."""
         if (cursor := self._by_step.get(step_key)) is not None:
             cursor.lower(max(at, EARLIEST))
             if at > now:
@@ -107,21 +107,21 @@ class Cursors:
     def report_notified(
         self, step_key: StepKey, since: datetime | None, is_later: bool, now: datetime
     ) -> None:
-        """Report a notification: something is due at a step `since` a time, if that is known, and
-        something may be later than that. The database's clock may be ahead of `now`.
+        """Report a notification: an enrollment is due at a step `since` a time, if that is known,
+        and others may be due later. The database's clock may be ahead of `now`.
         """
         self.report(step_key, since or EARLIEST, now)
         if (is_later or since is None) and (cursor := self._by_step.get(step_key)) is not None:
             cursor.lower_ahead(EARLIEST)
 
     def forget_ahead(self) -> None:
-        """Report that something may wake at any step."""
+        """Report that enrollments may wake at any step."""
         for cursor in self._by_step.values():
             cursor.lower_ahead(EARLIEST)
 
     @contextmanager
     def claim(self, step_key: StepKey, excluded: Set[int], now: datetime) -> Iterator[Claim]:
-        """Claim at a step, without some enrollments. Its transaction ends within."""
+        """Claim at a step, without some enrollments. The transaction ends within the context."""
         cursor = self._by_step.setdefault(step_key, _Cursor())
         if not cursor.excluded <= excluded:  # what is no longer excluded may be due at any time
             cursor.lower(EARLIEST)
@@ -134,13 +134,13 @@ class Cursors:
             yield claim
         except BaseException:
             cursor.claims.remove(claim)
-            cursor.lower(claim.start)  # what it had locked is due again, perhaps skipped by others
+            cursor.lower(claim.start)  # the rows it locked are due; others may have skipped them
             raise
         cursor.claims.remove(claim)
         cursor.finish(claim)
 
     def forget_unused(self, now: datetime) -> None:
-        """Forget the cursors of steps at which nothing has been claimed for some time."""
+        """Remove the cursors of steps without recent claims."""
         self._by_step = {
             step_key: cursor
             for step_key, cursor in self._by_step.items()

@@ -1,8 +1,8 @@
-"""Enroll what the users' queries return, by the schedules of their sequences.
+"""Enroll the subjects that users' queries return, by the schedules of their sequences.
 
-A query is read in a transaction that cannot write, with a time limit, on connections of its own.
-The entries and the time of the next run are written in one transaction, so that no run is done
-twice. One daemon at a time does it: the others read when the next run is due, and what went wrong.
+A query runs in a transaction that cannot write, with a time limit, on connections of its own. The
+entries and the time of the next run are written in one transaction, so that no run is done twice.
+One daemon does it at a time: the others read when the next run is due, and the errors.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief, is_envir
 from sequencerd.storage.sources import Candidate
 from sequencerd.storage.statements import QUERIES
 
-INTERVAL = 60.0  # seconds between checks, if no run is due before
-TURN = 1.0  # seconds between checks while a run goes on
-FIRST_RETRY, LONGEST_RETRY = 60.0, 3600.0  # seconds after a run that failed
-BATCH = 1000  # subjects of one statement
-MOST_REFUSED = 20  # if no other was enrolled, the cause is a common one
+INTERVAL = 60.0  # seconds between checks if no run is due earlier
+TURN = 1.0  # seconds between checks during a run
+FIRST_RETRY, LONGEST_RETRY = 60.0, 3600.0  # seconds after a failed run
+BATCH = 1000  # subjects per statement
+MOST_REFUSED = 20  # refusals, if no subject was enrolled: their cause is a common one
 KIND = "enroll"
 
 
@@ -50,16 +50,16 @@ class DueRun(NamedTuple):
 
 
 class RunResult(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     found: int | None = None
     enrolled: int | None = None
     problem: str | None = None
-    has_failed: bool = False  # to be tried again soon
+    has_failed: bool = False  # whether to try again soon
 
 
 class Enrolling:
-    """Does what is due, and reports what cannot be done."""
+    """Executes the runs that are due, and reports those that fail."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Enrolling:
         clock: Clock,
         log: FilteringBoundLogger,
     ) -> None:
-        """`timeout` is that of a user's query, in seconds."""
+        """Make it; `timeout` is the number of seconds for a user's query."""
         self._pool = pool
         self._problems = problems
         self._timeout = timeout
@@ -81,11 +81,11 @@ class Enrolling:
         self._changed = asyncio.Event()
 
     def check_soon(self) -> None:
-        """Read the schedules soon, as they may have changed."""
+        """Read the schedules soon, because they may have changed."""
         self._changed.set()
 
     async def keep(self) -> None:
-        """Enroll until it is cancelled."""
+        """Enroll until cancelled."""
         try:
             while True:
                 pause = INTERVAL
@@ -105,7 +105,7 @@ class Enrolling:
                 run.cancel()
 
     async def turn(self) -> float:
-        """Do what is due; return in how many seconds to check again."""
+        """Execute the runs that are due; return in how many seconds to check again."""
         pause = await self._check(is_ours=False)
         if pause > 0:
             return pause
@@ -124,8 +124,8 @@ class Enrolling:
                 )
 
     async def _check(self, *, is_ours: bool, reading: asyncpg.Connection | None = None) -> float:
-        """Read the schedules, and start what is due if that `is_ours`. Return in how many seconds
-        something is due.
+        """Read the schedules, and start the runs that are due if `is_ours`. Return in how many
+        seconds the next run is due.
         """
         if reading is None:
             async with connections.borrow(self._pool) as connection:
@@ -178,7 +178,7 @@ class Enrolling:
         self._reported = set(found)
 
     async def _run(self, due: DueRun) -> None:
-        """Read and enroll. What goes wrong is this sequence's alone."""
+        """Read and enroll. Errors concern only this sequence."""
         log = self._log.bind(sequence=due.sequence)
         begun = self._clock.now()
         try:
@@ -211,7 +211,7 @@ class Enrolling:
     async def _enroll(
         self, due: DueRun, begun: datetime, candidates: Sequence[Candidate], faults: Counter[str]
     ) -> RunResult:
-        """Enroll what was read and record the run, in one transaction."""
+        """Enroll the subjects and record the run, in one transaction."""
         at_most = due.config.at_most
         problems = [f"{counted(count, 'row')} {fault}" for fault, count in faults.items()]
         async with (
@@ -219,7 +219,7 @@ class Enrolling:
             connections.transaction(connection),
         ):
             if not await connection.fetchval(QUERIES["lock_run"], due.sequence, due.at):
-                return RunResult()  # another daemon has done it, or it was scheduled otherwise
+                return RunResult()  # another daemon has done it, or the schedule has changed
             if len(candidates) > at_most:
                 problems.insert(
                     0,
@@ -262,8 +262,8 @@ class Enrolling:
 async def _insert(
     connection: asyncpg.Connection, sequence: str, candidates: Iterable[Candidate]
 ) -> tuple[int, list[tuple[str, Exception]]]:
-    """Enroll subjects; those that the database refuses are left out. Raises what is no subject's
-    fault.
+    """Enroll subjects, without those that the database refuses. Raises errors that no subject has
+    caused.
     """
     enrolled = 0
     refused: list[tuple[str, Exception]] = []
@@ -298,7 +298,7 @@ async def _insert(
 
 
 def _explain(error: Exception, due: DueRun, timeout: float) -> str:
-    """Say what went wrong with a run, and what to do."""
+    """Explain the error of a run, and what to do."""
     match error:
         case asyncpg.QueryCanceledError():
             return f"it did not end within {timeout:g} seconds (database.lookup_timeout)"

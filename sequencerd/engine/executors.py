@@ -1,6 +1,7 @@
-"""Runs side effects: one executor per runner and lookup, so that a slow one delays no other.
+"""Execute side effects: with one executor per runner and lookup, so that a slow one delays no
+other.
 
-An executor has a limited number of slots. A server that is down stops its own executor only.
+An executor has a limited number of slots. A server that is down stops only its own executor.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ ExecutorKey = str | tuple[str, str]
 
 
 class Executable(Protocol):
-    """What an executor executes: a runner, or a lookup."""
+    """What an executor runs: a runner, or a lookup."""
 
     limits: Limits
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
-        """Return one result for each task, in their order."""
+        """Return one result for each task, in the same order."""
         ...
 
 
@@ -59,12 +60,12 @@ class Leased(NamedTuple):
     executor: Executor
     program: object
     task: Task
-    revision: int | None = None  # of the definition under which it was started
+    revision: int | None = None  # the revision of the definition with which it was started
     reservations: tuple[Reservation, ...] = ()
 
     @property
     def fence(self) -> Fence:
-        """What the row shows for as long as this lease is valid."""
+        """Return the values that the row has for as long as this lease is valid."""
         return self.enrollment.fence
 
 
@@ -73,11 +74,11 @@ Finished = tuple[Leased, Result]
 
 
 class Executor:
-    """The side effects of one runner.
+    """Executes the side effects of one runner.
 
     An executor has twice as many slots as enrollments that run at the same time, so that a runner
-    that is done finds work; everything else is left to other daemons. While its server fails, it
-    takes one enrollment after each pause; the others wait at their step.
+    always has work; everything else is left to other daemons. While its server fails, it takes one
+    enrollment after each pause; the others wait at their step.
     """
 
     def __init__(
@@ -91,13 +92,14 @@ class Executor:
         metrics: Metrics,
         pauses: Pauses,
     ) -> None:
-        """`finished` gets results. `resumed` is called when the pause of a failing server is over,
-        and `outage_changed` when it fails, fails for another reason, or works again.
+        """Make an executor. `finished` receives results. `resumed` is called when the pause of a
+        failing server is over, `outage_changed` when the server fails, fails for another reason, or
+        works again.
         """
         self.is_lookup = isinstance(key, tuple)
         self.name = key[1] if isinstance(key, tuple) else key
         self.runner = runner
-        self.waiting: set[StepKey] = set()  # steps whose enrollments found no free slot
+        self.waiting: set[StepKey] = set()  # steps with enrollments that found no free slot
         self._kind = "lookup" if isinstance(key, tuple) else key
         self._finished = finished
         self._metrics = metrics
@@ -112,28 +114,30 @@ class Executor:
 
     @property
     def outage(self) -> str | None:
-        """Why the runner is down, in its server's words."""
+        """Return why the runner is down, in its server's words."""
         return self._breaker.outage
 
     @property
     def cause(self) -> OutageCause:
-        """Why the runner is down, in a word."""
+        """Return why the runner is down, as one word."""
         return self._breaker.cause
 
     @property
     def free_slots(self) -> int:
-        """How many more enrollments can be leased."""
+        """Return how many more enrollments can be leased."""
         return self._breaker.allowed - self._reserved
 
     @property
     def is_worth_claiming(self) -> bool:
-        """Whether enough slots are free: one by one would cost a claim for each."""
+        """Return whether enough slots are free: with few, each enrollment would cost a claim of its
+        own.
+        """
         allowed = self._breaker.allowed
         free = allowed - self._reserved
         return free > 0 and free * 2 >= allowed
 
     def reserve(self, count: int) -> None:
-        """Reserve slots, or give them back if negative. `start` gives them back at the end."""
+        """Reserve slots, or release them if negative. `start` releases them at the end."""
         self._reserved += count
 
     def start(self, leased: Sequence[Leased]) -> None:
@@ -152,12 +156,14 @@ class Executor:
             task.add_done_callback(self._running.discard)
 
     async def drained(self) -> None:
-        """Return when no slot is reserved any more."""
+        """Wait until no slot is reserved."""
         while self._reserved:  # noqa: ASYNC110 - rare, and each lease would pay for an event
             await asyncio.sleep(0.1)
 
     async def stop(self, seconds: float) -> None:
-        """Return what has not started, wait for the rest, and interrupt what takes longer."""
+        """Return the side effects that have not started, wait for the others, and cancel those that
+        take longer.
+        """
         self._breaker.stop()
         await asyncio.sleep(0)  # a task cancelled before its first step would report nothing
         for task in list(self._queued):
@@ -199,7 +205,7 @@ class Executor:
         self._finished(list(zip(batch, results, strict=True)))
 
     async def _run(self, batch: Sequence[Leased]) -> Sequence[Result]:
-        """Call the runner once. Whatever it raises is a failure of the batch."""
+        """Call the runner once. Any exception is a failure of the batch."""
         timeout = self.runner.limits.timeout
         tasks = [leased.task for leased in batch]
         at = now()
@@ -215,7 +221,7 @@ class Executor:
             return [Failed(text, fault="unclear", unknown=True)] * len(batch)
         except NotNow as error:
             return [Failed(str(error), fault="server", asked=False)] * len(batch)
-        except Exception as error:  # whatever a plug-in raises
+        except Exception as error:  # a plug-in may raise anything
             text = f"{type(error).__name__}: {error}"
             fault: Attribution = "server" if is_exhausted(error) else "unclear"
             return [Failed(text, fault=fault, unknown=True)] * len(batch)
@@ -231,7 +237,7 @@ def _key(leased: Leased) -> VisitKey:
 
 
 class Executors:
-    """The executors of the present runners and lookups, and of those that are replaced.
+    """The executors of the present runners and lookups, and of those that were replaced.
 
     Results go to `finished`. `wake` is called for steps that waited for a free slot, unless
     `is_full` says that too many results wait to be written.
@@ -278,7 +284,7 @@ class Executors:
         """Return an executor with a free slot. If it has none, the step waits for one."""
         executor = self.by_key.get(key)
         if executor is None:
-            assert isinstance(key, tuple)  # a lookup: the first request makes its executor
+            assert isinstance(key, tuple)  # a lookup: its executor is made at the first request
             executor = self.by_key[key] = self._new(key, self.lookups(key[1]))
         if executor.free_slots > 0 and not self._stopping.is_set():
             return executor
@@ -286,7 +292,7 @@ class Executors:
         return None
 
     def is_waited_for(self, step_key: StepKey) -> bool:
-        """Whether a step waits for a free slot."""
+        """Return whether a step waits for a free slot."""
         return any(step_key in executor.waiting for executor in self.by_key.values())
 
     def waiting(self) -> set[StepKey]:
@@ -296,7 +302,7 @@ class Executors:
     def use(self, runners: Runners, lookups: Callable[[str], Executable]) -> set[Executor]:
         """Use other runners and lookups from now on.
 
-        Return the executors that are replaced: what is in flight there ends as it has started.
+        Return the executors that are replaced: side effects in flight end there.
         """
         before, self.by_key = self.by_key, {}
         for type_, runner in runners.items():
@@ -314,7 +320,7 @@ class Executors:
         return replaced
 
     async def drained(self, replaced: set[Executor]) -> None:
-        """Return when nothing is in flight in executors that `use` has replaced."""
+        """Wait until nothing is in flight in the executors that `use` has replaced."""
         for executor in replaced:
             await executor.drained()
         self._replaced -= replaced
@@ -325,7 +331,7 @@ class Executors:
         await asyncio.gather(*(one.stop(max(end - now(), 0)) for one in every))
 
     def resume(self) -> None:
-        """Wake the steps that wait for slots that are free."""
+        """Wake the steps that wait for slots if slots are free."""
         for executor in self.by_key.values():
             self._resume(executor)
 

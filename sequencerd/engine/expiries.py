@@ -1,8 +1,8 @@
-"""Ends what expires while it waits for a runner that is down or full.
+"""End side effects that expire while their enrollments wait for a runner that is down or full.
 
-Nothing is claimed at such steps, so enrollments whose `expires_at` has passed are looked for every
-second. Those that came to the step without an evaluation, as by an insert, have none yet: they are
-evaluated once, which writes it.
+Nothing is claimed at such steps, so enrollments whose `expires_at` has passed are searched every
+second. Those that came to the step without an evaluation, as by an insert, have no `expires_at`
+yet: they are evaluated once, which writes it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from sequencerd.storage import connections
 from sequencerd.storage.locking import expired_ids, forget_expiries
 
 TURN = 1.0  # seconds between searches
-OVERLAP = timedelta(seconds=5)  # a transaction that takes longer to commit is found by the sweep
+OVERLAP = timedelta(seconds=5)  # seconds; a transaction that commits later is found by the sweep
 
 
 class _KnownExpiry(NamedTuple):
-    revision: int  # under which each `expires_at` of the step was written
-    until: datetime | None  # all that were due before this have one
+    revision: int  # the definition with which each `expires_at` of the step was written
+    until: datetime | None  # all that were due before this time have one
 
 
 class Expiries:
-    """Finds what has expired, and claims it."""
+    """Finds expired enrollments, and claims them."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Expiries:
         self._known: dict[StepKey, _KnownExpiry] = {}
 
     def forget(self) -> None:
-        """Search all due enrollments once more: some may have been committed late."""
+        """Search all due enrollments once more, because some may have been committed late."""
         self._known = {
             step_key: known._replace(until=None) for step_key, known in self._known.items()
         }
@@ -72,7 +72,7 @@ class Expiries:
                 before: list[int] | None = None
                 while not self._stopping.is_set():
                     ids = await self._claim_expired(step_key, sequence.revision)
-                    if len(ids) < self._batch or ids == before:  # locked, or changed meanwhile
+                    if len(ids) < self._batch or ids == before:  # locked or changed meanwhile
                         break
                     before = ids
 

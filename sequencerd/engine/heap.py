@@ -8,15 +8,15 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=tuple[str, ...])
 
-SLACK = 16  # stale entries that a small heap may hold: fewer are not worth a rebuild
+SLACK = 16  # stale entries for which a small heap is not rebuilt
 
 
 class Heap(Generic[K]):
-    """Keys, each with a due time, which only moves earlier until the key is popped.
+    """Keys with due times, which only move earlier until the key is popped.
 
-    When a key gets an earlier time, its old entry becomes stale and is dropped when it surfaces, so
-    `push` never searches. If more entries are stale than live, all stale ones are dropped at once:
-    memory stays proportional to the keys, at a constant cost per push.
+    When a key gets an earlier time, its old entry becomes stale and is dropped when it reaches the
+    top, so `push` never searches. If more entries are stale than live, all stale ones are dropped
+    at once: memory stays proportional to the keys, at a constant amortised cost per push.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Heap(Generic[K]):
         return self._heap[0][1] == key
 
     def next_at(self) -> datetime | None:
-        """Return when the first key is due; None if there is none."""
+        """Return when the first key is due; None if the heap is empty."""
         self._drop_stale()
         return self._heap[0][0] if self._heap else None
 

@@ -1,7 +1,7 @@
-"""The heartbeat: a row that states until when this daemon is alive, and the problems it reports.
+"""The heartbeat: a row with the time until which this daemon is alive, and the problems it reports.
 
 A daemon's leases are valid while it is alive, so nothing may delay the heartbeat: it has a
-connection of its own, and locks no enrollment. A daemon that cannot send it for the duration of a
+connection of its own, and locks no enrollment. A daemon that cannot write it for the duration of a
 lease has lost its leases; the fence then rejects its results.
 """
 
@@ -20,11 +20,11 @@ from sequencerd.storage import connections, daemons
 from sequencerd.storage.database_errors import brief
 
 AGAIN = 1.0  # seconds after a failed heartbeat
-TOGETHER = 0.2  # seconds for which changed problems are collected
+TOGETHER = 0.2  # seconds for which changes of problems are collected
 
 
 class Heartbeat:
-    """Keeps a daemon alive, on the one connection of `pool`."""
+    """Keeps the daemon alive, on the one connection of `pool`."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Heartbeat:
         types: Callable[[], Iterable[str]],
         log: FilteringBoundLogger,
     ) -> None:
-        """`types` returns the step types that the daemon serves."""
+        """Make it; `types` returns the step types that the daemon serves."""
         self._pool = pool
         self._problems = problems
         self._name = name
@@ -47,13 +47,15 @@ class Heartbeat:
         self._had_problems = False
 
     async def keep(self) -> None:
-        """Beat for ever: three times per lease, and soon after the problems have changed."""
+        """Write heartbeats until cancelled: three per lease, and soon after the problems have
+        changed.
+        """
         while True:
             changed = self._problems.changed
             changed.clear()
             try:
                 await self.beat()
-            except Exception as error:  # whatever it is, the next one may succeed
+            except Exception as error:  # whatever the error is, the next heartbeat may succeed
                 self._log.warning("heartbeat failed, trying again", error=brief(error))
                 await asyncio.sleep(min(AGAIN, self._lease / 3))
                 continue

@@ -1,9 +1,9 @@
-"""What enrollments do to others, decided before it is written: jumps, Enroll and Cancel steps.
+"""Decide how enrollments affect others, before it is written: jumps, Enroll and Cancel steps.
 
-`advance` does not know whether a sequence lets a subject in, nor whether another session has locked
-what is to be cancelled. Both are asked in the transaction that writes; what is refused is advanced
-again with that answer. An entry between the question and the write makes the write fail, and it is
-done again.
+`advance` does not know whether a sequence admits a subject, or whether another session has locked
+enrollments that are to be cancelled. Both are checked in the transaction that writes; refused
+enrollments are advanced again with that answer. An entry between the check and the write makes the
+write fail, and it is repeated.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from sequencerd.core.model import (
 )
 from sequencerd.storage.entries import lock_cancelled, refusals
 
-UNKNOWN = ("always", None)  # what is taken for the policy and refusal of no such sequence
+UNKNOWN = ("always", None)  # the policy and refusal of a sequence that does not exist
 
 
 class PendingJump(NamedTuple):
-    """An enrollment that concerns others, and what advances it again under refusals."""
+    """An enrollment that affects others, and the function that advances it again after refusals."""
 
     before: Enrollment
     advanced: Advanced
@@ -37,17 +37,17 @@ class PendingJump(NamedTuple):
 
 
 class JumpDecisions(NamedTuple):
-    """Where enrollments go, and which others they cancel, with a message for each."""
+    """Where enrollments go, and which others they cancel, each with a message."""
 
     advanced: list[tuple[Enrollment, Advanced]]
     cancelled: dict[int, str]
 
 
 async def decide(connection: asyncpg.Connection, jumps: Iterable[PendingJump]) -> JumpDecisions:
-    """Decide where they go, by what the sequences say that they enter."""
+    """Decide where enrollments go, according to the sequences that they enter."""
     decided = JumpDecisions([], {})
     refused: defaultdict[int, dict[RefusalKey, str]] = defaultdict(dict)
-    inside: set[tuple[str, str]] = set()  # subjects that others of the batch have brought in
+    inside: set[tuple[str, str]] = set()  # subjects that the batch has brought in already
     open_ = list(jumps)
     while open_:
         policies = await _policies(connection, open_)
@@ -91,7 +91,7 @@ async def decide(connection: asyncpg.Connection, jumps: Iterable[PendingJump]) -
 
 
 def _entered(before: Enrollment, advanced: Advanced) -> list[tuple[RefusalKey, str, str]]:
-    """What is entered: the key of a refusal, the subject, and the sequence."""
+    """Return the entries: the key of a refusal, the subject, and the sequence."""
     jumps: list[tuple[RefusalKey, str, str]] = [
         (name, before.subject, name) for name in advanced.entered
     ]
@@ -101,9 +101,9 @@ def _entered(before: Enrollment, advanced: Advanced) -> list[tuple[RefusalKey, s
 async def _policies(
     connection: asyncpg.Connection, jumps: Iterable[PendingJump]
 ) -> defaultdict[int, dict[RefusalKey, tuple[str, str | None]]]:
-    """Ask the sequences that are entered for their reentry policies and refusals."""
+    """Read the reentry policies and refusals of the sequences that are entered."""
     asked = [
-        # an enrollment that jumps leaves its sequence, one that enrolls does not
+        # unlike an Enroll step, a jump leaves its own sequence
         (before.id, key, before.id if isinstance(key, str) else None, subject, name)
         for before, advanced, _ in jumps
         for key, subject, name in _entered(before, advanced)
@@ -120,7 +120,7 @@ async def _policies(
 async def _lock_cancelled(
     connection: asyncpg.Connection, jumps: Iterable[PendingJump]
 ) -> dict[tuple[int, RefusalKey], list[int | None]]:
-    """Lock what is to be cancelled: the ids, None for what another session has locked."""
+    """Lock the enrollments to be cancelled: ids, or None if another session has locked one."""
     asked: list[tuple[int, Cancellation]] = [
         (before.id, one) for before, advanced, _ in jumps for one in advanced.cancellations
     ]

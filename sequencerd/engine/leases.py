@@ -1,6 +1,6 @@
-"""What this daemon has leased: from the transaction that leases it to the write of its result.
+"""The leases of this daemon: from the transaction that leases to the write of the result.
 
-Side effects start when that transaction has committed; until then they only hold their slots.
+Side effects start when that transaction has committed; until then they only reserve their slots.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from sequencerd.service.metrics import Metrics
 from sequencerd.storage import connections, evaluations, locking, writes
 from sequencerd.storage.database_errors import LOST_ERRORS, TRANSIENT_ERRORS
 
-MOST_TRANSACTIONS = 1000  # that are noted
+MOST_TRANSACTIONS = 1000  # transactions that are remembered
 
 
 class Leases:
-    """`wakes` gets the steps to which a batch has brought enrollments, and when the first wakes."""
+    """The leases. `wakes` receives the steps to which a batch has moved enrollments, and their
+    first wake times.
+    """
 
     def __init__(
         self,
@@ -41,7 +43,8 @@ class Leases:
     ) -> None:
         self.by_id: dict[int, Leased] = {}
         self.transactions: dict[int, int] = {}
-        """The latest that wrote many leases and no data, by the number of the leases."""
+        """The latest transactions that wrote many leases and no data, by the number of the leases.
+        """
         self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
         self._pool = pool
         self._executors = executors
@@ -56,12 +59,12 @@ class Leases:
 
     @property
     def known(self) -> set[int]:
-        """The enrollments that are leased, or perhaps leased, by this daemon."""
+        """Return the enrollments that this daemon has leased, or may have leased."""
         return self.by_id.keys() | self._doubtful
 
     @asynccontextmanager
     async def writing(self, batch: Batch) -> AsyncIterator[asyncpg.Connection]:
-        """Open a transaction that writes a batch. Start its side effects after the commit.
+        """Open a transaction that writes a batch, and start its side effects after the commit.
 
         If the answer to the commit is lost, the rows show whether it has happened.
         """
@@ -110,7 +113,7 @@ class Leases:
             executor.start(group)
 
     async def held(self, leased: Iterable[Leased]) -> set[Fence]:
-        """Read which leases are valid in the database. Ask until it answers."""
+        """Read which leases are valid in the database. Repeat the query until it is answered."""
         ids = [one.enrollment.id for one in leased]
         while ids:
             try:
@@ -127,7 +130,7 @@ class Leases:
                 del self.by_id[one.enrollment.id]
 
     async def extend(self, excluding: set[int], probe: Callable[[], Awaitable[None]]) -> None:
-        """Extend the leases of what is being executed, `excluding` enrollments whose side effects
+        """Extend the leases of side effects in flight, `excluding` enrollments whose side effects
         have ended. A row that cannot be written remains leased by the heartbeat.
         """
 

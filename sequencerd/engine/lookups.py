@@ -1,4 +1,4 @@
-"""Lookups: read external data about subjects, for a whole batch in one request."""
+"""Lookups: read external data about subjects, in one request for a whole batch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from sequencerd.storage import connections, sources
 GROUP = "sequencerd.lookups"
 
 QuerySubjects = Callable[[list[str]], Awaitable[Mapping[str, External]]]
-"""A function from subjects to their data. It may raise anything."""
+"""A function from subjects to their data, which may raise anything."""
 
 
 class Lookup:
-    """One source, in the form that executors run."""
+    """One source of external data, in the form that executors run."""
 
     def __init__(self, name: str, ask: QuerySubjects, limits: Limits) -> None:
         self.limits = replace(limits, timeout=limits.timeout + 1)
@@ -44,7 +44,7 @@ class Lookup:
                 found = await self._ask(subjects)
         except TimeoutError:
             return self._failed(f"no answer within {self._time:g} seconds", len(tasks))
-        except Exception as error:  # of the user's function or server, or of the database
+        except Exception as error:  # an error of the user's function or server, or of the database
             return self._failed(str(error) or type(error).__name__, len(tasks))
         return [LookupAnswer(found.get(str(task.view["subject"]), {})) for task in tasks]
 
@@ -53,8 +53,8 @@ class Lookup:
 
 
 class Lookups:
-    """The sources by name: an endpoint of the settings, a Python function of a package, or an
-    SQL function.
+    """The sources by name: an endpoint in the settings, a Python function of a package, or an SQL
+    function.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Lookups:
         *,
         timeout: float = 30.0,
     ) -> None:
-        """`pool` is for SQL functions alone, so that slow ones delay nothing else. `timeout`
-        (seconds) applies to each.
+        """Make the lookups. `pool` is only for SQL functions, so that slow ones delay nothing else.
+        `timeout` is the number of seconds for each.
         """
         self._pool = pool
         self._timeout = timeout
@@ -78,7 +78,7 @@ class Lookups:
         }
 
     def get(self, name: str) -> Lookup:
-        """Return the source that a definition names. Requests to one that does not exist fail."""
+        """Return the source that a definition names. Requests to an unknown source fail."""
         if name in self._set_up:
             return self._set_up[name]
         if name in self._installed:
@@ -141,7 +141,7 @@ def _by_python(function: Callable[[list[str]], Any]) -> QuerySubjects:
 
 
 def by_id(answer: object) -> dict[str, External]:
-    """Return objects by the `id` of their subject. Raises ValueError if it is no such list."""
+    """Return objects by the `id` of their subject. Raises ValueError for any other list."""
     if not isinstance(answer, list) or not all(isinstance(item, dict) for item in answer):
         raise ValueError("the answer is not a list of objects with id")
     found: dict[str, External] = {}

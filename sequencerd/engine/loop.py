@@ -1,6 +1,6 @@
-"""The engine's loop: which step is worked on, and when.
+"""The engine's loop: decide which step to work on, and when.
 
-The heap holds the next wake time of each step that has enrollments. When it comes, data flow one
+The heap contains the next wake time of each step that has enrollments. At that time, data flow one
 way: `claims` locks the due enrollments, `moves` advances them into a `batch`, one transaction
 writes it (`leases`), `executors` run the side effects that it has leased, and their results wait in
 `backpressure` until `results` advances and writes those enrollments in turn.
@@ -57,9 +57,9 @@ from sequencerd.storage.listener import (
 from sequencerd.storage.wakes import count_due, first_wakes, first_wakes_of
 
 WRITERS = 3  # of results: one computes while the others wait for the database
-MAX_SLEEP = 1.0  # seconds: the watchdog checks that the loop turns
-QUARANTINE_TURN = 1.0  # seconds between checks for what is to be tried again
-LOOK_SHARE = 0.1  # of the time, for looks through the whole index
+MAX_SLEEP = 1.0  # seconds: the watchdog checks that the loop runs
+QUARANTINE_TURN = 1.0  # seconds between checks for work to be repeated
+LOOK_SHARE = 0.1  # of the time, for scans of the whole index
 
 
 class Engine:
@@ -80,8 +80,9 @@ class Engine:
         turned: Callable[[], None] = lambda: None,
         pauses: Pauses = Pauses(),  # noqa: B008 - a tuple
     ) -> None:
-        """`heart` is the heartbeat's own connection. `turned` is called in every turn of the loop,
-        at least each MAX_SLEEP seconds. `pauses` are those of runners whose server fails.
+        """Make an engine. `heart` is the heartbeat's own pool. `turned` is called in every
+        iteration of the loop, at least every MAX_SLEEP seconds. `pauses` are those after failures
+        of a server.
         """
         self._pool = pool
         self._clock = clock
@@ -91,7 +92,7 @@ class Engine:
         self._turned = turned
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
-        self._trying = asyncio.Lock()  # what was quarantined is tried by one task at a time
+        self._trying = asyncio.Lock()  # quarantined enrollments are retried by one task at a time
         self._heap: Heap[StepKey] = Heap()
         self._busy: set[StepKey] = set()
         self._again: set[StepKey] = set()  # busy steps that are to be worked on once more
@@ -211,7 +212,7 @@ class Engine:
     # --- the loop
 
     async def run(self) -> None:
-        """Work until `stop`. Raises what trying again cannot fix."""
+        """Work until stopped. Raises errors that a retry cannot fix."""
         async with asyncio.TaskGroup() as group:
             helpers = [
                 group.create_task(self._heartbeat.keep()),
@@ -232,13 +233,13 @@ class Engine:
         await self._heartbeat.end()
 
     def stop(self) -> None:
-        """Claim nothing more; `run` returns when the results of what is in flight are written."""
+        """Claim nothing more; `run` returns when results of side effects in flight are written."""
         self._stopping.set()
         self._wake.set()
 
     @property
     def in_flight(self) -> int:
-        """How many enrollments are leased to this daemon."""
+        """Return how many enrollments are leased to this daemon."""
         return len(self._leases)
 
     async def use(
@@ -246,8 +247,8 @@ class Engine:
     ) -> Awaitable[object]:
         """Use other runners and lookups from now on.
 
-        What is in flight ends with those that it started with: await what this returns before they
-        are closed.
+        Side effects in flight end with the runners that they started with: await the return value
+        before closing these.
         """
         replaced: set[Executor] = set()
 
@@ -275,7 +276,7 @@ class Engine:
 
     async def _schedule(self) -> None:
         while not self._stopping.is_set():
-            # cleared first: what is set from now on is not lost
+            # cleared first, so that nothing that is set from now on is lost
             self._wake.clear()
             self._turned()
             for step_key in self._heap.pop_due(self._clock.now()):
@@ -302,7 +303,7 @@ class Engine:
                 "database error, repeating the work", step=step_key, error=brief(error)
             )
             self._push(step_key, self._clock.now() + timedelta(seconds=PAUSE))
-        except Exception:  # the other steps go on, and the sweep comes back to this one
+        except Exception:  # the other steps continue, and the sweep returns to this one
             self._log.exception("step could not be processed", step=step_key)
         finally:
             self._busy.discard(step_key)
@@ -311,8 +312,8 @@ class Engine:
                 self._push_now(step_key)
 
     def _check_soon(self, step_key: StepKey) -> None:
-        """Claim at a step soon. Any database user can request that, so it is done less often if it
-        is fruitless again and again.
+        """Claim at a step soon. Any database user can request that, so it is done less often after
+        claims without a result.
         """
         if self.catalog.step(step_key) is None:
             if self.catalog.should_load(step_key[0]):
@@ -325,7 +326,7 @@ class Engine:
             self._wake.set()
 
     def _report_wake(self, step_key: StepKey, at: datetime) -> None:
-        """Note that an enrollment has been brought to a step, and when it wakes."""
+        """Record that an enrollment has been moved to a step, and when it wakes."""
         self._cursors.report(step_key, at, self._clock.now())
         if not self._executors.is_waited_for(step_key):
             self._push(step_key, at)
@@ -334,14 +335,14 @@ class Engine:
         self._push(step_key, self._clock.now())
 
     async def _wind_down(self) -> None:
-        """Wait for what is in flight, and write its results."""
+        """Wait for side effects in flight, and write their results."""
         if self._leases:
             self._log.info("stopping", in_flight=len(self._leases))
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.stop_timeout
         await self._background.end(end)
         await self._executors.stop(end)
-        with suppress(TimeoutError):  # the leases expire if the database is away
+        with suppress(TimeoutError):  # if the database is unavailable, the leases expire
             async with asyncio.timeout_at(max(end, loop.time()) + PAUSE):
                 try:
                     await self._try_quarantined(results_only=True)
@@ -361,10 +362,10 @@ class Engine:
                 outcome=outcome(results[id_]) if id_ in results else "unknown",
             )
 
-    # --- definitions, and what is due
+    # --- definitions and due steps
 
     async def sweep(self, *, whole: bool = True) -> None:
-        """Find whatever no notification has reported: at the start, and regularly after it."""
+        """Find what no notification has reported: at the start, and regularly afterwards."""
         async with connections.borrow(self._pool) as connection:
             off = self._clock.measured(await server.server_time(connection))
             if abs(off) > timedelta(seconds=1):
@@ -372,7 +373,7 @@ class Engine:
         await self._reload_catalog()
         async with connections.borrow(self._pool) as connection:
             self._rescheduling.resume(await evaluations.unfinished_rescheduling(connection))
-        self._cursors.forget_ahead()  # triggers do not notify of what wakes after a sweep
+        self._cursors.forget_ahead()  # triggers do not notify about what wakes after a sweep
         wakes = await self.rebuild(whole=whole)
         now = self._clock.now()
         due = self._due(wakes, now)
@@ -384,7 +385,7 @@ class Engine:
         self._executors.resume()
         self._expiries.forget()
         await self._outages.count(list(self._executors.by_key.values()))
-        # what waits for a runner that is down is counted there
+        # enrollments that wait for a runner that is down are counted there
         late = {step_key: at for step_key, at in due.items() if not self._is_held(step_key)}
         oldest = min(late.values(), default=None)
         counts = [
@@ -395,16 +396,17 @@ class Engine:
         self._metrics.swept(self._clock.now, len(wakes), oldest, counts)
 
     def _is_held(self, step_key: StepKey) -> bool:
-        """Whether the runner of a step is down."""
+        """Return whether the runner of a step is down."""
         step = self.catalog.step(step_key)
         executor = self._executors.by_key.get(step.type) if step else None
         return executor is not None and executor.outage is not None
 
     async def rebuild(self, *, whole: bool = True) -> list[tuple[StepKey, datetime]]:
-        """Fill the heap from the index. An entry that is too early costs one empty claim.
+        """Fill the heap from the index. An entry that is too early costs one claim without a
+        result.
 
-        While a snapshot is held open, it takes long to look through the `whole` index, with all
-        that is dead. So whatever is done often begins at the cursors, except in a part of the time.
+        While a snapshot is held open, scanning the `whole` index takes long because of its dead
+        entries. So frequent calls begin at the cursors, except for a part of the time.
         """
         loop = asyncio.get_running_loop()
         whole = whole or loop.time() >= self._look_at
@@ -454,7 +456,7 @@ class Engine:
     def _start_rescheduling(self, step_key: StepKey) -> None:
         self._rescheduling.start(step_key)
 
-    # --- faults
+    # --- errors
 
     def _outage_changed(self, executor: Executor) -> None:
         self._outages.report(executor)
@@ -463,7 +465,7 @@ class Engine:
             self._background.spawn(self._background.until_done(counting))
 
     async def _probe(self) -> None:
-        """Raise what keeps every row from being written, and so is the fault of none."""
+        """Raise the error that keeps every row from being written: no enrollment's fault."""
         async with connections.borrow(self._pool) as connection:
             await server.probe(connection)
 
@@ -471,7 +473,9 @@ class Engine:
         await self._leases.extend(self._quarantine.with_result, self._probe)
 
     async def _try_quarantined(self, *, results_only: bool = False) -> None:
-        """Try again what is quarantined and due; or `results_only`, whether or not they are due."""
+        """Retry quarantined enrollments that are due; or `results_only`, whether or not they are
+        due.
+        """
         async with self._trying:
             now = math.inf if results_only else asyncio.get_running_loop().time()
             for step_key, due in self._quarantine.due(now).items():

@@ -1,4 +1,4 @@
-"""Advances enrollments into a batch, and leases those that need a side effect or a lookup.
+"""Advance enrollments into a batch, and lease those that need a side effect or a lookup.
 
 Side effects start only after the transaction that writes the batch has committed (`leases`).
 """
@@ -41,11 +41,13 @@ from sequencerd.engine.jumps import PendingJump, decide
 from sequencerd.engine.shared_outcome import SharedOutcome
 from sequencerd.storage import brakes, entries, reservations, wakes, writes
 
-BRAKED = timedelta(seconds=1)  # until what a brake holds is tried again, if it is not paused
+BRAKED = timedelta(seconds=1)  # until a delay by a brake ends, unless it pauses the sequence
 
 
 class Moves:
-    """`definitions` are the catalog's, which change; `executors` have the slots."""
+    """Advances enrollments. `definitions` belong to the catalog and change; `executors` have the
+    slots.
+    """
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class Moves:
         expired_leases: int = 0,
         result_only: bool = False,
     ) -> None:
-        """Advance an enrollment into a batch, or let it share the outcome of one before it."""
+        """Advance an enrollment into a batch, or let it share the outcome of an earlier one."""
         key = batch.outcomes.key(enrollment, result, started_revision, expired_leases)
         if (
             key is not None
@@ -141,8 +143,8 @@ class Moves:
             return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
 
     def _needs_reservation(self, advanced: Advanced, now: datetime) -> bool:
-        """Whether a side effect is to be reserved: it has a limit or a brake, and there is a free
-        slot.
+        """Return whether a side effect must be reserved: it has a limit or a brake, and there is a
+        free slot.
         """
         at, decision = advanced.enrollment, advanced.decision
         return (
@@ -168,9 +170,9 @@ class Moves:
     ) -> SharedOutcome | None:
         """Add an advanced enrollment to a batch, with a lease if it needs one.
 
-        Return the outcome if all enrollments in the same state share it. A side effect with a limit
-        that is not reserved is not leased: the enrollment is due, and a claim reserves it; or
-        `held_until` a time, if a brake has no room for it.
+        Return the outcome if all enrollments in the same state share it. A side effect that needs a
+        reservation is not leased: the enrollment is due, and a claim reserves it; or it waits until
+        `held_until` if a brake has no room for it.
         """
         at, decision, events = advanced.enrollment, advanced.decision, advanced.events
         wake_at = now
@@ -250,7 +252,7 @@ class Moves:
         log.debug("enrollment failed", error=failure.message)
 
     async def write(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
-        """Write a batch, after deciding what it does to other sequences and enrollments."""
+        """Write a batch, after deciding its effects on other sequences and enrollments."""
         decided = await decide(connection, batch.jumps)
         for jumped, advanced in decided.advanced:
             self.add(batch, jumped, advanced, now)
@@ -269,7 +271,9 @@ class Moves:
             await wakes.notify_due(connection, batch.elsewhere, now)
 
     async def _reserve(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
-        """Reserve what is limited or braked, and add it, with a lease or as the limit says."""
+        """Reserve side effects with a limit or a brake, and add their enrollments, with a lease or
+        as the limit says.
+        """
         wanted = [one.reserved for one in batch.limited]
         full: dict[int, model.LimitReached] = {}
         if batch.given_back or any(one.places for one in wanted):
@@ -304,7 +308,7 @@ class Moves:
 
 
 def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:
-    """Return the wake time of an enrollment that got no slot: it keeps its turn."""
+    """Return the wake time of an enrollment that got no slot: it keeps its place in the order."""
     if before.wake_at is None or before.visit != at.visit:
         return now
     return min(before.wake_at, now)

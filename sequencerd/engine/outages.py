@@ -1,4 +1,4 @@
-"""Reports runners that are down, and how many enrollments wait for them."""
+"""Report runners that are down, and how many enrollments wait for them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sequencerd.engine.problems import Problems
 from sequencerd.service.metrics import Metrics
 from sequencerd.storage import connections, wakes
 
-KIND = "runner"  # of problem
+KIND = "runner"  # the kind of problem
 MAX_DUE = 10_000  # enrollments that are counted at each due step
 
 
 class Outages:
-    """Reports to `problems`, which operators read, to the metrics and to the log."""
+    """Reports outages: as `problems`, which operators read, as metrics, and in the log."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Outages:
         metrics: Metrics,
         since: Callable[[StepKey], datetime],
     ) -> None:
-        """`since` says before which time nothing is due at a step."""
+        """Make it; `since` returns the time before which nothing is due at a step."""
         self._pool = pool
         self._catalog = catalog
         self._problems = problems
@@ -44,7 +44,7 @@ class Outages:
         self._since = since
 
     def report(self, executor: Executor) -> None:
-        """Report that a runner is down, or for another reason, or works again."""
+        """Report that a runner is down, is down for another reason, or works again."""
         name, outage = executor.name, executor.outage
         self._metrics.runner_is_down(name, is_down=outage is not None)
         if outage is None:
@@ -74,7 +74,7 @@ class Outages:
         for sequence, step, due, _ in counts:
             waiting[types[sequence, step]] += due
         for name, executor in down.items():
-            if executor.outage is not None:  # still
+            if executor.outage is not None:  # down as before
                 self._metrics.runner_waits(name, waiting[name])
                 self._problems.report(
                     KIND, name, executor.outage, since=self._clock.now(), waiting=waiting[name]

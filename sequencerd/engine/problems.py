@@ -1,6 +1,6 @@
-"""What the daemon reports to operators, in `status`, `doctor` and the console.
+"""The problems that the daemon reports to operators, in `status`, `doctor` and the console.
 
-It is kept in memory, and written to sequencer.problems with the heartbeat.
+They are kept in memory, and written to sequencer.problems with the heartbeat.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from sequencerd.core.model import printable
 
 MOST = 1000
-"""Problems that are written at most, as an operator reads the table."""
+"""The greatest number of problems that are written, for the sake of operators, who read them."""
 
 
 class Problem(NamedTuple):
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
 
 
 class Problems:
-    """The present problems of this daemon, by kind and about. `changed` is set with each change."""
+    """The present problems of this daemon, by kind and about. `changed` is set by each change."""
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
@@ -58,7 +58,7 @@ class Problems:
             self.changed.set()
 
     def clear(self, kind: str, about: str) -> None:
-        """Remove a problem that is over, if there is one."""
+        """Remove a problem that no longer exists."""
         if self._present.pop((kind, about), None):
             self.changed.set()
 

@@ -1,8 +1,9 @@
-"""Isolates rows that the database refuses to read or write, and sets them aside.
+"""Isolate rows that the database refuses to read or write, and quarantine them.
 
-A batch that fails is repeated in halves, down to the row at fault. That row stays in the table as
-it is; in memory it is excluded from claims, with the result of its side effect if there is one, and
-tried again with growing pauses. If nothing can be written, no row is at fault or quarantined.
+A batch that fails is repeated in halves, down to the row at fault. That row remains unchanged in
+the table; in memory it is excluded from claims, with the result of its side effect if there is one,
+and retried after growing pauses. If nothing can be written at all, no row is at fault and none is
+quarantined.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error
 
 FIRST = 1.0  # seconds until the first retry; doubled each time
 LONGEST = 120.0
-LONGEST_OF_ENVIRONMENT = 30.0  # for errors that may pass by themselves
-MOST = 10_000  # rows: more have a common cause, and wait at their steps
-SUSPECTS = 3  # rows that fail by locks or resources before any is written: not their fault
+LONGEST_OF_ENVIRONMENT = 30.0  # the longest pause, for errors that may be temporary
+MOST = 10_000  # rows: more must have a common cause, and wait at their steps
+SUSPECTS = 3  # failures by locks or resources before any row is written: not the rows' fault
 
 KIND = "quarantined"
 
@@ -40,10 +41,11 @@ async def isolate(
     refused: Callable[[T, Exception], Awaitable[None]],
     probe: Callable[[], Awaitable[None]],
 ) -> tuple[list[T], Exception | None]:
-    """Do work in halves if it fails; `refused` gets each item for which it fails alone.
+    """Do work in halves if it fails; `refused` receives each item for which it fails alone.
 
-    If `work` fails, it removes from its list what it has done nevertheless. `probe` raises if
-    nothing can be written. Return what was not done, and why, if that is no item's fault.
+    If `work` fails, it removes from its list the items that are done nevertheless. `probe` raises
+    if nothing can be written. Return the items that were not done, and the error if it is no item's
+    fault.
     """
     parts = deque([list(items)] if items else [])
     written, suspects = False, 0
@@ -52,7 +54,7 @@ async def isolate(
         try:
             await work(part)
             written = True
-        except Exception as error:  # whatever it is, one item may be at fault
+        except Exception as error:  # whatever the error is, one item may have caused it
             try:
                 if not is_data_error(error):
                     await probe()
@@ -73,7 +75,9 @@ async def isolate(
 
 
 async def refusal_of(work: Awaitable[None]) -> Exception | None:
-    """Return why the database refuses work, if so. Raises if the connection is lost."""
+    """Return the error with which the database refuses work, if it does. Raises if the connection
+    is lost.
+    """
     try:
         await work
     except Exception as error:
@@ -114,12 +118,12 @@ class Quarantine:
 
     @property
     def all(self) -> list[Quarantined]:
-        """Everything that is quarantined."""
+        """Return all quarantined enrollments."""
         return [one for there in self._by_step.values() for one in there.values()]
 
     @property
     def with_result(self) -> set[int]:
-        """The enrollments of which a result is kept."""
+        """Return the enrollments for which a result is kept."""
         return {one.id for one in self.all if one.result is not None}
 
     def add(
@@ -131,7 +135,7 @@ class Quarantine:
     ) -> None:
         """Quarantine an enrollment, or do so again after a retry.
 
-        Raises the error if too many are quarantined, as they must have it in common.
+        Raises the error if too many are quarantined, because the cause is then a common one.
         """
         known = self._by_step.get(step_key, {}).get(id_)
         if known is None and self._count >= MOST:
@@ -155,7 +159,7 @@ class Quarantine:
             log.debug("enrollment is quarantined", error=str(error))
 
     def release(self, tried: Iterable[Quarantined]) -> None:
-        """Release what was tried, except for what has been quarantined again."""
+        """Release the enrollments that were retried, except for those quarantined again."""
         for one in tried:
             there = self._by_step.get(one.step_key, {})
             if there.get(one.id) is not one:
@@ -168,7 +172,7 @@ class Quarantine:
             self._log.info("enrollment is no longer quarantined", enrollment=one.id)
 
     def due(self, now: float) -> dict[StepKey, list[Quarantined]]:
-        """Return what is due for a retry, by step. None is due again before FIRST."""
+        """Return the enrollments due for a retry, by step. None is due again before FIRST."""
         found: dict[StepKey, list[Quarantined]] = {}
         for one in self.all:
             if one.due_at <= now:

@@ -1,9 +1,10 @@
-"""Evaluates waiting enrollments at steps that have changed, or because of a request by NOTIFY.
+"""Evaluate waiting enrollments at steps that have changed, or after a request by NOTIFY.
 
 Their ids are read a page at a time, and evaluated in batches. The transaction of each batch also
-records the progress in the step, so that any daemon can continue after a crash. Enrollments that go
-on waiting as before are not written. One step is done at a time, on one connection, so that
-everything else goes on. A request that arrives meanwhile is recorded too, and causes another pass.
+records the progress in the step, so that any daemon can continue after a crash. Enrollments that
+continue to wait as before are not written. One step is processed at a time, on one connection, so
+that all other work continues. A request that arrives in the meantime is recorded too, and causes
+another pass.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.listener import Reevaluate
 
 PAGE = 100_000  # ids read at a time, as each read scans all enrollments at the step
-SLICE = 50  # enrollments that are evaluated in one turn of the loop
-OTHERS_PAUSE = 1.0  # seconds between checks whether another daemon makes progress
+SLICE = 50  # enrollments that are evaluated without yielding to the loop
+OTHERS_PAUSE = 1.0  # seconds between checks of another daemon's progress
 LOCKED_PAUSE = 0.2  # seconds until rows that another session has locked are tried again
-GRACE = 5.0  # seconds for older transactions, which may move enrollments by the old definition
+GRACE = 5.0  # seconds to wait for older transactions, which may use the old definition
 GRACE_TURN = 0.05
-REQUESTS = 1000  # different requests that may wait; more become one for all enrollments
+REQUESTS = 1000  # different requests that may wait; more are replaced by one for all enrollments
 REQUEST_PAUSE = 1.0  # seconds between passes that NOTIFY requests
 
 
@@ -57,8 +58,8 @@ class Rescheduling:
         batch: int,
         log: FilteringBoundLogger,
     ) -> None:
-        """`sequences` are the catalog's, which change. `quarantine` gets what the database refuses
-        to write while `probe` finds that it writes other rows.
+        """Make it. `sequences` belong to the catalog and change. `quarantine` receives enrollments
+        that the database refuses to write while `probe` succeeds.
         """
         self._pool = pool
         self._sequences = sequences
@@ -71,10 +72,10 @@ class Rescheduling:
         self._clock = clock
         self._size = batch
         self._log = log
-        self._wanted: dict[StepKey, None] = {}  # a set that keeps its order
+        self._wanted: dict[StepKey, None] = {}  # a dict as a set that keeps its order
         self._is_working = False
         self._current: StepKey | None = None
-        self._others: dict[StepKey, int] = {}  # the progress of another daemon, when last read
+        self._others: dict[StepKey, int] = {}  # the progress of another daemon, as read last
         self._requests: set[Reevaluate] = set()
         self._passes = Repeating(self._record_requests, background, pause=REQUEST_PAUSE)
         self._subjects = Repeating(self._evaluate_subjects, background)
@@ -100,7 +101,8 @@ class Rescheduling:
     def request(self, request: Reevaluate) -> None:
         """Evaluate the enrollments that an application requests, soon.
 
-        Equal requests that wait are one; too many different ones become one for all enrollments.
+        Equal requests that wait are combined; too many different ones are replaced by one for all
+        enrollments.
         """
         self._requests.add(request)
         if len(self._requests) > REQUESTS:
@@ -109,7 +111,7 @@ class Rescheduling:
         (self._passes if request.subject is None else self._subjects).request()
 
     async def _record_requests(self) -> None:
-        """Record requests for all enrollments, sequences and steps in the steps concerned."""
+        """Record requests for all enrollments, sequences and steps in the affected steps."""
         requests = {request for request in self._requests if request.subject is None}
         self._requests -= requests
         wanted = {(request.sequence, request.step) for request in requests}
@@ -265,8 +267,8 @@ class Rescheduling:
     async def _batch(
         self, step_key: StepKey, since: int, ids: list[int], revision: int
     ) -> int | None:
-        """Evaluate a whole batch. Return the id from which on others have yet to be evaluated, or
-        None if another daemon evaluates the step.
+        """Evaluate a batch. Return the id from which enrollments have yet to be evaluated, or None
+        if another daemon evaluates the step.
         """
         left: list[int] | None = ids
 

@@ -1,6 +1,7 @@
-"""Writes the results of side effects: moves on the enrollments whose lease is still valid.
+"""Write the results of side effects: advance the enrollments whose leases are still valid.
 
-No result is lost: one that the database refuses with what follows is written alone, or quarantined.
+No result is lost: if the database refuses what follows from one, the result is written alone, or
+quarantined.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tri
 
 
 class Results:
-    """`definitions` are the catalog's, and `reload` reads those that have changed. `probe` raises
-    what keeps every row from being written.
+    """Writes results. `definitions` belong to the catalog; `reload` reads those that have changed.
+    `probe` raises the error that keeps every row from being written.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Results:
         self._log = log
 
     async def write(self) -> None:
-        """Write results for ever, in batches."""
+        """Write results in batches until cancelled."""
         while True:
             await self._backlog.changed.wait()
             self._backlog.changed.clear()
@@ -98,11 +99,13 @@ class Results:
     async def _write_in_parts(
         self, results: Sequence[Finished]
     ) -> tuple[list[Finished], Exception | None]:
-        """Write results. Return what was not written, and why, if no result is to blame."""
+        """Write results. Return those that were not written, and the error if no result has caused
+        it.
+        """
         return await isolate(results, self._write_batch, self._refused, self._probe)
 
     async def _refused(self, finished: Finished, error: Exception) -> None:
-        """Write a result alone that cannot be written with what follows, so that it is not lost.
+        """Write a result alone if what follows from it cannot be written, so that it is not lost.
 
         What follows then fails by itself. If the result cannot be written alone either, the
         enrollment fails, or is quarantined.
@@ -124,7 +127,7 @@ class Results:
         result_only: bool = False,
         failure: Exception | None = None,
     ) -> None:
-        """Move enrollments by the results of their side effects: by the result only, as far as
+        """Advance enrollments by the results of their side effects: by the result only, as far as
         possible, or to a failure.
         """
         try:
@@ -135,7 +138,7 @@ class Results:
             raise
 
     async def _still_held(self, results: Sequence[Finished]) -> list[Finished]:
-        """Drop the results that a commit has written whose answer was lost."""
+        """Drop the results that were written by a commit whose answer was lost."""
         held = await self._leases.held(leased for leased, _ in results)
         self._leases.forget(leased for leased, _ in results if leased.fence not in held)
         return [one for one in results if one[0].fence in held]
@@ -202,7 +205,7 @@ def _undeliverable(results: Sequence[Finished]) -> list[Undeliverable]:
 
 
 def _of_lookup(result: Result) -> Result:
-    """Return an executor's own failure, a timeout or a stop, as a lookup's."""
+    """Convert an executor's own failure, a timeout or a stop, to that of a lookup."""
     return LookupAnswer(None, result.message) if isinstance(result, Failed) else result
 
 
@@ -214,7 +217,7 @@ def _unwritten(result: Result, failure: Exception) -> str:
 
 
 def _stale(leased: Leased, result: Result, now: datetime) -> Event:
-    """Return the event of a result whose enrollment has moved on meanwhile."""
+    """Return the event for a result whose enrollment has moved in the meantime."""
     match result:
         case Answer(action, message):
             text = f"{action}: {message}" if message else str(action)

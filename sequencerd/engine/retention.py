@@ -1,8 +1,8 @@
-"""Retention: creates the history's partitions ahead, counts the history by hour, drops old ones,
-deletes ended enrollments.
+"""Retention: create partitions of the history in advance, count the history by hour, drop old
+partitions, and delete ended enrollments.
 
 One daemon at a time does this, beside the engine: in short transactions with pauses between them,
-which wait only briefly for the locks of others.
+which wait only briefly for the locks of other sessions.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sequencerd.storage import activity, cleanup, connections, reservations
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 INTERVAL = 3600.0  # seconds, at most
-ACTIVITY = timedelta(days=400)  # for which the counts of an hour are kept
+ACTIVITY = timedelta(days=400)  # for which hourly counts are kept
 SOONER = 60.0  # seconds, after a lock or a transient error
 BATCH = 1000  # enrollments
 ERRORS = (*TRANSIENT_ERRORS, asyncpg.PostgresError)
-PAUSE = 0.05  # seconds between batches, and never less than a batch took
+PAUSE = 0.05  # seconds between batches, and at least as long as a batch took
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ async def keep(
     clock: Clock,
     log: FilteringBoundLogger,
 ) -> None:
-    """Run retention for ever. Errors are logged, and it is tried again."""
+    """Run retention until cancelled. Errors are logged, and it is tried again."""
     while True:
         try:
             await tidy(pool, settings(), clock.now(), log)
@@ -49,7 +49,7 @@ async def keep(
 
 
 def _until_next_count(now: datetime) -> float:
-    """Return the seconds until another hour can be counted."""
+    """Return the seconds until the next hour can be counted."""
     past = now - activity.PASSES[0]
     return 3600.5 - (past.minute * 60 + past.second)
 
@@ -103,7 +103,7 @@ async def _count_activity(
     started = loop.time()
     for count in (activity.count, activity.sum_lateness):
         while await _alone(pool, partial(count, now=now)):
-            await asyncio.sleep(loop.time() - started)  # half of one connection at most
+            await asyncio.sleep(loop.time() - started)  # at most half of one connection
             started = loop.time()
     await _alone(pool, lambda c: activity.prune(c, now - ACTIVITY))
 
@@ -115,7 +115,7 @@ async def _drop_history(
         return
     async with connections.borrow(pool) as connection:
         counted = await activity.counted_until(connection)
-    if counted is None:  # what is not counted yet stays
+    if counted is None:  # events that are not counted yet are kept
         return
     before = min(now - settings.events, counted)
     while name := await _alone(pool, lambda c: cleanup.drop_event_partition(c, before)):
@@ -130,7 +130,7 @@ async def _delete_ended(
     until, deleted = now - settings.ended, 0
     loop = asyncio.get_running_loop()
     started = loop.time()
-    start = cleanup.FIRST  # in each pass: what was locked in the last one is found by the next
+    start = cleanup.FIRST  # in each pass, so that rows that were locked in the last one are found
 
     def delete(connection: asyncpg.Connection) -> Awaitable[tuple[int, cleanup.CleanupStart]]:
         return cleanup.delete_ended(connection, until, BATCH, start)

@@ -1,8 +1,9 @@
-"""Advance once what differs in nothing that is read.
+"""Advance once all enrollments that differ in nothing that is read.
 
 Most enrollments of a batch are in the same state and have the same result. The first of them is
 advanced; if `advance` has read nothing else, the others share its outcome (`Advanced.is_shared`).
-If it has asked conditions on the data, those share it whose data give the same answers.
+If it has evaluated conditions on the data, an enrollment shares the outcome if its data give the
+same answers.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from sequencerd.core.model import (
 )
 
 OutcomeKey = tuple[Hashable, ...]
-"""All that a shared outcome depends on."""
+"""Everything that a shared outcome depends on."""
 
 
 class SharedOutcome(NamedTuple):
-    """What is written of an enrollment, for all others with the same key."""
+    """The writes for an enrollment, which apply to all others with the same key."""
 
-    ids: Sequence[list[int]]  # of its row and its events, to which the others are added
-    at: Enrollment  # whose state the others get
+    ids: Sequence[list[int]]  # lists of ids, of its row and events, to which others are added
+    at: Enrollment  # the state that the others get
     execute: Execute | None  # the side effect, which each executes with its own data
 
 
 class _Question(NamedTuple):
-    """A condition on the data that comes next, and what follows from each answer so far."""
+    """The next condition on the data, and the outcomes for each answer so far."""
 
     condition: Condition
     answers: dict[bool, _Question | SharedOutcome]
@@ -44,8 +45,8 @@ class _Question(NamedTuple):
 class SharedOutcomes:
     """The shared outcomes of one batch.
 
-    What is asked first depends on the key alone, and what is asked next on the answers before it.
-    So the outcomes of a key are a tree of questions.
+    The first condition depends only on the key, and each further one on the answers before it. So
+    the outcomes of a key form a tree of conditions.
     """
 
     __slots__ = ("_by_key", "_result", "_result_key")
@@ -62,8 +63,8 @@ class SharedOutcomes:
         started_revision: int | None,
         expired_leases: int,
     ) -> OutcomeKey | None:
-        """Return what an outcome depends on, unless it depends on more than can be shared."""
-        if result is not self._result:  # most results of a batch are one object
+        """Return the key of an outcome, unless it depends on values that cannot be shared."""
+        if result is not self._result:  # most results of a batch are the same object
             self._result, self._result_key = result, _result_key(result)
         if self._result_key is _UNSHARED:
             return None
@@ -84,7 +85,7 @@ class SharedOutcomes:
     def add(
         self, key: OutcomeKey, answers: Iterable[tuple[Condition, bool]], outcome: SharedOutcome
     ) -> None:
-        """Share an outcome with the later enrollments that have this key and these answers."""
+        """Share an outcome with later enrollments that have this key and these answers."""
         place: dict[Any, _Question | SharedOutcome] = self._by_key
         at: Hashable = key
         for condition, answer in answers:
@@ -101,7 +102,7 @@ def _result_key(result: Result | None) -> Hashable:
     """Return the values of a result that enrollments can have in common.
 
     Data are merged into those of each enrollment, the wait after a failure is random, and external
-    data are of one subject.
+    data belong to one subject.
     """
     match result:
         case None | Suppressed() | NotStarted():

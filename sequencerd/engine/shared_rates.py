@@ -1,4 +1,4 @@
-"""Takes the permits of runners whose rates all daemons share."""
+"""Take permits for runners whose rates all daemons share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIMEOUT = 5.0  # seconds for which another session may lock the row
 async def take(
     pool: asyncpg.Pool, runner: str, per_second: float, count: int, log: FilteringBoundLogger
 ) -> tuple[float, float]:
-    """Take permits, however often it takes: nothing is sent without them."""
+    """Take permits, with as many retries as necessary: nothing is sent without them."""
     is_reported = False
     while True:
         try:

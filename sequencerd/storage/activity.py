@@ -1,4 +1,4 @@
-"""Counts the history by hour, and how late steps begin, for what it looks like over time."""
+"""Count the history by hour, and record how late steps begin, for the pages about activity."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sequencerd.core.model import StepKey
 from sequencerd.storage.statements import QUERIES
 
 PASSES = (timedelta(minutes=10), timedelta(hours=25))
-"""How long after its end an hour is counted. A daemon records events of the last day only, so the
-second count has what was committed late.
+"""How long after its end an hour is counted. A daemon records only events of the last day, so the
+second count includes what was committed late.
 """
 
-FURTHEST = timedelta(days=92)  # in the past, when counting begins
-SPAN = timedelta(days=1)  # that is counted in one transaction while catching up
+FURTHEST = timedelta(days=92)  # how far in the past counting begins
+SPAN = timedelta(days=1)  # counted in one transaction while catching up
 HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
-ON_TIME = timedelta(seconds=10)  # after which the beginning of a step is late
-MOST_LATE = 10_000  # rows of lateness that are summed up in one transaction
+ON_TIME = timedelta(seconds=10)  # delay from which on a step begins late
+MOST_LATE = 10_000  # rows of lateness that one transaction sums up
 
 
 async def count(connection: asyncpg.Connection, now: datetime) -> bool:
-    """Count hours that are to be counted, at most a day. Return whether there were any."""
+    """Count hours that have not been counted, at most a day. Return whether there were any."""
     rows = await connection.fetch(QUERIES["activity_progress"])
     if [row["after"] for row in rows] != list(PASSES):
         await connection.execute(QUERIES["begin_activity"], list(PASSES), now, FURTHEST)
@@ -39,7 +39,7 @@ async def count(connection: asyncpg.Connection, now: datetime) -> bool:
 
 
 async def counted_until(connection: asyncpg.Connection) -> datetime | None:
-    """Return up to when the history has been counted; None if it never was."""
+    """Return the time up to which the history has been counted; None if it never was."""
     rows = await connection.fetch(QUERIES["activity_progress"])
     return max((row["until"] for row in rows), default=None)
 
@@ -47,8 +47,8 @@ async def counted_until(connection: asyncpg.Connection) -> datetime | None:
 async def note_lateness(
     connection: asyncpg.Connection, step_key: StepKey, due: Iterable[datetime], now: datetime
 ) -> None:
-    """Record how late enrollments begin that were `due`: in the transaction that claims them, so
-    that each counts once. It costs nothing while they are on time.
+    """Record how late enrollments begin that were `due`, in the transaction that claims them, so
+    that each counts once. This costs nothing while they are on time.
     """
     limit = now - ON_TIME
     delays = [now - at for at in due if at < limit]

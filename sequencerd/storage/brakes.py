@@ -1,4 +1,4 @@
-"""Counts side effects of sequences with a brake, in the transaction that leases them."""
+"""Count side effects of sequences with a brake, in the transaction that leases them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def rooms(
 async def count(
     connection: asyncpg.Connection, begun: Mapping[str, tuple[int, bool]], now: datetime
 ) -> None:
-    """Count what has begun in sequences, and pause those where more would have begun."""
+    """Count the side effects that have begun, and pause sequences in which more would."""
     numbers = [number for number, _ in begun.values()]
     over = [is_over for _, is_over in begun.values()]
     await connection.execute(QUERIES["brake"], list(begun), numbers, over, now)

@@ -1,7 +1,7 @@
-"""Manual changes of enrollments: their ids are selected once, then changed in batches.
+"""Change enrollments manually: select their ids once, then change them in batches.
 
-The triggers complete each change, record it, and notify the daemons. A side effect in progress is
-not waited for: the fence rejects its result, which is recorded and moves nothing.
+The triggers complete each change, record it, and notify the daemons. A change does not wait for
+side effects in progress: the fence rejects their results, which are recorded but have no effect.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sequencerd.storage.statements import QUERIES
 
 BATCH = 1000  # enrollments in a transaction
 FETCH = 10_000
-LAST_WAIT = 10.0  # seconds that a batch may take to end when it is interrupted
+LAST_WAIT = 10.0  # seconds in which an interrupted batch may end
 
 STATUSES = {
     "retry": ("failed",),
@@ -35,11 +35,11 @@ STATUSES = {
     "move": ("active", "failed"),
     "reevaluate": ("active",),
 }
-"""The statuses to which an action applies; actions have the names of their statements."""
+"""The statuses to which an action applies; actions are named after their statements."""
 
 
 class Selection(NamedTuple):
-    """Which enrollments a change applies to; None does not restrict."""
+    """The enrollments that a change applies to; None does not restrict."""
 
     ids: Sequence[int] | None = None
     subject: str | None = None
@@ -47,13 +47,13 @@ class Selection(NamedTuple):
     step: str | None = None
     failure: str | None = None
     status: str | None = None
-    prefix: str | None = None  # of the subject
+    prefix: str | None = None  # beginning of the subject
     sequences: Sequence[str] | None = None
     wakes_from: datetime | None = None
     wakes_before: datetime | None = None
     entered_before: datetime | None = None  # its step
     ended_by: datetime | None = None  # if it has ended
-    path: Sequence[str] | None = None  # in the data, and the text of the value there
+    path: Sequence[str] | None = None  # path in the data, and the value there as text
     value: str | None = None
     causes: Sequence[str] | None = None  # of the failure, as the queries have them
     or_ids: Sequence[int] | None = None  # that match like the prefix
@@ -71,13 +71,13 @@ def _like(cause: str) -> str:
 
 
 def count(number: int) -> str:
-    """Return such as "3 enrollments"."""
+    """Format a number, such as "3 enrollments"."""
     return counted(number, "enrollment")
 
 
 class BulkResult(NamedTuple):
     """How many enrollments of a batch were changed, were executing a side effect, or could not be
-    changed, as their subjects are in the sequence again.
+    changed because their subjects are in the sequence again.
     """
 
     changed: int = 0
@@ -85,11 +85,11 @@ class BulkResult(NamedTuple):
     entered_again: int = 0
 
     def plus(self, other: BulkResult) -> BulkResult:
-        """Return the sum of both."""
+        """Add another result."""
         return BulkResult(*(a + b for a, b in zip(self, other, strict=True)))
 
     def remarks(self, selected: int) -> list[str]:
-        """Describe what is worth knowing of the selected enrollments, beside those changed."""
+        """Describe enrollments that were not changed, or that were executing a side effect."""
         unchanged = selected - self.changed - self.entered_again
         remarks = (
             (self.executing, "were executing a side effect, which is not undone"),
@@ -145,7 +145,7 @@ async def select(
 async def selected(
     connection: asyncpg.Connection, action: str, selection: Selection, to: str | None = None
 ) -> list[asyncpg.Record]:
-    """Count what `select` returns the ids of, by sequence, step, status and failure."""
+    """Count the enrollments that `select` would return, by sequence, step, status and failure."""
     async with counting(connection):
         rows: list[asyncpg.Record] = await connection.fetch(
             QUERIES["selected"], *_parameters(action, selection, to)
@@ -166,7 +166,7 @@ async def change(
     to: str | None = None,
     progress: Callable[[BulkResult], None],
 ) -> None:
-    """Change enrollments, a batch at a time; `progress` is called for each that is committed.
+    """Change enrollments, a batch at a time; `progress` is called after each commit.
 
     Enrollments that have moved since the selection are not changed. If this is cancelled, a batch
     that has started is finished first.
@@ -201,7 +201,7 @@ async def _change_batch(
                         done = done.plus(await _run_alone(connection, action, id_, to))
                     return done
         except asyncpg.TransactionRollbackError:
-            continue  # a deadlock with another transaction: nothing is done yet
+            continue  # a deadlock with another transaction: nothing has been done yet
 
 
 async def _run_alone(
@@ -223,7 +223,7 @@ async def _run(
 
 
 class StatusChange(NamedTuple):
-    """A status of sequences, and what it means for their enrollments."""
+    """A status of sequences, and its meaning for their enrollments."""
 
     status: str
     inside: str
@@ -239,7 +239,7 @@ SEQUENCE_STATUSES = {
 async def set_status(
     connection: asyncpg.Connection, names: Sequence[str], status: str, reason: str
 ) -> list[asyncpg.Record]:
-    """Set the status of sequences, and return what each was before. Raises UsageError."""
+    """Set the status of sequences, and return the previous status of each. Raises UsageError."""
     async with connection.transaction():
         await set_reason(connection, reason)
         rows: list[asyncpg.Record] = await connection.fetch(
@@ -256,9 +256,9 @@ async def set_reason(connection: asyncpg.Connection, reason: str) -> None:
 
 
 def changed_by(reason: str | None) -> str:
-    """Return what events record besides the database user: the operator, and the reason."""
+    """Return what events record in addition to the database user: the operator, and the reason."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
+    except (KeyError, OSError):  # the user of a container may have no name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}" + (f": {reason}" if reason else "")

@@ -1,4 +1,4 @@
-"""A change of several shards: prepared on all of them before it is committed on any."""
+"""Change several shards: prepare on all of them before committing on any."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.every_shard import AT_ONCE, Explain, ask_all
 from sequencerd.storage.statements import QUERIES
 
-COMMITTING = 30.0  # seconds for a commit, and to find out what became of it
+COMMITTING = 30.0  # seconds for a commit, and to find out its outcome
 CLOSING = 5.0  # seconds
 NOTHING = "nothing was changed in any shard"
 
@@ -26,14 +26,14 @@ Connect = Callable[[Shard], Awaitable[asyncpg.Connection]]
 
 
 class Words(NamedTuple):
-    """How a change is described where only some shards have it."""
+    """The words for a change that only some shards have."""
 
     what: str  # such as "the revision"
-    again: str  # what completes it
+    again: str  # what completes the change
 
 
 class Change:
-    """A transaction on each of several shards; on one, it is a transaction."""
+    """A transaction on each of several shards; with one shard, an ordinary transaction."""
 
     def __init__(self, explain: Explain, shards: Sequence[Shard], connect: Connect) -> None:
         self.connections: dict[Shard, asyncpg.Connection] = {}
@@ -43,7 +43,7 @@ class Change:
         self._transactions: dict[Shard, Transaction] = {}
 
     async def begin(self) -> None:
-        """Begin the transactions. Raises SequencerdError if one shard cannot be reached."""
+        """Begin the transactions. Raises SequencerdError if a shard cannot be reached."""
         await self.on_each(self._begin)
 
     async def _begin(self, shard: Shard) -> None:
@@ -64,8 +64,8 @@ class Change:
         return (await ask_all(self._explain, [shard], work, otherwise=NOTHING))[shard]
 
     async def commit(self, words: Words, warn: Callable[[str], None] = lambda _: None) -> None:
-        """Commit on one shard after the other, if all can. Raises ShardsError, with where a
-        failure leaves them; an interruption is described by `warn`.
+        """Commit on one shard after the other, if all can. Raises ShardsError, which says what a
+        failure has left; an interruption is reported to `warn`.
         """
         ids = await self.on_each(self._prepare)
         done: list[str] = []
@@ -105,7 +105,7 @@ class Change:
         return id_
 
     async def _outcome(self, shard: Shard, transaction_id: str | None) -> str | None:
-        """Return whether a transaction was committed, or aborted; None if its shard cannot tell."""
+        """Return whether a transaction was committed; None if its shard cannot tell."""
         if transaction_id is None:  # it has written nothing
             return "committed"
         with suppress(SequencerdError, *TRANSIENT_ERRORS):
@@ -146,7 +146,7 @@ def _where(
 async def changing(
     explain: Explain, shards: Sequence[Shard], connect: Connect
 ) -> AsyncIterator[Change]:
-    """Begin a change of several shards; what is not committed in the block is rolled back."""
+    """Begin a change of several shards; what is not committed in the context is rolled back."""
     change = Change(explain, shards, connect)
     try:
         await change.begin()

@@ -1,4 +1,4 @@
-"""Deletes what is older than it is kept."""
+"""Delete what is older than its retention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def add_event_partitions(connection: asyncpg.Connection) -> None:
 
 
 async def drop_event_partition(connection: asyncpg.Connection, before: datetime) -> str | None:
-    """Drop the oldest partition of the history, if all of it is older. Return its name."""
+    """Drop the oldest partition of the history if all of it is old enough. Return its name."""
     name: str | None = await connection.fetchval(QUERIES["drop_event_partition"], before)
     return name
 

@@ -1,4 +1,4 @@
-"""Opens connections and pools, and borrows them: one that does not answer is closed."""
+"""Open connections and pools, and borrow connections: one that does not answer is closed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sequencerd.storage.schemas import connection_class
 from sequencerd.storage.statements import QUERIES
 
 CONNECT_TIMEOUT = 10.0  # seconds
-COMMAND_TIMEOUT = 30.0  # seconds: a connection that is silently dead must not block the engine
+COMMAND_TIMEOUT = 30.0  # seconds; a connection that died silently must not block the engine
 
 
 class Shard(NamedTuple):
-    """Where the tables are: the URL of a database, and a schema in it. Without [shards] in the
-    settings, there is one without a name and a number.
+    """The location of the tables: the URL of a database, and a schema in it. Without [shards] in
+    the settings, there is one shard without a name and a number.
     """
 
     url: str
@@ -42,14 +42,14 @@ def arguments(
 
 
 async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Connection:
-    """Open a connection for a command, on which a statement may take `seconds`. Raises
-    DatabaseError without the password in it.
+    """Open a connection for a command, with a limit in seconds for each statement. Raises
+    DatabaseError, which does not contain the password.
     """
     try:
         connection = await asyncpg.connect(
             **arguments(shard, name="sequencerd", timeout=CONNECT_TIMEOUT),
             command_timeout=seconds,
-            statement_cache_size=0,  # it may lead to a pooler
+            statement_cache_size=0,  # the URL may be that of a pooler
         )
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         raise DatabaseError(f"cannot connect to the database: {explain(error)}") from error
@@ -75,10 +75,10 @@ async def connect_pool(
 ) -> asyncpg.Pool:
     """Open connections for the daemon, whose writes send no notifications.
 
-    With `pooled`, through a pooler, nothing is kept from one transaction to the next: no prepared
-    statements, and no settings, so writes do send notifications. `least` connections are opened at
-    once. A session is reset after each use only if it `runs_others`, functions of applications,
-    which may change it: our own statements do not, and to reset it takes a round trip.
+    With `pooled`, for a pooler, nothing is kept from one transaction to the next: no prepared
+    statements, and no settings, so writes do send notifications. `least` connections are opened
+    immediately. A session is reset after each use only if it `runs_others`, functions of
+    applications, which may change it: our own statements do not, and a reset takes a round trip.
     """
     notify = {} if pooled else {"sequencer.notify": "off"}
     if not runs_others:
@@ -86,7 +86,7 @@ async def connect_pool(
     if pooled:
         options["statement_cache_size"] = 0
     else:
-        # for as long as the connection lasts: a lone timer must not wait for them
+        # for the lifetime of the connection: a lone timer must not wait for them
         options["max_cached_statement_lifetime"] = 0
     return await asyncpg.create_pool(
         **arguments(shard, name="sequencerd", timeout=CONNECT_TIMEOUT, settings=notify),
@@ -98,7 +98,7 @@ async def connect_pool(
 
 
 async def _keep(_: object) -> None:
-    """Leave a session as it is; asyncpg has rolled back a transaction that was open."""
+    """Leave a session as it is; asyncpg has rolled back an open transaction."""
 
 
 @asynccontextmanager
@@ -125,7 +125,7 @@ async def borrow(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
 
 
 _waiting: dict[asyncpg.Pool, dict[object, float]] = {}
-"""Since when tasks wait for a connection, for pools on which any task waits."""
+"""Since when tasks wait for a connection, for pools that any task waits for."""
 
 
 def _end_wait(pool: asyncpg.Pool, ours: object) -> None:
@@ -136,7 +136,9 @@ def _end_wait(pool: asyncpg.Pool, ours: object) -> None:
 
 
 def longest_wait(pool: asyncpg.Pool) -> float:
-    """Return for how many seconds a connection has been waited for. Callable from any thread."""
+    """Return for how many seconds a task has been waiting for a connection. Can be called from any
+    thread.
+    """
     since = list(_waiting.get(pool, {}).values())
     return time.monotonic() - min(since) if since else 0.0
 
@@ -167,7 +169,7 @@ async def reading(pool: asyncpg.Pool, **options: Any) -> AsyncIterator[asyncpg.C
 async def read(
     pool: asyncpg.Pool, query: str, *arguments: object, seconds: float | None = None
 ) -> list[asyncpg.Record]:
-    """Return the rows of one of the QUERIES, in a read-only transaction and within a time."""
+    """Return the rows of a statement in QUERIES, in a read-only transaction with a time limit."""
     async with reading(pool) as connection:
         rows: list[asyncpg.Record] = await connection.fetch(
             QUERIES[query], *arguments, timeout=seconds

@@ -1,4 +1,5 @@
-"""Connection strings as libpq takes them, translated for asyncpg, which knows fewer.
+"""Parse connection strings like libpq, and translate them for asyncpg, which supports fewer
+parameters.
 
 What `psql` accepts works, or is rejected by name. Precedence is libpq's: the connection string,
 then the service file, then the environment.
@@ -60,7 +61,7 @@ _OF_ASYNCPG = (
     *("sslmode", "sslnegotiation", *_FILES, "sslpassword", "ssl_min_protocol_version"),
     *("ssl_max_protocol_version", "krbsrvname", "gsslib"),
 )
-"""What asyncpg reads from the query of a URL."""
+"""Parameters that asyncpg reads from the query of a URL."""
 
 _ONLY = {
     "channel_binding": ("prefer", "disable"),
@@ -85,13 +86,13 @@ _ONLY = {
     "sslkeylogfile": ("",),
     "sslsni": ("1",),
 }
-"""What asyncpg has no other value for, so that every parameter of libpq is known."""
+"""Parameters for which asyncpg has no other value, so that every parameter of libpq is known."""
 
 _WITHOUT_EFFECT = (
     *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
     *("tcp_user_timeout", "gssdelegation", "fallback_application_name"),
 )
-"""Connections are probed by the daemon itself, which finds out sooner."""
+"""Ignored because the daemon probes its connections itself, which is faster."""
 
 _KNOWN = frozenset({*_VARIABLES.values(), *_OF_ASYNCPG, *_ONLY, *_WITHOUT_EFFECT, "service"})
 
@@ -115,8 +116,8 @@ def arguments(
 ) -> dict[str, Any]:
     """Return asyncpg's arguments for a connection string. Raises SettingsError.
 
-    `name` and `timeout` hold unless the string has an application_name or a connect_timeout;
-    `settings` are the server's.
+    `name` and `timeout` apply unless the string has an application_name or a connect_timeout;
+    `settings` are server settings.
     """
     variables = os.environ if environment is None else environment
     given = parse(text)
@@ -154,7 +155,7 @@ def arguments(
 
 
 def parse(text: str) -> dict[str, str]:
-    """Return the parameters of a URL, of KEYWORD=VALUE pairs, or of a database's bare name.
+    """Return the parameters of a URL, of KEYWORD=VALUE pairs, or of the bare name of a database.
 
     Raises SettingsError, which quotes nothing that may be part of a password.
     """
@@ -169,9 +170,9 @@ def parse(text: str) -> dict[str, str]:
         raise SettingsError("the database's URL is wrong; write postgresql://user@host/name")
     else:
         given = {"dbname": text.strip()} if text.strip() else {}
-    if given.pop("ssl", "") == "true":  # as JDBC has it, and libpq as well
+    if given.pop("ssl", "") == "true":  # as in JDBC, and supported by libpq
         given["sslmode"] = "require"
-    if "database" in given:  # asyncpg's name for it
+    if "database" in given:  # the name in asyncpg
         given["dbname"] = given.pop("database")
     for key in given:
         if key not in _KNOWN:
@@ -276,7 +277,7 @@ def _check(given: Mapping[str, str]) -> None:
 
 
 def _timeout(text: str | None, default: float) -> float | None:
-    """Return libpq's connect_timeout, in seconds: none for 0, and 2 at least."""
+    """Return libpq's connect_timeout in seconds: no limit for 0, and at least 2."""
     if text is None:
         return default
     try:
@@ -310,9 +311,9 @@ def _address(given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _password(given: Mapping[str, str]) -> str | None:
-    """Return the password of the password file. Asyncpg does not resolve its escapes.
+    """Return the password from the password file. Asyncpg does not resolve its escapes.
 
-    A file that others can read is ignored, and asyncpg warns of it.
+    A file that other users can read is ignored, and asyncpg warns about it.
     """
     file = Path(given["passfile"]) if "passfile" in given else _home() / ".pgpass"
     try:
@@ -348,7 +349,7 @@ def _plain(text: str) -> str:
 def _login() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # as in a container
+    except (KeyError, OSError):  # for example in a container
         raise SettingsError(
             "the database's URL names no user, and the user of this process has no name; write "
             "postgresql://user@host/name"
@@ -363,7 +364,7 @@ def _home() -> Path:
 
 
 def _system_context(given: Mapping[str, str]) -> ssl.SSLContext:
-    """Return a context that trusts the system's authorities, and checks the host's name."""
+    """Return a context that trusts the system's authorities, and checks the host name."""
     if given.get("sslmode", "verify-full") != "verify-full":
         raise SettingsError("sslrootcert=system of the database needs sslmode=verify-full")
     context = ssl.create_default_context()

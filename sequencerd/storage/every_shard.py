@@ -1,4 +1,4 @@
-"""What is done on every shard, with an account of where it failed."""
+"""Do work on every shard, and report where it failed."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 _T = TypeVar("_T")
 
-AT_ONCE = 8  # shards that are worked on at the same time
+AT_ONCE = 8  # shards that are processed at the same time
 
 Explain = Callable[[Shard, BaseException], Awaitable[SequencerdError]]
 """Returns what an error of a shard means to the user."""
 
 
 class ShardAnswers(NamedTuple, Generic[_T]):
-    """What shards have answered, in their order, and why the others have not."""
+    """The answers of shards, in their order, and the errors of the others."""
 
     found: Mapping[Shard, _T]
     missing: Mapping[Shard, SequencerdError]
 
     def lines(self, *, refusals: bool = False) -> list[str]:
-        """Describe what is missing. What only some shards refuse, such as a name that they do not
-        have, is described with `refusals`.
+        """Describe what is missing. Errors of only some shards, such as a name that they do not
+        have, are described with `refusals`.
         """
         return _named(
             {
@@ -54,8 +54,8 @@ async def ask(
     *,
     at_once: int = AT_ONCE,
 ) -> ShardAnswers[_T]:
-    """Do the same on every shard. What fails on one keeps no other from it. Raises SequencerdError
-    if all fail; without [shards], whatever `work` raises.
+    """Do the same on every shard. An error on one does not affect the others. Raises
+    SequencerdError if all fail; without [shards], the error of `work`.
     """
     answers = await ask_each(explain, list(shards), work, at_once)
     if not answers.found:
@@ -71,7 +71,7 @@ async def ask_all(
     otherwise: str,
     at_once: int = AT_ONCE,
 ) -> Mapping[Shard, _T]:
-    """The same where no shard may be missing. `otherwise` says in the error what that means."""
+    """Do the same where no shard may be missing. `otherwise` says in the error what that means."""
     answers = await ask_each(explain, list(shards), work, at_once)
     if answers.missing:
         error = _one_of(answers.missing)
@@ -97,7 +97,7 @@ async def ask_each(
             try:
                 return await work(shard)
             except BrokenPipeError:
-                raise  # of the output: the reader has gone
+                raise  # of the output: the reader is gone
             except (SequencerdError, *TRANSIENT_ERRORS) as error:
                 return await explain(shard, error)
 
@@ -114,7 +114,7 @@ async def ask_each(
 
 
 def _one_of(errors: Mapping[Shard, SequencerdError]) -> SequencerdError:
-    """Return one error for those of several shards. What all refuse is the user's mistake."""
+    """Combine the errors of several shards. An error that all have is the user's mistake."""
     first, *others = errors.values()
     is_same = all(str(one) == str(first) for one in others)
     if isinstance(first, UsageError | FileError) and is_same:

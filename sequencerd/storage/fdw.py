@@ -1,4 +1,4 @@
-"""The SQL of a front: a database through which applications reach all shards as one table."""
+"""The SQL of a front: a database in which applications see all shards as one table."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def front(shards: Mapping[str, Shard]) -> str:
 
 
 def password_variable(shard: str) -> str:
-    """Return the variable of psql that has the password of a shard."""
+    """Return the psql variable for the password of a shard."""
     return "password_" + re.sub(r"\W", "_", shard, flags=re.ASCII)
 
 

@@ -1,4 +1,4 @@
-"""The connection that listens: it turns NOTIFY into messages, reconnects, and probes itself.
+"""The connection that listens: it converts NOTIFY to messages, reconnects, and probes itself.
 
 Commits that notify wait for each other, so triggers notify only while a daemon holds the notify
 lock. If notifications are very frequent, the daemon releases the lock for a while, and all daemons
