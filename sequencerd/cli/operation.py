@@ -84,7 +84,9 @@ async def change_command(
             await check_names(connection, ours.sequence, ours.step)
             ids, groups = await _select(connection, action, ours, to, arguments.dry_run)
             if ours.ids is not None:
-                _check_ids(arguments.command, action, shard, ours.ids, ids)
+                await _check_ids(
+                    connection, shard, ours.ids, ids, command=arguments.command, action=action
+                )
             if to is not None:
                 await _check_step(connection, to, groups, ours.sequence)
         finally:
@@ -153,11 +155,20 @@ def _selection(arguments: argparse.Namespace) -> Selection:
     return Selection(None, *filters)
 
 
-def _check_ids(
-    command: str, action: str, shard: Shard, wanted: Sequence[int], found: Sequence[int]
+async def _check_ids(
+    connection: asyncpg.Connection,
+    shard: Shard,
+    wanted: Sequence[int],
+    found: Sequence[int],
+    *,
+    command: str,
+    action: str,
 ) -> None:
     """Reject ids that the command does not apply to, so that scripts notice wrong ids."""
     if missing := sorted(set(wanted) - set(found)):
+        existing = {row["id"] for row in await connection.fetch(QUERIES["existing"], missing)}
+        if absent := next((number for number in missing if number not in existing), None):
+            raise UsageError(f"enrollment {Id(shard.name, absent)} does not exist")
         ids = [str(Id(shard.name, number)) for number in missing]
         names = ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")
         takes = " and ".join(bulk.STATUSES[action])
@@ -177,6 +188,7 @@ async def _check_step(
     sequences = {group["sequence"] for group in groups} or ({sequence} if sequence else set())
     known = await connection.fetch(QUERIES["with_step"], step, list(sequences))
     if missing := sorted(sequences - {row["sequence"] for row in known}):
+        await check_names(connection, missing[0], step)
         raise UsageError(f"sequence {missing[0]!r} has no step {step!r}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -111,7 +112,7 @@ def _plain(kind: str, limits: Mapping[str, Any]) -> str | None:
         case "string_type":
             return "must be a text"
         case "string_pattern_mismatch":
-            return f"must match {limits['pattern']}"
+            return _pattern_in_words(limits["pattern"])
         case "list_type" | "tuple_type" | "set_type" | "frozen_set_type":
             return "must be a list"
         case "bool_type" | "bool_parsing":
@@ -136,6 +137,35 @@ def _plain(kind: str, limits: Mapping[str, Any]) -> str | None:
         case "too_long" | "string_too_long":
             return f"must have at most {limits['max_length']:,} {_UNITS[kind]}"
     return None
+
+
+_KINDS = {"A-Za-z": "letter", "A-Z": "capital letter", "a-z": "lower-case letter", "0-9": "digit"}
+
+
+def _pattern_in_words(pattern: str) -> str:
+    """Say what a pattern allows: a URL, or characters of which the first may be restricted."""
+    if pattern.startswith("^https?://"):
+        return "must be a URL such as https://example.com"
+    found = re.fullmatch(r"\^(?:\[([^]]+)\])?\[([^]]+)\](?:\+|\{0,(\d+)\})\$", pattern)
+    if found is None:
+        return f"must match {pattern}"
+    first, others, most = found.groups()
+    length = "" if most is None else f"1 to {int(most) + 1} "
+    text = f"must be {length}{_characters(others, 's')}"
+    return text if first is None else f"{text}, and begin with {_characters(first, '')}"
+
+
+def _characters(allowed: str, plural: str) -> str:
+    """Name the characters of a class, such as "letters, digits or any of ._-"."""
+    names, symbols = [], allowed
+    for span, kind in _KINDS.items():
+        if span in symbols:
+            symbols = symbols.replace(span, "")
+            names.append(kind + plural if plural else f"a {kind}")
+    if symbols:
+        names.append(f"any of {symbols}" if len(symbols) > 1 else symbols)
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 _UNITS = {
@@ -211,4 +241,4 @@ def nearest(name: str, known: list[str]) -> str:
     if near:
         return f"did you mean {near[0]!r}?"
     names = sorted(set(known))
-    return f"known are {', '.join(names[:MAX_KNOWN])}{', ...' if names[MAX_KNOWN:] else ''}"
+    return f"available: {', '.join(names[:MAX_KNOWN])}{', ...' if names[MAX_KNOWN:] else ''}"

@@ -151,7 +151,7 @@ def _with_hint(fault: Fault) -> Fault:
     near = get_close_matches(str(key), EFFECT_KEYS, n=1, cutoff=0.75)
     if deeper or not near or key in EFFECT_KEYS:
         return fault
-    known, _, _ = fault.message.partition("; known are ")
+    known, _, _ = fault.message.partition("; available: ")
     return Fault(fault.path, f"{known.partition('; did you mean')[0]}; did you mean {near[0]!r}?")
 
 

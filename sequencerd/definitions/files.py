@@ -73,6 +73,12 @@ def _short_enough(most: int) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _check_recheck(value: timedelta) -> timedelta:
+    if not timedelta(seconds=1) <= value <= timedelta(days=360):
+        raise ValueError("must be from 1 second to 360 days")
+    return value
+
+
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), _short_enough(MAX_NAME)]
 Description = Annotated[str, Field(max_length=MAX_DESCRIPTION), _short_enough(MAX_DESCRIPTION)]
 PartialName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_./-]{0,99}$")]
@@ -80,7 +86,7 @@ PartialText = Annotated[str, WithJsonSchema(TEXT_SCHEMA)]
 Recheck = Annotated[
     timedelta,
     BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value),
-    Field(ge=timedelta(seconds=1), le=timedelta(days=360)),
+    AfterValidator(_check_recheck),
     WithJsonSchema({"type": ["string", "number"]}),
 ]
 

@@ -204,7 +204,7 @@ def _from_url(rest: str) -> dict[str, str]:
     matches = [_HOST.fullmatch(host) for host in hosts.split(",")]
     if not all(matches):
         raise SettingsError(
-            "the database's URL has a port that is no number; write special characters in the "
+            "the database's URL has a port that is not a number; write special characters in the "
             "password as percent escapes, such as %2F for /"
         )
     if hosts:

@@ -110,7 +110,7 @@ def test_names_that_do_not_exist_are_reported(
 ) -> None:
     monkeypatch.setenv("SEQUENCERD_DATABASE", applied.variables["SEQUENCERD_DATABASE"])
     for arguments, words in (
-        ("list --sequence t", "sequence 't' does not exist; known are s"),
+        ("list --sequence t", "sequence 't' does not exist; available: s"),
         ("list --sequence s --step fist", "sequence 's' has no step 'fist'; did you mean 'first'?"),
         ("tail --sequence t", "sequence 't' does not exist"),
         ("tail --id 999", "enrollment 999 does not exist"),

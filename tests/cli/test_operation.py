@@ -78,6 +78,8 @@ async def test_retry_takes_the_failed_and_records_the_operator_and_the_reason(
     assert message.endswith(": it is back")
     sequencerd("retry", str(bob), code=1)
     assert f"retry applies to failed enrollments, not to {bob}" in sequencerd.errors
+    sequencerd("retry", "999", "--yes", code=1)
+    assert "enrollment 999 does not exist" in sequencerd.errors
     sequencerd("retry", str(ada), "999", code=1)
 
 
@@ -215,7 +217,7 @@ async def test_move_enters_a_step_now_whether_failed_or_not(
         assert "to wait by postgres" in await last_message(defined, id_, "moved")
     assert (await row(defined, eve))["visit"] == 2  # as before
     sequencerd("move", "--subject", "ada", "--to", "nowhere", code=1)
-    assert "sequence 's' has no step 'nowhere'" in sequencerd.errors
+    assert "sequence 's' has no step 'nowhere'; available: " in sequencerd.errors
 
 
 async def test_reevaluate_evaluates_and_is_recorded(

@@ -1,4 +1,4 @@
-"""Configs: what is wrong with one is worded for whoever writes it, not for users of pydantic."""
+"""Configs: what is wrong with one is described in terms of the file, not of pydantic."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pydantic import Field
 from sequencerd.core.config import Config, parse_config
 from sequencerd.core.model import DefinitionError
 
+NAMES = "letters, digits or any of _./-"
+
 
 class Example(Config):
     """A key for each kind of value."""
@@ -18,6 +20,9 @@ class Example(Config):
     number: float = 1
     flag: bool = False
     code: Annotated[str, Field(pattern="^[A-Z]+$")] = "A"
+    name: Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_./-]{0,9}$")] = "a"
+    url: Annotated[str, Field(pattern="^https?://")] = "http://x"
+    odd: Annotated[str, Field(pattern="^a|b$")] = "a"
     small: Annotated[int, Field(gt=0, lt=10)] = 3
     items: list[int] = Field(default=[1, 2], min_length=2, max_length=3)
     pair: tuple[int, int] = (1, 2)
@@ -34,7 +39,10 @@ class Example(Config):
         ({"number": "x"}, "number: must be a number"),
         ({"number": float("nan")}, "number: must be a number"),
         ({"flag": "maybe"}, "flag: must be true or false"),
-        ({"code": "a"}, "code: must match ^[A-Z]+$"),
+        ({"code": "a"}, "code: must be capital letters"),
+        ({"name": "a b"}, f"name: must be 1 to 10 {NAMES}, and begin with a letter or _"),
+        ({"url": "ftp://x"}, "url: must be a URL such as https://example.com"),
+        ({"odd": "c"}, "odd: must match ^a|b$"),
         ({"small": 0}, "small: must be more than 0"),
         ({"small": 10}, "small: must be less than 10"),
         ({"items": [1]}, "items: must have at least 2 items"),

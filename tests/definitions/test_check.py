@@ -110,7 +110,7 @@ def test_a_sequence_in_another_file_counts(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("name: b\nsteps: [{name: y, type: Note, altNext: null}]")
     found = read_files([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)[1]
     assert [finding.message for finding in found] == [
-        "step: step 'z' does not exist in sequence 'b'; known are y"
+        "step: step 'z' does not exist in sequence 'b'; available: y"
     ]
     with pytest.raises(FileError, match="'z' does not exist in sequence 'b'"):
         read_all([tmp_path / "a.yaml", tmp_path / "b.yaml"], RUNNERS)
@@ -719,3 +719,9 @@ def test_waits_for_parts_of_a_date_in_a_row_are_reported(
         assert finding.line == 3
         assert finding.message.startswith("next: before two: ")
         assert advice in finding.message
+
+
+def test_a_recheck_out_of_range_is_named_in_words(tmp_path: Path) -> None:
+    text = "name: s\nrecheck: 0\nsteps: [{name: a, type: GoTo}]\n"
+    (finding,) = check(tmp_path / "s.yaml", text)
+    assert finding.message == "recheck: must be from 1 second to 360 days"

@@ -68,7 +68,7 @@ async def test_without_both_keys_they_are_the_runners_own() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"channel": "#general", "address": "x"}, "channel: must match"),
+        ({"channel": "#general", "address": "x"}, "channel: must be 1 to 100 lower-case letters"),
         ({"channel": "push", "address": ["x"]}, "address: must be a text"),
         ({"channel": "push", "address": "{{data.x"}, "address: line 1"),
         ({"channel": "push", "address": 5, "bad": 1}, "bad: this key is not known"),

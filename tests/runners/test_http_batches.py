@@ -138,7 +138,10 @@ async def test_an_id_is_a_number_or_its_text(id_: str) -> None:
         (b'[{"id": 8}, {"id": "n-9"}]', "nothing for the id 7; ids received: 8, n-9"),
         (b'[{"action": "next"}]', "nothing for the id 7; ids received: none"),
         (b'[{"id": true}, {"id": 7.5}]', "ids received: none"),
-        (json.dumps([{"id": n} for n in range(10, 20)]).encode(), "came: 10, 11, 12, 13, 14, ..."),
+        (
+            json.dumps([{"id": n} for n in range(10, 20)]).encode(),
+            "received: 10, 11, 12, 13, 14, ...",
+        ),
     ],
 )
 async def test_an_answer_without_our_ids_names_those_that_came(body: bytes, says: str) -> None:
@@ -190,7 +193,7 @@ async def test_compressed_answers_are_unpacked(encoding: str, pack: Any) -> None
             gzip.compress(gzip.compress(b" " * MAX_ANSWER * 4, 1, mtime=0), mtime=0),
             "when it is unpacked",
         ),
-        ("gzip", gzip.compress(b"[]" * 100, mtime=0)[:-20], "cut off"),
+        ("gzip", gzip.compress(b"[]" * 100, mtime=0)[:-20], "truncated"),
         ("gzip", b"nonsense", "can't be read"),
         ("deflate", b"nonsense", "can't be read"),
         ("br", b"whatever", "encoded as 'br'"),
