@@ -117,7 +117,7 @@ async def upgrade(
     connection: asyncpg.Connection, old: Sequence[Migration], new: Sequence[Migration]
 ) -> None:
     """Make the schema of an old version, use it, and migrate it."""
-    await connection.execute("DROP SCHEMA IF EXISTS sequencer CASCADE")
+    await connection.execute("DROP SCHEMA sequencer CASCADE")
     await migrate.migrate(connection, old, ShardNumber(0, 2))
     await migrate.grant(connection)
     await define(connection, "s", ("note", "Note", "{}", None))
