@@ -29,6 +29,7 @@ from sequencerd.engine.shared_outcome import SharedOutcomes
 from sequencerd.storage.reservations import Reserved
 from sequencerd.storage.writes import EnrollmentState, EnrollmentWrites, text_array
 
+FEW = 20  # enrollments that are read without a lock, and then written by one statement
 MOST_NUMBERS = 1_000_000_000  # the limit of the column
 _NUMBERS = count()
 
@@ -116,6 +117,19 @@ class Batch(EnrollmentWrites):
         for one in ids:
             one.append(at.id)
         return ids
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but rows and events is to be written."""
+        return bool(self.rows) and not (
+            self.data
+            or self.goals_met
+            or self.jumps
+            or self.limited
+            or self.given_back
+            or self.elsewhere
+            or self.entries
+        )
 
     def lease(self, leased: Leased) -> None:
         """Reserve a slot, until the transaction has committed or failed."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 import asyncpg
@@ -15,10 +16,10 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.core.model import NEVER, Enrollment, ServedElsewhere, SideEffect, StepKey
 from sequencerd.core.retry import doubled
 from sequencerd.engine.backpressure import Backlog
-from sequencerd.engine.batch import Batch
+from sequencerd.engine.batch import FEW, Batch
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.clock import Clock
-from sequencerd.engine.cursors import Cursors
+from sequencerd.engine.cursors import Claim, Cursors
 from sequencerd.engine.executors import Executors
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
@@ -26,10 +27,12 @@ from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.service.metrics import Metrics
 from sequencerd.storage import activity, connections, locking, wakes
 from sequencerd.storage.database_errors import brief, is_data_error
+from sequencerd.storage.writes import NotWritten, Unchanged
 
 CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
 FRUITLESS = 3  # consecutive claims without a result after which notifications are delayed
 FRUITLESS_PAUSE = 0.5  # seconds, the longest such delay
+QUIET = 0.02  # seconds without a claim, after which few enrollments are expected at a step
 LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
 
 
@@ -78,6 +81,8 @@ class Claims:
         self._cursors = cursors
         self._taken_over: set[int] = set()  # leased by another daemon, though executed here
         self._fruitless: dict[StepKey, int] = {}  # consecutive claims without a result
+        self._claimed_at: dict[StepKey, float] = {}  # when last, in the event loop's time
+        self._unsuited: dict[StepKey, int] = {}  # by revision: steps that write more than rows
 
     async def claim_all(self, step_key: StepKey) -> None:
         """Claim and advance all due enrollments of a step, in several batches at a time if there
@@ -140,26 +145,31 @@ class Claims:
         return False
 
     async def _claim_batch(self, step_key: StepKey, revision: int, limit: int) -> int:
-        """Claim and advance a batch in one transaction. Return how many rows it has locked."""
+        """Claim and advance a batch. Return how many rows it has read to advance them."""
         now = self._clock.now()
-        batch = Batch()
         excluded = self.excluded(step_key)
         with self._cursors.claim(step_key, frozenset(excluded), now) as claim:
-            async with self._leases.writing(batch) as connection:
-                claimed, count = await locking.claim(
-                    connection,
-                    step_key,
-                    now,
-                    revision,
-                    limit,
-                    daemon=self._daemon,
-                    excluding=excluded,
-                    since=claim.start,
-                )
-                self._metrics.claimed(step_key, self._due(step_key, claimed), now)
-                await self._move_all(connection, step_key, batch, claimed, now)
-                if claimed and len(claimed) == count:
-                    claim.reached = claimed[-1].wake_at
+            claimed = await self._move_few(step_key, revision, claim, limit, excluded)
+            if claimed is None:
+                batch = Batch()
+                async with self._leases.writing(batch) as connection:
+                    claimed, count = await locking.claim(
+                        connection,
+                        step_key,
+                        now,
+                        revision,
+                        limit,
+                        daemon=self._daemon,
+                        excluding=excluded,
+                        since=claim.start,
+                    )
+                    self._metrics.claimed(step_key, self._due(step_key, claimed), now)
+                    await self._move_all(connection, step_key, batch, claimed, now)
+            else:
+                count = len(claimed)
+            if claimed and len(claimed) == count:
+                claim.reached = claimed[-1].wake_at
+            self._claimed_at[step_key] = asyncio.get_running_loop().time()
             is_last = len(claimed) < limit
             if is_last or claim.is_to_check:  # after the commit: side effects have started
                 async with connections.borrow(self._pool) as connection:
@@ -179,6 +189,58 @@ class Claims:
                     soon = now + timedelta(seconds=LOCKED_PAUSE)
                     self._push(step_key, soon if is_locked else next_at)
         return count
+
+    async def _move_few(
+        self, step_key: StepKey, revision: int, claim: Claim, limit: int, excluded: list[int]
+    ) -> list[Enrollment] | None:
+        """Advance due enrollments without a lock between reading and writing them.
+
+        Return them, or None if they must be claimed: if there are many of them, one is late or has
+        changed since it was read, or more must be written than rows and events.
+        """
+        if self._unsuited.get(step_key) == revision or not self._is_quiet(step_key):
+            return None
+        now = claim.now
+        async with connections.borrow(self._pool) as connection:
+            peeked = await locking.peek(
+                connection,
+                step_key,
+                now,
+                revision,
+                min(limit, FEW + 1),
+                daemon=self._daemon,
+                excluding=excluded,
+                since=claim.start,
+            )
+        if peeked is None:
+            self._unsuited[step_key] = revision
+            return None
+        due, versions = peeked
+        is_usual = all(one.leased_by is None for one in due) and not activity.delays(
+            self._due(step_key, due), now
+        )
+        if not due or len(due) > FEW or not is_usual:
+            return None if due else []
+        batch = Batch()
+        with suppress(NotWritten):
+            async with self._leases.starting(batch):
+                for enrollment in due:
+                    self._moves.move(batch, enrollment, now)
+                if not batch.is_plain:
+                    self._unsuited[step_key] = revision
+                    raise NotWritten
+                known = Unchanged(versions, step_key[0], revision)
+                await self._leases.write_unchanged(batch, now, known)
+                self._metrics.claimed(step_key, self._due(step_key, due), now)
+            return due
+        return None
+
+    def _is_quiet(self, step_key: StepKey) -> bool:
+        """Return whether nothing has been claimed at a step for some time. Where enrollments keep
+        arriving, faster claims would each find fewer of them, and cost more for each.
+        """
+        at = self._claimed_at.get(step_key)
+        return at is None or asyncio.get_running_loop().time() - at >= QUIET
 
     def excluded(self, step_key: StepKey) -> list[int]:
         """Return the ids that must not be claimed: quarantined enrollments, and those that another

@@ -21,6 +21,7 @@ from sequencerd.engine.quarantine import isolate
 from sequencerd.service.metrics import Metrics
 from sequencerd.storage import connections, evaluations, locking, writes
 from sequencerd.storage.database_errors import LOST_ERRORS, TRANSIENT_ERRORS
+from sequencerd.storage.writes import Unchanged
 
 MOST_TRANSACTIONS = 1000  # transactions that are remembered
 
@@ -43,7 +44,8 @@ class Leases:
     ) -> None:
         self.by_id: dict[int, Leased] = {}
         self.transactions: dict[int, int] = {}
-        """The latest transactions that wrote many leases and no data, by the number of the leases.
+        """The latest transactions that wrote leases and no data, as far as they are known, by the
+        number of the leases.
         """
         self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
         self._pool = pool
@@ -68,18 +70,35 @@ class Leases:
 
         If the answer to the commit is lost, the rows show whether it has happened.
         """
+        async with (
+            self.starting(batch),
+            connections.borrow(self._pool) as connection,
+            connections.transaction(connection),
+        ):
+            yield connection
+            if len(batch.leased) >= locking.MANY and not batch.data:
+                self._note(batch, await evaluations.new_transaction(connection))
+
+    async def write_unchanged(self, batch: Batch, now: datetime, known: Unchanged) -> None:
+        """Write a plain batch whose rows are not locked, in a statement that is its transaction.
+        Raises NotWritten.
+        """
+        async with connections.borrow(self._pool) as connection:
+            number = await writes.write_unchanged(connection, batch, now, known)
+        if batch.leased:
+            self._note(batch, number)
+
+    def _note(self, batch: Batch, transaction: int | None) -> None:
+        if transaction is not None:
+            self.transactions[batch.lease_number] = transaction % 2**32
+        if len(self.transactions) > MOST_TRANSACTIONS:
+            del self.transactions[next(iter(self.transactions))]
+
+    @asynccontextmanager
+    async def starting(self, batch: Batch) -> AsyncIterator[None]:
+        """Start the side effects of a batch that is written within, or give their slots back."""
         try:
-            async with (
-                connections.borrow(self._pool) as connection,
-                connections.transaction(connection),
-            ):
-                yield connection
-                if len(batch.leased) >= locking.MANY and not batch.data:
-                    number = await evaluations.new_transaction(connection)
-                    if number is not None:
-                        self.transactions[batch.lease_number] = number % 2**32
-                    if len(self.transactions) > MOST_TRANSACTIONS:
-                        del self.transactions[next(iter(self.transactions))]
+            yield
         except LOST_ERRORS:
             ids = {one.enrollment.id for one in batch.leased}
             self._doubtful |= ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import assert_never
 
@@ -27,7 +28,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.engine.background import PAUSE
 from sequencerd.engine.backpressure import Backlog
-from sequencerd.engine.batch import Batch
+from sequencerd.engine.batch import FEW, Batch
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executors, Finished, Leased
 from sequencerd.engine.leases import Leases
@@ -36,6 +37,7 @@ from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.storage import locking, suppressions
 from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error
 from sequencerd.storage.reservations import Reserved
+from sequencerd.storage.writes import NotWritten, Unchanged
 
 LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
 
@@ -148,6 +150,8 @@ class Results:
     ) -> bool:
         """Write results by the known definitions. Return False if these have changed."""
         now = self._clock.now()
+        if failure is None and not result_only and await self._write_few(results, now):
+            return True
         known = [leased.enrollment for leased, _ in results]
         batch, locked_elsewhere = Batch(), []
         async with self._leases.writing(batch) as connection:
@@ -190,6 +194,41 @@ class Results:
             loop.call_later(LOCKED_PAUSE, self._backlog.add, locked_elsewhere)
         return True
 
+    async def _write_few(self, results: Sequence[Finished], now: datetime) -> bool:
+        """Write results in one statement, if they are few, nothing has changed since their leases,
+        and no more is to be written than rows and events. Return whether it has.
+        """
+        names = {leased.enrollment.sequence for leased, _ in results}
+        known = self._leases.transactions
+        if (
+            len(results) > FEW
+            or len(names) > 1
+            or any(
+                one.enrollment.leases not in known or one.reservations or _has_data(result)
+                for one, result in results
+            )
+            or _undeliverable(results)
+        ):
+            return False
+        (name,) = names
+        revision = self._revision(name)
+        if revision is None:
+            return False
+        versions = {one.enrollment.id: known[one.enrollment.leases] for one, _ in results}
+        batch = Batch()
+        with suppress(NotWritten):
+            async with self._leases.starting(batch):
+                for leased, result in results:
+                    answer = _of_lookup(result) if leased.executor.is_lookup else result
+                    self._moves.move(batch, leased.enrollment, now, answer, leased.revision)
+                if not batch.is_plain:
+                    raise NotWritten
+                unchanged = Unchanged(versions, name, revision)
+                await self._leases.write_unchanged(batch, now, unchanged)
+            self._leases.forget(leased for leased, _ in results)
+            return True
+        return False
+
     def _revision(self, name: str) -> int | None:
         sequence = self._definitions.get(name)
         return sequence.revision if sequence else None
@@ -202,6 +241,10 @@ def _undeliverable(results: Sequence[Finished]) -> list[Undeliverable]:
         if isinstance(result, Answer | Failed)
         for one in result.undeliverable
     ]
+
+
+def _has_data(result: Result) -> bool:
+    return isinstance(result, Answer) and bool(result.data)
 
 
 def _of_lookup(result: Result) -> Result:

@@ -44,19 +44,23 @@ async def counted_until(connection: asyncpg.Connection) -> datetime | None:
     return max((row["until"] for row in rows), default=None)
 
 
+def delays(due: Iterable[datetime], now: datetime) -> list[timedelta]:
+    """Return how late those of enrollments that were `due` begin that are not on time."""
+    limit = now - ON_TIME
+    return [now - at for at in due if at < limit]
+
+
 async def note_lateness(
     connection: asyncpg.Connection, step_key: StepKey, due: Iterable[datetime], now: datetime
 ) -> None:
     """Record how late enrollments begin that were `due`, in the transaction that claims them, so
     that each counts once. This costs nothing while they are on time.
     """
-    limit = now - ON_TIME
-    delays = [now - at for at in due if at < limit]
-    if delays:
-        over = [sum(delay > by for delay in delays) for by in (MINUTE, 10 * MINUTE)]
-        longest = max(delays).total_seconds()
+    if late := delays(due, now):
+        over = [sum(delay > by for delay in late) for by in (MINUTE, 10 * MINUTE)]
+        longest = max(late).total_seconds()
         await connection.execute(
-            QUERIES["note_lateness"], *step_key, now, len(delays), *over, longest
+            QUERIES["note_lateness"], *step_key, now, len(late), *over, longest
         )
 
 

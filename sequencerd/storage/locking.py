@@ -46,6 +46,29 @@ async def claim(
     return Claimed(list(map(Enrollment._make, await _with_data(connection, rows))), len(rows))
 
 
+async def peek(
+    connection: asyncpg.Connection,
+    step_key: StepKey,
+    now: datetime,
+    revision: int,
+    limit: int,
+    *,
+    daemon: str,
+    excluding: Rows[int],
+    since: datetime,
+) -> tuple[list[Enrollment], dict[int, int]] | None:
+    """Read what a claim would claim, without a lock, and by id which transaction has last written
+    it. None if a claim must read it: if that is not known, or data are large.
+    """
+    rows = await connection.fetch(
+        QUERIES["peek"], *step_key, now, daemon, excluding, revision, limit, since
+    )
+    if any(row["version"] is None or row["data"] is None for row in rows):
+        return None
+    due = [Enrollment._make(row[1:]) for row in rows]
+    return due, {row["id"]: int(row["version"]) for row in rows}
+
+
 async def due_ids(
     connection: asyncpg.Connection,
     step_key: StepKey,

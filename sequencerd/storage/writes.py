@@ -68,9 +68,7 @@ async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: 
         await connection.executemany(QUERIES["write_goals"], goals)
     groups = list(written.rows.items())
     if len(groups) > FEW:
-        every = id_array(id_ for _, ids in groups for id_ in ids)
-        states = zip(*(row for row, ids in groups for _ in ids), strict=True)
-        await connection.execute(QUERIES["write_each"], every, *states, now)
+        await connection.execute(QUERIES["write_each"], *_states(written), now)
         groups = []
     if written.events and not groups:
         groups.append((NOWHERE, []))
@@ -81,16 +79,64 @@ async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: 
             id_array(ids),
             *row,
             now,
-            *_numbered(events),
-            *(zip(*events, strict=True) if events else NO_EVENTS),
+            *_happened(events),
         )
         events = {}
 
 
-def _numbered(of: Mapping[Any, Rows[int]]) -> tuple[str, str]:
-    """Return ids, and for each the number of the key that it belongs to."""
-    numbers = (number for number, ids in enumerate(of.values(), 1) for _ in ids)
-    return id_array(id_ for ids in of.values() for id_ in ids), id_array(numbers)
+class Unchanged(NamedTuple):
+    """What must not have changed for `write_unchanged` to write: rows and a definition."""
+
+    versions: Mapping[int, int]  # by id, the transaction that has last written the row
+    sequence: str
+    revision: int
+
+
+async def write_unchanged(
+    connection: asyncpg.Connection, written: EnrollmentWrites, now: datetime, known: Unchanged
+) -> int | None:
+    """Write a few new states and their events, if nothing has changed that is known of them and
+    none is locked by another session. Raises NotWritten otherwise.
+
+    It is a transaction by itself. Return its number, or None if triggers of others may have changed
+    what was written. Goals and data are not written.
+    """
+    ids, *states = _states(written)
+    versions = id_array(known.versions[id_] for row in written.rows.values() for id_ in row)
+    row = await connection.fetchrow(
+        QUERIES["write_unchanged"],
+        ids,
+        *states,
+        now,
+        *_happened(written.events),
+        versions,
+        known.revision,
+        known.sequence,
+    )
+    if row is None:
+        raise NotWritten
+    number: int | None = row["number"]
+    return number
+
+
+class NotWritten(Exception):  # noqa: N818 - not an error
+    """What was read without a lock has changed or is locked, or cannot be written so."""
+
+
+def _states(written: EnrollmentWrites) -> Rows[Any]:
+    """Return the ids of all rows, and their new states by column."""
+    every = [(row, id_) for row, ids in written.rows.items() for id_ in ids]
+    return id_array(id_ for _, id_ in every), *zip(*(row for row, _ in every), strict=True)
+
+
+def _happened(events: Mapping[Event, Rows[int]]) -> Rows[Any]:
+    """Return the ids of all events, the number of what happened to each, and that by column."""
+    numbers = (number for number, ids in enumerate(events.values(), 1) for _ in ids)
+    return (
+        id_array(id_ for ids in events.values() for id_ in ids),
+        id_array(numbers),
+        *(zip(*events, strict=True) if events else NO_EVENTS),
+    )
 
 
 def id_array(numbers: Iterable[int]) -> str:

@@ -17,7 +17,7 @@ import pytest
 from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Result, Task, View
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
-from sequencerd.storage import connections, writes
+from sequencerd.storage import connections, locking, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import AdvisoryLock
 from tests.helpers import servers
@@ -268,7 +268,7 @@ async def test_a_lease_that_was_rolled_back_is_not_taken_for_a_later_one(
     both have the same visit and daemon.
     """
     asked, told, answered, finish = (asyncio.Event() for _ in range(4))
-    held, write = Leases.held, writes.write
+    held, write = Leases.held, writes.write_unchanged
 
     async def slowly(self: Leases, leased: Iterable[Leased]) -> set[Fence]:
         asked.set()
@@ -278,17 +278,17 @@ async def test_a_lease_that_was_rolled_back_is_not_taken_for_a_later_one(
         finally:
             answered.set()
 
-    async def cut_off_once(*arguments: Any) -> None:
-        await write(*arguments)
+    async def cut_off_once(*arguments: Any) -> int | None:
         if not asked.is_set():
             raise ConnectionResetError("cut off")
+        return await write(*arguments)
 
     async def wait(_: Task) -> Result:
         await finish.wait()
         return Answer()
 
     monkeypatch.setattr(Leases, "held", slowly)
-    monkeypatch.setattr(writes, "write", cut_off_once)
+    monkeypatch.setattr(writes, "write_unchanged", cut_off_once)
     recorder = Recorder(wait)
     await define(connection, "s", ("one", "Note", "{}", None))
     async with running_engine(database, {"Note": recorder}) as engine:
@@ -434,6 +434,49 @@ async def test_a_row_that_is_locked_when_due_is_claimed_soon_after(
             await asyncio.sleep(1.5)
         await until(connection, ENDED, id_)
     await other.close()
+
+
+async def test_a_lone_enrollment_is_leased_and_written_without_a_claim(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock, a transaction around it and the end of that would be round trips before its start."""
+
+    async def refused(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    recorder = Recorder()
+    await define(connection, "s", ("one", "Note", "{}", "two"), ("two", "Note", "{}", None))
+    async with running_engine(database, {"Note": recorder}):
+        monkeypatch.setattr(locking, "claim", refused)
+        monkeypatch.setattr(locking, "lock", refused)
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, ENDED, id_)
+    assert await way(connection, id_) == ["one enrolled", "one next", "two next", "two completed"]
+
+
+@pytest.mark.parametrize("step", ["Note", "Conditional"])
+async def test_what_changes_between_reading_and_writing_counts(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    peek, other = locking.peek, await asyncpg.connect(database)
+
+    async def change_after_it(*arguments: Any, **options: Any) -> Any:
+        peeked = await peek(*arguments, **options)
+        if peeked and peeked[0]:
+            monkeypatch.setattr(locking, "peek", peek)
+            await other.execute("""UPDATE sequencer.enrollments SET data = '{"paid": true}'""")
+        return peeked
+
+    monkeypatch.setattr(locking, "peek", change_after_it)
+    recorder = Recorder()
+    config = PAID if step == "Conditional" else "{}"
+    await define(connection, "s", ("one", step, config, "two"), ("two", "Note", "{}", None))
+    async with running_engine(database, {"Note": recorder}):
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, ENDED, id_)
+    await other.close()
+    assert [view["data"] for view in recorder.views] == [{"paid": True}] * len(recorder.views)
+    assert len(recorder.keys) == len(set(recorder.keys)) == (1 if step == "Conditional" else 2)
 
 
 @pytest.mark.slow
@@ -626,7 +669,7 @@ async def test_a_failure_is_retried_and_finally_recorded(
 async def test_one_that_cannot_be_written_does_not_hold_up_the_others(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    async with running_engine(database, {"Note": Recorder()}):
+    async with running_engine(database, {"Note": Recorder()}) as engine:
         await define(
             connection,
             "s",
@@ -634,6 +677,8 @@ async def test_one_that_cannot_be_written_does_not_hold_up_the_others(
             ("leave", "GoTo", '{"step": "x", "sequence": "other"}', None),
         )
         await define(connection, "other", ("x", "WaitForDuration", DAYS, None))
+        while "other" not in engine.catalog.sequences:
+            await engine.reload()
         await enroll(connection, "other", "ada")
         # ada is in "other" already, so her row cannot be moved there a second time
         ids = [await enroll(connection, "s", name) for name in ("eve", "ada", "bob")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -122,7 +123,7 @@ async def running_engine(
 @asynccontextmanager
 async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
     """The URL of a proxy to a database. For each item in the list it loses the answer to one
-    COMMIT, and the connection with it.
+    COMMIT, or to a statement that is a transaction by itself, and the connection with it.
     """
     parts = urlsplit(url)
     options = parse_qs(parts.query)
@@ -138,8 +139,14 @@ async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
             writer.close()
 
         answers = asyncio.create_task(pass_answers())
+        committing: list[bytes] = [b"COMMIT;"]
         while data := await reader.read(65536):
-            is_lost = lose and b"COMMIT;" in data
+            # a Parse names the statement, and a Bind then executes it
+            if prepared := re.search(rb"^P.{4}(\w+\0)[^\0]*WITH free ", data, re.DOTALL):
+                committing.append(b"\0" + prepared[1])
+                is_lost = False
+            else:
+                is_lost = bool(lose) and any(name in data for name in committing)
             if is_lost:
                 lose.pop()
                 answers.cancel()

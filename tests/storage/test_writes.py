@@ -16,9 +16,11 @@ NOW = datetime.now(UTC).replace(microsecond=0)
 ODD = ("s/a", 'quo"te', "back\\slash", "{brace}", "a,b", "NULL", "", " blank ", "ü€", "new\nline")
 
 
-@pytest.mark.parametrize("different", [1, writes.FEW, writes.FEW + 1, 40])
+@pytest.mark.parametrize(
+    ("different", "is_locked"), [(1, True), (writes.FEW, True), (writes.FEW + 1, True), (40, False)]
+)
 async def test_each_enrollment_gets_its_own_state_and_events(
-    connection: asyncpg.Connection, different: int
+    connection: asyncpg.Connection, different: int, *, is_locked: bool
 ) -> None:
     await define(connection, "s", ("a", "Task", "{}", "b"), ("b", "Task", "{}", None))
     await connection.execute(
@@ -54,8 +56,11 @@ async def test_each_enrollment_gets_its_own_state_and_events(
             Event(NOW, "s", "b", 2, "warning"),
         ):
             written.events.setdefault(event, []).append(id_)
-    async with transaction(connection):
-        await writes.write(connection, written, NOW)
+    if is_locked:
+        async with transaction(connection):
+            await writes.write(connection, written, NOW)
+    else:
+        await writes.write_unchanged(connection, written, NOW, await known(connection))
     rows = await connection.fetch(
         "SELECT e.*, wake_at = 'infinity' AS is_asleep FROM sequencer.enrollments AS e ORDER BY id"
     )
@@ -95,3 +100,89 @@ async def test_events_alone_are_written(connection: asyncpg.Connection) -> None:
     assert await connection.fetchval("SELECT count(*) FROM sequencer.events") == 2
     await writes.write(connection, writes.EnrollmentWrites(), NOW)
     assert await connection.fetchval("SELECT count(*) FROM sequencer.events") == 2
+
+
+async def known(connection: asyncpg.Connection) -> writes.Unchanged:
+    """What a daemon knows that has just read all enrollments and the sequence."""
+    rows = await connection.fetch("SELECT id, xmin::text FROM sequencer.enrollments")
+    revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
+    return writes.Unchanged({row["id"]: int(row["xmin"]) for row in rows}, "s", revision)
+
+
+async def complete_two(connection: asyncpg.Connection, known: writes.Unchanged) -> int | None:
+    row = writes.EnrollmentState("s", "a", "completed", None, NOW, 1, 1, 0, None, None)
+    ids = list(known.versions)
+    event = Event(NOW, "s", "a", 1, "completed")
+    written = writes.EnrollmentWrites(rows={row: ids}, events={event: ids})
+    return await writes.write_unchanged(connection, written, NOW, known)
+
+
+async def two(connection: asyncpg.Connection) -> writes.Unchanged:
+    await define(connection, "s", ("a", "Task", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'ada'), ('s', 'bob')"
+    )
+    return await known(connection)
+
+
+COMPLETED = """SELECT count(*) FROM sequencer.enrollments AS e
+     JOIN sequencer.events AS v ON v.enrollment_id = e.id
+    WHERE e.status = 'completed' AND v.action = 'completed'"""
+
+
+async def test_what_is_unchanged_is_written_by_a_known_transaction(
+    connection: asyncpg.Connection,
+) -> None:
+    number = await complete_two(connection, await two(connection))
+    assert await connection.fetchval(COMPLETED) == 2
+    assert set((await known(connection)).versions.values()) == {number}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE sequencer.enrollments SET data = '{\"k\": 1}' WHERE subject = 'bob'",
+        "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE subject = 'bob'",
+        "DELETE FROM sequencer.enrollments WHERE subject = 'bob'",
+        "UPDATE sequencer.steps SET config = '{\"a\": 1}'",
+        "UPDATE sequencer.sequences SET status = 'paused'",
+    ],
+)
+async def test_nothing_is_written_if_anything_has_changed(
+    connection: asyncpg.Connection, change: str
+) -> None:
+    before = await two(connection)
+    await connection.execute(change)
+    with pytest.raises(writes.NotWritten):
+        await complete_two(connection, before)
+    assert await connection.fetchval(COMPLETED) == 0
+
+
+async def test_nothing_is_written_and_waited_for_if_one_is_locked(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    before = await two(connection)
+    other = await asyncpg.connect(database)
+    async with other.transaction():
+        await other.execute("UPDATE sequencer.enrollments SET timezone = 'UTC' WHERE id = 2")
+        with pytest.raises(writes.NotWritten):
+            await complete_two(connection, before)
+    await other.close()
+    assert await connection.fetchval(COMPLETED) == 0
+
+
+async def test_a_transaction_is_not_known_where_triggers_of_others_change_what_it_writes(
+    connection: asyncpg.Connection,
+) -> None:
+    before = await two(connection)
+    await connection.execute(
+        """
+        CREATE SCHEMA app;
+        CREATE FUNCTION app.touch() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN NEW.data := NEW.data || '{"touched": true}'; RETURN NEW; END $$;
+        CREATE TRIGGER touch BEFORE UPDATE ON sequencer.enrollments
+            FOR EACH ROW EXECUTE FUNCTION app.touch();
+        """
+    )
+    assert await complete_two(connection, before) is None
+    assert await connection.fetchval(COMPLETED) == 2

@@ -189,16 +189,27 @@ e.id = ANY ($5::bigint[]) AND e.sequence = $1::text AND e.step = $2::text AND e.
    AND {is_current}
    AND (e.leased_by = $4 OR {is_free})
 
--- name: claim
--- Claim due enrollments of one step, the oldest first, from a time on: see engine/cursors.py. None if the
+-- part: due
+-- The due enrollments of one step, the oldest first, from a time on: see engine/cursors.py. None if the
 -- definition is not the known revision; none that a living daemon has leased, even if a lock kept that
--- daemon from extending the lease. Large data are read separately.
-SELECT {enrollment}
-  FROM sequencer.enrollments AS e
+-- daemon from extending the lease.
+FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at BETWEEN $8 AND $3
    AND {is_current} AND {is_free} AND e.id <> ALL ($5::bigint[])
  ORDER BY e.wake_at LIMIT $7
+
+-- name: claim
+-- Claim due enrollments of one step. Large data are read separately.
+SELECT {enrollment}
+  {due}
    FOR UPDATE OF e SKIP LOCKED;
+
+-- name: peek
+-- Read what `claim` would claim, without a lock, and which transactions have written it: of Citus, whose
+-- nodes have numbers of their own, none is known.
+SELECT CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL THEN e.xmin::text END AS version,
+       {enrollment}
+  {due};
 
 -- name: refusals
 -- Check whether sequences admit subjects as they would an insert, and return their reentry policies, in
@@ -398,11 +409,24 @@ SELECT e.id, e.visit, e.leases, e.leased_by
 -- Find which enrollments still exist: a locked row is not a deleted one.
 SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
 
+-- part: happened
+-- Events: most of a batch are the same but for the enrollment, so each is sent once. FULL JOIN keeps the
+-- planner, which expects ten of each, from nested loops.
+SELECT enrollment.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
+       what.revision, what.seconds_at_step
+  FROM unnest($18::text::bigint[], $19::text::int[]) AS enrollment (id, number)
+  FULL JOIN unnest($20::timestamptz[], $21::text[], $22::text[], $23::int[], $24::text[], $25::text[],
+              $26::int[], $27::real[]) WITH ORDINALITY
+       AS what (at, sequence, step, visit, action, message, revision, seconds_at_step, number)
+    ON what.number = enrollment.number
+
+-- part: event
+-- The columns of an event.
+(enrollment_id, at, sequence, step, visit, action, message, revision, seconds_at_step)
+
 -- name: write_and_record
--- Write the new state of all enrollments that have the same, as most of a batch do, and insert events. Most
--- events of a batch are the same but for the enrollment, so each is sent once: FULL JOIN keeps the planner,
--- which expects ten of each, from nested loops. Arrays of ids are sent as text: asyncpg looks at each
--- element of a list four times as long.
+-- Write the new state of all enrollments that have the same, as most of a batch do, and insert events.
+-- Arrays of ids are sent as text: asyncpg looks at each element of a list four times as long.
 WITH written AS (
     UPDATE sequencer.enrollments
        SET sequence = $2, step = $3, status = $4,
@@ -414,17 +438,10 @@ WITH written AS (
            ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
      WHERE id = ANY ($1::text::bigint[])
 )
-INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, revision,
-                              seconds_at_step)
-SELECT enrollment.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
-       what.revision, what.seconds_at_step
-  FROM unnest($18::text::bigint[], $19::text::int[]) AS enrollment (id, number)
-  FULL JOIN unnest($20::timestamptz[], $21::text[], $22::text[], $23::int[], $24::text[], $25::text[],
-              $26::int[], $27::real[]) WITH ORDINALITY
-       AS what (at, sequence, step, visit, action, message, revision, seconds_at_step, number)
-    ON what.number = enrollment.number;
+INSERT INTO sequencer.events {event}
+{happened};
 
--- name: write_each
+-- part: states
 -- Write the new states of enrollments that differ, each with its own. Their ids as text keep the planner
 -- from reading the table through to join it with so many.
 UPDATE sequencer.enrollments AS e
@@ -443,7 +460,37 @@ UPDATE sequencer.enrollments AS e
                       $12::text[], $13::text[], $14::text[], $15::timestamptz[], $16::timestamptz[])
                AS each (id, sequence, step, status, wake_at, entered_at, visit, attempt, leases, retry_at,
                         leased_by, failure, last_error, executed, expires_at, waits_until)) AS state
- WHERE e.id = state.id;
+ WHERE e.id = state.id
+
+-- name: write_each
+-- Write the new states of enrollments that differ.
+{states};
+
+-- name: write_unchanged
+-- Write the new states of a few enrollments and their events without a transaction around it: only if none
+-- has been written since the transactions $28 and none is locked by another session, and if their
+-- sequence $30 still has the revision $29. Return the number of this transaction, if what it has written
+-- is what was asked for; NULL where triggers of others may have changed that.
+WITH free AS MATERIALIZED (
+    SELECT e.id
+      FROM unnest($1::text::bigint[], $28::text::xid[]) AS known (id, version)
+      JOIN sequencer.enrollments AS e ON e.id = known.id AND e.xmin = known.version
+     WHERE EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $30 AND q.revision = $29)
+       FOR UPDATE OF e SKIP LOCKED
+), all_free AS MATERIALIZED (
+    SELECT count(*) = cardinality($1::text::bigint[]) AS yes FROM free
+), written AS (
+    {states} AND (SELECT yes FROM all_free)
+), recorded AS (
+    INSERT INTO sequencer.events {event}
+    SELECT * FROM ({happened}) AS happened WHERE (SELECT yes FROM all_free)
+)
+SELECT CASE WHEN NOT EXISTS (
+            SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
+             WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
+               AND f.pronamespace <> 'sequencer'::regnamespace)
+            THEN pg_current_xact_id()::text::bigint END AS number
+ WHERE (SELECT yes FROM all_free);
 
 -- name: write_goals
 -- Write the goals that one enrollment has met, in its sequence and in those that it has left.
