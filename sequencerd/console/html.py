@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -35,6 +36,7 @@ def make_templates() -> Environment:
     )
     made.filters.update(
         when=when,
+        timed=timed,
         number=number,
         counted=describe.counted,
         duration=duration,
@@ -72,6 +74,25 @@ def when(value: datetime | None, zone: str = "UTC") -> str:
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
         value.astimezone(UTC).isoformat(), exact, clock(value, "UTC")
     )
+
+
+_TIME = re.compile(r"\b(\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ)")
+
+
+def timed(text: str, zone: str = "UTC") -> str:
+    """Return a text whose times, as `describe.text` writes them, are shown as in tables."""
+    return Markup("").join(
+        when(datetime.fromisoformat(part), zone) if n % 2 and _is_time(part) else part
+        for n, part in enumerate(_TIME.split(text))
+    )
+
+
+def _is_time(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def sentence(describe: Callable[[Callable[[datetime], str]], str], zone: str) -> str:

@@ -738,3 +738,12 @@ async def test_through_a_pooler(
 def test_csv_holds_no_formula(value: object, cell: str) -> None:
     made = as_csv(Table("t", [Column("a", "A")], [{"a": value}], {}))
     assert bytes(made.body).decode() == f'"a"\r\n{cell}\r\n'
+
+
+def test_times_within_texts_are_shown_as_in_tables() -> None:
+    shown = html.timed("<b> since 2026-11-27 12:20:41Z, not 2026-99-27 12:20:41Z", "Asia/Tokyo")
+    assert shown == (
+        '&lt;b&gt; since <time datetime="2026-11-27T12:20:41+00:00" title="2026-11-27 12:20:41 UTC,'
+        ' Fri 2026-11-27 21:20:41 Asia/Tokyo">Fri 2026-11-27 12:20:41 UTC</time>,'
+        " not 2026-99-27 12:20:41Z"
+    )
