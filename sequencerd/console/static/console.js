@@ -15,7 +15,8 @@ function showTimes(root) {
 }
 
 // Keys as in mail programs: j and k go down and up the rows, x ticks one, Enter opens it, / searches.
-const isTyping = (element) => element?.matches("input:not([type=checkbox]), select, textarea");
+const isTyping = (element) => element?.isContentEditable
+  || element?.matches("input:not([type=checkbox]), select, textarea");
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || isTyping(document.activeElement)) return;
