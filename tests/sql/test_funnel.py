@@ -217,7 +217,8 @@ def history(random: Random, *, first_id: int, apart: int, by_weights: bool) -> I
     for id_ in range(1, 200):
         second = random.randrange(1000)
         for visit in range(1, random.randrange(2, 9)):
-            step, stay = random.choice(STEPS), random.randrange(200)
+            step = random.choice(STEPS if visit > 1 else STEPS[2:])  # not at the Split at once
+            stay = random.randrange(200)
             action = random.choice(ENDS)
             if step == "split":
                 action = random.choice(("next", "altNext")) if by_weights else "branch"
