@@ -30,8 +30,9 @@ from sequencerd.core.model import (
     SideEffect,
     Step,
     Suppressed,
+    Wait,
 )
-from sequencerd.core.step_types import is_message
+from sequencerd.core.step_types import describe_wait, is_message, named_steps
 from sequencerd.definitions.compiler import build, compile_behaviour
 from tests.definitions.test_check import RUNNERS
 from tests.definitions.test_json_schema import EMAIL, GOOD, IS_PRO, NONSENSE, mappings
@@ -132,6 +133,32 @@ def test_each_exit_is_taken_and_there_are_no_others(type_: str, config: dict[str
     sequence = sequence_of(type_, config)
     assert not isinstance(sequence.steps["it"].behaviour, InvalidStep)
     assert leads(sequence, enrollments(DATA, subjects=4)) == exits(sequence)
+
+
+@pytest.mark.parametrize(("type_", "config"), CASES)
+def test_the_record_knows_each_step_that_an_exit_finds_in_the_config(
+    type_: str, config: dict[str, Any]
+) -> None:
+    """Otherwise the step could be deleted, and would not follow a rename."""
+    found = sequence_of(type_, config).steps["it"].exits
+    in_config = {one.path for one in found if one.path[0] == "config" and one.target}
+    assert in_config == {("config", *path) for path, _, _ in named_steps(type_, config)}
+
+
+@pytest.mark.parametrize(("type_", "config"), CASES)
+def test_a_step_that_may_wait_says_so(type_: str, config: dict[str, Any]) -> None:
+    """In its exits, for the search for cycles that never wait, and in words for operators."""
+    sequence = sequence_of(type_, config)
+    step = sequence.steps["it"]
+    if isinstance(step.behaviour, SideEffect):
+        return
+    waits = any(
+        isinstance(advance({"s": sequence}, at, NOW).decision, Wait)
+        for at in enrollments(DATA, subjects=1)
+    )
+    says_so = any(one.at_once != "always" for one in step.exits)
+    assert says_so or not waits
+    assert bool(describe_wait(type_, config)) == says_so
 
 
 @st.composite
