@@ -1,0 +1,290 @@
+"""Changes in the console over several shards, also while one is away."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Mapping
+
+import asyncpg
+import httpx
+import pytest
+
+from sequencerd.core.routing import shard_of
+from tests.cli.test_shards import COMMITTING, KILL, commits_wait
+from tests.console.conftest import Line, counted, page_with, token
+from tests.console.test_editing import text_of
+from tests.console.test_shards import console
+from tests.helpers.command_line import Command
+from tests.helpers.engines import until
+from tests.helpers.shards import configure
+
+WRITE = {"SEQUENCERD_CONSOLE_WRITE": "true"}
+STATUSES = "SELECT string_agg(status, ' ' ORDER BY id) FROM sequencer.enrollments"
+STATUS = "SELECT status FROM sequencer.sequences"
+AMOUNT = "SELECT config->>'amount' FROM sequencer.steps WHERE name = 'first'"
+SUPPRESSED = "SELECT count(*) FROM sequencer.suppressions"
+ENTRY = {"channel": "email", "address": "ada@example.com", "topic": "*", "reason": "asked"}
+SUBJECTS = [
+    next(f"new-{n}" for n in range(100) if shard_of(f"new-{n}", 2) == number) for number in (0, 1)
+]
+
+Shards = Mapping[str, asyncpg.Connection]
+
+
+async def of_each(shards: Shards, query: str) -> list[object]:
+    return [await connection.fetchval(query) for connection in shards.values()]
+
+
+@pytest.fixture(autouse=True)
+async def editable(filled: Command, shards: Shards) -> None:
+    """Let the console edit the sequence, which no file manages."""
+    for connection in shards.values():
+        await connection.execute("UPDATE sequencer.sequences SET from_file = false")
+
+
+@pytest.fixture
+async def client(filled: Command) -> AsyncIterator[httpx.AsyncClient]:
+    async with console(filled, "console", **WRITE) as client:
+        yield client
+
+
+@pytest.fixture
+async def line(filled: Command, shards_url: str) -> AsyncIterator[Line]:
+    """The way to the shard b."""
+    line = Line(shards_url)
+    async with line.open() as url:
+        configure(filled, a=shards_url, b=url)
+        yield line
+
+
+async def post(client: httpx.AsyncClient, path: str, **form: str) -> httpx.Response:
+    page = await client.get("/suppress")
+    return await client.post(path, data={"token": token(page), **form})
+
+
+async def confirm(client: httpx.AsyncClient, query: str, **form: str) -> httpx.Response:
+    """Answer the question of a change, and follow it."""
+    page = await client.get(f"/change?{query}")
+    fields = re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page.text)
+    assert dict(fields).get("number"), page.text
+    answer = await client.post("/change", data={**dict(fields), "reason": "asked", **form})
+    assert answer.status_code == 303, answer.text
+    return await page_with(client, answer.headers["location"].removeprefix("/console"), ". ")
+
+
+async def edited(client: httpx.AsyncClient, amount: int, **form: str) -> dict[str, str]:
+    """Return the form that applies a plan of another wait."""
+    page = await client.get("/edit?sequence=s")
+    text = re.sub(r"amount: \d+", f"amount: {amount}", text_of(page))
+    fields = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page.text))
+    planned = await client.post("/edit", data={**fields, "text": text, "action": "plan"})
+    assert planned.status_code == 200, planned.text
+    found = re.search(r'name="plan" value="(\w+)"', planned.text)
+    assert found, planned.text
+    return {**fields, "text": text, "action": "apply", "plan": found[1], "reason": "slower", **form}
+
+
+async def test_enrollments_of_all_shards_are_changed_by_one_question(
+    client: httpx.AsyncClient, shards: Shards
+) -> None:
+    asked = await client.get("/change?action=move&sequence=s")
+    assert "<h1>Move 4 enrollments?</h1>" in asked.text
+    assert asked.text.count('<td data-label="Sequence">') == 1
+    moved = await confirm(client, "action=move&sequence=s&step=first", to="second")
+    assert "Moved to second 4 enrollments" in moved.text
+    assert "4 waiting or executing" in moved.text
+    assert (
+        "More enrollments match by now"
+        in (
+            await post(client, "/change", action="cancel", sequence="s", number="3", reason="x")
+        ).text
+    )
+    done = await confirm(client, "action=cancel&id=a/1&id=b/2")
+    assert "Cancelled 2 enrollments" in done.text
+    assert await of_each(shards, STATUSES) == ["cancelled active", "active cancelled"]
+    one = await client.get("/change?action=cancel&q=b/1")
+    assert "<h1>Cancel 1 enrollment?</h1>" in one.text
+    wrong = await post(
+        client, "/change", action="move", id="a/2,b/1", number="2", reason="x", to="third"
+    )
+    assert "no step &#39;third&#39;" in wrong.text
+    assert (await client.get("/change?action=cancel&id=c/1")).status_code == 422
+
+
+async def test_failures_of_all_shards_are_retried_by_their_cause(
+    filled: Command, client: httpx.AsyncClient, shards: Shards
+) -> None:
+    for connection in shards.values():
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET status = 'failed', failure = 'error',"
+            " last_error = 'no route to 10.0.0.' || id"
+        )
+    page = await page_with(client, "/failures", "cause=")
+    found = re.search(r"cause=(\w+)", page.text)
+    assert found
+    assert [row["failed"] for row in await counted(client, "failures")] == [4]
+    listed = await client.get(f"/search?status=failed&cause={found[1]}")
+    assert listed.text.count("Select enrollment") == 4
+    done = await confirm(client, f"action=retry&status=failed&cause={found[1]}")
+    assert "Retried 4 enrollments" in done.text
+    assert await of_each(shards, STATUSES) == ["active active", "active active"]
+
+
+async def test_a_sequence_is_paused_and_edited_in_all_shards(
+    client: httpx.AsyncClient, shards: Shards
+) -> None:
+    paused = await post(client, "/status", sequence="s", action="pause", reason="stop")
+    assert paused.headers["location"] == "/console/sequence?sequence=s"
+    assert await of_each(shards, STATUS) == ["paused", "paused"]
+    await shards["a"].execute("UPDATE sequencer.sequences SET status = 'active'")
+    page = await page_with(client, "/sequence?sequence=s", "a: active; b: paused")
+    assert "Pause…" in page.text
+    assert "Resume…" in page.text
+    await post(client, "/status", sequence="s", action="resume", reason="go")
+
+    form = await edited(client, 5)
+    stale = await client.post("/edit", data={**form, "plan": "0" * 12})
+    assert "Nothing was applied: plan" in stale.text
+    assert await of_each(shards, AMOUNT) == ["3", "3"]
+    assert (await client.post("/edit", data=form)).status_code == 303
+    assert await of_each(shards, AMOUNT) == ["5", "5"]
+    revisions = await client.get("/tables/revisions.json?sequence=s")
+    assert "slower" in revisions.json()["rows"][0]["reason"] + revisions.text
+    again = await client.post("/edit", data=form)
+    assert "The sequence has changed" in again.text
+
+    removed = text_of(await client.get("/edit?sequence=s")).replace("name: first", "name: other")
+    fields = {key: form[key] for key in ("token", "sequence")}
+    base = re.search(r'name="base" value="([^"]*)"', (await client.get("/edit?sequence=s")).text)
+    assert base
+    planned = await client.post(
+        "/edit", data={**fields, "base": base[1], "text": removed, "action": "plan"}
+    )
+    assert "New step of the 4 enrollments at first" in planned.text
+    of_one = await client.post(
+        "/shards/a/edit", data={**form, "base": base[1].split()[0].partition(":")[2]}
+    )
+    assert of_one.status_code in (409, 422)
+
+
+async def test_a_subject_is_enrolled_in_its_shard(
+    client: httpx.AsyncClient, shards: Shards
+) -> None:
+    for name, subject in zip(shards, SUBJECTS, strict=True):
+        form = {"sequence": "s", "subject": subject, "reason": "new"}
+        answer = await post(client, "/enroll", **form)
+        assert answer.headers["location"].startswith(f"/console/shards/{name}/enrollments/")
+        again = await post(client, "/enroll", **form)
+        assert again.status_code == 409
+        assert re.search(rf"enrollment {name}/\d+</a> \(active\)", again.text)
+
+
+async def test_an_address_is_suppressed_in_all_shards(
+    client: httpx.AsyncClient, shards: Shards
+) -> None:
+    await shards["b"].execute(
+        "INSERT INTO sequencer.suppressions (channel, address, topic)"
+        " VALUES ('email', 'bob@example.com', '*')"
+    )
+    added = await post(client, "/suppress", **ENTRY)
+    assert added.status_code == 303, added.text
+    assert await of_each(shards, SUPPRESSED) == [1, 2]
+    listed = (await client.get("/tables/suppressions.json")).json()["rows"]
+    assert [row["address"] for row in listed] == ["ada@example.com", "bob@example.com"]
+    first = (await client.get("/tables/suppressions.json?limit=1")).json()
+    second = await client.get(first["next"].removeprefix("/console"))
+    assert [row["address"] for row in second.json()["rows"]] == ["bob@example.com"]
+    assert (await post(client, "/suppress", **ENTRY)).status_code == 409
+    entry = await client.get("/suppression", params=ENTRY)
+    assert entry.text.count("<dt>Source</dt>") == 1
+    assert (await post(client, "/suppression", **ENTRY)).status_code == 303
+    assert await of_each(shards, SUPPRESSED) == [0, 1]
+    page = await client.get("/suppressions")
+    assert page.text.count('data-label="Removed"') == 1
+
+
+# --- a shard that is away
+
+
+async def test_a_shard_that_goes_away_in_the_middle_is_named_everywhere(
+    filled: Command, line: Line, shards: Shards
+) -> None:
+    async with console(filled, "console", **WRITE) as client:
+        await page_with(client, "/", "<dd>4</dd>")
+        form = await edited(client, 6)
+        line.cut()
+        for path in (
+            "/sequence?sequence=s&step=first",
+            "/funnel?sequence=s",
+            "/over-time",
+            "/suppressions",
+            "/search",
+            "/change?action=cancel&sequence=s",
+        ):
+            page = await client.get(path)
+            assert page.status_code == 200, page.text
+            assert "The shard b is missing here" in page.text, path
+        assert "<h1>Cancel 2 enrollments?</h1>" in page.text
+        rows = await client.get("/tables/enrollments.json?sequence=s&step=first")
+        assert rows.headers["x-missing-shards"] == "b"
+        assert len(rows.json()["rows"]) == 2
+
+        applied = await client.post("/edit", data=form)
+        assert applied.status_code == 503
+        assert "Nothing can be applied: shard b: " in applied.text
+        paused = await post(client, "/status", sequence="s", action="pause", reason="stop")
+        assert paused.status_code == 503
+        assert "s is paused in a. Not everywhere: shard b: " in paused.text
+        assert await of_each(shards, STATUS) == ["paused", "active"]
+        suppressed = await post(client, "/suppress", **ENTRY)
+        assert "Suppressed in a, not in b: repeat the change" in suppressed.text
+        named = await post(client, "/change", action="cancel", id="a/1,b/1", number="2", reason="x")
+        assert "enrollments were chosen of b, which cannot be reached" in named.text.lower()
+        for number, status in ((0, 303), (1, 503)):
+            given = {"sequence": "s", "subject": SUBJECTS[number], "reason": "new"}
+            await shards["a"].execute("UPDATE sequencer.sequences SET status = 'active'")
+            assert (await post(client, "/enroll", **given)).status_code == status
+        done = await confirm(client, "action=cancel&sequence=s")
+        assert "Cancelled 3 enrollments" in done.text
+        assert "Nothing was changed in the shard b" in done.text
+        assert await of_each(shards, STATUSES) == [
+            "cancelled cancelled cancelled",
+            "active active",
+        ]
+
+        line.is_cut = False
+        assert (await post(client, "/suppress", **ENTRY)).status_code == 303
+        assert await of_each(shards, SUPPRESSED) == [1, 1]
+        again = await post(client, "/status", sequence="s", action="pause", reason="stop")
+        assert again.status_code == 303
+        assert await of_each(shards, STATUS) == ["paused", "paused"]
+        applied = await client.post("/edit", data=await edited(client, 6))
+        assert applied.status_code == 303
+        assert await of_each(shards, AMOUNT) == ["6", "6"]
+        assert (
+            "Cancel 2 enrollments?" in (await client.get("/change?action=cancel&sequence=s")).text
+        )
+
+
+async def test_an_edit_says_where_it_stands_after_a_shard_died_before_its_commit(
+    filled: Command, shards: Shards, shards_url: str
+) -> None:
+    async with commits_wait(shards_url) as slow:
+        configure(filled, a=slow, b=shards_url)
+        async with console(filled, "console", **WRITE) as client:
+            form = await edited(client, 6)
+            applying = asyncio.create_task(client.post("/edit", data=form))
+            await until(shards["b"], COMMITTING)
+            assert await shards["b"].fetchval(KILL) == 1
+            await shards["a"].execute("ALTER SYSTEM RESET synchronous_standby_names")
+            await shards["a"].execute("SELECT pg_reload_conf()")
+            answer = await applying
+            assert answer.status_code == 503
+            assert "the revision is in a, not in b; repeat the change" in answer.text
+            assert await of_each(shards, AMOUNT) == ["6", "3"]
+            page = await page_with(client, "/sequence?sequence=s", "different definitions")
+            assert page.status_code == 200
+            form = await edited(client, 6)
+            assert (await client.post("/edit", data=form)).status_code == 303
+    assert await of_each(shards, AMOUNT) == ["6", "6"]
