@@ -640,15 +640,22 @@ COMMENT ON COLUMN sequencer.removed_suppressions.reason IS 'The database user th
 -- removed.
 CREATE FUNCTION sequencer.record_removed_suppressions() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    old record;
 BEGIN
-    INSERT INTO sequencer.removed_suppressions (channel, address, topic, source, created_at, reason)
-    SELECT o.channel, h.hash, o.topic, o.source, o.created_at, sequencer.changed_by()
-      FROM old_suppressions AS o
-     CROSS JOIN LATERAL (
-           SELECT CASE WHEN o.address ~ '^sha256:[0-9a-f]{64}$' THEN o.address
-                       ELSE sequencer.suppression_hash(o.address) END) AS h (hash)
-     WHERE NOT EXISTS (SELECT FROM sequencer.suppressions AS s
-                        WHERE s.channel = o.channel AND s.address IN (o.address, h.hash) AND s.topic = o.topic);
+    -- one by one, since Citus joins no transition table to a table
+    FOR old IN SELECT o.channel, o.address, o.topic, o.source, o.created_at,
+                      CASE WHEN o.address ~ '^sha256:[0-9a-f]{64}$' THEN o.address
+                           ELSE sequencer.suppression_hash(o.address) END AS hash
+                 FROM old_suppressions AS o
+    LOOP
+        IF NOT EXISTS (SELECT FROM sequencer.suppressions AS s
+                        WHERE s.channel = old.channel AND s.address IN (old.address, old.hash)
+                          AND s.topic = old.topic) THEN
+            INSERT INTO sequencer.removed_suppressions (channel, address, topic, source, created_at, reason)
+            VALUES (old.channel, old.hash, old.topic, old.source, old.created_at, sequencer.changed_by());
+        END IF;
+    END LOOP;
     RETURN NULL;
 END $$;
 

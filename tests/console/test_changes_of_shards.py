@@ -18,6 +18,7 @@ from tests.console.test_shards import console
 from tests.helpers.command_line import Command
 from tests.helpers.engines import until
 from tests.helpers.shards import configure
+from tests.helpers.waiting import eventually
 
 WRITE = {"SEQUENCERD_CONSOLE_WRITE": "true"}
 STATUSES = "SELECT string_agg(status, ' ' ORDER BY id) FROM sequencer.enrollments"
@@ -70,7 +71,14 @@ async def confirm(client: httpx.AsyncClient, query: str, **form: str) -> httpx.R
     assert dict(fields).get("number"), page.text
     answer = await client.post("/change", data={**dict(fields), "reason": "asked", **form})
     assert answer.status_code == 303, answer.text
-    return await page_with(client, answer.headers["location"].removeprefix("/console"), ". ")
+    path = answer.headers["location"].removeprefix("/console")
+
+    async def ended() -> httpx.Response | None:
+        found = await client.get(path)
+        assert found.status_code == 200, found.text
+        return None if "<progress" in found.text else found
+
+    return await eventually(ended)
 
 
 async def edited(client: httpx.AsyncClient, amount: int, **form: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,9 @@ import pytest
 from sequencerd.core.model import Answer, Failed, Result, RetryPolicy, Task
 from sequencerd.storage import bulk, connections, rates
 from sequencerd.storage.connections import Shard
+from tests.console.conftest import page_with
+from tests.console.test_changes_of_shards import ENTRY, confirm, edited, post
+from tests.console.test_shards import console
 from tests.helpers.clusters import Cluster, citus_nodes
 from tests.helpers.command_line import Command
 from tests.helpers.databases import execute, with_login
@@ -229,6 +233,135 @@ async def test_applications_do_what_their_roles_may(
             await enroll(app, "s", "eve")
     finally:
         await app.close()
+
+
+async def test_a_daemon_needs_no_superuser(
+    citus: Citus, shard: Shard, connection: asyncpg.Connection
+) -> None:
+    """Its login has sequencer_daemon alone, on all nodes."""
+    await define(
+        connection, "s", ("send", "Note", "{}", "wait"), ("wait", "WaitForDuration", DAYS, None)
+    )
+    await connection.execute("CREATE ROLE daemon_user LOGIN")
+    await connection.execute("GRANT sequencer_daemon TO daemon_user")
+    runner = Recorder()
+    login = Shard(with_login(citus.coordinator, "daemon_user"), "a")
+    async with running_engine(login, {"Note": runner}, sweep=0.5):
+        ids = [await enroll(connection, "s", f"user-{number}") for number in range(20)]
+        await until(
+            connection, "SELECT count(*) = 20 FROM sequencer.enrollments WHERE step = 'wait'"
+        )
+        await connection.execute(
+            "UPDATE sequencer.steps SET config = $1 WHERE name = 'wait'",
+            '{"amount": 0, "unit": "days"}',
+        )
+        await until(connection, ALL_ENDED)
+    assert len(runner.keys) == 20
+    assert (await way(connection, ids[0]))[-1] == "wait completed"
+
+
+async def test_the_console_reads_and_changes(citus: Citus, connection: asyncpg.Connection) -> None:
+    await connection.execute("CREATE ROLE console_user LOGIN")
+    await connection.execute("GRANT sequencer_daemon, sequencer_editor TO console_user")
+    other = await connections.connect(Shard(citus.coordinator, "b"))
+    await other.execute("TRUNCATE sequencer.enrollments, sequencer.events, sequencer.suppressions")
+    for one in (connection, other):
+        await one.execute("DELETE FROM sequencer.sequences")
+        await define(
+            one, "s", ("wait", "WaitForDuration", DAYS, "end"), ("end", "GoTo", "{}", None)
+        )
+        await enroll(one, "s", "ada")
+    settings = (citus.command.folder / "sequencerd.toml").read_text()
+    url = with_login(citus.coordinator, "console_user")
+    (citus.command.folder / "console.toml").write_text(settings.replace(citus.coordinator, url))
+    command = Command("", citus.command.folder)
+    command.variables.pop("SEQUENCERD_DATABASE")
+    command.variables["SEQUENCERD_CONFIG"] = str(citus.command.folder / "console.toml")
+    async with console(command, "console", SEQUENCERD_CONSOLE_WRITE="true") as client:
+        await page_with(client, "/", "<dd>2</dd>")
+        for path in (
+            "/sequence?sequence=s&step=wait",
+            "/funnel?sequence=s",
+            "/over-time?sequence=s",
+            "/simulate?sequence=s",
+            "/failures",
+            "/health",
+            "/search?q=ada",
+            "/search?where=data.x+%3D+1",
+            "/suppressions",
+            "/shards/a/sequence?sequence=s",
+            "/shards/b/funnel?sequence=s",
+        ):
+            page = await client.get(path)
+            assert page.status_code == 200, (path, page.text)
+            assert "is missing here" not in page.text, path
+        id_ = await connection.fetchval("SELECT id FROM sequencer.enrollments")
+        assert (await client.get(f"/shards/a/enrollments/{id_}")).status_code == 200
+        for path in ("/suppress", "/suppression"):
+            answer = await post(client, path, **ENTRY)
+            assert answer.status_code == 303, answer.text
+        enrolled = await post(client, "/enroll", sequence="s", subject="bob", reason="new")
+        assert enrolled.status_code == 303, enrolled.text
+        paused = await post(client, "/status", sequence="s", action="pause", reason="stop")
+        assert paused.status_code == 303, paused.text
+        form = await edited(client, 6)
+        assert (await client.post("/edit", data=form)).status_code == 303
+        for one in (connection, other):
+            assert await one.fetchval("SELECT status FROM sequencer.sequences") == "paused"
+            amount = "SELECT config->>'amount' FROM sequencer.steps WHERE name = 'wait'"
+            assert await one.fetchval(amount) == "6"
+        moved = await confirm(client, "action=move&sequence=s&status=active", to="end")
+        assert "Moved to end 3 enrollments" in moved.text
+        edit = await client.get(f"/data?id=a/{id_}", follow_redirects=True)
+        assert edit.status_code == 200
+    await other.close()
+
+
+async def test_merges_beside_other_changes_of_their_subjects(
+    shard: Shard, connection: asyncpg.Connection
+) -> None:
+    """An application repeats what a deadlock of several nodes ends; our own changes do so."""
+    await define(connection, "s", ("wait", "WaitForDuration", DAYS, None))
+    subjects = [f"user-{number}" for number in range(3)]
+    ids = [await enroll(connection, "s", subject) for subject in subjects]
+
+    async def change(work: str, *arguments: str) -> None:
+        application = await connections.connect(shard)
+        try:
+            for _ in range(100):
+                while True:
+                    with suppress(asyncpg.DeadlockDetectedError):
+                        await application.execute(work, *arguments)
+                        break
+        finally:
+            await application.close()
+
+    async def reevaluate() -> None:
+        operator = await connections.connect(shard)
+        try:
+            for _ in range(30):
+                await bulk.change(
+                    operator, "reevaluate", ids, reason="looked", progress=lambda _: None
+                )
+        finally:
+            await operator.close()
+
+    merge = "SELECT sequencer.merge($1, $2)"
+    again = "SELECT sequencer.enroll('s', $1)"
+    data = "UPDATE sequencer.enrollments SET data = data || '{\"x\": 1}' WHERE subject IN ($1, $2)"
+    async with running_engine(shard):
+        await asyncio.gather(
+            change(merge, subjects[0], subjects[1]),
+            change(merge, subjects[1], subjects[0]),
+            change(merge, subjects[1], subjects[2]),
+            change(again, subjects[0]),
+            change(again, subjects[1]),
+            change(data, subjects[0], subjects[1]),
+            change(data, subjects[1], subjects[2]),
+            reevaluate(),
+        )
+    active = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'active' GROUP BY subject"
+    assert {row[0] for row in await connection.fetch(active)} == {1}
 
 
 async def test_a_transaction_over_several_shards_is_atomic(
