@@ -1,4 +1,4 @@
-"""The composition root: makes the parts from the settings, and runs them until a signal."""
+"""The composition root: make the parts from the settings, and run them until a signal."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ from sequencerd.storage.listener import DefinitionsChanged, Notification, listen
 from sequencerd.storage.suppressions import read_suppressed
 
 CLOSE_TIMEOUT = 5.0  # seconds
-AWAY_INTERVAL = 2.0  # seconds between attempts to reach a shard that is away
+AWAY_INTERVAL = 2.0  # seconds between attempts to reach a shard that is unavailable
 PROMOTION_INTERVAL = 1.0  # seconds between checks of a standby
 DESCRIPTORS = 65_536
-RATES_CONNECTIONS = 4  # opened while a runner has a rate: one that is locked delays no other
-ENROLLING_CONNECTIONS = 4  # its lock, and queries of users that may be slow
+RATES_CONNECTIONS = 4  # for rates, if a runner has one: a locked row delays nothing else
+ENROLLING_CONNECTIONS = 4  # one for the retention lock, and for users' queries, which may be slow
 
 FIXED = ("database", "engine", "http", "console")
-"""Sections of the settings that hold as long as the process runs."""
+"""Sections of the settings that take effect only at a restart."""
 
 
 def tune_collector() -> None:
     """Let Python collect cycles less often.
 
     A batch is a hundred thousand short-lived tuples without cycles; with the defaults, a third of
-    the time goes into the search for them.
+    the time is spent on searching for cycles.
     """
     gc.set_threshold(200_000, 20, 50)
 
@@ -78,12 +78,12 @@ def raise_descriptor_limit() -> None:
 
 
 def daemon_name() -> str:
-    """Return the name of a lease's holder: host and process, and a part that is unique."""
+    """Return the name of a lease's holder: host, process, and a unique part."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
 
 
 class Pools(NamedTuple):
-    """The connections of a daemon, by what they are for."""
+    """The connections of a daemon, by purpose."""
 
     engine: asyncpg.Pool
     heart: asyncpg.Pool
@@ -93,10 +93,12 @@ class Pools(NamedTuple):
 
 
 class ReloadableParts:
-    """What can be replaced while the daemon runs: runners and lookups, and their settings."""
+    """The parts that can be replaced while the daemon runs: runners and lookups, and their
+    settings.
+    """
 
     def __init__(self, settings: Settings, runners: dict[str, Runner], pool: asyncpg.Pool) -> None:
-        """`pool` is for lookups."""
+        """Make them; `pool` is for lookups."""
         self.settings = settings
         self.runners = runners
         self.lookups = Lookups(pool, settings.lookups, timeout=settings.database.lookup_timeout)
@@ -105,7 +107,7 @@ class ReloadableParts:
     def renewed(
         self, new: Settings, suppressions: Suppressions, take: TakePermits | None = None
     ) -> ReloadableParts:
-        """Return the parts for other settings, with what does not change. Raises SettingsError."""
+        """Return the parts for other settings, with the unchanged ones. Raises SettingsError."""
         old = self.settings
         runners = make_runners(new, suppressions, take)
         links = (old.unsubscribe, new.unsubscribe)
@@ -129,7 +131,7 @@ class ReloadableParts:
         return parts
 
     async def close(self, but: ReloadableParts | None = None) -> None:
-        """Close what other parts do not use."""
+        """Close the parts that the others do not use."""
         kept = [] if but is None else list(but.runners.values())
         for runner in self.runners.values():
             if runner not in kept:
@@ -139,7 +141,7 @@ class ReloadableParts:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check what a start or a reload would reject, without a database. Raises SettingsError."""
+    """Check, without a database, what a start or a reload would reject. Raises SettingsError."""
     settings.check_console()
     for name in settings.shards or (None,):
         make_runners(settings.of_shard(name))
@@ -151,9 +153,8 @@ async def run(
     log: FilteringBoundLogger,
     read: Callable[[], Settings],
 ) -> None:
-    """Run until SIGTERM or SIGINT; on SIGHUP, `read` returns the new settings. `shards` says
-    where to LISTEN. Raises SequencerdError if
-    the daemon cannot start.
+    """Run until SIGTERM or SIGINT; on SIGHUP, `read` returns the new settings. `shards` contains
+    the addresses for LISTEN. Raises SequencerdError if the daemon cannot start.
     """
     settings.check_console()
     tune_collector()
@@ -173,7 +174,7 @@ async def run(
 
 
 class _Process:
-    """The shards that this process serves, and what it reports of all."""
+    """The shards that this process serves, and its reports about all of them."""
 
     def __init__(
         self,
@@ -197,7 +198,7 @@ class _Process:
 
     @property
     def log(self) -> FilteringBoundLogger:
-        """For the lines of a shard to begin from."""
+        """Return the log for the lines about a shard."""
         return self._log
 
     def reload(self) -> None:
@@ -206,13 +207,15 @@ class _Process:
             served.reload_requested.set()
 
     def status(self) -> str:
-        """Return a line about all shards."""
+        """Return one line about all shards."""
         if self._one is not None:
             return self._one.status()
         return "; ".join(f"{served.name}: {served.status()}" for served in self._shards)
 
     def feed(self) -> None:
-        """Feed systemd's watchdog, unless an engine is stuck. A shard that is away has none."""
+        """Reset systemd's watchdog unless an engine is stuck. A shard that is unavailable has no
+        engine.
+        """
         if not self._why_not_alive():
             notify("WATCHDOG=1")
 
@@ -223,13 +226,13 @@ class _Process:
         return [reason for served in self._shards for reason in served.why_not_ready()]
 
     def refuse(self, error: SettingsError) -> None:
-        """End in good order, since the settings are wrong."""
+        """Shut down because the settings are wrong."""
         self._refusal = error
         self._stop.set()
 
     async def run(self) -> None:
-        """Serve until the stop. What keeps the one database from being served ends the process;
-        of several shards, one that is away is tried again, while the others are served.
+        """Serve until stopped. An error that keeps a single database from being served ends the
+        process; of several shards, an unavailable one is tried again, while the others are served.
         """
         if self._one is not None:
             await self._one.serve(self._serving)
@@ -242,7 +245,7 @@ class _Process:
 
     @asynccontextmanager
     async def _serving(self, console: Starlette | None) -> AsyncIterator[None]:
-        """Answer HTTP meanwhile."""
+        """Serve HTTP within the context."""
         settings, current = self._settings, self._shards[0]
         public = PublicPages(
             [served.shard for served in self._shards], lambda: current.settings, self._log
@@ -289,7 +292,7 @@ def _reread(read: Callable[[], Settings], shard: Shard) -> Settings:
 
 
 class _ShardService:
-    """One shard: its connections, and the daemon that works on it while there are any."""
+    """A shard: its connections, and the daemon that works on it while it is available."""
 
     def __init__(
         self,
@@ -311,16 +314,16 @@ class _ShardService:
         self._none = Metrics(of_process=False)
         self._log = process.log if shard.name is None else process.log.bind(shard=shard.name)
         self._suppressions = Suppressions(self._suppressed)
-        make_runners(settings, self._suppressions)  # wrong settings end the process now
+        make_runners(settings, self._suppressions)  # wrong settings end the process immediately
 
     @property
     def settings(self) -> Settings:
-        """Those of the moment."""
+        """Return the current settings."""
         return self._settings if self.daemon is None else self.daemon.parts.settings
 
     @property
     def metrics(self) -> Metrics:
-        """What is measured there; of a shard that is away, that it is not ready."""
+        """Return the metrics of the shard; of one that is unavailable, that it is not ready."""
         daemon = self.daemon
         return self._none if daemon is None else daemon.metrics
 
@@ -340,15 +343,15 @@ class _ShardService:
         )
 
     def status(self) -> str:
-        """Return what goes on in the shard."""
+        """Return the status of the shard."""
         return self._away if self.daemon is None else self.daemon.status()
 
     def why_not_alive(self) -> list[str]:
-        """Return how its engine is stuck."""
+        """Return why its engine is not alive."""
         return self._named([] if self.daemon is None else self.daemon.health.why_not_alive())
 
     def why_not_ready(self) -> list[str]:
-        """Return why nothing would be moved there in time."""
+        """Return why enrollments of the shard would not be moved in time."""
         return self._named(
             [self._away] if self.daemon is None else self.daemon.health.why_not_ready()
         )
@@ -357,7 +360,7 @@ class _ShardService:
         return reasons if self.name is None else [f"{self.name}: {one}" for one in reasons]
 
     async def keep(self) -> None:
-        """Serve the shard until the stop, whenever its database can be used."""
+        """Serve the shard until stopped, whenever its database can be used."""
         is_first = True
         while not self._stop.is_set():
             try:
@@ -369,7 +372,7 @@ class _ShardService:
                 if str(error) != self._away:
                     self._log.error("the shard is unavailable, trying again", error=str(error))
                 self._away = str(error)
-                # of the process, which does what it can: the start must not time out
+                # READY for the process, which serves what it can: the start must not time out
                 notify("READY=1", f"STATUS={self._process.status()}")
             is_first = False
             with suppress(TimeoutError):
@@ -381,7 +384,7 @@ class _ShardService:
         self,
         around: Callable[[Starlette | None], AbstractAsyncContextManager[None]] | None = None,
     ) -> None:
-        """Serve the shard until the stop, with HTTP `around` it. Raises SequencerdError if that
+        """Serve the shard until stopped, with HTTP `around` it. Raises SequencerdError if that
         cannot begin.
         """
         settings, shard = self._settings, self.shard
@@ -474,7 +477,7 @@ async def _wait_for_promotion(
 
 
 def _check_visible(hidden: list[server.HiddenTable], log: FilteringBoundLogger) -> None:
-    """Report row-level security. Raises DatabaseError if it hides everything."""
+    """Report row-level security. Raises DatabaseError if it hides all rows."""
     advice = "GRANT sequencer_daemon TO the user, or let its policy be USING (true)"
     blind = [str(one) for one in hidden if one.hides_all]
     if blind:
@@ -494,10 +497,10 @@ def _trace(log: FilteringBoundLogger) -> Callable[[], None]:
 def _handle_loop_error(
     log: FilteringBoundLogger,
 ) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """Return a handler of what asyncio and asyncpg report.
+    """Return a handler for the errors that asyncio and asyncpg report.
 
-    The users of a lost connection report it too, and asyncpg reports without an error that a
-    transaction has ended with it.
+    The users of a lost connection report it too, and asyncpg reports without an error that its
+    transaction has ended.
     """
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -511,7 +514,7 @@ def _handle_loop_error(
 
 
 class _Daemon:
-    """The engine, and what runs beside it."""
+    """The engine, and the tasks that run beside it."""
 
     def __init__(
         self,
@@ -565,7 +568,7 @@ class _Daemon:
         )
 
     def console(self, shard: Shard) -> Starlette | None:
-        """Return the console, if it is on."""
+        """Return the console if it is enabled."""
         settings = self.parts.settings.console
         if settings is None or not settings.enabled:
             return None
@@ -589,7 +592,7 @@ class _Daemon:
     async def run(self, shard: Shard, reload: asyncio.Event, stop: asyncio.Event) -> None:
         """Work until `stop` is set."""
         engine = self._engine
-        # a task that dies ends the process, which systemd restarts; leases make that safe
+        # a task that fails ends the process, which systemd restarts; leases make that safe
         async with asyncio.TaskGroup() as group:
             helpers = [
                 group.create_task(work)
@@ -631,7 +634,7 @@ class _Daemon:
             self._enrolling.check_soon()
 
     async def _connected(self) -> None:
-        # if the network was cut, idle connections may be dead unnoticed
+        # after a network failure, idle connections may be dead without notice
         for pool in self._pools:
             if pool is not self._pools.heart:
                 await pool.expire_connections()
@@ -640,7 +643,7 @@ class _Daemon:
         notify("READY=1", f"STATUS={self._process.status()}")
 
     def status(self) -> str:
-        """Return what goes on, for systemd."""
+        """Return the status for systemd."""
         return (
             f"{counted(len(self._engine.catalog.sequences), 'sequence')}, "
             f"{counted(self.metrics.places, 'active step')}, {self.metrics.overdue:,} overdue; "
@@ -652,7 +655,7 @@ class _Daemon:
         notify("STOPPING=1")
         self.health.stopping = True
         self._engine.stop()
-        # shutdown does not wait for a silent database
+        # shutdown does not wait for a database that does not answer
         seconds = self.parts.settings.engine.stop_timeout + CLOSE_TIMEOUT
         for pool in self._pools:
             asyncio.get_running_loop().call_later(seconds, pool.terminate)
@@ -674,7 +677,7 @@ class _Daemon:
             notify("READY=1")
 
     def _reread(self) -> Settings:
-        """Return the new settings, with the old values of those that take a restart. Raises
+        """Return the new settings, with the old values of those that require a restart. Raises
         SettingsError.
         """
         old, new = self.parts.settings, self._read()

@@ -29,7 +29,7 @@ class SettingsError(SequencerdError):
 
 
 class DatabaseError(SequencerdError):
-    """The database can't be used."""
+    """The database cannot be used."""
 
 
 class MigrationError(DatabaseError):
@@ -45,7 +45,7 @@ class PlanError(SequencerdError):
 
 
 class ShardsError(SequencerdError):
-    """What keeps several shards from doing the same: a line for each."""
+    """The errors that keep several shards from doing the same: a line for each."""
 
 
 class UsageError(SequencerdError):
@@ -53,6 +53,6 @@ class UsageError(SequencerdError):
 
 
 class ArgumentError(UsageError):
-    """The arguments of a command don't go together, or say too little."""
+    """The arguments of a command contradict each other, or are incomplete."""
 
     exit_code = 2

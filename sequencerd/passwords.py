@@ -1,4 +1,4 @@
-"""A password as it is kept: scrypt's answer, with what it takes to ask again."""
+"""Store and check passwords: as scrypt's hash, with its parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FORM = re.compile(
 
 
 def make_hash(password: str) -> str:
-    """What the settings keep of a password."""
+    """Return the hash of a password, for the settings."""
     salt = secrets.token_bytes(16)
     digest = _scrypt(password, salt)
     kept = (b64encode(part).decode() for part in (salt, digest))
@@ -24,12 +24,12 @@ def make_hash(password: str) -> str:
 
 
 def is_hash(text: str) -> bool:
-    """Whether it is an answer of `make_hash`."""
+    """Return whether a text is a hash made by `make_hash`."""
     return _FORM.fullmatch(text) is not None
 
 
 def matches(password: str, kept: str) -> bool:
-    """Whether it is the password of that hash. Takes as long as making one."""
+    """Return whether a password has this hash. This takes as long as making one."""
     *_, salt, digest = kept.split("$")
     return hmac.compare_digest(_scrypt(password, b64decode(salt)), b64decode(digest))
 

@@ -49,7 +49,7 @@ from sequencerd.core.routing import ShardNumber
 from sequencerd.errors import SettingsError
 
 SCHEMA = "sequencer"
-"""The schema of the tables, unless another one is set."""
+"""The schema of the tables, by default."""
 
 DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
 
@@ -65,7 +65,7 @@ _NO_SETTING = {"CONFIG", "INSTANCE"}
 
 
 def _read_secret(value: object, info: ValidationInfo) -> object:
-    """Return a secret as it is, or `{file = "NAME"}`."""
+    """Return a secret, which may be given as `{file = "NAME"}`."""
     if not isinstance(value, dict):
         return value
     if set(value) != {"file"} or not isinstance(value["file"], str):
@@ -74,8 +74,8 @@ def _read_secret(value: object, info: ValidationInfo) -> object:
 
 
 def _contents(name: str, folder: str | None) -> str:
-    """Return a file's text without the line end. A relative name is one of systemd's credentials:
-    for a command outside of the service, where the units load it from or have it loaded.
+    """Return the text of a file without the line end. A relative name is that of a systemd
+    credential; for a command outside of the service, the file from which the units load it.
     """
     if folder is not None or Path(name).is_absolute():
         files = [Path(folder or "/", name)]
@@ -83,7 +83,7 @@ def _contents(name: str, folder: str | None) -> str:
         files = [CREDSTORE / f"sequencerd.{name}", *CREDENTIALS.glob(f"sequencerd*.service/{name}")]
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8-sig").strip()  # some editors write a BOM
+            text = file.read_text(encoding="utf-8-sig").strip()  # some editors write one
         except UnicodeDecodeError:
             raise ValueError(f"{file} is not text in UTF-8") from None
         except OSError as error:
@@ -120,7 +120,7 @@ TimeSpan = Annotated[timedelta, BeforeValidator(_read_duration)]
 
 
 def _read_words(value: object) -> object:
-    """Return a list; in a variable, with blanks or commas between."""
+    """Return a list; a variable separates its items by blanks or commas."""
     return re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else value
 
 
@@ -128,7 +128,9 @@ WordList = Annotated[tuple[str, ...], BeforeValidator(_read_words)]
 
 
 def _read_groups(value: object) -> object:
-    """Return a list; in a variable, with commas between: a group's name may contain blanks."""
+    """Return a list; a variable separates its items by commas, because a group's name may contain
+    blanks.
+    """
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
@@ -149,11 +151,13 @@ def _check_patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 PatternList = Annotated[WordList, AfterValidator(_check_patterns)]
-"""Of recipients; none at all is an empty list."""
+"""Patterns of recipients; an empty list means none."""
 
 
 class Section(BaseModel):
-    """Unknown keys are errors: a misspelt setting must not be silently without effect."""
+    """A section of the settings. Unknown keys are errors: a misspelt setting must not be ignored
+    silently.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
@@ -161,7 +165,7 @@ class Section(BaseModel):
 def _check_schema(name: str) -> str:
     if not name.isprintable() or re.search(r"['%$\\]", name):
         raise ValueError(f"{name!r}: a schema cannot have ', %, $, \\ or a control character")
-    if not 1 <= len(name.encode()) <= 63:  # otherwise PostgreSQL cuts it off
+    if not 1 <= len(name.encode()) <= 63:  # PostgreSQL would truncate a longer one
         raise ValueError(f"{name!r}: the name of a schema has 1 to 63 bytes")
     if re.match(r"pg_|information_schema$|public$", name):
         raise ValueError(f"the schema {name} is not for sequencerd alone; choose another name")
@@ -174,7 +178,7 @@ SchemaName = Annotated[str, AfterValidator(_check_schema)]
 class DatabaseSettings(Section):
     """Where the tables are. Without a URL, an embedded PostgreSQL in the user's data folder.
 
-    `listen_url` is the server's own address where `url` is a pooler's.
+    `listen_url` is the server's own address if `url` is a pooler's.
     """
 
     url: Secret | None = None
@@ -187,7 +191,7 @@ class DatabaseSettings(Section):
 
     @property
     def pooled(self) -> bool:
-        """Whether `url` leads to a pooler that gives every transaction another connection."""
+        """Return whether `url` is that of a pooler in transaction mode."""
         return self.listen_url is not None or not self.listen
 
 
@@ -203,7 +207,7 @@ class ShardSettings(Section):
 
 
 class EngineSettings(Section):
-    """How the work is done. Times in seconds."""
+    """The parameters of the engine. Times are in seconds."""
 
     batch: int = Field(default=1000, ge=1, le=10_000)
     lease: float = Field(default=30.0, ge=1, le=3600)
@@ -212,7 +216,7 @@ class EngineSettings(Section):
 
 
 class RetrySettings(Section):
-    """How often and how soon what failed is tried again, if its step says nothing; in seconds."""
+    """How often and how soon failures are retried unless the step says otherwise; in seconds."""
 
     attempts: int | None = Field(default=RETRY.attempts, ge=1, le=1000)
     first_delay: float = Field(default=RETRY.first_delay, ge=0, le=86400)
@@ -221,7 +225,9 @@ class RetrySettings(Section):
 
     @property
     def retry(self) -> RetryPolicy:
-        """As steps have it: one of two ends that is set takes the place of the other's default."""
+        """Return the policy in the form of steps: one of the two limits that is set replaces the
+        default of the other.
+        """
         ends = {"attempts", "give_up_after"}
         ends = ends & self.model_fields_set or ends
         return RetryPolicy(
@@ -233,7 +239,7 @@ class RetrySettings(Section):
 
 
 class ServerSettings(RetrySettings):
-    """A server that executes side effects, and what it can take."""
+    """A server that executes side effects, and its limits."""
 
     concurrency: int = Field(default=MESSAGE_LIMITS.concurrency, ge=1, le=1000)
     timeout: float = Field(default=MESSAGE_LIMITS.timeout, gt=0, le=600)
@@ -241,13 +247,13 @@ class ServerSettings(RetrySettings):
 
     @property
     def limits(self) -> Limits:
-        """As runners have them."""
+        """Return the limits in the form of runners."""
         return Limits(self.concurrency, self.timeout, per_second=self.per_second)
 
 
 class MessagingSettings(ServerSettings):
-    """A server for messages, which are retried for a time span by default. `suppress_bounces`:
-    addresses that do not exist, as it says, are suppressed.
+    """A server for messages, which are retried for a period by default. `suppress_bounces`:
+    suppress addresses that do not exist according to the server.
     """
 
     attempts: int | None = Field(default=MESSAGE_RETRY.attempts, ge=1, le=1000)
@@ -257,7 +263,7 @@ class MessagingSettings(ServerSettings):
 
 
 class OAuthSettings(Section):
-    """Where access tokens come from: for us, or with a refresh token for a user (RFC 6749)."""
+    """The source of access tokens (RFC 6749): for us or, with a refresh token, for a user."""
 
     token_url: str = Field(pattern=r"^https?://")
     client_id: str
@@ -267,12 +273,12 @@ class OAuthSettings(Section):
 
 
 class EmailSettings(MessagingSettings):
-    """The mail server: smtp://user:password@host:587, smtps://... for TLS from the start.
+    """The mail server: smtp://user:password@host:587, or smtps://... for TLS from the start.
 
-    `timeout` is for each reply of the server but the one to the message, which may take as long as
-    RFC 5321 says. `oauth` or `token_command` stand for the password. `only_to` are patterns of
-    the recipients that get messages, for staging; `attachments_from` of the URLs of attachments.
-    `bounce_address` is the envelope's sender.
+    `timeout` applies to each reply of the server except that to the message, which may take as long
+    as RFC 5321 says. `oauth` or `token_command` replace the password. `only_to` contains patterns
+    of the recipients that get messages, for staging; `attachments_from` patterns of the URLs of
+    attachments. `bounce_address` is the envelope sender.
     """
 
     url: Secret | None = None
@@ -301,7 +307,7 @@ class EmailSettings(MessagingSettings):
 
     @property
     def server(self) -> str:
-        """The URL; without a setting, of a mail server on this machine."""
+        """Return the URL; by default that of a mail server on this machine."""
         return self.url.get_secret_value() if self.url else "smtp://localhost:25"
 
 
@@ -347,7 +353,7 @@ class HttpRunnerSettings(ServerSettings):
 
     @property
     def limits(self) -> Limits:
-        """As the runner has them."""
+        """Return the limits in the form of runners."""
         return replace(super().limits, batch_size=self.batch_size)
 
     @model_validator(mode="after")
@@ -357,8 +363,8 @@ class HttpRunnerSettings(ServerSettings):
 
 
 class LookupSettings(Section):
-    """A source of external data: [lookups.NAME]. `form` is that of the request: a list of
-    subjects, or the original's `{"runners": [...]}`, which functions of Lambda get by default.
+    """A source of external data: [lookups.NAME]. `form` is that of the request: a list of subjects,
+    or the original's `{"runners": [...]}`, which is the default for Lambda functions.
     """
 
     url: str | None = Field(default=None, pattern=r"^https?://")
@@ -372,7 +378,7 @@ class LookupSettings(Section):
 
     @property
     def limits(self) -> Limits:
-        """As the lookup has them."""
+        """Return the limits in the form of lookups."""
         return Limits(self.concurrency, self.timeout, self.batch_size)
 
     @model_validator(mode="after")
@@ -387,7 +393,7 @@ def _check_address(text: str) -> str:
 
 
 def is_loopback(listen: str) -> bool:
-    """Return whether an address can be reached from this machine alone."""
+    """Return whether an address can be reached only from this machine."""
     host, _ = split_address(listen)
     try:
         return host == "localhost" or ip_address(host).is_loopback
@@ -396,7 +402,7 @@ def is_loopback(listen: str) -> bool:
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """Return the host and port of "127.0.0.1:9187", "[::1]:9187" or "9187", which is loopback's."""
+    """Return the host and port in "127.0.0.1:9187", "[::1]:9187" or "9187" (loopback)."""
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdecimal() and int(port) < 65536) or text.startswith(":"):
         raise ValueError('write a host and a port, such as "127.0.0.1:9187"')
@@ -406,8 +412,8 @@ def split_address(text: str) -> tuple[str, int]:
 class HttpSettings(Section):
     """The listener for health checks, metrics and the console; none without an address.
 
-    `public_listen` is that of the pages for recipients and of Twilio's hook, which are otherwise
-    served by the same one.
+    `public_listen` is the address of the pages for recipients and of Twilio's hook, which otherwise
+    share `listen`.
     """
 
     listen: Annotated[str, AfterValidator(_check_address)] | None = None
@@ -415,15 +421,17 @@ class HttpSettings(Section):
 
 
 def _read_keys(value: object, info: ValidationInfo) -> object:
-    """Return a list of secrets; a file or a variable has one on each line, or blanks between."""
+    """Return a list of secrets; a file or a variable has one on each line, or separates them by
+    blanks.
+    """
     value = _read_secret(value, info)
     keys = value.split() if isinstance(value, str) else value
     return [_read_secret(key, info) for key in keys] if isinstance(keys, list) else keys
 
 
 class UnsubscribeSettings(Section):
-    """The page with which recipients unsubscribe: where it is, and the keys of its links, of which
-    the first one signs and all verify.
+    """The page with which recipients unsubscribe: its URL, and the keys of its links, of which the
+    first one signs and all verify.
     """
 
     url: str = Field(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")
@@ -458,8 +466,8 @@ class ConsoleUserSettings(Section):
 
 
 class OidcSettings(Section):
-    """A provider of OpenID Connect, which logs users of the console in. `url` is where browsers
-    reach the listener; the provider leads them back to /console/oidc there.
+    """A provider of OpenID Connect, with which users log in to the console. `url` is the address at
+    which browsers reach the listener; the provider redirects them to /console/oidc there.
     """
 
     issuer: str = Field(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")
@@ -481,8 +489,9 @@ class OidcSettings(Section):
 class ConsoleSettings(Section):
     """The console in the browser, on the listener of [http]; the section turns it on.
 
-    `role` is that of users without one of their own: local users, those with the common password,
-    and those of a proxy if no groups are set. Groups come from the proxy's header or the provider.
+    `role` is that of users without one of their own: local users, users with the common password,
+    and users of a proxy if no groups are set. Groups come from the proxy's header or from the
+    provider.
     """
 
     enabled: bool = True
@@ -502,7 +511,7 @@ class ConsoleSettings(Section):
 
     @property
     def groups(self) -> Mapping[Role, tuple[str, ...]]:
-        """Return the groups with each role, the most powerful first."""
+        """Return the groups of each role, the most powerful role first."""
         return {
             "editor": self.editor_groups,
             "operator": self.operator_groups,
@@ -560,21 +569,21 @@ class ConsoleSettings(Section):
 
 
 class RetentionSettings(Section):
-    """How long what is over is kept; without a setting, for ever."""
+    """How long ended enrollments and events are kept; by default, for ever."""
 
     events: TimeSpan | None = None
     ended: TimeSpan | None = None
 
 
 class LogSettings(Section):
-    """What is written to standard error."""
+    """The log on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "json", "text"] = "auto"
 
 
 class Settings(Section):
-    """Everything that can be set."""
+    """All settings."""
 
     database: DatabaseSettings = DatabaseSettings()
     shards: dict[ShardName, ShardSettings] = {}
@@ -602,7 +611,7 @@ class Settings(Section):
         return self
 
     def of_shard(self, name: str | None) -> Settings:
-        """Return the settings with the database of one shard; without [shards], they are the same.
+        """Return the settings with the database of one shard; without [shards], the same settings.
         Raises SettingsError.
         """
         if name is None:
@@ -615,12 +624,12 @@ class Settings(Section):
         return self.model_copy(update={"database": self.database.model_copy(update=own)})
 
     def shard_number(self, name: str) -> ShardNumber:
-        """Return which of the shards one is, by their order."""
+        """Return the number of a shard, given by their order."""
         return ShardNumber(list(self.shards).index(name), len(self.shards))
 
     def check_console(self) -> None:
-        """Refuse an open console. Raises SettingsError; a command that only reads settings
-        works all the same, such as the one that makes a password.
+        """Reject a console without protection. Raises SettingsError. Commands that only read
+        settings, such as the one that makes a password hash, do not call this.
         """
         console = self.console
         if (
@@ -644,7 +653,7 @@ class Settings(Section):
 
     @property
     def listen(self) -> str | None:
-        """Where the HTTP listener is; a console has one anyway."""
+        """Return the address of the HTTP listener; a console always has one."""
         if self.http.listen is None and self.console is not None and self.console.enabled:
             return CONSOLE_LISTEN
         return self.http.listen
@@ -654,7 +663,7 @@ class Settings(Section):
         return list(_secrets(self))
 
     def differences(self, other: Settings, *sections: str) -> list[str]:
-        """Return which settings of some sections are others there, such as "engine.batch"."""
+        """Return which settings of some sections differ, such as "engine.batch"."""
         return [
             f"{name}.{field.alias or key}"
             for name in sections
@@ -697,8 +706,8 @@ def load(
 ) -> Settings:
     """Read the file and the environment. Raises SettingsError with one line.
 
-    `secrets` are the sections with secrets that are read from files, by default all. Those of other
-    sections have a value that means nothing, so that definitions can be read without them.
+    `secrets` names the sections whose secrets are read from files, by default all. Those of other
+    sections get a placeholder, so that definitions can be read without access to the files.
     """
     if file is None and (named := environment.get(f"{_PREFIX}CONFIG")):
         file = Path(named)
@@ -731,7 +740,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _without_files(value: object, *path: str) -> object:
-    """Return a part of the settings with a value that means nothing for each secret in a file."""
+    """Return a part of the settings with a placeholder for each secret in a file."""
     if isinstance(value, list):
         return [_without_files(part, *path) for part in value]
     if not isinstance(value, dict):
@@ -750,7 +759,7 @@ _MEANINGLESS: Mapping[tuple[str, str], str] = {
     ("console", "password_hash"): f"scrypt$32768$8$1${'A' * 22}==${'A' * 43}=",
     ("unsubscribe", "keys"): "0" * 32,
 }
-"""What takes the place of a secret that must have a form of its own."""
+"""The placeholders of secrets that must have a certain form."""
 
 
 def _from_environment(
@@ -774,7 +783,9 @@ def _from_environment(
 
 
 def _variables() -> dict[str, tuple[str, str]]:
-    """Return what a variable can set: all but the tables of runners, which have their own names."""
+    """Return what a variable can set: everything except the tables of runners, whose keys users
+    name.
+    """
     places = {
         f"{section}_{key}".upper(): (section, key)
         for section, kind in _SECTIONS.items()
@@ -784,7 +795,7 @@ def _variables() -> dict[str, tuple[str, str]]:
 
 
 def _with_hint(error: ValidationError) -> str:
-    """pydantic's sentences, and the nearest name for a key that is not known."""
+    """Return pydantic's messages, with the nearest name for an unknown key."""
     text = describe(error)
     for detail in error.errors(include_url=False, include_input=False):
         if detail["type"] == "extra_forbidden":

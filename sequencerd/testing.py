@@ -51,8 +51,8 @@ def load(
     settings: Settings | None = None,
 ) -> Simulator:
     """Read files. `outcomes` are the results of side effects by type: next (the default), altNext,
-    noop, fail, or an answer such as {"action": "next", "data": {"score": 80}}. A type named there
-    needs no runner. Raises FileError.
+    noop, fail, or an answer such as {"action": "next", "data": {"score": 80}}. Types named there
+    need no runner. Raises FileError.
     """
     runners = make_runners(settings or Settings(), outcomes or {})
     found = files.read_all([Path(path) for path in paths], runners)
@@ -61,7 +61,9 @@ def load(
 
 
 def make_runners(settings: Settings, types: Iterable[str]) -> dict[str, Runner]:
-    """Return the runners of the settings, for what they would send; others for further types."""
+    """Return the runners in the settings, which render messages; and placeholders for further
+    types.
+    """
     sms = settings.sms
     if sms.provider == "twilio" and not (sms.account_sid and sms.auth_token):
         account = {"account_sid": "unknown", "auth_token": SecretStr("unknown")}
@@ -71,7 +73,7 @@ def make_runners(settings: Settings, types: Iterable[str]) -> dict[str, Runner]:
 
 
 class _Stub:
-    """Stands for a runner of which only the outcome is known."""
+    """Stands in for a runner of which only the outcome is known."""
 
     limits = Limits()
     retry = RETRY

@@ -1,4 +1,4 @@
-"""The command line: arguments and printing only."""
+"""The command line: only arguments and output."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        # the reader has gone, as `| head` does: not an error, and nothing more to write
+        # the reader is gone, as with `| head`: not an error, and nothing more to write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
 
 
 def _open_standard_streams() -> None:
-    """Open those that were closed before the start, as with `>&-`: a connection would get their
-    numbers.
+    """Open the streams that were closed before the start, as with `>&-`: a connection would get
+    their numbers.
     """
     for number in range(3):
         try:
@@ -63,7 +63,7 @@ def _print(error: SequencerdError) -> None:
         for line in str(error).split("\n"):
             say(f"<3>{line}", to=sys.stderr)
         return
-    # what is wrong in a file begins with the file, as editors expect it
+    # errors in a file begin with the file's name, as editors expect
     prefix = "" if isinstance(error, FileError) else "sequencerd: "
     # what they name is quoted
     several = isinstance(error, FileError | PlanError | SettingsError | ShardsError)

@@ -1,6 +1,6 @@
 """The arguments of every command.
 
-Parsing imports nothing of what a command needs, so `--help` and mistakes are answered at once.
+Parsing imports none of the modules that commands need, so `--help` and errors are fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_SECONDS = 10 * 365 * 86400
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser; `run` in what it parses names the function of the command."""
+    """Return the parser; `run` in its result names the function of the command."""
     parser = _Parser(
         prog="sequencerd",
         description="Moves enrollments through sequences of steps, on PostgreSQL.",
@@ -46,14 +46,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Name a wrong argument as a terminal may see it."""
+        """Report a wrong argument, with control characters escaped."""
         from sequencerd.core.describe import visible  # noqa: PLC0415 - as below
 
         super().error(visible(message))
 
 
 class _Version(argparse.Action):
-    """Prints the version, with the schema's; reading both takes longer than all arguments."""
+    """Prints the version with that of the schema; both are read only when needed."""
 
     def __init__(self, option_strings: list[str], dest: str) -> None:
         super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
@@ -94,7 +94,7 @@ class Commands:
 
 
 def add_json(command: argparse.ArgumentParser) -> None:
-    """Add the option of every command with an output for programs."""
+    """Add --json, which every command with output for programs has."""
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -423,7 +423,7 @@ def _add_messages(commands: Commands) -> None:
 
 
 def _add_message(command: argparse.ArgumentParser) -> None:
-    """Add the arguments that identify a message: a step, and the data for it."""
+    """Add the arguments that identify a message: a step, and its data."""
     command.add_argument(
         "target", metavar="NAME|FILE", help="a sequence in the database, or a file"
     )

@@ -22,7 +22,9 @@ from sequencerd.storage.statements import QUERIES
 
 
 def check_command(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Check files; their paths by an example of data, or else by the data in the database."""
+    """Check files; their paths against an example of data, or else against the data in the
+    database.
+    """
     runners = registry.make_runners(settings)
     if arguments.data is not None:
         example = read_object(arguments.data, "--data")
@@ -43,7 +45,7 @@ def check_command(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dict[str, KnownPaths]:
-    """Return the paths of data in the database, if one is set, of those sequences that have any."""
+    """Return the paths of data in the database, if one is configured, by sequence."""
     known: dict[str, KnownPaths] = {}
     names = files.names(arguments.files)
 

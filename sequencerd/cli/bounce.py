@@ -1,4 +1,4 @@
-"""The command that a mail server gives bounces and abuse reports to."""
+"""The command to which a mail server passes bounces and abuse reports."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ AGAIN = "the mail server should try again"
 async def bounce_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
-    """Suppress what a bounce on standard input reports, in all shards. What it does not concern is
-    ignored: a failure would make the mail server bounce the bounce.
+    """Suppress what a bounce on standard input reports, in all shards. Other messages are ignored:
+    a failure would make the mail server bounce the bounce.
     """
     report = read_report(_read())
     if not report.dead:
@@ -64,7 +64,9 @@ async def bounce_command(
 
 
 def _read() -> bytes:
-    """Read the message, and the rest of one that is too long, for which the mail server waits."""
+    """Read the message, and the rest of one that is too long, so that the mail server can finish
+    writing.
+    """
     raw = sys.stdin.buffer.read(MAX_READ)
     while sys.stdin.buffer.read(MAX_READ):
         pass
@@ -88,7 +90,7 @@ async def _find(connection: asyncpg.Connection, report: BounceReport) -> list[Un
 
 
 def _matching(dead: UnknownAddress, sent: Sequence[str]) -> list[str]:
-    """Return which recipients are meant; the one that there is, if the report names none."""
+    """Return the recipients that a report names, or the only one if it names none."""
     if dead.address is None:
         return [*sent] if len({*sent}) == 1 else []
     named = spellings(dead.address)

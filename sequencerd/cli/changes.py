@@ -1,4 +1,4 @@
-"""Commands that change sequences, and show how they have changed: plan, apply, history, export,
+"""Commands that change sequences or show their changes: plan, apply, history, export,
 import-original.
 """
 
@@ -35,7 +35,7 @@ IMPORT_AGAIN = (
     "repeat the command when all shards can be reached: it imports what is missing, and nothing "
     "twice"
 )
-CHANGES = 2  # the exit code that `plan --detailed-exitcode` has for them, as elsewhere
+CHANGES = 2  # the exit code of `plan --detailed-exitcode` for changes, as in other tools
 
 
 def _moves(arguments: argparse.Namespace) -> dict[str, str]:
@@ -142,7 +142,7 @@ def _revisions(
     by_shard: Mapping[Shard, Sequence[asyncpg.Record]],
 ) -> list[tuple[asyncpg.Record, dict[str, int]]]:
     """Return the revisions of all shards, the latest first, each with its number in the shards that
-    have it: a change that all have made is one, and may have other numbers in some.
+    have it: a change that all have made is one revision, whose number may differ.
     """
     found: dict[tuple[object, ...], tuple[asyncpg.Record, dict[str, int]]] = {}
     for shard, rows in by_shard.items():

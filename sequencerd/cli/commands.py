@@ -1,4 +1,4 @@
-"""What every command shares: how it is added, and how it comes to the database."""
+"""The common part of all commands: how they are registered, and how they access the database."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ _T = TypeVar("_T")
 PATIENCE = 60.0  # seconds that a reading command waits for a statement on one of several shards
 
 Command = Callable[[argparse.Namespace, Settings], int]
-"""Does its work and returns the exit code: 0 done, 1 failed."""
+"""Does the work of a command and returns the exit code: 0 done, 1 failed."""
 
 DatabaseCommand = Callable[[argparse.Namespace, Settings, Shard], Coroutine[Any, Any, int]]
-"""The same with the database."""
+"""The same, with a connection to the database."""
 
 ShardsCommand = Callable[[argparse.Namespace, Settings, Sequence[Shard]], Coroutine[Any, Any, int]]
-"""The same with the databases of several shards."""
+"""The same, with the databases of several shards."""
 
 
 def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
-    """Return the settings, with what the command line overrides. Raises SettingsError.
+    """Return the settings, with the options of the command line. Raises SettingsError.
 
-    `secrets` names the sections with secrets that the command reads; those that call servers read
+    `secrets` names the sections whose secrets the command reads; commands that call servers read
     all.
     """
     wanted: set[str] | None = None if arguments.command in ("run", "doctor") else set(secrets)
@@ -92,7 +92,9 @@ _ROLES = {
     **dict.fromkeys(("export-subject", "forget"), "sequencer_privacy"),
     **dict.fromkeys(("migrate", "grants", "import-original"), _OWNER),
 }
-"""What commands need beyond sequencer_enroller; docs/security.md has the whole table."""
+"""The roles that commands need in addition to sequencer_enroller; the whole table is in
+docs/security.md.
+"""
 
 
 def role_for(arguments: argparse.Namespace) -> str:
@@ -103,7 +105,7 @@ def role_for(arguments: argparse.Namespace) -> str:
 
 
 def on_database(run: DatabaseCommand) -> Command:
-    """Return a command that works on the database that is set, or else on the embedded one; or on
+    """Return a command that works on the configured database, or else on the embedded one; or on
     one shard.
     """
 
@@ -120,7 +122,7 @@ def on_database(run: DatabaseCommand) -> Command:
 
 
 def on_shards(run: ShardsCommand) -> Command:
-    """The same for a command that works on all shards, or on those that --shard names."""
+    """Return a command that works on all shards, or on those that --shard names."""
 
     def command(arguments: argparse.Namespace, _: Settings) -> int:
         settings = read_settings(arguments, "database", "shards")
@@ -128,18 +130,18 @@ def on_shards(run: ShardsCommand) -> Command:
             try:
                 return _run(run(arguments, settings, shards))
             except BrokenPipeError:
-                raise  # of the output: the reader has gone
+                raise  # the error is that of the output: the reader is gone
             except (asyncpg.PostgresError, asyncpg.InterfaceError, ConnectionError) as error:
                 raise _run(_explained(arguments, shards[0], error)) from error
 
     return command
 
 
-# --- what is done on every shard
+# --- all shards
 
 
 def tell(answers: ShardAnswers[_T], *, refusals: bool = False) -> int:
-    """Say what is missing, and return the exit code."""
+    """Report what is missing, and return the exit code."""
     lines = answers.lines(refusals=refusals)
     for line in lines:
         warn(f"sequencerd: {line}")
@@ -151,7 +153,7 @@ async def ask_any(
     shards: Sequence[Shard],
     work: Callable[[Shard], Awaitable[_T]],
 ) -> _T:
-    """Do something on the first shard that can be reached, for what is the same on all."""
+    """Do work on the first shard that can be reached, for values that are the same on all."""
     for shard in shards[:-1]:
         with suppress(DatabaseError):
             return (await ask(explain(arguments), [shard], work)).found[shard]
@@ -159,14 +161,14 @@ async def ask_any(
 
 
 def explain(arguments: argparse.Namespace) -> Explain:
-    """Return what explains an error to the user of a command."""
+    """Return the function that explains errors to the user of a command."""
     return partial(_explained, arguments)
 
 
 async def _explained(
     arguments: argparse.Namespace, shard: Shard, error: BaseException
 ) -> SequencerdError:
-    """Return what an error means to the user of a command."""
+    """Explain an error to the user of a command."""
     match error:
         case SequencerdError():
             return error
@@ -202,7 +204,7 @@ def _shards(arguments: argparse.Namespace, settings: Settings) -> Iterator[Seque
 
 
 def shards_of(settings: Settings, names: Iterable[str]) -> list[Shard]:
-    """Return shards of the settings. Raises SettingsError for a name that none has."""
+    """Return shards of the settings. Raises SettingsError for an unknown name."""
     found = []
     for name in dict.fromkeys(names):
         database = settings.of_shard(name).database
@@ -234,15 +236,15 @@ async def _advice(arguments: argparse.Namespace, shard: Shard) -> str:
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:
-    """asyncio.run, with names resolved in threads of their own."""
+    """Call asyncio.run with a loop that resolves names in threads of their own."""
     with asyncio.Runner(loop_factory=new_loop) as runner:
         return runner.run(work)
 
 
 @contextmanager
 def _database(settings: Settings) -> Iterator[Shard]:
-    """Provide the database: the one that is set, past a pooler where there is a way; or that of an
-    embedded server, started for us.
+    """Provide the database: the configured one, without its pooler if possible; or an embedded
+    server, started on demand.
     """
     schema = settings.database.schema_name
     url = settings.database.listen_url or settings.database.url
@@ -270,8 +272,8 @@ def _database(settings: Settings) -> Iterator[Shard]:
 async def apply_migrations(
     shard: Shard,
 ) -> tuple[list[migrations.Migration], list[migrate.Ungranted]]:
-    """Create or update the schema and grant its roles what they lack. Return what was applied, and
-    what could not be granted.
+    """Create or update the schema and grant its roles their missing privileges. Return the
+    migrations that were applied, and the privileges that could not be granted.
     """
     connection = await connections.connect(shard)
     try:
@@ -282,7 +284,7 @@ async def apply_migrations(
 
 
 async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Connection:
-    """Connect to a database with our schema; a statement may take `seconds`. Raises
+    """Connect to a database with our schema; `seconds` limits each statement. Raises
     SequencerdError.
     """
     connection = await connections.connect(shard, seconds=seconds)
@@ -296,8 +298,8 @@ async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Conn
 
 @asynccontextmanager
 async def reading(shard: Shard) -> AsyncIterator[asyncpg.Connection]:
-    """Connect to a database with our schema, to read one state of it. Of several shards, one that
-    does not answer is given up.
+    """Connect to a database with our schema, to read a consistent state. Of several shards, one
+    that does not answer is left out.
     """
     connection = await connect(shard, seconds=None if shard.name is None else PATIENCE)
     try:
@@ -309,7 +311,7 @@ async def reading(shard: Shard) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def fetch(shard: Shard, query: str, *parameters: object) -> list[asyncpg.Record]:
-    """Return the rows of one named query."""
+    """Return the rows of a named query."""
     async with reading(shard) as connection:
         rows: list[asyncpg.Record] = await connection.fetch(QUERIES[query], *parameters)
     return rows

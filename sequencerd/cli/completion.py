@@ -1,4 +1,4 @@
-"""Print the completion of commands and options for a shell."""
+"""Print a shell's completion of commands and options."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def completion_command(arguments: argparse.Namespace, _: Settings) -> int:
 
 
 def complete(shell: str) -> str:
-    """Return the script that completes commands and options in a shell."""
+    """Return the completion script of a shell."""
     parser = make_parser()
     _complete_files(parser)
     return str(shtab.complete(parser, shell))
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
-    """Let arguments that are paths be completed with files."""
+    """Complete arguments that are paths with files."""
     for action in parser._actions:  # noqa: SLF001 - argparse has no other way to them
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
             for command in action.choices.values():

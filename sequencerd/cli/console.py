@@ -1,4 +1,4 @@
-"""The console as a process of its own."""
+"""The console as a separate process."""
 
 from __future__ import annotations
 

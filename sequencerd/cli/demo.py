@@ -34,7 +34,7 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.schemas import in_schema, schema_of
 from sequencerd.storage.statements import QUERIES
 
-SECONDS = 60  # after which something is wrong
+SECONDS = 60  # seconds after which the demo has failed
 ENROLLMENTS = """\
 INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES
   ('onboarding', 'ada',  '{"name": "Ada",  "email": "ada@example.com",  "phone": "+15005550010", "logins": 8}'),
@@ -48,7 +48,7 @@ _begun = time.monotonic()
 
 
 def demo_command(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Show it all, or open psql on what it left."""
+    """Run the demo, or open psql on its database."""
     psql = arguments.psql
     folder = embedded.default_folder().with_name("demo")
     if psql is not None:
@@ -70,7 +70,7 @@ def demo_command(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _program() -> str:
-    """Return how the reader calls us."""
+    """Return how the user called this program."""
     installed = Path(sys.executable).with_name("sequencerd")
     if found := shutil.which("sequencerd"):
         return "sequencerd" if Path(found).samefile(installed) else str(installed)
@@ -116,7 +116,7 @@ async def _apply(connection: asyncpg.Connection, settings: Settings) -> None:
 
 
 def _examples() -> Path:
-    """Within the installed package, or beside it in a checkout."""
+    """Return the folder of examples: in the installed package, or beside it in a checkout."""
     packaged = Path(str(resources.files("sequencerd"))) / "examples"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "examples"
 
@@ -183,7 +183,7 @@ def _write_settings(schema: str, smtp: str, http: str, file: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def _daemon(shard: Shard, smtp: str, http: str, config: Path) -> AsyncIterator[None]:
-    """Provide the daemon as a process of its own, as it runs everywhere."""
+    """Run the daemon as a separate process, as in production."""
     _write_settings(shard.schema, smtp, http, config)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sequencerd", "--config", str(config), "--database", shard.url, "run"
@@ -202,7 +202,7 @@ async def _daemon(shard: Shard, smtp: str, http: str, config: Path) -> AsyncIter
 
 @contextlib.asynccontextmanager
 async def _mail_server() -> AsyncIterator[str]:
-    """Provide a real SMTP server that prints what it receives."""
+    """Run a real SMTP server that prints the messages."""
     try:
         from aiosmtpd.smtp import SMTP  # noqa: PLC0415 - comes with the extra
     except ImportError as error:
@@ -223,7 +223,7 @@ async def _mail_server() -> AsyncIterator[str]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Twilio's Messages resource, and a custom runner with the original's event and answer."""
+    """Twilio's Messages resource, and a custom runner in the original's format."""
 
     protocol_version = "HTTP/1.1"
 
@@ -247,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Print nothing: the timeline says it."""
+        """Print nothing: the timeline shows it."""
 
 
 def _score(runner: Mapping[str, Any]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The command doctor: what is wrong with the database, and with what a daemon calls."""
+"""The command doctor: find problems of the database, and of the servers that a daemon calls."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def examine(shard: Shard, settings: Settings) -> AsyncIterator[Diagnosis]:
 async def _examine_shard(
     shard: Shard, settings: DatabaseSettings, types: set[str], used: dict[str, bool]
 ) -> AsyncIterator[Diagnosis]:
-    """Run the checks of a database. Add the step types and lookups of its definitions."""
+    """Run the checks of a database, and collect the step types and lookups of its definitions."""
     try:
         connection = await connections.connect(shard)
     except SequencerdError as error:
@@ -63,7 +63,7 @@ async def _examine_endpoints(
     settings: Settings, types: set[str], used: Mapping[str, bool]
 ) -> AsyncIterator[Diagnosis]:
     if _calls_servers(settings, types, used):
-        # only then, as it takes longer to import than all else
+        # imported only if needed, because it takes long
         from sequencerd.cli.doctor_endpoints import examine_endpoints  # noqa: PLC0415
 
         async for finding in examine_endpoints(settings, types, used):
@@ -99,13 +99,13 @@ async def _in_use(connection: asyncpg.Connection) -> tuple[set[str], dict[str, b
     try:
         types = await connection.fetch(QUERIES["types_in_use"])
         used = await connection.fetch(QUERIES["lookups_in_use"])
-    except TRANSIENT_ERRORS:  # a check has reported it
+    except TRANSIENT_ERRORS:  # reported by a check
         return set(), {}
     return {row["type"] for row in types}, {row["name"]: row["is_function"] for row in used}
 
 
 def _name_service(url: str, root: Path = Path("/")) -> Diagnosis | None:
-    """Check whether the server can find the name of a dynamic user, for peer authentication."""
+    """Check whether the server can look up the name of a dynamic user, for peer authentication."""
     try:
         unit = (root / "etc/systemd/system/sequencerd.service").read_text(encoding="utf-8")
         names = (root / "etc/nsswitch.conf").read_text(encoding="utf-8")
@@ -150,7 +150,7 @@ async def doctor_command(
 async def _examine_all(
     shards: Sequence[Shard], settings: Settings
 ) -> AsyncIterator[tuple[str | None, Diagnosis]]:
-    """Examine each shard, what they have in common, and the endpoints once for all."""
+    """Examine each shard, compare them, and examine the endpoints once for all."""
     types: set[str] = set()
     used: dict[str, bool] = {}
     for shard in shards:
@@ -160,7 +160,7 @@ async def _examine_all(
     if len(shards) > 1:
         facts = {}
         for shard in shards:
-            with suppress(SequencerdError, *TRANSIENT_ERRORS):  # a check has reported it
+            with suppress(SequencerdError, *TRANSIENT_ERRORS):  # reported by a check
                 facts[str(shard.name)] = await _common_facts(shard)
         for finding in compare_shards(facts):
             yield None, finding

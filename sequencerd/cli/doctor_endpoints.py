@@ -1,4 +1,4 @@
-"""Find problems of the servers that a daemon calls: runners, lookups and those for messages."""
+"""Find problems of the servers that a daemon calls: runners, lookups, and servers for messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATIENCE = 10.0  # seconds for an endpoint
 async def examine_endpoints(
     settings: Settings, types: set[str], used: Mapping[str, bool]
 ) -> AsyncIterator[Diagnosis]:
-    """Check what the settings and the definitions name, in order."""
+    """Check the servers that the settings and the definitions name, in order."""
     if EMAIL.name in types or settings.email.url:
         yield await _mail(settings)
     if settings.sms.provider == "http" and settings.sms.url:
@@ -63,7 +63,7 @@ async def _mail(settings: Settings) -> Diagnosis:
 
 
 async def _provider(settings: OidcSettings) -> Diagnosis:
-    """Read the metadata of the provider that logs users of the console in."""
+    """Read the metadata of the OpenID Connect provider of the console."""
     about, advice = "OIDC provider", "start it, or correct console.oidc.issuer"
     issuer = settings.issuer.rstrip("/")
     web = HttpClient(timeout=PATIENCE, connections=1, allow_private=True)

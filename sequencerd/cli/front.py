@@ -27,7 +27,7 @@ async def _print(arguments: argparse.Namespace, settings: Settings, shards: Sequ
     async def check(shard: Shard) -> None:
         await (await connect(shard)).close()
 
-    # each must have the number that the front gives it
+    # each shard must have the number that the front gives it
     await ask_all(explain(arguments), shards, check, otherwise="the front needs all shards")
     say_lines(
         fdw.front(

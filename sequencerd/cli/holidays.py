@@ -49,7 +49,7 @@ async def holidays_command(
 
 
 def _public_holidays(code: str, years: Collection[int]) -> Mapping[date, str]:
-    """The public holidays of a country, or a part of it such as DE-BY. Raises UsageError."""
+    """Return the public holidays of a country, or a part such as DE-BY. Raises UsageError."""
     import holidays  # noqa: PLC0415 - no other command needs it, and it takes long
 
     known = holidays.list_supported_countries()

@@ -1,4 +1,4 @@
-"""The ids of enrollments in commands: a number, and the shard in which it is one."""
+"""The ids of enrollments in commands: a number, with the name of its shard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Id(NamedTuple):
 
 
 def positive(text: str) -> int:
-    """Parse an argument: what the database has as a bigint, from 1 on."""
+    """Parse an argument: a bigint above 0."""
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**63):
         raise ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
@@ -34,7 +34,7 @@ def parse(text: str) -> Id:
 
 
 def shard_of_id(shards: Sequence[Shard], id_: Id) -> Shard:
-    """Return the shard of an enrollment, of those that a command works on. Raises UsageError."""
+    """Return the shard of an enrollment, among those that a command works on. Raises UsageError."""
     from sequencerd.errors import ArgumentError  # noqa: PLC0415 - parsing arguments needs none
 
     names = [str(shard.name) for shard in shards if shard.name is not None]
@@ -51,7 +51,7 @@ def shard_of_id(shards: Sequence[Shard], id_: Id) -> Shard:
 
 
 def by_shard(shards: Sequence[Shard], ids: Sequence[Id]) -> dict[Shard, list[int]]:
-    """Return the numbers of ids by shard, in order."""
+    """Group the numbers of ids by shard, in order."""
     found: dict[Shard, set[int]] = {}
     for id_ in ids:
         found.setdefault(shard_of_id(shards, id_), set()).add(id_.number)
@@ -61,7 +61,7 @@ def by_shard(shards: Sequence[Shard], ids: Sequence[Id]) -> dict[Shard, list[int
 def labelled(
     shard: Shard, row: Mapping[str, Any], as_json: bool, key: str = "id"
 ) -> dict[str, Any]:
-    """Return a row with its shard: for a program beside the number, for a reader in the id."""
+    """Return a row with its shard: as a key of its own for programs, in the id for users."""
     if shard.name is None:
         return dict(row)
     if as_json or key not in row:

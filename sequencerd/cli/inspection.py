@@ -38,7 +38,7 @@ NO_SEQUENCES = "no sequences yet; create one with sequencerd apply FILE"
 PROBLEMS = 20  # that are shown below the steps
 TAIL_INTERVAL = 0.5  # seconds
 TAIL_OVERLAP = timedelta(seconds=10)
-"""Rows are committed in another order than they are made; this far back is read again."""
+"""Rows are not committed in the order of their times, so this much of the past is read again."""
 
 
 @on_shards
@@ -76,8 +76,8 @@ _COUNTS = ("active", "due", "overdue", "failed", "rescheduling")
 
 
 def added_up(by_shard: Mapping[Shard, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return the status of the steps of several shards as that of one database. What differs
-    between the shards, such as a pause in one of them, is named for each.
+    """Add up the status of steps in several shards. Differences between the shards, such as a pause
+    in one of them, are shown for each.
     """
     if [shard.name for shard in by_shard] == [None]:
         return [dict(row) for rows in by_shard.values() for row in rows]
@@ -141,7 +141,7 @@ async def watch_command(arguments: argparse.Namespace, _: Settings, shards: Sequ
 
 @contextmanager
 def _kept() -> Iterator[Callable[[Shard], Awaitable[asyncpg.Connection]]]:
-    """Provide what connects to a shard: once, for as long as the connection works."""
+    """Provide a connection to a shard, which is kept for as long as it works."""
     kept: dict[Shard, asyncpg.Connection] = {}
 
     async def connected(shard: Shard) -> asyncpg.Connection:
@@ -158,8 +158,8 @@ def _kept() -> Iterator[Callable[[Shard], Awaitable[asyncpg.Connection]]]:
 
 @contextmanager
 def _screen() -> Iterator[Callable[[Sequence[Any], Sequence[str]], None]]:
-    """Return what draws rows, and lines: on a terminal in place of those before, otherwise below
-    them.
+    """Return what prints rows and lines: on a terminal in place of the previous ones, otherwise
+    below them.
     """
     if not is_terminal(sys.stdout):
 
@@ -215,8 +215,8 @@ async def list_command(arguments: argparse.Namespace, _: Settings, shards: Seque
 
 
 def _after(shards: Sequence[Shard], id_: Id) -> dict[Shard, int]:
-    """Return the id after which a page continues in each shard: pages are in the order of ids, and
-    for each id in that of the shards.
+    """Return the id after which a page continues in each shard: pages are in the order of ids and,
+    for each id, of the shards.
     """
     if id_.shard is None:
         return dict.fromkeys(shards, id_.number)
@@ -251,7 +251,7 @@ async def show_enrollment_command(
     for key in ("data", "config"):
         try:
             row[key] = parse_json(row[key] or "null")
-        except DefinitionError as error:  # what Python can't read stays a text
+        except DefinitionError as error:  # values that Python cannot parse remain texts
             row["problem"] = row["problem"] or f"{key} {error}"
     if arguments.json:
         say_json({**labelled(shard, row, True), "history": history})

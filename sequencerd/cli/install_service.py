@@ -1,4 +1,4 @@
-"""Writes systemd's units for this installation."""
+"""Write systemd's units for this installation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108
 
 
 def units(*, config: Path | None = None, user: str | None = None) -> dict[str, str]:
-    """Return the units by file name, for the program that runs now, and another user or settings
+    """Return the units by file name, for the running program, and for another user or settings
     file.
     """
     start = program() if config is None else f"{program()} --config {_quoted(config)}"
@@ -34,19 +34,19 @@ def units(*, config: Path | None = None, user: str | None = None) -> dict[str, s
 
 
 def program() -> str:
-    """Return what starts this installation."""
+    """Return the command that starts this installation."""
     script = Path(sysconfig.get_path("scripts"), "sequencerd")
     return _quoted(script) if script.exists() else f"{_quoted(Path(sys.executable))} -m sequencerd"
 
 
 def _quoted(path: Path) -> str:
-    """As systemd reads a word."""
+    """Quote a word for systemd."""
     text = str(path.absolute()).replace("%", "%%").replace("$", "$$")
     return f'"{text}"' if " " in text else text
 
 
 def warnings() -> list[str]:
-    """Return why the service would not find this installation."""
+    """Return why the service could not use this installation."""
     hidden = [folder for folder in _HIDDEN if program().lstrip('"').startswith(folder)]
     return [
         f"the service can't see {folder}, where this installation is; install it into /opt"
@@ -55,7 +55,7 @@ def warnings() -> list[str]:
 
 
 def write(folder: Path, texts: dict[str, str]) -> list[Path]:
-    """Write the units. Returns where. Raises UsageError."""
+    """Write the units. Return their paths. Raises UsageError."""
     written = []
     for name, text in texts.items():
         path = folder / name
@@ -72,6 +72,6 @@ def write(folder: Path, texts: dict[str, str]) -> list[Path]:
 
 
 def _folder() -> Traversable:
-    """systemd/ within the installed package, or beside it in a checkout."""
+    """Return the folder systemd/: in the installed package, or beside it in a checkout."""
     packaged = files("sequencerd") / "units"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "systemd"

@@ -1,4 +1,4 @@
-"""Commands for the messages of steps, outside of any journey: preview, send-test."""
+"""Commands for the messages of steps, outside of a journey: preview, send-test."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
 def _in_language(
     enrollment: Enrollment, external: dict[str, Any], path: str, language: str
 ) -> tuple[Enrollment, dict[str, Any]]:
-    """Return the same with a language at the path where it is read."""
+    """Return the data with a language at the path from which it is read."""
     data = parse_data(enrollment.data)
     read = {"data": data, "external": external}
     holder: dict[str, Any] = read
@@ -150,7 +150,7 @@ def _in_language(
 
 
 def _enrollment(arguments: argparse.Namespace) -> Enrollment:
-    """Return one with the data of the command line."""
+    """Return an enrollment with the data of the command line."""
     data = arguments.data or "{}"
     read_object(data, "--data")
     try:

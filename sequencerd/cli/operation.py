@@ -93,7 +93,7 @@ async def change_command(
             await connection.close()
         return ids, groups
 
-    if wanted:  # all or nothing, as of one database
+    if wanted:  # all or nothing, as with one database
         found = await ask_all(explain(arguments), wanted, select, otherwise="nothing was changed")
         answers = ShardAnswers(found, {})
     else:
@@ -115,7 +115,7 @@ async def change_command(
 
 
 def _added_up(groups: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:
-    """Return the counts of several shards as those of one database."""
+    """Add up the counts of several shards."""
     counts: Counter[tuple[Any, ...]] = Counter()
     for group in groups:
         *place, count = group.values()
@@ -132,8 +132,8 @@ async def _select(
     to: str | None,
     is_dry_run: bool,
 ) -> tuple[Sequence[int], list[asyncpg.Record]]:
-    """Return the ids of the selected enrollments, and how many there are of what. A dry run needs
-    no ids, unless to say which of those that were given are wrong.
+    """Return the ids of the selected enrollments, and their counts. A dry run needs no ids, unless
+    to report wrong ones among those that were given.
     """
     with busy("selecting"):
         async with connections.counting(connection, isolation="repeatable_read"):
@@ -196,7 +196,7 @@ def confirm(question: str) -> None:
     """Ask the user for confirmation. Raises UsageError without it."""
     if not is_terminal(sys.stdin):
         raise ArgumentError(f"{question} Standard input is not a terminal: use --yes, or --dry-run")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the loop is blocked here
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # this blocks the loop
     try:
         say(f"{question} [y/N] ", end="", to=sys.stderr)
         answer = sys.stdin.readline()
@@ -209,7 +209,7 @@ def confirm(question: str) -> None:
 async def _change(
     arguments: argparse.Namespace, action: str, ids: Mapping[Shard, Sequence[int]], to: str | None
 ) -> tuple[BulkResult, int]:
-    """Change enrollments in batches. Return what is done, and the exit code."""
+    """Change enrollments in batches. Return the result, and the exit code."""
     total = BulkResult()
     selected = sum(map(len, ids.values()))
     with progress_bar(action, selected) as advance:
@@ -278,7 +278,7 @@ async def set_status_command(
         finally:
             await connection.close()
 
-    # a shard that is away must not keep a sequence from being paused in the others
+    # an unavailable shard must not prevent a pause in the others
     answers = await ask(explain(arguments), shards, work)
     rows = [(shard, row) for shard, found in answers.found.items() for row in found]
     if arguments.json:

@@ -1,6 +1,7 @@
-"""What commands print: lines and tables for a terminal, JSON for a program.
+"""Print the output of commands: lines and tables for a terminal, JSON for a program.
 
-All of it goes through here, as names, subjects and messages may hold what a terminal would obey.
+All output passes through here, because names, subjects and messages may contain control characters
+for terminals.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from sequencerd.errors import SequencerdError
 
 
 def say(line: object = "", *, to: TextIO | None = None, end: str = "\n", hang: int = 4) -> None:
-    """A line; what would end it or move the cursor is shown instead. On a terminal, a long line is
-    continued between words, indented by `hang` more.
+    """Print a line, with line ends and control characters escaped. On a terminal, a long line is
+    wrapped between words, indented by `hang` more.
     """
     shown = visible(str(line))
     width = _width(to or sys.stdout)
@@ -35,7 +36,7 @@ def say(line: object = "", *, to: TextIO | None = None, end: str = "\n", hang: i
 
 
 def say_lines(lines: object, *, to: TextIO | None = None) -> None:
-    """Print a text of several lines that are ours; none is continued."""
+    """Print a text of several lines that contains no values of users; lines are not wrapped."""
     for line in str(lines).removesuffix("\n").split("\n"):
         _print(visible(line), to)
 
@@ -44,20 +45,20 @@ def _print(text: str, to: TextIO | None = None, end: str = "\n") -> None:
     try:
         print(text, file=to, end=end, flush=True)
     except BrokenPipeError:
-        raise  # no error: the reader has gone
+        raise  # not an error: the reader is gone
     except OSError as error:
-        # what is left of it is not tried again at the exit
+        # the rest is not written again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), (to or sys.stdout).fileno())
         raise SequencerdError(f"the output cannot be written: {error.strerror}") from error
 
 
 def is_terminal(stream: TextIO | None) -> bool:
     """Return whether a stream is a terminal."""
-    return stream is not None and stream.isatty()  # None: it was closed before the start
+    return stream is not None and stream.isatty()  # None: the stream was closed before the start
 
 
 def _width(stream: TextIO | None) -> int | None:
-    """Return the width of a terminal; None for what is none."""
+    """Return the width of a terminal; None if it is not a terminal."""
     return get_terminal_size().columns if is_terminal(stream) else None
 
 
@@ -73,7 +74,7 @@ def _wrapped(text: str, width: int, first: str, rest: str) -> list[str]:
 
 
 def warn(line: object) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     say(line, to=sys.stderr)
 
 
@@ -83,8 +84,8 @@ _busy: list[str] = []
 
 @contextmanager
 def busy(doing: str) -> Iterator[None]:
-    """Say on a terminal what goes on, if it takes longer than a moment. Nothing may be printed
-    meanwhile. A terminal shows one at a time.
+    """Show on a terminal what takes longer than a moment. Nothing else may be printed in the
+    meantime. A terminal shows one at a time.
     """
     if _busy or not is_terminal(sys.stderr):
         yield
@@ -105,7 +106,7 @@ def busy(doing: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal; return what advances it."""
+    """Show a progress bar on a terminal; return the function that advances it."""
     if not is_terminal(sys.stderr):
         yield lambda _: None
         return
@@ -118,18 +119,18 @@ def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def say_raw(content: str) -> None:
-    """Print a text for a program, as it is."""
+    """Print a text for a program, unchanged."""
     _print(content, end="")
 
 
 def say_json(value: object, *, indent: int | None = None) -> None:
-    """A value for a program, in ASCII."""
+    """Print a value for a program, in ASCII."""
     made = json.dumps(value, default=plain, indent=indent)
     _print(made.replace("\x7f", "\\u007f"))
 
 
 def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:
-    """Print rows: for a program, for a terminal, or as a table without a limit of its width."""
+    """Print rows: for a program, for a terminal, or as a table of unlimited width."""
     if as_json:
         say_json([dict(row) for row in rows])
     elif not rows:
@@ -143,7 +144,7 @@ def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:
 
 
 def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Return rows as lines of columns, below the keys of the first row."""
+    """Return rows as aligned columns, below the keys of the first row."""
     cells = [list(rows[0]), *([visible(text(value)) for value in row.values()] for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
@@ -153,7 +154,7 @@ def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 # --- on a terminal
 
 _PROSE = ("problem", "last_error", "message")
-"""Columns of whole sentences: below their row."""
+"""Columns with whole sentences, which are printed below their row."""
 
 _RELATIVE = {
     "wake_at": "wakes",
@@ -164,13 +165,13 @@ _RELATIVE = {
 _NARROWEST = 8
 
 _SPARE = ("type", "attempt", "revision", "daemon")
-"""Columns that are left out where the names would not have room."""
+"""Columns that are left out if the names would not fit."""
 
 
 def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
-    """Return rows as lines for a terminal: a section for each sequence, no column that is empty or
-    has the same status in all rows, times from now on, and sentences below. No name is broken; if
-    the width does not suffice, the longest are cut.
+    """Return rows as lines for a terminal: a section for each sequence, without columns that are
+    empty or have the same status in all rows, with relative times, and sentences below. Names are
+    not wrapped; if the width does not suffice, the longest are truncated.
     """
     found = [dict(row) for row in rows]
     is_sectioned = len(found[0]) > 2 and any(row.get("sequence") is not None for row in found)
@@ -236,7 +237,7 @@ def _short(name: str, value: object, now: datetime) -> str:
 
 
 def relative(at: datetime, now: datetime) -> str:
-    """Return how far a time is away, in its largest unit."""
+    """Return the distance of a time, in its largest unit."""
     seconds = round((at - now).total_seconds())
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
         if count := abs(seconds) // size:

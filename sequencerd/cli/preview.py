@@ -55,7 +55,7 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
 async def _simulate_present(
     arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
 ) -> int:
-    """Simulate a sequence as the database has it."""
+    """Simulate a sequence in the database."""
     outcomes = _outcomes(arguments)
     runners = make_runners(settings, outcomes)
 
@@ -91,7 +91,7 @@ def _simulate(arguments: argparse.Namespace, simulator: Simulator) -> int:
 def _warn_of_paths(
     simulator: Simulator, arguments: argparse.Namespace, outcomes: Mapping[str, Outcome]
 ) -> None:
-    """Warn of paths that nothing has which the simulation is given."""
+    """Warn of paths that the simulation's data do not have."""
     answers = (one.get("data") for one in outcomes.values() if not isinstance(one, str))
     examples = [read_object(arguments.data, "--data"), *_changes(arguments).values()]
     examples += [answer for answer in answers if isinstance(answer, dict)]
@@ -142,14 +142,14 @@ async def _simulate_enrollment(
 
 
 def _dealing(definition: Definition, present: Mapping[str, model.Sequence]) -> model.Sequence:
-    """Return a file's sequence with the seeds of the database's."""
+    """Return a sequence from a file, with the seeds in the database."""
     known = present.get(definition.sequence.name)
     steps = known.steps if known else {}
     return definition.seeded({name: step.seed for name, step in steps.items()})
 
 
 def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:
-    """Read --runner TYPE=OUTCOME, where OUTCOME is a word or the JSON object of an answer."""
+    """Parse --runner TYPE=OUTCOME, where OUTCOME is an action or the JSON object of an answer."""
     outcomes: dict[str, Outcome] = {}
     for given in arguments.runner:
         type_, _, text = given.partition("=")
@@ -164,7 +164,7 @@ def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
-    """Read --set 'WHEN: JSON'; several for one time are merged."""
+    """Parse --set 'WHEN: JSON'; several for one time are merged."""
     changes: dict[str, Mapping[str, Any]] = {}
     for given in arguments.set:
         found = re.fullmatch(r"(.+?):(?:\s+|(?=\{))(.*)", given, re.DOTALL)
@@ -208,7 +208,7 @@ def _print(simulation: Simulation, as_json: bool) -> None:
 
 
 def _without_rounds(simulation: Simulation) -> tuple[Sequence[TimelineEntry], int]:
-    """Return the entries up to the second round of a cycle, and how many follow."""
+    """Return the entries up to the second round of a cycle, and the number of the others."""
     entries = simulation.timeline
     if not (length := len(simulation.cycle)):
         return entries, 0
@@ -228,7 +228,7 @@ def _line(entry: TimelineEntry) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether an argument means a file, and not a sequence of the database."""
+    """Return whether an argument is a file, and not a sequence in the database."""
     return path.suffix in (".yaml", ".yml", ".json") or path.is_file()
 
 
@@ -283,7 +283,7 @@ def _draw(
     in_file = Path(arguments.target).is_file()
     sequence = definitions[choose(definitions, arguments.sequence if in_file else arguments.target)]
     drawn = drawing.FORMATS[arguments.format](sequence, counts, brakes.get(sequence.name, ""))
-    if arguments.format == "text":  # the others are for programs
+    if arguments.format == "text":  # the other formats are for programs
         for line in drawn.split("\n"):
             say(line)
     else:

@@ -28,11 +28,11 @@ NEEDS_ALL = (
 )
 
 TextRow = dict[str, object]
-"""A text of the subject in other shards: `value`, and whether an address in it `is_own`."""
+"""A text about the subject in other shards: `value`, and whether an address in it `is_own`."""
 
 
 class Forgotten(NamedTuple):
-    """What `sequencer.forget` returns."""
+    """The result of `sequencer.forget`."""
 
     enrollments: int
     events: int
@@ -50,7 +50,7 @@ class Forgotten(NamedTuple):
         return ", ".join(f"{what}: {count:,}" for what, count in counts.items())
 
     def plus(self, other: Forgotten) -> Forgotten:
-        """Return the sum of both."""
+        """Add another result."""
         return Forgotten(
             self.enrollments + other.enrollments,
             self.events + other.events,
@@ -64,7 +64,7 @@ class Forgotten(NamedTuple):
 async def forget_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
-    """Forget a subject in all shards: whoever enrolled it may have chosen any of them."""
+    """Forget a subject in all shards, because it may be enrolled in any of them."""
     texts: list[TextRow] = []
     if len(shards) > 1:
 
@@ -95,8 +95,9 @@ async def forget_command(
 
 
 def _texts(document: str) -> Iterator[TextRow]:
-    """Yield what may have addresses in an export: all values of the subject's data, and messages
-    with an address, which may be another's. Numbers are texts, as PostgreSQL writes them.
+    """Yield texts in an export that may contain addresses: all values of the subject's data, and
+    messages with an address, which may be another subject's. Numbers are given as PostgreSQL writes
+    them.
     """
     for enrollment in json.loads(document, parse_int=str, parse_float=str)["enrollments"]:
         yield from ({"value": value, "is_own": True} for value in _values(enrollment["data"]))
@@ -130,8 +131,8 @@ def _tell(answers: ShardAnswers[Forgotten]) -> int:
 async def _forget(
     shard: Shard, subject: str, texts: Sequence[TextRow], *, commit: bool
 ) -> Forgotten:
-    """Forget a subject; without `commit`, only find out what that would change. `texts` are what
-    other shards hold of it.
+    """Forget a subject; without `commit`, only find out what that would change. `texts` are those
+    about it in other shards.
     """
     connection = await connect(shard)
     transaction = connection.transaction()
@@ -174,7 +175,7 @@ async def export_subject_command(
         return lambda shard: _export(shard, arguments.subject, texts)
 
     answers = await ask(explain(arguments), shards, reading_with([]))
-    if len(shards) > 1:  # of the addresses that one knows, others may have suppressions
+    if len(shards) > 1:  # the other shards may have suppressions of the addresses that one knows
         texts = [text for document in answers.found.values() for text in _texts(document)]
         answers = await ask(explain(arguments), shards, reading_with(texts))
     exported: dict[str, Any] = {}

@@ -31,7 +31,7 @@ from sequencerd.storage.statements import QUERIES
 
 SHORTEST_PASSWORD = 8  # characters
 NOT_SET_UP = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
-"""Why a shard that is new cannot be asked for its number."""
+"""Why the number of a new shard cannot be read."""
 
 SHOWN = 5  # statements that had no effect
 
@@ -102,20 +102,20 @@ async def migrate_command(
                 "an administrator runs the output of `sequencerd grants`"
             )
 
-    # one by one: the roles belong to all shards of a server
+    # one after the other, because all shards of a server share the roles
     return tell(await ask(explain(arguments), shards, work, at_once=1))
 
 
 async def _numbers(
     arguments: argparse.Namespace, shards: Sequence[Shard]
 ) -> tuple[set[Shard], list[str]]:
-    """Return the shards that have no number yet, and why that of others cannot be said. Raises
-    SettingsError if any has another number than in the settings: then a new shard would get the
-    subjects of another one.
+    """Return the shards that have no number yet, and why others could not be asked. Raises
+    SettingsError if one has another number than in the settings: otherwise a new shard would get
+    the subjects of another one.
     """
 
     async def has_number(shard: Shard) -> bool:
-        assert shard.number is not None  # it is of the settings
+        assert shard.number is not None  # a value of the settings
         try:
             connection = await connections.connect(shard)
         except DatabaseError as error:

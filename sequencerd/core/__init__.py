@@ -1,4 +1,4 @@
-"""What decides, without I/O and without a clock: the model, advance(), step types, retries.
+"""The decisions, without I/O and without a clock: the model, advance(), step types, retries.
 
-Everything may import it; it imports nothing of sequencerd.
+Everything may import it; it imports nothing else from sequencerd.
 """

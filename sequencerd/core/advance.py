@@ -64,19 +64,22 @@ from sequencerd.core.model import (
 T = TypeVar("T")
 
 MAX_EXPIRED_LEASES = 20
-"""Leases of a visit that may expire within a day: perhaps its side effect kills the daemon."""
+"""The number of expired leases of a visit in a day after which its side effect may be killing the
+daemon.
+"""
 
 MAX_MOVES = 100
-"""Moves in one evaluation; more are a loop."""
+"""Moves in one evaluation; more are considered a loop."""
 
 LOOKUP_DELAY = timedelta(minutes=1)
-"""The longest wait before a failed lookup is repeated; jitter takes off up to a half."""
+"""The longest wait before a failed lookup is repeated; jitter subtracts up to a half."""
 
 LOCKED_DELAY = timedelta(milliseconds=200)
 """The wait for other enrollments that another session has locked."""
 
 NOOP_DELAY = timedelta(minutes=1)
-"""The wait after the answer noop, unless the runner names another: the original's cycle."""
+"""The wait after the answer noop, unless the runner names another: the original's polling interval.
+"""
 
 _CHECK_OUTCOME = "it must not be executed twice, so check its outcome, then move the enrollment on"
 _MICROSECOND = timedelta(microseconds=1)
@@ -99,15 +102,15 @@ def advance(
 
     First apply the result of its side effect, then check the goals, then follow the steps until one
     must wait (Wait), needs a side effect or external data (Execute, LookUp), ends the journey (End)
-    or cannot be executed (Fail). Nothing that a definition or an enrollment holds raises.
+    or cannot be executed (Fail). No definition and no enrollment makes it raise.
 
     `enrollment.wake_at` is read only if the enrollment has not started. `result` is the result of
-    the attempt that `enrollment.attempt` counts, or after LookUp what was found. `jitter` (0 to 1)
-    shortens the wait before a retry. `started_revision` is the revision of the definition under
+    the attempt that `enrollment.attempt` counts, or after LookUp the external data. `jitter` (0 to
+    1) shortens the wait before a retry. `started_revision` is the revision of the definition with
     which the side effect was started. `refused` maps sequences that the subject cannot enter by a
-    jump to the code of the reason, such as `already_enrolled`: the caller checks the sequences
-    in `entered`, and calls again if one refuses. `expired_leases` counts the recent leases of this
-    visit that expired before. `result_only` applies the result, and leaves what follows to another
+    jump to the code of the reason, such as `already_enrolled`: the caller checks the sequences in
+    `entered`, and calls again if one refuses. `expired_leases` counts the recent leases of this
+    visit that expired before. `result_only` applies the result, and leaves the rest to another
     evaluation. `full` says which limit of the first side effect with one has no room, if any: the
     caller reserves it, and calls again.
     """
@@ -153,7 +156,7 @@ def advance(
 
 
 def is_unchanged(before: Enrollment, advanced: Advanced) -> bool:
-    """Return whether an enrollment that waits goes on waiting exactly as before."""
+    """Return whether an enrollment that waits continues to wait exactly as before."""
     decision = advanced.decision
     return (
         isinstance(decision, Wait)
@@ -168,7 +171,7 @@ def is_unchanged(before: Enrollment, advanced: Advanced) -> bool:
 
 
 class _Evaluation:
-    """One evaluation: the enrollment as moved so far, and its events."""
+    """One evaluation: the enrollment after its moves so far, and its events."""
 
     __slots__ = (
         "_timezone",
@@ -213,14 +216,14 @@ class _Evaluation:
         known = definitions.get(enrollment.sequence)
         self.revision = known.revision if known else None  # recorded with each event
         self.expired_holder: str | None = None  # the daemon whose lease of this visit expired
-        self.expired_leases = 0  # earlier leases of this visit that expired
+        self.expired_leases = 0  # earlier expired leases of this visit
         self.full: LimitReached | None = None
         self.is_limited = False  # whether a limit had no room
         self._timezone: str | None = None
-        self.answers: list[tuple[Condition, bool]] = []  # of all contexts
+        self.answers: list[tuple[Condition, bool]] = []  # shared by all contexts
         self.context: Context | None = None
         self.read_own_before = False  # whether an earlier context has read own values
-        self.external: External | None = None  # of the present sequence, once looked up
+        self.external: External | None = None  # the present sequence, after its first use
 
     def begin(self, result: Result | None, jitter: float) -> Decision | None:
         """Start a journey, or apply a result. Return None to follow the steps."""
@@ -319,13 +322,13 @@ class _Evaluation:
         )
 
     def _record_retry(self, message: str) -> None:
-        """Record a failure that may go on for long once, and again if its message changes."""
+        """Record a failure that may recur for long only once, and again if its message changes."""
         if printable(message) != self.at.last_error:
             self.record("retry", message)
             self.at = self.at._replace(last_error=printable(message))
 
     def _current_context(self) -> Context:
-        """Return the enrollment as moved so far, for a step or a goal to read."""
+        """Return the enrollment after its moves so far, for a step or a goal to read."""
         if self.context is None or not self.context.is_of(self.at):
             self.read_own_before = self.has_read_own
             holidays = self.sequence().holidays
@@ -341,7 +344,9 @@ class _Evaluation:
 
     @property
     def has_read_own(self) -> bool:
-        """Whether anything has depended on own values of the enrollment, not on its state alone."""
+        """Return whether anything has depended on values of the enrollment itself, not only on its
+        state.
+        """
         read = self.context is not None and self.context.has_read_own
         return read or self.read_own_before or self.merged is not None
 
@@ -371,7 +376,7 @@ class _Evaluation:
         return [goal for goal in sequence.goals if goal.name not in met or _repeats(goal)]
 
     def _rechecks(self, sequence: Sequence, step: Step) -> bool:
-        """Whether only a lookup can end this wait."""
+        """Return whether only a lookup can end this wait."""
         return sequence.lookup is not None and (
             (step.reads_external and isinstance(step.behaviour, InstantStep))
             or any(goal.reads_external for goal in self._open_goals(sequence))
@@ -409,7 +414,7 @@ class _Evaluation:
         return self._move_to(met[0].next_step, is_goal=True)
 
     def _look_up(self, sequence: Sequence, step: Step) -> Fail | QueryLookup | None:
-        """Return what must happen before external data can be read, if anything."""
+        """Return what must happen before external data can be read, or None."""
         if sequence.lookup is None or self.external is not None:
             return None
         effect = step.behaviour
@@ -592,8 +597,8 @@ class _Evaluation:
         return self._move_to(target, name)
 
     def _enroll(self, step: Step, entry: Entry) -> End | Fail | None:
-        """Enroll a subject elsewhere and go on. If that is refused, take altNext, if there is one;
-        without one go on if the subject is in already.
+        """Enroll a subject elsewhere and continue. If that is refused, take altNext, if there is
+        one; otherwise continue if the subject is enrolled already.
         """
         executed = (*self.at.executed, effect_key(step.sequence, step.name))
         if executed[-1] in self.at.executed:
@@ -623,8 +628,8 @@ class _Evaluation:
         return self._move_to(step.alt_next_step if is_alternative else step.next_step)
 
     def _cancel(self, step: Step, cancellation: Cancellation) -> Decision | None:
-        """Cancel enrollments of a subject elsewhere and go on. Wait while one of them is locked by
-        another session.
+        """Cancel enrollments of a subject elsewhere and continue. Wait while another session has
+        locked one of them.
         """
         if cancellation.key in (self.refused or {}):
             return Wait(self.now + LOCKED_DELAY)
@@ -635,7 +640,7 @@ class _Evaluation:
         return self._move_to(step.next_step)
 
     def _refusal(self, name: str) -> Fail | None:
-        """Return why a jump cannot enter a sequence, if so."""
+        """Return why a jump cannot enter a sequence, or None."""
         failure = (self.refused or {}).get(name)
         known = self.definitions.get(name)
         if failure == "archived" or (known is not None and known.archived):
@@ -655,8 +660,8 @@ class _Evaluation:
     ) -> End | None:
         """Move to another step, or end. `is_executed`: from a side effect that was executed.
 
-        With items that came since it collected, it goes back to collect instead of ending, unless
-        a goal ends it.
+        If items have arrived since it collected, it returns to collect instead of ending, unless a
+        goal ends it.
         """
         if target is None and not is_goal and self._has_items():
             target = self.sequence().collects
@@ -677,7 +682,7 @@ class _Evaluation:
         return None
 
     def _has_items(self) -> bool:
-        """Whether a sequence that collects would lose items by ending."""
+        """Return whether a sequence that collects would lose items by ending."""
         if self.sequence().collects is None:
             return False
         data = self._current_context().enrollment.data
@@ -748,7 +753,9 @@ class _Evaluation:
 
 
 def _alt_message(step: Step, message: str | None) -> str | None:
-    """Return what the event of an altNext says: that it ends here, if the step has none."""
+    """Return the message of an altNext event: that the journey ends there if the step has no
+    altNext.
+    """
     if step.alt_next_step is not None:
         return message
     ends = "the step has no altNext, so the enrollment ends here"
@@ -760,7 +767,9 @@ def _repeats(goal: Step) -> bool:
 
 
 def _is_waiting(step: Step, decision: Wait, now: datetime) -> bool:
-    """Whether time passes at a step that waits, and not at one that is retried or unavailable."""
+    """Return whether an enrollment waits at a step, rather than for a retry or an unavailable
+    runner.
+    """
     return isinstance(step.behaviour, InstantStep) and decision.until > now
 
 

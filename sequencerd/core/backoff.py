@@ -1,7 +1,7 @@
 """When a runner with a failing server is tried again, with how many enrollments, and which failures
 spend an attempt.
 
-Pure: it reads no clock. Times are seconds of any clock that goes on evenly.
+Pure: it reads no clock. Times are seconds of any monotonic clock.
 """
 
 from __future__ import annotations
@@ -13,59 +13,62 @@ from typing import NamedTuple
 from sequencerd.core.model import Attribution
 from sequencerd.core.retry import doubled
 
-RECENT = 60.0  # seconds for which a success says that the server works
-SEVERAL = 3  # enrollments that fail one after the other are no coincidence
+RECENT = 60.0  # seconds for which a success proves that the server works
+SEVERAL = 3  # consecutive failures of enrollments that are no coincidence
 MOST = 10_000  # enrollments that are remembered
 
 
 class Pauses(NamedTuple):
-    """How long nothing is tried after failures in a row: doubled each time; in seconds."""
+    """The pauses after consecutive failures, in seconds: each is twice the one before."""
 
     first: float = 1.0
     longest: float = 900.0
 
     def after(self, failures: int, jitter: float) -> float:
-        """`jitter` (0 to 1) takes off up to a quarter, so that daemons don't try in step."""
+        """Return the next pause; `jitter` (0 to 1) subtracts up to a quarter, so that daemons do
+        not retry in step.
+        """
         return doubled(self.first, self.longest, failures) * (1 - jitter / 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What a runner may begin. It is open until its server fails; then it lets one enrollment
-    through after each pause, and after a success twice as many each time until it is open again.
+    """The number of enrollments that a runner may begin. It is unlimited until the server fails;
+    then one enrollment is let through after each pause and, after a success, twice as many each
+    time until it is unlimited again.
 
-    Of calls that run at the same time, only the first failure counts: those begun before a pause
-    say nothing that was not known.
+    Of simultaneous calls, only the first failure counts: calls that began before a pause give no
+    new information.
     """
 
     cause: str | None = None  # of the outage, until the first success after it
-    failures: int = 0  # in a row
+    failures: int = 0  # consecutive failures
     closed_at: float = 0.0
-    next_at: float = 0.0  # nothing begins before
-    limit: int | None = None  # of the enrollments in flight; None: open
+    next_at: float = 0.0  # nothing begins before this time
+    limit: int | None = None  # limit of enrollments in flight; None: unlimited
 
     def allowed(self, now: float, capacity: int) -> int:
-        """How many enrollments may be in flight, of as many as there is room for."""
+        """Return how many enrollments may be in flight, given how many there is room for."""
         if self.limit is None:
             return capacity
         return 0 if now < self.next_at else min(self.limit, capacity)
 
     def failed(self, cause: str, begun: float, now: float, pause: float, asked: float) -> Gate:
-        """A call that began at `begun` has failed for the server's fault. `pause` is due after this
-        many failures, `asked` is the least wait that the server asks for.
+        """Record that a call that began at `begun` has failed through the server's fault. `pause`
+        is the pause after this many failures, `asked` the least wait that the server asks for.
         """
         if self._is_known(begun):
             return replace(self, next_at=max(self.next_at, now + asked))
         return Gate(cause, self.failures + 1, now, now + max(pause, asked), 1)
 
     def suspected(self, now: float) -> Gate:
-        """A call for several enrollments has failed, perhaps because of one of them: they are tried
-        one by one.
+        """Record that a call for several enrollments has failed, perhaps because of one of them:
+        they are tried one by one.
         """
         return self if self.cause is not None else Gate(None, 0, now, now, 1)
 
     def succeeded(self, begun: float, capacity: int) -> Gate:
-        """A call has shown that the server works."""
+        """Record that a call has shown that the server works."""
         if self.limit is None or self._is_known(begun):
             return self
         limit = 2 * self.limit
@@ -84,9 +87,10 @@ VisitKey = tuple[int, int]
 
 
 class Verdict(NamedTuple):
-    """The cause of an unclear failure. "unclear": an attempt is spent, but it is not the last.
+    """The cause of an unclear failure. "unclear": an attempt is spent, but it is not the last one.
 
-    `refund`: so many attempts that were spent before are given back. `is_outage`: everything fails.
+    `refund` is the number of attempts spent before that are given back. `is_outage`: all calls
+    fail.
     """
 
     fault: Attribution
@@ -101,26 +105,26 @@ class _Failing(NamedTuple):
 
 
 class Suspects:
-    """Attribute failures that may be the server's or the enrollment's, such as a 500.
+    """Attribute failures that may be the server's or the enrollment's fault, such as a 500.
 
-    An attempt is spent where something says that the server works: another call that was answered
-    since the enrollment's last failure, or within the last minute. None is spent where others fail
-    as well and nothing has succeeded since, or where nothing says anything; what the enrollment
-    spent since the last success is given back then.
+    An attempt is spent if there is evidence that the server works: another call was answered since
+    the enrollment's last failure, or within the last minute. None is spent if others fail as well
+    and nothing has succeeded since, or if there is no evidence; attempts that the enrollment has
+    spent since the last success are given back then.
     """
 
     def __init__(self) -> None:
-        self.failures = 0  # in a row
+        self.failures = 0  # consecutive failures
         self._succeeded_at: float | None = None
         self._failing: dict[VisitKey, _Failing] = {}
-        self._innocent: set[VisitKey] = set()  # failed alone since the last success, and not guilty
+        self._innocent: set[VisitKey] = set()  # failed alone since the last success, not at fault
 
     def is_suspect(self, key: VisitKey) -> bool:
-        """Whether it should be executed alone, as it may make others fail."""
+        """Return whether an enrollment should be executed alone, as it may make others fail."""
         return key in self._failing
 
     def succeeded(self, keys: Sequence[VisitKey], now: float) -> None:
-        """The server has answered for some enrollments."""
+        """Record that the server has answered for some enrollments."""
         self._succeeded_at = now
         self.failures = 0
         self._innocent.clear()
@@ -128,19 +132,19 @@ class Suspects:
             self._failing.pop(key, None)
 
     def failed_together(self, keys: Sequence[VisitKey], now: float) -> None:
-        """A call for several enrollments has failed: it may be the fault of any of them."""
+        """Record that a call for several enrollments has failed: any may be at fault."""
         self.failures += 1
         for key in keys:
             self._remember(key, _Failing(now))
 
     def failed_alone(self, key: VisitKey, now: float) -> Verdict:
-        """A call for one enrollment has failed."""
+        """Record that a call for one enrollment has failed, and attribute the failure."""
         self.failures += 1
         before = self._failing.get(key)
         last = self._succeeded_at
         spent, is_guilty = (before.spent, before.is_guilty) if before else (0, False)
         if before is None or (last is not None and last > before.at):
-            spent = 0  # what was spent before a success stays spent
+            spent = 0  # attempts spent before a success remain spent
         is_guilty = is_guilty or (before is not None and last is not None and last > before.at)
         if len(self._innocent) < MOST and not is_guilty:
             self._innocent.add(key)

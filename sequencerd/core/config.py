@@ -1,4 +1,4 @@
-"""Configs of steps: their base, how they are read, and how what is wrong with them is worded."""
+"""The base of step configs: parse them, and describe their errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic.alias_generators import to_camel
 
 from sequencerd.core.model import DefinitionError, Fault, KeyPath
 
-MAX_KNOWN = 20  # names that a hint lists
+MAX_KNOWN = 20  # names in a hint
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -43,8 +43,8 @@ def parse_json(text: str) -> Any:
 
 
 def parse_config(model: type[Model], config: Mapping[str, Any], name: str = "") -> Model:
-    """A config as this model. Raises DefinitionError with all of its faults, which call it by the
-    name: that of its step type.
+    """Parse a config with this model. Raises DefinitionError with all of its errors, which call it
+    by `name`, its step type.
     """
     try:
         return model.model_validate(config)
@@ -53,21 +53,21 @@ def parse_config(model: type[Model], config: Mapping[str, Any], name: str = "") 
 
 
 class Faults:
-    """Gathers what is wrong with the parts of a config, so that all of it is reported at once."""
+    """Collects the errors in the parts of a config, so that all of them are reported at once."""
 
     def __init__(self) -> None:
         self.found: list[Fault] = []
 
     @contextmanager
     def at(self, *path: str | int) -> Iterator[None]:
-        """Keeps a DefinitionError for `check`: its faults are at this place."""
+        """Collect a DefinitionError for `check`: its errors are at this place."""
         try:
             yield
         except DefinitionError as error:
             self.found += [Fault((*path, *fault.path), fault.message) for fault in error.faults]
 
     def check(self) -> None:
-        """Raises DefinitionError if anything is wrong."""
+        """Raise DefinitionError if there were errors."""
         if self.found:
             raise DefinitionError(self.found)
 
@@ -75,7 +75,7 @@ class Faults:
 def faults(
     error: ValidationError, model: type[BaseModel], value: object, name: str = ""
 ) -> list[Fault]:
-    """pydantic's errors by place, without the values: they may be secret or long."""
+    """Return pydantic's errors by place, without the values, which may be secret or long."""
     found: dict[KeyPath, list[str]] = {}
     for detail in error.errors(include_url=False, include_input=False):
         path, message = _within(detail["loc"], value), detail["msg"].removeprefix("Value error, ")
@@ -94,11 +94,11 @@ def faults(
                     "Input should", "must"
                 )
         texts = found.setdefault(path, [])
-        # what a union of types refuses, it refuses once for each of them
+        # pydantic reports an error of a union once for each of its types
         message = message.removeprefix("must be ") if texts else message
         if message not in texts:
             texts.append(message)
-    # a field that takes whole numbers and others refuses as both
+    # a field for whole numbers and others reports both
     told = {
         path: " or ".join(texts).replace("a whole number or a number", "a number")
         for path, texts in found.items()
@@ -107,7 +107,7 @@ def faults(
 
 
 def _plain(kind: str, limits: Mapping[str, Any]) -> str | None:
-    """An error of pydantic in the words of a file; None for what it words well."""
+    """Describe an error of pydantic in the terms of a file; None if its message is good."""
     match kind:
         case "string_type":
             return "must be a text"
@@ -177,7 +177,7 @@ _UNITS = {
 
 
 def _within(location: KeyPath, value: Any) -> KeyPath:
-    """The keys and indexes of a location: pydantic puts the names of types between them."""
+    """Return the keys and indexes in a location: pydantic inserts the names of types."""
     path: KeyPath = ()
     for part in location:
         is_key = isinstance(value, dict) and part in value
@@ -188,7 +188,7 @@ def _within(location: KeyPath, value: Any) -> KeyPath:
 
 
 def _unknown_key(model: type[BaseModel], path: KeyPath, name: str) -> str:
-    """Say what has no such key, and which keys it has."""
+    """Describe an unknown key, with the known keys of its place."""
     *outer, key = path
     match outer:
         case []:
@@ -208,7 +208,7 @@ def _unknown_key(model: type[BaseModel], path: KeyPath, name: str) -> str:
 
 
 def _model_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
-    """The model that takes what is at a path; None where that can't be told."""
+    """Return the model of the value at a path; None if that is ambiguous."""
     for part in path:
         if isinstance(part, str):
             fields = {field.alias or name: field for name, field in model.model_fields.items()}
@@ -226,7 +226,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def describe(error: ValidationError) -> str:
-    """pydantic's errors in one line, without the values: they may be secret or long."""
+    """Describe pydantic's errors in one line, without the values, which may be secret or long."""
     parts = []
     for detail in error.errors(include_url=False, include_input=False):
         path = ".".join(str(part) for part in detail["loc"])
@@ -236,7 +236,7 @@ def describe(error: ValidationError) -> str:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A hint for a name that is not known, as the end of a sentence."""
+    """Return a hint for an unknown name, as the end of a sentence."""
     near = get_close_matches(name, known, n=1)
     if near:
         return f"did you mean {near[0]!r}?"

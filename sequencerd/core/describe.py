@@ -27,8 +27,8 @@ def text(value: object) -> str:
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """Return such as "1 row" or "1,240 rows"; `many` is what does not end with an s, as of verbs:
-    "1 waits", "3 wait".
+    """Format a count, such as "1 row" or "1,240 rows"; `many` is the plural if it is irregular, as
+    of verbs: "1 waits", "3 wait".
     """
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
@@ -37,7 +37,7 @@ _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in its two greatest units, such as "1 h 5 min"."""
+    """Format a duration with its two greatest units, such as "1 h 5 min"."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     parts: list[str] = []
@@ -50,12 +50,13 @@ def duration(seconds: float) -> str:
 
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Categories of Unicode: controls, what has no width or turns the direction of a text, halves of
-characters, ends of lines and paragraphs."""
+"""Categories of Unicode: controls, characters without width or that change the direction of text,
+surrogates, and line and paragraph separators.
+"""
 
 
 def visible(text: str) -> str:
-    """Escape what would control a terminal or end the line: `\\x1b` for an escape."""
+    """Escape characters that control a terminal or end the line: `\x1b` for an escape."""
     if text.isprintable():
         return text
     return "".join(_escape(one) if category(one) in _HIDDEN else one for one in text)
@@ -66,12 +67,12 @@ def _escape(character: str) -> str:
 
 
 def is_never(at: datetime) -> bool:
-    """Whether the time is PostgreSQL's infinity as asyncpg reads it."""
+    """Return whether the time is PostgreSQL's infinity as asyncpg reads it."""
     return at.year == NEVER.year
 
 
 def plain(value: object) -> object:
-    """Convert a value for JSON: times to ISO 8601, never to "infinity"."""
+    """Convert a value for JSON: times to ISO 8601, infinity to "infinity"."""
     if isinstance(value, datetime):
         return "infinity" if is_never(value) else value.astimezone(UTC).isoformat()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -1,6 +1,7 @@
-"""JSON whose numbers keep all their digits, as in jsonb: what a runner answers is stored as it is.
+"""JSON whose numbers keep all their digits, as in jsonb: a runner's answer is stored unchanged.
 
-A number that a float holds is a float. Any other is a Decimal, which Python's encoder cannot write.
+A number that a float represents is a float. Any other is a Decimal, which Python's encoder cannot
+write.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _number(text: str) -> float | Decimal:
 
 
 def _marked(value: object) -> str:
-    """Write a Decimal as a text with NUL characters, which no text of PostgreSQL has."""
+    """Write a Decimal as a text with NUL characters, which no text from PostgreSQL contains."""
     if not isinstance(value, Decimal):
         raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
     if not value.is_finite():

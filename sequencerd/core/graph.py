@@ -15,9 +15,9 @@ def walk(
     *,
     depth_first: bool = False,
 ) -> Iterator[tuple[Node, Node | None]]:
-    """Yield each node that can be reached, once, with the node before it; of a start None.
+    """Yield each node that can be reached, once, with the node before it (None for a start).
 
-    Breadth first, so that the nodes before a node are a shortest path to it. `following` is called
+    Breadth first, so that following the previous nodes gives a shortest path. `following` is called
     once for each node, after it was yielded.
     """
     found: set[Node] = set()
@@ -41,7 +41,7 @@ def reach(starts: Iterable[Node], following: Callable[[Node], Iterable[Node]]) -
 
 
 def without_ends(graph: Mapping[Node, Iterable[Node]]) -> set[Node]:
-    """Return the nodes from which one can walk for ever: those that lead to a cycle."""
+    """Return the nodes from which a path continues for ever: those that lead to a cycle."""
     sources: dict[Node, list[Node]] = {}
     count = dict.fromkeys(graph, 0)
     for node, targets in graph.items():

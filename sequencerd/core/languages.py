@@ -9,13 +9,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, Discriminator, Tag, WithJsonSchema
 
 DEFAULT_LOCALE = "data.locale"
-"""Where the language of a subject is read, unless its sequence names another path."""
+"""The path of a subject's language, unless its sequence names another."""
 
 DEFAULT, ENGLISH = "default", "en"
-"""The keys of the text for all other languages: the first of them that there is."""
+"""The keys of the text for all other languages: the first one that is present."""
 
 FILE = "file"
-"""No language but the key of a text that is in a file of its own."""
+"""A key that is no language: it names the file with the text."""
 
 _TAG = r"[A-Za-z]{2,8}(?:[-_][A-Za-z0-9]{1,8})*"
 _LOCALE = re.compile(r"(?:data|external)(?:\.[^.\s{}\[\]]+)+")
@@ -40,7 +40,7 @@ def _check(texts: dict[str, str]) -> dict[str, str]:
 
 
 def fallback(languages: Collection[str]) -> str | None:
-    """Return the key of the text for all other languages. The order of the keys means nothing, as
+    """Return the key of the text for all other languages. The order of keys is irrelevant, because
     the database does not keep it.
     """
     known = {normalised(tag): tag for tag in languages}
@@ -51,7 +51,7 @@ def fallback(languages: Collection[str]) -> str | None:
 
 def choose(texts: Mapping[str, Text], language: object) -> tuple[str, Text]:
     """Return the text for a language with its key, by RFC 4647's lookup: de-AT, then de, then the
-    fallback; the fallback as well for what is not a language.
+    fallback. An invalid language also gets the fallback.
     """
     known = {normalised(tag): tag for tag in texts}
     for range_ in _ranges(language if isinstance(language, str) else ""):
@@ -62,22 +62,22 @@ def choose(texts: Mapping[str, Text], language: object) -> tuple[str, Text]:
 
 
 def _ranges(language: str) -> Iterator[str]:
-    """Yield a language without its last subtags, one after the other."""
+    """Yield a language with fewer and fewer subtags."""
     subtags = normalised(language.strip()).split("-")
     while subtags:
         yield "-".join(subtags)
         del subtags[-1:]
-        if subtags and len(subtags[-1]) == 1:  # of an extension, which is nothing by itself
+        if subtags and len(subtags[-1]) == 1:  # of an extension, which means nothing by itself
             del subtags[-1:]
 
 
 def normalised(tag: str) -> str:
-    """Return a tag in the form in which tags of the same language are equal."""
+    """Return a tag in a form that is equal for tags of the same language."""
     return tag.lower().replace("_", "-")
 
 
 def read_locale(view: Mapping[str, Any], path: str) -> object:
-    """Return what is at a path of a view; None if there is nothing."""
+    """Return the value at a path of a view, or None."""
     value: object = view
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -85,7 +85,7 @@ def read_locale(view: Mapping[str, Any], path: str) -> object:
 
 
 def check_locale_path(path: str) -> str:
-    """Return a path that a language can be read at. Raises ValueError."""
+    """Return a path if it can hold a language. Raises ValueError."""
     if not _LOCALE.fullmatch(path):
         raise ValueError("must be a path such as data.language")
     return path

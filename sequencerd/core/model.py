@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from sequencerd.core.calendar.windows import Window
 
 NEVER = datetime.max.replace(tzinfo=UTC)
-"""The wake time of enrollments that only a change wakes; PostgreSQL's 'infinity'."""
+"""The wake time of enrollments that only wake by a change; PostgreSQL's 'infinity'."""
 
 MAX_MESSAGE = 2000  # characters
 
 
 KeyPath = tuple[str | int, ...]
-"""The keys and indexes that lead to a value."""
+"""The keys and indexes of a path to a value."""
 
 
 class Fault(NamedTuple):
-    """What is wrong at one place of a definition, and what to write instead."""
+    """An error at one place of a definition, with advice."""
 
     path: KeyPath
     message: str
@@ -39,7 +39,7 @@ class Fault(NamedTuple):
 
 
 class DefinitionError(ValueError):
-    """A definition that cannot work: a sentence, or all the faults that were found."""
+    """A definition that cannot be executed: a sentence, or all errors that were found."""
 
     def __init__(self, wrong: str | Iterable[Fault]) -> None:
         self.faults = (Fault((), wrong),) if isinstance(wrong, str) else tuple(wrong)
@@ -47,7 +47,9 @@ class DefinitionError(ValueError):
 
 
 class EvaluationError(Exception):
-    """An enrollment that cannot go on. `failure` is the code that its row gets, the message why."""
+    """An enrollment that cannot continue. `failure` is the code for its row, the message the
+    reason.
+    """
 
     def __init__(self, failure: str, message: str) -> None:
         super().__init__(message)
@@ -55,11 +57,11 @@ class EvaluationError(Exception):
 
 
 class Action(StrEnum):
-    """What a step answers for an enrollment, as in the original."""
+    """The answer of a step for an enrollment, as in the original."""
 
     NEXT = "next"
     ALT_NEXT = "altNext"
-    NOOP = "noop"  # wait here, be executed again later
+    NOOP = "noop"  # wait here, and be executed again later
 
 
 # --- definitions
@@ -67,40 +69,40 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """A step's answer: wait here until then (NEVER: until something changes)."""
+    """A step's answer: wait here until a time (NEVER: until something changes)."""
 
     until: datetime
 
 
 class Exit(NamedTuple):
-    """Where a step leads, and when."""
+    """Where a step leads, and under which condition."""
 
     label: str  # of the action or the branch
     path: KeyPath  # of the target in the step
     target: str | None = None  # None: the end
     sequence: str | None = None  # of the target, if the step names it
-    condition: Any = None  # taken if it holds, unless an earlier exit is; None: in any other case
+    condition: Any = None  # taken if it holds and no earlier exit is; None: in all other cases
     condition_path: KeyPath = ("config",)
     at_once: Literal["always", "sometimes", "never"] = "always"
-    """Whether it is taken on arrival, before time has passed."""
-    reason: str = ""  # of "sometimes": when no time passes, such as "if its date is past"
-    getter: tuple[str, frozenset[int]] | None = None  # of "sometimes": what it gives at such times
-    is_optional: bool = False  # no exit of a step that names no target
+    """Whether the exit is taken on arrival, before time has passed."""
+    reason: str = ""  # for "sometimes": in which case, such as "if its date is past"
+    getter: tuple[str, frozenset[int]] | None = None  # for "sometimes": what it gives at such times
+    is_optional: bool = False  # omitted if the step names no target
 
 
 _TARGET = Exit._fields.index("target")
 
 NEXT = Exit("next", ("next",))
 ALT_NEXT = Exit("altNext", ("altNext",))
-"""The exits whose target the step names; the others are named in its config."""
+"""The exits whose targets the step names; those of other exits are in its config."""
 
 EITHER = (NEXT, ALT_NEXT._replace(is_optional=True))
-"""Of a step of which no more is known."""
+"""The exits of a step about which nothing else is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A step's answer: merge this into the data, without what is REMOVED, and go on."""
+    """A step's answer: merge this into the data, without keys that are REMOVED, and continue."""
 
     data: Mapping[str, Any]
     message: str | None = None
@@ -108,7 +110,7 @@ class Update:
 
 
 class Entry(NamedTuple):
-    """A step's answer: enroll this subject in another sequence, and go on."""
+    """A step's answer: enroll this subject in another sequence, and continue."""
 
     sequence: str
     subject: str
@@ -119,12 +121,12 @@ class Entry(NamedTuple):
 
     @property
     def key(self) -> RefusalKey:
-        """What a refusal of it is known by."""
+        """Return the key of a refusal."""
         return ("enroll", self.sequence, self.subject)
 
 
 class Cancellation(NamedTuple):
-    """A step's answer: cancel this subject's enrollments in a sequence, and go on."""
+    """A step's answer: cancel this subject's enrollments in a sequence, and continue."""
 
     sequence: str
     subject: str
@@ -132,15 +134,13 @@ class Cancellation(NamedTuple):
 
     @property
     def key(self) -> RefusalKey:
-        """What a refusal of it is known by."""
+        """Return the key of a refusal."""
         return ("cancel", self.sequence, self.subject)
 
 
 RefusalKey = str | tuple[str, str, str]
 Refusals = Mapping[Any, str]  # by RefusalKey, in which a mapping by names is one, too
-"""What is refused, with the code of the reason: jumps by their sequence, and what other enrollments
-are concerned by.
-"""
+"""Refusals with the codes of their reasons: jumps by their sequence, and others by their key."""
 
 StepAnswer = Action | Stay | Exit | Update | Entry | Cancellation
 """An exit that the config names, or an action, the others."""
@@ -148,10 +148,11 @@ StepAnswer = Action | Stay | Exit | Update | Entry | Cancellation
 
 @dataclass(frozen=True, slots=True)
 class InstantStep:
-    """What a built-in step without a side effect does: a function of the enrollment and the time.
+    """A built-in step without a side effect: a function of the enrollment and the time, which may
+    raise EvaluationError.
 
-    It may raise EvaluationError. `met` is set for a goal alone: whether it is reached; one that
-    `repeats` is armed again when it no longer holds.
+    Only a goal has `met`: whether it is reached. A goal that `repeats` can be reached again once it
+    no longer holds.
     """
 
     answer: Callable[[Context], StepAnswer]
@@ -159,14 +160,14 @@ class InstantStep:
     met: Callable[[Context], bool] | None = None
     repeats: bool = False
     collects: bool = False  # items, which must not be lost when the enrollment ends
-    concerns: tuple[tuple[str, str], ...] = ()  # verb and name of the sequences that it acts on
+    concerns: tuple[tuple[str, str], ...] = ()  # verb and name of the sequences that it affects
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how soon a side effect that failed is tried again; times in seconds.
+    """How often and how soon a failed side effect is retried; times in seconds.
 
-    It ends after so many attempts, or when the waits between them come to `give_up_after`.
+    Retries end after so many attempts, or when the waits between them add up to `give_up_after`.
     """
 
     attempts: int | None = 8
@@ -176,17 +177,17 @@ class RetryPolicy:
 
 
 RETRY = RetryPolicy()
-"""The default of custom runners."""
+"""The default for custom runners."""
 
 MESSAGE_RETRY = RetryPolicy(None, 60.0, 3600.0, 2 * 86400.0)
-"""The default of messages: mail servers refuse for hours what they take later."""
+"""The default for messages: mail servers may refuse for hours what they accept later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one daemon demands of a server at most: calls at the same time, enrollments in a call;
-    and what all daemons do together: calls per second. A call that takes longer than `timeout`
-    seconds is given up.
+    """The limits of a server: for each daemon, simultaneous calls and enrollments in a call; for
+    all daemons together, calls per second. A call that takes longer than `timeout` seconds is
+    cancelled.
     """
 
     concurrency: int = 10
@@ -195,7 +196,7 @@ class Limits:
     per_second: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for limits with which nothing could be done."""
+        """Raise ValueError for limits that would allow nothing."""
         for name in ("concurrency", "timeout", "batch_size", "per_second"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -203,13 +204,15 @@ class Limits:
 
 
 MESSAGE_LIMITS = Limits()
-"""The default of messages. One by one: each is written when it is sent, so a crash repeats few."""
+"""The default for messages. Each is a call of its own and written when it is sent, so a crash
+repeats few.
+"""
 
 CALL_LIMITS = Limits(concurrency=4, batch_size=100)
-"""The default of custom runners that are called over HTTP."""
+"""The default for custom runners called over HTTP."""
 
 LOOKUP_LIMITS = Limits(concurrency=2, batch_size=1000)
-"""The default of lookups."""
+"""The default for lookups."""
 
 
 Skip = Literal["next", "altNext", "end"]
@@ -217,13 +220,13 @@ Skip = Literal["next", "altNext", "end"]
 
 
 LIMIT_REACHED = "the limit is reached:"
-"""Begins the last_error of an enrollment that waits for its limit."""
+"""The beginning of last_error while an enrollment waits for a limit."""
 
 
 class Reservation(NamedTuple):
-    """A place among those that a limit has in a period."""
+    """A place in the period of a limit."""
 
-    key: bytes  # of the topic and the text that are counted together
+    key: bytes  # hash of the topic and the text that are counted together
     topic: str
     at_most: int
     per: timedelta
@@ -231,25 +234,23 @@ class Reservation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How often side effects may begin for a key, such as a subject, in any period."""
+    """How many side effects may begin for a key, such as a subject, in any period."""
 
     key: Callable[[Context], str]
-    topic: str | None  # None: that of the step; without one, the step counts alone
+    topic: str | None  # None: the topic of the step; without one, the step is counted alone
     at_most: int
     per: timedelta
     then: Literal["wait", "skip", "altNext"]
     words: str  # for messages
 
     def reservation(self, context: Context, topic: str) -> Reservation:
-        """Return what must be reserved before it begins. Raises EvaluationError."""
+        """Return the place to reserve before the side effect begins. Raises EvaluationError."""
         counted = f"{topic}\0{self.key(context)}".encode("utf-8", "replace")
         return Reservation(sha256(counted).digest()[:16], topic, self.at_most, self.per)
 
 
 class LimitReached(NamedTuple):
-    """Which of the limits of a side effect has no room, the step's own first, and until when none
-    of them has.
-    """
+    """Which limit of a side effect has no room, the step's own first, and until when."""
 
     limit: int
     until: datetime
@@ -257,28 +258,28 @@ class LimitReached(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SideEffect:
-    """What a runner does: `program` is what the runner made of the config."""
+    """A step with a side effect: `program` is its compiled config."""
 
     program: object
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     on_error: Literal["fail", "altNext"] = "fail"
     at_most_once: bool = False
     on_suppressed: Skip = "next"
-    expires: Callable[[Context], datetime] | None = None  # nothing is begun from then on
+    expires: Callable[[Context], datetime] | None = None  # it does not begin after this time
     on_expired: Skip = "next"
-    window: Window | None = None  # when it may begin, if it does not follow its sequence
+    window: Window | None = None  # when it may begin, unless it follows its sequence
     follows_window: bool = True  # of its sequence
-    topic: str | None = None  # what it is about, if it does not follow its sequence
+    topic: str | None = None  # what it is about, unless it follows its sequence
     follows_topic: bool = True  # of its sequence
     limit: Limit | None = None
     exits: tuple[Exit, ...] = EITHER
 
 
 class MessageContext(NamedTuple):
-    """What the messages of a sequence have in common."""
+    """The common parts of a sequence's messages."""
 
     locale: str | None = None  # the path of the subject's language
-    partials: tuple[tuple[str, str], ...] = ()  # of their texts, by name
+    partials: tuple[tuple[str, str], ...] = ()  # templates of partials, by name
 
 
 NOTHING_SHARED = MessageContext()
@@ -289,7 +290,7 @@ class InvalidStep:
     """Why a step cannot be executed. Enrollments that reach it fail with `invalid_step`."""
 
     message: str
-    faults: tuple[Fault, ...] = ()  # the same, by the places in the config
+    faults: tuple[Fault, ...] = ()  # the same errors, by place in the config
     exits: tuple[Exit, ...] = EITHER
 
 
@@ -299,15 +300,15 @@ TopicLimits = Mapping[str, Limit | InvalidStep]
 
 @dataclass(frozen=True, slots=True)
 class ServedElsewhere:
-    """A step that other daemons execute: they serve its type, this one does not."""
+    """A step that other daemons execute: they serve its type, this daemon does not."""
 
-    problem: str  # what it would be here
+    problem: str  # the problem that it would have here
     exits: tuple[Exit, ...] = EITHER
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A node of a sequence. `behaviour` is what was made of `type` and `config`."""
+    """A node of a sequence. `behaviour` is made from `type` and `config`."""
 
     sequence: str
     name: str
@@ -316,13 +317,13 @@ class Step:
     next_step: str | None
     alt_next_step: str | None
     behaviour: InstantStep | SideEffect | InvalidStep | ServedElsewhere
-    position: int = 0  # the order of the definition: of several goals met the last one wins
+    position: int = 0  # in the definition: of several goals met at once, the last one wins
     reads_external: bool = False
-    seed: str | None = None  # of a Split: what subjects are dealt by; None: by its names
+    seed: str | None = None  # of a Split: what assigns subjects; None: its names
 
     @property
     def exits(self) -> tuple[Exit, ...]:
-        """Where it leads: the exits of its behaviour, with the targets that the step names."""
+        """Return the exits of its behaviour, with the targets that the step names."""
         targets = {NEXT.path: self.next_step, ALT_NEXT.path: self.alt_next_step}
         found = [  # written out: `_replace` takes three times as long
             Exit._make((*exit_[:_TARGET], targets[exit_.path], *exit_[_TARGET + 1 :]))
@@ -335,7 +336,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """A named graph of steps. `goals` are its steps of type Goal, the definition's last first."""
+    """A named graph of steps. `goals` are its Goal steps, the definition's last one first."""
 
     name: str
     first_step: str
@@ -343,17 +344,15 @@ class Sequence:
     steps: Mapping[str, Step]
     paused: bool = False
     goals: tuple[Step, ...] = ()
-    revision: int = 0  # counted up by the database with every change
+    revision: int = 0  # the database increases it with every change
     lookup: str | None = None  # the source of external data
-    recheck: timedelta = timedelta(
-        minutes=1
-    )  # how often goals and waits that read it are looked at
-    archived: bool = False  # GoTo steps of other sequences can't enter it
+    recheck: timedelta = timedelta(minutes=1)  # how often what reads external data is evaluated
+    archived: bool = False  # GoTo steps of other sequences cannot enter it
     window: Window | None = None  # when its side effects may begin
     topic: str | None = None  # what its side effects are about
-    topic_limits: TopicLimits | None = None  # None where no database was asked
+    topic_limits: TopicLimits | None = None  # None if no database was read
     shared: MessageContext = NOTHING_SHARED  # by its messages
-    holidays: Holidays | None = None  # None where no database was asked: no day is one
+    holidays: Holidays | None = None  # None if no database was read: no day is a holiday
     collects: str | None = None  # its first step that collects items
     braked_until: datetime | None = (
         None  # until then a brake counts its side effects; None: none does

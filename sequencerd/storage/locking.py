@@ -1,4 +1,4 @@
-"""Locks and reads enrollments: due ones, given ones, and those whose side effects have ended."""
+"""Lock and read enrollments: due ones, given ones, and those whose side effects have ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIRST_LARGE = 4  # enrollments with large data that are read before their size i
 
 
 class Claimed(NamedTuple):
-    """The enrollments that a claim has read, and how many rows it has locked."""
+    """The enrollments that a claim has read, and the number of rows that it has locked."""
 
     enrollments: list[Enrollment]
     locked: int
@@ -79,7 +79,7 @@ async def due_ids(
     excluding: Rows[int],
     since: datetime,
 ) -> list[int]:
-    """Find what a claim would find, reading nothing that may be unreadable."""
+    """Find the ids that a claim would find, without reading values that may be unreadable."""
     rows = await connection.fetch(
         QUERIES["due_ids"], *step_key, now, daemon, excluding, limit, since
     )
@@ -96,8 +96,8 @@ async def expired_ids(
     daemon: str,
     excluding: Rows[int],
 ) -> list[int]:
-    """Find unleased enrollments of a step that have expired, or are due `since` a time and may
-    have.
+    """Find unleased enrollments of a step that have expired, or that are due `since` a time and may
+    have expired.
     """
     since = since or datetime.min.replace(tzinfo=UTC)
     query = QUERIES["expired_ids"]
@@ -106,7 +106,7 @@ async def expired_ids(
 
 
 async def forget_expiries(connection: asyncpg.Connection, step_key: StepKey) -> None:
-    """Mark the expiries of a step as unknown, as its definition may have changed."""
+    """Mark the expiries of a step as unknown, because its definition may have changed."""
     await connection.execute(QUERIES["forget_expiries"], *step_key)
 
 
@@ -122,7 +122,7 @@ async def claim_some(
 ) -> list[Enrollment]:
     """Claim given enrollments of a step, including those leased to this daemon itself.
 
-    If `bare`, without their data and subjects, which may be unreadable.
+    If `bare`, read them without their data and subjects, which may be unreadable.
     """
     query = QUERIES["claim_bare" if bare else "claim_some"]
     rows = await connection.fetch(query, *step_key, now, daemon, ids, revision)
@@ -132,9 +132,8 @@ async def claim_some(
 async def _with_data(
     connection: asyncpg.Connection, rows: Rows[asyncpg.Record]
 ) -> Rows[Iterable[Any]]:
-    """Add large data, which statements omit, to rows: as much as fits into MAX_BYTES.
-
-    Rows beyond that are dropped.
+    """Add large data, which the statements omit, to rows: as much as fits into MAX_BYTES. Further
+    rows are dropped.
     """
     large = [row["id"] for row in rows if row["data"] is None]
     if not large:
@@ -175,7 +174,7 @@ async def orphans(
     daemon: str,
     excluding: Rows[int],
 ) -> dict[StepKey, list[int]]:
-    """Find what a daemon has leased and does not know of, by step, once it is due."""
+    """Find, by step, due enrollments that a daemon has leased but does not know of."""
     found: dict[StepKey, list[int]] = {}
     for row in await connection.fetch(
         QUERIES["orphans"], *columns(since), list(since.values()), now, daemon, excluding
@@ -189,10 +188,10 @@ async def lock(
 ) -> tuple[set[int], dict[Fence, Enrollment], dict[str, int | None]]:
     """Lock enrollments, except those that another session has locked.
 
-    Return the ids of the locked rows; by their fences, those that are still as known, read again;
-    and the revisions of their sequences. What cannot change within a visit is taken from what is
-    known, as dates take long to read. Of rows that nothing has changed since the `transactions`, by
-    the number of the lease, nothing is read.
+    Return the ids of the locked rows; the enrollments whose fences are unchanged, read again; and
+    the revisions of their sequences. Values that cannot change within a visit are taken from
+    memory, because dates take long to decode. Rows that nothing has changed since the
+    `transactions`, given by the number of the lease, are not read at all.
     """
     by_fence = {enrollment.fence: enrollment for enrollment in known}
     ids = {enrollment.id for enrollment in known}
@@ -250,14 +249,16 @@ async def fences(connection: asyncpg.Connection, ids: Rows[int]) -> set[Fence]:
 
 
 async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:
-    """Return which enrollments are not deleted."""
+    """Return which enrollments exist."""
     return {row["id"] for row in await connection.fetch(QUERIES["existing"], ids)}
 
 
 async def lock_waiting(
     connection: asyncpg.Connection, step_key: StepKey, ids: Rows[int], now: datetime
 ) -> tuple[list[Enrollment], list[int]]:
-    """Lock enrollments that wait at a step. Return them, and those that others have locked."""
+    """Lock enrollments that wait at a step. Return them, and the ids that other sessions have
+    locked.
+    """
     rows = await connection.fetch(QUERIES["lock_waiting"], *step_key, ids, now)
     waiting = list(map(Enrollment._make, await _with_data(connection, rows)))
     if len(waiting) == len(ids):

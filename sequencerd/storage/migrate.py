@@ -1,4 +1,4 @@
-"""Applies the files of sql/, each once and in numerical order, under an advisory lock."""
+"""Apply the files of sql/, each once and in numerical order, under an advisory lock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OLDEST_SERVER = 150000  # PostgreSQL 15
 
 
 class Ungranted(NamedTuple):
-    """A statement that has had no effect, and why."""
+    """A statement that had no effect, with the reason."""
 
     statement: str
     reason: str
@@ -106,7 +106,9 @@ def _explain(error: asyncpg.PostgresError) -> str:
 
 
 async def grant(connection: asyncpg.Connection) -> list[Ungranted]:
-    """Grant the roles what they lack, each statement on its own. Return what is still missing."""
+    """Grant the roles their missing privileges, each in a statement of its own. Return what is
+    still missing.
+    """
     errors = {}
     async with connection.transaction():
         await connection.fetch(QUERIES["no_timeouts"])
@@ -118,7 +120,7 @@ async def grant(connection: asyncpg.Connection) -> list[Ungranted]:
             except asyncpg.PostgresError as error:
                 errors[statement] = str(error)
         missing = await connection.fetch(QUERIES["missing_grants"])
-    # a GRANT by a user that may not make it can be a warning, without an error
+    # a GRANT without the right to it can be a warning, without an error
     return [Ungranted(row[0], errors.get(row[0], "no privilege to grant it")) for row in missing]
 
 
@@ -176,7 +178,9 @@ async def _check_server(connection: asyncpg.Connection) -> None:
 
 
 def _missing(wanted: Sequence[Migration], applied: Sequence[asyncpg.Record]) -> list[Migration]:
-    """Return what is not applied yet. Raises MigrationError if schema and version do not match."""
+    """Return the migrations that have not been applied. Raises MigrationError if schema and version
+    do not match.
+    """
     known = {migration.version: migration for migration in wanted}
     for row in applied:
         migration = known.get(row["version"])

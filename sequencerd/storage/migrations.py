@@ -1,4 +1,6 @@
-"""The files of sql/, which migrate applies; apart, as `--version` reads them without a database."""
+"""The files of sql/, which migrate applies; in a module of its own, because `--version` reads them
+without a database.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,11 @@ class Migration:
 
     @property
     def checksum(self) -> str:
-        """The checksum of the file's text, whatever its line endings."""
+        """Return the checksum of the file's text, whatever its line endings."""
         return sha256(self.sql.replace("\r\n", "\n").encode()).hexdigest()
 
     def statements(self) -> Iterator[tuple[int, str]]:
-        """Yield the statements, each with its line: Citus does not take several at once."""
+        """Yield the statements, each with its line: Citus does not accept several at once."""
         start = 0
         ends = [match.end() for match in _TOKEN.finditer(self.sql) if match[0] == ";"]
         for end in (*ends, len(self.sql)):

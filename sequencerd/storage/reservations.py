@@ -1,4 +1,4 @@
-"""Reserves places for side effects with a limit, in the transaction that leases them."""
+"""Reserve places for side effects with a limit, in the transaction that leases them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sequencerd.storage.statements import QUERIES
 
 
 class Reserved(NamedTuple):
-    """What is reserved, or given back: places for a visit of an enrollment, all or none."""
+    """Places to reserve or give back for a visit of an enrollment, all or none."""
 
     enrollment: int
     visit: int
@@ -27,7 +27,7 @@ async def reserve(
     given_back: Rows[Reserved],
     now: datetime,
 ) -> dict[int, LimitReached]:
-    """Give places back, then reserve others. Return which limits have no room, and until when, by
+    """Give places back, then reserve others. Return which limits have no room and until when, by
     the index in `wanted`.
     """
     groups = [*given_back, *wanted]
@@ -55,5 +55,5 @@ async def reserve(
 
 
 async def prune(connection: asyncpg.Connection, now: datetime) -> None:
-    """Delete what no limit counts any more."""
+    """Delete places that no limit counts any more."""
     await connection.execute(QUERIES["prune_reservations"], now)

@@ -1,8 +1,8 @@
 """The schema of the tables. All SQL is written for the schema `sequencer`; a connection to another
-one executes the same statements there.
+schema executes the same statements there.
 
-Settings of the session (`search_path`) would not do: a pooler in transaction mode keeps none, and
-triggers run in the sessions of applications.
+Session settings (`search_path`) would not suffice: a pooler in transaction mode does not keep them,
+and triggers run in the sessions of applications.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import asyncpg
 from sequencerd.settings import SCHEMA
 
 LOCK_CLASS = 7364528
-"""The first number of each advisory lock: those of other applications have another."""
+"""The first number of each advisory lock; other applications use other numbers."""
 
 _STATEMENTS = (
     "cursor",
@@ -47,15 +47,15 @@ _MENTION = re.compile(
 
 @lru_cache(maxsize=2000)
 def in_schema(sql: str, schema: str) -> str:
-    """Return a statement, or a text that names tables, for another schema.
+    """Return a statement, or another text that names tables, for another schema.
 
-    The channel of NOTIFY has the name of the schema. The advisory locks and the settings that
-    triggers set for each other are those of the schema, so that several schemas of a database do
-    not disturb each other; the settings that users set hold for all of them.
+    The NOTIFY channel has the name of the schema. The advisory locks, and the settings that
+    triggers set for each other, belong to the schema, so that several schemas in a database do not
+    affect each other; the settings that users set apply to all of them.
     """
     if schema == SCHEMA:
         return sql
-    # settings.Database has checked the name: it is the same within a literal and a format
+    # settings.DatabaseSettings has checked the name: it is the same within a literal and a format
     quoted = '"' + schema.replace('"', '""') + '"'
     number = crc32(schema.encode())
     replacements = {
@@ -70,14 +70,14 @@ def in_schema(sql: str, schema: str) -> str:
 
 
 def schema_of(connection: asyncpg.Connection) -> str:
-    """Return the schema that a connection works in."""
+    """Return the schema of a connection."""
     schema: str = getattr(connection, "schema", SCHEMA)
     return schema
 
 
 @cache
 def connection_class(schema: str) -> type[asyncpg.Connection]:
-    """Return the class of connections to a schema; for the usual one, asyncpg's own."""
+    """Return the class of connections to a schema; for the default schema, asyncpg's own."""
     if schema == SCHEMA:
         usual: type[asyncpg.Connection] = asyncpg.Connection
         return usual

@@ -1,4 +1,4 @@
-"""Definitions as the engine reads them, and the problems of steps."""
+"""Read definitions for the engine, and write the problems of steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def snapshot(connection: asyncpg.Connection) -> AbstractAsyncContextManager[asyn
 async def read_some(
     connection: asyncpg.Connection, names: Rows[str]
 ) -> tuple[list[asyncpg.Record], list[asyncpg.Record]]:
-    """Read some sequences and their steps, in a transaction of the caller."""
+    """Read some sequences and their steps, in the caller's transaction."""
     return (
         await connection.fetch(QUERIES["sequences"], names),
         await connection.fetch(QUERIES["steps"], names),
@@ -51,7 +51,7 @@ async def set_problems(
 
 
 async def revive(connection: asyncpg.Connection, step_keys: Rows[StepKey], now: datetime) -> int:
-    """Resume enrollments that failed at steps which are valid now. Return how many."""
+    """Resume enrollments that failed at steps that are valid now. Return how many."""
     sequences, steps = columns(step_keys)
     return _count(await connection.execute(QUERIES["revive"], sequences, steps, now))
 

@@ -1,4 +1,4 @@
-"""What the server says of itself: its clock, whether it is a standby, what it hides or refuses."""
+"""Query the state of the server: its clock, whether it is a standby, what it hides or refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROBE_TIMEOUT = 5.0  # seconds
 
 
 class HiddenTable(NamedTuple):
-    """A table of which row-level security hides rows from a user: all, or perhaps some."""
+    """A table from which row-level security hides rows: all, or perhaps some."""
 
     table: str
     user: str
@@ -24,7 +24,7 @@ class HiddenTable(NamedTuple):
 
 
 async def hidden_tables(connection: asyncpg.Connection) -> list[HiddenTable]:
-    """Find tables of which row-level security may hide rows from this user, or from triggers."""
+    """Find tables from which row-level security may hide rows, for this user or for triggers."""
     return [HiddenTable(*row) for row in await connection.fetch(QUERIES["row_security"])]
 
 
@@ -47,5 +47,5 @@ async def server_time(connection: asyncpg.Connection) -> datetime:
 
 
 async def probe(connection: asyncpg.Connection) -> None:
-    """Raise what keeps enrollments and events from being written, whichever row it is."""
+    """Raise the error that keeps all enrollments and events from being written."""
     await connection.execute(QUERIES["probe"], timeout=PROBE_TIMEOUT)

@@ -1,4 +1,4 @@
-"""Calls the views and functions of applications: lookups, and queries that enroll subjects."""
+"""Call the views and functions of applications: lookups, and queries that enroll subjects."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _FUNCTION = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*
 async def look_up(
     connection: asyncpg.Connection, function: str, subjects: Rows[str], seconds: float
 ) -> dict[str, Mapping[str, Any]]:
-    """Call an SQL function `schema.name(subjects text[])` for data, by subject.
+    """Call an SQL function `schema.name(subjects text[])` and return data by subject.
 
-    It cannot write, and the server ends it after some seconds. Raises ValueError for what is not
-    the name of a function, or in a schema that applications cannot have.
+    The function cannot write, and the server cancels it after some seconds. Raises ValueError for
+    an invalid function name, or a schema that applications cannot use.
     """
     name = _FUNCTION.fullmatch(function)
     reserved = rf"pg_|information_schema$|(sequencer|{re.escape(schema_of(connection))})$"
@@ -36,14 +36,14 @@ async def look_up(
         )
     query = QUERIES["look_up"].format(**name.groupdict())
     async with connection.transaction(readonly=True):
-        # for this transaction alone, so that it holds through a pooler as well
+        # for this transaction only, so that it also works through a pooler
         await connection.execute(QUERIES["limit_statement"], f"{seconds * 1000:.0f}")
         rows = await connection.fetch(query, subjects, timeout=seconds + COMMAND_TIMEOUT)
     return {row["subject"]: json.loads(row["data"] or "{}") for row in rows}
 
 
 class Candidate(NamedTuple):
-    """A subject that a user's query returns, and that could enter."""
+    """A subject that a user's query returns and that may be enrolled."""
 
     subject: str
     data: str | None
@@ -54,13 +54,14 @@ async def read_source(
     connection: asyncpg.Connection, source: str, sequence: str, limit: int, seconds: float
 ) -> tuple[list[Candidate], Counter[str]]:
     """Read the subjects that a user's view or function returns, without those that the sequence
-    refuses; and count the rows that cannot be enrolled, by what is wrong with them.
+    refuses, and count the rows that cannot be enrolled, by error.
 
-    In a savepoint of the caller's transaction: nothing can be written, and the server ends the
-    query after so many seconds. Raises ValueError if there is no such view or function.
+    This uses a savepoint in the caller's transaction: nothing can be written, and the server
+    cancels the query after so many seconds. Raises ValueError if the view or function does not
+    exist.
     """
     name = SOURCE.fullmatch(source)
-    assert name is not None  # it is checked with the definition
+    assert name is not None  # it was checked with the definition
     limited = connection.transaction()
     await limited.start()
     try:
@@ -75,6 +76,6 @@ async def read_source(
         rows = await connection.fetch(query, sequence, limit, timeout=seconds + COMMAND_TIMEOUT)
     finally:
         if not connection.is_closed():
-            await limited.rollback()  # and the settings with it
+            await limited.rollback()  # which also resets the settings
     valid = [Candidate(*row[:3]) for row in rows if row["fault"] is None]
     return valid, Counter(row["fault"] for row in rows if row["fault"] is not None)

@@ -1,4 +1,4 @@
-"""The statements of queries/*.sql by name, and the advisory locks that they take."""
+"""The statements in queries/*.sql by name, and the advisory locks that they take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from sequencerd.storage.schemas import LOCK_CLASS
 
 
 class AdvisoryLock(Enum):
-    """The advisory locks, by the second of their two numbers; sql/0001_sequencer.sql lists them."""
+    """The advisory locks, by the second of their two numbers; see the list in
+    sql/0001_sequencer.sql.
+    """
 
     MIGRATIONS = 1
     RETENTION = 2
@@ -23,7 +25,7 @@ class AdvisoryLock(Enum):
     FORGETTING = 7
 
     def __str__(self) -> str:
-        """Return the arguments of the functions that lock it."""
+        """Return the arguments for the functions that lock it."""
         return f"{LOCK_CLASS}, {self.value}"
 
 
@@ -42,7 +44,7 @@ _BARE = {
     "goals_met": "'{}'::text[] AS goals_met",
     "goals_elsewhere": "NULL AS goals_elsewhere",
     "executed": "'{}'::text[] AS executed",
-}  # what may be unreadable is not read
+}  # values that may be unreadable are not read
 _PLACEHOLDERS = {
     "{enrollment}": ", ".join((_COLUMNS | {"data": _SMALL_DATA}).values()),
     "{whole_enrollment}": ", ".join(_COLUMNS.values()),
@@ -53,7 +55,7 @@ _PLACEHOLDERS = {
 
 
 def _load_queries() -> dict[str, str]:
-    """Read the statements by name, and insert the parts that they share."""
+    """Read the statements by name, and insert their shared parts."""
     queries, parts = {}, {}
     for file in (files("sequencerd.storage") / "queries").iterdir():
         _, *found = re.split(
@@ -64,7 +66,7 @@ def _load_queries() -> dict[str, str]:
                 queries[name] = sql
             else:
                 parts[f"{{{name}}}"] = re.sub(r"^--.*\n", "", sql, flags=re.MULTILINE).strip()
-    # a part may use those before it
+    # a part may use earlier parts
     for placeholder, expanded in (*reversed(parts.items()), *_PLACEHOLDERS.items()):
         queries = {name: text.replace(placeholder, expanded) for name, text in queries.items()}
     return queries
@@ -75,6 +77,6 @@ QUERIES: Mapping[str, str] = _load_queries()
 
 
 def columns(step_keys: Iterable[StepKey]) -> tuple[list[str], list[str]]:
-    """Return the sequences and the steps of keys, each as an array."""
+    """Split step keys into an array of sequences and one of steps."""
     wanted = list(step_keys)
     return [sequence for sequence, _ in wanted], [step for _, step in wanted]

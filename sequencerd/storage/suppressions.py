@@ -1,4 +1,4 @@
-"""Reads which addresses are suppressed, and suppresses more."""
+"""Read which addresses are suppressed, and suppress addresses."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ async def remove(
     *,
     reason: str,
 ) -> None:
-    """Lift the suppression of an address, in all its forms, as far as it has this source, and
-    record the reason.
+    """Remove the suppression of an address, in all its forms, if it has this source, and record the
+    reason.
     """
     async with connection.transaction():
         await bulk.set_reason(connection, reason)
@@ -46,7 +46,7 @@ async def titles(connection: asyncpg.Connection) -> dict[str, str]:
 async def sent_messages(
     connection: asyncpg.Connection, enrollment: int, visit: int, tag: str
 ) -> list[str]:
-    """Return what the history says of a message; nothing if the tag is another."""
+    """Return the events of a message in the history; none if the tag is wrong."""
     rows = await connection.fetch(QUERIES["sent_messages"], enrollment, visit, tag)
     return [row["message"] for row in rows]
 
@@ -54,7 +54,7 @@ async def sent_messages(
 async def add(
     connection: asyncpg.Connection, addresses: Rows[Undeliverable], topic: str = "*"
 ) -> int:
-    """Suppress addresses, for all topics or one. Return how many were not yet."""
+    """Suppress addresses, for all topics or one. Return how many were not suppressed before."""
     if not addresses:
         return 0
     done: str = await connection.execute(

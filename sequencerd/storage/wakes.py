@@ -1,4 +1,4 @@
-"""Reads when steps are due, and notifies of due ones."""
+"""Read when steps are due, and notify other daemons of due steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sequencerd.storage.statements import QUERIES, columns
 
 LAST_NAME = chr(0x10FFFF) * 51
 FIRST_KEY, LAST_KEY = ("", ""), (LAST_NAME, "")
-"""Before and after all step keys: names have 1 to 200 bytes."""
+"""Keys before and after all step keys: names have 1 to 200 bytes."""
 
 
 async def notify_due(
@@ -27,7 +27,7 @@ async def notify_due(
 async def first_wakes(
     connection: asyncpg.Connection, since: Mapping[StepKey, datetime]
 ) -> list[tuple[StepKey, datetime]]:
-    """Read the earliest wake time of each step that has active enrollments: at some steps, the
+    """Read the earliest wake time of each step that has active enrollments; at some steps, the
     earliest from a time on.
     """
     known = sorted(since)
@@ -49,7 +49,7 @@ async def _first_wakes(
     before: Rows[StepKey],
     after: Rows[StepKey],
 ) -> list[tuple[StepKey, datetime]]:
-    """Read what wakes first at some steps, from a time on, and at all steps in some gaps."""
+    """Read the first wake times at some steps, from a time on, and at all steps in some gaps."""
     rows = await connection.fetch(
         QUERIES["first_wakes"],
         *columns(since),
@@ -73,10 +73,10 @@ async def count_due(
 class LeftAtStep(NamedTuple):
     """What a claim has left at a step."""
 
-    now: datetime  # by the database's clock
+    now: datetime  # time of the database's clock
     first_due: datetime | None
-    again_at: datetime | None  # when to claim again what is due
-    ahead: datetime | None  # when the next one wakes that is not due yet; None if it was not read
+    again_at: datetime | None  # when to claim again
+    ahead: datetime | None  # the next wake time that is not due yet; None if it was not read
 
 
 async def left(

@@ -1,4 +1,4 @@
-"""Writes what becomes of enrollments that are locked, with their events, and extends leases."""
+"""Write the new states of locked enrollments, with their events, and extend leases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sequencerd.storage.statements import QUERIES
 
 
 class EnrollmentState(NamedTuple):
-    """What is written of enrollments that are in the same state, as most of a batch are."""
+    """The values that are written for enrollments in the same state, as most of a batch are."""
 
     sequence: str
     step: str
@@ -30,25 +30,25 @@ class EnrollmentState(NamedTuple):
     leased_by: str | None
     failure: str | None = None
     last_error: str | None = None
-    executed: str = "{}"  # as PostgreSQL's text of an array
+    executed: str = "{}"  # as an array in PostgreSQL's text format
     expires_at: datetime | None = None
     waits_until: datetime | None = None
 
 
-FEW = 3  # different states of a batch, up to which each is written by a statement of its own
+FEW = 3  # different states of a batch up to which each is written by a statement of its own
 NO_EVENTS: Rows[Rows[Any]] = [()] * len(Event._fields)
 NOWHERE = EnrollmentState("", "", "active", None, None, 1, 0, 0, None, None)
-"""The state that is written of no enrollment."""
+"""A state that no enrollment has."""
 
 
 @dataclass(slots=True)
 class EnrollmentWrites:
-    """What a transaction writes of enrollments that it has locked."""
+    """What a transaction writes for enrollments that it has locked."""
 
     rows: dict[EnrollmentState, list[int]] = field(default_factory=dict)
     events: dict[Event, list[int]] = field(default_factory=dict)
     goals_met: dict[int, tuple[Rows[str], str | None]] = field(default_factory=dict)  # elsewhere
-    data: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # merged into what is there
+    data: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # merged into the data
 
 
 async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: datetime) -> None:
@@ -140,12 +140,12 @@ def _happened(events: Mapping[Event, Rows[int]]) -> Rows[Any]:
 
 
 def id_array(numbers: Iterable[int]) -> str:
-    """Return an array in PostgreSQL's text."""
+    """Return an array in PostgreSQL's text format."""
     return f"{{{','.join(map(str, numbers))}}}"
 
 
 def text_array(texts: Iterable[str]) -> str:
-    """Return an array in PostgreSQL's text."""
+    """Return an array in PostgreSQL's text format."""
     quoted = (text.replace("\\", r"\\").replace('"', r"\"") for text in texts)
     return "{" + ",".join(f'"{text}"' for text in quoted) + "}"
 
@@ -153,5 +153,5 @@ def text_array(texts: Iterable[str]) -> str:
 async def extend_leases(
     connection: asyncpg.Connection, ids: Rows[int], daemon: str, until: datetime
 ) -> None:
-    """Extend the leases of what a daemon is executing."""
+    """Extend the leases of the side effects that a daemon executes."""
     await connection.execute(QUERIES["extend_leases"], ids, daemon, until)
