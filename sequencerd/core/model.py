@@ -418,7 +418,7 @@ class Enrollment(NamedTuple):
     retry_at: datetime | None = None  # the side effect is not started before
     leased_by: str | None = None  # the daemon that executes the side effect until wake_at
     last_error: str | None = None  # of this visit
-    goals_met: tuple[str, ...] | list[str] = ()  # of its sequence
+    goals_met: tuple[str, ...] | list[str] = ()  # in its sequence
     goals_elsewhere: str | None = None  # JSON text: the goals met by sequence that it has left
     executed: tuple[str, ...] | list[str] = ()  # side effects since it last waited, see effect_key
 
@@ -435,17 +435,17 @@ class Enrollment(NamedTuple):
 
     @property
     def fence(self) -> Fence:
-        """Unchanged until the enrollment is moved or leased again."""
+        """Return values that are unchanged until the enrollment is moved or leased again."""
         return (self.id, self.visit, self.leases, self.leased_by)
 
     @property
     def goals(self) -> tuple[tuple[str, ...] | list[str], str | None]:
-        """Those met, in its sequence and in others."""
+        """Return the goals that it has met, in its sequence and in others."""
         return self.goals_met, self.goals_elsewhere
 
     @property
     def state(self) -> tuple[object, ...]:
-        """All values that are not its own, hashable."""
+        """Return all values that are not its own, hashable."""
         lists = tuple(self.goals_met), tuple(self.executed)
         return self[_OWN:_LISTS], self.goals_elsewhere, lists  # flat, it would take twice as long
 
@@ -458,7 +458,7 @@ class Enrollment(NamedTuple):
     def entering(
         self, sequence: str, step: str, now: datetime, executed: tuple[str, ...] | list[str]
     ) -> Enrollment:
-        """At another step: a new visit, in which nothing was tried yet."""
+        """Return it at another step: a new visit, in which nothing has been tried."""
         return Enrollment(
             self.id,
             self.subject,
@@ -483,7 +483,7 @@ class Enrollment(NamedTuple):
         )
 
     def leased_to(self, daemon: str, number: int) -> Enrollment:
-        """With one more attempt begun, by this daemon, under a lease with this number."""
+        """Return it with one more attempt, leased by this daemon with this number."""
         return Enrollment(
             self.id,
             self.subject,
@@ -513,25 +513,27 @@ _LISTS = Enrollment._fields.index("goals_met")
 
 
 def effect_key(sequence: str, step: str) -> str:
-    """Names a step with a side effect among those of all sequences; SQL has the same function."""
+    """Return the name of a step with a side effect, unique among all sequences; SQL has the same
+    function.
+    """
     if "/" in sequence or "%" in sequence:
         sequence = sequence.replace("%", "%25").replace("/", "%2F")
     return f"{sequence}/{step}"
 
 
 External = Mapping[str, Any]
-"""What a lookup knows of a subject; nothing where there is no lookup."""
+"""External data about a subject; empty without a lookup."""
 
 
 Condition = Callable[[str], bool]
-"""A condition on a view, which it takes as JSON text."""
+"""A condition on a view, given as JSON text."""
 
 
 class Context:
     """The evaluation context: what steps and goals read of an enrollment, and the time.
 
-    `has_read_own` tells whether own values of the enrollment were read, and not its state alone.
-    Conditions that read the data alone do not count: `answers` has what they have answered.
+    `has_read_own` tells whether values of the enrollment itself were read, and not only its state.
+    Conditions that read only the data do not count: `answers` has their results.
     """
 
     __slots__ = (
@@ -565,26 +567,26 @@ class Context:
         self._enrollment = enrollment
 
     def is_of(self, enrollment: Enrollment) -> bool:
-        """Whether this is the context of exactly this enrollment."""
+        """Return whether this is the context of exactly this enrollment."""
         return self._enrollment is enrollment
 
     @property
     def enrollment(self) -> Enrollment:
-        """The whole enrollment; counts as reading its own values."""
+        """Return the whole enrollment; this counts as reading its own values."""
         self.has_read_own = True
         return self._enrollment
 
     @property
     def entered_at(self) -> datetime:
-        """Since when the enrollment has been at its step."""
+        """Return since when the enrollment has been at its step."""
         return self._enrollment.entered_at or self.now
 
     def share(self, seed: str) -> float:
-        """Return where the subject is between 0 and 1."""
+        """Return the subject's position between 0 and 1."""
         return share(seed, self.enrollment.subject)
 
     def holidays(self, calendar: str | None) -> Collection[date]:
-        """Return the days of a calendar. Raise EvaluationError if it has none."""
+        """Return the days of a calendar. Raises EvaluationError if it has none."""
         if calendar is None or self._holidays is None:
             return ()
         if calendar not in self._holidays:
@@ -592,7 +594,7 @@ class Context:
         return self._holidays[calendar]
 
     def holds(self, condition: Condition, roots: Set[str]) -> bool:
-        """Return whether a condition holds that reads these keys of the view."""
+        """Return whether a condition that reads these keys of the view holds."""
         if roots != _DATA:
             return condition(self.json(roots))
         answer = condition(data_view(self._enrollment))
@@ -613,23 +615,23 @@ class Context:
 
 
 def data_view(enrollment: Enrollment) -> str:
-    """Return a view with the data alone as JSON text."""
+    """Return a view that contains only the data, as JSON text."""
     return f'{{"data":{enrollment.data}}}'
 
 
-@lru_cache(maxsize=16)  # a batch enters its steps at one time
+@lru_cache(maxsize=16)  # the enrollments of a batch enter their steps at one time
 def _microseconds(time: datetime) -> str:
-    """16 hexadecimal digits."""
+    """Format a time as 16 hexadecimal digits."""
     return f"{int(time.timestamp() * 1_000_000) % 2**64:016x}"
 
 
 _DATA = {"data"}
 _STATE = {"sequence", "step", "timezone", "visit", "attempt", "startStep"}
-"""What is the same for all enrollments in one state."""
+"""The values that all enrollments in one state share."""
 
 
 def view(enrollment: Enrollment, timezone: str, entered_at: datetime, external: External) -> View:
-    """What runners are given. Raises EvaluationError for data that can't be read."""
+    """Return what runners receive. Raises EvaluationError for data that cannot be read."""
     values = _about(enrollment, timezone, entered_at, external)
     values["data"] = parse_data(enrollment.data)
     return View.of(values, enrollment.data)
@@ -638,8 +640,8 @@ def view(enrollment: Enrollment, timezone: str, entered_at: datetime, external: 
 def _about(
     enrollment: Enrollment, timezone: str, entered_at: datetime, external: External
 ) -> dict[str, Any]:
-    """What `get` paths, templates and custom runners are given but for the data; names as in the
-    original.
+    """Return the values that `get` paths, templates and custom runners read, without the data; the
+    names are the original's.
     """
     original_id = enrollment.original_id
     return {
@@ -659,44 +661,45 @@ def _about(
 
 
 def _original_id(id_: str) -> int | str:
-    """The id by which the original knew an enrollment."""
+    """Return the id of an enrollment in the original."""
     return int(id_) if id_.isascii() and id_.isdecimal() else id_
 
 
 class View(dict[str, Any]):
-    """What `get` paths, templates and custom runners may read, with its JSON text."""
+    """The values that `get` paths, templates and custom runners may read, with their JSON text."""
 
     data: str  # the JSON text of the data
 
     @classmethod
     def of(cls, values: Mapping[str, Any], data: str) -> View:
-        """These values, with this text of the data; no `__init__`, which would take its time."""
+        """Make a view of these values, with this text of the data; without `__init__`, which takes
+        longer.
+        """
         made = cls(values)
         made.data = data
         return made
 
     @cached_property
     def text(self) -> str:
-        """As JSON, with the data as PostgreSQL has them."""
+        """Return it as JSON, with the data as in PostgreSQL."""
         others = {name: value for name, value in self.items() if name != "data"}
         return _with_data(others, self.data)
 
 
 def _with_data(others: Mapping[str, Any], data: str | None) -> str:
-    """JSON text, with the data as PostgreSQL has them."""
+    """Return JSON text, with the data as in PostgreSQL."""
     text = json.dumps(others)
     if data is None:
         return text
     return f'{{"data":{data},{text[1:]}' if others else f'{{"data":{data}}}'
 
 
-_decode = json.JSONDecoder().raw_decode  # does not look for blanks around it, which jsonb lacks
+_decode = json.JSONDecoder().raw_decode  # without a search for blanks, which jsonb lacks
 
 
 def parse_data(text: str, *, exact: bool = False) -> dict[str, Any]:
-    """Parse an enrollment's data, if they are to be written again `exact` to the last digit.
-
-    Raises EvaluationError for what PostgreSQL takes and Python doesn't.
+    """Parse an enrollment's data; `exact` keeps all digits, for data that are written again. Raises
+    EvaluationError for values that PostgreSQL accepts and Python does not.
     """
     try:
         data: dict[str, Any] = exact_json.loads(text) if exact else _decode(text)[0]
@@ -706,16 +709,18 @@ def parse_data(text: str, *, exact: bool = False) -> dict[str, Any]:
 
 
 REMOVED: Final = object()
-"""In changes of data, as the value of a key that is removed."""
+"""In changes of data, the value of a key that is removed."""
 
 
 def merge_data(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return data with changes of their first keys."""
+    """Return data with changes of their top-level keys."""
     return {key: value for key, value in {**data, **changes}.items() if value is not REMOVED}
 
 
 def printable(text: str) -> str:
-    """Text that PostgreSQL takes and a terminal shows: no control characters, no endless ones."""
+    """Return text that PostgreSQL accepts and a terminal can show: no control characters, and
+    limited in length.
+    """
     text = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
     if text.isprintable():
         return text
@@ -724,30 +729,34 @@ def printable(text: str) -> str:
     )
 
 
-@lru_cache(maxsize=4096)  # a batch has entered its step at one time
+@lru_cache(maxsize=4096)  # the enrollments of a batch have entered their step at one time
 def iso(instant: datetime) -> str:
-    """An instant (aware, in UTC) as text: ISO 8601 with milliseconds, as JavaScript writes it."""
+    """Format an instant (aware, in UTC) in ISO 8601 with milliseconds, like JavaScript."""
     return instant.isoformat(timespec="milliseconds")[:23] + "Z"
 
 
-# --- what a runner is given, and what it answers
+# --- tasks and results
 
 
 class Task(NamedTuple):
-    """One enrollment for a runner: `key` is its idempotency key, `view` what may be read."""
+    """One enrollment for a runner: `key` is its idempotency key, `view` contains the values that
+    may be read.
+    """
 
     key: str
     view: Mapping[str, Any]
-    expires: float | None = None  # by the event loop's clock
+    expires: float | None = None  # a time of the event loop's clock
     topic: str | None = None  # what it is about
 
     def is_late(self, now: float) -> bool:
-        """Whether it is too late to begin, after a queue or a limited rate: it is NotStarted."""
+        """Return whether it is too late to begin, after a queue or a limited rate: the result is
+        NotStarted.
+        """
         return self.expires is not None and now >= self.expires
 
 
 class Undeliverable(NamedTuple):
-    """An address that no message can reach, or that opted out at its provider, to be suppressed.
+    """An address to be suppressed, because no message can reach it or it opted out at its provider.
 
     `source` says how that became known, as in `sequencer.suppressions`.
     """
@@ -760,9 +769,9 @@ class Undeliverable(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The side effect is done, or (NOOP) to be executed again: at `wake_at`, or later.
+    """The side effect is done or, with NOOP, to be executed again: at `wake_at`, or later.
 
-    `undeliverable` are recipients that turned out to be.
+    `undeliverable` are recipients that turned out to be undeliverable.
     """
 
     action: Action = Action.NEXT
@@ -776,26 +785,28 @@ class Answer:
 Attribution = Literal["enrollment", "server", "unclear"]
 
 OutageCause = Literal["failing", "over quota", "refused", "unavailable", "unreachable"]
-"""Why a server fails, in a log's words; refused: its operator must see to a login or a setting."""
+"""The reasons for which a server fails, for logs; refused: its operator must correct a login or a
+setting.
+"""
 """The cause of a failure; "server" includes the operator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The side effect did not happen, as far as is known.
+    """The side effect did not take place, as far as is known.
 
-    A permanent failure is not tried again. `retry_after` is the least wait that the server asks
-    for. `unknown`: it may have taken place all the same, as where an answer was lost.
+    A permanent failure is not retried. `retry_after` is the least wait that the server asks for.
+    `unknown`: it may have taken place nevertheless, for example if an answer was lost.
 
     `fault` is the cause. "enrollment": this message, address or data was refused; an attempt is
-    spent. "server": nothing would have gone through, as with an outage, a login, a quota or a
-    throttle; no attempt is spent, and the executor holds back the whole runner. "unclear": it may
-    be either, as a 500 or a time-out; the executor decides by what its other calls come to.
-
-    `asked` is False where the server was not asked, as for a template that can't be rendered: that
-    tells nothing of the server. `refund`: so many attempts of before were no fault of the
-    enrollment either, which turned out since. `cause` tells it without the server's words, which
-    may name a recipient. `undeliverable` are recipients that turned out to be.
+    spent. "server": nothing would have succeeded, for example because of an outage, a login, a
+    quota or a throttle; no attempt is spent, and the executor holds back the whole runner.
+    "unclear": it may be either, as with a 500 or a time-out; the executor decides by the results of
+    its other calls. `asked` is False if the server was not called, for example because a template
+    cannot be rendered: that says nothing about the server. `refund` is the number of earlier
+    attempts that turned out not to be the enrollment's fault either. `cause` describes the failure
+    without the server's words, which may name a recipient. `undeliverable` are recipients that
+    turned out to be undeliverable.
     """
 
     message: str
@@ -812,7 +823,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class LookupAnswer:
-    """What a lookup has found out. `external` is None where it failed, `message` says why."""
+    """The result of a lookup. `external` is None if it failed; then `message` says why."""
 
     external: External | None
     message: str = ""
@@ -820,26 +831,26 @@ class LookupAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Suppressed:
-    """Nothing is sent, because its recipients are suppressed; the message names them."""
+    """Nothing was sent, because the recipients are suppressed; the message names them."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class NotStarted:
-    """The side effect was not begun: it is given back as if it had never been leased."""
+    """The side effect has not begun: the enrollment is given back as if never leased."""
 
 
 Result = Answer | Suppressed | Failed | NotStarted | LookupAnswer
 
 
 def may_have_taken_place(result: Result) -> bool:
-    """Whether a side effect with this result may have taken place."""
+    """Return whether a side effect with this result may have taken place."""
     return isinstance(result, Answer) or (isinstance(result, Failed) and result.unknown)
 
 
 def outcome(result: Result) -> str:
-    """In a word, for metrics and traces."""
+    """Return the result as one word, for metrics and traces."""
     match result:
         case Answer(action):
             return str(action)
@@ -861,7 +872,7 @@ def outcome(result: Result) -> str:
 
 
 class Event(NamedTuple):
-    """What happened to an enrollment: a row of history but for its id."""
+    """What happened to an enrollment: a row of the history without its id."""
 
     at: datetime
     sequence: str
@@ -869,14 +880,15 @@ class Event(NamedTuple):
     visit: int
     action: str
     message: str | None = None
-    revision: int | None = None  # of the definition that it happened under
-    seconds_at_step: float | None = None  # that it had been there
+    revision: int | None = None  # the revision of the definition at that time
+    seconds_at_step: float | None = None  # how long it had been at the step
 
 
 class Wait(NamedTuple):
-    """Stays active and is evaluated again at that time; by other daemons if it is `elsewhere`.
+    """The enrollment remains active and is evaluated again at that time; by other daemons if it is
+    `elsewhere`.
 
-    `waits_until` is the end of the wait, where it is evaluated before, for external data.
+    `waits_until` is the end of the wait if it is evaluated earlier, because of external data.
     """
 
     until: datetime
@@ -885,34 +897,34 @@ class Wait(NamedTuple):
 
 
 class Execute(NamedTuple):
-    """Needs the side effect of its step."""
+    """The enrollment needs the side effect of its step."""
 
     step: Step
     effect: SideEffect
     timezone: str
     external: External
     revision: int  # of its sequence
-    expires_at: datetime | None = None  # too late from then on
-    closes_at: datetime | None = None  # its window; not to be begun from then on
+    expires_at: datetime | None = None  # it does not begin after this time
+    closes_at: datetime | None = None  # the end of its window, after which it does not begin
     topic: str | None = None
-    reservations: tuple[Reservation, ...] = ()  # that must succeed first, all of them
+    reservations: tuple[Reservation, ...] = ()  # reservations that must all succeed first
 
 
 class QueryLookup(NamedTuple):
-    """Needs what this lookup knows of the subject."""
+    """The enrollment needs external data from this lookup."""
 
     step: Step
     lookup: str
 
 
 class End(NamedTuple):
-    """Has come to its end."""
+    """The journey has ended."""
 
     status: Literal["completed"] = "completed"
 
 
 class Fail(NamedTuple):
-    """Cannot go on: a code and a sentence."""
+    """The enrollment cannot continue: a code and a sentence."""
 
     failure: str
     message: str
@@ -922,23 +934,23 @@ Decision = Wait | Execute | QueryLookup | End | Fail
 
 
 class Advanced(NamedTuple):
-    """The enrollment as `advance` has moved it, what it decided, and what to record.
+    """The enrollment after `advance`, the decision, and what to record.
 
-    If `is_shared`, every enrollment in the same state has the same outcome whose data give the same
-    `answers`: each is a condition that was asked, in this order, and whether it holds.
+    If `is_shared`, every enrollment in the same state has the same outcome if its data give the
+    same `answers`: each is a condition that was evaluated, in this order, and its result.
     """
 
     enrollment: Enrollment
     decision: Decision
     events: tuple[Event, ...]
-    data: Mapping[str, Any] | None = None  # to be merged into the row
+    data: Mapping[str, Any] | None = None  # to be merged into the row's data
     is_shared: bool = False
-    entered: tuple[str, ...] = ()  # the sequences that it jumps into, if they don't refuse it
-    entries: tuple[Entry, ...] = ()  # of others, if they are not refused
-    cancellations: tuple[Cancellation, ...] = ()  # of others, once these are locked
+    entered: tuple[str, ...] = ()  # the sequences into which it jumps, unless they refuse it
+    entries: tuple[Entry, ...] = ()  # enrollments of others, unless they are refused
+    cancellations: tuple[Cancellation, ...] = ()  # cancellations of others, once these are locked
     answers: tuple[tuple[Condition, bool], ...] = ()
 
     @property
     def is_tentative(self) -> bool:
-        """Whether other enrollments decide whether this holds."""
+        """Return whether the outcome depends on other enrollments."""
         return bool(self.entered or self.entries or self.cancellations)

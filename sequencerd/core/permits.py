@@ -1,4 +1,4 @@
-"""Which permits for calls at a limited rate a daemon asks for, and when it may use them."""
+"""Decide how many permits for calls at a limited rate to request, and when to use them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from bisect import bisect_right
 from collections import deque
 
 BLOCK = 0.2
-"""Seconds of the rate that a block of permits holds at most; at least one permit."""
+"""The most permits in a block, as seconds of the rate; at least one permit."""
 
 WINDOW = 1.0
-"""Seconds in which a daemon begins no more calls than it had permits, with `LATEST` before."""
+"""The seconds in which a daemon begins no more calls than it had permits, with `LATEST` before."""
 
 LATEST = 0.05
-"""Seconds by which a call may begin late without any effect on others. Daemons together then begin
-no more in a second than the rate allows in 1.05.
+"""The seconds by which a call may begin late without any effect on others. All daemons together
+then begin no more calls in a second than the rate allows in 1.05.
 """
 
 
 class Permits:
     """Instants at which calls may begin, in blocks, by the caller's clock.
 
-    A block is as large as the demand: twice the last one if that was used up, otherwise what was
-    used of it. A permit can be used late, as after a pause of the process, as long as the daemon
-    begins no more calls in a second than it had permits.
+    A block is as large as the demand: twice the last one if that was used up, otherwise the used
+    part of it. A permit can be used late, for example after the process was paused, as long as the
+    daemon begins no more calls in a second than it had permits.
     """
 
     def __init__(self, per_second: float) -> None:
@@ -35,12 +35,12 @@ class Permits:
         self._used = 0  # of these
 
     def wanted(self, waiting: int) -> int:
-        """Return how many permits to ask for, with so many calls that wait."""
+        """Return how many permits to request while so many calls wait."""
         size = 2 * self._given if self._used == self._given else self._used
         return max(1, min(max(size, waiting), self._most))
 
     def add(self, first: float, count: int) -> None:
-        """Add a block, of which the first can be used from that time on."""
+        """Add a block whose first permit can be used from a time on."""
         block = [first + number * self.interval for number in range(count)]
         self._left.extend(block)
         self._granted = sorted(self._granted + block)
@@ -61,8 +61,8 @@ class Permits:
         self._used -= 1
 
     def begin(self, at: float, now: float) -> float | None:
-        """Begin a call with the permit of an instant, which has come. Return 0 if it has begun, or
-        after how many seconds to try again; None if the permit has lapsed.
+        """Begin a call with the permit of an instant that has come. Return 0 if it has begun, or
+        after how many seconds to try again; None if the permit has expired.
         """
         if at <= now - WINDOW - LATEST:
             return None

@@ -1,4 +1,4 @@
-"""Which shard a subject belongs to."""
+"""Determine the shard of a subject."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 
 class ShardNumber(NamedTuple):
-    """Which of several shards one is: its number, from 0, and how many there are."""
+    """The number of a shard, from 0, and the number of shards."""
 
     number: int
     shards: int
 
     def __str__(self) -> str:
-        """Return it for a message."""
+        """Format it for a message."""
         return f"number {self.number} of {self.shards} shards"
 
 

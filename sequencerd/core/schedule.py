@@ -1,4 +1,4 @@
-"""Enrolling by a query and a schedule: the key `enroll` of a sequence, and when it is next due."""
+"""Enrolling by a query and a schedule: the key `enroll` of a sequence, and its next run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BASE_UNITS = {
 }
 LONGEST_YEARS = 1000  # dates end with the year 9999
 SOURCE = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*)")
-"""The name of a view or function of the user's, as it is written in SQL without quotes."""
+"""The name of a user's view or function, as written in SQL without quotes."""
 
 
 class Span(Config):
@@ -61,7 +61,7 @@ class Span(Config):
         return self
 
     def document(self) -> dict[str, Any]:
-        """The same in months, days, hours or seconds, as sequencer.as_duration has it."""
+        """Return the same in months, days, hours or seconds, like sequencer.as_duration."""
         factor, unit = BASE_UNITS[self.unit.removesuffix("s")]
         amount = self.amount * factor
         if unit == "seconds" and amount % 3600 == 0:
@@ -106,19 +106,19 @@ class EnrollConfig(Config):
         return self
 
     def first_run(self, now: datetime, timezone: str) -> datetime:
-        """When a new schedule is due: at the time that it names, or at once. Raises EvaluationError
-        where there is no second run.
+        """Return the first run of a new schedule: the next time that it names, or now. Raises
+        EvaluationError if there is no second run.
         """
         following = self.next_run(now, timezone)
         return now if self.every else following
 
     def next_run(self, now: datetime, timezone: str) -> datetime:
-        """When it is due after a run at this time; of runs that were missed there is one."""
+        """Return the next run after a run at this time; missed runs are made up for by one."""
         zone = dates.zone(timezone)
         if self.every is not None:
             return dates.add(now, self.every.amount, self.every.unit, zone)
         return next(CronSim(self.schedule or "", now.astimezone(zone))).astimezone(UTC)
 
     def document(self) -> Mapping[str, Any]:
-        """As it is kept."""
+        """Return it as stored."""
         return self.model_dump(by_alias=True, exclude_none=True)

@@ -55,7 +55,7 @@ def _window(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _object(text: str | None) -> dict[str, Any]:
-    """Parse a JSON object; what is none is a fault of the definition, which is reported there."""
+    """Parse a JSON object; anything else is an error of the definition, which is reported there."""
     with suppress(DefinitionError):
         found = parse_json(text or "{}")
         if isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""The config of windows: at the top of a sequence, in a side effect, and of a step."""
+"""The config of windows, for a sequence, a side effect, or a step."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class WindowConfig(Config):
         return self
 
     def window(self) -> Window:
-        """The window, for the calendar."""
+        """Return the window for the calendar."""
         length = self.spread or SpreadConfig()
         return Window(
             days=frozenset(map(WEEKDAYS.index, self.days or WEEKDAYS)),
@@ -90,7 +90,7 @@ class WindowConfig(Config):
 
 
 def _length(window: Window) -> timedelta:
-    """How long a window is open on a day without a change of clocks."""
+    """Return how long a window is open on a day without a change of clocks."""
     day = datetime(2026, 1, 1)  # noqa: DTZ001 - what a clock shows
     start = datetime.combine(day, window.start)
     end = datetime.combine(day, window.end or time.min)
@@ -112,7 +112,7 @@ def describe_window(config: Mapping[str, Any]) -> str:
 
 
 def _describe_days(days: frozenset[int]) -> str:
-    """Days with a range for three or more in a row; nothing for all."""
+    """Describe days, with ranges for three or more consecutive ones; empty for all days."""
     if len(days) == len(WEEKDAYS):
         return ""
     ordered = sorted(days)

@@ -1,4 +1,4 @@
-"""The calendar: time zones, date arithmetic, parsing, the next matching time.
+"""The calendar: time zones, date arithmetic, parsing, and the next matching time.
 
-Pure; moment's answers on zoneinfo.
+Pure; gives moment's answers with zoneinfo.
 """

@@ -1,4 +1,4 @@
-"""Anniversaries: a date that comes back each year, such as a birthday."""
+"""Anniversaries: a date that recurs each year, such as a birthday."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Business days: Monday to Friday but for the holidays of a calendar."""
+"""Business days: Monday to Friday, except for the holidays of a calendar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SATURDAY = 5
 
 
 def is_business_day(day: date, holidays: Collection[date] = ()) -> bool:
-    """Whether it is none of a weekend and no holiday."""
+    """Return whether a day is neither on a weekend nor a holiday."""
     return day.weekday() < _SATURDAY and day not in holidays
 
 

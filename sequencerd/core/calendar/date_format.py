@@ -1,4 +1,4 @@
-"""Dates as messages show them: the tokens of moment's `format`, with the names of a locale."""
+"""Format dates for messages: with the tokens of moment's `format`, and the names of a locale."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT = "YYYY-MM-DDTHH:mm:ssZ"
 
 @dataclass(frozen=True, slots=True)
 class DateNames:
-    """What a locale calls the parts of a date."""
+    """The names of the parts of a date in a locale."""
 
     months: tuple[str, ...]
     months_after_day: tuple[str, ...]  # "5 марта", where "март" stands alone
@@ -83,11 +83,11 @@ _AFTER_DAY: dict[str, _Write] = {
     "MMMM": lambda at, names: names.months_after_day[at.month - 1],
     "MMM": lambda at, names: names.short_months_after_day[at.month - 1],
 }
-"""The tokens that are written otherwise where the day of the month is written, too."""
+"""The tokens that are written differently if the day of the month is written as well."""
 
 # A run of one letter is one token, as in moment: "YYYYY" is not "YYYY" and "Y".
 _PIECES = re.compile(r"\[([^\[\]]*)\]|(Do|([A-Za-z])\3*)|([^A-Za-z\[]+|\[)")
-# Letters that mean nothing to moment stand for themselves, such as the T of an ISO date.
+# Letters that mean nothing to moment represent themselves, such as the T of an ISO date.
 _PLAIN = frozenset("BCFIJKORTUVbcfijnpqrtuv")
 
 
@@ -126,7 +126,7 @@ def compile_format(text: str, locale: str = "") -> Callable[[datetime], str]:
 
 
 def check_locale(locale: str) -> str:
-    """The name of a locale that is known: "de" for "de", "de-AT" and "de_DE"; "en" for none.
+    """Return the name of a known locale: "de" for "de", "de-AT" and "de_DE"; "en" by default.
 
     Raises DefinitionError for any other.
     """

@@ -65,10 +65,11 @@ _MILLISECOND = timedelta(milliseconds=1)
 
 
 def normalise_unit(unit: str) -> str:
-    """The unit's full name: "year", "quarter", "month", "week", "day", "hour" ... "millisecond".
+    """Return the full name of a unit: "year", "quarter", "month", "week", "day", "hour" ...
+    "millisecond".
 
-    Capitals matter in short forms alone ("M" months, "m" minutes), as with moment. Raises
-    DefinitionError for every other name: moment would silently add nothing.
+    Capitals matter only in short forms ("M" months, "m" minutes), as in moment. Raises
+    DefinitionError for all other names: moment would silently add nothing.
     """
     name = full_name(unit) if isinstance(unit, str) else None
     if name in _DAYS:
@@ -129,7 +130,7 @@ def _elapsed(wall: datetime, amount: float, unit: str) -> timedelta:
 
 
 def _rounded(number: float) -> int:
-    """To the nearest whole number, half away from zero."""
+    """Round to the nearest whole number, half away from zero."""
     size = abs(number)
     whole = floor(size)
     whole += size - whole >= 0.5

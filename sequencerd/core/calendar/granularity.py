@@ -1,4 +1,4 @@
-"""The period of time to which an instant belongs, such as its day: what moment compares."""
+"""The period that contains an instant, such as its day: what moment compares."""
 
 from __future__ import annotations
 

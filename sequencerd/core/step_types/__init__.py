@@ -29,22 +29,22 @@ BUILT_IN: Mapping[str, StepType] = {
 
 
 def is_instant(type_: str) -> bool:
-    """Whether a type is built in and has no side effect."""
+    """Return whether a type is built in and has no side effect."""
     return type_ in BUILT_IN and BUILT_IN[type_].compile is not None
 
 
 def is_message(type_: str) -> bool:
-    """Whether a type is built in and has a side effect."""
+    """Return whether a type is built in and has a side effect."""
     return type_ in BUILT_IN and BUILT_IN[type_].compile is None
 
 
 def is_goal(type_: str) -> bool:
-    """Whether a step of this type is a goal."""
+    """Return whether a step of this type is a goal."""
     return type_ in BUILT_IN and BUILT_IN[type_].is_goal
 
 
 def is_seeded(type_: str) -> bool:
-    """Whether a seed decides where a step of this type leads a subject."""
+    """Return whether a seed decides where a step of this type leads a subject."""
     return type_ in BUILT_IN and BUILT_IN[type_].is_seeded
 
 
@@ -61,8 +61,8 @@ def describe_wait(type_: str | None, config: Mapping[str, Any]) -> str:
 
 
 def named_steps(type_: str, config: object) -> Iterator[tuple[KeyPath, str, str | None]]:
-    """Yield the steps that a config names, with their paths, and their sequences where it names
-    these, too.
+    """Yield the steps that a config names, with their paths, and with their sequences if it names
+    these.
     """
     for path in BUILT_IN[type_].steps if type_ in BUILT_IN else ():
         for where, holder in find(config, path[:-1]):
@@ -75,8 +75,8 @@ def named_steps(type_: str, config: object) -> Iterator[tuple[KeyPath, str, str 
 def rename_steps(
     type_: str, config: Mapping[str, Any], sequence: str, names: Mapping[str, Mapping[str, str]]
 ) -> Mapping[str, Any]:
-    """Return a config of a step in a sequence, in which it names steps by their new names; `names`
-    are these, by sequence and old name.
+    """Return a step's config with new names of steps; `names` maps sequence and former name to
+    these.
     """
     renamed: dict[str, Any] = copy.deepcopy({**config})
     for path, step, other in named_steps(type_, config):
@@ -126,7 +126,7 @@ def written_keys(type_: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def in_a_row(type_: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with two steps of a type that follow each other; None if nothing is."""
+    """Describe the error of two consecutive steps of a type; None if there is none."""
     record = BUILT_IN.get(type_)
     return record.in_a_row(first, second) if record else None
 
@@ -139,15 +139,15 @@ def calendars(type_: str, config: Mapping[str, Any]) -> set[str]:
 
 
 def read_paths(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, object]]:
-    """Yield the paths that a config reads beside its conditions, and where they are."""
+    """Yield the paths that a config reads outside of its conditions, with their places."""
     if type_ in BUILT_IN:
         yield from BUILT_IN[type_].paths(config)
 
 
 def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
-    """Return the first keys of what a step reads of the view; None for all of it.
+    """Return the first keys of the view that a step reads; None for the whole view.
 
-    Of a config with errors it is what can be told.
+    For a config with errors, return what can be determined.
     """
     found: set[str] = set()
     for path in BUILT_IN[type_].conditions if type_ in BUILT_IN else ():

@@ -102,7 +102,7 @@ class ConditionConfig(Config):
     """A condition that must not hold."""
 
     def predicate(self) -> Predicate:
-        """Compile the lodashCommand."""
+        """Compile the condition of the lodashCommand."""
         assert self.lodash_command is not None
         assert self.value is not None
         assert not isinstance(self.compare_to, list)
@@ -188,7 +188,7 @@ def _compile(config: ConditionConfig, depth: int, *, waits: bool) -> Holds:
 
 
 def _check_keys(config: ConditionConfig, faults: Faults, *, waits: bool) -> None:
-    """Find keys that do not go together, and operands that a command does not take."""
+    """Find keys that contradict each other, and operands that a command does not take."""
     given = {
         field.alias or name
         for name, field in ConditionConfig.model_fields.items()
@@ -258,7 +258,7 @@ def _compile_moment(config: ConditionConfig) -> Holds:
 def _compile_instant(
     config: ConditionConfig, path: KeyPath, operand: Operand
 ) -> Callable[[Context], datetime | None]:
-    """Compile the time that an operand is; None if there is no value."""
+    """Compile the time in an operand; None if it has no value."""
     if operand.type == "now":
         return lambda context: context.now
     if operand.type == "raw":
@@ -311,13 +311,13 @@ def _operand_with_value(operand: Operand, context: Context) -> str:
 
 
 def describe_wait(config: Mapping[str, Any]) -> str:
-    """Describe a wait for a condition; empty for what is none."""
+    """Describe a wait for a condition; empty if there is none."""
     described = describe_condition(config)
     return f"waits until {described} is true" if described else ""
 
 
 def describe_condition(config: Any) -> str:
-    """Describe a condition, such as "gte(data.score, 50)"; empty for what is none."""
+    """Describe a condition, such as "gte(data.score, 50)"; empty if there is none."""
     match config:
         case {"lodashCommand": str(command), "value": value} | {
             "momentCommand": str(command),

@@ -59,7 +59,7 @@ def _update_data(config: UpdateDataConfig) -> InstantStep:
 
 
 def _operation(value: object) -> str | None:
-    """The operation that a value is, if it is one."""
+    """Return the operation in a value, or None."""
     if isinstance(value, dict) and len(value) == 1 and (name := next(iter(value))) in OPERATIONS:
         return str(name)
     return None
@@ -139,7 +139,7 @@ def _compile_get(path: object) -> ReadValue:
 
 
 def _required(path: KeyPath, read: object, found: ReadValue) -> ReadValue:
-    """Return `found` with a missing value as an error."""
+    """Wrap `found` so that a missing value is an error."""
     where = ".".join(map(str, read)) if isinstance(read, list) else read
 
     def value(context: Context) -> Any:
@@ -196,12 +196,12 @@ def _unsuitable(path: KeyPath, present: Any, wanted: str) -> EvaluationError:
 
 
 def data_paths(config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, object]]:
-    """Yield the paths that the key `data` of a config reads, and where they are."""
+    """Yield the paths that the key `data` of a config reads, with their places."""
     yield from _gets(config.get("data"), ("data",))
 
 
 def _gets(value: object, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
-    """The paths that a value reads, and where they are."""
+    """Yield the paths that a value reads, with their places."""
     match value:
         case dict() if _operation(value) == "get":
             yield (*path, "get"), value["get"]

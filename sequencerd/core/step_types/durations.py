@@ -30,7 +30,7 @@ LONGEST_PERIOD = timedelta(days=366)
 
 
 def spelled(names: Iterable[str], others: Iterable[str] = ()) -> JsonDict:
-    """For the schema: moment's names as its manual spells them, or with capitals anywhere."""
+    """Return the schema of moment's names, as its manual spells them or with any capitals."""
     lower = sorted({name.lower() for name in names if full_name(name.lower())})
     letters = ("".join(f"[{letter}{letter.upper()}]" for letter in name) for name in lower)
     known: list[JsonValue] = [*sorted(names), *sorted(others)]

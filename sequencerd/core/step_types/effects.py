@@ -47,7 +47,7 @@ class RetryConfig(Config):
     """Seconds of waiting after which it is not tried again, instead of a number of attempts."""
 
     def applied(self, policy: RetryPolicy) -> RetryPolicy:
-        """A runner's policy with what is written here; either end takes the place of its own."""
+        """Return a runner's policy with these keys; either limit replaces the runner's own."""
         written = self.model_dump(exclude_none=True)
         if written.keys() & {"attempts", "give_up_after"}:
             policy = replace(policy, attempts=None, give_up_after=None)
@@ -133,8 +133,8 @@ def compile_expiry(expires: str | DurationConfig) -> Callable[[Context], datetim
 
 
 def effect_exits(config: EffectConfig, *, is_message: bool) -> tuple[Exit, ...]:
-    """Where a step with a side effect leads. A message is answered with next alone; a custom
-    runner may answer altNext, and noop, which is a wait.
+    """Return the exits of a step with a side effect. Messages only answer next; a custom runner may
+    also answer altNext, and noop, which is a wait.
     """
     skips = {config.on_suppressed, config.on_expired if config.expires is not None else "next"}
     if config.limit is not None and config.limit.then == "altNext":

@@ -1,4 +1,4 @@
-"""Waits for parts of a date that follow each other, and do not mean what they seem to."""
+"""Find consecutive waits for parts of a date that do not mean what they seem to."""
 
 from __future__ import annotations
 

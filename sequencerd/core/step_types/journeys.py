@@ -89,7 +89,7 @@ def _cancel(config: CancelConfig) -> InstantStep:
 
 
 def _subject(source: str | None, faults: Faults) -> Callable[[Context], str]:
-    """Compile a subject; what is wrong with it goes to `faults`."""
+    """Compile a subject; its errors are added to `faults`."""
     if source is None:
         return lambda context: context.enrollment.subject
     render: Callable[[Context], str] = lambda _: source  # noqa: E731
@@ -166,7 +166,7 @@ def _collect(config: CollectConfig) -> InstantStep:
         moved = {"batch": batch, "collected": collected, "items": [], "collecting": REMOVED}
         return Update(moved, f"{count} item{'' if count == 1 else 's'}", has_waited=True)
 
-    # what passes at once has items that came since it passed before: it is no loop
+    # it passes at once only with items that have arrived since it passed before: not a loop
     return InstantStep(answer, (NEXT._replace(at_once="never"),), collects=True)
 
 
@@ -203,7 +203,7 @@ def _next_time(since: datetime, hour: int, minute: int, timezone: str) -> dateti
 
 
 def _instant(value: object, default: datetime) -> datetime:
-    """Return when an item came. Any user can change the data, so it may be nonsense."""
+    """Return when an item arrived. Any user can change the data, so it may be invalid."""
     try:
         found = datetime.fromisoformat(value) if isinstance(value, str) else default
         return found.astimezone(UTC) if found.tzinfo is not None else default

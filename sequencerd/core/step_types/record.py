@@ -1,4 +1,4 @@
-"""The record of a step type, and what is read in a config by its place there."""
+"""The record of a step type, and functions that read a config by its paths."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ANY = "*"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepType:
-    """Everything that the project knows of one step type.
+    """Everything that the project knows about one step type.
 
-    Paths lead into the config. They hold for configs with errors, too, of which the compiled step
-    knows nothing.
+    Paths lead into the config. They also apply to configs with errors, about which the compiled
+    step knows nothing.
     """
 
     name: str
@@ -28,32 +28,32 @@ class StepType:
     describe: Callable[[Mapping[str, Any]], str] = lambda _: ""
     """Describe what an enrollment at such a step waits for; empty for a step that does not wait."""
     never_alt: str = ""
-    """What to say of an altNext that is never taken, if there is a way to have it taken."""
+    """What to say about an altNext that is never taken, if there is a way to have it taken."""
     templates: tuple[str, ...] = ()
     """The keys in whose values every text is a template."""
     localised: tuple[str, ...] = ()
     """Those of them that may have a text for each language."""
     conditions: tuple[KeyPath, ...] = ()
-    """Where conditions are."""
+    """The paths of conditions."""
     paths: Callable[[Mapping[str, Any]], Iterator[tuple[KeyPath, object]]] = lambda _: iter(())
-    """Yield the paths that are read beside those of conditions, and where they are."""
+    """Yields the paths that are read outside of conditions, with their places."""
     in_a_row: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] = lambda _, __: None
-    """Say what is wrong if such a step follows such a step, whose configs have no errors."""
+    """Describes the error of two consecutive steps of this type, whose configs have no errors."""
     steps: tuple[KeyPath, ...] = ()
-    """Where steps are named. A key `sequence` beside it names the sequence of the step."""
+    """The paths of steps' names. A key `sequence` beside one names the sequence of the step."""
     writes: str = ""
     """The key whose object is merged into the data."""
     produces: tuple[str, ...] = ()
     """The keys of data that it writes, whatever its config."""
     calendars: tuple[KeyPath, ...] = ()
-    """Where calendars of holidays are named."""
+    """The paths of names of holiday calendars."""
     is_goal: bool = False
     is_seeded: bool = False
     """Whether a seed decides where a subject goes."""
 
 
 def find(value: object, path: KeyPath, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield what is at a path, which may have `ANY` in it, each with the path that leads there."""
+    """Yield the values at a path, which may contain `ANY`, each with its own path."""
     if not path:
         yield prefix, value
         return

@@ -1,4 +1,4 @@
-"""Templates in the configs of steps, ready to be rendered."""
+"""Compile templates in the configs of steps."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def compile_number(
 
 
 def shown(text: str) -> str:
-    """A text for a message, not endless."""
+    """Return a text for a message, limited in length."""
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 class MissingDateError(EvaluationError):
-    """A date that is empty, and not one that cannot be read."""
+    """A date that is empty, as opposed to one that cannot be parsed."""
 
 
 _UNIX = {"X": timedelta(seconds=1), "x": timedelta(milliseconds=1)}
@@ -114,7 +114,7 @@ def _parse_date(text: str, unix: Literal["X", "x"] | None, timezone: str) -> dat
 
 
 def no_date(value: object) -> str:
-    """Say that a value is no date."""
+    """Return the error for a value that is not a date."""
     text = repr(shown(value)) if isinstance(value, str) else shown(json.dumps(value))
     return f"{text} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
 

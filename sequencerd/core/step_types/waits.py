@@ -54,7 +54,7 @@ ON_TIME = timedelta(minutes=1)
 """An enrollment that a WaitForDateComparison wakes later than this has missed the time."""
 
 MISSED = timedelta(days=1)
-"""A date that is over for longer, after an outage or a change of data, is past."""
+"""A date that has been over for longer than this, after an outage or a change of data, is past."""
 
 
 def _attribute(name: str) -> str:
@@ -66,7 +66,7 @@ def _attribute(name: str) -> str:
 
 
 def _after(duration: DurationConfig, exit_: Exit) -> Exit:
-    """An exit that is taken when a duration is over."""
+    """Return an exit that is taken when a duration is over."""
     if isinstance(duration.amount, str):
         return exit_._replace(at_once="sometimes", reason="if its amount is 0 or less")
     if duration.unit in BUSINESS_DAYS:
@@ -318,7 +318,7 @@ def _constant(value: object) -> Callable[[Context], object]:
 
 
 def _comparing(config: WaitForDateComparisonConfig) -> Exit:
-    """The exit, and at which times it is taken at once."""
+    """Return the exit, and the times at which it is taken at once."""
     if config.occurrence == "next":
         return NEXT._replace(at_once="never")
     reason = 'if it matches already (write "occurrence: next")'
