@@ -80,17 +80,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             return
 
 
-STARTS_PROGRAMS = re.compile("subprocess|start_sequencerd")
+STARTS_PROGRAMS = re.compile(r"subprocess|start_sequencerd|\bbeside\(")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make quick` leaves out: modules whose tests start programs, and chaos.
+    """Mark what `make quick` leaves out: modules whose tests start programs, chaos, and tests of
+    the console on a database.
 
     Single tests that start programs or take half a second have the mark themselves.
     """
     for path, of_module in groupby(items, lambda item: item.path):
-        if "chaos" in path.parts or STARTS_PROGRAMS.search(path.read_text()):
-            for item in of_module:
+        all_are_slow = "chaos" in path.parts or STARTS_PROGRAMS.search(path.read_text())
+        for item in of_module:
+            fixtures = getattr(item, "fixturenames", ())
+            if all_are_slow or ("console" in path.parts and "database" in fixtures):
                 item.add_marker("slow")
 
 
