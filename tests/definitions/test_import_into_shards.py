@@ -67,6 +67,7 @@ async def count(shards: Shards) -> int:
     return sum(counts)
 
 
+@pytest.mark.slow
 async def test_each_row_goes_to_the_shard_of_its_subject_and_none_twice(
     sharded: Command,
     original: asyncpg.Connection,

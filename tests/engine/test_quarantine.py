@@ -485,7 +485,7 @@ async def test_data_beyond_the_limit_are_refused(
         await enroll(connection, "s", "large", data)
         await connection.execute(update, small, data)
         return
-    with pytest.raises(asyncpg.ProgramLimitExceededError, match="'large' in sequence 's' have"):
+    with pytest.raises(asyncpg.ProgramLimitExceededError, match="'large' in sequence 's' has"):
         await enroll(connection, "s", "large", data)
     with pytest.raises(asyncpg.ProgramLimitExceededError, match="more than the limit"):
         await connection.execute(update, small, data)

@@ -98,6 +98,7 @@ async def test_settings_of_triggers_are_those_of_the_schema(
     assert (await connection.fetchval(read), await other.fetchval(read)) == ("first", "another")
 
 
+@pytest.mark.slow
 async def test_two_daemons_in_one_database_do_not_disturb_each_other(
     connection: asyncpg.Connection, other: asyncpg.Connection, database: str
 ) -> None:
@@ -133,6 +134,7 @@ async def test_two_daemons_in_one_database_do_not_disturb_each_other(
     assert await other.fetchval(future) == 0
 
 
+@pytest.mark.slow
 async def test_dropping_one_disturbs_no_other(
     connection: asyncpg.Connection, other: asyncpg.Connection, database: str
 ) -> None:
@@ -154,6 +156,7 @@ async def test_dropping_one_disturbs_no_other(
     assert await migrate.grant(other) == []
 
 
+@pytest.mark.slow
 async def test_several_are_made_at_the_same_time(database: str) -> None:
     async def make(schema: str) -> list[migrate.Ungranted]:
         opened = await connections.connect(Shard(database, schema))

@@ -131,6 +131,7 @@ async def upgrade(
     assert await migrate.migrate(connection, new, ShardNumber(0, 2)) == list(new[len(old) :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", range(1, len(ALL)), ids=[one.name for one in ALL[:-1]])
 async def test_an_upgraded_schema_is_as_a_new_one_and_loses_nothing(
     connection: asyncpg.Connection, database: str, count: int
@@ -153,6 +154,7 @@ async def test_an_upgraded_schema_is_as_a_new_one_and_loses_nothing(
     ]
 
 
+@pytest.mark.slow
 async def test_a_migration_whose_result_depends_on_the_rows_is_found(
     connection: asyncpg.Connection,
 ) -> None:
