@@ -877,10 +877,12 @@ BEGIN
     IF NOT is_over THEN
         RETURN;
     END IF;
-    SELECT format('brake: more than %s in %s %s', rule.at_most, d->>'amount',
-                  CASE WHEN d->>'amount' = '1' THEN rtrim(d->>'unit', 's') ELSE d->>'unit' END)
+    SELECT format('brake: more than %s in %s %s', rule.at_most, seconds / u.size,
+                  CASE WHEN seconds = u.size THEN u.name ELSE u.name || 's' END)
       INTO cause
-      FROM sequencer.as_duration(rule.per) AS d;
+      FROM CAST(extract(epoch FROM rule.per) AS bigint) AS seconds
+      JOIN (VALUES (3600, 'hour'), (60, 'minute'), (1, 'second')) AS u (size, name) ON seconds % u.size = 0
+     ORDER BY u.size DESC LIMIT 1;
     UPDATE sequencer.sequences AS q SET status = 'paused'
      WHERE q.name IN (SELECT s.name FROM sequencer.sequences AS s
                        WHERE s.name = brake.sequence AND s.status <> 'paused' FOR UPDATE SKIP LOCKED)

@@ -19,7 +19,7 @@ from sequencerd.cli.ids import Id, by_shard, labelled
 from sequencerd.cli.output import busy, is_terminal, progress_bar, say, say_json, show, warn
 from sequencerd.core.calendar import dates
 from sequencerd.core.routing import shard_of
-from sequencerd.definitions.options import read_object
+from sequencerd.definitions.options import read_object, read_zone
 from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import bulk, connections
@@ -38,6 +38,8 @@ async def enroll_command(
         raise ArgumentError("leave out --shard, or specify the single shard of the subject")
     shard = shards[0] if arguments.shard else shards[shard_of(arguments.subject, len(shards))]
     read_object(arguments.data, "--data")
+    if arguments.timezone is not None:
+        read_zone(arguments.timezone)
     at = None
     if arguments.at is not None and (at := dates.parse(arguments.at, dates.zone("UTC"))) is None:
         raise UsageError(f"--at {arguments.at!r} is not an ISO 8601 date")

@@ -15,9 +15,8 @@ from sequencerd.console.query import Query, WrongQueryError, as_sentence
 from sequencerd.console.tables import at, at_shard
 from sequencerd.core import exact_json
 from sequencerd.core.calendar import dates
-from sequencerd.core.model import DefinitionError
 from sequencerd.core.routing import shard_of
-from sequencerd.definitions.options import read_object
+from sequencerd.definitions.options import read_object, read_zone
 from sequencerd.errors import UsageError
 from sequencerd.storage import bulk, connections
 from sequencerd.storage.bulk import AlreadyEnrolledError
@@ -111,11 +110,10 @@ def _read(query: Query) -> dict[str, Any]:
         if data.get("email", email) != email:
             raise UsageError("the data has another e-mail address: leave out one of them")
         data["email"] = email
+    if given["timezone"]:
+        read_zone(given["timezone"])
     try:
-        dates.zone(given["timezone"] or "UTC")
         content = exact_json.dumps(data)
-    except DefinitionError as error:
-        raise UsageError(f"time zone: {error}") from error
     except ValueError as error:
         raise UsageError(f"data: {error}") from error
     at = None

@@ -20,7 +20,7 @@ from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.graph import reach
 from sequencerd.core.model import Sequence, SideEffect
 from sequencerd.definitions import drawing
-from sequencerd.definitions.options import read_object
+from sequencerd.definitions.options import read_object, read_zone
 from sequencerd.definitions.simulate import Simulation
 from sequencerd.definitions.simulator import (
     WORDS,
@@ -31,7 +31,6 @@ from sequencerd.definitions.simulator import (
     read_result,
     read_time,
     read_when,
-    read_zone,
 )
 from sequencerd.definitions.started import read_started
 from sequencerd.errors import UsageError

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from sequencerd.core.calendar import dates
+from sequencerd.core.model import DefinitionError
 from sequencerd.errors import UsageError
 
 
@@ -17,3 +19,12 @@ def read_object(text: str, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f'{name} must be a JSON object such as {{"email": "ada@example.com"}}')
     return value
+
+
+def read_zone(name: str) -> str:
+    """Check the name of a time zone. Raises UsageError."""
+    try:
+        dates.zone(name)
+    except DefinitionError as error:
+        raise UsageError(f"timezone: {error}") from error
+    return name

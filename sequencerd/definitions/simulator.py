@@ -17,13 +17,13 @@ from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
 from sequencerd.core.model import (
     Answer,
-    DefinitionError,
     Enrollment,
     Failed,
     SideEffect,
     Step,
     Task,
 )
+from sequencerd.definitions.options import read_zone
 from sequencerd.definitions.simulate import MAX_ENTRIES, DataChange, Simulation, simulate
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
@@ -133,15 +133,6 @@ def choose(definitions: Mapping[str, model.Sequence], name: str | None) -> str:
         raise UsageError(f"specify a sequence; available: {', '.join(sorted(definitions))}")
     if name not in definitions:
         raise UsageError(f"sequence {name!r} does not exist; {nearest(name, list(definitions))}")
-    return name
-
-
-def read_zone(name: str) -> str:
-    """Check the name of a time zone. Raises UsageError."""
-    try:
-        dates.zone(name)
-    except DefinitionError as error:
-        raise UsageError(f"timezone: {error}") from error
     return name
 
 

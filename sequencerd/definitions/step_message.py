@@ -20,7 +20,7 @@ from sequencerd.core.model import (
     view,
 )
 from sequencerd.definitions.compiler import compile_behaviour
-from sequencerd.definitions.simulator import read_zone
+from sequencerd.definitions.options import read_zone
 from sequencerd.errors import UsageError
 from sequencerd.runners.protocol import MessageRunner, Runner
 

@@ -87,6 +87,7 @@ def test_tables_are_not_cut_in_a_pipe(applied: Command) -> None:
         (["enroll", "s", "ada", "--data", "[1]"], 1, "JSON object"),
         (["enroll", "s", "ada", "--data", "{"], 1, "not JSON"),
         (["enroll", "s", "ada", "--at", "soon"], 1, "ISO 8601"),
+        (["enroll", "s", "ada", "--timezone", "Europe/Berln"], 1, "timezone: "),
         (["enroll", "t", "ada"], 1, "sequence 't' does not exist"),
         (["enroll", "s", "ada", "--step", "x"], 1, "step 'x' does not exist"),
         (["show", "999"], 1, "enrollment 999 does not exist"),

@@ -220,6 +220,28 @@ async def test_the_brake_of_apply_holds_in_place_of_the_other_until_its_end(
         assert await brakes.rooms(connection, ["s"], after) == {}
 
 
+@pytest.mark.parametrize(
+    ("per", "words"),
+    [
+        ("1 hour", "1 hour"),
+        ("90 minutes", "90 minutes"),
+        ("1 minute", "1 minute"),
+        ("45 seconds", "45 seconds"),
+        ("2 days", "48 hours"),
+    ],
+)
+async def test_the_period_is_named_in_its_unit(
+    connection: asyncpg.Connection, per: str, words: str
+) -> None:
+    await braked(connection, 1, per)
+    await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
+    async with connection.transaction():
+        assert await brakes.rooms(connection, ["s"], NOW) == {"s": 1}
+        await brakes.count(connection, {"s": (1, True)}, NOW)
+    reason = await connection.fetchval("SELECT reason FROM sequencer.brakes")
+    assert reason == f"brake: more than 1 in {words}"
+
+
 async def test_a_locked_sequence_is_paused_later_and_nothing_more_is_sent(
     connection: asyncpg.Connection, database: str
 ) -> None:
