@@ -146,6 +146,10 @@ class Batch(EnrollmentWrites):
                     wakes[step_key] = row.wake_at
         return wakes
 
+    def invalid_steps(self) -> set[StepKey]:
+        """Return the steps at which enrollments fail because these are invalid."""
+        return {(row.sequence, row.step) for row in self.rows if row.failure == "invalid_step"}
+
     def failures(self) -> list[tuple[str, str, str]]:
         """Return sequence, step and failure code of each enrollment that fails."""
         return [

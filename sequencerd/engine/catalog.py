@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import asyncpg
 from structlog.typing import FilteringBoundLogger
@@ -198,8 +198,16 @@ class Catalog:
                     self._log.error(
                         "step has a problem", sequence=sequence, step=step, problem=text
                     )
-        fixed = [step_key for step_key, text in found.items() if text is None]
-        if count := await sequences.revive(connection, fixed, self._clock.now()):
+        await self.revive(connection, [key for key, text in found.items() if text is None])
+
+    async def revive(self, connection: asyncpg.Connection, step_keys: Iterable[StepKey]) -> None:
+        """Resume enrollments that failed at steps because these were invalid, if they are valid."""
+        valid = [
+            step_key
+            for step_key in step_keys
+            if (step := self.step(step_key)) and not isinstance(step.behaviour, model.InvalidStep)
+        ]
+        if count := await sequences.revive(connection, valid, self._clock.now()):
             self._log.info("failed enrollments resumed, as their steps are valid now", count=count)
 
     async def _make(

@@ -28,7 +28,7 @@ MOST_TRANSACTIONS = 1000  # transactions that are remembered
 
 class Leases:
     """The leases. `wakes` receives the steps to which a batch has moved enrollments, and their
-    first wake times.
+    first wake times; `invalid` receives the steps at which enrollments have failed as invalid.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class Leases:
         pool: asyncpg.Pool,
         executors: Executors,
         wakes: Callable[[StepKey, datetime], None],
+        invalid: Callable[[StepKey], None],
         *,
         clock: Clock,
         lease_time: timedelta,
@@ -51,6 +52,7 @@ class Leases:
         self._pool = pool
         self._executors = executors
         self._wakes = wakes
+        self._invalid = invalid
         self._clock = clock
         self._lease_time = lease_time
         self._daemon = daemon
@@ -120,6 +122,8 @@ class Leases:
     def _report(self, batch: Batch) -> None:
         for step_key, at in batch.wakes().items():
             self._wakes(step_key, at)
+        for step_key in batch.invalid_steps():
+            self._invalid(step_key)
 
     def _start(self, leased: Iterable[Leased]) -> None:
         """Start side effects, by step."""

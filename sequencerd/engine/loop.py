@@ -148,6 +148,7 @@ class Engine:
             pool,
             self._executors,
             self._report_wake,
+            self._report_invalid,
             clock=clock,
             lease_time=lease_time,
             daemon=name,
@@ -208,6 +209,7 @@ class Engine:
             log=log,
         )
         self._reloads = Repeating(self.reload, self._background)
+        self._fixed: set[StepKey] = set()  # steps that have changed before a failure was written
 
     # --- the loop
 
@@ -447,11 +449,26 @@ class Engine:
 
     async def reload(self) -> bool:
         """Read definitions that have changed. Return whether there were any."""
-        changed = await self._reload_catalog()
-        if changed:
+        changed = {*await self._reload_catalog()}
+        fixed = {*self._fixed}
+        if changed or fixed:
             async with connections.borrow(self._pool) as connection:
-                self._report_wakes(await first_wakes_of(connection, changed))
+                await self.catalog.revive(connection, fixed)
+                names = changed | {sequence for sequence, _ in fixed}
+                self._report_wakes(await first_wakes_of(connection, names))
+        self._fixed -= fixed
         return bool(changed)
+
+    def _report_invalid(self, step_key: StepKey) -> None:
+        """Resume enrollments that have failed by a definition that had been replaced meanwhile:
+        its successor has resumed only those whose failures were committed before.
+        """
+        known = self._moves.invalid.pop(step_key, None)
+        if self.catalog.step(step_key) is not known:
+            self._fixed.add(step_key)
+            self._reloads.request()
+        elif known is None and self.catalog.should_load(step_key[0]):
+            self._reloads.request()
 
     def _start_rescheduling(self, step_key: StepKey) -> None:
         self._rescheduling.start(step_key)

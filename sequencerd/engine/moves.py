@@ -30,6 +30,7 @@ from sequencerd.core.model import (
     QueryLookup,
     Refusals,
     Result,
+    StepKey,
     Task,
     Wait,
 )
@@ -41,6 +42,7 @@ from sequencerd.engine.jumps import PendingJump, decide
 from sequencerd.engine.shared_outcome import SharedOutcome
 from sequencerd.storage import brakes, entries, reservations, wakes, writes
 
+MOST_INVALID = 10_000  # steps that are remembered
 BRAKED = timedelta(seconds=1)  # until a delay by a brake ends, unless it pauses the sequence
 
 
@@ -65,6 +67,8 @@ class Moves:
         self._lease_time = lease_time
         self._daemon = daemon
         self._log = log
+        self.invalid: dict[StepKey, model.Step | None] = {}
+        """The steps at which enrollments have failed as invalid, as they were defined then."""
 
     def move(
         self,
@@ -126,7 +130,7 @@ class Moves:
         """Advance an enrollment by the present definitions. An internal error lets it fail."""
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
         try:
-            return advance(
+            advanced = advance(
                 self._definitions,
                 enrollment,
                 now,
@@ -141,6 +145,12 @@ class Moves:
         except Exception as error:
             self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
             return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
+        match advanced.decision:
+            case Fail("invalid_step") if len(self.invalid) < MOST_INVALID:
+                sequence, step = advanced.enrollment.sequence, advanced.enrollment.step
+                known = self._definitions.get(sequence)
+                self.invalid.setdefault((sequence, step), known.steps.get(step) if known else None)
+        return advanced
 
     def _needs_reservation(self, advanced: Advanced, now: datetime) -> bool:
         """Return whether a side effect must be reserved: it has a limit or a brake, and there is a

@@ -8,13 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AsyncExitStack, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import asyncpg
 import pytest
 
 from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Result, Task, View
+from sequencerd.engine.batch import Batch
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
 from sequencerd.storage import connections, locking, writes
@@ -1118,3 +1119,34 @@ async def test_an_insert_during_a_jump_comes_first(
     assert await gone(connection, id_) == ("s", "over", "failed", "already_enrolled")
     assert len(recorder.keys) == 1
     assert (await way(connection, id_))[:2] == ["mail enrolled", "mail next"]
+
+
+async def test_a_failure_that_is_written_after_its_step_was_defined_is_resumed(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reload has resumed what had failed at the step before."""
+    is_failing, is_defined, write = asyncio.Event(), asyncio.Event(), writes.write
+
+    async def write_later(connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
+        if batch.invalid_steps():
+            is_failing.set()
+            await is_defined.wait()
+        await write(connection, batch, now)
+
+    monkeypatch.setattr(writes, "write", write_later)
+    async with running_engine(database) as engine:
+        await define(connection, "s", ("leave", "GoTo", '{"step": "x", "sequence": "other"}', None))
+        await engine.reload()
+        id_ = await enroll(connection, "s", "ada")
+        await is_failing.wait()
+        await define(connection, "other", ("x", "WaitForDuration", DAYS, None))
+        while "other" not in engine.catalog.sequences:
+            await engine.reload()
+        is_defined.set()
+        await until(
+            connection,
+            "SELECT status = 'active' AND sequence = 'other' AND wake_at > now() + interval '1 day'"
+            " FROM sequencer.enrollments",
+        )
+    actions = await way(connection, id_)
+    assert actions == ["leave enrolled", "leave jump", "x failed", "x resumed"]
