@@ -425,11 +425,9 @@ async def test_a_shard_is_migrated_with_the_login_of_its_owner(
     assert "a: applied" in sequencerd("--database", database, "migrate", "--shard", "a")
 
 
-def test_a_command_for_one_shard_asks_for_it(
+def test_an_unknown_shard_is_refused(
     shards: dict[str, asyncpg.Connection], sequencerd: Command
 ) -> None:
-    sequencerd("import-original", code=2)
-    assert "specify a shard with --shard; available: a, b" in sequencerd.errors
     sequencerd("status", "--shard", "c", code=2)
     assert "no shard 'c' in the settings; there are: a, b" in sequencerd.errors
 

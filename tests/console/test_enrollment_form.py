@@ -84,7 +84,7 @@ WRONG = (
     ({"data": '{"a": NaN}'}, "Data: "),
     ({"data": '{"a": "\\u0000"}'}, "nsupported Unicode escape sequence"),
     ({"data": '{"email": "bob@example.com"}', "email": "a@b.c"}, "another e-mail address"),
-    ({"timezone": "Mars/Base"}, "Time zone: "),
+    ({"timezone": "Mars/Base"}, "Timezone: "),
     ({"start": "tomorrow"}, "Start 'tomorrow' is not an ISO 8601 date"),
     ({"step": "nowhere"}, "Step 'nowhere' does not exist in sequence 's'"),
     ({"sequence": "t"}, "Sequence 't' does not exist"),

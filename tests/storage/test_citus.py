@@ -369,7 +369,7 @@ async def test_a_transaction_over_several_shards_is_atomic(
 ) -> None:
     """On a node that notifies, it could not be prepared."""
     other = await connections.connect(Shard(citus.coordinator, "b"))
-    await other.execute("TRUNCATE sequencer.sequences CASCADE")
+    await other.execute("TRUNCATE sequencer.sequences, sequencer.enrollments CASCADE")
     await other.close()
     names = ("a", "b")
     async with connection.transaction():
