@@ -25,7 +25,7 @@ class Backlog:
         self._results: deque[Finished] = deque()
         self._most = BEHIND * batch
         self._floods = 0  # steps that are being claimed batch after batch
-        self._hold_until = 0.0  # times of the event loop
+        self._hold_until = 0.0  # a time of the event loop
 
     def __iter__(self) -> Iterator[Finished]:
         return iter(self._results)

@@ -62,9 +62,7 @@ class Batch(EnrollmentWrites):
     of a later transaction after this one was rolled back.
     """
     leased: list[Leased] = field(default_factory=list)  # executed after the commit
-    jumps: list[PendingJump] = field(
-        default_factory=list
-    )  # jumps into other sequences, to be decided
+    jumps: list[PendingJump] = field(default_factory=list)  # into other sequences, to be decided
     limited: list[Limited] = field(default_factory=list)  # side effects with limits, to be reserved
     given_back: list[Reserved] = field(default_factory=list)
     outcomes: SharedOutcomes = field(default_factory=SharedOutcomes)

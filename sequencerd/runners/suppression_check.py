@@ -47,9 +47,8 @@ class Suppressions:
             self._wanted.update(wanted)
         if self._round is None:
             self._round = asyncio.create_task(self._ask_all())
-        found = await asyncio.shield(
-            self._round
-        )  # a cancelled caller leaves the round to the others
+        # a cancelled caller leaves the round to the others
+        found = await asyncio.shield(self._round)
         entries = {
             address: [key for key in wanted if key in found] for address, wanted in keys.items()
         }

@@ -307,9 +307,7 @@ class _DeliveryAttempt:
     dialogue: Dialogue | None = None  # until the connection is given back
     begun: bool = False  # the server has the envelope of a message that was not sent yet
     handed_over: bool = False  # a message was sent, and not answered yet
-    rest: list[str] = field(
-        default_factory=list
-    )  # recipients that were not sent to the server, or not yet
+    rest: list[str] = field(default_factory=list)  # recipients not sent to the server, or not yet
     sent: list[str] = field(default_factory=list)
     refused: dict[str, Failed] = field(default_factory=dict)
     said: str = ""  # the server's reply to the last message that it accepted
