@@ -1973,9 +1973,10 @@ END $$;
 COMMENT ON FUNCTION sequencer.enroll_all IS 'Enroll subjects for a daemon, and return those that the reentry policy did not refuse. executed: the side effects executed before, without a wait since.';
 
 CREATE FUNCTION sequencer.merge(from_subject text, into_subject text) RETURNS bigint
-LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-    SET lock_timeout = '300ms' AS $$
+LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    lock_timeout CONSTANT text := current_setting('lock_timeout');
+    give_up_at CONSTANT timestamptz := clock_timestamp() + interval '1 minute';
     reason CONSTANT text := nullif(current_setting('sequencer.reason', true), '');
     others CONSTANT text[] := ARRAY['items', 'collecting'];
     pair record;
@@ -1986,14 +1987,16 @@ BEGIN
     IF from_subject = into_subject THEN
         RETURN 0;
     END IF;
-    FOR attempt IN 1..200 LOOP
+    LOOP
         BEGIN
+            -- in a statement of its own, because Citus sends its nodes no settings of functions
+            SET LOCAL lock_timeout = '50ms';
             -- enrollments inserted meanwhile would be locked in another order, so merges wait for each other
             PERFORM pg_advisory_xact_lock(hashtextextended('sequencer.merge ' || subject, 0))
                FROM unnest(ARRAY[least(from_subject, into_subject COLLATE "C"),
                                  greatest(from_subject, into_subject COLLATE "C")]) AS subject;
             PERFORM FROM sequencer.enrollments
-              WHERE subject IN (from_subject, into_subject) ORDER BY id FOR UPDATE;
+              WHERE subject IN (from_subject, into_subject) ORDER BY id FOR UPDATE NOWAIT;
             FOR pair IN
                 SELECT CASE WHEN f.is_further THEN a.id ELSE b.id END AS kept,
                        CASE WHEN f.is_further THEN b.id ELSE a.id END AS other,
@@ -2008,7 +2011,7 @@ BEGIN
                      > (b.status <> 'active', b.visit, a.created_at, a.id)) AS f (is_further)
                  WHERE a.subject = from_subject AND a.entry = 0
                  ORDER BY a.id
-                   FOR UPDATE OF a, b -- also of what was enrolled since, with its last items
+                   FOR UPDATE OF a, b NOWAIT -- also of what was enrolled since, with its last items
             LOOP
                 -- Citus sends its nodes no set_config
                 EXECUTE format('SET LOCAL sequencer.reason = %L', concat_ws('; ', format(
@@ -2036,14 +2039,16 @@ BEGIN
             END LOOP;
             UPDATE sequencer.enrollments SET subject = into_subject WHERE subject = from_subject;
             GET DIAGNOSTICS count = ROW_COUNT;
+            EXECUTE format('SET LOCAL lock_timeout = %L', lock_timeout);
             RETURN count;
         EXCEPTION WHEN unique_violation OR lock_not_available OR deadlock_detected THEN
-            -- one has been enrolled meanwhile, and will now be locked as well; the short lock_timeout ends
-            -- a wait for it before it becomes a deadlock that fails the other session
-            IF attempt = 200 THEN
+            -- one is locked, or was enrolled meanwhile and will now be locked as well; nothing is locked while
+            -- waiting for it, so that no deadlock fails the other session
+            IF clock_timestamp() > give_up_at THEN
                 RAISE;
             END IF;
         END;
+        PERFORM pg_sleep(0.005 + random() * 0.02);
     END LOOP;
 END $$;
 

@@ -9,11 +9,16 @@ from datetime import timedelta
 import asyncpg
 import pytest
 
-from tests.helpers.engines import define, enroll
+from tests.helpers.engines import define, enroll, until
 from tests.sql.conftest import DAYS
 
 REENTRY_AFTER = "UPDATE sequencer.sequences SET reentry = 'after', reentry_after = $1"
 ADD = "SELECT sequencer.collect('s', $1, $2)"
+MERGE = "SELECT sequencer.merge('anonymous-7', 'ada')"
+TOUCH = "UPDATE sequencer.enrollments SET data = data || '{\"x\": 1}' WHERE id = $1"
+IS_WAITING = """
+SELECT wait_event IN ('transactionid', 'PgSleep') FROM pg_stat_activity WHERE pid = $1
+"""
 
 
 async def begun(connection: asyncpg.Connection, subject: str) -> int:
@@ -201,6 +206,23 @@ async def test_merges_and_enrollments_at_the_same_time_lose_nothing(
     assert (len(kept["items"]), kept["collecting"]["count"]) == (80, 80)
     for session in others:
         await session.close()
+
+
+async def test_a_merge_is_in_no_deadlock_with_changes_in_another_order(
+    defined: asyncpg.Connection, database: str
+) -> None:
+    """The other session looks for deadlocks at once, and would be the one that fails."""
+    await defined.execute("SET deadlock_timeout = '1ms'")
+    first, last = await enroll(defined, "s", "anonymous-7"), await enroll(defined, "s", "ada")
+    merging = await asyncpg.connect(database)
+    async with defined.transaction():
+        await defined.execute(TOUCH, last)
+        merge = asyncio.create_task(merging.fetchval(MERGE))
+        await until(defined, IS_WAITING, merging.get_server_pid())
+        await defined.execute(TOUCH, first)
+    assert await merge == 1
+    assert await merging.fetchval("SHOW lock_timeout") == "0"
+    await merging.close()
 
 
 # --- collect

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from tests.helpers.clusters import Cluster, citus_nodes
 from tests.helpers.command_line import Command
 from tests.helpers.databases import execute, with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.slow
 
@@ -320,7 +319,7 @@ async def test_the_console_reads_and_changes(citus: Citus, connection: asyncpg.C
 async def test_merges_beside_other_changes_of_their_subjects(
     shard: Shard, connection: asyncpg.Connection
 ) -> None:
-    """An application repeats what a deadlock of several nodes ends; our own changes do so."""
+    """A merge is never part of a deadlock, which Citus would end with an error."""
     await define(connection, "s", ("wait", "WaitForDuration", DAYS, None))
     subjects = [f"user-{number}" for number in range(3)]
     ids = [await enroll(connection, "s", subject) for subject in subjects]
@@ -330,9 +329,11 @@ async def test_merges_beside_other_changes_of_their_subjects(
         try:
             for _ in range(100):
                 while True:
-                    with suppress(asyncpg.DeadlockDetectedError):
+                    try:
                         await application.execute(work, *arguments)
                         break
+                    except asyncpg.DeadlockDetectedError:  # with a change by ids
+                        assert work == data
         finally:
             await application.close()
 
@@ -362,6 +363,29 @@ async def test_merges_beside_other_changes_of_their_subjects(
         )
     active = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'active' GROUP BY subject"
     assert {row[0] for row in await connection.fetch(active)} == {1}
+
+
+async def test_a_merge_gives_way_to_a_transaction_that_waits_for_it(
+    shard: Shard, connection: asyncpg.Connection
+) -> None:
+    """It waits for an enrollment that is not committed, and then for none that it has locked."""
+    await define(connection, "s", ("wait", "WaitForDuration", DAYS, None))
+    first = await enroll(connection, "s", "anonymous")
+    merging = await connections.connect(shard)
+    async with connection.transaction():
+        await enroll(connection, "s", "ada")
+        merge = asyncio.create_task(
+            merging.fetchval("SELECT sequencer.merge('anonymous', 'ada')", timeout=PATIENCE)
+        )
+        await until(
+            connection,
+            "SELECT EXISTS (SELECT FROM citus_stat_activity WHERE wait_event = 'transactionid')",
+        )
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET data = '{\"x\": 1}' WHERE id = $1", first
+        )
+    assert await merge == 1
+    await merging.close()
 
 
 async def test_a_transaction_over_several_shards_is_atomic(
