@@ -659,6 +659,20 @@ BEGIN
     RETURN NULL;
 END $$;
 
+CREATE FUNCTION sequencer.record_truncated_suppressions() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO sequencer.removed_suppressions (channel, address, topic, source, created_at, reason)
+    SELECT s.channel,
+           CASE WHEN s.address ~ '^sha256:[0-9a-f]{64}$' THEN s.address
+                ELSE sequencer.suppression_hash(s.address) END,
+           s.topic, s.source, s.created_at, sequencer.changed_by()
+      FROM sequencer.suppressions AS s;
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER record_truncate BEFORE TRUNCATE ON sequencer.suppressions
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.record_truncated_suppressions();
 CREATE TRIGGER record_update AFTER UPDATE ON sequencer.suppressions
     REFERENCING OLD TABLE AS old_suppressions
     FOR EACH STATEMENT EXECUTE FUNCTION sequencer.record_removed_suppressions();

@@ -46,6 +46,20 @@ async def test_a_delete_by_an_application(connection: asyncpg.Connection) -> Non
     assert {row["reason"] for row in rows} == {"by postgres: asked by phone"}
 
 
+async def test_a_truncate(connection: asyncpg.Connection) -> None:
+    async with connection.transaction():
+        await connection.execute("SET LOCAL sequencer.reason = 'a new provider'")
+        await connection.execute("TRUNCATE sequencer.suppressions")
+    reason = "by postgres: a new provider"
+    assert await recorded(connection) == [
+        ("email", hashed(ADA), "*", reason),
+        ("email", hashed(ADA), "news", reason),
+        ("push", hashed(ADA), "*", reason),
+    ]
+    await connection.execute("TRUNCATE sequencer.suppressions")
+    assert len(await recorded(connection)) == 3
+
+
 @pytest.mark.parametrize(
     "change",
     ["address = 'bob@example.com'", "topic = 'offers'", "channel = 'sms'"],
