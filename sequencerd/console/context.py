@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 from jinja2 import Environment
@@ -40,6 +40,13 @@ missing: ContextVar[dict[str, str]] = ContextVar("missing")
 """The shards that did not answer this request, with the reasons."""
 
 
+class SentTest(NamedTuple):
+    """A test message that was sent: its recipient, and a sentence about the result."""
+
+    address: str
+    report: str
+
+
 @dataclass
 class PageContext:
     """The objects that all pages use."""
@@ -56,6 +63,7 @@ class PageContext:
     now: Callable[[], datetime]
     actions: BulkChanges
     once: Once = field(default_factory=Once)
+    sent_tests: dict[str, SentTest] = field(default_factory=dict)
     simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     counting_history: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     simulated: dict[str, Any] = field(default_factory=dict)

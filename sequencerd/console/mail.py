@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from email import message_from_bytes
@@ -12,9 +13,16 @@ from email.policy import default
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from sequencerd.console.context import POLICY, PageContext, context_of, query_of, render
+from sequencerd.console.context import (
+    POLICY,
+    PageContext,
+    SentTest,
+    context_of,
+    query_of,
+    render,
+)
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import at
 from sequencerd.core.model import Enrollment, Sequence, SideEffect, parse_data
@@ -28,7 +36,8 @@ from sequencerd.storage.statements import QUERIES
 
 SAMPLE = '{"email": "ada@example.com", "phone": "+14155550100", "name": "Ada"}'
 GIVEN = ("sequence", "step", "enrollment", "data", "external", "timezone")
-SENDING = 30.0  # seconds
+MAX_SENDING = 30.0  # seconds
+MAX_SENT_TESTS = 100  # whose reports are kept
 
 FRAME = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
@@ -57,9 +66,7 @@ async def mail(request: Request) -> Response:
     return await _page(request, query_of(request), None)
 
 
-async def _page(
-    request: Request, query: Query, wrong: str | None, status: int = 200, *, sent: str | None = None
-) -> Response:
+async def _page(request: Request, query: Query, wrong: str | None, status: int = 200) -> Response:
     context = context_of(request)
     sequence = _sequence(context, query)
     shown, enrollment = None, query.get("enrollment")
@@ -71,20 +78,21 @@ async def _page(
         wrong, status = wrong or as_sentence(str(error)), 422
     given = {name: query.get(name) for name in GIVEN} | {"enrollment": enrollment}
     user = request.state.visitor.user or ""
+    sent = context.sent_tests.get(query.get("sent") or "")
     answer = render(
         request,
         "mail.html",
         status,
         title=f"The message of {query.must('step')}",
         mail=shown,
-        sent=sent,
+        report=sent and sent.report,
         wrong=wrong,
         given=given,
         data=query.get("data") or ("" if enrollment else SAMPLE),
         frame=at("/message/frame", **given),
         steps=[name for name, step in sequence.steps.items() if sends(context, step)],
         lookup=sequence.lookup,
-        to=query.get("address") or (user if "@" in user else ""),
+        to=query.get("address") or (sent.address if sent else user if "@" in user else ""),
     )
     answer.headers["Content-Security-Policy"] = f"{POLICY}; frame-src 'self'"
     return answer
@@ -111,7 +119,7 @@ async def send_test(request: Request) -> Response:
         message, masked = await _message(context, query, query.get("enrollment"))
         try:
             test = step_message.make_test(message, address, runners)
-            async with asyncio.timeout(SENDING):
+            async with asyncio.timeout(MAX_SENDING):
                 report = await step_message.send(test, address)
         except (ValueError, UsageError) as error:
             raise UsageError(masked(str(error))) from error
@@ -123,7 +131,12 @@ async def send_test(request: Request) -> Response:
     finally:
         for runner in runners.values():
             await runner.close()
-    return await _page(request, query, None, sent=f"Test {report}.")
+    number = secrets.token_urlsafe(12)
+    context.sent_tests[number] = SentTest(address, f"Test {report}.")
+    for old in list(context.sent_tests)[:-MAX_SENT_TESTS]:
+        del context.sent_tests[old]
+    given = {name: query.get(name) for name in GIVEN}
+    return RedirectResponse(at("/message", **given, sent=number), 303)
 
 
 def sends(context: PageContext, step: Any) -> bool:

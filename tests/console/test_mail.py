@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -12,10 +14,12 @@ from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.sms.runner import TwilioRunner
 from tests.console.conftest import console, token
+from tests.console.test_enrollment_form import hidden
 from tests.console.test_pages import check
 from tests.helpers.engines import Recorder, define, enroll
 from tests.helpers.servers import HOST, smtp_server
 
+TEMPLATES = Path("sequencerd/console/templates")
 LETTER = json.dumps(
     {
         "from": "us@example.com",
@@ -123,11 +127,27 @@ async def test_a_test_is_sent(database: str, letter: int) -> None:
             forged = await client.post("/message/test", data={**form, "token": "x"})
             assert forged.status_code == 403
             assert mailbox.messages == []
-            sent = await client.post("/message/test", data={**form, "address": "me@example.com"})
+            form |= {"address": "me@example.com", "once": hidden(page, "once")}
+            both = await asyncio.gather(
+                *(client.post("/message/test", data=form) for _ in range(2))
+            )
+            again = await client.post("/message/test", data=form)
+            [url] = {answer.headers["location"] for answer in (*both, again)}
+            sent = await client.get(url.removeprefix("/console"))
             assert "Test sent to me@example.com" in check(sent)
+            assert 'required value="me@example.com"' in sent.text
+            assert len(mailbox.messages) == 1  # after a double click, and a reload
             message = mailbox.parsed()
             assert message["Subject"] == "[Test] Hello Ada"
             assert message["To"] == "me@example.com"
+
+
+def test_forms_that_change_something_are_recognised_if_they_are_sent_twice() -> None:
+    begin_or_end_sessions = {"base.html", "login.html", "sessions.html"}
+    for template in TEMPLATES.glob("*.html"):
+        text = template.read_text()
+        if 'method="post"' in text and template.name not in begin_or_end_sessions:
+            assert 'name="once"' in text, template
 
 
 async def test_an_sms_keeps_its_letters(database: str, connection: asyncpg.Connection) -> None:
