@@ -39,12 +39,13 @@ CHANGES = 2  # the exit code of `plan --detailed-exitcode` for changes, as in ot
 
 
 def _moves(arguments: argparse.Namespace) -> dict[str, str]:
-    moves = {}
+    moves: dict[str, str] = {}
     for move in arguments.move:
         old, equals, new = move.partition("=")
         if not (old and equals and new):
             raise UsageError(f"--move {move}: use --move OLD=NEW, with the names of two steps")
-        moves[old] = new
+        if moves.setdefault(old, new) != new:
+            raise UsageError(f"--move {move}: {old} already moves to {moves[old]}")
     return moves
 
 
@@ -61,7 +62,7 @@ async def plan_command(
             return await plan.make(connection, found, runners, moves=moves, prune=arguments.prune)
 
     answers = await ask(explain(arguments), shards, make)
-    made = plan_of_shards.merge({shard.name: one for shard, one in answers.found.items()})
+    made = plan_of_shards.merge({shard.name: one for shard, one in answers.found.items()}, moves)
     if arguments.json:
         say_json(made.as_dict())
     else:

@@ -23,6 +23,7 @@ from pydantic import SecretStr
 
 from sequencerd.cli.output import busy, warn
 from sequencerd.core.config import nearest
+from sequencerd.core.model import FAILURES
 from sequencerd.errors import (
     ArgumentError,
     DatabaseError,
@@ -318,9 +319,14 @@ async def fetch(shard: Shard, query: str, *parameters: object) -> list[asyncpg.R
 
 
 async def check_names(
-    connection: asyncpg.Connection, sequence: str | None, step: str | None = None
+    connection: asyncpg.Connection,
+    sequence: str | None,
+    step: str | None = None,
+    failure: str | None = None,
 ) -> None:
-    """Raise UsageError for a sequence or a step that a command names and that does not exist."""
+    """Raise UsageError for a sequence, a step or a code of failures that a command names and that
+    does not exist.
+    """
     if sequence is not None:
         known = [row["name"] for row in await connection.fetch(QUERIES["known_sequences"])]
         if sequence not in known and not await _has_enrollments(connection, sequence, None):
@@ -330,6 +336,9 @@ async def check_names(
         if step not in known and not await _has_enrollments(connection, sequence, step):
             where = f"sequence {sequence!r} has no step" if sequence else "no sequence has a step"
             raise UsageError(f"{where} {step!r}{_hint(step, known)}")
+    if failure in (None, *FAILURES) or await connection.fetchval(QUERIES["has_failures"], failure):
+        return
+    raise UsageError(f"no failure has the code {failure!r}{_hint(str(failure), [*FAILURES])}")
 
 
 async def _has_enrollments(

@@ -190,7 +190,7 @@ async def list_command(arguments: argparse.Namespace, _: Settings, shards: Seque
 
     async def read(shard: Shard) -> list[asyncpg.Record]:
         async with reading(shard) as connection:
-            await check_names(connection, arguments.sequence, arguments.step)
+            await check_names(connection, arguments.sequence, arguments.step, arguments.failure)
             rows: list[asyncpg.Record] = await connection.fetch(
                 QUERIES["list"],
                 arguments.sequence,
@@ -228,7 +228,10 @@ def _after(shards: Sequence[Shard], id_: Id) -> dict[Shard, int]:
 async def show_enrollment_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
-    from sequencerd.core.step_types import is_instant  # noqa: PLC0415 - only this one needs them
+    from sequencerd.core.step_types import (  # noqa: PLC0415 - only this one needs them
+        config_in_order,
+        is_instant,
+    )
     from sequencerd.core.what_next import what_next  # noqa: PLC0415 - as above
 
     shard, number = shard_of_id(shards, arguments.id), arguments.id.number
@@ -253,6 +256,8 @@ async def show_enrollment_command(
             row[key] = parse_json(row[key] or "null")
         except DefinitionError as error:  # values that Python cannot parse remain texts
             row["problem"] = row["problem"] or f"{key} {error}"
+    if isinstance(row["config"], dict):
+        row["config"] = config_in_order(row["type"] or "", row["config"])
     if arguments.json:
         say_json({**labelled(shard, row, True), "history": history})
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import sys
 import sysconfig
 from importlib.resources import files
@@ -45,13 +46,18 @@ def _quoted(path: Path) -> str:
     return f'"{text}"' if " " in text else text
 
 
-def warnings() -> list[str]:
-    """Return why the service could not use this installation."""
-    hidden = [folder for folder in _HIDDEN if program().lstrip('"').startswith(folder)]
-    return [
+def warnings(user: str | None) -> list[str]:
+    """Return why the service could not use this installation, or not run as this user."""
+    found = [
         f"the service can't see {folder}, where this installation is; install it into /opt"
-        for folder in hidden
+        for folder in _HIDDEN
+        if program().lstrip('"').startswith(folder)
     ]
+    try:
+        pwd.getpwnam(user or "root")
+    except KeyError:
+        found.append(f"this machine has no user {user!r}: create it before you start the service")
+    return found
 
 
 def write(folder: Path, texts: dict[str, str]) -> list[Path]:

@@ -16,7 +16,7 @@ import asyncpg
 from sequencerd.cli.commands import ask_any, connect, on_shards, read_settings
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import is_terminal, say, say_lines, say_raw, warn
-from sequencerd.cli.preview import is_file
+from sequencerd.cli.preview import check_one_sequence, is_file
 from sequencerd.core.languages import DEFAULT_LOCALE
 from sequencerd.core.model import (
     Enrollment,
@@ -90,6 +90,8 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
         for option in ("data", "subject", "timezone"):
             if getattr(arguments, option) is not None:
                 raise UsageError(f"--{option} does not go with --enrollment")
+    if not is_file(path):
+        check_one_sequence(path, arguments.sequence)
     runners = make_runners(settings, files.types(path) if is_file(path) else ())
     definitions: dict[str, Sequence] = {}
     found: list[asyncpg.Record] = []

@@ -83,7 +83,7 @@ async def change_command(
         ours = selection._replace(ids=wanted.get(shard))
         connection = await connect(shard)
         try:
-            await check_names(connection, ours.sequence, ours.step)
+            await check_names(connection, ours.sequence, ours.step, ours.failure)
             ids, groups = await _select(connection, action, ours, to, arguments.dry_run)
             if ours.ids is not None:
                 await _check_ids(

@@ -18,7 +18,9 @@ from sequencerd.cli.commands import ask_any, connect, explain, on_shards, readin
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import describe, model
+from sequencerd.core.config import nearest
 from sequencerd.core.model import StepKey
+from sequencerd.core.step_types import is_instant
 from sequencerd.definitions import drawing, files
 from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.compiler import Definition
@@ -27,7 +29,7 @@ from sequencerd.definitions.simulate import Simulation, TimelineEntry
 from sequencerd.definitions.simulator import WORDS, Outcome, Simulator, choose
 from sequencerd.definitions.started import StartedEnrollment, read_started
 from sequencerd.definitions.stored import read_sequences
-from sequencerd.errors import UsageError
+from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import server
 from sequencerd.storage.connections import Shard
@@ -47,6 +49,7 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.file is None:
         raise UsageError("simulate needs a NAME or a FILE, or --from-enrollment ID")
     if not is_file(arguments.file):
+        check_one_sequence(arguments.file, arguments.sequence)
         return on_shards(_simulate_present)(arguments, settings)
     outcomes = _outcomes(arguments)
     return _simulate(arguments, load(arguments.file, outcomes=outcomes, settings=settings))
@@ -72,6 +75,7 @@ async def _simulate_present(
 
 
 def _simulate(arguments: argparse.Namespace, simulator: Simulator) -> int:
+    _check_types(arguments, simulator.definitions)
     if arguments.data is not None:
         _warn_of_paths(simulator, arguments, _outcomes(arguments))
     simulation = simulator.simulate(
@@ -129,6 +133,7 @@ async def _simulate_enrollment(
     if arguments.file is not None:
         read = files.read_all([arguments.file], runners)
         definitions |= {one.sequence.name: _dealing(one, definitions) for one in read}
+    _check_types(arguments, definitions)
     simulation = Simulator(definitions, runners, outcomes).follow(
         started.enrollment,
         now,
@@ -161,6 +166,16 @@ def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:
             )
         outcomes[type_] = word or read_object(text, "--runner")
     return outcomes
+
+
+def _check_types(arguments: argparse.Namespace, definitions: Mapping[str, model.Sequence]) -> None:
+    """Raise UsageError for a --runner that executes no step."""
+    steps = (step for sequence in definitions.values() for step in sequence.steps.values())
+    served = {step.type for step in steps if not is_instant(step.type)}
+    for type_ in _outcomes(arguments):
+        if type_ not in served:
+            hint = f"; {nearest(type_, sorted(served))}" if served else ""
+            raise UsageError(f"--runner {type_}: no step has this type of side effect{hint}")
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
@@ -227,6 +242,14 @@ def _line(entry: TimelineEntry) -> str:
     return f"{action}: {entry.message}" if entry.message else action
 
 
+def check_one_sequence(target: Path, sequence: str | None) -> None:
+    """Raise ArgumentError for a second name of a sequence, which only a file can have."""
+    if sequence is not None:
+        raise ArgumentError(
+            f"{target} is not a file, but a sequence in the database: leave out {sequence!r}"
+        )
+
+
 def is_file(path: Path) -> bool:
     """Return whether an argument is a file, and not a sequence in the database."""
     return path.suffix in (".yaml", ".yml", ".json") or path.is_file()
@@ -235,6 +258,8 @@ def is_file(path: Path) -> bool:
 def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
     path = Path(arguments.target)
     reads_file = is_file(path)
+    if not reads_file:
+        check_one_sequence(path, arguments.sequence)
     runners = make_runners(settings, files.types(path) if reads_file else ())
     read = files.read_file(path, runners) if reads_file else []
     brakes = {

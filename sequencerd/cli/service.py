@@ -38,7 +38,7 @@ SHOWN = 5  # statements that had no effect
 
 def install_service_command(arguments: argparse.Namespace, _: Settings) -> int:
     units = install_service.units(config=arguments.config, user=arguments.user)
-    for warning in install_service.warnings():
+    for warning in install_service.warnings(arguments.user):
         warn(f"sequencerd: warning: {warning}")
     if arguments.print:
         for name, text in units.items():

@@ -306,12 +306,18 @@ async def change(request: Request) -> Response:
         )
         return _page(request, name, stored, text, 409, wrong=wrong)
     form = request.state.form
-    moves = {k.removeprefix(MOVE): v for k, v in form.items() if k.startswith(MOVE) and v}
-
+    steps = definitions[0].sequence.steps
+    moves = {
+        step: v
+        for k, v in form.items()
+        if k.startswith(MOVE) and v and (step := k.removeprefix(MOVE)) not in steps
+    }
     edited = _Edit(context.simulator().runners, _shards(context), definitions, moves)
     try:
         answers = await _in_thread(context, edited.plan)
-        made = plan_of_shards.merge({shard.name: one for shard, one in answers.found.items()})
+        made = plan_of_shards.merge(
+            {shard.name: one for shard, one in answers.found.items()}, moves
+        )
         if lines := answers.lines(refusals=True):
             wrong = f"Nothing can be applied: {'; '.join(lines)}."
             return _page(request, name, stored, text, 503, made=made, moves=moves, wrong=wrong)

@@ -46,6 +46,19 @@ class DefinitionError(ValueError):
         super().__init__("; ".join(map(str, self.faults)))
 
 
+FAILURES = (
+    "error",
+    "outcome_unknown",
+    "bad_data",
+    "invalid_step",
+    "unsatisfiable",
+    "loop",
+    "already_enrolled",
+    "archived",
+)
+"""The codes of failures, as docs/failures.md explains them."""
+
+
 class EvaluationError(Exception):
     """An enrollment that cannot continue. `failure` is the code for its row, the message the
     reason.

@@ -281,7 +281,7 @@ async def make(
     return Plan(
         tuple(made),
         tuple(archived),
-        tuple(refusal for one in made for refusal in refusals(one, names)),
+        tuple(refusals(made, names, moves or {})),
         digest[:12],
     )
 
@@ -474,10 +474,23 @@ def _seed(sequence: str, step: str, dealt_by: Mapping[str, str]) -> dict[str, st
     return {} if seed in (None, f"{sequence}/{step}") else {"seed": seed}
 
 
-def refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
-    """Yield the reasons why a plan cannot be applied. Names in `planned` sequences were already
+def refusals(
+    sequences: Iterable[SequencePlan], planned: Collection[str], moves: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield the reasons why plans cannot be applied. Names in `planned` sequences were already
     checked with their files.
     """
+    removed: set[str] = set()
+    for one in sequences:
+        yield from _refusals(one, planned)
+        removed.update(one.changes.removed)
+    for old, new in moves.items():
+        if old not in removed:
+            hint = f"; {nearest(old, sorted(removed))}" if removed else ""
+            yield f"--move {old}={new}: these files do not remove a step {old!r}{hint}"
+
+
+def _refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
     names = [kept["name"] for kept in step.after["steps"]]
     for old, count in step.at_step.items():
         if old not in step.moves:

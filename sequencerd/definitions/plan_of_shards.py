@@ -57,7 +57,7 @@ async def apply(
     # in one order, so that two of these at the same time cannot deadlock
     await change.on_each(lock, at_once=1)
     plans = await change.on_each(make)
-    merged = merge({shard.name: one for shard, one in plans.items()})
+    merged = merge({shard.name: one for shard, one in plans.items()}, moves or {})
     plan.check(merged, expected)
     await change.on_each(write)
     return merged
@@ -71,7 +71,7 @@ def again(how: str) -> str:
     )
 
 
-def merge(plans: Mapping[str | None, Plan]) -> Plan:
+def merge(plans: Mapping[str | None, Plan], moves: Mapping[str, str]) -> Plan:
     """Merge the plans of several shards; the plan of a single shard is returned unchanged."""
     first, *others = plans.values()
     if not others:
@@ -95,7 +95,7 @@ def merge(plans: Mapping[str | None, Plan]) -> Plan:
     return Plan(
         tuple(merged),
         tuple(sorted({name for plan in plans.values() for name in plan.archived})),
-        tuple(refusal for one in merged for refusal in refusals(one, names)),
+        tuple(refusals(merged, names, moves)),
         hashlib.sha256(facts.encode()).hexdigest()[:12],
         differing,
     )

@@ -13,9 +13,12 @@ import asyncpg
 import pytest
 
 from sequencerd.cli import main
+from sequencerd.core.model import FAILURES
 from tests.helpers.command_line import Command, beside, start_sequencerd
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
+
+EXPLAINED = Path("docs/failures.md").read_text()
 
 
 def test_migrate_twice(sequencerd: Command) -> None:
@@ -120,6 +123,12 @@ def test_names_that_do_not_exist_are_reported(
         ("cancel --step x --dry-run", "no sequence has a step 'x'"),
         ("move --sequence t --to first", "sequence 't' does not exist"),
         ("reevaluate --sequence s --step x", "sequence 's' has no step 'x'"),
+        ("list --failure eror", "no failure has the code 'eror'; did you mean 'error'?"),
+        ("retry --failure x", "no failure has the code 'x'; available: already_enrolled, "),
+        ("cancel --failure x --yes", "no failure has the code 'x'"),
+        ("move --failure x --to first", "no failure has the code 'x'"),
+        ("reevaluate --failure x --dry-run", "no failure has the code 'x'"),
+        ("simulate s --runner Email=fail", "--runner Email: no step has this type of side effect"),
         ("status t", "'t' does not exist"),
         ("watch t", "'t' does not exist"),
         ("pause t", "'t' does not exist"),
@@ -136,6 +145,41 @@ def test_a_second_time_is_refused(applied: Command) -> None:
     applied("enroll", "s", "ada")
     applied("enroll", "s", "ada", code=1)
     assert "already" in applied.errors
+
+
+def test_only_a_file_has_several_sequences(applied: Command) -> None:
+    for command in ("simulate s t", "graph s t", "preview s t first", "send-test s t x --to a@b.c"):
+        applied(*command.split(), code=2)
+        assert "s is not a file, but a sequence in the database: leave out 't'" in applied.errors
+
+
+async def test_codes_of_failures_are_known(
+    applied: Command, connection: asyncpg.Connection
+) -> None:
+    codes = re.findall(r"^\| `(\w+)` \|", EXPLAINED.partition("## ")[0], re.MULTILINE)
+    assert tuple(codes) == FAILURES
+    comment = await connection.fetchval(
+        "SELECT col_description(attrelid, attnum) FROM pg_attribute"
+        " WHERE attrelid = 'sequencer.enrollments'::regclass AND attname = 'failure'"
+    )
+    assert set(FAILURES) == set(re.findall(r"\w+", comment.partition(": ")[2]))
+    for code in FAILURES:
+        assert applied("list", "--failure", code) == "no matching enrollments\n"
+    # applications may write others
+    id_ = await connection.fetchval(
+        "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'ada') RETURNING id"
+    )
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET status = 'failed', failure = 'ours' WHERE id = $1", id_
+    )
+    assert "ada" in applied("list", "--failure", "ours")
+
+
+def test_a_service_of_a_user_that_does_not_exist(sequencerd: Command) -> None:
+    sequencerd("install-service", "--print", "--user", "nobody")
+    assert "user" not in sequencerd.errors
+    sequencerd("install-service", "--print", "--user", "nowhere")
+    assert "this machine has no user 'nowhere': create it" in sequencerd.errors
 
 
 async def test_tail_prints_events_as_they_happen(applied: Command) -> None:

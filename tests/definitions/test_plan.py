@@ -182,6 +182,54 @@ async def test_a_window_is_planned_applied_and_exported(
     assert await apply.lines(GOOD)
 
 
+async def test_keys_are_exported_in_the_order_of_the_documentation(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    text = """name: s
+reentry:
+  after:
+    amount: 90
+    unit: days
+window:
+  days:
+    - mon
+  from: 09:00
+  to: '17:00'
+steps:
+  - name: until
+    type: WaitForCondition
+    config:
+      any:
+        - lodashCommand: eq
+          value:
+            type: get
+            value: data.x
+          compareTo:
+            type: raw
+            value: 1
+      timeout:
+        amount: 3
+        unit: days
+  - name: note
+    type: Note
+    config:
+      z: 1
+      aa: 2
+      retry:
+        attempts: 3
+        firstDelay: 10
+      limit:
+        at_most: 3
+        per:
+          amount: 7
+          unit: days
+        then: skip
+"""
+    await apply(text)
+    document = json.loads(await connection.fetchval("SELECT sequencer.document('s')"))
+    assert to_yaml(document) == text
+
+
 async def test_a_topic_is_planned_applied_and_exported(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
@@ -338,7 +386,11 @@ async def test_a_removed_step_with_enrollments_needs_a_move(
     with pytest.raises(PlanError, match="'bey' does not exist; did you mean 'bye'"):
         await apply(without, moves={"pause": "bey"})
     assert await connection.fetchval("SELECT count(*) FROM sequencer.steps") == 3
-    done = await apply(without, moves={"pause": "bye", "long": "gone"})
+    wrong = {"pause": "bye", "paus": "bye"}
+    with pytest.raises(PlanError, match="do not remove a step 'paus'; did you mean 'pause'"):
+        await apply(without, moves=wrong)
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.steps") == 3
+    done = await apply(without, moves={"pause": "bye"})
     assert "  2 move from pause to bye, where a new visit begins" in done.lines(done=True)
     rows = await connection.fetch(
         "SELECT id, step, visit, entered_at > now() - interval '1 hour' AS new, wake_at <= now()"
@@ -353,6 +405,22 @@ async def test_a_removed_step_with_enrollments_needs_a_move(
         "SELECT step, message FROM sequencer.events WHERE action='moved'"
     )
     assert {tuple(row) for row in moved} == {("pause", "to bye by postgres")}
+
+
+@pytest.mark.parametrize("old", ["pause", "nowhere"])
+async def test_a_move_from_a_step_that_is_not_removed_is_refused(
+    apply: Applying, connection: asyncpg.Connection, old: str
+) -> None:
+    await apply(GOOD)
+    await standing(connection, "pause", "ada", "1 days", "3 days")
+    changed = GOOD.replace("bye", "adieu")
+    refusal = f"--move {old}=adieu: these files do not remove a step '{old}'; available: bye"
+    assert (await apply.plan(changed, moves={old: "adieu"})).refused == (refusal,)
+    for text in (changed, GOOD):
+        with pytest.raises(PlanError, match=f"do not remove a step '{old}'"):
+            await apply(text, moves={old: "adieu"})
+    assert await connection.fetchval("SELECT revision FROM sequencer.sequences") == 1
+    assert await connection.fetchval("SELECT step FROM sequencer.enrollments") == "pause"
 
 
 async def test_enrollments_that_reach_a_removed_step_after_the_plan_are_not_lost(

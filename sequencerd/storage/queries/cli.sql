@@ -31,6 +31,10 @@ SELECT DISTINCT name FROM sequencer.steps WHERE $1::text IS NULL OR sequence = $
 SELECT EXISTS (SELECT FROM sequencer.enrollments
                 WHERE ($1::text IS NULL OR sequence = $1) AND ($2::text IS NULL OR step = $2));
 
+-- name: has_failures
+-- Whether enrollments have failed with a code, which an application may have written.
+SELECT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'failed' AND failure = $1);
+
 -- name: list
 -- Read a page of the enrollments that match the filters of `list`, by id.
 SELECT id, sequence, step, subject, status, wake_at,
