@@ -35,7 +35,7 @@ from pydantic import (
 )
 
 from sequencerd import passwords
-from sequencerd.core.config import describe
+from sequencerd.core.config import faults
 from sequencerd.core.model import (
     CALL_LIMITS,
     LOOKUP_LIMITS,
@@ -729,7 +729,9 @@ def load(
     try:
         return Settings.model_validate(values, context={"folder": folder})
     except ValidationError as error:
-        raise SettingsError(f"wrong setting: {_with_hint(error)}") from error
+        found = "; ".join(map(str, faults(error, Settings, values, "this file")))
+        text = found.replace("a mapping, key: value", "a table").replace("a mapping", "a table")
+        raise SettingsError(f"wrong setting: {text}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -794,28 +796,5 @@ def _variables() -> dict[str, tuple[str, str]]:
     return places | _SHORT
 
 
-def _with_hint(error: ValidationError) -> str:
-    """Return pydantic's messages, with the nearest name for an unknown key."""
-    text = describe(error)
-    for detail in error.errors(include_url=False, include_input=False):
-        if detail["type"] == "extra_forbidden":
-            key = str(detail["loc"][-1])
-            near = get_close_matches(key, _keys(detail["loc"][:-1]), n=1)
-            return text + (f"; did you mean {near[0]!r}?" if near else "")
-    return text
-
-
 def _names(section: type[Section]) -> list[str]:
     return [field.alias or name for name, field in section.model_fields.items()]
-
-
-def _keys(section: tuple[int | str, ...]) -> list[str]:
-    if not section:
-        return list(Settings.model_fields)
-    if section[0] == "runners":
-        return _names(HttpRunnerSettings)
-    if section[0] == "shards":
-        return _names(ShardSettings)
-    if section[0] == "lookups":
-        return _names(LookupSettings)
-    return _names(_SECTIONS[str(section[0])])

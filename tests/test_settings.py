@@ -51,8 +51,8 @@ def test_a_secret_can_be_in_a_file_and_is_never_shown(tmp_path: Path) -> None:
     ("variable", "value", "words"),
     [
         ("SEQUENCERD_SMPT_URL", "x", "did you mean SEQUENCERD_SMTP_URL"),
-        ("SEQUENCERD_ENGINE_BATCH", "many", "engine.batch: .*integer"),
-        ("SEQUENCERD_ENGINE_LEASE", "0", "engine.lease: .*greater"),
+        ("SEQUENCERD_ENGINE_BATCH", "many", "engine.batch: must be a whole number$"),
+        ("SEQUENCERD_ENGINE_LEASE", "0", "engine.lease: must be 1 or more$"),
         ("SEQUENCERD_LOG_LEVEL", "loud", "log.level: .*'debug'"),
         ("SEQUENCERD_SMS_AUTH_TOKEN_FILE", "/nowhere/token", "No such file"),
     ],

@@ -18,7 +18,7 @@ from sequencerd.console.query import Query, WrongQueryError
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import at
 from sequencerd.core.model import ALT_NEXT, NEXT, Sequence, Step
-from sequencerd.core.step_types import describe_wait
+from sequencerd.core.step_types import config_in_order, describe_wait
 from sequencerd.core.step_types.condition_config import describe_condition
 from sequencerd.core.window_config import describe_window
 from sequencerd.definitions import drawing
@@ -116,6 +116,7 @@ class StepPanel:
 
     step: Step
     words: list[str]
+    config: Any
     ways: list[ExitFlow]
     way: str | None  # that is chosen
     goals: int
@@ -164,6 +165,7 @@ async def panel(
     return StepPanel(
         step,
         _words(definition, step),
+        config_in_order(step.type, step.config) if isinstance(step.config, dict) else step.config,
         _ways(definition, step, flow, query),
         query.get("way"),
         goals,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
@@ -15,6 +16,7 @@ from pydantic.alias_generators import to_camel
 from sequencerd.core.model import DefinitionError, Fault, KeyPath
 
 MAX_KNOWN = 20  # names in a hint
+MAPPING = "must be a mapping, key: value"
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -77,38 +79,79 @@ def faults(
 ) -> list[Fault]:
     """Return pydantic's errors by place, without the values, which may be secret or long."""
     found: dict[KeyPath, list[str]] = {}
+    of_types: set[KeyPath] = set()  # where the value is only of another type
     for detail in error.errors(include_url=False, include_input=False):
         path, message = _within(detail["loc"], value), detail["msg"].removeprefix("Value error, ")
-        match detail["type"]:
+        kind = detail["type"]
+        match kind:
             case "extra_forbidden":
                 message = _unknown_key(model, path, name)
             case "missing":
                 path = (*_within(detail["loc"][:-1], value), detail["loc"][-1])
                 message = "is missing"
-            case "model_type" | "dict_type":
-                message = "must be a mapping, key: value"
+            case "model_type":
+                message = _mapping(model, path, detail["ctx"]["class_name"])
             case "time_delta_type" | "time_delta_parsing":
                 message = "must be a duration such as PT5M, or a number of seconds"
             case _:
-                message = _plain(detail["type"], detail.get("ctx", {})) or message.replace(
-                    "Input should", "must"
-                )
-        texts = found.setdefault(path, [])
-        # pydantic reports an error of a union once for each of its types
-        message = message.removeprefix("must be ") if texts else message
-        if message not in texts:
-            texts.append(message)
-    # a field for whole numbers and others reports both
-    told = {
-        path: " or ".join(texts).replace("a whole number or a number", "a number")
+                message = _plain(kind, detail.get("ctx", {})) or message
+                message = re.sub("^(Input|String) should", "must", message)
+        is_of_type = kind.endswith("_type") or kind == "literal_error"
+        if path not in found and is_of_type:
+            of_types.add(path)
+        elif not is_of_type:
+            of_types.discard(path)
+        found.setdefault(path, []).append(message)
+    return [
+        Fault(path, _either(texts))
         for path, texts in found.items()
-    }
-    return [Fault(path, text) for path, text in told.items()]
+        if path not in of_types or not _has_errors_within(path, found)
+    ]
+
+
+def _has_errors_within(path: KeyPath, found: Iterable[KeyPath]) -> bool:
+    """Return whether there are errors within a value. Pydantic reports an error of a union for each
+    of its types, also for those that the value does not have.
+    """
+    return any(len(other) > len(path) and other[: len(path)] == path for other in found)
+
+
+def _either(texts: Iterable[str]) -> str:
+    """Combine what the types of a union require; an error of another kind is that of the type which
+    the value has.
+    """
+    texts = list(dict.fromkeys(texts))
+    if others := [text for text in texts if not text.startswith("must be ")]:
+        return " or ".join(others)
+    first, *others = texts
+    if not others:
+        return first
+    *forms, last = (text.removeprefix("must be ") for text in others)
+    listed = first.replace(" or ", ", ") if first.startswith("must be '") else first
+    # a field for whole numbers and others reports both
+    return f"{', '.join([listed, *forms])} or {last}".replace(
+        "a whole number or a number", "a number"
+    ).replace("a whole number, a number", "a number")
+
+
+def _mapping(model: type[BaseModel], path: KeyPath, class_name: str) -> str:
+    """Name the keys that a mapping must have."""
+    for known in _models_at(model, path):
+        required = [
+            f"{field.alias or own}: ..."
+            for own, field in known.model_fields.items()
+            if field.is_required()
+        ]
+        if known.__name__ == class_name and required:
+            return f"must be a mapping such as {{{', '.join(required)}}}"
+    return MAPPING
 
 
 def _plain(kind: str, limits: Mapping[str, Any]) -> str | None:
     """Describe an error of pydantic in the terms of a file; None if its message is good."""
     match kind:
+        case "dict_type":
+            return MAPPING
         case "string_type":
             return "must be a text"
         case "string_pattern_mismatch":
@@ -124,19 +167,23 @@ def _plain(kind: str, limits: Mapping[str, Any]) -> str | None:
         case "none_required":
             return "must be null"
         case "greater_than":
-            return f"must be more than {limits['gt']}"
+            return f"must be more than {_limit(limits['gt'])}"
         case "greater_than_equal":
-            return f"must be {limits['ge']} or more"
+            return f"must be {_limit(limits['ge'])} or more"
         case "less_than":
-            return f"must be less than {limits['lt']}"
+            return f"must be less than {_limit(limits['lt'])}"
         case "less_than_equal":
-            return f"must be {limits['le']} or less"
+            return f"must be {_limit(limits['le'])} or less"
         case "too_short" | "string_too_short":
             least, unit = limits["min_length"], _UNITS[kind]
             return "must not be empty" if least == 1 else f"must have at least {least:,} {unit}"
         case "too_long" | "string_too_long":
             return f"must have at most {limits['max_length']:,} {_UNITS[kind]}"
     return None
+
+
+def _limit(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 _KINDS = {"A-Za-z": "letter", "A-Z": "capital letter", "a-z": "lower-case letter", "0-9": "digit"}
@@ -199,40 +246,71 @@ def _unknown_key(model: type[BaseModel], path: KeyPath, name: str) -> str:
             owner = f"{'an' if last[0] in 'aeiou' else 'a'} {last.removesuffix('s')}"
         case _:
             owner = "an item"
-    holder = _model_at(model, path[:-1])
     message = f"{owner} has no key {str(key)!r}"
-    if holder is None:
-        return message
-    known = [field.alias or own for own, field in holder.model_fields.items()]
-    return f"{message}; {nearest(str(key), known)}"
+    known = [
+        field.alias or own
+        for holder in _models_at(model, path[:-1])
+        for own, field in holder.model_fields.items()
+    ]
+    return f"{message}; {nearest(str(key), known)}" if known else message
 
 
-def _model_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
-    """Return the model of the value at a path; None if that is ambiguous."""
+def _models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
+    """Return the models that the value at a path may have."""
+    at: list[Any] = [model]
     for part in path:
-        if isinstance(part, str):
-            fields = {field.alias or name: field for name, field in model.model_fields.items()}
-            models = _models(fields[part].annotation) if part in fields else []
-            if len(models) != 1:
-                return None
-            [model] = models
-    return model
+        at = [inner for annotation in at for inner in _inside(annotation, part)]
+    return _models(at)
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]
+def _models(annotations: Iterable[Any]) -> list[type[BaseModel]]:
+    """Return the models among the types of some unions."""
+    types = dict.fromkeys(type_ for one in annotations for type_ in _alternatives(one))
+    return [type_ for type_ in types if isinstance(type_, type) and issubclass(type_, BaseModel)]
 
 
-def describe(error: ValidationError) -> str:
-    """Describe pydantic's errors in one line, without the values, which may be secret or long."""
-    parts = []
-    for detail in error.errors(include_url=False, include_input=False):
-        path = ".".join(str(part) for part in detail["loc"])
-        message = detail["msg"].removeprefix("Value error, ")
-        parts.append(f"{path}: {message}" if path else message)
-    return "; ".join(parts)
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    """Yield the types of a union."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _alternatives(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for type_ in get_args(annotation):
+            yield from _alternatives(type_)
+    else:
+        yield annotation
+
+
+def _inside(annotation: Any, part: str | int) -> Iterator[Any]:
+    """Yield the types that the value at a key or an index may have."""
+    for type_ in _alternatives(annotation):
+        if isinstance(type_, type) and issubclass(type_, BaseModel):
+            for name, field in type_.model_fields.items():
+                if (field.alias or name) == part:
+                    yield field.annotation
+        elif get_args(type_):  # of a list or a mapping
+            yield get_args(type_)[-1]
+
+
+def in_order(value: Any, *annotations: Any) -> Any:
+    """Return a value of one of these types with its keys in the order of the models' fields; keys
+    without a field precede them.
+    """
+    if isinstance(value, list):
+        inner = [type_ for one in annotations for type_ in _inside(one, 0)]
+        return [in_order(item, *inner) for item in value]
+    if not isinstance(value, dict):
+        return value
+    fields = [
+        field.alias or name
+        for model in _models(annotations)
+        for name, field in model.model_fields.items()
+    ]
+    known = [key for key in dict.fromkeys(fields) if key in value]
+    return {
+        key: in_order(value[key], *(type_ for one in annotations for type_ in _inside(one, key)))
+        for key in (*(key for key in value if key not in known), *known)
+    }
 
 
 def nearest(name: str, known: list[str]) -> str:

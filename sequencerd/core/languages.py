@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, Discriminator, Tag, WithJsonSchema
+from pydantic import AfterValidator, WithJsonSchema
 
 DEFAULT_LOCALE = "data.locale"
 """The path of a subject's language, unless its sequence names another."""
@@ -101,9 +101,7 @@ TEXT_SCHEMA = {"anyOf": [{"type": "string"}, _FILE_SCHEMA]}
 """Of a text in a file: written there, or in a file of its own."""
 
 LanguageText = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[dict[str, str], AfterValidator(_check), Tag("languages")],
-    Discriminator(lambda value: "languages" if isinstance(value, dict) else "text"),
+    str | Annotated[dict[str, str], AfterValidator(_check)],
     WithJsonSchema(
         {
             "anyOf": [

@@ -13,10 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    Discriminator,
     Field,
     StrictInt,
-    Tag,
     ValidationError,
     WithJsonSchema,
     field_validator,
@@ -98,11 +96,7 @@ class ReentryAfter(Config):
     """How long after the end, such as {amount: 90, unit: days}."""
 
 
-Reentry = Annotated[
-    Annotated[Literal["after_end", "always", "never"], Tag("policy")]
-    | Annotated[ReentryAfter, Tag("after")],
-    Discriminator(lambda value: "policy" if isinstance(value, str) else "after"),
-]
+Reentry = Literal["after_end", "always", "never"] | ReentryAfter
 
 
 class BrakeConfig(Config):
@@ -320,12 +314,13 @@ class _SequenceSource:
 
     def say(self, keys: KeyPath, message: str, *, is_error: bool = True) -> None:
         """Add a finding; `keys` is the path from the top of the document."""
-        step, shown = None, keys
+        step, text = None, str(Fault(keys, message))
         if keys[:1] == ("steps",) and len(keys) > 1:
-            step = self.step_names[int(keys[1])]
-            if step is not None:
-                shown = keys[3:] if keys[2:3] == ("config",) else keys[2:]
-        text = str(Fault(shown, message))
+            number = int(keys[1])
+            step = self.step_names[number] or None
+            text = str(Fault(keys[3:] if keys[2:3] == ("config",) else keys[2:], message))
+            if step is None:
+                text = f"step {number + 1}: {text}"
         within = re.match(r"line (\d+): ", message)  # of a template
         if file := self.files.get(keys):
             origin, line, column = str(file), int(within[1]) if within else 1, 1

@@ -9,7 +9,10 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
+from sequencerd.core.config import in_order
+from sequencerd.core.step_types import config_in_order
 from sequencerd.definitions.diff import SequenceDocument
+from sequencerd.definitions.files import FileSequence
 
 DEFAULTS: dict[str, Any] = {
     "description": None,
@@ -63,6 +66,7 @@ def to_yaml(document: SequenceDocument) -> str:
     steps = document["steps"]
     following = [*(step["name"] for step in steps[1:]), None]
     sequence["steps"] = [_step(*pair) for pair in zip(steps, following, strict=False)]
+    sequence = in_order(sequence, FileSequence)
     made = _dump(sequence, allow_unicode=True)
     if all(line.isprintable() for line in made.split("\n")):
         return made
@@ -95,7 +99,7 @@ def quoted(text: str) -> str:
 def _step(step: SequenceDocument, following: str | None) -> dict[str, Any]:
     shown: dict[str, Any] = {"name": step["name"], "type": step["type"]}
     if step["config"]:
-        shown["config"] = step["config"]
+        shown["config"] = config_in_order(step["type"], step["config"])
     if step["next"] != following:
         shown["next"] = step["next"]
     if step["altNext"] is not None:

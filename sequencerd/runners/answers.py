@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.alias_generators import to_camel
 
 from sequencerd.core import exact_json
-from sequencerd.core.config import describe
+from sequencerd.core.config import faults
 from sequencerd.core.model import Action, Answer, Failed, Result
 from sequencerd.runners.fields import one_line
 
@@ -111,7 +111,8 @@ def read_outcome(value: object, model: type[ActionAnswer] = ActionAnswer) -> Res
     try:
         outcome = model.model_validate(value)
     except ValidationError as error:
-        return Failed(one_line(f"the answer can't be used: {describe(error)}"), unknown=True)
+        wrong = "; ".join(map(str, faults(error, model, value, "an answer")))
+        return Failed(one_line(f"the answer can't be used: {wrong}"), unknown=True)
     if outcome.model_fields_set <= {"action"}:
         # the same object each time, so that the engine moves all these enrollments together
         return PLAIN[str(outcome.action)]

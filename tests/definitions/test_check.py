@@ -629,12 +629,17 @@ def test_many_cycles_are_reported_in_time(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("name: s\nsteps: []\n", "steps: must not be empty"),
+        (
+            "name: s\nreentry: sometimes\nsteps: []\n",
+            "reentry: must be 'after_end', 'always', 'never' or a mapping such as {after: ...}",
+        ),
         ("name: s\nsteps: 3\n", "steps: must be a list"),
-        ("name: s\nsteps:\n  - {name: 5, type: GoTo}\n", "name: must be a text"),
-        ("name: s\nsteps:\n  - {name: '', type: GoTo}\n", "name: must not be empty"),
+        ("name: s\nsteps:\n  - {name: 5, type: GoTo}\n", "s: step 1: name: must be a text"),
+        ("name: s\nsteps:\n  - {name: '', type: GoTo}\n", "s: step 1: name: must not be empty"),
+        ("name: s\nsteps:\n  - x\n", "s: step 1: must be a mapping such as {name: ..., type: ...}"),
         (
             "name: s\nsteps:\n  - {name: a, type: WaitForDuration, config: {amount: x, unit: day}}",
-            "amount: must be a number",
+            "amount: must be a number or a template such as {{data.days}}",
         ),
         (
             "name: s\nsteps:\n  - {name: a, type: Note, config: {retry: {attempts: 0}}}\n",

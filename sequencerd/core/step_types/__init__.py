@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sequencerd.core.config import parse_config
+from sequencerd.core.config import in_order, parse_config
 from sequencerd.core.javascript.conditions import Operand, first_key
 from sequencerd.core.javascript.templates import called_partials, compile_template
 from sequencerd.core.model import DefinitionError, InstantStep, KeyPath
@@ -53,6 +53,17 @@ def compile_step(type_: str, config: Mapping[str, Any]) -> InstantStep:
     record = BUILT_IN[type_]
     assert record.compile is not None
     return record.compile(parse_config(record.config, config, type_))
+
+
+def config_in_order(type_: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with its keys in the order of the documentation, which jsonb does not keep.
+    The keys of all side effects follow those of the type.
+    """
+    own = [BUILT_IN[type_].config] if type_ in BUILT_IN else []
+    ordered: dict[str, Any] = in_order(
+        dict(config), *own, *(() if is_instant(type_) else (effects.EffectConfig,))
+    )
+    return ordered
 
 
 def describe_wait(type_: str | None, config: Mapping[str, Any]) -> str:

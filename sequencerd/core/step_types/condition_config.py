@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, ConfigDict, Field
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.granularity import GRANULARITIES, period
@@ -77,13 +77,7 @@ class ConditionConfig(Config):
     """moment's command; it compares instants, whatever the zones in which they are written."""
     value: Operand | None = None
     """The first operand."""
-    compare_to: (
-        Annotated[
-            Annotated[Operand, Tag("operand")] | Annotated[list[Operand], Tag("operands")],
-            Discriminator(lambda value: "operands" if isinstance(value, list) else "operand"),
-        ]
-        | None
-    ) = None
+    compare_to: Operand | list[Operand] | None = None
     """The second operand, of those commands that have one; of isBetween a list of two."""
     granularity: (
         Annotated[
