@@ -136,7 +136,7 @@ def _where(
     undone = [name for name in failed if name not in unknown]
     parts = (
         (f"{words.what} is in ", done),
-        ("not in ", undone),
+        ("not in " if done else f"{words.what} is not in ", undone),
         ("it is not known whether it is in ", unknown),
     )
     return ", ".join(f"{text}{', '.join(names)}" for text, names in parts if names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
@@ -378,6 +379,37 @@ async def test_apply_says_where_it_stands_after_a_shard_died_before_its_commit(
     assert await have_revision(shards) == ["a", "b"]
     assert filled("apply", "s.yaml") == "s: nothing changed\n"
     assert filled("history", "s").startswith("revision 2 in a, revision 3 in b, ")
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+async def test_a_rollback_whose_command_ends_between_the_commits_is_completed_by_another(
+    filled: Command,
+    shards: dict[str, asyncpg.Connection],
+    tmp_path: Path,
+    shards_url: str,
+    end: signal.Signals,
+) -> None:
+    (tmp_path / "s.yaml").write_text(EDITED)
+    filled("apply", "s.yaml")
+    (tmp_path / "s.yaml").write_text(filled("export", "s", "--revision", "1"))
+    async with commits_wait(shards_url) as slow:
+        configure(filled, a=slow, b=shards_url)
+        applying = await start_sequencerd(
+            "apply", "s.yaml", env=filled.variables, cwd=tmp_path, stderr=asyncio.subprocess.PIPE
+        )
+        await until(shards["b"], COMMITTING)
+        applying.send_signal(end)
+        _, errors = await applying.communicate()
+    if end == signal.SIGINT:
+        assert (
+            b"interrupted: the revision is not in b, it is not known whether it is in a" in errors
+        )
+    configure(filled, a=shards_url, b=shards_url)
+    await until(shards["a"], WITH_REVISION.replace("count(*)", "count(*) = 0"))
+    assert await have_revision(shards) == ["b"]
+    assert "s in a: nothing changed" in filled("plan", "s.yaml")
+    assert "s in b:\n  changed first: config.amount 4 → 3" in filled("apply", "s.yaml")
+    assert await have_revision(shards) == []
 
 
 async def test_a_commit_without_an_answer_is_looked_up(

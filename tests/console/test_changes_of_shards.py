@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping
+from html import unescape
 
 import asyncpg
 import httpx
@@ -84,7 +85,25 @@ async def confirm(client: httpx.AsyncClient, query: str, **form: str) -> httpx.R
 async def edited(client: httpx.AsyncClient, amount: int, **form: str) -> dict[str, str]:
     """Return the form that applies a plan of another wait."""
     page = await client.get("/edit?sequence=s")
-    text = re.sub(r"amount: \d+", f"amount: {amount}", text_of(page))
+    return await planned_form(
+        client, page, re.sub(r"amount: \d+", f"amount: {amount}", text_of(page)), **form
+    )
+
+
+async def rolled_back(client: httpx.AsyncClient) -> dict[str, str]:
+    """Return the form that applies the oldest revision, by the links of the pages."""
+    page = await client.get("/sequence?sequence=s")
+    *_, oldest = re.findall(r'href="/console(/shards/a/revision[^"]*)"', page.text)
+    compared = await client.get(unescape(oldest))
+    form = compared.text.partition("Roll back to this revision")[0].rpartition("<form")[2]
+    fields = re.findall(r'name="(\w+)" value="([^"]*)"', form)
+    page = await client.get("/edit", params=dict(fields))
+    return await planned_form(client, page, text_of(page))
+
+
+async def planned_form(
+    client: httpx.AsyncClient, page: httpx.Response, text: str, **form: str
+) -> dict[str, str]:
     fields = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page.text))
     planned = await client.post("/edit", data={**fields, "text": text, "action": "plan"})
     assert planned.status_code == 200, planned.text
@@ -275,24 +294,33 @@ async def test_a_shard_that_goes_away_in_the_middle_is_named_everywhere(
         )
 
 
-async def test_an_edit_says_where_it_stands_after_a_shard_died_before_its_commit(
+async def test_a_rollback_says_where_it_stands_after_a_shard_died_before_its_commit(
     filled: Command, shards: Shards, shards_url: str
 ) -> None:
+    """As after any edit, it is repeated, and completes what is missing."""
     async with commits_wait(shards_url) as slow:
         configure(filled, a=slow, b=shards_url)
         async with console(filled, "console", **WRITE) as client:
-            form = await edited(client, 6)
+            await commit_slowly(shards, False)
+            assert (await client.post("/edit", data=await edited(client, 6))).status_code == 303
+            form = await rolled_back(client)
+            await commit_slowly(shards, True)
             applying = asyncio.create_task(client.post("/edit", data=form))
             await until(shards["b"], COMMITTING)
             assert await shards["b"].fetchval(KILL) == 1
-            await shards["a"].execute("ALTER SYSTEM RESET synchronous_standby_names")
-            await shards["a"].execute("SELECT pg_reload_conf()")
+            await commit_slowly(shards, False)
             answer = await applying
             assert answer.status_code == 503
             assert "the revision is in a, not in b; repeat the change" in answer.text
-            assert await of_each(shards, AMOUNT) == ["6", "3"]
+            assert await of_each(shards, AMOUNT) == ["3", "6"]
             page = await page_with(client, "/sequence?sequence=s", "different definitions")
             assert page.status_code == 200
-            form = await edited(client, 6)
+            form = await rolled_back(client)
             assert (await client.post("/edit", data=form)).status_code == 303
-    assert await of_each(shards, AMOUNT) == ["6", "6"]
+    assert await of_each(shards, AMOUNT) == ["3", "3"]
+
+
+async def commit_slowly(shards: Shards, slowly: bool) -> None:
+    value = "'nobody'" if slowly else "''"
+    await shards["a"].execute(f"ALTER SYSTEM SET synchronous_standby_names = {value}")
+    await shards["a"].execute("SELECT pg_reload_conf()")
