@@ -36,7 +36,7 @@ from sequencerd.service.systemd import is_service
 from sequencerd.settings import Settings, load
 from sequencerd.storage import connections, conninfo, migrate, migrations
 from sequencerd.storage.connections import Shard
-from sequencerd.storage.database_errors import TRANSIENT_ERRORS, with_hint
+from sequencerd.storage.database_errors import READ_ONLY, TRANSIENT_ERRORS, with_hint
 from sequencerd.storage.every_shard import Explain, ShardAnswers, ask
 from sequencerd.storage.statements import QUERIES
 
@@ -181,6 +181,8 @@ async def _explained(
             pass
         case asyncpg.InsufficientPrivilegeError():
             return DatabaseError(f"{error}; {await _advice(arguments, shard)}")
+        case asyncpg.ReadOnlySQLTransactionError():
+            return DatabaseError(READ_ONLY)
         case asyncpg.PostgresError():
             return DatabaseError(f"the database rejected the command: {with_hint(error)}")
         case TimeoutError() | asyncpg.InterfaceError(__context__=TimeoutError()):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 import asyncpg
 from structlog.typing import FilteringBoundLogger
@@ -103,17 +104,17 @@ class BulkChanges:
         *,
         reason: str,
         to: str | None,
-        without: Sequence[str] = (),
+        without: Mapping[str, str] = MappingProxyType({}),
     ) -> BulkChange:
-        """Start a change and wait briefly for its end; `without` are shards that cannot be reached.
-        Raises UsageError.
+        """Start a change and wait briefly for its end; `without` are shards that cannot be changed,
+        with the reasons. Raises UsageError.
         """
         if len(self._running) >= MOST:
             raise UsageError("other changes are in progress; try again later")
         number = max(self._changes, default=0) + 1
         change = self._changes[number] = BulkChange(number, nonce, user, reason, action, to)
         change.errors += [
-            f"Nothing was changed in the shard {name}, which is away" for name in without
+            f"Nothing was changed in the shard {name}: {why}" for name, why in without.items()
         ]
         for known in list(self._changes)[:-KEPT]:
             if self._changes[known].ended is not None:

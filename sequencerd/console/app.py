@@ -320,6 +320,8 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
             made = PlainTextResponse(
                 "The first count is not finished.\n", 503, {"Retry-After": "1"}
             )
+        except asyncpg.ReadOnlySQLTransactionError as error:
+            made = refused(503, "Not done", as_sentence(f"{brief(error)}; nothing was changed"))
         except TRANSIENT_ERRORS as error:
             if isinstance(error, ValueError):  # of the driver: nothing was sent
                 made = refused(422, "Not possible", "A value is out of range.")

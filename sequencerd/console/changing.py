@@ -112,7 +112,7 @@ class Selected(NamedTuple):
 
 async def _selected(context: PageContext, query: Query) -> dict[Shard, Selected]:
     """Count what a change applies to, by shard. Raises WrongQueryError, also for ids in a shard
-    that is away.
+    that is away or read-only.
     """
     action = _action(query)
     asked = {
@@ -125,6 +125,8 @@ async def _selected(context: PageContext, query: Query) -> dict[Shard, Selected]
         ours = asked[str(part.shard.name)] if context.parts else query
         selection = await _chosen(part, ours)
         async with reading(part.pool) as connection:
+            if await connection.fetchval(QUERIES["is_read_only"]):
+                raise asyncpg.ReadOnlySQLTransactionError
             rows = await bulk.selected(connection, action, selection)
             sequences = sorted({row["sequence"] for row in rows})
             steps = await connection.fetch(QUERIES["steps_of_all"], sequences) if rows else []
@@ -132,8 +134,8 @@ async def _selected(context: PageContext, query: Query) -> dict[Shard, Selected]
 
     found = dict((await in_all(context, find, only=asked)).values())
     if missing.get() and query.get("id"):
-        names = ", ".join(missing.get())
-        raise WrongQueryError(f"enrollments were chosen of {names}, which cannot be reached")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.get().items())
+        raise WrongQueryError(f"enrollments were chosen that cannot be changed: shard {reasons}")
     return found
 
 
@@ -179,7 +181,7 @@ async def change(request: Request) -> Response:
         selections,
         reason=reason,
         to=to,
-        without=list(missing.get()),
+        without=missing.get(),
     )
     for one in (context, *context.parts.values()):
         one.enrollments_read.clear()

@@ -17,10 +17,11 @@ from sequencerd.core import exact_json
 from sequencerd.core.calendar import dates
 from sequencerd.core.routing import shard_of
 from sequencerd.definitions.options import read_object, read_zone
-from sequencerd.errors import UsageError
+from sequencerd.errors import DatabaseError, UsageError
 from sequencerd.storage import bulk, connections
 from sequencerd.storage.bulk import AlreadyEnrolledError
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.database_errors import brief
 from sequencerd.storage.statements import QUERIES
 
 FIELDS = ("sequence", "subject", "email", "data", "timezone", "step", "start", "reason")
@@ -73,6 +74,12 @@ async def enroll(request: Request) -> Response:
         return _page(request, query, 409, wrong=f"{error}.", blocking=next(iter(blocking), None))
     except UsageError as error:
         return _page(request, query, 422, wrong=as_sentence(str(error)))
+    except (DatabaseError, asyncpg.ReadOnlySQLTransactionError) as error:
+        if shard.shard.name is None:
+            raise
+        cause = str(error) if isinstance(error, DatabaseError) else brief(error)
+        wrong = f"Nothing was changed: shard {shard.shard.name}: {cause}."
+        return _page(request, query, 503, wrong=wrong)
     return RedirectResponse(_linked(shard.shard, id_)["url"], 303)
 
 

@@ -57,11 +57,11 @@ async def run(
             except DatabaseError as error:
                 if len(shards) == 1:
                     raise
-                log.warning(
-                    "the shard is unavailable", shard=definitions.shard.name, error=str(error)
+                definitions.log.warning("the shard is unavailable", error=str(error))
+            if console.write and definitions.is_standby:
+                definitions.log.warning(
+                    "the server is a standby: the console changes nothing until its next start"
                 )
-        if console.write and any(definitions.is_standby for definitions in found):
-            log.warning("the server is a standby: the console changes nothing until its next start")
         served = [
             ServedShard(
                 definitions.shard,
@@ -114,7 +114,7 @@ class _PresentDefinitions:
         self.is_standby = False
         self._pool: asyncpg.Pool | None = None
         self._runners = runners
-        self._log = log if shard.name is None else log.bind(shard=shard.name)
+        self.log = log if shard.name is None else log.bind(shard=shard.name)
         self._simulator = Simulator({}, runners)
         self._revisions: dict[str, int] = {}
         self._error: str | None = None
@@ -153,7 +153,7 @@ class _PresentDefinitions:
             except (SequencerdError, *TRANSIENT_ERRORS) as error:
                 told = str(error) if isinstance(error, SequencerdError) else brief(error)
                 if self._error is None:
-                    self._log.warning("the console cannot read the database", error=told)
+                    self.log.warning("the console cannot read the database", error=told)
                 self._error = told
             else:
                 self._error = None

@@ -89,7 +89,7 @@ def make_console_of_shards(served: Sequence[ServedShard], log: FilteringBoundLog
             app.state.console = replace(
                 first,
                 settings=first.settings.model_copy(
-                    update={"write": all(one.settings.write for one in contexts.values())}
+                    update={"write": any(one.settings.write for one in contexts.values())}
                 ),
                 auth=auth,
                 summary=summary,

@@ -27,6 +27,8 @@ LOST_ERRORS = (
 )
 """Errors of a lost connection: whether it has committed is unknown."""
 
+READ_ONLY = "the database is read-only: it is a standby, or default_transaction_read_only is on"
+
 _DATA = frozenset({"21", "22", "23", "54"})
 _ENVIRONMENT = frozenset({"08", "25", "28", "40", "53", "55", "57", "58"})
 _PLAIN = _ENVIRONMENT | {"0A", "26", "3D", "3F", "42", "XX"}
@@ -53,6 +55,8 @@ def _class(error: asyncpg.PostgresError) -> str:
 def brief(error: BaseException) -> str:
     """Describe a database error for the log, without values that it quotes from rows."""
     name = type(error).__name__
+    if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        return READ_ONLY
     if isinstance(error, asyncpg.PostgresError):
         is_plain = _class(error) in _PLAIN
     else:

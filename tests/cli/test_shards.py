@@ -249,6 +249,16 @@ def test_writing_commands_say_where_they_stand(filled: Command, shards_url: str)
     assert "the mail server should try again" in filled.errors
 
 
+def test_a_read_only_shard_refuses_only_its_own_changes(filled: Command, shards_url: str) -> None:
+    refuses = f"{shards_url}{'&' if '?' in shards_url else '?'}options="
+    configure(filled, a=shards_url, b=f"{refuses}-cdefault_transaction_read_only%3Don")
+    assert "a: paused; b: active" in filled("pause", "s", code=1) + filled("status")
+    filled("cancel", "a/1", "--yes")
+    for command in ("cancel b/1", "apply s.yaml", "holidays DE 2026", "enroll s x --shard b"):
+        filled(*command.split(), code=1)
+        assert "shard b: the database is read-only: it is a standby, or" in filled.errors
+
+
 BOUNCE = b"""\
 From: MAILER-DAEMON@example.com
 Content-Type: multipart/report; report-type=delivery-status; boundary=x

@@ -16,12 +16,15 @@ import asyncpg
 import httpx
 import pytest
 
+from sequencerd.core.routing import shard_of
 from sequencerd.storage import migrate
 from tests.chaos.world import Server, serving
-from tests.console.conftest import DAY, page_once, token
+from tests.console.conftest import DAY, page_once, page_with, token
 from tests.console.test_access import HASH, log_in
+from tests.console.test_shards import console
 from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import define, enroll
+from tests.helpers.shards import NAMES, SEQUENCE, configure
 from tests.helpers.waiting import PATIENCE
 from tests.service.test_http_server import free_port
 
@@ -95,6 +98,50 @@ async def test_on_a_standby_it_reads(pair: tuple[Server, Server]) -> None:
         again = await client.get("/sequence?sequence=s")
         assert again.headers["location"].startswith("/console/login")
     await connection.close()
+
+
+async def test_of_several_shards_only_a_standby_is_not_changed(
+    pair: tuple[Server, Server], tmp_path: Path
+) -> None:
+    """Each change that concerns it says so, with its name."""
+    primary, standby = pair
+    command = Command("", tmp_path)
+    command.without_database()
+    command.variables["SEQUENCERD_CONFIG"] = str(tmp_path / "sequencerd.toml")
+    configure(command, a=primary.url, b=primary.url)
+    command("migrate")
+    (tmp_path / "s.yaml").write_text(SEQUENCE)
+    command("apply", "s.yaml")
+    for name in NAMES:
+        command("enroll", "s", f"{name}1", "--shard", name)
+    configure(command, a=primary.url, b=standby.url)
+    async with console(command, "console", SEQUENCERD_CONSOLE_WRITE="true") as client:
+        await page_with(client, "/", "<dd>2</dd>")
+        ours = {"token": token(await client.get("/suppress")), "reason": "x"}
+
+        async def post(path: str, **form: str) -> httpx.Response:
+            return await client.post(path, data={**ours, **form})
+
+        question = await client.get("/change?action=cancel&sequence=s")
+        assert "<h1>Cancel 1 enrollment?</h1>" in question.text
+        assert "The shard b is missing here: the database is read-only" in question.text
+        named = await post("/change", action="cancel", id="a/1,b/1", number="2")
+        assert "cannot be changed: shard b: the database is read-only" in named.text
+        assert (await post("/change", action="cancel", id="a/1", number="1")).status_code == 303
+        subjects = {shard_of(f"new-{n}", 2): f"new-{n}" for n in range(20)}
+        for number, status in ((0, 303), (1, 503)):
+            answer = await post("/enroll", sequence="s", subject=subjects[number])
+            assert answer.status_code == status, answer.text
+        assert "Nothing was changed: shard b: the database is read-only" in answer.text
+        paused = await post("/status", sequence="s", action="pause")
+        assert "s is paused in a. Not everywhere: shard b: the database is read" in paused.text
+        form = {"channel": "email", "address": "ada@example.com", "topic": "*"}
+        assert "Suppressed in a, not in b" in (await post("/suppress", **form)).text
+        assert (await post("/shards/a/status", sequence="s", action="resume")).status_code == 303
+        assert (await post("/shards/b/status", sequence="s", action="pause")).status_code == 403
+    command("apply", "s.yaml", code=1)
+    assert "shard b: the database is read-only" in command.errors
+    assert "nothing was changed in any shard" in command.errors
 
 
 def test_it_does_not_start(sequencerd: Command) -> None:

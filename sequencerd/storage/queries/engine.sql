@@ -5,6 +5,10 @@
 -- Check whether the server is a standby, which cannot be written to.
 SELECT pg_is_in_recovery();
 
+-- name: is_read_only
+-- Check whether nothing can be written: to a standby, or where transactions are read-only by default.
+SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean;
+
 -- part: on_citus
 -- Citus has distributed the tables: it then has a trigger on each. Its own tables cannot be named, as
 -- they exist only there.
