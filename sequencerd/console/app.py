@@ -42,6 +42,7 @@ from sequencerd.console.context import (
     context_of,
     missing,
     say,
+    to_its_shard,
     unmasked,
 )
 from sequencerd.console.live import LiveTopics
@@ -135,11 +136,11 @@ def make_console(
         routes=[
             *routes_of_pages(log),
             get("/enrollments/{id:int}", pages.enrollment),
-            get("/simulate", simulating.simulate),
-            get("/message", mail.mail),
+            get("/simulate", in_its_shard(simulating.simulate, "enrollment")),
+            get("/message", in_its_shard(mail.mail, "enrollment")),
             get("/message/frame", mail.frame),
             post("/message/test", mail.send_test, "operator"),
-            get("/data", data_form.edit, "operator"),
+            get("/data", in_its_shard(data_form.edit, "id"), "operator"),
             post("/data", data_form.change, "operator"),
             get("/revision", editing.compare),
         ],
@@ -147,6 +148,15 @@ def make_console(
         exception_handlers={HTTPException: said},
         lifespan=lifespan,
     )
+
+
+def in_its_shard(page: pages.Page, key: str) -> pages.Page:
+    """Return a page that leads to that of a shard if its parameter `key` is an id such as b/17."""
+
+    async def of_any(request: Request) -> Response:
+        return to_its_shard(request, key) or await page(request)
+
+    return of_any
 
 
 class ToRoute(Protocol):

@@ -136,17 +136,19 @@ def say(
 
 def to_its_shard(request: Request, key: str) -> Response | None:
     """Return what leads to the same page of a shard if the query parameter `key` is an id such as
-    b/17. Raises WrongQueryError for one without a shard, of several.
+    b/17. Raises WrongQueryError for one without a shard, on a page of all.
     """
     context, query = context_of(request), query_of(request)
-    if not context.parts or (id_ := query.get(key)) is None:
+    if (id_ := query.get(key)) is None:
         return None
     name, _, number = id_.rpartition("/")
-    if name not in context.parts:
+    if name in context.parts or name in context.shards:
+        path = request.url.path.removeprefix(at(""))
+        return RedirectResponse(at_shard(name, path, **{**query.given, key: number}))
+    if context.parts:
         example = next(iter(context.parts))
         raise WrongQueryError(f"write the id with its shard, such as {example}/{number}")
-    path = request.url.path.removeprefix(at(""))
-    return RedirectResponse(at_shard(name, path, **{**query.given, key: number}))
+    return None
 
 
 LISTS = ("id", "columns")

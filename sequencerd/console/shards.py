@@ -20,15 +20,21 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console import mail, pages, simulating
+from sequencerd.console import mail, simulating
 from sequencerd.console.actions import BulkChanges
-from sequencerd.console.app import WithHeaders, guarded_routes, make_console, routes_of_pages, said
+from sequencerd.console.app import (
+    WithHeaders,
+    guarded_routes,
+    in_its_shard,
+    make_console,
+    routes_of_pages,
+    said,
+)
 from sequencerd.console.auth import Auth
 from sequencerd.console.context import (
     PageContext,
     context_of,
     query_of,
-    to_its_shard,
     unmasked,
 )
 from sequencerd.console.live import LiveTopics
@@ -122,7 +128,7 @@ def make_console_of_shards(served: Sequence[ServedShard], log: FilteringBoundLog
             *routes_of_pages(log),
             get("/enrollments/{shard}/{id:int}", enrollment),
             get("/simulate", in_its_shard(simulating.simulate, "enrollment")),
-            get("/message", message),
+            get("/message", in_its_shard(message, "enrollment")),
             get("/data", in_its_shard(no_such_page, "id"), "operator"),
             *(
                 Mount(f"/shards/{name}", _ShardLinks(console, name))
@@ -156,15 +162,6 @@ async def enrollment(request: Request) -> Response:
     if name not in context_of(request).parts:
         raise NotFoundError(f"There is no shard {name}.")
     return RedirectResponse(at_shard(name, f"/enrollments/{number}"))
-
-
-def in_its_shard(page: pages.Page, key: str) -> pages.Page:
-    """Return a page that leads to that of a shard if its parameter `key` is an id such as b/17."""
-
-    async def of_all(request: Request) -> Response:
-        return to_its_shard(request, key) or await page(request)
-
-    return of_all
 
 
 async def message(request: Request) -> Response:

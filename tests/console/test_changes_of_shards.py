@@ -6,18 +6,20 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping
 from html import unescape
+from pathlib import Path
 
 import asyncpg
 import httpx
 import pytest
 
 from sequencerd.core.routing import shard_of
-from tests.cli.test_shards import COMMITTING, KILL, commits_wait
+from tests.cli.test_shards import COMMITTING, KILL, MESSAGE, commits_wait
 from tests.console.conftest import Line, counted, page_with, token
 from tests.console.test_editing import text_of
 from tests.console.test_shards import console
 from tests.helpers.command_line import Command
 from tests.helpers.engines import until
+from tests.helpers.servers import smtp_server
 from tests.helpers.shards import configure
 from tests.helpers.waiting import eventually
 
@@ -205,6 +207,43 @@ async def test_a_subject_is_enrolled_in_its_shard(
         again = await post(client, "/enroll", **form)
         assert again.status_code == 409
         assert re.search(rf"enrollment {name}/\d+</a> \(active\)", again.text)
+
+
+async def test_the_message_and_the_data_of_an_enrollment_are_those_in_its_shard(
+    filled: Command, shards: Shards, tmp_path: Path
+) -> None:
+    """Its id leads there from the pages of all shards, and from those of another."""
+    (tmp_path / "m.yaml").write_text(MESSAGE)
+    filled("apply", "m.yaml")
+    filled("enroll", "m", "ada", "--shard", "b")
+    at_step = "/message?sequence=m&step=hello"
+    async with smtp_server() as mailbox:
+        url = f"smtp://127.0.0.1:{mailbox.port}"
+        async with console(filled, "console", **WRITE, SEQUENCERD_EMAIL_URL=url) as client:
+            await page_with(client, "/", "<dd>5</dd>")
+            shown = await client.get(at_step, follow_redirects=True)
+            assert shown.url.path == "/console/shards/b/message"
+            assert "ada@example.com" in shown.text
+            for page in (at_step, f"/shards/a{at_step}", f"/shards/b{at_step}"):
+                shown = await client.get(f"{page}&enrollment=b/3", follow_redirects=True)
+                assert "ada@example.com" in shown.text, shown.text
+                assert 'value="b/3"' in shown.text
+            assert (await client.get(f"{at_step}&enrollment=3")).status_code == 422
+            assert (await client.get(f"/shards/a{at_step}&enrollment=3")).status_code == 404
+            form = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', shown.text))
+            sent = await client.post("/shards/b/message/test", data={**form, "address": "me@x.org"})
+            assert sent.status_code == 303, sent.text
+            assert len(mailbox.messages) == 1
+
+            for page in ("/data", "/shards/a/data"):
+                edit = await client.get(f"{page}?id=b/3", follow_redirects=True)
+                assert edit.url.path == "/console/shards/b/data"
+            form = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', edit.text))
+            form |= {"text": '{"x": 2}', "reason": "asked", "action": "apply"}
+            done = await client.post("/shards/b/data", data=form)
+            assert done.headers["location"] == "/console/shards/b/enrollments/3"
+    changed = "SELECT string_agg(subject, ' ') FROM sequencer.enrollments WHERE data->>'x' = '2'"
+    assert await of_each(shards, changed) == [None, "ada"]
 
 
 async def test_an_address_is_suppressed_in_all_shards(
