@@ -9,8 +9,8 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
-PAUSE = 1.0  # seconds after a transient error
-SHARE = 0.2  # of the time, for work that is requested again and again
+ERROR_PAUSE = 1.0  # seconds after a transient error
+MAX_SHARE_OF_TIME = 0.2  # of the time, for work that is requested again and again
 
 
 class Background:
@@ -45,7 +45,7 @@ class Background:
                 await work()
             except TRANSIENT_ERRORS as error:
                 self.log.warning("database error, trying again", error=brief(error))
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(ERROR_PAUSE)
             except Exception:
                 self.log.exception("internal error")  # the sweep does it later
                 return
@@ -97,12 +97,14 @@ class Repeating:
                 started = loop.time()
         except TRANSIENT_ERRORS as error:
             log.warning("database error, trying again", error=brief(error))
-            self._is_requested, pause = True, PAUSE
+            self._is_requested, pause = True, ERROR_PAUSE
         except Exception:
             log.exception("internal error")  # the sweep does it later
         finally:
             # a timer instead of a sleep, so that a stop does not wait for it
-            loop.call_later(max(pause, (loop.time() - started) * (1 / SHARE - 1)), self._rested)
+            loop.call_later(
+                max(pause, (loop.time() - started) * (1 / MAX_SHARE_OF_TIME - 1)), self._rested
+            )
 
     def _rested(self) -> None:
         self._is_busy = False

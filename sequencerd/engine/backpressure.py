@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 from sequencerd.engine.executors import Finished
 
-BEHIND = 20  # batches of results that may wait to be written
-HOLD = 1.0  # seconds for which results wait while many enrollments are late to start
+MAX_RESULT_BATCHES = 20  # batches of results that may wait to be written
+MAX_HOLD = 1.0  # seconds for which results wait while many enrollments are late to start
 
 
 class Backlog:
@@ -23,7 +23,7 @@ class Backlog:
     def __init__(self, batch: int) -> None:
         self.changed = asyncio.Event()
         self._results: deque[Finished] = deque()
-        self._most = BEHIND * batch
+        self._most = MAX_RESULT_BATCHES * batch
         self._floods = 0  # steps that are being claimed batch after batch
         self._hold_until = 0.0  # a time of the event loop
 
@@ -63,8 +63,8 @@ class Backlog:
         """Hold results back while a step is claimed batch after batch, for HOLD at most."""
         loop = asyncio.get_running_loop()
         if not self._floods and loop.time() >= self._hold_until:
-            self._hold_until = loop.time() + HOLD
-            loop.call_later(HOLD, self.changed.set)
+            self._hold_until = loop.time() + MAX_HOLD
+            loop.call_later(MAX_HOLD, self.changed.set)
         self._floods += 1
         try:
             yield

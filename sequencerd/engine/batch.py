@@ -29,8 +29,8 @@ from sequencerd.engine.shared_outcome import SharedOutcomes
 from sequencerd.storage.reservations import Reserved
 from sequencerd.storage.writes import EnrollmentState, EnrollmentWrites, text_array
 
-FEW = 20  # enrollments that are read without a lock, and then written by one statement
-MOST_NUMBERS = 1_000_000_000  # the limit of the column
+MAX_UNLOCKED = 20  # enrollments that are read without a lock, and then written by one statement
+MAX_NUMBER = 1_000_000_000  # the limit of the column
 _NUMBERS = count()
 
 
@@ -55,7 +55,7 @@ class Limited(NamedTuple):
 class Batch(EnrollmentWrites):
     """The writes of one transaction, and the work that follows them."""
 
-    lease_number: int = field(default_factory=lambda: next(_NUMBERS) % MOST_NUMBERS + 1)
+    lease_number: int = field(default_factory=lambda: next(_NUMBERS) % MAX_NUMBER + 1)
     """The number of all leases in this transaction, unique within this process.
 
     If the answer to a commit is lost, the number tells whether the rows contain this lease, or one

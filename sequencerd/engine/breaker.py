@@ -16,7 +16,7 @@ from sequencerd.core.backoff import OPEN, SEVERAL, Gate, Pauses, Suspects, Visit
 from sequencerd.core.model import Answer, Failed, OutageCause, Result
 from sequencerd.core.retry import LONGEST
 
-TICK = 0.001  # seconds by which timers may be early
+TIMER_TOLERANCE = 0.001  # seconds by which timers may be early
 
 
 class Breaker:
@@ -135,7 +135,7 @@ class Breaker:
         if self._timer is not None:
             self._timer.cancel()
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_at(gate.next_at + TICK, self._resumed)
+        self._timer = loop.call_at(gate.next_at + TIMER_TOLERANCE, self._resumed)
         self._set_outage(gate.cause)
 
     def _set_outage(self, cause: str | None) -> None:

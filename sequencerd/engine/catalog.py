@@ -24,9 +24,9 @@ from sequencerd.definitions.compiler import (
 from sequencerd.engine.clock import Clock
 from sequencerd.storage import connections, daemons, sequences
 
-SLICE = 0.005  # seconds for which compiling may block the loop
-MANY = 500  # steps from which on a sequence is assembled in a thread
-PAGE = 20  # sequences whose rows are read at a time
+MAX_BLOCKING = 0.005  # seconds for which compiling may block the loop
+THREADED_STEPS = 500  # steps from which on a sequence is assembled in a thread
+SEQUENCES_PER_READ = 20  # sequences whose rows are read at a time
 _Key = tuple[str, str, model.MessageContext]  # type, config as JSON, what messages share
 MAX_UNKNOWN = 10_000  # missing names that are remembered until definitions change
 
@@ -153,8 +153,8 @@ class Catalog:
         pool: dict[_Key, tuple[_Key, CompiledStep]] = {}  # of all sequences that are loaded
         async with sequences.snapshot(connection):
             # rows take more memory than what is made of them
-            for first in range(0, len(names), PAGE):
-                page = names[first : first + PAGE]
+            for first in range(0, len(names), SEQUENCES_PER_READ):
+                page = names[first : first + SEQUENCES_PER_READ]
                 sequence_rows, step_rows = await sequences.read_some(connection, page)
                 steps = defaultdict(list)
                 for row in step_rows:
@@ -172,9 +172,9 @@ class Catalog:
         for sequence in made:
             self.sequences[sequence.name] = sequence
         self._unfinished.difference_update(names)
-        for first in range(0, len(made), PAGE):
+        for first in range(0, len(made), SEQUENCES_PER_READ):
             found: dict[StepKey, str | None] = {}
-            for sequence in made[first : first + PAGE]:
+            for sequence in made[first : first + SEQUENCES_PER_READ]:
                 found |= problems(sequence, known)
                 await asyncio.sleep(0)
             await self._report(connection, found, known)
@@ -226,7 +226,7 @@ class Catalog:
         compiled: dict[_Key, CompiledStep] = {}
         made = []
         loop = asyncio.get_running_loop()
-        end = loop.time() + SLICE
+        end = loop.time() + MAX_BLOCKING
         elsewhere = self._others - served(runners)
         shared = shared_of(row)
         for step in steps:
@@ -240,8 +240,8 @@ class Catalog:
             made.append(make_step(step, one))
             if loop.time() >= end:
                 await asyncio.sleep(0)
-                end = loop.time() + SLICE
+                end = loop.time() + MAX_BLOCKING
         self._compiled[row["name"]] = compiled
-        if len(made) < MANY:
+        if len(made) < THREADED_STEPS:
             return make_sequence(row, made)
         return await asyncio.to_thread(make_sequence, row, made)

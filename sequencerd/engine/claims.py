@@ -16,7 +16,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.core.model import NEVER, Enrollment, ServedElsewhere, SideEffect, StepKey
 from sequencerd.core.retry import doubled
 from sequencerd.engine.backpressure import Backlog
-from sequencerd.engine.batch import FEW, Batch
+from sequencerd.engine.batch import MAX_UNLOCKED, Batch
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import Claim, Cursors
@@ -29,10 +29,10 @@ from sequencerd.storage import activity, connections, locking, wakes
 from sequencerd.storage.database_errors import brief, is_data_error
 from sequencerd.storage.writes import NotWritten, Unchanged
 
-CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
-FRUITLESS = 3  # consecutive claims without a result after which notifications are delayed
+MAX_CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
+MAX_FRUITLESS = 3  # consecutive claims without a result after which notifications are delayed
 FRUITLESS_PAUSE = 0.5  # seconds, the longest such delay
-QUIET = 0.02  # seconds without a claim, after which few enrollments are expected at a step
+QUIET_AFTER = 0.02  # seconds without a claim, after which few enrollments are expected at a step
 LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
 
 
@@ -92,11 +92,11 @@ class Claims:
             return
 
         async def until_none() -> None:
-            while not self._stopping.is_set() and await self._claim(step_key, CLAIMERS):
+            while not self._stopping.is_set() and await self._claim(step_key, MAX_CLAIMERS):
                 pass
 
         with self._backlog.flood():
-            claimers = (until_none() for _ in range(CLAIMERS))
+            claimers = (until_none() for _ in range(MAX_CLAIMERS))
             for ended in await asyncio.gather(*claimers, return_exceptions=True):
                 if isinstance(ended, BaseException):
                     raise ended
@@ -106,7 +106,7 @@ class Claims:
         result.
         """
         times = self._fruitless.get(step_key, 0)
-        seconds = 0.0 if times < FRUITLESS else doubled(0.002, FRUITLESS_PAUSE, times)
+        seconds = 0.0 if times < MAX_FRUITLESS else doubled(0.002, FRUITLESS_PAUSE, times)
         return timedelta(seconds=seconds)
 
     async def _claim(self, step_key: StepKey, claimers: int = 1) -> bool:
@@ -207,7 +207,7 @@ class Claims:
                 step_key,
                 now,
                 revision,
-                min(limit, FEW + 1),
+                min(limit, MAX_UNLOCKED + 1),
                 daemon=self._daemon,
                 excluding=excluded,
                 since=claim.start,
@@ -219,7 +219,7 @@ class Claims:
         is_usual = all(one.leased_by is None for one in due) and not activity.delays(
             self._due(step_key, due), now
         )
-        if not due or len(due) > FEW or not is_usual:
+        if not due or len(due) > MAX_UNLOCKED or not is_usual:
             return None if due else []
         batch = Batch()
         with suppress(NotWritten):
@@ -240,7 +240,7 @@ class Claims:
         arriving, faster claims would each find fewer of them, and cost more for each.
         """
         at = self._claimed_at.get(step_key)
-        return at is None or asyncio.get_running_loop().time() - at >= QUIET
+        return at is None or asyncio.get_running_loop().time() - at >= QUIET_AFTER
 
     def excluded(self, step_key: StepKey) -> list[int]:
         """Return the ids that must not be claimed: quarantined enrollments, and those that another

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-SMALL = timedelta(seconds=1)
+SMALL_CHANGE = timedelta(seconds=1)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -30,7 +30,7 @@ class Clock:
         back, so that later events have later times.
         """
         now = self._corrected()
-        if timedelta(0) < self._last - now < SMALL:
+        if timedelta(0) < self._last - now < SMALL_CHANGE:
             return self._last
         self._last = now
         return now

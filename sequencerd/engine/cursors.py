@@ -23,7 +23,7 @@ from datetime import UTC, datetime, timedelta
 from sequencerd.core.model import NEVER, StepKey
 from sequencerd.storage.wakes import LeftAtStep
 
-EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)  # no row wakes before this time
+EARLIEST_WAKE = datetime(1900, 1, 1, tzinfo=UTC)  # no row wakes before this time
 CHECK_INTERVAL = timedelta(seconds=1)
 OVERLAP = timedelta(seconds=0.2)
 """How far a cursor stays behind the time of its check. What another daemon, or a writer that does
@@ -50,10 +50,10 @@ class Claim:
 
 @dataclass(slots=True)
 class _Cursor:
-    since: datetime = EARLIEST
-    next: datetime = EARLIEST
-    checked_at: datetime = EARLIEST
-    ahead: datetime = EARLIEST  # the next wake time; unknown if it has passed
+    since: datetime = EARLIEST_WAKE
+    next: datetime = EARLIEST_WAKE
+    checked_at: datetime = EARLIEST_WAKE
+    ahead: datetime = EARLIEST_WAKE  # the next wake time; unknown if it has passed
     excluded: Set[int] = frozenset()
     claims: list[Claim] = field(default_factory=list)
 
@@ -90,17 +90,17 @@ class Cursors:
     @property
     def known(self) -> dict[StepKey, datetime]:
         """Return, for each step, the time before which nothing is due, as far as is known."""
-        return {key: one.since for key, one in self._by_step.items() if one.since > EARLIEST}
+        return {key: one.since for key, one in self._by_step.items() if one.since > EARLIEST_WAKE}
 
     def since(self, step_key: StepKey) -> datetime:
         """Return the time before which nothing is due at a step, as far as is known."""
         cursor = self._by_step.get(step_key)
-        return EARLIEST if cursor is None else cursor.since
+        return EARLIEST_WAKE if cursor is None else cursor.since
 
     def report(self, step_key: StepKey, at: datetime, now: datetime) -> None:
         """Report that an enrollment at a step is, or will be, due from a time on."""
         if (cursor := self._by_step.get(step_key)) is not None:
-            cursor.lower(max(at, EARLIEST))
+            cursor.lower(max(at, EARLIEST_WAKE))
             if at > now:
                 cursor.lower_ahead(at)
 
@@ -110,21 +110,21 @@ class Cursors:
         """Report a notification: an enrollment is due at a step `since` a time, if that is known,
         and others may be due later. The database's clock may be ahead of `now`.
         """
-        self.report(step_key, since or EARLIEST, now)
+        self.report(step_key, since or EARLIEST_WAKE, now)
         if (is_later or since is None) and (cursor := self._by_step.get(step_key)) is not None:
-            cursor.lower_ahead(EARLIEST)
+            cursor.lower_ahead(EARLIEST_WAKE)
 
     def forget_ahead(self) -> None:
         """Report that enrollments may wake at any step."""
         for cursor in self._by_step.values():
-            cursor.lower_ahead(EARLIEST)
+            cursor.lower_ahead(EARLIEST_WAKE)
 
     @contextmanager
     def claim(self, step_key: StepKey, excluded: Set[int], now: datetime) -> Iterator[Claim]:
         """Claim at a step, without some enrollments. The transaction ends within the context."""
         cursor = self._by_step.setdefault(step_key, _Cursor())
         if not cursor.excluded <= excluded:  # what is no longer excluded may be due at any time
-            cursor.lower(EARLIEST)
+            cursor.lower(EARLIEST_WAKE)
         cursor.excluded = excluded
         is_to_check = now - cursor.checked_at >= CHECK_INTERVAL
         ahead = cursor.ahead if cursor.ahead > now else None

@@ -31,12 +31,12 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief, is_envir
 from sequencerd.storage.sources import Candidate
 from sequencerd.storage.statements import QUERIES
 
-INTERVAL = 60.0  # seconds between checks if no run is due earlier
-TURN = 1.0  # seconds between checks during a run
+CHECK_INTERVAL = 60.0  # seconds between checks if no run is due earlier
+RUNNING_INTERVAL = 1.0  # seconds between checks during a run
 FIRST_RETRY, LONGEST_RETRY = 60.0, 3600.0  # seconds after a failed run
-BATCH = 1000  # subjects per statement
-MOST_REFUSED = 20  # refusals, if no subject was enrolled: their cause is a common one
-KIND = "enroll"
+BATCH_SIZE = 1000  # subjects per statement
+MAX_REFUSED = 20  # refusals, if no subject was enrolled: their cause is a common one
+PROBLEM_KIND = "enroll"
 
 
 class DueRun(NamedTuple):
@@ -88,7 +88,7 @@ class Enrolling:
         """Enroll until cancelled."""
         try:
             while True:
-                pause = INTERVAL
+                pause = CHECK_INTERVAL
                 self._changed.clear()
                 try:
                     pause = await self.turn()
@@ -96,9 +96,10 @@ class Enrolling:
                     self._log.warning("database error, trying again", error=brief(error))
                 except Exception:
                     self._log.exception("internal error")
-                await asyncio.sleep(min(pause, TURN))  # any user can notify, as often as they like
+                # any user can notify, as often as they like
+                await asyncio.sleep(min(pause, RUNNING_INTERVAL))
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(max(pause - TURN, 0.0)):
+                    async with asyncio.timeout(max(pause - RUNNING_INTERVAL, 0.0)):
                         await self._changed.wait()
         finally:
             for run in self._running.values():
@@ -114,13 +115,15 @@ class Enrolling:
             connections.transaction(connection),
         ):
             if not await connection.fetchval(QUERIES["try_lock_enrolling"]):
-                return TURN
+                return RUNNING_INTERVAL
             while True:
                 pause = await self._check(is_ours=True, reading=connection)
                 if not self._running:
-                    return max(pause, TURN)
+                    return max(pause, RUNNING_INTERVAL)
                 await asyncio.wait(
-                    self._running.values(), timeout=TURN, return_when=asyncio.FIRST_COMPLETED
+                    self._running.values(),
+                    timeout=RUNNING_INTERVAL,
+                    return_when=asyncio.FIRST_COMPLETED,
                 )
 
     async def _check(self, *, is_ours: bool, reading: asyncpg.Connection | None = None) -> float:
@@ -133,7 +136,7 @@ class Enrolling:
         else:
             rows = await reading.fetch(QUERIES["schedules"])
         now = self._clock.now()
-        times = [now + timedelta(seconds=INTERVAL)]
+        times = [now + timedelta(seconds=CHECK_INTERVAL)]
         found: dict[str, str] = {}
         for row in rows:
             name, problem = row["sequence"], row["problem"]
@@ -172,9 +175,11 @@ class Enrolling:
 
     def _report(self, found: dict[str, str]) -> None:
         for name in self._reported - found.keys():
-            self._problems.clear(KIND, name)
+            self._problems.clear(PROBLEM_KIND, name)
         for name, message in found.items():
-            self._problems.report(KIND, name, message, since=self._clock.now(), sequence=name)
+            self._problems.report(
+                PROBLEM_KIND, name, message, since=self._clock.now(), sequence=name
+            )
         self._reported = set(found)
 
     async def _run(self, due: DueRun) -> None:
@@ -194,7 +199,7 @@ class Enrolling:
                     await self._finish(connection, due, begun, run)
             except Exception as lost:  # it is still due
                 log.warning("a scheduled run is tried again", error=brief(lost))
-                await asyncio.sleep(TURN)
+                await asyncio.sleep(RUNNING_INTERVAL)
         else:
             log.info("a scheduled run ended", found=run.found, enrolled=run.enrolled)
 
@@ -283,15 +288,15 @@ async def _insert(
         if is_environment(error):
             raise error
         refused.append((one.subject, error))
-        if not enrolled and len(refused) == MOST_REFUSED:
+        if not enrolled and len(refused) == MAX_REFUSED:
             raise error
 
     async def probe() -> None:
         pass
 
     wanted = list(candidates)
-    for first in range(0, len(wanted), BATCH):
-        _, common = await isolate(wanted[first : first + BATCH], insert, refuse, probe)
+    for first in range(0, len(wanted), BATCH_SIZE):
+        _, common = await isolate(wanted[first : first + BATCH_SIZE], insert, refuse, probe)
         if common is not None:
             raise common
     return enrolled, refused

@@ -21,8 +21,9 @@ from sequencerd.engine.executors import Executors
 from sequencerd.storage import connections
 from sequencerd.storage.locking import expired_ids, forget_expiries
 
-TURN = 1.0  # seconds between searches
-OVERLAP = timedelta(seconds=5)  # seconds; a transaction that commits later is found by the sweep
+SEARCH_INTERVAL = 1.0  # seconds between searches
+COMMIT_DELAY = timedelta(seconds=5)
+"""A transaction that commits later is found by the sweep."""
 
 
 class _KnownExpiry(NamedTuple):
@@ -96,5 +97,5 @@ class Expiries:
         if ids:
             await self._claims.claim_some(step_key, revision, ids)
         if len(ids) < self._batch:
-            self._known[step_key] = _KnownExpiry(revision, now - OVERLAP)
+            self._known[step_key] = _KnownExpiry(revision, now - COMMIT_DELAY)
         return ids

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=tuple[str, ...])
 
-SLACK = 16  # stale entries for which a small heap is not rebuilt
+MAX_STALE = 16  # stale entries for which a small heap is not rebuilt
 
 
 class Heap(Generic[K]):
@@ -61,6 +61,6 @@ class Heap(Generic[K]):
             heappop(self._heap)
 
     def _prune(self) -> None:
-        if len(self._heap) > 2 * len(self._due) + SLACK:
+        if len(self._heap) > 2 * len(self._due) + MAX_STALE:
             self._heap = [(at, key) for key, at in self._due.items()]
             heapify(self._heap)

@@ -19,8 +19,8 @@ from sequencerd.engine.problems import Problems
 from sequencerd.storage import connections, daemons
 from sequencerd.storage.database_errors import brief
 
-AGAIN = 1.0  # seconds after a failed heartbeat
-TOGETHER = 0.2  # seconds for which changes of problems are collected
+RETRY_PAUSE = 1.0  # seconds after a failed heartbeat
+COLLECTED_FOR = 0.2  # seconds for which changes of problems are collected
 
 
 class Heartbeat:
@@ -57,16 +57,16 @@ class Heartbeat:
                 await self.beat()
             except Exception as error:  # whatever the error is, the next heartbeat may succeed
                 self._log.warning("heartbeat failed, trying again", error=brief(error))
-                await asyncio.sleep(min(AGAIN, self._lease / 3))
+                await asyncio.sleep(min(RETRY_PAUSE, self._lease / 3))
                 continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._lease / 3):
                     await changed.wait()
-                    await asyncio.sleep(TOGETHER)
+                    await asyncio.sleep(COLLECTED_FOR)
 
     async def beat(self) -> None:
         """Write one heartbeat with the problems, and remove dead daemons."""
-        async with asyncio.timeout(max(self._lease / 3, AGAIN)):
+        async with asyncio.timeout(max(self._lease / 3, RETRY_PAUSE)):
             async with connections.borrow(self._pool) as connection:
                 lease = timedelta(seconds=self._lease)
                 self._started_at = await daemons.beat(
@@ -81,5 +81,5 @@ class Heartbeat:
     async def end(self) -> None:
         """Remove the daemon. If that fails, it counts as dead after the duration of a lease."""
         with suppress(Exception):
-            async with asyncio.timeout(AGAIN), connections.borrow(self._pool) as connection:
+            async with asyncio.timeout(RETRY_PAUSE), connections.borrow(self._pool) as connection:
                 await daemons.remove_daemon(connection, self._name)

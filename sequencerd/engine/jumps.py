@@ -25,7 +25,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.storage.entries import lock_cancelled, refusals
 
-UNKNOWN = ("always", None)  # the policy and refusal of a sequence that does not exist
+UNKNOWN_SEQUENCE = ("always", None)  # the policy and refusal of a sequence that does not exist
 
 
 class PendingJump(NamedTuple):
@@ -57,7 +57,7 @@ async def decide(connection: asyncpg.Connection, jumps: Iterable[PendingJump]) -
             news: dict[RefusalKey, str] = {}
             own = policies[before.id]
             for key, subject, name in _entered(before, advanced):
-                policy, refusal = own.get(key, UNKNOWN)
+                policy, refusal = own.get(key, UNKNOWN_SEQUENCE)
                 if key not in own and not isinstance(key, str):
                     refusal = "missing"
                 if refusal is None and policy != "always" and (subject, name) in inside:
@@ -79,10 +79,10 @@ async def decide(connection: asyncpg.Connection, jumps: Iterable[PendingJump]) -
                     decided.advanced.append((before, other))
                 continue
             for entry in advanced.entries:
-                if own.get(entry.key, UNKNOWN)[0] != "always":
+                if own.get(entry.key, UNKNOWN_SEQUENCE)[0] != "always":
                     inside.add((entry.subject, entry.sequence))
             name = advanced.enrollment.sequence
-            policy, _ = own.get(name, UNKNOWN)
+            policy, _ = own.get(name, UNKNOWN_SEQUENCE)
             if policy == "never" or not isinstance(advanced.decision, End | Fail):
                 inside.add((before.subject, name))
             decided.cancelled.update(ids)

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 import asyncpg
 
 from sequencerd.core.model import Fence, StepKey
-from sequencerd.engine.background import PAUSE
+from sequencerd.engine.background import ERROR_PAUSE
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
@@ -23,7 +23,7 @@ from sequencerd.storage import connections, evaluations, locking, writes
 from sequencerd.storage.database_errors import LOST_ERRORS, TRANSIENT_ERRORS
 from sequencerd.storage.writes import Unchanged
 
-MOST_TRANSACTIONS = 1000  # transactions that are remembered
+MAX_TRANSACTIONS = 1000  # transactions that are remembered
 
 
 class Leases:
@@ -93,7 +93,7 @@ class Leases:
     def _note(self, batch: Batch, transaction: int | None) -> None:
         if transaction is not None:
             self.transactions[batch.lease_number] = transaction % 2**32
-        if len(self.transactions) > MOST_TRANSACTIONS:
+        if len(self.transactions) > MAX_TRANSACTIONS:
             del self.transactions[next(iter(self.transactions))]
 
     @asynccontextmanager
@@ -143,7 +143,7 @@ class Leases:
                 async with connections.borrow(self._pool) as connection:
                     return await locking.fences(connection, ids)
             except TRANSIENT_ERRORS:
-                await asyncio.sleep(PAUSE)
+                await asyncio.sleep(ERROR_PAUSE)
         return set()
 
     def forget(self, leased: Iterable[Leased]) -> None:

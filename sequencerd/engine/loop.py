@@ -24,15 +24,15 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.core.backoff import Pauses
 from sequencerd.core.model import NEVER, StepKey, outcome
 from sequencerd.definitions.compiler import Runners
-from sequencerd.engine.background import PAUSE, Background, Repeating
+from sequencerd.engine.background import ERROR_PAUSE, Background, Repeating
 from sequencerd.engine.backpressure import Backlog
-from sequencerd.engine.breaker import TICK
+from sequencerd.engine.breaker import TIMER_TOLERANCE
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.claims import Claims
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import Cursors
 from sequencerd.engine.executors import Executable, Executor, Executors
-from sequencerd.engine.expiries import TURN as EXPIRY_TURN
+from sequencerd.engine.expiries import SEARCH_INTERVAL as EXPIRY_INTERVAL
 from sequencerd.engine.expiries import Expiries
 from sequencerd.engine.heap import Heap
 from sequencerd.engine.heartbeat import Heartbeat
@@ -225,7 +225,7 @@ class Engine:
                     self._background.every(self._settings.lease / 3, self._extend_leases)
                 ),
                 group.create_task(self._background.every(QUARANTINE_TURN, self._try_quarantined)),
-                group.create_task(self._background.every(EXPIRY_TURN, self._expiries.turn)),
+                group.create_task(self._background.every(EXPIRY_INTERVAL, self._expiries.turn)),
                 *(group.create_task(self._results.write()) for _ in range(WRITERS)),
             ]
             await self._schedule()
@@ -286,7 +286,7 @@ class Engine:
             next_at = self._heap.next_at()
             seconds = MAX_SLEEP if next_at is None else self._clock.seconds_until(next_at)
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(max(seconds - TICK, 0.0), MAX_SLEEP)):
+                async with asyncio.timeout(min(max(seconds - TIMER_TOLERANCE, 0.0), MAX_SLEEP)):
                     await self._wake.wait()
 
     def _start(self, step_key: StepKey) -> None:
@@ -304,7 +304,7 @@ class Engine:
             self._log.warning(
                 "database error, repeating the work", step=step_key, error=brief(error)
             )
-            self._push(step_key, self._clock.now() + timedelta(seconds=PAUSE))
+            self._push(step_key, self._clock.now() + timedelta(seconds=ERROR_PAUSE))
         except Exception:  # the other steps continue, and the sweep returns to this one
             self._log.exception("step could not be processed", step=step_key)
         finally:
@@ -345,7 +345,7 @@ class Engine:
         await self._background.end(end)
         await self._executors.stop(end)
         with suppress(TimeoutError):  # if the database is unavailable, the leases expire
-            async with asyncio.timeout_at(max(end, loop.time()) + PAUSE):
+            async with asyncio.timeout_at(max(end, loop.time()) + ERROR_PAUSE):
                 try:
                     await self._try_quarantined(results_only=True)
                 except Exception as error:

@@ -35,15 +35,15 @@ from sequencerd.core.model import (
     Wait,
 )
 from sequencerd.engine.batch import Batch, Limited
-from sequencerd.engine.breaker import TICK
+from sequencerd.engine.breaker import TIMER_TOLERANCE
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import PendingJump, decide
 from sequencerd.engine.shared_outcome import SharedOutcome
 from sequencerd.storage import brakes, entries, reservations, wakes, writes
 
-MOST_INVALID = 10_000  # steps that are remembered
-BRAKED = timedelta(seconds=1)  # until a delay by a brake ends, unless it pauses the sequence
+MAX_INVALID = 10_000  # steps that are remembered
+BRAKE_DELAY = timedelta(seconds=1)  # until a delay by a brake ends, unless it pauses the sequence
 
 
 class Moves:
@@ -146,7 +146,7 @@ class Moves:
             self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
             return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
         match advanced.decision:
-            case Fail("invalid_step") if len(self.invalid) < MOST_INVALID:
+            case Fail("invalid_step") if len(self.invalid) < MAX_INVALID:
                 sequence, step = advanced.enrollment.sequence, advanced.enrollment.step
                 known = self._definitions.get(sequence)
                 self.invalid.setdefault((sequence, step), known.steps.get(step) if known else None)
@@ -251,7 +251,7 @@ class Moves:
         expires = None
         if expires_at or closes_at:
             end = min(filter(None, (expires_at, closes_at)))
-            seconds = self._clock.seconds_until(end) + TICK
+            seconds = self._clock.seconds_until(end) + TIMER_TOLERANCE
             expires = asyncio.get_running_loop().time() + seconds
         task = Task(leased.key, view, expires, topic)
         batch.lease(Leased(leased, step, executor, effect.program, task, revision, places))
@@ -307,7 +307,7 @@ class Moves:
                 begun[name] += len(batch.leased) - leased
             else:
                 over |= {name} if self._needs_reservation(advanced, now) else set()
-                self.add(batch, before, advanced, now, held_until=now + BRAKED)
+                self.add(batch, before, advanced, now, held_until=now + BRAKE_DELAY)
             if len(batch.leased) == leased:  # others took the last free slots, or the brake holds
                 unused.append(wanted[number])
         if any(one.places for one in unused):

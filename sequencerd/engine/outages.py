@@ -16,7 +16,7 @@ from sequencerd.engine.problems import Problems
 from sequencerd.service.metrics import Metrics
 from sequencerd.storage import connections, wakes
 
-KIND = "runner"  # the kind of problem
+PROBLEM_KIND = "runner"  # the kind of problem
 MAX_DUE = 10_000  # enrollments that are counted at each due step
 
 
@@ -49,12 +49,12 @@ class Outages:
         self._metrics.runner_is_down(name, is_down=outage is not None)
         if outage is None:
             self._log.info("runner works again", runner=name)
-            self._problems.clear(KIND, name)
+            self._problems.clear(PROBLEM_KIND, name)
             return
         log = self._log.bind(runner=name)
         log.warning("runner is down; enrollments wait", cause=executor.cause)
         log.debug("runner is down; enrollments wait", error=outage)
-        self._problems.report(KIND, name, outage, since=self._clock.now())
+        self._problems.report(PROBLEM_KIND, name, outage, since=self._clock.now())
 
     async def count(self, executors: Iterable[Executor]) -> None:
         """Report how many enrollments wait for runners that are down."""
@@ -77,5 +77,9 @@ class Outages:
             if executor.outage is not None:  # down as before
                 self._metrics.runner_waits(name, waiting[name])
                 self._problems.report(
-                    KIND, name, executor.outage, since=self._clock.now(), waiting=waiting[name]
+                    PROBLEM_KIND,
+                    name,
+                    executor.outage,
+                    since=self._clock.now(),
+                    waiting=waiting[name],
                 )

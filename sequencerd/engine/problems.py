@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sequencerd.core.model import printable
 
-MOST = 1000
+MAX_PROBLEMS = 1000
 """The greatest number of problems that are written, for the sake of operators, who read them."""
 
 
@@ -64,4 +64,4 @@ class Problems:
 
     def rows(self) -> list[Problem]:
         """Return the rows to write: the oldest problems."""
-        return sorted(self._present.values(), key=lambda problem: problem.since)[:MOST]
+        return sorted(self._present.values(), key=lambda problem: problem.since)[:MAX_PROBLEMS]

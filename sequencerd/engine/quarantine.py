@@ -24,13 +24,13 @@ from sequencerd.engine.executors import Leased
 from sequencerd.engine.problems import Problems
 from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error, is_environment
 
-FIRST = 1.0  # seconds until the first retry; doubled each time
-LONGEST = 120.0
-LONGEST_OF_ENVIRONMENT = 30.0  # the longest pause, for errors that may be temporary
-MOST = 10_000  # rows: more must have a common cause, and wait at their steps
-SUSPECTS = 3  # failures by locks or resources before any row is written: not the rows' fault
+FIRST_PAUSE = 1.0  # seconds until the first retry; doubled each time
+MAX_PAUSE = 120.0  # seconds
+MAX_PAUSE_OF_ENVIRONMENT = 30.0  # seconds, for errors that may be temporary
+MAX_ROWS = 10_000  # rows: more must have a common cause, and wait at their steps
+MAX_LOCK_FAILURES = 3  # by locks or resources before any row is written: not the rows' fault
 
-KIND = "quarantined"
+PROBLEM_KIND = "quarantined"
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ async def isolate(
                     continue
                 if is_environment(error) and not written:
                     suspects += 1
-                    if suspects == SUSPECTS:
+                    if suspects == MAX_LOCK_FAILURES:
                         raise
                 await refused(part[0], error)
             except Exception as common:
@@ -138,12 +138,12 @@ class Quarantine:
         Raises the error if too many are quarantined, because the cause is then a common one.
         """
         known = self._by_step.get(step_key, {}).get(id_)
-        if known is None and self._count >= MOST:
+        if known is None and self._count >= MAX_ROWS:
             raise error
         tries = known.tries + 1 if known else 1
         since = known.since if known else self._clock.now()
-        longest = LONGEST_OF_ENVIRONMENT if is_environment(error) else LONGEST
-        pause = doubled(FIRST, longest, tries)
+        longest = MAX_PAUSE_OF_ENVIRONMENT if is_environment(error) else MAX_PAUSE
+        pause = doubled(FIRST_PAUSE, longest, tries)
         due_at = asyncio.get_running_loop().time() + pause
         one = Quarantined(id_, step_key, result, since, tries, due_at)
         self._by_step.setdefault(step_key, {})[id_] = one
@@ -152,7 +152,9 @@ class Quarantine:
         if result is not None:
             message += "; its side effect is done, and is not executed again"
         sequence, step = step_key
-        self._problems.report(KIND, str(id_), message, since=since, sequence=sequence, step=step)
+        self._problems.report(
+            PROBLEM_KIND, str(id_), message, since=since, sequence=sequence, step=step
+        )
         if known is None:
             log = self._log.bind(enrollment=id_, sequence=sequence, step=step)
             log.warning("enrollment is quarantined", error=brief(error))
@@ -168,7 +170,7 @@ class Quarantine:
             if not there:
                 del self._by_step[one.step_key]
             self._count -= 1
-            self._problems.clear(KIND, str(one.id))
+            self._problems.clear(PROBLEM_KIND, str(one.id))
             self._log.info("enrollment is no longer quarantined", enrollment=one.id)
 
     def due(self, now: float) -> dict[StepKey, list[Quarantined]]:
@@ -176,6 +178,6 @@ class Quarantine:
         found: dict[StepKey, list[Quarantined]] = {}
         for one in self.all:
             if one.due_at <= now:
-                one.due_at = now + FIRST
+                one.due_at = now + FIRST_PAUSE
                 found.setdefault(one.step_key, []).append(one)
         return found

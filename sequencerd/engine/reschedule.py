@@ -20,7 +20,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.core import model
 from sequencerd.core.advance import is_unchanged
 from sequencerd.core.model import StepKey
-from sequencerd.engine.background import PAUSE, Background, Repeating
+from sequencerd.engine.background import ERROR_PAUSE, Background, Repeating
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.jumps import PendingJump
@@ -31,13 +31,13 @@ from sequencerd.storage import connections, evaluations, locking, wakes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.listener import Reevaluate
 
-PAGE = 100_000  # ids read at a time, as each read scans all enrollments at the step
-SLICE = 50  # enrollments that are evaluated without yielding to the loop
+IDS_PER_READ = 100_000  # ids read at a time, as each read scans all enrollments at the step
+ENROLLMENTS_PER_TURN = 50  # enrollments that are evaluated without yielding to the loop
 OTHERS_PAUSE = 1.0  # seconds between checks of another daemon's progress
 LOCKED_PAUSE = 0.2  # seconds until rows that another session has locked are tried again
-GRACE = 5.0  # seconds to wait for older transactions, which may use the old definition
-GRACE_TURN = 0.05
-REQUESTS = 1000  # different requests that may wait; more are replaced by one for all enrollments
+TRANSACTIONS_TIMEOUT = 5.0  # seconds for older transactions, which may use the old definition
+TRANSACTIONS_TURN = 0.05
+MAX_REQUESTS = 1000  # different requests that may wait; beyond them, one for all enrollments
 REQUEST_PAUSE = 1.0  # seconds between passes that NOTIFY requests
 
 
@@ -105,7 +105,7 @@ class Rescheduling:
         enrollments.
         """
         self._requests.add(request)
-        if len(self._requests) > REQUESTS:
+        if len(self._requests) > MAX_REQUESTS:
             self._requests = {Reevaluate()}
             request = Reevaluate()
         (self._passes if request.subject is None else self._subjects).request()
@@ -153,11 +153,11 @@ class Rescheduling:
         wanted = {(request.subject, request.sequence, request.step) for request in requests}
         subjects = list({subject for subject, _, _ in wanted if subject is not None})
         locked: set[str] = set()
-        after, page = -1, PAGE
-        while page == PAGE and not self._stopping.is_set():
+        after, page = -1, IDS_PER_READ
+        while page == IDS_PER_READ and not self._stopping.is_set():
             async with connections.borrow(self._pool) as connection:
                 rows = await evaluations.waiting_of_subjects(
-                    connection, subjects, after, self._clock.now(), PAGE
+                    connection, subjects, after, self._clock.now(), IDS_PER_READ
                 )
             page = len(rows)
             by_step: dict[StepKey, list[int]] = defaultdict(list)
@@ -206,7 +206,7 @@ class Rescheduling:
                 if not await self._reschedule(step_key):
                     again = OTHERS_PAUSE
             except TRANSIENT_ERRORS as error:
-                again = PAUSE
+                again = ERROR_PAUSE
                 self._log.warning("database error, trying again", error=brief(error))
             except Exception:
                 again = 60.0
@@ -237,7 +237,7 @@ class Rescheduling:
             if sequence is None or sequence.paused:
                 return True  # it starts again when the sequence is resumed
             async with connections.borrow(self._pool) as connection:
-                page = await evaluations.active_ids(connection, step_key, since, PAGE)
+                page = await evaluations.active_ids(connection, step_key, since, IDS_PER_READ)
             for first in range(0, len(page), self._size):
                 batch = page[first : first + self._size]
                 done = await self._batch(step_key, since, batch, sequence.revision)
@@ -248,7 +248,7 @@ class Rescheduling:
                     return False
                 since = done
             count += len(page)
-            if len(page) == PAGE:
+            if len(page) == IDS_PER_READ:
                 continue
             async with connections.borrow(self._pool) as connection:
                 again = await evaluations.finish_rescheduling(connection, step_key, since)
@@ -340,7 +340,7 @@ class Rescheduling:
                     batch.jumps.append(PendingJump(enrollment, advanced, again))
                 elif not is_unchanged(enrollment, advanced):
                     self._moves.add(batch, enrollment, advanced, now)
-                if number % SLICE == 0:
+                if number % ENROLLMENTS_PER_TURN == 0:
                     await asyncio.sleep(0)
             await self._moves.write(connection, batch, now)
             if progress is not None and not locked:
@@ -352,10 +352,10 @@ class Rescheduling:
         async with connections.borrow(self._pool) as connection:
             newest = await evaluations.new_transaction(connection)
         loop = asyncio.get_running_loop()
-        until = loop.time() + GRACE
+        until = loop.time() + TRANSACTIONS_TIMEOUT
         while loop.time() < until and not self._stopping.is_set():
             async with connections.borrow(self._pool) as connection:
                 oldest = await evaluations.oldest_transaction(connection)
                 if newest is not None and oldest >= newest:
                     return
-            await asyncio.sleep(GRACE_TURN)
+            await asyncio.sleep(TRANSACTIONS_TURN)

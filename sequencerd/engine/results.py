@@ -26,9 +26,9 @@ from sequencerd.core.model import (
     Undeliverable,
     may_have_taken_place,
 )
-from sequencerd.engine.background import PAUSE
+from sequencerd.engine.background import ERROR_PAUSE
 from sequencerd.engine.backpressure import Backlog
-from sequencerd.engine.batch import FEW, Batch
+from sequencerd.engine.batch import MAX_UNLOCKED, Batch
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executors, Finished, Leased
 from sequencerd.engine.leases import Leases
@@ -87,7 +87,7 @@ class Results:
                 left, common = await self._write_in_parts(results)
                 if common is not None:
                     self._log.warning("results wait for the database", error=brief(common))
-                    await asyncio.sleep(PAUSE)
+                    await asyncio.sleep(ERROR_PAUSE)
                     if isinstance(common, LOST_ERRORS):
                         left = await self._still_held(left)
                     self._backlog.put_back(left)
@@ -201,7 +201,7 @@ class Results:
         names = {leased.enrollment.sequence for leased, _ in results}
         known = self._leases.transactions
         if (
-            len(results) > FEW
+            len(results) > MAX_UNLOCKED
             or len(names) > 1
             or any(
                 one.enrollment.leases not in known or one.reservations or _has_data(result)

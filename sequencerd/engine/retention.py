@@ -21,12 +21,12 @@ from sequencerd.settings import RetentionSettings
 from sequencerd.storage import activity, cleanup, connections, reservations
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
-INTERVAL = 3600.0  # seconds, at most
-ACTIVITY = timedelta(days=400)  # for which hourly counts are kept
-SOONER = 60.0  # seconds, after a lock or a transient error
-BATCH = 1000  # enrollments
-ERRORS = (*TRANSIENT_ERRORS, asyncpg.PostgresError)
-PAUSE = 0.05  # seconds between batches, and at least as long as a batch took
+MAX_INTERVAL = 3600.0  # seconds, at most
+ACTIVITY_KEPT_FOR = timedelta(days=400)  # for which hourly counts are kept
+RETRY_INTERVAL = 60.0  # seconds, after a lock or a transient error
+BATCH_SIZE = 1000  # enrollments
+RETRIED_ERRORS = (*TRANSIENT_ERRORS, asyncpg.PostgresError)
+BATCH_PAUSE = 0.05  # seconds between batches, and at least as long as a batch took
 
 T = TypeVar("T")
 
@@ -42,8 +42,8 @@ async def keep(
     while True:
         try:
             await tidy(pool, settings(), clock.now(), log)
-            pause = min(INTERVAL, _until_next_count(clock.now()))
-        except ERRORS as error:
+            pause = min(MAX_INTERVAL, _until_next_count(clock.now()))
+        except RETRIED_ERRORS as error:
             pause = _report(error, log)
         await asyncio.sleep(pause)
 
@@ -58,12 +58,12 @@ def _report(error: BaseException, log: FilteringBoundLogger) -> float:
     """Log an error. Return in how many seconds to try again."""
     if isinstance(error, asyncpg.LockNotAvailableError):
         log.info("the history is locked, retention tries again later")
-        return SOONER
+        return RETRY_INTERVAL
     if isinstance(error, TRANSIENT_ERRORS):
         log.warning("database error, retention tries again later", error=str(error))
-        return SOONER
+        return RETRY_INTERVAL
     log.error("retention failed", error=str(error))
-    return INTERVAL
+    return MAX_INTERVAL
 
 
 async def tidy(
@@ -84,7 +84,7 @@ async def tidy(
     ):
         try:
             await part(pool, settings, now, log)
-        except ERRORS as error:
+        except RETRIED_ERRORS as error:
             failed.append(error)
     for other in failed[1:]:
         _report(other, log)
@@ -105,7 +105,7 @@ async def _count_activity(
         while await _alone(pool, partial(count, now=now)):
             await asyncio.sleep(loop.time() - started)  # at most half of one connection
             started = loop.time()
-    await _alone(pool, lambda c: activity.prune(c, now - ACTIVITY))
+    await _alone(pool, lambda c: activity.prune(c, now - ACTIVITY_KEPT_FOR))
 
 
 async def _drop_history(
@@ -133,12 +133,12 @@ async def _delete_ended(
     start = cleanup.FIRST  # in each pass, so that rows that were locked in the last one are found
 
     def delete(connection: asyncpg.Connection) -> Awaitable[tuple[int, cleanup.CleanupStart]]:
-        return cleanup.delete_ended(connection, until, BATCH, start)
+        return cleanup.delete_ended(connection, until, BATCH_SIZE, start)
 
     while (ended := await _alone(pool, delete)) and ended[0]:
         count, start = ended
         deleted += count
-        await asyncio.sleep(max(PAUSE, loop.time() - started))
+        await asyncio.sleep(max(BATCH_PAUSE, loop.time() - started))
         started = loop.time()
     if deleted:
         log.info("ended enrollments were deleted", count=deleted)

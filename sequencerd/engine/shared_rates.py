@@ -7,11 +7,11 @@ import asyncio
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.engine.background import PAUSE
+from sequencerd.engine.background import ERROR_PAUSE
 from sequencerd.storage import connections, rates
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
-TIMEOUT = 5.0  # seconds for which another session may lock the row
+LOCK_TIMEOUT = 5.0  # seconds for which another session may lock the row
 
 
 async def take(
@@ -21,10 +21,10 @@ async def take(
     is_reported = False
     while True:
         try:
-            async with asyncio.timeout(TIMEOUT), connections.borrow(pool) as connection:
+            async with asyncio.timeout(LOCK_TIMEOUT), connections.borrow(pool) as connection:
                 return await rates.take(connection, runner, per_second, count)
         except TRANSIENT_ERRORS as error:
             if not is_reported:
                 log.warning("no permits for a rate, calls wait", runner=runner, error=brief(error))
             is_reported = True
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(ERROR_PAUSE)

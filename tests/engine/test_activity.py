@@ -105,7 +105,7 @@ async def test_a_count_that_is_cut_off_is_made_again(
 async def test_dropped_history_stays_counted(
     connection: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retention, "ACTIVITY", timedelta(days=100))
+    monkeypatch.setattr(retention, "ACTIVITY_KEPT_FOR", timedelta(days=100))
     old, day = await make_past(connection, 2), RetentionSettings(events=timedelta(days=1))
     # nothing is dropped before it is counted
     await connection.execute("ALTER TABLE sequencer.activity RENAME TO hidden")
@@ -120,7 +120,7 @@ async def test_dropped_history_stays_counted(
     # its second count, which finds nothing any more, changes nothing
     await tidy(pool, day, datetime.now(UTC) + 30 * HOUR, LOG)
     assert await counts(connection) == counted
-    await tidy(pool, day, datetime.now(UTC) + retention.ACTIVITY, LOG)
+    await tidy(pool, day, datetime.now(UTC) + retention.ACTIVITY_KEPT_FOR, LOG)
     assert await counts(connection) == {}
 
 

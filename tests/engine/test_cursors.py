@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sequencerd.core.model import NEVER
-from sequencerd.engine.cursors import EARLIEST, KEPT_FOR, OVERLAP, Claim, Cursors
+from sequencerd.engine.cursors import EARLIEST_WAKE, KEPT_FOR, OVERLAP, Claim, Cursors
 from sequencerd.storage.wakes import LeftAtStep
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -213,7 +213,7 @@ def claimed(cursors: Cursors, now: datetime, excluded: frozenset[int] = frozense
 
 def test_a_claim_begins_shortly_before_the_last_check() -> None:
     cursors = Cursors()
-    assert claimed(cursors, START).start == EARLIEST
+    assert claimed(cursors, START).start == EARLIEST_WAKE
     assert claimed(cursors, START + SECOND).start == START - OVERLAP
     assert cursors.known == {HERE: START + SECOND - OVERLAP}
 
@@ -222,7 +222,7 @@ def test_what_is_no_longer_excluded_is_looked_for_from_the_beginning() -> None:
     cursors = Cursors()
     claimed(cursors, START, frozenset({1, 2}))
     assert claimed(cursors, START, frozenset({1, 2, 3})).start == START - OVERLAP
-    assert claimed(cursors, START, frozenset({3})).start == EARLIEST
+    assert claimed(cursors, START, frozenset({3})).start == EARLIEST_WAKE
 
 
 def test_a_claim_that_fails_is_repeated_from_where_it_began() -> None:

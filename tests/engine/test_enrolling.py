@@ -281,7 +281,7 @@ async def test_what_is_enrolled_starts_at_once(defined: asyncpg.Connection, data
 async def test_a_new_schedule_is_noticed_by_a_notification(
     defined: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(enrolling, "INTERVAL", 3600.0)
+    monkeypatch.setattr(enrolling, "CHECK_INTERVAL", 3600.0)
     await define(defined, "other", ("a", "WaitForDuration", '{"amount": 3, "unit": "days"}', None))
     async with daemon(database) as one:
         keeping = asyncio.create_task(one.enrolling.keep())

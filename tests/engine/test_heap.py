@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.engine.heap import SLACK, Heap
+from sequencerd.engine.heap import MAX_STALE, Heap
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 keys = st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"))
@@ -35,7 +35,7 @@ def test_it_is_a_dictionary_of_earliest_times(
                 del model[k]
         assert len(heap) == len(model)
         assert heap.next_at() == min(model.values(), default=None)
-        assert len(heap._heap) <= 2 * len(heap) + SLACK
+        assert len(heap._heap) <= 2 * len(heap) + MAX_STALE
 
 
 def test_its_size_follows_its_keys_and_not_the_pushes() -> None:
@@ -46,9 +46,9 @@ def test_its_size_follows_its_keys_and_not_the_pushes() -> None:
         heap.push(("s", "busy"), now)
         assert heap.pop_due(now) == [("s", "busy")]
         heap.push(("s", "busy"), now + timedelta(days=365))
-        assert len(heap._heap) <= 2 * len(heap) + SLACK
+        assert len(heap._heap) <= 2 * len(heap) + MAX_STALE
     for n in range(1000):
         heap.push(("s", str(n)), START + timedelta(days=60))
         heap.push(("s", str(n)), START)
     assert len(heap.pop_due(START)) == 1000
-    assert len(heap._heap) <= 2 * len(heap) + SLACK
+    assert len(heap._heap) <= 2 * len(heap) + MAX_STALE

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from sequencerd.core.model import Answer, Result, Task
 from sequencerd.engine import quarantine
 from sequencerd.engine.clock import Clock
-from sequencerd.engine.cursors import EARLIEST
+from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.storage import locking, migrate, sequences
 from tests.helpers.command_line import Command
 from tests.helpers.databases import QUOTED, execute, with_database, with_login
@@ -196,7 +196,7 @@ async def test_a_kept_result_is_written_or_logged_when_the_daemon_stops(
     monkeypatch: pytest.MonkeyPatch,
     is_fixed: bool,
 ) -> None:
-    monkeypatch.setattr(quarantine, "FIRST", 1000.0)  # it is not tried by itself
+    monkeypatch.setattr(quarantine, "FIRST_PAUSE", 1000.0)  # it is not tried by itself
     await define(connection, "s", ("call", "Slow", "{}", None))
     slow = patient(gate)
     with capture_logs() as logs:
@@ -449,7 +449,7 @@ async def test_a_claim_is_bounded_by_bytes(
     place, at = ("s", "note"), Clock().now() + timedelta(hours=1)
     revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
     claimed, locked = await locking.claim(
-        connection, place, at, revision, 100, daemon="me", excluding=[], since=EARLIEST
+        connection, place, at, revision, 100, daemon="me", excluding=[], since=EARLIEST_WAKE
     )
     assert locked == 30
     assert 1 <= len(claimed) <= 5

@@ -119,7 +119,7 @@ async def test_all_of_the_rate_is_handed_out_to_those_that_wait(
 async def test_nothing_passes_while_the_row_is_locked_or_the_database_refuses(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_rates, "TIMEOUT", 0.2)
+    monkeypatch.setattr(shared_rates, "LOCK_TIMEOUT", 0.2)
     monkeypatch.setattr(shared_rates, "PAUSE", 0.01)
     pool = await connections.connect_pool(shard(database), 1)
     try:

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from sequencerd.core.model import Action, Answer, InstantStep, InvalidStep, Result, Step, Task
 from sequencerd.daemon import ReloadableParts
 from sequencerd.definitions.compiler import MAX_STEPS, build
-from sequencerd.engine.catalog import SLICE
+from sequencerd.engine.catalog import MAX_BLOCKING
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
 from sequencerd.runners.suppression_check import Suppressions
@@ -196,7 +196,7 @@ async def test_only_what_has_changed_is_compiled_and_the_loop_turns_meanwhile(
         )
         await engine.reload()
         assert sorted(compiled) == sorted(f"Hello {n}" for n in range(1, count + 1))
-        assert max(in_turn.values()) <= SLICE / 0.002 + 1
+        assert max(in_turn.values()) <= MAX_BLOCKING / 0.002 + 1
         compiled.clear()
         edit = "UPDATE sequencer.steps SET config = '{\"subject\": \"Hi\"}' WHERE name = 'step-7'"
         async with connection.transaction():

@@ -139,7 +139,7 @@ async def test_retention_delays_no_writer_of_history(
 async def test_enrollments_that_ended_long_ago_are_deleted(
     defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retention, "BATCH", 3)
+    monkeypatch.setattr(retention, "BATCH_SIZE", 3)
     await define(defined, "once", ("first", "GoTo", "{}", None))
     await defined.execute("UPDATE sequencer.sequences SET reentry = 'never' WHERE name = 'once'")
     for n in range(10):
@@ -187,8 +187,8 @@ async def test_one_daemon_at_a_time(defined: asyncpg.Connection, pool: asyncpg.P
 async def test_what_goes_wrong_is_tried_again(
     defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retention, "INTERVAL", 0.01)
-    monkeypatch.setattr(retention, "SOONER", 0.01)
+    monkeypatch.setattr(retention, "MAX_INTERVAL", 0.01)
+    monkeypatch.setattr(retention, "RETRY_INTERVAL", 0.01)
     old = await make_past(defined, 14)
     await defined.execute("ALTER FUNCTION sequencer.drop_event_partition RENAME TO hidden")
     settings = RetentionSettings(events=YEAR)
@@ -268,7 +268,7 @@ async def test_each_batch_begins_where_the_last_one_ended(
     read = "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'enrollments_ended'"
     async with other.transaction(isolation="repeatable_read"):
         await other.fetchval("SELECT count(*) FROM sequencer.enrollments")
-        monkeypatch.setattr(retention, "BATCH", 50)
+        monkeypatch.setattr(retention, "BATCH_SIZE", 50)
         await retention.tidy(
             pool, RetentionSettings(ended=timedelta(days=1)), datetime.now(UTC), LOG
         )
@@ -290,7 +290,7 @@ async def test_each_batch_continues_in_the_sequence_where_the_last_one_ended(
         " WHERE name IN ('r', 't')"
     )
     await defined.execute(ENDED, ["s", "t", "r"], 8)
-    monkeypatch.setattr(retention, "BATCH", 3)
+    monkeypatch.setattr(retention, "BATCH_SIZE", 3)
     await retention.tidy(pool, RetentionSettings(ended=timedelta(days=2.5)), datetime.now(UTC), LOG)
     left = await defined.fetch(
         "SELECT sequence, array_agg(subject::text ORDER BY subject) AS subjects"

@@ -174,7 +174,7 @@ async def test_too_many_requests_become_one_for_all(
     evaluated: Counter[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reschedule, "REQUESTS", 10)
+    monkeypatch.setattr(reschedule, "MAX_REQUESTS", 10)
     await wait_in(connection, "s", 20)
     async with running_engine(database) as one:
         async with connection.transaction():
